@@ -1,0 +1,121 @@
+"""FP8 (e4m3) quantisation: q = round(x / scale) with scale = max(amax / 448, 1e-30) over a block; x ~ q * scale.
+
+Activations and gradients have one scale per 1 x 128 (rows) or 128 x 1 (columns) block, weights one per 128 x 128.
+`pow2` rounds the scale up to a power of two. Rounding is to nearest even and saturates at +-448; a NaN or inf in a block
+makes its scale NaN or inf and so stays visible in the product.
+"""
+
+import torch
+from torch import Tensor
+
+from ..op import E4M3, expect, round_up, wide
+from .dispatch import Plan
+
+BLOCK = 128
+E4M3_MAX = 448.0
+
+
+def quantize(
+    x: Tensor,
+    rows: bool = True,
+    columns: bool = False,
+    plan: Plan | None = None,
+    pow2: bool = False,
+    statistics: bool = False,
+) -> tuple[Tensor, ...]:
+    """Quantise x [M, K], K % 128 == 0, in 1 x 128 blocks, in both directions from one read of x.
+
+    Returns, in this order, what was asked for:
+      rows:       x_q [M, K] e4m3 and x_scale [M, K/128] fp32, M contiguous (its other stride is a multiple of 4)
+      columns:    xt_q [K, M_pad] e4m3 and xt_scale [K, M_pad/128] fp32. Without a plan M_pad = round_up(M, 128); with
+                  one, x's rows are its slots, expert e's run starts at column plan.padded_offsets[e], a multiple of
+                  128, M_pad = padded_slots(M, E), gaps are zero, and what follows the last expert is undefined
+      statistics: underflow (share of non-zero elements of x that became zero) and cosine (of x and its dequantised
+                  rows), fp32 scalars on the device
+    Not differentiable. Raises ValueError for another shape or dtype.
+    """
+    expect(x.ndim == 2 and x.shape[1] % BLOCK == 0 and x.is_floating_point(), "x [M, K] with K % 128 == 0", x)
+    expect(rows or not statistics, "rows=True where statistics are wanted", rows)
+    return quantize_ref(x, rows, columns, plan, pow2, statistics)
+
+
+def quantize_ref(x, rows=True, columns=False, plan=None, pow2=False, statistics=False):
+    x = wide(x.detach())
+    out = []
+    if rows:
+        x_q, x_scale = quantize_blocks(x, 1, BLOCK, pow2)
+        out += [x_q, row_scale_layout(x_scale)]
+    if columns:
+        xt = pad_columns(x, plan).T
+        out += [t.contiguous() for t in quantize_blocks(xt, 1, BLOCK, pow2)]
+    if statistics:
+        back = dequantize(x_q, x_scale)
+        underflow = ((back == 0) & (x != 0)).sum() / (x != 0).sum().clamp(min=1)
+        cosine = (x * back).sum() / (x.square().sum() * back.square().sum()).sqrt()
+        out += [underflow.float(), cosine.float()]
+    return tuple(out)
+
+
+def quantize_weight(w: Tensor, pow2: bool = False) -> tuple[Tensor, Tensor]:
+    """Quantise w [N, K] or [E, N, K] in 128 x 128 blocks -> w_q e4m3 as w, w_scale [(E,) N/128, K/128] fp32.
+
+    Not differentiable. Raises ValueError where N or K is no multiple of 128.
+    """
+    fits = w.ndim in (2, 3) and w.shape[-1] % BLOCK == 0 and w.shape[-2] % BLOCK == 0
+    expect(fits and w.is_floating_point(), "w [N, K] or [E, N, K] with N % 128 == K % 128 == 0", w)
+    return quantize_weight_ref(w, pow2)
+
+
+def quantize_weight_ref(w, pow2=False):
+    return quantize_blocks(wide(w.detach()), BLOCK, BLOCK, pow2)
+
+
+def quantize_blocks(x: Tensor, block_m: int, block_n: int, pow2: bool) -> tuple[Tensor, Tensor]:
+    """The definition: x [..., M, N] in blocks of block_m x block_n -> e4m3 as x, scale [..., M/block_m, N/block_n]."""
+    blocks = x.unflatten(-1, (-1, block_n)).unflatten(-3, (-1, block_m))  # [..., M/bm, bm, N/bn, bn]
+    amax = blocks.abs().amax((-3, -1), keepdim=True)
+    scale = (amax / E4M3_MAX).clamp(min=1e-30)
+    if pow2:
+        mantissa, exponent = torch.frexp(scale)  # scale = mantissa * 2^exponent with 0.5 <= mantissa < 1
+        up = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).to(exponent.dtype))
+        scale = torch.where(scale.isfinite(), up, scale)
+    q = to_e4m3(blocks / scale).flatten(-4, -3).flatten(-2)
+    return q, scale.squeeze((-3, -1)).float()
+
+
+def to_e4m3(x: Tensor) -> Tensor:
+    """Round to nearest even, saturate at +-448; NaN stays NaN."""
+    return x.clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
+
+
+def dequantize(q: Tensor, scale: Tensor) -> Tensor:
+    """q [..., M, N] times its scale [..., M/bm, N/bn]; the block sizes follow from the shapes. fp32, or fp64."""
+    for dim in (-2, -1):
+        scale = scale.repeat_interleave(q.shape[dim] // max(scale.shape[dim], 1), dim)
+    return wide(q) * wide(scale)
+
+
+def row_scale_layout(scale: Tensor) -> Tensor:
+    """scale [M, K/128] with M contiguous and the other stride a multiple of 4 elements, which TMA wants."""
+    M, blocks = scale.shape
+    return scale.new_zeros(blocks, round_up(M, 4)).T[:M].copy_(scale)
+
+
+def padded_slots(S: int, E: int) -> int:
+    """Columns of a column-wise copy: enough for any routing of S slots to E experts, known without asking the device."""
+    return round_up(S + (BLOCK - 1) * min(E, S), BLOCK)
+
+
+def pad_columns(x: Tensor, plan: Plan | None) -> Tensor:
+    """x [M, K] -> [M_pad, K]: each expert's run of rows moved to a multiple of 128, zeros between."""
+    M, K = x.shape
+    if plan is None:
+        return x.new_zeros(round_up(M, BLOCK), K).index_copy(0, torch.arange(M, device=x.device), x)
+    out = x.new_zeros(padded_slots(M, len(plan.offsets) - 1), K)
+    offsets, padded = plan.offsets.long(), plan.padded_offsets.long()
+    slot = torch.arange(M, device=x.device)
+    expert = torch.searchsorted(offsets[1:], slot, right=True)  # E for rows past offsets[E], which no expert owns
+    owned = expert < len(offsets) - 1
+    slot, expert = slot[owned], expert[owned]
+    out[slot - offsets[expert] + padded[expert]] = x[slot]
+    return out

@@ -1,0 +1,113 @@
+"""Every op against its reference, forward and backward, on every backend it has. The table is in cases.py."""
+
+import pytest
+import torch
+from torch import Tensor
+
+import ling_kernels
+from ling_kernels.backend import force
+from tests.cases import CASES, args_of, sweep
+
+WIDE = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def flatten(out) -> list[Tensor]:
+    if isinstance(out, Tensor) or out is None:
+        return [] if out is None else [out]
+    return [t for o in out for t in flatten(o)]
+
+
+def outputs_and_grads(case, fn, args) -> list[Tensor]:
+    """fn's results followed by the gradients of its tensor arguments, for a fixed cotangent."""
+    outs = flatten(fn(*args, **case.kwargs))
+    diff = [o for o in outs if o.requires_grad]
+    cot = [torch.linspace(-1, 1, o.numel(), device=o.device).view(o.shape).to(o.dtype) for o in diff]
+    leaves = [a for a in flatten(args_tensors(args)) if a.requires_grad]
+    grads = torch.autograd.grad(diff, leaves, cot, allow_unused=True) if diff else ()
+    outs = flatten(case.defined(outs, args)) if case.defined else outs
+    return [*(o.detach() for o in outs), *(g for g in grads if g is not None)]
+
+
+def args_tensors(args):
+    """Tensors of an argument list, also those inside tuples such as a Plan."""
+    return [a if isinstance(a, Tensor) else args_tensors(a) for a in args if isinstance(a, Tensor | tuple)]
+
+
+def in_fp64(a):
+    if isinstance(a, Tensor) and a.dtype in WIDE:
+        return a.detach().double().requires_grad_(a.requires_grad)
+    if isinstance(a, tuple):
+        return type(a)(*map(in_fp64, a)) if hasattr(a, "_fields") else tuple(map(in_fp64, a))
+    return a
+
+
+def errors(got, want):
+    d = (got.double() - want.double()).abs().flatten()
+    return (d.max().item(), d.square().mean().sqrt().item()) if len(d) else (0.0, 0.0)
+
+
+def same_bits(a, b):
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(*(t.reshape(-1).contiguous().view(torch.uint8) for t in (a, b)))
+
+
+@pytest.mark.parametrize("case, shape, dtype, backend", sweep())
+def test_matches_reference(case, shape, dtype, backend):
+    """No per-op tolerances: a kernel may be twice as far from the fp64 truth as its reference in `dtype`."""
+    args = args_of(case, shape, dtype)
+    with force(backend):
+        got = outputs_and_grads(case, case.op, args)
+    near = outputs_and_grads(case, case.ref, args)
+    true = outputs_and_grads(case, case.truth or case.ref, tuple(map(in_fp64, args)))
+    exact = range(len(near)) if case.exact is True else case.exact or ()
+    assert len(got) == len(near)
+    for i, (g, n) in enumerate(zip(got, near, strict=True)):
+        assert g.dtype == n.dtype and g.shape == n.shape and g.stride() == n.stride(), f"output {i}"
+        if backend == "torch" or i in exact or not g.is_floating_point():
+            assert same_bits(g, n), f"output {i}"
+            continue
+        t = true[i]
+        scale = errors(t, torch.zeros_like(t))[0]
+        for e, allowed in zip(errors(g, t), errors(n, t), strict=True):  # the worst element, and all of them
+            assert e <= 2 * allowed + 1e-6 * scale, f"output {i}"
+
+
+@pytest.mark.parametrize("case, shape, dtype, backend", [p for p in sweep() if "torch" in p.values])
+def test_reference_is_near_the_truth(case, shape, dtype, backend):
+    """The reference in `dtype` against itself in fp64: it accumulates widely and drops no argument's gradient."""
+    args = args_of(case, shape, dtype)
+    near = outputs_and_grads(case, case.ref, args)
+    true = outputs_and_grads(case, case.truth or case.ref, tuple(map(in_fp64, args)))
+    for i, (n, t) in enumerate(zip(near, true, strict=True)):
+        assert n.shape == t.shape
+        if not n.is_floating_point() or not n.numel() or n.element_size() == 1:
+            continue  # FP8 is judged bit for bit in test_references.py
+        assert n.isfinite().all(), f"output {i}"
+        eps = 2**-7 if n.dtype == torch.bfloat16 or dtype == torch.bfloat16 else 2**-16
+        assert errors(n, t)[1] <= eps * errors(t, torch.zeros_like(t))[0], f"output {i}"
+
+
+@pytest.mark.parametrize("case, shape, dtype, backend", sweep())
+def test_two_runs_give_equal_bits(case, shape, dtype, backend):
+    with force(backend):
+        one, two = (outputs_and_grads(case, case.op, args_of(case, shape, dtype)) for _ in range(2))
+    assert all(map(same_bits, one, two))
+
+
+@pytest.mark.parametrize("case, shape, dtype, backend", sweep())
+def test_compiles(case, shape, dtype, backend):
+    """torch.compile sees one graph and changes no bit."""
+    torch._dynamo.reset()  # or else the shapes so far count as recompilations
+    compiled = torch.compile(case.op, fullgraph=True, backend="aot_eager")
+    with force(backend):
+        eager = outputs_and_grads(case, case.op, args_of(case, shape, dtype))
+        graph = outputs_and_grads(case, compiled, args_of(case, shape, dtype))
+    assert len(eager) == len(graph) and all(map(same_bits, eager, graph))
+
+
+def test_every_public_op_has_a_case():
+    named = {c.op.__name__ for c in CASES}
+    assert set(ling_kernels.__all__) <= named, set(ling_kernels.__all__) - named
+    for name in ling_kernels.__all__:
+        assert getattr(ling_kernels, name).__doc__, name
