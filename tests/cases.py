@@ -1,5 +1,6 @@
 """Every op once: how to call it, on what, and what is expected of it. Tests and benchmarks both read this table."""
 
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,8 +11,35 @@ import torch
 from torch import Tensor
 
 from ling_kernels.backend import _C
+from ling_kernels.op import E4M3
+from ling_kernels.ops.adamw_8bit import adamw_8bit, adamw_8bit_ref, adamw_8bit_state
+from ling_kernels.ops.attention import attention, attention_ref
+from ling_kernels.ops.attention_decode import KVCache, append, attention_decode, attention_decode_ref
+from ling_kernels.ops.balance_bias import balance_bias_, balance_bias_ref
+from ling_kernels.ops.cross_entropy import cross_entropy, cross_entropy_ref
+from ling_kernels.ops.dispatch import Plan, dispatch, dispatch_ref
+from ling_kernels.ops.gemm_fp8 import gemm_fp8, gemm_fp8_ref
+from ling_kernels.ops.grad_norm import grad_norm, grad_norm_ref
+from ling_kernels.ops.grouped_gemm import grouped_gemm, grouped_gemm_ref
+from ling_kernels.ops.grouped_gemm_fp8 import (
+    grouped_gemm_fp8,
+    grouped_gemm_fp8_masked,
+    grouped_gemm_fp8_masked_ref,
+    grouped_gemm_fp8_ref,
+)
+from ling_kernels.ops.grouped_wgrad import grouped_wgrad, grouped_wgrad_ref
+from ling_kernels.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
+from ling_kernels.ops.moe import moe, moe_decode, moe_decode_ref, moe_ref
+from ling_kernels.ops.permute import permute, permute_quantize, permute_quantize_ref, permute_ref
+from ling_kernels.ops.qk_norm_attention import qk_norm_attention, qk_norm_attention_ref
+from ling_kernels.ops.qk_norm_rope import qk_norm_rope, qk_norm_rope_ref, rope_tables
+from ling_kernels.ops.quantize import quantize, quantize_ref, quantize_weight, quantize_weight_ref
 from ling_kernels.ops.rms_norm import rms_norm, rms_norm_ref
 from ling_kernels.ops.route import route, route_ref
+from ling_kernels.ops.router_gemm import router_gemm, router_gemm_ref
+from ling_kernels.ops.swiglu import swiglu, swiglu_ref
+from ling_kernels.ops.transpose_fp8 import transpose_fp8, transpose_fp8_ref
+from ling_kernels.ops.unpermute import unpermute, unpermute_ref
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -53,17 +81,424 @@ class Case:
     exact: bool | tuple = False  # outputs that equal the reference's bit for bit: all, or these indices
     defined: Callable = None  # outputs -> outputs with what the contract leaves undefined cut away
     flops: Callable = None  # flops(**shape); None: the op is memory bound
+    hopper: list = ()  # shapes with Ling's real constants to build Triton kernels at; () stands for the tests' shapes
 
     @property
     def name(self) -> str:
         return "-".join([self.op.__name__, *(k if v is True else f"{k}={v}" for k, v in self.kwargs.items())])
 
 
+def in_place(fn: Callable, i: int) -> Callable:
+    """fn as a function that returns what it makes of its argument i."""
+
+    @functools.wraps(fn)
+    def call(*args, **kwargs):
+        args = [*args]
+        args[i] = args[i].clone()
+        fn(*args, **kwargs)
+        return args[i]
+
+    return call
+
+
+def plan_of(rand: Rand, T: int, E: int, topk: int, routing: str = "") -> Plan:
+    """A plan of random experts; routing "masked" leaves some slots out, "one" sends all to one expert."""
+    score = torch.rand(T, E, generator=rand.g, device=DEVICE)
+    experts = score.argsort(1)[:, :topk].int() if routing != "one" else rand.ints(E // 2, E // 2 + 1, T, topk)
+    if routing == "masked":
+        experts = experts.masked_fill(rand.bools(T, topk), -1)
+    return dispatch(experts, counts_of(experts, E))
+
+
+def counts_of(experts: Tensor, E: int) -> Tensor:
+    return (experts.reshape(-1, 1) == torch.arange(E, device=DEVICE)).sum(0, dtype=torch.int32)
+
+
+def offsets_of(rand: Rand, S: int, E: int, rest: int = 0) -> Tensor:
+    """E runs of random length, the first one empty where there is another; the last `rest` rows are nobody's."""
+    cuts = rand.ints(0, S - rest + 1, E - 1).sort().values if E > 1 else rand.ints(0, 1, 0)
+    cuts[:1] = 0
+    return torch.nn.functional.pad(torch.cat([cuts, cuts.new_tensor([S - rest])]), (1, 0)).int()
+
+
+def poison(x: Tensor, offsets: Tensor) -> Tensor:
+    """x with NaN in the rows past offsets[E], which nothing may read."""
+    rows = torch.arange(len(x), device=x.device) >= offsets[-1]
+    return x.detach().masked_fill(rows[:, None], torch.nan).requires_grad_(x.requires_grad)
+
+
+def owned(outs: list[Tensor], args) -> list[Tensor]:
+    """Up to two outputs of rows and two of columns, without those past the last expert's, which are undefined."""
+    plan = next((a for a in args if isinstance(a, Plan)), None)
+    offsets = plan.offsets if plan else next(a for a in args if isinstance(a, Tensor) and a.dtype == torch.int32)
+    rows = [o[: int(offsets[-1])] for o in outs[:2]]
+    return rows + [o[:, : int(plan.padded_offsets[-1]) // (1 if o.dtype == E4M3 else 128)] for o in outs[2:]]
+
+
+def moe_args(rand, T, E, H, F, groups=1, group_topk=1, topk=2, Fs=0, masked=False, fp8=False):
+    x, router_w, bias = rand(T, H), rand.fp32(E, H), rand.data(E, dtype=FP32) / 10
+    shapes = [(E, 2 * F, H), (E, H, F)] + ([(2 * Fs, H), (H, Fs)] if Fs else [])
+    weights = [(rand.data(*shape) / shape[-1] ** 0.5).requires_grad_() for shape in shapes]
+    if fp8:
+        x, weights = x.detach(), [quantize_weight(w) for w in weights]
+    mask = rand.bools(T) if masked else None
+    return x, router_w, bias, *weights[:2], tuple(weights[2:]) or None, mask, groups, group_topk, topk, 2.0
+
+
+def gemm_fp8_args(rand, M, N, K, tall=False, out=False, accumulate=False):
+    """tall: one scale per 1 x 128 of b instead of per 128 x 128."""
+    b = quantize(rand.data(N, K)) if tall else quantize_weight(rand.data(N, K))
+    return *quantize(rand.data(M, K)), *b, rand.data(M, N) if out else None, accumulate, rand.dtype
+
+
+def grouped_fp8_args(rand, S, E, N, K, rest=0):
+    offsets = offsets_of(rand, S, E, rest)
+    return *quantize(poison(rand.data(S, K), offsets)), *quantize_weight(rand.data(E, N, K)), offsets
+
+
+def gather_args(rand, T, E, N, K, topk=2, routing=""):
+    plan = plan_of(rand, T, E, topk, routing)
+    return *quantize(rand.data(T, K)), *quantize_weight(rand.data(E, N, K)), plan.offsets, plan
+
+
+def masked_fp8_args(rand, E, M, N, K):
+    a, a_scale = (t.unflatten(0, (E, M)) for t in quantize(rand.data(E * M, K)))
+    return a, a_scale, *quantize_weight(rand.data(E, N, K)), rand.ints(0, M + 1, E)
+
+
+def wgrad_args(rand, S, E, N, K, rest=0, out=False, accumulate=False, fp8=False):
+    offsets = offsets_of(rand, S, E, rest)
+    (dy, *dy_scale), (x, *x_scale) = (
+        quantize(t) if fp8 else (t,) for t in (poison(rand.data(S, n), offsets) for n in (N, K))
+    )
+    dw = rand.data(E, N, K, dtype=FP32) if out else None
+    return dy, x, offsets, dw, accumulate, *(dy_scale or (None,)), *(x_scale or (None,))
+
+
+def wgrad_column_args(rand, T, E, N, K, topk=2, routing=""):
+    plan = plan_of(rand, T, E, topk, routing)
+    (dy, dy_scale), (x, x_scale) = (
+        quantize(poison(rand.data(T * topk, n), plan.offsets), False, True, plan) for n in (N, K)
+    )
+    return dy, x, plan.padded_offsets, None, False, dy_scale, x_scale, True
+
+
+def writing(fn: Callable, *written: int) -> Callable:
+    """fn as a function that also returns what it makes of its arguments `written`."""
+
+    def copied(a):
+        return a.clone() if isinstance(a, Tensor) else type(a)(*map(copied, a)) if hasattr(a, "_fields") else (
+            tuple(map(copied, a)) if isinstance(a, tuple) else a
+        )  # fmt: skip
+
+    @functools.wraps(fn)
+    def call(*args, **kwargs):
+        args = [copied(a) if i in written else a for i, a in enumerate(args)]
+        return fn(*args, **kwargs), *(args[i] for i in written)
+
+    return call
+
+
+def adamw_args(rand, *sizes):
+    params, grads, earlier = (tuple(rand.data(n) for n in sizes) for _ in range(3))
+    state = tuple(adamw_8bit_state(params))
+    adamw_8bit_ref(params, earlier, state, 0.1, (0.9, 0.95), 0.01, 0.1, 1)
+    return params, grads, state, 0.1, (0.9, 0.95), 0.01, 0.1, 2
+
+
+def cu_seqlens(lens) -> Tensor:
+    return torch.tensor([0, *lens], device=DEVICE).cumsum(0).int()
+
+
+def attention_args(rand, q, k=None, Hq=4, Hkv=2, D=32):
+    """q, k: the sequences' lengths."""
+    Tk = sum(q if k is None else k)
+    qkv = rand(sum(q), Hq, D), rand(Tk, Hkv, D), rand(Tk, Hkv, D)
+    return *qkv, cu_seqlens(q), None if k is None else cu_seqlens(k)
+
+
+def cache_of(rand, num_blocks, block_size, Hkv, D, fp8=False) -> KVCache:
+    k, v = (rand.data(num_blocks, block_size, Hkv, D) for _ in range(2))
+    if not fp8:
+        return KVCache(k, v)
+    scales = [torch.zeros(k.shape[:3], device=DEVICE) for _ in range(2)]
+    cache = KVCache(torch.zeros_like(k, dtype=E4M3), torch.zeros_like(v, dtype=E4M3), *scales)
+    append(cache, k.flatten(0, 1), v.flatten(0, 1), torch.arange(num_blocks * block_size, device=DEVICE))
+    return cache
+
+
+def decode_args(rand, lengths, n=1, Hq=4, Hkv=2, D=32, block_size=4, fp8=False):
+    B, pages = len(lengths), -(-max(lengths, default=0) // block_size)
+    cache = cache_of(rand, max(B * pages, 1), block_size, Hkv, D, fp8)
+    table = torch.randperm(B * pages, generator=rand.g, device=DEVICE).view(B, pages).int()
+    return rand.data(B, n, Hq, D), cache, table, torch.tensor(lengths, dtype=torch.int32, device=DEVICE), 0.3
+
+
+def qk_norm_rope_args(rand, T, Hq=3, Hkv=1, D=20, R=6, P=50, yarn=None, cache=None, fp8=False):
+    """cache: its block size."""
+    scaling = yarn and {"type": "yarn", "factor": yarn, "original_max_position_embeddings": P // yarn}
+    args = (
+        rand(T, Hq + 2 * Hkv, D), rand(D), rand(D), *rope_tables(P, R, 1e4, scaling, DEVICE),
+        rand.ints(0, P, T, dtype=torch.int64 if T % 2 else torch.int32), Hkv, 0.1, False,
+    )  # fmt: skip
+    if cache is None:
+        return args
+    slots = torch.randperm((T // cache + 2) * cache, generator=rand.g, device=DEVICE)[:T]
+    return *args, cache_of(rand, T // cache + 2, cache, Hkv, D, fp8), slots
+
+
+def targets_of(rand, T, V) -> Tensor:
+    return rand.ints(0, V, T, dtype=torch.int64).masked_fill(rand.bools(T, p=0.2), -7)
+
+
 CASES = [
+    Case(
+        writing(adamw_8bit, 0, 2), writing(adamw_8bit_ref, 0, 2),
+        lambda rand, sizes: adamw_args(rand, *sizes),
+        [dict(sizes=()), dict(sizes=(0, 1, 256, 257)), dict(sizes=(2048 * 1024,) * 64)],
+    ),
+    Case(
+        attention, attention_ref, attention_args,
+        [dict(q=()), dict(q=(0,)), dict(q=(1,), k=(3,)), dict(q=(5, 0, 1, 37)), dict(q=(127, 128, 129), Hkv=1),
+         dict(q=(3, 5, 0, 4, 1), k=(9, 2, 4, 0, 1)), dict(q=(130, 7), k=(5, 300), Hq=2, D=24),
+         dict(q=(19, 5), Hq=16, Hkv=4, D=128), dict(q=(19, 5), Hq=32, Hkv=4, D=128), dict(q=(17,), Hq=64, Hkv=8, D=128),
+         dict(q=(4096,) * 8, Hq=16, Hkv=4, D=128)],
+        kwargs=dict(scale=0.3), defined=lambda outs, args: [outs[0], outs[1].nan_to_num(neginf=0)],
+        flops=lambda q, Hq, Hkv, D: 2 * sum(n * n for n in q) * Hq * D,
+    ),
+    Case(
+        attention, attention_ref, attention_args,
+        [dict(q=(3, 5, 0, 4, 1), k=(9, 2, 4, 0, 1)), dict(q=(130, 7)), dict(q=(4096,) * 8, Hq=16, Hkv=4, D=128)],
+        kwargs=dict(causal=False), defined=lambda outs, args: [outs[0], outs[1].nan_to_num(neginf=0)],
+    ),
+    Case(
+        attention_decode, attention_decode_ref, decode_args,
+        [dict(lengths=()), dict(lengths=(0, 0)), dict(lengths=(1,)), dict(lengths=(7, 0, 1, 12, 13), n=3),
+         dict(lengths=(9, 40), n=8, Hq=3, Hkv=1, D=24, block_size=16), dict(lengths=(70, 3), Hq=16, Hkv=4, D=128),
+         dict(lengths=(70, 3), n=2, Hq=32, Hkv=4, D=128), dict(lengths=(33,), n=4, Hq=64, Hkv=8, D=128),
+         dict(lengths=(4096,) * 32, Hq=16, Hkv=4, D=128, block_size=64)],
+    ),
+    Case(
+        attention_decode, attention_decode_ref, lambda rand, **shape: decode_args(rand, **shape, fp8=True),
+        [dict(lengths=()), dict(lengths=(7, 0, 1, 12), n=3), dict(lengths=(70, 3), Hq=16, Hkv=4, D=128),
+         dict(lengths=(4096,) * 32, Hq=16, Hkv=4, D=128, block_size=64)],
+    ),
+    Case(
+        in_place(balance_bias_, 0), in_place(balance_bias_ref, 0),
+        lambda rand, E: (rand.data(E, dtype=FP32), rand.ints(0, 9, E), 0.1),
+        [dict(E=1), dict(E=3), dict(E=256), dict(E=256)],
+        dtypes=(FP32,), exact=True,
+    ),
+    Case(
+        cross_entropy, cross_entropy_ref,
+        lambda rand, T, V, reduction="mean", x=1: (rand(T, V) * x, targets_of(rand, T, V), -7, reduction),
+        [dict(T=0, V=5), dict(T=1, V=1), dict(T=67, V=1000), dict(T=37, V=129, reduction="sum"),
+         dict(T=37, V=320, reduction="none", x=1e4), dict(T=3, V=157184), dict(T=8192, V=157184)],
+    ),
+    Case(
+        dispatch, dispatch_ref,
+        lambda rand, T, E, topk: (e := rand.ints(-1, E, T, topk), counts_of(e, E)),
+        [dict(T=0, E=4, topk=2), dict(T=1, E=1, topk=1), dict(T=67, E=8, topk=3), dict(T=5, E=256, topk=8),
+         dict(T=8192, E=256, topk=8)],
+        dtypes=(FP32,), exact=True,
+        defined=lambda outs, args: [*outs[:2], outs[2][: int(outs[0][-1])], outs[3]],
+    ),
+    Case(
+        gemm_fp8, gemm_fp8_ref, gemm_fp8_args,
+        [dict(M=0, N=128, K=128), dict(M=1, N=128, K=256), dict(M=67, N=256, K=2048), dict(M=5, N=3072, K=128),
+         dict(M=5, N=33, K=256, tall=True), dict(M=8192, N=3072, K=2048)],
+        flops=lambda M, N, K: 2 * M * N * K,
+    ),
+    Case(
+        in_place(gemm_fp8, 4), in_place(gemm_fp8_ref, 4), gemm_fp8_args,
+        [dict(M=0, N=128, K=128, out=True), dict(M=37, N=256, K=384, tall=True, out=True, accumulate=True),
+         dict(M=37, N=256, K=384, out=True), dict(M=2048, N=2048, K=8192, tall=True, out=True, accumulate=True)],
+    ),
+    Case(
+        grad_norm, grad_norm_ref,
+        lambda rand, sizes: (tuple(rand.data(n) for n in sizes),),
+        [dict(sizes=()), dict(sizes=(0,)), dict(sizes=(1, 0, 1000, 7)), dict(sizes=(2048 * 1024,) * 64)],
+    ),
+    Case(
+        grouped_gemm, grouped_gemm_ref,
+        lambda rand, S, E, N, K, rest=0: (
+            poison(rand(S, K), offsets := offsets_of(rand, S, E, rest)), rand(E, N, K), offsets,
+        ),
+        [dict(S=0, E=3, N=8, K=16), dict(S=1, E=1, N=1, K=1), dict(S=67, E=8, N=33, K=24, rest=5),
+         dict(S=9, E=256, N=8, K=8), dict(S=7, E=2, N=1024, K=128), dict(S=7, E=2, N=128, K=2048),
+         dict(S=65536, E=256, N=1024, K=2048)],
+        defined=owned, flops=lambda S, E, N, K: 2 * S * N * K,
+    ),
+    Case(
+        grouped_gemm_fp8, grouped_gemm_fp8_ref, grouped_fp8_args,
+        [dict(S=0, E=3, N=128, K=128), dict(S=1, E=1, N=128, K=128), dict(S=67, E=8, N=128, K=256, rest=5),
+         dict(S=7, E=2, N=1024, K=128), dict(S=7, E=2, N=128, K=2048), dict(S=65536, E=256, N=1024, K=2048)],
+        dtypes=(BF16,), defined=owned, flops=lambda S, E, N, K: 2 * S * N * K,
+    ),
+    Case(
+        grouped_gemm_fp8, grouped_gemm_fp8_ref, gather_args,
+        [dict(T=0, E=3, N=256, K=128), dict(T=1, E=1, N=256, K=128, topk=1),
+         dict(T=37, E=4, N=256, K=128, routing="masked"), dict(T=8192, E=256, N=1024, K=2048, topk=8)],
+        dtypes=(BF16,), kwargs=dict(swiglu=True), defined=owned,
+    ),
+    Case(
+        grouped_gemm_fp8, grouped_gemm_fp8_ref, gather_args,
+        [dict(T=37, E=4, N=128, K=256, routing="masked"), dict(T=37, E=4, N=128, K=256, routing="one"),
+         dict(T=8192, E=256, N=1024, K=2048, topk=8)],
+        dtypes=(BF16,), kwargs=dict(dtype=FP32), defined=owned,
+    ),
+    Case(
+        grouped_gemm_fp8_masked, grouped_gemm_fp8_masked_ref, masked_fp8_args,
+        [dict(E=1, M=0, N=128, K=128), dict(E=1, M=1, N=128, K=128), dict(E=5, M=19, N=128, K=256),
+         dict(E=2, M=8, N=128, K=2048), dict(E=32, M=128, N=1024, K=2048)],
+        dtypes=(BF16,),
+        defined=lambda outs, args: [torch.cat([y[:m] for y, m in zip(outs[0], args[4], strict=True)])],
+    ),
+    Case(
+        grouped_wgrad, grouped_wgrad_ref, wgrad_args,
+        [dict(S=0, E=3, N=128, K=128), dict(S=1, E=1, N=33, K=7), dict(S=300, E=5, N=24, K=40, rest=9),
+         dict(S=300, E=5, N=128, K=256, rest=9, fp8=True), dict(S=40, E=2, N=64, K=2048),
+         dict(S=65536, E=256, N=1024, K=2048)],
+        flops=lambda S, E, N, K: 2 * S * N * K,
+    ),
+    Case(
+        in_place(grouped_wgrad, 3), in_place(grouped_wgrad_ref, 3), wgrad_args,
+        [dict(S=0, E=3, N=128, K=128, out=True), dict(S=300, E=5, N=24, K=40, rest=9, out=True),
+         dict(S=300, E=5, N=128, K=256, rest=9, out=True, accumulate=True, fp8=True),
+         dict(S=65536, E=256, N=1024, K=2048, out=True, accumulate=True)],
+    ),
+    Case(
+        grouped_wgrad, grouped_wgrad_ref, wgrad_column_args,
+        [dict(T=0, E=3, N=128, K=128), dict(T=1, E=1, N=128, K=256, topk=1), dict(T=150, E=4, N=256, K=128),
+         dict(T=150, E=4, N=128, K=128, routing="masked"), dict(T=150, E=4, N=128, K=128, routing="one"),
+         dict(T=8192, E=256, N=1024, K=2048, topk=8)],
+        dtypes=(FP32,),
+    ),
+    Case(
+        linear_cross_entropy, linear_cross_entropy,
+        lambda rand, T, H, V, reduction="mean", chunk=1024: (
+            rand(T, H) / 4, rand(V, H), targets_of(rand, T, V), -7, reduction, chunk,
+        ),
+        [dict(T=0, H=4, V=5), dict(T=1, H=1, V=1), dict(T=67, H=24, V=100, chunk=16),
+         dict(T=64, H=20, V=129, chunk=32, reduction="sum"), dict(T=3, H=8, V=157184), dict(T=5, H=2048, V=320),
+         dict(T=8192, H=2048, V=157184)],
+        truth=linear_cross_entropy_ref, flops=lambda T, H, V: 6 * T * H * V,
+    ),
+    Case(
+        moe, moe_ref, moe_args,
+        [dict(T=0, E=4, H=16, F=8), dict(T=1, E=1, H=16, F=8, topk=1),
+         dict(T=37, E=16, H=24, F=20, groups=4, group_topk=2, topk=4, Fs=12, masked=True),
+         dict(T=8192, E=256, H=2048, F=512, groups=8, group_topk=4, topk=8, Fs=512)],
+        kwargs=dict(z_loss=0.5),
+    ),
+    Case(
+        moe, moe_ref, moe_args,
+        [dict(T=3, E=4, H=2048, F=16, Fs=512),
+         dict(T=8192, E=256, H=2048, F=512, groups=8, group_topk=4, topk=8, Fs=512)],
+        dtypes=(BF16,), backends=("torch", "triton"),
+    ),
+    Case(
+        moe, moe_ref, moe_args,
+        [dict(T=37, E=16, H=24, F=20, groups=4, group_topk=2, topk=4, Fs=12, masked=True),
+         dict(T=8192, E=256, H=2048, F=512, groups=8, group_topk=4, topk=8, Fs=512)],
+        kwargs=dict(fold_weights=True),
+    ),
+    Case(
+        moe, moe_ref, moe_args,
+        [dict(T=0, E=4, H=128, F=128, fp8=True),
+         dict(T=37, E=8, H=128, F=256, groups=4, group_topk=2, topk=4, Fs=128, masked=True, fp8=True),
+         dict(T=8192, E=256, H=2048, F=512, groups=8, group_topk=4, topk=8, Fs=512, fp8=True)],
+        dtypes=(BF16,),
+    ),
+    Case(
+        moe_decode, moe_decode_ref,
+        lambda rand, **shape: (*(args := moe_args(rand, **shape))[:6], *args[7:]),
+        [dict(T=1, E=16, H=24, F=20, groups=4, group_topk=2, topk=4, Fs=12),
+         dict(T=8, E=4, H=128, F=128, Fs=128, fp8=True),
+         dict(T=1, E=256, H=2048, F=512, groups=8, group_topk=4, topk=8, Fs=512, fp8=True)],
+    ),
+    Case(
+        permute, permute_ref,
+        lambda rand, T, E, topk, H, routing="": (rand(T, H), plan_of(rand, T, E, topk, routing)),
+        [dict(T=0, E=4, topk=2, H=8), dict(T=1, E=1, topk=1, H=1), dict(T=37, E=8, topk=3, H=33, routing="masked"),
+         dict(T=37, E=8, topk=3, H=24, routing="one"), dict(T=5, E=256, topk=8, H=2048),
+         dict(T=8192, E=256, topk=8, H=2048)],
+        exact=True, defined=owned,
+    ),
+    Case(
+        permute_quantize, permute_quantize_ref,
+        lambda rand, T, E, topk, H, routing="": (rand.data(T, H), plan_of(rand, T, E, topk, routing)),
+        [dict(T=0, E=4, topk=2, H=128), dict(T=1, E=1, topk=1, H=128), dict(T=67, E=4, topk=3, H=256, routing="masked"),
+         dict(T=67, E=4, topk=3, H=128, routing="one"), dict(T=5, E=3, topk=2, H=2048),
+         dict(T=8192, E=256, topk=8, H=2048)],
+        kwargs=dict(columns=True, pow2=True), exact=True, defined=owned,
+    ),
+    Case(
+        qk_norm_attention, qk_norm_attention_ref,
+        lambda rand, q, **shape: (*qk_norm_rope_args(rand, sum(q), **shape)[:7], cu_seqlens(q), True, 0.3, 0.1),
+        [dict(q=()), dict(q=(5, 0, 30)), dict(q=(9, 4), Hq=16, Hkv=4, D=128, R=64),
+         dict(q=(4096,) * 8, Hq=16, Hkv=4, D=128, R=64, P=4096)],
+    ),
+    Case(
+        qk_norm_rope, qk_norm_rope_ref, qk_norm_rope_args,
+        [dict(T=0), dict(T=1), dict(T=37), dict(T=6, R=20), dict(T=6, Hq=4, Hkv=4, D=6, R=2),
+         dict(T=5, Hq=16, Hkv=4, D=128, R=64, P=4096), dict(T=5, Hq=32, Hkv=4, D=128, R=64, P=32768, yarn=4),
+         dict(T=2, Hq=64, Hkv=8, D=128, R=64), dict(T=8192, Hq=16, Hkv=4, D=128, R=64, P=4096)],
+    ),
+    Case(
+        qk_norm_rope, qk_norm_rope_ref,
+        lambda rand, **shape: (*qk_norm_rope_args(rand, **shape)[:-1], True),
+        [dict(T=37), dict(T=8192, Hq=16, Hkv=4, D=128, R=64, P=4096)],
+    ),
+    Case(
+        writing(qk_norm_rope, 9), writing(qk_norm_rope_ref, 9), qk_norm_rope_args,
+        [dict(T=0, cache=4, fp8=True), dict(T=37, cache=1), dict(T=5, Hq=16, Hkv=4, D=128, R=64, cache=16, fp8=True),
+         dict(T=8192, Hq=16, Hkv=4, D=128, R=64, P=4096, cache=64)],
+    ),
+    Case(
+        quantize, quantize_ref,
+        lambda rand, M, K: (rand.data(M, K),),
+        [dict(M=0, K=128), dict(M=1, K=128), dict(M=67, K=384), dict(M=3, K=8192), dict(M=8192, K=2048)],
+        exact=True,
+    ),
+    Case(
+        quantize, quantize_ref,
+        lambda rand, M, K: (rand.data(M, K), True, True),
+        [dict(M=0, K=128), dict(M=129, K=256), dict(M=3, K=2048), dict(M=8192, K=2048)],
+        kwargs=dict(pow2=True), exact=True,
+    ),
+    Case(
+        quantize, quantize_ref,
+        lambda rand, T, E, K, routing="": (
+            poison(rand.data(2 * T, K), (plan := plan_of(rand, T, E, 2, routing)).offsets), False, True, plan,
+        ),
+        [dict(T=0, E=3, K=128), dict(T=67, E=4, K=128, routing="masked"), dict(T=67, E=4, K=128, routing="one"),
+         dict(T=32768, E=256, K=2048)],
+        exact=True, defined=lambda outs, args: owned([*outs[:0], *[outs[0][:0]] * 2, *outs], args)[2:],
+    ),
+    Case(
+        quantize, quantize_ref,
+        lambda rand, M, K: (rand.data(M, K),),
+        [dict(M=37, K=256), dict(M=8192, K=2048)],
+        kwargs=dict(statistics=True), exact=(0, 1),
+    ),
+    Case(
+        quantize_weight, quantize_weight_ref,
+        lambda rand, *shape, **sizes: (rand.data(*sizes.values()),),
+        [dict(E=0, N=128, K=128), dict(N=256, K=384), dict(E=3, N=128, K=256), dict(E=256, N=1024, K=2048)],
+        exact=True,
+    ),
     Case(
         rms_norm, rms_norm_ref,
         lambda rand, M, N: (rand(M, N), rand(N), None, 0.1),
-        [dict(M=0, N=128), dict(M=1, N=128), dict(M=37, N=576), dict(M=64, N=2048), dict(M=16384, N=2048)],
+        [dict(M=0, N=128), dict(M=1, N=128), dict(M=37, N=576), dict(M=64, N=2048), dict(M=1, N=8192), dict(M=5, N=33),
+         dict(M=16384, N=2048)],
+        backends=("torch", "triton", "cuda"),
+    ),
+    Case(
+        rms_norm, rms_norm_ref,
+        lambda rand, M, N: (rand(M, N), rand(N), rand(M, N), 0.1),
+        [dict(M=0, N=128), dict(M=1, N=1), dict(M=3, N=100), dict(M=37, N=512), dict(M=16384, N=2048)],
         backends=("torch", "triton", "cuda"),
     ),
     Case(
@@ -85,7 +520,62 @@ CASES = [
         ),
         [dict(T=0, E=256), dict(T=1, E=256), dict(T=67, E=256), dict(T=67, E=256, masked=True),
          dict(T=5, E=64, groups=4), dict(T=8192, E=256)],
-        dtypes=(FP32,), kwargs=dict(z_loss=0.5),
+        dtypes=(FP32,), kwargs=dict(z_loss=0.5), backends=("torch", "cuda"),
+    ),
+    Case(
+        router_gemm, router_gemm_ref,
+        lambda rand, T, E, H: (rand(T, H), rand.fp32(E, H)),
+        [dict(T=0, E=4, H=16), dict(T=1, E=1, H=1), dict(T=37, E=256, H=48), dict(T=3, E=16, H=8192),
+         dict(T=8192, E=256, H=2048)],
+        flops=lambda T, E, H: 2 * T * E * H,
+    ),
+    Case(
+        router_gemm, router_gemm_ref,
+        lambda rand, T, E, H: (rand(T, H), rand.fp32(E, H)),
+        [dict(T=37, E=16, H=128), dict(T=8192, E=256, H=2048)],
+        kwargs=dict(passes=2), flops=lambda T, E, H: 2 * T * E * H,
+    ),
+    Case(
+        swiglu, swiglu_ref,
+        lambda rand, F, **rows: (rand(*rows.values(), 2 * F),),
+        [dict(F=128, M=0), dict(F=1), dict(F=129, B=2, L=3), dict(F=512, M=7), dict(F=512, M=65536)],
+        backends=("torch", "triton"),
+    ),
+    Case(
+        swiglu, swiglu_ref,
+        lambda rand, S, F: (rand(S, 2 * F), rand.fp32(S)),
+        [dict(S=0, F=128), dict(S=1, F=1), dict(S=37, F=512), dict(S=65536, F=512)],
+    ),
+    Case(
+        swiglu, swiglu_ref,
+        lambda rand, S, F: (rand.data(S, 2 * F), rand.data(S, dtype=FP32)),
+        [dict(S=0, F=128), dict(S=37, F=512), dict(S=65536, F=512)],
+        kwargs=dict(quantize=True, pow2=True), exact=True,
+    ),
+    Case(
+        swiglu, swiglu_ref,
+        lambda rand, T, E, F, routing="": (
+            poison(rand.data(2 * T, 2 * F), (plan := plan_of(rand, T, E, 2, routing)).offsets), None, True, True, plan,
+        ),
+        [dict(T=0, E=3, F=128), dict(T=67, E=4, F=128, routing="masked"), dict(T=32768, E=256, F=512)],
+        exact=True, defined=owned,
+    ),
+    Case(
+        transpose_fp8, transpose_fp8_ref,
+        lambda rand, **sizes: quantize_weight(rand.data(*sizes.values())),
+        [dict(N=128, K=128), dict(N=256, K=384), dict(E=0, N=128, K=128), dict(E=3, N=128, K=256),
+         dict(E=256, N=1024, K=2048)],
+        dtypes=(FP32,), backends=("torch", "cuda"), exact=True,
+    ),
+    Case(
+        unpermute, unpermute_ref,
+        lambda rand, T, E, topk, H, routing="": (
+            poison(rand(T * topk, H), (plan := plan_of(rand, T, E, topk, routing)).offsets), plan,
+            None if routing == "one" else rand.fp32(T, topk),
+        ),
+        [dict(T=0, E=4, topk=2, H=8), dict(T=1, E=1, topk=1, H=1), dict(T=37, E=8, topk=3, H=33, routing="masked"),
+         dict(T=37, E=8, topk=3, H=24, routing="one"), dict(T=5, E=256, topk=8, H=2048),
+         dict(T=8192, E=256, topk=8, H=2048)],
     ),
 ]  # fmt: skip
 

@@ -1,8 +1,8 @@
 """FP8 (e4m3) quantisation: q = round(x / scale) with scale = max(amax / 448, 1e-30) over a block; x ~ q * scale.
 
 Activations and gradients have one scale per 1 x 128 (rows) or 128 x 1 (columns) block, weights one per 128 x 128.
-`pow2` rounds the scale up to a power of two. Rounding is to nearest even and saturates at +-448; a NaN or inf in a block
-makes its scale NaN or inf and so stays visible in the product.
+`pow2` rounds the scale up to a power of two. Rounding is to nearest even and saturates at +-448; a NaN or inf in a
+block makes its scale NaN or inf and so stays visible in the product.
 """
 
 import torch
@@ -35,7 +35,8 @@ def quantize(
     Not differentiable. Raises ValueError for another shape or dtype.
     """
     expect(x.ndim == 2 and x.shape[1] % BLOCK == 0 and x.is_floating_point(), "x [M, K] with K % 128 == 0", x)
-    expect(rows or not statistics, "rows=True where statistics are wanted", rows)
+    expect(rows or (columns and not statistics), "rows=True, or columns=True without statistics", rows, columns)
+    expect(plan is None or plan.source.shape == x.shape[:1], "a plan of M slots", x, plan and plan.source)
     return quantize_ref(x, rows, columns, plan, pow2, statistics)
 
 
@@ -76,9 +77,8 @@ def quantize_blocks(x: Tensor, block_m: int, block_n: int, pow2: bool) -> tuple[
     amax = blocks.abs().amax((-3, -1), keepdim=True)
     scale = (amax / E4M3_MAX).clamp(min=1e-30)
     if pow2:
-        mantissa, exponent = torch.frexp(scale)  # scale = mantissa * 2^exponent with 0.5 <= mantissa < 1
-        up = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).to(exponent.dtype))
-        scale = torch.where(scale.isfinite(), up, scale)
+        mantissa = torch.frexp(scale).mantissa  # scale = mantissa * 2^n with 0.5 <= mantissa < 1, so division is exact
+        scale = torch.where(scale.isfinite() & (mantissa != 0.5), scale / mantissa, scale)
     q = to_e4m3(blocks / scale).flatten(-4, -3).flatten(-2)
     return q, scale.squeeze((-3, -1)).float()
 
@@ -102,7 +102,7 @@ def row_scale_layout(scale: Tensor) -> Tensor:
 
 
 def padded_slots(S: int, E: int) -> int:
-    """Columns of a column-wise copy: enough for any routing of S slots to E experts, known without asking the device."""
+    """Columns of a column-wise copy: enough for any routing of S slots to E experts, known to the host."""
     return round_up(S + (BLOCK - 1) * min(E, S), BLOCK)
 
 

@@ -21,22 +21,27 @@ def rms_norm(
 ) -> Tensor | tuple[Tensor, ...]:
     """x [..., N], w [N] -> y [..., N] in x's dtype; reductions run in fp32.
 
-    With residual [..., N], x + residual is normed and the sum is returned too: (y, sum). quantize appends y's FP8 rows
-    and scales, columns also its column-wise copy, as `quantize` lays them out, taken from y before it is rounded (those
-    carry no gradient; x must be [M, N], N % 128 == 0). round_first rounds x * rstd to x's dtype before the weight, as
-    the official model's code does; its checkpoints were trained without. Raises ValueError for shapes that do not fit.
+    With residual [..., N], x + residual is normed and the sum is returned too, in residual's dtype: (y, sum). quantize
+    appends y's FP8 rows and scales, columns also its column-wise copy, as `quantize` lays them out, taken from y before
+    it is rounded (those carry no gradient; x must be [M, N], N % 128 == 0). round_first rounds x * rstd to x's dtype
+    before the weight, as the official model's code does; its checkpoints were trained without. Gradient: to x, residual
+    and w. Raises ValueError for shapes that do not fit.
     """
-    expect(x.shape[-1:] == w.shape and w.is_floating_point(), "x [..., N] and w [N]", x, w)
-    expect(residual is None or residual.shape == x.shape, "residual as x", x, residual)
-    expect(not (quantize or columns) or (x.ndim == 2 and x.shape[1] % 128 == 0), "x [M, N], N % 128 == 0, for FP8", x)
-    plain = residual is None and not (quantize or columns or round_first) and x.dtype == w.dtype
-    if backend(x) == "torch" or not plain:
+    N = x.shape[-1] if x.ndim else 0
+    expect(N > 0 and w.shape == (N,) and x.is_floating_point() and w.is_floating_point(), "x [..., N] and w [N]", x, w)
+    fits = residual is None or (residual.shape == x.shape and residual.is_floating_point())
+    expect(fits, "residual as x", x, residual)
+    expect(not (quantize or columns) or (x.ndim == 2 and N % 128 == 0), "x [M, N], N % 128 == 0, for FP8", x)
+    one_dtype = x.dtype == w.dtype == (x if residual is None else residual).dtype != torch.float64
+    if backend(x) == "torch" or quantize or columns or round_first or not one_dtype:
         return rms_norm_ref(x, w, residual, eps, quantize, columns, round_first)
-    return RMSNorm.apply(x.reshape(-1, x.shape[-1]), w, eps).view_as(x)
+    total = x if residual is None else x + residual
+    y = RMSNorm.apply(total.reshape(-1, N), w, eps).view(x.shape)
+    return y if residual is None else (y, total)
 
 
 def rms_norm_ref(x, w, residual=None, eps=1e-6, quantize=False, columns=False, round_first=False):
-    total = x if residual is None else (wide(x) + wide(residual)).to(x.dtype)
+    total = x if residual is None else (wide(x) + wide(residual)).to(residual.dtype)
     xw = wide(total)
     xhat = xw * (xw.square().mean(-1, keepdim=True) + eps).rsqrt()
     if round_first:
@@ -51,7 +56,8 @@ def rms_norm_ref(x, w, residual=None, eps=1e-6, quantize=False, columns=False, r
 class RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, eps):
-        y, rstd = torch.empty_like(x), x.new_empty(len(x), dtype=torch.float32)
+        x, w = x if x.stride(1) == 1 else x.contiguous(), w.contiguous()
+        y, rstd = x.new_empty(x.shape), x.new_empty(len(x), dtype=torch.float32)
         rms_norm_fwd(x, w, y, rstd, eps)
         ctx.save_for_backward(x, w, rstd)
         return y
@@ -59,7 +65,7 @@ class RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, w, rstd = ctx.saved_tensors
-        dx = torch.empty_like(x)
+        dx = x.new_empty(x.shape)
         dw = torch.zeros(programs(len(x)), len(w), dtype=torch.float32, device=x.device)
         rms_norm_bwd(dy.contiguous(), x, w, rstd, dx, dw)
         return dx, dw.sum(0).to(w.dtype), None
@@ -72,9 +78,10 @@ def programs(M: int) -> int:
 
 @op("y", "rstd")
 def rms_norm_fwd(x: Tensor, w: Tensor, y: Tensor, rstd: Tensor, eps: float) -> None:
-    if backend(x) == "cuda":
-        return _C.rms_norm_fwd(x, w, y, rstd, eps)
     M, N = x.shape
+    vectors = N % 8 == x.stride(0) % 8 == x.data_ptr() % 16 == w.data_ptr() % 16 == 0  # of 16 bytes, 8 elements or 4
+    if backend(x) == "cuda" and vectors and x.dtype in (torch.float32, torch.bfloat16):
+        return _C.rms_norm_fwd(x, w, y, rstd, eps)
     if M:
         rms_norm_fwd_kernel[(M,)](x, w, y, rstd, x.stride(0), y.stride(0), N, eps, BLOCK_N=triton.next_power_of_2(N))
 
@@ -112,6 +119,6 @@ def rms_norm_bwd_kernel(dy, x, w, rstd, dx, dw, ldx, M, N, PROGRAMS, BLOCK_N: tl
         dys = tl.load(dy + m * N + n, mask=n < N, other=0.0).to(tl.float32)
         xhat = tl.load(x + m * ldx + n, mask=n < N, other=0.0).to(tl.float32) * r
         g = dys * ws
-        tl.store(dx + m * ldx + n, r * (g - xhat * tl.sum(g * xhat) / N), mask=n < N)
+        tl.store(dx + m * N + n, r * (g - xhat * tl.sum(g * xhat) / N), mask=n < N)
         dws += dys * xhat
     tl.store(dw + p * N + n, dws, mask=n < N)

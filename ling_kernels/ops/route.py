@@ -9,7 +9,10 @@ z_loss = coefficient * mean(logsumexp(logits)^2). Source: Ling 2.0, arXiv 2510.2
 import torch
 from torch import Tensor
 
-from ..op import expect, wide
+from ..backend import _C, backend
+from ..op import expect, op, wide
+
+KERNEL = (256, 8, 4, 8)  # experts, groups, groups kept, experts kept: what the CUDA kernel is made for
 
 
 def route(
@@ -30,15 +33,19 @@ def route(
     or sizes that do not fit.
     """
     T, E = logits.shape if logits.ndim == 2 else (0, 0)
-    expect(E > 0 and bias.shape == (E,) and logits.dtype == bias.dtype == torch.float32,
-           "logits [T, E] and bias [E], fp32", logits, bias)  # fmt: skip
+    fits = E > 0 and bias.shape == (E,) and logits.dtype == bias.dtype
+    expect(fits and logits.dtype in (torch.float32, torch.float64), "logits [T, E] and bias [E], fp32", logits, bias)
     expect(mask is None or (mask.shape == (T,) and mask.dtype == torch.bool), "mask [T] bool", mask)
     per_group = E // max(num_groups, 1)
     expect(num_groups >= 1 and E % num_groups == 0 and 1 <= group_topk <= num_groups
            and 1 <= topk <= group_topk * per_group,
            "num_groups that divides E, group_topk <= num_groups, topk <= group_topk * E / num_groups",
            E, num_groups, group_topk, topk)  # fmt: skip
-    return route_ref(logits, bias, mask, num_groups, group_topk, topk, scale, z_loss)
+    fits = mask is None and (E, num_groups, group_topk, topk) == KERNEL and logits.dtype == torch.float32
+    if backend(logits) != "cuda" or not fits:
+        return route_ref(logits, bias, mask, num_groups, group_topk, topk, scale, z_loss)
+    routed = Route.apply(logits, bias, scale)
+    return routed if z_loss is None else (*routed, mean_square_lse(logits, None, z_loss))
 
 
 def route_ref(logits, bias, mask=None, num_groups=8, group_topk=4, topk=8, scale=2.5, z_loss=None):
@@ -61,15 +68,53 @@ def route_ref(logits, bias, mask=None, num_groups=8, group_topk=4, topk=8, scale
     counts = torch.zeros(E + 1, dtype=torch.int32, device=logits.device)
     chosen = experts.flatten().long()
     counts = counts.index_add(0, chosen % (E + 1), torch.ones_like(chosen, dtype=torch.int32))[:E]  # -1 % (E+1) is E
-    if z_loss is None:
-        return weights, experts, counts
+    routed = weights, experts, counts
+    return routed if z_loss is None else (*routed, mean_square_lse(logits, mask, z_loss))
+
+
+def mean_square_lse(logits: Tensor, mask: Tensor | None, coefficient: float) -> Tensor:
+    """The z-loss; 0 where no token counts."""
     squares = logits.logsumexp(-1).square()
-    if mask is not None:
-        squares = squares.masked_fill(~mask, 0)
-    tokens = T if mask is None else mask.sum()
-    return weights, experts, counts, z_loss * squares.sum() / torch.as_tensor(tokens, device=logits.device).clamp(min=1)
+    if mask is None:
+        return coefficient * squares.sum() / max(len(logits), 1)
+    return coefficient * squares.masked_fill(~mask, 0).sum() / mask.sum().clamp(min=1)
 
 
 def lowest_first(x: Tensor, k: int) -> Tensor:
-    """Indices of the k largest of each row in descending order; the lowest index wins ties, as topk does not promise."""
+    """Indices of the k largest of each row in descending order; the lowest index wins ties (topk promises nothing)."""
     return x.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+
+
+class Route(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, bias, scale):
+        weights = logits.new_empty(len(logits), KERNEL[-1])
+        experts = torch.empty_like(weights, dtype=torch.int32)
+        counts = experts.new_zeros(logits.shape[1])
+        route_fwd(logits, bias, experts, weights, counts, scale)
+        ctx.save_for_backward(logits, experts)
+        ctx.mark_non_differentiable(experts, counts)
+        ctx.scale = scale
+        return weights, experts, counts
+
+    @staticmethod
+    def backward(ctx, dweights, *_):
+        # With z = sum + 1e-20:  ds = scale / z * (dw - sum(s * dw) / z),  dlogits = ds * s * (1 - s)
+        logits, experts = ctx.saved_tensors
+        experts = experts.long()
+        s = logits.gather(1, experts).sigmoid()
+        z = s.sum(-1, keepdim=True) + 1e-20
+        ds = ctx.scale / z * (dweights - (s * dweights).sum(-1, keepdim=True) / z)
+        return torch.zeros_like(logits).scatter_(1, experts, ds * s * (1 - s)), None, None
+
+
+@op("experts", "weights", "counts")
+def route_fwd(logits: Tensor, bias: Tensor, experts: Tensor, weights: Tensor, counts: Tensor, scale: float) -> None:
+    """counts are added to."""
+    _C.route(rows_of_16_bytes(logits), rows_of_16_bytes(bias), experts, weights, counts, scale)
+
+
+def rows_of_16_bytes(x: Tensor) -> Tensor:
+    """x, or a copy where its rows do not start at multiples of 16 bytes, which the kernel reads at once."""
+    fits = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and (x.ndim == 1 or x.stride(0) % 4 == 0)
+    return x if fits else x.clone(memory_format=torch.contiguous_format)

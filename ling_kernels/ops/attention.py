@@ -1,0 +1,170 @@
+"""Causal grouped-query attention over packed sequences: out = softmax(scale * q k^T) v, lse = logsumexp(scale * q k^T).
+
+Head h of the Hq query heads reads KV head h // (Hq / Hkv). The causal mask is aligned at the bottom right, as in
+flash-attention: of a sequence with Lq queries and Lk keys, query i sees keys 0 .. i + Lk - Lq.
+Gradients, with P = exp(scale * q k^T - lse) and delta = rowsum(dout * out):
+dv = P^T dout,  dS = P * (dout v^T - delta),  dq = scale * dS k,  dk = scale * dS^T q.
+P and dS are rounded to the inputs' dtype before their products, since tensor cores take them so.
+"""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ..op import autocast, expect, op, wide
+
+BLOCK_M = 128  # queries at a time: bounds the scores held, and skips what the causal mask hides
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """q [Tq, Hq, D], k and v [Tk, Hkv, D] of one dtype -> out [Tq, Hq, D] in that dtype and lse [Hq, Tq] fp32.
+
+    Sequence b is rows cu_seqlens_q[b] : cu_seqlens_q[b + 1] of q and the like of k and v; cu_seqlens [B + 1] are int32,
+    on the device, ascend from 0 to the number of rows; those of k are those of q unless given. Hkv divides Hq; scale is
+    1 / sqrt(D) unless given. Softmax in fp32. A query that sees no key gives out 0 and lse -inf. Gradient: to q, k and
+    v through out; lse is not differentiable. Raises ValueError for another shape or dtype, and for cu_seqlens that do
+    not ascend or cover where the torch implementation reads them.
+    """
+    if cu_seqlens_k is cu_seqlens_q:
+        cu_seqlens_k = None  # torch.compile refuses one tensor in two places of an autograd.Function
+    shapes = q.ndim == k.ndim == 3 and k.shape == v.shape and q.shape[2] == k.shape[2]
+    heads = shapes and k.shape[1] > 0 and q.shape[1] > 0 and q.shape[1] % k.shape[1] == 0
+    expect(heads and q.is_floating_point() and q.dtype == k.dtype == v.dtype,
+           "q [Tq, Hq, D], k and v [Tk, Hkv, D] of one dtype, Hq % Hkv == 0", q, k, v)  # fmt: skip
+    bounds = [cu_seqlens_q] if cu_seqlens_k is None else [cu_seqlens_q, cu_seqlens_k]
+    expect(all(c.dtype == torch.int32 and c.ndim == 1 and len(c) and c.shape == cu_seqlens_q.shape for c in bounds),
+           "cu_seqlens_q and cu_seqlens_k [B + 1] int32", *bounds)  # fmt: skip
+    expect(len(bounds) == 2 or len(q) == len(k), "as many rows in k as in q where cu_seqlens_k is not given", q, k)
+    return attention_ref(*autocast(q, k, v), cu_seqlens_q, cu_seqlens_k, causal, scale)
+
+
+def attention_ref(q, k, v, cu_seqlens_q, cu_seqlens_k=None, causal=True, scale=None):
+    """A loop over sequences, which asks the host for cu_seqlens: on a GPU each call waits for them."""
+    return Attention.apply(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, q.shape[-1] ** -0.5 if scale is None else scale)
+
+
+class Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, cu_q, cu_k, causal, scale):
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        lse = torch.empty(q.shape[1], q.shape[0], dtype=wide(q).dtype, device=q.device)
+        attention_fwd(q, k, v, cu_q, cu_k, out, lse, causal, scale)
+        ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k)
+        ctx.causal, ctx.scale = causal, scale
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, dout, _):
+        q, k, v, out, lse, cu_q, cu_k = ctx.saved_tensors
+        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+        attention_bwd(dout, q, k, v, out, lse, cu_q, cu_k, dq, dk, dv, ctx.causal, ctx.scale)
+        return dq, dk, dv, None, None, None, None
+
+
+@op("out", "lse")
+def attention_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    scale: float,
+) -> None:
+    Tq, Tk, Hkv, G = len(q), len(k), k.shape[1], q.shape[1] // k.shape[1]
+    qs, ks, vs = (by_kv_head(x, Hkv) for x in (q, k, v))
+    outs, lses = torch.zeros_like(qs), qs.new_full(qs.shape[:2], -torch.inf)
+    with torch.autocast(q.device.type, enabled=False):
+        for rows, keys, hidden in tiles(cu_q, cu_k, Tq, Tk, G, causal):
+            outs[:, rows], lses[:, rows] = attend(qs[:, rows], ks[:, keys], vs[:, keys], hidden, scale, q.dtype)
+    out.copy_(by_token(outs, out.shape))
+    lse.copy_(lses.view(Hkv, Tq, G).transpose(1, 2).reshape(lse.shape))
+
+
+@op("dq", "dk", "dv")
+def attention_bwd(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor | None,
+    dq: Tensor, dk: Tensor, dv: Tensor, causal: bool, scale: float,
+) -> None:  # fmt: skip
+    Tq, Tk, Hkv, G = len(q), len(k), k.shape[1], q.shape[1] // k.shape[1]
+    qs, ks, vs, outs, douts = (by_kv_head(x, Hkv) for x in (q, k, v, out, dout))
+    lses = lse.view(Hkv, G, Tq).transpose(1, 2).reshape(Hkv, Tq * G, 1)
+    delta = (douts * outs).sum(-1, keepdim=True)
+    dqs, dks, dvs = (torch.zeros_like(x) for x in (qs, ks, vs))
+    with torch.autocast(q.device.type, enabled=False):
+        for rows, keys, hidden in tiles(cu_q, cu_k, Tq, Tk, G, causal):
+            q_, k_, v_, dout_ = qs[:, rows], ks[:, keys], vs[:, keys], douts[:, rows]
+            p = (q_ @ k_.mT).mul_(scale).sub_(lses[:, rows]).exp_().masked_fill_(hidden, 0)
+            dvs[:, keys] += rounded(p, q.dtype).mT @ dout_
+            ds = (dout_ @ v_.mT).sub_(delta[:, rows]).mul_(p)
+            ds = rounded(ds, q.dtype)
+            dqs[:, rows] = (ds @ k_).mul_(scale)
+            dks[:, keys] += (ds.mT @ q_).mul_(scale)
+    for x, xs in ((dq, dqs), (dk, dks), (dv, dvs)):
+        x.copy_(by_token(xs, x.shape))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Wide q [..., M, D], k and v [..., N, D], hidden [..., M, N] bool -> out [..., M, D] and lse [..., M], wide.
+
+    The unnormalised P is rounded to dtype; its row sums are not, as in flash-attention.
+    """
+    s = (q @ k.mT).mul_(scale).masked_fill_(hidden, -torch.inf)
+    largest = s.amax(-1, keepdim=True).clamp(min=torch.finfo(s.dtype).min)  # -inf - -inf would be NaN
+    p = s.sub_(largest).exp_()
+    total = p.sum(-1, keepdim=True)
+    out = (rounded(p, dtype) @ v) / total.masked_fill(total == 0, 1)
+    return out, (largest + total.log()).squeeze(-1)
+
+
+def tiles(cu_q: Tensor, cu_k: Tensor | None, Tq: int, Tk: int, G: int, causal: bool):
+    """Rows of q (G per token, see by_kv_head), the keys that any of them sees, and which of those are hidden [M, N]."""
+    bounds_q = ascending(cu_q, Tq)
+    bounds_k = bounds_q if cu_k is None else ascending(cu_k, Tk)
+    for (q0, q1), (k0, k1) in zip(pairwise(bounds_q), pairwise(bounds_k), strict=True):
+        for m0 in range(q0, q1, BLOCK_M):
+            m1 = min(m0 + BLOCK_M, q1)
+            n1 = k1 - (q1 - m1) if causal else k1  # where the keys that query m1 - 1 sees end
+            if n1 <= k0:
+                continue
+            hidden = torch.zeros((), dtype=torch.bool, device=cu_q.device)
+            if causal:
+                query = torch.arange(m0, m1, device=cu_q.device).repeat_interleave(G)
+                hidden = torch.arange(k0, n1, device=cu_q.device) > query[:, None] + (k1 - q1)
+            yield slice(m0 * G, m1 * G), slice(k0, n1), hidden
+
+
+def ascending(cu_seqlens: Tensor, T: int) -> list[int]:
+    bounds = cu_seqlens.tolist()
+    fits = bounds[0] == 0 and bounds[-1] == T and all(a <= b for a, b in pairwise(bounds))
+    expect(fits, f"cu_seqlens that ascend from 0 to {T}, the number of rows", bounds)
+    return bounds
+
+
+def by_kv_head(x: Tensor, Hkv: int) -> Tensor:
+    """[T, H, D] -> [Hkv, T * G, D], wide: the G = H / Hkv heads that share keys are rows of one product."""
+    T, H, D = x.shape
+    return wide(x).view(T, Hkv, H // Hkv, D).transpose(0, 1).reshape(Hkv, T * (H // Hkv), D)
+
+
+def by_token(x: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse of by_kv_head: to shape [T, H, D]."""
+    T, H, D = shape
+    return x.view(len(x), T, H // len(x), D).transpose(0, 1).reshape(shape)
+
+
+def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x with the precision of dtype, as wide as it was."""
+    return x.to(dtype).to(x.dtype)

@@ -1,0 +1,100 @@
+"""Grouped FP8 GEMM: `gemm_fp8` of every expert's rows with that expert's weight, rows ragged or in fixed slabs."""
+
+import torch
+from torch import Tensor
+
+from ..op import expect, op
+from .dispatch import Plan
+from .gemm_fp8 import expect_fp8, scaled_product
+from .swiglu import swiglu_ref
+
+
+def grouped_gemm_fp8(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    offsets: Tensor,
+    gather: Plan | None = None,
+    swiglu: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """a [S, K] e4m3, a_scale [S, K/128], b [E, N, K] e4m3, b_scale [E, N/128, K/128], offsets [E + 1] int32 -> [S, N].
+
+    gather: a is [T, K], unpermuted, and row s of the product uses row gather.source[s] // topk of it.
+    swiglu: N = 2F, and the result is (y_q [S, F], y_scale [S, F/128]), the FP8 rows of swiglu(product), which is not
+    rounded in between; dtype is then ignored.
+    Rows past offsets[E] are undefined. Not differentiable. Raises ValueError for operands that do not fit. The host
+    reads the offsets where no kernel serves.
+    """
+    expect_fp8(a, a_scale, b, b_scale)
+    expect(a.ndim == 2 and b.ndim == 3, "a [S, K] and b [E, N, K]", a, b)
+    fits = len(b) > 0 and offsets.shape == (len(b) + 1,) and offsets.dtype == torch.int32
+    expect(fits, "offsets [E + 1] int32, E > 0", offsets, b)
+    expect(gather is None or len(gather.slot) == len(a), "a [T, K] and a plan of T tokens", a, gather and gather.slot)
+    expect(not swiglu or b.shape[1] % 256 == 0, "N % 256 == 0 for swiglu", b)
+    S = len(a) if gather is None else len(gather.source)
+    y = torch.empty(S, b.shape[1], dtype=torch.float32 if swiglu else dtype, device=a.device)
+    source, topk = (None, 1) if gather is None else (gather.source, gather.slot.shape[1])
+    grouped_gemm_fp8_fwd(a, a_scale, b, b_scale, offsets, source, topk, y)
+    return swiglu_ref(y, quantize=True) if swiglu else y
+
+
+def grouped_gemm_fp8_ref(a, a_scale, b, b_scale, offsets, gather=None, swiglu=False, dtype=torch.bfloat16):
+    if gather is not None:
+        token = gather.source.long() // gather.slot.shape[1]
+        a, a_scale = a[token], a_scale[token]
+    y = expert_products(a, a_scale, b, b_scale, offsets)
+    if swiglu:
+        return swiglu_ref(y, quantize=True)
+    return y if y.dtype == torch.float64 else y.to(dtype)
+
+
+def expert_products(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, offsets: Tensor) -> Tensor:
+    """[S, N] in the scales' precision, zeros in the rows past offsets[E]."""
+    bounds = offsets.tolist()
+    parts = [
+        scaled_product(a[lo:hi], a_scale[lo:hi], b[e], b_scale[e])
+        for e, (lo, hi) in enumerate(zip(bounds, bounds[1:], strict=False))
+    ]
+    rest = a_scale.new_zeros(len(a) - bounds[-1], b.shape[1])
+    return torch.cat([*parts, rest])
+
+
+@op("y")
+def grouped_gemm_fp8_fwd(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    offsets: Tensor,
+    source: Tensor | None,
+    topk: int,
+    y: Tensor,
+) -> None:
+    if source is not None:
+        token = source.long() // topk
+        a, a_scale = a[token], a_scale[token]
+    y.copy_(expert_products(a, a_scale, b, b_scale, offsets))
+
+
+def grouped_gemm_fp8_masked(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, counts: Tensor, dtype: torch.dtype = torch.bfloat16
+) -> Tensor:
+    """a [E, max_m, K] e4m3, a_scale [E, max_m, K/128], b [E, N, K], b_scale [E, N/128, K/128] -> [E, max_m, N].
+
+    Expert e owns the first counts[e] rows of its slab, counts [E] int32 on the device; the others are not read and
+    undefined in the result. The layout of low-latency expert parallelism and of decode graphs. Not differentiable.
+    Raises ValueError for operands that do not fit.
+    """
+    expect_fp8(a, a_scale, b, b_scale)
+    expect(a.ndim == b.ndim == 3 and len(a) == len(b), "a [E, max_m, K] and b [E, N, K]", a, b)
+    expect(counts.shape == (len(b),) and counts.dtype == torch.int32, "counts [E] int32", counts, b)
+    return grouped_gemm_fp8_masked_ref(a, a_scale, b, b_scale, counts, dtype)
+
+
+def grouped_gemm_fp8_masked_ref(a, a_scale, b, b_scale, counts, dtype=torch.bfloat16):
+    y = scaled_product(a, a_scale, b, b_scale)
+    other = torch.arange(a.shape[1], device=a.device) >= counts[:, None]
+    y = y.masked_fill(other[..., None], 0)
+    return y if y.dtype == torch.float64 else y.to(dtype)

@@ -1,0 +1,110 @@
+"""The routed feed-forward layer: every token through the topk experts that its router chose, plus the shared expert.
+
+y = sum over k of weight[k] * expert_k(x) + shared(x), expert(x) = down(silu(gate(x)) * up(x)).
+"""
+
+import torch
+from torch import Tensor
+
+from ..backend import force
+from ..op import autocast, expect
+from .dispatch import dispatch
+from .gemm_fp8 import gemm_fp8
+from .grouped_gemm import grouped_gemm
+from .grouped_gemm_fp8 import grouped_gemm_fp8
+from .permute import permute, permute_quantize
+from .quantize import quantize
+from .route import route
+from .router_gemm import router_gemm
+from .swiglu import swiglu
+from .unpermute import unpermute
+
+Weight = Tensor | tuple[Tensor, Tensor]  # as it is, or e4m3 with one scale per 128 x 128
+
+
+def moe(
+    x: Tensor,
+    router_w: Tensor,
+    bias: Tensor,
+    w_gate_up: Weight,
+    w_down: Weight,
+    shared: tuple[Weight, Weight] | None = None,
+    mask: Tensor | None = None,
+    num_groups: int = 8,
+    group_topk: int = 4,
+    topk: int = 8,
+    scale: float = 2.5,
+    z_loss: float | None = None,
+    fold_weights: bool = False,
+) -> tuple[Tensor, ...]:
+    """x [T, H], router_w [E, H], bias [E] fp32, w_gate_up [E, 2F, H], w_down [E, H, F] -> y [T, H], counts [E] int32.
+
+    shared is (w_gate_up [2Fs, H], w_down [H, Fs]) of the shared expert, which no weight scales. mask [T] bool: False
+    for padding, which no expert sees. z_loss, a coefficient, appends that loss. The routing arguments are `route`'s.
+    fold_weights=False applies the routing weights after the down projection in fp32, as the official inference code;
+    True folds them into SwiGLU, as its training code does. They differ by rounding only.
+    A weight may be FP8, a pair (w_q, w_scale) as `quantize_weight` returns it; it gets no gradient and passes none on.
+    Otherwise gradients go to x, router_w and all weights. Raises ValueError for operands that do not fit, and where x
+    wants a gradient through FP8 experts.
+    """
+    E, H = router_w.shape if router_w.ndim == 2 else (0, 0)
+    expect(x.ndim == 2 and x.shape[1] == H and E > 0, "x [T, H] and router_w [E, H]", x, router_w)
+    fp8 = isinstance(w_gate_up, tuple)
+    expect(fp8 == isinstance(w_down, tuple), "both expert weights FP8 or neither", type(w_gate_up), type(w_down))
+    gate_up, down = (w_gate_up[0], w_down[0]) if fp8 else (w_gate_up, w_down)
+    fits = gate_up.ndim == down.ndim == 3 and gate_up.shape == (E, 2 * down.shape[2], H) and down.shape[:2] == (E, H)
+    expect(fits, "w_gate_up [E, 2F, H] and w_down [E, H, F]", gate_up, down, router_w)
+    expect(not (fp8 and torch.is_grad_enabled() and x.requires_grad), "no gradient to x where weights are FP8", x)
+
+    weights, experts, counts, *z = route(
+        router_gemm(x, router_w), bias, mask, num_groups, group_topk, topk, scale, z_loss
+    )
+    plan = dispatch(experts, counts)
+    folded = weights.flatten()[plan.source.long()] if fold_weights else None
+    (x,) = autocast(x)
+    if fp8:
+        h = grouped_gemm_fp8(*permute_quantize(x, plan), *w_gate_up, plan.offsets, dtype=x.dtype)
+        h = grouped_gemm_fp8(*swiglu(h, folded, quantize=True), *w_down, plan.offsets, dtype=x.dtype)
+    else:
+        h = grouped_gemm(permute(x, plan), w_gate_up, plan.offsets)
+        h = grouped_gemm(swiglu(h, folded), w_down, plan.offsets)
+    y = unpermute(h, plan, None if fold_weights else weights)
+    if shared is not None:
+        y = y + linear(swiglu(linear(x, shared[0])), shared[1])
+    return y, counts, *z
+
+
+def moe_decode(
+    x: Tensor,
+    router_w: Tensor,
+    bias: Tensor,
+    w_gate_up: Weight,
+    w_down: Weight,
+    shared: tuple[Weight, Weight] | None = None,
+    num_groups: int = 8,
+    group_topk: int = 4,
+    topk: int = 8,
+    scale: float = 2.5,
+) -> Tensor:
+    """`moe` for the 1 to 8 rows of a decode step: x [T, H] -> y [T, H]. Not differentiable. Raises ValueError."""
+    expect(x.ndim == 2 and 1 <= len(x) <= 8, "x [1..8, H]", x)
+    with torch.no_grad():
+        return moe(x, router_w, bias, w_gate_up, w_down, shared, None, num_groups, group_topk, topk, scale)[0]
+
+
+def moe_ref(*args, **kwargs):
+    """The composition above is the definition; its parts are specified by their references."""
+    with force("torch"):
+        return moe(*args, **kwargs)
+
+
+def moe_decode_ref(*args, **kwargs):
+    with force("torch"):
+        return moe_decode(*args, **kwargs)
+
+
+def linear(x: Tensor, w: Weight) -> Tensor:
+    """x w^T, in FP8 where w is."""
+    if isinstance(w, tuple):
+        return gemm_fp8(*quantize(x), *w, dtype=x.dtype)
+    return torch.nn.functional.linear(x, w)

@@ -1,0 +1,35 @@
+"""The transpose of an FP8 weight, exact: its blocks are square, so data and scales transpose alone."""
+
+import torch
+from torch import Tensor
+
+from ..backend import _C, backend
+from ..op import E4M3, expect, op
+from .quantize import BLOCK
+
+
+def transpose_fp8(w_q: Tensor, w_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """w_q [N, K] or [E, N, K] e4m3, w_scale [(E,) N/128, K/128] fp32 -> wt_q [(E,) K, N], wt_scale [(E,) K/128, N/128].
+
+    Not differentiable. Raises ValueError where N or K is no multiple of 128 or the scales do not fit.
+    """
+    N, K = w_q.shape[-2:] if w_q.ndim in (2, 3) else (1, 1)
+    fits = N % BLOCK == K % BLOCK == 0 and w_scale.shape == (*w_q.shape[:-2], N // BLOCK, K // BLOCK)
+    expect(fits and w_q.dtype == E4M3, "w_q [(E,) N, K] e4m3 and w_scale [(E,) N/128, K/128]", w_q, w_scale)
+    if backend(w_q) != "cuda":
+        return transpose_fp8_ref(w_q, w_scale)
+    wt_q, wt_scale = (torch.empty_like(t.mT, memory_format=torch.contiguous_format) for t in (w_q, w_scale))
+    transpose_fp8_fwd(w_q.contiguous(), w_scale.float().contiguous(), wt_q, wt_scale)
+    return wt_q, wt_scale
+
+
+def transpose_fp8_ref(w_q, w_scale):
+    return w_q.mT.contiguous(), w_scale.mT.contiguous()
+
+
+@op("wt_q", "wt_scale")
+def transpose_fp8_fwd(w_q: Tensor, w_scale: Tensor, wt_q: Tensor, wt_scale: Tensor) -> None:
+    if w_q.ndim == 2:
+        return _C.transpose_fp8(w_q, w_scale, wt_q, wt_scale)
+    for expert in zip(w_q, w_scale, wt_q, wt_scale, strict=True):
+        _C.transpose_fp8(*expert)

@@ -1,0 +1,412 @@
+"""The routed layer's references against independent ones: Python loops per token and per expert, numpy, fp64."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import ling_kernels
+from ling_kernels.backend import _C, force
+from ling_kernels.ops.balance_bias import balance_bias_
+from ling_kernels.ops.dispatch import dispatch
+from ling_kernels.ops.grouped_gemm import grouped_gemm
+from ling_kernels.ops.moe import moe, moe_decode
+from ling_kernels.ops.permute import permute
+from ling_kernels.ops.quantize import quantize_weight
+from ling_kernels.ops.route import route
+from ling_kernels.ops.router_gemm import router_gemm
+from ling_kernels.ops.swiglu import swiglu
+from ling_kernels.ops.unpermute import unpermute
+from tests.cases import Rand, counts_of, offsets_of, plan_of, poison
+
+BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
+rand = torch.randn
+BACKENDS = ["torch", pytest.param("cuda", marks=pytest.mark.skipif(_C is None, reason="no _C"))]
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def route_one(logits, bias, groups, group_topk, topk):
+    """The experts of one token, by sorting Python lists; ties fall to the lowest index."""
+    b = [float(v) if v == v else -1e30 for v in torch.tensor(logits).sigmoid() + torch.tensor(bias)]
+    size = len(b) // groups
+    best_two = [np.float32(sum(sorted(b[g * size : g * size + size])[-2:])) for g in range(groups)]
+    kept = sorted(range(groups), key=lambda g: (-best_two[g], g))[:group_topk]
+    open_to = [e for e in range(len(b)) if e // size in kept]
+    return sorted(open_to, key=lambda e: (-b[e], e))[:topk]
+
+
+def check_route(logits, bias, groups=8, group_topk=4, topk=8):
+    weights, experts, counts = route(logits, bias, None, groups, group_topk, topk, 2.5)
+    for t in range(len(logits)):
+        chosen = route_one(logits[t].tolist(), bias.tolist(), groups, group_topk, topk)
+        assert experts[t].tolist() == chosen, t
+        s = logits[t, chosen].double().sigmoid()
+        assert torch.allclose(weights[t].double(), s / (s.sum() + 1e-20) * 2.5, rtol=1e-6, atol=1e-35, equal_nan=True)
+    assert counts.tolist() == np.bincount(experts.flatten(), minlength=logits.shape[1]).tolist()
+    return experts
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+class TestRoute:
+    def test_random(self, backend):
+        with force(backend):
+            check_route(rand(50, 256), rand(256) / 10)
+
+    def test_ties_of_groups_and_experts(self, backend):
+        """Few distinct scores, so that nearly every choice is a tie; among them all scores equal."""
+        share = torch.tensor([0.9, 0.06, 0.02, 0.015, 0.005])
+        logits = torch.multinomial(share, 60 * 256, replacement=True).view(60, 256).float() - 2
+        logits[0] = 1.0
+        bias = (torch.rand(256) < 0.1).float() / 8
+        with force(backend):
+            check_route(logits, bias)
+            assert check_route(logits[:1], torch.zeros(256)).tolist() == [list(range(8))]
+
+    def test_saturated_scores(self, backend):
+        """Where every sigmoid underflows to 0, the weights are 0 and not NaN; infinite logits are ordinary."""
+        logits = torch.full((2, 256), -200.0)
+        logits[1, 40:44], logits[1, 70] = math.inf, -math.inf
+        with force(backend):
+            experts = check_route(logits, torch.zeros(256))
+        assert experts[1, :4].tolist() == [40, 41, 42, 43]
+
+    def test_nan_loses_and_leaves_distinct_experts(self, backend):
+        logits = rand(40, 256)
+        logits[torch.rand(40, 256) < 0.5] = math.nan
+        logits[0], logits[1, 3:], logits[2, ::2] = math.nan, math.nan, math.nan
+        logits.view(torch.int32)[3] = -1  # a NaN whose bits are all 1
+        with force(backend):
+            experts = check_route(logits, rand(256) / 10)
+        assert all(len(set(row)) == 8 and 0 <= min(row) and max(row) < 256 for row in experts.tolist())
+        assert experts[1, :3].sort().values.tolist() == [0, 1, 2]
+
+    def test_gradient(self, backend):
+        """dlogits = scale m s (1 - s) / z (g - sum(s g m) / z), with m the chosen experts and z = sum(s m) + 1e-20."""
+        logits, bias, g = rand(9, 256).requires_grad_(), rand(256) / 10, rand(9, 8)
+        with force(backend):
+            weights, experts, _ = route(logits, bias)
+        (got,) = torch.autograd.grad(weights, logits, g)
+        s = logits.detach().double().sigmoid()
+        m = torch.zeros(9, 256, dtype=FP64).scatter(1, experts.long(), 1)
+        full = torch.zeros(9, 256, dtype=FP64).scatter(1, experts.long(), g.double())
+        z = (s * m).sum(1, keepdim=True) + 1e-20
+        want = 2.5 * m * s * (1 - s) / z * (full - (s * full * m).sum(1, keepdim=True) / z)
+        assert (got - want).abs().max() < 1e-6 * want.abs().max()
+
+    def test_z_loss(self, backend):
+        logits = rand(9, 256).requires_grad_()
+        with force(backend):
+            *_, z = route(logits, torch.zeros(256), z_loss=0.25)
+            *_, empty = route(logits[:0], torch.zeros(256), z_loss=0.25)
+        x = logits.detach().double().numpy()
+        lse = np.log(np.exp(x).sum(1))
+        assert z.item() == pytest.approx(0.25 * (lse**2).mean(), rel=1e-6) and empty == 0
+        (got,) = torch.autograd.grad(z, logits, torch.tensor(3.0))
+        want = 3 * 2 * 0.25 / 9 * lse[:, None] * np.exp(x - lse[:, None])
+        assert np.abs(got.numpy() - want).max() < 1e-6 * np.abs(want).max()
+
+    def test_misaligned_rows(self, backend):
+        flat, bias = rand(1 + 3 * 260), rand(1 + 256) / 10
+        logits = flat[1:].view(3, 260)[:, 2:258]
+        with force(backend):
+            check_route(logits, bias[1:])
+
+
+def test_route_of_other_sizes():
+    check_route(rand(20, 24), rand(24) / 10, groups=4, group_topk=3, topk=5)
+    check_route(rand(20, 6).round(), torch.zeros(6), groups=6, group_topk=4, topk=4)
+    check_route(rand(3, 1), torch.zeros(1), groups=1, group_topk=1, topk=1)
+
+
+def test_masked_tokens_are_routed_nowhere():
+    logits, mask = rand(12, 32).requires_grad_(), torch.rand(12) < 0.5
+    args = dict(num_groups=4, group_topk=2, topk=4, z_loss=0.5)
+    weights, experts, counts, z = route(logits, torch.zeros(32), mask, **args)
+    only = route(logits[mask], torch.zeros(32), **args)
+    assert (experts[~mask] == -1).all() and (weights[~mask] == 0).all()
+    for got, want in zip((weights[mask], experts[mask], counts, z), only, strict=True):
+        assert torch.allclose(got, want, rtol=1e-6)
+    (grad,) = torch.autograd.grad(weights.square().sum() + z, logits)
+    assert (grad[~mask] == 0).all() and (grad[mask] != 0).any()
+    *_, z = route(logits, torch.zeros(32), torch.zeros(12, dtype=torch.bool), **args)
+    assert z == 0
+
+
+def test_balance_bias():
+    c = torch.tensor([5, 0, 9, 5, 6], dtype=torch.int32)  # mean 5: signs 0, 1, -1, 0, -1, whose mean is -0.2
+    bias = torch.arange(5.0)
+    balance_bias_(bias, c, 0.5)
+    assert torch.allclose(bias, torch.arange(5.0) + 0.5 * torch.tensor([0.2, 1.2, -0.8, 0.2, -0.8]))
+    balance_bias_(still := torch.ones(3), torch.full((3,), 7), 0.5)
+    assert still.tolist() == [1, 1, 1]
+    large = torch.tensor([2**25, 2**25 + 1, 2**25 + 2])  # fp32 cannot tell these apart
+    balance_bias_(bias := torch.zeros(3), large, 1.0)
+    assert bias.tolist() == [1, 0, -1]
+    bias = torch.zeros(256)
+    for _ in range(200):
+        balance_bias_(bias, torch.randint(0, 100, (256,)), 1e-3)
+    assert bias.mean().abs() < 1e-7 and bias.abs().max() > 1e-3
+
+
+def test_dispatch_is_stable():
+    experts = torch.randint(-1, 7, (50, 3), dtype=torch.int32)
+    counts = counts_of(experts, 9)  # experts 7 and 8 are empty
+    plan = dispatch(experts, counts)
+    flat = experts.flatten().numpy()
+    order = np.argsort(np.where(flat < 0, 99, flat), kind="stable")
+    n = (flat >= 0).sum()
+    assert plan.offsets.tolist() == [0, *np.cumsum(counts.numpy())] and plan.offsets[-1] == n
+    assert plan.source[:n].tolist() == order[:n].tolist()
+    for t in range(50):
+        for k in range(3):
+            s = plan.slot[t, k].item()
+            assert (s == -1) if experts[t, k] < 0 else (plan.source[s] == t * 3 + k)
+    runs = plan.padded_offsets.diff()
+    assert (runs % 128 == 0).all() and (runs >= counts).all() and (runs - counts < 128).all()
+    assert all(t.dtype == torch.int32 for t in plan)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_permute_and_back(dtype):
+    plan = plan_of(Rand(FP32), 30, 6, 4, "masked")
+    x = rand(30, 8, dtype=dtype)
+    y = permute(x, plan)
+    for t in range(30):
+        for k in range(4):
+            if (s := plan.slot[t, k]) >= 0:
+                assert torch.equal(y[s], x[t])
+    back = unpermute(poison(y, plan.offsets), plan)
+    times = (plan.slot >= 0).sum(1, keepdim=True)
+    nowhere = plan._replace(offsets=torch.zeros_like(plan.offsets), slot=torch.full_like(plan.slot, -1))
+    assert (unpermute(poison(y, nowhere.offsets), nowhere, rand(30, 4)) == 0).all()
+    assert back.dtype == dtype and torch.allclose(back, (times * x.float()).to(dtype), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_slots_are_summed_in_the_order_of_k(dtype):
+    """Bit for bit in numpy's fp32, by values of such different size that any other order gives other bits."""
+    plan, weights = plan_of(Rand(FP32), 40, 16, 8, "masked"), rand(40, 8)
+    rows = (rand(320, 6) * 10 ** (4 * rand(320, 1))).to(dtype)
+    slot, y, w = plan.slot.numpy(), rows.float().numpy(), weights.numpy()
+
+    def total(weigh, ks):
+        out = np.zeros((40, 6), np.float32)
+        for t in range(40):
+            for k in ks:
+                if slot[t, k] >= 0:
+                    out[t] += w[t, k] * y[slot[t, k]] if weigh else y[slot[t, k]]
+        return torch.from_numpy(out).to(dtype)
+
+    x = torch.zeros(40, 6, dtype=dtype, requires_grad=True)
+    (dx,) = torch.autograd.grad(permute(x, plan), x, rows)
+    assert dx.dtype == dtype and torch.equal(dx, total(False, range(8)))
+    assert torch.equal(unpermute(rows, plan, weights), total(True, range(8)))
+    assert dtype == BF16 or not torch.equal(dx, total(False, range(7, -1, -1)))
+
+
+def test_unpermute_gradients():
+    plan = plan_of(Rand(FP32), 9, 4, 3, "masked")
+    y = poison(rand(27, 5, dtype=FP64), plan.offsets).requires_grad_()
+    weights, g = rand(9, 3, dtype=FP64).requires_grad_(), rand(9, 5, dtype=FP64)
+    dy, dw = torch.autograd.grad(unpermute(y, plan, weights), (y, weights), g)
+    want_dy, want_dw = torch.zeros_like(dy), torch.zeros_like(dw)
+    for t in range(9):
+        for k in range(3):
+            if (s := plan.slot[t, k]) >= 0:
+                want_dy[s], want_dw[t, k] = weights[t, k] * g[t], y[s] @ g[t]
+    assert torch.allclose(dy, want_dy, rtol=1e-14) and torch.allclose(dw, want_dw, rtol=1e-13)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_swiglu(backend):
+    x = rand(5, 2, 66).requires_grad_()
+    g = rand(5, 2, 33).numpy()
+    with force(backend):
+        y = swiglu(x)
+        (dx,) = torch.autograd.grad(y, x, torch.from_numpy(g))
+    gate, up = np.split(x.detach().double().numpy(), 2, -1)
+    sig = 1 / (1 + np.exp(-gate))
+    want = np.concatenate([g * up * sig * (1 + gate * (1 - sig)), g * gate * sig], -1)
+    assert np.abs(y.detach().numpy() - gate * sig * up).max() < 1e-6 and np.abs(dx.numpy() - want).max() < 2e-6
+
+
+def test_swiglu_weights_scale_rows():
+    x, w = rand(7, 10, dtype=FP64).requires_grad_(), rand(7, dtype=FP64).requires_grad_()
+    assert torch.equal(swiglu(x, w), swiglu(x) * w[:, None])
+    (dw,) = torch.autograd.grad(swiglu(x, w).sum(), w)
+    assert torch.allclose(dw, swiglu(x).sum(1), rtol=1e-14)
+    low = x.detach().bfloat16()
+    assert torch.equal(swiglu(low, w.detach().float()), (swiglu(low.float()) * w.float()[:, None]).bfloat16())
+
+
+def test_grouped_gemm():
+    offsets = torch.tensor([0, 0, 3, 3, 9], dtype=torch.int32)
+    a, b, g = poison(rand(11, 6, dtype=FP64), offsets).requires_grad_(), rand(4, 5, 6, dtype=FP64), rand(11, 5).double()
+    b.requires_grad_()
+    y = grouped_gemm(a, b, offsets)
+    da, db = torch.autograd.grad(y, (a, b), g)
+    want_da, want_db = torch.zeros_like(a), torch.zeros_like(b)
+    for s in range(9):
+        e = 1 if s < 3 else 3
+        assert torch.allclose(y[s], b[e] @ a[s], rtol=1e-13)
+        want_da[s] = g[s] @ b[e]
+        want_db[e] += g[s, :, None] * a[s]
+    assert torch.allclose(da, want_da, rtol=1e-13) and torch.allclose(db, want_db, rtol=1e-13)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = grouped_gemm(a.float(), b.float(), offsets)
+    want = torch.stack([b[1 if s < 3 else 3].bfloat16().double() @ a[s].bfloat16().double() for s in range(9)])
+    assert y.dtype == BF16 and torch.equal(y[:9], want.float().bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_router_gemm(dtype):
+    x, w = rand(20, 300).to(dtype).requires_grad_(), rand(16, 300).requires_grad_()
+    exact = x.double() @ w.double().T
+    size = x.double().abs() @ w.double().abs().T
+    with torch.autocast("cpu", torch.bfloat16):
+        three, two = router_gemm(x, w), router_gemm(x, w, passes=2)
+    dx, dw = torch.autograd.grad(three, (x, w), torch.ones_like(three))
+    assert three.dtype == two.dtype == FP32 and dx.dtype == dtype and dw.dtype == FP32
+    assert ((three - exact).abs() < 2**-20 * size).all()
+    assert ((two - exact).abs() < 2**-17 * size).all()
+    one, column = torch.ones(1, 1, dtype=dtype), w[:, :1].detach()
+    assert torch.equal(router_gemm(one, column), column.T)
+    lost = ((router_gemm(one, column, passes=2) - column.T) / column.T).abs()
+    assert 2**-22 < lost.max() < 2**-17
+    assert torch.allclose(dw.double(), x.double().sum(0).expand(16, -1), rtol=1e-5, atol=1e-5)
+    (dw,) = torch.autograd.grad(router_gemm(x, w, passes=2).sum(), w)
+    assert torch.allclose(dw.double(), x.double().sum(0).expand(16, -1), rtol=1e-5, atol=1e-5)
+
+
+def moe_per_token(x, router_w, bias, w_gate_up, w_down, shared, mask, sizes, scale):
+    """Every token on its own, through dense matrices, with autograd's gradients."""
+
+    def expert(v, gate_up, down):
+        gate, up = (gate_up @ v).chunk(2)
+        return down @ (gate / (1 + torch.exp(-gate)) * up)
+
+    rows = []
+    for t, v in enumerate(x):
+        logits = router_w @ v
+        y = torch.zeros_like(v)
+        if mask is None or mask[t]:
+            chosen = route_one(logits.detach().float().tolist(), bias.float().tolist(), *sizes)
+            s = logits[chosen].sigmoid()
+            for e, w in zip(chosen, s / (s.sum() + 1e-20) * scale, strict=True):
+                y = y + w * expert(v, w_gate_up[e], w_down[e])
+        rows.append(y if shared is None else y + expert(v, *shared))
+    return torch.stack(rows)
+
+
+def moe_problem(dtype, T=13, E=12, H=10, F=6, Fs=4):
+    x, router_w, bias = rand(T, H), rand(E, H), (rand(E) / 5).to(FP64 if dtype == FP64 else FP32)
+    weights = [rand(s) / s[-1] ** 0.5 for s in ((E, 2 * F, H), (E, H, F), (2 * Fs, H), (H, Fs))]
+    x, *weights = (t.to(dtype).requires_grad_() for t in (x, *weights))
+    return x, router_w.to(bias.dtype).requires_grad_(), bias, *weights[:2], tuple(weights[2:])
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(FP64, 1e-12), (FP32, 1e-5), (BF16, 0.04)])
+@pytest.mark.parametrize("fold", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_moe_against_a_loop_over_tokens(dtype, tolerance, fold, masked):
+    args = moe_problem(dtype)
+    mask = torch.rand(13) < 0.6 if masked else None
+    sizes = dict(num_groups=4, group_topk=2, topk=4, scale=1.5, fold_weights=fold)
+    y, counts = moe(*args, mask, **sizes)
+    wide = [t.detach().double().requires_grad_() for t in (*args[:5], *args[5])]
+    want = moe_per_token(*wide[:5], tuple(wide[5:]), mask, (4, 2, 4), 1.5)
+    g = rand(y.shape, dtype=FP64)
+    leaves = (*args[:2], *args[3:5], *args[5])
+    got = torch.autograd.grad(y, leaves, g.to(dtype))
+    grads = torch.autograd.grad(want, wide[:2] + wide[3:], g)
+    assert y.dtype == dtype and counts.sum() == 4 * (13 if mask is None else mask.sum())
+    for n, t in zip((y, *got), (want, *grads), strict=True):
+        assert (n - t).abs().max() <= tolerance * t.abs().max()
+
+
+def test_moe_in_fp8_is_near_and_decode_is_the_same():
+    args = moe_problem(BF16, T=8, E=8, H=128, F=128, Fs=128)
+    sizes = dict(num_groups=4, group_topk=2, topk=3)
+    with torch.no_grad():
+        want, counts = moe(*args, **sizes)
+        assert torch.equal(moe_decode(*args, **sizes), want)
+        x, router_w, bias, *weights, shared = args
+        low = [quantize_weight(w) for w in weights], tuple(quantize_weight(w) for w in shared)
+        y, fp8_counts = moe(x, router_w, bias, *low[0], low[1], **sizes)
+        assert torch.equal(moe_decode(x, router_w, bias, *low[0], low[1], **sizes), y)
+    assert torch.equal(counts, fp8_counts) and y.dtype == BF16
+    error = (y.float() - want.float()).norm() / want.float().norm()
+    assert 0.01 < error < 0.1
+    with pytest.raises(ValueError, match="FP8"):
+        moe(x, router_w, bias, *low[0], **sizes)
+
+
+def test_moe_under_autocast():
+    """fp32 weights, products in bf16, routing as without."""
+    args = moe_problem(FP32)
+    sizes = dict(num_groups=4, group_topk=2, topk=4)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, counts = moe(*args, **sizes)
+    want, same = moe(*args, **sizes)
+    grads = torch.autograd.grad(y.float().sum(), (*args[:2], *args[3:5], *args[5]))
+    assert y.dtype == BF16 and torch.equal(counts, same) and all(g.dtype == FP32 for g in grads)
+    assert (y - want).abs().max() < 0.03 * want.abs().max()
+
+
+@pytest.mark.skipif(_C is None, reason="no _C")
+def test_moe_with_every_kernel_there_is():
+    args = moe_problem(FP32, T=5, E=256, H=8, F=2)
+    want = moe(*args)
+    with force("cuda"):
+        got = moe(*args)
+    assert torch.equal(got[1], want[1]) and torch.allclose(got[0], want[0], rtol=1e-4, atol=1e-5)
+
+
+def ints(*shape):
+    return torch.zeros(shape, dtype=torch.int32)
+
+
+OFFSETS = offsets_of(Rand(FP32), 4, 2)
+PLAN = plan_of(Rand(FP32), 4, 2, 1)
+E8 = torch.zeros(4, 128).to(torch.float8_e4m3fn)
+BAD = {
+    "balance_bias_": [(rand(4), ints(5), 0.1), (rand(4), rand(4), 0.1), (rand(4).bfloat16(), ints(4), 0.1)],
+    "dispatch": [(ints(4), ints(4)), (ints(4, 2).long(), ints(4)), (ints(4, 2), rand(4))],
+    "gemm_fp8": [(rand(4, 128), rand(4, 1), E8, rand(4, 1)), (E8, rand(4, 2), E8, rand(4, 1)),
+                 (E8, rand(4, 1), E8, rand(1, 1)), (E8[:, :64], rand(4, 1), E8[:, :64], rand(4, 1)),
+                 (E8, rand(4, 1), E8, rand(4, 1), rand(3, 4)), (E8, rand(4, 1), E8, rand(4, 1), None, True)],
+    "grouped_gemm": [(rand(4, 3), rand(2, 5, 4), OFFSETS), (rand(4, 3), rand(2, 5, 3), OFFSETS.long()),
+                     (rand(4, 3), rand(3, 5, 3), OFFSETS), (rand(4, 3), rand(2, 5, 3).bfloat16(), OFFSETS)],
+    "grouped_gemm_fp8": [(E8, rand(4, 1), E8, rand(4, 1), OFFSETS), (E8, rand(4, 1), E8[None], rand(1, 4, 1), OFFSETS)],
+    "grouped_gemm_fp8_masked": [(E8, rand(4, 1), E8[None], rand(1, 4, 1), ints(1)),
+                                (E8[None], rand(1, 4, 1), E8[None], rand(1, 4, 1), ints(2))],
+    "grouped_wgrad": [(rand(4, 3), rand(5, 3), OFFSETS), (rand(4, 3), rand(4, 3), OFFSETS.long()), (E8, E8, OFFSETS),
+                      (rand(4, 3), rand(4, 3), OFFSETS, rand(2, 3, 4)), (E8, E8, OFFSETS, None, False, rand(4, 1)),
+                      (rand(4, 3), rand(4, 3), OFFSETS, None, True), (rand(4, 3), rand(4, 3).bfloat16(), OFFSETS)],
+    "moe": [(rand(4, 8), rand(8, 7), rand(8), rand(8, 4, 8), rand(8, 8, 2)),
+            (rand(4, 8), rand(8, 8), rand(8), rand(8, 4, 8), rand(8, 8, 3)),
+            (rand(4, 8), rand(8, 8), rand(8), (rand(8, 4, 8), rand(1)), rand(8, 8, 2))],
+    "moe_decode": [(rand(9, 8), rand(8, 8), rand(8), rand(8, 4, 8), rand(8, 8, 2))],
+    "permute": [(rand(5, 3), PLAN), (rand(4), PLAN)],
+    "permute_quantize": [(rand(5, 128), PLAN), (rand(4, 100), PLAN)],
+    "quantize": [(rand(4, 100),), (rand(128),), (ints(4, 128),), (rand(5, 128), True, True, PLAN),
+                 (rand(4, 128), False), (rand(4, 128), False, True, None, False, True)],
+    "quantize_weight": [(rand(128, 100),), (rand(100, 128),), (rand(128),)],
+    "route": [(rand(4, 8), rand(7)), (rand(4, 8).bfloat16(), rand(8)), (rand(4, 8), rand(8), rand(4)),
+              (rand(4, 8), rand(8), None, 3), (rand(4, 8), rand(8), None, 4, 5), (rand(4, 8), rand(8), None, 4, 2, 5)],
+    "router_gemm": [(rand(4, 3), rand(8, 4)), (rand(4, 3), rand(8, 3), 1), (ints(4, 3), rand(8, 3))],
+    "swiglu": [(rand(4, 3),), (rand(4, 4), rand(3)), (rand(4, 128), None, True), (rand(4, 256), None, False, True)],
+    "transpose_fp8": [(E8, rand(1, 1)), (rand(128, 128), rand(1, 1))],
+    "unpermute": [(rand(5, 3), PLAN), (rand(4, 3), PLAN, rand(4, 2)), (rand(4, 3), PLAN, ints(4, 1))],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, i", [(name, i) for name, calls in BAD.items() for i in range(len(calls))])
+def test_bad_arguments_are_refused_in_words(name, i):
+    with pytest.raises(ValueError, match="expected .*; got"):
+        getattr(ling_kernels, name)(*BAD[name][i])
