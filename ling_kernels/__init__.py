@@ -1,6 +1,6 @@
 """Kernels for Ling-2.0 mixture-of-experts models on NVIDIA Hopper; `ling_kernels.<op>` is every public op.
 
-Nothing heavy is imported here: an op's file (and Triton, where the op has Triton kernels) is loaded when it is first used.
+Nothing heavy is imported here: an op's file, and Triton where it has Triton kernels, is loaded when it is first used.
 """
 
 import importlib

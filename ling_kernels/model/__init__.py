@@ -1,0 +1,7 @@
+"""Ling-2.0 assembled from nn: configuration, transformer, multi-token prediction, checkpoints, decoding."""
+
+from .checkpoint import load_model, named_views, resolve_model, save_model
+from .config import LingConfig
+from .transformer import Ling, LingOutput
+
+__all__ = ["Ling", "LingConfig", "LingOutput", "load_model", "named_views", "resolve_model", "save_model"]

@@ -1,0 +1,215 @@
+"""Checkpoints in the official format: config.json, *.safetensors with official keys, bf16 or block-FP8 weights.
+
+An official tensor is a view of one of our parameters (gate and up projections are halves of gate_up, an expert is a
+slice of [E, N, K]), so one table of views loads, saves and compares. Loading streams: never more than the model and
+one tensor are in memory, on top of what the system maps of a shard.
+"""
+
+import json
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..ops.quantize import dequantize
+from .config import PRESETS, LingConfig
+from .transformer import Ling
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+def named_views(model: Ling, of: Callable[[Tensor], Tensor | None] = lambda p: p) -> Iterator[tuple[str, Tensor]]:
+    """(official key, view) of every weight and of the expert biases; of=lambda p: p.grad gives the gradients' views.
+
+    Parameters for which `of` returns None are left out.
+    """
+    layers = [(f"model.layers.{i}", layer) for i, layer in enumerate(model.layers)]
+    layers += [(f"model.layers.{len(model.layers) + k}", mtp) for k, mtp in enumerate(model.mtp)]
+    yield from _given(of, {"model.word_embeddings.weight": model.word_embeddings.weight})
+    for prefix, module in layers:
+        for name, p in [*module.named_parameters(), *module.named_buffers()]:
+            if not name.endswith("counts") and (p := of(p)) is not None:
+                yield from _official(f"{prefix}.{name.removeprefix('layer.')}", p)
+    yield from _given(of, {"model.norm.weight": model.norm.weight, "lm_head.weight": model.lm_head.weight})
+
+
+def _given(of, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    yield from ((k, t) for k, p in tensors.items() if (t := of(p)) is not None)
+
+
+def _official(name: str, p: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Our name and parameter -> official keys and views of it."""
+    name = re.sub(r"attention\.(query|key)_layernorm$", r"attention.\1_layernorm.weight", name)
+    name = name.replace("mlp.router.", "mlp.gate.")
+    if match := re.fullmatch(r"(.*\.experts)\.(gate_up|down)", name):
+        for e in range(len(p)):
+            yield from _official(f"{match[1]}.{e}.{match[2]}.weight", p[e])
+    elif name.endswith(".gate_up.weight"):
+        for half, view in zip(("gate_proj", "up_proj"), p.chunk(2), strict=True):
+            yield name.replace("gate_up", half), view
+    else:
+        yield name.replace(".down.weight", ".down_proj.weight"), p
+
+
+def resolve_model(name: str) -> tuple[LingConfig, Path | None]:
+    """The name of a preset, or a checkpoint directory -> its configuration, and the directory or None."""
+    if name in PRESETS:
+        return LingConfig.preset(name), None
+    folder = Path(name)
+    if not folder.is_dir():
+        raise InputError(f"unknown model {name!r}: neither a preset ({', '.join(PRESETS)}) nor a directory")
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder} holds no config.json, so it is no checkpoint")
+    return LingConfig.from_json(folder / "config.json"), folder
+
+
+def load_model(folder: str | Path, dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu") -> Ling:
+    """The model in a checkpoint directory, in eval mode; block-FP8 weights are dequantised, expert biases stay fp32.
+
+    Raises InputError that names the file and the key where one is missing, damaged or of another shape.
+    """
+    folder = Path(folder)
+    config, found = resolve_model(str(folder))
+    if found is None:
+        raise InputError(f"{folder} is the name of a preset, which has no weights; give a checkpoint directory")
+    with torch.device("meta"):
+        model = Ling(config)
+    model = model.to(dtype).to_empty(device=device)
+    model.reset_buffers()
+    where = _files(folder)
+    with torch.no_grad(), _Shards(folder) as shards:
+        views = sorted(named_views(model), key=lambda kv: str(where.get(kv[0])))  # shard by shard
+        for key, view in views:
+            if key not in where:
+                raise InputError(f"{folder}: the checkpoint has no {key}")
+            tensor = shards.read(where[key], key)
+            if tensor.dtype == torch.float8_e4m3fn:
+                tensor = _dequantized(tensor, shards, where, key)
+            if tensor.shape != view.shape:
+                raise InputError(
+                    f"{where[key]}: {key} is {list(tensor.shape)}, config.json makes it {list(view.shape)}"
+                )
+            view.copy_(tensor)
+    known = {k for k, _ in views}
+    unread = [k for k in where if k not in known and k.removesuffix("_scale_inv") not in known]
+    if unread:
+        warnings.warn(f"{folder}: {len(unread)} tensors were not read, the first is {unread[0]}", stacklevel=2)
+    return model.eval()
+
+
+def _dequantized(q: Tensor, shards: "_Shards", where: dict[str, Path], key: str) -> Tensor:
+    """Block-FP8: `key`_scale_inv [ceil(N/128), ceil(K/128)] is what to multiply by, despite its name."""
+    scale_key = key + "_scale_inv"
+    if scale_key not in where:
+        raise InputError(f"{where[key]}: {key} is FP8 and the checkpoint has no {scale_key}")
+    scale = shards.read(where[scale_key], scale_key).float()
+    N, K = q.shape
+    if scale.shape != (-(-N // 128), -(-K // 128)):
+        raise InputError(f"{where[scale_key]}: {scale_key} is {list(scale.shape)} for {key} {list(q.shape)}")
+    padded = torch.zeros(scale.shape[0] * 128, scale.shape[1] * 128)
+    padded[:N, :K] = q.float()
+    return dequantize(padded, scale)[:N, :K]
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Every key of a checkpoint -> the file that holds it."""
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            return {k: folder / v for k, v in json.loads(index.read_text())["weight_map"].items()}
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise InputError(f"{index} is damaged: {error!r}") from None
+    if (folder / SINGLE).is_file():
+        with _Shards(folder) as shards:
+            return dict.fromkeys(shards.keys(folder / SINGLE), folder / SINGLE)
+    raise InputError(f"{folder} holds neither {SINGLE} nor {INDEX}")
+
+
+class _Shards:
+    """Reads tensors; keeps one file open at a time, and says which file is at fault."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.path, self.file = folder, None, None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.path = self.file = None
+
+    def open(self, path: Path):
+        from safetensors import SafetensorError, safe_open
+
+        if path != self.path:
+            self.path = self.file = None
+            try:
+                self.file = safe_open(path, "pt")
+            except (OSError, SafetensorError) as error:
+                raise InputError(f"cannot read {path}: {error}") from None
+            self.path = path
+        return self.file
+
+    def keys(self, path: Path) -> list[str]:
+        return list(self.open(path).keys())
+
+    def read(self, path: Path, key: str) -> Tensor:
+        from safetensors import SafetensorError
+
+        try:
+            return self.open(path).get_tensor(key)
+        except SafetensorError as error:
+            raise InputError(f"{path}: {key} cannot be read: {error}") from None
+
+
+def save_model(
+    model: Ling, folder: str | Path, dtype: torch.dtype = torch.bfloat16, max_shard_bytes: int = 10 << 30
+) -> None:
+    """Write config.json and the weights in `dtype` (expert biases fp32) under official keys.
+
+    Files get their names only when they are whole, the index after the shards and config.json last. Raises InputError
+    where the folder cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    shards, size = [{}], 0
+    for key, view in named_views(model):
+        bytes_ = view.numel() * (4 if key.endswith("expert_bias") else dtype.itemsize)
+        if shards[-1] and size + bytes_ > max_shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][key] = view
+        size += bytes_
+    names = [SINGLE] if len(shards) == 1 else [f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+                                               for i in range(1, len(shards) + 1)]  # fmt: skip
+    weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+    index = json.dumps({"metadata": {"format": "pt"}, "weight_map": weight_map}, indent=2)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, shard in zip(names, shards, strict=True):
+            tensors = {k: v.detach().to("cpu", torch.float32 if k.endswith("expert_bias") else dtype).contiguous()
+                       for k, v in shard.items()}  # fmt: skip
+            _write(folder / name, lambda path, t=tensors: save_file(t, path, metadata={"format": "pt"}))
+        if len(shards) > 1:
+            _write(folder / INDEX, lambda path: path.write_text(index))
+        stale = {*folder.glob("model*.safetensors"), folder / INDEX} - {folder / n for n in names}
+        for path in stale - ({folder / INDEX} if len(shards) > 1 else set()):
+            path.unlink(missing_ok=True)
+        _write(folder / "config.json", model.config.to_json)
+    except OSError as error:
+        raise InputError(f"cannot write the checkpoint to {folder}: {error}") from None
+
+
+def _write(path: Path, write: Callable[[Path], None]) -> None:
+    """Write under another name, make it durable, then rename: a file is whole or absent."""
+    partial = path.with_name(path.name + ".partial")
+    write(partial)
+    partial.chmod(0o644)  # safetensors makes files that only their owner may read
+    with open(partial, "rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)

@@ -1,0 +1,176 @@
+"""The shape of a Ling-2.0 model. Fields are named as in the official config.json."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..errors import InputError
+
+OFFICIAL = dict(architectures=["BailingMoeV2ForCausalLM"], model_type="bailing_moe", hidden_act="silu",
+                norm_topk_prob=True, score_function="sigmoid", router_dtype="fp32", use_qk_norm=True, use_rmsnorm=True,
+                moe_router_enable_expert_bias=True, use_bias=False, use_qkv_bias=False, tie_word_embeddings=False,
+                torch_dtype="bfloat16")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LingConfig:
+    """Sources of the presets: arXiv 2510.22115, table 1, and the published configurations."""
+
+    vocab_size: int = 157184
+    hidden_size: int = 2048
+    intermediate_size: int = 5120  # of the dense layers
+    num_hidden_layers: int = 20
+    first_k_dense_replace: int = 1  # layers before the first MoE layer
+    num_attention_heads: int = 16
+    num_key_value_heads: int = 4
+    head_dim: int = 128
+    num_experts: int = 256
+    num_experts_per_tok: int = 8
+    n_group: int = 8
+    topk_group: int = 4
+    num_shared_experts: int = 1
+    moe_intermediate_size: int = 512
+    routed_scaling_factor: float = 2.5
+    num_nextn_predict_layers: int = 0  # MTP layers: 1 in base checkpoints, 0 in chat ones
+    mtp_loss_scaling_factor: float = 0.1
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 600000.0
+    partial_rotary_factor: float = 0.5
+    rope_scaling: dict | None = None  # e.g. {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    max_position_embeddings: int = 32768
+    initializer_range: float = 0.02
+    pad_token_id: int = 156892
+    eos_token_id: int = 156892
+    other: dict = field(default_factory=dict, compare=False, repr=False)  # keys of config.json that nothing here reads
+
+    def __post_init__(self):
+        whole = {n: getattr(self, n) for n in WHOLE}
+        for name, value in whole.items():
+            least = 0 if name in ("first_k_dense_replace", "num_shared_experts", "num_nextn_predict_layers") else 1
+            _check(isinstance(value, int) and value >= least, f"{name} is {value!r}, not a whole number >= {least}")
+        _divides("num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.num_key_value_heads)
+        _divides("num_experts", self.num_experts, "n_group", self.n_group)
+        _check(self.topk_group <= self.n_group, f"topk_group {self.topk_group} is more than n_group {self.n_group}")
+        eligible = self.topk_group * (self.num_experts // self.n_group)
+        _check(self.num_experts_per_tok <= eligible,
+               f"num_experts_per_tok {self.num_experts_per_tok} is more than the {eligible} experts of topk_group "
+               f"{self.topk_group} groups")  # fmt: skip
+        _check(self.first_k_dense_replace <= self.num_hidden_layers,
+               f"first_k_dense_replace {self.first_k_dense_replace} is more than num_hidden_layers "
+               f"{self.num_hidden_layers}")  # fmt: skip
+        _check(self.rotary_dim % 2 == 0 and 0 < self.rotary_dim <= self.head_dim,
+               f"partial_rotary_factor {self.partial_rotary_factor} of head_dim {self.head_dim} is {self.rotary_dim}, "
+               "not an even number of dimensions to rotate")  # fmt: skip
+        scaling = self.rope_scaling
+        kind = (scaling or {}).get("type", (scaling or {}).get("rope_type"))
+        _check(not scaling or (kind == "yarn" and float(scaling.get("factor", 0)) >= 1),
+               f"rope_scaling {scaling}: only type yarn with a factor >= 1 is known")  # fmt: skip
+
+    @property
+    def rotary_dim(self) -> int:
+        return int(self.head_dim * self.partial_rotary_factor)
+
+    @property
+    def max_positions(self) -> int:
+        """The longest sequence: max_position_embeddings, or what YaRN extends to."""
+        scaling = self.rope_scaling or {}
+        original = scaling.get("original_max_position_embeddings", self.max_position_embeddings)
+        return max(self.max_position_embeddings, int(original * scaling.get("factor", 1)))
+
+    def num_parameters(self, mtp: bool = False) -> int:
+        """All weights, of which MTP layers only when asked."""
+        return self._parameters(self.num_experts, mtp) + 2 * self.vocab_size * self.hidden_size
+
+    def num_active_parameters(self, mtp: bool = False) -> int:
+        """Weights that one token meets, embedding and head included, of which MTP layers only when asked."""
+        return self._parameters(self.num_experts_per_tok, mtp) + 2 * self.vocab_size * self.hidden_size
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Of training, forward and backward: 6 a weight met (the head once more per MTP layer) and causal attention."""
+        heads = self.num_attention_heads * self.head_dim
+        layers, mtp = self.num_hidden_layers, self.num_nextn_predict_layers
+        weights = self._parameters(self.num_experts_per_tok, True) + (1 + mtp) * self.vocab_size * self.hidden_size
+        return 6 * weights + 3 * (layers + mtp) * 2 * heads * seq_len  # 4 heads seq_len / 2: QK^T and PV, causal
+
+    def _parameters(self, experts: int, mtp: bool) -> int:
+        """Without embedding and head, with so many experts a layer."""
+        H, F = self.hidden_size, self.moe_intermediate_size
+        kv = 2 * self.num_key_value_heads
+        attention = H * (self.num_attention_heads * 2 + kv) * self.head_dim + 2 * self.head_dim + 2 * H
+        moe = attention + 3 * H * F * (experts + self.num_shared_experts) + self.num_experts * H
+        dense = attention + 3 * H * self.intermediate_size
+        k = self.first_k_dense_replace
+        extra = self.num_nextn_predict_layers * (moe + 2 * H * H + 3 * H) if mtp else 0
+        return k * dense + (self.num_hidden_layers - k) * moe + H + extra
+
+    @classmethod
+    def tiny(cls) -> "LingConfig":
+        """Trains on two CPU cores in minutes; bytes as tokens (256, special tokens, padding)."""
+        return cls(
+            vocab_size=320, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=32, num_experts=16, num_experts_per_tok=4, n_group=4, topk_group=2,
+            moe_intermediate_size=64, num_nextn_predict_layers=1, rope_theta=10000.0, max_position_embeddings=1024,
+            pad_token_id=257, eos_token_id=257,
+        )  # fmt: skip
+
+    @classmethod
+    def mini(cls) -> "LingConfig":
+        return cls()
+
+    @classmethod
+    def flash(cls) -> "LingConfig":
+        return cls(hidden_size=4096, intermediate_size=9216, num_hidden_layers=32, num_attention_heads=32,
+                   moe_intermediate_size=1024)  # fmt: skip
+
+    @classmethod
+    def one_t(cls) -> "LingConfig":
+        return cls(hidden_size=8192, intermediate_size=18432, num_hidden_layers=80, first_k_dense_replace=4,
+                   num_attention_heads=64, num_key_value_heads=8, moe_intermediate_size=2048)  # fmt: skip
+
+    @classmethod
+    def preset(cls, name: str) -> "LingConfig":
+        """tiny, mini, flash or 1t."""
+        if name not in PRESETS:
+            raise InputError(f"unknown model {name!r}: the presets are {', '.join(PRESETS)}")
+        return PRESETS[name]()
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> "LingConfig":
+        """An official config.json; fields it lacks take the defaults above."""
+        try:
+            given = json.loads(Path(path).read_text())
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise InputError(f"cannot read {path}: {error}") from None
+        if not isinstance(given, dict):
+            raise InputError(f"{path} holds no JSON object")
+        known = {f.name for f in dataclasses.fields(cls)} - {"other"}
+        values = {k: v for k, v in given.items() if k in known}
+        if "rotary_dim" in given and "partial_rotary_factor" not in given:  # as Ling-1T says it
+            values["partial_rotary_factor"] = given["rotary_dim"] / given.get("head_dim", cls.head_dim)
+        if isinstance(values.get("eos_token_id"), list):  # chat checkpoints name several
+            values["eos_token_id"] = values["eos_token_id"][0]
+        try:
+            return cls(**values, other={k: v for k, v in given.items() if k not in values})
+        except (InputError, TypeError) as error:
+            raise InputError(f"{path}: {error}") from None
+
+    def to_json(self, path: str | Path) -> None:
+        """Write an official config.json."""
+        mine = dataclasses.asdict(self)
+        other = {k: v for k, v in mine.pop("other").items() if k != "quantization_config"}
+        Path(path).write_text(json.dumps(OFFICIAL | other | mine, indent=2) + "\n")
+
+
+WHOLE = [f.name for f in dataclasses.fields(LingConfig) if f.type is int and not f.name.endswith("_id")]
+setattr(LingConfig, "1t", LingConfig.one_t)  # so that getattr(LingConfig, name)() serves every preset
+PRESETS = {"tiny": LingConfig.tiny, "mini": LingConfig.mini, "flash": LingConfig.flash, "1t": LingConfig.one_t}
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise InputError(message)
+
+
+def _divides(name: str, value: int, by_name: str, by: int) -> None:
+    _check(value % by == 0, f"{name} {value} is not a multiple of {by_name} {by}")

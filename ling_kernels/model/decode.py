@@ -1,0 +1,77 @@
+"""Token by token with a paged KV cache. ling_kernels.generate samples and serves; this is the plain loop."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from ..nn import Rows
+from ..op import expect
+from ..ops.attention_decode import KVCache
+from .packing import pack
+
+PAGE = 64  # tokens a block of the cache holds
+
+
+def greedy(logits: Tensor, ids: Tensor) -> Tensor:
+    """logits [B, V] -> [B], the lowest index among equals."""
+    return logits.argmax(-1)
+
+
+@torch.inference_mode()
+def stream(
+    model,
+    input_ids: Tensor,
+    max_new_tokens: int,
+    attention_mask: Tensor | None = None,
+    choose: Callable[[Tensor, Tensor], Tensor] | None = None,
+    eos_token_id: int | None = None,
+) -> Iterator[Tensor]:
+    """Yield the next token of every sequence, [B] int64, at most max_new_tokens times.
+
+    input_ids [B, L] with attention_mask [B, L] 0 at padding, on either side. choose(logits [B, V], ids so far [B, n])
+    -> [B], default greedy. A sequence that has produced eos_token_id goes on producing it; when all have, the stream
+    ends. MTP layers are not used. Raises ValueError where prompt and new tokens exceed the model's positions.
+    """
+    config, choose = model.config, choose or greedy
+    batch = pack(input_ids, attention_mask, None, config.max_positions)
+    B, device = len(input_ids), input_ids.device
+    lengths = batch.cu_seqlens.diff()
+    longest = int(lengths.max()) if B else 0
+    expect(B == 0 or int(lengths.min()) > 0, "at least one token in every prompt", lengths.tolist())
+    expect(longest + max_new_tokens <= config.max_positions,
+           f"prompt and new tokens within the model's {config.max_positions} positions",
+           longest, max_new_tokens)  # fmt: skip
+    if B == 0 or max_new_tokens <= 0:
+        return
+    blocks = -(-(longest + max_new_tokens) // PAGE)  # of each sequence
+    block_table = torch.arange(B * blocks, device=device, dtype=torch.int32).view(B, blocks)
+    shape = (B * blocks, PAGE, config.num_key_value_heads, config.head_dim)
+    empty = dict(dtype=model.lm_head.weight.dtype, device=device)
+    caches = [KVCache(torch.zeros(shape, **empty), torch.zeros(shape, **empty)) for _ in model.layers]
+
+    sequence = torch.arange(B, device=device)
+    owner = sequence.repeat_interleave(lengths)
+    rows = Rows(model.cos, model.sin, batch.positions, batch.cu_seqlens, owner * blocks * PAGE + batch.positions)
+    h, _ = model.backbone(batch.ids, rows, caches)
+    h = h[batch.cu_seqlens[1:].long() - 1]
+    ids, done = input_ids, torch.zeros(B, dtype=torch.bool, device=device)
+    for step in range(max_new_tokens):
+        token = choose(model.logits(h), ids)
+        if eos_token_id is not None:
+            token = torch.where(done, eos_token_id, token)
+            done = done | (token == eos_token_id)
+        yield token
+        if step + 1 == max_new_tokens or (eos_token_id is not None and bool(done.all())):
+            return
+        ids = torch.cat([ids, token[:, None]], 1)
+        slots = sequence * blocks * PAGE + lengths
+        positions, lengths = lengths.long(), lengths + 1
+        rows = Rows(model.cos, model.sin, positions, batch.cu_seqlens, slots, block_table, lengths)
+        h, _ = model.backbone(token, rows, caches)
+
+
+def generate(model, input_ids: Tensor, max_new_tokens: int, **options) -> Tensor:
+    """input_ids [B, L] -> [B, L + new] int64: the prompt and what `stream`, which takes the same options, yields."""
+    new = list(stream(model, input_ids, max_new_tokens, **options))
+    return torch.cat([input_ids, *(t[:, None] for t in new)], 1)

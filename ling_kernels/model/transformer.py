@@ -1,0 +1,209 @@
+"""Ling-2.0: pre-norm layers of attention and MLP or mixture of experts, embedding and head untied, MTP on top.
+
+    x = word_embeddings(ids);  per layer: x += attention(norm(x)); x += mlp(norm(x));  logits = lm_head(norm(x))
+
+Rows of a batch are packed: everything between embedding and head sees [T, H] and cu_seqlens, so padding costs nothing
+and documents packed into one row never see each other. Shapes: B batch, L length, T rows, H hidden, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..nn import MLP, Attention, Experts, MoE, RMSNorm, Router, Rows
+from ..nn.norm import Fp32Buffers
+from ..ops.attention_decode import KVCache
+from ..ops.cross_entropy import cross_entropy
+from ..ops.linear_cross_entropy import linear_cross_entropy
+from ..ops.qk_norm_rope import rope_tables
+from .config import LingConfig
+from .decode import generate, stream
+from .mtp import MTP
+from .packing import IGNORE, Batch, pack, shift, unpack
+
+
+@dataclass
+class LingOutput:
+    logits: Tensor | None = None  # [B, L, V] fp32; zeros at padding
+    loss: Tensor | None = None  # main_loss + mtp_loss_scaling_factor * mtp_loss + z_loss
+    main_loss: Tensor | None = None
+    mtp_loss: Tensor | None = None  # mean over the MTP layers
+    z_loss: Tensor | None = None  # sum over the MoE layers, coefficient included
+    mtp_logits: Tensor | None = None  # [MTP layers, B, L, V] fp32
+    hidden_states: tuple[Tensor, ...] | None = None  # embedding, layers, the last one normed, MTP outputs; [B, L, H]
+
+
+class Layer(nn.Module):
+    def __init__(self, c: LingConfig, dense: bool):
+        super().__init__()
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.attention = Attention(
+            c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.rms_norm_eps
+        )
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        if dense:
+            self.mlp = MLP(c.hidden_size, c.intermediate_size)
+            return
+        router = Router(
+            c.hidden_size, c.num_experts, c.n_group, c.topk_group, c.num_experts_per_tok, c.routed_scaling_factor
+        )
+        experts = Experts(c.num_experts, c.hidden_size, c.moe_intermediate_size)
+        shared = MLP(c.hidden_size, c.moe_intermediate_size * c.num_shared_experts) if c.num_shared_experts else None
+        self.mlp = MoE(router, experts, shared)
+
+    def forward(self, x: Tensor, rows: Rows, cache: KVCache | None = None, z_loss: float | None = None):
+        """x [T, H] -> x [T, H] and the z-loss of its router, None where there is none."""
+        attended = self.attention(self.input_layernorm(x), rows, cache)
+        h, x = self.post_attention_layernorm(attended, residual=x)
+        if isinstance(self.mlp, MLP):
+            return x + self.mlp(h), None
+        y, z = self.mlp(h, z_loss)
+        return x + y, z
+
+
+class Ling(Fp32Buffers):
+    """A whole model on one device. Parameters start random (`init_weights`), in the default dtype."""
+
+    def __init__(self, config: LingConfig):
+        super().__init__()
+        c = self.config = config
+        self.word_embeddings = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(Layer(c, dense=i < c.first_k_dense_replace) for i in range(c.num_hidden_layers))
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+        self.mtp = nn.ModuleList(
+            MTP(c.hidden_size, c.rms_norm_eps, Layer(c, dense=False)) for _ in range(c.num_nextn_predict_layers)
+        )
+        self.register_buffer("cos", None, persistent=False)
+        self.register_buffer("sin", None, persistent=False)
+        self.reset_buffers()
+
+    def reset_buffers(self) -> None:
+        """Compute what is not loaded; needed once after `to_empty`."""
+        c, device = self.config, self.lm_head.weight.device
+        self.cos, self.sin = rope_tables(c.max_positions, c.rotary_dim, c.rope_theta, c.rope_scaling, device)
+        for router in self.routers():
+            router.counts.zero_()
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Normal with initializer_range for every matrix, ones for the norms, zero for the expert bias."""
+        for p in self.parameters():
+            p.normal_(0, self.config.initializer_range, generator=generator) if p.ndim > 1 else p.fill_(1)
+        for router in self.routers():
+            router.expert_bias.zero_()
+        self.reset_buffers()
+
+    def routers(self) -> list[Router]:
+        """In the order of layers, MTP layers last."""
+        return [m for m in self.modules() if isinstance(m, Router)]
+
+    def expert_counts(self) -> Tensor:
+        """[MoE layers, E] int32: tokens per expert over the training forwards since the last `balance_`."""
+        return torch.stack([r.counts for r in self.routers()])
+
+    def balance_(self, rate: float) -> None:
+        """Move every router's bias towards an even load: once per global batch, after the optimizer's step."""
+        for router in self.routers():
+            router.balance_(rate)
+
+    def backbone(
+        self,
+        ids: Tensor,
+        rows: Rows,
+        caches: list[KVCache] | None = None,
+        z_loss: float | None = None,
+        states: list[Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """ids [T] -> the normed hidden state [T, H] and the summed z-loss; fills `states` as LingOutput has them."""
+        x, z = self.word_embeddings(ids), None
+        for layer, cache in zip(self.layers, caches or [None] * len(self.layers), strict=True):
+            if states is not None:
+                states.append(x)
+            x, layer_z = layer(x, rows, cache, z_loss)
+            z = _sum(z, layer_z)
+        h = self.norm(x)
+        if states is not None:
+            states.append(h)
+        return h, z
+
+    def following(self, batch: Batch, ahead: int) -> Tensor:
+        """[T, H] embeddings of the tokens `ahead` in the document; past its end token 0's, which learns nothing."""
+        ids = shift(batch.ids, batch, ahead, fill=-1)
+        x = self.word_embeddings(ids.clamp(min=0))
+        return torch.where(ids[:, None] < 0, x.detach(), x)
+
+    def logits(self, h: Tensor) -> Tensor:
+        """h [T, H] -> [T, V] fp32."""
+        return self.lm_head(h).float()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        output_hidden_states: bool = False,
+        logits: bool = True,
+        z_loss: float | None = None,
+        mtp_loss: str = "clean",
+        target_counts: list[Tensor | float] | None = None,
+    ) -> LingOutput:
+        """input_ids [B, L] int64.
+
+        labels [B, L] (-100: ignored) are not shifted: position t learns to predict labels[t + 1] (and, in the k-th MTP
+        layer, labels[t + 1 + k]), never across the end of a document. attention_mask [B, L] is 0 at padding, on either
+        side. cu_seqlens [n + 1] int32 says where documents start in the B * L tokens; default: a row is a document.
+        logits=False computes the loss without ever holding the logits. z_loss is the router's coefficient.
+        mtp_loss="official" is the official code's MTP loss, in which a row's last position learns from the next row.
+        target_counts divides the sums of the main and MTP losses; default: how many targets this batch has.
+        Raises ValueError for shapes that do not fit and sequences longer than config.max_positions.
+        """
+        batch = pack(input_ids, attention_mask, cu_seqlens, self.config.max_positions)
+        rows = Rows(self.cos, self.sin, batch.positions, batch.cu_seqlens)
+        states = [] if output_hidden_states else None
+        h, z = self.backbone(batch.ids, rows, z_loss=z_loss, states=states)
+
+        heads = [h]  # what lm_head is applied to: the model's output, then each MTP layer's
+        for k, mtp in enumerate(self.mtp, 1):
+            x, mtp_z = mtp(self.following(batch, k), heads[-1], rows, z_loss)
+            heads.append(x)
+            z = _sum(z, mtp_z)
+        out = LingOutput()
+        all_logits = [self.logits(x) for x in heads] if logits else []
+        if labels is not None:
+            flat = labels.flatten() if batch.kept is None else labels.flatten()[batch.kept]
+            losses = []
+            for k, x in enumerate(heads):
+                if k and mtp_loss == "official":
+                    targets = shift(shift(flat, batch, k, fill=IGNORE), None, 1, fill=IGNORE)
+                else:
+                    targets = shift(flat, batch, k + 1, fill=IGNORE)
+                total = (
+                    cross_entropy(all_logits[k], targets, reduction="sum")
+                    if logits
+                    else linear_cross_entropy(x, self.lm_head.weight, targets, reduction="sum")
+                )
+                count = (targets != IGNORE).sum() if target_counts is None else target_counts[k]
+                losses.append(total / torch.as_tensor(count, device=total.device).clamp(min=1))
+            out.loss = out.main_loss = losses[0]
+            if len(losses) > 1:
+                out.mtp_loss = sum(losses[1:]) / len(losses[1:])
+                out.loss = out.loss + self.config.mtp_loss_scaling_factor * out.mtp_loss
+            if z_loss is not None:
+                out.z_loss = h.new_zeros(()) if z is None else z
+                out.loss = out.loss + out.z_loss
+        if logits:
+            out.logits = unpack(all_logits[0], batch, input_ids.shape)
+            if self.mtp:
+                out.mtp_logits = torch.stack([unpack(x, batch, input_ids.shape) for x in all_logits[1:]])
+        if output_hidden_states:
+            out.hidden_states = tuple(unpack(x, batch, input_ids.shape) for x in states + heads[1:])
+        return out
+
+    stream, generate = stream, generate
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return a if b is None else b if a is None else a + b

@@ -1,0 +1,10 @@
+"""Thin modules over ops."""
+
+from .attention import Attention, Rows
+from .experts import Experts
+from .mlp import MLP
+from .moe import Local, MoE
+from .norm import RMSNorm
+from .router import Router
+
+__all__ = ["MLP", "Attention", "Experts", "Local", "MoE", "RMSNorm", "Router", "Rows"]

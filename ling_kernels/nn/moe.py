@@ -1,0 +1,43 @@
+"""The mixture-of-experts layer: sum over the chosen experts of weight * expert(x), plus the shared expert, not scaled.
+
+Where an expert lives is the exchange's business: `Local` keeps all of them here, ling_kernels.parallel brings others.
+The routing weight is applied after the down projection, in fp32, as the official model does at inference.
+"""
+
+from torch import Tensor, nn
+
+from ..ops.dispatch import Plan, dispatch
+from ..ops.permute import permute
+from ..ops.unpermute import unpermute
+from .experts import Experts
+from .mlp import MLP
+from .router import Router
+
+
+class Local:
+    """Every expert is on this device."""
+
+    def dispatch(self, x: Tensor, experts: Tensor, counts: Tensor) -> tuple[Tensor, Plan]:
+        """x [T, H] -> rows [S, H] sorted by expert, and the plan that `combine` needs."""
+        plan = dispatch(experts, counts)
+        return permute(x, plan), plan
+
+    def combine(self, y: Tensor, plan: Plan, weights: Tensor) -> Tensor:
+        """y [S, H], weights [T, topk] -> [T, H]."""
+        return unpermute(y, plan, weights)
+
+
+class MoE(nn.Module):
+    def __init__(self, router: Router, experts: Experts, shared_experts: MLP | None, exchange=None):
+        super().__init__()
+        self.router, self.experts, self.shared_experts = router, experts, shared_experts
+        self.exchange = exchange or Local()
+
+    def forward(self, x: Tensor, z_loss: float | None = None) -> tuple[Tensor, Tensor | None]:
+        """x [T, H] -> y [T, H] and the router's z-loss, None without a coefficient."""
+        weights, experts, counts, z = self.router(x, z_loss)
+        rows, plan = self.exchange.dispatch(x, experts, counts)
+        y = self.exchange.combine(self.experts(rows, plan.offsets), plan, weights)
+        if self.shared_experts is not None:
+            y = y + self.shared_experts(x)
+        return y, z

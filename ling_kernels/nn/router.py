@@ -1,0 +1,35 @@
+"""The router: fp32 logits, group-limited top-k, and the bias that balances the load."""
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.balance_bias import balance_bias_
+from ..ops.route import route
+from ..ops.router_gemm import router_gemm
+from .norm import Fp32Buffers
+
+
+class Router(Fp32Buffers):
+    """weight [E, H]; expert_bias [E] fp32, for selection only; counts [E] int32, tokens per expert since `balance_`."""
+
+    def __init__(self, hidden_size, num_experts, num_groups=8, group_topk=4, topk=8, scale=2.5):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        nn.init.normal_(self.weight, std=0.02)
+        self.register_buffer("expert_bias", torch.zeros(num_experts, dtype=torch.float32))
+        self.register_buffer("counts", torch.zeros(num_experts, dtype=torch.int32), persistent=False)
+        self.limits = dict(num_groups=num_groups, group_topk=group_topk, topk=topk, scale=scale)
+
+    def forward(self, x: Tensor, z_loss: float | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """x [T, H] -> weights [T, topk] fp32, experts [T, topk] int32, counts [E] int32, z-loss or None."""
+        logits = router_gemm(x, self.weight)
+        weights, experts, counts, *z = route(logits, self.expert_bias, z_loss=z_loss, **self.limits)
+        if self.training and torch.is_grad_enabled():
+            self.counts += counts
+        return weights, experts, counts, z[0] if z else None
+
+    @torch.no_grad()
+    def balance_(self, rate: float) -> None:
+        """Once per global batch: moves expert_bias towards an even load and starts counting anew."""
+        balance_bias_(self.expert_bias, self.counts, rate)
+        self.counts.zero_()

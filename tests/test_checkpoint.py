@@ -1,0 +1,193 @@
+"""Official checkpoints: bit for bit there and back, sharded, block-FP8, streamed, and clear words for damaged ones."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ling_kernels.errors import InputError
+from ling_kernels.model import LingConfig, load_model, named_views, resolve_model, save_model
+
+DATA = Path(__file__).parent / "data"
+NAMES = ["base", "mtp1", "yarn"]
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_round_trip_is_bit_for_bit(name, dtype, tmp_path):
+    save_model(load_model(DATA / name, dtype=dtype), tmp_path / "out")
+    assert same(load_file(tmp_path / "out/model.safetensors"), load_file(DATA / name / "model.safetensors"))
+    assert resolve_model(str(tmp_path / "out"))[0] == resolve_model(str(DATA / name))[0]
+    before, after = (json.loads((d / "config.json").read_text()) for d in (DATA / name, tmp_path / "out"))
+    assert before.items() <= (after | {"rope_scaling": before["rope_scaling"]}).items()
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_shards(tmp_path):
+    model = load_model(DATA / "mtp1")
+    save_model(model, tmp_path, max_shard_bytes=100_000)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) > 5 and all(f.stat().st_size < 150_000 for f in files)
+    tensors = {k: v for f in files for k, v in load_file(f).items()}
+    assert same(tensors, load_file(DATA / "mtp1/model.safetensors"))
+    assert same(dict(named_views(load_model(tmp_path))), dict(named_views(model)))
+    save_model(model, tmp_path)  # over it, in one file: nothing stale stays
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_block_fp8(tmp_path):
+    """Ragged sizes too: 96 rows are one block of 128."""
+    tensors = load_file(DATA / "base/model.safetensors")
+    want = dict(tensors)
+    for key in list(tensors):
+        if "proj" not in key and "dense" not in key:
+            continue
+        w = tensors[key].float()
+        amax = torch.nn.functional.pad(w, (0, -w.shape[1] % 128, 0, -w.shape[0] % 128))
+        amax = amax.abs().unflatten(0, (-1, 128)).unflatten(2, (-1, 128)).amax((1, 3))
+        scale = amax.clamp(1e-4) / 448
+        full = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)[: w.shape[0], : w.shape[1]]
+        tensors[key] = (w / full).to(torch.float8_e4m3fn)
+        tensors[key + "_scale_inv"] = scale
+        want[key] = tensors[key].float() * full
+    assert len(tensors) > len(want) + 10
+    shutil.copy(DATA / "base/config.json", tmp_path)
+    half = len(tensors) // 2  # scales may lie in another shard than their weights
+    parts = [sorted(tensors)[:half], sorted(tensors)[half:]]
+    for i, keys in enumerate(parts):
+        save_file({k: tensors[k] for k in keys}, tmp_path / f"{i}.safetensors")
+    weight_map = {k: f"{i}.safetensors" for i, keys in enumerate(parts) for k in keys}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    for key, view in named_views(load_model(tmp_path, dtype=torch.float32)):
+        assert torch.equal(view, want[key].float()), key
+
+
+def damage(folder: Path, how: str):
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    tensors = load_file(weights)
+    if how == "no config":
+        config.unlink()
+    elif how == "config is no json":
+        config.write_text("{")
+    elif how == "no weights":
+        weights.unlink()
+    elif how == "truncated":
+        weights.write_bytes(weights.read_bytes()[:100_000])
+    elif how == "empty file":
+        weights.write_bytes(b"")
+    elif how == "key is missing":
+        save_file({k: v for k, v in tensors.items() if k != "model.layers.1.mlp.experts.3.up_proj.weight"}, weights)
+    elif how == "wrong shape":
+        save_file(tensors | {"lm_head.weight": torch.zeros(7, 64)}, weights)
+    elif how == "fp8 without scale":
+        save_file(
+            tensors | {"model.layers.0.mlp.down_proj.weight": torch.zeros(64, 96).to(torch.float8_e4m3fn)}, weights
+        )
+    elif how == "shard is missing":
+        weight_map = dict.fromkeys(tensors, "model-00001-of-00002.safetensors")
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    elif how == "index is damaged":
+        (folder / "model.safetensors.index.json").write_text("[]")
+    else:
+        field, value = how.split("=")
+        config.write_text(json.dumps(json.loads(config.read_text()) | {field: json.loads(value)}))
+
+
+DAMAGED = {  # how: words of the message
+    "no config": "holds no config.json",
+    "config is no json": "cannot read .*config.json",
+    "no weights": "neither model.safetensors nor model.safetensors.index.json",
+    "truncated": "cannot read .*model.safetensors",
+    "empty file": "cannot read .*model.safetensors",
+    "key is missing": "no model.layers.1.mlp.experts.3.up_proj.weight",
+    "wrong shape": r"model.safetensors: lm_head.weight is \[7, 64\], config.json makes it \[128, 64\]",
+    "fp8 without scale": "no model.layers.0.mlp.down_proj.weight_scale_inv",
+    "shard is missing": "cannot read .*model-00001-of-00002.safetensors",
+    "index is damaged": "index.json is damaged",
+    "num_key_value_heads=3": "num_attention_heads 4 is not a multiple of num_key_value_heads 3",
+    "n_group=5": "num_experts 16 is not a multiple of n_group 5",
+    "num_experts_per_tok=12": "num_experts_per_tok 12 is more than the 8",
+    "topk_group=9": "topk_group 9 is more than n_group 4",
+    "hidden_size=0": "hidden_size is 0",
+    'hidden_size="big"': "hidden_size is 'big'",
+    "partial_rotary_factor=0.2": "not an even number of dimensions",
+    'rope_scaling={"type": "linear", "factor": 2}': "only type yarn",
+}
+
+
+@pytest.mark.parametrize("how", DAMAGED)
+def test_damaged_checkpoints_are_named(how, tmp_path):
+    folder = Path(shutil.copytree(DATA / "base", tmp_path / "model"))
+    damage(folder, how)
+    with pytest.raises(InputError, match=DAMAGED[how]):
+        load_model(folder)
+
+
+def test_unknown_models_are_named(tmp_path):
+    with pytest.raises(InputError, match="unknown model 'large': neither a preset .tiny, mini, flash, 1t. nor"):
+        resolve_model("large")
+    with pytest.raises(InputError, match="which has no weights"):
+        load_model("tiny")
+    assert resolve_model("1t") == (LingConfig.one_t(), None)
+
+
+def test_unread_tensors_are_told(tmp_path):
+    folder = Path(shutil.copytree(DATA / "base", tmp_path / "model"))
+    save_file(load_file(folder / "model.safetensors") | {"extra": torch.zeros(1)}, folder / "model.safetensors")
+    with pytest.warns(UserWarning, match="1 tensors were not read, the first is extra"):
+        load_model(folder)
+
+
+def test_unwritable_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot write the checkpoint to"):
+        save_model(load_model(DATA / "base"), tmp_path / "file" / "model")
+
+
+def test_a_failed_save_loses_nothing(tmp_path, monkeypatch):
+    """The disk is full half-way: the old checkpoint is still whole."""
+    import safetensors.torch
+
+    model = load_model(DATA / "base")
+    save_model(model, tmp_path)
+
+    def full(tensors, path, metadata):
+        Path(path).write_bytes(b"half of it")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(InputError, match="No space left"):
+        save_model(model, tmp_path)
+    assert same(dict(named_views(load_model(tmp_path))), dict(named_views(model)))
+
+
+def test_loading_streams(tmp_path):
+    """Never more than the model, one shard, and what the process needs anyway."""
+    code = """
+import dataclasses, resource, sys, torch
+from ling_kernels.model import Ling, LingConfig, load_model, save_model
+sizes = dict(hidden_size=512, vocab_size=8192, num_experts=64, moe_intermediate_size=256)
+config = dataclasses.replace(LingConfig.tiny(), **sizes)
+if sys.argv[1] == "save":
+    model = Ling(config).to(torch.bfloat16)
+    save_model(model, sys.argv[2], max_shard_bytes=32 << 20)
+else:
+    load_model(f"{sys.argv[2]}/small")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    model = load_model(sys.argv[2])
+    size = sum(p.nbytes for p in model.parameters()) >> 10
+    print(size, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    subprocess.run([sys.executable, "-c", code, "save", tmp_path], check=True)
+    shutil.copytree(DATA / "base", tmp_path / "small")
+    size, grown = map(int, subprocess.check_output([sys.executable, "-c", code, "load", tmp_path]).split())
+    assert size > 150_000 and grown < size + (48 << 10)
