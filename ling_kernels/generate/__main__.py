@@ -1,0 +1,162 @@
+"""python -m ling_kernels.generate --model DIR --prompt "...": the text a checkpoint writes, as it comes."""
+
+import argparse
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from ..errors import InputError, command
+from ..model import LingConfig, load_model, resolve_model
+from ..tokenizer import Tokenizer, load_tokenizer, read_json
+from .sample import sampler
+from .text import stream_text
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m ling_kernels.generate", description=__doc__, allow_abbrev=False)
+    add = parser.add_argument
+    add("--model", required=True, metavar="DIR", help="checkpoint folder: config.json, safetensors, tokenizer.json")
+    add("--prompt", required=True, metavar="TEXT", help="what to go on from; - reads it from standard input")
+    add("--chat", action="store_true", help="the prompt is a user's message: apply the tokenizer's chat template")
+    add("--system", metavar="TEXT", help="system message, with --chat")
+    add("--max-new-tokens", type=int, metavar="N", help="default 256, or what the model's length leaves")
+    add("--temperature", type=float, default=0.0, metavar="T", help="0 (default) takes the likeliest token")
+    add("--top-p", type=float, default=1.0, metavar="P", help="draw among the likeliest that hold P of the probability")
+    add("--top-k", type=int, default=0, metavar="K", help="draw among the K likeliest")
+    add("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1 makes what was said less likely")
+    add("--seed", type=int, metavar="N", help="the same text again for the same seed")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times")
+    add("--ignore-eos", action="store_true", help="go on after an end token")
+    add("--echo", action=argparse.BooleanOptionalAction, default=False, help="print the prompt first")
+    add("--stats", action="store_true", help="tokens per second, on standard error")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="auto is bf16 on a GPU, fp32 on a CPU")
+    add("--tokenizer", metavar="PATH", help="not the checkpoint's but this tokenizer.json or folder; bytes: built in")
+
+    def fail(message: str):
+        raise InputError(f"{message} (--help shows the options)")
+
+    parser.error = fail  # one line, as for every other bad input
+    return parser
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    args = arguments().parse_args(argv)
+    sys.stdout.reconfigure(errors="replace")  # for a terminal that cannot show every character
+    try:
+        run(args)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except torch.OutOfMemoryError:
+        raise InputError("the GPU's memory is too small: fewer --max-new-tokens, or --device cpu") from None
+    except BrokenPipeError:
+        # Who read our output has left. Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    choose = sampler(args.temperature, args.top_k, args.top_p, args.repetition_penalty, args.seed)
+    config, folder = resolve_model(args.model)
+    if folder is None:
+        raise InputError(f"--model {args.model} is a preset, which has no weights: give a checkpoint folder")
+    if "" in args.stop:
+        raise InputError("--stop is empty")
+    tokenizer = find_tokenizer(args.tokenizer, folder, config)
+    prompt, ids = read_prompt(args, tokenizer)
+    new = room(args.max_new_tokens, len(ids), config.max_positions)
+    ends = () if args.ignore_eos else end_ids(config, tokenizer, folder)
+    device, dtype = placement(args.device, args.dtype)
+    model = load_model(folder, dtype=dtype, device=device)
+
+    if args.echo:
+        show(prompt)
+    times, last = [time.perf_counter()], ""
+    for piece in stream_text(model, tokenizer, ids, new, choose, args.stop, ends):
+        times.append(time.perf_counter())
+        show(piece)
+        last = piece or last
+    if not last.endswith("\n"):
+        show("\n")
+    if args.stats:
+        start, *after = times
+        count = len(after) - 1  # of tokens: the last piece is only what had been held back
+        first, rate = after[0] - start, (count - 1) / (after[-1] - after[0]) if count > 1 else 0.0
+        print(f"{len(ids)} tokens read in {first:.2f} s, {count} written at {rate:.1f} tokens/s", file=sys.stderr)
+
+
+def find_tokenizer(given: str | None, folder: Path, config: LingConfig) -> Tokenizer:
+    if given is None and not (folder / "tokenizer.json").is_file():
+        raise InputError(f"{folder} has no tokenizer.json: give --tokenizer (a path, or `bytes` for the built-in one)")
+    tokenizer = load_tokenizer(None if given == "bytes" else given or folder)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise InputError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}")
+    return tokenizer
+
+
+def read_prompt(args: argparse.Namespace, tokenizer: Tokenizer) -> tuple[str, list[int]]:
+    """What the model reads, as text and as ids; an empty prompt is the token that a text begins with."""
+    prompt = args.prompt
+    if prompt == "-":
+        try:
+            prompt = sys.stdin.buffer.read().decode().removesuffix("\n")
+        except UnicodeDecodeError as error:
+            raise InputError(f"standard input is not UTF-8: {error}") from None
+    if args.chat:
+        system = [] if args.system is None else [{"role": "system", "content": args.system}]
+        prompt = tokenizer.apply_chat_template([*system, {"role": "user", "content": prompt}])
+    elif args.system is not None:
+        raise InputError("--system is for --chat")
+    ids = tokenizer.encode(prompt, special=args.chat)
+    return prompt, ids or [tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id]
+
+
+def room(asked: int | None, prompt: int, positions: int) -> int:
+    """How many tokens to write after `prompt` tokens."""
+    if prompt >= positions:
+        raise InputError(f"the prompt is {prompt} tokens, and the model takes {positions} with what it writes")
+    if asked is None:
+        return min(256, positions - prompt)
+    if asked < 1:
+        raise InputError(f"--max-new-tokens is {asked}; it must be at least 1")
+    if prompt + asked > positions:
+        raise InputError(
+            f"--max-new-tokens {asked} after {prompt} of prompt is more than the model's {positions} positions"
+        )
+    return asked
+
+
+def end_ids(config: LingConfig, tokenizer: Tokenizer, folder: Path) -> set[int]:
+    """The tokens that end a text, by config.json, generation_config.json, the tokenizer, or Ling's chat format."""
+    more = folder / "generation_config.json"
+    more = read_json(more).get("eos_token_id", []) if more.is_file() else []
+    turn = tokenizer.vocab.get("<|role_end|>", tokenizer.eos_id)
+    return {config.eos_token_id, tokenizer.eos_id, turn, *(more if isinstance(more, list) else [more])}
+
+
+def placement(device: str, dtype: str) -> tuple[str, torch.dtype]:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch sees no GPU")
+    if dtype == "auto":
+        dtype = "bf16" if device == "cuda" else "fp32"
+    return device, {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+
+
+def show(text: str) -> None:
+    if sys.stdout.isatty():  # a model must not steer the terminal
+        text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

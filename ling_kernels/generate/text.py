@@ -1,0 +1,55 @@
+"""The text of a generation as it comes: characters whole, and stop strings cut off."""
+
+from collections.abc import Callable, Container, Iterator, Sequence
+
+import torch
+
+from ..tokenizer import TextStream, Tokenizer
+
+
+def stream_text(
+    model,
+    tokenizer: Tokenizer,
+    ids: Sequence[int],
+    max_new_tokens: int,
+    choose: Callable | None = None,
+    stop: Sequence[str] = (),
+    ends: Container[int] = (),
+) -> Iterator[str]:
+    """The text that `model` (a Ling) adds to the prompt `ids`: a piece per token ("" where held back), then the rest.
+
+    It ends before an id of `ends`, before a string of `stop`, or after max_new_tokens."""
+    text, cut = TextStream(tokenizer), StopStrings(stop)
+    prompt = torch.tensor([list(ids)], device=next(model.parameters()).device)
+    for token in model.stream(prompt, max_new_tokens, choose=choose):
+        token = int(token[0])
+        if token in ends:
+            break
+        yield cut.add(text.add(token))
+        if cut.found:
+            break
+    yield cut.add(text.end()) + cut.end()
+
+
+class StopStrings:
+    """Gives text back as it is added, up to the first of `stop`; holds back an end that may be the start of one."""
+
+    def __init__(self, stop: Sequence[str]):
+        self.stop, self.found, self.held = stop, False, ""
+
+    def add(self, text: str) -> str:
+        if self.found:
+            return ""
+        text = self.held + text
+        places = [place for place in map(text.find, self.stop) if place >= 0]
+        if places:
+            self.found, self.held = True, ""
+            return text[: min(places)]
+        beginnings = (n for s in self.stop for n in range(1, len(s)) if text.endswith(s[:n]))
+        sure = len(text) - max(beginnings, default=0)
+        self.held = text[sure:]
+        return text[:sure]
+
+    def end(self) -> str:
+        held, self.held = self.held, ""
+        return held

@@ -1,0 +1,242 @@
+"""The byte-level tokenizer alone and against `tokenizers`; other tokenizers; chats; text that comes token by token."""
+
+import json
+import random
+import sys
+
+import numpy as np
+import pytest
+
+from ling_kernels.errors import InputError
+from ling_kernels.tokenizer import SPECIAL, TextStream, Tokenizer, byte_settings, load_tokenizer
+
+TRICKY = [
+    "",
+    " ",
+    "plain text, 123",
+    "  two  spaces\tand\r\nlines\n\n",
+    "e\u0301 \u00e9 \u00ad\u00a0\u2028 \x00\x7f \ufeff\ufffd",
+    "日本語 العربية 😀👩‍👩‍👧 \U0010ffff",
+    "<|role_end|><role>HUMAN</role>x<|endoftext|",
+    "<|endoftext|><|endoftext|> <<role>> </role",
+    "[CLS] [gMASK]<think>\nhm</think><tool_call>",
+    "Ġ ĊĀ ŀ are how byte-level BPE writes bytes",
+]
+
+
+def random_text(rng: random.Random) -> str:
+    def one():
+        ascii, two_or_three, four = rng.randrange(128), rng.randrange(0x80, 0xD800), rng.randrange(0x10000, 0x110000)
+        return rng.choice([chr(ascii), chr(two_or_three), chr(four), rng.choice(SPECIAL), " "])
+
+    return "".join(one() for _ in range(rng.randrange(60)))
+
+
+TEXTS = TRICKY + [random_text(random.Random(i)) for i in range(100)]
+
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory):
+    """A folder with a small byte-level BPE tokenizer in which characters fall apart into several tokens."""
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(["the cat sat on the mat. naïve café 日本語 日本 😀😁 the end"] * 20, trainer)
+    folder = tmp_path_factory.mktemp("bpe")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def settings(folder, **values):
+    (folder / "tokenizer_config.json").write_text(json.dumps(values))
+    return folder
+
+
+def test_bytes_are_their_own_ids():
+    tokenizer, data = load_tokenizer(), random.Random(0).randbytes(10_000)
+    assert tokenizer.encode("aé<role>") == [97, 0xC3, 0xA9, *b"<role>"]
+    assert np.array_equal(tokenizer.encode_bytes(data), np.frombuffer(data, np.uint8))
+    assert tokenizer.decode(data) == data.decode("utf-8", "replace")
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (256, 257, 256 + len(SPECIAL))
+    assert tokenizer.vocab_size <= 320
+    assert tokenizer.decode([104, 300, 105]) == "hi", "ids of the padded vocabulary have no text"
+
+
+def test_special_tokens_only_when_asked():
+    tokenizer = load_tokenizer()
+    assert tokenizer.encode("a<|role_end|>b</role>", special=True) == [97, 260, 98, 262]
+    for text in TEXTS:
+        plain, special = tokenizer.encode(text), tokenizer.encode(text, special=True)
+        assert tokenizer.decode(plain) == tokenizer.decode(special) == text
+        assert max(plain, default=0) < 256
+
+
+def test_saved_bytes_are_the_same_in_tokenizers(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    ours = load_tokenizer()
+    ours.save(tmp_path)
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert theirs.get_vocab_size() == ours.vocab_size
+    for text in TEXTS:
+        ids = ours.encode(text, special=True)
+        theirs.encode_special_tokens = False
+        assert theirs.encode(text).ids == ids
+        assert theirs.decode(ids, skip_special_tokens=False) == text
+        theirs.encode_special_tokens = True
+        assert theirs.encode(text).ids == ours.encode(text)
+    data = random.Random(1).randbytes(2000)
+    assert theirs.decode(list(data)) == ours.decode(data)
+
+
+def test_saved_bytes_load_without_a_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    load_tokenizer().save(tmp_path / "new" / "folder")
+    resaved = tmp_path / "new" / "folder" / "tokenizer.json"
+    for path in (resaved.parent, str(resaved)):
+        tokenizer = load_tokenizer(path)
+        assert tokenizer.backend is None
+        assert tokenizer.settings == byte_settings()
+
+
+def test_bpe(bpe, tmp_path):
+    tokenizer = load_tokenizer(settings(bpe, bos_token={"content": "<s>"}, eos_token="</s>", chat_template="x"))
+    assert tokenizer.chat_template == "x"
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (0, 1)
+    assert len(tokenizer.encode("the cat")) < len("the cat")
+    assert tokenizer.encode("</s>", special=True) == [1] != tokenizer.encode("</s>")
+    for text in TEXTS:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    ids = tokenizer.encode_bytes("日本".encode())
+    assert ids.dtype == np.uint16
+    assert ids.tolist() == tokenizer.encode("日本")
+    tokenizer.save(tmp_path)
+    again = load_tokenizer(tmp_path)
+    assert again.encode("the 日本 end") == tokenizer.encode("the 日本 end")
+    assert again.settings == tokenizer.settings
+
+
+def test_end_token_and_template_beside_the_file(bpe):
+    (bpe / "tokenizer_config.json").unlink(missing_ok=True)
+    assert load_tokenizer(bpe).eos_id == 1, "a usual name serves where no tokenizer_config.json names it"
+    several = [{"name": "tools", "template": "t"}, {"name": "default", "template": "d"}]
+    assert load_tokenizer(settings(bpe, chat_template=several)).chat_template == "d"
+    (bpe / "chat_template.jinja").write_text("file")
+    assert load_tokenizer(bpe).chat_template == "file"
+    (bpe / "chat_template.jinja").unlink()
+
+
+SYSTEM, USER, ANSWER = (
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "<think>\nhm\n</think>\n\nHello!"},
+)
+OFF = "detailed thinking off<|role_end|>"
+
+
+@pytest.mark.parametrize("messages, text", [
+    ([USER], f"<role>SYSTEM</role>{OFF}<role>HUMAN</role>Hi<|role_end|>"),
+    ([SYSTEM, USER], f"<role>SYSTEM</role>Be brief.\n{OFF}<role>HUMAN</role>Hi<|role_end|>"),
+    ([SYSTEM, USER, ANSWER, USER], f"<role>SYSTEM</role>Be brief.\n{OFF}<role>HUMAN</role>Hi<|role_end|>"
+     "<role>ASSISTANT</role>Hello!<|role_end|><role>HUMAN</role>Hi<|role_end|>"),
+    ([USER, ANSWER], f"<role>SYSTEM</role>{OFF}<role>HUMAN</role>Hi<|role_end|>"
+     "<role>ASSISTANT</role>\n<think>\nhm\n</think>\n\nHello!<|role_end|>"),
+    ([SYSTEM, ANSWER], f"<role>SYSTEM</role>Be brief.\n{OFF}<role>ASSISTANT</role>Hello!<|role_end|>"),
+    ([USER, SYSTEM, {"role": "tool", "content": "1"}, {"role": "tool", "content": "2"}],
+     f"<role>SYSTEM</role>{OFF}<role>HUMAN</role>Hi<|role_end|><role>SYSTEM</role>Be brief.<|role_end|>"
+     "<role>OBSERVATION</role>\n<tool_response>\n1\n</tool_response>\n<tool_response>\n2\n</tool_response><|role_end|>"),
+])  # fmt: skip
+def test_chat(messages, text):
+    tokenizer = load_tokenizer()
+    assert tokenizer.apply_chat_template(messages, add_generation_prompt=False) == text
+    assert tokenizer.apply_chat_template(messages) == text + "<role>ASSISTANT</role>"
+    ids = tokenizer.encode(text, special=True)
+    assert ids.count(tokenizer.vocab["<|role_end|>"]) == text.count("<|role_end|>")
+
+
+def test_chat_template_of_a_checkpoint():
+    template = "{{ bos_token }}{% for m in messages %}\n{{ m | tojson }}{% endfor %}"
+    tokenizer = Tokenizer(None, byte_settings() | {"chat_template": template, "bos_token": {"content": "[CLS]"}})
+    assert tokenizer.apply_chat_template([{"role": "é"}]) == '[CLS]{"role": "é"}'
+
+
+@pytest.mark.parametrize("template, messages, said", [
+    (None, [USER], "no chat template"),
+    ("{{ messages[0].content.nothing() }}", [USER], "cannot render"),
+    ("{% for %}", [USER], "cannot render"),
+    ("{{ messages.append(1) }}", [USER], "cannot render"),
+    ("{{ ''.__class__.__mro__ }}", [USER], "cannot render"),
+    (byte_settings()["chat_template"], [{"role": "cook", "content": "x"}], "not cook"),
+    (byte_settings()["chat_template"], [{"role": "user", "content": None}], "cannot render"),
+    (byte_settings()["chat_template"], [], "cannot render"),
+])  # fmt: skip
+def test_bad_chats(template, messages, said):
+    tokenizer = Tokenizer(None, byte_settings() | {"chat_template": template})
+    with pytest.raises(InputError, match=said):
+        tokenizer.apply_chat_template(messages)
+
+
+@pytest.mark.parametrize("text", TEXTS[:30], ids=range(30))
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+def test_stream(text, kind, bpe):
+    tokenizer = load_tokenizer(bpe if kind == "bpe" else None)
+    stream, ids = TextStream(tokenizer), tokenizer.encode(text, special=True)
+    pieces = [stream.add(i) for i in ids]
+    assert "".join(pieces) + stream.end() == text
+    if "\ufffd" not in text:
+        assert all("\ufffd" not in piece for piece in pieces)
+
+
+def test_stream_holds_back_little():
+    stream = TextStream(load_tokenizer())
+    assert [stream.add(i) for i in "aé😀b".encode()] == ["a", "", "é", "", "", "", "😀", "b"]
+    for seed in range(20):
+        data = random.Random(seed).randbytes(200)
+        pieces = [stream.add(i) for i in data]
+        for n in range(len(data)):
+            assert data[: n + 1].decode("utf-8", "replace").startswith("".join(pieces[: n + 1]))
+            assert len(data[: n + 1].decode("utf-8", "replace")) - len("".join(pieces[: n + 1])) <= 7
+        assert "".join(pieces) + stream.end() == data.decode("utf-8", "replace")
+
+
+def test_stream_of_other_decoders():
+    """A decoder that drops the space before the first token, and writes unknown characters byte by byte."""
+    tokenizers = pytest.importorskip("tokenizers")
+    words = ["</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁the", "▁cat", "s"]
+    vocab = {word: i for i, word in enumerate(words)}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [], byte_fallback=True))
+    decoders = tokenizers.decoders
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(parts)
+    tokenizer = Tokenizer(backend, {})
+    ids = [vocab[word] for word in ["▁the", "▁cat", "s", *(f"<0x{byte:02X}>" for byte in "é😀".encode()), "▁the"]]
+    stream = TextStream(tokenizer)
+    assert [stream.add(i) for i in ids] == ["the", " cat", "s", "", "é", "", "", "", "😀", " the"]
+    assert stream.end() == ""
+
+
+def test_bad_tokenizers(bpe, tmp_path, monkeypatch):
+    def refuses(path, said):
+        with pytest.raises(InputError, match=said):
+            load_tokenizer(path)
+
+    refuses(tmp_path, "there is no tokenizer at")
+    refuses(tmp_path / "none.json", "there is no tokenizer at")
+    file = tmp_path / "tokenizer.json"
+    endless = (bpe / "tokenizer.json").read_text().replace("</s>", "</q>").encode().decode("latin-1")
+    bad = {"{": "not readable JSON", "\xff": "not readable JSON", "[]": "no JSON object"}
+    for content, said in (bad | {'{"model": 3}': "not a tokenizer.json", endless: "names no end token"}).items():
+        file.write_bytes(content.encode("latin-1"))
+        refuses(tmp_path, said)
+    refuses(settings(bpe, eos_token="<nowhere>"), "'<nowhere>', which is not in")
+    settings(bpe, eos_token="</s>")
+    with pytest.raises(InputError, match="not valid Unicode at character 1"):
+        load_tokenizer().encode("a\ud800")
+    with pytest.raises(InputError, match="cannot write the tokenizer"):
+        load_tokenizer().save(file)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    refuses(bpe, r"pip install ling_kernels\[train\]")
