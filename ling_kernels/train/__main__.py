@@ -1,0 +1,189 @@
+"""`python -m ling_kernels.train`: check what was asked, train, and show what came of it."""
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from ..errors import InputError, command
+from ..model import Ling, load_model, save_model
+from ..tokenizer import Tokenizer
+from . import checkpoint as ckpt
+from .data import Documents, Packed, gather_tokens, hold_out
+from .loop import Diverged, Progress, train
+from .optimizer import adamw
+from .pictures import draw
+from .prepare import Job, deterministic, discard, prepare
+from .report import Report
+from .settings import Parser, Settings, add_flags, to_json
+from .speed import peak_flops
+
+PROMPT = 24  # tokens of a held-out document that the sample at the end goes on from
+TEMPERATURE = 0.8
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        with deterministic():
+            return run(vars(parser().parse_args(argv)))
+    except KeyboardInterrupt:
+        print("stopped before the first step; nothing was trained", file=sys.stderr)
+        return 130
+    except torch.OutOfMemoryError as error:
+        why = str(error).split(". ")[0]
+        print(f"error: the GPU's memory is full, a smaller --micro-batch needs less: {why}", file=sys.stderr)
+        return 1
+
+
+def parser() -> Parser:
+    flags = Parser("python -m ling_kernels.train", description="Train a Ling-2.0 model on one device.")
+    flags.add_argument("--out", type=Path, help="folder of a new run (default: runs/MODEL-DATE-TIME)")
+    flags.add_argument(
+        "--resume",
+        metavar="RUN",
+        help="a run, to go on from its latest checkpoint; or one of its checkpoints; or auto: the run in --out, or else"
+        " the latest of the model, or a new one where there is none (default: a new run)",
+    )
+    add_flags(flags)
+    return flags
+
+
+def run(given: dict) -> int:
+    job = prepare(given)
+    folder, settings = job.folder, job.settings
+    try:
+        docs = gather_tokens(settings.data, job.tokenizer, job.config.vocab_size, job.tokens, settings.text_field)
+        training, held_out = hold_out(docs, settings.holdout)
+        if job.state and job.state["data"] != describe(docs):
+            raise InputError(f"data: {describe(docs)} is not what the run began with, {job.state['data']}")
+        model = make_model(job)
+    except BaseException:  # Ctrl-C included
+        discard(job)
+        raise
+    optimizer = adamw(model, settings.lr, settings.weight_decay)
+    progress = Progress()
+    if job.checkpoint:
+        ckpt.restore(job.checkpoint, model, optimizer)
+        progress = Progress(**{name: job.state[name] for name in asdict(progress)})
+        for path in ckpt.set_aside_later(folder, job.checkpoint):
+            print(f"a later checkpoint is kept as {path.name}")
+
+    peak, source = peak_flops(job.device, job.precision)
+    introduce(job, model, training, held_out, progress, f"{peak / 1e12:.4g} TFLOP/s ({source})")
+    report = Report(folder, progress.step, settings.steps, settings.log_every)
+
+    def save(progress: Progress) -> None:
+        state = asdict(progress) | dict(settings=to_json(settings), data=describe(docs), torch=torch.__version__)
+        ckpt.save_checkpoint(folder, model, optimizer, job.tokenizer, state, settings.keep)
+
+    packed = Packed(training, settings.seq_len, settings.seed)
+    validation = validation_batches(held_out, settings)
+    try:
+        stopped = train(model, optimizer, packed, validation, settings, progress, report, save, job.precision, peak)
+    except Diverged as error:
+        last = ckpt.list_checkpoints(folder)
+        back = f"the last checkpoint is {last[-1]}" if last else "there is no checkpoint yet"
+        print(f"error: {error}; a lower --lr may help; {back}", file=sys.stderr)
+        return 1
+    finally:
+        report.close()
+    if stopped:
+        print(f"stopped by {stopped} after step {progress.step}; go on with")
+        print(f"    {python('train')} --resume {shlex.quote(shown(folder))}")
+        return 0
+    conclude(job, model, held_out)
+    return 0
+
+
+def describe(docs: Documents) -> dict:
+    """What a resumed run compares its data with."""
+    return dict(tokens=docs.tokens, documents=len(docs), checksum=docs.checksum)
+
+
+def make_model(job: Job) -> Ling:
+    """The model in fp32, in training mode: from the checkpoint, from the model's directory, or random."""
+    if job.checkpoint or job.source:
+        model = load_model(job.checkpoint or job.source, dtype=torch.float32, device=job.device)
+    else:
+        model = Ling(job.config)
+        model.init_weights(torch.Generator().manual_seed(job.settings.seed))  # on the CPU: the same on every device
+        model.to(job.device)
+    torch.manual_seed(job.settings.seed)
+    return model.train()
+
+
+def validation_batches(held_out: Documents, settings: Settings) -> list:
+    """At most eval_rows rows of the held-out documents, evenly spaced, always the same."""
+    there = max(held_out.tokens // settings.seq_len, 1)
+    number = min(settings.eval_rows, there)
+    rows = [i * there // number for i in range(number)]
+    size = settings.micro_batch or settings.batch
+    packed = Packed(held_out, settings.seq_len, None)
+    return [packed.batch(rows[i : i + size]) for i in range(0, number, size)]
+
+
+def introduce(job: Job, model: Ling, training: Documents, held_out: Documents, progress: Progress, peak: str) -> None:
+    s, total = job.settings, sum(p.numel() for p in model.parameters())
+    active = job.config.num_active_parameters()
+    print(f"model      {s.model}: {total:,} parameters, {active:,} active in a token")
+    print(
+        f"data       {training.tokens:,} tokens of {len(training):,} documents,"
+        f" {held_out.tokens:,} of {len(held_out):,} held out"
+    )
+    print(f"device     {job.device_name}, {str(job.precision)[6:]}, {peak}")
+    print(f"run        {shown(job.folder)}, steps {progress.step + 1} to {s.steps}", flush=True)
+
+
+def conclude(job: Job, model: Ling, held_out: Documents) -> None:
+    """Export, draw, generate, and say where everything lies."""
+    folder = job.folder
+    save_model(model, folder / "model")
+    job.tokenizer.save(folder / "model")
+    layers = [str(i) for i in range(job.config.first_k_dense_replace, job.config.num_hidden_layers)]
+    layers += [f"MTP {k}" for k in range(1, job.config.num_nextn_predict_layers + 1)]
+    pictures = draw(folder, [f"layer {name}" if name.isdecimal() else name for name in layers])
+    if job.settings.sample_tokens:
+        prompt, text = sample(model, job.tokenizer, held_out, job.settings)
+        print(f"\nA sample that goes on from {prompt!r}:\n{text}\n")
+    print(f"checkpoint {shown(ckpt.list_checkpoints(folder)[-1])}")
+    print(f"model      {shown(folder / 'model')}")
+    for path in pictures:
+        print(f"picture    {shown(path)}")
+    if not pictures:
+        print("picture    none: matplotlib is missing (pip install ling_kernels[train])")
+    print(f"\n{python('generate')} --model {shlex.quote(shown(folder / 'model'))} --prompt 'The '")
+
+
+def sample(model: Ling, tokenizer: Tokenizer, held_out: Documents, settings: Settings) -> tuple[str, str]:
+    """The beginning of a held-out document, and what the model makes of it."""
+    generator = torch.Generator().manual_seed(settings.seed)
+
+    def choose(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        chances = (logits.float().cpu() / TEMPERATURE).softmax(-1)
+        return torch.multinomial(chances, 1, generator=generator)[:, 0].to(logits.device)
+
+    prompt = [int(i) for i in held_out[0][:PROMPT] if i != tokenizer.eos_id]
+    ids = torch.tensor([prompt], device=next(model.parameters()).device)
+    new = min(settings.sample_tokens, model.config.max_positions - len(prompt))
+    model.eval()
+    tokens = [int(t) for t in model.stream(ids, new, choose=choose, eos_token_id=tokenizer.eos_id)]
+    return tokenizer.decode(prompt), tokenizer.decode([t for t in tokens if t != tokenizer.eos_id])
+
+
+def python(module: str) -> str:
+    return f"{shown(Path(sys.executable))} -m ling_kernels.{module}"
+
+
+def shown(path: Path) -> str:
+    """Relative to where the user stands, when it lies below."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("..") else relative
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,191 @@
+"""Checkpoints: RUN/checkpoints/step-000123/ with everything that a run needs to go on bit for bit.
+
+    config.json, model.safetensors   the weights in fp32 under official keys
+    tokenizer.json, tokenizer_config.json   so that the folder is a model like any other
+    optimizer.safetensors            AdamW's moments, by parameter
+    rng.safetensors                  the states of torch's random numbers
+    state.json                       where the run stands, its settings, and size and checksum of the files above
+
+A checkpoint is written under another name, made durable and renamed: it is whole or absent. state.json comes last.
+"""
+
+import json
+import os
+import re
+import shutil
+import zlib
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..model import save_model
+from ..tokenizer import Tokenizer
+
+READ = 1 << 24  # bytes at a time
+
+
+def folder_of(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:06d}"
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """Oldest first, by step."""
+    found = [p for p in (run / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def save_checkpoint(
+    run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, tokenizer: Tokenizer, state: dict, keep: int
+) -> Path:
+    """Write the checkpoint of state["step"], then remove all but the last `keep` (0: none is removed)."""
+    from safetensors.torch import save_file
+
+    final = folder_of(run, state["step"])
+    partial = final.with_name(f".{final.name}.partial")
+    try:
+        clear_leftovers(run)
+        partial.mkdir(parents=True)
+        save_model(model, partial, dtype=torch.float32)
+        tokenizer.save(partial)
+        save_file(optimizer_tensors(model, optimizer), partial / "optimizer.safetensors")
+        save_file(random_states(), partial / "rng.safetensors")
+        files = {p.name: [p.stat().st_size, checksum(p)] for p in sorted(partial.iterdir())}
+        (partial / "state.json").write_text(json.dumps(state | {"files": files}, indent=2) + "\n")
+        for path in [*partial.iterdir(), partial]:
+            make_durable(path)
+        if final.exists():  # a damaged one, or one that the run has come to a second time
+            remove(final)
+        os.rename(partial, final)
+        make_durable(final.parent)
+        for old in list_checkpoints(run)[:-keep] if keep else ():
+            if old != final:
+                remove(old)
+    except OSError as error:
+        raise InputError(f"cannot write the checkpoint {final}: {error.strerror or error}") from None
+    return final
+
+
+def clear_leftovers(run: Path) -> None:
+    """What a killed process left half-written or half-removed."""
+    for path in (run / "checkpoints").glob(".step-*"):
+        shutil.rmtree(path)
+
+
+def remove(checkpoint: Path) -> None:
+    """Under another name first: no half-removed folder may pass for a checkpoint."""
+    going = checkpoint.with_name(f".{checkpoint.name}.removed")
+    os.rename(checkpoint, going)
+    shutil.rmtree(going)
+
+
+def make_durable(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def checksum(path: Path) -> int:
+    total = 0
+    with open(path, "rb") as file:
+        while part := file.read(READ):
+            total = zlib.crc32(part, total)
+    return total
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    names = {p: name for name, p in model.named_parameters()}
+    return {
+        f"{names[p]}.{key}": value.detach().cpu().contiguous()
+        for p, moments in optimizer.state.items()
+        for key, value in moments.items()
+    }
+
+
+def random_states() -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def locate(resume: str) -> tuple[Path, Path]:
+    """The run and the checkpoint that --resume names: a checkpoint, or a run for its latest one."""
+    path = Path(resume).resolve()
+    if re.fullmatch(r"step-\d+", path.name) and path.parent.name == "checkpoints" and path.is_dir():
+        return path.parent.parent, path
+    if not path.is_dir():
+        raise InputError(f"there is no run to resume at {resume}")
+    checkpoints = list_checkpoints(path)
+    if not checkpoints:
+        raise InputError(f"{resume} holds no checkpoint to resume from")
+    return path, checkpoints[-1]
+
+
+def read_state(checkpoint: Path) -> dict:
+    """state.json of a checkpoint whose files are all whole. A damaged one is named, and the one before it offered."""
+    if (damage := damage_of(checkpoint)) is None:
+        return json.loads((checkpoint / "state.json").read_text())
+    run = checkpoint.parent.parent
+    earlier = [c for c in list_checkpoints(run) if step_of(c) < step_of(checkpoint) and damage_of(c) is None]
+    offer = f"go on from the one before it with --resume {earlier[-1]}" if earlier else "there is no earlier one"
+    raise InputError(f"the checkpoint {checkpoint} is damaged: {damage}; {offer}")
+
+
+def damage_of(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint; None where every file is as it was written."""
+    try:
+        files = json.loads((checkpoint / "state.json").read_text())["files"].items()
+        for name, (size, crc) in files:
+            path = checkpoint / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size} of {size} bytes"
+            if checksum(path) != crc:
+                return f"{name} is not what was written"
+    except OSError as error:
+        return f"{error.filename or checkpoint}: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "state.json is not readable"
+    return None
+
+
+def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Put AdamW's moments and the states of random numbers back; the weights come with the model."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(checkpoint / "optimizer.safetensors")
+    names = {p: name for name, p in model.named_parameters()}
+    saved = optimizer.state_dict()
+    in_order = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, p in enumerate(in_order):
+        moments = {key: tensors.get(f"{names[p]}.{key}") for key in ("step", "exp_avg", "exp_avg_sq")}
+        if all(value is not None for value in moments.values()):  # a parameter that never had a gradient has none
+            saved["state"][i] = moments
+    optimizer.load_state_dict(saved)
+    states = load_file(checkpoint / "rng.safetensors")
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def set_aside_later(run: Path, checkpoint: Path) -> list[Path]:
+    """Rename the checkpoints after the one that a run goes on from: they belong to a future that is given up, and are
+    kept under a name that no --resume picks."""
+    later = [c for c in list_checkpoints(run) if step_of(c) > step_of(checkpoint)]
+    moved = []
+    for path in later:
+        target = path.with_name(f"superseded-{path.name}")
+        number = 2
+        while target.exists():
+            target, number = path.with_name(f"superseded-{path.name}-{number}"), number + 1
+        moved.append(path.rename(target))
+    return moved

@@ -1,0 +1,190 @@
+"""The loop: one global batch after the other, with everything that may happen in between."""
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import isfinite
+
+import torch
+from torch import nn
+
+from .data import Packed
+from .optimizer import clip_gradients, set_learning_rate
+from .report import Report
+from .schedule import learning_rate, rows_at
+from .settings import Settings
+
+
+@dataclass
+class Progress:
+    """Where a run stands; with weights, moments and settings this is all that a resumed run needs."""
+
+    step: int = 0  # steps done
+    sequences: int = 0  # rows consumed: the position in the stream
+    tokens: int = 0
+    bad: int = 0  # steps in a row that were skipped
+    skipped: int = 0  # steps skipped in all
+
+
+class Diverged(Exception):
+    """Too many steps in a row without a finite loss and gradient."""
+
+
+class Stop:
+    """True once a signal has asked to stop; a second one ends the process at once."""
+
+    def __init__(self):
+        self.asked = None
+
+    def __bool__(self) -> bool:
+        return self.asked is not None
+
+    @contextmanager
+    def on_signals(self) -> Iterator["Stop"]:
+        def first(number, frame):
+            self.asked = signal.Signals(number).name
+            for s in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(s, signal.SIG_DFL)
+
+        if threading.current_thread() is not threading.main_thread():  # only there may Python handle signals
+            yield self
+            return
+        before = {s: signal.signal(s, first) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for s, handler in before.items():
+                signal.signal(s, handler)
+
+
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    packed: Packed,
+    validation: list,
+    settings: Settings,
+    progress: Progress,
+    report: Report,
+    save: Callable[[Progress], None],
+    precision: torch.dtype,
+    peak: float,
+) -> str | None:
+    """Train up to settings.steps; `validation` holds batches, `save` writes a checkpoint of what has been done.
+
+    Returns the name of the signal that asked to stop, if one did. Raises Diverged.
+    """
+    saved = progress.step
+    with Stop().on_signals() as stop:
+        while progress.step < settings.steps and not stop:
+            start = time.perf_counter()
+            record, counts = train_step(model, optimizer, packed, settings, progress, precision)
+            seconds = time.perf_counter() - start
+            record["tokens_per_s"] = record.pop("step_tokens") / seconds
+            record["mfu"] = model.config.flops_per_token(settings.seq_len) * record["tokens_per_s"] / peak
+            validating = progress.step == settings.steps or due(progress.step, settings.eval_every)
+            if validating:
+                record["val_loss"] = evaluate(model, validation, precision)
+            report.step(record, seconds, counts)
+            if progress.bad >= settings.max_bad_steps:
+                raise Diverged(f"no finite loss and gradient in {progress.bad} steps up to {progress.step}")
+            if due(progress.step, settings.save_every):
+                report.expert_load(progress.step)
+                save(progress)
+                saved = progress.step
+            elif validating:
+                report.expert_load(progress.step)
+        if progress.step != saved:
+            report.expert_load(progress.step)
+            save(progress)
+    return stop.asked
+
+
+def due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    packed: Packed,
+    settings: Settings,
+    progress: Progress,
+    precision: torch.dtype,
+) -> tuple[dict, torch.Tensor | None]:
+    """One global batch: gradients of its micro batches summed exactly, one step of the optimizer and of the balance.
+
+    Returns the step's record and the tokens per MoE layer and expert, int64. The host waits for the device once.
+    """
+    device = next(model.parameters()).device
+    step = progress.step + 1
+    rows = rows_at(step, settings.batch, settings.ramp, settings.micro_batch or 1)
+    lr = learning_rate(step, settings.lr, settings.warmup)
+    optimizer.zero_grad()
+    losses = accumulate_gradients(model, packed, progress.sequences, rows, settings, device, precision)
+    norm = clip_gradients(model, settings.clip)
+    routed = bool(model.routers())
+    counts = model.expert_counts().long() if routed else None
+    violation = counts.amax(1) / counts.double().mean(1) - 1 if routed else torch.zeros(1, device=device)
+    measured = torch.stack([*losses, norm, violation.amax(), violation.mean()]).tolist()
+    names = ("loss", "main_loss", "mtp_loss", "z_loss", "grad_norm", "load_violation_max", "load_violation_mean")
+    record = dict(zip(names, measured, strict=True))
+
+    sound = isfinite(record["loss"]) and isfinite(record["grad_norm"])
+    if sound:
+        set_learning_rate(optimizer, lr)
+        optimizer.step()
+    model.balance_(settings.balance_rate if sound else 0.0)  # 0: the bias stays and counting begins anew
+    progress.step = step
+    progress.sequences += rows
+    progress.tokens += rows * settings.seq_len
+    progress.bad = 0 if sound else progress.bad + 1
+    progress.skipped += not sound
+    about = dict(step=step, **record, lr=lr, tokens=progress.tokens, step_tokens=rows * settings.seq_len)
+    return about | ({} if sound else dict(skipped=progress.skipped)), counts
+
+
+def accumulate_gradients(model, packed, first, rows, settings, device, precision) -> torch.Tensor:
+    """Forward and backward of the rows from `first` on, in micro batches -> [4] loss, main, MTP and z-loss.
+
+    Every sum of losses is divided by the global batch's number of targets, and the z-loss, a mean over tokens, counts
+    by a micro batch's share of the rows: so any cut into micro batches gives the same gradient.
+    """
+    micro = settings.micro_batch or rows
+    batches = [packed.batch(range(first + i, first + min(i + micro, rows))) for i in range(0, rows, micro)]
+    targets = [sum(b.targets(1 + k) for b in batches) for k in range(1 + len(model.mtp))]
+    total = torch.zeros(4, device=device, dtype=torch.float64)
+    for batch in batches:
+        ids, cu_seqlens = (t.to(device, non_blocking=True) for t in batch)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
+            out = model(
+                ids,
+                labels=ids,
+                cu_seqlens=cu_seqlens,
+                logits=False,
+                z_loss=settings.z_loss * len(ids) / rows,
+                target_counts=targets,
+            )
+        out.loss.backward()
+        mtp = out.mtp_loss if out.mtp_loss is not None else total.new_zeros(())
+        total += torch.stack([x.detach().double() for x in (out.loss, out.main_loss, mtp, out.z_loss)])
+    return total
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: list, precision: torch.dtype) -> float:
+    """The main loss over `batches`: nats per token, every target counted once."""
+    device = next(model.parameters()).device
+    model.eval()
+    total, targets = torch.zeros((), device=device, dtype=torch.float64), 0
+    for batch in batches:
+        ids, cu_seqlens = (t.to(device, non_blocking=True) for t in batch)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
+            out = model(ids, labels=ids, cu_seqlens=cu_seqlens, logits=False)
+        count = batch.targets()
+        total += out.main_loss.double() * count
+        targets += count
+    model.train()
+    return float(total) / max(targets, 1)

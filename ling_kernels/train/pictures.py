@@ -1,0 +1,100 @@
+"""loss.png and expert_load.png, drawn from what a run has written."""
+
+from pathlib import Path
+
+from .report import read_lines
+
+TRAIN, VALID, QUIET = "#2a6fbb", "#d1495b", "#8a8f98"
+WINDOW = 0.1  # of the run: the steps at its end whose load the heatmap shows
+
+
+def draw(run: Path, layers: list[str]) -> list[Path]:
+    """Draw both pictures; none where matplotlib is missing or nothing was measured. `layers` names the MoE layers."""
+    try:
+        import matplotlib
+    except ImportError:
+        return []
+    matplotlib.use("Agg")
+    metrics = [m for m in read_lines(run / "metrics.jsonl") if m.get("main_loss") is not None]
+    load = read_lines(run / "expert_load.jsonl")
+    pictures = []
+    if metrics:
+        pictures.append(draw_loss(metrics, run / "loss.png"))
+    if metrics and load and layers:
+        pictures.append(draw_load(metrics, load, layers, run / "expert_load.png"))
+    return pictures
+
+
+def draw_loss(metrics: list[dict], path: Path) -> Path:
+    from matplotlib import pyplot as plt
+
+    steps = [m["step"] for m in metrics]
+    losses = [m["main_loss"] for m in metrics]
+    measured = [(m["step"], m["val_loss"]) for m in metrics if m.get("val_loss") is not None]
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    axes.plot(steps, losses, color=TRAIN, alpha=0.3, linewidth=0.8, label="training, each step")
+    axes.plot(steps, smooth(losses), color=TRAIN, linewidth=1.6, label="training, smoothed")
+    if measured:
+        axes.plot(*zip(*measured, strict=True), "o-", color=VALID, markersize=4, linewidth=1.4, label="validation")
+        step, value = measured[-1]
+        axes.annotate(f"{value:.3f}", (step, value), (7, -4), textcoords="offset points", color=VALID)
+    axes.set(xlabel="step", ylabel="loss of the next token, nats", xlim=(0, 1.07 * steps[-1]))
+    axes.set_title(f"{metrics[-1]['tokens']:,} tokens", loc="right", fontsize=9, color=QUIET)
+    return finish(figure, [axes], path)
+
+
+def draw_load(metrics: list[dict], load: list[dict], layers: list[str], path: Path) -> Path:
+    """Above, who is busy at the end: tokens of each expert over its layer's mean. Below, how uneven it was by step."""
+    import numpy as np
+    from matplotlib import pyplot as plt
+
+    last = load[-1]["step"]
+    recent = [row for row in load if row["step"] > last * (1 - WINDOW)] or load[-1:]
+    counts = np.sum([row["counts"] for row in recent], axis=0, dtype=np.float64)
+    share = counts / np.maximum(counts.mean(1, keepdims=True), 1)
+    rows, columns = share.shape
+    height = min(max(0.34 * rows, 1.2), 12)
+    figure, (top, bottom) = plt.subplots(
+        2, figsize=(9, height + 3.4), height_ratios=[height, 2.2], layout="constrained"
+    )
+    image = top.imshow(share, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2, interpolation="nearest")
+    top.set_yticks(range(rows), layers)
+    top.set(xlabel="expert")
+    steps = f"steps {recent[0]['first']} to {last}"
+    top.set_title(f"tokens per expert over the layer's mean, {steps}", loc="left", fontsize=10)
+    figure.colorbar(image, ax=top, ticks=[0, 0.5, 1, 1.5, 2], pad=0.01).ax.set_yticklabels(
+        ["0", "0.5", "1", "1.5", "2 or more"]
+    )
+    if columns <= 32:
+        top.set_xticks(range(columns))
+    steps = [m["step"] for m in metrics if "load_violation_max" in m]
+    for key, color, label in (
+        ("load_violation_max", VALID, "worst layer"),
+        ("load_violation_mean", TRAIN, "mean of layers"),
+    ):
+        values = [m[key] for m in metrics if key in m]
+        bottom.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
+        bottom.plot(steps, smooth(values), color=color, linewidth=1.6, label=label)
+    bottom.set(xlabel="step", ylabel="busiest expert / mean - 1", xlim=(0, None), ylim=(0, None))
+    return finish(figure, [bottom], path)
+
+
+def smooth(values: list[float], keep: float = 0.9) -> list[float]:
+    """Exponential mean, corrected for its start."""
+    total, weight, out = 0.0, 0.0, []
+    for value in values:
+        total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
+        out.append(total / weight)
+    return out
+
+
+def finish(figure, framed: list, path: Path) -> Path:
+    from matplotlib import pyplot as plt
+
+    for axes in framed:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25, linewidth=0.6)
+        axes.legend(frameon=False, fontsize=9)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path

@@ -1,0 +1,136 @@
+"""Every setting of a training run: its flag, default, help, and what it may be."""
+
+import argparse
+import json
+import math
+from dataclasses import asdict, dataclass, field, fields, replace
+
+from ..errors import InputError
+from ..model import LingConfig
+from .schedule import parse_ramp
+
+
+def flag(default, help: str, **options):
+    """options: `least` or `above`, bounds of a number; `shown`, the default in words; others go to argparse."""
+    return field(default=default, metadata=dict(help=help, **options))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The defaults are those of tiny; PRESET_DEFAULTS has what other presets change."""
+
+    model: str = flag("tiny", "tiny, mini, flash or 1t (random weights), or a checkpoint directory (goes on from it)")
+    data: tuple[str, ...] | None = flag(
+        None, ".txt, .jsonl, .parquet, .bin files or folders of them", nargs="+", shown="the text that ships in CPython"
+    )
+    tokenizer: str | None = flag(
+        None, "a Hugging Face tokenizer.json or its folder", shown="the one in the model's directory, else byte-level"
+    )
+    text_field: str = flag("text", "field of .jsonl and column of .parquet that holds the text")
+    holdout: int = flag(20, "every N-th document is kept for validation and never trained on", least=2)
+
+    steps: int = flag(600, "optimizer steps of the whole run", least=1)
+    seq_len: int = flag(256, "tokens in a row", least=2)
+    batch: int = flag(4, "rows in a step", least=1)
+    micro_batch: int | None = flag(None, "rows in a forward pass; gradients add up", least=1, shown="the whole batch")
+    batch_ramp: str | None = flag(
+        None, "START:STEPS, begin with START rows a step and reach --batch after STEPS steps", shown="no ramp"
+    )
+    lr: float = flag(2e-3, "learning rate of AdamW after the warm-up; it stays constant", above=0)
+    warmup: int = flag(40, "steps over which the learning rate rises to --lr", least=0)
+    weight_decay: float = flag(0.1, "of AdamW, on matrices and embeddings, not on norms", least=0)
+    clip: float = flag(1.0, "gradient norm above which gradients are scaled down", above=0)
+    z_loss: float = flag(3.5e-6, "coefficient of the router's z-loss", least=0)
+    balance_rate: float = flag(1e-3, "how far a step moves each expert's bias towards an even load", least=0)
+    seed: int = flag(0, "of the weights, the order of documents and the sample", least=0)
+
+    eval_every: int = flag(100, "steps between validations; 0: only at the end", least=0)
+    eval_rows: int = flag(64, "rows that a validation takes, always the same, evenly spaced", least=1)
+    save_every: int = flag(200, "steps between checkpoints; 0: only at the end", least=0)
+    keep: int = flag(2, "how many of the latest checkpoints stay; 0: all", least=0)
+    log_every: int = flag(10, "steps between lines where stderr is no terminal", least=1)
+    max_bad_steps: int = flag(5, "stop after this many steps in a row without a finite loss and gradient", least=1)
+    sample_tokens: int = flag(200, "length of the sample at the end; 0: none", least=0)
+    device: str = flag("auto", "auto takes a GPU where there is one", choices=("auto", "cpu", "cuda"))
+    precision: str = flag(
+        "auto", "bf16 is autocast over fp32 weights; auto takes it on a GPU", choices=("auto", "bf16", "fp32")
+    )
+    threads: int | None = flag(None, "CPU threads", least=1, shown="one per core")
+
+    @property
+    def ramp(self) -> tuple[int, int] | None:
+        return parse_ramp(self.batch_ramp) if self.batch_ramp else None
+
+
+# What may be given anew to a resumed run, which stays the same run all the same.
+FREE = {"steps", "eval_every", "save_every", "keep", "log_every", "max_bad_steps", "sample_tokens", "device", "threads"}
+
+# Peak learning rates and batches of arXiv 2510.22115, table 1; one device needs micro batches.
+PRESET_DEFAULTS = {
+    "mini": dict(seq_len=4096, batch=4400, micro_batch=1, lr=3.36e-4, warmup=2000, steps=100000),
+    "flash": dict(seq_len=4096, batch=8352, micro_batch=1, lr=2.61e-4, warmup=2000, steps=100000),
+    "1t": dict(seq_len=4096, batch=18144, micro_batch=1, lr=1.86e-4, warmup=2000, steps=100000),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """A flag that argparse refuses is bad input like any other: one line."""
+
+    def error(self, message: str):
+        raise InputError(f"{message}; --help lists the flags")
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """One flag per setting. Those not given are absent from the result: a resumed run must know what was asked."""
+    for f in fields(Settings):
+        options = {k: v for k, v in f.metadata.items() if k not in ("least", "above", "shown")}
+        default = f.metadata.get("shown", f.default)
+        options["help"] = f"{options['help']} (default: {default})"
+        if "choices" not in options:
+            options["type"] = next((kind for kind in (int, float) if f.type in (kind, kind | None)), str)
+            options["metavar"] = {int: "N", float: "X"}.get(options["type"], f.name.upper())
+        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **options)
+
+
+def settings_of(given: dict, saved: dict | None = None) -> Settings:
+    """Defaults of the model's preset, then what the resumed run had, then what was given."""
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    if saved is None:
+        return Settings(**(PRESET_DEFAULTS.get(given.get("model"), {}) | given))
+    had = from_json(saved)
+    for name, value in given.items():
+        before = getattr(had, name)
+        if name not in FREE and value != before:
+            raise InputError(f"{name} is {before!r} in the run to resume and {value!r} here: leave --{name} out"
+                             .replace(f"--{name}", f"--{name.replace('_', '-')}"))  # fmt: skip
+    return replace(had, **given)
+
+
+def to_json(settings: Settings) -> dict:
+    return json.loads(json.dumps(asdict(settings)))
+
+
+def from_json(saved: dict) -> Settings:
+    return Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
+
+
+def check(s: Settings, config: LingConfig) -> None:
+    """Raise InputError for a number out of range, or numbers that do not fit one another or the model."""
+    for f in fields(s):
+        value, name = getattr(s, f.name), f.name.replace("_", "-")
+        if not isinstance(value, int | float):
+            continue
+        least, above = f.metadata.get("least", -math.inf), f.metadata.get("above", -math.inf)
+        if not (math.isfinite(value) and value >= least and value > above):
+            bound = f"at least {least}" if "least" in f.metadata else f"more than {above}"
+            raise InputError(f"--{name} {value}: it must be {bound}")
+    if s.seq_len > config.max_positions:
+        raise InputError(f"--seq-len {s.seq_len} is longer than the {config.max_positions} positions of {s.model}")
+    micro = s.micro_batch or 1
+    if s.batch % micro:
+        raise InputError(f"--batch {s.batch} is not a multiple of --micro-batch {micro}")
+    if s.seed >= 1 << 63:
+        raise InputError(f"--seed {s.seed} is not below 2^63")
+    if s.ramp and not (0 < s.ramp[0] <= s.batch and s.ramp[0] % micro == 0):
+        raise InputError(f"--batch-ramp {s.batch_ramp}: START must lie between 1 and --batch {s.batch}"
+                         f" and be a multiple of --micro-batch {micro}")  # fmt: skip

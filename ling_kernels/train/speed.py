@@ -1,0 +1,31 @@
+"""How fast a device can multiply, for the MFU: model FLOPs done per second over the device's peak."""
+
+import time
+
+import torch
+
+# Dense bf16 FLOP/s by name of the GPU; the first name that occurs in the device's counts.
+PEAKS = {"H20": 148e12, "H200": 989.4e12, "H100 PCIe": 756e12, "H100": 989.4e12, "H800": 989.4e12}
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+    """Peak FLOP/s and where the number is from: a table for known GPUs in bf16, else a matrix product measured now."""
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        words = torch.cuda.get_device_name(device).replace("-", " ").split()
+        for name, peak in PEAKS.items():
+            if all(word in words for word in name.split()):
+                return peak, f"{name} bf16 dense"
+    size, label = (8192, "GPU") if device.type == "cuda" else (1024, f"{torch.get_num_threads()} CPU threads")
+    return measured_flops(device, dtype, size), f"measured, {label}, {str(dtype)[6:]}"
+
+
+def measured_flops(device: torch.device, dtype: torch.dtype, size: int, repeats: int = 5) -> float:
+    a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(repeats + 1):  # the first one warms up, and never is the best
+        start = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best

@@ -1,0 +1,269 @@
+"""Bad input to training: one clear line, exit code 2, nothing left behind."""
+
+# ruff: noqa: F811 (fixtures are imported)
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ling_kernels.model import Ling, save_model
+from ling_kernels.model.config import PRESETS
+from ling_kernels.tokenizer import load_tokenizer
+from ling_kernels.train import checkpoint as ckpt
+from ling_kernels.train import prepare
+from ling_kernels.train.__main__ import main
+from ling_kernels.train.data import write_tokens
+from ling_kernels.train.settings import Settings
+from tests.training import flags, one_line_error, small, text, tiniest, uninterrupted  # noqa: F401
+
+NUMBERS = [
+    ("--steps 0", "--steps 0"), ("--steps -3", "at least 1"), ("--steps many", "--steps"), ("--lr -1", "--lr -1"),
+    ("--lr nan", "more than 0"), ("--lr inf", "--lr"), ("--lr 0", "--lr"), ("--seq-len 1", "--seq-len"),
+    ("--seq-len 4096", "128 positions"), ("--batch 0", "--batch"), ("--batch 6 --micro-batch 4", "multiple"),
+    ("--batch-ramp 4", "START:STEPS"), ("--batch-ramp 4:0", "START:STEPS"), ("--batch-ramp 64:10", "START"),
+    ("--batch 8 --micro-batch 4 --batch-ramp 2:10", "multiple"), ("--warmup -1", "--warmup"), ("--keep -1", "--keep"),
+    ("--seed -1", "--seed"), ("--seed 9223372036854775808", "--seed"), ("--clip 0", "--clip"),
+    ("--eval-rows 0", "--eval-rows"), ("--threads 0", "--threads"), ("--holdout 1", "--holdout"),
+    ("--precision fp8", "--precision"),
+    ("--nonsense 3", "--nonsense"), ("--weight-decay -0.1", "--weight-decay"), ("--max-bad-steps 0", "--max-bad-steps"),
+    ("--balance-rate nan", "--balance-rate"), ("--device tpu", "--device"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("argv, says", NUMBERS, ids=[a for a, _ in NUMBERS])
+def test_a_bad_number(tmp_path, small, text, argv, says, capsys):
+    out = tmp_path / "run"
+    base = ["--model", str(small), "--data", str(text), "--out", str(out), "--seq-len", "32"]
+    assert says in one_line_error([*base, *argv.split()], capsys)
+    assert not out.exists()
+
+
+def bad_data(folder, kind):
+    """A source that cannot be trained on, and what the error must say."""
+    path = folder / {"jsonl": "x.jsonl", "parquet": "x.parquet", "bin": "x.bin"}.get(kind.split("-")[0], "x.txt")
+    if kind.startswith("bin"):
+        write_tokens([[b"some text, " * 50]] * 30, load_tokenizer(None), path)
+        about = json.loads(path.with_suffix(".json").read_text())
+    if kind == "missing":
+        return folder / "nowhere", "nowhere"
+    if kind == "folder":
+        (folder / "empty").mkdir()
+        return folder / "empty", "holds no"
+    if kind == "suffix":
+        (folder / "x.csv").write_text("a,b")
+        return folder / "x.csv", ".csv"
+    if kind == "empty":
+        path.write_text("")
+        return path, "empty"
+    if kind == "short":
+        path.write_text("too short")
+        return path, "too small"
+    if kind == "dangling":
+        (folder / "y.txt").symlink_to(folder / "gone.txt")
+        return folder / "y.txt", "y.txt"
+    if kind == "jsonl-malformed":
+        path.write_text('{"text": "fine"}\n{"text": "fine"}\n{"text": oh}\n')
+        return path, "x.jsonl, line 3"
+    if kind == "jsonl-field":
+        path.write_text('{"text": "fine"}\n{"body": "fine"}\n')
+        return path, "x.jsonl, line 2: no field 'text'"
+    if kind == "jsonl-list":
+        path.write_text("[1]\n")
+        return path, "line 1"
+    if kind == "jsonl-number":
+        path.write_text('{"text": 5}\n')
+        return path, "no text but int"
+    if kind == "jsonl-surrogate":
+        path.write_text('{"text": "\\ud800"}\n')
+        return path, "not valid Unicode"
+    if kind == "jsonl-bytes":
+        path.write_bytes(b'{"text": "\xff\xfe"}\n')
+        return path, "line 1"
+    if kind == "parquet-garbage":
+        path.write_bytes(b"PAR1 this is none")
+        return path, "cannot read"
+    if kind.startswith("parquet"):
+        pyarrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.table({"body" if kind == "parquet-column" else "text": [1, 2]}), path)
+        return path, "no column 'text', only body" if kind == "parquet-column" else "row 1"
+    if kind == "bin-alone":
+        path.with_suffix(".json").unlink()
+        return path, "x.json"
+    if kind == "bin-truncated":
+        path.write_bytes(path.read_bytes()[:-3])
+        return path, "truncated"
+    if kind == "bin-range":
+        ids = np.fromfile(path, np.uint16)
+        ids[77] = 320
+        ids.tofile(path)
+        return path, "the token 320"
+    changed = {
+        "bin-vocab": (dict(vocab_size=50000), "50000 tokens"),
+        "bin-eos": (dict(eos_id=0), "ends documents with token 0"),
+        "bin-dtype": (dict(dtype="int8"), "uint16 or uint32"),
+    }[kind]
+    path.with_suffix(".json").write_text(json.dumps(about | changed[0]))
+    return path, changed[1]
+
+
+KINDS = (
+    "missing folder suffix empty short dangling jsonl-malformed jsonl-field jsonl-list jsonl-number jsonl-surrogate "
+    "jsonl-bytes parquet-garbage parquet-column parquet-number bin-alone bin-truncated bin-range bin-vocab bin-eos "
+    "bin-dtype"
+).split()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bad_data(tmp_path, small, kind, capsys):
+    if kind.startswith("parquet"):
+        pytest.importorskip("pyarrow")
+    source, says = bad_data(tmp_path, kind)
+    out = tmp_path / "run"
+    error = one_line_error(["--model", str(small), "--data", str(source), "--out", str(out), "--seq-len", "32"], capsys)
+    assert says in error
+    assert not out.exists()
+
+
+def bad_model(folder, kind):
+    if kind == "unknown":
+        return "gigantic", "tiny, mini, flash, 1t"
+    model = Ling(tiniest())
+    save_model(model, folder)
+    weights, config = folder / "model.safetensors", json.loads((folder / "config.json").read_text())
+    if kind == "no config":
+        (folder / "config.json").unlink()
+        return folder, "config.json"
+    if kind == "no weights":
+        weights.unlink()
+        return folder, "model.safetensors"
+    if kind == "truncated":
+        weights.write_bytes(weights.read_bytes()[:5000])
+        return folder, "model.safetensors"
+    if kind == "key":
+        tensors = load_file(weights)
+        del tensors["model.layers.1.mlp.gate.weight"]
+        save_file(tensors, weights)
+        return folder, "model.layers.1.mlp.gate.weight"
+    if kind == "shape":
+        config["hidden_size"] = 48
+    if kind == "divide":
+        config["num_experts"] = 9
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder, {"shape": "config.json makes it", "divide": "num_experts 9"}[kind]
+
+
+@pytest.mark.parametrize("kind", ["unknown", "no config", "no weights", "truncated", "key", "shape", "divide"])
+def test_a_bad_model(tmp_path, text, kind, capsys):
+    (tmp_path / "model").mkdir()
+    model, says = bad_model(tmp_path / "model", kind)
+    argv = ["--model", str(model), "--data", str(text), "--out", str(tmp_path / "run"), "--seq-len", "32"]
+    assert says in one_line_error(argv, capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_bad_tokenizer(tmp_path, small, text, capsys):
+    argv = f"--model {small} --data {text} --out {tmp_path / 'run'} --seq-len 32 --tokenizer".split()
+    assert "nowhere" in one_line_error([*argv, str(tmp_path / "nowhere")], capsys)
+    (tmp_path / "tokenizer.json").write_text("{")
+    assert "tokenizer.json" in one_line_error([*argv, str(tmp_path)], capsys)
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {f"w{i}": i for i in range(400)} | {"<|endoftext|>": 400}
+    tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0")).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+    assert "401 tokens" in one_line_error([*argv, str(tmp_path)], capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_tokenizer_trains(tmp_path, small, text):
+    tokenizers = pytest.importorskip("tokenizers")
+    words = ["[UNK]", "the", "kernel", "reads", "writes", "a", "tile", "of", "experts", "and", "tokens", ".", "</s>"]
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]")
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    argv = f"--model {small} --data {text} --tokenizer {tmp_path} --out {tmp_path / 'run'} --steps 3 --seq-len 32"
+    assert main([*argv.split(), "--batch", "4", "--eval-rows", "2", "--sample-tokens", "5"]) == 0
+    ids = np.fromfile(tmp_path / "run" / "data" / "tokens.bin", np.uint16)
+    assert set(ids.tolist()) == set(range(1, 13))
+    assert load_tokenizer(tmp_path / "run" / "model").eos_id == 12
+
+
+def test_a_bad_output_folder(tmp_path, small, text, capsys, monkeypatch):
+    argv = ["--model", str(small), "--data", str(text), "--steps", "1", "--seq-len", "32", "--out"]
+    (tmp_path / "file").write_text("mine")
+    assert "file" in one_line_error([*argv, str(tmp_path / "file")], capsys)
+    assert one_line_error([*argv, str(tmp_path / "file" / "below")], capsys)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    assert "not empty" in one_line_error([*argv, str(tmp_path / "full")], capsys)
+    assert "not empty" in one_line_error([*argv, str(tmp_path / "full"), "--resume", "auto"], capsys)
+    assert [p.name for p in (tmp_path / "full").iterdir()] == ["mine.txt"]
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(prepare.tempfile, "TemporaryFile", refuse)  # root may write anywhere
+    assert "Permission denied" in one_line_error([*argv, str(tmp_path / "new")], capsys)
+
+
+def test_the_default_folder_never_meets_another_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prepare.time, "strftime", lambda _: "20300101-000000")
+    made = [prepare.new_folder(None, "tiny", False)[0] for _ in range(3)]
+    assert [f.name for f in made] == [f"tiny-20300101-000000{end}" for end in ("", "-2", "-3")]
+
+
+def test_a_bad_resume(tmp_path, flags, uninterrupted, small, capsys):
+    assert "nowhere" in one_line_error(["--resume", str(tmp_path / "nowhere")], capsys)
+    assert "no checkpoint" in one_line_error(["--resume", str(tmp_path)], capsys)
+    resume = ["--resume", str(uninterrupted)]
+    assert "one of the two" in one_line_error([*resume, "--out", str(tmp_path / "x")], capsys)
+    for flag, value in (("--lr", "1"), ("--seq-len", "32"), ("--batch", "4"), ("--model", "tiny"), ("--seed", "1")):
+        error = one_line_error([*resume, flag, value], capsys)
+        assert flag in error and flag.strip("-").replace("-", "_") in error
+    assert "has done 14 already" in one_line_error([*resume, "--steps", "13"], capsys)
+    before = sorted(p for p in uninterrupted.rglob("*"))
+    assert one_line_error([*resume, "--steps", "0"], capsys)
+    assert before == sorted(p for p in uninterrupted.rglob("*"))
+
+
+def test_resuming_with_other_data_or_another_preset(tmp_path, small, capsys, monkeypatch):
+    data = tmp_path / "data.txt"
+    data.write_text("some text to learn\n" * 200)
+    run = tmp_path / "run"
+    argv = f"--model {small} --data {data} --out {run} --steps 2 --seq-len 32 --batch 2 --eval-rows 1 --sample-tokens 0"
+    assert main(argv.split()) == 0
+    data.write_text("another text to learn\n" * 200)
+    assert main(["--resume", str(run), "--steps", "3"]) == 0  # the run has kept its tokens
+    (run / "data" / "tokens.bin").unlink()
+    assert "not what the run began with" in one_line_error(["--resume", str(run), "--steps", "4"], capsys)
+    data.write_text("some text to learn\n" * 200)
+    assert main(["--resume", str(run), "--steps", "4"]) == 0  # the refused tokens were not kept
+    monkeypatch.setitem(PRESETS, "tiny", lambda: replace(tiniest(), hidden_size=128))
+    with pytest.raises(ValueError, match="hidden_size is 32 .* 128 in tiny"):
+        prepare.settings_model(Settings(model="tiny"), ckpt.list_checkpoints(run)[-1])
+
+
+def test_what_does_not_fit_is_said_before_it_is_tried(tmp_path, text, capsys, monkeypatch):
+    monkeypatch.setattr(prepare.os, "sysconf", lambda name: 1 << 12)  # 16 MiB
+    error = one_line_error(["--model", "tiny", "--data", str(text), "--out", str(tmp_path / "run")], capsys)
+    assert "does not fit" in error and not (tmp_path / "run").exists()
+    if not torch.cuda.is_available():
+        assert "no GPU" in one_line_error(["--data", str(text), "--device", "cuda"], capsys)
+
+
+def test_help_names_every_flag_and_default(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert end.value.code == 0
+    for f in Settings.__dataclass_fields__:
+        assert f"--{f.replace('_', '-')} " in shown
+    assert shown.count("(default: ") == len(Settings.__dataclass_fields__) + 2 and "(default: 3.5e-06)" in shown
