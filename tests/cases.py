@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ling_kernels.backend import _C
+from ling_kernels.backend import _C, force
 from ling_kernels.op import E4M3
 from ling_kernels.ops.adamw_8bit import adamw_8bit, adamw_8bit_ref, adamw_8bit_state
 from ling_kernels.ops.attention import attention, attention_ref
@@ -29,11 +29,18 @@ from ling_kernels.ops.grouped_gemm_fp8 import (
 )
 from ling_kernels.ops.grouped_wgrad import grouped_wgrad, grouped_wgrad_ref
 from ling_kernels.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
-from ling_kernels.ops.moe import moe, moe_decode, moe_decode_ref, moe_ref
+from ling_kernels.ops.moe import moe, moe_decode
 from ling_kernels.ops.permute import permute, permute_quantize, permute_quantize_ref, permute_ref
 from ling_kernels.ops.qk_norm_attention import qk_norm_attention, qk_norm_attention_ref
 from ling_kernels.ops.qk_norm_rope import qk_norm_rope, qk_norm_rope_ref, rope_tables
-from ling_kernels.ops.quantize import quantize, quantize_ref, quantize_weight, quantize_weight_ref
+from ling_kernels.ops.quantize import (
+    dequantize,
+    pad_columns,
+    quantize,
+    quantize_ref,
+    quantize_weight,
+    quantize_weight_ref,
+)
 from ling_kernels.ops.rms_norm import rms_norm, rms_norm_ref
 from ling_kernels.ops.route import route, route_ref
 from ling_kernels.ops.router_gemm import router_gemm, router_gemm_ref
@@ -45,6 +52,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16, FP32 = torch.bfloat16, torch.float32
 
 
+BORDER = 64  # elements of NaN before and after every random tensor: what is read past an end shows
+
+
 class Rand:
     """Random tensors for one Case in its dtype; what a call returns is a leaf of autograd."""
 
@@ -52,7 +62,10 @@ class Rand:
         self.dtype, self.g = dtype, torch.Generator(DEVICE).manual_seed(seed)
 
     def __call__(self, *shape, dtype=None) -> Tensor:
-        return torch.randn(*shape, generator=self.g, device=DEVICE).to(dtype or self.dtype).requires_grad_()
+        values = torch.randn(*shape, generator=self.g, device=DEVICE).to(dtype or self.dtype)
+        padded = values.new_full((values.numel() + 2 * BORDER,), torch.nan)
+        padded[BORDER : BORDER + values.numel()] = values.flatten()
+        return padded[BORDER : BORDER + values.numel()].view(shape).detach().requires_grad_()
 
     def fp32(self, *shape) -> Tensor:
         return self(*shape, dtype=torch.float32)
@@ -81,7 +94,9 @@ class Case:
     exact: bool | tuple = False  # outputs that equal the reference's bit for bit: all, or these indices
     defined: Callable = None  # outputs -> outputs with what the contract leaves undefined cut away
     flops: Callable = None  # flops(**shape); None: the op is memory bound
-    hopper: list = ()  # shapes with Ling's real constants to build Triton kernels at; () stands for the tests' shapes
+    # Shapes with Ling's real constants to build Triton kernels at; () stands for the tests' shapes, None for an op that
+    # has other ops' kernels only
+    hopper: list | None = ()
 
     @property
     def name(self) -> str:
@@ -101,13 +116,24 @@ def in_place(fn: Callable, i: int) -> Callable:
     return call
 
 
+def by_references(fn: Callable) -> Callable:
+    """A composition of ops that is its own definition, with every part's reference for the part."""
+
+    @functools.wraps(fn)
+    def call(*args, **kwargs):
+        with force("torch"):
+            return fn(*args, **kwargs)
+
+    return call
+
+
 def plan_of(rand: Rand, T: int, E: int, topk: int, routing: str = "") -> Plan:
     """A plan of random experts; routing "masked" leaves some slots out, "one" sends all to one expert."""
     score = torch.rand(T, E, generator=rand.g, device=DEVICE)
     experts = score.argsort(1)[:, :topk].int() if routing != "one" else rand.ints(E // 2, E // 2 + 1, T, topk)
     if routing == "masked":
         experts = experts.masked_fill(rand.bools(T, topk), -1)
-    return dispatch(experts, counts_of(experts, E))
+    return dispatch_ref(experts, counts_of(experts, E))
 
 
 def counts_of(experts: Tensor, E: int) -> Tensor:
@@ -132,7 +158,7 @@ def owned(outs: list[Tensor], args) -> list[Tensor]:
     plan = next((a for a in args if isinstance(a, Plan)), None)
     offsets = plan.offsets if plan else next(a for a in args if isinstance(a, Tensor) and a.dtype == torch.int32)
     rows = [o[: int(offsets[-1])] for o in outs[:2]]
-    return rows + [o[:, : int(plan.padded_offsets[-1]) // (1 if o.dtype == E4M3 else 128)] for o in outs[2:]]
+    return rows + [o[:, : int(plan.padded_offsets[-1]) // n] for o, n in zip(outs[2:], (1, 128), strict=False)]
 
 
 def moe_args(rand, T, E, H, F, groups=1, group_topk=1, topk=2, Fs=0, masked=False, fp8=False):
@@ -143,6 +169,12 @@ def moe_args(rand, T, E, H, F, groups=1, group_topk=1, topk=2, Fs=0, masked=Fals
         x, weights = x.detach(), [quantize_weight(w) for w in weights]
     mask = rand.bools(T) if masked else None
     return x, router_w, bias, *weights[:2], tuple(weights[2:]) or None, mask, groups, group_topk, topk, 2.0
+
+
+def router_args(rand, T, E, H, far=0):
+    """far: how far from 0 the rows of w lie, on either side in turn, so that they cancel in dx."""
+    side = far * (-1) ** torch.arange(E, device=DEVICE)[:, None]
+    return rand(T, H), (rand.data(E, H, dtype=FP32) + side).requires_grad_()
 
 
 def gemm_fp8_args(rand, M, N, K, tall=False, out=False, accumulate=False):
@@ -206,6 +238,23 @@ def adamw_args(rand, *sizes):
     return params, grads, state, 0.1, (0.9, 0.95), 0.01, 0.1, 2
 
 
+def dequantized(fn: Callable) -> Callable:
+    """fn with its codes times their scales: what can be judged where a last bit may move a value to the next code."""
+
+    @functools.wraps(fn)
+    def call(*args, **kwargs):
+        out = fn(*args, **kwargs)
+        return tuple(t for q, scale in zip(out[::2], out[1::2], strict=True) for t in (dequantize(q, scale), scale))
+
+    return call
+
+
+def swiglu_unquantized(x, weights, quantize, columns=False, plan=None, pow2=False):
+    """What dequantized(swiglu) approximates."""
+    y, scales = swiglu_ref(x, weights), swiglu_ref(x, weights, quantize, columns, plan, pow2)[1::2]
+    return tuple(t for pair in zip((y, pad_columns(y, plan).T), scales, strict=False) for t in pair)
+
+
 def cu_seqlens(lens) -> Tensor:
     return torch.tensor([0, *lens], device=DEVICE).cumsum(0).int()
 
@@ -264,12 +313,14 @@ CASES = [
          dict(q=(19, 5), Hq=16, Hkv=4, D=128), dict(q=(19, 5), Hq=32, Hkv=4, D=128), dict(q=(17,), Hq=64, Hkv=8, D=128),
          dict(q=(4096,) * 8, Hq=16, Hkv=4, D=128)],
         kwargs=dict(scale=0.3), defined=lambda outs, args: [outs[0], outs[1].nan_to_num(neginf=0)],
+        backends=("torch", "triton"), hopper=[dict(q=(19, 5), Hq=h, Hkv=g, D=128) for h, g in ((16, 4), (64, 8))],
         flops=lambda q, Hq, Hkv, D: 2 * sum(n * n for n in q) * Hq * D,
     ),
     Case(
         attention, attention_ref, attention_args,
         [dict(q=(3, 5, 0, 4, 1), k=(9, 2, 4, 0, 1)), dict(q=(130, 7)), dict(q=(4096,) * 8, Hq=16, Hkv=4, D=128)],
         kwargs=dict(causal=False), defined=lambda outs, args: [outs[0], outs[1].nan_to_num(neginf=0)],
+        backends=("torch", "triton"), hopper=[dict(q=(19, 5), Hq=16, Hkv=4, D=128)],
     ),
     Case(
         attention_decode, attention_decode_ref, decode_args,
@@ -287,32 +338,38 @@ CASES = [
         in_place(balance_bias_, 0), in_place(balance_bias_ref, 0),
         lambda rand, E: (rand.data(E, dtype=FP32), rand.ints(0, 9, E), 0.1),
         [dict(E=1), dict(E=3), dict(E=256), dict(E=256)],
-        dtypes=(FP32,), exact=True,
+        dtypes=(FP32,), exact=True, backends=("torch", "triton"),
     ),
     Case(
         cross_entropy, cross_entropy_ref,
         lambda rand, T, V, reduction="mean", x=1: (rand(T, V) * x, targets_of(rand, T, V), -7, reduction),
         [dict(T=0, V=5), dict(T=1, V=1), dict(T=67, V=1000), dict(T=37, V=129, reduction="sum"),
          dict(T=37, V=320, reduction="none", x=1e4), dict(T=3, V=157184), dict(T=8192, V=157184)],
+        backends=("torch", "triton"), hopper=[dict(T=64, V=v) for v in (320, 1000, 157184)],
     ),
     Case(
         dispatch, dispatch_ref,
         lambda rand, T, E, topk: (e := rand.ints(-1, E, T, topk), counts_of(e, E)),
         [dict(T=0, E=4, topk=2), dict(T=1, E=1, topk=1), dict(T=67, E=8, topk=3), dict(T=5, E=256, topk=8),
-         dict(T=8192, E=256, topk=8)],
-        dtypes=(FP32,), exact=True,
-        defined=lambda outs, args: [*outs[:2], outs[2][: int(outs[0][-1])], outs[3]],
+         dict(T=300, E=5, topk=3), dict(T=8200, E=3, topk=4), dict(T=8192, E=256, topk=8)],
+        dtypes=(FP32,), exact=True, backends=("torch", "triton"),
+        hopper=[dict(T=1, E=256, topk=8), dict(T=64, E=256, topk=8)],
     ),
     Case(
         gemm_fp8, gemm_fp8_ref, gemm_fp8_args,
         [dict(M=0, N=128, K=128), dict(M=1, N=128, K=256), dict(M=67, N=256, K=2048), dict(M=5, N=3072, K=128),
          dict(M=5, N=33, K=256, tall=True), dict(M=8192, N=3072, K=2048)],
-        flops=lambda M, N, K: 2 * M * N * K,
+        backends=("torch", "triton"), flops=lambda M, N, K: 2 * M * N * K,
+        hopper=[dict(M=8, N=3072, K=2048), dict(M=32, N=2048, K=4096), dict(M=256, N=4096, K=512),
+                dict(M=256, N=1024, K=8192)],
     ),
     Case(
         in_place(gemm_fp8, 4), in_place(gemm_fp8_ref, 4), gemm_fp8_args,
         [dict(M=0, N=128, K=128, out=True), dict(M=37, N=256, K=384, tall=True, out=True, accumulate=True),
          dict(M=37, N=256, K=384, out=True), dict(M=2048, N=2048, K=8192, tall=True, out=True, accumulate=True)],
+        backends=("torch", "triton"),
+        hopper=[dict(M=512, N=2048, K=2048, tall=True, out=True, accumulate=True),
+                dict(M=512, N=2048, K=2048, out=True)],
     ),
     Case(
         grad_norm, grad_norm_ref,
@@ -326,32 +383,43 @@ CASES = [
         ),
         [dict(S=0, E=3, N=8, K=16), dict(S=1, E=1, N=1, K=1), dict(S=67, E=8, N=33, K=24, rest=5),
          dict(S=9, E=256, N=8, K=8), dict(S=7, E=2, N=1024, K=128), dict(S=7, E=2, N=128, K=2048),
-         dict(S=65536, E=256, N=1024, K=2048)],
-        defined=owned, flops=lambda S, E, N, K: 2 * S * N * K,
+         dict(S=140, E=1, N=264, K=72, rest=5), dict(S=65536, E=256, N=1024, K=2048)],
+        defined=owned, flops=lambda S, E, N, K: 2 * S * N * K, backends=("torch", "triton"),
+        hopper=[dict(S=16, E=2, N=1024, K=2048), dict(S=64, E=2, N=4096, K=1024), dict(S=128, E=2, N=4096, K=4096),
+                dict(S=64, E=10, N=2048, K=512), dict(S=256, E=10, N=2048, K=512),
+                dict(S=256, E=1, N=4096, K=8192), dict(S=256, E=2, N=33, K=24)],
     ),
     Case(
         grouped_gemm_fp8, grouped_gemm_fp8_ref, grouped_fp8_args,
         [dict(S=0, E=3, N=128, K=128), dict(S=1, E=1, N=128, K=128), dict(S=67, E=8, N=128, K=256, rest=5),
-         dict(S=7, E=2, N=1024, K=128), dict(S=7, E=2, N=128, K=2048), dict(S=65536, E=256, N=1024, K=2048)],
-        dtypes=(BF16,), defined=owned, flops=lambda S, E, N, K: 2 * S * N * K,
+         dict(S=7, E=2, N=1024, K=128), dict(S=7, E=2, N=128, K=2048), dict(S=150, E=2, N=256, K=1152),
+         dict(S=65536, E=256, N=1024, K=2048)],
+        dtypes=(BF16,), defined=owned, flops=lambda S, E, N, K: 2 * S * N * K, backends=("torch", "triton"),
+        hopper=[dict(S=16, E=2, N=1024, K=2048), dict(S=64, E=2, N=4096, K=1024), dict(S=512, E=2, N=2048, K=512),
+                dict(S=64, E=10, N=2048, K=512), dict(S=256, E=10, N=2048, K=512),
+                dict(S=512, E=2, N=2048, K=4096), dict(S=128, E=1, N=4096, K=8192)],
     ),
     Case(
         grouped_gemm_fp8, grouped_gemm_fp8_ref, gather_args,
         [dict(T=0, E=3, N=256, K=128), dict(T=1, E=1, N=256, K=128, topk=1),
-         dict(T=37, E=4, N=256, K=128, routing="masked"), dict(T=8192, E=256, N=1024, K=2048, topk=8)],
-        dtypes=(BF16,), kwargs=dict(swiglu=True), defined=owned,
+         dict(T=37, E=4, N=256, K=128, routing="masked"), dict(T=70, E=2, N=512, K=256),
+         dict(T=8192, E=256, N=1024, K=2048, topk=8)],
+        dtypes=(BF16,), kwargs=dict(swiglu=True), defined=owned, backends=("torch", "triton"),
+        hopper=[dict(T=8, E=2, N=1024, K=2048), dict(T=64, E=4, N=1024, K=2048), dict(T=128, E=2, N=2048, K=4096)],
     ),
     Case(
         grouped_gemm_fp8, grouped_gemm_fp8_ref, gather_args,
         [dict(T=37, E=4, N=128, K=256, routing="masked"), dict(T=37, E=4, N=128, K=256, routing="one"),
          dict(T=8192, E=256, N=1024, K=2048, topk=8)],
-        dtypes=(BF16,), kwargs=dict(dtype=FP32), defined=owned,
+        dtypes=(BF16,), kwargs=dict(dtype=FP32), defined=owned, backends=("torch", "triton"),
+        hopper=[dict(T=8, E=2, N=1024, K=2048), dict(T=128, E=2, N=2048, K=512), dict(T=128, E=2, N=1024, K=2048)],
     ),
     Case(
         grouped_gemm_fp8_masked, grouped_gemm_fp8_masked_ref, masked_fp8_args,
         [dict(E=1, M=0, N=128, K=128), dict(E=1, M=1, N=128, K=128), dict(E=5, M=19, N=128, K=256),
          dict(E=2, M=8, N=128, K=2048), dict(E=32, M=128, N=1024, K=2048)],
-        dtypes=(BF16,),
+        dtypes=(BF16,), backends=("torch", "triton"),
+        hopper=[dict(E=2, M=16, N=1024, K=2048), dict(E=2, M=64, N=2048, K=4096), dict(E=2, M=128, N=4096, K=8192)],
         defined=lambda outs, args: [torch.cat([y[:m] for y, m in zip(outs[0], args[4], strict=True)])],
     ),
     Case(
@@ -359,20 +427,26 @@ CASES = [
         [dict(S=0, E=3, N=128, K=128), dict(S=1, E=1, N=33, K=7), dict(S=300, E=5, N=24, K=40, rest=9),
          dict(S=300, E=5, N=128, K=256, rest=9, fp8=True), dict(S=40, E=2, N=64, K=2048),
          dict(S=65536, E=256, N=1024, K=2048)],
-        flops=lambda S, E, N, K: 2 * S * N * K,
+        flops=lambda S, E, N, K: 2 * S * N * K, backends=("torch", "triton"),
+        hopper=[dict(S=256, E=2, N=1024, K=2048), dict(S=256, E=2, N=1024, K=2048, fp8=True),
+                dict(S=64, E=1, N=4096, K=8192)],
     ),
     Case(
         in_place(grouped_wgrad, 3), in_place(grouped_wgrad_ref, 3), wgrad_args,
         [dict(S=0, E=3, N=128, K=128, out=True), dict(S=300, E=5, N=24, K=40, rest=9, out=True),
          dict(S=300, E=5, N=128, K=256, rest=9, out=True, accumulate=True, fp8=True),
          dict(S=65536, E=256, N=1024, K=2048, out=True, accumulate=True)],
+        backends=("torch", "triton"),
+        hopper=[dict(S=256, E=2, N=1024, K=2048, out=True, accumulate=True),
+                dict(S=256, E=2, N=1024, K=2048, out=True, accumulate=True, fp8=True)],
     ),
     Case(
         grouped_wgrad, grouped_wgrad_ref, wgrad_column_args,
         [dict(T=0, E=3, N=128, K=128), dict(T=1, E=1, N=128, K=256, topk=1), dict(T=150, E=4, N=256, K=128),
          dict(T=150, E=4, N=128, K=128, routing="masked"), dict(T=150, E=4, N=128, K=128, routing="one"),
          dict(T=8192, E=256, N=1024, K=2048, topk=8)],
-        dtypes=(FP32,),
+        dtypes=(FP32,), backends=("torch", "triton"),
+        hopper=[dict(T=256, E=2, N=1024, K=2048), dict(T=64, E=2, N=4096, K=8192)],
     ),
     Case(
         linear_cross_entropy, linear_cross_entropy,
@@ -382,40 +456,42 @@ CASES = [
         [dict(T=0, H=4, V=5), dict(T=1, H=1, V=1), dict(T=67, H=24, V=100, chunk=16),
          dict(T=64, H=20, V=129, chunk=32, reduction="sum"), dict(T=3, H=8, V=157184), dict(T=5, H=2048, V=320),
          dict(T=8192, H=2048, V=157184)],
+        backends=("torch", "triton"), hopper=[dict(T=8, H=128, V=157184)],
         truth=linear_cross_entropy_ref, flops=lambda T, H, V: 6 * T * H * V,
     ),
     Case(
-        moe, moe_ref, moe_args,
+        moe, by_references(moe), moe_args,
         [dict(T=0, E=4, H=16, F=8), dict(T=1, E=1, H=16, F=8, topk=1),
          dict(T=37, E=16, H=24, F=20, groups=4, group_topk=2, topk=4, Fs=12, masked=True),
          dict(T=8192, E=256, H=2048, F=512, groups=8, group_topk=4, topk=8, Fs=512)],
-        kwargs=dict(z_loss=0.5),
+        kwargs=dict(z_loss=0.5), backends=("torch", "triton"), hopper=None,
     ),
     Case(
-        moe, moe_ref, moe_args,
+        moe, by_references(moe), moe_args,
         [dict(T=3, E=4, H=2048, F=16, Fs=512),
          dict(T=8192, E=256, H=2048, F=512, groups=8, group_topk=4, topk=8, Fs=512)],
-        dtypes=(BF16,), backends=("torch", "triton"),
+        dtypes=(BF16,), backends=("torch", "triton"), hopper=None,
     ),
     Case(
-        moe, moe_ref, moe_args,
+        moe, by_references(moe), moe_args,
         [dict(T=37, E=16, H=24, F=20, groups=4, group_topk=2, topk=4, Fs=12, masked=True),
          dict(T=8192, E=256, H=2048, F=512, groups=8, group_topk=4, topk=8, Fs=512)],
-        kwargs=dict(fold_weights=True),
+        kwargs=dict(fold_weights=True), backends=("torch", "triton"), hopper=None,
     ),
     Case(
-        moe, moe_ref, moe_args,
+        moe, by_references(moe), moe_args,
         [dict(T=0, E=4, H=128, F=128, fp8=True),
          dict(T=37, E=8, H=128, F=256, groups=4, group_topk=2, topk=4, Fs=128, masked=True, fp8=True),
          dict(T=8192, E=256, H=2048, F=512, groups=8, group_topk=4, topk=8, Fs=512, fp8=True)],
-        dtypes=(BF16,),
+        dtypes=(BF16,), backends=("torch", "triton"), hopper=None,
     ),
     Case(
-        moe_decode, moe_decode_ref,
+        moe_decode, by_references(moe_decode),
         lambda rand, **shape: (*(args := moe_args(rand, **shape))[:6], *args[7:]),
         [dict(T=1, E=16, H=24, F=20, groups=4, group_topk=2, topk=4, Fs=12),
          dict(T=8, E=4, H=128, F=128, Fs=128, fp8=True),
          dict(T=1, E=256, H=2048, F=512, groups=8, group_topk=4, topk=8, Fs=512, fp8=True)],
+        backends=("torch", "triton"), hopper=None,
     ),
     Case(
         permute, permute_ref,
@@ -423,7 +499,8 @@ CASES = [
         [dict(T=0, E=4, topk=2, H=8), dict(T=1, E=1, topk=1, H=1), dict(T=37, E=8, topk=3, H=33, routing="masked"),
          dict(T=37, E=8, topk=3, H=24, routing="one"), dict(T=5, E=256, topk=8, H=2048),
          dict(T=8192, E=256, topk=8, H=2048)],
-        exact=True, defined=owned,
+        exact=True, defined=owned, backends=("torch", "triton"),
+        hopper=[dict(T=32, E=8, topk=8, H=h) for h in (2048, 4096, 8192)],
     ),
     Case(
         permute_quantize, permute_quantize_ref,
@@ -431,41 +508,63 @@ CASES = [
         [dict(T=0, E=4, topk=2, H=128), dict(T=1, E=1, topk=1, H=128), dict(T=67, E=4, topk=3, H=256, routing="masked"),
          dict(T=67, E=4, topk=3, H=128, routing="one"), dict(T=5, E=3, topk=2, H=2048),
          dict(T=8192, E=256, topk=8, H=2048)],
-        kwargs=dict(columns=True, pow2=True), exact=True, defined=owned,
+        kwargs=dict(columns=True, pow2=True), exact=True, defined=owned, backends=("torch", "triton"),
+        hopper=[dict(T=32, E=8, topk=8, H=h) for h in (2048, 8192)],
+    ),
+    Case(
+        permute_quantize, permute_quantize_ref,
+        lambda rand, T, E, topk, H, routing="": (rand.data(T, H), plan_of(rand, T, E, topk, routing)),
+        [dict(T=37, E=4, topk=3, H=256, routing="masked"), dict(T=8192, E=256, topk=8, H=2048)],
+        exact=True, defined=owned, backends=("torch", "triton"), hopper=[dict(T=32, E=8, topk=8, H=2048)],
     ),
     Case(
         qk_norm_attention, qk_norm_attention_ref,
         lambda rand, q, **shape: (*qk_norm_rope_args(rand, sum(q), **shape)[:7], cu_seqlens(q), True, 0.3, 0.1),
         [dict(q=()), dict(q=(5, 0, 30)), dict(q=(9, 4), Hq=16, Hkv=4, D=128, R=64),
          dict(q=(4096,) * 8, Hq=16, Hkv=4, D=128, R=64, P=4096)],
+        backends=("torch", "triton"), hopper=None,
     ),
     Case(
         qk_norm_rope, qk_norm_rope_ref, qk_norm_rope_args,
         [dict(T=0), dict(T=1), dict(T=37), dict(T=6, R=20), dict(T=6, Hq=4, Hkv=4, D=6, R=2),
          dict(T=5, Hq=16, Hkv=4, D=128, R=64, P=4096), dict(T=5, Hq=32, Hkv=4, D=128, R=64, P=32768, yarn=4),
          dict(T=2, Hq=64, Hkv=8, D=128, R=64), dict(T=8192, Hq=16, Hkv=4, D=128, R=64, P=4096)],
+        backends=("torch", "triton"),
+        hopper=[dict(T=64, Hq=q, Hkv=kv, D=128, R=64) for q, kv in ((16, 4), (32, 4), (64, 8))],
     ),
     Case(
         qk_norm_rope, qk_norm_rope_ref,
         lambda rand, **shape: (*qk_norm_rope_args(rand, **shape)[:-1], True),
         [dict(T=37), dict(T=8192, Hq=16, Hkv=4, D=128, R=64, P=4096)],
+        backends=("torch", "triton"), hopper=[dict(T=64, Hq=16, Hkv=4, D=128, R=64)],
     ),
     Case(
         writing(qk_norm_rope, 9), writing(qk_norm_rope_ref, 9), qk_norm_rope_args,
         [dict(T=0, cache=4, fp8=True), dict(T=37, cache=1), dict(T=5, Hq=16, Hkv=4, D=128, R=64, cache=16, fp8=True),
          dict(T=8192, Hq=16, Hkv=4, D=128, R=64, P=4096, cache=64)],
+        backends=("torch", "triton"), hopper=[dict(T=64, Hq=16, Hkv=4, D=128, R=64, cache=16)],
+    ),
+    Case(
+        writing(qk_norm_rope, 9), writing(qk_norm_rope_ref, 9),
+        lambda rand, **shape: [
+            a.detach() if isinstance(a, Tensor) else a for a in qk_norm_rope_args(rand, **shape)
+        ],
+        [dict(T=0, cache=4), dict(T=37, cache=1), dict(T=5, Hq=16, Hkv=4, D=128, R=64, cache=16),
+         dict(T=8192, Hq=16, Hkv=4, D=128, R=64, P=4096, cache=64)],
+        backends=("torch", "triton"), hopper=[dict(T=64, Hq=16, Hkv=4, D=128, R=64, cache=16)],
     ),
     Case(
         quantize, quantize_ref,
         lambda rand, M, K: (rand.data(M, K),),
         [dict(M=0, K=128), dict(M=1, K=128), dict(M=67, K=384), dict(M=3, K=8192), dict(M=8192, K=2048)],
-        exact=True,
+        exact=True, backends=("torch", "triton"), hopper=[dict(M=64, K=k) for k in (512, 2048, 8192)],
     ),
     Case(
         quantize, quantize_ref,
         lambda rand, M, K: (rand.data(M, K), True, True),
         [dict(M=0, K=128), dict(M=129, K=256), dict(M=3, K=2048), dict(M=8192, K=2048)],
-        kwargs=dict(pow2=True), exact=True,
+        kwargs=dict(pow2=True), exact=True, backends=("torch", "triton"),
+        hopper=[dict(M=64, K=k) for k in (512, 2048, 8192)],
     ),
     Case(
         quantize, quantize_ref,
@@ -474,7 +573,8 @@ CASES = [
         ),
         [dict(T=0, E=3, K=128), dict(T=67, E=4, K=128, routing="masked"), dict(T=67, E=4, K=128, routing="one"),
          dict(T=32768, E=256, K=2048)],
-        exact=True, defined=lambda outs, args: owned([*outs[:0], *[outs[0][:0]] * 2, *outs], args)[2:],
+        exact=True, backends=("torch", "triton"), hopper=[dict(T=32, E=2, K=k) for k in (512, 8192)],
+        defined=lambda outs, args: owned([*outs[:0], *[outs[0][:0]] * 2, *outs], args)[2:],
     ),
     Case(
         quantize, quantize_ref,
@@ -486,86 +586,121 @@ CASES = [
         quantize_weight, quantize_weight_ref,
         lambda rand, *shape, **sizes: (rand.data(*sizes.values()),),
         [dict(E=0, N=128, K=128), dict(N=256, K=384), dict(E=3, N=128, K=256), dict(E=256, N=1024, K=2048)],
-        exact=True,
+        exact=True, backends=("torch", "triton"), hopper=[dict(E=2, N=128, K=k) for k in (512, 2048)],
     ),
     Case(
         rms_norm, rms_norm_ref,
         lambda rand, M, N: (rand(M, N), rand(N), None, 0.1),
         [dict(M=0, N=128), dict(M=1, N=128), dict(M=37, N=576), dict(M=64, N=2048), dict(M=1, N=8192), dict(M=5, N=33),
          dict(M=16384, N=2048)],
-        backends=("torch", "triton", "cuda"),
+        backends=("torch", "triton", "cuda"), hopper=[dict(M=64, N=n) for n in (128, 576, 2048, 4096, 8192)],
     ),
     Case(
         rms_norm, rms_norm_ref,
         lambda rand, M, N: (rand(M, N), rand(N), rand(M, N), 0.1),
         [dict(M=0, N=128), dict(M=1, N=1), dict(M=3, N=100), dict(M=37, N=512), dict(M=16384, N=2048)],
-        backends=("torch", "triton", "cuda"),
+        backends=("torch", "triton", "cuda"), hopper=[dict(M=64, N=n) for n in (2048, 4096, 8192)],
+    ),
+    Case(
+        rms_norm, rms_norm_ref,
+        lambda rand, M, N: (rand(M, N), rand(N), rand.fp32(M, N), 0.1),
+        [dict(M=0, N=128), dict(M=37, N=512), dict(M=16384, N=2048)],
+        dtypes=(BF16,), backends=("torch", "triton"), kwargs=dict(round_first=False),
+        hopper=[dict(M=64, N=n) for n in (2048, 8192)],
     ),
     Case(
         rms_norm, rms_norm_ref,
         lambda rand, M, N: (rand(M, N), rand(N), rand(M, N), 0.1),
         [dict(M=0, N=128), dict(M=37, N=512), dict(M=16384, N=2048)],
-        kwargs=dict(round_first=True),
+        kwargs=dict(round_first=True), backends=("torch", "triton"), hopper=[dict(M=64, N=n) for n in (2048, 8192)],
+    ),
+    Case(
+        rms_norm, rms_norm_ref,
+        lambda rand, M, N: (rand(M, N), rand(N), None, 0.1),
+        [dict(M=0, N=128), dict(M=37, N=384), dict(M=5, N=8192), dict(M=16384, N=2048)],
+        kwargs=dict(quantize=True), backends=("torch", "triton"), hopper=[dict(M=64, N=n) for n in (2048, 4096, 8192)],
     ),
     Case(
         rms_norm, rms_norm_ref,
         lambda rand, M, N: (rand(M, N), rand(N), rand(M, N), 0.1),
-        [dict(M=0, N=128), dict(M=37, N=512), dict(M=16384, N=2048)],
-        kwargs=dict(quantize=True, columns=True),
+        [dict(M=0, N=128), dict(M=37, N=512), dict(M=129, N=384), dict(M=16384, N=2048)],
+        kwargs=dict(quantize=True, columns=True), backends=("torch", "triton"),
+        hopper=[dict(M=64, N=n) for n in (2048, 4096, 8192)],
     ),
     Case(
         route, route_ref,
-        lambda rand, T, E, groups=8, masked=False: (
-            rand.fp32(T, E), rand.data(E, dtype=FP32) / 10, rand.bools(T) if masked else None, groups,
+        lambda rand, T, E, groups=8, masked=False, group_topk=4, topk=8: (
+            rand.fp32(T, E), rand.data(E, dtype=FP32) / 10, rand.bools(T) if masked else None, groups, group_topk, topk,
         ),
         [dict(T=0, E=256), dict(T=1, E=256), dict(T=67, E=256), dict(T=67, E=256, masked=True),
-         dict(T=5, E=64, groups=4), dict(T=8192, E=256)],
-        dtypes=(FP32,), kwargs=dict(z_loss=0.5), backends=("torch", "cuda"),
+         dict(T=5, E=64, groups=4), dict(T=37, E=60, groups=5, group_topk=3, topk=5, masked=True),
+         dict(T=3, E=1, groups=1, group_topk=1, topk=1), dict(T=9, E=6, groups=6, group_topk=4, topk=4),
+         dict(T=8192, E=256)],
+        dtypes=(FP32,), kwargs=dict(z_loss=0.5), backends=("torch", "triton", "cuda"), hopper=[dict(T=64, E=256)],
+    ),
+    Case(
+        route, route_ref,
+        lambda rand, T, E: (rand.fp32(T, E), rand.data(E, dtype=FP32) / 10),
+        [dict(T=9, E=256), dict(T=8192, E=256)],
+        dtypes=(FP32,), kwargs=dict(scale=1.5), backends=("torch", "triton", "cuda"), hopper=[dict(T=64, E=256)],
     ),
     Case(
         router_gemm, router_gemm_ref,
-        lambda rand, T, E, H: (rand(T, H), rand.fp32(E, H)),
+        router_args,
         [dict(T=0, E=4, H=16), dict(T=1, E=1, H=1), dict(T=37, E=256, H=48), dict(T=3, E=16, H=8192),
-         dict(T=8192, E=256, H=2048)],
-        flops=lambda T, E, H: 2 * T * E * H,
+         dict(T=37, E=64, H=48, far=64),
+         dict(T=530, E=130, H=24), dict(T=8192, E=256, H=2048)],
+        flops=lambda T, E, H: 2 * T * E * H, backends=("torch", "triton"),
+        hopper=[dict(T=t, E=256, H=2048) for t in (1, 64, 600)],
     ),
     Case(
         router_gemm, router_gemm_ref,
         lambda rand, T, E, H: (rand(T, H), rand.fp32(E, H)),
         [dict(T=37, E=16, H=128), dict(T=8192, E=256, H=2048)],
-        kwargs=dict(passes=2), flops=lambda T, E, H: 2 * T * E * H,
+        kwargs=dict(passes=2), flops=lambda T, E, H: 2 * T * E * H, backends=("torch", "triton"),
+        hopper=[dict(T=64, E=256, H=2048)],
+    ),
+    Case(
+        router_gemm, router_gemm_ref,
+        lambda rand, T, E, H: (rand(T, H), rand(E, H)),
+        [dict(T=37, E=16, H=128), dict(T=8192, E=256, H=2048)],
+        dtypes=(BF16,), kwargs=dict(passes=3), flops=lambda T, E, H: 2 * T * E * H, backends=("torch", "triton"),
+        hopper=[dict(T=64, E=256, H=2048)],
     ),
     Case(
         swiglu, swiglu_ref,
         lambda rand, F, **rows: (rand(*rows.values(), 2 * F),),
         [dict(F=128, M=0), dict(F=1), dict(F=129, B=2, L=3), dict(F=512, M=7), dict(F=512, M=65536)],
-        backends=("torch", "triton"),
+        backends=("torch", "triton"), hopper=[dict(F=f, M=64) for f in (512, 2048)],
     ),
     Case(
         swiglu, swiglu_ref,
         lambda rand, S, F: (rand(S, 2 * F), rand.fp32(S)),
-        [dict(S=0, F=128), dict(S=1, F=1), dict(S=37, F=512), dict(S=65536, F=512)],
+        [dict(S=0, F=128), dict(S=1, F=1), dict(S=37, F=640), dict(S=65536, F=512)],
+        backends=("torch", "triton"), hopper=[dict(F=f, S=64) for f in (512, 2048)],
     ),
     Case(
-        swiglu, swiglu_ref,
-        lambda rand, S, F: (rand.data(S, 2 * F), rand.data(S, dtype=FP32)),
+        dequantized(swiglu), dequantized(swiglu_ref),
+        lambda rand, S, F: (rand.data(S, 2 * F), rand.data(S, dtype=FP32), True),
         [dict(S=0, F=128), dict(S=37, F=512), dict(S=65536, F=512)],
-        kwargs=dict(quantize=True, pow2=True), exact=True,
+        dtypes=(BF16,), kwargs=dict(pow2=True), truth=swiglu_unquantized,
+        backends=("torch", "triton"), hopper=[dict(S=64, F=f) for f in (512, 2048)],
     ),
     Case(
-        swiglu, swiglu_ref,
+        dequantized(swiglu), dequantized(swiglu_ref),
         lambda rand, T, E, F, routing="": (
             poison(rand.data(2 * T, 2 * F), (plan := plan_of(rand, T, E, 2, routing)).offsets), None, True, True, plan,
         ),
         [dict(T=0, E=3, F=128), dict(T=67, E=4, F=128, routing="masked"), dict(T=32768, E=256, F=512)],
-        exact=True, defined=owned,
+        dtypes=(BF16,), truth=swiglu_unquantized,
+        defined=owned, backends=("torch", "triton"), hopper=[dict(T=32, E=2, F=f) for f in (512, 2048)],
     ),
     Case(
         transpose_fp8, transpose_fp8_ref,
         lambda rand, **sizes: quantize_weight(rand.data(*sizes.values())),
         [dict(N=128, K=128), dict(N=256, K=384), dict(E=0, N=128, K=128), dict(E=3, N=128, K=256),
          dict(E=256, N=1024, K=2048)],
-        dtypes=(FP32,), backends=("torch", "cuda"), exact=True,
+        dtypes=(FP32,), backends=("torch", "triton", "cuda"), exact=True, hopper=[dict(E=2, N=1024, K=128)],
     ),
     Case(
         unpermute, unpermute_ref,
@@ -576,6 +711,7 @@ CASES = [
         [dict(T=0, E=4, topk=2, H=8), dict(T=1, E=1, topk=1, H=1), dict(T=37, E=8, topk=3, H=33, routing="masked"),
          dict(T=37, E=8, topk=3, H=24, routing="one"), dict(T=5, E=256, topk=8, H=2048),
          dict(T=8192, E=256, topk=8, H=2048)],
+        backends=("torch", "triton"), hopper=[dict(T=32, E=8, topk=8, H=h) for h in (2048, 4096, 8192)],
     ),
 ]  # fmt: skip
 

@@ -9,7 +9,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from ling_kernels.backend import force
 from ling_kernels.model import Ling, LingConfig, load_model, named_views
+from tests.cases import DEVICE, runs
 
 DATA = Path(__file__).parent / "data"
 NAMES = ["base", "mtp1", "yarn"]
@@ -275,3 +277,33 @@ def test_too_long_is_an_error():
         model(torch.zeros(1, 65, dtype=torch.long))
     with pytest.raises(ValueError, match="64 positions"):
         model.generate(torch.ones(1, 60, dtype=torch.long), max_new_tokens=5)
+
+
+@pytest.mark.skipif(not runs("triton"), reason="triton cannot run here")
+def test_triton_trains_and_generates_as_torch_does():
+    """Every op in its Triton form, where it has one: three steps' losses, routes and a greedy continuation."""
+    sizes = dict(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                 num_key_value_heads=1, head_dim=32, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32,
+                 num_nextn_predict_layers=1, initializer_range=0.2, max_position_embeddings=32)  # fmt: skip
+    config = dataclasses.replace(LingConfig.tiny(), **sizes)
+    ids = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    results = {}
+    for backend in ("torch", "triton"):
+        model = Ling(config)
+        model.init_weights(torch.Generator().manual_seed(0))
+        model.to(DEVICE).train()
+        optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.1), []
+        with force(backend):
+            for _ in range(3):
+                optimizer.zero_grad()
+                out = model(ids, ids, logits=False, z_loss=1e-3)
+                out.loss.backward()
+                optimizer.step()
+                losses.append(out.loss.detach())
+            counts = model.expert_counts()
+            model.balance_(0.01)
+            results[backend] = torch.stack(losses), counts, model.eval().generate(ids[:1], max_new_tokens=3)
+    (losses, counts, tokens), (want_losses, want_counts, want_tokens) = results["triton"], results["torch"]
+    near(losses, want_losses, 1e-5)
+    assert losses[2] < losses[0]
+    assert torch.equal(counts, want_counts) and torch.equal(tokens, want_tokens)

@@ -22,7 +22,7 @@ from tests.cases import Rand, counts_of, offsets_of, plan_of, poison
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 rand = torch.randn
-BACKENDS = ["torch", pytest.param("cuda", marks=pytest.mark.skipif(_C is None, reason="no _C"))]
+BACKENDS = ["torch", "triton", pytest.param("cuda", marks=pytest.mark.skipif(_C is None, reason="no _C"))]
 
 
 @pytest.fixture(autouse=True)

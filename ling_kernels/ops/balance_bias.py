@@ -4,9 +4,12 @@ The mean of b stays what it was. Source: arXiv 2510.22115, section 2.2; rate 1e-
 """
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from ..op import expect
+from ..backend import backend
+from ..op import expect, op
 
 
 def balance_bias_(bias: Tensor, counts: Tensor, rate: float) -> None:
@@ -16,11 +19,31 @@ def balance_bias_(bias: Tensor, counts: Tensor, rate: float) -> None:
     """
     fits = bias.ndim == 1 and bias.shape == counts.shape and not counts.is_floating_point()
     expect(fits and bias.dtype in (torch.float32, torch.float64), "bias [E] fp32 and counts [E] int", bias, counts)
-    balance_bias_ref(bias, counts, rate)
+    if backend(bias) == "torch" or bias.dtype == torch.float64 or not bias.is_contiguous() or not len(bias):
+        balance_bias_ref(bias, counts, rate)
+    else:
+        balance_bias_fwd(bias.detach(), counts.contiguous(), rate)
 
 
 @torch.no_grad()
 def balance_bias_ref(bias, counts, rate):
     c = counts.long()  # E * (mean(c) - c) in integers: a count above 2^24 would lose its sign in fp32
     sign = (c.sum() - len(c) * c).sign().to(bias.dtype)
-    bias += rate * (sign - sign.mean())
+    bias += rate * (sign - sign.sum() / bias.new_full((), len(c)))  # mean() on a GPU multiplies by the reciprocal
+
+
+@op("bias")
+def balance_bias_fwd(bias: Tensor, counts: Tensor, rate: float) -> None:
+    E = len(bias)
+    balance_bias_kernel[(1,)](bias, counts, rate, E, BLOCK_E=triton.next_power_of_2(E), enable_fp_fusion=False)
+
+
+@triton.jit
+def balance_bias_kernel(bias, counts, rate, E, BLOCK_E: tl.constexpr):
+    e = tl.arange(0, BLOCK_E)
+    c = tl.load(counts + e, mask=e < E, other=0).to(tl.int64)
+    above = tl.sum(c) - E * c
+    sign = tl.where(e < E, (above > 0).to(tl.int32) - (above < 0).to(tl.int32), 0)
+    mean = tl.div_rn(tl.sum(sign).to(tl.float32), E * 1.0)
+    b = tl.load(bias + e, mask=e < E, other=0.0)
+    tl.store(bias + e, b + rate * (sign.to(tl.float32) - mean), mask=e < E)

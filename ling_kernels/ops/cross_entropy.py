@@ -1,10 +1,13 @@
 """Cross entropy: loss_t = logsumexp(logits_t) - logits_t[target_t]; targets equal to ignore_index count for nothing."""
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..op import expect, wide
+from ..backend import backend
+from ..op import expect, op, wide
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100, reduction: str = "mean") -> Tensor:
@@ -17,7 +20,12 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100, red
     expect(logits.ndim == 2 and logits.shape[1] > 0 and logits.is_floating_point(), "logits [T, V]", logits)
     expect_targets(targets, *logits.shape, ignore_index)
     expect(reduction in ("mean", "sum", "none"), "reduction mean, sum or none", reduction)
-    return cross_entropy_ref(logits, targets, ignore_index, reduction)
+    if backend(logits) == "torch" or logits.dtype == torch.float64:
+        return cross_entropy_ref(logits, targets, ignore_index, reduction)
+    loss = CrossEntropy.apply(logits, targets, ignore_index)
+    if reduction == "none":
+        return loss
+    return loss.sum() / counted(targets, ignore_index) if reduction == "mean" else loss.sum()
 
 
 def cross_entropy_ref(logits, targets, ignore_index=-100, reduction="mean"):
@@ -38,3 +46,107 @@ def expect_targets(targets: Tensor, T: int, V: int, ignore_index: int) -> None:
         return
     wrong = targets[((targets < 0) | (targets >= V)) & (targets != ignore_index)]
     expect(len(wrong) == 0, f"targets in 0..{V - 1} or {ignore_index}", wrong[:4].tolist())
+
+
+class CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, targets, ignore_index):
+        logits = logits if logits.stride(1) == 1 else logits.contiguous()
+        targets = targets.contiguous()
+        loss, lse = (logits.new_empty(len(logits), dtype=torch.float32) for _ in range(2))
+        cross_entropy_fwd(logits, targets, None, loss, lse, None, ignore_index)
+        ctx.save_for_backward(logits, targets, lse)
+        ctx.ignore_index = ignore_index
+        return loss
+
+    @staticmethod
+    def backward(ctx, dloss):
+        logits, targets, lse = ctx.saved_tensors
+        dlogits = logits.new_empty(logits.shape)
+        cross_entropy_bwd(logits, targets, lse, dloss, dlogits, ctx.ignore_index)
+        return dlogits, None, None
+
+
+@op("loss", "lse", "dlogits")
+def cross_entropy_fwd(
+    logits: Tensor, targets: Tensor, tokens: Tensor | None, loss: Tensor, lse: Tensor, dlogits: Tensor | None,
+    ignore_index: int,
+) -> None:  # fmt: skip
+    """Rows' loss and logsumexp, [T] fp32; with dlogits (or logits itself) also the gradient of the sum / tokens."""
+    T, V = logits.shape
+    if T:
+        cross_entropy_fwd_kernel[(T,)](
+            logits, targets, tokens, loss, lse, dlogits, logits.stride(0), V, ignore_index, **config(V)
+        )
+
+
+@op("dlogits")
+def cross_entropy_bwd(
+    logits: Tensor, targets: Tensor, lse: Tensor, dloss: Tensor, dlogits: Tensor, ignore_index: int
+) -> None:
+    T, V = logits.shape
+    if T:
+        tile = config(V)
+        cross_entropy_bwd_kernel[(T, triton.cdiv(V, tile["BLOCK_V"]))](
+            logits, targets, lse, dloss, dlogits, logits.stride(0), dloss.stride(0), V, ignore_index, **tile
+        )
+
+
+def config(V: int) -> dict:
+    """16 logits for a thread. Not measured; bandwidth binds on any Hopper."""
+    BLOCK_V = min(triton.next_power_of_2(V), 4096)
+    return dict(BLOCK_V=BLOCK_V, num_warps=min(max(BLOCK_V // 512, 1), 8))
+
+
+@triton.jit
+def gradient(x, v, lse, target, scale):
+    return (tl.exp(x - lse) - tl.where(v == target, 1.0, 0.0)) * scale
+
+
+@triton.jit
+def cross_entropy_fwd_kernel(
+    logits, targets, tokens, loss, lse, dlogits, ld, V, ignore_index, BLOCK_V: tl.constexpr
+):  # fmt: skip
+    t = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets + t)
+    counts = target != ignore_index
+    row = logits + t * ld
+    # Before any dlogits are written, which may lie where the logits do. A target out of range shows as NaN.
+    x_target = tl.load(row + target, mask=counts & (target >= 0) & (target < V), other=float("nan")).to(tl.float32)
+
+    # One pass: the sums stay apart until the end, their common maximum grows on the way. Ignored rows are not read.
+    top = tl.full((), float("-inf"), tl.float32)
+    sums = tl.zeros((BLOCK_V,), tl.float32)
+    for first in tl.range(0, tl.where(counts, V, 0), BLOCK_V, num_stages=3):
+        v = first + tl.arange(0, BLOCK_V)
+        x = tl.load(row + v, mask=v < V, other=float("-inf")).to(tl.float32)
+        higher = tl.maximum(top, tl.max(x, 0))
+        base = tl.where(higher == float("-inf"), 0.0, higher)  # so far nothing but -inf, and -inf - -inf is NaN
+        sums = sums * tl.exp(top - base) + tl.exp(x - base)
+        top = higher
+    row_lse = top + tl.log(tl.where(counts, tl.sum(sums, 0), 1.0))
+    tl.store(loss + t, tl.where(counts, row_lse - x_target, 0.0))
+    tl.store(lse + t, row_lse)
+
+    if dlogits is not None:
+        scale = 1.0
+        if tokens is not None:
+            scale = tl.div_rn(1.0, tl.load(tokens).to(tl.float32))
+        for first in tl.range(0, V, BLOCK_V, num_stages=3):
+            v = first + tl.arange(0, BLOCK_V)
+            x = tl.load(row + v, mask=(v < V) & counts, other=0.0).to(tl.float32)
+            d = tl.where(counts, gradient(x, v, row_lse, target, scale), 0.0)
+            tl.store(dlogits + t * V + v, d, mask=v < V)
+
+
+@triton.jit
+def cross_entropy_bwd_kernel(
+    logits, targets, lse, dloss, dlogits, ld, ld_dloss, V, ignore_index, BLOCK_V: tl.constexpr
+):  # fmt: skip
+    t = tl.program_id(0).to(tl.int64)
+    v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    target = tl.load(targets + t)
+    counts = target != ignore_index
+    x = tl.load(logits + t * ld + v, mask=(v < V) & counts, other=0.0).to(tl.float32)
+    d = gradient(x, v, tl.load(lse + t), target, tl.load(dloss + t * ld_dloss))
+    tl.store(dlogits + t * V + v, tl.where(counts, d, 0.0), mask=v < V)

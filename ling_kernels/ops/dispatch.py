@@ -3,11 +3,15 @@
 from typing import NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from ..op import expect
+from ..backend import backend
+from ..op import expect, op
 
 PAD = 128  # column-wise copies start each expert's run of rows at a multiple of this
+TILE = 256  # slots of one program
 
 
 class Plan(NamedTuple):
@@ -32,7 +36,15 @@ def dispatch(experts: Tensor, counts: Tensor) -> Plan:
     """
     ints = experts.dtype == counts.dtype == torch.int32
     expect(experts.ndim == 2 and counts.ndim == 1 and ints, "experts [T, topk] and counts [E], int32", experts, counts)
-    return dispatch_ref(experts, counts)
+    if backend(experts) == "torch":
+        return dispatch_ref(experts, counts)
+    E = len(counts)
+    plan = Plan(counts.new_empty(E + 1), torch.empty_like(experts, memory_format=torch.contiguous_format),
+                experts.new_empty(experts.numel()), counts.new_empty(E + 1))  # fmt: skip
+    tiles = triton.cdiv(experts.numel(), TILE)
+    before = counts.new_empty(tiles, E) if tiles > 1 else None
+    dispatch_fwd(experts.contiguous(), counts.contiguous(), before, *plan)
+    return plan
 
 
 def dispatch_ref(experts, counts):
@@ -53,3 +65,96 @@ def dispatch_ref(experts, counts):
 def exclusive_sum(counts: Tensor) -> Tensor:
     """[E] -> [E + 1] int32, starting at 0."""
     return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
+
+
+@op("before", "offsets", "slot", "source", "padded_offsets")
+def dispatch_fwd(
+    experts: Tensor,
+    counts: Tensor,
+    before: Tensor | None,
+    offsets: Tensor,
+    slot: Tensor,
+    source: Tensor,
+    padded_offsets: Tensor,
+) -> None:
+    """before [tiles, E] int32 is scratch: how many slots of each expert precede a tile. One tile needs none."""
+    S, E = len(source), len(counts)
+    BLOCK_E = triton.next_power_of_2(max(E, 1))
+    tiles = triton.cdiv(S, TILE)
+    if before is not None:
+        dispatch_count_kernel[(tiles,)](experts, before, S, E, BLOCK=TILE, BLOCK_E=BLOCK_E)
+        columns = min(BLOCK_E, 16)
+        dispatch_scan_kernel[(triton.cdiv(E, columns),)](before, tiles, E, BLOCK=64, BLOCK_E=columns)
+    BLOCK = TILE if tiles > 1 else triton.next_power_of_2(max(S, 1))
+    dispatch_kernel[(max(tiles, 1),)](
+        experts, counts, before, offsets, slot, source, padded_offsets, S, E, PAD=PAD, BLOCK=BLOCK,
+        BLOCK_E=BLOCK_E, STEP=32,
+    )  # fmt: skip
+
+
+@triton.jit
+def dispatch_count_kernel(experts, before, S, E, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr):
+    tile = tl.program_id(0)
+    i = tile * BLOCK + tl.arange(0, BLOCK)
+    e = tl.arange(0, BLOCK_E)
+    chosen = tl.load(experts + i, mask=i < S, other=-1)
+    found = tl.histogram(tl.maximum(chosen, 0), BLOCK_E)
+    elsewhere = tl.sum((chosen < 0).to(tl.int32))  # they were counted as expert 0
+    tl.store(before + tile.to(tl.int64) * E + e, found - tl.where(e == 0, elsewhere, 0), mask=e < E)
+
+
+@triton.jit
+def dispatch_scan_kernel(before, tiles, E, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Counts of tiles -> counts of all tiles before, in place; one program owns a few experts."""
+    e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)[None, :]
+    total = tl.zeros((BLOCK_E,), tl.int32)
+    for first in range(0, tiles, BLOCK):
+        tile = first + tl.arange(0, BLOCK)[:, None]
+        at = before + tile.to(tl.int64) * E + e
+        own = (tile < tiles) & (e < E)
+        found = tl.load(at, mask=own, other=0)
+        tl.store(at, total[None, :] + tl.cumsum(found, 0) - found, mask=own)
+        total += tl.sum(found, 0)
+
+
+@triton.jit
+def dispatch_kernel(
+    experts, counts, before, offsets, slot, source, padded_offsets, S, E,
+    PAD: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    i, e = tl.arange(0, BLOCK), tl.arange(0, BLOCK_E)
+    if tile == 0:
+        runs = tl.load(counts + e, mask=e < E, other=0)
+        tl.store(offsets + e + 1, tl.cumsum(runs, 0), mask=e < E)
+        tl.store(padded_offsets + e + 1, tl.cumsum((runs + PAD - 1) // PAD * PAD, 0), mask=e < E)
+        tl.store(offsets + e, tl.zeros((BLOCK_E,), tl.int32), mask=e == 0)
+        tl.store(padded_offsets + e, tl.zeros((BLOCK_E,), tl.int32), mask=e == 0)
+
+    # A slot's place: all slots of lower experts, its expert's in earlier tiles, and those before it in this tile.
+    # What is not routed here goes last, as if to expert E, so that source holds every slot once.
+    at = tile * BLOCK + i
+    chosen = load_chosen(experts, at, S, E)
+    place = tl.zeros((BLOCK,), tl.int32)
+    for first in range(0, E, STEP):
+        lower = first + tl.arange(0, STEP)
+        count = tl.load(counts + lower, mask=lower < E, other=0)
+        place += tl.sum(tl.where(lower[None, :] < chosen[:, None], count[None, :], 0), 1)
+    if before is not None:
+        row = before + tile.to(tl.int64) * E
+        earlier = tl.load(row + chosen, mask=chosen < E, other=0)
+        elsewhere = tile * BLOCK - tl.sum(tl.load(row + e, mask=e < E, other=0))
+        place += tl.where(chosen < E, earlier, elsewhere)
+    for first in range(0, BLOCK, STEP):
+        j = first + tl.arange(0, STEP)
+        same = load_chosen(experts, tile * BLOCK + j, S, E)[None, :] == chosen[:, None]
+        place += tl.sum((same & (j[None, :] < i[:, None])).to(tl.int32), 1)
+    tl.store(slot + at, tl.where(chosen < E, place, -1), mask=at < S)
+    tl.store(source + place, at, mask=(at < S) & (place < S))
+
+
+@triton.jit
+def load_chosen(experts, at, S, E):
+    """Experts of slots; E for those not routed here."""
+    chosen = tl.load(experts + at, mask=at < S, other=-1)
+    return tl.where(chosen < 0, E, chosen)

@@ -1,13 +1,20 @@
 """FP8 GEMM: D = A B^T, where the product over each 128 of K is scaled and added in fp32, in the order of K.
 
-FP8 tensor cores of Hopper keep about 14 bits of a sum, hence the promotion to fp32 every 128.
+FP8 tensor cores of Hopper keep about 14 bits of a sum, hence the promotion to fp32 every 128. One kernel serves this op
+and the grouped ones of grouped_gemm_fp8.py.
 """
 
+import functools
+
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from ..op import E4M3, expect, wide
+from ..backend import backend
+from ..op import E4M3, expect, op, wide
 from .quantize import BLOCK
+from .triton_fp8 import quantize_along
 
 
 def gemm_fp8(
@@ -29,7 +36,11 @@ def gemm_fp8(
     shape = (len(a), len(b))
     expect(out is None or (out.shape == shape and out.is_floating_point()), "out [M, N]", out, shape)
     expect(out is not None or not accumulate, "out where accumulate is given", out)
-    return gemm_fp8_ref(a, a_scale, b, b_scale, out, accumulate, dtype)
+    if backend(a) == "torch" or not kernel_serves(a, a_scale, b_scale, out):
+        return gemm_fp8_ref(a, a_scale, b, b_scale, out, accumulate, dtype)
+    d = torch.empty(shape, dtype=dtype, device=a.device) if out is None else out
+    gemm_fp8_fwd(a, a_scale, b, b_scale, d, accumulate)
+    return d
 
 
 def gemm_fp8_ref(a, a_scale, b, b_scale, out=None, accumulate=False, dtype=torch.bfloat16):
@@ -66,3 +77,200 @@ def expect_fp8(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> None:
     expect(weight or b_scale.shape == (*b.shape[:-1], K), "b_scale [.., N/128 or N, K/128]", b, b_scale)
     scales = all(s.dtype in (torch.float32, torch.float64) for s in (a_scale, b_scale))
     expect(scales, "fp32 scales", a_scale, b_scale)
+
+
+def kernel_serves(a: Tensor, a_scale: Tensor, b_scale: Tensor, out: Tensor | None = None) -> bool:
+    return a.shape[-1] > 0 and all(t is None or t.dtype != torch.float64 for t in (a_scale, b_scale, out))
+
+
+@op("d")
+def gemm_fp8_fwd(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, d: Tensor, accumulate: bool) -> None:
+    launch_gemm_fp8(a, a_scale, b[None], b_scale[None], d, accumulate=accumulate)
+
+
+def launch_gemm_fp8(
+    a: Tensor,  # [M, K]; with counts [G, max_m, K]
+    a_scale: Tensor,
+    b: Tensor,  # [G, N, K]
+    b_scale: Tensor,
+    y: Tensor,  # [S, N]; with y_scale [S, N/2] e4m3, the quantised SwiGLU of the product
+    y_scale: Tensor | None = None,
+    offsets: Tensor | None = None,  # [G + 1], or
+    counts: Tensor | None = None,  # [G]; without either, all rows are one group
+    source: Tensor | None = None,  # [S]: row s of the product takes row source[s] // topk of a
+    topk: int = 1,
+    accumulate: bool = False,
+) -> None:
+    if not y.numel():
+        return
+    G, N, K = b.shape
+    max_m = 0
+    if counts is not None:
+        max_m = a.shape[1]
+        a, a_scale, y = a.flatten(0, 1), a_scale.flatten(0, 1), y.flatten(0, 1)
+    a, b = aligned(a), aligned(b.flatten(0, 1))
+    tiles = min(G, len(y)) * triton.cdiv(y.shape[1], BLOCK)
+    chosen = config(triton.cdiv(len(y), G), K, tiles, y_scale is not None, multiprocessors(a.device))
+    block_m = chosen["BLOCK_M"]
+    tiles_m = G * triton.cdiv(max_m, block_m) if max_m else len(y) // block_m + min(G, len(y))  # at most
+    programs = min(tiles_m * triton.cdiv(y.shape[1], chosen["BLOCK_N"]), chosen.pop("programs"))
+    provide_scratch(a)
+    gemm_fp8_kernel[(programs,)](
+        a, a_scale, b, b_scale, y, y_scale, offsets, counts, source,
+        a.stride(0), *a_scale.stride(), b.stride(0), *b_scale.stride(), *y.stride(),
+        0 if y_scale is None else y_scale.stride(1), len(a), N, K, G, max_m, topk,
+        TALL=b_scale.shape[1] == N, ACCUMULATE=accumulate, BLOCK_G=triton.next_power_of_2(G), **chosen,
+    )  # fmt: skip
+
+
+def config(rows: int, K: int, tiles: int, swiglu: bool, sms: int) -> dict:
+    """Tiles for groups of that many rows on the average, on an H200 (132 SMs) or an H20 (78).
+
+    With few rows the weight is the MMA's M operand (SWAP), of which it wants 64, and a tile takes as few as 16 rows; it
+    takes only those 64 of the weight where tiles of 128, of which there are so many, would leave SMs without work.
+    An H20 has a quarter of the tensor rate at almost the bandwidth: rows of padding cost more than reading twice.
+    """
+    swap = rows <= 32
+    small = sms < 100 or rows <= 64 or K <= 1024
+    block_m, warps, stages, per_sm = {  # not measured
+        (True, False): (16 if rows <= 16 else 32, 4, 5, 2),
+        (True, True): (16 if rows <= 16 else 32, 4, 3, 2),
+        (False, False): (64, 4, 4, 2) if small else (128, 8, 5, 1),
+        (False, True): (64, 8, 4, 1),
+    }[swap, swiglu]
+    block_n = 128
+    if swap and tiles < sms and not swiglu:
+        block_n, stages = 64, 8
+    return dict(
+        SWAP=swap, BLOCK_M=block_m, BLOCK_N=block_n, BAND=16, num_warps=warps, num_stages=stages, programs=sms * per_sm
+    )
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of that GPU; a CPU, where kernels are only interpreted or built, stands for an H200."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x [rows, columns] as a TMA descriptor wants it: columns contiguous, rows and the first byte on 16 bytes."""
+    fits = x.stride(1) == 1 and x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
+
+
+def provide_scratch(x: Tensor) -> None:
+    """Descriptors made on the device live in memory that Triton asks for; each thread has an allocator of its own."""
+    if x.is_cuda:
+        triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=x.device))
+
+
+@triton.jit
+def find_group(tile, tiles, ends):
+    """The group that owns the tile, and the tile's number in it; groups have so many tiles, ends = cumsum(tiles)."""
+    passed = ends <= tile
+    return tl.sum(passed.to(tl.int32)), tile - tl.sum(tl.where(passed, tiles, 0))
+
+
+@triton.jit
+def place_in_group(tile, tiles_m, tiles_n, BAND: tl.constexpr):
+    """Tile -> (m, n): down the rows of a band of BAND, then to the next columns, so that the band stays in L2."""
+    band = tile // (BAND * tiles_n)
+    height = tl.minimum(tiles_m - band * BAND, BAND)
+    rest = tile - band * BAND * tiles_n
+    return band * BAND + rest % height, rest // height
+
+
+@triton.jit
+def scaled_part(x, w, xs, ws, TALL: tl.constexpr, SWAP: tl.constexpr):
+    """x [BLOCK_M, 128] w [BLOCK_N, 128]^T times its scales; transposed with SWAP."""
+    if SWAP:
+        return tl.dot(w, x.T) * (xs[None, :] * ws[:, None] if TALL else (xs * ws)[None, :])
+    else:
+        return tl.dot(x, w.T) * (xs[:, None] * ws[None, :] if TALL else (xs * ws)[:, None])
+
+
+@triton.jit
+def gemm_fp8_kernel(
+    a, a_scale, b, b_scale, y, y_scale, offsets, counts, source,
+    lda, a_scale_m, a_scale_k, ldb, b_scale_g, b_scale_n, b_scale_k, ldy, y_n, y_scale_k, M, N, K, G, max_m, topk,
+    TALL: tl.constexpr, ACCUMULATE: tl.constexpr, SWAP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BAND: tl.constexpr,
+):  # fmt: skip
+    SWIGLU: tl.constexpr = y_scale is not None
+    GROUPS: tl.constexpr = offsets is not None or counts is not None
+    if source is None:
+        A = tl.make_tensor_descriptor(a, [M, K], [lda, 1], [BLOCK_M, 128])
+    B = tl.make_tensor_descriptor(b, [G * N, K], [ldb, 1], [BLOCK_N, 128])
+    width = N // 2 if SWIGLU else N
+    tiles_n = tl.cdiv(width, BLOCK_N)
+    up_scale = width * b_scale_n if TALL else width // 128 * b_scale_n  # from a gate's scale to its up's
+
+    # Every program knows how many tiles each group has; it takes each PROGRAMS-th of them all.
+    total = tl.cdiv(M, BLOCK_M) * tiles_n
+    if GROUPS:
+        g = tl.arange(0, BLOCK_G)
+        if counts is not None:
+            sizes = tl.load(counts + g, mask=g < G, other=0)
+        else:
+            sizes = tl.load(offsets + g + 1, mask=g < G, other=0) - tl.load(offsets + g, mask=g < G, other=0)
+        tiles = tl.cdiv(sizes, BLOCK_M) * tiles_n
+        ends = tl.cumsum(tiles)
+        total = tl.sum(tiles)
+
+    for tile in range(tl.program_id(0), total, tl.num_programs(0)):
+        group, own_tile, m0, m1 = 0, tile, 0, M
+        if GROUPS:
+            group, own_tile = find_group(tile, tiles, ends)
+            if counts is not None:
+                m0 = group * max_m
+                m1 = m0 + tl.load(counts + group)
+            else:
+                m0, m1 = tl.load(offsets + group), tl.load(offsets + group + 1)
+        tile_m, tile_n = place_in_group(own_tile, tl.cdiv(m1 - m0, BLOCK_M), tiles_n, BAND)
+        m, n = m0 + tile_m * BLOCK_M, tile_n * BLOCK_N
+        rows, columns = m + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N)
+        own = rows < m1  # a tile may read its neighbour's rows; it never writes them
+        source_rows = rows.to(tl.int64)
+        if source is not None:
+            source_rows = (tl.load(source + rows, mask=own, other=0) // topk).to(tl.int64)
+            x_at = a + source_rows[:, None] * lda + tl.arange(0, 128)[None, :]
+
+        # Scales are read one step ahead: their latency would otherwise stand between two products.
+        xs_at = a_scale + source_rows * a_scale_m
+        ws_at = b_scale + group * b_scale_g + (columns if TALL else n // 128) * b_scale_n
+        live = columns < N if TALL else K > 0
+        next_xs = tl.load(xs_at, mask=own, other=0.0)
+        next_ws = tl.load(ws_at, mask=live, other=0.0)
+        next_us = tl.load(ws_at + up_scale, mask=live, other=0.0) if SWIGLU else 0.0
+        acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
+        up = acc
+        for k in range(0, K // 128):
+            xs, ws, us = next_xs, next_ws, next_us
+            more = k + 1 < K // 128
+            xs_at += a_scale_k
+            ws_at += b_scale_k
+            next_xs = tl.load(xs_at, mask=own & more, other=0.0)
+            next_ws = tl.load(ws_at, mask=live & more, other=0.0)
+            if source is None:
+                x = A.load([m, k * 128])
+            else:
+                x = tl.load(x_at + k * 128, mask=own[:, None], other=0.0)
+            acc += scaled_part(x, B.load([group * N + n, k * 128]), xs, ws, TALL, SWAP)
+            if SWIGLU:
+                next_us = tl.load(ws_at + up_scale, mask=live & more, other=0.0)
+                up += scaled_part(x, B.load([group * N + width + n, k * 128]), xs, us, TALL, SWAP)
+
+        if SWAP:
+            acc = acc.T
+        y_at = y + rows.to(tl.int64)[:, None] * ldy + columns[None, :] * y_n
+        mask = own[:, None] & (columns < width)[None, :]
+        if SWIGLU:
+            if SWAP:
+                up = up.T
+            q, scale = quantize_along(acc * tl.sigmoid(acc) * up, 1, False)
+            tl.store(y_at, q, mask=mask)
+            tl.store(y_scale + tile_n.to(tl.int64) * y_scale_k + rows, scale, mask=own)
+        else:
+            if ACCUMULATE:
+                acc += tl.load(y_at, mask=mask, other=0.0).to(tl.float32)
+            tl.store(y_at, acc, mask=mask)

@@ -1,9 +1,13 @@
 """Grouped GEMM: y[s] = b[e] a[s] for every row s that expert e owns, ragged rows, accumulated in fp32, rounded once."""
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
+from ..backend import backend
 from ..op import autocast, expect, op, wide
+from .gemm_fp8 import find_group, multiprocessors, place_in_group, provide_scratch
 from .grouped_wgrad import grouped_wgrad_fwd
 
 
@@ -12,7 +16,7 @@ def grouped_gemm(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
 
     Expert e owns rows offsets[e] : offsets[e + 1]; empty experts are legal. Rows of y past offsets[E] are undefined and
     rows of a past it are never read; their gradient is 0. Gradients: to a and b. Raises ValueError for shapes or dtypes
-    that do not fit. On a CPU, and on a GPU for anything but bf16, the offsets are read by the host.
+    that do not fit. Backend torch reads the offsets on the host, as do fp64 operands.
     """
     a, b = autocast(a, b)
     fits = a.ndim == 2 and b.ndim == 3 and a.shape[1] == b.shape[2] and a.dtype == b.dtype and a.is_floating_point()
@@ -42,35 +46,133 @@ class GroupedGemm(torch.autograd.Function):
         dy = dy.contiguous()
         da = db = None
         if ctx.needs_input_grad[0]:
-            da = grouped_product(dy, b.mT, offsets)
-            if serves(dy, b):  # that product leaves the rows nobody owns as they were in memory
-                unowned = torch.arange(len(da), device=da.device) >= offsets[-1]
-                da = da.masked_fill(unowned[:, None], 0)
+            da = grouped_product(dy, b.mT, offsets, True)
         if ctx.needs_input_grad[1]:
             db = torch.empty_like(b, memory_format=torch.contiguous_format)
             grouped_wgrad_fwd(dy, a, offsets, db, False, None, None, False)
         return da, db, None
 
 
-def grouped_product(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
-    if serves(a, b):
-        return torch.nn.functional.grouped_mm(a.contiguous(), b.mT, offs=offsets[1:])
+def grouped_product(a: Tensor, b: Tensor, offsets: Tensor, zero_rest: bool = False) -> Tensor:
+    """zero_rest: the rows that nobody owns become 0; otherwise they may stay as they were in memory."""
+    if torch_serves(a, b):
+        y = torch.nn.functional.grouped_mm(a.contiguous(), b.mT, offs=offsets[1:])
+        unowned = torch.arange(len(y), device=y.device) >= offsets[-1]
+        return y.masked_fill(unowned[:, None], 0) if zero_rest else y
     y = a.new_empty(len(a), b.shape[1])
-    grouped_gemm_fwd(a, b, offsets, y)
+    grouped_gemm_fwd(a, b, offsets, y, zero_rest)
     return y
 
 
-def serves(a: Tensor, b: Tensor) -> bool:
-    """Whether torch's grouped_mm takes these: bf16 on a GPU, rows of a multiple of 16 bytes."""
-    return a.is_cuda and a.dtype == torch.bfloat16 and a.numel() > 0 and b.shape[1] % 8 == b.shape[2] % 8 == 0
+def torch_serves(a: Tensor, b: Tensor) -> bool:
+    """Whether torch's grouped_mm serves: bf16 on a GPU, rows of a multiple of 16 bytes, and Triton not asked for."""
+    fits = a.is_cuda and a.dtype == torch.bfloat16 and a.numel() > 0 and b.shape[1] % 8 == b.shape[2] % 8 == 0
+    return fits and backend(a) != "triton"
 
 
 @op("y")
-def grouped_gemm_fwd(a: Tensor, b: Tensor, offsets: Tensor, y: Tensor) -> None:
-    # The reference, without its copies
-    bounds = offsets.tolist()
-    with torch.autocast(a.device.type, enabled=False):
-        for e, (lo, hi) in enumerate(zip(bounds, bounds[1:], strict=False)):
-            if lo < hi:
-                y[lo:hi] = wide(a[lo:hi]) @ wide(b[e]).T
-    y[bounds[-1] :] = 0
+def grouped_gemm_fwd(a: Tensor, b: Tensor, offsets: Tensor, y: Tensor, zero_rest: bool) -> None:
+    if backend(a) == "torch" or a.dtype == torch.float64:
+        # The reference, without its copies
+        bounds = offsets.tolist()
+        with torch.autocast(a.device.type, enabled=False):
+            for e, (lo, hi) in enumerate(zip(bounds, bounds[1:], strict=False)):
+                if lo < hi:
+                    y[lo:hi] = wide(a[lo:hi]) @ wide(b[e]).T
+        y[bounds[-1] :] = 0
+        return
+    if not y.numel():
+        return
+    E, N, K = b.shape
+    tma = described(a) and (described(b) or described(b.mT))
+    tiles = min(E, len(a)) * triton.cdiv(N, 128)
+    chosen = config(a.dtype, triton.cdiv(len(a), E), tiles, tma and described(y), multiprocessors(a.device))
+    tiles_m = len(a) // chosen["BLOCK_M"] + min(E + 1, len(a))  # at most
+    programs = min(tiles_m * triton.cdiv(N, chosen["BLOCK_N"]), chosen.pop("programs"))
+    provide_scratch(a)
+    grouped_gemm_kernel[(programs,)](
+        a, b, offsets, y, *a.stride(), *b.stride(), *y.stride(), len(a), N, K, E,
+        TMA=tma, K_INSIDE=b.stride(2) == 1, ZERO_REST=zero_rest,
+        BLOCK_G=triton.next_power_of_2(E + 1), **chosen,
+    )  # fmt: skip
+
+
+def described(x: Tensor) -> bool:
+    """Whether a TMA descriptor can stand for x: the last dimension contiguous, all others and the start on 16 bytes."""
+    steps = [x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:-1])]
+    return x.stride(-1) == 1 and x.numel() > 0 and all(step % 16 == 0 and step > 0 for step in steps)
+
+
+def config(dtype: torch.dtype, rows: int, tiles: int, vectors: bool, sms: int) -> dict:
+    """Tiles for experts of that many rows on the average, on an H200 (132 SMs) or an H20 (78); as in gemm_fp8.py.
+
+    Without vectors, rows do not start on 16 bytes: single elements are moved, and their addresses fill the registers.
+    """
+    swap = rows <= 32 and vectors and dtype != torch.float32
+    block_m, block_n, block_k, warps, stages, per_sm = (  # not measured
+        (32, 64, 32, 4, 3, 2) if dtype == torch.float32
+        else (64, 64, 32, 4, 3, 2) if not vectors
+        else (16 if rows <= 16 else 32, 64, 64, 4, 8, 2) if swap and tiles < sms
+        else (16 if rows <= 16 else 32, 128, 64, 4, 5, 2) if swap
+        else (64, 128, 64, 4, 4, 2) if rows <= 64 or sms < 100
+        else (128, 256, 64, 8, 4, 1)
+    )  # fmt: skip
+    return dict(
+        SWAP=swap, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, BAND=16,
+        num_warps=warps, num_stages=stages, programs=sms * per_sm,
+    )  # fmt: skip
+
+
+@triton.jit
+def grouped_gemm_kernel(
+    a, b, offsets, y, a_m, a_k, b_g, b_n, b_k, y_m, y_n, S, N, K, G,
+    TMA: tl.constexpr, K_INSIDE: tl.constexpr, ZERO_REST: tl.constexpr, SWAP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_G: tl.constexpr, BAND: tl.constexpr,
+):  # fmt: skip
+    if TMA:
+        A = tl.make_tensor_descriptor(a, [S, K], [a_m, 1], [BLOCK_M, BLOCK_K])
+        if K_INSIDE:
+            B = tl.make_tensor_descriptor(b, [G, N, K], [b_g, b_n, 1], [1, BLOCK_N, BLOCK_K])
+        else:
+            B = tl.make_tensor_descriptor(b, [G, K, N], [b_g, b_k, 1], [1, BLOCK_K, BLOCK_N])
+
+    # Every program knows how many tiles each group has; it takes each PROGRAMS-th of them all. With ZERO_REST the rows
+    # that nobody owns are one more group, whose product is empty.
+    g = tl.arange(0, BLOCK_G)
+    groups = G + 1 if ZERO_REST else G
+    starts = tl.load(offsets + g, mask=g <= G, other=0)
+    stops = tl.where(g < G, tl.load(offsets + g + 1, mask=g < G, other=0), S)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    tiles = tl.where(g < groups, tl.cdiv(stops - starts, BLOCK_M) * tiles_n, 0)
+    ends = tl.cumsum(tiles)
+    for tile in range(tl.program_id(0), tl.sum(tiles), tl.num_programs(0)):
+        group, own_tile = find_group(tile, tiles, ends)
+        m0 = tl.load(offsets + group)
+        m1 = tl.load(offsets + group + 1, mask=group < G, other=S)
+        tile_m, tile_n = place_in_group(own_tile, tl.cdiv(m1 - m0, BLOCK_M), tiles_n, BAND)
+        m, n = m0 + tile_m * BLOCK_M, tile_n * BLOCK_N
+        rows, columns = m + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N)
+        own = rows < m1  # a tile may read its neighbour's rows; it never writes them
+
+        a_at = a + rows.to(tl.int64)[:, None] * a_m
+        b_at = b + group.to(tl.int64) * b_g + columns.to(tl.int64)[None, :] * b_n
+        acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, tl.where(group < G, K, 0), BLOCK_K):
+            if TMA:
+                x = A.load([m, k])
+                if K_INSIDE:
+                    w = B.load([group, n, k]).reshape(BLOCK_N, BLOCK_K).T
+                else:
+                    w = B.load([group, k, n]).reshape(BLOCK_K, BLOCK_N)
+            else:
+                ks = k + tl.arange(0, BLOCK_K)
+                x = tl.load(a_at + ks[None, :] * a_k, mask=own[:, None] & (ks < K)[None, :], other=0.0)
+                w = tl.load(b_at + ks[:, None] * b_k, mask=(ks < K)[:, None] & (columns < N)[None, :], other=0.0)
+            if SWAP:
+                acc = tl.dot(w.T, x.T, acc)
+            else:
+                acc = tl.dot(x, w, acc, input_precision="ieee")
+        if SWAP:
+            acc = acc.T
+        y_at = y + rows.to(tl.int64)[:, None] * y_m + columns[None, :] * y_n
+        tl.store(y_at, acc, mask=own[:, None] & (columns < N)[None, :])

@@ -3,9 +3,11 @@
 import torch
 from torch import Tensor
 
-from ..op import expect, op
+from ..backend import backend
+from ..op import E4M3, expect, op, round_up
 from .dispatch import Plan
-from .gemm_fp8 import expect_fp8, scaled_product
+from .gemm_fp8 import expect_fp8, kernel_serves, launch_gemm_fp8, scaled_product
+from .quantize import BLOCK
 from .swiglu import swiglu_ref
 
 
@@ -24,8 +26,8 @@ def grouped_gemm_fp8(
     gather: a is [T, K], unpermuted, and row s of the product uses row gather.source[s] // topk of it.
     swiglu: N = 2F, and the result is (y_q [S, F], y_scale [S, F/128]), the FP8 rows of swiglu(product), which is not
     rounded in between; dtype is then ignored.
-    Rows past offsets[E] are undefined. Not differentiable. Raises ValueError for operands that do not fit. The host
-    reads the offsets where no kernel serves.
+    Rows past offsets[E] are undefined. Not differentiable. Raises ValueError for operands that do not fit.
+    Backend torch reads the offsets on the host.
     """
     expect_fp8(a, a_scale, b, b_scale)
     expect(a.ndim == 2 and b.ndim == 3, "a [S, K] and b [E, N, K]", a, b)
@@ -33,11 +35,17 @@ def grouped_gemm_fp8(
     expect(fits, "offsets [E + 1] int32, E > 0", offsets, b)
     expect(gather is None or len(gather.slot) == len(a), "a [T, K] and a plan of T tokens", a, gather and gather.slot)
     expect(not swiglu or b.shape[1] % 256 == 0, "N % 256 == 0 for swiglu", b)
-    S = len(a) if gather is None else len(gather.source)
-    y = torch.empty(S, b.shape[1], dtype=torch.float32 if swiglu else dtype, device=a.device)
+    if backend(a) == "torch" or not kernel_serves(a, a_scale, b_scale):
+        return grouped_gemm_fp8_ref(a, a_scale, b, b_scale, offsets, gather, swiglu, dtype)
+    S, N = len(a) if gather is None else len(gather.source), b.shape[1]
     source, topk = (None, 1) if gather is None else (gather.source, gather.slot.shape[1])
-    grouped_gemm_fp8_fwd(a, a_scale, b, b_scale, offsets, source, topk, y)
-    return swiglu_ref(y, quantize=True) if swiglu else y
+    if swiglu:
+        y = torch.empty(S, N // 2, dtype=E4M3, device=a.device)
+        y_scale = a_scale.new_empty(N // 2 // BLOCK, round_up(S, 4)).T[:S]
+    else:
+        y, y_scale = torch.empty(S, N, dtype=dtype, device=a.device), None
+    grouped_gemm_fp8_fwd(a, a_scale, b, b_scale, offsets, source, topk, y, y_scale)
+    return (y, y_scale) if swiglu else y
 
 
 def grouped_gemm_fp8_ref(a, a_scale, b, b_scale, offsets, gather=None, swiglu=False, dtype=torch.bfloat16):
@@ -61,7 +69,7 @@ def expert_products(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, offs
     return torch.cat([*parts, rest])
 
 
-@op("y")
+@op("y", "y_scale")
 def grouped_gemm_fp8_fwd(
     a: Tensor,
     a_scale: Tensor,
@@ -71,11 +79,9 @@ def grouped_gemm_fp8_fwd(
     source: Tensor | None,
     topk: int,
     y: Tensor,
+    y_scale: Tensor | None,
 ) -> None:
-    if source is not None:
-        token = source.long() // topk
-        a, a_scale = a[token], a_scale[token]
-    y.copy_(expert_products(a, a_scale, b, b_scale, offsets))
+    launch_gemm_fp8(a, a_scale, b, b_scale, y, y_scale, offsets, source=source, topk=topk)
 
 
 def grouped_gemm_fp8_masked(
@@ -90,7 +96,11 @@ def grouped_gemm_fp8_masked(
     expect_fp8(a, a_scale, b, b_scale)
     expect(a.ndim == b.ndim == 3 and len(a) == len(b), "a [E, max_m, K] and b [E, N, K]", a, b)
     expect(counts.shape == (len(b),) and counts.dtype == torch.int32, "counts [E] int32", counts, b)
-    return grouped_gemm_fp8_masked_ref(a, a_scale, b, b_scale, counts, dtype)
+    if backend(a) == "torch" or not kernel_serves(a, a_scale, b_scale):
+        return grouped_gemm_fp8_masked_ref(a, a_scale, b, b_scale, counts, dtype)
+    y = torch.empty(*a.shape[:2], b.shape[1], dtype=dtype, device=a.device)
+    grouped_gemm_fp8_masked_fwd(a, a_scale, b, b_scale, counts, y)
+    return y
 
 
 def grouped_gemm_fp8_masked_ref(a, a_scale, b, b_scale, counts, dtype=torch.bfloat16):
@@ -98,3 +108,10 @@ def grouped_gemm_fp8_masked_ref(a, a_scale, b, b_scale, counts, dtype=torch.bflo
     other = torch.arange(a.shape[1], device=a.device) >= counts[:, None]
     y = y.masked_fill(other[..., None], 0)
     return y if y.dtype == torch.float64 else y.to(dtype)
+
+
+@op("y")
+def grouped_gemm_fp8_masked_fwd(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, counts: Tensor, y: Tensor
+) -> None:
+    launch_gemm_fp8(a, a_scale, b, b_scale, y, counts=counts)

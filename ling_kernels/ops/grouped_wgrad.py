@@ -4,10 +4,13 @@ With columns the operands are column-wise FP8 copies, and the products over each
 """
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
+from ..backend import backend
 from ..op import E4M3, expect, op, wide
-from .gemm_fp8 import BLOCK, scaled_product
+from .gemm_fp8 import BLOCK, aligned, place_in_group, provide_scratch, scaled_part, scaled_product
 from .quantize import dequantize
 
 
@@ -29,8 +32,8 @@ def grouped_wgrad(
       dy [N, S_pad], x [K, S_pad] e4m3 with dy_scale [N, S_pad/128], x_scale [K, S_pad/128], the column-wise copies of
       `quantize(..., plan=plan)`; offsets is then plan.padded_offsets.
     accumulate adds to out; otherwise out is written without being read, zeros for an expert without rows. Rows outside
-    every expert are never read. Not differentiable. Raises ValueError for operands that do not fit. The host reads the
-    offsets where no kernel serves.
+    every expert are never read. Not differentiable. Raises ValueError for operands that do not fit. Backend torch
+    reads the offsets on the host.
     """
     rows = 1 if columns else 0
     fp8 = dy.dtype == x.dtype == E4M3
@@ -82,4 +85,117 @@ def grouped_wgrad_fwd(
     x_scale: Tensor | None,
     columns: bool,
 ) -> None:
-    grouped_wgrad_ref(dy, x, offsets, out, accumulate, dy_scale, x_scale, columns)
+    if backend(dy) == "torch" or torch.float64 in {t.dtype for t in (dy, out, dy_scale, x_scale) if t is not None}:
+        grouped_wgrad_ref(dy, x, offsets, out, accumulate, dy_scale, x_scale, columns)
+        return
+    if not dy.numel() or not x.numel():
+        if not accumulate:
+            out.zero_()
+        return
+    E, N, K = out.shape
+    chosen = config(dy.dtype, columns, accumulate)
+    if columns:
+        dy, x = aligned(dy), aligned(x)
+        provide_scratch(dy)
+    tiles = triton.cdiv(N, chosen["BLOCK_N"]) * triton.cdiv(K, chosen["BLOCK_K"])
+    grouped_wgrad_kernel[(E * tiles,)](
+        dy, x, offsets, out, dy_scale, x_scale, *dy.stride(), *x.stride(), *out.stride(),
+        *((0, 0) if dy_scale is None else dy_scale.stride()), *((0, 0) if x_scale is None else x_scale.stride()),
+        dy.shape[1], N, K, ACCUMULATE=accumulate, COLUMNS=columns, **chosen,
+    )  # fmt: skip
+
+
+def config(dtype: torch.dtype, columns: bool, accumulate: bool) -> dict:
+    """Tiles of dW. An expert has a few hundred rows, so a program ends soon: two on an SM hide each other's ends.
+
+    Reading dW to accumulate takes the registers that a larger tile would need. PASSES: an FP8 number times its scales
+    is no bf16 number, but the sum of three of them to fp32's precision.
+    """
+    block_n, block_k, block_s, warps, stages = (  # not measured; one choice for H200 and H20
+        (64, 128, 128, 4, 3) if columns
+        else (64, 64, 16, 4, 3) if dtype == torch.float32
+        else (64, 128, 64, 4, 3) if dtype == E4M3 or accumulate
+        else (128, 128, 64, 8, 3)
+    )  # fmt: skip
+    return dict(BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_S=block_s, BAND=8, PASSES=3, num_warps=warps, num_stages=stages)
+
+
+@triton.jit
+def rows_product(
+    dy, x, dy_scale, x_scale, s0, s1, n, k, dy_s, dy_n, x_s, x_k, dy_scale_s, dy_scale_n, x_scale_s, x_scale_k, N, K,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, PASSES: tl.constexpr,
+):  # fmt: skip
+    """dy[s0:s1, n:]^T x[s0:s1, k:]; the rows after s1 may hold anything, so both operands' are zeroed."""
+    ns, ks = n + tl.arange(0, BLOCK_N), k + tl.arange(0, BLOCK_K)
+    acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for s in range(s0, s1, BLOCK_S):
+        rows = s + tl.arange(0, BLOCK_S)
+        own = rows < s1
+        rows = rows.to(tl.int64)
+        p = tl.load(dy + rows[:, None] * dy_s + ns[None, :] * dy_n, mask=own[:, None] & (ns < N)[None, :], other=0.0)
+        q = tl.load(x + rows[:, None] * x_s + ks[None, :] * x_k, mask=own[:, None] & (ks < K)[None, :], other=0.0)
+        if dy_scale is None:
+            acc = tl.dot(p.T, q, acc, input_precision="ieee")
+        else:
+            scale = tl.load(dy_scale + rows * dy_scale_s + n // 128 * dy_scale_n, mask=own, other=0.0)
+            scale *= tl.load(x_scale + rows * x_scale_s + k // 128 * x_scale_k, mask=own, other=0.0)
+            rest, exact = p.to(tl.float32) * scale[:, None], q.to(tl.bfloat16)
+            for _ in tl.static_range(PASSES):
+                part = rest.to(tl.bfloat16)
+                acc = tl.dot(part.T, exact, acc)
+                rest -= part.to(tl.float32)
+    return acc
+
+
+@triton.jit
+def columns_product(
+    DY, X, dy_scale, x_scale, s0, s1, n, k, dy_scale_n, dy_scale_s, x_scale_k, x_scale_s, N, K,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """dy[n:, s0:s1] x[k:, s0:s1]^T with a scale for each 128 of s; both bounds are multiples of 128."""
+    ns, ks = n + tl.arange(0, BLOCK_N), k + tl.arange(0, BLOCK_K)
+    dy_scale_at = dy_scale + ns.to(tl.int64) * dy_scale_n + s0 // 128 * dy_scale_s
+    x_scale_at = x_scale + ks.to(tl.int64) * x_scale_k + s0 // 128 * x_scale_s
+    next_ps = tl.load(dy_scale_at, mask=(ns < N) & (s0 < s1), other=0.0)
+    next_qs = tl.load(x_scale_at, mask=(ks < K) & (s0 < s1), other=0.0)
+    acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for s in range(s0, s1, 128):
+        ps, qs = next_ps, next_qs
+        dy_scale_at += dy_scale_s
+        x_scale_at += x_scale_s
+        next_ps = tl.load(dy_scale_at, mask=(ns < N) & (s + 128 < s1), other=0.0)
+        next_qs = tl.load(x_scale_at, mask=(ks < K) & (s + 128 < s1), other=0.0)
+        acc += scaled_part(DY.load([n, s]), X.load([k, s]), ps, qs, True, False)
+    return acc
+
+
+@triton.jit
+def grouped_wgrad_kernel(
+    dy, x, offsets, out, dy_scale, x_scale,
+    dy_0, dy_1, x_0, x_1, out_e, out_n, out_k, dy_scale_0, dy_scale_1, x_scale_0, x_scale_1, S, N, K,
+    ACCUMULATE: tl.constexpr, COLUMNS: tl.constexpr, PASSES: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, BAND: tl.constexpr,
+):  # fmt: skip
+    # One program for each tile of each expert's dW; the tiles of one expert run together and share its rows in L2.
+    tiles_n, tiles_k = tl.cdiv(N, BLOCK_N), tl.cdiv(K, BLOCK_K)
+    e = tl.program_id(0) // (tiles_n * tiles_k)
+    tile_n, tile_k = place_in_group(tl.program_id(0) % (tiles_n * tiles_k), tiles_n, tiles_k, BAND)
+    n, k = tile_n * BLOCK_N, tile_k * BLOCK_K
+    s0, s1 = tl.load(offsets + e), tl.load(offsets + e + 1)
+    if COLUMNS:
+        DY = tl.make_tensor_descriptor(dy, [N, S], [dy_0, 1], [BLOCK_N, BLOCK_S])
+        X = tl.make_tensor_descriptor(x, [K, S], [x_0, 1], [BLOCK_K, BLOCK_S])
+        acc = columns_product(
+            DY, X, dy_scale, x_scale, s0, s1, n, k, dy_scale_0, dy_scale_1, x_scale_0, x_scale_1, N, K, BLOCK_N, BLOCK_K
+        )
+    else:
+        acc = rows_product(
+            dy, x, dy_scale, x_scale, s0, s1, n, k, dy_0, dy_1, x_0, x_1,
+            dy_scale_0, dy_scale_1, x_scale_0, x_scale_1, N, K, BLOCK_N, BLOCK_K, BLOCK_S, PASSES,
+        )  # fmt: skip
+    ns, ks = n + tl.arange(0, BLOCK_N), k + tl.arange(0, BLOCK_K)
+    at = out + e.to(tl.int64) * out_e + ns.to(tl.int64)[:, None] * out_n + ks[None, :] * out_k
+    mask = (ns < N)[:, None] & (ks < K)[None, :]
+    if ACCUMULATE:
+        acc += tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(at, acc, mask=mask)

@@ -3,11 +3,14 @@
 With p = softmax(logits) and one-hot targets y: dlogits = (p - y) / tokens that count, dx = dlogits w, dw = dlogits^T x.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from ..backend import backend
 from ..op import autocast, expect, op, wide
-from .cross_entropy import counted, cross_entropy_ref, expect_targets
+from .cross_entropy import counted, cross_entropy_fwd, cross_entropy_ref, expect_targets
 
 
 def linear_cross_entropy(
@@ -55,21 +58,43 @@ def linear_cross_entropy_fwd(
     ignore_index: int, mean: bool, chunk: int,
 ) -> None:  # fmt: skip
     """dx and dw are written unless they are 1-D, which stands for a gradient that nobody wants."""
-    wide_w, total = wide(w), 0.0
-    wide_dw = torch.zeros_like(wide_w) if dw.ndim == 2 else None
-    tokens = counted(targets, ignore_index) if mean else 1
+    kernels = backend(x) != "torch" and torch.float64 not in (x.dtype, w.dtype)
+    # Products sum and give fp32. On a GPU tensor cores take bf16 as it is (torch.mm has out_dtype for CUDA only).
+    narrow = kernels and x.is_cuda and x.dtype == w.dtype == torch.bfloat16
+    mm = partial(torch.mm, out_dtype=torch.float32) if narrow else torch.mm
+    x, w = (x, w) if narrow else (wide(x), wide(w))
+    wants_dx, wants_dw = dx.ndim == 2, dw.ndim == 2
+    wide_dw = torch.zeros_like(w, dtype=loss.dtype) if wants_dw else None
+    losses = loss.new_empty(len(x))
+    tokens = counted(targets, ignore_index) if mean else None
     for rows in map(slice, range(0, len(x), chunk), range(chunk, len(x) + chunk, chunk)):
-        xs, ignored = wide(x[rows]), (targets[rows] == ignore_index)[:, None]
-        target = targets[rows, None].masked_fill(ignored, 0)
+        xs, target, lse = x[rows], targets[rows], torch.empty_like(losses[rows])
         with torch.autocast(x.device.type, enabled=False):
-            log_p = (xs @ wide_w.T).log_softmax(-1)
-            total = total - log_p.gather(1, target).masked_fill(ignored, 0).sum()
-            dlogits = log_p.exp_().scatter_add_(1, target, log_p.new_full(target.shape, -1))
-            dlogits = dlogits.div_(tokens).masked_fill_(ignored, 0)
-            if dx.ndim == 2:
-                dx[rows] = dlogits @ wide_w
-            if dw.ndim == 2:
+            logits = mm(xs, w.T)
+            if kernels:
+                dlogits = torch.empty_like(logits, dtype=x.dtype) if narrow else logits
+                dlogits = dlogits if wants_dx or wants_dw else None
+                cross_entropy_fwd(logits, target, tokens, losses[rows], lse, dlogits, ignore_index)
+            else:
+                losses[rows], dlogits = loss_and_gradient(logits, target, tokens, ignore_index)
+            if wants_dx:
+                dx[rows] = mm(dlogits, w)
+            if wants_dw and narrow:
+                wide_dw += mm(dlogits.T, xs)
+            elif wants_dw:
                 wide_dw.addmm_(dlogits.T, xs)
-    loss.fill_(total).div_(tokens)
-    if dw.ndim == 2:
+    loss.copy_(losses.sum() if tokens is None else losses.sum() / tokens)
+    if wants_dw:
         dw.copy_(wide_dw)
+
+
+def loss_and_gradient(
+    logits: Tensor, targets: Tensor, tokens: Tensor | None, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """Rows' loss, and the gradient of their sum / tokens."""
+    ignored = (targets == ignore_index)[:, None]
+    target = targets[:, None].masked_fill(ignored, 0)
+    log_p = logits.log_softmax(-1)
+    losses = -log_p.gather(1, target).masked_fill(ignored, 0)[:, 0]
+    dlogits = log_p.exp_().scatter_add_(1, target, log_p.new_full(target.shape, -1))
+    return losses, dlogits.div_(1 if tokens is None else tokens).masked_fill_(ignored, 0)

@@ -1,12 +1,12 @@
 """The routed feed-forward layer: every token through the topk experts that its router chose, plus the shared expert.
 
 y = sum over k of weight[k] * expert_k(x) + shared(x), expert(x) = down(silu(gate(x)) * up(x)).
+The composition below is the definition on every backend: its parts have their references and their kernels.
 """
 
 import torch
 from torch import Tensor
 
-from ..backend import force
 from ..op import autocast, expect
 from .dispatch import dispatch
 from .gemm_fp8 import gemm_fp8
@@ -90,17 +90,6 @@ def moe_decode(
     expect(x.ndim == 2 and 1 <= len(x) <= 8, "x [1..8, H]", x)
     with torch.no_grad():
         return moe(x, router_w, bias, w_gate_up, w_down, shared, None, num_groups, group_topk, topk, scale)[0]
-
-
-def moe_ref(*args, **kwargs):
-    """The composition above is the definition; its parts are specified by their references."""
-    with force("torch"):
-        return moe(*args, **kwargs)
-
-
-def moe_decode_ref(*args, **kwargs):
-    with force("torch"):
-        return moe_decode(*args, **kwargs)
 
 
 def linear(x: Tensor, w: Weight) -> Tensor:

@@ -6,10 +6,11 @@ Its gradient is unpermute without weights: the slots of a token summed in fp32 i
 import torch
 from torch import Tensor
 
+from ..backend import backend
 from ..op import expect
 from .dispatch import Plan
-from .quantize import BLOCK, quantize_ref
-from .unpermute import sum_slots
+from .quantize import BLOCK, empty_fp8, quantize_fwd, quantize_ref
+from .unpermute import sum_slots, unpermute_bwd, unpermute_fwd
 
 
 def permute(x: Tensor, plan: Plan) -> Tensor:
@@ -19,7 +20,9 @@ def permute(x: Tensor, plan: Plan) -> Tensor:
     """
     fits = x.ndim == 2 and x.is_floating_point() and plan.slot.ndim == 2 and len(plan.slot) == len(x)
     expect(fits, "x [T, H] and a plan of T tokens", x, plan.slot)
-    return permute_ref(x, plan)
+    if backend(x) == "torch" or x.dtype == torch.float64:
+        return permute_ref(x, plan)
+    return Permute.apply(x, plan.slot)
 
 
 def permute_quantize(x: Tensor, plan: Plan, columns: bool = False, pow2: bool = False) -> tuple[Tensor, ...]:
@@ -30,18 +33,23 @@ def permute_quantize(x: Tensor, plan: Plan, columns: bool = False, pow2: bool = 
     """
     fits = x.ndim == 2 and x.is_floating_point() and plan.slot.ndim == 2 and len(plan.slot) == len(x)
     expect(fits and x.shape[1] % BLOCK == 0, "x [T, H], H % 128 == 0, and a plan of T tokens", x, plan.slot)
-    return permute_quantize_ref(x, plan, columns, pow2)
+    if backend(x) == "torch" or x.dtype == torch.float64:
+        return permute_quantize_ref(x, plan, columns, pow2)
+    out = empty_fp8(x, len(plan.source), x.shape[1], True, columns, plan)
+    padded_offsets = plan.padded_offsets if columns else None
+    quantize_fwd(x.detach(), *out, plan.offsets, padded_offsets, plan.source, plan.slot.shape[1], pow2)
+    return tuple(t for t in out if t is not None)
 
 
 def permute_ref(x, plan):
-    return Permute.apply(x, *plan)
+    return PermuteRef.apply(x, *plan)
 
 
 def permute_quantize_ref(x, plan, columns=False, pow2=False):
     return quantize_ref(permute_ref(x.detach(), plan), True, columns, plan, pow2)
 
 
-class Permute(torch.autograd.Function):
+class PermuteRef(torch.autograd.Function):
     """Autograd's own gradient of an indexing adds the slots of a token in no promised order."""
 
     @staticmethod
@@ -52,3 +60,20 @@ class Permute(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         return sum_slots(dy, *ctx.saved_tensors), None, None, None, None
+
+
+class Permute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, slot):
+        slot = slot.contiguous()
+        y = x.new_empty(slot.numel(), x.shape[1])
+        unpermute_bwd(x.contiguous(), None, None, None, slot, y, None)
+        ctx.save_for_backward(slot)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        (slot,) = ctx.saved_tensors
+        dx = dy.new_empty(len(slot), dy.shape[1])
+        unpermute_fwd(dy.contiguous(), None, slot, dx)
+        return dx, None

@@ -7,10 +7,16 @@ y = x / sqrt(mean(x^2) + eps) * w per head; then, with (a, b) the halves of y[:R
 import math
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from ..op import expect, wide
-from .attention_decode import KVCache, append
+from ..backend import backend
+from ..op import expect, op, wide
+from .attention_decode import KVCache, append, expect_cache
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what the kernels take, in any mixture
+PROGRAMS = 256  # of the backward kernel for each group of heads, at most
 
 
 def qk_norm_rope(
@@ -46,9 +52,15 @@ def qk_norm_rope(
     if positions.device.type == "cpu" and not torch.compiler.is_compiling() and T:
         low, high = int(positions.min()), int(positions.max())
         expect(low >= 0 and high < len(cos), f"positions in 0..{len(cos) - 1}, the rows of cos and sin", low, high)
-    return qk_norm_rope_ref(
-        qkv, q_weight, k_weight, cos, sin, positions, num_kv_heads, eps, round_first, cache, slots
-    )  # fmt: skip
+    args = qkv, q_weight, k_weight, cos, sin, positions, num_kv_heads, eps, round_first
+    if backend(qkv) == "torch" or any(t.dtype not in FLOATS for t in (qkv, q_weight, k_weight)):
+        return qk_norm_rope_ref(*args, cache, slots)
+    if cache is None or not kernel_fills(cache, slots, qkv, num_kv_heads) or differentiable(qkv, q_weight, k_weight):
+        q, k, v = QKNormRope.apply(*args)
+        if cache is not None:
+            append(cache, k, v, slots)
+        return q, k, v
+    return rotated(*args, cache.k, cache.v, slots)
 
 
 def qk_norm_rope_ref(
@@ -76,6 +88,54 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = cos.shape[-1]
     a, b, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
+
+
+def differentiable(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def kernel_fills(cache: KVCache, slots: Tensor, qkv: Tensor, num_kv_heads: int) -> bool:
+    """Whether the kernel writes into this cache itself: one without scales. What does not fit is left to `append`."""
+    expect_cache(cache)
+    fits = slots.shape == qkv.shape[:1] and cache.k.shape[2:] == (num_kv_heads, qkv.shape[2])
+    return fits and slots.dtype == torch.int64 and cache.k.dtype in FLOATS
+
+
+class QKNormRope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, qkv, q_weight, k_weight, cos, sin, positions, num_kv_heads, eps, round_first):
+        ctx.save_for_backward(qkv, q_weight, k_weight, cos, sin, positions)
+        ctx.options = eps, round_first
+        return rotated(qkv, q_weight, k_weight, cos, sin, positions, num_kv_heads, eps, round_first)
+
+    @staticmethod
+    def backward(ctx, dq, dk, dv):
+        qkv, q_weight, k_weight, cos, sin, positions = ctx.saved_tensors
+        T, H, D = qkv.shape
+        num_q, num_kv = dq.shape[1], dk.shape[1]
+        groups = head_groups(num_q, num_kv)
+        dqkv = qkv.new_empty(T, H, D)
+        dw = torch.empty(programs(T, num_kv, D), sum(groups[:2]), D, dtype=torch.float32, device=qkv.device)
+        qk_norm_rope_bwd(
+            dq.contiguous(), dk.contiguous(), dv.contiguous(), qkv, q_weight, k_weight, cos, sin, positions, dqkv, dw,
+            *ctx.options,
+        )  # fmt: skip
+        dq_weight, dk_weight = (part.sum((0, 1)) for part in dw.split(groups[:2], dim=1))
+        return dqkv, dq_weight.to(q_weight.dtype), dk_weight.to(k_weight.dtype), *[None] * 6
+
+
+def rotated(
+    qkv, q_weight, k_weight, cos, sin, positions, num_kv_heads, eps, round_first,
+    k_cache=None, v_cache=None, slots=None,
+):  # fmt: skip
+    """q, k and v by the kernel."""
+    T, H, D = qkv.shape
+    q = qkv.new_empty(T, H - 2 * num_kv_heads, D)
+    k, v = (qkv.new_empty(T, num_kv_heads, D) for _ in range(2))
+    qk_norm_rope_fwd(
+        qkv, q_weight, k_weight, cos, sin, positions, slots, q, k, v, k_cache, v_cache, eps, round_first
+    )  # fmt: skip
+    return q, k, v
 
 
 def rope_tables(
@@ -132,3 +192,240 @@ def rope_frequencies(
     default_factor = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
     attention_factor = scaling.get("attention_factor")
     return plain / factor * slowed + plain * (1 - slowed), attention_factor or default_factor
+
+
+@op("q", "k", "v", "k_cache", "v_cache")
+def qk_norm_rope_fwd(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, slots: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor | None, v_cache: Tensor | None, eps: float, round_first: bool,
+) -> None:  # fmt: skip
+    T, H, D = qkv.shape
+    sizes = config(q.shape[1], k.shape[1], D, cos.shape[1])
+    if T:
+        qkv = qkv.contiguous()
+        q_weight, k_weight, cos, sin, positions = map(Tensor.contiguous, (q_weight, k_weight, cos, sin, positions))
+        cells = 0 if k_cache is None else k_cache.shape[0] * k_cache.shape[1]
+        qk_norm_rope_fwd_kernel[(triton.cdiv(T, sizes["BLOCK_T"]), sum(head_groups(q.shape[1], k.shape[1])))](
+            qkv, q_weight, k_weight, cos, sin, positions, slots, q, k, v, k_cache, v_cache, T, len(cos), cells, eps,
+            ROUND_FIRST=round_first, **sizes,
+        )  # fmt: skip
+
+
+@op("dqkv", "dw")
+def qk_norm_rope_bwd(
+    dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, q_weight: Tensor, k_weight: Tensor,
+    cos: Tensor, sin: Tensor, positions: Tensor, dqkv: Tensor, dw: Tensor, eps: float, round_first: bool,
+) -> None:  # fmt: skip
+    """dw [programs(T, Hkv, D), groups of q and of k, D] holds partial sums."""
+    T, H, D = qkv.shape
+    if T:
+        qkv = qkv.contiguous()
+        q_weight, k_weight, cos, sin, positions = map(Tensor.contiguous, (q_weight, k_weight, cos, sin, positions))
+        qk_norm_rope_bwd_kernel[(len(dw), sum(head_groups(dq.shape[1], dk.shape[1])))](
+            dq, dk, dv, qkv, q_weight, k_weight, cos, sin, positions, dqkv, dw, T, len(cos), len(dw), eps,
+            ROUND_FIRST=round_first, **config(dq.shape[1], dk.shape[1], D, cos.shape[1], True),
+        )  # fmt: skip
+
+
+def config(num_q: int, num_kv: int, D: int, half: int, backward: bool = False) -> dict:
+    """A program owns BLOCK_T tokens of BLOCK_H heads. Not measured; bandwidth binds on any Hopper."""
+    return dict(
+        NUM_Q=num_q, NUM_KV=num_kv, D=D, HALF=half,
+        BLOCK_T=block_t(num_kv, D, backward), BLOCK_H=heads_per_group(num_kv), num_warps=4,
+        BLOCK_HALF=triton.next_power_of_2(max(half, 1)), BLOCK_REST=triton.next_power_of_2(max(D - 2 * half, 1)),
+    )  # fmt: skip
+
+
+def block_t(num_kv: int, D: int, backward: bool) -> int:
+    elements = 2048 if backward else 4096  # 32 for a thread; half of it backward, which holds three times as many
+    return min(max(elements // (heads_per_group(num_kv) * triton.next_power_of_2(D)), 1), 32)
+
+
+def heads_per_group(num_kv: int) -> int:
+    return min(triton.next_power_of_2(num_kv), 4)
+
+
+def head_groups(num_q: int, num_kv: int) -> list[int]:
+    """Programs side by side for the heads of q, k and v."""
+    kv = triton.cdiv(num_kv, heads_per_group(num_kv))
+    return [triton.cdiv(num_q, heads_per_group(num_kv)), kv, kv]
+
+
+def programs(T: int, num_kv: int, D: int) -> int:
+    """Of the backward kernel, for each group: each sums dw over its tokens; what follows adds the sums in order."""
+    return min(triton.cdiv(T, block_t(num_kv, D, True)), PROGRAMS)
+
+
+@triton.jit
+def load_parts(x, at, own, D: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr):
+    """Heads at offsets `at` [BLOCK_T, BLOCK_H, 1], fp32: the two halves that are rotated, and the rest."""
+    i = tl.arange(0, BLOCK_HALF)[None, None, :]
+    j = tl.arange(0, BLOCK_REST)[None, None, :]
+    a = tl.load(x + (at + i), mask=own & (i < HALF), other=0.0).to(tl.float32)
+    b = tl.load(x + (at + HALF + i), mask=own & (i < HALF), other=0.0).to(tl.float32)
+    rest = tl.load(x + (at + 2 * HALF + j), mask=own & (j < D - 2 * HALF), other=0.0).to(tl.float32)
+    return a, b, rest
+
+
+@triton.jit
+def store_parts(
+    x, at, own, a, b, rest, D: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr
+):
+    i = tl.arange(0, BLOCK_HALF)[None, None, :]
+    j = tl.arange(0, BLOCK_REST)[None, None, :]
+    tl.store(x + (at + i), a, mask=own & (i < HALF))
+    tl.store(x + (at + HALF + i), b, mask=own & (i < HALF))
+    tl.store(x + (at + 2 * HALF + j), rest, mask=own & (j < D - 2 * HALF))
+
+
+@triton.jit
+def load_angles(
+    cos, sin, positions, first, own, P, HALF: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_HALF: tl.constexpr
+):
+    """[BLOCK_T, 1, BLOCK_HALF] of the tokens from `first` on; NaN for a position that the tables do not have."""
+    t = tl.arange(0, BLOCK_T)[:, None, None]
+    position = tl.load(positions + first + t, mask=own, other=0).to(tl.int64)
+    known = (position >= 0) & (position < P)
+    i = tl.arange(0, BLOCK_HALF)[None, None, :]
+    at, inside = position * HALF + i, own & known & (i < HALF)
+    c, s = tl.load(cos + at, mask=inside, other=0.0), tl.load(sin + at, mask=inside, other=0.0)
+    return tl.where(known, c, float("nan")), tl.where(known, s, float("nan"))
+
+
+@triton.jit
+def rstd_of(a, b, rest, eps, D: tl.constexpr):
+    return tl.rsqrt((tl.sum(a * a, 2) + tl.sum(b * b, 2) + tl.sum(rest * rest, 2)) / D + eps)[:, :, None]
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr, ROUND: tl.constexpr):
+    return x.to(dtype).to(tl.float32) if ROUND else x
+
+
+@triton.jit
+def rotate_heads(
+    qkv, w, cos, sin, positions, slots, out, cache, T, P, cells, eps, group, FIRST: tl.constexpr, NUM: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, ROUND_FIRST: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
+):  # fmt: skip
+    """A tile of the NUM heads that start at head FIRST of qkv; those without a weight (the values) pass as they are."""
+    first = tl.program_id(0).to(tl.int64) * BLOCK_T
+    t, h = tl.arange(0, BLOCK_T)[:, None, None], group * BLOCK_H + tl.arange(0, BLOCK_H)[None, :, None]
+    own = (t < T - first) & (h < NUM)
+    a, b, rest = load_parts(qkv + first * (H * D), (t * H + FIRST + h) * D, own, D, HALF, BLOCK_HALF, BLOCK_REST)
+    if w is not None:
+        c, s = load_angles(cos, sin, positions, first, t < T - first, P, HALF, BLOCK_T, BLOCK_HALF)
+        zero = tl.zeros((1, 1, 1), tl.int32)
+        wa, wb, wrest = load_parts(w, zero, zero == 0, D, HALF, BLOCK_HALF, BLOCK_REST)
+        r = rstd_of(a, b, rest, eps, D)
+        dtype: tl.constexpr = qkv.dtype.element_ty
+        a, b = rounded(a * r, dtype, ROUND_FIRST) * wa, rounded(b * r, dtype, ROUND_FIRST) * wb
+        a, b = a * c - b * s, b * c + a * s
+        rest = rounded(rest * r, dtype, ROUND_FIRST) * wrest
+    store_parts(out + first * (NUM * D), (t * NUM + h) * D, own, a, b, rest, D, HALF, BLOCK_HALF, BLOCK_REST)
+    if cache is not None:
+        slot = tl.load(slots + first + t, mask=t < T - first, other=-1)
+        own = own & (slot >= 0) & (slot < cells)
+        kept: tl.constexpr = out.dtype.element_ty
+        a, b, rest = rounded(a, kept, True), rounded(b, kept, True), rounded(rest, kept, True)
+        store_parts(cache, (slot * NUM + h) * D, own, a, b, rest, D, HALF, BLOCK_HALF, BLOCK_REST)
+
+
+@triton.jit
+def qk_norm_rope_fwd_kernel(
+    qkv, q_weight, k_weight, cos, sin, positions, slots, q, k, v, k_cache, v_cache, T, P, cells, eps,
+    NUM_Q: tl.constexpr, NUM_KV: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, ROUND_FIRST: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
+):  # fmt: skip
+    group = tl.program_id(1)
+    Q_GROUPS: tl.constexpr = (NUM_Q + BLOCK_H - 1) // BLOCK_H
+    KV_GROUPS: tl.constexpr = (NUM_KV + BLOCK_H - 1) // BLOCK_H
+    H: tl.constexpr = NUM_Q + 2 * NUM_KV
+    if group < Q_GROUPS:
+        rotate_heads(
+            qkv, q_weight, cos, sin, positions, None, q, None, T, P, cells, eps, group, 0, NUM_Q,
+            H, D, HALF, ROUND_FIRST, BLOCK_T, BLOCK_H, BLOCK_HALF, BLOCK_REST,
+        )  # fmt: skip
+    elif group < Q_GROUPS + KV_GROUPS:
+        rotate_heads(
+            qkv, k_weight, cos, sin, positions, slots, k, k_cache, T, P, cells, eps, group - Q_GROUPS, NUM_Q, NUM_KV,
+            H, D, HALF, ROUND_FIRST, BLOCK_T, BLOCK_H, BLOCK_HALF, BLOCK_REST,
+        )  # fmt: skip
+    else:
+        rotate_heads(
+            qkv, None, cos, sin, positions, slots, v, v_cache, T, P, cells, eps, group - Q_GROUPS - KV_GROUPS,
+            NUM_Q + NUM_KV, NUM_KV, H, D, HALF, ROUND_FIRST, BLOCK_T, BLOCK_H, BLOCK_HALF, BLOCK_REST,
+        )  # fmt: skip
+
+
+@triton.jit
+def turn_heads_back(
+    dout, qkv, w, cos, sin, positions, dqkv, dw, T, P, PROGRAMS, eps, group, FIRST: tl.constexpr, NUM: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, ROUND_FIRST: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
+):  # fmt: skip
+    # With z the gradient before the rotation, g = z * w and x^ = x * rstd:
+    # dx = rstd * (g - x^ * mean(g * x^)),  dw = sum of z * x^
+    t, h = tl.arange(0, BLOCK_T)[:, None, None], group * BLOCK_H + tl.arange(0, BLOCK_H)[None, :, None]
+    dtype: tl.constexpr = qkv.dtype.element_ty
+    zero = tl.zeros((1, 1, 1), tl.int32)
+    if w is not None:
+        wa, wb, wrest = load_parts(w, zero, zero == 0, D, HALF, BLOCK_HALF, BLOCK_REST)
+        dwa = tl.zeros((BLOCK_T, BLOCK_H, BLOCK_HALF), tl.float32)
+        dwb = tl.zeros((BLOCK_T, BLOCK_H, BLOCK_HALF), tl.float32)
+        dwrest = tl.zeros((BLOCK_T, BLOCK_H, BLOCK_REST), tl.float32)
+    p = tl.program_id(0).to(tl.int64)
+    for first in tl.range(p * BLOCK_T, T, PROGRAMS * BLOCK_T, num_stages=2):
+        own = (t < T - first) & (h < NUM)
+        at = (t * H + FIRST + h) * D
+        za, zb, zrest = load_parts(
+            dout + first * (NUM * D), (t * NUM + h) * D, own, D, HALF, BLOCK_HALF, BLOCK_REST
+        )  # fmt: skip
+        if w is not None:
+            a, b, rest = load_parts(qkv + first * (H * D), at, own, D, HALF, BLOCK_HALF, BLOCK_REST)
+            c, s = load_angles(cos, sin, positions, first, t < T - first, P, HALF, BLOCK_T, BLOCK_HALF)
+            r = rstd_of(a, b, rest, eps, D)
+            a, b, rest = a * r, b * r, rest * r
+            za, zb = za * c + zb * s, zb * c - za * s
+            dwa += za * rounded(a, dtype, ROUND_FIRST)
+            dwb += zb * rounded(b, dtype, ROUND_FIRST)
+            dwrest += zrest * rounded(rest, dtype, ROUND_FIRST)
+            # What was rounded on the way forward has its gradient rounded on the way back.
+            za, zb = rounded(za * wa, dtype, ROUND_FIRST), rounded(zb * wb, dtype, ROUND_FIRST)
+            zrest = rounded(zrest * wrest, dtype, ROUND_FIRST)
+            mean = ((tl.sum(za * a, 2) + tl.sum(zb * b, 2) + tl.sum(zrest * rest, 2)) / D)[:, :, None]
+            za, zb, zrest = r * (za - a * mean), r * (zb - b * mean), r * (zrest - rest * mean)
+        store_parts(dqkv + first * (H * D), at, own, za, zb, zrest, D, HALF, BLOCK_HALF, BLOCK_REST)
+    if w is not None:
+        da = tl.sum(tl.sum(dwa, 0), 0)[None, None, :]
+        db = tl.sum(tl.sum(dwb, 0), 0)[None, None, :]
+        drest = tl.sum(tl.sum(dwrest, 0), 0)[None, None, :]
+        store_parts(dw, zero, zero == 0, da, db, drest, D, HALF, BLOCK_HALF, BLOCK_REST)
+
+
+@triton.jit
+def qk_norm_rope_bwd_kernel(
+    dq, dk, dv, qkv, q_weight, k_weight, cos, sin, positions, dqkv, dw, T, P, PROGRAMS, eps,
+    NUM_Q: tl.constexpr, NUM_KV: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, ROUND_FIRST: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
+):  # fmt: skip
+    group = tl.program_id(1)
+    Q_GROUPS: tl.constexpr = (NUM_Q + BLOCK_H - 1) // BLOCK_H
+    KV_GROUPS: tl.constexpr = (NUM_KV + BLOCK_H - 1) // BLOCK_H
+    H: tl.constexpr = NUM_Q + 2 * NUM_KV
+    dw += (tl.program_id(0) * (Q_GROUPS + KV_GROUPS) + group) * D
+    if group < Q_GROUPS:
+        turn_heads_back(
+            dq, qkv, q_weight, cos, sin, positions, dqkv, dw, T, P, PROGRAMS, eps, group, 0, NUM_Q,
+            H, D, HALF, ROUND_FIRST, BLOCK_T, BLOCK_H, BLOCK_HALF, BLOCK_REST,
+        )  # fmt: skip
+    elif group < Q_GROUPS + KV_GROUPS:
+        turn_heads_back(
+            dk, qkv, k_weight, cos, sin, positions, dqkv, dw, T, P, PROGRAMS, eps, group - Q_GROUPS, NUM_Q, NUM_KV,
+            H, D, HALF, ROUND_FIRST, BLOCK_T, BLOCK_H, BLOCK_HALF, BLOCK_REST,
+        )  # fmt: skip
+    else:
+        turn_heads_back(
+            dv, qkv, None, cos, sin, positions, dqkv, dw, T, P, PROGRAMS, eps, group - Q_GROUPS - KV_GROUPS,
+            NUM_Q + NUM_KV, NUM_KV, H, D, HALF, ROUND_FIRST, BLOCK_T, BLOCK_H, BLOCK_HALF, BLOCK_REST,
+        )  # fmt: skip

@@ -6,10 +6,14 @@ block makes its scale NaN or inf and so stays visible in the product.
 """
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from ..op import E4M3, expect, round_up, wide
+from ..backend import backend
+from ..op import E4M3, expect, op, round_up, wide
 from .dispatch import Plan
+from .triton_fp8 import fp8_amax, fp8_round, fp8_scale, store_columns, store_rows, tile_rows
 
 BLOCK = 128
 E4M3_MAX = 448.0
@@ -27,9 +31,10 @@ def quantize(
 
     Returns, in this order, what was asked for:
       rows:       x_q [M, K] e4m3 and x_scale [M, K/128] fp32, M contiguous (its other stride is a multiple of 4)
-      columns:    xt_q [K, M_pad] e4m3 and xt_scale [K, M_pad/128] fp32. Without a plan M_pad = round_up(M, 128); with
-                  one, x's rows are its slots, expert e's run starts at column plan.padded_offsets[e], a multiple of
-                  128, M_pad = padded_slots(M, E), gaps are zero, and what follows the last expert is undefined
+      columns:    xt_q [K, M_pad] e4m3 and xt_scale [K, M_pad/128] fp32, K contiguous. Without a plan M_pad is
+                  round_up(M, 128); with one, x's rows are its slots, expert e's run starts at column
+                  plan.padded_offsets[e], a multiple of 128, M_pad is padded_slots(M, E), gaps are zero, and what
+                  follows the last expert is undefined
       statistics: underflow (share of non-zero elements of x that became zero) and cosine (of x and its dequantised
                   rows), fp32 scalars on the device
     Not differentiable. Raises ValueError for another shape or dtype.
@@ -37,7 +42,12 @@ def quantize(
     expect(x.ndim == 2 and x.shape[1] % BLOCK == 0 and x.is_floating_point(), "x [M, K] with K % 128 == 0", x)
     expect(rows or (columns and not statistics), "rows=True, or columns=True without statistics", rows, columns)
     expect(plan is None or plan.source.shape == x.shape[:1], "a plan of M slots", x, plan and plan.source)
-    return quantize_ref(x, rows, columns, plan, pow2, statistics)
+    if backend(x) == "torch" or statistics or x.dtype == torch.float64:
+        return quantize_ref(x, rows, columns, plan, pow2, statistics)
+    out = empty_fp8(x, *x.shape, rows, columns, plan)
+    plan = (plan.offsets, plan.padded_offsets) if plan and columns else (None, None)
+    quantize_fwd(x.detach(), *out, *plan, None, 1, pow2)
+    return tuple(t for t in out if t is not None)
 
 
 def quantize_ref(x, rows=True, columns=False, plan=None, pow2=False, statistics=False):
@@ -47,8 +57,8 @@ def quantize_ref(x, rows=True, columns=False, plan=None, pow2=False, statistics=
         x_q, x_scale = quantize_blocks(x, 1, BLOCK, pow2)
         out += [x_q, row_scale_layout(x_scale)]
     if columns:
-        xt = pad_columns(x, plan).T
-        out += [t.contiguous() for t in quantize_blocks(xt, 1, BLOCK, pow2)]
+        xt_q, xt_scale = quantize_blocks(pad_columns(x, plan).T, 1, BLOCK, pow2)
+        out += [xt_q.contiguous(), row_scale_layout(xt_scale)]
     if statistics:
         back = dequantize(x_q, x_scale)
         underflow = ((back == 0) & (x != 0)).sum() / (x != 0).sum().clamp(min=1)
@@ -64,7 +74,13 @@ def quantize_weight(w: Tensor, pow2: bool = False) -> tuple[Tensor, Tensor]:
     """
     fits = w.ndim in (2, 3) and w.shape[-1] % BLOCK == 0 and w.shape[-2] % BLOCK == 0
     expect(fits and w.is_floating_point(), "w [N, K] or [E, N, K] with N % 128 == K % 128 == 0", w)
-    return quantize_weight_ref(w, pow2)
+    if backend(w) == "torch" or w.dtype == torch.float64:
+        return quantize_weight_ref(w, pow2)
+    w = w.detach().contiguous()
+    w_q = torch.empty_like(w, dtype=E4M3)
+    w_scale = w.new_empty(*w.shape[:-2], w.shape[-2] // BLOCK, w.shape[-1] // BLOCK, dtype=torch.float32)
+    quantize_weight_fwd(w, w_q, w_scale, pow2)
+    return w_q, w_scale
 
 
 def quantize_weight_ref(w, pow2=False):
@@ -75,7 +91,7 @@ def quantize_blocks(x: Tensor, block_m: int, block_n: int, pow2: bool) -> tuple[
     """The definition: x [..., M, N] in blocks of block_m x block_n -> e4m3 as x, scale [..., M/block_m, N/block_n]."""
     blocks = x.unflatten(-1, (-1, block_n)).unflatten(-3, (-1, block_m))  # [..., M/bm, bm, N/bn, bn]
     amax = blocks.abs().amax((-3, -1), keepdim=True)
-    scale = (amax / E4M3_MAX).clamp(min=1e-30)
+    scale = (amax / torch.full_like(amax, E4M3_MAX)).clamp(min=1e-30)  # torch multiplies by 1 / a number on a GPU
     if pow2:
         mantissa = torch.frexp(scale).mantissa  # scale = mantissa * 2^n with 0.5 <= mantissa < 1, so division is exact
         scale = torch.where(scale.isfinite() & (mantissa != 0.5), scale / mantissa, scale)
@@ -96,7 +112,7 @@ def dequantize(q: Tensor, scale: Tensor) -> Tensor:
 
 
 def row_scale_layout(scale: Tensor) -> Tensor:
-    """scale [M, K/128] with M contiguous and the other stride a multiple of 4 elements, which TMA wants."""
+    """scale [M, blocks] with M contiguous and the other stride a multiple of 4 elements, which TMA wants."""
     M, blocks = scale.shape
     return scale.new_zeros(blocks, round_up(M, 4)).T[:M].copy_(scale)
 
@@ -119,3 +135,86 @@ def pad_columns(x: Tensor, plan: Plan | None) -> Tensor:
     slot, expert = slot[owned], expert[owned]
     out[slot - offsets[expert] + padded[expert]] = x[slot]
     return out
+
+
+def empty_fp8(x: Tensor, M: int, K: int, rows: bool, columns: bool, plan: Plan | None) -> tuple[Tensor | None, ...]:
+    """x_q, x_scale, xt_q, xt_scale for M rows of K on x's device, None for what is not wanted."""
+    x_q = x_scale = xt_q = xt_scale = None
+    if rows:
+        x_q = x.new_empty(M, K, dtype=E4M3)
+        x_scale = x.new_empty(K // BLOCK, round_up(M, 4), dtype=torch.float32).T[:M]
+    if columns:
+        M_pad = padded_slots(M, len(plan.offsets) - 1) if plan else round_up(M, BLOCK)
+        xt_q = x.new_empty(K, M_pad, dtype=E4M3)
+        xt_scale = x.new_empty(M_pad // BLOCK, K, dtype=torch.float32).T
+    return x_q, x_scale, xt_q, xt_scale
+
+
+def tiling(M: int, K: int, x_scale: Tensor | None, xt_q: Tensor | None, offsets: Tensor | None) -> tuple[tuple, dict]:
+    """Grid, and sizes, of a kernel whose programs own 128 columns and, where xt_q is wanted, 128 rows."""
+    BLOCK_M = BLOCK if xt_q is not None else 32
+    M_pad = 0 if xt_q is None else xt_q.shape[1]
+    E = 0 if offsets is None else len(offsets) - 1
+    sizes = dict(
+        M=M, K=K, E=E, ld_scale=0 if x_scale is None else x_scale.stride(1), M_pad=M_pad, BLOCK_M=BLOCK_M,
+        BLOCK_E=triton.next_power_of_2(max(E, 1)), num_warps=16 if xt_q is not None else 4,
+    )  # fmt: skip
+    return (triton.cdiv(M_pad or M, BLOCK_M) * triton.cdiv(K, BLOCK),), sizes
+
+
+@op("x_q", "x_scale", "xt_q", "xt_scale")
+def quantize_fwd(
+    x: Tensor,
+    x_q: Tensor | None,
+    x_scale: Tensor | None,
+    xt_q: Tensor | None,
+    xt_scale: Tensor | None,
+    offsets: Tensor | None,
+    padded_offsets: Tensor | None,
+    source: Tensor | None,
+    topk: int,
+    pow2: bool,
+) -> None:
+    """With source [M], row m is x[source[m] // topk]. With offsets, rows past the last expert's are left alone."""
+    M, K = len(x) if source is None else len(source), x.shape[1]
+    x = x if x.stride(1) == 1 else x.contiguous()
+    grid, sizes = tiling(M, K, x_scale, xt_q, offsets)
+    if grid[0]:
+        quantize_kernel[grid](
+            x, x_q, x_scale, xt_q, xt_scale, offsets, padded_offsets, source, topk, x.stride(0), POW2=pow2, **sizes
+        )
+
+
+@op("w_q", "w_scale")
+def quantize_weight_fwd(w: Tensor, w_q: Tensor, w_scale: Tensor, pow2: bool) -> None:
+    if w.numel():
+        quantize_weight_kernel[(w_scale.numel(),)](w, w_q, w_scale, w.shape[-1], POW2=pow2, num_warps=8)
+
+
+@triton.jit
+def quantize_kernel(
+    x, x_q, x_scale, xt_q, xt_scale, offsets, padded_offsets, source, topk, ldx, M, K, E, ld_scale, M_pad,
+    POW2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    tile, k = tl.program_id(0) // (K // 128), tl.program_id(0) % (K // 128)
+    rows, own, live = tile_rows(tile, M, offsets, padded_offsets, E, BLOCK_M, BLOCK_E)
+    if not live:
+        return
+    lines = rows if source is None else tl.load(source + rows, mask=own, other=0) // topk
+    at = lines.to(tl.int64)[:, None] * ldx + k * 128 + tl.arange(0, 128)[None, :]
+    xs = tl.load(x + at, mask=own[:, None], other=0.0).to(tl.float32)
+    if x_q is not None:
+        store_rows(xs, rows, own, k, x_q, x_scale, K, ld_scale, POW2)
+    if xt_q is not None:
+        store_columns(xs, tile, k, xt_q, xt_scale, K, M_pad, POW2)
+
+
+@triton.jit
+def quantize_weight_kernel(w, w_q, w_scale, K, POW2: tl.constexpr):
+    block = tl.program_id(0)
+    n, k = block // (K // 128) * 128 + tl.arange(0, 128), block % (K // 128) * 128 + tl.arange(0, 128)
+    at = n.to(tl.int64)[:, None] * K + k[None, :]
+    ws = tl.load(w + at).to(tl.float32)
+    scale = fp8_scale(fp8_amax(fp8_amax(ws, 1), 0), POW2)
+    tl.store(w_q + at, fp8_round(ws, scale, POW2))
+    tl.store(w_scale + block, scale)

@@ -6,8 +6,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backend import _C, backend
-from ..op import expect, op, wide
-from .quantize import quantize_ref
+from ..op import expect, op, round_up, wide
+from .quantize import BLOCK, empty_fp8, quantize_ref
+from .triton_fp8 import quantize_along, store_columns
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what the kernels take, in any mixture
+MAX_N = 8192  # the widest row that the kernels hold in registers
+PROGRAMS = 264  # of the backward kernel, at most: two for each SM of an H200, all resident on an H20 too
 
 
 def rms_norm(
@@ -31,13 +36,16 @@ def rms_norm(
     expect(N > 0 and w.shape == (N,) and x.is_floating_point() and w.is_floating_point(), "x [..., N] and w [N]", x, w)
     fits = residual is None or (residual.shape == x.shape and residual.is_floating_point())
     expect(fits, "residual as x", x, residual)
-    expect(not (quantize or columns) or (x.ndim == 2 and N % 128 == 0), "x [M, N], N % 128 == 0, for FP8", x)
-    one_dtype = x.dtype == w.dtype == (x if residual is None else residual).dtype != torch.float64
-    if backend(x) == "torch" or quantize or columns or round_first or not one_dtype:
+    expect(not (quantize or columns) or (x.ndim == 2 and N % BLOCK == 0), "x [M, N], N % 128 == 0, for FP8", x)
+    known = all(t is None or t.dtype in FLOATS for t in (x, w, residual))
+    if backend(x) == "torch" or N > MAX_N or not known:
         return rms_norm_ref(x, w, residual, eps, quantize, columns, round_first)
-    total = x if residual is None else x + residual
-    y = RMSNorm.apply(total.reshape(-1, N), w, eps).view(x.shape)
-    return y if residual is None else (y, total)
+    if residual is not None:
+        residual = residual.reshape(-1, N)
+    y, *rest = RMSNorm.apply(x.reshape(-1, N), w, residual, eps, quantize, columns, round_first)
+    if residual is not None:
+        rest[0] = rest[0].view(x.shape)
+    return (y.view(x.shape), *rest) if rest else y.view(x.shape)
 
 
 def rms_norm_ref(x, w, residual=None, eps=1e-6, quantize=False, columns=False, round_first=False):
@@ -55,70 +63,190 @@ def rms_norm_ref(x, w, residual=None, eps=1e-6, quantize=False, columns=False, r
 
 class RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, w, eps):
-        x, w = x if x.stride(1) == 1 else x.contiguous(), w.contiguous()
-        y, rstd = x.new_empty(x.shape), x.new_empty(len(x), dtype=torch.float32)
-        rms_norm_fwd(x, w, y, rstd, eps)
-        ctx.save_for_backward(x, w, rstd)
-        return y
+    def forward(ctx, x, w, residual, eps, quantize, columns, round_first):
+        M, N = x.shape
+        x, residual = (t if t is None or t.stride(1) == 1 else t.contiguous() for t in (x, residual))
+        w = w.contiguous()
+        y, rstd = x.new_empty(M, N), x.new_empty(M, dtype=torch.float32)
+        total = None if residual is None else residual.new_empty(M, N)
+        y_q, y_scale, yt_q, yt_scale = empty_fp8(x, M, N, quantize, columns, None)
+        rms_norm_fwd(x, w, residual, y, rstd, total, y_q, y_scale, yt_q, yt_scale, eps, round_first)
+        ctx.save_for_backward(x if total is None else total, w, rstd)
+        ctx.x_dtype, ctx.has_residual, ctx.round_first = x.dtype, residual is not None, round_first
+        ctx.set_materialize_grads(False)
+        fp8 = [t for t in (y_q, y_scale, yt_q, yt_scale) if t is not None]
+        ctx.mark_non_differentiable(*fp8)
+        return y, *([] if total is None else [total]), *fp8
 
     @staticmethod
-    def backward(ctx, dy):
-        x, w, rstd = ctx.saved_tensors
-        dx = x.new_empty(x.shape)
-        dw = torch.zeros(programs(len(x)), len(w), dtype=torch.float32, device=x.device)
-        rms_norm_bwd(dy.contiguous(), x, w, rstd, dx, dw)
-        return dx, dw.sum(0).to(w.dtype), None
+    def backward(ctx, dy, *rest):
+        total, w, rstd = ctx.saved_tensors
+        M, N = total.shape
+        dtotal = rest[0].contiguous() if ctx.has_residual and rest[0] is not None else None
+        dy = total.new_zeros(M, N, dtype=ctx.x_dtype) if dy is None else dy.contiguous()
+        dx = torch.empty_like(dy)
+        one_dtype = total.dtype == dy.dtype
+        dresidual = None if one_dtype else torch.empty_like(total, memory_format=torch.contiguous_format)
+        dw = torch.empty(programs(M, N), N, dtype=torch.float32, device=dy.device)
+        rms_norm_bwd(dy, dtotal, total, w, rstd, dx, dresidual, dw, ctx.round_first)
+        dresidual = (dx if one_dtype else dresidual) if ctx.has_residual else None
+        return dx, dw.sum(0).to(w.dtype), dresidual, None, None, None, None
 
 
-def programs(M: int) -> int:
-    """Of the backward kernel: each sums dw over its rows, and a second pass adds the partial sums in order."""
-    return min(M, 256)
-
-
-@op("y", "rstd")
-def rms_norm_fwd(x: Tensor, w: Tensor, y: Tensor, rstd: Tensor, eps: float) -> None:
+@op("y", "rstd", "total", "y_q", "y_scale", "yt_q", "yt_scale")
+def rms_norm_fwd(
+    x: Tensor, w: Tensor, residual: Tensor | None, y: Tensor, rstd: Tensor, total: Tensor | None,
+    y_q: Tensor | None, y_scale: Tensor | None, yt_q: Tensor | None, yt_scale: Tensor | None,
+    eps: float, round_first: bool,
+) -> None:  # fmt: skip
     M, N = x.shape
     vectors = N % 8 == x.stride(0) % 8 == x.data_ptr() % 16 == w.data_ptr() % 16 == 0  # of 16 bytes, 8 elements or 4
-    if backend(x) == "cuda" and vectors and x.dtype in (torch.float32, torch.bfloat16):
+    plain = residual is None and y_q is None and yt_q is None and not round_first and x.dtype == w.dtype
+    if backend(x) == "cuda" and plain and vectors and x.dtype in (torch.float32, torch.bfloat16):
         return _C.rms_norm_fwd(x, w, y, rstd, eps)
-    if M:
-        rms_norm_fwd_kernel[(M,)](x, w, y, rstd, x.stride(0), y.stride(0), N, eps, BLOCK_N=triton.next_power_of_2(N))
+    if M == 0:
+        return
+    tile = config(N, yt_q is not None)
+    splits = 1 if yt_q is None else column_splits(M, N)
+    rms_norm_fwd_kernel[(triton.cdiv(M, tile["BLOCK_M"]), splits)](
+        x, w, residual, y, rstd, total, y_q, y_scale, yt_q, yt_scale,
+        x.stride(0), 0 if residual is None else residual.stride(0), 0 if y_q is None else y_scale.stride(1),
+        M, N, round_up(M, BLOCK), eps,
+        ROUND_FIRST=round_first, TILES=triton.cdiv(N, tile["BLOCK_N"]), SPLITS=splits, **tile,
+    )  # fmt: skip
 
 
-@op("dx", "dw")
-def rms_norm_bwd(dy: Tensor, x: Tensor, w: Tensor, rstd: Tensor, dx: Tensor, dw: Tensor) -> None:
-    """dw [programs(M), N] fp32 holds partial sums."""
-    M, N = x.shape
+@op("dx", "dresidual", "dw")
+def rms_norm_bwd(
+    dy: Tensor, dtotal: Tensor | None, total: Tensor, w: Tensor, rstd: Tensor,
+    dx: Tensor, dresidual: Tensor | None, dw: Tensor, round_first: bool,
+) -> None:  # fmt: skip
+    """total is what was normed; dresidual has its dtype and dx that of x. dw [programs(M, N), N] are partial sums."""
+    M, N = total.shape
     if M:
         rms_norm_bwd_kernel[(len(dw),)](
-            dy, x, w, rstd, dx, dw, x.stride(0), M, N, len(dw), BLOCK_N=triton.next_power_of_2(N)
-        )
+            dy, dtotal, total, w, rstd, dx, dresidual, dw, total.stride(0), M, N, len(dw),
+            ROUND_FIRST=round_first, **backward_config(N),
+        )  # fmt: skip
+
+
+def config(N: int, columns: bool) -> dict:
+    """A tile holds whole rows, 32 elements for a thread; a column-wise copy wants tiles of 128 x 128. Not measured.
+
+    It depends neither on M, so that a row's result does not depend on its batch, nor on the GPU: bandwidth binds.
+    """
+    if columns:
+        return dict(BLOCK_M=BLOCK, BLOCK_N=BLOCK, num_warps=16)
+    BLOCK_N = triton.next_power_of_2(N)
+    BLOCK_M = min(max(4096 // BLOCK_N, 1), 16)
+    return dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=max(BLOCK_M * BLOCK_N // 1024, 1))
+
+
+def column_splits(M: int, N: int) -> int:
+    """Into how many programs the columns of 128 rows are split, to fill an H200; a power of two that divides N/128.
+
+    Each of them reads the rows whole for their norm (from HBM once, from L2 then) and writes its own columns.
+    """
+    splits = 1
+    while splits * triton.cdiv(M, BLOCK) < 128 and N // BLOCK % (2 * splits) == 0:
+        splits *= 2
+    return splits
+
+
+def backward_config(N: int) -> dict:
+    """16 elements of each operand for a thread. Not measured."""
+    BLOCK_N = triton.next_power_of_2(N)
+    BLOCK_M = min(max(4096 // BLOCK_N, 1), 16)
+    return dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=max(BLOCK_M * BLOCK_N // 512, 1))
+
+
+def programs(M: int, N: int) -> int:
+    """Of the backward kernel: each sums dw over its rows, and a second pass adds the partial sums in order."""
+    return min(triton.cdiv(M, backward_config(N)["BLOCK_M"]), PROGRAMS)
 
 
 @triton.jit
-def rms_norm_fwd_kernel(x, w, y, rstd, ldx, ldy, N, eps, BLOCK_N: tl.constexpr):
-    m = tl.program_id(0).to(tl.int64)
-    n = tl.arange(0, BLOCK_N)
-    xs = tl.load(x + m * ldx + n, mask=n < N, other=0.0).to(tl.float32)
-    ws = tl.load(w + n, mask=n < N, other=0.0).to(tl.float32)
-    r = tl.rsqrt(tl.sum(xs * xs) / N + eps)
-    tl.store(rstd + m, r)
-    tl.store(y + m * ldy + n, xs * r * ws, mask=n < N)
+def load_sum(x, residual, at_x, at_residual, mask):
+    total = tl.load(x + at_x, mask=mask, other=0.0).to(tl.float32)
+    if residual is not None:
+        total += tl.load(residual + at_residual, mask=mask, other=0.0).to(tl.float32)
+        total = total.to(residual.dtype.element_ty).to(tl.float32)
+    return total
 
 
 @triton.jit
-def rms_norm_bwd_kernel(dy, x, w, rstd, dx, dw, ldx, M, N, PROGRAMS, BLOCK_N: tl.constexpr):
+def rms_norm_fwd_kernel(
+    x, w, residual, y, rstd, total, y_q, y_scale, yt_q, yt_scale, ldx, ldr, ld_scale, M, N, M_pad, eps,
+    ROUND_FIRST: tl.constexpr, TILES: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    # 64-bit offsets go into the pointers, so that 32 bits do inside a tile.
+    first = tl.program_id(0).to(tl.int64) * BLOCK_M
+    m = tl.arange(0, BLOCK_M)[:, None]
+    columns = tl.arange(0, BLOCK_N)[None, :]
+    real = m < M - first
+    x += first * ldx
+    if residual is not None:
+        residual += first * ldr
+
+    # Rows that fit into one tile stay in registers; others are read twice, the second time from L2.
+    xs = load_sum(x, residual, m * ldx + columns, m * ldr + columns, real & (columns < N))
+    squares = tl.sum(xs * xs, 1)
+    for i in tl.range(1, TILES, num_stages=2):
+        n = i * BLOCK_N + columns
+        more = load_sum(x, residual, m * ldx + n, m * ldr + n, real & (n < N))
+        squares += tl.sum(more * more, 1)
+    r = tl.rsqrt(squares / N + eps)[:, None]
+    split = tl.program_id(1)
+    tl.store(rstd + first + m, r, mask=real & (split == 0))
+
+    for i in range(split * (TILES // SPLITS), (split + 1) * (TILES // SPLITS)):
+        n = i * BLOCK_N + columns
+        inside = real & (n < N)
+        if TILES > 1:
+            xs = load_sum(x, residual, m * ldx + n, m * ldr + n, inside)
+        if total is not None:
+            tl.store(total + first * N + (m * N + n), xs, mask=inside)
+        xhat = xs * r
+        if ROUND_FIRST:
+            xhat = xhat.to(y.dtype.element_ty).to(tl.float32)
+        ys = xhat * tl.load(w + n, mask=n < N, other=0.0).to(tl.float32)
+        tl.store(y + first * N + (m * N + n), ys, mask=inside)
+        if y_q is not None:
+            q, scale = quantize_along(tl.reshape(ys, (BLOCK_M, BLOCK_N // 128, 128)), 2, False)
+            tl.store(y_q + first * N + (m * N + n), tl.reshape(q, (BLOCK_M, BLOCK_N)), mask=inside)
+            block = i * (BLOCK_N // 128) + tl.arange(0, BLOCK_N // 128)[None, :]
+            tl.store(y_scale + first + block.to(tl.int64) * ld_scale + m, scale, mask=real & (block < N // 128))
+        if yt_q is not None:
+            store_columns(tl.where(inside, ys, 0.0), tl.program_id(0), i, yt_q, yt_scale, N, M_pad, False)
+
+
+@triton.jit
+def rms_norm_bwd_kernel(
+    dy, dtotal, total, w, rstd, dx, dresidual, dw, ld, M, N, PROGRAMS, ROUND_FIRST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     # With g = dy * w and x^ = x * rstd:  dx = rstd * (g - x^ * mean(g * x^)),  dw = sum over rows of dy * x^
-    n = tl.arange(0, BLOCK_N)
+    n = tl.arange(0, BLOCK_N)[None, :]
     ws = tl.load(w + n, mask=n < N, other=0.0).to(tl.float32)
-    dws = tl.zeros((BLOCK_N,), tl.float32)
+    dws = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     p = tl.program_id(0).to(tl.int64)
-    for m in range(p, M, PROGRAMS):
-        r = tl.load(rstd + m)
-        dys = tl.load(dy + m * N + n, mask=n < N, other=0.0).to(tl.float32)
-        xhat = tl.load(x + m * ldx + n, mask=n < N, other=0.0).to(tl.float32) * r
+    for first in tl.range(p * BLOCK_M, M, PROGRAMS * BLOCK_M, num_stages=2):
+        m = (first + tl.arange(0, BLOCK_M))[:, None]
+        inside = (m < M) & (n < N)
+        r = tl.load(rstd + m, mask=m < M, other=0.0)
+        dys = tl.load(dy + m * N + n, mask=inside, other=0.0).to(tl.float32)
+        xhat = tl.load(total + m * ld + n, mask=inside, other=0.0).to(tl.float32) * r
         g = dys * ws
-        tl.store(dx + m * N + n, r * (g - xhat * tl.sum(g * xhat) / N), mask=n < N)
-        dws += dys * xhat
-    tl.store(dw + p * N + n, dws, mask=n < N)
+        if ROUND_FIRST:  # what was rounded on the way forward has its gradient rounded on the way back
+            g = g.to(dx.dtype.element_ty).to(tl.float32)
+            dws += dys * xhat.to(dx.dtype.element_ty).to(tl.float32)
+        else:
+            dws += dys * xhat
+        dxs = r * (g - xhat * (tl.sum(g * xhat, 1) / N)[:, None])
+        if dtotal is not None:
+            dxs += tl.load(dtotal + m * N + n, mask=inside, other=0.0).to(tl.float32)
+        tl.store(dx + m * N + n, dxs, mask=inside)
+        if dresidual is not None:
+            tl.store(dresidual + m * N + n, dxs, mask=inside)
+    tl.store(dw + p * N + tl.arange(0, BLOCK_N), tl.sum(dws, 0), mask=tl.arange(0, BLOCK_N) < N)

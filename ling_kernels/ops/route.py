@@ -7,6 +7,8 @@ z_loss = coefficient * mean(logsumexp(logits)^2). Source: Ling 2.0, arXiv 2510.2
 """
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from ..backend import _C, backend
@@ -41,11 +43,16 @@ def route(
            and 1 <= topk <= group_topk * per_group,
            "num_groups that divides E, group_topk <= num_groups, topk <= group_topk * E / num_groups",
            E, num_groups, group_topk, topk)  # fmt: skip
-    fits = mask is None and (E, num_groups, group_topk, topk) == KERNEL and logits.dtype == torch.float32
-    if backend(logits) != "cuda" or not fits:
+    if backend(logits) == "torch" or logits.dtype == torch.float64:
         return route_ref(logits, bias, mask, num_groups, group_topk, topk, scale, z_loss)
-    routed = Route.apply(logits, bias, scale)
-    return routed if z_loss is None else (*routed, mean_square_lse(logits, None, z_loss))
+    with_lse = z_loss is not None and not on_cuda(logits, mask, num_groups, group_topk, topk)
+    *routed, lse = Route.apply(logits, bias, mask, num_groups, group_topk, topk, scale, with_lse)
+    if z_loss is None:
+        return tuple(routed)
+    if not with_lse:
+        return *routed, mean_square_lse(logits, mask, z_loss)
+    tokens = max(T, 1) if mask is None else mask.sum().clamp(min=1)
+    return *routed, z_loss * lse.square().sum() / tokens
 
 
 def route_ref(logits, bias, mask=None, num_groups=8, group_topk=4, topk=8, scale=2.5, z_loss=None):
@@ -85,36 +92,193 @@ def lowest_first(x: Tensor, k: int) -> Tensor:
     return x.sort(dim=-1, descending=True, stable=True).indices[..., :k]
 
 
+def on_cuda(logits: Tensor, mask: Tensor | None, *sizes: int) -> bool:
+    """Whether the CUDA kernel runs, which knows one set of sizes and no mask."""
+    return backend(logits) == "cuda" and mask is None and (logits.shape[1], *sizes) == KERNEL
+
+
 class Route(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, bias, scale):
-        weights = logits.new_empty(len(logits), KERNEL[-1])
+    def forward(ctx, logits, bias, mask, num_groups, group_topk, topk, scale, with_lse):
+        logits = logits if logits.stride(1) == 1 else logits.contiguous()
+        weights = logits.new_empty(len(logits), topk)
         experts = torch.empty_like(weights, dtype=torch.int32)
         counts = experts.new_zeros(logits.shape[1])
-        route_fwd(logits, bias, experts, weights, counts, scale)
-        ctx.save_for_backward(logits, experts)
+        lse = logits.new_empty(len(logits)) if with_lse else None
+        bias, mask = bias.contiguous(), mask if mask is None else mask.contiguous()
+        route_fwd(logits, bias, mask, experts, weights, counts, lse, num_groups, group_topk, topk, scale)
+        ctx.save_for_backward(logits, experts, lse)
         ctx.mark_non_differentiable(experts, counts)
         ctx.scale = scale
-        return weights, experts, counts
+        return weights, experts, counts, lse
 
     @staticmethod
-    def backward(ctx, dweights, *_):
-        # With z = sum + 1e-20:  ds = scale / z * (dw - sum(s * dw) / z),  dlogits = ds * s * (1 - s)
-        logits, experts = ctx.saved_tensors
-        experts = experts.long()
-        s = logits.gather(1, experts).sigmoid()
-        z = s.sum(-1, keepdim=True) + 1e-20
-        ds = ctx.scale / z * (dweights - (s * dweights).sum(-1, keepdim=True) / z)
-        return torch.zeros_like(logits).scatter_(1, experts, ds * s * (1 - s)), None, None
+    def backward(ctx, dweights, dexperts, dcounts, dlse):
+        logits, experts, lse = ctx.saved_tensors
+        dlogits = logits.new_empty(logits.shape)
+        dlse = None if lse is None else dlse.contiguous()
+        route_bwd(logits, experts, dweights.contiguous(), lse, dlse, dlogits, ctx.scale)
+        return dlogits, *[None] * 7
 
 
-@op("experts", "weights", "counts")
-def route_fwd(logits: Tensor, bias: Tensor, experts: Tensor, weights: Tensor, counts: Tensor, scale: float) -> None:
-    """counts are added to."""
-    _C.route(rows_of_16_bytes(logits), rows_of_16_bytes(bias), experts, weights, counts, scale)
+def config() -> dict:
+    """A warp for a token: its reductions need no barrier. Not measured; H200 and H20 have one table."""
+    return dict(BLOCK_T=1, num_warps=1)
+
+
+@op("experts", "weights", "counts", "lse")
+def route_fwd(
+    logits: Tensor,
+    bias: Tensor,
+    mask: Tensor | None,
+    experts: Tensor,
+    weights: Tensor,
+    counts: Tensor,
+    lse: Tensor | None,
+    num_groups: int,
+    group_topk: int,
+    topk: int,
+    scale: float,
+) -> None:
+    """counts are added to; lse [T] is the log-sum-exp of logits, 0 for masked tokens."""
+    if lse is None and on_cuda(logits, mask, num_groups, group_topk, topk):
+        return _C.route(rows_of_16_bytes(logits), rows_of_16_bytes(bias), experts, weights, counts, scale)
+    T, E = logits.shape
+    chosen = config()
+    if T:
+        route_kernel[(triton.cdiv(T, chosen["BLOCK_T"]),)](
+            logits, bias, mask, experts, weights, counts, lse, T, logits.stride(0), scale,
+            GROUPS=num_groups, PER_GROUP=E // num_groups, GROUP_TOPK=group_topk, TOPK=topk,
+            BLOCK_G=triton.next_power_of_2(num_groups), BLOCK_P=triton.next_power_of_2(E // num_groups),
+            BLOCK_K=triton.next_power_of_2(topk), **chosen,
+        )  # fmt: skip
+
+
+@op("dlogits")
+def route_bwd(
+    logits: Tensor, experts: Tensor, dweights: Tensor, lse: Tensor | None, dlse: Tensor | None, dlogits: Tensor,
+    scale: float,
+) -> None:  # fmt: skip
+    T, E = logits.shape
+    topk = experts.shape[1]
+    chosen = config()
+    if T:
+        route_bwd_kernel[(triton.cdiv(T, chosen["BLOCK_T"]),)](
+            logits, experts, dweights, lse, dlse, dlogits, T, E, logits.stride(0), scale,
+            TOPK=topk, BLOCK_K=triton.next_power_of_2(topk), BLOCK_E=triton.next_power_of_2(E), **chosen,
+        )  # fmt: skip
 
 
 def rows_of_16_bytes(x: Tensor) -> Tensor:
     """x, or a copy where its rows do not start at multiples of 16 bytes, which the kernel reads at once."""
     fits = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and (x.ndim == 1 or x.stride(0) % 4 == 0)
     return x if fits else x.clone(memory_format=torch.contiguous_format)
+
+
+LOWEST = tl.constexpr(-(2**31))  # below the key of every number: not there, or taken
+HIGHEST = tl.constexpr(2**31 - 1)
+
+
+@triton.jit
+def key_of(x):
+    """fp32 without NaN -> int32 in the same order: whole warps find their maximum in one instruction."""
+    bits = x.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def take_best(key, index, AXIS: tl.constexpr):
+    """Along AXIS the largest key, the lowest index that has it, and the keys without that one."""
+    best = tl.max(key, AXIS)
+    at = tl.min(tl.where(key == tl.expand_dims(best, AXIS), index, HIGHEST), AXIS)
+    return best, at, tl.where(index == tl.expand_dims(at, AXIS), LOWEST, key)
+
+
+@triton.jit
+def group_scores(key, p, PER_GROUP: tl.constexpr):
+    """Keys [BLOCK_T, BLOCK_G, BLOCK_P] -> the key of the sum of each group's two largest numbers."""
+    first, at, rest = take_best(key, p, 2)
+    score = key_of(first).to(tl.float32, bitcast=True)  # key_of is its own inverse
+    if PER_GROUP > 1:
+        score += key_of(tl.max(rest, 2)).to(tl.float32, bitcast=True)
+    return key_of(score)
+
+
+@triton.jit
+def route_kernel(
+    logits, bias, mask, experts, weights, counts, lse, T, ld, scale,
+    GROUPS: tl.constexpr, PER_GROUP: tl.constexpr, GROUP_TOPK: tl.constexpr, TOPK: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    row = logits + t.to(tl.int64) * ld
+    lane = tl.arange(0, BLOCK_G * BLOCK_P)
+    exists = (lane // BLOCK_P < GROUPS) & (lane % BLOCK_P < PER_GROUP)
+    expert = lane if BLOCK_P == PER_GROUP else lane // BLOCK_P * PER_GROUP + lane % BLOCK_P
+    x = tl.load(row[:, None] + expert[None, :], mask=(t < T)[:, None] & exists[None, :], other=-float("inf"))
+
+    # The biased scores, as torch.nan_to_num(nan=-1e30) makes them
+    b = tl.sigmoid(x) + tl.load(bias + expert, mask=exists, other=0.0)[None, :]
+    b = tl.where(b != b, -1e30, tl.minimum(tl.maximum(b, -3.4028234663852886e38), 3.4028234663852886e38))
+    key = tl.where(exists[None, :], key_of(b), LOWEST)
+
+    # The best groups stay
+    key = tl.reshape(key, (BLOCK_T, BLOCK_G, BLOCK_P))
+    if GROUP_TOPK < GROUPS:
+        g = tl.arange(0, BLOCK_G)[None, :]
+        score = tl.where(g < GROUPS, group_scores(key, tl.arange(0, BLOCK_P)[None, None, :], PER_GROUP), LOWEST)
+        keep = tl.zeros((BLOCK_T, BLOCK_G), tl.int32)
+        for _ in tl.static_range(GROUP_TOPK):
+            best, at, score = take_best(score, g, 1)
+            keep = tl.where(g == at[:, None], 1, keep)
+        key = tl.where(keep[:, :, None] != 0, key, LOWEST)
+    key = tl.reshape(key, (BLOCK_T, BLOCK_G * BLOCK_P))
+
+    # Of their experts the best, in order
+    k = tl.arange(0, BLOCK_K)[None, :]
+    chosen = tl.zeros((BLOCK_T, BLOCK_K), tl.int32)
+    for i in tl.static_range(TOPK):
+        best, at, key = take_best(key, lane[None, :], 1)
+        chosen = tl.where(k == i, (at // BLOCK_P * PER_GROUP + at % BLOCK_P)[:, None], chosen)
+
+    routed = t < T
+    if mask is not None:
+        routed &= tl.load(mask + t, mask=t < T, other=0) != 0
+    own = (t < T)[:, None] & (k < TOPK)
+    s = tl.where(own, tl.sigmoid(tl.load(row[:, None] + chosen, mask=own, other=0.0)), 0.0)
+    w = s / (tl.sum(s, 1)[:, None] + 1e-20) * scale
+    at = t.to(tl.int64)[:, None] * TOPK + k
+    tl.store(weights + at, tl.where(routed[:, None], w, 0.0), mask=own)
+    tl.store(experts + at, tl.where(routed[:, None], chosen, -1), mask=own)
+    tl.atomic_add(counts + chosen, 1, mask=own & routed[:, None], sem="relaxed")
+    if lse is not None:
+        top = tl.max(x, 1)
+        top = tl.where(tl.abs(top) == float("inf"), 0.0, top)
+        total = tl.log(tl.sum(tl.exp(x - top[:, None]), 1)) + top
+        tl.store(lse + t, tl.where(routed, total, 0.0), mask=t < T)
+
+
+@triton.jit
+def route_bwd_kernel(
+    logits, experts, dweights, lse, dlse, dlogits, T, E, ld, scale,
+    TOPK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    # With z = sum + 1e-20:  ds = scale / z * (dw - sum(s * dw) / z),  dlogits = ds * s * (1 - s) + dlse * softmax
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    row = logits + t.to(tl.int64) * ld
+    k, e = tl.arange(0, BLOCK_K)[None, :], tl.arange(0, BLOCK_E)[None, :]
+    at = t.to(tl.int64)[:, None] * TOPK + k
+    chosen = tl.load(experts + at, mask=(t < T)[:, None] & (k < TOPK), other=-1)
+    here = chosen >= 0
+    s = tl.where(here, tl.sigmoid(tl.load(row[:, None] + chosen, mask=here, other=0.0)), 0.0)
+    dw = tl.load(dweights + at, mask=here, other=0.0)
+    z = tl.sum(s, 1)[:, None] + 1e-20
+    d = scale / z * (dw - tl.sum(s * dw, 1)[:, None] / z) * s * (1 - s)
+    dx = tl.sum(tl.where(here[:, :, None] & (chosen[:, :, None] == e[:, None, :]), d[:, :, None], 0.0), 1)
+    own = (t < T)[:, None] & (e < E)
+    if lse is not None:
+        routed = tl.load(experts + t.to(tl.int64) * TOPK, mask=t < T, other=-1) >= 0
+        x = tl.load(row[:, None] + e, mask=own, other=0.0)
+        share = tl.exp(x - tl.load(lse + t, mask=t < T, other=0.0)[:, None])
+        dx += tl.where(routed[:, None], tl.load(dlse + t, mask=t < T, other=0.0)[:, None] * share, 0.0)
+    tl.store(dlogits + t.to(tl.int64)[:, None] * E + e, dx, mask=own)

@@ -5,9 +5,13 @@ would; passes=2 drops w3, an error of 2^-17 |x| |w|.
 """
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from ..op import expect, wide
+from ..backend import backend
+from ..op import expect, op, wide
+from .gemm_fp8 import multiprocessors
 
 
 def router_gemm(x: Tensor, w: Tensor, passes: int = 3) -> Tensor:
@@ -18,7 +22,9 @@ def router_gemm(x: Tensor, w: Tensor, passes: int = 3) -> Tensor:
     """
     fits = x.ndim == w.ndim == 2 and x.shape[1] == w.shape[1] and x.is_floating_point() and w.is_floating_point()
     expect(fits and passes in (2, 3), "x [T, H], w [E, H] and 2 or 3 passes", x, w, passes)
-    return router_gemm_ref(x, w, passes)
+    if backend(x) == "torch" or x.dtype != torch.bfloat16 or w.dtype not in (torch.float32, torch.bfloat16):
+        return router_gemm_ref(x, w, passes)
+    return RouterGEMM.apply(x, w, passes)
 
 
 def router_gemm_ref(x, w, passes=3):
@@ -33,3 +39,90 @@ def two_parts(w: Tensor) -> Tensor:
     """bf16(w) + bf16(w - bf16(w)), which fp32 holds exactly."""
     high = w.bfloat16().to(w.dtype)
     return high + (w - high).bfloat16().to(w.dtype)
+
+
+class RouterGEMM(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w, passes):
+        logits = x.new_empty(len(x), len(w), dtype=torch.float32)
+        split_gemm(x, w.T, logits, passes)
+        ctx.save_for_backward(x, w)
+        return logits
+
+    @staticmethod
+    def backward(ctx, dlogits):
+        x, w = ctx.saved_tensors
+        dx = dw = None
+        if ctx.needs_input_grad[0]:  # bf16, so that the two upper parts of either factor are more than enough
+            dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+            split_gemm(dlogits, w, dx, 2)
+        if ctx.needs_input_grad[1]:  # few tiles, many tokens: programs share the tokens, and a second pass adds up
+            parts = shares(len(x), *w.shape)
+            dw = w.new_empty(parts, *w.shape, dtype=torch.float32)
+            split_gemm(dlogits.T, x, dw, 3)
+            dw = (dw[0] if parts == 1 else dw.sum(0)).to(w.dtype)
+        return dx, dw, None
+
+
+def shares(T: int, E: int, H: int) -> int:
+    """Of the tokens in dw, so that about 128 programs run. Not measured."""
+    tiles = triton.cdiv(E, 128) * triton.cdiv(H, 128)
+    return max(min(128 // tiles, triton.cdiv(T, 512)), 1)
+
+
+def config(M: int, N: int, sms: int) -> dict:
+    """Not measured. Few rows wait for w, which many narrow tiles read faster; an H20 (78 SMs) gets smaller tiles."""
+    if M <= 64:
+        return dict(BLOCK_M=64, BLOCK_N=32, BLOCK_K=64, num_warps=4, num_stages=4)
+    if sms <= 78:
+        return dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3)
+    return dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3)
+
+
+@op("c")
+def split_gemm(a: Tensor, b: Tensor, c: Tensor, passes: int) -> None:
+    """c [M, N] = a [M, K] b [K, N], or c [P, M, N] with P shares of K: of fp32 factors the upper bf16 parts.
+
+    Products of parts i and j are left out where i + j >= passes.
+    """
+    (M, K), N = a.shape, b.shape[1]
+    P = c.shape[0] if c.ndim == 3 else 1
+    chosen = config(M, N, multiprocessors(a.device))
+    share = triton.cdiv(triton.cdiv(K, P), chosen["BLOCK_K"]) * chosen["BLOCK_K"]
+    if c.numel():
+        grid = triton.cdiv(M, chosen["BLOCK_M"]) * triton.cdiv(N, chosen["BLOCK_N"]), P
+        split_gemm_kernel[grid](a, b, c, M, N, K, share, *a.stride(), *b.stride(), PASSES=passes, **chosen)
+
+
+@triton.jit
+def split_dot(a, b, acc, PASSES: tl.constexpr):
+    for i in tl.static_range(PASSES if a.dtype == tl.float32 else 1):
+        upper_a, rest = a.to(tl.bfloat16), b
+        for _j in tl.static_range(PASSES - i if b.dtype == tl.float32 else 1):
+            upper_b = rest.to(tl.bfloat16)
+            acc = tl.dot(upper_a, upper_b, acc)
+            rest = rest - upper_b.to(tl.float32)
+        a = a - upper_a.to(tl.float32)
+    return acc
+
+
+@triton.jit
+def split_gemm_kernel(
+    a, b, c, M, N, K, share, lda, a_step, b_step, ldb, PASSES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    # Neighbouring programs share their rows of a
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    m = (tl.program_id(0) // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    n = (tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    first = tl.program_id(1) * share
+    last = tl.minimum(first + share, K)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k0 in range(first, last, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        at = m[:, None] * lda + k[None, :].to(tl.int64) * a_step
+        part = tl.load(a + at, mask=(m < M)[:, None] & (k < last)[None, :], other=0.0)
+        at = k[:, None].to(tl.int64) * b_step + n[None, :] * ldb
+        acc = split_dot(part, tl.load(b + at, mask=(k < last)[:, None] & (n < N)[None, :], other=0.0), acc, PASSES)
+    at = tl.program_id(1).to(tl.int64) * M * N + m[:, None] * N + n[None, :]
+    tl.store(c + at, acc, mask=(m < M)[:, None] & (n < N)[None, :])

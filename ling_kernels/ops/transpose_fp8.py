@@ -1,6 +1,8 @@
 """The transpose of an FP8 weight, exact: its blocks are square, so data and scales transpose alone."""
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from ..backend import _C, backend
@@ -16,7 +18,7 @@ def transpose_fp8(w_q: Tensor, w_scale: Tensor) -> tuple[Tensor, Tensor]:
     N, K = w_q.shape[-2:] if w_q.ndim in (2, 3) else (1, 1)
     fits = N % BLOCK == K % BLOCK == 0 and w_scale.shape == (*w_q.shape[:-2], N // BLOCK, K // BLOCK)
     expect(fits and w_q.dtype == E4M3, "w_q [(E,) N, K] e4m3 and w_scale [(E,) N/128, K/128]", w_q, w_scale)
-    if backend(w_q) != "cuda":
+    if backend(w_q) == "torch":
         return transpose_fp8_ref(w_q, w_scale)
     wt_q, wt_scale = (torch.empty_like(t.mT, memory_format=torch.contiguous_format) for t in (w_q, w_scale))
     transpose_fp8_fwd(w_q.contiguous(), w_scale.float().contiguous(), wt_q, wt_scale)
@@ -29,7 +31,25 @@ def transpose_fp8_ref(w_q, w_scale):
 
 @op("wt_q", "wt_scale")
 def transpose_fp8_fwd(w_q: Tensor, w_scale: Tensor, wt_q: Tensor, wt_scale: Tensor) -> None:
+    *_, N, K = w_q.shape
+    if backend(w_q) != "cuda":
+        if w_scale.numel():
+            w_q, wt_q = w_q.view(torch.uint8), wt_q.view(torch.uint8)
+            transpose_fp8_kernel[(w_scale.numel(),)](w_q, w_scale, wt_q, wt_scale, N, K, BLOCK=BLOCK)
+        return None
     if w_q.ndim == 2:
         return _C.transpose_fp8(w_q, w_scale, wt_q, wt_scale)
     for expert in zip(w_q, w_scale, wt_q, wt_scale, strict=True):
         _C.transpose_fp8(*expert)
+
+
+@triton.jit
+def transpose_fp8_kernel(w_q, w_scale, wt_q, wt_scale, N, K, BLOCK: tl.constexpr):
+    blocks_n, blocks_k = N // BLOCK, K // BLOCK
+    block = tl.program_id(0)
+    n, k = block // blocks_k % blocks_n, block % blocks_k
+    expert = (block // (blocks_n * blocks_k)).to(tl.int64)
+    i, j = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
+    codes = tl.load(w_q + expert * N * K + (n * BLOCK + i).to(tl.int64) * K + k * BLOCK + j)
+    tl.store(wt_q + expert * N * K + (k * BLOCK + i).to(tl.int64) * N + n * BLOCK + j, tl.trans(codes))
+    tl.store(wt_scale + (expert * blocks_k + k) * blocks_n + n, tl.load(w_scale + block))

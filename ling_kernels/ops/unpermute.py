@@ -1,9 +1,12 @@
 """Unpermute: each token sums its slots, out[t] = sum over k of weights[t, k] * y[slot[t, k]], k ascending, in fp32."""
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from ..op import expect, wide
+from ..backend import backend
+from ..op import expect, op, wide
 from .dispatch import Plan
 
 
@@ -17,11 +20,13 @@ def unpermute(y: Tensor, plan: Plan, weights: Tensor | None = None) -> Tensor:
     expect(fits, "y [S, H] and a plan of S slots", y, plan.source)
     fits = weights is None or (weights.shape == plan.slot.shape and weights.dtype in (torch.float32, torch.float64))
     expect(fits, "weights [T, topk] fp32", weights, plan.slot)
-    return unpermute_ref(y, plan, weights)
+    if backend(y) == "torch" or torch.float64 in (y.dtype, weights is not None and weights.dtype):
+        return unpermute_ref(y, plan, weights)
+    return Unpermute.apply(y, weights, plan.offsets, plan.slot)
 
 
 def unpermute_ref(y, plan, weights=None):
-    return Unpermute.apply(y, weights, plan.offsets, plan.slot, plan.source)
+    return UnpermuteRef.apply(y, weights, plan.offsets, plan.slot, plan.source)
 
 
 def sum_slots(y: Tensor, slot: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -40,7 +45,7 @@ def rows_of(y: Tensor, slot: Tensor) -> Tensor:
     return wide(y[slot.clamp(min=0).long()]).masked_fill((slot < 0)[:, None], 0)
 
 
-class Unpermute(torch.autograd.Function):
+class UnpermuteRef(torch.autograd.Function):
     """Every row of y has one reader, so its gradient is a gather, not the topk scatters autograd would make."""
 
     @staticmethod
@@ -63,3 +68,99 @@ class Unpermute(torch.autograd.Function):
             dots = [(rows_of(y, slot[:, k]) * wide(dout)).sum(-1) for k in range(topk)]
             dweights = torch.stack(dots, 1)
         return dy, dweights, None, None, None
+
+
+class Unpermute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, weights, offsets, slot):
+        y, slot = y.contiguous(), slot.contiguous()
+        weights = weights if weights is None else weights.contiguous()
+        out = y.new_empty(len(slot), y.shape[1])
+        unpermute_fwd(y, weights, slot, out)
+        ctx.save_for_backward(y if weights is not None else None, weights, offsets, slot)
+        ctx.S = len(y)
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        y, weights, offsets, slot = ctx.saved_tensors
+        dy = dout.new_empty(ctx.S, dout.shape[1])
+        dweights = None if weights is None else torch.empty_like(weights)
+        unpermute_bwd(dout.contiguous(), weights, y, offsets, slot, dy, dweights)
+        return dy, dweights, None, None
+
+
+def config(H: int) -> dict:
+    """One program holds a token's whole row. Not measured; H200 and H20 have one table, since both wait for memory."""
+    BLOCK_H = triton.next_power_of_2(H)
+    return dict(BLOCK_H=BLOCK_H, num_warps=min(max(BLOCK_H // 512, 1), 8))
+
+
+@op("out")
+def unpermute_fwd(y: Tensor, weights: Tensor | None, slot: Tensor, out: Tensor) -> None:
+    T, H = out.shape
+    if out.numel():  # a product and a sum are rounded one by one, as in the reference
+        unpermute_kernel[(T,)](y, weights, slot, out, H, TOPK=slot.shape[1], enable_fp_fusion=False, **config(H))
+
+
+@op("dy", "dweights")
+def unpermute_bwd(
+    dout: Tensor,
+    weights: Tensor | None,
+    y: Tensor | None,
+    offsets: Tensor | None,
+    slot: Tensor,
+    dy: Tensor,
+    dweights: Tensor | None,
+) -> None:
+    """Without offsets, rows of dy that no token owns are left alone; then, and without weights, this is `permute`."""
+    T, H = dout.shape
+    if dout.numel():
+        E = 0 if offsets is None else len(offsets) - 1
+        topk = slot.shape[1]
+        unpermute_bwd_kernel[(T,)](
+            dout, weights, y, offsets, slot, dy, dweights, H, E,
+            TOPK=topk, BLOCK_K=triton.next_power_of_2(topk), **config(H),
+        )  # fmt: skip
+
+
+@triton.jit
+def unpermute_kernel(y, weights, slot, out, H, TOPK: tl.constexpr, BLOCK_H: tl.constexpr):
+    t = tl.program_id(0).to(tl.int64)
+    h = tl.arange(0, BLOCK_H)
+    total = tl.zeros((BLOCK_H,), tl.float32)
+    for k in tl.static_range(TOPK):
+        s = tl.load(slot + t * TOPK + k).to(tl.int64)
+        row = tl.load(y + s * H + h, mask=(s >= 0) & (h < H), other=0.0).to(tl.float32)
+        if weights is not None:
+            row *= tl.load(weights + t * TOPK + k, mask=s >= 0, other=0.0)
+        total += row
+    tl.store(out + t * H + h, total, mask=h < H)
+
+
+@triton.jit
+def unpermute_bwd_kernel(
+    dout, weights, y, offsets, slot, dy, dweights, H, E,
+    TOPK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0).to(tl.int64)
+    h = tl.arange(0, BLOCK_H)
+    d = tl.load(dout + t * H + h, mask=h < H, other=0.0)
+
+    # All reads come before the first write, which might be to the same place for all the compiler knows
+    if dweights is not None:
+        choice = tl.arange(0, BLOCK_K)
+        dots = tl.zeros((BLOCK_K,), tl.float32)
+        for k in tl.static_range(TOPK):
+            s = tl.load(slot + t * TOPK + k).to(tl.int64)
+            row = tl.load(y + s * H + h, mask=(s >= 0) & (h < H), other=0.0).to(tl.float32)
+            dots = tl.where(choice == k, tl.sum(row * d.to(tl.float32)), dots)
+        tl.store(dweights + t * TOPK + choice, dots, mask=choice < TOPK)
+
+    for k in tl.static_range(TOPK):
+        s = tl.load(slot + t * TOPK + k).to(tl.int64)
+        dys = d if weights is None else d.to(tl.float32) * tl.load(weights + t * TOPK + k)
+        tl.store(dy + s * H + h, dys, mask=(s >= 0) & (h < H))
+        if offsets is not None:  # T * TOPK rows, TOPK a program: those past the last expert's get 0
+            unowned = t * TOPK + k >= tl.load(offsets + E)
+            tl.store(dy + (t * TOPK + k) * H + h, tl.zeros((BLOCK_H,), dy.dtype.element_ty), mask=unowned & (h < H))

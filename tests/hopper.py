@@ -1,0 +1,193 @@
+"""Builds every Triton kernel of the table for Hopper, without a GPU, as the JIT would build it there.
+
+    python -m tests.hopper OUT.json [OP ...]    at the shapes that a Case names in `hopper`; of all ops, or of these
+
+The ops run as always, but a launch, instead of running, notes its kernel, its arguments' types, divisibility by 16 and
+constants, warps and stages; then each is compiled for sm_90 and cuobjdump tells registers, spills and shared memory.
+Each op runs as on an H200 and as on an H20, whose tiles may differ. What Triton has built before comes from its cache.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import __file__ as nvidia
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+SMS = dict(H200=132, H20=78)
+OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion")
+TYPES = {
+    torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
+    torch.float8_e4m3fn: "fp8e4nv", torch.float8_e5m2: "fp8e5", torch.int64: "i64", torch.int32: "i32",
+    torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8", torch.bool: "i1",
+}  # fmt: skip
+
+
+def specialize(value, constexpr: bool) -> tuple[str, object, bool]:
+    """As the JIT sees an argument: its type, its value where that is compiled in, and whether 16 divides it."""
+    if constexpr or value is None:
+        return "constexpr", value, False
+    if isinstance(value, Tensor):
+        return "*" + TYPES[value.dtype], None, value.data_ptr() % 16 == 0
+    if isinstance(value, bool):
+        return "i1", None, False
+    if isinstance(value, int):
+        if value == 1:
+            return "constexpr", 1, False
+        return ("i32" if -(2**31) <= value < 2**31 else "i64"), None, value % 16 == 0
+    return "fp32", None, False
+
+
+class Launches:
+    """While open, every launch of a Triton kernel is noted in `seen` and nothing runs."""
+
+    def __init__(self):
+        self.seen = {}
+
+    def __enter__(self):
+        self.run = JITFunction.run
+
+        def note(fn, *args, grid, warmup, **kwargs):
+            options = {k: kwargs.pop(k) for k in OPTIONS if k in kwargs}
+            names = [p.name for p in fn.params]
+            values = dict(zip(names, args, strict=False)) | kwargs
+            values |= {p.name: p.default for p in fn.params if p.name not in values}
+            parts = {p.name: specialize(values[p.name], p.is_constexpr) for p in fn.params}
+            key = (fn.__name__, *((n, *map(str, part)) for n, part in parts.items()), *sorted(options.items()))
+            self.seen[key] = (fn, parts, options)
+
+        JITFunction.run = note
+        return self
+
+    def __exit__(self, *_):
+        JITFunction.run = self.run
+
+
+@contextmanager
+def on_gpu(sms: int):
+    """While open, every op chooses its tiles as on a GPU of that many SMs."""
+    named = [m for name, m in sys.modules.items() if name.startswith("ling_kernels.ops.")]
+    asking = [(m, m.multiprocessors) for m in named if hasattr(m, "multiprocessors")]
+    for module, _ in asking:
+        module.multiprocessors = lambda device: sms
+    try:
+        yield
+    finally:
+        for module, answer in asking:
+            module.multiprocessors = answer
+
+
+def launches(only: tuple[str, ...]) -> list[tuple[dict, tuple]]:
+    """What is known of every launch that the table's `hopper` shapes make, and its kernel, arguments and options."""
+    from ling_kernels.backend import force
+    from tests.cases import CASES, args_of
+    from tests.test_ops import outputs_and_grads
+
+    found = {}
+    for case in CASES:
+        if not (builds(case) and (not only or case.op.__name__ in only)):
+            continue
+        for dtype in case.dtypes:
+            for shape in case.hopper or case.shapes[:-1]:
+                for gpu, sms in SMS.items():
+                    with Launches() as noted, force("triton"), on_gpu(sms):
+                        outputs_and_grads(case, case.op, args_of(case, shape, dtype))
+                    for key, launch in noted.seen.items():
+                        row, _ = found.setdefault(
+                            key, (dict(ops={}, gpus={}, dtype=str(dtype)[6:], shape=shape), launch)
+                        )
+                        row["ops"][case.op.__name__] = row["gpus"][gpu] = True
+    for row, _ in found.values():
+        row.update(ops=[*row["ops"]], gpus=[*row["gpus"]])
+    return [*found.values()]
+
+
+def builds(case) -> bool:
+    """Whether it has Triton kernels; hopper=None stands for an op whose kernels are all other ops'."""
+    return "triton" in case.backends and case.hopper is not None
+
+
+def build(fn: JITFunction, parts: dict, options: dict) -> dict:
+    """Compile one launch for sm_90; its resources."""
+    signature = {n: kind for n, (kind, _, _) in parts.items()}
+    places = list(parts)
+    constants = {(places.index(n),): value for n, (kind, value, _) in parts.items() if kind == "constexpr"}
+    attrs = {(places.index(n),): [["tt.divisibility", 16]] for n, (_, _, divides) in parts.items() if divides}
+    source = ASTSource(fn=fn, signature=signature, constexprs=constants, attrs=attrs)
+    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    ptx = built.asm["ptx"]
+    fixed = {p.name: parts[p.name][1] for p in fn.params if p.is_constexpr}
+    return dict(
+        kernel=fn.__name__, constants=fixed, **usage(built.asm["cubin"]),
+        shared=built.metadata.shared, warps=built.metadata.num_warps, stages=built.metadata.num_stages,
+        wgmma=ptx.count("wgmma.mma_async"), tma=ptx.count("cp.async.bulk.tensor"),
+        float_atomics=len(re.findall(r"\b(?:atom|red)\.\S*\.(?:f16|bf16|f32|f64)\S*", ptx)),
+        dot="tt.dot" in built.asm["ttir"],
+    )  # fmt: skip
+
+
+def usage(cubin: bytes) -> dict:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = Path(nvidia).parent / "bin/cuobjdump"
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    numbers = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return dict(registers=numbers["REG"], spilled=numbers["STACK"] + numbers["LOCAL"])
+
+
+def build_number(i: int) -> dict:
+    """In a worker, which was forked when LAUNCHES was complete: a launch cannot be pickled."""
+    row, launch = LAUNCHES[i]
+    try:
+        return row | build(*launch)
+    except Exception as error:  # the table is to tell all that do not build
+        return row | dict(kernel=launch[0].__name__, error=f"{error!r} with {launch[1:]}")
+
+
+LAUNCHES: list[tuple[dict, tuple]] = []
+
+
+def markdown(table: dict) -> str:
+    """The table as a page of docs/."""
+    lines = [
+        "# What the Triton kernels take on Hopper",
+        "",
+        f"Made by `tests/test_compiles_for_hopper.py` with Triton {table['triton']} for sm_90, without a GPU:",
+        "registers a thread, shared memory a block, and how many wgmma and TMA instructions the code holds. None",
+        "spills, none adds floating-point numbers by atomics. Ling's real sizes; tiles as chosen for H200 and H20.",
+        "",
+        "| kernel | of | dtype | compiled in | GPU | warps | stages | registers | shared | wgmma | TMA |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    rows = [r for r in table["kernels"] if "error" not in r]
+    for r in sorted(rows, key=lambda r: (r["kernel"], r["dtype"], str(r["constants"]))):
+        constants = ", ".join(f"{k} {v}" for k, v in r["constants"].items() if v not in (None, False))
+        cells = (
+            r["kernel"], ", ".join(r["ops"]), r["dtype"], constants, ", ".join(r["gpus"]), r["warps"], r["stages"],
+            r["registers"], f"{r['shared'] / 1024:.0f} KB", r["wgmma"] or "", r["tma"] or "",
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(out: str, *only: str) -> None:
+    LAUNCHES.extend(launches(only))
+    with ProcessPoolExecutor(2, get_context("fork")) as pool:
+        rows = list(pool.map(build_number, range(len(LAUNCHES))))
+    Path(out).write_text(json.dumps(dict(triton=triton.__version__, kernels=rows), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,121 @@
+"""What the table leaves out of the kernels of norms, rope and losses: rounding, loops, NaN and inf, unusual calls."""
+
+import pytest
+import torch
+
+from ling_kernels import cross_entropy, qk_norm_rope, rms_norm
+from ling_kernels.backend import force
+from ling_kernels.ops import qk_norm_rope as qk_norm_rope_file
+from ling_kernels.ops import rms_norm as rms_norm_file
+from ling_kernels.ops.qk_norm_rope import rope_tables
+from ling_kernels.ops.rms_norm import rms_norm_ref
+from tests.cases import CASES, DEVICE, Rand, args_of, qk_norm_rope_args, runs
+from tests.test_ops import outputs_and_grads, same_bits
+
+pytestmark = pytest.mark.skipif(not runs("triton"), reason="triton cannot run here")
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+def share_equal(got, want):
+    """A last bit of the norm may turn the rounding of a few elements, and no more."""
+    return [(g == w).float().mean().item() for g, w in zip(got, want, strict=True)]
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "qk_norm_rope"])
+def test_kernels_round_where_the_official_model_does(name):
+    """The table cannot see a rounding that is left out: it makes the error smaller."""
+    rand = Rand(BF16)
+
+    def run(backend, round_first):
+        with force(backend):
+            if name == "rms_norm":
+                y = rms_norm(x, w, None, 0.1, round_first=round_first)
+            else:
+                y = qk_norm_rope(x, w, w, *tables, positions, 1, 0.1, round_first)[0]
+            return [y, *torch.autograd.grad(y.float().square().sum(), x)]
+
+    x, w = (rand(64, 256), rand(256)) if name == "rms_norm" else (rand(64, 4, 64), rand(64))
+    tables, positions = rope_tables(64, 32, 1e4, device=DEVICE), torch.arange(64, device=DEVICE)
+    want = run("torch", True)
+    assert min(share_equal(run("triton", True), want)) > 0.99
+    assert max(share_equal(run("triton", False), want)) < 0.9
+
+
+def test_what_is_normed_is_the_rounded_sum():
+    rand = Rand(BF16)
+    x, w, residual = rand.data(64, 256), rand.data(256), rand.data(64, 256) * 100
+    with force("triton"):
+        y, total = rms_norm(x, w, residual, 0.1)
+    assert torch.equal(total, x + residual)
+    unrounded = rms_norm_ref(x.float() + residual.float(), w.float(), None, 0.1).to(BF16)
+    equal, unequal = share_equal([y, y], [rms_norm_ref(total, w, None, 0.1), unrounded])
+    assert equal > 0.99 and unequal < 0.9
+
+
+@pytest.mark.parametrize("programs", [1, 2])
+@pytest.mark.parametrize("name", ["rms_norm", "qk_norm_rope"])
+def test_backward_programs_take_several_blocks(monkeypatch, name, programs):
+    """A program of the backward kernels takes every n-th block of rows; the table's shapes give it one."""
+    file = {"rms_norm": rms_norm_file, "qk_norm_rope": qk_norm_rope_file}[name]
+    case = next(c for c in CASES if c.name == name)
+    args = args_of(case, dict(M=37, N=512) if name == "rms_norm" else dict(T=37, Hq=16, Hkv=4, D=128, R=64), FP32)
+    with force("triton"):
+        monkeypatch.setattr(file, "PROGRAMS", programs)
+        got = outputs_and_grads(case, case.op, args)
+    for g, w in zip(got, outputs_and_grads(case, case.ref, args), strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("used", ["y", "sum"])
+def test_rms_norm_of_which_one_result_is_used(used):
+    def run(backend):
+        rand = Rand(FP32)
+        x, w, residual = rand(2, 5, 96), rand(96), rand(2, 5, 96)
+        with force(backend):
+            y, total = rms_norm(x.transpose(0, 1), w, residual.transpose(0, 1), 0.1)
+            return torch.autograd.grad((y if used == "y" else total).pow(3).sum(), (x, w, residual), allow_unused=True)
+
+    for g, want in zip(run("triton"), run("torch"), strict=True):
+        torch.testing.assert_close(g, torch.zeros_like(g) if want is None else want, rtol=1e-4, atol=1e-4)
+
+
+def test_nan_and_inf_stay_visible_in_fp8():
+    rand = Rand(FP32)
+    x, w = rand.data(130, 256), rand.data(256)
+    x[0, 5], x[1, 200], x[129, 0] = float("nan"), float("inf"), float("-inf")
+    with force("triton"):
+        got = rms_norm(x, w, None, 0.1, quantize=True, columns=True)
+    want = rms_norm_ref(x, w, None, 0.1, quantize=True, columns=True)
+    for g, t in zip(got, want, strict=True):
+        assert torch.equal(g.float().isnan(), t.float().isnan()) and g.float().isnan().any()
+
+
+def test_a_position_past_the_table_is_nan_and_a_slot_past_the_cache_is_not_written():
+    rand = Rand(FP32)
+    args = list(qk_norm_rope_args(rand, 5, Hq=2, Hkv=1, D=8, R=4, P=9, cache=4))
+    args[:3] = (a.detach() for a in args[:3])
+    positions, cache, slots = args[5], args[9], args[10]
+    pages = len(cache.k)
+    guarded = [torch.cat([c, torch.zeros_like(c[:1])]) for c in cache[:2]]  # what a stray write would land in
+    positions[2], slots[3] = 9, pages * 4
+    before = guarded[0].flatten(0, 1).clone()
+    q, k, _ = qk_norm_rope_file.rotated(*args[:5], positions, *args[6:9], *(g[:pages] for g in guarded), slots)
+    assert q[2, :, :4].isnan().all() and not q[2, :, 4:].isnan().any() and not q[[0, 1, 3, 4]].isnan().any()
+    cells = guarded[0].flatten(0, 1)
+    assert torch.equal(cells[slots[[0, 1, 4]]], k[[0, 1, 4]])
+    others = [i for i in range(len(cells)) if i not in slots.tolist() or i == pages * 4]
+    assert same_bits(cells[others], before[others])
+
+
+def test_cross_entropy_of_rows_with_nothing_but_minus_inf_so_far():
+    """The running maximum starts at -inf, and so may whole tiles of a masked vocabulary."""
+    logits = torch.full((3, 9000), float("-inf"), device=DEVICE)
+    logits[0, 8999], logits[1, :2], logits[2, 5000] = 3.0, 1.0, float("nan")
+    targets = torch.tensor([8999, 1, 5], device=DEVICE)
+    logits.requires_grad_()
+    with force("triton"):
+        loss = cross_entropy(logits, targets, reduction="none")
+        (grad,) = torch.autograd.grad(loss[:2].sum(), logits)
+    torch.testing.assert_close(loss[:2], torch.tensor([0.0, 0.6931472], device=DEVICE))
+    assert loss[2].isnan()
+    assert grad[0].eq(0).all() and grad[1, :2].tolist() == pytest.approx([0.5, -0.5])
