@@ -1,6 +1,6 @@
 """Which implementation runs: `torch` is the reference, `triton` and `cuda` (csrc/, built as _C) are the kernels."""
 
-import functools
+import importlib.util
 import os
 import warnings
 from contextlib import contextmanager
@@ -8,37 +8,64 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from .errors import InputError
+
+_C_missing = None
 try:
     from . import _C
-except ImportError as error:  # built with LING_CUDA=0, or a _C for another machine
-    _C, _C_error = None, error
+except ImportError as error:
+    _C, _C_missing = None, f"ling_kernels._C does not load: {error}"
+    if importlib.util.find_spec(f"{__package__}._C") is None:
+        _C_missing = "ling_kernels._C is not built: there was no nvcc on PATH, or LING_CUDA=0"
+
+BACKENDS = ("torch", "triton", "cuda")
 
 _forced = os.environ.get("LING_BACKEND")
-if _forced not in (None, "torch", "triton", "cuda"):
-    raise ValueError(f"LING_BACKEND is torch, triton or cuda, not {_forced!r}")
+if _forced not in (None, *BACKENDS):
+    raise InputError(f"LING_BACKEND is one of {', '.join(BACKENDS)}; not {_forced!r}")
+if _forced == "cuda" and _C is None:
+    raise InputError(f"LING_BACKEND is cuda, but {_C_missing}")
 
 
 def backend(x: Tensor) -> str:
     """The implementation for x: what LING_BACKEND says, else `torch` on a CPU, `cuda` on Hopper, `triton` elsewhere."""
     if _forced:
         return _forced
-    if not x.is_cuda:
-        return "torch"
-    return "triton" if why_no_cuda(x.device.index) else "cuda"
+    return kernels_on(x.device.index) if x.is_cuda else "torch"
 
 
-@functools.cache
-def why_no_cuda(device: int) -> str | None:
-    """None where _C's kernels run on that GPU; otherwise the reason, which is also given once as a warning."""
-    major, minor = torch.cuda.get_device_capability(device)
-    if _C is None:
-        reason = f"ling_kernels._C is not there ({_C_error})"
-    elif major != 9:
-        reason = f"its kernels are built for sm_90a and this GPU is sm_{major}{minor}"
-    else:
+def kernels_on(device: int) -> str:
+    """The default on that GPU, looked up once. On Hopper a warning says why it is not `cuda`."""
+    if device not in _kernels_on:
+        reason = why_not("cuda", device)
+        _kernels_on[device] = "triton" if reason else "cuda"
+        if reason and torch.cuda.get_device_properties(device).major == 9:
+            warnings.warn(f"backend cuda is off: {reason}; Triton serves", stacklevel=3)
+    return _kernels_on[device]
+
+
+_kernels_on = {}
+# torch.compile takes the answer and does not look inside. torch.compiler.assume_constant_result sets the same mark,
+# but imports the compiler to do so, which takes a second.
+kernels_on._dynamo_marked_constant = True
+
+
+def why_not(name: str, device: int) -> str | None:
+    """None where backend `name` runs on that GPU, otherwise the reason in one line."""
+    if name == "triton" and importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if name != "cuda":
         return None
-    warnings.warn(f"backend cuda is off: {reason}; Triton serves", stacklevel=2)
-    return reason
+    if _C is None:
+        return _C_missing
+    gpu = torch.cuda.get_device_properties(device)
+    if (gpu.major, gpu.minor) != (9, 0):
+        return f"its kernels are built for sm_90a, and this GPU is sm_{gpu.major}{gpu.minor}"
+    try:
+        _C.device_count()
+    except RuntimeError as error:  # a driver older than the CUDA that _C was built with
+        return str(error)
+    return None
 
 
 @contextmanager

@@ -1,0 +1,87 @@
+# make train   set up, then train a small Ling-2.0            make test      set up, then run the tests
+# make lint    what CI checks before the tests                make install   only set up, with everything for development
+# make clean   remove what make made
+#
+# Set up: a virtual environment in .venv that sees the packages of PYTHON, so that a torch which is there is used. What
+# was done once is done again only when pyproject.toml, setup.py or csrc/ has changed. Variables: PYTHON=python3.12,
+# ARGS="--steps 100" (for train and test), TORCH and TRITON (what to install where PYTHON has none), LING_CUDA=0.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+TRITON ?= triton==3.8.0
+ARGS ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+# What PYTHON's environment has (ruff, cmake) is not installed again: its tools serve.
+OUTER := $(shell command -v $(PYTHON))
+export PATH := $(CURDIR)/$(VENV)/bin:$(if $(OUTER),$(dir $(OUTER)):)$(PATH)
+PIP := $(PY) -m pip install -qq
+CSRC := CMakeLists.txt $(shell find csrc -type f)
+CXX_FILES := $(shell find csrc tests/host -path '*/build' -prune -o \
+	-type f \( -name '*.cu*' -o -name '*.h' -o -name '*.cpp' \) -print)
+
+.PHONY: help train test lint install clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
+
+train: $(VENV)/.train
+	@$(PY) -m ling_kernels.train --model tiny $(ARGS)
+
+test: $(VENV)/.dev
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -p no:benchmark -n auto --maxprocesses 4 $(ARGS)
+
+lint: $(VENV)/.dev
+	@ruff check
+	@ruff format --check
+	@clang-format --dry-run -Werror $(CXX_FILES)
+
+install: $(VENV)/.dev
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info tests/host/build ling_kernels/_C.*.so .pytest_cache .ruff_cache .benchmarks
+
+# A virtual environment's packages are no system packages: a PYTHON that lives in one hands them on by a .pth file.
+$(VENV)/.python:
+	@[ -n "$(OUTER)" ] || { echo "error: there is no $(PYTHON); name another: make PYTHON=..." >&2; exit 1; }
+	@echo "[make] a virtual environment in $(VENV)"
+	@rm -rf $(VENV)
+	@$(OUTER) -m venv --system-site-packages $(VENV) || { rm -rf $(VENV); echo "error: $(OUTER) cannot make a virtual \
+	environment; install its venv module (python3-venv on Debian), or name another: make PYTHON=..." >&2; exit 1; }
+	@$(OUTER) -c 'import site, sys; [print(f"import site; site.addsitedir({p!r})") \
+	for p in site.getsitepackages() if sys.prefix != sys.base_prefix]' \
+	> "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/outer.pth"
+	@touch $@
+
+# Before anything that depends on torch, which would otherwise choose its newest build.
+$(VENV)/.torch: $(VENV)/.python
+	@$(call has,torch,2.10) || { echo "[make] $(TORCH)" && $(PIP) "$(TORCH)"; }
+	@$(call has,triton,3.0) || [ "$$(uname)" != Linux ] || { echo "[make] $(TRITON)" && $(PIP) "$(TRITON)"; }
+	@touch $@
+
+has = $(PY) -c 'import sys, importlib.metadata as m; \
+	v = ([x.version for x in m.distributions(name="$(1)")] or ["0"])[0]; \
+	sys.exit([int(n) for n in v.split(".")[:2]] < [int(n) for n in "$(2)".split(".")])' 2>/dev/null
+
+INSTALLED_FROM := pyproject.toml setup.py $(VENV)/.torch
+
+$(VENV)/.train: $(INSTALLED_FROM) $(CSRC)
+	@$(call install,train)
+	@touch $@
+
+$(VENV)/.dev: $(INSTALLED_FROM) $(CSRC)
+	@$(call install,train$(,)dev)
+	@touch $@ $(VENV)/.train
+
+, := ,
+NEEDS = import setup; print(*setup.get_requires_for_build_editable(), sep="\n")
+
+# Where only csrc/ has changed, only csrc/ is built.
+install = $(if $(filter $(INSTALLED_FROM),$?),\
+	echo "[make] ling_kernels[$(1)]" \
+	&& $(PIP) "setuptools>=77" \
+	&& $(PY) -c '$(NEEDS)' > $(VENV)/needs.txt && $(PIP) -r $(VENV)/needs.txt \
+	&& $(PIP) --no-build-isolation -e ".[$(1)]",\
+	echo "[make] csrc/" && $(PY) setup.py -q build_ext --inplace)

@@ -1,0 +1,306 @@
+"""What a newcomer meets first: the import, `info`, the build and its answers, make."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import types
+import warnings
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import ling_kernels
+from ling_kernels import backend, info
+
+ROOT = Path(__file__).parents[1]
+CLEAN = {k: v for k, v in os.environ.items() if not k.startswith(("LING_", "TRITON_INTERPRET"))}
+
+
+def python(*args, cwd=ROOT, **env):
+    return subprocess.run([sys.executable, *args], cwd=cwd, env=CLEAN | env, capture_output=True, text=True)
+
+
+def test_import_is_quick_and_light():
+    code = (
+        "import torch, sys, time; t = time.perf_counter(); import ling_kernels; t = time.perf_counter() - t\n"
+        "assert 'triton' not in sys.modules and 'torch._dynamo' not in sys.modules\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "print(t)"
+    )
+    for _ in range(3):  # a busy machine may be slow once
+        result = python("-c", code)
+        assert result.returncode == 0, result.stderr
+        if float(result.stdout) < 0.3:
+            return
+    raise AssertionError(f"import ling_kernels took {result.stdout} s after torch")
+
+
+def test_import_needs_no_torch():
+    result = python(
+        "-c", "import sys; sys.modules['torch'] = None; import ling_kernels; print(ling_kernels.__version__)"
+    )
+    assert result.stdout.strip() == ling_kernels.__version__, result.stderr
+
+
+def test_info_prints_versions_and_reasons():
+    result = python("-m", "ling_kernels.info", CUDA_VISIBLE_DEVICES="")
+    assert result.returncode == 0 and not result.stderr, result.stderr
+    for words in (
+        f"ling_kernels   {ling_kernels.__version__}",
+        torch.__version__,
+        "gpu            none: ",
+        "backend torch  available",
+        "backend triton not available: no GPU",
+        "backend cuda   not available: no GPU",
+    ):
+        assert words in result.stdout
+
+
+def test_info_as_json():
+    result = python("-m", "ling_kernels.info", "--json", CUDA_VISIBLE_DEVICES="")
+    found = json.loads(result.stdout)
+    assert found["torch"] == torch.__version__ and found["gpus"] == [] and found["backends"]["torch"] is None
+
+
+def test_info_without_torch():
+    code = "import sys, runpy; sys.modules['torch'] = None; runpy.run_module('ling_kernels.info', run_name='__main__')"
+    result = python("-c", code)
+    assert result.returncode == 0 and "torch cannot be imported" in result.stdout, result.stderr
+
+
+@pytest.mark.parametrize("name", ["nonsense", pytest.param("cuda", marks=pytest.mark.skipif(
+    any(ROOT.glob("ling_kernels/_C*.so")), reason="_C is built"))])  # fmt: skip
+def test_a_backend_that_cannot_be_had(name):
+    result = python("-m", "ling_kernels.info", LING_BACKEND=name)
+    assert result.returncode == 2 and result.stderr.startswith("error: LING_BACKEND is"), result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """A machine with one H200 and a _C that works, as far as backend.py and info.py look."""
+    gpu = types.SimpleNamespace(
+        name="NVIDIA H200", multi_processor_count=132, total_memory=140 * 2**30, major=9, minor=0
+    )
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: gpu)
+    monkeypatch.setattr(backend, "_C", types.SimpleNamespace(device_count=lambda: 1, __file__="_C.so"))
+    monkeypatch.setattr(backend, "_forced", None)
+    monkeypatch.setattr(backend, "_kernels_on", {})
+    return gpu
+
+
+def raises(error):
+    def call():
+        raise error
+
+    return call
+
+
+def test_hopper_runs_cuda(hopper):
+    assert backend.kernels_on(0) == "cuda"
+    text = "\n".join(info.lines(info.info()))
+    assert "gpu 0          NVIDIA H200, 132 SMs, 140 GiB, sm_90" in text
+    assert "backend triton available" in text and "backend cuda   available" in text and "csrc/          _C.so" in text
+
+
+def test_the_reason_is_given_where_cuda_does_not_run(hopper, monkeypatch):
+    too_old = RuntimeError("CUDA driver version is insufficient for CUDA runtime version")
+    monkeypatch.setattr(backend._C, "device_count", raises(too_old))
+    with pytest.warns(UserWarning, match="backend cuda is off: CUDA driver version is insufficient"):
+        assert backend.kernels_on(0) == "triton"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backend.kernels_on(0) == "triton"  # it warns once
+    assert "backend cuda   not available: CUDA driver version" in "\n".join(info.lines(info.info()))
+    hopper.major = 8
+    assert backend.why_not("cuda", 0) == "its kernels are built for sm_90a, and this GPU is sm_80"
+    monkeypatch.setattr(backend, "_C", None)
+    monkeypatch.setattr(backend, "_C_missing", "it is not built")
+    assert backend.why_not("cuda", 0) == "it is not built"
+
+
+def test_info_on_a_gpu_machine_with_a_broken_driver(hopper, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "init", raises(RuntimeError("The NVIDIA driver is too old.\nMore words")))
+    text = "\n".join(info.lines(info.info()))
+    assert "gpu            none: The NVIDIA driver is too old\n" in text and "not available: no GPU" in text
+
+
+def test_torch_compile_takes_the_choice_as_a_constant(hopper):
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda x: x + (1 if backend.kernels_on(0) == "cuda" else 2), fullgraph=True, backend="eager"
+    )
+    assert compiled(torch.zeros(())) == 1
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A copy of what a build sees."""
+    skip = shutil.ignore_patterns("__pycache__", "_C*.so")
+    for folder in ("csrc", "ling_kernels"):
+        shutil.copytree(ROOT / folder, tmp_path / "tree" / folder, ignore=skip)
+    for file in (p for p in ROOT.iterdir() if p.is_file()):
+        shutil.copy(file, tmp_path / "tree")
+    (tmp_path / "tree/tests").mkdir()
+    shutil.copy(ROOT / "tests/test_package.py", tmp_path / "tree/tests")
+    return tmp_path / "tree"
+
+
+def program(path: Path, text: str = "exit 0") -> Path:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def build(tree, hook, before="", **env):
+    """A build backend's hook, as pip calls it; `before` runs first in its process."""
+    code = f"{before}\nimport sys; sys.path.insert(0, '.')\nimport setup; print('made', setup.{hook}('dist'))"
+    return python("-c", code, cwd=tree, **env)
+
+
+def test_a_wheel_without_nvcc_is_all_python(tree):
+    result = build(tree, "build_wheel", LING_CUDA="0")
+    assert result.returncode == 0, result.stderr
+    (wheel,) = (tree / "dist").glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert f"ling_kernels-{ling_kernels.__version__}-py3-none-any.whl" == wheel.name
+    assert {"ling_kernels/py.typed", "ling_kernels/ops/route.py", "ling_kernels/backend.py"} <= {*names}
+    assert all(n.startswith("ling_kernels") for n in names) and not any(n.endswith((".cu", ".so")) for n in names)
+
+
+def test_an_sdist_can_be_built(tree):
+    result = build(tree, "build_sdist")
+    assert result.returncode == 0, result.stderr
+    (sdist,) = (tree / "dist").glob("*.tar.gz")
+    names = {n.partition("/")[2] for n in tarfile.open(sdist).getnames()}
+    sources = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.*")}
+    assert sources | {"CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE"} <= names
+    assert not any(n.startswith("tests") for n in names)
+
+
+MISSING = {  # name: (run before the build, environment, words of the answer)
+    "dlpack": ("", dict(DLPACK_INCLUDE_DIR="nowhere"), "dlpack/dlpack.h"),
+    "the wheel with dlpack": ("import sys; sys.modules['tvm_ffi'] = None", {}, "dlpack/dlpack.h"),
+    "pybind11": ("import sys; sys.modules['pybind11'] = None", {}, "pybind11"),
+    "cmake": ("import sysconfig; sysconfig.get_path = lambda *a: ''", dict(PATH="bin"), "CMake 3.24"),
+}
+
+
+@pytest.mark.parametrize("name", MISSING)
+def test_a_build_says_what_it_lacks(tree, name):
+    before, env, words = MISSING[name]
+    program(tree / "bin/nvcc")
+    program(tree / "tools/cmake", "echo cmake version 3.30.1")
+    program(tree / "tools/ninja")
+    env = {"PATH": f"{tree}/bin:{tree}/tools", "DLPACK_INCLUDE_DIR": ""} | env
+    result = build(tree, "build_wheel", before, **env)
+    last = result.stderr.strip().splitlines()[-1]
+    assert result.returncode and last.startswith("error: nvcc was found, but"), result.stderr
+    assert words in last and "LING_CUDA=0 installs without" in last
+
+
+def test_a_build_that_fails_says_how_to_do_without(tree):
+    program(tree / "bin/nvcc")
+    program(tree / "bin/ninja")
+    program(tree / "bin/cmake", '[ "$1" = --version ] && echo cmake version 3.30.1 || { echo a reason; exit 1; }')
+    (tree / "dlpack").mkdir()
+    (tree / "dlpack/dlpack.h").touch()
+    before = "import types; m = types.ModuleType('pybind11'); m.__spec__ = types.SimpleNamespace("
+    before += "submodule_search_locations=['.']); import sys; sys.modules['pybind11'] = m"
+    (tree / "share/cmake/pybind11").mkdir(parents=True)
+    result = build(tree, "build_wheel", before, PATH=f"{tree}/bin:/usr/bin:/bin", DLPACK_INCLUDE_DIR=str(tree))
+    assert "a reason" in result.stdout
+    assert result.stderr.strip().splitlines()[-1].startswith("error: csrc/ did not build"), result.stderr
+
+
+def test_cuda_can_be_insisted_on(tree):
+    result = build(tree, "get_requires_for_build_wheel", LING_CUDA="1", PATH=str(tree))
+    assert result.returncode and "error: LING_CUDA=1, but there is no nvcc on PATH" in result.stderr
+
+
+def test_a_build_asks_only_for_what_it_lacks(tree):
+    nothing = "import sysconfig; sysconfig.get_path = lambda *a: ''"
+    assert "made []" in build(tree, "get_requires_for_build_wheel", nothing, PATH=str(tree)).stdout
+    program(tree / "bin/nvcc")
+    all_of_it = build(tree, "get_requires_for_build_wheel", nothing, PATH="bin", DLPACK_INCLUDE_DIR="")
+    assert "made ['pybind11>=3.0', 'apache-tvm-ffi', 'cmake>=3.24', 'ninja']" in all_of_it.stdout
+    program(tree / "bin/cmake", "echo cmake version 3.22.1")
+    program(tree / "bin/ninja")
+    too_old = build(tree, "get_requires_for_build_wheel", nothing, PATH="bin", DLPACK_INCLUDE_DIR="somewhere")
+    assert "made ['pybind11>=3.0', 'cmake>=3.24']" in too_old.stdout
+
+
+@pytest.mark.skipif(not any(ROOT.glob("ling_kernels/_C*.so")), reason="_C is not built in place")
+def test_the_extension_stands_alone():
+    """It needs no CUDA library and no driver to load, and nothing of torch to link."""
+    (extension,) = ROOT.glob("ling_kernels/_C*.so")
+    linked = subprocess.run(["ldd", extension], capture_output=True, text=True).stdout
+    assert not any(name in linked for name in ("libcuda", "torch", "c10", "not found")), linked
+    result = python("-c", "import ling_kernels._C as C, sys; assert 'torch' not in sys.modules; print(dir(C))",
+                    LD_LIBRARY_PATH="")  # fmt: skip
+    assert "rms_norm_fwd" in result.stdout, result.stderr
+
+
+PYTHON = """
+case "$*" in
+  "-m venv"*) mkdir -p .venv/bin; cp "$0" .venv/bin/python; echo venv >> log;;
+  *"import site"*) ;;
+  *sysconfig*) echo .venv;;
+  *importlib.metadata*) exit $TORCH_IS_THERE;;
+  *get_requires*) echo pybind11;;
+  *"pip install"*) shift 4; echo pip "$*" >> log;;
+  *) echo python "$*" >> log;;
+esac
+"""
+
+
+def test_make_does_nothing_twice(tree):
+    """make, with a Python that writes down what it is told."""
+    fake = program(tree / "fake/python", PYTHON)
+    (tree / "tests/host").mkdir()
+
+    def make(target, torch_is_there=True):
+        (tree / "log").unlink(missing_ok=True)
+        env = CLEAN | {"TORCH_IS_THERE": "0" if torch_is_there else "1"}
+        env.pop("MAKEFLAGS", None)
+        result = subprocess.run(["make", target, f"PYTHON={fake}"], cwd=tree, env=env, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        return (tree / "log").read_text().splitlines() if (tree / "log").exists() else []
+
+    def touch(name):
+        later = (tree / ".venv/.train").stat().st_mtime + 1
+        os.utime(tree / name, (later, later))
+
+    def settle():
+        for stamp in (tree / ".venv").glob(".*"):
+            later = stamp.stat().st_mtime + 2
+            os.utime(stamp, (later, later))
+
+    train, test = (
+        "python -m ling_kernels.train --model tiny",
+        "python -m pytest -p no:benchmark -n auto --maxprocesses 4",
+    )
+    install = ["pip setuptools>=77", "pip -r .venv/needs.txt"]
+    assert make("train", torch_is_there=False) == [
+        "venv", "pip torch==2.13.0", "pip triton==3.8.0", *install, "pip --no-build-isolation -e .[train]", train,
+    ]  # fmt: skip
+    assert make("train") == [train]
+    assert make("test") == [*install, "pip --no-build-isolation -e .[train,dev]", test]
+    assert make("test") == [test] and make("train") == [train]
+    touch("csrc/tensor.h")
+    assert make("test") == ["python setup.py -q build_ext --inplace", test]
+    settle()
+    assert make("test") == [test] and make("train") == [train]
+    touch("pyproject.toml")
+    assert make("train") == [*install, "pip --no-build-isolation -e .[train]", train]
+    shutil.rmtree(tree / ".venv")
+    assert make("install") == ["venv", *install, "pip --no-build-isolation -e .[train,dev]"]
