@@ -40,6 +40,11 @@ lint: $(VENV)/.dev
 
 install: $(VENV)/.dev
 
+# An older Triton beside the installed one: the kernels must build under both (tests/test_compiles_for_hopper.py).
+build/triton-3.6: $(VENV)/.dev
+	@echo "[make] triton==3.6.0 in $@"
+	@rm -rf $@ && $(PIP) --no-deps --target $@ triton==3.6.0
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info tests/host/build ling_kernels/_C.*.so .pytest_cache .ruff_cache .benchmarks
 

@@ -32,7 +32,7 @@ from ling_kernels.ops.linear_cross_entropy import linear_cross_entropy, linear_c
 from ling_kernels.ops.moe import moe, moe_decode
 from ling_kernels.ops.permute import permute, permute_quantize, permute_quantize_ref, permute_ref
 from ling_kernels.ops.qk_norm_attention import qk_norm_attention, qk_norm_attention_ref
-from ling_kernels.ops.qk_norm_rope import qk_norm_rope, qk_norm_rope_ref, rope_tables
+from ling_kernels.ops.qk_norm_rope import qk_norm_rope, qk_norm_rope_ref
 from ling_kernels.ops.quantize import (
     dequantize,
     pad_columns,
@@ -42,6 +42,7 @@ from ling_kernels.ops.quantize import (
     quantize_weight_ref,
 )
 from ling_kernels.ops.rms_norm import rms_norm, rms_norm_ref
+from ling_kernels.ops.rope_tables import rope_tables
 from ling_kernels.ops.route import route, route_ref
 from ling_kernels.ops.router_gemm import router_gemm, router_gemm_ref
 from ling_kernels.ops.swiglu import swiglu, swiglu_ref

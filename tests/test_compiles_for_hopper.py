@@ -13,7 +13,7 @@ from tests.cases import CASES
 from tests.hopper import builds, markdown
 
 ROOT = Path(__file__).parents[1]
-OLDER = ROOT / "build/triton-3.6"  # what GPU machines may have; `make test` puts it there
+OLDER = ROOT / "build/triton-3.6"  # what GPU machines may have; `make build/triton-3.6` puts it there
 RESULTS = ROOT / "benchmarks/results"
 SHARED = 227 << 10  # bytes that a block can have on sm_90
 WITH_KERNELS = sorted({c.op.__name__ for c in CASES if builds(c)})

@@ -7,8 +7,8 @@ from ling_kernels import cross_entropy, qk_norm_rope, rms_norm
 from ling_kernels.backend import force
 from ling_kernels.ops import qk_norm_rope as qk_norm_rope_file
 from ling_kernels.ops import rms_norm as rms_norm_file
-from ling_kernels.ops.qk_norm_rope import rope_tables
 from ling_kernels.ops.rms_norm import rms_norm_ref
+from ling_kernels.ops.rope_tables import rope_tables
 from tests.cases import CASES, DEVICE, Rand, args_of, qk_norm_rope_args, runs
 from tests.test_ops import outputs_and_grads, same_bits
 

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from ling_kernels import attention, attention_decode, qk_norm_attention, qk_norm_rope
 from ling_kernels.op import E4M3
 from ling_kernels.ops.attention_decode import KVCache, append
-from ling_kernels.ops.qk_norm_rope import rope_tables
+from ling_kernels.ops.rope_tables import rope_tables
 from tests.cases import DEVICE, Rand, cache_of, cu_seqlens, decode_args
 from tests.test_ops import same_bits as equal_bits
 

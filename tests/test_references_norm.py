@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from ling_kernels import qk_norm_rope, rms_norm
 from ling_kernels.backend import force
 from ling_kernels.ops.attention_decode import append
-from ling_kernels.ops.qk_norm_rope import rope_frequencies, rope_tables
 from ling_kernels.ops.quantize import dequantize, quantize
+from ling_kernels.ops.rope_tables import rope_frequencies, rope_tables
 from tests.cases import DEVICE, Rand, cache_of, runs
 from tests.test_ops import same_bits as equal_bits
 

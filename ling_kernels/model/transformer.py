@@ -16,7 +16,7 @@ from ..nn.norm import Fp32Buffers
 from ..ops.attention_decode import KVCache
 from ..ops.cross_entropy import cross_entropy
 from ..ops.linear_cross_entropy import linear_cross_entropy
-from ..ops.qk_norm_rope import rope_tables
+from ..ops.rope_tables import rope_tables
 from .config import LingConfig
 from .decode import generate, stream
 from .mtp import MTP
