@@ -86,16 +86,9 @@ class Attention(torch.autograd.Function):
 
 @op("out", "lse")
 def attention_ref_fwd(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    causal: bool,
-    scale: float,
-) -> None:
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor | None, out: Tensor, lse: Tensor,
+    causal: bool, scale: float,
+) -> None:  # fmt: skip
     Tq, Tk, Hkv, G = len(q), len(k), k.shape[1], q.shape[1] // k.shape[1]
     qs, ks, vs = (by_kv_head(x, Hkv) for x in (q, k, v))
     outs, lses = torch.zeros_like(qs), qs.new_full(qs.shape[:2], -torch.inf)
@@ -185,16 +178,9 @@ def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 @op("out", "lse")
 def attention_fwd(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    causal: bool,
-    scale: float,
-) -> None:
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor | None, out: Tensor, lse: Tensor,
+    causal: bool, scale: float,
+) -> None:  # fmt: skip
     (Tq, Hq, D), Hkv, B = q.shape, k.shape[1], len(cu_q) - 1
     c = config("fwd", q.dtype)
     if q.numel():
@@ -255,6 +241,13 @@ def find_tile(cu, tile, B, BLOCK: tl.constexpr, BLOCK_B: tl.constexpr):
 
 
 @triton.jit
+def extents(cu_q, cu_k, seq):
+    # A sequence's first query and their number, its first key and their number
+    q0, k0 = tl.load(cu_q + seq), tl.load(cu_k + seq)
+    return q0, tl.load(cu_q + seq + 1) - q0, k0, tl.load(cu_k + seq + 1) - k0
+
+
+@triton.jit
 def load_rows(x, first, row, rows, h, H, D, BLOCK_D: tl.constexpr):
     # [len(row), BLOCK_D] of head h; zeros past the sequence's end and past D
     d = tl.arange(0, BLOCK_D)
@@ -278,8 +271,7 @@ def attention_fwd_kernel(
     if seq >= B:
         return
     h = tl.program_id(1)
-    q0, k0 = tl.load(cu_q + seq), tl.load(cu_k + seq)
-    Lq, Lk = tl.load(cu_q + seq + 1) - q0, tl.load(cu_k + seq + 1) - k0
+    q0, Lq, k0, Lk = extents(cu_q, cu_k, seq)
     m = m0 + tl.arange(0, BLOCK_M)
     qs = load_rows(q, q0, m, Lq, h, Hq, D, BLOCK_D)
 
@@ -341,8 +333,7 @@ def attention_dq_kernel(
     if seq >= B:
         return
     h = tl.program_id(1)
-    q0, k0 = tl.load(cu_q + seq), tl.load(cu_k + seq)
-    Lq, Lk = tl.load(cu_q + seq + 1) - q0, tl.load(cu_k + seq + 1) - k0
+    q0, Lq, k0, Lk = extents(cu_q, cu_k, seq)
     m = m0 + tl.arange(0, BLOCK_M)
     qs = load_rows(q, q0, m, Lq, h, Hq, D, BLOCK_D)
     douts = load_rows(dout, q0, m, Lq, h, Hq, D, BLOCK_D)
@@ -372,8 +363,7 @@ def attention_dkv_kernel(
     if seq >= B:
         return
     g = tl.program_id(1)
-    q0, k0 = tl.load(cu_q + seq), tl.load(cu_k + seq)
-    Lq, Lk = tl.load(cu_q + seq + 1) - q0, tl.load(cu_k + seq + 1) - k0
+    q0, Lq, k0, Lk = extents(cu_q, cu_k, seq)
     n = n0 + tl.arange(0, BLOCK_N)
     ks = load_rows(k, k0, n, Lk, g, Hkv, D, BLOCK_D)
     vs = load_rows(v, k0, n, Lk, g, Hkv, D, BLOCK_D)
