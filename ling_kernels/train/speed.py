@@ -20,7 +20,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
 
 
 def measured_flops(device: torch.device, dtype: torch.dtype, size: int, repeats: int = 5) -> float:
-    a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
+    g = torch.Generator(device).manual_seed(0)  # random: a GPU multiplies ones faster; its own: the run's must not move
+    a, b = (torch.randn(size, size, generator=g, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")
     for _ in range(repeats + 1):  # the first one warms up, and never is the best
         start = time.perf_counter()
