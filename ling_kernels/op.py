@@ -55,3 +55,9 @@ def expect(condition: bool, contract: str, *args) -> None:
 
 def round_up(n: int, multiple: int) -> int:
     return (n + multiple - 1) // multiple * multiple
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of that GPU; a CPU, where kernels are only interpreted or built, stands for an H200."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132

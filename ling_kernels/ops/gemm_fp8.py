@@ -4,15 +4,13 @@ FP8 tensor cores of Hopper keep about 14 bits of a sum, hence the promotion to f
 and the grouped ones of grouped_gemm_fp8.py.
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..backend import backend
-from ..op import E4M3, expect, op, wide
+from ..op import E4M3, expect, multiprocessors, op, wide
 from .quantize import BLOCK
 from .triton_fp8 import quantize_along
 
@@ -144,12 +142,6 @@ def config(rows: int, K: int, tiles: int, swiglu: bool, sms: int) -> dict:
     return dict(
         SWAP=swap, BLOCK_M=block_m, BLOCK_N=block_n, BAND=16, num_warps=warps, num_stages=stages, programs=sms * per_sm
     )
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """Of that GPU; a CPU, where kernels are only interpreted or built, stands for an H200."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def aligned(x: Tensor) -> Tensor:

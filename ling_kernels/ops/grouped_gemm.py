@@ -6,8 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backend import backend
-from ..op import autocast, expect, op, wide
-from .gemm_fp8 import find_group, multiprocessors, place_in_group, provide_scratch
+from ..op import autocast, expect, multiprocessors, op, wide
+from .gemm_fp8 import find_group, place_in_group, provide_scratch
 from .grouped_wgrad import grouped_wgrad_fwd
 
 

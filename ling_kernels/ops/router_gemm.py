@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backend import backend
-from ..op import expect, op, wide
+from ..op import expect, multiprocessors, op, wide
 from .gemm_fp8 import multiprocessors
 
 
