@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..backend import backend
 from ..op import expect, multiprocessors, op, wide
-from .gemm_fp8 import multiprocessors
 
 
 def router_gemm(x: Tensor, w: Tensor, passes: int = 3) -> Tensor:
