@@ -1,6 +1,8 @@
 # make train   set up, then train a small Ling-2.0            make test      set up, then run the tests
 # make lint    what CI checks before the tests                make install   only set up, with everything for development
 # make clean   remove what make made
+# make gpu     on a machine with a Hopper GPU: build, test, check and time, into benchmarks/results/. It installs nothing
+#              and uses PYTHON as it is. `make stamp` before, where there is a git history, names the commit for it.
 #
 # Set up: a virtual environment in .venv that sees the packages of PYTHON, so that a torch which is there is used. What
 # was done once is done again only when pyproject.toml, setup.py or csrc/ has changed. Variables: PYTHON=python3.12,
@@ -21,7 +23,7 @@ CSRC := CMakeLists.txt $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc tests/host -path '*/build' -prune -o \
 	-type f \( -name '*.cu*' -o -name '*.h' -o -name '*.cpp' \) -print)
 
-.PHONY: help train test lint install clean
+.PHONY: help train test lint install clean gpu stamp
 .DEFAULT_GOAL := help
 
 help:
@@ -44,6 +46,13 @@ install: $(VENV)/.dev
 build/triton-3.6: $(VENV)/.dev
 	@echo "[make] triton==3.6.0 in $@"
 	@rm -rf $@ && $(PIP) --no-deps --target $@ triton==3.6.0
+
+gpu:
+	@$(OUTER) benchmarks/gpu.py $(ARGS)
+
+stamp:
+	@mkdir -p build
+	@git describe --always --dirty --abbrev=40 --exclude='*' | tee build/commit
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info tests/host/build ling_kernels/_C.*.so .pytest_cache .ruff_cache .benchmarks
@@ -82,11 +91,13 @@ $(VENV)/.dev: $(INSTALLED_FROM) $(CSRC)
 
 , := ,
 NEEDS = import setup; print(*setup.get_requires_for_build_editable(), sep="\n")
+HEADERS = import setup; print(*setup.headers_alone(), sep="\n")
 
 # Where only csrc/ has changed, only csrc/ is built.
 install = $(if $(filter $(INSTALLED_FROM),$?),\
 	echo "[make] ling_kernels[$(1)]" \
 	&& $(PIP) "setuptools>=77" \
 	&& $(PY) -c '$(NEEDS)' > $(VENV)/needs.txt && $(PIP) -r $(VENV)/needs.txt \
+	&& $(PY) -c '$(HEADERS)' > $(VENV)/headers.txt && $(PIP) --no-deps -r $(VENV)/headers.txt \
 	&& $(PIP) --no-build-isolation -e ".[$(1)]",\
 	echo "[make] csrc/" && $(PY) setup.py -q build_ext --inplace)

@@ -35,11 +35,11 @@ def backend(x: Tensor) -> str:
 
 
 def kernels_on(device: int) -> str:
-    """The default on that GPU, looked up once. On Hopper a warning says why it is not `cuda`."""
+    """The default on that GPU, looked up once. Where one would expect `cuda`, a warning says why it is not."""
     if device not in _kernels_on:
         reason = why_not("cuda", device)
         _kernels_on[device] = "triton" if reason else "cuda"
-        if reason and torch.cuda.get_device_properties(device).major == 9:
+        if reason and (_C is not None or torch.cuda.get_device_properties(device).major == 9):
             warnings.warn(f"backend cuda is off: {reason}; Triton serves", stacklevel=3)
     return _kernels_on[device]
 

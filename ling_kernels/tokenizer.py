@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from .errors import InputError
+from .files import whole
 
 # From <|startoftext|> to <|role_end|> in the order Ling has them (there 156891 .. 156895).
 SPECIAL = (
@@ -138,11 +139,10 @@ class Tokenizer:
         """Write tokenizer.json and tokenizer_config.json into the folder `path`, each whole or not at all."""
         tokenizer = byte_tokenizer_json() if self.backend is None else json.loads(self.backend.to_str())
         for name, content in {"tokenizer.json": tokenizer, "tokenizer_config.json": self.settings}.items():
-            partial = Path(path, name + ".partial")
             try:
-                partial.parent.mkdir(parents=True, exist_ok=True)
-                partial.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-                partial.replace(Path(path, name))
+                Path(path).mkdir(parents=True, exist_ok=True)
+                with whole(Path(path, name)) as file:
+                    file.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
             except OSError as error:
                 raise InputError(f"cannot write the tokenizer to {path}: {error}") from None
 

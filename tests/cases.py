@@ -45,7 +45,7 @@ from ling_kernels.ops.rms_norm import rms_norm, rms_norm_ref
 from ling_kernels.ops.rope_tables import rope_tables
 from ling_kernels.ops.route import route, route_ref
 from ling_kernels.ops.router_gemm import router_gemm, router_gemm_ref
-from ling_kernels.ops.swiglu import swiglu, swiglu_ref
+from ling_kernels.ops.swiglu import swiglu, swiglu_backward, swiglu_backward_ref, swiglu_ref
 from ling_kernels.ops.transpose_fp8 import transpose_fp8, transpose_fp8_ref
 from ling_kernels.ops.unpermute import unpermute, unpermute_ref
 
@@ -94,6 +94,7 @@ class Case:
     truth: Callable = None  # what a quantised result approximates; otherwise ref itself, in fp64
     exact: bool | tuple = False  # outputs that equal the reference's bit for bit: all, or these indices
     defined: Callable = None  # outputs -> outputs with what the contract leaves undefined cut away
+    product: bool = False  # a matrix product, linear in either factor: tensor cores may lose a share of |A||B|
     flops: Callable = None  # flops(**shape); None: the op is memory bound
     # Shapes with Ling's real constants to build Triton kernels at; () stands for the tests' shapes, None for an op that
     # has other ops' kernels only
@@ -184,9 +185,10 @@ def gemm_fp8_args(rand, M, N, K, tall=False, out=False, accumulate=False):
     return *quantize(rand.data(M, K)), *b, rand.data(M, N) if out else None, accumulate, rand.dtype
 
 
-def grouped_fp8_args(rand, S, E, N, K, rest=0):
+def grouped_fp8_args(rand, S, E, N, K, rest=0, transposed=False):
     offsets = offsets_of(rand, S, E, rest)
-    return *quantize(poison(rand.data(S, K), offsets)), *quantize_weight(rand.data(E, N, K)), offsets
+    w = rand.data(E, K, N) if transposed else rand.data(E, N, K)
+    return *quantize(poison(rand.data(S, K), offsets)), *quantize_weight(w), offsets
 
 
 def gather_args(rand, T, E, N, K, topk=2, routing=""):
@@ -245,7 +247,9 @@ def dequantized(fn: Callable) -> Callable:
     @functools.wraps(fn)
     def call(*args, **kwargs):
         out = fn(*args, **kwargs)
-        return tuple(t for q, scale in zip(out[::2], out[1::2], strict=True) for t in (dequantize(q, scale), scale))
+        out, *others = out if isinstance(out[0], tuple) else (out,)
+        pairs = zip(out[::2], out[1::2], strict=True)
+        return *(t for q, scale in pairs for t in (dequantize(q, scale), scale)), *others
 
     return call
 
@@ -254,6 +258,19 @@ def swiglu_unquantized(x, weights, quantize, columns=False, plan=None, pow2=Fals
     """What dequantized(swiglu) approximates."""
     y, scales = swiglu_ref(x, weights), swiglu_ref(x, weights, quantize, columns, plan, pow2)[1::2]
     return tuple(t for pair in zip((y, pad_columns(y, plan).T), scales, strict=False) for t in pair)
+
+
+def swiglu_backward_args(rand, T, E, F, routing=""):
+    plan = plan_of(rand, T, E, 2, routing)
+    dy, x, weights = (poison(rand.data(2 * T, n), plan.offsets) for n in (F, 2 * F, 1))
+    return dy, x, weights[:, 0].float(), True, True, plan
+
+
+def swiglu_backward_unquantized(dy, x, weights, quantize, columns=False, plan=None, pow2=False):
+    """What dequantized(swiglu_backward) approximates."""
+    dx, dweights = swiglu_backward_ref(dy, x, weights)
+    scales = swiglu_backward_ref(dy, x, weights, quantize, columns, plan, pow2)[0][1::2]
+    return *(t for pair in zip((dx, pad_columns(dx, plan).T), scales, strict=False) for t in pair), dweights
 
 
 def cu_seqlens(lens) -> Tensor:
@@ -339,7 +356,7 @@ CASES = [
         in_place(balance_bias_, 0), in_place(balance_bias_ref, 0),
         lambda rand, E: (rand.data(E, dtype=FP32), rand.ints(0, 9, E), 0.1),
         [dict(E=1), dict(E=3), dict(E=256), dict(E=256)],
-        dtypes=(FP32,), exact=True, backends=("torch", "triton"),
+        dtypes=(FP32,), exact=True, backends=("torch", "triton", "cuda"),
     ),
     Case(
         cross_entropy, cross_entropy_ref,
@@ -353,22 +370,29 @@ CASES = [
         lambda rand, T, E, topk: (e := rand.ints(-1, E, T, topk), counts_of(e, E)),
         [dict(T=0, E=4, topk=2), dict(T=1, E=1, topk=1), dict(T=67, E=8, topk=3), dict(T=5, E=256, topk=8),
          dict(T=300, E=5, topk=3), dict(T=8200, E=3, topk=4), dict(T=8192, E=256, topk=8)],
-        dtypes=(FP32,), exact=True, backends=("torch", "triton"),
+        dtypes=(FP32,), exact=True, backends=("torch", "triton", "cuda"),
         hopper=[dict(T=1, E=256, topk=8), dict(T=64, E=256, topk=8)],
     ),
     Case(
         gemm_fp8, gemm_fp8_ref, gemm_fp8_args,
         [dict(M=0, N=128, K=128), dict(M=1, N=128, K=256), dict(M=67, N=256, K=2048), dict(M=5, N=3072, K=128),
          dict(M=5, N=33, K=256, tall=True), dict(M=8192, N=3072, K=2048)],
-        backends=("torch", "triton"), flops=lambda M, N, K: 2 * M * N * K,
+        product=True, backends=("torch", "triton", "cuda"), flops=lambda M, N, K: 2 * M * N * K,
         hopper=[dict(M=8, N=3072, K=2048), dict(M=32, N=2048, K=4096), dict(M=256, N=4096, K=512),
                 dict(M=256, N=1024, K=8192)],
+    ),
+    Case(
+        gemm_fp8, gemm_fp8_ref,
+        lambda rand, M, N, K: (*quantize(rand.data(M, K)), *quantize_weight(rand.data(K, N)), None, False, rand.dtype),
+        [dict(M=37, N=256, K=384), dict(M=100, N=384, K=256), dict(M=8192, N=2048, K=3072)],
+        kwargs=dict(transposed=True), flops=lambda M, N, K: 2 * M * N * K, backends=("torch", "triton", "cuda"),
+        hopper=[dict(M=8, N=2048, K=3072)],
     ),
     Case(
         in_place(gemm_fp8, 4), in_place(gemm_fp8_ref, 4), gemm_fp8_args,
         [dict(M=0, N=128, K=128, out=True), dict(M=37, N=256, K=384, tall=True, out=True, accumulate=True),
          dict(M=37, N=256, K=384, out=True), dict(M=2048, N=2048, K=8192, tall=True, out=True, accumulate=True)],
-        backends=("torch", "triton"),
+        product=True, backends=("torch", "triton", "cuda"),
         hopper=[dict(M=512, N=2048, K=2048, tall=True, out=True, accumulate=True),
                 dict(M=512, N=2048, K=2048, out=True)],
     ),
@@ -385,7 +409,7 @@ CASES = [
         [dict(S=0, E=3, N=8, K=16), dict(S=1, E=1, N=1, K=1), dict(S=67, E=8, N=33, K=24, rest=5),
          dict(S=9, E=256, N=8, K=8), dict(S=7, E=2, N=1024, K=128), dict(S=7, E=2, N=128, K=2048),
          dict(S=140, E=1, N=264, K=72, rest=5), dict(S=65536, E=256, N=1024, K=2048)],
-        defined=owned, flops=lambda S, E, N, K: 2 * S * N * K, backends=("torch", "triton"),
+        defined=owned, flops=lambda S, E, N, K: 2 * S * N * K, product=True, backends=("torch", "triton"),
         hopper=[dict(S=16, E=2, N=1024, K=2048), dict(S=64, E=2, N=4096, K=1024), dict(S=128, E=2, N=4096, K=4096),
                 dict(S=64, E=10, N=2048, K=512), dict(S=256, E=10, N=2048, K=512),
                 dict(S=256, E=1, N=4096, K=8192), dict(S=256, E=2, N=33, K=24)],
@@ -395,31 +419,39 @@ CASES = [
         [dict(S=0, E=3, N=128, K=128), dict(S=1, E=1, N=128, K=128), dict(S=67, E=8, N=128, K=256, rest=5),
          dict(S=7, E=2, N=1024, K=128), dict(S=7, E=2, N=128, K=2048), dict(S=150, E=2, N=256, K=1152),
          dict(S=65536, E=256, N=1024, K=2048)],
-        dtypes=(BF16,), defined=owned, flops=lambda S, E, N, K: 2 * S * N * K, backends=("torch", "triton"),
+        dtypes=(BF16,), defined=owned, flops=lambda S, E, N, K: 2 * S * N * K, product=True,
+        backends=("torch", "triton", "cuda"),
         hopper=[dict(S=16, E=2, N=1024, K=2048), dict(S=64, E=2, N=4096, K=1024), dict(S=512, E=2, N=2048, K=512),
                 dict(S=64, E=10, N=2048, K=512), dict(S=256, E=10, N=2048, K=512),
                 dict(S=512, E=2, N=2048, K=4096), dict(S=128, E=1, N=4096, K=8192)],
+    ),
+    Case(
+        grouped_gemm_fp8, grouped_gemm_fp8_ref, functools.partial(grouped_fp8_args, transposed=True),
+        [dict(S=0, E=3, N=128, K=128), dict(S=67, E=8, N=128, K=256, rest=5), dict(S=170, E=2, N=384, K=640),
+         dict(S=65536, E=256, N=2048, K=1024)],
+        dtypes=(BF16,), kwargs=dict(transposed=True), defined=owned, flops=lambda S, E, N, K: 2 * S * N * K,
+        backends=("torch", "triton", "cuda"), hopper=[dict(S=16, E=2, N=2048, K=1024)],
     ),
     Case(
         grouped_gemm_fp8, grouped_gemm_fp8_ref, gather_args,
         [dict(T=0, E=3, N=256, K=128), dict(T=1, E=1, N=256, K=128, topk=1),
          dict(T=37, E=4, N=256, K=128, routing="masked"), dict(T=70, E=2, N=512, K=256),
          dict(T=8192, E=256, N=1024, K=2048, topk=8)],
-        dtypes=(BF16,), kwargs=dict(swiglu=True), defined=owned, backends=("torch", "triton"),
+        dtypes=(BF16,), kwargs=dict(swiglu=True), defined=owned, backends=("torch", "triton", "cuda"),
         hopper=[dict(T=8, E=2, N=1024, K=2048), dict(T=64, E=4, N=1024, K=2048), dict(T=128, E=2, N=2048, K=4096)],
     ),
     Case(
         grouped_gemm_fp8, grouped_gemm_fp8_ref, gather_args,
         [dict(T=37, E=4, N=128, K=256, routing="masked"), dict(T=37, E=4, N=128, K=256, routing="one"),
          dict(T=8192, E=256, N=1024, K=2048, topk=8)],
-        dtypes=(BF16,), kwargs=dict(dtype=FP32), defined=owned, backends=("torch", "triton"),
+        dtypes=(BF16,), kwargs=dict(dtype=FP32), defined=owned, product=True, backends=("torch", "triton", "cuda"),
         hopper=[dict(T=8, E=2, N=1024, K=2048), dict(T=128, E=2, N=2048, K=512), dict(T=128, E=2, N=1024, K=2048)],
     ),
     Case(
         grouped_gemm_fp8_masked, grouped_gemm_fp8_masked_ref, masked_fp8_args,
         [dict(E=1, M=0, N=128, K=128), dict(E=1, M=1, N=128, K=128), dict(E=5, M=19, N=128, K=256),
          dict(E=2, M=8, N=128, K=2048), dict(E=32, M=128, N=1024, K=2048)],
-        dtypes=(BF16,), backends=("torch", "triton"),
+        dtypes=(BF16,), product=True, backends=("torch", "triton", "cuda"),
         hopper=[dict(E=2, M=16, N=1024, K=2048), dict(E=2, M=64, N=2048, K=4096), dict(E=2, M=128, N=4096, K=8192)],
         defined=lambda outs, args: [torch.cat([y[:m] for y, m in zip(outs[0], args[4], strict=True)])],
     ),
@@ -428,7 +460,7 @@ CASES = [
         [dict(S=0, E=3, N=128, K=128), dict(S=1, E=1, N=33, K=7), dict(S=300, E=5, N=24, K=40, rest=9),
          dict(S=300, E=5, N=128, K=256, rest=9, fp8=True), dict(S=40, E=2, N=64, K=2048),
          dict(S=65536, E=256, N=1024, K=2048)],
-        flops=lambda S, E, N, K: 2 * S * N * K, backends=("torch", "triton"),
+        flops=lambda S, E, N, K: 2 * S * N * K, product=True, backends=("torch", "triton", "cuda"),
         hopper=[dict(S=256, E=2, N=1024, K=2048), dict(S=256, E=2, N=1024, K=2048, fp8=True),
                 dict(S=64, E=1, N=4096, K=8192)],
     ),
@@ -437,7 +469,7 @@ CASES = [
         [dict(S=0, E=3, N=128, K=128, out=True), dict(S=300, E=5, N=24, K=40, rest=9, out=True),
          dict(S=300, E=5, N=128, K=256, rest=9, out=True, accumulate=True, fp8=True),
          dict(S=65536, E=256, N=1024, K=2048, out=True, accumulate=True)],
-        backends=("torch", "triton"),
+        product=True, backends=("torch", "triton", "cuda"),
         hopper=[dict(S=256, E=2, N=1024, K=2048, out=True, accumulate=True),
                 dict(S=256, E=2, N=1024, K=2048, out=True, accumulate=True, fp8=True)],
     ),
@@ -446,7 +478,7 @@ CASES = [
         [dict(T=0, E=3, N=128, K=128), dict(T=1, E=1, N=128, K=256, topk=1), dict(T=150, E=4, N=256, K=128),
          dict(T=150, E=4, N=128, K=128, routing="masked"), dict(T=150, E=4, N=128, K=128, routing="one"),
          dict(T=8192, E=256, N=1024, K=2048, topk=8)],
-        dtypes=(FP32,), backends=("torch", "triton"),
+        dtypes=(FP32,), product=True, backends=("torch", "triton", "cuda"),
         hopper=[dict(T=256, E=2, N=1024, K=2048), dict(T=64, E=2, N=4096, K=8192)],
     ),
     Case(
@@ -476,6 +508,7 @@ CASES = [
     Case(
         moe, by_references(moe), moe_args,
         [dict(T=37, E=16, H=24, F=20, groups=4, group_topk=2, topk=4, Fs=12, masked=True),
+         dict(T=21, E=4, H=128, F=128, masked=True, fp8=True),
          dict(T=8192, E=256, H=2048, F=512, groups=8, group_topk=4, topk=8, Fs=512)],
         kwargs=dict(fold_weights=True), backends=("torch", "triton"), hopper=None,
     ),
@@ -500,7 +533,7 @@ CASES = [
         [dict(T=0, E=4, topk=2, H=8), dict(T=1, E=1, topk=1, H=1), dict(T=37, E=8, topk=3, H=33, routing="masked"),
          dict(T=37, E=8, topk=3, H=24, routing="one"), dict(T=5, E=256, topk=8, H=2048),
          dict(T=8192, E=256, topk=8, H=2048)],
-        exact=True, defined=owned, backends=("torch", "triton"),
+        exact=True, defined=owned, backends=("torch", "triton", "cuda"),
         hopper=[dict(T=32, E=8, topk=8, H=h) for h in (2048, 4096, 8192)],
     ),
     Case(
@@ -509,14 +542,14 @@ CASES = [
         [dict(T=0, E=4, topk=2, H=128), dict(T=1, E=1, topk=1, H=128), dict(T=67, E=4, topk=3, H=256, routing="masked"),
          dict(T=67, E=4, topk=3, H=128, routing="one"), dict(T=5, E=3, topk=2, H=2048),
          dict(T=8192, E=256, topk=8, H=2048)],
-        kwargs=dict(columns=True, pow2=True), exact=True, defined=owned, backends=("torch", "triton"),
+        kwargs=dict(columns=True, pow2=True), exact=True, defined=owned, backends=("torch", "triton", "cuda"),
         hopper=[dict(T=32, E=8, topk=8, H=h) for h in (2048, 8192)],
     ),
     Case(
         permute_quantize, permute_quantize_ref,
         lambda rand, T, E, topk, H, routing="": (rand.data(T, H), plan_of(rand, T, E, topk, routing)),
         [dict(T=37, E=4, topk=3, H=256, routing="masked"), dict(T=8192, E=256, topk=8, H=2048)],
-        exact=True, defined=owned, backends=("torch", "triton"), hopper=[dict(T=32, E=8, topk=8, H=2048)],
+        exact=True, defined=owned, backends=("torch", "triton", "cuda"), hopper=[dict(T=32, E=8, topk=8, H=2048)],
     ),
     Case(
         qk_norm_attention, qk_norm_attention_ref,
@@ -530,20 +563,20 @@ CASES = [
         [dict(T=0), dict(T=1), dict(T=37), dict(T=6, R=20), dict(T=6, Hq=4, Hkv=4, D=6, R=2),
          dict(T=5, Hq=16, Hkv=4, D=128, R=64, P=4096), dict(T=5, Hq=32, Hkv=4, D=128, R=64, P=32768, yarn=4),
          dict(T=2, Hq=64, Hkv=8, D=128, R=64), dict(T=8192, Hq=16, Hkv=4, D=128, R=64, P=4096)],
-        backends=("torch", "triton"),
+        backends=("torch", "triton", "cuda"),
         hopper=[dict(T=64, Hq=q, Hkv=kv, D=128, R=64) for q, kv in ((16, 4), (32, 4), (64, 8))],
     ),
     Case(
         qk_norm_rope, qk_norm_rope_ref,
         lambda rand, **shape: (*qk_norm_rope_args(rand, **shape)[:-1], True),
         [dict(T=37), dict(T=8192, Hq=16, Hkv=4, D=128, R=64, P=4096)],
-        backends=("torch", "triton"), hopper=[dict(T=64, Hq=16, Hkv=4, D=128, R=64)],
+        backends=("torch", "triton", "cuda"), hopper=[dict(T=64, Hq=16, Hkv=4, D=128, R=64)],
     ),
     Case(
         writing(qk_norm_rope, 9), writing(qk_norm_rope_ref, 9), qk_norm_rope_args,
         [dict(T=0, cache=4, fp8=True), dict(T=37, cache=1), dict(T=5, Hq=16, Hkv=4, D=128, R=64, cache=16, fp8=True),
          dict(T=8192, Hq=16, Hkv=4, D=128, R=64, P=4096, cache=64)],
-        backends=("torch", "triton"), hopper=[dict(T=64, Hq=16, Hkv=4, D=128, R=64, cache=16)],
+        backends=("torch", "triton", "cuda"), hopper=[dict(T=64, Hq=16, Hkv=4, D=128, R=64, cache=16)],
     ),
     Case(
         writing(qk_norm_rope, 9), writing(qk_norm_rope_ref, 9),
@@ -552,19 +585,19 @@ CASES = [
         ],
         [dict(T=0, cache=4), dict(T=37, cache=1), dict(T=5, Hq=16, Hkv=4, D=128, R=64, cache=16),
          dict(T=8192, Hq=16, Hkv=4, D=128, R=64, P=4096, cache=64)],
-        backends=("torch", "triton"), hopper=[dict(T=64, Hq=16, Hkv=4, D=128, R=64, cache=16)],
+        backends=("torch", "triton", "cuda"), hopper=[dict(T=64, Hq=16, Hkv=4, D=128, R=64, cache=16)],
     ),
     Case(
         quantize, quantize_ref,
         lambda rand, M, K: (rand.data(M, K),),
         [dict(M=0, K=128), dict(M=1, K=128), dict(M=67, K=384), dict(M=3, K=8192), dict(M=8192, K=2048)],
-        exact=True, backends=("torch", "triton"), hopper=[dict(M=64, K=k) for k in (512, 2048, 8192)],
+        exact=True, backends=("torch", "triton", "cuda"), hopper=[dict(M=64, K=k) for k in (512, 2048, 8192)],
     ),
     Case(
         quantize, quantize_ref,
         lambda rand, M, K: (rand.data(M, K), True, True),
         [dict(M=0, K=128), dict(M=129, K=256), dict(M=3, K=2048), dict(M=8192, K=2048)],
-        kwargs=dict(pow2=True), exact=True, backends=("torch", "triton"),
+        kwargs=dict(pow2=True), exact=True, backends=("torch", "triton", "cuda"),
         hopper=[dict(M=64, K=k) for k in (512, 2048, 8192)],
     ),
     Case(
@@ -574,7 +607,7 @@ CASES = [
         ),
         [dict(T=0, E=3, K=128), dict(T=67, E=4, K=128, routing="masked"), dict(T=67, E=4, K=128, routing="one"),
          dict(T=32768, E=256, K=2048)],
-        exact=True, backends=("torch", "triton"), hopper=[dict(T=32, E=2, K=k) for k in (512, 8192)],
+        exact=True, backends=("torch", "triton", "cuda"), hopper=[dict(T=32, E=2, K=k) for k in (512, 8192)],
         defined=lambda outs, args: owned([*outs[:0], *[outs[0][:0]] * 2, *outs], args)[2:],
     ),
     Case(
@@ -587,7 +620,7 @@ CASES = [
         quantize_weight, quantize_weight_ref,
         lambda rand, *shape, **sizes: (rand.data(*sizes.values()),),
         [dict(E=0, N=128, K=128), dict(N=256, K=384), dict(E=3, N=128, K=256), dict(E=256, N=1024, K=2048)],
-        exact=True, backends=("torch", "triton"), hopper=[dict(E=2, N=128, K=k) for k in (512, 2048)],
+        exact=True, backends=("torch", "triton", "cuda"), hopper=[dict(E=2, N=128, K=k) for k in (512, 2048)],
     ),
     Case(
         rms_norm, rms_norm_ref,
@@ -606,26 +639,26 @@ CASES = [
         rms_norm, rms_norm_ref,
         lambda rand, M, N: (rand(M, N), rand(N), rand.fp32(M, N), 0.1),
         [dict(M=0, N=128), dict(M=37, N=512), dict(M=16384, N=2048)],
-        dtypes=(BF16,), backends=("torch", "triton"), kwargs=dict(round_first=False),
+        dtypes=(BF16,), backends=("torch", "triton", "cuda"), kwargs=dict(round_first=False),
         hopper=[dict(M=64, N=n) for n in (2048, 8192)],
     ),
     Case(
         rms_norm, rms_norm_ref,
         lambda rand, M, N: (rand(M, N), rand(N), rand(M, N), 0.1),
         [dict(M=0, N=128), dict(M=37, N=512), dict(M=16384, N=2048)],
-        kwargs=dict(round_first=True), backends=("torch", "triton"), hopper=[dict(M=64, N=n) for n in (2048, 8192)],
+        kwargs=dict(round_first=True), backends=("torch", "triton", "cuda"), hopper=[dict(M=64, N=n) for n in (2048, 8192)],
     ),
     Case(
         rms_norm, rms_norm_ref,
         lambda rand, M, N: (rand(M, N), rand(N), None, 0.1),
         [dict(M=0, N=128), dict(M=37, N=384), dict(M=5, N=8192), dict(M=16384, N=2048)],
-        kwargs=dict(quantize=True), backends=("torch", "triton"), hopper=[dict(M=64, N=n) for n in (2048, 4096, 8192)],
+        kwargs=dict(quantize=True), backends=("torch", "triton", "cuda"), hopper=[dict(M=64, N=n) for n in (2048, 4096, 8192)],
     ),
     Case(
         rms_norm, rms_norm_ref,
         lambda rand, M, N: (rand(M, N), rand(N), rand(M, N), 0.1),
         [dict(M=0, N=128), dict(M=37, N=512), dict(M=129, N=384), dict(M=16384, N=2048)],
-        kwargs=dict(quantize=True, columns=True), backends=("torch", "triton"),
+        kwargs=dict(quantize=True, columns=True), backends=("torch", "triton", "cuda"),
         hopper=[dict(M=64, N=n) for n in (2048, 4096, 8192)],
     ),
     Case(
@@ -636,6 +669,7 @@ CASES = [
         [dict(T=0, E=256), dict(T=1, E=256), dict(T=67, E=256), dict(T=67, E=256, masked=True),
          dict(T=5, E=64, groups=4), dict(T=37, E=60, groups=5, group_topk=3, topk=5, masked=True),
          dict(T=3, E=1, groups=1, group_topk=1, topk=1), dict(T=9, E=6, groups=6, group_topk=4, topk=4),
+         dict(T=67, E=16, groups=4, group_topk=2, topk=4, masked=True),
          dict(T=8192, E=256)],
         dtypes=(FP32,), kwargs=dict(z_loss=0.5), backends=("torch", "triton", "cuda"), hopper=[dict(T=64, E=256)],
     ),
@@ -651,22 +685,22 @@ CASES = [
         [dict(T=0, E=4, H=16), dict(T=1, E=1, H=1), dict(T=37, E=256, H=48), dict(T=3, E=16, H=8192),
          dict(T=37, E=64, H=48, far=64),
          dict(T=530, E=130, H=24), dict(T=8192, E=256, H=2048)],
-        flops=lambda T, E, H: 2 * T * E * H, backends=("torch", "triton"),
+        flops=lambda T, E, H: 2 * T * E * H, product=True, backends=("torch", "triton"),
         hopper=[dict(T=t, E=256, H=2048) for t in (1, 64, 600)],
     ),
     Case(
         router_gemm, router_gemm_ref,
         lambda rand, T, E, H: (rand(T, H), rand.fp32(E, H)),
         [dict(T=37, E=16, H=128), dict(T=8192, E=256, H=2048)],
-        kwargs=dict(passes=2), flops=lambda T, E, H: 2 * T * E * H, backends=("torch", "triton"),
-        hopper=[dict(T=64, E=256, H=2048)],
+        kwargs=dict(passes=2), flops=lambda T, E, H: 2 * T * E * H, product=True,
+        backends=("torch", "triton"), hopper=[dict(T=64, E=256, H=2048)],
     ),
     Case(
         router_gemm, router_gemm_ref,
         lambda rand, T, E, H: (rand(T, H), rand(E, H)),
         [dict(T=37, E=16, H=128), dict(T=8192, E=256, H=2048)],
-        dtypes=(BF16,), kwargs=dict(passes=3), flops=lambda T, E, H: 2 * T * E * H, backends=("torch", "triton"),
-        hopper=[dict(T=64, E=256, H=2048)],
+        dtypes=(BF16,), kwargs=dict(passes=3), flops=lambda T, E, H: 2 * T * E * H, product=True,
+        backends=("torch", "triton"), hopper=[dict(T=64, E=256, H=2048)],
     ),
     Case(
         swiglu, swiglu_ref,
@@ -697,6 +731,20 @@ CASES = [
         defined=owned, backends=("torch", "triton"), hopper=[dict(T=32, E=2, F=f) for f in (512, 2048)],
     ),
     Case(
+        dequantized(swiglu_backward), dequantized(swiglu_backward_ref),
+        lambda rand, S, F: (rand.data(S, F), rand.data(S, 2 * F), rand.data(S, dtype=FP32), True),
+        [dict(S=0, F=128), dict(S=37, F=384), dict(S=65536, F=512)],
+        dtypes=(BF16,), kwargs=dict(pow2=True), truth=swiglu_backward_unquantized,
+        backends=("torch", "triton"), hopper=[dict(S=64, F=f) for f in (512, 2048)],
+    ),
+    Case(
+        dequantized(swiglu_backward), dequantized(swiglu_backward_ref), swiglu_backward_args,
+        [dict(T=0, E=3, F=128), dict(T=67, E=4, F=128, routing="masked"), dict(T=32768, E=256, F=512)],
+        dtypes=(BF16,), truth=swiglu_backward_unquantized, backends=("torch", "triton"),
+        defined=lambda outs, args: [*owned(outs[:4], args), *owned(outs[4:], args)],
+        hopper=[dict(T=32, E=2, F=f) for f in (512, 2048)],
+    ),
+    Case(
         transpose_fp8, transpose_fp8_ref,
         lambda rand, **sizes: quantize_weight(rand.data(*sizes.values())),
         [dict(N=128, K=128), dict(N=256, K=384), dict(E=0, N=128, K=128), dict(E=3, N=128, K=256),
@@ -712,7 +760,8 @@ CASES = [
         [dict(T=0, E=4, topk=2, H=8), dict(T=1, E=1, topk=1, H=1), dict(T=37, E=8, topk=3, H=33, routing="masked"),
          dict(T=37, E=8, topk=3, H=24, routing="one"), dict(T=5, E=256, topk=8, H=2048),
          dict(T=8192, E=256, topk=8, H=2048)],
-        backends=("torch", "triton"), hopper=[dict(T=32, E=8, topk=8, H=h) for h in (2048, 4096, 8192)],
+        backends=("torch", "triton", "cuda"),
+        hopper=[dict(T=32, E=8, topk=8, H=h) for h in (2048, 4096, 8192)],
     ),
 ]  # fmt: skip
 

@@ -9,7 +9,6 @@ Each op runs as on an H200 and as on an H20, whose tiles may differ. What Triton
 
 import json
 import re
-import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
@@ -21,9 +20,10 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia import __file__ as nvidia
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+
+from tests.cuobjdump import resources
 
 SMS = dict(H200=132, H20=78)
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion")
@@ -141,10 +141,8 @@ def usage(cubin: bytes) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        tool = Path(nvidia).parent / "bin/cuobjdump"
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    numbers = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    return dict(registers=numbers["REG"], spilled=numbers["STACK"] + numbers["LOCAL"])
+        (found,) = resources(file.name).values()
+    return dict(registers=found["registers"], spilled=found["spilled"])
 
 
 def build_number(i: int) -> dict:

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from ling_kernels import cross_entropy, qk_norm_rope, rms_norm
+from ling_kernels import cross_entropy, linear_cross_entropy, qk_norm_rope, rms_norm
 from ling_kernels.backend import force
+from ling_kernels.ops import linear_cross_entropy as linear_cross_entropy_file
 from ling_kernels.ops import qk_norm_rope as qk_norm_rope_file
 from ling_kernels.ops import rms_norm as rms_norm_file
 from ling_kernels.ops.rms_norm import rms_norm_ref
@@ -119,3 +120,32 @@ def test_cross_entropy_of_rows_with_nothing_but_minus_inf_so_far():
     torch.testing.assert_close(loss[:2], torch.tensor([0.0, 0.6931472], device=DEVICE))
     assert loss[2].isnan()
     assert grad[0].eq(0).all() and grad[1, :2].tolist() == pytest.approx([0.5, -0.5])
+
+
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True), (False, False)])
+def test_linear_cross_entropy_of_bf16_products_with_fp32_sums(monkeypatch, wanted):
+    """The path of a GPU: torch.mm has out_dtype there only, so here its documented meaning stands for it."""
+    plain, calls = torch.mm, []
+
+    def mm(a, b, *, out_dtype):
+        assert a.dtype == b.dtype == BF16 and out_dtype == FP32
+        calls.append(len(a))
+        return plain(a.float(), b.float())
+
+    rand = Rand(BF16)
+    x, w = ((rand.data(37, 24) / 4).requires_grad_(wanted[0]), rand.data(100, 24).requires_grad_(wanted[1]))
+    targets = rand.ints(0, 100, 37, dtype=torch.int64).masked_fill(rand.bools(37, p=0.2), -7)
+    leaves = [t for t in (x, w) if t.requires_grad]
+    assert linear_cross_entropy_file.mm_widens(x) == x.is_cuda
+    if not x.is_cuda:
+        monkeypatch.setattr(linear_cross_entropy_file, "mm_widens", lambda x: True)
+        monkeypatch.setattr(torch, "mm", mm)
+    with force("triton"):
+        loss = linear_cross_entropy(x, w, targets, -7, chunk=16)
+        got = torch.autograd.grad(loss, leaves) if leaves else ()
+    if not x.is_cuda:
+        assert len(calls) == 3 * (1 + sum(wanted))
+    true = linear_cross_entropy_file.linear_cross_entropy_ref(x.double(), w.double(), targets, -7)
+    torch.testing.assert_close(loss.double(), true, rtol=1e-5, atol=0)
+    for g, t in zip(got, torch.autograd.grad(true, leaves) if leaves else (), strict=True):
+        assert g.dtype == BF16 and (g - t).norm() < 2**-7 * t.norm()

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import types
 import warnings
@@ -122,9 +123,14 @@ def test_the_reason_is_given_where_cuda_does_not_run(hopper, monkeypatch):
     assert "backend cuda   not available: CUDA driver version" in "\n".join(info.lines(info.info()))
     hopper.major = 8
     assert backend.why_not("cuda", 0) == "its kernels are built for sm_90a, and this GPU is sm_80"
+    with pytest.warns(UserWarning, match="backend cuda is off: its kernels are built for sm_90a.*; Triton serves"):
+        assert backend.kernels_on(1) == "triton"
     monkeypatch.setattr(backend, "_C", None)
     monkeypatch.setattr(backend, "_C_missing", "it is not built")
     assert backend.why_not("cuda", 0) == "it is not built"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backend.kernels_on(2) == "triton"  # nothing else could be expected
 
 
 def test_info_on_a_gpu_machine_with_a_broken_driver(hopper, monkeypatch):
@@ -177,6 +183,53 @@ def test_a_wheel_without_nvcc_is_all_python(tree):
     assert all(n.startswith("ling_kernels") for n in names) and not any(n.endswith((".cu", ".so")) for n in names)
 
 
+CMAKE = """
+[ "$1" = --version ] && { echo cmake version 3.30.1; exit; }
+[ "$1" = --build ] && { for s in $(cat suffix); do echo built > "$2/_C$s"; done; exit; }
+printf '%s\\n' "$@" > configured
+mkdir -p "$4"
+"""
+
+
+@pytest.fixture
+def builder(tree):
+    """The tree with stand-ins for all that a build of csrc/ needs, and the environment that finds them."""
+    program(tree / "bin/nvcc"), program(tree / "bin/ninja"), program(tree / "bin/cmake", CMAKE)
+    (tree / "suffix").write_text(sysconfig.get_config_var("EXT_SUFFIX"))
+    for folder, header in (("dlpack", "dlpack/dlpack.h"), ("cutlass", "cutlass/cutlass.h")):
+        (tree / folder / header).parent.mkdir(parents=True)
+        (tree / folder / header).touch()
+    (tree / "share/cmake/pybind11").mkdir(parents=True)
+    return dict(PATH=f"{tree}/bin:/usr/bin:/bin", DLPACK_INCLUDE_DIR=f"{tree}/dlpack")
+
+
+PYBIND11 = """
+import sys, types
+sys.modules['pybind11'] = types.ModuleType('pybind11')
+sys.modules['pybind11'].__spec__ = types.SimpleNamespace(submodule_search_locations=['.'])
+"""
+
+
+@pytest.mark.parametrize("cutlass", [True, False])
+def test_a_wheel_with_nvcc_holds_the_module(tree, builder, cutlass):
+    if cutlass:
+        builder["CUTLASS_INCLUDE_DIR"] = f"{tree}/cutlass"
+    result = build(tree, "build_wheel", PYBIND11 + "sys.modules['cutlass_library'] = None", **builder)
+    assert result.returncode == 0, result.stderr
+    (wheel,) = (tree / "dist").glob("*.whl")
+    assert not wheel.name.endswith("none-any.whl")
+    assert f"ling_kernels/_C{sysconfig.get_config_var('EXT_SUFFIX')}" in zipfile.ZipFile(wheel).namelist()
+    configured = (tree / "configured").read_text().splitlines()
+    assert f"-DDLPACK_INCLUDE_DIR={tree}/dlpack" in configured
+    assert f"-DCUTLASS_INCLUDE_DIR={f'{tree}/cutlass' if cutlass else ''}" in configured
+
+
+def test_a_folder_named_for_cutlass_must_hold_it(tree, builder):
+    result = build(tree, "build_wheel", PYBIND11, **builder, CUTLASS_INCLUDE_DIR="nowhere")
+    last = result.stderr.strip().splitlines()[-1]
+    assert result.returncode and "cutlass/cutlass.h in CUTLASS_INCLUDE_DIR" in last, result.stderr
+
+
 def test_an_sdist_can_be_built(tree):
     result = build(tree, "build_sdist")
     assert result.returncode == 0, result.stderr
@@ -208,16 +261,9 @@ def test_a_build_says_what_it_lacks(tree, name):
     assert words in last and "LING_CUDA=0 installs without" in last
 
 
-def test_a_build_that_fails_says_how_to_do_without(tree):
-    program(tree / "bin/nvcc")
-    program(tree / "bin/ninja")
+def test_a_build_that_fails_says_how_to_do_without(tree, builder):
     program(tree / "bin/cmake", '[ "$1" = --version ] && echo cmake version 3.30.1 || { echo a reason; exit 1; }')
-    (tree / "dlpack").mkdir()
-    (tree / "dlpack/dlpack.h").touch()
-    before = "import types; m = types.ModuleType('pybind11'); m.__spec__ = types.SimpleNamespace("
-    before += "submodule_search_locations=['.']); import sys; sys.modules['pybind11'] = m"
-    (tree / "share/cmake/pybind11").mkdir(parents=True)
-    result = build(tree, "build_wheel", before, PATH=f"{tree}/bin:/usr/bin:/bin", DLPACK_INCLUDE_DIR=str(tree))
+    result = build(tree, "build_wheel", PYBIND11, **builder)
     assert "a reason" in result.stdout
     assert result.stderr.strip().splitlines()[-1].startswith("error: csrc/ did not build"), result.stderr
 
@@ -257,6 +303,7 @@ case "$*" in
   *sysconfig*) echo .venv;;
   *importlib.metadata*) exit $TORCH_IS_THERE;;
   *get_requires*) echo pybind11;;
+  *headers_alone*) echo nvidia-cutlass;;
   *"pip install"*) shift 4; echo pip "$*" >> log;;
   *) echo python "$*" >> log;;
 esac
@@ -289,7 +336,7 @@ def test_make_does_nothing_twice(tree):
         "python -m ling_kernels.train --model tiny",
         "python -m pytest -p no:benchmark -n auto --maxprocesses 4",
     )
-    install = ["pip setuptools>=77", "pip -r .venv/needs.txt"]
+    install = ["pip setuptools>=77", "pip -r .venv/needs.txt", "pip --no-deps -r .venv/headers.txt"]
     assert make("train", torch_is_there=False) == [
         "venv", "pip torch==2.13.0", "pip triton==3.8.0", *install, "pip --no-build-isolation -e .[train]", train,
     ]  # fmt: skip

@@ -21,6 +21,13 @@ DATA = Path(__file__).parent / "data"
 FP64, BF16 = torch.float64, torch.bfloat16
 
 
+@pytest.fixture(autouse=True)
+def references():
+    """On a GPU too, where the kernels would be chosen."""
+    with force("torch"):
+        yield
+
+
 def same_bits(a, b):
     return all(map(equal_bits, a, b))
 

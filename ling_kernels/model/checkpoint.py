@@ -6,7 +6,6 @@ one tensor are in memory, on top of what the system maps of a shard.
 """
 
 import json
-import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..files import whole
 from ..ops.quantize import dequantize
 from .config import PRESETS, LingConfig
 from .transformer import Ling
@@ -194,22 +194,16 @@ def save_model(
         for name, shard in zip(names, shards, strict=True):
             tensors = {k: v.detach().to("cpu", torch.float32 if k.endswith("expert_bias") else dtype).contiguous()
                        for k, v in shard.items()}  # fmt: skip
-            _write(folder / name, lambda path, t=tensors: save_file(t, path, metadata={"format": "pt"}))
+            with whole(folder / name, durable=True) as path:
+                save_file(tensors, path, metadata={"format": "pt"})
+                path.chmod(0o644)  # safetensors makes files that only their owner may read
         if len(shards) > 1:
-            _write(folder / INDEX, lambda path: path.write_text(index))
+            with whole(folder / INDEX, durable=True) as path:
+                path.write_text(index)
         stale = {*folder.glob("model*.safetensors"), folder / INDEX} - {folder / n for n in names}
         for path in stale - ({folder / INDEX} if len(shards) > 1 else set()):
             path.unlink(missing_ok=True)
-        _write(folder / "config.json", model.config.to_json)
+        with whole(folder / "config.json", durable=True) as path:
+            model.config.to_json(path)
     except OSError as error:
         raise InputError(f"cannot write the checkpoint to {folder}: {error}") from None
-
-
-def _write(path: Path, write: Callable[[Path], None]) -> None:
-    """Write under another name, make it durable, then rename: a file is whole or absent."""
-    partial = path.with_name(path.name + ".partial")
-    write(partial)
-    partial.chmod(0o644)  # safetensors makes files that only their owner may read
-    with open(partial, "rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)

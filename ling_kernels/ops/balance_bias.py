@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import backend
+from ..backend import _C, backend
 from ..op import expect, op
 
 
@@ -35,6 +35,8 @@ def balance_bias_ref(bias, counts, rate):
 @op("bias")
 def balance_bias_fwd(bias: Tensor, counts: Tensor, rate: float) -> None:
     E = len(bias)
+    if backend(bias) == "cuda" and counts.dtype in (torch.int32, torch.int64):
+        return _C.balance_bias_fwd(bias, counts, rate)
     balance_bias_kernel[(1,)](bias, counts, rate, E, BLOCK_E=triton.next_power_of_2(E), enable_fp_fusion=False)
 
 

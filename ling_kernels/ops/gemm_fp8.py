@@ -9,9 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import backend
+from ..backend import _C, backend
 from ..op import E4M3, expect, multiprocessors, op, wide
-from .quantize import BLOCK
+from .quantize import BLOCK, row_scale_layout
+from .transpose_fp8 import transpose_fp8
 from .triton_fp8 import quantize_along
 
 
@@ -23,25 +24,34 @@ def gemm_fp8(
     out: Tensor | None = None,
     accumulate: bool = False,
     dtype: torch.dtype = torch.bfloat16,
+    transposed: bool = False,
 ) -> Tensor:
     """a [M, K] e4m3, a_scale [M, K/128]; b [N, K] e4m3, b_scale [N/128, K/128] (a weight) or [N, K/128] -> [M, N].
 
+    transposed: b is [K, N] and b_scale [K/128, N/128], a weight as the forward pass has it, and the result is a b, as
+    its backward pass wants it. csrc/ transposes the tiles it has loaded; Triton a whole copy (`transpose_fp8`).
     The result is in dtype, or in out [M, N] (bf16 or fp32), to which accumulate adds. Not differentiable. Raises
     ValueError for shapes or dtypes that do not fit, and where K, or for a weight N, is no multiple of 128.
     """
-    expect_fp8(a, a_scale, b, b_scale)
+    bt, bt_scale = (b.mT, b_scale.mT) if transposed and b.ndim > 1 and b_scale.ndim > 1 else (b, b_scale)
+    expect_fp8(a, a_scale, bt, bt_scale)
     expect(a.ndim == b.ndim == 2, "a [M, K] and b [N, K]", a, b)
-    shape = (len(a), len(b))
+    expect(not transposed or bt_scale.shape[0] != len(bt), "b_scale [K/128, N/128] where b is transposed", b, b_scale)
+    shape = (len(a), len(bt))
     expect(out is None or (out.shape == shape and out.is_floating_point()), "out [M, N]", out, shape)
     expect(out is not None or not accumulate, "out where accumulate is given", out)
     if backend(a) == "torch" or not kernel_serves(a, a_scale, b_scale, out):
-        return gemm_fp8_ref(a, a_scale, b, b_scale, out, accumulate, dtype)
+        return gemm_fp8_ref(a, a_scale, b, b_scale, out, accumulate, dtype, transposed)
     d = torch.empty(shape, dtype=dtype, device=a.device) if out is None else out
-    gemm_fp8_fwd(a, a_scale, b, b_scale, d, accumulate)
+    if transposed and not cuda_writes(d):
+        b, b_scale, transposed = *transpose_fp8(b, b_scale), False
+    gemm_fp8_fwd(a, a_scale, b, b_scale, d, accumulate, transposed)
     return d
 
 
-def gemm_fp8_ref(a, a_scale, b, b_scale, out=None, accumulate=False, dtype=torch.bfloat16):
+def gemm_fp8_ref(a, a_scale, b, b_scale, out=None, accumulate=False, dtype=torch.bfloat16, transposed=False):
+    if transposed:
+        b, b_scale = b.mT, b_scale.mT
     d = scaled_product(a, a_scale, b, b_scale)
     if out is None:
         return d if d.dtype == torch.float64 else d.to(dtype)
@@ -82,7 +92,14 @@ def kernel_serves(a: Tensor, a_scale: Tensor, b_scale: Tensor, out: Tensor | Non
 
 
 @op("d")
-def gemm_fp8_fwd(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, d: Tensor, accumulate: bool) -> None:
+def gemm_fp8_fwd(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, d: Tensor, accumulate: bool, transposed: bool
+) -> None:
+    """Only csrc/ takes b transposed."""
+    if cuda_writes(d):
+        a, b, a_scale = aligned(a), aligned(b), by_columns(a_scale)
+        b_scale = by_columns(b_scale) if len(b_scale) == len(b) and not transposed else b_scale
+        return _C.gemm_fp8_fwd(a, a_scale, b, b_scale, d, accumulate, transposed)
     launch_gemm_fp8(a, a_scale, b[None], b_scale[None], d, accumulate=accumulate)
 
 
@@ -148,6 +165,18 @@ def aligned(x: Tensor) -> Tensor:
     """x [rows, columns] as a TMA descriptor wants it: columns contiguous, rows and the first byte on 16 bytes."""
     fits = x.stride(1) == 1 and x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
     return x if fits else x.clone(memory_format=torch.contiguous_format)
+
+
+def by_columns(scale: Tensor) -> Tensor:
+    """scale [M, blocks] as the same descriptors want it: M contiguous, blocks and the first on 16 bytes."""
+    fits = scale.stride(0) == 1 and scale.stride(1) % 4 == 0 and scale.data_ptr() % 16 == 0
+    return scale if fits else row_scale_layout(scale)
+
+
+def cuda_writes(y: Tensor) -> bool:
+    """Whether csrc/ runs, and can write y: rows of 16 bytes and more, in a dtype it knows."""
+    fits = y.dtype in (torch.bfloat16, torch.float32, E4M3) and y.shape[-1] % 8 == 0 and y.stride(-1) == 1
+    return backend(y) == "cuda" and fits and all(n % 8 == 0 for n in y.stride()[:-1]) and y.data_ptr() % 16 == 0
 
 
 def provide_scratch(x: Tensor) -> None:

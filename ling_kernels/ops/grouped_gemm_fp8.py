@@ -3,12 +3,13 @@
 import torch
 from torch import Tensor
 
-from ..backend import backend
+from ..backend import _C, backend
 from ..op import E4M3, expect, op, round_up
 from .dispatch import Plan
-from .gemm_fp8 import expect_fp8, kernel_serves, launch_gemm_fp8, scaled_product
+from .gemm_fp8 import aligned, by_columns, cuda_writes, expect_fp8, kernel_serves, launch_gemm_fp8, scaled_product
 from .quantize import BLOCK
 from .swiglu import swiglu_ref
+from .transpose_fp8 import transpose_fp8
 
 
 def grouped_gemm_fp8(
@@ -20,35 +21,47 @@ def grouped_gemm_fp8(
     gather: Plan | None = None,
     swiglu: bool = False,
     dtype: torch.dtype = torch.bfloat16,
+    transposed: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """a [S, K] e4m3, a_scale [S, K/128], b [E, N, K] e4m3, b_scale [E, N/128, K/128], offsets [E + 1] int32 -> [S, N].
 
     gather: a is [T, K], unpermuted, and row s of the product uses row gather.source[s] // topk of it.
     swiglu: N = 2F, and the result is (y_q [S, F], y_scale [S, F/128]), the FP8 rows of swiglu(product), which is not
     rounded in between; dtype is then ignored.
+    transposed, without these: b is [E, K, N] and b_scale [E, K/128, N/128], weights as the forward pass has them, and
+    the result is a b[e], as its backward pass wants it. csrc/ transposes the tiles it has loaded; Triton a whole copy.
     Rows past offsets[E] are undefined. Not differentiable. Raises ValueError for operands that do not fit.
     Backend torch reads the offsets on the host.
     """
-    expect_fp8(a, a_scale, b, b_scale)
+    bt, bt_scale = (b.mT, b_scale.mT) if transposed and b.ndim > 1 and b_scale.ndim > 1 else (b, b_scale)
+    expect_fp8(a, a_scale, bt, bt_scale)
     expect(a.ndim == 2 and b.ndim == 3, "a [S, K] and b [E, N, K]", a, b)
+    expect(not transposed or (gather is None and not swiglu and block_scales(bt, bt_scale)),
+           "b_scale [E, K/128, N/128], no gather and no swiglu, where b is transposed", b_scale, swiglu)  # fmt: skip
     fits = len(b) > 0 and offsets.shape == (len(b) + 1,) and offsets.dtype == torch.int32
     expect(fits, "offsets [E + 1] int32, E > 0", offsets, b)
     expect(gather is None or len(gather.slot) == len(a), "a [T, K] and a plan of T tokens", a, gather and gather.slot)
     expect(not swiglu or b.shape[1] % 256 == 0, "N % 256 == 0 for swiglu", b)
     if backend(a) == "torch" or not kernel_serves(a, a_scale, b_scale):
-        return grouped_gemm_fp8_ref(a, a_scale, b, b_scale, offsets, gather, swiglu, dtype)
-    S, N = len(a) if gather is None else len(gather.source), b.shape[1]
+        return grouped_gemm_fp8_ref(a, a_scale, b, b_scale, offsets, gather, swiglu, dtype, transposed)
+    S, N = len(a) if gather is None else len(gather.source), bt.shape[1]
     source, topk = (None, 1) if gather is None else (gather.source, gather.slot.shape[1])
     if swiglu:
         y = torch.empty(S, N // 2, dtype=E4M3, device=a.device)
         y_scale = a_scale.new_empty(N // 2 // BLOCK, round_up(S, 4)).T[:S]
     else:
         y, y_scale = torch.empty(S, N, dtype=dtype, device=a.device), None
-    grouped_gemm_fp8_fwd(a, a_scale, b, b_scale, offsets, source, topk, y, y_scale)
+    if transposed and not cuda_writes(y):
+        b, b_scale, transposed = *transpose_fp8(b, b_scale), False
+    grouped_gemm_fp8_fwd(a, a_scale, b, b_scale, offsets, source, topk, y, y_scale, transposed)
     return (y, y_scale) if swiglu else y
 
 
-def grouped_gemm_fp8_ref(a, a_scale, b, b_scale, offsets, gather=None, swiglu=False, dtype=torch.bfloat16):
+def grouped_gemm_fp8_ref(
+    a, a_scale, b, b_scale, offsets, gather=None, swiglu=False, dtype=torch.bfloat16, transposed=False
+):
+    if transposed:
+        b, b_scale = b.mT, b_scale.mT
     if gather is not None:
         token = gather.source.long() // gather.slot.shape[1]
         a, a_scale = a[token], a_scale[token]
@@ -81,8 +94,19 @@ def grouped_gemm_fp8_fwd(
     topk: int,
     y: Tensor,
     y_scale: Tensor | None,
+    transposed: bool,
 ) -> None:
+    """Only csrc/ takes b transposed."""
+    if (transposed or block_scales(b, b_scale)) and cuda_writes(y):
+        a, a_scale = aligned(a), by_columns(a_scale)
+        return _C.grouped_gemm_fp8_fwd(
+            a, a_scale, b.contiguous(), b_scale, offsets, source, topk, y, y_scale, transposed
+        )
     launch_gemm_fp8(a, a_scale, b, b_scale, y, y_scale, offsets, source=source, topk=topk)
+
+
+def block_scales(b: Tensor, b_scale: Tensor) -> bool:
+    return b_scale.shape[1] * BLOCK == b.shape[1]
 
 
 def grouped_gemm_fp8_masked(
@@ -115,4 +139,7 @@ def grouped_gemm_fp8_masked_ref(a, a_scale, b, b_scale, counts, dtype=torch.bflo
 def grouped_gemm_fp8_masked_fwd(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, counts: Tensor, y: Tensor
 ) -> None:
+    if block_scales(b, b_scale) and cuda_writes(y):
+        a_scale = by_columns(a_scale.flatten(0, 1)).unflatten(0, a.shape[:2])
+        return _C.grouped_gemm_fp8_masked_fwd(a.contiguous(), a_scale, b.contiguous(), b_scale, counts, y)
     launch_gemm_fp8(a, a_scale, b, b_scale, y, counts=counts)

@@ -8,9 +8,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import backend
+from ..backend import _C, backend
 from ..op import E4M3, expect, op, wide
-from .gemm_fp8 import BLOCK, aligned, place_in_group, provide_scratch, scaled_part, scaled_product
+from .gemm_fp8 import (
+    BLOCK,
+    aligned,
+    by_columns,
+    cuda_writes,
+    place_in_group,
+    provide_scratch,
+    scaled_part,
+    scaled_product,
+)
 from .quantize import dequantize
 
 
@@ -92,6 +101,12 @@ def grouped_wgrad_fwd(
         if not accumulate:
             out.zero_()
         return
+    bf16 = dy.dtype == torch.bfloat16 and dy.shape[1] % 8 == 0
+    if (columns or bf16) and cuda_writes(out):
+        dy, x = aligned(dy), aligned(x)
+        if columns:
+            dy_scale, x_scale = by_columns(dy_scale), by_columns(x_scale)
+        return _C.grouped_wgrad_fwd(dy, x, offsets, out, accumulate, dy_scale, x_scale, columns)
     E, N, K = out.shape
     chosen = config(dy.dtype, columns, accumulate)
     if columns:

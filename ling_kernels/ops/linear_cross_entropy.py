@@ -58,9 +58,9 @@ def linear_cross_entropy_fwd(
     ignore_index: int, mean: bool, chunk: int,
 ) -> None:  # fmt: skip
     """dx and dw are written unless they are 1-D, which stands for a gradient that nobody wants."""
+    # Products sum and give fp32; where torch can, tensor cores take bf16 as it is.
     kernels = backend(x) != "torch" and torch.float64 not in (x.dtype, w.dtype)
-    # Products sum and give fp32. On a GPU tensor cores take bf16 as it is (torch.mm has out_dtype for CUDA only).
-    narrow = kernels and x.is_cuda and x.dtype == w.dtype == torch.bfloat16
+    narrow = kernels and x.dtype == w.dtype == torch.bfloat16 and mm_widens(x)
     mm = partial(torch.mm, out_dtype=torch.float32) if narrow else torch.mm
     x, w = (x, w) if narrow else (wide(x), wide(w))
     wants_dx, wants_dw = dx.ndim == 2, dw.ndim == 2
@@ -86,6 +86,11 @@ def linear_cross_entropy_fwd(
     loss.copy_(losses.sum() if tokens is None else losses.sum() / tokens)
     if wants_dw:
         dw.copy_(wide_dw)
+
+
+def mm_widens(x: Tensor) -> bool:
+    """Whether torch.mm can give the fp32 sums of bf16 products: since torch 2.8, and on a GPU only."""
+    return x.is_cuda and "dtype" in torch.ops.aten.mm.overloads()
 
 
 def loss_and_gradient(

@@ -4,6 +4,8 @@ y = sum over k of weight[k] * expert_k(x) + shared(x), expert(x) = down(silu(gat
 The composition below is the definition on every backend: its parts have their references and their kernels.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ from .dispatch import dispatch
 from .gemm_fp8 import gemm_fp8
 from .grouped_gemm import grouped_gemm
 from .grouped_gemm_fp8 import grouped_gemm_fp8
-from .permute import permute, permute_quantize
+from .permute import permute
 from .quantize import quantize
 from .route import route
 from .router_gemm import router_gemm
@@ -44,6 +46,7 @@ def moe(
     fold_weights=False applies the routing weights after the down projection in fp32, as the official inference code;
     True folds them into SwiGLU, as its training code does. They differ by rounding only.
     A weight may be FP8, a pair (w_q, w_scale) as `quantize_weight` returns it; it gets no gradient and passes none on.
+    Its expert quantises SwiGLU of the fp32 product for the next one; fold_weights rounds that product to x's dtype.
     Otherwise gradients go to x, router_w and all weights. Raises ValueError for operands that do not fit, and where x
     wants a gradient through FP8 experts.
     """
@@ -63,8 +66,10 @@ def moe(
     folded = weights.flatten()[plan.source.long()] if fold_weights else None
     (x,) = autocast(x)
     if fp8:
-        h = grouped_gemm_fp8(*permute_quantize(x, plan), *w_gate_up, plan.offsets, dtype=x.dtype)
-        h = grouped_gemm_fp8(*swiglu(h, folded, quantize=True), *w_down, plan.offsets, dtype=x.dtype)
+        # The product finds its rows of x by itself and, where no weight comes between, writes SwiGLU's FP8 alone.
+        product = partial(grouped_gemm_fp8, *quantize(x), *w_gate_up, plan.offsets, plan)
+        h = swiglu(product(dtype=x.dtype), folded, quantize=True) if fold_weights else product(swiglu=True)
+        h = grouped_gemm_fp8(*h, *w_down, plan.offsets, dtype=x.dtype)
     else:
         h = grouped_gemm(permute(x, plan), w_gate_up, plan.offsets)
         h = grouped_gemm(swiglu(h, folded), w_down, plan.offsets)

@@ -6,10 +6,10 @@ Its gradient is unpermute without weights: the slots of a token summed in fp32 i
 import torch
 from torch import Tensor
 
-from ..backend import backend
-from ..op import expect
+from ..backend import _C, backend
+from ..op import expect, op
 from .dispatch import Plan
-from .quantize import BLOCK, empty_fp8, quantize_fwd, quantize_ref
+from .quantize import BLOCK, empty_fp8, quantize_fwd, quantize_ref, vectors
 from .unpermute import sum_slots, unpermute_bwd, unpermute_fwd
 
 
@@ -36,8 +36,11 @@ def permute_quantize(x: Tensor, plan: Plan, columns: bool = False, pow2: bool = 
     if backend(x) == "torch" or x.dtype == torch.float64:
         return permute_quantize_ref(x, plan, columns, pow2)
     out = empty_fp8(x, len(plan.source), x.shape[1], True, columns, plan)
-    padded_offsets = plan.padded_offsets if columns else None
-    quantize_fwd(x.detach(), *out, plan.offsets, padded_offsets, plan.source, plan.slot.shape[1], pow2)
+    if backend(x) == "cuda" and not columns:
+        permute_quantize_fwd(x.detach(), plan.slot.contiguous(), *out[:2], pow2)
+    else:
+        padded_offsets = plan.padded_offsets if columns else None
+        quantize_fwd(x.detach(), *out, plan.offsets, padded_offsets, plan.source, plan.slot.shape[1], pow2)
     return tuple(t for t in out if t is not None)
 
 
@@ -77,3 +80,10 @@ class Permute(torch.autograd.Function):
         dx = dy.new_empty(len(slot), dy.shape[1])
         unpermute_fwd(dy.contiguous(), None, slot, dx)
         return dx, None
+
+
+@op("x_q", "x_scale")
+def permute_quantize_fwd(x: Tensor, slot: Tensor, x_q: Tensor, x_scale: Tensor, pow2: bool) -> None:
+    """Reads and quantises a token once; quantize_fwd, which also makes columns, does so for each of its slots."""
+    x = x if vectors(x) else x.clone(memory_format=torch.contiguous_format)
+    _C.permute_quantize_fwd(x, slot, x_q, x_scale, pow2)

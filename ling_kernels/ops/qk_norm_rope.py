@@ -9,12 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import backend
-from ..op import expect, op, wide
+from ..backend import _C, backend
+from ..op import expect, multiprocessors, op, wide
 from .attention_decode import KVCache, append, expect_cache
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what the kernels take, in any mixture
-PROGRAMS = 256  # of the backward kernel for each group of heads, at most
+PROGRAMS = 1056  # of the backward kernel in all, at most: 8 for each SM of an H200
 
 
 def qk_norm_rope(
@@ -113,7 +113,7 @@ class QKNormRope(torch.autograd.Function):
         num_q, num_kv = dq.shape[1], dk.shape[1]
         groups = head_groups(num_q, num_kv)
         dqkv = qkv.new_empty(T, H, D)
-        dw = torch.empty(programs(T, num_kv, D), sum(groups[:2]), D, dtype=torch.float32, device=qkv.device)
+        dw = torch.empty(programs(T, num_q, num_kv, D), sum(groups[:2]), D, dtype=torch.float32, device=qkv.device)
         qk_norm_rope_bwd(
             dq.contiguous(), dk.contiguous(), dv.contiguous(), qkv, q_weight, k_weight, cos, sin, positions, dqkv, dw,
             *ctx.options,
@@ -142,10 +142,15 @@ def qk_norm_rope_fwd(
     q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor | None, v_cache: Tensor | None, eps: float, round_first: bool,
 ) -> None:  # fmt: skip
     T, H, D = qkv.shape
-    sizes = config(q.shape[1], k.shape[1], D, cos.shape[1])
+    qkv, q_weight, k_weight, cos, sin, positions = map(
+        Tensor.contiguous, (qkv, q_weight, k_weight, cos, sin, positions)
+    )
+    if backend(qkv) == "cuda" and serves(qkv, q_weight, k_weight, cos, sin, k_cache, v_cache):
+        return _C.qk_norm_rope_fwd(
+            qkv, q_weight, k_weight, cos, sin, positions, slots, q, k, v, k_cache, v_cache, eps, round_first
+        )  # fmt: skip
+    sizes = config(q.shape[1], k.shape[1], D, cos.shape[1], multiprocessors(qkv.device))
     if T:
-        qkv = qkv.contiguous()
-        q_weight, k_weight, cos, sin, positions = map(Tensor.contiguous, (q_weight, k_weight, cos, sin, positions))
         cells = 0 if k_cache is None else k_cache.shape[0] * k_cache.shape[1]
         qk_norm_rope_fwd_kernel[(triton.cdiv(T, sizes["BLOCK_T"]), sum(head_groups(q.shape[1], k.shape[1])))](
             qkv, q_weight, k_weight, cos, sin, positions, slots, q, k, v, k_cache, v_cache, T, len(cos), cells, eps,
@@ -158,28 +163,46 @@ def qk_norm_rope_bwd(
     dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, q_weight: Tensor, k_weight: Tensor,
     cos: Tensor, sin: Tensor, positions: Tensor, dqkv: Tensor, dw: Tensor, eps: float, round_first: bool,
 ) -> None:  # fmt: skip
-    """dw [programs(T, Hkv, D), groups of q and of k, D] holds partial sums."""
+    """dw [programs(T, Hq, Hkv, D), groups of q and of k, D] holds partial sums."""
     T, H, D = qkv.shape
+    qkv, q_weight, k_weight, cos, sin, positions = map(
+        Tensor.contiguous, (qkv, q_weight, k_weight, cos, sin, positions)
+    )
+    sms = multiprocessors(qkv.device)
+    if backend(qkv) == "cuda" and serves(qkv, q_weight, k_weight, cos, sin, dq, dk, dv):
+        return _C.qk_norm_rope_bwd(
+            dq, dk, dv, qkv, q_weight, k_weight, cos, sin, positions, dqkv, dw, eps, round_first
+        )  # fmt: skip
     if T:
-        qkv = qkv.contiguous()
-        q_weight, k_weight, cos, sin, positions = map(Tensor.contiguous, (q_weight, k_weight, cos, sin, positions))
         qk_norm_rope_bwd_kernel[(len(dw), sum(head_groups(dq.shape[1], dk.shape[1])))](
             dq, dk, dv, qkv, q_weight, k_weight, cos, sin, positions, dqkv, dw, T, len(cos), len(dw), eps,
-            ROUND_FIRST=round_first, **config(dq.shape[1], dk.shape[1], D, cos.shape[1], True),
+            ROUND_FIRST=round_first, **config(dq.shape[1], dk.shape[1], D, cos.shape[1], sms, True),
         )  # fmt: skip
 
 
-def config(num_q: int, num_kv: int, D: int, half: int, backward: bool = False) -> dict:
-    """A program owns BLOCK_T tokens of BLOCK_H heads. Not measured; bandwidth binds on any Hopper."""
+def serves(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, *others: Tensor | None) -> bool:
+    """Whether `_C` takes them: heads of Ling, weights in qkv's dtype or fp32, the others as qkv."""
+    others = [t for t in others if t is not None]
+    dtypes = q_weight.dtype == k_weight.dtype in (qkv.dtype, torch.float32)
+    dtypes = dtypes and all(t.dtype == qkv.dtype for t in others)
+    aligned = all(t.data_ptr() % 16 == 0 for t in (qkv, q_weight, k_weight, cos, sin, *others))
+    return qkv.shape[2] == 128 and cos.shape[1] == 32 and dtypes and aligned
+
+
+def config(num_q: int, num_kv: int, D: int, half: int, sms: int, backward: bool = False) -> dict:
+    """A program owns BLOCK_T tokens of BLOCK_H heads. Not measured."""
     return dict(
         NUM_Q=num_q, NUM_KV=num_kv, D=D, HALF=half,
-        BLOCK_T=block_t(num_kv, D, backward), BLOCK_H=heads_per_group(num_kv), num_warps=4,
+        BLOCK_T=block_t(num_kv, D, backward, sms), BLOCK_H=heads_per_group(num_kv), num_warps=4,
         BLOCK_HALF=triton.next_power_of_2(max(half, 1)), BLOCK_REST=triton.next_power_of_2(max(D - 2 * half, 1)),
     )  # fmt: skip
 
 
-def block_t(num_kv: int, D: int, backward: bool) -> int:
-    elements = 2048 if backward else 4096  # 32 for a thread; half of it backward, which holds three times as many
+def block_t(num_kv: int, D: int, backward: bool, sms: int = 132) -> int:
+    """32 elements for a thread on an H200; twice that on an H20, whose 78 SMs want 1.4 times the bytes in flight each;
+    16 backward, which holds three times as many.
+    """
+    elements = 2048 if backward else 4096 if sms > 100 else 8192
     return min(max(elements // (heads_per_group(num_kv) * triton.next_power_of_2(D)), 1), 32)
 
 
@@ -193,9 +216,13 @@ def head_groups(num_q: int, num_kv: int) -> list[int]:
     return [triton.cdiv(num_q, heads_per_group(num_kv)), kv, kv]
 
 
-def programs(T: int, num_kv: int, D: int) -> int:
-    """Of the backward kernel, for each group: each sums dw over its tokens; what follows adds the sums in order."""
-    return min(triton.cdiv(T, block_t(num_kv, D, True)), PROGRAMS)
+def programs(T: int, num_q: int, num_kv: int, D: int) -> int:
+    """Of the backward kernel, for each group: each sums dw over its tokens; what follows adds the sums in order.
+
+    As many on any GPU, and so are dw's bits.
+    """
+    most = max(PROGRAMS // sum(head_groups(num_q, num_kv)), 1)
+    return min(triton.cdiv(T, block_t(num_kv, D, True)), most)
 
 
 @triton.jit

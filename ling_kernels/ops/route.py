@@ -14,7 +14,7 @@ from torch import Tensor
 from ..backend import _C, backend
 from ..op import expect, op, wide
 
-KERNEL = (256, 8, 4, 8)  # experts, groups, groups kept, experts kept: what the CUDA kernel is made for
+SIZES = {(256, 8, 4, 8), (16, 4, 2, 4)}  # experts, groups, groups kept, experts kept: what CUDA is built for
 
 
 def route(
@@ -45,12 +45,9 @@ def route(
            E, num_groups, group_topk, topk)  # fmt: skip
     if backend(logits) == "torch" or logits.dtype == torch.float64:
         return route_ref(logits, bias, mask, num_groups, group_topk, topk, scale, z_loss)
-    with_lse = z_loss is not None and not on_cuda(logits, mask, num_groups, group_topk, topk)
-    *routed, lse = Route.apply(logits, bias, mask, num_groups, group_topk, topk, scale, with_lse)
+    *routed, lse = Route.apply(logits, bias, mask, num_groups, group_topk, topk, scale, z_loss is not None)
     if z_loss is None:
         return tuple(routed)
-    if not with_lse:
-        return *routed, mean_square_lse(logits, mask, z_loss)
     tokens = max(T, 1) if mask is None else mask.sum().clamp(min=1)
     return *routed, z_loss * lse.square().sum() / tokens
 
@@ -92,20 +89,15 @@ def lowest_first(x: Tensor, k: int) -> Tensor:
     return x.sort(dim=-1, descending=True, stable=True).indices[..., :k]
 
 
-def on_cuda(logits: Tensor, mask: Tensor | None, *sizes: int) -> bool:
-    """Whether the CUDA kernel runs, which knows one set of sizes and no mask."""
-    return backend(logits) == "cuda" and mask is None and (logits.shape[1], *sizes) == KERNEL
-
-
 class Route(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, bias, mask, num_groups, group_topk, topk, scale, with_lse):
         logits = logits if logits.stride(1) == 1 else logits.contiguous()
         weights = logits.new_empty(len(logits), topk)
         experts = torch.empty_like(weights, dtype=torch.int32)
-        counts = experts.new_zeros(logits.shape[1])
+        counts = experts.new_empty(logits.shape[1])
         lse = logits.new_empty(len(logits)) if with_lse else None
-        bias, mask = bias.contiguous(), mask if mask is None else mask.contiguous()
+        bias, mask = bias.contiguous(), mask if mask is None else mask.contiguous().view(torch.uint8)
         route_fwd(logits, bias, mask, experts, weights, counts, lse, num_groups, group_topk, topk, scale)
         ctx.save_for_backward(logits, experts, lse)
         ctx.mark_non_differentiable(experts, counts)
@@ -122,7 +114,9 @@ class Route(torch.autograd.Function):
 
 
 def config() -> dict:
-    """A warp for a token: its reductions need no barrier. Not measured; H200 and H20 have one table."""
+    """A warp for a token: its reductions need no barrier. Not measured; H200 and H20 have one table, since it is
+    instructions that bind and every SM issues as many.
+    """
     return dict(BLOCK_T=1, num_warps=1)
 
 
@@ -140,10 +134,12 @@ def route_fwd(
     topk: int,
     scale: float,
 ) -> None:
-    """counts are added to; lse [T] is the log-sum-exp of logits, 0 for masked tokens."""
-    if lse is None and on_cuda(logits, mask, num_groups, group_topk, topk):
-        return _C.route(rows_of_16_bytes(logits), rows_of_16_bytes(bias), experts, weights, counts, scale)
+    """mask [T] uint8; counts are zeroed first; lse [T] is the log-sum-exp of logits, 0 for masked tokens."""
     T, E = logits.shape
+    fits = (E, num_groups, group_topk, topk) in SIZES and in_vectors(logits) and in_vectors(bias)
+    if backend(logits) == "cuda" and fits:
+        return _C.route_fwd(logits, bias, mask, experts, weights, counts, lse, num_groups, group_topk, topk, scale)
+    counts.zero_()
     chosen = config()
     if T:
         route_kernel[(triton.cdiv(T, chosen["BLOCK_T"]),)](
@@ -161,6 +157,8 @@ def route_bwd(
 ) -> None:  # fmt: skip
     T, E = logits.shape
     topk = experts.shape[1]
+    if backend(logits) == "cuda" and E % 4 == 0 and E <= 1024 and topk <= 32 and in_vectors(logits):
+        return _C.route_bwd(logits, experts, dweights, lse, dlse, dlogits, scale)
     chosen = config()
     if T:
         route_bwd_kernel[(triton.cdiv(T, chosen["BLOCK_T"]),)](
@@ -169,10 +167,9 @@ def route_bwd(
         )  # fmt: skip
 
 
-def rows_of_16_bytes(x: Tensor) -> Tensor:
-    """x, or a copy where its rows do not start at multiples of 16 bytes, which the kernel reads at once."""
-    fits = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and (x.ndim == 1 or x.stride(0) % 4 == 0)
-    return x if fits else x.clone(memory_format=torch.contiguous_format)
+def in_vectors(x: Tensor) -> bool:
+    """Whether every row starts at a multiple of 16 bytes, which CUDA reads at once."""
+    return x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and (x.ndim == 1 or x.stride(0) % 4 == 0)
 
 
 LOWEST = tl.constexpr(-(2**31))  # below the key of every number: not there, or taken

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backend import backend
-from ..op import expect, op, wide
+from ..op import expect, multiprocessors, op, wide
 from .dispatch import Plan
 from .quantize import BLOCK, empty_fp8, quantize_ref, tiling
 from .triton_fp8 import store_columns, store_rows, tile_rows
@@ -51,6 +51,46 @@ def swiglu_ref(x, weights=None, quantize=False, columns=False, plan=None, pow2=F
     return quantize_ref(y, True, columns, plan, pow2) if quantize else y.to(x.dtype)
 
 
+def swiglu_backward(
+    dy: Tensor,
+    x: Tensor,
+    weights: Tensor | None = None,
+    quantize: bool = False,
+    columns: bool = False,
+    plan: Plan | None = None,
+    pow2: bool = False,
+) -> tuple[Tensor | tuple[Tensor, ...], Tensor | None]:
+    """The gradients of y = swiglu(x, weights), x [S, 2F], for dy [S, F]: dx [S, 2F] and dweights [S], or None.
+
+    dx is in x's dtype, or with quantize a tuple, its FP8 rows dx_q [S, 2F] and dx_scale [S, 2F/128] and with columns
+    also its column-wise copy, as `quantize` lays them out for that plan: what the FP8 products of the backward pass
+    take, from dx before it is rounded. With a plan's columns, rows past its last expert stay undefined. Not
+    differentiable. Raises ValueError for shapes that do not fit, and for FP8 where F % 128 != 0.
+    """
+    expect(x.ndim == 2 and dy.ndim == 2 and x.shape == (len(dy), 2 * dy.shape[1]), "dy [S, F] and x [S, 2F]", dy, x)
+    expect(weights is None or weights.shape == x.shape[:1], "weights [S]", weights, x)
+    expect(not quantize or dy.shape[1] % BLOCK == 0, "F % 128 == 0 for FP8", dy)
+    expect(quantize or not (columns or pow2), "quantize=True with columns or pow2", quantize, columns, pow2)
+    if backend(x) == "torch" or torch.float64 in (dy.dtype, x.dtype, weights is not None and weights.dtype):
+        return swiglu_backward_ref(dy, x, weights, quantize, columns, plan, pow2)
+    dy, x, weights = (t if t is None else t.detach().contiguous() for t in (dy, x, weights))
+    dx, dweights = None if quantize else torch.empty_like(x), None if weights is None else torch.empty_like(weights)
+    out = empty_fp8(x, *x.shape, quantize, columns, plan)
+    plan = (plan.offsets, plan.padded_offsets) if plan and columns else (None, None)
+    swiglu_bwd(dy, x, weights, dx, dweights, *out, *plan, pow2)
+    return tuple(t for t in out if t is not None) if quantize else dx, dweights
+
+
+def swiglu_backward_ref(dy, x, weights=None, quantize=False, columns=False, plan=None, pow2=False):
+    (gate, up), g, dweights = wide(x).chunk(2, -1), wide(dy), None
+    sig = gate.sigmoid()
+    if weights is not None:
+        dweights = (g * gate * sig * up).sum(-1).to(weights.dtype)
+        g = g * weights[:, None]
+    dx = torch.cat([g * up * sig * (1 + gate * (1 - sig)), g * gate * sig], -1)
+    return quantize_ref(dx, True, columns, plan, pow2) if quantize else dx.to(x.dtype), dweights
+
+
 class SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weights):
@@ -62,10 +102,7 @@ class SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        x, weights = ctx.saved_tensors
-        dx, dweights = torch.empty_like(x), None if weights is None else torch.empty_like(weights)
-        swiglu_bwd(dy.contiguous(), x, weights, dx, dweights)
-        return dx, dweights
+        return swiglu_backward(dy, *ctx.saved_tensors)
 
 
 @op("y", "y_q", "y_scale", "yt_q", "yt_scale")
@@ -86,18 +123,44 @@ def swiglu_fwd(
         swiglu_kernel[grid](x, weights, y, y_q, y_scale, yt_q, yt_scale, offsets, padded_offsets, POW2=pow2, **sizes)
 
 
-def config(F: int) -> dict:
-    """Of the backward kernel. Not measured; H200 and H20 have one table, since both wait for memory."""
-    BLOCK_F = min(triton.next_power_of_2(F), 512)
-    return dict(BLOCK_M=max(1024 // BLOCK_F, 4), BLOCK_F=BLOCK_F, num_warps=4)
-
-
-@op("dx", "dweights")
-def swiglu_bwd(dy: Tensor, x: Tensor, weights: Tensor | None, dx: Tensor, dweights: Tensor | None) -> None:
+@op("dx", "dweights", "dx_q", "dx_scale", "dxt_q", "dxt_scale")
+def swiglu_bwd(
+    dy: Tensor,
+    x: Tensor,
+    weights: Tensor | None,
+    dx: Tensor | None,
+    dweights: Tensor | None,
+    dx_q: Tensor | None,
+    dx_scale: Tensor | None,
+    dxt_q: Tensor | None,
+    dxt_scale: Tensor | None,
+    offsets: Tensor | None,
+    padded_offsets: Tensor | None,
+    pow2: bool,
+) -> None:
     M, F = dy.shape
+    ld_scale, M_pad = 0 if dx_scale is None else dx_scale.stride(1), 0 if dxt_q is None else dxt_q.shape[1]
+    E = 0 if offsets is None else len(offsets) - 1
+    chosen = config(F, dx_q is not None, dxt_q is not None, multiprocessors(x.device))
     if dy.numel():
-        chosen = config(F)
-        swiglu_bwd_kernel[(triton.cdiv(M, chosen["BLOCK_M"]),)](dy, x, weights, dx, dweights, M, F, **chosen)
+        rows = BLOCK if M_pad else chosen["BLOCK_M"]  # of a program
+        swiglu_bwd_kernel[(triton.cdiv(M_pad or M, rows),)](
+            dy, x, weights, dx, dweights, dx_q, dx_scale, dxt_q, dxt_scale, offsets, padded_offsets,
+            M, F, E, ld_scale, M_pad, POW2=pow2, BLOCK_E=triton.next_power_of_2(max(E, 1)), enable_fp_fusion=False,
+            **chosen,
+        )  # fmt: skip
+
+
+def config(F: int, fp8: bool, columns: bool, sms: int) -> dict:
+    """Of the backward kernel, on an H200 (132 SMs) or an H20 (78), where an SM needs 1.4 times the bytes in flight.
+
+    Blocks of 128 fix the tiles of FP8. Not measured.
+    """
+    if fp8:
+        return dict(BLOCK_M=32, BLOCK_F=128, num_warps=16 if columns else 4)
+    BLOCK_F = min(triton.next_power_of_2(F), 512)
+    rows = max(1024 // BLOCK_F, 4)
+    return dict(BLOCK_M=2 * rows if sms < 100 else rows, BLOCK_F=BLOCK_F, num_warps=4)
 
 
 @triton.jit
@@ -131,22 +194,51 @@ def swiglu_kernel(
 
 
 @triton.jit
-def swiglu_bwd_kernel(dy, x, weights, dx, dweights, M, F, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr):
+def gradients(dy, x, weights, rows, own, f, F):
     # With g = dy * weight:  dup = g * silu(gate),  dgate = g * up * sig * (1 + gate * (1 - sig)),
     # dweight = sum over f of dy * silu(gate) * up
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    dw = tl.zeros((BLOCK_M, BLOCK_F), tl.float32)
-    for f0 in range(0, F, BLOCK_F):
-        f = f0 + tl.arange(0, BLOCK_F)
-        own = (rows < M)[:, None] & (f < F)[None, :]
-        gate, up = load_gate_up(x, rows, f, own, F)
-        g = tl.load(dy + rows.to(tl.int64)[:, None] * F + f[None, :], mask=own, other=0.0).to(tl.float32)
-        sig = tl.sigmoid(gate)
-        if weights is not None:
-            dw += g * gate * sig * up
-            g *= tl.load(weights + rows, mask=rows < M, other=0.0)[:, None]
-        at = dx + rows.to(tl.int64)[:, None] * (2 * F) + f[None, :]
-        tl.store(at, g * up * sig * (1 + gate * (1 - sig)), mask=own)
-        tl.store(at + F, g * gate * sig, mask=own)
+    fits = own[:, None] & (f < F)[None, :]
+    gate, up = load_gate_up(x, rows, f, fits, F)
+    g = tl.load(dy + rows.to(tl.int64)[:, None] * F + f[None, :], mask=fits, other=0.0).to(tl.float32)
+    sig = tl.sigmoid(gate)
+    dw = tl.sum(g * gate * sig * up, 1)
     if weights is not None:
-        tl.store(dweights + rows, tl.sum(dw, 1), mask=rows < M)
+        g *= tl.load(weights + rows, mask=own, other=0.0)[:, None]
+    return g * up * sig * (1 + gate * (1 - sig)), g * gate * sig, dw
+
+
+@triton.jit
+def swiglu_bwd_kernel(
+    dy, x, weights, dx, dweights, dx_q, dx_scale, dxt_q, dxt_scale, offsets, padded_offsets, M, F, E, ld_scale, M_pad,
+    POW2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    # With columns a program has 128 rows, which are more than registers hold: it goes over them in parts for what it
+    # writes by rows, and again, when L2 has them, for what it writes by columns.
+    PARTS: tl.constexpr = 1 if dxt_q is None else 128 // BLOCK_M
+    for part in range(tl.program_id(0) * PARTS, (tl.program_id(0) + 1) * PARTS):
+        rows, own, live = tile_rows(part, M, offsets, padded_offsets, E, BLOCK_M, BLOCK_E)
+        dws = tl.zeros((BLOCK_M,), tl.float32)
+        for f0 in range(0, tl.where(live, F, 0), BLOCK_F):
+            f = f0 + tl.arange(0, BLOCK_F)
+            dgate, dup, dw = gradients(dy, x, weights, rows, own, f, F)
+            dws += dw
+            if dx is not None:
+                at = dx + rows.to(tl.int64)[:, None] * (2 * F) + f[None, :]
+                fits = own[:, None] & (f < F)[None, :]
+                tl.store(at, dgate, mask=fits)
+                tl.store(at + F, dup, mask=fits)
+            if dx_q is not None:
+                k = tl.cast(f0 // 128, tl.int32)
+                store_rows(dgate, rows, own, k, dx_q, dx_scale, 2 * F, ld_scale, POW2)
+                store_rows(dup, rows, own, k + F // 128, dx_q, dx_scale, 2 * F, ld_scale, POW2)
+        if weights is not None:
+            tl.store(dweights + rows, dws, mask=own)
+    if dxt_q is not None:
+        tile = tl.program_id(0)
+        rows, own, live = tile_rows(tile, M, offsets, padded_offsets, E, 128, BLOCK_E)
+        for k in range(0, tl.where(live, F // 128, 0)):
+            f = k * 128 + tl.arange(0, 128)
+            dgate, dup, dw = gradients(dy, x, weights, rows, own, f, F)
+            store_columns(dgate, tile, k, dxt_q, dxt_scale, 2 * F, M_pad, POW2)
+            dgate, dup, dw = gradients(dy, x, weights, rows, own, f, F)
+            store_columns(dup, tile, k + F // 128, dxt_q, dxt_scale, 2 * F, M_pad, POW2)

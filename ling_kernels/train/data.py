@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, command
+from ..files import whole
 from ..tokenizer import Tokenizer, load_tokenizer
 from .sources import cpython_documents, documents, find_files, reading
 
@@ -71,32 +72,27 @@ def write_tokens(pieces: Iterable[Iterable[bytes]], tokenizer: Tokenizer, out: P
     """Tokenise documents into `out` and its .json; both appear whole or not at all. Returns what the .json says."""
     name = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     eos = np.array([tokenizer.eos_id], DTYPES[name]).tobytes()
-    partial, sidecar = out.with_name(f".{out.name}.partial"), out.with_suffix(".json")
     count = number = 0
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
-            for document in pieces:
-                before = count
-                for piece in document:
-                    ids = tokenizer.encode_bytes(piece)
-                    file.write(ids.astype(DTYPES[name]).tobytes())
-                    count += len(ids)
-                if count > before:  # an empty document is none
-                    file.write(eos)
-                    count, number = count + 1, number + 1
-            file.flush()
-            os.fsync(file.fileno())
-        about = dict(dtype=name, eos_id=tokenizer.eos_id, vocab_size=tokenizer.vocab_size)
-        about |= dict(tokens=count, documents=number)
-        header = sidecar.with_name(f".{sidecar.name}.partial")
-        header.write_text(json.dumps(about) + "\n")
-        os.replace(header, sidecar)
-        os.replace(partial, out)
+        with whole(out) as tokens, whole(out.with_suffix(".json")) as sidecar:  # which takes its name first
+            with open(tokens, "wb") as file:
+                for document in pieces:
+                    before = count
+                    for piece in document:
+                        ids = tokenizer.encode_bytes(piece)
+                        file.write(ids.astype(DTYPES[name]).tobytes())
+                        count += len(ids)
+                    if count > before:  # an empty document is none
+                        file.write(eos)
+                        count, number = count + 1, number + 1
+                file.flush()
+                os.fsync(file.fileno())
+            about = dict(dtype=name, eos_id=tokenizer.eos_id, vocab_size=tokenizer.vocab_size)
+            about |= dict(tokens=count, documents=number)
+            sidecar.write_text(json.dumps(about) + "\n")
     except OSError as error:
         raise InputError(f"cannot write {out}: {error.strerror or error}") from None
-    finally:
-        partial.unlink(missing_ok=True)
     return about
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ..errors import InputError
+from ..files import whole
 
 
 class Report:
@@ -81,9 +81,8 @@ class Report:
 def open_lines(path: Path, since: int):
     """A file of JSON lines to append to, with the lines of steps up to `since` kept; a torn last line is dropped."""
     kept = [json.dumps(row) + "\n" for row in read_lines(path) if row["step"] <= since]
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(kept))
-    os.replace(partial, path)
+    with whole(path) as partial:
+        partial.write_text("".join(kept))
     return open(path, "a", buffering=1)  # whole lines reach the file at once
 
 

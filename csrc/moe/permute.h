@@ -1,0 +1,15 @@
+#pragma once
+#include "tensor.h"
+
+namespace ling {
+
+// Every token's row quantised (quant/quantize.h) and copied to each of its slots. Every token is read and quantised
+// once; the column-wise copy is quantize_fwd's, with `source`.
+void permute_quantize_fwd(cudaStream_t stream,
+                          Tensor x,        // [T, H]     f32, f16 or bf16, H % 128 == 0
+                          Tensor slot,     // [T, topk]  i32; -1: none
+                          Tensor x_q,      // [S, H]     e4m3 (out)
+                          Tensor x_scale,  // [S, H/128] f32, S contiguous (out)
+                          bool pow2);
+
+}  // namespace ling

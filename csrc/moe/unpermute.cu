@@ -1,0 +1,177 @@
+#include "moe/unpermute.h"
+#include "common.cuh"
+
+namespace ling {
+namespace {
+
+constexpr int kThreads = 256, kBatch = 8;  // slots of a token whose rows are on the way at once
+
+// kVec elements as they lie in memory: 16 bytes, or one where rows do not start at multiples of 16 bytes
+template <typename T, int kVec> struct Raw {
+    alignas(kVec * sizeof(T)) T v[kVec];
+
+    static __device__ Raw at(const T* p) {
+        Raw raw;
+        if constexpr (kVec == 1) raw.v[0] = *p;
+        else *reinterpret_cast<uint4*>(raw.v) = *reinterpret_cast<const uint4*>(p);
+        return raw;
+    }
+    static __device__ Raw zero() {
+        Raw raw;
+        if constexpr (kVec == 1) raw.v[0] = T(0.f);
+        else *reinterpret_cast<uint4*>(raw.v) = {};
+        return raw;
+    }
+    __device__ void to(T* p) const {
+        if constexpr (kVec == 1) *p = v[0];
+        else *reinterpret_cast<uint4*>(p) = *reinterpret_cast<const uint4*>(v);
+    }
+};
+
+// Neighbouring threads take neighbouring vectors of a token, blockDim.x of them; each has kBatch rows in flight.
+template <typename T, int kVec, bool kWeights>
+__global__ void __launch_bounds__(kThreads, 2)
+    unpermute_fwd_kernel(const T* __restrict__ y, const float* __restrict__ weights, const int* __restrict__ slot,
+                         T* __restrict__ out, int64_t T_, int H, int topk) {
+    using Row = Raw<T, kVec>;
+    const int64_t t = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
+    if (t >= T_) return;
+    for (int h = threadIdx.x * kVec; h < H; h += blockDim.x * kVec) {
+        float total[kVec] = {};
+#pragma unroll 1
+        for (int first = 0; first < topk; first += kBatch) {
+            Row row[kBatch];
+            float w[kBatch];
+#pragma unroll
+            for (int k = 0; k < kBatch; k++) {
+                const int64_t s = first + k < topk ? slot[t * topk + first + k] : -1;
+                row[k] = s >= 0 ? Row::at(y + s * H + h) : Row::zero();
+                w[k] = kWeights && s >= 0 ? weights[t * topk + first + k] : 0;
+            }
+#pragma unroll
+            for (int k = 0; k < kBatch; k++)
+#pragma unroll
+                for (int i = 0; i < kVec; i++) {
+                    const float x = static_cast<float>(row[k].v[i]);
+                    total[i] = __fadd_rn(total[i], kWeights ? __fmul_rn(w[k], x) : x);
+                }
+        }
+        Row sum;
+#pragma unroll
+        for (int i = 0; i < kVec; i++) sum.v[i] = static_cast<T>(total[i]);
+        sum.to(out + t * H + h);
+    }
+}
+
+// The same layout; with dweights a warp takes a whole token, so that its inner products need no barrier.
+template <typename T, int kVec, bool kWeights, bool kDots>
+__global__ void __launch_bounds__(kThreads, kDots ? 2 : 4)
+    unpermute_bwd_kernel(const T* __restrict__ dout, const float* __restrict__ weights, const T* __restrict__ y,
+                         const int* __restrict__ offsets, const int* __restrict__ slot, T* __restrict__ dy,
+                         float* __restrict__ dweights, int64_t T_, int H, int E, int topk) {
+    using Row = Raw<T, kVec>;
+    const int64_t t = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
+    if (t >= T_) return;
+    const int64_t end = offsets ? offsets[E] : T_ * topk;
+    for (int first = 0; first < topk; first += kBatch) {
+        int s[kBatch];
+        float w[kBatch], dot[kBatch] = {};
+#pragma unroll
+        for (int k = 0; k < kBatch; k++) {
+            const bool own = first + k < topk;
+            s[k] = own ? slot[t * topk + first + k] : -1;
+            w[k] = kWeights && own ? weights[t * topk + first + k] : 0;
+        }
+        for (int h = threadIdx.x * kVec; h < H; h += blockDim.x * kVec) {
+            const Row d = Row::at(dout + t * H + h);
+            if constexpr (kDots) {
+                Row row[kBatch];
+#pragma unroll
+                for (int k = 0; k < kBatch; k++) row[k] = s[k] >= 0 ? Row::at(y + int64_t{s[k]} * H + h) : Row::zero();
+#pragma unroll
+                for (int k = 0; k < kBatch; k++)
+#pragma unroll
+                    for (int i = 0; i < kVec; i++)
+                        dot[k] += static_cast<float>(row[k].v[i]) * static_cast<float>(d.v[i]);
+            }
+#pragma unroll
+            for (int k = 0; k < kBatch; k++) {
+                Row out = d;
+                if constexpr (kWeights)
+#pragma unroll
+                    for (int i = 0; i < kVec; i++) out.v[i] = static_cast<T>(static_cast<float>(d.v[i]) * w[k]);
+                if (s[k] >= 0) out.to(dy + int64_t{s[k]} * H + h);
+                const int64_t row = t * topk + first + k;  // T * topk rows, topk a token: those that nobody owns
+                if (first + k < topk && row >= end) Row::zero().to(dy + row * H + h);
+            }
+        }
+        if constexpr (kDots)
+#pragma unroll
+            for (int k = 0; k < kBatch; k++) {
+                const float sum = warp_sum(dot[k]);
+                if (static_cast<int>(threadIdx.x) == k && first + k < topk) dweights[t * topk + first + k] = sum;
+            }
+    }
+}
+
+// (threads along a row, rows of a block)
+dim3 shape_of_block(int64_t vectors) {
+    int along = 1;
+    while (along < kThreads && along < vectors) along *= 2;
+    return dim3(along, kThreads / along);
+}
+
+// f<T, kVec, true or false>(threads of a block): how wide the accesses to rows of H elements can be, and `choice`
+template <typename F> void dispatch(const Tensor& x, bool aligned, bool choice, F&& f) {
+    const int64_t H = x.shape[1];
+    dispatch<float, f16, bf16>(x.dtype, [&]<typename T>() {
+        const auto choose = [&]<int kVec>() {
+            const dim3 block = shape_of_block(ceil_div<int64_t>(H, kVec));
+            choice ? f.template operator()<T, kVec, true>(block) : f.template operator()<T, kVec, false>(block);
+        };
+        constexpr int kWide = 16 / sizeof(T);
+        aligned&& H % kWide == 0 ? choose.template operator()<kWide>() : choose.template operator()<1>();
+    });
+}
+
+}  // namespace
+
+void unpermute_fwd(cudaStream_t stream, Tensor y, Tensor weights, Tensor slot, Tensor out) {
+    const int64_t S = y.shape[0], T = out.shape[0], H = out.shape[1], topk = slot.shape[1];
+    LING_CHECK(y.is(y.dtype, {S, H}) && y.contiguous() && out.is(y.dtype, {T, H}) && out.contiguous());
+    LING_CHECK(slot.is(DType::i32, {T, topk}) && slot.contiguous());
+    LING_CHECK(!weights.ndim || (weights.is(DType::f32, {T, topk}) && weights.contiguous()));
+    if (T == 0 || H == 0) return;
+    dispatch(y, y.aligned() && out.aligned(), weights.ndim, [&]<typename X, int kVec, bool kWeights>(dim3 block) {
+        launch<unpermute_fwd_kernel<X, kVec, kWeights>>(ceil_div<int64_t>(T, block.y), block, 0, stream, y.ptr<X>(),
+                                                        weights.ptr<float>(), slot.ptr<int>(), out.ptr<X>(), T,
+                                                        static_cast<int>(H), static_cast<int>(topk));
+    });
+}
+
+void unpermute_bwd(cudaStream_t stream, Tensor dout, Tensor weights, Tensor y, Tensor offsets, Tensor slot, Tensor dy,
+                   Tensor dweights) {
+    const int64_t T = dout.shape[0], H = dout.shape[1], topk = slot.shape[1], S = dy.shape[0];
+    const bool dots = dweights.ndim;
+    LING_CHECK(dout.is(dout.dtype, {T, H}) && dout.contiguous() && dy.is(dout.dtype, {S, H}) && dy.contiguous());
+    LING_CHECK(S == T * topk && slot.is(DType::i32, {T, topk}) && slot.contiguous());
+    LING_CHECK(!weights.ndim || (weights.is(DType::f32, {T, topk}) && weights.contiguous()));
+    LING_CHECK(!offsets.ndim || (offsets.ndim == 1 && offsets.dtype == DType::i32 && offsets.contiguous()));
+    LING_CHECK(!dots || (weights.ndim && y.is(dout.dtype, {S, H}) && y.contiguous()));
+    LING_CHECK(!dots || (dweights.is(DType::f32, {T, topk}) && dweights.contiguous()));
+    if (T == 0 || H == 0) return;
+    const bool aligned = dout.aligned() && dy.aligned() && (!dots || y.aligned());
+    dispatch(dout, aligned, weights.ndim, [&]<typename X, int kVec, bool kWeights>(dim3 block) {
+        const auto run = [&]<bool kDots>() {
+            if (kDots) block = dim3(32, kThreads / 32);
+            launch<unpermute_bwd_kernel<X, kVec, kWeights, kDots>>(
+                ceil_div<int64_t>(T, block.y), block, 0, stream, dout.ptr<X>(), weights.ptr<float>(), y.ptr<X>(),
+                offsets.ptr<int>(), slot.ptr<int>(), dy.ptr<X>(), dweights.ptr<float>(), T, static_cast<int>(H),
+                static_cast<int>(offsets.shape[0] - 1), static_cast<int>(topk));
+        };
+        if constexpr (kWeights) dots ? run.template operator()<true>() : run.template operator()<false>();
+        else run.template operator()<false>();
+    });
+}
+
+}  // namespace ling

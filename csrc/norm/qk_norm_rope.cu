@@ -1,0 +1,245 @@
+#include "norm/qk_norm_rope.h"
+#include "common.cuh"
+
+namespace ling {
+namespace {
+
+// Half a warp has a head: lane l its dims 8 l..8 l + 7. Dim i < 32 turns with dim i + 32, so lane l < 8 with lane l
+// ^ 4.
+constexpr int kDim = 128, kHalf = 32, kLanes = 16, kVec = kDim / kLanes, kThreads = 128, kHeads = kThreads / kLanes;
+
+__device__ float head_sum(float x) {
+#pragma unroll
+    for (int d = kLanes / 2; d; d /= 2) x += __shfl_xor_sync(~0u, x, d);
+    return x;
+}
+
+template <typename T> __device__ float rounded(float x, bool round) { return round ? float(static_cast<T>(x)) : x; }
+
+struct Positions {
+    const void* at;
+    bool wide;
+    __device__ int64_t operator[](int64_t t) const {
+        return wide ? static_cast<const int64_t*>(at)[t] : static_cast<const int*>(at)[t];
+    }
+};
+
+// Of a real token, for the dims of this lane; NaN for a position that the tables do not have.
+struct Angles {
+    Vec<kVec> cos, sin;
+    __device__ Angles(const float* cos_table, const float* sin_table, int64_t position, int P, bool real) {
+        const int lane = threadIdx.x % kLanes;
+        const bool known = position >= 0 && position < P;
+        const float missing = real && !known ? __int_as_float(0x7fffffff) : 0.f;
+#pragma unroll
+        for (int j = 0; j < kVec; j++) cos[j] = sin[j] = missing;
+        if (lane < 8 && real && known) {
+            cos = load<kVec>(cos_table + position * kHalf + lane % 4 * kVec);
+            sin = load<kVec>(sin_table + position * kHalf + lane % 4 * kVec);
+        }
+    }
+    // (a, b) -> (a cos - b sin, b cos + a sin), or its transpose
+    __device__ void turn(Vec<kVec>& y, bool back) const {
+        const int lane = threadIdx.x % kLanes;
+        const bool minus = (lane < 4) != back;
+#pragma unroll
+        for (int j = 0; j < kVec; j++) {
+            const float other = __shfl_xor_sync(~0u, y[j], 4);
+            if (lane < 8) y[j] = y[j] * cos[j] + (minus ? -other : other) * sin[j];
+        }
+    }
+};
+
+__device__ float rstd_of(const Vec<kVec>& x, float eps) {
+    float sum = 0;
+#pragma unroll
+    for (int j = 0; j < kVec; j++) sum += x[j] * x[j];
+    return rsqrtf(head_sum(sum) / kDim + eps);
+}
+
+// A block has a token, whose angles its half warps keep while each takes every 8th head, up to 4 loads at once.
+template <typename T, typename W>
+__global__ void __launch_bounds__(kThreads)
+    qk_norm_rope_fwd_kernel(const T* qkv, const W* q_weight, const W* k_weight, const float* cos, const float* sin,
+                            Positions positions, const int64_t* slots, T* q, T* k, T* v, T* k_cache, T* v_cache, int Hq,
+                            int Hkv, int P, int64_t cells, float eps, bool round_first) {
+    constexpr int kAtOnce = 4;
+    const int64_t t = blockIdx.x;
+    const int H = Hq + 2 * Hkv, lane = threadIdx.x % kLanes;
+    const Angles angles(cos, sin, positions[t], P, true);
+    const int64_t slot = slots ? slots[t] : -1;
+    for (int first = 0; first < H; first += kHeads * kAtOnce) {  // the same for all threads, who meet in shuffles
+        Vec<kVec> x[kAtOnce] = {};
+#pragma unroll
+        for (int i = 0; i < kAtOnce; i++)
+            if (const int h = first + i * kHeads + threadIdx.x / kLanes; h < H)
+                x[i] = load<kVec>(qkv + (t * H + h) * kDim + lane * kVec);
+#pragma unroll
+        for (int i = 0; i < kAtOnce; i++) {
+            const int h = first + i * kHeads + threadIdx.x / kLanes;
+            Vec<kVec> y = x[i];
+            const float r = rstd_of(y, eps);
+            const Vec<kVec> w = load<kVec>((h < Hq ? q_weight : k_weight) + lane * kVec);
+#pragma unroll
+            for (int j = 0; j < kVec; j++) y[j] = rounded<T>(y[j] * r, round_first) * w[j];
+            angles.turn(y, false);
+            if (h >= H) continue;
+            if (h < Hq) {
+                store(q + (t * Hq + h) * kDim + lane * kVec, y);
+                continue;
+            }
+            const bool key = h < Hq + Hkv;
+            const int head = h - Hq - (key ? 0 : Hkv);
+            if (!key) y = x[i];
+            store((key ? k : v) + (t * Hkv + head) * kDim + lane * kVec, y);
+            if (slot >= 0 && slot < cells)
+                store((key ? k_cache : v_cache) + (slot * Hkv + head) * kDim + lane * kVec, y);
+        }
+    }
+}
+
+// Block (p, group) has a group of heads of every token that p's turn it is, two of them in flight for half a warp, and
+// sums their part of dw in registers. With z the gradient before the rotation, g = z w and x^ = x rstd:
+// dx = rstd (g - x^ mean(g x^)),  dw = sum of z x^.
+template <typename T, typename W>
+__global__ void __launch_bounds__(kThreads)
+    qk_norm_rope_bwd_kernel(const T* dq, const T* dk, const T* dv, const T* qkv, const W* q_weight, const W* k_weight,
+                            const float* cos, const float* sin, Positions positions, T* dqkv, float* dw, int tokens,
+                            int Hq, int Hkv, int P, int heads, float eps, bool round_first) {
+    constexpr int kAtOnce = 2;
+    __shared__ float sums[kHeads][kDim];
+    const int q_groups = ceil_div(Hq, heads), kv_groups = ceil_div(Hkv, heads), H = Hq + 2 * Hkv;
+    const int kind =
+        (static_cast<int>(blockIdx.y) >= q_groups) + (static_cast<int>(blockIdx.y) >= q_groups + kv_groups);
+    const int group = blockIdx.y - (kind > 0) * q_groups - (kind > 1) * kv_groups;
+    const int own = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, h = group * heads + own % heads;
+    const int num = kind ? Hkv : Hq, column = lane * kVec;
+    const T* dout = (kind == 0 ? dq : kind == 1 ? dk : dv) + h * kDim + column;
+    const int64_t offset = ((kind > 0) * Hq + (kind > 1) * Hkv + h) * kDim + column;
+
+    Vec<kVec> w = {}, dws = {};
+    if (kind < 2) w = load<kVec>((kind ? k_weight : q_weight) + column);
+    const int side = kHeads / heads;  // tokens that lie side by side in the block
+    const int64_t stride = int64_t{gridDim.x} * side;
+    for (int64_t first = blockIdx.x * side; first < tokens; first += kAtOnce * stride) {
+        Vec<kVec> xs[kAtOnce] = {}, zs[kAtOnce] = {};
+#pragma unroll
+        for (int i = 0; i < kAtOnce; i++) {
+            const int64_t t = first + i * stride + own / heads;
+            if (h >= num || t >= tokens) continue;
+            zs[i] = load<kVec>(dout + t * num * kDim);
+            if (kind < 2) xs[i] = load<kVec>(qkv + t * H * kDim + offset);
+        }
+#pragma unroll
+        for (int i = 0; i < kAtOnce; i++) {
+            const int64_t t = first + i * stride + own / heads;
+            const bool real = h < num && t < tokens;
+            Vec<kVec>&x = xs[i], &z = zs[i];
+            if (kind < 2) {
+                const Angles angles(cos, sin, real ? positions[t] : 0, P, real);
+                const float r = rstd_of(x, eps);
+                angles.turn(z, true);
+                float sum = 0;
+#pragma unroll
+                for (int j = 0; j < kVec; j++) {
+                    x[j] *= r;
+                    dws[j] += z[j] * rounded<T>(x[j], round_first);
+                    z[j] = rounded<T>(z[j] * w[j], round_first);  // its gradient rounds where the value did
+                    sum += z[j] * x[j];
+                }
+                const float mean = head_sum(sum) / kDim;
+#pragma unroll
+                for (int j = 0; j < kVec; j++) z[j] = r * (z[j] - x[j] * mean);
+            }
+            if (real) store(dqkv + t * H * kDim + offset, z);
+        }
+    }
+    if (kind == 2) return;
+#pragma unroll
+    for (int j = 0; j < kVec; j++) sums[own][column + j] = dws[j];
+    __syncthreads();
+    float sum = 0;
+    for (const auto& part : sums) sum += part[threadIdx.x];
+    dw[(int64_t{blockIdx.x} * (q_groups + kv_groups) + blockIdx.y) * kDim + threadIdx.x] = sum;
+}
+
+struct Sizes {
+    int64_t T, H, P;
+};
+
+Sizes check(const Tensor& qkv, const Tensor& q_weight, const Tensor& k_weight, const Tensor& cos, const Tensor& sin,
+            const Tensor& positions) {
+    const int64_t T = qkv.shape[0], H = qkv.shape[1], P = cos.shape[0];
+    LING_CHECK(qkv.is(qkv.dtype, {T, H, kDim}) && qkv.contiguous() && T < 1ll << 31);
+    LING_CHECK(q_weight.dtype == qkv.dtype || q_weight.dtype == DType::f32);
+    LING_CHECK(q_weight.is(q_weight.dtype, {kDim}) && k_weight.is(q_weight.dtype, {kDim}));
+    LING_CHECK(q_weight.contiguous() && k_weight.contiguous());
+    LING_CHECK(cos.is(DType::f32, {P, kHalf}) && sin.is(DType::f32, {P, kHalf}) && cos.contiguous() &&
+               sin.contiguous());
+    LING_CHECK((positions.dtype == DType::i32 || positions.dtype == DType::i64) && positions.contiguous());
+    LING_CHECK(positions.is(positions.dtype, {T}) && P < 1ll << 31);
+    LING_CHECK(qkv.aligned() && q_weight.aligned() && k_weight.aligned() && cos.aligned() && sin.aligned());
+    return {T, H, P};
+}
+
+// f<T, W>() for the dtypes of qkv and of the weights
+template <typename F> void dispatch_pair(DType dtype, DType weights, F&& f) {
+    dispatch<float, f16, bf16>(dtype, [&]<typename T>() {
+        weights == dtype ? f.template operator()<T, T>() : f.template operator()<T, float>();
+    });
+}
+
+}  // namespace
+
+void qk_norm_rope_fwd(cudaStream_t stream, Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin,
+                      Tensor positions, Tensor slots, Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache,
+                      float eps, bool round_first) {
+    const auto [T, H, P] = check(qkv, q_weight, k_weight, cos, sin, positions);
+    const int64_t Hq = q.shape[1], Hkv = k.shape[1], cells = k_cache.ndim ? k_cache.shape[0] * k_cache.shape[1] : 0;
+    LING_CHECK(q.is(qkv.dtype, {T, Hq, kDim}) && k.is(qkv.dtype, {T, Hkv, kDim}) && v.is(qkv.dtype, {T, Hkv, kDim}));
+    LING_CHECK(H == Hq + 2 * Hkv && q.contiguous() && k.contiguous() && v.contiguous());
+    if (k_cache.ndim) {
+        const int64_t blocks = k_cache.shape[0], size = k_cache.shape[1];
+        LING_CHECK(k_cache.is(qkv.dtype, {blocks, size, Hkv, kDim}) &&
+                   v_cache.is(qkv.dtype, {blocks, size, Hkv, kDim}));
+        LING_CHECK(k_cache.contiguous() && v_cache.contiguous() && k_cache.aligned() && v_cache.aligned());
+        LING_CHECK(slots.is(DType::i64, {T}) && slots.contiguous());
+    }
+    if (T == 0) return;
+    LING_CHECK(q.aligned() && k.aligned() && v.aligned());
+    const Positions at{positions.data, positions.dtype == DType::i64};
+    dispatch_pair(qkv.dtype, q_weight.dtype, [&]<typename E, typename W>() {
+        launch<qk_norm_rope_fwd_kernel<E, W>>(static_cast<unsigned>(T), kThreads, 0, stream, qkv.ptr<E>(),
+                                              q_weight.ptr<W>(), k_weight.ptr<W>(), cos.ptr<float>(), sin.ptr<float>(),
+                                              at, slots.ptr<int64_t>(), q.ptr<E>(), k.ptr<E>(), v.ptr<E>(),
+                                              k_cache.ptr<E>(), v_cache.ptr<E>(), static_cast<int>(Hq),
+                                              static_cast<int>(Hkv), static_cast<int>(P), cells, eps, round_first);
+    });
+}
+
+void qk_norm_rope_bwd(cudaStream_t stream, Tensor dq, Tensor dk, Tensor dv, Tensor qkv, Tensor q_weight,
+                      Tensor k_weight, Tensor cos, Tensor sin, Tensor positions, Tensor dqkv, Tensor dw, float eps,
+                      bool round_first) {
+    const auto [T, H, P] = check(qkv, q_weight, k_weight, cos, sin, positions);
+    const int64_t Hq = dq.shape[1], Hkv = dk.shape[1], programs = dw.shape[0], groups = dw.shape[1];
+    LING_CHECK(dq.is(qkv.dtype, {T, Hq, kDim}) && dk.is(qkv.dtype, {T, Hkv, kDim}) && dv.is(qkv.dtype, {T, Hkv, kDim}));
+    LING_CHECK(H == Hq + 2 * Hkv && dq.contiguous() && dk.contiguous() && dv.contiguous());
+    LING_CHECK(dqkv.is(qkv.dtype, {T, H, kDim}) && dqkv.contiguous());
+    LING_CHECK(dw.is(DType::f32, {programs, groups, kDim}) && dw.contiguous());
+    int heads = 1;  // in a group: as many as make that number of groups
+    while (heads < kHeads && ceil_div<int64_t>(Hq, heads) + ceil_div<int64_t>(Hkv, heads) > groups) heads *= 2;
+    LING_CHECK((ceil_div<int64_t>(Hq, heads) + ceil_div<int64_t>(Hkv, heads) == groups));
+    if (T == 0) return;
+    LING_CHECK(dq.aligned() && dk.aligned() && dv.aligned() && dqkv.aligned());
+    const Positions at{positions.data, positions.dtype == DType::i64};
+    const dim3 grid(programs, groups + ceil_div<int64_t>(Hkv, heads));
+    dispatch_pair(qkv.dtype, q_weight.dtype, [&]<typename E, typename W>() {
+        launch<qk_norm_rope_bwd_kernel<E, W>>(grid, kThreads, 0, stream, dq.ptr<E>(), dk.ptr<E>(), dv.ptr<E>(),
+                                              qkv.ptr<E>(), q_weight.ptr<W>(), k_weight.ptr<W>(), cos.ptr<float>(),
+                                              sin.ptr<float>(), at, dqkv.ptr<E>(), dw.ptr<float>(), static_cast<int>(T),
+                                              static_cast<int>(Hq), static_cast<int>(Hkv), static_cast<int>(P), heads,
+                                              eps, round_first);
+    });
+}
+
+}  // namespace ling

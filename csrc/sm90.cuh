@@ -1,0 +1,223 @@
+// Hopper's asynchronous units, one small function for each instruction: barriers in shared memory (mbarrier), copies
+// of tiles (TMA), matrix products of a warpgroup (wgmma). tests/host has a twin of every one of them, which does the
+// same work on a CPU, as late as the hardware might.
+#pragma once
+#include "common.cuh"
+
+#ifdef __CUDACC__
+#include <cuda.h>  // types alone; nothing of the driver is linked
+
+namespace ling {
+
+using TensorMap = CUtensorMap;
+
+__device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+// A phase ends when as many threads as init() said have arrived and all announced bytes have come.
+struct Barrier {
+    uint64_t state;
+
+    __device__ void init(int arrivals) {
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(this)), "r"(arrivals));
+    }
+    __device__ void arrive() {
+        asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(this)) : "memory");
+    }
+    __device__ void arrive_and_expect(int bytes) {
+        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(this)), "r"(bytes)
+                     : "memory");
+    }
+    // Until the phase of that parity has ended; a new barrier is in phase 0, and phase 1 counts as over.
+    __device__ void wait(unsigned parity) {
+        asm volatile(
+            "{\n"
+            ".reg .pred done;\n"
+            "again:\n"
+            "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+            "@done bra over;\n"
+            "bra again;\n"
+            "over:\n"
+            "}" ::"r"(shared_address(this)),
+            "r"(parity)
+            : "memory");
+    }
+};
+
+// After init(), before __syncthreads().
+__device__ inline void publish_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+// Between ordinary accesses to shared memory and those of TMA or wgmma, by the threads that made the former.
+__device__ inline void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Of the warps that name the same id, threads in all; id 0 is __syncthreads'.
+__device__ inline void named_barrier(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+template <int kRegisters> __device__ void more_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters> __device__ void fewer_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// The box of the map whose first element is (row, column); what lies outside the tensor arrives as zeros. By one
+// thread.
+__device__ inline void load_tile(void* to, const TensorMap& map, Barrier& barrier, int column, int row) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+            shared_address(to)),
+        "l"(&map), "r"(column), "r"(row), "r"(shared_address(&barrier))
+        : "memory");
+}
+__device__ inline void prefetch_map(const TensorMap& map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+// kBytes (4 or 16) from `from`, or as many zeros; done once wait_copies says so.
+template <int kBytes> __device__ void copy_async(void* to, const void* from, bool zeros) {
+    const int bytes = zeros ? 0 : kBytes;
+    if constexpr (kBytes == 16)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
+                     : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(to)), "l"(from), "n"(kBytes),
+                     "r"(bytes)
+                     : "memory");
+}
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending> __device__ void wait_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Four matrices of 8 lines of 16 bytes; lane l names line l % 8 of matrix l / 8. Seen as 2-byte elements, lane l gets
+// (2 (l % 4), l / 4) and the line below it of each matrix when it loads the transposed ones, and gives
+// (l / 4, 2 (l % 4)) and the element to its right when it stores.
+__device__ inline void load_transposed(unsigned (&r)[4], const void* line) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared::cta.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(line))
+                 : "memory");
+}
+__device__ inline void store_matrices(void* line, const unsigned (&r)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared::cta.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(line)),
+                 "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+                 : "memory");
+}
+
+// wgmma: fence before the first, commit after the last, wait before d is read or the operands are overwritten.
+__device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int kPending, int kRegs> __device__ void wgmma_wait(float (&d)[kRegs]) {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+#pragma unroll
+    for (int i = 0; i < kRegs; i++) asm volatile("" : "+f"(d[i])::"memory");  // not read before the wait
+}
+
+#define LING_OUT4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define LING_OUT8(i) LING_OUT4(i), LING_OUT4(i + 4)
+#define LING_OUT16(i) LING_OUT8(i), LING_OUT8(i + 8)
+#define LING_OUT32(i) LING_OUT16(i), LING_OUT16(i + 16)
+#define LING_OUT64(i) LING_OUT32(i), LING_OUT32(i + 32)
+#define LING_D8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define LING_D16 LING_D8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define LING_D32 LING_D16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define LING_D64                                                                                             \
+    LING_D32                                                                                                 \
+    ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, " \
+    "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define LING_WGMMA(type, d_text, a, b, p, flags, outs)                                                         \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" p ", 0;\nwgmma.mma_async.sync.aligned." type " {" d_text \
+                 "}, %" a ", %" b ", p, 1, 1" flags ";\n}"                                                     \
+                 : outs                                                                                        \
+                 : "l"(da), "l"(db), "r"(static_cast<int>(accumulate)))
+
+// d [64, 2 kRegs] (+)= A [64, 32] B [2 kRegs, 32]^T in e4m3. Thread t of the warpgroup, q = t % 4, has for each 8
+// columns j row t / 32 * 16 + t % 32 / 4 in d[4j], d[4j + 1], columns 8j + 2q and the next, and 8 rows below it d[4j +
+// 2].
+template <int kRegs> __device__ void wgmma_fp8(float (&d)[kRegs], uint64_t da, uint64_t db, bool accumulate) {
+    if constexpr (kRegs == 64) LING_WGMMA("m64n128k32.f32.e4m3.e4m3", LING_D64, "64", "65", "66", "", LING_OUT64(0));
+    else if constexpr (kRegs == 32)
+        LING_WGMMA("m64n64k32.f32.e4m3.e4m3", LING_D32, "32", "33", "34", "", LING_OUT32(0));
+    else if constexpr (kRegs == 16)
+        LING_WGMMA("m64n32k32.f32.e4m3.e4m3", LING_D16, "16", "17", "18", "", LING_OUT16(0));
+    else {
+        static_assert(kRegs == 8);
+        LING_WGMMA("m64n16k32.f32.e4m3.e4m3", LING_D8, "8", "9", "10", "", LING_OUT8(0));
+    }
+}
+
+// d [64, 128] (+)= A^T B in bf16, A [16, 64] and B [16, 128] with the contraction outermost.
+__device__ inline void wgmma_bf16_by_rows(float (&d)[64], uint64_t da, uint64_t db, bool accumulate) {
+    LING_WGMMA("m64n128k16.f32.bf16.bf16", LING_D64, "64", "65", "66", ", 1, 1", LING_OUT64(0));
+}
+
+#undef LING_WGMMA
+#undef LING_D64
+#undef LING_D32
+#undef LING_D16
+#undef LING_D8
+#undef LING_OUT64
+#undef LING_OUT32
+#undef LING_OUT16
+#undef LING_OUT8
+#undef LING_OUT4
+
+// A map of a tensor [rows, columns] whose rows lie `stride` bytes apart, to load boxes of it.
+inline TensorMap encode_map(const void* data, DType dtype, int64_t rows, int64_t columns, int64_t stride, int box_rows,
+                            int box_columns, bool swizzled) {
+    using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
+                                const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
+                                CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+    static const auto encode = [] {  // asked of the runtime, so that _C loads where there is no driver
+        void* f = nullptr;
+        cudaDriverEntryPointQueryResult found;
+        LING_CUDA_CHECK(
+            cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000, cudaEnableDefault, &found));
+        if (found != cudaDriverEntryPointSuccess) throw std::runtime_error("the driver has no cuTensorMapEncodeTiled");
+        return reinterpret_cast<Encode>(f);
+    }();
+    const auto type = dtype == DType::f32    ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+                      : dtype == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                             : CU_TENSOR_MAP_DATA_TYPE_UINT8;
+    const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
+    const cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride)};
+    const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows)};
+    const cuuint32_t steps[2] = {1, 1};
+    TensorMap map;
+    const CUresult error =
+        encode(&map, type, 2, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+               swizzled ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (error != CUDA_SUCCESS)
+        throw std::runtime_error("cuTensorMapEncodeTiled: error " + std::to_string(static_cast<int>(error)));
+    return map;
+}
+
+}  // namespace ling
+#else
+#include "sm90_on_host.h"
+#endif
+
+namespace ling {
+
+// Bytes of a tile in shared memory lie at this offset: 16-byte chunks of 128-byte lines, xored with the line.
+__device__ inline int swizzled(int line, int chunk) { return line * 128 + (chunk ^ line % 8) * 16; }
+
+// How wgmma finds a swizzled operand of 128-byte lines: groups of 8 lines lie 1024 bytes apart; `next` bytes lead from
+// one 128 bytes of columns to the next, where lines are the contraction (otherwise it is not used).
+__device__ inline uint64_t operand(const void* p, int next = 16) {
+    const uint64_t address = shared_address(p) >> 4, stride = 1024 >> 4, kSwizzle128 = 1;
+    return (address & 0x3fff) | static_cast<uint64_t>(next >> 4) << 16 | stride << 32 | kSwizzle128 << 62;
+}
+
+// A position in a ring of stages, with the parity of the round.
+template <int kStages> struct Ring {
+    int stage = 0;
+    unsigned parity = 0;
+    __device__ void next() {
+        if (++stage == kStages) stage = 0, parity ^= 1;
+    }
+};
+
+}  // namespace ling

@@ -1,0 +1,222 @@
+// What csrc/sm90.cuh is on Hopper, on a CPU. Copies and products happen as late as the hardware might do them: a TMA
+// load when nothing else can run (under a random order: at any time, in any order), a cp.async or wgmma at its wait.
+// So a missing wait, a stage given back too early, a wrong descriptor or swizzle shows in the result. Not judged:
+// fences, and the 14 bits that FP8 tensor cores keep of a sum.
+#pragma once
+#include <cuda_fp8.h>
+
+#include <array>
+#include <vector>
+
+#include "cuda_on_host.h"
+
+namespace ling {
+
+struct TensorMap {
+    const char* data;
+    int64_t rows, columns, stride;
+    int box_rows, box_columns, size;
+    bool swizzled;
+};
+
+inline uint32_t shared_address(const void* p) {
+    return static_cast<const char*>(p) - static_cast<char*>(cuda_on_host::dynamic_shared());
+}
+
+// Bits 4 to 6 of an address are xored with bits 7 to 9.
+inline uint32_t swizzle_128(uint32_t address) { return address ^ (address >> 3 & 0x70); }
+
+struct Barrier {
+    int64_t pending : 12, expected : 12, bytes : 39;
+    uint64_t phase : 1;
+
+    void init(int arrivals) { pending = expected = arrivals, bytes = 0, phase = 0; }
+    void settle() {
+        if (!pending && !bytes) pending = expected, phase ^= 1;
+    }
+    void arrive(cuda_on_host::Where where = cuda_on_host::Where::current()) {
+        cuda_on_host::jitter();
+        if (!pending) cuda_on_host::fail("more arrivals than the mbarrier counts", where);
+        pending--, settle();
+    }
+    void arrive_and_expect(int n, cuda_on_host::Where where = cuda_on_host::Where::current()) {
+        bytes += n, arrive(where);
+    }
+    void wait(unsigned parity, cuda_on_host::Where where = cuda_on_host::Where::current()) {
+        cuda_on_host::wait_until("mbarrier", [&] { return phase != parity; }, where);
+    }
+};
+
+inline void publish_barriers() {}
+inline void fence_async() {}
+inline void prefetch_map(const TensorMap&) {}
+template <int> void more_registers() {}
+template <int> void fewer_registers() {}
+
+inline void named_barrier(int id, int threads, cuda_on_host::Where where = cuda_on_host::Where::current()) {
+    cuda_on_host::named_barrier(id, threads, where);
+}
+
+inline void load_tile(void* to, const TensorMap& map, Barrier& barrier, int column, int row) {
+    cuda_on_host::later([=, &map, &barrier] {
+        const int line = map.box_columns * map.size;
+        const uint32_t base = shared_address(to);
+        char* shared = static_cast<char*>(cuda_on_host::dynamic_shared());
+        for (int r = 0; r < map.box_rows; r++)
+            for (int c = 0; c < map.box_columns; c++) {
+                const uint32_t at = base + r * line + c * map.size;
+                const int64_t from_row = int64_t(row) + r, from_column = int64_t(column) + c;
+                const bool inside =
+                    from_row >= 0 && from_row < map.rows && from_column >= 0 && from_column < map.columns;
+                char* place = shared + (map.swizzled ? swizzle_128(at) : at);
+                if (inside) std::memcpy(place, map.data + from_row * map.stride + from_column * map.size, map.size);
+                else std::memset(place, 0, map.size);
+            }
+        barrier.bytes -= int64_t(line) * map.box_rows;
+        barrier.settle();
+    });
+}
+
+// What a thread has in flight
+struct Copy {
+    void* to;
+    const void* from;
+    int bytes;
+    bool zeros;
+};
+struct Product {
+    float* d;
+    int columns, type;  // 0: e4m3, 1: bf16 with the contraction outermost
+    uint64_t a, b;
+    bool accumulate;
+};
+template <typename T> struct InFlight {
+    std::vector<std::vector<T>> groups;
+    std::vector<T> open;
+};
+inline std::vector<InFlight<Copy>> copies(1024);
+inline std::vector<InFlight<Product>> products(1024);
+inline int this_thread() { return threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z); }
+
+template <int kBytes> void copy_async(void* to, const void* from, bool zeros) {
+    copies[this_thread()].open.push_back({to, from, kBytes, zeros});
+}
+inline void commit_copies() {
+    auto& mine = copies[this_thread()];
+    mine.groups.push_back(std::move(mine.open)), mine.open.clear();
+}
+template <int kPending> void wait_copies() {
+    auto& groups = copies[this_thread()].groups;
+    const int done = std::max(int(groups.size()) - kPending, 0);
+    for (int i = 0; i < done; i++)
+        for (const Copy& c : groups[i])
+            if (c.zeros) std::memset(c.to, 0, c.bytes);
+            else std::memcpy(c.to, c.from, c.bytes);
+    groups.erase(groups.begin(), groups.begin() + done);
+    cuda_on_host::jitter();
+}
+
+inline void load_transposed(unsigned (&r)[4], const void* line,
+                            cuda_on_host::Where where = cuda_on_host::Where::current()) {
+    const int l = cuda_on_host::lane();
+    const uint64_t* lines = cuda_on_host::exchange("ldmatrix", ~0u, reinterpret_cast<uint64_t>(line), where);
+    for (int m = 0; m < 4; m++) {
+        uint16_t pair[2];
+        for (int i = 0; i < 2; i++)
+            std::memcpy(&pair[i], reinterpret_cast<const char*>(lines[8 * m + 2 * (l % 4) + i]) + 2 * (l / 4), 2);
+        r[m] = pair[0] | unsigned(pair[1]) << 16;
+    }
+}
+inline void store_matrices(void* line, const unsigned (&r)[4],
+                           cuda_on_host::Where where = cuda_on_host::Where::current()) {
+    const int l = cuda_on_host::lane();
+    const uint64_t* lines = cuda_on_host::exchange("stmatrix", ~0u, reinterpret_cast<uint64_t>(line), where);
+    for (int m = 0; m < 4; m++) std::memcpy(reinterpret_cast<char*>(lines[8 * m + l / 4]) + 4 * (l % 4), &r[m], 4);
+}
+
+inline const std::array<float, 256>& e4m3_values() {
+    static const auto values = [] {
+        std::array<float, 256> v;
+        for (int i = 0; i < 256; i++) {
+            const int e = i >> 3 & 15, m = i & 7;
+            const float x = e ? std::ldexp(8.f + m, e - 10) : std::ldexp(float(m), -9);
+            v[i] = (i & 127) == 127 ? NAN : i & 128 ? -x : x;
+        }
+        return v;
+    }();
+    return values;
+}
+
+// The address of an operand's element: `line` and `byte` of it, as PTX defines the canonical layouts
+struct Operand {
+    uint32_t start, next, stride;
+    explicit Operand(uint64_t d)
+        : start((d & 0x3fff) << 4), next((d >> 16 & 0x3fff) << 4), stride((d >> 32 & 0x3fff) << 4) {
+        if (d >> 62 != 1)
+            cuda_on_host::fail("only operands swizzled by 128 bytes have a twin", cuda_on_host::Where::current());
+    }
+    const unsigned char* at(uint32_t address) const {
+        return static_cast<unsigned char*>(cuda_on_host::dynamic_shared()) + swizzle_128(address);
+    }
+    float e4m3(int row, int k) const { return e4m3_values()[*at(start + row / 8 * stride + row % 8 * 128 + k)]; }
+    float bf16(int column, int k) const {
+        uint16_t bits;
+        std::memcpy(&bits, at(start + column / 64 * next + column % 64 * 2 + k / 8 * stride + k % 8 * 128), 2);
+        return std::bit_cast<float>(uint32_t(bits) << 16);
+    }
+};
+
+inline void multiply(const Product& p) {
+    const int t = this_thread() % 128, K = p.type ? 16 : 32;
+    const Operand a(p.a), b(p.b);
+    float rows[2][32], column[32];
+    for (int i = 0; i < 2; i++)
+        for (int k = 0; k < K; k++) {
+            const int row = t / 32 * 16 + t % 32 / 4 + 8 * i;
+            rows[i][k] = p.type ? a.bf16(row, k) : a.e4m3(row, k);
+        }
+    for (int j = 0; j < p.columns / 8; j++)
+        for (int c = 0; c < 2; c++) {
+            const int n = 8 * j + t % 4 * 2 + c;
+            for (int k = 0; k < K; k++) column[k] = p.type ? b.bf16(n, k) : b.e4m3(n, k);
+            for (int i = 0; i < 2; i++) {
+                float sum = 0;
+                for (int k = 0; k < K; k++) sum += rows[i][k] * column[k];
+                float& d = p.d[4 * j + 2 * i + c];
+                d = p.accumulate ? d + sum : sum;
+            }
+        }
+}
+
+inline void wgmma_fence() {}
+inline void wgmma_commit() {
+    auto& mine = products[this_thread()];
+    mine.groups.push_back(std::move(mine.open)), mine.open.clear();
+}
+template <int kPending, int kRegs> void wgmma_wait(float (&)[kRegs]) {
+    __syncwarp();  // .sync.aligned
+    auto& groups = products[this_thread()].groups;
+    const int done = std::max(int(groups.size()) - kPending, 0);
+    for (int i = 0; i < done; i++)
+        for (const Product& p : groups[i]) multiply(p);
+    groups.erase(groups.begin(), groups.begin() + done);
+    cuda_on_host::jitter();
+}
+template <int kRegs> void wgmma_fp8(float (&d)[kRegs], uint64_t a, uint64_t b, bool accumulate) {
+    products[this_thread()].open.push_back({d, 2 * kRegs, 0, a, b, accumulate});
+}
+inline void wgmma_bf16_by_rows(float (&d)[64], uint64_t a, uint64_t b, bool accumulate) {
+    products[this_thread()].open.push_back({d, 128, 1, a, b, accumulate});
+}
+
+inline TensorMap encode_map(const void* data, DType dtype, int64_t rows, int64_t columns, int64_t stride, int box_rows,
+                            int box_columns, bool swizzled) {
+    const int size = dtype == DType::f32 ? 4 : dtype == DType::bf16 ? 2 : 1;
+    const bool fits = rows > 0 && columns > 0 && stride % 16 == 0 && reinterpret_cast<uintptr_t>(data) % 16 == 0 &&
+                      box_rows > 0 && box_rows <= 256 && box_columns > 0 && box_columns <= 256 &&
+                      box_columns * size % 16 == 0 && (!swizzled || box_columns * size <= 128);
+    if (!fits) throw std::runtime_error("cuTensorMapEncodeTiled would refuse this");
+    return {static_cast<const char*>(data), rows, columns, stride, box_rows, box_columns, size, swizzled};
+}
+
+}  // namespace ling

@@ -1,0 +1,153 @@
+"""What nvcc made of csrc/: no spills, no sums by floating-point atomics, and the instructions that are meant."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from tests import cuobjdump
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks/results"
+BUILT = ROOT / f"ling_kernels/_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+KEPT = ROOT / f"build/editable-{sys.implementation.cache_tag}"
+SOURCES = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cu", ".cuh", ".cpp", ".h")]
+
+# All kernels move 16 bytes at a time, but for these.
+NARROW = "|".join([
+    r"_setup_|^zero_|^dispatch_|^balance_|^route_fwd_kernel<16,",  # they move little
+    r"permute_\w+<\w+, 1, ",  # for rows whose ends 16 bytes would not meet
+])  # fmt: skip
+
+
+def not_here() -> str | None:
+    if not BUILT.exists():
+        return "csrc/ is not built in place" + ("" if shutil.which("nvcc") else ": there is no nvcc")
+    newer = [p.name for p in SOURCES if p.stat().st_mtime > BUILT.stat().st_mtime]
+    if newer:
+        return f"csrc/ has changed since it was built: {', '.join(newer[:3])}"
+    return None if cuobjdump.tool() and shutil.which("c++filt") else "there is no cuobjdump or no c++filt"
+
+
+@pytest.fixture(scope="module")
+def kernels() -> list[dict]:
+    if not_here():
+        pytest.skip(not_here())
+    resources, threads, code = cuobjdump.resources(BUILT), cuobjdump.threads(BUILT), cuobjdump.code(BUILT)
+    rows = [
+        dict(kernel=name, threads=threads.get(mangled), **resources[mangled], **instructions(code[mangled]))
+        for mangled, name in zip(code, cuobjdump.names([*code]), strict=True)
+    ]
+    rows.sort(key=lambda r: r["kernel"])
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    nvcc = re.search(r"release ([\d.]+)", subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout)
+    table = dict(cuda=nvcc and nvcc[1], kernels=rows)
+    (RESULTS / "resources_cuda.json").write_text(json.dumps(table, indent=1) + "\n")
+    (ROOT / "docs/kernels-resources-cuda.md").write_text(markdown(table))
+    return rows
+
+
+def instructions(code: str) -> dict[str, int]:
+    def count(pattern):
+        return len(re.findall(rf"\b(?:{pattern})", code))
+
+    return dict(
+        qgmma=count("QGMMA"), hgmma=count("HGMMA"), tma_loads=count("UTMALDG"), tma_stores=count("UTMASTG"),
+        wide_loads=count(r"LDG\.\S*128|LDGSTS\.\S*128|UTMALDG|UBLKCP"), loads=count(r"LDG|UTMALDG|UBLKCP"),
+        wide_stores=count(r"STG\.\S*128|UTMASTG"), stores=count("STG|UTMASTG"),
+        float_atomics=count(r"(?:RED|ATOM)\w*\.\S*(?:F16|BF16|F32|F64)"),
+    )  # fmt: skip
+
+
+def markdown(table: dict) -> str:
+    lines = [
+        "# What the CUDA kernels take on Hopper",
+        "",
+        f"Made by `tests/test_csrc_build.py` from what nvcc {table['cuda']} built for sm_90a, without a GPU: registers",
+        "a thread, static shared memory a block, and how many of the instructions that move global memory move 16",
+        "bytes a thread or a whole tile (TMA). None spills, none adds floating-point numbers by atomics.",
+        "",
+        "| kernel | threads | registers | shared | wide loads | wide stores | wgmma | TMA loads |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in table["kernels"]:
+        cells = (
+            f"`{r['kernel']}`", r["threads"] or "", r["registers"], f"{r['shared'] / 1024:.1f} KB",
+            f"{r['wide_loads']} of {r['loads']}", f"{r['wide_stores']} of {r['stores']}",
+            r["qgmma"] + r["hgmma"] or "", r["tma_loads"] or "",
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"
+
+
+def test_nothing_spills_and_every_block_fits(kernels):
+    for r in kernels:
+        assert r["spilled"] == 0, f"registers spill: {r}"
+        rounded = -(-r["registers"] // 8) * 8
+        assert (r["threads"] or 1024) * rounded <= 65536, f"a block takes more registers than an SM has: {r}"
+
+
+def test_no_sums_by_floating_point_atomics(kernels):
+    assert not [r for r in kernels if r["float_atomics"]]
+
+
+def test_fp8_products_run_on_tensor_cores_fed_by_tma(kernels):
+    products = [r for r in kernels if "gemm_fp8" in r["kernel"] and "_setup_" not in r["kernel"]]
+    assert products or not any("QGMMA" in p.read_text() or "cutlass/cutlass.h" in p.read_text() for p in SOURCES)
+    for r in products:
+        assert r["qgmma"] and r["tma_loads"], f"no QGMMA or no UTMALDG: {r}"
+
+
+def test_global_memory_moves_16_bytes_at_a_time(kernels):
+    for r in kernels:
+        narrow = not (r["wide_loads"] or r["wide_stores"])
+        assert not narrow or re.search(NARROW, r["kernel"]), f"only narrow loads and stores: {r}"
+
+
+def test_the_module_knows_nothing_of_torch(kernels):
+    symbols = subprocess.run(["nm", "-D", "--undefined-only", BUILT], capture_output=True, text=True).stdout
+    assert "PyErr_Occurred" in symbols and not re.search(r"torch|c10|\baten\b|\bcu[A-Z]", symbols), symbols
+
+
+def test_a_change_compiles_one_file_again(kernels):
+    """What ninja noted of each object: the files that were read for it."""
+    if not (KEPT / ".ninja_deps").exists():
+        pytest.skip("the build's folder is not here")
+    ninja = re.search(r"CMAKE_MAKE_PROGRAM:\w+=(.*)", (KEPT / "CMakeCache.txt").read_text())[1]
+    said = subprocess.run([ninja, "-t", "deps"], cwd=KEPT, capture_output=True, text=True, check=True).stdout
+    readers = {}
+    for block in said.split("\n\n"):
+        made, *read = block.split("\n")
+        for file in read:
+            readers.setdefault(Path(file.strip()), []).append(Path(made.split(":")[0]).name)
+    for source in SOURCES:
+        if source.suffix in (".cu", ".cpp") and source in readers:
+            assert readers[source] == [f"{source.name}.o"]
+    assert sorted(readers[ROOT / "csrc/norm/rms_norm.h"]) == ["bindings.cpp.o", "rms_norm.cu.o"]
+
+
+def test_memory_bounds_how_many_compile_at_once(kernels):
+    """Pool `cutlass` of build.ninja; 4 GB for each of its files."""
+    if not (KEPT / "build.ninja").exists():
+        pytest.skip("the build's folder is not here")
+    rules = (KEPT / "CMakeFiles/rules.ninja").read_text()
+    depth = re.search(r"^pool cutlass\n\s+depth = (\d+)", rules, re.M)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert depth and 1 <= int(depth[1]) <= max(1, memory / 8e9)
+    if "-DLING_CUTLASS" in (KEPT / "build.ninja").read_text():
+        files = len([*(ROOT / "csrc").rglob("cutlass/*.cu")])
+        assert (KEPT / "build.ninja").read_text().count("pool = cutlass\n") == files
+
+
+def test_few_files_instantiate_cutlass():
+    """Each takes a minute or two and 4 GB to compile."""
+    files = [*(ROOT / "csrc").rglob("cutlass/*.cu")]
+    assert 0 < len(files) <= 6
+    for file in files:
+        assert file.read_text().count("struct ") == 1, f"more than one instantiation in {file.name}"
