@@ -1,0 +1,232 @@
+"""The GEMM kernels of csrc/ on the CPU, with twins of TMA, wgmma and mbarriers: every tile, and kernels made wrong."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from ling_kernels.op import E4M3, round_up
+from ling_kernels.ops.gemm_fp8 import gemm_fp8_ref
+from ling_kernels.ops.grouped_gemm_fp8 import grouped_gemm_fp8_masked_ref, grouped_gemm_fp8_ref
+from ling_kernels.ops.grouped_wgrad import grouped_wgrad_ref
+from ling_kernels.ops.quantize import dequantize, quantize, quantize_weight
+from tests.cases import Rand, grouped_fp8_args, offsets_of, plan_of, poison, wgrad_column_args
+from tests.host import build
+from tests.host.build import SANITIZE, load, missing
+
+if missing():
+    pytest.skip(f"csrc/ needs {missing()} to be built on the host", allow_module_level=True)
+
+from tests.test_host import SEEDS, sanitized
+
+C = load()
+CUTLASS = Path(os.environ.get("CUTLASS_INCLUDE_DIR") or build.wheel("cutlass_library").parent / "source/include")
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+@pytest.fixture(autouse=True, params=SEEDS, ids=lambda s: f"seed{s}")
+def schedule(request, monkeypatch):
+    monkeypatch.setenv("LING_HOST_SEED", str(request.param))
+
+
+def near(got, want, eps=2**-7):
+    assert got.isfinite().all() or not want.isfinite().all()
+    error = (got.float() - want.float()).abs().max().item() if want.numel() else 0
+    assert error <= eps * max(want.float().abs().max().item(), 1e-9) if want.numel() else True
+
+
+def check_rows(C):
+    """Tiles of 16, 32, 64 and 128 rows; empty groups, all rows in one, rows of nobody; one 128 of columns and three."""
+    rand = Rand(FP32)
+    for S, E, N, K, rest in ((40, 8, 128, 256, 3), (60, 2, 384, 128, 0), (150, 3, 256, 384, 9), (290, 2, 384, 640, 0),
+                             (9, 40, 128, 128, 2), (300, 1, 640, 128, 1)):  # fmt: skip
+        a, a_scale, b, b_scale, offsets = grouped_fp8_args(rand, S, E, N, K, rest)
+        for bounds in (offsets, one_group(offsets)):
+            want = grouped_gemm_fp8_ref(a, a_scale, b, b_scale, bounds, dtype=FP32)
+            for dtype in (BF16, FP32):
+                y = torch.full((S, N), -7, dtype=dtype)
+                C.grouped_gemm_fp8_fwd(a, a_scale, b, b_scale, bounds, None, 1, y, None, False)
+                near(y[: bounds[-1]], want[: bounds[-1]], 2**-7 if dtype == BF16 else 2**-18)
+                assert (y[bounds[-1] :] == -7).all()
+
+
+def one_group(offsets):
+    """All rows belong to a group in the middle."""
+    return torch.where(torch.arange(len(offsets)) > (len(offsets) - 1) // 2, offsets[-1], 0).int()
+
+
+def check_transposed(C):
+    rand = Rand(FP32)
+    for S, E, N, K, rest in ((40, 2, 128, 384, 3), (150, 1, 384, 640, 0), (300, 2, 256, 256, 5)):
+        a, a_scale, b, b_scale, offsets = grouped_fp8_args(rand, S, E, N, K, rest, transposed=True)
+        y = torch.full((S, N), -7.0)
+        C.grouped_gemm_fp8_fwd(a, a_scale, b, b_scale, offsets, None, 1, y, None, True)
+        want = grouped_gemm_fp8_ref(a, a_scale, b, b_scale, offsets, dtype=FP32, transposed=True)
+        near(y[: offsets[-1]], want[: offsets[-1]], 2**-18)
+        assert (y[offsets[-1] :] == -7).all()
+
+
+def check_gather(C):
+    """With and without SwiGLU and FP8 output, at every tile."""
+    rand = Rand(FP32)
+    for T, E, routing in ((20, 4, ""), (50, 4, "masked"), (60, 2, ""), (90, 2, "one"), (150, 2, "")):
+        N, K = 512, 384
+        plan = plan_of(rand, T, E, 2, routing)
+        (a, a_scale), (b, b_scale) = quantize(rand.data(T, K)), quantize_weight(rand.data(E, N, K))
+        S, end = len(plan.source), plan.offsets[-1]
+        want = grouped_gemm_fp8_ref(a, a_scale, b, b_scale, plan.offsets, plan, dtype=FP32)
+        y = torch.full((S, N), -7, dtype=BF16)
+        C.grouped_gemm_fp8_fwd(a, a_scale, b, b_scale, plan.offsets, plan.source, 2, y, None, False)
+        near(y[:end], want[:end])
+
+        gate, up = want[:end].chunk(2, -1)
+        want = torch.nn.functional.silu(gate) * up
+        rows, row_scale = (t[plan.source // 2] for t in (a, a_scale))
+        row_scale = row_scale.T.contiguous().T if S % 4 == 0 else pad_scale(row_scale)
+        for operands, source in (((a, a_scale), plan.source), ((rows.contiguous(), row_scale), None)):
+            y_q, y_scale = torch.zeros(S, N // 2, dtype=E4M3), torch.full((N // 256, round_up(S, 4)), -7.0).T[:S]
+            C.grouped_gemm_fp8_fwd(*operands, b, b_scale, plan.offsets, source, 2, y_q, y_scale, False)
+            near(dequantize(y_q, y_scale)[:end], want, 2**-4)
+            largest = want.unflatten(1, (-1, 128)).abs().amax(-1)
+            near(y_scale[:end] * 448, largest, 2**-18)
+            assert (y_scale[end:] == -7).all()
+
+
+def pad_scale(scale):
+    S = len(scale)
+    return scale.new_zeros(scale.shape[1], round_up(S, 4)).T[:S].copy_(scale)
+
+
+def check_masked(C):
+    rand = Rand(FP32)
+    for E, M, N, K in ((5, 12, 128, 256), (3, 100, 384, 256), (2, 150, 256, 128)):
+        (a, a_scale), (b, b_scale) = quantize(rand.data(E * M, K)), quantize_weight(rand.data(E, N, K))
+        a, a_scale, counts = a.unflatten(0, (E, M)), a_scale.unflatten(0, (E, M)), rand.ints(0, M + 1, E)
+        y = torch.full((E, M, N), -7, dtype=BF16)
+        C.grouped_gemm_fp8_masked_fwd(a, a_scale, b, b_scale, counts, y)
+        want = grouped_gemm_fp8_masked_ref(a, a_scale, b, b_scale, counts)
+        for mine, right, m in zip(y, want, counts.tolist(), strict=True):
+            near(mine[:m], right[:m])
+            assert (mine[m:] == -7).all()
+
+
+def check_dense(C):
+    """b_scale per block and per row, added to what is there or not; columns that are no multiple of 128."""
+    rand = Rand(FP32)
+    for M, N, K, tall in ((40, 256, 384, False), (150, 384, 256, False), (40, 72, 256, True), (150, 264, 128, True)):
+        a, a_scale = quantize(rand.data(M, K))
+        b, b_scale = quantize(rand.data(N, K)) if tall else quantize_weight(rand.data(N, K))
+        for dtype in (BF16, FP32):
+            for accumulate in (False, True):
+                d = rand.data(M, N, dtype=dtype)
+                want = gemm_fp8_ref(a, a_scale, b, b_scale, d.float(), accumulate)
+                C.gemm_fp8_fwd(a, a_scale, b, b_scale, d, accumulate, False)
+                near(d, want, 2**-7 if dtype == BF16 else 2**-18)
+
+
+def check_wgrad(C):
+    """FP8 columns and bf16 rows; groups without rows, neighbours of NaN."""
+    rand = Rand(FP32)
+    for accumulate in (False, True):
+        for dtype in (BF16, FP32):
+            for T, E, N, K, routing in ((70, 4, 256, 384, "masked"), (90, 2, 128, 128, "one")):
+                dy, x, padded, _, _, dy_scale, x_scale, *_ = wgrad_column_args(rand, T, E, N, K, 2, routing)
+                dw = rand.data(E, N, K, dtype=dtype)
+                want = grouped_wgrad_ref(dy, x, padded, dw.float(), accumulate, dy_scale, x_scale, True)
+                C.grouped_wgrad_fwd(dy, x, padded, dw, accumulate, dy_scale, x_scale, True)
+                near(dw, want, 2**-7 if dtype == BF16 else 2**-18)
+            for S, E, N, K, rest in ((200, 5, 136, 264, 9), (70, 1, 24, 40, 3), (300, 3, 128, 256, 0)):
+                offsets = offsets_of(rand, S, E, rest)
+                dy, x = (poison(rand.data(S, n, dtype=BF16), offsets) for n in (N, K))
+                dw = rand.data(E, N, K, dtype=dtype)
+                want = grouped_wgrad_ref(dy, x, offsets, dw.float(), accumulate)
+                C.grouped_wgrad_fwd(dy, x, offsets, dw, accumulate, None, None, False)
+                near(dw, want, 2**-7 if dtype == BF16 else 2**-16)
+
+
+CHECKS = [check_rows, check_transposed, check_gather, check_masked, check_dense, check_wgrad]
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda f: f.__name__[6:])
+def test_correct(check):
+    check(C)
+
+
+def test_nothing_to_do():
+    """No rows, and no groups with rows, are nothing to write."""
+    a, a_scale, b, b_scale, offsets = grouped_fp8_args(Rand(FP32), 8, 3, 128, 128)
+    y = torch.full((8, 128), -7.0)
+    C.grouped_gemm_fp8_fwd(a, a_scale, b, b_scale, torch.zeros_like(offsets), None, 1, y, None, False)
+    assert (y == -7).all()
+    C.grouped_gemm_fp8_fwd(a[:0], a_scale[:0], b, b_scale, torch.zeros_like(offsets), None, 1, y[:0], None, False)
+
+
+GEMM, WGRAD, SM90 = "gemm/gemm_fp8.cuh", "gemm/grouped_wgrad.cu", "sm90.cuh"
+BROKEN = {  # name: (check that must fail, its error, its message, file, right, wrong)
+    "reads before the loads are there": (
+        check_rows, (AssertionError, RuntimeError), "", GEMM, "s.full[ring.stage].wait(ring.parity);", "",
+    ),
+    "loads before the stage is free": (
+        check_rows, (AssertionError, RuntimeError), "", GEMM,
+        "s.empty[ring.stage].wait(ring.parity ^ 1);\n            s.full", "s.full",
+    ),
+    "a stage is never given back": (
+        check_rows, RuntimeError, "deadlock.*mbarrier", GEMM,
+        "if (threadIdx.x % 32 == 0) s.empty[stage].arrive();", "",
+    ),
+    "the next 32 of K begin elsewhere": (
+        check_rows, AssertionError, "", GEMM, "first + 2 * k, second + 2 * k", "first + 2 * k, second + 4 * k",
+    ),
+    "the lower row's scale": (
+        check_rows, AssertionError, "", GEMM, "64 * at.warpgroup + at.row + 8]", "64 * at.warpgroup + at.row]",
+    ),
+    "writes its neighbour's rows": (
+        check_rows, AssertionError, "", GEMM, "found.rows = min(end - m, V::kBlockM);", "found.rows = V::kBlockM;",
+    ),
+    "another swizzle": (check_gather, AssertionError, "", SM90, "(chunk ^ line % 8)", "(chunk ^ line / 2 % 8)"),
+    "hands copies on too early": (
+        check_gather, AssertionError, "", GEMM, "wait_copies<kInFlight>(), hand_on();", "hand_on();",
+    ),
+    "transposes before all is read": (check_transposed, AssertionError, "", GEMM, "named_barrier(3, 128);", ""),
+    "bytes of a pair swapped": (check_transposed, AssertionError, "", GEMM, "0x6420", "0x4620"),
+    "counts its neighbour's tokens": (
+        check_wgrad, AssertionError, "", WGRAD, "if (row + Bf16::kTokens > t.blocks) clear", "if (false) clear",
+    ),
+    "multiplies while tokens are cleared": (
+        check_wgrad, AssertionError, "", WGRAD, "    named_barrier(1, kConsumers);\n", "",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("schedule", [1], indirect=True)
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken(name):
+    check, error, message, *patch = BROKEN[name]
+    broken = load(tuple(patch))
+    with pytest.raises(error, match="(?s)" + message):
+        check(broken)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(SANITIZE, reason="starts its own")
+@pytest.mark.parametrize("schedule", [2], indirect=True)
+def test_sanitized():
+    result = sanitized("from tests.test_csrc_gemm import *; [check(C) for check in CHECKS]")
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.skipif(not (CUTLASS / "cutlass/cutlass.h").exists(), reason="CUTLASS's headers are not here")
+@pytest.mark.parametrize("schedule", [0], indirect=True)
+def test_cute_agrees_where_operands_and_results_lie(tmp_path):
+    """The twins believe csrc/ about layouts and descriptors; CuTe, evaluated on the host, says the same."""
+    source, cuda, program = build.HERE / "layouts.cu", build.includes()[0], tmp_path / "layouts"
+    folders = [f"-I{CUTLASS}", f"-I{cuda}", f"-I{cuda}/cccl"]
+    subprocess.run(["g++", "-x", "c++", "-std=c++20", "-w", "-DCUTE", *folders, source, "-o", program], check=True)
+    ours = build.link(build.CSRC, [source, build.HERE / "cuda_on_host.cpp"], ".exe", "-pthread")
+    said = [subprocess.run([p], capture_output=True, text=True, check=True).stdout for p in (ours, program)]
+    noise = "ERROR: cast_smem_ptr_to_uint not supported but used"  # it gives 0, and no address is compared
+    ours, cute = ([w for w in s.replace(noise, "").split() if w != "."] for s in said)
+    assert len(ours) == 2 * 64 * 128 + 2 + 128 * 64 and ours == cute
