@@ -54,6 +54,11 @@ __device__ inline void named_barrier(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// The same without waiting: the others may pass.
+__device__ inline void named_arrive(int id, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 template <int kRegisters> __device__ void more_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
@@ -152,6 +157,21 @@ __device__ inline void wgmma_bf16_by_rows(float (&d)[64], uint64_t da, uint64_t 
     LING_WGMMA("m64n128k16.f32.bf16.bf16", LING_D64, "64", "65", "66", ", 1, 1", LING_OUT64(0));
 }
 
+// d [64, 128] (+)= A [64, 16] B [128, 16]^T in bf16
+__device__ inline void wgmma_bf16(float (&d)[64], uint64_t da, uint64_t db, bool accumulate) {
+    LING_WGMMA("m64n128k16.f32.bf16.bf16", LING_D64, "64", "65", "66", ", 0, 0", LING_OUT64(0));
+}
+
+// d [64, 128] (+)= A [64, 16] B in bf16, B [16, 128] with the contraction outermost. A thread gives of A what it has of
+// results: columns 2q, 2q + 1 of its row, of the row 8 below, and of both 8 columns to the right.
+__device__ inline void wgmma_bf16_registers(float (&d)[64], const unsigned (&a)[4], uint64_t db, bool accumulate) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" LING_D64
+        "}, {%64, %65, %66, %67}, %68, p, 1, 1, 1;\n}"
+        : LING_OUT64(0)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(db), "r"(static_cast<int>(accumulate)));
+}
+
 #undef LING_WGMMA
 #undef LING_D64
 #undef LING_D32
@@ -211,6 +231,31 @@ __device__ inline uint64_t operand(const void* p, int next = 16) {
     return (address & 0x3fff) | static_cast<uint64_t>(next >> 4) << 16 | stride << 32 | kSwizzle128 << 62;
 }
 
+// 64 columns of a warp's 16 rows of results (those of d[0 .. 31] of a thread) as bf16, through 16 lines of 128 bytes in
+// shared memory: to(row) is where a row begins, or null. Columns of 8 at a time below `columns` are written.
+template <typename F> __device__ void store_rows(uint8_t* lines, const float* d, int columns, F&& to) {
+    const int lane = threadIdx.x % 32, line = lane / 4;
+    const auto pack = [](float low, float high) {
+        const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+        return *reinterpret_cast<const unsigned*>(&pair);
+    };
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        *reinterpret_cast<unsigned*>(lines + swizzled(line, j) + lane % 4 * 4) = pack(d[4 * j], d[4 * j + 1]);
+        *reinterpret_cast<unsigned*>(lines + swizzled(line + 8, j) + lane % 4 * 4) = pack(d[4 * j + 2], d[4 * j + 3]);
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const int row = 4 * i + lane / 8, chunk = lane % 8;
+        bf16* const begin = to(row);
+        if (begin && chunk * 8 < columns)
+            *reinterpret_cast<uint4*>(begin + chunk * 8) =
+                *reinterpret_cast<const uint4*>(lines + swizzled(row, chunk));
+    }
+    __syncwarp();
+}
+
 // A position in a ring of stages, with the parity of the round.
 template <int kStages> struct Ring {
     int stage = 0;
@@ -219,5 +264,13 @@ template <int kStages> struct Ring {
         if (++stage == kStages) stage = 0, parity ^= 1;
     }
 };
+
+// Of the current GPU
+inline int multiprocessors() {
+    int device, n;
+    LING_CUDA_CHECK(cudaGetDevice(&device));
+    LING_CUDA_CHECK(cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device));
+    return n;
+}
 
 }  // namespace ling

@@ -321,11 +321,6 @@ __device__ void multiply(Shared<V>& s, int stage, const float (&w_scale)[V::kHal
 
 __device__ inline float silu(float x) { return x / (1 + __expf(-x)); }
 
-__device__ inline unsigned pack(float low, float high) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return *reinterpret_cast<const unsigned*>(&pair);
-}
-
 // Adds what y holds, where it is to be added to, and stores fp32 results: 4 lanes have 32 bytes of a row.
 template <typename V>
 __device__ void finish_in_place(const Problem& p, const Tile& t, float (&sum)[V::kHalves][V::kRegs]) {
@@ -414,22 +409,10 @@ __device__ void write_rows(Shared<V>& s, const Problem& p, const Tile& t, const 
         for (int part = 0; part < 2 * V::kHalves; part++) {  // 64 columns each
             const int n = t.n + 64 * part;
             if (n >= p.N) break;
-#pragma unroll
-            for (int j = 0; j < 8; j++) {
-                const float* d = sum[part / 2] + (part % 2 * 8 + j) * 4;
-                *reinterpret_cast<unsigned*>(lines + swizzled(line, j) + 2 * at.column) = pack(d[0], d[1]);
-                *reinterpret_cast<unsigned*>(lines + swizzled(line + 8, j) + 2 * at.column) = pack(d[2], d[3]);
-            }
-            __syncwarp();
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const int row = 4 * i + lane / 8;
-                if (first + row < t.rows && n + lane % 8 * 8 < p.N)
-                    store_chunk(lines, row, lane % 8,
-                                reinterpret_cast<uint8_t*>(static_cast<bf16*>(p.y) + t.group * p.y_g +
-                                                           (t.m + first + row) * p.y_m + n));
-            }
-            __syncwarp();
+            store_rows(lines, sum[part / 2] + part % 2 * 32, p.N - n, [&](int row) -> bf16* {
+                if (first + row >= t.rows) return nullptr;
+                return static_cast<bf16*>(p.y) + t.group * p.y_g + (t.m + first + row) * p.y_m + n;
+            });
         }
     }
 }

@@ -4,13 +4,6 @@
 
 namespace ling::gemm_fp8 {
 
-inline int multiprocessors() {
-    int device, n;
-    LING_CUDA_CHECK(cudaGetDevice(&device));
-    LING_CUDA_CHECK(cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device));
-    return n;
-}
-
 // What TMA takes: rows of 16 bytes and more, anywhere on 16 bytes.
 inline bool by_rows(const Tensor& t) {
     const int size = t.dtype == DType::bf16 ? 2 : 1;

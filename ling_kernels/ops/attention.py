@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import backend
+from ..backend import _C, backend
 from ..op import autocast, expect, multiprocessors, op, wide
 
 BLOCK_M = 128  # of the reference, queries at a time: bounds the scores held, and skips what the causal mask hides
@@ -181,12 +181,23 @@ def attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor | None, out: Tensor, lse: Tensor,
     causal: bool, scale: float,
 ) -> None:  # fmt: skip
-    (Tq, Hq, D), Hkv, B = q.shape, k.shape[1], len(cu_q) - 1
+    launch_fwd(q, k, v, cu_q, cu_k, out, lse, causal, scale)
+
+
+def launch_fwd(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor | None, out: Tensor, lse: Tensor,
+    causal: bool, scale: float, norm: tuple = (None, None, None, None), eps: float = 0.0, round_first: bool = False,
+) -> None:  # fmt: skip
+    """q, k and v may be heads out of wider rows. norm (q_weight, cos, sin, positions): the kernel norms and rotates q."""
+    (Tq, Hq, D), (Tk, Hkv, _), B = out.shape, k.shape, len(cu_q) - 1
     c = config("fwd", q.dtype, multiprocessors(q.device))
+    P, half = (0, 0) if norm[1] is None else norm[1].shape
     if q.numel():
+        provide_scratch(q)
         attention_fwd_kernel[(most_tiles(Tq, B, c["BLOCK_M"]), Hq)](
-            q, k, v, cu_q, cu_q if cu_k is None else cu_k, out, lse, scale, Tq, B, D, Hq, Hkv,
-            CAUSAL=causal, BLOCK_B=triton.next_power_of_2(max(B, 1)), BLOCK_D=block_d(D), **c,
+            q, k, v, cu_q, cu_k, out, lse, *norm, scale, eps, Tq, Tk, P, B, q.stride(0), k.stride(0), v.stride(0),
+            Hq, Hkv, HALF=half, ROUND_FIRST=round_first, CAUSAL=causal, TMA=tma_serves(k, v), D=D,
+            BLOCK_B=triton.next_power_of_2(max(B, 1)), BLOCK_D=block_d(D), **c,
         )  # fmt: skip
 
 
@@ -195,22 +206,35 @@ def attention_bwd(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor | None,
     dq: Tensor, dk: Tensor, dv: Tensor, causal: bool, scale: float,
 ) -> None:  # fmt: skip
-    """dk and dv from one program per tile of keys, dq from one per tile of queries: no atomics, at 7 products for 5."""
+    """dq and delta from one program per tile of queries, then dk and dv from one per tile of keys: no atomics, at 7
+    products for 5.
+    """
     (Tq, Hq, D), (Tk, Hkv, _), B = q.shape, k.shape, len(cu_q) - 1
-    cu_k = cu_q if cu_k is None else cu_k
-    delta = torch.empty_like(lse)
-    common = dict(CAUSAL=causal, BLOCK_B=triton.next_power_of_2(max(B, 1)), BLOCK_D=block_d(D))
-    tensors, sizes = (q, k, v, dout, lse, delta, cu_q, cu_k), (scale, Tq, B, D, Hq, Hkv)
-    sms = multiprocessors(q.device)
+    delta, sms = torch.empty_like(lse), multiprocessors(q.device)
+    sizes = scale, Tq, Tk, B, Hq, Hkv
+    options = dict(CAUSAL=causal, D=D, BLOCK_B=triton.next_power_of_2(max(B, 1)), BLOCK_D=block_d(D))
+    provide_scratch(q)
     if q.numel():
-        attention_delta_kernel[(triton.cdiv(Tq * Hq, 32),)](
-            out, dout, delta, Tq * Hq, Tq, D, Hq, BLOCK_R=32, BLOCK_D=block_d(D)
-        )
         c = config("dq", q.dtype, sms)
-        attention_dq_kernel[(most_tiles(Tq, B, c["BLOCK_M"]), Hq)](*tensors, dq, *sizes, **common, **c)
+        attention_dq_kernel[(most_tiles(Tq, B, c["BLOCK_M"]), Hq)](
+            q, k, v, out, dout, lse, cu_q, cu_k, dq, delta, *sizes, **options, TMA=tma_serves(k, v), **c
+        )
     if k.numel():
         c = config("dkv", q.dtype, sms)
-        attention_dkv_kernel[(most_tiles(Tk, B, c["BLOCK_N"]), Hkv)](*tensors, dk, dv, *sizes, **common, **c)
+        attention_dkv_kernel[(most_tiles(Tk, B, c["BLOCK_N"]), Hkv)](
+            q, k, v, dout, lse, delta, cu_q, cu_k, dk, dv, *sizes, **options, TMA=tma_serves(q, dout), **c
+        )
+
+
+def tma_serves(*tensors: Tensor) -> bool:
+    """Whether descriptors can take heads of these: aligned to 16 bytes, and no wider than a tile."""
+    return all(
+        x.element_size() == 2
+        and x.shape[2] == block_d(x.shape[2])
+        and x.stride(0) % 8 == 0
+        and x.data_ptr() % 16 == 0
+        for x in tensors
+    )
 
 
 def most_tiles(T: int, B: int, block: int) -> int:
@@ -234,161 +258,3 @@ def config(kernel: str, dtype: torch.dtype, sms: int) -> dict:
         return dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=3)
     stages = {"fwd": 3, "dq": 2, "dkv": 1}[kernel]
     return dict(BLOCK_M=128 if kernel == "fwd" else 64, BLOCK_N=64, num_warps=8, num_stages=stages)
-
-
-@triton.jit
-def find_tile(cu, tile, B, BLOCK: tl.constexpr, BLOCK_B: tl.constexpr):
-    # The sequence that owns the tile-th tile of BLOCK rows, at least B past the last one, and its first row in there.
-    b = tl.arange(0, BLOCK_B)
-    rows = tl.load(cu + b + 1, mask=b < B, other=0) - tl.load(cu + b, mask=b < B, other=0)
-    tiles = (rows + BLOCK - 1) // BLOCK
-    ends = tl.cumsum(tiles, 0)
-    seq = tl.sum((ends <= tile).to(tl.int32), 0)
-    return seq, (tile - tl.sum(tl.where(b == seq, ends - tiles, 0), 0)) * BLOCK
-
-
-@triton.jit
-def extents(cu_q, cu_k, seq):
-    # A sequence's first query and their number, its first key and their number
-    q0, k0 = tl.load(cu_q + seq), tl.load(cu_k + seq)
-    return q0, tl.load(cu_q + seq + 1) - q0, k0, tl.load(cu_k + seq + 1) - k0
-
-
-@triton.jit
-def load_rows(x, first, row, rows, h, H, D, BLOCK_D: tl.constexpr):
-    # [len(row), BLOCK_D] of head h; zeros past the sequence's end and past D
-    d = tl.arange(0, BLOCK_D)
-    at = (first + row).to(tl.int64)[:, None] * (H * D) + h * D + d[None, :]
-    return tl.load(x + at, mask=(row < rows)[:, None] & (d < D)[None, :], other=0.0)
-
-
-@triton.jit
-def store_rows(x, value, first, row, rows, h, H, D, BLOCK_D: tl.constexpr):
-    d = tl.arange(0, BLOCK_D)
-    at = (first + row).to(tl.int64)[:, None] * (H * D) + h * D + d[None, :]
-    tl.store(x + at, value.to(x.dtype.element_ty), mask=(row < rows)[:, None] & (d < D)[None, :])
-
-
-@triton.jit
-def attention_fwd_kernel(
-    q, k, v, cu_q, cu_k, out, lse, scale, Tq, B, D, Hq, Hkv,
-    CAUSAL: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    seq, m0 = find_tile(cu_q, tl.program_id(0), B, BLOCK_M, BLOCK_B)
-    if seq >= B:
-        return
-    h = tl.program_id(1)
-    q0, Lq, k0, Lk = extents(cu_q, cu_k, seq)
-    m = m0 + tl.arange(0, BLOCK_M)
-    qs = load_rows(q, q0, m, Lq, h, Hq, D, BLOCK_D)
-
-    # Scores are kept in units of log2, so that exp2 serves.
-    largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    last = Lk
-    if CAUSAL:
-        last = tl.minimum(Lk, m0 + BLOCK_M + Lk - Lq)
-    for n0 in range(0, last, BLOCK_N):
-        n = n0 + tl.arange(0, BLOCK_N)
-        ks = load_rows(k, k0, n, Lk, h // (Hq // Hkv), Hkv, D, BLOCK_D)
-        s = tl.dot(qs, tl.trans(ks), input_precision="ieee") * (scale * 1.4426950408889634)
-        seen = (n < Lk)[None, :]
-        if CAUSAL:
-            seen &= n[None, :] <= m[:, None] + (Lk - Lq)
-        s = tl.where(seen, s, float("-inf"))
-        larger = tl.maximum(largest, tl.max(s, 1))
-        base = tl.where(larger == float("-inf"), 0.0, larger)  # -inf - -inf would be NaN
-        p = tl.exp2(s - base[:, None])
-        shrink = tl.exp2(largest - base)
-        total = total * shrink + tl.sum(p, 1)
-        vs = load_rows(v, k0, n, Lk, h // (Hq // Hkv), Hkv, D, BLOCK_D)
-        acc = acc * shrink[:, None] + tl.dot(p.to(vs.dtype), vs, input_precision="ieee")
-        largest = larger
-
-    store_rows(out, acc / tl.where(total == 0, 1.0, total)[:, None], q0, m, Lq, h, Hq, D, BLOCK_D)
-    log_sum = (largest + tl.log2(total)) * 0.6931471805599453
-    tl.store(lse + h.to(tl.int64) * Tq + q0 + m, tl.where(total == 0, float("-inf"), log_sum), mask=m < Lq)
-
-
-@triton.jit
-def attention_delta_kernel(out, dout, delta, R, Tq, D, Hq, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
-    # delta[h, t] = sum over d of dout * out, for rows r = t * Hq + h
-    r, d = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
-    at = r.to(tl.int64)[:, None] * D + d[None, :]
-    mask = (r < R)[:, None] & (d < D)[None, :]
-    product = tl.load(out + at, mask=mask, other=0.0).to(tl.float32) * tl.load(dout + at, mask=mask, other=0.0)
-    tl.store(delta + (r % Hq).to(tl.int64) * Tq + r // Hq, tl.sum(product, 1), mask=r < R)
-
-
-@triton.jit
-def probabilities(qs, ks, lse, m, n, Lq, Lk, scale, CAUSAL: tl.constexpr):
-    # P [M, N] from lse [M], in natural units; a row that sees no key has lse -inf and every element hidden
-    s = tl.dot(qs, tl.trans(ks), input_precision="ieee") * scale
-    seen = (n < Lk)[None, :] & (m < Lq)[:, None]
-    if CAUSAL:
-        seen &= n[None, :] <= m[:, None] + (Lk - Lq)
-    return tl.where(seen, tl.exp2((s - tl.where(seen, lse[:, None], 0.0)) * 1.4426950408889634), 0.0)
-
-
-@triton.jit
-def attention_dq_kernel(
-    q, k, v, dout, lse, delta, cu_q, cu_k, dq, scale, Tq, B, D, Hq, Hkv,
-    CAUSAL: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    seq, m0 = find_tile(cu_q, tl.program_id(0), B, BLOCK_M, BLOCK_B)
-    if seq >= B:
-        return
-    h = tl.program_id(1)
-    q0, Lq, k0, Lk = extents(cu_q, cu_k, seq)
-    m = m0 + tl.arange(0, BLOCK_M)
-    qs = load_rows(q, q0, m, Lq, h, Hq, D, BLOCK_D)
-    douts = load_rows(dout, q0, m, Lq, h, Hq, D, BLOCK_D)
-    row = h.to(tl.int64) * Tq + q0 + m
-    lses, deltas = tl.load(lse + row, mask=m < Lq, other=0.0), tl.load(delta + row, mask=m < Lq, other=0.0)
-
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    last = Lk
-    if CAUSAL:
-        last = tl.minimum(Lk, m0 + BLOCK_M + Lk - Lq)
-    for n0 in range(0, last, BLOCK_N):
-        n = n0 + tl.arange(0, BLOCK_N)
-        ks = load_rows(k, k0, n, Lk, h // (Hq // Hkv), Hkv, D, BLOCK_D)
-        vs = load_rows(v, k0, n, Lk, h // (Hq // Hkv), Hkv, D, BLOCK_D)
-        p = probabilities(qs, ks, lses, m, n, Lq, Lk, scale, CAUSAL)
-        ds = p * (tl.dot(douts, tl.trans(vs), input_precision="ieee") - deltas[:, None])
-        acc += tl.dot(ds.to(ks.dtype), ks, input_precision="ieee")
-    store_rows(dq, acc * scale, q0, m, Lq, h, Hq, D, BLOCK_D)
-
-
-@triton.jit
-def attention_dkv_kernel(
-    q, k, v, dout, lse, delta, cu_q, cu_k, dk, dv, scale, Tq, B, D, Hq, Hkv,
-    CAUSAL: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    seq, n0 = find_tile(cu_k, tl.program_id(0), B, BLOCK_N, BLOCK_B)
-    if seq >= B:
-        return
-    g = tl.program_id(1)
-    q0, Lq, k0, Lk = extents(cu_q, cu_k, seq)
-    n = n0 + tl.arange(0, BLOCK_N)
-    ks = load_rows(k, k0, n, Lk, g, Hkv, D, BLOCK_D)
-    vs = load_rows(v, k0, n, Lk, g, Hkv, D, BLOCK_D)
-
-    dks, dvs = tl.zeros((BLOCK_N, BLOCK_D), tl.float32), tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    first = 0
-    if CAUSAL:  # the first query that sees key n0
-        first = tl.maximum(n0 - (Lk - Lq), 0) // BLOCK_M * BLOCK_M
-    for h in range(g * (Hq // Hkv), (g + 1) * (Hq // Hkv)):
-        for m0 in range(first, Lq, BLOCK_M):
-            m = m0 + tl.arange(0, BLOCK_M)
-            row = tl.cast(h, tl.int64) * Tq + q0 + m
-            qs = load_rows(q, q0, m, Lq, h, Hq, D, BLOCK_D)
-            douts = load_rows(dout, q0, m, Lq, h, Hq, D, BLOCK_D)
-            p = probabilities(qs, ks, tl.load(lse + row, mask=m < Lq, other=0.0), m, n, Lq, Lk, scale, CAUSAL)
-            dvs += tl.dot(tl.trans(p.to(douts.dtype)), douts, input_precision="ieee")
-            dp = tl.dot(douts, tl.trans(vs), input_precision="ieee")
-            ds = p * (dp - tl.load(delta + row, mask=m < Lq, other=0.0)[:, None])
-            dks += tl.dot(tl.trans(ds.to(qs.dtype)), qs, input_precision="ieee")
-    store_rows(dk, dks * scale, k0, n, Lk, g, Hkv, D, BLOCK_D)
-    store_rows(dv, dvs, k0, n, Lk, g, Hkv, D, BLOCK_D)

@@ -57,6 +57,8 @@ inline void named_barrier(int id, int threads, cuda_on_host::Where where = cuda_
     cuda_on_host::named_barrier(id, threads, where);
 }
 
+inline void named_arrive(int id, int threads) { cuda_on_host::named_arrive(id, threads); }
+
 inline void load_tile(void* to, const TensorMap& map, Barrier& barrier, int column, int row) {
     cuda_on_host::later([=, &map, &barrier] {
         const int line = map.box_columns * map.size;
@@ -86,9 +88,11 @@ struct Copy {
 };
 struct Product {
     float* d;
-    int columns, type;  // 0: e4m3, 1: bf16 with the contraction outermost
+    int columns;
+    enum { kE4m3, kBf16, kBf16Outermost, kBf16Registers } type;  // outermost: the contraction; registers: A
     uint64_t a, b;
     bool accumulate;
+    std::array<float, 32> rows = {};  // of A from registers
 };
 template <typename T> struct InFlight {
     std::vector<std::vector<T>> groups;
@@ -158,27 +162,31 @@ struct Operand {
     const unsigned char* at(uint32_t address) const {
         return static_cast<unsigned char*>(cuda_on_host::dynamic_shared()) + swizzle_128(address);
     }
-    float e4m3(int row, int k) const { return e4m3_values()[*at(start + row / 8 * stride + row % 8 * 128 + k)]; }
-    float bf16(int column, int k) const {
+    float bf16(uint32_t address) const {
         uint16_t bits;
-        std::memcpy(&bits, at(start + column / 64 * next + column % 64 * 2 + k / 8 * stride + k % 8 * 128), 2);
+        std::memcpy(&bits, at(start + address), 2);
         return std::bit_cast<float>(uint32_t(bits) << 16);
+    }
+    float get(int type, int i, int k) const {
+        if (type == Product::kE4m3) return e4m3_values()[*at(start + i / 8 * stride + i % 8 * 128 + k)];
+        if (type == Product::kBf16) return bf16(i / 8 * stride + i % 8 * 128 + 2 * k);
+        return bf16(i / 64 * next + i % 64 * 2 + k / 8 * stride + k % 8 * 128);
     }
 };
 
 inline void multiply(const Product& p) {
-    const int t = this_thread() % 128, K = p.type ? 16 : 32;
-    const Operand a(p.a), b(p.b);
+    const int t = this_thread() % 128, K = p.type == Product::kE4m3 ? 32 : 16;
+    const Operand b(p.b);
     float rows[2][32], column[32];
     for (int i = 0; i < 2; i++)
-        for (int k = 0; k < K; k++) {
-            const int row = t / 32 * 16 + t % 32 / 4 + 8 * i;
-            rows[i][k] = p.type ? a.bf16(row, k) : a.e4m3(row, k);
-        }
+        for (int k = 0; k < K; k++)
+            rows[i][k] = p.type == Product::kBf16Registers
+                             ? p.rows[16 * i + k]
+                             : Operand(p.a).get(p.type, t / 32 * 16 + t % 32 / 4 + 8 * i, k);
     for (int j = 0; j < p.columns / 8; j++)
         for (int c = 0; c < 2; c++) {
             const int n = 8 * j + t % 4 * 2 + c;
-            for (int k = 0; k < K; k++) column[k] = p.type ? b.bf16(n, k) : b.e4m3(n, k);
+            for (int k = 0; k < K; k++) column[k] = b.get(p.type, n, k);
             for (int i = 0; i < 2; i++) {
                 float sum = 0;
                 for (int k = 0; k < K; k++) sum += rows[i][k] * column[k];
@@ -203,10 +211,26 @@ template <int kPending, int kRegs> void wgmma_wait(float (&)[kRegs]) {
     cuda_on_host::jitter();
 }
 template <int kRegs> void wgmma_fp8(float (&d)[kRegs], uint64_t a, uint64_t b, bool accumulate) {
-    products[this_thread()].open.push_back({d, 2 * kRegs, 0, a, b, accumulate});
+    products[this_thread()].open.push_back({d, 2 * kRegs, Product::kE4m3, a, b, accumulate});
+}
+inline void wgmma_bf16(float (&d)[64], uint64_t a, uint64_t b, bool accumulate) {
+    products[this_thread()].open.push_back({d, 128, Product::kBf16, a, b, accumulate});
 }
 inline void wgmma_bf16_by_rows(float (&d)[64], uint64_t a, uint64_t b, bool accumulate) {
-    products[this_thread()].open.push_back({d, 128, 1, a, b, accumulate});
+    products[this_thread()].open.push_back({d, 128, Product::kBf16Outermost, a, b, accumulate});
+}
+inline void wgmma_bf16_registers(float (&d)[64], const unsigned (&a)[4], uint64_t b, bool accumulate,
+                                 cuda_on_host::Where where = cuda_on_host::Where::current()) {
+    Product p{d, 128, Product::kBf16Registers, 0, b, accumulate};
+    const int first = cuda_on_host::lane() & ~3;
+    for (int i = 0; i < 4; i++) {
+        const uint64_t* all = cuda_on_host::exchange("wgmma", ~0u, a[i], where);
+        for (int q = 0; q < 4; q++)
+            for (int c = 0; c < 2; c++)
+                p.rows[i % 2 * 16 + i / 2 * 8 + 2 * q + c] =
+                    std::bit_cast<float>(uint32_t(all[first + q] >> 16 * c) << 16);
+    }
+    products[this_thread()].open.push_back(p);
 }
 
 inline TensorMap encode_map(const void* data, DType dtype, int64_t rows, int64_t columns, int64_t stride, int box_rows,

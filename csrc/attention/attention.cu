@@ -1,0 +1,322 @@
+#include "attention/attention.h"
+#include "sm90.cuh"
+
+namespace ling {
+namespace {
+
+// A persistent block has one warp that loads and two warpgroups that multiply, each with 64 queries of a tile of 128.
+// While a warpgroup computes the exponentials of one block of keys, the tensor cores have its products with the next
+// keys and with the last values to do; and the two take turns, so that one's exponentials run beside the other's
+// products.
+constexpr int kD = 128, kBlock = 128, kConsumers = 256, kThreads = kConsumers + 128, kStages = 2;
+constexpr int kMaxSequences = 1024;
+constexpr int kBox = kBlock * 128;    // bytes of 128 rows of 64 columns
+constexpr int kTileBytes = 2 * kBox;  // of 128 rows of a head
+constexpr float kLog2e = 1.4426950408889634f;
+
+struct Shared {
+    alignas(1024) uint8_t q[kTileBytes];
+    alignas(1024) uint8_t k[kStages][kTileBytes];
+    alignas(1024) uint8_t v[kStages][kTileBytes];
+    alignas(128) uint8_t staging[kConsumers / 32][16 * 128];
+    int tiles[kMaxSequences + 1];  // of queries, before each sequence
+    int warp_sums[kThreads / 32];
+    Barrier q_full, q_empty, k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
+};
+
+struct Problem {
+    TensorMap q, k, v;
+    const int *cu_q, *cu_k;
+    bf16* out;
+    float* lse;
+    int B, Tq, Hq, Hkv;
+    bool causal;
+    float scale;
+};
+
+struct Tile {
+    int head, kv_head, q, rows;  // first row of q, and how many are the sequence's
+    int k, keys, shift;  // the sequence's first key and their number; query i of the tile sees keys <= i + shift
+    int blocks;          // of keys that any of its queries sees
+
+    // How many keys query i sees
+    __device__ int seen(int i, bool causal) const { return causal ? min(keys, i + shift + 1) : keys; }
+};
+
+__device__ void count_tiles(Shared& s, const Problem& p) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    int passed = 0;
+    for (int base = 0; base < p.B; base += kThreads) {
+        const int b = base + threadIdx.x;
+        const int tiles = b < p.B ? ceil_div(p.cu_q[b + 1] - p.cu_q[b], kBlock) : 0;
+        LING_DEVICE_CHECK(tiles >= 0);
+        int sum = tiles;
+        for (int d = 1; d < 32; d *= 2) {
+            const int left = __shfl_up_sync(~0u, sum, d);
+            sum += lane >= d ? left : 0;
+        }
+        if (lane == 31) s.warp_sums[warp] = sum;
+        __syncthreads();
+        int before = passed + sum - tiles;
+        for (int w = 0; w < kThreads / 32; w++) {
+            before += w < warp ? s.warp_sums[w] : 0;
+            passed += s.warp_sums[w];
+        }
+        if (b < p.B) s.tiles[b] = before;
+        __syncthreads();
+    }
+    if (threadIdx.x == 0) s.tiles[p.B] = passed;
+    __syncthreads();
+}
+
+// By a whole warp. Of a sequence, one KV head after another, so that its keys and values stay in L2; of that, the last
+// queries first, which see the most keys: blocks then end at about the same time.
+__device__ bool find_tile(const Shared& s, const Problem& p, int tile, Tile& t) {
+    const int row_tile = tile / p.Hq, lane = threadIdx.x % 32;
+    if (row_tile >= s.tiles[p.B]) return false;
+    const int step = ceil_div(p.B, 32);
+    int b = (__popc(__ballot_sync(~0u, lane * step < p.B && s.tiles[lane * step] <= row_tile)) - 1) * step;
+    const int first = b;
+    for (int i = 0; i < step; i += 32)
+        b += __popc(
+            __ballot_sync(~0u, i + lane < step && first + i + lane < p.B && s.tiles[first + i + lane] <= row_tile));
+    b--;
+    const int tiles = s.tiles[b + 1] - s.tiles[b], group = p.Hq / p.Hkv, own = tile - s.tiles[b] * p.Hq;
+    t.kv_head = own / (tiles * group);
+    const int rest = own % (tiles * group), m = (tiles - 1 - rest / group) * kBlock;
+    t.head = t.kv_head * group + rest % group;
+    const int q0 = p.cu_q[b], queries = p.cu_q[b + 1] - q0;
+    t.k = p.cu_k[b], t.keys = p.cu_k[b + 1] - t.k;
+    t.q = q0 + m, t.rows = min(queries - m, kBlock);
+    t.shift = m + t.keys - queries;
+    t.blocks = ceil_div(max(t.seen(t.rows - 1, p.causal), 0), kBlock);
+    return true;
+}
+
+__device__ void load_head(uint8_t* to, const TensorMap& map, Barrier& full, int head, int row) {
+    full.arrive_and_expect(kTileBytes);
+    for (int i = 0; i < 2; i++) load_tile(to + i * kBox, map, full, head * kD + 64 * i, row);
+}
+
+__device__ void load_tiles(Shared& s, const Problem& p) {
+    Ring<kStages> ring;
+    Ring<1> q;
+    Tile t;
+    for (int tile = blockIdx.x; find_tile(s, p, tile, t); tile += gridDim.x) {
+        if (threadIdx.x % 32 == 0 && t.blocks) {
+            s.q_empty.wait(q.parity ^ 1);
+            load_head(s.q, p.q, s.q_full, t.head, t.q);
+            q.next();
+            for (int n = t.blocks - 1; n >= 0; n--, ring.next()) {
+                s.k_empty[ring.stage].wait(ring.parity ^ 1);
+                load_head(s.k[ring.stage], p.k, s.k_full[ring.stage], t.kv_head, t.k + n * kBlock);
+                s.v_empty[ring.stage].wait(ring.parity ^ 1);
+                load_head(s.v[ring.stage], p.v, s.v_full[ring.stage], t.kv_head, t.k + n * kBlock);
+            }
+        }
+        __syncwarp();
+    }
+}
+
+__device__ void release(Barrier& empty) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) empty.arrive();
+}
+
+// scores = q k^T, not waited for
+__device__ void multiply_keys(float (&scores)[64], const uint8_t* q, const uint8_t* k) {
+#pragma unroll
+    for (int i = 0; i < kD / 16; i++) {
+        const int at = i / 4 * kBox + i % 4 * 32;
+        wgmma_bf16(scores, operand(q + at), operand(k + at), i > 0);
+    }
+    wgmma_commit();
+}
+
+// out += p v, not waited for
+__device__ void multiply_values(float (&out)[64], const unsigned (&p)[8][4], const uint8_t* v) {
+#pragma unroll
+    for (int i = 0; i < kBlock / 16; i++) wgmma_bf16_registers(out, p[i], operand(v + i * 16 * 128, kBox), true);
+    wgmma_commit();
+}
+
+// Two rows of a thread's: the largest score so far, the sum of this thread's exponentials
+struct Softmax {
+    float largest[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
+
+    // scores -> exponentials relative to the largest, and by how much what came before shrinks
+    __device__ void next(float (&scores)[64], float scale_log2, float (&shrink)[2]) {
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            float top = largest[r];
+#pragma unroll
+            for (int i = 0; i < 32; i++) top = fmaxf(top, scores[i / 2 * 4 + 2 * r + i % 2]);
+            top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+            top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+            const float base = top == -INFINITY ? 0 : top * scale_log2;  // no key seen yet
+            shrink[r] = exp2f(largest[r] * scale_log2 - base);
+            largest[r] = top, sum[r] *= shrink[r];
+#pragma unroll
+            for (int i = 0; i < 32; i++) {
+                float& x = scores[i / 2 * 4 + 2 * r + i % 2];
+                x = exp2f(x * scale_log2 - base);
+                sum[r] += x;
+            }
+        }
+    }
+};
+
+__device__ void mask_scores(float (&scores)[64], const Tile& t, bool causal, int n, int row) {
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const int seen = t.seen(row + 8 * r, causal) - n * kBlock - static_cast<int>(threadIdx.x % 4 * 2);
+#pragma unroll
+        for (int i = 0; i < 32; i++) {
+            float& x = scores[i / 2 * 4 + 2 * r + i % 2];
+            x = i / 2 * 8 + i % 2 < seen ? x : -INFINITY;
+        }
+    }
+}
+
+__device__ void round_to_bf16(unsigned (&p)[8][4], const float (&x)[64]) {
+#pragma unroll
+    for (int i = 0; i < 32; i++) {
+        const __nv_bfloat162 pair = __floats2bfloat162_rn(x[2 * i], x[2 * i + 1]);
+        p[i / 4][i % 4] = *reinterpret_cast<const unsigned*>(&pair);
+    }
+}
+
+// Values past the sequence's end are not its own, and 0 times NaN is NaN.
+__device__ void clear_values(uint8_t* v, int from) {
+    const int lines = kBlock - from;
+    for (int i = threadIdx.x; i < lines * 2 * 8; i += kConsumers)
+        *reinterpret_cast<uint4*>(v + i / 8 / lines * kBox + (from + i / 8 % lines) * 128 + i % 8 * 16) = {};
+    fence_async();
+    named_barrier(1, kConsumers);
+}
+
+__device__ void attend(Shared& s, const Problem& p) {
+    const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int row = 16 * warp + lane / 4;  // and the one 8 below
+    const float scale_log2 = p.scale * kLog2e;
+    const auto my_turn = [&] { named_barrier(2 + warpgroup, kConsumers); };
+    const auto your_turn = [&] { named_arrive(3 - warpgroup, kConsumers); };
+    unsigned blocks = 0, tiles = 0;  // so many are behind us; block i uses stage i % kStages
+    const auto stage = [](unsigned i) { return i % kStages; };
+    const auto parity = [](unsigned i) { return i / kStages % 2; };
+    Tile t;
+    if (warpgroup == 1) your_turn();
+    for (int tile = blockIdx.x; find_tile(s, p, tile, t); tile += gridDim.x) {
+        float out[64] = {}, scores[64], shrink[2];
+        unsigned probabilities[8][4];
+        Softmax softmax;
+        const uint8_t* const q = s.q + 64 * 128 * warpgroup;
+        const auto wait_for_values = [&](int n) {  // of the block before the next
+            s.v_full[stage(blocks - 1)].wait(parity(blocks - 1));
+            if ((n + 1) * kBlock > t.keys) clear_values(s.v[stage(blocks - 1)], t.keys - n * kBlock);
+        };
+        if (t.blocks) {
+            s.q_full.wait(tiles++ % 2);
+            for (int n = t.blocks - 1; n >= 0; n--, blocks++) {
+                const bool first = n == t.blocks - 1;
+                s.k_full[stage(blocks)].wait(parity(blocks));
+                if (!first) wait_for_values(n + 1);
+                my_turn();
+                wgmma_fence();
+                multiply_keys(scores, q, s.k[stage(blocks)]);
+                if (first) {
+                    your_turn();
+                    wgmma_wait<0>(scores);
+                } else {
+                    wgmma_fence();
+                    multiply_values(out, probabilities, s.v[stage(blocks - 1)]);
+                    your_turn();
+                    wgmma_wait<1>(scores);
+                }
+                release(s.k_empty[stage(blocks)]);
+                if (n == 0) release(s.q_empty);
+                if ((n + 1) * kBlock > t.seen(64 * warpgroup, p.causal)) mask_scores(scores, t, p.causal, n, row);
+                softmax.next(scores, scale_log2, shrink);
+                if (!first) {
+                    wgmma_wait<0>(out);
+                    release(s.v_empty[stage(blocks - 1)]);
+#pragma unroll
+                    for (int i = 0; i < 64; i++) out[i] *= shrink[i / 2 % 2];
+                }
+                round_to_bf16(probabilities, scores);
+            }
+            wait_for_values(0);
+            wgmma_fence();
+            multiply_values(out, probabilities, s.v[stage(blocks - 1)]);
+            wgmma_wait<0>(out);
+            release(s.v_empty[stage(blocks - 1)]);
+        }
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            float sum = softmax.sum[r];
+            sum += __shfl_xor_sync(~0u, sum, 1);
+            sum += __shfl_xor_sync(~0u, sum, 2);
+            const float inverse = sum > 0 || sum != sum ? 1 / sum : 0;  // 0: it sees no key
+#pragma unroll
+            for (int i = 0; i < 32; i++) out[i / 2 * 4 + 2 * r + i % 2] *= inverse;
+            const int i = row + 8 * r;
+            if (lane % 4 == 0 && i < t.rows)
+                p.lse[static_cast<int64_t>(t.head) * p.Tq + t.q + i] = softmax.largest[r] * p.scale + logf(sum);
+        }
+#pragma unroll
+        for (int part = 0; part < 2; part++)
+            store_rows(s.staging[warp], out + 32 * part, 64, [&](int i) -> bf16* {
+                const int m = 16 * warp + i;
+                if (m >= t.rows) return nullptr;
+                return p.out + (static_cast<int64_t>(t.q + m) * p.Hq + t.head) * kD + 64 * part;
+            });
+    }
+}
+
+__global__ void __launch_bounds__(kThreads, 1) attention_fwd_kernel(const __grid_constant__ Problem p) {
+    Shared& s = *dynamic_shared<Shared>();
+    if (threadIdx.x == 0) {
+        s.q_full.init(1), s.q_empty.init(kConsumers / 32);
+        for (int i = 0; i < kStages; i++) {
+            s.k_full[i].init(1), s.k_empty[i].init(kConsumers / 32);
+            s.v_full[i].init(1), s.v_empty[i].init(kConsumers / 32);
+        }
+        publish_barriers();
+    }
+    if (threadIdx.x == kConsumers) prefetch_map(p.q), prefetch_map(p.k), prefetch_map(p.v);
+    __syncthreads();
+    count_tiles(s, p);
+    if (threadIdx.x >= kConsumers) {
+        fewer_registers<40>();
+        if (threadIdx.x < kConsumers + 32) load_tiles(s, p);
+    } else {
+        more_registers<232>();
+        attend(s, p);
+    }
+}
+
+}  // namespace
+
+void attention_fwd(cudaStream_t stream, Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor cu_k, Tensor out, Tensor lse,
+                   bool causal, float scale) {
+    const int64_t Tq = q.shape[0], Hq = q.shape[1], Tk = k.shape[0], Hkv = k.shape[1], B = cu_q.shape[0] - 1;
+    LING_CHECK(q.is(DType::bf16, {Tq, Hq, kD}) && q.contiguous() && k.is(DType::bf16, {Tk, Hkv, kD}) && k.contiguous());
+    LING_CHECK(v.is(DType::bf16, {Tk, Hkv, kD}) && v.contiguous() && Hkv > 0 && Hq % Hkv == 0);
+    LING_CHECK(out.is(DType::bf16, {Tq, Hq, kD}) && out.contiguous() && lse.is(DType::f32, {Hq, Tq}) &&
+               lse.contiguous());
+    if (!cu_k.data) cu_k = cu_q;
+    LING_CHECK(cu_q.is(DType::i32, {B + 1}) && cu_q.contiguous() && B <= kMaxSequences && scale > 0);
+    LING_CHECK(cu_k.is(DType::i32, {B + 1}) && cu_k.contiguous());
+    if (!Tq || !B || !Hq) return;
+    LING_CHECK(q.aligned() && k.aligned() && v.aligned() && out.aligned() && Tk > 0);
+    Problem p{};
+    p.q = encode_map(q.data, DType::bf16, Tq, Hq * kD, Hq * kD * 2, kBlock, 64, true);
+    p.k = encode_map(k.data, DType::bf16, Tk, Hkv * kD, Hkv * kD * 2, kBlock, 64, true);
+    p.v = encode_map(v.data, DType::bf16, Tk, Hkv * kD, Hkv * kD * 2, kBlock, 64, true);
+    p.cu_q = cu_q.ptr<int>(), p.cu_k = cu_k.ptr<int>(), p.out = out.ptr<bf16>(), p.lse = lse.ptr<float>();
+    p.B = B, p.Tq = Tq, p.Hq = Hq, p.Hkv = Hkv, p.causal = causal, p.scale = scale;
+    const int64_t tiles = (Tq / kBlock + std::min(B, Tq)) * Hq;  // at most
+    launch<attention_fwd_kernel>(std::min<int64_t>(multiprocessors(), tiles), kThreads, sizeof(Shared), stream, p);
+}
+
+}  // namespace ling

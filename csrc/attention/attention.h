@@ -1,0 +1,11 @@
+#pragma once
+#include "tensor.h"
+
+namespace ling {
+
+// q [Tq, Hq, 128], k and v [Tk, Hkv, 128] bf16, packed as cu_q and cu_k [B + 1] int32 say -> out as q, lse [Hq, Tq] fp32.
+// Causal aligned at the bottom right. scale multiplies q k^T.
+void attention_fwd(cudaStream_t stream, Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor cu_k, Tensor out, Tensor lse,
+                   bool causal, float scale);
+
+}  // namespace ling

@@ -1,0 +1,111 @@
+"""The attention kernel of csrc/ on the CPU, with twins of TMA, wgmma and mbarriers, and wrong ones that must fail."""
+
+import pytest
+import torch
+
+from ling_kernels.ops.attention import attention_ref
+from tests.cases import Rand
+from tests.host.build import SANITIZE, load, missing
+
+if missing():
+    pytest.skip(f"csrc/ needs {missing()} to be built on the host", allow_module_level=True)
+
+from tests.test_host import SEEDS, sanitized
+
+C = load()
+BF16 = torch.bfloat16
+
+# lengths of queries and of keys, heads, KV heads, causal
+PACKED = [
+    ([5], [5], 2, 1, True),
+    ([128], [128], 1, 1, True),
+    ([300], [300], 2, 2, True),
+    ([3, 0, 130, 17], [3, 0, 130, 17], 4, 2, True),
+    ([20, 150, 1, 0], [300, 40, 128, 7], 2, 1, True),
+    ([20, 150, 1, 0], [300, 40, 128, 0], 2, 1, False),
+    ([1] * 40, [2] * 40, 1, 1, True),
+    ([4, 4], [0, 9], 1, 1, True),
+]
+
+
+@pytest.fixture(autouse=True, params=SEEDS, ids=lambda s: f"seed{s}")
+def schedule(request, monkeypatch):
+    monkeypatch.setenv("LING_HOST_SEED", str(request.param))
+
+
+def bounds(lengths):
+    return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+def check_packed(C, which=PACKED):
+    """Every sequence's neighbours hold NaN or large numbers in turn."""
+    for queries, keys, Hq, Hkv, causal in which:
+        rand = Rand(BF16)
+        cu_q, cu_k = bounds(queries), bounds(keys)
+        q, k, v = (rand.data(int(cu[-1]), h, 128) for cu, h in ((cu_q, Hq), (cu_k, Hkv), (cu_k, Hkv)))
+        out, lse = torch.full_like(q, -7), torch.full((Hq, len(q)), -7.0)
+        C.attention_fwd(q, k, v, cu_q, cu_k, out, lse, causal, 0.11)
+        want, want_lse = attention_ref(q, k, v, cu_q, cu_k, causal, 0.11)
+        error = (out.float() - want.float()).abs().max().item()
+        assert error <= 2**-6 * want.float().abs().max().item(), (queries, keys, error)
+        torch.testing.assert_close(lse, want_lse, rtol=1e-5, atol=1e-5)
+
+
+def check_neighbours(C):
+    """NaN in another sequence's keys and values reaches no query."""
+    rand = Rand(BF16)
+    lengths = [140, 10, 33]
+    cu = bounds(lengths)
+    q, k, v = rand.data(183, 2, 128), rand.data(183, 1, 128), rand.data(183, 1, 128)
+    k[140:150], v[140:150] = torch.nan, torch.nan
+    out, lse = torch.empty_like(q), torch.empty(2, 183)
+    C.attention_fwd(q, k, v, cu, cu, out, lse, True, 0.11)
+    want, _ = attention_ref(q[:140], k[:140], v[:140], cu[:2], None, True, 0.11)
+    assert (out[:140].float() - want.float()).abs().max() <= 2**-6 * want.float().abs().max()
+    assert out[150:].isfinite().all() and out[140:150].isnan().all()
+
+
+CHECKS = [check_packed, check_neighbours]
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda f: f.__name__[6:])
+def test_correct(check):
+    check(C)
+
+
+FILE = "attention/attention.cu"
+BROKEN = {  # name: (its error, its message, right, wrong)
+    "the mask one key further": (AssertionError, "", "min(keys, i + shift + 1)", "min(keys, i + shift + 2)"),
+    "values of a neighbour": (AssertionError, "", "if ((n + 1) * kBlock > t.keys) clear", "if (false) clear"),
+    "keys given back too early": (
+        (AssertionError, RuntimeError), "",
+        "                    wgmma_wait<1>(scores);", "                    wgmma_wait<2>(scores);",
+    ),
+    "results before they are there": (AssertionError, "", "                    wgmma_wait<0>(out);\n", ""),
+    "no turns taken": (RuntimeError, "deadlock", "if (warpgroup == 1) your_turn();", ""),
+    "earlier sums do not shrink": (AssertionError, "", "sum[r] *= shrink[r];", "sum[r] *= 1;"),
+    "another head's keys": (AssertionError, "", "p.k, s.k_full[ring.stage], t.kv_head", "p.k, s.k_full[ring.stage], 0"),
+    "queries replaced while in use": (
+        (AssertionError, RuntimeError), "",
+        "if (n == 0) release(s.q_empty);", "if (n == t.blocks - 1) release(s.q_empty);",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("schedule", [1], indirect=True)
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken(name):
+    error, message, right, wrong = BROKEN[name]
+    broken = load((FILE, right, wrong))
+    with pytest.raises(error, match="(?s)" + message):
+        for check in CHECKS:
+            check(broken)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(SANITIZE, reason="starts its own")
+@pytest.mark.parametrize("schedule", [2], indirect=True)
+def test_sanitized():
+    result = sanitized("from tests.test_csrc_attention import *; check_neighbours(C); check_packed(C, PACKED[3:6])")
+    assert result.returncode == 0, result.stderr
