@@ -51,7 +51,8 @@ def steps(build: bool) -> list[Step]:
     found = [
         Step("build", [*python, "setup.py", "-q", "build_ext", "--inplace"], 150, without=no_nvcc),
         Step("load", [*python, "-c", "import ling_kernels._C as C; print(C.__file__, C.device_count())"], 10),
-        Step("tests", [*pytest, *parallel, "-p", "no:benchmark", "tests/test_ops.py", "tests/test_generate.py"], 150),
+        Step("tests", [*pytest, *parallel, "-p", "no:benchmark", "tests/test_ops.py",
+              "tests/test_cutlass_on_gpu.py", "tests/test_generate.py"], 150),
         Step("benchmarks", [*pytest, *timed, "benchmarks"], 130,
              without=None if timed else "pytest-benchmark is not installed"),
         Step("selftest", ["sh", "-c", f"{compile_it} && '{selftest}'"], 30, without=no_nvcc),
@@ -184,25 +185,25 @@ def new_report() -> dict:
     )  # fmt: skip
 
 
-def small() -> None:
-    """Every op that has a kernel in csrc/, forward and backward, at its smallest shape with rows: for the sanitizer."""
+def small(seconds: float = 35) -> None:
+    """Ops that have a kernel in csrc/, forward and backward, at the tests' shapes: all at one, then all at another."""
     import torch
 
     from ling_kernels.backend import force
     from tests.cases import CASES, args_of
     from tests.test_ops import outputs_and_grads
 
-    def elements(shape):
-        return sum(v if isinstance(v, int) else sum(v) if isinstance(v, list | tuple) else 0 for v in shape.values())
-
-    for case in CASES:
-        if "cuda" in case.backends:
-            full = [s for s in case.shapes[:-1] if 0 not in s.values()]
-            shape = min(full or case.shapes, key=elements)
-            with force("cuda"):
-                outputs_and_grads(case, case.op, args_of(case, shape, case.dtypes[0]))
-            torch.cuda.synchronize()
-            print(case.name, shape, flush=True)
+    until, cases = time.monotonic() + seconds, [c for c in CASES if "cuda" in c.backends]
+    shapes = [[s for s in c.shapes[-2::-1] if 0 not in s.values()] for c in cases]  # the last is the benchmark's
+    done = 0
+    for i in range(max(map(len, shapes))):
+        for case, of_case in zip(cases, shapes, strict=True):
+            if i < len(of_case) and (i == 0 or time.monotonic() < until):
+                with force("cuda"):
+                    outputs_and_grads(case, case.op, args_of(case, of_case[i], case.dtypes[0]))
+                torch.cuda.synchronize()
+                done += 1
+    print(f"{done} of {sum(map(len, shapes))} calls, of {len(cases)} cases")
 
 
 def main() -> int:

@@ -110,13 +110,18 @@ __device__ inline void store_matrices(void* line, const unsigned (&r)[4]) {
                  : "memory");
 }
 
+// Holds the registers of a sum where they are: nothing that reads or writes them moves past.
+template <int kRegs> __device__ void pin(float (&d)[kRegs]) {
+#pragma unroll
+    for (int i = 0; i < kRegs; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
+
 // wgmma: fence before the first, commit after the last, wait before d is read or the operands are overwritten.
 __device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int kPending, int kRegs> __device__ void wgmma_wait(float (&d)[kRegs]) {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
-#pragma unroll
-    for (int i = 0; i < kRegs; i++) asm volatile("" : "+f"(d[i])::"memory");  // not read before the wait
+    pin(d);
 }
 
 #define LING_OUT4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
@@ -157,9 +162,14 @@ __device__ inline void wgmma_bf16_by_rows(float (&d)[64], uint64_t da, uint64_t 
     LING_WGMMA("m64n128k16.f32.bf16.bf16", LING_D64, "64", "65", "66", ", 1, 1", LING_OUT64(0));
 }
 
-// d [64, 128] (+)= A [64, 16] B [128, 16]^T in bf16
-__device__ inline void wgmma_bf16(float (&d)[64], uint64_t da, uint64_t db, bool accumulate) {
-    LING_WGMMA("m64n128k16.f32.bf16.bf16", LING_D64, "64", "65", "66", ", 0, 0", LING_OUT64(0));
+// d [64, 2 kRegs] (+)= A [64, 16] B [2 kRegs, 16]^T in bf16
+template <int kRegs> __device__ void wgmma_bf16(float (&d)[kRegs], uint64_t da, uint64_t db, bool accumulate) {
+    if constexpr (kRegs == 64)
+        LING_WGMMA("m64n128k16.f32.bf16.bf16", LING_D64, "64", "65", "66", ", 0, 0", LING_OUT64(0));
+    else {
+        static_assert(kRegs == 32);
+        LING_WGMMA("m64n64k16.f32.bf16.bf16", LING_D32, "32", "33", "34", ", 0, 0", LING_OUT32(0));
+    }
 }
 
 // d [64, 128] (+)= A [64, 16] B in bf16, B [16, 128] with the contraction outermost. A thread gives of A what it has of

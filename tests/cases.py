@@ -301,6 +301,12 @@ def decode_args(rand, lengths, n=1, Hq=4, Hkv=2, D=32, block_size=4, fp8=False):
     return rand.data(B, n, Hq, D), cache, table, torch.tensor(lengths, dtype=torch.int32, device=DEVICE), 0.3
 
 
+DECODE_HOPPER = [
+    dict(lengths=(70, 3), n=n, Hq=h, Hkv=g, D=128, block_size=64)
+    for h, g, n in ((16, 4, 1), (32, 4, 1), (64, 8, 1), (64, 8, 4), (64, 8, 8))
+]
+
+
 def qk_norm_rope_args(rand, T, Hq=3, Hkv=1, D=20, R=6, P=50, yarn=None, cache=None, fp8=False):
     """cache: its block size."""
     scaling = yarn and {"type": "yarn", "factor": yarn, "original_max_position_embeddings": P // yarn}
@@ -331,7 +337,8 @@ CASES = [
          dict(q=(19, 5), Hq=16, Hkv=4, D=128), dict(q=(19, 5), Hq=32, Hkv=4, D=128), dict(q=(17,), Hq=64, Hkv=8, D=128),
          dict(q=(4096,) * 8, Hq=16, Hkv=4, D=128)],
         kwargs=dict(scale=0.3), defined=lambda outs, args: [outs[0], outs[1].nan_to_num(neginf=0)],
-        backends=("torch", "triton"), hopper=[dict(q=(19, 5), Hq=h, Hkv=g, D=128) for h, g in ((16, 4), (64, 8))],
+        backends=("torch", "triton"),
+        hopper=[dict(q=(19, 5), Hq=h, Hkv=g, D=128) for h, g in ((16, 4), (32, 4), (64, 8))],
         flops=lambda q, Hq, Hkv, D: 2 * sum(n * n for n in q) * Hq * D,
     ),
     Case(
@@ -350,14 +357,19 @@ CASES = [
     Case(
         attention_decode, attention_decode_ref, decode_args,
         [dict(lengths=()), dict(lengths=(0, 0)), dict(lengths=(1,)), dict(lengths=(7, 0, 1, 12, 13), n=3),
-         dict(lengths=(9, 40), n=8, Hq=3, Hkv=1, D=24, block_size=16), dict(lengths=(70, 3), Hq=16, Hkv=4, D=128),
-         dict(lengths=(70, 3), n=2, Hq=32, Hkv=4, D=128), dict(lengths=(33,), n=4, Hq=64, Hkv=8, D=128),
+         dict(lengths=(9, 40), n=8, Hq=3, Hkv=1, D=24, block_size=16),
+         dict(lengths=(70, 3), Hq=16, Hkv=4, D=128, block_size=16),
+         dict(lengths=(0, 129, 5), n=2, Hq=16, Hkv=2, D=128, block_size=32),
+         dict(lengths=(33,), n=4, Hq=64, Hkv=8, D=128, block_size=48),
          dict(lengths=(4096,) * 32, Hq=16, Hkv=4, D=128, block_size=64)],
+        backends=("torch", "triton", "cuda"), hopper=DECODE_HOPPER,
     ),
     Case(
         attention_decode, attention_decode_ref, lambda rand, **shape: decode_args(rand, **shape, fp8=True),
-        [dict(lengths=()), dict(lengths=(7, 0, 1, 12), n=3), dict(lengths=(70, 3), Hq=16, Hkv=4, D=128),
+        [dict(lengths=()), dict(lengths=(7, 0, 1, 12), n=3), dict(lengths=(70, 3), Hq=16, Hkv=4, D=128, block_size=16),
+         dict(lengths=(37, 130), n=3, Hq=16, Hkv=2, D=128, block_size=64),
          dict(lengths=(4096,) * 32, Hq=16, Hkv=4, D=128, block_size=64)],
+        backends=("torch", "triton", "cuda"), hopper=DECODE_HOPPER,
     ),
     Case(
         in_place(balance_bias_, 0), in_place(balance_bias_ref, 0),
@@ -562,8 +574,25 @@ CASES = [
         qk_norm_attention, qk_norm_attention_ref,
         lambda rand, q, **shape: (*qk_norm_rope_args(rand, sum(q), **shape)[:7], cu_seqlens(q), True, 0.3, 0.1),
         [dict(q=()), dict(q=(5, 0, 30)), dict(q=(9, 4), Hq=16, Hkv=4, D=128, R=64),
+         dict(q=(1, 127, 17, 128, 129), Hq=2, Hkv=1, D=16, R=8, P=129, yarn=3),
          dict(q=(4096,) * 8, Hq=16, Hkv=4, D=128, R=64, P=4096)],
-        backends=("torch", "triton"), hopper=None,
+        kwargs=dict(fused=True), backends=("torch", "triton"),
+        hopper=[dict(q=(9, 4), Hq=q, Hkv=kv, D=128, R=64) for q, kv in ((16, 4), (64, 8))],
+    ),
+    Case(
+        qk_norm_attention, qk_norm_attention_ref,
+        lambda rand, q, **shape: (
+            *qk_norm_rope_args(rand, sum(q), **shape)[:7], cu_seqlens(q), False, 0.3, 0.1, True
+        ),
+        [dict(q=(5, 0, 30)), dict(q=(4096,) * 8, Hq=16, Hkv=4, D=128, R=64, P=4096)],
+        kwargs=dict(fused=True), backends=("torch", "triton"), hopper=[dict(q=(9, 4), Hq=16, Hkv=4, D=128, R=64)],
+    ),
+    Case(
+        qk_norm_attention, qk_norm_attention_ref,
+        lambda rand, q, **shape: (*qk_norm_rope_args(rand, sum(q), **shape)[:7], cu_seqlens(q), True, 0.3, 0.1),
+        [dict(q=()), dict(q=(5, 0, 30)), dict(q=(9, 4), Hq=16, Hkv=4, D=128, R=64),
+         dict(q=(4096,) * 8, Hq=16, Hkv=4, D=128, R=64, P=4096)],
+        kwargs=dict(fused=False), backends=("torch", "triton", "cuda"), hopper=None,
     ),
     Case(
         qk_norm_rope, qk_norm_rope_ref, qk_norm_rope_args,

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ling_kernels.op import round_up
 from ling_kernels.ops.attention import attention_ref
 from tests.cases import Rand
 from tests.host.build import SANITIZE, load, missing
@@ -65,7 +66,45 @@ def check_neighbours(C):
     assert out[150:].isfinite().all() and out[140:150].isnan().all()
 
 
-CHECKS = [check_packed, check_neighbours]
+def check_bwd(C, which=PACKED):
+    for queries, keys, Hq, Hkv, causal in which:
+        if not (sum(queries) and sum(keys)):
+            continue
+        rand = Rand(BF16)
+        cu_q, cu_k = bounds(queries), bounds(keys)
+        q, k, v = (rand(int(cu[-1]), h, 128) for cu, h in ((cu_q, Hq), (cu_k, Hkv), (cu_k, Hkv)))
+        dout = rand.data(*q.shape)
+        out, lse = attention_ref(q, k, v, cu_q, cu_k, causal, 0.11)
+        want = torch.autograd.grad(out, (q, k, v), dout)
+        got = [torch.full_like(x, -7).detach() for x in (q, k, v)]
+        scratch = torch.full((2, Hq, round_up(len(q), 4)), torch.nan)
+        q, k, v, out = (x.detach() for x in (q, k, v, out))
+        C.attention_bwd(dout, q, k, v, out, lse, cu_q, cu_k, *got, causal, 0.11, scratch)
+        for name, mine, right in zip(("dq", "dk", "dv"), got, want, strict=True):
+            error = (mine.float() - right.float()).abs().max().item()
+            assert error <= 2**-6 * right.float().abs().max().item(), (name, queries, keys, error)
+
+
+def check_neighbours_bwd(C):
+    rand = Rand(BF16)
+    lengths = [140, 10, 33]
+    cu = bounds(lengths)
+    q, k, v = rand(183, 2, 128), rand(183, 1, 128), rand(183, 1, 128)
+    dout = rand.data(183, 2, 128)
+    out, lse = attention_ref(q, k, v, cu, cu, True, 0.11)
+    want = torch.autograd.grad(out, (q, k, v), dout)
+    q, k, v, out = (x.detach().clone() for x in (q, k, v, out))
+    for x in (q, k, v, out, dout):
+        x[140:150] = torch.nan
+    lse[:, 140:150] = torch.nan
+    got = [torch.empty_like(x) for x in (q, k, v)]
+    C.attention_bwd(dout, q, k, v, out, lse, cu, cu, *got, True, 0.11, torch.empty(2, 2, 184))
+    for mine, right in zip(got, want, strict=True):
+        for rows in (slice(0, 140), slice(150, 183)):
+            assert (mine[rows].float() - right[rows].float()).abs().max() <= 2**-6 * right.float().abs().max()
+
+
+CHECKS = [check_packed, check_neighbours, check_bwd, check_neighbours_bwd]
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda f: f.__name__[6:])

@@ -97,11 +97,12 @@ def test_no_sums_by_floating_point_atomics(kernels):
     assert not [r for r in kernels if r["float_atomics"]]
 
 
-def test_fp8_products_run_on_tensor_cores_fed_by_tma(kernels):
-    products = [r for r in kernels if "gemm_fp8" in r["kernel"] and "_setup_" not in r["kernel"]]
-    assert products or not any("QGMMA" in p.read_text() or "cutlass/cutlass.h" in p.read_text() for p in SOURCES)
+def test_products_run_on_tensor_cores_fed_by_tma(kernels):
+    products = [r for r in kernels if re.search("gemm|wgrad", r["kernel"]) and "_setup_" not in r["kernel"]]
+    assert products
     for r in products:
-        assert r["qgmma"] and r["tma_loads"], f"no QGMMA or no UTMALDG: {r}"
+        wgmma = r["qgmma"] if "fp8" in r["kernel"] else r["hgmma"]
+        assert wgmma and r["tma_loads"], f"no wgmma of its type or no UTMALDG: {r}"
 
 
 def test_global_memory_moves_16_bytes_at_a_time(kernels):
@@ -143,6 +144,28 @@ def test_memory_bounds_how_many_compile_at_once(kernels):
     if "-DLING_CUTLASS" in (KEPT / "build.ninja").read_text():
         files = len([*(ROOT / "csrc").rglob("cutlass/*.cu")])
         assert (KEPT / "build.ninja").read_text().count("pool = cutlass\n") == files
+
+
+@pytest.mark.skipif(not (shutil.which("nvcc") and cuobjdump.tool()), reason="there is no nvcc or no cuobjdump")
+def test_the_measures_see_what_is_wrong(tmp_path):
+    """Spills, a sum by atomics and narrow loads, made on purpose."""
+    source, cubin = tmp_path / "bad.cu", tmp_path / "bad.cubin"
+    source.write_text("""
+        __global__ void __launch_bounds__(1024) bad_kernel(const float* x, float* y) {
+            float v[128];
+            #pragma unroll
+            for (int i = 0; i < 128; i++) v[i] = x[threadIdx.x + i * 4096];
+            __syncthreads();
+            #pragma unroll
+            for (int i = 0; i < 128; i++) atomicAdd(y + i, v[i] * v[127 - i]);
+        }
+    """)
+    subprocess.run(["nvcc", "-cubin", "-arch=sm_90", source, "-o", cubin], check=True)
+    ((name, found),) = cuobjdump.resources(cubin).items()
+    seen = instructions(cuobjdump.code(cubin)[name])
+    assert cuobjdump.names([name]) == ["bad_kernel"] and cuobjdump.threads(cubin) == {name: 1024}
+    assert found["spilled"] > 0 and seen["float_atomics"] > 0
+    assert seen["loads"] >= 128 and seen["wide_loads"] == 0
 
 
 def test_few_files_instantiate_cutlass():

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from ling_kernels.backend import force
 from ling_kernels.ops.balance_bias import balance_bias_ref
 from ling_kernels.ops.dispatch import dispatch_ref
-from ling_kernels.ops.permute import permute_quantize_ref
+from ling_kernels.ops.permute import permute_quantize, permute_quantize_ref
 from ling_kernels.ops.quantize import empty_fp8
 from ling_kernels.ops.route import route_ref
 from ling_kernels.ops.unpermute import unpermute_ref
@@ -40,10 +41,9 @@ def check_route(C):
 
 
 def check_route_many(C):
-    """More tokens than warps, and than a warp turns into weights at once."""
+    """More tokens than warps."""
     rand = Rand(FP32)
     check_route_one(C, rand.data(2300, 256), torch.zeros(256), rand.bools(2300), 8, 4, 8)
-    check_route_one(C, rand.data(17000, 16), torch.zeros(16), None, 4, 2, 4)
 
 
 def check_route_one(C, logits, bias, mask, groups, group_topk, topk):
@@ -116,12 +116,20 @@ def unpermute_args():
         yield plan, y, weights, rand.data(T, H)
 
 
+def misaligned(x):
+    """A copy of x that starts one element after a multiple of 16 bytes."""
+    return torch.cat([x.new_zeros(1), x.detach().flatten()])[1:].view(x.shape)
+
+
 def check_unpermute(C):
     for plan, y, weights, dout in unpermute_args():
         for w in (weights, None):
             out = torch.full_like(dout, torch.nan)
             C.unpermute_fwd(y.detach(), w if w is None else w.detach(), plan.slot, out)
             assert torch.equal(out, unpermute_ref(y, plan, w).detach())
+        odd = misaligned(torch.full_like(dout, torch.nan))
+        C.unpermute_fwd(misaligned(y), None, plan.slot, odd)
+        assert torch.equal(odd, out)
 
 
 def check_unpermute_bwd(C):
@@ -139,6 +147,9 @@ def check_unpermute_bwd(C):
         C.unpermute_bwd(dout, None, None, None, plan.slot, rows, None)
         token = plan.source.long() // max(plan.slot.shape[1], 1)
         assert torch.equal(rows[:last], dout[token[:last]]) and (rows[last:] == 7).all()
+        odd = misaligned(torch.full_like(rows, 7.0))
+        C.unpermute_bwd(misaligned(dout), None, None, None, plan.slot, odd, None)
+        assert torch.equal(odd, rows)
 
 
 def check_permute_quantize(C):
@@ -171,6 +182,19 @@ CHECKS = [check_route, check_route_many, check_route_bwd, check_balance, check_d
 @pytest.mark.parametrize("check", CHECKS, ids=lambda f: f.__name__[6:])
 def test_correct(check, schedule):
     check(C)
+
+
+def test_more_tokens_than_a_warp_turns_into_weights_at_once():
+    check_route_one(C, Rand(FP32).data(17000, 16), torch.zeros(16), None, 4, 2, 4)
+
+
+def test_misaligned_tokens_are_quantised():
+    rand = Rand(BF16)
+    plan, x = plan_of(rand, 5, 4, 2), misaligned(rand.data(5, 256))
+    with force("cuda"):
+        got = permute_quantize(x, plan)
+    for g, w in zip(got, permute_quantize_ref(x, plan), strict=True):
+        assert torch.equal(g.float(), w.float())
 
 
 ROUTE, BALANCE, DISPATCH, PERMUTE, UNPERMUTE = (
@@ -244,7 +268,7 @@ def test_sanitizer_sees_a_row_too_many():
 def test_refused():
     logits, bias = torch.randn(4, 256), torch.zeros(256)
     experts, weights, counts = torch.empty(4, 8, dtype=I32), torch.empty(4, 8), torch.empty(256, dtype=I32)
-    with pytest.raises(ValueError, match="expects known"):
+    with pytest.raises(ValueError, match="expects sizes_have_a_kernel"):
         C.route_fwd(logits, bias, None, experts, weights, counts, None, 4, 4, 8, 2.5)
     with pytest.raises(ValueError, match="expects vectors"):
         shifted = torch.randn(4, 260)[:, 1:257]

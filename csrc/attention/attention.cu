@@ -1,5 +1,6 @@
 #include "attention/attention.h"
-#include "sm90.cuh"
+#include "attention/heads.h"
+#include "ragged.cuh"
 
 namespace ling {
 namespace {
@@ -28,6 +29,7 @@ struct Problem {
     TensorMap q, k, v;
     const int *cu_q, *cu_k;
     bf16* out;
+    int64_t out_row;
     float* lse;
     int B, Tq, Hq, Hkv;
     bool causal;
@@ -43,44 +45,11 @@ struct Tile {
     __device__ int seen(int i, bool causal) const { return causal ? min(keys, i + shift + 1) : keys; }
 };
 
-__device__ void count_tiles(Shared& s, const Problem& p) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    int passed = 0;
-    for (int base = 0; base < p.B; base += kThreads) {
-        const int b = base + threadIdx.x;
-        const int tiles = b < p.B ? ceil_div(p.cu_q[b + 1] - p.cu_q[b], kBlock) : 0;
-        LING_DEVICE_CHECK(tiles >= 0);
-        int sum = tiles;
-        for (int d = 1; d < 32; d *= 2) {
-            const int left = __shfl_up_sync(~0u, sum, d);
-            sum += lane >= d ? left : 0;
-        }
-        if (lane == 31) s.warp_sums[warp] = sum;
-        __syncthreads();
-        int before = passed + sum - tiles;
-        for (int w = 0; w < kThreads / 32; w++) {
-            before += w < warp ? s.warp_sums[w] : 0;
-            passed += s.warp_sums[w];
-        }
-        if (b < p.B) s.tiles[b] = before;
-        __syncthreads();
-    }
-    if (threadIdx.x == 0) s.tiles[p.B] = passed;
-    __syncthreads();
-}
-
 // By a whole warp. Of a sequence, one KV head after another, so that its keys and values stay in L2; of that, the last
 // queries first, which see the most keys: blocks then end at about the same time.
 __device__ bool find_tile(const Shared& s, const Problem& p, int tile, Tile& t) {
-    const int row_tile = tile / p.Hq, lane = threadIdx.x % 32;
-    if (row_tile >= s.tiles[p.B]) return false;
-    const int step = ceil_div(p.B, 32);
-    int b = (__popc(__ballot_sync(~0u, lane * step < p.B && s.tiles[lane * step] <= row_tile)) - 1) * step;
-    const int first = b;
-    for (int i = 0; i < step; i += 32)
-        b += __popc(
-            __ballot_sync(~0u, i + lane < step && first + i + lane < p.B && s.tiles[first + i + lane] <= row_tile));
-    b--;
+    if (tile / p.Hq >= s.tiles[p.B]) return false;
+    const int b = find_group(s.tiles, p.B, tile / p.Hq);
     const int tiles = s.tiles[b + 1] - s.tiles[b], group = p.Hq / p.Hkv, own = tile - s.tiles[b] * p.Hq;
     t.kv_head = own / (tiles * group);
     const int rest = own % (tiles * group), m = (tiles - 1 - rest / group) * kBlock;
@@ -268,7 +237,7 @@ __device__ void attend(Shared& s, const Problem& p) {
             store_rows(s.staging[warp], out + 32 * part, 64, [&](int i) -> bf16* {
                 const int m = 16 * warp + i;
                 if (m >= t.rows) return nullptr;
-                return p.out + (static_cast<int64_t>(t.q + m) * p.Hq + t.head) * kD + 64 * part;
+                return p.out + (t.q + m) * p.out_row + t.head * kD + 64 * part;
             });
     }
 }
@@ -285,7 +254,7 @@ __global__ void __launch_bounds__(kThreads, 1) attention_fwd_kernel(const __grid
     }
     if (threadIdx.x == kConsumers) prefetch_map(p.q), prefetch_map(p.k), prefetch_map(p.v);
     __syncthreads();
-    count_tiles(s, p);
+    count_tiles(s.tiles, s.warp_sums, p.B, [&](int b) { return ceil_div(p.cu_q[b + 1] - p.cu_q[b], kBlock); });
     if (threadIdx.x >= kConsumers) {
         fewer_registers<40>();
         if (threadIdx.x < kConsumers + 32) load_tiles(s, p);
@@ -300,20 +269,18 @@ __global__ void __launch_bounds__(kThreads, 1) attention_fwd_kernel(const __grid
 void attention_fwd(cudaStream_t stream, Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor cu_k, Tensor out, Tensor lse,
                    bool causal, float scale) {
     const int64_t Tq = q.shape[0], Hq = q.shape[1], Tk = k.shape[0], Hkv = k.shape[1], B = cu_q.shape[0] - 1;
-    LING_CHECK(q.is(DType::bf16, {Tq, Hq, kD}) && q.contiguous() && k.is(DType::bf16, {Tk, Hkv, kD}) && k.contiguous());
-    LING_CHECK(v.is(DType::bf16, {Tk, Hkv, kD}) && v.contiguous() && Hkv > 0 && Hq % Hkv == 0);
-    LING_CHECK(out.is(DType::bf16, {Tq, Hq, kD}) && out.contiguous() && lse.is(DType::f32, {Hq, Tq}) &&
-               lse.contiguous());
+    LING_CHECK(q.is(DType::bf16, {Tq, Hq, kD}) && k.is(DType::bf16, {Tk, Hkv, kD}) && v.is(DType::bf16, {Tk, Hkv, kD}));
+    LING_CHECK(out.is(DType::bf16, {Tq, Hq, kD}) && lse.is(DType::f32, {Hq, Tq}) && lse.contiguous());
+    LING_CHECK(Hkv > 0 && Hq % Hkv == 0);
     if (!cu_k.data) cu_k = cu_q;
     LING_CHECK(cu_q.is(DType::i32, {B + 1}) && cu_q.contiguous() && B <= kMaxSequences && scale > 0);
     LING_CHECK(cu_k.is(DType::i32, {B + 1}) && cu_k.contiguous());
     if (!Tq || !B || !Hq) return;
-    LING_CHECK(q.aligned() && k.aligned() && v.aligned() && out.aligned() && Tk > 0);
+    LING_CHECK(Tk > 0 && heads_in_rows(q) && heads_in_rows(k) && heads_in_rows(v) && heads_in_rows(out));
     Problem p{};
-    p.q = encode_map(q.data, DType::bf16, Tq, Hq * kD, Hq * kD * 2, kBlock, 64, true);
-    p.k = encode_map(k.data, DType::bf16, Tk, Hkv * kD, Hkv * kD * 2, kBlock, 64, true);
-    p.v = encode_map(v.data, DType::bf16, Tk, Hkv * kD, Hkv * kD * 2, kBlock, 64, true);
-    p.cu_q = cu_q.ptr<int>(), p.cu_k = cu_k.ptr<int>(), p.out = out.ptr<bf16>(), p.lse = lse.ptr<float>();
+    p.q = map_of_heads(q, kBlock), p.k = map_of_heads(k, kBlock), p.v = map_of_heads(v, kBlock);
+    p.cu_q = cu_q.ptr<int>(), p.cu_k = cu_k.ptr<int>(), p.out = out.ptr<bf16>(), p.out_row = out.stride[0],
+    p.lse = lse.ptr<float>();
     p.B = B, p.Tq = Tq, p.Hq = Hq, p.Hkv = Hkv, p.causal = causal, p.scale = scale;
     const int64_t tiles = (Tq / kBlock + std::min(B, Tq)) * Hq;  // at most
     launch<attention_fwd_kernel>(std::min<int64_t>(multiprocessors(), tiles), kThreads, sizeof(Shared), stream, p);

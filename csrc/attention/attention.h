@@ -3,9 +3,14 @@
 
 namespace ling {
 
-// q [Tq, Hq, 128], k and v [Tk, Hkv, 128] bf16, packed as cu_q and cu_k [B + 1] int32 say -> out as q, lse [Hq, Tq] fp32.
-// Causal aligned at the bottom right. scale multiplies q k^T.
+// q [Tq, Hq, 128], k and v [Tk, Hkv, 128] bf16, packed as cu_q and cu_k [B + 1] int32 say -> out as q, lse [Hq, Tq]
+// fp32. Causal aligned at the bottom right. scale multiplies q k^T.
 void attention_fwd(cudaStream_t stream, Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor cu_k, Tensor out, Tensor lse,
                    bool causal, float scale);
+
+// dq, dk and dv, as q, k and v, from dout and what attention_fwd left; scratch [2, Hq, Tq rounded up to 4] fp32. Tq, Tk
+// > 0.
+void attention_bwd(cudaStream_t stream, Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_q,
+                   Tensor cu_k, Tensor dq, Tensor dk, Tensor dv, bool causal, float scale, Tensor scratch);
 
 }  // namespace ling

@@ -7,6 +7,7 @@
 // is written.
 #pragma once
 #include "quant/fp8.cuh"
+#include "ragged.cuh"
 #include "sm90.cuh"
 
 namespace ling::gemm_fp8 {
@@ -79,55 +80,24 @@ struct Tile {
     int k, blocks;          // of the contraction, in units of V::kUnit
 };
 
-// Every thread counts the tiles of some groups; afterwards every warp can look a tile up.
-template <typename V> __device__ void count_tiles(Shared<V>& s, const Problem& p) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    int passed = 0;
-    for (int base = 0; base < p.G; base += kThreads) {
-        const int g = base + threadIdx.x;
-        int tiles = 0;
-        if (g < p.G) {
-            int first = p.offsets ? p.offsets[g] : g * p.max_m;
-            int rows = p.offsets ? p.offsets[g + 1] - first : p.counts ? p.counts[g] : p.M;
-            LING_DEVICE_CHECK(rows >= 0);
-            if (V::kContract) first /= V::kUnit, rows /= V::kUnit;
-            s.first[g] = first, s.rows[g] = rows;
-            tiles = ceil_div(V::kContract ? p.M : rows, V::kBlockM);
-        }
-        int sum = tiles;
-        for (int d = 1; d < 32; d *= 2) {
-            const int left = __shfl_up_sync(~0u, sum, d);
-            sum += lane >= d ? left : 0;
-        }
-        if (lane == 31) s.warp_sums[warp] = sum;
-        __syncthreads();
-        int before = passed + sum - tiles;
-        for (int w = 0; w < kThreads / 32; w++) {
-            before += w < warp ? s.warp_sums[w] : 0;
-            passed += s.warp_sums[w];
-        }
-        if (g < p.G) s.tiles[g] = before;
-        __syncthreads();
-    }
-    if (threadIdx.x == 0) s.tiles[p.G] = passed;
-    __syncthreads();
+template <typename V> __device__ void count_group_tiles(Shared<V>& s, const Problem& p) {
+    count_tiles(s.tiles, s.warp_sums, p.G, [&](int g) {
+        int first = p.offsets ? p.offsets[g] : g * p.max_m;
+        int rows = p.offsets ? p.offsets[g + 1] - first : p.counts ? p.counts[g] : p.M;
+        LING_DEVICE_CHECK(rows >= 0);
+        if (V::kContract) first /= V::kUnit, rows /= V::kUnit;
+        s.first[g] = first, s.rows[g] = rows;
+        return ceil_div(V::kContract ? p.M : rows, V::kBlockM);
+    });
 }
 
 // Tile -> place, by a whole warp: all tiles of a group before those of the next; in it, down the rows of a band of
 // kBand, then to the next columns, so that a band's rows and what they share of the weights stay in L2.
 template <typename V> __device__ bool find_tile(const Shared<V>& s, const Problem& p, int tile, Tile& found) {
     constexpr int kWidth = V::kSwiglu ? V::kBlockN / 2 : V::kBlockN;
-    const int tiles_n = ceil_div(V::kSwiglu ? p.N / 2 : p.N, kWidth), lane = threadIdx.x % 32;
-    const int row_tile = tile / tiles_n;
-    if (row_tile >= s.tiles[p.G]) return false;
-    const int step = ceil_div(p.G, 32);
-    const int coarse = __popc(__ballot_sync(~0u, lane * step < p.G && s.tiles[lane * step] <= row_tile)) - 1;
-    int g = coarse * step;
-    for (int i = 0; i < step; i += 32) {
-        const int candidate = coarse * step + i + lane;
-        g += __popc(__ballot_sync(~0u, i + lane < step && candidate < p.G && s.tiles[candidate] <= row_tile));
-    }
-    g--;
+    const int tiles_n = ceil_div(V::kSwiglu ? p.N / 2 : p.N, kWidth);
+    if (tile / tiles_n >= s.tiles[p.G]) return false;
+    const int g = find_group(s.tiles, p.G, tile / tiles_n);
     int own = tile - s.tiles[g] * tiles_n;
     const int tiles_m = s.tiles[g + 1] - s.tiles[g], band = own / (kBand * tiles_n);
     own -= band * kBand * tiles_n;
@@ -519,7 +489,7 @@ template <typename V> __device__ Shared<V>& begin(const Problem& p) {
         prefetch_map(p.b);
     }
     __syncthreads();
-    count_tiles(s, p);
+    count_group_tiles(s, p);
     return s;
 }
 

@@ -11,11 +11,12 @@ from itertools import pairwise
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from ..backend import _C, backend
-from ..op import autocast, expect, multiprocessors, op, wide
+from ..op import autocast, expect, multiprocessors, op, round_up, wide
+from .attention_kernels import attention_dkv_kernel, attention_dq_kernel, attention_fwd_kernel
+from .gemm_fp8 import provide_scratch
 
 BLOCK_M = 128  # of the reference, queries at a time: bounds the scores held, and skips what the causal mask hides
 
@@ -33,9 +34,10 @@ def attention(
 
     Sequence b is rows cu_seqlens_q[b] : cu_seqlens_q[b + 1] of q and the like of k and v; cu_seqlens [B + 1] are int32,
     on the device, ascend from 0 to the number of rows; those of k are those of q unless given. Hkv divides Hq; scale is
-    1 / sqrt(D) unless given. Softmax in fp32. A query that sees no key gives out 0 and lse -inf. Gradient: to q, k and
-    v through out; lse is not differentiable. Raises ValueError for another shape or dtype, and for cu_seqlens that do
-    not ascend or cover where the torch implementation reads them.
+    positive, and 1 / sqrt(D) unless given. Softmax in fp32. A query that sees no key gives out 0 and lse -inf.
+    Gradient: to q, k and v through out; lse is not differentiable. Raises ValueError for another shape, dtype or
+    device, and on a CPU for cu_seqlens that do not ascend from 0 to the number of rows. On a GPU nobody waits to look
+    at them: Triton's kernels make all of out, lse and the gradients NaN instead.
     """
     if cu_seqlens_k is cu_seqlens_q:
         cu_seqlens_k = None  # torch.compile refuses one tensor in two places of an autograd.Function
@@ -43,15 +45,26 @@ def attention(
     heads = shapes and k.shape[1] > 0 and q.shape[1] > 0 and q.shape[1] % k.shape[1] == 0
     expect(heads and q.is_floating_point() and q.dtype == k.dtype == v.dtype,
            "q [Tq, Hq, D], k and v [Tk, Hkv, D] of one dtype, Hq % Hkv == 0", q, k, v)  # fmt: skip
-    bounds = [cu_seqlens_q] if cu_seqlens_k is None else [cu_seqlens_q, cu_seqlens_k]
-    expect(all(c.dtype == torch.int32 and c.ndim == 1 and len(c) and c.shape == cu_seqlens_q.shape for c in bounds),
-           "cu_seqlens_q and cu_seqlens_k [B + 1] int32", *bounds)  # fmt: skip
-    expect(len(bounds) == 2 or len(q) == len(k), "as many rows in k as in q where cu_seqlens_k is not given", q, k)
+    expect(q.device == k.device == v.device, "q, k and v on one device", q.device, k.device, v.device)
+    expect(scale is None or scale > 0, "scale > 0", scale)
+    expect(cu_seqlens_k is not None or len(q) == len(k), "as many rows in k as in q, or cu_seqlens_k", q, k)
+    expect_bounds(cu_seqlens_q, len(q), q.device)
+    if cu_seqlens_k is not None:
+        expect_bounds(cu_seqlens_k, len(k), q.device)
+        expect(len(cu_seqlens_k) == len(cu_seqlens_q), "as many bounds of k as of q", cu_seqlens_q, cu_seqlens_k)
     q, k, v = autocast(q, k, v)
     if backend(q) == "torch" or q.dtype == torch.float64:
         return attention_ref(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, scale)
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     return Attention.apply(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, default_scale(q, scale), True)
+
+
+def expect_bounds(cu_seqlens: Tensor, T: int, device: torch.device) -> None:
+    expect(cu_seqlens.dtype == torch.int32 and cu_seqlens.ndim == 1 and len(cu_seqlens) > 0,
+           "cu_seqlens [B + 1] int32", cu_seqlens)  # fmt: skip
+    expect(cu_seqlens.device == device, "cu_seqlens on the device of the rows", cu_seqlens.device, device)
+    if device.type == "cpu" and not torch.compiler.is_compiling():
+        ascending(cu_seqlens, T)
 
 
 def attention_ref(q, k, v, cu_seqlens_q, cu_seqlens_k=None, causal=True, scale=None):
@@ -181,14 +194,22 @@ def attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor | None, out: Tensor, lse: Tensor,
     causal: bool, scale: float,
 ) -> None:  # fmt: skip
+    if backend(q) == "cuda" and cuda_serves(q, k, v, out, cu_q, scale):
+        return _C.attention_fwd(q, k, v, cu_q, cu_k, out, lse, causal, scale)
     launch_fwd(q, k, v, cu_q, cu_k, out, lse, causal, scale)
+
+
+def cuda_serves(q: Tensor, k: Tensor, v: Tensor, out: Tensor, cu_q: Tensor, scale: float) -> bool:
+    """Whether `_C` takes them."""
+    heads = q.dtype == torch.bfloat16 and q.shape[2] == 128 and all(x.data_ptr() % 16 == 0 for x in (q, k, v, out))
+    return heads and len(k) > 0 and len(cu_q) <= 1025 and scale > 0
 
 
 def launch_fwd(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor | None, out: Tensor, lse: Tensor,
     causal: bool, scale: float, norm: tuple = (None, None, None, None), eps: float = 0.0, round_first: bool = False,
 ) -> None:  # fmt: skip
-    """q, k and v may be heads out of wider rows. norm (q_weight, cos, sin, positions): the kernel norms and rotates q."""
+    """q, k and v may be heads of wider rows. With norm (q_weight, cos, sin, positions) the kernel norms and turns q."""
     (Tq, Hq, D), (Tk, Hkv, _), B = out.shape, k.shape, len(cu_q) - 1
     c = config("fwd", q.dtype, multiprocessors(q.device))
     P, half = (0, 0) if norm[1] is None else norm[1].shape
@@ -210,6 +231,9 @@ def attention_bwd(
     products for 5.
     """
     (Tq, Hq, D), (Tk, Hkv, _), B = q.shape, k.shape, len(cu_q) - 1
+    if backend(q) == "cuda" and Tq and cuda_serves(q, k, v, out, cu_q, scale):
+        scratch = torch.empty(2, Hq, round_up(Tq, 4), dtype=lse.dtype, device=q.device)
+        return _C.attention_bwd(dout, q, k, v, out, lse, cu_q, cu_k, dq, dk, dv, causal, scale, scratch)
     delta, sms = torch.empty_like(lse), multiprocessors(q.device)
     sizes = scale, Tq, Tk, B, Hq, Hkv
     options = dict(CAUSAL=causal, D=D, BLOCK_B=triton.next_power_of_2(max(B, 1)), BLOCK_D=block_d(D))
@@ -229,10 +253,7 @@ def attention_bwd(
 def tma_serves(*tensors: Tensor) -> bool:
     """Whether descriptors can take heads of these: aligned to 16 bytes, and no wider than a tile."""
     return all(
-        x.element_size() == 2
-        and x.shape[2] == block_d(x.shape[2])
-        and x.stride(0) % 8 == 0
-        and x.data_ptr() % 16 == 0
+        x.element_size() == 2 and x.shape[2] == block_d(x.shape[2]) and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
         for x in tensors
     )
 
@@ -247,14 +268,18 @@ def block_d(D: int) -> int:
 
 
 def config(kernel: str, dtype: torch.dtype, sms: int) -> dict:
-    """Tiles of queries and keys for fwd, dq or dkv. Not measured; the largest that build for sm_90 without spills.
+    """Tiles of queries and keys for fwd, dq or dkv. Not measured; chosen among those that build without spills.
 
     An H20 (78 SMs) has a quarter of an H200's tensor rate and waits for products rather than for shared memory: smaller
     tiles, of which two fit an SM, let one's exponentials run beside the other's products.
     """
     if dtype == torch.float32:
         return dict(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1)
-    if kernel == "fwd" and sms < 100:
-        return dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=3)
-    stages = {"fwd": 3, "dq": 2, "dkv": 1}[kernel]
-    return dict(BLOCK_M=128 if kernel == "fwd" else 64, BLOCK_N=64, num_warps=8, num_stages=stages)
+    M, N, warps, stages = TILES["H20" if sms < 100 else "H200"][kernel]
+    return dict(BLOCK_M=M, BLOCK_N=N, num_warps=warps, num_stages=stages)
+
+
+TILES = dict(
+    H200=dict(fwd=(128, 128, 8, 2), dq=(128, 64, 8, 2), dkv=(32, 128, 8, 3)),
+    H20=dict(fwd=(64, 64, 4, 3), dq=(64, 64, 4, 2), dkv=(32, 64, 4, 2)),
+)

@@ -1,16 +1,27 @@
 """Attention of a few new tokens over a paged cache of keys and values, and how tokens enter that cache.
 
 Query i of the n new tokens of a sequence with `length` cached tokens (those n included) sees keys 0 .. length - n + i.
+
+The kernels count the tiles of keys of all sequences one after another and give each of W programs (for each KV head) an
+equal run of them, found from the lengths on the device: a run may be part of a long sequence or hold many short ones.
+Runs of program w and pieces of sequence b meet in slot w + b of `partial`, which no other pair has; a second kernel
+combines a sequence's pieces in their order.
 """
 
 from typing import NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from ..op import E4M3, expect, wide
-from .attention import attend
+from ..backend import _C, backend
+from ..op import E4M3, expect, multiprocessors, op, wide
+from .attention import attend, block_d
 from .quantize import quantize_blocks
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what the kernels take
+TILE = 64  # keys: what a program has at least, but for fp32
 
 
 class KVCache(NamedTuple):
@@ -32,17 +43,37 @@ def attention_decode(
 
     The keys and values of the new tokens are in the cache already and counted in lengths. Hkv divides Hq; scale is
     1 / sqrt(D) unless given. Softmax in fp32. Pages and cells past a sequence's length may hold anything; a query that
-    sees no key (a row of length 0) gives 0. No gradient. Raises ValueError for another shape or dtype.
+    sees no key (a row of length 0) gives 0. No gradient. Deterministic; the bits depend on the lengths of the batch,
+    which say where sequences are split. Raises ValueError for another shape or dtype, and on a CPU for a length that
+    the table does not hold or a page that the cache does not have. On a GPU a build of csrc/ with LING_DEBUG=1 stops at
+    such; otherwise tokens past the table are not seen and pages are clamped into the cache.
     """
     B, n, Hq, D = q.shape if q.ndim == 4 else (-1, 0, 0, 0)
     expect(B >= 0 and 1 <= n <= 8 and q.is_floating_point(), "q [B, n, Hq, D] with n in 1..8", q)
     expect_cache(cache)
-    Hkv = cache.k.shape[2]
-    expect(cache.k.shape[3] == D and Hq > 0 and Hq % Hkv == 0, "a cache of q's D whose Hkv divides Hq", q, cache.k)
+    num_blocks, block_size, Hkv, _ = cache.k.shape
+    expect(cache.k.shape[3] == D and Hkv > 0 and Hq > 0 and Hq % Hkv == 0, "a cache of q's D whose Hkv divides Hq",
+           q, cache.k)  # fmt: skip
     ints = block_table.dtype == lengths.dtype == torch.int32
     fits = block_table.ndim == 2 and len(block_table) == B and lengths.shape == (B,)
     expect(ints and fits, "block_table [B, max_blocks] and lengths [B], int32", block_table, lengths, q)
-    return attention_decode_ref(q, cache, block_table, lengths, D**-0.5 if scale is None else scale)
+    if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
+        expect_pages(block_table, lengths, cache)
+    scale = D**-0.5 if scale is None else scale
+    if backend(q) == "torch" or q.dtype not in FLOATS or cache.k.dtype not in (*FLOATS, E4M3):
+        return attention_decode_ref(q, cache, block_table, lengths, scale)
+    out = q.new_empty(q.shape)
+    if 0 in (B, D, num_blocks, block_size, block_table.shape[1]):
+        return out.zero_()
+    rows = n * Hq // Hkv
+    tiles = triton.cdiv(rows, config(q.dtype, cache.k.dtype, rows)["BLOCK_M"])
+    W = programs(B, block_table.shape[1] * block_size, Hkv * tiles, at_once(q.device))
+    partial = torch.empty(W + B, Hkv, rows, D, dtype=torch.float32, device=q.device)
+    attention_decode_fwd(
+        q.detach().contiguous(), *cache, block_table.contiguous(), lengths.contiguous(), out, partial,
+        partial.new_empty(partial.shape[:3]), scale,
+    )  # fmt: skip
+    return out
 
 
 @torch.no_grad()
@@ -106,3 +137,177 @@ def expect_cache(cache: KVCache) -> None:
     expect(k_scale is not None and v_scale is not None and k_scale.shape == v_scale.shape == k.shape[:3]
            and k_scale.is_contiguous() and v_scale.is_contiguous(),
            "k_scale and v_scale [num_blocks, block_size, Hkv] with an e4m3 cache", *cache)  # fmt: skip
+
+
+def expect_pages(block_table: Tensor, lengths: Tensor, cache: KVCache) -> None:
+    """Of lengths and pages on the host."""
+    num_blocks, block_size = cache.k.shape[:2]
+    fits = (lengths >= 0) & (lengths <= block_table.shape[1] * block_size)
+    expect(bool(fits.all()), "lengths that block_table holds", lengths.tolist(), block_table, block_size)
+    used = block_table[torch.arange(block_table.shape[1]) * block_size < lengths[:, None]]
+    expect(bool(((used >= 0) & (used < num_blocks)).all()), f"pages in 0..{num_blocks - 1}", used.tolist())
+
+
+def programs(B: int, cells: int, tiles: int, at_once: int) -> int:
+    """How many share the keys for each of `tiles` of rows: what the GPU holds at once, but a tile of keys each."""
+    return max(min(at_once // tiles, B * triton.cdiv(cells, TILE)), 1)
+
+
+def at_once(device: torch.device) -> int:
+    return PER_SM * multiprocessors(device)
+
+
+at_once._dynamo_marked_constant = True  # as kernels_on of backend.py: torch.compile takes the answer
+
+
+@op("out", "partial", "lse")
+def attention_decode_fwd(
+    q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None, block_table: Tensor,
+    lengths: Tensor, out: Tensor, partial: Tensor, lse: Tensor, scale: float,
+) -> None:  # fmt: skip
+    """Scratch: partial [W + B, Hkv, n * G, D] and lse [W + B, Hkv, n * G], fp32."""
+    if backend(q) == "cuda" and serves(q, k, v, k_scale, v_scale, out, partial):
+        return _C.attention_decode_fwd(q, k, v, k_scale, v_scale, block_table, lengths, out, partial, lse, scale)
+    (B, n, Hq, D), (num_blocks, page, Hkv, _) = q.shape, k.shape
+    W, blocks, rows = len(partial) - B, block_table.shape[1], n * Hq // Hkv
+    c = config(q.dtype, k.dtype, rows)
+    sizes = dict(D=D, HKV=Hkv, G=Hq // Hkv, BLOCK_B=triton.next_power_of_2(B), BLOCK_D=block_d(D))
+    attention_decode_kernel[(W, Hkv * triton.cdiv(rows, c["BLOCK_M"]))](
+        q, k, v, k_scale, v_scale, block_table, lengths, partial, lse, scale, B, W, n, blocks, num_blocks,
+        PAGE=page, **sizes, **c,
+    )  # fmt: skip
+    attention_decode_combine_kernel[(B, Hkv * rows)](
+        partial, lse, lengths, out, B, W, n, blocks * page, BLOCK_N=c["BLOCK_N"], BLOCK_P=32, num_warps=4, **sizes
+    )
+
+
+def serves(q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None, *others: Tensor) -> bool:
+    """Whether `_C` does it: bf16 or fp16 heads of 128, a cache as q or FP8, whole steps of 16 keys in a page, and up to
+    16 rows for a KV head. It would read the cache again for more; Triton's programs have 64.
+    """
+    dtypes = q.dtype in (torch.bfloat16, torch.float16) and k.dtype in (q.dtype, E4M3)
+    dtypes = dtypes and (k_scale is None or k_scale.dtype == v_scale.dtype == torch.float32)
+    aligned = all(t.data_ptr() % 16 == 0 for t in (q, k, v, *others))
+    few = q.shape[1] * q.shape[2] <= 16 * k.shape[2]
+    return few and q.shape[3] == 128 and k.shape[1] % 16 == 0 and dtypes and aligned
+
+
+PER_SM = 2  # programs that an SM holds at once, of either kernel
+
+
+def config(dtype: torch.dtype, cache: torch.dtype, rows: int) -> dict:
+    """Rows (new tokens times heads that share keys) and keys of a program's tile. Not measured.
+
+    Two programs' stages hold about 64 KB of bf16 in flight on an SM, or 32 of FP8, where bandwidth times latency asks
+    for 25 on an H200 and 36 on an H20. So one table serves both; they differ in how many programs there are. More rows
+    than 16 of FP8 would spill: its widened values are the left factor and in registers.
+    """
+    if torch.float32 in (dtype, cache) or dtype != cache != E4M3:
+        return dict(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1)
+    block_m = 16 if cache == E4M3 else min(max(triton.next_power_of_2(rows), 16), 64)
+    return dict(BLOCK_M=block_m, BLOCK_N=64, num_warps=4, num_stages=5)
+
+
+@triton.jit
+def plan(lengths, B, W, cells, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
+    # Tiles of each sequence, where they end among those of all, and how many a program takes
+    b = tl.arange(0, BLOCK_B)
+    used = tl.minimum(tl.maximum(tl.load(lengths + b, mask=b < B, other=0), 0), cells)
+    tiles = (used + BLOCK_N - 1) // BLOCK_N
+    share = (tl.sum(tiles, 0) + W - 1) // W
+    return tiles, tl.cumsum(tiles, 0), tl.maximum(share, 1)
+
+
+# The cache is the left factor of both products, S^T = K Q^T and O^T = V^T P^T: tensor cores take 64 of its rows at a
+# time but any number of the few queries, and it can come from registers, where FP8 was widened.
+@triton.jit
+def attention_decode_kernel(
+    q, k, v, k_scale, v_scale, table, lengths, partial, lse, scale, B, W, n, blocks, num_blocks, PAGE: tl.constexpr,
+    D: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    same: tl.constexpr = k_scale is not None or k.dtype.element_ty == q.dtype.element_ty
+    dtype: tl.constexpr = q.dtype.element_ty if same else tl.float32
+    w, h = tl.program_id(0), tl.program_id(1) % HKV
+    b, r, d = tl.arange(0, BLOCK_B), tl.program_id(1) // HKV * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    cells = blocks * PAGE
+    tiles, ends, share = plan(lengths, B, W, cells, BLOCK_B, BLOCK_N)
+    first = w * share
+    stop = tl.minimum(first + share, tl.sum(tiles, 0))
+    own_rows = (r < n * G)[:, None] & (d < D)[None, :]
+    for seq in range(
+        tl.sum((ends <= first).to(tl.int32), 0), tl.sum(((ends - tiles < stop) & (b < B)).to(tl.int32), 0)
+    ):
+        end = tl.sum(tl.where(b == seq, ends, 0), 0)
+        begin = end - tl.sum(tl.where(b == seq, tiles, 0), 0)
+        length = tl.load(lengths + seq)
+        newest = length - n + r // G  # the last key that a row sees
+        at_q = ((tl.cast(seq, tl.int64) * n + r // G) * (HKV * G) + h * G + r % G) * D
+        qs = tl.trans(tl.load(q + at_q[:, None] + d[None, :], mask=own_rows, other=0.0)).to(dtype)
+
+        # Scores are kept in units of log2, so that exp2 serves.
+        largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+        total = tl.zeros((BLOCK_M,), tl.float32)
+        acc = tl.zeros((BLOCK_D, BLOCK_M), tl.float32)
+        for tile in range(tl.maximum(first, begin), tl.minimum(stop, end)):
+            key = (tile - begin) * BLOCK_N + tl.arange(0, BLOCK_N)
+            used = key < tl.minimum(length, cells)
+            page = tl.load(table + tl.cast(seq, tl.int64) * blocks + key // PAGE, mask=used, other=0)
+            page = tl.minimum(tl.maximum(page, 0), num_blocks - 1)
+            cell = (page.to(tl.int64) * PAGE + key % PAGE) * HKV + h
+            inside = used[:, None] & (d < D)[None, :]
+            ks = tl.load(k + cell[:, None] * D + d[None, :], mask=inside, other=0.0).to(dtype)
+            s = tl.dot(ks, qs, input_precision="ieee") * (scale * 1.4426950408889634)
+            if k_scale is not None:
+                s *= tl.load(k_scale + cell, mask=used, other=0.0)[:, None]
+            s = tl.where(used[:, None] & (key[:, None] <= newest[None, :]), s, float("-inf"))
+            larger = tl.maximum(largest, tl.max(s, 0))
+            base = tl.where(larger == float("-inf"), 0.0, larger)  # -inf - -inf would be NaN
+            p = tl.exp2(s - base[None, :])
+            shrink = tl.exp2(largest - base)
+            total = total * shrink + tl.sum(p, 0)
+            if v_scale is not None:
+                p *= tl.load(v_scale + cell, mask=used, other=0.0)[:, None]
+            vs = tl.load(v + cell[:, None] * D + d[None, :], mask=inside, other=0.0).to(dtype)
+            acc = acc * shrink[None, :] + tl.dot(tl.trans(vs), p.to(dtype), input_precision="ieee")
+            largest = larger
+
+        row = (tl.cast(w + seq, tl.int64) * HKV + h) * (n * G) + r
+        acc = tl.trans(acc / tl.where(total == 0, 1.0, total)[None, :])
+        tl.store(partial + row[:, None] * D + d[None, :], acc, mask=own_rows)
+        log_sum = tl.where(total == 0, float("-inf"), largest + tl.log2(total))
+        tl.store(lse + row, log_sum, mask=r < n * G)
+
+
+@triton.jit
+def attention_decode_combine_kernel(
+    partial, lse, lengths, out, B, W, n, cells, D: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    # One row of a sequence: its pieces are those of programs `first` to before `stop`.
+    seq, row = tl.program_id(0), tl.program_id(1)
+    b, d = tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_D)
+    tiles, ends, share = plan(lengths, B, W, cells, BLOCK_B, BLOCK_N)
+    end = tl.sum(tl.where(b == seq, ends, 0), 0)
+    own = tl.sum(tl.where(b == seq, tiles, 0), 0)
+    first, stop = (end - own) // share, tl.where(own > 0, (end - 1) // share + 1, 0)
+    largest = tl.full((), float("-inf"), tl.float32)
+    total = tl.zeros((), tl.float32)
+    acc = tl.zeros((BLOCK_D,), tl.float32)
+    for p0 in range(first, stop, BLOCK_P):
+        p = p0 + tl.arange(0, BLOCK_P)
+        at = (p + seq).to(tl.int64) * (HKV * n * G) + row
+        log_sum = tl.load(lse + at, mask=p < stop, other=float("-inf"))
+        inside = (p < stop)[:, None] & (d < D)[None, :]
+        piece = tl.load(partial + at[:, None] * D + d[None, :], mask=inside, other=0.0)
+        larger = tl.maximum(largest, tl.max(log_sum, 0))
+        base = tl.where(larger == float("-inf"), 0.0, larger)
+        weight = tl.exp2(log_sum - base)
+        shrink = tl.exp2(largest - base)
+        total = total * shrink + tl.sum(weight, 0)
+        acc = acc * shrink + tl.sum(weight[:, None] * piece, 0)
+        largest = larger
+    h, r = row // (n * G), row % (n * G)
+    at_out = ((seq.to(tl.int64) * n + r // G) * (HKV * G) + h * G + r % G) * D
+    acc = acc / tl.where(total == 0, 1.0, total)
+    tl.store(out + at_out + d, acc.to(out.dtype.element_ty), mask=d < D)

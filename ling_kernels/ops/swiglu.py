@@ -5,10 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import backend
+from ..backend import _C, backend
 from ..op import expect, multiprocessors, op, wide
 from .dispatch import Plan
-from .quantize import BLOCK, empty_fp8, quantize_ref, tiling
+from .quantize import BLOCK, empty_fp8, quantize_ref, tiling, vectors
 from .triton_fp8 import store_columns, store_rows, tile_rows
 
 
@@ -118,7 +118,9 @@ def swiglu_fwd(
     padded_offsets: Tensor | None,
     pow2: bool,
 ) -> None:
-    grid, sizes = tiling(len(x), x.shape[1] // 2, y_scale, yt_q, offsets)
+    if backend(x) == "cuda" and serves(x, weights) and (y is None or yt_q is None):
+        return _C.swiglu_fwd(x, weights, y, y_q, y_scale, yt_q, yt_scale, offsets, padded_offsets, pow2)
+    grid, sizes = tiling(len(x), x.shape[1] // 2, y_scale, yt_q, offsets, multiprocessors(x.device))
     if grid[0]:
         swiglu_kernel[grid](x, weights, y, y_q, y_scale, yt_q, yt_scale, offsets, padded_offsets, POW2=pow2, **sizes)
 
@@ -139,6 +141,10 @@ def swiglu_bwd(
     pow2: bool,
 ) -> None:
     M, F = dy.shape
+    if backend(x) == "cuda" and dxt_q is None and dy.dtype == x.dtype and vectors(dy) and serves(x, weights):
+        return _C.swiglu_bwd(
+            dy, x, weights, dx, dweights, dx_q, dx_scale, dxt_q, dxt_scale, offsets, padded_offsets, pow2
+        )  # fmt: skip
     ld_scale, M_pad = 0 if dx_scale is None else dx_scale.stride(1), 0 if dxt_q is None else dxt_q.shape[1]
     E = 0 if offsets is None else len(offsets) - 1
     chosen = config(F, dx_q is not None, dxt_q is not None, multiprocessors(x.device))
@@ -149,6 +155,11 @@ def swiglu_bwd(
             M, F, E, ld_scale, M_pad, POW2=pow2, BLOCK_E=triton.next_power_of_2(max(E, 1)), enable_fp_fusion=False,
             **chosen,
         )  # fmt: skip
+
+
+def serves(x: Tensor, weights: Tensor | None) -> bool:
+    """Whether `_C` takes them: in vectors of 16 bytes, which both halves of a row start at."""
+    return x.shape[1] % 16 == 0 and vectors(x) and (weights is None or weights.dtype == torch.float32)
 
 
 def config(F: int, fp8: bool, columns: bool, sms: int) -> dict:

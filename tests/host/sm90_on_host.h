@@ -197,6 +197,7 @@ inline void multiply(const Product& p) {
 }
 
 inline void wgmma_fence() {}
+template <int kRegs> void pin(float (&)[kRegs]) {}
 inline void wgmma_commit() {
     auto& mine = products[this_thread()];
     mine.groups.push_back(std::move(mine.open)), mine.open.clear();
@@ -213,8 +214,8 @@ template <int kPending, int kRegs> void wgmma_wait(float (&)[kRegs]) {
 template <int kRegs> void wgmma_fp8(float (&d)[kRegs], uint64_t a, uint64_t b, bool accumulate) {
     products[this_thread()].open.push_back({d, 2 * kRegs, Product::kE4m3, a, b, accumulate});
 }
-inline void wgmma_bf16(float (&d)[64], uint64_t a, uint64_t b, bool accumulate) {
-    products[this_thread()].open.push_back({d, 128, Product::kBf16, a, b, accumulate});
+template <int kRegs> void wgmma_bf16(float (&d)[kRegs], uint64_t a, uint64_t b, bool accumulate) {
+    products[this_thread()].open.push_back({d, 2 * kRegs, Product::kBf16, a, b, accumulate});
 }
 inline void wgmma_bf16_by_rows(float (&d)[64], uint64_t a, uint64_t b, bool accumulate) {
     products[this_thread()].open.push_back({d, 128, Product::kBf16Outermost, a, b, accumulate});

@@ -1,0 +1,309 @@
+#include "attention/attention.h"
+#include "attention/heads.h"
+#include "ragged.cuh"
+
+namespace ling {
+namespace {
+
+// One kernel gives dq, and the same one dk and dv. A tile of 128 rows of one side (queries, or keys) stays in shared
+// memory while 64 rows at a time of the other pass by; a warpgroup has 64 of the 128:
+//   s = x y^T, dp = dx dy^T  with x, dx = q, dout (keys: k, v) and y, dy the other side's,
+//   p = exp(scale s - lse), ds = p (dp - delta),  dq = scale ds k   (keys: dk = scale ds^T q, dv = p^T dout).
+// p and ds go to their products from registers: scores of keys are computed transposed. No sum has two writers.
+constexpr int kD = 128, kBlock = 128, kOther = 64, kConsumers = 256, kThreads = kConsumers + 128, kStages = 4;
+constexpr int kMaxSequences = 1024;
+constexpr int kBox = kBlock * 128, kOtherBox = kOther * 128;  // bytes of 64 columns
+constexpr float kLog2e = 1.4426950408889634f;
+
+struct Problem {
+    TensorMap x, dx, y, dy, lse, delta;
+    const int *cu_q, *cu_k;
+    const float *lse_at, *delta_at;  // [Hq, stride]: -lse / scale and -delta
+    int64_t stride;
+    bf16 *out, *out2;  // dq; or dk and dv
+    int64_t out_row, out2_row;
+    int B, Hq, Hkv;
+    bool causal;
+    float scale;
+};
+
+struct Tile {
+    int number;
+    int head, rows, first;   // of the side that stays: its rows, and the first of them in the tensors
+    int other_head, others;  // of the side that passes: its first head, where the sequence begins
+    int begin, end;          // and its rows from .. to (multiples of kOther, and the sequence's length)
+    int heads;               // one after another
+    int shift, own;          // query i sees keys up to i + shift; own: the tile's first row in its sequence
+    int keys;
+};
+
+struct Shared {
+    alignas(1024) uint8_t x[2 * kBox], dx[2 * kBox];
+    alignas(1024) uint8_t y[kStages][2 * kOtherBox], dy[kStages][2 * kOtherBox];
+    alignas(128) float lse[kStages][kOther], delta[kStages][kOther];  // of passing queries
+    alignas(128) uint8_t staging[kConsumers / 32][16 * 128];
+    Tile tile[kConsumers / 32];  // of each warp: its registers hold sums
+    int tiles[kMaxSequences + 1];
+    int warp_sums[kThreads / 32];
+    Barrier rows_empty, full[kStages], empty[kStages];
+};
+
+template <bool kKeys> __device__ bool find_tile(const Shared& s, const Problem& p, int tile, Tile& t) {
+    const int H = kKeys ? p.Hkv : p.Hq, group = p.Hq / p.Hkv;
+    if (tile / H >= s.tiles[p.B]) return false;
+    const int b = find_group(s.tiles, p.B, tile / H);
+    const int tiles = s.tiles[b + 1] - s.tiles[b], own = tile - s.tiles[b] * H;
+    const int q0 = p.cu_q[b], k0 = p.cu_k[b], queries = p.cu_q[b + 1] - q0;
+    t.number = tile, t.keys = p.cu_k[b + 1] - k0, t.shift = t.keys - queries;
+    // The rows that see, or are seen by, the most others first
+    if (kKeys) {
+        t.head = own / tiles, t.own = own % tiles * kBlock;
+        t.first = k0 + t.own, t.rows = min(t.keys - t.own, kBlock);
+        t.other_head = t.head * group, t.heads = group, t.others = q0, t.end = queries;
+        t.begin = p.causal ? max(t.own - t.shift, 0) / kOther * kOther : 0;
+    } else {
+        const int rest = own % (tiles * group);
+        t.other_head = own / (tiles * group), t.head = t.other_head * group + rest % group;
+        t.own = (tiles - 1 - rest / group) * kBlock;
+        t.first = q0 + t.own, t.rows = min(queries - t.own, kBlock);
+        t.heads = 1, t.others = k0, t.begin = 0;
+        t.end = p.causal ? min(t.keys, t.own + t.rows + t.shift) : t.keys;
+    }
+    return true;
+}
+
+__device__ void load_pair(uint8_t* to, uint8_t* to2, const TensorMap& map, const TensorMap& map2, Barrier& full,
+                          int box, int head, int row) {
+#pragma unroll 1
+    for (int i = 0; i < 2; i++) {
+        load_tile(to + i * box, map, full, head * kD + 64 * i, row);
+        load_tile(to2 + i * box, map2, full, head * kD + 64 * i, row);
+    }
+}
+
+template <bool kKeys> __device__ void load_tiles(Shared& s, const Problem& p) {
+    Ring<kStages> ring;
+    unsigned rows = 0;  // the parity to wait for
+    Tile t;
+    for (int tile = blockIdx.x; find_tile<kKeys>(s, p, tile, t); tile += gridDim.x) {
+        if (threadIdx.x % 32 == 0 && t.begin < t.end) {
+            for (int h = 0; h < t.heads; h++)
+                for (int n = t.begin; n < t.end; n += kOther, ring.next()) {
+                    Barrier& full = s.full[ring.stage];
+                    const bool first = h == 0 && n == t.begin;  // it brings the tile's own rows as well
+                    s.empty[ring.stage].wait(ring.parity ^ 1);
+                    full.arrive_and_expect(4 * kOtherBox + (kKeys ? 2 * kOther * 4 : 0) + (first ? 4 * kBox : 0));
+                    if (first) {
+                        s.rows_empty.wait(rows ^= 1);
+                        load_pair(s.x, s.dx, p.x, p.dx, full, kBox, t.head, t.first);
+                    }
+                    load_pair(s.y[ring.stage], s.dy[ring.stage], p.y, p.dy, full, kOtherBox, t.other_head + h,
+                              t.others + n);
+                    if (kKeys) {
+                        load_tile(s.lse[ring.stage], p.lse, full, t.others + n, t.other_head + h);
+                        load_tile(s.delta[ring.stage], p.delta, full, t.others + n, t.other_head + h);
+                    }
+                }
+        }
+        __syncwarp();
+    }
+}
+
+// scores [64, 64] += x y^T, not waited for
+__device__ void multiply_rows(float (&scores)[32], const uint8_t* x, const uint8_t* y) {
+#pragma unroll
+    for (int i = 0; i < kD / 16; i++)
+        wgmma_bf16(scores, operand(x + i / 4 * kBox + i % 4 * 32), operand(y + i / 4 * kOtherBox + i % 4 * 32), true);
+    wgmma_commit();
+}
+
+// sum += a y, not waited for
+__device__ void add_product(float (&sum)[64], const unsigned (&a)[4][4], const uint8_t* y) {
+#pragma unroll
+    for (int i = 0; i < kOther / 16; i++) wgmma_bf16_registers(sum, a[i], operand(y + i * 16 * 128, kOtherBox), true);
+}
+
+__device__ void round_to_bf16(unsigned (&a)[4][4], const float (&x)[32]) {
+#pragma unroll
+    for (int i = 0; i < 16; i++) {
+        const __nv_bfloat162 pair = __floats2bfloat162_rn(x[2 * i], x[2 * i + 1]);
+        a[i / 4][i % 4] = *reinterpret_cast<const unsigned*>(&pair);
+    }
+}
+
+// Rows past the sequence's end are not its own, and 0 times NaN is NaN.
+__device__ void clear_rows(uint8_t* y, uint8_t* dy, int from) {
+    const int lines = kOther - from;
+    for (int i = threadIdx.x; i < lines * 4 * 8; i += kConsumers) {
+        const int box = i / 8 / lines, offset = (from + i / 8 % lines) * 128 + i % 8 * 16;
+        *reinterpret_cast<uint4*>((box < 2 ? y : dy) + box % 2 * kOtherBox + offset) = {};
+    }
+    fence_async();
+    named_barrier(1, kConsumers);
+}
+
+template <bool kKeys> __device__ void differentiate(Shared& s, const Problem& p) {
+    const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32, lane = threadIdx.x % 32, column = lane % 4 * 2;
+    const int row = 16 * warp + lane / 4;  // and the one 8 below
+    const float scale_log2 = p.scale * kLog2e;
+    unsigned done = 0;  // blocks of others, which take the stages in turn
+    Tile found;
+    for (int tile = blockIdx.x; find_tile<kKeys>(s, p, tile, found); tile = s.tile[warp].number + gridDim.x) {
+        Tile& t = s.tile[warp];
+        __syncwarp();
+        if (lane == 0) t = found;
+        __syncwarp();
+        float sum[64] = {}, sum2[64] = {};  // dq; or dk and dv
+        float lse[2] = {}, delta[2] = {};   // of the tile's queries
+        if (!kKeys)
+#pragma unroll
+            for (int r = 0; r < 2; r++)
+                if (row + 8 * r < t.rows) {
+                    const int64_t at = t.head * p.stride + t.first + row + 8 * r;
+                    lse[r] = p.lse_at[at], delta[r] = p.delta_at[at];
+                }
+        const bool any = t.begin < t.end;
+        int left = any ? t.heads * ceil_div(t.end - t.begin, kOther) : 0;
+        for (int n = t.begin; left; left--, done++) {
+            const int stage = done % kStages;
+            s.full[stage].wait(done / kStages % 2);
+            const uint8_t *y = s.y[stage], *dy = s.dy[stage];
+            if (n + kOther > t.end) clear_rows(s.y[stage], s.dy[stage], t.end - n);
+            float scores[32], dp[32];  // they begin at -lse / scale and -delta of their query
+#pragma unroll
+            for (int i = 0; i < 32; i++) {
+                const int c = i / 4 * 8 + i % 2 + column, r = i / 2 % 2;
+                scores[i] = kKeys ? s.lse[stage][c] : lse[r];
+                dp[i] = kKeys ? s.delta[stage][c] : delta[r];
+            }
+            pin(scores), pin(dp);
+            wgmma_fence();
+            multiply_rows(scores, s.x + 64 * 128 * warpgroup, y);
+            multiply_rows(dp, s.dx + 64 * 128 * warpgroup, dy);
+            wgmma_wait<1>(scores);
+
+            // Bit i: score i counts. In most blocks all do: none is past the end, and every query sees every key.
+            unsigned seen = ~0u;
+            const int other = kKeys ? n : n + kOther - 1, edge = kKeys ? t.own + kBlock - 1 : t.own;
+            if (n + kOther > t.end || (p.causal && !(kKeys ? other + t.shift >= edge : other <= edge + t.shift))) {
+#pragma unroll
+                for (int i = 0; i < 32; i++) {
+                    const int at = n + column + i / 4 * 8 + i % 2, own = t.own + row + i / 2 % 2 * 8;
+                    const bool counts = !p.causal || (kKeys ? at + t.shift >= own : at <= own + t.shift);
+                    seen ^= static_cast<unsigned>(!counts || at >= t.end) << i;
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < 32; i++) scores[i] = seen >> i & 1 ? exp2f(scores[i] * scale_log2) : 0;
+            unsigned rounded[4][4], rounded2[4][4];
+            wgmma_wait<0>(dp);
+#pragma unroll
+            for (int i = 0; i < 32; i++)
+                dp[i] = seen >> i & 1 ? scores[i] * dp[i] : 0;  // dp of a row that is not its own may be NaN
+            round_to_bf16(rounded, dp);
+            if (kKeys) round_to_bf16(rounded2, scores);
+            wgmma_fence();
+            if (kKeys) add_product(sum2, rounded2, dy);
+            add_product(sum, rounded, y);
+            wgmma_commit();
+            wgmma_wait<0>(sum);
+            if (kKeys) wgmma_wait<0>(sum2);
+            __syncwarp();
+            if (lane == 0) s.empty[stage].arrive();
+            n = n + kOther < t.end ? n + kOther : t.begin;
+        }
+        __syncwarp();
+        if (any && lane == 0) s.rows_empty.arrive();
+#pragma unroll
+        for (int i = 0; i < 64; i++) sum[i] *= p.scale;
+        const auto store = [&](const float (&d)[64], bf16* out, int64_t out_row) {
+#pragma unroll
+            for (int part = 0; part < 2; part++)
+                store_rows(s.staging[warp], d + 32 * part, 64, [&](int i) -> bf16* {
+                    const int m = 16 * warp + i;
+                    return m < t.rows ? out + (t.first + m) * out_row + t.head * kD + 64 * part : nullptr;
+                });
+        };
+        store(sum, p.out, p.out_row);
+        if (kKeys) store(sum2, p.out2, p.out2_row);
+    }
+}
+
+template <bool kKeys>
+__global__ void __launch_bounds__(kThreads, 1) attention_bwd_kernel(const __grid_constant__ Problem p) {
+    Shared& s = *dynamic_shared<Shared>();
+    if (threadIdx.x == 0) {
+        s.rows_empty.init(kConsumers / 32);
+        for (int i = 0; i < kStages; i++) s.full[i].init(1), s.empty[i].init(kConsumers / 32);
+        publish_barriers();
+    }
+    __syncthreads();
+    const int* cu = kKeys ? p.cu_k : p.cu_q;
+    count_tiles(s.tiles, s.warp_sums, p.B, [&](int b) { return ceil_div(cu[b + 1] - cu[b], kBlock); });
+    if (threadIdx.x >= kConsumers) {
+        fewer_registers<40>();
+        if (threadIdx.x < kConsumers + 32) load_tiles<kKeys>(s, p);
+    } else {
+        more_registers<232>();
+        differentiate<kKeys>(s, p);
+    }
+}
+
+// A warp per row: what the products of its scores begin with, -lse / scale, and those of dp, -delta = -dout . out.
+__global__ void __launch_bounds__(256)
+    attention_delta_kernel(const bf16* dout, int64_t dout_row, const bf16* out, int64_t out_row, const float* lse,
+                           float* begin, float* less, float scale, int T, int H, int64_t stride) {
+    const int64_t row = blockIdx.x * 8ll + threadIdx.x / 32, t = row / H, h = row % H;
+    const int lane = threadIdx.x % 32;
+    if (t >= T) return;
+    const auto four = [&](const bf16* p, int64_t ld) {
+        return *reinterpret_cast<const uint2*>(p + t * ld + h * kD + lane * 4);
+    };
+    const auto low = [](unsigned x) { return __uint_as_float(x << 16); };
+    const auto high = [](unsigned x) { return __uint_as_float(x & 0xffff0000u); };
+    const uint2 a = four(dout, dout_row), b = four(out, out_row);
+    const float sum =
+        warp_sum(low(a.x) * low(b.x) + high(a.x) * high(b.x) + low(a.y) * low(b.y) + high(a.y) * high(b.y));
+    if (lane) return;
+    less[h * stride + t] = -sum;
+    begin[h * stride + t] = -lse[h * T + t] / scale;
+}
+
+}  // namespace
+
+void attention_bwd(cudaStream_t stream, Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_q,
+                   Tensor cu_k, Tensor dq, Tensor dk, Tensor dv, bool causal, float scale, Tensor scratch) {
+    const int64_t Tq = q.shape[0], Hq = q.shape[1], Tk = k.shape[0], Hkv = k.shape[1], B = cu_q.shape[0] - 1;
+    const int64_t stride = (Tq + 3) / 4 * 4;
+    for (const Tensor* t : {&q, &dout, &out, &dq}) LING_CHECK(t->is(DType::bf16, {Tq, Hq, kD}) && heads_in_rows(*t));
+    for (const Tensor* t : {&k, &v, &dk, &dv}) LING_CHECK(t->is(DType::bf16, {Tk, Hkv, kD}) && heads_in_rows(*t));
+    LING_CHECK(lse.is(DType::f32, {Hq, Tq}) && lse.contiguous() && Hkv > 0 && Hq % Hkv == 0);
+    LING_CHECK(scratch.is(DType::f32, {2, Hq, stride}) && scratch.contiguous() && scratch.aligned());
+    if (!cu_k.data) cu_k = cu_q;
+    LING_CHECK(cu_q.is(DType::i32, {B + 1}) && cu_q.contiguous() && B > 0 && B <= kMaxSequences && Tq > 0 && Tk > 0);
+    LING_CHECK(cu_k.is(DType::i32, {B + 1}) && cu_k.contiguous());
+    Problem p{};
+    p.lse_at = scratch.ptr<float>(), p.delta_at = p.lse_at + Hq * stride, p.stride = stride;
+    launch<attention_delta_kernel>(ceil_div<int64_t>(Tq * Hq, 8), 256, 0, stream, dout.ptr<bf16>(), dout.stride[0],
+                                   out.ptr<bf16>(), out.stride[0], lse.ptr<float>(), scratch.ptr<float>(),
+                                   scratch.ptr<float>() + Hq * stride, scale, static_cast<int>(Tq),
+                                   static_cast<int>(Hq), stride);
+
+    p.cu_q = cu_q.ptr<int>(), p.cu_k = cu_k.ptr<int>();
+    p.B = B, p.Hq = Hq, p.Hkv = Hkv, p.causal = causal, p.scale = scale;
+    p.lse = encode_map(p.lse_at, DType::f32, Hq, stride, stride * 4, 1, kOther, false);
+    p.delta = encode_map(p.delta_at, DType::f32, Hq, stride, stride * 4, 1, kOther, false);
+    const auto blocks = [&](int64_t T, int64_t H) {
+        return std::min<int64_t>(multiprocessors(), (T / kBlock + std::min(B, T)) * H);
+    };
+    p.x = map_of_heads(q, kBlock), p.dx = map_of_heads(dout, kBlock), p.y = map_of_heads(k, kOther),
+    p.dy = map_of_heads(v, kOther);
+    p.out = dq.ptr<bf16>(), p.out_row = dq.stride[0];
+    launch<attention_bwd_kernel<false>>(blocks(Tq, Hq), kThreads, sizeof(Shared), stream, p);
+    p.x = map_of_heads(k, kBlock), p.dx = map_of_heads(v, kBlock), p.y = map_of_heads(q, kOther),
+    p.dy = map_of_heads(dout, kOther);
+    p.out = dk.ptr<bf16>(), p.out_row = dk.stride[0], p.out2 = dv.ptr<bf16>(), p.out2_row = dv.stride[0];
+    launch<attention_bwd_kernel<true>>(blocks(Tk, Hkv), kThreads, sizeof(Shared), stream, p);
+}
+
+}  // namespace ling

@@ -1,0 +1,408 @@
+#include "attention/attention_decode.h"
+#include "attention/mma.cuh"
+#include "quant/fp8.cuh"
+
+namespace ling {
+namespace {
+
+// A warp takes every 4th step of 16 keys of its block's run, straight from global memory to tensor cores: where a
+// lane's 16 bytes lie in a row, and which keys they are, is chosen so that they are its part of the operands as they
+// come. The next keys are on their way while the scores are worked on, the next values while the keys are. What the 4
+// warps have is combined once per sequence in shared memory. The run of tiles of keys is found from the lengths, as in
+// Triton.
+constexpr int kD = 128, kWarps = 4, kThreads = 32 * kWarps, kStep = 16, kTile = kWarps * kStep, kRows = 16;
+constexpr int kPitch = kD + 4;  // in floats, of a row in shared memory: rows begin in other banks
+
+struct Cache {
+    const void *k, *v;
+    const float *k_scale, *v_scale;
+    const int *table, *lengths;
+    int B, W, Hkv, num_blocks, page, blocks;
+
+    __device__ int used(int b) const { return min(max(lengths[b], 0), blocks * page); }
+    __device__ int tiles(int b) const { return ceil_div(used(b), kTile); }
+    // How many tiles a run is. By a whole warp, as all that follows.
+    __device__ int share(int all) const { return max(ceil_div(all, W), 1); }
+    __device__ int tiles_before(int end) const {
+        int sum = 0;
+        for (int b = threadIdx.x % 32; b < end; b += 32) sum += tiles(b);
+        return __reduce_add_sync(~0u, sum);
+    }
+    // The sequence of tile `first`, which there is, and where its tiles begin
+    __device__ void find(int first, int& seq, int& begin) const {
+        const int lane = threadIdx.x % 32;
+        seq = begin = 0;
+        for (int b = 0; b < B; b += 32) {
+            int end = b + lane < B ? tiles(b + lane) : 0;
+            for (int d = 1; d < 32; d *= 2) {
+                const int left = __shfl_up_sync(~0u, end, d);
+                if (lane >= d) end += left;
+            }
+            const int past = __popc(__ballot_sync(~0u, begin + end <= first));
+            const int skipped = __shfl_sync(~0u, end, max(past - 1, 0));
+            seq = b + past;
+            begin += past ? skipped : 0;
+            if (past < 32) return;
+        }
+    }
+};
+
+template <typename T> __device__ unsigned pack(float low, float high) {
+    if constexpr (dtype_of<T> == DType::bf16) {
+        const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+        return *reinterpret_cast<const unsigned*>(&pair);
+    } else {
+        const __half2 pair = __floats2half2_rn(low, high);
+        return *reinterpret_cast<const unsigned*>(&pair);
+    }
+}
+
+// 16 bytes of a cache of C as pairs of T
+template <typename T, typename C> struct Chunk {
+    static constexpr int kElements = 16 / sizeof(C);
+    unsigned pair[kElements / 2];
+
+    __device__ explicit Chunk(uint4 raw) {
+        const unsigned words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+        for (int i = 0; i < kElements / 2; i++)
+            if constexpr (sizeof(C) == 2) pair[i] = words[i];
+            else {
+                const __half2 two = __nv_cvt_fp8x2_to_halfraw2(words[i / 2] >> i % 2 * 16 & 0xffff, __NV_E4M3);
+                const float2 wide = __half22float2(two);
+                pair[i] =
+                    dtype_of<T> == DType::f16 ? *reinterpret_cast<const unsigned*>(&two) : pack<T>(wide.x, wide.y);
+            }
+    }
+};
+
+// A warp's part of a sequence's keys: scores of 16 rows in units of log2, and the values weighted by them.
+// Lane l is g = l / 4, c = l % 4. As the contraction may take dims in any order, a lane's chunks of a key serve as they
+// are; as output columns may have any order, so do its chunks of values, once two keys' are interleaved.
+template <typename T, typename C> struct Warp {
+    static constexpr int kPer = Chunk<T, C>::kElements, kKeyChunks = kD / kPer / 4, kValueChunks = kD / kPer / 8;
+    const Cache& cache;
+    const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4, warp = threadIdx.x / 32;
+    int seq, head, first, stop, used;  // keys of the block's run
+    unsigned q[8][4];
+    uint4 ks[2][kKeyChunks], vs[2][2][kValueChunks];  // key 8t + g; key 8t + 2c + i
+    float k_scale[2][2], v_scale[2][2];               // of key 8t + 2c + i
+    float largest[2], total[2], o[16][4];
+    int pages;  // where the next 32 steps' keys lie, a lane each
+
+    __device__ int key(int step) const { return first + (step * kWarps + warp) * kStep; }
+
+    __device__ void load_queries(const T* row0, const T* row1) {
+#pragma unroll
+        for (int u = 0; u < 4; u++) {
+            const int d = u / (kPer / 8) * 4 * kPer + c * kPer + u % (kPer / 8) * 8;
+            const uint4 low = row0 ? *reinterpret_cast<const uint4*>(row0 + d) : uint4{};
+            const uint4 high = row1 ? *reinterpret_cast<const uint4*>(row1 + d) : uint4{};
+            q[2 * u][0] = low.x, q[2 * u][1] = high.x, q[2 * u][2] = low.y, q[2 * u][3] = high.y;
+            q[2 * u + 1][0] = low.z, q[2 * u + 1][1] = high.z, q[2 * u + 1][2] = low.w, q[2 * u + 1][3] = high.w;
+        }
+    }
+
+    // The cell of the step's first key; the 16 lie in one page.
+    __device__ int64_t locate(int step) {
+        if (step % 32 == 0) {
+            const int mine = key(step + lane);
+            pages = mine < stop ? cache.table[int64_t{seq} * cache.blocks + mine / cache.page] : 0;
+            LING_DEVICE_CHECK(pages >= 0 && pages < cache.num_blocks);
+            pages = min(max(pages, 0), cache.num_blocks - 1);
+        }
+        return int64_t{__shfl_sync(~0u, pages, step % 32)} * cache.page + key(step) % cache.page;
+    }
+
+    // Cells past the sequence's end are there, and their scores are not used. Their values are: as 0 times NaN.
+    __device__ void load_keys(int step, int64_t cell) {
+#pragma unroll
+        for (int t = 0; t < 2; t++) {
+            const C* row = static_cast<const C*>(cache.k) + ((cell + 8 * t + g) * cache.Hkv + head) * kD + c * kPer;
+#pragma unroll
+            for (int j = 0; j < kKeyChunks; j++) ks[t][j] = *reinterpret_cast<const uint4*>(row + j * 4 * kPer);
+            if constexpr (sizeof(C) == 1) load_scales(k_scale[t], cache.k_scale, step, cell, t);
+        }
+    }
+    __device__ void load_values(int step, int64_t cell) {
+#pragma unroll
+        for (int t = 0; t < 2; t++) {
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const int at = 8 * t + 2 * c + i;
+                const C* row = static_cast<const C*>(cache.v) + ((cell + at) * cache.Hkv + head) * kD + g * kPer;
+#pragma unroll
+                for (int j = 0; j < kValueChunks; j++)
+                    vs[t][i][j] = key(step) + at < used ? *reinterpret_cast<const uint4*>(row + j * 8 * kPer) : uint4{};
+            }
+            if constexpr (sizeof(C) == 1) load_scales(v_scale[t], cache.v_scale, step, cell, t);
+        }
+    }
+    __device__ void load_scales(float (&to)[2], const float* from, int step, int64_t cell, int t) const {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const int at = 8 * t + 2 * c + i;
+            to[i] = key(step) + at < used ? from[(cell + at) * cache.Hkv + head] : 0.f;
+        }
+    }
+
+    __device__ void scores(float (&s)[2][4], float scale_log2) const {
+#pragma unroll
+        for (int t = 0; t < 2; t++) {
+            s[t][0] = s[t][1] = s[t][2] = s[t][3] = 0;
+#pragma unroll
+            for (int j = 0; j < kKeyChunks; j++) {
+                const Chunk<T, C> chunk(ks[t][j]);
+#pragma unroll
+                for (int i = 0; i < kPer / 4; i++)
+                    mma<T>(s[t], q[j * (kPer / 4) + i], chunk.pair[2 * i], chunk.pair[2 * i + 1]);
+            }
+#pragma unroll
+            for (int i = 0; i < 4; i++) s[t][i] *= sizeof(C) == 1 ? k_scale[t][i % 2] * scale_log2 : scale_log2;
+        }
+    }
+
+    // s becomes P; last: of each of the lane's two rows, the last key that it sees
+    __device__ void softmax(float (&s)[2][4], int first_key, const int (&last)[2]) {
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            float larger = largest[r];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                float& x = s[i / 2][2 * r + i % 2];
+                if (first_key + i / 2 * 8 + 2 * c + i % 2 > last[r]) x = -INFINITY;
+                larger = fmaxf(larger, x);
+            }
+            larger = fmaxf(larger, __shfl_xor_sync(~0u, larger, 1));
+            larger = fmaxf(larger, __shfl_xor_sync(~0u, larger, 2));
+            const float base = larger == -INFINITY ? 0.f : larger;  // -inf - -inf would be NaN
+            const float shrink = exp2f(largest[r] - base);
+            largest[r] = larger, total[r] *= shrink;
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                float& x = s[i / 2][2 * r + i % 2];
+                x = exp2f(x - base);
+                total[r] += x;
+                if constexpr (sizeof(C) == 1) x *= v_scale[i / 2][i % 2];
+            }
+#pragma unroll
+            for (int i = 0; i < 16; i++) o[i][2 * r] *= shrink, o[i][2 * r + 1] *= shrink;
+        }
+    }
+
+    __device__ void add_values(const float (&p)[2][4]) {
+        const unsigned a[4] = {pack<T>(p[0][0], p[0][1]), pack<T>(p[0][2], p[0][3]), pack<T>(p[1][0], p[1][1]),
+                               pack<T>(p[1][2], p[1][3])};
+#pragma unroll
+        for (int j = 0; j < kValueChunks; j++) {
+            const Chunk<T, C> chunk[2][2] = {{Chunk<T, C>(vs[0][0][j]), Chunk<T, C>(vs[0][1][j])},
+                                             {Chunk<T, C>(vs[1][0][j]), Chunk<T, C>(vs[1][1][j])}};
+#pragma unroll
+            for (int i = 0; i < kPer; i++) {
+                unsigned b[2];
+#pragma unroll
+                for (int t = 0; t < 2; t++)
+                    b[t] = __byte_perm(chunk[t][0].pair[i / 2], chunk[t][1].pair[i / 2], i % 2 ? 0x7632 : 0x5410);
+                mma<T>(o[j * kPer + i], a, b[0], b[1]);
+            }
+        }
+    }
+
+    __device__ void run(float scale_log2, const int (&last)[2]) {
+#pragma unroll
+        for (int r = 0; r < 2; r++) largest[r] = -INFINITY, total[r] = 0;
+#pragma unroll
+        for (auto& tile : o) tile[0] = tile[1] = tile[2] = tile[3] = 0;
+        const int steps = max(ceil_div(stop - key(0), kTile), 0);
+        int64_t cell = 0;
+        if (steps) cell = locate(0), load_keys(0, cell), load_values(0, cell);
+        for (int step = 0; step < steps; step++) {
+            float s[2][4];
+            scores(s, scale_log2);
+            const bool more = step + 1 < steps;
+            if (more) cell = locate(step + 1), load_keys(step + 1, cell);
+            softmax(s, key(step), last);
+            add_values(s);
+            if (more) load_values(step + 1, cell);
+        }
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            total[r] += __shfl_xor_sync(~0u, total[r], 1);
+            total[r] += __shfl_xor_sync(~0u, total[r], 2);
+        }
+    }
+};
+
+struct Shared {
+    float outs[kWarps][kRows][kPitch];
+    float largest[kWarps][kRows], total[kWarps][kRows];
+};
+
+// Rows r0 on of the block's run of a sequence, from the warps' parts to memory
+__device__ void combine_warps(const Shared& shared, float* partial, float* lse, int rows) {
+    const int d = threadIdx.x;
+    for (int r = 0; r < rows; r++) {
+        float largest = -INFINITY, total = 0, sum = 0;
+#pragma unroll
+        for (int w = 0; w < kWarps; w++) largest = fmaxf(largest, shared.largest[w][r]);
+        const float base = largest == -INFINITY ? 0.f : largest;
+#pragma unroll
+        for (int w = 0; w < kWarps; w++) {
+            const float weight = exp2f(shared.largest[w][r] - base);
+            total += weight * shared.total[w][r];
+            sum += weight * shared.outs[w][r][d];
+        }
+        partial[r * kD + d] = total == 0 ? 0.f : sum / total;
+        if (d == 0) lse[r] = total == 0 ? -INFINITY : largest + log2f(total);
+    }
+}
+
+// Block (w, h, tile of rows) has run w of the tiles of keys of all sequences, of KV head h.
+template <typename T, typename C>
+__global__ void __launch_bounds__(kThreads, 2)
+    attention_decode_kernel(const T* q, Cache cache, float* partial, float* lse, int n, int G, float scale_log2) {
+    __shared__ Shared shared;
+    let_next_start();
+    const int all = cache.tiles_before(cache.B), share = cache.share(all);
+    int tile = blockIdx.x * share;
+    if (tile >= all) return;
+    const int stop = min(tile + share, all), R = n * G, r0 = blockIdx.z * kRows;
+    int seq, begin;
+    cache.find(tile, seq, begin);
+    Warp<T, C> me{cache};
+    me.head = blockIdx.y;
+    for (; tile < stop; seq++) {
+        const int end = begin + cache.tiles(seq), length = cache.lengths[seq];
+        LING_DEVICE_CHECK(length >= 0 && length <= cache.blocks * cache.page);
+        if (tile < end) {
+            me.seq = seq, me.used = cache.used(seq);
+            me.first = (tile - begin) * kTile, me.stop = min((min(stop, end) - begin) * kTile, me.used);
+            const T* row[2];
+            int last[2];
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const int r = r0 + me.g + 8 * i;
+                row[i] =
+                    r < R ? q + ((int64_t{seq} * n + r / G) * (cache.Hkv * G) + me.head * G + r % G) * kD : nullptr;
+                last[i] = min(length - n + r / G, me.used - 1);
+            }
+            me.load_queries(row[0], row[1]);
+            me.run(scale_log2, last);
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const int r = me.g + 8 * i;
+                if (r0 + r >= R) continue;
+                shared.largest[me.warp][r] = me.largest[i], shared.total[me.warp][r] = me.total[i];
+#pragma unroll
+                for (int j = 0; j < 16; j += 4)
+#pragma unroll
+                    for (int e = 0; e < 2; e++) {
+                        constexpr int kPer = Warp<T, C>::kPer;
+                        const int d = (2 * me.c + e + 8 * (j / kPer)) * kPer + j % kPer, at = 2 * i + e;
+                        *reinterpret_cast<float4*>(&shared.outs[me.warp][r][d]) = {me.o[j][at], me.o[j + 1][at],
+                                                                                   me.o[j + 2][at], me.o[j + 3][at]};
+                    }
+            }
+            __syncthreads();
+            const int64_t to = (int64_t{blockIdx.x + seq} * cache.Hkv + me.head) * R + r0;
+            combine_warps(shared, partial + to * kD, lse + to, min(R - r0, kRows));
+            __syncthreads();
+        }
+        begin = end, tile = min(stop, end);
+    }
+}
+
+// A row of a sequence's pieces, weighted; each warp takes every 4th.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    attention_decode_combine_kernel(Cache cache, const float* partial, const float* lse, T* out, int n, int G) {
+    __shared__ float sums[kWarps][kD], totals[kWarps], maxima[kWarps];
+    wait_for_previous();
+    const int b = blockIdx.x, row = blockIdx.y, rows = cache.Hkv * n * G, lane = threadIdx.x % 32;
+    const int warp = threadIdx.x / 32, share = cache.share(cache.tiles_before(cache.B));
+    const int begin = cache.tiles_before(b), tiles = cache.tiles(b), first = begin / share;
+    const int stop = tiles ? (begin + tiles - 1) / share + 1 : first;
+    lse += int64_t{b} * rows + row, partial += (int64_t{b} * rows + row) * kD;
+
+    float largest = -INFINITY;
+    for (int p = first + threadIdx.x; p < stop; p += kThreads) largest = fmaxf(largest, lse[int64_t{p} * rows]);
+    for (int d = 16; d; d /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, d));
+    if (lane == 0) maxima[warp] = largest;
+    __syncthreads();
+    for (const float other : maxima) largest = fmaxf(largest, other);
+    if (largest == -INFINITY) largest = 0;
+
+    float total = 0, sum[4] = {};
+#pragma unroll 8
+    for (int p = first + warp; p < stop; p += kWarps) {
+        const float weight = exp2f(lse[int64_t{p} * rows] - largest);
+        const Vec<4> piece = load<4>(partial + int64_t{p} * rows * kD + lane * 4);
+        total += weight;
+        for (int i = 0; i < 4; i++) sum[i] += weight * piece[i];
+    }
+    for (int i = 0; i < 4; i++) sums[warp][lane * 4 + i] = sum[i];
+    if (lane == 0) totals[warp] = total;
+    __syncthreads();
+    if (threadIdx.x >= kD / 8) return;
+    Vec<8> y = {};
+    total = 0;
+    for (int w = 0; w < kWarps; w++) {
+        total += totals[w];
+        for (int i = 0; i < 8; i++) y[i] += sums[w][threadIdx.x * 8 + i];
+    }
+    for (int i = 0; i < 8; i++) y[i] = total == 0 ? 0.f : y[i] / total;
+    const int h = row / (n * G), r = row % (n * G);
+    store(out + ((int64_t{b} * n + r / G) * (cache.Hkv * G) + h * G + r % G) * kD + threadIdx.x * 8, y);
+}
+
+}  // namespace
+
+void attention_decode_fwd(cudaStream_t stream, Tensor q, Tensor k, Tensor v, Tensor k_scale, Tensor v_scale,
+                          Tensor block_table, Tensor lengths, Tensor out, Tensor partial, Tensor lse, float scale) {
+    const int64_t B = q.shape[0], n = q.shape[1], Hq = q.shape[2], num_blocks = k.shape[0], page = k.shape[1];
+    const int64_t Hkv = k.shape[2], G = Hkv ? Hq / Hkv : 0, blocks = block_table.shape[1], W = partial.shape[0] - B;
+    const bool fp8 = k.dtype == DType::e4m3;
+    LING_CHECK(q.is(q.dtype, {B, n, Hq, kD}) && q.contiguous() && out.is(q.dtype, {B, n, Hq, kD}) && out.contiguous());
+    LING_CHECK((fp8 || k.dtype == q.dtype) && Hkv > 0 && G > 0 && G * Hkv == Hq && page % kStep == 0);
+    LING_CHECK(k.is(k.dtype, {num_blocks, page, Hkv, kD}) && v.is(k.dtype, {num_blocks, page, Hkv, kD}));
+    LING_CHECK(k.contiguous() && v.contiguous());
+    if (fp8) {
+        LING_CHECK(k_scale.is(DType::f32, {num_blocks, page, Hkv}) && k_scale.contiguous());
+        LING_CHECK(v_scale.is(DType::f32, {num_blocks, page, Hkv}) && v_scale.contiguous());
+    }
+    LING_CHECK(block_table.is(DType::i32, {B, blocks}) && block_table.contiguous());
+    LING_CHECK(lengths.is(DType::i32, {B}) && lengths.contiguous());
+    LING_CHECK(partial.is(DType::f32, {W + B, Hkv, n * G, kD}) && partial.contiguous() && W > 0);
+    LING_CHECK(lse.is(DType::f32, {W + B, Hkv, n * G}) && lse.contiguous());
+    LING_CHECK(blocks * page < 1 << 30 && B * (ceil_div<int64_t>(blocks * page, kTile) + 1) < 1 << 30);
+    LING_CHECK(W + B < 1ll << 31 && Hq * n < 1 << 16 && num_blocks < 1ll << 31);
+    if (B == 0) return;
+    LING_CHECK(num_blocks > 0 && page > 0 && blocks > 0);
+    LING_CHECK(q.aligned() && k.aligned() && v.aligned() && out.aligned() && partial.aligned());
+    const auto num = [](int64_t x) { return static_cast<int>(x); };
+    const Cache cache{k.data,
+                      v.data,
+                      k_scale.ptr<float>(),
+                      v_scale.ptr<float>(),
+                      block_table.ptr<int>(),
+                      lengths.ptr<int>(),
+                      num(B),
+                      num(W),
+                      num(Hkv),
+                      num(num_blocks),
+                      num(page),
+                      num(blocks)};
+    const dim3 grid(W, Hkv, ceil_div<int64_t>(n * G, kRows));
+    dispatch<f16, bf16>(q.dtype, [&]<typename T>() {
+        const auto run = [&]<typename C>(C) {
+            launch<attention_decode_kernel<T, C>>(grid, kThreads, 0, stream, q.ptr<T>(), cache, partial.ptr<float>(),
+                                                  lse.ptr<float>(), num(n), num(G), scale * 1.4426950408889634f);
+        };
+        fp8 ? run(uint8_t{}) : run(T{});
+        launch<attention_decode_combine_kernel<T>, kOverlaps>(dim3(B, Hq * n), kThreads, 0, stream, cache,
+                                                              partial.ptr<float>(), lse.ptr<float>(), out.ptr<T>(),
+                                                              num(n), num(G));
+    });
+}
+
+}  // namespace ling

@@ -1,0 +1,21 @@
+#pragma once
+#include "tensor.h"
+
+namespace ling {
+
+// Attention of n new tokens over a paged cache (see attention_decode.py). With R = n Hq / Hkv rows for a KV head; W,
+// which partial's size tells, is how many blocks share the keys.
+void attention_decode_fwd(cudaStream_t stream,
+                          Tensor q,        // [B, n, Hq, 128]  f16 or bf16
+                          Tensor k,        // [num_blocks, block_size, Hkv, 128] as q, or e4m3; 16 divides block_size
+                          Tensor v,        // as k
+                          Tensor k_scale,  // [num_blocks, block_size, Hkv] f32 with e4m3, otherwise None
+                          Tensor v_scale,  // as k_scale
+                          Tensor block_table,  // [B, max_blocks] i32; checked on the device by LING_DEBUG builds, as
+                          Tensor lengths,      // [B] i32         are these; otherwise clamped into what there is
+                          Tensor out,          // as q (out)
+                          Tensor partial,      // [W + B, Hkv, R, 128] f32 (scratch)
+                          Tensor lse,          // [W + B, Hkv, R] f32 (scratch)
+                          float scale);
+
+}  // namespace ling

@@ -1,0 +1,17 @@
+// bf16 tensors [T, H, 128] whose heads lie side by side in rows that may be wider, such as those of qkv.
+#pragma once
+#include "sm90.cuh"
+
+namespace ling {
+
+inline bool heads_in_rows(const Tensor& t) {
+    const bool side_by_side = t.stride[2] == 1 && (t.shape[1] == 1 || t.stride[1] == t.shape[2]);
+    return side_by_side && t.stride[0] % 8 == 0 && t.aligned();
+}
+
+// To load boxes of so many rows and 64 columns
+inline TensorMap map_of_heads(const Tensor& t, int rows) {
+    return encode_map(t.data, DType::bf16, t.shape[0], t.shape[1] * t.shape[2], t.stride[0] * 2, rows, 64, true);
+}
+
+}  // namespace ling

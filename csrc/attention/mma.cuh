@@ -1,0 +1,48 @@
+// A warp's product of 16 x 8 x 16 on tensor cores, from registers, with its twin for tests/host.
+#pragma once
+#include "common.cuh"
+
+namespace ling {
+
+// d [16, 8] += A [16, 16] B [8, 16]^T, T f16 or bf16, two to a register. Lane l, g = l / 4, c = l % 4, has of A rows g
+// and g + 8 at columns 2c, 2c + 1 in a[0] and a[1], and 8 columns to the right in a[2] and a[3]; of B row g at the same
+// columns in b0 and b1; of d columns 2c and 2c + 1 of row g in d[0], d[1], of row g + 8 in d[2], d[3].
+#ifdef __CUDACC__
+template <typename T>
+__device__ void mma(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+#define LING_MMA(type)                                                                  \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                 \
+                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                       \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
+    if constexpr (dtype_of<T> == DType::bf16) LING_MMA("bf16");
+    else LING_MMA("f16");
+#undef LING_MMA
+}
+#else
+template <typename T>
+void mma(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1,
+         cuda_on_host::Where where = cuda_on_host::Where::current()) {
+    const auto value = [](uint64_t pair, int i) {
+        return static_cast<float>(std::bit_cast<T>(static_cast<uint16_t>(pair >> 16 * i)));
+    };
+    const int g = cuda_on_host::lane() / 4, c = cuda_on_host::lane() % 4;
+    float rows[2][16], columns[2][16];
+    for (int i = 0; i < 2; i++) {  // 8 columns to the left, and to the right
+        const uint64_t* all = cuda_on_host::exchange("mma", ~0u, a[2 * i] | uint64_t{a[2 * i + 1]} << 32, where);
+        for (int j = 0; j < 8; j++)
+            for (int r = 0; r < 2; r++) rows[r][8 * i + j] = value(all[4 * g + j / 2] >> 32 * r, j % 2);
+    }
+    const uint64_t* all = cuda_on_host::exchange("mma", ~0u, b0 | uint64_t{b1} << 32, where);
+    for (int n = 0; n < 2; n++)
+        for (int k = 0; k < 16; k++) columns[n][k] = value(all[4 * (2 * c + n) + k % 8 / 2] >> k / 8 * 32, k % 2);
+    for (int r = 0; r < 2; r++)
+        for (int n = 0; n < 2; n++) {
+            float sum = 0;
+            for (int k = 0; k < 16; k++) sum += rows[r][k] * columns[n][k];
+            d[2 * r + n] += sum;
+        }
+}
+#endif
+
+}  // namespace ling

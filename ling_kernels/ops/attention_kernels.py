@@ -1,0 +1,302 @@
+"""Triton kernels of attention.py: forward, dq, and dk with dv; the forward one also serves qk_norm_attention.py.
+
+A tile of rows belongs to one sequence. Tiles of keys that the causal mask leaves whole, or hides, need no mask; hence
+two loops over one body. Scores are kept in units of log2, so that exp2 serves. `warp_specialize` is not asked for: on
+sm_90 Triton 3.8 aborts on it, and 3.6 fails with 4 warps and builds the same code with 8.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def find_tile(cu, tile, B, BLOCK: tl.constexpr, BLOCK_B: tl.constexpr):
+    """The sequence that owns the tile-th tile of BLOCK rows, B or more past the last one, and its first row there."""
+    b = tl.arange(0, BLOCK_B)
+    rows = tl.load(cu + b + 1, mask=b < B, other=0) - tl.load(cu + b, mask=b < B, other=0)
+    tiles = (rows + BLOCK - 1) // BLOCK
+    ends = tl.cumsum(tiles, 0)
+    seq = tl.sum((ends <= tile).to(tl.int32), 0)
+    return seq, (tile - tl.sum(tl.where(b == seq, ends - tiles, 0), 0)) * BLOCK
+
+
+@triton.jit
+def fits(cu, T, B, BLOCK_B: tl.constexpr):
+    """Whether cu ascends from 0 to T."""
+    b = tl.arange(0, BLOCK_B)
+    falls = tl.load(cu + b + 1, mask=b < B, other=0) < tl.load(cu + b, mask=b < B, other=0)
+    return (tl.sum(falls.to(tl.int32), 0) == 0) & (tl.load(cu) == 0) & (tl.load(cu + B) == T)
+
+
+@triton.jit
+def spoil(x, tile, T, h, H, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """NaN for the tile-th BLOCK of all T rows: what cu_seqlens that do not fit give, instead of garbage."""
+    nan = tl.full((BLOCK, BLOCK_D), float("nan"), tl.float32)
+    store_rows(x, nan, 0, tile * BLOCK + tl.arange(0, BLOCK), T, h, H, D, BLOCK_D)
+
+
+@triton.jit
+def extents(cu_q, cu_k, seq):
+    """A sequence's first query and their number, its first key and their number."""
+    q0, k0 = tl.load(cu_q + seq), tl.load(cu_k + seq)
+    return q0, tl.load(cu_q + seq + 1) - q0, k0, tl.load(cu_k + seq + 1) - k0
+
+
+@triton.jit
+def sequence(x, first, rows, row, H, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr):
+    """What load_tile reads a sequence of x [T, H, D] from; `row` elements lie between two rows."""
+    x += first.to(tl.int64) * row
+    if TMA:  # of this sequence alone: a neighbour's NaN must not come with its last tile, for 0 * NaN is NaN
+        return tl.make_tensor_descriptor(x, [tl.maximum(rows, 1), H * D], [row, 1], [BLOCK, BLOCK_D])
+    else:
+        return x
+
+
+@triton.jit
+def load_tile(x, first, rows, h, row, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr):
+    """Rows first : first + BLOCK of head h, from what `sequence` gave; zeros past its end and past D."""
+    if TMA:
+        return x.load([first, h * D])
+    else:
+        r, d = first + tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+        at = r.to(tl.int64)[:, None] * row + h * D + d[None, :]
+        return tl.load(x + at, mask=(r < rows)[:, None] & (d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(x, value, first, row, rows, h, H, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    d = tl.arange(0, BLOCK_D)
+    at = (first + row).to(tl.int64)[:, None] * (H * D) + h * D + d[None, :]
+    tl.store(x + at, value.to(x.dtype.element_ty), mask=(row < rows)[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def norm_and_rotate(
+    x, w, cos, sin, positions, m, rows, h, row, P, eps, D: tl.constexpr, HALF: tl.constexpr, ROUND_FIRST: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """qk_norm_rope of rows m of head h of a sequence, in x's dtype; NaN where the tables lack a position.
+
+    Every element is read beside the one that it is rotated with: the second read is one of L1, and costs no exchange.
+    """
+    d = tl.arange(0, BLOCK_D)
+    other = tl.where(d < HALF, d + HALF, tl.where(d < 2 * HALF, d - HALF, d))
+    own = m < rows
+    mask = own[:, None] & (d < D)[None, :]
+    at = x + m.to(tl.int64)[:, None] * row + h * D
+    dtype: tl.constexpr = x.dtype.element_ty
+    a = tl.load(at + d[None, :], mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(at + other[None, :], mask=mask, other=0.0).to(tl.float32)
+    r = tl.rsqrt(tl.sum(a * a, 1) / D + eps)[:, None]
+    a, b = a * r, b * r
+    if ROUND_FIRST:
+        a, b = a.to(dtype).to(tl.float32), b.to(dtype).to(tl.float32)
+    a *= tl.load(w + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+    b *= tl.load(w + other, mask=d < D, other=0.0).to(tl.float32)[None, :]
+
+    position = tl.load(positions + m, mask=own, other=0).to(tl.int64)
+    known = (position >= 0) & (position < P)
+    turned = (d < 2 * HALF)[None, :]
+    angle = position[:, None] * HALF + tl.where(d < HALF, d, d - HALF)[None, :]
+    c = tl.load(cos + angle, mask=(own & known)[:, None] & turned, other=0.0)
+    s = tl.load(sin + angle, mask=(own & known)[:, None] & turned, other=0.0)
+    rotated = a * c + tl.where(d < HALF, -b, b) * s
+    return tl.where(turned, tl.where(known[:, None], rotated, float("nan")), a).to(dtype)
+
+
+@triton.jit
+def attend_keys(
+    qs, k, v, largest, total, acc, begin, end, m, past, Lk, g, k_row, v_row, log2_scale,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, TMA: tl.constexpr, D: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The running softmax of a tile of queries over the tiles of keys from `begin` to `end`."""
+    for n0 in range(begin, end, BLOCK_N):
+        ks = load_tile(k, n0, Lk, g, k_row, D, BLOCK_N, BLOCK_D, TMA)
+        s = tl.dot(qs, tl.trans(ks), input_precision="ieee")
+        if MASKED:
+            n = n0 + tl.arange(0, BLOCK_N)
+            seen = (n < Lk)[None, :]
+            if CAUSAL:
+                seen &= n[None, :] <= m[:, None] + past
+            s = tl.where(seen, s, float("-inf"))
+        larger = tl.maximum(largest, tl.max(s, 1) * log2_scale)
+        base = tl.where(larger == float("-inf"), 0.0, larger) if MASKED else larger  # -inf - -inf would be NaN
+        p = tl.exp2(s * log2_scale - base[:, None])
+        shrink = tl.exp2(largest - base)
+        total = total * shrink + tl.sum(p, 1)
+        vs = load_tile(v, n0, Lk, g, v_row, D, BLOCK_N, BLOCK_D, TMA)
+        acc = tl.dot(p.to(vs.dtype), vs, acc * shrink[:, None], input_precision="ieee")
+        largest = larger
+    return largest, total, acc
+
+
+@triton.jit
+def attention_fwd_kernel(
+    q, k, v, cu_q, cu_k, out, lse, q_weight, cos, sin, positions, scale, eps, Tq, Tk, P, B, q_row, k_row, v_row,
+    Hq, Hkv, HALF: tl.constexpr, ROUND_FIRST: tl.constexpr, CAUSAL: tl.constexpr, TMA: tl.constexpr, D: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    # The last tiles of a sequence see the most keys; begun first, they leave short ones to fill the end.
+    tile, h = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
+    cu_k = cu_q if cu_k is None else cu_k
+    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    if not (fits(cu_q, Tq, B, BLOCK_B) & fits(cu_k, Tk, B, BLOCK_B)):
+        spoil(out, tile, Tq, h, Hq, D, BLOCK_M, BLOCK_D)
+        tl.store(lse + h.to(tl.int64) * Tq + row, float("nan"), mask=row < Tq)
+        return
+    seq, m0 = find_tile(cu_q, tile, B, BLOCK_M, BLOCK_B)
+    if seq >= B:
+        return
+    q0, Lq, k0, Lk = extents(cu_q, cu_k, seq)
+    m, g = m0 + tl.arange(0, BLOCK_M), h // (Hq // Hkv)
+    if q_weight is None:
+        Q = sequence(q, q0, Lq, q_row, Hq, D, BLOCK_M, BLOCK_D, TMA)
+        qs = load_tile(Q, m0, Lq, h, q_row, D, BLOCK_M, BLOCK_D, TMA)
+    else:
+        Q = sequence(q, q0, Lq, q_row, Hq, D, BLOCK_M, BLOCK_D, False)
+        qs = norm_and_rotate(
+            Q, q_weight, cos, sin, positions + q0, m, Lq, h, q_row, P, eps, D, HALF, ROUND_FIRST, BLOCK_D
+        )  # fmt: skip
+    K = sequence(k, k0, Lk, k_row, Hkv, D, BLOCK_N, BLOCK_D, TMA)
+    V = sequence(v, k0, Lk, v_row, Hkv, D, BLOCK_N, BLOCK_D, TMA)
+
+    past, last, whole = Lk - Lq, Lk, Lk // BLOCK_N * BLOCK_N
+    if CAUSAL:
+        last = tl.minimum(Lk, m0 + BLOCK_M + past)
+        whole = tl.minimum(Lk, tl.maximum(m0 + 1 + past, 0)) // BLOCK_N * BLOCK_N
+    largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    log2_scale = scale * 1.4426950408889634
+    largest, total, acc = attend_keys(
+        qs, K, V, largest, total, acc, 0, whole, m, past, Lk, g, k_row, v_row, log2_scale,
+        False, CAUSAL, TMA, D, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    largest, total, acc = attend_keys(
+        qs, K, V, largest, total, acc, whole, last, m, past, Lk, g, k_row, v_row, log2_scale,
+        True, CAUSAL, TMA, D, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+
+    store_rows(out, acc / tl.where(total == 0, 1.0, total)[:, None], q0, m, Lq, h, Hq, D, BLOCK_D)
+    log_sum = (largest + tl.log2(total)) * 0.6931471805599453
+    tl.store(lse + h.to(tl.int64) * Tq + q0 + m, tl.where(total == 0, float("-inf"), log_sum), mask=m < Lq)
+
+
+@triton.jit
+def dq_of_keys(
+    acc, qs, douts, k, v, log2_lse, delta, begin, end, m, past, Lk, g, row, log2_scale,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, TMA: tl.constexpr, D: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    for n0 in range(begin, end, BLOCK_N):
+        ks = load_tile(k, n0, Lk, g, row, D, BLOCK_N, BLOCK_D, TMA)
+        vs = load_tile(v, n0, Lk, g, row, D, BLOCK_N, BLOCK_D, TMA)
+        s = tl.dot(qs, tl.trans(ks), input_precision="ieee")
+        p = tl.exp2(s * log2_scale - log2_lse[:, None])
+        if MASKED:
+            n = n0 + tl.arange(0, BLOCK_N)
+            seen = (n < Lk)[None, :]
+            if CAUSAL:
+                seen &= n[None, :] <= m[:, None] + past
+            p = tl.where(seen, p, 0.0)
+        ds = p * (tl.dot(douts, tl.trans(vs), input_precision="ieee") - delta[:, None])
+        acc = tl.dot(ds.to(ks.dtype), ks, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def attention_dq_kernel(
+    q, k, v, out, dout, lse, cu_q, cu_k, dq, delta, scale, Tq, Tk, B, Hq, Hkv,
+    CAUSAL: tl.constexpr, TMA: tl.constexpr, D: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Also delta [Hq, Tq], which the dkv kernel reads."""
+    tile, h = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
+    cu_k = cu_q if cu_k is None else cu_k
+    if not (fits(cu_q, Tq, B, BLOCK_B) & fits(cu_k, Tk, B, BLOCK_B)):
+        spoil(dq, tile, Tq, h, Hq, D, BLOCK_M, BLOCK_D)
+        return
+    seq, m0 = find_tile(cu_q, tile, B, BLOCK_M, BLOCK_B)
+    if seq >= B:
+        return
+    q0, Lq, k0, Lk = extents(cu_q, cu_k, seq)
+    m, g, row = m0 + tl.arange(0, BLOCK_M), h // (Hq // Hkv), Hq * D
+    Q = sequence(q, q0, Lq, row, Hq, D, BLOCK_M, BLOCK_D, TMA)
+    OUT = sequence(out, q0, Lq, row, Hq, D, BLOCK_M, BLOCK_D, TMA)
+    DOUT = sequence(dout, q0, Lq, row, Hq, D, BLOCK_M, BLOCK_D, TMA)
+    qs = load_tile(Q, m0, Lq, h, row, D, BLOCK_M, BLOCK_D, TMA)
+    douts = load_tile(DOUT, m0, Lq, h, row, D, BLOCK_M, BLOCK_D, TMA)
+    outs = load_tile(OUT, m0, Lq, h, row, D, BLOCK_M, BLOCK_D, TMA)
+    deltas = tl.sum(outs.to(tl.float32) * douts.to(tl.float32), 1)
+    at = h.to(tl.int64) * Tq + q0 + m
+    tl.store(delta + at, deltas, mask=m < Lq)
+    log2_lse = tl.load(lse + at, mask=m < Lq, other=0.0) * 1.4426950408889634
+    K = sequence(k, k0, Lk, Hkv * D, Hkv, D, BLOCK_N, BLOCK_D, TMA)
+    V = sequence(v, k0, Lk, Hkv * D, Hkv, D, BLOCK_N, BLOCK_D, TMA)
+
+    past, last, whole = Lk - Lq, Lk, Lk // BLOCK_N * BLOCK_N
+    if CAUSAL:
+        last = tl.minimum(Lk, m0 + BLOCK_M + past)
+        whole = tl.minimum(Lk, tl.maximum(m0 + 1 + past, 0)) // BLOCK_N * BLOCK_N
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    acc = dq_of_keys(
+        acc, qs, douts, K, V, log2_lse, deltas, 0, whole, m, past, Lk, g, Hkv * D, scale * 1.4426950408889634,
+        False, CAUSAL, TMA, D, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    acc = dq_of_keys(
+        acc, qs, douts, K, V, log2_lse, deltas, whole, last, m, past, Lk, g, Hkv * D, scale * 1.4426950408889634,
+        True, CAUSAL, TMA, D, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    store_rows(dq, acc * scale, q0, m, Lq, h, Hq, D, BLOCK_D)
+
+
+@triton.jit
+def attention_dkv_kernel(
+    q, k, v, dout, lse, delta, cu_q, cu_k, dk, dv, scale, Tq, Tk, B, Hq, Hkv,
+    CAUSAL: tl.constexpr, TMA: tl.constexpr, D: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    tile, g = tl.program_id(0), tl.program_id(1)
+    cu_k = cu_q if cu_k is None else cu_k
+    if not (fits(cu_q, Tq, B, BLOCK_B) & fits(cu_k, Tk, B, BLOCK_B)):
+        spoil(dk, tile, Tk, g, Hkv, D, BLOCK_N, BLOCK_D)
+        spoil(dv, tile, Tk, g, Hkv, D, BLOCK_N, BLOCK_D)
+        return
+    seq, n0 = find_tile(cu_k, tile, B, BLOCK_N, BLOCK_B)
+    if seq >= B:
+        return
+    q0, Lq, k0, Lk = extents(cu_q, cu_k, seq)
+    n, row = n0 + tl.arange(0, BLOCK_N), Hkv * D
+    K = sequence(k, k0, Lk, row, Hkv, D, BLOCK_N, BLOCK_D, TMA)
+    V = sequence(v, k0, Lk, row, Hkv, D, BLOCK_N, BLOCK_D, TMA)
+    ks = load_tile(K, n0, Lk, g, row, D, BLOCK_N, BLOCK_D, TMA)
+    vs = load_tile(V, n0, Lk, g, row, D, BLOCK_N, BLOCK_D, TMA)
+    Q = sequence(q, q0, Lq, Hq * D, Hq, D, BLOCK_M, BLOCK_D, TMA)
+    DOUT = sequence(dout, q0, Lq, Hq * D, Hq, D, BLOCK_M, BLOCK_D, TMA)
+
+    past, first = Lk - Lq, 0
+    if CAUSAL:  # the tile of the first query that sees key n0
+        first = tl.minimum(tl.maximum(n0 - past, 0), Lq) // BLOCK_M * BLOCK_M
+    tiles = tl.cdiv(Lq - first, BLOCK_M)
+    log2_scale = scale * 1.4426950408889634
+    dks, dvs = tl.zeros((BLOCK_N, BLOCK_D), tl.float32), tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    # One loop over the tiles of all heads: its loads run ahead from one head into the next. P and dS are transposed,
+    # [N, M]: so they stay in registers as the next products' left operands.
+    for i in range(0, Hq // Hkv * tiles):
+        h, m0 = g * (Hq // Hkv) + i // tiles, first + i % tiles * BLOCK_M
+        m = m0 + tl.arange(0, BLOCK_M)
+        at = h.to(tl.int64) * Tq + q0 + m
+        qs = load_tile(Q, m0, Lq, h, Hq * D, D, BLOCK_M, BLOCK_D, TMA)
+        douts = load_tile(DOUT, m0, Lq, h, Hq * D, D, BLOCK_M, BLOCK_D, TMA)
+        # Rows past the end have q, dout, lse and delta 0 and so add nothing; those of keys are not stored.
+        log2_lse = tl.load(lse + at, mask=m < Lq, other=0.0) * 1.4426950408889634
+        deltas = tl.load(delta + at, mask=m < Lq, other=0.0)
+        p = tl.exp2(tl.dot(ks, tl.trans(qs), input_precision="ieee") * log2_scale - log2_lse[None, :])
+        if CAUSAL:
+            p = tl.where(n[:, None] <= m[None, :] + past, p, 0.0)
+        dvs = tl.dot(p.to(douts.dtype), douts, dvs, input_precision="ieee")
+        ds = p * (tl.dot(vs, tl.trans(douts), input_precision="ieee") - deltas[None, :])
+        dks = tl.dot(ds.to(qs.dtype), qs, dks, input_precision="ieee")
+    store_rows(dk, dks * scale, k0, n, Lk, g, Hkv, D, BLOCK_D)
+    store_rows(dv, dvs, k0, n, Lk, g, Hkv, D, BLOCK_D)

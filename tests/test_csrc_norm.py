@@ -1,0 +1,188 @@
+"""The norm kernels of csrc/ on the CPU against their references, and wrong kernels that must not get through."""
+
+import pytest
+import torch
+
+from ling_kernels.backend import force
+from ling_kernels.ops.qk_norm_rope import QKNormRope, head_groups, qk_norm_rope_ref
+from ling_kernels.ops.quantize import empty_fp8
+from ling_kernels.ops.rms_norm import rms_norm_ref
+from ling_kernels.ops.rope_tables import rope_tables
+from tests.cases import Rand
+from tests.host.build import SANITIZE, load, missing
+
+if missing():
+    pytest.skip(f"csrc/ needs {missing()} to be built on the host", allow_module_level=True)
+
+from tests.test_host import SEEDS, sanitized
+
+C = load()
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+
+
+@pytest.fixture(params=SEEDS, ids=lambda s: f"seed{s}")
+def schedule(request, monkeypatch):
+    monkeypatch.setenv("LING_HOST_SEED", str(request.param))
+
+
+def near(got, want, dtype=FP32):
+    """As near as two roundings of it."""
+    eps = torch.finfo(dtype).eps
+    assert torch.equal(got.isnan(), want.isnan())
+    torch.testing.assert_close(got, want, rtol=2 * max(eps, 2e-6), atol=2 * max(eps, 2e-6), equal_nan=True)
+
+
+def rotate(C, qkv, w, positions, Hkv, cache=None, slots=None, round_first=False, P=30):
+    """The launcher and the reference on the same arguments."""
+    T, H, D = qkv.shape
+    cos, sin = rope_tables(P, 64, 1e4)
+    args = qkv, *w, cos, sin, positions
+    q, k, v = (qkv.new_empty(T, n, D) for n in (H - 2 * Hkv, Hkv, Hkv))
+    C.qk_norm_rope_fwd(*args, slots, q, k, v, *(cache or (None, None)), 0.1, round_first)
+    known = (positions >= 0) & (positions < P)
+    want = qk_norm_rope_ref(qkv, *w, cos, sin, positions.clamp(0, max(P - 1, 0)), Hkv, 0.1, round_first)
+    for x in want[:2]:
+        x[~known, :, :64] = torch.nan
+    return (q, k, v), want
+
+
+def check_qk_forward(C):
+    rand = Rand(FP32)
+    for dtype, weights, T, Hq, Hkv in ((FP32, FP32, 9, 4, 2), (BF16, BF16, 3, 6, 1), (FP16, FP32, 2, 64, 8),
+                                       (BF16, FP32, 0, 2, 1)):  # fmt: skip
+        qkv = rand.data(T, Hq + 2 * Hkv, 128, dtype=dtype)
+        w = [rand.data(128, dtype=weights) for _ in range(2)]
+        positions = rand.ints(-2, 33, T, dtype=torch.int64 if T % 2 else torch.int32)  # some of them unknown
+        for round_first in (False, True):
+            for got, want in zip(*rotate(C, qkv, w, positions, Hkv, None, None, round_first), strict=True):
+                near(got, want, dtype)
+
+
+def check_qk_cache(C):
+    """Cells outside the cache are not written, nor any that no slot names."""
+    rand = Rand(BF16)
+    T, Hkv = 7, 2
+    cache = [torch.full((3, 2, Hkv, 128), 7.0, dtype=BF16) for _ in range(2)]
+    slots = torch.tensor([4, -1, 0, 6, 5, 1 << 40, 2])
+    qkv, w = rand.data(T, 8, 128), [rand.data(128) for _ in range(2)]
+    (_, k, v), _ = rotate(C, qkv, w, rand.ints(0, 30, T), Hkv, cache, slots)
+    for kept, x in zip(cache, (k, v), strict=True):
+        want = torch.full((6, Hkv, 128), 7.0, dtype=BF16)
+        want[[4, 0, 5, 2]] = x[[0, 2, 4, 6]]
+        assert torch.equal(kept.view(6, Hkv, 128), want)
+
+
+def check_qk_backward(C, programs=3):
+    rand = Rand(FP32)
+    for dtype, T, Hq, Hkv, round_first in ((FP32, 29, 4, 2, False), (BF16, 5, 6, 1, True), (FP32, 4, 6, 3, False)):
+        qkv, w = rand(T, Hq + 2 * Hkv, 128, dtype=dtype), [rand.fp32(128) for _ in range(2)]
+        cos, sin = rope_tables(30, 64, 1e4)
+        positions = rand.ints(0, 30, T)
+        outs = qk_norm_rope_ref(qkv, *w, cos, sin, positions, Hkv, 0.1, round_first)
+        douts = [rand.data(*o.shape, dtype=dtype) for o in outs]
+        want = torch.autograd.grad(outs, (qkv, *w), douts)
+        groups = head_groups(Hq, Hkv)
+        dqkv, dw = torch.empty_like(qkv), torch.full((programs, sum(groups[:2]), 128), torch.nan)
+        C.qk_norm_rope_bwd(*douts, qkv.detach(), *w, cos, sin, positions, dqkv, dw, 0.1, round_first)
+        near(dqkv, want[0], dtype)
+        for got, true in zip(dw.split(groups[:2], 1), want[1:], strict=True):
+            torch.testing.assert_close(got.sum((0, 1)), true, rtol=1e-4 if dtype == FP32 else 2e-2, atol=1e-4)
+
+
+def check_rms_forward(C):
+    rand = Rand(FP32)
+    for dtype, other, M, N in ((FP32, FP32, 5, 384), (BF16, FP32, 3, 2048), (FP16, FP16, 2, 8192), (BF16, BF16, 9, 136),
+                               (BF16, BF16, 0, 128)):  # fmt: skip
+        x = rand.data(M, N + 8, dtype=dtype)[:, :N]  # its rows are strided
+        w = rand.data(N, dtype=other)
+        for residual in (None, rand.data(M, N, dtype=other)):
+            for round_first in (False, True):
+                y, rstd = x.new_empty(M, N), torch.empty(M)
+                total = None if residual is None else torch.empty_like(residual)
+                fp8 = empty_fp8(x, M, N, N % 128 == 0, False, None)
+                C.rms_norm_fwd(x, w, residual, y, rstd, total, *fp8, 0.1, round_first)
+                want = rms_norm_ref(x, w, residual, 0.1, N % 128 == 0, False, round_first)
+                got = [t for t in (y, total, *fp8) if t is not None]
+                for g, t in zip(got, want if isinstance(want, tuple) else (want,), strict=True):
+                    near(g.float(), t.float(), torch.float8_e4m3fn if g.element_size() == 1 else g.dtype)
+                near(rstd, ((x if total is None else total).float().square().mean(-1) + 0.1).rsqrt())
+
+
+def check_rms_backward(C):
+    rand = Rand(FP32)
+    for dtype, other, M, N, rounded, programs in (
+        (FP32, FP32, 21, 128, False, 2), (BF16, FP32, 7, 2048, True, 3), (FP16, FP16, 3, 4104, False, 2),
+        (FP32, FP32, 2, 8192, False, 1),
+    ):  # fmt: skip
+        x, w, residual = rand(M, N, dtype=dtype), rand(N, dtype=other), rand(M, N, dtype=other)
+        y, total = rms_norm_ref(x, w, residual, 0.1, round_first=rounded)
+        dy, dtotal = rand.data(M, N, dtype=dtype), rand.data(M, N, dtype=other)
+        want = torch.autograd.grad((y, total), (x, residual, w), (dy, dtotal))
+        rstd = (total.detach().float().square().mean(-1) + 0.1).rsqrt()
+        dx, dresidual, dw = torch.empty_like(x), torch.empty_like(residual), torch.full((programs, N), torch.nan)
+        C.rms_norm_bwd(dy, dtotal, total.detach(), w.detach(), rstd, dx, dresidual, dw, rounded)
+        near(dx, want[0], dtype)
+        near(dresidual, want[1], BF16 if rounded else other)
+        torch.testing.assert_close(dw.sum(0), want[2].float(), rtol=1e-4 if dtype == FP32 else 2e-2, atol=1e-2)
+
+
+CHECKS = [check_qk_forward, check_qk_cache, check_qk_backward, check_rms_forward, check_rms_backward]
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda f: f.__name__[6:])
+def test_correct(check, schedule):
+    check(C)
+
+
+def test_without_any_position():
+    """Tables of no rows: every position is unknown, nothing is read."""
+    cos = torch.empty(0, 32)
+    qkv, w = torch.randn(2, 4, 128), torch.ones(128)
+    with force("cuda"):
+        q, k, v = QKNormRope.apply(qkv, w, w, cos, cos, torch.zeros(2, dtype=torch.int32), 1, 0.1, False)
+    assert q[..., :64].isnan().all() and not q[..., 64:].isnan().any() and torch.equal(v, qkv[:, 3:])
+
+
+QK, RMS = "norm/qk_norm_rope.cu", "norm/rms_norm.cu"
+BROKEN = {  # name: (check that must fail, file, right, wrong)
+    "turned the other way": (check_qk_forward, QK, "(lane < 4) != back", "(lane < 4) == back"),
+    "turned back the same way": (check_qk_backward, QK, "angles.turn(z, true)", "angles.turn(z, false)"),
+    "a neighbour's dim": (check_qk_forward, QK, "__shfl_xor_sync(~0u, y[j], 4)", "__shfl_xor_sync(~0u, y[j], 2)"),
+    "an unknown position's angles": (check_qk_forward, QK, "real && !known ?", "false ?"),
+    "values through the norm": (check_qk_forward, QK, "if (!key) y = x[i];", ""),
+    "a cell past the cache": (check_qk_cache, QK, "slot >= 0 && slot < cells", "slot >= 0 && slot < cells - 1"),
+    "no barrier before the sums": (check_qk_backward, QK, "__syncthreads();", ""),
+    "one token of two": (check_qk_backward, QK, "first += kAtOnce * stride", "first += (kAtOnce + 1) * stride"),
+    "one half warp's dw": (check_qk_backward, QK, "sum += part[threadIdx.x]", "sum = part[threadIdx.x]"),
+    "no barrier before a row's sum": (check_rms_forward, RMS, "part[warp] = x;\n    __syncthreads();",
+                                      "part[warp] = x;"),
+    "another row's warps": (check_rms_forward, RMS, "warp / warps * warps; i < (warp / warps + 1) * warps",
+                            "0; i < warps"),
+    "a neighbour's scale": (check_rms_forward, RMS, "y_scale[n / kBlock * ld_scale + m]",
+                            "y_scale[n / kBlock * ld_scale + (m ^ 1) % M]"),
+    "rounded after the sum": (check_rms_forward, RMS, "rounded<R>(v[i][j] + r[j], true)", "(v[i][j] + r[j])"),
+    "dw of one row of a block": (check_rms_backward, RMS, "sum += sums[i * wide + n]", "sum = sums[i * wide + n]"),
+    "dtotal forgotten": (check_rms_backward, RMS, "if (dtotal) d =", "if (false) d ="),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken(name, monkeypatch):
+    monkeypatch.setenv("LING_HOST_SEED", "1")
+    check, *patch = BROKEN[name]
+    broken = load(tuple(patch))
+    with pytest.raises((AssertionError, RuntimeError)):
+        check(broken)
+
+
+@pytest.mark.skipif(SANITIZE, reason="starts its own")
+@pytest.mark.parametrize("name", [None, "a head past the end"])
+def test_sanitizer(name):
+    module = "from tests.test_csrc_norm import *"
+    if name is None:
+        result = sanitized(f"{module}; [check(C) for check in CHECKS]")
+        assert result.returncode == 0, result.stderr
+        return
+    patch = QK, "if (h >= num || t >= tokens) continue;", ""
+    result = sanitized(f"{module}; check_qk_backward(load({patch!r}))")
+    assert result.returncode != 0 and "AddressSanitizer" in result.stderr, result.stderr

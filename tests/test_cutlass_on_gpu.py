@@ -1,0 +1,87 @@
+"""grouped_gemm_fp8_cutlass against the reference: only a Hopper GPU runs it, and no op calls it."""
+
+import pytest
+import torch
+
+from ling_kernels.backend import _C, why_not
+from ling_kernels.ops.grouped_gemm_fp8 import grouped_gemm_fp8_ref
+from tests.cases import DEVICE, Rand, grouped_fp8_args
+
+SHAPES = [
+    dict(S=1, E=1, N=128, K=128),
+    dict(S=67, E=8, N=128, K=256, rest=5),
+    dict(S=9, E=256, N=128, K=128),
+    dict(S=700, E=3, N=384, K=1152),
+    dict(S=1000, E=4, N=1024, K=2048),
+    dict(S=0, E=3, N=128, K=128),
+]
+
+
+def not_here() -> str | None:
+    if DEVICE == "cpu":
+        return "there is no GPU"
+    if reason := why_not("cuda", 0):
+        return reason
+    return None if hasattr(_C, "grouped_gemm_fp8_cutlass") else "_C is built without CUTLASS"
+
+
+def cutlass(a, a_scale, b, b_scale, offsets, y, pingpong):
+    """As a caller has it: the workspace is the caller's too."""
+    size = _C.grouped_gemm_fp8_workspace(len(a), len(b), a.shape[1])
+    workspace = torch.empty(size, dtype=torch.uint8, device=a.device)
+    _C.grouped_gemm_fp8_cutlass(a, a_scale, b, b_scale, offsets, y, workspace, pingpong)
+
+
+def check(launch, shape, pingpong):
+    args = grouped_fp8_args(Rand(torch.bfloat16), **shape)
+    a, a_scale, b, b_scale, offsets = args
+    rows = int(offsets[-1])
+    y = torch.full((len(a), b.shape[1]), 7.0, dtype=torch.bfloat16, device=a.device)
+    launch(*args, y, pingpong)
+    again = torch.full_like(y, 7.0)
+    launch(*args, again, pingpong)
+    assert torch.equal(y, again) and (y[rows:] == 7).all()
+    near = grouped_gemm_fp8_ref(*args)[:rows].double()
+    true = grouped_gemm_fp8_ref(a, a_scale.double(), b, b_scale.double(), offsets)[:rows].double()
+    absolute = [x.float().abs().to(x.dtype) for x in (a, b)], [s.abs().double() for s in (a_scale, b_scale)]
+    (a, b), (a_scale, b_scale) = absolute
+    sizes = grouped_gemm_fp8_ref(a, a_scale, b, b_scale, offsets)[:rows].double()
+    limit = 2 * (near - true).abs() + 2**-13 * sizes + 2**-8 * true.abs()
+    assert ((y[:rows].double() - true).abs() <= limit).all()
+
+
+@pytest.mark.skipif(not_here() is not None, reason=str(not_here()))
+@pytest.mark.parametrize("pingpong", [False, True], ids=["cooperative", "pingpong"])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(f"{k}{v}" for k, v in s.items()))
+def test_matches_reference(shape, pingpong):
+    check(cutlass, shape, pingpong)
+
+
+@pytest.mark.skipif(not_here() is not None, reason=str(not_here()))
+def test_in_a_graph():
+    args = grouped_fp8_args(Rand(torch.bfloat16), S=300, E=4, N=256, K=512)
+    a, b = args[0], args[2]
+    y = torch.zeros(len(a), b.shape[1], dtype=torch.bfloat16, device=a.device)
+    cutlass(*args, y, False)
+    want, graph = y.clone(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        cutlass(*args, y, False)
+    y.zero_()
+    graph.replay()
+    assert torch.equal(y, want)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the check itself, on a CPU")
+@pytest.mark.parametrize("wrong", [None, "a neighbour's row", "scale"])
+def test_the_check_can_fail(wrong):
+    def launch(a, a_scale, b, b_scale, offsets, y, pingpong):
+        rows = int(offsets[-1])
+        a_scale = a_scale * (1.02 if wrong == "scale" else 1)
+        y[:rows] = grouped_gemm_fp8_ref(a, a_scale, b, b_scale, offsets)[:rows]
+        if wrong == "a neighbour's row":
+            y[rows] = 0
+
+    if wrong is None:
+        return check(launch, SHAPES[1], False)
+    with pytest.raises(AssertionError):
+        check(launch, SHAPES[1], False)
