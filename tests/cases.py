@@ -260,6 +260,11 @@ def swiglu_unquantized(x, weights, quantize, columns=False, plan=None, pow2=Fals
     return tuple(t for pair in zip((y, pad_columns(y, plan).T), scales, strict=False) for t in pair)
 
 
+def grouped_swiglu_unquantized(*args, swiglu):
+    """What dequantized(grouped_gemm_fp8) with swiglu approximates."""
+    return swiglu_ref(grouped_gemm_fp8_ref(*args, dtype=FP32)), grouped_gemm_fp8_ref(*args, swiglu=swiglu)[1]
+
+
 def swiglu_backward_args(rand, T, E, F, routing=""):
     plan = plan_of(rand, T, E, 2, routing)
     dy, x, weights = (poison(rand.data(2 * T, n), plan.offsets) for n in (F, 2 * F, 1))
@@ -352,7 +357,8 @@ CASES = [
         [dict(q=(0, 19, 5), Hq=4, Hkv=2, D=128), dict(q=(130, 7), k=(5, 200), Hq=2, Hkv=1, D=128),
          dict(q=(8192,), Hq=32, Hkv=4, D=128)],
         kwargs=dict(scale=0.2), dtypes=(BF16,), defined=lambda outs, args: [outs[0], outs[1].nan_to_num(neginf=0)],
-        backends=("torch", "triton", "cuda"), hopper=None, flops=lambda q, Hq, Hkv, D: 2 * sum(n * n for n in q) * Hq * D,
+        backends=("torch", "triton", "cuda"), hopper=None,
+        flops=lambda q, Hq, Hkv, D: 2 * sum(n * n for n in q) * Hq * D,
     ),
     Case(
         attention_decode, attention_decode_ref, decode_args,
@@ -404,8 +410,8 @@ CASES = [
         gemm_fp8, gemm_fp8_ref,
         lambda rand, M, N, K: (*quantize(rand.data(M, K)), *quantize_weight(rand.data(K, N)), None, False, rand.dtype),
         [dict(M=37, N=256, K=384), dict(M=100, N=384, K=256), dict(M=8192, N=2048, K=3072)],
-        kwargs=dict(transposed=True), flops=lambda M, N, K: 2 * M * N * K, backends=("torch", "triton", "cuda"),
-        hopper=[dict(M=8, N=2048, K=3072)],
+        kwargs=dict(transposed=True), product=True, flops=lambda M, N, K: 2 * M * N * K,
+        backends=("torch", "triton", "cuda"), hopper=[dict(M=8, N=2048, K=3072)],
     ),
     Case(
         in_place(gemm_fp8, 4), in_place(gemm_fp8_ref, 4), gemm_fp8_args,
@@ -448,15 +454,16 @@ CASES = [
         grouped_gemm_fp8, grouped_gemm_fp8_ref, functools.partial(grouped_fp8_args, transposed=True),
         [dict(S=0, E=3, N=128, K=128), dict(S=67, E=8, N=128, K=256, rest=5), dict(S=170, E=2, N=384, K=640),
          dict(S=65536, E=256, N=2048, K=1024)],
-        dtypes=(BF16,), kwargs=dict(transposed=True), defined=owned, flops=lambda S, E, N, K: 2 * S * N * K,
-        backends=("torch", "triton", "cuda"), hopper=[dict(S=16, E=2, N=2048, K=1024)],
+        dtypes=(BF16,), kwargs=dict(transposed=True), defined=owned, product=True,
+        flops=lambda S, E, N, K: 2 * S * N * K, backends=("torch", "triton", "cuda"), hopper=[dict(S=16, E=2, N=2048, K=1024)],
     ),
     Case(
-        grouped_gemm_fp8, grouped_gemm_fp8_ref, gather_args,
+        dequantized(grouped_gemm_fp8), dequantized(grouped_gemm_fp8_ref), gather_args,
         [dict(T=0, E=3, N=256, K=128), dict(T=1, E=1, N=256, K=128, topk=1),
          dict(T=37, E=4, N=256, K=128, routing="masked"), dict(T=70, E=2, N=512, K=256),
          dict(T=8192, E=256, N=1024, K=2048, topk=8)],
-        dtypes=(BF16,), kwargs=dict(swiglu=True), defined=owned, backends=("torch", "triton", "cuda"),
+        dtypes=(BF16,), kwargs=dict(swiglu=True), truth=grouped_swiglu_unquantized, defined=owned,
+        backends=("torch", "triton", "cuda"),
         hopper=[dict(T=8, E=2, N=1024, K=2048), dict(T=64, E=4, N=1024, K=2048), dict(T=128, E=2, N=2048, K=4096)],
     ),
     Case(

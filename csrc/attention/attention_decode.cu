@@ -273,7 +273,6 @@ __global__ void __launch_bounds__(kThreads, 2)
     me.head = blockIdx.y;
     for (; tile < stop; seq++) {
         const int end = begin + cache.tiles(seq), length = cache.lengths[seq];
-        LING_DEVICE_CHECK(length >= 0 && length <= cache.blocks * cache.page);
         if (tile < end) {
             me.seq = seq, me.used = cache.used(seq);
             me.first = (tile - begin) * kTile, me.stop = min((min(stop, end) - begin) * kTile, me.used);
@@ -318,6 +317,7 @@ __global__ void __launch_bounds__(kThreads)
     attention_decode_combine_kernel(Cache cache, const float* partial, const float* lse, T* out, int n, int G) {
     __shared__ float sums[kWarps][kD], totals[kWarps], maxima[kWarps];
     wait_for_previous();
+    LING_DEVICE_CHECK(cache.lengths[blockIdx.x] == cache.used(blockIdx.x));
     const int b = blockIdx.x, row = blockIdx.y, rows = cache.Hkv * n * G, lane = threadIdx.x % 32;
     const int warp = threadIdx.x / 32, share = cache.share(cache.tiles_before(cache.B));
     const int begin = cache.tiles_before(b), tiles = cache.tiles(b), first = begin / share;
@@ -370,13 +370,13 @@ void attention_decode_fwd(cudaStream_t stream, Tensor q, Tensor k, Tensor v, Ten
         LING_CHECK(k_scale.is(DType::f32, {num_blocks, page, Hkv}) && k_scale.contiguous());
         LING_CHECK(v_scale.is(DType::f32, {num_blocks, page, Hkv}) && v_scale.contiguous());
     }
+    if (B == 0) return;
     LING_CHECK(block_table.is(DType::i32, {B, blocks}) && block_table.contiguous());
     LING_CHECK(lengths.is(DType::i32, {B}) && lengths.contiguous());
     LING_CHECK(partial.is(DType::f32, {W + B, Hkv, n * G, kD}) && partial.contiguous() && W > 0);
     LING_CHECK(lse.is(DType::f32, {W + B, Hkv, n * G}) && lse.contiguous());
     LING_CHECK(blocks * page < 1 << 30 && B * (ceil_div<int64_t>(blocks * page, kTile) + 1) < 1 << 30);
     LING_CHECK(W + B < 1ll << 31 && Hq * n < 1 << 16 && num_blocks < 1ll << 31);
-    if (B == 0) return;
     LING_CHECK(num_blocks > 0 && page > 0 && blocks > 0);
     LING_CHECK(q.aligned() && k.aligned() && v.aligned() && out.aligned() && partial.aligned());
     const auto num = [](int64_t x) { return static_cast<int>(x); };

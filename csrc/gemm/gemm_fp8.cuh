@@ -84,7 +84,9 @@ template <typename V> __device__ void count_group_tiles(Shared<V>& s, const Prob
     count_tiles(s.tiles, s.warp_sums, p.G, [&](int g) {
         int first = p.offsets ? p.offsets[g] : g * p.max_m;
         int rows = p.offsets ? p.offsets[g + 1] - first : p.counts ? p.counts[g] : p.M;
-        LING_DEVICE_CHECK(rows >= 0);
+        LING_DEVICE_CHECK(rows >= 0 && first >= 0 && first + rows <= (V::kContract ? p.K : p.M));
+        LING_DEVICE_CHECK(!p.counts || rows <= p.max_m);
+        LING_DEVICE_CHECK(!V::kContract || (first % V::kUnit == 0 && rows % V::kUnit == 0));
         if (V::kContract) first /= V::kUnit, rows /= V::kUnit;
         s.first[g] = first, s.rows[g] = rows;
         return ceil_div(V::kContract ? p.M : rows, V::kBlockM);
@@ -232,6 +234,7 @@ template <typename V> __device__ void load_and_turn(Shared<V>& s, const Problem&
             continue;
         }
         s.raw[here.stage].wait(here.parity);
+        __syncwarp();
 #pragma unroll 1
         for (int h = 0; h < V::kHalves; h++) transpose_tile(s.b[here.stage] + h * 128 * 128);
         fence_async();
@@ -408,10 +411,11 @@ __device__ void write_columns(Shared<V>& s, const Problem& p, const Tile& t, con
         }
         named_barrier(1, kConsumers);
 #pragma unroll
-        for (int i = 0; i < V::kRegs; i++) {
-            const int token = i / 4 * 8 + at.column + i % 2, f = 64 * at.warpgroup + at.row + (i & 2) * 4;
-            s.staging[swizzled(token, f / 16) + f % 16] =
-                to_e4m3(Quotient<false>(block_scale(largest[token], false))(y[i]));
+        for (int j = 0; j < V::kRegs / 2; j++) {
+            const int i = j / 2 * 4 + j % 2, token = j / 2 * 8 + at.column + j % 2, f = 64 * at.warpgroup + at.row;
+            const Quotient<false> code(block_scale(largest[token], false));
+            s.staging[swizzled(token, f / 16) + f % 16] = to_e4m3(code(y[i]));
+            s.staging[swizzled(token, f / 16) + f % 16 + 8] = to_e4m3(code(y[i + 2]));
         }
         if (thread < t.rows) p.y_scale[t.n / 128 * p.y_scale_k + t.m + thread] = block_scale(largest[thread], false);
         named_barrier(1, kConsumers);

@@ -10,7 +10,8 @@ static Problem grouped(const Tensor& a_scale, const Tensor& b, Tensor b_scale, i
     const int64_t G = b.shape[0], N = b.shape[transposed ? 2 : 1], K = b.shape[transposed ? 1 : 2];
     LING_CHECK(b.is(DType::e4m3, {G, b.shape[1], b.shape[2]}) && N % 128 == 0 && K % 128 == 0 && K > 0);
     if (transposed) b_scale = b_scale.transposed();
-    LING_CHECK(b_scale.is(DType::f32, {G, N / 128, K / 128}) && a_scale.dtype == DType::f32 && G <= kMaxGroups);
+    LING_CHECK(b_scale.is(DType::f32, {G, N / 128, K / 128}) && a_scale.dtype == DType::f32 && G > 0 &&
+               G <= kMaxGroups);
     LING_CHECK(by_rows(b) && (G == 1 || b.stride[0] == b.shape[1] * b.stride[1]));
     const int last = y.ndim - 1;
     LING_CHECK(y.stride[last] == 1 && y.stride[last - 1] % 16 == 0 && y.aligned());

@@ -41,8 +41,8 @@ void launch_gemm_fp8(cudaStream_t stream, Problem p, const Tensor& a, const Tens
 }
 
 // Tiles for groups of that many rows on the average. Not measured. With few rows the weights are wgmma's M operand, of
-// which it takes 64, since it takes as few as 8 of the other. An H20 (78 SMs) has a quarter of the tensor rate at
-// almost the bandwidth, so that rows of padding cost it more than reading the weights again from L2.
+// which it takes 64, since it takes as few as 8 of the other. The same choice on an H20, where padding costs more: both
+// the tiles of 64 and those of 128 multiply no more than 63 rows of padding.
 template <Output kOutput, Tokens kLoad>
 void launch_for_rows(cudaStream_t stream, const Problem& p, int rows, const Tensor& a, const Tensor& a_scale,
                      const Tensor& b) {

@@ -217,7 +217,7 @@ def launch_fwd(
         provide_scratch(q)
         attention_fwd_kernel[(most_tiles(Tq, B, c["BLOCK_M"]), Hq)](
             q, k, v, cu_q, cu_k, out, lse, *norm, scale, eps, Tq, Tk, P, B, q.stride(0), k.stride(0), v.stride(0),
-            Hq, Hkv, HALF=half, ROUND_FIRST=round_first, CAUSAL=causal, TMA=tma_serves(k, v), D=D,
+            Hq, Hkv, HALF=half, ROUND_FIRST=round_first, CAUSAL=causal, TMA=tma_serves(q, k, v), D=D,
             BLOCK_B=triton.next_power_of_2(max(B, 1)), BLOCK_D=block_d(D), **c,
         )  # fmt: skip
 
@@ -236,17 +236,20 @@ def attention_bwd(
         return _C.attention_bwd(dout, q, k, v, out, lse, cu_q, cu_k, dq, dk, dv, causal, scale, scratch)
     delta, sms = torch.empty_like(lse), multiprocessors(q.device)
     sizes = scale, Tq, Tk, B, Hq, Hkv
-    options = dict(CAUSAL=causal, D=D, BLOCK_B=triton.next_power_of_2(max(B, 1)), BLOCK_D=block_d(D))
+    options = dict(
+        CAUSAL=causal, TMA=tma_serves(q, k, v, out, dout), D=D,
+        BLOCK_B=triton.next_power_of_2(max(B, 1)), BLOCK_D=block_d(D),
+    )  # fmt: skip
     provide_scratch(q)
     if q.numel():
         c = config("dq", q.dtype, sms)
         attention_dq_kernel[(most_tiles(Tq, B, c["BLOCK_M"]), Hq)](
-            q, k, v, out, dout, lse, cu_q, cu_k, dq, delta, *sizes, **options, TMA=tma_serves(k, v), **c
+            q, k, v, out, dout, lse, cu_q, cu_k, dq, delta, *sizes, **options, **c
         )
     if k.numel():
         c = config("dkv", q.dtype, sms)
         attention_dkv_kernel[(most_tiles(Tk, B, c["BLOCK_N"]), Hkv)](
-            q, k, v, dout, lse, delta, cu_q, cu_k, dk, dv, *sizes, **options, TMA=tma_serves(q, dout), **c
+            q, k, v, dout, lse, delta, cu_q, cu_k, dk, dv, *sizes, **options, **c
         )
 
 
@@ -274,7 +277,7 @@ def config(kernel: str, dtype: torch.dtype, sms: int) -> dict:
     tiles, of which two fit an SM, let one's exponentials run beside the other's products.
     """
     if dtype == torch.float32:
-        return dict(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1)
+        return dict(BLOCK_M=16, BLOCK_N=16, num_warps=8, num_stages=1)
     M, N, warps, stages = TILES["H20" if sms < 100 else "H200"][kernel]
     return dict(BLOCK_M=M, BLOCK_N=N, num_warps=warps, num_stages=stages)
 

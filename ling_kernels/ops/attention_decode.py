@@ -203,7 +203,7 @@ def config(dtype: torch.dtype, cache: torch.dtype, rows: int) -> dict:
     than 16 of FP8 would spill: its widened values are the left factor and in registers.
     """
     if torch.float32 in (dtype, cache) or dtype != cache != E4M3:
-        return dict(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1)
+        return dict(BLOCK_M=16, BLOCK_N=16, num_warps=8, num_stages=1)
     block_m = 16 if cache == E4M3 else min(max(triton.next_power_of_2(rows), 16), 64)
     return dict(BLOCK_M=block_m, BLOCK_N=64, num_warps=4, num_stages=5)
 

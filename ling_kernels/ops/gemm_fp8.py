@@ -43,8 +43,6 @@ def gemm_fp8(
     if backend(a) == "torch" or not kernel_serves(a, a_scale, b_scale, out):
         return gemm_fp8_ref(a, a_scale, b, b_scale, out, accumulate, dtype, transposed)
     d = torch.empty(shape, dtype=dtype, device=a.device) if out is None else out
-    if transposed and not cuda_writes(d):
-        b, b_scale, transposed = *transpose_fp8(b, b_scale), False
     gemm_fp8_fwd(a, a_scale, b, b_scale, d, accumulate, transposed)
     return d
 
@@ -95,11 +93,12 @@ def kernel_serves(a: Tensor, a_scale: Tensor, b_scale: Tensor, out: Tensor | Non
 def gemm_fp8_fwd(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, d: Tensor, accumulate: bool, transposed: bool
 ) -> None:
-    """Only csrc/ takes b transposed."""
     if cuda_writes(d):
         a, b, a_scale = aligned(a), aligned(b), by_columns(a_scale)
         b_scale = by_columns(b_scale) if len(b_scale) == len(b) and not transposed else b_scale
         return _C.gemm_fp8_fwd(a, a_scale, b, b_scale, d, accumulate, transposed)
+    if transposed:
+        b, b_scale = transpose_fp8(b, b_scale)
     launch_gemm_fp8(a, a_scale, b[None], b_scale[None], d, accumulate=accumulate)
 
 
@@ -173,10 +172,11 @@ def by_columns(scale: Tensor) -> Tensor:
     return scale if fits else row_scale_layout(scale)
 
 
-def cuda_writes(y: Tensor) -> bool:
-    """Whether csrc/ runs, and can write y: rows of 16 bytes and more, in a dtype it knows."""
-    fits = y.dtype in (torch.bfloat16, torch.float32, E4M3) and y.shape[-1] % 8 == 0 and y.stride(-1) == 1
-    return backend(y) == "cuda" and fits and all(n % 8 == 0 for n in y.stride()[:-1]) and y.data_ptr() % 16 == 0
+def cuda_writes(y: Tensor, groups: int = 1) -> bool:
+    """Whether csrc/ runs, for so many groups, and can write y: rows of 16 bytes and more, in a dtype it knows."""
+    fits = y.dtype in (torch.bfloat16, torch.float32, E4M3) and y.shape[-1] % 8 == 0 and groups <= 512
+    rows = y.stride(-1) == 1 and all(n % 8 == 0 for n in y.stride()[:-1]) and y.data_ptr() % 16 == 0
+    return backend(y) == "cuda" and fits and rows
 
 
 def provide_scratch(x: Tensor) -> None:

@@ -51,8 +51,6 @@ def grouped_gemm_fp8(
         y_scale = a_scale.new_empty(N // 2 // BLOCK, round_up(S, 4)).T[:S]
     else:
         y, y_scale = torch.empty(S, N, dtype=dtype, device=a.device), None
-    if transposed and not cuda_writes(y):
-        b, b_scale, transposed = *transpose_fp8(b, b_scale), False
     grouped_gemm_fp8_fwd(a, a_scale, b, b_scale, offsets, source, topk, y, y_scale, transposed)
     return (y, y_scale) if swiglu else y
 
@@ -96,12 +94,13 @@ def grouped_gemm_fp8_fwd(
     y_scale: Tensor | None,
     transposed: bool,
 ) -> None:
-    """Only csrc/ takes b transposed."""
     if (transposed or block_scales(b, b_scale)) and cuda_writes(y):
         a, a_scale = aligned(a), by_columns(a_scale)
         return _C.grouped_gemm_fp8_fwd(
             a, a_scale, b.contiguous(), b_scale, offsets, source, topk, y, y_scale, transposed
         )
+    if transposed:
+        b, b_scale = transpose_fp8(b, b_scale)
     launch_gemm_fp8(a, a_scale, b, b_scale, y, y_scale, offsets, source=source, topk=topk)
 
 
@@ -139,7 +138,8 @@ def grouped_gemm_fp8_masked_ref(a, a_scale, b, b_scale, counts, dtype=torch.bflo
 def grouped_gemm_fp8_masked_fwd(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, counts: Tensor, y: Tensor
 ) -> None:
-    if block_scales(b, b_scale) and cuda_writes(y):
+    if block_scales(b, b_scale) and cuda_writes(y, len(b)):
         a_scale = by_columns(a_scale.flatten(0, 1)).unflatten(0, a.shape[:2])
-        return _C.grouped_gemm_fp8_masked_fwd(a.contiguous(), a_scale, b.contiguous(), b_scale, counts, y)
+        a, b = (aligned(t.flatten(0, 1)).view(t.shape) for t in (a, b))
+        return _C.grouped_gemm_fp8_masked_fwd(a, a_scale, b, b_scale, counts, y)
     launch_gemm_fp8(a, a_scale, b, b_scale, y, counts=counts)
