@@ -96,6 +96,9 @@ class Case:
     defined: Callable = None  # outputs -> outputs with what the contract leaves undefined cut away
     product: bool = False  # a matrix product, linear in either factor: tensor cores may lose a share of |A||B|
     flops: Callable = None  # flops(**shape); None: the op is memory bound
+    backward_flops: float = 2.0  # over the forward's
+    bytes: Callable = None  # bytes(**shape) of the forward, where arguments are not all read or results not all written
+    ling: Callable = None  # ling(p) -> shapes at a point p of Ling's grid (benchmarks/grid.py), for the full benchmark
     # Shapes with Ling's real constants to build Triton kernels at; () stands for the tests' shapes, None for an op that
     # has other ops' kernels only
     hopper: list | None = ()
@@ -115,6 +118,7 @@ def in_place(fn: Callable, i: int) -> Callable:
         fn(*args, **kwargs)
         return args[i]
 
+    call.writes = (i,)
     return call
 
 
@@ -130,8 +134,10 @@ def by_references(fn: Callable) -> Callable:
 
 
 def plan_of(rand: Rand, T: int, E: int, topk: int, routing: str = "") -> Plan:
-    """A plan of random experts; routing "masked" leaves some slots out, "one" sends all to one expert."""
+    """A plan of random experts; routing "masked" leaves slots out, "one" sends all to one expert, "zipf" is skewed."""
     score = torch.rand(T, E, generator=rand.g, device=DEVICE)
+    if routing == "zipf":  # the largest of log p plus Gumbel noise are a sample without replacement
+        score = (-score.log()).log() - zipf(E).log()
     experts = score.argsort(1)[:, :topk].int() if routing != "one" else rand.ints(E // 2, E // 2 + 1, T, topk)
     if routing == "masked":
         experts = experts.masked_fill(rand.bools(T, topk), -1)
@@ -142,8 +148,23 @@ def counts_of(experts: Tensor, E: int) -> Tensor:
     return (experts.reshape(-1, 1) == torch.arange(E, device=DEVICE)).sum(0, dtype=torch.int32)
 
 
-def offsets_of(rand: Rand, S: int, E: int, rest: int = 0) -> Tensor:
-    """E runs of random length, the first one empty where there is another; the last `rest` rows are nobody's."""
+def zipf(E: int) -> Tensor:
+    """Shares of E experts, the i-th busiest having 1 / i of the busiest's."""
+    p = 1 / torch.arange(1, E + 1, device=DEVICE)
+    return p / p.sum()
+
+
+def offsets_of(rand: Rand, S: int, E: int, rest: int = 0, routing: str = "") -> Tensor:
+    """E runs of random length, the first one empty where there is another; the last `rest` rows are nobody's.
+
+    routing "balanced", "zipf" or "one" is what a router of that kind would give instead.
+    """
+    if routing:
+        p = zipf(E) if routing == "zipf" else torch.ones(E, device=DEVICE)
+        if routing == "one":
+            p = torch.eye(E, device=DEVICE)[E // 2]
+        owner = torch.multinomial(p, S - rest, True, generator=rand.g) if S > rest else rand.ints(0, E, 0)
+        return torch.nn.functional.pad(counts_of(owner, E).cumsum(0), (1, 0)).int()
     cuts = rand.ints(0, S - rest + 1, E - 1).sort().values if E > 1 else rand.ints(0, 1, 0)
     cuts[:1] = 0
     return torch.nn.functional.pad(torch.cat([cuts, cuts.new_tensor([S - rest])]), (1, 0)).int()
@@ -173,6 +194,16 @@ def moe_args(rand, T, E, H, F, groups=1, group_topk=1, topk=2, Fs=0, masked=Fals
     return x, router_w, bias, *weights[:2], tuple(weights[2:]) or None, mask, groups, group_topk, topk, 2.0
 
 
+def moe_flops(T, E, H, F, topk=2, Fs=0, **others):
+    return 2 * T * (3 * H * (topk * F + Fs) + E * H)
+
+
+def moe_decode_bytes(T, E, H, F, topk=2, Fs=0, fp8=False, **others):
+    """Of the experts, as many as T x topk different ones."""
+    weights = 3 * H * (min(E, T * topk) * F + Fs)
+    return weights * (1 if fp8 else 2) + 4 * E * H + 4 * T * H
+
+
 def router_args(rand, T, E, H, far=0):
     """far: how far from 0 the rows of w lie, on either side in turn, so that they cancel in dx."""
     side = far * (-1) ** torch.arange(E, device=DEVICE)[:, None]
@@ -185,8 +216,8 @@ def gemm_fp8_args(rand, M, N, K, tall=False, out=False, accumulate=False):
     return *quantize(rand.data(M, K)), *b, rand.data(M, N) if out else None, accumulate, rand.dtype
 
 
-def grouped_fp8_args(rand, S, E, N, K, rest=0, transposed=False):
-    offsets = offsets_of(rand, S, E, rest)
+def grouped_fp8_args(rand, S, E, N, K, rest=0, transposed=False, routing=""):
+    offsets = offsets_of(rand, S, E, rest, routing)
     w = rand.data(E, K, N) if transposed else rand.data(E, N, K)
     return *quantize(poison(rand.data(S, K), offsets)), *quantize_weight(w), offsets
 
@@ -201,8 +232,8 @@ def masked_fp8_args(rand, E, M, N, K):
     return a, a_scale, *quantize_weight(rand.data(E, N, K)), rand.ints(0, M + 1, E)
 
 
-def wgrad_args(rand, S, E, N, K, rest=0, out=False, accumulate=False, fp8=False):
-    offsets = offsets_of(rand, S, E, rest)
+def wgrad_args(rand, S, E, N, K, rest=0, out=False, accumulate=False, fp8=False, routing=""):
+    offsets = offsets_of(rand, S, E, rest, routing)
     (dy, *dy_scale), (x, *x_scale) = (
         quantize(t) if fp8 else (t,) for t in (poison(rand.data(S, n), offsets) for n in (N, K))
     )
@@ -231,6 +262,7 @@ def writing(fn: Callable, *written: int) -> Callable:
         args = [copied(a) if i in written else a for i, a in enumerate(args)]
         return fn(*args, **kwargs), *(args[i] for i in written)
 
+    call.writes = written
     return call
 
 
@@ -344,7 +376,7 @@ CASES = [
         kwargs=dict(scale=0.3), defined=lambda outs, args: [outs[0], outs[1].nan_to_num(neginf=0)],
         backends=("torch", "triton"),
         hopper=[dict(q=(19, 5), Hq=h, Hkv=g, D=128) for h, g in ((16, 4), (32, 4), (64, 8))],
-        flops=lambda q, Hq, Hkv, D: 2 * sum(n * n for n in q) * Hq * D,
+        flops=lambda q, Hq, Hkv, D: 2 * sum(n * n for n in q) * Hq * D, backward_flops=2.5,
     ),
     Case(
         attention, attention_ref, attention_args,
@@ -358,7 +390,8 @@ CASES = [
          dict(q=(8192,), Hq=32, Hkv=4, D=128)],
         kwargs=dict(scale=0.2), dtypes=(BF16,), defined=lambda outs, args: [outs[0], outs[1].nan_to_num(neginf=0)],
         backends=("torch", "triton", "cuda"), hopper=None,
-        flops=lambda q, Hq, Hkv, D: 2 * sum(n * n for n in q) * Hq * D,
+        flops=lambda q, Hq, Hkv, D: 2 * sum(n * n for n in q) * Hq * D, backward_flops=2.5,
+        ling=lambda p: [dict(q=p.lengths, Hq=p.Hq, Hkv=p.Hkv, D=128)],
     ),
     Case(
         attention_decode, attention_decode_ref, decode_args,
@@ -369,6 +402,7 @@ CASES = [
          dict(lengths=(33,), n=4, Hq=64, Hkv=8, D=128, block_size=48),
          dict(lengths=(4096,) * 32, Hq=16, Hkv=4, D=128, block_size=64)],
         backends=("torch", "triton", "cuda"), hopper=DECODE_HOPPER,
+        ling=lambda p: p.T <= 64 and [dict(lengths=(4096,) * p.T, Hq=p.Hq, Hkv=p.Hkv, D=128, block_size=64)],
     ),
     Case(
         attention_decode, attention_decode_ref, lambda rand, **shape: decode_args(rand, **shape, fp8=True),
@@ -388,7 +422,8 @@ CASES = [
         lambda rand, T, V, reduction="mean", x=1: (rand(T, V) * x, targets_of(rand, T, V), -7, reduction),
         [dict(T=0, V=5), dict(T=1, V=1), dict(T=67, V=1000), dict(T=37, V=129, reduction="sum"),
          dict(T=37, V=320, reduction="none", x=1e4), dict(T=3, V=157184), dict(T=8192, V=157184)],
-        backends=("torch", "triton"), hopper=[dict(T=64, V=v) for v in (320, 1000, 157184)],
+        backends=("torch", "triton"), ling=lambda p: [dict(T=p.T, V=157184)],
+        hopper=[dict(T=64, V=v) for v in (320, 1000, 157184)],
     ),
     Case(
         dispatch, dispatch_ref,
@@ -396,6 +431,7 @@ CASES = [
         [dict(T=0, E=4, topk=2), dict(T=1, E=1, topk=1), dict(T=67, E=8, topk=3), dict(T=5, E=256, topk=8),
          dict(T=300, E=5, topk=3), dict(T=8200, E=3, topk=4), dict(T=8192, E=256, topk=8)],
         dtypes=(FP32,), exact=True, backends=("torch", "triton", "cuda"),
+        ling=lambda p: [dict(T=p.T, E=256, topk=8)],
         hopper=[dict(T=1, E=256, topk=8), dict(T=64, E=256, topk=8)],
     ),
     Case(
@@ -403,6 +439,7 @@ CASES = [
         [dict(M=0, N=128, K=128), dict(M=1, N=128, K=256), dict(M=67, N=256, K=2048), dict(M=5, N=3072, K=128),
          dict(M=5, N=33, K=256, tall=True), dict(M=8192, N=3072, K=2048)],
         product=True, backends=("torch", "triton", "cuda"), flops=lambda M, N, K: 2 * M * N * K,
+        ling=lambda p: [dict(M=p.T, N=(p.Hq + 2 * p.Hkv) * 128, K=p.H)],
         hopper=[dict(M=8, N=3072, K=2048), dict(M=32, N=2048, K=4096), dict(M=256, N=4096, K=512),
                 dict(M=256, N=1024, K=8192)],
     ),
@@ -428,13 +465,14 @@ CASES = [
     ),
     Case(
         grouped_gemm, grouped_gemm_ref,
-        lambda rand, S, E, N, K, rest=0: (
-            poison(rand(S, K), offsets := offsets_of(rand, S, E, rest)), rand(E, N, K), offsets,
+        lambda rand, S, E, N, K, rest=0, routing="": (
+            poison(rand(S, K), offsets := offsets_of(rand, S, E, rest, routing)), rand(E, N, K), offsets,
         ),
         [dict(S=0, E=3, N=8, K=16), dict(S=1, E=1, N=1, K=1), dict(S=67, E=8, N=33, K=24, rest=5),
          dict(S=9, E=256, N=8, K=8), dict(S=7, E=2, N=1024, K=128), dict(S=7, E=2, N=128, K=2048),
          dict(S=140, E=1, N=264, K=72, rest=5), dict(S=65536, E=256, N=1024, K=2048)],
-        defined=owned, flops=lambda S, E, N, K: 2 * S * N * K, product=True, backends=("torch", "triton"),
+        defined=owned, flops=lambda S, E, N, K, routing="": 2 * S * N * K, product=True, backends=("torch", "triton"),
+        ling=lambda p: [dict(S=p.S, E=p.E, N=n, K=k, routing=p.routing) for n, k in ((2 * p.F, p.H), (p.H, p.F))],
         hopper=[dict(S=16, E=2, N=1024, K=2048), dict(S=64, E=2, N=4096, K=1024), dict(S=128, E=2, N=4096, K=4096),
                 dict(S=64, E=10, N=2048, K=512), dict(S=256, E=10, N=2048, K=512),
                 dict(S=256, E=1, N=4096, K=8192), dict(S=256, E=2, N=33, K=24)],
@@ -444,8 +482,9 @@ CASES = [
         [dict(S=0, E=3, N=128, K=128), dict(S=1, E=1, N=128, K=128), dict(S=67, E=8, N=128, K=256, rest=5),
          dict(S=7, E=2, N=1024, K=128), dict(S=7, E=2, N=128, K=2048), dict(S=150, E=2, N=256, K=1152),
          dict(S=65536, E=256, N=1024, K=2048)],
-        dtypes=(BF16,), defined=owned, flops=lambda S, E, N, K: 2 * S * N * K, product=True,
+        dtypes=(BF16,), defined=owned, flops=lambda S, E, N, K, routing="": 2 * S * N * K, product=True,
         backends=("torch", "triton", "cuda"),
+        ling=lambda p: [dict(S=p.S, E=p.E, N=n, K=k, routing=p.routing) for n, k in ((2 * p.F, p.H), (p.H, p.F))],
         hopper=[dict(S=16, E=2, N=1024, K=2048), dict(S=64, E=2, N=4096, K=1024), dict(S=512, E=2, N=2048, K=512),
                 dict(S=64, E=10, N=2048, K=512), dict(S=256, E=10, N=2048, K=512),
                 dict(S=512, E=2, N=2048, K=4096), dict(S=128, E=1, N=4096, K=8192)],
@@ -455,7 +494,8 @@ CASES = [
         [dict(S=0, E=3, N=128, K=128), dict(S=67, E=8, N=128, K=256, rest=5), dict(S=170, E=2, N=384, K=640),
          dict(S=65536, E=256, N=2048, K=1024)],
         dtypes=(BF16,), kwargs=dict(transposed=True), defined=owned, product=True,
-        flops=lambda S, E, N, K: 2 * S * N * K, backends=("torch", "triton", "cuda"), hopper=[dict(S=16, E=2, N=2048, K=1024)],
+        flops=lambda S, E, N, K, routing="": 2 * S * N * K, backends=("torch", "triton", "cuda"),
+        hopper=[dict(S=16, E=2, N=2048, K=1024)],
     ),
     Case(
         dequantized(grouped_gemm_fp8), dequantized(grouped_gemm_fp8_ref), gather_args,
@@ -486,7 +526,8 @@ CASES = [
         [dict(S=0, E=3, N=128, K=128), dict(S=1, E=1, N=33, K=7), dict(S=300, E=5, N=24, K=40, rest=9),
          dict(S=300, E=5, N=128, K=256, rest=9, fp8=True), dict(S=40, E=2, N=64, K=2048),
          dict(S=65536, E=256, N=1024, K=2048)],
-        flops=lambda S, E, N, K: 2 * S * N * K, product=True, backends=("torch", "triton", "cuda"),
+        flops=lambda S, E, N, K, routing="": 2 * S * N * K, product=True, backends=("torch", "triton", "cuda"),
+        ling=lambda p: [dict(S=p.S, E=p.E, N=n, K=k, routing=p.routing) for n, k in ((2 * p.F, p.H), (p.H, p.F))],
         hopper=[dict(S=256, E=2, N=1024, K=2048), dict(S=256, E=2, N=1024, K=2048, fp8=True),
                 dict(S=64, E=1, N=4096, K=8192)],
     ),
@@ -523,27 +564,29 @@ CASES = [
         [dict(T=0, E=4, H=16, F=8), dict(T=1, E=1, H=16, F=8, topk=1),
          dict(T=37, E=16, H=24, F=20, groups=4, group_topk=2, topk=4, Fs=12, masked=True),
          dict(T=8192, E=256, H=2048, F=512, groups=8, group_topk=4, topk=8, Fs=512)],
-        kwargs=dict(z_loss=0.5), backends=("torch", "triton"), hopper=None,
+        kwargs=dict(z_loss=0.5), flops=moe_flops,
+        ling=lambda p: p.whole and [dict(T=p.T, E=256, H=p.H, F=p.F, groups=8, group_topk=4, topk=8, Fs=p.F)],
+        backends=("torch", "triton", "cuda"), hopper=None,
     ),
     Case(
         moe, by_references(moe), moe_args,
         [dict(T=3, E=4, H=2048, F=16, Fs=512),
          dict(T=8192, E=256, H=2048, F=512, groups=8, group_topk=4, topk=8, Fs=512)],
-        dtypes=(BF16,), backends=("torch", "triton"), hopper=None,
+        dtypes=(BF16,), flops=moe_flops, backends=("torch", "triton", "cuda"), hopper=None,
     ),
     Case(
         moe, by_references(moe), moe_args,
         [dict(T=37, E=16, H=24, F=20, groups=4, group_topk=2, topk=4, Fs=12, masked=True),
          dict(T=21, E=4, H=128, F=128, masked=True, fp8=True),
          dict(T=8192, E=256, H=2048, F=512, groups=8, group_topk=4, topk=8, Fs=512)],
-        kwargs=dict(fold_weights=True), backends=("torch", "triton"), hopper=None,
+        kwargs=dict(fold_weights=True), flops=moe_flops, backends=("torch", "triton", "cuda"), hopper=None,
     ),
     Case(
         moe, by_references(moe), moe_args,
         [dict(T=0, E=4, H=128, F=128, fp8=True),
          dict(T=37, E=8, H=128, F=256, groups=4, group_topk=2, topk=4, Fs=128, masked=True, fp8=True),
          dict(T=8192, E=256, H=2048, F=512, groups=8, group_topk=4, topk=8, Fs=512, fp8=True)],
-        dtypes=(BF16,), backends=("torch", "triton"), hopper=None,
+        dtypes=(BF16,), flops=moe_flops, backends=("torch", "triton", "cuda"), hopper=None,
     ),
     Case(
         moe_decode, by_references(moe_decode),
@@ -551,7 +594,8 @@ CASES = [
         [dict(T=1, E=16, H=24, F=20, groups=4, group_topk=2, topk=4, Fs=12),
          dict(T=8, E=4, H=128, F=128, Fs=128, fp8=True),
          dict(T=1, E=256, H=2048, F=512, groups=8, group_topk=4, topk=8, Fs=512, fp8=True)],
-        backends=("torch", "triton"), hopper=None,
+        flops=moe_flops, bytes=moe_decode_bytes,
+        backends=("torch", "triton", "cuda"), hopper=None,
     ),
     Case(
         permute, permute_ref,
@@ -560,6 +604,7 @@ CASES = [
          dict(T=37, E=8, topk=3, H=24, routing="one"), dict(T=5, E=256, topk=8, H=2048),
          dict(T=8192, E=256, topk=8, H=2048)],
         exact=True, defined=owned, backends=("torch", "triton", "cuda"),
+        ling=lambda p: [dict(T=p.T, E=256, topk=8, H=p.H, routing=p.routing)],
         hopper=[dict(T=32, E=8, topk=8, H=h) for h in (2048, 4096, 8192)],
     ),
     Case(
@@ -575,7 +620,9 @@ CASES = [
         permute_quantize, permute_quantize_ref,
         lambda rand, T, E, topk, H, routing="": (rand.data(T, H), plan_of(rand, T, E, topk, routing)),
         [dict(T=37, E=4, topk=3, H=256, routing="masked"), dict(T=8192, E=256, topk=8, H=2048)],
-        exact=True, defined=owned, backends=("torch", "triton", "cuda"), hopper=[dict(T=32, E=8, topk=8, H=2048)],
+        exact=True, defined=owned, backends=("torch", "triton", "cuda"),
+        ling=lambda p: [dict(T=p.T, E=256, topk=8, H=p.H, routing=p.routing)],
+        hopper=[dict(T=32, E=8, topk=8, H=2048)],
     ),
     Case(
         qk_norm_attention, qk_norm_attention_ref,
@@ -583,7 +630,7 @@ CASES = [
         [dict(q=()), dict(q=(5, 0, 30)), dict(q=(9, 4), Hq=16, Hkv=4, D=128, R=64),
          dict(q=(1, 127, 17, 128, 129), Hq=2, Hkv=1, D=16, R=8, P=129, yarn=3),
          dict(q=(4096,) * 8, Hq=16, Hkv=4, D=128, R=64, P=4096)],
-        kwargs=dict(fused=True), backends=("torch", "triton"),
+        kwargs=dict(fused=True), backends=("torch", "triton", "cuda"),
         hopper=[dict(q=(9, 4), Hq=q, Hkv=kv, D=128, R=64) for q, kv in ((16, 4), (64, 8))],
     ),
     Case(
@@ -592,7 +639,7 @@ CASES = [
             *qk_norm_rope_args(rand, sum(q), **shape)[:7], cu_seqlens(q), False, 0.3, 0.1, True
         ),
         [dict(q=(5, 0, 30)), dict(q=(4096,) * 8, Hq=16, Hkv=4, D=128, R=64, P=4096)],
-        kwargs=dict(fused=True), backends=("torch", "triton"), hopper=[dict(q=(9, 4), Hq=16, Hkv=4, D=128, R=64)],
+        kwargs=dict(fused=True), backends=("torch", "triton", "cuda"), hopper=[dict(q=(9, 4), Hq=16, Hkv=4, D=128, R=64)],
     ),
     Case(
         qk_norm_attention, qk_norm_attention_ref,
@@ -607,6 +654,7 @@ CASES = [
          dict(T=5, Hq=16, Hkv=4, D=128, R=64, P=4096), dict(T=5, Hq=32, Hkv=4, D=128, R=64, P=32768, yarn=4),
          dict(T=2, Hq=64, Hkv=8, D=128, R=64), dict(T=8192, Hq=16, Hkv=4, D=128, R=64, P=4096)],
         backends=("torch", "triton", "cuda"),
+        ling=lambda p: [dict(T=p.T, Hq=p.Hq, Hkv=p.Hkv, D=128, R=64, P=4096)],
         hopper=[dict(T=64, Hq=q, Hkv=kv, D=128, R=64) for q, kv in ((16, 4), (32, 4), (64, 8))],
     ),
     Case(
@@ -620,6 +668,7 @@ CASES = [
         [dict(T=0, cache=4, fp8=True), dict(T=37, cache=1), dict(T=5, Hq=16, Hkv=4, D=128, R=64, cache=16, fp8=True),
          dict(T=8192, Hq=16, Hkv=4, D=128, R=64, P=4096, cache=64)],
         backends=("torch", "triton", "cuda"), hopper=[dict(T=64, Hq=16, Hkv=4, D=128, R=64, cache=16)],
+        bytes=lambda T, Hq, Hkv, D, R, P, cache: 4 * (T * (Hq + 2 * Hkv) * D + P * R) + 8 * T,
     ),
     Case(
         writing(qk_norm_rope, 9), writing(qk_norm_rope_ref, 9),
@@ -629,12 +678,14 @@ CASES = [
         [dict(T=0, cache=4), dict(T=37, cache=1), dict(T=5, Hq=16, Hkv=4, D=128, R=64, cache=16),
          dict(T=8192, Hq=16, Hkv=4, D=128, R=64, P=4096, cache=64)],
         backends=("torch", "triton", "cuda"), hopper=[dict(T=64, Hq=16, Hkv=4, D=128, R=64, cache=16)],
+        bytes=lambda T, Hq, Hkv, D, R, P, cache: 4 * (T * (Hq + 2 * Hkv) * D + P * R) + 8 * T,
     ),
     Case(
         quantize, quantize_ref,
         lambda rand, M, K: (rand.data(M, K),),
         [dict(M=0, K=128), dict(M=1, K=128), dict(M=67, K=384), dict(M=3, K=8192), dict(M=8192, K=2048)],
-        exact=True, backends=("torch", "triton", "cuda"), hopper=[dict(M=64, K=k) for k in (512, 2048, 8192)],
+        exact=True, backends=("torch", "triton", "cuda"), ling=lambda p: [dict(M=p.T, K=p.H)],
+        hopper=[dict(M=64, K=k) for k in (512, 2048, 8192)],
     ),
     Case(
         quantize, quantize_ref,
@@ -676,7 +727,8 @@ CASES = [
         rms_norm, rms_norm_ref,
         lambda rand, M, N: (rand(M, N), rand(N), rand(M, N), 0.1),
         [dict(M=0, N=128), dict(M=1, N=1), dict(M=3, N=100), dict(M=37, N=512), dict(M=16384, N=2048)],
-        backends=("torch", "triton", "cuda"), hopper=[dict(M=64, N=n) for n in (2048, 4096, 8192)],
+        backends=("torch", "triton", "cuda"), ling=lambda p: [dict(M=p.T, N=p.H)],
+        hopper=[dict(M=64, N=n) for n in (2048, 4096, 8192)],
     ),
     Case(
         rms_norm, rms_norm_ref,
@@ -722,7 +774,9 @@ CASES = [
         route, route_ref,
         lambda rand, T, E: (rand.fp32(T, E), rand.data(E, dtype=FP32) / 10),
         [dict(T=9, E=256), dict(T=8192, E=256)],
-        dtypes=(FP32,), kwargs=dict(scale=1.5), backends=("torch", "triton", "cuda"), hopper=[dict(T=64, E=256)],
+        dtypes=(FP32,), kwargs=dict(scale=1.5), backends=("torch", "triton", "cuda"),
+        ling=lambda p: [dict(T=p.T, E=256)],
+        hopper=[dict(T=64, E=256)],
     ),
     Case(
         router_gemm, router_gemm_ref,
@@ -731,6 +785,7 @@ CASES = [
          dict(T=37, E=64, H=48, far=64),
          dict(T=530, E=130, H=24), dict(T=8192, E=256, H=2048)],
         flops=lambda T, E, H: 2 * T * E * H, product=True, backends=("torch", "triton"),
+        ling=lambda p: [dict(T=p.T, E=256, H=p.H)],
         hopper=[dict(T=t, E=256, H=2048) for t in (1, 64, 600)],
     ),
     Case(
@@ -757,7 +812,8 @@ CASES = [
         swiglu, swiglu_ref,
         lambda rand, S, F: (rand(S, 2 * F), rand.fp32(S)),
         [dict(S=0, F=128), dict(S=1, F=1), dict(S=37, F=640), dict(S=65536, F=512)],
-        backends=("torch", "triton", "cuda"), hopper=[dict(F=f, S=64) for f in (512, 2048)],
+        backends=("torch", "triton", "cuda"), ling=lambda p: [dict(S=p.S, F=p.F)],
+        hopper=[dict(F=f, S=64) for f in (512, 2048)],
     ),
     Case(
         dequantized(swiglu), dequantized(swiglu_ref),
@@ -794,7 +850,9 @@ CASES = [
         lambda rand, **sizes: quantize_weight(rand.data(*sizes.values())),
         [dict(N=128, K=128), dict(N=256, K=384), dict(E=0, N=128, K=128), dict(E=3, N=128, K=256),
          dict(E=256, N=1024, K=2048)],
-        dtypes=(FP32,), backends=("torch", "triton", "cuda"), exact=True, hopper=[dict(E=2, N=1024, K=128)],
+        dtypes=(FP32,), backends=("torch", "triton", "cuda"), exact=True,
+        ling=lambda p: [dict(E=p.E, N=2 * p.F, K=p.H)],
+        hopper=[dict(E=2, N=1024, K=128)],
     ),
     Case(
         unpermute, unpermute_ref,
@@ -806,6 +864,7 @@ CASES = [
          dict(T=37, E=8, topk=3, H=24, routing="one"), dict(T=5, E=256, topk=8, H=2048),
          dict(T=8192, E=256, topk=8, H=2048)],
         backends=("torch", "triton", "cuda"),
+        ling=lambda p: [dict(T=p.T, E=256, topk=8, H=p.H, routing=p.routing)],
         hopper=[dict(T=32, E=8, topk=8, H=h) for h in (2048, 4096, 8192)],
     ),
 ]  # fmt: skip

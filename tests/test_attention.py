@@ -117,11 +117,8 @@ def test_prefill_then_decode_is_one_prefill(backend, dtype):
 
     def step(begins, ends):
         """q of rows begins[b] : ends[b] of each sequence, whose keys and values enter the cache."""
-        positions = torch.cat([torch.arange(a, b, device=DEVICE) for a, b in zip(begins, ends, strict=True)])
-        seqs = torch.repeat_interleave(
-            torch.arange(2), torch.tensor([b - a for a, b in zip(begins, ends, strict=True)])
-        )
-        slots = table[seqs.to(DEVICE), positions // page].long() * page + positions % page
+        spans = [torch.arange(a, b, device=DEVICE) for a, b in zip(begins, ends, strict=True)]
+        slots = torch.cat([pages[at // page].long() * page + at % page for pages, at in zip(table, spans, strict=True)])
         packed = torch.cat([r[a:b] for r, a, b in zip(rows, begins, ends, strict=True)])
         return qk_norm_rope(packed, *norms, torch.cat(spans), Hkv, cache=cache, slots=slots)
 
@@ -217,7 +214,7 @@ def test_a_position_past_the_table_is_nan():
 @pytest.mark.parametrize("bounds", [(0, 4), (1, 6), (0, 4, 3, 6), (0, 9), (0, -2, 6)])
 @pytest.mark.parametrize("keys", [False, True])
 def test_bounds_that_do_not_fit_give_nan_on_a_gpu(bounds, keys):
-    """A GPU's bounds are not looked at before the launch. Nothing past a tensor is touched, nothing is left as it was."""
+    """A GPU's bounds are not looked at before the launch. Nothing past an end is touched, nothing left as it was."""
     q, k, v = (x.detach() for x in qkv_of(6, 2, 1, 16))
     bad = torch.tensor(bounds, dtype=torch.int32, device=DEVICE)
     good = torch.linspace(0, 6, len(bounds), device=DEVICE).int()

@@ -5,6 +5,7 @@ import torch
 
 from ling_kernels.op import round_up
 from ling_kernels.ops.attention import attention_ref
+from ling_kernels.ops.qk_norm_attention import qk_norm_attention_ref
 from tests.cases import Rand
 from tests.host.build import SANITIZE, load, missing
 
@@ -15,6 +16,7 @@ from tests.test_host import SEEDS, sanitized
 
 C = load()
 BF16 = torch.bfloat16
+PLAIN = None, None, None, None, 0.0, False  # q as it comes
 
 # lengths of queries and of keys, heads, KV heads, causal
 PACKED = [
@@ -45,7 +47,7 @@ def check_packed(C, which=PACKED):
         cu_q, cu_k = bounds(queries), bounds(keys)
         q, k, v = (rand.data(int(cu[-1]), h, 128) for cu, h in ((cu_q, Hq), (cu_k, Hkv), (cu_k, Hkv)))
         out, lse = torch.full_like(q, -7), torch.full((Hq, len(q)), -7.0)
-        C.attention_fwd(q, k, v, cu_q, cu_k, out, lse, causal, 0.11)
+        C.attention_fwd(q, k, v, cu_q, cu_k, out, lse, causal, 0.11, *PLAIN)
         want, want_lse = attention_ref(q, k, v, cu_q, cu_k, causal, 0.11)
         error = (out.float() - want.float()).abs().max().item()
         assert error <= 2**-6 * want.float().abs().max().item(), (queries, keys, error)
@@ -60,7 +62,7 @@ def check_neighbours(C):
     q, k, v = rand.data(183, 2, 128), rand.data(183, 1, 128), rand.data(183, 1, 128)
     k[140:150], v[140:150] = torch.nan, torch.nan
     out, lse = torch.empty_like(q), torch.empty(2, 183)
-    C.attention_fwd(q, k, v, cu, cu, out, lse, True, 0.11)
+    C.attention_fwd(q, k, v, cu, cu, out, lse, True, 0.11, *PLAIN)
     want, _ = attention_ref(q[:140], k[:140], v[:140], cu[:2], None, True, 0.11)
     assert (out[:140].float() - want.float()).abs().max() <= 2**-6 * want.float().abs().max()
     assert out[150:].isfinite().all() and out[140:150].isnan().all()
@@ -104,7 +106,28 @@ def check_neighbours_bwd(C):
             assert (mine[rows].float() - right[rows].float()).abs().max() <= 2**-6 * right.float().abs().max()
 
 
-CHECKS = [check_packed, check_neighbours, check_bwd, check_neighbours_bwd]
+def check_norm(C):
+    """q normed and rotated in the kernel, out of wider rows; int64 and int32 positions, both roundings."""
+    rand = Rand(BF16)
+    for lengths, round_first, int_type, w_type in (
+        ([5, 130], False, torch.int64, BF16), ([70], True, torch.int32, torch.float32)
+    ):  # fmt: skip
+        cu, T = bounds(lengths), sum(lengths)
+        qkv, q_weight, k_weight = rand.data(T, 4, 128), *(rand.data(128, dtype=w_type) for _ in range(2))
+        cos, sin = (t[:, :32].contiguous() for t in rand.data(2, 200, 64, dtype=torch.float32))
+        positions = torch.cat([torch.arange(n) + 7 for n in lengths]).to(int_type)
+        rotation = q_weight, cos, sin, positions
+        want, want_lse = qk_norm_attention_ref(
+            qkv, q_weight, k_weight, *rotation[1:], 1, cu, True, 0.11, 0.1, round_first
+        )
+        k, out, lse = torch.empty(T, 1, 128, dtype=BF16), torch.empty(T, 2, 128, dtype=BF16), torch.empty(2, T)
+        C.qk_norm_rope_fwd(qkv, q_weight, k_weight, *rotation[1:], None, None, k, *[None] * 3, 0.1, round_first)
+        C.attention_fwd(qkv[:, :2], k, qkv[:, 3:], cu, None, out, lse, True, 0.11, *rotation, 0.1, round_first)
+        assert (out.float() - want.float()).abs().max() <= 2**-5 * want.float().abs().max()
+        torch.testing.assert_close(lse, want_lse, rtol=1e-2, atol=1e-2)
+
+
+CHECKS = [check_packed, check_neighbours, check_norm, check_bwd, check_neighbours_bwd]
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda f: f.__name__[6:])
@@ -123,6 +146,7 @@ BROKEN = {  # name: (its error, its message, right, wrong)
     "results before they are there": (AssertionError, "", "                    wgmma_wait<0>(out);\n", ""),
     "no turns taken": (RuntimeError, "deadlock", "if (warpgroup == 1) your_turn();", ""),
     "earlier sums do not shrink": (AssertionError, "", "sum[r] *= shrink[r];", "sum[r] *= 1;"),
+    "the other half is not turned": (AssertionError, "", "x[i + kHalf] = b * c + a * turn;", "x[i + kHalf] = b * c;"),
     "another head's keys": (AssertionError, "", "p.k, s.k_full[ring.stage], t.kv_head", "p.k, s.k_full[ring.stage], 0"),
     "queries replaced while in use": (
         (AssertionError, RuntimeError), "",

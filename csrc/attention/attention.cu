@@ -34,6 +34,13 @@ struct Problem {
     int B, Tq, Hq, Hkv;
     bool causal;
     float scale;
+    // To norm and rotate q
+    const void *q_weight, *positions;
+    bool wide_weight, wide_positions;  // fp32, int64
+    const float *cos, *sin;
+    int P;
+    float eps;
+    bool round_first;
 };
 
 struct Tile {
@@ -164,7 +171,51 @@ __device__ void clear_values(uint8_t* v, int from) {
     named_barrier(1, kConsumers);
 }
 
-__device__ void attend(Shared& s, const Problem& p) {
+// The queries of a tile in place: RMS norm, then dims i and i + 32 turned. Two lanes have a row: dims 0 .. 63, and
+// others.
+__device__ void norm_and_rotate(Shared& s, const Problem& p, const Tile& t) {
+    constexpr int kHalf = 32;
+    const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 2, box = lane % 2;
+    uint8_t* const lines = s.q + box * kBox;
+    float x[64], squares = 0;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        const auto v = load<8>(reinterpret_cast<const bf16*>(lines + swizzled(row, i)));
+#pragma unroll
+        for (int j = 0; j < 8; j++) x[8 * i + j] = v[j], squares += v[j] * v[j];
+    }
+    squares += __shfl_xor_sync(~0u, squares, 1);
+    const float rstd = rsqrtf(squares / kD + p.eps);
+#pragma unroll
+    for (int i = 0; i < 64; i++) {
+        const float y = p.round_first ? static_cast<float>(static_cast<bf16>(x[i] * rstd)) : x[i] * rstd;
+        const int d = 64 * box + i;
+        x[i] = y * (p.wide_weight ? static_cast<const float*>(p.q_weight)[d]
+                                  : static_cast<float>(static_cast<const bf16*>(p.q_weight)[d]));
+    }
+    if (box == 0 && row < t.rows) {
+        const int64_t position = p.wide_positions ? static_cast<const int64_t*>(p.positions)[t.q + row]
+                                                  : static_cast<const int*>(p.positions)[t.q + row];
+        const bool known = position >= 0 && position < p.P;  // otherwise NaN
+#pragma unroll
+        for (int i = 0; i < kHalf; i++) {
+            const float c = known ? p.cos[position * kHalf + i] : NAN, turn = known ? p.sin[position * kHalf + i] : NAN;
+            const float a = x[i], b = x[i + kHalf];
+            x[i] = a * c - b * turn, x[i + kHalf] = b * c + a * turn;
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        Vec<8> v;
+#pragma unroll
+        for (int j = 0; j < 8; j++) v[j] = x[8 * i + j];
+        store(reinterpret_cast<bf16*>(lines + swizzled(row, i)), v);
+    }
+    fence_async();
+    named_barrier(4 + threadIdx.x / 128, 128);  // a warpgroup multiplies the rows of its own warps
+}
+
+template <bool kNorm> __device__ void attend(Shared& s, const Problem& p) {
     const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int row = 16 * warp + lane / 4;  // and the one 8 below
     const float scale_log2 = p.scale * kLog2e;
@@ -186,6 +237,7 @@ __device__ void attend(Shared& s, const Problem& p) {
         };
         if (t.blocks) {
             s.q_full.wait(tiles++ % 2);
+            if (kNorm) norm_and_rotate(s, p, t);
             for (int n = t.blocks - 1; n >= 0; n--, blocks++) {
                 const bool first = n == t.blocks - 1;
                 s.k_full[stage(blocks)].wait(parity(blocks));
@@ -242,6 +294,7 @@ __device__ void attend(Shared& s, const Problem& p) {
     }
 }
 
+template <bool kNorm>
 __global__ void __launch_bounds__(kThreads, 1) attention_fwd_kernel(const __grid_constant__ Problem p) {
     Shared& s = *dynamic_shared<Shared>();
     if (threadIdx.x == 0) {
@@ -260,14 +313,15 @@ __global__ void __launch_bounds__(kThreads, 1) attention_fwd_kernel(const __grid
         if (threadIdx.x < kConsumers + 32) load_tiles(s, p);
     } else {
         more_registers<232>();
-        attend(s, p);
+        attend<kNorm>(s, p);
     }
 }
 
 }  // namespace
 
 void attention_fwd(cudaStream_t stream, Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor cu_k, Tensor out, Tensor lse,
-                   bool causal, float scale) {
+                   bool causal, float scale, Tensor q_weight, Tensor cos, Tensor sin, Tensor positions, float eps,
+                   bool round_first) {
     const int64_t Tq = q.shape[0], Hq = q.shape[1], Tk = k.shape[0], Hkv = k.shape[1], B = cu_q.shape[0] - 1;
     LING_CHECK(q.is(DType::bf16, {Tq, Hq, kD}) && k.is(DType::bf16, {Tk, Hkv, kD}) && v.is(DType::bf16, {Tk, Hkv, kD}));
     LING_CHECK(out.is(DType::bf16, {Tq, Hq, kD}) && lse.is(DType::f32, {Hq, Tq}) && lse.contiguous());
@@ -283,7 +337,16 @@ void attention_fwd(cudaStream_t stream, Tensor q, Tensor k, Tensor v, Tensor cu_
     p.lse = lse.ptr<float>();
     p.B = B, p.Tq = Tq, p.Hq = Hq, p.Hkv = Hkv, p.causal = causal, p.scale = scale;
     const int64_t tiles = (Tq / kBlock + std::min(B, Tq)) * Hq;  // at most
-    launch<attention_fwd_kernel>(std::min<int64_t>(multiprocessors(), tiles), kThreads, sizeof(Shared), stream, p);
+    const int blocks = std::min<int64_t>(multiprocessors(), tiles);
+    if (!q_weight.ndim) return launch<attention_fwd_kernel<false>>(blocks, kThreads, sizeof(Shared), stream, p);
+    LING_CHECK((q_weight.is(DType::bf16, {kD}) || q_weight.is(DType::f32, {kD})) && q_weight.contiguous());
+    LING_CHECK(cos.is(DType::f32, {cos.shape[0], 32}) && cos.contiguous() && sin.is(DType::f32, {cos.shape[0], 32}));
+    LING_CHECK((positions.is(DType::i32, {Tq}) || positions.is(DType::i64, {Tq})) && positions.contiguous());
+    LING_CHECK(sin.contiguous());
+    p.q_weight = q_weight.data, p.wide_weight = q_weight.dtype == DType::f32;
+    p.positions = positions.data, p.wide_positions = positions.dtype == DType::i64;
+    p.cos = cos.ptr<float>(), p.sin = sin.ptr<float>(), p.P = cos.shape[0], p.eps = eps, p.round_first = round_first;
+    launch<attention_fwd_kernel<true>>(blocks, kThreads, sizeof(Shared), stream, p);
 }
 
 }  // namespace ling

@@ -68,11 +68,12 @@ __global__ void __launch_bounds__(kThreads)
     const int H = Hq + 2 * Hkv, lane = threadIdx.x % kLanes;
     const Angles angles(cos, sin, positions[t], P, true);
     const int64_t slot = slots ? slots[t] : -1;
-    for (int first = 0; first < H; first += kHeads * kAtOnce) {  // the same for all threads, who meet in shuffles
+    const int end = v ? H : Hq + Hkv;
+    for (int first = q ? 0 : Hq; first < end; first += kHeads * kAtOnce) {  // the same for all threads: they shuffle
         Vec<kVec> x[kAtOnce] = {};
 #pragma unroll
         for (int i = 0; i < kAtOnce; i++)
-            if (const int h = first + i * kHeads + threadIdx.x / kLanes; h < H)
+            if (const int h = first + i * kHeads + threadIdx.x / kLanes; h < end)
                 x[i] = load<kVec>(qkv + (t * H + h) * kDim + lane * kVec);
 #pragma unroll
         for (int i = 0; i < kAtOnce; i++) {
@@ -83,7 +84,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
             for (int j = 0; j < kVec; j++) y[j] = rounded<T>(y[j] * r, round_first) * w[j];
             angles.turn(y, false);
-            if (h >= H) continue;
+            if (h >= end) continue;
             if (h < Hq) {
                 store(q + (t * Hq + h) * kDim + lane * kVec, y);
                 continue;
@@ -195,9 +196,10 @@ void qk_norm_rope_fwd(cudaStream_t stream, Tensor qkv, Tensor q_weight, Tensor k
                       Tensor positions, Tensor slots, Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache,
                       float eps, bool round_first) {
     const auto [T, H, P] = check(qkv, q_weight, k_weight, cos, sin, positions);
-    const int64_t Hq = q.shape[1], Hkv = k.shape[1], cells = k_cache.ndim ? k_cache.shape[0] * k_cache.shape[1] : 0;
-    LING_CHECK(q.is(qkv.dtype, {T, Hq, kDim}) && k.is(qkv.dtype, {T, Hkv, kDim}) && v.is(qkv.dtype, {T, Hkv, kDim}));
-    LING_CHECK(H == Hq + 2 * Hkv && q.contiguous() && k.contiguous() && v.contiguous());
+    const int64_t Hkv = k.shape[1], Hq = H - 2 * Hkv, cells = k_cache.ndim ? k_cache.shape[0] * k_cache.shape[1] : 0;
+    LING_CHECK(k.is(qkv.dtype, {T, Hkv, kDim}) && k.contiguous() && Hq >= 0 && (v.ndim || !k_cache.ndim));
+    LING_CHECK(!q.ndim || (q.is(qkv.dtype, {T, Hq, kDim}) && q.contiguous()));
+    LING_CHECK(!v.ndim || (v.is(qkv.dtype, {T, Hkv, kDim}) && v.contiguous()));
     if (k_cache.ndim) {
         const int64_t blocks = k_cache.shape[0], size = k_cache.shape[1];
         LING_CHECK(k_cache.is(qkv.dtype, {blocks, size, Hkv, kDim}) &&

@@ -12,9 +12,9 @@ void qk_norm_rope_fwd(cudaStream_t stream,
                       Tensor sin,        // [P, 32]               f32
                       Tensor positions,  // [T]                   i32 or i64; outside 0..P-1: NaN comes out
                       Tensor slots,      // [T]                   i64 or None: cells of the cache; outside it: not kept
-                      Tensor q,          // [T, Hq, 128]          as qkv (out)
+                      Tensor q,          // [T, Hq, 128]          as qkv, or None (out)
                       Tensor k,          // [T, Hkv, 128]         as qkv (out)
-                      Tensor v,          // [T, Hkv, 128]         as qkv (out)
+                      Tensor v,          // [T, Hkv, 128]         as qkv, or None where there is no cache (out)
                       Tensor k_cache,    // [blocks, block_size, Hkv, 128] as qkv, or None (out)
                       Tensor v_cache,    // as k_cache (out)
                       float eps, bool round_first);

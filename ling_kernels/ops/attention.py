@@ -195,7 +195,7 @@ def attention_fwd(
     causal: bool, scale: float,
 ) -> None:  # fmt: skip
     if backend(q) == "cuda" and cuda_serves(q, k, v, out, cu_q, scale):
-        return _C.attention_fwd(q, k, v, cu_q, cu_k, out, lse, causal, scale)
+        return _C.attention_fwd(q, k, v, cu_q, cu_k, out, lse, causal, scale, *[None] * 4, 0.0, False)
     launch_fwd(q, k, v, cu_q, cu_k, out, lse, causal, scale)
 
 

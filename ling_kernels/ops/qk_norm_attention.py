@@ -9,9 +9,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import backend
+from ..backend import _C, backend
 from ..op import autocast, expect, multiprocessors, op
-from .attention import attention_bwd, attention_fwd, attention_ref, default_scale, expect_bounds, launch_fwd
+from .attention import (
+    attention_bwd,
+    attention_fwd,
+    attention_ref,
+    cuda_serves,
+    default_scale,
+    expect_bounds,
+    launch_fwd,
+)
 from .qk_norm_rope import (
     FLOATS,
     config,
@@ -21,6 +29,7 @@ from .qk_norm_rope import (
     qk_norm_rope_ref,
     rotate_heads,
     rotated,
+    serves,
 )
 
 
@@ -81,10 +90,9 @@ def fuses(qkv: Tensor) -> bool:
 
     By count it saves writing and reading q, on an H200 a tenth of the time that the products take at sequences of 4K
     tokens and a hundredth at 32K; against that, the norm of a tile waits for its loads. One answer for all lengths: the
-    other form may have other bits, and a packed batch would not have those of its sequences. The attention of csrc/
-    takes q as it comes: a pre-pass there.
+    other form may have other bits, and a packed batch would not have those of its sequences.
     """
-    return not (backend(qkv) == "cuda" and qkv.dtype == torch.bfloat16 and qkv.shape[2] == 128)
+    return True
 
 
 class QKNormAttention(torch.autograd.Function):
@@ -138,14 +146,26 @@ def qk_norm_attention_fwd(
     """The fused form. Values are read where they are in qkv."""
     T, H, D = qkv.shape
     Hq = H - 2 * num_kv_heads
-    k = qkv.new_empty(T, num_kv_heads, D)
+    k, v = qkv.new_empty(T, num_kv_heads, D), qkv[:, Hq + num_kv_heads :]
+    rotation = cos, sin, positions
+    if T and backend(qkv) == "cuda" and fuses_on_cuda(qkv, k, v, out, cu_seqlens, scale, q_weight, k_weight, cos, sin):
+        _C.qk_norm_rope_fwd(qkv, q_weight, k_weight, *rotation, None, None, k, None, None, None, eps, round_first)
+        q = qkv[:, :Hq]
+        return _C.attention_fwd(
+            q, k, v, cu_seqlens, None, out, lse, causal, scale, q_weight, *rotation, eps, round_first
+        )
     sizes = config(Hq, num_kv_heads, D, cos.shape[1], multiprocessors(qkv.device))
     if T:
         k_norm_rope_kernel[(triton.cdiv(T, sizes["BLOCK_T"]), head_groups(Hq, num_kv_heads)[1])](
             qkv, k_weight, cos, sin, positions, k, T, len(cos), eps, ROUND_FIRST=round_first, **sizes
         )
-    norm = q_weight, cos, sin, positions
-    launch_fwd(qkv, k, qkv[:, Hq + num_kv_heads :], cu_seqlens, None, out, lse, causal, scale, norm, eps, round_first)
+    norm = q_weight, *rotation
+    launch_fwd(qkv, k, v, cu_seqlens, None, out, lse, causal, scale, norm, eps, round_first)
+
+
+def fuses_on_cuda(qkv, k, v, out, cu_seqlens, scale, q_weight, k_weight, cos, sin) -> bool:
+    """Whether both kernels of csrc/ that the fused form takes serve these."""
+    return cuda_serves(qkv, k, v, out, cu_seqlens, scale) and serves(qkv, q_weight, k_weight, cos, sin)
 
 
 @triton.jit

@@ -1,0 +1,308 @@
+"""Layers whose matrix products run in FP8, forward and backward: Fp8Linear, Fp8MLP and Fp8Experts.
+
+    y = x W^T        x in 1 x 128 blocks, W in 128 x 128
+    dx = dy W        dy in 1 x 128 blocks, W as the forward has it
+    dW = dy^T x      both in 128 x 1 blocks, along the tokens; or in bf16
+
+All e4m3 with fp32 scales, products accumulated in fp32. Each module is one autograd.Function over the ops, so that only
+wide tensors cross its border. Whatever is quantised in two directions is read once and never quantised twice. The
+parameters stay what they were, bf16 or fp32, and are quantised in every forward.
+
+A weight's gradient goes to `weight.grad` as usual. Where the parameter has an attribute `main_grad`, fp32 or bf16 of
+its shape, the product adds to that in its epilogue instead and autograd gets none: hooks on the gradient do not run.
+docs/fp8.md has the recompute levels and the bytes that each keeps.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from ..op import expect
+from ..ops.dispatch import Plan
+from ..ops.gemm_fp8 import gemm_fp8
+from ..ops.grouped_gemm_fp8 import grouped_gemm_fp8
+from ..ops.grouped_wgrad import grouped_wgrad
+from ..ops.permute import permute, permute_quantize
+from ..ops.quantize import BLOCK, quantize, quantize_weight
+from ..ops.swiglu import swiglu, swiglu_backward
+from ..ops.unpermute import unpermute
+from .experts import Experts
+from .mlp import MLP
+from .transposed import KEEP, Transposed
+
+WGRAD = ("auto", "fp8", "bf16")
+RECOMPUTE = ("none", "norm_act", "experts", "full")
+TRANSPOSED = ("direct", *KEEP)
+FP8_ROWS = 824  # rows per expert from which the roofline of an H200 has FP8's weight gradient ahead of bf16's
+
+_steps = 0
+
+
+@register_optimizer_step_post_hook
+def _count_step(*_) -> None:
+    """A fused optimizer changes weights without raising their `_version`."""
+    global _steps
+    _steps += 1
+
+
+def fits(weight: Tensor) -> bool:
+    """Whether a weight [(E,) N, K] can be FP8: its blocks of 128 x 128 must be whole."""
+    return weight.shape[-1] % BLOCK == weight.shape[-2] % BLOCK == 0
+
+
+class Fp8Weights:
+    """How a module's weights are quantised, transposed for dgrad, and get their gradients.
+
+    pow2: scales are powers of two.
+    wgrad: the products that give weights their gradients, "fp8" or "bf16"; "auto" takes bf16 only for experts of fewer
+      than 824 rows on the average, where reading and writing the gradient is what takes the time.
+    transposed: "direct" leaves it to the GEMM, of which csrc/'s reads the forward's weight and Triton's transposes it
+      on demand; the others are nn.Transposed's. A transpose that is kept is made anew after a step of any
+      torch.optim.Optimizer and after a change that raises the parameter's `_version`; a compiled graph keeps none.
+    """
+
+    def __init__(self, weights: int, pow2: bool = False, wgrad: str = "auto", transposed: str = "direct"):
+        expect(wgrad in WGRAD, f"wgrad among {', '.join(WGRAD)}", wgrad)
+        expect(transposed in TRANSPOSED, f"transposed among {', '.join(TRANSPOSED)}", transposed)
+        self.pow2, self.wgrad = pow2, wgrad
+        self.transposed = [None if transposed == "direct" else Transposed(transposed) for _ in range(weights)]
+
+    def arguments(self, *weights: nn.Parameter) -> list:
+        """Of `Fp8Weight` for each weight, flat: autograd sees tensors only where they are arguments themselves."""
+        flat = []
+        for w, transposed in zip(weights, self.transposed, strict=True):
+            version = None
+            if torch.compiler.is_compiling():
+                transposed = None
+            elif transposed is not None:
+                version = (_steps, w._version)
+            flat += [w, *quantize_weight(w, self.pow2), getattr(w, "main_grad", None), transposed, version]
+        return flat
+
+    def wgrad_for(self, weight: nn.Parameter, rows: int | None = None) -> str | None:
+        """rows: per expert; None for a product of all rows with one weight. None: nobody wants the gradient."""
+        if not (torch.is_grad_enabled() and weight.requires_grad):
+            return None
+        if self.wgrad == "auto":
+            return "bf16" if rows is not None and rows < FP8_ROWS else "fp8"
+        return self.wgrad
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Of a product with x: autocast's where it is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def product(a, b, offsets: Tensor | None, dtype: torch.dtype, transposed: bool = False) -> Tensor:
+    """Pairs a = (a_q, a_scale) and b; with offsets, of each expert's rows with its weight."""
+    if offsets is None:
+        return gemm_fp8(*a, *b, dtype=dtype, transposed=transposed)
+    return grouped_gemm_fp8(*a, *b, offsets, dtype=dtype, transposed=transposed)
+
+
+def input_gradient(dy, w, kept: tuple, offsets: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """dy w; kept: the module's Transposed or None, and the version of w."""
+    transposed, version = kept
+    if transposed is None:
+        return product(dy, w, offsets, dtype, transposed=True)
+    return product(dy, transposed(*w, version), offsets, dtype)
+
+
+def weight_gradient(dy, x, plan: Plan | None, dtype: torch.dtype, main_grad: Tensor | None) -> Tensor | None:
+    """dy^T x of pairs, the column-wise copies, or of wide rows, in dtype; None where it was added to main_grad."""
+    accumulate = main_grad is not None
+    if isinstance(dy, Tensor):
+        if plan is None:
+            ends = len(dy) * torch.arange(2, dtype=torch.int32, device=dy.device)
+            dw = grouped_wgrad(dy, x, ends, main_grad[None] if accumulate else None, accumulate, dtype=dtype)[0]
+        else:
+            dw = grouped_wgrad(dy, x, plan.offsets, main_grad, accumulate, dtype=dtype)
+    elif plan is None:
+        dw = gemm_fp8(*dy, *x, main_grad, accumulate, dtype)
+    else:
+        dw = grouped_wgrad(dy[0], x[0], plan.padded_offsets, main_grad, accumulate, dy[1], x[1], True, dtype)
+    return None if accumulate else dw
+
+
+def quantize_rows(x: Tensor, plan: Plan | None, columns: bool, pow2: bool) -> tuple[tuple, tuple]:
+    """x [T, H] -> rows (x_q, x_scale) and columns (xt_q, xt_scale) or (); of its slots where there is a plan."""
+    if plan is None:
+        out = quantize(x, columns=columns, pow2=pow2)
+    else:
+        out = permute_quantize(x, plan, columns, pow2)
+    return out[:2], out[2:]
+
+
+class Fp8LinearFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w, w_q, w_scale, main_grad, transposed, version, pow2, wgrad, dtype):
+        x_rows, x_columns = quantize_rows(x, None, wgrad == "fp8", pow2)
+        kept = (x.to(dtype),) if wgrad == "bf16" else x_columns
+        ctx.save_for_backward(w_q, w_scale, *kept)
+        ctx.main_grad, ctx.kept, ctx.w_dtype, ctx.x_dtype = main_grad, (transposed, version), w.dtype, x.dtype
+        ctx.pow2, ctx.wgrad = pow2, wgrad
+        return product(x_rows, (w_q, w_scale), None, dtype)
+
+    @staticmethod
+    def backward(ctx, dy):
+        w_q, w_scale, *x = ctx.saved_tensors
+        rows, columns = quantize_rows(dy, None, ctx.wgrad == "fp8", ctx.pow2)
+        dx = dw = None
+        if ctx.needs_input_grad[0]:
+            dx = input_gradient(rows, (w_q, w_scale), ctx.kept, None, ctx.x_dtype)
+        if ctx.wgrad == "fp8":
+            dw = weight_gradient(columns, x, None, ctx.w_dtype, ctx.main_grad)
+        elif ctx.wgrad == "bf16":
+            dw = weight_gradient(dy.contiguous(), x[0], None, ctx.w_dtype, ctx.main_grad)
+        return dx, dw, *[None] * 8
+
+
+class FeedForward(torch.autograd.Function):
+    """down(p * silu(gate) * up) for [gate | up] = gate_up(x): of rows, or with a plan of every token's experts.
+
+    The routing weight p is folded into SwiGLU. Hence nothing that the down projection or unpermute makes is needed in
+    the backward, and where the rest is made again, these are not. recompute says what is kept besides the weights:
+
+      none      x and the activation as column-wise FP8, and h = gate_up(x); with wgrad="bf16" as norm_act
+      norm_act  x as it came, h: the columns of x and the activation are made again
+      experts   x as it came: so is h
+    """
+
+    @staticmethod
+    def forward(
+        ctx, x, weights, offsets, slot, source, padded_offsets,
+        gate_up, gate_up_q, gate_up_scale, gate_up_main_grad, gate_up_transposed, gate_up_version,
+        down, down_q, down_scale, down_main_grad, down_transposed, down_version, pow2, wgrad, recompute, dtype,
+    ):  # fmt: skip
+        plan = None if offsets is None else Plan(offsets, slot, source, padded_offsets)
+        keep = recompute == "none" and wgrad == "fp8"
+        x_rows, x_columns = quantize_rows(x, plan, keep, pow2)
+        h = product(x_rows, (gate_up_q, gate_up_scale), offsets, dtype)
+        p = None if plan is None else weights.flatten()[source.long()]
+        a_q, a_scale, *a_columns = swiglu(h, p, True, keep, plan, pow2)
+        y = product((a_q, a_scale), (down_q, down_scale), offsets, dtype)
+        ctx.save_for_backward(
+            weights, offsets, slot, source, padded_offsets, gate_up_q, gate_up_scale, down_q, down_scale,
+            None if keep else x, None if recompute == "experts" else h, *x_columns, *a_columns,
+        )  # fmt: skip
+        ctx.kept = (gate_up_transposed, gate_up_version), (down_transposed, down_version)
+        ctx.main_grads, ctx.w_dtype, ctx.x_dtype = (gate_up_main_grad, down_main_grad), gate_up.dtype, x.dtype
+        ctx.pow2, ctx.wgrad, ctx.dtype = pow2, wgrad, dtype
+        return y if plan is None else unpermute(y, plan)
+
+    @staticmethod
+    def backward(ctx, dout):
+        weights, *plan, gate_up_q, gate_up_scale, down_q, down_scale, x, h = ctx.saved_tensors[:11]
+        columns = ctx.saved_tensors[11:]
+        plan = None if plan[0] is None else Plan(*plan)
+        offsets = None if plan is None else plan.offsets
+        p = None if plan is None else weights.flatten()[plan.source.long()]
+        fp8, dtype, pow2, w_dtype = ctx.wgrad == "fp8", ctx.dtype, ctx.pow2, ctx.w_dtype
+
+        x_columns, a_columns = columns[:2], columns[2:]
+        if x is not None and (h is None or fp8):
+            x_rows, x_columns = quantize_rows(x, plan, fp8, pow2)
+            if h is None:
+                h = product(x_rows, (gate_up_q, gate_up_scale), offsets, dtype)
+            del x_rows
+
+        dy_rows, dy_columns = quantize_rows(dout, plan, fp8, pow2)
+        da = input_gradient(dy_rows, (down_q, down_scale), ctx.kept[1], offsets, dtype)
+        d_gate_up = d_down = None
+        if fp8:
+            a_columns = a_columns or swiglu(h, p, True, True, plan, pow2)[2:]
+            d_down = weight_gradient(dy_columns, a_columns, plan, w_dtype, ctx.main_grads[1])
+            (*dh, dh_columns, dh_columns_scale), dp = swiglu_backward(da, h, p, True, True, plan, pow2)
+            d_gate_up = weight_gradient((dh_columns, dh_columns_scale), x_columns, plan, w_dtype, ctx.main_grads[0])
+        elif ctx.wgrad == "bf16":
+            dy, x = dout.to(dtype), x.to(dtype)
+            dy, x = (dy.contiguous(), x) if plan is None else (permute(dy, plan), permute(x, plan))
+            d_down = weight_gradient(dy, swiglu(h, p), plan, w_dtype, ctx.main_grads[1])
+            dh, dp = swiglu_backward(da, h, p)
+            d_gate_up = weight_gradient(dh, x, plan, w_dtype, ctx.main_grads[0])
+            dh = quantize(dh, pow2=pow2)
+        else:
+            dh, dp = swiglu_backward(da, h, p, True, False, None, pow2)
+        dx = input_gradient(dh, (gate_up_q, gate_up_scale), ctx.kept[0], offsets, dtype)
+        dweights = None
+        if plan is not None:
+            dx = unpermute(dx, plan)
+            dweights = dp[plan.slot.clamp(min=0).long()].masked_fill(plan.slot < 0, 0)
+        nothing = [None] * 5
+        return dx.to(ctx.x_dtype), dweights, *nothing[:4], d_gate_up, *nothing, d_down, *nothing, *nothing[:4]
+
+
+class Fp8Linear(nn.Linear):
+    """nn.Linear without a bias, in_features and out_features multiples of 128; options: Fp8Weights'."""
+
+    def __init__(self, in_features: int, out_features: int, device=None, dtype=None, **options):
+        super().__init__(in_features, out_features, bias=False, device=device, dtype=dtype)
+        expect(fits(self.weight), "in_features and out_features that are multiples of 128", in_features, out_features)
+        self.fp8 = Fp8Weights(1, **options)
+
+    @classmethod
+    def of(cls, linear: nn.Linear, **options) -> "Fp8Linear":
+        """With the parameter of `linear`."""
+        expect(linear.bias is None, "a linear layer without a bias", linear)
+        new = cls(linear.in_features, linear.out_features, device="meta", **options)
+        new.weight = linear.weight
+        return new.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., N] in x's dtype, autocast's where it is on."""
+        options = self.fp8.pow2, self.fp8.wgrad_for(self.weight), product_dtype(x)
+        y = Fp8LinearFunction.apply(x.flatten(0, -2), *self.fp8.arguments(self.weight), *options)
+        return y.unflatten(0, x.shape[:-1])
+
+
+class Fp8MLP(MLP):
+    """MLP, its sizes multiples of 128; recompute: FeedForward's levels but "experts", which recomputes no dense h."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, recompute: str = "none", **options):
+        super().__init__(hidden_size, intermediate_size)
+        expect(fits(self.down.weight), "sizes that are multiples of 128", hidden_size, intermediate_size)
+        self.fp8, self.recompute = Fp8Weights(2, **options), level(recompute)
+        if self.recompute == "experts":
+            self.recompute = "norm_act"
+
+    @classmethod
+    def of(cls, mlp: MLP, **options) -> "Fp8MLP":
+        with torch.device("meta"):
+            new = cls(*mlp.down.weight.shape, **options)
+        new.gate_up, new.down = mlp.gate_up, mlp.down
+        return new.train(mlp.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T, H] -> [T, H]."""
+        weights = self.gate_up.weight, self.down.weight
+        options = self.fp8.pow2, self.fp8.wgrad_for(weights[0]), self.recompute, product_dtype(x)
+        return FeedForward.apply(x, *[None] * 5, *self.fp8.arguments(*weights), *options)
+
+
+class Fp8Experts(Experts):
+    """Experts, their sizes multiples of 128, from a token's row to the weighted sum of its experts."""
+
+    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int, recompute: str = "none", **options):
+        super().__init__(num_experts, hidden_size, intermediate_size)
+        expect(fits(self.down), "sizes that are multiples of 128", hidden_size, intermediate_size)
+        self.fp8, self.recompute = Fp8Weights(2, **options), level(recompute)
+
+    @classmethod
+    def of(cls, experts: Experts, **options) -> "Fp8Experts":
+        with torch.device("meta"):
+            new = cls(*experts.down.shape, **options)
+        new.gate_up, new.down = experts.gate_up, experts.down
+        return new.train(experts.training)
+
+    def forward(self, x: Tensor, plan: Plan, weights: Tensor) -> Tensor:
+        """x [T, H], a plan of T tokens, weights [T, topk] fp32 -> [T, H]."""
+        wgrad = self.fp8.wgrad_for(self.gate_up, plan.source.shape[0] // len(self.gate_up))
+        options = self.fp8.pow2, wgrad, self.recompute, product_dtype(x)
+        return FeedForward.apply(x, weights, *plan, *self.fp8.arguments(self.gate_up, self.down), *options)
+
+
+def level(recompute: str) -> str:
+    """Of a module: "full" recomputes whole layers from outside, and then a module keeps all it likes."""
+    expect(recompute in RECOMPUTE, f"recompute among {', '.join(RECOMPUTE)}", recompute)
+    return "none" if recompute == "full" else recompute
