@@ -27,7 +27,7 @@ RAGGED = {
 
 
 def said(*args):
-    program = build.link(build.CSRC, [build.HERE / "walk.cu", build.HERE / "cuda_on_host.cpp"], ".exe", "-pthread")
+    program = build.link([build.HERE / "walk.cu", build.HERE / "cuda_on_host.cpp"], ".exe", "-pthread")
     run = subprocess.run([program, *map(str, args)], capture_output=True, text=True, check=True)
     return [line.split() for line in run.stdout.splitlines()]
 

@@ -272,6 +272,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     Warp<T, C> me{cache};
     me.head = blockIdx.y;
     for (; tile < stop; seq++) {
+        LING_DEVICE_CHECK(seq < cache.B && tile >= begin);
         const int end = begin + cache.tiles(seq), length = cache.lengths[seq];
         if (tile < end) {
             me.seq = seq, me.used = cache.used(seq);

@@ -4,8 +4,8 @@ Query i of the n new tokens of a sequence with `length` cached tokens (those n i
 
 The kernels count the tiles of keys of all sequences one after another and give each of W programs (for each KV head) an
 equal run of them, found from the lengths on the device: a run may be part of a long sequence or hold many short ones.
-Runs of program w and pieces of sequence b meet in slot w + b of `partial`, which no other pair has; a second kernel
-combines a sequence's pieces in their order.
+What program w finds in sequence b goes to slot w + b of `partial`, which is no other pair's, since both ascend along
+the runs; a second kernel combines a sequence's pieces in their order.
 """
 
 from typing import NamedTuple
@@ -182,14 +182,14 @@ def attention_decode_fwd(
 
 
 def serves(q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None, *others: Tensor) -> bool:
-    """Whether `_C` does it: bf16 or fp16 heads of 128, a cache as q or FP8, whole steps of 16 keys in a page, and up to
-    16 rows for a KV head. It would read the cache again for more; Triton's programs have 64.
+    """Whether `_C` does it: bf16 or fp16 heads of 128, a cache as q or FP8, whole steps of 16 keys in a page. It reads
+    the cache again for every 16 rows of a KV head, as Triton's kernel does where it is FP8 but otherwise not.
     """
     dtypes = q.dtype in (torch.bfloat16, torch.float16) and k.dtype in (q.dtype, E4M3)
     dtypes = dtypes and (k_scale is None or k_scale.dtype == v_scale.dtype == torch.float32)
     aligned = all(t.data_ptr() % 16 == 0 for t in (q, k, v, *others))
-    few = q.shape[1] * q.shape[2] <= 16 * k.shape[2]
-    return few and q.shape[3] == 128 and k.shape[1] % 16 == 0 and dtypes and aligned
+    once = k.dtype == E4M3 or q.shape[1] * q.shape[2] <= 16 * k.shape[2]
+    return once and q.shape[3] == 128 and k.shape[1] % 16 == 0 and dtypes and aligned
 
 
 PER_SM = 2  # programs that an SM holds at once, of either kernel
@@ -198,9 +198,10 @@ PER_SM = 2  # programs that an SM holds at once, of either kernel
 def config(dtype: torch.dtype, cache: torch.dtype, rows: int) -> dict:
     """Rows (new tokens times heads that share keys) and keys of a program's tile. Not measured.
 
-    Two programs' stages hold about 64 KB of bf16 in flight on an SM, or 32 of FP8, where bandwidth times latency asks
-    for 25 on an H200 and 36 on an H20. So one table serves both; they differ in how many programs there are. More rows
-    than 16 of FP8 would spill: its widened values are the left factor and in registers.
+    Two programs hold 64 KB or more of bf16 in flight on an SM, or 32 of FP8, where bandwidth times latency asks for
+    about 25 on an H200 and 36 on an H20. So one table serves both; they differ in how many programs there are. More
+    than 16 rows of FP8 would spill: its widened values are the left factor and in registers. 8 warps keep fp32, which
+    has no tensor cores here, from spilling.
     """
     if torch.float32 in (dtype, cache) or dtype != cache != E4M3:
         return dict(BLOCK_M=16, BLOCK_N=16, num_warps=8, num_stages=1)
