@@ -252,7 +252,7 @@ def test_there_are_tiles_enough_and_every_dtype_has_some():
     for lens in ((), (0,), (1, 1, 1), (127, 1, 130), (64, 64)):
         for block in (16, 64, 128):
             assert most_tiles(sum(lens), len(lens), block) >= sum(-(-n // block) for n in lens)
-    for kernel in ("fwd", "dq", "dkv"):
+    for kernel in ("fwd", "fused", "dq", "dkv"):
         for dtype in (BF16, torch.float16, FP32):
             assert config(kernel, dtype, 132).keys() == config(kernel, dtype, 78).keys()
 

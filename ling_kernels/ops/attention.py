@@ -211,7 +211,7 @@ def launch_fwd(
 ) -> None:  # fmt: skip
     """q, k and v may be heads of wider rows. With norm (q_weight, cos, sin, positions) the kernel norms and turns q."""
     (Tq, Hq, D), (Tk, Hkv, _), B = out.shape, k.shape, len(cu_q) - 1
-    c = config("fwd", q.dtype, multiprocessors(q.device))
+    c = config("fwd" if norm[0] is None else "fused", q.dtype, multiprocessors(q.device))
     P, half = (0, 0) if norm[1] is None else norm[1].shape
     if q.numel():
         provide_scratch(q)
@@ -271,7 +271,7 @@ def block_d(D: int) -> int:
 
 
 def config(kernel: str, dtype: torch.dtype, sms: int) -> dict:
-    """Tiles of queries and keys for fwd, dq or dkv. Not measured; chosen among those that build without spills.
+    """Tiles of queries and keys for fwd, that with a norm (fused), dq or dkv. Not measured; these build without spills.
 
     An H20 (78 SMs) has a quarter of an H200's tensor rate and waits for products rather than for shared memory: smaller
     tiles, of which two fit an SM, let one's exponentials run beside the other's products.
@@ -283,6 +283,6 @@ def config(kernel: str, dtype: torch.dtype, sms: int) -> dict:
 
 
 TILES = dict(
-    H200=dict(fwd=(128, 128, 8, 2), dq=(128, 64, 8, 2), dkv=(32, 128, 8, 3)),
-    H20=dict(fwd=(64, 64, 4, 3), dq=(64, 64, 4, 2), dkv=(32, 64, 4, 2)),
+    H200=dict(fwd=(128, 128, 8, 2), fused=(128, 128, 8, 2), dq=(128, 64, 8, 2), dkv=(32, 128, 8, 3)),
+    H20=dict(fwd=(64, 64, 4, 3), fused=(64, 32, 4, 3), dq=(64, 64, 4, 2), dkv=(32, 64, 4, 2)),
 )

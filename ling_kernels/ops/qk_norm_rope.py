@@ -38,18 +38,8 @@ def qk_norm_rope(
     to qkv and both weights, not through the cache. Raises ValueError for another shape or dtype, and on a CPU for a
     position outside 0..P-1.
     """
-    T, H, D = qkv.shape if qkv.ndim == 3 else (-1, 0, 0)
-    expect(T >= 0 and qkv.is_floating_point() and num_kv_heads > 0 and H > 2 * num_kv_heads and H % num_kv_heads == 0,
-           "qkv [T, Hq + 2 Hkv, D], Hq % Hkv == 0", qkv, num_kv_heads)  # fmt: skip
-    expect(q_weight.shape == k_weight.shape == (D,), "q_weight and k_weight [D]", q_weight, k_weight, qkv)
-    expect(cos.ndim == 2 and cos.shape == sin.shape and cos.dtype == sin.dtype == torch.float32
-           and 2 * cos.shape[1] <= D, "cos and sin [P, R/2] fp32, R <= D", cos, sin, qkv)  # fmt: skip
-    expect(positions.shape == (T,) and positions.dtype in (torch.int32, torch.int64),
-           "positions [T] int32 or int64", positions, qkv)  # fmt: skip
+    expect_heads(qkv, q_weight, k_weight, cos, sin, positions, num_kv_heads)
     expect((cache is None) == (slots is None), "cache and slots together", slots)
-    if positions.device.type == "cpu" and not torch.compiler.is_compiling() and T:
-        low, high = int(positions.min()), int(positions.max())
-        expect(low >= 0 and high < len(cos), f"positions in 0..{len(cos) - 1}, the rows of cos and sin", low, high)
     args = qkv, q_weight, k_weight, cos, sin, positions, num_kv_heads, eps, round_first
     if backend(qkv) == "torch" or any(t.dtype not in FLOATS for t in (qkv, q_weight, k_weight)):
         return qk_norm_rope_ref(*args, cache, slots)
@@ -59,6 +49,23 @@ def qk_norm_rope(
             append(cache, k, v, slots)
         return q, k, v
     return rotated(*args, cache.k, cache.v, slots)
+
+
+def expect_heads(qkv, q_weight, k_weight, cos, sin, positions, num_kv_heads) -> None:
+    """What this op and qk_norm_attention ask of their operands."""
+    T, H, D = qkv.shape if qkv.ndim == 3 else (-1, 0, 0)
+    expect(T >= 0 and qkv.is_floating_point() and num_kv_heads > 0 and H > 2 * num_kv_heads and H % num_kv_heads == 0,
+           "qkv [T, Hq + 2 Hkv, D], Hq % Hkv == 0", qkv, num_kv_heads)  # fmt: skip
+    expect(q_weight.shape == k_weight.shape == (D,), "q_weight and k_weight [D]", q_weight, k_weight, qkv)
+    expect(cos.ndim == 2 and cos.shape == sin.shape and cos.dtype == sin.dtype == torch.float32
+           and 2 * cos.shape[1] <= D, "cos and sin [P, R/2] fp32, R <= D", cos, sin, qkv)  # fmt: skip
+    expect(positions.shape == (T,) and positions.dtype in (torch.int32, torch.int64),
+           "positions [T] int32 or int64", positions, qkv)  # fmt: skip
+    devices = {t.device for t in (qkv, q_weight, k_weight, cos, sin, positions)}
+    expect(len(devices) == 1, "all tensors on one device", *devices)
+    if positions.device.type == "cpu" and not torch.compiler.is_compiling() and T:
+        low, high = int(positions.min()), int(positions.max())
+        expect(low >= 0 and high < len(cos), f"positions in 0..{len(cos) - 1}, the rows of cos and sin", low, high)
 
 
 def qk_norm_rope_ref(
@@ -109,17 +116,8 @@ class QKNormRope(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dq, dk, dv):
         qkv, q_weight, k_weight, cos, sin, positions = ctx.saved_tensors
-        T, H, D = qkv.shape
-        num_q, num_kv = dq.shape[1], dk.shape[1]
-        groups = head_groups(num_q, num_kv)
-        dqkv = qkv.new_empty(T, H, D)
-        dw = torch.empty(programs(T, num_q, num_kv, D), sum(groups[:2]), D, dtype=torch.float32, device=qkv.device)
-        qk_norm_rope_bwd(
-            dq.contiguous(), dk.contiguous(), dv.contiguous(), qkv, q_weight, k_weight, cos, sin, positions, dqkv, dw,
-            *ctx.options,
-        )  # fmt: skip
-        dq_weight, dk_weight = (part.sum((0, 1)) for part in dw.split(groups[:2], dim=1))
-        return dqkv, dq_weight.to(q_weight.dtype), dk_weight.to(k_weight.dtype), *[None] * 6
+        grads = dq.contiguous(), dk.contiguous(), dv.contiguous()
+        return *turned_back(*grads, qkv, q_weight, k_weight, cos, sin, positions, *ctx.options), *[None] * 6
 
 
 def rotated(
@@ -134,6 +132,17 @@ def rotated(
         qkv, q_weight, k_weight, cos, sin, positions, slots, q, k, v, k_cache, v_cache, eps, round_first
     )  # fmt: skip
     return q, k, v
+
+
+def turned_back(dq, dk, dv, qkv, q_weight, k_weight, cos, sin, positions, eps, round_first):
+    """The gradients of qkv and both weights by the kernel, whose programs' parts of the latter are summed here."""
+    num_q, num_kv, D = dq.shape[1], dk.shape[1], qkv.shape[2]
+    groups = head_groups(num_q, num_kv)[:2]
+    dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    dw = torch.empty(programs(len(qkv), num_q, num_kv, D), sum(groups), D, dtype=torch.float32, device=qkv.device)
+    qk_norm_rope_bwd(dq, dk, dv, qkv, q_weight, k_weight, cos, sin, positions, dqkv, dw, eps, round_first)
+    dq_weight, dk_weight = (part.sum((0, 1)) for part in dw.split(groups, dim=1))
+    return dqkv, dq_weight.to(q_weight.dtype), dk_weight.to(k_weight.dtype)
 
 
 @op("q", "k", "v", "k_cache", "v_cache")
