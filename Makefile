@@ -3,6 +3,8 @@
 # make clean   remove what make made
 # make gpu     on a machine with a Hopper GPU: build, test, check and time, into benchmarks/results/. It installs nothing
 #              and uses PYTHON as it is. `make stamp` before, where there is a git history, names the commit for it.
+# make bench   time every op against its limit and its peers, write docs/performance.md; QUICK=1: at most 8 minutes on a
+#              GPU; stopped, it goes on at the next call. Without a GPU: what a CPU can tell
 #
 # Set up: a virtual environment in .venv that sees the packages of PYTHON, so that a torch which is there is used. What
 # was done once is done again only when pyproject.toml, setup.py or csrc/ has changed. Variables: PYTHON=python3.12,
@@ -23,7 +25,7 @@ CSRC := CMakeLists.txt $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc tests/host -path '*/build' -prune -o \
 	-type f \( -name '*.cu*' -o -name '*.h' -o -name '*.cpp' \) -print)
 
-.PHONY: help train test lint install clean gpu stamp
+.PHONY: help train test lint install clean gpu stamp bench
 .DEFAULT_GOAL := help
 
 help:
@@ -49,6 +51,10 @@ build/triton-3.6: $(VENV)/.dev
 
 gpu:
 	@$(OUTER) benchmarks/gpu.py $(ARGS)
+
+# What `make install` has set up, or PYTHON as it is: a GPU machine may have no network.
+bench:
+	@$(if $(wildcard $(VENV)/.dev),$(PY),$(OUTER)) -m benchmarks.run $(if $(QUICK),--quick) $(ARGS)
 
 stamp:
 	@mkdir -p build

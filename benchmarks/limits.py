@@ -64,9 +64,9 @@ def bound(work: Work, gpu: Gpu) -> str:
 LAUNCH = 2e-6  # seconds of a kernel that no limit explains: launch, first loads, last stores
 MODEL = (
     "A GPU that was not measured is predicted from the H200 that was: of its time, 2 us (launch and tail) stay; the "
-    "rest grows as the limit that binds the op there (bytes over bandwidth or FLOPs over rate, by data sheet) has grown; "
-    "where the op reached less than half of its limit on the H200, its own instructions take the time, and it grows at "
-    "least as SMs times clock have shrunk."
+    "rest grows as the limit that binds the op there (bytes over bandwidth or FLOPs over rate, by data sheet) has "
+    "grown; where the op reached less than half of its limit on the H200, its own instructions take the time, and it "
+    "grows at least as SMs times clock have shrunk."
 )
 
 

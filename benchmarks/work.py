@@ -1,5 +1,6 @@
-"""What a Case must move and multiply, counted from its arguments and results: real ones, or fake ones without memory."""
+"""What a Case must move and multiply, counted from its arguments and results, real or fake; and a step of decoding."""
 
+import dataclasses
 import inspect
 from unittest import mock
 
@@ -9,6 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from benchmarks.limits import Work
 from ling_kernels.backend import force
+from ling_kernels.model import LingConfig
 from ling_kernels.op import E4M3
 from tests.cases import args_of
 
@@ -44,15 +46,15 @@ def idle_share(args) -> tuple[int, float]:
     says nothing; then as many experts have rows as can.
     """
     found = tensors(args)
+    rows = [len(t) for t in found if t.ndim == 2]
     for offsets in found:
-        if offsets.dtype != torch.int32 or offsets.ndim != 1 or len(offsets) < 2:
+        if offsets.dtype != torch.int32 or offsets.ndim != 1 or len(offsets) < 3 or not rows:
             continue
         E = len(offsets) - 1
         if not any(t.ndim == 3 and len(t) == E for t in found):
             continue
         if is_fake(offsets):
-            rows = max(len(t) for t in found if t.ndim == 2)
-            return E, min(E, rows) / E
+            return E, min(E, max(rows)) / E
         return E, (offsets.diff() > 0).float().mean().item()
     return 0, 1.0
 
@@ -114,3 +116,12 @@ def fake_work(case, shape: dict) -> dict[str, Work]:
         if any(o.requires_grad for o in tensors(outs)):
             found["backward"] = Backward(case, shape, args).work
     return found
+
+
+def bytes_per_token(config: LingConfig, batch: int, context: int, size: int) -> int:
+    """Weights that a step reads, of each layer's experts as many as batch x topk can be, and the cache."""
+    spread = min(config.num_experts, batch * config.num_experts_per_tok)
+    weights = dataclasses.replace(config, num_experts_per_tok=min(spread, config.num_experts), n_group=1, topk_group=1)
+    read = weights.num_active_parameters() - config.vocab_size * config.hidden_size  # the embedding is only looked up
+    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * context * batch
+    return size * (read + cache)

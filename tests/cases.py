@@ -194,6 +194,10 @@ def moe_args(rand, T, E, H, F, groups=1, group_topk=1, topk=2, Fs=0, masked=Fals
     return x, router_w, bias, *weights[:2], tuple(weights[2:]) or None, mask, groups, group_topk, topk, 2.0
 
 
+def qk_norm_attention_flops(q, Hq, Hkv, D, **others):
+    return 2 * sum(n * n for n in q) * Hq * D
+
+
 def moe_flops(T, E, H, F, topk=2, Fs=0, **others):
     return 2 * T * (3 * H * (topk * F + Fs) + E * H)
 
@@ -382,6 +386,7 @@ CASES = [
         attention, attention_ref, attention_args,
         [dict(q=(3, 5, 0, 4, 1), k=(9, 2, 4, 0, 1)), dict(q=(130, 7)), dict(q=(4096,) * 8, Hq=16, Hkv=4, D=128)],
         kwargs=dict(causal=False), defined=lambda outs, args: [outs[0], outs[1].nan_to_num(neginf=0)],
+        flops=lambda q, Hq, Hkv, D: 4 * sum(n * n for n in q) * Hq * D, backward_flops=2.5,
         backends=("torch", "triton"), hopper=[dict(q=(19, 5), Hq=16, Hkv=4, D=128)],
     ),
     Case(
@@ -454,7 +459,8 @@ CASES = [
         in_place(gemm_fp8, 4), in_place(gemm_fp8_ref, 4), gemm_fp8_args,
         [dict(M=0, N=128, K=128, out=True), dict(M=37, N=256, K=384, tall=True, out=True, accumulate=True),
          dict(M=37, N=256, K=384, out=True), dict(M=2048, N=2048, K=8192, tall=True, out=True, accumulate=True)],
-        product=True, backends=("torch", "triton", "cuda"),
+        product=True, flops=lambda M, N, K, **others: 2 * M * N * K,
+        backends=("torch", "triton", "cuda"),
         hopper=[dict(M=512, N=2048, K=2048, tall=True, out=True, accumulate=True),
                 dict(M=512, N=2048, K=2048, out=True)],
     ),
@@ -503,6 +509,7 @@ CASES = [
          dict(T=37, E=4, N=256, K=128, routing="masked"), dict(T=70, E=2, N=512, K=256),
          dict(T=8192, E=256, N=1024, K=2048, topk=8)],
         dtypes=(BF16,), kwargs=dict(swiglu=True), truth=grouped_swiglu_unquantized, defined=owned,
+        flops=lambda T, E, N, K, topk: 2 * T * topk * N * K,
         backends=("torch", "triton", "cuda"),
         hopper=[dict(T=8, E=2, N=1024, K=2048), dict(T=64, E=4, N=1024, K=2048), dict(T=128, E=2, N=2048, K=4096)],
     ),
@@ -510,7 +517,8 @@ CASES = [
         grouped_gemm_fp8, grouped_gemm_fp8_ref, gather_args,
         [dict(T=37, E=4, N=128, K=256, routing="masked"), dict(T=37, E=4, N=128, K=256, routing="one"),
          dict(T=8192, E=256, N=1024, K=2048, topk=8)],
-        dtypes=(BF16,), kwargs=dict(dtype=FP32), defined=owned, product=True, backends=("torch", "triton", "cuda"),
+        dtypes=(BF16,), kwargs=dict(dtype=FP32), defined=owned, product=True,
+        flops=lambda T, E, N, K, topk: 2 * T * topk * N * K, backends=("torch", "triton", "cuda"),
         hopper=[dict(T=8, E=2, N=1024, K=2048), dict(T=128, E=2, N=2048, K=512), dict(T=128, E=2, N=1024, K=2048)],
     ),
     Case(
@@ -536,7 +544,8 @@ CASES = [
         [dict(S=0, E=3, N=128, K=128, out=True), dict(S=300, E=5, N=24, K=40, rest=9, out=True),
          dict(S=300, E=5, N=128, K=256, rest=9, out=True, accumulate=True, fp8=True),
          dict(S=65536, E=256, N=1024, K=2048, out=True, accumulate=True)],
-        product=True, backends=("torch", "triton", "cuda"),
+        product=True, flops=lambda S, E, N, K, **others: 2 * S * N * K,
+        backends=("torch", "triton", "cuda"),
         hopper=[dict(S=256, E=2, N=1024, K=2048, out=True, accumulate=True),
                 dict(S=256, E=2, N=1024, K=2048, out=True, accumulate=True, fp8=True)],
     ),
@@ -545,7 +554,8 @@ CASES = [
         [dict(T=0, E=3, N=128, K=128), dict(T=1, E=1, N=128, K=256, topk=1), dict(T=150, E=4, N=256, K=128),
          dict(T=150, E=4, N=128, K=128, routing="masked"), dict(T=150, E=4, N=128, K=128, routing="one"),
          dict(T=8192, E=256, N=1024, K=2048, topk=8)],
-        dtypes=(FP32,), product=True, backends=("torch", "triton", "cuda"),
+        dtypes=(FP32,), product=True, flops=lambda T, E, N, K, topk: 2 * T * topk * N * K,
+        backends=("torch", "triton", "cuda"),
         hopper=[dict(T=256, E=2, N=1024, K=2048), dict(T=64, E=2, N=4096, K=8192)],
     ),
     Case(
@@ -557,7 +567,7 @@ CASES = [
          dict(T=64, H=20, V=129, chunk=32, reduction="sum"), dict(T=3, H=8, V=157184), dict(T=5, H=2048, V=320),
          dict(T=8192, H=2048, V=157184)],
         backends=("torch", "triton"), hopper=[dict(T=8, H=128, V=157184)],
-        truth=linear_cross_entropy_ref, flops=lambda T, H, V: 6 * T * H * V,
+        truth=linear_cross_entropy_ref, flops=lambda T, H, V: 6 * T * H * V, backward_flops=0,
     ),
     Case(
         moe, by_references(moe), moe_args,
@@ -586,7 +596,7 @@ CASES = [
         [dict(T=0, E=4, H=128, F=128, fp8=True),
          dict(T=37, E=8, H=128, F=256, groups=4, group_topk=2, topk=4, Fs=128, masked=True, fp8=True),
          dict(T=8192, E=256, H=2048, F=512, groups=8, group_topk=4, topk=8, Fs=512, fp8=True)],
-        dtypes=(BF16,), flops=moe_flops, backends=("torch", "triton", "cuda"), hopper=None,
+        dtypes=(BF16,), flops=moe_flops, backward_flops=0, backends=("torch", "triton", "cuda"), hopper=None,
     ),
     Case(
         moe_decode, by_references(moe_decode),
@@ -630,7 +640,8 @@ CASES = [
         [dict(q=()), dict(q=(5, 0, 30)), dict(q=(9, 4), Hq=16, Hkv=4, D=128, R=64),
          dict(q=(1, 127, 17, 128, 129), Hq=2, Hkv=1, D=16, R=8, P=129, yarn=3),
          dict(q=(4096,) * 8, Hq=16, Hkv=4, D=128, R=64, P=4096)],
-        kwargs=dict(fused=True), backends=("torch", "triton", "cuda"),
+        kwargs=dict(fused=True), flops=qk_norm_attention_flops, backward_flops=2.5,
+        backends=("torch", "triton", "cuda"),
         hopper=[dict(q=(9, 4), Hq=q, Hkv=kv, D=128, R=64) for q, kv in ((16, 4), (64, 8))],
     ),
     Case(
@@ -639,14 +650,16 @@ CASES = [
             *qk_norm_rope_args(rand, sum(q), **shape)[:7], cu_seqlens(q), False, 0.3, 0.1, True
         ),
         [dict(q=(5, 0, 30)), dict(q=(4096,) * 8, Hq=16, Hkv=4, D=128, R=64, P=4096)],
-        kwargs=dict(fused=True), backends=("torch", "triton", "cuda"), hopper=[dict(q=(9, 4), Hq=16, Hkv=4, D=128, R=64)],
+        kwargs=dict(fused=True), flops=qk_norm_attention_flops, backward_flops=2.5,
+        backends=("torch", "triton", "cuda"), hopper=[dict(q=(9, 4), Hq=16, Hkv=4, D=128, R=64)],
     ),
     Case(
         qk_norm_attention, qk_norm_attention_ref,
         lambda rand, q, **shape: (*qk_norm_rope_args(rand, sum(q), **shape)[:7], cu_seqlens(q), True, 0.3, 0.1),
         [dict(q=()), dict(q=(5, 0, 30)), dict(q=(9, 4), Hq=16, Hkv=4, D=128, R=64),
          dict(q=(4096,) * 8, Hq=16, Hkv=4, D=128, R=64, P=4096)],
-        kwargs=dict(fused=False), backends=("torch", "triton", "cuda"), hopper=None,
+        kwargs=dict(fused=False), flops=qk_norm_attention_flops, backward_flops=2.5,
+        backends=("torch", "triton", "cuda"), hopper=None,
     ),
     Case(
         qk_norm_rope, qk_norm_rope_ref, qk_norm_rope_args,
