@@ -17,7 +17,7 @@ from tests.cases import DEVICE, Rand, plan_of, runs
 
 BACKENDS = [b for b in ("torch", "triton", "cuda") if runs(b)]
 T, H, F, E, TOPK = 75, 256, 128, 4, 2
-TIGHT = 2e-4  # of the norm: fp32 sums in another order let a number in ten thousand round to its other neighbour
+TIGHT = 1e-3  # of the norm: fp32 sums in another order let one number in some thousands round to its other neighbour
 LOOSE = 0.045  # of one product: e4m3 has 4 bits, each operand is 2.6 % off. Twice that after two of them
 
 
@@ -75,7 +75,7 @@ def results(layer, x, dy, *rest, call=None):
     """The output and the gradients of x, of floating-point `rest`, and of the parameters."""
     x = x.detach().requires_grad_()
     rest = [t.detach().requires_grad_() if isinstance(t, torch.Tensor) else t for t in rest]
-    y = (call or layer)(x, *rest)
+    y = (layer if call is None else call)(x, *rest)
     leaves = [x, *(t for t in rest if isinstance(t, torch.Tensor)), *layer.parameters()]
     return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
 
@@ -154,7 +154,9 @@ def test_experts(backend, routing):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_experts_with_weight_gradients_in_bf16(backend):
     layer, fp8, x, dy, plan, weights = experts_case("masked")
-    assert fp8.fp8.wgrad_for(layer.gate_up, FP8_ROWS - 1) == "bf16" != fp8.fp8.wgrad_for(layer.gate_up, FP8_ROWS)
+    assert (
+        fp8.fp8.wgrad_for(layer.gate_up, rows=FP8_ROWS - 1) == "bf16" != fp8.fp8.wgrad_for(layer.gate_up, rows=FP8_ROWS)
+    )
     with force(backend):
         got = results(fp8, x, dy, plan, weights)
     want = experts_ref(x, weights, plan, layer.gate_up.detach(), layer.down.detach(), dy)
@@ -179,14 +181,14 @@ def test_transposes_give_equal_bits_and_are_never_old(backend):
     """Also after a fused optimizer, which does not raise a weight's version."""
     seen = []
     for transposed in TRANSPOSED:
-        _, fp8, x, dy, plan, weights = experts_case(dtype=torch.bfloat16, transposed=transposed)
+        _, fp8, x, dy = linear_case(torch.bfloat16, N=128, transposed=transposed)
         fp8 = copy.deepcopy(fp8)
-        optimizer = torch.optim.SGD(fp8.parameters(), lr=100.0, fused=True)
+        optimizer = torch.optim.AdamW(fp8.parameters(), lr=0.1, fused=True)
         with force(backend):
             out = []
             for _step in range(2):
                 for _micro_batch in range(2):
-                    fp8(x.requires_grad_(), plan, weights).backward(dy)
+                    fp8(x.requires_grad_()).backward(dy)
                     out.append(x.grad)
                     x.grad = None
                 optimizer.step()
@@ -202,7 +204,8 @@ def test_gradients_add_up_in_main_grad(backend, wgrad):
     """In fp32 beneath bf16 weights, two micro batches before either's backward."""
     _, linear, x, dy = linear_case(torch.bfloat16, wgrad=wgrad)
     _, experts, xs, dys, plan, weights = experts_case(dtype=torch.bfloat16, wgrad=wgrad)
-    for layer, x, dy, rest in ((linear, x, dy, []), (experts, xs, dys, [plan, weights])):  # noqa: B020
+    cases = [(linear, x, dy, []), (experts, xs, dys, [plan, weights])]
+    for layer, x, dy, rest in cases[: 1 if backend == "triton" and DEVICE == "cpu" else 2]:
         for p in layer.parameters():
             p.main_grad = torch.ones_like(p, dtype=torch.float32)
         with force(backend):
@@ -212,8 +215,10 @@ def test_gradients_add_up_in_main_grad(backend, wgrad):
             assert all(p.grad is None for p in layer.parameters())
             for p in layer.parameters():
                 del p.main_grad
-            want = results(layer, x, dy, *rest)[-len(once) :]
-        assert_close([g - 1 for g in once], [1.5 * w.float() for w in want], 0.005 if wgrad == "fp8" else 0.03)
+            want = [results(layer, x * part, dy, *rest)[-len(once) :] for part in (1, 0.5)]
+        assert_close(
+            [g - 1 for g in once], [a.float() + b for a, b in zip(*want, strict=True)], 0.003
+        )  # these are bf16
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -229,9 +234,11 @@ def test_autocast(dtype):
     assert all(t.grad.dtype == dtype for t in (x, xs, linear.weight, experts.gate_up, experts.down))
 
 
-@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "cuda"])
 @pytest.mark.parametrize("wgrad", ["fp8", "bf16"])
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "cuda"])
 def test_compile(backend, wgrad):
+    if (backend, wgrad) == ("triton", "bf16") and DEVICE == "cpu":
+        pytest.skip("the interpreter is slow, and torch compiles the same graph")
     torch._dynamo.reset()
     _, linear, x, dy = linear_case(torch.bfloat16, wgrad=wgrad)
     _, experts, xs, dys, plan, weights = experts_case(dtype=torch.bfloat16, wgrad=wgrad, recompute="norm_act")
@@ -261,6 +268,30 @@ def test_nan_stays_visible():
     x[3, 5] = torch.nan
     y, dx, dw = results(fp8, x, dy)
     assert y[3].isnan().all() and dw.isnan().any() and y[:3].isfinite().all() and dx.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_gradient_without_strides(backend):
+    """What y.sum() sends back is one number, expanded."""
+    _, linear, x, _ = linear_case(torch.bfloat16, N=128)
+    _, experts, xs, _, plan, weights = experts_case(dtype=torch.bfloat16)
+    with force(backend):
+        for layer, x, rest in ((linear, x, []), (experts, xs, [plan, weights])):  # noqa: B020
+            y = layer(x, *rest)
+            got = torch.autograd.grad(y.sum(), [*layer.parameters()])
+            want = torch.autograd.grad(layer(x, *rest), [*layer.parameters()], torch.ones_like(y))
+            assert equal_bits(got, want)
+
+
+def test_frozen_weights_pass_gradients_on():
+    _, experts, x, dy, plan, weights = experts_case()
+    want = results(experts, x, dy, plan, weights)[1]
+    experts.requires_grad_(False)
+    for recompute in ("none", "experts"):
+        experts.recompute = recompute
+        x.requires_grad_()
+        got = torch.autograd.grad(experts(x, plan, weights), x, dy)
+        assert torch.equal(got[0], want)
 
 
 def test_sizes_and_options_are_checked():

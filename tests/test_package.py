@@ -318,7 +318,8 @@ def test_make_does_nothing_twice(tree):
     def make(target, torch_is_there=True):
         (tree / "log").unlink(missing_ok=True)
         env = CLEAN | {"TORCH_IS_THERE": "0" if torch_is_there else "1"}
-        env.pop("MAKEFLAGS", None)
+        for name in ("ARGS", "MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS"):  # of the make that runs this
+            env.pop(name, None)
         result = subprocess.run(["make", target, f"PYTHON={fake}"], cwd=tree, env=env, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         return (tree / "log").read_text().splitlines() if (tree / "log").exists() else []

@@ -27,7 +27,7 @@ NUMBERS = [
     ("--batch 8 --micro-batch 4 --batch-ramp 2:10", "multiple"), ("--warmup -1", "--warmup"), ("--keep -1", "--keep"),
     ("--seed -1", "--seed"), ("--seed 9223372036854775808", "--seed"), ("--clip 0", "--clip"),
     ("--eval-rows 0", "--eval-rows"), ("--threads 0", "--threads"), ("--holdout 1", "--holdout"),
-    ("--precision fp8", "--precision"),
+    ("--precision fp4", "--precision"), ("--recompute experts", "--precision fp8"), ("--recompute most", "--recompute"),
     ("--nonsense 3", "--nonsense"), ("--weight-decay -0.1", "--weight-decay"), ("--max-bad-steps 0", "--max-bad-steps"),
     ("--balance-rate nan", "--balance-rate"), ("--device tpu", "--device"),
 ]  # fmt: skip

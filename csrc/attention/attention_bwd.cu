@@ -249,22 +249,22 @@ __global__ void __launch_bounds__(kThreads, 1) attention_bwd_kernel(const __grid
     }
 }
 
-// A warp per row: what the products of its scores begin with, -lse / scale, and those of dp, -delta = -dout . out.
+// Half a warp per row: what the products of its scores begin with, -lse / scale, and those of dp, -delta = -dout . out.
 __global__ void __launch_bounds__(256)
     attention_delta_kernel(const bf16* dout, int64_t dout_row, const bf16* out, int64_t out_row, const float* lse,
                            float* begin, float* less, float scale, int T, int H, int64_t stride) {
-    const int64_t row = blockIdx.x * 8ll + threadIdx.x / 32, t = row / H, h = row % H;
-    const int lane = threadIdx.x % 32;
-    if (t >= T) return;
-    const auto four = [&](const bf16* p, int64_t ld) {
-        return *reinterpret_cast<const uint2*>(p + t * ld + h * kD + lane * 4);
-    };
-    const auto low = [](unsigned x) { return __uint_as_float(x << 16); };
-    const auto high = [](unsigned x) { return __uint_as_float(x & 0xffff0000u); };
-    const uint2 a = four(dout, dout_row), b = four(out, out_row);
-    const float sum =
-        warp_sum(low(a.x) * low(b.x) + high(a.x) * high(b.x) + low(a.y) * low(b.y) + high(a.y) * high(b.y));
-    if (lane) return;
+    constexpr int kLanes = kD / 8;
+    const int64_t row = blockIdx.x * (256ll / kLanes) + threadIdx.x / kLanes, t = row / H, h = row % H;
+    const int lane = threadIdx.x % kLanes;
+    float sum = 0;
+    if (t < T) {
+        const auto a = load<8>(dout + t * dout_row + h * kD + lane * 8);
+        const auto b = load<8>(out + t * out_row + h * kD + lane * 8);
+#pragma unroll
+        for (int i = 0; i < 8; i++) sum += a[i] * b[i];
+    }
+    for (int d = kLanes / 2; d; d /= 2) sum += __shfl_xor_sync(~0u, sum, d);
+    if (lane || t >= T) return;
     less[h * stride + t] = -sum;
     begin[h * stride + t] = -lse[h * T + t] / scale;
 }
@@ -284,7 +284,7 @@ void attention_bwd(cudaStream_t stream, Tensor dout, Tensor q, Tensor k, Tensor 
     LING_CHECK(cu_k.is(DType::i32, {B + 1}) && cu_k.contiguous());
     Problem p{};
     p.lse_at = scratch.ptr<float>(), p.delta_at = p.lse_at + Hq * stride, p.stride = stride;
-    launch<attention_delta_kernel>(ceil_div<int64_t>(Tq * Hq, 8), 256, 0, stream, dout.ptr<bf16>(), dout.stride[0],
+    launch<attention_delta_kernel>(ceil_div<int64_t>(Tq * Hq, 16), 256, 0, stream, dout.ptr<bf16>(), dout.stride[0],
                                    out.ptr<bf16>(), out.stride[0], lse.ptr<float>(), scratch.ptr<float>(),
                                    scratch.ptr<float>() + Hq * stride, scale, static_cast<int>(Tq),
                                    static_cast<int>(Hq), stride);

@@ -6,10 +6,12 @@ Rows of a batch are packed: everything between embedding and head sees [T, H] an
 and documents packed into one row never see each other. Shapes: B batch, L length, T rows, H hidden, V vocabulary.
 """
 
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..nn import MLP, Attention, Experts, MoE, RMSNorm, Router, Rows
 from ..nn.norm import Fp32Buffers
@@ -35,6 +37,8 @@ class LingOutput:
 
 
 class Layer(nn.Module):
+    recompute = False  # keep only x; the backward runs the forward again
+
     def __init__(self, c: LingConfig, dense: bool):
         super().__init__()
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
@@ -54,12 +58,31 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, rows: Rows, cache: KVCache | None = None, z_loss: float | None = None):
         """x [T, H] -> x [T, H] and the z-loss of its router, None where there is none."""
+        if self.recompute and cache is None and torch.is_grad_enabled():
+            return checkpoint(
+                self.compute, x, rows, None, z_loss,
+                use_reentrant=False, preserve_rng_state=False, context_fn=lambda: (nullcontext(), self.uncounted()),
+            )  # fmt: skip
+        return self.compute(x, rows, cache, z_loss)
+
+    def compute(self, x: Tensor, rows: Rows, cache: KVCache | None, z_loss: float | None):
         attended = self.attention(self.input_layernorm(x), rows, cache)
         h, x = self.post_attention_layernorm(attended, residual=x)
         if isinstance(self.mlp, MLP):
             return x + self.mlp(h), None
         y, z = self.mlp(h, z_loss)
         return x + y, z
+
+    @contextmanager
+    def uncounted(self):
+        """What is computed again routes no further tokens."""
+        routers = [m for m in self.modules() if isinstance(m, Router)]
+        counts = [r.counts.clone() for r in routers]
+        try:
+            yield
+        finally:
+            for router, before in zip(routers, counts, strict=True):
+                router.counts.copy_(before)
 
 
 class Ling(Fp32Buffers):
@@ -107,6 +130,12 @@ class Ling(Fp32Buffers):
         """Move every router's bias towards an even load: once per global batch, after the optimizer's step."""
         for router in self.routers():
             router.balance_(rate)
+
+    def recompute_(self) -> None:
+        """In training, layers keep their input alone and the backward runs them again; not the head's logits."""
+        for layer in self.modules():
+            if isinstance(layer, Layer):
+                layer.recompute = True
 
     def backbone(
         self,

@@ -26,6 +26,7 @@ from ..ops.permute import permute, permute_quantize
 from ..ops.quantize import BLOCK, quantize, quantize_weight
 from ..ops.swiglu import swiglu, swiglu_backward
 from ..ops.unpermute import unpermute
+from .attention import Attention
 from .experts import Experts
 from .mlp import MLP
 from .transposed import KEEP, Transposed
@@ -79,9 +80,9 @@ class Fp8Weights:
             flat += [w, *quantize_weight(w, self.pow2), getattr(w, "main_grad", None), transposed, version]
         return flat
 
-    def wgrad_for(self, weight: nn.Parameter, rows: int | None = None) -> str | None:
+    def wgrad_for(self, *weights: nn.Parameter, rows: int | None = None) -> str | None:
         """rows: per expert; None for a product of all rows with one weight. None: nobody wants the gradient."""
-        if not (torch.is_grad_enabled() and weight.requires_grad):
+        if not (torch.is_grad_enabled() and any(w.requires_grad for w in weights)):
             return None
         if self.wgrad == "auto":
             return "bf16" if rows is not None and rows < FP8_ROWS else "fp8"
@@ -193,8 +194,8 @@ class FeedForward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout):
-        weights, *plan, gate_up_q, gate_up_scale, down_q, down_scale, x, h = ctx.saved_tensors[:11]
-        columns = ctx.saved_tensors[11:]
+        saved = ctx.saved_tensors  # once: under checkpointing each access makes them again
+        (weights, *plan, gate_up_q, gate_up_scale, down_q, down_scale, x, h), columns = saved[:11], saved[11:]
         plan = None if plan[0] is None else Plan(*plan)
         offsets = None if plan is None else plan.offsets
         p = None if plan is None else weights.flatten()[plan.source.long()]
@@ -276,7 +277,7 @@ class Fp8MLP(MLP):
     def forward(self, x: Tensor) -> Tensor:
         """x [T, H] -> [T, H]."""
         weights = self.gate_up.weight, self.down.weight
-        options = self.fp8.pow2, self.fp8.wgrad_for(weights[0]), self.recompute, product_dtype(x)
+        options = self.fp8.pow2, self.fp8.wgrad_for(*weights), self.recompute, product_dtype(x)
         return FeedForward.apply(x, *[None] * 5, *self.fp8.arguments(*weights), *options)
 
 
@@ -297,12 +298,42 @@ class Fp8Experts(Experts):
 
     def forward(self, x: Tensor, plan: Plan, weights: Tensor) -> Tensor:
         """x [T, H], a plan of T tokens, weights [T, topk] fp32 -> [T, H]."""
-        wgrad = self.fp8.wgrad_for(self.gate_up, plan.source.shape[0] // len(self.gate_up))
+        w = self.gate_up, self.down
+        wgrad = self.fp8.wgrad_for(*w, rows=plan.source.shape[0] // len(self.gate_up))
         options = self.fp8.pow2, wgrad, self.recompute, product_dtype(x)
-        return FeedForward.apply(x, weights, *plan, *self.fp8.arguments(self.gate_up, self.down), *options)
+        return FeedForward.apply(x, weights, *plan, *self.fp8.arguments(*w), *options)
 
 
 def level(recompute: str) -> str:
     """Of a module: "full" recomputes whole layers from outside, and then a module keeps all it likes."""
     expect(recompute in RECOMPUTE, f"recompute among {', '.join(RECOMPUTE)}", recompute)
     return "none" if recompute == "full" else recompute
+
+
+def to_fp8(model: nn.Module, recompute: str = "none", **options) -> tuple[list[str], list[str]]:
+    """Attention's linear layers, MLPs and experts of `model` become FP8 layers over the same parameters, in place.
+
+    Returns the names of those layers, and of those that stay as they are since a size is no multiple of 128, each with
+    its sizes. An MLP and an expert are FP8 as a whole or not at all. Embedding, norms, head, router and MTP's
+    projection are none of them.
+    """
+    made, left = [], []
+    for name, module in [*model.named_modules()]:
+        if isinstance(module, Attention):
+            found = {"query_key_value": Fp8Linear, "dense": Fp8Linear}
+        else:
+            found = {n: KINDS[type(m)] for n, m in module.named_children() if type(m) in KINDS}
+        for child, kind in found.items():
+            old = getattr(module, child)
+            if isinstance(old, kind):
+                continue
+            weights = [*old.parameters()]
+            shapes = ", ".join("x".join(map(str, w.shape)) for w in weights)
+            if all(fits(w) for w in weights):
+                levels = {} if kind is Fp8Linear else dict(recompute=recompute)
+                setattr(module, child, kind.of(old, **levels, **options))
+            (made if all(fits(w) for w in weights) else left).append(f"{name}.{child} {shapes}".lstrip("."))
+    return made, left
+
+
+KINDS = {MLP: Fp8MLP, Experts: Fp8Experts}

@@ -10,6 +10,7 @@ from ..ops.dispatch import Plan, dispatch
 from ..ops.permute import permute
 from ..ops.unpermute import unpermute
 from .experts import Experts
+from .fp8 import Fp8Experts
 from .mlp import MLP
 from .router import Router
 
@@ -36,8 +37,11 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, z_loss: float | None = None) -> tuple[Tensor, Tensor | None]:
         """x [T, H] -> y [T, H] and the router's z-loss, None without a coefficient."""
         weights, experts, counts, z = self.router(x, z_loss)
-        rows, plan = self.exchange.dispatch(x, experts, counts)
-        y = self.exchange.combine(self.experts(rows, plan.offsets), plan, weights)
+        if isinstance(self.experts, Fp8Experts):  # every expert is here; the weight goes into SwiGLU
+            y = self.experts(x, dispatch(experts, counts), weights)
+        else:
+            rows, plan = self.exchange.dispatch(x, experts, counts)
+            y = self.exchange.combine(self.experts(rows, plan.offsets), plan, weights)
         if self.shared_experts is not None:
             y = y + self.shared_experts(x)
         return y, z

@@ -1,6 +1,7 @@
 """`python -m ling_kernels.train`: check what was asked, train, and show what came of it."""
 
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ import torch
 
 from ..errors import InputError, command
 from ..model import Ling, load_model, save_model
+from ..nn.fp8 import to_fp8
 from ..tokenizer import Tokenizer
 from . import checkpoint as ckpt
 from .data import Documents, Packed, gather_tokens, hold_out
@@ -62,6 +64,7 @@ def run(given: dict) -> int:
         if job.state and job.state["data"] != describe(docs):
             raise InputError(f"data: {describe(docs)} is not what the run began with, {job.state['data']}")
         model = make_model(job)
+        lightened = lighten(model, settings)
     except BaseException:  # Ctrl-C included
         discard(job)
         raise
@@ -75,6 +78,7 @@ def run(given: dict) -> int:
 
     peak, source = peak_flops(job.device, job.precision)
     introduce(job, model, training, held_out, progress, f"{peak / 1e12:.4g} TFLOP/s ({source})")
+    print(*lightened, sep="\n", end="\n" if lightened else "", flush=True)
     report = Report(folder, progress.step, settings.steps, settings.log_every)
 
     def save(progress: Progress) -> None:
@@ -115,6 +119,21 @@ def make_model(job: Job) -> Ling:
         model.to(job.device)
     torch.manual_seed(job.settings.seed)
     return model.train()
+
+
+def lighten(model: Ling, s: Settings) -> list[str]:
+    """FP8 layers and recomputation as asked; lines that say what became of them."""
+    said = []
+    if s.precision == "fp8":
+        made, left = to_fp8(
+            model, s.recompute, wgrad=s.fp8_wgrad, transposed=s.fp8_transposed, pow2=s.fp8_scales == "pow2"
+        )
+        kinds = dict.fromkeys(re.sub(r"\b\d+\.", "*.", name) for name in left)
+        rest = f"; in bf16, their sizes being no multiples of 128: {'; '.join(kinds)}" if left else ""
+        said.append(f"fp8        {len(made)} of {len(made) + len(left)} layers{rest}")
+    if s.recompute == "full":
+        model.recompute_()
+    return said
 
 
 def validation_batches(held_out: Documents, settings: Settings) -> list:

@@ -107,8 +107,10 @@ def choose_device(settings: Settings) -> tuple[torch.device, str, torch.dtype]:
     if settings.device == "cuda" and not gpu:
         raise InputError("--device cuda: torch finds no GPU here; --device cpu or auto trains on the CPU")
     use = gpu and settings.device != "cpu"
+    if settings.precision == "fp8" and use and torch.cuda.get_device_capability() < (8, 9):
+        raise InputError(f"--precision fp8: {torch.cuda.get_device_name()} has no FP8; bf16 trains on it")
     # On a GPU everything may autocast to bf16; a CPU mostly is slower in it.
-    bf16 = settings.precision == "bf16" or (settings.precision == "auto" and use)
+    bf16 = settings.precision in ("bf16", "fp8") or (settings.precision == "auto" and use)
     name = torch.cuda.get_device_name() if use else "CPU"
     return torch.device("cuda" if use else "cpu"), name, torch.bfloat16 if bf16 else torch.float32
 

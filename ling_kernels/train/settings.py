@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 
 from ..errors import InputError
 from ..model import LingConfig
+from ..nn.fp8 import RECOMPUTE, TRANSPOSED, WGRAD
 from .schedule import parse_ramp
 
 
@@ -53,8 +54,21 @@ class Settings:
     sample_tokens: int = flag(200, "length of the sample at the end; 0: none", least=0)
     device: str = flag("auto", "auto takes a GPU where there is one", choices=("auto", "cpu", "cuda"))
     precision: str = flag(
-        "auto", "bf16 is autocast over fp32 weights; auto takes it on a GPU", choices=("auto", "bf16", "fp32")
+        "auto",
+        "bf16 is autocast over fp32 weights; auto takes it on a GPU; fp8 is bf16 with FP8 products in the layers",
+        choices=("auto", "bf16", "fp32", "fp8"),
     )
+    recompute: str = flag(
+        "none",
+        "what the backward makes again: nothing; activations; experts up to their down projection; whole layers."
+        " norm_act and experts are of fp8",
+        choices=RECOMPUTE,
+    )
+    fp8_wgrad: str = flag(
+        "auto", "products for the weights' gradients; auto takes bf16 for experts of few rows", choices=WGRAD
+    )
+    fp8_transposed: str = flag("direct", "how long transposed FP8 weights are kept", choices=TRANSPOSED)
+    fp8_scales: str = flag("fp32", "scales of any value, or powers of two", choices=("fp32", "pow2"))
     threads: int | None = flag(None, "CPU threads", least=1, shown="one per core")
 
     @property
@@ -63,7 +77,8 @@ class Settings:
 
 
 # What may be given anew to a resumed run, which stays the same run all the same.
-FREE = {"steps", "eval_every", "save_every", "keep", "log_every", "max_bad_steps", "sample_tokens", "device", "threads"}
+FREE = {"steps", "eval_every", "save_every", "keep", "log_every", "max_bad_steps", "sample_tokens", "device", "threads",
+        "precision", "recompute", "fp8_wgrad", "fp8_transposed", "fp8_scales"}  # fmt: skip
 
 # Peak learning rates and batches of arXiv 2510.22115, table 1; one device needs micro batches.
 PRESET_DEFAULTS = {
@@ -129,6 +144,8 @@ def check(s: Settings, config: LingConfig) -> None:
     micro = s.micro_batch or 1
     if s.batch % micro:
         raise InputError(f"--batch {s.batch} is not a multiple of --micro-batch {micro}")
+    if s.recompute in ("norm_act", "experts") and s.precision != "fp8":
+        raise InputError(f"--recompute {s.recompute} needs --precision fp8; none and full work with any")
     if s.seed >= 1 << 63:
         raise InputError(f"--seed {s.seed} is not below 2^63")
     if s.ramp and not (0 < s.ramp[0] <= s.batch and s.ramp[0] % micro == 0):

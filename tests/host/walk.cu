@@ -43,7 +43,8 @@ template <typename V> void walk(const char* name, int argc, char** argv) {
     std::vector<int> offsets{0};
     for (int i = 4; i < argc; i++) offsets.push_back(offsets.back() + std::atoi(argv[i]));
     Problem p{};
-    p.M = p.N = std::atoi(argv[3]), p.K = 128, p.G = argc - 4, p.offsets = offsets.data();
+    p.N = std::atoi(argv[3]), p.G = argc - 4, p.offsets = offsets.data();
+    p.M = V::kContract ? p.N : offsets.back(), p.K = V::kContract ? offsets.back() : 128;
     launch<walk_kernel<V>>(std::atoi(argv[2]), kThreads, sizeof(Shared<V>), nullptr, p);
 }
 
