@@ -20,7 +20,8 @@ uint64_t e4m3_descriptor() {
 }
 uint64_t bf16_descriptor() {
     const auto all = make_tensor(make_smem_ptr(static_cast<bf16*>(nullptr)), bf16_tile);
-    return SM90::GMMA::make_gmma_desc<SM90::GMMA::Major::MN>(local_tile(all, Shape<_128, _16>{}, make_coord(0, 0))).desc_;
+    return SM90::GMMA::make_gmma_desc<SM90::GMMA::Major::MN>(local_tile(all, Shape<_128, _16>{}, make_coord(0, 0)))
+        .desc_;
 }
 int result(int thread, int i) { return SM90::GMMA::CLayout_64x128{}(thread, i); }
 #else
