@@ -102,7 +102,7 @@ def run(step: Step, until: float) -> dict:
 
 def end(process: subprocess.Popen) -> None:
     """Interrupt it and all that it started, so that pytest still writes what it has; then kill."""
-    for sig, patience in ((signal.SIGINT, 8), (signal.SIGKILL, 8)):
+    for sig, patience in ((signal.SIGINT, 20), (signal.SIGKILL, 8)):
         try:
             os.killpg(process.pid, sig)
             process.wait(patience)

@@ -91,11 +91,11 @@ def test_an_interrupted_pytest_still_tells_its_times(gpu, tmp_path):
     pytest.importorskip("pytest_benchmark")
     (tmp_path / "bench_it.py").write_text(
         "def bench_quick(benchmark):\n    benchmark.extra_info['GB/s'] = 7\n    benchmark.pedantic(abs, (1,))\n"
-        "def bench_slow():\n    import time\n    time.sleep(60)\n"
+        "def bench_slow():\n    import time\n    time.sleep(600)\n"
     )
     command = [sys.executable, "-m", "pytest", "-q", "-c", ROOT / "pyproject.toml", f"--rootdir={tmp_path}",
                "-p", "no:cacheprovider", "-p", "no:xdist", f"--benchmark-json={gpu.TIMES}", tmp_path]  # fmt: skip
-    well, report = run(gpu, tmp_path, gpu.Step("benchmarks", command, 30))
+    well, report = run(gpu, tmp_path, gpu.Step("benchmarks", command, 60))
     assert not well and report["steps"]["benchmarks"]["status"] == "timed out"
     (row,) = report["benchmarks"]
     assert row["name"] == "bench_quick" and row["median_us"] > 0 and row["GB/s"] == 7
