@@ -241,18 +241,39 @@ __device__ inline uint64_t operand(const void* p, int next = 16) {
     return (address & 0x3fff) | static_cast<uint64_t>(next >> 4) << 16 | stride << 32 | kSwizzle128 << 62;
 }
 
+// By a warp that needs what a stage holds no more; its barrier counts warps.
+__device__ inline void release(Barrier& empty) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) empty.arrive();
+}
+
+// Zeroes the lines from `from` on of each of so many boxes of kLines lines of 128 bytes, which lie one after another.
+template <int kLines> __device__ void clear_lines(uint8_t* boxes, int count, int from, int threads) {
+    const int lines = kLines - from;
+    for (int i = threadIdx.x; i < count * lines * 8; i += threads)
+        *reinterpret_cast<uint4*>(boxes + (i / 8 / lines * kLines + from + i / 8 % lines) * 128 + i % 8 * 16) = {};
+}
+
+__device__ inline unsigned pack_bf16(float low, float high) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const unsigned*>(&pair);
+}
+
+// Results as wgmma_bf16_registers takes them for its operand: 16 columns of them are an a[i].
+template <int kSteps> __device__ void round_to_bf16(unsigned (&a)[kSteps][4], const float (&d)[8 * kSteps]) {
+#pragma unroll
+    for (int i = 0; i < 4 * kSteps; i++) a[i / 4][i % 4] = pack_bf16(d[2 * i], d[2 * i + 1]);
+}
+
 // 64 columns of a warp's 16 rows of results (those of d[0 .. 31] of a thread) as bf16, through 16 lines of 128 bytes in
 // shared memory: to(row) is where a row begins, or null. Columns of 8 at a time below `columns` are written.
 template <typename F> __device__ void store_rows(uint8_t* lines, const float* d, int columns, F&& to) {
     const int lane = threadIdx.x % 32, line = lane / 4;
-    const auto pack = [](float low, float high) {
-        const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-        return *reinterpret_cast<const unsigned*>(&pair);
-    };
 #pragma unroll
     for (int j = 0; j < 8; j++) {
-        *reinterpret_cast<unsigned*>(lines + swizzled(line, j) + lane % 4 * 4) = pack(d[4 * j], d[4 * j + 1]);
-        *reinterpret_cast<unsigned*>(lines + swizzled(line + 8, j) + lane % 4 * 4) = pack(d[4 * j + 2], d[4 * j + 3]);
+        *reinterpret_cast<unsigned*>(lines + swizzled(line, j) + lane % 4 * 4) = pack_bf16(d[4 * j], d[4 * j + 1]);
+        *reinterpret_cast<unsigned*>(lines + swizzled(line + 8, j) + lane % 4 * 4) =
+            pack_bf16(d[4 * j + 2], d[4 * j + 3]);
     }
     __syncwarp();
 #pragma unroll

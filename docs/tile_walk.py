@@ -1,6 +1,6 @@
 """Draws docs/tile_walk.svg: which tiles of a ragged product each SM takes, in which order. `python docs/tile_walk.py`.
 
-tests/test_docs.py holds `walk` equal to find_tile of csrc/gemm/gemm_fp8.cuh, and the picture to what is drawn here.
+tests/test_docs.py holds `walk` equal to find_tile of csrc/gemm/tiles.cuh, and the picture to what is drawn here.
 """
 
 from pathlib import Path

@@ -8,6 +8,7 @@ import functools
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 E4M3 = torch.float8_e4m3fn
@@ -51,6 +52,11 @@ def expect(condition: bool, contract: str, *args) -> None:
     if not condition:
         got = ", ".join(f"{a.dtype}{list(a.shape)}" if isinstance(a, Tensor) else repr(a) for a in args)
         raise ValueError(f"expected {contract}; got {got}".replace("torch.", ""))
+
+
+def known(x: Tensor) -> bool:
+    """Whether the host may look at x's values at no cost: x lies on a CPU, and nothing traces or fakes the call."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(x, FakeTensor)
 
 
 def round_up(n: int, multiple: int) -> int:

@@ -12,8 +12,9 @@ from tests.host.build import SANITIZE, load, missing
 if missing():
     pytest.skip(f"csrc/ needs {missing()} to be built on the host", allow_module_level=True)
 
-from tests.test_host import SEEDS, sanitized
+from tests.test_host import sanitized
 
+pytestmark = pytest.mark.usefixtures("schedule")
 C = load()
 BF16 = torch.bfloat16
 PLAIN = None, None, None, None, 0.0, False  # q as it comes
@@ -29,11 +30,6 @@ PACKED = [
     ([1] * 40, [2] * 40, 1, 1, True),
     ([4, 4], [0, 9], 1, 1, True),
 ]
-
-
-@pytest.fixture(autouse=True, params=SEEDS, ids=lambda s: f"seed{s}")
-def schedule(request, monkeypatch):
-    monkeypatch.setenv("LING_HOST_SEED", str(request.param))
 
 
 def bounds(lengths):

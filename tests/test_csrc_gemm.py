@@ -19,16 +19,12 @@ from tests.host.build import SANITIZE, load, missing
 if missing():
     pytest.skip(f"csrc/ needs {missing()} to be built on the host", allow_module_level=True)
 
-from tests.test_host import SEEDS, sanitized
+from tests.test_host import sanitized
 
+pytestmark = pytest.mark.usefixtures("schedule")
 C = load()
 CUTLASS = Path(os.environ.get("CUTLASS_INCLUDE_DIR") or build.wheel("cutlass_library").parent / "source/include")
 BF16, FP32 = torch.bfloat16, torch.float32
-
-
-@pytest.fixture(autouse=True, params=SEEDS, ids=lambda s: f"seed{s}")
-def schedule(request, monkeypatch):
-    monkeypatch.setenv("LING_HOST_SEED", str(request.param))
 
 
 def near(got, want, eps=2**-7):
@@ -163,18 +159,19 @@ def test_nothing_to_do():
     C.grouped_gemm_fp8_fwd(a[:0], a_scale[:0], b, b_scale, torch.zeros_like(offsets), None, 1, y[:0], None, False)
 
 
-GEMM, WGRAD, SM90 = "gemm/gemm_fp8.cuh", "gemm/grouped_wgrad.cu", "sm90.cuh"
+TILES, LOAD, GEMM = "gemm/tiles.cuh", "gemm/load.cuh", "gemm/gemm_fp8.cuh"
+WGRAD, SM90 = "gemm/grouped_wgrad.cu", "sm90.cuh"
 BROKEN = {  # name: (check that must fail, its error, its message, file, right, wrong)
     "reads before the loads are there": (
         check_dense, (AssertionError, RuntimeError), "", GEMM, "s.full[ring.stage].wait(ring.parity);", "",
     ),
     "loads before the stage is free": (
-        check_rows, (AssertionError, RuntimeError), "", GEMM,
+        check_rows, (AssertionError, RuntimeError), "", LOAD,
         "s.empty[ring.stage].wait(ring.parity ^ 1);\n            s.full", "s.full",
     ),
     "a stage is never given back": (
         check_rows, RuntimeError, "deadlock.*mbarrier", GEMM,
-        "if (threadIdx.x % 32 == 0) s.empty[stage].arrive();", "",
+        "release(s.empty[stage]);", "",
     ),
     "the next 32 of K begin elsewhere": (
         check_dense, AssertionError, "", GEMM, "first + 2 * k, second + 2 * k", "first + 2 * k, second + 4 * k",
@@ -183,14 +180,14 @@ BROKEN = {  # name: (check that must fail, its error, its message, file, right, 
         check_dense, AssertionError, "", GEMM, "64 * at.warpgroup + at.row + 8]", "64 * at.warpgroup + at.row]",
     ),
     "writes its neighbour's rows": (
-        check_rows, AssertionError, "", GEMM, "found.rows = min(end - m,", "found.rows = min(end - m + 1,",
+        check_rows, AssertionError, "", TILES, "found.rows = min(end - m,", "found.rows = min(end - m + 1,",
     ),
     "another swizzle": (check_gather, AssertionError, "", SM90, "(chunk ^ line % 8)", "(chunk ^ line / 2 % 8)"),
     "hands copies on too early": (
-        check_gather, AssertionError, "", GEMM, "wait_copies<kInFlight>(), hand_on();", "hand_on();",
+        check_gather, AssertionError, "", LOAD, "wait_copies<kInFlight>(), hand_on();", "hand_on();",
     ),
-    "transposes before all is read": (check_transposed, AssertionError, "", GEMM, "named_barrier(3, 128);", ""),
-    "bytes of a pair swapped": (check_transposed, AssertionError, "", GEMM, "0x6420", "0x4620"),
+    "transposes before all is read": (check_transposed, AssertionError, "", LOAD, "named_barrier(3, 128);", ""),
+    "bytes of a pair swapped": (check_transposed, AssertionError, "", LOAD, "0x6420", "0x4620"),
     "counts its neighbour's tokens": (
         check_wgrad, AssertionError, "", WGRAD, "if (row + Bf16::kTokens > t.blocks) clear", "if (false) clear",
     ),

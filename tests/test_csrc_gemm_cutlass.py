@@ -14,6 +14,7 @@ from tests.test_host import sanitized
 if missing():
     pytest.skip(f"csrc/ needs {missing()} to be built on the host", allow_module_level=True)
 
+pytestmark = pytest.mark.usefixtures("schedule")
 C = load()
 ROOT = Path(__file__).parents[1]
 CUTLASS = Path(os.environ.get("CUTLASS_INCLUDE_DIR") or wheel("cutlass_library").parent / "source/include")
@@ -26,11 +27,6 @@ OFFSETS = {
     "all empty": [0, 0, 0],
     "more experts than rows": [*range(20), *[20] * 280],
 }
-
-
-@pytest.fixture(autouse=True, params=[0, 1, 2, 3], ids=lambda s: f"seed{s}")
-def schedule(request, monkeypatch):
-    monkeypatch.setenv("LING_HOST_SEED", str(request.param))
 
 
 def cut(workspace, sizes):

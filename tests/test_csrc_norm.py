@@ -14,15 +14,10 @@ from tests.host.build import SANITIZE, load, missing
 if missing():
     pytest.skip(f"csrc/ needs {missing()} to be built on the host", allow_module_level=True)
 
-from tests.test_host import SEEDS, sanitized
+from tests.test_host import sanitized
 
 C = load()
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-
-
-@pytest.fixture(params=SEEDS, ids=lambda s: f"seed{s}")
-def schedule(request, monkeypatch):
-    monkeypatch.setenv("LING_HOST_SEED", str(request.param))
 
 
 def near(got, want, dtype=FP32):

@@ -16,7 +16,7 @@ from tests.host.build import CSRC, HERE, SANITIZE, link, load, missing
 if missing():
     pytest.skip(f"csrc/ needs {missing()} to be built on the host", allow_module_level=True)
 
-from tests.test_host import SEEDS, sanitized
+from tests.test_host import sanitized
 
 C = load()
 SWIGLU = "moe/swiglu.cu"
@@ -24,11 +24,6 @@ FP8, TILE, QUANTIZE, TRANSPOSE = (
     f"quant/{name}" for name in ("fp8.cuh", "fp8_tile.cuh", "quantize.cu", "transpose_fp8.cu")
 )
 E4M3, FP32, BF16, FP16 = torch.float8_e4m3fn, torch.float32, torch.bfloat16, torch.float16
-
-
-@pytest.fixture(params=SEEDS, ids=lambda s: f"seed{s}")
-def schedule(request, monkeypatch):
-    monkeypatch.setenv("LING_HOST_SEED", str(request.param))
 
 
 def assert_same(got, want):

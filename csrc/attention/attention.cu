@@ -9,11 +9,9 @@ namespace {
 // While a warpgroup computes the exponentials of one block of keys, the tensor cores have its products with the next
 // keys and with the last values to do; and the two take turns, so that one's exponentials run beside the other's
 // products.
-constexpr int kD = 128, kBlock = 128, kConsumers = 256, kThreads = kConsumers + 128, kStages = 2;
-constexpr int kMaxSequences = 1024;
+constexpr int kBlock = 128, kConsumers = 256, kThreads = kConsumers + 128, kStages = 2;
 constexpr int kBox = kBlock * 128;    // bytes of 128 rows of 64 columns
 constexpr int kTileBytes = 2 * kBox;  // of 128 rows of a head
-constexpr float kLog2e = 1.4426950408889634f;
 
 struct Shared {
     alignas(1024) uint8_t q[kTileBytes];
@@ -94,11 +92,6 @@ __device__ void load_tiles(Shared& s, const Problem& p) {
     }
 }
 
-__device__ void release(Barrier& empty) {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) empty.arrive();
-}
-
 // scores = q k^T, not waited for
 __device__ void multiply_keys(float (&scores)[64], const uint8_t* q, const uint8_t* k) {
 #pragma unroll
@@ -154,19 +147,9 @@ __device__ void mask_scores(float (&scores)[64], const Tile& t, bool causal, int
     }
 }
 
-__device__ void round_to_bf16(unsigned (&p)[8][4], const float (&x)[64]) {
-#pragma unroll
-    for (int i = 0; i < 32; i++) {
-        const __nv_bfloat162 pair = __floats2bfloat162_rn(x[2 * i], x[2 * i + 1]);
-        p[i / 4][i % 4] = *reinterpret_cast<const unsigned*>(&pair);
-    }
-}
-
 // Values past the sequence's end are not its own, and 0 times NaN is NaN.
 __device__ void clear_values(uint8_t* v, int from) {
-    const int lines = kBlock - from;
-    for (int i = threadIdx.x; i < lines * 2 * 8; i += kConsumers)
-        *reinterpret_cast<uint4*>(v + i / 8 / lines * kBox + (from + i / 8 % lines) * 128 + i % 8 * 16) = {};
+    clear_lines<kBlock>(v, 2, from, kConsumers);
     fence_async();
     named_barrier(1, kConsumers);
 }

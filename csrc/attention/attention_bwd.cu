@@ -10,10 +10,8 @@ namespace {
 //   s = x y^T, dp = dx dy^T  with x, dx = q, dout (keys: k, v) and y, dy the other side's,
 //   p = exp(scale s - lse), ds = p (dp - delta),  dq = scale ds k   (keys: dk = scale ds^T q, dv = p^T dout).
 // p and ds go to their products from registers: scores of keys are computed transposed. No sum has two writers.
-constexpr int kD = 128, kBlock = 128, kOther = 64, kConsumers = 256, kThreads = kConsumers + 128, kStages = 4;
-constexpr int kMaxSequences = 1024;
+constexpr int kBlock = 128, kOther = 64, kConsumers = 256, kThreads = kConsumers + 128, kStages = 4;
 constexpr int kBox = kBlock * 128, kOtherBox = kOther * 128;  // bytes of 64 columns
-constexpr float kLog2e = 1.4426950408889634f;
 
 struct Problem {
     TensorMap x, dx, y, dy, lse, delta;
@@ -123,21 +121,10 @@ __device__ void add_product(float (&sum)[64], const unsigned (&a)[4][4], const u
     for (int i = 0; i < kOther / 16; i++) wgmma_bf16_registers(sum, a[i], operand(y + i * 16 * 128, kOtherBox), true);
 }
 
-__device__ void round_to_bf16(unsigned (&a)[4][4], const float (&x)[32]) {
-#pragma unroll
-    for (int i = 0; i < 16; i++) {
-        const __nv_bfloat162 pair = __floats2bfloat162_rn(x[2 * i], x[2 * i + 1]);
-        a[i / 4][i % 4] = *reinterpret_cast<const unsigned*>(&pair);
-    }
-}
-
 // Rows past the sequence's end are not its own, and 0 times NaN is NaN.
 __device__ void clear_rows(uint8_t* y, uint8_t* dy, int from) {
-    const int lines = kOther - from;
-    for (int i = threadIdx.x; i < lines * 4 * 8; i += kConsumers) {
-        const int box = i / 8 / lines, offset = (from + i / 8 % lines) * 128 + i % 8 * 16;
-        *reinterpret_cast<uint4*>((box < 2 ? y : dy) + box % 2 * kOtherBox + offset) = {};
-    }
+    clear_lines<kOther>(y, 2, from, kConsumers);
+    clear_lines<kOther>(dy, 2, from, kConsumers);
     fence_async();
     named_barrier(1, kConsumers);
 }
@@ -208,12 +195,10 @@ template <bool kKeys> __device__ void differentiate(Shared& s, const Problem& p)
             wgmma_commit();
             wgmma_wait<0>(sum);
             if (kKeys) wgmma_wait<0>(sum2);
-            __syncwarp();
-            if (lane == 0) s.empty[stage].arrive();
+            release(s.empty[stage]);
             n = n + kOther < t.end ? n + kOther : t.begin;
         }
-        __syncwarp();
-        if (any && lane == 0) s.rows_empty.arrive();
+        if (any) release(s.rows_empty);
 #pragma unroll
         for (int i = 0; i < 64; i++) sum[i] *= p.scale;
         const auto store = [&](const float (&d)[64], bf16* out, int64_t out_row) {

@@ -1,8 +1,12 @@
-// bf16 tensors [T, H, 128] whose heads lie side by side in rows that may be wider, such as those of qkv.
+// What forward and backward share: bf16 tensors [T, H, 128] whose heads lie side by side in rows that may be wider,
+// such as those of qkv.
 #pragma once
 #include "sm90.cuh"
 
 namespace ling {
+
+constexpr int kD = 128, kMaxSequences = 1024;
+constexpr float kLog2e = 1.4426950408889634f;
 
 inline bool heads_in_rows(const Tensor& t) {
     const bool side_by_side = t.stride[2] == 1 && (t.shape[1] == 1 || t.stride[1] == t.shape[2]);

@@ -36,12 +36,8 @@ __device__ void load_tokens(Shared<Bf16>& s, const Problem& p) {
 
 // The last stage of a group holds tokens that are its neighbour's, whatever they are.
 __device__ void clear_tokens(Shared<Bf16>& s, int stage, int from) {
-    const int lines = Bf16::kTokens - from;
-    for (int i = threadIdx.x; i < lines * 6 * 8; i += kConsumers) {
-        const int box = i / 8 / lines, offset = (from + i / 8 % lines) * 128 + i % 8 * 16;
-        uint8_t* to = box < 2 ? s.a[stage] + box * Bf16::kBox : s.b[stage] + (box - 2) * Bf16::kBox;
-        *reinterpret_cast<uint4*>(to + offset) = {};
-    }
+    clear_lines<Bf16::kTokens>(s.a[stage], 2, from, kConsumers);
+    clear_lines<Bf16::kTokens>(s.b[stage], 4, from, kConsumers);
     fence_async();
     named_barrier(1, kConsumers);
 }
@@ -71,8 +67,7 @@ __device__ void multiply_tokens(Shared<Bf16>& s, const Problem& p) {
                 wgmma_wait<0>(sum[0]);
                 wgmma_wait<0>(sum[1]);
             }
-            __syncwarp();
-            if (threadIdx.x % 32 == 0) s.empty[ring.stage].arrive();
+            release(s.empty[ring.stage]);
         }
         if (!busy || (p.accumulate && !t.blocks)) continue;
         if (p.fp32 || p.accumulate) finish_in_place<Bf16>(p, t, sum);

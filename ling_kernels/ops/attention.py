@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from ..backend import _C, backend
-from ..op import autocast, expect, multiprocessors, op, round_up, wide
+from ..op import autocast, expect, known, multiprocessors, op, round_up, wide
 from .attention_kernels import attention_dkv_kernel, attention_dq_kernel, attention_fwd_kernel
 from .gemm_fp8 import provide_scratch
 
@@ -63,7 +63,7 @@ def expect_bounds(cu_seqlens: Tensor, T: int, device: torch.device) -> None:
     expect(cu_seqlens.dtype == torch.int32 and cu_seqlens.ndim == 1 and len(cu_seqlens) > 0,
            "cu_seqlens [B + 1] int32", cu_seqlens)  # fmt: skip
     expect(cu_seqlens.device == device, "cu_seqlens on the device of the rows", cu_seqlens.device, device)
-    if device.type == "cpu" and not torch.compiler.is_compiling():
+    if known(cu_seqlens):
         ascending(cu_seqlens, T)
 
 

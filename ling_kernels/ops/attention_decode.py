@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backend import _C, backend
-from ..op import E4M3, expect, multiprocessors, op, wide
+from ..op import E4M3, expect, known, multiprocessors, op, wide
 from .attention import attend, block_d
 from .quantize import quantize_blocks
 
@@ -57,7 +57,7 @@ def attention_decode(
     ints = block_table.dtype == lengths.dtype == torch.int32
     fits = block_table.ndim == 2 and len(block_table) == B and lengths.shape == (B,)
     expect(ints and fits, "block_table [B, max_blocks] and lengths [B], int32", block_table, lengths, q)
-    if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
+    if known(lengths):
         expect_pages(block_table, lengths, cache)
     scale = D**-0.5 if scale is None else scale
     if backend(q) == "torch" or q.dtype not in FLOATS or cache.k.dtype not in (*FLOATS, E4M3):
@@ -113,7 +113,7 @@ def append(cache: KVCache, k: Tensor, v: Tensor, slots: Tensor) -> None:
     fits = k.shape == v.shape == (len(k), *cache.k.shape[2:])
     expect(fits and slots.shape == (len(k),) and slots.dtype == torch.int64,
            "k and v [T, Hkv, D] of the cache's heads, slots [T] int64", k, v, slots, cache.k)  # fmt: skip
-    if slots.device.type == "cpu" and not torch.compiler.is_compiling() and len(slots):
+    if len(slots) and known(slots):
         inside = slots.min() >= 0 and slots.max() < cache.k.shape[0] * cache.k.shape[1]
         expect(bool(inside), "slots of the cache", int(slots.min()), int(slots.max()), cache.k)
     for x, cells, scales in ((k, cache.k, cache.k_scale), (v, cache.v, cache.v_scale)):

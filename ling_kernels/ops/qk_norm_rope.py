@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backend import _C, backend
-from ..op import expect, multiprocessors, op, wide
+from ..op import expect, known, multiprocessors, op, wide
 from .attention_decode import KVCache, append, expect_cache
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what the kernels take, in any mixture
@@ -63,7 +63,7 @@ def expect_heads(qkv, q_weight, k_weight, cos, sin, positions, num_kv_heads) -> 
            "positions [T] int32 or int64", positions, qkv)  # fmt: skip
     devices = {t.device for t in (qkv, q_weight, k_weight, cos, sin, positions)}
     expect(len(devices) == 1, "all tensors on one device", *devices)
-    if positions.device.type == "cpu" and not torch.compiler.is_compiling() and T:
+    if T and known(positions):
         low, high = int(positions.min()), int(positions.max())
         expect(low >= 0 and high < len(cos), f"positions in 0..{len(cos) - 1}, the rows of cos and sin", low, high)
 

@@ -1,0 +1,139 @@
+// How the FP8 GEMM's loading warpgroup fills the stages: tiles by TMA, gathered tokens, weights that are transposed.
+#pragma once
+#include "gemm/tiles.cuh"
+
+namespace ling::gemm_fp8 {
+
+template <typename V> __device__ void load_weights(Shared<V>& s, const Problem& p, const Tile& t, int stage, int k) {
+    const int group_row = V::kContract ? 0 : t.group * (V::kTurned ? p.K : p.N), up = V::kSwiglu ? p.N / 2 : 128;
+#pragma unroll
+    for (int h = 0; h < V::kHalves; h++) {
+        uint8_t* to = s.b[stage] + h * 128 * 128;
+        const int row = t.n + h * up;
+        if (V::kTurned) load_tile(to, p.b, s.raw[stage], row, group_row + k * 128);
+        else load_tile(to, p.b, s.full[stage], k * 128, group_row + row);
+        if (V::kTall) load_tile(s.b_scale[stage] + h * 128, p.b_scale, s.full[stage], row, k);
+    }
+}
+
+template <typename V> __device__ void load_tokens(Shared<V>& s, const Problem& p, const Tile& t, int stage, int k) {
+    load_tile(s.a[stage], p.a, s.full[stage], k * 128, t.m);
+    load_tile(s.a_scale[stage], p.a_scale, s.full[stage], t.m, k);
+}
+
+template <typename V> __device__ void load_tiles(Shared<V>& s, const Problem& p) {
+    Ring<V::kStages> ring;
+    Tile t;
+    for (int tile = blockIdx.x; find_tile(s, p, tile, t); tile += gridDim.x) {
+        for (int k = t.k; k < t.k + t.blocks; k++, ring.next()) {
+            if (threadIdx.x % 32) continue;
+            s.empty[ring.stage].wait(ring.parity ^ 1);
+            s.full[ring.stage].arrive_and_expect(V::kTokenBytes + V::kBBytes + V::kBScaleBytes);
+            load_tokens(s, p, t, ring.stage, k);
+            load_weights(s, p, t, ring.stage, k);
+        }
+        __syncwarp();
+    }
+}
+
+// Tokens through `source`: 8 threads copy a row of 128 bytes. A stage is handed on kInFlight steps after its copies
+// began.
+template <typename V> __device__ void load_gathered(Shared<V>& s, const Problem& p) {
+    constexpr int kInFlight = 2, kRows = V::kBlockM / 16;
+    const int thread = threadIdx.x - kConsumers, chunk = thread % 8, line = thread / 8;
+    Ring<V::kStages> ring, ready;
+    int open = 0;
+    const auto hand_on = [&] {
+        fence_async();
+        s.full[ready.stage].arrive();
+        ready.next(), open--;
+    };
+    Tile t;
+    for (int tile = blockIdx.x; find_tile(s, p, tile, t); tile += gridDim.x) {
+        int token[kRows];  // -1: past the group's end
+#pragma unroll
+        for (int i = 0; i < kRows; i++) {
+            const int r = line + 16 * i;
+            token[i] = r < t.rows ? p.source[t.m + r] / p.topk : -1;
+        }
+        const int own = thread < t.rows ? p.source[t.m + thread] / p.topk : -1;
+        for (int k = 0; k < t.blocks; k++, ring.next()) {
+            s.empty[ring.stage].wait(ring.parity ^ 1);
+            if (thread == 0) {
+                s.full[ring.stage].arrive_and_expect(V::kBBytes + V::kBScaleBytes);
+                load_weights(s, p, t, ring.stage, k);
+            }
+#pragma unroll
+            for (int i = 0; i < kRows; i++) {
+                const uint8_t* from = p.tokens + max(token[i], 0) * p.tokens_m + k * 128 + chunk * 16;
+                copy_async<16>(s.a[ring.stage] + swizzled(line + 16 * i, chunk), from, token[i] < 0);
+            }
+            if (thread < V::kBlockM)
+                copy_async<4>(&s.a_scale[ring.stage][thread],
+                              p.token_scale + max(own, 0) * p.token_scale_m + k * p.token_scale_k, own < 0);
+            commit_copies();
+            if (++open > kInFlight) wait_copies<kInFlight>(), hand_on();
+        }
+    }
+    wait_copies<0>();
+    while (open) hand_on();
+}
+
+// The 128 x 128 bytes of a tile in place, by one warpgroup. Its warps load all of it before one stores: with each load,
+// 16 lines of 2 chunks. The order of the lines, and which of both chunks a lane takes first, avoid bank conflicts.
+__device__ inline void transpose_tile(uint8_t* tile) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, matrix = lane / 8, i = lane % 8;
+    const bool left = lane % 4 < 2, upper = lane / 4 < 4;        // of what this lane holds
+    const auto chunk = [](int j) { return j % 2 + j / 2 * 4; };  // and the one that is 2 further
+    unsigned r[8][4];
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        const int n = (2 * warp + j / 4) * 16 + i / 2 * 4 + i % 2 + matrix % 2 * 2;
+        load_transposed(r[j], tile + swizzled(n, chunk(j % 4) ^ ((i < 4) == (matrix < 2) ? 0 : 2)));
+    }
+    named_barrier(3, 128);
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        unsigned out[4];
+#pragma unroll
+        for (int c = 0; c < 2; c++) {  // the chunks
+            const bool first = left == (c == 0);
+            const unsigned low = first ? r[j][0] : r[j][2], high = first ? r[j][1] : r[j][3];
+            const unsigned even = __byte_perm(low, high, 0x6420), odd = __byte_perm(low, high, 0x7531);
+            out[2 * c] = upper ? even : odd, out[2 * c + 1] = upper ? odd : even;
+        }
+        const int line = (chunk(j % 4) + matrix / 2 * 2) * 16 + 2 * i + ((matrix % 2 == 1) == (i < 4));
+        store_matrices(tile + swizzled(line, 2 * warp + j / 4), out);
+    }
+}
+
+// Weights whose contraction is outermost: kAhead steps after its loads began, a stage's weights are transposed.
+template <typename V> __device__ void load_and_turn(Shared<V>& s, const Problem& p) {
+    constexpr int kAhead = 2;
+    Ring<V::kStages> ring, here;
+    Tile t;
+    int tile = blockIdx.x, k = 0, open = 0;
+    for (bool more = find_tile(s, p, tile, t); more || open;) {
+        if (more && open < kAhead) {
+            if (threadIdx.x == kConsumers) {
+                s.empty[ring.stage].wait(ring.parity ^ 1);
+                s.full[ring.stage].arrive_and_expect(V::kTokenBytes);
+                s.raw[ring.stage].arrive_and_expect(V::kBBytes);
+                load_tokens(s, p, t, ring.stage, k);
+                load_weights(s, p, t, ring.stage, k);
+            }
+            ring.next(), open++;
+            if (++k == t.blocks) k = 0, more = find_tile(s, p, tile += gridDim.x, t);
+            continue;
+        }
+        s.raw[here.stage].wait(here.parity);
+        __syncwarp();
+#pragma unroll 1
+        for (int h = 0; h < V::kHalves; h++) transpose_tile(s.b[here.stage] + h * 128 * 128);
+        fence_async();
+        s.full[here.stage].arrive();
+        here.next(), open--;
+    }
+}
+
+}  // namespace ling::gemm_fp8

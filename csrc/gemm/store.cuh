@@ -1,0 +1,158 @@
+// How the FP8 GEMM's results leave the registers: as they are, added to what is there, or as quantised SwiGLU.
+#pragma once
+#include "gemm/tiles.cuh"
+
+namespace ling::gemm_fp8 {
+
+__device__ inline float silu(float x) { return x / (1 + __expf(-x)); }
+
+// Adds what y holds, where it is to be added to, and stores fp32 results: 4 lanes have 32 bytes of a row.
+template <typename V>
+__device__ void finish_in_place(const Problem& p, const Tile& t, float (&sum)[V::kHalves][V::kRegs]) {
+    constexpr int kBatch = V::kRegs < 32 ? V::kRegs : 32;  // loads in flight
+    const Place at;
+#pragma unroll
+    for (int i = 0; i < V::kHalves * V::kRegs; i += kBatch) {
+        float* const d = sum[i / V::kRegs] + i % V::kRegs;
+        float old[kBatch] = {};
+        const auto each = [&](auto&& f) {
+#pragma unroll
+            for (int j = 0; j < kBatch; j += V::kSwap ? 1 : 2) {
+                const int r = i % V::kRegs + j;
+                const int row = 64 * at.warpgroup + at.row + (r & 2) * 4, column = r / 4 * 8 + at.column + (r & 1);
+                const int m = V::kSwap ? column : row, n = t.n + i / V::kRegs * 128 + (V::kSwap ? row : column);
+                if (m < t.rows && n < p.N) f(j, t.group * p.y_g + (t.m + m) * p.y_m + n);
+            }
+        };
+        if (p.accumulate)
+            each([&](int j, int64_t place) {
+                if (p.fp32) {
+                    const float* y = static_cast<const float*>(p.y) + place;
+                    old[j] = y[0];
+                    if (!V::kSwap) old[j + 1] = y[1];
+                } else {
+                    const bf16* y = static_cast<const bf16*>(p.y) + place;
+                    old[j] = static_cast<float>(y[0]);
+                    if (!V::kSwap) old[j + 1] = static_cast<float>(y[1]);
+                }
+            });
+#pragma unroll
+        for (int j = 0; j < kBatch; j++) d[j] += old[j];
+        if (p.fp32)
+            each([&](int j, int64_t place) {
+                float* y = static_cast<float*>(p.y) + place;
+                if constexpr (V::kSwap) *y = d[j];
+                else *reinterpret_cast<float2*>(y) = {d[j], d[j + 1]};
+            });
+    }
+}
+
+// 16 bytes of a staged line of 128: where they belong, if they are the group's
+__device__ inline void store_chunk(const uint8_t* lines, int line, int chunk, uint8_t* to) {
+    *reinterpret_cast<uint4*>(to + chunk * 16) = *reinterpret_cast<const uint4*>(lines + swizzled(line, chunk));
+}
+
+// Tokens are rows of the warpgroup's product: a warp has 16 of them to itself.
+template <typename V>
+__device__ void write_rows(Shared<V>& s, const Problem& p, const Tile& t, const float (&sum)[V::kHalves][V::kRegs]) {
+    const Place at;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, line = lane / 4, first = 16 * warp;
+    uint8_t* lines = s.staging + warp * 16 * 128;
+    if constexpr (V::kSwiglu) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {  // the upper row, and the lower
+            float y[32];
+            unsigned largest = 0;
+#pragma unroll
+            for (int j = 0; j < 32; j++) {
+                const int r = j / 2 * 4 + 2 * i + j % 2;
+                y[j] = silu(sum[0][r]) * sum[1][r];
+                largest = max(largest, abs_bits(y[j]));
+            }
+            largest = max(largest, __shfl_xor_sync(~0u, largest, 1));
+            largest = max(largest, __shfl_xor_sync(~0u, largest, 2));
+            const float scale = block_scale(largest, false);
+            const Quotient<false> code(scale);
+            const int row = line + 8 * i, m = first + row;
+#pragma unroll
+            for (int j = 0; j < 16; j++) {
+                const unsigned codes = to_e4m3x4(code(y[2 * j]), code(y[2 * j + 1]), 0, 0);
+                *reinterpret_cast<uint16_t*>(lines + swizzled(row, j / 2) + j % 2 * 8 + at.column) = codes;
+            }
+            if (lane % 4 == 0 && m < t.rows) p.y_scale[t.n / 128 * p.y_scale_k + t.m + m] = scale;
+        }
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int row = 4 * i + lane / 8;
+            if (first + row < t.rows)
+                store_chunk(lines, row, lane % 8, static_cast<uint8_t*>(p.y) + (t.m + first + row) * p.y_m + t.n);
+        }
+        __syncwarp();
+    } else {
+#pragma unroll
+        for (int part = 0; part < 2 * V::kHalves; part++) {  // 64 columns each
+            const int n = t.n + 64 * part;
+            if (n >= p.N) break;
+            store_rows(lines, sum[part / 2] + part % 2 * 32, p.N - n, [&](int row) -> bf16* {
+                if (first + row >= t.rows) return nullptr;
+                return static_cast<bf16*>(p.y) + t.group * p.y_g + (t.m + first + row) * p.y_m + n;
+            });
+        }
+    }
+}
+
+// Tokens are its columns: lines of the staging are tokens, and a warpgroup, or for FP8 both, fill one together.
+template <typename V>
+__device__ void write_columns(Shared<V>& s, const Problem& p, const Tile& t, const float (&sum)[V::kHalves][V::kRegs]) {
+    const Place at;
+    const int thread = threadIdx.x;
+    if constexpr (V::kSwiglu) {
+        unsigned* largest = reinterpret_cast<unsigned*>(s.staging + V::kBlockM * 128);
+        float y[V::kRegs];
+        if (thread < V::kBlockM) largest[thread] = 0;
+        named_barrier(1, kConsumers);
+#pragma unroll
+        for (int i = 0; i < V::kRegs; i++) y[i] = silu(sum[0][i]) * sum[1][i];
+#pragma unroll
+        for (int j = 0; j < V::kRegs / 2; j++) {
+            const int i = j / 2 * 4 + j % 2;
+            unsigned bits = max(abs_bits(y[i]), abs_bits(y[i + 2]));
+            for (int d = 4; d < 32; d *= 2) bits = max(bits, __shfl_xor_sync(~0u, bits, d));
+            if (threadIdx.x % 32 < 4) atomicMax(largest + j / 2 * 8 + at.column + j % 2, bits);
+        }
+        named_barrier(1, kConsumers);
+#pragma unroll
+        for (int j = 0; j < V::kRegs / 2; j++) {
+            const int i = j / 2 * 4 + j % 2, token = j / 2 * 8 + at.column + j % 2, f = 64 * at.warpgroup + at.row;
+            const Quotient<false> code(block_scale(largest[token], false));
+            s.staging[swizzled(token, f / 16) + f % 16] = to_e4m3(code(y[i]));
+            s.staging[swizzled(token, f / 16) + f % 16 + 8] = to_e4m3(code(y[i + 2]));
+        }
+        if (thread < t.rows) p.y_scale[t.n / 128 * p.y_scale_k + t.m + thread] = block_scale(largest[thread], false);
+        named_barrier(1, kConsumers);
+        for (int i = thread; i < t.rows * 8; i += kConsumers)
+            store_chunk(s.staging, i / 8, i % 8, static_cast<uint8_t*>(p.y) + (t.m + i / 8) * p.y_m + t.n);
+        named_barrier(1, kConsumers);
+    } else {
+        uint8_t* lines = s.staging + at.warpgroup * kStaging / 2;
+#pragma unroll
+        for (int h = 0; h < V::kHalves; h++) {
+            const int n = t.n + 128 * h + 64 * at.warpgroup;
+#pragma unroll
+            for (int i = 0; i < V::kRegs; i++) {
+                const int token = i / 4 * 8 + at.column + i % 2, row = at.row + (i & 2) * 4;
+                *reinterpret_cast<bf16*>(lines + swizzled(token, row / 8) + row % 8 * 2) =
+                    __float2bfloat16_rn(sum[h][i]);
+            }
+            named_barrier(1 + at.warpgroup, 128);
+            for (int i = thread % 128; i < t.rows * 8; i += 128)
+                if (n + i % 8 * 8 < p.N)
+                    store_chunk(lines, i / 8, i % 8,
+                                reinterpret_cast<uint8_t*>(static_cast<bf16*>(p.y) + (t.m + i / 8) * p.y_m + n));
+            named_barrier(1 + at.warpgroup, 128);
+        }
+    }
+}
+
+}  // namespace ling::gemm_fp8
