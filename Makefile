@@ -5,6 +5,7 @@
 #              and uses PYTHON as it is. `make stamp` before, where there is a git history, names the commit for it.
 # make bench   time every op against its limit and its peers, write docs/performance.md; QUICK=1: at most 8 minutes on a
 #              GPU; stopped, it goes on at the next call. Without a GPU: what a CPU can tell
+# make times   time `make train` and CI in fresh clones of the last commit, into benchmarks/results/, for README.md
 #
 # Set up: a virtual environment in .venv that sees the packages of PYTHON, so that a torch which is there is used. What
 # was done once is done again only when pyproject.toml, setup.py or csrc/ has changed. Variables: PYTHON=python3.12,
@@ -25,7 +26,7 @@ CSRC := CMakeLists.txt $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc tests/host -path '*/build' -prune -o \
 	-type f \( -name '*.cu*' -o -name '*.h' -o -name '*.cpp' \) -print)
 
-.PHONY: help train test lint install clean gpu stamp bench
+.PHONY: help train test lint install clean gpu stamp bench times
 .DEFAULT_GOAL := help
 
 help:
@@ -56,9 +57,12 @@ gpu:
 bench:
 	@$(if $(wildcard $(VENV)/.dev),$(PY),$(OUTER)) -m benchmarks.run $(if $(QUICK),--quick) $(ARGS)
 
+times:
+	@$(OUTER) -m benchmarks.commands $(ARGS)
+
 stamp:
 	@mkdir -p build
-	@git describe --always --dirty --abbrev=40 --exclude='*' | tee build/commit
+	@$(OUTER) -c 'from benchmarks.gpu import commit; print(commit())' | tee build/commit
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info tests/host/build ling_kernels/_C.*.so .pytest_cache .ruff_cache .benchmarks
@@ -92,7 +96,7 @@ $(VENV)/.train: $(INSTALLED_FROM) $(CSRC)
 	@touch $@
 
 $(VENV)/.dev: $(INSTALLED_FROM) $(CSRC)
-	@$(call install,train$(,)dev)
+	@$(call install,train$(,)server$(,)dev)
 	@touch $@ $(VENV)/.train
 
 , := ,

@@ -1,6 +1,8 @@
 """What a GPU can do at most, by its data sheet or as measured, and how long a piece of work must therefore take."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+
+from ling_kernels.gpu import Gpu, named
 
 
 @dataclass(frozen=True)
@@ -12,44 +14,14 @@ class Work:
     precision: str = "bf16"  # or fp8
 
 
-@dataclass(frozen=True)
-class Gpu:
-    name: str
-    bandwidth: float  # bytes/s
-    bf16: float  # dense FLOP/s
-    fp8: float
-    sms: int
-    clock: float  # boost, Hz
-
-    def rate(self, precision: str) -> float:
-        return self.fp8 if precision == "fp8" else self.bf16
-
-
-# Data sheets. The H20's are as Ant Group publishes them beside its SGLang deployment (296 / 148 TFLOPS, 4 TB/s).
-NAMEPLATE = {
-    g.name: g
-    for g in (
-        Gpu("H20", 4.0e12, 148e12, 296e12, 78, 1.98e9),
-        Gpu("H100", 3.35e12, 989.4e12, 1978.9e12, 132, 1.98e9),
-        Gpu("H200", 4.8e12, 989.4e12, 1978.9e12, 132, 1.98e9),
-    )
-}
-
-
-def nameplate(name: str) -> Gpu | None:
-    """Of the GPU that calls itself so."""
-    words = name.replace("-", " ").split()
-    return next((g for g in NAMEPLATE.values() if g.name in words), None)
-
-
 def measured(name: str, rows: list[dict]) -> Gpu | None:
     """That GPU with the rates that the run measured first, where all are there."""
     found = {r["rate"]: r["per_second"] for r in rows if r.get("rate")}
-    plate = nameplate(name)
+    plate = named(name)
     if not plate or not {"copy", "bf16"} <= {*found}:
         return None
     fp8 = found.get("fp8", found["bf16"] * plate.fp8 / plate.bf16)
-    return replace(plate, bandwidth=max(found["copy"], found.get("read", 0)), bf16=found["bf16"], fp8=fp8)
+    return plate._replace(bandwidth=max(found["copy"], found.get("read", 0)), bf16=found["bf16"], fp8=fp8)
 
 
 def floor(work: Work, gpu: Gpu) -> float:

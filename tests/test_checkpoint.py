@@ -1,5 +1,6 @@
 """Official checkpoints: bit for bit there and back, sharded, block-FP8, streamed, and clear words for damaged ones."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -11,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ling_kernels.errors import InputError
-from ling_kernels.model import LingConfig, load_model, named_views, resolve_model, save_model
+from ling_kernels.model import Ling, LingConfig, load_model, named_views, resolve_model, save_model
+from ling_kernels.nn.fp8 import Fp8Linear, to_fp8
 
 DATA = Path(__file__).parent / "data"
 NAMES = ["base", "mtp1", "yarn"]
@@ -191,3 +193,49 @@ else:
     shutil.copytree(DATA / "base", tmp_path / "small")
     size, grown = map(int, subprocess.check_output([sys.executable, "-c", code, "load", tmp_path]).split())
     assert size > 150_000 and grown < size + (48 << 10)
+
+
+@pytest.fixture(scope="module")
+def whole_blocks(tmp_path_factory):
+    """A checkpoint whose sizes are multiples of 128, in bf16."""
+    config = dataclasses.replace(LingConfig.tiny(), head_dim=64, intermediate_size=256, moe_intermediate_size=128,
+                                 num_hidden_layers=2, vocab_size=384)  # fmt: skip
+    model = Ling(config)
+    model.init_weights(torch.Generator().manual_seed(0))
+    folder = tmp_path_factory.mktemp("whole")
+    save_model(model, folder)
+    return folder
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_fp8_weights_alone(whole_blocks, head, tmp_path):
+    """Quantised as they are read, kept as bytes: the bits of layers that quantise in each forward. Saved and loaded."""
+    wide = load_model(whole_blocks)
+    made, left = to_fp8(wide)
+    if head:
+        wide.lm_head = Fp8Linear.of(wide.lm_head)
+    assert made and not left
+    frozen = load_model(whole_blocks, fp8=True, fp8_head=head)
+    ids = torch.randint(0, 384, (2, 9), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        want = wide(ids).logits
+        assert torch.equal(frozen(ids).logits, want)
+    wide_ones = sum(p.numel() for p in frozen.parameters() if p.ndim > 1 and p.dtype != torch.float8_e4m3fn)
+    routers = sum(r.weight.numel() for r in frozen.routers())
+    assert wide_ones == 384 * 128 * (2 - head) + 128 * 256 + routers, "embedding, head, MTP's projection, routers"
+    save_model(frozen, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["quantization_config"]["weight_block_size"] == [128, 128]
+    size = sum(f.stat().st_size for f in tmp_path.glob("*.safetensors"))
+    assert size < 0.7 * sum(f.stat().st_size for f in whole_blocks.glob("*.safetensors"))
+    again, dequantised = load_model(tmp_path, fp8=True, fp8_head=head), load_model(tmp_path, dtype=torch.float32)
+    assert same(dict(named_views(again)), dict(named_views(frozen)))
+    with torch.inference_mode():
+        assert torch.equal(again(ids).logits, want)
+        near = dequantised(ids).logits
+    assert 0 < (near - want).norm() < 0.1 * want.norm()
+
+
+def test_sizes_that_are_no_blocks_stay_wide():
+    model = load_model(DATA / "base", fp8=True, fp8_head=True)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}

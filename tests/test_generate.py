@@ -4,6 +4,7 @@ import dataclasses
 import io
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,8 +14,9 @@ import pytest
 import torch
 
 from ling_kernels.errors import InputError
+from ling_kernels.generate import Engine, plan, sampler, stream_text
 from ling_kernels.generate import __main__ as cli
-from ling_kernels.generate import sampler, stream_text
+from ling_kernels.generate.plan import step_bytes, tokens_per_second
 from ling_kernels.generate.text import StopStrings
 from ling_kernels.model import Ling, LingConfig, load_model, save_model
 from ling_kernels.tokenizer import load_tokenizer
@@ -98,6 +100,9 @@ SHARES = [0.1, 0.5, 0.04, 0.3, 0.06]
     (dict(top_p=0.6), {1, 3}),
     (dict(top_p=0.6, top_k=2), {1}),  # of the two, the first has 0.625
     (dict(top_p=0.6, top_k=2, temperature=2.0), {1, 3}),  # now 0.564
+    (dict(min_p=0.19), {1, 3, 0}),
+    (dict(min_p=1.0), {1}),
+    (dict(min_p=0.19, top_p=0.51), {1, 3}),
 ])  # fmt: skip
 def test_top_k_and_top_p_keep(options, kept):
     logits = [math.log(p) for p in SHARES]
@@ -135,7 +140,8 @@ def test_seed():
     dict(temperature=-0.1), dict(temperature=math.nan), dict(temperature=math.inf), dict(temperature=1.0, top_k=-1),
     dict(temperature=1.0, top_p=0.0), dict(temperature=1.0, top_p=1.1), dict(temperature=1.0, top_p=math.nan),
     dict(repetition_penalty=0.0), dict(repetition_penalty=-1.0), dict(seed=-1), dict(seed=1 << 63),
-    dict(top_k=5), dict(top_p=0.5),
+    dict(temperature=1.0, min_p=-0.1), dict(temperature=1.0, min_p=1.1), dict(top_k=5), dict(top_p=0.5),
+    dict(min_p=0.1),
 ])  # fmt: skip
 def test_meaningless_sampling(options):
     with pytest.raises(InputError, match=list(options)[-1]):
@@ -168,24 +174,17 @@ def test_stop_strings(stop, pieces, shown):
 
 
 def test_stream_text(checkpoint):
-    model, tokenizer = load_model(checkpoint, torch.float32), load_tokenizer(checkpoint)
+    engine, tokenizer = Engine(load_model(checkpoint, torch.float32)), load_tokenizer(checkpoint)
 
-    def pieces(prompt, n, **options):
-        return list(stream_text(model, tokenizer, tokenizer.encode(prompt), n, **options))
+    def pieces(prompt, n, ends=(), stop=()):
+        tokens = engine.stream(tokenizer.encode(prompt), max_new_tokens=n, ends=ends)
+        return list(stream_text(tokens, tokenizer, stop))
 
     assert pieces("a", 3) == ["b", "c", "d", ""]
     assert pieces("?", 2) == ["", "é", ""]
     assert pieces("?", 1) == ["", "\ufffd"], "half a character at the end"
     assert pieces("x", 9, ends={EOS}) == ["y", "z", ""]
     assert pieces("a", 9, stop=["def"]) == ["b", "c", "", "", "", ""]
-    seen = []
-
-    def choose(logits, ids):
-        seen.append(ids.tolist())
-        return logits.argmax(1)
-
-    pieces("ab", 3, choose=choose)
-    assert seen == [[[*b"ab"]], [[*b"abc"]], [[*b"abcd"]]], "the penalty is over prompt and text"
 
 
 @pytest.mark.parametrize("args, text", [
@@ -200,7 +199,8 @@ def test_stream_text(checkpoint):
     (["--prompt", "v", "--stop", "xyw", "--stop", "z."], "wxyz"),
     (["--prompt", "x", "--ignore-eos", "--stop", "z<|end"], "y"),
     (["--prompt", "x", "--echo"], "xyz"),
-    (["--prompt", "x", "--dtype", "bf16", "--device", "cpu"], "yz"),
+    (["--prompt", "x", "--precision", "bf16", "--device", "cpu"], "yz"),
+    (["--prompt", "x", "--precision", "fp8"], "yz"),
     (["--prompt", "x", "--tokenizer", "bytes"], "yz"),
     (["--prompt", "Hi", "--chat"], "XYZ"),
     (["--prompt", "Hi", "--chat", "--system", "S", "--echo"], "<role>SYSTEM</role>S\ndetailed thinking off<|role_end|>"
@@ -215,7 +215,7 @@ def test_text(generate, args, text):
 
 def test_prompt_is_plain_text_outside_a_chat(checkpoint, monkeypatch):
     given = []
-    monkeypatch.setattr(cli, "stream_text", lambda model, tokenizer, ids, *_: given.append(ids) or iter(()))
+    monkeypatch.setattr(Engine, "stream", lambda engine, ids, **_: given.append(ids) or iter(()))
     cli.main(["--model", checkpoint, "--prompt", "<role>"])
     cli.main(["--model", checkpoint, "--prompt", "<role>", "--chat"])
     assert given[0] == [*b"<role>"]
@@ -245,7 +245,9 @@ def test_standard_input_and_stats(generate, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"wx\n")))
     code, out, err = generate("--prompt", "-", "--stats")
     assert (code, out) == (0, "yz\n")
-    assert err.startswith("2 tokens read in ") and ", 2 written at " in err
+    assert err.startswith("2 tokens read in ") and ", 2 written at " in err and "drafts" not in err
+    code, out, err = generate("--prompt", "abcabcab", "--draft", "2", "--stats", "--max-new-tokens", "9")
+    assert (code, out) == (0, "cdefghijk\n") and " drafts were right" in err
 
 
 def test_ends_of_generation_config(tmp_path, generate):
@@ -276,6 +278,8 @@ def test_terminal_is_not_steered(monkeypatch):
     (["--prompt", "a", "--temperature", "-1"], "temperature"),
     (["--prompt", "a", "--temperature", "1", "--top-p", "0"], "top_p"),
     (["--prompt", "a", "--top-k", "5"], "temperature above 0"),
+    (["--prompt", "a", "--draft", "8"], "draft 8"),
+    (["--prompt", "a", "--fp8-head"], "--precision fp8"),
     (["--prompt", "a", "--repetition-penalty", "0"], "repetition_penalty"),
     (["--prompt", "a", "--max-new-tokens", "0"], "at least 1"),
     (["--prompt", "a", "--max-new-tokens", "200"], "200 positions"),
@@ -358,3 +362,36 @@ def test_ctrl_c_and_a_reader_that_leaves(tmp_path):
         left.stdout.close()
         assert left.wait(60) == 141
         assert left.stderr.read() == b""
+
+
+@pytest.mark.parametrize("weights, head, GB", [("bf16", "bf16", 2.242), ("fp8", "bf16", 1.463), ("fp8", "fp8", 1.141)])
+def test_bytes_of_a_step(weights, head, GB):
+    """Ling-mini's: sums made another way, with fp32 routers, without norms and scales."""
+    parts = step_bytes(LingConfig.mini(), weights=weights, head=head)
+    assert (sum(parts.values()) + parts["routers"]) / 1e9 == pytest.approx(GB, rel=1e-3)
+    assert tokens_per_second(parts, 1, 4.8e12) == pytest.approx(4.8e12 / sum(parts.values()))
+
+
+def test_bytes_of_larger_steps():
+    c = LingConfig.mini()
+    one, many = step_bytes(c), step_bytes(c, batch=10**6, context=10)
+    assert one["experts"] == pytest.approx(19 * 8 * 3 * 2048 * 512 * 2)
+    assert many["experts"] == pytest.approx(19 * 256 * 3 * 2048 * 512 * 2), "all of them"
+    assert many["KV cache"] == 10**6 * 10 * 20 * 2 * 4 * 128 * 2
+    weights = sum(v for k, v in many.items() if k not in ("KV cache", "embedding")) / 2
+    assert weights == c.num_parameters() - c.vocab_size * c.hidden_size
+
+
+def test_plan(capsys):
+    assert plan.main(["--model", "mini", "--batch", "1", "64", "--weights", "fp8", "--context", "0"]) == 0
+    lines = [re.split(r"  +", line.strip()) for line in capsys.readouterr().out.splitlines()]
+    lines = {name: values for name, *values in lines}
+    assert float(lines["H200, 4.8 TB/s"][0]) == pytest.approx(3281, rel=0.02)
+    assert float(lines["all"][1]) == pytest.approx(14280, rel=0.01)
+    for args, said in (
+        (["--batch", "0"], "--batch"),
+        (["--context", "-1"], "--context"),
+        (["--cache", "int4"], "int4"),
+    ):
+        assert plan.main(["--model", "mini", *args]) == 2
+        assert said in capsys.readouterr().err

@@ -342,7 +342,7 @@ def test_make_does_nothing_twice(tree):
         "venv", "pip torch==2.13.0", "pip triton==3.8.0", *install, "pip --no-build-isolation -e .[train]", train,
     ]  # fmt: skip
     assert make("train") == [train]
-    assert make("test") == [*install, "pip --no-build-isolation -e .[train,dev]", test]
+    assert make("test") == [*install, "pip --no-build-isolation -e .[train,server,dev]", test]
     assert make("test") == [test] and make("train") == [train]
     touch("csrc/tensor.h")
     assert make("test") == ["python setup.py -q build_ext --inplace", test]
@@ -351,4 +351,4 @@ def test_make_does_nothing_twice(tree):
     touch("pyproject.toml")
     assert make("train") == [*install, "pip --no-build-isolation -e .[train]", train]
     shutil.rmtree(tree / ".venv")
-    assert make("install") == ["venv", *install, "pip --no-build-isolation -e .[train,dev]"]
+    assert make("install") == ["venv", *install, "pip --no-build-isolation -e .[train,server,dev]"]

@@ -12,7 +12,8 @@ import torch
 from ..errors import InputError, command
 from ..model import LingConfig, load_model, resolve_model
 from ..tokenizer import Tokenizer, load_tokenizer, read_json
-from .sample import sampler
+from .engine import Engine
+from .sample import Sampling
 from .text import stream_text
 
 
@@ -27,14 +28,15 @@ def arguments() -> argparse.ArgumentParser:
     add("--temperature", type=float, default=0.0, metavar="T", help="0 (default) takes the likeliest token")
     add("--top-p", type=float, default=1.0, metavar="P", help="draw among the likeliest that hold P of the probability")
     add("--top-k", type=int, default=0, metavar="K", help="draw among the K likeliest")
+    add("--min-p", type=float, default=0.0, metavar="P", help="draw among those P times as likely as the likeliest")
     add("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1 makes what was said less likely")
     add("--seed", type=int, metavar="N", help="the same text again for the same seed")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times")
     add("--ignore-eos", action="store_true", help="go on after an end token")
     add("--echo", action=argparse.BooleanOptionalAction, default=False, help="print the prompt first")
     add("--stats", action="store_true", help="tokens per second, on standard error")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="auto is bf16 on a GPU, fp32 on a CPU")
+    add("--draft", type=int, default=0, metavar="N", help="tokens to guess ahead in each step, by MTP if it is there")
+    add_placement(parser)
     add("--tokenizer", metavar="PATH", help="not the checkpoint's but this tokenizer.json or folder; bytes: built in")
 
     def fail(message: str):
@@ -63,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    choose = sampler(args.temperature, args.top_k, args.top_p, args.repetition_penalty, args.seed)
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.seed)
     config, folder = resolve_model(args.model)
     if folder is None:
         raise InputError(f"--model {args.model} is a preset, which has no weights: give a checkpoint folder")
@@ -73,13 +75,14 @@ def run(args: argparse.Namespace) -> None:
     prompt, ids = read_prompt(args, tokenizer)
     new = room(args.max_new_tokens, len(ids), config.max_positions)
     ends = () if args.ignore_eos else end_ids(config, tokenizer, folder)
-    device, dtype = placement(args.device, args.dtype)
-    model = load_model(folder, dtype=dtype, device=device)
+    model = load_model(folder, **placement(args))
+    engine = Engine(model, cache_tokens=len(ids) + new, max_running=1, draft=args.draft)
+    tokens = engine.stream(ids, sampling=sampling, max_new_tokens=new, ends=ends)
 
     if args.echo:
         show(prompt)
     times, last = [time.perf_counter()], ""
-    for piece in stream_text(model, tokenizer, ids, new, choose, args.stop, ends):
+    for piece in stream_text(tokens, tokenizer, args.stop):
         times.append(time.perf_counter())
         show(piece)
         last = piece or last
@@ -89,7 +92,9 @@ def run(args: argparse.Namespace) -> None:
         start, *after = times
         count = len(after) - 1  # of tokens: the last piece is only what had been held back
         first, rate = after[0] - start, (count - 1) / (after[-1] - after[0]) if count > 1 else 0.0
-        print(f"{len(ids)} tokens read in {first:.2f} s, {count} written at {rate:.1f} tokens/s", file=sys.stderr)
+        said = f"{len(ids)} tokens read in {first:.2f} s, {count} written at {rate:.1f} tokens/s"
+        drafts = f", {engine.right} of {engine.guessed} drafts were right" if args.draft else ""
+        print(said + drafts, file=sys.stderr)
 
 
 def find_tokenizer(given: str | None, folder: Path, config: LingConfig) -> Tokenizer:
@@ -141,14 +146,27 @@ def end_ids(config: LingConfig, tokenizer: Tokenizer, folder: Path) -> set[int]:
     return {config.eos_token_id, tokenizer.eos_id, turn, *(more if isinstance(more, list) else [more])}
 
 
-def placement(device: str, dtype: str) -> tuple[str, torch.dtype]:
+def add_placement(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--precision", choices=("auto", "fp32", "bf16", "fp8"), default="auto",
+        help="auto is bf16 on a GPU, fp32 on a CPU; fp8 is bf16 with FP8 weights in the layers")  # fmt: skip
+    add("--fp8-head", action="store_true", help="with --precision fp8: lm_head too")
+
+
+def placement(args: argparse.Namespace) -> dict:
+    """load_model's options."""
+    device, precision = args.device, args.precision
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no GPU")
-    if dtype == "auto":
-        dtype = "bf16" if device == "cuda" else "fp32"
-    return device, {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    if precision == "auto":
+        precision = "bf16" if device == "cuda" else "fp32"
+    if args.fp8_head and precision != "fp8":
+        raise InputError("--fp8-head needs --precision fp8")
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    return dict(device=device, dtype=dtype, fp8=precision == "fp8", fp8_head=args.fp8_head)
 
 
 def show(text: str) -> None:

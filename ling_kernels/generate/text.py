@@ -1,30 +1,14 @@
 """The text of a generation as it comes: characters whole, and stop strings cut off."""
 
-from collections.abc import Callable, Container, Iterator, Sequence
-
-import torch
+from collections.abc import Iterable, Iterator, Sequence
 
 from ..tokenizer import TextStream, Tokenizer
 
 
-def stream_text(
-    model,
-    tokenizer: Tokenizer,
-    ids: Sequence[int],
-    max_new_tokens: int,
-    choose: Callable | None = None,
-    stop: Sequence[str] = (),
-    ends: Container[int] = (),
-) -> Iterator[str]:
-    """The text that `model` (a Ling) adds to the prompt `ids`: a piece per token ("" where held back), then the rest.
-
-    It ends before an id of `ends`, before a string of `stop`, or after max_new_tokens."""
+def stream_text(tokens: Iterable[int], tokenizer: Tokenizer, stop: Sequence[str] = ()) -> Iterator[str]:
+    """The text of tokens as they come: a piece per token ("" where held back), then the rest; cut at a `stop`."""
     text, cut = TextStream(tokenizer), StopStrings(stop)
-    prompt = torch.tensor([list(ids)], device=next(model.parameters()).device)
-    for token in model.stream(prompt, max_new_tokens, choose=choose):
-        token = int(token[0])
-        if token in ends:
-            break
+    for token in tokens:
         yield cut.add(text.add(token))
         if cut.found:
             break

@@ -16,7 +16,10 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..files import whole
-from ..ops.quantize import dequantize
+from ..nn.fp8 import Fp8Linear, fits, to_fp8
+from ..nn.frozen import SCALES, freeze_
+from ..op import E4M3
+from ..ops.quantize import dequantize, quantize_weight
 from .config import PRESETS, LingConfig
 from .transformer import Ling
 
@@ -24,9 +27,9 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 def named_views(model: Ling, of: Callable[[Tensor], Tensor | None] = lambda p: p) -> Iterator[tuple[str, Tensor]]:
-    """(official key, view) of every weight and of the expert biases; of=lambda p: p.grad gives the gradients' views.
+    """(official key, view) of every weight, its FP8 scales, and the expert biases.
 
-    Parameters for which `of` returns None are left out.
+    of=lambda p: p.grad gives the gradients' views. Parameters for which `of` returns None are left out.
     """
     layers = [(f"model.layers.{i}", layer) for i, layer in enumerate(model.layers)]
     layers += [(f"model.layers.{len(model.layers) + k}", mtp) for k, mtp in enumerate(model.mtp)]
@@ -35,7 +38,8 @@ def named_views(model: Ling, of: Callable[[Tensor], Tensor | None] = lambda p: p
         for name, p in [*module.named_parameters(), *module.named_buffers()]:
             if not name.endswith("counts") and (p := of(p)) is not None:
                 yield from _official(f"{prefix}.{name.removeprefix('layer.')}", p)
-    yield from _given(of, {"model.norm.weight": model.norm.weight, "lm_head.weight": model.lm_head.weight})
+    head = {f"lm_head.{name}": p for name, p in [*model.lm_head.named_parameters(), *model.lm_head.named_buffers()]}
+    yield from _given(of, {"model.norm.weight": model.norm.weight} | head)
 
 
 def _given(of, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -46,10 +50,10 @@ def _official(name: str, p: Tensor) -> Iterator[tuple[str, Tensor]]:
     """Our name and parameter -> official keys and views of it."""
     name = re.sub(r"attention\.(query|key)_layernorm$", r"attention.\1_layernorm.weight", name)
     name = name.replace("mlp.router.", "mlp.gate.")
-    if match := re.fullmatch(r"(.*\.experts)\.(gate_up|down)", name):
+    if match := re.fullmatch(rf"(.*\.experts)\.(gate_up|down)({SCALES})?", name):
         for e in range(len(p)):
-            yield from _official(f"{match[1]}.{e}.{match[2]}.weight", p[e])
-    elif name.endswith(".gate_up.weight"):
+            yield from _official(f"{match[1]}.{e}.{match[2]}.weight{match[3] or ''}", p[e])
+    elif ".gate_up.weight" in name:
         for half, view in zip(("gate_proj", "up_proj"), p.chunk(2), strict=True):
             yield name.replace("gate_up", half), view
     else:
@@ -68,9 +72,17 @@ def resolve_model(name: str) -> tuple[LingConfig, Path | None]:
     return LingConfig.from_json(folder / "config.json"), folder
 
 
-def load_model(folder: str | Path, dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu") -> Ling:
-    """The model in a checkpoint directory, in eval mode; block-FP8 weights are dequantised, expert biases stay fp32.
+def load_model(
+    folder: str | Path,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str | torch.device = "cpu",
+    fp8: bool = False,
+    fp8_head: bool = False,
+) -> Ling:
+    """The model in a checkpoint directory, in eval mode, its expert biases in fp32.
 
+    Block-FP8 weights are dequantised, but with fp8: then linear layers, MLPs and experts whose sizes are multiples of
+    128 have FP8 weights alone, for inference; a checkpoint in dtype is quantised as it is read. fp8_head: the head too.
     Raises InputError that names the file and the key where one is missing, damaged or of another shape.
     """
     folder = Path(folder)
@@ -79,38 +91,54 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.bfloat16, device: 
         raise InputError(f"{folder} is the name of a preset, which has no weights; give a checkpoint directory")
     with torch.device("meta"):
         model = Ling(config)
-    model = model.to(dtype).to_empty(device=device)
+    model = model.to(dtype)
+    if fp8:
+        to_fp8(model)
+        if fp8_head and fits(model.lm_head.weight):
+            model.lm_head = Fp8Linear.of(model.lm_head)
+        freeze_(model)
+    model = model.to_empty(device=device)
     model.reset_buffers()
-    where = _files(folder)
+    where, views = _files(folder), dict(named_views(model))
+    known = [key for key in views if not key.endswith(SCALES)]
     with torch.no_grad(), _Shards(folder) as shards:
-        views = sorted(named_views(model), key=lambda kv: str(where.get(kv[0])))  # shard by shard
-        for key, view in views:
+        for key in sorted(known, key=lambda k: str(where.get(k))):  # shard by shard
+            view = views[key]
             if key not in where:
                 raise InputError(f"{folder}: the checkpoint has no {key}")
             tensor = shards.read(where[key], key)
-            if tensor.dtype == torch.float8_e4m3fn:
-                tensor = _dequantized(tensor, shards, where, key)
+            scale = _scale(shards, where, key, tensor) if tensor.dtype == E4M3 else None
             if tensor.shape != view.shape:
                 raise InputError(
                     f"{where[key]}: {key} is {list(tensor.shape)}, config.json makes it {list(view.shape)}"
                 )
-            view.copy_(tensor)
-    known = {k for k, _ in views}
-    unread = [k for k in where if k not in known and k.removesuffix("_scale_inv") not in known]
+            if view.dtype == E4M3:
+                q, scale = (tensor, scale) if scale is not None else quantize_weight(tensor.to(view.device, dtype))
+                view.view(torch.uint8).copy_(q.view(torch.uint8))
+                views[key + SCALES].copy_(scale)
+            else:
+                view.copy_(tensor if scale is None else _dequantized(tensor, scale))
+    known = {*known}
+    unread = [k for k in where if k not in known and k.removesuffix(SCALES) not in known]
     if unread:
         warnings.warn(f"{folder}: {len(unread)} tensors were not read, the first is {unread[0]}", stacklevel=2)
     return model.eval()
 
 
-def _dequantized(q: Tensor, shards: "_Shards", where: dict[str, Path], key: str) -> Tensor:
-    """Block-FP8: `key`_scale_inv [ceil(N/128), ceil(K/128)] is what to multiply by, despite its name."""
-    scale_key = key + "_scale_inv"
+def _scale(shards: "_Shards", where: dict[str, Path], key: str, q: Tensor) -> Tensor:
+    """Of the block-FP8 weight `key`: [ceil(N/128), ceil(K/128)]."""
+    scale_key = key + SCALES
     if scale_key not in where:
         raise InputError(f"{where[key]}: {key} is FP8 and the checkpoint has no {scale_key}")
     scale = shards.read(where[scale_key], scale_key).float()
     N, K = q.shape
     if scale.shape != (-(-N // 128), -(-K // 128)):
         raise InputError(f"{where[scale_key]}: {scale_key} is {list(scale.shape)} for {key} {list(q.shape)}")
+    return scale
+
+
+def _dequantized(q: Tensor, scale: Tensor) -> Tensor:
+    N, K = q.shape
     padded = torch.zeros(scale.shape[0] * 128, scale.shape[1] * 128)
     padded[:N, :K] = q.float()
     return dequantize(padded, scale)[:N, :K]
@@ -169,7 +197,7 @@ class _Shards:
 def save_model(
     model: Ling, folder: str | Path, dtype: torch.dtype = torch.bfloat16, max_shard_bytes: int = 10 << 30
 ) -> None:
-    """Write config.json and the weights in `dtype` (expert biases fp32) under official keys.
+    """Write config.json and the weights in `dtype` under official keys; expert biases in fp32, FP8 weights as they are.
 
     Files get their names only when they are whole, the index after the shards and config.json last. Raises InputError
     where the folder cannot be written.
@@ -179,7 +207,7 @@ def save_model(
     folder = Path(folder)
     shards, size = [{}], 0
     for key, view in named_views(model):
-        bytes_ = view.numel() * (4 if key.endswith("expert_bias") else dtype.itemsize)
+        bytes_ = view.numel() * kept(key, view, dtype).itemsize
         if shards[-1] and size + bytes_ > max_shard_bytes:
             shards.append({})
             size = 0
@@ -192,8 +220,7 @@ def save_model(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, shard in zip(names, shards, strict=True):
-            tensors = {k: v.detach().to("cpu", torch.float32 if k.endswith("expert_bias") else dtype).contiguous()
-                       for k, v in shard.items()}  # fmt: skip
+            tensors = {k: v.detach().to("cpu", kept(k, v, dtype)).contiguous() for k, v in shard.items()}
             with whole(folder / name, durable=True) as path:
                 save_file(tensors, path, metadata={"format": "pt"})
                 path.chmod(0o644)  # safetensors makes files that only their owner may read
@@ -204,6 +231,13 @@ def save_model(
         for path in stale - ({folder / INDEX} if len(shards) > 1 else set()):
             path.unlink(missing_ok=True)
         with whole(folder / "config.json", durable=True) as path:
-            model.config.to_json(path)
+            model.config.to_json(path, fp8=any(key.endswith(SCALES) for key in weight_map))
     except OSError as error:
         raise InputError(f"cannot write the checkpoint to {folder}: {error}") from None
+
+
+def kept(key: str, view: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """What a tensor is in a checkpoint whose weights are dtype."""
+    if key.endswith(("expert_bias", SCALES)):
+        return torch.float32
+    return E4M3 if view.dtype == E4M3 else dtype

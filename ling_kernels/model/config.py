@@ -8,9 +8,10 @@ from pathlib import Path
 from ..errors import InputError
 
 OFFICIAL = dict(architectures=["BailingMoeV2ForCausalLM"], model_type="bailing_moe", hidden_act="silu",
-                norm_topk_prob=True, score_function="sigmoid", router_dtype="fp32", use_qk_norm=True, use_rmsnorm=True,
+                norm_topk_prob=True, score_function="sigmoid", router_dtype="fp32", use_rmsnorm=True,
                 moe_router_enable_expert_bias=True, use_bias=False, use_qkv_bias=False, tie_word_embeddings=False,
                 torch_dtype="bfloat16")  # fmt: skip
+BLOCK_FP8 = dict(activation_scheme="dynamic", fmt="e4m3", quant_method="fp8", weight_block_size=[128, 128])
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class LingConfig:
     num_attention_heads: int = 16
     num_key_value_heads: int = 4
     head_dim: int = 128
+    use_qk_norm: bool = True  # False: queries and keys are rotated as they are, by plain torch
     num_experts: int = 256
     num_experts_per_tok: int = 8
     n_group: int = 8
@@ -49,6 +51,7 @@ class LingConfig:
         for name, value in whole.items():
             least = 0 if name in ("first_k_dense_replace", "num_shared_experts", "num_nextn_predict_layers") else 1
             _check(isinstance(value, int) and value >= least, f"{name} is {value!r}, not a whole number >= {least}")
+        _check(isinstance(self.use_qk_norm, bool), f"use_qk_norm is {self.use_qk_norm!r}, neither true nor false")
         _divides("num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.num_key_value_heads)
         _divides("num_experts", self.num_experts, "n_group", self.n_group)
         _check(self.topk_group <= self.n_group, f"topk_group {self.topk_group} is more than n_group {self.n_group}")
@@ -97,7 +100,8 @@ class LingConfig:
         """Without embedding and head, with so many experts a layer."""
         H, F = self.hidden_size, self.moe_intermediate_size
         kv = 2 * self.num_key_value_heads
-        attention = H * (self.num_attention_heads * 2 + kv) * self.head_dim + 2 * self.head_dim + 2 * H
+        norms = 2 * H + 2 * self.head_dim * self.use_qk_norm
+        attention = H * (self.num_attention_heads * 2 + kv) * self.head_dim + norms
         moe = attention + 3 * H * F * (experts + self.num_shared_experts) + self.num_experts * H
         dense = attention + 3 * H * self.intermediate_size
         k = self.first_k_dense_replace
@@ -155,11 +159,12 @@ class LingConfig:
         except (InputError, TypeError) as error:
             raise InputError(f"{path}: {error}") from None
 
-    def to_json(self, path: str | Path) -> None:
-        """Write an official config.json."""
+    def to_json(self, path: str | Path, fp8: bool = False) -> None:
+        """Write an official config.json; fp8: of a checkpoint with block-FP8 weights."""
         mine = dataclasses.asdict(self)
         other = {k: v for k, v in mine.pop("other").items() if k != "quantization_config"}
-        Path(path).write_text(json.dumps(OFFICIAL | other | mine, indent=2) + "\n")
+        quantized = {"quantization_config": BLOCK_FP8} if fp8 else {}
+        Path(path).write_text(json.dumps(OFFICIAL | other | mine | quantized, indent=2) + "\n")
 
 
 WHOLE = [f.name for f in dataclasses.fields(LingConfig) if f.type is int and not f.name.endswith("_id")]

@@ -47,7 +47,7 @@ def stream(
     blocks = -(-(longest + max_new_tokens) // PAGE)  # of each sequence
     block_table = torch.arange(B * blocks, device=device, dtype=torch.int32).view(B, blocks)
     shape = (B * blocks, PAGE, config.num_key_value_heads, config.head_dim)
-    empty = dict(dtype=model.lm_head.weight.dtype, device=device)
+    empty = dict(dtype=model.word_embeddings.weight.dtype, device=device)
     caches = [KVCache(torch.zeros(shape, **empty), torch.zeros(shape, **empty)) for _ in model.layers]
 
     sequence = torch.arange(B, device=device)
@@ -67,7 +67,7 @@ def stream(
         ids = torch.cat([ids, token[:, None]], 1)
         slots = sequence * blocks * PAGE + lengths
         positions, lengths = lengths.long(), lengths + 1
-        rows = Rows(model.cos, model.sin, positions, batch.cu_seqlens, slots, block_table, lengths)
+        rows = Rows(model.cos, model.sin, positions, batch.cu_seqlens, slots, B, block_table, lengths)
         h, _ = model.backbone(token, rows, caches)
 
 

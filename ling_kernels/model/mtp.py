@@ -19,8 +19,8 @@ class MTP(nn.Module):
         self.layer = layer
         self.final_layernorm = RMSNorm(hidden_size, eps)
 
-    def forward(self, following: Tensor, hidden: Tensor, rows: Rows, z_loss: float | None = None):
+    def forward(self, following: Tensor, hidden: Tensor, rows: Rows, z_loss: float | None = None, cache=None):
         """following [T, H]: embeddings of the next tokens; hidden [T, H], after the final norm -> [T, H], z-loss."""
         x = self.eh_proj(torch.cat([self.enorm(following), self.hnorm(hidden)], -1))
-        x, z = self.layer(x, rows, z_loss=z_loss)
+        x, z = self.layer(x, rows, cache, z_loss)
         return self.final_layernorm(x), z

@@ -43,7 +43,7 @@ class Layer(nn.Module):
         super().__init__()
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.attention = Attention(
-            c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.rms_norm_eps
+            c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.rms_norm_eps, c.use_qk_norm
         )
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         if dense:
@@ -66,7 +66,7 @@ class Layer(nn.Module):
         return self.compute(x, rows, cache, z_loss)
 
     def compute(self, x: Tensor, rows: Rows, cache: KVCache | None, z_loss: float | None):
-        attended = self.attention(self.input_layernorm(x), rows, cache)
+        attended = self.attention(x, rows, cache, self.input_layernorm)
         h, x = self.post_attention_layernorm(attended, residual=x)
         if isinstance(self.mlp, MLP):
             return x + self.mlp(h), None

@@ -4,17 +4,13 @@ import time
 
 import torch
 
-# Dense bf16 FLOP/s by name of the GPU; the first name that occurs in the device's counts.
-PEAKS = {"H20": 148e12, "H200": 989.4e12, "H100 PCIe": 756e12, "H100": 989.4e12, "H800": 989.4e12}
+from ..gpu import named
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """Peak FLOP/s and where the number is from: a table for known GPUs in bf16, else a matrix product measured now."""
-    if device.type == "cuda" and dtype == torch.bfloat16:
-        words = torch.cuda.get_device_name(device).replace("-", " ").split()
-        for name, peak in PEAKS.items():
-            if all(word in words for word in name.split()):
-                return peak, f"{name} bf16 dense"
+    """Peak FLOP/s and where the number is from: a data sheet for Hopper in bf16, else a matrix product measured now."""
+    if device.type == "cuda" and dtype == torch.bfloat16 and (gpu := named(torch.cuda.get_device_name(device))):
+        return gpu.bf16, f"{gpu.name} bf16 dense"
     size, label = (8192, "GPU") if device.type == "cuda" else (1024, f"{torch.get_num_threads()} CPU threads")
     return measured_flops(device, dtype, size), f"measured, {label}, {str(dtype)[6:]}"
 

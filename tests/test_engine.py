@@ -1,0 +1,376 @@
+"""The engine: the official model's greedy texts whatever else is in the batch, and not a page lost."""
+
+import asyncio
+import random
+import threading
+from functools import cache
+
+import pytest
+import torch
+
+from ling_kernels.errors import InputError
+from ling_kernels.generate import Busy, Engine, Sampling
+from ling_kernels.generate.cache import Pages, digest
+from ling_kernels.generate.forward import lookup
+from ling_kernels.nn import Rows
+from tests.test_model import NAMES, expected, load
+
+NO_ENDS = dict(ends=())
+
+
+@cache
+def model(name="base"):
+    return load(name)
+
+
+@cache
+def texts(name="base") -> list[tuple[list[int], list[int]]]:
+    """Prompts, and what the official model adds."""
+    want = expected(name)
+    prompts, greedy = want["generate.prompt"].tolist(), want["generate.greedy"].tolist()
+    return [(p, g[len(p) :]) for p, g in zip(prompts, greedy, strict=True)]
+
+
+def engine(name="base", **options) -> Engine:
+    return Engine(model(name), **dict(page_size=4, cache_tokens=400) | options)
+
+
+def drive(engine: Engine) -> None:
+    while engine.step():
+        check(engine)
+    check(engine)
+    pages = engine.pages
+    assert pages.available == pages.count and not any(pages.holders), "every page has come back"
+
+
+def check(engine: Engine) -> None:
+    """Every page is blank, idle or held, and held by as many as say so."""
+    pages, held = engine.pages, [p for r in engine.scheduler.running for p in r.pages]
+    assert [held.count(p) for p in range(pages.count)] == pages.holders
+    free = [*pages.blank, *pages.idle]
+    assert sorted({*free, *held}) == list(range(pages.count)) and not {*free} & {*held} and len({*free}) == len(free)
+    assert set(pages.idle) <= set(pages.digests) and {p: d for d, p in pages.known.items()} == pages.digests
+    assert not any(r.pages for r in engine.scheduler.waiting)
+    for r in engine.scheduler.running:
+        assert r.computed < len(r.tokens) and pages.needed(r.computed) <= len(r.pages)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_alone_and_together(name):
+    e = engine(name)
+    for prompt, new in texts(name):
+        assert list(e.stream(prompt, max_new_tokens=len(new), **NO_ENDS)) == new
+    prompts, new = zip(*texts(name), strict=True)
+    assert e.generate(prompts, max_new_tokens=len(new[0]), **NO_ENDS) == list(new)
+    drive(e)
+
+
+@pytest.mark.parametrize("rows", range(1, 13))
+def test_chunks_end_anywhere(rows):
+    """Prompts in chunks of `rows`, the last request entering when the first decodes."""
+    e = engine(max_rows=rows, max_running=min(rows, 3))
+    requests = []
+    for prompt, new in texts():
+        requests.append((e.submit(prompt, max_new_tokens=len(new), **NO_ENDS), new))
+        e.step()
+        e.step()
+    drive(e)
+    assert all(r.new_tokens == new and r.finished == "length" for r, new in requests)
+
+
+def test_joined_late():
+    (first, first_new), (second, second_new) = texts()[:2]
+    for late in range(1, len(first_new)):
+        e = engine()
+        a = e.submit(first, max_new_tokens=len(first_new), **NO_ENDS)
+        for _ in range(late):
+            e.step()
+        b = e.submit(second, max_new_tokens=len(second_new), **NO_ENDS)
+        drive(e)
+        assert (a.new_tokens, b.new_tokens) == (first_new, second_new)
+
+
+def test_preempted_and_resumed():
+    """The cache holds one text and a half: the younger gives way, more than once, and ends as it would have."""
+    (prompt, new), (other, other_new) = texts()[:2]
+    room = max(len(prompt) + len(new), len(other) + len(other_new))
+    e = engine(cache_tokens=room + 8, page_size=2)
+    a = e.submit(prompt, max_new_tokens=len(new), **NO_ENDS)
+    b = e.submit(other, max_new_tokens=len(other_new), **NO_ENDS)
+    gave_way = 0
+    while e.step():
+        check(e)
+        gave_way += b in e.scheduler.waiting and len(b.new_tokens) > 0
+    assert gave_way and (a.new_tokens, b.new_tokens) == (new, other_new)
+    drive(e)
+
+
+def test_prefix_is_shared():
+    prompt, new = texts()[0]
+    e = engine(page_size=2)
+    assert list(e.stream(prompt, max_new_tokens=len(new), **NO_ENDS)) == new
+    known = len(e.pages.idle)
+    assert known == (len(prompt) + len(new) - 1) // 2, "every full page is remembered"
+    again = [e.submit(prompt, max_new_tokens=len(new), **NO_ENDS) for _ in range(3)]
+    e.step()
+    assert all(r.shared == (len(prompt) - 1) // 2 * 2 for r in again)
+    assert len({tuple(r.pages[: r.shared // 2]) for r in again}) == 1, "the same pages"
+    drive(e)
+    assert all(r.new_tokens == new for r in again)
+    other = [*prompt[:4], (prompt[4] + 1) % e.config.vocab_size, *prompt[5:]]
+    wrong = e.submit(other, max_new_tokens=1, **NO_ENDS)
+    e.step()
+    assert wrong.shared == 4, "only what is before the first difference"
+
+
+def test_digests_say_all_that_is_before():
+    assert digest(digest(b"", [1, 2]), [3, 4]) != digest(digest(b"", [1, 5]), [3, 4])
+    pages = Pages(2, 1)
+    first, second = pages.take(), pages.take()
+    pages.publish(first, b"a")
+    pages.publish(second, b"a")
+    pages.release([first, second])
+    assert list(pages.blank) == [second] and list(pages.idle) == [first]
+    assert pages.share([b"a", b"b"]) == [first] and pages.available == 1
+    assert pages.take() == second
+    with pytest.raises(IndexError):
+        pages.take()
+    pages.release([first])
+    assert pages.take() == first and pages.share([b"a"]) == [], "what is overwritten is forgotten"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_arrivals_and_cancellations(seed):
+    rng = random.Random(seed)
+    e = engine(cache_tokens=rng.choice([36, 60, 200]), max_rows=rng.choice([4, 9, 50]), max_running=4, max_waiting=5)
+    requests, refused = [], 0
+    for _ in range(60):
+        prompt, new = rng.choice(texts())
+        if rng.random() < 0.5:
+            options = dict(timeout=0.0) if rng.random() < 0.1 else {}
+            try:
+                requests.append((e.submit(prompt, max_new_tokens=rng.randint(1, len(new)), **NO_ENDS, **options), new))
+            except Busy:
+                refused += 1
+        if requests and rng.random() < 0.1:
+            e.cancel(rng.choice(requests)[0])
+        if rng.random() < 0.7:
+            e.step()
+        check(e)
+    drive(e)
+    reasons = {r.finished for r, _ in requests}
+    assert reasons <= {"length", "cancelled", "timeout"} and {"length", "cancelled"} <= reasons
+    for r, new in requests:
+        assert r.new_tokens == new[: len(r.new_tokens)]
+        assert r.finished != "length" or len(r.new_tokens) == r.max_new_tokens
+    assert e.scheduler.running == [] and not e.scheduler.waiting and (refused or seed)
+
+
+def test_a_seed_gives_the_same_text_in_any_company():
+    (prompt, _), (other, _) = texts()[:2]
+    asked = dict(sampling=Sampling(temperature=1.5, top_p=0.95, seed=5), max_new_tokens=8, **NO_ENDS)
+    alone = list(engine().stream(prompt, **asked))
+    e = engine(max_rows=5, max_running=3)
+    requests = [e.submit(other, Sampling(temperature=2.0), 10, ()), e.submit(prompt, **asked)]
+    requests.append(e.submit(prompt, Sampling(temperature=1.5, seed=6), 8, ()))
+    drive(e)
+    assert requests[1].new_tokens == alone != requests[2].new_tokens
+    assert alone != texts()[0][1][:8]
+
+
+def test_ends():
+    prompt, new = texts()[0]
+    e = engine()
+    r = e.submit(prompt, max_new_tokens=len(new), ends=[new[3]])
+    drive(e)
+    assert r.finished == "stop" and r.new_tokens == new[: new.index(new[3])]
+
+
+def test_who_leaves_cancels():
+    e = engine()
+    stream = e.stream(texts()[0][0], max_new_tokens=5, **NO_ENDS)
+    next(stream)
+    (r,) = e.scheduler.running
+    stream.close()
+    assert r.finished == "cancelled" and e.pages.available == e.pages.count
+
+
+def test_timeout():
+    e = engine()
+    assert list(e.stream(texts()[0][0], max_new_tokens=5, timeout=0.0)) == []
+    queued = e.submit(texts()[0][0], timeout=0.0)
+    assert queued.finished is None
+    assert not e.step() and queued.finished == "timeout"
+    drive(e)
+
+
+def test_threads_and_tasks():
+    """Each gets its own text, whoever computes the steps."""
+    e, got = engine(cache_tokens=100), {}
+
+    def run(i):
+        prompt, new = texts()[i % len(texts())]
+        got[i] = list(e.stream(prompt, max_new_tokens=len(new), **NO_ENDS)) == new
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(6)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert got == dict.fromkeys(range(6), True)
+
+    async def task(i):
+        prompt, new = texts()[i % len(texts())]
+        tokens = []
+        async for token in e.astream(prompt, max_new_tokens=len(new), **NO_ENDS):
+            tokens.append(token)
+            if i % 5 == 4:
+                return tokens == new[:1]
+        return tokens == new
+
+    async def tasks():
+        return await asyncio.gather(*(task(i) for i in range(10)))
+
+    assert all(asyncio.run(tasks()))
+    drive(e)
+
+
+def test_more_prompts_than_may_wait():
+    prompts, new = zip(*texts() * 3, strict=True)
+    e = engine(max_waiting=1, max_running=2)
+    assert e.generate(prompts, max_new_tokens=len(new[0]), **NO_ENDS) == list(new)
+
+
+def test_fp8_cache():
+    """Keys and values with 3 bits of mantissa: near the exact logits, and not equal to them."""
+    heads, prompt = {}, texts()[0][0]
+    for dtype in (torch.float32, torch.float8_e4m3fn):
+        e, seen = engine(cache_dtype=dtype, max_rows=3, max_running=1), []
+        hook = e.model.lm_head.register_forward_hook(lambda _, __, out, seen=seen: seen.append(out))
+        list(e.stream(prompt, max_new_tokens=1, **NO_ENDS))
+        hook.remove()
+        heads[dtype] = torch.cat(seen)
+    exact, rounded = heads.values()
+    error = ((rounded - exact).norm() / exact.norm()).item()
+    assert 1e-4 < error < 0.05
+
+
+def test_what_is_no_number_stays_with_its_request():
+    (prompt, _), (other, new) = texts()[:2]
+    poisoned = load("base")
+    bad = next(t for t in range(poisoned.config.vocab_size) if t not in (*prompt, *other, *new))
+    with torch.no_grad():
+        poisoned.word_embeddings.weight[bad] = torch.nan
+    e = Engine(poisoned, page_size=4, cache_tokens=200)
+    a, b = e.submit([*prompt, bad], max_new_tokens=4, **NO_ENDS), e.submit(other, max_new_tokens=len(new), **NO_ENDS)
+    drive(e)
+    assert a.finished == "error" and a.new_tokens == [] and b.new_tokens == new
+    with pytest.raises(InputError, match="no numbers"):
+        list(e.stream([bad]))
+
+
+def test_a_step_that_fails_ends_only_its_requests():
+    e, (prompt, new) = engine(max_running=1), texts()[0]
+    hook = e.model.norm.register_forward_pre_hook(lambda *_: 1 / 0)
+    a, b = (e.submit(prompt, max_new_tokens=len(new), **NO_ENDS) for _ in range(2))
+    e.step()
+    hook.remove()
+    drive(e)
+    assert a.finished == "error" and isinstance(a.error, ZeroDivisionError) and b.new_tokens == new
+
+
+@pytest.mark.parametrize("prompt, options, said", [
+    ([], {}, "at least one token"),
+    ([1], dict(max_new_tokens=0), "at least 1"),
+    ([1], dict(max_new_tokens=10**9), "positions"),
+    ([1, 10**6], {}, "1000000"),
+    ([-1], {}, "-1"),
+    ([1], dict(max_new_tokens=30), "the cache holds 24"),
+])  # fmt: skip
+def test_bad_requests(prompt, options, said):
+    with pytest.raises(InputError, match=said):
+        engine(cache_tokens=24).submit(prompt, **dict(max_new_tokens=8) | options)
+
+
+@pytest.mark.parametrize("options, said", [
+    (dict(max_running=3, max_rows=2), "max_rows"), (dict(cache_tokens=0), "no memory"),
+])  # fmt: skip
+def test_bad_engines(options, said):
+    with pytest.raises(InputError, match=said):
+        engine(**options)
+
+
+@pytest.mark.parametrize("draft", [1, 2, 4])
+@pytest.mark.parametrize("name", ["base", "mtp1"])
+def test_drafts_change_no_text(name, draft):
+    """By lookup in base, by the MTP layer in mtp1; greedy and sampled, alone, together and with too few pages."""
+    prompts, new = zip(*texts(name), strict=True)
+    n = len(new[0])
+    for options in (dict(max_running=1), dict(), dict(cache_tokens=len(prompts[0]) + n + 8, page_size=2)):
+        e = engine(name, draft=draft, max_rows=40, **dict(max_running=8) | options)
+        assert e.generate(prompts, max_new_tokens=n, **NO_ENDS) == list(new)
+        drive(e)
+        assert e.guessed > 0
+    sampling = Sampling(temperature=1.2, top_k=40, repetition_penalty=1.3, seed=3)
+    plain, drafting = (engine(name, draft=d, max_rows=99, max_running=8).generate(
+        prompts, sampling=sampling, max_new_tokens=n, **NO_ENDS) for d in (0, draft))  # fmt: skip
+    assert plain == drafting
+
+
+def test_right_drafts_save_steps(monkeypatch):
+    prompt, new = texts("mtp1")[0]
+
+    def prophet(new):
+        def draft(spans, rows, h, counts):
+            for request, count in counts.items():
+                at = len(request.new_tokens)
+                request.drafts = new[at : at + count]
+
+        e = engine("mtp1", draft=3, max_running=2)
+        monkeypatch.setattr(e.forward, "draft", draft)
+        return e
+
+    for sampling in (Sampling(), Sampling(temperature=1.1, repetition_penalty=1.5, seed=1)):
+        new = list(engine("mtp1").stream(prompt, sampling=sampling, max_new_tokens=len(new), **NO_ENDS))
+        e, steps, rows = prophet(new), 0, []
+        hook = e.model.norm.register_forward_hook(lambda _, __, h, rows=rows: rows.append(len(h)))
+        r = e.submit(prompt, sampling, max_new_tokens=len(new), **NO_ENDS)
+        while e.step():
+            steps += 1
+            check(e)
+        hook.remove()
+        assert r.new_tokens == new and e.right == e.guessed
+        assert steps == 1 + -(-(len(new) - 1) // 4), "the prompt gives a token, each step after it four"
+        assert sum(rows) == len(prompt) + len(new) - 1, "no row is computed twice"
+    e = prophet(new)
+    r = e.submit(prompt, sampling, len(new), ends=[new[4]])
+    drive(e)
+    assert r.finished == "stop" and r.new_tokens == new[: new.index(new[4])], "an end among the drafts ends the text"
+
+
+def test_the_mtp_layer_guesses_what_it_would_in_one_pass():
+    """Its cache, filled step by step and over wrong guesses, gives the guesses of the whole text at once."""
+    m, (prompt, new) = model("mtp1"), texts("mtp1")[0]
+    e, guesses = engine("mtp1", draft=2, max_rows=7, max_running=2), {}
+    r = e.submit(prompt, max_new_tokens=len(new), **NO_ENDS)
+    while e.step():
+        if len(r.drafts) == 2:
+            guesses[len(r.tokens)] = r.drafts
+    assert len(guesses) > 3
+    (mtp,), ids = m.mtp, torch.tensor(r.tokens)
+    for n, (first, second) in guesses.items():
+        with torch.no_grad():
+            h = m(ids[None, :n], output_hidden_states=True).hidden_states[-2][0, : n - 1]
+            rows = Rows(m.cos, m.sin, torch.arange(n - 1), torch.tensor([0, n - 1], dtype=torch.int32))
+            x, _ = mtp(m.word_embeddings(ids[1:n]), h, rows)
+            assert int(m.logits(x[-1:]).argmax()) == first
+            rows = Rows(m.cos, m.sin, torch.arange(n), torch.tensor([0, n], dtype=torch.int32))
+            x, _ = mtp(m.word_embeddings(torch.tensor([*r.tokens[1:n], first])), torch.cat([h, x[-1:]]), rows)
+            assert int(m.logits(x[-1:]).argmax()) == second
+
+
+def test_lookup():
+    assert lookup([1, 2, 3, 4, 9, 1, 2, 3], 3) == [4, 9, 1]
+    assert lookup([5, 3, 7, 3], 2) == [7, 3]
+    assert lookup([1, 2, 1, 2], 5) == [1, 2, 1, 2, 1], "a period goes on"
+    assert lookup([1, 2], 2) == [2, 2] and lookup([1], 1) == [1]

@@ -1,0 +1,273 @@
+"""The OpenAI-compatible server, on the checkpoint of test_generate.py that writes the alphabet."""
+
+import asyncio
+import json
+import socket
+import threading
+import time
+
+import pytest
+import torch
+
+from ling_kernels.generate import Engine
+from ling_kernels.model import load_model
+from ling_kernels.tokenizer import load_tokenizer
+from tests.test_generate import EOS, LETTERS, ROLE_END, speller
+
+httpx = pytest.importorskip("httpx")
+pytest.importorskip("fastapi")
+uvicorn = pytest.importorskip("uvicorn")
+
+from ling_kernels.generate.server import Service, main, make_app  # noqa: E402
+
+ASK = dict(model="speller", prompt="a", temperature=0, max_tokens=3)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return speller(tmp_path_factory.mktemp("server") / "speller")
+
+
+def service(checkpoint, engine=(), **options) -> Service:
+    engine = Engine(load_model(checkpoint, torch.float32), **dict(engine))
+    return Service(engine, load_tokenizer(checkpoint), "speller", frozenset({EOS, ROLE_END}), **options)
+
+
+@pytest.fixture(scope="module")
+def shared(checkpoint):
+    return service(checkpoint)
+
+
+def call(service: Service, path: str, asked=None, **options):
+    """A response of the app, without a socket."""
+
+    async def send():
+        transport = httpx.ASGITransport(make_app(service))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            if asked is None and not options.get("content"):
+                return await client.get(path, **options)
+            return await client.post(path, **({"json": asked} if asked is not None else {}) | options)
+
+    return asyncio.run(send())
+
+
+def events(text: str) -> list:
+    found = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+    assert found.pop() == "[DONE]"
+    return [json.loads(line) for line in found]
+
+
+def test_completion(shared):
+    answer = call(shared, "/v1/completions", ASK).json()
+    assert answer["object"] == "text_completion" and answer["model"] == "speller"
+    assert answer["choices"] == [{"index": 0, "text": "bcd", "logprobs": None, "finish_reason": "length"}]
+    assert answer["usage"] == {"prompt_tokens": 1, "completion_tokens": 3, "total_tokens": 4}
+
+
+@pytest.mark.parametrize("more, texts", [
+    (dict(prompt="x"), ["yz"]),
+    (dict(prompt=["a", "k"]), ["bcd", "lmn"]),
+    (dict(prompt=[ord("a"), ord("b")]), ["cde"]),
+    (dict(prompt=[[ord("a")], [ord("x")]], n=2), ["bcd", "bcd", "yz", "yz"]),
+    (dict(stop="d"), ["bc"]),
+    (dict(stop=["zz", "cd"]), ["b"]),
+    (dict(echo=True), ["abcd"]),
+    (dict(prompt="?", max_tokens=2), ["é"]),
+    (dict(prompt="x", ignore_eos=True, max_tokens=4), ["yz<|endoftext|>a"]),
+    (dict(temperature=1.0, top_k=1, top_p=0.5, min_p=0.1, seed=2**62), ["bcd"]),
+    (dict(temperature=0, top_p=0.9), ["bcd"]),
+])  # fmt: skip
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_may_be_asked(shared, more, texts, stream):
+    response = call(shared, "/v1/completions", ASK | more | dict(stream=stream))
+    assert response.status_code == 200
+    if not stream:
+        assert [c["text"] for c in response.json()["choices"]] == texts
+        return
+    got = [""] * len(texts)
+    for e in events(response.text):
+        (choice,) = e["choices"]
+        got[choice["index"]] += choice["text"]
+    assert got == texts
+
+
+def test_chat(shared):
+    asked = dict(model="speller", messages=[dict(role="user", content="Hi")], temperature=0)
+    answer = call(shared, "/v1/chat/completions", asked).json()
+    assert answer["object"] == "chat.completion"
+    (choice,) = answer["choices"]
+    assert choice["message"] == {"role": "assistant", "content": "XYZ"} and choice["finish_reason"] == "stop"
+    parts = events(call(shared, "/v1/chat/completions", asked | dict(stream=True)).text)
+    assert all(p["object"] == "chat.completion.chunk" for p in parts)
+    deltas = [p["choices"][0]["delta"] for p in parts]
+    assert deltas[0] == {"role": "assistant"} and "".join(d.get("content", "") for d in deltas) == "XYZ"
+    assert [p["choices"][0]["finish_reason"] for p in parts] == [None] * (len(parts) - 1) + ["stop"]
+    short = call(shared, "/v1/chat/completions", asked | dict(max_completion_tokens=2)).json()
+    assert short["choices"][0] == choice | {"message": choice["message"] | {"content": "XY"}, "finish_reason": "length"}
+
+
+def test_a_seed_gives_the_same_text(shared):
+    asked = ASK | dict(temperature=9.0, seed=3, max_tokens=20, n=2, ignore_eos=True)
+    texts = [[c["text"] for c in call(shared, "/v1/completions", asked).json()["choices"]] for _ in range(2)]
+    assert texts[0] == texts[1] and texts[0][0] != texts[0][1]
+
+
+@pytest.mark.parametrize("asked, status, said", [
+    (dict(model="gpt"), 404, "gpt"),
+    (dict(prompt=""), 400, "at least one token"),
+    (dict(prompt=[]), 400, "prompt"),
+    (dict(prompt=5), 400, "prompt"),
+    (dict(prompt=["a", 5]), 400, "prompt"),
+    (dict(prompt=[-1]), 400, "-1"),
+    (dict(prompt=[10**9]), 400, "1000000000"),
+    (dict(prompt=None), 400, "prompt"),
+    (dict(prompt="a\ud800"), 400, "Unicode"),
+    (dict(max_tokens=0), 400, "max_tokens"),
+    (dict(max_tokens="3"), 400, "max_tokens"),
+    (dict(max_tokens=200), 400, "positions"),
+    (dict(temperature=-1), 400, "temperature"),
+    (dict(temperature="hot"), 400, "temperature"),
+    (dict(temperature=1, top_p=0), 400, "top_p"),
+    (dict(temperature=1, min_p=2), 400, "min_p"),
+    (dict(temperature=1, top_k=-1), 400, "top_k"),
+    (dict(repetition_penalty=0), 400, "repetition_penalty"),
+    (dict(seed=-1), 400, "seed"),
+    (dict(n=17), 400, "n"),
+    (dict(n=9, prompt=["a", "b"]), 400, "more than 16"),
+    (dict(stop=""), 400, "stop"),
+    (dict(stop=[1]), 400, "stop"),
+    (dict(stream="yes"), 400, "stream"),
+    (dict(logprobs=1), 400, "logprobs"),
+    (dict(best_of=2), 400, "best_of"),
+])  # fmt: skip
+def test_bad_calls(shared, asked, status, said):
+    body = json.dumps(ASK | asked)
+    response = call(shared, "/v1/completions", content=body, headers={"content-type": "application/json"})
+    assert response.status_code == status and said in response.json()["error"]["message"]
+    assert response.json()["error"]["code"] == status
+    assert shared.engine.scheduler.queued == 0, "nothing is left behind"
+
+
+@pytest.mark.parametrize("messages", [[], [dict(role="user")], [dict(role="pope", content="a")], "a"])
+def test_bad_chats(shared, messages):
+    response = call(shared, "/v1/chat/completions", dict(model="speller", messages=messages))
+    assert response.status_code == 400 and response.json()["error"]["message"]
+
+
+def test_bad_bodies(shared):
+    for body, status in ((b"{", 400), (b"[]", 400), (b"\xff", 400), (b" " * (shared.max_body + 1), 413)):
+        assert call(shared, "/v1/completions", content=body).status_code == status
+
+    async def unknown_length():
+        yield b"{}"
+
+    assert call(shared, "/v1/completions", content=unknown_length()).status_code == 411
+    assert call(shared, "/v1/nothing").status_code == 404
+
+
+def test_key(checkpoint):
+    locked = service(checkpoint, key="secret")
+    for headers, status in (
+        ({}, 401),
+        ({"authorization": "Bearer no"}, 401),
+        ({"authorization": "Bearer secret"}, 200),
+    ):
+        assert call(locked, "/v1/completions", ASK, headers=headers).status_code == status
+        assert call(locked, "/v1/models", headers=headers).status_code == status
+    assert call(locked, "/health").json() == {"status": "ok"}
+
+
+def test_limits(checkpoint):
+    small = service(checkpoint, dict(max_waiting=1), max_tokens=5, timeout=0.0)
+    assert "at most 5" in call(small, "/v1/completions", ASK | dict(max_tokens=6)).json()["error"]["message"]
+    busy = call(small, "/v1/completions", ASK | dict(n=2))
+    assert busy.status_code == 429 and busy.headers["retry-after"]
+    assert call(small, "/v1/completions", ASK).status_code == 503, "no time"
+    assert not small.engine.step() and small.engine.scheduler.queued == 0
+
+
+def test_metrics_and_models(checkpoint):
+    own = service(checkpoint, dict(draft=2))
+    call(own, "/v1/completions", ASK)
+    call(own, "/v1/completions", ASK | dict(prompt="x"))
+    lines = call(own, "/metrics").text.splitlines()
+    values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    assert values['ling_requests_total{reason="length"}'] == values['ling_requests_total{reason="stop"}'] == "1"
+    assert values["ling_prompt_tokens_total"] == "2" and values["ling_generated_tokens_total"] == "5"
+    assert int(values["ling_drafted_tokens_total"]) > 0 and values["ling_running_requests"] == "0"
+    assert values["ling_cache_pages"] == values["ling_cache_pages_available"]
+    assert [m["id"] for m in call(own, "/v1/models").json()["data"]] == ["speller"]
+
+
+def test_many_at_once_and_some_that_leave(checkpoint):
+    """200 clients, one in ten of whom leaves in the middle: the others get their texts, and no page is lost."""
+    own = service(checkpoint, dict(max_running=32, cache_tokens=2000, page_size=16))
+    server = uvicorn.Server(uvicorn.Config(make_app(own), port=0, log_level="error", timeout_graceful_shutdown=30))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    length = 40
+
+    def text(i):
+        first = LETTERS[i % 20]
+        order = (LETTERS * 3)[LETTERS.index(first) + 1 :]
+        return first, order[: 25 - LETTERS.index(first)]
+
+    async def client(http, i):
+        first, want = text(i)
+        asked = ASK | dict(prompt=first, max_tokens=length, stream=i % 3 == 0 or i % 10 == 5)
+        if not asked["stream"]:
+            answer = (await http.post("/v1/completions", json=asked)).json()
+            return answer["choices"][0]["text"] == want
+        got = ""
+        async with http.stream("POST", "/v1/completions", json=asked) as response:
+            async for line in response.aiter_lines():
+                if line.startswith("data: {"):
+                    got += json.loads(line[6:])["choices"][0]["text"]
+                    if i % 10 == 5 and got:
+                        return want.startswith(got)
+        return got == want
+
+    async def all_of_them():
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", limits=limits, timeout=300) as http:
+            return await asyncio.gather(*(client(http, i) for i in range(200)))
+
+    try:
+        assert all(asyncio.run(all_of_them()))
+    finally:
+        server.should_exit = True
+        thread.join()
+    while own.engine.step():
+        pass
+    assert sum(own.ended.values()) == 200 and own.ended["stop"] >= 180
+    assert own.engine.pages.available == own.engine.pages.count
+
+
+def test_what_runs_is_finished_before_the_server_ends(checkpoint):
+    own = service(checkpoint)
+    server = uvicorn.Server(uvicorn.Config(make_app(own), port=0, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    asked, got = ASK | dict(max_tokens=150, ignore_eos=True, stream=True), []
+    with httpx.stream("POST", f"http://127.0.0.1:{port}/v1/completions", json=asked, timeout=300) as response:
+        for line in response.iter_lines():
+            got.append(line)
+            server.should_exit = True
+    thread.join()
+    assert "data: [DONE]" in got and own.ended == {"length": 1}
+    with socket.socket() as late:
+        assert late.connect_ex(("127.0.0.1", port)) != 0
+
+
+@pytest.mark.parametrize("args, said", [
+    ([], "--model"), (["--model", "tiny"], "checkpoint folder"), (["--model", "/nowhere"], "/nowhere"),
+])  # fmt: skip
+def test_bad_arguments(capsys, args, said):
+    assert main(args) == 2
+    assert said in capsys.readouterr().err
