@@ -32,6 +32,7 @@ from ling_kernels.ops.linear_cross_entropy import linear_cross_entropy, linear_c
 from ling_kernels.ops.moe import moe, moe_decode
 from ling_kernels.ops.permute import permute, permute_quantize, permute_quantize_ref, permute_ref
 from ling_kernels.ops.qk_norm_attention import qk_norm_attention, qk_norm_attention_ref
+from ling_kernels.ops.qk_norm_attention_decode import qk_norm_attention_decode, qk_norm_attention_decode_ref
 from ling_kernels.ops.qk_norm_rope import qk_norm_rope, qk_norm_rope_ref
 from ling_kernels.ops.quantize import (
     dequantize,
@@ -270,11 +271,15 @@ def writing(fn: Callable, *written: int) -> Callable:
     return call
 
 
-def adamw_args(rand, *sizes):
-    params, grads, earlier = (tuple(rand.data(n) for n in sizes) for _ in range(3))
+def adamw_args(rand, sizes, seed=None, clip=None, skip=None, fp8=False):
+    """sizes: numbers of elements, or shapes. clip, skip: the scalars grad_scale and found_inf."""
+    shapes = [(n,) if isinstance(n, int) else n for n in sizes]
+    params, grads, earlier = (tuple(rand.data(*n) for n in shapes) for _ in range(3))
     state = tuple(adamw_8bit_state(params))
     adamw_8bit_ref(params, earlier, state, 0.1, (0.9, 0.95), 0.01, 0.1, 1)
-    return params, grads, state, 0.1, (0.9, 0.95), 0.01, 0.1, 2
+    clip, skip = (None if x is None else torch.tensor(x, device=DEVICE) for x in (clip, skip))
+    copies = tuple(quantize_weight(p) for p in params) if fp8 else None
+    return params, grads, state, 0.1, (0.9, 0.95), 0.01, 0.1, 2, clip, skip, seed, copies
 
 
 def dequantized(fn: Callable) -> Callable:
@@ -347,6 +352,8 @@ DECODE_HOPPER = [
     for h, g, n in ((16, 4, 1), (32, 4, 1), (64, 8, 1), (64, 8, 4), (64, 8, 8))
 ]
 
+NORM_DECODE_HOPPER = [dict(shape, R=64) for shape in DECODE_HOPPER]
+
 
 def qk_norm_rope_args(rand, T, Hq=3, Hkv=1, D=20, R=6, P=50, yarn=None, cache=None, fp8=False):
     """cache: its block size."""
@@ -361,15 +368,30 @@ def qk_norm_rope_args(rand, T, Hq=3, Hkv=1, D=20, R=6, P=50, yarn=None, cache=No
     return *args, cache_of(rand, T // cache + 2, cache, Hkv, D, fp8), slots
 
 
+def norm_decode_args(rand, lengths, n=1, Hq=4, Hkv=2, D=32, R=8, P=200, block_size=4, fp8=False, round_first=False):
+    q, *cached, scale = decode_args(rand, lengths, n, Hq, Hkv, D, block_size, fp8)
+    qkv, weights = rand.data(len(q), n, Hq + 2 * Hkv, D), (rand.data(D), rand.data(D))
+    return qkv, *weights, *rope_tables(P, R, 1e4, None, DEVICE), *cached, scale, 0.1, round_first
+
+
+def norm_decode_bytes(lengths, Hq, Hkv, D, n=1, fp8=False, **others):
+    cell = 2 * (D + 4 if fp8 else 2 * D)
+    return sum(lengths) * Hkv * cell + 4 * len(lengths) * n * (Hq + Hkv) * D
+
+
 def targets_of(rand, T, V) -> Tensor:
     return rand.ints(0, V, T, dtype=torch.int64).masked_fill(rand.bools(T, p=0.2), -7)
 
 
 CASES = [
     Case(
-        writing(adamw_8bit, 0, 2), writing(adamw_8bit_ref, 0, 2),
-        lambda rand, sizes: adamw_args(rand, *sizes),
-        [dict(sizes=()), dict(sizes=(0, 1, 256, 257)), dict(sizes=(2048 * 1024,) * 64)],
+        writing(adamw_8bit, 0, 2, 11), writing(adamw_8bit_ref, 0, 2, 11), adamw_args,
+        [dict(sizes=()), dict(sizes=(0, 1, 256, 257)), dict(sizes=(300,), skip=1.0),
+         dict(sizes=(33000,), seed=5, clip=1.7, skip=0.0),
+         dict(sizes=((2, 128, 512), (128, 384)), seed=6, clip=1.3, fp8=True), dict(sizes=(2048 * 1024,) * 64)],
+        exact=True, backends=("torch", "triton"),
+        hopper=[dict(sizes=(4096,), clip=1.0, skip=0.0),
+                dict(sizes=((2048, 2048),), seed=7, clip=1.0, skip=0.0, fp8=True)],
     ),
     Case(
         attention, attention_ref, attention_args,
@@ -660,6 +682,28 @@ CASES = [
          dict(q=(4096,) * 8, Hq=16, Hkv=4, D=128, R=64, P=4096)],
         kwargs=dict(fused=False), flops=qk_norm_attention_flops, backward_flops=2.5,
         backends=("torch", "triton", "cuda"), hopper=None,
+    ),
+    Case(
+        writing(qk_norm_attention_decode, 5), writing(qk_norm_attention_decode_ref, 5), norm_decode_args,
+        [dict(lengths=()), dict(lengths=(0, 0)), dict(lengths=(1,)), dict(lengths=(7, 0, 1, 12, 13), n=3),
+         dict(lengths=(9, 40), n=8, Hq=3, Hkv=1, D=20, R=6, block_size=16, round_first=True),
+         dict(lengths=(70, 3), Hq=8, Hkv=2, D=128, R=64, block_size=16),
+         dict(lengths=(0, 130, 5), n=3, Hq=5, Hkv=1, D=128, R=64, block_size=32, round_first=True),
+         dict(lengths=(4096,) * 32, Hq=16, Hkv=4, D=128, R=64, P=4096, block_size=64)],
+        backends=("torch", "triton", "cuda"), hopper=NORM_DECODE_HOPPER, bytes=norm_decode_bytes,
+        ling=lambda p: p.T <= 64 and [
+            dict(lengths=(4096,) * p.T, Hq=p.Hq, Hkv=p.Hkv, D=128, R=64, P=4096, block_size=64)
+        ],
+    ),
+    Case(
+        writing(qk_norm_attention_decode, 5), writing(qk_norm_attention_decode_ref, 5),
+        lambda rand, **shape: norm_decode_args(rand, **shape, fp8=True),
+        [dict(lengths=(7, 0, 1, 12), n=3), dict(lengths=(70, 3), Hq=8, Hkv=2, D=128, R=64, block_size=16),
+         dict(lengths=(37, 66), n=3, Hq=8, Hkv=1, D=128, R=64, block_size=64),
+         dict(lengths=(4096,) * 32, Hq=16, Hkv=4, D=128, R=64, P=4096, block_size=64)],
+        dtypes=(BF16,), backends=("torch", "triton", "cuda"), hopper=NORM_DECODE_HOPPER,
+        bytes=lambda **shape: norm_decode_bytes(**shape, fp8=True),
+        defined=lambda outs, args: [outs[0], *(c.to(s.dtype) * s[..., None] for c, s in (outs[1::2], outs[2::2]))],
     ),
     Case(
         qk_norm_rope, qk_norm_rope_ref, qk_norm_rope_args,

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from ling_kernels import attention, attention_decode, qk_norm_attention, qk_norm_rope
+from ling_kernels import attention, attention_decode, qk_norm_attention, qk_norm_attention_decode, qk_norm_rope
 from ling_kernels.backend import force
 from ling_kernels.nn.attention import Attention, Rows
 from ling_kernels.ops.attention import attention_bwd, attention_fwd, config, most_tiles
 from ling_kernels.ops.attention_decode import KVCache
 from ling_kernels.ops.qk_norm_attention import QKNormAttention, qk_norm_attention_ref
 from ling_kernels.ops.rope_tables import rope_tables
-from tests.cases import DEVICE, Rand, cu_seqlens, qk_norm_rope_args, runs
+from tests.cases import DEVICE, Rand, cu_seqlens, norm_decode_args, qk_norm_rope_args, runs
 from tests.test_ops import same_bits as equal_bits
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -103,9 +103,10 @@ def test_what_a_later_token_holds_changes_no_bit_before_it(backend):
     assert not torch.equal(before[140], after[140])
 
 
+@pytest.mark.parametrize("one_launch", [False, True])
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_prefill_then_decode_is_one_prefill(backend, dtype):
+def test_prefill_then_decode_is_one_prefill(backend, dtype, one_launch):
     """Two sequences, their prompts at once, then three tokens, then one: within rounding all of it at once."""
     lens, steps, Hq, Hkv, D, page = (19, 6), (3, 1), 4, 2, 128, 16
     new = sum(steps)
@@ -130,9 +131,14 @@ def test_prefill_then_decode_is_one_prefill(backend, dtype):
         done = list(lens)
         for n in steps:
             ends = [d + n for d in done]
-            q, _, _ = step(done, ends)
             lengths = torch.tensor(ends, dtype=torch.int32, device=DEVICE)
-            for b, part in enumerate(attention_decode(q.unflatten(0, (2, n)), cache, table, lengths)):
+            if one_launch:
+                batch = torch.stack([r[a:b] for r, a, b in zip(rows, done, ends, strict=True)])
+                out = qk_norm_attention_decode(batch, *norms, cache, table, lengths)
+            else:
+                q, _, _ = step(done, ends)
+                out = attention_decode(q.unflatten(0, (2, n)), cache, table, lengths)
+            for b, part in enumerate(out):
                 got[b].append(part)
             done = ends
     got = torch.cat([torch.cat(parts) for parts in got])
@@ -290,8 +296,24 @@ def wrong_calls():
         qkv=[qkv[0], qkv.int(), qkv[:, :3]], q_weight=[w[:4]], k_weight=[w[None]], num_kv_heads=[0, 3, 4],
         cos=[cos[:, :1], cos.double(), cos.to(elsewhere)], sin=[sin[:3]],
         positions=[positions[:5], positions.float(), positions.to(elsewhere)],
-        cu_seqlens=[cu.long(), cu[None], cu[:0], cu.to(elsewhere)], scale=[-1.0],
+        cu_seqlens=[cu.long(), cu[None], cu[:0], cu[:1], cu.to(elsewhere)], scale=[-1.0],
     )  # fmt: skip
+    new = norm_decode_args(rand, (5, 3), 2, 4, 2, 8, 4, 6)
+    qkv4, w, _, cos, sin, cache, table, lengths = new[:8]
+    wrong_new = dict(
+        qkv=[qkv4[0], qkv4.int(), qkv4[:, :, :3], qkv4.repeat(1, 5, 1, 1)], q_weight=[w[:4]], k_weight=[w[None]],
+        cos=[cos[:, :1], cos.double(), cos.to(elsewhere)], sin=[sin[:3]], block_table=[table.long(), table[:1]],
+        cache=[cache._replace(k=cache.k[..., :4]), cache._replace(k_scale=cache.k)],
+        lengths=[lengths.long(), lengths[:1]],
+    )  # fmt: skip
+    if DEVICE == "cpu":
+        wrong_new["lengths"] += [lengths - 4, lengths + 2, lengths + 9]
+    for name, values in wrong_new.items():
+        for i, value in enumerate(values):
+            names = "qkv", "q_weight", "k_weight", "cos", "sin", "cache", "block_table", "lengths"
+            yield f"{name} {i}", qk_norm_attention_decode, tuple(
+                value if name == other else x for other, x in zip(names, new[:8], strict=True)
+            )  # fmt: skip
     if DEVICE == "cpu":
         for bounds in (cu + 1, cu - 1, cu_seqlens((5,)), cu_seqlens((7,)), falls):
             yield f"bounds {bounds.tolist()}", attention, (q, k, k, bounds)

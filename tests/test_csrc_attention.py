@@ -131,6 +131,21 @@ def test_correct(check):
     check(C)
 
 
+@pytest.mark.parametrize("schedule", [0], indirect=True)
+@pytest.mark.parametrize("wrong", [(0, 4), (1, 6), (0, 4, 3, 6), (0, 9), (0, -2, 6)])
+@pytest.mark.parametrize("keys", [False, True])
+def test_a_debug_build_checks_bounds(wrong, keys):
+    q, k = Rand(BF16).data(6, 2, 128), Rand(BF16).data(6, 1, 128)
+    wrong = torch.tensor(wrong, dtype=torch.int32)
+    good = torch.linspace(0, 6, len(wrong)).int()
+    cu = (good, wrong) if keys else (wrong, good)
+    out, lse, dk = torch.zeros_like(q), torch.zeros(2, 6), torch.zeros_like(k)
+    with pytest.raises(RuntimeError, match="__trap"):
+        C.attention_fwd(q, k, k, *cu, out, lse, True, 0.11, *PLAIN)
+    with pytest.raises(RuntimeError, match="__trap"):
+        C.attention_bwd(q, q, k, k, out, lse, *cu, q.clone(), dk, dk.clone(), True, 0.11, torch.zeros(2, 2, 8))
+
+
 FILE = "attention/attention.cu"
 BROKEN = {  # name: (its error, its message, right, wrong)
     "the mask one key further": (AssertionError, "", "min(keys, i + shift + 1)", "min(keys, i + shift + 2)"),

@@ -8,14 +8,17 @@ from ling_kernels.op import E4M3
 from ling_kernels.ops import attention_decode as attention_decode_file
 from ling_kernels.ops.attention_decode import (
     KVCache,
+    append,
     attention_decode,
     attention_decode_fwd,
     attention_decode_ref,
     programs,
     serves,
 )
-from tests.cases import DEVICE, Rand, decode_args, runs
-from tests.host.build import SANITIZE, load, missing
+from ling_kernels.ops.qk_norm_attention_decode import qk_norm_attention_decode
+from tests.cases import DEVICE, Rand, decode_args, norm_decode_args, runs
+from tests.host.build import CSRC, SANITIZE, load, missing
+from tests.test_ops import same_bits
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 BACKENDS = [
@@ -108,6 +111,38 @@ def test_many_tokens_are_as_many_steps(backend, fp8):
         at_once = attention_decode(q, cache, table, lengths, scale)
         steps = [attention_decode(q[:, i : i + 1], cache, table, lengths - (n - 1 - i), scale) for i in range(n)]
     close(at_once, torch.cat(steps, 1))
+
+
+@on_every_backend
+@with_and_without_fp8
+def test_new_tokens_enter_their_cells_and_no_other(backend, fp8):
+    """Wherever pages lie; what was in the cells is not read, padding and tokens before the first enter nothing."""
+    args = norm_decode_args(Rand(BF16), (67, 0, 2, 17), 3, 4, 2, 128, 64, 67, 16, fp8)
+    norms, cache, table, lengths, options = args[:5], args[5], args[6], args[7], args[8:]
+    new = torch.zeros(cache.k.shape[:2], dtype=torch.bool, device=DEVICE)
+    for pages, length in zip(table.long(), lengths.tolist(), strict=True):
+        at = torch.arange(max(length - 3, 0), length, device=DEVICE)
+        new[pages[at // 16], at % 16] = True
+    (k, v), bits = ((x.view(torch.uint8) if fp8 else x for x in cache[:2]), 0x7F if fp8 else torch.nan)
+    k[new], v[new] = bits, bits
+    before = [x if x is None else x.clone() for x in cache]
+    to, order = moved(cache)
+    with force("torch"):
+        kept = KVCache(*(x if x is None else x.clone() for x in cache))
+        want = qk_norm_attention_decode(*norms, kept, table, lengths, *options)
+    with force(backend):
+        out = qk_norm_attention_decode(*norms, cache, table, lengths, *options)
+        other = qk_norm_attention_decode(*norms, to, order.int()[table.long()].int(), lengths, *options)
+    assert same_bits(out, other) and (out[1] == 0).all() and (out[2, 0] == 0).all() and (out[2, 1] != 0).all()
+    close(out, want)
+    for x, was, there in zip(cache, before, to, strict=True):
+        if x is not None:
+            x, was, there = (t.view(torch.uint8) if fp8 else t for t in (x, was, there))
+            assert same_bits(x, there[order]) and same_bits(x[~new], was[~new]) and not same_bits(x[new], was[new])
+    for i in range(2):
+        scales = [x[i + 2][new][..., None] if fp8 else 1 for x in (cache, kept)]
+        got, ref = (x[i].view(torch.uint8)[new].view(E4M3) if fp8 else x[i][new] for x in (cache, kept))
+        close(got.float() * scales[0], ref.float() * scales[1], E4M3 if fp8 else BF16)
 
 
 @pytest.mark.skipif(not runs("triton"), reason="triton cannot run here")
@@ -214,7 +249,47 @@ def check_nan(C):
             close(out[1], attention_decode_ref(*args)[1], FP16)
 
 
+def norm_decode(C, args, W):
+    """What the kernel gives that norms and appends, and then the same by qk_norm_rope, append and attention_decode."""
+    qkv, q_weight, k_weight, cos, sin, cache, table, lengths, scale, eps, round_first = args
+    (B, n, H, D), (_, page, Hkv, _) = qkv.shape, cache.k.shape
+    at = lengths[:, None] - n + torch.arange(n)
+    slots = (table.gather(1, at.clamp(min=0) // page) * page + at % page).where(at >= 0, -1).flatten().long()
+    norms = q_weight, k_weight, cos, sin
+    q, k, v = (torch.empty(B * n, h, D, dtype=qkv.dtype) for h in (H - 2 * Hkv, Hkv, Hkv))
+    C.qk_norm_rope_fwd(
+        qkv.flatten(0, 1), *norms, at.flatten().clamp(min=0), None, q, k, v, None, None, eps, round_first
+    )
+    caches = [KVCache(*(x if x is None else x.clone() for x in cache)) for _ in range(2)]
+    for x in caches:  # where the new tokens go there is NaN; nobody may read it
+        fill = 0x7F if x.k.dtype == E4M3 else torch.nan
+        for t in x[:2]:
+            (t.view(torch.uint8) if t.dtype == E4M3 else t).flatten(0, 1)[slots[slots >= 0]] = fill
+    append(caches[1], k[slots >= 0], v[slots >= 0], slots[slots >= 0])
+    want = decode(C, (q.view(B, n, q.shape[1], D), caches[1], table, lengths, scale), W)
+    partial = torch.full((W + B, Hkv, n * (H // Hkv - 2), D), torch.nan)
+    out, lse = torch.full_like(want, torch.nan), torch.full_like(partial[..., 0], torch.nan)
+    C.qk_norm_attention_decode_fwd(qkv, *norms, *caches[0], table, lengths, out, partial, lse, scale, eps, round_first)
+    return (out, *caches[0]), (want, *caches[1])
+
+
+def check_append(C):
+    """New tokens across tiles, runs and pages, tiles of rows that share them, padding: the bits of the ops in a row."""
+    for dtype, fp8, W, lengths, n, Hq, Hkv, page, options in (
+        (FP16, False, 3, (0, 66, 5, 1), 3, 12, 2, 32, dict(round_first=True)),
+        (BF16, False, 2, (70, 2, 129), 4, 10, 1, 16, {}), (BF16, True, 4, (130, 0, 3), 8, 3, 1, 16, {}),
+        (FP16, True, 1, (65,), 1, 4, 2, 48, dict(round_first=True)), (BF16, False, 2, (), 1, 2, 1, 16, {}),
+    ):  # fmt: skip
+        args = [*norm_decode_args(Rand(dtype), lengths, n, Hq, Hkv, 128, 64, 200, page, fp8, **options)]
+        if n != 3:
+            args[1:3] = (w.float() for w in args[1:3])
+        got, want = norm_decode(C, args, W)
+        assert all(g is w is None or same_bits(g, w) for g, w in zip(got, want, strict=True))
+        assert got[0].isfinite().all() and (not lengths or got[0].any())
+
+
 CHECKS = [
+    check_append,
     check_decode,
     check_many_sequences,
     check_a_long_sequence,
@@ -253,9 +328,18 @@ def test_a_debug_build_checks_lengths_and_pages():
             decode(C, (q, cache, table.clone().index_fill_(1, torch.tensor(1), wrong), lengths, scale), 2)
 
 
-FILE, MMA = "attention/attention_decode.cu", "attention/mma.cuh"
+@on_host
+def test_a_debug_build_checks_new_tokens():
+    C = load()
+    args = norm_decode_args(Rand(BF16), (40, 17), 2, 4, 2, 128, 64, 40, 16)
+    norm_decode(C, args, 2)
+    with pytest.raises(RuntimeError, match="__trap"):
+        norm_decode(C, [*args[:3], *(t[:39] for t in args[3:5]), *args[5:]], 2)
+
+
+FILES = [f"attention/{name}" for name in ("attention_decode.cu", "attention_decode.cuh", "new_tokens.cuh")]
 BROKEN = {  # name: (check that must fail, right, wrong)
-    "values past the end": (check_decode, "key(step) + at < used ? *", "true ? *"),
+    "values past the end": (check_decode, "key(step) + at < used ? *reinterpret", "true ? *reinterpret"),
     "one more key": (check_decode, "min(length - n + r / G,", "min(length - n + 1 + r / G,"),
     "no barrier before the warps' parts are read": (
         check_decode, "__syncthreads();\n            const int64_t to", "const int64_t to"),
@@ -274,6 +358,12 @@ BROKEN = {  # name: (check that must fail, right, wrong)
         check_rising_scores, "larger = fmaxf(larger, __shfl_xor_sync(~0u, larger, 2));", ""),
     "pieces of equal weight": (check_rising_scores, "exp2f(lse[int64_t{p} * rows] - largest)", "1"),
     "a NaN outdone": (check_nan, "x = exp2f(x - base);", "x = fmaxf(exp2f(x - base), 0.f);"),
+    "new keys read where one block writes them": (
+        check_append, "i >= 0) return fresh->cells", "false) return fresh->cells"),
+    "new scales likewise": (check_append, "from = &fresh->scales[kind][new_one];", ";"),
+    "no barrier before new tokens are read": (
+        check_append, "me.stop, n, G, r0);\n                __syncthreads();", "me.stop, n, G, r0);"),
+    "not rounded before it is quantised": (check_append, "y[j] = rounded<T>(y[j], true)", "y[j] = y[j]"),
 }  # fmt: skip
 
 
@@ -281,8 +371,9 @@ BROKEN = {  # name: (check that must fail, right, wrong)
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken(name, monkeypatch):
     monkeypatch.setenv("LING_HOST_SEED", "1")
-    check, *patch = BROKEN[name]
-    broken = load((FILE, *patch))
+    check, right, wrong = BROKEN[name]
+    file = next(f for f in FILES if right in (CSRC / f).read_text())
+    broken = load((file, right, wrong))
     with pytest.raises((AssertionError, RuntimeError)):
         check(broken)
 
@@ -298,6 +389,6 @@ def test_sanitizer(name):
         result = sanitized(f"{module}; [check(load()) for check in CHECKS]")
         assert result.returncode == 0, result.stderr
         return
-    patch = FILE, "mine < stop ? cache.table", "true ? cache.table"
+    patch = FILES[1], "mine < stop ? cache.table", "true ? cache.table"
     result = sanitized(f"{module}; check_nan(load({patch!r}))")
     assert result.returncode != 0 and "AddressSanitizer" in result.stderr, result.stderr

@@ -29,7 +29,7 @@ struct Problem {
     bf16* out;
     int64_t out_row;
     float* lse;
-    int B, Tq, Hq, Hkv;
+    int B, Tq, Tk, Hq, Hkv;
     bool causal;
     float scale;
     // To norm and rotate q
@@ -290,7 +290,10 @@ __global__ void __launch_bounds__(kThreads, 1) attention_fwd_kernel(const __grid
     }
     if (threadIdx.x == kConsumers) prefetch_map(p.q), prefetch_map(p.k), prefetch_map(p.v);
     __syncthreads();
-    count_tiles(s.tiles, s.warp_sums, p.B, [&](int b) { return ceil_div(p.cu_q[b + 1] - p.cu_q[b], kBlock); });
+    count_tiles(s.tiles, s.warp_sums, p.B, [&](int b) {
+        check_bounds(p.cu_q, b, p.B, p.Tq), check_bounds(p.cu_k, b, p.B, p.Tk);
+        return ceil_div(p.cu_q[b + 1] - p.cu_q[b], kBlock);
+    });
     if (threadIdx.x >= kConsumers) {
         fewer_registers<40>();
         if (threadIdx.x < kConsumers + 32) load_tiles(s, p);
@@ -318,7 +321,7 @@ void attention_fwd(cudaStream_t stream, Tensor q, Tensor k, Tensor v, Tensor cu_
     p.q = map_of_heads(q, kBlock), p.k = map_of_heads(k, kBlock), p.v = map_of_heads(v, kBlock);
     p.cu_q = cu_q.ptr<int>(), p.cu_k = cu_k.ptr<int>(), p.out = out.ptr<bf16>(), p.out_row = out.stride[0],
     p.lse = lse.ptr<float>();
-    p.B = B, p.Tq = Tq, p.Hq = Hq, p.Hkv = Hkv, p.causal = causal, p.scale = scale;
+    p.B = B, p.Tq = Tq, p.Tk = Tk, p.Hq = Hq, p.Hkv = Hkv, p.causal = causal, p.scale = scale;
     const int64_t tiles = (Tq / kBlock + std::min(B, Tq)) * Hq;  // at most
     const int blocks = std::min<int64_t>(multiprocessors(), tiles);
     if (!q_weight.ndim) return launch<attention_fwd_kernel<false>>(blocks, kThreads, sizeof(Shared), stream, p);

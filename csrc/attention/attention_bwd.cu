@@ -20,7 +20,7 @@ struct Problem {
     int64_t stride;
     bf16 *out, *out2;  // dq; or dk and dv
     int64_t out_row, out2_row;
-    int B, Hq, Hkv;
+    int B, Tq, Tk, Hq, Hkv;
     bool causal;
     float scale;
 };
@@ -224,7 +224,10 @@ __global__ void __launch_bounds__(kThreads, 1) attention_bwd_kernel(const __grid
     }
     __syncthreads();
     const int* cu = kKeys ? p.cu_k : p.cu_q;
-    count_tiles(s.tiles, s.warp_sums, p.B, [&](int b) { return ceil_div(cu[b + 1] - cu[b], kBlock); });
+    count_tiles(s.tiles, s.warp_sums, p.B, [&](int b) {
+        check_bounds(p.cu_q, b, p.B, p.Tq), check_bounds(p.cu_k, b, p.B, p.Tk);
+        return ceil_div(cu[b + 1] - cu[b], kBlock);
+    });
     if (threadIdx.x >= kConsumers) {
         fewer_registers<40>();
         if (threadIdx.x < kConsumers + 32) load_tiles<kKeys>(s, p);
@@ -275,7 +278,7 @@ void attention_bwd(cudaStream_t stream, Tensor dout, Tensor q, Tensor k, Tensor 
                                    static_cast<int>(Hq), stride);
 
     p.cu_q = cu_q.ptr<int>(), p.cu_k = cu_k.ptr<int>();
-    p.B = B, p.Hq = Hq, p.Hkv = Hkv, p.causal = causal, p.scale = scale;
+    p.B = B, p.Tq = Tq, p.Tk = Tk, p.Hq = Hq, p.Hkv = Hkv, p.causal = causal, p.scale = scale;
     p.lse = encode_map(p.lse_at, DType::f32, Hq, stride, stride * 4, 1, kOther, false);
     p.delta = encode_map(p.delta_at, DType::f32, Hq, stride, stride * 4, 1, kOther, false);
     const auto blocks = [&](int64_t T, int64_t H) {

@@ -1,237 +1,10 @@
 #include "attention/attention_decode.h"
-#include "attention/mma.cuh"
-#include "quant/fp8.cuh"
+#include "attention/new_tokens.cuh"
 
 namespace ling {
 namespace {
 
-// A warp takes every 4th step of 16 keys of its block's run, straight from global memory to tensor cores: where a
-// lane's 16 bytes lie in a row, and which keys they are, is chosen so that they are its part of the operands as they
-// come. The next keys are on their way while the scores are worked on, the next values while the keys are. What the 4
-// warps have is combined once per sequence in shared memory. The run of tiles of keys is found from the lengths, as in
-// Triton.
-constexpr int kD = 128, kWarps = 4, kThreads = 32 * kWarps, kStep = 16, kTile = kWarps * kStep, kRows = 16;
-constexpr int kPitch = kD + 4;  // in floats, of a row in shared memory: rows begin in other banks
-
-struct Cache {
-    const void *k, *v;
-    const float *k_scale, *v_scale;
-    const int *table, *lengths;
-    int B, W, Hkv, num_blocks, page, blocks;
-
-    __device__ int used(int b) const { return min(max(lengths[b], 0), blocks * page); }
-    __device__ int tiles(int b) const { return ceil_div(used(b), kTile); }
-    // How many tiles a run is. By a whole warp, as all that follows.
-    __device__ int share(int all) const { return max(ceil_div(all, W), 1); }
-    __device__ int tiles_before(int end) const {
-        int sum = 0;
-        for (int b = threadIdx.x % 32; b < end; b += 32) sum += tiles(b);
-        return __reduce_add_sync(~0u, sum);
-    }
-    // The sequence of tile `first`, which there is, and where its tiles begin
-    __device__ void find(int first, int& seq, int& begin) const {
-        const int lane = threadIdx.x % 32;
-        seq = begin = 0;
-        for (int b = 0; b < B; b += 32) {
-            int end = b + lane < B ? tiles(b + lane) : 0;
-            for (int d = 1; d < 32; d *= 2) {
-                const int left = __shfl_up_sync(~0u, end, d);
-                if (lane >= d) end += left;
-            }
-            const int past = __popc(__ballot_sync(~0u, begin + end <= first));
-            const int skipped = __shfl_sync(~0u, end, max(past - 1, 0));
-            seq = b + past;
-            begin += past ? skipped : 0;
-            if (past < 32) return;
-        }
-    }
-};
-
-template <typename T> __device__ unsigned pack(float low, float high) {
-    if constexpr (dtype_of<T> == DType::bf16) {
-        const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-        return *reinterpret_cast<const unsigned*>(&pair);
-    } else {
-        const __half2 pair = __floats2half2_rn(low, high);
-        return *reinterpret_cast<const unsigned*>(&pair);
-    }
-}
-
-// 16 bytes of a cache of C as pairs of T
-template <typename T, typename C> struct Chunk {
-    static constexpr int kElements = 16 / sizeof(C);
-    unsigned pair[kElements / 2];
-
-    __device__ explicit Chunk(uint4 raw) {
-        const unsigned words[4] = {raw.x, raw.y, raw.z, raw.w};
-#pragma unroll
-        for (int i = 0; i < kElements / 2; i++)
-            if constexpr (sizeof(C) == 2) pair[i] = words[i];
-            else {
-                const __half2 two = __nv_cvt_fp8x2_to_halfraw2(words[i / 2] >> i % 2 * 16 & 0xffff, __NV_E4M3);
-                const float2 wide = __half22float2(two);
-                pair[i] =
-                    dtype_of<T> == DType::f16 ? *reinterpret_cast<const unsigned*>(&two) : pack<T>(wide.x, wide.y);
-            }
-    }
-};
-
-// A warp's part of a sequence's keys: scores of 16 rows in units of log2, and the values weighted by them.
-// Lane l is g = l / 4, c = l % 4. As the contraction may take dims in any order, a lane's chunks of a key serve as they
-// are; as output columns may have any order, so do its chunks of values, once two keys' are interleaved.
-template <typename T, typename C> struct Warp {
-    static constexpr int kPer = Chunk<T, C>::kElements, kKeyChunks = kD / kPer / 4, kValueChunks = kD / kPer / 8;
-    const Cache& cache;
-    const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4, warp = threadIdx.x / 32;
-    int seq, head, first, stop, used;  // keys of the block's run
-    unsigned q[8][4];
-    uint4 ks[2][kKeyChunks], vs[2][2][kValueChunks];  // key 8t + g; key 8t + 2c + i
-    float k_scale[2][2], v_scale[2][2];               // of key 8t + 2c + i
-    float largest[2], total[2], o[16][4];
-    int pages;  // where the next 32 steps' keys lie, a lane each
-
-    __device__ int key(int step) const { return first + (step * kWarps + warp) * kStep; }
-
-    __device__ void load_queries(const T* row0, const T* row1) {
-#pragma unroll
-        for (int u = 0; u < 4; u++) {
-            const int d = u / (kPer / 8) * 4 * kPer + c * kPer + u % (kPer / 8) * 8;
-            const uint4 low = row0 ? *reinterpret_cast<const uint4*>(row0 + d) : uint4{};
-            const uint4 high = row1 ? *reinterpret_cast<const uint4*>(row1 + d) : uint4{};
-            q[2 * u][0] = low.x, q[2 * u][1] = high.x, q[2 * u][2] = low.y, q[2 * u][3] = high.y;
-            q[2 * u + 1][0] = low.z, q[2 * u + 1][1] = high.z, q[2 * u + 1][2] = low.w, q[2 * u + 1][3] = high.w;
-        }
-    }
-
-    // The cell of the step's first key; the 16 lie in one page.
-    __device__ int64_t locate(int step) {
-        if (step % 32 == 0) {
-            const int mine = key(step + lane);
-            pages = mine < stop ? cache.table[int64_t{seq} * cache.blocks + mine / cache.page] : 0;
-            LING_DEVICE_CHECK(pages >= 0 && pages < cache.num_blocks);
-            pages = min(max(pages, 0), cache.num_blocks - 1);
-        }
-        return int64_t{__shfl_sync(~0u, pages, step % 32)} * cache.page + key(step) % cache.page;
-    }
-
-    // Cells past the sequence's end are there, and their scores are not used. Their values are: as 0 times NaN.
-    __device__ void load_keys(int step, int64_t cell) {
-#pragma unroll
-        for (int t = 0; t < 2; t++) {
-            const C* row = static_cast<const C*>(cache.k) + ((cell + 8 * t + g) * cache.Hkv + head) * kD + c * kPer;
-#pragma unroll
-            for (int j = 0; j < kKeyChunks; j++) ks[t][j] = *reinterpret_cast<const uint4*>(row + j * 4 * kPer);
-            if constexpr (sizeof(C) == 1) load_scales(k_scale[t], cache.k_scale, step, cell, t);
-        }
-    }
-    __device__ void load_values(int step, int64_t cell) {
-#pragma unroll
-        for (int t = 0; t < 2; t++) {
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const int at = 8 * t + 2 * c + i;
-                const C* row = static_cast<const C*>(cache.v) + ((cell + at) * cache.Hkv + head) * kD + g * kPer;
-#pragma unroll
-                for (int j = 0; j < kValueChunks; j++)
-                    vs[t][i][j] = key(step) + at < used ? *reinterpret_cast<const uint4*>(row + j * 8 * kPer) : uint4{};
-            }
-            if constexpr (sizeof(C) == 1) load_scales(v_scale[t], cache.v_scale, step, cell, t);
-        }
-    }
-    __device__ void load_scales(float (&to)[2], const float* from, int step, int64_t cell, int t) const {
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const int at = 8 * t + 2 * c + i;
-            to[i] = key(step) + at < used ? from[(cell + at) * cache.Hkv + head] : 0.f;
-        }
-    }
-
-    __device__ void scores(float (&s)[2][4], float scale_log2) const {
-#pragma unroll
-        for (int t = 0; t < 2; t++) {
-            s[t][0] = s[t][1] = s[t][2] = s[t][3] = 0;
-#pragma unroll
-            for (int j = 0; j < kKeyChunks; j++) {
-                const Chunk<T, C> chunk(ks[t][j]);
-#pragma unroll
-                for (int i = 0; i < kPer / 4; i++)
-                    mma<T>(s[t], q[j * (kPer / 4) + i], chunk.pair[2 * i], chunk.pair[2 * i + 1]);
-            }
-#pragma unroll
-            for (int i = 0; i < 4; i++) s[t][i] *= sizeof(C) == 1 ? k_scale[t][i % 2] * scale_log2 : scale_log2;
-        }
-    }
-
-    // s becomes P; last: of each of the lane's two rows, the last key that it sees
-    __device__ void softmax(float (&s)[2][4], int first_key, const int (&last)[2]) {
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            float larger = largest[r];
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                float& x = s[i / 2][2 * r + i % 2];
-                if (first_key + i / 2 * 8 + 2 * c + i % 2 > last[r]) x = -INFINITY;
-                larger = fmaxf(larger, x);
-            }
-            larger = fmaxf(larger, __shfl_xor_sync(~0u, larger, 1));
-            larger = fmaxf(larger, __shfl_xor_sync(~0u, larger, 2));
-            const float base = larger == -INFINITY ? 0.f : larger;  // -inf - -inf would be NaN
-            const float shrink = exp2f(largest[r] - base);
-            largest[r] = larger, total[r] *= shrink;
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                float& x = s[i / 2][2 * r + i % 2];
-                x = exp2f(x - base);
-                total[r] += x;
-                if constexpr (sizeof(C) == 1) x *= v_scale[i / 2][i % 2];
-            }
-#pragma unroll
-            for (int i = 0; i < 16; i++) o[i][2 * r] *= shrink, o[i][2 * r + 1] *= shrink;
-        }
-    }
-
-    __device__ void add_values(const float (&p)[2][4]) {
-        const unsigned a[4] = {pack<T>(p[0][0], p[0][1]), pack<T>(p[0][2], p[0][3]), pack<T>(p[1][0], p[1][1]),
-                               pack<T>(p[1][2], p[1][3])};
-#pragma unroll
-        for (int j = 0; j < kValueChunks; j++) {
-            const Chunk<T, C> chunk[2][2] = {{Chunk<T, C>(vs[0][0][j]), Chunk<T, C>(vs[0][1][j])},
-                                             {Chunk<T, C>(vs[1][0][j]), Chunk<T, C>(vs[1][1][j])}};
-#pragma unroll
-            for (int i = 0; i < kPer; i++) {
-                unsigned b[2];
-#pragma unroll
-                for (int t = 0; t < 2; t++)
-                    b[t] = __byte_perm(chunk[t][0].pair[i / 2], chunk[t][1].pair[i / 2], i % 2 ? 0x7632 : 0x5410);
-                mma<T>(o[j * kPer + i], a, b[0], b[1]);
-            }
-        }
-    }
-
-    __device__ void run(float scale_log2, const int (&last)[2]) {
-#pragma unroll
-        for (int r = 0; r < 2; r++) largest[r] = -INFINITY, total[r] = 0;
-#pragma unroll
-        for (auto& tile : o) tile[0] = tile[1] = tile[2] = tile[3] = 0;
-        const int steps = max(ceil_div(stop - key(0), kTile), 0);
-        int64_t cell = 0;
-        if (steps) cell = locate(0), load_keys(0, cell), load_values(0, cell);
-        for (int step = 0; step < steps; step++) {
-            float s[2][4];
-            scores(s, scale_log2);
-            const bool more = step + 1 < steps;
-            if (more) cell = locate(step + 1), load_keys(step + 1, cell);
-            softmax(s, key(step), last);
-            add_values(s);
-            if (more) load_values(step + 1, cell);
-        }
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            total[r] += __shfl_xor_sync(~0u, total[r], 1);
-            total[r] += __shfl_xor_sync(~0u, total[r], 2);
-        }
-    }
-};
+using namespace decode;
 
 struct Shared {
     float outs[kWarps][kRows][kPitch];
@@ -257,11 +30,14 @@ __device__ void combine_warps(const Shared& shared, float* partial, float* lse, 
     }
 }
 
-// Block (w, h, tile of rows) has run w of the tiles of keys of all sequences, of KV head h.
-template <typename T, typename C>
+// Block (w, h, tile of rows) has run w of the tiles of keys of all sequences, of KV head h. kAppends: the queries, and
+// the last n keys and values of every sequence, are made of `tokens` first.
+template <typename T, typename C, bool kAppends>
 __global__ void __launch_bounds__(kThreads, 2)
-    attention_decode_kernel(const T* q, Cache cache, float* partial, float* lse, int n, int G, float scale_log2) {
+    attention_decode_kernel(const T* q, NewTokens tokens, Cache cache, float* partial, float* lse, int n, int G,
+                            float scale_log2) {
     __shared__ Shared shared;
+    __shared__ std::conditional_t<kAppends, Fresh<T, C>, char> fresh;
     let_next_start();
     const int all = cache.tiles_before(cache.B), share = cache.share(all);
     int tile = blockIdx.x * share;
@@ -269,7 +45,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int stop = min(tile + share, all), R = n * G, r0 = blockIdx.z * kRows;
     int seq, begin;
     cache.find(tile, seq, begin);
-    Warp<T, C> me{cache};
+    Warp<T, C, kAppends> me{cache};
+    if constexpr (kAppends) me.fresh = &fresh;
     me.head = blockIdx.y;
     for (; tile < stop; seq++) {
         LING_DEVICE_CHECK(seq < cache.B && tile >= begin);
@@ -277,13 +54,17 @@ __global__ void __launch_bounds__(kThreads, 2)
         if (tile < end) {
             me.seq = seq, me.used = cache.used(seq);
             me.first = (tile - begin) * kTile, me.stop = min((min(stop, end) - begin) * kTile, me.used);
-            const T* row[2];
+            if constexpr (kAppends) {
+                prepare(fresh, tokens, cache, seq, me.head, me.first, me.stop, n, G, r0);
+                __syncthreads();
+            }
+            const T* row[2] = {};
             int last[2];
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 const int r = r0 + me.g + 8 * i;
-                row[i] =
-                    r < R ? q + ((int64_t{seq} * n + r / G) * (cache.Hkv * G) + me.head * G + r % G) * kD : nullptr;
+                if constexpr (kAppends) row[i] = r < R ? fresh.q[r - r0] : nullptr;
+                else if (r < R) row[i] = q + ((int64_t{seq} * n + r / G) * (cache.Hkv * G) + me.head * G + r % G) * kD;
                 last[i] = min(length - n + r / G, me.used - 1);
             }
             me.load_queries(row[0], row[1]);
@@ -297,7 +78,7 @@ __global__ void __launch_bounds__(kThreads, 2)
                 for (int j = 0; j < 16; j += 4)
 #pragma unroll
                     for (int e = 0; e < 2; e++) {
-                        constexpr int kPer = Warp<T, C>::kPer;
+                        constexpr int kPer = decltype(me)::kPer;
                         const int d = (2 * me.c + e + 8 * (j / kPer)) * kPer + j % kPer, at = 2 * i + e;
                         *reinterpret_cast<float4*>(&shared.outs[me.warp][r][d]) = {me.o[j][at], me.o[j + 1][at],
                                                                                    me.o[j + 2][at], me.o[j + 3][at]};
@@ -356,14 +137,14 @@ __global__ void __launch_bounds__(kThreads)
     store(out + ((int64_t{b} * n + r / G) * (cache.Hkv * G) + h * G + r % G) * kD + threadIdx.x * 8, y);
 }
 
-}  // namespace
-
-void attention_decode_fwd(cudaStream_t stream, Tensor q, Tensor k, Tensor v, Tensor k_scale, Tensor v_scale,
-                          Tensor block_table, Tensor lengths, Tensor out, Tensor partial, Tensor lse, float scale) {
-    const int64_t B = q.shape[0], n = q.shape[1], Hq = q.shape[2], num_blocks = k.shape[0], page = k.shape[1];
+// What both launchers do; tokens null: q are the queries, and all keys and values are in the cache.
+void run(cudaStream_t stream, const Tensor& q, const NewTokens* tokens, const Tensor& k, const Tensor& v,
+         const Tensor& k_scale, const Tensor& v_scale, const Tensor& block_table, const Tensor& lengths,
+         const Tensor& out, const Tensor& partial, const Tensor& lse, float scale) {
+    const int64_t B = out.shape[0], n = out.shape[1], Hq = out.shape[2], num_blocks = k.shape[0], page = k.shape[1];
     const int64_t Hkv = k.shape[2], G = Hkv ? Hq / Hkv : 0, blocks = block_table.shape[1], W = partial.shape[0] - B;
     const bool fp8 = k.dtype == DType::e4m3;
-    LING_CHECK(q.is(q.dtype, {B, n, Hq, kD}) && q.contiguous() && out.is(q.dtype, {B, n, Hq, kD}) && out.contiguous());
+    LING_CHECK(q.contiguous() && out.is(q.dtype, {B, n, Hq, kD}) && out.contiguous() && n > 0);
     LING_CHECK((fp8 || k.dtype == q.dtype) && Hkv > 0 && G > 0 && G * Hkv == Hq && page % kStep == 0);
     LING_CHECK(k.is(k.dtype, {num_blocks, page, Hkv, kD}) && v.is(k.dtype, {num_blocks, page, Hkv, kD}));
     LING_CHECK(k.contiguous() && v.contiguous());
@@ -395,15 +176,45 @@ void attention_decode_fwd(cudaStream_t stream, Tensor q, Tensor k, Tensor v, Ten
                       num(blocks)};
     const dim3 grid(W, Hkv, ceil_div<int64_t>(n * G, kRows));
     dispatch<f16, bf16>(q.dtype, [&]<typename T>() {
-        const auto run = [&]<typename C>(C) {
-            launch<attention_decode_kernel<T, C>>(grid, kThreads, 0, stream, q.ptr<T>(), cache, partial.ptr<float>(),
-                                                  lse.ptr<float>(), num(n), num(G), scale * 1.4426950408889634f);
+        const auto attend = [&]<typename C, bool kAppends>() {
+            launch<attention_decode_kernel<T, C, kAppends>>(
+                grid, kThreads, 0, stream, q.ptr<T>(), tokens ? *tokens : NewTokens{}, cache, partial.ptr<float>(),
+                lse.ptr<float>(), num(n), num(G), scale * 1.4426950408889634f);
         };
-        fp8 ? run(uint8_t{}) : run(T{});
+        const auto attend_to = [&]<typename C>(C) {
+            tokens ? attend.template operator()<C, true>() : attend.template operator()<C, false>();
+        };
+        fp8 ? attend_to(uint8_t{}) : attend_to(T{});
         launch<attention_decode_combine_kernel<T>, kOverlaps>(dim3(B, Hq * n), kThreads, 0, stream, cache,
                                                               partial.ptr<float>(), lse.ptr<float>(), out.ptr<T>(),
                                                               num(n), num(G));
     });
+}
+
+}  // namespace
+
+void attention_decode_fwd(cudaStream_t stream, Tensor q, Tensor k, Tensor v, Tensor k_scale, Tensor v_scale,
+                          Tensor block_table, Tensor lengths, Tensor out, Tensor partial, Tensor lse, float scale) {
+    LING_CHECK(q.is(q.dtype, {out.shape[0], out.shape[1], out.shape[2], kD}));
+    run(stream, q, nullptr, k, v, k_scale, v_scale, block_table, lengths, out, partial, lse, scale);
+}
+
+void qk_norm_attention_decode_fwd(cudaStream_t stream, Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor cos,
+                                  Tensor sin, Tensor k, Tensor v, Tensor k_scale, Tensor v_scale, Tensor block_table,
+                                  Tensor lengths, Tensor out, Tensor partial, Tensor lse, float scale, float eps,
+                                  bool round_first) {
+    const int64_t n = out.shape[1], P = cos.shape[0];
+    const bool wide = q_weight.dtype == DType::f32;
+    LING_CHECK(qkv.is(qkv.dtype, {out.shape[0], n, out.shape[2] + 2 * k.shape[2], kD}) && n <= kMostNew);
+    LING_CHECK((wide || q_weight.dtype == qkv.dtype) && q_weight.is(q_weight.dtype, {kD}) && q_weight.contiguous());
+    LING_CHECK(k_weight.is(q_weight.dtype, {kD}) && k_weight.contiguous());
+    LING_CHECK(cos.is(DType::f32, {P, kHalf}) && cos.contiguous() && P < 1ll << 31);
+    LING_CHECK(sin.is(DType::f32, {P, kHalf}) && sin.contiguous());
+    LING_CHECK(q_weight.aligned() && k_weight.aligned() && cos.aligned() && sin.aligned());
+    const NewTokens tokens{
+        qkv.data, q_weight.data, k_weight.data, wide,   cos.ptr<float>(),     sin.ptr<float>(),    static_cast<int>(P),
+        eps,      round_first,   k.data,        v.data, k_scale.ptr<float>(), v_scale.ptr<float>()};
+    run(stream, qkv, &tokens, k, v, k_scale, v_scale, block_table, lengths, out, partial, lse, scale);
 }
 
 }  // namespace ling

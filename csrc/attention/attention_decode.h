@@ -18,4 +18,19 @@ void attention_decode_fwd(cudaStream_t stream,
                           Tensor lse,          // [W + B, Hkv, R] f32 (scratch)
                           float scale);
 
+// The same for tokens that are not in the cache yet: their queries and keys are normed and rotated, their keys and
+// values written into the cache first (see qk_norm_attention_decode.py).
+void qk_norm_attention_decode_fwd(cudaStream_t stream,
+                                  Tensor qkv,       // [B, n, Hq + 2 Hkv, 128]  f16 or bf16
+                                  Tensor q_weight,  // [128] as qkv, or f32
+                                  Tensor k_weight,  // as q_weight
+                                  Tensor cos,       // [P, 32] f32
+                                  Tensor sin,       // as cos
+                                  Tensor k,         // as above, and so the next three (out)
+                                  Tensor v, Tensor k_scale, Tensor v_scale,
+                                  Tensor block_table,  // as above
+                                  Tensor lengths,      // as above, the n new tokens counted
+                                  Tensor out,          // [B, n, Hq, 128] as qkv (out)
+                                  Tensor partial, Tensor lse, float scale, float eps, bool round_first);
+
 }  // namespace ling

@@ -13,6 +13,11 @@ inline bool heads_in_rows(const Tensor& t) {
     return side_by_side && t.stride[0] % 8 == 0 && t.aligned();
 }
 
+// Bounds b and b + 1 of B sequences that have T rows in all
+__device__ inline void check_bounds(const int* cu, int b, int B, int T) {
+    LING_DEVICE_CHECK(cu[b] <= cu[b + 1] && (b > 0 || cu[0] == 0) && (b + 1 < B || cu[B] == T));
+}
+
 // To load boxes of so many rows and 64 columns
 inline TensorMap map_of_heads(const Tensor& t, int rows) {
     return encode_map(t.data, DType::bf16, t.shape[0], t.shape[1] * t.shape[2], t.stride[0] * 2, rows, 64, true);

@@ -1,20 +1,10 @@
 #include "norm/qk_norm_rope.h"
-#include "common.cuh"
+#include "norm/head.cuh"
 
 namespace ling {
 namespace {
 
-// Half a warp has a head: lane l its dims 8 l..8 l + 7. Dim i < 32 turns with dim i + 32, so lane l < 8 with lane l
-// ^ 4.
-constexpr int kDim = 128, kHalf = 32, kLanes = 16, kVec = kDim / kLanes, kThreads = 128, kHeads = kThreads / kLanes;
-
-__device__ float head_sum(float x) {
-#pragma unroll
-    for (int d = kLanes / 2; d; d /= 2) x += __shfl_xor_sync(~0u, x, d);
-    return x;
-}
-
-template <typename T> __device__ float rounded(float x, bool round) { return round ? float(static_cast<T>(x)) : x; }
+constexpr int kThreads = 128, kHeads = kThreads / kLanes;
 
 struct Positions {
     const void* at;
@@ -23,39 +13,6 @@ struct Positions {
         return wide ? static_cast<const int64_t*>(at)[t] : static_cast<const int*>(at)[t];
     }
 };
-
-// Of a real token, for the dims of this lane; NaN for a position that the tables do not have.
-struct Angles {
-    Vec<kVec> cos, sin;
-    __device__ Angles(const float* cos_table, const float* sin_table, int64_t position, int P, bool real) {
-        const int lane = threadIdx.x % kLanes;
-        const bool known = position >= 0 && position < P;
-        const float missing = real && !known ? __int_as_float(0x7fffffff) : 0.f;
-#pragma unroll
-        for (int j = 0; j < kVec; j++) cos[j] = sin[j] = missing;
-        if (lane < 8 && real && known) {
-            cos = load<kVec>(cos_table + position * kHalf + lane % 4 * kVec);
-            sin = load<kVec>(sin_table + position * kHalf + lane % 4 * kVec);
-        }
-    }
-    // (a, b) -> (a cos - b sin, b cos + a sin), or its transpose
-    __device__ void turn(Vec<kVec>& y, bool back) const {
-        const int lane = threadIdx.x % kLanes;
-        const bool minus = (lane < 4) != back;
-#pragma unroll
-        for (int j = 0; j < kVec; j++) {
-            const float other = __shfl_xor_sync(~0u, y[j], 4);
-            if (lane < 8) y[j] = y[j] * cos[j] + (minus ? -other : other) * sin[j];
-        }
-    }
-};
-
-__device__ float rstd_of(const Vec<kVec>& x, float eps) {
-    float sum = 0;
-#pragma unroll
-    for (int j = 0; j < kVec; j++) sum += x[j] * x[j];
-    return rsqrtf(head_sum(sum) / kDim + eps);
-}
 
 // A block has a token, whose angles its half warps keep while each takes every 8th head, up to 4 loads at once.
 template <typename T, typename W>
@@ -79,11 +36,8 @@ __global__ void __launch_bounds__(kThreads)
         for (int i = 0; i < kAtOnce; i++) {
             const int h = first + i * kHeads + threadIdx.x / kLanes;
             Vec<kVec> y = x[i];
-            const float r = rstd_of(y, eps);
             const Vec<kVec> w = load<kVec>((h < Hq ? q_weight : k_weight) + lane * kVec);
-#pragma unroll
-            for (int j = 0; j < kVec; j++) y[j] = rounded<T>(y[j] * r, round_first) * w[j];
-            angles.turn(y, false);
+            norm_and_turn<T>(y, w, angles, eps, round_first);
             if (h >= end) continue;
             if (h < Hq) {
                 store(q + (t * Hq + h) * kDim + lane * kVec, y);

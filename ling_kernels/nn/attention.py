@@ -1,18 +1,24 @@
-"""Grouped-query attention with per-head QK-RMSNorm before half-RoPE, over packed rows."""
+"""Grouped-query attention, per-head QK-RMSNorm before half-RoPE, over packed rows; for studies also without norm."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..op import wide
 from ..ops.attention import attention
-from ..ops.attention_decode import KVCache, attention_decode
+from ..ops.attention_decode import KVCache, append, attention_decode, read
 from ..ops.qk_norm_attention import qk_norm_attention
-from ..ops.qk_norm_rope import qk_norm_rope
+from ..ops.qk_norm_attention_decode import qk_norm_attention_decode
+from ..ops.qk_norm_rope import qk_norm_rope, rotate
 
 
 class Rows(NamedTuple):
-    """What attention must know of the T packed rows: sequence b owns rows cu_seqlens[b] : cu_seqlens[b + 1]."""
+    """What attention must know of the T packed rows: sequence b owns rows cu_seqlens[b] : cu_seqlens[b + 1].
+
+    With a cache, the first `decoding` rows are 1 to 8 new tokens of each of B sequences, and see the cache. cu_seqlens
+    counts the rows after them, which see one another, or the cells of the cache that `context` lists.
+    """
 
     cos: Tensor  # [P, R/2] fp32
     sin: Tensor  # [P, R/2] fp32
@@ -20,32 +26,73 @@ class Rows(NamedTuple):
     cu_seqlens: Tensor  # [B + 1] int32
     # with a cache:
     slots: Tensor | None = None  # [T] where each row's key and value go: block * block_size + offset
+    decoding: int = 0
     block_table: Tensor | None = None  # [B, max_blocks] int32
-    lengths: Tensor | None = None  # [B] int32, new rows included; None while the cache is still empty (prefill)
+    lengths: Tensor | None = None  # [B] int32, new rows included
+    context: Tensor | None = None  # [Tk] slots of every key of cu_seqlens' sequences, those of their rows included
+    cu_seqlens_k: Tensor | None = None  # as cu_seqlens, of context
 
 
 class Attention(nn.Module):
-    """query_key_value [(Hq + 2 Hkv) D, H]: all query heads, all key heads, all value heads; dense [H, Hq D]."""
+    """query_key_value [(Hq + 2 Hkv) D, H]: all query heads, all key heads, all value heads; dense [H, Hq D].
 
-    def __init__(self, hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: int, eps: float = 1e-6):
+    qk_norm=False leaves the norm out: no kernel does that, plain torch rotates.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        eps: float = 1e-6,
+        qk_norm: bool = True,
+    ):
         super().__init__()
         self.num_kv_heads, self.head_dim, self.eps = num_kv_heads, head_dim, eps
         self.query_key_value = nn.Linear(hidden_size, (num_heads + 2 * num_kv_heads) * head_dim, bias=False)
         self.dense = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
-        self.query_layernorm = nn.Parameter(torch.ones(head_dim))
-        self.key_layernorm = nn.Parameter(torch.ones(head_dim))
+        self.query_layernorm = nn.Parameter(torch.ones(head_dim)) if qk_norm else None
+        self.key_layernorm = nn.Parameter(torch.ones(head_dim)) if qk_norm else None
 
-    def forward(self, x: Tensor, rows: Rows, cache: KVCache | None = None) -> Tensor:
-        """x [T, H] -> [T, H]. With a cache, keys and values of the rows are written to it first."""
-        qkv = self.query_key_value(x).unflatten(-1, (-1, self.head_dim))
+    def forward(
+        self, x: Tensor, rows: Rows, cache: KVCache | None = None, norm: nn.Module | None = None
+    ) -> Tensor:  # fmt: skip
+        """x [T, H], to which norm is applied first -> [T, H]. With a cache, keys and values are written to it first."""
+        if norm is not None and not getattr(self.query_key_value, "takes_norm", False):
+            x, norm = norm(x), None
+        qkv = self.query_key_value(x) if norm is None else self.query_key_value(x, norm)
+        qkv = qkv.unflatten(-1, (-1, self.head_dim))
         norms = (self.query_layernorm, self.key_layernorm, rows.cos, rows.sin, rows.positions, self.num_kv_heads)
-        if cache is None:
+        if cache is None and self.query_layernorm is not None:
             out, _ = qk_norm_attention(qkv, *norms, rows.cu_seqlens, eps=self.eps)
-        else:
+            return self.dense(out.flatten(1))
+        if self.query_layernorm is not None and 0 < rows.decoding == len(qkv):
+            batch = qkv.unflatten(0, (len(rows.lengths), -1))
+            out = qk_norm_attention_decode(batch, *norms[:4], cache, rows.block_table, rows.lengths, eps=self.eps)
+            return self.dense(out.flatten(0, 1).flatten(1))
+        if self.query_layernorm is not None:
             q, k, v = qk_norm_rope(qkv, *norms, eps=self.eps, cache=cache, slots=rows.slots)
-            if rows.lengths is None:
-                out, _ = attention(q, k, v, rows.cu_seqlens)
-            else:
-                batch = q.unflatten(0, (len(rows.lengths), -1))
-                out = attention_decode(batch, cache, rows.block_table, rows.lengths).flatten(0, 1)
+        else:
+            q, k, v = self.rope(qkv, rows)
+            if cache is not None:
+                append(cache, k, v, rows.slots)
+        outs = []
+        if rows.decoding:
+            batch = q[: rows.decoding].unflatten(0, (len(rows.lengths), -1))
+            outs.append(attention_decode(batch, cache, rows.block_table, rows.lengths).flatten(0, 1))
+        if rows.decoding < len(q) or not outs:
+            q, k, v = (t[rows.decoding :] for t in (q, k, v))
+            if rows.context is not None:
+                k, v = read(cache, rows.context, q.dtype)
+            outs.append(attention(q, k, v, rows.cu_seqlens, rows.cu_seqlens_k)[0])
+        out = outs[0] if len(outs) == 1 else torch.cat(outs)
         return self.dense(out.flatten(1))
+
+    def rope(self, qkv: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        """qkv [T, Hq + 2 Hkv, D] -> q, k and v as qk_norm_rope's, which are not normed."""
+        kv = self.num_kv_heads
+        q, k, v = qkv.split([qkv.shape[1] - 2 * kv, kv, kv], dim=1)
+        cos, sin = (table[rows.positions.long()][:, None] for table in (rows.cos, rows.sin))
+        q, k = (rotate(wide(x), cos, sin).to(x.dtype) for x in (q, k))
+        return q, k, v.contiguous()

@@ -19,6 +19,7 @@ EXPORTS = {  # public name: the file below ops/ that holds it
     "permute": "permute",
     "permute_quantize": "permute",
     "qk_norm_attention": "qk_norm_attention",
+    "qk_norm_attention_decode": "qk_norm_attention_decode",
     "qk_norm_rope": "qk_norm_rope",
     "quantize": "quantize",
     "quantize_weight": "quantize",

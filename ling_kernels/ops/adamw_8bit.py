@@ -4,18 +4,28 @@ A block of 256 values holds its largest absolute value and, for each, the index 
 (m) or [0, 1] (v), half as many in each decade towards 0: see `dynamic_map`. The update is that of torch.optim.AdamW:
 m = b1 m + (1 - b1) g,  v = b2 v + (1 - b2) g^2,
 p = p (1 - lr wd) - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps).
+One pass over p can also round it stochastically to bf16, up with the probability of what lies below the 16 bits that
+stay, and requantise it to FP8.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..op import expect, wide
+from ..backend import backend
+from ..op import E4M3, expect, op, wide
+from .quantize import BLOCK as TILE
+from .quantize import quantize_weight
+from .triton_fp8 import fp8_round, fp8_scale
 
 BLOCK = 256
+CHUNK = 1 << 20  # elements that the reference has in fp32 at a time
+MASK = 0xFFFFFFFF
 
 
 class Moments(NamedTuple):
@@ -35,49 +45,120 @@ def adamw_8bit(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
-    step: int,
+    step: int | Tensor,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    seed: int | None = None,
+    fp8: Sequence[tuple[Tensor, Tensor] | None] | None = None,
+    pow2: bool = False,
 ) -> None:
     """One AdamW step, number `step` (from 1 on), in place in params and in their state of `adamw_8bit_state`.
 
-    Arithmetic in fp32 and with the new moments before they are rounded to 8 bits; params may be bf16. This states what
-    an 8-bit AdamW computes. For production prefer bitsandbytes' AdamW8bit (paged, fused) or torchao's: they are kept
-    well, and nobody has measured a reason against them. Raises ValueError where grads or state do not fit params.
+    Arithmetic in fp32 and with the new moments before they are rounded to 8 bits. params are contiguous, fp32 or bf16,
+    grads of their shapes. The host need not know: step may be a tensor [len(params)] on the device; scalars there are
+    grad_scale, which grads are divided by, and found_inf: unless it is 0, nothing changes (torch's fused optimizers
+    have the same two). With a seed, bf16 params are rounded stochastically, the same for the same seed, position in
+    params, step and element; without one to the nearest. fp8 has for each parameter [(E,) N, K] None or the tensors of
+    quantize_weight(p, pow2), which are made anew: in the same pass where K % 256 == 0. Asks the host nothing. Raises
+    ValueError where grads, state or fp8 do not fit params.
     """
-    expect(len(params) == len(grads) == len(state), "as many grads and states as params",
-           len(params), len(grads), len(state))  # fmt: skip
-    expect(step >= 1 and all(0 <= b < 1 for b in betas) and eps > 0, "step >= 1, betas in [0, 1), eps > 0",
+    expect(len(params) == len(grads) == len(state) == len(fp8 or params), "as many grads, states and fp8 as params",
+           len(params), len(grads), len(state), len(fp8 or params))  # fmt: skip
+    first = isinstance(step, Tensor) or step >= 1
+    expect(first and all(0 <= b < 1 for b in betas) and eps > 0, "step >= 1, betas in [0, 1), eps > 0",
            step, betas, eps)  # fmt: skip
-    for p, g, s in zip(params, grads, state, strict=True):
+    for p, g, s, copy in zip(params, grads, state, fp8 or [None] * len(params), strict=True):
         n, blocks = p.numel(), -(-p.numel() // BLOCK)
         expect(p.is_floating_point() and g.is_floating_point() and g.shape == p.shape, "grads as params", p, g)
+        expect(p.is_contiguous(), "contiguous params", p)
         expect(s.m.shape == s.v.shape == (n,) and s.m_scale.shape == s.v_scale.shape == (blocks,)
                and s.m.dtype == s.v.dtype == torch.uint8, "the state of adamw_8bit_state(params)", p, *s)  # fmt: skip
-    adamw_8bit_ref(params, grads, state, lr, betas, eps, weight_decay, step)
+        expect(copy is None or copy[0].shape == p.shape and copy[0].dtype == E4M3, "fp8 as quantize_weight(p)", p, copy)
+    if not params:
+        return
+    wants = params, grads, state, lr, betas, eps, weight_decay, step, grad_scale, found_inf, seed, fp8, pow2
+    if backend(params[0]) == "torch" or any(p.dtype == torch.float64 for p in params):
+        return adamw_8bit_ref(*wants)
+    tables = torch.stack([t for table in maps(params[0]) for t in (table, F.pad(midpoints(table), (0, 1)))])
+    corrections, keys = by_parameter(params, betas, step, seed)
+    for i, (p, g, s) in enumerate(zip(params, grads, state, strict=True)):
+        copy = fp8[i] if fp8 else None
+        fused = copy if p.shape[-1:].numel() % BLOCK == 0 else None
+        key = keys[i] if seed is not None and p.dtype == torch.bfloat16 else None
+        adamw_8bit_fwd(p.detach(), g.detach().contiguous(), *s, *(fused or (None, None)), tables, corrections[i], key,
+                       grad_scale, found_inf, lr, *betas, eps, weight_decay, pow2)  # fmt: skip
+        if copy is not fused:
+            quantize_weight(p, pow2, copy)
 
 
 def adamw_8bit_state(params: Sequence[Tensor]) -> list[Moments]:
     """Zero moments, on the device of each parameter."""
-    state = []
-    for p in params:
-        zeros = torch.zeros(p.numel(), device=p.device)
-        signed, unsigned = maps(p)
-        state.append(Moments(*quantize_moment(zeros, signed), *quantize_moment(zeros, unsigned)))
-    return state
+
+    def zeros(p: Tensor, code: int) -> tuple[Tensor, Tensor]:
+        codes = torch.full((p.numel(),), code, dtype=torch.uint8, device=p.device)
+        return codes, torch.zeros(-(-p.numel() // BLOCK), device=p.device)
+
+    return [Moments(*zeros(p, 127), *zeros(p, 0)) for p in params]  # where the maps have 0
 
 
 @torch.no_grad()
-def adamw_8bit_ref(params, grads, state, lr, betas, eps, weight_decay, step):
+def adamw_8bit_ref(params, grads, state, lr, betas, eps, weight_decay, step,
+                   grad_scale=None, found_inf=None, seed=None, fp8=None, pow2=False):  # fmt: skip
+    if not params:
+        return
     b1, b2 = betas
-    for p, g, s in zip(params, grads, state, strict=True):
-        signed, unsigned = maps(p)
-        g, w = wide(g).flatten(), wide(p).flatten()
-        m = b1 * dequantize_moment(s.m, s.m_scale, signed) + (1 - b1) * g
-        v = b2 * dequantize_moment(s.v, s.v_scale, unsigned) + (1 - b2) * g.square()
-        update = (m / (1 - b1**step)) / ((v / (1 - b2**step)).sqrt() + eps)
-        p.copy_((w * (1 - lr * weight_decay) - lr * update).view(p.shape))
-        new = (*quantize_moment(m, signed), *quantize_moment(v, unsigned))
-        for old, value in zip(s, new, strict=True):
-            old.copy_(value)
+    signed, unsigned = maps(params[0])
+    corrections, keys = by_parameter(params, betas, step, seed)
+    for i, (p, g, s) in enumerate(zip(params, grads, state, strict=True)):
+        bias_m, bias_v = corrections[i].to(wide(p.new_empty(0)).dtype)
+        flat_p, flat_g = p.view(-1), g.reshape(-1)
+        for start in range(0, p.numel(), CHUNK):
+            now = slice(start, start + CHUNK)
+            blocks = slice(start // BLOCK, (start + CHUNK) // BLOCK)
+            old = flat_p[now], s.m[now], s.m_scale[blocks], s.v[now], s.v_scale[blocks]
+            g, w = wide(flat_g[now]), wide(old[0])
+            g = g if grad_scale is None else g / grad_scale
+            m = b1 * dequantize_moment(*old[1:3], signed) + (1 - b1) * g
+            v = b2 * dequantize_moment(*old[3:], unsigned) + (1 - b2) * g.square()
+            root = (v / bias_v).double().sqrt().to(v.dtype)  # torch's fp32 root is an ulp off on some CPUs
+            update = (m / bias_m) / (root + eps)
+            w = w * (1 - lr * weight_decay) - lr * update
+            if seed is not None and p.dtype == torch.bfloat16:
+                w = round_stochastically(w, keys[i], start)
+            new = w.to(p.dtype), *quantize_moment(m, signed), *quantize_moment(v, unsigned)
+            for a, b in zip(old, new, strict=True):
+                a.copy_(b if found_inf is None else torch.where(found_inf != 0, a, b.to(a.dtype)))
+        if fp8 and fp8[i]:
+            quantize_weight(p, pow2, fp8[i])
+
+
+def by_parameter(params, betas, step, seed) -> tuple[Tensor, Tensor | None]:
+    """1 - b1^t and 1 - b2^t [params, 2] fp32, and what random bits begin with [params] int64, on the device."""
+    device = params[0].device
+    if not isinstance(step, Tensor):
+        step = torch.full((len(params),), step, dtype=torch.int64, device=device)
+    corrections = torch.stack([1 - b ** step.double() for b in betas], 1).float()
+    if seed is None:
+        return corrections, None
+    parameter = torch.arange(len(params), device=device) + (seed ^ seed >> 32)
+    return corrections, hashed(hashed(parameter) ^ step.long())
+
+
+def hashed(x: Tensor) -> Tensor:
+    """32 well-mixed bits of the lower 32 of x, in int64: two rounds of multiply and xor-shift, a bijection."""
+    x = x & MASK
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & MASK
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & MASK
+    return x ^ (x >> 16)
+
+
+def round_stochastically(x: Tensor, key: Tensor, first: int) -> Tensor:
+    """x [n] fp32, elements `first` and on of a parameter, to a neighbour in bf16, returned as fp32; the nearer one is
+    the likelier, and the mean is x."""
+    i = torch.arange(first, first + len(x), device=x.device)
+    random = hashed((i + (i >> 32) * 0x9E3779B1) ^ key)
+    bits = ((x.view(torch.int32).long() + (random & 0xFFFF)) >> 16 << 16).to(torch.int32)
+    return torch.where(x.isfinite(), bits.view(torch.float32), x)
 
 
 def dynamic_map(signed: bool, device: torch.device | None = None) -> Tensor:
@@ -99,14 +180,111 @@ def maps(p: Tensor) -> tuple[Tensor, Tensor]:
     return dynamic_map(True, p.device), dynamic_map(False, p.device)
 
 
+def midpoints(table: Tensor) -> Tensor:
+    """[255]: between two of them lies what is nearest to a number of the map."""
+    return (table[:-1] + table[1:]) / 2
+
+
 def quantize_moment(x: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
     """x [n] -> codes [n] uint8 and scale [ceil(n / 256)]."""
     blocks = F.pad(x, (0, -len(x) % BLOCK)).view(-1, BLOCK)
     scale = blocks.abs().amax(1)
     unit = blocks / scale.clamp(min=1e-30)[:, None]
-    codes = torch.bucketize(unit.float(), (table[:-1] + table[1:]) / 2)  # between two midpoints lies the nearest
+    codes = torch.bucketize(unit.float(), midpoints(table))
     return codes.to(torch.uint8).flatten()[: len(x)], scale
 
 
 def dequantize_moment(codes: Tensor, scale: Tensor, table: Tensor) -> Tensor:
     return table[codes.long()] * scale.repeat_interleave(BLOCK)[: len(codes)]
+
+
+@op("p", "m", "m_scale", "v", "v_scale", "w_q", "w_scale")
+def adamw_8bit_fwd(
+    p: Tensor, g: Tensor, m: Tensor, m_scale: Tensor, v: Tensor, v_scale: Tensor, w_q: Tensor | None,
+    w_scale: Tensor | None, tables: Tensor, corrections: Tensor, key: Tensor | None, grad_scale: Tensor | None,
+    found_inf: Tensor | None, lr: float, b1: float, b2: float, eps: float, weight_decay: float, pow2: bool,
+) -> None:  # fmt: skip
+    """tables [4, 256]: the map of m, its midpoints, those of v. corrections [2]. w_q: p's last dimension % 256 == 0."""
+    if not p.numel():
+        return
+    ld = 1 if w_q is None else p.shape[-1] // BLOCK
+    grid = (triton.cdiv(m_scale.numel(), TILE),)
+    adamw_8bit_kernel[grid](
+        p, g, m, m_scale, v, v_scale, w_q, w_scale, tables, corrections, key, grad_scale, found_inf, p.numel(), ld,
+        lr, 1 - lr * weight_decay, b1, 1 - b1, b2, 1 - b2, eps, POW2=pow2, num_warps=16, enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+@triton.jit
+def adamw_8bit_kernel(
+    p, g, m, m_scale, v, v_scale, w_q, w_scale, tables, corrections, key, grad_scale, found_inf, n, ld,
+    lr, decay, b1, rest1, b2, rest2, eps, POW2: tl.constexpr,
+):  # fmt: skip
+    """A program has 128 blocks of 256 that lie below one another in rows of ld blocks: 2 tiles of FP8."""
+    if found_inf is not None:
+        if tl.load(found_inf) != 0:
+            return
+    bias_m, bias_v = tl.load(corrections), tl.load(corrections + 1)
+    first = tl.program_id(0).to(tl.int64) // ld * 128 * ld + tl.program_id(0) % ld
+    column = tl.arange(0, 256)[None, :]
+    largest = tl.zeros([8, 256], tl.int32)
+    for i in range(0, 128, 8):
+        block = first + (i + tl.arange(0, 8)) * ld
+        at = block[:, None] * 256 + column
+        inside, there = at < n, block * 256 < n
+        w = tl.load(p + at, mask=inside, other=0.0).to(tl.float32)
+        grad = tl.load(g + at, mask=inside, other=0.0).to(tl.float32)
+        if grad_scale is not None:
+            grad = tl.div_rn(grad, tl.load(grad_scale).to(tl.float32))
+        old_m = tl.load(tables + tl.load(m + at, mask=inside, other=0).to(tl.int32))
+        old_v = tl.load(tables + 512 + tl.load(v + at, mask=inside, other=0).to(tl.int32))
+        new_m = b1 * (old_m * tl.load(m_scale + block, mask=there, other=0.0)[:, None]) + rest1 * grad
+        new_v = b2 * (old_v * tl.load(v_scale + block, mask=there, other=0.0)[:, None]) + rest2 * (grad * grad)
+        update = tl.div_rn(tl.div_rn(new_m, bias_m), tl.sqrt_rn(tl.div_rn(new_v, bias_v)) + eps)
+        w = w * decay - lr * update
+        if key is not None:
+            w = at_random(w, at, tl.load(key))
+        w = w.to(p.dtype.element_ty)
+        tl.store(p + at, w, mask=inside)
+        largest = tl.maximum(largest, w.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+        store_moment(new_m, m, m_scale, at, block, inside, there, tables + 256)
+        store_moment(new_v, v, v_scale, at, block, inside, there, tables + 768)
+
+    # What was just written comes from the cache; the barrier is for threads that read what others wrote.
+    if w_q is not None:
+        tl.debug_barrier()
+        left = fp8_scale(tl.max(tl.where(column < 128, largest, 0)).to(tl.float32, bitcast=True), POW2)
+        right = fp8_scale(tl.max(tl.where(column < 128, 0, largest)).to(tl.float32, bitcast=True), POW2)
+        scale = tl.where(column < 128, left, right)
+        for i in range(0, 128, 8):
+            at = (first + (i + tl.arange(0, 8)) * ld)[:, None] * 256 + column
+            tl.store(w_q + at, fp8_round(tl.load(p + at).to(tl.float32), scale, POW2))
+        tile = tl.program_id(0).to(tl.int64) * 2
+        tl.store(w_scale + tile, left)
+        tl.store(w_scale + tile + 1, right)
+
+
+@triton.jit
+def store_moment(x, codes, scales, at, block, inside, there, between):
+    """x [8, 256] as codes and scales of blocks; `between` are the midpoints of the map."""
+    bits = tl.max(tl.where(inside, x, 0.0).to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)  # NaN > inf > every number
+    scale = bits.to(tl.float32, bitcast=True)
+    unit = tl.div_rn(x, tl.where(scale < 1e-30, 1e-30, scale)[:, None])
+    code = tl.zeros([8, 256], tl.int32)
+    for i in tl.static_range(8):  # how many midpoints are smaller, by bisection
+        half = 128 >> i
+        code += tl.where(tl.load(between + code + (half - 1)) < unit, half, 0)
+    tl.store(codes + at, code.to(tl.uint8), mask=inside)
+    tl.store(scales + block, scale, mask=there)
+
+
+@triton.jit
+def at_random(x, i, key):
+    """`round_stochastically` of x, element i of a parameter."""
+    h = (i.to(tl.uint32) + (i >> 32).to(tl.uint32) * 0x9E3779B1) ^ key.to(tl.uint32)
+    h = (h ^ (h >> 16)) * 0x7FEB352D
+    h = (h ^ (h >> 15)) * 0x846CA68B
+    h = h ^ (h >> 16)
+    bits = x.to(tl.uint32, bitcast=True)
+    up = ((bits + (h & 0xFFFF)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return tl.where((bits & 0x7F800000) == 0x7F800000, x, up)

@@ -37,7 +37,8 @@ def attention(
     positive, and 1 / sqrt(D) unless given. Softmax in fp32. A query that sees no key gives out 0 and lse -inf.
     Gradient: to q, k and v through out; lse is not differentiable. Raises ValueError for another shape, dtype or
     device, and on a CPU for cu_seqlens that do not ascend from 0 to the number of rows. On a GPU nobody waits to look
-    at them: Triton's kernels make all of out, lse and the gradients NaN instead.
+    at them: Triton's kernels make all of out, lse and the gradients NaN instead, and a build of csrc/ with LING_DEBUG=1
+    stops; one without gives anything.
     """
     if cu_seqlens_k is cu_seqlens_q:
         cu_seqlens_k = None  # torch.compile refuses one tensor in two places of an autograd.Function
@@ -63,6 +64,7 @@ def expect_bounds(cu_seqlens: Tensor, T: int, device: torch.device) -> None:
     expect(cu_seqlens.dtype == torch.int32 and cu_seqlens.ndim == 1 and len(cu_seqlens) > 0,
            "cu_seqlens [B + 1] int32", cu_seqlens)  # fmt: skip
     expect(cu_seqlens.device == device, "cu_seqlens on the device of the rows", cu_seqlens.device, device)
+    expect(T == 0 or len(cu_seqlens) > 1, f"cu_seqlens of at least one sequence for {T} rows", cu_seqlens)
     if known(cu_seqlens):
         ascending(cu_seqlens, T)
 

@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from ..backend import _C, backend
 from ..op import E4M3, expect, known, multiprocessors, op, wide
 from .attention import attend, block_d
+from .attention_decode_kernels import attention_decode_combine_kernel, attention_decode_kernel
 from .quantize import quantize_blocks
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what the kernels take
@@ -54,24 +54,16 @@ def attention_decode(
     num_blocks, block_size, Hkv, _ = cache.k.shape
     expect(cache.k.shape[3] == D and Hkv > 0 and Hq > 0 and Hq % Hkv == 0, "a cache of q's D whose Hkv divides Hq",
            q, cache.k)  # fmt: skip
-    ints = block_table.dtype == lengths.dtype == torch.int32
-    fits = block_table.ndim == 2 and len(block_table) == B and lengths.shape == (B,)
-    expect(ints and fits, "block_table [B, max_blocks] and lengths [B], int32", block_table, lengths, q)
-    if known(lengths):
-        expect_pages(block_table, lengths, cache)
+    expect_table(block_table, lengths, q, cache)
     scale = D**-0.5 if scale is None else scale
     if backend(q) == "torch" or q.dtype not in FLOATS or cache.k.dtype not in (*FLOATS, E4M3):
         return attention_decode_ref(q, cache, block_table, lengths, scale)
     out = q.new_empty(q.shape)
     if 0 in (B, D, num_blocks, block_size, block_table.shape[1]):
         return out.zero_()
-    rows = n * Hq // Hkv
-    tiles = triton.cdiv(rows, config(q.dtype, cache.k.dtype, rows)["BLOCK_M"])
-    W = programs(B, block_table.shape[1] * block_size, Hkv * tiles, at_once(q.device))
-    partial = torch.empty(W + B, Hkv, rows, D, dtype=torch.float32, device=q.device)
     attention_decode_fwd(
-        q.detach().contiguous(), *cache, block_table.contiguous(), lengths.contiguous(), out, partial,
-        partial.new_empty(partial.shape[:3]), scale,
+        q.detach().contiguous(), *cache, block_table.contiguous(), lengths.contiguous(), out,
+        *scratch(out, cache, block_table), scale,
     )  # fmt: skip
     return out
 
@@ -86,8 +78,8 @@ def attention_decode_ref(q, cache, block_table, lengths, scale):
     pages = block_table.long().clamp(0, num_blocks - 1)  # entries past a sequence's length may be anything
     key = torch.arange(N, device=q.device)
     unused = (key >= lengths[:, None])[:, :, None, None]  # [B, N, 1, 1]; their P is 0, but 0 * NaN is NaN
-    k = pages_of(cache.k, cache.k_scale, pages, q)
-    v = pages_of(cache.v, cache.v_scale, pages, q).masked_fill(unused, 0)
+    k = stored(cache.k, cache.k_scale, pages, wide(q).dtype).flatten(1, 2)  # [B, N, Hkv, D]
+    v = stored(cache.v, cache.v_scale, pages, wide(q).dtype).flatten(1, 2).masked_fill(unused, 0)
     token = torch.arange(n, device=q.device).repeat_interleave(Hq // Hkv)
     hidden = key > (lengths[:, None] - n + token)[:, :, None]  # [B, n * G, N]
     rows = wide(q).view(B, n, Hkv, -1, D).transpose(1, 2).flatten(2, 3)  # [B, Hkv, n * G, D]
@@ -96,11 +88,12 @@ def attention_decode_ref(q, cache, block_table, lengths, scale):
     return out.view(B, Hkv, n, -1, D).transpose(1, 2).reshape(q.shape).to(q.dtype)
 
 
-def pages_of(cells: Tensor, scale: Tensor | None, pages: Tensor, q: Tensor) -> Tensor:
-    """The cells of each sequence one after another, dequantised: [B, max_blocks * block_size, Hkv, D] as wide(q)."""
-    x = cells.view(torch.uint8)[pages].view(E4M3) if cells.dtype == E4M3 else cells[pages]
-    x = x.to(wide(q).dtype)
-    return (x if scale is None else x * scale[pages][..., None]).flatten(1, 2)
+def stored(cells: Tensor, scale: Tensor | None, index: Tensor, dtype: torch.dtype) -> Tensor:
+    """cells[index], dequantised where there is a scale, in dtype."""
+    if scale is None:
+        return cells[index].to(dtype)
+    x = cells.view(torch.uint8)[index].view(E4M3).to(torch.promote_types(dtype, torch.float32))
+    return (x * scale[index][..., None]).to(dtype)
 
 
 def append(cache: KVCache, k: Tensor, v: Tensor, slots: Tensor) -> None:
@@ -126,6 +119,12 @@ def append(cache: KVCache, k: Tensor, v: Tensor, slots: Tensor) -> None:
         scales.view(-1, x.shape[1]).index_copy_(0, slots, x_scale[..., 0].to(scales.dtype))
 
 
+def read(cache: KVCache, slots: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """k and v [T, Hkv, D] in dtype of the cells slots [T] int64, as `append` wrote them."""
+    k, v, *scales = (t if t is None else t.flatten(0, 1) for t in cache)
+    return stored(k, scales[0], slots, dtype), stored(v, scales[1], slots, dtype)
+
+
 def expect_cache(cache: KVCache) -> None:
     k, v, k_scale, v_scale = cache
     expect(k.ndim == 4 and v.shape == k.shape and v.dtype == k.dtype and k.is_contiguous() and v.is_contiguous(),
@@ -139,13 +138,27 @@ def expect_cache(cache: KVCache) -> None:
            "k_scale and v_scale [num_blocks, block_size, Hkv] with an e4m3 cache", *cache)  # fmt: skip
 
 
-def expect_pages(block_table: Tensor, lengths: Tensor, cache: KVCache) -> None:
-    """Of lengths and pages on the host."""
+def expect_table(block_table: Tensor, lengths: Tensor, q: Tensor, cache: KVCache) -> None:
+    ints = block_table.dtype == lengths.dtype == torch.int32
+    fits = block_table.ndim == 2 and len(block_table) == len(q) and lengths.shape == q.shape[:1]
+    expect(ints and fits, "block_table [B, max_blocks] and lengths [B], int32", block_table, lengths, q)
+    if not known(lengths):
+        return
     num_blocks, block_size = cache.k.shape[:2]
     fits = (lengths >= 0) & (lengths <= block_table.shape[1] * block_size)
     expect(bool(fits.all()), "lengths that block_table holds", lengths.tolist(), block_table, block_size)
     used = block_table[torch.arange(block_table.shape[1]) * block_size < lengths[:, None]]
     expect(bool(((used >= 0) & (used < num_blocks)).all()), f"pages in 0..{num_blocks - 1}", used.tolist())
+
+
+def scratch(out: Tensor, cache: KVCache, block_table: Tensor, appends: bool = False) -> tuple[Tensor, Tensor]:
+    """partial [W + B, Hkv, n * G, D] and lse [W + B, Hkv, n * G], fp32."""
+    (B, n, Hq, D), Hkv = out.shape, cache.k.shape[2]
+    rows = n * Hq // Hkv
+    tiles = triton.cdiv(rows, config(out.dtype, cache.k.dtype, rows, appends)["BLOCK_M"])
+    W = programs(B, block_table.shape[1] * cache.k.shape[1], Hkv * tiles, at_once(out.device))
+    partial = torch.empty(W + B, Hkv, rows, D, dtype=torch.float32, device=out.device)
+    return partial, partial.new_empty(partial.shape[:3])
 
 
 def programs(B: int, cells: int, tiles: int, at_once: int) -> int:
@@ -165,16 +178,26 @@ def attention_decode_fwd(
     q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None, block_table: Tensor,
     lengths: Tensor, out: Tensor, partial: Tensor, lse: Tensor, scale: float,
 ) -> None:  # fmt: skip
-    """Scratch: partial [W + B, Hkv, n * G, D] and lse [W + B, Hkv, n * G], fp32."""
+    """partial and lse are what `scratch` gives."""
     if backend(q) == "cuda" and serves(q, k, v, k_scale, v_scale, out, partial):
         return _C.attention_decode_fwd(q, k, v, k_scale, v_scale, block_table, lengths, out, partial, lse, scale)
-    (B, n, Hq, D), (num_blocks, page, Hkv, _) = q.shape, k.shape
+    launch_decode(q, k, v, k_scale, v_scale, block_table, lengths, out, partial, lse, scale)
+
+
+def launch_decode(
+    q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None, block_table: Tensor,
+    lengths: Tensor, out: Tensor, partial: Tensor, lse: Tensor, scale: float,
+    norm: tuple = (None, None, None, None), eps: float = 0.0, round_first: bool = False,
+) -> None:  # fmt: skip
+    """With norm (q_weight, k_weight, cos, sin) q is qkv, whose keys and values the kernel also appends."""
+    (B, n, Hq, D), (num_blocks, page, Hkv, _) = out.shape, k.shape
     W, blocks, rows = len(partial) - B, block_table.shape[1], n * Hq // Hkv
-    c = config(q.dtype, k.dtype, rows)
+    c = config(q.dtype, k.dtype, rows, norm[0] is not None)
+    P, half = (0, 0) if norm[2] is None else norm[2].shape
     sizes = dict(D=D, HKV=Hkv, G=Hq // Hkv, BLOCK_B=triton.next_power_of_2(B), BLOCK_D=block_d(D))
     attention_decode_kernel[(W, Hkv * triton.cdiv(rows, c["BLOCK_M"]))](
-        q, k, v, k_scale, v_scale, block_table, lengths, partial, lse, scale, B, W, n, blocks, num_blocks,
-        PAGE=page, **sizes, **c,
+        q, k, v, k_scale, v_scale, block_table, lengths, partial, lse, *norm, scale, eps, P, B, W, n, blocks,
+        num_blocks, HALF=half, ROUND_FIRST=round_first, PAGE=page, **sizes, **c,
     )  # fmt: skip
     attention_decode_combine_kernel[(B, Hkv * rows)](
         partial, lse, lengths, out, B, W, n, blocks * page, BLOCK_N=c["BLOCK_N"], BLOCK_P=32, num_warps=4, **sizes
@@ -195,120 +218,18 @@ def serves(q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Ten
 PER_SM = 2  # programs that an SM holds at once, of either kernel
 
 
-def config(dtype: torch.dtype, cache: torch.dtype, rows: int) -> dict:
+def config(dtype: torch.dtype, cache: torch.dtype, rows: int, appends: bool = False) -> dict:
     """Rows (new tokens times heads that share keys) and keys of a program's tile. Not measured.
 
     Two programs hold 64 KB or more of bf16 in flight on an SM, or 32 of FP8, where bandwidth times latency asks for
     about 25 on an H200 and 36 on an H20. So one table serves both; they differ in how many programs there are. More
-    than 16 rows of FP8 would spill: its widened values are the left factor and in registers. 8 warps keep fp32, which
-    has no tensor cores here, from spilling.
+    than 16 rows of FP8 would spill: its widened values are the left factor and in registers. So would, where the kernel
+    norms and appends, more than 32 rows, or more than 32 keys of FP8. 8 warps keep fp32, which has no tensor cores
+    here, from spilling.
     """
     if torch.float32 in (dtype, cache) or dtype != cache != E4M3:
         return dict(BLOCK_M=16, BLOCK_N=16, num_warps=8, num_stages=1)
-    block_m = 16 if cache == E4M3 else min(max(triton.next_power_of_2(rows), 16), 64)
-    return dict(BLOCK_M=block_m, BLOCK_N=64, num_warps=4, num_stages=5)
-
-
-@triton.jit
-def plan(lengths, B, W, cells, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
-    # Tiles of each sequence, where they end among those of all, and how many a program takes
-    b = tl.arange(0, BLOCK_B)
-    used = tl.minimum(tl.maximum(tl.load(lengths + b, mask=b < B, other=0), 0), cells)
-    tiles = (used + BLOCK_N - 1) // BLOCK_N
-    share = (tl.sum(tiles, 0) + W - 1) // W
-    return tiles, tl.cumsum(tiles, 0), tl.maximum(share, 1)
-
-
-# The cache is the left factor of both products, S^T = K Q^T and O^T = V^T P^T: tensor cores take 64 of its rows at a
-# time but any number of the few queries, and it can come from registers, where FP8 was widened.
-@triton.jit
-def attention_decode_kernel(
-    q, k, v, k_scale, v_scale, table, lengths, partial, lse, scale, B, W, n, blocks, num_blocks, PAGE: tl.constexpr,
-    D: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    same: tl.constexpr = k_scale is not None or k.dtype.element_ty == q.dtype.element_ty
-    dtype: tl.constexpr = q.dtype.element_ty if same else tl.float32
-    w, h = tl.program_id(0), tl.program_id(1) % HKV
-    b, r, d = tl.arange(0, BLOCK_B), tl.program_id(1) // HKV * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    cells = blocks * PAGE
-    tiles, ends, share = plan(lengths, B, W, cells, BLOCK_B, BLOCK_N)
-    first = w * share
-    stop = tl.minimum(first + share, tl.sum(tiles, 0))
-    own_rows = (r < n * G)[:, None] & (d < D)[None, :]
-    for seq in range(
-        tl.sum((ends <= first).to(tl.int32), 0), tl.sum(((ends - tiles < stop) & (b < B)).to(tl.int32), 0)
-    ):
-        end = tl.sum(tl.where(b == seq, ends, 0), 0)
-        begin = end - tl.sum(tl.where(b == seq, tiles, 0), 0)
-        length = tl.load(lengths + seq)
-        newest = length - n + r // G  # the last key that a row sees
-        at_q = ((tl.cast(seq, tl.int64) * n + r // G) * (HKV * G) + h * G + r % G) * D
-        qs = tl.trans(tl.load(q + at_q[:, None] + d[None, :], mask=own_rows, other=0.0)).to(dtype)
-
-        # Scores are kept in units of log2, so that exp2 serves.
-        largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-        total = tl.zeros((BLOCK_M,), tl.float32)
-        acc = tl.zeros((BLOCK_D, BLOCK_M), tl.float32)
-        for tile in range(tl.maximum(first, begin), tl.minimum(stop, end)):
-            key = (tile - begin) * BLOCK_N + tl.arange(0, BLOCK_N)
-            used = key < tl.minimum(length, cells)
-            page = tl.load(table + tl.cast(seq, tl.int64) * blocks + key // PAGE, mask=used, other=0)
-            page = tl.minimum(tl.maximum(page, 0), num_blocks - 1)
-            cell = (page.to(tl.int64) * PAGE + key % PAGE) * HKV + h
-            inside = used[:, None] & (d < D)[None, :]
-            ks = tl.load(k + cell[:, None] * D + d[None, :], mask=inside, other=0.0).to(dtype)
-            s = tl.dot(ks, qs, input_precision="ieee") * (scale * 1.4426950408889634)
-            if k_scale is not None:
-                s *= tl.load(k_scale + cell, mask=used, other=0.0)[:, None]
-            s = tl.where(used[:, None] & (key[:, None] <= newest[None, :]), s, float("-inf"))
-            larger = tl.maximum(largest, tl.max(s, 0))
-            base = tl.where(larger == float("-inf"), 0.0, larger)  # -inf - -inf would be NaN
-            p = tl.exp2(s - base[None, :])
-            shrink = tl.exp2(largest - base)
-            total = total * shrink + tl.sum(p, 0)
-            if v_scale is not None:
-                p *= tl.load(v_scale + cell, mask=used, other=0.0)[:, None]
-            vs = tl.load(v + cell[:, None] * D + d[None, :], mask=inside, other=0.0).to(dtype)
-            acc = acc * shrink[None, :] + tl.dot(tl.trans(vs), p.to(dtype), input_precision="ieee")
-            largest = larger
-
-        row = (tl.cast(w + seq, tl.int64) * HKV + h) * (n * G) + r
-        acc = tl.trans(acc / tl.where(total == 0, 1.0, total)[None, :])
-        tl.store(partial + row[:, None] * D + d[None, :], acc, mask=own_rows)
-        log_sum = tl.where(total == 0, float("-inf"), largest + tl.log2(total))
-        tl.store(lse + row, log_sum, mask=r < n * G)
-
-
-@triton.jit
-def attention_decode_combine_kernel(
-    partial, lse, lengths, out, B, W, n, cells, D: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
-    # One row of a sequence: its pieces are those of programs `first` to before `stop`.
-    seq, row = tl.program_id(0), tl.program_id(1)
-    b, d = tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_D)
-    tiles, ends, share = plan(lengths, B, W, cells, BLOCK_B, BLOCK_N)
-    end = tl.sum(tl.where(b == seq, ends, 0), 0)
-    own = tl.sum(tl.where(b == seq, tiles, 0), 0)
-    first, stop = (end - own) // share, tl.where(own > 0, (end - 1) // share + 1, 0)
-    largest = tl.full((), float("-inf"), tl.float32)
-    total = tl.zeros((), tl.float32)
-    acc = tl.zeros((BLOCK_D,), tl.float32)
-    for p0 in range(first, stop, BLOCK_P):
-        p = p0 + tl.arange(0, BLOCK_P)
-        at = (p + seq).to(tl.int64) * (HKV * n * G) + row
-        log_sum = tl.load(lse + at, mask=p < stop, other=float("-inf"))
-        inside = (p < stop)[:, None] & (d < D)[None, :]
-        piece = tl.load(partial + at[:, None] * D + d[None, :], mask=inside, other=0.0)
-        larger = tl.maximum(largest, tl.max(log_sum, 0))
-        base = tl.where(larger == float("-inf"), 0.0, larger)
-        weight = tl.exp2(log_sum - base)
-        shrink = tl.exp2(largest - base)
-        total = total * shrink + tl.sum(weight, 0)
-        acc = acc * shrink + tl.sum(weight[:, None] * piece, 0)
-        largest = larger
-    h, r = row // (n * G), row % (n * G)
-    at_out = ((seq.to(tl.int64) * n + r // G) * (HKV * G) + h * G + r % G) * D
-    acc = acc / tl.where(total == 0, 1.0, total)
-    tl.store(out + at_out + d, acc.to(out.dtype.element_ty), mask=d < D)
+    most = 16 if cache == E4M3 else 32 if appends else 64
+    block_m = min(max(triton.next_power_of_2(rows), 16), most)
+    block_n, stages = (32, 8) if appends and cache == E4M3 else (64, 5)
+    return dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4, num_stages=stages)

@@ -72,21 +72,20 @@ def store_rows(x, value, first, row, rows, h, H, D: tl.constexpr, BLOCK_D: tl.co
 
 @triton.jit
 def norm_and_rotate(
-    x, w, cos, sin, positions, m, rows, h, row, P, eps, D: tl.constexpr, HALF: tl.constexpr, ROUND_FIRST: tl.constexpr,
+    x, at, own, w, cos, sin, position, P, eps, D: tl.constexpr, HALF: tl.constexpr, ROUND_FIRST: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """qk_norm_rope of rows m of head h of a sequence, in x's dtype; NaN where the tables lack a position.
+    """qk_norm_rope of the heads of x that begin `at`, 0 where not `own`, in x's dtype; NaN where the tables lack a
+    position.
 
     Every element is read beside the one that it is rotated with: the second read is one of L1, and costs no exchange.
     """
     d = tl.arange(0, BLOCK_D)
     other = tl.where(d < HALF, d + HALF, tl.where(d < 2 * HALF, d - HALF, d))
-    own = m < rows
     mask = own[:, None] & (d < D)[None, :]
-    at = x + m.to(tl.int64)[:, None] * row + h * D
     dtype: tl.constexpr = x.dtype.element_ty
-    a = tl.load(at + d[None, :], mask=mask, other=0.0).to(tl.float32)
-    b = tl.load(at + other[None, :], mask=mask, other=0.0).to(tl.float32)
+    a = tl.load(x + at[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(x + at[:, None] + other[None, :], mask=mask, other=0.0).to(tl.float32)
     r = tl.rsqrt(tl.sum(a * a, 1) / D + eps)[:, None]
     a, b = a * r, b * r
     if ROUND_FIRST:
@@ -94,7 +93,6 @@ def norm_and_rotate(
     a *= tl.load(w + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
     b *= tl.load(w + other, mask=d < D, other=0.0).to(tl.float32)[None, :]
 
-    position = tl.load(positions + m, mask=own, other=0).to(tl.int64)
     known = (position >= 0) & (position < P)
     turned = (d < 2 * HALF)[None, :]
     angle = position[:, None] * HALF + tl.where(d < HALF, d, d - HALF)[None, :]
@@ -155,8 +153,10 @@ def attention_fwd_kernel(
         qs = load_tile(Q, m0, Lq, h, q_row, D, BLOCK_M, BLOCK_D, TMA)
     else:
         Q = sequence(q, q0, Lq, q_row, Hq, D, BLOCK_M, BLOCK_D, False)
+        position = tl.load(positions + q0 + m, mask=m < Lq, other=0).to(tl.int64)
+        at = m.to(tl.int64) * q_row + h * D
         qs = norm_and_rotate(
-            Q, q_weight, cos, sin, positions + q0, m, Lq, h, q_row, P, eps, D, HALF, ROUND_FIRST, BLOCK_D
+            Q, at, m < Lq, q_weight, cos, sin, position, P, eps, D, HALF, ROUND_FIRST, BLOCK_D
         )  # fmt: skip
     K = sequence(k, k0, Lk, k_row, Hkv, D, BLOCK_N, BLOCK_D, TMA)
     V = sequence(v, k0, Lk, v_row, Hkv, D, BLOCK_N, BLOCK_D, TMA)

@@ -27,11 +27,12 @@ def grouped_gemm(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
 
 
 def grouped_gemm_ref(a, b, offsets):
-    bounds = offsets.tolist()
+    rows = offsets.diff().tolist()
+    # split and unbind: the gradient of an index would be a zero tensor as large as b for every expert
+    *groups, rest = a.split([*rows, len(a) - sum(rows)])
     with torch.autocast(a.device.type, enabled=False):
-        parts = [wide(a[lo:hi]) @ wide(b[e]).T for e, (lo, hi) in enumerate(zip(bounds, bounds[1:], strict=False))]
-    rest = wide(a).new_zeros(len(a) - bounds[-1], b.shape[1])
-    return torch.cat([*parts, rest]).to(a.dtype)
+        parts = [wide(x) @ wide(w).T for x, w in zip(groups, b.unbind(), strict=True)]
+    return torch.cat([*parts, wide(a).new_zeros(len(rest), b.shape[1])]).to(a.dtype)
 
 
 class GroupedGemm(torch.autograd.Function):

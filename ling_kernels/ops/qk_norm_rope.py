@@ -56,16 +56,23 @@ def expect_heads(qkv, q_weight, k_weight, cos, sin, positions, num_kv_heads) -> 
     T, H, D = qkv.shape if qkv.ndim == 3 else (-1, 0, 0)
     expect(T >= 0 and qkv.is_floating_point() and num_kv_heads > 0 and H > 2 * num_kv_heads and H % num_kv_heads == 0,
            "qkv [T, Hq + 2 Hkv, D], Hq % Hkv == 0", qkv, num_kv_heads)  # fmt: skip
-    expect(q_weight.shape == k_weight.shape == (D,), "q_weight and k_weight [D]", q_weight, k_weight, qkv)
-    expect(cos.ndim == 2 and cos.shape == sin.shape and cos.dtype == sin.dtype == torch.float32
-           and 2 * cos.shape[1] <= D, "cos and sin [P, R/2] fp32, R <= D", cos, sin, qkv)  # fmt: skip
+    expect_norm(qkv, q_weight, k_weight, cos, sin)
     expect(positions.shape == (T,) and positions.dtype in (torch.int32, torch.int64),
            "positions [T] int32 or int64", positions, qkv)  # fmt: skip
-    devices = {t.device for t in (qkv, q_weight, k_weight, cos, sin, positions)}
-    expect(len(devices) == 1, "all tensors on one device", *devices)
+    expect(positions.device == qkv.device, "positions on the device of qkv", positions.device, qkv.device)
     if T and known(positions):
         low, high = int(positions.min()), int(positions.max())
         expect(low >= 0 and high < len(cos), f"positions in 0..{len(cos) - 1}, the rows of cos and sin", low, high)
+
+
+def expect_norm(qkv, q_weight, k_weight, cos, sin) -> None:
+    """What norm and rotation of qkv [..., D] take."""
+    D = qkv.shape[-1]
+    expect(q_weight.shape == k_weight.shape == (D,), "q_weight and k_weight [D]", q_weight, k_weight, qkv)
+    expect(cos.ndim == 2 and cos.shape == sin.shape and cos.dtype == sin.dtype == torch.float32
+           and 2 * cos.shape[1] <= D, "cos and sin [P, R/2] fp32, R <= D", cos, sin, qkv)  # fmt: skip
+    devices = {t.device for t in (qkv, q_weight, k_weight, cos, sin)}
+    expect(len(devices) == 1, "all tensors on one device", *devices)
 
 
 def qk_norm_rope_ref(

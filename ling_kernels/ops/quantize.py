@@ -67,20 +67,28 @@ def quantize_ref(x, rows=True, columns=False, plan=None, pow2=False, statistics=
     return tuple(out)
 
 
-def quantize_weight(w: Tensor, pow2: bool = False) -> tuple[Tensor, Tensor]:
+def quantize_weight(w: Tensor, pow2: bool = False, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
     """Quantise w [N, K] or [E, N, K] in 128 x 128 blocks -> w_q e4m3 as w, w_scale [(E,) N/128, K/128] fp32.
 
-    Not differentiable. Raises ValueError where N or K is no multiple of 128.
+    out: two such tensors to write into and return. Not differentiable. Raises ValueError where N or K is no multiple of
+    128.
     """
     fits = w.ndim in (2, 3) and w.shape[-1] % BLOCK == 0 and w.shape[-2] % BLOCK == 0
     expect(fits and w.is_floating_point(), "w [N, K] or [E, N, K] with N % 128 == K % 128 == 0", w)
+    blocks = *w.shape[:-2], w.shape[-2] // BLOCK, w.shape[-1] // BLOCK
+    expect(out is None or (out[0].shape == w.shape and out[1].shape == blocks), "out as quantize_weight(w)", w, out)
     if backend(w) == "torch" or w.dtype == torch.float64:
-        return quantize_weight_ref(w, pow2)
+        if out is None:
+            return quantize_weight_ref(w, pow2)
+        # expert by expert: on the way the reference has several tensors of w's size
+        for part, *made in zip(w, *out, strict=True) if w.ndim == 3 else ((w, *out),):
+            for to, t in zip(made, quantize_weight_ref(part, pow2), strict=True):
+                to.copy_(t)
+        return out
     w = w.detach().contiguous()
-    w_q = torch.empty_like(w, dtype=E4M3)
-    w_scale = w.new_empty(*w.shape[:-2], w.shape[-2] // BLOCK, w.shape[-1] // BLOCK, dtype=torch.float32)
-    quantize_weight_fwd(w, w_q, w_scale, pow2)
-    return w_q, w_scale
+    out = out or (torch.empty_like(w, dtype=E4M3), w.new_empty(blocks, dtype=torch.float32))
+    quantize_weight_fwd(w, *out, pow2)
+    return out
 
 
 def quantize_weight_ref(w, pow2=False):

@@ -1,0 +1,83 @@
+// What the decode kernel does first where it appends: norm and rotation of the new tokens, and their cells.
+#pragma once
+#include "attention/attention_decode.cuh"
+#include "norm/head.cuh"
+
+namespace ling::decode {
+
+struct NewTokens {
+    const void *qkv, *q_weight, *k_weight;
+    bool wide_weights;  // fp32, not as qkv
+    const float *cos, *sin;
+    int P;
+    float eps;
+    bool round_first;
+    void *k, *v;  // the cache's cells
+    float *k_scale, *v_scale;
+};
+
+template <typename T> __device__ Vec<kVec> load_weight(const void* w, bool wide) {
+    const int at = threadIdx.x % kLanes * kVec;
+    return wide ? load<kVec>(static_cast<const float*>(w) + at) : load<kVec>(static_cast<const T*>(w) + at);
+}
+
+__device__ inline unsigned head_max(unsigned x) {
+#pragma unroll
+    for (int d = kLanes / 2; d; d /= 2) x = max(x, __shfl_xor_sync(~0u, x, d));
+    return x;
+}
+
+// A lane's part of a row of cells
+template <typename C> __device__ void keep(C* row, const Vec<kVec>& y, float scale) {
+    C* const to = row + threadIdx.x % kLanes * kVec;
+    if constexpr (sizeof(C) == 2) store(to, y);
+    else
+        *reinterpret_cast<uint2*>(to) = {to_e4m3x4(y[0] / scale, y[1] / scale, y[2] / scale, y[3] / scale),
+                                         to_e4m3x4(y[4] / scale, y[5] / scale, y[6] / scale, y[7] / scale)};
+}
+
+// By a whole block, half a warp a row of qkv: of sequence seq and KV head `head` the queries from row r0 on, and those
+// new tokens that lie among the block's keys, `first` to before `stop`. The blocks of the first rows write the cells.
+template <typename T, typename C>
+__device__ void prepare(Fresh<T, C>& fresh, const NewTokens& in, const Cache& cache, int seq, int head, int first,
+                        int stop, int n, int G, int r0) {
+    const int lane = threadIdx.x % kLanes, rows = min(n * G - r0, kRows), begin = cache.lengths[seq] - n;
+    const int jobs = rows + (stop > begin ? 2 * n : 0);
+    if (threadIdx.x == 0) fresh.begin = begin, fresh.n = n;
+    for (int base = 0; base < jobs; base += kThreads / kLanes) {  // the same for all threads: they shuffle
+        const int job = base + threadIdx.x / kLanes, kind = (job >= rows) + (job >= rows + n);  // query, key, value
+        const int token = kind ? (job - rows) % n : (r0 + job) / G, position = begin + token;
+        const int h = kind ? cache.Hkv * (G + kind - 1) + head : head * G + (r0 + job) % G;
+        const bool real = job < jobs && position >= 0;
+        LING_DEVICE_CHECK(!real || position < in.P);
+        Vec<kVec> x = {};
+        if (real)
+            x = load<kVec>(static_cast<const T*>(in.qkv) +
+                           ((int64_t{seq} * n + token) * (cache.Hkv * (G + 2)) + h) * kD + lane * kVec);
+        Vec<kVec> y = x;
+        const Angles angles(in.cos, in.sin, position, in.P, real);
+        norm_and_turn<T>(y, load_weight<T>(kind ? in.k_weight : in.q_weight, in.wide_weights), angles, in.eps,
+                         in.round_first);
+        if (kind == 2) y = x;
+        unsigned amax = 0;
+#pragma unroll
+        for (int j = 0; j < kVec; j++) y[j] = rounded<T>(y[j], true), amax = max(amax, abs_bits(y[j]));
+        const float scale = sizeof(C) == 1 ? block_scale(head_max(amax), false) : 1;
+        if (!real) continue;
+        if (kind == 0) {
+            store(fresh.q[job] + lane * kVec, y);
+        } else if (position >= first && position < stop) {
+            const int page = cache.table[int64_t{seq} * cache.blocks + position / cache.page];
+            const int64_t cell = (int64_t{page} * cache.page + position % cache.page) * cache.Hkv + head;
+            const bool writes = blockIdx.z == 0 && page >= 0 && page < cache.num_blocks;
+            keep(fresh.cells[kind - 1][token], y, scale);
+            if (writes) keep(static_cast<C*>(kind == 1 ? in.k : in.v) + cell * kD, y, scale);
+            if (sizeof(C) == 1 && lane == 0) {
+                fresh.scales[kind - 1][token] = scale;
+                if (writes) (kind == 1 ? in.k_scale : in.v_scale)[cell] = scale;
+            }
+        }
+    }
+}
+
+}  // namespace ling::decode

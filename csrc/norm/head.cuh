@@ -1,0 +1,60 @@
+// RMS norm of a head of 128 and rotation of its first 64 dims, by half a warp.
+#pragma once
+#include "common.cuh"
+
+namespace ling {
+
+// Lane l has dims 8 l..8 l + 7. Dim i < 32 turns with dim i + 32, so lane l < 8 with lane l ^ 4.
+constexpr int kDim = 128, kHalf = 32, kLanes = 16, kVec = kDim / kLanes;
+
+__device__ inline float head_sum(float x) {
+#pragma unroll
+    for (int d = kLanes / 2; d; d /= 2) x += __shfl_xor_sync(~0u, x, d);
+    return x;
+}
+
+template <typename T> __device__ float rounded(float x, bool round) { return round ? float(static_cast<T>(x)) : x; }
+
+// Of a real token, for the dims of this lane; NaN for a position that the tables do not have.
+struct Angles {
+    Vec<kVec> cos, sin;
+    __device__ Angles(const float* cos_table, const float* sin_table, int64_t position, int P, bool real) {
+        const int lane = threadIdx.x % kLanes;
+        const bool known = position >= 0 && position < P;
+        const float missing = real && !known ? __int_as_float(0x7fffffff) : 0.f;
+#pragma unroll
+        for (int j = 0; j < kVec; j++) cos[j] = sin[j] = missing;
+        if (lane < 8 && real && known) {
+            cos = load<kVec>(cos_table + position * kHalf + lane % 4 * kVec);
+            sin = load<kVec>(sin_table + position * kHalf + lane % 4 * kVec);
+        }
+    }
+    // (a, b) -> (a cos - b sin, b cos + a sin), or its transpose
+    __device__ void turn(Vec<kVec>& y, bool back) const {
+        const int lane = threadIdx.x % kLanes;
+        const bool minus = (lane < 4) != back;
+#pragma unroll
+        for (int j = 0; j < kVec; j++) {
+            const float other = __shfl_xor_sync(~0u, y[j], 4);
+            if (lane < 8) y[j] = y[j] * cos[j] + (minus ? -other : other) * sin[j];
+        }
+    }
+};
+
+__device__ inline float rstd_of(const Vec<kVec>& x, float eps) {
+    float sum = 0;
+#pragma unroll
+    for (int j = 0; j < kVec; j++) sum += x[j] * x[j];
+    return rsqrtf(head_sum(sum) / kDim + eps);
+}
+
+// x of a tensor of T's: normed, weighted and turned
+template <typename T>
+__device__ void norm_and_turn(Vec<kVec>& x, const Vec<kVec>& w, const Angles& angles, float eps, bool round_first) {
+    const float r = rstd_of(x, eps);
+#pragma unroll
+    for (int j = 0; j < kVec; j++) x[j] = rounded<T>(x[j] * r, round_first) * w[j];
+    angles.turn(x, false);
+}
+
+}  // namespace ling

@@ -1,0 +1,121 @@
+"""qk_norm_rope of new tokens, their entry into a paged cache and their attention over it, in one launch and a combine.
+
+The n new tokens of a sequence with `length` tokens, those n included, are at places length - n + i, which are also
+their positions; a place below 0 is no token. Query i sees keys 0 .. length - n + i. Other programs may be at work on
+the same sequence, so none reads cells that one writes: where keys are attended to that are new, they are made of qkv
+there, rounded (or quantised) as the cache will have them.
+"""
+
+import torch
+from torch import Tensor
+
+from ..backend import _C, backend
+from ..op import E4M3, expect, known, op
+from .attention_decode import (
+    FLOATS,
+    KVCache,
+    append,
+    attention_decode_ref,
+    expect_cache,
+    expect_table,
+    launch_decode,
+    scratch,
+)
+from .attention_decode import serves as attends
+from .qk_norm_rope import expect_norm, qk_norm_rope_ref
+from .qk_norm_rope import serves as norms
+
+
+def qk_norm_attention_decode(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    cache: KVCache,
+    block_table: Tensor,
+    lengths: Tensor,
+    scale: float | None = None,
+    eps: float = 1e-6,
+    round_first: bool = False,
+) -> Tensor:
+    """qkv [B, n, Hq + 2 Hkv, D] of n = 1..8 new tokens, counted in lengths [B] int32 -> out [B, n, Hq, D] in its dtype.
+
+    Writes the new keys and values into the cache, quantised where it is FP8, at the cells that block_table
+    [B, max_blocks] int32 gives their places; no two tokens may have one cell. As `qk_norm_rope` with that cache at
+    positions length - n + i and `attention_decode` after it, whose other arguments, dtypes and errors these are; a
+    query may differ in a last bit. Rows of length 0 are padding, which enters nothing and gives 0. No gradient.
+    Deterministic. Raises ValueError also, on a CPU, for a length beyond the rows of cos and sin. On a GPU a build of
+    csrc/ with LING_DEBUG=1 stops at such; otherwise such a token is NaN, and one whose page the cache does not have is
+    not kept.
+    """
+    B, n, H, D = qkv.shape if qkv.ndim == 4 else (-1, 0, 0, 0)
+    expect(B >= 0 and 1 <= n <= 8 and qkv.is_floating_point(), "qkv [B, n, Hq + 2 Hkv, D] with n in 1..8", qkv)
+    expect_cache(cache)
+    num_blocks, block_size, Hkv, _ = cache.k.shape
+    expect(cache.k.shape[3] == D and H > 2 * Hkv > 0 and H % Hkv == 0, "a cache of qkv's D and Hkv, which divides Hq",
+           qkv, cache.k)  # fmt: skip
+    expect_norm(qkv, q_weight, k_weight, cos, sin)
+    expect_table(block_table, lengths, qkv, cache)
+    if known(lengths):
+        longest = int(lengths.max()) if B else 0
+        expect(longest <= len(cos), f"positions in 0..{len(cos) - 1}, the rows of cos and sin", longest - 1)
+    scale = D**-0.5 if scale is None else scale
+    norm = q_weight, k_weight, cos, sin
+    if backend(qkv) == "torch" or any(t.dtype not in FLOATS for t in (qkv, q_weight, k_weight)) or (
+        cache.k.dtype not in (*FLOATS, E4M3)
+    ):  # fmt: skip
+        return qk_norm_attention_decode_ref(qkv, *norm, cache, block_table, lengths, scale, eps, round_first)
+    out = qkv.new_empty(B, n, H - 2 * Hkv, D)
+    if 0 in (B, D, num_blocks, block_size, block_table.shape[1]):
+        return out.zero_()
+    qkv, *norm, block_table, lengths = (t.detach().contiguous() for t in (qkv, *norm, block_table, lengths))
+    qk_norm_attention_decode_fwd(
+        qkv, *norm, *cache, block_table, lengths, out, *scratch(out, cache, block_table, True), scale, eps, round_first
+    )
+    return out
+
+
+@torch.no_grad()
+def qk_norm_attention_decode_ref(
+    qkv, q_weight, k_weight, cos, sin, cache, block_table, lengths, scale=None, eps=1e-6, round_first=False
+):
+    B, n, H, D = qkv.shape
+    num_blocks, block_size, Hkv, _ = cache.k.shape
+    if not (B and num_blocks and block_table.shape[1] * block_size):
+        return qkv.new_zeros(B, n, H - 2 * Hkv, D)
+    at = lengths[:, None] - n + torch.arange(n, device=qkv.device)  # [B, n]
+    q, k, v = qk_norm_rope_ref(
+        qkv.flatten(0, 1), q_weight, k_weight, cos, sin, at.flatten().clamp(min=0), Hkv, eps, round_first
+    )
+    page = block_table.gather(1, (at // block_size).clamp(0, block_table.shape[1] - 1)).long()
+    real = (at >= 0) & (at < block_table.shape[1] * block_size) & (page >= 0) & (page < num_blocks)
+    slots = torch.where(real, page * block_size + at % block_size, -1)
+    append_some(k, v, slots.flatten(), *cache)
+    scale = D**-0.5 if scale is None else scale
+    return attention_decode_ref(q.unflatten(0, (B, n)), cache, block_table, lengths, scale)
+
+
+@op("k_cache", "v_cache", "k_scale", "v_scale")
+def append_some(
+    k: Tensor, v: Tensor, slots: Tensor,
+    k_cache: Tensor, v_cache: Tensor, k_scale: Tensor | None, v_scale: Tensor | None,
+) -> None:  # fmt: skip
+    """`append` of the rows whose slot is not negative. An op, since their number is not known to a compiler."""
+    real = slots >= 0
+    append(KVCache(k_cache, v_cache, k_scale, v_scale), k[real], v[real], slots[real])
+
+
+@op("k", "v", "k_scale", "v_scale", "out", "partial", "lse")
+def qk_norm_attention_decode_fwd(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,
+    k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None, block_table: Tensor, lengths: Tensor,
+    out: Tensor, partial: Tensor, lse: Tensor, scale: float, eps: float, round_first: bool,
+) -> None:  # fmt: skip
+    """partial and lse are what `scratch` of attention_decode gives."""
+    rest = k, v, k_scale, v_scale, block_table, lengths, out, partial, lse, scale
+    norm = q_weight, k_weight, cos, sin
+    fits = attends(out, k, v, k_scale, v_scale, partial) and norms(qkv.flatten(0, 1), *norm)
+    if backend(qkv) == "cuda" and fits:
+        return _C.qk_norm_attention_decode_fwd(qkv, *norm, *rest, eps, round_first)
+    launch_decode(qkv, *rest, norm, eps, round_first)
