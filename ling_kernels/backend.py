@@ -70,7 +70,7 @@ def why_not(name: str, device: int) -> str | None:
 
 @contextmanager
 def force(name: str):
-    """Tests and benchmarks compare implementations with this; nothing else should."""
+    """Tests and benchmarks compare implementations with this, and a plan of memory asks for a GPU's; nothing else."""
     global _forced
     _forced, before = name, _forced
     try:

@@ -9,13 +9,14 @@ import torch
 
 from benchmarks import bench_ops, clock, conftest, limits, peers
 from benchmarks.grid import POINTS, Point, shapes, title
-from benchmarks.limits import NAMEPLATE, Work, floor
+from benchmarks.limits import Work, floor
 from benchmarks.work import Backward, bytes_per_token, fake_work, forward_work, op_of, tensors
 from ling_kernels.backend import force
+from ling_kernels.gpu import HOPPER, named
 from ling_kernels.model import LingConfig
 from tests.cases import CASES, Case, args_of
 
-H200 = NAMEPLATE["H200"]
+H200 = HOPPER["H200"]
 
 
 def case_of(name, **kwargs):
@@ -136,13 +137,13 @@ def test_decoding_reads_weights_once():
 
 def test_a_gpu_that_was_not_measured():
     memory, compute = Work(48 * 10**9), Work(1, 10**15, "fp8")
-    h20, h100 = NAMEPLATE["H20"], NAMEPLATE["H100"]
+    h20, h100 = HOPPER["H20"], HOPPER["H100"]
     assert limits.predict(0.0125, memory, H200, h100) == pytest.approx(2e-6 + (0.0125 - 2e-6) * 4.8 / 3.35)
     assert limits.predict(0.001, compute, H200, h20) == pytest.approx(2e-6 + (0.001 - 2e-6) * 1978.9 / 296)
     assert limits.predict(1e-6, memory, H200, h20) == 1e-6
     slow = limits.predict(0.1, memory, H200, h20)  # far from its limit: instructions
     assert slow == pytest.approx(2e-6 + (0.1 - 2e-6) * 132 / 78)
-    assert limits.nameplate("NVIDIA H100 80GB HBM3").name == "H100" and limits.nameplate("Tesla T4") is None
+    assert named("NVIDIA H100 80GB HBM3").name == "H100" and named("Tesla T4") is None
 
 
 class FakeBenchmark:
@@ -289,14 +290,32 @@ def test_peers_of_torch_agree_and_a_wrong_one_is_seen():
                               ("cross_entropy", "torch cross_entropy", dict(T=67, V=1000))):  # fmt: skip
         case = case_of(name)
         args = tuple(t.detach() if torch.is_tensor(t) else t for t in args_of(case, shape, torch.float32))
-        call, comparable = peers.prepare(peer, case, args)
+        call, alike = peers.prepare(peer, case, args)
         want = case.ref(*args)
-        assert peers.error(call(), want, comparable) < 1e-5
-        assert peers.error(1.5 * peers.first(call()), want, comparable) == pytest.approx(0.5, rel=1e-3)
-    with pytest.raises(ValueError, match="result"):
-        peers.error(torch.zeros(2), torch.zeros(3), comparable)
+        assert peers.error(call(), want, alike) < 1e-5
+        assert peers.error(1.05 * peers.first(call()), want, alike) == pytest.approx(0.05, rel=1e-3)
+        with pytest.raises(ValueError, match="differs from the reference's by 5.0e-01"):
+            peers.error(1.5 * peers.first(call()), want, alike)
+    with pytest.raises(ValueError, match="its result is"):
+        peers.error(torch.zeros(2), torch.zeros(3), alike)
     with pytest.raises(NotImplementedError, match="residual"):
         peers.PEERS["rms_norm"]["torch rms_norm"](*args[:2], residual=args[0])
+
+
+def test_the_time_of_a_wrong_peer_does_not_count(monkeypatch):
+    case, shape = case_of("rms_norm"), dict(M=3, N=128)
+    args, timed = args_of(case, shape, torch.float32), []
+    monkeypatch.setattr(bench_ops, "time_calls", lambda benchmark, calls: timed.append(calls(1)[0]()) or "events")
+    for factor, why in ((1.0, None), (1.5, "wrong: ValueError: its result differs from the reference's by 5.0e-01")):
+        monkeypatch.setitem(peers.PACKAGES, "wrong", "torch")
+        monkeypatch.setitem(peers.PEERS["rms_norm"], "wrong", lambda *args, factor=factor: lambda: (
+            factor * torch.nn.functional.rms_norm(args[0], args[1].shape, args[1], args[3])))  # fmt: skip
+        if why:
+            with pytest.raises(pytest.skip.Exception, match=why):
+                bench_ops.time_peer(FakeBenchmark(), case, shape, args, "wrong")
+        else:
+            assert bench_ops.time_peer(FakeBenchmark(), case, shape, args, "wrong")["error"] < 1e-5
+    assert len(timed) == 1
 
 
 def test_tensors_are_found_in_tuples():

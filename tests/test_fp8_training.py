@@ -111,6 +111,32 @@ def test_full_recompute_is_the_same_and_counts_a_token_once():
     assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
 
 
+@pytest.mark.parametrize("wgrad", ["fp8", "bf16"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_norm_that_is_made_again(backend, wgrad):
+    torch.manual_seed(0)
+    x, cu = torch.randn(40, 128), torch.tensor([0, 40], dtype=torch.int32)
+    rows = Rows(*rope_tables(40, WHOLE.rotary_dim, 1e4), torch.arange(40), cu)
+    seen = []
+    for recompute in ("none", "norm_act"):
+        torch.manual_seed(1)
+        layer = Layer(WHOLE, dense=True)
+        torch.nn.init.normal_(layer.input_layernorm.weight)
+        to_fp8(layer.attention, recompute, wgrad=wgrad)
+        kept, given = [], x.clone().requires_grad_()
+        with force(backend), saved_tensors_hooks(lambda t, kept=kept: kept.append(t.dtype) or t, lambda t: t):
+            y, _ = layer(given, rows)
+            y.square().sum().backward()
+        seen.append([y.detach(), given.grad, *(p.grad for p in layer.parameters())])
+        columns = 2 if wgrad == "fp8" else 0
+        assert kept.count(torch.float8_e4m3fn) == 2 + columns - (columns > 0 and recompute == "norm_act")
+    for a, b in zip(*seen, strict=True):
+        if backend == "triton":
+            assert torch.equal(a, b)
+        else:  # which sums the gradient of a norm's input in another order
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(b.abs().max()))
+
+
 @pytest.mark.parametrize("transposed", ["direct", "kept"])
 def test_fsdp2(tmp_path, transposed):
     """Sharded over one process: the same losses, also after the optimizer has changed the shards."""
@@ -171,7 +197,8 @@ def test_fp8_trains_as_bf16_does(tmp_path, whole, text, capsys):
 
     for flags in ("--recompute experts", "--recompute full", "--fp8-transposed kept"):
         again = training(whole, text, tmp_path / flags.split()[-1], "--precision fp8", flags)
-        assert [m["loss"] for m in again] == [m["loss"] for m in fp8]
+        bound = 0.01 if "experts" in flags else 0  # the reference then sums the gradient of a norm's input otherwise
+        assert [m["loss"] for m in again] == pytest.approx([m["loss"] for m in fp8], rel=bound, abs=0)
 
     half = tmp_path / "bf16" / "checkpoints" / "step-000008"  # and on in FP8
     assert main(["--resume", str(half), "--precision", "fp8", "--threads", "1"]) == 0

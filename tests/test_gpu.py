@@ -108,3 +108,19 @@ def test_the_commit_comes_from_the_stamp_where_there_is_no_history(gpu, tmp_path
     assert gpu.commit() == "0123abc-dirty"
     monkeypatch.setattr(gpu, "STAMP", tmp_path / "none")
     assert gpu.commit().startswith("unknown")
+
+
+def test_what_a_run_writes_makes_no_tree_dirty(gpu, tmp_path, monkeypatch):
+    git = ["git", "-c", "user.name=a", "-c", "user.email=b", "-C", tmp_path]
+    for path in ("benchmarks/results/a.json", "docs/performance.md", "README.md", "code.py"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text("")
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "one"]):
+        subprocess.run([*git, *words], check=True)
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    clean = gpu.commit()
+    assert len(clean) == 40
+    for path, dirty in (("benchmarks/results/a.json", ""), ("docs/performance.md", ""), ("README.md", ""),
+                        ("code.py", "-dirty")):  # fmt: skip
+        (tmp_path / path).write_text("changed")
+        assert gpu.commit() == clean + dirty

@@ -6,12 +6,15 @@
 
 All e4m3 with fp32 scales, products accumulated in fp32. Each module is one autograd.Function over the ops, so that only
 wide tensors cross its border. Whatever is quantised in two directions is read once and never quantised twice. The
-parameters stay what they were, bf16 or fp32, and are quantised in every forward.
+parameters stay what they were, bf16 or fp32: the masters, of which FP8 copies are made in every forward, or once in an
+optimizer's step and kept.
 
 A weight's gradient goes to `weight.grad` as usual. Where the parameter has an attribute `main_grad`, fp32 or bf16 of
 its shape, the product adds to that in its epilogue instead and autograd gets none: hooks on the gradient do not run.
 docs/fp8.md has the recompute levels and the bytes that each keeps.
 """
+
+import weakref
 
 import torch
 from torch import Tensor, nn
@@ -24,31 +27,63 @@ from ..ops.grouped_gemm_fp8 import grouped_gemm_fp8
 from ..ops.grouped_wgrad import grouped_wgrad
 from ..ops.permute import permute, permute_quantize
 from ..ops.quantize import BLOCK, quantize, quantize_weight
+from ..ops.rms_norm import rms_norm
 from ..ops.swiglu import swiglu, swiglu_backward
 from ..ops.unpermute import unpermute
 from .attention import Attention
 from .experts import Experts
 from .mlp import MLP
+from .norm import RMSNorm
 from .transposed import KEEP, Transposed
 
 WGRAD = ("auto", "fp8", "bf16")
 RECOMPUTE = ("none", "norm_act", "experts", "full")
 TRANSPOSED = ("direct", *KEEP)
+WEIGHTS = ("each_forward", "kept")
 FP8_ROWS = 824  # rows per expert from which the roofline of an H200 has FP8's weight gradient ahead of bf16's
 
 _steps = 0
 
 
 @register_optimizer_step_post_hook
-def _count_step(*_) -> None:
-    """A fused optimizer changes weights without raising their `_version`."""
+def _count_step(optimizer, *_) -> None:
+    """A fused optimizer changes weights without raising their `_version`, unless it says otherwise."""
     global _steps
-    _steps += 1
+    _steps += not getattr(optimizer, "raises_version", False)
+
+
+def version_of(w: Tensor) -> tuple:
+    """Another one after every change of w."""
+    return _steps, w._version, w.device
 
 
 def fits(weight: Tensor) -> bool:
     """Whether a weight [(E,) N, K] can be FP8: its blocks of 128 x 128 must be whole."""
     return weight.shape[-1] % BLOCK == weight.shape[-2] % BLOCK == 0
+
+
+class Fp8Copy:
+    """The FP8 copy of one weight, kept at one address from one change of the weight to the next. The weight's attribute
+    `fp8` is this, so that an optimizer can requantise in its own pass: see train/optimizer.py."""
+
+    def __init__(self, pow2: bool):
+        self.pow2, self.made, self.of, self.version = pow2, None, None, None
+        self.written = False  # by the optimizer's step that is under way
+
+    def __call__(self, w: nn.Parameter) -> tuple[Tensor, Tensor]:
+        if not self.up_to_date(w):
+            moved = self.made is None or self.made[0].device != w.device
+            self.made = quantize_weight(w, self.pow2, None if moved else self.made)
+            self.is_of(w)
+        w.fp8 = self
+        return self.made
+
+    def up_to_date(self, w: Tensor) -> bool:
+        return self.made is not None and self.of() is w and self.version == version_of(w)
+
+    def is_of(self, w: Tensor) -> None:
+        """What was made is of w as it is now."""
+        self.of, self.version = weakref.ref(w), version_of(w)
 
 
 class Fp8Weights:
@@ -60,24 +95,29 @@ class Fp8Weights:
     transposed: "direct" leaves it to the GEMM, of which csrc/'s reads the forward's weight and Triton's transposes it
       on demand; the others are nn.Transposed's. A transpose that is kept is made anew after a step of any
       torch.optim.Optimizer and after a change that raises the parameter's `_version`; a compiled graph keeps none.
+    weights: "each_forward" quantises them there; "kept" keeps the copies, which are made anew as transposes are.
     """
 
-    def __init__(self, weights: int, pow2: bool = False, wgrad: str = "auto", transposed: str = "direct"):
+    def __init__(
+        self, number: int, pow2: bool = False, wgrad: str = "auto", transposed: str = "direct",
+        weights: str = "each_forward",
+    ):  # fmt: skip
         expect(wgrad in WGRAD, f"wgrad among {', '.join(WGRAD)}", wgrad)
         expect(transposed in TRANSPOSED, f"transposed among {', '.join(TRANSPOSED)}", transposed)
+        expect(weights in WEIGHTS, f"weights among {', '.join(WEIGHTS)}", weights)
         self.pow2, self.wgrad = pow2, wgrad
-        self.transposed = [None if transposed == "direct" else Transposed(transposed) for _ in range(weights)]
+        self.copies = [Fp8Copy(pow2) if weights == "kept" else None for _ in range(number)]
+        self.transposed = [None if transposed == "direct" else Transposed(transposed) for _ in range(number)]
 
     def arguments(self, *weights: nn.Parameter) -> list:
         """Of `Fp8Weight` for each weight, flat: autograd sees tensors only where they are arguments themselves."""
         flat = []
-        for w, transposed in zip(weights, self.transposed, strict=True):
-            version = None
+        for w, transposed, copy in zip(weights, self.transposed, self.copies, strict=True):
             if torch.compiler.is_compiling():
-                transposed = None
-            elif transposed is not None:
-                version = (_steps, w._version)
-            flat += [w, *quantize_weight(w, self.pow2), getattr(w, "main_grad", None), transposed, version]
+                transposed = copy = None
+            version = None if transposed is None else version_of(w)
+            made = quantize_weight(w, self.pow2) if copy is None else copy(w)
+            flat += [w, *made, getattr(w, "main_grad", None), transposed, version]
         return flat
 
     def wgrad_for(self, *weights: nn.Parameter, rows: int | None = None) -> str | None:
@@ -136,27 +176,39 @@ def quantize_rows(x: Tensor, plan: Plan | None, columns: bool, pow2: bool) -> tu
 
 
 class Fp8LinearFunction(torch.autograd.Function):
+    """norm_weight: x is normed first, and kept as it came; the norm, and its column-wise FP8, are made again."""
+
     @staticmethod
-    def forward(ctx, x, w, w_q, w_scale, main_grad, transposed, version, pow2, wgrad, dtype):
-        x_rows, x_columns = quantize_rows(x, None, wgrad == "fp8", pow2)
-        kept = (x.to(dtype),) if wgrad == "bf16" else x_columns
+    def forward(ctx, x, norm_weight, w, w_q, w_scale, main_grad, transposed, version, eps, pow2, wgrad, dtype):
+        again = norm_weight is not None
+        normed = rms_norm(x, norm_weight, None, eps) if again else x
+        x_rows, x_columns = quantize_rows(normed, None, wgrad == "fp8" and not again, pow2)
+        kept = (x, norm_weight) if again else (x.to(dtype),) if wgrad == "bf16" else x_columns
         ctx.save_for_backward(w_q, w_scale, *kept)
         ctx.main_grad, ctx.kept, ctx.w_dtype, ctx.x_dtype = main_grad, (transposed, version), w.dtype, x.dtype
-        ctx.pow2, ctx.wgrad = pow2, wgrad
+        ctx.pow2, ctx.wgrad, ctx.eps, ctx.dtype = pow2, wgrad, eps if again else None, dtype
         return product(x_rows, (w_q, w_scale), None, dtype)
 
     @staticmethod
     def backward(ctx, dy):
         w_q, w_scale, *x = ctx.saved_tensors
+        if ctx.eps is not None:
+            with torch.enable_grad():
+                given = [t.detach().requires_grad_() for t in x]
+                normed = rms_norm(*given, None, ctx.eps)
+            x = normed.detach()
+            x = [x.to(ctx.dtype)] if ctx.wgrad == "bf16" else quantize_rows(x, None, ctx.wgrad == "fp8", ctx.pow2)[1]
         rows, columns = quantize_rows(dy, None, ctx.wgrad == "fp8", ctx.pow2)
-        dx = dw = None
-        if ctx.needs_input_grad[0]:
+        dx = dnorm = dw = None
+        if ctx.needs_input_grad[0] or ctx.eps is not None:
             dx = input_gradient(rows, (w_q, w_scale), ctx.kept, None, ctx.x_dtype)
         if ctx.wgrad == "fp8":
             dw = weight_gradient(columns, x, None, ctx.w_dtype, ctx.main_grad)
         elif ctx.wgrad == "bf16":
             dw = weight_gradient(dy.contiguous(), x[0], None, ctx.w_dtype, ctx.main_grad)
-        return dx, dw, *[None] * 8
+        if ctx.eps is not None:
+            dx, dnorm = torch.autograd.grad(normed, given, dx)
+        return dx, dnorm, dw, *[None] * 9
 
 
 class FeedForward(torch.autograd.Function):
@@ -235,12 +287,19 @@ class FeedForward(torch.autograd.Function):
 
 
 class Fp8Linear(nn.Linear):
-    """nn.Linear without a bias, in_features and out_features multiples of 128; options: Fp8Weights'."""
+    """nn.Linear without a bias, in_features and out_features multiples of 128; options: Fp8Weights'.
 
-    def __init__(self, in_features: int, out_features: int, device=None, dtype=None, **options):
+    Above recompute "none" a norm before it is made again in the backward, where it is left to this layer to apply.
+    """
+
+    takes_norm = True
+
+    def __init__(
+        self, in_features: int, out_features: int, device=None, dtype=None, recompute: str = "none", **options
+    ):  # fmt: skip
         super().__init__(in_features, out_features, bias=False, device=device, dtype=dtype)
         expect(fits(self.weight), "in_features and out_features that are multiples of 128", in_features, out_features)
-        self.fp8 = Fp8Weights(1, **options)
+        self.fp8, self.recompute = Fp8Weights(1, **options), level(recompute)
 
     @classmethod
     def of(cls, linear: nn.Linear, **options) -> "Fp8Linear":
@@ -250,10 +309,13 @@ class Fp8Linear(nn.Linear):
         new.weight = linear.weight
         return new.train(linear.training)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] -> [..., N] in x's dtype, autocast's where it is on."""
-        options = self.fp8.pow2, self.fp8.wgrad_for(self.weight), product_dtype(x)
-        y = Fp8LinearFunction.apply(x.flatten(0, -2), *self.fp8.arguments(self.weight), *options)
+    def forward(self, x: Tensor, norm: RMSNorm | None = None) -> Tensor:
+        """x [..., K], or norm(x) where there is one -> [..., N] in x's dtype, autocast's where it is on."""
+        if norm is not None and (self.recompute == "none" or torch.compiler.is_compiling()):
+            x, norm = norm(x), None
+        norm_weight, eps = (None, None) if norm is None else (norm.weight, norm.eps)
+        options = eps, self.fp8.pow2, self.fp8.wgrad_for(self.weight), product_dtype(x)
+        y = Fp8LinearFunction.apply(x.flatten(0, -2), norm_weight, *self.fp8.arguments(self.weight), *options)
         return y.unflatten(0, x.shape[:-1])
 
 
@@ -330,8 +392,7 @@ def to_fp8(model: nn.Module, recompute: str = "none", **options) -> tuple[list[s
             weights = [*old.parameters()]
             shapes = ", ".join("x".join(map(str, w.shape)) for w in weights)
             if all(fits(w) for w in weights):
-                levels = {} if kind is Fp8Linear else dict(recompute=recompute)
-                setattr(module, child, kind.of(old, **levels, **options))
+                setattr(module, child, kind.of(old, recompute=recompute, **options))
             (made if all(fits(w) for w in weights) else left).append(f"{name}.{child} {shapes}".lstrip("."))
     return made, left
 

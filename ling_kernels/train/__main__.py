@@ -1,5 +1,6 @@
 """`python -m ling_kernels.train`: check what was asked, train, and show what came of it."""
 
+import argparse
 import os
 import re
 import shlex
@@ -9,19 +10,22 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch._subclasses import FakeTensorMode
 
 from ..errors import InputError, command
-from ..model import Ling, load_model, save_model
+from ..model import Ling, LingConfig, load_model, save_model
 from ..nn.fp8 import to_fp8
 from ..tokenizer import Tokenizer
 from . import checkpoint as ckpt
 from .data import Documents, Packed, gather_tokens, hold_out
 from .loop import Diverged, Progress, train
-from .optimizer import adamw
+from .optimizer import make_optimizer, to_masters
 from .pictures import draw
-from .prepare import Job, deterministic, discard, prepare
+from .plan import Plan, plan
+from .prepare import Job, deterministic, discard, prepare, settings_model
 from .report import Report
-from .settings import Parser, Settings, add_flags, to_json
+from .safeguards import to_bf16
+from .settings import PRESETS, Parser, Settings, add_flags, check, settings_of, to_json
 from .speed import peak_flops
 
 PROMPT = 24  # tokens of a held-out document that the sample at the end goes on from
@@ -32,7 +36,8 @@ TEMPERATURE = 0.8
 def main(argv: Sequence[str] | None = None) -> int:
     try:
         with deterministic():
-            return run(vars(parser().parse_args(argv)))
+            given = vars(parser().parse_args(argv))
+            return show_plan(given) if given.pop("plan") else run(given)
     except KeyboardInterrupt:
         print("stopped before the first step; nothing was trained", file=sys.stderr)
         return 130
@@ -51,8 +56,17 @@ def parser() -> Parser:
         help="a run, to go on from its latest checkpoint; or one of its checkpoints; or auto: the run in --out, or else"
         " the latest of the model, or a new one where there is none (default: a new run)",
     )
+    flags.add_argument(
+        "--preset", choices=PRESETS, help="what other flags are, unless given themselves: "
+        + "; ".join(f"{name}: {as_flags(values)}" for name, values in PRESETS.items()), default=argparse.SUPPRESS,
+    )  # fmt: skip
+    flags.add_argument("--plan", action="store_true", help="print what the run takes of a GPU's memory, and stop")
     add_flags(flags)
     return flags
+
+
+def as_flags(values: dict) -> str:
+    return " ".join(f"--{k.replace('_', '-')} {v}" for k, v in values.items())
 
 
 def run(given: dict) -> int:
@@ -68,11 +82,13 @@ def run(given: dict) -> int:
     except BaseException:  # Ctrl-C included
         discard(job)
         raise
-    optimizer = adamw(model, settings.lr, settings.weight_decay)
+    optimizer = make_optimizer(model, settings.optimizer, settings.lr, settings.weight_decay, settings.seed)
     progress = Progress()
     if job.checkpoint:
         ckpt.restore(job.checkpoint, model, optimizer)
-        progress = Progress(**{name: job.state[name] for name in asdict(progress)})
+        progress = Progress(**{name: job.state[name] for name in asdict(progress) if name in job.state})
+        for name in progress.in_bf16:
+            to_bf16(model, name)
         for path in ckpt.set_aside_later(folder, job.checkpoint):
             print(f"a later checkpoint is kept as {path.name}")
 
@@ -110,13 +126,15 @@ def describe(docs: Documents) -> dict:
 
 
 def make_model(job: Job) -> Ling:
-    """The model in fp32, in training mode: from the checkpoint, from the model's directory, or random."""
+    """The model with its masters, in training mode: from the checkpoint, the model's directory, or random."""
     if job.checkpoint or job.source:
         model = load_model(job.checkpoint or job.source, dtype=torch.float32, device=job.device)
     else:
         model = Ling(job.config)
         model.init_weights(torch.Generator().manual_seed(job.settings.seed))  # on the CPU: the same on every device
+        to_masters(model, job.settings.master)  # before it takes the GPU's memory
         model.to(job.device)
+    to_masters(model, job.settings.master)
     torch.manual_seed(job.settings.seed)
     return model.train()
 
@@ -126,14 +144,36 @@ def lighten(model: Ling, s: Settings) -> list[str]:
     said = []
     if s.precision == "fp8":
         made, left = to_fp8(
-            model, s.recompute, wgrad=s.fp8_wgrad, transposed=s.fp8_transposed, pow2=s.fp8_scales == "pow2"
-        )
+            model, s.recompute, wgrad=s.fp8_wgrad, transposed=s.fp8_transposed, weights=s.fp8_weights,
+            pow2=s.fp8_scales == "pow2",
+        )  # fmt: skip
         kinds = dict.fromkeys(re.sub(r"\b\d+\.", "*.", name) for name in left)
         rest = f"; in bf16, their sizes being no multiples of 128: {'; '.join(kinds)}" if left else ""
         said.append(f"fp8        {len(made)} of {len(made) + len(left)} layers{rest}")
     if s.recompute == "full":
         model.recompute_()
     return said
+
+
+def show_plan(given: dict) -> int:
+    """Of a new run on a GPU, whatever this machine has."""
+    if given.pop("resume", None):
+        raise InputError("--plan is of a new run: it needs no --resume")
+    given.pop("out", None)
+    settings = settings_of(given)
+    config, _ = settings_model(settings, None)
+    check(settings, config)
+    print(f"Memory of a step: {settings.model}, {config.num_parameters(mtp=True):,} parameters, on one GPU")
+    print(*make_plan(config, settings).lines(settings, config), sep="\n")
+    return 0
+
+
+def make_plan(config: LingConfig, settings: Settings) -> Plan:
+    with FakeTensorMode():
+        model = Ling(config)
+        to_masters(model, settings.master)
+        lighten(model, settings)
+        return plan(model.train(), settings)
 
 
 def validation_batches(held_out: Documents, settings: Settings) -> list:
@@ -161,6 +201,9 @@ def introduce(job: Job, model: Ling, training: Documents, held_out: Documents, p
 def conclude(job: Job, model: Ling, held_out: Documents) -> None:
     """Export, draw, generate, and say where everything lies."""
     folder = job.folder
+    if job.device.type == "cuda":
+        peak, planned = torch.cuda.max_memory_allocated(job.device), make_plan(job.config, job.settings).peak
+        print(f"memory     {peak / 1e9:.2f} GB at the peak, {planned / 1e9:.2f} planned")
     save_model(model, folder / "model")
     job.tokenizer.save(folder / "model")
     layers = [str(i) for i in range(job.config.first_k_dense_replace, job.config.num_hidden_layers)]

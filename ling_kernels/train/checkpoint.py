@@ -2,7 +2,7 @@
 
     config.json, model.safetensors   the weights in fp32 under official keys
     tokenizer.json, tokenizer_config.json   so that the folder is a model like any other
-    optimizer.safetensors            AdamW's moments, by parameter
+    optimizer.safetensors            the optimizer's state, by parameter
     rng.safetensors                  the states of torch's random numbers
     state.json                       where the run stands, its settings, and size and checksum of the files above
 
@@ -159,18 +159,13 @@ def damage_of(checkpoint: Path) -> str | None:
 
 
 def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put AdamW's moments and the states of random numbers back; the weights come with the model."""
+    """Put the optimizer's state and the states of random numbers back; the weights come with the model."""
     from safetensors.torch import load_file
 
-    tensors = load_file(checkpoint / "optimizer.safetensors")
-    names = {p: name for name, p in model.named_parameters()}
-    saved = optimizer.state_dict()
-    in_order = [p for group in optimizer.param_groups for p in group["params"]]
-    for i, p in enumerate(in_order):
-        moments = {key: tensors.get(f"{names[p]}.{key}") for key in ("step", "exp_avg", "exp_avg_sq")}
-        if all(value is not None for value in moments.values()):  # a parameter that never had a gradient has none
-            saved["state"][i] = moments
-    optimizer.load_state_dict(saved)
+    named = dict(model.named_parameters())
+    for key, value in load_file(checkpoint / "optimizer.safetensors").items():
+        name, _, part = key.rpartition(".")  # not by load_state_dict, which would cast codes to the parameter's dtype
+        optimizer.state[named[name]][part] = value.to(named[name].device)
     states = load_file(checkpoint / "rng.safetensors")
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():

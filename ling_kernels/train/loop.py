@@ -5,15 +5,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isfinite
 
 import torch
 from torch import nn
 
+from ..ops.grad_norm import grad_norm
 from .data import Packed
-from .optimizer import clip_gradients, set_learning_rate
+from .optimizer import clipped_step
 from .report import Report
+from .safeguards import WINDOW, Watch, ceilings, spike, to_bf16
 from .schedule import learning_rate, rows_at
 from .settings import Settings
 
@@ -27,10 +29,12 @@ class Progress:
     tokens: int = 0
     bad: int = 0  # steps in a row that were skipped
     skipped: int = 0  # steps skipped in all
+    recent: list[list[float]] = field(default_factory=list)  # loss and gradient norm of the last steps that were taken
+    in_bf16: list[str] = field(default_factory=list)  # FP8 layers that the watch has given up
 
 
 class Diverged(Exception):
-    """Too many steps in a row without a finite loss and gradient."""
+    """Too many steps in a row were skipped."""
 
 
 class Stop:
@@ -77,10 +81,12 @@ def train(
     Returns the name of the signal that asked to stop, if one did. Raises Diverged.
     """
     saved = progress.step
+    watch = Watch(model, settings.fp8_watch, settings.fp8_fallback, report.measurements())
     with Stop().on_signals() as stop:
         while progress.step < settings.steps and not stop:
             start = time.perf_counter()
-            record, counts = train_step(model, optimizer, packed, settings, progress, precision)
+            with watch.measuring(progress.step + 1) as operands:
+                record, counts = train_step(model, optimizer, packed, settings, progress, precision)
             seconds = time.perf_counter() - start
             record["tokens_per_s"] = record.pop("step_tokens") / seconds
             record["mfu"] = model.config.flops_per_token(settings.seq_len) * record["tokens_per_s"] / peak
@@ -88,8 +94,14 @@ def train(
             if validating:
                 record["val_loss"] = evaluate(model, validation, precision)
             report.step(record, seconds, counts)
+            if operands:
+                report.operands(operands, watch.judge(operands))
+                for name in watch.given_up():
+                    to_bf16(model, name)
+                    progress.in_bf16.append(name)
+                    report.say(f"step {progress.step}: {name} goes on in bf16")
             if progress.bad >= settings.max_bad_steps:
-                raise Diverged(f"no finite loss and gradient in {progress.bad} steps up to {progress.step}")
+                raise Diverged(f"no sound loss and gradient in {progress.bad} steps up to {progress.step}")
             if due(progress.step, settings.save_every):
                 report.expert_load(progress.step)
                 save(progress)
@@ -116,7 +128,8 @@ def train_step(
 ) -> tuple[dict, torch.Tensor | None]:
     """One global batch: gradients of its micro batches summed exactly, one step of the optimizer and of the balance.
 
-    Returns the step's record and the tokens per MoE layer and expert, int64. The host waits for the device once.
+    Returns the step's record and the tokens per MoE layer and expert, int64. The host waits for the device once, for
+    the record: whether the optimizer's step is one to be taken is decided on the device, and by the same numbers here.
     """
     device = next(model.parameters()).device
     step = progress.step + 1
@@ -124,7 +137,11 @@ def train_step(
     lr = learning_rate(step, settings.lr, settings.warmup)
     optimizer.zero_grad()
     losses = accumulate_gradients(model, packed, progress.sequences, rows, settings, device, precision)
-    norm = clip_gradients(model, settings.clip)
+    norm = grad_norm([p.grad for p in model.parameters() if p.grad is not None])
+    limits = settings.spike_loss, settings.spike_norm
+    highest_loss, highest_norm = ceilings(progress.recent, limits)
+    sound = losses[0].isfinite() & norm.isfinite() & (losses[0] <= highest_loss) & (norm.double() <= highest_norm)
+    clipped_step(optimizer, lr, norm, settings.clip, sound)
     routed = bool(model.routers())
     counts = model.expert_counts().long() if routed else None
     violation = counts.amax(1) / counts.double().mean(1) - 1 if routed else torch.zeros(1, device=device)
@@ -133,9 +150,11 @@ def train_step(
     record = dict(zip(names, measured, strict=True))
 
     sound = isfinite(record["loss"]) and isfinite(record["grad_norm"])
+    judged = [record["loss"], record["grad_norm"]]
+    jump = spike(judged, progress.recent, limits) if sound else None
+    sound = sound and jump is None
     if sound:
-        set_learning_rate(optimizer, lr)
-        optimizer.step()
+        progress.recent = [*progress.recent[1 - WINDOW :], judged]
     model.balance_(settings.balance_rate if sound else 0.0)  # 0: the bias stays and counting begins anew
     progress.step = step
     progress.sequences += rows
@@ -143,7 +162,8 @@ def train_step(
     progress.bad = 0 if sound else progress.bad + 1
     progress.skipped += not sound
     about = dict(step=step, **record, lr=lr, tokens=progress.tokens, step_tokens=rows * settings.seq_len)
-    return about | ({} if sound else dict(skipped=progress.skipped)), counts
+    about |= {} if sound else dict(skipped=progress.skipped)
+    return about | ({} if jump is None else dict(spike=jump)), counts
 
 
 def accumulate_gradients(model, packed, first, rows, settings, device, precision) -> torch.Tensor:

@@ -22,10 +22,10 @@ def kept_bytes(c: LingConfig, precision: str = "fp8", recompute: str = "none", w
         return {"layer's input": 2 * H}
     heads, all_heads = c.num_attention_heads * D, (c.num_attention_heads + 2 * c.num_key_value_heads) * D
     fp8 = precision == "fp8"
-    columns = fp8 and wgrad == "fp8"
+    columns, again = fp8 and wgrad == "fp8", recompute in ("norm_act", "experts")
     parts = {
-        "norms": 2 * (2 * H + 4),  # their inputs, and one over the root mean square
-        "qkv": FP8 * H if columns else 2 * H,
+        "norms": 2 * (2 * H + 4) - 4 * again,  # their inputs, and one over the root mean square
+        "qkv": 0 if again else FP8 * H if columns else 2 * H,
         "attention": 2 * all_heads + 2 * heads + 4 * c.num_attention_heads,  # q, k, v; output; log-sum-exp
         "attention output": FP8 * heads if columns else 0,  # in bf16 it is the attention's own
         "router": 2 * H + 4 * c.num_experts + 4 * k,  # input, logits, choices

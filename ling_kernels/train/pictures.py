@@ -1,15 +1,16 @@
-"""loss.png and expert_load.png, drawn from what a run has written."""
+"""loss.png, expert_load.png and fp8.png, drawn from what a run has written."""
 
 from pathlib import Path
 
-from .report import read_lines
+from .report import FP8, read_lines
+from .safeguards import METRICS, OPERANDS
 
 TRAIN, VALID, QUIET = "#2a6fbb", "#d1495b", "#8a8f98"
 WINDOW = 0.1  # of the run: the steps at its end whose load the heatmap shows
 
 
 def draw(run: Path, layers: list[str]) -> list[Path]:
-    """Draw both pictures; none where matplotlib is missing or nothing was measured. `layers` names the MoE layers."""
+    """Draw what was measured; nothing where matplotlib is missing. `layers` names the MoE layers."""
     try:
         import matplotlib
     except ImportError:
@@ -22,6 +23,8 @@ def draw(run: Path, layers: list[str]) -> list[Path]:
         pictures.append(draw_loss(metrics, run / "loss.png"))
     if metrics and load and layers:
         pictures.append(draw_load(metrics, load, layers, run / "expert_load.png"))
+    if measured := read_lines(run / FP8):
+        pictures.append(draw_fp8(measured, run / "fp8.png"))
     return pictures
 
 
@@ -77,6 +80,38 @@ def draw_load(metrics: list[dict], load: list[dict], layers: list[str], path: Pa
         bottom.plot(steps, smooth(values), color=color, linewidth=1.6, label=label)
     bottom.set(xlabel="step", ylabel="busiest expert / mean - 1", xlim=(0, None), ylim=(0, None))
     return finish(figure, [bottom], path)
+
+
+def draw_fp8(measured: list[dict], path: Path) -> Path:
+    """Layers against steps: underflow above, distortion below, an operand a column; grey where nothing was measured."""
+    import numpy as np
+    from matplotlib import pyplot as plt
+    from matplotlib.colors import LogNorm
+
+    steps = [row["step"] for row in measured]
+    layers = list(dict.fromkeys(layer for row in measured for layer in row["layers"]))
+    height = min(max(0.2 * len(layers), 1.6), 14)
+    shape, size = (len(METRICS), len(OPERANDS)), (3 + 2.4 * len(OPERANDS), 2 * height + 1.4)
+    figure, grid = plt.subplots(*shape, figsize=size, layout="constrained", sharex=True, sharey=True, squeeze=False)
+    nothing = [np.nan] * len(METRICS)
+    for i, (metric, least, most) in enumerate(zip(METRICS, (1e-5, 1e-4), (1, 0.1), strict=True)):
+        for axes, operand in zip(grid[i], OPERANDS, strict=True):
+            values = [[row["layers"].get(layer, {}).get(operand, nothing)[i] for row in measured] for layer in layers]
+            shown = np.clip(np.array(values, dtype=float), least, most)
+            image = axes.imshow(shown, aspect="auto", norm=LogNorm(least, most), interpolation="nearest")
+            axes.set_facecolor("#d8dade")
+            axes.set_title(f"{metric} of {operand}", loc="left", fontsize=9)
+        figure.colorbar(image, ax=list(grid[i]), pad=0.01)
+    every = -(-len(layers) // 40)
+    for axes in grid[:, 0]:
+        axes.set_yticks(range(0, len(layers), every), layers[::every], fontsize=7)
+    at = sorted({round(k * (len(steps) - 1) / 3) for k in range(4)})
+    for axes in grid[-1]:
+        axes.set_xticks(at, [steps[k] for k in at])
+        axes.set_xlabel("step")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path
 
 
 def smooth(values: list[float], keep: float = 0.9) -> list[float]:

@@ -16,9 +16,8 @@ from ..model import LingConfig, resolve_model
 from ..model.config import PRESETS
 from ..tokenizer import Tokenizer, load_tokenizer
 from . import checkpoint as ckpt
+from .optimizer import bytes_per_weight
 from .settings import Settings, check, settings_of, to_json
-
-BYTES_PER_WEIGHT = 16  # in fp32: the weight, its gradient and AdamW's two moments
 
 
 @dataclass
@@ -66,7 +65,7 @@ def prepare(given: dict) -> Job:
         )
     if not source and not point:
         config = replace(config, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.eos_id)
-    enough_memory(config, settings.model, device)
+    enough_memory(config, settings, device)
     folder, made = (run, False) if run else new_folder(out, settings.model, restart)
     (folder / "settings.json").write_text(json.dumps(to_json(settings), indent=2) + "\n")
     tokens = folder / "data" / "tokens.bin"
@@ -86,11 +85,15 @@ def absolute(name: str, value):
 def settings_model(settings: Settings, point: Path | None) -> tuple[LingConfig, Path | None]:
     """The configuration and the directory with weights; of a resumed run, the checkpoint's configuration, which must be
     the preset's of today."""
+    mtp = {} if settings.mtp is None else dict(num_nextn_predict_layers=settings.mtp)
     if point is None:
-        return resolve_model(settings.model)
+        config, source = resolve_model(settings.model)
+        if source and mtp:
+            raise InputError(f"--mtp {settings.mtp}: {source} says itself how many MTP layers it has")
+        return replace(config, **mtp), source
     config = LingConfig.from_json(point / "config.json")
     if not os.path.isabs(settings.model):
-        preset = LingConfig.preset(settings.model)
+        preset = replace(LingConfig.preset(settings.model), **mtp)
         for f in fields(config):
             had, has = getattr(config, f.name), getattr(preset, f.name)
             if f.compare and not f.name.endswith("token_id") and had != has:
@@ -107,12 +110,23 @@ def choose_device(settings: Settings) -> tuple[torch.device, str, torch.dtype]:
     if settings.device == "cuda" and not gpu:
         raise InputError("--device cuda: torch finds no GPU here; --device cpu or auto trains on the CPU")
     use = gpu and settings.device != "cpu"
-    if settings.precision == "fp8" and use and torch.cuda.get_device_capability() < (8, 9):
-        raise InputError(f"--precision fp8: {torch.cuda.get_device_name()} has no FP8; bf16 trains on it")
+    if settings.precision == "fp8" and use:
+        refuse_without_fp8(
+            torch.cuda.get_device_name(), torch.cuda.get_device_capability(), os.environ.get("LING_BACKEND")
+        )
     # On a GPU everything may autocast to bf16; a CPU mostly is slower in it.
     bf16 = settings.precision in ("bf16", "fp8") or (settings.precision == "auto" and use)
     name = torch.cuda.get_device_name() if use else "CPU"
     return torch.device("cuda" if use else "cpu"), name, torch.bfloat16 if bf16 else torch.float32
+
+
+def refuse_without_fp8(gpu: str, capability: tuple[int, int], backend: str | None) -> None:
+    """Raise InputError for a GPU whose tensor cores know no FP8, unless the references are to compute its products."""
+    if capability < (8, 9) and backend != "torch":
+        raise InputError(
+            f"--precision fp8: {gpu} has no FP8 (compute capability {'.'.join(map(str, capability))}, it begins with"
+            " 8.9); --precision bf16 trains on it, and LING_BACKEND=torch emulates FP8, slowly"
+        )
 
 
 @contextmanager
@@ -130,17 +144,18 @@ def deterministic():
         torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
-def enough_memory(config: LingConfig, name: str, device: torch.device) -> None:
-    need = BYTES_PER_WEIGHT * config.num_parameters(mtp=True)
+def enough_memory(config: LingConfig, settings: Settings, device: torch.device) -> None:
+    kept = settings.precision == "fp8" and settings.fp8_weights == "kept"
+    weights = config.num_parameters(mtp=True)
+    need = (bytes_per_weight(settings.optimizer, settings.master) + kept) * weights
     if device.type == "cuda":
         there = torch.cuda.get_device_properties(device).total_memory
     else:
         there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if need > there:
-        weights = f"{need / BYTES_PER_WEIGHT / 1e9:.1f} B parameters"
         raise InputError(
-            f"{name} does not fit: training {weights} takes {need / 1e9:.0f} GB for weights and optimizer, there are"
-            f" {there / 1e9:.0f} GB"
+            f"{settings.model} does not fit: training {weights / 1e9:.1f} B parameters takes {need / 1e9:.0f} GB for"
+            f" weights and optimizer, there are {there / 1e9:.0f} GB; --plan shows what takes it"
         )
 
 

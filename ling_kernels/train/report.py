@@ -1,4 +1,4 @@
-"""What a run tells while it trains: metrics.jsonl, expert_load.jsonl, TensorBoard, a progress bar or plain lines."""
+"""What a run tells while it trains: metrics.jsonl, expert_load.jsonl, fp8.jsonl, TensorBoard, a bar or plain lines."""
 
 import json
 import math
@@ -11,14 +11,17 @@ import torch
 from ..errors import InputError
 from ..files import whole
 
+FP8 = "fp8.jsonl"
+
 
 class Report:
     """Everything that is written per step. `since` is the step to go on from: later lines are cut off."""
 
     def __init__(self, run: Path, since: int, steps: int, log_every: int):
-        self.steps, self.log_every = steps, log_every
+        self.run, self.steps, self.log_every = run, steps, log_every
         self.metrics = open_lines(run / "metrics.jsonl", since)
         self.load = open_lines(run / "expert_load.jsonl", since)
+        self.fp8 = open_lines(run / FP8, since) if (run / FP8).exists() else None
         self.board = tensorboard(run, since)
         self.bar = progress_bar(since, steps)
         self.seconds = None  # a step takes, smoothed
@@ -60,8 +63,22 @@ class Report:
         if "skipped" in record:
             self.say(
                 f"step {step} skipped, nothing was changed: loss {loss}, gradient norm {record['grad_norm']}"
-                f" ({record['skipped']} skipped in all)"
+                f" ({record['skipped']} skipped in all)" + (f"; {record['spike']}" if "spike" in record else "")
             )
+
+    def measurements(self) -> list[dict]:
+        """What `operands` has written, oldest first."""
+        return read_lines(self.run / FP8)
+
+    def operands(self, record: dict, leaving: list) -> None:
+        """What FP8 makes of the layers' operands, and which have left their band, a line for each layer."""
+        if self.fp8 is None:
+            self.fp8 = open_lines(self.run / FP8, record["step"])
+        write_line(self.fp8, record)
+        for layer in dict.fromkeys(left.layer for left in leaving):
+            which = [left for left in leaving if left.layer == layer]
+            more = f", {len(which) - 1} more" if len(which) > 1 else ""
+            self.say(f"step {record['step']}: outside its band: {which[0]}{more}")
 
     def expert_load(self, step: int) -> None:
         """A line for the steps since the line before; called before a checkpoint, so that a resumed run loses none."""
@@ -72,6 +89,8 @@ class Report:
     def close(self) -> None:
         self.metrics.close()
         self.load.close()
+        if self.fp8 is not None:
+            self.fp8.close()
         if self.board is not None:
             self.board.close()
         if self.bar is not None:

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 
 from ..errors import InputError
 from ..model import LingConfig
-from ..nn.fp8 import RECOMPUTE, TRANSPOSED, WGRAD
+from ..nn.fp8 import RECOMPUTE, TRANSPOSED, WEIGHTS, WGRAD
+from .optimizer import MASTERS, OPTIMIZERS
 from .schedule import parse_ramp
 
 
@@ -21,6 +22,7 @@ class Settings:
     """The defaults are those of tiny; PRESET_DEFAULTS has what other presets change."""
 
     model: str = flag("tiny", "tiny, mini, flash or 1t (random weights), or a checkpoint directory (goes on from it)")
+    mtp: int | None = flag(None, "MTP layers of a model with random weights", least=0, shown="the preset's")
     data: tuple[str, ...] | None = flag(
         None, ".txt, .jsonl, .parquet, .bin files or folders of them", nargs="+", shown="the text that ships in CPython"
     )
@@ -37,9 +39,17 @@ class Settings:
     batch_ramp: str | None = flag(
         None, "START:STEPS, begin with START rows a step and reach --batch after STEPS steps", shown="no ramp"
     )
-    lr: float = flag(2e-3, "learning rate of AdamW after the warm-up; it stays constant", above=0)
+    optimizer: str = flag(
+        "adamw", "adamw8bit keeps the moments in 8 bits; muon takes AdamW for what is no layer's matrix",
+        choices=OPTIMIZERS,
+    )  # fmt: skip
+    master: str = flag(
+        "fp32", "what the optimizer changes; bf16, for matrices, is rounded stochastically, by adamw8bit",
+        choices=MASTERS,
+    )  # fmt: skip
+    lr: float = flag(2e-3, "learning rate after the warm-up; it stays constant", above=0)
     warmup: int = flag(40, "steps over which the learning rate rises to --lr", least=0)
-    weight_decay: float = flag(0.1, "of AdamW, on matrices and embeddings, not on norms", least=0)
+    weight_decay: float = flag(0.1, "on matrices and embeddings, not on norms", least=0)
     clip: float = flag(1.0, "gradient norm above which gradients are scaled down", above=0)
     z_loss: float = flag(3.5e-6, "coefficient of the router's z-loss", least=0)
     balance_rate: float = flag(1e-3, "how far a step moves each expert's bias towards an even load", least=0)
@@ -50,7 +60,11 @@ class Settings:
     save_every: int = flag(200, "steps between checkpoints; 0: only at the end", least=0)
     keep: int = flag(2, "how many of the latest checkpoints stay; 0: all", least=0)
     log_every: int = flag(10, "steps between lines where stderr is no terminal", least=1)
-    max_bad_steps: int = flag(5, "stop after this many steps in a row without a finite loss and gradient", least=1)
+    max_bad_steps: int = flag(5, "stop after this many skipped steps in a row", least=1)
+    spike_loss: float | None = flag(
+        None, "skip a step whose loss is more than X times the median of the last 32 taken", above=1, shown="never"
+    )
+    spike_norm: float | None = flag(None, "the same of its gradient norm", above=1, shown="never")
     sample_tokens: int = flag(200, "length of the sample at the end; 0: none", least=0)
     device: str = flag("auto", "auto takes a GPU where there is one", choices=("auto", "cpu", "cuda"))
     precision: str = flag(
@@ -67,8 +81,13 @@ class Settings:
     fp8_wgrad: str = flag(
         "auto", "products for the weights' gradients; auto takes bf16 for experts of few rows", choices=WGRAD
     )
+    fp8_weights: str = flag("each_forward", "when weights are made FP8; kept: once a step", choices=WEIGHTS)
     fp8_transposed: str = flag("direct", "how long transposed FP8 weights are kept", choices=TRANSPOSED)
     fp8_scales: str = flag("fp32", "scales of any value, or powers of two", choices=("fp32", "pow2"))
+    fp8_watch: int = flag(0, "steps between measurements of what FP8 makes of each layer's operands; 0: none", least=0)
+    fp8_fallback: int = flag(
+        0, "measurements in a row outside its band after which a layer goes on in bf16; 0: it is only named", least=0
+    )
     threads: int | None = flag(None, "CPU threads", least=1, shown="one per core")
 
     @property
@@ -78,7 +97,8 @@ class Settings:
 
 # What may be given anew to a resumed run, which stays the same run all the same.
 FREE = {"steps", "eval_every", "save_every", "keep", "log_every", "max_bad_steps", "sample_tokens", "device", "threads",
-        "precision", "recompute", "fp8_wgrad", "fp8_transposed", "fp8_scales"}  # fmt: skip
+        "precision", "master", "recompute", "fp8_weights", "fp8_wgrad", "fp8_transposed", "fp8_scales", "fp8_watch",
+        "fp8_fallback", "spike_loss", "spike_norm"}  # fmt: skip
 
 # Peak learning rates and batches of arXiv 2510.22115, table 1; one device needs micro batches.
 PRESET_DEFAULTS = {
@@ -86,6 +106,14 @@ PRESET_DEFAULTS = {
     "flash": dict(seq_len=4096, batch=8352, micro_batch=1, lr=2.61e-4, warmup=2000, steps=100000),
     "1t": dict(seq_len=4096, batch=18144, micro_batch=1, lr=1.86e-4, warmup=2000, steps=100000),
 }
+
+# What --preset stands for. ling-mini-1gpu: all of Ling-mini on a GPU of 141 GB, docs/fp8.md has its plan.
+PRESETS = {
+    "ling-mini-1gpu": dict(
+        model="mini", mtp=1, seq_len=4096, micro_batch=1, batch=16, precision="fp8", fp8_weights="kept", master="bf16",
+        optimizer="adamw8bit",
+    ),
+}  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -108,8 +136,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def settings_of(given: dict, saved: dict | None = None) -> Settings:
-    """Defaults of the model's preset, then what the resumed run had, then what was given."""
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    """Defaults of the model's preset, then what the resumed run had, then what --preset and other flags say."""
+    given = PRESETS.get(given.get("preset"), {}) | given
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if k != "preset"}
     if saved is None:
         return Settings(**(PRESET_DEFAULTS.get(given.get("model"), {}) | given))
     had = from_json(saved)
@@ -146,6 +175,12 @@ def check(s: Settings, config: LingConfig) -> None:
         raise InputError(f"--batch {s.batch} is not a multiple of --micro-batch {micro}")
     if s.recompute in ("norm_act", "experts") and s.precision != "fp8":
         raise InputError(f"--recompute {s.recompute} needs --precision fp8; none and full work with any")
+    if s.master == "bf16" and s.optimizer != "adamw8bit":
+        raise InputError(f"--master bf16 needs --optimizer adamw8bit: {s.optimizer} rounds to the nearest, and stalls")
+    if s.master == "bf16" and s.precision not in ("bf16", "fp8"):
+        raise InputError("--master bf16 needs --precision bf16 or fp8")
+    if s.fp8_fallback and not s.fp8_watch:
+        raise InputError(f"--fp8-fallback {s.fp8_fallback} needs measurements: give --fp8-watch")
     if s.seed >= 1 << 63:
         raise InputError(f"--seed {s.seed} is not below 2^63")
     if s.ramp and not (0 < s.ramp[0] <= s.batch and s.ramp[0] % micro == 0):

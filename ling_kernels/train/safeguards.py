@@ -1,0 +1,268 @@
+"""Safeguards of FP8 training (arXiv 2510.22115, 5.1.1): how much of each operand survives FP8, and steps not to take.
+
+    underflow    share of an operand's non-zero elements that FP8 makes zero
+    distortion   1 - cosine of the operand and what its FP8 stands for
+
+Operands of a product y = x W^T are x, w and dy, and, along the tokens, as the weight's gradient takes them, xt and dyt.
+Measured are 128 of a micro batch's tokens (of an expert's slots) from a border of blocks on, and 128 rows of w, so that
+scales are those of the run. Inside an MLP or an expert, operands are computed anew from the sample, in fp32.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import inf
+from statistics import median
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..nn import MLP, Experts
+from ..nn.fp8 import Fp8Experts, Fp8Linear, Fp8MLP
+from ..ops.quantize import BLOCK, dequantize, quantize, quantize_weight
+from ..ops.swiglu import swiglu, swiglu_backward
+from .report import finite
+
+FP8 = Fp8Linear, Fp8MLP, Fp8Experts
+OPERANDS = ("x", "w", "dy", "xt", "dyt")
+METRICS = ("underflow", "distortion")
+# The most that the paper's figure 16 shows of Ling-mini over 20 T tokens. It says nothing of w and xt: these may reach
+# OWN times the most of a layer's own first measurements, but at least FLOOR.
+BANDS = {"x": (0.008, 0.0035), "dy": (0.010, 0.0035), "dyt": (0.16, 0.10)}
+FIRST, OWN, FLOOR = 3, 3.0, (0.008, 0.0035)
+WINDOW, ENOUGH = 32, 16  # steps that a spike is compared with, and how many there must be
+
+
+class Leaving(NamedTuple):
+    """A layer that was inside its band when it was last measured and now is not."""
+
+    layer: str
+    operand: str
+    metric: str
+    value: float | None  # None: not finite
+    limit: float
+
+    def __str__(self) -> str:
+        value = "not finite" if self.value is None else f"{self.value:.2g}, above {self.limit:.2g}"
+        return f"{self.layer}: {self.metric} of {self.operand} is {value}"
+
+
+class Watch:
+    """Measures every FP8 layer of `model` in every `every`-th step; `since` has the measurements of a resumed run.
+
+    What a layer was named for is not named again before it has come back. Its module is one to give up once it has been
+    outside in `patience` measurements in a row; 0: never.
+    """
+
+    def __init__(self, model: nn.Module, every: int, patience: int = 0, since: list[dict] = ()):
+        self.model, self.every, self.patience = model, every, patience
+        self.bands = {}  # (layer, operand): the limits, or what they are still made from
+        self.outside = {}  # (layer, operand, metric): measurements in a row
+        for record in since:
+            self.judge(record)
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Those in FP8 by now."""
+        return {name: module for name, module in self.model.named_modules() if isinstance(module, FP8)}
+
+    @contextmanager
+    def measuring(self, step: int) -> Iterator[dict]:
+        """Within it run the step of this number: then the dict is its record, empty where nothing is due.
+
+        Of several micro batches the first counts. The host waits for the device once, at the end.
+        """
+        record = {}
+        modules = self.modules() if self.every and step % self.every == 0 else {}
+        if not modules:
+            yield record
+            return
+        sample = Sample(step // self.every - 1)
+        hooks = [module.register_forward_hook(sample.hook(name)) for name, module in modules.items()]
+        try:
+            yield record
+        finally:
+            for hook in hooks:
+                hook.remove()
+        record |= dict(step=step, layers=sample.result())
+
+    def judge(self, record: dict) -> list[Leaving]:
+        """Take a record in; what has left its band with it, and was inside before."""
+        leaving = []
+        for layer, operands in record["layers"].items():
+            for operand, values in operands.items():
+                limits = BANDS.get(operand) or self.own_band(layer, operand, values)
+                for metric, value, limit in zip(METRICS, values, limits, strict=True):
+                    key = layer, operand, metric
+                    before = self.outside.get(key, 0)
+                    self.outside[key] = before + 1 if value is None or value > limit else 0
+                    if self.outside[key] and not before:
+                        leaving.append(Leaving(*key, value, limit))
+        return leaving
+
+    def own_band(self, layer: str, operand: str, values: list[float]) -> tuple[float, float]:
+        first = self.bands.setdefault((layer, operand), [])
+        if len(first) < FIRST:
+            first.append(values)
+        return tuple(max(FLOOR[i], OWN * max(v[i] or 0 for v in first)) for i in range(2))
+
+    def given_up(self) -> list[str]:
+        """Names of modules that have been outside too long and still are in FP8."""
+        if not self.patience:
+            return []
+        long = [layer for (layer, *_), times in self.outside.items() if times >= self.patience]
+        return list(dict.fromkeys(name for name in self.modules() for layer in long if is_in(layer, name)))
+
+
+def is_in(layer: str, module: str) -> bool:
+    return layer == module or layer in (f"{module}.gate_up", f"{module}.down")
+
+
+class Sample:
+    """What one step's operands come to; number counts the samples, each of which looks at another place."""
+
+    def __init__(self, number: int):
+        self.number = number
+        self.seen = set()
+        self.measured = {}  # (layer, operand): [2] on the device
+
+    def hook(self, name: str):
+        def measure(module: nn.Module, args: tuple, out: Tensor) -> None:
+            if name not in self.seen and out.requires_grad:  # the first micro batch, and not what is recomputed
+                self.seen.add(name)
+                kind = next(of for kind, of in KINDS.items() if isinstance(module, kind))
+                with torch.no_grad(), torch.autocast(out.device.type, enabled=False):
+                    kind(self, name, module, out, *args)
+
+        return measure
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """128 rows of x [..., H] -> [128, H], as they came; where there are fewer, zeros follow."""
+        x = x.flatten(0, -2)
+        start = BLOCK * (self.number % -(-len(x) // BLOCK))
+        rows = x[start : start + BLOCK]
+        return torch.cat([rows, rows.new_zeros(BLOCK - len(rows), rows.shape[1])])
+
+    def linear(self, name: str, module: Fp8Linear, out: Tensor, x: Tensor, norm: nn.Module | None = None) -> None:
+        pow2, columns = module.fp8.pow2, along_tokens(module, module.weight)
+        self.weight(name, module.weight, pow2)
+        x = self.tokens(x)
+        self.rows(name, "x", x if norm is None else norm(x), pow2, columns)
+        out.register_hook(lambda dy: self.rows(name, "dy", self.tokens(dy), pow2, columns))
+
+    def mlp(self, name: str, module: Fp8MLP, out: Tensor, x: Tensor) -> None:
+        gate_up, down = module.gate_up.weight, module.down.weight
+        columns = along_tokens(module, gate_up, down)
+        backward = self.feed_forward(name, self.tokens(x), gate_up, down, None, module.fp8.pow2, columns)
+        out.register_hook(lambda dy: backward(self.tokens(dy)))
+
+    def experts(self, name: str, module: Fp8Experts, out: Tensor, x: Tensor, plan, weights: Tensor) -> None:
+        """The first 128 slots of one expert, of the busiest quarter another in each sample. The device chooses."""
+        w, slots = (module.gate_up, module.down), len(plan.source)
+        columns = along_tokens(module, *w, rows=slots // len(w[0]))
+        busy = plan.offsets.diff().argsort(descending=True, stable=True)
+        expert = busy[self.number % max(len(busy) // 4, 1)][None]
+        at = plan.offsets[expert] + torch.arange(BLOCK, device=x.device)
+        there = (at < plan.offsets[expert + 1])[:, None]
+        source = plan.source[at.clamp(max=slots - 1).long()].long().where(there[:, 0], 0)
+        token, p = source // weights.shape[1], weights.detach().flatten()[source]
+        gate_up, down = (t.index_select(0, expert)[0] for t in w)
+        backward = self.feed_forward(name, x[token] * there, gate_up, down, p, module.fp8.pow2, columns)
+        out.register_hook(lambda dy: backward(dy[token] * there))
+
+    def feed_forward(self, name, x: Tensor, gate_up: Tensor, down: Tensor, p: Tensor | None, pow2: bool, columns: bool):
+        """Measure gate_up and down of rows x; what returns does it for their dy."""
+        self.weight(f"{name}.gate_up", gate_up, pow2)
+        self.weight(f"{name}.down", down, pow2)
+        self.rows(f"{name}.gate_up", "x", x, pow2, columns)
+        h = x.float() @ gate_up.detach().float().T
+        self.rows(f"{name}.down", "x", swiglu(h, p), pow2, columns)
+
+        def backward(dy: Tensor) -> None:
+            self.rows(f"{name}.down", "dy", dy, pow2, columns)
+            dh, _ = swiglu_backward(dy.float() @ down.detach().float(), h, p)
+            self.rows(f"{name}.gate_up", "dy", dh, pow2, columns)
+
+        return backward
+
+    def weight(self, name: str, w: Tensor, pow2: bool) -> None:
+        start = BLOCK * (self.number % (len(w) // BLOCK))
+        w = w.detach()[start : start + BLOCK]
+        self.measured[name, "w"] = losses(w, dequantize(*quantize_weight(w, pow2)))
+
+    @torch.no_grad()
+    def rows(self, name: str, operand: str, x: Tensor, pow2: bool, columns: bool) -> None:
+        self.measured[name, operand] = losses(x, dequantize(*quantize(x, pow2=pow2)))
+        if columns:
+            x = x.T.contiguous()
+            self.measured[name, operand + "t"] = losses(x, dequantize(*quantize(x, pow2=pow2)))
+
+    def result(self) -> dict[str, dict[str, list[float]]]:
+        """{layer: {operand: [underflow, distortion]}}, None for what is not finite."""
+        out = {}
+        if self.measured:
+            for (layer, operand), values in zip(
+                self.measured, torch.stack([*self.measured.values()]).tolist(), strict=True
+            ):
+                out.setdefault(layer, {})[operand] = [finite(v) for v in values]
+        return out
+
+
+KINDS = {Fp8Linear: Sample.linear, Fp8MLP: Sample.mlp, Fp8Experts: Sample.experts}
+
+
+@torch.enable_grad()
+def along_tokens(module: nn.Module, *weights: nn.Parameter, rows: int | None = None) -> bool:
+    """Whether the module quantises for its weights' gradients."""
+    return module.fp8.wgrad_for(*weights, rows=rows) == "fp8"
+
+
+def losses(x: Tensor, back: Tensor) -> Tensor:
+    """Underflow and distortion of x and what its FP8 stands for -> [2] fp64; 0 and 0 of zeros alone."""
+    x, back = x.double(), back.double()
+    there = x != 0
+    underflow = ((back == 0) & there).sum() / there.sum().clamp(min=1)
+    norms = (x.square().sum() * back.square().sum()).sqrt()
+    distortion = 1 - torch.where(norms == 0, (~there.any()).double(), (x * back).sum() / norms)
+    return torch.stack([underflow.double(), distortion])
+
+
+def to_bf16(model: nn.Module, name: str) -> None:
+    """The FP8 module `name` of the model becomes what it was before `to_fp8`, over the same parameters, in place."""
+    old = model.get_submodule(name)
+    if not isinstance(old, FP8):  # a run that was resumed in bf16 altogether
+        return
+    with torch.device("meta"):
+        if isinstance(old, Fp8Linear):
+            new = nn.Linear(old.in_features, old.out_features, bias=False)
+        else:
+            new = (MLP if isinstance(old, Fp8MLP) else Experts)(*sizes(old))
+    for part, p in old.named_parameters():
+        p.__dict__.pop("fp8", None)  # no optimizer need keep a copy up to date
+        owner, _, attribute = part.rpartition(".")
+        setattr(new.get_submodule(owner), attribute, p)
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new.train(old.training))
+
+
+def sizes(module: Fp8MLP | Fp8Experts) -> tuple[int, ...]:
+    return tuple((module.down if isinstance(module, Fp8Experts) else module.down.weight).shape)
+
+
+def spike(values: list[float], recent: list[list[float]], limits: tuple[float | None, float | None]) -> str | None:
+    """In words: that a step's loss or gradient norm is above its limit times the median of the recent steps taken.
+
+    recent has the same two of each such step. None where neither is, and as long as there are fewer than ENOUGH.
+    """
+    for i, (name, ceiling) in enumerate(zip(("loss", "gradient norm"), ceilings(recent, limits), strict=True)):
+        if values[i] > ceiling:
+            usual = median(before[i] for before in recent)
+            return f"{name} {values[i] / usual:.3g} times the median of {len(recent)} steps"
+    return None
+
+
+def ceilings(recent: list[list[float]], limits: tuple[float | None, float | None]) -> list[float]:
+    """The loss and the gradient norm from which on a step is a spike; inf where nothing is."""
+    if len(recent) < ENOUGH:
+        return [inf, inf]
+    columns = zip(*recent, strict=True)
+    return [inf if n is None else n * median(column) for n, column in zip(limits, columns, strict=True)]

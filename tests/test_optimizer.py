@@ -1,0 +1,282 @@
+"""The optimizers: 8-bit AdamW on any master, stochastic rounding, fused requantisation, Muon; steps that are none."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from ling_kernels.backend import force
+from ling_kernels.model import Ling
+from ling_kernels.nn.fp8 import Fp8Linear, to_fp8
+from ling_kernels.ops.adamw_8bit import adamw_8bit, adamw_8bit_state, dequantize_moment, dynamic_map, hashed
+from ling_kernels.ops.quantize import quantize_weight
+from ling_kernels.train.optimizer import (
+    OPTIMIZERS,
+    AdamW8bit,
+    bytes_per_weight,
+    clipped_step,
+    make_optimizer,
+    to_masters,
+)
+from tests.cases import DEVICE, Rand, runs
+from tests.test_fp8_training import WHOLE
+
+
+def model_with_gradients(master="fp32", seed=0):
+    model = Ling(WHOLE).to(DEVICE)
+    model.init_weights(torch.Generator(DEVICE).manual_seed(0))
+    to_masters(model, master)
+    give_gradients(model, seed)
+    return model
+
+
+def give_gradients(model, seed):
+    g = torch.Generator(DEVICE).manual_seed(seed)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=g, device=DEVICE).to(p.dtype) / 100
+
+
+def step(optimizer, sound=True, lr=1e-2, norm=1.0, limit=1.0):
+    scalar = lambda x: torch.tensor(x, device=DEVICE)  # noqa: E731
+    clipped_step(optimizer, lr, scalar(norm), limit, scalar(sound))
+
+
+def snapshot(model, optimizer):
+    return [t.clone() for t in [*model.parameters(), *(t for s in optimizer.state.values() for t in s.values())]]
+
+
+@pytest.mark.parametrize("kind, master", [*((k, "fp32") for k in OPTIMIZERS), ("adamw8bit", "bf16")])
+def test_a_step_that_is_none_changes_nothing(kind, master):
+    model = model_with_gradients(master)
+    optimizer = make_optimizer(model, kind, 1e-2, 0.1)
+    step(optimizer)
+    before = snapshot(model, optimizer)
+    next(model.parameters()).grad.view(-1)[0] = torch.nan
+    step(optimizer, sound=False, norm=math.nan)
+    assert all(map(torch.equal, before, snapshot(model, optimizer)))
+    give_gradients(model, 1)
+    step(optimizer)
+    after = snapshot(model, optimizer)
+    assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True) if a.numel() > 1)
+    steps = [s["step"].item() for s in optimizer.state.values() if "step" in s]
+    assert set(steps) == {2.0}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_gradients_are_clipped_on_the_device(kind):
+    """A step with gradients eight times as long and the norm that says so is the same step."""
+    models = [model_with_gradients() for _ in range(2)]
+    optimizers = [make_optimizer(m, kind, 1e-2, 0.1) for m in models]
+    for _ in range(2):
+        step(optimizers[0], norm=0.5)
+        for p in models[1].parameters():
+            p.grad *= 8
+        step(optimizers[1], norm=8.0 - 1e-6, limit=1.0)
+        for m in models:
+            give_gradients(m, 5)
+    assert all(map(torch.equal, *(snapshot(m, o) for m, o in zip(models, optimizers, strict=True))))
+    assert not torch.equal(next(models[0].parameters()), next(model_with_gradients().parameters()))
+
+
+@pytest.mark.parametrize("kind, master", [*((k, "fp32") for k in OPTIMIZERS), ("adamw8bit", "bf16")])
+def test_bytes_of_weight_gradient_and_state(kind, master):
+    model = model_with_gradients(master)
+    optimizer = make_optimizer(model, kind, 1e-2, 0.1)
+    step(optimizer)
+    for w in (model.layers[1].mlp.experts.gate_up, model.layers[0].attention.dense.weight):
+        state = sum(t.nbytes for name, t in optimizer.state[w].items() if name != "step")
+        scales = 2 * 4 / 256 if kind == "adamw8bit" else 0
+        assert w.nbytes + w.grad.nbytes + state == w.numel() * (bytes_per_weight(kind, master) + scales)
+    assert model.norm.weight.dtype == model.layers[1].mlp.router.weight.dtype == torch.float32
+
+
+def test_adamw_8bit_as_an_optimizer_follows_torch():
+    models = [model_with_gradients() for _ in range(2)]
+    start = [p.clone() for p in models[0].parameters()]
+    optimizers = [make_optimizer(m, kind, 1e-3, 0.1) for m, kind in zip(models, ("adamw", "adamw8bit"), strict=True)]
+    for seed in range(5):
+        for m, o in zip(models, optimizers, strict=True):
+            give_gradients(m, seed)
+            step(o, lr=1e-3)
+    for s, a, b in zip(start, *(m.parameters() for m in models), strict=True):
+        assert (a - b).norm() <= (0.05 if a.ndim > 1 else 1e-6) * (a - s).norm() and not torch.equal(a, s)
+
+
+def test_stochastic_rounding():
+    """The mean is what fp32 holds, the neighbours alone occur, and the same seed, step and element give the same."""
+    n, value = 1 << 16, 1 + 0.3 * 2**-7  # bf16 has 1 and 1 + 2^-7
+
+    def rounded(seed, step):
+        p = torch.full((n,), 1.0, device=DEVICE, dtype=torch.bfloat16)
+        scale = -(value - 1) / (0.1 * 1.0)  # an update of that size, from a gradient of its sign
+        g = torch.full((n,), math.copysign(1.0, scale), device=DEVICE)
+        adamw_8bit([p], [g], adamw_8bit_state([p]), abs(value - 1), (0.0, 0.0), 1e-12, 0.0, step, seed=seed)
+        return p
+
+    one = rounded(3, 1)
+    assert set(one.tolist()) == {1.0, 1 + 2**-7}
+    share = (one > 1).double().mean().item()
+    assert abs(share - 0.3) < 5 * math.sqrt(0.3 * 0.7 / n)
+    assert torch.equal(one, rounded(3, 1))
+    for other in (rounded(4, 1), rounded(3, 2)):
+        assert 0.37 < (one != other).double().mean() < 0.47  # 2 * 0.3 * 0.7, were they independent
+    assert torch.equal(rounded(None, 1), torch.ones_like(one))
+
+
+def test_random_bits_are_even():
+    x = hashed(torch.arange(1 << 18, device=DEVICE))
+    assert len(x.unique()) == len(x)
+    bits = (x[:, None] >> torch.arange(32, device=DEVICE) & 1).double()
+    assert ((bits.mean(0) - 0.5).abs() < 5 * 0.5 / 2**9).all()
+    together = (bits - 0.5).T @ (bits - 0.5) / len(x) * 4
+    assert (together - torch.eye(32, device=DEVICE)).abs().max() < 5 / 2**9
+
+
+def test_bf16_masters_learn_what_rounding_to_the_nearest_does_not():
+    """Steps of a thirtieth of bf16's."""
+
+    def moved(seed):
+        p = torch.ones(4096, device=DEVICE, dtype=torch.bfloat16)
+        state = adamw_8bit_state([p])
+        for step in range(1, 61):
+            adamw_8bit([p], [torch.ones_like(p)], state, 2**-8 / 30, (0.9, 0.95), 1e-8, 0.0, step, seed=seed)
+        return 1 - p.float().mean().item()
+
+    assert moved(None) == 0
+    assert moved(1) == pytest.approx(60 * 2**-8 / 30, rel=0.05)
+
+
+@pytest.mark.parametrize("K", [256, 384])
+@pytest.mark.parametrize("pow2", [False, True])
+def test_requantised_in_the_step(K, pow2):
+    rand = Rand(torch.bfloat16)
+    p, g = rand.data(2, 128, K), rand.data(2, 128, K)
+    copy = tuple(t.clone() for t in quantize_weight(p, pow2))
+    before = copy[0].clone()
+    adamw_8bit([p], [g], adamw_8bit_state([p]), 0.1, (0.9, 0.95), 1e-8, 0.1, 1, fp8=[copy], pow2=pow2, seed=1)
+    assert all(torch.equal(a.float(), b.float()) for a, b in zip(copy, quantize_weight(p, pow2), strict=True))
+    assert not torch.equal(copy[0].float(), before.float())
+
+
+def test_the_reference_goes_by_chunks(monkeypatch):
+    from ling_kernels.ops import adamw_8bit as module
+
+    def after(chunk):
+        monkeypatch.setattr(module, "CHUNK", chunk)
+        rand = Rand(torch.bfloat16)
+        p, g = rand.data(1500), rand.data(1500)
+        state = adamw_8bit_state([p])
+        for step in (1, 2):
+            adamw_8bit([p], [g], state, 0.1, (0.9, 0.95), 1e-8, 0.1, step, seed=1)
+        return [p, *state[0]]
+
+    assert all(map(torch.equal, after(512), after(1 << 20)))
+
+
+def test_zero_moments_are_zero():
+    (state,) = adamw_8bit_state([torch.ones(300)])
+    state.m_scale.fill_(1), state.v_scale.fill_(1)
+    for codes, scale, signed in ((*state[:2], True), (*state[2:], False)):
+        assert not dequantize_moment(codes, scale, dynamic_map(signed)).any()
+
+
+def test_muon_takes_each_expert_for_itself():
+    model = model_with_gradients()
+    optimizer = make_optimizer(model, "muon", 1e-2, 0.0)
+    w = model.layers[1].mlp.experts.gate_up
+    alone = nn.Parameter(w.detach()[3].clone())
+    alone.grad = w.grad[3].clone()
+    torch.optim.Muon([alone], lr=1e-2, weight_decay=0.0, adjust_lr_fn="match_rms_adamw").step()
+    step(optimizer, norm=0.5)
+    torch.testing.assert_close(w.detach()[3], alone.detach())
+    assert optimizer.state[w]["momentum_buffer"].shape == w.shape
+    names = {id(p): name for name, p in model.named_parameters()}
+    moments = {names[id(p)].split(".")[-1] if p.ndim < 2 else names[id(p)]
+               for p, s in optimizer.state.items() if "exp_avg" in s}  # fmt: skip
+    assert {n for n in moments if n.count(".")} == {
+        "word_embeddings.weight", "lm_head.weight", "layers.1.mlp.router.weight", "mtp.0.layer.mlp.router.weight",
+    }  # fmt: skip
+
+
+def loss_of(model):
+    ids = torch.arange(40, device=DEVICE).view(2, 20)
+    return model(ids, labels=ids, logits=False).loss
+
+
+@pytest.mark.parametrize("kind, master", [("adamw", "fp32"), ("adamw8bit", "fp32"), ("adamw8bit", "bf16")])
+def test_kept_fp8_weights_are_those_of_each_forward(kind, master):
+    """Also after steps of any optimizer, after weights are loaded, and after a step that was none."""
+    losses = []
+    for weights in ("each_forward", "kept"):
+        model = model_with_gradients(master)
+        made, _ = to_fp8(model, weights=weights)
+        assert len(made) == 11
+        optimizer = make_optimizer(model, kind, 1e-2, 0.1)
+        seen = []
+        for i in range(3):
+            optimizer.zero_grad()
+            with torch.autocast(DEVICE, torch.bfloat16):
+                seen.append(loss_of(model))
+            seen[-1].backward()
+            step(optimizer, sound=i != 1)
+        with torch.autocast(DEVICE, torch.bfloat16):
+            seen.append(loss_of(model))
+            with torch.no_grad():
+                model.layers[1].mlp.experts.gate_up.mul_(0.5)
+            seen.append(loss_of(model))
+        losses.append(torch.stack(seen).tolist())
+    assert losses[0] == losses[1]
+    assert losses[0][1] == losses[0][2] != losses[0][3] and losses[0][3] != losses[0][4]  # the second step was none
+
+
+def test_the_optimizer_makes_kept_fp8_weights(monkeypatch):
+    """Those of 8-bit AdamW need no further pass, at one address."""
+    from ling_kernels.nn import fp8
+
+    model = model_with_gradients("bf16")
+    to_fp8(model, weights="kept")
+    optimizer = make_optimizer(model, "adamw8bit", 1e-2, 0.1)
+    loss_of(model).backward()
+    copy = model.layers[1].mlp.experts.gate_up.fp8
+    address, before = copy.made[0].data_ptr(), copy.made[0].clone()
+    step(optimizer)
+    calls = []
+    genuine = fp8.quantize_weight
+    monkeypatch.setattr(fp8, "quantize_weight", lambda *args: (calls.append(1), genuine(*args))[1])
+    loss_of(model)
+    assert not calls and copy.made[0].data_ptr() == address
+    assert not torch.equal(copy.made[0].float(), before.float())
+    assert torch.equal(copy.made[0].float(), genuine(model.layers[1].mlp.experts.gate_up)[0].float())
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    loss_of(model)
+    assert len(calls) == 3 * 2 + 2 + 2 * (2 + 2)  # attention, the dense MLP, experts with their shared one
+
+
+@pytest.mark.parametrize("backend", [b for b in ("torch", "triton") if runs(b)])
+def test_kernels_that_change_weights_say_so(backend):
+    """A kept transpose is made anew after 8-bit AdamW's step, which raises no version of itself."""
+    rand = Rand(torch.bfloat16)
+    layer = Fp8Linear(256, 128, device=DEVICE, dtype=torch.bfloat16, weights="kept", transposed="kept")
+    layer.weight.data = rand.data(128, 256)
+    optimizer = AdamW8bit([layer.weight], 0.1)
+    x, dy = rand.data(5, 256), rand.data(5, 128)
+    with force(backend):
+        for _ in range(3):
+            fresh = Fp8Linear(256, 128, device=DEVICE, dtype=torch.bfloat16)
+            fresh.weight.data = layer.weight.detach().clone()
+            leaves = [x.clone().requires_grad_() for _ in range(2)]
+            for module, leaf in zip((layer, fresh), leaves, strict=True):
+                module(leaf).backward(dy)
+            assert torch.equal(leaves[0].grad, leaves[1].grad)
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def test_an_optimizer_of_few_parameters():
+    """Parameters without a gradient are left alone, vectors and matrices may share a group."""
+    a, b, c = (nn.Parameter(torch.ones(*shape, device=DEVICE)) for shape in ((3,), (2, 5), (4, 4)))
+    optimizer = AdamW8bit([a, b, c], 0.1)
+    a.grad, b.grad = torch.ones_like(a), torch.ones_like(b)
+    optimizer.step()
+    assert (a < 1).all() and (b < 1).all() and (c == 1).all() and c not in optimizer.state

@@ -1,0 +1,183 @@
+"""The memory plan: what it says of a step against real tensors; the preset; flags that do not go together; resuming."""
+
+# ruff: noqa: F811 (fixtures are imported)
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch._subclasses import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+
+from ling_kernels.backend import force
+from ling_kernels.errors import InputError
+from ling_kernels.model import Ling, LingConfig
+from ling_kernels.train import checkpoint as ckpt
+from ling_kernels.train.__main__ import lighten, main, make_plan
+from ling_kernels.train.memory import kept_bytes
+from ling_kernels.train.optimizer import make_optimizer, to_masters
+from ling_kernels.train.plan import RESERVE
+from ling_kernels.train.prepare import refuse_without_fp8
+from ling_kernels.train.settings import Settings, settings_of
+from tests.test_fp8_training import WHOLE, metrics_of, training, whole  # noqa: F401
+from tests.training import one_line_error, text  # noqa: F401
+
+PAGE = Path(__file__).parents[1] / "docs/fp8.md"
+KINDS = {
+    "fp32": dict(precision="fp32"),
+    "bf16": dict(precision="bf16", optimizer="muon"),
+    "fp8": dict(precision="fp8", recompute="norm_act"),
+    "lightest": dict(precision="fp8", fp8_weights="kept", master="bf16", optimizer="adamw8bit", recompute="experts"),
+    "full": dict(precision="fp8", recompute="full", optimizer="adamw8bit"),
+}
+
+
+def made(s: Settings, config: LingConfig):
+    model = Ling(config)
+    to_masters(model, s.master)
+    lighten(model, s)
+    return model.train()
+
+
+def forward(model, s: Settings):
+    ids = torch.zeros(s.micro_batch, s.seq_len, dtype=torch.int64)
+    cu_seqlens = s.seq_len * torch.arange(len(ids) + 1, dtype=torch.int32)
+    with torch.autocast("cpu", torch.bfloat16, enabled=s.precision != "fp32"):
+        return model(ids, labels=ids, cu_seqlens=cu_seqlens, logits=False, z_loss=1e-3, target_counts=[64.0] * 2)
+
+
+def kept_by_the_graph(s: Settings, config: LingConfig) -> int:
+    """As torch's hooks on saved tensors count it, without parameters and FP8 copies that stay."""
+    kept = {}
+
+    def pack(t):
+        kept[t.untyped_storage()._cdata] = t.untyped_storage()
+        return t
+
+    with FakeTensorMode(), force("triton"):
+        model = made(s, config)
+        with saved_tensors_hooks(pack, lambda t: t):
+            out = forward(model, s)
+        copies = [c for m in model.modules() if hasattr(m, "fp8") for c in m.fp8.copies if c is not None]
+        stay = [*model.parameters(), *model.buffers(), *(t for c in copies for t in c.made)]
+        stay = {t.untyped_storage()._cdata for t in stay}
+        assert out.loss.requires_grad
+        return sum(storage.nbytes() for at, storage in kept.items() if at not in stay)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_plan_is_what_a_step_takes(kind):
+    s = replace(Settings(), batch=4, micro_batch=2, seq_len=64, **KINDS[kind])
+    plan = make_plan(WHOLE, s)
+    model = made(s, WHOLE)
+    optimizer = make_optimizer(model, s.optimizer, s.lr, s.weight_decay)
+    forward(model, s).loss.backward()
+    optimizer.step()
+    assert plan.parts["weights"] == sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
+    assert plan.parts["gradients"] == sum(p.grad.nbytes for p in model.parameters())  # a second micro batch adds to it
+    assert plan.parts["optimizer"] == sum(t.nbytes for state in optimizer.state.values() for t in state.values())
+    copies = [c for m in model.modules() if hasattr(m, "fp8") for c in m.fp8.copies if c is not None]
+    if s.fp8_weights == "kept":
+        assert plan.parts["FP8 weights"] == sum(t.nbytes for c in copies for t in c.made) > 0
+    in_graph = ("activations", "loss") + (() if copies else ("FP8 weights",))
+    assert sum(plan.kept[k] for k in in_graph) == pytest.approx(kept_by_the_graph(s, WHOLE), rel=0.002)
+    assert plan.peak == sum(plan.parts.values()) > sum(plan.kept.values())
+
+
+def test_activations_of_a_plan_are_those_of_the_table():
+    """Two layers more of Ling-mini's shape keep what the page's table says of them, to the byte."""
+    T = 512
+    for recompute in ("none", "experts", "full"):
+        s = replace(
+            Settings(), seq_len=T, batch=1, micro_batch=1, precision="fp8", fp8_weights="kept", master="bf16",
+            optimizer="adamw8bit", recompute=recompute, fp8_wgrad="bf16",
+        )  # fmt: skip
+        few, more = (
+            make_plan(replace(LingConfig.mini(), num_hidden_layers=n, num_experts=64, vocab_size=512), s)
+            for n in (2, 4)
+        )
+        c = replace(LingConfig.mini(), num_experts=64)
+        layer = T * sum(kept_bytes(c, "fp8", recompute, "bf16").values()) + (2 * 4 * 65 if recompute != "full" else 0)
+        assert more.kept["activations"] - few.kept["activations"] == pytest.approx(2 * layer, rel=1e-3)
+
+
+def test_the_preset_fits(capsys):
+    assert main(["--preset", "ling-mini-1gpu", "--plan"]) == 0
+    said = capsys.readouterr().out
+    assert "17,083,499,776 parameters" in said and "H200 (141 GB) yes" in said
+    numbers = [re.findall(r"^(\w[\w ]*?)  +([\d.]+) [GM]B  ", t, re.M) for t in (said, PAGE.read_text())]
+    for (kind, value), (same, shown) in zip(*numbers, strict=True):
+        assert kind == same and float(value) == pytest.approx(float(shown), rel=0.02), "docs/fp8.md has another plan"
+    peak = float(re.search(r"peak +([\d.]+) GB", said)[1])
+    assert 100 < peak <= 141 - RESERVE / 1e9
+    s = settings_of(dict(preset="ling-mini-1gpu", batch=8))
+    assert (s.batch, s.model, s.optimizer, s.master, s.fp8_weights) == (8, "mini", "adamw8bit", "bf16", "kept")
+
+
+def test_a_plan_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["--plan", "--batch", "2", "--out", "here"]) == 0
+    assert not list(tmp_path.iterdir()) and "optimizer" in capsys.readouterr().out
+    assert "--resume" in one_line_error(["--plan", "--resume", "x"], capsys)
+
+
+@pytest.mark.parametrize("argv, says", [
+    ("--master bf16 --precision fp8", "--optimizer adamw8bit"), ("--preset none", "--preset"),
+    ("--master bf16 --optimizer adamw8bit --precision fp32", "--precision"), ("--optimizer sgd", "--optimizer"),
+    ("--fp8-weights sometimes", "--fp8-weights"),
+])  # fmt: skip
+def test_flags_that_do_not_go(whole, tmp_path, text, argv, says, capsys):
+    base = f"--model {whole} --data {text} --out {tmp_path / 'run'} --seq-len 32"
+    assert says in one_line_error([*base.split(), *argv.split()], capsys)
+    assert not (tmp_path / "run").exists()
+    assert "says itself" in one_line_error([*base.split(), "--mtp", "2"], capsys)
+
+
+def test_a_gpu_without_fp8():
+    for capability in ((8, 9), (9, 0), (10, 0)):
+        refuse_without_fp8("GPU", capability, None)
+    refuse_without_fp8("A100", (8, 0), "torch")
+    for capability, forced in (((8, 6), None), ((8, 0), "triton"), ((7, 5), None)):
+        with pytest.raises(InputError, match="A100 has no FP8.*LING_BACKEND=torch"):
+            refuse_without_fp8("A100", capability, forced)
+
+
+LIGHT = "--precision fp8 --fp8-weights kept --optimizer adamw8bit"
+
+
+@pytest.mark.parametrize("flags", [f"{LIGHT} --master bf16", "--precision bf16 --optimizer muon"])
+def test_a_resumed_run_is_the_same(tmp_path, whole, text, flags):
+    """Weights, moments in 8 bits, random rounding and Muon's momentum, all to the bit."""
+    straight = training(whole, text, tmp_path / "straight", flags, "--steps 6", "--save-every 3")
+    half = tmp_path / "straight" / "checkpoints" / "step-000003"
+    assert straight[-1]["loss"] < straight[0]["loss"]
+    before = load_file(tmp_path / "straight" / "checkpoints" / "step-000006" / "model.safetensors")
+    assert main(["--resume", str(half), "--threads", "1"]) == 0
+    after = load_file(tmp_path / "straight" / "checkpoints" / "step-000006" / "model.safetensors")
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    assert [m["loss"] for m in metrics_of(tmp_path / "straight")] == [m["loss"] for m in straight]
+
+
+def test_another_master_on_the_way(tmp_path, whole, text, capsys):
+    """fp32 to bf16 and back; to bf16 products and back. Not another optimizer."""
+    run = tmp_path / "run"
+    first = training(whole, text, run, LIGHT, "--steps 4")
+    for steps, flags in ((6, "--master bf16"), (8, "--master fp32 --fp8-weights each_forward"),
+                         (10, "--precision bf16"), (12, "--precision fp8")):  # fmt: skip
+        assert main(["--resume", str(run), "--steps", str(steps), *flags.split()]) == 0
+    metrics = metrics_of(run)
+    assert len(metrics) == 12 and metrics[-1]["loss"] < first[-1]["loss"] < first[0]["loss"]
+    state = load_file(ckpt.list_checkpoints(run)[-1] / "optimizer.safetensors")
+    assert {str(state[f"lm_head.weight.{k}"].dtype)[6:] for k in ("m", "v")} == {"uint8"}
+    assert "--optimizer" in one_line_error(["--resume", str(run), "--steps", "20", "--optimizer", "adamw"], capsys)
+
+
+def test_bf16_masters_train_as_fp32_ones_do(tmp_path, whole, text):
+    runs = [training(whole, text, tmp_path / m, LIGHT, f"--master {m} --steps 10") for m in ("fp32", "bf16")]
+    assert runs[1][-1]["loss"] < 0.9 * runs[1][0]["loss"]
+    for a, b in zip(*runs, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=0.02)
+    weights = load_file(tmp_path / "bf16/checkpoints/step-000010/model.safetensors")
+    assert all(torch.equal(w, w.bfloat16().float()) for k, w in weights.items() if "norm" not in k and "gate." not in k)

@@ -1,0 +1,279 @@
+"""Safeguards: what FP8 makes of operands is measured as it is, layers outside their band are named and given up, spikes
+are skipped; none of it changes a run that needs none of it."""
+
+# ruff: noqa: F811 (fixtures are imported)
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import silu
+
+from ling_kernels.model import Ling, load_model, save_model
+from ling_kernels.nn import Experts, Fp8Experts, Fp8Linear, Fp8MLP, RMSNorm
+from ling_kernels.nn.fp8 import to_fp8
+from ling_kernels.ops.dispatch import dispatch
+from ling_kernels.ops.quantize import dequantize, quantize_blocks
+from ling_kernels.train import checkpoint as ckpt
+from ling_kernels.train import loop
+from ling_kernels.train.__main__ import main
+from ling_kernels.train.safeguards import BANDS, ENOUGH, FIRST, FLOOR, OWN, WINDOW, Watch, losses, spike, to_bf16
+from tests.test_fp8_training import WHOLE, metrics_of, whole  # noqa: F401
+from tests.test_train import snapshot, trainer
+from tests.training import flags, one_line_error, small, text  # noqa: F401
+
+
+def of_fp8(x, block=(1, 128)):
+    """Underflow and distortion by their definition, in fp64."""
+    x = x.detach()
+    back = dequantize(*quantize_blocks(x.float(), *block, False)).double()
+    x = x.double()
+    underflow = ((back == 0) & (x != 0)).sum() / (x != 0).sum()
+    return [float(underflow), 1 - float((x * back).sum() / (x.norm() * back.norm()))]
+
+
+def test_losses_of_what_is_known():
+    x = torch.full((2, 128), 1e-7)
+    x[:, 0] = 1
+    back = dequantize(*quantize_blocks(x, 1, 128, False))
+    assert losses(x, back).tolist() == pytest.approx([127 / 128, 0], abs=1e-9)
+    assert losses(x, torch.stack([back[0], -back[1]])).tolist()[1] == pytest.approx(1, abs=1e-9)
+    assert losses(x * 0, x * 0).tolist() == [0, 0] and losses(x, x * 0).tolist() == [1, 1]
+
+
+def measured(model, *inputs):
+    """What a watch makes of one forward and backward with a random gradient."""
+    torch.manual_seed(1)
+    watch = Watch(model, 1)
+    with watch.measuring(1) as record:
+        out = model(*inputs)
+        dy = torch.randn_like(out)
+        out.backward(dy)
+    assert record["step"] == 1
+    return record["layers"], dy
+
+
+def close(got, want):
+    assert got == pytest.approx(want, rel=0.02, abs=2e-5), (got, want)
+
+
+def spread(*shape):
+    """Values over many orders of magnitude, so that FP8 loses some."""
+    return torch.randn(*shape) * torch.randn(*shape).mul(4).exp()
+
+
+def test_operands_of_linear():
+    torch.manual_seed(0)
+    model = nn.Sequential(Fp8Linear(256, 128))
+    x = spread(2, 100, 256).requires_grad_()
+    layers, dy = measured(model, x)
+    got, x, dy = layers["0"], x.flatten(0, 1)[:128], dy.flatten(0, 1)[:128]
+    assert list(got) == ["w", "x", "xt", "dy", "dyt"] and got["x"][0] > 0.05
+    for name, value in [("x", x), ("xt", x.T), ("dy", dy), ("dyt", dy.T)]:
+        close(got[name], of_fp8(value))
+    close(got["w"], of_fp8(model[0].weight, (128, 128)))
+    second = Watch(model, 1)
+    with second.measuring(2) as record:
+        model(x := spread(256, 256)).sum().backward()
+        model(spread(256, 256)).backward(spread(256, 128))  # another micro batch
+    close(record["layers"]["0"]["x"], of_fp8(x[128:]))
+    assert record["layers"]["0"]["dy"] == pytest.approx([0, 0], abs=1e-9)
+    with second.measuring(3) as record, torch.no_grad():
+        model(x)
+    assert not record["layers"]  # nothing that trains
+    with Watch(model, 2).measuring(3) as record:
+        model(x)
+    assert not record and not model[0]._forward_hooks
+    to_bf16(model, "0")
+    with second.measuring(4) as record:
+        model(x).sum().backward()
+    assert not record  # nothing in FP8
+
+
+def test_operands_of_linear_with_a_norm():
+    torch.manual_seed(0)
+    norm, layer, x = RMSNorm(256), Fp8Linear(256, 128, recompute="norm_act"), spread(100, 256)
+    nn.init.normal_(norm.weight, std=100)
+    with Watch(nn.ModuleList([layer]), 1).measuring(1) as record:
+        layer(x, norm).sum().backward()
+    close(record["layers"]["0"]["x"], of_fp8(norm(x)))
+    close(record["layers"]["0"]["xt"], of_fp8(padded(norm(x)).T))
+
+
+def test_operands_inside_mlp():
+    torch.manual_seed(0)
+    model = nn.Sequential(Fp8MLP(128, 256))
+    x = torch.randn(128, 128).mul(4).requires_grad_()
+    layers, dy = measured(model, x)
+    h = (x @ model[0].gate_up.weight.T).detach().requires_grad_()
+    a = silu(h[:, :256]) * h[:, 256:]
+    da = dy @ model[0].down.weight
+    a.backward(da)
+    close(layers["0.down"]["x"], of_fp8(a))
+    close(layers["0.down"]["xt"], of_fp8(a.T))
+    close(layers["0.down"]["dy"], of_fp8(dy))
+    close(layers["0.gate_up"]["dy"], of_fp8(h.grad))
+    close(layers["0.gate_up"]["x"], of_fp8(x))
+
+
+def padded(x):
+    return torch.cat([x, x.new_zeros(128 - len(x), x.shape[1])])
+
+
+def test_operands_of_the_busiest_expert():
+    torch.manual_seed(0)
+    model = Fp8Experts(4, 128, 128, wgrad="fp8")
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.1)
+    chosen = torch.randint(0, 3, (90, 1), dtype=torch.int32)
+    chosen[:50] = 2  # more than the others, and fewer than a block
+    plan = dispatch(chosen, chosen.flatten().bincount(minlength=4).int())
+    x, p = torch.randn(90, 128).requires_grad_(), spread(90, 1).abs()
+    layers, dy = measured(nn.ModuleList([model])[0], x, plan, p)
+    mine = (chosen == 2).flatten()
+    h = (x[mine] @ model.gate_up[2].T).detach().requires_grad_()
+    a = p[mine] * silu(h[:, :128]) * h[:, 128:]
+    a.backward(dy[mine] @ model.down[2])
+    close(layers[".gate_up"]["x"], of_fp8(x[mine]))
+    close(layers[".down"]["x"], of_fp8(a))
+    close(layers[".down"]["xt"], of_fp8(padded(a).T))
+    close(layers[".down"]["dy"], of_fp8(dy[mine]))
+    close(layers[".gate_up"]["dy"], of_fp8(h.grad))
+    close(layers[".gate_up"]["dyt"], of_fp8(padded(h.grad).T))
+    close(layers[".down"]["w"], of_fp8(model.down[2], (128, 128)))
+
+
+def record_of(layer, **operands):
+    return dict(step=1, layers={layer: operands})
+
+
+def test_a_layer_is_named_when_it_leaves_its_band():
+    model = nn.Sequential(Fp8Linear(128, 128), Fp8MLP(128, 128))
+    good, bad = [0, 1e-3], [2 * BANDS["dy"][0], 1e-3]
+    watch = Watch(model, 1, patience=2)
+    assert not watch.judge(record_of("0", dy=good)) and not watch.given_up()
+    (left,) = watch.judge(record_of("0", dy=bad))
+    assert str(left) == "0: underflow of dy is 0.02, above 0.01"
+    assert not watch.judge(record_of("0", dy=good))
+    assert len(watch.judge(record_of("0", dy=bad))) == 1 and not watch.given_up()  # not in a row
+    assert not watch.judge(record_of("0", dy=bad)) and watch.given_up() == ["0"]
+    again = Watch(model, 1, patience=2, since=[record_of("0", dy=bad)])
+    assert not again.judge(record_of("0", dy=bad)) and again.given_up() == ["0"]
+    assert "not finite" in str(watch.judge(record_of("1.down", dy=[None, 0]))[0])
+    watch.judge(record_of("1.down", dy=[None, 0]))
+    to_bf16(model, "0")
+    assert watch.given_up() == ["1"]
+
+
+def test_a_band_of_its_own():
+    watch = Watch(nn.Sequential(), 1)
+    for value in (0.02, 0.03, 0.01):
+        assert not watch.judge(record_of("a", w=[value, 0.0]))
+    assert FIRST == 3 and not watch.judge(record_of("a", w=[OWN * 0.03, FLOOR[1]]))
+    assert [(x.metric, x.limit) for x in watch.judge(record_of("a", w=[0.091, 1.1 * FLOOR[1]]))] == [
+        ("underflow", pytest.approx(OWN * 0.03)), ("distortion", FLOOR[1]),
+    ]  # fmt: skip
+
+
+def test_back_to_bf16():
+    model = Ling(WHOLE)
+    before = {n: (type(m), [id(p) for p in m.parameters()]) for n, m in model.named_modules()}
+    made, _ = to_fp8(model)
+    for p in model.parameters():
+        p.fp8 = None  # as where copies are kept
+    for name in made:
+        to_bf16(model, name.split()[0])
+        to_bf16(model, name.split()[0])
+    assert {n: (type(m), [id(p) for p in m.parameters()]) for n, m in model.named_modules()} == before
+    still = [n for n, p in model.layers[0].named_parameters() if hasattr(p, "fp8")]
+    assert len(still) == 4 and all("norm" in n for n in still)
+    assert all(m.training for m in model.modules()) and type(model.layers[1].mlp.experts) is Experts
+
+
+def fp8_run(folder, text, run, *more):
+    argv = f"--model {folder} --data {text} --out {run} --seq-len 64 --batch 4 --micro-batch 2 --warmup 2 --lr 1e-3"
+    rest = f"--eval-rows 4 --threads 1 --sample-tokens 0 --precision fp8 {' '.join(more)}"
+    assert main([*argv.split(), *rest.split()]) == 0
+
+
+def measurements(run):
+    return [json.loads(line) for line in (run / "fp8.jsonl").read_text().splitlines()]
+
+
+def test_a_watch_changes_nothing(tmp_path, whole, text):
+    for recompute in ("none", "full"):
+        plain, watched = tmp_path / recompute, tmp_path / f"watched-{recompute}"
+        fp8_run(whole, text, plain, "--steps 4 --recompute", recompute)
+        fp8_run(whole, text, watched, "--steps 4 --fp8-watch 2 --fp8-wgrad auto --recompute", recompute)
+        assert [m["loss"] for m in metrics_of(plain)] == [m["loss"] for m in metrics_of(watched)]
+        assert not (plain / "fp8.jsonl").exists()
+    lines, none = measurements(watched), measurements(tmp_path / "watched-none")
+    assert [line["step"] for line in lines] == [2, 4] and lines == none
+    layers = lines[0]["layers"]
+    assert len(layers) == 3 * 2 + 2 + 2 * 4 and list(layers["layers.0.mlp.down"]) == ["w", "x", "xt", "dy", "dyt"]
+    assert list(layers["layers.1.mlp.experts.gate_up"]) == ["w", "x", "dy"]  # few rows: their wgrad is in bf16
+    values = [v for line in lines for layer in line["layers"].values() for values in layer.values() for v in values]
+    assert 1e-4 < max(values) < 0.1
+    if (watched / "loss.png").exists():
+        assert (watched / "fp8.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_fallback_is_kept_over_a_resume(tmp_path, whole, text, capsys):
+    """One channel of a layer's input is a million times the others, which FP8 then loses."""
+    model = load_model(whole, dtype=torch.float32)
+    with torch.no_grad():
+        model.layers[1].input_layernorm.weight[0] = 1e6
+    save_model(model, tmp_path / "outlier", dtype=torch.float32)
+    name, flags = "layers.1.attention.query_key_value", "--fp8-watch 1 --fp8-fallback 2 --save-every 3 --steps"
+    capsys.readouterr()
+    fp8_run(tmp_path / "outlier", text, tmp_path / "a", flags, "5")
+    said = capsys.readouterr().out
+    assert f"step 1: outside its band: {name}: underflow of x is" in said
+    assert f"step 2: {name} goes on in bf16" in said
+    assert [name in line["layers"] for line in measurements(tmp_path / "a")] == [True, True, False, False, False]
+    for point in ckpt.list_checkpoints(tmp_path / "a"):
+        state = json.loads((point / "state.json").read_text())
+        assert name in state["in_bf16"] and len(state["recent"]) == state["step"]
+
+    fp8_run(tmp_path / "outlier", text, tmp_path / "b", flags, "3")
+    capsys.readouterr()
+    assert main(["--resume", str(tmp_path / "b"), "--steps", "5"]) == 0
+    assert f"{name} goes on" not in capsys.readouterr().out
+    assert [m["loss"] for m in metrics_of(tmp_path / "a")] == [m["loss"] for m in metrics_of(tmp_path / "b")]
+    assert measurements(tmp_path / "a") == measurements(tmp_path / "b")
+
+
+def test_what_a_spike_is():
+    rows = [[float(i), 1.0] for i in range(1, ENOUGH)]
+    assert spike([1e9, 1e9], rows, (2.0, 2.0)) is None  # too few to compare with
+    rows.append([float(ENOUGH), 1.0])
+    assert spike([16.9, 1.9], rows, (2.0, 2.0)) is None  # the median is 8.5
+    assert spike([17.1, 1.9], rows, (2.0, 2.0)) == "loss 2.01 times the median of 16 steps"
+    assert spike([17.1, 1.9], rows, (None, 2.0)) is None
+    assert spike([1.0, 2.5], rows, (2.0, 2.0)) == "gradient norm 2.5 times the median of 16 steps"
+
+
+@pytest.mark.parametrize("what", ["spike_loss", "spike_norm"])
+def test_a_spike_is_skipped(tmp_path, text, what):
+    model, optimizer, packed, settings, progress = trainer(text, tmp_path, **{what: 2.0})
+    step = lambda s: loop.train_step(model, optimizer, packed, s, progress, torch.float32)[0]  # noqa: E731
+    usual = step(settings)
+    assert progress.recent == [[usual["loss"], usual["grad_norm"]]]
+    recent = progress.recent = [[v / 3 for v in progress.recent[0]]] * WINDOW
+    before = snapshot(model, optimizer)
+    spiked = step(settings)
+    name = {"spike_loss": "loss", "spike_norm": "gradient norm"}[what]
+    assert spiked["spike"].startswith(name) and spiked["spike"].endswith("times the median of 32 steps")
+    assert all(map(torch.equal, before, snapshot(model, optimizer)))
+    assert spiked["skipped"] == progress.skipped == progress.bad == 1 and progress.recent == recent
+    taken = step(replace(settings, **{what: None}))
+    assert "skipped" not in taken and progress.bad == 0 and len(progress.recent) == WINDOW
+    assert progress.recent[-1] == [taken["loss"], taken["grad_norm"]]
+
+
+def test_bad_input(small, text, tmp_path, capsys):
+    argv = f"--model {small} --data {text} --out {tmp_path / 'run'} --seq-len 32".split()
+    assert "--fp8-watch" in one_line_error([*argv, "--fp8-fallback", "2"], capsys)
+    assert "--spike-loss 1.0: it must be more than 1" in one_line_error([*argv, "--spike-loss", "1"], capsys)
+    assert "--spike-norm" in one_line_error([*argv, "--spike-norm", "nan"], capsys)
