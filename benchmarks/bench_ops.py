@@ -112,17 +112,26 @@ def time_ours(benchmark, case, shape, args, by: str, which: str) -> dict:
     return dict(bytes=work.bytes, flops=work.flops, precision=work.precision, timer=timer)
 
 
-def time_peer(benchmark, case, shape, args, name: str) -> dict:
-    """A peer's forward on its own layout, made before; the error is its result's against ours."""
-    args = detached(args)
-    ours = op_of(case)(*args, **case.kwargs)
-    work = forward_work(case, shape, args, ours)
+def reference(case, args, ours):
+    """Its result; ours where there is no memory for it, as at the largest shapes of the grid."""
     try:
-        call, comparable = peers.prepare(name, case, args)
-        error = peers.error(call(), ours, comparable)
+        with force("torch"):
+            return case.ref(*args, **case.kwargs)
+    except torch.OutOfMemoryError:
+        return ours
+
+
+def time_peer(benchmark, case, shape, args, name: str) -> dict:
+    """A peer's forward on its own layout, made before, where its first result is the reference's up to rounding."""
+    args = detached(args)
+    try:
+        call, alike = peers.prepare(name, case, args)
+        theirs, ours = call(), op_of(case)(*args, **case.kwargs)
+        error = peers.error(theirs, reference(case, args, ours), alike)
     except torch.OutOfMemoryError:
         raise
     except Exception as reason:  # whatever a foreign library may raise belongs into the report, and ends nothing
         pytest.skip(f"{name}: {type(reason).__name__}: {(str(reason).splitlines() or [''])[0][:150]}")
+    work = forward_work(case, shape, args, ours)
     timer = time_calls(benchmark, lambda n: [call])
     return dict(bytes=work.bytes, flops=work.flops, precision=work.precision, timer=timer, error=error)

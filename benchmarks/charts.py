@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-from benchmarks.limits import NAMEPLATE, Work, floor, nameplate
+from benchmarks.limits import Work, floor
+from ling_kernels.gpu import HOPPER, named
 
 OURS, LIMIT, OTHER = "#2a6fbb", "#8a8f98", "#d1495b"
 
@@ -16,17 +17,27 @@ def draw(runs: list[dict], predictions: Path, folder: Path) -> list[tuple[str, s
         return []
     matplotlib.use("Agg")
     drawn = []
-    gpu = next((r for r in runs if nameplate(r.get("gpu") or "") and any(b.get("case") for b in r["benchmarks"])), None)
+    gpu = next((r for r in runs if named(r.get("gpu") or "") and any(b.get("case") for b in r["benchmarks"])), None)
     if gpu:
-        drawn.append(roofline(gpu["benchmarks"], nameplate(gpu["gpu"]), folder, f"measured on {gpu['gpu']}"))
-        drawn += filter(None, [against_peers(gpu, folder), scaling(gpu, folder), breakdown(gpu, folder)])
+        drawn.append(roofline(gpu["benchmarks"], named(gpu["gpu"]), folder, f"measured on {gpu['gpu']}"))
+        drawn.append(against_peers(gpu, folder))
+        drawn.append(scaling(shares(gpu), "share of the limit", gpu["gpu"], folder))
     elif predictions.exists():
         rows = [r | dict(by="prediction") for r in json.loads(predictions.read_text())["rows"]]
-        drawn.append(roofline(rows, NAMEPLATE["H200"], folder, "prediction for H200: the limit, nothing measured"))
-    layers = [(r, b) for r in runs if not r.get("gpu") for b in r["benchmarks"] if b.get("moe_layer")]
+        title = "prediction for H200: the limit, nothing measured"
+        drawn.append(roofline([r for r in rows if not r.get("grid")], HOPPER["H200"], folder, title))
+        grid = [
+            (f"{r['op']}, Ling-mini,", {k: v for k, v in r["shape"].items() if k in ("S", "E", "routing")},
+             r["floor_us"]["H200"]) for r in rows if r.get("grid")
+        ]  # fmt: skip
+        drawn.append(scaling(grid, "us", title, folder))
+    profiled = next((r for r in runs if any(b.get("breakdown") for b in r["benchmarks"])), None)
+    if profiled:
+        drawn.append(breakdown(profiled, folder))
+    layers = [b for r in runs if not r.get("gpu") for b in r["benchmarks"] if b.get("part") == "MoE layer"]
     if layers:
-        drawn.append(bars([b for _, b in layers], folder))
-    return drawn
+        drawn.append(bars([b for b in layers if b["which"] == "forward"], folder))
+    return [one for one in drawn if one]
 
 
 def save(figure, folder: Path, name: str, title: str) -> tuple[str, str]:
@@ -88,49 +99,81 @@ def against_peers(run: dict, folder: Path) -> tuple[str, str] | None:
     return save(figure, folder, "performance-peers.png", f"Against peers, {run['gpu']}")
 
 
-def scaling(run: dict, folder: Path) -> tuple[str, str] | None:
-    """Share of the data sheet's limit by the number of tokens or rows, of ops that were timed at three or more."""
-    from matplotlib import pyplot as plt
+ROWS = ("T", "S", "M")
 
-    lines, plate = {}, nameplate(run["gpu"])
+
+def shares(run: dict) -> list[tuple[str, dict, float]]:
+    """Op and backend, shape, and the share of the data sheet's limit that a forward reaches."""
+    plate, found = named(run["gpu"]), []
     for b in run["benchmarks"]:
-        if b.get("which") != "forward" or b["by"] not in ("triton", "cuda"):
-            continue
-        size = next((int(b["shape"][k]) for k in ("T", "S", "M") if k in b["shape"]), None)
-        others = tuple(v for k, v in b["shape"].items() if k not in ("T", "S", "M"))
-        if size:
+        if b.get("which") == "forward" and b["by"] in ("triton", "cuda"):
             limit = floor(Work(b["bytes"], b["flops"], b["precision"]), plate) / b["median_us"] * 1e6
-            lines.setdefault((b["op"], others, b["by"]), {})[size] = limit
-    best = {}
-    for (op, _, by), points in sorted(lines.items(), key=lambda pair: len(pair[1])):
-        if len(points) >= 3:
-            best[f"{op}, {by}"] = points
-    if not best:
-        return None
-    figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
-    for name, points in list(best.items())[:16]:
-        axes.plot(*zip(*sorted(points.items()), strict=True), "o-", markersize=3, linewidth=1, label=name)
-    axes.set(xscale="log", xlabel="tokens or rows", ylabel="share of the limit", ylim=(0, 1.05))
-    axes.legend(frameon=False, fontsize=6, ncols=2)
-    frame(axes, f"scaling, {run['gpu']}")
-    return save(figure, folder, "performance-scaling.png", f"Scaling with tokens, {run['gpu']}")
+            found.append((f"{b['op']}, {b['by']}", b["shape"], limit))
+    return found
 
 
-def breakdown(run: dict, folder: Path) -> tuple[str, str] | None:
+def series(points: list[tuple[str, dict, float]], along: tuple[str, ...]) -> dict[str, dict[int, float]]:
+    """What differs in one of these sizes alone, where there are three or more: by name and the other sizes."""
+    lines = {}
+    for name, shape, value in points:
+        size = next((int(shape[k]) for k in along if k in shape), None)
+        if size is not None and shape.get("routing", "balanced") in ("balanced", ""):
+            others = {k: v for k, v in shape.items() if k not in along and k != "routing"}
+            key = name + "".join(f" {k}{v}" for k, v in others.items())
+            lines.setdefault(key, {})[size] = value
+    return {name: points for name, points in lines.items() if len(points) >= 3}
+
+
+def scaling(points: list[tuple[str, dict, float]], what: str, title: str, folder: Path) -> tuple[str, str] | None:
+    """By the number of tokens or rows, and by that of experts: 256, 32 and 4 are one GPU's of 1, 8 and 64."""
     from matplotlib import pyplot as plt
 
-    step = next((b for b in run["benchmarks"] if b.get("breakdown")), None)
-    if not step:
+    panels = [(series(points, ROWS), "tokens or rows"), (series(points, ("E",)), "experts on this GPU")]
+    panels = [(lines, label) for lines, label in panels if lines]
+    if not panels:
         return None
-    figure, axes = plt.subplots(figsize=(8, 2.6), layout="constrained")
-    left = 0.0
-    for name, spent in step["breakdown"].items():
-        axes.barh(0, spent / 1e3, left=left, label=name)
-        left += spent / 1e3
-    axes.set(xlabel="ms of the GPU in one training step", yticks=[])
-    axes.legend(frameon=False, fontsize=5, ncols=2)
-    frame(axes, step["train_step"])
-    return save(figure, folder, "performance-step.png", f"A training step by kernel, {step['train_step']}")
+    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), layout="constrained", squeeze=False)
+    for ax, (lines, label) in zip(axes[0], panels, strict=True):
+        for name, found in sorted(lines.items(), key=lambda pair: -len(pair[1]))[:10]:
+            ax.plot(*zip(*sorted(found.items()), strict=True), "o-", markersize=3, linewidth=1, label=name)
+        ax.set(xscale="log", xlabel=label, ylabel=what, yscale="log" if what == "us" else "linear")
+        ax.legend(frameon=False, fontsize=5)
+        frame(ax, "scaling")
+    figure.suptitle(title, fontsize=9)
+    return save(figure, folder, "performance-scaling.png", f"Scaling with tokens and with experts, {title}")
+
+
+def breakdown(run: dict, folder: Path) -> tuple[str, str]:
+    """One stacked bar for each profiled call: the share of its time by kernel, on a CPU by op of torch."""
+    from matplotlib import pyplot as plt
+
+    by, rows = "kernel" if run.get("gpu") else "op of torch", [b for b in run["benchmarks"] if b.get("breakdown")]
+    totals = [sum(r["breakdown"].values()) for r in rows]
+    largest = {}  # share of a call's time
+    for r, total in zip(rows, totals, strict=True):
+        for name, us in r["breakdown"].items():
+            largest[name] = max(largest.get(name, 0), us / total)
+    names = sorted(largest.keys() - {"others"}, key=largest.get, reverse=True)[:19]
+    colors = dict(zip([*names, "others"], plt.get_cmap("tab20").colors, strict=False))
+    figure, axes = plt.subplots(figsize=(8, 0.45 * len(rows) + 2.6), layout="constrained")
+    left = [0.0] * len(rows)
+    for name in colors:
+        spent = [sum(us for k, us in r["breakdown"].items() if (k if k in names else "others") == name) for r in rows]
+        part = [100 * us / total for us, total in zip(spent, totals, strict=True)]
+        axes.barh(range(len(rows)), part, left=left, label=name, color=colors[name], height=0.6)
+        left = [a + b for a, b in zip(left, part, strict=True)]
+    labels = [f"{called(r)}\n{total / 1e3:,.1f} ms" for r, total in zip(rows, totals, strict=True)]
+    axes.set_yticks(range(len(rows)), labels, fontsize=7)
+    axes.set(xlabel="% of the time", xlim=(0, 100))
+    axes.invert_yaxis()
+    figure.legend(*axes.get_legend_handles_labels(), frameon=False, fontsize=6, ncols=4, loc="outside lower center")
+    title = f"time by {by}, {run.get('gpu') or run.get('machine', 'CPU')}"
+    frame(axes, title)
+    return save(figure, folder, "performance-step.png", f"Layers and a training step: {title}")
+
+
+def called(r: dict) -> str:
+    return f"{r['layer'].split(' of ')[0]}, {r['which']}" if r.get("layer") else f"training step, {r['train_step']}"
 
 
 def bars(rows: list[dict], folder: Path) -> tuple[str, str]:
@@ -148,5 +191,5 @@ def bars(rows: list[dict], folder: Path) -> tuple[str, str]:
     axes.set(ylabel="ms")
     axes.legend(frameon=False, fontsize=8)
     threads = rows[0].get("threads")
-    frame(axes, f"one MoE layer of Ling-mini on a CPU, fp32, {threads} thread(s)")
+    frame(axes, f"one MoE layer of Ling-mini on a CPU, forward, fp32, {threads} thread(s)")
     return save(figure, folder, "performance-cpu.png", "One MoE layer on a CPU")

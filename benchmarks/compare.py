@@ -2,10 +2,12 @@
 
 import json
 import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 SLOWER = 1.10  # of a median on the same GPU
-HOST = 1.50  # of a ratio to torch's own op in the same run: a shared CPU makes both swing
+HOST = 1.50  # of a ratio of CPU time to torch's own op in the same run, which another CPU or Python changes
 REGISTERS = 1.10  # and at least 8 more, which is how they are given out
 SHARED = 1.10
 
@@ -59,20 +61,57 @@ def build(r: dict) -> str:
     return r.get("kernel", "?") + "".join(f" {json.dumps(w, sort_keys=True)}" for w in which if w)
 
 
+def committed(root: Path, path: Path) -> dict | None:
+    """A file as the last commit has it."""
+    command = ["git", "show", f"HEAD:{path.resolve().relative_to(root.resolve())}"]
+    said = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    return None if said.returncode else json.loads(said.stdout)
+
+
 def against_commit(root: Path, results: Path) -> list[str]:
     """The tables in the working tree, which the tests write anew, against those of the commit."""
     found = []
     for name in ("resources.json", "resources_cuda.json"):
-        path = (results / name).resolve()
-        command = ["git", "show", f"HEAD:{path.relative_to(root.resolve())}"]
-        committed = subprocess.run(command, cwd=root, capture_output=True, text=True)
-        if committed.returncode or not path.exists():
+        old = committed(root, results / name)
+        if old is None or not (results / name).exists():
             print(f"{name}: nothing to compare")
             continue
-        new = json.loads(path.read_text())
-        found += worse(json.loads(committed.stdout), new)
+        new = json.loads((results / name).read_text())
+        found += worse(old, new)
         print(f"{name}: {len(new['kernels'])} kernels compared with the commit's")
     return found
+
+
+def host_against_commit(root: Path, results: Path, attempts: int = 3) -> list[str]:
+    """Calls whose ratio to torch's own op is worse than the committed one each time that it is tried."""
+    names = [p.name for p in sorted(results.glob("bench-cpu-*.json"))]
+    old = next((r for r in (committed(root, results / n) for n in names) if r and any_host(r)), None)
+    if old is None:
+        print("host: nothing to compare")
+        return []
+    found, which = [], "bench_call"
+    for _ in range(attempts):
+        new = time_host(root, which)
+        found = worse(old, new)
+        print(f"host: {len(new['benchmarks'])} calls compared with the commit's, {len(found)} slower")
+        if not found:
+            break
+        which = " or ".join(f"bench_call[{r['host']}]" for r in new["benchmarks"] if any(r["name"] in f for f in found))
+    return found
+
+
+def any_host(run: dict) -> bool:
+    return any(r.get("host") for r in run.get("benchmarks", []))
+
+
+def time_host(root: Path, which: str) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "host.json"
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--benchmark-json={out}",
+                   "benchmarks/bench_host.py", "-k", which]  # fmt: skip
+        subprocess.run(command, cwd=root, check=True, stdout=subprocess.DEVNULL)
+        rows = json.loads(out.read_text())["benchmarks"]
+    return dict(benchmarks=[dict(name=b["name"]) | b["extra_info"] for b in rows])
 
 
 def tell(found: list[str]) -> int:

@@ -142,9 +142,13 @@ def times() -> list[dict]:
 
 
 def commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    """With -dirty where anything has changed but what a run itself writes, or the next slice of it could not go on."""
+    git = dict(cwd=ROOT, capture_output=True, text=True)
+    told = [f":(exclude){path}" for path in ("benchmarks/results", "docs", "README.md")]
     try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        last = subprocess.run(["git", "rev-parse", "HEAD"], check=True, **git).stdout.strip()
+        changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", ".", *told], **git).returncode
+        return last + ("-dirty" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return STAMP.read_text().strip() if STAMP.exists() else "unknown: no make stamp where the history is"
 

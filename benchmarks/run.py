@@ -123,7 +123,7 @@ def main() -> None:
     print(f"{len(result['benchmarks'])} rows in {out}{'' if result['complete'] else ', more to do: run it again'}")
     predict.main()
     report.write(args.results, args.force)
-    if status not in (0, 5):  # 5: there was nothing left to time
+    if status not in (0, 2, 5):  # 2: stopped, by --seconds or by Ctrl-C; 5: there was nothing left to time
         raise SystemExit(status)
 
 
