@@ -169,11 +169,13 @@ def breakdown(run: dict, folder: Path) -> tuple[str, str]:
     figure.legend(*axes.get_legend_handles_labels(), frameon=False, fontsize=6, ncols=4, loc="outside lower center")
     title = f"time by {by}, {run.get('gpu') or run.get('machine', 'CPU')}"
     frame(axes, title)
-    return save(figure, folder, "performance-step.png", f"Layers and a training step: {title}")
+    return save(figure, folder, "performance-step.png", f"Layers and steps: {title}")
 
 
 def called(r: dict) -> str:
-    return f"{r['layer'].split(' of ')[0]}, {r['which']}" if r.get("layer") else f"training step, {r['train_step']}"
+    if r.get("layer"):
+        return f"{r['layer'].split(' of ')[0]}, {r['which']}"
+    return f"training step, {r['train_step']}" if r.get("train_step") else f"decode step, {r['decode']}"
 
 
 def bars(rows: list[dict], folder: Path) -> tuple[str, str]:

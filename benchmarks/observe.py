@@ -43,3 +43,11 @@ def breakdown(call: Callable, most: int = 12) -> dict[str, float]:
         spent[event.key[:60]] += event.self_device_time_total if on_gpu else event.self_cpu_time_total
     ordered = sorted(spent.items(), key=lambda pair: -pair[1])
     return dict(ordered[:most]) | {"others": sum(us for _, us in ordered[most:])}
+
+
+def launches(call: Callable) -> int:
+    """Kernels that a call starts on the GPU."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    return sum(event.count for event in profile.key_averages() if event.self_device_time_total)

@@ -129,8 +129,9 @@ def of_steps(run: dict) -> list[str]:
                          f"{r['tokens_per_s']:,.0f} tokens/s, MFU {r['mfu']:.1%} of {r['peak']}{memory}.")  # fmt: skip
         if r.get("decode"):
             limit = f", {floor(work_of(r), plate) / r['median_us'] * 1e6:.0%} of the limit" if plate else ""
+            started = f", {r['launches_per_layer']:.0f} launches a layer" if r.get("launches_per_layer") else ""
             lines.append(f"- Decoding, {r['decode']}: {r['median_us'] / 1e3:,.2f} ms a step, {r['tokens_per_s']:,.0f} "
-                         f"tokens/s{limit}.")  # fmt: skip
+                         f"tokens/s{limit}{started}.")  # fmt: skip
     return [*lines, ""] if lines else []
 
 

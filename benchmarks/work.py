@@ -1,6 +1,5 @@
 """What a Case must move and multiply, counted from its arguments and results, real or fake; and a step of decoding."""
 
-import dataclasses
 import inspect
 
 import torch
@@ -9,7 +8,6 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from benchmarks.limits import Work
 from ling_kernels.backend import force
-from ling_kernels.model import LingConfig
 from ling_kernels.op import E4M3
 from tests.cases import args_of
 
@@ -114,12 +112,3 @@ def fake_work(case, shape: dict) -> dict[str, Work]:
         if any(o.requires_grad for o in tensors(outs)):
             found["backward"] = Backward(case, shape, args).work
     return found
-
-
-def bytes_per_token(config: LingConfig, batch: int, context: int, size: int) -> int:
-    """Weights that a step reads, of each layer's experts as many as batch x topk can be, and the cache."""
-    spread = min(config.num_experts, batch * config.num_experts_per_tok)
-    weights = dataclasses.replace(config, num_experts_per_tok=min(spread, config.num_experts), n_group=1, topk_group=1)
-    read = weights.num_active_parameters() - config.vocab_size * config.hidden_size  # the embedding is only looked up
-    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * context * batch
-    return size * (read + cache)

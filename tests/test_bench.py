@@ -10,10 +10,9 @@ import torch
 from benchmarks import bench_ops, clock, conftest, limits, peers
 from benchmarks.grid import POINTS, Point, shapes, title
 from benchmarks.limits import Work, floor
-from benchmarks.work import Backward, bytes_per_token, fake_work, forward_work, op_of, tensors
+from benchmarks.work import Backward, fake_work, forward_work, op_of, tensors
 from ling_kernels.backend import force
 from ling_kernels.gpu import HOPPER, named
-from ling_kernels.model import LingConfig
 from tests.cases import CASES, Case, args_of
 
 H200 = HOPPER["H200"]
@@ -125,14 +124,6 @@ def test_an_op_that_is_added_is_benchmarked():
     case = Case(torch.relu, torch.relu, lambda rand, T: (rand(T, 8),), [dict(T=3), dict(T=1000)])
     assert fake_work(case, dict(T=1000))["forward"].bytes == 2 * 1000 * 8 * 2
     assert peers.of(case) == ["torch.compile"]
-
-
-def test_decoding_reads_weights_once():
-    mini = LingConfig.mini()
-    one = bytes_per_token(mini, 1, 0, 1)
-    assert one == mini.num_active_parameters() - mini.vocab_size * mini.hidden_size
-    assert bytes_per_token(mini, 32, 0, 1) == pytest.approx(mini.num_parameters() - mini.vocab_size * 2048, rel=1e-6)
-    assert bytes_per_token(mini, 1, 100, 1) - one == 2 * 20 * 4 * 128 * 100
 
 
 def test_a_gpu_that_was_not_measured():

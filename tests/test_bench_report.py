@@ -86,7 +86,7 @@ def test_pictures(tmp_path):
         f"performance-{what}.png" for what in ("roofline", "peers", "scaling", "step", "cpu")
     ]
     assert [title for title, name in drawn if "step" in name] == [
-        "Layers and a training step: time by kernel, NVIDIA H200"
+        "Layers and steps: time by kernel, NVIDIA H200"
     ]
     for _, name in drawn:
         assert 1000 < (tmp_path / name).stat().st_size < 100_000
