@@ -127,6 +127,7 @@ class Engine:
                 except Exception as error:  # the cache is undefined for these, and sound for the others
                     for request, _ in plan:
                         self.scheduler.finish(request, "error", error)
+                self.scheduler.sweep()  # who was cancelled meanwhile
             return bool(plan)
 
     @torch.inference_mode()

@@ -69,18 +69,21 @@ def grouped_wgrad_ref(
     bounds = offsets.tolist()
     if dy_scale is not None and not columns:
         dy, x = dequantize(dy, dy_scale), dequantize(x, x_scale)
-    parts = []
-    for lo, hi in zip(bounds, bounds[1:], strict=False):
+
+    def of_expert(e: int) -> Tensor:
+        lo, hi = bounds[e : e + 2]
         if columns:
             blocks = slice(lo // BLOCK, hi // BLOCK)
-            parts.append(scaled_product(dy[:, lo:hi], dy_scale[:, blocks], x[:, lo:hi], x_scale[:, blocks]))
-        else:
-            with torch.autocast(dy.device.type, enabled=False):
-                parts.append(wide(dy[lo:hi]).T @ wide(x[lo:hi]))
-    dw = torch.stack(parts)
+            return scaled_product(dy[:, lo:hi], dy_scale[:, blocks], x[:, lo:hi], x_scale[:, blocks])
+        with torch.autocast(dy.device.type, enabled=False):
+            return wide(dy[lo:hi]).T @ wide(x[lo:hi])
+
     if out is None:
+        dw = torch.stack([of_expert(e) for e in range(len(bounds) - 1)])
         return dw if dw.dtype == torch.float64 else dw.to(dtype)
-    return out.copy_(wide(out) + dw if accumulate else dw)
+    for e, w in enumerate(out):  # one at a time: all experts' gradients are large
+        w.copy_(wide(w) + of_expert(e) if accumulate else of_expert(e))
+    return out
 
 
 @op("out")
