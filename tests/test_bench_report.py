@@ -85,9 +85,7 @@ def test_pictures(tmp_path):
     assert [name for _, name in drawn] == [
         f"performance-{what}.png" for what in ("roofline", "peers", "scaling", "step", "cpu")
     ]
-    assert [title for title, name in drawn if "step" in name] == [
-        "Layers and steps: time by kernel, NVIDIA H200"
-    ]
+    assert [title for title, name in drawn if "step" in name] == ["Layers and steps: time by kernel, NVIDIA H200"]
     for _, name in drawn:
         assert 1000 < (tmp_path / name).stat().st_size < 100_000
     assert not charts.draw([run_of(a=op_row(1.0))], tmp_path / "none.json", tmp_path)
