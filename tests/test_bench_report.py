@@ -132,7 +132,7 @@ def test_what_was_not_timed_is_told_by_reason(tmp_path):
 
 def test_what_became_slower():
     old = run_of("NVIDIA H200", a=op_row(10.0), b=op_row(10.0), c=dict(median_us=1, ratio=2.0))
-    new = run_of("NVIDIA H200", a=op_row(10.9), b=op_row(11.2), c=dict(median_us=9, ratio=3.2), d=op_row(1.0))
+    new = run_of("NVIDIA H200", a=op_row(10.9), b=op_row(11.2), c=dict(median_us=9, ratio=4.2), d=op_row(1.0))
     assert [line.split(":")[0] for line in compare.worse(old, new)] == ["b", "c", "c"]
     assert compare.worse(new, old) == [] and compare.tell([]) == 0 and compare.tell(["x"]) == 1
     new["gpu"] = "NVIDIA H20"  # another GPU: its times say nothing about this one's
