@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ..errors import InputError, command
+from ..errors import InputError, Parser, command
 from ..model import LingConfig, load_model, resolve_model
 from ..tokenizer import Tokenizer, load_tokenizer, read_json
 from .engine import Engine
@@ -17,10 +17,10 @@ from .sample import Sampling
 from .text import stream_text
 
 
-def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m ling_kernels.generate", description=__doc__, allow_abbrev=False)
+def arguments() -> Parser:
+    parser = Parser("python -m ling_kernels.generate", description=__doc__, allow_abbrev=False)
+    add_model(parser)
     add = parser.add_argument
-    add("--model", required=True, metavar="DIR", help="checkpoint folder: config.json, safetensors, tokenizer.json")
     add("--prompt", required=True, metavar="TEXT", help="what to go on from; - reads it from standard input")
     add("--chat", action="store_true", help="the prompt is a user's message: apply the tokenizer's chat template")
     add("--system", metavar="TEXT", help="system message, with --chat")
@@ -36,13 +36,6 @@ def arguments() -> argparse.ArgumentParser:
     add("--echo", action=argparse.BooleanOptionalAction, default=False, help="print the prompt first")
     add("--stats", action="store_true", help="tokens per second, on standard error")
     add("--draft", type=int, default=0, metavar="N", help="tokens to guess ahead in each step, by MTP if it is there")
-    add_placement(parser)
-    add("--tokenizer", metavar="PATH", help="not the checkpoint's but this tokenizer.json or folder; bytes: built in")
-
-    def fail(message: str):
-        raise InputError(f"{message} (--help shows the options)")
-
-    parser.error = fail  # one line, as for every other bad input
     return parser
 
 
@@ -66,9 +59,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.seed)
-    config, folder = resolve_model(args.model)
-    if folder is None:
-        raise InputError(f"--model {args.model} is a preset, which has no weights: give a checkpoint folder")
+    config, folder = checkpoint(args.model)
     if "" in args.stop:
         raise InputError("--stop is empty")
     tokenizer = find_tokenizer(args.tokenizer, folder, config)
@@ -95,6 +86,13 @@ def run(args: argparse.Namespace) -> None:
         said = f"{len(ids)} tokens read in {first:.2f} s, {count} written at {rate:.1f} tokens/s"
         drafts = f", {engine.right} of {engine.guessed} drafts were right" if args.draft else ""
         print(said + drafts, file=sys.stderr)
+
+
+def checkpoint(model: str) -> tuple[LingConfig, Path]:
+    config, folder = resolve_model(model)
+    if folder is None:
+        raise InputError(f"--model {model} is a preset, which has no weights: give a checkpoint folder")
+    return config, folder
 
 
 def find_tokenizer(given: str | None, folder: Path, config: LingConfig) -> Tokenizer:
@@ -146,8 +144,11 @@ def end_ids(config: LingConfig, tokenizer: Tokenizer, folder: Path) -> set[int]:
     return {config.eos_token_id, tokenizer.eos_id, turn, *(more if isinstance(more, list) else [more])}
 
 
-def add_placement(parser: argparse.ArgumentParser) -> None:
+def add_model(parser: Parser) -> None:
+    """Flags of what is loaded, and where to."""
     add = parser.add_argument
+    add("--model", required=True, metavar="DIR", help="checkpoint folder: config.json, safetensors, tokenizer.json")
+    add("--tokenizer", metavar="PATH", help="not the checkpoint's but this tokenizer.json or folder; bytes: built in")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--precision", choices=("auto", "fp32", "bf16", "fp8"), default="auto",
         help="auto is bf16 on a GPU, fp32 on a CPU; fp8 is bf16 with FP8 weights in the layers")  # fmt: skip

@@ -11,8 +11,6 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from ..ops.attention_decode import KVCache
-
 
 class Pages:
     """count pages of size tokens each."""
@@ -78,14 +76,3 @@ def page_bytes(config, layers: int, size: int, dtype: torch.dtype) -> int:
     """Of keys and values; FP8 has a fp32 scale for each token and head."""
     cell = config.head_dim * dtype.itemsize + (4 if dtype == torch.float8_e4m3fn else 0)
     return 2 * layers * size * config.num_key_value_heads * cell
-
-
-def empty_caches(config, layers: int, count: int, size: int, dtype: torch.dtype, device: torch.device) -> list[KVCache]:
-    shape = (count, size, config.num_key_value_heads, config.head_dim)
-
-    def cache() -> KVCache:
-        cells = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)]
-        scales = [torch.ones(shape[:3], device=device) for _ in range(2)] if dtype == torch.float8_e4m3fn else []
-        return KVCache(*cells, *scales)
-
-    return [cache() for _ in range(layers)]

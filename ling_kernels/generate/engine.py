@@ -20,8 +20,9 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..model import Ling
+from ..model.decode import empty_caches
 from ..nn import Rows
-from .cache import Pages, empty_caches, page_bytes
+from .cache import Pages, page_bytes
 from .forward import Forward, Span, lookup
 from .sample import NO_NUMBERS, Sampling, choose
 from .scheduler import Request, Scheduler
@@ -153,10 +154,11 @@ class Engine:
             if n < request.wanted:
                 continue
             ready.append(request)
+            penalised = request.sampling.repetition_penalty != 1  # others need no copy of their text
             for ahead in range(1 + len(request.drafts)):
                 places.append(end - 1 - len(request.drafts) + ahead)
                 asked.append(request.sampling)
-                so_far.append(request.tokens + request.drafts[:ahead])
+                so_far.append(request.tokens + request.drafts[:ahead] if penalised else ())
                 uniforms.append(request.uniform(ahead))
         if not ready:
             return {}
@@ -175,7 +177,7 @@ class Engine:
             else:
                 request.tokens.append(token)
                 del request.uniforms[0]
-                if len(request.new_tokens) == request.max_new_tokens:
+                if request.written == request.max_new_tokens:
                     reason = "length"
             if reason or token != draft:
                 break
@@ -191,7 +193,7 @@ class Engine:
         """Drafts for the next step: no more than the text may still have but one, and than the pages hold."""
         counts = {}
         for request in requests:
-            left = request.max_new_tokens - len(request.new_tokens) - 1
+            left = request.max_new_tokens - request.written - 1
             counts[request] = self.scheduler.room(request, min(self.draft, left))
         if self.forward.draft_cache is not None:
             self.forward.draft(spans, rows, h, counts)
@@ -234,11 +236,11 @@ class Engine:
 
     def wait(self, request: Request, sent: int) -> bool:
         """Step until it has more than `sent` new tokens (True), or has ended without (False)."""
-        while not request.finished and len(request.new_tokens) <= sent:
+        while not request.finished and request.written <= sent:
             with self.lock:  # who waited for it here may find that another's step has brought the token
-                if not request.finished and len(request.new_tokens) <= sent:
+                if not request.finished and request.written <= sent:
                     assert self.step() or request.finished, "a request that has not ended is in no step"
-        return len(request.new_tokens) > sent
+        return request.written > sent
 
     def generate(self, prompts: Iterable[Sequence[int]], **options) -> list[list[int]]:
         """The new tokens of every prompt; more prompts than may wait are queued as there is room."""
@@ -248,7 +250,7 @@ class Engine:
                 self.step()
             requests.append(self.submit(prompt, **options))
         for request in requests:
-            while self.wait(request, len(request.new_tokens)):
+            while self.wait(request, request.written):
                 pass
             raise_error(request)
         return [request.new_tokens for request in requests]

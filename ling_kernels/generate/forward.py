@@ -36,7 +36,7 @@ class Forward:
 
     def hidden(self, spans: Sequence[Span], rows: Rows) -> Tensor:
         """[T, H], normed."""
-        ids = np.concatenate([(r.tokens + r.drafts)[start : start + n] for r, start, n in spans])
+        ids = np.concatenate([r.rows(start, n) for r, start, n in spans])
         return self.model.backbone(self.on_device(ids), rows, self.caches)[0]
 
     def logits(self, h: Tensor, rows: Sequence[int]) -> Tensor:

@@ -5,10 +5,9 @@ token takes k at random, E (1 - (1 - k / E)^batch) on the average. What it reads
 Nothing but bytes over bandwidth is counted: launches, activations and arithmetic come on top.
 """
 
-import argparse
 import sys
 
-from ..errors import InputError, command
+from ..errors import InputError, Parser, command
 from ..gpu import HOPPER
 from ..model import LingConfig, resolve_model
 
@@ -45,8 +44,7 @@ def tokens_per_second(parts: dict[str, float], batch: int, bandwidth: float) -> 
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m ling_kernels.generate.plan", allow_abbrev=False,
-                                     description=__doc__.split("\n\n")[0])  # fmt: skip
+    parser = Parser("python -m ling_kernels.generate.plan", allow_abbrev=False, description=__doc__.split("\n\n")[0])
     add, kinds = parser.add_argument, sorted(SIZES)
     add("--model", required=True, help="tiny, mini, flash, 1t, or a checkpoint folder")
     add("--batch", type=int, nargs="+", default=[1, 8, 64], metavar="N", help="texts at once (default: 1 8 64)")
@@ -54,11 +52,6 @@ def main(argv: list[str] | None = None) -> int:
     add("--weights", choices=kinds, default="bf16", help="of linear layers and experts (default: bf16)")
     add("--head", choices=kinds, default="bf16", help="of lm_head (default: bf16)")
     add("--cache", choices=kinds, default="bf16", help="keys and values (default: bf16)")
-
-    def fail(message: str):
-        raise InputError(f"{message} (--help shows the options)")
-
-    parser.error = fail
     args = parser.parse_args(argv)
     if min(args.batch) < 1 or args.context < 0:
         raise InputError("--batch takes numbers from 1 on, --context from 0 on")

@@ -49,6 +49,7 @@ def choose(
 ) -> Tensor:
     """logits [B, V]; for each row what was asked, the ids so far and a number in [0, 1) -> tokens [B] int64.
 
+    Only a repetition penalty looks at the ids so far.
     A row's token depends on nothing of the others. It is -1 where the row's logits are no numbers, or all infinite.
     Waits for nothing on the device.
     """

@@ -64,6 +64,16 @@ class Request:
     def new_tokens(self) -> list[int]:
         return self.tokens[len(self.prompt) :]
 
+    @property
+    def written(self) -> int:
+        """How many new tokens there are."""
+        return len(self.tokens) - len(self.prompt)
+
+    def rows(self, start: int, n: int) -> list[int]:
+        """n of its tokens and drafts from `start` on; fewer where there are no more."""
+        known = self.tokens[start : start + n]
+        return known + self.drafts[: n - len(known)]
+
 
 class Scheduler:
     def __init__(self, pages: Pages, max_running: int, max_rows: int, max_waiting: int):

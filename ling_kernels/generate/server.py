@@ -4,7 +4,6 @@ POST /v1/completions and /v1/chat/completions, whole or streamed; GET /v1/models
 One process, one model, one GPU. Who needs more than that finds it in vLLM or SGLang.
 """
 
-import argparse
 import json
 import secrets
 import sys
@@ -24,10 +23,10 @@ try:
 except ImportError as error:
     raise SystemExit(f"error: {error}: pip install ling_kernels[server]") from None
 
-from ..errors import InputError, command
-from ..model import load_model, resolve_model
+from ..errors import InputError, Parser, command
+from ..model import load_model
 from ..tokenizer import TextStream, Tokenizer
-from .__main__ import add_placement, end_ids, find_tokenizer, placement
+from .__main__ import add_model, checkpoint, end_ids, find_tokenizer, placement
 from .engine import Engine
 from .sample import Sampling
 from .scheduler import Busy, Request
@@ -226,7 +225,7 @@ class Choice:
             await tokens.aclose()
             self.service.ended[self.reason or "cancelled"] += 1
             self.service.read += len(self.request.prompt)
-            self.service.written += len(self.request.new_tokens)
+            self.service.written += self.request.written
 
 
 async def answer(service: Service, asked: Completion | Chat, call: Call, kind: str, max_tokens: int | None):
@@ -259,7 +258,7 @@ async def answer(service: Service, asked: Completion | Chat, call: Call, kind: s
 
 def usage(choices: list[Choice], n: int) -> dict:
     read = sum(len(c.request.prompt) for c in choices[::n])
-    written = sum(len(c.request.new_tokens) for c in choices)
+    written = sum(c.request.written for c in choices)
     return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
 
@@ -315,11 +314,10 @@ async def stream_events(choices: list[Choice], asked, kind: str, about: dict) ->
             choice.service.engine.cancel(choice.request)
 
 
-def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m ling_kernels.generate.server", allow_abbrev=False,
-                                     description=__doc__.split("\n\n")[0])  # fmt: skip
+def arguments() -> Parser:
+    parser = Parser("python -m ling_kernels.generate.server", allow_abbrev=False, description=__doc__.split("\n\n")[0])
+    add_model(parser)
     add = parser.add_argument
-    add("--model", required=True, metavar="DIR", help="checkpoint folder: config.json, safetensors, tokenizer.json")
     add("--name", help="what clients call the model (default: the folder's name)")
     add("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
     add("--port", type=int, default=8000)
@@ -331,22 +329,13 @@ def arguments() -> argparse.ArgumentParser:
     add("--timeout", type=float, metavar="SECONDS", help="that an answer may take (default: any)")
     add("--draft", type=int, default=0, metavar="N", help="tokens to guess ahead in each step (default: none)")
     add("--cache-tokens", type=int, metavar="N", help="that the KV cache holds (default: what memory there is)")
-    add_placement(parser)
-    add("--tokenizer", metavar="PATH", help="not the checkpoint's but this tokenizer.json or folder; bytes: built in")
-
-    def fail(message: str):
-        raise InputError(f"{message} (--help shows the options)")
-
-    parser.error = fail
     return parser
 
 
 @command
 def main(argv: list[str] | None = None) -> int:
     args = arguments().parse_args(argv)
-    config, folder = resolve_model(args.model)
-    if folder is None:
-        raise InputError(f"--model {args.model} is a preset, which has no weights: give a checkpoint folder")
+    config, folder = checkpoint(args.model)
     tokenizer = find_tokenizer(args.tokenizer, folder, config)
     engine = Engine(
         load_model(folder, **placement(args)),

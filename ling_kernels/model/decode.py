@@ -46,9 +46,8 @@ def stream(
         return
     blocks = -(-(longest + max_new_tokens) // PAGE)  # of each sequence
     block_table = torch.arange(B * blocks, device=device, dtype=torch.int32).view(B, blocks)
-    shape = (B * blocks, PAGE, config.num_key_value_heads, config.head_dim)
-    empty = dict(dtype=model.word_embeddings.weight.dtype, device=device)
-    caches = [KVCache(torch.zeros(shape, **empty), torch.zeros(shape, **empty)) for _ in model.layers]
+    dtype = model.word_embeddings.weight.dtype
+    caches = empty_caches(config, len(model.layers), B * blocks, PAGE, dtype, device)
 
     sequence = torch.arange(B, device=device)
     owner = sequence.repeat_interleave(lengths)
@@ -75,3 +74,14 @@ def generate(model, input_ids: Tensor, max_new_tokens: int, **options) -> Tensor
     """input_ids [B, L] -> [B, L + new] int64: the prompt and what `stream`, which takes the same options, yields."""
     new = list(stream(model, input_ids, max_new_tokens, **options))
     return torch.cat([input_ids, *(t[:, None] for t in new)], 1)
+
+
+def empty_caches(config, layers: int, count: int, size: int, dtype: torch.dtype, device: torch.device) -> list[KVCache]:
+    shape = (count, size, config.num_key_value_heads, config.head_dim)
+
+    def cache() -> KVCache:
+        cells = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)]
+        scales = [torch.ones(shape[:3], device=device) for _ in range(2)] if dtype == torch.float8_e4m3fn else []
+        return KVCache(*cells, *scales)
+
+    return [cache() for _ in range(layers)]

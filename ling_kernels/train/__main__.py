@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch._subclasses import FakeTensorMode
 
-from ..errors import InputError, command
+from ..errors import InputError, Parser, command
 from ..model import Ling, LingConfig, load_model, save_model
 from ..nn.fp8 import to_fp8
 from ..tokenizer import Tokenizer
@@ -25,7 +25,7 @@ from .plan import Plan, plan
 from .prepare import Job, deterministic, discard, prepare, settings_model
 from .report import Report
 from .safeguards import to_bf16
-from .settings import PRESETS, Parser, Settings, add_flags, check, settings_of, to_json
+from .settings import PRESETS, Settings, add_flags, check, settings_of, to_json
 from .speed import peak_flops
 
 PROMPT = 24  # tokens of a held-out document that the sample at the end goes on from

@@ -116,13 +116,6 @@ PRESETS = {
 }  # fmt: skip
 
 
-class Parser(argparse.ArgumentParser):
-    """A flag that argparse refuses is bad input like any other: one line."""
-
-    def error(self, message: str):
-        raise InputError(f"{message}; --help lists the flags")
-
-
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """One flag per setting. Those not given are absent from the result: a resumed run must know what was asked."""
     for f in fields(Settings):
