@@ -82,26 +82,26 @@ public:
     }
 };
 
-struct Product {
+struct Part {
     float v[4] = {};  // (row g, column 2c), (g, 2c + 1), (g + 8, 2c), (g + 8, 2c + 1)
 };
 
 // [16, 8] = step [16, 128 bytes] x [8, 128 bytes]^T, before any scale. x: the step's first byte in row g of x, or in
 // any other row where x has no row g, whose column is then meaningless. Products of e4m3 are exact in f16.
-template <bool kFp8> __device__ Product multiply(const Step& step, const uint8_t* x) {
+template <bool kFp8> __device__ Part multiply(const Step& step, const uint8_t* x) {
     using T = std::conditional_t<kFp8, f16, bf16>;
     using C = std::conditional_t<kFp8, uint8_t, bf16>;
-    Product product;
+    Part part;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         const Chunk<T, C> upper(step.upper[half]), lower(step.lower[half]),
             b(*reinterpret_cast<const uint4*>(x + half * kStep / 2 + lane_byte()));
 #pragma unroll
         for (int i = 0; i < b.kElements / 2; i += 2)
-            mma<T>(product.v, {upper.pair[i], lower.pair[i], upper.pair[i + 1], lower.pair[i + 1]}, b.pair[i],
+            mma<T>(part.v, {upper.pair[i], lower.pair[i], upper.pair[i + 1], lower.pair[i + 1]}, b.pair[i],
                    b.pair[i + 1]);
     }
-    return product;
+    return part;
 }
 
 }  // namespace ling::few_rows
