@@ -66,7 +66,8 @@ def plain(name="base", **options) -> Engine:
 def as_on_gpu(name="base", **options) -> Engine:
     """Graphs, and tokens that the host sees when the next pass has been launched."""
     e = plain(name, **options)
-    e.late, e.forward.graphs = True, Replayed(e.forward.compute, e.forward.nobody, len(e.scheduler.lanes))
+    e.late = True
+    e.forward.graphs = Replayed(e.forward.compute, e.forward.nobody, len(e.scheduler.lanes), e.device)
     return e
 
 

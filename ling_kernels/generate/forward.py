@@ -69,7 +69,8 @@ class Forward:
         self.asked = Asked.of([Sampling()] * (lanes + 1), c.vocab_size, self.device)
         self.no_chunks = torch.zeros(1, dtype=torch.int32, device=self.device)
         # A lane of length 0 writes to no page, which only the op that norms, appends and attends at once knows.
-        self.graphs = Graphs(self.compute, self.nobody, lanes) if self.device.type == "cuda" and c.use_qk_norm else None
+        graphs = self.device.type == "cuda" and c.use_qk_norm
+        self.graphs = Graphs(self.compute, self.nobody, lanes, self.device) if graphs else None
 
     def begin(self, request: Request) -> None:
         """Fill its lane."""

@@ -15,8 +15,8 @@ class Graphs:
     fills a batch up.
     """
 
-    def __init__(self, compute: Callable[[Tensor, Mode], Tensor], nobody: int, largest: int):
-        self.compute, self.nobody, self.sizes = compute, nobody, sizes(largest)
+    def __init__(self, compute: Callable[[Tensor, Mode], Tensor], nobody: int, largest: int, device: torch.device):
+        self.compute, self.nobody, self.sizes, self.device = compute, nobody, sizes(largest), device
         self.captured: dict[tuple[int, Mode], tuple[Tensor, torch.cuda.CUDAGraph, Tensor]] = {}
         self.pool = None
 
@@ -37,7 +37,7 @@ class Graphs:
                 self([self.nobody] * size, mode)
 
     def capture(self, size: int, mode: Mode) -> tuple[Tensor, torch.cuda.CUDAGraph, Tensor]:
-        lanes = torch.full([size], self.nobody, device="cuda")
+        lanes = torch.full([size], self.nobody, device=self.device)
         before = torch.cuda.Stream()
         before.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(before):  # kernels are compiled and libraries set up outside a capture
