@@ -131,6 +131,16 @@ def test_a_chat_as_clients_send_it(shared):
     assert answers[0]["choices"] == answers[1]["choices"] and answers[0]["usage"]["total_tokens"] == 200
 
 
+@pytest.mark.parametrize("engine, total", [(dict(draft=2), 194), (dict(draft=2, cache_tokens=100, page_size=4), None),
+                                           (dict(cache_tokens=100, page_size=4), 100)])  # fmt: skip
+def test_a_chat_goes_on_as_far_as_there_is_room(checkpoint, engine, total):
+    own = service(checkpoint, engine)
+    asked = dict(model="speller", messages=[dict(role="user", content="a")], ignore_eos=True, temperature=0)
+    answer = call(own, "/v1/chat/completions", asked).json()
+    assert answer["choices"][0]["finish_reason"] == "length"
+    assert total is None or answer["usage"]["total_tokens"] == total
+
+
 def test_usage_and_several_choices_in_a_stream(shared):
     asked = ASK | dict(prompt="b" * 64 + "k", n=2, stream=True, stream_options=dict(include_usage=True))
     call(shared, "/v1/completions", asked)
@@ -225,7 +235,7 @@ def test_a_failing_model_is_no_fault_of_the_call(checkpoint, monkeypatch, caplog
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(own.engine.forward, "hidden", fail)
+        patch.setattr(own.engine.model, "backbone", fail)
         response = call(own, "/v1/completions", ASK | dict(stream=stream))
     fault = json.loads(response.text.split("data: ")[-1])["error"]
     assert response.status_code == (200 if stream else 500) and "[DONE]" not in response.text

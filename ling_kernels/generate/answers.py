@@ -17,7 +17,7 @@ from ..tokenizer import Tokenizer
 from .engine import Engine
 from .metrics import Metrics
 from .protocol import CHOICES, Asked, Chat, Completion
-from .scheduler import Busy, Request
+from .scheduler import PAST, Busy, Request
 from .text import CutText
 
 FAILED = "the server failed at this; its log says why"
@@ -45,8 +45,8 @@ class Service:
             if self.max_tokens is not None and wanted > self.max_tokens:
                 raise InputError(f"max_tokens {wanted}: at most {self.max_tokens} are written here")
             return wanted
-        pages = self.engine.pages
-        room = min(self.engine.config.max_positions, pages.count * pages.size) - len(prompt)
+        engine, pages = self.engine, self.engine.pages
+        room = min(engine.config.max_positions, pages.count * pages.size) - PAST * engine.draft - len(prompt)
         return max(1, min(n for n in (default, self.max_tokens, room) if n is not None))
 
     def card(self) -> dict:

@@ -178,6 +178,7 @@ def main(argv: list[str] | None = None) -> int:
             max_waiting=args.max_waiting,
             draft=args.draft,
         )
+        engine.warm_up()
         name, ends = args.name or folder.resolve().name, frozenset(end_ids(config, tokenizer, folder))
         service = Service(engine, tokenizer, name, ends, args.key, args.max_tokens, args.max_body, args.timeout)
         listener.listen(2048)  # from now on a call may come, though it waits a moment
