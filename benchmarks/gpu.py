@@ -154,6 +154,12 @@ def commit() -> str:
         return STAMP.read_text().strip() if STAMP.exists() else "unknown: no make stamp where the history is"
 
 
+def origin() -> dict:
+    """What every results file says of where it comes from; needs no torch."""
+    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    return dict(commit=commit(), date=date, python=platform.python_version())
+
+
 def clocks() -> dict | str:
     """Read, never set."""
     fields = "driver_version clocks.sm clocks.mem clocks.max.sm clocks.max.mem power.draw power.limit temperature.gpu"
@@ -183,10 +189,9 @@ def new_report() -> dict:
     import triton
 
     properties = torch.cuda.get_device_properties(0)
-    return dict(
-        commit=commit(), date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        gpu=properties.name, sms=properties.multi_processor_count, python=platform.python_version(),
-        torch=torch.__version__, cuda=torch.version.cuda, triton=triton.__version__, clocks=clocks(), steps={},
+    return origin() | dict(
+        gpu=properties.name, sms=properties.multi_processor_count, torch=torch.__version__, cuda=torch.version.cuda,
+        triton=triton.__version__, clocks=clocks(), steps={},
     )  # fmt: skip
 
 
