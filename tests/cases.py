@@ -43,6 +43,7 @@ from ling_kernels.ops.quantize import (
     quantize_weight_ref,
 )
 from ling_kernels.ops.rms_norm import rms_norm, rms_norm_ref
+from ling_kernels.ops.rms_norm_router import rms_norm_router
 from ling_kernels.ops.rope_tables import rope_tables
 from ling_kernels.ops.route import route, route_ref
 from ling_kernels.ops.router_gemm import router_gemm, router_gemm_ref
@@ -207,6 +208,13 @@ def moe_decode_bytes(T, E, H, F, topk=2, Fs=0, fp8=False, **others):
     """Of the experts, as many as T x topk different ones."""
     weights = 3 * H * (min(E, T * topk) * F + Fs)
     return weights * (1 if fp8 else 2) + 4 * E * H + 4 * T * H
+
+
+def norm_router_args(rand, T, E, H, plain=False, wide=False):
+    """plain: no residual; wide: all but x fp32."""
+    dtype = FP32 if wide else None
+    x, w, router_w = rand.data(T, H), 1 + rand.data(H, dtype=dtype) / 4, rand.data(E, H, dtype=dtype)
+    return (x, w, router_w) if plain else (x, w, router_w, rand.data(T, H, dtype=dtype))
 
 
 def router_args(rand, T, E, H, far=0):
@@ -814,6 +822,15 @@ CASES = [
         [dict(M=0, N=128), dict(M=37, N=512), dict(M=129, N=384), dict(M=16384, N=2048)],
         kwargs=dict(quantize=True, columns=True), backends=("torch", "triton", "cuda"),
         hopper=[dict(M=64, N=n) for n in (2048, 4096, 8192)],
+    ),
+    Case(
+        rms_norm_router, by_references(rms_norm_router), norm_router_args,
+        [dict(T=0, E=4, H=16), dict(T=1, E=5, H=136), dict(T=3, E=16, H=40, wide=True), dict(T=8, E=3, H=2048),
+         dict(T=5, E=6, H=520, plain=True), dict(T=2, E=2, H=8192, wide=True), dict(T=9, E=6, H=64),
+         dict(T=8, E=256, H=2048)],
+        dtypes=(BF16,), kwargs=dict(eps=0.1), product=True, backends=("torch", "triton", "cuda"),
+        hopper=[dict(T=1, E=256, H=2048), dict(T=1, E=256, H=4096, plain=True),
+                *(dict(T=t, E=256, H=h, wide=True) for t in (1, 8) for h in (2048, 8192))],
     ),
     Case(
         route, route_ref,

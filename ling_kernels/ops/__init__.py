@@ -24,6 +24,7 @@ EXPORTS = {  # public name: the file below ops/ that holds it
     "quantize": "quantize",
     "quantize_weight": "quantize",
     "rms_norm": "rms_norm",
+    "rms_norm_router": "rms_norm_router",
     "route": "route",
     "router_gemm": "router_gemm",
     "swiglu": "swiglu",
