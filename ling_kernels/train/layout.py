@@ -68,6 +68,8 @@ class Layout:
             raise InputError(
                 f"{said}: the {c.num_hidden_layers} layers of {s.model} are not a multiple of pp {self.pp}"
             )
+        if s.step_in_backward and self != Layout():
+            raise InputError(f"{said}: --step-in-backward is for one GPU, others have a part of each gradient")
         if self.zero and s.optimizer == "muon":
             raise InputError(f"{said}: --optimizer muon needs whole matrices, zero=0")
         if self.zero == 3 and s.precision == "fp8" and s.fp8_weights == "kept":

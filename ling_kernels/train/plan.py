@@ -21,7 +21,7 @@ from ..model import LingConfig
 from ..nn.fp8 import FP8_ROWS
 from .layout import ALONE, ExpertParallel, Rank
 from .memory import padding_bytes
-from .optimizer import make_optimizer
+from .optimizer import StepInBackward, make_optimizer
 from .settings import Settings
 
 KINDS = ("weights", "gradients", "optimizer", "FP8 weights", "loss", "activations")
@@ -119,7 +119,7 @@ class Plan:
         )
         said = dict(
             weights=f"{s.master} masters; norms, routers and their biases fp32",
-            gradients="of the masters' precision",
+            gradients="of the masters' precision" + ", each used in the backward" * s.step_in_backward,
             optimizer=s.optimizer,
             loss="logits of 1024 tokens at a time, gradients of head and last hidden states",
             activations=f"recompute {s.recompute}; {size(self.kept['activations'])} kept for the backward,"
@@ -159,6 +159,8 @@ def plan(model: nn.Module, s: Settings, rank: Rank = ALONE) -> Plan:
         for t in (t for state in optimizer.state.values() for t in state.values()):
             live.add(t, "optimizer")
         watch_gradients(model, shards, rank, live)
+        if s.step_in_backward:
+            StepInBackward(model, optimizer).begin(s.lr, torch.ones((), dtype=torch.bool))
         for module in model.modules():
             if isinstance(module, ExpertParallel):
                 module.mark = lambda t: live.mark(t, "exchange")
