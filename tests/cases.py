@@ -29,7 +29,8 @@ from ling_kernels.ops.grouped_gemm_fp8 import (
 )
 from ling_kernels.ops.grouped_wgrad import grouped_wgrad, grouped_wgrad_ref
 from ling_kernels.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
-from ling_kernels.ops.moe import moe, moe_decode
+from ling_kernels.ops.moe import moe
+from ling_kernels.ops.moe_decode import moe_decode
 from ling_kernels.ops.permute import permute, permute_quantize, permute_quantize_ref, permute_ref
 from ling_kernels.ops.qk_norm_attention import qk_norm_attention, qk_norm_attention_ref
 from ling_kernels.ops.qk_norm_attention_decode import qk_norm_attention_decode, qk_norm_attention_decode_ref
@@ -194,6 +195,13 @@ def moe_args(rand, T, E, H, F, groups=1, group_topk=1, topk=2, Fs=0, masked=Fals
         x, weights = x.detach(), [quantize_weight(w) for w in weights]
     mask = rand.bools(T) if masked else None
     return x, router_w, bias, *weights[:2], tuple(weights[2:]) or None, mask, groups, group_topk, topk, 2.0
+
+
+def moe_decode_args(rand, residual=False, norm=False, **shape):
+    x, *args = moe_args(rand, **shape)
+    like_x = rand.data(*x.shape) if residual else None
+    weight = 1 + rand.data(x.shape[1]) / 4 if norm else None
+    return (x.detach(), *args[:5], *args[6:], like_x, weight, 0.1)
 
 
 def qk_norm_attention_flops(q, Hq, Hkv, D, **others):
@@ -630,9 +638,11 @@ CASES = [
     ),
     Case(
         moe_decode, by_references(moe_decode),
-        lambda rand, **shape: (*(args := moe_args(rand, **shape))[:6], *args[7:]),
-        [dict(T=1, E=16, H=24, F=20, groups=4, group_topk=2, topk=4, Fs=12),
+        moe_decode_args,
+        [dict(T=1, E=16, H=24, F=20, groups=4, group_topk=2, topk=4, Fs=12, residual=True),
          dict(T=8, E=4, H=128, F=128, Fs=128, fp8=True),
+         dict(T=3, E=16, H=128, F=256, groups=4, group_topk=2, topk=4, Fs=128, fp8=True, residual=True, norm=True),
+         dict(T=2, E=16, H=128, F=128, groups=4, group_topk=2, topk=4, norm=True),
          dict(T=1, E=256, H=2048, F=512, groups=8, group_topk=4, topk=8, Fs=512, fp8=True)],
         flops=moe_flops, bytes=moe_decode_bytes,
         backends=("torch", "triton", "cuda"), hopper=None,

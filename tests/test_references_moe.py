@@ -11,7 +11,8 @@ from ling_kernels.backend import _C, force
 from ling_kernels.ops.balance_bias import balance_bias_
 from ling_kernels.ops.dispatch import dispatch
 from ling_kernels.ops.grouped_gemm import grouped_gemm
-from ling_kernels.ops.moe import moe, moe_decode
+from ling_kernels.ops.moe import moe
+from ling_kernels.ops.moe_decode import moe_decode
 from ling_kernels.ops.permute import permute
 from ling_kernels.ops.quantize import quantize_weight
 from ling_kernels.ops.rms_norm import rms_norm

@@ -55,11 +55,11 @@ public:
     __device__ void push(const uint8_t* upper, const uint8_t* lower, const float* upper_scale = nullptr,
                          const float* lower_scale = nullptr) {
         uint4* to = mine + next * kVectors;
+        upper += lane_byte(), lower += lane_byte();
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const int at = half * kStep / 2 + lane_byte();
-            copy_async<16>(to + 64 * half, upper + at, false);
-            copy_async<16>(to + 64 * half + 32, lower + at, false);
+            copy_async<16>(to + 64 * half, upper + half * kStep / 2, false);
+            copy_async<16>(to + 64 * half + 32, lower + half * kStep / 2, false);
         }
         if constexpr (kFp8)
             if (const int lane = threadIdx.x % 32; lane < 2)

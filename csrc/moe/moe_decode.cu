@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kThreads, 1) moe_decode_kernel(const __grid_co
     uint8_t* const memory = dynamic_shared<uint8_t>();
     Jobs& jobs = *reinterpret_cast<Jobs*>(memory + Memory::kJobs);
     uint8_t* const operands = memory + Memory::kOperands;
-    const int slots = p.T * Router::kTop;
+    const int slots = p.T * Router::kTop, warp = threadIdx.x / 32;
 
     let_next_start();
     prefetch(p.shared.gate_up, 2 * int64_t{p.shared.F} * p.H * Rows::kSize);
@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kThreads, 1) moe_decode_kernel(const __grid_co
 
     const Rows x(operands, p.T, p.H);
     find_jobs<kFp8, Router>(jobs, p, x);
-    Feed<kFp8, kDepth> feed{p, jobs, Stream<kFp8, kDepth>(memory + threadIdx.x / 32 * Memory::Queue::kBytes)};
+    Feed<kFp8, kDepth> feed{p, jobs, Stream<kFp8, kDepth>(memory + warp * Memory::Queue::kBytes)};
     for (int i = 0; i < kDepth; i++) feed.push();
     __syncthreads();
 
@@ -39,12 +39,16 @@ __global__ void __launch_bounds__(kThreads, 1) moe_decode_kernel(const __grid_co
     up(feed, partials, x, slots);
     grid_barrier(counters + p.counter);
 
-    const Rows routed(operands, slots, p.routed.F);
-    const Rows shared(operands + Rows::bytes(slots, p.routed.F), p.T, p.shared.F);
-    stage(routed, p.h, p.routed.F, threadIdx.x / 32, kWarps);
-    stage(shared, p.h + int64_t{slots} * p.routed.F, p.shared.F, threadIdx.x / 32, kWarps);
+    const auto rows_of = [&](bool shared) {
+        return shared ? Rows(operands + Rows::bytes(slots, p.routed.F), p.T, p.shared.F)
+                      : Rows(operands, slots, p.routed.F);
+    };
+#pragma unroll 1
+    for (int shared = 0; shared < 2; shared++)  // the shared expert's by the warps that have the least of the others'
+        stage(rows_of(shared), p.h + (shared ? int64_t{slots} * p.routed.F : 0), shared ? p.shared.F : p.routed.F,
+              shared ? kWarps - 1 - warp : warp, kWarps);
     __syncthreads();
-    down(feed, partials, routed, shared);
+    down(feed, partials, rows_of(false), rows_of(true));
 }
 
 int counter_of(cudaStream_t stream) {

@@ -48,6 +48,13 @@ template <bool kFp8> struct Operand {
     __device__ const uint8_t* row(int r) const { return data + r * pitch; }
 };
 
+// Quotients of i by a number of which i < 2^32 / by; the compiler's own take 20 instructions.
+struct Divisor {
+    unsigned by, inverse;
+    __device__ explicit Divisor(unsigned by) : by(by), inverse(0xffffffffu / by + 1) {}
+    __device__ int operator()(unsigned i) const { return by == 1 ? i : uint64_t{i} * inverse >> 32; }
+};
+
 // Who has work: the experts that the rows chose, each once, in ascending order; the shared one follows them. Slot
 // t topk + k is the k-th choice of row t.
 struct Jobs {
@@ -62,9 +69,9 @@ struct Jobs {
         int job, at;
     };
     // Of things that every routed job has `each` of: whose the i-th is
-    __device__ Share share(int i, int each) const {
-        const int job = min(i / each, count);
-        return {job == count, job, i - job * each};
+    __device__ Share share(int i, const Divisor& each) const {
+        const int job = min(each(i), count);
+        return {job == count, job, i - job * static_cast<int>(each.by)};
     }
 };
 
@@ -78,22 +85,24 @@ template <bool kFp8, int kDepth> struct Layout {  // of a block's shared memory,
     }
 };
 
-// Rows [., K] to shared memory, by the warps from `warp` on, `warps` apart.
+// Rows [., K] to shared memory. Half a warp takes a block of 128 columns of two rows; `warp` is the first of `warps`.
 template <bool kFp8, typename T>
 __device__ void stage(const Operand<kFp8>& to, const T* from, int K, int warp, int warps) {
+    constexpr int kRows = 2;
     const int half = threadIdx.x / 16 % 2, lane = threadIdx.x % 16, blocks = K / kBlock;
-    const int tiles = ceil_div(to.rows, 4) * blocks;
+    const int tiles = ceil_div(to.rows, kRows) * blocks;
     for (int i = 2 * warp; i < tiles; i += 2 * warps) {
-        const int k = (i + half) % blocks, row = (i + half) / blocks * 4, rows = i + half < tiles ? to.rows - row : 0;
-        alignas(16) T v[4][8];
+        const int across = (i + half) / blocks, k = i + half - across * blocks, row = across * kRows;
+        const int rows = i + half < tiles ? to.rows - row : 0;
+        alignas(16) T v[kRows][8];
 #pragma unroll
-        for (int j = 0; j < 4; j++)
+        for (int j = 0; j < kRows; j++)
             if (j < rows) load8(v[j], from + int64_t{row + j} * K + k * kBlock + 8 * lane);
             else clear8(v[j]);
         if constexpr (kFp8) store_rows<false>(v, row, rows, k, to.data, to.scale, to.pitch, to.rows);
         else
 #pragma unroll
-            for (int j = 0; j < 4; j++) {
+            for (int j = 0; j < kRows; j++) {
                 Vec<8> wide;
 #pragma unroll
                 for (int n = 0; n < 8; n++) wide[n] = static_cast<float>(v[j][n]);
@@ -104,6 +113,7 @@ __device__ void stage(const Operand<kFp8>& to, const T* from, int K, int warp, i
 }
 
 // A warp's steps, in the order in which it takes them: of every unit's K each 16th, first of gate_up, then of down.
+// Lines are rows of all experts' weights; 32 bits hold their numbers, 64 their places.
 template <bool kFp8, int kDepth> struct Feed {
     static constexpr int kSize = Operand<kFp8>::kSize;
     const Problem& p;
@@ -111,11 +121,22 @@ template <bool kFp8, int kDepth> struct Feed {
     Stream<kFp8, kDepth> stream;
     const int warp = threadIdx.x / 32, g = lane_row();
     const int up_units = (jobs.count * p.routed.F + p.shared.F) / kUnit, up_steps = p.H * kSize / kStep;
-    const int down_units = p.H / kLines, each = p.routed.F * kSize / kStep;
-    const int down_steps = jobs.count * each + p.shared.F * kSize / kStep;
-    int unit = blockIdx.x, step = warp;  // the next to be fetched
+    const int down_units = p.H / kLines, down_steps = (jobs.count * p.routed.F + p.shared.F) * kSize / kStep;
+    const Divisor up_each{static_cast<unsigned>(p.routed.F / kUnit)};            // units of an expert
+    const Divisor down_each{static_cast<unsigned>(p.routed.F * kSize / kStep)};  // steps of an expert
+    int unit = blockIdx.x, step = warp;                                          // the next to be fetched
     bool down = false;
 
+    // The step's 16 lines, of `pitch` bytes each: 8 from line `upper` on, and 8 from `lower` on
+    __device__ void push(const uint8_t* w, const float* scales, unsigned upper, unsigned lower, unsigned pitch,
+                         int at) {
+        w += at * kStep;
+        const uint8_t *high = w + uint64_t{upper + g} * pitch, *low = w + uint64_t{lower + g} * pitch;
+        if constexpr (kFp8) {
+            const unsigned across = pitch / kBlock;
+            stream.push(high, low, scales + (upper / kBlock * across + at), scales + (lower / kBlock * across + at));
+        } else stream.push(high, low);
+    }
     __device__ void next(int steps) {
         step += kWarps;
         if (step >= steps) step = warp, unit += gridDim.x;
@@ -123,26 +144,16 @@ template <bool kFp8, int kDepth> struct Feed {
     __device__ void push() {
         if (!down && (unit >= up_units || step >= up_steps)) down = true, unit = blockIdx.x, step = warp;
         if (!down) {
-            const auto [shared, job, at] = jobs.share(unit, p.routed.F / kUnit);
+            const auto [shared, job, at] = jobs.share(unit, up_each);
             const Weights& w = shared ? p.shared : p.routed;
-            const int64_t line = jobs.expert[job] * int64_t{2} * w.F + at * kUnit;
-            const uint8_t* gate = w.gate_up + (line + g) * p.H * kSize + step * kStep;
-            const uint8_t* up = gate + int64_t{w.F} * p.H * kSize;
-            if constexpr (kFp8) {
-                const float* scale = w.gate_up_scale + line / kBlock * (p.H / kBlock) + step;
-                stream.push(gate, up, scale, scale + w.F / kBlock * (p.H / kBlock));
-            } else stream.push(gate, up);
+            const unsigned F = w.F, line = jobs.expert[job] * 2 * F + at * kUnit;
+            push(w.gate_up, w.gate_up_scale, line, line + F, p.H * kSize, step);
             next(up_steps);
         } else if (unit < down_units && step < down_steps) {
-            const auto [shared, job, at] = jobs.share(step, each);
+            const auto [shared, job, at] = jobs.share(step, down_each);
             const Weights& w = shared ? p.shared : p.routed;
-            const int64_t line = jobs.expert[job] * int64_t{p.H} + unit * kLines;
-            const uint8_t* upper = w.down + (line + g) * w.F * kSize + at * kStep;
-            const uint8_t* lower = upper + int64_t{8} * w.F * kSize;
-            if constexpr (kFp8) {
-                const float* scale = w.down_scale + line / kBlock * (w.F / kBlock) + at;
-                stream.push(upper, lower, scale, scale);
-            } else stream.push(upper, lower);
+            const unsigned line = jobs.expert[job] * p.H + unit * kLines;
+            push(w.down, w.down_scale, line, line + kLines / 2, w.F * kSize, at);
             next(down_steps);
         } else stream.push();
     }
@@ -235,7 +246,7 @@ template <bool kFp8, int kDepth>
 __device__ void up(Feed<kFp8, kDepth>& feed, const Partials& partials, const Operand<kFp8>& x, int slots) {
     const Problem& p = feed.p;
     const Jobs& jobs = feed.jobs;
-    const int at_once = kMost / p.T, n = lane_column();
+    const int at_once = kMost / p.T, n0 = min(lane_column(), p.T - 1), n1 = min(lane_column() + 1, p.T - 1);
     const uint8_t* own = x.row(min(lane_row(), p.T - 1));
     for (int first = blockIdx.x; first < feed.up_units; first += at_once * gridDim.x) {
         const int rounds = min(at_once, ceil_div<int>(feed.up_units - first, gridDim.x));
@@ -244,12 +255,11 @@ __device__ void up(Feed<kFp8, kDepth>& feed, const Partials& partials, const Ope
             for (int k = feed.warp; k < feed.up_steps; k += kWarps) {
                 const Step step = feed.stream.take();
                 const Part part = multiply<kFp8>(step, own + k * kStep);
+                float scale[2] = {1, 1};
+                if constexpr (kFp8) scale[0] = x.scale[k * p.T + n0], scale[1] = x.scale[k * p.T + n1];
 #pragma unroll
                 for (int i = 0; i < 4; i++)
-                    if constexpr (kFp8)
-                        sum[i] += part.v[i] * (x.scale[k * p.T + min(n + i % 2, p.T - 1)] *
-                                               (i < 2 ? step.upper_scale : step.lower_scale));
-                    else sum[i] += part.v[i];
+                    sum[i] += part.v[i] * (scale[i % 2] * (i < 2 ? step.upper_scale : step.lower_scale));
                 feed.push();
             }
             partials.keep(r, sum);
@@ -257,7 +267,7 @@ __device__ void up(Feed<kFp8, kDepth>& feed, const Partials& partials, const Ope
         __syncthreads();
         float gate = partials.total(rounds), up = __shfl_xor_sync(~0u, gate, 4);
         if (partials.round < rounds && partials.half == 0 && partials.part == 0) {
-            const auto [shared, job, at] = jobs.share(first + partials.round * gridDim.x, p.routed.F / kUnit);
+            const auto [shared, job, at] = jobs.share(first + partials.round * gridDim.x, feed.up_each);
             const bool rounds_off = shared || !kFp8;
             if (rounds_off) gate = rounded(gate), up = rounded(up);
             float h = gate / (1 + __expf(-gate)) * up;
@@ -283,18 +293,19 @@ __device__ void down(Feed<kFp8, kDepth>& feed, const Partials& partials, const O
         for (int r = 0; r < rounds; r++) {
             float sum[4] = {};
             for (int k = feed.warp; k < feed.down_steps; k += kWarps) {
-                const auto [shared, job, at] = jobs.share(k, feed.each);
+                const auto [shared, job, at] = jobs.share(k, feed.down_each);
                 const Operand<kFp8> h = shared ? shared_one : routed;
                 const Step step = feed.stream.take();
                 const Part part = multiply<kFp8>(step, h.row(jobs.slot[job][lane_row()]) + at * kStep);
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    const int slot = jobs.slot[job][n + i % 2];
+                for (int i = 0; i < 2; i++) {
+                    const int slot = jobs.slot[job][n + i];
                     const float weight = shared ? 1 : jobs.weight[slot];
-                    float product = part.v[i];
-                    if constexpr (kFp8)
-                        product *= h.scale[at * h.rows + slot] * (i < 2 ? step.upper_scale : step.lower_scale);
-                    if (jobs.rows[job] >> (n + i % 2) & 1) sum[i] += weight * product;
+                    const float scale = kFp8 ? h.scale[at * h.rows + slot] : 1;
+                    if (jobs.rows[job] >> (n + i) & 1) {
+                        sum[i] += weight * (part.v[i] * (scale * step.upper_scale));
+                        sum[i + 2] += weight * (part.v[i + 2] * (scale * step.lower_scale));
+                    }
                 }
                 feed.push();
             }

@@ -15,7 +15,7 @@ EXPORTS = {  # public name: the file below ops/ that holds it
     "grouped_wgrad": "grouped_wgrad",
     "linear_cross_entropy": "linear_cross_entropy",
     "moe": "moe",
-    "moe_decode": "moe",
+    "moe_decode": "moe_decode",
     "permute": "permute",
     "permute_quantize": "permute",
     "qk_norm_attention": "qk_norm_attention",
