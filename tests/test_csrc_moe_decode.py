@@ -177,11 +177,9 @@ def test_refused():
 
 KERNEL, PARTS, STEPS = "moe/moe_decode.cu", "moe/moe_decode.cuh", "gemm/few_rows.cuh"
 BROKEN = {  # name: (check that must fail, file, right, wrong)
-    "no barrier between the halves": (check_sizes, KERNEL, "    grid_barrier(counters + p.counter);\n", ""),
-    "an expert as often as it is chosen": (
-        check_shared_choices_and_ties, PARTS, "jobs.rows[job] = mine, jobs.index[e] = job, job++;",
-        "jobs.rows[job] = mine, jobs.index[e] = job, job += 1 + (mine > 1);"),
-    "a neighbour's scale": (check_sizes, PARTS, "lower / kBlock * across + at", "upper / kBlock * across + at"),
+    "no wait for the others' h": (check_sizes, KERNEL, "grid_barrier(counters", "grid_arrive(counters"),
+    "an expert for rows that chose others": (check_sizes, PARTS, "if (jobs.rows[job] >> (n + i) & 1)", "if (true)"),
+    "gate's scale for up": (check_sizes, PARTS, "lower / kBlock * across + at", "upper / kBlock * across + at"),
 }  # fmt: skip
 
 
