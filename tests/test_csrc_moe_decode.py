@@ -1,9 +1,17 @@
 """moe_decode of csrc/ on the CPU: every composition against the ops that define it, any grid, and wrong kernels."""
 
+import dataclasses
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from ling_kernels.backend import force
+import ling_kernels.nn.moe
+from ling_kernels.backend import _C, force
+from ling_kernels.model import LingConfig
+from ling_kernels.model.transformer import Layer
+from ling_kernels.nn.fp8 import to_fp8
+from ling_kernels.nn.frozen import freeze_
 from ling_kernels.ops.moe import moe
 from ling_kernels.ops.moe_decode import fits, moe_decode, serves
 from ling_kernels.ops.quantize import quantize_weight
@@ -148,6 +156,67 @@ def test_every_composition(T, fp8):
         elif norm is not None:
             args[0] = rms_norm(args[0], norm, None, 0.1)
     check_near(got, define(args, residual if norm is None else s))
+
+
+class Normed(torch.nn.Module):
+    """In attention's place."""
+
+    def forward(self, x, rows, cache, norm):
+        return norm(x)
+
+
+def decode_layer(kind):
+    torch.manual_seed(0)
+    config = dataclasses.replace(LingConfig.tiny(), moe_intermediate_size=128, initializer_range=0.1)
+    layer = Layer(config, dense=False).to(BF16)
+    layer.attention = Normed()
+    if kind != "bf16":
+        to_fp8(layer, weights="kept" if kind == "kept" else "each_forward")
+    if kind == "frozen":
+        freeze_(layer)
+    return layer
+
+
+@pytest.mark.parametrize("kind", ["bf16", "kept", "frozen"])
+def test_a_decode_layer_ends_in_two_launches(kind, monkeypatch):
+    layer, calls = decode_layer(kind), []
+    for name in ("rms_norm_router_fwd", "moe_decode_fwd"):
+        counted = getattr(_C, name)
+        monkeypatch.setattr(_C, name, lambda *a, f=counted, n=name: (calls.append(n), f(*a)))
+    x = Rand(BF16).data(9, 128)
+    cache = object()  # the layer only asks whether there is one
+
+    def run(backend, rows, cache=cache):
+        with force(backend):
+            return layer(x[:rows], None, cache)[0]
+
+    with torch.no_grad():
+        for T in (1, 8):
+            calls.clear()
+            got = run("cuda", T)
+            assert calls == ["rms_norm_router_fwd", "moe_decode_fwd"]
+            want = run("torch", T, None)  # not folded here, folded there in FP8
+            error = (got.float() - want.float()).norm() / want.float().norm()
+            assert error < (0.004 if kind == "bf16" else 0.02)
+        if kind == "bf16":
+            assert torch.equal(run("torch", 8), want)
+
+
+def test_which_layers_decode(monkeypatch):
+    """Few rows, a cache, no gradient, all experts here."""
+    layer, calls = decode_layer("frozen"), []
+    monkeypatch.setattr(ling_kernels.nn.moe, "moe_decode", lambda x, *_, **options: (calls.append(len(x)), x)[1])
+    x, cache = Rand(BF16).data(9, 128), object()
+    with torch.no_grad():
+        layer(x[:8], None, cache), layer(x[:1], None, cache)
+        assert calls == [8, 1]
+        layer(x, None, cache), layer(x[:2], None), layer(x[:0], None, cache)
+        local = layer.mlp.exchange
+        layer.mlp.exchange = SimpleNamespace(dispatch=local.dispatch, combine=local.combine)
+        layer(x[:2], None, cache)
+    layer.mlp.exchange = local
+    layer(x[:2], None, cache)
+    assert calls == [8, 1]
 
 
 def test_what_it_serves():
