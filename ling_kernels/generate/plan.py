@@ -15,15 +15,24 @@ SIZES = {"bf16": 2.0, "fp8": 1.0}
 
 
 def step_bytes(
-    c: LingConfig, batch: int = 1, context: int = 0, weights: str = "bf16", head: str = "bf16", cache: str = "bf16"
+    c: LingConfig,
+    batch: int = 1,
+    context: int = 0,
+    weights: str = "bf16",
+    head: str = "bf16",
+    cache: str = "bf16",
+    met: float | None = None,
 ) -> dict[str, float]:
-    """{part: bytes} of a step over texts of `context` tokens. weights are those of linear layers and experts."""
+    """{part: bytes} of a step over texts of `context` tokens. weights are those of linear layers and experts.
+
+    met: how many experts of a layer the batch does meet, where that is known.
+    """
     w = SIZES[weights] + (4 / 128**2 if weights == "fp8" else 0)  # with a scale for each 128 x 128
     h = SIZES[head] + (4 / 128**2 if head == "fp8" else 0)
     cell = c.head_dim * SIZES[cache] + (4 if cache == "fp8" else 0)  # with a scale for each token and head
     H, F, L, dense = c.hidden_size, c.moe_intermediate_size, c.num_hidden_layers, c.first_k_dense_replace
     heads = 2 * c.num_attention_heads + 2 * c.num_key_value_heads
-    met = c.num_experts * (1 - (1 - c.num_experts_per_tok / c.num_experts) ** batch)
+    met = c.num_experts * (1 - (1 - c.num_experts_per_tok / c.num_experts) ** batch) if met is None else met
     return {
         "attention": L * H * heads * c.head_dim * w,
         "dense MLPs": dense * 3 * H * c.intermediate_size * w,
