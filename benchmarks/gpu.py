@@ -52,8 +52,9 @@ def steps(build: bool) -> list[Step]:
         Step("build", [*python, "setup.py", "-q", "build_ext", "--inplace"], 150, without=no_nvcc),
         Step("load", [*python, "-c", "import ling_kernels._C as C; print(C.__file__, C.device_count())"], 10),
         Step("tests", [*pytest, *parallel, "-p", "no:benchmark", "tests/test_ops.py",
-              "tests/test_cutlass_on_gpu.py", "tests/test_generate.py"], 150),
-        Step("benchmarks", [*pytest, *timed, "benchmarks"], 130,
+              "tests/test_cutlass_on_gpu.py", "tests/test_generate.py"], 130),
+        Step("model", [*pytest, "-p", "no:benchmark", "tests/test_model_on_gpu.py"], 60),
+        Step("benchmarks", [*pytest, *timed, "benchmarks"], 100,
              without=None if timed else "pytest-benchmark is not installed"),
         Step("selftest", ["sh", "-c", f"{compile_it} && '{selftest}'"], 30, without=no_nvcc),
     ]  # fmt: skip

@@ -1,6 +1,8 @@
 """The optimizers: 8-bit AdamW on any master, stochastic rounding, fused requantisation, Muon; steps that are none."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +23,9 @@ from ling_kernels.train.optimizer import (
 )
 from tests.cases import DEVICE, Rand, runs
 from tests.test_fp8_training import WHOLE
+
+KINDS = [*((k, "fp32") for k in OPTIMIZERS), ("adamw8bit", "bf16"), ("muon", "bf16")]
+PAGE = Path(__file__).parents[1] / "docs/fp8.md"
 
 
 def model_with_gradients(master="fp32", seed=0):
@@ -46,7 +51,7 @@ def snapshot(model, optimizer):
     return [t.clone() for t in [*model.parameters(), *(t for s in optimizer.state.values() for t in s.values())]]
 
 
-@pytest.mark.parametrize("kind, master", [*((k, "fp32") for k in OPTIMIZERS), ("adamw8bit", "bf16")])
+@pytest.mark.parametrize("kind, master", KINDS)
 def test_a_step_that_is_none_changes_nothing(kind, master):
     model = model_with_gradients(master)
     optimizer = make_optimizer(model, kind, 1e-2, 0.1)
@@ -79,7 +84,7 @@ def test_gradients_are_clipped_on_the_device(kind):
     assert not torch.equal(next(models[0].parameters()), next(model_with_gradients().parameters()))
 
 
-@pytest.mark.parametrize("kind, master", [*((k, "fp32") for k in OPTIMIZERS), ("adamw8bit", "bf16")])
+@pytest.mark.parametrize("kind, master", KINDS)
 def test_bytes_of_weight_gradient_and_state(kind, master):
     model = model_with_gradients(master)
     optimizer = make_optimizer(model, kind, 1e-2, 0.1)
@@ -145,6 +150,66 @@ def test_bf16_masters_learn_what_rounding_to_the_nearest_does_not():
 
     assert moved(None) == 0
     assert moved(1) == pytest.approx(60 * 2**-8 / 30, rel=0.05)
+
+
+def test_muon_with_bf16_masters_follows_fp32_ones():
+    """From equal weights, over steps a tenth of bf16's last place: rounded to the nearest, nothing would move."""
+    models = [model_with_gradients(master) for master in ("bf16", "fp32")]
+    with torch.no_grad():
+        for narrow, wide in zip(*(m.parameters() for m in models), strict=True):
+            wide.copy_(narrow)
+    start = [p.clone() for p in models[1].parameters()]
+    optimizers = [make_optimizer(m, "muon", 1e-5, 0.0, seed=3) for m in models]
+    for seed in range(12):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            give_gradients(model, seed // 6)  # a few of one direction
+            step(optimizer, lr=1e-5)
+    names = [n for n, _ in models[1].named_parameters()]
+    for name, s, narrow, wide in zip(names, start, *(m.parameters() for m in models), strict=True):
+        if name.endswith(("experts.gate_up", "attention.dense.weight", "lm_head.weight")):
+            moved, wanted = narrow.float() - s, wide - s
+            assert wanted.abs().amax() < 2**-8 * s.abs().amax()  # much less than most weights' last place
+            along = ((moved * wanted).sum() / wanted.square().sum()).item()
+            assert along == pytest.approx(1, abs=0.15), name
+    states = [o.state[m.layers[1].mlp.experts.gate_up] for m, o in zip(models, optimizers, strict=True)]
+    assert [s["momentum_buffer"].dtype for s in states] == [torch.bfloat16, torch.float32]
+
+
+def test_random_bits_are_of_the_place_in_the_group():
+    """Whichever other parameters have gradients."""
+    after = []
+    for others in (True, False):
+        params = [nn.Parameter(torch.ones(256, 256, device=DEVICE, dtype=torch.bfloat16)) for _ in range(3)]
+        for p in params if others else params[2:]:
+            p.grad = torch.ones_like(p)
+        AdamW8bit(params, 2**-9, seed=5).step()
+        after.append(params[2])
+    assert torch.equal(*after) and len(after[0].unique()) == 2
+    assert not torch.equal(params[2], adamw_8bit_of_the_first(params[2]))
+
+
+def adamw_8bit_of_the_first(like):
+    p = nn.Parameter(torch.ones_like(like))
+    p.grad = torch.ones_like(p)
+    AdamW8bit([p], 2**-9, seed=5).step()
+    return p
+
+
+@pytest.mark.parametrize("number", [16, 256, 1024])
+def test_gradients_summed_in_bf16(number):
+    """How far they are off is what the page says."""
+    said = re.search(
+        r"over 16 micro batches is ([\d.]+) % off, over 256 ([\d.]+) %, over 1024 ([\d.]+) %", PAGE.read_text()
+    )
+    g = torch.Generator().manual_seed(0)
+    signal = torch.randn(1 << 14, generator=g) / 10
+    total, truth = torch.zeros(1 << 14, dtype=torch.bfloat16), torch.zeros(1 << 14, dtype=torch.float64)
+    for _ in range(number):
+        grad = (signal + torch.randn(1 << 14, generator=g)).bfloat16()
+        total += grad
+        truth += grad.double()
+    off = 100 * float((total.double() - truth).norm() / truth.norm())
+    assert off == pytest.approx(float(said[[16, 256, 1024].index(number) + 1]), rel=0.05)
 
 
 @pytest.mark.parametrize("K", [256, 384])

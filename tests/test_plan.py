@@ -27,7 +27,7 @@ from tests.training import one_line_error, text  # noqa: F401
 PAGE = Path(__file__).parents[1] / "docs/fp8.md"
 KINDS = {
     "fp32": dict(precision="fp32"),
-    "bf16": dict(precision="bf16", optimizer="muon"),
+    "bf16": dict(precision="bf16", optimizer="muon", master="bf16"),
     "fp8": dict(precision="fp8", recompute="norm_act"),
     "lightest": dict(precision="fp8", fp8_weights="kept", master="bf16", optimizer="adamw8bit", recompute="experts"),
     "full": dict(precision="fp8", recompute="full", optimizer="adamw8bit"),
@@ -147,7 +147,7 @@ def test_a_gpu_without_fp8():
 LIGHT = "--precision fp8 --fp8-weights kept --optimizer adamw8bit"
 
 
-@pytest.mark.parametrize("flags", [f"{LIGHT} --master bf16", "--precision bf16 --optimizer muon"])
+@pytest.mark.parametrize("flags", [f"{LIGHT} --master bf16", "--precision bf16 --optimizer muon --master bf16"])
 def test_a_resumed_run_is_the_same(tmp_path, whole, text, flags):
     """Weights, moments in 8 bits, random rounding and Muon's momentum, all to the bit."""
     straight = training(whole, text, tmp_path / "straight", flags, "--steps 6", "--save-every 3")

@@ -11,9 +11,12 @@ from ling_kernels.backend import _C, force
 from ling_kernels.ops.balance_bias import balance_bias_
 from ling_kernels.ops.dispatch import dispatch
 from ling_kernels.ops.grouped_gemm import grouped_gemm
-from ling_kernels.ops.moe import moe, moe_decode
+from ling_kernels.ops.moe import moe
+from ling_kernels.ops.moe_decode import moe_decode
 from ling_kernels.ops.permute import permute
 from ling_kernels.ops.quantize import quantize_weight
+from ling_kernels.ops.rms_norm import rms_norm
+from ling_kernels.ops.rms_norm_router import rms_norm_router
 from ling_kernels.ops.route import route
 from ling_kernels.ops.router_gemm import router_gemm
 from ling_kernels.ops.swiglu import swiglu
@@ -283,6 +286,21 @@ def test_router_gemm(dtype):
     assert torch.allclose(dw.double(), x.double().sum(0).expand(16, -1), rtol=1e-5, atol=1e-5)
 
 
+def test_rms_norm_router():
+    """Its three results one by one, and gradients where they are wanted."""
+    x, w, router_w, residual = (t.requires_grad_() for t in (rand(5, 24), rand(24), rand(7, 24), rand(5, 24)))
+    h, s, logits = rms_norm_router(x, w, router_w, residual, 0.1)
+    assert torch.equal(s, x + residual) and torch.equal(h, rms_norm(s, w, eps=0.1))
+    assert torch.equal(logits, router_gemm(h, router_w)) and rms_norm_router(x, w, router_w)[1] is x
+    for dtype, backend in ((FP32, "torch"), (BF16, "triton")):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (x, w, router_w, residual)]
+        with force(backend):
+            got = torch.autograd.grad(sum(t.sum() for t in rms_norm_router(*leaves)), leaves)
+            h, s = rms_norm(*leaves[:2], leaves[3])
+            want = torch.autograd.grad(sum(t.sum() for t in (h, s, router_gemm(h, leaves[2]))), leaves)
+        assert all(torch.equal(g, t) for g, t in zip(got, want, strict=True))
+
+
 def moe_per_token(x, router_w, bias, w_gate_up, w_down, shared, mask, sizes, scale):
     """Every token on its own, through dense matrices, with autograd's gradients."""
 
@@ -397,6 +415,8 @@ BAD = {
     "quantize": [(rand(4, 100),), (rand(128),), (ints(4, 128),), (rand(5, 128), True, True, PLAN),
                  (rand(4, 128), False), (rand(4, 128), False, True, None, False, True)],
     "quantize_weight": [(rand(128, 100),), (rand(100, 128),), (rand(128),)],
+    "rms_norm_router": [(rand(4, 3), rand(3), rand(8, 4)), (rand(4, 3), rand(4), rand(8, 3)),
+                        (rand(4, 3), rand(3), rand(8, 3), rand(4, 4)), (rand(2, 4, 3), rand(3), rand(8, 3))],
     "route": [(rand(4, 8), rand(7)), (rand(4, 8).bfloat16(), rand(8)), (rand(4, 8), rand(8), rand(4)),
               (rand(4, 8), rand(8), None, 3), (rand(4, 8), rand(8), None, 4, 5), (rand(4, 8), rand(8), None, 4, 2, 5)],
     "router_gemm": [(rand(4, 3), rand(8, 4)), (rand(4, 3), rand(8, 3), 1), (ints(4, 3), rand(8, 3))],

@@ -84,6 +84,7 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in the order in which they entered
         self.lanes = deque(range(max_running))
+        self.left = max_rows  # of the pass that is being planned
 
     def submit(self, request: Request) -> None:
         """Raises Busy where the queue is full, InputError for a text that the cache can never hold."""
@@ -106,10 +107,11 @@ class Scheduler:
         """The next pass. Nothing may be on its way where `tight` is true."""
         self.sweep()
         chosen: dict[Request, Work] = {}
+        self.left = self.max_rows
         for request in sorted(self.running, key=lambda r: r.pending > 1):  # stable: of each kind the oldest first
             if request in self.running:
                 self.choose(request, chosen)
-        while self.waiting and self.rows_left(chosen) and self.lanes and self.admit(self.waiting[0]):
+        while self.waiting and self.left and self.lanes and self.admit(self.waiting[0]):
             request = self.waiting.popleft()
             self.running.append(request)
             if not self.choose(request, chosen):
@@ -118,17 +120,18 @@ class Scheduler:
 
     def choose(self, request: Request, chosen: dict[Request, Work]) -> bool:
         """Give it what is left to do for it of the rows that are left; False where it gave way instead."""
-        left = self.rows_left(chosen)
-        chunk = min(request.pending - 1, left)
-        work = Work(chunk, self.may_decode(request) and chunk == request.pending - 1 and left - chunk > self.draft)
+        chunk = min(request.pending - 1, self.left)
+        last = chunk == request.pending - 1 and self.left - chunk > self.draft
+        work = Work(chunk, last and self.may_decode(request))
         if any(work):
             if not self.reserve(request, self.cells(request, work), chosen):
                 return False
             chosen[request] = work
+            self.left -= self.rows(work)
         return True
 
-    def rows_left(self, chosen: dict[Request, Work]) -> int:
-        return self.max_rows - sum(w.chunk + w.decodes * (1 + self.draft) for w in chosen.values())
+    def rows(self, work: Work) -> int:
+        return work.chunk + work.decodes * (1 + self.draft)
 
     def may_decode(self, request: Request) -> bool:
         """Every pass that is on its way brings at least a token."""
@@ -178,7 +181,8 @@ class Scheduler:
                 request.pages.append(self.pages.take())
                 continue
             youngest = self.running.pop()
-            chosen.pop(youngest, None)
+            if youngest in chosen:
+                self.left += self.rows(chosen.pop(youngest))
             self.give_back(youngest)
             self.waiting.appendleft(youngest)
             if youngest is request:

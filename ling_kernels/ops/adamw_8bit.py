@@ -48,7 +48,7 @@ def adamw_8bit(
     step: int | Tensor,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
-    seed: int | None = None,
+    seed: int | Tensor | None = None,
     fp8: Sequence[tuple[Tensor, Tensor] | None] | None = None,
     pow2: bool = False,
 ) -> None:
@@ -58,7 +58,8 @@ def adamw_8bit(
     grads of their shapes. The host need not know: step may be a tensor [len(params)] on the device; scalars there are
     grad_scale, which grads are divided by, and found_inf: unless it is 0, nothing changes (torch's fused optimizers
     have the same two). With a seed, bf16 params are rounded stochastically, the same for the same seed, position in
-    params, step and element; without one to the nearest. fp8 has for each parameter [(E,) N, K] None or the tensors of
+    params, step and element; a tensor [len(params)] int64 on the device is a seed for each. Without one they are
+    rounded to the nearest. fp8 has for each parameter [(E,) N, K] None or the tensors of
     quantize_weight(p, pow2), which are made anew: in the same pass where K % 256 == 0. Asks the host nothing. Raises
     ValueError where grads, state or fp8 do not fit params.
     """
@@ -140,8 +141,17 @@ def by_parameter(params, betas, step, seed) -> tuple[Tensor, Tensor | None]:
     corrections = torch.stack([1 - b ** step.double() for b in betas], 1).float()
     if seed is None:
         return corrections, None
-    parameter = torch.arange(len(params), device=device) + (seed ^ seed >> 32)
-    return corrections, hashed(hashed(parameter) ^ step.long())
+    return corrections, rounding_keys(seeds(len(params), seed, device) if isinstance(seed, int) else seed, step)
+
+
+def seeds(number: int, seed: int, device: torch.device) -> Tensor:
+    """[number] int64: of as many parameters, from one seed."""
+    return torch.arange(number, device=device) + (seed ^ seed >> 32)
+
+
+def rounding_keys(seeds: Tensor, step: Tensor) -> Tensor:
+    """What random bits begin with, of parameters with these seeds in steps of these numbers."""
+    return hashed(hashed(seeds) ^ step.long())
 
 
 def hashed(x: Tensor) -> Tensor:

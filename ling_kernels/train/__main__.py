@@ -18,10 +18,11 @@ from ..nn.fp8 import to_fp8
 from ..tokenizer import Tokenizer
 from . import checkpoint as ckpt
 from .data import Documents, Packed, gather_tokens, hold_out
+from .layout import ALONE, Layout, Rank
 from .loop import Diverged, Progress, train
 from .optimizer import make_optimizer, to_masters
 from .pictures import draw
-from .plan import Plan, plan
+from .plan import Plan, plan, size
 from .prepare import Job, deterministic, discard, prepare, settings_model
 from .report import Report
 from .safeguards import to_bf16
@@ -37,7 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with deterministic():
             given = vars(parser().parse_args(argv))
-            return show_plan(given) if given.pop("plan") else run(given)
+            layout = given.pop("layout")
+            if given.pop("plan"):
+                return show_plan(given, Layout.parse(layout) if layout else Layout())
+            if layout:
+                raise InputError(f"--layout {layout} is for --plan: training is on one GPU")
+            return run(given)
     except KeyboardInterrupt:
         print("stopped before the first step; nothing was trained", file=sys.stderr)
         return 130
@@ -61,6 +67,12 @@ def parser() -> Parser:
         + "; ".join(f"{name}: {as_flags(values)}" for name, values in PRESETS.items()), default=argparse.SUPPRESS,
     )  # fmt: skip
     flags.add_argument("--plan", action="store_true", help="print what the run takes of a GPU's memory, and stop")
+    flags.add_argument(
+        "--layout",
+        metavar="dp=N,ep=N,pp=N,zero=N",
+        help="with --plan, what it would take of each GPU, were there dp times pp: dp data parallel, among them ep that"
+        " share the experts, pp pipeline stages, zero 0 to 3 for what is sharded (default: one GPU)",
+    )
     add_flags(flags)
     return flags
 
@@ -155,25 +167,45 @@ def lighten(model: Ling, s: Settings) -> list[str]:
     return said
 
 
-def show_plan(given: dict) -> int:
-    """Of a new run on a GPU, whatever this machine has."""
+def show_plan(given: dict, layout: Layout) -> int:
+    """Of a new run on a GPU, whatever this machine has; of the GPU that has most to hold, where there are several."""
     if given.pop("resume", None):
         raise InputError("--plan is of a new run: it needs no --resume")
     given.pop("out", None)
     settings = settings_of(given)
     config, _ = settings_model(settings, None)
     check(settings, config)
-    print(f"Memory of a step: {settings.model}, {config.num_parameters(mtp=True):,} parameters, on one GPU")
-    print(*make_plan(config, settings).lines(settings, config), sep="\n")
+    settings, one = layout.of_rank(settings, config), layout == Layout()
+    where = "on one GPU" if one else f"on the fullest of {layout.dp * layout.pp} GPUs: {layout}"
+    print(f"Memory of a step: {settings.model}, {config.num_parameters(mtp=True):,} parameters, {where}")
+    plans = {stage: make_plan(config, settings, Rank(layout, stage)) for stage in layout.stages(config)}
+    stage = max(plans, key=lambda stage: plans[stage].peak)
+    print(*plans[stage].lines(settings, layout.part(config, stage), Rank(layout, stage)), sep="\n")
+    if not one:
+        print(*layout_lines(config, settings, layout, stage, plans), sep="\n")
     return 0
 
 
-def make_plan(config: LingConfig, settings: Settings) -> Plan:
+def layout_lines(config: LingConfig, settings: Settings, layout: Layout, stage: int, plans: dict[int, Plan]) -> list:
+    """The stages, what an uneven load of experts would add, and that nobody can train so yet."""
+    said, rows = [], settings.batch // (settings.micro_batch or settings.batch)
+    if layout.pp > 1:
+        stages = ", ".join(
+            f"{i + 1} {size(plan.peak)} ({Rank(layout, i).in_flight(rows)} in flight)" for i, plan in plans.items()
+        )
+        said.append(f"{'stages':<12}  {stages}; this is stage {stage + 1}; equal ones have fewer in flight")
+    if layout.ep > 1:
+        worst = make_plan(config, settings, Rank(layout, stage, worst=True)).peak
+        said.append(f"{'experts':<12}  with an even load; {size(worst)} if every token takes all it can from this GPU")
+    return [*said, f"{'planned':<12}  this package trains on one GPU"]
+
+
+def make_plan(config: LingConfig, settings: Settings, rank: Rank = ALONE) -> Plan:
     with FakeTensorMode():
-        model = Ling(config)
+        model = rank.model(config)
         to_masters(model, settings.master)
         lighten(model, settings)
-        return plan(model.train(), settings)
+        return plan(model.train(), settings, rank)
 
 
 def validation_batches(held_out: Documents, settings: Settings) -> list:

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..ops.grad_norm import grad_norm
 from .data import Packed
-from .optimizer import clipped_step
+from .optimizer import StepInBackward, clipped_step
 from .report import Report
 from .safeguards import WINDOW, Watch, ceilings, spike, to_bf16
 from .schedule import learning_rate, rows_at
@@ -81,12 +81,13 @@ def train(
     Returns the name of the signal that asked to stop, if one did. Raises Diverged.
     """
     saved = progress.step
+    in_backward = StepInBackward(model, optimizer) if settings.step_in_backward else None
     watch = Watch(model, settings.fp8_watch, settings.fp8_fallback, report.measurements())
     with Stop().on_signals() as stop:
         while progress.step < settings.steps and not stop:
             start = time.perf_counter()
             with watch.measuring(progress.step + 1) as operands:
-                record, counts = train_step(model, optimizer, packed, settings, progress, precision)
+                record, counts = train_step(model, optimizer, packed, settings, progress, precision, in_backward)
             seconds = time.perf_counter() - start
             record["tokens_per_s"] = record.pop("step_tokens") / seconds
             record["mfu"] = model.config.flops_per_token(settings.seq_len) * record["tokens_per_s"] / peak
@@ -125,6 +126,7 @@ def train_step(
     settings: Settings,
     progress: Progress,
     precision: torch.dtype,
+    in_backward: StepInBackward | None = None,
 ) -> tuple[dict, torch.Tensor | None]:
     """One global batch: gradients of its micro batches summed exactly, one step of the optimizer and of the balance.
 
@@ -136,12 +138,20 @@ def train_step(
     rows = rows_at(step, settings.batch, settings.ramp, settings.micro_batch or 1)
     lr = learning_rate(step, settings.lr, settings.warmup)
     optimizer.zero_grad()
-    losses = accumulate_gradients(model, packed, progress.sequences, rows, settings, device, precision)
-    norm = grad_norm([p.grad for p in model.parameters() if p.grad is not None])
     limits = settings.spike_loss, settings.spike_norm
     highest_loss, highest_norm = ceilings(progress.recent, limits)
-    sound = losses[0].isfinite() & norm.isfinite() & (losses[0] <= highest_loss) & (norm.double() <= highest_norm)
-    clipped_step(optimizer, lr, norm, settings.clip, sound)
+
+    def sound_loss(loss: torch.Tensor) -> torch.Tensor:
+        return loss.isfinite() & (loss.double() <= highest_loss)
+
+    begin = None if in_backward is None else lambda loss: in_backward.begin(lr, sound_loss(loss))
+    losses = accumulate_gradients(model, packed, progress.sequences, rows, settings, device, precision, begin)
+    if in_backward is None:
+        norm = grad_norm([p.grad for p in model.parameters() if p.grad is not None])
+        sound = sound_loss(losses[0]) & norm.isfinite() & (norm.double() <= highest_norm)
+        clipped_step(optimizer, lr, norm, settings.clip, sound)
+    else:
+        norm = in_backward.norm()
     routed = bool(model.routers())
     counts = model.expert_counts().long() if routed else None
     violation = counts.amax(1) / counts.double().mean(1) - 1 if routed else torch.zeros(1, device=device)
@@ -166,8 +176,10 @@ def train_step(
     return about | ({} if jump is None else dict(spike=jump)), counts
 
 
-def accumulate_gradients(model, packed, first, rows, settings, device, precision) -> torch.Tensor:
+def accumulate_gradients(model, packed, first, rows, settings, device, precision, begin=None) -> torch.Tensor:
     """Forward and backward of the rows from `first` on, in micro batches -> [4] loss, main, MTP and z-loss.
+
+    begin is told the loss before its backward, where there is but one.
 
     Every sum of losses is divided by the global batch's number of targets, and the z-loss, a mean over tokens, counts
     by a micro batch's share of the rows: so any cut into micro batches gives the same gradient.
@@ -187,6 +199,8 @@ def accumulate_gradients(model, packed, first, rows, settings, device, precision
                 z_loss=settings.z_loss * len(ids) / rows,
                 target_counts=targets,
             )
+        if begin is not None:
+            begin(out.loss.detach())
         out.loss.backward()
         mtp = out.mtp_loss if out.mtp_loss is not None else total.new_zeros(())
         total += torch.stack([x.detach().double() for x in (out.loss, out.main_loss, mtp, out.z_loss)])

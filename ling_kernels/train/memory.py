@@ -41,8 +41,9 @@ def kept_bytes(c: LingConfig, precision: str = "fp8", recompute: str = "none", w
     return parts
 
 
-def padding_bytes(c: LingConfig, slots: int, recompute: str = "none", wgrad: str = "fp8") -> float:
-    """Of the experts' column-wise copies in a layer and micro batch, whose runs start at multiples of 128."""
+def padding_bytes(c: LingConfig, slots: int, recompute: str = "none", wgrad: str = "fp8", ep: int = 1) -> float:
+    """Of the experts' column-wise copies in a layer and micro batch, whose runs start at multiples of 128; where so
+    many GPUs share the experts, of the slots that come to one of them."""
     if recompute != "none" or wgrad != "fp8":
         return 0
-    return FP8 * (padded_slots(slots, c.num_experts) - slots) * (c.hidden_size + c.moe_intermediate_size)
+    return FP8 * (padded_slots(slots, c.num_experts // ep) - slots) * (c.hidden_size + c.moe_intermediate_size)

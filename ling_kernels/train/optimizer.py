@@ -1,6 +1,6 @@
 """AdamW as Ling 2.0 is trained with (betas 0.9 and 0.95, weight decay on matrices), in 8 bits too; and Muon.
 
-Each is one torch.optim.Optimizer whose `step` asks the host nothing (Muon excepted). As in torch's fused ones, two of
+Each is one torch.optim.Optimizer whose `step` asks the host nothing. As in torch's fused ones, two of
 its attributes are scalars on the device: grad_scale, which gradients are divided by, and found_inf; unless that is 0,
 a step changes nothing.
 """
@@ -9,20 +9,22 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw as adamw_functional
 
-from ..ops.adamw_8bit import Moments, adamw_8bit, adamw_8bit_state
+from ..ops.adamw_8bit import Moments, adamw_8bit, adamw_8bit_state, round_stochastically, rounding_keys, seeds
+from ..ops.grad_norm import grad_norm
 
 OPTIMIZERS = ("adamw", "adamw8bit", "muon")
 MASTERS = ("fp32", "bf16")
 BETAS, EPS = (0.9, 0.95), 1e-8
+CHUNK = 1 << 22  # elements, or one matrix, that Muon has in fp32 at a time
 
 
 def make_optimizer(model: nn.Module, kind: str, lr: float, weight_decay: float, seed: int = 0) -> torch.optim.Optimizer:
-    """Of that kind, over all parameters; seed: of adamw8bit's stochastic rounding."""
+    """Of that kind, over all parameters; seed: of stochastic rounding."""
     if kind == "adamw":
         return adamw(model, lr, weight_decay)
     if kind == "adamw8bit":
         return AdamW8bit(by_decay(model.parameters(), weight_decay), lr, seed)
-    return MuonAdamW(model, lr, weight_decay)
+    return MuonAdamW(model, lr, weight_decay, seed)
 
 
 def adamw(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
@@ -51,18 +53,10 @@ def to_masters(model: nn.Module, kind: str) -> None:
                 p.data = p.data.bfloat16()
 
 
-class AdamW8bit(torch.optim.Optimizer):
-    """AdamW with the moments of matrices in 8 bits, those of vectors in fp32; bf16 parameters rounded stochastically.
-
-    A parameter whose attribute `fp8` is a copy of nn.fp8 that is up to date gets it requantised in the same pass.
-    """
+class Stepping(torch.optim.Optimizer):
+    """What a step is around `update`, which has neither a closure nor gradients of its own."""
 
     grad_scale = found_inf = None
-    raises_version = True
-
-    def __init__(self, groups, lr: float, seed: int = 0, betas=BETAS, eps: float = EPS, weight_decay: float = 0.0):
-        super().__init__(groups, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
-        self.seed = seed
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -70,23 +64,44 @@ class AdamW8bit(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.update()
+        return loss
+
+
+class AdamW8bit(Stepping):
+    """AdamW with the moments of matrices in 8 bits, those of vectors in fp32; bf16 parameters rounded stochastically,
+    by random bits that the seed and a parameter's place in its group choose.
+
+    A parameter whose attribute `fp8` is a copy of nn.fp8 that is up to date gets it requantised in the same pass.
+    """
+
+    raises_version = True
+
+    def __init__(self, groups, lr: float, seed: int = 0, betas=BETAS, eps: float = EPS, weight_decay: float = 0.0):
+        super().__init__(groups, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+        self.seed, self.seeds = seed, {}
+
+    def update(self) -> None:
         for number, group in enumerate(self.param_groups):
             params = [p for p in group["params"] if p.grad is not None]
-            self.step_matrices([p for p in params if p.ndim >= 2], group, self.seed + number)
+            self.step_matrices([p for p in params if p.ndim >= 2], group, number)
             self.step_vectors([p for p in params if p.ndim < 2], group)
             torch.autograd.graph.increment_version(params)
             for p in params:
                 if (copy := getattr(p, "fp8", None)) is not None and copy.written:
                     copy.is_of(p)
-        return loss
 
-    def step_matrices(self, params: list[Tensor], group: dict, seed: int) -> None:
+    def step_matrices(self, params: list[Tensor], group: dict, number: int) -> None:
         if not params:
             return
         for p in params:
             if not self.state[p]:
                 (moments,) = adamw_8bit_state([p])
                 self.state[p] = dict(step=torch.zeros((), device=p.device), **moments._asdict())
+        if number not in self.seeds:
+            matrices = [p for p in group["params"] if p.ndim >= 2]
+            of_each = seeds(len(matrices), self.seed + number, params[0].device).unbind()
+            self.seeds[number] = dict(zip(matrices, of_each, strict=True))
         states = [self.state[p] for p in params]
         steps = [s["step"] for s in states]
         torch._foreach_add_(steps, 1)
@@ -98,8 +113,8 @@ class AdamW8bit(torch.optim.Optimizer):
         adamw_8bit(
             params, [p.grad for p in params], [Moments(*(s[k] for k in Moments._fields)) for s in states],
             group["lr"], group["betas"], group["eps"], group["weight_decay"], torch.stack(steps),
-            self.grad_scale, self.found_inf, seed, [c.made if c is not None and c.written else None for c in copies],
-            pow2,
+            self.grad_scale, self.found_inf, torch.stack([self.seeds[number][p] for p in params]),
+            [c.made if c is not None and c.written else None for c in copies], pow2,
         )  # fmt: skip
         if self.found_inf is not None:  # a step that was skipped is none
             torch._foreach_sub_(steps, [self.found_inf] * len(steps))
@@ -119,63 +134,107 @@ class AdamW8bit(torch.optim.Optimizer):
         )  # fmt: skip
 
 
-class MuonAdamW(torch.optim.Optimizer):
+class MuonAdamW(Stepping):
     """torch.optim.Muon for the matrices of the layers, each expert's its own, and AdamW for the rest: embedding, head,
     routers and vectors. Muon's updates have the size of AdamW's (arXiv 2502.16982), so one learning rate serves both.
 
-    Before a step the host waits for found_inf: torch's Muon knows none.
+    Muon runs in fp32; matrices and momenta that are bf16 are rounded stochastically. Where there are any, the rest has
+    8-bit AdamW.
     """
 
-    grad_scale = found_inf = None
-
-    def __init__(self, model: nn.Module, lr: float, weight_decay: float):
+    def __init__(self, model: nn.Module, lr: float, weight_decay: float, seed: int = 0):
         named = dict(model.named_parameters())
         others = ("word_embeddings.weight", "lm_head.weight", "router.weight")
         hidden = [p for name, p in named.items() if p.ndim >= 2 and not name.endswith(others)]
         taken = {id(p) for p in hidden}
         rest = by_decay((p for p in named.values() if id(p) not in taken), weight_decay)
         super().__init__([dict(params=hidden, weight_decay=weight_decay), *rest], dict(lr=lr))
-        self.adamw = torch.optim.AdamW(self.param_groups[1:], lr=lr, betas=BETAS, eps=EPS, fused=True)
+        if any(p.dtype == torch.bfloat16 for p in named.values()):
+            self.adamw = AdamW8bit(self.param_groups[1:], lr, seed)
+        else:
+            self.adamw = torch.optim.AdamW(self.param_groups[1:], lr=lr, betas=BETAS, eps=EPS, fused=True)
         self.adamw.state = self.state
+        self.seeds = seeds(2 * len(hidden), seed + len(rest), hidden[0].device).view(-1, 2).unbind()
 
-    @torch.no_grad()
-    def step(self, closure=None):
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        if self.found_inf is not None and self.found_inf.item():
-            return loss
-        matrices, momenta = [], []
-        for p in (p for p in self.param_groups[0]["params"] if p.grad is not None):
-            if self.grad_scale is not None:
-                p.grad.div_(self.grad_scale)
-            if not self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
-            views = [t if p.ndim == 3 else t[None] for t in (p.detach(), p.grad, self.state[p]["momentum_buffer"])]
-            for w, g, m in zip(*views, strict=True):
-                w.grad = g
-                matrices.append(w)
-                momenta.append(m)
-        if matrices:
-            like = {k: self.param_groups[0][k] for k in ("lr", "weight_decay")}
-            muon = torch.optim.Muon(matrices, **like, adjust_lr_fn="match_rms_adamw")
-            muon.state.update((w, dict(momentum_buffer=m)) for w, m in zip(matrices, momenta, strict=True))
-            muon.step()
-        self.adamw.grad_scale = self.grad_scale
+    def update(self) -> None:
+        for p, seed in zip(self.param_groups[0]["params"], self.seeds, strict=True):
+            if p.grad is not None:
+                self.step_matrices(p, seed)
+        self.adamw.grad_scale, self.adamw.found_inf = self.grad_scale, self.found_inf
         self.adamw.step()
-        return loss
+
+    def step_matrices(self, p: Tensor, seed: Tensor) -> None:
+        """p [N, K] or [E, N, K]; seed [2], of p and of its momentum."""
+        if not self.state[p]:
+            self.state[p] = dict(step=torch.zeros((), device=p.device), momentum_buffer=torch.zeros_like(p))
+        step = self.state[p]["step"].add_(1)
+        keys = rounding_keys(seed, step)
+        views = [t.view(-1, *t.shape[-2:]) for t in (p.detach(), self.state[p]["momentum_buffer"], p.grad)]
+        at_once = max(CHUNK // views[0][0].numel(), 1)
+        options = {k: self.param_groups[0][k] for k in ("lr", "weight_decay")} | dict(adjust_lr_fn="match_rms_adamw")
+        for number, parts in enumerate(zip(*(t.split(at_once) for t in views), strict=True)):
+            new_w, new_m, g = (t.to(torch.float32, copy=True) for t in parts)
+            if self.grad_scale is not None:
+                g /= self.grad_scale
+            matrices = [*new_w.unbind()]
+            for w, w_grad in zip(matrices, g.unbind(), strict=True):
+                w.grad = w_grad
+            muon = torch.optim.Muon(matrices, **options)
+            muon.state.update((w, dict(momentum_buffer=m)) for w, m in zip(matrices, new_m.unbind(), strict=True))
+            muon.step()
+            for old, new, key in zip(parts[:2], (new_w, new_m), keys, strict=True):
+                if old.dtype == torch.bfloat16:
+                    new = round_stochastically(new.flatten(), key, number * at_once * w.numel()).view_as(old)
+                new = new.to(old.dtype)
+                old.copy_(new if self.found_inf is None else torch.where(self.found_inf != 0, old, new))
+        if self.found_inf is not None:  # a step that was skipped is none
+            step.sub_(self.found_inf)
 
 
-def bytes_per_weight(kind: str, master: str) -> int:
+class StepInBackward:
+    """Takes an optimizer's steps in the backward: each parameter's as soon as its gradient is complete, which it frees.
+
+    One backward must make whole gradients; their norm is known when it has ended, and nothing can be clipped by it. A
+    gradient that is not finite stops the step: its parameter and those whose gradients follow stay as they are.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer):
+        self.optimizer = optimizer
+        self.norms = dict.fromkeys(model.parameters())
+        self.stopped = None
+        for p in self.norms:
+            p.register_post_accumulate_grad_hook(self.arrived)
+
+    def begin(self, lr: float, sound: Tensor) -> None:
+        """Before the backward. Nothing is changed where `sound` is False."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.norms = dict.fromkeys(self.norms)
+        self.stopped = ~sound
+
+    def arrived(self, p: Tensor) -> None:
+        norm = self.norms[p] = grad_norm([p.grad])
+        self.stopped = self.stopped | ~norm.isfinite()
+        self.optimizer.grad_scale, self.optimizer.found_inf = None, self.stopped.float()
+        self.optimizer.step()  # no other parameter has a gradient now
+        p.grad = None
+
+    def norm(self) -> Tensor:
+        """Of all gradients of the last backward."""
+        return grad_norm([norm for norm in self.norms.values() if norm is not None])
+
+
+def bytes_per_weight(kind: str, master: str, gradients: bool = True) -> int:
     """Of a matrix: the weight, its gradient, and the optimizer's state."""
-    return 2 * (4 if master == "fp32" else 2) + dict(adamw=8, adamw8bit=2, muon=4)[kind]
+    size = 4 if master == "fp32" else 2
+    return (1 + gradients) * size + dict(adamw=8, adamw8bit=2, muon=size)[kind]
 
 
 def clipped_step(optimizer: torch.optim.Optimizer, lr: float, norm: Tensor, limit: float, sound: Tensor) -> None:
-    """A step with gradients scaled so that `norm`, that of all, is at most `limit`. None where `sound` is False."""
+    """A step with gradients scaled so that `norm`, that of all, is at most `limit`, 0: as they are. None where `sound`
+    is False."""
     for group in optimizer.param_groups:
         group["lr"] = lr
-    optimizer.grad_scale = ((norm + 1e-6) / limit).clamp(min=1)
+    optimizer.grad_scale = ((norm + 1e-6) / limit).clamp(min=1) if limit else None
     optimizer.found_inf = (~sound).float()
     optimizer.step()

@@ -147,7 +147,8 @@ def deterministic():
 def enough_memory(config: LingConfig, settings: Settings, device: torch.device) -> None:
     kept = settings.precision == "fp8" and settings.fp8_weights == "kept"
     weights = config.num_parameters(mtp=True)
-    need = (bytes_per_weight(settings.optimizer, settings.master) + kept) * weights
+    per_weight = bytes_per_weight(settings.optimizer, settings.master, not settings.step_in_backward)
+    need = (per_weight + kept) * weights
     if device.type == "cuda":
         there = torch.cuda.get_device_properties(device).total_memory
     else:

@@ -39,18 +39,22 @@ class Settings:
     batch_ramp: str | None = flag(
         None, "START:STEPS, begin with START rows a step and reach --batch after STEPS steps", shown="no ramp"
     )
+    step_in_backward: bool = flag(
+        False, "change each weight as soon as its gradient is there, and free that: needs one micro batch and --clip 0",
+        action=argparse.BooleanOptionalAction,
+    )  # fmt: skip
     optimizer: str = flag(
         "adamw", "adamw8bit keeps the moments in 8 bits; muon takes AdamW for what is no layer's matrix",
         choices=OPTIMIZERS,
     )  # fmt: skip
     master: str = flag(
-        "fp32", "what the optimizer changes; bf16, for matrices, is rounded stochastically, by adamw8bit",
+        "fp32", "what the optimizer changes; bf16, for matrices, is rounded stochastically, by adamw8bit and muon",
         choices=MASTERS,
     )  # fmt: skip
     lr: float = flag(2e-3, "learning rate after the warm-up; it stays constant", above=0)
     warmup: int = flag(40, "steps over which the learning rate rises to --lr", least=0)
     weight_decay: float = flag(0.1, "on matrices and embeddings, not on norms", least=0)
-    clip: float = flag(1.0, "gradient norm above which gradients are scaled down", above=0)
+    clip: float = flag(1.0, "gradient norm above which gradients are scaled down; 0: never", least=0)
     z_loss: float = flag(3.5e-6, "coefficient of the router's z-loss", least=0)
     balance_rate: float = flag(1e-3, "how far a step moves each expert's bias towards an even load", least=0)
     seed: int = flag(0, "of the weights, the order of documents and the sample", least=0)
@@ -98,7 +102,7 @@ class Settings:
 # What may be given anew to a resumed run, which stays the same run all the same.
 FREE = {"steps", "eval_every", "save_every", "keep", "log_every", "max_bad_steps", "sample_tokens", "device", "threads",
         "precision", "master", "recompute", "fp8_weights", "fp8_wgrad", "fp8_transposed", "fp8_scales", "fp8_watch",
-        "fp8_fallback", "spike_loss", "spike_norm"}  # fmt: skip
+        "fp8_fallback", "spike_loss", "spike_norm", "step_in_backward"}  # fmt: skip
 
 # Peak learning rates and batches of arXiv 2510.22115, table 1; one device needs micro batches.
 PRESET_DEFAULTS = {
@@ -122,7 +126,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         options = {k: v for k, v in f.metadata.items() if k not in ("least", "above", "shown")}
         default = f.metadata.get("shown", f.default)
         options["help"] = f"{options['help']} (default: {default})"
-        if "choices" not in options:
+        if "choices" not in options and "action" not in options:
             options["type"] = next((kind for kind in (int, float) if f.type in (kind, kind | None)), str)
             options["metavar"] = {int: "N", float: "X"}.get(options["type"], f.name.upper())
         parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **options)
@@ -140,7 +144,10 @@ def settings_of(given: dict, saved: dict | None = None) -> Settings:
         if name not in FREE and value != before:
             raise InputError(f"{name} is {before!r} in the run to resume and {value!r} here: leave --{name} out"
                              .replace(f"--{name}", f"--{name.replace('_', '-')}"))  # fmt: skip
-    return replace(had, **given)
+    new = replace(had, **given)
+    if new.optimizer == "muon" and new.master != had.master:
+        raise InputError(f"--master {new.master}: the run's is {had.master}, with which muon keeps other states")
+    return new
 
 
 def to_json(settings: Settings) -> dict:
@@ -168,10 +175,12 @@ def check(s: Settings, config: LingConfig) -> None:
         raise InputError(f"--batch {s.batch} is not a multiple of --micro-batch {micro}")
     if s.recompute in ("norm_act", "experts") and s.precision != "fp8":
         raise InputError(f"--recompute {s.recompute} needs --precision fp8; none and full work with any")
-    if s.master == "bf16" and s.optimizer != "adamw8bit":
-        raise InputError(f"--master bf16 needs --optimizer adamw8bit: {s.optimizer} rounds to the nearest, and stalls")
+    if s.master == "bf16" and s.optimizer == "adamw":
+        raise InputError("--master bf16 needs --optimizer adamw8bit or muon: adamw rounds to the nearest, and stalls")
     if s.master == "bf16" and s.precision not in ("bf16", "fp8"):
         raise InputError("--master bf16 needs --precision bf16 or fp8")
+    if s.step_in_backward:
+        check_step_in_backward(s)
     if s.fp8_fallback and not s.fp8_watch:
         raise InputError(f"--fp8-fallback {s.fp8_fallback} needs measurements: give --fp8-watch")
     if s.seed >= 1 << 63:
@@ -179,3 +188,13 @@ def check(s: Settings, config: LingConfig) -> None:
     if s.ramp and not (0 < s.ramp[0] <= s.batch and s.ramp[0] % micro == 0):
         raise InputError(f"--batch-ramp {s.batch_ramp}: START must lie between 1 and --batch {s.batch}"
                          f" and be a multiple of --micro-batch {micro}")  # fmt: skip
+
+
+def check_step_in_backward(s: Settings) -> None:
+    if s.micro_batch not in (None, s.batch):
+        raise InputError(f"--step-in-backward uses up a gradient before a second micro batch can add to it:"
+                         f" --batch {s.batch} is more than --micro-batch {s.micro_batch}")  # fmt: skip
+    if s.clip or s.spike_norm:
+        given = f"--clip {s.clip}" if s.clip else f"--spike-norm {s.spike_norm}"
+        raise InputError(f"{given} needs the norm of all gradients, which --step-in-backward changes weights without:"
+                         f" {'give --clip 0' if s.clip else 'leave it out'}")  # fmt: skip
