@@ -311,6 +311,17 @@ def dequantized(fn: Callable) -> Callable:
     return call
 
 
+def with_fp8_rows(fn: Callable, exact: bool = False) -> Callable:
+    """fn's result and what it makes of it in FP8, as dequantised; exact: as it was before."""
+
+    @functools.wraps(fn)
+    def call(*args, **kwargs):
+        out, q, scale = fn(*args, **kwargs, quantize=True)
+        return out, out.flatten(2).flatten(0, 1) if exact else dequantize(q, scale)
+
+    return call
+
+
 def swiglu_unquantized(x, weights, quantize, columns=False, plan=None, pow2=False):
     """What dequantized(swiglu) approximates."""
     y, scales = swiglu_ref(x, weights), swiglu_ref(x, weights, quantize, columns, plan, pow2)[1::2]
@@ -722,6 +733,14 @@ CASES = [
         dtypes=(BF16,), backends=("torch", "triton", "cuda"), hopper=NORM_DECODE_HOPPER,
         bytes=lambda **shape: norm_decode_bytes(**shape, fp8=True),
         defined=lambda outs, args: [outs[0], *(c.to(s.dtype) * s[..., None] for c, s in (outs[1::2], outs[2::2]))],
+    ),
+    Case(
+        writing(with_fp8_rows(qk_norm_attention_decode), 5), writing(with_fp8_rows(qk_norm_attention_decode_ref), 5),
+        norm_decode_args,
+        [dict(lengths=(5,), Hq=2, Hkv=1, D=128, R=64, block_size=16),
+         dict(lengths=(4096,) * 32, Hq=16, Hkv=4, D=128, R=64, P=4096, block_size=64)],
+        dtypes=(BF16,), truth=writing(with_fp8_rows(qk_norm_attention_decode_ref, exact=True), 5),
+        backends=("torch", "triton", "cuda"), hopper=NORM_DECODE_HOPPER[:1], bytes=norm_decode_bytes,
     ),
     Case(
         qk_norm_rope, qk_norm_rope_ref, qk_norm_rope_args,

@@ -33,7 +33,6 @@ __global__ void __launch_bounds__(kThreads, 1) moe_decode_kernel(const __grid_co
     find_jobs<kFp8, Router>(jobs, p, x);
     Feed<kFp8, kDepth> feed{p, jobs, Stream<kFp8, kDepth>(memory + warp * Memory::Queue::kBytes)};
     for (int i = 0; i < kDepth; i++) feed.push();
-    __syncthreads();
 
     const Partials partials{reinterpret_cast<float*>(memory + Memory::kPartials), p.T};
     up(feed, partials, x, slots);

@@ -194,7 +194,7 @@ __device__ inline void prefetch(const uint8_t* from, int64_t bytes) {
 
 __device__ inline float rounded(float x) { return static_cast<float>(__float2bfloat16_rn(x)); }
 
-// Every block finds the jobs; `x` is staged meanwhile.
+// Every block finds the jobs; `x` is staged meanwhile. The slots are there after the next __syncthreads().
 template <bool kFp8, typename Router> __device__ void find_jobs(Jobs& jobs, const Problem& p, const Operand<kFp8>& x) {
     constexpr int kTop = Router::kTop, kPer = Router::kOwn;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, slots = p.T * kTop;
