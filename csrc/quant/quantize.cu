@@ -74,6 +74,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
     const Quotient<kPow2> over(scale);
 #pragma unroll
     for (int i = 0; i < 4; i++) *reinterpret_cast<uint2*>(w_q + at + i * int64_t{K}) = encode8(in.v[i], over);
+    __threadfence();  // for a kernel that starts as this one ends and reads weights before it waits
 }
 
 template <typename F> void dispatch(DType dtype, bool pow2, F&& f) {
