@@ -266,4 +266,4 @@ def test_help_names_every_flag_and_default(capsys):
     assert end.value.code == 0
     for f in Settings.__dataclass_fields__:
         assert f"--{f.replace('_', '-')} " in shown
-    assert shown.count("(default: ") == len(Settings.__dataclass_fields__) + 2 and "(default: 3.5e-06)" in shown
+    assert shown.count("(default: ") == len(Settings.__dataclass_fields__) + 3 and "(default: 3.5e-06)" in shown
