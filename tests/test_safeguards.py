@@ -17,8 +17,10 @@ from ling_kernels.ops.dispatch import dispatch
 from ling_kernels.ops.quantize import dequantize, quantize_blocks
 from ling_kernels.train import checkpoint as ckpt
 from ling_kernels.train import loop
-from ling_kernels.train.__main__ import main
+from ling_kernels.train.__main__ import lighten, main
+from ling_kernels.train.optimizer import StepInBackward
 from ling_kernels.train.safeguards import BANDS, ENOUGH, FIRST, FLOOR, OWN, WINDOW, Watch, losses, spike, to_bf16
+from ling_kernels.train.settings import Settings
 from tests.test_fp8_training import WHOLE, metrics_of, whole  # noqa: F401
 from tests.test_train import snapshot, trainer
 from tests.training import flags, one_line_error, small, text  # noqa: F401
@@ -254,10 +256,11 @@ def test_what_a_spike_is():
     assert spike([1.0, 2.5], rows, (2.0, 2.0)) == "gradient norm 2.5 times the median of 16 steps"
 
 
-@pytest.mark.parametrize("what", ["spike_loss", "spike_norm"])
-def test_a_spike_is_skipped(tmp_path, text, what):
+@pytest.mark.parametrize("what, light", [("spike_loss", False), ("spike_norm", False), ("spike_loss", True)])
+def test_a_spike_is_skipped(tmp_path, text, what, light):
     model, optimizer, packed, settings, progress = trainer(text, tmp_path, **{what: 2.0})
-    step = lambda s: loop.train_step(model, optimizer, packed, s, progress, torch.float32)[0]  # noqa: E731
+    in_backward = StepInBackward(model, optimizer) if light else None
+    step = lambda s: loop.train_step(model, optimizer, packed, s, progress, torch.float32, in_backward)[0]  # noqa: E731
     usual = step(settings)
     assert progress.recent == [[usual["loss"], usual["grad_norm"]]]
     recent = progress.recent = [[v / 3 for v in progress.recent[0]]] * WINDOW
@@ -270,6 +273,12 @@ def test_a_spike_is_skipped(tmp_path, text, what):
     taken = step(replace(settings, **{what: None}))
     assert "skipped" not in taken and progress.bad == 0 and len(progress.recent) == WINDOW
     assert progress.recent[-1] == [taken["loss"], taken["grad_norm"]]
+
+
+def test_a_watch_of_nothing_is_said():
+    settings = Settings(precision="bf16", fp8_watch=2)
+    assert "--fp8-watch has nothing" in lighten(Ling(WHOLE), settings)[0]
+    assert not lighten(Ling(WHOLE), replace(settings, fp8_watch=0))
 
 
 def test_bad_input(small, text, tmp_path, capsys):

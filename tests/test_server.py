@@ -2,10 +2,7 @@
 
 import asyncio
 import json
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 
@@ -22,7 +19,7 @@ httpx = pytest.importorskip("httpx")
 pytest.importorskip("fastapi")
 uvicorn = pytest.importorskip("uvicorn")
 
-from ling_kernels.generate.server import Service, main, make_app  # noqa: E402
+from ling_kernels.generate.server import Service, make_app  # noqa: E402
 
 ASK = dict(model="speller", prompt="a", temperature=0, max_tokens=3)
 
@@ -353,37 +350,3 @@ def test_what_runs_is_finished_before_the_server_ends(checkpoint):
     assert "data: [DONE]" in got and own.metrics.ended == {"length": 1}
     with socket.socket() as late:
         assert late.connect_ex(("127.0.0.1", port)) != 0
-
-
-@pytest.mark.parametrize("args, said", [
-    ([], "--model"), (["--model", "tiny"], "checkpoint folder"), (["--model", "/nowhere"], "/nowhere"),
-    (["--model", "tiny", "--max-waiting", "0"], "--max-waiting"),
-    (["--model", "tiny", "--timeout", "nan"], "--timeout"),
-    (["--model", "tiny", "--key", ""], "--key"),
-])  # fmt: skip
-def test_bad_arguments(capsys, args, said):
-    assert main(args) == 2
-    assert said in capsys.readouterr().err
-
-
-def test_a_port_in_use(checkpoint, capsys):
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        assert main(["--model", checkpoint, "--port", str(taken.getsockname()[1])]) == 2
-    assert "cannot listen on 127.0.0.1" in capsys.readouterr().err
-
-
-def test_the_command_finishes_what_runs_when_it_is_told_to_end(checkpoint):
-    args = ["--model", checkpoint, "--port", "0", "--name", "speller"]
-    command = [sys.executable, "-m", "ling_kernels.generate.server", *args]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            where = process.stdout.readline().split()[2].removesuffix("/v1,")
-            asked, got = ASK | dict(max_tokens=150, ignore_eos=True, stream=True), []
-            with httpx.stream("POST", f"{where}/v1/completions", json=asked, timeout=60) as response:
-                for line in response.iter_lines():
-                    if not got:
-                        process.send_signal(signal.SIGTERM)
-                    got.append(line)
-            assert "data: [DONE]" in got and process.wait(60) == -signal.SIGTERM and process.stderr.read() == ""
-        finally:
-            process.kill()

@@ -25,7 +25,7 @@ NUMBERS = [
     ("--seq-len 4096", "128 positions"), ("--batch 0", "--batch"), ("--batch 6 --micro-batch 4", "multiple"),
     ("--batch-ramp 4", "START:STEPS"), ("--batch-ramp 4:0", "START:STEPS"), ("--batch-ramp 64:10", "START"),
     ("--batch 8 --micro-batch 4 --batch-ramp 2:10", "multiple"), ("--warmup -1", "--warmup"), ("--keep -1", "--keep"),
-    ("--seed -1", "--seed"), ("--seed 9223372036854775808", "--seed"), ("--clip 0", "--clip"),
+    ("--seed -1", "--seed"), ("--seed 9223372036854775808", "--seed"), ("--clip -1", "--clip"),
     ("--eval-rows 0", "--eval-rows"), ("--threads 0", "--threads"), ("--holdout 1", "--holdout"),
     ("--precision fp4", "--precision"), ("--recompute experts", "--precision fp8"), ("--recompute most", "--recompute"),
     ("--nonsense 3", "--nonsense"), ("--weight-decay -0.1", "--weight-decay"), ("--max-bad-steps 0", "--max-bad-steps"),
@@ -266,4 +266,4 @@ def test_help_names_every_flag_and_default(capsys):
     assert end.value.code == 0
     for f in Settings.__dataclass_fields__:
         assert f"--{f.replace('_', '-')} " in shown
-    assert shown.count("(default: ") == len(Settings.__dataclass_fields__) + 2 and "(default: 3.5e-06)" in shown
+    assert shown.count("(default: ") == len(Settings.__dataclass_fields__) + 3 and "(default: 3.5e-06)" in shown

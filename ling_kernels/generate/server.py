@@ -8,6 +8,9 @@ import argparse
 import secrets
 import socket
 import sys
+from pathlib import Path
+
+import torch
 
 try:
     import uvicorn
@@ -136,6 +139,7 @@ def arguments() -> Parser:
     add("--max-waiting", type=int, default=1024, metavar="N", help="requests that may queue (default: 1024)")
     add("--timeout", type=float, metavar="SECONDS", help="that an answer may take (default: any)")
     add("--draft", type=int, default=0, metavar="N", help="tokens to guess ahead in each step (default: none)")
+    add("--cache", choices=("auto", "fp8"), default="auto", help="keys and values: the model's type (default), or FP8")
     add("--cache-tokens", type=int, metavar="N", help="that the KV cache holds (default: what memory there is)")
     return parser
 
@@ -163,6 +167,20 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
+def start(args: argparse.Namespace, folder: Path) -> Engine:
+    engine = Engine(
+        load_model(folder, **placement(args)),
+        cache_tokens=args.cache_tokens,
+        cache_dtype=torch.float8_e4m3fn if args.cache == "fp8" else None,
+        max_running=args.max_running,
+        max_rows=max(2048, args.max_running * (1 + args.draft)),
+        max_waiting=args.max_waiting,
+        draft=args.draft,
+    )
+    engine.warm_up()
+    return engine
+
+
 @command
 def main(argv: list[str] | None = None) -> int:
     args = arguments().parse_args(argv)
@@ -170,15 +188,12 @@ def main(argv: list[str] | None = None) -> int:
     config, folder = checkpoint(args.model)
     tokenizer = find_tokenizer(args.tokenizer, folder, config)
     with bind(args.host, args.port) as listener:
-        engine = Engine(
-            load_model(folder, **placement(args)),
-            cache_tokens=args.cache_tokens,
-            max_running=args.max_running,
-            max_rows=max(2048, args.max_running * (1 + args.draft)),
-            max_waiting=args.max_waiting,
-            draft=args.draft,
-        )
-        engine.warm_up()
+        try:
+            engine = start(args, folder)
+        except torch.OutOfMemoryError:
+            raise InputError(
+                "the GPU's memory is too small; ling_kernels.generate.plan says what a model takes"
+            ) from None
         name, ends = args.name or folder.resolve().name, frozenset(end_ids(config, tokenizer, folder))
         service = Service(engine, tokenizer, name, ends, args.key, args.max_tokens, args.max_body, args.timeout)
         listener.listen(2048)  # from now on a call may come, though it waits a moment

@@ -40,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             given = vars(parser().parse_args(argv))
             layout = given.pop("layout")
             if given.pop("plan"):
-                return show_plan(given, Layout.parse(layout) if layout else Layout())
-            if layout:
+                return show_plan(given, Layout() if layout is None else Layout.parse(layout))
+            if layout is not None:
                 raise InputError(f"--layout {layout} is for --plan: training is on one GPU")
             return run(given)
     except KeyboardInterrupt:
@@ -162,6 +162,8 @@ def lighten(model: Ling, s: Settings) -> list[str]:
         kinds = dict.fromkeys(re.sub(r"\b\d+\.", "*.", name) for name in left)
         rest = f"; in bf16, their sizes being no multiples of 128: {'; '.join(kinds)}" if left else ""
         said.append(f"fp8        {len(made)} of {len(made) + len(left)} layers{rest}")
+    elif s.fp8_watch:
+        said.append("fp8        none of the layers: --fp8-watch has nothing to measure")
     if s.recompute == "full":
         model.recompute_()
     return said
@@ -188,10 +190,10 @@ def show_plan(given: dict, layout: Layout) -> int:
 
 def layout_lines(config: LingConfig, settings: Settings, layout: Layout, stage: int, plans: dict[int, Plan]) -> list:
     """The stages, what an uneven load of experts would add, and that nobody can train so yet."""
-    said, rows = [], settings.batch // (settings.micro_batch or settings.batch)
+    said, number = [], settings.batch // (settings.micro_batch or settings.batch)
     if layout.pp > 1:
         stages = ", ".join(
-            f"{i + 1} {size(plan.peak)} ({Rank(layout, i).in_flight(rows)} in flight)" for i, plan in plans.items()
+            f"{i + 1} {size(plan.peak)} ({Rank(layout, i).in_flight(number)} in flight)" for i, plan in plans.items()
         )
         said.append(f"{'stages':<12}  {stages}; this is stage {stage + 1}; equal ones have fewer in flight")
     if layout.ep > 1:

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw as adamw_functional
 
-from ..ops.adamw_8bit import Moments, adamw_8bit, adamw_8bit_state, round_stochastically, rounding_keys, seeds
+from ..ops.adamw_8bit import Moments, adamw_8bit, round_stochastically, rounding_keys, seeds
 from ..ops.grad_norm import grad_norm
+from .sharded import is_sharded, local, moments_of, place
 
 OPTIMIZERS = ("adamw", "adamw8bit", "muon")
 MASTERS = ("fp32", "bf16")
 BETAS, EPS = (0.9, 0.95), 1e-8
+SHARD = 0x9E3779B1  # between the seeds of a parameter's shards
 CHUNK = 1 << 22  # elements, or one matrix, that Muon has in fp32 at a time
 
 
@@ -72,14 +74,28 @@ class AdamW8bit(Stepping):
     """AdamW with the moments of matrices in 8 bits, those of vectors in fp32; bf16 parameters rounded stochastically,
     by random bits that the seed and a parameter's place in its group choose.
 
-    A parameter whose attribute `fp8` is a copy of nn.fp8 that is up to date gets it requantised in the same pass.
+    A parameter whose attribute `fp8` is a copy of nn.fp8 that is up to date gets it requantised in the same pass. Those
+    that FSDP2 has sharded have state that is sharded alike (`sharded`), and the bits of a run that is not, but for
+    random ones, which differ from shard to shard.
     """
-
-    raises_version = True
 
     def __init__(self, groups, lr: float, seed: int = 0, betas=BETAS, eps: float = EPS, weight_decay: float = 0.0):
         super().__init__(groups, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
         self.seed, self.seeds = seed, {}
+
+    @property
+    def raises_version(self) -> bool:
+        """Of a sharded parameter not that of the whole ones, which are gathered anew."""
+        return not any(is_sharded(p) for group in self.param_groups for p in group["params"])
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """torch casts a state to its parameter's precision, and shares what it need not cast: here neither."""
+        super().load_state_dict(state_dict)
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, p in zip(ids, params, strict=True):
+            for name, value in state_dict["state"].get(i, {}).items():
+                self.state[p][name] = value.to(p.device, copy=True)
 
     def update(self) -> None:
         for number, group in enumerate(self.param_groups):
@@ -96,22 +112,21 @@ class AdamW8bit(Stepping):
             return
         for p in params:
             if not self.state[p]:
-                (moments,) = adamw_8bit_state([p])
-                self.state[p] = dict(step=torch.zeros((), device=p.device), **moments._asdict())
+                self.state[p] = dict(step=torch.zeros((), device=p.device), **moments_of(p))
         if number not in self.seeds:
             matrices = [p for p in group["params"] if p.ndim >= 2]
-            of_each = seeds(len(matrices), self.seed + number, params[0].device).unbind()
-            self.seeds[number] = dict(zip(matrices, of_each, strict=True))
-        states = [self.state[p] for p in params]
-        steps = [s["step"] for s in states]
+            of_each = seeds(len(matrices), self.seed + number, local(params[0]).device).unbind()
+            self.seeds[number] = {p: s + SHARD * place(p) for p, s in zip(matrices, of_each, strict=True)}
+        steps = [self.state[p]["step"] for p in params]
         torch._foreach_add_(steps, 1)
         copies = [getattr(p, "fp8", None) for p in params]
         pow2 = any(c is not None and c.pow2 for c in copies)
         for p, copy in zip(params, copies, strict=True):
             if copy is not None:
                 copy.written = copy.pow2 == pow2 and copy.up_to_date(p)
+        moments = [Moments(*(local(self.state[p][k]).view(-1) for k in Moments._fields)) for p in params]
         adamw_8bit(
-            params, [p.grad for p in params], [Moments(*(s[k] for k in Moments._fields)) for s in states],
+            [local(p) for p in params], [local(p.grad) for p in params], moments,
             group["lr"], group["betas"], group["eps"], group["weight_decay"], torch.stack(steps),
             self.grad_scale, self.found_inf, torch.stack([self.seeds[number][p] for p in params]),
             [c.made if c is not None and c.written else None for c in copies], pow2,
@@ -124,11 +139,11 @@ class AdamW8bit(Stepping):
             if not self.state[p]:
                 zeros = {k: torch.zeros_like(p) for k in ("exp_avg", "exp_avg_sq")}
                 self.state[p] = dict(step=torch.zeros((), device=p.device), **zeros)
-        states = [self.state[p] for p in params]
         beta1, beta2 = group["betas"]
+        moments = ([local(self.state[p][k]) for p in params] for k in ("exp_avg", "exp_avg_sq"))
         adamw_functional(
-            params, [p.grad for p in params], *([s[k] for s in states] for k in ("exp_avg", "exp_avg_sq")), [],
-            [s["step"] for s in states], fused=True, grad_scale=self.grad_scale, found_inf=self.found_inf,
+            [local(p) for p in params], [local(p.grad) for p in params], *moments, [],
+            [self.state[p]["step"] for p in params], fused=True, grad_scale=self.grad_scale, found_inf=self.found_inf,
             amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"],
             eps=group["eps"], maximize=False,
         )  # fmt: skip

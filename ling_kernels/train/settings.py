@@ -41,7 +41,7 @@ class Settings:
     )
     step_in_backward: bool = flag(
         False, "change each weight as soon as its gradient is there, and free that: needs one micro batch and --clip 0",
-        action=argparse.BooleanOptionalAction,
+        action=argparse.BooleanOptionalAction, shown="off",
     )  # fmt: skip
     optimizer: str = flag(
         "adamw", "adamw8bit keeps the moments in 8 bits; muon takes AdamW for what is no layer's matrix",
