@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.clock import Tick
+from benchmarks.models import made_as
 from benchmarks.observe import breakdown, peak_memory
 from ling_kernels.model import Ling, LingConfig
 from ling_kernels.model.transformer import Layer
@@ -129,13 +130,8 @@ def layer_of(E: int) -> Layer:
     need = 4 * (E + 1) * 3 * MINI.hidden_size * MINI.moe_intermediate_size
     if not GPU and need * 1.5 > free_memory():
         pytest.skip(f"a layer of Ling-mini in fp32 takes {need / 1e9:.1f} GB, more than this machine has free")
-    before = torch.get_default_dtype()
-    try:
-        torch.set_default_dtype(DTYPE)
-        with torch.device(DEVICE):
-            built = Layer(dataclasses.replace(MINI, num_experts=E), dense=False).eval()
-    finally:
-        torch.set_default_dtype(before)
+    with made_as(DTYPE, DEVICE):
+        built = Layer(dataclasses.replace(MINI, num_experts=E), dense=False).eval()
     g = torch.Generator(DEVICE).manual_seed(0)
     with torch.no_grad():
         for p in built.parameters():

@@ -11,7 +11,6 @@ working tree counts but its last commit. Needs no torch itself.
 """
 
 import argparse
-import datetime
 import json
 import os
 import platform
@@ -23,7 +22,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.gpu import commit
+from benchmarks.gpu import origin
 
 ROOT = Path(__file__).parents[1]
 PYTHON = next(p for p in (ROOT / ".venv/bin/python", Path(sys.executable)) if p.exists())
@@ -93,12 +92,10 @@ def main() -> None:
     if unknown := {*args.names} - {*COMMANDS}:
         parser.error(f"{', '.join(sorted(unknown))}: not among train, ci and build")
     path = args.results / f"commands-{platform.system().lower()}-{platform.machine()}.json"
-    about = dict(
-        commit=commit().removesuffix("-dirty"),  # the clone is clean
-        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        machine=f"{platform.system()}, {platform.machine()}", cores=os.cpu_count(), load=round(os.getloadavg()[0], 2),
-        python=platform.python_version(),
-    )  # fmt: skip
+    about = origin() | dict(
+        machine=f"{platform.system()}, {platform.machine()}", cores=os.cpu_count(), load=round(os.getloadavg()[0], 2)
+    )
+    about["commit"] = about["commit"].removesuffix("-dirty")  # the clone is clean
     args.results.mkdir(parents=True, exist_ok=True)
     result = begin(path, about)
     for name in args.names:

@@ -52,8 +52,9 @@ def steps(build: bool) -> list[Step]:
         Step("build", [*python, "setup.py", "-q", "build_ext", "--inplace"], 150, without=no_nvcc),
         Step("load", [*python, "-c", "import ling_kernels._C as C; print(C.__file__, C.device_count())"], 10),
         Step("tests", [*pytest, *parallel, "-p", "no:benchmark", "tests/test_ops.py",
-              "tests/test_cutlass_on_gpu.py", "tests/test_generate.py"], 150),
-        Step("benchmarks", [*pytest, *timed, "benchmarks"], 130,
+              "tests/test_cutlass_on_gpu.py", "tests/test_generate.py"], 130),
+        Step("model", [*pytest, "-p", "no:benchmark", "tests/test_model_on_gpu.py"], 60),
+        Step("benchmarks", [*pytest, *timed, "benchmarks"], 100,
              without=None if timed else "pytest-benchmark is not installed"),
         Step("selftest", ["sh", "-c", f"{compile_it} && '{selftest}'"], 30, without=no_nvcc),
     ]  # fmt: skip
@@ -153,6 +154,12 @@ def commit() -> str:
         return STAMP.read_text().strip() if STAMP.exists() else "unknown: no make stamp where the history is"
 
 
+def origin() -> dict:
+    """What every results file says of where it comes from; needs no torch."""
+    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    return dict(commit=commit(), date=date, python=platform.python_version())
+
+
 def clocks() -> dict | str:
     """Read, never set."""
     fields = "driver_version clocks.sm clocks.mem clocks.max.sm clocks.max.mem power.draw power.limit temperature.gpu"
@@ -182,10 +189,9 @@ def new_report() -> dict:
     import triton
 
     properties = torch.cuda.get_device_properties(0)
-    return dict(
-        commit=commit(), date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        gpu=properties.name, sms=properties.multi_processor_count, python=platform.python_version(),
-        torch=torch.__version__, cuda=torch.version.cuda, triton=triton.__version__, clocks=clocks(), steps={},
+    return origin() | dict(
+        gpu=properties.name, sms=properties.multi_processor_count, torch=torch.__version__, cuda=torch.version.cuda,
+        triton=triton.__version__, clocks=clocks(), steps={},
     )  # fmt: skip
 
 

@@ -8,7 +8,6 @@ Where there is no GPU: the MoE layer and the host's part on the CPU, and what ev
 
 import argparse
 import contextlib
-import datetime
 import importlib.util
 import json
 import os
@@ -22,7 +21,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import peers, predict, report
-from benchmarks.gpu import clocks, commit
+from benchmarks.gpu import clocks, origin
 from ling_kernels.errors import InputError, command
 from ling_kernels.files import whole
 
@@ -32,9 +31,8 @@ TIMES = ROOT / "build/bench/times.json"
 
 def machine() -> dict:
     """What a result must say of where it comes from."""
-    about = dict(
-        commit=commit(), date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        python=platform.python_version(), torch=torch.__version__, triton=peers.version("triton"),
+    about = origin() | dict(
+        torch=torch.__version__, triton=peers.version("triton"),
         threads=int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())), cores=os.cpu_count(),
         load=round(os.getloadavg()[0], 2),
     )  # fmt: skip

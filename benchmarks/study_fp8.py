@@ -9,9 +9,7 @@ report   The tables of docs/fp8.md and docs/fp8-study.png from --results.
 """
 
 import argparse
-import datetime
 import json
-import platform
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -22,7 +20,7 @@ from statistics import mean
 import torch
 from torch import Tensor, nn
 
-from benchmarks.gpu import commit
+from benchmarks.gpu import origin
 from ling_kernels.errors import InputError, command
 from ling_kernels.files import whole
 from ling_kernels.model import Ling, LingConfig
@@ -107,11 +105,8 @@ def run(config: LingConfig, settings: Settings, precision: str, weights: Path, n
     return about | dict(val_loss=val_loss, losses=losses)
 
 
-def origin() -> dict:
-    return dict(
-        commit=commit(), date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        python=platform.python_version(), torch=torch.__version__, threads=torch.get_num_threads(),
-    )  # fmt: skip
+def here() -> dict:
+    return origin() | dict(torch=torch.__version__, threads=torch.get_num_threads())
 
 
 def write(path: Path, result: dict) -> None:
@@ -127,7 +122,7 @@ def train_all(results: Path, weights: Path, settings: Settings) -> None:
             continue
         print(name, flush=True)
         config, mine = replace(CONFIG, use_qk_norm=qk_norm), replace(settings, seed=seed)
-        about = dict(name=name, precision=precision, qk_norm=qk_norm, seed=seed) | origin()
+        about = dict(name=name, precision=precision, qk_norm=qk_norm, seed=seed) | here()
         with deterministic():
             done = run(config, mine, precision, weights, name)
         write(results / f"{name}.json", about | dict(settings=asdict(mine), config=asdict(config)) | done)
@@ -149,8 +144,8 @@ def measure_all(results: Path, weights: Path) -> None:
         if qk_norm:
             errors[seed] = layer_errors(config, state, batches[0])
         print(name, flush=True)
-    write(results / "operands.json", origin() | dict(norm=losses[True], plain=losses[False]))
-    write(results / "gradients.json", origin() | dict(errors=errors))
+    write(results / "operands.json", here() | dict(norm=losses[True], plain=losses[False]))
+    write(results / "gradients.json", here() | dict(errors=errors))
 
 
 def operands(config: LingConfig, state: dict, batches: list) -> dict[str, dict[str, list[float]]]:

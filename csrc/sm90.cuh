@@ -296,12 +296,4 @@ template <int kStages> struct Ring {
     }
 };
 
-// Of the current GPU
-inline int multiprocessors() {
-    int device, n;
-    LING_CUDA_CHECK(cudaGetDevice(&device));
-    LING_CUDA_CHECK(cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device));
-    return n;
-}
-
 }  // namespace ling

@@ -29,7 +29,8 @@ from ling_kernels.ops.grouped_gemm_fp8 import (
 )
 from ling_kernels.ops.grouped_wgrad import grouped_wgrad, grouped_wgrad_ref
 from ling_kernels.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
-from ling_kernels.ops.moe import moe, moe_decode
+from ling_kernels.ops.moe import moe
+from ling_kernels.ops.moe_decode import moe_decode
 from ling_kernels.ops.permute import permute, permute_quantize, permute_quantize_ref, permute_ref
 from ling_kernels.ops.qk_norm_attention import qk_norm_attention, qk_norm_attention_ref
 from ling_kernels.ops.qk_norm_attention_decode import qk_norm_attention_decode, qk_norm_attention_decode_ref
@@ -43,6 +44,7 @@ from ling_kernels.ops.quantize import (
     quantize_weight_ref,
 )
 from ling_kernels.ops.rms_norm import rms_norm, rms_norm_ref
+from ling_kernels.ops.rms_norm_router import rms_norm_router
 from ling_kernels.ops.rope_tables import rope_tables
 from ling_kernels.ops.route import route, route_ref
 from ling_kernels.ops.router_gemm import router_gemm, router_gemm_ref
@@ -195,6 +197,13 @@ def moe_args(rand, T, E, H, F, groups=1, group_topk=1, topk=2, Fs=0, masked=Fals
     return x, router_w, bias, *weights[:2], tuple(weights[2:]) or None, mask, groups, group_topk, topk, 2.0
 
 
+def moe_decode_args(rand, residual=False, norm=False, **shape):
+    x, *args = moe_args(rand, **shape)
+    like_x = rand.data(*x.shape) if residual else None
+    weight = 1 + rand.data(x.shape[1]) / 4 if norm else None
+    return (x.detach(), *args[:5], *args[6:], like_x, weight, 0.1)
+
+
 def qk_norm_attention_flops(q, Hq, Hkv, D, **others):
     return 2 * sum(n * n for n in q) * Hq * D
 
@@ -207,6 +216,13 @@ def moe_decode_bytes(T, E, H, F, topk=2, Fs=0, fp8=False, **others):
     """Of the experts, as many as T x topk different ones."""
     weights = 3 * H * (min(E, T * topk) * F + Fs)
     return weights * (1 if fp8 else 2) + 4 * E * H + 4 * T * H
+
+
+def norm_router_args(rand, T, E, H, plain=False, wide=False):
+    """plain: no residual; wide: all but x fp32."""
+    dtype = FP32 if wide else None
+    x, w, router_w = rand.data(T, H), 1 + rand.data(H, dtype=dtype) / 4, rand.data(E, H, dtype=dtype)
+    return (x, w, router_w) if plain else (x, w, router_w, rand.data(T, H, dtype=dtype))
 
 
 def router_args(rand, T, E, H, far=0):
@@ -291,6 +307,17 @@ def dequantized(fn: Callable) -> Callable:
         out, *others = out if isinstance(out[0], tuple) else (out,)
         pairs = zip(out[::2], out[1::2], strict=True)
         return *(t for q, scale in pairs for t in (dequantize(q, scale), scale)), *others
+
+    return call
+
+
+def with_fp8_rows(fn: Callable, exact: bool = False) -> Callable:
+    """fn's result and what it makes of it in FP8, as dequantised; exact: as it was before."""
+
+    @functools.wraps(fn)
+    def call(*args, **kwargs):
+        out, q, scale = fn(*args, **kwargs, quantize=True)
+        return out, out.flatten(2).flatten(0, 1) if exact else dequantize(q, scale)
 
     return call
 
@@ -622,9 +649,11 @@ CASES = [
     ),
     Case(
         moe_decode, by_references(moe_decode),
-        lambda rand, **shape: (*(args := moe_args(rand, **shape))[:6], *args[7:]),
-        [dict(T=1, E=16, H=24, F=20, groups=4, group_topk=2, topk=4, Fs=12),
+        moe_decode_args,
+        [dict(T=1, E=16, H=24, F=20, groups=4, group_topk=2, topk=4, Fs=12, residual=True),
          dict(T=8, E=4, H=128, F=128, Fs=128, fp8=True),
+         dict(T=3, E=16, H=128, F=256, groups=4, group_topk=2, topk=4, Fs=128, fp8=True, residual=True, norm=True),
+         dict(T=2, E=16, H=128, F=128, groups=4, group_topk=2, topk=4, norm=True),
          dict(T=1, E=256, H=2048, F=512, groups=8, group_topk=4, topk=8, Fs=512, fp8=True)],
         flops=moe_flops, bytes=moe_decode_bytes,
         backends=("torch", "triton", "cuda"), hopper=None,
@@ -704,6 +733,14 @@ CASES = [
         dtypes=(BF16,), backends=("torch", "triton", "cuda"), hopper=NORM_DECODE_HOPPER,
         bytes=lambda **shape: norm_decode_bytes(**shape, fp8=True),
         defined=lambda outs, args: [outs[0], *(c.to(s.dtype) * s[..., None] for c, s in (outs[1::2], outs[2::2]))],
+    ),
+    Case(
+        writing(with_fp8_rows(qk_norm_attention_decode), 5), writing(with_fp8_rows(qk_norm_attention_decode_ref), 5),
+        norm_decode_args,
+        [dict(lengths=(5,), Hq=2, Hkv=1, D=128, R=64, block_size=16),
+         dict(lengths=(4096,) * 32, Hq=16, Hkv=4, D=128, R=64, P=4096, block_size=64)],
+        dtypes=(BF16,), truth=writing(with_fp8_rows(qk_norm_attention_decode_ref, exact=True), 5),
+        backends=("torch", "triton", "cuda"), hopper=NORM_DECODE_HOPPER[:1], bytes=norm_decode_bytes,
     ),
     Case(
         qk_norm_rope, qk_norm_rope_ref, qk_norm_rope_args,
@@ -814,6 +851,15 @@ CASES = [
         [dict(M=0, N=128), dict(M=37, N=512), dict(M=129, N=384), dict(M=16384, N=2048)],
         kwargs=dict(quantize=True, columns=True), backends=("torch", "triton", "cuda"),
         hopper=[dict(M=64, N=n) for n in (2048, 4096, 8192)],
+    ),
+    Case(
+        rms_norm_router, by_references(rms_norm_router), norm_router_args,
+        [dict(T=0, E=4, H=16), dict(T=1, E=5, H=136), dict(T=3, E=16, H=40, wide=True), dict(T=8, E=3, H=2048),
+         dict(T=5, E=6, H=520, plain=True), dict(T=2, E=2, H=8192, wide=True), dict(T=9, E=6, H=64),
+         dict(T=8, E=256, H=2048)],
+        dtypes=(BF16,), kwargs=dict(eps=0.1), product=True, backends=("torch", "triton", "cuda"),
+        hopper=[dict(T=1, E=256, H=2048), dict(T=1, E=256, H=4096, plain=True),
+                *(dict(T=t, E=256, H=h, wide=True) for t in (1, 8) for h in (2048, 8192))],
     ),
     Case(
         route, route_ref,

@@ -16,6 +16,7 @@ from ling_kernels.ops.attention_decode import (
     serves,
 )
 from ling_kernels.ops.qk_norm_attention_decode import qk_norm_attention_decode
+from ling_kernels.ops.quantize import empty_fp8, quantize, quantize_ref
 from tests.cases import DEVICE, Rand, decode_args, norm_decode_args, runs
 from tests.host.build import CSRC, SANITIZE, load, missing
 from tests.test_ops import same_bits
@@ -146,6 +147,18 @@ def test_new_tokens_enter_their_cells_and_no_other(backend, fp8):
 
 
 @pytest.mark.skipif(not runs("triton"), reason="triton cannot run here")
+@on_every_backend
+@pytest.mark.parametrize("D", [128, 64])
+def test_queries_in_fp8_are_those_of_quantize(backend, D):
+    for lengths in ((70, 3, 0), ()):
+        args = norm_decode_args(Rand(BF16), lengths, 2, 4, 2, D, 64, 200, 16)
+        with force(backend):
+            out, *fp8 = qk_norm_attention_decode(*args, quantize=True)
+            want = quantize(out.flatten(2).flatten(0, 1))
+            assert same_bits(out, qk_norm_attention_decode(*args))
+        assert all(same_bits(g, w) and g.stride() == w.stride() for g, w in zip(fp8, want, strict=True))
+
+
 @pytest.mark.parametrize("W", [1, 2, 3, 5, 40])
 def test_any_number_of_programs_gives_the_same(W):
     """Runs that end inside sequences, hold many, and are empty; every slot of scratch that is read was written."""
@@ -269,8 +282,11 @@ def norm_decode(C, args, W):
     want = decode(C, (q.view(B, n, q.shape[1], D), caches[1], table, lengths, scale), W)
     partial = torch.full((W + B, Hkv, n * (H // Hkv - 2), D), torch.nan)
     out, lse = torch.full_like(want, torch.nan), torch.full_like(partial[..., 0], torch.nan)
-    C.qk_norm_attention_decode_fwd(qkv, *norms, *caches[0], table, lengths, out, partial, lse, scale, eps, round_first)
-    return (out, *caches[0]), (want, *caches[1])
+    fp8 = empty_fp8(out, B * n, (H - 2 * Hkv) * D, True, False, None)[:2]
+    C.qk_norm_attention_decode_fwd(
+        qkv, *norms, *caches[0], table, lengths, out, *fp8, partial, lse, scale, eps, round_first
+    )
+    return (out, *fp8, *caches[0]), (want, *quantize_ref(want.flatten(2).flatten(0, 1)), *caches[1])
 
 
 def check_append(C):

@@ -58,7 +58,8 @@ def instructions(code: str) -> dict[str, int]:
         return len(re.findall(rf"\b(?:{pattern})", code))
 
     return dict(
-        qgmma=count("QGMMA"), hgmma=count("HGMMA"), tma_loads=count("UTMALDG"), tma_stores=count("UTMASTG"),
+        qgmma=count("QGMMA"), hgmma=count("HGMMA"), mma=count("HMMA"),
+        tma_loads=count("UTMALDG"), tma_stores=count("UTMASTG"),
         wide_loads=count(r"LDG\.\S*128|LDGSTS\.\S*128|UTMALDG|UBLKCP"), loads=count(r"LDG|UTMALDG|UBLKCP"),
         wide_stores=count(r"STG\.\S*128|UTMASTG"), stores=count("STG|UTMASTG"),
         float_atomics=count(r"(?:RED|ATOM)\w*\.\S*(?:F16|BF16|F32|F64)"),
@@ -98,11 +99,17 @@ def test_no_sums_by_floating_point_atomics(kernels):
 
 
 def test_products_run_on_tensor_cores_fed_by_tma(kernels):
-    products = [r for r in kernels if re.search("gemm|wgrad", r["kernel"]) and "_setup_" not in r["kernel"]]
+    products = [r for r in kernels if re.search("gemm|wgrad", r["kernel"])]
+    products = [r for r in products if not re.search("_setup_|_few_rows_", r["kernel"])]
     assert products
     for r in products:
         wgmma = r["qgmma"] if "fp8" in r["kernel"] else r["hgmma"]
         assert wgmma and r["tma_loads"], f"no wgmma of its type or no UTMALDG: {r}"
+
+
+def test_products_of_few_rows_run_on_tensor_cores(kernels):
+    few = [r for r in kernels if re.search("few_rows|moe_decode", r["kernel"])]
+    assert few and all(r["mma"] and r["wide_loads"] for r in few), few
 
 
 def test_global_memory_moves_16_bytes_at_a_time(kernels):

@@ -117,9 +117,26 @@ def check_dense(C):
         for dtype in (BF16, FP32):
             for accumulate in (False, True):
                 d = rand.data(M, N, dtype=dtype)
-                want = gemm_fp8_ref(a, a_scale, b, b_scale, d.float(), accumulate)
+                want = gemm_fp8_ref(a, a_scale, b, b_scale, d.float().clone(), accumulate)
                 C.gemm_fp8_fwd(a, a_scale, b, b_scale, d, accumulate, False)
                 near(d, want, 2**-7 if dtype == BF16 else 2**-18)
+
+
+def check_few_rows(C):
+    """K shared by 1, 2, 4 and 8 warps, or more than it has parts; more tiles than blocks; a row in a batch."""
+    rand = Rand(FP32)
+    with pytest.MonkeyPatch.context() as patch:
+        for sms, M, N, K in ((1, 3, 640, 256), (3, 1, 256, 640), (3, 8, 128, 5120), (132, 5, 128, 1152),
+                             (3, 2, 128, 384)):  # fmt: skip
+            patch.setenv("LING_HOST_SMS", str(sms))
+            (a, a_scale), (b, b_scale) = quantize(rand.data(M, K)), quantize_weight(rand.data(N, K))
+            for dtype, accumulate in ((BF16, True), (FP32, False), (FP32, True)):
+                d = rand.data(M, N, dtype=dtype)
+                alone, want = d[:1].clone(), gemm_fp8_ref(a, a_scale, b, b_scale, d.float().clone(), accumulate)
+                C.gemm_fp8_fwd(a, a_scale, b, b_scale, d, accumulate, False)
+                near(d, want, 2**-7 if dtype == BF16 else 2**-18)
+                C.gemm_fp8_fwd(a[:1], a_scale[:1], b, b_scale, alone, accumulate, False)
+                assert torch.equal(alone, d[:1])
 
 
 def check_wgrad(C):
@@ -130,19 +147,19 @@ def check_wgrad(C):
             for T, E, N, K, routing in ((70, 4, 256, 384, "masked"), (90, 2, 128, 128, "one")):
                 dy, x, padded, _, _, dy_scale, x_scale, *_ = wgrad_column_args(rand, T, E, N, K, 2, routing)
                 dw = rand.data(E, N, K, dtype=dtype)
-                want = grouped_wgrad_ref(dy, x, padded, dw.float(), accumulate, dy_scale, x_scale, True)
+                want = grouped_wgrad_ref(dy, x, padded, dw.float().clone(), accumulate, dy_scale, x_scale, True)
                 C.grouped_wgrad_fwd(dy, x, padded, dw, accumulate, dy_scale, x_scale, True)
                 near(dw, want, 2**-7 if dtype == BF16 else 2**-18)
             for S, E, N, K, rest in ((200, 5, 136, 264, 9), (70, 1, 24, 40, 3), (300, 3, 128, 256, 0)):
                 offsets = offsets_of(rand, S, E, rest)
                 dy, x = (poison(rand.data(S, n, dtype=BF16), offsets) for n in (N, K))
                 dw = rand.data(E, N, K, dtype=dtype)
-                want = grouped_wgrad_ref(dy, x, offsets, dw.float(), accumulate)
+                want = grouped_wgrad_ref(dy, x, offsets, dw.float().clone(), accumulate)
                 C.grouped_wgrad_fwd(dy, x, offsets, dw, accumulate, None, None, False)
                 near(dw, want, 2**-7 if dtype == BF16 else 2**-16)
 
 
-CHECKS = [check_rows, check_transposed, check_gather, check_masked, check_dense, check_wgrad]
+CHECKS = [check_rows, check_transposed, check_gather, check_masked, check_dense, check_few_rows, check_wgrad]
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda f: f.__name__[6:])
@@ -160,7 +177,7 @@ def test_nothing_to_do():
 
 
 TILES, LOAD, GEMM = "gemm/tiles.cuh", "gemm/load.cuh", "gemm/gemm_fp8.cuh"
-WGRAD, SM90 = "gemm/grouped_wgrad.cu", "sm90.cuh"
+WGRAD, SM90, FEW = "gemm/grouped_wgrad.cu", "sm90.cuh", "gemm/gemm_fp8_few_rows.cu"
 BROKEN = {  # name: (check that must fail, its error, its message, file, right, wrong)
     "reads before the loads are there": (
         check_dense, (AssertionError, RuntimeError), "", GEMM, "s.full[ring.stage].wait(ring.parity);", "",
@@ -190,6 +207,18 @@ BROKEN = {  # name: (check that must fail, its error, its message, file, right, 
     "bytes of a pair swapped": (check_transposed, AssertionError, "", LOAD, "0x6420", "0x4620"),
     "counts its neighbour's tokens": (
         check_wgrad, AssertionError, "", WGRAD, "if (row + Bf16::kTokens > t.blocks) clear", "if (false) clear",
+    ),
+    "adds sums that are not there yet": (
+        check_few_rows, AssertionError, "", FEW, "else __syncthreads();", "",
+    ),
+    "few rows before the kernel ahead has ended": (
+        check_few_rows, RuntimeError, "never waits for it", FEW, "wait_for_previous();", "",
+    ),
+    "another line's scale": (
+        check_few_rows, AssertionError, "", FEW, "ahead.line / 128 * p.b_scale_n", "start / 128 * p.b_scale_n",
+    ),
+    "the next line without a part of K": (
+        check_few_rows, AssertionError, "", FEW, "ahead.line + stride, from}", "ahead.line + stride, from + 1}",
     ),
     "multiplies while tokens are cleared": (
         check_wgrad, AssertionError, "", WGRAD, "    named_barrier(1, kConsumers);\n", "",

@@ -196,9 +196,10 @@ ROUTE, BALANCE, DISPATCH, PERMUTE, UNPERMUTE = (
     f"moe/{name}.cu" for name in ("route", "balance_bias", "dispatch", "permute", "unpermute")
 )
 BROKEN = {  # name: (check that must fail, its error, file, right, wrong)
-    "choices of the token before": (check_route_many, AssertionError, ROUTE, "chosen[warp][n * kTop + i]",
-                                    "chosen[warp][i]"),
-    "sorting moves equals": (check_route, AssertionError, ROUTE, "key[j + 1] > key[j]", "key[j + 1] >= key[j]"),
+    "choices of the token before": (check_route_many, AssertionError, ROUTE, "chosen[warp] + n * kTop",
+                                    "chosen[warp]"),
+    "sorting moves equals": (check_route, AssertionError, "moe/route.cuh", "key[j + 1] > key[j]",
+                             "key[j + 1] >= key[j]"),
     "counts start where they are": (check_route, AssertionError, ROUTE, "counts[e] = 0", "counts[e] += 0"),
     "the counts' zeroing is not awaited": (check_route, RuntimeError, ROUTE, "    wait_for_previous();", ""),
     "a masked token counts": (check_route_many, AssertionError, ROUTE, "!(mask && !mask[t])",

@@ -121,7 +121,26 @@ def check_rms_backward(C):
         torch.testing.assert_close(dw.sum(0), want[2].float(), rtol=1e-4 if dtype == FP32 else 2e-2, atol=1e-2)
 
 
-CHECKS = [check_qk_forward, check_qk_cache, check_qk_backward, check_rms_forward, check_rms_backward]
+def check_router(C):
+    """The logits are those of the h that is returned."""
+    rand = Rand(BF16)
+    for T, H, E, other, plain in ((1, 520, 3, BF16, False), (2, 136, 4, FP32, False), (3, 264, 1, FP32, True),
+                                  (5, 1032, 5, FP32, False), (8, 2048, 2, BF16, False), (5, 4104, 2, BF16, True),
+                                  (0, 8, 2, BF16, True)):  # fmt: skip
+        x = rand.data(T, H + 8)[:, :H]  # its rows are strided
+        w, router_w = rand.data(H, dtype=other), rand.data(E, H, dtype=other)
+        residual = None if plain else rand.data(T, H, dtype=other)
+        total = None if plain else torch.empty_like(residual)
+        h, logits = x.new_empty(T, H), torch.full((T, E), torch.nan)
+        C.rms_norm_router_fwd(x, w, router_w, residual, h, total, logits, 0.1)
+        want = rms_norm_ref(x, w, residual, 0.1)
+        for got, true in zip((h,) if plain else (h, total), (want,) if plain else want, strict=True):
+            near(got.float(), true.float(), got.dtype)
+        exact, size = h.double() @ router_w.double().T, h.double().abs() @ router_w.double().abs().T
+        assert ((logits - exact).abs() <= 2**-20 * size).all()
+
+
+CHECKS = [check_qk_forward, check_qk_cache, check_qk_backward, check_rms_forward, check_rms_backward, check_router]
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda f: f.__name__[6:])
@@ -139,6 +158,7 @@ def test_without_any_position():
 
 
 HEAD, QK, RMS = "norm/head.cuh", "norm/qk_norm_rope.cu", "norm/rms_norm.cu"
+ROUTER = "norm/rms_norm_router.cu"
 BROKEN = {  # name: (check that must fail, file, right, wrong)
     "turned the other way": (check_qk_forward, HEAD, "(lane < 4) != back", "(lane < 4) == back"),
     "turned back the same way": (check_qk_backward, QK, "angles.turn(z, true)", "angles.turn(z, false)"),
@@ -157,6 +177,9 @@ BROKEN = {  # name: (check that must fail, file, right, wrong)
                             "y_scale[n / kBlock * ld_scale + (m ^ 1) % M]"),
     "rounded after the sum": (check_rms_forward, RMS, "rounded<R>(v[i][j] + r[j], true)", "(v[i][j] + r[j])"),
     "dw of one row of a block": (check_rms_backward, RMS, "sum += sums[i * wide + n]", "sum = sums[i * wide + n]"),
+    "no barrier before a row's squares": (check_router, ROUTER, "squares[lane][warp] = mine;\n        __syncthreads();",
+                                          "squares[lane][warp] = mine;"),
+    "router before the kernel ahead": (check_router, ROUTER, "wait_for_previous();", ""),
     "dtotal forgotten": (check_rms_backward, RMS, "if (dtotal) d =", "if (false) d ="),
 }  # fmt: skip
 

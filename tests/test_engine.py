@@ -1,18 +1,28 @@
 """The engine: the official model's greedy texts whatever else is in the batch, and not a page lost."""
 
 import asyncio
+import itertools
 import random
 import threading
+from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from ling_kernels.backend import force
 from ling_kernels.errors import InputError
 from ling_kernels.generate import Busy, Engine, Sampling
 from ling_kernels.generate.cache import Pages, digest
 from ling_kernels.generate.forward import lookup
+from ling_kernels.generate.graphs import Graphs
+from ling_kernels.generate.sample import Mode, sampler
+from ling_kernels.model import Ling
 from ling_kernels.nn import Rows
+from ling_kernels.nn.fp8 import to_fp8
+from ling_kernels.nn.frozen import freeze_
 from tests.test_model import NAMES, expected, load
 
 NO_ENDS = dict(ends=())
@@ -31,16 +41,48 @@ def texts(name="base") -> list[tuple[list[int], list[int]]]:
     return [(p, g[len(p) :]) for p, g in zip(prompts, greedy, strict=True)]
 
 
-def engine(name="base", **options) -> Engine:
+class Replayed(Graphs):
+    """What CUDA graphs are, on a CPU: one tensor in and one out for each size, and lanes of nobody."""
+
+    def __call__(self, lanes, mode):
+        return super().__call__(lanes, mode).clone()  # as the copy to the host has it, before the next replay
+
+    def capture(self, size, mode):
+        lanes = torch.full([size], self.nobody)
+        found = self.compute(lanes, mode).clone()
+        compute = self.compute
+
+        class Graph:
+            def replay(self):
+                found.copy_(compute(lanes, mode))
+
+        return lanes, Graph(), found
+
+
+def plain(name="base", **options) -> Engine:
     return Engine(model(name), **dict(page_size=4, cache_tokens=400) | options)
+
+
+def as_on_gpu(name="base", **options) -> Engine:
+    """Graphs, and tokens that the host sees when the next pass has been launched."""
+    e = plain(name, **options)
+    e.late = True
+    e.forward.graphs = Replayed(e.forward.compute, e.forward.nobody, len(e.scheduler.lanes), e.device)
+    return e
+
+
+@pytest.fixture(params=[plain, as_on_gpu], ids=["plain", "as_on_gpu"])
+def engine(request):
+    return request.param
 
 
 def drive(engine: Engine) -> None:
     while engine.step():
         check(engine)
     check(engine)
-    pages = engine.pages
+    pages, scheduler = engine.pages, engine.scheduler
     assert pages.available == pages.count and not any(pages.holders), "every page has come back"
+    assert len({*scheduler.lanes}) == len(scheduler.lanes) == engine.forward.nobody and engine.flight is None
 
 
 def check(engine: Engine) -> None:
@@ -56,7 +98,7 @@ def check(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_alone_and_together(name):
+def test_alone_and_together(name, engine):
     e = engine(name)
     for prompt, new in texts(name):
         assert list(e.stream(prompt, max_new_tokens=len(new), **NO_ENDS)) == new
@@ -66,7 +108,7 @@ def test_alone_and_together(name):
 
 
 @pytest.mark.parametrize("rows", range(1, 13))
-def test_chunks_end_anywhere(rows):
+def test_chunks_end_anywhere(rows, engine):
     """Prompts in chunks of `rows`, the last request entering when the first decodes."""
     e = engine(max_rows=rows, max_running=min(rows, 3))
     requests = []
@@ -78,7 +120,7 @@ def test_chunks_end_anywhere(rows):
     assert all(r.new_tokens == new and r.finished == "length" for r, new in requests)
 
 
-def test_joined_late():
+def test_joined_late(engine):
     (first, first_new), (second, second_new) = texts()[:2]
     for late in range(1, len(first_new)):
         e = engine()
@@ -90,7 +132,7 @@ def test_joined_late():
         assert (a.new_tokens, b.new_tokens) == (first_new, second_new)
 
 
-def test_preempted_and_resumed():
+def test_preempted_and_resumed(engine):
     """The cache holds one text and a half: the younger gives way, more than once, and ends as it would have."""
     (prompt, new), (other, other_new) = texts()[:2]
     room = max(len(prompt) + len(new), len(other) + len(other_new))
@@ -105,7 +147,7 @@ def test_preempted_and_resumed():
     drive(e)
 
 
-def test_prefix_is_shared():
+def test_prefix_is_shared(engine):
     prompt, new = texts()[0]
     e = engine(page_size=2)
     assert list(e.stream(prompt, max_new_tokens=len(new), **NO_ENDS)) == new
@@ -139,10 +181,12 @@ def test_digests_say_all_that_is_before():
     assert pages.take() == first and pages.share([b"a"]) == [], "what is overwritten is forgotten"
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_random_arrivals_and_cancellations(seed):
+@pytest.mark.parametrize("seed", range(5))
+def test_random_arrivals_and_cancellations(seed, engine):
     rng = random.Random(seed)
-    e = engine(cache_tokens=rng.choice([36, 60, 200]), max_rows=rng.choice([4, 9, 50]), max_running=4, max_waiting=5)
+    draft = rng.choice([0, 1])
+    options = dict(cache_tokens=rng.choice([36, 60, 200]), max_rows=rng.choice([8, 9, 50]))
+    e = engine(draft=draft, max_running=4, max_waiting=5, **options)
     requests, refused = [], 0
     for _ in range(60):
         prompt, new = rng.choice(texts())
@@ -166,7 +210,7 @@ def test_random_arrivals_and_cancellations(seed):
     assert e.scheduler.running == [] and not e.scheduler.waiting and (refused or seed)
 
 
-def test_a_seed_gives_the_same_text_in_any_company():
+def test_a_seed_gives_the_same_text_in_any_company(engine):
     (prompt, _), (other, _) = texts()[:2]
     asked = dict(sampling=Sampling(temperature=1.5, top_p=0.95, seed=5), max_new_tokens=8, **NO_ENDS)
     alone = list(engine().stream(prompt, **asked))
@@ -178,7 +222,49 @@ def test_a_seed_gives_the_same_text_in_any_company():
     assert alone != texts()[0][1][:8]
 
 
-def test_ends():
+def test_a_penalty_sees_prompt_and_text(engine):
+    """As Ling.stream's sampler, which is handed the ids so far."""
+    prompts, new = zip(*texts(), strict=True)
+    n, choose = len(new[0]), sampler(repetition_penalty=3.0)
+    want = [[int(t) for t in model().stream(torch.tensor([p]), n, choose=choose)] for p in prompts]
+    asked = dict(sampling=Sampling(repetition_penalty=3.0), max_new_tokens=n, **NO_ENDS)
+    assert engine().generate(prompts, **asked) == want != list(new)
+    assert engine(draft=3).generate(prompts, **asked) == want
+
+
+def test_warm_up():
+    """Once for each size, and no lane is any the wiser."""
+    e, (prompt, new) = as_on_gpu(max_running=3), texts()[0]
+    e.warm_up()
+    assert {size for size, _ in e.forward.graphs.captured} == {1, 2, 3} and len(e.forward.graphs.captured) == 9
+    graphs = dict(e.forward.graphs.captured)
+    assert list(e.stream(prompt, max_new_tokens=len(new), **NO_ENDS)) == new
+    assert e.forward.graphs.captured == graphs and not e.forward.length[e.forward.nobody]
+    plain().warm_up()
+
+
+def test_a_row_has_seen_what_stands_up_to_it():
+    forward = plain(draft=1, max_running=2).forward
+    forward.text[:, :4] = torch.tensor([[5, 7, 7, 3], [9, 2, -1, 4], [1, 1, 1, 1]])
+    seen = forward.seen(torch.tensor([1, 0]), torch.tensor([[0, 1], [2, 3]]))
+    assert [row.nonzero().flatten().tolist() for row in seen] == [[9], [2, 9], [5, 7], [3, 5, 7]]
+
+
+def test_no_pass_is_computed_in_vain(engine):
+    """But for an end that the host did not see coming."""
+    e, (prompt, new) = engine(), texts()[0]
+    launch, passes = e.launch, []
+    e.launch = lambda plan: passes.append(plan) or launch(plan)
+    assert list(e.stream(prompt, max_new_tokens=len(new), **NO_ENDS)) == new
+    assert len(passes) == len(new) and not e.step()
+    passes.clear()
+    got = list(e.stream(prompt, max_new_tokens=len(new), ends=new[4:5]))
+    while e.step():
+        pass
+    assert len(passes) == len(got) + 1 + e.late
+
+
+def test_ends(engine):
     prompt, new = texts()[0]
     e = engine()
     r = e.submit(prompt, max_new_tokens=len(new), ends=[new[3]])
@@ -186,7 +272,7 @@ def test_ends():
     assert r.finished == "stop" and r.new_tokens == new[: new.index(new[3])]
 
 
-def test_who_leaves_cancels():
+def test_who_leaves_cancels(engine):
     e = engine()
     stream = e.stream(texts()[0][0], max_new_tokens=5, **NO_ENDS)
     next(stream)
@@ -195,7 +281,7 @@ def test_who_leaves_cancels():
     assert r.finished == "cancelled" and e.pages.available == e.pages.count
 
 
-def test_timeout():
+def test_timeout(engine):
     e = engine()
     assert list(e.stream(texts()[0][0], max_new_tokens=5, timeout=0.0)) == []
     queued = e.submit(texts()[0][0], timeout=0.0)
@@ -204,7 +290,7 @@ def test_timeout():
     drive(e)
 
 
-def test_threads_and_tasks():
+def test_threads_and_tasks(engine):
     """Each gets its own text, whoever computes the steps."""
     e, got = engine(cache_tokens=100), {}
 
@@ -235,7 +321,7 @@ def test_threads_and_tasks():
     drive(e)
 
 
-def test_more_prompts_than_may_wait():
+def test_more_prompts_than_may_wait(engine):
     prompts, new = zip(*texts() * 3, strict=True)
     e = engine(max_waiting=1, max_running=2)
     assert e.generate(prompts, max_new_tokens=len(new[0]), **NO_ENDS) == list(new)
@@ -245,23 +331,24 @@ def test_fp8_cache():
     """Keys and values with 3 bits of mantissa: near the exact logits, and not equal to them."""
     heads, prompt = {}, texts()[0][0]
     for dtype in (torch.float32, torch.float8_e4m3fn):
-        e, seen = engine(cache_dtype=dtype, max_rows=3, max_running=1), []
+        e, seen = plain(cache_dtype=dtype, max_rows=3, max_running=1), []
         hook = e.model.lm_head.register_forward_hook(lambda _, __, out, seen=seen: seen.append(out))
         list(e.stream(prompt, max_new_tokens=1, **NO_ENDS))
         hook.remove()
-        heads[dtype] = torch.cat(seen)
+        (heads[dtype],) = seen
     exact, rounded = heads.values()
     error = ((rounded - exact).norm() / exact.norm()).item()
     assert 1e-4 < error < 0.05
 
 
-def test_what_is_no_number_stays_with_its_request():
+def test_what_is_no_number_stays_with_its_request(engine):
     (prompt, _), (other, new) = texts()[:2]
     poisoned = load("base")
     bad = next(t for t in range(poisoned.config.vocab_size) if t not in (*prompt, *other, *new))
     with torch.no_grad():
         poisoned.word_embeddings.weight[bad] = torch.nan
-    e = Engine(poisoned, page_size=4, cache_tokens=200)
+    e = engine(cache_tokens=200)
+    e.forward.model = poisoned
     a, b = e.submit([*prompt, bad], max_new_tokens=4, **NO_ENDS), e.submit(other, max_new_tokens=len(new), **NO_ENDS)
     drive(e)
     assert a.finished == "error" and a.new_tokens == [] and b.new_tokens == new
@@ -269,7 +356,7 @@ def test_what_is_no_number_stays_with_its_request():
         list(e.stream([bad]))
 
 
-def test_a_step_that_fails_ends_only_its_requests():
+def test_a_step_that_fails_ends_only_its_requests(engine):
     e, (prompt, new) = engine(max_running=1), texts()[0]
     hook = e.model.norm.register_forward_pre_hook(lambda *_: 1 / 0)
     a, b = (e.submit(prompt, max_new_tokens=len(new), **NO_ENDS) for _ in range(2))
@@ -289,7 +376,7 @@ def test_a_step_that_fails_ends_only_its_requests():
 ])  # fmt: skip
 def test_bad_requests(prompt, options, said):
     with pytest.raises(InputError, match=said):
-        engine(cache_tokens=24).submit(prompt, **dict(max_new_tokens=8) | options)
+        plain(cache_tokens=24).submit(prompt, **dict(max_new_tokens=8) | options)
 
 
 @pytest.mark.parametrize("options, said", [
@@ -297,41 +384,44 @@ def test_bad_requests(prompt, options, said):
 ])  # fmt: skip
 def test_bad_engines(options, said):
     with pytest.raises(InputError, match=said):
-        engine(**options)
+        plain(**options)
 
 
 @pytest.mark.parametrize("draft", [1, 2, 4])
 @pytest.mark.parametrize("name", ["base", "mtp1"])
-def test_drafts_change_no_text(name, draft):
+def test_drafts_change_no_text(name, draft, engine):
     """By lookup in base, by the MTP layer in mtp1; greedy and sampled, alone, together and with too few pages."""
     prompts, new = zip(*texts(name), strict=True)
     n = len(new[0])
-    for options in (dict(max_running=1), dict(), dict(cache_tokens=len(prompts[0]) + n + 8, page_size=2)):
+    room = len(prompts[0]) + n + 8
+    for options in (dict(max_running=1), dict(), dict(cache_tokens=room, page_size=2, max_running=2)):
         e = engine(name, draft=draft, max_rows=40, **dict(max_running=8) | options)
         assert e.generate(prompts, max_new_tokens=n, **NO_ENDS) == list(new)
         drive(e)
         assert e.guessed > 0
     sampling = Sampling(temperature=1.2, top_k=40, repetition_penalty=1.3, seed=3)
-    plain, drafting = (engine(name, draft=d, max_rows=99, max_running=8).generate(
+    without, drafting = (engine(name, draft=d, max_rows=99, max_running=8).generate(
         prompts, sampling=sampling, max_new_tokens=n, **NO_ENDS) for d in (0, draft))  # fmt: skip
-    assert plain == drafting
+    assert without == drafting
 
 
-def test_right_drafts_save_steps(monkeypatch):
-    prompt, new = texts("mtp1")[0]
+def test_right_drafts_save_steps():
+    prompt, _ = texts("mtp1")[0]
 
     def prophet(new):
-        def draft(spans, rows, h, counts):
-            for request, count in counts.items():
-                at = len(request.new_tokens)
-                request.drafts = new[at : at + count]
+        """An engine whose lanes have the whole text from the beginning, where guesses stand."""
+        e = plain("mtp1", draft=3, max_running=2)
+        begin = e.forward.begin
 
-        e = engine("mtp1", draft=3, max_running=2)
-        monkeypatch.setattr(e.forward, "draft", draft)
+        def knowing(request):
+            begin(request)
+            e.forward.text[request.lane, len(prompt) : len(prompt) + len(new)] = torch.tensor(new, dtype=torch.int32)
+
+        e.forward.begin, e.forward.guess = knowing, lambda *_: None
         return e
 
     for sampling in (Sampling(), Sampling(temperature=1.1, repetition_penalty=1.5, seed=1)):
-        new = list(engine("mtp1").stream(prompt, sampling=sampling, max_new_tokens=len(new), **NO_ENDS))
+        new = list(plain("mtp1").stream(prompt, sampling=sampling, max_new_tokens=16, **NO_ENDS))
         e, steps, rows = prophet(new), 0, []
         hook = e.model.norm.register_forward_hook(lambda _, __, h, rows=rows: rows.append(len(h)))
         r = e.submit(prompt, sampling, max_new_tokens=len(new), **NO_ENDS)
@@ -339,9 +429,9 @@ def test_right_drafts_save_steps(monkeypatch):
             steps += 1
             check(e)
         hook.remove()
-        assert r.new_tokens == new and e.right == e.guessed
-        assert steps == 1 + -(-(len(new) - 1) // 4), "the prompt gives a token, each step after it four"
-        assert sum(rows) == len(prompt) + len(new) - 1, "no row is computed twice"
+        assert r.new_tokens == new and e.right == e.guessed == 3 * 3
+        assert steps == 4, "four tokens a step, the prompt's own among them"
+        assert sum(rows) == len(prompt) - 1 + len(new), "no row is computed twice"
     e = prophet(new)
     r = e.submit(prompt, sampling, len(new), ends=[new[4]])
     drive(e)
@@ -351,11 +441,12 @@ def test_right_drafts_save_steps(monkeypatch):
 def test_the_mtp_layer_guesses_what_it_would_in_one_pass():
     """Its cache, filled step by step and over wrong guesses, gives the guesses of the whole text at once."""
     m, (prompt, new) = model("mtp1"), texts("mtp1")[0]
-    e, guesses = engine("mtp1", draft=2, max_rows=7, max_running=2), {}
+    e, guesses = plain("mtp1", draft=3, max_rows=9, max_running=2, page_size=1), {}
     r = e.submit(prompt, max_new_tokens=len(new), **NO_ENDS)
     while e.step():
-        if len(r.drafts) == 2:
-            guesses[len(r.tokens)] = r.drafts
+        if r.guessed and not r.finished:
+            n = len(r.tokens)
+            guesses[n] = e.forward.text[r.lane, n : n + 2].tolist()
     assert len(guesses) > 3
     (mtp,), ids = m.mtp, torch.tensor(r.tokens)
     for n, (first, second) in guesses.items():
@@ -369,8 +460,44 @@ def test_the_mtp_layer_guesses_what_it_would_in_one_pass():
             assert int(m.logits(x[-1:]).argmax()) == second
 
 
-def test_lookup():
-    assert lookup([1, 2, 3, 4, 9, 1, 2, 3], 3) == [4, 9, 1]
-    assert lookup([5, 3, 7, 3], 2) == [7, 3]
-    assert lookup([1, 2, 1, 2], 5) == [1, 2, 1, 2, 1], "a period goes on"
-    assert lookup([1, 2], 2) == [2, 2] and lookup([1], 1) == [1]
+@pytest.mark.parametrize("text, count, follows", [
+    ([1, 2, 3, 4, 9, 1, 2, 3], 3, [4, 9, 1]),
+    ([2, 3, 8, 1, 2, 3, 9, 7, 2, 3, 6, 1, 2, 3], 1, [9]),
+    ([5, 3, 7, 3], 2, [7, 3]),
+    ([1, 2, 1, 2], 5, [1, 2, 1, 2, 1]),
+    ([1, 2], 2, [2, 2]),
+    ([1], 1, [1]),
+    ([4, 4, 4, 4, 4], 3, [4, 4, 4]),
+])  # fmt: skip
+def test_lookup(text, count, follows):
+    lanes = torch.full((2, 20), text[-1], dtype=torch.int32)  # what stands past a text's end is not looked at
+    lanes[1, : len(text)] = torch.tensor(text)
+    assert lookup(lanes, torch.tensor([0, len(text)]), count)[1].tolist() == follows
+
+
+class HostData(TorchDispatchMode):
+    """Refuses what would copy the host's data to the device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert "lift_fresh" not in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["base", "mtp1"])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_a_pass_asks_nothing_of_the_host(name, fp8):
+    """On tensors without values, as kernels take them: who asks for a value raises. So a CUDA graph can have it."""
+    config = replace(model(name).config, hidden_size=256, moe_intermediate_size=128, intermediate_size=256)
+    with FakeTensorMode(), force("triton"), torch.inference_mode():
+        m = Ling(config)
+        if fp8:
+            to_fp8(m)
+            freeze_(m)
+        e = Engine(m, page_size=4, cache_tokens=400, max_running=4, draft=2)
+        for mode in (Mode(*bits) for bits in itertools.product((False, True), repeat=3)):
+            lanes = torch.zeros(2, dtype=torch.int64)
+            with HostData():
+                found = e.forward.compute(lanes, mode)
+            assert found.shape == (2, 4)
+        with pytest.raises(RuntimeError):
+            found.tolist()

@@ -388,6 +388,13 @@ def test_plan(capsys):
     lines = {name: values for name, *values in lines}
     assert float(lines["H200, 4.8 TB/s"][0]) == pytest.approx(3281, rel=0.02)
     assert float(lines["all"][1]) == pytest.approx(14280, rel=0.01)
+    assert lines["weights"] == ["16.9", "16.9"] and lines["KV cache"] == ["0.0", "0.0"]
+    assert plan.main(["--model", "1t", "--batch", "1", "64", "--weights", "fp8", "--context", "131072"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"H200, 4.8 TB/s +needs 8 GPUs +needs 29 GPUs$", said, re.M), said
+    assert plan.main(["--model", "flash", "--batch", "1", "--weights", "fp8", "--context", "4096"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"H100, 3.35 TB/s +needs 2 GPUs$", said, re.M) and re.search(r"H200, 4.8 TB/s +744$", said, re.M)
     for args, said in (
         (["--batch", "0"], "--batch"),
         (["--context", "-1"], "--context"),

@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 
+from ling_kernels.errors import InputError
 from ling_kernels.generate import Engine
 from ling_kernels.model import load_model
 from ling_kernels.tokenizer import load_tokenizer
@@ -18,7 +19,7 @@ httpx = pytest.importorskip("httpx")
 pytest.importorskip("fastapi")
 uvicorn = pytest.importorskip("uvicorn")
 
-from ling_kernels.generate.server import Service, main, make_app  # noqa: E402
+from ling_kernels.generate.server import Service, make_app  # noqa: E402
 
 ASK = dict(model="speller", prompt="a", temperature=0, max_tokens=3)
 
@@ -42,7 +43,7 @@ def call(service: Service, path: str, asked=None, **options):
     """A response of the app, without a socket."""
 
     async def send():
-        transport = httpx.ASGITransport(make_app(service))
+        transport = httpx.ASGITransport(make_app(service), raise_app_exceptions=False)  # they go to the log
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             if asked is None and not options.get("content"):
                 return await client.get(path, **options)
@@ -61,7 +62,8 @@ def test_completion(shared):
     answer = call(shared, "/v1/completions", ASK).json()
     assert answer["object"] == "text_completion" and answer["model"] == "speller"
     assert answer["choices"] == [{"index": 0, "text": "bcd", "logprobs": None, "finish_reason": "length"}]
-    assert answer["usage"] == {"prompt_tokens": 1, "completion_tokens": 3, "total_tokens": 4}
+    counts = {"prompt_tokens": 1, "completion_tokens": 3, "total_tokens": 4}
+    assert answer["usage"] == counts | {"prompt_tokens_details": {"cached_tokens": 0}}
 
 
 @pytest.mark.parametrize("more, texts", [
@@ -76,6 +78,12 @@ def test_completion(shared):
     (dict(prompt="x", ignore_eos=True, max_tokens=4), ["yz<|endoftext|>a"]),
     (dict(temperature=1.0, top_k=1, top_p=0.5, min_p=0.1, seed=2**62), ["bcd"]),
     (dict(temperature=0, top_p=0.9), ["bcd"]),
+    (dict(temperature=1e-300), ["bcd"]),
+    (dict(temperature=1, top_k=1, seed=-1), ["bcd"]),
+    (dict(top_k=-1), ["bcd"]),
+    (dict(max_tokens=None, n=None, stop=None, seed=None, stream_options=None), ["bcdefghijklmnopq"]),
+    (dict(best_of=1, suffix="", logit_bias={}, logprobs=None, presence_penalty=0, frequency_penalty=0.0), ["bcd"]),
+    (dict(user="u", metadata={"a": "b"}, store=True, service_tier="auto"), ["bcd"]),
 ])  # fmt: skip
 @pytest.mark.parametrize("stream", [False, True])
 def test_what_may_be_asked(shared, more, texts, stream):
@@ -100,10 +108,43 @@ def test_chat(shared):
     parts = events(call(shared, "/v1/chat/completions", asked | dict(stream=True)).text)
     assert all(p["object"] == "chat.completion.chunk" for p in parts)
     deltas = [p["choices"][0]["delta"] for p in parts]
-    assert deltas[0] == {"role": "assistant"} and "".join(d.get("content", "") for d in deltas) == "XYZ"
+    assert deltas[0] == {"role": "assistant", "content": ""} and "".join(d.get("content", "") for d in deltas) == "XYZ"
     assert [p["choices"][0]["finish_reason"] for p in parts] == [None] * (len(parts) - 1) + ["stop"]
     short = call(shared, "/v1/chat/completions", asked | dict(max_completion_tokens=2)).json()
     assert short["choices"][0] == choice | {"message": choice["message"] | {"content": "XY"}, "finish_reason": "length"}
+
+
+def test_a_chat_as_clients_send_it(shared):
+    """Parts, names, an answer given back as it came, OpenAI's newer word for the system; no limit but the model's."""
+    said = dict(role="assistant", content="XYZ", refusal=None, tool_calls=[], annotations=[], audio=None)
+    asked = [dict(role="developer", content="S"), dict(role="user", content=[dict(type="text", text="H"),
+             dict(type="text", text="i")], name="bob"), said, dict(role="user", content="?")]  # fmt: skip
+    plain = [dict(role="system", content="S"), dict(role="user", content="Hi"),
+             dict(role="assistant", content="XYZ"), dict(role="user", content="?")]  # fmt: skip
+    answers = [
+        call(shared, "/v1/chat/completions", dict(model="speller", messages=m, ignore_eos=True, temperature=0)).json()
+        for m in (asked, plain)
+    ]
+    assert answers[0]["choices"] == answers[1]["choices"] and answers[0]["usage"]["total_tokens"] == 200
+
+
+@pytest.mark.parametrize("engine, total", [(dict(draft=2), 194), (dict(draft=2, cache_tokens=100, page_size=4), None),
+                                           (dict(cache_tokens=100, page_size=4), 100)])  # fmt: skip
+def test_a_chat_goes_on_as_far_as_there_is_room(checkpoint, engine, total):
+    own = service(checkpoint, engine)
+    asked = dict(model="speller", messages=[dict(role="user", content="a")], ignore_eos=True, temperature=0)
+    answer = call(own, "/v1/chat/completions", asked).json()
+    assert answer["choices"][0]["finish_reason"] == "length"
+    assert total is None or answer["usage"]["total_tokens"] == total
+
+
+def test_usage_and_several_choices_in_a_stream(shared):
+    asked = ASK | dict(prompt="b" * 64 + "k", n=2, stream=True, stream_options=dict(include_usage=True))
+    call(shared, "/v1/completions", asked)
+    *pieces, last = events(call(shared, "/v1/completions", asked).text)
+    assert [p["choices"][0]["index"] for p in pieces][:4] == [0, 1, 0, 1] and {p["usage"] for p in pieces} == {None}
+    counts = {"prompt_tokens": 65, "completion_tokens": 6, "total_tokens": 71}
+    assert last["choices"] == [] and last["usage"] == counts | {"prompt_tokens_details": {"cached_tokens": 64}}
 
 
 def test_a_seed_gives_the_same_text(shared):
@@ -126,19 +167,25 @@ def test_a_seed_gives_the_same_text(shared):
     (dict(max_tokens="3"), 400, "max_tokens"),
     (dict(max_tokens=200), 400, "positions"),
     (dict(temperature=-1), 400, "temperature"),
-    (dict(temperature="hot"), 400, "temperature"),
+    (dict(temperature="0.5"), 400, "temperature"),
+    (dict(temperature=float("nan")), 400, "temperature"),
     (dict(temperature=1, top_p=0), 400, "top_p"),
     (dict(temperature=1, min_p=2), 400, "min_p"),
-    (dict(temperature=1, top_k=-1), 400, "top_k"),
+    (dict(temperature=1, top_k=-2), 400, "top_k"),
     (dict(repetition_penalty=0), 400, "repetition_penalty"),
-    (dict(seed=-1), 400, "seed"),
+    (dict(repetition_penalty=1e300), 400, "repetition_penalty"),
+    (dict(seed=1 << 63), 400, "seed"),
     (dict(n=17), 400, "n"),
     (dict(n=9, prompt=["a", "b"]), 400, "more than 16"),
     (dict(stop=""), 400, "stop"),
     (dict(stop=[1]), 400, "stop"),
     (dict(stream="yes"), 400, "stream"),
-    (dict(logprobs=1), 400, "logprobs"),
+    (dict(logprobs=0), 400, "logprobs"),
     (dict(best_of=2), 400, "best_of"),
+    (dict(frequency_penalty=0.5), 400, "frequency_penalty"),
+    (dict(suffix="z"), 400, "suffix"),
+    (dict(temprature=0), 400, "temprature"),
+    (dict(stream_options=dict(include_usage=1)), 400, "include_usage"),
 ])  # fmt: skip
 def test_bad_calls(shared, asked, status, said):
     body = json.dumps(ASK | asked)
@@ -148,7 +195,11 @@ def test_bad_calls(shared, asked, status, said):
     assert shared.engine.scheduler.queued == 0, "nothing is left behind"
 
 
-@pytest.mark.parametrize("messages", [[], [dict(role="user")], [dict(role="pope", content="a")], "a"])
+@pytest.mark.parametrize("messages", [
+    [], [dict(role="user")], [dict(role="pope", content="a")], "a", [dict(role="user", content=[])],
+    [dict(role="user", content=[dict(type="image_url", image_url=dict(url="x"))])],
+    [dict(role="assistant", content="", tool_calls=[dict(id="1")])],
+])  # fmt: skip
 def test_bad_chats(shared, messages):
     response = call(shared, "/v1/chat/completions", dict(model="speller", messages=messages))
     assert response.status_code == 400 and response.json()["error"]["message"]
@@ -162,7 +213,32 @@ def test_bad_bodies(shared):
         yield b"{}"
 
     assert call(shared, "/v1/completions", content=unknown_length()).status_code == 411
-    assert call(shared, "/v1/nothing").status_code == 404
+    for response, status in (
+        (call(shared, "/v1/nothing"), 404), (call(shared, "/v1/completions"), 405),
+        (call(shared, "/v1/models/gpt"), 404), (call(shared, "/v1/completions", content=b"[" * 100_000,
+                                                     headers={"content-type": "application/json"}), 400),
+    ):  # fmt: skip
+        assert response.status_code == status and response.json()["error"]["code"] == status
+    assert "application/json" in call(shared, "/v1/completions", content=b"{}").json()["error"]["message"]
+    assert call(shared, "/v1/models/speller").json()["id"] == "speller"
+
+
+@pytest.mark.parametrize("error, said", [(RuntimeError("secret"), "log"), (InputError("no numbers"), "no numbers")])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_failing_model_is_no_fault_of_the_call(checkpoint, monkeypatch, caplog, error, said, stream):
+    own = service(checkpoint)
+
+    def fail(*_):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(own.engine.model, "backbone", fail)
+        response = call(own, "/v1/completions", ASK | dict(stream=stream))
+    fault = json.loads(response.text.split("data: ")[-1])["error"]
+    assert response.status_code == (200 if stream else 500) and "[DONE]" not in response.text
+    assert fault["code"] == 500 and said in fault["message"] and "secret" not in response.text
+    assert own.metrics.ended == {"error": 1}
+    assert call(own, "/v1/completions", ASK).json()["choices"][0]["text"] == "bcd"
 
 
 def test_key(checkpoint):
@@ -170,7 +246,8 @@ def test_key(checkpoint):
     for headers, status in (
         ({}, 401),
         ({"authorization": "Bearer no"}, 401),
-        ({"authorization": "Bearer secret"}, 200),
+        ({"authorization": "secret"}, 401),
+        ({"authorization": "bearer secret"}, 200),
     ):
         assert call(locked, "/v1/completions", ASK, headers=headers).status_code == status
         assert call(locked, "/v1/models", headers=headers).status_code == status
@@ -183,6 +260,7 @@ def test_limits(checkpoint):
     busy = call(small, "/v1/completions", ASK | dict(n=2))
     assert busy.status_code == 429 and busy.headers["retry-after"]
     assert call(small, "/v1/completions", ASK).status_code == 503, "no time"
+    assert '"code": 503' in call(small, "/v1/completions", ASK | dict(stream=True)).text
     assert not small.engine.step() and small.engine.scheduler.queued == 0
 
 
@@ -190,12 +268,21 @@ def test_metrics_and_models(checkpoint):
     own = service(checkpoint, dict(draft=2))
     call(own, "/v1/completions", ASK)
     call(own, "/v1/completions", ASK | dict(prompt="x"))
-    lines = call(own, "/metrics").text.splitlines()
+    call(own, "/v1/completions", ASK | dict(n=0))
+    response = call(own, "/metrics")
+    assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
+    lines = response.text.splitlines()
     values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
     assert values['ling_requests_total{reason="length"}'] == values['ling_requests_total{reason="stop"}'] == "1"
     assert values["ling_prompt_tokens_total"] == "2" and values["ling_generated_tokens_total"] == "5"
     assert int(values["ling_drafted_tokens_total"]) > 0 and values["ling_running_requests"] == "0"
     assert values["ling_cache_pages"] == values["ling_cache_pages_available"]
+    assert values['ling_http_responses_total{status="200"}'] == "2"
+    assert values['ling_http_responses_total{status="400"}'] == "1"
+    for name, count in (("time_to_first_token", 2), ("time_between_tokens", 3), ("request", 2)):
+        buckets = [int(v) for k, v in values.items() if k.startswith(f"ling_{name}_seconds_bucket")]
+        assert buckets == sorted(buckets) and buckets[-1] == int(values[f"ling_{name}_seconds_count"]) == count
+        assert float(values[f"ling_{name}_seconds_sum"]) > 0
     assert [m["id"] for m in call(own, "/v1/models").json()["data"]] == ["speller"]
 
 
@@ -242,7 +329,7 @@ def test_many_at_once_and_some_that_leave(checkpoint):
         thread.join()
     while own.engine.step():
         pass
-    assert sum(own.ended.values()) == 200 and own.ended["stop"] >= 180
+    assert sum(own.metrics.ended.values()) == 200 and own.metrics.ended["stop"] >= 180
     assert own.engine.pages.available == own.engine.pages.count
 
 
@@ -260,14 +347,6 @@ def test_what_runs_is_finished_before_the_server_ends(checkpoint):
             got.append(line)
             server.should_exit = True
     thread.join()
-    assert "data: [DONE]" in got and own.ended == {"length": 1}
+    assert "data: [DONE]" in got and own.metrics.ended == {"length": 1}
     with socket.socket() as late:
         assert late.connect_ex(("127.0.0.1", port)) != 0
-
-
-@pytest.mark.parametrize("args, said", [
-    ([], "--model"), (["--model", "tiny"], "checkpoint folder"), (["--model", "/nowhere"], "/nowhere"),
-])  # fmt: skip
-def test_bad_arguments(capsys, args, said):
-    assert main(args) == 2
-    assert said in capsys.readouterr().err

@@ -1,5 +1,6 @@
 #include "attention/attention_decode.h"
 #include "attention/new_tokens.cuh"
+#include "quant/fp8_tile.cuh"
 
 namespace ling {
 namespace {
@@ -39,6 +40,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     __shared__ Shared shared;
     __shared__ std::conditional_t<kAppends, Fresh<T, C>, char> fresh;
     let_next_start();
+    wait_for_previous();
     const int all = cache.tiles_before(cache.B), share = cache.share(all);
     int tile = blockIdx.x * share;
     if (tile >= all) return;
@@ -93,11 +95,14 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
 }
 
-// A row of a sequence's pieces, weighted; each warp takes every 4th.
+// A row of a sequence's pieces, weighted; each warp takes every 4th. With out_q the row, which is a head, in FP8 too.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    attention_decode_combine_kernel(Cache cache, const float* partial, const float* lse, T* out, int n, int G) {
+    attention_decode_combine_kernel(Cache cache, const float* partial, const float* lse, T* out, uint8_t* out_q,
+                                    float* out_scale, int64_t ld_scale, int n, int G) {
+    static_assert(kD == kBlock);
     __shared__ float sums[kWarps][kD], totals[kWarps], maxima[kWarps];
+    let_next_start();
     wait_for_previous();
     LING_DEVICE_CHECK(cache.lengths[blockIdx.x] == cache.used(blockIdx.x));
     const int b = blockIdx.x, row = blockIdx.y, rows = cache.Hkv * n * G, lane = threadIdx.x % 32;
@@ -125,22 +130,28 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = 0; i < 4; i++) sums[warp][lane * 4 + i] = sum[i];
     if (lane == 0) totals[warp] = total;
     __syncthreads();
-    if (threadIdx.x >= kD / 8) return;
-    Vec<8> y = {};
+    if (warp) return;
+    const int at = lane % 16 * 8;  // the other half of the warp does the same, and writes nothing
+    alignas(16) T y[1][8];
+    float sum8[8] = {};
     total = 0;
     for (int w = 0; w < kWarps; w++) {
         total += totals[w];
-        for (int i = 0; i < 8; i++) y[i] += sums[w][threadIdx.x * 8 + i];
+        for (int i = 0; i < 8; i++) sum8[i] += sums[w][at + i];
     }
-    for (int i = 0; i < 8; i++) y[i] = total == 0 ? 0.f : y[i] / total;
-    const int h = row / (n * G), r = row % (n * G);
-    store(out + ((int64_t{b} * n + r / G) * (cache.Hkv * G) + h * G + r % G) * kD + threadIdx.x * 8, y);
+    for (int i = 0; i < 8; i++) y[0][i] = static_cast<T>(total == 0 ? 0.f : sum8[i] / total);
+    const int h = row / (n * G), r = row % (n * G), heads = cache.Hkv * G, head = h * G + r % G;
+    const int64_t token = int64_t{b} * n + r / G;
+    if (lane < 16)
+        *reinterpret_cast<uint4*>(out + (token * heads + head) * kD + at) = *reinterpret_cast<const uint4*>(y[0]);
+    if (out_q) store_rows<false>(y, token, lane < 16, head, out_q, out_scale, heads * kD, ld_scale);
 }
 
 // What both launchers do; tokens null: q are the queries, and all keys and values are in the cache.
 void run(cudaStream_t stream, const Tensor& q, const NewTokens* tokens, const Tensor& k, const Tensor& v,
          const Tensor& k_scale, const Tensor& v_scale, const Tensor& block_table, const Tensor& lengths,
-         const Tensor& out, const Tensor& partial, const Tensor& lse, float scale) {
+         const Tensor& out, const Tensor& out_q, const Tensor& out_scale, const Tensor& partial, const Tensor& lse,
+         float scale) {
     const int64_t B = out.shape[0], n = out.shape[1], Hq = out.shape[2], num_blocks = k.shape[0], page = k.shape[1];
     const int64_t Hkv = k.shape[2], G = Hkv ? Hq / Hkv : 0, blocks = block_table.shape[1], W = partial.shape[0] - B;
     const bool fp8 = k.dtype == DType::e4m3;
@@ -159,6 +170,8 @@ void run(cudaStream_t stream, const Tensor& q, const NewTokens* tokens, const Te
     LING_CHECK(lse.is(DType::f32, {W + B, Hkv, n * G}) && lse.contiguous());
     LING_CHECK(blocks * page < 1 << 30 && B * (ceil_div<int64_t>(blocks * page, kTile) + 1) < 1 << 30);
     LING_CHECK(W + B < 1ll << 31 && Hq * n < 1 << 16 && num_blocks < 1ll << 31);
+    LING_CHECK(!out_q.ndim || (out_q.is(DType::e4m3, {B * n, Hq * kD}) && out_q.contiguous() && out_q.aligned()));
+    LING_CHECK(!out_q.ndim || (out_scale.is(DType::f32, {B * n, Hq}) && (B * n == 1 || out_scale.stride[0] == 1)));
     LING_CHECK(num_blocks > 0 && page > 0 && blocks > 0);
     LING_CHECK(q.aligned() && k.aligned() && v.aligned() && out.aligned() && partial.aligned());
     const auto num = [](int64_t x) { return static_cast<int>(x); };
@@ -177,7 +190,7 @@ void run(cudaStream_t stream, const Tensor& q, const NewTokens* tokens, const Te
     const dim3 grid(W, Hkv, ceil_div<int64_t>(n * G, kRows));
     dispatch<f16, bf16>(q.dtype, [&]<typename T>() {
         const auto attend = [&]<typename C, bool kAppends>() {
-            launch<attention_decode_kernel<T, C, kAppends>>(
+            launch<attention_decode_kernel<T, C, kAppends>, kOverlaps>(
                 grid, kThreads, 0, stream, q.ptr<T>(), tokens ? *tokens : NewTokens{}, cache, partial.ptr<float>(),
                 lse.ptr<float>(), num(n), num(G), scale * 1.4426950408889634f);
         };
@@ -185,9 +198,9 @@ void run(cudaStream_t stream, const Tensor& q, const NewTokens* tokens, const Te
             tokens ? attend.template operator()<C, true>() : attend.template operator()<C, false>();
         };
         fp8 ? attend_to(uint8_t{}) : attend_to(T{});
-        launch<attention_decode_combine_kernel<T>, kOverlaps>(dim3(B, Hq * n), kThreads, 0, stream, cache,
-                                                              partial.ptr<float>(), lse.ptr<float>(), out.ptr<T>(),
-                                                              num(n), num(G));
+        launch<attention_decode_combine_kernel<T>, kOverlaps>(
+            dim3(B, Hq * n), kThreads, 0, stream, cache, partial.ptr<float>(), lse.ptr<float>(), out.ptr<T>(),
+            out_q.ptr<uint8_t>(), out_scale.ptr<float>(), out_scale.stride[1], num(n), num(G));
     });
 }
 
@@ -196,13 +209,13 @@ void run(cudaStream_t stream, const Tensor& q, const NewTokens* tokens, const Te
 void attention_decode_fwd(cudaStream_t stream, Tensor q, Tensor k, Tensor v, Tensor k_scale, Tensor v_scale,
                           Tensor block_table, Tensor lengths, Tensor out, Tensor partial, Tensor lse, float scale) {
     LING_CHECK(q.is(q.dtype, {out.shape[0], out.shape[1], out.shape[2], kD}));
-    run(stream, q, nullptr, k, v, k_scale, v_scale, block_table, lengths, out, partial, lse, scale);
+    run(stream, q, nullptr, k, v, k_scale, v_scale, block_table, lengths, out, {}, {}, partial, lse, scale);
 }
 
 void qk_norm_attention_decode_fwd(cudaStream_t stream, Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor cos,
                                   Tensor sin, Tensor k, Tensor v, Tensor k_scale, Tensor v_scale, Tensor block_table,
-                                  Tensor lengths, Tensor out, Tensor partial, Tensor lse, float scale, float eps,
-                                  bool round_first) {
+                                  Tensor lengths, Tensor out, Tensor out_q, Tensor out_scale, Tensor partial,
+                                  Tensor lse, float scale, float eps, bool round_first) {
     const int64_t n = out.shape[1], P = cos.shape[0];
     const bool wide = q_weight.dtype == DType::f32;
     LING_CHECK(qkv.is(qkv.dtype, {out.shape[0], n, out.shape[2] + 2 * k.shape[2], kD}) && n <= kMostNew);
@@ -214,7 +227,7 @@ void qk_norm_attention_decode_fwd(cudaStream_t stream, Tensor qkv, Tensor q_weig
     const NewTokens tokens{
         qkv.data, q_weight.data, k_weight.data, wide,   cos.ptr<float>(),     sin.ptr<float>(),    static_cast<int>(P),
         eps,      round_first,   k.data,        v.data, k_scale.ptr<float>(), v_scale.ptr<float>()};
-    run(stream, qkv, &tokens, k, v, k_scale, v_scale, block_table, lengths, out, partial, lse, scale);
+    run(stream, qkv, &tokens, k, v, k_scale, v_scale, block_table, lengths, out, out_q, out_scale, partial, lse, scale);
 }
 
 }  // namespace ling

@@ -1,6 +1,6 @@
 // What a warp of the decode kernel does: attention over its part of a paged cache.
 #pragma once
-#include "attention/mma.cuh"
+#include "mma.cuh"
 #include "quant/fp8.cuh"
 
 namespace ling::decode {
@@ -44,35 +44,6 @@ struct Cache {
             begin += past ? skipped : 0;
             if (past < 32) return;
         }
-    }
-};
-
-template <typename T> __device__ unsigned pack(float low, float high) {
-    if constexpr (dtype_of<T> == DType::bf16) {
-        const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-        return *reinterpret_cast<const unsigned*>(&pair);
-    } else {
-        const __half2 pair = __floats2half2_rn(low, high);
-        return *reinterpret_cast<const unsigned*>(&pair);
-    }
-}
-
-// 16 bytes of a cache of C as pairs of T
-template <typename T, typename C> struct Chunk {
-    static constexpr int kElements = 16 / sizeof(C);
-    unsigned pair[kElements / 2];
-
-    __device__ explicit Chunk(uint4 raw) {
-        const unsigned words[4] = {raw.x, raw.y, raw.z, raw.w};
-#pragma unroll
-        for (int i = 0; i < kElements / 2; i++)
-            if constexpr (sizeof(C) == 2) pair[i] = words[i];
-            else {
-                const __half2 two = __nv_cvt_fp8x2_to_halfraw2(words[i / 2] >> i % 2 * 16 & 0xffff, __NV_E4M3);
-                const float2 wide = __half22float2(two);
-                pair[i] =
-                    dtype_of<T> == DType::f16 ? *reinterpret_cast<const unsigned*>(&two) : pack<T>(wide.x, wide.y);
-            }
     }
 };
 

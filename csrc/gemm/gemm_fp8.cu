@@ -1,4 +1,5 @@
 #include "gemm/gemm_fp8.h"
+#include "gemm/gemm_fp8_few_rows.h"
 #include "gemm/launch_gemm_fp8.cuh"
 
 namespace ling {
@@ -17,6 +18,8 @@ void gemm_fp8_fwd(cudaStream_t stream, Tensor a, Tensor a_scale, Tensor b, Tenso
     if (!M || !N) return;
     LING_CHECK(K > 0 && by_rows(a) && by_rows(b) && by_columns(a_scale) && (!tall || by_columns(b_scale)));
     LING_CHECK(d.stride[1] == 1 && d.stride[0] % 8 == 0 && d.aligned());
+    if (!tall && !transposed && few_rows_fit(M, K))
+        return gemm_fp8_few_rows(stream, a, a_scale, b, b_scale, d, accumulate);
     Problem p{};
     p.M = M, p.N = N, p.K = K, p.G = 1;
     p.weight_scale = b_scale.ptr<float>(), p.weight_scale_n = b_scale.stride[0], p.weight_scale_k = b_scale.stride[1];

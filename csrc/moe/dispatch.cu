@@ -111,13 +111,12 @@ void dispatch_fwd(cudaStream_t stream, Tensor experts, Tensor counts, Tensor bef
     const int tile = ceil_div<int>(ceil_div<int64_t>(S, most), kThreads) * kThreads;
     const int tiles = S ? ceil_div<int>(S, tile) : 1;
     const size_t smem = (kWarps + 1) * (E + 1) * sizeof(int);
-    const auto place = [&]<bool overlaps>() {
-        launch<dispatch_place_kernel, overlaps>(tiles, kThreads, smem, stream, experts.ptr<int>(), counts.ptr<int>(),
-                                                before.ptr<int>(), offsets.ptr<int>(), slot.ptr<int>(),
-                                                source.ptr<int>(), padded_offsets.ptr<int>(), static_cast<int>(S),
-                                                static_cast<int>(E), tile);
+    const auto place = [&]<unsigned how>() {
+        launch<dispatch_place_kernel, how>(tiles, kThreads, smem, stream, experts.ptr<int>(), counts.ptr<int>(),
+                                           before.ptr<int>(), offsets.ptr<int>(), slot.ptr<int>(), source.ptr<int>(),
+                                           padded_offsets.ptr<int>(), static_cast<int>(S), static_cast<int>(E), tile);
     };
-    if (tiles == 1) return place.operator()<false>();
+    if (tiles == 1) return place.operator()<0>();
     launch<dispatch_count_kernel>(tiles, kThreads, E * sizeof(int), stream, experts.ptr<int>(), before.ptr<int>(),
                                   static_cast<int>(S), static_cast<int>(E), tile);
     place.operator()<kOverlaps>();

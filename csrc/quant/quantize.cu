@@ -16,6 +16,8 @@ __global__ void __launch_bounds__(256)
     quantize_rows_kernel(const T* x, uint8_t* x_q, float* x_scale, const int* offsets, const int* source, int topk,
                          int64_t ldx, int M, int K, int E, int64_t ld_scale) {
     constexpr int kRows = 4;
+    let_next_start();
+    wait_for_previous();
     const int across = ceil_div(K, 2 * kBlock), lane = threadIdx.x % 16;
     const int k = blockIdx.x % across * 2 + threadIdx.x / 16 % 2;
     const int first = blockIdx.x / across * 8 * kRows + threadIdx.x / 32 * kRows;
@@ -72,6 +74,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
     const Quotient<kPow2> over(scale);
 #pragma unroll
     for (int i = 0; i < 4; i++) *reinterpret_cast<uint2*>(w_q + at + i * int64_t{K}) = encode8(in.v[i], over);
+    __threadfence();  // for a kernel that starts as this one ends and reads weights before it waits
 }
 
 template <typename F> void dispatch(DType dtype, bool pow2, F&& f) {
@@ -115,9 +118,9 @@ void quantize_fwd(cudaStream_t stream, Tensor x, Tensor x_q, Tensor x_scale, Ten
                 source.ptr<int>(), topk, x.stride[0], M, K, E, x_scale.stride[1], M_pad);
         };
         if (!columns)
-            launch<quantize_rows_kernel<T, kPow2>>(grid, 256, 0, stream, x.ptr<T>(), x_q.ptr<uint8_t>(),
-                                                   x_scale.ptr<float>(), offsets.ptr<int>(), source.ptr<int>(), topk,
-                                                   x.stride[0], M, K, E, x_scale.stride[1]);
+            launch<quantize_rows_kernel<T, kPow2>, kOverlaps>(
+                grid, 256, 0, stream, x.ptr<T>(), x_q.ptr<uint8_t>(), x_scale.ptr<float>(), offsets.ptr<int>(),
+                source.ptr<int>(), topk, x.stride[0], M, K, E, x_scale.stride[1]);
         else rows ? tiles.template operator()<true>() : tiles.template operator()<false>();
     });
 }

@@ -7,25 +7,25 @@
 
 Whoever waits for tokens computes the next step, for all; `astream` does so in a thread. Prompts are computed in chunks
 of at most max_rows rows a step, so memory does not grow with their length, beside the tokens of those that decode.
+On a GPU a step launches the next pass before it asks for the last one's tokens, so that the GPU never waits for the
+host; what it computed of a text that had ended is dropped.
 """
 
 import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from ..errors import InputError
 from ..model import Ling
 from ..model.decode import empty_caches
-from ..nn import Rows
 from .cache import Pages, page_bytes
-from .forward import Forward, Span, lookup
-from .sample import NO_NUMBERS, Sampling, choose
-from .scheduler import Request, Scheduler
+from .forward import Chunk, Flight, Forward
+from .sample import NO_NUMBERS, Mode, Sampling
+from .scheduler import PAST, Request, Scheduler, Work
 
 SHARE = 0.9  # of the memory that the weights leave on a GPU
 CPU_BYTES = 1 << 30
@@ -35,8 +35,9 @@ MAX_ROWS = 8  # that attention_decode takes of a sequence
 class Engine:
     """Serves a model, in eval mode, on the device it lies on.
 
-    cache_tokens: how many the cache holds in all; default: what 90 % of a GPU's free memory holds, 1 GiB on a CPU, but
-      no more than max_running texts of the model's length. cache_dtype: the model's; torch.float8_e4m3fn quantises.
+    cache_tokens: how many the cache holds in all, guesses apart; default: what 90 % of a GPU's free memory holds, 1 GiB
+      on a CPU, but no more than max_running texts of the model's length. cache_dtype: the model's;
+      torch.float8_e4m3fn quantises.
     max_running requests are in a step, of max_rows rows in all; max_waiting more may queue.
     draft: how many tokens to guess ahead in each step, by the MTP layer, or where the model has none by what followed
       earlier in the text. All are computed at once and those that are right are kept: `right` of `guessed` so far. No
@@ -69,14 +70,15 @@ class Engine:
             free = SHARE * torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else CPU_BYTES
             pages = min(int(free) // each, max_running * -(-self.config.max_positions // page_size))
         else:
-            pages = -(-cache_tokens // page_size)
+            pages = -(-cache_tokens // page_size) + max_running * -(-PAST * draft // page_size)
         if pages < 1:
             raise InputError(f"there is no memory for a cache of even {page_size} tokens, {each} bytes")
         self.pages = Pages(pages, page_size)
         caches = empty_caches(self.config, layers, pages, page_size, dtype, self.device)
-        self.forward = Forward(model, caches, page_size)
+        self.forward = Forward(model, caches, page_size, max_running, draft)
         self.draft, self.guessed, self.right = draft, 0, 0
-        self.scheduler = Scheduler(self.pages, max_running, max_rows, max_waiting)
+        self.scheduler = Scheduler(self.pages, max_running, max_rows, max_waiting, draft)
+        self.late, self.flight = self.device.type == "cuda", None  # a CPU has computed when a launch returns
         self.lock = threading.RLock()
 
     def submit(
@@ -94,14 +96,15 @@ class Engine:
         for a prompt that is empty or too long or has unknown tokens, and Busy where the queue is full.
         """
         prompt = [int(t) for t in prompt]
-        positions, vocabulary = self.config.max_positions, self.config.vocab_size
+        positions, vocabulary = self.config.max_positions - PAST * self.draft, self.config.vocab_size
         if max_new_tokens is None:
             max_new_tokens = max(1, min(256, positions - len(prompt)))
         if not prompt or max_new_tokens < 1:
             raise InputError("a request needs a prompt of at least one token, and max_new_tokens of at least 1")
         if len(prompt) + max_new_tokens > positions:
+            left = f", less {PAST} for each guess" if self.draft else ""
             raise InputError(f"{len(prompt)} tokens of prompt and {max_new_tokens} new ones are more than the model's"
-                             f" {positions} positions")  # fmt: skip
+                             f" {self.config.max_positions} positions{left}")  # fmt: skip
         if unknown := [t for t in prompt if not 0 <= t < vocabulary]:
             raise InputError(f"token {unknown[0]} is not one of the model's {vocabulary}")
         ends = frozenset({self.config.eos_token_id} if ends is None else ends)
@@ -118,88 +121,86 @@ class Engine:
                 self.scheduler.sweep()
             self.lock.release()
 
+    def warm_up(self) -> None:
+        """Make a GPU's graphs of common passes now; otherwise the first request that needs one waits for it."""
+        if self.forward.graphs is not None:
+            with self.lock, torch.inference_mode():
+                self.forward.graphs.prepare(
+                    Mode(False, False, False), Mode(True, False, False), Mode(True, True, False)
+                )
+
     def step(self) -> bool:
         """One forward pass for those whose turn it is; False where there was nothing to do."""
         with self.lock:
-            plan = self.scheduler.plan()
+            flying = self.flight is not None
+            if self.scheduler.tight:
+                self.land()
+            plan, flight = self.scheduler.plan(), None
             if plan:
-                try:
-                    self.compute(plan)
-                except Exception as error:  # the cache is undefined for these, and sound for the others
-                    for request, _ in plan:
-                        self.scheduler.finish(request, "error", error)
-                self.scheduler.sweep()  # who was cancelled meanwhile
-            return bool(plan)
+                with self.blamed_on(plan):
+                    flight = self.launch(plan)
+            self.land()
+            self.flight = flight
+            if not self.late:
+                self.land()
+            self.scheduler.sweep()  # who was cancelled meanwhile
+            return bool(plan or flying)
 
-    @torch.inference_mode()
-    def compute(self, plan: list[tuple[Request, int]]) -> None:
-        """The host waits once for the tokens, and once more for guesses of the MTP layer."""
-        each = 1 + self.draft
-        spans = sorted((Span(r, r.computed, n) for r, n in plan), key=lambda span: span.rows != each)
-        rows = self.forward.rows(spans, each)
-        h = self.forward.hidden(spans, rows)
-        ready = self.sample(spans, h)
-        for request, _, n in spans:
-            if request in ready:
-                self.accept(request, ready[request])
-            else:
-                self.scheduler.advance(request, n)
-        if self.draft:
-            self.guess(spans, rows, h, [r for r in ready if not r.finished])
+    def launch(self, plan: dict[Request, Work]) -> Flight | None:
+        for request in plan:
+            if request.placed == 0:
+                self.forward.begin(request)
+        decoding = [r for r, work in plan.items() if work.decodes]
+        chunks = [Chunk(r, r.computed, work.chunk) for r, work in plan.items() if work.chunk]
+        flight = self.forward(decoding, chunks)
+        for request, _, rows in chunks:
+            self.scheduler.advance(request, rows)
+        for request in decoding:
+            request.ahead += 1
+        return flight
 
-    def sample(self, spans: list[Span], h: Tensor) -> dict[Request, list[int]]:
-        """For each request that has all its rows the tokens after its last one and after each of its drafts."""
-        places, asked, so_far, uniforms, ready = [], [], [], [], []
-        for (request, _, n), end in zip(spans, np.cumsum([s.rows for s in spans]), strict=True):
-            if n < request.wanted:
-                continue
-            ready.append(request)
-            penalised = request.sampling.repetition_penalty != 1  # others need no copy of their text
-            for ahead in range(1 + len(request.drafts)):
-                places.append(end - 1 - len(request.drafts) + ahead)
-                asked.append(request.sampling)
-                so_far.append(request.tokens + request.drafts[:ahead] if penalised else ())
-                uniforms.append(request.uniform(ahead))
-        if not ready:
-            return {}
-        tokens = iter(choose(self.forward.logits(h, places), asked, so_far, uniforms).tolist())
-        return {request: [next(tokens) for _ in range(1 + len(request.drafts))] for request in ready}
+    def land(self) -> None:
+        """Take the tokens of the pass that is on its way, once the device has them."""
+        flight, self.flight = self.flight, None
+        if flight is None:
+            return
+        with self.blamed_on(flight.requests):
+            for request, tokens in zip(flight.requests, flight.tokens(), strict=True):
+                request.ahead -= 1
+                if not request.finished:
+                    self.accept(request, tokens)
+
+    @contextmanager
+    def blamed_on(self, requests: Iterable[Request]) -> Iterator[None]:
+        """What goes wrong ends these: the cache is undefined for them, and sound for the others."""
+        try:
+            yield
+        except Exception as error:
+            for request in [*requests]:
+                self.scheduler.finish(request, "error", error)
 
     def accept(self, request: Request, tokens: list[int]) -> None:
-        """Take tokens as long as the drafts were right: each is what it would have been without them."""
+        """All but the first were guessed, and are what they would be without."""
+        if request.guessed:
+            self.guessed, self.right = self.guessed + self.draft, self.right + len(tokens) - 1
+        request.guessed = self.draft > 0
         reason = error = None
-        pending, right = request.pending, 0
-        for draft, token in zip([*request.drafts, None], tokens, strict=True):
+        taken = 0
+        for token in tokens:
+            taken += 1
             if token < 0:
                 reason, error = "error", InputError(NO_NUMBERS)
             elif token in request.ends:
                 reason = "stop"
             else:
                 request.tokens.append(token)
-                del request.uniforms[0]
                 if request.written == request.max_new_tokens:
                     reason = "length"
-            if reason or token != draft:
+            if reason:
                 break
-            right += 1
-        self.guessed += len(request.drafts)
-        self.right += right
-        request.drafts = []
-        self.scheduler.advance(request, pending + right)
+        self.scheduler.advance(request, taken)
         if reason:
             self.scheduler.finish(request, reason, error)
-
-    def guess(self, spans: list[Span], rows: Rows, h: Tensor, requests: list[Request]) -> None:
-        """Drafts for the next step: no more than the text may still have but one, and than the pages hold."""
-        counts = {}
-        for request in requests:
-            left = request.max_new_tokens - request.written - 1
-            counts[request] = self.scheduler.room(request, min(self.draft, left))
-        if self.forward.draft_cache is not None:
-            self.forward.draft(spans, rows, h, counts)
-            return
-        for request, count in counts.items():
-            request.drafts = lookup(request.tokens, count)
 
     def stream(self, prompt: Sequence[int], **options) -> Iterator[int]:
         """The new tokens of one request as they come; options are `submit`'s. Who leaves early cancels it."""

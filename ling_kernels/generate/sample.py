@@ -8,8 +8,9 @@ min-p:                                         of those the ones at least min-p 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,54 +45,83 @@ class Sampling:
             raise InputError("top_k, top_p and min_p narrow what is drawn at random: they need a temperature above 0")
 
 
-def choose(
-    logits: Tensor, sampling: Sequence[Sampling], so_far: Sequence[Sequence[int] | Tensor], uniform: Sequence[float]
-) -> Tensor:
-    """logits [B, V]; for each row what was asked, the ids so far and a number in [0, 1) -> tokens [B] int64.
+class Mode(NamedTuple):
+    """What a batch needs at all: the host knows before the device has the logits."""
 
-    Only a repetition penalty looks at the ids so far.
+    drawn: bool  # some row has a temperature
+    narrowed: bool  # some draw is by top-k or top-p, which sort
+    penalised: bool
+
+    @classmethod
+    def of(cls, sampling: Iterable[Sampling]) -> "Mode":
+        sampling = list(sampling)
+        return cls(
+            any(s.temperature > 0 for s in sampling),
+            any(s.top_k or s.top_p < 1 for s in sampling),
+            any(s.repetition_penalty != 1 for s in sampling),
+        )
+
+
+class Asked(NamedTuple):
+    """`Sampling` of every row [B], on the device; top_k of at least 1."""
+
+    temperature: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    repetition_penalty: Tensor
+    top_k: Tensor  # int64
+
+    @classmethod
+    def of(cls, sampling: Sequence[Sampling], vocabulary: int, device: torch.device | None = None) -> "Asked":
+        floats = [[s.temperature, s.top_p, s.min_p, s.repetition_penalty] for s in sampling]
+        top_k = [min(s.top_k or vocabulary, vocabulary) for s in sampling]
+        floats = torch.tensor(floats, dtype=torch.float32, device=device)
+        return cls(*floats.unbind(1), torch.tensor(top_k, device=device))
+
+
+def choose(logits: Tensor, asked: Asked, mode: Mode, uniform: Tensor | None, seen: Tensor | None = None) -> Tensor:
+    """logits [B, V]; uniform [B] in [0, 1) where mode.drawn, seen [B, V] bool where mode.penalised -> tokens [B] int64.
+
     A row's token depends on nothing of the others. It is -1 where the row's logits are no numbers, or all infinite.
     Waits for nothing on the device.
     """
-    logits, device = logits.float(), logits.device
-    for row, (asked, ids) in enumerate(zip(sampling, so_far, strict=True)):
-        if asked.repetition_penalty != 1:
-            seen = torch.as_tensor(ids, device=device).unique()
-            said, r = logits[row, seen], asked.repetition_penalty
-            said = torch.where(said > 0, said / r, said * r)
-            logits = logits.index_put((torch.tensor(row, device=device), seen), said)
+    logits = logits.float()
+    if mode.penalised:
+        r = asked.repetition_penalty[:, None]
+        logits = torch.where(seen, torch.where(logits > 0, logits / r, logits * r), logits)
     largest = logits.amax(1, keepdim=True)
     tokens = logits.argmax(1)
-    if any(s.temperature > 0 for s in sampling):
-        drawn = draw(logits - largest, sampling, torch.tensor(uniform, device=device))
-        tokens = torch.where(torch.tensor([s.temperature > 0 for s in sampling], device=device), drawn, tokens)
+    if mode.drawn:
+        tokens = torch.where(asked.temperature > 0, draw(logits - largest, asked, mode, uniform), tokens)
     return torch.where(largest[:, 0].isfinite(), tokens, -1)
 
 
-def draw(logits: Tensor, sampling: Sequence[Sampling], uniform: Tensor) -> Tensor:
+def draw(logits: Tensor, asked: Asked, mode: Mode, uniform: Tensor) -> Tensor:
     """logits [B, V] at most 0; rows of temperature 0 give anything."""
-    V, device = logits.shape[1], logits.device
-
-    def column(values) -> Tensor:
-        return torch.tensor(list(values), device=device)[:, None]
-
-    logits = logits / column(s.temperature or 1.0 for s in sampling)  # at most 0: a small one gives no inf - inf
-    if any(s.top_k or s.top_p < 1 for s in sampling):
+    temperature, top_p, min_p, _, top_k = (x[:, None] for x in asked)
+    logits = logits / torch.where(temperature > 0, temperature, 1)  # at most 0: a small one gives no inf - inf
+    p = logits.softmax(1)
+    if mode.narrowed:
         ordered, order = logits.sort(descending=True, stable=True)
-        last = ordered.gather(1, column(min(s.top_k or V, V) - 1 for s in sampling))
-        p = ordered.masked_fill(ordered < last, -math.inf).softmax(1)  # what is as likely as the k-th stays
-        before = p.cumsum(1) - p
-        top_p = column(s.top_p for s in sampling)
-        p = torch.where((top_p == 1) | (before < top_p), p, 0)
-        p = torch.zeros_like(p).scatter(1, order, p)
-    else:
-        p = logits.softmax(1)
-    min_p = column(s.min_p for s in sampling)
+        last = ordered.gather(1, top_k - 1)
+        kept = ordered.masked_fill(ordered < last, -math.inf).softmax(1)  # what is as likely as the k-th stays
+        kept = torch.where((top_p == 1) | (kept.cumsum(1) - kept < top_p), kept, 0)
+        whole = (top_k == logits.shape[1]) & (top_p == 1)  # the same bits as in a batch that narrows nothing
+        p = torch.where(whole, p, torch.zeros_like(p).scatter(1, order, kept))
     p = p.masked_fill(p < min_p * p.amax(1, keepdim=True), 0)
     total = p.cumsum(1)
     end = total[:, -1:]
     place = torch.minimum(uniform[:, None] * end, end.nextafter(torch.zeros_like(end)))  # rounding may reach the end
     return torch.searchsorted(total, place, right=True).squeeze(1)
+
+
+def uniforms(seed: Tensor, place: Tensor) -> Tensor:
+    """seed [B], place [B] int64 -> [B] fp32 in [0, 1): what a seed has for a place. SplitMix64 (Steele et al. 2014)."""
+    x = seed + place * -0x61C8864680B583EB  # 2^64 over the golden ratio, as int64, which wraps
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * factor
+    x = x ^ (x >> 31 & (1 << 33) - 1)
+    return (x >> 40 & (1 << 24) - 1).float() / (1 << 24)
 
 
 def sampler(**asked) -> Callable[[Tensor, Tensor], Tensor]:
@@ -105,8 +135,10 @@ def sampler(**asked) -> Callable[[Tensor, Tensor], Tensor]:
     generator.seed() if asked.seed is None else generator.manual_seed(asked.seed)
 
     def of_batch(logits: Tensor, ids_so_far: Tensor) -> Tensor:
-        B = len(logits)
-        tokens = choose(logits, [asked] * B, ids_so_far, torch.rand(B, generator=generator).tolist())
+        (B, V), device = logits.shape, logits.device
+        seen = torch.zeros(B, V, dtype=torch.bool, device=device).scatter(1, ids_so_far, True)
+        uniform = torch.rand(B, generator=generator).to(device)
+        tokens = choose(logits, Asked.of([asked] * B, V, device), Mode.of([asked]), uniform, seen)
         if bool((tokens < 0).any()):  # asks the GPU, which whoever shows the text does anyway
             raise InputError(NO_NUMBERS)
         return tokens

@@ -1,19 +1,26 @@
 """Which rows the next forward pass computes: continuous batching over a paged cache.
 
-A running request has tokens of which the first `computed` have their keys and values in the cache. In a step every
-request that lacks one only decodes; what is left of the step's rows goes to the others, oldest first, in chunks of
-their prompts. Requests enter in order, as soon as the cache can hold their texts; pages that hold the same beginning
-are shared. When the pages run out, the youngest gives its own back and waits for its turn again.
+A running request has tokens of which the first `computed` have their keys and values in the cache. In a pass every
+request that lacks one only decodes; what is left of the pass's rows goes to the others, oldest first, in chunks of
+their prompts, of which the last token decodes at once. Requests enter in order, as soon as the cache can hold their
+texts; pages that hold the same beginning are shared. When the pages run out, the youngest gives its own back and waits
+for its turn again.
+
+The next pass may be planned while the host does not know yet what the last one gives: then a text counts as long as it
+can be by now, and is not followed past what it may be at most.
 """
 
-import random
+import secrets
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from ..errors import InputError
 from .cache import Pages, digest
 from .sample import Sampling
+
+PAST = 3  # a text's end is followed by cells for so many times the guesses of a pass, which may be computed in vain
 
 
 class Busy(Exception):
@@ -30,35 +37,26 @@ class Request:
     ends: frozenset[int]  # tokens that end the text; they are not part of it
     deadline: float = float("inf")  # by time.monotonic()
 
-    tokens: list[int] = field(default_factory=list)  # prompt and what came after it
+    tokens: list[int] = field(default_factory=list)  # prompt and what is known to come after it
     computed: int = 0
     shared: int = 0  # tokens found in the cache when it was last admitted
+    ahead: int = 0  # passes that decode it and whose tokens are not known yet
+    guessed: bool = False  # the next pass has guesses to check
     cancelled: bool = False  # its user wants no more; the next step ends it
     finished: str | None = None
     error: Exception | None = None
     pages: list[int] = field(default_factory=list)
-    drafts: list[int] = field(default_factory=list)  # guesses of what follows tokens, to be computed with them
-    uniforms: list[float] = field(default_factory=list)  # drawn for the tokens to come
+    lane: int | None = None  # of the device's memory, while it runs
+    placed: int = 0  # pages that its lane knows
     digests: list[bytes] = field(default_factory=list)  # of the full pages of tokens
 
     def __post_init__(self):
         self.tokens = list(self.prompt)
-        self.random = random.Random(self.sampling.seed)
+        self.seed = secrets.randbits(63) if self.sampling.seed is None else self.sampling.seed
 
     @property
     def pending(self) -> int:
         return len(self.tokens) - self.computed
-
-    @property
-    def wanted(self) -> int:
-        """Rows that bring it to its next token."""
-        return self.pending + len(self.drafts)
-
-    def uniform(self, ahead: int) -> float:
-        """In [0, 1): what the seed has for the token `ahead` tokens from now; one is used up with each token."""
-        while len(self.uniforms) <= ahead:
-            self.uniforms.append(self.random.random())
-        return self.uniforms[ahead]
 
     @property
     def new_tokens(self) -> list[int]:
@@ -69,22 +67,28 @@ class Request:
         """How many new tokens there are."""
         return len(self.tokens) - len(self.prompt)
 
-    def rows(self, start: int, n: int) -> list[int]:
-        """n of its tokens and drafts from `start` on; fewer where there are no more."""
-        known = self.tokens[start : start + n]
-        return known + self.drafts[: n - len(known)]
+
+class Work(NamedTuple):
+    """A request's part in a pass."""
+
+    chunk: int  # rows of its prompt
+    decodes: bool  # its last token, and draft guesses after it
 
 
 class Scheduler:
-    def __init__(self, pages: Pages, max_running: int, max_rows: int, max_waiting: int):
-        self.pages, self.max_running, self.max_rows, self.max_waiting = pages, max_running, max_rows, max_waiting
+    """draft guesses are decoded with every text's last token, and as many then made anew."""
+
+    def __init__(self, pages: Pages, max_running: int, max_rows: int, max_waiting: int, draft: int):
+        self.pages, self.max_rows, self.max_waiting, self.draft = pages, max_rows, max_waiting, draft
         self.arrived: deque[Request] = deque()  # what other threads may add to; the rest belongs to who has the lock
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in the order in which they entered
+        self.lanes = deque(range(max_running))
+        self.left = max_rows  # of the pass that is being planned
 
     def submit(self, request: Request) -> None:
         """Raises Busy where the queue is full, InputError for a text that the cache can never hold."""
-        total = len(request.prompt) + request.max_new_tokens
+        total = len(request.prompt) + request.max_new_tokens + PAST * self.draft
         if self.pages.needed(total) > self.pages.count:
             raise InputError(f"a text of up to {total} tokens; the cache holds {self.pages.count * self.pages.size}")
         if self.full:
@@ -99,25 +103,55 @@ class Scheduler:
     def queued(self) -> int:
         return len(self.arrived) + len(self.waiting)
 
-    def plan(self) -> list[tuple[Request, int]]:
-        """The next forward pass: requests and how many rows of theirs it computes."""
+    def plan(self) -> dict[Request, Work]:
+        """The next pass. Nothing may be on its way where `tight` is true."""
         self.sweep()
-        chosen: dict[Request, int] = {}
-        left = self.max_rows
+        chosen: dict[Request, Work] = {}
+        self.left = self.max_rows
         for request in sorted(self.running, key=lambda r: r.pending > 1):  # stable: of each kind the oldest first
-            rows = min(request.wanted, left)
-            if request in self.running and rows and self.reserve(request, rows, chosen):
-                chosen[request] = rows
-                left = self.max_rows - sum(chosen.values())
-        while self.waiting and left and len(self.running) < self.max_running and self.admit(self.waiting[0]):
+            if request in self.running:
+                self.choose(request, chosen)
+        while self.waiting and self.left and self.lanes and self.admit(self.waiting[0]):
             request = self.waiting.popleft()
             self.running.append(request)
-            rows = min(request.pending, left)
-            if not self.reserve(request, rows, chosen):
+            if not self.choose(request, chosen):
                 break
-            chosen[request] = rows
-            left -= rows
-        return list(chosen.items())
+        return chosen
+
+    def choose(self, request: Request, chosen: dict[Request, Work]) -> bool:
+        """Give it what is left to do for it of the rows that are left; False where it gave way instead."""
+        chunk = min(request.pending - 1, self.left)
+        last = chunk == request.pending - 1 and self.left - chunk > self.draft
+        work = Work(chunk, last and self.may_decode(request))
+        if any(work):
+            if not self.reserve(request, self.cells(request, work), chosen):
+                return False
+            chosen[request] = work
+            self.left -= self.rows(work)
+        return True
+
+    def rows(self, work: Work) -> int:
+        return work.chunk + work.decodes * (1 + self.draft)
+
+    def may_decode(self, request: Request) -> bool:
+        """Every pass that is on its way brings at least a token."""
+        return request.written + request.ahead < request.max_new_tokens
+
+    def cells(self, request: Request, work: Work) -> int:
+        """Of the cache, that this work may write to."""
+        if not work.decodes:
+            return request.computed + work.chunk
+        longest = len(request.tokens) + request.ahead * (1 + self.draft)
+        return longest + self.draft + max(0, self.draft - 1)  # the last are of the MTP layer alone
+
+    @property
+    def tight(self) -> bool:
+        """Whether a request may have to give way in the next pass."""
+        short = 0
+        for r in self.running:
+            work = Work(r.pending - 1, self.may_decode(r))
+            short += max(0, self.pages.needed(self.cells(r, work)) - len(r.pages))
+        return short > self.pages.available
 
     def sweep(self) -> None:
         """Let in who has arrived, and end who was cancelled or is out of time."""
@@ -137,16 +171,18 @@ class Scheduler:
             self.give_back(request)
             return False
         request.computed = request.shared = len(request.pages) * self.pages.size
+        request.lane = self.lanes.popleft()
         return True
 
-    def reserve(self, request: Request, rows: int, chosen: dict[Request, int]) -> bool:
-        """Pages for `rows` more tokens, the youngest requests giving theirs back; False where it did so itself."""
-        while self.pages.needed(request.computed + rows) > len(request.pages):
+    def reserve(self, request: Request, cells: int, chosen: dict[Request, Work]) -> bool:
+        """Pages for so many tokens, the youngest requests giving theirs back; False where it did so itself."""
+        while self.pages.needed(cells) > len(request.pages):
             if self.pages.available:
                 request.pages.append(self.pages.take())
                 continue
             youngest = self.running.pop()
-            chosen.pop(youngest, None)
+            if youngest in chosen:
+                self.left += self.rows(chosen.pop(youngest))
             self.give_back(youngest)
             self.waiting.appendleft(youngest)
             if youngest is request:
@@ -154,18 +190,12 @@ class Scheduler:
         return True
 
     def advance(self, request: Request, rows: int) -> None:
-        """The keys and values of `rows` more tokens are in the cache."""
+        """The keys and values of `rows` more tokens are in the cache, or will be before a later pass looks for them."""
         full = request.computed // self.pages.size
         request.computed += rows
         self.digest(request)
         for i in range(full, request.computed // self.pages.size):
             self.pages.publish(request.pages[i], request.digests[i])
-
-    def room(self, request: Request, tokens: int) -> int:
-        """How many of `tokens` more than it has its pages can hold, after taking what nobody else wants now."""
-        while self.pages.needed(len(request.tokens) + tokens) > len(request.pages) and self.pages.available:
-            request.pages.append(self.pages.take())
-        return min(tokens, len(request.pages) * self.pages.size - len(request.tokens))
 
     def digest(self, request: Request) -> None:
         size, known = self.pages.size, request.digests
@@ -184,4 +214,6 @@ class Scheduler:
 
     def give_back(self, request: Request) -> None:
         self.pages.release(request.pages)
-        request.pages, request.drafts, request.computed = [], [], 0
+        if request.lane is not None:
+            self.lanes.append(request.lane)
+        request.pages, request.computed, request.lane, request.placed, request.guessed = [], 0, None, 0, False

@@ -7,12 +7,29 @@ from ..tokenizer import TextStream, Tokenizer
 
 def stream_text(tokens: Iterable[int], tokenizer: Tokenizer, stop: Sequence[str] = ()) -> Iterator[str]:
     """The text of tokens as they come: a piece per token ("" where held back), then the rest; cut at a `stop`."""
-    text, cut = TextStream(tokenizer), StopStrings(stop)
+    text = CutText(tokenizer, stop)
     for token in tokens:
-        yield cut.add(text.add(token))
-        if cut.found:
+        yield text.add(token)
+        if text.found:
             break
-    yield cut.add(text.end()) + cut.end()
+    yield text.end()
+
+
+class CutText:
+    """What may be shown of a text after each of its tokens, and at its end; found: one of `stop` has ended it."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]):
+        self.text, self.cut = TextStream(tokenizer), StopStrings(stop)
+
+    @property
+    def found(self) -> bool:
+        return self.cut.found
+
+    def add(self, token: int) -> str:
+        return self.cut.add(self.text.add(token))
+
+    def end(self) -> str:
+        return self.cut.add(self.text.end()) + self.cut.end()
 
 
 class StopStrings:

@@ -177,7 +177,7 @@ class _Shards:
             self.path = self.file = None
             try:
                 self.file = safe_open(path, "pt")
-            except (OSError, SafetensorError) as error:
+            except (OSError, RuntimeError, SafetensorError) as error:  # torch's where there is too little to map it
                 raise InputError(f"cannot read {path}: {error}") from None
             self.path = path
         return self.file

@@ -67,6 +67,8 @@ class Layer(nn.Module):
 
     def compute(self, x: Tensor, rows: Rows, cache: KVCache | None, z_loss: float | None):
         attended = self.attention(x, rows, cache, self.input_layernorm)
+        if cache is not None and isinstance(self.mlp, MoE) and self.mlp.decodes(attended, x):
+            return self.mlp.decode(attended, x, self.post_attention_layernorm), None
         h, x = self.post_attention_layernorm(attended, residual=x)
         if isinstance(self.mlp, MLP):
             return x + self.mlp(h), None

@@ -69,8 +69,12 @@ class Attention(nn.Module):
             return self.dense(out.flatten(1))
         if self.query_layernorm is not None and 0 < rows.decoding == len(qkv):
             batch = qkv.unflatten(0, (len(rows.lengths), -1))
-            out = qk_norm_attention_decode(batch, *norms[:4], cache, rows.block_table, rows.lengths, eps=self.eps)
-            return self.dense(out.flatten(0, 1).flatten(1))
+            of_cache = cache, rows.block_table, rows.lengths
+            if not getattr(self.dense, "takes_rows", False):
+                out = qk_norm_attention_decode(batch, *norms[:4], *of_cache, eps=self.eps)
+                return self.dense(out.flatten(0, 1).flatten(1))
+            out, *fp8 = qk_norm_attention_decode(batch, *norms[:4], *of_cache, eps=self.eps, quantize=True)
+            return self.dense.product(fp8, out.dtype)
         if self.query_layernorm is not None:
             q, k, v = qk_norm_rope(qkv, *norms, eps=self.eps, cache=cache, slots=rows.slots)
         else:

@@ -309,8 +309,20 @@ class Fp8Linear(nn.Linear):
         new.weight = linear.weight
         return new.train(linear.training)
 
+    @property
+    def takes_rows(self) -> bool:
+        """Whether `product` serves: rows are quantised as `quantize` does by itself, and nobody wants a gradient."""
+        return not (self.fp8.pow2 or torch.is_grad_enabled())
+
+    def product(self, rows: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
+        """x [M, K] as the pair (x_q, x_scale) -> [M, N] in dtype."""
+        return product(rows, self.fp8.arguments(self.weight)[1:3], None, dtype)
+
     def forward(self, x: Tensor, norm: RMSNorm | None = None) -> Tensor:
         """x [..., K], or norm(x) where there is one -> [..., N] in x's dtype, autocast's where it is on."""
+        if norm is not None and self.takes_rows:
+            _, *rows = rms_norm(x.flatten(0, -2), norm.weight, None, norm.eps, quantize=True)
+            return self.product(rows, product_dtype(x)).unflatten(0, x.shape[:-1])
         if norm is not None and (self.recompute == "none" or torch.compiler.is_compiling()):
             x, norm = norm(x), None
         norm_weight, eps = (None, None) if norm is None else (norm.weight, norm.eps)

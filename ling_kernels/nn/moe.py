@@ -4,14 +4,18 @@ Where an expert lives is the exchange's business: `Local` keeps all of them here
 The routing weight is applied after the down projection, in fp32, as the official model does at inference.
 """
 
+import torch
 from torch import Tensor, nn
 
 from ..ops.dispatch import Plan, dispatch
+from ..ops.moe import Weight
+from ..ops.moe_decode import ROWS, moe_decode
 from ..ops.permute import permute
 from ..ops.unpermute import unpermute
 from .experts import Experts
 from .fp8 import Fp8Experts
 from .mlp import MLP
+from .norm import RMSNorm
 from .router import Router
 
 
@@ -45,3 +49,28 @@ class MoE(nn.Module):
         if self.shared_experts is not None:
             y = y + self.shared_experts(x)
         return y, z
+
+    def decodes(self, x: Tensor, residual: Tensor) -> bool:
+        """Whether `decode` may take the place of the norm, of forward and of the sum: for few rows and no gradient."""
+        here = type(self.exchange) is Local and not any(m.fp8.pow2 for m in self.modules() if hasattr(m, "fp8"))
+        return here and not torch.is_grad_enabled() and 0 < len(x) <= ROWS and x.dtype == residual.dtype
+
+    def decode(self, x: Tensor, residual: Tensor, norm: RMSNorm) -> Tensor:
+        """x, residual [T <= 8, H] -> s + forward(norm(s)), s = x + residual; in FP8 too the weights come after down."""
+        router, shared = self.router, self.shared_experts
+        return moe_decode(
+            x, router.weight, router.expert_bias, *weights_of(self.experts),
+            None if shared is None else weights_of(shared), **router.limits,
+            residual=residual, norm=norm.weight, eps=norm.eps,
+        )  # fmt: skip
+
+
+def weights_of(module: Experts | MLP) -> tuple[Weight, Weight]:
+    """gate_up and down, as they are or, of an FP8 module, with their scales."""
+    dense = isinstance(module, MLP)
+    w = (module.gate_up.weight, module.down.weight) if dense else (module.gate_up, module.down)
+    if not hasattr(module, "fp8"):
+        return w
+    given = module.fp8.arguments(*w)  # of each weight itself, its codes, its scales and what only training asks for
+    each = len(given) // 2
+    return tuple(given[1:3]), tuple(given[each + 1 : each + 3])

@@ -188,8 +188,11 @@ def launch_decode(
     q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None, block_table: Tensor,
     lengths: Tensor, out: Tensor, partial: Tensor, lse: Tensor, scale: float,
     norm: tuple = (None, None, None, None), eps: float = 0.0, round_first: bool = False,
+    out_q: Tensor | None = None, out_scale: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """With norm (q_weight, k_weight, cos, sin) q is qkv, whose keys and values the kernel also appends."""
+    """With norm (q_weight, k_weight, cos, sin) q is qkv, whose keys and values the kernel also appends; with out_q
+    [B n, Hq D] and its scales out goes there in FP8 too.
+    """
     (B, n, Hq, D), (num_blocks, page, Hkv, _) = out.shape, k.shape
     W, blocks, rows = len(partial) - B, block_table.shape[1], n * Hq // Hkv
     c = config(q.dtype, k.dtype, rows, norm[0] is not None)
@@ -200,8 +203,9 @@ def launch_decode(
         num_blocks, HALF=half, ROUND_FIRST=round_first, PAGE=page, **sizes, **c,
     )  # fmt: skip
     attention_decode_combine_kernel[(B, Hkv * rows)](
-        partial, lse, lengths, out, B, W, n, blocks * page, BLOCK_N=c["BLOCK_N"], BLOCK_P=32, num_warps=4, **sizes
-    )
+        partial, lse, lengths, out, out_q, out_scale, 0 if out_q is None else out_scale.stride(1), B, W, n,
+        blocks * page, BLOCK_N=c["BLOCK_N"], BLOCK_P=32, num_warps=4, **sizes,
+    )  # fmt: skip
 
 
 def serves(q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None, *others: Tensor) -> bool:

@@ -136,7 +136,8 @@ def attention_decode_kernel(
 
 @triton.jit
 def attention_decode_combine_kernel(
-    partial, lse, lengths, out, B, W, n, cells, D: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr,
+    partial, lse, lengths, out, out_q, out_scale, ld_scale, B, W, n, cells,
+    D: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     # One row of a sequence: its pieces are those of programs `first` to before `stop`.
@@ -165,4 +166,9 @@ def attention_decode_combine_kernel(
     h, r = row // (n * G), row % (n * G)
     at_out = ((seq.to(tl.int64) * n + r // G) * (HKV * G) + h * G + r % G) * D
     acc = acc / tl.where(total == 0, 1.0, total)
-    tl.store(out + at_out + d, acc.to(out.dtype.element_ty), mask=d < D)
+    acc = acc.to(out.dtype.element_ty)
+    tl.store(out + at_out + d, acc, mask=d < D)
+    if out_q is not None:  # of D = BLOCK_D = 128: a head is a block of the scales
+        q, scale = quantize_along(acc.to(tl.float32), 0, False)
+        tl.store(out_q + at_out + d, q)
+        tl.store(out_scale + (h * G + r % G).to(tl.int64) * ld_scale + seq * n + r // G, scale)

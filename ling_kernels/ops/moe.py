@@ -79,24 +79,6 @@ def moe(
     return y, counts, *z
 
 
-def moe_decode(
-    x: Tensor,
-    router_w: Tensor,
-    bias: Tensor,
-    w_gate_up: Weight,
-    w_down: Weight,
-    shared: tuple[Weight, Weight] | None = None,
-    num_groups: int = 8,
-    group_topk: int = 4,
-    topk: int = 8,
-    scale: float = 2.5,
-) -> Tensor:
-    """`moe` for the 1 to 8 rows of a decode step: x [T, H] -> y [T, H]. Not differentiable. Raises ValueError."""
-    expect(x.ndim == 2 and 1 <= len(x) <= 8, "x [1..8, H]", x)
-    with torch.no_grad():
-        return moe(x, router_w, bias, w_gate_up, w_down, shared, None, num_groups, group_topk, topk, scale)[0]
-
-
 def linear(x: Tensor, w: Weight) -> Tensor:
     """x w^T, in FP8 where w is."""
     if isinstance(w, tuple):

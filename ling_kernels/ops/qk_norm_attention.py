@@ -30,11 +30,11 @@ from .qk_norm_rope import (
     expect_heads,
     head_groups,
     qk_norm_rope_ref,
-    rotate_heads,
     rotated,
     serves,
     turned_back,
 )
+from .qk_norm_rope_kernels import rotate_heads
 
 
 def qk_norm_attention(

@@ -24,6 +24,8 @@ from .attention_decode import (
 from .attention_decode import serves as attends
 from .qk_norm_rope import expect_norm, qk_norm_rope_ref
 from .qk_norm_rope import serves as norms
+from .quantize import BLOCK, empty_fp8, quantize_ref
+from .quantize import quantize as quantize_rows
 
 
 def qk_norm_attention_decode(
@@ -38,13 +40,15 @@ def qk_norm_attention_decode(
     scale: float | None = None,
     eps: float = 1e-6,
     round_first: bool = False,
-) -> Tensor:
+    quantize: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """qkv [B, n, Hq + 2 Hkv, D] of n = 1..8 new tokens, counted in lengths [B] int32 -> out [B, n, Hq, D] in its dtype.
 
     Writes the new keys and values into the cache, quantised where it is FP8, at the cells that block_table
     [B, max_blocks] int32 gives their places; no two tokens may have one cell. As `qk_norm_rope` with that cache at
     positions length - n + i and `attention_decode` after it, whose other arguments, dtypes and errors these are; a
-    query may differ in a last bit. Rows of length 0 are padding, which enters nothing and gives 0. No gradient.
+    query may differ in a last bit. quantize appends what the op `quantize` makes of out as [B n, Hq D], of D = 128 in
+    the same launch (Hq D % 128 == 0). Rows of length 0 are padding, which enters nothing and gives 0. No gradient.
     Deterministic. Raises ValueError also, on a CPU, for a length beyond the rows of cos and sin. On a GPU a build of
     csrc/ with LING_DEBUG=1 stops at such; otherwise such a token is NaN, and one whose page the cache does not have is
     not kept.
@@ -60,30 +64,47 @@ def qk_norm_attention_decode(
     if known(lengths):
         longest = int(lengths.max()) if B else 0
         expect(longest <= len(cos), f"positions in 0..{len(cos) - 1}, the rows of cos and sin", longest - 1)
+    Hq = H - 2 * Hkv
+    expect(not quantize or Hq * D % BLOCK == 0, "heads of 128 for FP8", qkv)
     scale = D**-0.5 if scale is None else scale
     norm = q_weight, k_weight, cos, sin
     if backend(qkv) == "torch" or any(t.dtype not in FLOATS for t in (qkv, q_weight, k_weight)) or (
         cache.k.dtype not in (*FLOATS, E4M3)
     ):  # fmt: skip
-        return qk_norm_attention_decode_ref(qkv, *norm, cache, block_table, lengths, scale, eps, round_first)
-    out = qkv.new_empty(B, n, H - 2 * Hkv, D)
+        return qk_norm_attention_decode_ref(qkv, *norm, cache, block_table, lengths, scale, eps, round_first, quantize)
+    out = qkv.new_empty(B, n, Hq, D)
     if 0 in (B, D, num_blocks, block_size, block_table.shape[1]):
-        return out.zero_()
+        out.zero_()
+        return (out, *quantize_rows(out.flatten(2).flatten(0, 1))) if quantize else out
+    at_once = quantize and D == BLOCK
+    out_q, out_scale, *_ = empty_fp8(out, B * n, Hq * D, at_once, False, None)
     qkv, *norm, block_table, lengths = (t.detach().contiguous() for t in (qkv, *norm, block_table, lengths))
     qk_norm_attention_decode_fwd(
-        qkv, *norm, *cache, block_table, lengths, out, *scratch(out, cache, block_table, True), scale, eps, round_first
-    )
-    return out
+        qkv, *norm, *cache, block_table, lengths, out, out_q, out_scale, *scratch(out, cache, block_table, True),
+        scale, eps, round_first,
+    )  # fmt: skip
+    if quantize and not at_once:
+        out_q, out_scale = quantize_rows(out.flatten(2).flatten(0, 1))
+    return (out, out_q, out_scale) if quantize else out
 
 
 @torch.no_grad()
 def qk_norm_attention_decode_ref(
-    qkv, q_weight, k_weight, cos, sin, cache, block_table, lengths, scale=None, eps=1e-6, round_first=False
-):
+    qkv, q_weight, k_weight, cos, sin, cache, block_table, lengths, scale=None, eps=1e-6, round_first=False,
+    quantize=False,
+):  # fmt: skip
     B, n, H, D = qkv.shape
     num_blocks, block_size, Hkv, _ = cache.k.shape
-    if not (B and num_blocks and block_table.shape[1] * block_size):
-        return qkv.new_zeros(B, n, H - 2 * Hkv, D)
+    out = qkv.new_zeros(B, n, H - 2 * Hkv, D)
+    if B and num_blocks and block_table.shape[1] * block_size:
+        norm = q_weight, k_weight, cos, sin
+        out = attend_and_append(qkv, *norm, cache, block_table, lengths, scale, eps, round_first)
+    return (out, *quantize_ref(out.flatten(2).flatten(0, 1))) if quantize else out
+
+
+def attend_and_append(qkv, q_weight, k_weight, cos, sin, cache, block_table, lengths, scale, eps, round_first):
+    B, n, _, D = qkv.shape
+    num_blocks, block_size, Hkv, _ = cache.k.shape
     at = lengths[:, None] - n + torch.arange(n, device=qkv.device)  # [B, n]
     q, k, v = qk_norm_rope_ref(
         qkv.flatten(0, 1), q_weight, k_weight, cos, sin, at.flatten().clamp(min=0), Hkv, eps, round_first
@@ -106,16 +127,19 @@ def append_some(
     append(KVCache(k_cache, v_cache, k_scale, v_scale), k[real], v[real], slots[real])
 
 
-@op("k", "v", "k_scale", "v_scale", "out", "partial", "lse")
+@op("k", "v", "k_scale", "v_scale", "out", "out_q", "out_scale", "partial", "lse")
 def qk_norm_attention_decode_fwd(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,
     k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None, block_table: Tensor, lengths: Tensor,
-    out: Tensor, partial: Tensor, lse: Tensor, scale: float, eps: float, round_first: bool,
+    out: Tensor, out_q: Tensor | None, out_scale: Tensor | None, partial: Tensor, lse: Tensor,
+    scale: float, eps: float, round_first: bool,
 ) -> None:  # fmt: skip
-    """partial and lse are what `scratch` of attention_decode gives."""
-    rest = k, v, k_scale, v_scale, block_table, lengths, out, partial, lse, scale
+    """partial and lse are what `scratch` of attention_decode gives, out_q and out_scale `empty_fp8` for out's rows."""
+    cells = k, v, k_scale, v_scale, block_table, lengths
     norm = q_weight, k_weight, cos, sin
     fits = attends(out, k, v, k_scale, v_scale, partial) and norms(qkv.flatten(0, 1), *norm)
     if backend(qkv) == "cuda" and fits:
-        return _C.qk_norm_attention_decode_fwd(qkv, *norm, *rest, eps, round_first)
-    launch_decode(qkv, *rest, norm, eps, round_first)
+        return _C.qk_norm_attention_decode_fwd(
+            qkv, *norm, *cells, out, out_q, out_scale, partial, lse, scale, eps, round_first
+        )
+    launch_decode(qkv, *cells, out, partial, lse, scale, norm, eps, round_first, out_q, out_scale)

@@ -6,6 +6,7 @@
 #include <cuda_fp8.h>
 
 #include <array>
+#include <deque>
 #include <vector>
 
 #include "cuda_on_host.h"
@@ -98,19 +99,23 @@ template <typename T> struct InFlight {
     std::vector<std::vector<T>> groups;
     std::vector<T> open;
 };
-inline std::vector<InFlight<Copy>> copies(1024);
-inline std::vector<InFlight<Product>> products(1024);
+inline std::deque<InFlight<Copy>> copies;  // by fiber
+inline std::deque<InFlight<Product>> products;
+template <typename T> InFlight<T>& own(std::deque<InFlight<T>>& all) {
+    if (all.size() <= size_t(cuda_on_host::fiber())) all.resize(cuda_on_host::fiber() + 1);
+    return all[cuda_on_host::fiber()];
+}
 inline int this_thread() { return threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z); }
 
 template <int kBytes> void copy_async(void* to, const void* from, bool zeros) {
-    copies[this_thread()].open.push_back({to, from, kBytes, zeros});
+    own(copies).open.push_back({to, from, kBytes, zeros});
 }
 inline void commit_copies() {
-    auto& mine = copies[this_thread()];
+    auto& mine = own(copies);
     mine.groups.push_back(std::move(mine.open)), mine.open.clear();
 }
 template <int kPending> void wait_copies() {
-    auto& groups = copies[this_thread()].groups;
+    auto& groups = own(copies).groups;
     const int done = std::max(int(groups.size()) - kPending, 0);
     for (int i = 0; i < done; i++)
         for (const Copy& c : groups[i])
@@ -199,12 +204,12 @@ inline void multiply(const Product& p) {
 inline void wgmma_fence() {}
 template <int kRegs> void pin(float (&)[kRegs]) {}
 inline void wgmma_commit() {
-    auto& mine = products[this_thread()];
+    auto& mine = own(products);
     mine.groups.push_back(std::move(mine.open)), mine.open.clear();
 }
 template <int kPending, int kRegs> void wgmma_wait(float (&)[kRegs]) {
     __syncwarp();  // .sync.aligned
-    auto& groups = products[this_thread()].groups;
+    auto& groups = own(products).groups;
     const int done = std::max(int(groups.size()) - kPending, 0);
     for (int i = 0; i < done; i++)
         for (const Product& p : groups[i]) multiply(p);
@@ -212,13 +217,13 @@ template <int kPending, int kRegs> void wgmma_wait(float (&)[kRegs]) {
     cuda_on_host::jitter();
 }
 template <int kRegs> void wgmma_fp8(float (&d)[kRegs], uint64_t a, uint64_t b, bool accumulate) {
-    products[this_thread()].open.push_back({d, 2 * kRegs, Product::kE4m3, a, b, accumulate});
+    own(products).open.push_back({d, 2 * kRegs, Product::kE4m3, a, b, accumulate});
 }
 template <int kRegs> void wgmma_bf16(float (&d)[kRegs], uint64_t a, uint64_t b, bool accumulate) {
-    products[this_thread()].open.push_back({d, 2 * kRegs, Product::kBf16, a, b, accumulate});
+    own(products).open.push_back({d, 2 * kRegs, Product::kBf16, a, b, accumulate});
 }
 inline void wgmma_bf16_by_rows(float (&d)[64], uint64_t a, uint64_t b, bool accumulate) {
-    products[this_thread()].open.push_back({d, 128, Product::kBf16Outermost, a, b, accumulate});
+    own(products).open.push_back({d, 128, Product::kBf16Outermost, a, b, accumulate});
 }
 inline void wgmma_bf16_registers(float (&d)[64], const unsigned (&a)[4], uint64_t b, bool accumulate,
                                  cuda_on_host::Where where = cuda_on_host::Where::current()) {
@@ -231,7 +236,7 @@ inline void wgmma_bf16_registers(float (&d)[64], const unsigned (&a)[4], uint64_
                 p.rows[i % 2 * 16 + i / 2 * 8 + 2 * q + c] =
                     std::bit_cast<float>(uint32_t(all[first + q] >> 16 * c) << 16);
     }
-    products[this_thread()].open.push_back(p);
+    own(products).open.push_back(p);
 }
 
 inline TensorMap encode_map(const void* data, DType dtype, int64_t rows, int64_t columns, int64_t stride, int box_rows,

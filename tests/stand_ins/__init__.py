@@ -7,7 +7,7 @@ from types import ModuleType, SimpleNamespace
 import torch
 from torch.nn import functional as F
 
-from . import attention, products, routing, rows
+from . import attention, engines, products, routing, rows
 from .arithmetic import E4M3, fp8, gate_up, norm
 
 
@@ -97,11 +97,13 @@ PACKAGES = {
         moe_fused_gate=routing.moe_fused_gate,
         sgl_per_token_group_quant_8bit=rows.group_quant,
     ),
+    "sglang": dict(Engine=engines.Engine),
     "sonicmoe.enums": dict(ActivationType=SimpleNamespace(SWIGLU="swiglu")),
     "sonicmoe.functional": dict(moe_general_routing_inputs=routing.general_routing),
     "transformer_engine.pytorch": dict(GroupedLinear=products.GroupedLinear, RMSNorm=rows.TeRMSNorm),
     "transformer_engine.pytorch.permutation": dict(moe_permute=routing.te_permute, moe_unpermute=routing.te_unpermute),
     "transformer_engine.pytorch.router": dict(fused_topk_with_score_function=routing.te_topk),
+    "vllm": dict(LLM=engines.LLM, SamplingParams=engines.SamplingParams),
     "vllm._custom_ops": dict(
         rms_norm=rows.vllm_rms_norm, fused_add_rms_norm=rows.fused_add_rmsnorm, cutlass_scaled_mm=products.cutlass
     ),

@@ -1,0 +1,127 @@
+"""python -m benchmarks.study_cache RUN: what an FP8 KV cache does to a trained model, on a CPU.
+
+RUN is the folder of a finished `make train`. Held-out text is read token by token through the cache, as in decoding, by
+the model in fp32 with a cache in fp32 (the truth), bf16 and e4m3, and in bf16 with both: so what the cache does is
+seen apart from what arithmetic does. Writes benchmarks/results/study_cache.json and the table of docs/serving.md.
+"""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu import origin
+from ling_kernels.errors import InputError, command
+from ling_kernels.files import whole
+from ling_kernels.model import Ling, load_model
+from ling_kernels.model.decode import PAGE, empty_caches
+from ling_kernels.nn import Rows
+from ling_kernels.tokenizer import load_tokenizer
+from ling_kernels.train.data import Packed, gather_tokens, hold_out
+
+ROOT = Path(__file__).parents[1]
+RESULTS, PAGE_OF_RESULTS = ROOT / "benchmarks/results/study_cache.json", ROOT / "docs/serving.md"
+MARKS = "<!-- study_cache -->\n", "<!-- /study_cache -->\n"
+TYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, e4m3=torch.float8_e4m3fn)
+VARIANTS = [("fp32", "fp32"), ("fp32", "bf16"), ("fp32", "e4m3"), ("bf16", "bf16"), ("bf16", "e4m3")]  # model, cache
+
+
+@torch.inference_mode()
+def logits_through(model: Ling, ids: Tensor, cache: torch.dtype) -> Tensor:
+    """ids [B, L] -> [B, L, V] fp32: of each token after those before it, which are read from the cache."""
+    B, L = ids.shape
+    pages = -(-L // PAGE)
+    table = torch.arange(B * pages, dtype=torch.int32).view(B, pages)
+    caches = empty_caches(model.config, len(model.layers), B * pages, PAGE, cache, ids.device)
+    first, none, out = table[:, 0].long(), torch.zeros(B + 1, dtype=torch.int32), []
+    for i in range(L):
+        at = torch.full((B,), i)
+        rows = Rows(model.cos, model.sin, at, none, first * PAGE + at, B, table, (at + 1).int())
+        h, _ = model.backbone(ids[:, i], rows, caches)
+        out.append(model.logits(h))
+    return torch.stack(out, 1)
+
+
+def compare(logits: Tensor, truth: Tensor, ids: Tensor) -> dict[str, float]:
+    """error: of the logits, each position's mean taken off, which changes no probability. kl: of the distributions."""
+    p, q = truth.log_softmax(-1), logits.log_softmax(-1)
+    centred = truth - truth.mean(-1, keepdim=True)
+    off = logits - logits.mean(-1, keepdim=True) - centred
+    nats = -q[:, :-1].gather(-1, ids[:, 1:, None]).mean().item()
+    return dict(
+        nats=nats, perplexity=math.exp(nats), error=(off.norm() / centred.norm()).item(),
+        largest=off.abs().max().item(), kl=(p.exp() * (p - q)).sum(-1).mean().item(),
+        same=(logits.argmax(-1) == truth.argmax(-1)).double().mean().item(),
+    )  # fmt: skip
+
+
+def measure(folder: Path, ids: Tensor) -> list[dict]:
+    models = {name: load_model(folder, TYPES[name]) for name in ("fp32", "bf16")}
+    rows, truth = [], None
+    for model, cache in VARIANTS:
+        logits = logits_through(models[model], ids, TYPES[cache])
+        truth = logits if truth is None else truth
+        rows.append(dict(model=model, cache=cache) | compare(logits, truth, ids))
+    return rows
+
+
+def held_out(run: Path, texts: int) -> tuple[Tensor, dict]:
+    """[texts, L] tokens that the run did not train on, and what it says of itself."""
+    settings = json.loads((run / "settings.json").read_text())
+    settings = settings.get("settings", settings)
+    config = json.loads((run / "model/config.json").read_text())
+    tokenizer, cache = load_tokenizer(run / "model"), run / "data/tokens.bin"
+    docs = gather_tokens(settings.get("data"), tokenizer, config["vocab_size"], cache)
+    _, docs = hold_out(docs, settings["holdout"])
+    packed = Packed(docs, settings["seq_len"], None)
+    there = docs.tokens // settings["seq_len"]
+    ids = packed.batch([i * there // texts for i in range(texts)])[0]
+    about = {k: settings[k] for k in ("model", "steps", "batch", "seq_len", "lr", "seed")}
+    return torch.as_tensor(ids), about | dict(head_dim=config["head_dim"], texts=texts)
+
+
+def table(result: dict) -> str:
+    about, rows = result["about"], result["rows"]
+    base = {row["model"]: row for row in rows if row["cache"] == row["model"]}
+    lines = [
+        f"A `{about['model']}` model after {about['steps']} steps, heads of {about['head_dim']}, over {about['texts']}"
+        f" held-out texts of {about['seq_len']} tokens",
+        "read one by one through the cache, against fp32 with an fp32 cache; on a CPU,",
+        "[study_cache.json](../benchmarks/results/study_cache.json):", "",
+        "| model | cache | perplexity | against its own type | logits differ by | KL, nats | same likeliest token |",
+        "|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for r in rows:
+        change = f"{r['perplexity'] / base[r['model']]['perplexity'] - 1:+.3%}"
+        lines.append(
+            f"| {r['model']} | {r['cache']} | {r['perplexity']:.4f} | {change} | {r['error']:.2%} | {r['kl']:.1e}"
+            f" | {r['same']:.2%} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="folder of a finished `make train`")
+    parser.add_argument("--texts", type=int, default=64)
+    args = parser.parse_args()
+    if not (args.run / "model/config.json").is_file():
+        raise InputError(f"{args.run} is no finished training run: it has no model/")
+    ids, about = held_out(args.run, args.texts)
+    result = origin() | dict(torch=torch.__version__, about=about, rows=measure(args.run / "model", ids))
+    with whole(RESULTS) as partial:
+        partial.write_text(json.dumps(result, indent=1) + "\n")
+    text = PAGE_OF_RESULTS.read_text()
+    begin, end = (text.index(mark) for mark in MARKS)
+    with whole(PAGE_OF_RESULTS) as partial:
+        partial.write_text(text[: begin + len(MARKS[0])] + table(result) + text[end:])
+    print(table(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(command(main)())

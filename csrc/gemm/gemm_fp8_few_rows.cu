@@ -1,0 +1,129 @@
+#include "gemm/gemm_fp8_few_rows.h"
+#include "gemm/few_rows.cuh"
+
+namespace ling {
+namespace {
+
+using namespace few_rows;
+
+constexpr int kWarps = 8, kDepth = 4;  // 64 KB of a weight on their way to a block: an H20's SM wants about 40
+constexpr int kPitch = kLines + 4;     // of a warp's sums, so that a fragment's stores meet no bank twice
+constexpr int kSms = 2;                // blocks that an SM has at most
+
+struct Shared {
+    __align__(16) uint8_t ring[kWarps][Stream<true, kDepth>::kBytes];
+    float sums[2][kWarps][kMost * kPitch];  // two, so that a tile's are read while the next one's are written
+};
+
+struct Problem {
+    const uint8_t *a, *b;
+    const float *a_scale, *b_scale;
+    void* d;
+    int64_t lda, ldb, ldd;
+    int a_scale_k, b_scale_n, b_scale_k;
+    int M, N, K, split;  // warps that share 16 rows of the weight: 1, 2, 4 or 8
+    bool fp32, accumulate;
+};
+
+// Where a warp is: its 16 rows of the weight, and which 128 of its part of K.
+struct Cursor {
+    int line, k;
+};
+
+__host__ __device__ constexpr int row_of(int K) { return K + kGap; }  // bytes of a row of x in shared memory
+
+// A block's tile is 8 / split times 16 rows of the weight. Of each, every one of `split` warps takes a part of K, and
+// their sums are added in the order of K. The weight does not wait for the kernel ahead, x does.
+__global__ void __launch_bounds__(32 * kWarps, kSms) gemm_fp8_few_rows_kernel(const Problem p) {
+    Shared& shared = *dynamic_shared<Shared>();
+    uint8_t* const x = reinterpret_cast<uint8_t*>(&shared + 1);              // [M, K], row_of(K) apart
+    float* const x_scale = reinterpret_cast<float*>(x + p.M * row_of(p.K));  // [K / 128, 8]
+    const int warp = threadIdx.x / 32, blocks = p.K / kStep, own = warp % p.split, g = lane_row(), c = lane_column();
+    const int from = own * blocks / p.split, to = (own + 1) * blocks / p.split;  // of this warp's part of K
+    const int stride = gridDim.x * (kWarps / p.split) * kLines;
+    const int start = (blockIdx.x * kWarps + warp) / p.split * kLines;
+    let_next_start();
+
+    Stream<true, kDepth> stream(shared.ring[warp]);
+    Cursor ahead{start, from};
+    const auto push = [&] {
+        if (ahead.line >= p.N || from == to) return stream.push();
+        const uint8_t* upper = p.b + (ahead.line + g) * p.ldb + ahead.k * kStep;
+        const float* scale = p.b_scale + ahead.line / 128 * p.b_scale_n + ahead.k * p.b_scale_k;
+        stream.push(upper, upper + 8 * p.ldb, scale, scale);
+        if (++ahead.k == to) ahead = {ahead.line + stride, from};
+    };
+    for (int i = 0; i < kDepth; i++) push();
+
+    wait_for_previous();
+    for (int i = threadIdx.x; i < p.M * p.K / 16; i += 32 * kWarps) {
+        const int m = i / (p.K / 16), at = i % (p.K / 16) * 16;
+        *reinterpret_cast<uint4*>(x + m * row_of(p.K) + at) = *reinterpret_cast<const uint4*>(p.a + m * p.lda + at);
+    }
+    for (int i = threadIdx.x; i < kMost * blocks; i += 32 * kWarps) {
+        const int m = i % kMost;
+        x_scale[i] = m < p.M ? p.a_scale[m + int64_t{i / kMost} * p.a_scale_k] : 0.f;
+    }
+    __syncthreads();
+    const uint8_t* const row = x + min(g, p.M - 1) * row_of(p.K);
+
+    int turn = 0;
+    // All warps of a block take the same number of turns: the lines differ, the tiles do not.
+    for (int tile = blockIdx.x; tile * (kWarps / p.split) * kLines < p.N; tile += gridDim.x, turn ^= 1) {
+        const int line = (tile * kWarps + warp) / p.split * kLines;
+        float sum[4] = {};
+        for (int k = from; line < p.N && k < to; k++) {
+            const Step step = stream.take();
+            const Part part = multiply<true>(step, row + k * kStep);
+            const float left = x_scale[k * kMost + c], right = x_scale[k * kMost + c + 1];
+            sum[0] += part.v[0] * (left * step.upper_scale), sum[1] += part.v[1] * (right * step.upper_scale);
+            sum[2] += part.v[2] * (left * step.lower_scale), sum[3] += part.v[3] * (right * step.lower_scale);
+            push();
+        }
+        float* const mine = shared.sums[turn][warp];
+        mine[c * kPitch + g] = sum[0], mine[(c + 1) * kPitch + g] = sum[1];
+        mine[c * kPitch + g + 8] = sum[2], mine[(c + 1) * kPitch + g + 8] = sum[3];
+        if (p.split == 1) __syncwarp();
+        else __syncthreads();
+        for (int i = own * 32 + threadIdx.x % 32; i < kLines * p.M && line < p.N; i += 32 * p.split) {
+            const int m = i / kLines, n = i % kLines;
+            float y = 0;
+            for (int w = 0; w < p.split; w++) y += shared.sums[turn][warp - own + w][m * kPitch + n];
+            const int64_t at = m * p.ldd + line + n;
+            if (p.fp32) {
+                float* d = static_cast<float*>(p.d) + at;
+                *d = p.accumulate ? *d + y : y;
+            } else {
+                bf16* d = static_cast<bf16*>(p.d) + at;
+                *d = static_cast<bf16>(p.accumulate ? static_cast<float>(*d) + y : y);
+            }
+        }
+    }
+}
+
+size_t bytes(int64_t M, int64_t K) { return sizeof(Shared) + M * row_of(K) + kMost * (K / kStep) * sizeof(float); }
+
+}  // namespace
+
+bool few_rows_fit(int64_t M, int64_t K) { return M <= kMost && bytes(M, K) <= 227 << 10; }
+
+void gemm_fp8_few_rows(cudaStream_t stream, Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor d,
+                       bool accumulate) {
+    const int64_t M = a.shape[0], K = a.shape[1], N = b.shape[0];
+    LING_CHECK(few_rows_fit(M, K) && N < 1 << 30);
+    Problem p{};
+    p.a = a.ptr<uint8_t>(), p.lda = a.stride[0], p.b = b.ptr<uint8_t>(), p.ldb = b.stride[0];
+    p.a_scale = a_scale.ptr<float>(), p.a_scale_k = a_scale.stride[1];
+    p.b_scale = b_scale.ptr<float>(), p.b_scale_n = b_scale.stride[0], p.b_scale_k = b_scale.stride[1];
+    p.d = d.data, p.ldd = d.stride[0], p.fp32 = d.dtype == DType::f32, p.accumulate = accumulate;
+    p.M = M, p.N = N, p.K = K, p.split = 1;
+    // Warps enough for every SM, if need be by sharing K. Not measured. M decides nothing: a row has the same bits in
+    // every batch.
+    const int sms = multiprocessors(), lines = N / kLines;
+    while (p.split < kWarps && p.split < K / kStep && lines * p.split < kWarps * sms) p.split *= 2;
+    const int at_once = 2 * (bytes(M, K) + 1024) <= 228 << 10 ? kSms * sms : sms;
+    launch<gemm_fp8_few_rows_kernel, kOverlaps>(std::min(ceil_div(lines * p.split, kWarps), at_once), 32 * kWarps,
+                                                bytes(M, K), stream, p);
+}
+
+}  // namespace ling

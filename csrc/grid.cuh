@@ -1,0 +1,50 @@
+// A barrier of all blocks of a cooperative launch.
+#pragma once
+#include "common.cuh"
+
+namespace ling {
+
+// Its counter is one unsigned in global memory, zero before its first use ever, and never to be set again: each barrier
+// flips bit 31 and leaves the other bits zero, whatever the grid's size. So launches, and replays of a CUDA graph, may
+// follow each other with the same counter, but not overlap: a kernel that was launched with kOverlaps first waits for
+// the one before it. All threads of all blocks call these, in the same order. What other blocks wrote is read by plain
+// loads: neither through const __restrict__ pointers, which may read a cache that knows nothing of it, nor by TMA.
+#ifdef __CUDACC__
+__device__ inline unsigned add_release(unsigned* p, unsigned v) {
+    unsigned old;
+    asm volatile("atom.add.release.gpu.global.u32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(v) : "memory");
+    return old;
+}
+__device__ inline void wait_for_flip(const unsigned* p, unsigned old) {
+    unsigned now;
+    do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(p) : "memory");
+    while (!((now ^ old) >> 31));
+}
+#else
+inline unsigned add_release(unsigned* p, unsigned v) { return atomicAdd(p, v); }
+inline void wait_for_flip(const unsigned* p, unsigned old, cuda_on_host::Where where = cuda_on_host::Where::current()) {
+    cuda_on_host::wait_until("the grid's barrier", [&] { return (*p ^ old) >> 31; }, where);
+}
+#endif
+
+// What this block wrote before is seen by every block that grid_wait lets go. Between the two calls a block does what
+// needs no other block, such as fetching weights. Returns what grid_wait takes, in the block's first thread.
+__device__ inline unsigned grid_arrive(unsigned* counter) {
+    __syncthreads();
+    unsigned old = 0;
+    if (threadIdx.x + threadIdx.y + threadIdx.z == 0) {
+        const unsigned blocks = gridDim.x * gridDim.y * gridDim.z;
+        const bool first = blockIdx.x + blockIdx.y + blockIdx.z == 0;  // its share makes the sum of all 2^31
+        old = add_release(counter, first ? 0x80000000u - (blocks - 1) : 1);
+    }
+    return old;
+}
+
+__device__ inline void grid_wait(const unsigned* counter, unsigned old) {
+    if (threadIdx.x + threadIdx.y + threadIdx.z == 0) wait_for_flip(counter, old);
+    __syncthreads();
+}
+
+__device__ inline void grid_barrier(unsigned* counter) { grid_wait(counter, grid_arrive(counter)); }
+
+}  // namespace ling

@@ -1,0 +1,137 @@
+// What route.h defines, for one token by one warp, for every kernel that routes.
+#pragma once
+#include "common.cuh"
+
+#include <cfloat>
+
+namespace ling::routing {
+
+// Integers in the order of the floats; every finite float is above 0, which stands for "not to be chosen".
+__device__ inline unsigned ordered(float x) {
+    const unsigned u = __float_as_uint(x);
+    return u >> 31 ? ~u : u | 0x80000000u;
+}
+
+__device__ inline float sigmoid(float x) { return reciprocal(1 + expf(-x)); }
+
+template <int N> __device__ void load_own(float (&v)[N], const float* p) {
+    if constexpr (N == 1) v[0] = *p;
+    else
+#pragma unroll
+        for (int i = 0; i < N; i += 4) {
+            const auto four = load<4>(p + i);
+#pragma unroll
+            for (int j = 0; j < 4; j++) v[i + j] = four[j];
+        }
+}
+
+// Of kTop neighbouring lanes: their share of scale, from their sigmoids.
+template <int kTop> __device__ float weight(float s, float scale) {
+    float sum = s;
+#pragma unroll
+    for (int d = 1; d < kTop; d *= 2) sum += __shfl_xor_sync(~0u, sum, d);
+    return s / (sum + 1e-20f) * scale;
+}
+
+// Lane l owns kOwn neighbouring experts, so a group is kLanes neighbouring lanes; what the best groups hold is then
+// spread evenly over the warp and sorted in every lane, so that each choice is one maximum over the warp of the lanes'
+// heads.
+template <int kExperts_, int kGroups, int kTopGroups, int kTop_> struct Router {
+    static constexpr int kExperts = kExperts_, kTop = kTop_, kOwn = kExperts > 32 ? kExperts / 32 : 1;
+    static constexpr int kLanes = kExperts / kOwn / kGroups;
+    static constexpr int kKeep = kOwn > 1 ? kExperts / kGroups * kTopGroups / 32 : 1;  // candidates of a lane
+    static_assert(kExperts <= 256 && kExperts / kGroups > 1 && 32 % kTop == 0 && (kOwn == 1 || kOwn == 2 * kKeep));
+    const int lane = threadIdx.x % 32, group = lane / kLanes;
+    const bool exists = lane * kOwn < kExperts;  // its experts
+    float bias[kOwn] = {};
+
+    __device__ explicit Router(const float* all) {
+        if (exists) load_own(bias, all + lane * kOwn);
+#pragma unroll
+        for (float& b : bias) b = b == b ? fminf(fmaxf(b, -FLT_MAX), FLT_MAX) : b;
+    }
+
+    // x: the lane's own logits; without experts of its own anything. Writes the kTop chosen experts.
+    __device__ void choose(const float (&x)[kOwn], uint8_t* chosen) const {
+        const unsigned below = (1u << lane) - 1;
+        float v[kOwn];
+#pragma unroll
+        for (int i = 0; i < kOwn; i++) {
+            const float biased = sigmoid(x[i]) + bias[i];
+            v[i] = biased == biased ? biased : -1e30f;  // a NaN loses against every number
+        }
+
+        // The groups' scores, and how many groups are better than mine: every lane compares with some of them.
+        float top = v[0], second = -INFINITY;
+        if constexpr (kOwn > 1) top = fmaxf(v[0], v[1]), second = fminf(v[0], v[1]);
+#pragma unroll
+        for (int i = 2; i < kOwn; i++) second = fmaxf(second, fminf(top, v[i])), top = fmaxf(top, v[i]);
+#pragma unroll
+        for (int d = 1; d < kLanes; d *= 2) {
+            const float o = __shfl_xor_sync(~0u, top, d), p = __shfl_xor_sync(~0u, second, d);
+            second = fmaxf(fminf(top, o), fmaxf(second, p));
+            top = fmaxf(top, o);
+        }
+        const unsigned mine = ordered(top + second);
+        int better = 0;
+#pragma unroll
+        for (int i = 0; i < kGroups; i += kLanes) {
+            const int g = i + lane % kLanes;
+            const unsigned other = __shfl_sync(~0u, mine, g * kLanes);
+            const bool wins = g < kGroups && other + (g < group) > mine;  // of equals the lower one
+            better += __popc(__ballot_sync(~0u, wins) >> group * kLanes & ((1u << kLanes) - 1));
+        }
+        const bool keep = exists && better < kTopGroups;
+
+        // The candidates: `expert` and the kKeep - 1 after it, in ascending order from lane to lane.
+        unsigned key[kKeep];
+        int expert = lane;
+        if constexpr (kOwn == 1) key[0] = keep ? ordered(v[0]) : 0;
+        else {
+            constexpr int kSpread = 32 / kTopGroups;  // lanes of a kept group from here on
+            unsigned kept = __ballot_sync(~0u, keep && lane % kLanes == 0);
+#pragma unroll
+            for (int i = 1; i < kTopGroups; i++)
+                if (lane >= i * kSpread) kept &= kept - 1;
+            const int from = __ffs(kept) - 1 + lane % kSpread / 2, half = lane % 2;
+#pragma unroll
+            for (int j = 0; j < kKeep; j++) {
+                const float low = __shfl_sync(~0u, v[j], from), high = __shfl_sync(~0u, v[j + kKeep], from);
+                key[j] = ordered(half ? high : low);
+            }
+            expert = from * kOwn + half * kKeep;
+        }
+
+        // Sorted, those that are equal in the order they came; `order` holds their experts, a byte each.
+        int sorted[kKeep];
+#pragma unroll
+        for (int j = 0; j < kKeep; j++) sorted[j] = expert + j;
+#pragma unroll
+        for (int m = kKeep - 1; m > 0; m--)
+#pragma unroll
+            for (int j = 0; j < m; j++) {
+                const bool swap = key[j + 1] > key[j];
+                const unsigned high = swap ? key[j + 1] : key[j], low = swap ? key[j] : key[j + 1];
+                const int before = swap ? sorted[j + 1] : sorted[j], after = swap ? sorted[j] : sorted[j + 1];
+                key[j] = high, key[j + 1] = low, sorted[j] = before, sorted[j + 1] = after;
+            }
+        unsigned order = 0;
+#pragma unroll
+        for (int j = 0; j < kKeep; j++) order |= sorted[j] << 8 * j;
+
+#pragma unroll
+        for (int i = 0; i < kTop; i++) {
+            const unsigned best = __reduce_max_sync(~0u, key[0]);
+            LING_DEVICE_CHECK(best != 0);
+            const unsigned equal = __ballot_sync(~0u, key[0] == best);
+            const bool own = key[0] == best && !(equal & below);
+            if (own) chosen[i] = order;
+            order = own ? order >> 8 : order;
+#pragma unroll
+            for (int j = 1; j < kKeep; j++) key[j - 1] = own ? key[j] : key[j - 1];
+            key[kKeep - 1] = own ? 0 : key[kKeep - 1];
+        }
+    }
+};
+
+}  // namespace ling::routing

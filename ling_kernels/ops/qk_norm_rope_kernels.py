@@ -1,0 +1,183 @@
+"""Triton kernels of qk_norm_rope.py; their rotation also serves qk_norm_attention.py.
+
+A program owns BLOCK_T tokens of BLOCK_H heads, all of the queries, of the keys or of the values. A head comes in three
+parts: the halves that are rotated, and the rest.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_parts(x, at, own, D: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr):
+    """Heads at offsets `at` [BLOCK_T, BLOCK_H, 1], fp32: the two halves that are rotated, and the rest."""
+    i = tl.arange(0, BLOCK_HALF)[None, None, :]
+    j = tl.arange(0, BLOCK_REST)[None, None, :]
+    a = tl.load(x + (at + i), mask=own & (i < HALF), other=0.0).to(tl.float32)
+    b = tl.load(x + (at + HALF + i), mask=own & (i < HALF), other=0.0).to(tl.float32)
+    rest = tl.load(x + (at + 2 * HALF + j), mask=own & (j < D - 2 * HALF), other=0.0).to(tl.float32)
+    return a, b, rest
+
+
+@triton.jit
+def store_parts(
+    x, at, own, a, b, rest, D: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr
+):
+    i = tl.arange(0, BLOCK_HALF)[None, None, :]
+    j = tl.arange(0, BLOCK_REST)[None, None, :]
+    tl.store(x + (at + i), a, mask=own & (i < HALF))
+    tl.store(x + (at + HALF + i), b, mask=own & (i < HALF))
+    tl.store(x + (at + 2 * HALF + j), rest, mask=own & (j < D - 2 * HALF))
+
+
+@triton.jit
+def load_angles(
+    cos, sin, positions, first, own, P, HALF: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_HALF: tl.constexpr
+):
+    """[BLOCK_T, 1, BLOCK_HALF] of the tokens from `first` on; NaN for a position that the tables do not have."""
+    t = tl.arange(0, BLOCK_T)[:, None, None]
+    position = tl.load(positions + first + t, mask=own, other=0).to(tl.int64)
+    known = (position >= 0) & (position < P)
+    i = tl.arange(0, BLOCK_HALF)[None, None, :]
+    at, inside = position * HALF + i, own & known & (i < HALF)
+    c, s = tl.load(cos + at, mask=inside, other=0.0), tl.load(sin + at, mask=inside, other=0.0)
+    return tl.where(known, c, float("nan")), tl.where(known, s, float("nan"))
+
+
+@triton.jit
+def rstd_of(a, b, rest, eps, D: tl.constexpr):
+    return tl.rsqrt((tl.sum(a * a, 2) + tl.sum(b * b, 2) + tl.sum(rest * rest, 2)) / D + eps)[:, :, None]
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr, ROUND: tl.constexpr):
+    return x.to(dtype).to(tl.float32) if ROUND else x
+
+
+@triton.jit
+def rotate_heads(
+    qkv, w, cos, sin, positions, slots, out, cache, T, P, cells, eps, group, FIRST: tl.constexpr, NUM: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, ROUND_FIRST: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
+):  # fmt: skip
+    """A tile of the NUM heads that start at head FIRST of qkv; those without a weight (the values) pass as they are."""
+    first = tl.program_id(0).to(tl.int64) * BLOCK_T
+    t, h = tl.arange(0, BLOCK_T)[:, None, None], group * BLOCK_H + tl.arange(0, BLOCK_H)[None, :, None]
+    own = (t < T - first) & (h < NUM)
+    a, b, rest = load_parts(qkv + first * (H * D), (t * H + FIRST + h) * D, own, D, HALF, BLOCK_HALF, BLOCK_REST)
+    if w is not None:
+        c, s = load_angles(cos, sin, positions, first, t < T - first, P, HALF, BLOCK_T, BLOCK_HALF)
+        zero = tl.zeros((1, 1, 1), tl.int32)
+        wa, wb, wrest = load_parts(w, zero, zero == 0, D, HALF, BLOCK_HALF, BLOCK_REST)
+        r = rstd_of(a, b, rest, eps, D)
+        dtype: tl.constexpr = qkv.dtype.element_ty
+        a, b = rounded(a * r, dtype, ROUND_FIRST) * wa, rounded(b * r, dtype, ROUND_FIRST) * wb
+        a, b = a * c - b * s, b * c + a * s
+        rest = rounded(rest * r, dtype, ROUND_FIRST) * wrest
+    store_parts(out + first * (NUM * D), (t * NUM + h) * D, own, a, b, rest, D, HALF, BLOCK_HALF, BLOCK_REST)
+    if cache is not None:
+        slot = tl.load(slots + first + t, mask=t < T - first, other=-1)
+        own = own & (slot >= 0) & (slot < cells)
+        kept: tl.constexpr = out.dtype.element_ty
+        a, b, rest = rounded(a, kept, True), rounded(b, kept, True), rounded(rest, kept, True)
+        store_parts(cache, (slot * NUM + h) * D, own, a, b, rest, D, HALF, BLOCK_HALF, BLOCK_REST)
+
+
+@triton.jit
+def qk_norm_rope_fwd_kernel(
+    qkv, q_weight, k_weight, cos, sin, positions, slots, q, k, v, k_cache, v_cache, T, P, cells, eps,
+    NUM_Q: tl.constexpr, NUM_KV: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, ROUND_FIRST: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
+):  # fmt: skip
+    group = tl.program_id(1)
+    Q_GROUPS: tl.constexpr = (NUM_Q + BLOCK_H - 1) // BLOCK_H
+    KV_GROUPS: tl.constexpr = (NUM_KV + BLOCK_H - 1) // BLOCK_H
+    H: tl.constexpr = NUM_Q + 2 * NUM_KV
+    if group < Q_GROUPS:
+        rotate_heads(
+            qkv, q_weight, cos, sin, positions, None, q, None, T, P, cells, eps, group, 0, NUM_Q,
+            H, D, HALF, ROUND_FIRST, BLOCK_T, BLOCK_H, BLOCK_HALF, BLOCK_REST,
+        )  # fmt: skip
+    elif group < Q_GROUPS + KV_GROUPS:
+        rotate_heads(
+            qkv, k_weight, cos, sin, positions, slots, k, k_cache, T, P, cells, eps, group - Q_GROUPS, NUM_Q, NUM_KV,
+            H, D, HALF, ROUND_FIRST, BLOCK_T, BLOCK_H, BLOCK_HALF, BLOCK_REST,
+        )  # fmt: skip
+    else:
+        rotate_heads(
+            qkv, None, cos, sin, positions, slots, v, v_cache, T, P, cells, eps, group - Q_GROUPS - KV_GROUPS,
+            NUM_Q + NUM_KV, NUM_KV, H, D, HALF, ROUND_FIRST, BLOCK_T, BLOCK_H, BLOCK_HALF, BLOCK_REST,
+        )  # fmt: skip
+
+
+@triton.jit
+def turn_heads_back(
+    dout, qkv, w, cos, sin, positions, dqkv, dw, T, P, PROGRAMS, eps, group, FIRST: tl.constexpr, NUM: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, ROUND_FIRST: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
+):  # fmt: skip
+    # With z the gradient before the rotation, g = z * w and x^ = x * rstd:
+    # dx = rstd * (g - x^ * mean(g * x^)),  dw = sum of z * x^
+    t, h = tl.arange(0, BLOCK_T)[:, None, None], group * BLOCK_H + tl.arange(0, BLOCK_H)[None, :, None]
+    dtype: tl.constexpr = qkv.dtype.element_ty
+    zero = tl.zeros((1, 1, 1), tl.int32)
+    if w is not None:
+        wa, wb, wrest = load_parts(w, zero, zero == 0, D, HALF, BLOCK_HALF, BLOCK_REST)
+        dwa = tl.zeros((BLOCK_T, BLOCK_H, BLOCK_HALF), tl.float32)
+        dwb = tl.zeros((BLOCK_T, BLOCK_H, BLOCK_HALF), tl.float32)
+        dwrest = tl.zeros((BLOCK_T, BLOCK_H, BLOCK_REST), tl.float32)
+    p = tl.program_id(0).to(tl.int64)
+    for first in tl.range(p * BLOCK_T, T, PROGRAMS * BLOCK_T, num_stages=2):
+        own = (t < T - first) & (h < NUM)
+        at = (t * H + FIRST + h) * D
+        za, zb, zrest = load_parts(
+            dout + first * (NUM * D), (t * NUM + h) * D, own, D, HALF, BLOCK_HALF, BLOCK_REST
+        )  # fmt: skip
+        if w is not None:
+            a, b, rest = load_parts(qkv + first * (H * D), at, own, D, HALF, BLOCK_HALF, BLOCK_REST)
+            c, s = load_angles(cos, sin, positions, first, t < T - first, P, HALF, BLOCK_T, BLOCK_HALF)
+            r = rstd_of(a, b, rest, eps, D)
+            a, b, rest = a * r, b * r, rest * r
+            za, zb = za * c + zb * s, zb * c - za * s
+            dwa += za * rounded(a, dtype, ROUND_FIRST)
+            dwb += zb * rounded(b, dtype, ROUND_FIRST)
+            dwrest += zrest * rounded(rest, dtype, ROUND_FIRST)
+            # What was rounded on the way forward has its gradient rounded on the way back.
+            za, zb = rounded(za * wa, dtype, ROUND_FIRST), rounded(zb * wb, dtype, ROUND_FIRST)
+            zrest = rounded(zrest * wrest, dtype, ROUND_FIRST)
+            mean = ((tl.sum(za * a, 2) + tl.sum(zb * b, 2) + tl.sum(zrest * rest, 2)) / D)[:, :, None]
+            za, zb, zrest = r * (za - a * mean), r * (zb - b * mean), r * (zrest - rest * mean)
+        store_parts(dqkv + first * (H * D), at, own, za, zb, zrest, D, HALF, BLOCK_HALF, BLOCK_REST)
+    if w is not None:
+        da = tl.sum(tl.sum(dwa, 0), 0)[None, None, :]
+        db = tl.sum(tl.sum(dwb, 0), 0)[None, None, :]
+        drest = tl.sum(tl.sum(dwrest, 0), 0)[None, None, :]
+        store_parts(dw, zero, zero == 0, da, db, drest, D, HALF, BLOCK_HALF, BLOCK_REST)
+
+
+@triton.jit
+def qk_norm_rope_bwd_kernel(
+    dq, dk, dv, qkv, q_weight, k_weight, cos, sin, positions, dqkv, dw, T, P, PROGRAMS, eps,
+    NUM_Q: tl.constexpr, NUM_KV: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, ROUND_FIRST: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
+):  # fmt: skip
+    group = tl.program_id(1)
+    Q_GROUPS: tl.constexpr = (NUM_Q + BLOCK_H - 1) // BLOCK_H
+    KV_GROUPS: tl.constexpr = (NUM_KV + BLOCK_H - 1) // BLOCK_H
+    H: tl.constexpr = NUM_Q + 2 * NUM_KV
+    dw += (tl.program_id(0) * (Q_GROUPS + KV_GROUPS) + group) * D
+    if group < Q_GROUPS:
+        turn_heads_back(
+            dq, qkv, q_weight, cos, sin, positions, dqkv, dw, T, P, PROGRAMS, eps, group, 0, NUM_Q,
+            H, D, HALF, ROUND_FIRST, BLOCK_T, BLOCK_H, BLOCK_HALF, BLOCK_REST,
+        )  # fmt: skip
+    elif group < Q_GROUPS + KV_GROUPS:
+        turn_heads_back(
+            dk, qkv, k_weight, cos, sin, positions, dqkv, dw, T, P, PROGRAMS, eps, group - Q_GROUPS, NUM_Q, NUM_KV,
+            H, D, HALF, ROUND_FIRST, BLOCK_T, BLOCK_H, BLOCK_HALF, BLOCK_REST,
+        )  # fmt: skip
+    else:
+        turn_heads_back(
+            dv, qkv, None, cos, sin, positions, dqkv, dw, T, P, PROGRAMS, eps, group - Q_GROUPS - KV_GROUPS,
+            NUM_Q + NUM_KV, NUM_KV, H, D, HALF, ROUND_FIRST, BLOCK_T, BLOCK_H, BLOCK_HALF, BLOCK_REST,
+        )  # fmt: skip

@@ -1,0 +1,265 @@
+"""moe_decode of csrc/ on the CPU: every composition against the ops that define it, any grid, and wrong kernels."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import ling_kernels.nn.moe
+from ling_kernels.backend import _C, force
+from ling_kernels.model import LingConfig
+from ling_kernels.model.transformer import Layer
+from ling_kernels.nn.fp8 import to_fp8
+from ling_kernels.nn.frozen import freeze_
+from ling_kernels.ops.moe import moe
+from ling_kernels.ops.moe_decode import fits, moe_decode, serves
+from ling_kernels.ops.quantize import quantize_weight
+from ling_kernels.ops.rms_norm import rms_norm
+from tests.cases import Rand
+from tests.host.build import SANITIZE, load, missing
+
+if missing():
+    pytest.skip(f"csrc/ needs {missing()} to be built on the host", allow_module_level=True)
+
+from tests.test_host import sanitized
+
+BF16, FP32 = torch.bfloat16, torch.float32
+FEW, MANY = (16, 4, 2, 4), (256, 8, 4, 8)  # experts, groups, groups kept, experts kept
+
+
+def problem(T, sizes=FEW, H=128, F=128, Fs=0, fp8=True, seed=0):
+    """Blocks of 128 differ in size, so that no scale can stand in for another."""
+    rand, E = Rand(BF16, seed), sizes[0]
+
+    def uneven(*shape):
+        blocks = [-(-n // 128) if n % 128 == 0 else 1 for n in shape[-2:]]
+        size = rand.data(*shape[:-2], *blocks, dtype=FP32).exp()
+        for dim, n in zip((-2, -1), shape[-2:], strict=True):
+            size = size.repeat_interleave(n // size.shape[dim], dim)
+        return (rand.data(*shape, dtype=FP32) * size / (3 * shape[-1] ** 0.5)).to(BF16)
+
+    x = (rand.data(T, H, dtype=FP32).view(T, -1, 128) * rand.data(T, H // 128, 1, dtype=FP32).exp()).view(T, H).to(BF16)
+    weights = [uneven(E, 2 * F, H), uneven(E, H, F), *([uneven(2 * Fs, H), uneven(H, Fs)] if Fs else [])]
+    weights = [quantize_weight(w) for w in weights] if fp8 else weights
+    bias = rand.data(E, dtype=FP32) / 10
+    router_w = rand.data(E, H, dtype=FP32) / H**0.5
+    return [x, router_w, bias, *weights[:2], tuple(weights[2:]) or None, *sizes[1:], 2.0]
+
+
+def launch(C, args, logits=None, residual=None):
+    """What the kernel makes of given logits; all that it does not write stays NaN."""
+    x, router_w, bias, *weights = args[:5]
+    shared, sizes, (T, H) = args[5], args[6:], x.shape
+    pairs = [w if isinstance(w, tuple) else (w, None) for w in (*weights, *(shared or ()))]
+    columns = sizes[2] * pairs[1][0].shape[-1] + (pairs[3][0].shape[-1] if shared else 0)
+    h, y = torch.full((T * columns,), torch.nan), torch.full((T, H), torch.nan, dtype=BF16)
+    flat = [t for pair in pairs for t in pair] + [None] * (0 if shared else 4)
+    logits = x.float() @ router_w.T if logits is None else logits
+    C.moe_decode_fwd(x, logits, bias, *flat, residual, h, y, *sizes)
+    return y
+
+
+def check_near(got, want, rows=slice(None)):
+    """Three roundings to bf16 in `want`, one in `got`, and codes that a sum in another order turns."""
+    d, size = (got[rows].float() - want[rows].float()), want[rows].float().square().mean(1, keepdim=True).sqrt()
+    assert got.dtype == want.dtype and (d.square().mean(1, keepdim=True).sqrt() < 0.006 * size).all(), d / size
+    assert (d.abs() < 0.04 * size).all()
+
+
+def define(args, residual=None):
+    with force("torch"):
+        y = moe(*args[:6], None, *args[6:])[0]
+    return y if residual is None else (y.float() + residual.float()).to(BF16)
+
+
+def check_sizes(C):
+    for T, fp8, others in (
+        (1, True, dict(H=256, Fs=128)), (2, False, dict(F=256)), (3, True, dict(F=256, Fs=128)),
+        (5, False, dict(H=256, Fs=256)), (8, True, dict(Fs=256)), (1, False, dict(Fs=128)),
+    ):  # fmt: skip
+        args = problem(T, fp8=fp8, seed=T, **others)
+        residual = Rand(BF16, 9).data(T, args[0].shape[1]) if T % 2 else None
+        check_near(launch(C, args, residual=residual), define(args, residual))
+
+
+def check_many_experts(C):
+    args = problem(4, MANY, Fs=128)
+    check_near(launch(C, args), define(args))
+
+
+def check_shared_choices_and_ties(C):
+    """All rows choose the same experts, which are read once; then equal logits, of which the lowest index wins."""
+    args = problem(6, Fs=128)
+    args[0][1:] = args[0][:1]
+    check_near(launch(C, args), define(args))
+    args[0], args[1], args[2] = problem(6, seed=1)[0], torch.eye(16, 128), torch.zeros(16)
+    args[0][:, :16] = Rand(BF16).ints(-1, 2, 6, 16)  # the logits
+    check_near(launch(C, args), define(args))
+
+
+def check_nan(C):
+    """A row's NaN stays its own: one in x, one in all of its logits, which still choose experts that there are."""
+    args = problem(4, Fs=128)
+    whole = launch(C, args)
+    args[0][1, 5] = torch.nan
+    logits = args[0].float().nan_to_num() @ args[1].T
+    logits[2] = torch.nan
+    got = launch(C, args, logits)
+    assert got[1].isnan().all() and got[2].isnan().all()
+    assert torch.equal(got[[0, 3]], whole[[0, 3]])
+
+
+def check_grids(C, monkeypatch, grids=(1, 3, 78)):
+    """A sum's order does not depend on the grid, nor does what a launch leaves for the next."""
+    args = problem(2, H=256, Fs=128)
+    seen = []
+    for sms in grids:
+        monkeypatch.setenv("LING_HOST_SMS", str(sms))
+        seen += [launch(C, args), launch(C, args)]
+    check_near(seen[0], define(args))
+    assert all(torch.equal(y, seen[0]) for y in seen)
+
+
+CHECKS = [check_sizes, check_many_experts, check_shared_choices_and_ties, check_nan]
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda f: f.__name__[6:])
+@pytest.mark.parametrize("seed", (0, 1))
+def test_correct(check, seed, monkeypatch):
+    monkeypatch.setenv("LING_HOST_SEED", str(seed))
+    check(load())
+
+
+@pytest.mark.parametrize("seed, grids", [(0, (1, 78, 132)), (2, (3, 20))])
+def test_any_grid_gives_the_same_bits(seed, grids, monkeypatch):
+    monkeypatch.setenv("LING_HOST_SEED", str(seed))
+    check_grids(load(), monkeypatch, grids)
+
+
+@pytest.mark.parametrize("T", range(1, 9))
+@pytest.mark.parametrize("fp8", [False, True])
+def test_every_composition(T, fp8):
+    """The op: with and without the shared expert, the residual and the norm, by turns over T; two launches, or its
+    definition where the kernel does not serve."""
+    args = problem(T, Fs=128 * (T % 2), fp8=fp8, seed=T)
+    rand = Rand(BF16, T)
+    residual = rand.data(*args[0].shape) if T // 2 % 2 else None
+    norm = 1 + rand.data(128) / 4 if T // 4 % 2 != fp8 else None
+    assert serves(*args[:9])
+    with force("cuda"):
+        got = moe_decode(*args, residual, norm, 0.1)
+    with force("torch"):
+        s = args[0] if norm is not None else None
+        if norm is not None and residual is not None:
+            args[0], s = rms_norm(args[0], norm, residual, 0.1)
+        elif norm is not None:
+            args[0] = rms_norm(args[0], norm, None, 0.1)
+    check_near(got, define(args, residual if norm is None else s))
+
+
+class Normed(torch.nn.Module):
+    """In attention's place."""
+
+    def forward(self, x, rows, cache, norm):
+        return norm(x)
+
+
+def decode_layer(kind):
+    torch.manual_seed(0)
+    config = dataclasses.replace(LingConfig.tiny(), moe_intermediate_size=128, initializer_range=0.1)
+    layer = Layer(config, dense=False).to(BF16)
+    layer.attention = Normed()
+    if kind != "bf16":
+        to_fp8(layer, weights="kept" if kind == "kept" else "each_forward")
+    if kind == "frozen":
+        freeze_(layer)
+    return layer
+
+
+@pytest.mark.parametrize("kind", ["bf16", "kept", "frozen"])
+def test_a_decode_layer_ends_in_two_launches(kind, monkeypatch):
+    layer, calls = decode_layer(kind), []
+    for name in ("rms_norm_router_fwd", "moe_decode_fwd"):
+        counted = getattr(_C, name)
+        monkeypatch.setattr(_C, name, lambda *a, f=counted, n=name: (calls.append(n), f(*a)))
+    x = Rand(BF16).data(9, 128)
+    cache = object()  # the layer only asks whether there is one
+
+    def run(backend, rows, cache=cache):
+        with force(backend):
+            return layer(x[:rows], None, cache)[0]
+
+    with torch.no_grad():
+        for T in (1, 8):
+            calls.clear()
+            got = run("cuda", T)
+            assert calls == ["rms_norm_router_fwd", "moe_decode_fwd"]
+            want = run("torch", T, None)  # not folded here, folded there in FP8
+            error = (got.float() - want.float()).norm() / want.float().norm()
+            assert error < (0.004 if kind == "bf16" else 0.02)
+        if kind == "bf16":
+            assert torch.equal(run("torch", 8), want)
+
+
+def test_which_layers_decode(monkeypatch):
+    """Few rows, a cache, no gradient, all experts here."""
+    layer, calls = decode_layer("frozen"), []
+    monkeypatch.setattr(ling_kernels.nn.moe, "moe_decode", lambda x, *_, **options: (calls.append(len(x)), x)[1])
+    x, cache = Rand(BF16).data(9, 128), object()
+    with torch.no_grad():
+        layer(x[:8], None, cache), layer(x[:1], None, cache)
+        assert calls == [8, 1]
+        layer(x, None, cache), layer(x[:2], None), layer(x[:0], None, cache)
+        local = layer.mlp.exchange
+        layer.mlp.exchange = SimpleNamespace(dispatch=local.dispatch, combine=local.combine)
+        layer(x[:2], None, cache)
+    layer.mlp.exchange = local
+    layer(x[:2], None, cache)
+    assert calls == [8, 1]
+
+
+def test_what_it_serves():
+    args = problem(2, Fs=128)
+    x, router_w, bias, gate_up, down, shared, *routing = args[:9]
+    assert serves(*args[:9]) and serves(*problem(2, fp8=False)[:9])
+    assert not serves(x.float(), *args[1:9]) and not serves(*args[:6], 4, 4, 4)
+    wide = problem(2, Fs=128, fp8=False)
+    assert not serves(x, router_w, bias, gate_up, down, wide[5], *routing)
+    assert not serves(x, router_w, bias, (gate_up[0].mT.contiguous().mT, gate_up[1]), down, shared, *routing)
+    ling = {(2048, 512): 8, (4096, 1024): 8, (8192, 2048): 8}  # mini, flash, 1T: in FP8 for all rows
+    assert all(fits(T, H, F, F, 8, True) for (H, F), T in ling.items())
+    assert fits(8, 2048, 512, 512, 8, False) and not fits(8, 8192, 2048, 2048, 8, False)
+
+
+def test_refused():
+    C, args = load(), problem(2)
+    with pytest.raises(ValueError, match="expects sizes_have_a_kernel"):
+        launch(C, [*args[:6], 4, 1, 4, 2.0])
+    with pytest.raises(ValueError, match="expects x.is"):
+        launch(C, [args[0].float(), *args[1:]])
+    with pytest.raises(ValueError, match="expects gate_up_scale.is"):
+        launch(C, [*args[:3], (args[3][0], args[3][1][:, :1].contiguous()), *args[4:]])
+    with pytest.raises(ValueError, match="T <= kMost"):
+        launch(C, problem(9))
+
+
+KERNEL, PARTS, STEPS = "moe/moe_decode.cu", "moe/moe_decode.cuh", "gemm/few_rows.cuh"
+BROKEN = {  # name: (check that must fail, file, right, wrong)
+    "no wait for the others' h": (check_sizes, KERNEL, "grid_barrier(counters", "grid_arrive(counters"),
+    "an expert for rows that chose others": (check_sizes, PARTS, "if (jobs.rows[job] >> (n + i) & 1)", "if (true)"),
+    "gate's scale for up": (check_sizes, PARTS, "lower / kBlock * across + at", "upper / kBlock * across + at"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken(name):
+    check, *patch = BROKEN[name]
+    with pytest.raises((AssertionError, RuntimeError)):
+        check(load(tuple(patch), KERNEL))
+
+
+@pytest.mark.skipif(SANITIZE, reason="starts its own")
+def test_sanitizer():
+    result = sanitized("from tests.test_csrc_moe_decode import *; check_shared_choices_and_ties(load())")
+    assert result.returncode == 0, result.stderr

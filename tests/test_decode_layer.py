@@ -1,0 +1,84 @@
+"""What a decode layer launches, as docs/serving.md lists it, and that it computes what the ops one by one do."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ling_kernels.backend import _C, force
+from ling_kernels.model import LingConfig
+from ling_kernels.model.transformer import Layer
+from ling_kernels.nn import Rows
+from ling_kernels.nn.fp8 import to_fp8
+from ling_kernels.nn.frozen import freeze_
+from ling_kernels.ops.attention_decode import KVCache
+from ling_kernels.ops.rope_tables import rope_tables
+from tests.cases import DEVICE, runs
+
+LAUNCHES = [  # attention's is two kernels
+    "rms_norm_fwd", "gemm_fp8_fwd", "qk_norm_attention_decode_fwd", "gemm_fp8_fwd", "rms_norm_router_fwd",
+    "moe_decode_fwd",
+]  # fmt: skip
+
+
+class Computing(TorchDispatchMode):
+    """Names of torch's own operators that launch something."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, fn, types, args=(), kwargs=None):
+        if fn.namespace != "ling" and not fn.is_view and "empty" not in fn.name():
+            self.names.append(fn.name())
+        return fn(*args, **(kwargs or {}))
+
+
+def seen(launched, name):
+    fn = getattr(_C, name)
+    return lambda *args: launched.append(name) or fn(*args)
+
+
+@torch.no_grad()
+def layer_and_arguments(n):
+    """n new tokens of each of two texts."""
+    c = dataclasses.replace(
+        LingConfig.tiny(), hidden_size=256, num_attention_heads=2, num_key_value_heads=1, head_dim=128,
+        moe_intermediate_size=128,
+    )  # fmt: skip
+    g = torch.Generator().manual_seed(0)
+    layer = Layer(c, dense=False)
+    for w in layer.parameters():
+        w.copy_(torch.randn(w.shape, generator=g) / 16 if w.ndim > 1 else 1 + torch.randn(w.shape, generator=g) / 8)
+    layer = layer.to(DEVICE, torch.bfloat16)
+    to_fp8(layer)
+    freeze_(layer)
+    cache = KVCache(*(torch.randn(4, 16, 1, 128, generator=g).to(DEVICE, torch.bfloat16) for _ in range(2)))
+    lengths = torch.tensor([20, 9], dtype=torch.int32, device=DEVICE)
+    positions = (lengths[:, None] - n + torch.arange(n, device=DEVICE)).flatten()
+    table = torch.tensor([[2, 0], [3, 1]], dtype=torch.int32, device=DEVICE)
+    slots = (table.gather(1, positions.view(2, n) // 16) * 16 + positions.view(2, n) % 16).flatten().long()
+    cos, sin = rope_tables(32, 64, 1e4, None, DEVICE)
+    nobody = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    rows = Rows(cos, sin, positions, nobody, slots, 2 * n, table, lengths)
+    return layer.eval(), torch.randn(2 * n, 256, generator=g).to(DEVICE, torch.bfloat16), rows, cache
+
+
+@pytest.mark.skipif(not runs("cuda"), reason="csrc/ does not run here")
+@pytest.mark.parametrize("n", [1, 3])
+@torch.no_grad()
+def test_a_decode_layer(n, monkeypatch):
+    layer, x, rows, cache = layer_and_arguments(n)
+    copies = [KVCache(*(t if t is None else t.clone() for t in cache)) for _ in range(2)]
+    with force("torch"):
+        want, _ = layer(x, rows, copies[0])
+    for module in ("attention_decode", "qk_norm_attention_decode"):  # on a CPU they look at lengths and pages
+        monkeypatch.setattr(f"ling_kernels.ops.{module}.known", lambda x: False)
+    launched = []
+    for name in (n for n in dir(_C) if n.endswith("_fwd")):
+        monkeypatch.setattr(_C, name, seen(launched, name))
+    with force("cuda"), Computing() as torch_s:
+        got, _ = layer(x, rows, copies[1])
+    assert launched == LAUNCHES and not torch_s.names
+    assert (got - want).abs().max() <= 2**-5 * want.abs().max()
