@@ -89,7 +89,8 @@ def test_tokens_follow_the_logits(name, draft, engine):
         ids = torch.cat([torch.tensor(prompt).expand(V, -1), torch.arange(V)[:, None]], 1)
         first, second = model(name)(ids).logits[:, -2:].softmax(-1).unbind(1)  # [V, V], the first the same in each row
     check(torch.bincount(tokens[:, 0], minlength=V), first[0])
-    group = torch.nn.functional.one_hot(torch.arange(V) % groups).float()
-    both = group.T @ (first[0][:, None] * second) @ group
-    kinds = tokens[:, 0] % groups * groups + tokens[:, 1] % groups
+    group = torch.arange(V) * groups // V  # neighbours, as numbers that are alike choose them
+    of_group = torch.nn.functional.one_hot(group).float()
+    both = of_group.T @ (first[0][:, None] * second) @ of_group
+    kinds = group[tokens[:, 0]] * groups + group[tokens[:, 1]]
     check(torch.bincount(kinds, minlength=groups**2), both.flatten())

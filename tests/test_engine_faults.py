@@ -146,11 +146,13 @@ def test_generate_leaves_nothing_behind(engine):
     e, (prompt, new) = engine(), texts()[0]
     with pytest.raises(InputError, match="at least one token"):
         e.generate([prompt, prompt, []], max_new_tokens=len(new), **NO_ENDS)
-    hook = e.model.norm.register_forward_pre_hook(lambda *_: 1 / 0)
+    assert not e.scheduler.running and not e.scheduler.queued
+    hook = e.model.layers[0].register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         e.generate([prompt] * 3, max_new_tokens=len(new), **NO_ENDS)
     hook.remove()
-    assert not e.scheduler.running and not e.scheduler.queued
+    assert not e.scheduler.running and not e.scheduler.queued and not e.pages.known, "no page that was never written"
+    assert e.generate([prompt], max_new_tokens=len(new), **NO_ENDS) == [new]
     drive(e)
 
 
