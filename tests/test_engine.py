@@ -144,6 +144,7 @@ def test_preempted_and_resumed(engine):
         check(e)
         gave_way += b in e.scheduler.waiting and len(b.new_tokens) > 0
     assert gave_way and (a.new_tokens, b.new_tokens) == (new, other_new)
+    assert a.shared == b.shared == 0, "what a request finds of its own is not told as shared"
     drive(e)
 
 

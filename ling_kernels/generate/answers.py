@@ -114,7 +114,7 @@ class Choice:
     @property
     def cached(self) -> int:
         """Tokens of its prompt that were not computed for it."""
-        return min(self.request.shared, len(self.request.prompt))
+        return self.request.shared or 0
 
     def cancel(self) -> None:
         self.service.engine.cancel(self.request)

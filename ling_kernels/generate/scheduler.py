@@ -39,7 +39,7 @@ class Request:
 
     tokens: list[int] = field(default_factory=list)  # prompt and what is known to come after it
     computed: int = 0
-    shared: int = 0  # tokens found in the cache when it was last admitted
+    shared: int | None = None  # tokens found in the cache when it was first admitted
     ahead: int = 0  # passes that decode it and whose tokens are not known yet
     guessed: bool = False  # the next pass has guesses to check
     cancelled: bool = False  # its user wants no more; the next step ends it
@@ -174,7 +174,8 @@ class Scheduler:
         if self.pages.needed(self.cells(request, Work(0, True)) + 1) - len(request.pages) > self.pages.available:
             self.give_back(request)
             return False
-        request.computed = request.shared = len(request.pages) * self.pages.size
+        request.computed = len(request.pages) * self.pages.size
+        request.shared = request.computed if request.shared is None else request.shared
         request.lane = self.lanes.popleft()
         return True
 
