@@ -124,14 +124,18 @@ class Engine:
     def warm_up(self) -> None:
         """Make a GPU's graphs of common passes now; otherwise the first request that needs one waits for it."""
         if self.forward.graphs is not None:
-            with self.lock, torch.inference_mode():
+            with self.lock, self.on_its_gpu(), torch.inference_mode():
                 self.forward.graphs.prepare(
                     Mode(False, False, False), Mode(True, False, False), Mode(True, True, False)
                 )
 
+    def on_its_gpu(self) -> torch.cuda.device_of:
+        """Makes the model's GPU the current one, whose streams, events and graphs are meant: threads begin on GPU 0."""
+        return torch.cuda.device_of(self.forward.length)
+
     def step(self) -> bool:
         """One forward pass for those whose turn it is; False where there was nothing to do."""
-        with self.lock:
+        with self.lock, self.on_its_gpu():
             flying = self.flight is not None
             if self.scheduler.tight:
                 self.land()
