@@ -11,6 +11,7 @@ has a process of its own; one that is not here, or does not know Ling-2.0, is li
 
 import argparse
 import functools
+import gc
 import json
 import subprocess
 import sys
@@ -29,7 +30,7 @@ from benchmarks.observe import profile
 from benchmarks.peers import absent, engines
 from ling_kernels.errors import InputError, command
 from ling_kernels.generate import Engine
-from ling_kernels.generate.plan import step_bytes, tokens_per_second
+from ling_kernels.generate.plan import gpus, held_bytes, step_bytes, tokens_per_second
 from ling_kernels.gpu import named
 from ling_kernels.model import Ling
 
@@ -100,6 +101,7 @@ def experts_met(model: Ling, texts: list[list[int]], tail: int = 16) -> float | 
 def begin(model: Ling, prompts: list[list[int]], tokens: int) -> tuple[Engine, list]:
     """An engine that has read the prompts, and its requests, none of which ends within so many tokens."""
     room = tokens + 2 * WARM
+    gc.collect()  # the engine before this one, with its cache
     engine = Engine(model, cache_tokens=len(prompts) * (len(prompts[0]) + room + 64), max_running=len(prompts))
     requests = [engine.submit(p, max_new_tokens=room, ends=()) for p in prompts]
     while not all(r.written for r in requests):
@@ -163,11 +165,22 @@ def others(by: str, name: str, precision: str, texts: list[tuple[int, int]], tok
             yield batch, context, dict(tokens_per_s=by_difference(generate, prompts, tokens))
 
 
+def fits(name: str, precision: str, batch: int, context: int) -> bool:
+    held = held_bytes(without_mtp(name), batch, context + TOKENS, "fp8" if precision == "fp8" else "bf16")
+    return not GPU or gpus(held, torch.cuda.get_device_properties(0).total_memory) == 1
+
+
 def measure(by: str, args: argparse.Namespace) -> tuple[list[dict], list[str]]:
     """Rows, and why the others are none."""
-    texts, rows, left = [(b, c) for c in args.contexts for b in args.batches], [], []
+    rows, left = [], []
     for name, precision in args.models:
         about = dict(model=name, precision=precision, by=by)
+        texts = [(b, c) for c in args.contexts for b in args.batches]
+        for batch, context in [text for text in texts if not fits(name, precision, *text)]:
+            texts.remove((batch, context))
+            left.append(f"{by}, {name} in {precision}, {batch} texts of {context}: more than this GPU's memory")
+        if not texts:
+            continue
         try:
             if by == "ours":
                 found = ((b, c, ours(name, precision, b, c, args.tokens)) for b, c in texts)

@@ -656,6 +656,9 @@ CASES = [
          dict(T=2, E=16, H=128, F=128, groups=4, group_topk=2, topk=4, norm=True),
          dict(T=1, E=256, H=2048, F=512, groups=8, group_topk=4, topk=8, Fs=512, fp8=True)],
         flops=moe_flops, bytes=moe_decode_bytes,
+        ling=lambda p: p.whole and p.T <= 8 and [
+            dict(T=p.T, E=256, H=p.H, F=p.F, groups=8, group_topk=4, topk=8, Fs=p.F, fp8=True)
+        ],
         backends=("torch", "triton", "cuda"), hopper=None,
     ),
     Case(

@@ -364,7 +364,7 @@ BROKEN = {  # name: (check that must fail, right, wrong)
     "values unscaled": (check_decode, "x *= v_scale[i / 2][i % 2];", ";"),
     "two pieces in a slot": (check_decode, "int64_t{blockIdx.x + seq}", "int64_t{blockIdx.x}"),
     "the last piece left out": (check_decode, "(begin + tiles - 1) / share + 1", "(begin + tiles - 1) / share"),
-    "one warp's sums": (check_decode, "y[i] += sums[w][threadIdx.x * 8 + i]", "y[i] = sums[w][threadIdx.x * 8 + i]"),
+    "one warp's sums": (check_decode, "sum8[i] += sums[w][at + i]", "sum8[i] = sums[w][at + i]"),
     "a run starts late": (check_many_sequences, "begin += past ? skipped : 0;", "begin += 0 * skipped;"),
     "the first 32 only": (check_many_sequences, "if (past < 32) return;", "return;"),
     "the first 32 pages again": (check_a_long_sequence, "if (step % 32 == 0)", "if (step == 0)"),
@@ -379,6 +379,7 @@ BROKEN = {  # name: (check that must fail, right, wrong)
     "new scales likewise": (check_append, "from = &fresh->scales[kind][new_one];", ";"),
     "no barrier before new tokens are read": (
         check_append, "me.stop, n, G, r0);\n                __syncthreads();", "me.stop, n, G, r0);"),
+    "all heads in FP8 at one place": (check_append, "lane < 16, head, out_q", "lane < 16, 0, out_q"),
     "not rounded before it is quantised": (check_append, "y[j] = rounded<T>(y[j], true)", "y[j] = y[j]"),
 }  # fmt: skip
 

@@ -8,7 +8,7 @@ import torch
 
 import ling_kernels.nn.moe
 from ling_kernels.backend import _C, force
-from ling_kernels.model import LingConfig
+from ling_kernels.model import Ling, LingConfig
 from ling_kernels.model.transformer import Layer
 from ling_kernels.nn.fp8 import to_fp8
 from ling_kernels.nn.frozen import freeze_
@@ -217,6 +217,27 @@ def test_which_layers_decode(monkeypatch):
     layer.mlp.exchange = local
     layer(x[:2], None, cache)
     assert calls == [8, 1]
+
+
+def test_a_model_decodes_through_it(monkeypatch):
+    """Prompts of two texts and three more tokens of each, which are given."""
+    config = dataclasses.replace(LingConfig.tiny(), vocab_size=64, num_hidden_layers=2, num_attention_heads=2,
+                                 num_key_value_heads=1, head_dim=128, moe_intermediate_size=128,
+                                 num_nextn_predict_layers=0, initializer_range=0.2)  # fmt: skip
+    model, rand, calls = Ling(config), Rand(BF16), []
+    model.init_weights(torch.Generator().manual_seed(0))
+    model.to(BF16).eval()
+    ids, tokens = rand.ints(0, 64, 2, 9, dtype=torch.int64), rand.ints(0, 64, 4, 2, dtype=torch.int64)
+    launched = _C.moe_decode_fwd
+    monkeypatch.setattr(_C, "moe_decode_fwd", lambda x, *others: (calls.append(len(x)), launched(x, *others)))
+    seen = {}
+    for backend in ("torch", "cuda"):
+        logits = seen[backend] = []
+        with force(backend):
+            model.generate(ids, 4, choose=lambda new, so_far, all=logits: (all.append(new), tokens[len(all) - 1])[1])
+    got, want = (torch.stack(seen[backend]) for backend in ("cuda", "torch"))
+    assert calls == [2, 2, 2] and len(got) == 4  # one layer of experts
+    assert (got - want).norm() < 0.02 * want.norm()
 
 
 def test_what_it_serves():

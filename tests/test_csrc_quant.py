@@ -302,8 +302,8 @@ def test_broken(name, monkeypatch):
 
 
 OUT_OF_BOUNDS = {  # name: (check, file, right, wrong)
-    "a row past the end": (check_rows, QUANTIZE, "constexpr int kRows = 4;\n    const int across",
-                            "constexpr int kRows = 4;\n    M += 3;\n    const int across"),
+    "a row past the end": (check_rows, QUANTIZE, "constexpr int kRows = 4;\n    let_next_start();",
+                            "constexpr int kRows = 4;\n    M += 3;\n    let_next_start();"),
     "codes past the tile": (check_columns, TILE, "codes[8 * tx + j0 + j][", "codes[8 * tx + j0 + j + 1]["),
 }  # fmt: skip
 

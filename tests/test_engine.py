@@ -386,7 +386,8 @@ def test_bad_requests(prompt, options, said):
 
 
 @pytest.mark.parametrize("options, said", [
-    (dict(max_running=3, max_rows=2), "max_rows"), (dict(cache_tokens=0), "no memory"),
+    (dict(max_running=3, max_rows=2), "max_rows"), (dict(cache_tokens=0), "cache_tokens"),
+    (dict(max_waiting=0), "max_waiting"),
 ])  # fmt: skip
 def test_bad_engines(options, said):
     with pytest.raises(InputError, match=said):

@@ -70,9 +70,8 @@ def test_what_is_cut_up(zero):
         assert plan.parts["gathered"] > 0
     else:
         assert plan.parts["weights"] == whole.parts["weights"]
-    # The peak of a small model lies in the backward of its head, before any gradient is there: so two micro batches.
-    peaks = [planned(s=BF16, dp=4, ep=2, zero=z).peak for z in (zero - 1, zero)]
-    assert peaks[1] < peaks[0] or zero == 3
+    if zero > 1:  # at the peak, in the second backward, those of a layer may be whole
+        assert gradients <= plan.parts["gradients"] < whole.parts["gradients"]
 
 
 def test_stages():

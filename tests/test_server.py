@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ling_kernels.errors import InputError
-from ling_kernels.generate import Engine
+from ling_kernels.generate import Engine, Sampling
 from ling_kernels.model import load_model
 from ling_kernels.tokenizer import load_tokenizer
 from tests.test_generate import EOS, LETTERS, ROLE_END, speller
@@ -19,6 +19,7 @@ httpx = pytest.importorskip("httpx")
 pytest.importorskip("fastapi")
 uvicorn = pytest.importorskip("uvicorn")
 
+from ling_kernels.generate.protocol import Completion  # noqa: E402
 from ling_kernels.generate.server import Service, make_app  # noqa: E402
 
 ASK = dict(model="speller", prompt="a", temperature=0, max_tokens=3)
@@ -141,9 +142,11 @@ def test_a_chat_goes_on_as_far_as_there_is_room(checkpoint, engine, total):
 def test_usage_and_several_choices_in_a_stream(shared):
     asked = ASK | dict(prompt="b" * 64 + "k", n=2, stream=True, stream_options=dict(include_usage=True))
     call(shared, "/v1/completions", asked)
+    before = shared.metrics.cached
     *pieces, last = events(call(shared, "/v1/completions", asked).text)
     assert [p["choices"][0]["index"] for p in pieces][:4] == [0, 1, 0, 1] and {p["usage"] for p in pieces} == {None}
     counts = {"prompt_tokens": 65, "completion_tokens": 6, "total_tokens": 71}
+    assert shared.metrics.cached == before + 2 * 64
     assert last["choices"] == [] and last["usage"] == counts | {"prompt_tokens_details": {"cached_tokens": 64}}
 
 
@@ -239,6 +242,31 @@ def test_a_failing_model_is_no_fault_of_the_call(checkpoint, monkeypatch, caplog
     assert fault["code"] == 500 and said in fault["message"] and "secret" not in response.text
     assert own.metrics.ended == {"error": 1}
     assert call(own, "/v1/completions", ASK).json()["choices"][0]["text"] == "bcd"
+
+
+def test_who_leaves_before_the_first_event_asked_for_nothing(checkpoint):
+    own = service(checkpoint)
+    body = json.dumps(ASK | dict(stream=True, n=2)).encode()
+    messages = [dict(type="http.request", body=body, more_body=False)]
+    head = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    scope = dict(type="http", asgi=dict(version="3.0"), http_version="1.1", method="POST", path="/v1/completions",
+                 raw_path=b"/v1/completions", query_string=b"", root_path="", scheme="http", headers=head,
+                 client=("test", 1), server=("test", 80))  # fmt: skip
+
+    async def receive():
+        return messages.pop() if messages else dict(type="http.disconnect")
+
+    async def send(message):
+        pass
+
+    asyncio.run(make_app(own)(scope, receive, send))
+    assert not own.engine.step() and own.engine.pages.available == own.engine.pages.count
+
+
+def test_a_temperature_that_is_no_number_to_a_gpu_is_0():
+    asked = Completion(model="m", prompt="a", temperature=1e-42, top_k=5, seed=7)
+    assert asked.sampling(1) == Sampling(seed=8)
+    assert Completion(model="m", prompt="a", temperature=0.1, top_k=-1).sampling(0) == Sampling(0.1)
 
 
 def test_key(checkpoint):

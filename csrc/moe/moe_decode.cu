@@ -9,10 +9,10 @@ namespace ling {
 namespace moe_decode {
 namespace {
 
-// The barrier's counters. Grids that may run at once need one each: a stream has its own, and every capture of a CUDA
-// graph another, since what was captured in one stream may be replayed in several. No graph runs beside itself.
-constexpr int kCounters = 4096;
-__device__ unsigned counters[kCounters];
+// The barriers' counters: one of each stream, and one of each launch that a graph holds, since grids of two streams or
+// graphs may run at once.
+constexpr int kStreams = 128, kCaptured = 1 << 16;
+__device__ unsigned counters[kStreams + kCaptured];
 
 // Two halves with a barrier of the grid between them. A unit's K is split over the warps of a block, so that a block
 // reads whole lines; down's weights are on their way while the block waits for the others' h.
@@ -53,11 +53,14 @@ __global__ void __launch_bounds__(kThreads, 1) moe_decode_kernel(const __grid_co
 
 int counter_of(cudaStream_t stream) {
     static std::mutex one;
-    static std::map<std::pair<cudaStream_t, unsigned long long>, int> seen;
+    static std::map<cudaStream_t, int> seen;
+    static int captured = 0;
+    cudaStreamCaptureStatus status;
+    LING_CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
     const std::lock_guard lock(one);
-    const int index = seen.try_emplace({stream, capture_of(stream)}, static_cast<int>(seen.size())).first->second;
-    if (index >= kCounters)
-        throw std::runtime_error("moe_decode_fwd has been called on more than 4096 streams and graphs");
+    if (status != cudaStreamCaptureStatusNone) return kStreams + captured++ % kCaptured;
+    const int index = seen.try_emplace(stream, static_cast<int>(seen.size())).first->second;
+    if (index >= kStreams) throw std::runtime_error("moe_decode_fwd has been called on more than 128 streams");
     return index;
 }
 

@@ -5,14 +5,15 @@
 #include <cfloat>
 
 namespace ling::routing {
+namespace {
 
 // Integers in the order of the floats; every finite float is above 0, which stands for "not to be chosen".
-__device__ inline unsigned ordered(float x) {
+__device__ unsigned ordered(float x) {
     const unsigned u = __float_as_uint(x);
     return u >> 31 ? ~u : u | 0x80000000u;
 }
 
-__device__ inline float sigmoid(float x) { return reciprocal(1 + expf(-x)); }
+__device__ float sigmoid(float x) { return reciprocal(1 + expf(-x)); }
 
 template <int N> __device__ void load_own(float (&v)[N], const float* p) {
     if constexpr (N == 1) v[0] = *p;
@@ -134,4 +135,5 @@ template <int kExperts_, int kGroups, int kTopGroups, int kTop_> struct Router {
     }
 };
 
+}  // namespace
 }  // namespace ling::routing

@@ -61,6 +61,9 @@ class Engine:
             raise InputError(
                 f"max_rows {max_rows} does not hold the {1 + draft} rows of each of max_running {max_running}"
             )
+        for name, value in (("cache_tokens", cache_tokens), ("page_size", page_size), ("max_waiting", max_waiting)):
+            if value is not None and value < 1:
+                raise InputError(f"{name} is {value}; it must be at least 1")
         self.model, self.config = model.eval(), model.config
         self.device = model.word_embeddings.weight.device
         dtype = cache_dtype or model.word_embeddings.weight.dtype
@@ -79,7 +82,8 @@ class Engine:
         self.draft, self.guessed, self.right = draft, 0, 0
         self.scheduler = Scheduler(self.pages, max_running, max_rows, max_waiting, draft)
         self.late, self.flight = self.device.type == "cuda", None  # a CPU has computed when a launch returns
-        self.lock = threading.RLock()
+        self.stepping: asyncio.Task | None = None
+        self.lock = threading.Lock()  # no RLock: a stream that is collected in the middle of a step cancels too
 
     def submit(
         self,
@@ -117,38 +121,50 @@ class Engine:
         """End it where it stands, at once or after the step that is being computed; nothing where it has ended."""
         request.cancelled = True
         if self.lock.acquire(blocking=False):
-            with self.lock:
+            try:
                 self.scheduler.sweep()
-            self.lock.release()
+            finally:
+                self.lock.release()
 
     def warm_up(self) -> None:
         """Make a GPU's graphs of common passes now; otherwise the first request that needs one waits for it."""
         if self.forward.graphs is not None:
-            with self.lock, self.on_its_gpu(), torch.inference_mode():
+            with self.lock, self.device_of_thread(), torch.inference_mode():
                 self.forward.graphs.prepare(
                     Mode(False, False, False), Mode(True, False, False), Mode(True, True, False)
                 )
 
-    def on_its_gpu(self) -> torch.cuda.device_of:
-        """Makes the model's GPU the current one, whose streams, events and graphs are meant: threads begin on GPU 0."""
-        return torch.cuda.device_of(self.forward.length)
-
     def step(self) -> bool:
         """One forward pass for those whose turn it is; False where there was nothing to do."""
-        with self.lock, self.on_its_gpu():
-            flying = self.flight is not None
-            if self.scheduler.tight:
+        with self.lock:
+            return self.next_pass()
+
+    def next_pass(self) -> bool:
+        """For who has the lock."""
+        try:
+            with self.device_of_thread():
+                flying = self.flight is not None
+                if flying and self.scheduler.tight:
+                    self.land()
+                plan, flight = self.scheduler.plan(), None
+                if plan:
+                    with self.blamed_on(plan):
+                        flight = self.launch(plan)
                 self.land()
-            plan, flight = self.scheduler.plan(), None
-            if plan:
-                with self.blamed_on(plan):
-                    flight = self.launch(plan)
-            self.land()
-            self.flight = flight
-            if not self.late:
-                self.land()
-            self.scheduler.sweep()  # who was cancelled meanwhile
-            return bool(plan or flying)
+                self.flight = flight
+                if not self.late:
+                    self.land()
+                self.scheduler.sweep()  # who was cancelled meanwhile
+                return bool(plan or flying)
+        except BaseException:  # Ctrl-C, between any two lines: lanes may be further than the host knows
+            self.flight = None
+            for request in [*self.scheduler.running]:
+                self.scheduler.finish(request, "error", RuntimeError("a step of the engine was interrupted"))
+            raise
+
+    def device_of_thread(self) -> torch.cuda.device:
+        """Whoever waits computes a step, in a thread that may look at another GPU; nothing on a CPU."""
+        return torch.cuda.device_of(self.model.word_embeddings.weight)
 
     def launch(self, plan: dict[Request, Work]) -> Flight | None:
         for request in plan:
@@ -215,7 +231,7 @@ class Engine:
         sent = 0
         try:
             while self.wait(request, sent):
-                new = request.new_tokens[sent:]
+                new = request.after(sent)
                 yield from new
                 sent += len(new)
         finally:
@@ -230,8 +246,8 @@ class Engine:
     async def afollow(self, request: Request) -> AsyncIterator[int]:
         sent = 0
         try:
-            while await asyncio.to_thread(self.wait, request, sent):
-                new = request.new_tokens[sent:]
+            while await self.written(request, sent):
+                new = request.after(sent)
                 for token in new:
                     yield token
                 sent += len(new)
@@ -239,25 +255,42 @@ class Engine:
             self.cancel(request)
         raise_error(request)
 
+    async def written(self, request: Request, sent: int) -> bool:
+        """`wait`; the tasks of an event loop wait for one step together, which the first of them starts in a thread."""
+        while not request.finished and request.written <= sent:
+            if self.stepping is None or self.stepping.done() or self.stepping.get_loop() != asyncio.get_running_loop():
+                self.stepping = asyncio.create_task(asyncio.to_thread(self.step))
+            if not await asyncio.shield(self.stepping):  # it may have begun before the request came
+                return await asyncio.to_thread(self.wait, request, sent)
+        return request.written > sent
+
     def wait(self, request: Request, sent: int) -> bool:
         """Step until it has more than `sent` new tokens (True), or has ended without (False)."""
         while not request.finished and request.written <= sent:
             with self.lock:  # who waited for it here may find that another's step has brought the token
                 if not request.finished and request.written <= sent:
-                    assert self.step() or request.finished, "a request that has not ended is in no step"
+                    assert self.next_pass() or request.finished, "a request that has not ended is in no step"
         return request.written > sent
 
     def generate(self, prompts: Iterable[Sequence[int]], **options) -> list[list[int]]:
-        """The new tokens of every prompt; more prompts than may wait are queued as there is room."""
+        """The new tokens of every prompt; more prompts than may wait are queued as there is room.
+
+        Where one raises, all end.
+        """
         requests = []
-        for prompt in prompts:
-            while self.scheduler.full:
-                self.step()
-            requests.append(self.submit(prompt, **options))
-        for request in requests:
-            while self.wait(request, request.written):
-                pass
-            raise_error(request)
+        try:
+            for prompt in prompts:
+                while self.scheduler.full:
+                    self.step()
+                requests.append(self.submit(prompt, **options))
+            for request in requests:
+                while self.wait(request, request.written):
+                    pass
+                raise_error(request)
+        finally:
+            for request in requests:
+                if not request.finished:
+                    self.cancel(request)
         return [request.new_tokens for request in requests]
 
 

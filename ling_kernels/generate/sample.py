@@ -117,7 +117,8 @@ def draw(logits: Tensor, asked: Asked, mode: Mode, uniform: Tensor) -> Tensor:
 
 def uniforms(seed: Tensor, place: Tensor) -> Tensor:
     """seed [B], place [B] int64 -> [B] fp32 in [0, 1): what a seed has for a place. SplitMix64 (Steele et al. 2014)."""
-    x = seed + place * -0x61C8864680B583EB  # 2^64 over the golden ratio, as int64, which wraps
+    golden = -0x61C8864680B583EB  # 2^64 over the golden ratio, as int64, which wraps
+    x = seed + (place + 1) * golden  # without the 1 seed 0 has 0 for place 0
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
         x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * factor
     x = x ^ (x >> 31 & (1 << 33) - 1)

@@ -60,7 +60,11 @@ class Request:
 
     @property
     def new_tokens(self) -> list[int]:
-        return self.tokens[len(self.prompt) :]
+        return self.after(0)
+
+    def after(self, sent: int) -> list[int]:
+        """The new tokens but the first `sent`."""
+        return self.tokens[len(self.prompt) + sent :]
 
     @property
     def written(self) -> int:
@@ -109,7 +113,7 @@ class Scheduler:
         chosen: dict[Request, Work] = {}
         self.left = self.max_rows
         for request in sorted(self.running, key=lambda r: r.pending > 1):  # stable: of each kind the oldest first
-            if request in self.running:
+            if request.lane is not None:  # it has not given way to an older one
                 self.choose(request, chosen)
         while self.waiting and self.left and self.lanes and self.admit(self.waiting[0]):
             request = self.waiting.popleft()
@@ -163,11 +167,11 @@ class Scheduler:
                 self.finish(request, "cancelled" if request.cancelled else "timeout")
 
     def admit(self, request: Request) -> bool:
-        """Whether the pages suffice for its text as it stands and one token; then it holds what is known of it."""
+        """Whether the pages suffice for its text as it stands, one token and guesses; then it holds what is known."""
         self.digest(request)
         before_last = (len(request.tokens) - 1) // self.pages.size  # one row at least must be computed
         request.pages = self.pages.share(request.digests[:before_last])
-        if self.pages.needed(len(request.tokens) + 1) - len(request.pages) > self.pages.available:
+        if self.pages.needed(self.cells(request, Work(0, True)) + 1) - len(request.pages) > self.pages.available:
             self.give_back(request)
             return False
         request.computed = request.shared = len(request.pages) * self.pages.size

@@ -52,20 +52,22 @@ class MoE(nn.Module):
 
     def decodes(self, x: Tensor, residual: Tensor) -> bool:
         """Whether `decode` may take the place of the norm, of forward and of the sum: for few rows and no gradient."""
-        here = type(self.exchange) is Local and not any(m.fp8.pow2 for m in self.modules() if hasattr(m, "fp8"))
-        return here and not torch.is_grad_enabled() and 0 < len(x) <= ROWS and x.dtype == residual.dtype
+        if torch.is_grad_enabled() or not 0 < len(x) <= ROWS or type(self.exchange) is not Local:
+            return False
+        pow2 = any(hasattr(m, "fp8") and m.fp8.pow2 for m in (self.experts, self.shared_experts))
+        return not pow2 and x.dtype == residual.dtype
 
     def decode(self, x: Tensor, residual: Tensor, norm: RMSNorm) -> Tensor:
         """x, residual [T <= 8, H] -> s + forward(norm(s)), s = x + residual; in FP8 too the weights come after down."""
         router, shared = self.router, self.shared_experts
         return moe_decode(
-            x, router.weight, router.expert_bias, *weights_of(self.experts),
-            None if shared is None else weights_of(shared), **router.limits,
+            x, router.weight, router.expert_bias, *operands_of(self.experts),
+            None if shared is None else operands_of(shared), **router.limits,
             residual=residual, norm=norm.weight, eps=norm.eps,
         )  # fmt: skip
 
 
-def weights_of(module: Experts | MLP) -> tuple[Weight, Weight]:
+def operands_of(module: Experts | MLP) -> tuple[Weight, Weight]:
     """gate_up and down, as they are or, of an FP8 module, with their scales."""
     dense = isinstance(module, MLP)
     w = (module.gate_up.weight, module.down.weight) if dense else (module.gate_up, module.down)

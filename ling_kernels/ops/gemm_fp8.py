@@ -142,6 +142,7 @@ def config(rows: int, K: int, tiles: int, swiglu: bool, sms: int) -> dict:
 
     With few rows the weight is the MMA's M operand (SWAP), of which it wants 64, and a tile takes as few as 16 rows; it
     takes only those 64 of the weight where tiles of 128, of which there are so many, would leave SMs without work.
+    Fewer than 64 would not be wgmma's; csrc/ has a kernel of its own for up to 8 rows.
     An H20 has a quarter of the tensor rate at almost the bandwidth: rows of padding cost more than reading twice.
     """
     swap = rows <= 32

@@ -1,8 +1,8 @@
 """AdamW as Ling 2.0 is trained with (betas 0.9 and 0.95, weight decay on matrices), in 8 bits too; and Muon.
 
-Each is one torch.optim.Optimizer whose `step` asks the host nothing. As in torch's fused ones, two of
-its attributes are scalars on the device: grad_scale, which gradients are divided by, and found_inf; unless that is 0,
-a step changes nothing.
+Each is one torch.optim.Optimizer whose `step` asks the host nothing. As in torch's fused ones, two of its attributes
+are scalars on the device: grad_scale, which gradients are divided by, and found_inf; unless that is 0, a step changes
+nothing.
 """
 
 import torch
@@ -17,6 +17,7 @@ OPTIMIZERS = ("adamw", "adamw8bit", "muon")
 MASTERS = ("fp32", "bf16")
 BETAS, EPS = (0.9, 0.95), 1e-8
 SHARD = 0x9E3779B1  # between the seeds of a parameter's shards
+OTHERS = 1 << 20  # between those of AdamW's parameters and Muon's
 CHUNK = 1 << 22  # elements, or one matrix, that Muon has in fp32 at a time
 
 
@@ -56,7 +57,7 @@ def to_masters(model: nn.Module, kind: str) -> None:
 
 
 class Stepping(torch.optim.Optimizer):
-    """What a step is around `update`, which has neither a closure nor gradients of its own."""
+    """torch.optim's closure, in one place: `update` is the step."""
 
     grad_scale = found_inf = None
 
@@ -169,7 +170,7 @@ class MuonAdamW(Stepping):
         else:
             self.adamw = torch.optim.AdamW(self.param_groups[1:], lr=lr, betas=BETAS, eps=EPS, fused=True)
         self.adamw.state = self.state
-        self.seeds = seeds(2 * len(hidden), seed + len(rest), hidden[0].device).view(-1, 2).unbind()
+        self.seeds = seeds(2 * len(hidden), seed + OTHERS, hidden[0].device).view(-1, 2).unbind()
 
     def update(self) -> None:
         for p, seed in zip(self.param_groups[0]["params"], self.seeds, strict=True):
