@@ -17,7 +17,7 @@ from ling_kernels.errors import InputError
 from ling_kernels.generate import Busy, Engine, Sampling
 from ling_kernels.generate.cache import Pages, digest
 from ling_kernels.generate.forward import lookup
-from ling_kernels.generate.graphs import Graphs
+from ling_kernels.generate.graphs import Graphs, sizes
 from ling_kernels.generate.sample import Mode, sampler
 from ling_kernels.model import Ling
 from ling_kernels.nn import Rows
@@ -231,6 +231,12 @@ def test_a_penalty_sees_prompt_and_text(engine):
     asked = dict(sampling=Sampling(repetition_penalty=3.0), max_new_tokens=n, **NO_ENDS)
     assert engine().generate(prompts, **asked) == want != list(new)
     assert engine(draft=3).generate(prompts, **asked) == want
+
+
+def test_sizes_of_graphs():
+    """No row of nobody where few rows would share no experts with it; the largest always."""
+    assert [sizes(n) for n in (1, 3, 8)] == [[1], [1, 2, 3], [*range(1, 9)]]
+    assert sizes(20) == [*range(1, 9), 16, 20]
 
 
 def test_warm_up():

@@ -58,10 +58,11 @@ struct Divisor {
 // Who has work: the experts that the rows chose, each once, in ascending order; the shared one follows them. Slot
 // t topk + k is the k-th choice of row t.
 struct Jobs {
-    int count;  // without the shared one
+    alignas(4) uint8_t index[256];  // of an expert; before that the rows that chose it, as in `rows`
+    int count;                      // without the shared one
     float weight[kMost * kMostTop];
-    uint8_t chosen[kMost * kMostTop];                        // the slots' experts
-    uint8_t expert[kMostJobs], rows[kMostJobs], index[256];  // rows: bit t where row t is the job's; index of an expert
+    uint8_t chosen[kMost * kMostTop];            // the slots' experts
+    uint8_t expert[kMostJobs], rows[kMostJobs];  // rows: bit t where row t is the job's
     uint8_t slot[kMostJobs][kMost];  // of a row; in the shared one's the row itself; 0 where the row is not the job's
 
     struct Share {
@@ -199,6 +200,8 @@ template <bool kFp8, typename Router> __device__ void find_jobs(Jobs& jobs, cons
     constexpr int kTop = Router::kTop, kPer = Router::kOwn;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, slots = p.T * kTop;
     for (int i = threadIdx.x; i < kMostJobs * kMost; i += kThreads) jobs.slot[0][i] = 0;
+    unsigned* const words = reinterpret_cast<unsigned*>(jobs.index);
+    for (int i = threadIdx.x; i < Router::kExperts / 4; i += kThreads) words[i] = 0;
     if (warp < p.T) {
         const Router router(p.bias);
         const float* row = p.logits + warp * p.ld_logits;
@@ -213,10 +216,16 @@ template <bool kFp8, typename Router> __device__ void find_jobs(Jobs& jobs, cons
         if (lane < kTop) jobs.weight[warp * kTop + lane] = weight;
     } else stage(x, p.x, p.H, warp - p.T, kWarps - p.T);
     __syncthreads();
+    if (static_cast<int>(threadIdx.x) < slots) {
+        const int e = jobs.chosen[threadIdx.x];
+        atomicOr(words + e / 4, 1u << (e % 4 * 8 + threadIdx.x / kTop));
+    }
+    __syncthreads();
     if (warp == 0) {  // a lane's experts, a byte of rows each
         uint64_t rows = 0;
-        for (int i = 0; i < slots; i++)
-            if (const int e = jobs.chosen[i]; e / kPer == lane) rows |= 1ull << (e % kPer * 8 + i / kTop);
+#pragma unroll
+        for (int j = 0; j < kPer; j++)
+            if (lane * kPer < Router::kExperts) rows |= uint64_t{jobs.index[lane * kPer + j]} << 8 * j;
         int end = 0;
 #pragma unroll
         for (int j = 0; j < kPer; j++) end += (rows >> 8 * j & 255) != 0;

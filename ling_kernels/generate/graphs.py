@@ -51,5 +51,5 @@ class Graphs:
 
 
 def sizes(largest: int) -> list[int]:
-    """1, 2, 4, and multiples of 8."""
-    return [s for s in (1, 2, 4, *range(8, largest, 8)) if s < largest] + [largest]
+    """1 to 8, as a lane of nobody would read experts that no other lane may want, and multiples of 8."""
+    return [s for s in (*range(1, 8), *range(8, largest, 8)) if s < largest] + [largest]
