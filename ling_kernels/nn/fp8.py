@@ -14,11 +14,8 @@ its shape, the product adds to that in its epilogue instead and autograd gets no
 docs/fp8.md has the recompute levels and the bytes that each keeps.
 """
 
-import weakref
-
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..op import expect
 from ..ops.dispatch import Plan
@@ -31,6 +28,7 @@ from ..ops.rms_norm import rms_norm
 from ..ops.swiglu import swiglu, swiglu_backward
 from ..ops.unpermute import unpermute
 from .attention import Attention
+from .copies import Fp8Copy, version_of
 from .experts import Experts
 from .mlp import MLP
 from .norm import RMSNorm
@@ -42,48 +40,10 @@ TRANSPOSED = ("direct", *KEEP)
 WEIGHTS = ("each_forward", "kept")
 FP8_ROWS = 824  # rows per expert from which the roofline of an H200 has FP8's weight gradient ahead of bf16's
 
-_steps = 0
-
-
-@register_optimizer_step_post_hook
-def _count_step(optimizer, *_) -> None:
-    """A fused optimizer changes weights without raising their `_version`, unless it says otherwise."""
-    global _steps
-    _steps += not getattr(optimizer, "raises_version", False)
-
-
-def version_of(w: Tensor) -> tuple:
-    """Another one after every change of w."""
-    return _steps, w._version, w.device
-
 
 def fits(weight: Tensor) -> bool:
     """Whether a weight [(E,) N, K] can be FP8: its blocks of 128 x 128 must be whole."""
     return weight.shape[-1] % BLOCK == weight.shape[-2] % BLOCK == 0
-
-
-class Fp8Copy:
-    """The FP8 copy of one weight, kept at one address from one change of the weight to the next. The weight's attribute
-    `fp8` is this, so that an optimizer can requantise in its own pass: see train/optimizer.py."""
-
-    def __init__(self, pow2: bool):
-        self.pow2, self.made, self.of, self.version = pow2, None, None, None
-        self.written = False  # by the optimizer's step that is under way
-
-    def __call__(self, w: nn.Parameter) -> tuple[Tensor, Tensor]:
-        if not self.up_to_date(w):
-            moved = self.made is None or self.made[0].device != w.device
-            self.made = quantize_weight(w, self.pow2, None if moved else self.made)
-            self.is_of(w)
-        w.fp8 = self
-        return self.made
-
-    def up_to_date(self, w: Tensor) -> bool:
-        return self.made is not None and self.of() is w and self.version == version_of(w)
-
-    def is_of(self, w: Tensor) -> None:
-        """What was made is of w as it is now."""
-        self.of, self.version = weakref.ref(w), version_of(w)
 
 
 class Fp8Weights:
