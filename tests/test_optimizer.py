@@ -297,7 +297,7 @@ def test_kept_fp8_weights_are_those_of_each_forward(kind, master):
 
 def test_the_optimizer_makes_kept_fp8_weights(monkeypatch):
     """Those of 8-bit AdamW need no further pass, at one address."""
-    from ling_kernels.nn import fp8
+    from ling_kernels.nn import copies
 
     model = model_with_gradients("bf16")
     to_fp8(model, weights="kept")
@@ -307,8 +307,8 @@ def test_the_optimizer_makes_kept_fp8_weights(monkeypatch):
     address, before = copy.made[0].data_ptr(), copy.made[0].clone()
     step(optimizer)
     calls = []
-    genuine = fp8.quantize_weight
-    monkeypatch.setattr(fp8, "quantize_weight", lambda *args: (calls.append(1), genuine(*args))[1])
+    genuine = copies.quantize_weight
+    monkeypatch.setattr(copies, "quantize_weight", lambda *args: (calls.append(1), genuine(*args))[1])
     loss_of(model)
     assert not calls and copy.made[0].data_ptr() == address
     assert not torch.equal(copy.made[0].float(), before.float())
