@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from benchmarks import charts, compare, sections
+from benchmarks.blocks import fill
 from benchmarks.sections import share, table, us, work_of
 from ling_kernels.errors import InputError, command
 from ling_kernels.files import whole
@@ -145,14 +146,7 @@ def write(results: Path = RESULTS, force: bool = False) -> None:
 
 
 def write_readme(results: Path = RESULTS, readme: Path = README, force: bool = False) -> None:
-    text = readme.read_text()
-    for name, block in BLOCKS.items():
-        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-        if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-            raise InputError(f"{readme.name} needs one {begin} and after it one {end}")
-        text = f"{text.split(begin)[0]}{begin}\n{block(results, force)}{end}{text.split(end)[1]}"
-    with whole(readme) as partial:
-        partial.write_text(text)
+    fill(readme, {name: block(results, force) for name, block in BLOCKS.items()})
 
 
 def main() -> int:

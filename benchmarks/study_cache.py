@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.blocks import fill
 from benchmarks.gpu import origin
 from ling_kernels.errors import InputError, command
 from ling_kernels.files import whole
@@ -25,7 +26,6 @@ from ling_kernels.train.data import Packed, gather_tokens, hold_out
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE_OF_RESULTS = ROOT / "benchmarks/results/study_cache.json", ROOT / "docs/serving.md"
-MARKS = "<!-- study_cache -->\n", "<!-- /study_cache -->\n"
 TYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, e4m3=torch.float8_e4m3fn)
 VARIANTS = [("fp32", "fp32"), ("fp32", "bf16"), ("fp32", "e4m3"), ("bf16", "bf16"), ("bf16", "e4m3")]  # model, cache
 
@@ -115,10 +115,7 @@ def main() -> int:
     result = origin() | dict(torch=torch.__version__, about=about, rows=measure(args.run / "model", ids))
     with whole(RESULTS) as partial:
         partial.write_text(json.dumps(result, indent=1) + "\n")
-    text = PAGE_OF_RESULTS.read_text()
-    begin, end = (text.index(mark) for mark in MARKS)
-    with whole(PAGE_OF_RESULTS) as partial:
-        partial.write_text(text[: begin + len(MARKS[0])] + table(result) + text[end:])
+    fill(PAGE_OF_RESULTS, dict(study_cache=table(result)))
     print(table(result))
     return 0
 

@@ -20,6 +20,7 @@ from statistics import mean
 import torch
 from torch import Tensor, nn
 
+from benchmarks.blocks import fill
 from benchmarks.gpu import origin
 from ling_kernels.errors import InputError, command
 from ling_kernels.files import whole
@@ -41,7 +42,6 @@ from ling_kernels.train.settings import Settings
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/study_fp8"
 PAGE, PICTURE = ROOT / "docs/fp8.md", ROOT / "docs/fp8-study.png"
-MARKS = "<!-- study_fp8 -->\n", "<!-- /study_fp8 -->\n"
 SETTINGS = Settings(steps=2000, seq_len=64, batch=4, lr=1e-3, warmup=100, eval_rows=256)
 CONFIG = replace(
     LingConfig.tiny(), intermediate_size=256, num_hidden_layers=2, num_experts=4, num_experts_per_tok=2, n_group=2,
@@ -360,12 +360,7 @@ def means(losses: list[float]) -> list[float]:
 
 def write_report(results: Path) -> None:
     found = load(results)
-    page = PAGE.read_text()
-    if not all(page.count(mark) == 1 for mark in MARKS):
-        raise InputError(f"{PAGE} must have {MARKS[0].strip()} and {MARKS[1].strip()} once, on lines of their own")
-    before, rest = page.split(MARKS[0])
-    with whole(PAGE) as partial:
-        partial.write_text(before + MARKS[0] + tables(*found) + MARKS[1] + rest.split(MARKS[1])[1])
+    fill(PAGE, dict(study_fp8=tables(*found)))
     draw(*found[:2], PICTURE)
 
 

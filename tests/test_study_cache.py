@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks import study_cache as study
+from benchmarks.blocks import cut
 from tests.test_model import DATA, expected, load
 
 
@@ -35,5 +36,5 @@ def test_what_is_compared():
 
 
 def test_page():
-    page = study.PAGE_OF_RESULTS.read_text().split(study.MARKS[0])[1].split(study.MARKS[1])[0]
-    assert study.table(json.loads(study.RESULTS.read_text())) == page
+    page = study.PAGE_OF_RESULTS.read_text()
+    assert study.table(json.loads(study.RESULTS.read_text())) == cut(page, "study_cache")[1]

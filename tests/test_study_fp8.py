@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks import study_fp8 as study
+from benchmarks.blocks import cut
 from ling_kernels.model import Ling, LingConfig, load_model, save_model
 from ling_kernels.nn import Attention, Rows
 from ling_kernels.ops.attention import attention
@@ -57,7 +58,7 @@ def test_short(tmp_path, monkeypatch):
 def test_page():
     found = study.load(study.RESULTS)
     page = study.PAGE.read_text()
-    assert study.tables(*found) == page.split(study.MARKS[0])[1].split(study.MARKS[1])[0]
+    assert study.tables(*found) == cut(page, "study_fp8")[1]
     runs = found[0]
     assert {r["settings"]["lr"] for r in runs.values()} == {study.SETTINGS.lr} and study.PICTURE.exists()
     for run in runs.values():
