@@ -69,14 +69,20 @@ class Fp8Weights:
         self.copies = [Fp8Copy(pow2) if weights == "kept" else None for _ in range(number)]
         self.transposed = [None if transposed == "direct" else Transposed(transposed) for _ in range(number)]
 
+    def quantized(self, *weights: nn.Parameter) -> list[tuple[Tensor, Tensor]]:
+        """Each weight's codes and scales, of its copy where one is kept."""
+        kept = [None] * len(weights) if torch.compiler.is_compiling() else self.copies
+        return [
+            quantize_weight(w, self.pow2) if copy is None else copy(w) for w, copy in zip(weights, kept, strict=True)
+        ]
+
     def arguments(self, *weights: nn.Parameter) -> list:
         """Of `Fp8Weight` for each weight, flat: autograd sees tensors only where they are arguments themselves."""
         flat = []
-        for w, transposed, copy in zip(weights, self.transposed, self.copies, strict=True):
+        for w, made, transposed in zip(weights, self.quantized(*weights), self.transposed, strict=True):
             if torch.compiler.is_compiling():
-                transposed = copy = None
+                transposed = None
             version = None if transposed is None else version_of(w)
-            made = quantize_weight(w, self.pow2) if copy is None else copy(w)
             flat += [w, *made, getattr(w, "main_grad", None), transposed, version]
         return flat
 
@@ -276,7 +282,8 @@ class Fp8Linear(nn.Linear):
 
     def product(self, rows: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
         """x [M, K] as the pair (x_q, x_scale) -> [M, N] in dtype."""
-        return product(rows, self.fp8.arguments(self.weight)[1:3], None, dtype)
+        (w,) = self.fp8.quantized(self.weight)
+        return product(rows, w, None, dtype)
 
     def forward(self, x: Tensor, norm: RMSNorm | None = None) -> Tensor:
         """x [..., K], or norm(x) where there is one -> [..., N] in x's dtype, autocast's where it is on."""

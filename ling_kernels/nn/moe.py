@@ -71,8 +71,4 @@ def operands_of(module: Experts | MLP) -> tuple[Weight, Weight]:
     """gate_up and down, as they are or, of an FP8 module, with their scales."""
     dense = isinstance(module, MLP)
     w = (module.gate_up.weight, module.down.weight) if dense else (module.gate_up, module.down)
-    if not hasattr(module, "fp8"):
-        return w
-    given = module.fp8.arguments(*w)  # of each weight itself, its codes, its scales and what only training asks for
-    each = len(given) // 2
-    return tuple(given[1:3]), tuple(given[each + 1 : each + 3])
+    return tuple(module.fp8.quantized(*w)) if hasattr(module, "fp8") else w
