@@ -132,14 +132,17 @@ def sampler(**asked) -> Callable[[Tensor, Tensor], Tensor]:
     logits that are NaN or infinite.
     """
     asked = Sampling(**asked)
+    mode = Mode.of([asked])
     generator = torch.Generator()
     generator.seed() if asked.seed is None else generator.manual_seed(asked.seed)
 
     def of_batch(logits: Tensor, ids_so_far: Tensor) -> Tensor:
         (B, V), device = logits.shape, logits.device
-        seen = torch.zeros(B, V, dtype=torch.bool, device=device).scatter(1, ids_so_far, True)
+        seen = None
+        if mode.penalised:
+            seen = torch.zeros(B, V, dtype=torch.bool, device=device).scatter(1, ids_so_far, True)
         uniform = torch.rand(B, generator=generator).to(device)
-        tokens = choose(logits, Asked.of([asked] * B, V, device), Mode.of([asked]), uniform, seen)
+        tokens = choose(logits, Asked.of([asked] * B, V, device), mode, uniform, seen)
         if bool((tokens < 0).any()):  # asks the GPU, which whoever shows the text does anyway
             raise InputError(NO_NUMBERS)
         return tokens
