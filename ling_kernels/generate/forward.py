@@ -135,9 +135,13 @@ class Forward:
         """Of the lanes' tokens at place [B, n]."""
         lengths = torch.where(self.length[lanes] > 0, place[:, -1] + 1, 0).int()
         m, table = self.model, self.table[lanes, :width]
+        rows = Rows(m.cos, m.sin, place.flatten(), self.no_chunks, None, place.numel(), table, lengths)
+        return rows if m.config.use_qk_norm else rows._replace(slots=self.decode_slots(table, place))
+
+    def decode_slots(self, table: Tensor, place: Tensor) -> Tensor:
+        """As `slots`, of lanes; the op that norms, appends and attends at once finds them by itself."""
         page, cell = table.gather(1, place // self.page_size), place % self.page_size
-        slots = (page * self.page_size + cell).flatten()
-        return Rows(m.cos, m.sin, place.flatten(), self.no_chunks, slots, place.numel(), table, lengths)
+        return (page * self.page_size + cell).flatten()
 
     def with_chunks(self, rows: Rows, at: Tensor, chunks: Sequence[Chunk]) -> tuple[Rows, Tensor]:
         """Rows of chunks after those that decode, and at [T] where in all lanes' texts each row's token stands."""
@@ -145,9 +149,10 @@ class Forward:
         places = [np.arange(start, start + n) for _, start, n in chunks]
         its_at = [r.lane * P + p for r, p in zip(requests, places, strict=True)]
         slots = [self.slots(r, p) for r, p in zip(requests, places, strict=True)]
+        decoded = self.decode_slots(rows.block_table, rows.positions.view(-1, 1 + self.draft))
         rows = rows._replace(
             positions=torch.cat([rows.positions, self.on_device(np.concatenate(places))]),
-            slots=torch.cat([rows.slots, self.on_device(np.concatenate(slots))]),
+            slots=torch.cat([decoded, self.on_device(np.concatenate(slots))]),
             cu_seqlens=self.on_device(np.cumsum([0, *(c.rows for c in chunks)], dtype=np.int32)),
         )
         if any(c.start for c in chunks):
@@ -163,8 +168,11 @@ class Forward:
 
     def choose(self, h: Tensor, lanes: Tensor, place: Tensor, mode: Mode) -> Tensor:
         """h [B n, H] -> the token after each row, [B, n]."""
-        logits, lane = self.model.logits(h), lanes.repeat_interleave(place.shape[1])
-        asked = Asked(*(x[lane] for x in self.asked)) if any(mode) else None
+        logits = self.model.logits(h)
+        if not any(mode):
+            return choose(logits, None, mode).view(place.shape)
+        lane = lanes.repeat_interleave(place.shape[1])
+        asked = Asked(*(x[lane] for x in self.asked))
         uniform = uniforms(self.seed[lane], place.flatten()) if mode.drawn else None
         seen = self.seen(lanes, place) if mode.penalised else None
         return choose(logits, asked, mode, uniform, seen).view(place.shape)

@@ -79,8 +79,11 @@ class Asked(NamedTuple):
         return cls(*floats.unbind(1), torch.tensor(top_k, device=device))
 
 
-def choose(logits: Tensor, asked: Asked, mode: Mode, uniform: Tensor | None, seen: Tensor | None = None) -> Tensor:
-    """logits [B, V]; uniform [B] in [0, 1) where mode.drawn, seen [B, V] bool where mode.penalised -> tokens [B] int64.
+def choose(
+    logits: Tensor, asked: Asked | None, mode: Mode, uniform: Tensor | None = None, seen: Tensor | None = None
+) -> Tensor:
+    """logits [B, V] -> tokens [B] int64. Where mode has any: asked, of it uniform [B] in [0, 1) where mode.drawn, and
+    seen [B, V] bool where mode.penalised.
 
     A row's token depends on nothing of the others. It is -1 where the row's logits are no numbers, or all infinite.
     Waits for nothing on the device.
