@@ -14,7 +14,7 @@ from ..model import LingConfig, load_model, resolve_model
 from ..tokenizer import Tokenizer, load_tokenizer, read_json
 from .engine import Engine
 from .sample import Sampling
-from .scheduler import PAST
+from .scheduler import longest
 from .text import stream_text
 
 
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
         raise InputError("--stop is empty")
     tokenizer = find_tokenizer(args.tokenizer, folder, config)
     prompt, ids = read_prompt(args, tokenizer)
-    new = room(args.max_new_tokens, len(ids), config.max_positions - PAST * args.draft)
+    new = room(args.max_new_tokens, len(ids), longest(config.max_positions, args.draft))
     ends = () if args.ignore_eos else end_ids(config, tokenizer, folder)
     model = load_model(folder, **placement(args))
     engine = Engine(model, cache_tokens=len(ids) + new, max_running=1, draft=args.draft)

@@ -17,7 +17,7 @@ from ..tokenizer import Tokenizer
 from .engine import Engine
 from .metrics import Metrics
 from .protocol import CHOICES, Asked, Chat, Completion
-from .scheduler import PAST, Busy, Request
+from .scheduler import Busy, Request, longest
 from .text import CutText
 
 FAILED = "the server failed at this; its log says why"
@@ -46,7 +46,7 @@ class Service:
                 raise InputError(f"max_tokens {wanted}: at most {self.max_tokens} are written here")
             return wanted
         engine, pages = self.engine, self.engine.pages
-        room = min(engine.config.max_positions, pages.count * pages.size) - PAST * engine.draft - len(prompt)
+        room = longest(min(engine.config.max_positions, pages.count * pages.size), engine.draft) - len(prompt)
         return max(1, min(n for n in (default, self.max_tokens, room) if n is not None))
 
     def card(self) -> dict:

@@ -25,7 +25,7 @@ from ..model.decode import empty_caches
 from .cache import Pages, page_bytes
 from .forward import Chunk, Flight, Forward
 from .sample import NO_NUMBERS, Mode, Sampling
-from .scheduler import PAST, Request, Scheduler, Work
+from .scheduler import PAST, Request, Scheduler, Work, longest
 
 SHARE = 0.9  # of the memory that the weights leave on a GPU
 CPU_BYTES = 1 << 30
@@ -100,7 +100,7 @@ class Engine:
         for a prompt that is empty or too long or has unknown tokens, and Busy where the queue is full.
         """
         prompt = [int(t) for t in prompt]
-        positions, vocabulary = self.config.max_positions - PAST * self.draft, self.config.vocab_size
+        positions, vocabulary = longest(self.config.max_positions, self.draft), self.config.vocab_size
         if max_new_tokens is None:
             max_new_tokens = max(1, min(256, positions - len(prompt)))
         if not prompt or max_new_tokens < 1:

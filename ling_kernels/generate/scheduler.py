@@ -23,6 +23,11 @@ from .sample import Sampling
 PAST = 3  # a text's end is followed by cells for so many times the guesses of a pass, which may be computed in vain
 
 
+def longest(cells: int, draft: int) -> int:
+    """How many tokens a text may have at most, of so many cells of a cache or positions of a model."""
+    return cells - PAST * draft
+
+
 class Busy(Exception):
     """The queue is full: come back later."""
 
