@@ -20,7 +20,7 @@ from ling_kernels.nn.fp8 import RECOMPUTE, to_fp8
 from ling_kernels.ops.rope_tables import rope_tables
 from ling_kernels.train.__main__ import main
 from ling_kernels.train.memory import kept_bytes, padding_bytes
-from tests.training import one_line_error, small, text  # noqa: F401
+from tests.training import one_line_error, small, text, train  # noqa: F401
 
 PAGE = Path(__file__).parents[1] / "docs/fp8.md"
 WHOLE = replace(
@@ -151,13 +151,7 @@ def test_fsdp2(tmp_path, transposed):
             for module in [*model.layers, *model.mtp, model] if sharded else []:
                 fully_shard(module, mesh=mesh)
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-            for _ in range(3):
-                ids = torch.arange(40).view(2, 20)
-                loss = model(ids, labels=ids, logits=False).loss
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                losses.append(loss.item())
+            losses += train(model, optimizer, 3)
         assert losses[2] < losses[0] - 1 and losses[3:] == pytest.approx(losses[:3], rel=1e-5)
     finally:
         torch.distributed.destroy_process_group()

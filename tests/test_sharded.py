@@ -14,6 +14,7 @@ from ling_kernels.model import Ling
 from ling_kernels.nn.fp8 import to_fp8
 from ling_kernels.train.optimizer import AdamW8bit, make_optimizer
 from tests.test_fp8_training import WHOLE
+from tests.training import train
 
 CONFIG = replace(
     WHOLE, hidden_size=256, intermediate_size=256, moe_intermediate_size=256, num_attention_heads=8,
@@ -43,18 +44,6 @@ def fp8_model(mesh=None, **options):
     for module in [*model.layers, *model.mtp, model] if mesh else []:
         fully_shard(module, mesh=mesh)
     return model, make_optimizer(model, "adamw8bit", 1e-2, 0.1)
-
-
-def train(model, optimizer, steps):
-    losses = []
-    for _ in range(steps):
-        ids = torch.arange(40).view(2, 20)
-        loss = model(ids, labels=ids, logits=False).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
 
 
 def compare_with_one(folder, mesh):

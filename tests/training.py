@@ -67,3 +67,16 @@ def one_line_error(argv, capsys) -> str:
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and len(error) > 20, error
     return error
+
+
+def train(model, optimizer, steps: int) -> list[float]:
+    """Losses of so many steps on the same 40 tokens."""
+    losses = []
+    for _ in range(steps):
+        ids = torch.arange(40).view(2, 20)
+        loss = model(ids, labels=ids, logits=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
