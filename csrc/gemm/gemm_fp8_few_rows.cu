@@ -105,7 +105,7 @@ size_t bytes(int64_t M, int64_t K) { return sizeof(Shared) + M * row_of(K) + kMo
 
 }  // namespace
 
-bool few_rows_fit(int64_t M, int64_t K) { return M <= kMost && bytes(M, K) <= 227 << 10; }
+bool few_rows_fit(int64_t M, int64_t K) { return M <= kMost && bytes(M, K) <= kSharedMemory; }
 
 void gemm_fp8_few_rows(cudaStream_t stream, Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor d,
                        bool accumulate) {

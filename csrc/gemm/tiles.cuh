@@ -7,7 +7,7 @@
 namespace ling::gemm_fp8 {
 
 constexpr int kConsumers = 256, kThreads = kConsumers + 128, kBand = 16;
-constexpr int kSharedMemory = 227 << 10, kStaging = 16 << 10, kMaxGroups = 512;
+constexpr int kStaging = 16 << 10, kMaxGroups = 512;
 
 enum class Scales { blocks, rows };     // of the weights: per 128 x 128, or per 1 x 128
 enum class Output { plain, swiglu };    // swiglu: a tile's two halves are gate and up, and y is quantised

@@ -64,11 +64,9 @@ int counter_of(cudaStream_t stream) {
     return index;
 }
 
-constexpr int kMostShared = 227 << 10;  // bytes that a block of sm_90 may ask for
-
 // As many steps on their way as there is room for; 0: there is no room at all.
 template <bool kFp8> int depth(int T, int H, int F, int Fs, int topk) {
-    const auto fits = [&]<int kDepth>() { return Layout<kFp8, kDepth>::total(T, H, F, Fs, topk) <= kMostShared; };
+    const auto fits = [&]<int kDepth>() { return Layout<kFp8, kDepth>::total(T, H, F, Fs, topk) <= kSharedMemory; };
     return fits.template operator()<4>() ? 4 : fits.template operator()<2>() ? 2 : 0;
 }
 
