@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..op import wide
+from ..op import upcast
 from ..ops.attention import attention
 from ..ops.attention_decode import KVCache, append, attention_decode, read
 from ..ops.qk_norm_attention import qk_norm_attention
@@ -98,5 +98,5 @@ class Attention(nn.Module):
         kv = self.num_kv_heads
         q, k, v = qkv.split([qkv.shape[1] - 2 * kv, kv, kv], dim=1)
         cos, sin = (table[rows.positions.long()][:, None] for table in (rows.cos, rows.sin))
-        q, k = (rotate(wide(x), cos, sin).to(x.dtype) for x in (q, k))
+        q, k = (rotate(upcast(x), cos, sin).to(x.dtype) for x in (q, k))
         return q, k, v.contiguous()

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backend import _C, backend
-from ..op import expect, op, wide
+from ..op import expect, op, upcast
 
 SIZES = {(256, 8, 4, 8), (16, 4, 2, 4)}  # experts, groups, groups kept, experts kept: what CUDA is built for
 
@@ -54,7 +54,7 @@ def route(
 
 def route_ref(logits, bias, mask=None, num_groups=8, group_topk=4, topk=8, scale=2.5, z_loss=None):
     T, E = logits.shape
-    logits = wide(logits)
+    logits = upcast(logits)
     s = logits.sigmoid()
     with torch.no_grad():
         b = (s + bias).nan_to_num(nan=-1e30)  # a NaN loses against every number
