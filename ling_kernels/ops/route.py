@@ -11,10 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import _C, backend
-from ..op import expect, op, upcast
+from ..op import expect, first_derivative_only, op, rows_aligned, upcast, use_reference
 
-SIZES = {(256, 8, 4, 8), (16, 4, 2, 4)}  # experts, groups, groups kept, experts kept: what CUDA is built for
+SIZES = {(256, 8, 4, 8), (16, 4, 2, 4)}  # (E, num_groups, group_topk, topk) that csrc/ is compiled for
 
 
 def route(
@@ -43,7 +42,7 @@ def route(
            and 1 <= topk <= group_topk * per_group,
            "num_groups that divides E, group_topk <= num_groups, topk <= group_topk * E / num_groups",
            E, num_groups, group_topk, topk)  # fmt: skip
-    if backend(logits) == "torch" or logits.dtype == torch.float64:
+    if use_reference("route", logits):
         return route_ref(logits, bias, mask, num_groups, group_topk, topk, scale, z_loss)
     *routed, lse = Route.apply(logits, bias, mask, num_groups, group_topk, topk, scale, z_loss is not None)
     if z_loss is None:
@@ -105,6 +104,7 @@ class Route(torch.autograd.Function):
         return weights, experts, counts, lse
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx, dweights, dexperts, dcounts, dlse):
         logits, experts, lse = ctx.saved_tensors
         dlogits = logits.new_empty(logits.shape)
@@ -120,7 +120,18 @@ def config() -> dict:
     return dict(BLOCK_T=1, num_warps=1)
 
 
-@op("experts", "weights", "counts", "lse")
+def unsupported_size(num_experts: int, num_groups: int, group_topk: int, topk: int) -> str | None:
+    if (num_experts, num_groups, group_topk, topk) in SIZES:
+        return None
+    return f"{num_experts} experts in {num_groups} groups, the best {topk} experts of {group_topk} groups"
+
+
+def unsupported_fwd(logits, bias, mask, experts, weights, counts, lse, num_groups, group_topk, topk, scale):
+    size = unsupported_size(logits.shape[1], num_groups, group_topk, topk)
+    return size or (None if rows_aligned(logits, bias) else "logits whose rows do not start at multiples of 16 bytes")
+
+
+@op("experts", "weights", "counts", "lse", cuda=unsupported_fwd)
 def route_fwd(
     logits: Tensor,
     bias: Tensor,
@@ -136,9 +147,6 @@ def route_fwd(
 ) -> None:
     """mask [T] uint8; counts are zeroed first; lse [T] is the log-sum-exp of logits, 0 for masked tokens."""
     T, E = logits.shape
-    fits = (E, num_groups, group_topk, topk) in SIZES and in_vectors(logits) and in_vectors(bias)
-    if backend(logits) == "cuda" and fits:
-        return _C.route_fwd(logits, bias, mask, experts, weights, counts, lse, num_groups, group_topk, topk, scale)
     counts.zero_()
     chosen = config()
     if T:
@@ -150,26 +158,26 @@ def route_fwd(
         )  # fmt: skip
 
 
-@op("dlogits")
+def unsupported_bwd(logits, experts, dweights, lse, dlse, dlogits, scale) -> str | None:
+    E, topk = logits.shape[1], experts.shape[1]
+    if E % 4 or E > 1024 or topk > 32:
+        return f"the backward for {E} experts, top-{topk}"
+    return None if rows_aligned(logits) else "logits whose rows do not start at multiples of 16 bytes"
+
+
+@op("dlogits", cuda=unsupported_bwd)
 def route_bwd(
     logits: Tensor, experts: Tensor, dweights: Tensor, lse: Tensor | None, dlse: Tensor | None, dlogits: Tensor,
     scale: float,
 ) -> None:  # fmt: skip
     T, E = logits.shape
     topk = experts.shape[1]
-    if backend(logits) == "cuda" and E % 4 == 0 and E <= 1024 and topk <= 32 and in_vectors(logits):
-        return _C.route_bwd(logits, experts, dweights, lse, dlse, dlogits, scale)
     chosen = config()
     if T:
         route_bwd_kernel[(triton.cdiv(T, chosen["BLOCK_T"]),)](
             logits, experts, dweights, lse, dlse, dlogits, T, E, logits.stride(0), scale,
             TOPK=topk, BLOCK_K=triton.next_power_of_2(topk), BLOCK_E=triton.next_power_of_2(E), **chosen,
         )  # fmt: skip
-
-
-def in_vectors(x: Tensor) -> bool:
-    """Whether every row starts at a multiple of 16 bytes, which CUDA reads at once."""
-    return x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and (x.ndim == 1 or x.stride(0) % 4 == 0)
 
 
 LOWEST = tl.constexpr(-(2**31))  # below the key of every number: not there, or taken
