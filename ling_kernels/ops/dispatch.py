@@ -49,6 +49,16 @@ def dispatch(experts: Tensor, counts: Tensor) -> Plan:
     return plan
 
 
+def expect_offsets(offsets: Tensor, num_experts: int, S: int) -> None:
+    """offsets [E + 1] int32 of runs of at most S rows; values are looked at where they cost no synchronisation."""
+    fits = num_experts > 0 and offsets.shape == (num_experts + 1,) and offsets.dtype == torch.int32
+    expect(fits, "offsets [E + 1] int32, E > 0", offsets, num_experts)
+    if values_on_host(offsets):
+        bounds = offsets.tolist()
+        expect(bounds == sorted(bounds) and 0 <= bounds[0] and bounds[-1] <= S,
+               f"offsets that ascend from 0 to at most {S} rows", bounds)  # fmt: skip
+
+
 def dispatch_ref(experts, counts):
     flat = experts.flatten().long()
     routed = flat >= 0
