@@ -21,13 +21,13 @@ from . import backend as backends
 E4M3 = torch.float8_e4m3fn
 
 
-def op(*writes: str, cuda: Callable[..., str | None] | bool = False, reference: bool = False):
+def op(*writes: str, cuda: Callable[..., str | None] | bool = False, runs: str = "triton"):
     """Declare the launcher `fn(...) -> None`, which writes its arguments `writes`, as torch.ops.ling.<fn>.
 
-    fn itself launches Triton kernels. cuda(*args) -> None says that csrc/'s launcher of the same name and argument list
-    serves these arguments on backend "cuda"; otherwise it names, in words, what csrc/ does not serve, and fn runs.
-    cuda=True: csrc/ serves all arguments; False: it has no such launcher. reference: fn is eager torch, which has to be
-    an op as it reads values on the host; `explain` then leaves it to `use_reference`.
+    fn itself launches Triton kernels, unless `runs` is "cuda", where it calls csrc/ itself, or "torch", an eager
+    reference that is an op since it reads values on the host. cuda(*args) -> None says that csrc/'s launcher of the
+    same name and argument list serves these arguments on backend "cuda"; otherwise it names, in words, what csrc/ does
+    not serve, and fn runs. cuda=True: csrc/ serves all arguments; False: it has no such launcher.
     """
 
     def declare(fn):
@@ -44,8 +44,8 @@ def op(*writes: str, cuda: Callable[..., str | None] | bool = False, reference: 
 
         @functools.wraps(fn)
         def call(*args):
-            if _choices is not None and not reference:
-                note_choice(name, *chosen(cuda, args))
+            if _choices is not None and runs != "torch":  # those `use_reference` notes
+                note_choice(name, *(("cuda", None) if runs == "cuda" else chosen(cuda, args)))
             # Compilers, fake tensors and selective checkpointing must see the op. Plain eager need not, and
             # would pay the dispatcher 30 us a call, more than many a kernel takes.
             if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
@@ -80,6 +80,7 @@ def raise_version(tensors: list[Tensor | None]) -> None:
 def use_cuda(name: str, unsupported: str | None) -> bool:
     """Whether csrc/ serves a call of `name` on backend "cuda": unless something is unsupported, which is reported."""
     if unsupported is not None:
+        note_choice(name, "triton", unsupported)
         report_fallback(name, f"csrc/ does not serve {unsupported}", "Triton serves")
     return unsupported is None
 
