@@ -128,14 +128,12 @@ def pad_columns(x: Tensor, plan: Plan | None) -> Tensor:
     M, K = x.shape
     if plan is None:
         return x.new_zeros(round_up(M, BLOCK), K).index_copy(0, torch.arange(M, device=x.device), x)
-    out = x.new_zeros(padded_slots(M, len(plan.offsets) - 1), K)
+    M_pad = padded_slots(M, len(plan.offsets) - 1)
     offsets, padded = plan.offsets.long(), plan.padded_offsets.long()
     slot = torch.arange(M, device=x.device)
     expert = torch.searchsorted(offsets[1:], slot, right=True)  # E for rows past offsets[E], which no expert owns
-    owned = expert < len(offsets) - 1
-    slot, expert = slot[owned], expert[owned]
-    out[slot - offsets[expert] + padded[expert]] = x[slot]
-    return out
+    row = torch.where(slot < offsets[-1], slot - offsets[expert] + padded[expert], M_pad)  # M_pad is cut off again
+    return x.new_zeros(M_pad + 1, K).index_copy(0, row, x)[:M_pad]
 
 
 def empty_fp8(x: Tensor, M: int, K: int, rows: bool, columns: bool, plan: Plan | None) -> tuple[Tensor | None, ...]:
