@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from . import backend as backends
 
 E4M3 = torch.float8_e4m3fn
+KERNEL_FLOATS = (torch.float32, torch.bfloat16, torch.float16, E4M3)  # no kernel takes other floating-point numbers
 
 
 def op(*writes: str, cuda: Callable[..., str | None] | bool = False, runs: str = "triton"):
@@ -102,9 +103,8 @@ def use_reference(name: str, *tensors: Tensor | None, unsupported: str | None = 
 def reference_reason(chosen: str, tensors) -> str | None:
     if chosen == "torch":
         return "LING_BACKEND is torch" if backends._forced else "the tensors are on the CPU"
-    if any(t is not None and t.dtype == torch.float64 for t in tensors):
-        return "float64"
-    return None
+    floats = (t.dtype for t in tensors if t is not None and t.is_floating_point())
+    return next((str(dtype).removeprefix("torch.") for dtype in floats if dtype not in KERNEL_FLOATS), None)
 
 
 def report_fallback(name: str, reason: str, instead: str) -> None:
