@@ -20,7 +20,9 @@ def test_known_gpus(name, gpu, memory, bandwidth, bf16):
     found = find_gpu(name)
     assert found.name == gpu
     assert (found.memory / 1e9, found.bandwidth / 1e12, found.bf16 / 1e12) == pytest.approx((memory, bandwidth, bf16))
-    assert found.rate("fp8") == found.fp8 == pytest.approx(2 * found.bf16, rel=2e-3) and found.rate("bf16") == found.bf16
+    assert found.rate("bf16") == found.bf16 and found.rate("fp8") == found.fp8 == pytest.approx(
+        2 * found.bf16, rel=2e-3
+    )
 
 
 @pytest.mark.parametrize("name", [
