@@ -1,4 +1,4 @@
-"""The input of CUTLASS's grouped GEMM: its setup kernel on the host, and the layouts of scales that CUTLASS computes."""
+"""The input of CUTLASS's grouped GEMM: its setup kernel on the host, and CUTLASS's own layouts of the scales."""
 
 import os
 import subprocess
