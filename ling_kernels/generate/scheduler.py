@@ -16,7 +16,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ..errors import InputError
+from ..errors import Busy, InputError
 from .cache import Pages, digest
 from .sample import Sampling
 
@@ -26,10 +26,6 @@ PAST = 3  # a text's end is followed by cells for so many times the guesses of a
 def longest(cells: int, draft: int) -> int:
     """How many tokens a text may have at most, of so many cells of a cache or positions of a model."""
     return cells - PAST * draft
-
-
-class Busy(Exception):
-    """The queue is full: come back later."""
 
 
 @dataclass(eq=False)

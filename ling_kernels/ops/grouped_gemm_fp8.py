@@ -152,7 +152,8 @@ def grouped_gemm_fp8_cutlass(
 
     a [S, K] e4m3, a_scale [S, K/128], b [E, N, K] e4m3, b_scale [E, N/128, K/128], offsets [E + 1] int32. Rows past
     offsets[E] are undefined. pingpong: tiles of 64 rows instead of 128. Not differentiable. Raises ImportError where
-    the optional extension `ling_kernels._cutlass` is not built (`make cutlass`), ValueError for operands that do not fit.
+    the optional extension `ling_kernels._cutlass` is not built (`make cutlass`), ValueError for operands that it does
+    not take.
     """
     import_cutlass()
     y = torch.empty(len(a), b.shape[1], dtype=torch.bfloat16, device=a.device)
