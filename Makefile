@@ -46,6 +46,7 @@ lint: $(VENV)/.dev
 	@ruff check
 	@ruff format --check
 	@clang-format --dry-run -Werror $(CXX_FILES)
+	@$(PY) -m mypy
 
 install: $(VENV)/.dev
 
@@ -77,7 +78,7 @@ stamp:
 	@$(OUTER) -c 'from benchmarks.gpu import commit; print(commit())' | tee build/commit
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info tests/host/build ling_kernels/*.so .pytest_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) build dist *.egg-info tests/host/build ling_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks
 
 # --system-site-packages does not show the packages of a virtual environment: where PYTHON is in one, a .pth file does.
 $(VENV)/.python:
