@@ -1,11 +1,12 @@
 """Decode attention: what holds on every backend, csrc/ on the CPU, and wrong kernels that must not get through."""
 
+import sys
+
 import pytest
 import torch
 
 from ling_kernels.backend import force
 from ling_kernels.op import E4M3
-from ling_kernels.ops import attention_decode as attention_decode_file
 from ling_kernels.ops.attention_decode import (
     KVCache,
     append,
@@ -96,7 +97,9 @@ def test_a_wider_table_is_another_split_of_the_same(backend, monkeypatch):
     want = attention_decode_ref(q, cache, table, lengths, scale)
     wider = torch.nn.functional.pad(table, (0, 40), value=-1)
     seen = []
-    monkeypatch.setattr(attention_decode_file, "programs", lambda *a: seen.append(programs(*a)) or seen[-1])
+    monkeypatch.setattr(
+        sys.modules["ling_kernels.ops.attention_decode"], "programs", lambda *a: seen.append(programs(*a)) or seen[-1]
+    )
     with force(backend):
         for t in (table, wider):
             close(attention_decode(q, cache, t, lengths, scale), want)
