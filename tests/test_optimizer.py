@@ -315,22 +315,22 @@ def test_kept_fp8_weights_equal_those_of_each_forward(kind, master):
 
 def test_the_optimizer_updates_kept_fp8_weights(monkeypatch):
     """8-bit AdamW writes them in its own pass, at one address."""
-    from ling_kernels.nn import copies
+    from ling_kernels.nn import fp8_cache
 
     model = model_with_gradients("bf16")
     to_fp8(model, weights="kept")
     optimizer = make_optimizer(model, "adamw8bit", 1e-2, 0.1)
     loss_of(model).backward()
     kept = model.layers[1].mlp.experts.gate_up.fp8
-    address, before = kept.made[0].data_ptr(), kept.made[0].clone()
+    address, before = kept.pair[0].data_ptr(), kept.pair[0].clone()
     step(optimizer)
     calls = []
-    genuine = copies.quantize_weight
-    monkeypatch.setattr(copies, "quantize_weight", lambda *args: (calls.append(1), genuine(*args))[1])
+    genuine = fp8_cache.quantize_weight
+    monkeypatch.setattr(fp8_cache, "quantize_weight", lambda *args: (calls.append(1), genuine(*args))[1])
     loss_of(model)
-    assert not calls and kept.made[0].data_ptr() == address
-    assert not torch.equal(kept.made[0].float(), before.float())
-    assert torch.equal(kept.made[0].float(), genuine(model.layers[1].mlp.experts.gate_up)[0].float())
+    assert not calls and kept.pair[0].data_ptr() == address
+    assert not torch.equal(kept.pair[0].float(), before.float())
+    assert torch.equal(kept.pair[0].float(), genuine(model.layers[1].mlp.experts.gate_up)[0].float())
     torch.optim.SGD(model.parameters(), lr=0.1).step()
     loss_of(model)
     assert len(calls) == 3 * 2 + 2 + 2 * (2 + 2)  # attention, the dense MLP, experts with their shared one

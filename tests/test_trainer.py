@@ -79,8 +79,13 @@ def test_errors(tmp_path, flags, uninterrupted, monkeypatch):
         Trainer(settings, uninterrupted)
     with pytest.raises(ValueError, match="--lr"):
         Trainer(replace(settings, lr=-1.0), tmp_path / "run")
-    for bad, says in ((dict(optimizer="sgd"), "one of adamw, adamw8bit, muon"), (dict(steps="3"), "'3'.*a whole number"),
-                      (dict(steps=None), "whole"), (dict(lr=True), "a number"), (dict(steps=2.5), "whole")):  # fmt: skip
+    for bad, says in (
+        (dict(optimizer="sgd"), "one of adamw, adamw8bit, muon"),
+        (dict(steps="3"), "'3'.*a whole number"),
+        (dict(steps=None), "a whole number"),
+        (dict(steps=2.5), "a whole number"),
+        (dict(lr=True), "a number"),
+    ):
         with pytest.raises(InputError, match=says):
             Trainer(replace(settings, **bad), tmp_path / "run")
     with pytest.raises(InputError, match="seed is 0 in the run to resume and 1 here"):

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..backend import force
+from ..nn import MoE
 from ..train.optimizer import StepInBackward, make_optimizer
 from ..train.settings import Settings
 from .ranks import SINGLE_GPU, ExpertParallel, Rank
@@ -63,8 +64,8 @@ def plan_memory(model: nn.Module, s: Settings, rank: Rank = SINGLE_GPU) -> Memor
         if in_backward is not None:
             in_backward.begin(s.lr, torch.ones((), dtype=torch.bool))
         for module in model.modules():
-            if isinstance(module, ExpertParallel):
-                module.mark = lambda t: tracker.mark(t, "exchange")
+            if isinstance(module, MoE) and isinstance(module.exchange, ExpertParallel):
+                module.exchange.mark = lambda t: tracker.mark(t, "exchange")
         with tracker:
             kept = run_micro_batches(model, s, rank, tracker)
             if rank.layout.zero == 1:

@@ -14,8 +14,7 @@ from ..model import Ling, LingConfig
 from ..model.packing import pack
 from ..model.transformer import LingOutput
 from ..nn import Experts, MoE, Rows
-from ..nn.fp8 import Fp8Experts
-from ..ops.dispatch import dispatch
+from ..ops.dispatch import Plan, dispatch
 from ..ops.permute import permute
 from ..ops.unpermute import unpermute
 from ..parallel.layout import Layout
@@ -39,8 +38,10 @@ class Rank:
             model = Stage(layout.part(config, self.stage), self.stage == 0, self.stage == layout.pp - 1)
         if layout.ep > 1:
             for layer in [*model.layers, *(mtp.layer for mtp in model.mtp)]:
-                if isinstance(layer.mlp, MoE):
-                    layer.mlp = ExpertParallel(layer.mlp, config, layout.ep, self.worst_load)
+                if isinstance(moe := layer.mlp, MoE):
+                    number = config.num_experts // layout.ep
+                    moe.experts = Experts(number, config.hidden_size, config.moe_intermediate_size)
+                    moe.exchange = ExpertParallel(moe, layout.ep, self.worst_load)
         return model
 
     def in_flight(self, micro_batches: int) -> int:
@@ -120,39 +121,44 @@ class AllToAll(torch.autograd.Function):
         return dx, None, None
 
 
-class ExpertParallel(MoE):
-    """A MoE layer with 1 / ep of its experts on this GPU. Each slot's row goes to its expert's GPU in the activations'
-    precision and comes back. With an even load this GPU receives as many rows as it sends; `received` has the worst."""
+class ReceivedPlan(Plan):
+    """The plan of received rows, with the sender's plan and the routing weights that `combine` applies."""
 
+    sent: Plan
+    weights: Tensor | None
+
+
+class ExpertParallel:
+    """The exchange of a MoE layer with 1 / ep of its experts on this GPU. Each slot's row goes to its expert's GPU in
+    the activations' precision and comes back. With an even load this GPU receives as many rows as it sends;
+    `received` has the worst load."""
+
+    local = False
     mark = staticmethod(lambda t: None)  # called with every buffer of the exchange
 
-    def __init__(self, moe: MoE, config: LingConfig, ep: int, worst_load: bool):
-        experts = Experts(config.num_experts // ep, config.hidden_size, config.moe_intermediate_size)
-        super().__init__(moe.router, experts, moe.shared_experts)
+    def __init__(self, moe: MoE, ep: int, worst_load: bool):
         self.ep, self.worst_load = ep, worst_load
+        self.num_experts = len(moe.experts.gate_up)  # on this GPU
+        self.moe = [moe]  # its experts may become FP8 later; a list, because an exchange is no module
 
-    def received(self, tokens: int) -> int:
+    def received(self, tokens: int, topk: int) -> int:
         """Rows that this GPU receives when each GPU has so many tokens."""
-        topk = self.router.limits["topk"]
-        return self.ep * tokens * min(topk, len(self.experts.gate_up)) if self.worst_load else tokens * topk
+        return self.ep * tokens * min(topk, self.num_experts) if self.worst_load else tokens * topk
 
-    def forward(self, x: Tensor, z_loss: float | None = None) -> tuple[Tensor, Tensor | None]:
-        weights, experts, counts, z = self.router(x, z_loss)
-        plan = dispatch(experts, counts)
-        R, local = self.received(len(x)), len(self.experts.gate_up)
-        sent = permute(x, plan)
-        self.mark(sent)
-        rows = AllToAll.apply(sent, R, self.mark)
-        del sent
-        local_plan = dispatch(experts.new_empty(R, 1), counts.new_empty(local))
-        if isinstance(self.experts, Fp8Experts):  # SwiGLU multiplies by the routing weight
-            p = AllToAll.apply(weights.flatten()[plan.source.long()][:, None], R, self.mark)
-            y = self.experts(rows, local_plan, p)
-            weights = None
+    def dispatch(self, x: Tensor, weights: Tensor, experts: Tensor, counts: Tensor):
+        sent = dispatch(experts, counts)
+        R = self.received(*experts.shape)
+        rows = permute(x, sent)
+        self.mark(rows)
+        rows = AllToAll.apply(rows, R, self.mark)
+        plan = ReceivedPlan(*dispatch(experts.new_empty(R, 1), counts.new_empty(self.num_experts)))
+        plan.sent, plan.weights = sent, weights
+        if self.moe[0].experts.fold_weights:
+            slot_weights = weights.flatten()[sent.source.long()][:, None]
+            weights, plan.weights = AllToAll.apply(slot_weights, R, self.mark), None
         else:
-            y = unpermute(self.experts(permute(rows, local_plan), local_plan.offsets), local_plan)
-        del rows
-        y = unpermute(AllToAll.apply(y, len(plan.source), self.mark), plan, weights)
-        if self.shared_experts is not None:
-            y = y + self.shared_experts(x)
-        return y, z
+            weights = None
+        return rows, plan, weights
+
+    def combine(self, y: Tensor, plan: ReceivedPlan) -> Tensor:
+        return unpermute(AllToAll.apply(y, len(plan.sent.source), self.mark), plan.sent, plan.weights)
