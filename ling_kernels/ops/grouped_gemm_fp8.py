@@ -171,7 +171,7 @@ def grouped_gemm_fp8_cutlass(
     """
     import_cutlass()
     y = torch.empty(len(a), b.shape[1], dtype=torch.bfloat16, device=a.device)
-    grouped_gemm_fp8_cutlass_fwd(a, by_columns(a_scale), b, b_scale, offsets, y, pingpong)
+    grouped_gemm_fp8_cutlass_fwd(a, column_major(a_scale), b, b_scale, offsets, y, pingpong)
     return y
 
 
