@@ -9,16 +9,21 @@ from . import ops
 from .errors import Busy, Diverged, InputError, LingError
 
 if TYPE_CHECKING:
+    from .op import explain
     from .ops import *  # noqa: F403
 
 __version__ = "0.1.0"
-__all__ = [*ops.EXPORTS, *ops.HELPERS, "Busy", "Diverged", "InputError", "LingError"]
+__all__ = [*ops.EXPORTS, *ops.HELPERS, "Busy", "Diverged", "InputError", "LingError", "explain"]
 
 
 def __getattr__(name: str):
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(ops, name)
+    if name == "explain":
+        from .op import explain as value
+    else:
+        value = getattr(ops, name)
+    globals()[name] = value
     return value
 
 
