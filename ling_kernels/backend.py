@@ -12,7 +12,7 @@ from .errors import InputError
 
 _C_missing = None
 try:
-    from . import _C
+    from . import _C  # type: ignore[attr-defined]
 except ImportError as error:
     _C, _C_missing = None, f"ling_kernels._C does not load: {error}"
     if importlib.util.find_spec(f"{__package__}._C") is None:
