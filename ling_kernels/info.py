@@ -51,7 +51,7 @@ def first_line(error: Exception) -> str:
 
 def info() -> dict:
     """The whole report as JSON types. `backends` maps each name to None (available) or to the reason against it."""
-    report = dict(
+    report: dict = dict(
         ling_kernels=__version__, python=platform.python_version(),
         torch=package_version("torch"), triton=package_version("triton"),
         cuda=None, driver=driver_version(), gpus=[], no_gpu=None, built=None, not_built=None, backends={}, forced=None,

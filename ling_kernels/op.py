@@ -127,7 +127,7 @@ def report_fallback(name: str, reason: str, instead: str) -> None:
 
 _reported = set()
 # torch.compile calls it while it traces, and does not look inside.
-report_fallback._dynamo_marked_constant = True
+report_fallback._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class Choice(NamedTuple):

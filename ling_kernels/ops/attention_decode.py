@@ -173,7 +173,8 @@ def at_once(device: torch.device) -> int:
     return PER_SM * multiprocessors(device)
 
 
-at_once._dynamo_marked_constant = True  # as kernels_on of backend.py: torch.compile takes the answer
+# as kernels_on of backend.py: torch.compile takes the answer
+at_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def unsupported(q, k, v, k_scale, v_scale, block_table, lengths, out, partial, *others) -> str | None:

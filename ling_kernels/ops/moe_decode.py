@@ -100,7 +100,8 @@ def fits_shared_memory(T: int, H: int, F: int, Fs: int, topk: int, fp8: bool) ->
     return backends._C is None or backends._C.moe_decode_fits(T, H, F, Fs, topk, fp8)
 
 
-fits_shared_memory._dynamo_marked_constant = True  # torch.compile takes the answer and does not look inside
+# torch.compile takes the answer and does not look inside
+fits_shared_memory._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def decode_cuda(x, router_w, bias, w_gate_up, w_down, shared, routing, residual, norm, eps) -> Tensor:

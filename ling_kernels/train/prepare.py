@@ -9,6 +9,7 @@ import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -114,7 +115,7 @@ def model_config(settings: Settings, checkpoint: Path | None = None) -> tuple[Li
 
     For a checkpoint, its own configuration. Raises InputError where the model preset has changed since.
     """
-    mtp = {} if settings.mtp is None else dict(num_nextn_predict_layers=settings.mtp)
+    mtp: dict[str, Any] = {} if settings.mtp is None else dict(num_nextn_predict_layers=settings.mtp)
     if checkpoint is None:
         config, weights = resolve_model(settings.model)
         if weights and mtp:

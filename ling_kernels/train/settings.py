@@ -11,6 +11,7 @@ import sys
 from dataclasses import asdict, dataclass, field, fields, replace
 from numbers import Integral, Real
 from pathlib import Path
+from typing import Any
 
 from ..errors import InputError
 from ..model import LingConfig
@@ -185,7 +186,7 @@ def to_json(settings: Settings) -> dict:
 
 
 def from_json(saved: dict) -> Settings:
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
     if values.get("fp8_transposed") == "per_step":  # its old name
         values["fp8_transposed"] = "kept"
     return Settings(**values)
