@@ -19,15 +19,18 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from . import backend as backends
 
 E4M3 = torch.float8_e4m3fn
+KERNEL_FLOATS = (torch.float32, torch.bfloat16, torch.float16, E4M3)  # no kernel takes other floating-point numbers
 
 
-def op(*writes: str, cuda: Callable[..., str | None] | bool = False, runs: str = "triton"):
+def op(
+    *writes: str, cuda: Callable[..., str | None] | bool = False, reference: bool = False, calls_csrc: bool = False
+):
     """Declare the launcher `fn(...) -> None`, which writes its arguments `writes`, as torch.ops.ling.<fn>.
 
-    fn itself launches Triton kernels, unless `runs` is "cuda", where it calls csrc/ itself, or "torch", an eager
-    reference that is an op since it reads values on the host. cuda(*args) -> None says that csrc/'s launcher of the
-    same name and argument list serves these arguments on backend "cuda"; otherwise it names, in words, what csrc/ does
-    not serve, and fn runs. cuda=True: csrc/ serves all arguments; False: it has no such launcher.
+    fn itself launches Triton kernels. cuda(*args) -> None says that csrc/'s launcher of the same name and argument list
+    serves these arguments on backend "cuda"; otherwise it names, in words, what csrc/ does not serve, and fn runs.
+    cuda=True: csrc/ serves all arguments; False: it has no such launcher. reference=True: fn is a reference's eager
+    code that compilers cannot trace, which `explain` does not list. calls_csrc=True: fn calls csrc/ itself.
     """
 
     def declare(fn):
@@ -44,8 +47,8 @@ def op(*writes: str, cuda: Callable[..., str | None] | bool = False, runs: str =
 
         @functools.wraps(fn)
         def call(*args):
-            if _choices is not None and runs != "torch":  # those `use_reference` notes
-                note_choice(name, *(("cuda", None) if runs == "cuda" else chosen(cuda, args)))
+            if _choices is not None and not reference:
+                note_choice(name, *(("cuda", None) if calls_csrc else chosen(cuda, args)))
             # Compilers, fake tensors and selective checkpointing must see the op. Plain eager need not, and
             # would pay the dispatcher 30 us a call, more than many a kernel takes.
             if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
@@ -102,9 +105,8 @@ def use_reference(name: str, *tensors: Tensor | None, unsupported: str | None = 
 def reference_reason(chosen: str, tensors) -> str | None:
     if chosen == "torch":
         return "LING_BACKEND is torch" if backends._forced else "the tensors are on the CPU"
-    if any(t is not None and t.dtype == torch.float64 for t in tensors):
-        return "float64"
-    return None
+    floats = (t.dtype for t in tensors if t is not None and t.is_floating_point())
+    return next((str(dtype).removeprefix("torch.") for dtype in floats if dtype not in KERNEL_FLOATS), None)
 
 
 def report_fallback(name: str, reason: str, instead: str) -> None:

@@ -13,7 +13,7 @@ from ling_kernels.ops.attention_decode import (
     attention_decode_fwd,
     attention_decode_ref,
     programs,
-    serves,
+    unsupported_cache,
 )
 from ling_kernels.ops.qk_norm_attention_decode import qk_norm_attention_decode
 from ling_kernels.ops.quantize import empty_fp8, quantize, quantize_ref
@@ -322,14 +322,21 @@ def test_correct(check, seed, monkeypatch):
     check(load())
 
 
-@on_host
 @pytest.mark.parametrize("fp8", [False, True])
-def test_which_calls_are_its(fp8):
+def test_reasons_why_csrc_does_not_serve(fp8):
+    """Each alone; test_ops.py shows that what has no reason runs."""
     q, cache, *_ = decode_args(Rand(BF16), (20,), 2, 8, 1, 128, 16, fp8)
-    assert serves(q, *cache)
-    assert not serves(q.float(), *cache) and serves(q.repeat(1, 2, 1, 1), *cache) == fp8
-    assert not serves(q[..., :64], *cache) and not serves(q.flatten()[4:].view(-1, 1, 1, 4), *cache)
-    assert not serves(q, *(x if x is None else x[:, :8] for x in cache)) and fp8 or not serves(q.half(), *cache)
+
+    def reason(q=q, cache=cache):
+        return unsupported_cache(q, *cache, q, q) or ""
+
+    assert reason() == ""
+    assert reason(q.repeat(1, 2, 1, 1)) == ("" if fp8 else "32 queries of a KV head, more than 16, with a cache that is not FP8")
+    assert "float32 tokens" in reason(q.float())
+    assert "heads of 64" in reason(q[..., :64])
+    assert "pages of 8" in reason(cache=KVCache(*(x if x is None else x[:, :8] for x in cache)))
+    assert "16 bytes" in reason(torch.cat([q.flatten()[:4], q.flatten()])[4:].view(q.shape))
+    assert "float16 tokens" in reason(q.half()) or fp8
 
 
 @on_host

@@ -1,11 +1,11 @@
-"""create_graph=True: a second derivative equals finite differences, or the op refuses it. A wrong one is never silent."""
+"""create_graph=True: a second derivative equals finite differences, or the op refuses it; never silently wrong."""
 
 import pytest
 import torch
 from torch import Tensor
 
 from ling_kernels.backend import force
-from tests.cases import CASES, args_of
+from tests.cases import args_of
 from tests.test_ops import args_tensors, flatten, in_fp64, smallest_of_each
 
 STEP = 1e-5  # of the central difference, in fp64
@@ -20,9 +20,9 @@ def known(x: Tensor) -> Tensor:
     return torch.where(x.isnan(), 0, x).double()
 
 
-def penalty(case, args, create_graph: bool) -> Tensor:
+def penalty(fn, case, args, create_graph: bool) -> Tensor:
     """The squared norm of a loss's gradient. The loss has a term of its own, so the gradient always has a graph."""
-    outs = flatten(case.op(*args, **case.kwargs))
+    outs = flatten(fn(*args, **case.kwargs))
     outs = [o for o in (flatten(case.defined(outs, args)) if case.defined else outs) if o.requires_grad]
     leaves = leaves_of(args)
     loss = sum(o.double().square().sum() for o in outs) + 1e-3 * sum(known(leaf).pow(3).sum() for leaf in leaves)
@@ -45,10 +45,11 @@ def moved(args, directions: list[Tensor], step: float):
 
 
 def differentiable():
-    """The smallest shape of each case, dtype and backend that has a gradient."""
+    """The smallest shape of each case and backend that has a gradient, in fp32 where there is a choice."""
     for parameters in smallest_of_each():
         case, shape, dtype, backend = parameters.values
-        if backend != "cuda":  # the autograd.Functions are Triton's
+        wanted = torch.float32 if torch.float32 in case.dtypes else case.dtypes[0]
+        if dtype == wanted and backend != "cuda":  # the autograd.Functions are Triton's
             args = args_of(case, shape, dtype)
             outs = flatten(case.op(*args, **case.kwargs)) if leaves_of(args) else []
             if any(o.requires_grad for o in outs):
@@ -59,24 +60,21 @@ def differentiable():
 def test_right_or_refused(case, shape, dtype, backend):
     args = args_of(case, shape, dtype)
     true = tuple(map(in_fp64, args))
-    if backend == "torch":
-        args = true
     generator = torch.Generator().manual_seed(0)
     directions = [torch.randn(t.shape, generator=generator).double().to(t.device) for t in leaves_of(true)]
     with force(backend):
         try:
-            got = torch.autograd.grad(penalty(case, args, True), leaves_of(args))
+            got = torch.autograd.grad(penalty(case.op, case, args, True), leaves_of(args))
         except RuntimeError as error:
             assert "derivative" in str(error)
             return
-    got = sum(float((known(g) * d).sum()) for g, d in zip(got, directions, strict=True))
-    with force("torch"):
-        ends = [float(penalty(case, moved(true, directions, side * STEP), False)) for side in (1, -1)]
+    parts = torch.cat([(known(g) * d).flatten() for g, d in zip(got, directions, strict=True)])
+    ends = [float(penalty(case.ref, case, moved(true, directions, side * STEP), False)) for side in (1, -1)]
     want = (ends[0] - ends[1]) / (2 * STEP)
-    assert got == pytest.approx(want, rel=1e-4 if args[0].dtype == torch.float64 else 0.05)
+    tolerance = 1e-3 if dtype == torch.float32 else 1e-2
+    assert abs(float(parts.sum()) - want) <= tolerance * float(parts.abs().sum())
 
 
 def test_every_op_with_a_gradient_is_tried():
     tried = {p.values[0].op.__name__ for p in differentiable()}
     assert {"attention", "linear_cross_entropy", "moe", "rms_norm", "route", "swiglu", "unpermute"} <= tried
-    assert tried <= {c.op.__name__ for c in CASES}

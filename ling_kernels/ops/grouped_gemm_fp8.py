@@ -82,7 +82,7 @@ def grouped_gemm_fp8_ref(
     return y if y.dtype == torch.float64 else y.to(dtype)
 
 
-@op("y", runs="torch")
+@op("y", reference=True)
 def grouped_gemm_fp8_ref_fwd(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, offsets: Tensor, y: Tensor
 ) -> None:

@@ -98,7 +98,7 @@ def grouped_wgrad_ref(
     return out
 
 
-@op("out", runs="torch")
+@op("out", reference=True)
 def grouped_wgrad_ref_fwd(
     dy: Tensor,
     x: Tensor,
