@@ -22,9 +22,7 @@ E4M3 = torch.float8_e4m3fn
 KERNEL_FLOATS = (torch.float32, torch.bfloat16, torch.float16, E4M3)  # no kernel takes other floating-point numbers
 
 
-def op(
-    *writes: str, cuda: Callable[..., str | None] | bool = False, reference: bool = False, calls_csrc: bool = False
-):
+def op(*writes: str, cuda: Callable[..., str | None] | bool = False, reference: bool = False, calls_csrc: bool = False):
     """Declare the launcher `fn(...) -> None`, which writes its arguments `writes`, as torch.ops.ling.<fn>.
 
     fn itself launches Triton kernels. cuda(*args) -> None says that csrc/'s launcher of the same name and argument list
@@ -167,7 +165,11 @@ def explain(fn: Callable, *args, **kwargs) -> Choices:
     """
     global _choices
     mode, before = FakeTensorMode(allow_non_fake_inputs=True), _choices
-    args, kwargs = tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
+
+    def without_values(t: Tensor) -> Tensor:
+        return mode.from_tensor(t.detach()).requires_grad_(t.requires_grad)
+
+    args, kwargs = tree_map_only(Tensor, without_values, (args, kwargs))
     _choices = []
     try:
         with mode, warnings.catch_warnings():
