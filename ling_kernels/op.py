@@ -22,13 +22,13 @@ E4M3 = torch.float8_e4m3fn
 KERNEL_FLOATS = (torch.float32, torch.bfloat16, torch.float16, E4M3)  # no kernel takes other floating-point numbers
 
 
-def op(*writes: str, cuda: Callable[..., str | None] | bool = False, reference: bool = False, calls_csrc: bool = False):
+def op(*writes: str, cuda: Callable[..., str | None] | bool = False, runs: str = "triton"):
     """Declare the launcher `fn(...) -> None`, which writes its arguments `writes`, as torch.ops.ling.<fn>.
 
-    fn itself launches Triton kernels. cuda(*args) -> None says that csrc/'s launcher of the same name and argument list
-    serves these arguments on backend "cuda"; otherwise it names, in words, what csrc/ does not serve, and fn runs.
-    cuda=True: csrc/ serves all arguments; False: it has no such launcher. reference=True: fn is a reference's eager
-    code that compilers cannot trace, which `explain` does not list. calls_csrc=True: fn calls csrc/ itself.
+    fn itself launches Triton kernels, unless `runs` is "cuda", where it calls csrc/ itself, or "torch", an eager
+    reference that is an op since it reads values on the host. cuda(*args) -> None says that csrc/'s launcher of the
+    same name and argument list serves these arguments on backend "cuda"; otherwise it names, in words, what csrc/ does
+    not serve, and fn runs. cuda=True: csrc/ serves all arguments; False: it has no such launcher.
     """
 
     def declare(fn):
@@ -45,8 +45,8 @@ def op(*writes: str, cuda: Callable[..., str | None] | bool = False, reference: 
 
         @functools.wraps(fn)
         def call(*args):
-            if _choices is not None and not reference:
-                note_choice(name, *(("cuda", None) if calls_csrc else chosen(cuda, args)))
+            if _choices is not None and runs != "torch":  # those `use_reference` notes
+                note_choice(name, *(("cuda", None) if runs == "cuda" else chosen(cuda, args)))
             # Compilers, fake tensors and selective checkpointing must see the op. Plain eager need not, and
             # would pay the dispatcher 30 us a call, more than many a kernel takes.
             if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
@@ -165,11 +165,7 @@ def explain(fn: Callable, *args, **kwargs) -> Choices:
     """
     global _choices
     mode, before = FakeTensorMode(allow_non_fake_inputs=True), _choices
-
-    def without_values(t: Tensor) -> Tensor:
-        return mode.from_tensor(t.detach()).requires_grad_(t.requires_grad)
-
-    args, kwargs = tree_map_only(Tensor, without_values, (args, kwargs))
+    args, kwargs = tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
     _choices = []
     try:
         with mode, warnings.catch_warnings():

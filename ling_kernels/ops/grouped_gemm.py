@@ -86,7 +86,7 @@ def grouped_mm_serves(a: Tensor, b: Tensor) -> bool:
     return fits and backend(a) != "triton"
 
 
-@op("y", reference=True)
+@op("y", runs="torch")
 def grouped_gemm_ref_fwd(a: Tensor, b: Tensor, offsets: Tensor, y: Tensor) -> None:
     """The reference without its copies; the host reads the offsets. Rows of no expert become 0."""
     bounds = offsets.tolist()

@@ -82,7 +82,7 @@ def grouped_gemm_fp8_ref(
     return y if y.dtype == torch.float64 else y.to(dtype)
 
 
-@op("y", reference=True)
+@op("y", runs="torch")
 def grouped_gemm_fp8_ref_fwd(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, offsets: Tensor, y: Tensor
 ) -> None:
@@ -157,3 +157,37 @@ def grouped_gemm_fp8_masked_fwd(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, counts: Tensor, y: Tensor
 ) -> None:
     launch_gemm_fp8(a, a_scale, b, b_scale, y, counts=counts)
+
+
+def grouped_gemm_fp8_cutlass(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, offsets: Tensor, pingpong: bool = False
+) -> Tensor:
+    """`grouped_gemm_fp8` by CUTLASS's Hopper collectives, for comparison -> [S, N] bf16.
+
+    a [S, K] e4m3, a_scale [S, K/128], b [E, N, K] e4m3, b_scale [E, N/128, K/128], offsets [E + 1] int32. Rows past
+    offsets[E] are undefined. pingpong: tiles of 64 rows instead of 128. Not differentiable. Raises ImportError where
+    the optional extension `ling_kernels._cutlass` is not built (`make cutlass`), ValueError for operands that it does
+    not take.
+    """
+    import_cutlass()
+    y = torch.empty(len(a), b.shape[1], dtype=torch.bfloat16, device=a.device)
+    grouped_gemm_fp8_cutlass_fwd(a, column_major(a_scale), b, b_scale, offsets, y, pingpong)
+    return y
+
+
+@op("y")
+def grouped_gemm_fp8_cutlass_fwd(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, offsets: Tensor, y: Tensor, pingpong: bool
+) -> None:
+    cutlass = import_cutlass()
+    size = cutlass.grouped_gemm_fp8_workspace(len(a), len(b), a.shape[1])
+    workspace = torch.empty(size, dtype=torch.uint8, device=a.device)
+    cutlass.grouped_gemm_fp8(a, a_scale, b, b_scale, offsets, y, workspace, pingpong)
+
+
+def import_cutlass():
+    try:
+        from .. import _cutlass
+    except ImportError as error:
+        raise ImportError(f"ling_kernels._cutlass is not built (make cutlass, docs/install.md): {error}") from None
+    return _cutlass

@@ -98,7 +98,7 @@ def grouped_wgrad_ref(
     return out
 
 
-@op("out", reference=True)
+@op("out", runs="torch")
 def grouped_wgrad_ref_fwd(
     dy: Tensor,
     x: Tensor,

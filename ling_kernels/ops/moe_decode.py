@@ -115,7 +115,7 @@ def w_columns(w: Weight) -> int:
     return (w[0] if isinstance(w, tuple) else w).shape[-1]
 
 
-@op("h", "y", calls_csrc=True)
+@op("h", "y", runs="cuda")
 def moe_decode_fwd(
     x: Tensor,
     logits: Tensor,

@@ -77,9 +77,7 @@ class QKNormAttention(torch.autograd.Function):
                 qkv, q_weight, k_weight, cos, sin, positions, None, None, k, None, None, None, eps, round_first
             )
         else:
-            q, k, v = qk_norm_rope_forward(
-                qkv, q_weight, k_weight, cos, sin, positions, num_kv_heads, eps, round_first
-            )
+            q, k, v = qk_norm_rope_forward(qkv, q_weight, k_weight, cos, sin, positions, num_kv_heads, eps, round_first)
             norm = None, None, None, None
         out, lse = empty_outputs(q)
         attention_fwd(q, k, v, cu, None, out, lse, causal, scale, *norm, eps, round_first)
