@@ -1,11 +1,12 @@
 """Decode attention: what holds on every backend, csrc/ on the CPU, and wrong kernels that must not get through."""
 
+import sys
+
 import pytest
 import torch
 
 from ling_kernels.backend import force
 from ling_kernels.op import E4M3
-from ling_kernels.ops import attention_decode as attention_decode_file
 from ling_kernels.ops.attention_decode import (
     KVCache,
     append,
@@ -96,7 +97,9 @@ def test_a_wider_table_is_another_split_of_the_same(backend, monkeypatch):
     want = attention_decode_ref(q, cache, table, lengths, scale)
     wider = torch.nn.functional.pad(table, (0, 40), value=-1)
     seen = []
-    monkeypatch.setattr(attention_decode_file, "programs", lambda *a: seen.append(programs(*a)) or seen[-1])
+    monkeypatch.setattr(
+        sys.modules["ling_kernels.ops.attention_decode"], "programs", lambda *a: seen.append(programs(*a)) or seen[-1]
+    )
     with force(backend):
         for t in (table, wider):
             close(attention_decode(q, cache, t, lengths, scale), want)
@@ -327,9 +330,8 @@ def test_reasons_why_csrc_does_not_serve(fp8):
         return unsupported_cache(q, *cache, q, q) or ""
 
     assert reason() == ""
-    assert reason(q.repeat(1, 2, 1, 1)) == (
-        "" if fp8 else "32 queries of a KV head, more than 16, with a cache that is not FP8"
-    )
+    too_many = "32 queries of a KV head, more than 16, with a cache that is not FP8"
+    assert reason(q.repeat(1, 2, 1, 1)) == ("" if fp8 else too_many)
     assert "float32 tokens" in reason(q.float())
     assert "heads of 64" in reason(q[..., :64])
     assert "pages of 8" in reason(cache=KVCache(*(x if x is None else x[:, :8] for x in cache)))

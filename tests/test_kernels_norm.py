@@ -1,19 +1,20 @@
 """What the table leaves out of the kernels of norms, rope and losses: rounding, loops, NaN and inf, unusual calls."""
 
+import sys
+
 import pytest
 import torch
 
 from ling_kernels import cross_entropy, linear_cross_entropy, rms_norm
 from ling_kernels.backend import force
-from ling_kernels.ops import linear_cross_entropy as linear_cross_entropy_file
-from ling_kernels.ops import qk_norm_rope as qk_norm_rope_file
-from ling_kernels.ops import rms_norm as rms_norm_file
 from ling_kernels.ops.rms_norm import rms_norm_ref
 from tests.cases import CASES, DEVICE, Rand, args_of, qk_norm_rope_args, runs
 from tests.test_ops import outputs_and_grads, same_bits
 
 pytestmark = pytest.mark.skipif(not runs("triton"), reason="triton cannot run here")
 BF16, FP32 = torch.bfloat16, torch.float32
+FILES = ("linear_cross_entropy", "qk_norm_rope", "rms_norm")
+linear_cross_entropy_file, qk_norm_rope_file, rms_norm_file = (sys.modules[f"ling_kernels.ops.{n}"] for n in FILES)
 
 
 def share_equal(got, want):
@@ -79,9 +80,8 @@ def test_a_position_past_the_table_is_nan_and_a_slot_past_the_cache_is_not_writt
     guarded = [torch.cat([c, torch.zeros_like(c[:1])]) for c in cache[:2]]  # what a stray write would land in
     positions[2], slots[3] = 9, pages * 4
     before = guarded[0].flatten(0, 1).clone()
-    q, k, _ = qk_norm_rope_file.qk_norm_rope_forward(
-        *args[:5], positions, *args[6:8], *(g[:pages] for g in guarded), slots
-    )
+    cache = [g[:pages] for g in guarded]
+    q, k, _ = qk_norm_rope_file.qk_norm_rope_forward(*args[:5], positions, *args[6:8], *cache, slots)
     assert q[2, :, :4].isnan().all() and not q[2, :, 4:].isnan().any() and not q[[0, 1, 3, 4]].isnan().any()
     cells = guarded[0].flatten(0, 1)
     assert torch.equal(cells[slots[[0, 1, 4]]], k[[0, 1, 4]])

@@ -134,7 +134,7 @@ def attention_backward(dout, q, k, v, out, lse, cu_q, cu_k, causal, scale, kerne
     return grads
 
 
-@op("out", "lse", reference=True)
+@op("out", "lse", runs="torch")
 def attention_ref_fwd(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor | None, out: Tensor, lse: Tensor,
     causal: bool, scale: float,
@@ -149,7 +149,7 @@ def attention_ref_fwd(
     lse.copy_(lses.view(Hkv, Tq, G).transpose(1, 2).reshape(lse.shape))
 
 
-@op("dq", "dk", "dv", reference=True)
+@op("dq", "dk", "dv", runs="torch")
 def attention_ref_bwd(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor | None,
     dq: Tensor, dk: Tensor, dv: Tensor, causal: bool, scale: float,

@@ -63,7 +63,7 @@ def linear_cross_entropy_fwd(
     by_chunks(x, w, targets, loss, dx, dw, ignore_index, mean, chunk, True)
 
 
-@op("loss", "dx", "dw", reference=True)
+@op("loss", "dx", "dw", runs="torch")
 def linear_cross_entropy_ref_fwd(
     x: Tensor, w: Tensor, targets: Tensor, loss: Tensor, dx: Tensor, dw: Tensor,
     ignore_index: int, mean: bool, chunk: int,

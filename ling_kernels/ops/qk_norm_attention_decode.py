@@ -110,7 +110,7 @@ def attend_and_append(qkv, q_weight, k_weight, cos, sin, cache, block_table, len
     return attention_decode_ref(q.unflatten(0, (B, n)), cache, block_table, lengths, scale)
 
 
-@op("k_cache", "v_cache", "k_scale", "v_scale", reference=True)
+@op("k_cache", "v_cache", "k_scale", "v_scale", runs="torch")
 def append_some(
     k: Tensor, v: Tensor, slots: Tensor,
     k_cache: Tensor, v_cache: Tensor, k_scale: Tensor | None, v_scale: Tensor | None,
