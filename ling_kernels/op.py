@@ -165,7 +165,9 @@ def explain(fn: Callable, *args, **kwargs) -> Choices:
     """
     global _choices
     mode, before = FakeTensorMode(allow_non_fake_inputs=True), _choices
-    args, kwargs = tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
+    args, kwargs = tree_map_only(
+        Tensor, lambda t: mode.from_tensor(t.detach()).requires_grad_(t.requires_grad), (args, kwargs)
+    )
     _choices = []
     try:
         with mode, warnings.catch_warnings():
@@ -173,7 +175,10 @@ def explain(fn: Callable, *args, **kwargs) -> Choices:
             outputs = [t for t in tree_leaves(fn(*args, **kwargs)) if isinstance(t, Tensor) and t.requires_grad]
             if outputs:
                 torch.autograd.backward(outputs, [torch.ones_like(t) for t in outputs])
-        return Choices(_choices)
+        return Choices(
+            _choices
+            or [Choice(getattr(fn, "__name__", type(fn).__name__), "torch", "it is made of torch's own operations")]
+        )
     finally:
         _choices = before
 
