@@ -175,9 +175,11 @@ def explain(fn: Callable, *args, **kwargs) -> Choices:
     """
     global _choices
     mode, before = detect_fake_mode() or FakeTensorMode(allow_non_fake_inputs=True), _choices
-    args, kwargs = tree_map_only(
-        Tensor, lambda t: t if isinstance(t, FakeTensor) else mode.from_tensor(t), (args, kwargs)
-    )
+
+    def fake(t: Tensor) -> Tensor:
+        return t if isinstance(t, FakeTensor) else mode.from_tensor(t.detach()).requires_grad_(t.requires_grad)
+
+    args, kwargs = tree_map_only(Tensor, fake, (args, kwargs))
     _choices = []
     try:
         with mode, warnings.catch_warnings():
@@ -185,7 +187,10 @@ def explain(fn: Callable, *args, **kwargs) -> Choices:
             outputs = [t for t in tree_leaves(fn(*args, **kwargs)) if isinstance(t, Tensor) and t.requires_grad]
             if outputs:
                 torch.autograd.backward(outputs, [torch.ones_like(t) for t in outputs])
-        return Choices(_choices)
+        return Choices(
+            _choices
+            or [Choice(getattr(fn, "__name__", type(fn).__name__), "torch", "it is made of torch's own operations")]
+        )
     finally:
         _choices = before
 

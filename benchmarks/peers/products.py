@@ -182,7 +182,7 @@ def deep_gemm_masked(a, a_scale, b, b_scale, counts, dtype=torch.bfloat16):
 
 
 @peer("router_gemm", "linghe", "linghe")
-def linghe_router(x, w, passes=3):
+def linghe_router(x, w):
     from linghe.facade.fp32_gemm import fp32_gemm
 
     only(x.dtype == w.dtype == torch.bfloat16, "operand but bf16")

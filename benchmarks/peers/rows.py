@@ -16,22 +16,22 @@ def dequantized(theirs, ours):
 
 
 def plain_norm(prepare):
-    def checked(x, w, residual=None, eps=1e-6, quantize=False, columns=False, round_first=False):
+    def checked(x, w, residual=None, eps=1e-6, quantize=False, columns=False):
         only(residual is None and not quantize, "residual or quantisation here")
-        return prepare(x, w, eps, round_first)
+        return prepare(x, w, eps)
 
     return checked
 
 
 @peer("rms_norm", "torch rms_norm")
 @plain_norm
-def torch_norm(x, w, eps, round_first):
+def torch_norm(x, w, eps):
     return lambda: F.rms_norm(x, w.shape, w, eps)
 
 
 @peer("rms_norm", "FlashInfer", "flashinfer")
 @plain_norm
-def flashinfer_norm(x, w, eps, round_first):
+def flashinfer_norm(x, w, eps):
     import flashinfer
 
     return lambda: flashinfer.norm.rmsnorm(x, w, eps)
@@ -39,15 +39,15 @@ def flashinfer_norm(x, w, eps, round_first):
 
 @peer("rms_norm", "Liger", "liger_kernel")
 @plain_norm
-def liger_norm(x, w, eps, round_first):
+def liger_norm(x, w, eps):
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 
-    return lambda: LigerRMSNormFunction.apply(x, w, eps, 0.0, "llama" if round_first else "gemma")
+    return lambda: LigerRMSNormFunction.apply(x, w, eps, 0.0, "gemma")
 
 
 @peer("rms_norm", "linghe", "linghe")
 @plain_norm
-def linghe_norm(x, w, eps, round_first):
+def linghe_norm(x, w, eps):
     from linghe.facade.norm import rms_norm
 
     return lambda: rms_norm(x, w, eps)
@@ -55,7 +55,7 @@ def linghe_norm(x, w, eps, round_first):
 
 @peer("rms_norm", "SGLang", "sgl_kernel")
 @plain_norm
-def sglang_norm(x, w, eps, round_first):
+def sglang_norm(x, w, eps):
     import sgl_kernel
 
     return lambda: sgl_kernel.rmsnorm(x, w, eps)
@@ -63,7 +63,7 @@ def sglang_norm(x, w, eps, round_first):
 
 @peer("rms_norm", "Transformer Engine", "transformer_engine.pytorch")
 @plain_norm
-def te_norm(x, w, eps, round_first):
+def te_norm(x, w, eps):
     import transformer_engine.pytorch as te
 
     norm = te.RMSNorm(x.shape[-1], eps=eps, dtype=x.dtype, device=x.device)
@@ -73,7 +73,7 @@ def te_norm(x, w, eps, round_first):
 
 @peer("rms_norm", "vLLM", "vllm")
 @plain_norm
-def vllm_norm(x, w, eps, round_first):
+def vllm_norm(x, w, eps):
     from vllm import _custom_ops
 
     out = torch.empty_like(x)
@@ -86,7 +86,7 @@ def vllm_norm(x, w, eps, round_first):
 
 
 @peer("rms_norm", "quack", "quack")
-def quack_norm(x, w, residual=None, eps=1e-6, quantize=False, columns=False, round_first=False):
+def quack_norm(x, w, residual=None, eps=1e-6, quantize=False, columns=False):
     import quack
 
     only(not quantize, "quantisation here")
@@ -98,18 +98,17 @@ def fits_residual(x, residual, quantize: bool) -> bool:
 
 
 @peer("rms_norm", "Liger with residual", "liger_kernel")
-def liger_add_norm(x, w, residual=None, eps=1e-6, quantize=False, columns=False, round_first=False):
+def liger_add_norm(x, w, residual=None, eps=1e-6, quantize=False, columns=False):
     from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
 
     only(fits_residual(x, residual, quantize), "norm without a residual of x's dtype")
-    mode = "llama" if round_first else "gemma"
-    return lambda: LigerFusedAddRMSNormFunction.apply(x, residual, w, eps, 0.0, mode, False)
+    return lambda: LigerFusedAddRMSNormFunction.apply(x, residual, w, eps, 0.0, "gemma", False)
 
 
 def add_norm(fn):
     """One that overwrites its input and residual: from the second call on it has other numbers, as many of them."""
 
-    def prepare(x, w, residual=None, eps=1e-6, quantize=False, columns=False, round_first=False):
+    def prepare(x, w, residual=None, eps=1e-6, quantize=False, columns=False):
         only(fits_residual(x, residual, quantize), "norm without a residual of x's dtype")
         x, residual, run = x.clone(), residual.clone(), fn()
 
@@ -149,7 +148,7 @@ peer("rms_norm", "vLLM with residual", "vllm")(vllm_add_norm)
 
 
 @peer("rms_norm", "linghe with quantisation", "linghe")
-def linghe_norm_quantize(x, w, residual=None, eps=1e-6, quantize=False, columns=False, round_first=False):
+def linghe_norm_quantize(x, w, residual=None, eps=1e-6, quantize=False, columns=False):
     from linghe.utils.norm import triton_rms_norm_and_block_quant_forward
 
     only(quantize and residual is None, "norm without quantisation by this function")
@@ -161,7 +160,7 @@ def linghe_norm_quantize(x, w, residual=None, eps=1e-6, quantize=False, columns=
 
 
 @peer("qk_norm_rope", "linghe", "linghe")
-def linghe_qk_norm_rope(qkv, q_weight, k_weight, cos, sin, positions, num_kv_heads, eps=1e-6, round_first=False,
+def linghe_qk_norm_rope(qkv, q_weight, k_weight, cos, sin, positions, num_kv_heads, eps=1e-6,
                         cache=None, slots=None):  # fmt: skip
     from linghe.utils.rope import triton_varlen_qk_norm_and_half_rope_forward
 
