@@ -181,6 +181,24 @@ def test_one_qkv_is_all_that_is_kept():
     assert args[0].data_ptr() in kept
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bounds_may_be_strided(backend):
+    q, k, v = (x.detach() for x in qkv_of(40, 2, 1, 128))
+    cu = cu_seqlens((7, 33))
+    strided = torch.stack([cu, cu + 1], 1)[:, 0]
+    with force(backend):
+        assert same_bits(attention(q, k, v, strided, strided.clone()), attention(q, k, v, cu, cu.clone()))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_keys_at_all_give_zero_and_no_gradient(backend):
+    q, k, v = qkv_of(5, 2, 1, 128)
+    with force(backend):
+        out, lse = attention(q, k[:0], v[:0], cu_seqlens((5,)), cu_seqlens((0,)))
+        grads = torch.autograd.grad(out.sum(), (q, k, v))
+    assert not out.any() and lse.isneginf().all() and not any(g.any() for g in grads)
+
+
 @kernels
 def test_the_module_trains_through_it():
     torch.manual_seed(0)

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from ling_kernels import cross_entropy, linear_cross_entropy, rms_norm
+from ling_kernels import cross_entropy, linear_cross_entropy, op, rms_norm
 from ling_kernels.backend import force
 from ling_kernels.ops.rms_norm import rms_norm_ref
 from tests.cases import CASES, DEVICE, Rand, args_of, qk_norm_rope_args, runs
@@ -31,6 +31,18 @@ def test_what_is_normed_is_the_rounded_sum():
     unrounded = rms_norm_ref(x.float() + residual.float(), w.float(), None, 0.1).to(BF16)
     equal, unequal = share_equal([y, y], [rms_norm_ref(total, w, None, 0.1), unrounded])
     assert equal > 0.99 and unequal < 0.9
+
+
+def test_rows_too_wide_for_the_kernels_are_reported():
+    """The eager reference never runs in silence where kernels are wanted."""
+    x, w = Rand(BF16).data(2, rms_norm_file.MAX_N + 8), Rand(BF16).data(rms_norm_file.MAX_N + 8)
+    op._reported.clear()
+    with force("triton"), pytest.warns(UserWarning, match="rms_norm: .* rows of 8200 columns.*; the eager torch"):
+        y = rms_norm(x, w)
+    assert torch.equal(y, rms_norm_ref(x, w))
+    with force("triton"):
+        (choice,) = op.explain(rms_norm, x, w)
+    assert choice.implementation == "torch" and "8200" in choice.reason
 
 
 @pytest.mark.parametrize("programs", [1, 2])
