@@ -20,7 +20,7 @@ from ling_kernels.nn import Rows
 from ling_kernels.ops.qk_norm_rope import rotate
 from ling_kernels.ops.rope_tables import rope_tables
 from ling_kernels.ops.route import route
-from ling_kernels.train.speed import peak_flops
+from ling_kernels.train.prepare import peak_flops
 
 GPU = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)

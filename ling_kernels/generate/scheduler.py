@@ -16,7 +16,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ..errors import InputError
+from ..errors import Busy, InputError
 from ..model.sample import Sampling
 from .cache import PagePool, hash_page
 
@@ -26,10 +26,6 @@ DRAFT_SLACK = 3  # spare cache slots and positions per draft token, for rows com
 def max_sequence_tokens(capacity: int, draft: int) -> int:
     """Longest prompt and output together in `capacity` cache slots or model positions."""
     return capacity - DRAFT_SLACK * draft
-
-
-class Busy(Exception):
-    """The waiting queue is full: retry later."""
 
 
 @dataclass(eq=False)

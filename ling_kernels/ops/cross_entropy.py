@@ -6,8 +6,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..backend import backend
-from ..op import expect, known, multiprocessors, op, wide
+from ..op import expect, first_derivative_only, multiprocessors, op, upcast, use_reference, values_on_host
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100, reduction: str = "mean") -> Tensor:
@@ -20,7 +19,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100, red
     expect(logits.ndim == 2 and logits.shape[1] > 0 and logits.is_floating_point(), "logits [T, V]", logits)
     expect_targets(targets, *logits.shape, ignore_index)
     expect(reduction in ("mean", "sum", "none"), "reduction mean, sum or none", reduction)
-    if backend(logits) == "torch" or logits.dtype == torch.float64:
+    if use_reference("cross_entropy", logits):
         return cross_entropy_ref(logits, targets, ignore_index, reduction)
     loss = CrossEntropy.apply(logits, targets, ignore_index)
     if reduction == "none":
@@ -30,8 +29,8 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100, red
 
 def cross_entropy_ref(logits, targets, ignore_index=-100, reduction="mean"):
     if reduction == "none":
-        return F.cross_entropy(wide(logits), targets, ignore_index=ignore_index, reduction="none")
-    total = F.cross_entropy(wide(logits), targets, ignore_index=ignore_index, reduction="sum")
+        return F.cross_entropy(upcast(logits), targets, ignore_index=ignore_index, reduction="none")
+    total = F.cross_entropy(upcast(logits), targets, ignore_index=ignore_index, reduction="sum")
     return total / counted(targets, ignore_index) if reduction == "mean" else total
 
 
@@ -42,7 +41,7 @@ def counted(targets: Tensor, ignore_index: int) -> Tensor:
 
 def expect_targets(targets: Tensor, T: int, V: int, ignore_index: int) -> None:
     expect(targets.shape == (T,) and targets.dtype == torch.int64, f"targets [{T}] int64", targets)
-    if not known(targets):
+    if not values_on_host(targets):
         return
     wrong = targets[((targets < 0) | (targets >= V)) & (targets != ignore_index)]
     expect(len(wrong) == 0, f"targets in 0..{V - 1} or {ignore_index}", wrong[:4].tolist())
@@ -60,6 +59,7 @@ class CrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx, dloss):
         logits, targets, lse = ctx.saved_tensors
         dlogits = logits.new_empty(logits.shape)
