@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from ling_kernels.errors import InputError
-from ling_kernels.generate.plan import gpus, held_bytes
 from ling_kernels.gpu import HOPPER
 from ling_kernels.model import Ling, LingConfig, load_model
 from ling_kernels.model.checkpoint import named_views
 from ling_kernels.nn.fp8 import to_fp8
 from ling_kernels.nn.frozen import freeze_
+from ling_kernels.plan.decode import gpus, held_bytes
 
 CONFIG = dict(
     architectures=["BailingMoeV2ForCausalLM"], model_type="bailing_moe", vocab_size=157184, hidden_size=8192,
