@@ -123,7 +123,9 @@ class Forward:
         for r in requests:
             r.pages_on_device = len(r.pages)
 
-    def compute(self, lanes: Tensor, mode: SamplingMode, width: int | None = None, chunks: Sequence[Chunk] = ()):
+    def compute(
+        self, lanes: Tensor, mode: SamplingMode, width: int | None = None, chunks: Sequence[Chunk] = ()
+    ) -> Tensor:
         """lanes [B] int64 -> [B, 2 + draft] int64: the token after each row, and the number of accepted draft tokens.
 
         width: columns of the block tables that these lanes use; None: all.
