@@ -208,9 +208,7 @@ def test_fp8_trains_as_bf16_does(tmp_path, whole, text, capsys):
 
     for flags in ("--recompute experts", "--recompute full", "--fp8-transposed kept"):
         again = training(whole, text, tmp_path / flags.split()[-1], "--precision fp8", flags)
-        bound = (
-            0.01 if "experts" in flags else 0
-        )  # it sums a norm's gradients in another order
+        bound = 0.01 if "experts" in flags else 0  # it sums a norm's gradients in another order
         assert [m["loss"] for m in again] == pytest.approx([m["loss"] for m in fp8], rel=bound, abs=0)
 
     half = tmp_path / "bf16" / "checkpoints" / "step-000008"  # continued in FP8

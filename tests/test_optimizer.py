@@ -2,6 +2,7 @@
 
 import copy
 import math
+import sys
 
 import pytest
 import torch
@@ -243,10 +244,8 @@ def test_requantised_in_the_step(K, pow2):
 
 
 def test_the_reference_works_in_chunks(monkeypatch):
-    from ling_kernels.ops import adamw_8bit as module
-
     def after(chunk):
-        monkeypatch.setattr(module, "CHUNK", chunk)
+        monkeypatch.setattr(sys.modules["ling_kernels.ops.adamw_8bit"], "CHUNK", chunk)
         rand = Rand(torch.bfloat16)
         p, g = rand.data(1500), rand.data(1500)
         state = adamw_8bit_state([p])

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..errors import InputError
+from ..errors import Diverged, InputError
 from ..model import Ling, load_model, save_model
 from ..nn.fp8 import to_fp8
 from ..ops.grad_norm import grad_norm
@@ -34,14 +34,6 @@ class Progress:
     skipped: int = 0  # skipped steps in all
     recent: list[list[float]] = field(default_factory=list)  # loss and gradient norm of the last steps not skipped
     in_bf16: list[str] = field(default_factory=list)  # FP8 layers that the monitor has switched to bf16
-
-
-class Diverged(Exception):
-    """max_bad_steps steps in a row were skipped. `record` is the last step's."""
-
-    def __init__(self, message: str, record: dict):
-        super().__init__(message)
-        self.record = record
 
 
 class Trainer:
