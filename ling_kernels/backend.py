@@ -21,6 +21,7 @@ except ImportError as error:
 BACKENDS = ("torch", "triton", "cuda")
 
 _forced = os.environ.get("LING_BACKEND")
+_strict = _forced is not None
 if _forced not in (None, *BACKENDS):
     raise InputError(f"LING_BACKEND is one of {', '.join(BACKENDS)}; not {_forced!r}")
 if _forced == "cuda" and _C is None:
@@ -68,12 +69,28 @@ def why_not(name: str, device: int) -> str | None:
     return None
 
 
+def strict() -> bool:
+    """Whether LING_BACKEND=cuda asked for csrc/ alone: arguments that it does not serve raise."""
+    return _strict and _forced == "cuda"
+
+
+def why_not_cuda(x: Tensor) -> str | None:
+    """Why the backend for x is not cuda, in one line; None where it is."""
+    if _forced:
+        return None if _forced == "cuda" else f"LING_BACKEND is {_forced}"
+    return why_not("cuda", x.device.index) if x.is_cuda else "the tensors are on the CPU"
+
+
 @contextmanager
 def force(name: str):
-    """Tests and benchmarks compare implementations with this, and a plan of memory asks for a GPU's; nothing else."""
-    global _forced
-    _forced, before = name, _forced
+    """Prefer backend `name`, for tests and benchmarks that compare implementations and for plans of a GPU's memory.
+
+    Unlike LING_BACKEND=cuda, arguments that csrc/ does not serve fall back to Triton.
+    """
+    global _forced, _strict
+    before = _forced, _strict
+    _forced, _strict = name, False
     try:
         yield
     finally:
-        _forced = before
+        _forced, _strict = before

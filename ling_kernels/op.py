@@ -1,32 +1,57 @@
-"""What every op file uses: `@op` makes a launcher visible to torch.compile, `expect` checks arguments, `wide` widens.
+"""The tools of an op file: `@op` declares a launcher and chooses its kernel, `expect` checks arguments, and more.
 
-A launcher writes into tensors its caller allocated and returns nothing. Hence its schema names what it writes, its
+A launcher writes into tensors that its caller allocated and returns nothing. Hence its schema names what it writes, its
 fake kernel is empty, and one argument list serves Python, pybind11 and CUDA.
 """
 
 import functools
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from . import backend as backends
 
 E4M3 = torch.float8_e4m3fn
 
 
-def op(*writes: str):
-    """Declare `fn(...) -> None`, which writes its arguments `writes`, as torch.ops.ling.<fn>."""
+def op(*writes: str, cuda: Callable[..., str | None] | bool = False):
+    """Declare the launcher `fn(...) -> None`, which writes its arguments `writes`, as torch.ops.ling.<fn>.
+
+    fn itself launches Triton kernels. cuda(*args) -> None says that csrc/'s launcher of the same name and argument list
+    serves these arguments on backend "cuda"; otherwise it names, in words, what csrc/ does not serve, and fn runs.
+    cuda=True: csrc/ serves all arguments; False: it has no such launcher.
+    """
 
     def declare(fn):
-        registered = torch.library.custom_op(f"ling::{fn.__name__}", fn, mutates_args=writes)
+        name = fn.__name__
+        written = [i for i, parameter in enumerate(inspect.signature(fn).parameters) if parameter in writes]
+
+        @functools.wraps(fn)
+        def launch(*args):
+            served = cuda and backends.backend(first_tensor(args)) == "cuda" and use_cuda(name, reason_of(cuda, args))
+            (getattr(backends._C, name) if served else fn)(*args)
+
+        registered = torch.library.custom_op(f"ling::{name}", launch, mutates_args=writes)
         registered.register_fake(lambda *args: None)
 
         @functools.wraps(fn)
         def call(*args):
+            if _choices is not None:
+                _choices.append(Choice(name, *chosen(cuda, args)))
             # Compilers, fake tensors and selective checkpointing must see the op. Plain eager need not, and
             # would pay the dispatcher 30 us a call, more than many a kernel takes.
-            watched = torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
-            return (registered if watched else fn)(*args)
+            if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+                registered(*args)
+                return
+            launch(*args)
+            raise_version([args[i] for i in written])
 
         call.registered = registered
         return call
@@ -34,7 +59,149 @@ def op(*writes: str):
     return declare
 
 
-def wide(x: Tensor) -> Tensor:
+def reason_of(cuda: Callable[..., str | None] | bool, args) -> str | None:
+    """What csrc/'s launcher does not serve of these arguments; None where it serves them."""
+    return cuda(*args) if callable(cuda) else None
+
+
+def first_tensor(args) -> Tensor:
+    return next(a for a in args if isinstance(a, Tensor))
+
+
+def raise_version(tensors: list[Tensor | None]) -> None:
+    """Tell autograd that these tensors changed, as an in-place operation of torch would.
+
+    A backward that saved one before then raises, and a cached copy of a weight knows that it is stale.
+    """
+    torch.autograd.graph.increment_version([t for t in tensors if t is not None and not t.is_inference()])
+
+
+def use_cuda(name: str, unsupported: str | None) -> bool:
+    """Whether csrc/ serves a call of `name` on backend "cuda": unless something is unsupported, which is reported."""
+    if unsupported is not None:
+        report_fallback(name, f"csrc/ does not serve {unsupported}", "Triton serves")
+    return unsupported is None
+
+
+def use_reference(name: str, *tensors: Tensor | None, unsupported: str | None = None) -> bool:
+    """Whether the eager torch reference of op `name` runs for `tensors`, of which the first decides the backend.
+
+    It runs on backend "torch", for float64, and where `unsupported` gives the reason why no kernel takes the arguments.
+    """
+    chosen = backends.backend(tensors[0])
+    reason = reference_reason(chosen, tensors) or unsupported
+    if reason is not None and _choices is not None:
+        _choices.append(Choice(name, "torch", reason))
+    if reason is not None and chosen != "torch":
+        report_fallback(name, f"no kernel serves {reason}", "the eager torch reference serves")
+    return reason is not None
+
+
+def reference_reason(chosen: str, tensors) -> str | None:
+    if chosen == "torch":
+        return "LING_BACKEND is torch" if backends._forced else "the tensors are on the CPU"
+    if any(t is not None and t.dtype == torch.float64 for t in tensors):
+        return "float64"
+    return None
+
+
+def report_fallback(name: str, reason: str, instead: str) -> None:
+    """Warn once for each op and reason; raise where LING_BACKEND=cuda asks for csrc/ alone."""
+    if backends.strict():
+        raise ValueError(f"LING_BACKEND=cuda: {name}: {reason}")
+    if (name, reason) not in _reported:
+        _reported.add((name, reason))
+        warnings.warn(f"{name}: {reason}; {instead}", stacklevel=4)
+
+
+_reported = set()
+# torch.compile calls it while it traces, and does not look inside.
+report_fallback._dynamo_marked_constant = True
+
+
+class Choice(NamedTuple):
+    """What `explain` tells of one launcher: its name, "cuda", "triton" or "torch", and why not the faster one."""
+
+    name: str
+    implementation: str
+    reason: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.implementation}" + (f" ({self.reason})" if self.reason else "")
+
+
+class Choices(tuple):
+    """Choices in the order of the launches; printed, a line for each."""
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self))
+
+
+_choices: list[Choice] | None = None  # of the `explain` under way
+
+
+def chosen(cuda, args) -> tuple[str, str | None]:
+    """The implementation for these arguments, and the reason where it is not csrc/'s."""
+    if backends.backend(first_tensor(args)) != "cuda":
+        return "triton", backends.why_not_cuda(first_tensor(args))
+    reason = reason_of(cuda, args) if cuda else "csrc/ has no such kernel"
+    return ("cuda", None) if reason is None else ("triton", reason)
+
+
+def explain(fn: Callable, *args, **kwargs) -> Choices:
+    """Which implementation of each kernel `fn(*args, **kwargs)` would run, and why not csrc/'s.
+
+    `print(lk.explain(lk.route, logits, bias))`. fn is an op, a module or a function over them. Nothing is computed and
+    no argument changes: fn runs on tensors without values. Where a result requires a gradient, the launches of the
+    backward follow. Returns one (name, implementation, reason) for each launch or eager reference.
+    """
+    global _choices
+    mode, before = FakeTensorMode(allow_non_fake_inputs=True), _choices
+    args, kwargs = tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
+    _choices = []
+    try:
+        with mode, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            outputs = [t for t in tree_leaves(fn(*args, **kwargs)) if isinstance(t, Tensor) and t.requires_grad]
+            if outputs:
+                torch.autograd.backward(outputs, [torch.ones_like(t) for t in outputs])
+        return Choices(_choices)
+    finally:
+        _choices = before
+
+
+def rows_aligned(*tensors: Tensor | None) -> bool:
+    """Whether the last dimension is dense and every row starts at a multiple of 16 bytes, which csrc/ loads at once."""
+    return all(t is None or _rows_aligned(t) for t in tensors)
+
+
+def _rows_aligned(t: Tensor) -> bool:
+    size = t.element_size()
+    start = t.storage_offset() * size if isinstance(t, FakeTensor) else t.data_ptr()
+    return start % 16 == 0 and (
+        t.ndim == 0
+        or (t.stride(-1) == 1 or t.shape[-1] == 1)
+        and all(stride * size % 16 == 0 or n == 1 for stride, n in zip(t.stride()[:-1], t.shape[:-1], strict=True))
+    )
+
+
+def first_derivative_only(backward):
+    """Decorate an autograd.Function's backward that has no derivative of its own, as one made of launchers.
+
+    With create_graph=True it raises. torch's once_differentiable gives 0 where the incoming gradient is constant, and
+    where a saved tensor is a copy of the input.
+    """
+
+    @functools.wraps(backward)
+    def call(ctx, *grads):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError("this op has no second derivative, which create_graph=True asks for")
+        return backward(ctx, *grads)
+
+    return call
+
+
+def upcast(x: Tensor) -> Tensor:
     """x in the dtype references compute in: fp32, or fp64 when a test asks for the truth."""
     return x if x.dtype == torch.float64 else x.float()
 
@@ -44,7 +211,7 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
-    return tuple(t.to(torch.get_autocast_dtype(device)) for t in tensors)
+    return tuple(t if t.dtype == torch.float64 else t.to(torch.get_autocast_dtype(device)) for t in tensors)
 
 
 def expect(condition: bool, contract: str, *args) -> None:
@@ -54,7 +221,7 @@ def expect(condition: bool, contract: str, *args) -> None:
         raise ValueError(f"expected {contract}; got {got}".replace("torch.", ""))
 
 
-def known(x: Tensor) -> bool:
+def values_on_host(x: Tensor) -> bool:
     """Whether the host may look at x's values at no cost: x lies on a CPU, and nothing traces or fakes the call."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(x, FakeTensor)
 

@@ -29,7 +29,7 @@ from ling_kernels.ops.grouped_gemm_fp8 import (
 )
 from ling_kernels.ops.grouped_wgrad import grouped_wgrad, grouped_wgrad_ref
 from ling_kernels.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
-from ling_kernels.ops.moe import moe
+from ling_kernels.ops.moe import expert_mlp, moe
 from ling_kernels.ops.moe_decode import moe_decode
 from ling_kernels.ops.permute import permute, permute_quantize, permute_quantize_ref, permute_ref
 from ling_kernels.ops.qk_norm_attention import qk_norm_attention, qk_norm_attention_ref
@@ -197,6 +197,11 @@ def moe_args(rand, T, E, H, F, groups=1, group_topk=1, topk=2, Fs=0, masked=Fals
     return x, router_w, bias, *weights[:2], tuple(weights[2:]) or None, mask, groups, group_topk, topk, 2.0
 
 
+def expert_mlp_args(rand, T, E, H, F, topk=2, fp8=False):
+    x, _, _, *experts, _, _, _, _, _, _ = moe_args(rand, T, E, H, F, fp8=fp8)
+    return x, plan_of(rand, T, E, topk, "masked"), rand.fp32(T, topk).detach().abs().requires_grad_(not fp8), *experts
+
+
 def moe_decode_args(rand, residual=False, norm=False, **shape):
     x, *args = moe_args(rand, **shape)
     like_x = rand.data(*x.shape) if residual else None
@@ -223,6 +228,14 @@ def norm_router_args(rand, T, E, H, plain=False, wide=False):
     dtype = FP32 if wide else None
     x, w, router_w = rand.data(T, H), 1 + rand.data(H, dtype=dtype) / 4, rand.data(E, H, dtype=dtype)
     return (x, w, router_w) if plain else (x, w, router_w, rand.data(T, H, dtype=dtype))
+
+
+def forced_route_args(rand, T, E, topk, masked=False, z_loss=0.5):
+    """Experts that these logits would not choose; masked: one token in three is padding, by its mask or by -1."""
+    experts = torch.rand(T, E, generator=rand.g, device=DEVICE).argsort(1)[:, :topk].int()
+    mask = rand.bools(T, p=0.8) if masked else None
+    experts = experts.masked_fill(rand.bools(T, 1, p=0.2), -1) if masked else experts
+    return rand.fp32(T, E), rand.data(E, dtype=FP32), mask, 1, 1, topk, 1.5, z_loss, experts
 
 
 def router_args(rand, T, E, H, far=0):
@@ -634,10 +647,9 @@ CASES = [
         dtypes=(BF16,), flops=moe_flops, backends=("torch", "triton", "cuda"), hopper=None,
     ),
     Case(
-        moe, by_references(moe), moe_args,
-        [dict(T=37, E=16, H=24, F=20, groups=4, group_topk=2, topk=4, Fs=12, masked=True),
-         dict(T=21, E=4, H=128, F=128, masked=True, fp8=True),
-         dict(T=8192, E=256, H=2048, F=512, groups=8, group_topk=4, topk=8, Fs=512)],
+        expert_mlp, by_references(expert_mlp), expert_mlp_args,
+        [dict(T=37, E=16, H=24, F=20, topk=4), dict(T=21, E=4, H=128, F=128, fp8=True),
+         dict(T=8192, E=256, H=2048, F=512, topk=8)],
         kwargs=dict(fold_weights=True), flops=moe_flops, backends=("torch", "triton", "cuda"), hopper=None,
     ),
     Case(
@@ -883,6 +895,12 @@ CASES = [
         dtypes=(FP32,), kwargs=dict(scale=1.5), backends=("torch", "triton", "cuda"),
         ling=lambda p: [dict(T=p.T, E=256)],
         hopper=[dict(T=64, E=256)],
+    ),
+    Case(
+        route, route_ref, forced_route_args,
+        [dict(T=0, E=8, topk=2), dict(T=9, E=256, topk=8), dict(T=37, E=60, topk=5, masked=True),
+         dict(T=5, E=3, topk=1, z_loss=None), dict(T=8192, E=256, topk=8)],
+        dtypes=(FP32,), backends=("torch", "triton"), hopper=[dict(T=64, E=256, topk=8)],
     ),
     Case(
         router_gemm, router_gemm_ref,

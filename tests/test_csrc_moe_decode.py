@@ -212,7 +212,7 @@ def test_which_layers_decode(monkeypatch):
         assert calls == [8, 1]
         layer(x, None, cache), layer(x[:2], None), layer(x[:0], None, cache)
         local = layer.mlp.exchange
-        layer.mlp.exchange = SimpleNamespace(dispatch=local.dispatch, combine=local.combine)
+        layer.mlp.exchange = SimpleNamespace(dispatch=local.dispatch, combine=local.combine, local=False)
         layer(x[:2], None, cache)
     layer.mlp.exchange = local
     layer(x[:2], None, cache)

@@ -10,7 +10,7 @@ from torch._subclasses import FakeTensorMode
 from ling_kernels.backend import force
 from ling_kernels.model import Ling, LingConfig
 from ling_kernels.train.__main__ import main, make_plan
-from ling_kernels.train.layout import ExpertParallel, Layout, Rank
+from ling_kernels.train.layout import Layout, Rank
 from ling_kernels.train.settings import Settings
 from tests.test_fp8_training import WHOLE
 from tests.training import one_line_error
@@ -110,10 +110,10 @@ def test_rows_of_the_exchange(precision, worst):
 
     T, H, k, ep, seen = 64, WHOLE.hidden_size, WHOLE.num_experts_per_tok, 4, []
     with FakeTensorMode(), force("triton"):
-        moe = ExpertParallel(Ling(WHOLE).layers[1].mlp, WHOLE, ep, worst)
+        moe = Rank(Layout(dp=ep, ep=ep), worst=worst).model(WHOLE).layers[1].mlp
         if precision == "fp8":
             assert len(to_fp8(moe)[0]) == 2
-        moe.mark = lambda t: seen.append(t.nbytes)
+        moe.exchange.mark = lambda t: seen.append(t.nbytes)
         x = torch.empty(T, H, dtype=torch.bfloat16, requires_grad=True)
         with torch.autocast("cpu", torch.bfloat16):
             moe(x)[0].sum().backward()

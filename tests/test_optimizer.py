@@ -297,22 +297,22 @@ def test_kept_fp8_weights_are_those_of_each_forward(kind, master):
 
 def test_the_optimizer_makes_kept_fp8_weights(monkeypatch):
     """Those of 8-bit AdamW need no further pass, at one address."""
-    from ling_kernels.nn import copies
+    from ling_kernels.nn import fp8_cache
 
     model = model_with_gradients("bf16")
     to_fp8(model, weights="kept")
     optimizer = make_optimizer(model, "adamw8bit", 1e-2, 0.1)
     loss_of(model).backward()
     copy = model.layers[1].mlp.experts.gate_up.fp8
-    address, before = copy.made[0].data_ptr(), copy.made[0].clone()
+    address, before = copy.pair[0].data_ptr(), copy.pair[0].clone()
     step(optimizer)
     calls = []
-    genuine = copies.quantize_weight
-    monkeypatch.setattr(copies, "quantize_weight", lambda *args: (calls.append(1), genuine(*args))[1])
+    genuine = fp8_cache.quantize_weight
+    monkeypatch.setattr(fp8_cache, "quantize_weight", lambda *args: (calls.append(1), genuine(*args))[1])
     loss_of(model)
-    assert not calls and copy.made[0].data_ptr() == address
-    assert not torch.equal(copy.made[0].float(), before.float())
-    assert torch.equal(copy.made[0].float(), genuine(model.layers[1].mlp.experts.gate_up)[0].float())
+    assert not calls and copy.pair[0].data_ptr() == address
+    assert not torch.equal(copy.pair[0].float(), before.float())
+    assert torch.equal(copy.pair[0].float(), genuine(model.layers[1].mlp.experts.gate_up)[0].float())
     torch.optim.SGD(model.parameters(), lr=0.1).step()
     loss_of(model)
     assert len(calls) == 3 * 2 + 2 + 2 * (2 + 2)  # attention, the dense MLP, experts with their shared one

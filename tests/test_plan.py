@@ -60,8 +60,8 @@ def kept_by_the_graph(s: Settings, config: LingConfig) -> int:
         model = made(s, config)
         with saved_tensors_hooks(pack, lambda t: t):
             out = forward(model, s)
-        copies = [c for m in model.modules() if hasattr(m, "fp8") for c in m.fp8.copies if c is not None]
-        stay = [*model.parameters(), *model.buffers(), *(t for c in copies for t in c.made)]
+        copies = [c for m in model.modules() if hasattr(m, "fp8") for c in m.fp8.caches if c is not None]
+        stay = [*model.parameters(), *model.buffers(), *(t for c in copies for t in c.pair)]
         stay = {t.untyped_storage()._cdata for t in stay}
         assert out.loss.requires_grad
         return sum(storage.nbytes() for at, storage in kept.items() if at not in stay)
@@ -78,9 +78,9 @@ def test_a_plan_is_what_a_step_takes(kind):
     assert plan.parts["weights"] == sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
     assert plan.parts["gradients"] == sum(p.grad.nbytes for p in model.parameters())  # a second micro batch adds to it
     assert plan.parts["optimizer"] == sum(t.nbytes for state in optimizer.state.values() for t in state.values())
-    copies = [c for m in model.modules() if hasattr(m, "fp8") for c in m.fp8.copies if c is not None]
+    copies = [c for m in model.modules() if hasattr(m, "fp8") for c in m.fp8.caches if c is not None]
     if s.fp8_weights == "kept":
-        assert plan.parts["FP8 weights"] == sum(t.nbytes for c in copies for t in c.made) > 0
+        assert plan.parts["FP8 weights"] == sum(t.nbytes for c in copies for t in c.pair) > 0
     in_graph = ("activations", "loss") + (() if copies else ("FP8 weights",))
     assert sum(plan.kept[k] for k in in_graph) == pytest.approx(kept_by_the_graph(s, WHOLE), rel=0.002)
     assert plan.peak == sum(plan.parts.values()) > sum(plan.kept.values())

@@ -212,7 +212,7 @@ template <bool kFp8, typename Router> __device__ void find_jobs(Jobs& jobs, cons
         uint8_t* chosen = jobs.chosen + warp * kTop;
         router.choose(own, chosen);
         __syncwarp();
-        const float weight = routing::weight<kTop>(routing::sigmoid(row[chosen[lane % kTop]]), p.scale);
+        const float weight = routing::weight<kTop>(row[chosen[lane % kTop]], true, p.scale);
         if (lane < kTop) jobs.weight[warp * kTop + lane] = weight;
     } else stage(x, p.x, p.H, warp - p.T, kWarps - p.T);
     __syncthreads();

@@ -13,7 +13,17 @@ __device__ unsigned ordered(float x) {
     return u >> 31 ? ~u : u | 0x80000000u;
 }
 
-__device__ float sigmoid(float x) { return reciprocal(1 + expf(-x)); }
+// The score function: sigmoid. ops/route.py defines it for the reference and for Triton.
+struct Score {
+    // What a score needs of its row, from a warp's logits x: nothing for sigmoid.
+    template <int N> __device__ static float row_statistic(const float (&x)[N]) { return 0; }
+    // The same from the chosen experts alone, kTop neighbouring lanes with a logit each. The weights are normalised,
+    // so that all scores of a row may lack the same factor.
+    template <int kTop> __device__ static float chosen_statistic(float x) { return 0; }
+    __device__ static float of(float x, float statistic) { return reciprocal(1 + expf(-x)); }
+    // ds/dx at score s, for the gradient through normalised weights.
+    __device__ static float derivative(float s) { return s * (1 - s); }
+};
 
 template <int N> __device__ void load_own(float (&v)[N], const float* p) {
     if constexpr (N == 1) v[0] = *p;
@@ -26,8 +36,9 @@ template <int N> __device__ void load_own(float (&v)[N], const float* p) {
         }
 }
 
-// Of kTop neighbouring lanes: their share of scale, from their sigmoids.
-template <int kTop> __device__ float weight(float s, float scale) {
+// The weight of each of kTop neighbouring lanes, from its logit; 0 where `routed` is false.
+template <int kTop> __device__ float weight(float x, bool routed, float scale) {
+    const float statistic = Score::chosen_statistic<kTop>(x), s = routed ? Score::of(x, statistic) : 0;
     float sum = s;
 #pragma unroll
     for (int d = 1; d < kTop; d *= 2) sum += __shfl_xor_sync(~0u, sum, d);
@@ -56,9 +67,10 @@ template <int kExperts_, int kGroups, int kTopGroups, int kTop_> struct Router {
     __device__ void choose(const float (&x)[kOwn], uint8_t* chosen) const {
         const unsigned below = (1u << lane) - 1;
         float v[kOwn];
+        const float statistic = Score::row_statistic(x);
 #pragma unroll
         for (int i = 0; i < kOwn; i++) {
-            const float biased = sigmoid(x[i]) + bias[i];
+            const float biased = Score::of(x[i], statistic) + bias[i];
             v[i] = biased == biased ? biased : -1e30f;  // a NaN loses against every number
         }
 

@@ -67,8 +67,10 @@ class Layer(nn.Module):
 
     def compute(self, x: Tensor, rows: Rows, cache: KVCache | None, z_loss: float | None):
         attended = self.attention(x, rows, cache, self.input_layernorm)
-        if cache is not None and isinstance(self.mlp, MoE) and self.mlp.decodes(attended, x):
-            return self.mlp.decode(attended, x, self.post_attention_layernorm), None
+        if cache is not None and isinstance(self.mlp, MoE):
+            y = self.mlp.decode(attended, x, self.post_attention_layernorm)
+            if y is not None:
+                return y, None
         h, x = self.post_attention_layernorm(attended, residual=x)
         if isinstance(self.mlp, MLP):
             return x + self.mlp(h), None

@@ -1,13 +1,17 @@
 """Thin modules over ops."""
 
-from .attention import Attention, Rows
+from .attention import Attention, BatchLayout, Rows
+from .exchange import Exchange, Local
 from .experts import Experts
 from .fp8 import Fp8Experts, Fp8Linear, Fp8MLP
+from .linear import FusedLinear
 from .mlp import MLP
-from .moe import Local, MoE
+from .moe import MoE
 from .norm import RMSNorm
 from .router import Router
 from .transposed import Transposed
 
-__all__ = ["MLP", "Attention", "Experts", "Fp8Experts", "Fp8Linear", "Fp8MLP", "Local", "MoE", "RMSNorm", "Router",
-           "Rows", "Transposed"]  # fmt: skip
+__all__ = [
+    "MLP", "Attention", "BatchLayout", "Exchange", "Experts", "Fp8Experts", "Fp8Linear", "Fp8MLP", "FusedLinear",
+    "Local", "MoE", "RMSNorm", "Router", "Rows", "Transposed",
+]  # fmt: skip

@@ -5,19 +5,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..op import wide
+from ..op import upcast
 from ..ops.attention import attention
 from ..ops.attention_decode import KVCache, append, attention_decode, read
 from ..ops.qk_norm_attention import qk_norm_attention
 from ..ops.qk_norm_attention_decode import qk_norm_attention_decode
 from ..ops.qk_norm_rope import qk_norm_rope, rotate
+from .linear import FusedLinear, norm_linear
+from .norm import RMSNorm
 
 
-class Rows(NamedTuple):
-    """What attention must know of the T packed rows: sequence b owns rows cu_seqlens[b] : cu_seqlens[b + 1].
+class BatchLayout(NamedTuple):
+    """The sequences of T packed rows: sequence b owns rows cu_seqlens[b] : cu_seqlens[b + 1].
 
-    With a cache, the first `decoding` rows are 1 to 8 new tokens of each of B sequences, and see the cache. cu_seqlens
-    counts the rows after them, which see one another, or the cells of the cache that `context` lists.
+    With a cache, the first `decoding` rows are 1 to 8 new tokens of each of B sequences, and attend to the cache.
+    cu_seqlens then counts the rows after them, which attend to one another, or to the cache slots in `context`.
     """
 
     cos: Tensor  # [P, R/2] fp32
@@ -25,12 +27,15 @@ class Rows(NamedTuple):
     positions: Tensor  # [T]
     cu_seqlens: Tensor  # [B + 1] int32
     # with a cache:
-    slots: Tensor | None = None  # [T] where each row's key and value go: block * block_size + offset
+    slots: Tensor | None = None  # [T] cache slot of each row's key and value: block * block_size + offset
     decoding: int = 0
     block_table: Tensor | None = None  # [B, max_blocks] int32
     lengths: Tensor | None = None  # [B] int32, new rows included
-    context: Tensor | None = None  # [Tk] slots of every key of cu_seqlens' sequences, those of their rows included
-    cu_seqlens_k: Tensor | None = None  # as cu_seqlens, of context
+    context: Tensor | None = None  # [Tk] cache slots of all keys of cu_seqlens' sequences, new rows included
+    cu_seqlens_k: Tensor | None = None  # cu_seqlens of context
+
+
+Rows = BatchLayout  # its name up to version 0.1
 
 
 class Attention(nn.Module):
@@ -56,25 +61,16 @@ class Attention(nn.Module):
         self.key_layernorm = nn.Parameter(torch.ones(head_dim)) if qk_norm else None
 
     def forward(
-        self, x: Tensor, rows: Rows, cache: KVCache | None = None, norm: nn.Module | None = None
+        self, x: Tensor, rows: BatchLayout, cache: KVCache | None = None, norm: RMSNorm | None = None
     ) -> Tensor:  # fmt: skip
         """x [T, H], to which norm is applied first -> [T, H]. With a cache, keys and values are written to it first."""
-        if norm is not None and not getattr(self.query_key_value, "takes_norm", False):
-            x, norm = norm(x), None
-        qkv = self.query_key_value(x) if norm is None else self.query_key_value(x, norm)
-        qkv = qkv.unflatten(-1, (-1, self.head_dim))
+        qkv = norm_linear(self.query_key_value, x, norm).unflatten(-1, (-1, self.head_dim))
         norms = (self.query_layernorm, self.key_layernorm, rows.cos, rows.sin, rows.positions, self.num_kv_heads)
         if cache is None and self.query_layernorm is not None:
             out, _ = qk_norm_attention(qkv, *norms, rows.cu_seqlens, eps=self.eps)
             return self.dense(out.flatten(1))
         if self.query_layernorm is not None and 0 < rows.decoding == len(qkv):
-            batch = qkv.unflatten(0, (len(rows.lengths), -1))
-            of_cache = cache, rows.block_table, rows.lengths
-            if not getattr(self.dense, "takes_rows", False):
-                out = qk_norm_attention_decode(batch, *norms[:4], *of_cache, eps=self.eps)
-                return self.dense(out.flatten(0, 1).flatten(1))
-            out, *fp8 = qk_norm_attention_decode(batch, *norms[:4], *of_cache, eps=self.eps, quantize=True)
-            return self.dense.product(fp8, out.dtype)
+            return self.decode(qkv.unflatten(0, (len(rows.lengths), -1)), rows, cache)
         if self.query_layernorm is not None:
             q, k, v = qk_norm_rope(qkv, *norms, eps=self.eps, cache=cache, slots=rows.slots)
         else:
@@ -93,10 +89,23 @@ class Attention(nn.Module):
         out = outs[0] if len(outs) == 1 else torch.cat(outs)
         return self.dense(out.flatten(1))
 
-    def rope(self, qkv: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    def decode(self, qkv: Tensor, rows: BatchLayout, cache: KVCache) -> Tensor:
+        """qkv [B, n, Hq + 2 Hkv, D] of n new tokens for each of B sequences -> [B n, H]: norm, rotation, append to the
+        cache and attention in one op, which also quantises the rows for an FP8 output layer."""
+        fp8 = isinstance(self.dense, FusedLinear) and self.dense.takes_fp8_rows()
+        out = qk_norm_attention_decode(
+            qkv, self.query_layernorm, self.key_layernorm, rows.cos, rows.sin, cache, rows.block_table, rows.lengths,
+            eps=self.eps, quantize=fp8,
+        )  # fmt: skip
+        if fp8:
+            out, *fp8_rows = out
+            return self.dense.forward_fp8(fp8_rows, out.dtype)
+        return self.dense(out.flatten(0, 1).flatten(1))
+
+    def rope(self, qkv: Tensor, rows: BatchLayout) -> tuple[Tensor, Tensor, Tensor]:
         """qkv [T, Hq + 2 Hkv, D] -> q, k and v as qk_norm_rope's, which are not normed."""
         kv = self.num_kv_heads
         q, k, v = qkv.split([qkv.shape[1] - 2 * kv, kv, kv], dim=1)
         cos, sin = (table[rows.positions.long()][:, None] for table in (rows.cos, rows.sin))
-        q, k = (rotate(wide(x), cos, sin).to(x.dtype) for x in (q, k))
+        q, k = (rotate(upcast(x), cos, sin).to(x.dtype) for x in (q, k))
         return q, k, v.contiguous()

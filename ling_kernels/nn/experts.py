@@ -1,22 +1,31 @@
-"""The routed experts over rows sorted by expert: one [E, N, K] tensor per projection."""
+"""The routed experts as one module: one [E, N, K] tensor per projection."""
 
 import torch
 from torch import Tensor, nn
 
-from ..ops.grouped_gemm import grouped_gemm
-from ..ops.swiglu import swiglu
+from ..ops.dispatch import Plan
+from ..ops.moe import Weight, expert_mlp
 
 
 class Experts(nn.Module):
-    """gate_up [E, 2F, H] and down [E, H, F]; rows offsets[e] : offsets[e + 1] of x belong to expert e."""
+    """gate_up [E, 2F, H] and down [E, H, F].
 
-    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int):
+    fold_weights: where the routing weight is applied. False: after the down projection, in fp32, as the official model
+    does at inference; True: in SwiGLU, as its training code does. They differ by rounding.
+    """
+
+    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int, fold_weights: bool = False):
         super().__init__()
+        self.fold_weights = fold_weights
         self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size, hidden_size))
         self.down = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
         for w in (self.gate_up, self.down):
             nn.init.normal_(w, std=0.02)
 
-    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
-        """x [S, H] -> [S, H]."""
-        return grouped_gemm(swiglu(grouped_gemm(x, self.gate_up, offsets)), self.down, offsets)
+    def forward(self, x: Tensor, plan: Plan, weights: Tensor | None) -> Tensor:
+        """x [T, H], a plan of T tokens, weights [T, topk] fp32 or None (all 1) -> [T, H], summed over the experts."""
+        return expert_mlp(x, plan, weights, self.gate_up, self.down, self.fold_weights)
+
+    def decode_weights(self) -> tuple[Weight, Weight] | None:
+        """gate_up and down as the op `moe_decode` takes them; None where it does not serve this module."""
+        return self.gate_up, self.down

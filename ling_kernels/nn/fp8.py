@@ -1,17 +1,13 @@
 """Layers whose matrix products run in FP8, forward and backward: Fp8Linear, Fp8MLP and Fp8Experts.
 
-    y = x W^T        x in 1 x 128 blocks, W in 128 x 128
-    dx = dy W        dy in 1 x 128 blocks, W as the forward has it
-    dW = dy^T x      both in 128 x 1 blocks, along the tokens; or in bf16
-
-All e4m3 with fp32 scales, products accumulated in fp32. Each module is one autograd.Function over the ops, so that only
-wide tensors cross its border. Whatever is quantised in two directions is read once and never quantised twice. The
-parameters stay what they were, bf16 or fp32: the masters, of which FP8 copies are made in every forward, or once in an
-optimizer's step and kept.
+All operands are e4m3 with fp32 scales; products accumulate in fp32. Each module is one autograd.Function over the ops
+(fp8_functions.py), so that only bf16 or fp32 tensors enter and leave it. A tensor that is needed in two directions is
+read once and quantised once. The parameters stay bf16 or fp32, the masters: every forward quantises them, or the
+optimizer's step does so once.
 
 A weight's gradient goes to `weight.grad` as usual. Where the parameter has an attribute `main_grad`, fp32 or bf16 of
 its shape, the product adds to that in its epilogue instead and autograd gets none: hooks on the gradient do not run.
-docs/fp8.md has the recompute levels and the bytes that each keeps.
+docs/fp8.md has the recompute levels and the bytes that each saves.
 """
 
 import torch
@@ -19,17 +15,14 @@ from torch import Tensor, nn
 
 from ..op import expect
 from ..ops.dispatch import Plan
-from ..ops.gemm_fp8 import gemm_fp8
-from ..ops.grouped_gemm_fp8 import grouped_gemm_fp8
-from ..ops.grouped_wgrad import grouped_wgrad
-from ..ops.permute import permute, permute_quantize
-from ..ops.quantize import BLOCK, quantize, quantize_weight
+from ..ops.moe import Weight
+from ..ops.quantize import BLOCK, quantize_weight
 from ..ops.rms_norm import rms_norm
-from ..ops.swiglu import swiglu, swiglu_backward
-from ..ops.unpermute import unpermute
 from .attention import Attention
-from .copies import Fp8Copy, version_of
 from .experts import Experts
+from .fp8_cache import Fp8Cache, version_of
+from .fp8_functions import FeedForward, Fp8LinearFunction, Fp8Weight, product, product_dtype
+from .linear import FusedLinear
 from .mlp import MLP
 from .norm import RMSNorm
 from .transposed import KEEP, Transposed
@@ -66,28 +59,31 @@ class Fp8Weights:
         expect(transposed in TRANSPOSED, f"transposed among {', '.join(TRANSPOSED)}", transposed)
         expect(weights in WEIGHTS, f"weights among {', '.join(WEIGHTS)}", weights)
         self.pow2, self.wgrad = pow2, wgrad
-        self.copies = [Fp8Copy(pow2) if weights == "kept" else None for _ in range(number)]
+        self.caches = [Fp8Cache(pow2) if weights == "kept" else None for _ in range(number)]
         self.transposed = [None if transposed == "direct" else Transposed(transposed) for _ in range(number)]
 
     def quantized(self, *weights: nn.Parameter) -> list[tuple[Tensor, Tensor]]:
-        """Each weight's codes and scales, of its copy where one is kept."""
-        kept = [None] * len(weights) if torch.compiler.is_compiling() else self.copies
+        """Each weight's codes and scales, from its cache where there is one."""
+        caches = [None] * len(weights) if torch.compiler.is_compiling() else self.caches
         return [
-            quantize_weight(w, self.pow2) if copy is None else copy(w) for w, copy in zip(weights, kept, strict=True)
+            quantize_weight(w, self.pow2) if cache is None else cache(w)
+            for w, cache in zip(weights, caches, strict=True)
         ]
 
-    def arguments(self, *weights: nn.Parameter) -> list:
-        """Of `Fp8Weight` for each weight, flat: autograd sees tensors only where they are arguments themselves."""
+    def fields(self, *weights: nn.Parameter) -> list:
+        """The fields of an Fp8Weight for each weight, flat: autograd sees tensors only as arguments themselves."""
         flat = []
-        for w, made, transposed in zip(weights, self.quantized(*weights), self.transposed, strict=True):
-            if torch.compiler.is_compiling():
-                transposed = None
+        for w, pair, transposed in zip(weights, self.quantized(*weights), self.transposed, strict=True):
+            transposed = None if torch.compiler.is_compiling() else transposed
             version = None if transposed is None else version_of(w)
-            flat += [w, *made, getattr(w, "main_grad", None), transposed, version]
+            flat += Fp8Weight(*pair, getattr(w, "main_grad", None), transposed, version)
         return flat
 
     def wgrad_for(self, *weights: nn.Parameter, rows: int | None = None) -> str | None:
-        """rows: per expert; None for a product of all rows with one weight. None: nobody wants the gradient."""
+        """The kind of product for the weights' gradients; None where none of them requires one.
+
+        rows: per expert, on the average; None for a dense layer.
+        """
         if not (torch.is_grad_enabled() and any(w.requires_grad for w in weights)):
             return None
         if self.wgrad == "auto":
@@ -95,170 +91,11 @@ class Fp8Weights:
         return self.wgrad
 
 
-def product_dtype(x: Tensor) -> torch.dtype:
-    """Of a product with x: autocast's where it is on."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
-def product(a, b, offsets: Tensor | None, dtype: torch.dtype, transposed: bool = False) -> Tensor:
-    """Pairs a = (a_q, a_scale) and b; with offsets, of each expert's rows with its weight."""
-    if offsets is None:
-        return gemm_fp8(*a, *b, dtype=dtype, transposed=transposed)
-    return grouped_gemm_fp8(*a, *b, offsets, dtype=dtype, transposed=transposed)
-
-
-def input_gradient(dy, w, kept: tuple, offsets: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """dy w; kept: the module's Transposed or None, and the version of w."""
-    transposed, version = kept
-    if transposed is None:
-        return product(dy, w, offsets, dtype, transposed=True)
-    return product(dy, transposed(*w, version), offsets, dtype)
-
-
-def weight_gradient(dy, x, plan: Plan | None, dtype: torch.dtype, main_grad: Tensor | None) -> Tensor | None:
-    """dy^T x of pairs, the column-wise copies, or of wide rows, in dtype; None where it was added to main_grad."""
-    accumulate = main_grad is not None
-    if isinstance(dy, Tensor):
-        if plan is None:
-            ends = len(dy) * torch.arange(2, dtype=torch.int32, device=dy.device)
-            dw = grouped_wgrad(dy, x, ends, main_grad[None] if accumulate else None, accumulate, dtype=dtype)[0]
-        else:
-            dw = grouped_wgrad(dy, x, plan.offsets, main_grad, accumulate, dtype=dtype)
-    elif plan is None:
-        dw = gemm_fp8(*dy, *x, main_grad, accumulate, dtype)
-    else:
-        dw = grouped_wgrad(dy[0], x[0], plan.padded_offsets, main_grad, accumulate, dy[1], x[1], True, dtype)
-    return None if accumulate else dw
-
-
-def quantize_rows(x: Tensor, plan: Plan | None, columns: bool, pow2: bool) -> tuple[tuple, tuple]:
-    """x [T, H] -> rows (x_q, x_scale) and columns (xt_q, xt_scale) or (); of its slots where there is a plan."""
-    if plan is None:
-        out = quantize(x, columns=columns, pow2=pow2)
-    else:
-        out = permute_quantize(x, plan, columns, pow2)
-    return out[:2], out[2:]
-
-
-class Fp8LinearFunction(torch.autograd.Function):
-    """norm_weight: x is normed first, and kept as it came; the norm, and its column-wise FP8, are made again."""
-
-    @staticmethod
-    def forward(ctx, x, norm_weight, w, w_q, w_scale, main_grad, transposed, version, eps, pow2, wgrad, dtype):
-        again = norm_weight is not None
-        normed = rms_norm(x, norm_weight, None, eps) if again else x
-        x_rows, x_columns = quantize_rows(normed, None, wgrad == "fp8" and not again, pow2)
-        kept = (x, norm_weight) if again else (x.to(dtype),) if wgrad == "bf16" else x_columns
-        ctx.save_for_backward(w_q, w_scale, *kept)
-        ctx.main_grad, ctx.kept, ctx.w_dtype, ctx.x_dtype = main_grad, (transposed, version), w.dtype, x.dtype
-        ctx.pow2, ctx.wgrad, ctx.eps, ctx.dtype = pow2, wgrad, eps if again else None, dtype
-        return product(x_rows, (w_q, w_scale), None, dtype)
-
-    @staticmethod
-    def backward(ctx, dy):
-        w_q, w_scale, *x = ctx.saved_tensors
-        if ctx.eps is not None:
-            with torch.enable_grad():
-                given = [t.detach().requires_grad_() for t in x]
-                normed = rms_norm(*given, None, ctx.eps)
-            x = normed.detach()
-            x = [x.to(ctx.dtype)] if ctx.wgrad == "bf16" else quantize_rows(x, None, ctx.wgrad == "fp8", ctx.pow2)[1]
-        rows, columns = quantize_rows(dy, None, ctx.wgrad == "fp8", ctx.pow2)
-        dx = dnorm = dw = None
-        if ctx.needs_input_grad[0] or ctx.eps is not None:
-            dx = input_gradient(rows, (w_q, w_scale), ctx.kept, None, ctx.x_dtype)
-        if ctx.wgrad == "fp8":
-            dw = weight_gradient(columns, x, None, ctx.w_dtype, ctx.main_grad)
-        elif ctx.wgrad == "bf16":
-            dw = weight_gradient(dy.contiguous(), x[0], None, ctx.w_dtype, ctx.main_grad)
-        if ctx.eps is not None:
-            dx, dnorm = torch.autograd.grad(normed, given, dx)
-        return dx, dnorm, dw, *[None] * 9
-
-
-class FeedForward(torch.autograd.Function):
-    """down(p * silu(gate) * up) for [gate | up] = gate_up(x): of rows, or with a plan of every token's experts.
-
-    The routing weight p is folded into SwiGLU. Hence nothing that the down projection or unpermute makes is needed in
-    the backward, and where the rest is made again, these are not. recompute says what is kept besides the weights:
-
-      none      x and the activation as column-wise FP8, and h = gate_up(x); with wgrad="bf16" as norm_act
-      norm_act  x as it came, h: the columns of x and the activation are made again
-      experts   x as it came: so is h
-    """
-
-    @staticmethod
-    def forward(
-        ctx, x, weights, offsets, slot, source, padded_offsets,
-        gate_up, gate_up_q, gate_up_scale, gate_up_main_grad, gate_up_transposed, gate_up_version,
-        down, down_q, down_scale, down_main_grad, down_transposed, down_version, pow2, wgrad, recompute, dtype,
-    ):  # fmt: skip
-        plan = None if offsets is None else Plan(offsets, slot, source, padded_offsets)
-        keep = recompute == "none" and wgrad == "fp8"
-        x_rows, x_columns = quantize_rows(x, plan, keep, pow2)
-        h = product(x_rows, (gate_up_q, gate_up_scale), offsets, dtype)
-        p = None if plan is None else weights.flatten()[source.long()]
-        a_q, a_scale, *a_columns = swiglu(h, p, True, keep, plan, pow2)
-        y = product((a_q, a_scale), (down_q, down_scale), offsets, dtype)
-        ctx.save_for_backward(
-            weights, offsets, slot, source, padded_offsets, gate_up_q, gate_up_scale, down_q, down_scale,
-            None if keep else x, None if recompute == "experts" else h, *x_columns, *a_columns,
-        )  # fmt: skip
-        ctx.kept = (gate_up_transposed, gate_up_version), (down_transposed, down_version)
-        ctx.main_grads, ctx.w_dtype, ctx.x_dtype = (gate_up_main_grad, down_main_grad), gate_up.dtype, x.dtype
-        ctx.pow2, ctx.wgrad, ctx.dtype = pow2, wgrad, dtype
-        return y if plan is None else unpermute(y, plan)
-
-    @staticmethod
-    def backward(ctx, dout):
-        saved = ctx.saved_tensors  # once: under checkpointing each access makes them again
-        (weights, *plan, gate_up_q, gate_up_scale, down_q, down_scale, x, h), columns = saved[:11], saved[11:]
-        plan = None if plan[0] is None else Plan(*plan)
-        offsets = None if plan is None else plan.offsets
-        p = None if plan is None else weights.flatten()[plan.source.long()]
-        fp8, dtype, pow2, w_dtype = ctx.wgrad == "fp8", ctx.dtype, ctx.pow2, ctx.w_dtype
-
-        x_columns, a_columns = columns[:2], columns[2:]
-        if x is not None and (h is None or fp8):
-            x_rows, x_columns = quantize_rows(x, plan, fp8, pow2)
-            if h is None:
-                h = product(x_rows, (gate_up_q, gate_up_scale), offsets, dtype)
-            del x_rows
-
-        dy_rows, dy_columns = quantize_rows(dout, plan, fp8, pow2)
-        da = input_gradient(dy_rows, (down_q, down_scale), ctx.kept[1], offsets, dtype)
-        d_gate_up = d_down = None
-        if fp8:
-            a_columns = a_columns or swiglu(h, p, True, True, plan, pow2)[2:]
-            d_down = weight_gradient(dy_columns, a_columns, plan, w_dtype, ctx.main_grads[1])
-            (*dh, dh_columns, dh_columns_scale), dp = swiglu_backward(da, h, p, True, True, plan, pow2)
-            d_gate_up = weight_gradient((dh_columns, dh_columns_scale), x_columns, plan, w_dtype, ctx.main_grads[0])
-        elif ctx.wgrad == "bf16":
-            dy, x = dout.to(dtype), x.to(dtype)
-            dy, x = (dy.contiguous(), x) if plan is None else (permute(dy, plan), permute(x, plan))
-            d_down = weight_gradient(dy, swiglu(h, p), plan, w_dtype, ctx.main_grads[1])
-            dh, dp = swiglu_backward(da, h, p)
-            d_gate_up = weight_gradient(dh, x, plan, w_dtype, ctx.main_grads[0])
-            dh = quantize(dh, pow2=pow2)
-        else:
-            dh, dp = swiglu_backward(da, h, p, True, False, None, pow2)
-        dx = input_gradient(dh, (gate_up_q, gate_up_scale), ctx.kept[0], offsets, dtype)
-        dweights = None
-        if plan is not None:
-            dx = unpermute(dx, plan)
-            dweights = dp[plan.slot.clamp(min=0).long()].masked_fill(plan.slot < 0, 0)
-        nothing = [None] * 5
-        return dx.to(ctx.x_dtype), dweights, *nothing[:4], d_gate_up, *nothing, d_down, *nothing, *nothing[:4]
-
-
-class Fp8Linear(nn.Linear):
+class Fp8Linear(FusedLinear):
     """nn.Linear without a bias, in_features and out_features multiples of 128; options: Fp8Weights'.
 
-    Above recompute "none" a norm before it is made again in the backward, where it is left to this layer to apply.
+    Above recompute "none", the backward computes a norm before this layer again, if this layer applies it.
     """
-
-    takes_norm = True
 
     def __init__(
         self, in_features: int, out_features: int, device=None, dtype=None, recompute: str = "none", **options
@@ -275,27 +112,27 @@ class Fp8Linear(nn.Linear):
         new.weight = linear.weight
         return new.train(linear.training)
 
-    @property
-    def takes_rows(self) -> bool:
-        """Whether `product` serves: rows are quantised as `quantize` does by itself, and nobody wants a gradient."""
+    def takes_fp8_rows(self) -> bool:
+        """Without gradients, and where rows are quantised as `quantize` does by itself."""
         return not (self.fp8.pow2 or torch.is_grad_enabled())
 
-    def product(self, rows: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
-        """x [M, K] as the pair (x_q, x_scale) -> [M, N] in dtype."""
+    def forward_fp8(self, rows: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
         (w,) = self.fp8.quantized(self.weight)
         return product(rows, w, None, dtype)
 
     def forward(self, x: Tensor, norm: RMSNorm | None = None) -> Tensor:
         """x [..., K], or norm(x) where there is one -> [..., N] in x's dtype, autocast's where it is on."""
-        if norm is not None and self.takes_rows:
-            _, *rows = rms_norm(x.flatten(0, -2), norm.weight, None, norm.eps, quantize=True)
-            return self.product(rows, product_dtype(x)).unflatten(0, x.shape[:-1])
+        *batch, K = x.shape
+        rows = x.reshape(-1, K)
+        if norm is not None and self.takes_fp8_rows():
+            _, *fp8_rows = rms_norm(rows, norm.weight, None, norm.eps, quantize=True)
+            return self.forward_fp8(fp8_rows, product_dtype(x)).view(*batch, self.out_features)
         if norm is not None and (self.recompute == "none" or torch.compiler.is_compiling()):
-            x, norm = norm(x), None
+            rows, norm = norm(rows), None
         norm_weight, eps = (None, None) if norm is None else (norm.weight, norm.eps)
         options = eps, self.fp8.pow2, self.fp8.wgrad_for(self.weight), product_dtype(x)
-        y = Fp8LinearFunction.apply(x.flatten(0, -2), norm_weight, *self.fp8.arguments(self.weight), *options)
-        return y.unflatten(0, x.shape[:-1])
+        y = Fp8LinearFunction.apply(rows, norm_weight, self.weight, *self.fp8.fields(self.weight), *options)
+        return y.view(*batch, self.out_features)
 
 
 class Fp8MLP(MLP):
@@ -319,14 +156,17 @@ class Fp8MLP(MLP):
         """x [T, H] -> [T, H]."""
         weights = self.gate_up.weight, self.down.weight
         options = self.fp8.pow2, self.fp8.wgrad_for(*weights), self.recompute, product_dtype(x)
-        return FeedForward.apply(x, *[None] * 5, *self.fp8.arguments(*weights), *options)
+        return FeedForward.apply(x, None, *weights, *self.fp8.fields(*weights), *options)
+
+    def decode_weights(self) -> tuple[Weight, Weight] | None:
+        return None if self.fp8.pow2 else tuple(self.fp8.quantized(self.gate_up.weight, self.down.weight))
 
 
 class Fp8Experts(Experts):
-    """Experts, their sizes multiples of 128, from a token's row to the weighted sum of its experts."""
+    """Experts, their sizes multiples of 128. The routing weight is always folded into SwiGLU."""
 
     def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int, recompute: str = "none", **options):
-        super().__init__(num_experts, hidden_size, intermediate_size)
+        super().__init__(num_experts, hidden_size, intermediate_size, fold_weights=True)
         expect(fits(self.down), "sizes that are multiples of 128", hidden_size, intermediate_size)
         self.fp8, self.recompute = Fp8Weights(2, **options), level(recompute)
 
@@ -337,12 +177,15 @@ class Fp8Experts(Experts):
         new.gate_up, new.down = experts.gate_up, experts.down
         return new.train(experts.training)
 
-    def forward(self, x: Tensor, plan: Plan, weights: Tensor) -> Tensor:
-        """x [T, H], a plan of T tokens, weights [T, topk] fp32 -> [T, H]."""
+    def forward(self, x: Tensor, plan: Plan, weights: Tensor | None) -> Tensor:
+        """x [T, H], a plan of T tokens, weights [T, topk] fp32 or None (all 1) -> [T, H], summed over the experts."""
         w = self.gate_up, self.down
         wgrad = self.fp8.wgrad_for(*w, rows=plan.source.shape[0] // len(self.gate_up))
         options = self.fp8.pow2, wgrad, self.recompute, product_dtype(x)
-        return FeedForward.apply(x, weights, *plan, *self.fp8.arguments(*w), *options)
+        return FeedForward.apply(x, weights, *w, *self.fp8.fields(*w), *options, *plan)
+
+    def decode_weights(self) -> tuple[Weight, Weight] | None:
+        return None if self.fp8.pow2 else tuple(self.fp8.quantized(self.gate_up, self.down))
 
 
 def level(recompute: str) -> str:

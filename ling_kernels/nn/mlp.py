@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from ..ops.moe import Weight
 from ..ops.swiglu import swiglu
 
 
@@ -15,3 +16,11 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(swiglu(self.gate_up(x)))
+
+    def decode_weights(self) -> tuple[Weight, Weight] | None:
+        """gate_up and down as the op `moe_decode` takes them; None where it does not serve this module.
+
+        A layer in another's place, such as an adapter, computes more than its weight says.
+        """
+        linears = self.gate_up, self.down
+        return tuple(m.weight for m in linears) if all(type(m) is nn.Linear for m in linears) else None

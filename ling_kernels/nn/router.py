@@ -20,10 +20,15 @@ class Router(Fp32Buffers):
         self.register_buffer("counts", torch.zeros(num_experts, dtype=torch.int32), persistent=False)
         self.limits = dict(num_groups=num_groups, group_topk=group_topk, topk=topk, scale=scale)
 
-    def forward(self, x: Tensor, z_loss: float | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """x [T, H] -> weights [T, topk] fp32, experts [T, topk] int32, counts [E] int32, z-loss or None."""
+    def forward(
+        self, x: Tensor, z_loss: float | None = None, experts: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """x [T, H] -> weights [T, topk] fp32, experts [T, topk] int32, counts [E] int32, z-loss or None.
+
+        experts forces the choice of experts, as `route` does; the weights still come from x.
+        """
         logits = router_gemm(x, self.weight)
-        weights, experts, counts, *z = route(logits, self.expert_bias, z_loss=z_loss, **self.limits)
+        weights, experts, counts, *z = route(logits, self.expert_bias, z_loss=z_loss, experts=experts, **self.limits)
         if self.training and torch.is_grad_enabled():
             self.counts += counts
         return weights, experts, counts, z[0] if z else None

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..backend import backend
-from ..op import E4M3, expect, op, wide
+from ..op import E4M3, expect, op, upcast
 from .quantize import BLOCK as TILE
 from .quantize import quantize_weight
 from .triton_fp8 import fp8_round, fp8_scale
@@ -111,13 +111,13 @@ def adamw_8bit_ref(params, grads, state, lr, betas, eps, weight_decay, step,
     signed, unsigned = maps(params[0])
     corrections, keys = by_parameter(params, betas, step, seed)
     for i, (p, g, s) in enumerate(zip(params, grads, state, strict=True)):
-        bias_m, bias_v = corrections[i].to(wide(p.new_empty(0)).dtype)
+        bias_m, bias_v = corrections[i].to(upcast(p.new_empty(0)).dtype)
         flat_p, flat_g = p.view(-1), g.reshape(-1)
         for start in range(0, p.numel(), CHUNK):
             now = slice(start, start + CHUNK)
             blocks = slice(start // BLOCK, (start + CHUNK) // BLOCK)
             old = flat_p[now], s.m[now], s.m_scale[blocks], s.v[now], s.v_scale[blocks]
-            g, w = wide(flat_g[now]), wide(old[0])
+            g, w = upcast(flat_g[now]), upcast(old[0])
             g = g if grad_scale is None else g / grad_scale
             m = b1 * dequantize_moment(*old[1:3], signed) + (1 - b1) * g
             v = b2 * dequantize_moment(*old[3:], unsigned) + (1 - b2) * g.square()

@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from ..backend import _C, backend
-from ..op import autocast, expect, known, multiprocessors, op, round_up, wide
+from ..op import autocast, expect, multiprocessors, op, round_up, upcast, values_on_host
 from .attention_kernels import attention_dkv_kernel, attention_dq_kernel, attention_fwd_kernel
 from .gemm_fp8 import provide_scratch
 
@@ -65,7 +65,7 @@ def expect_bounds(cu_seqlens: Tensor, T: int, device: torch.device) -> None:
            "cu_seqlens [B + 1] int32", cu_seqlens)  # fmt: skip
     expect(cu_seqlens.device == device, "cu_seqlens on the device of the rows", cu_seqlens.device, device)
     expect(T == 0 or len(cu_seqlens) > 1, f"cu_seqlens of at least one sequence for {T} rows", cu_seqlens)
-    if known(cu_seqlens):
+    if values_on_host(cu_seqlens):
         ascending(cu_seqlens, T)
 
 
@@ -82,7 +82,7 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, cu_q, cu_k, causal, scale, kernels):
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        lse = torch.empty(q.shape[1], q.shape[0], dtype=wide(q).dtype, device=q.device)
+        lse = torch.empty(q.shape[1], q.shape[0], dtype=upcast(q).dtype, device=q.device)
         fwd = attention_fwd if kernels else attention_ref_fwd
         fwd(q, k, v, cu_q, cu_k, out, lse, causal, scale)
         ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k)
@@ -177,7 +177,7 @@ def ascending(cu_seqlens: Tensor, T: int) -> list[int]:
 def by_kv_head(x: Tensor, Hkv: int) -> Tensor:
     """[T, H, D] -> [Hkv, T * G, D], wide: the G = H / Hkv heads that share keys are rows of one product."""
     T, H, D = x.shape
-    return wide(x).view(T, Hkv, H // Hkv, D).transpose(0, 1).reshape(Hkv, T * (H // Hkv), D)
+    return upcast(x).view(T, Hkv, H // Hkv, D).transpose(0, 1).reshape(Hkv, T * (H // Hkv), D)
 
 
 def by_token(x: Tensor, shape: torch.Size) -> Tensor:

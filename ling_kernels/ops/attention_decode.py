@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from ..backend import _C, backend
-from ..op import E4M3, expect, known, multiprocessors, op, wide
+from ..op import E4M3, expect, multiprocessors, op, upcast, values_on_host
 from .attention import attend, block_d
 from .attention_decode_kernels import attention_decode_combine_kernel, attention_decode_kernel
 from .quantize import quantize_blocks
@@ -78,11 +78,11 @@ def attention_decode_ref(q, cache, block_table, lengths, scale):
     pages = block_table.long().clamp(0, num_blocks - 1)  # entries past a sequence's length may be anything
     key = torch.arange(N, device=q.device)
     unused = (key >= lengths[:, None])[:, :, None, None]  # [B, N, 1, 1]; their P is 0, but 0 * NaN is NaN
-    k = stored(cache.k, cache.k_scale, pages, wide(q).dtype).flatten(1, 2)  # [B, N, Hkv, D]
-    v = stored(cache.v, cache.v_scale, pages, wide(q).dtype).flatten(1, 2).masked_fill(unused, 0)
+    k = stored(cache.k, cache.k_scale, pages, upcast(q).dtype).flatten(1, 2)  # [B, N, Hkv, D]
+    v = stored(cache.v, cache.v_scale, pages, upcast(q).dtype).flatten(1, 2).masked_fill(unused, 0)
     token = torch.arange(n, device=q.device).repeat_interleave(Hq // Hkv)
     hidden = key > (lengths[:, None] - n + token)[:, :, None]  # [B, n * G, N]
-    rows = wide(q).view(B, n, Hkv, -1, D).transpose(1, 2).flatten(2, 3)  # [B, Hkv, n * G, D]
+    rows = upcast(q).view(B, n, Hkv, -1, D).transpose(1, 2).flatten(2, 3)  # [B, Hkv, n * G, D]
     with torch.autocast(q.device.type, enabled=False):
         out, _ = attend(rows, k.transpose(1, 2), v.transpose(1, 2), hidden[:, None], scale, q.dtype)
     return out.view(B, Hkv, n, -1, D).transpose(1, 2).reshape(q.shape).to(q.dtype)
@@ -106,7 +106,7 @@ def append(cache: KVCache, k: Tensor, v: Tensor, slots: Tensor) -> None:
     fits = k.shape == v.shape == (len(k), *cache.k.shape[2:])
     expect(fits and slots.shape == (len(k),) and slots.dtype == torch.int64,
            "k and v [T, Hkv, D] of the cache's heads, slots [T] int64", k, v, slots, cache.k)  # fmt: skip
-    if len(slots) and known(slots):
+    if len(slots) and values_on_host(slots):
         inside = slots.min() >= 0 and slots.max() < cache.k.shape[0] * cache.k.shape[1]
         expect(bool(inside), "slots of the cache", int(slots.min()), int(slots.max()), cache.k)
     for x, cells, scales in ((k, cache.k, cache.k_scale), (v, cache.v, cache.v_scale)):
@@ -114,7 +114,7 @@ def append(cache: KVCache, k: Tensor, v: Tensor, slots: Tensor) -> None:
         if scales is None:
             cells.view(-1, *x.shape[1:]).index_copy_(0, slots, x.to(cells.dtype))
             continue
-        x_q, x_scale = quantize_blocks(wide(x), 1, x.shape[-1], pow2=False)
+        x_q, x_scale = quantize_blocks(upcast(x), 1, x.shape[-1], pow2=False)
         cells.view(torch.uint8).view(-1, *x.shape[1:]).index_copy_(0, slots, x_q.view(torch.uint8))
         scales.view(-1, x.shape[1]).index_copy_(0, slots, x_scale[..., 0].to(scales.dtype))
 
@@ -142,7 +142,7 @@ def expect_table(block_table: Tensor, lengths: Tensor, q: Tensor, cache: KVCache
     ints = block_table.dtype == lengths.dtype == torch.int32
     fits = block_table.ndim == 2 and len(block_table) == len(q) and lengths.shape == q.shape[:1]
     expect(ints and fits, "block_table [B, max_blocks] and lengths [B], int32", block_table, lengths, q)
-    if not known(lengths):
+    if not values_on_host(lengths):
         return
     num_blocks, block_size = cache.k.shape[:2]
     fits = (lengths >= 0) & (lengths <= block_table.shape[1] * block_size)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..backend import backend
-from ..op import expect, known, multiprocessors, op, wide
+from ..op import expect, multiprocessors, op, upcast, values_on_host
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100, reduction: str = "mean") -> Tensor:
@@ -30,8 +30,8 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100, red
 
 def cross_entropy_ref(logits, targets, ignore_index=-100, reduction="mean"):
     if reduction == "none":
-        return F.cross_entropy(wide(logits), targets, ignore_index=ignore_index, reduction="none")
-    total = F.cross_entropy(wide(logits), targets, ignore_index=ignore_index, reduction="sum")
+        return F.cross_entropy(upcast(logits), targets, ignore_index=ignore_index, reduction="none")
+    total = F.cross_entropy(upcast(logits), targets, ignore_index=ignore_index, reduction="sum")
     return total / counted(targets, ignore_index) if reduction == "mean" else total
 
 
@@ -42,7 +42,7 @@ def counted(targets: Tensor, ignore_index: int) -> Tensor:
 
 def expect_targets(targets: Tensor, T: int, V: int, ignore_index: int) -> None:
     expect(targets.shape == (T,) and targets.dtype == torch.int64, f"targets [{T}] int64", targets)
-    if not known(targets):
+    if not values_on_host(targets):
         return
     wrong = targets[((targets < 0) | (targets >= V)) & (targets != ignore_index)]
     expect(len(wrong) == 0, f"targets in 0..{V - 1} or {ignore_index}", wrong[:4].tolist())

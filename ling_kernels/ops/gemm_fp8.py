@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backend import _C, backend
-from ..op import E4M3, expect, multiprocessors, op, wide
+from ..op import E4M3, expect, multiprocessors, op, upcast
 from .quantize import BLOCK, row_scale_layout
 from .transpose_fp8 import transpose_fp8
 from .triton_fp8 import quantize_along
@@ -53,7 +53,7 @@ def gemm_fp8_ref(a, a_scale, b, b_scale, out=None, accumulate=False, dtype=torch
     d = scaled_product(a, a_scale, b, b_scale)
     if out is None:
         return d if d.dtype == torch.float64 else d.to(dtype)
-    return out.copy_(wide(out) + d if accumulate else d)
+    return out.copy_(upcast(out) + d if accumulate else d)
 
 
 def scaled_product(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..op import expect, wide
+from ..op import expect, upcast
 
 
 def grad_norm(grads: Sequence[Tensor]) -> Tensor:
@@ -25,5 +25,5 @@ def grad_norm_ref(grads):
     if not grads:
         return torch.zeros(())
     # a few launches for all; torch.nn.utils.get_total_norm, which is this, would round norms of bf16 tensors to bf16
-    norms = torch._foreach_norm(list(grads), 2, dtype=wide(grads[0].new_empty(0)).dtype)
+    norms = torch._foreach_norm(list(grads), 2, dtype=upcast(grads[0].new_empty(0)).dtype)
     return torch.linalg.vector_norm(torch.stack(norms))

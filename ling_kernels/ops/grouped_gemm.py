@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backend import backend
-from ..op import autocast, expect, multiprocessors, op, wide
+from ..op import autocast, expect, multiprocessors, op, upcast
 from .gemm_fp8 import find_group, place_in_group, provide_scratch
 from .grouped_wgrad import grouped_wgrad_fwd
 
@@ -31,8 +31,8 @@ def grouped_gemm_ref(a, b, offsets):
     # split and unbind: the gradient of an index would be a zero tensor as large as b for every expert
     *groups, rest = a.split([*rows, len(a) - sum(rows)])
     with torch.autocast(a.device.type, enabled=False):
-        parts = [wide(x) @ wide(w).T for x, w in zip(groups, b.unbind(), strict=True)]
-    return torch.cat([*parts, wide(a).new_zeros(len(rest), b.shape[1])]).to(a.dtype)
+        parts = [upcast(x) @ upcast(w).T for x, w in zip(groups, b.unbind(), strict=True)]
+    return torch.cat([*parts, upcast(a).new_zeros(len(rest), b.shape[1])]).to(a.dtype)
 
 
 class GroupedGemm(torch.autograd.Function):
@@ -79,7 +79,7 @@ def grouped_gemm_fwd(a: Tensor, b: Tensor, offsets: Tensor, y: Tensor, zero_rest
         with torch.autocast(a.device.type, enabled=False):
             for e, (lo, hi) in enumerate(zip(bounds, bounds[1:], strict=False)):
                 if lo < hi:
-                    y[lo:hi] = wide(a[lo:hi]) @ wide(b[e]).T
+                    y[lo:hi] = upcast(a[lo:hi]) @ upcast(b[e]).T
         y[bounds[-1] :] = 0
         return
     if not y.numel():

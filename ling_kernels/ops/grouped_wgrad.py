@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backend import _C, backend
-from ..op import E4M3, expect, op, wide
+from ..op import E4M3, expect, op, upcast
 from .gemm_fp8 import (
     BLOCK,
     aligned,
@@ -76,13 +76,13 @@ def grouped_wgrad_ref(
             blocks = slice(lo // BLOCK, hi // BLOCK)
             return scaled_product(dy[:, lo:hi], dy_scale[:, blocks], x[:, lo:hi], x_scale[:, blocks])
         with torch.autocast(dy.device.type, enabled=False):
-            return wide(dy[lo:hi]).T @ wide(x[lo:hi])
+            return upcast(dy[lo:hi]).T @ upcast(x[lo:hi])
 
     if out is None:
         dw = torch.stack([of_expert(e) for e in range(len(bounds) - 1)])
         return dw if dw.dtype == torch.float64 else dw.to(dtype)
     for e, w in enumerate(out):  # one at a time: all experts' gradients are large
-        w.copy_(wide(w) + of_expert(e) if accumulate else of_expert(e))
+        w.copy_(upcast(w) + of_expert(e) if accumulate else of_expert(e))
     return out
 
 

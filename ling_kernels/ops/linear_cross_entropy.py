@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backend import backend
-from ..op import autocast, expect, op, wide
+from ..op import autocast, expect, op, upcast
 from .cross_entropy import counted, cross_entropy_fwd, cross_entropy_ref, expect_targets
 
 
@@ -33,13 +33,13 @@ def linear_cross_entropy(
 
 
 def linear_cross_entropy_ref(x, w, targets, ignore_index=-100, reduction="mean", chunk=1024):
-    return cross_entropy_ref(wide(x) @ wide(w).T, targets, ignore_index, reduction)
+    return cross_entropy_ref(upcast(x) @ upcast(w).T, targets, ignore_index, reduction)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, targets, ignore_index, mean, chunk, wants_dx, wants_dw):
-        loss = torch.empty((), dtype=wide(x).dtype, device=x.device)
+        loss = torch.empty((), dtype=upcast(x).dtype, device=x.device)
         dx, dw = (torch.empty_like(t) if wanted else t.new_empty(0) for t, wanted in ((x, wants_dx), (w, wants_dw)))
         linear_cross_entropy_fwd(x, w, targets, loss, dx, dw, ignore_index, mean, chunk)
         ctx.save_for_backward(dx, dw)
@@ -48,7 +48,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dloss):
         dx, dw = ctx.saved_tensors
-        dx, dw = ((wide(g) * dloss).to(g.dtype) if g.ndim == 2 else None for g in (dx, dw))
+        dx, dw = ((upcast(g) * dloss).to(g.dtype) if g.ndim == 2 else None for g in (dx, dw))
         return dx, dw, None, None, None, None, None, None
 
 
@@ -62,7 +62,7 @@ def linear_cross_entropy_fwd(
     kernels = backend(x) != "torch" and torch.float64 not in (x.dtype, w.dtype)
     narrow = kernels and x.dtype == w.dtype == torch.bfloat16 and mm_widens(x)
     mm = partial(torch.mm, out_dtype=torch.float32) if narrow else torch.mm
-    x, w = (x, w) if narrow else (wide(x), wide(w))
+    x, w = (x, w) if narrow else (upcast(x), upcast(w))
     wants_dx, wants_dw = dx.ndim == 2, dw.ndim == 2
     wide_dw = torch.zeros_like(w, dtype=loss.dtype) if wants_dw else None
     losses = loss.new_empty(len(x))

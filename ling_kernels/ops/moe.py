@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..op import autocast, expect
-from .dispatch import dispatch
+from .dispatch import Plan, dispatch
 from .gemm_fp8 import gemm_fp8
 from .grouped_gemm import grouped_gemm
 from .grouped_gemm_fp8 import grouped_gemm_fp8
@@ -37,16 +37,16 @@ def moe(
     topk: int = 8,
     scale: float = 2.5,
     z_loss: float | None = None,
-    fold_weights: bool = False,
+    experts: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """x [T, H], router_w [E, H], bias [E] fp32, w_gate_up [E, 2F, H], w_down [E, H, F] -> y [T, H], counts [E] int32.
 
     shared is (w_gate_up [2Fs, H], w_down [H, Fs]) of the shared expert, which no weight scales. mask [T] bool: False
-    for padding, which no expert sees. z_loss, a coefficient, appends that loss. The routing arguments are `route`'s.
-    fold_weights=False applies the routing weights after the down projection in fp32, as the official inference code;
-    True folds them into SwiGLU, as its training code does. They differ by rounding only.
+    for padding, which no expert sees. z_loss, a coefficient, appends that loss. experts [T, topk] int32 forces the
+    choice of experts. The routing arguments are `route`'s. The routing weights are applied after the down projection,
+    in fp32, as in the official inference code.
     A weight may be FP8, a pair (w_q, w_scale) as `quantize_weight` returns it; it gets no gradient and passes none on.
-    Its expert quantises SwiGLU of the fp32 product for the next one; fold_weights rounds that product to x's dtype.
+    Its expert quantises SwiGLU of the fp32 product for the next one.
     Otherwise gradients go to x, router_w and all weights. Raises ValueError for operands that do not fit, and where x
     wants a gradient through FP8 experts.
     """
@@ -60,23 +60,36 @@ def moe(
     expect(not (fp8 and torch.is_grad_enabled() and x.requires_grad), "no gradient to x where weights are FP8", x)
 
     weights, experts, counts, *z = route(
-        router_gemm(x, router_w), bias, mask, num_groups, group_topk, topk, scale, z_loss
+        router_gemm(x, router_w), bias, mask, num_groups, group_topk, topk, scale, z_loss, experts
     )
-    plan = dispatch(experts, counts)
-    folded = weights.flatten()[plan.source.long()] if fold_weights else None
     (x,) = autocast(x)
-    if fp8:
+    y = expert_mlp(x, dispatch(experts, counts), weights, w_gate_up, w_down)
+    if shared is not None:
+        y = y + linear(swiglu(linear(x, shared[0])), shared[1])
+    return y, counts, *z
+
+
+def expert_mlp(
+    x: Tensor, plan: Plan, weights: Tensor | None, w_gate_up: Weight, w_down: Weight, fold_weights: bool = False
+) -> Tensor:
+    """Every token through its experts: x [T, H], a plan of T tokens, weights [T, topk] fp32 or None (all 1) -> [T, H].
+
+    w_gate_up [E, 2F, H] and w_down [E, H, F], as `moe` takes them. fold_weights=False applies the routing weights after
+    the down projection, in fp32; True folds them into SwiGLU, as the official training code does. They differ by
+    rounding. Gradients as `moe`'s.
+    """
+    folded = None
+    if fold_weights and weights is not None:  # a slot that no expert owns has no gradient, whatever its row holds
+        folded = weights.masked_fill(plan.slot < 0, 0).flatten()[plan.source.long()]
+    if isinstance(w_gate_up, tuple):
         # The product finds its rows of x by itself and, where no weight comes between, writes SwiGLU's FP8 alone.
         product = partial(grouped_gemm_fp8, *quantize(x), *w_gate_up, plan.offsets, plan)
-        h = swiglu(product(dtype=x.dtype), folded, quantize=True) if fold_weights else product(swiglu=True)
+        h = product(swiglu=True) if folded is None else swiglu(product(dtype=x.dtype), folded, quantize=True)
         h = grouped_gemm_fp8(*h, *w_down, plan.offsets, dtype=x.dtype)
     else:
         h = grouped_gemm(permute(x, plan), w_gate_up, plan.offsets)
         h = grouped_gemm(swiglu(h, folded), w_down, plan.offsets)
-    y = unpermute(h, plan, None if fold_weights else weights)
-    if shared is not None:
-        y = y + linear(swiglu(linear(x, shared[0])), shared[1])
-    return y, counts, *z
+    return unpermute(h, plan, None if fold_weights else weights)
 
 
 def linear(x: Tensor, w: Weight) -> Tensor:

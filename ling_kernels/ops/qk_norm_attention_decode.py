@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..backend import _C, backend
-from ..op import E4M3, expect, known, op
+from ..op import E4M3, expect, op, values_on_host
 from .attention_decode import (
     FLOATS,
     KVCache,
@@ -61,7 +61,7 @@ def qk_norm_attention_decode(
            qkv, cache.k)  # fmt: skip
     expect_norm(qkv, q_weight, k_weight, cos, sin)
     expect_table(block_table, lengths, qkv, cache)
-    if known(lengths):
+    if values_on_host(lengths):
         longest = int(lengths.max()) if B else 0
         expect(longest <= len(cos), f"positions in 0..{len(cos) - 1}, the rows of cos and sin", longest - 1)
     Hq = H - 2 * Hkv

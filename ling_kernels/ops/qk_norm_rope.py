@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from ..backend import _C, backend
-from ..op import expect, known, multiprocessors, op, wide
+from ..op import expect, multiprocessors, op, upcast, values_on_host
 from .attention_decode import KVCache, append, expect_cache
 from .qk_norm_rope_kernels import qk_norm_rope_bwd_kernel, qk_norm_rope_fwd_kernel
 
@@ -60,7 +60,7 @@ def expect_heads(qkv, q_weight, k_weight, cos, sin, positions, num_kv_heads) -> 
     expect(positions.shape == (T,) and positions.dtype in (torch.int32, torch.int64),
            "positions [T] int32 or int64", positions, qkv)  # fmt: skip
     expect(positions.device == qkv.device, "positions on the device of qkv", positions.device, qkv.device)
-    if T and known(positions):
+    if T and values_on_host(positions):
         low, high = int(positions.min()), int(positions.max())
         expect(low >= 0 and high < len(cos), f"positions in 0..{len(cos) - 1}, the rows of cos and sin", low, high)
 
@@ -91,9 +91,9 @@ def qk_norm_rope_ref(
 
 
 def head_norm(x: Tensor, w: Tensor, eps: float, round_first: bool) -> Tensor:
-    xw = wide(x)
+    xw = upcast(x)
     xhat = xw * (xw.square().mean(-1, keepdim=True) + eps).rsqrt()
-    return (wide(xhat.to(x.dtype)) if round_first else xhat) * wide(w)
+    return (upcast(xhat.to(x.dtype)) if round_first else xhat) * upcast(w)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backend import _C, backend
-from ..op import E4M3, expect, multiprocessors, op, round_up, wide
+from ..op import E4M3, expect, multiprocessors, op, round_up, upcast
 from .dispatch import Plan
 from .triton_fp8 import fp8_amax, fp8_round, fp8_scale, store_columns, store_rows, tile_rows
 
@@ -51,7 +51,7 @@ def quantize(
 
 
 def quantize_ref(x, rows=True, columns=False, plan=None, pow2=False, statistics=False):
-    x = wide(x.detach())
+    x = upcast(x.detach())
     out = []
     if rows:
         x_q, x_scale = quantize_blocks(x, 1, BLOCK, pow2)
@@ -92,7 +92,7 @@ def quantize_weight(w: Tensor, pow2: bool = False, out: tuple[Tensor, Tensor] | 
 
 
 def quantize_weight_ref(w, pow2=False):
-    return quantize_blocks(wide(w.detach()), BLOCK, BLOCK, pow2)
+    return quantize_blocks(upcast(w.detach()), BLOCK, BLOCK, pow2)
 
 
 def quantize_blocks(x: Tensor, block_m: int, block_n: int, pow2: bool) -> tuple[Tensor, Tensor]:
@@ -116,7 +116,7 @@ def dequantize(q: Tensor, scale: Tensor) -> Tensor:
     """q [..., M, N] times its scale [..., M/bm, N/bn]; the block sizes follow from the shapes. fp32, or fp64."""
     for dim in (-2, -1):
         scale = scale.repeat_interleave(q.shape[dim] // max(scale.shape[dim], 1), dim)
-    return wide(q) * wide(scale)
+    return upcast(q) * upcast(scale)
 
 
 def row_scale_layout(scale: Tensor) -> Tensor:

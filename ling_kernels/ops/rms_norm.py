@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backend import _C, backend
-from ..op import expect, multiprocessors, op, round_up, wide
+from ..op import expect, multiprocessors, op, round_up, upcast
 from .quantize import BLOCK, empty_fp8, quantize_ref, vectors
 from .triton_fp8 import quantize_along, store_columns
 
@@ -49,12 +49,12 @@ def rms_norm(
 
 
 def rms_norm_ref(x, w, residual=None, eps=1e-6, quantize=False, columns=False, round_first=False):
-    total = x if residual is None else (wide(x) + wide(residual)).to(residual.dtype)
-    xw = wide(total)
+    total = x if residual is None else (upcast(x) + upcast(residual)).to(residual.dtype)
+    xw = upcast(total)
     xhat = xw * (xw.square().mean(-1, keepdim=True) + eps).rsqrt()
     if round_first:
-        xhat = wide(xhat.to(x.dtype))
-    y = xhat * wide(w)
+        xhat = upcast(xhat.to(x.dtype))
+    y = xhat * upcast(w)
     out = [y.to(x.dtype)] + ([] if residual is None else [total])
     if quantize or columns:
         out += quantize_ref(y, quantize, columns)

@@ -11,10 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import _C, backend
-from ..op import expect, op, wide
+from ..op import expect, first_derivative_only, op, rows_aligned, upcast, use_reference, values_on_host
 
-SIZES = {(256, 8, 4, 8), (16, 4, 2, 4)}  # experts, groups, groups kept, experts kept: what CUDA is built for
+SIZES = {(256, 8, 4, 8), (16, 4, 2, 4)}  # (E, num_groups, group_topk, topk) that csrc/ is compiled for
 
 
 def route(
@@ -26,13 +25,16 @@ def route(
     topk: int = 8,
     scale: float = 2.5,
     z_loss: float | None = None,
+    experts: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """logits [T, E] fp32, bias [E] fp32, mask [T] bool (False: a padding token, routed nowhere) ->
 
     weights [T, topk] fp32, experts [T, topk] int32, counts [E] int32, and, given a coefficient z_loss, that loss as a
     scalar. Masked tokens get expert -1 and weight 0, and neither the counts nor the loss see them. NaN logits still
-    give topk distinct experts in range. Gradient: to logits, through weights and z_loss. Raises ValueError for shapes
-    or sizes that do not fit.
+    give topk distinct experts in range. Gradient: to logits, through weights and z_loss.
+    experts [T, topk] int32 forces the choice, as when a rollout's routing is replayed: weights are those of the given
+    experts from these logits, bias and groups decide nothing. A row is distinct experts, or all -1 for a padding token.
+    Raises ValueError for shapes or sizes that do not fit.
     """
     T, E = logits.shape if logits.ndim == 2 else (0, 0)
     fits = E > 0 and bias.shape == (E,) and logits.dtype == bias.dtype
@@ -43,45 +45,63 @@ def route(
            and 1 <= topk <= group_topk * per_group,
            "num_groups that divides E, group_topk <= num_groups, topk <= group_topk * E / num_groups",
            E, num_groups, group_topk, topk)  # fmt: skip
-    if backend(logits) == "torch" or logits.dtype == torch.float64:
-        return route_ref(logits, bias, mask, num_groups, group_topk, topk, scale, z_loss)
-    *routed, lse = Route.apply(logits, bias, mask, num_groups, group_topk, topk, scale, z_loss is not None)
+    if experts is not None:
+        fits = experts.shape == (T, topk) and experts.dtype == torch.int32
+        expect(fits, "experts [T, topk] int32", experts, logits, topk)
+        if values_on_host(experts):
+            expect(((experts >= -1) & (experts < E)).all(), f"experts from -1 to {E - 1}", experts)
+    if use_reference("route", logits):
+        return route_ref(logits, bias, mask, num_groups, group_topk, topk, scale, z_loss, experts)
+    if experts is None:
+        *routed, lse = Route.apply(logits, bias, mask, num_groups, group_topk, topk, scale, z_loss is not None)
+    else:
+        experts = experts if mask is None else experts.masked_fill(~mask[:, None], -1)
+        weights, counts, lse = RouteForced.apply(logits, experts, scale, z_loss is not None)
+        routed = weights, experts, counts
     if z_loss is None:
         return tuple(routed)
-    tokens = max(T, 1) if mask is None else mask.sum().clamp(min=1)
+    tokens = max(T, 1) if mask is None and experts is None else (routed[1][:, 0] >= 0).sum().clamp(min=1)
     return *routed, z_loss * lse.square().sum() / tokens
 
 
-def route_ref(logits, bias, mask=None, num_groups=8, group_topk=4, topk=8, scale=2.5, z_loss=None):
+def route_ref(logits, bias, mask=None, num_groups=8, group_topk=4, topk=8, scale=2.5, z_loss=None, experts=None):
     T, E = logits.shape
-    logits = wide(logits)
-    s = logits.sigmoid()
-    with torch.no_grad():
-        b = (s + bias).nan_to_num(nan=-1e30)  # a NaN loses against every number
-        groups = b.view(T, num_groups, E // num_groups)
-        group_score = groups.sort(-1, descending=True).values[..., :2].sum(-1)
-        best = lowest_first(group_score, group_topk)
-        keep = torch.zeros_like(group_score, dtype=torch.bool).scatter_(1, best, True)
-        experts = lowest_first(groups.masked_fill(~keep[..., None], -torch.inf).flatten(1), topk)
-    w = s.gather(1, experts)
-    weights = w / (w.sum(-1, keepdim=True) + 1e-20) * scale
-    experts = experts.int()
+    logits = upcast(logits)
+    s = scores(logits)
+    if experts is None:
+        experts = best_experts(s, bias, num_groups, group_topk, topk)
     if mask is not None:
-        weights = weights.masked_fill(~mask[:, None], 0)
         experts = experts.masked_fill(~mask[:, None], -1)
+    routed = experts >= 0
+    w = s.gather(1, experts.clamp(min=0).long()).masked_fill(~routed, 0)
+    weights = w / (w.sum(-1, keepdim=True) + 1e-20) * scale
     counts = torch.zeros(E + 1, dtype=torch.int32, device=logits.device)
     chosen = experts.flatten().long()
     counts = counts.index_add(0, chosen % (E + 1), torch.ones_like(chosen, dtype=torch.int32))[:E]  # -1 % (E+1) is E
-    routed = weights, experts, counts
-    return routed if z_loss is None else (*routed, mean_square_lse(logits, mask, z_loss))
+    out = weights, experts.int(), counts
+    return out if z_loss is None else (*out, mean_square_lse(logits, routed[:, 0], z_loss))
 
 
-def mean_square_lse(logits: Tensor, mask: Tensor | None, coefficient: float) -> Tensor:
-    """The z-loss; 0 where no token counts."""
+def scores(logits: Tensor) -> Tensor:
+    """The score function, which is defined in three places: here, below for Triton, and in csrc/moe/route.cuh."""
+    return logits.sigmoid()
+
+
+@torch.no_grad()
+def best_experts(s: Tensor, bias: Tensor, num_groups: int, group_topk: int, topk: int) -> Tensor:
+    """s [T, E] scores -> experts [T, topk], the best first: of the group_topk groups whose two best sum highest."""
+    T, E = s.shape
+    b = (s + bias).nan_to_num(nan=-1e30)  # a NaN loses against every number
+    groups = b.view(T, num_groups, E // num_groups)
+    group_score = groups.sort(-1, descending=True).values[..., :2].sum(-1)
+    keep = torch.zeros_like(group_score, dtype=torch.bool).scatter_(1, lowest_first(group_score, group_topk), True)
+    return lowest_first(groups.masked_fill(~keep[..., None], -torch.inf).flatten(1), topk)
+
+
+def mean_square_lse(logits: Tensor, routed: Tensor, coefficient: float) -> Tensor:
+    """The z-loss, over the tokens that are `routed` [T] bool; 0 where there is none."""
     squares = logits.logsumexp(-1).square()
-    if mask is None:
-        return coefficient * squares.sum() / max(len(logits), 1)
-    return coefficient * squares.masked_fill(~mask, 0).sum() / mask.sum().clamp(min=1)
+    return coefficient * squares.masked_fill(~routed, 0).sum() / routed.sum().clamp(min=1)
 
 
 def lowest_first(x: Tensor, k: int) -> Tensor:
@@ -105,12 +125,37 @@ class Route(torch.autograd.Function):
         return weights, experts, counts, lse
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx, dweights, dexperts, dcounts, dlse):
-        logits, experts, lse = ctx.saved_tensors
-        dlogits = logits.new_empty(logits.shape)
-        dlse = None if lse is None else dlse.contiguous()
-        route_bwd(logits, experts, dweights.contiguous(), lse, dlse, dlogits, ctx.scale)
-        return dlogits, *[None] * 7
+        return logits_gradient(ctx, dweights, dlse), *[None] * 7
+
+
+class RouteForced(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, experts, scale, with_lse):
+        logits = logits if logits.stride(1) == 1 else logits.contiguous()
+        experts = experts.contiguous()
+        weights = logits.new_empty(experts.shape)
+        counts = experts.new_empty(logits.shape[1])
+        lse = logits.new_empty(len(logits)) if with_lse else None
+        route_forced_fwd(logits, experts, weights, counts, lse, scale)
+        ctx.save_for_backward(logits, experts, lse)
+        ctx.mark_non_differentiable(counts)
+        ctx.scale = scale
+        return weights, counts, lse
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx, dweights, dcounts, dlse):
+        return logits_gradient(ctx, dweights, dlse), None, None, None
+
+
+def logits_gradient(ctx, dweights: Tensor, dlse: Tensor | None) -> Tensor:
+    logits, experts, lse = ctx.saved_tensors
+    dlogits = logits.new_empty(logits.shape)
+    dlse = None if lse is None else dlse.contiguous()
+    route_bwd(logits, experts, dweights.contiguous(), lse, dlse, dlogits, ctx.scale)
+    return dlogits
 
 
 def config() -> dict:
@@ -120,7 +165,18 @@ def config() -> dict:
     return dict(BLOCK_T=1, num_warps=1)
 
 
-@op("experts", "weights", "counts", "lse")
+def unsupported_size(num_experts: int, num_groups: int, group_topk: int, topk: int) -> str | None:
+    if (num_experts, num_groups, group_topk, topk) in SIZES:
+        return None
+    return f"{num_experts} experts in {num_groups} groups, the best {topk} experts of {group_topk} groups"
+
+
+def unsupported_fwd(logits, bias, mask, experts, weights, counts, lse, num_groups, group_topk, topk, scale):
+    size = unsupported_size(logits.shape[1], num_groups, group_topk, topk)
+    return size or (None if rows_aligned(logits, bias) else "logits whose rows do not start at multiples of 16 bytes")
+
+
+@op("experts", "weights", "counts", "lse", cuda=unsupported_fwd)
 def route_fwd(
     logits: Tensor,
     bias: Tensor,
@@ -136,9 +192,6 @@ def route_fwd(
 ) -> None:
     """mask [T] uint8; counts are zeroed first; lse [T] is the log-sum-exp of logits, 0 for masked tokens."""
     T, E = logits.shape
-    fits = (E, num_groups, group_topk, topk) in SIZES and in_vectors(logits) and in_vectors(bias)
-    if backend(logits) == "cuda" and fits:
-        return _C.route_fwd(logits, bias, mask, experts, weights, counts, lse, num_groups, group_topk, topk, scale)
     counts.zero_()
     chosen = config()
     if T:
@@ -150,15 +203,36 @@ def route_fwd(
         )  # fmt: skip
 
 
-@op("dlogits")
+@op("weights", "counts", "lse")
+def route_forced_fwd(
+    logits: Tensor, experts: Tensor, weights: Tensor, counts: Tensor, lse: Tensor | None, scale: float
+) -> None:
+    """experts [T, topk] are given; a row of -1 has weights and lse 0. counts are zeroed first."""
+    T, E = logits.shape
+    topk = experts.shape[1]
+    counts.zero_()
+    chosen = config()
+    if T:
+        route_forced_kernel[(triton.cdiv(T, chosen["BLOCK_T"]),)](
+            logits, experts, weights, counts, lse, T, E, logits.stride(0), scale,
+            TOPK=topk, BLOCK_K=triton.next_power_of_2(topk), BLOCK_E=triton.next_power_of_2(E), **chosen,
+        )  # fmt: skip
+
+
+def unsupported_bwd(logits, experts, dweights, lse, dlse, dlogits, scale) -> str | None:
+    E, topk = logits.shape[1], experts.shape[1]
+    if E % 4 or E > 1024 or topk > 32:
+        return f"the backward for {E} experts, top-{topk}"
+    return None if rows_aligned(logits) else "logits whose rows do not start at multiples of 16 bytes"
+
+
+@op("dlogits", cuda=unsupported_bwd)
 def route_bwd(
     logits: Tensor, experts: Tensor, dweights: Tensor, lse: Tensor | None, dlse: Tensor | None, dlogits: Tensor,
     scale: float,
 ) -> None:  # fmt: skip
     T, E = logits.shape
     topk = experts.shape[1]
-    if backend(logits) == "cuda" and E % 4 == 0 and E <= 1024 and topk <= 32 and in_vectors(logits):
-        return _C.route_bwd(logits, experts, dweights, lse, dlse, dlogits, scale)
     chosen = config()
     if T:
         route_bwd_kernel[(triton.cdiv(T, chosen["BLOCK_T"]),)](
@@ -167,9 +241,24 @@ def route_bwd(
         )  # fmt: skip
 
 
-def in_vectors(x: Tensor) -> bool:
-    """Whether every row starts at a multiple of 16 bytes, which CUDA reads at once."""
-    return x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and (x.ndim == 1 or x.stride(0) % 4 == 0)
+@triton.jit
+def row_statistic(x):
+    """What `score_of` needs of logits [BLOCK_T, n], n all experts or the chosen ones -> [BLOCK_T, 1]; sigmoid: nothing.
+
+    The weights are normalised, so that the scores of the chosen experts may lack a factor of their row.
+    """
+    return tl.zeros((x.shape[0], 1), tl.float32)
+
+
+@triton.jit
+def score_of(x, statistic):
+    return tl.sigmoid(x)
+
+
+@triton.jit
+def score_derivative(s):
+    """ds/dx at score s, for the gradient through normalised weights."""
+    return s * (1 - s)
 
 
 LOWEST = tl.constexpr(-(2**31))  # below the key of every number: not there, or taken
@@ -215,7 +304,7 @@ def route_kernel(
     x = tl.load(row[:, None] + expert[None, :], mask=(t < T)[:, None] & exists[None, :], other=-float("inf"))
 
     # The biased scores, as torch.nan_to_num(nan=-1e30) makes them
-    b = tl.sigmoid(x) + tl.load(bias + expert, mask=exists, other=0.0)[None, :]
+    b = score_of(x, row_statistic(x)) + tl.load(bias + expert, mask=exists, other=0.0)[None, :]
     b = tl.where(b != b, -1e30, tl.minimum(tl.maximum(b, -3.4028234663852886e38), 3.4028234663852886e38))
     key = tl.where(exists[None, :], key_of(b), LOWEST)
 
@@ -242,17 +331,53 @@ def route_kernel(
     if mask is not None:
         routed &= tl.load(mask + t, mask=t < T, other=0) != 0
     own = (t < T)[:, None] & (k < TOPK)
-    s = tl.where(own, tl.sigmoid(tl.load(row[:, None] + chosen, mask=own, other=0.0)), 0.0)
-    w = s / (tl.sum(s, 1)[:, None] + 1e-20) * scale
+    w = normalised_weights(row, chosen, own & routed[:, None], scale)
     at = t.to(tl.int64)[:, None] * TOPK + k
-    tl.store(weights + at, tl.where(routed[:, None], w, 0.0), mask=own)
+    tl.store(weights + at, w, mask=own)
     tl.store(experts + at, tl.where(routed[:, None], chosen, -1), mask=own)
     tl.atomic_add(counts + chosen, 1, mask=own & routed[:, None], sem="relaxed")
     if lse is not None:
-        top = tl.max(x, 1)
-        top = tl.where(tl.abs(top) == float("inf"), 0.0, top)
-        total = tl.log(tl.sum(tl.exp(x - top[:, None]), 1)) + top
-        tl.store(lse + t, tl.where(routed, total, 0.0), mask=t < T)
+        tl.store(lse + t, tl.where(routed, log_sum_exp(x), 0.0), mask=t < T)
+
+
+@triton.jit
+def normalised_weights(row, chosen, routed, scale):
+    """The scores of the chosen experts over their sum, times scale; 0 where `routed` is False."""
+    s = chosen_scores(row, chosen, routed)
+    return s / (tl.sum(s, 1)[:, None] + 1e-20) * scale
+
+
+@triton.jit
+def chosen_scores(row, chosen, routed):
+    x = tl.load(row[:, None] + chosen, mask=routed, other=-float("inf"))
+    return tl.where(routed, score_of(x, row_statistic(x)), 0.0)
+
+
+@triton.jit
+def log_sum_exp(x):
+    top = tl.max(x, 1)
+    top = tl.where(tl.abs(top) == float("inf"), 0.0, top)
+    return tl.log(tl.sum(tl.exp(x - top[:, None]), 1)) + top
+
+
+@triton.jit
+def route_forced_kernel(
+    logits, experts, weights, counts, lse, T, E, ld, scale,
+    TOPK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    row = logits + t.to(tl.int64) * ld
+    k = tl.arange(0, BLOCK_K)[None, :]
+    own = (t < T)[:, None] & (k < TOPK)
+    at = t.to(tl.int64)[:, None] * TOPK + k
+    chosen = tl.load(experts + at, mask=own, other=-1)
+    routed = chosen >= 0
+    tl.store(weights + at, normalised_weights(row, chosen, routed, scale), mask=own)
+    tl.atomic_add(counts + chosen, 1, mask=routed, sem="relaxed")
+    if lse is not None:
+        e = tl.arange(0, BLOCK_E)[None, :]
+        x = tl.load(row[:, None] + e, mask=(t < T)[:, None] & (e < E), other=-float("inf"))
+        tl.store(lse + t, tl.where(tl.max(chosen, 1) >= 0, log_sum_exp(x), 0.0), mask=t < T)
 
 
 @triton.jit
@@ -260,18 +385,18 @@ def route_bwd_kernel(
     logits, experts, dweights, lse, dlse, dlogits, T, E, ld, scale,
     TOPK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    # With z = sum + 1e-20:  ds = scale / z * (dw - sum(s * dw) / z),  dlogits = ds * s * (1 - s) + dlse * softmax
+    # With z = sum + 1e-20:  ds = scale / z * (dw - sum(s * dw) / z),  dlogits = ds * score'(x) + dlse * softmax
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     row = logits + t.to(tl.int64) * ld
     k, e = tl.arange(0, BLOCK_K)[None, :], tl.arange(0, BLOCK_E)[None, :]
     at = t.to(tl.int64)[:, None] * TOPK + k
     chosen = tl.load(experts + at, mask=(t < T)[:, None] & (k < TOPK), other=-1)
-    here = chosen >= 0
-    s = tl.where(here, tl.sigmoid(tl.load(row[:, None] + chosen, mask=here, other=0.0)), 0.0)
-    dw = tl.load(dweights + at, mask=here, other=0.0)
+    routed = chosen >= 0
+    s = chosen_scores(row, chosen, routed)
+    dw = tl.load(dweights + at, mask=routed, other=0.0)
     z = tl.sum(s, 1)[:, None] + 1e-20
-    d = scale / z * (dw - tl.sum(s * dw, 1)[:, None] / z) * s * (1 - s)
-    dx = tl.sum(tl.where(here[:, :, None] & (chosen[:, :, None] == e[:, None, :]), d[:, :, None], 0.0), 1)
+    d = scale / z * (dw - tl.sum(s * dw, 1)[:, None] / z) * score_derivative(s)
+    dx = tl.sum(tl.where(routed[:, :, None] & (chosen[:, :, None] == e[:, None, :]), d[:, :, None], 0.0), 1)
     own = (t < T)[:, None] & (e < E)
     if lse is not None:
         routed = tl.load(experts + t.to(tl.int64) * TOPK, mask=t < T, other=-1) >= 0

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backend import backend
-from ..op import expect, multiprocessors, op, wide
+from ..op import expect, multiprocessors, op, upcast
 
 
 def router_gemm(x: Tensor, w: Tensor, passes: int = 3) -> Tensor:
@@ -27,7 +27,7 @@ def router_gemm(x: Tensor, w: Tensor, passes: int = 3) -> Tensor:
 
 
 def router_gemm_ref(x, w, passes=3):
-    x, w = wide(x), wide(w)
+    x, w = upcast(x), upcast(w)
     if passes == 2:
         w = w + (two_parts(w.detach()) - w.detach())
     with torch.autocast(x.device.type, enabled=False):

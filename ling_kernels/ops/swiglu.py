@@ -5,10 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import _C, backend
-from ..op import expect, multiprocessors, op, wide
+from ..op import expect, first_derivative_only, multiprocessors, op, rows_aligned, upcast, use_reference
 from .dispatch import Plan
-from .quantize import BLOCK, empty_fp8, quantize_ref, tiling, vectors
+from .quantize import BLOCK, empty_fp8, quantize_ref, tiling
 from .triton_fp8 import store_columns, store_rows, tile_rows
 
 
@@ -32,7 +31,7 @@ def swiglu(
            "weights [S] fp32 for x [S, 2F]", x, weights)  # fmt: skip
     expect(not quantize or (x.ndim == 2 and x.shape[1] % (2 * BLOCK) == 0), "x [S, 2F], F % 128 == 0, for FP8", x)
     expect(quantize or not (columns or pow2), "quantize=True with columns or pow2", quantize, columns, pow2)
-    if backend(x) == "torch" or torch.float64 in (x.dtype, weights is not None and weights.dtype):
+    if use_reference("swiglu", x, weights):
         return swiglu_ref(x, weights, quantize, columns, plan, pow2)
     if not quantize:
         return SwiGLU.apply(x.reshape(-1, x.shape[-1]), weights).view(*x.shape[:-1], x.shape[-1] // 2)
@@ -44,7 +43,7 @@ def swiglu(
 
 
 def swiglu_ref(x, weights=None, quantize=False, columns=False, plan=None, pow2=False):
-    gate, up = wide(x).chunk(2, -1)
+    gate, up = upcast(x).chunk(2, -1)
     y = torch.nn.functional.silu(gate) * up
     if weights is not None:
         y = y * weights[:, None]
@@ -71,7 +70,7 @@ def swiglu_backward(
     expect(weights is None or weights.shape == x.shape[:1], "weights [S]", weights, x)
     expect(not quantize or dy.shape[1] % BLOCK == 0, "F % 128 == 0 for FP8", dy)
     expect(quantize or not (columns or pow2), "quantize=True with columns or pow2", quantize, columns, pow2)
-    if backend(x) == "torch" or torch.float64 in (dy.dtype, x.dtype, weights is not None and weights.dtype):
+    if use_reference("swiglu_backward", x, dy, weights):
         return swiglu_backward_ref(dy, x, weights, quantize, columns, plan, pow2)
     dy, x, weights = (t if t is None else t.detach().contiguous() for t in (dy, x, weights))
     dx, dweights = None if quantize else torch.empty_like(x), None if weights is None else torch.empty_like(weights)
@@ -82,7 +81,7 @@ def swiglu_backward(
 
 
 def swiglu_backward_ref(dy, x, weights=None, quantize=False, columns=False, plan=None, pow2=False):
-    (gate, up), g, dweights = wide(x).chunk(2, -1), wide(dy), None
+    (gate, up), g, dweights = upcast(x).chunk(2, -1), upcast(dy), None
     sig = gate.sigmoid()
     if weights is not None:
         dweights = (g * gate * sig * up).sum(-1).to(weights.dtype)
@@ -101,11 +100,18 @@ class SwiGLU(torch.autograd.Function):
         return y
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx, dy):
         return swiglu_backward(dy, *ctx.saved_tensors)
 
 
-@op("y", "y_q", "y_scale", "yt_q", "yt_scale")
+def unsupported_fwd(x, weights, y, y_q, y_scale, yt_q, *others) -> str | None:
+    if y is not None and yt_q is not None:
+        return "a column-wise copy beside y"
+    return unsupported_rows(x, weights)
+
+
+@op("y", "y_q", "y_scale", "yt_q", "yt_scale", cuda=unsupported_fwd)
 def swiglu_fwd(
     x: Tensor,
     weights: Tensor | None,
@@ -118,14 +124,20 @@ def swiglu_fwd(
     padded_offsets: Tensor | None,
     pow2: bool,
 ) -> None:
-    if backend(x) == "cuda" and serves(x, weights) and (y is None or yt_q is None):
-        return _C.swiglu_fwd(x, weights, y, y_q, y_scale, yt_q, yt_scale, offsets, padded_offsets, pow2)
     grid, sizes = tiling(len(x), x.shape[1] // 2, y_scale, yt_q, offsets, multiprocessors(x.device))
     if grid[0]:
         swiglu_kernel[grid](x, weights, y, y_q, y_scale, yt_q, yt_scale, offsets, padded_offsets, POW2=pow2, **sizes)
 
 
-@op("dx", "dweights", "dx_q", "dx_scale", "dxt_q", "dxt_scale")
+def unsupported_bwd(dy, x, weights, dx, dweights, dx_q, dx_scale, dxt_q, *others) -> str | None:
+    if dxt_q is not None:
+        return "a column-wise copy of dx"
+    if dy.dtype != x.dtype or not rows_aligned(dy):
+        return "a dy of another dtype than x, or whose rows do not start at multiples of 16 bytes"
+    return unsupported_rows(x, weights)
+
+
+@op("dx", "dweights", "dx_q", "dx_scale", "dxt_q", "dxt_scale", cuda=unsupported_bwd)
 def swiglu_bwd(
     dy: Tensor,
     x: Tensor,
@@ -141,10 +153,6 @@ def swiglu_bwd(
     pow2: bool,
 ) -> None:
     M, F = dy.shape
-    if backend(x) == "cuda" and dxt_q is None and dy.dtype == x.dtype and vectors(dy) and serves(x, weights):
-        return _C.swiglu_bwd(
-            dy, x, weights, dx, dweights, dx_q, dx_scale, dxt_q, dxt_scale, offsets, padded_offsets, pow2
-        )  # fmt: skip
     ld_scale, M_pad = 0 if dx_scale is None else dx_scale.stride(1), 0 if dxt_q is None else dxt_q.shape[1]
     E = 0 if offsets is None else len(offsets) - 1
     chosen = config(F, dx_q is not None, dxt_q is not None, multiprocessors(x.device))
@@ -157,9 +165,10 @@ def swiglu_bwd(
         )  # fmt: skip
 
 
-def serves(x: Tensor, weights: Tensor | None) -> bool:
-    """Whether `_C` takes them: in vectors of 16 bytes, which both halves of a row start at."""
-    return x.shape[1] % 16 == 0 and vectors(x) and (weights is None or weights.dtype == torch.float32)
+def unsupported_rows(x: Tensor, weights: Tensor | None) -> str | None:
+    if x.shape[1] % 16 or not rows_aligned(x):
+        return "rows whose halves do not start at multiples of 16 bytes"
+    return None if weights is None or weights.dtype == torch.float32 else "weights that are not fp32"
 
 
 def config(F: int, fp8: bool, columns: bool, sms: int) -> dict:

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backend import _C, backend
-from ..op import expect, multiprocessors, op, wide
+from ..op import expect, multiprocessors, op, upcast
 from .dispatch import Plan
 
 
@@ -31,7 +31,7 @@ def unpermute_ref(y, plan, weights=None):
 
 def sum_slots(y: Tensor, slot: Tensor, weights: Tensor | None = None) -> Tensor:
     """The definition."""
-    total = wide(y).new_zeros(len(slot), y.shape[1])
+    total = upcast(y).new_zeros(len(slot), y.shape[1])
     for k in range(slot.shape[1]):
         row = rows_of(y, slot[:, k])
         total = total + (row if weights is None else weights[:, k, None] * row)
@@ -41,8 +41,8 @@ def sum_slots(y: Tensor, slot: Tensor, weights: Tensor | None = None) -> Tensor:
 def rows_of(y: Tensor, slot: Tensor) -> Tensor:
     """y[slot] widened, and zeros for slot -1."""
     if not len(y):
-        return wide(y).new_zeros(len(slot), y.shape[1])
-    return wide(y[slot.clamp(min=0).long()]).masked_fill((slot < 0)[:, None], 0)
+        return upcast(y).new_zeros(len(slot), y.shape[1])
+    return upcast(y[slot.clamp(min=0).long()]).masked_fill((slot < 0)[:, None], 0)
 
 
 class UnpermuteRef(torch.autograd.Function):
@@ -59,13 +59,13 @@ class UnpermuteRef(torch.autograd.Function):
         S, topk = len(source), slot.shape[1]
         dy = dweights = None
         if ctx.needs_input_grad[0]:
-            dy = wide(dout[source.long() // topk])
+            dy = upcast(dout[source.long() // topk])
             if weights is not None:
                 dy = dy * weights.flatten()[source.long()][:, None]
             unowned = torch.arange(S, device=y.device) >= offsets[-1]
             dy = dy.masked_fill(unowned[:, None], 0).to(y.dtype)
         if weights is not None and ctx.needs_input_grad[1]:
-            dots = [(rows_of(y, slot[:, k]) * wide(dout)).sum(-1) for k in range(topk)]
+            dots = [(rows_of(y, slot[:, k]) * upcast(dout)).sum(-1) for k in range(topk)]
             dweights = torch.stack(dots, 1)
         return dy, dweights, None, None, None
 

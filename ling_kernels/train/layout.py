@@ -21,8 +21,7 @@ from ..model import Ling, LingConfig
 from ..model.packing import pack
 from ..model.transformer import LingOutput
 from ..nn import Experts, MoE, Rows
-from ..nn.fp8 import Fp8Experts
-from ..ops.dispatch import dispatch
+from ..ops.dispatch import Plan, dispatch
 from ..ops.permute import permute
 from ..ops.unpermute import unpermute
 from .settings import Settings
@@ -105,8 +104,9 @@ class Rank:
         model = Ling(c) if self.layout.pp == 1 else Stage(part, self.stage == 0, last)
         if self.layout.ep > 1:
             for layer in [*model.layers, *(mtp.layer for mtp in model.mtp)]:
-                if isinstance(layer.mlp, MoE):
-                    layer.mlp = ExpertParallel(layer.mlp, c, self.layout.ep, self.worst)
+                if isinstance(moe := layer.mlp, MoE):
+                    moe.experts = Experts(c.num_experts // self.layout.ep, c.hidden_size, c.moe_intermediate_size)
+                    moe.exchange = ExpertParallel(moe, self.layout.ep, self.worst)
         return model
 
     def in_flight(self, micro_batches: int) -> int:
@@ -185,39 +185,46 @@ class AllToAll(torch.autograd.Function):
         return dx, None, None
 
 
-class ExpertParallel(MoE):
-    """MoE of which 1 / ep of the experts are here: a row for every slot goes to its expert's GPU in the activations'
-    precision and comes back. With an even load as many rows come as go; the worst case is in `received`."""
+class ReceivedPlan(Plan):
+    """The plan of received rows, with the sender's plan and the routing weights that `combine` applies."""
 
-    mark = staticmethod(lambda t: None)  # told of every buffer of the exchange
+    sent: Plan
+    weights: Tensor | None
 
-    def __init__(self, moe: MoE, c: LingConfig, ep: int, worst: bool):
-        super().__init__(moe.router, Experts(c.num_experts // ep, c.hidden_size, c.moe_intermediate_size),
-                         moe.shared_experts)  # fmt: skip
+
+class ExpertParallel:
+    """The exchange of an MoE layer of which 1 / ep of the experts are here, with faked communication.
+
+    A row for every slot goes to its expert's GPU in the activations' precision and comes back. With an even load a GPU
+    receives as many rows as it sends; `received` has the worst case.
+    """
+
+    local = False
+    mark = staticmethod(lambda t: None)  # called with every buffer of the exchange
+
+    def __init__(self, moe: MoE, ep: int, worst: bool):
         self.ep, self.worst = ep, worst
+        self.num_experts = len(moe.experts.gate_up)  # here
+        self.moe = [moe]  # its experts may become FP8 later; in a list, as an exchange is no module
 
-    def received(self, tokens: int) -> int:
-        """Rows that come to this GPU."""
-        topk = self.router.limits["topk"]
-        return self.ep * tokens * min(topk, len(self.experts.gate_up)) if self.worst else tokens * topk
+    def received(self, slots: int, topk: int) -> int:
+        """Rows that this GPU receives."""
+        return self.ep * slots // topk * min(topk, self.num_experts) if self.worst else slots
 
-    def forward(self, x: Tensor, z_loss: float | None = None) -> tuple[Tensor, Tensor | None]:
-        weights, experts, counts, z = self.router(x, z_loss)
-        plan = dispatch(experts, counts)
-        R, local = self.received(len(x)), len(self.experts.gate_up)
-        sent = permute(x, plan)
-        self.mark(sent)
-        rows = AllToAll.apply(sent, R, self.mark)
-        del sent
-        here = dispatch(experts.new_empty(R, 1), counts.new_empty(local))
-        if isinstance(self.experts, Fp8Experts):  # the weight goes into SwiGLU there
-            p = AllToAll.apply(weights.flatten()[plan.source.long()][:, None], R, self.mark)
-            y = self.experts(rows, here, p)
-            weights = None
+    def dispatch(self, x: Tensor, weights: Tensor, experts: Tensor, counts: Tensor):
+        sent = dispatch(experts, counts)
+        R = self.received(*experts.shape)
+        rows = permute(x, sent)
+        self.mark(rows)
+        rows = AllToAll.apply(rows, R, self.mark)
+        plan = ReceivedPlan(*dispatch(experts.new_empty(R, 1), counts.new_empty(self.num_experts)))
+        plan.sent, plan.weights = sent, weights
+        if self.moe[0].experts.fold_weights:
+            slot_weights = weights.flatten()[sent.source.long()][:, None]
+            weights, plan.weights = AllToAll.apply(slot_weights, R, self.mark), None
         else:
-            y = unpermute(self.experts(permute(rows, here), here.offsets), here)
-        del rows
-        y = unpermute(AllToAll.apply(y, len(plan.source), self.mark), plan, weights)
-        if self.shared_experts is not None:
-            y = y + self.shared_experts(x)
-        return y, z
+            weights = None
+        return rows, plan, weights
+
+    def combine(self, y: Tensor, plan: ReceivedPlan) -> Tensor:
+        return unpermute(AllToAll.apply(y, len(plan.sent.source), self.mark), plan.sent, plan.weights)

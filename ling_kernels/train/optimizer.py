@@ -106,7 +106,7 @@ class AdamW8bit(Stepping):
             torch.autograd.graph.increment_version(params)
             for p in params:
                 if (copy := getattr(p, "fp8", None)) is not None and copy.written:
-                    copy.is_of(p)
+                    copy.mark_current(p)
 
     def step_matrices(self, params: list[Tensor], group: dict, number: int) -> None:
         if not params:
@@ -124,13 +124,13 @@ class AdamW8bit(Stepping):
         pow2 = any(c is not None and c.pow2 for c in copies)
         for p, copy in zip(params, copies, strict=True):
             if copy is not None:
-                copy.written = copy.pow2 == pow2 and copy.up_to_date(p)
+                copy.written = copy.pow2 == pow2 and copy.is_current(p)
         moments = [Moments(*(local(self.state[p][k]).view(-1) for k in Moments._fields)) for p in params]
         adamw_8bit(
             [local(p) for p in params], [local(p.grad) for p in params], moments,
             group["lr"], group["betas"], group["eps"], group["weight_decay"], torch.stack(steps),
             self.grad_scale, self.found_inf, torch.stack([self.seeds[number][p] for p in params]),
-            [c.made if c is not None and c.written else None for c in copies], pow2,
+            [c.pair if c is not None and c.written else None for c in copies], pow2,
         )  # fmt: skip
         if self.found_inf is not None:  # a step that was skipped is none
             torch._foreach_sub_(steps, [self.found_inf] * len(steps))

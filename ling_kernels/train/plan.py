@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from ..backend import force
 from ..gpu import HOPPER
 from ..model import LingConfig
+from ..nn import MoE
 from ..nn.fp8 import FP8_ROWS
 from .layout import ALONE, ExpertParallel, Rank
 from .memory import padding_bytes
@@ -162,8 +163,8 @@ def plan(model: nn.Module, s: Settings, rank: Rank = ALONE) -> Plan:
         if s.step_in_backward:
             StepInBackward(model, optimizer).begin(s.lr, torch.ones((), dtype=torch.bool))
         for module in model.modules():
-            if isinstance(module, ExpertParallel):
-                module.mark = lambda t: live.mark(t, "exchange")
+            if isinstance(module, MoE) and isinstance(module.exchange, ExpertParallel):
+                module.exchange.mark = lambda t: live.mark(t, "exchange")
         with live:
             kept = micro_batches(model, s, rank, live)
             if rank.layout.zero == 1:

@@ -1,0 +1,121 @@
+"""op.py: which kernel runs, what tells so, and what autograd learns of a launch."""
+
+import warnings
+
+import pytest
+import torch
+
+import ling_kernels as lk
+from ling_kernels import backend as backends
+from ling_kernels import op as ops
+from ling_kernels.backend import force
+from ling_kernels.nn.fp8 import Fp8Linear
+from ling_kernels.op import Choice, explain, report_fallback, rows_aligned
+from ling_kernels.ops.adamw_8bit import adamw_8bit_state
+from tests.cases import runs
+
+needs_triton = pytest.mark.skipif(not runs("triton"), reason="triton cannot run here")
+needs_cuda = pytest.mark.skipif(not runs("cuda"), reason="csrc/ does not run here")
+
+
+@pytest.fixture(autouse=True)
+def nothing_reported():
+    ops._reported.clear()
+
+
+def route_args(E=256, dtype=torch.float32):
+    return torch.randn(3, E, dtype=dtype, requires_grad=True), torch.randn(E, dtype=dtype)
+
+
+def test_explain_on_a_cpu():
+    (choice,) = explain(lk.route, *route_args())
+    assert choice == Choice("route", "torch", "the tensors are on the CPU")
+
+
+def test_explain_names_every_launch_and_the_reason():
+    with force("cuda"):
+        assert [str(c) for c in explain(lk.route, *route_args())] == ["route_fwd: cuda", "route_bwd: cuda"]
+        (forward, backward) = explain(lk.route, *route_args(64))
+        assert forward.implementation == "triton" and forward.reason.startswith("64 experts in 8 groups")
+        assert backward.implementation == "cuda"
+        (choice,) = explain(lk.route, *route_args(dtype=torch.float64))
+        assert choice == Choice("route", "torch", "float64")
+    with force("triton"):
+        assert {c.reason for c in explain(lk.route, *route_args())} == {"LING_BACKEND is triton"}
+
+
+def test_explain_changes_nothing():
+    bias, counts = torch.zeros(8), torch.arange(8, dtype=torch.int32)
+    for name in ("torch", "triton", "cuda"):
+        with force(name):
+            assert len(explain(lk.balance_bias_, bias, counts, 0.1)) == 1
+    assert not bias.any()
+
+
+@needs_triton
+@needs_cuda
+def test_a_fallback_is_reported_once(monkeypatch):
+    with force("cuda"):
+        with pytest.warns(UserWarning, match="route_fwd: csrc/ does not serve 64 experts in 8 groups") as seen:
+            want = lk.route(*route_args(64))
+        assert len(seen) == 1 and len(want) == 3
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            lk.route(*route_args(64))
+            lk.route(*route_args(256))
+
+
+@needs_cuda
+def test_ling_backend_cuda_refuses_what_csrc_does_not_serve(monkeypatch):
+    monkeypatch.setattr(backends, "_forced", "cuda")
+    monkeypatch.setattr(backends, "_strict", True)
+    lk.route(*route_args(256))
+    with pytest.raises(ValueError, match="LING_BACKEND=cuda: route_fwd: csrc/ does not serve 64 experts in 8 groups"):
+        lk.route(*route_args(64))
+    with pytest.raises(ValueError, match="LING_BACKEND=cuda: route: no kernel serves float64"):
+        lk.route(*route_args(dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", ["torch", *(pytest.param(b, marks=m) for b, m in (("triton", needs_triton),))])
+def test_a_step_between_forward_and_backward_raises(name):
+    """A weight that a backward needs was changed by a launcher: torch's error instead of a wrong gradient."""
+    w, x = torch.randn(256, 256, requires_grad=True), torch.randn(2, 256, requires_grad=True)
+    state = adamw_8bit_state([w])
+    with force(name):
+        y = x @ w
+        lk.adamw_8bit([w], [torch.randn_like(w)], state, 0.1, (0.9, 0.95), 1e-8, 0.0, 1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["torch", *(pytest.param(b, marks=m) for b, m in (("triton", needs_triton),))])
+def test_a_cache_knows_a_launchers_write(name):
+    linear = Fp8Linear(128, 128, weights="kept")
+    x, state = torch.randn(4, 128), adamw_8bit_state([linear.weight])
+    with force(name), torch.no_grad():
+        before = linear(x)
+        lk.adamw_8bit([linear.weight], [torch.randn(128, 128)], state, 0.1, (0.9, 0.95), 1e-8, 0.0, 1)
+        after, fresh = linear(x), Fp8Linear.of(linear)(x)
+    assert torch.equal(after, fresh) and (after - before).abs().max() > 0.1
+
+
+@needs_triton
+def test_what_a_launcher_only_reads_keeps_its_version():
+    bias, counts = torch.zeros(8), torch.arange(8, dtype=torch.int32)
+    with force("triton"):
+        lk.balance_bias_(bias, counts, 0.1)
+        with torch.inference_mode():
+            lk.balance_bias_(torch.zeros(8), counts, 0.1)  # inference tensors have no version
+    assert bias._version == 1 and counts._version == 0
+
+
+def test_rows_aligned():
+    x = torch.randn(4, 64)
+    assert rows_aligned(x, None, x[1:], x[:, :5], x[:1, 4:])
+    assert not rows_aligned(x[:, 1:]) and not rows_aligned(x.T) and not rows_aligned(torch.randn(4, 5))
+    assert rows_aligned(torch.randn(1, 5))  # one row has no stride
+
+
+def test_reports_name_the_op():
+    with pytest.warns(UserWarning, match="^some_op: a reason; Triton serves$"):
+        report_fallback("some_op", "a reason", "Triton serves")
