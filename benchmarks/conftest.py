@@ -30,20 +30,13 @@ def clocks() -> dict[str, str]:
     return dict(zip(CLOCKS.split(","), map(str.strip, out.splitlines()[0].split(",")), strict=False))
 
 
-def version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def pytest_benchmark_update_machine_info(config, machine_info):
     for private in ("node", "release", "processor", "python_build", "python_compiler"):
         machine_info.pop(private, None)
-    cpu = machine_info.pop("cpu", {})
+    triton = [d.version for d in importlib.metadata.distributions(name="triton")]
     machine_info.update(
-        cpu=cpu.get("brand_raw"), cores=os.cpu_count(), threads=torch.get_num_threads(),
-        load=round(os.getloadavg()[0], 1), torch=torch.__version__, triton=version("triton"),
+        cpu=machine_info.get("cpu", {}).get("brand_raw"), cores=os.cpu_count(), threads=torch.get_num_threads(),
+        load=round(os.getloadavg()[0], 1), torch=torch.__version__, triton=triton[0] if triton else None,
         cuda=torch.version.cuda, gpu=None, peers=peers.inventory(),
     )  # fmt: skip
     if torch.cuda.is_available():

@@ -10,11 +10,9 @@ from torch.nn import functional as F
 
 from ling_kernels.model import Ling, LingConfig
 from ling_kernels.model.transformer import Layer
-from ling_kernels.nn import Rows
 from ling_kernels.nn.fp8 import to_fp8
-from ling_kernels.nn.frozen import SCALES, freeze_
+from ling_kernels.nn.fp8_inference import SCALES, quantize_for_inference_
 from ling_kernels.op import E4M3
-from ling_kernels.ops.rope_tables import rope_tables
 from ling_kernels.ops.route import route
 
 GPU = torch.cuda.is_available()
@@ -34,7 +32,7 @@ def random_model(name: str, precision: str) -> Ling:
     model.to(torch.float32 if precision == "fp32" else torch.bfloat16)
     if precision == "fp8":
         to_fp8(model)
-        freeze_(model)
+        quantize_for_inference_(model)
     model, generator = model.to_empty(device=DEVICE), torch.Generator(DEVICE).manual_seed(0)
     for w in model.parameters():
         if w.ndim < 2:
@@ -54,10 +52,10 @@ def random_model(name: str, precision: str) -> Ling:
 
 
 @functools.lru_cache(maxsize=1)
-def random_layer(experts: int, dtype: torch.dtype) -> Layer:
-    """A layer of Ling-mini with attention and so many experts, weights of a size that keeps activations near 1."""
-    layer = Layer(dataclasses.replace(MINI, num_experts=experts), dense=False).to(DEVICE, dtype).eval()
-    layer.mlp.router.expert_bias = layer.mlp.router.expert_bias.float()
+def random_layer(experts: int, dtype: torch.dtype) -> nn.Module:
+    """The MoE layer of Ling-mini with so many experts, weights of a size that keeps activations near 1."""
+    layer = Layer(dataclasses.replace(MINI, num_experts=experts), dense=False).mlp.to(DEVICE, dtype).eval()
+    layer.router.expert_bias = layer.router.expert_bias.float()
     generator = torch.Generator(DEVICE).manual_seed(0)
     with torch.no_grad():
         for w in layer.parameters():
@@ -88,23 +86,10 @@ def experts_used(model: Ling, texts: list[list[int]], tail: int = 16) -> float |
     return sum(used) / len(used) if used else None
 
 
-def layer_call(part: str, by: str, layer: Layer) -> tuple[Callable, list[Tensor]]:
-    """A function of x [T, H] that computes "MoE layer" or "full layer", and the weights that have gradients."""
-    if by == "loop":
-        return loop_over_experts(layer.mlp)
-    if by == "transformers":
-        return transformers_moe(layer.mlp)
-    if part == "MoE layer":
-        return lambda x: layer.mlp(x)[0], [*layer.mlp.parameters()]
-    return lambda x: layer(x, sequences(len(x)))[0], [*layer.parameters()]
-
-
-def sequences(T: int) -> Rows:
-    """T tokens in sequences of at most 4096."""
-    n = min(T, 4096)
-    tables = rope_tables(n, MINI.rotary_dim, MINI.rope_theta, None, DEVICE)
-    ends = torch.arange(0, T + 1, n, dtype=torch.int32, device=DEVICE)
-    return Rows(*tables, torch.arange(T, device=DEVICE) % n, ends)
+def layer_call(by: str, moe: nn.Module) -> tuple[Callable, list[Tensor]]:
+    """A function of x [T, H] that computes the MoE layer, and the weights that have gradients."""
+    others = dict(loop=loop_over_experts, transformers=transformers_moe)
+    return others[by](moe) if by in others else (lambda x: moe(x)[0], [*moe.parameters()])
 
 
 def pass_of(fn: Callable, weights: list[Tensor], x: Tensor, backward: bool) -> Callable[[], Tensor]:
@@ -116,13 +101,10 @@ def pass_of(fn: Callable, weights: list[Tensor], x: Tensor, backward: bool) -> C
     return lambda: torch.autograd.grad(fn(x), [x, *leaves], dy, allow_unused=True)[0]
 
 
-def layer_flops(part: str, experts: int, T: int) -> float:
-    """Of a forward: two for each weight that a token meets, and causal attention."""
-    c = dataclasses.replace(MINI, num_experts=experts)
-    if part == "MoE layer":
-        routed = 3 * c.hidden_size * c.moe_intermediate_size * (c.num_experts_per_tok + c.num_shared_experts)
-        return 2 * T * (routed + experts * c.hidden_size)
-    return T * (c.flops_per_token(min(T, 4096)) / 3 - 2 * c.vocab_size * c.hidden_size)
+def layer_flops(experts: int, T: int) -> float:
+    """Of a forward: two for each weight that a token meets."""
+    routed = 3 * MINI.hidden_size * MINI.moe_intermediate_size * (MINI.num_experts_per_tok + MINI.num_shared_experts)
+    return 2 * T * (routed + experts * MINI.hidden_size)
 
 
 def loop_over_experts(moe: nn.Module) -> tuple[Callable, list[Tensor]]:

@@ -180,8 +180,7 @@ def of_host(run: Run) -> list[str]:
         lines += table("op | launches | over torch's rms_norm", [
             (f"`{r['host']}`", r["launches"], f"{r['ratio']:.1f}x") for r in calls
         ])  # fmt: skip
-    lines += [f"- `python -c 'import {r['imports']}'`: {r['us'] / 1e6:.2f} s." for r in run.of("imports")]
-    return [*lines, ""] if lines else []
+    return lines
 
 
 def of_peers(run: Run) -> list[str]:

@@ -130,37 +130,18 @@ def fake_work(case, shape: dict) -> dict[str, Work]:
     return found
 
 
-@dataclass(frozen=True)
 class Point:
     """One GPU's share of a layer of the model `model`: T tokens; its E experts of 256, among `parallel` GPUs."""
 
-    model: str
-    T: int
-    parallel: int = 1
-    routing: str = "balanced"
-
-    def __getattr__(self, name: str):
-        fields = dict(H="hidden_size", F="moe_intermediate_size", Hq="num_attention_heads", Hkv="num_key_value_heads")
-        if name not in fields:
-            raise AttributeError(name)
-        return getattr(LingConfig.preset(self.model), fields[name])
-
-    @property
-    def E(self) -> int:
-        return LingConfig.preset(self.model).num_experts // self.parallel
-
-    @property
-    def S(self) -> int:
-        return self.T * LingConfig.preset(self.model).num_experts_per_tok
-
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        """T tokens in sequences of at most 4096."""
-        return (min(self.T, 4096),) * max(1, self.T // 4096)
-
-    @property
-    def whole(self) -> bool:
-        return self.parallel == 1 and self.routing == "balanced"
+    def __init__(self, model: str, T: int, parallel: int = 1, routing: str = "balanced"):
+        c = LingConfig.preset(model)
+        self.T, self.parallel, self.routing = T, parallel, routing
+        self.E, self.S = c.num_experts // parallel, T * c.num_experts_per_tok
+        self.H, self.F, self.Hq, self.Hkv = (
+            c.hidden_size, c.moe_intermediate_size, c.num_attention_heads, c.num_key_value_heads,
+        )  # fmt: skip
+        self.lengths = (min(T, 4096),) * max(1, T // 4096)  # sequences of at most 4096 tokens
+        self.whole = parallel == 1 and routing == "balanced"
 
 
 MODELS, TOKENS = ("mini", "flash", "1t"), (1, 8, 64, 1024, 8192, 32768, 131072)
@@ -173,8 +154,8 @@ POINTS = [
 def shapes(case, which: str) -> list[dict]:
     """which: "own", the Case's benchmark shape; "grid", also those at POINTS; "small", a small one with data."""
     if which == "small":
-        made = ((s, tensors(args_of(case, s, case.dtypes[0]))) for s in case.shapes[:-1])
-        return [shape for shape, found in made if found and all(t.numel() for t in found)][:1]
+        sizes = ((s, [t.numel() for t in tensors(args_of(case, s, case.dtypes[0]))]) for s in case.shapes[:-1])
+        return [next((s for s, n in sizes if n and all(n)), case.shapes[-2])]
     found = [case.shapes[-1]]
     for point in POINTS if which == "grid" and case.ling else ():
         found += [shape for shape in case.ling(point) or () if shape not in found]

@@ -24,11 +24,9 @@ from benchmarks.studies import origin
 from ling_kernels.errors import InputError, command
 from ling_kernels.files import whole
 from ling_kernels.model import Ling, LingConfig
-from ling_kernels.nn import MLP, Attention, Experts, Fp8Experts, MoE
+from ling_kernels.nn import MLP, Attention, Experts, MoE
 from ling_kernels.nn.fp8 import to_fp8
 from ling_kernels.ops.dispatch import dispatch
-from ling_kernels.ops.permute import permute
-from ling_kernels.ops.unpermute import unpermute
 from ling_kernels.tokenizer import load_tokenizer
 from ling_kernels.train.__main__ import describe, validation_batches
 from ling_kernels.train.data import Documents, Packed, gather_tokens, hold_out
@@ -153,8 +151,8 @@ def operands(config: LingConfig, state: dict, batches: list) -> dict[str, dict[s
 
 
 def layer_errors(config: LingConfig, state: dict, batch) -> dict[str, dict[str, dict[str, float]]]:
-    """{layer: {precision: {what: |it - fp64's| / |fp64's|}}} of each layer's output y, dx and weights' gradients, from
-    the input and the output's gradient that it has in the whole model in fp64."""
+    """{layer: {precision: {name: |error| / |fp64's|}}} of each layer's y, dx and weights' gradients, for the x and dy that
+    the layer has in the whole model in fp64."""
     truth = new_model(config, "fp32", 0)
     truth.load_state_dict(state)
     narrow = {"bf16": new_model(config, "bf16", 0), "fp8": new_model(config, "fp8", 0)}
@@ -196,13 +194,7 @@ def watch_one(seen: dict, name: str, x: Tensor, out) -> None:
 def alone(module: nn.Module, x: Tensor, dy: Tensor, routed) -> dict[str, Tensor]:
     """A layer's y, dx and the gradient of each weight."""
     x = x.detach().requires_grad_()
-    if not isinstance(module, Experts):
-        y = module(x)
-    elif isinstance(module, Fp8Experts):
-        y = module(x, *routed)
-    else:
-        plan, p = routed
-        y = unpermute(module(permute(x, plan), plan.offsets), plan, p)
+    y = module(x, *routed) if isinstance(module, Experts) else module(x)
     weights = dict(module.named_parameters())
     dx, *grads = torch.autograd.grad(y, [x, *weights.values()], dy.to(y.dtype))
     names = (f"d {name.removesuffix('.weight')}".replace("d weight", "dw") for name in weights)
