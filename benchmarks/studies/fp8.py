@@ -151,8 +151,8 @@ def operands(config: LingConfig, state: dict, batches: list) -> dict[str, dict[s
 
 
 def layer_errors(config: LingConfig, state: dict, batch) -> dict[str, dict[str, dict[str, float]]]:
-    """{layer: {precision: {name: |error| / |fp64's|}}} of each layer's y, dx and weights' gradients, for the x and dy that
-    the layer has in the whole model in fp64."""
+    """{layer: {precision: {name: |error| / |fp64's|}}} of each layer's y, dx and weights' gradients, at the x and dy
+    that the layer has in the whole model in fp64."""
     truth = new_model(config, "fp32", 0)
     truth.load_state_dict(state)
     narrow = {"bf16": new_model(config, "bf16", 0), "fp8": new_model(config, "fp8", 0)}
