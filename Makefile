@@ -1,23 +1,27 @@
-# make train   set up, then train a small Ling-2.0            make test      set up, then run the tests
-# make lint    what CI checks before the tests                make install   only set up, with everything for development
-# make clean   remove what make made
+# make train   set up, then train a small Ling-2.0            make lint    the checks that CI runs before the tests
+# make install only set up, with everything for development   make clean   remove everything that make wrote
+# make test    set up, then run the tests; FAST=1: the fast ones, 3 minutes on two cores, for use while working
+# make cutlass build the optional ling_kernels._cutlass: CUTLASS's grouped FP8 GEMM (minutes, 4 GB of memory a file)
+# make tables  write docs/kernels-resources*.md: registers and shared memory of every kernel, as it is built for Hopper
 # make gpu     on a machine with a Hopper GPU: build, test, benchmark and run compute-sanitizer, in ten minutes. It installs
 #              nothing and uses PYTHON as it is. ARGS=--commit=ID names the commit in a copy without git history.
 # make bench   benchmark ops, peers, layers, decoding and the host into benchmarks/results/ and docs/performance.md (a CPU
 #              has no ops and peers). QUICK=1: at most 8 minutes on a GPU. ARGS="-k rms_norm": a selection
 #
-# Set up: a virtual environment in .venv that sees the packages of PYTHON, so that a torch which is there is used. What
-# was done once is done again only when pyproject.toml, setup.py or csrc/ has changed. Variables: PYTHON=python3.12,
-# ARGS="--steps 100" (for train and test), TORCH and TRITON (what to install where PYTHON has none), LING_CUDA=0.
+# Set up: a virtual environment in .venv that sees the packages of PYTHON, so that an installed torch is used. It is
+# repeated only when pyproject.toml, setup.py or csrc/ has changed. Variables: PYTHON=python3.12, ARGS="--steps 100" (for
+# train and test), TORCH and TRITON (the versions to install where PYTHON has none), LING_CUDA=0.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.8.0
+CUTLASS ?= nvidia-cutlass==4.2.0.0
 ARGS ?=
+export LING_CUTLASS ?= 0
 
 VENV := .venv
 PY := $(VENV)/bin/python
-# What PYTHON's environment has (ruff, cmake) is not installed again: its tools serve.
+# Tools that PYTHON's environment has (ruff, cmake) are found there and not installed again.
 OUTER := $(shell command -v $(PYTHON))
 export PATH := $(CURDIR)/$(VENV)/bin:$(if $(OUTER),$(dir $(OUTER)):)$(PATH)
 PIP := $(PY) -m pip install -qq
@@ -25,7 +29,7 @@ CSRC := CMakeLists.txt $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc tests/host -path '*/build' -prune -o \
 	-type f \( -name '*.cu*' -o -name '*.h' -o -name '*.cpp' \) -print)
 
-.PHONY: help train test lint install clean gpu bench
+.PHONY: help train test lint install cutlass tables clean gpu bench
 .DEFAULT_GOAL := help
 
 help:
@@ -35,14 +39,23 @@ train: $(VENV)/.train
 	@$(PY) -m ling_kernels.train --model tiny $(ARGS)
 
 test: $(VENV)/.dev
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -p no:benchmark -n auto --maxprocesses 4 $(ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -p no:benchmark -n auto --maxprocesses 4 $(if $(FAST),-m "not slow") $(ARGS)
 
 lint: $(VENV)/.dev
 	@ruff check
 	@ruff format --check
 	@clang-format --dry-run -Werror $(CXX_FILES)
+	@$(PY) -m mypy
 
 install: $(VENV)/.dev
+
+# Only the headers of nvidia-cutlass are used: its dependencies are not installed.
+cutlass: $(VENV)/.dev
+	@$(PY) -c 'import setup, sys; sys.exit(setup.cutlass() is None)' || $(PIP) --no-deps "$(CUTLASS)"
+	@LING_CUTLASS=1 $(PY) setup.py -q build_ext --inplace
+
+tables: $(VENV)/.dev
+	@$(PY) -m tests.tables
 
 # An older Triton beside the installed one: the kernels must build under both (tests/test_compiles_for_hopper.py).
 build/triton-3.6: $(VENV)/.dev
@@ -57,9 +70,9 @@ bench:
 	@$(if $(wildcard $(VENV)/.dev),$(PY),$(OUTER)) -m benchmarks $(if $(QUICK),--quick) $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info tests/host/build ling_kernels/_C.*.so .pytest_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) build dist *.egg-info tests/host/build ling_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks
 
-# A virtual environment's packages are no system packages: a PYTHON that lives in one hands them on by a .pth file.
+# --system-site-packages does not show the packages of a virtual environment: where PYTHON is in one, a .pth file does.
 $(VENV)/.python:
 	@[ -n "$(OUTER)" ] || { echo "error: there is no $(PYTHON); name another: make PYTHON=..." >&2; exit 1; }
 	@echo "[make] a virtual environment in $(VENV)"
@@ -71,7 +84,7 @@ $(VENV)/.python:
 	> "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/outer.pth"
 	@touch $@
 
-# Before anything that depends on torch, which would otherwise choose its newest build.
+# Installed before the packages that depend on torch: pip would choose the newest build for them.
 $(VENV)/.torch: $(VENV)/.python
 	@$(call has,torch,2.10) || { echo "[make] $(TORCH)" && $(PIP) "$(TORCH)"; }
 	@$(call has,triton,3.0) || [ "$$(uname)" != Linux ] || { echo "[make] $(TRITON)" && $(PIP) "$(TRITON)"; }
@@ -93,13 +106,11 @@ $(VENV)/.dev: $(INSTALLED_FROM) $(CSRC)
 
 , := ,
 NEEDS = import setup; print(*setup.get_requires_for_build_editable(), sep="\n")
-HEADERS = import setup; print(*setup.headers_alone(), sep="\n")
 
-# Where only csrc/ has changed, only csrc/ is built.
+# If only csrc/ has changed, only csrc/ is built.
 install = $(if $(filter $(INSTALLED_FROM),$?),\
 	echo "[make] ling_kernels[$(1)]" \
 	&& $(PIP) "setuptools>=77" \
 	&& $(PY) -c '$(NEEDS)' > $(VENV)/needs.txt && $(PIP) -r $(VENV)/needs.txt \
-	&& $(PY) -c '$(HEADERS)' > $(VENV)/headers.txt && $(PIP) --no-deps -r $(VENV)/headers.txt \
 	&& $(PIP) --no-build-isolation -e ".[$(1)]",\
 	echo "[make] csrc/" && $(PY) setup.py -q build_ext --inplace)

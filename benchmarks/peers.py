@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from ling_kernels.backend import force
 from ling_kernels.op import E4M3
+from ling_kernels.ops.grouped_gemm_fp8 import grouped_gemm_fp8_cutlass
 from ling_kernels.ops.moe import linear
 from ling_kernels.ops.quantize import dequantize
 from ling_kernels.ops.route import route
@@ -184,21 +185,14 @@ peer("attention", "torch SDPA cuDNN", lacks="cu_seqlens_k")(torch_sdpa("CUDNN_AT
 peer("attention", "torch SDPA flash", lacks="cu_seqlens_k")(torch_sdpa("FLASH_ATTENTION"))
 
 
-# CUTLASS's grouped product, from our optional extension (csrc/gemm/cutlass/grouped_gemm_fp8.h).
+# CUTLASS's grouped product: our optional extension (make cutlass).
 
 
 def cutlass(pingpong: bool):
-    def adapter(a):
-        from ling_kernels import _cutlass
-
-        y = torch.empty(len(a.a), a.b.shape[1], dtype=torch.bfloat16, device=a.a.device)
-        size = _cutlass.grouped_gemm_fp8_workspace(len(a.a), len(a.b), a.a.shape[1])
-        workspace = torch.empty(size, dtype=torch.uint8, device=y.device)
-        operands = a.a, a.a_scale, a.b, a.b_scale, a.offsets
-        run = functools.partial(_cutlass.grouped_gemm_fp8, *operands, y, workspace, pingpong)
-        return writes(run, y), rows_of_experts(a.offsets)
-
-    return adapter
+    return lambda a: (
+        functools.partial(grouped_gemm_fp8_cutlass, a.a, a.a_scale, a.b, a.b_scale, a.offsets, pingpong),
+        rows_of_experts(a.offsets),
+    )
 
 
 for kernel in ("cooperative", "pingpong"):

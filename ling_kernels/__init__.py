@@ -1,22 +1,26 @@
 """Kernels for Ling-2.0 mixture-of-experts models on NVIDIA Hopper; `ling_kernels.<op>` is every public op.
 
-Nothing heavy is imported here: an op's file, and Triton where it has Triton kernels, is loaded when it is first used.
+The import is light: an op's file, and Triton where it has Triton kernels, is loaded at the op's first use.
 """
 
-import importlib
+from typing import TYPE_CHECKING
 
-from .ops import EXPORTS
+from . import ops
+from .errors import Busy, Diverged, InputError, LingError
+
+if TYPE_CHECKING:
+    from .ops import *  # noqa: F403
 
 __version__ = "0.1.0"
-__all__ = [*EXPORTS]
+__all__ = [*ops.EXPORTS, *ops.HELPERS, "Busy", "Diverged", "InputError", "LingError"]
 
 
 def __getattr__(name: str):
-    if name not in EXPORTS:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(f".ops.{EXPORTS[name]}", __name__), name)
+    value = globals()[name] = getattr(ops, name)
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *EXPORTS])
+    return sorted({*globals(), *__all__})

@@ -1,4 +1,7 @@
-"""Bad input is answered with one line and exit code 2; anything else that goes wrong keeps its traceback."""
+"""The package's errors, and how commands report them: bad input is one line and exit code 2, others keep a traceback.
+
+An op that is called with wrong tensors raises a plain ValueError.
+"""
 
 import argparse
 import functools
@@ -6,12 +9,24 @@ import sys
 from collections.abc import Callable
 
 
-class InputError(ValueError):
-    """What a user gave cannot be used; the message says what, where, and what would do."""
+class LingError(Exception):
+    """Base of the package's own errors."""
+
+
+class InputError(LingError, ValueError):
+    """A user's input cannot be used. The message says which, where, and what would be accepted."""
+
+
+class Busy(LingError):
+    """The engine's queue is full: try again later."""
+
+
+class Diverged(LingError):
+    """Training stopped because too many steps in a row were skipped."""
 
 
 class Parser(argparse.ArgumentParser):
-    """A flag that argparse refuses is bad input like any other: one line."""
+    """Reports a flag that argparse refuses like any other bad input, in one line."""
 
     def error(self, message: str):
         raise InputError(f"{message}; --help lists the flags")

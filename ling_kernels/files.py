@@ -1,4 +1,4 @@
-"""Files that are whole or absent, also after a crash."""
+"""Atomic file writes: a file is complete or absent, also after a crash."""
 
 import os
 from collections.abc import Iterator
@@ -7,10 +7,10 @@ from pathlib import Path
 
 
 @contextmanager
-def whole(path: Path, durable: bool = False) -> Iterator[Path]:
-    """Yields another name beside `path`, to write under. It becomes `path` at the end; after an error it is removed.
+def atomic_write(path: Path, durable: bool = False) -> Iterator[Path]:
+    """Yield a temporary path beside `path` to write to. It replaces `path` on exit; an error removes it.
 
-    durable: it is on the disk, not only on its way there, before it takes the name.
+    durable: fsync the temporary file first, so that the new content survives a power failure.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -22,3 +22,6 @@ def whole(path: Path, durable: bool = False) -> Iterator[Path]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+whole = atomic_write  # the old name, until train/ and benchmarks/ use the new one

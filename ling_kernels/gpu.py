@@ -1,22 +1,23 @@
-"""What Hopper GPUs have and can do at most, by their data sheets."""
+"""Peak rates and memory of Hopper GPUs, from their data sheets."""
 
 from typing import NamedTuple
 
 
 class Gpu(NamedTuple):
-    name: str
+    name: str  # as the driver reports it, without vendor, memory size and socket
     memory: float  # bytes
     bandwidth: float  # bytes/s
     bf16: float  # dense FLOP/s
-    fp8: float
+    fp8: float  # dense FLOP/s
     sms: int
     clock: float  # boost, Hz
 
     def rate(self, precision: str) -> float:
+        """Peak dense FLOP/s of "fp8", or of "bf16"."""
         return self.fp8 if precision == "fp8" else self.bf16
 
 
-# The H20's are as Ant Group publishes them beside its SGLang deployment (296 / 148 TFLOPS, 4 TB/s).
+# H20: 296 / 148 TFLOPS and 4 TB/s, as Ant Group publishes them with its SGLang deployment.
 HOPPER = {
     gpu.name: gpu
     for gpu in (
@@ -25,13 +26,28 @@ HOPPER = {
         Gpu("H200", 141e9, 4.8e12, 989.4e12, 1978.9e12, 132, 1.98e9),
     )
 }
+# PCIe cards and export models. The H20-3e is an H20 with the H200's memory.
 VARIANTS = (
     Gpu("H100 PCIe", 80e9, 2.0e12, 756e12, 1513e12, 114, 1.755e9),
+    Gpu("H100 NVL", 94e9, 3.9e12, 835.5e12, 1671e12, 132, 1.785e9),
+    Gpu("H200 NVL", 141e9, 4.8e12, 835.5e12, 1671e12, 132, 1.785e9),
     HOPPER["H100"]._replace(name="H800"),
+    Gpu("H800 PCIe", 80e9, 2.0e12, 756e12, 1513e12, 114, 1.755e9),
+    HOPPER["H20"]._replace(name="H20-3e", memory=141e9, bandwidth=4.8e12),
 )
+NEUTRAL = {"NVIDIA", "SXM5", "HBM2e", "HBM3", "HBM3e"}  # words of a driver's name that do not distinguish models
 
 
-def named(name: str) -> Gpu | None:
-    """The one that a driver means by names like "NVIDIA H100 80GB HBM3"; None where it is none of these."""
-    words = name.replace("-", " ").split()
-    return next((gpu for gpu in (*VARIANTS, *HOPPER.values()) if all(w in words for w in gpu.name.split())), None)
+def find_gpu(name: str) -> Gpu | None:
+    """The GPU that a driver calls e.g. "NVIDIA H100 80GB HBM3"; None for another one, or for a part of one (MIG).
+
+    Every word must match, so that an unlisted model ("H100 64GB") does not get another model's rates.
+    """
+    words = {*name.split()} - NEUTRAL
+    for gpu in (*HOPPER.values(), *VARIANTS):
+        if words - {f"{gpu.memory / 1e9:.0f}GB"} == {*gpu.name.split()}:
+            return gpu
+    return None
+
+
+named = find_gpu  # the old name, until train/ and benchmarks/ use the new one

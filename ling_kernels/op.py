@@ -19,14 +19,16 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from . import backend as backends
 
 E4M3 = torch.float8_e4m3fn
+KERNEL_FLOATS = (torch.float32, torch.bfloat16, torch.float16, E4M3)  # no kernel takes other floating-point numbers
 
 
-def op(*writes: str, cuda: Callable[..., str | None] | bool = False):
+def op(*writes: str, cuda: Callable[..., str | None] | bool = False, runs: str = "triton"):
     """Declare the launcher `fn(...) -> None`, which writes its arguments `writes`, as torch.ops.ling.<fn>.
 
-    fn itself launches Triton kernels. cuda(*args) -> None says that csrc/'s launcher of the same name and argument list
-    serves these arguments on backend "cuda"; otherwise it names, in words, what csrc/ does not serve, and fn runs.
-    cuda=True: csrc/ serves all arguments; False: it has no such launcher.
+    fn itself launches Triton kernels, unless `runs` is "cuda", where it calls csrc/ itself, or "torch", an eager
+    reference that is an op since it reads values on the host. cuda(*args) -> None says that csrc/'s launcher of the
+    same name and argument list serves these arguments on backend "cuda"; otherwise it names, in words, what csrc/ does
+    not serve, and fn runs. cuda=True: csrc/ serves all arguments; False: it has no such launcher.
     """
 
     def declare(fn):
@@ -43,8 +45,8 @@ def op(*writes: str, cuda: Callable[..., str | None] | bool = False):
 
         @functools.wraps(fn)
         def call(*args):
-            if _choices is not None:
-                _choices.append(Choice(name, *chosen(cuda, args)))
+            if _choices is not None and runs != "torch":  # those `use_reference` notes
+                note_choice(name, *(("cuda", None) if runs == "cuda" else chosen(cuda, args)))
             # Compilers, fake tensors and selective checkpointing must see the op. Plain eager need not, and
             # would pay the dispatcher 30 us a call, more than many a kernel takes.
             if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
@@ -79,6 +81,7 @@ def raise_version(tensors: list[Tensor | None]) -> None:
 def use_cuda(name: str, unsupported: str | None) -> bool:
     """Whether csrc/ serves a call of `name` on backend "cuda": unless something is unsupported, which is reported."""
     if unsupported is not None:
+        note_choice(name, "triton", unsupported)
         report_fallback(name, f"csrc/ does not serve {unsupported}", "Triton serves")
     return unsupported is None
 
@@ -90,8 +93,8 @@ def use_reference(name: str, *tensors: Tensor | None, unsupported: str | None = 
     """
     chosen = backends.backend(tensors[0])
     reason = reference_reason(chosen, tensors) or unsupported
-    if reason is not None and _choices is not None:
-        _choices.append(Choice(name, "torch", reason))
+    if reason is not None:
+        note_choice(name, "torch", reason)
     if reason is not None and chosen != "torch":
         report_fallback(name, f"no kernel serves {reason}", "the eager torch reference serves")
     return reason is not None
@@ -100,9 +103,8 @@ def use_reference(name: str, *tensors: Tensor | None, unsupported: str | None = 
 def reference_reason(chosen: str, tensors) -> str | None:
     if chosen == "torch":
         return "LING_BACKEND is torch" if backends._forced else "the tensors are on the CPU"
-    if any(t is not None and t.dtype == torch.float64 for t in tensors):
-        return "float64"
-    return None
+    floats = (t.dtype for t in tensors if t is not None and t.is_floating_point())
+    return next((str(dtype).removeprefix("torch.") for dtype in floats if dtype not in KERNEL_FLOATS), None)
 
 
 def report_fallback(name: str, reason: str, instead: str) -> None:
@@ -138,6 +140,12 @@ class Choices(tuple):
 
 
 _choices: list[Choice] | None = None  # of the `explain` under way
+
+
+def note_choice(name: str, implementation: str, reason: str | None = None) -> None:
+    """Tell `explain`, where one is under way."""
+    if _choices is not None:
+        _choices.append(Choice(name, implementation, reason))
 
 
 def chosen(cuda, args) -> tuple[str, str | None]:

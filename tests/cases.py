@@ -814,12 +814,6 @@ CASES = [
         defined=lambda outs, args: owned([*outs[:0], *[outs[0][:0]] * 2, *outs], args)[2:],
     ),
     Case(
-        quantize, quantize_ref,
-        lambda rand, M, K: (rand.data(M, K),),
-        [dict(M=37, K=256), dict(M=8192, K=2048)],
-        kwargs=dict(statistics=True), exact=(0, 1),
-    ),
-    Case(
         quantize_weight, quantize_weight_ref,
         lambda rand, *shape, **sizes: (rand.data(*sizes.values()),),
         [dict(E=0, N=128, K=128), dict(N=256, K=384), dict(E=3, N=128, K=256), dict(E=256, N=1024, K=2048)],

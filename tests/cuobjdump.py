@@ -1,4 +1,4 @@
-"""What is in a compiled file, from cuobjdump: the CUDA toolkit's or the one that Triton brings. No GPU needed."""
+"""Resources and code in a compiled file, by cuobjdump: the CUDA toolkit's, or the one in Triton. No GPU needed."""
 
 import importlib.util
 import os
@@ -12,11 +12,11 @@ from pathlib import Path
 @cache
 def tool() -> str | None:
     triton = importlib.util.find_spec("triton")
-    places = [
+    folders = [
         Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda", "bin"),
         *(Path(p, "backends/nvidia/bin") for p in (triton.submodule_search_locations if triton else ())),
     ]
-    return next(filter(None, (shutil.which("cuobjdump", path=p) for p in (None, *places))), None)
+    return next(filter(None, (shutil.which("cuobjdump", path=p) for p in (None, *folders))), None)
 
 
 def dump(what: str, file: Path | str) -> str:
@@ -33,7 +33,7 @@ def resources(file: Path | str) -> dict[str, dict[str, int]]:
 
 
 def threads(file: Path | str) -> dict[str, int]:
-    """The most threads that a block may have, of every kernel that says so by __launch_bounds__."""
+    """The largest block of every kernel that has __launch_bounds__."""
     sections = re.split(r"^\.nv\.info\.", dump("-elf", file), flags=re.M)[1:]
     limits = {s.split()[0]: re.search(r"EIATTR_MAX_THREADS\s+.*\s+Value:\s*(.*)", s) for s in sections}
     return {name: product(found[1].split()) for name, found in limits.items() if found}
@@ -50,10 +50,29 @@ def code(file: Path | str) -> dict[str, str]:
     return dict(zip(parts[::2], parts[1::2], strict=True))
 
 
+MEMORY = r"\b(?:LDG|LDGSTS|LD|STG|ST|ATOM|ATOMG|RED|UTMALDG|UTMASTG|UBLKCP)(?:\.\S+)?\s"
+
+
+def instructions(code: str) -> dict[str, int]:
+    """How often instructions of each kind occur; early: accesses to global memory before griddepcontrol.wait."""
+
+    def count(pattern):
+        return len(re.findall(rf"\b(?:{pattern})", code))
+
+    return dict(
+        qgmma=count("QGMMA"), hgmma=count("HGMMA"), mma=count("HMMA"),
+        tma_loads=count("UTMALDG"), tma_stores=count("UTMASTG"),
+        wide_loads=count(r"LDG\.\S*128|LDGSTS\.\S*128|UTMALDG|UBLKCP"), loads=count(r"LDG|UTMALDG|UBLKCP"),
+        wide_stores=count(r"STG\.\S*128|UTMASTG"), stores=count("STG|UTMASTG"),
+        float_atomics=count(r"(?:RED|ATOM)\w*\.\S*(?:F16|BF16|F32|F64)"),
+        waits=count("ACQBULK"), early=len(re.findall(MEMORY, code.split("ACQBULK")[0])),
+    )  # fmt: skip
+
+
 def names(mangled: list[str]) -> list[str]:
-    """As the source has them."""
-    said = subprocess.run(["c++filt", *mangled], capture_output=True, text=True, check=True).stdout.splitlines()
-    return [short(name) for name in said]
+    """Names of kernels as in the source."""
+    output = subprocess.run(["c++filt", *mangled], capture_output=True, text=True, check=True).stdout
+    return [short(name) for name in output.splitlines()]
 
 
 def short(name: str) -> str:

@@ -2,9 +2,9 @@
 
     python -m tests.hopper OUT.json [OP ...]    at the shapes that a Case names in `hopper`; of all ops, or of these
 
-The ops run as always, but a launch, instead of running, notes its kernel, its arguments' types, divisibility by 16 and
-constants, warps and stages; then each is compiled for sm_90 and cuobjdump tells registers, spills and shared memory.
-Each op runs as on an H200 and as on an H20, whose tiles may differ. What Triton has built before comes from its cache.
+The ops run as always, but a launch does not run: it records its kernel, the types, divisibility by 16 and constants of
+its arguments, warps and stages. Then each is compiled for sm_90, and cuobjdump reports registers, spills and shared
+memory. Each op runs as on an H200 and as on an H20, whose tiles may differ. Triton's cache serves repeated builds.
 """
 
 import json
@@ -50,7 +50,7 @@ def specialize(value, constexpr: bool) -> tuple[str, object, bool]:
 
 
 class Launches:
-    """While open, every launch of a Triton kernel is noted in `seen` and nothing runs."""
+    """While open, every launch of a Triton kernel is recorded in `seen` and nothing runs."""
 
     def __init__(self):
         self.seen = {}
@@ -58,7 +58,7 @@ class Launches:
     def __enter__(self):
         self.run = JITFunction.run
 
-        def note(fn, *args, grid, warmup, **kwargs):
+        def record(fn, *args, grid, warmup, **kwargs):
             options = {k: kwargs.pop(k) for k in OPTIONS if k in kwargs}
             names = [p.name for p in fn.params]
             values = dict(zip(names, args, strict=False)) | kwargs
@@ -67,7 +67,7 @@ class Launches:
             key = (fn.__name__, *((n, *map(str, part)) for n, part in parts.items()), *sorted(options.items()))
             self.seen[key] = (fn, parts, options)
 
-        JITFunction.run = note
+        JITFunction.run = record
         return self
 
     def __exit__(self, *_):
@@ -76,20 +76,20 @@ class Launches:
 
 @contextmanager
 def on_gpu(sms: int):
-    """While open, every op chooses its tiles as on a GPU of that many SMs."""
-    named = [m for name, m in sys.modules.items() if name.startswith("ling_kernels.ops.")]
-    asking = [(m, m.multiprocessors) for m in named if hasattr(m, "multiprocessors")]
-    for module, _ in asking:
+    """While open, every op chooses its tiles as on a GPU with that many SMs."""
+    modules = [m for name, m in sys.modules.items() if name.startswith("ling_kernels.ops.")]
+    originals = [(m, m.multiprocessors) for m in modules if hasattr(m, "multiprocessors")]
+    for module, _ in originals:
         module.multiprocessors = lambda device: sms
     try:
         yield
     finally:
-        for module, answer in asking:
-            module.multiprocessors = answer
+        for module, original in originals:
+            module.multiprocessors = original
 
 
 def launches(only: tuple[str, ...]) -> list[tuple[dict, tuple]]:
-    """What is known of every launch that the table's `hopper` shapes make, and its kernel, arguments and options."""
+    """Every launch at the table's `hopper` shapes: a row of the table, and its kernel, arguments and options."""
     from ling_kernels.backend import force
     from tests.cases import CASES, args_of
     from tests.test_ops import outputs_and_grads
@@ -101,9 +101,9 @@ def launches(only: tuple[str, ...]) -> list[tuple[dict, tuple]]:
         for dtype in case.dtypes:
             for shape in case.hopper or case.shapes[:-1]:
                 for gpu, sms in SMS.items():
-                    with Launches() as noted, force("triton"), on_gpu(sms):
+                    with Launches() as recorded, force("triton"), on_gpu(sms):
                         outputs_and_grads(case, case.op, args_of(case, shape, dtype))
-                    for key, launch in noted.seen.items():
+                    for key, launch in recorded.seen.items():
                         row, _ = found.setdefault(
                             key, (dict(ops={}, gpus={}, dtype=str(dtype)[6:], shape=shape), launch)
                         )
@@ -114,16 +114,16 @@ def launches(only: tuple[str, ...]) -> list[tuple[dict, tuple]]:
 
 
 def builds(case) -> bool:
-    """Whether it has Triton kernels; hopper=None stands for an op whose kernels are all other ops'."""
+    """Whether it has Triton kernels of its own; hopper=None: its kernels all belong to other ops."""
     return "triton" in case.backends and case.hopper is not None
 
 
 def build(fn: JITFunction, parts: dict, options: dict) -> dict:
     """Compile one launch for sm_90; its resources."""
     signature = {n: kind for n, (kind, _, _) in parts.items()}
-    places = list(parts)
-    constants = {(places.index(n),): value for n, (kind, value, _) in parts.items() if kind == "constexpr"}
-    attrs = {(places.index(n),): [["tt.divisibility", 16]] for n, (_, _, divides) in parts.items() if divides}
+    names = list(parts)
+    constants = {(names.index(n),): value for n, (kind, value, _) in parts.items() if kind == "constexpr"}
+    attrs = {(names.index(n),): [["tt.divisibility", 16]] for n, (_, _, divides) in parts.items() if divides}
     source = ASTSource(fn=fn, signature=signature, constexprs=constants, attrs=attrs)
     built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     ptx = built.asm["ptx"]
@@ -146,38 +146,15 @@ def usage(cubin: bytes) -> dict:
 
 
 def build_number(i: int) -> dict:
-    """In a worker, which was forked when LAUNCHES was complete: a launch cannot be pickled."""
+    """Runs in a worker that was forked when LAUNCHES was complete: a launch cannot be pickled."""
     row, launch = LAUNCHES[i]
     try:
         return row | build(*launch)
-    except Exception as error:  # the table is to tell all that do not build
+    except Exception as error:  # the table lists every launch that does not build
         return row | dict(kernel=launch[0].__name__, error=f"{error!r} with {launch[1:]}")
 
 
 LAUNCHES: list[tuple[dict, tuple]] = []
-
-
-def markdown(table: dict) -> str:
-    """The table as a page of docs/."""
-    lines = [
-        "# What the Triton kernels take on Hopper",
-        "",
-        f"Made by `tests/test_compiles_for_hopper.py` with Triton {table['triton']} for sm_90, without a GPU:",
-        "registers a thread, shared memory a block, and how many wgmma and TMA instructions the code holds. None",
-        "spills, none adds floating-point numbers by atomics. Ling's real sizes; tiles as chosen for H200 and H20.",
-        "",
-        "| kernel | of | dtype | compiled in | GPU | warps | stages | registers | shared | wgmma | TMA |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    rows = [r for r in table["kernels"] if "error" not in r]
-    for r in sorted(rows, key=lambda r: (r["kernel"], r["dtype"], str(r["constants"]))):
-        constants = ", ".join(f"{k} {v}" for k, v in r["constants"].items() if v not in (None, False))
-        cells = (
-            r["kernel"], ", ".join(r["ops"]), r["dtype"], constants, ", ".join(r["gpus"]), r["warps"], r["stages"],
-            r["registers"], f"{r['shared'] / 1024:.0f} KB", r["wgmma"] or "", r["tma"] or "",
-        )  # fmt: skip
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines) + "\n"
 
 
 def main(out: str, *only: str) -> None:

@@ -228,8 +228,8 @@ def test_bounds_that_do_not_fit_give_nan_on_a_gpu(bounds, keys):
     out, lse = torch.zeros_like(q), torch.zeros(2, 6, device=DEVICE)
     grads = [torch.zeros_like(x) for x in (q, k, v)]
     with force("triton"):
-        attention_fwd(q, k, v, cu_q, cu_k, out, lse, True, 0.3)
-        attention_bwd(q, q, k, v, out, lse, cu_q, cu_k, *grads, True, 0.3)
+        attention_fwd(q, k, v, cu_q, cu_k, out, lse, True, 0.3, None, None, None, None, 0.0, False)
+        attention_bwd(q, q, k, v, out, lse, cu_q, cu_k, *grads, True, 0.3, torch.empty(2, 2, 8, device=DEVICE))
     assert all(x.isnan().all() for x in (out, lse, *grads))
 
 

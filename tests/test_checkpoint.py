@@ -1,4 +1,4 @@
-"""Official checkpoints: bit for bit there and back, sharded, block-FP8, streamed, and clear words for damaged ones."""
+"""Official checkpoints: exact round trips, shards, block-FP8, streamed loading, and errors for damaged ones."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ def same(a: dict, b: dict) -> bool:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_round_trip_is_bit_for_bit(name, dtype, tmp_path):
+def test_round_trip_is_exact(name, dtype, tmp_path):
     save_model(load_model(DATA / name, dtype=dtype), tmp_path / "out")
     assert same(load_file(tmp_path / "out/model.safetensors"), load_file(DATA / name / "model.safetensors"))
     assert resolve_model(str(tmp_path / "out"))[0] == resolve_model(str(DATA / name))[0]
@@ -42,12 +42,24 @@ def test_shards(tmp_path):
     tensors = {k: v for f in files for k, v in load_file(f).items()}
     assert same(tensors, load_file(DATA / "mtp1/model.safetensors"))
     assert same(dict(named_views(load_model(tmp_path))), dict(named_views(model)))
-    save_model(model, tmp_path)  # over it, in one file: nothing stale stays
+    save_model(model, tmp_path)  # again, as one file: the shards and their index are removed
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
 
 
+def test_saving_keeps_files_of_other_names(tmp_path):
+    others = ["model_ema.safetensors", "model-best.safetensors", "model-1-of-2.safetensors", "modelsafetensors",
+              "optimizer.safetensors", "model-00001-of-00002.safetensors.bak"]  # fmt: skip
+    for name in others:
+        (tmp_path / name).write_bytes(name.encode())
+    model = load_model(DATA / "base")
+    for shard in (10 << 30, 100_000):
+        save_model(model, tmp_path, max_shard_bytes=shard)
+        assert all((tmp_path / name).read_bytes() == name.encode() for name in others)
+    assert (tmp_path / "model.safetensors.index.json").is_file() and not (tmp_path / "model.safetensors").exists()
+
+
 def test_block_fp8(tmp_path):
-    """Ragged sizes too: 96 rows are one block of 128."""
+    """Including sizes that are not multiples of 128: 96 rows are one block."""
     tensors = load_file(DATA / "base/model.safetensors")
     want = dict(tensors)
     for key in list(tensors):
@@ -63,7 +75,7 @@ def test_block_fp8(tmp_path):
         want[key] = tensors[key].float() * full
     assert len(tensors) > len(want) + 10
     shutil.copy(DATA / "base/config.json", tmp_path)
-    half = len(tensors) // 2  # scales may lie in another shard than their weights
+    half = len(tensors) // 2  # scales may be in another shard than their weights
     parts = [sorted(tensors)[:half], sorted(tensors)[half:]]
     for i, keys in enumerate(parts):
         save_file({k: tensors[k] for k in keys}, tmp_path / f"{i}.safetensors")
@@ -104,14 +116,14 @@ def damage(folder: Path, how: str):
         config.write_text(json.dumps(json.loads(config.read_text()) | {field: json.loads(value)}))
 
 
-DAMAGED = {  # how: words of the message
-    "no config": "holds no config.json",
+DAMAGED = {  # damage: error message
+    "no config": "it has no config.json",
     "config is no json": "cannot read .*config.json",
     "no weights": "neither model.safetensors nor model.safetensors.index.json",
     "truncated": "cannot read .*model.safetensors",
     "empty file": "cannot read .*model.safetensors",
     "key is missing": "no model.layers.1.mlp.experts.3.up_proj.weight",
-    "wrong shape": r"model.safetensors: lm_head.weight is \[7, 64\], config.json makes it \[128, 64\]",
+    "wrong shape": r"model.safetensors: lm_head.weight is \[7, 64\], by config.json it should be \[128, 64\]",
     "fp8 without scale": "no model.layers.0.mlp.down_proj.weight_scale_inv",
     "shard is missing": "cannot read .*model-00001-of-00002.safetensors",
     "index is damaged": "index.json is damaged",
@@ -127,14 +139,14 @@ DAMAGED = {  # how: words of the message
 
 
 @pytest.mark.parametrize("how", DAMAGED)
-def test_damaged_checkpoints_are_named(how, tmp_path):
+def test_damaged_checkpoints_raise(how, tmp_path):
     folder = Path(shutil.copytree(DATA / "base", tmp_path / "model"))
     damage(folder, how)
     with pytest.raises(InputError, match=DAMAGED[how]):
         load_model(folder)
 
 
-def test_unknown_models_are_named(tmp_path):
+def test_unknown_models_raise(tmp_path):
     with pytest.raises(InputError, match="unknown model 'large': neither a preset .tiny, mini, flash, 1t. nor"):
         resolve_model("large")
     with pytest.raises(InputError, match="which has no weights"):
@@ -142,10 +154,10 @@ def test_unknown_models_are_named(tmp_path):
     assert resolve_model("1t") == (LingConfig.one_t(), None)
 
 
-def test_unread_tensors_are_told(tmp_path):
+def test_unused_tensors_warn(tmp_path):
     folder = Path(shutil.copytree(DATA / "base", tmp_path / "model"))
     save_file(load_file(folder / "model.safetensors") | {"extra": torch.zeros(1)}, folder / "model.safetensors")
-    with pytest.warns(UserWarning, match="1 tensors were not read, the first is extra"):
+    with pytest.warns(UserWarning, match="1 tensors are not used, the first is extra"):
         load_model(folder)
 
 
@@ -155,8 +167,8 @@ def test_unwritable_folder(tmp_path):
         save_model(load_model(DATA / "base"), tmp_path / "file" / "model")
 
 
-def test_a_failed_save_loses_nothing(tmp_path, monkeypatch):
-    """The disk is full half-way: the old checkpoint is still whole."""
+def test_a_failed_save_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+    """The disk becomes full while saving."""
     import safetensors.torch
 
     model = load_model(DATA / "base")
@@ -172,8 +184,8 @@ def test_a_failed_save_loses_nothing(tmp_path, monkeypatch):
     assert same(dict(named_views(load_model(tmp_path))), dict(named_views(model)))
 
 
-def test_loading_streams(tmp_path):
-    """Never more than the model, one shard, and what the process needs anyway."""
+def test_loading_is_streamed(tmp_path):
+    """Peak memory is the model and one shard above the baseline of the process."""
     code = """
 import dataclasses, resource, sys, torch
 from ling_kernels.model import Ling, LingConfig, load_model, save_model
@@ -191,12 +203,12 @@ else:
 """
     subprocess.run([sys.executable, "-c", code, "save", tmp_path], check=True)
     shutil.copytree(DATA / "base", tmp_path / "small")
-    size, grown = map(int, subprocess.check_output([sys.executable, "-c", code, "load", tmp_path]).split())
-    assert size > 150_000 and grown < size + (48 << 10)
+    size, growth = map(int, subprocess.check_output([sys.executable, "-c", code, "load", tmp_path]).split())
+    assert size > 150_000 and growth < size + (48 << 10)
 
 
 @pytest.fixture(scope="module")
-def whole_blocks(tmp_path_factory):
+def checkpoint_of_whole_blocks(tmp_path_factory):
     """A checkpoint whose sizes are multiples of 128, in bf16."""
     config = dataclasses.replace(LingConfig.tiny(), head_dim=64, intermediate_size=256, moe_intermediate_size=128,
                                  num_hidden_layers=2, vocab_size=384)  # fmt: skip
@@ -208,26 +220,26 @@ def whole_blocks(tmp_path_factory):
 
 
 @pytest.mark.parametrize("head", [False, True])
-def test_fp8_weights_alone(whole_blocks, head, tmp_path):
-    """Quantised as they are read, kept as bytes: the bits of layers that quantise in each forward. Saved and loaded."""
-    wide = load_model(whole_blocks)
-    made, left = to_fp8(wide)
+def test_fp8_only_weights(checkpoint_of_whole_blocks, head, tmp_path):
+    """Quantising while loading gives the same bits as quantising in each forward, also after saving and loading."""
+    wide = load_model(checkpoint_of_whole_blocks)
+    converted, skipped = to_fp8(wide)
     if head:
         wide.lm_head = Fp8Linear.of(wide.lm_head)
-    assert made and not left
-    frozen = load_model(whole_blocks, fp8=True, fp8_head=head)
+    assert converted and not skipped
+    frozen = load_model(checkpoint_of_whole_blocks, fp8=True, fp8_head=head)
     ids = torch.randint(0, 384, (2, 9), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         want = wide(ids).logits
         assert torch.equal(frozen(ids).logits, want)
-    wide_ones = sum(p.numel() for p in frozen.parameters() if p.ndim > 1 and p.dtype != torch.float8_e4m3fn)
+    wide_weights = sum(p.numel() for p in frozen.parameters() if p.ndim > 1 and p.dtype != torch.float8_e4m3fn)
     routers = sum(r.weight.numel() for r in frozen.routers())
-    assert wide_ones == 384 * 128 * (2 - head) + 128 * 256 + routers, "embedding, head, MTP's projection, routers"
+    assert wide_weights == 384 * 128 * (2 - head) + 128 * 256 + routers, "embedding, head, MTP projection, routers"
     save_model(frozen, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["quantization_config"]["weight_block_size"] == [128, 128]
     size = sum(f.stat().st_size for f in tmp_path.glob("*.safetensors"))
-    assert size < 0.7 * sum(f.stat().st_size for f in whole_blocks.glob("*.safetensors"))
+    assert size < 0.7 * sum(f.stat().st_size for f in checkpoint_of_whole_blocks.glob("*.safetensors"))
     again, dequantised = load_model(tmp_path, fp8=True, fp8_head=head), load_model(tmp_path, dtype=torch.float32)
     assert same(dict(named_views(again)), dict(named_views(frozen)))
     with torch.inference_mode():
@@ -236,6 +248,6 @@ def test_fp8_weights_alone(whole_blocks, head, tmp_path):
     assert 0 < (near - want).norm() < 0.1 * want.norm()
 
 
-def test_sizes_that_are_no_blocks_stay_wide():
+def test_sizes_that_are_not_multiples_of_128_stay_wide():
     model = load_model(DATA / "base", fp8=True, fp8_head=True)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}

@@ -166,7 +166,6 @@ BROKEN = {  # name: (its error, its message, right, wrong)
 }  # fmt: skip
 
 
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("schedule", [1], indirect=True)
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken(name):
@@ -177,7 +176,6 @@ def test_broken(name):
             check(broken)
 
 
-@pytest.mark.timeout(900)
 @pytest.mark.skipif(SANITIZE, reason="starts its own")
 @pytest.mark.parametrize("schedule", [2], indirect=True)
 def test_sanitized():

@@ -1,11 +1,12 @@
 """Decode attention: what holds on every backend, csrc/ on the CPU, and wrong kernels that must not get through."""
 
+import sys
+
 import pytest
 import torch
 
 from ling_kernels.backend import force
 from ling_kernels.op import E4M3
-from ling_kernels.ops import attention_decode as attention_decode_file
 from ling_kernels.ops.attention_decode import (
     KVCache,
     append,
@@ -13,7 +14,7 @@ from ling_kernels.ops.attention_decode import (
     attention_decode_fwd,
     attention_decode_ref,
     programs,
-    serves,
+    unsupported_cache,
 )
 from ling_kernels.ops.qk_norm_attention_decode import qk_norm_attention_decode
 from ling_kernels.ops.quantize import empty_fp8, quantize, quantize_ref
@@ -96,7 +97,9 @@ def test_a_wider_table_is_another_split_of_the_same(backend, monkeypatch):
     want = attention_decode_ref(q, cache, table, lengths, scale)
     wider = torch.nn.functional.pad(table, (0, 40), value=-1)
     seen = []
-    monkeypatch.setattr(attention_decode_file, "programs", lambda *a: seen.append(programs(*a)) or seen[-1])
+    monkeypatch.setattr(
+        sys.modules["ling_kernels.ops.attention_decode"], "programs", lambda *a: seen.append(programs(*a)) or seen[-1]
+    )
     with force(backend):
         for t in (table, wider):
             close(attention_decode(q, cache, t, lengths, scale), want)
@@ -322,14 +325,22 @@ def test_correct(check, seed, monkeypatch):
     check(load())
 
 
-@on_host
 @pytest.mark.parametrize("fp8", [False, True])
-def test_which_calls_are_its(fp8):
+def test_reasons_why_csrc_does_not_serve(fp8):
+    """Each alone; test_ops.py shows that what has no reason runs."""
     q, cache, *_ = decode_args(Rand(BF16), (20,), 2, 8, 1, 128, 16, fp8)
-    assert serves(q, *cache)
-    assert not serves(q.float(), *cache) and serves(q.repeat(1, 2, 1, 1), *cache) == fp8
-    assert not serves(q[..., :64], *cache) and not serves(q.flatten()[4:].view(-1, 1, 1, 4), *cache)
-    assert not serves(q, *(x if x is None else x[:, :8] for x in cache)) and fp8 or not serves(q.half(), *cache)
+
+    def reason(q=q, cache=cache):
+        return unsupported_cache(q, *cache, q, q) or ""
+
+    assert reason() == ""
+    too_many = "32 queries of a KV head, more than 16, with a cache that is not FP8"
+    assert reason(q.repeat(1, 2, 1, 1)) == ("" if fp8 else too_many)
+    assert "float32 tokens" in reason(q.float())
+    assert "heads of 64" in reason(q[..., :64])
+    assert "pages of 8" in reason(cache=KVCache(*(x if x is None else x[:, :8] for x in cache)))
+    assert "16 bytes" in reason(torch.cat([q.flatten()[:4], q.flatten()])[4:].view(q.shape))
+    assert "float16 tokens" in reason(q.half()) or fp8
 
 
 @on_host

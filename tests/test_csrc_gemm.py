@@ -226,7 +226,6 @@ BROKEN = {  # name: (check that must fail, its error, its message, file, right, 
 }  # fmt: skip
 
 
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("schedule", [1], indirect=True)
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken(name):
@@ -236,7 +235,6 @@ def test_broken(name):
         check(broken)
 
 
-@pytest.mark.timeout(900)
 @pytest.mark.skipif(SANITIZE, reason="starts its own")
 @pytest.mark.parametrize("schedule", [2], indirect=True)
 def test_sanitized():

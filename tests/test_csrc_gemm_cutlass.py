@@ -1,4 +1,4 @@
-"""What feeds CUTLASS's grouped GEMM: the setup kernel on the host, and CUTLASS's own idea of where scales lie."""
+"""The input of CUTLASS's grouped GEMM: its setup kernel on the host, and CUTLASS's own layouts of the scales."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ if missing():
     pytest.skip(f"csrc/ needs {missing()} to be built on the host", allow_module_level=True)
 
 pytestmark = pytest.mark.usefixtures("schedule")
-C = load()
+C = load(module="_cutlass")
 ROOT = Path(__file__).parents[1]
 CUTLASS = Path(os.environ.get("CUTLASS_INCLUDE_DIR") or wheel("cutlass_library").parent / "source/include")
 
@@ -82,7 +82,7 @@ def test_setup(name):
     check_setup(C, offsets, S=offsets[-1] + (7 if name == "rows past the last" else 0))
 
 
-FILE = "gemm/grouped_gemm_fp8_cutlass.cu"
+FILE = "gemm/cutlass/setup.cu"
 BROKEN = {  # name: (its error, its message, right, wrong)
     "does not wait": (RuntimeError, "never waits", "wait_for_previous();", ""),
     "the first of equal offsets": (AssertionError, None, "offsets[middle] <= i ?", "offsets[middle] < i ?"),
@@ -97,7 +97,7 @@ BROKEN = {  # name: (its error, its message, right, wrong)
 def test_broken(name):
     error, message, right, wrong = BROKEN[name]
     with pytest.raises(error, match=message):
-        check_all(load((FILE, right, wrong)))
+        check_all(load((FILE, right, wrong), module="_cutlass"))
 
 
 def test_refused():
@@ -110,11 +110,10 @@ def test_refused():
         C.grouped_gemm_fp8_setup(a, a_scale.contiguous(), b, b_scale, offsets, y, workspace)
 
 
-@pytest.mark.timeout(900)  # where csrc/ was never compiled with the sanitizer
 @pytest.mark.skipif(SANITIZE, reason="starts its own")
 @pytest.mark.parametrize("schedule", [1], indirect=True)
 def test_sanitized(schedule):
-    result = sanitized("from tests.test_csrc_gemm_cutlass import check_all; check_all(C)")
+    result = sanitized("from tests.test_csrc_gemm_cutlass import C, check_all; check_all(C)")
     assert result.returncode == 0, result.stderr
 
 

@@ -160,7 +160,7 @@ def check_permute_quantize(C):
             out = empty_fp8(x, T * topk, H, True, False, None)[:2]
             out[0].view(torch.uint8).fill_(77)
             out[1].fill_(77)
-            C.permute_quantize_fwd(x, plan.slot, *out, pow2)
+            C.permute_quantize_fwd(x, plan.slot, *out, plan.offsets, plan.source, pow2)
             want = owned(list(permute_quantize_ref(x, plan, pow2=pow2)), [plan])
             for g, w in zip(owned(list(out), [plan]), want, strict=True):
                 nan = w.float().isnan()

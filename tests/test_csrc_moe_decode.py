@@ -13,7 +13,7 @@ from ling_kernels.model.transformer import Layer
 from ling_kernels.nn.fp8 import to_fp8
 from ling_kernels.nn.frozen import freeze_
 from ling_kernels.ops.moe import moe
-from ling_kernels.ops.moe_decode import fits, moe_decode, serves
+from ling_kernels.ops.moe_decode import fits_shared_memory, moe_decode, unsupported
 from ling_kernels.ops.quantize import quantize_weight
 from ling_kernels.ops.rms_norm import rms_norm
 from tests.cases import Rand
@@ -146,7 +146,7 @@ def test_every_composition(T, fp8):
     rand = Rand(BF16, T)
     residual = rand.data(*args[0].shape) if T // 2 % 2 else None
     norm = 1 + rand.data(128) / 4 if T // 4 % 2 != fp8 else None
-    assert serves(*args[:9])
+    assert unsupported(*args[:9]) is None
     with force("cuda"):
         got = moe_decode(*args, residual, norm, 0.1)
     with force("torch"):
@@ -243,14 +243,15 @@ def test_a_model_decodes_through_it(monkeypatch):
 def test_what_it_serves():
     args = problem(2, Fs=128)
     x, router_w, bias, gate_up, down, shared, *routing = args[:9]
-    assert serves(*args[:9]) and serves(*problem(2, fp8=False)[:9])
-    assert not serves(x.float(), *args[1:9]) and not serves(*args[:6], 4, 4, 4)
+    assert unsupported(*args[:9]) is None and unsupported(*problem(2, fp8=False)[:9]) is None
+    assert "bf16" in unsupported(x.float(), *args[1:9]) and "16 experts" in unsupported(*args[:6], 4, 4, 4)
     wide = problem(2, Fs=128, fp8=False)
-    assert not serves(x, router_w, bias, gate_up, down, wide[5], *routing)
-    assert not serves(x, router_w, bias, (gate_up[0].mT.contiguous().mT, gate_up[1]), down, shared, *routing)
+    assert "beside" in unsupported(x, router_w, bias, gate_up, down, wide[5], *routing)
+    strided = gate_up[0].mT.contiguous().mT, gate_up[1]
+    assert "strided" in unsupported(x, router_w, bias, strided, down, shared, *routing)
     ling = {(2048, 512): 8, (4096, 1024): 8, (8192, 2048): 8}  # mini, flash, 1T: in FP8 for all rows
-    assert all(fits(T, H, F, F, 8, True) for (H, F), T in ling.items())
-    assert fits(8, 2048, 512, 512, 8, False) and not fits(8, 8192, 2048, 2048, 8, False)
+    assert all(fits_shared_memory(T, H, F, F, 8, True) for (H, F), T in ling.items())
+    assert fits_shared_memory(8, 2048, 512, 512, 8, False) and not fits_shared_memory(8, 8192, 2048, 2048, 8, False)
 
 
 def test_refused():

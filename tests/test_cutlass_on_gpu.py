@@ -1,10 +1,17 @@
-"""grouped_gemm_fp8_cutlass against the reference: only a Hopper GPU runs it, and no op calls it."""
+"""CUTLASS's kernels, the optional extension _cutlass, against the reference: they run on a Hopper GPU only."""
+
+import importlib.util
 
 import pytest
 import torch
 
-from ling_kernels.backend import _C, why_not
-from ling_kernels.ops.grouped_gemm_fp8 import grouped_gemm_fp8_ref
+from ling_kernels.backend import why_not
+from ling_kernels.ops.grouped_gemm_fp8 import (
+    grouped_gemm_fp8_cutlass,
+    grouped_gemm_fp8_cutlass_fwd,
+    grouped_gemm_fp8_ref,
+    import_cutlass,
+)
 from tests.cases import DEVICE, Rand, grouped_fp8_args
 
 SHAPES = [
@@ -22,14 +29,11 @@ def not_here() -> str | None:
         return "there is no GPU"
     if reason := why_not("cuda", 0):
         return reason
-    return None if hasattr(_C, "grouped_gemm_fp8_cutlass") else "_C is built without CUTLASS"
-
-
-def cutlass(a, a_scale, b, b_scale, offsets, y, pingpong):
-    """As a caller has it: the workspace is the caller's too."""
-    size = _C.grouped_gemm_fp8_workspace(len(a), len(b), a.shape[1])
-    workspace = torch.empty(size, dtype=torch.uint8, device=a.device)
-    _C.grouped_gemm_fp8_cutlass(a, a_scale, b, b_scale, offsets, y, workspace, pingpong)
+    try:
+        import_cutlass()
+    except ImportError as error:
+        return str(error)
+    return None
 
 
 def check(launch, shape, pingpong):
@@ -54,18 +58,15 @@ def check(launch, shape, pingpong):
 @pytest.mark.parametrize("pingpong", [False, True], ids=["cooperative", "pingpong"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(f"{k}{v}" for k, v in s.items()))
 def test_matches_reference(shape, pingpong):
-    check(cutlass, shape, pingpong)
+    check(grouped_gemm_fp8_cutlass_fwd, shape, pingpong)
 
 
 @pytest.mark.skipif(not_here() is not None, reason=str(not_here()))
 def test_in_a_graph():
     args = grouped_fp8_args(Rand(torch.bfloat16), S=300, E=4, N=256, K=512)
-    a, b = args[0], args[2]
-    y = torch.zeros(len(a), b.shape[1], dtype=torch.bfloat16, device=a.device)
-    cutlass(*args, y, False)
-    want, graph = y.clone(), torch.cuda.CUDAGraph()
+    want, graph = grouped_gemm_fp8_cutlass(*args), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        cutlass(*args, y, False)
+        y = grouped_gemm_fp8_cutlass(*args)
     y.zero_()
     graph.replay()
     assert torch.equal(y, want)
@@ -85,3 +86,10 @@ def test_the_check_can_fail(wrong):
         return check(launch, SHAPES[1], False)
     with pytest.raises(AssertionError):
         check(launch, SHAPES[1], False)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ling_kernels._cutlass") is not None, reason="_cutlass is built")
+def test_the_error_where_it_is_not_built():
+    args = grouped_fp8_args(Rand(torch.bfloat16), **SHAPES[1])
+    with pytest.raises(ImportError, match="_cutlass is not built .make cutlass"):
+        grouped_gemm_fp8_cutlass(*args)

@@ -1,6 +1,7 @@
-"""What a decode layer launches, as docs/serving.md lists it, and that it computes what the ops one by one do."""
+"""A decode layer launches the kernels that docs/serving.md lists, with the same result as the torch backend."""
 
 import dataclasses
+import sys
 
 import pytest
 import torch
@@ -16,14 +17,14 @@ from ling_kernels.ops.attention_decode import KVCache
 from ling_kernels.ops.rope_tables import rope_tables
 from tests.cases import DEVICE, runs
 
-LAUNCHES = [  # attention's is two kernels
+LAUNCHES = [  # the attention launcher starts two kernels
     "rms_norm_fwd", "gemm_fp8_fwd", "qk_norm_attention_decode_fwd", "gemm_fp8_fwd", "rms_norm_router_fwd",
     "moe_decode_fwd",
 ]  # fmt: skip
 
 
-class Computing(TorchDispatchMode):
-    """Names of torch's own operators that launch something."""
+class TorchOperators(TorchDispatchMode):
+    """Records torch's own operators that would launch a kernel."""
 
     def __init__(self):
         super().__init__()
@@ -35,14 +36,14 @@ class Computing(TorchDispatchMode):
         return fn(*args, **(kwargs or {}))
 
 
-def seen(launched, name):
+def recorder(launched, name):
     fn = getattr(_C, name)
     return lambda *args: launched.append(name) or fn(*args)
 
 
 @torch.no_grad()
 def layer_and_arguments(n):
-    """n new tokens of each of two texts."""
+    """A layer, x [2 n, H], its layout and cache: n new tokens of each of two sequences."""
     c = dataclasses.replace(
         LingConfig.tiny(), hidden_size=256, num_attention_heads=2, num_key_value_heads=1, head_dim=128,
         moe_intermediate_size=128,
@@ -60,8 +61,8 @@ def layer_and_arguments(n):
     table = torch.tensor([[2, 0], [3, 1]], dtype=torch.int32, device=DEVICE)
     slots = (table.gather(1, positions.view(2, n) // 16) * 16 + positions.view(2, n) % 16).flatten().long()
     cos, sin = rope_tables(32, 64, 1e4, None, DEVICE)
-    nobody = torch.zeros(1, dtype=torch.int32, device=DEVICE)
-    rows = Rows(cos, sin, positions, nobody, slots, 2 * n, table, lengths)
+    no_prefill = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    rows = Rows(cos, sin, positions, no_prefill, slots, 2 * n, table, lengths)
     return layer.eval(), torch.randn(2 * n, 256, generator=g).to(DEVICE, torch.bfloat16), rows, cache
 
 
@@ -74,11 +75,11 @@ def test_a_decode_layer(n, monkeypatch):
     with force("torch"):
         want, _ = layer(x, rows, copies[0])
     for module in ("attention_decode", "qk_norm_attention_decode"):  # on a CPU they look at lengths and pages
-        monkeypatch.setattr(f"ling_kernels.ops.{module}.known", lambda x: False)
+        monkeypatch.setattr(sys.modules[f"ling_kernels.ops.{module}"], "values_on_host", lambda x: False)
     launched = []
     for name in (n for n in dir(_C) if n.endswith("_fwd")):
-        monkeypatch.setattr(_C, name, seen(launched, name))
-    with force("cuda"), Computing() as torch_s:
+        monkeypatch.setattr(_C, name, recorder(launched, name))
+    with force("cuda"), TorchOperators() as torch_operators:
         got, _ = layer(x, rows, copies[1])
-    assert launched == LAUNCHES and not torch_s.names
+    assert launched == LAUNCHES and not torch_operators.names
     assert (got - want).abs().max() <= 2**-5 * want.abs().max()

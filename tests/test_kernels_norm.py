@@ -1,13 +1,12 @@
 """What the table leaves out of the kernels of norms, rope and losses: rounding, loops, NaN and inf, unusual calls."""
 
+import sys
+
 import pytest
 import torch
 
 from ling_kernels import cross_entropy, linear_cross_entropy, qk_norm_rope, rms_norm
 from ling_kernels.backend import force
-from ling_kernels.ops import linear_cross_entropy as linear_cross_entropy_file
-from ling_kernels.ops import qk_norm_rope as qk_norm_rope_file
-from ling_kernels.ops import rms_norm as rms_norm_file
 from ling_kernels.ops.rms_norm import rms_norm_ref
 from ling_kernels.ops.rope_tables import rope_tables
 from tests.cases import CASES, DEVICE, Rand, args_of, qk_norm_rope_args, runs
@@ -15,6 +14,8 @@ from tests.test_ops import outputs_and_grads, same_bits
 
 pytestmark = pytest.mark.skipif(not runs("triton"), reason="triton cannot run here")
 BF16, FP32 = torch.bfloat16, torch.float32
+FILES = ("linear_cross_entropy", "qk_norm_rope", "rms_norm")
+linear_cross_entropy_file, qk_norm_rope_file, rms_norm_file = (sys.modules[f"ling_kernels.ops.{n}"] for n in FILES)
 
 
 def share_equal(got, want):
@@ -100,7 +101,8 @@ def test_a_position_past_the_table_is_nan_and_a_slot_past_the_cache_is_not_writt
     guarded = [torch.cat([c, torch.zeros_like(c[:1])]) for c in cache[:2]]  # what a stray write would land in
     positions[2], slots[3] = 9, pages * 4
     before = guarded[0].flatten(0, 1).clone()
-    q, k, _ = qk_norm_rope_file.rotated(*args[:5], positions, *args[6:9], *(g[:pages] for g in guarded), slots)
+    cache = [g[:pages] for g in guarded]
+    q, k, _ = qk_norm_rope_file.qk_norm_rope_forward(*args[:5], positions, *args[6:9], *cache, slots)
     assert q[2, :, :4].isnan().all() and not q[2, :, 4:].isnan().any() and not q[[0, 1, 3, 4]].isnan().any()
     cells = guarded[0].flatten(0, 1)
     assert torch.equal(cells[slots[[0, 1, 4]]], k[[0, 1, 4]])
@@ -136,9 +138,9 @@ def test_linear_cross_entropy_of_bf16_products_with_fp32_sums(monkeypatch, wante
     x, w = ((rand.data(37, 24) / 4).requires_grad_(wanted[0]), rand.data(100, 24).requires_grad_(wanted[1]))
     targets = rand.ints(0, 100, 37, dtype=torch.int64).masked_fill(rand.bools(37, p=0.2), -7)
     leaves = [t for t in (x, w) if t.requires_grad]
-    assert linear_cross_entropy_file.mm_widens(x) == x.is_cuda
+    assert linear_cross_entropy_file.mm_gives_fp32(x) == x.is_cuda
     if not x.is_cuda:
-        monkeypatch.setattr(linear_cross_entropy_file, "mm_widens", lambda x: True)
+        monkeypatch.setattr(linear_cross_entropy_file, "mm_gives_fp32", lambda x: True)
         monkeypatch.setattr(torch, "mm", mm)
     with force("triton"):
         loss = linear_cross_entropy(x, w, targets, -7, chunk=16)

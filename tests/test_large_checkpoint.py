@@ -1,5 +1,5 @@
-"""Ling-1T by its official names and shapes: all of them against ours, and some layers read from files with holes, which
-read as zeros and lie nowhere, into a model on the meta device."""
+"""Ling-1T by its official keys and shapes: all keys against ours, and some layers loaded from sparse files (zeros that
+take no disk space) into a model on the meta device."""
 
 import json
 import struct
@@ -25,7 +25,7 @@ CONFIG = dict(
     topk_group=4, num_shared_experts=1, moe_intermediate_size=2048, use_qk_norm=True, rope_theta=600000,
     max_position_embeddings=32768, num_nextn_predict_layers=0,
 )  # fmt: skip
-SLICE = CONFIG | dict(num_hidden_layers=2, first_k_dense_replace=1, num_experts=16)  # what is quick to read
+SLICE = CONFIG | dict(num_hidden_layers=2, first_k_dense_replace=1, num_experts=16)  # loads in seconds
 NORMS = {
     "input_layernorm.weight": (8192,), "post_attention_layernorm.weight": (8192,),
     "attention.query_layernorm.weight": (128,), "attention.key_layernorm.weight": (128,),
@@ -56,7 +56,7 @@ def layer(i: int, config: dict, fp8: bool) -> dict[str, tuple]:
 
 @cache
 def shards(kind: str, fp8: bool) -> dict[str, dict[str, tuple]]:
-    """File -> key -> type and shape."""
+    """{file: {key: (dtype, shape)}}."""
     config, wide = SLICE if kind == "slice" else CONFIG, torch.bfloat16
     layers = {f"layer-{i}.safetensors": layer(i, config, fp8) for i in range(config["num_hidden_layers"])}
     ends = {"model.word_embeddings.weight": (wide, (157184, 8192)), "lm_head.weight": (wide, (157184, 8192))}
@@ -65,7 +65,7 @@ def shards(kind: str, fp8: bool) -> dict[str, dict[str, tuple]]:
 
 
 def write(folder, files: dict) -> None:
-    """Headers and an index; no data."""
+    """Write headers and an index, without data."""
     for name, tensors in files.items():
         header, end = {}, 0
         for key, (dtype, shape) in tensors.items():
@@ -82,10 +82,10 @@ def write(folder, files: dict) -> None:
 
 
 @pytest.mark.parametrize("fp8", [False, True])
-def test_every_tensor_of_one_trillion_has_its_place(tmp_path, fp8):
+def test_every_tensor_of_ling_1t_is_mapped(tmp_path, fp8):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     config = LingConfig.from_json(tmp_path / "config.json")
-    assert config == LingConfig.one_t(), "rotary_dim, as Ling-1T says it"
+    assert config == LingConfig.one_t(), "rotary_dim gives partial_rotary_factor"
     with torch.device("meta"):
         model = Ling(config).bfloat16()
     if fp8:
@@ -100,12 +100,12 @@ def test_every_tensor_of_one_trillion_has_its_place(tmp_path, fp8):
 
 
 @pytest.mark.parametrize("fp8", [False, True])
-def test_some_layers_are_read(tmp_path, fp8):
+def test_some_layers_load(tmp_path, fp8):
     write(tmp_path, shards("slice", fp8))
     assert sum(file.stat().st_size for file in tmp_path.iterdir()) > 6e9
     assert sum(file.stat().st_blocks * 512 for file in tmp_path.iterdir()) < 1e6
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # a tensor that is not read
+        warnings.simplefilter("error")  # for unused tensors
         model = load_model(tmp_path, device="meta", fp8=fp8)
     assert model.config.rotary_dim == 64 and len(model.layers) == 2 and not model.mtp
     if fp8:
@@ -119,7 +119,7 @@ def without(files: dict, key: str) -> dict:
 
 
 def test_a_shard_that_cannot_be_mapped(tmp_path, monkeypatch):
-    """As on a machine whose memory is smaller than the file."""
+    """For example on a machine whose memory is smaller than the file."""
     import safetensors
 
     def refuse(*_):

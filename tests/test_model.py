@@ -1,4 +1,4 @@
-"""Parity with the official model (tests/data: its numbers, in fp32, for three tiny checkpoints), and the presets."""
+"""Parity with the official model (tests/data has its fp32 results for three tiny checkpoints), and the presets."""
 
 import dataclasses
 from functools import cache
@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy, pad
 
 from ling_kernels.backend import force
 from ling_kernels.model import Ling, LingConfig, load_model, named_views
@@ -27,7 +28,7 @@ def load(name) -> Ling:
 
 
 def near(got, want, tolerance=1e-4):
-    """Relative to the largest element: what cancels to almost nothing has no digits of its own."""
+    """The tolerance is relative to the largest element: after cancellation a small element has no correct digits."""
     assert got.shape == want.shape
     assert (got.double() - want.double()).abs().max() <= tolerance * want.double().abs().max()
 
@@ -51,15 +52,15 @@ def test_logits_and_hidden_states(name):
         assert out.mtp_logits is None
 
 
-def test_routes(name):
-    """Experts exactly, weights and logits within the tolerance, in every MoE layer."""
-    want, model, seen = expected(name), load(name), []
+def test_routing(name):
+    """Experts and counts are equal, weights within the tolerance, in every MoE layer."""
+    want, model, outputs = expected(name), load(name), []
     for router in model.routers():
-        router.register_forward_hook(lambda _, args, out: seen.append(out))
+        router.register_forward_hook(lambda _, args, out: outputs.append(out))
     model(want["input_ids"])
     keys = sorted(k.removesuffix(".idx") for k in want if k.startswith("route.") and k.endswith(".idx"))
-    assert len(keys) == len(seen) > 0
-    for key, (weights, experts, counts, _) in zip(keys, seen, strict=True):
+    assert len(keys) == len(outputs) > 0
+    for key, (weights, experts, counts, _) in zip(keys, outputs, strict=True):
         order = experts.argsort(-1)
         want_experts = want[f"{key}.idx"].flatten(0, -2)
         assert torch.equal(experts.gather(1, order).long(), want_experts)
@@ -72,15 +73,31 @@ def grads_of(model, loss):
     return dict(named_views(model, of=lambda p: p.grad))
 
 
-def test_losses_and_gradients_as_the_official_code(name):
+def official_mtp_loss(out, labels):
+    """The official code shifts by one over the flattened batch: a row's last position learns from the next row."""
+    losses = []
+    for k, logits in enumerate(out.mtp_logits, 1):
+        in_row = pad(labels[:, k:], (0, k), value=-100).flatten()
+        losses.append(cross_entropy(logits.flatten(0, 1), pad(in_row[1:], (0, 1), value=-100)))
+    return torch.stack(losses).mean()
+
+
+def official_loss(model, out, labels):
+    if out.mtp_logits is None:
+        return out.loss
+    return out.main_loss + model.config.mtp_loss_scaling_factor * official_mtp_loss(out, labels)
+
+
+def test_losses_and_gradients_equal_the_official_code(name):
     want = expected(name)
     model = load(name).train()
-    out = model(want["input_ids"], want["labels"], mtp_loss="official")
-    near(out.loss, want["loss.total"])
+    out = model(want["input_ids"], want["labels"])
+    loss = official_loss(model, out, want["labels"])
+    near(loss, want["loss.total"])
     near(out.main_loss, want["loss.main"])
     if "loss.mtp_hf" in want:
-        near(out.mtp_loss, want["loss.mtp_hf"])
-    check_gradients(name, grads_of(model, out.loss), "gradstat")
+        near(official_mtp_loss(out, want["labels"]), want["loss.mtp_hf"])
+    check_gradients(name, grads_of(model, loss), "gradstat")
     for key, grad in grads_of_expected(name).items():
         near(dict(named_views(model, of=lambda p: p.grad))[key], grad)
 
@@ -102,8 +119,8 @@ def check_gradients(name, grads, key):
 
 
 @pytest.mark.parametrize("logits", [True, False])
-def test_clean_mtp_loss(logits):
-    """Our default: no row learns from the next one."""
+def test_mtp_loss_within_rows(logits):
+    """Unlike in the official code, no row learns from the next one."""
     want = expected("mtp1")
     model = load("mtp1").train()
     out = model(want["input_ids"], want["labels"], logits=logits)
@@ -112,17 +129,18 @@ def test_clean_mtp_loss(logits):
     check_gradients("mtp1", grads_of(model, out.loss), "gradstat_clean")
 
 
-def test_the_official_mtp_loss_leaks_across_rows_and_ours_does_not():
+def test_mtp_loss_does_not_leak_across_rows():
+    """The official one does."""
     want, model = expected("mtp1"), load("mtp1")
     ids, other = want["input_ids"], want["input_ids"].clone()
-    other[1, 1] = (other[1, 1] + 1) % model.config.vocab_size  # row 0 must not care
+    other[1, 1] = (other[1, 1] + 1) % model.config.vocab_size  # must not change row 0's loss
     labels = torch.full_like(ids, -100)
     labels[0] = ids[0]
     labels_other = labels.clone()
     labels[1, 1], labels_other[1, 1] = ids[1, 1], other[1, 1]
-    clean = [model(ids, y).mtp_loss for y in (labels, labels_other)]
-    official = [model(ids, y, mtp_loss="official").mtp_loss for y in (labels, labels_other)]
-    assert torch.equal(*clean) and not torch.equal(*official)
+    outs = [model(ids, y) for y in (labels, labels_other)]
+    official = [official_mtp_loss(out, y) for out, y in zip(outs, (labels, labels_other), strict=True)]
+    assert torch.equal(outs[0].mtp_loss, outs[1].mtp_loss) and not torch.equal(*official)
 
 
 def test_greedy_generation(name):
@@ -133,7 +151,7 @@ def test_greedy_generation(name):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_changes_nothing(name, side):
+def test_padding_does_not_change_the_output(name, side):
     want, model = expected(name), load(name)
     ids, mask = want["leftpad.input_ids"], want["leftpad.mask"]
     near(model(ids, attention_mask=mask).logits[:, -1], want["leftpad.logits_last"])
@@ -147,7 +165,7 @@ def test_padding_changes_nothing(name, side):
     assert torch.equal(new[1:], model.generate(short, max_new_tokens=8)[:, short.shape[1] :])
 
 
-def test_generation_across_cache_pages_equals_no_cache():
+def test_generation_across_cache_pages_equals_generation_without_cache():
     model = Ling(LingConfig.tiny()).eval()
     model.init_weights(torch.Generator().manual_seed(0))
     ids = torch.randint(0, 256, (1, 60), generator=torch.Generator().manual_seed(1))
@@ -158,7 +176,7 @@ def test_generation_across_cache_pages_equals_no_cache():
     assert torch.equal(got, ids)
 
 
-def test_a_finished_sequence_stays_finished():
+def test_a_finished_sequence_repeats_its_end_token():
     want, model = expected("base"), load("base")
     prompt, greedy = want["generate.prompt"], want["generate.greedy"]
     L = prompt.shape[1]
@@ -168,8 +186,8 @@ def test_a_finished_sequence_stays_finished():
     assert torch.equal(out[0, : L + first + 1], greedy[0, : L + first + 1]) and (out[0, L + first :] == eos).all()
 
 
-def test_packed_documents_equal_documents_alone():
-    """Logits, losses and gradients; no attention and no MTP roll across a boundary."""
+def test_packed_documents_equal_separate_documents():
+    """Logits, losses and gradients: neither attention nor MTP crosses a document boundary."""
     model = load("mtp1").train()
     g = torch.Generator().manual_seed(0)
     docs = [torch.randint(2, 128, (1, n), generator=g) for n in (5, 1, 17, 9)]
@@ -179,20 +197,20 @@ def test_packed_documents_equal_documents_alone():
     packed.loss.backward()
     grads = {n: p.grad.clone() for n, p in model.named_parameters()}
     model.zero_grad()
-    alone = [model(d, d) for d in docs]
-    near(packed.logits.flatten(0, 1), torch.cat([o.logits[0] for o in alone]), 1e-6)
-    near(packed.mtp_logits.flatten(1, 2), torch.cat([o.mtp_logits[:, 0] for o in alone], 1), 1e-6)
+    separate = [model(d, d) for d in docs]
+    near(packed.logits.flatten(0, 1), torch.cat([o.logits[0] for o in separate]), 1e-6)
+    near(packed.mtp_logits.flatten(1, 2), torch.cat([o.mtp_logits[:, 0] for o in separate], 1), 1e-6)
     sizes = torch.tensor([len(d[0]) for d in docs])
     main, mtp = (sizes - 1).clamp(min=0), (sizes - 2).clamp(min=0)
-    total = sum(o.main_loss * n for o, n in zip(alone, main, strict=True)) / main.sum()
-    total = total + 0.1 * sum(o.mtp_loss * n for o, n in zip(alone, mtp, strict=True)) / mtp.sum()
+    total = sum(o.main_loss * n for o, n in zip(separate, main, strict=True)) / main.sum()
+    total = total + 0.1 * sum(o.mtp_loss * n for o, n in zip(separate, mtp, strict=True)) / mtp.sum()
     near(packed.loss, total, 1e-6)
     total.backward()
     for n, p in model.named_parameters():
         near(p.grad, grads[n], 1e-4)
 
 
-def test_loss_without_logits_is_the_same_loss():
+def test_loss_is_the_same_without_logits():
     want, model = expected("mtp1"), load("mtp1").train()
     outs = [model(want["input_ids"], want["labels"], logits=k, z_loss=0.1) for k in (True, False)]
     assert outs[1].logits is None and outs[0].z_loss > 0
@@ -209,7 +227,7 @@ def test_target_counts_make_accumulated_micro_batches_exact():
     near(parts, whole, 1e-6)
 
 
-SIZES = {  # billions of parameters without MTP, and of active ones with embedding and head (arXiv 2510.22115, table 1)
+SIZES = {  # billions of parameters without MTP, and of active parameters (arXiv 2510.22115, table 1)
     "mini": (16.2556, 1.4330),
     "flash": (102.8897, 6.1523),
     "1t": (999.705, 51.054),
@@ -254,7 +272,7 @@ def test_bf16_runs(name):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_counts_accumulate_in_training_only_and_balance_zeroes_them():
+def test_expert_counts_accumulate_in_training_and_balance_resets_them():
     want, model = expected("base"), load("base")
     model(want["input_ids"])
     assert model.expert_counts().sum() == 0
@@ -271,7 +289,7 @@ def test_counts_accumulate_in_training_only_and_balance_zeroes_them():
         torch.testing.assert_close(router.expert_bias - b, 0.125 * (sign - sign.mean()), rtol=0, atol=1e-6)
 
 
-def test_too_long_is_an_error():
+def test_too_long_sequences_raise():
     model = load("base")
     with pytest.raises(ValueError, match="at most 64 positions"):
         model(torch.zeros(1, 65, dtype=torch.long))
@@ -280,8 +298,8 @@ def test_too_long_is_an_error():
 
 
 @pytest.mark.skipif(not runs("triton"), reason="triton cannot run here")
-def test_triton_trains_and_generates_as_torch_does():
-    """Every op in its Triton form, where it has one: three steps' losses, routes and a greedy continuation."""
+def test_triton_trains_and_generates_like_torch():
+    """Losses of three steps, expert counts and a greedy continuation, with every Triton kernel."""
     sizes = dict(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
                  num_key_value_heads=1, head_dim=32, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32,
                  num_nextn_predict_layers=1, initializer_range=0.2, max_position_embeddings=32)  # fmt: skip

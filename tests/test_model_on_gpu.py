@@ -1,4 +1,4 @@
-"""The whole model and the engine on a GPU, by each backend's kernels: the official model's numbers once more."""
+"""Model and engine on a GPU with each backend's kernels, against the official model."""
 
 from dataclasses import replace
 
@@ -11,13 +11,13 @@ from ling_kernels.model import Ling, LingConfig
 from ling_kernels.nn.fp8 import to_fp8
 from ling_kernels.nn.frozen import freeze_
 from tests.cases import DEVICE, runs
-from tests.test_engine import NO_ENDS, texts
-from tests.test_model import NAMES, expected, grads_of, load, near
+from tests.engines import NO_STOP, references
+from tests.test_model import NAMES, expected, grads_of, load, near, official_loss
 
 pytestmark = pytest.mark.skipif(DEVICE == "cpu", reason="there is no GPU")
 BACKENDS = [pytest.param(b, marks=() if runs(b) else pytest.mark.skip(f"{b} cannot run here"))
             for b in ("torch", "triton", "cuda")]  # fmt: skip
-CLOSE = 1e-3  # of fp32 with other orders of sums than a CPU's
+CLOSE = 1e-3  # fp32 with another order of summation than on the CPU
 
 
 @pytest.fixture(params=BACKENDS)
@@ -27,13 +27,14 @@ def backend(request):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_as_the_official_code(name, backend):
+def test_losses_and_gradients_equal_the_official_code(name, backend):
     want, model = expected(name), load(name).to(DEVICE).train()
     ids, labels = want["input_ids"].to(DEVICE), want["labels"].to(DEVICE)
-    out = model(ids, labels, mtp_loss="official")
+    out = model(ids, labels)
+    loss = official_loss(model, out, labels)
     near(out.logits.cpu(), want["logits"], CLOSE)
-    near(out.loss.cpu(), want["loss.total"], CLOSE)
-    grads = grads_of(model, out.loss)
+    near(loss.cpu(), want["loss.total"], CLOSE)
+    grads = grads_of(model, loss)
     for key, grad in want.items():
         if key.startswith("grad."):
             near(grads[key.removeprefix("grad.")].cpu(), grad, CLOSE)
@@ -41,14 +42,14 @@ def test_as_the_official_code(name, backend):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("draft", [0, 2])
-def test_the_engine_writes_the_official_texts(name, draft, backend):
-    """With graphs, and before a lane's last token is known to the host."""
+def test_the_engine_generates_the_official_tokens(name, draft, backend):
+    """With CUDA graphs, and passes launched before the host has the last tokens."""
     e = Engine(load(name).to(DEVICE), page_size=16, cache_tokens=640, max_running=3, draft=draft)
-    prompts, new = zip(*texts(name), strict=True)
-    assert e.generate(prompts, max_new_tokens=len(new[0]), **NO_ENDS) == list(new)
-    for prompt, its in zip(prompts, new, strict=True):
-        assert list(e.stream(prompt, max_new_tokens=len(its), **NO_ENDS)) == its
-    assert e.late == (DEVICE == "cuda") == bool(e.forward.graphs and e.forward.graphs.captured)
+    prompts, new = zip(*references(name), strict=True)
+    assert e.generate(prompts, max_new_tokens=len(new[0]), **NO_STOP) == list(new)
+    for prompt, tokens in zip(prompts, new, strict=True):
+        assert list(e.stream(prompt, max_new_tokens=len(tokens), **NO_STOP)) == tokens
+    assert e.overlap == (DEVICE == "cuda") == bool(e.forward.graphs and e.forward.graphs.captured)
 
 
 def tiny(dtype: torch.dtype, fp8: bool) -> Ling:
@@ -68,29 +69,29 @@ def tiny(dtype: torch.dtype, fp8: bool) -> Ling:
 
 @pytest.mark.parametrize("fp8", [False, True])
 def test_logits_in_low_precision(fp8, backend):
-    """bf16, and FP8 weights, prefilled and decoded with a cache: near what the references give."""
+    """bf16 and FP8 weights, prefilled and decoded with a cache: near the torch backend."""
     model, ids = tiny(torch.bfloat16, fp8), torch.randint(0, 256, (3, 20), generator=torch.Generator().manual_seed(1))
     with torch.no_grad(), force("torch"):
         want = model(ids.to(DEVICE)).logits
     logits = []
 
-    def choose(rows, so_far):
-        logits.append(rows)
-        return ids[:, so_far.shape[1]].to(DEVICE)
+    def choose(step_logits, ids_so_far):
+        logits.append(step_logits)
+        return ids[:, ids_so_far.shape[1]].to(DEVICE)
 
     for _ in model.stream(ids[:, :12].to(DEVICE), 8, choose=choose):
         pass
-    for at, got in enumerate(logits, 11):
-        assert (got - want[:, at]).norm() < 0.03 * want[:, at].norm()
+    for position, got in enumerate(logits, 11):
+        assert (got - want[:, position]).norm() < 0.03 * want[:, position].norm()
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0, top_p=0.9, repetition_penalty=1.2, seed=3)])
-def test_a_graph_gives_what_its_kernels_give(sampling, backend):
-    prompt, written = list(range(3, 40)), []
+def test_graphs_equal_eager_passes(sampling, backend):
+    prompt, outputs = list(range(3, 40)), []
     model = tiny(torch.bfloat16, fp8=True)
     for graphs in (True, False):
         e = Engine(model, cache_tokens=2048, max_running=1)
         if not graphs:
             e.forward.graphs = None
-        written.append(list(e.stream(prompt, sampling=sampling, max_new_tokens=24, **NO_ENDS)))
-    assert written[0] == written[1]
+        outputs.append(list(e.stream(prompt, sampling=sampling, max_new_tokens=24, **NO_STOP)))
+    assert outputs[0] == outputs[1]

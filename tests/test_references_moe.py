@@ -266,7 +266,8 @@ PLAN = plan_of(Rand(FP32), 4, 2, 1)
 E8 = torch.zeros(4, 128).to(torch.float8_e4m3fn)
 BAD = {
     "balance_bias_": [(rand(4), ints(5), 0.1), (rand(4), rand(4), 0.1), (rand(4).bfloat16(), ints(4), 0.1)],
-    "dispatch": [(ints(4), ints(4)), (ints(4, 2).long(), ints(4)), (ints(4, 2), rand(4))],
+    "dispatch": [(ints(4), ints(4)), (ints(4, 2).long(), ints(4)), (ints(4, 2), rand(4)), (ints(4, 2), ints(4)),
+                 (torch.full((4, 2), 4, dtype=torch.int32), ints(4))],
     "gemm_fp8": [(rand(4, 128), rand(4, 1), E8, rand(4, 1)), (E8, rand(4, 2), E8, rand(4, 1)),
                  (E8, rand(4, 1), E8, rand(1, 1)), (E8[:, :64], rand(4, 1), E8[:, :64], rand(4, 1)),
                  (E8, rand(4, 1), E8, rand(4, 1), rand(3, 4)), (E8, rand(4, 1), E8, rand(4, 1), None, True)],
@@ -285,8 +286,9 @@ BAD = {
     "permute": [(rand(5, 3), PLAN), (rand(4), PLAN)],
     "permute_quantize": [(rand(5, 128), PLAN), (rand(4, 100), PLAN)],
     "quantize": [(rand(4, 100),), (rand(128),), (ints(4, 128),), (rand(5, 128), True, True, PLAN),
-                 (rand(4, 128), False), (rand(4, 128), False, True, None, False, True)],
-    "quantize_weight": [(rand(128, 100),), (rand(100, 128),), (rand(128),)],
+                 (rand(4, 128), False)],
+    "quantize_weight": [(rand(128, 100),), (rand(100, 128),), (rand(128),),
+                        (rand(128, 256), False, (rand(256, 128).T, rand(1, 2)))],
     "rms_norm_router": [(rand(4, 3), rand(3), rand(8, 4)), (rand(4, 3), rand(4), rand(8, 3)),
                         (rand(4, 3), rand(3), rand(8, 3), rand(4, 4)), (rand(2, 4, 3), rand(3), rand(8, 3))],
     "route": [(rand(4, 8), rand(7)), (rand(4, 8).bfloat16(), rand(8)), (rand(4, 8), rand(8), rand(4)),

@@ -1,4 +1,4 @@
-"""The OpenAI-compatible server, on the checkpoint of test_generate.py that writes the alphabet."""
+"""The OpenAI-compatible server, with the checkpoint of tests/speller.py."""
 
 import asyncio
 import json
@@ -13,16 +13,16 @@ from ling_kernels.errors import InputError
 from ling_kernels.generate import Engine, Sampling
 from ling_kernels.model import load_model
 from ling_kernels.tokenizer import load_tokenizer
-from tests.test_generate import EOS, LETTERS, ROLE_END, speller
+from tests.speller import EOS, LETTERS, ROLE_END, speller
 
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("fastapi")
 uvicorn = pytest.importorskip("uvicorn")
 
-from ling_kernels.generate.protocol import Completion  # noqa: E402
+from ling_kernels.generate.protocol import CompletionRequest  # noqa: E402
 from ling_kernels.generate.server import Service, make_app  # noqa: E402
 
-ASK = dict(model="speller", prompt="a", temperature=0, max_tokens=3)
+BODY = dict(model="speller", prompt="a", temperature=0, max_tokens=3)
 
 
 @pytest.fixture(scope="module")
@@ -40,27 +40,27 @@ def shared(checkpoint):
     return service(checkpoint)
 
 
-def call(service: Service, path: str, asked=None, **options):
-    """A response of the app, without a socket."""
+def call(service: Service, path: str, body=None, **options):
+    """The app's response, without a socket: POST with a body or content, else GET."""
 
     async def send():
-        transport = httpx.ASGITransport(make_app(service), raise_app_exceptions=False)  # they go to the log
+        transport = httpx.ASGITransport(make_app(service), raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            if asked is None and not options.get("content"):
+            if body is None and not options.get("content"):
                 return await client.get(path, **options)
-            return await client.post(path, **({"json": asked} if asked is not None else {}) | options)
+            return await client.post(path, **({"json": body} if body is not None else {}) | options)
 
     return asyncio.run(send())
 
 
 def events(text: str) -> list:
-    found = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
-    assert found.pop() == "[DONE]"
-    return [json.loads(line) for line in found]
+    data = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+    assert data.pop() == "[DONE]"
+    return [json.loads(line) for line in data]
 
 
 def test_completion(shared):
-    answer = call(shared, "/v1/completions", ASK).json()
+    answer = call(shared, "/v1/completions", BODY).json()
     assert answer["object"] == "text_completion" and answer["model"] == "speller"
     assert answer["choices"] == [{"index": 0, "text": "bcd", "logprobs": None, "finish_reason": "length"}]
     counts = {"prompt_tokens": 1, "completion_tokens": 3, "total_tokens": 4}
@@ -87,8 +87,8 @@ def test_completion(shared):
     (dict(user="u", metadata={"a": "b"}, store=True, service_tier="auto"), ["bcd"]),
 ])  # fmt: skip
 @pytest.mark.parametrize("stream", [False, True])
-def test_what_may_be_asked(shared, more, texts, stream):
-    response = call(shared, "/v1/completions", ASK | more | dict(stream=stream))
+def test_options(shared, more, texts, stream):
+    response = call(shared, "/v1/completions", BODY | more | dict(stream=stream))
     assert response.status_code == 200
     if not stream:
         assert [c["text"] for c in response.json()["choices"]] == texts
@@ -101,62 +101,62 @@ def test_what_may_be_asked(shared, more, texts, stream):
 
 
 def test_chat(shared):
-    asked = dict(model="speller", messages=[dict(role="user", content="Hi")], temperature=0)
-    answer = call(shared, "/v1/chat/completions", asked).json()
+    body = dict(model="speller", messages=[dict(role="user", content="Hi")], temperature=0)
+    answer = call(shared, "/v1/chat/completions", body).json()
     assert answer["object"] == "chat.completion"
     (choice,) = answer["choices"]
     assert choice["message"] == {"role": "assistant", "content": "XYZ"} and choice["finish_reason"] == "stop"
-    parts = events(call(shared, "/v1/chat/completions", asked | dict(stream=True)).text)
+    parts = events(call(shared, "/v1/chat/completions", body | dict(stream=True)).text)
     assert all(p["object"] == "chat.completion.chunk" for p in parts)
     deltas = [p["choices"][0]["delta"] for p in parts]
     assert deltas[0] == {"role": "assistant", "content": ""} and "".join(d.get("content", "") for d in deltas) == "XYZ"
     assert [p["choices"][0]["finish_reason"] for p in parts] == [None] * (len(parts) - 1) + ["stop"]
-    short = call(shared, "/v1/chat/completions", asked | dict(max_completion_tokens=2)).json()
+    short = call(shared, "/v1/chat/completions", body | dict(max_completion_tokens=2)).json()
     assert short["choices"][0] == choice | {"message": choice["message"] | {"content": "XY"}, "finish_reason": "length"}
 
 
-def test_a_chat_as_clients_send_it(shared):
-    """Parts, names, an answer given back as it came, OpenAI's newer word for the system; no limit but the model's."""
-    said = dict(role="assistant", content="XYZ", refusal=None, tool_calls=[], annotations=[], audio=None)
-    asked = [dict(role="developer", content="S"), dict(role="user", content=[dict(type="text", text="H"),
-             dict(type="text", text="i")], name="bob"), said, dict(role="user", content="?")]  # fmt: skip
+def test_chats_as_clients_send_them(shared):
+    """Content parts, names, an answer with all its fields, the developer role; the length is the model's by default."""
+    answer = dict(role="assistant", content="XYZ", refusal=None, tool_calls=[], annotations=[], audio=None)
+    full = [dict(role="developer", content="S"), dict(role="user", content=[dict(type="text", text="H"),
+             dict(type="text", text="i")], name="bob"), answer, dict(role="user", content="?")]  # fmt: skip
     plain = [dict(role="system", content="S"), dict(role="user", content="Hi"),
              dict(role="assistant", content="XYZ"), dict(role="user", content="?")]  # fmt: skip
     answers = [
         call(shared, "/v1/chat/completions", dict(model="speller", messages=m, ignore_eos=True, temperature=0)).json()
-        for m in (asked, plain)
+        for m in (full, plain)
     ]
     assert answers[0]["choices"] == answers[1]["choices"] and answers[0]["usage"]["total_tokens"] == 200
 
 
 @pytest.mark.parametrize("engine, total", [(dict(draft=2), 194), (dict(draft=2, cache_tokens=100, page_size=4), None),
                                            (dict(cache_tokens=100, page_size=4), 100)])  # fmt: skip
-def test_a_chat_goes_on_as_far_as_there_is_room(checkpoint, engine, total):
+def test_a_chat_without_max_tokens_uses_the_available_positions(checkpoint, engine, total):
     own = service(checkpoint, engine)
-    asked = dict(model="speller", messages=[dict(role="user", content="a")], ignore_eos=True, temperature=0)
-    answer = call(own, "/v1/chat/completions", asked).json()
+    body = dict(model="speller", messages=[dict(role="user", content="a")], ignore_eos=True, temperature=0)
+    answer = call(own, "/v1/chat/completions", body).json()
     assert answer["choices"][0]["finish_reason"] == "length"
     assert total is None or answer["usage"]["total_tokens"] == total
 
 
 def test_usage_and_several_choices_in_a_stream(shared):
-    asked = ASK | dict(prompt="b" * 64 + "k", n=2, stream=True, stream_options=dict(include_usage=True))
-    call(shared, "/v1/completions", asked)
-    before = shared.metrics.cached
-    *pieces, last = events(call(shared, "/v1/completions", asked).text)
+    body = BODY | dict(prompt="b" * 64 + "k", n=2, stream=True, stream_options=dict(include_usage=True))
+    call(shared, "/v1/completions", body)
+    before = shared.metrics.cached_tokens
+    *pieces, last = events(call(shared, "/v1/completions", body).text)
     assert [p["choices"][0]["index"] for p in pieces][:4] == [0, 1, 0, 1] and {p["usage"] for p in pieces} == {None}
     counts = {"prompt_tokens": 65, "completion_tokens": 6, "total_tokens": 71}
-    assert shared.metrics.cached == before + 2 * 64
+    assert shared.metrics.cached_tokens == before + 2 * 64
     assert last["choices"] == [] and last["usage"] == counts | {"prompt_tokens_details": {"cached_tokens": 64}}
 
 
 def test_a_seed_gives_the_same_text(shared):
-    asked = ASK | dict(temperature=9.0, seed=3, max_tokens=20, n=2, ignore_eos=True)
-    texts = [[c["text"] for c in call(shared, "/v1/completions", asked).json()["choices"]] for _ in range(2)]
+    body = BODY | dict(temperature=9.0, seed=3, max_tokens=20, n=2, ignore_eos=True)
+    texts = [[c["text"] for c in call(shared, "/v1/completions", body).json()["choices"]] for _ in range(2)]
     assert texts[0] == texts[1] and texts[0][0] != texts[0][1]
 
 
-@pytest.mark.parametrize("asked, status, said", [
+@pytest.mark.parametrize("fields, status, message", [
     (dict(model="gpt"), 404, "gpt"),
     (dict(prompt=""), 400, "at least one token"),
     (dict(prompt=[]), 400, "prompt"),
@@ -190,12 +190,12 @@ def test_a_seed_gives_the_same_text(shared):
     (dict(temprature=0), 400, "temprature"),
     (dict(stream_options=dict(include_usage=1)), 400, "include_usage"),
 ])  # fmt: skip
-def test_bad_calls(shared, asked, status, said):
-    body = json.dumps(ASK | asked)
+def test_invalid_bodies(shared, fields, status, message):
+    body = json.dumps(BODY | fields)
     response = call(shared, "/v1/completions", content=body, headers={"content-type": "application/json"})
-    assert response.status_code == status and said in response.json()["error"]["message"]
+    assert response.status_code == status and message in response.json()["error"]["message"]
     assert response.json()["error"]["code"] == status
-    assert shared.engine.scheduler.queued == 0, "nothing is left behind"
+    assert shared.engine.scheduler.queued == 0, "no request is left"
 
 
 @pytest.mark.parametrize("messages", [
@@ -203,12 +203,12 @@ def test_bad_calls(shared, asked, status, said):
     [dict(role="user", content=[dict(type="image_url", image_url=dict(url="x"))])],
     [dict(role="assistant", content="", tool_calls=[dict(id="1")])],
 ])  # fmt: skip
-def test_bad_chats(shared, messages):
+def test_invalid_chats(shared, messages):
     response = call(shared, "/v1/chat/completions", dict(model="speller", messages=messages))
     assert response.status_code == 400 and response.json()["error"]["message"]
 
 
-def test_bad_bodies(shared):
+def test_malformed_bodies(shared):
     for body, status in ((b"{", 400), (b"[]", 400), (b"\xff", 400), (b" " * (shared.max_body + 1), 413)):
         assert call(shared, "/v1/completions", content=body).status_code == status
 
@@ -226,9 +226,9 @@ def test_bad_bodies(shared):
     assert call(shared, "/v1/models/speller").json()["id"] == "speller"
 
 
-@pytest.mark.parametrize("error, said", [(RuntimeError("secret"), "log"), (InputError("no numbers"), "no numbers")])
+@pytest.mark.parametrize("error, message", [(RuntimeError("secret"), "log"), (InputError("NaN"), "NaN")])
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_failing_model_is_no_fault_of_the_call(checkpoint, monkeypatch, caplog, error, said, stream):
+def test_model_errors_are_server_errors(checkpoint, monkeypatch, caplog, error, message, stream):
     own = service(checkpoint)
 
     def fail(*_):
@@ -236,17 +236,17 @@ def test_a_failing_model_is_no_fault_of_the_call(checkpoint, monkeypatch, caplog
 
     with monkeypatch.context() as patch:
         patch.setattr(own.engine.model, "backbone", fail)
-        response = call(own, "/v1/completions", ASK | dict(stream=stream))
+        response = call(own, "/v1/completions", BODY | dict(stream=stream))
     fault = json.loads(response.text.split("data: ")[-1])["error"]
     assert response.status_code == (200 if stream else 500) and "[DONE]" not in response.text
-    assert fault["code"] == 500 and said in fault["message"] and "secret" not in response.text
-    assert own.metrics.ended == {"error": 1}
-    assert call(own, "/v1/completions", ASK).json()["choices"][0]["text"] == "bcd"
+    assert fault["code"] == 500 and message in fault["message"] and "secret" not in response.text
+    assert own.metrics.finished == {"error": 1}
+    assert call(own, "/v1/completions", BODY).json()["choices"][0]["text"] == "bcd"
 
 
-def test_who_leaves_before_the_first_event_asked_for_nothing(checkpoint):
+def test_a_client_that_disconnects_before_the_first_event(checkpoint):
     own = service(checkpoint)
-    body = json.dumps(ASK | dict(stream=True, n=2)).encode()
+    body = json.dumps(BODY | dict(stream=True, n=2)).encode()
     messages = [dict(type="http.request", body=body, more_body=False)]
     head = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     scope = dict(type="http", asgi=dict(version="3.0"), http_version="1.1", method="POST", path="/v1/completions",
@@ -263,10 +263,10 @@ def test_who_leaves_before_the_first_event_asked_for_nothing(checkpoint):
     assert not own.engine.step() and own.engine.pages.available == own.engine.pages.count
 
 
-def test_a_temperature_that_is_no_number_to_a_gpu_is_0():
-    asked = Completion(model="m", prompt="a", temperature=1e-42, top_k=5, seed=7)
-    assert asked.sampling(1) == Sampling(seed=8)
-    assert Completion(model="m", prompt="a", temperature=0.1, top_k=-1).sampling(0) == Sampling(0.1)
+def test_a_tiny_temperature_is_greedy():
+    body = CompletionRequest(model="m", prompt="a", temperature=1e-42, top_k=5, seed=7)
+    assert body.sampling(1) == Sampling(seed=8)
+    assert CompletionRequest(model="m", prompt="a", temperature=0.1, top_k=-1).sampling(0) == Sampling(0.1)
 
 
 def test_key(checkpoint):
@@ -277,26 +277,26 @@ def test_key(checkpoint):
         ({"authorization": "secret"}, 401),
         ({"authorization": "bearer secret"}, 200),
     ):
-        assert call(locked, "/v1/completions", ASK, headers=headers).status_code == status
+        assert call(locked, "/v1/completions", BODY, headers=headers).status_code == status
         assert call(locked, "/v1/models", headers=headers).status_code == status
     assert call(locked, "/health").json() == {"status": "ok"}
 
 
 def test_limits(checkpoint):
     small = service(checkpoint, dict(max_waiting=1), max_tokens=5, timeout=0.0)
-    assert "at most 5" in call(small, "/v1/completions", ASK | dict(max_tokens=6)).json()["error"]["message"]
-    busy = call(small, "/v1/completions", ASK | dict(n=2))
+    assert "at most 5" in call(small, "/v1/completions", BODY | dict(max_tokens=6)).json()["error"]["message"]
+    busy = call(small, "/v1/completions", BODY | dict(n=2))
     assert busy.status_code == 429 and busy.headers["retry-after"]
-    assert call(small, "/v1/completions", ASK).status_code == 503, "no time"
-    assert '"code": 503' in call(small, "/v1/completions", ASK | dict(stream=True)).text
+    assert call(small, "/v1/completions", BODY).status_code == 503, "the timeout is 0 s"
+    assert '"code": 503' in call(small, "/v1/completions", BODY | dict(stream=True)).text
     assert not small.engine.step() and small.engine.scheduler.queued == 0
 
 
 def test_metrics_and_models(checkpoint):
     own = service(checkpoint, dict(draft=2))
-    call(own, "/v1/completions", ASK)
-    call(own, "/v1/completions", ASK | dict(prompt="x"))
-    call(own, "/v1/completions", ASK | dict(n=0))
+    call(own, "/v1/completions", BODY)
+    call(own, "/v1/completions", BODY | dict(prompt="x"))
+    call(own, "/v1/completions", BODY | dict(n=0))
     response = call(own, "/metrics")
     assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
     lines = response.text.splitlines()
@@ -314,8 +314,8 @@ def test_metrics_and_models(checkpoint):
     assert [m["id"] for m in call(own, "/v1/models").json()["data"]] == ["speller"]
 
 
-def test_many_at_once_and_some_that_leave(checkpoint):
-    """200 clients, one in ten of whom leaves in the middle: the others get their texts, and no page is lost."""
+def test_many_clients_with_disconnects(checkpoint):
+    """200 clients; one in ten disconnects in the middle. The others get their text, and no page is lost."""
     own = service(checkpoint, dict(max_running=32, cache_tokens=2000, page_size=16))
     server = uvicorn.Server(uvicorn.Config(make_app(own), port=0, log_level="error", timeout_graceful_shutdown=30))
     thread = threading.Thread(target=server.run)
@@ -332,12 +332,12 @@ def test_many_at_once_and_some_that_leave(checkpoint):
 
     async def client(http, i):
         first, want = text(i)
-        asked = ASK | dict(prompt=first, max_tokens=length, stream=i % 3 == 0 or i % 10 == 5)
-        if not asked["stream"]:
-            answer = (await http.post("/v1/completions", json=asked)).json()
+        body = BODY | dict(prompt=first, max_tokens=length, stream=i % 3 == 0 or i % 10 == 5)
+        if not body["stream"]:
+            answer = (await http.post("/v1/completions", json=body)).json()
             return answer["choices"][0]["text"] == want
         got = ""
-        async with http.stream("POST", "/v1/completions", json=asked) as response:
+        async with http.stream("POST", "/v1/completions", json=body) as response:
             async for line in response.aiter_lines():
                 if line.startswith("data: {"):
                     got += json.loads(line[6:])["choices"][0]["text"]
@@ -345,23 +345,23 @@ def test_many_at_once_and_some_that_leave(checkpoint):
                         return want.startswith(got)
         return got == want
 
-    async def all_of_them():
+    async def run_clients():
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", limits=limits, timeout=300) as http:
             return await asyncio.gather(*(client(http, i) for i in range(200)))
 
     try:
-        assert all(asyncio.run(all_of_them()))
+        assert all(asyncio.run(run_clients()))
     finally:
         server.should_exit = True
         thread.join()
     while own.engine.step():
         pass
-    assert sum(own.metrics.ended.values()) == 200 and own.metrics.ended["stop"] >= 180
+    assert sum(own.metrics.finished.values()) == 200 and own.metrics.finished["stop"] >= 180
     assert own.engine.pages.available == own.engine.pages.count
 
 
-def test_what_runs_is_finished_before_the_server_ends(checkpoint):
+def test_graceful_shutdown(checkpoint):
     own = service(checkpoint)
     server = uvicorn.Server(uvicorn.Config(make_app(own), port=0, log_level="error"))
     thread = threading.Thread(target=server.run)
@@ -369,12 +369,12 @@ def test_what_runs_is_finished_before_the_server_ends(checkpoint):
     while not server.started:
         time.sleep(0.01)
     port = server.servers[0].sockets[0].getsockname()[1]
-    asked, got = ASK | dict(max_tokens=150, ignore_eos=True, stream=True), []
-    with httpx.stream("POST", f"http://127.0.0.1:{port}/v1/completions", json=asked, timeout=300) as response:
+    body, got = BODY | dict(max_tokens=150, ignore_eos=True, stream=True), []
+    with httpx.stream("POST", f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=300) as response:
         for line in response.iter_lines():
             got.append(line)
             server.should_exit = True
     thread.join()
-    assert "data: [DONE]" in got and own.metrics.ended == {"length": 1}
+    assert "data: [DONE]" in got and own.metrics.finished == {"length": 1}
     with socket.socket() as late:
         assert late.connect_ex(("127.0.0.1", port)) != 0

@@ -1,13 +1,13 @@
 """What the table leaves out of the GEMM kernels: many tiles a program, bands, H20 tiles, operands that TMA refuses."""
 
+import sys
+
 import pytest
 import torch
 import triton
 import triton.language as tl
 
 from ling_kernels.backend import force
-from ling_kernels.ops import gemm_fp8 as gemm_fp8_file
-from ling_kernels.ops import grouped_gemm as grouped_gemm_file
 from ling_kernels.ops.gemm_fp8 import gemm_fp8, gemm_fp8_ref, place_in_group
 from ling_kernels.ops.grouped_gemm import grouped_gemm, grouped_gemm_ref
 from ling_kernels.ops.grouped_wgrad import grouped_wgrad, grouped_wgrad_ref
@@ -48,8 +48,8 @@ def test_a_band_is_finished_before_the_next_begins(tiles_m, tiles_n):
 )
 def test_one_program_does_many_tiles(name, shape, monkeypatch):
     """One SM, of an H20: its tiles, and every program has several."""
-    for module in (gemm_fp8_file, grouped_gemm_file):
-        monkeypatch.setattr(module, "multiprocessors", lambda device: 1)
+    for file in ("gemm_fp8", "grouped_gemm"):
+        monkeypatch.setattr(sys.modules[f"ling_kernels.ops.{file}"], "multiprocessors", lambda device: 1)
     case = next(c for c in CASES if c.name == name)
     args = args_of(case, shape, torch.bfloat16)
     with force("triton"):

@@ -1,4 +1,4 @@
-"""The byte-level tokenizer alone and against `tokenizers`; other tokenizers; chats; text that comes token by token."""
+"""The byte-level tokenizer alone and against `tokenizers`; other tokenizers; chat templates; incremental decoding."""
 
 import json
 import random
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ling_kernels.errors import InputError
-from ling_kernels.tokenizer import SPECIAL, TextStream, Tokenizer, byte_settings, load_tokenizer
+from ling_kernels.tokenizer import SPECIAL_TOKENS, TextStream, Tokenizer, byte_settings, load_tokenizer
 
 TRICKY = [
     "",
@@ -27,7 +27,7 @@ TRICKY = [
 def random_text(rng: random.Random) -> str:
     def one():
         ascii, two_or_three, four = rng.randrange(128), rng.randrange(0x80, 0xD800), rng.randrange(0x10000, 0x110000)
-        return rng.choice([chr(ascii), chr(two_or_three), chr(four), rng.choice(SPECIAL), " "])
+        return rng.choice([chr(ascii), chr(two_or_three), chr(four), rng.choice(SPECIAL_TOKENS), " "])
 
     return "".join(one() for _ in range(rng.randrange(60)))
 
@@ -37,7 +37,7 @@ TEXTS = TRICKY + [random_text(random.Random(i)) for i in range(100)]
 
 @pytest.fixture(scope="module")
 def bpe(tmp_path_factory):
-    """A folder with a small byte-level BPE tokenizer in which characters fall apart into several tokens."""
+    """A folder with a small byte-level BPE tokenizer that splits some characters into several tokens."""
     tokenizers = pytest.importorskip("tokenizers")
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -62,9 +62,17 @@ def test_bytes_are_their_own_ids():
     assert tokenizer.encode("aé<role>") == [97, 0xC3, 0xA9, *b"<role>"]
     assert np.array_equal(tokenizer.encode_bytes(data), np.frombuffer(data, np.uint8))
     assert tokenizer.decode(data) == data.decode("utf-8", "replace")
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (256, 257, 256 + len(SPECIAL))
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (256, 257, 256 + len(SPECIAL_TOKENS))
     assert tokenizer.vocab_size <= 320
     assert tokenizer.decode([104, 300, 105]) == "hi", "ids of the padded vocabulary have no text"
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+def test_ids_outside_the_vocabulary_are_skipped(kind, bpe):
+    """Negative ids too, such as a label's -100 and the engine's -1 for NaN logits."""
+    tokenizer = load_tokenizer(bpe if kind == "bpe" else None)
+    hi = tokenizer.encode("hi")
+    assert tokenizer.decode([hi[0], -1, -2, -100, tokenizer.vocab_size, 2**40, *hi[1:]]) == "hi"
 
 
 def test_special_tokens_only_when_asked():
@@ -76,7 +84,7 @@ def test_special_tokens_only_when_asked():
         assert max(plain, default=0) < 256
 
 
-def test_saved_bytes_are_the_same_in_tokenizers(tmp_path):
+def test_tokenizers_loads_the_saved_byte_tokenizer(tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
     ours = load_tokenizer()
     ours.save(tmp_path)
@@ -93,7 +101,7 @@ def test_saved_bytes_are_the_same_in_tokenizers(tmp_path):
     assert theirs.decode(list(data)) == ours.decode(data)
 
 
-def test_saved_bytes_load_without_a_package(tmp_path, monkeypatch):
+def test_the_saved_byte_tokenizer_loads_without_tokenizers(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     load_tokenizer().save(tmp_path / "new" / "folder")
     resaved = tmp_path / "new" / "folder" / "tokenizer.json"
@@ -120,9 +128,9 @@ def test_bpe(bpe, tmp_path):
     assert again.settings == tokenizer.settings
 
 
-def test_end_token_and_template_beside_the_file(bpe):
+def test_end_token_and_chat_template_from_other_files(bpe):
     (bpe / "tokenizer_config.json").unlink(missing_ok=True)
-    assert load_tokenizer(bpe).eos_id == 1, "a usual name serves where no tokenizer_config.json names it"
+    assert load_tokenizer(bpe).eos_id == 1, "a common name is found without tokenizer_config.json"
     several = [{"name": "tools", "template": "t"}, {"name": "default", "template": "d"}]
     assert load_tokenizer(settings(bpe, chat_template=several)).chat_template == "d"
     (bpe / "chat_template.jinja").write_text("file")
@@ -164,7 +172,7 @@ def test_chat_template_of_a_checkpoint():
     assert tokenizer.apply_chat_template([{"role": "é"}]) == '[CLS]{"role": "é"}'
 
 
-@pytest.mark.parametrize("template, messages, said", [
+@pytest.mark.parametrize("template, messages, message", [
     (None, [USER], "no chat template"),
     ("{{ messages[0].content.nothing() }}", [USER], "cannot render"),
     ("{% for %}", [USER], "cannot render"),
@@ -174,15 +182,15 @@ def test_chat_template_of_a_checkpoint():
     (byte_settings()["chat_template"], [{"role": "user", "content": None}], "cannot render"),
     (byte_settings()["chat_template"], [], "cannot render"),
 ])  # fmt: skip
-def test_bad_chats(template, messages, said):
+def test_bad_chats(template, messages, message):
     tokenizer = Tokenizer(None, byte_settings() | {"chat_template": template})
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         tokenizer.apply_chat_template(messages)
 
 
 @pytest.mark.parametrize("text", TEXTS[:30], ids=range(30))
 @pytest.mark.parametrize("kind", ["bytes", "bpe"])
-def test_stream(text, kind, bpe):
+def test_incremental_decoding(text, kind, bpe):
     tokenizer = load_tokenizer(bpe if kind == "bpe" else None)
     stream, ids = TextStream(tokenizer), tokenizer.encode(text, special=True)
     pieces = [stream.add(i) for i in ids]
@@ -191,7 +199,7 @@ def test_stream(text, kind, bpe):
         assert all("\ufffd" not in piece for piece in pieces)
 
 
-def test_stream_holds_back_little():
+def test_incremental_decoding_holds_back_at_most_seven_characters():
     stream = TextStream(load_tokenizer())
     assert [stream.add(i) for i in "aé😀b".encode()] == ["a", "", "é", "", "", "", "😀", "b"]
     for seed in range(20):
@@ -203,8 +211,8 @@ def test_stream_holds_back_little():
         assert "".join(pieces) + stream.end() == data.decode("utf-8", "replace")
 
 
-def test_stream_of_other_decoders():
-    """A decoder that drops the space before the first token, and writes unknown characters byte by byte."""
+def test_incremental_decoding_with_other_decoders():
+    """This decoder drops the space before the first token and decodes unknown characters byte by byte."""
     tokenizers = pytest.importorskip("tokenizers")
     words = ["</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁the", "▁cat", "s"]
     vocab = {word: i for i, word in enumerate(words)}
@@ -220,18 +228,18 @@ def test_stream_of_other_decoders():
 
 
 def test_bad_tokenizers(bpe, tmp_path, monkeypatch):
-    def refuses(path, said):
-        with pytest.raises(InputError, match=said):
+    def refuses(path, message):
+        with pytest.raises(InputError, match=message):
             load_tokenizer(path)
 
     refuses(tmp_path, "there is no tokenizer at")
     refuses(tmp_path / "none.json", "there is no tokenizer at")
     file = tmp_path / "tokenizer.json"
-    endless = (bpe / "tokenizer.json").read_text().replace("</s>", "</q>").encode().decode("latin-1")
-    bad = {"{": "not readable JSON", "\xff": "not readable JSON", "[]": "no JSON object"}
-    for content, said in (bad | {'{"model": 3}': "not a tokenizer.json", endless: "names no end token"}).items():
+    without_eos = (bpe / "tokenizer.json").read_text().replace("</s>", "</q>").encode().decode("latin-1")
+    bad = {"{": "not readable JSON", "\xff": "not readable JSON", "[]": "not a JSON object"}
+    for content, message in (bad | {'{"model": 3}': "not a tokenizer.json", without_eos: "names no end token"}).items():
         file.write_bytes(content.encode("latin-1"))
-        refuses(tmp_path, said)
+        refuses(tmp_path, message)
     refuses(settings(bpe, eos_token="<nowhere>"), "'<nowhere>', which is not in")
     settings(bpe, eos_token="</s>")
     with pytest.raises(InputError, match="not valid Unicode at character 1"):

@@ -154,7 +154,7 @@ def bad_model(folder, kind):
     if kind == "divide":
         config["num_experts"] = 9
     (folder / "config.json").write_text(json.dumps(config))
-    return folder, {"shape": "config.json makes it", "divide": "num_experts 9"}[kind]
+    return folder, {"shape": "by config.json it should be", "divide": "num_experts 9"}[kind]
 
 
 @pytest.mark.parametrize("kind", ["unknown", "no config", "no weights", "truncated", "key", "shape", "divide"])

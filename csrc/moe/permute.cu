@@ -38,7 +38,8 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-void permute_quantize_fwd(cudaStream_t stream, Tensor x, Tensor slot, Tensor x_q, Tensor x_scale, bool pow2) {
+void permute_quantize_fwd(cudaStream_t stream, Tensor x, Tensor slot, Tensor x_q, Tensor x_scale, Tensor, Tensor,
+                          bool pow2) {
     const int64_t T = x.shape[0], H = x.shape[1], topk = slot.shape[1], S = T * topk;
     LING_CHECK(x.ndim == 2 && H % kBlock == 0 && slot.is(DType::i32, {T, topk}) && slot.contiguous());
     LING_CHECK(x_q.is(DType::e4m3, {S, H}) && x_q.contiguous() && x_q.aligned());

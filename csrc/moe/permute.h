@@ -10,6 +10,7 @@ void permute_quantize_fwd(cudaStream_t stream,
                           Tensor slot,     // [T, topk]  i32; -1: none
                           Tensor x_q,      // [S, H]     e4m3 (out)
                           Tensor x_scale,  // [S, H/128] f32, S contiguous (out)
-                          bool pow2);
+                          Tensor offsets,  // not read, nor is source: the Triton kernel goes over slots
+                          Tensor source, bool pow2);
 
 }  // namespace ling

@@ -1,7 +1,7 @@
-"""Text from a model: the engine, how a token is chosen, and `python -m ling_kernels.generate`."""
+"""Text generation: the serving engine, `python -m ling_kernels.generate`, and an OpenAI-compatible server."""
 
+from ..model.sample import Sampling, sampler
 from .engine import Engine
-from .sample import Sampling, sampler
 from .scheduler import Busy, Request
 from .text import stream_text
 

@@ -1,7 +1,8 @@
-"""Pages of the KV cache: who holds which, and which hold the beginning of a text that another request begins with too.
+"""Pages of the KV cache: allocation, reference counts, and prefix caching by page hash.
 
-A page is blank, or held by one request or more, or idle: nobody's, its content still known. A full page is known by a
-digest of all tokens up to its end, so equal digests mean equal keys and values. Idle ones are taken last, oldest first.
+A page is free, in use by one or more requests, or evictable: without users, its content still cached. A full page is
+identified by the hash of all tokens up to its end, so equal hashes mean equal keys and values. Evictable pages are
+allocated after the free ones, least recently released first.
 """
 
 import hashlib
@@ -12,67 +13,69 @@ from collections.abc import Iterable, Sequence
 import torch
 
 
-class Pages:
-    """count pages of size tokens each."""
+class PagePool:
+    """`count` pages of `size` tokens each."""
 
     def __init__(self, count: int, size: int):
         self.count, self.size = count, size
-        self.holders = [0] * count
-        self.blank = deque(range(count))
-        self.idle: OrderedDict[int, None] = OrderedDict()
-        self.known: dict[bytes, int] = {}
-        self.digests: dict[int, bytes] = {}  # of the pages in `known`
+        self.ref_counts = [0] * count
+        self.free = deque(range(count))
+        self.evictable: OrderedDict[int, None] = OrderedDict()
+        self.page_of_hash: dict[bytes, int] = {}
+        self.hash_of_page: dict[int, bytes] = {}
 
     @property
     def available(self) -> int:
-        return len(self.blank) + len(self.idle)
+        """Pages that can be allocated: free and evictable ones."""
+        return len(self.free) + len(self.evictable)
 
     def needed(self, tokens: int) -> int:
+        """Pages for so many tokens."""
         return -(-tokens // self.size)
 
-    def take(self) -> int:
-        """A page whose content is nobody's. IndexError where none is available."""
-        if self.idle and not self.blank:
-            page, _ = self.idle.popitem(last=False)
-            del self.known[self.digests.pop(page)]
+    def allocate(self) -> int:
+        """A page without cached content. Raises IndexError if none is available."""
+        if self.evictable and not self.free:
+            page, _ = self.evictable.popitem(last=False)
+            del self.page_of_hash[self.hash_of_page.pop(page)]
         else:
-            page = self.blank.popleft()
-        self.holders[page] = 1
+            page = self.free.popleft()
+        self.ref_counts[page] = 1
         return page
 
-    def share(self, digests: Iterable[bytes]) -> list[int]:
-        """Hold the pages that are known, up to the first that is not."""
-        found = []
-        for digest in digests:
-            if (page := self.known.get(digest)) is None:
+    def share_prefix(self, hashes: Iterable[bytes]) -> list[int]:
+        """Add a reference to each cached page, up to the first hash that is not cached."""
+        pages = []
+        for page_hash in hashes:
+            if (page := self.page_of_hash.get(page_hash)) is None:
                 break
-            self.idle.pop(page, None)
-            self.holders[page] += 1
-            found.append(page)
-        return found
+            self.evictable.pop(page, None)
+            self.ref_counts[page] += 1
+            pages.append(page)
+        return pages
 
-    def publish(self, page: int, digest: bytes) -> None:
-        """Say what a full page holds, unless another page is known to hold it."""
-        if digest not in self.known and page not in self.digests:
-            self.known[digest], self.digests[page] = page, digest
+    def register(self, page: int, page_hash: bytes) -> None:
+        """Make a full page available to `share_prefix`, unless another page has the same content."""
+        if page_hash not in self.page_of_hash and page not in self.hash_of_page:
+            self.page_of_hash[page_hash], self.hash_of_page[page] = page, page_hash
 
     def release(self, pages: Iterable[int]) -> None:
-        """In a text's order: its end is given to others before its beginning."""
+        """Drop a reference to each page of a sequence, in its order: the end is evicted before the beginning."""
         for page in reversed(list(pages)):
-            self.holders[page] -= 1
-            if self.holders[page] == 0:
-                if page in self.digests:
-                    self.idle[page] = None
+            self.ref_counts[page] -= 1
+            if self.ref_counts[page] == 0:
+                if page in self.hash_of_page:
+                    self.evictable[page] = None
                 else:
-                    self.blank.append(page)
+                    self.free.append(page)
 
 
-def digest(before: bytes, tokens: Sequence[int]) -> bytes:
-    """Of a page's tokens after the pages whose digest is `before` (b"" at the beginning)."""
-    return hashlib.blake2b(before + array("q", tokens).tobytes(), digest_size=16).digest()
+def hash_page(prefix_hash: bytes, tokens: Sequence[int]) -> bytes:
+    """The hash of a page's tokens after the pages whose hash is prefix_hash (b"" for the first page)."""
+    return hashlib.blake2b(prefix_hash + array("q", tokens).tobytes(), digest_size=16).digest()
 
 
 def page_bytes(config, layers: int, size: int, dtype: torch.dtype) -> int:
-    """Of keys and values; FP8 has a fp32 scale for each token and head."""
-    cell = config.head_dim * dtype.itemsize + (4 if dtype == torch.float8_e4m3fn else 0)
-    return 2 * layers * size * config.num_key_value_heads * cell
+    """Bytes of a page: keys and values of all layers, in FP8 with an fp32 scale per token and head."""
+    per_head = config.head_dim * dtype.itemsize + (4 if dtype == torch.float8_e4m3fn else 0)
+    return 2 * layers * size * config.num_key_value_heads * per_head

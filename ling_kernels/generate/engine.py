@@ -1,14 +1,16 @@
-"""The engine: many requests share one model, enter and leave between forward passes, and get their tokens as they come.
+"""The serving engine: continuous batching of many requests over one model, with streamed tokens.
 
     engine = Engine(load_model(folder, device="cuda"))
     for token in engine.stream(tokenizer.encode("The "), max_new_tokens=64): ...
-    texts = engine.generate([ids, more_ids], sampling=Sampling(temperature=0.8, seed=1))
+    outputs = engine.generate([ids, more_ids], sampling=Sampling(temperature=0.8, seed=1))
     async for token in engine.astream(ids): ...
 
-Whoever waits for tokens computes the next step, for all; `astream` does so in a thread. Prompts are computed in chunks
-of at most max_rows rows a step, so memory does not grow with their length, beside the tokens of those that decode.
-On a GPU a step launches the next pass before it asks for the last one's tokens, so that the GPU never waits for the
-host; what it computed of a text that had ended is dropped.
+There is no engine thread: a caller that waits for tokens runs the next pass for all requests; `astream` does so in a
+worker thread. Prompts are prefilled in chunks within max_rows rows per pass, so activation memory does not grow with
+their length. On a GPU a step launches the next pass before it reads the last pass's tokens, so the GPU does not wait
+for the host; rows that were computed past a sequence's end are dropped.
+
+forward.py lists the calls of a decode step.
 """
 
 import asyncio
@@ -22,26 +24,26 @@ import torch
 from ..errors import InputError
 from ..model import Ling
 from ..model.decode import empty_caches
-from .cache import Pages, page_bytes
-from .forward import Chunk, Flight, Forward
-from .sample import NO_NUMBERS, Mode, Sampling
-from .scheduler import PAST, Request, Scheduler, Work, longest
+from ..model.sample import BAD_LOGITS, Sampling, SamplingMode
+from .cache import PagePool, page_bytes
+from .forward import Chunk, Forward, PendingTokens
+from .scheduler import DRAFT_SLACK, Request, Scheduler, Work, max_sequence_tokens
 
-SHARE = 0.9  # of the memory that the weights leave on a GPU
-CPU_BYTES = 1 << 30
-MAX_ROWS = 8  # that attention_decode takes of a sequence
+SHARE = 0.9  # part of a GPU's free memory, after the weights, for the KV cache
+CPU_CACHE_BYTES = 1 << 30
+MAX_ROWS = 8  # per sequence, limit of attention_decode
 
 
 class Engine:
-    """Serves a model, in eval mode, on the device it lies on.
+    """Serves a model, in eval mode, on the model's device.
 
-    cache_tokens: how many the cache holds in all, guesses apart; default: what 90 % of a GPU's free memory holds, 1 GiB
-      on a CPU, but no more than max_running texts of the model's length. cache_dtype: the model's;
-      torch.float8_e4m3fn quantises.
-    max_running requests are in a step, of max_rows rows in all; max_waiting more may queue.
-    draft: how many tokens to guess ahead in each step, by the MTP layer, or where the model has none by what followed
-      earlier in the text. All are computed at once and those that are right are kept: `right` of `guessed` so far. No
-      text depends on it, but for rounding.
+    cache_tokens: capacity of the KV cache, without draft tokens; default: 90 % of a GPU's free memory, 1 GiB on a CPU,
+      at most max_running sequences of the model's length. cache_dtype: default the model's; torch.float8_e4m3fn
+      quantises keys and values.
+    max_running: requests per pass; max_rows: rows per pass, prefill and decode; max_waiting: length of the queue.
+    draft: draft tokens per sequence and pass, proposed by the MTP layer, or without one by prompt lookup, and verified
+      in the next pass. Output does not depend on draft (up to rounding). So far `accepted` of `drafted` were right.
+    Raises InputError for values out of range.
     """
 
     def __init__(
@@ -56,143 +58,146 @@ class Engine:
         draft: int = 0,
     ):
         if not 0 <= draft < MAX_ROWS:
-            raise InputError(f"draft {draft} is not among 0 to {MAX_ROWS - 1}")
-        if not 1 <= max_running * (1 + draft) <= max_rows:
-            raise InputError(
-                f"max_rows {max_rows} does not hold the {1 + draft} rows of each of max_running {max_running}"
-            )
-        for name, value in (("cache_tokens", cache_tokens), ("page_size", page_size), ("max_waiting", max_waiting)):
+            raise InputError(f"draft is {draft}; it must be from 0 to {MAX_ROWS - 1}")
+        limits = dict(cache_tokens=cache_tokens, page_size=page_size, max_running=max_running, max_waiting=max_waiting)
+        for name, value in limits.items():
             if value is not None and value < 1:
                 raise InputError(f"{name} is {value}; it must be at least 1")
+        if max_running * (1 + draft) > max_rows:
+            raise InputError(f"max_rows {max_rows} is less than max_running {max_running} x {1 + draft} rows")
         self.model, self.config = model.eval(), model.config
         self.device = model.word_embeddings.weight.device
         dtype = cache_dtype or model.word_embeddings.weight.dtype
         layers = self.config.num_hidden_layers + bool(draft and len(model.mtp))
-        each = page_bytes(self.config, layers, page_size, dtype)
+        bytes_per_page = page_bytes(self.config, layers, page_size, dtype)
         if cache_tokens is None:
-            free = SHARE * torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else CPU_BYTES
-            pages = min(int(free) // each, max_running * -(-self.config.max_positions // page_size))
+            free = SHARE * torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else CPU_CACHE_BYTES
+            pages = min(int(free) // bytes_per_page, max_running * -(-self.config.max_positions // page_size))
         else:
-            pages = -(-cache_tokens // page_size) + max_running * -(-PAST * draft // page_size)
+            pages = -(-cache_tokens // page_size) + max_running * -(-DRAFT_SLACK * draft // page_size)
         if pages < 1:
-            raise InputError(f"there is no memory for a cache of even {page_size} tokens, {each} bytes")
-        self.pages = Pages(pages, page_size)
+            raise InputError(f"too little memory for a KV cache of {page_size} tokens, {bytes_per_page} bytes")
+        self.pages = PagePool(pages, page_size)
         caches = empty_caches(self.config, layers, pages, page_size, dtype, self.device)
         self.forward = Forward(model, caches, page_size, max_running, draft)
-        self.draft, self.guessed, self.right = draft, 0, 0
+        self.draft, self.drafted, self.accepted = draft, 0, 0
         self.scheduler = Scheduler(self.pages, max_running, max_rows, max_waiting, draft)
-        self.late, self.flight = self.device.type == "cuda", None  # a CPU has computed when a launch returns
-        self.stepping: asyncio.Task | None = None
-        self.lock = threading.Lock()  # no RLock: a stream that is collected in the middle of a step cancels too
+        self.overlap = self.device.type == "cuda"  # on a CPU a pass is complete when it has been launched
+        self.pending: PendingTokens | None = None  # of the last pass, until `collect`
+        self.step_task: asyncio.Task | None = None
+        self.lock = threading.Lock()  # no RLock: garbage collection during a step may cancel a stream, see `cancel`
 
     def submit(
         self,
         prompt: Sequence[int],
         sampling: Sampling | None = None,
         max_new_tokens: int | None = None,
-        ends: Iterable[int] | None = None,
+        stop_token_ids: Iterable[int] | None = None,
         timeout: float | None = None,
+        ends: Iterable[int] | None = None,
     ) -> Request:
         """Queue a request; its new_tokens grow with every `step`.
 
-        max_new_tokens: default 256, or what the model's length leaves. ends: tokens that end the text, default the
-        configuration's eos_token_id. timeout: seconds from now, after which it ends where it stands. Raises InputError
-        for a prompt that is empty or too long or has unknown tokens, and Busy where the queue is full.
+        max_new_tokens: default 256, or the rest of the model's positions. stop_token_ids: tokens that end the sequence,
+        default the configuration's eos_token_id; `ends` is its old name, for one version. timeout: seconds from now,
+        after which the request finishes with the tokens it has. Raises InputError for a prompt that is empty, too long
+        or has ids outside the vocabulary, and Busy if the queue is full.
         """
         prompt = [int(t) for t in prompt]
-        positions, vocabulary = longest(self.config.max_positions, self.draft), self.config.vocab_size
+        positions, vocabulary = max_sequence_tokens(self.config.max_positions, self.draft), self.config.vocab_size
         if max_new_tokens is None:
             max_new_tokens = max(1, min(256, positions - len(prompt)))
         if not prompt or max_new_tokens < 1:
             raise InputError("a request needs a prompt of at least one token, and max_new_tokens of at least 1")
         if len(prompt) + max_new_tokens > positions:
-            left = f", less {PAST} for each guess" if self.draft else ""
-            raise InputError(f"{len(prompt)} tokens of prompt and {max_new_tokens} new ones are more than the model's"
-                             f" {self.config.max_positions} positions{left}")  # fmt: skip
+            less = f", minus {DRAFT_SLACK} per draft token" if self.draft else ""
+            raise InputError(f"{len(prompt)} prompt tokens and {max_new_tokens} new tokens exceed the model's"
+                             f" {self.config.max_positions} positions{less}")  # fmt: skip
         if unknown := [t for t in prompt if not 0 <= t < vocabulary]:
-            raise InputError(f"token {unknown[0]} is not one of the model's {vocabulary}")
-        ends = frozenset({self.config.eos_token_id} if ends is None else ends)
+            raise InputError(f"token {unknown[0]} is outside the model's vocabulary of {vocabulary}")
+        stop_token_ids = ends if stop_token_ids is None else stop_token_ids
+        stop_token_ids = frozenset({self.config.eos_token_id} if stop_token_ids is None else stop_token_ids)
         deadline = float("inf") if timeout is None else time.monotonic() + timeout
-        request = Request(prompt, sampling or Sampling(), max_new_tokens, ends, deadline)
+        request = Request(prompt, sampling or Sampling(), max_new_tokens, stop_token_ids, deadline)
         self.scheduler.submit(request)
         return request
 
     def cancel(self, request: Request) -> None:
-        """End it where it stands, at once or after the step that is being computed; nothing where it has ended."""
+        """Finish a request now, or after the running step; no effect if it has finished."""
         request.cancelled = True
-        if self.lock.acquire(blocking=False):
+        if self.lock.acquire(blocking=False):  # else the step in progress sweeps when it ends
             try:
                 self.scheduler.sweep()
             finally:
                 self.lock.release()
 
     def warm_up(self) -> None:
-        """Make a GPU's graphs of common passes now; otherwise the first request that needs one waits for it."""
+        """Capture the CUDA graphs of common sampling modes now, instead of when a request first needs them."""
         if self.forward.graphs is not None:
-            with self.lock, self.device_of_thread(), torch.inference_mode():
-                self.forward.graphs.prepare(
-                    Mode(False, False, False), Mode(True, False, False), Mode(True, True, False)
-                )
+            greedy, random = SamplingMode(False, False, False), SamplingMode(True, False, False)
+            with self.lock, self.use_device(), torch.inference_mode():
+                self.forward.graphs.prepare(greedy, random, SamplingMode(True, True, False))
 
     def step(self) -> bool:
-        """One forward pass for those whose turn it is; False where there was nothing to do."""
+        """Run one forward pass; False if there was nothing to do."""
         with self.lock:
-            return self.next_pass()
+            return self.run_pass()
 
-    def next_pass(self) -> bool:
-        """For who has the lock."""
+    def run_pass(self) -> bool:
+        """`step` for a caller that holds the lock: schedule, launch the next pass, collect the last one's tokens."""
         try:
-            with self.device_of_thread():
-                flying = self.flight is not None
-                if flying and self.scheduler.tight:
-                    self.land()
-                plan, flight = self.scheduler.plan(), None
-                if plan:
-                    with self.blamed_on(plan):
-                        flight = self.launch(plan)
-                self.land()
-                self.flight = flight
-                if not self.late:
-                    self.land()
-                self.scheduler.sweep()  # who was cancelled meanwhile
-                return bool(plan or flying)
-        except BaseException:  # Ctrl-C, between any two lines: lanes may be further than the host knows
-            self.flight = None
+            with self.use_device():
+                had_pending = self.pending is not None
+                if had_pending and self.scheduler.may_preempt:
+                    self.collect()
+                scheduled, pending = self.scheduler.schedule(), None
+                if scheduled:
+                    with self.fail_on_error(scheduled):
+                        pending = self.launch(scheduled)
+                self.collect()
+                self.pending = pending
+                if not self.overlap:
+                    self.collect()
+                self.scheduler.sweep()  # requests cancelled during the pass
+                return bool(scheduled or had_pending)
+        except BaseException:  # Ctrl-C between any two lines: lanes may be ahead of the host's state
+            self.pending = None
             for request in [*self.scheduler.running]:
                 self.scheduler.finish(request, "error", RuntimeError("a step of the engine was interrupted"))
             raise
 
-    def device_of_thread(self) -> torch.cuda.device:
-        """Whoever waits computes a step, in a thread that may look at another GPU; nothing on a CPU."""
+    def use_device(self) -> torch.cuda.device:
+        """Make the model's GPU current in the calling thread; no effect on a CPU."""
         return torch.cuda.device_of(self.model.word_embeddings.weight)
 
-    def launch(self, plan: dict[Request, Work]) -> Flight | None:
-        for request in plan:
-            if request.placed == 0:
-                self.forward.begin(request)
-        decoding = [r for r, work in plan.items() if work.decodes]
-        chunks = [Chunk(r, r.computed, work.chunk) for r, work in plan.items() if work.chunk]
-        flight = self.forward(decoding, chunks)
+    def launch(self, scheduled: dict[Request, Work]) -> PendingTokens | None:
+        """Launch a pass, and update the requests as far as is known without its tokens."""
+        for request in scheduled:
+            if request.pages_on_device == 0:
+                self.forward.fill_lane(request)
+        decoding = [r for r, work in scheduled.items() if work.decode]
+        chunks = [Chunk(r, r.computed, work.prefill) for r, work in scheduled.items() if work.prefill]
+        pending = self.forward(decoding, chunks)
         for request, _, rows in chunks:
             self.scheduler.advance(request, rows)
         for request in decoding:
-            request.ahead += 1
-        return flight
+            request.passes_in_flight += 1
+        return pending
 
-    def land(self) -> None:
-        """Take the tokens of the pass that is on its way, once the device has them."""
-        flight, self.flight = self.flight, None
-        if flight is None:
+    def collect(self) -> None:
+        """Wait for the tokens of the pending pass and give them to its requests."""
+        pending, self.pending = self.pending, None
+        if pending is None:
             return
-        with self.blamed_on(flight.requests):
-            for request, tokens in zip(flight.requests, flight.tokens(), strict=True):
-                request.ahead -= 1
+        with self.fail_on_error(pending.requests):
+            for request, tokens in zip(pending.requests, pending.tokens(), strict=True):
+                request.passes_in_flight -= 1
                 if not request.finished:
                     self.accept(request, tokens)
 
     @contextmanager
-    def blamed_on(self, requests: Iterable[Request]) -> Iterator[None]:
-        """What goes wrong ends these: the cache is undefined for them, and sound for the others."""
+    def fail_on_error(self, requests: Iterable[Request]) -> Iterator[None]:
+        """An exception finishes these requests: only their part of the cache is undefined."""
         try:
             yield
         except Exception as error:
@@ -200,38 +205,47 @@ class Engine:
                 self.scheduler.finish(request, "error", error)
 
     def accept(self, request: Request, tokens: list[int]) -> None:
-        """All but the first were guessed, and are what they would be without."""
-        if request.guessed:
-            self.guessed, self.right = self.guessed + self.draft, self.right + len(tokens) - 1
-        request.guessed = self.draft > 0
+        """Append a pass's tokens (accepted draft tokens, then a new one) up to a stop token or max_new_tokens."""
+        if request.has_drafts:
+            self.drafted, self.accepted = self.drafted + self.draft, self.accepted + len(tokens) - 1
+        request.has_drafts = self.draft > 0
         reason = error = None
-        taken = 0
+        used = 0
         for token in tokens:
-            taken += 1
+            used += 1
             if token < 0:
-                reason, error = "error", InputError(NO_NUMBERS)
-            elif token in request.ends:
+                reason, error = "error", InputError(BAD_LOGITS)
+            elif token in request.stop_token_ids:
                 reason = "stop"
             else:
                 request.tokens.append(token)
-                if request.written == request.max_new_tokens:
+                if request.num_new_tokens == request.max_new_tokens:
                     reason = "length"
             if reason:
                 break
-        self.scheduler.advance(request, taken)
+        self.scheduler.advance(request, used)
         if reason:
             self.scheduler.finish(request, reason, error)
 
     def stream(self, prompt: Sequence[int], **options) -> Iterator[int]:
-        """The new tokens of one request as they come; options are `submit`'s. Who leaves early cancels it."""
+        """Submit a request and yield its new tokens; options as in `submit`.
+
+        Closing or dropping the iterator cancels the request, also before its first token.
+        """
         return self.follow(self.submit(prompt, **options))
 
     def follow(self, request: Request) -> Iterator[int]:
-        """What `stream` gives, of a request that has been submitted. Raises what went wrong with it."""
+        """Yield the new tokens of a submitted request, as `stream`; raises the request's error."""
+        tokens = self._follow(request)
+        next(tokens)  # enter the try block: closing a generator that has not started would not cancel the request
+        return tokens
+
+    def _follow(self, request: Request) -> Iterator[int]:
         sent = 0
         try:
-            while self.wait(request, sent):
-                new = request.after(sent)
+            yield -1  # for follow's next()
+            while self.wait_for_tokens(request, sent):
+                new = request.new_tokens_from(sent)
                 yield from new
                 sent += len(new)
         finally:
@@ -239,15 +253,16 @@ class Engine:
         raise_error(request)
 
     async def astream(self, prompt: Sequence[int], **options) -> AsyncIterator[int]:
-        """`stream` for asyncio: steps run in threads."""
+        """`stream` for asyncio; submits when iteration starts, and runs passes in worker threads."""
         async for token in self.afollow(self.submit(prompt, **options)):
             yield token
 
     async def afollow(self, request: Request) -> AsyncIterator[int]:
+        """`follow` for asyncio. If it may be dropped before iteration starts, the caller must cancel the request."""
         sent = 0
         try:
-            while await self.written(request, sent):
-                new = request.after(sent)
+            while await self.await_tokens(request, sent):
+                new = request.new_tokens_from(sent)
                 for token in new:
                     yield token
                 sent += len(new)
@@ -255,27 +270,30 @@ class Engine:
             self.cancel(request)
         raise_error(request)
 
-    async def written(self, request: Request, sent: int) -> bool:
-        """`wait`; the tasks of an event loop wait for one step together, which the first of them starts in a thread."""
-        while not request.finished and request.written <= sent:
-            if self.stepping is None or self.stepping.done() or self.stepping.get_loop() != asyncio.get_running_loop():
-                self.stepping = asyncio.create_task(asyncio.to_thread(self.step))
-            if not await asyncio.shield(self.stepping):  # it may have begun before the request came
-                return await asyncio.to_thread(self.wait, request, sent)
-        return request.written > sent
+    async def await_tokens(self, request: Request, sent: int) -> bool:
+        """`wait_for_tokens` for asyncio. The tasks of an event loop share one step, which one of them starts."""
+        while not request.finished and request.num_new_tokens <= sent:
+            task = self.step_task
+            if task is None or task.done() or task.get_loop() != asyncio.get_running_loop():
+                self.step_task = asyncio.create_task(asyncio.to_thread(self.step))
+            if not await asyncio.shield(self.step_task):  # the step may have begun before the request was submitted
+                return await asyncio.to_thread(self.wait_for_tokens, request, sent)
+        return request.num_new_tokens > sent
 
-    def wait(self, request: Request, sent: int) -> bool:
-        """Step until it has more than `sent` new tokens (True), or has ended without (False)."""
-        while not request.finished and request.written <= sent:
-            with self.lock:  # who waited for it here may find that another's step has brought the token
-                if not request.finished and request.written <= sent:
-                    assert self.next_pass() or request.finished, "a request that has not ended is in no step"
-        return request.written > sent
+    def wait_for_tokens(self, request: Request, sent: int) -> bool:
+        """Run passes until the request has more than `sent` new tokens (True), or has finished without (False)."""
+        while not request.finished and request.num_new_tokens <= sent:
+            with self.lock:  # while this thread waited for the lock, another may have run the pass
+                if request.finished or request.num_new_tokens > sent:
+                    continue
+                if not self.run_pass() and not request.finished:
+                    raise RuntimeError("the scheduler has no work, but a request has not finished")
+        return request.num_new_tokens > sent
 
     def generate(self, prompts: Iterable[Sequence[int]], **options) -> list[list[int]]:
-        """The new tokens of every prompt; more prompts than may wait are queued as there is room.
+        """The new tokens of every prompt; options as in `submit`. Prompts beyond max_waiting are submitted later.
 
-        Where one raises, all end.
+        An error of one request cancels the others and is raised.
         """
         requests = []
         try:
@@ -284,7 +302,7 @@ class Engine:
                     self.step()
                 requests.append(self.submit(prompt, **options))
             for request in requests:
-                while self.wait(request, request.written):
+                while self.wait_for_tokens(request, request.num_new_tokens):
                     pass
                 raise_error(request)
         finally:
@@ -292,6 +310,16 @@ class Engine:
                 if not request.finished:
                     self.cancel(request)
         return [request.new_tokens for request in requests]
+
+    @property
+    def guessed(self) -> int:
+        """The old name of `drafted`, for one version."""
+        return self.drafted
+
+    @property
+    def right(self) -> int:
+        """The old name of `accepted`, for one version."""
+        return self.accepted
 
 
 def raise_error(request: Request) -> None:

@@ -1,9 +1,26 @@
-"""The engine's forward pass, and what the device remembers from one pass to the next.
+"""The engine's forward pass, and the sequence state that stays on the device between passes.
 
-Every running request has a lane: its text, how long that is, where its pages lie, how it is sampled. A pass decodes
-some lanes, 1 + draft rows of each (the last token, and the guesses that stand after it), and writes what comes next
-into them, so that the next pass can be launched before the host has seen any of it. Beside them it computes chunks of
-prompts. A pass without chunks asks nothing of the host and is a CUDA graph on a GPU, one for each of a few batch sizes.
+A decode step, from the API down to the kernels:
+
+    Engine.stream -> Engine.wait_for_tokens -> Engine.run_pass     engine.py; holds the engine's lock
+      Scheduler.schedule                     scheduler.py; chooses requests, reserves pages
+      Engine.launch -> Forward.__call__      copies new page numbers to the block tables
+        CudaGraphs.__call__                  graphs.py; replays Forward.compute, or runs it eagerly (CPU, prefill)
+          Forward.compute                    gathers token ids, and writes tokens and drafts back
+            Ling.backbone                    model/transformer.py
+              Layer.compute, per layer:      attention(norm(x)), then the MLP or MoE
+                Attention.forward            nn/attention.py -> ops/qk_norm_attention_decode.py
+                MoE.decode                   nn/moe.py -> ops/moe_decode.py; MoE.forward above 8 rows
+            Forward.sample                   lm_head, then sample() of model/sample.py
+            Forward.mtp_drafts               the next draft tokens; lookup_drafts() without MTP layer
+      Engine.collect -> Engine.accept        reads the tokens of the previous pass, finishes requests
+
+docs/serving.md lists the kernels of a layer; tests/test_decode_layer.py counts them.
+
+Each running request has a lane, a row of the device state: its token ids, their number, its block table, its sampling
+parameters. A pass decodes lanes, 1 + draft rows each (the last token and the draft tokens after it), and writes the
+next tokens into them, so the next pass can be launched before the host has these tokens. In the same pass it prefills
+chunks of other requests. A pass without chunks needs no data from the host, and on a GPU is a CUDA graph.
 """
 
 from collections.abc import Sequence
@@ -14,212 +31,221 @@ import torch
 from torch import Tensor
 
 from ..model import Ling
+from ..model.sample import Sampling, SamplingMode, SamplingTensors, sample, uniforms
 from ..nn import Rows
 from ..ops.attention_decode import KVCache
-from .graphs import Graphs
-from .sample import Asked, Mode, Sampling, choose, uniforms
+from .graphs import CudaGraphs
 from .scheduler import Request
 
-NGRAM = 3  # tokens: how much of a text's end is looked for in it
+NGRAM = 3  # longest n-gram at a sequence's end that lookup_drafts searches for
 
 
 class Chunk(NamedTuple):
-    """Some of a request's tokens, one after another, whose keys and values enter the cache."""
+    """Tokens start .. start + rows of a request, to prefill."""
 
     request: Request
     start: int
     rows: int
 
 
-class Flight:
-    """What a pass finds for the requests that it decodes, on its way to the host."""
+class PendingTokens:
+    """The output of a decode pass [B, 2 + draft], being copied to the host."""
 
-    def __init__(self, requests: Sequence[Request], found: Tensor):
-        self.requests, self.found, self.landed = requests, found, None
-        if found.is_cuda:
-            self.found = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
-            self.found.copy_(found, non_blocking=True)
-            self.landed = torch.cuda.Event()
-            self.landed.record()
+    def __init__(self, requests: Sequence[Request], output: Tensor):
+        self.requests, self.output, self.copied = requests, output, None
+        if output.is_cuda:
+            self.output = torch.empty(output.shape, dtype=output.dtype, pin_memory=True)
+            self.output.copy_(output, non_blocking=True)
+            self.copied = torch.cuda.Event()
+            self.copied.record()
 
     def tokens(self) -> list[list[int]]:
-        """For each request those that are right, or would be if no end came before. Waits for the device."""
-        if self.landed is not None:
-            self.landed.synchronize()
-        return [tokens[: right + 1] for *tokens, right in self.found.tolist()]
+        """For each request its next token after each accepted draft token; waits for the copy."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        return [tokens[: accepted + 1] for *tokens, accepted in self.output.tolist()]
 
 
 class Forward:
-    """caches: of each layer, then of the MTP layer if that is to guess; pages of page_size tokens."""
+    """caches: one per layer, then one for the MTP layer if it drafts; their pages have page_size tokens.
+
+    Shapes: B lanes, n = 1 + draft rows per lane, P token ids per lane, T rows of the pass.
+    """
 
     def __init__(self, model: Ling, caches: list[KVCache], page_size: int, lanes: int, draft: int):
         c, self.device = model.config, model.word_embeddings.weight.device
         self.model, self.page_size, self.draft = model, page_size, draft
         layers = len(model.layers)
-        self.caches, self.draft_cache = caches[:layers], caches[layers] if len(caches) > layers else None
-        self.nobody = lanes  # one lane more, of length 0, fills up the batch of a graph
+        self.caches, self.mtp_cache = caches[:layers], caches[layers] if len(caches) > layers else None
+        self.padding_lane = lanes  # an extra lane of length 0 pads a graph's batch
 
         def per_lane(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(lanes + 1, *shape, dtype=dtype, device=self.device)
 
-        self.text = per_lane(c.max_positions + 2 * (1 + draft), dtype=torch.int32)  # and guesses past the longest
-        self.length = per_lane(dtype=torch.int64)
-        self.table = per_lane(-(-c.max_positions // page_size), dtype=torch.int32)
-        self.seed = per_lane(dtype=torch.int64)
-        self.asked = Asked.of([Sampling()] * (lanes + 1), c.vocab_size, self.device)
-        self.no_chunks = torch.zeros(1, dtype=torch.int32, device=self.device)
-        # A lane of length 0 writes to no page, which only the op that norms, appends and attends at once knows.
+        self.token_ids = per_lane(c.max_positions + 2 * (1 + draft), dtype=torch.int32)  # drafts may exceed the longest
+        self.lengths = per_lane(dtype=torch.int64)  # token ids without drafts
+        self.block_tables = per_lane(-(-c.max_positions // page_size), dtype=torch.int32)
+        self.seeds = per_lane(dtype=torch.int64)
+        self.sampling = SamplingTensors.of([Sampling()] * (lanes + 1), c.vocab_size, self.device)
+        self.no_chunks = torch.zeros(1, dtype=torch.int32, device=self.device)  # cu_seqlens of no sequence
+        # Only qk_norm_attention_decode skips the cache write of a lane of length 0.
         graphs = self.device.type == "cuda" and c.use_qk_norm
-        self.graphs = Graphs(self.compute, self.nobody, lanes, self.device) if graphs else None
+        self.graphs = CudaGraphs(self.compute, self.padding_lane, lanes, self.device) if graphs else None
 
-    def begin(self, request: Request) -> None:
-        """Fill its lane."""
+    def fill_lane(self, request: Request) -> None:
+        """Copy an admitted request's tokens and sampling parameters to its lane."""
         lane, tokens = request.lane, np.array(request.tokens, np.int32)
-        self.text[lane, : len(tokens)] = self.on_device(tokens)
-        self.length[lane] = len(tokens)
-        self.seed[lane] = request.seed
-        for of_all, its in zip(self.asked, Asked.of([request.sampling], self.model.config.vocab_size), strict=True):
-            of_all[lane] = its.item()
+        self.token_ids[lane, : len(tokens)] = self.to_device(tokens)
+        self.lengths[lane] = len(tokens)
+        self.seeds[lane] = request.seed
+        parameters = SamplingTensors.of([request.sampling], self.model.config.vocab_size)
+        for of_lanes, of_request in zip(self.sampling, parameters, strict=True):
+            of_lanes[lane] = of_request.item()
 
     @torch.inference_mode()
-    def __call__(self, decoding: Sequence[Request], chunks: Sequence[Chunk]) -> Flight | None:
-        """One pass; None where nothing is decoded. Waits for nothing on the device."""
-        self.take_pages([*decoding, *(chunk.request for chunk in chunks)])
-        lanes, mode = [r.lane for r in decoding], Mode.of(r.sampling for r in decoding)
+    def __call__(self, decoding: Sequence[Request], chunks: Sequence[Chunk]) -> PendingTokens | None:
+        """Launch a pass; None if nothing is decoded. Does not synchronise with the device."""
+        self.update_block_tables([*decoding, *(chunk.request for chunk in chunks)])
+        lanes, mode = [r.lane for r in decoding], SamplingMode.of(r.sampling for r in decoding)
         if self.graphs is not None and not chunks:
-            found = self.graphs(lanes, mode)
+            output = self.graphs(lanes, mode)
         else:
             width = max((len(r.pages) for r in decoding), default=0)
-            found = self.compute(self.on_device(np.array(lanes, np.int64)), mode, width, chunks)
-        return Flight(decoding, found) if decoding else None
+            output = self.compute(self.to_device(np.array(lanes, np.int64)), mode, width, chunks)
+        return PendingTokens(decoding, output) if decoding else None
 
-    def take_pages(self, requests: Sequence[Request]) -> None:
-        """Bring the table of pages up to date."""
-        new = [(r.lane, i, r.pages[i]) for r in requests for i in range(r.placed, len(r.pages))]
+    def update_block_tables(self, requests: Sequence[Request]) -> None:
+        """Copy the numbers of newly allocated pages."""
+        new = [(r.lane, i, r.pages[i]) for r in requests for i in range(r.pages_on_device, len(r.pages))]
         if new:
-            lane, i, page = self.on_device(np.array(new).T.copy())
-            self.table[lane, i] = page.int()
+            lane, i, page = self.to_device(np.array(new).T.copy())
+            self.block_tables[lane, i] = page.int()
         for r in requests:
-            r.placed = len(r.pages)
+            r.pages_on_device = len(r.pages)
 
-    def compute(self, lanes: Tensor, mode: Mode, width: int | None = None, chunks: Sequence[Chunk] = ()) -> Tensor:
-        """lanes [B] int64 -> [B, 2 + draft]: the token after every row, and how many of its guesses were right.
+    def compute(self, lanes: Tensor, mode: SamplingMode, width: int | None = None, chunks: Sequence[Chunk] = ()):
+        """lanes [B] int64 -> [B, 2 + draft] int64: the token after each row, and the number of accepted draft tokens.
 
-        width: of the table, as far as these lanes need it.
+        width: columns of the block tables that these lanes use; None: all.
         """
-        n, B, P, text = 1 + self.draft, len(lanes), self.text.shape[1], self.text.view(-1)
-        length = self.length[lanes]
-        place = (length[:, None] + torch.arange(-1, n - 1, device=self.device)).clamp(min=0)
-        at = lanes[:, None] * P + place
-        rows, every = self.rows(lanes, place, width), at.flatten()
+        n, B, P, token_ids = 1 + self.draft, len(lanes), self.token_ids.shape[1], self.token_ids.view(-1)
+        lengths = self.lengths[lanes]
+        positions = (lengths[:, None] + torch.arange(-1, n - 1, device=self.device)).clamp(min=0)  # [B, n]
+        decoded = lanes[:, None] * P + positions  # indices in token_ids
+        rows, inputs = self.decode_rows(lanes, positions, width), decoded.flatten()
         if chunks:
-            rows, every = self.with_chunks(rows, every, chunks)
-        h, _ = self.model.backbone(text[every].clamp(min=0), rows, self.caches)  # -1: its host will hear of it
+            rows, inputs = self.with_chunks(rows, inputs, chunks)
+        # -1 marks NaN logits; Engine.accept turns it into an error.
+        h, _ = self.model.backbone(token_ids[inputs].clamp(min=0), rows, self.caches)
 
-        tokens = self.choose(h[: B * n], lanes, place, mode) if B else place
-        right = (tokens[:, :-1] == text[at[:, 1:]]).int().cumprod(1).sum(1)
-        after = torch.where(length > 0, length + 1 + right, 0)
-        text[at + 1], self.length[lanes] = tokens.int(), after
-        if self.draft_cache is not None:
+        tokens = self.sample(h[: B * n], lanes, positions, mode) if B else positions
+        accepted = (tokens[:, :-1] == token_ids[decoded[:, 1:]]).int().cumprod(1).sum(1)
+        new_lengths = torch.where(lengths > 0, lengths + 1 + accepted, 0)
+        token_ids[decoded + 1], self.lengths[lanes] = tokens.int(), new_lengths
+        if self.mtp_cache is not None:
             (mtp,) = self.model.mtp[:1]
-            x, _ = mtp(self.model.word_embeddings(text[every + 1].clamp(min=0)), h, rows, cache=self.draft_cache)
-            last = torch.arange(B, device=self.device) * n + right
+            next_embeddings = self.model.word_embeddings(token_ids[inputs + 1].clamp(min=0))
+            x, _ = mtp(next_embeddings, h, rows, cache=self.mtp_cache)
             if B:
-                self.guess(mtp, lanes, after, x[last], width)
+                last_accepted = torch.arange(B, device=self.device) * n + accepted
+                self.mtp_drafts(mtp, lanes, new_lengths, x[last_accepted], width)
         elif self.draft:
-            ahead = torch.arange(self.draft, device=self.device)
-            text[lanes[:, None] * P + after[:, None] + ahead] = lookup(self.text[lanes], after, self.draft)
-        return torch.cat([tokens, right[:, None]], 1)
+            drafts = lanes[:, None] * P + new_lengths[:, None] + torch.arange(self.draft, device=self.device)
+            token_ids[drafts] = lookup_drafts(self.token_ids[lanes], new_lengths, self.draft)
+        return torch.cat([tokens, accepted[:, None]], 1)
 
-    def rows(self, lanes: Tensor, place: Tensor, width: int | None) -> Rows:
-        """Of the lanes' tokens at place [B, n]."""
-        lengths = torch.where(self.length[lanes] > 0, place[:, -1] + 1, 0).int()
-        m, table = self.model, self.table[lanes, :width]
-        rows = Rows(m.cos, m.sin, place.flatten(), self.no_chunks, None, place.numel(), table, lengths)
-        return rows if m.config.use_qk_norm else rows._replace(slots=self.decode_slots(table, place))
+    def decode_rows(self, lanes: Tensor, positions: Tensor, width: int | None) -> Rows:
+        """The attention layout of decode rows at positions [B, n]."""
+        lengths = torch.where(self.lengths[lanes] > 0, positions[:, -1] + 1, 0).int()
+        m, block_table = self.model, self.block_tables[lanes, :width]
+        rows = Rows(m.cos, m.sin, positions.flatten(), self.no_chunks, None, positions.numel(), block_table, lengths)
+        return rows if m.config.use_qk_norm else rows._replace(slots=self.decode_slots(block_table, positions))
 
-    def decode_slots(self, table: Tensor, place: Tensor) -> Tensor:
-        """As `slots`, of lanes; the op that norms, appends and attends at once finds them by itself."""
-        page, cell = table.gather(1, place // self.page_size), place % self.page_size
-        return (page * self.page_size + cell).flatten()
+    def decode_slots(self, block_table: Tensor, positions: Tensor) -> Tensor:
+        """Cache slots [B n] of decode rows, which qk_norm_attention_decode does not need."""
+        page, offset = block_table.gather(1, positions // self.page_size), positions % self.page_size
+        return (page * self.page_size + offset).flatten()
 
-    def with_chunks(self, rows: Rows, at: Tensor, chunks: Sequence[Chunk]) -> tuple[Rows, Tensor]:
-        """Rows of chunks after those that decode, and at [T] where in all lanes' texts each row's token stands."""
-        P, requests = self.text.shape[1], [c.request for c in chunks]
-        places = [np.arange(start, start + n) for _, start, n in chunks]
-        its_at = [r.lane * P + p for r, p in zip(requests, places, strict=True)]
-        slots = [self.slots(r, p) for r, p in zip(requests, places, strict=True)]
-        decoded = self.decode_slots(rows.block_table, rows.positions.view(-1, 1 + self.draft))
+    def with_chunks(self, rows: Rows, inputs: Tensor, chunks: Sequence[Chunk]) -> tuple[Rows, Tensor]:
+        """Append the rows of chunks to the layout, and to inputs [T], the rows' indices in token_ids."""
+        P, requests = self.token_ids.shape[1], [c.request for c in chunks]
+        positions = [np.arange(start, start + n) for _, start, n in chunks]
+        chunk_inputs = [r.lane * P + p for r, p in zip(requests, positions, strict=True)]
+        slots = [self.slots(r, p) for r, p in zip(requests, positions, strict=True)]
+        decode_slots = self.decode_slots(rows.block_table, rows.positions.view(-1, 1 + self.draft))
         rows = rows._replace(
-            positions=torch.cat([rows.positions, self.on_device(np.concatenate(places))]),
-            slots=torch.cat([decoded, self.on_device(np.concatenate(slots))]),
-            cu_seqlens=self.on_device(np.cumsum([0, *(c.rows for c in chunks)], dtype=np.int32)),
+            positions=torch.cat([rows.positions, self.to_device(np.concatenate(positions))]),
+            slots=torch.cat([decode_slots, self.to_device(np.concatenate(slots))]),
+            cu_seqlens=self.to_device(np.cumsum([0, *(c.rows for c in chunks)], dtype=np.int32)),
         )
-        if any(c.start for c in chunks):
-            seen = [c.start + c.rows for c in chunks]
-            context = np.concatenate([self.slots(r, np.arange(n)) for r, n in zip(requests, seen, strict=True)])
-            bounds = np.cumsum([0, *seen], dtype=np.int32)
-            rows = rows._replace(context=self.on_device(context), cu_seqlens_k=self.on_device(bounds))
-        return rows, torch.cat([at, self.on_device(np.concatenate(its_at))])
+        if any(c.start for c in chunks):  # chunks attend to what is in the cache before them
+            lengths = [c.start + c.rows for c in chunks]
+            context = np.concatenate([self.slots(r, np.arange(n)) for r, n in zip(requests, lengths, strict=True)])
+            cu_seqlens_k = np.cumsum([0, *lengths], dtype=np.int32)
+            rows = rows._replace(context=self.to_device(context), cu_seqlens_k=self.to_device(cu_seqlens_k))
+        return rows, torch.cat([inputs, self.to_device(np.concatenate(chunk_inputs))])
 
-    def slots(self, request: Request, places: np.ndarray) -> np.ndarray:
-        """Where the tokens at these places of its text lie in the cache."""
-        return np.array(request.pages)[places // self.page_size] * self.page_size + places % self.page_size
+    def slots(self, request: Request, positions: np.ndarray) -> np.ndarray:
+        """Cache slots of a request's positions."""
+        return np.array(request.pages)[positions // self.page_size] * self.page_size + positions % self.page_size
 
-    def choose(self, h: Tensor, lanes: Tensor, place: Tensor, mode: Mode) -> Tensor:
+    def sample(self, h: Tensor, lanes: Tensor, positions: Tensor, mode: SamplingMode) -> Tensor:
         """h [B n, H] -> the token after each row, [B, n]."""
         logits = self.model.logits(h)
         if not any(mode):
-            return choose(logits, None, mode).view(place.shape)
-        lane = lanes.repeat_interleave(place.shape[1])
-        asked = Asked(*(x[lane] for x in self.asked))
-        uniform = uniforms(self.seed[lane], place.flatten()) if mode.drawn else None
-        seen = self.seen(lanes, place) if mode.penalised else None
-        return choose(logits, asked, mode, uniform, seen).view(place.shape)
+            return sample(logits, None, mode).view(positions.shape)
+        lane = lanes.repeat_interleave(positions.shape[1])
+        parameters = SamplingTensors(*(x[lane] for x in self.sampling))
+        uniform = uniforms(self.seeds[lane], positions.flatten()) if mode.random else None
+        seen = self.seen_tokens(lanes, positions) if mode.penalised else None
+        return sample(logits, parameters, mode, uniform, seen).view(positions.shape)
 
-    def seen(self, lanes: Tensor, place: Tensor) -> Tensor:
-        """[B n, V] bool: the tokens of the text up to each row, guesses included."""
-        B, n, V = *place.shape, self.model.config.vocab_size
-        text, where = self.text[lanes].long(), torch.arange(self.text.shape[1], device=self.device)
+    def seen_tokens(self, lanes: Tensor, positions: Tensor) -> Tensor:
+        """[B n, V] bool: the tokens of the sequence up to each row, draft tokens included."""
+        B, n, V = *positions.shape, self.model.config.vocab_size
+        tokens, index = self.token_ids[lanes].long(), torch.arange(self.token_ids.shape[1], device=self.device)
         seen = []
         for i in range(n):
-            token = torch.where(where <= place[:, i, None], text.clamp(min=0), V)
+            token = torch.where(index <= positions[:, i, None], tokens.clamp(min=0), V)
             seen.append(torch.zeros(B, V + 1, dtype=torch.bool, device=self.device).scatter_(1, token, True)[:, :V])
         return torch.stack(seen, 1).flatten(0, 1)
 
-    def guess(self, mtp: torch.nn.Module, lanes: Tensor, length: Tensor, x: Tensor, width: int | None) -> None:
-        """By the MTP layer, whose row before the last token gave x [B, H]; then a row for each further guess.
+    def mtp_drafts(self, mtp: torch.nn.Module, lanes: Tensor, lengths: Tensor, x: Tensor, width: int | None) -> None:
+        """Write the next draft tokens behind each sequence.
 
-        A row is made of the token after it, so the layer follows the model by one place. What a wrong guess left in
-        its cache is overwritten. At a shared page's end its row may be another text's, which makes a guess worse and no
-        text wrong.
+        The first comes from x [B, H], the MTP layer's output at the position before the last token, each further one
+        from another pass of the MTP layer. Its input at a position contains the embedding of the next token, so its
+        cache is one position behind the model's. Rows of rejected drafts are overwritten. The row at the end of a
+        shared page may belong to another sequence: then a draft token is worse, but no output changes.
         """
-        text, P, m = self.text.view(-1), self.text.shape[1], self.model
-        for ahead in range(self.draft):
+        token_ids, P, m = self.token_ids.view(-1), self.token_ids.shape[1], self.model
+        for i in range(self.draft):
             token = m.logits(x).argmax(-1)
-            text[lanes * P + length + ahead] = token.int()
-            if ahead + 1 < self.draft:
-                rows = self.rows(lanes, (length - 1 + ahead).clamp(min=0)[:, None], width)
-                x, _ = mtp(m.word_embeddings(token), x, rows, cache=self.draft_cache)
+            token_ids[lanes * P + lengths + i] = token.int()
+            if i + 1 < self.draft:
+                rows = self.decode_rows(lanes, (lengths - 1 + i).clamp(min=0)[:, None], width)
+                x, _ = mtp(m.word_embeddings(token), x, rows, cache=self.mtp_cache)
 
-    def on_device(self, x: np.ndarray) -> Tensor:
+    def to_device(self, x: np.ndarray) -> Tensor:
         return torch.from_numpy(x).to(self.device, non_blocking=True)
 
 
-def lookup(text: Tensor, length: Tensor, count: int) -> Tensor:
-    """text [B, P] int32, of which the first length [B] int64 count -> [B, count] that may follow.
+def lookup_drafts(token_ids: Tensor, lengths: Tensor, count: int) -> Tensor:
+    """Prompt lookup: token_ids [B, P] int32 with lengths [B] int64 valid ids each -> draft tokens [B, count].
 
-    That is what followed when a text last had the same end, of three tokens or, where there was none, two or one; and
-    where that end is new, its last token again. What followed is repeated where it is too short.
+    The drafts are the tokens after the latest earlier occurrence of the sequence's last three tokens, else of its last
+    two, else of its last one, repeated periodically up to `count`; without an occurrence they are its last token.
     """
-    where, last = torch.arange(text.shape[1], device=text.device), (length - 1).clamp(min=0)
-    same, start = where < last[:, None], torch.zeros_like(length)
+    index, last = torch.arange(token_ids.shape[1], device=token_ids.device), (lengths - 1).clamp(min=0)
+    match, start = index < last[:, None], torch.zeros_like(lengths)
     for back in range(NGRAM):
-        its = text.gather(1, (last - back).clamp(min=0)[:, None])
-        same = same & (text.roll(back, 1) == its) & (where >= back)
-        start = torch.maximum(start, torch.where(same.any(1), back * text.shape[1] + (where * same).amax(1) + 1, 0))
-    known = start > 0
-    start = torch.where(known, start % text.shape[1], last)
-    period = torch.where(known, length - start, 1).clamp(min=1)
-    ahead = torch.arange(count, device=text.device)
-    return text.gather(1, start[:, None] + ahead % period[:, None])
+        wanted = token_ids.gather(1, (last - back).clamp(min=0)[:, None])
+        match = match & (token_ids.roll(back, 1) == wanted) & (index >= back)
+        # start encodes (n-gram length, position after the match): longer n-grams win, then later positions
+        found = back * token_ids.shape[1] + (index * match).amax(1) + 1
+        start = torch.maximum(start, torch.where(match.any(1), found, 0))
+    has_match = start > 0
+    start = torch.where(has_match, start % token_ids.shape[1], last)
+    period = torch.where(has_match, lengths - start, 1).clamp(min=1)
+    offset = torch.arange(count, device=token_ids.device)
+    return token_ids.gather(1, start[:, None] + offset % period[:, None])

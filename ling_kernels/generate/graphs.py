@@ -1,55 +1,63 @@
-"""CUDA graphs of a pass: launched as a whole, it no longer waits for the host between its kernels."""
+"""CUDA graphs of a decode pass: one launch replays all its kernels, without host work between them."""
 
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from .sample import Mode
+from ..model.sample import SamplingMode
 
 
-class Graphs:
-    """One for each batch size of `sizes` and Mode, captured when it is first asked for; they share their memory.
+class CudaGraphs:
+    """A graph per batch size and SamplingMode, captured on first use; all graphs share one memory pool.
 
-    compute(lanes [B] int64, mode) -> a tensor; it must take any lanes, and change nothing for the lane `nobody`, which
-    fills a batch up.
+    compute(lanes [B] int64, mode) -> Tensor must accept any lanes, and must not change any state for padding_lane,
+    which pads a batch to the next captured size.
     """
 
-    def __init__(self, compute: Callable[[Tensor, Mode], Tensor], nobody: int, largest: int, device: torch.device):
-        self.compute, self.nobody, self.sizes, self.device = compute, nobody, sizes(largest), device
-        self.captured: dict[tuple[int, Mode], tuple[Tensor, torch.cuda.CUDAGraph, Tensor]] = {}
+    def __init__(
+        self,
+        compute: Callable[[Tensor, SamplingMode], Tensor],
+        padding_lane: int,
+        max_batch: int,
+        device: torch.device,
+    ):
+        self.compute, self.padding_lane, self.sizes, self.device = compute, padding_lane, batch_sizes(max_batch), device
+        self.captured: dict[tuple[int, SamplingMode], tuple[Tensor, torch.cuda.CUDAGraph, Tensor]] = {}
         self.pool = None
 
-    def __call__(self, lanes: Sequence[int], mode: Mode) -> Tensor:
-        """What compute gives for these lanes; the next call may overwrite it."""
+    def __call__(self, lanes: Sequence[int], mode: SamplingMode) -> Tensor:
+        """compute(lanes, mode) by graph replay; the next call may overwrite the returned tensor."""
         size = next(s for s in self.sizes if s >= len(lanes))
         if (size, mode) not in self.captured:
             self.captured[size, mode] = self.capture(size, mode)
-        static, graph, found = self.captured[size, mode]
-        static.copy_(torch.tensor([*lanes, *[self.nobody] * (size - len(lanes))]), non_blocking=True)
+        graph_lanes, graph, output = self.captured[size, mode]
+        padded = [*lanes, *[self.padding_lane] * (size - len(lanes))]
+        graph_lanes.copy_(torch.tensor(padded), non_blocking=True)
         graph.replay()
-        return found[: len(lanes)]
+        return output[: len(lanes)]
 
-    def prepare(self, *modes: Mode) -> None:
-        """Capture what these modes may need."""
+    def prepare(self, *modes: SamplingMode) -> None:
+        """Capture every batch size of these modes."""
         for mode in modes:
-            for size in reversed(self.sizes):  # the smaller find room in the memory of the larger
-                self([self.nobody] * size, mode)
+            for size in reversed(self.sizes):  # smaller graphs reuse the memory of larger ones
+                self([self.padding_lane] * size, mode)
 
-    def capture(self, size: int, mode: Mode) -> tuple[Tensor, torch.cuda.CUDAGraph, Tensor]:
-        lanes = torch.full([size], self.nobody, device=self.device)
-        before = torch.cuda.Stream()
-        before.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(before):  # kernels are compiled and libraries set up outside a capture
+    def capture(self, size: int, mode: SamplingMode) -> tuple[Tensor, torch.cuda.CUDAGraph, Tensor]:
+        """(input lanes, graph, output) of a batch size."""
+        lanes = torch.full([size], self.padding_lane, device=self.device)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # warm-up: kernels compile and libraries initialise outside a capture
             self.compute(lanes, mode)
-        torch.cuda.current_stream().wait_stream(before)
+        torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            found = self.compute(lanes, mode)
+            output = self.compute(lanes, mode)
         self.pool = graph.pool()
-        return lanes, graph, found
+        return lanes, graph, output
 
 
-def sizes(largest: int) -> list[int]:
-    """1 to 8, as a lane of nobody would read experts that no other lane may want, and multiples of 8."""
-    return [s for s in (*range(1, 8), *range(8, largest, 8)) if s < largest] + [largest]
+def batch_sizes(max_batch: int) -> list[int]:
+    """1 to 8, then multiples of 8, then max_batch. Exact sizes up to 8: a padding lane would load extra experts."""
+    return [s for s in (*range(1, 8), *range(8, max_batch, 8)) if s < max_batch] + [max_batch]

@@ -1,7 +1,7 @@
-"""What a call of OpenAI's API may ask of the server.
+"""Request bodies of the OpenAI API, and the vLLM extensions, that the server accepts.
 
-null is as good as absent. A field that asks for nothing (a penalty of 0, an empty list of tools) is taken, since
-clients send such; one that asks for what is not done here is refused, so that nothing is silently left undone.
+null means absent. Fields that the server does not implement are accepted with their neutral value (a penalty of 0, an
+empty list of tools), which clients send by default, and refused with any other, so that no option is silently ignored.
 """
 
 from typing import Annotated
@@ -9,98 +9,101 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr, model_validator
 
 from ..errors import InputError
+from ..model.sample import Sampling
 from ..tokenizer import Tokenizer
-from .sample import Sampling
 
-CHOICES = 16  # of one call, at most
-COLDEST = 1e-5  # a temperature below is 0: logits divided by it need not be numbers
+MAX_CHOICES = 16  # per call, and stop strings per call
+MIN_TEMPERATURE = 1e-5  # below it sampling is greedy: fp32 logits divided by it could overflow
 
-# Not done here, and the values that do not ask for it.
-UNDONE = {
+# Fields that are not implemented, with their neutral values.
+UNSUPPORTED = {
     "best_of": [1], "frequency_penalty": [0, 0.0], "function_call": ["none", "auto"], "functions": [[]],
     "logit_bias": [{}], "logprobs": [False], "modalities": [["text"]], "presence_penalty": [0, 0.0],
     "response_format": [{"type": "text"}], "suffix": [""], "tool_choice": ["none", "auto"], "tools": [[]],
     "top_logprobs": [0],
 }  # fmt: skip
-# What OpenAI's own service does with these no text shows.
-NO_MATTER = {
+# Fields that do not affect the generated text.
+IGNORED = {
     "metadata", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_retention", "safety_identifier",
     "service_tier", "store", "user",
 }  # fmt: skip
 
 
-class Given(BaseModel):
+class StrictModel(BaseModel):
+    """Refuses unknown fields; null fields take their default."""
+
     model_config = ConfigDict(extra="forbid")
 
     @model_validator(mode="before")
     @classmethod
-    def without_nulls(cls, given):
-        return {k: v for k, v in given.items() if v is not None} if isinstance(given, dict) else given
+    def drop_nulls(cls, body):
+        return {k: v for k, v in body.items() if v is not None} if isinstance(body, dict) else body
 
 
-class StreamOptions(Given):
+class StreamOptions(StrictModel):
     include_usage: StrictBool = False
-    include_obfuscation: StrictBool = False  # padding against who listens in: there is none
+    include_obfuscation: StrictBool = False  # OpenAI's padding against traffic analysis; the server adds none
 
 
-class Asked(Given):
-    """What both endpoints take."""
+class CompletionBase(StrictModel):
+    """Fields of both endpoints."""
 
     model: StrictStr
     max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     temperature: StrictFloat = 1.0
     top_p: StrictFloat = 1.0
-    top_k: StrictInt = 0  # as in vLLM, -1 keeps all too
+    top_k: StrictInt = 0  # -1 also means all tokens, as in vLLM
     min_p: StrictFloat = 0.0
     repetition_penalty: Annotated[StrictFloat, Field(ge=0.01, le=100)] = 1.0
     seed: Annotated[StrictInt, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
-    n: Annotated[StrictInt, Field(ge=1, le=CHOICES)] = 1
-    stop: StrictStr | Annotated[list[StrictStr], Field(max_length=CHOICES)] = []
+    n: Annotated[StrictInt, Field(ge=1, le=MAX_CHOICES)] = 1
+    stop: StrictStr | Annotated[list[StrictStr], Field(max_length=MAX_CHOICES)] = []
     stream: StrictBool = False
     stream_options: StreamOptions = StreamOptions()
     ignore_eos: StrictBool = False
 
     @model_validator(mode="before")
     @classmethod
-    def without_what_asks_nothing(cls, given):
-        if not isinstance(given, dict):
-            return given
-        for name, harmless in UNDONE.items():
-            value = given.get(name)
-            if value is not None and not any(type(value) is type(h) and value == h for h in harmless):
-                raise InputError(f"{name} {value!r}: that is not done here, leave {name} out")
-        return {k: v for k, v in given.items() if k not in UNDONE and k not in NO_MATTER}
+    def drop_unsupported(cls, body):
+        if not isinstance(body, dict):
+            return body
+        for name, neutral_values in UNSUPPORTED.items():
+            value = body.get(name)
+            if value is not None and not any(type(value) is type(v) and value == v for v in neutral_values):
+                raise InputError(f"{name} {value!r} is not supported: leave {name} out")
+        return {k: v for k, v in body.items() if k not in UNSUPPORTED and k not in IGNORED}
 
     def sampling(self, choice: int) -> Sampling:
+        """Sampling parameters of the choice with that index: each choice has its own seed."""
         seed = None if self.seed is None else (self.seed + choice) % (1 << 63)
         t, r = self.temperature, self.repetition_penalty
-        if 0 <= t < COLDEST:
+        if 0 <= t < MIN_TEMPERATURE:
             return Sampling(repetition_penalty=r, seed=seed)
         return Sampling(t, 0 if self.top_k == -1 else self.top_k, self.top_p, self.min_p, r, seed)
 
-    def stops(self) -> list[str]:
-        stops = [self.stop] if isinstance(self.stop, str) else self.stop
-        if "" in stops:
+    def stop_strings(self) -> list[str]:
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop
+        if "" in stop:
             raise InputError("a stop string is empty")
-        return stops
+        return stop
 
 
-class Completion(Asked):
+class CompletionRequest(CompletionBase):
     prompt: StrictStr | Annotated[list[StrictStr] | list[StrictInt] | list[list[StrictInt]], Field(min_length=1)]
     echo: StrictBool = False
 
     def prompts(self, tokenizer: Tokenizer) -> list[list[int]]:
-        given = self.prompt
-        several = isinstance(given, list) and not isinstance(given[0], int)
-        return [tokenizer.encode(p) if isinstance(p, str) else p for p in (given if several else [given])]
+        """Token ids of every prompt."""
+        is_batch = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
+        return [tokenizer.encode(p) if isinstance(p, str) else p for p in (self.prompt if is_batch else [self.prompt])]
 
-    def length(self) -> tuple[int | None, int | None]:
-        """Tokens that were asked for, and how many there are where nothing was said; None: what there is room for."""
+    def max_new_tokens(self) -> tuple[int | None, int | None]:
+        """(requested number or None, default number); a default of None is the rest of the model's positions."""
         return self.max_tokens, 16
 
 
-class TextPart(Given):
-    """Or another, which `Message.plain` refuses."""
+class ContentPart(StrictModel):
+    """A part of a message's content; `ChatMessage.as_template_input` refuses types other than text."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -108,35 +111,37 @@ class TextPart(Given):
     text: StrictStr = ""
 
 
-class Message(Given):
-    """Clients give an answer back as they got it, with the fields in which there was nothing, and names."""
+class ChatMessage(StrictModel):
+    """A message as clients send it; they return the server's answers with all fields, also the empty ones."""
 
     role: StrictStr
-    content: StrictStr | Annotated[list[TextPart], Field(min_length=1)]
+    content: StrictStr | Annotated[list[ContentPart], Field(min_length=1)]
     name: StrictStr = ""
 
     @model_validator(mode="before")
     @classmethod
-    def without_empty_lists(cls, given):
-        empty = ("tool_calls", "annotations")
-        return {k: v for k, v in given.items() if k not in empty or v} if isinstance(given, dict) else given
+    def drop_empty_lists(cls, body):
+        names = ("tool_calls", "annotations")
+        return {k: v for k, v in body.items() if k not in names or v} if isinstance(body, dict) else body
 
-    def plain(self) -> dict[str, str]:
-        """As chat templates take it."""
-        parts = [TextPart(type="text", text=self.content)] if isinstance(self.content, str) else self.content
+    def as_template_input(self) -> dict[str, str]:
+        """{"role": ..., "content": text} for a chat template."""
+        parts = [ContentPart(type="text", text=self.content)] if isinstance(self.content, str) else self.content
         if others := {p.type for p in parts} - {"text"}:
-            raise InputError(f"content of type {min(others)!r}: the model reads text alone")
-        role = "system" if self.role == "developer" else self.role  # OpenAI's newer word
+            raise InputError(f"content of type {min(others)!r} is not supported: the model reads text only")
+        role = "system" if self.role == "developer" else self.role  # OpenAI's newer name
         return {"role": role, "content": "".join(p.text for p in parts)}
 
 
-class Chat(Asked):
-    messages: Annotated[list[Message], Field(min_length=1)]
+class ChatCompletionRequest(CompletionBase):
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
 
     def prompts(self, tokenizer: Tokenizer) -> list[list[int]]:
-        text = tokenizer.apply_chat_template([m.plain() for m in self.messages])
+        """Token ids of the rendered conversation, as a list of one."""
+        text = tokenizer.apply_chat_template([m.as_template_input() for m in self.messages])
         return [tokenizer.encode(text, special=True)]
 
-    def length(self) -> tuple[int | None, int | None]:
+    def max_new_tokens(self) -> tuple[int | None, int | None]:
+        """(requested number or None, None): the default is the rest of the model's positions."""
         return self.max_completion_tokens or self.max_tokens, None

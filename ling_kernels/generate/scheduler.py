@@ -1,13 +1,13 @@
-"""Which rows the next forward pass computes: continuous batching over a paged cache.
+"""The scheduler: continuous batching with chunked prefill over a paged KV cache.
 
-A running request has tokens of which the first `computed` have their keys and values in the cache. In a pass every
-request that lacks one only decodes; what is left of the pass's rows goes to the others, oldest first, in chunks of
-their prompts, of which the last token decodes at once. Requests enter in order, as soon as the cache can hold their
-texts; pages that hold the same beginning are shared. When the pages run out, the youngest gives its own back and waits
-for its turn again.
+A running request holds pages; the first `computed` of its tokens have keys and values in them. A pass decodes every
+request that lacks only its last token's; its remaining rows prefill the other requests, oldest first, in chunks. The
+last prompt token is decoded in the pass of the last chunk. Waiting requests are admitted in order, once the cache has
+room for them; requests with the same prefix share pages. When the pages run out, the youngest request is preempted: it
+releases its pages and waits at the head of the queue.
 
-The next pass may be planned while the host does not know yet what the last one gives: then a text counts as long as it
-can be by now, and is not followed past what it may be at most.
+On a GPU the next pass is scheduled before the host has the tokens of the last one. Then a request counts with the
+longest length it can have by now, and is not scheduled beyond max_new_tokens.
 """
 
 import secrets
@@ -16,93 +16,102 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ..errors import InputError
-from .cache import Pages, digest
-from .sample import Sampling
+from ..errors import Busy, InputError
+from ..model.sample import Sampling
+from .cache import PagePool, hash_page
 
-PAST = 3  # a text's end is followed by cells for so many times the guesses of a pass, which may be computed in vain
-
-
-def longest(cells: int, draft: int) -> int:
-    """How many tokens a text may have at most, of so many cells of a cache or positions of a model."""
-    return cells - PAST * draft
+DRAFT_SLACK = 3  # spare cache slots and positions per draft token, for rows computed past a sequence's end
 
 
-class Busy(Exception):
-    """The queue is full: come back later."""
+def max_sequence_tokens(capacity: int, draft: int) -> int:
+    """Longest prompt and output together in `capacity` cache slots or model positions."""
+    return capacity - DRAFT_SLACK * draft
 
 
 @dataclass(eq=False)
 class Request:
-    """What was asked, and how far it is. finished: None, or stop, length, cancelled, timeout, error."""
+    """One sequence: what was submitted, and its progress.
+
+    finished is None while it is queued or running, then the finish reason: stop, length, cancelled, timeout or error.
+    """
 
     prompt: list[int]
     sampling: Sampling
     max_new_tokens: int
-    ends: frozenset[int]  # tokens that end the text; they are not part of it
+    stop_token_ids: frozenset[int]  # they end the sequence and are not part of it
     deadline: float = float("inf")  # by time.monotonic()
 
-    tokens: list[int] = field(default_factory=list)  # prompt and what is known to come after it
-    computed: int = 0
-    shared: int | None = None  # tokens found in the cache when it was first admitted
-    ahead: int = 0  # passes that decode it and whose tokens are not known yet
-    guessed: bool = False  # the next pass has guesses to check
-    cancelled: bool = False  # its user wants no more; the next step ends it
+    tokens: list[int] = field(default_factory=list)  # prompt, and the new tokens that the host has
+    computed: int = 0  # tokens with keys and values in the cache
+    cached_tokens: int | None = None  # prompt tokens found in the prefix cache at the first admission
+    passes_in_flight: int = 0  # passes that decode it and whose tokens the host does not have yet
+    has_drafts: bool = False  # the next pass verifies draft tokens
+    cancelled: bool = False  # the next step finishes it
     finished: str | None = None
     error: Exception | None = None
     pages: list[int] = field(default_factory=list)
-    lane: int | None = None  # of the device's memory, while it runs
-    placed: int = 0  # pages that its lane knows
-    digests: list[bytes] = field(default_factory=list)  # of the full pages of tokens
+    lane: int | None = None  # its row of the device state while it runs
+    pages_on_device: int = 0  # leading pages already in the lane's block table
+    page_hashes: list[bytes] = field(default_factory=list)  # of the full pages of tokens
 
     def __post_init__(self):
         self.tokens = list(self.prompt)
         self.seed = secrets.randbits(63) if self.sampling.seed is None else self.sampling.seed
 
     @property
-    def pending(self) -> int:
+    def uncomputed(self) -> int:
+        """Tokens without keys and values; 1 if the request only has to decode."""
         return len(self.tokens) - self.computed
 
     @property
     def new_tokens(self) -> list[int]:
-        return self.after(0)
+        return self.new_tokens_from(0)
 
-    def after(self, sent: int) -> list[int]:
-        """The new tokens but the first `sent`."""
-        return self.tokens[len(self.prompt) + sent :]
+    def new_tokens_from(self, start: int) -> list[int]:
+        """The new tokens without the first `start`."""
+        return self.tokens[len(self.prompt) + start :]
+
+    @property
+    def num_new_tokens(self) -> int:
+        return len(self.tokens) - len(self.prompt)
 
     @property
     def written(self) -> int:
-        """How many new tokens there are."""
-        return len(self.tokens) - len(self.prompt)
+        """The old name of num_new_tokens, for one version."""
+        return self.num_new_tokens
 
 
 class Work(NamedTuple):
-    """A request's part in a pass."""
+    """One request's part of a pass."""
 
-    chunk: int  # rows of its prompt
-    decodes: bool  # its last token, and draft guesses after it
+    prefill: int  # tokens to prefill
+    decode: bool  # decode its last token and the draft tokens after it
 
 
 class Scheduler:
-    """draft guesses are decoded with every text's last token, and as many then made anew."""
+    """Owns the queues and the pages. A decode has 1 + draft rows: the last token and the draft tokens to verify.
 
-    def __init__(self, pages: Pages, max_running: int, max_rows: int, max_waiting: int, draft: int):
+    `submit` may be called from any thread; everything else needs the engine's lock.
+    """
+
+    def __init__(self, pages: PagePool, max_running: int, max_rows: int, max_waiting: int, draft: int):
         self.pages, self.max_rows, self.max_waiting, self.draft = pages, max_rows, max_waiting, draft
-        self.arrived: deque[Request] = deque()  # what other threads may add to; the rest belongs to who has the lock
+        self.submitted: deque[Request] = deque()  # `sweep` moves them to waiting
         self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []  # in the order in which they entered
-        self.lanes = deque(range(max_running))
-        self.left = max_rows  # of the pass that is being planned
+        self.running: list[Request] = []  # in order of admission
+        self.lanes = deque(range(max_running))  # free ones
+        self.free_rows = max_rows  # of the pass being scheduled
 
     def submit(self, request: Request) -> None:
-        """Raises Busy where the queue is full, InputError for a text that the cache can never hold."""
-        total = len(request.prompt) + request.max_new_tokens + PAST * self.draft
+        """Queue a request. Raises Busy if the queue is full, InputError if the cache is too small for the request."""
+        total = len(request.prompt) + request.max_new_tokens + DRAFT_SLACK * self.draft
         if self.pages.needed(total) > self.pages.count:
-            raise InputError(f"a text of up to {total} tokens; the cache holds {self.pages.count * self.pages.size}")
+            raise InputError(
+                f"the request needs up to {total} tokens; the cache holds {self.pages.count * self.pages.size}"
+            )
         if self.full:
-            raise Busy(f"{self.max_waiting} requests are waiting already")
-        self.arrived.append(request)
+            raise Busy(f"the queue is full: {self.max_waiting} requests are waiting")
+        self.submitted.append(request)
 
     @property
     def full(self) -> bool:
@@ -110,120 +119,125 @@ class Scheduler:
 
     @property
     def queued(self) -> int:
-        return len(self.arrived) + len(self.waiting)
+        """Requests that wait for admission."""
+        return len(self.submitted) + len(self.waiting)
 
-    def plan(self) -> dict[Request, Work]:
-        """The next pass. Nothing may be on its way where `tight` is true."""
+    def schedule(self) -> dict[Request, Work]:
+        """Choose the work of the next pass and reserve its pages. If may_preempt, collect the pending pass first."""
         self.sweep()
-        chosen: dict[Request, Work] = {}
-        self.left = self.max_rows
-        for request in sorted(self.running, key=lambda r: r.pending > 1):  # stable: of each kind the oldest first
-            if request.lane is not None:  # it has not given way to an older one
-                self.choose(request, chosen)
-        while self.waiting and self.left and self.lanes and self.admit(self.waiting[0]):
+        scheduled: dict[Request, Work] = {}
+        self.free_rows = self.max_rows
+        for request in sorted(self.running, key=lambda r: r.uncomputed > 1):  # decodes first; stable: oldest first
+            if request.lane is not None:  # not preempted by an older request
+                self.schedule_request(request, scheduled)
+        while self.waiting and self.free_rows and self.lanes and self.admit(self.waiting[0]):
             request = self.waiting.popleft()
             self.running.append(request)
-            if not self.choose(request, chosen):
+            if not self.schedule_request(request, scheduled):
                 break
-        return chosen
+        return scheduled
 
-    def choose(self, request: Request, chosen: dict[Request, Work]) -> bool:
-        """Give it what is left to do for it of the rows that are left; False where it gave way instead."""
-        chunk = min(request.pending - 1, self.left)
-        last = chunk == request.pending - 1 and self.left - chunk > self.draft
-        work = Work(chunk, last and self.may_decode(request))
+    def schedule_request(self, request: Request, scheduled: dict[Request, Work]) -> bool:
+        """Add as much of its work as the free rows allow; False if it was preempted instead."""
+        prefill = min(request.uncomputed - 1, self.free_rows)
+        reaches_last = prefill == request.uncomputed - 1 and self.free_rows - prefill > self.draft
+        work = Work(prefill, reaches_last and self.may_decode(request))
         if any(work):
-            if not self.reserve(request, self.cells(request, work), chosen):
+            if not self.reserve_pages(request, self.slots_needed(request, work), scheduled):
                 return False
-            chosen[request] = work
-            self.left -= self.rows(work)
+            scheduled[request] = work
+            self.free_rows -= self.rows_of(work)
         return True
 
-    def rows(self, work: Work) -> int:
-        return work.chunk + work.decodes * (1 + self.draft)
+    def rows_of(self, work: Work) -> int:
+        return work.prefill + work.decode * (1 + self.draft)
 
     def may_decode(self, request: Request) -> bool:
-        """Every pass that is on its way brings at least a token."""
-        return request.written + request.ahead < request.max_new_tokens
+        """Whether it can still be below max_new_tokens: every pass in flight gives at least one token."""
+        return request.num_new_tokens + request.passes_in_flight < request.max_new_tokens
 
-    def cells(self, request: Request, work: Work) -> int:
-        """Of the cache, that this work may write to."""
-        if not work.decodes:
-            return request.computed + work.chunk
-        longest = len(request.tokens) + request.ahead * (1 + self.draft)
-        return longest + self.draft + max(0, self.draft - 1)  # the last are of the MTP layer alone
+    def slots_needed(self, request: Request, work: Work) -> int:
+        """Cache slots that the request may use up to and including this work."""
+        if not work.decode:
+            return request.computed + work.prefill
+        longest = len(request.tokens) + request.passes_in_flight * (1 + self.draft)
+        return longest + self.draft + max(0, self.draft - 1)  # draft - 1: rows of the MTP layer only
 
     @property
-    def tight(self) -> bool:
-        """Whether a request may have to give way in the next pass."""
-        short = 0
+    def may_preempt(self) -> bool:
+        """Whether the next pass may have to preempt a request."""
+        missing = 0
         for r in self.running:
-            work = Work(r.pending - 1, self.may_decode(r))
-            short += max(0, self.pages.needed(self.cells(r, work)) - len(r.pages))
-        return short > self.pages.available
+            work = Work(r.uncomputed - 1, self.may_decode(r))
+            missing += max(0, self.pages.needed(self.slots_needed(r, work)) - len(r.pages))
+        return missing > self.pages.available
 
     def sweep(self) -> None:
-        """Let in who has arrived, and end who was cancelled or is out of time."""
+        """Move submitted requests to the waiting queue; finish cancelled requests and those past their deadline."""
         now = time.monotonic()
-        while self.arrived:
-            self.waiting.append(self.arrived.popleft())
+        while self.submitted:
+            self.waiting.append(self.submitted.popleft())
         for request in [*self.waiting, *self.running]:
             if request.cancelled or now >= request.deadline:
                 self.finish(request, "cancelled" if request.cancelled else "timeout")
 
     def admit(self, request: Request) -> bool:
-        """Whether the pages suffice for its text as it stands, one token and guesses; then it holds what is known."""
-        self.digest(request)
-        before_last = (len(request.tokens) - 1) // self.pages.size  # one row at least must be computed
-        request.pages = self.pages.share(request.digests[:before_last])
-        if self.pages.needed(self.cells(request, Work(0, True)) + 1) - len(request.pages) > self.pages.available:
-            self.give_back(request)
+        """Give it a lane and the cached pages of its prefix, if the pages suffice for its tokens and one decode."""
+        self.hash_pages(request)
+        reusable = (len(request.tokens) - 1) // self.pages.size  # the last token must be computed
+        request.pages = self.pages.share_prefix(request.page_hashes[:reusable])
+        slots = self.slots_needed(request, Work(0, True)) + 1
+        if self.pages.needed(slots) - len(request.pages) > self.pages.available:
+            self.release(request)
             return False
         request.computed = len(request.pages) * self.pages.size
-        request.shared = request.computed if request.shared is None else request.shared
+        request.cached_tokens = request.computed if request.cached_tokens is None else request.cached_tokens
         request.lane = self.lanes.popleft()
         return True
 
-    def reserve(self, request: Request, cells: int, chosen: dict[Request, Work]) -> bool:
-        """Pages for so many tokens, the youngest requests giving theirs back; False where it did so itself."""
-        while self.pages.needed(cells) > len(request.pages):
+    def reserve_pages(self, request: Request, slots: int, scheduled: dict[Request, Work]) -> bool:
+        """Allocate pages for so many slots, preempting the youngest requests; False if it was itself preempted."""
+        while self.pages.needed(slots) > len(request.pages):
             if self.pages.available:
-                request.pages.append(self.pages.take())
+                request.pages.append(self.pages.allocate())
                 continue
             youngest = self.running.pop()
-            if youngest in chosen:
-                self.left += self.rows(chosen.pop(youngest))
-            self.give_back(youngest)
+            if youngest in scheduled:
+                self.free_rows += self.rows_of(scheduled.pop(youngest))
+            self.release(youngest)
             self.waiting.appendleft(youngest)
             if youngest is request:
                 return False
         return True
 
-    def advance(self, request: Request, rows: int) -> None:
-        """The keys and values of `rows` more tokens are in the cache, or will be before a later pass looks for them."""
-        full = request.computed // self.pages.size
-        request.computed += rows
-        self.digest(request)
-        for i in range(full, request.computed // self.pages.size):
-            self.pages.publish(request.pages[i], request.digests[i])
+    def advance(self, request: Request, tokens: int) -> None:
+        """Count tokens whose keys and values are in the cache, or will be before a later pass reads them."""
+        full_pages = request.computed // self.pages.size
+        request.computed += tokens
+        self.hash_pages(request)
+        for i in range(full_pages, request.computed // self.pages.size):
+            self.pages.register(request.pages[i], request.page_hashes[i])
 
-    def digest(self, request: Request) -> None:
-        size, known = self.pages.size, request.digests
-        for i in range(len(known), len(request.tokens) // size):
-            known.append(digest(known[-1] if known else b"", request.tokens[i * size : (i + 1) * size]))
+    def hash_pages(self, request: Request) -> None:
+        """Bring page_hashes up to date with tokens."""
+        size, hashes = self.pages.size, request.page_hashes
+        for i in range(len(hashes), len(request.tokens) // size):
+            hashes.append(hash_page(hashes[-1] if hashes else b"", request.tokens[i * size : (i + 1) * size]))
 
     def finish(self, request: Request, reason: str, error: Exception | None = None) -> None:
-        """Its pages are free from now on, but what the full ones hold stays known."""
+        """End a request and release its pages; full pages stay in the prefix cache. No effect if it has ended."""
         if request.finished:
             return
         request.finished, request.error = reason, error
         queue = self.running if request in self.running else self.waiting
         if request in queue:
             queue.remove(request)
-        self.give_back(request)
+        self.release(request)
 
-    def give_back(self, request: Request) -> None:
+    def release(self, request: Request) -> None:
+        """Release its pages and lane."""
         self.pages.release(request.pages)
         if request.lane is not None:
             self.lanes.append(request.lane)
-        request.pages, request.computed, request.lane, request.placed, request.guessed = [], 0, None, 0, False
+        request.pages, request.computed, request.lane = [], 0, None
+        request.pages_on_device, request.has_drafts = 0, False

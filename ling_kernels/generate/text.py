@@ -1,4 +1,4 @@
-"""The text of a generation as it comes: characters whole, and stop strings cut off."""
+"""Incremental text of a generated sequence: complete characters only, cut at stop strings."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -6,8 +6,8 @@ from ..tokenizer import TextStream, Tokenizer
 
 
 def stream_text(tokens: Iterable[int], tokenizer: Tokenizer, stop: Sequence[str] = ()) -> Iterator[str]:
-    """The text of tokens as they come: a piece per token ("" where held back), then the rest; cut at a `stop`."""
-    text = CutText(tokenizer, stop)
+    """Yield the text of each token ("" if it is held back), then the rest; ends before the first string of `stop`."""
+    text = StoppedText(tokenizer, stop)
     for token in tokens:
         yield text.add(token)
         if text.found:
@@ -15,42 +15,43 @@ def stream_text(tokens: Iterable[int], tokenizer: Tokenizer, stop: Sequence[str]
     yield text.end()
 
 
-class CutText:
-    """What may be shown of a text after each of its tokens, and at its end; found: one of `stop` has ended it."""
+class StoppedText:
+    """Detokenizer with stop strings: `add` a token, get the text that can be shown; found: a stop string occurred."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]):
-        self.text, self.cut = TextStream(tokenizer), StopStrings(stop)
+        self.detokenizer, self.stop = TextStream(tokenizer), StopStrings(stop)
 
     @property
     def found(self) -> bool:
-        return self.cut.found
+        return self.stop.found
 
     def add(self, token: int) -> str:
-        return self.cut.add(self.text.add(token))
+        return self.stop.add(self.detokenizer.add(token))
 
     def end(self) -> str:
-        return self.cut.add(self.text.end()) + self.cut.end()
+        """The text that was held back."""
+        return self.stop.add(self.detokenizer.end()) + self.stop.end()
 
 
 class StopStrings:
-    """Gives text back as it is added, up to the first of `stop`; holds back an end that may be the start of one."""
+    """Pass text through up to the first string of `stop`; hold back an end that may be the start of one."""
 
     def __init__(self, stop: Sequence[str]):
-        self.stop, self.found, self.held = stop, False, ""
+        self.stop, self.found, self.held_back = stop, False, ""
 
     def add(self, text: str) -> str:
         if self.found:
             return ""
-        text = self.held + text
-        places = [place for place in map(text.find, self.stop) if place >= 0]
-        if places:
-            self.found, self.held = True, ""
-            return text[: min(places)]
-        beginnings = (n for s in self.stop for n in range(1, len(s)) if text.endswith(s[:n]))
-        sure = len(text) - max(beginnings, default=0)
-        self.held = text[sure:]
-        return text[:sure]
+        text = self.held_back + text
+        starts = [start for start in map(text.find, self.stop) if start >= 0]
+        if starts:
+            self.found, self.held_back = True, ""
+            return text[: min(starts)]
+        partial_matches = (n for s in self.stop for n in range(1, len(s)) if text.endswith(s[:n]))
+        safe = len(text) - max(partial_matches, default=0)
+        self.held_back = text[safe:]
+        return text[:safe]
 
     def end(self) -> str:
-        held, self.held = self.held, ""
-        return held
+        held_back, self.held_back = self.held_back, ""
+        return held_back

@@ -1,4 +1,4 @@
-"""Ling-2.0 assembled from nn: configuration, transformer, multi-token prediction, checkpoints, decoding."""
+"""Ling-2.0 models: configuration, transformer, multi-token prediction, checkpoints, sampling, a plain decode loop."""
 
 from .checkpoint import load_model, named_views, resolve_model, save_model
 from .config import LingConfig

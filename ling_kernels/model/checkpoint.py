@@ -1,8 +1,8 @@
 """Checkpoints in the official format: config.json, *.safetensors with official keys, bf16 or block-FP8 weights.
 
-An official tensor is a view of one of our parameters (gate and up projections are halves of gate_up, an expert is a
-slice of [E, N, K]), so one table of views loads, saves and compares. Loading streams: never more than the model and
-one tensor are in memory, on top of what the system maps of a shard.
+Each official tensor is a view of one of our parameters (gate and up projections are halves of gate_up, an expert is a
+slice of [E, N, K]), so `named_views` serves loading, saving and comparing. Loading is streamed: memory holds the model
+and one tensor, besides the pages of a shard that the system maps.
 """
 
 import json
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..files import whole
+from ..files import atomic_write
 from ..nn.fp8 import Fp8Linear, fits, to_fp8
 from ..nn.frozen import SCALES, freeze_
 from ..op import E4M3
@@ -24,35 +24,36 @@ from .config import PRESETS, LingConfig
 from .transformer import Ling
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+WEIGHT_FILES = r"model(-\d{5,}-of-\d{5,})?\.safetensors|model\.safetensors\.index\.json"  # names that save_model uses
 
 
 def named_views(model: Ling, of: Callable[[Tensor], Tensor | None] = lambda p: p) -> Iterator[tuple[str, Tensor]]:
-    """(official key, view) of every weight, its FP8 scales, and the expert biases.
+    """Yield (official key, view) of every weight, its FP8 scales, and the expert biases.
 
-    of=lambda p: p.grad gives the gradients' views. Parameters for which `of` returns None are left out.
+    of maps a parameter to the tensor to view: of=lambda p: p.grad yields gradients. None leaves the parameter out.
     """
     layers = [(f"model.layers.{i}", layer) for i, layer in enumerate(model.layers)]
     layers += [(f"model.layers.{len(model.layers) + k}", mtp) for k, mtp in enumerate(model.mtp)]
-    yield from _given(of, {"model.word_embeddings.weight": model.word_embeddings.weight})
+    yield from _mapped(of, {"model.word_embeddings.weight": model.word_embeddings.weight})
     for prefix, module in layers:
         for name, p in [*module.named_parameters(), *module.named_buffers()]:
             if not name.endswith("counts") and (p := of(p)) is not None:
-                yield from _official(f"{prefix}.{name.removeprefix('layer.')}", p)
+                yield from _official_views(f"{prefix}.{name.removeprefix('layer.')}", p)
     head = {f"lm_head.{name}": p for name, p in [*model.lm_head.named_parameters(), *model.lm_head.named_buffers()]}
-    yield from _given(of, {"model.norm.weight": model.norm.weight} | head)
+    yield from _mapped(of, {"model.norm.weight": model.norm.weight} | head)
 
 
-def _given(of, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def _mapped(of, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     yield from ((k, t) for k, p in tensors.items() if (t := of(p)) is not None)
 
 
-def _official(name: str, p: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Our name and parameter -> official keys and views of it."""
+def _official_views(name: str, p: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Yield the official keys and views of one of our parameters."""
     name = re.sub(r"attention\.(query|key)_layernorm$", r"attention.\1_layernorm.weight", name)
     name = name.replace("mlp.router.", "mlp.gate.")
     if match := re.fullmatch(rf"(.*\.experts)\.(gate_up|down)({SCALES})?", name):
         for e in range(len(p)):
-            yield from _official(f"{match[1]}.{e}.{match[2]}.weight{match[3] or ''}", p[e])
+            yield from _official_views(f"{match[1]}.{e}.{match[2]}.weight{match[3] or ''}", p[e])
     elif ".gate_up.weight" in name:
         for half, view in zip(("gate_proj", "up_proj"), p.chunk(2), strict=True):
             yield name.replace("gate_up", half), view
@@ -61,14 +62,14 @@ def _official(name: str, p: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 def resolve_model(name: str) -> tuple[LingConfig, Path | None]:
-    """The name of a preset, or a checkpoint directory -> its configuration, and the directory or None."""
+    """(configuration, directory) of a checkpoint directory; (configuration, None) of a preset's name."""
     if name in PRESETS:
         return LingConfig.preset(name), None
     folder = Path(name)
     if not folder.is_dir():
         raise InputError(f"unknown model {name!r}: neither a preset ({', '.join(PRESETS)}) nor a directory")
     if not (folder / "config.json").is_file():
-        raise InputError(f"{folder} holds no config.json, so it is no checkpoint")
+        raise InputError(f"{folder} is not a checkpoint: it has no config.json")
     return LingConfig.from_json(folder / "config.json"), folder
 
 
@@ -79,16 +80,16 @@ def load_model(
     fp8: bool = False,
     fp8_head: bool = False,
 ) -> Ling:
-    """The model in a checkpoint directory, in eval mode, its expert biases in fp32.
+    """Load a checkpoint directory as a model in eval mode, with weights in dtype and expert biases in fp32.
 
-    Block-FP8 weights are dequantised, but with fp8: then linear layers, MLPs and experts whose sizes are multiples of
-    128 have FP8 weights alone, for inference; a checkpoint in dtype is quantised as it is read. fp8_head: the head too.
-    Raises InputError that names the file and the key where one is missing, damaged or of another shape.
+    fp8=False dequantises block-FP8 weights. fp8=True, for inference, holds linear layers, MLPs and experts whose sizes
+    are multiples of 128 in FP8 only, and quantises other checkpoints while reading; fp8_head includes lm_head.
+    Raises InputError with file and key for tensors that are missing, damaged or of the wrong shape.
     """
     folder = Path(folder)
-    config, found = resolve_model(str(folder))
-    if found is None:
-        raise InputError(f"{folder} is the name of a preset, which has no weights; give a checkpoint directory")
+    config, directory = resolve_model(str(folder))
+    if directory is None:
+        raise InputError(f"{folder} is a preset, which has no weights; give a checkpoint directory")
     with torch.device("meta"):
         model = Ling(config)
     model = model.to(dtype)
@@ -99,18 +100,18 @@ def load_model(
         freeze_(model)
     model = model.to_empty(device=device)
     model.reset_buffers()
-    where, views = _files(folder), dict(named_views(model))
-    known = [key for key in views if not key.endswith(SCALES)]
+    files, views = _files(folder), dict(named_views(model))
+    expected = [key for key in views if not key.endswith(SCALES)]
     with torch.no_grad(), _Shards(folder) as shards:
-        for key in sorted(known, key=lambda k: str(where.get(k))):  # shard by shard
+        for key in sorted(expected, key=lambda k: str(files.get(k))):  # shard by shard
             view = views[key]
-            if key not in where:
+            if key not in files:
                 raise InputError(f"{folder}: the checkpoint has no {key}")
-            tensor = shards.read(where[key], key)
-            scale = _scale(shards, where, key, tensor) if tensor.dtype == E4M3 else None
+            tensor = shards.read(files[key], key)
+            scale = _scale(shards, files, key, tensor) if tensor.dtype == E4M3 else None
             if tensor.shape != view.shape:
                 raise InputError(
-                    f"{where[key]}: {key} is {list(tensor.shape)}, config.json makes it {list(view.shape)}"
+                    f"{files[key]}: {key} is {list(tensor.shape)}, by config.json it should be {list(view.shape)}"
                 )
             if view.dtype == E4M3:
                 q, scale = (tensor, scale) if scale is not None else quantize_weight(tensor.to(view.device, dtype))
@@ -118,26 +119,27 @@ def load_model(
                 views[key + SCALES].copy_(scale)
             else:
                 view.copy_(tensor if scale is None else _dequantized(tensor, scale))
-    known = {*known}
-    unread = [k for k in where if k not in known and k.removesuffix(SCALES) not in known]
-    if unread:
-        warnings.warn(f"{folder}: {len(unread)} tensors were not read, the first is {unread[0]}", stacklevel=2)
+    expected = {*expected}
+    unused = [k for k in files if k not in expected and k.removesuffix(SCALES) not in expected]
+    if unused:
+        warnings.warn(f"{folder}: {len(unused)} tensors are not used, the first is {unused[0]}", stacklevel=2)
     return model.eval()
 
 
-def _scale(shards: "_Shards", where: dict[str, Path], key: str, q: Tensor) -> Tensor:
-    """Of the block-FP8 weight `key`: [ceil(N/128), ceil(K/128)]."""
+def _scale(shards: "_Shards", files: dict[str, Path], key: str, q: Tensor) -> Tensor:
+    """Read the scales of the block-FP8 weight q [N, K]: [ceil(N/128), ceil(K/128)] fp32."""
     scale_key = key + SCALES
-    if scale_key not in where:
-        raise InputError(f"{where[key]}: {key} is FP8 and the checkpoint has no {scale_key}")
-    scale = shards.read(where[scale_key], scale_key).float()
+    if scale_key not in files:
+        raise InputError(f"{files[key]}: {key} is FP8 and the checkpoint has no {scale_key}")
+    scale = shards.read(files[scale_key], scale_key).float()
     N, K = q.shape
     if scale.shape != (-(-N // 128), -(-K // 128)):
-        raise InputError(f"{where[scale_key]}: {scale_key} is {list(scale.shape)} for {key} {list(q.shape)}")
+        raise InputError(f"{files[scale_key]}: {scale_key} is {list(scale.shape)} for {key} {list(q.shape)}")
     return scale
 
 
 def _dequantized(q: Tensor, scale: Tensor) -> Tensor:
+    """q [N, K] of any size -> [N, K] fp32."""
     N, K = q.shape
     padded = torch.zeros(scale.shape[0] * 128, scale.shape[1] * 128)
     padded[:N, :K] = q.float()
@@ -145,7 +147,7 @@ def _dequantized(q: Tensor, scale: Tensor) -> Tensor:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """Every key of a checkpoint -> the file that holds it."""
+    """Map every key of a checkpoint to its file."""
     index = folder / INDEX
     if index.is_file():
         try:
@@ -155,11 +157,11 @@ def _files(folder: Path) -> dict[str, Path]:
     if (folder / SINGLE).is_file():
         with _Shards(folder) as shards:
             return dict.fromkeys(shards.keys(folder / SINGLE), folder / SINGLE)
-    raise InputError(f"{folder} holds neither {SINGLE} nor {INDEX}")
+    raise InputError(f"{folder} has neither {SINGLE} nor {INDEX}")
 
 
 class _Shards:
-    """Reads tensors; keeps one file open at a time, and says which file is at fault."""
+    """Read tensors of several files, with one file open at a time; errors name the file."""
 
     def __init__(self, folder: Path):
         self.folder, self.path, self.file = folder, None, None
@@ -177,7 +179,7 @@ class _Shards:
             self.path = self.file = None
             try:
                 self.file = safe_open(path, "pt")
-            except (OSError, RuntimeError, SafetensorError) as error:  # torch's where there is too little to map it
+            except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: torch cannot map the file
                 raise InputError(f"cannot read {path}: {error}") from None
             self.path = path
         return self.file
@@ -197,17 +199,18 @@ class _Shards:
 def save_model(
     model: Ling, folder: str | Path, dtype: torch.dtype = torch.bfloat16, max_shard_bytes: int = 10 << 30
 ) -> None:
-    """Write config.json and the weights in `dtype` under official keys; expert biases in fp32, FP8 weights as they are.
+    """Write config.json and the weights under official keys, in dtype; expert biases in fp32, FP8 weights unchanged.
 
-    Files get their names only when they are whole, the index after the shards and config.json last. Raises InputError
-    where the folder cannot be written.
+    Every file is written atomically: shards, then the index, then config.json. Weight files of an earlier checkpoint in
+    the folder (model.safetensors, model-00001-of-00002.safetensors) are removed, others are kept. Raises InputError if
+    the folder cannot be written.
     """
     from safetensors.torch import save_file
 
     folder = Path(folder)
     shards, size = [{}], 0
     for key, view in named_views(model):
-        bytes_ = view.numel() * kept(key, view, dtype).itemsize
+        bytes_ = view.numel() * stored_dtype(key, view, dtype).itemsize
         if shards[-1] and size + bytes_ > max_shard_bytes:
             shards.append({})
             size = 0
@@ -220,24 +223,25 @@ def save_model(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, shard in zip(names, shards, strict=True):
-            tensors = {k: v.detach().to("cpu", kept(k, v, dtype)).contiguous() for k, v in shard.items()}
-            with whole(folder / name, durable=True) as path:
+            tensors = {k: v.detach().to("cpu", stored_dtype(k, v, dtype)).contiguous() for k, v in shard.items()}
+            with atomic_write(folder / name, durable=True) as path:
                 save_file(tensors, path, metadata={"format": "pt"})
-                path.chmod(0o644)  # safetensors makes files that only their owner may read
+                path.chmod(0o644)  # safetensors creates files with mode 0600
         if len(shards) > 1:
-            with whole(folder / INDEX, durable=True) as path:
+            with atomic_write(folder / INDEX, durable=True) as path:
                 path.write_text(index)
-        stale = {*folder.glob("model*.safetensors"), folder / INDEX} - {folder / n for n in names}
-        for path in stale - ({folder / INDEX} if len(shards) > 1 else set()):
-            path.unlink(missing_ok=True)
-        with whole(folder / "config.json", durable=True) as path:
+        current = {*names, INDEX} if len(shards) > 1 else {*names}
+        for path in [*folder.iterdir()]:
+            if path.name not in current and re.fullmatch(WEIGHT_FILES, path.name):
+                path.unlink(missing_ok=True)
+        with atomic_write(folder / "config.json", durable=True) as path:
             model.config.to_json(path, fp8=any(key.endswith(SCALES) for key in weight_map))
     except OSError as error:
         raise InputError(f"cannot write the checkpoint to {folder}: {error}") from None
 
 
-def kept(key: str, view: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """What a tensor is in a checkpoint whose weights are dtype."""
+def stored_dtype(key: str, view: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The type of a tensor in a checkpoint whose weights are dtype."""
     if key.endswith(("expert_bias", SCALES)):
         return torch.float32
     return E4M3 if view.dtype == E4M3 else dtype

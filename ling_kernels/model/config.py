@@ -1,4 +1,4 @@
-"""The shape of a Ling-2.0 model. Fields are named as in the official config.json."""
+"""The configuration of a Ling-2.0 model, with the field names of the official config.json."""
 
 import dataclasses
 import json
@@ -7,16 +7,16 @@ from pathlib import Path
 
 from ..errors import InputError
 
-OFFICIAL = dict(architectures=["BailingMoeV2ForCausalLM"], model_type="bailing_moe", hidden_act="silu",
-                norm_topk_prob=True, score_function="sigmoid", router_dtype="fp32", use_rmsnorm=True,
-                moe_router_enable_expert_bias=True, use_bias=False, use_qkv_bias=False, tie_word_embeddings=False,
-                torch_dtype="bfloat16")  # fmt: skip
+OFFICIAL_FIELDS = dict(architectures=["BailingMoeV2ForCausalLM"], model_type="bailing_moe", hidden_act="silu",
+                       norm_topk_prob=True, score_function="sigmoid", router_dtype="fp32", use_rmsnorm=True,
+                       moe_router_enable_expert_bias=True, use_bias=False, use_qkv_bias=False,
+                       tie_word_embeddings=False, torch_dtype="bfloat16")  # fmt: skip
 BLOCK_FP8 = dict(activation_scheme="dynamic", fmt="e4m3", quant_method="fp8", weight_block_size=[128, 128])
 
 
 @dataclass(frozen=True)
 class LingConfig:
-    """Sources of the presets: arXiv 2510.22115, table 1, and the published configurations."""
+    """A frozen, checked configuration. Presets: arXiv 2510.22115, table 1, and the published config.json files."""
 
     vocab_size: int = 157184
     hidden_size: int = 2048
@@ -26,7 +26,7 @@ class LingConfig:
     num_attention_heads: int = 16
     num_key_value_heads: int = 4
     head_dim: int = 128
-    use_qk_norm: bool = True  # False: queries and keys are rotated as they are, by plain torch
+    use_qk_norm: bool = True  # False has no kernel: plain torch applies RoPE
     num_experts: int = 256
     num_experts_per_tok: int = 8
     n_group: int = 8
@@ -44,11 +44,11 @@ class LingConfig:
     initializer_range: float = 0.02
     pad_token_id: int = 156892
     eos_token_id: int = 156892
-    other: dict = field(default_factory=dict, compare=False, repr=False)  # keys of config.json that nothing here reads
+    other: dict = field(default_factory=dict, compare=False, repr=False)  # keys of config.json without a field here
 
     def __post_init__(self):
-        whole = {n: getattr(self, n) for n in WHOLE}
-        for name, value in whole.items():
+        for name in INTEGER_FIELDS:
+            value = getattr(self, name)
             least = 0 if name in ("first_k_dense_replace", "num_shared_experts", "num_nextn_predict_layers") else 1
             _check(isinstance(value, int) and value >= least, f"{name} is {value!r}, not a whole number >= {least}")
         _check(isinstance(self.use_qk_norm, bool), f"use_qk_norm is {self.use_qk_norm!r}, neither true nor false")
@@ -68,7 +68,7 @@ class LingConfig:
         scaling = self.rope_scaling
         kind = (scaling or {}).get("type", (scaling or {}).get("rope_type"))
         _check(not scaling or (kind == "yarn" and float(scaling.get("factor", 0)) >= 1),
-               f"rope_scaling {scaling}: only type yarn with a factor >= 1 is known")  # fmt: skip
+               f"rope_scaling {scaling}: only type yarn with a factor >= 1 is supported")  # fmt: skip
 
     @property
     def rotary_dim(self) -> int:
@@ -76,28 +76,28 @@ class LingConfig:
 
     @property
     def max_positions(self) -> int:
-        """The longest sequence: max_position_embeddings, or what YaRN extends to."""
+        """The longest sequence: max_position_embeddings, or YaRN's extended length."""
         scaling = self.rope_scaling or {}
         original = scaling.get("original_max_position_embeddings", self.max_position_embeddings)
         return max(self.max_position_embeddings, int(original * scaling.get("factor", 1)))
 
     def num_parameters(self, mtp: bool = False) -> int:
-        """All weights, of which MTP layers only when asked."""
+        """All weights, with those of MTP layers if mtp."""
         return self._parameters(self.num_experts, mtp) + 2 * self.vocab_size * self.hidden_size
 
     def num_active_parameters(self, mtp: bool = False) -> int:
-        """Weights that one token meets, embedding and head included, of which MTP layers only when asked."""
+        """Weights used by one token, embedding and head included, with those of MTP layers if mtp."""
         return self._parameters(self.num_experts_per_tok, mtp) + 2 * self.vocab_size * self.hidden_size
 
     def flops_per_token(self, seq_len: int) -> float:
-        """Of training, forward and backward: 6 a weight met (the head once more per MTP layer) and causal attention."""
+        """FLOPs of forward and backward: 6 per active weight (head once more per MTP layer), and causal attention."""
         heads = self.num_attention_heads * self.head_dim
         layers, mtp = self.num_hidden_layers, self.num_nextn_predict_layers
         weights = self._parameters(self.num_experts_per_tok, True) + (1 + mtp) * self.vocab_size * self.hidden_size
         return 6 * weights + 3 * (layers + mtp) * 2 * heads * seq_len  # 4 heads seq_len / 2: QK^T and PV, causal
 
     def _parameters(self, experts: int, mtp: bool) -> int:
-        """Without embedding and head, with so many experts a layer."""
+        """Weights without embedding and head, counting `experts` routed experts per MoE layer."""
         H, F = self.hidden_size, self.moe_intermediate_size
         kv = 2 * self.num_key_value_heads
         norms = 2 * H + 2 * self.head_dim * self.use_qk_norm
@@ -110,7 +110,7 @@ class LingConfig:
 
     @classmethod
     def tiny(cls) -> "LingConfig":
-        """Trains on two CPU cores in minutes; bytes as tokens (256, special tokens, padding)."""
+        """A model that trains on two CPU cores in minutes, with the byte-level tokenizer's vocabulary."""
         return cls(
             vocab_size=320, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
             num_key_value_heads=2, head_dim=32, num_experts=16, num_experts_per_tok=4, n_group=4, topk_group=2,
@@ -120,55 +120,57 @@ class LingConfig:
 
     @classmethod
     def mini(cls) -> "LingConfig":
+        """Ling-mini-2.0: 16 B parameters, 1.4 B active."""
         return cls()
 
     @classmethod
     def flash(cls) -> "LingConfig":
+        """Ling-flash-2.0: 103 B parameters, 6.1 B active."""
         return cls(hidden_size=4096, intermediate_size=9216, num_hidden_layers=32, num_attention_heads=32,
                    moe_intermediate_size=1024)  # fmt: skip
 
     @classmethod
     def one_t(cls) -> "LingConfig":
+        """Ling-1T: 1 T parameters, 51 B active."""
         return cls(hidden_size=8192, intermediate_size=18432, num_hidden_layers=80, first_k_dense_replace=4,
                    num_attention_heads=64, num_key_value_heads=8, moe_intermediate_size=2048)  # fmt: skip
 
     @classmethod
     def preset(cls, name: str) -> "LingConfig":
-        """tiny, mini, flash or 1t."""
+        """The preset of that name: tiny, mini, flash or 1t. Raises InputError for others."""
         if name not in PRESETS:
             raise InputError(f"unknown model {name!r}: the presets are {', '.join(PRESETS)}")
         return PRESETS[name]()
 
     @classmethod
     def from_json(cls, path: str | Path) -> "LingConfig":
-        """An official config.json; fields it lacks take the defaults above."""
+        """Read an official config.json; missing fields take the defaults above. Raises InputError for bad values."""
         try:
-            given = json.loads(Path(path).read_text())
+            content = json.loads(Path(path).read_text())
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise InputError(f"cannot read {path}: {error}") from None
-        if not isinstance(given, dict):
-            raise InputError(f"{path} holds no JSON object")
+        if not isinstance(content, dict):
+            raise InputError(f"{path} is not a JSON object")
         known = {f.name for f in dataclasses.fields(cls)} - {"other"}
-        values = {k: v for k, v in given.items() if k in known}
-        if "rotary_dim" in given and "partial_rotary_factor" not in given:  # as Ling-1T says it
-            values["partial_rotary_factor"] = given["rotary_dim"] / given.get("head_dim", cls.head_dim)
-        if isinstance(values.get("eos_token_id"), list):  # chat checkpoints name several
+        values = {k: v for k, v in content.items() if k in known}
+        if "rotary_dim" in content and "partial_rotary_factor" not in content:  # as in Ling-1T's config.json
+            values["partial_rotary_factor"] = content["rotary_dim"] / content.get("head_dim", cls.head_dim)
+        if isinstance(values.get("eos_token_id"), list):  # chat checkpoints list several
             values["eos_token_id"] = values["eos_token_id"][0]
         try:
-            return cls(**values, other={k: v for k, v in given.items() if k not in values})
+            return cls(**values, other={k: v for k, v in content.items() if k not in values})
         except (InputError, TypeError) as error:
             raise InputError(f"{path}: {error}") from None
 
     def to_json(self, path: str | Path, fp8: bool = False) -> None:
-        """Write an official config.json; fp8: of a checkpoint with block-FP8 weights."""
-        mine = dataclasses.asdict(self)
-        other = {k: v for k, v in mine.pop("other").items() if k != "quantization_config"}
+        """Write an official config.json; fp8 marks the checkpoint's weights as block-FP8."""
+        fields = dataclasses.asdict(self)
+        other = {k: v for k, v in fields.pop("other").items() if k != "quantization_config"}
         quantized = {"quantization_config": BLOCK_FP8} if fp8 else {}
-        Path(path).write_text(json.dumps(OFFICIAL | other | mine | quantized, indent=2) + "\n")
+        Path(path).write_text(json.dumps(OFFICIAL_FIELDS | other | fields | quantized, indent=2) + "\n")
 
 
-WHOLE = [f.name for f in dataclasses.fields(LingConfig) if f.type is int and not f.name.endswith("_id")]
-setattr(LingConfig, "1t", LingConfig.one_t)  # so that getattr(LingConfig, name)() serves every preset
+INTEGER_FIELDS = [f.name for f in dataclasses.fields(LingConfig) if f.type is int and not f.name.endswith("_id")]
 PRESETS = {"tiny": LingConfig.tiny, "mini": LingConfig.mini, "flash": LingConfig.flash, "1t": LingConfig.one_t}
 
 

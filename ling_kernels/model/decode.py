@@ -1,4 +1,4 @@
-"""Token by token with a paged KV cache. ling_kernels.generate samples and serves; this is the plain loop."""
+"""A plain decode loop over a paged KV cache, one batch at a time. ling_kernels.generate has the serving engine."""
 
 from collections.abc import Callable, Iterator
 
@@ -10,11 +10,11 @@ from ..op import expect
 from ..ops.attention_decode import KVCache
 from .packing import pack
 
-PAGE = 64  # tokens a block of the cache holds
+PAGE = 64  # tokens per page of the KV cache
 
 
 def greedy(logits: Tensor, ids: Tensor) -> Tensor:
-    """logits [B, V] -> [B], the lowest index among equals."""
+    """logits [B, V] -> [B] int64, the lowest index among equal maxima."""
     return logits.argmax(-1)
 
 
@@ -29,9 +29,10 @@ def stream(
 ) -> Iterator[Tensor]:
     """Yield the next token of every sequence, [B] int64, at most max_new_tokens times.
 
-    input_ids [B, L] with attention_mask [B, L] 0 at padding, on either side. choose(logits [B, V], ids so far [B, n])
-    -> [B], default greedy. A sequence that has produced eos_token_id goes on producing it; when all have, the stream
-    ends. MTP layers are not used. Raises ValueError where prompt and new tokens exceed the model's positions.
+    input_ids [B, L] int64; attention_mask [B, L] is 0 at padding, on either side. choose(logits [B, V] fp32, ids
+    [B, n] int64, prompt included) -> [B] int64 selects the tokens, default greedy. After eos_token_id a sequence
+    repeats it; when all sequences have ended, so does the stream. MTP layers are not used. Raises ValueError for an
+    empty prompt or if prompt and new tokens exceed config.max_positions.
     """
     config, choose = model.config, choose or greedy
     batch = pack(input_ids, attention_mask, None, config.max_positions)
@@ -44,16 +45,17 @@ def stream(
            longest, max_new_tokens)  # fmt: skip
     if B == 0 or max_new_tokens <= 0:
         return
-    blocks = -(-(longest + max_new_tokens) // PAGE)  # of each sequence
-    block_table = torch.arange(B * blocks, device=device, dtype=torch.int32).view(B, blocks)
+    pages = -(-(longest + max_new_tokens) // PAGE)  # per sequence
+    block_table = torch.arange(B * pages, device=device, dtype=torch.int32).view(B, pages)
     dtype = model.word_embeddings.weight.dtype
-    caches = empty_caches(config, len(model.layers), B * blocks, PAGE, dtype, device)
+    caches = empty_caches(config, len(model.layers), B * pages, PAGE, dtype, device)
 
     sequence = torch.arange(B, device=device)
-    owner = sequence.repeat_interleave(lengths)
-    rows = Rows(model.cos, model.sin, batch.positions, batch.cu_seqlens, owner * blocks * PAGE + batch.positions)
+    sequence_of_row = sequence.repeat_interleave(lengths)
+    slots = sequence_of_row * pages * PAGE + batch.positions
+    rows = Rows(model.cos, model.sin, batch.positions, batch.cu_seqlens, slots)
     h, _ = model.backbone(batch.ids, rows, caches)
-    h = h[batch.cu_seqlens[1:].long() - 1]
+    h = h[batch.cu_seqlens[1:].long() - 1]  # the last row of each prompt
     ids, done = input_ids, torch.zeros(B, dtype=torch.bool, device=device)
     for step in range(max_new_tokens):
         token = choose(model.logits(h), ids)
@@ -64,24 +66,27 @@ def stream(
         if step + 1 == max_new_tokens or (eos_token_id is not None and bool(done.all())):
             return
         ids = torch.cat([ids, token[:, None]], 1)
-        slots = sequence * blocks * PAGE + lengths
+        slots = sequence * pages * PAGE + lengths
         positions, lengths = lengths.long(), lengths + 1
         rows = Rows(model.cos, model.sin, positions, batch.cu_seqlens, slots, B, block_table, lengths)
         h, _ = model.backbone(token, rows, caches)
 
 
 def generate(model, input_ids: Tensor, max_new_tokens: int, **options) -> Tensor:
-    """input_ids [B, L] -> [B, L + new] int64: the prompt and what `stream`, which takes the same options, yields."""
+    """input_ids [B, L] -> [B, L + new] int64: the prompt and the tokens of `stream`, which has the same options."""
     new = list(stream(model, input_ids, max_new_tokens, **options))
     return torch.cat([input_ids, *(t[:, None] for t in new)], 1)
 
 
-def empty_caches(config, layers: int, count: int, size: int, dtype: torch.dtype, device: torch.device) -> list[KVCache]:
-    shape = (count, size, config.num_key_value_heads, config.head_dim)
+def empty_caches(
+    config, layers: int, pages: int, page_size: int, dtype: torch.dtype, device: torch.device
+) -> list[KVCache]:
+    """One KV cache per layer: k and v [pages, page_size, Hkv, D], in FP8 with fp32 scales [pages, page_size, Hkv]."""
+    shape = (pages, page_size, config.num_key_value_heads, config.head_dim)
 
     def cache() -> KVCache:
-        cells = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)]
+        k_and_v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)]
         scales = [torch.ones(shape[:3], device=device) for _ in range(2)] if dtype == torch.float8_e4m3fn else []
-        return KVCache(*cells, *scales)
+        return KVCache(*k_and_v, *scales)
 
     return [cache() for _ in range(layers)]

@@ -1,4 +1,4 @@
-"""Multi-token prediction: one more layer that sees the next token and predicts the one after.
+"""Multi-token prediction (MTP): an extra layer that gets the embedding of token t + 1 and predicts token t + 2.
 
 x = final_layernorm(layer(eh_proj([enorm(embedding of the next token), hnorm(normed hidden state)])))
 """
@@ -10,7 +10,7 @@ from ..nn import RMSNorm, Rows
 
 
 class MTP(nn.Module):
-    """Embedding and head are the model's."""
+    """One MTP layer; it shares embedding and lm_head with the model."""
 
     def __init__(self, hidden_size: int, eps: float, layer: nn.Module):
         super().__init__()
@@ -19,8 +19,8 @@ class MTP(nn.Module):
         self.layer = layer
         self.final_layernorm = RMSNorm(hidden_size, eps)
 
-    def forward(self, following: Tensor, hidden: Tensor, rows: Rows, z_loss: float | None = None, cache=None):
-        """following [T, H]: embeddings of the next tokens; hidden [T, H], after the final norm -> [T, H], z-loss."""
-        x = self.eh_proj(torch.cat([self.enorm(following), self.hnorm(hidden)], -1))
+    def forward(self, next_embeddings: Tensor, hidden: Tensor, rows: Rows, z_loss: float | None = None, cache=None):
+        """next_embeddings [T, H], hidden [T, H] after the final norm -> hidden [T, H], and the z-loss or None."""
+        x = self.eh_proj(torch.cat([self.enorm(next_embeddings), self.hnorm(hidden)], -1))
         x, z = self.layer(x, rows, cache, z_loss)
         return self.final_layernorm(x), z

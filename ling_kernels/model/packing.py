@@ -1,4 +1,4 @@
-"""Padded or packed batches as T rows with cu_seqlens, and targets that never cross the end of a document."""
+"""Padded or packed batches as T rows with cu_seqlens; targets never cross the end of a document."""
 
 from typing import NamedTuple
 
@@ -8,18 +8,20 @@ from torch.nn.functional import pad
 
 from ..op import expect
 
-IGNORE = -100  # the label of a position that is not trained on
+IGNORE = -100  # label of a position without loss
 
 
 class Batch(NamedTuple):
+    """A [B, L] batch as T rows without padding."""
+
     ids: Tensor  # [T]
-    positions: Tensor  # [T], from 0 in each document
+    positions: Tensor  # [T] int64, from 0 in each document
     cu_seqlens: Tensor  # [documents + 1] int32
-    kept: Tensor | None  # [T] where each row lies in the flattened batch; None: rows are the flattened batch
+    indices: Tensor | None  # [T] index of each row in the flattened [B * L] batch; None: no padding, the same rows
 
 
 def pack(input_ids: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, max_positions: int) -> Batch:
-    """input_ids [B, L] without its padding; see Ling.forward."""
+    """input_ids [B, L] -> its rows without padding; arguments as in Ling.forward."""
     expect(input_ids.ndim == 2 and not input_ids.is_floating_point(), "input_ids [B, L] of integers", input_ids)
     B, L = input_ids.shape
     device = input_ids.device
@@ -29,28 +31,26 @@ def pack(input_ids: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | 
         expect(cu_seqlens is not None or L <= max_positions, f"at most {max_positions} positions", input_ids)
         if cu_seqlens is None:
             cu_seqlens = torch.arange(B + 1, device=device, dtype=torch.int32) * L
-        ids, kept = input_ids.flatten(), None
+        ids, indices = input_ids.flatten(), None
     else:
         mask = attention_mask.bool()
-        kept = mask.flatten().nonzero().flatten()
-        ids = input_ids.flatten()[kept]
+        indices = mask.flatten().nonzero().flatten()
+        ids = input_ids.flatten()[indices]
         cu_seqlens = pad(mask.sum(-1).cumsum(0), (1, 0)).int()
     rows = torch.arange(len(ids), device=device)
     document = torch.searchsorted(cu_seqlens[1:].long(), rows, right=True)
-    return Batch(ids, rows - cu_seqlens.long()[document], cu_seqlens, kept)
+    return Batch(ids, rows - cu_seqlens.long()[document], cu_seqlens, indices)
 
 
 def unpack(x: Tensor, batch: Batch, shape: tuple[int, int]) -> Tensor:
-    """x [T, N] back to [B, L, N], zeros at padding."""
-    if batch.kept is None:
+    """x [T, N] -> [B, L, N], zeros at padding."""
+    if batch.indices is None:
         return x.view(*shape, -1)
-    return x.new_zeros(shape[0] * shape[1], x.shape[1]).index_copy(0, batch.kept, x).view(*shape, -1)
+    return x.new_zeros(shape[0] * shape[1], x.shape[1]).index_copy(0, batch.indices, x).view(*shape, -1)
 
 
-def shift(x: Tensor, batch: Batch | None, ahead: int, fill: int) -> Tensor:
-    """x [T] -> what stands `ahead` rows later in the same document (anywhere, without a batch), `fill` past its end."""
+def shift(x: Tensor, batch: Batch, ahead: int, fill: int) -> Tensor:
+    """x [T] -> [T]: the value `ahead` rows later in the same document, `fill` past the document's end."""
     later = pad(x, (0, ahead), value=fill)[ahead:]
-    if batch is None:
-        return later
     same = pad(batch.positions, (0, ahead), value=0)[ahead:] == batch.positions + ahead
     return torch.where(same, later, fill)

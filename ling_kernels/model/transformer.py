@@ -1,9 +1,9 @@
-"""Ling-2.0: pre-norm layers of attention and MLP or mixture of experts, embedding and head untied, MTP on top.
+"""Ling-2.0: pre-norm layers of attention and MLP or mixture of experts, untied embedding and head, MTP layers on top.
 
     x = word_embeddings(ids);  per layer: x += attention(norm(x)); x += mlp(norm(x));  logits = lm_head(norm(x))
 
-Rows of a batch are packed: everything between embedding and head sees [T, H] and cu_seqlens, so padding costs nothing
-and documents packed into one row never see each other. Shapes: B batch, L length, T rows, H hidden, V vocabulary.
+A batch is packed into T rows without padding: everything between embedding and head works on [T, H] and cu_seqlens, and
+documents never attend to each other. Shapes: B batch, L length, T rows, H hidden, V vocabulary.
 """
 
 from contextlib import contextmanager, nullcontext
@@ -27,17 +27,23 @@ from .packing import IGNORE, Batch, pack, shift, unpack
 
 @dataclass
 class LingOutput:
+    """Fields that were not asked for are None."""
+
     logits: Tensor | None = None  # [B, L, V] fp32; zeros at padding
     loss: Tensor | None = None  # main_loss + mtp_loss_scaling_factor * mtp_loss + z_loss
     main_loss: Tensor | None = None
     mtp_loss: Tensor | None = None  # mean over the MTP layers
     z_loss: Tensor | None = None  # sum over the MoE layers, coefficient included
     mtp_logits: Tensor | None = None  # [MTP layers, B, L, V] fp32
-    hidden_states: tuple[Tensor, ...] | None = None  # embedding, layers, the last one normed, MTP outputs; [B, L, H]
+    hidden_states: tuple[Tensor, ...] | None = (
+        None  # embedding, every layer (the last after the final norm), MTP layers; [B, L, H]
+    )
 
 
 class Layer(nn.Module):
-    recompute = False  # keep only x; the backward runs the forward again
+    """One transformer layer: x += attention(norm(x)); x += mlp(norm(x)), where mlp is an MLP (dense) or an MoE."""
+
+    recompute = False  # activation checkpointing: save only x, and run the forward again in the backward
 
     def __init__(self, c: LingConfig, dense: bool):
         super().__init__()
@@ -57,15 +63,16 @@ class Layer(nn.Module):
         self.mlp = MoE(router, experts, shared)
 
     def forward(self, x: Tensor, rows: Rows, cache: KVCache | None = None, z_loss: float | None = None):
-        """x [T, H] -> x [T, H] and the z-loss of its router, None where there is none."""
+        """x [T, H] -> x [T, H], and the router's z-loss or None."""
         if self.recompute and cache is None and torch.is_grad_enabled():
             return checkpoint(
-                self.compute, x, rows, None, z_loss,
-                use_reentrant=False, preserve_rng_state=False, context_fn=lambda: (nullcontext(), self.uncounted()),
+                self.compute, x, rows, None, z_loss, use_reentrant=False, preserve_rng_state=False,
+                context_fn=lambda: (nullcontext(), self.without_counting()),
             )  # fmt: skip
         return self.compute(x, rows, cache, z_loss)
 
     def compute(self, x: Tensor, rows: Rows, cache: KVCache | None, z_loss: float | None):
+        """`forward` without activation checkpointing. A decode pass uses the fused MoE op if it is supported."""
         attended = self.attention(x, rows, cache, self.input_layernorm)
         if cache is not None and isinstance(self.mlp, MoE):
             y = self.mlp.decode(attended, x, self.post_attention_layernorm)
@@ -78,19 +85,19 @@ class Layer(nn.Module):
         return x + y, z
 
     @contextmanager
-    def uncounted(self):
-        """What is computed again routes no further tokens."""
+    def without_counting(self):
+        """Restore the routers' token counts on exit: recomputation must not count tokens twice."""
         routers = [m for m in self.modules() if isinstance(m, Router)]
         counts = [r.counts.clone() for r in routers]
         try:
             yield
         finally:
-            for router, before in zip(routers, counts, strict=True):
-                router.counts.copy_(before)
+            for router, count in zip(routers, counts, strict=True):
+                router.counts.copy_(count)
 
 
 class Ling(Fp32Buffers):
-    """A whole model on one device. Parameters start random (`init_weights`), in the default dtype."""
+    """A model on one device. Parameters have the default dtype; `init_weights` initialises them."""
 
     def __init__(self, config: LingConfig):
         super().__init__()
@@ -107,7 +114,7 @@ class Ling(Fp32Buffers):
         self.reset_buffers()
 
     def reset_buffers(self) -> None:
-        """Compute what is not loaded; needed once after `to_empty`."""
+        """Compute the RoPE tables and zero the expert counts; call it after `to_empty`."""
         c, device = self.config, self.lm_head.weight.device
         self.cos, self.sin = rope_tables(c.max_positions, c.rotary_dim, c.rope_theta, c.rope_scaling, device)
         for router in self.routers():
@@ -115,7 +122,7 @@ class Ling(Fp32Buffers):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Normal with initializer_range for every matrix, ones for the norms, zero for the expert bias."""
+        """Matrices from N(0, initializer_range^2), norm weights 1, expert biases 0."""
         for p in self.parameters():
             p.normal_(0, self.config.initializer_range, generator=generator) if p.ndim > 1 else p.fill_(1)
         for router in self.routers():
@@ -123,7 +130,7 @@ class Ling(Fp32Buffers):
         self.reset_buffers()
 
     def routers(self) -> list[Router]:
-        """In the order of layers, MTP layers last."""
+        """The routers in layer order, those of MTP layers last."""
         return [m for m in self.modules() if isinstance(m, Router)]
 
     def expert_counts(self) -> Tensor:
@@ -131,12 +138,12 @@ class Ling(Fp32Buffers):
         return torch.stack([r.counts for r in self.routers()])
 
     def balance_(self, rate: float) -> None:
-        """Move every router's bias towards an even load: once per global batch, after the optimizer's step."""
+        """Update every router's expert bias towards an even load: once per global batch, after the optimizer's step."""
         for router in self.routers():
             router.balance_(rate)
 
     def recompute_(self) -> None:
-        """In training, layers keep their input alone and the backward runs them again; not the head's logits."""
+        """Turn on activation checkpointing of every layer (not of lm_head)."""
         for layer in self.modules():
             if isinstance(layer, Layer):
                 layer.recompute = True
@@ -149,20 +156,23 @@ class Ling(Fp32Buffers):
         z_loss: float | None = None,
         states: list[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """ids [T] -> the normed hidden state [T, H] and the summed z-loss; fills `states` as LingOutput has them."""
+        """ids [T] -> hidden state after the final norm [T, H], and the summed z-loss or None.
+
+        states: a list to append the hidden states to, in the order of LingOutput.hidden_states.
+        """
         x, z = self.word_embeddings(ids), None
         for layer, cache in zip(self.layers, caches or [None] * len(self.layers), strict=True):
             if states is not None:
                 states.append(x)
             x, layer_z = layer(x, rows, cache, z_loss)
-            z = _sum(z, layer_z)
+            z = _add(z, layer_z)
         h = self.norm(x)
         if states is not None:
             states.append(h)
         return h, z
 
-    def following(self, batch: Batch, ahead: int) -> Tensor:
-        """[T, H] embeddings of the tokens `ahead` in the document; past its end token 0's, which learns nothing."""
+    def next_embeddings(self, batch: Batch, ahead: int) -> Tensor:
+        """[T, H]: embeddings of the tokens `ahead` in the same document; past its end token 0's, without gradient."""
         ids = shift(batch.ids, batch, ahead, fill=-1)
         x = self.word_embeddings(ids.clamp(min=0))
         return torch.where(ids[:, None] < 0, x.detach(), x)
@@ -180,39 +190,37 @@ class Ling(Fp32Buffers):
         output_hidden_states: bool = False,
         logits: bool = True,
         z_loss: float | None = None,
-        mtp_loss: str = "clean",
         target_counts: list[Tensor | float] | None = None,
     ) -> LingOutput:
-        """input_ids [B, L] int64.
+        """input_ids [B, L] int64 -> LingOutput.
 
-        labels [B, L] (-100: ignored) are not shifted: position t learns to predict labels[t + 1] (and, in the k-th MTP
-        layer, labels[t + 1 + k]), never across the end of a document. attention_mask [B, L] is 0 at padding, on either
-        side. cu_seqlens [n + 1] int32 says where documents start in the B * L tokens; default: a row is a document.
-        logits=False computes the loss without ever holding the logits. z_loss is the router's coefficient.
-        mtp_loss="official" is the official code's MTP loss, in which a row's last position learns from the next row.
-        target_counts divides the sums of the main and MTP losses; default: how many targets this batch has.
-        Raises ValueError for shapes that do not fit and sequences longer than config.max_positions.
+        labels: [B, L], not shifted; -100 is ignored. Position t predicts labels[t + 1], and in the k-th MTP layer
+          labels[t + 1 + k], never across the end of a document.
+        attention_mask: [B, L], 0 at padding, on either side.
+        cu_seqlens: [n + 1] int32, the starts of documents in the B * L tokens; default: each row is a document.
+        logits: False computes the loss in chunks, without storing the logits.
+        z_loss: coefficient of the routers' z-loss.
+        target_counts: divisors of the summed main loss and of each MTP layer's loss; default: this batch's number of
+          targets.
+        Raises ValueError for mismatched shapes and for sequences longer than config.max_positions.
         """
         batch = pack(input_ids, attention_mask, cu_seqlens, self.config.max_positions)
         rows = Rows(self.cos, self.sin, batch.positions, batch.cu_seqlens)
         states = [] if output_hidden_states else None
         h, z = self.backbone(batch.ids, rows, z_loss=z_loss, states=states)
 
-        heads = [h]  # what lm_head is applied to: the model's output, then each MTP layer's
+        head_inputs = [h]  # of lm_head: the model's output, then that of each MTP layer
         for k, mtp in enumerate(self.mtp, 1):
-            x, mtp_z = mtp(self.following(batch, k), heads[-1], rows, z_loss)
-            heads.append(x)
-            z = _sum(z, mtp_z)
+            x, mtp_z = mtp(self.next_embeddings(batch, k), head_inputs[-1], rows, z_loss)
+            head_inputs.append(x)
+            z = _add(z, mtp_z)
         out = LingOutput()
-        all_logits = [self.logits(x) for x in heads] if logits else []
+        all_logits = [self.logits(x) for x in head_inputs] if logits else []
         if labels is not None:
-            flat = labels.flatten() if batch.kept is None else labels.flatten()[batch.kept]
+            flat = labels.flatten() if batch.indices is None else labels.flatten()[batch.indices]
             losses = []
-            for k, x in enumerate(heads):
-                if k and mtp_loss == "official":
-                    targets = shift(shift(flat, batch, k, fill=IGNORE), None, 1, fill=IGNORE)
-                else:
-                    targets = shift(flat, batch, k + 1, fill=IGNORE)
+            for k, x in enumerate(head_inputs):
+                targets = shift(flat, batch, k + 1, fill=IGNORE)
                 total = (
                     cross_entropy(all_logits[k], targets, reduction="sum")
                     if logits
@@ -232,11 +240,11 @@ class Ling(Fp32Buffers):
             if self.mtp:
                 out.mtp_logits = torch.stack([unpack(x, batch, input_ids.shape) for x in all_logits[1:]])
         if output_hidden_states:
-            out.hidden_states = tuple(unpack(x, batch, input_ids.shape) for x in states + heads[1:])
+            out.hidden_states = tuple(unpack(x, batch, input_ids.shape) for x in states + head_inputs[1:])
         return out
 
     stream, generate = stream, generate
 
 
-def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return a if b is None else b if a is None else a + b

@@ -17,8 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..backend import backend
-from ..op import E4M3, expect, op, upcast
+from ..op import E4M3, expect, op, upcast, use_reference
 from .quantize import BLOCK as TILE
 from .quantize import quantize_weight
 from .triton_fp8 import fp8_round, fp8_scale
@@ -78,7 +77,7 @@ def adamw_8bit(
     if not params:
         return
     wants = params, grads, state, lr, betas, eps, weight_decay, step, grad_scale, found_inf, seed, fp8, pow2
-    if backend(params[0]) == "torch" or any(p.dtype == torch.float64 for p in params):
+    if use_reference("adamw_8bit", *params):
         return adamw_8bit_ref(*wants)
     tables = torch.stack([t for table in maps(params[0]) for t in (table, F.pad(midpoints(table), (0, 1)))])
     corrections, keys = by_parameter(params, betas, step, seed)

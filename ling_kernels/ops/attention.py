@@ -13,8 +13,18 @@ import torch
 import triton
 from torch import Tensor
 
-from ..backend import _C, backend
-from ..op import autocast, expect, multiprocessors, op, round_up, upcast, values_on_host
+from ..op import (
+    autocast,
+    expect,
+    first_derivative_only,
+    multiprocessors,
+    op,
+    round_up,
+    rows_aligned,
+    upcast,
+    use_reference,
+    values_on_host,
+)
 from .attention_kernels import attention_dkv_kernel, attention_dq_kernel, attention_fwd_kernel
 from .gemm_fp8 import provide_scratch
 
@@ -42,10 +52,10 @@ def attention(
     """
     if cu_seqlens_k is cu_seqlens_q:
         cu_seqlens_k = None  # torch.compile refuses one tensor in two places of an autograd.Function
-    shapes = q.ndim == k.ndim == 3 and k.shape == v.shape and q.shape[2] == k.shape[2]
+    shapes = q.ndim == k.ndim == 3 and k.shape == v.shape and q.shape[2] == k.shape[2] > 0
     heads = shapes and k.shape[1] > 0 and q.shape[1] > 0 and q.shape[1] % k.shape[1] == 0
     expect(heads and q.is_floating_point() and q.dtype == k.dtype == v.dtype,
-           "q [Tq, Hq, D], k and v [Tk, Hkv, D] of one dtype, Hq % Hkv == 0", q, k, v)  # fmt: skip
+           "q [Tq, Hq, D], k and v [Tk, Hkv, D] of one dtype, Hq % Hkv == 0, D > 0", q, k, v)  # fmt: skip
     expect(q.device == k.device == v.device, "q, k and v on one device", q.device, k.device, v.device)
     expect(scale is None or scale > 0, "scale > 0", scale)
     expect(cu_seqlens_k is not None or len(q) == len(k), "as many rows in k as in q, or cu_seqlens_k", q, k)
@@ -54,9 +64,10 @@ def attention(
         expect_bounds(cu_seqlens_k, len(k), q.device)
         expect(len(cu_seqlens_k) == len(cu_seqlens_q), "as many bounds of k as of q", cu_seqlens_q, cu_seqlens_k)
     q, k, v = autocast(q, k, v)
-    if backend(q) == "torch" or q.dtype == torch.float64:
+    if use_reference("attention", q):
         return attention_ref(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, scale)
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    q, k, v, cu_seqlens_q = map(Tensor.contiguous, (q, k, v, cu_seqlens_q))
+    cu_seqlens_k = None if cu_seqlens_k is None else cu_seqlens_k.contiguous()
     return Attention.apply(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, default_scale(q, scale), True)
 
 
@@ -81,25 +92,49 @@ def default_scale(q: Tensor, scale: float | None) -> float:
 class Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, cu_q, cu_k, causal, scale, kernels):
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        lse = torch.empty(q.shape[1], q.shape[0], dtype=upcast(q).dtype, device=q.device)
-        fwd = attention_fwd if kernels else attention_ref_fwd
-        fwd(q, k, v, cu_q, cu_k, out, lse, causal, scale)
+        out, lse = empty_outputs(q)
+        if not len(k):
+            out.zero_(), lse.fill_(-torch.inf)
+        elif kernels:
+            attention_fwd(q, k, v, cu_q, cu_k, out, lse, causal, scale, None, None, None, None, 0.0, False)
+        else:
+            attention_ref_fwd(q, k, v, cu_q, cu_k, out, lse, causal, scale)
         ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k)
         ctx.causal, ctx.scale, ctx.kernels = causal, scale, kernels
         ctx.mark_non_differentiable(lse)
         return out, lse
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx, dout, _):
         q, k, v, out, lse, cu_q, cu_k = ctx.saved_tensors
-        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-        bwd = attention_bwd if ctx.kernels else attention_ref_bwd
-        bwd(dout.contiguous(), q, k, v, out, lse, cu_q, cu_k, dq, dk, dv, ctx.causal, ctx.scale)
-        return dq, dk, dv, None, None, None, None, None
+        return *attention_backward(
+            dout, q, k, v, out, lse, cu_q, cu_k, ctx.causal, ctx.scale, ctx.kernels
+        ), *[None] * 5  # fmt: skip
 
 
-@op("out", "lse")
+def empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
+    """out, contiguous and of q's shape, and lse."""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return out, torch.empty(q.shape[1], q.shape[0], dtype=dtype, device=q.device)
+
+
+def attention_backward(dout, q, k, v, out, lse, cu_q, cu_k, causal, scale, kernels=True) -> list[Tensor]:
+    """dq, dk and dv, contiguous."""
+    if not (len(q) and len(k)):
+        return [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
+    grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
+    dout = dout.contiguous()
+    if kernels:
+        scratch = torch.empty(2, q.shape[1], round_up(len(q), 4), dtype=torch.float32, device=q.device)
+        attention_bwd(dout, q, k, v, out, lse, cu_q, cu_k, *grads, causal, scale, scratch)
+    else:
+        attention_ref_bwd(dout, q, k, v, out, lse, cu_q, cu_k, *grads, causal, scale)
+    return grads
+
+
+@op("out", "lse", runs="torch")
 def attention_ref_fwd(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor | None, out: Tensor, lse: Tensor,
     causal: bool, scale: float,
@@ -114,7 +149,7 @@ def attention_ref_fwd(
     lse.copy_(lses.view(Hkv, Tq, G).transpose(1, 2).reshape(lse.shape))
 
 
-@op("dq", "dk", "dv")
+@op("dq", "dk", "dv", runs="torch")
 def attention_ref_bwd(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor | None,
     dq: Tensor, dk: Tensor, dv: Tensor, causal: bool, scale: float,
@@ -191,72 +226,79 @@ def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype).to(x.dtype)
 
 
-@op("out", "lse")
+def unsupported_fwd(
+    q, k, v, cu_q, cu_k, out, lse, causal, scale, q_weight, cos, sin, positions, *options
+) -> str | None:  # fmt: skip
+    if q_weight is not None and (cos.shape[1] != 32 or q_weight.dtype not in (torch.float32, q.dtype)):
+        return "rotation of other than 64 dims, or a q_weight that is neither bf16 nor fp32"
+    return unsupported_heads(cu_q, q, k, v, out)
+
+
+@op("out", "lse", cuda=unsupported_fwd)
 def attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor | None, out: Tensor, lse: Tensor,
-    causal: bool, scale: float,
+    causal: bool, scale: float, q_weight: Tensor | None, cos: Tensor | None, sin: Tensor | None,
+    positions: Tensor | None, eps: float, round_first: bool,
 ) -> None:  # fmt: skip
-    if backend(q) == "cuda" and cuda_serves(q, k, v, out, cu_q, scale):
-        return _C.attention_fwd(q, k, v, cu_q, cu_k, out, lse, causal, scale, *[None] * 4, 0.0, False)
-    launch_fwd(q, k, v, cu_q, cu_k, out, lse, causal, scale)
-
-
-def cuda_serves(q: Tensor, k: Tensor, v: Tensor, out: Tensor, cu_q: Tensor, scale: float) -> bool:
-    """Whether `_C` takes them."""
-    heads = q.dtype == torch.bfloat16 and q.shape[2] == 128 and all(x.data_ptr() % 16 == 0 for x in (q, k, v, out))
-    return heads and len(k) > 0 and len(cu_q) <= 1025 and scale > 0
-
-
-def launch_fwd(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor | None, out: Tensor, lse: Tensor,
-    causal: bool, scale: float, norm: tuple = (None, None, None, None), eps: float = 0.0, round_first: bool = False,
-) -> None:  # fmt: skip
-    """q, k and v may be heads of wider rows. With norm (q_weight, cos, sin, positions) the kernel norms and turns q."""
-    (Tq, Hq, D), (Tk, Hkv, _), B = out.shape, k.shape, len(cu_q) - 1
-    c = config("fwd" if norm[0] is None else "fused", q.dtype, multiprocessors(q.device))
-    P, half = (0, 0) if norm[1] is None else norm[1].shape
-    if q.numel():
+    """q, k and v may be heads of wider rows, such as qkv's. With q_weight the kernel norms and rotates q first."""
+    (Tq, Hq, D), (Tk, Hkv, _), B = q.shape, k.shape, len(cu_q) - 1
+    c = config("fwd" if q_weight is None else "fused", q.dtype, multiprocessors(q.device))
+    P, half = (0, 0) if cos is None else cos.shape
+    if Tq:
         provide_scratch(q)
         attention_fwd_kernel[(most_tiles(Tq, B, c["BLOCK_M"]), Hq)](
-            q, k, v, cu_q, cu_k, out, lse, *norm, scale, eps, Tq, Tk, P, B, q.stride(0), k.stride(0), v.stride(0),
-            Hq, Hkv, HALF=half, ROUND_FIRST=round_first, CAUSAL=causal, TMA=tma_serves(q, k, v), D=D,
+            q, k, v, cu_q, cu_k, out, lse, q_weight, cos, sin, positions, scale, eps, Tq, Tk, P, B,
+            q.stride(0), k.stride(0), v.stride(0), Hq, Hkv, HALF=half, ROUND_FIRST=round_first, CAUSAL=causal,
+            TMA=tma_compatible(q, k, v), D=D,
             BLOCK_B=triton.next_power_of_2(max(B, 1)), BLOCK_D=block_d(D), **c,
         )  # fmt: skip
 
 
-@op("dq", "dk", "dv")
+def unsupported_bwd(dout, q, k, v, out, lse, cu_q, cu_k, dq, dk, dv, *options) -> str | None:
+    return unsupported_heads(cu_q, dout, q, k, v, out, dq, dk, dv)
+
+
+@op("dq", "dk", "dv", "scratch", cuda=unsupported_bwd)
 def attention_bwd(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor | None,
-    dq: Tensor, dk: Tensor, dv: Tensor, causal: bool, scale: float,
+    dq: Tensor, dk: Tensor, dv: Tensor, causal: bool, scale: float, scratch: Tensor,
 ) -> None:  # fmt: skip
     """dq and delta from one program per tile of queries, then dk and dv from one per tile of keys: no atomics, at 7
     products for 5.
+
+    Tq, Tk > 0. scratch [2, Hq, Tq rounded up to 4] fp32 holds delta, in csrc/ also lse as its kernels read it.
     """
     (Tq, Hq, D), (Tk, Hkv, _), B = q.shape, k.shape, len(cu_q) - 1
-    if backend(q) == "cuda" and Tq and cuda_serves(q, k, v, out, cu_q, scale):
-        scratch = torch.empty(2, Hq, round_up(Tq, 4), dtype=lse.dtype, device=q.device)
-        return _C.attention_bwd(dout, q, k, v, out, lse, cu_q, cu_k, dq, dk, dv, causal, scale, scratch)
-    delta, sms = torch.empty_like(lse), multiprocessors(q.device)
-    sizes = scale, Tq, Tk, B, Hq, Hkv
+    sms, delta, sizes = multiprocessors(q.device), scratch, (scale, Tq, Tk, B, Hq, Hkv)
     options = dict(
-        CAUSAL=causal, TMA=tma_serves(q, k, v, out, dout), D=D,
+        CAUSAL=causal, TMA=tma_compatible(q, k, v, out, dout), D=D,
         BLOCK_B=triton.next_power_of_2(max(B, 1)), BLOCK_D=block_d(D),
     )  # fmt: skip
     provide_scratch(q)
-    if q.numel():
-        c = config("dq", q.dtype, sms)
-        attention_dq_kernel[(most_tiles(Tq, B, c["BLOCK_M"]), Hq)](
-            q, k, v, out, dout, lse, cu_q, cu_k, dq, delta, *sizes, **options, **c
-        )
-    if k.numel():
-        c = config("dkv", q.dtype, sms)
-        attention_dkv_kernel[(most_tiles(Tk, B, c["BLOCK_N"]), Hkv)](
-            q, k, v, dout, lse, delta, cu_q, cu_k, dk, dv, *sizes, **options, **c
-        )
+    c = config("dq", q.dtype, sms)
+    attention_dq_kernel[(most_tiles(Tq, B, c["BLOCK_M"]), Hq)](
+        q, k, v, out, dout, lse, cu_q, cu_k, dq, delta, *sizes, **options, **c
+    )
+    c = config("dkv", q.dtype, sms)
+    attention_dkv_kernel[(most_tiles(Tk, B, c["BLOCK_N"]), Hkv)](
+        q, k, v, dout, lse, delta, cu_q, cu_k, dk, dv, *sizes, **options, **c
+    )
 
 
-def tma_serves(*tensors: Tensor) -> bool:
-    """Whether descriptors can take heads of these: aligned to 16 bytes, and no wider than a tile."""
+MAX_SEQUENCES = 1024  # kMaxSequences of csrc/attention/heads.h
+
+
+def unsupported_heads(cu_q: Tensor, *heads: Tensor) -> str | None:
+    """What csrc/ does not serve of tensors [T, H, D], of which the first is the queries' or their gradient's."""
+    if heads[0].dtype != torch.bfloat16 or heads[0].shape[2] != 128:
+        return f"{heads[0].dtype} heads of {heads[0].shape[2]}, but bfloat16 heads of 128".replace("torch.", "")
+    if len(cu_q) - 1 > MAX_SEQUENCES:
+        return f"{len(cu_q) - 1} sequences, more than {MAX_SEQUENCES}"
+    return None if rows_aligned(*heads) else "heads that do not start at multiples of 16 bytes"
+
+
+def tma_compatible(*tensors: Tensor) -> bool:
+    """Whether TMA descriptors can take heads of these: aligned to 16 bytes, and no wider than a tile."""
     return all(
         x.element_size() == 2 and x.shape[2] == block_d(x.shape[2]) and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
         for x in tensors

@@ -14,13 +14,11 @@ import torch
 import triton
 from torch import Tensor
 
-from ..backend import _C, backend
-from ..op import E4M3, expect, multiprocessors, op, upcast, values_on_host
+from ..op import E4M3, expect, multiprocessors, op, rows_aligned, upcast, use_reference, values_on_host
 from .attention import attend, block_d
 from .attention_decode_kernels import attention_decode_combine_kernel, attention_decode_kernel
 from .quantize import quantize_blocks
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what the kernels take
 TILE = 64  # keys: what a program has at least, but for fp32
 
 
@@ -49,17 +47,17 @@ def attention_decode(
     such; otherwise tokens past the table are not seen and pages are clamped into the cache.
     """
     B, n, Hq, D = q.shape if q.ndim == 4 else (-1, 0, 0, 0)
-    expect(B >= 0 and 1 <= n <= 8 and q.is_floating_point(), "q [B, n, Hq, D] with n in 1..8", q)
+    expect(B >= 0 and 1 <= n <= 8 and D > 0 and q.is_floating_point(), "q [B, n, Hq, D] with n in 1..8 and D > 0", q)
     expect_cache(cache)
     num_blocks, block_size, Hkv, _ = cache.k.shape
     expect(cache.k.shape[3] == D and Hkv > 0 and Hq > 0 and Hq % Hkv == 0, "a cache of q's D whose Hkv divides Hq",
            q, cache.k)  # fmt: skip
     expect_table(block_table, lengths, q, cache)
     scale = D**-0.5 if scale is None else scale
-    if backend(q) == "torch" or q.dtype not in FLOATS or cache.k.dtype not in (*FLOATS, E4M3):
+    if use_reference("attention_decode", q, cache.k):
         return attention_decode_ref(q, cache, block_table, lengths, scale)
-    out = q.new_empty(q.shape)
-    if 0 in (B, D, num_blocks, block_size, block_table.shape[1]):
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if 0 in (B, num_blocks, block_size, block_table.shape[1]):
         return out.zero_()
     attention_decode_fwd(
         q.detach().contiguous(), *cache, block_table.contiguous(), lengths.contiguous(), out,
@@ -102,13 +100,8 @@ def append(cache: KVCache, k: Tensor, v: Tensor, slots: Tensor) -> None:
     slots [T] int64 are distinct and say where: page * block_size + offset. Raises ValueError for another shape or
     dtype, and on a CPU for a slot that is not in the cache.
     """
-    expect_cache(cache)
-    fits = k.shape == v.shape == (len(k), *cache.k.shape[2:])
-    expect(fits and slots.shape == (len(k),) and slots.dtype == torch.int64,
-           "k and v [T, Hkv, D] of the cache's heads, slots [T] int64", k, v, slots, cache.k)  # fmt: skip
-    if len(slots) and values_on_host(slots):
-        inside = slots.min() >= 0 and slots.max() < cache.k.shape[0] * cache.k.shape[1]
-        expect(bool(inside), "slots of the cache", int(slots.min()), int(slots.max()), cache.k)
+    expect(k.ndim == 3 and k.shape == v.shape, "k and v [T, Hkv, D]", k, v)
+    expect_slots(cache, slots, *k.shape)
     for x, cells, scales in ((k, cache.k, cache.k_scale), (v, cache.v, cache.v_scale)):
         x = x.detach()
         if scales is None:
@@ -123,6 +116,16 @@ def read(cache: KVCache, slots: Tensor, dtype: torch.dtype) -> tuple[Tensor, Ten
     """k and v [T, Hkv, D] in dtype of the cells slots [T] int64, as `append` wrote them."""
     k, v, *scales = (t if t is None else t.flatten(0, 1) for t in cache)
     return stored(k, scales[0], slots, dtype), stored(v, scales[1], slots, dtype)
+
+
+def expect_slots(cache: KVCache, slots: Tensor, T: int, Hkv: int, D: int) -> None:
+    """Check a cache with cells [Hkv, D], and slots for T tokens in it."""
+    expect_cache(cache)
+    expect(cache.k.shape[2:] == (Hkv, D), f"a cache with cells [{Hkv}, {D}]", cache.k)
+    expect(slots.shape == (T,) and slots.dtype == torch.int64, f"slots [{T}] int64", slots)
+    if T and values_on_host(slots):
+        inside = slots.min() >= 0 and slots.max() < cache.k.shape[0] * cache.k.shape[1]
+        expect(bool(inside), "slots of the cache", int(slots.min()), int(slots.max()), cache.k)
 
 
 def expect_cache(cache: KVCache) -> None:
@@ -173,14 +176,16 @@ def at_once(device: torch.device) -> int:
 at_once._dynamo_marked_constant = True  # as kernels_on of backend.py: torch.compile takes the answer
 
 
-@op("out", "partial", "lse")
+def unsupported(q, k, v, k_scale, v_scale, block_table, lengths, out, partial, *others) -> str | None:
+    return unsupported_cache(q, k, v, k_scale, v_scale, out, partial)
+
+
+@op("out", "partial", "lse", cuda=unsupported)
 def attention_decode_fwd(
     q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None, block_table: Tensor,
     lengths: Tensor, out: Tensor, partial: Tensor, lse: Tensor, scale: float,
 ) -> None:  # fmt: skip
     """partial and lse are what `scratch` gives."""
-    if backend(q) == "cuda" and serves(q, k, v, k_scale, v_scale, out, partial):
-        return _C.attention_decode_fwd(q, k, v, k_scale, v_scale, block_table, lengths, out, partial, lse, scale)
     launch_decode(q, k, v, k_scale, v_scale, block_table, lengths, out, partial, lse, scale)
 
 
@@ -208,15 +213,25 @@ def launch_decode(
     )  # fmt: skip
 
 
-def serves(q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None, *others: Tensor) -> bool:
-    """Whether `_C` does it: bf16 or fp16 heads of 128, a cache as q or FP8, whole steps of 16 keys in a page. It reads
-    the cache again for every 16 rows of a KV head, as Triton's kernel does where it is FP8 but otherwise not.
+ROWS = 16  # that csrc/'s kernel attends with at once
+
+
+def unsupported_cache(q, k, v, k_scale, v_scale, out, partial) -> str | None:
+    """What csrc/ does not serve of new tokens q (queries, or qkv) and a cache.
+
+    csrc/ reads the cache again for every 16 rows of a KV head. Triton's kernel does so too where the cache is FP8, but
+    holds up to 64 rows otherwise.
     """
-    dtypes = q.dtype in (torch.bfloat16, torch.float16) and k.dtype in (q.dtype, E4M3)
-    dtypes = dtypes and (k_scale is None or k_scale.dtype == v_scale.dtype == torch.float32)
-    aligned = all(t.data_ptr() % 16 == 0 for t in (q, k, v, *others))
-    once = k.dtype == E4M3 or q.shape[1] * q.shape[2] <= 16 * k.shape[2]
-    return once and q.shape[3] == 128 and k.shape[1] % 16 == 0 and dtypes and aligned
+    if q.dtype not in (torch.bfloat16, torch.float16) or k.dtype not in (q.dtype, E4M3):
+        return f"{q.dtype} tokens with a cache in {k.dtype}".replace("torch.", "")
+    if k_scale is not None and not k_scale.dtype == v_scale.dtype == torch.float32:
+        return "scales of the cache that are not fp32"
+    if q.shape[3] != 128 or k.shape[1] % 16:
+        return f"heads of {q.shape[3]} in pages of {k.shape[1]}, but heads of 128 in pages of multiples of 16"
+    rows = out.shape[1] * out.shape[2] // k.shape[2]
+    if k.dtype != E4M3 and rows > ROWS:
+        return f"{rows} queries of a KV head, more than {ROWS}, with a cache that is not FP8"
+    return None if rows_aligned(q, k, v, out, partial) else "rows that do not start at multiples of 16 bytes"
 
 
 PER_SM = 2  # programs that an SM holds at once, of either kernel

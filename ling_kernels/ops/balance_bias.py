@@ -8,8 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import _C, backend
-from ..op import expect, op
+from ..op import expect, op, use_reference
 
 
 def balance_bias_(bias: Tensor, counts: Tensor, rate: float) -> None:
@@ -19,7 +18,7 @@ def balance_bias_(bias: Tensor, counts: Tensor, rate: float) -> None:
     """
     fits = bias.ndim == 1 and bias.shape == counts.shape and not counts.is_floating_point()
     expect(fits and bias.dtype in (torch.float32, torch.float64), "bias [E] fp32 and counts [E] int", bias, counts)
-    if backend(bias) == "torch" or bias.dtype == torch.float64 or not bias.is_contiguous() or not len(bias):
+    if use_reference("balance_bias_", bias, unsupported=None if bias.is_contiguous() else "a strided bias"):
         balance_bias_ref(bias, counts, rate)
     else:
         balance_bias_fwd(bias.detach(), counts.contiguous(), rate)
@@ -32,12 +31,15 @@ def balance_bias_ref(bias, counts, rate):
     bias += rate * (sign - sign.sum() / bias.new_full((), len(c)))  # mean() on a GPU multiplies by the reciprocal
 
 
-@op("bias")
+def unsupported(bias, counts, rate) -> str | None:
+    return None if counts.dtype in (torch.int32, torch.int64) else f"counts of {counts.dtype}"
+
+
+@op("bias", cuda=unsupported)
 def balance_bias_fwd(bias: Tensor, counts: Tensor, rate: float) -> None:
     E = len(bias)
-    if backend(bias) == "cuda" and counts.dtype in (torch.int32, torch.int64):
-        return _C.balance_bias_fwd(bias, counts, rate)
-    balance_bias_kernel[(1,)](bias, counts, rate, E, BLOCK_E=triton.next_power_of_2(E), enable_fp_fusion=False)
+    if E:
+        balance_bias_kernel[(1,)](bias, counts, rate, E, BLOCK_E=triton.next_power_of_2(E), enable_fp_fusion=False)
 
 
 @triton.jit

@@ -6,8 +6,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..backend import backend
-from ..op import expect, multiprocessors, op, upcast, values_on_host
+from ..op import expect, first_derivative_only, multiprocessors, op, upcast, use_reference, values_on_host
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100, reduction: str = "mean") -> Tensor:
@@ -20,7 +19,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100, red
     expect(logits.ndim == 2 and logits.shape[1] > 0 and logits.is_floating_point(), "logits [T, V]", logits)
     expect_targets(targets, *logits.shape, ignore_index)
     expect(reduction in ("mean", "sum", "none"), "reduction mean, sum or none", reduction)
-    if backend(logits) == "torch" or logits.dtype == torch.float64:
+    if use_reference("cross_entropy", logits):
         return cross_entropy_ref(logits, targets, ignore_index, reduction)
     loss = CrossEntropy.apply(logits, targets, ignore_index)
     if reduction == "none":
@@ -60,6 +59,7 @@ class CrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx, dloss):
         logits, targets, lse = ctx.saved_tensors
         dlogits = logits.new_empty(logits.shape)

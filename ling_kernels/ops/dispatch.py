@@ -7,8 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import _C, backend
-from ..op import expect, op
+from ..op import expect, op, use_reference, values_on_host
 
 PAD = 128  # column-wise copies start each expert's run of rows at a multiple of this
 TILE = 256  # slots of one program, whose work grows with the square: fewer SMs want no larger ones. Not measured
@@ -32,11 +31,14 @@ def dispatch(experts: Tensor, counts: Tensor) -> Plan:
     """The plan for experts [T, topk] int32 (-1: not routed here) with counts [E] int32, both from `route`.
 
     Stable in token order and deterministic. counts[e] must be the number of times that e occurs. Raises ValueError for
-    another shape or dtype.
+    another shape or dtype, and on a CPU, whose values cost no synchronisation, for other counts.
     """
     ints = experts.dtype == counts.dtype == torch.int32
     expect(experts.ndim == 2 and counts.ndim == 1 and ints, "experts [T, topk] and counts [E], int32", experts, counts)
-    if backend(experts) == "torch":
+    if values_on_host(experts):
+        fits = bool((experts < len(counts)).all()) and torch.equal(counts_of(experts, len(counts)), counts)
+        expect(fits, "experts below E, and counts[e] the number of times that e occurs", experts, counts)
+    if use_reference("dispatch", experts):
         return dispatch_ref(experts, counts)
     E = len(counts)
     plan = Plan(counts.new_empty(E + 1), torch.empty_like(experts, memory_format=torch.contiguous_format),
@@ -45,6 +47,16 @@ def dispatch(experts: Tensor, counts: Tensor) -> Plan:
     before = counts.new_empty(tiles, E) if tiles > 1 else None
     dispatch_fwd(experts.contiguous(), counts.contiguous(), before, *plan)
     return plan
+
+
+def expect_offsets(offsets: Tensor, num_experts: int, S: int) -> None:
+    """offsets [E + 1] int32 of runs of at most S rows; values are looked at where they cost no synchronisation."""
+    fits = num_experts > 0 and offsets.shape == (num_experts + 1,) and offsets.dtype == torch.int32
+    expect(fits, "offsets [E + 1] int32, E > 0", offsets, num_experts)
+    if values_on_host(offsets):
+        bounds = offsets.tolist()
+        expect(bounds == sorted(bounds) and 0 <= bounds[0] and bounds[-1] <= S,
+               f"offsets that ascend from 0 to at most {S} rows", bounds)  # fmt: skip
 
 
 def dispatch_ref(experts, counts):
@@ -62,12 +74,21 @@ def dispatch_ref(experts, counts):
     )
 
 
+def counts_of(experts: Tensor, num_experts: int) -> Tensor:
+    """[E] int32: how often each of the experts below num_experts occurs; negative ones do not count."""
+    return torch.bincount(experts[experts >= 0], minlength=num_experts).int()
+
+
 def exclusive_sum(counts: Tensor) -> Tensor:
     """[E] -> [E + 1] int32, starting at 0."""
     return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
 
 
-@op("before", "offsets", "slot", "source", "padded_offsets")
+def unsupported(experts, counts, *others) -> str | None:
+    return None if len(counts) <= 512 else f"{len(counts)} experts"
+
+
+@op("before", "offsets", "slot", "source", "padded_offsets", cuda=unsupported)
 def dispatch_fwd(
     experts: Tensor,
     counts: Tensor,
@@ -79,8 +100,6 @@ def dispatch_fwd(
 ) -> None:
     """before [tiles, E] int32 is scratch: how many slots of each expert precede a tile. One tile needs none."""
     S, E = len(source), len(counts)
-    if backend(experts) == "cuda" and E <= 512:
-        return _C.dispatch_fwd(experts, counts, before, offsets, slot, source, padded_offsets)
     BLOCK_E = triton.next_power_of_2(max(E, 1))
     tiles = triton.cdiv(S, TILE)
     if before is not None:

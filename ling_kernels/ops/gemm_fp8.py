@@ -4,13 +4,15 @@ FP8 tensor cores of Hopper keep about 14 bits of a sum, hence the promotion to f
 and the grouped ones of grouped_gemm_fp8.py.
 """
 
+from collections.abc import Callable
+from contextvars import copy_context
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import _C, backend
-from ..op import E4M3, expect, multiprocessors, op, upcast
+from ..op import E4M3, expect, multiprocessors, op, rows_aligned, upcast, use_reference
 from .quantize import BLOCK, row_scale_layout
 from .transpose_fp8 import transpose_fp8
 from .triton_fp8 import quantize_along
@@ -40,10 +42,11 @@ def gemm_fp8(
     shape = (len(a), len(bt))
     expect(out is None or (out.shape == shape and out.is_floating_point()), "out [M, N]", out, shape)
     expect(out is not None or not accumulate, "out where accumulate is given", out)
-    if backend(a) == "torch" or not kernel_serves(a, a_scale, b_scale, out):
+    if use_reference("gemm_fp8", a, a_scale, b_scale, out, unsupported=no_columns(a)):
         return gemm_fp8_ref(a, a_scale, b, b_scale, out, accumulate, dtype, transposed)
     d = torch.empty(shape, dtype=dtype, device=a.device) if out is None else out
-    gemm_fp8_fwd(a, a_scale, b, b_scale, d, accumulate, transposed)
+    b_scale = b_scale if block_scales(bt, bt_scale) else column_major(b_scale)
+    gemm_fp8_fwd(row_major(a), column_major(a_scale), row_major(b), b_scale, d, accumulate, transposed)
     return d
 
 
@@ -85,18 +88,39 @@ def expect_fp8(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> None:
     expect(scales, "fp32 scales", a_scale, b_scale)
 
 
-def kernel_serves(a: Tensor, a_scale: Tensor, b_scale: Tensor, out: Tensor | None = None) -> bool:
-    return a.shape[-1] > 0 and all(t is None or t.dtype != torch.float64 for t in (a_scale, b_scale, out))
+def block_scales(b: Tensor, b_scale: Tensor) -> bool:
+    """Whether b [.., N, K] has one scale for each 128 x 128, and not one for each 1 x 128."""
+    return b_scale.shape[-2] * BLOCK == b.shape[-2]
 
 
-@op("d")
+def no_columns(a: Tensor) -> str | None:
+    return None if a.shape[-1] else "a product over no columns (K = 0)"
+
+
+def unsupported(a, a_scale, b, b_scale, d, accumulate, transposed) -> str | None:
+    row_scales = transposed or block_scales(b, b_scale)
+    return unsupported_operands((a, b), (a_scale,) if row_scales else (a_scale, b_scale)) or unsupported_result(d)
+
+
+def unsupported_operands(operands, row_scales) -> str | None:
+    """row_scales [rows, blocks]: those that TMA loads."""
+    if not rows_aligned(*operands):
+        return "operands whose rows do not start at multiples of 16 bytes"
+    return None if rows_aligned(*(s.mT for s in row_scales)) else "row scales that TMA cannot load"
+
+
+def unsupported_result(y: Tensor, groups: int = 1) -> str | None:
+    if y.dtype not in (torch.bfloat16, torch.float32, E4M3):
+        return f"a result of {y.dtype}"
+    if y.shape[-1] % 8 or any(stride % 8 for stride in y.stride()[:-1]) or not rows_aligned(y):
+        return "a result whose rows do not start at multiples of 8 elements and 16 bytes"
+    return None if groups <= 512 else f"{groups} groups"
+
+
+@op("d", cuda=unsupported)
 def gemm_fp8_fwd(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, d: Tensor, accumulate: bool, transposed: bool
 ) -> None:
-    if cuda_writes(d):
-        a, b, a_scale = aligned(a), aligned(b), by_columns(a_scale)
-        b_scale = by_columns(b_scale) if len(b_scale) == len(b) and not transposed else b_scale
-        return _C.gemm_fp8_fwd(a, a_scale, b, b_scale, d, accumulate, transposed)
     if transposed:
         b, b_scale = transpose_fp8(b, b_scale)
     launch_gemm_fp8(a, a_scale, b[None], b_scale[None], d, accumulate=accumulate)
@@ -122,15 +146,14 @@ def launch_gemm_fp8(
     if counts is not None:
         max_m = a.shape[1]
         a, a_scale, y = a.flatten(0, 1), a_scale.flatten(0, 1), y.flatten(0, 1)
-    a, b = aligned(a), aligned(b.flatten(0, 1))
+    a, b = tma_operand(a), tma_operand(b.flatten(0, 1))
     tiles = min(G, len(y)) * triton.cdiv(y.shape[1], BLOCK)
     chosen = config(triton.cdiv(len(y), G), K, tiles, y_scale is not None, multiprocessors(a.device))
     block_m = chosen["BLOCK_M"]
     tiles_m = G * triton.cdiv(max_m, block_m) if max_m else len(y) // block_m + min(G, len(y))  # at most
     programs = min(tiles_m * triton.cdiv(y.shape[1], chosen["BLOCK_N"]), chosen.pop("programs"))
-    provide_scratch(a)
-    gemm_fp8_kernel[(programs,)](
-        a, a_scale, b, b_scale, y, y_scale, offsets, counts, source,
+    launch_with_scratch(
+        gemm_fp8_kernel[(programs,)], a, a_scale, b, b_scale, y, y_scale, offsets, counts, source,
         a.stride(0), *a_scale.stride(), b.stride(0), *b_scale.stride(), *y.stride(),
         0 if y_scale is None else y_scale.stride(1), len(a), N, K, G, max_m, topk,
         TALL=b_scale.shape[1] == N, ACCUMULATE=accumulate, BLOCK_G=triton.next_power_of_2(G), **chosen,
@@ -161,23 +184,38 @@ def config(rows: int, K: int, tiles: int, swiglu: bool, sms: int) -> dict:
     )
 
 
-def aligned(x: Tensor) -> Tensor:
-    """x [rows, columns] as a TMA descriptor wants it: columns contiguous, rows and the first byte on 16 bytes."""
-    fits = x.stride(1) == 1 and x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
+def row_major(x: Tensor) -> Tensor:
+    """x [rows, columns], or a copy where TMA cannot load its rows because of their strides, but can load a copy's."""
+    fits = x.stride(1) == 1 and x.stride(0) * x.element_size() % 16 == 0 or x.shape[1] * x.element_size() % 16
     return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
-def by_columns(scale: Tensor) -> Tensor:
-    """scale [M, blocks] as the same descriptors want it: M contiguous, blocks and the first on 16 bytes."""
-    fits = scale.stride(0) == 1 and scale.stride(1) % 4 == 0 and scale.data_ptr() % 16 == 0
-    return scale if fits else row_scale_layout(scale)
+def column_major(scale: Tensor) -> Tensor:
+    """scale [rows, blocks], or a copy with the strides that TMA can load: rows contiguous, blocks 16 bytes apart."""
+    return scale if scale.stride(0) == 1 and scale.stride(1) % 4 == 0 else row_scale_layout(scale)
 
 
-def cuda_writes(y: Tensor, groups: int = 1) -> bool:
-    """Whether csrc/ runs, for so many groups, and can write y: rows of 16 bytes and more, in a dtype it knows."""
-    fits = y.dtype in (torch.bfloat16, torch.float32, E4M3) and y.shape[-1] % 8 == 0 and groups <= 512
-    rows = y.stride(-1) == 1 and all(n % 8 == 0 for n in y.stride()[:-1]) and y.data_ptr() % 16 == 0
-    return backend(y) == "cuda" and fits and rows
+def tma_compatible(x: Tensor) -> bool:
+    """Whether a TMA descriptor can describe x: the last dimension contiguous, all others and the start on 16 bytes."""
+    steps = [x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:-1])]
+    return x.stride(-1) == 1 and x.numel() > 0 and all(step % 16 == 0 and step > 0 for step in steps)
+
+
+def tma_operand(x: Tensor) -> Tensor:
+    return x if tma_compatible(x) else x.clone(memory_format=torch.contiguous_format)
+
+
+def launch_with_scratch(kernel: Callable, x: Tensor, *args, **constants) -> None:
+    """kernel(x, *args) for a Triton kernel that makes TMA descriptors, which lie in memory that Triton asks for.
+
+    Triton finds the allocator in the current context; in a copy of it, the user's own allocator stays as it is.
+    """
+
+    def launch():
+        triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=x.device))
+        kernel(x, *args, **constants)
+
+    copy_context().run(launch) if x.is_cuda else kernel(x, *args, **constants)
 
 
 def provide_scratch(x: Tensor) -> None:

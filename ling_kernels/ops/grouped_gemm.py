@@ -6,9 +6,19 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backend import backend
-from ..op import autocast, expect, multiprocessors, op, upcast
-from .gemm_fp8 import find_group, place_in_group, provide_scratch
-from .grouped_wgrad import grouped_wgrad_fwd
+from ..op import (
+    autocast,
+    expect,
+    first_derivative_only,
+    multiprocessors,
+    note_choice,
+    op,
+    upcast,
+    use_reference,
+)
+from .dispatch import expect_offsets
+from .gemm_fp8 import find_group, launch_with_scratch, place_in_group, tma_compatible
+from .grouped_wgrad import grouped_wgrad
 
 
 def grouped_gemm(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
@@ -21,8 +31,7 @@ def grouped_gemm(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
     a, b = autocast(a, b)
     fits = a.ndim == 2 and b.ndim == 3 and a.shape[1] == b.shape[2] and a.dtype == b.dtype and a.is_floating_point()
     expect(fits, "a [S, K] and b [E, N, K] of one dtype", a, b)
-    fits = len(b) > 0 and offsets.shape == (len(b) + 1,) and offsets.dtype == torch.int32
-    expect(fits, "offsets [E + 1] int32, E > 0", offsets, b)
+    expect_offsets(offsets, len(b), len(a))
     return GroupedGemm.apply(a, b, offsets)
 
 
@@ -42,6 +51,7 @@ class GroupedGemm(torch.autograd.Function):
         return grouped_product(a, b, offsets)
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx, dy):
         a, b, offsets = ctx.saved_tensors
         dy = dy.contiguous()
@@ -50,13 +60,18 @@ class GroupedGemm(torch.autograd.Function):
             da = grouped_product(dy, b.mT, offsets, True)
         if ctx.needs_input_grad[1]:
             db = torch.empty_like(b, memory_format=torch.contiguous_format)
-            grouped_wgrad_fwd(dy, a, offsets, db, False, None, None, False)
+            grouped_wgrad(dy, a, offsets, db)
         return da, db, None
 
 
 def grouped_product(a: Tensor, b: Tensor, offsets: Tensor, zero_rest: bool = False) -> Tensor:
-    """zero_rest: the rows that nobody owns become 0; otherwise they may stay as they were in memory."""
-    if torch_serves(a, b):
+    """zero_rest: the rows of no expert become 0; otherwise they may stay as they were in memory."""
+    if use_reference("grouped_gemm", a, b):
+        y = a.new_empty(len(a), b.shape[1])
+        grouped_gemm_ref_fwd(a, b, offsets, y)
+        return y
+    if grouped_mm_serves(a, b):
+        note_choice("grouped_gemm", "torch.nn.functional.grouped_mm")
         y = torch.nn.functional.grouped_mm(a.contiguous(), b.mT, offs=offsets[1:])
         unowned = torch.arange(len(y), device=y.device) >= offsets[-1]
         return y.masked_fill(unowned[:, None], 0) if zero_rest else y
@@ -65,43 +80,38 @@ def grouped_product(a: Tensor, b: Tensor, offsets: Tensor, zero_rest: bool = Fal
     return y
 
 
-def torch_serves(a: Tensor, b: Tensor) -> bool:
+def grouped_mm_serves(a: Tensor, b: Tensor) -> bool:
     """Whether torch's grouped_mm serves: bf16 on a GPU, rows of a multiple of 16 bytes, and Triton not asked for."""
     fits = a.is_cuda and a.dtype == torch.bfloat16 and a.numel() > 0 and b.shape[1] % 8 == b.shape[2] % 8 == 0
     return fits and backend(a) != "triton"
 
 
+@op("y", runs="torch")
+def grouped_gemm_ref_fwd(a: Tensor, b: Tensor, offsets: Tensor, y: Tensor) -> None:
+    """The reference without its copies; the host reads the offsets. Rows of no expert become 0."""
+    bounds = offsets.tolist()
+    with torch.autocast(a.device.type, enabled=False):
+        for e, (lo, hi) in enumerate(zip(bounds, bounds[1:], strict=False)):
+            if lo < hi:
+                y[lo:hi] = upcast(a[lo:hi]) @ upcast(b[e]).T
+    y[bounds[-1] :] = 0
+
+
 @op("y")
 def grouped_gemm_fwd(a: Tensor, b: Tensor, offsets: Tensor, y: Tensor, zero_rest: bool) -> None:
-    if backend(a) == "torch" or a.dtype == torch.float64:
-        # The reference, without its copies
-        bounds = offsets.tolist()
-        with torch.autocast(a.device.type, enabled=False):
-            for e, (lo, hi) in enumerate(zip(bounds, bounds[1:], strict=False)):
-                if lo < hi:
-                    y[lo:hi] = upcast(a[lo:hi]) @ upcast(b[e]).T
-        y[bounds[-1] :] = 0
-        return
     if not y.numel():
         return
     E, N, K = b.shape
-    tma = described(a) and (described(b) or described(b.mT))
+    tma = tma_compatible(a) and (tma_compatible(b) or tma_compatible(b.mT))
     tiles = min(E, len(a)) * triton.cdiv(N, 128)
-    chosen = config(a.dtype, triton.cdiv(len(a), E), tiles, tma and described(y), multiprocessors(a.device))
+    chosen = config(a.dtype, triton.cdiv(len(a), E), tiles, tma and tma_compatible(y), multiprocessors(a.device))
     tiles_m = len(a) // chosen["BLOCK_M"] + min(E + 1, len(a))  # at most
     programs = min(tiles_m * triton.cdiv(N, chosen["BLOCK_N"]), chosen.pop("programs"))
-    provide_scratch(a)
-    grouped_gemm_kernel[(programs,)](
-        a, b, offsets, y, *a.stride(), *b.stride(), *y.stride(), len(a), N, K, E,
+    launch_with_scratch(
+        grouped_gemm_kernel[(programs,)], a, b, offsets, y, *a.stride(), *b.stride(), *y.stride(), len(a), N, K, E,
         TMA=tma, K_INSIDE=b.stride(2) == 1, ZERO_REST=zero_rest,
         BLOCK_G=triton.next_power_of_2(E + 1), **chosen,
     )  # fmt: skip
-
-
-def described(x: Tensor) -> bool:
-    """Whether a TMA descriptor can stand for x: the last dimension contiguous, all others and the start on 16 bytes."""
-    steps = [x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:-1])]
-    return x.stride(-1) == 1 and x.numel() > 0 and all(step % 16 == 0 and step > 0 for step in steps)
 
 
 def config(dtype: torch.dtype, rows: int, tiles: int, vectors: bool, sms: int) -> dict:

@@ -3,10 +3,19 @@
 import torch
 from torch import Tensor
 
-from ..backend import _C, backend
-from ..op import E4M3, expect, op, round_up
-from .dispatch import Plan
-from .gemm_fp8 import aligned, by_columns, cuda_writes, expect_fp8, kernel_serves, launch_gemm_fp8, scaled_product
+from ..op import E4M3, expect, op, round_up, use_reference, values_on_host
+from .dispatch import Plan, expect_offsets
+from .gemm_fp8 import (
+    block_scales,
+    column_major,
+    expect_fp8,
+    launch_gemm_fp8,
+    no_columns,
+    row_major,
+    scaled_product,
+    unsupported_operands,
+    unsupported_result,
+)
 from .quantize import BLOCK
 from .swiglu import swiglu_ref
 from .transpose_fp8 import transpose_fp8
@@ -38,14 +47,17 @@ def grouped_gemm_fp8(
     expect(a.ndim == 2 and b.ndim == 3, "a [S, K] and b [E, N, K]", a, b)
     expect(not transposed or (gather is None and not swiglu and block_scales(bt, bt_scale)),
            "b_scale [E, K/128, N/128], no gather and no swiglu, where b is transposed", b_scale, swiglu)  # fmt: skip
-    fits = len(b) > 0 and offsets.shape == (len(b) + 1,) and offsets.dtype == torch.int32
-    expect(fits, "offsets [E + 1] int32, E > 0", offsets, b)
     expect(gather is None or len(gather.slot) == len(a), "a [T, K] and a plan of T tokens", a, gather and gather.slot)
     expect(not swiglu or b.shape[1] % 256 == 0, "N % 256 == 0 for swiglu", b)
-    if backend(a) == "torch" or not kernel_serves(a, a_scale, b_scale):
+    expect_offsets(offsets, len(b), len(a) if gather is None else len(gather.source))
+    if use_reference("grouped_gemm_fp8", a, a_scale, b_scale, unsupported=no_columns(a)):
         return grouped_gemm_fp8_ref(a, a_scale, b, b_scale, offsets, gather, swiglu, dtype, transposed)
     S, N = len(a) if gather is None else len(gather.source), bt.shape[1]
-    source, topk = (None, 1) if gather is None else (gather.source, gather.slot.shape[1])
+    a, b, source, topk = row_major(a), b.contiguous(), None, 1
+    if gather is None:
+        a_scale = column_major(a_scale)
+    else:
+        source, topk = gather.source, gather.slot.shape[1]
     if swiglu:
         y = torch.empty(S, N // 2, dtype=E4M3, device=a.device)
         y_scale = a_scale.new_empty(N // 2 // BLOCK, round_up(S, 4)).T[:S]
@@ -70,7 +82,7 @@ def grouped_gemm_fp8_ref(
     return y if y.dtype == torch.float64 else y.to(dtype)
 
 
-@op("y")
+@op("y", runs="torch")
 def grouped_gemm_fp8_ref_fwd(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, offsets: Tensor, y: Tensor
 ) -> None:
@@ -81,7 +93,13 @@ def grouped_gemm_fp8_ref_fwd(
     y[bounds[-1] :] = 0
 
 
-@op("y", "y_scale")
+def unsupported_fwd(a, a_scale, b, b_scale, offsets, source, topk, y, y_scale, transposed) -> str | None:
+    if not (transposed or block_scales(b, b_scale)):
+        return "weights with one scale per 1 x 128"
+    return unsupported_operands((a, b), () if source is not None else (a_scale,)) or unsupported_result(y, len(b))
+
+
+@op("y", "y_scale", cuda=unsupported_fwd)
 def grouped_gemm_fp8_fwd(
     a: Tensor,
     a_scale: Tensor,
@@ -94,18 +112,9 @@ def grouped_gemm_fp8_fwd(
     y_scale: Tensor | None,
     transposed: bool,
 ) -> None:
-    if (transposed or block_scales(b, b_scale)) and cuda_writes(y):
-        a, a_scale = aligned(a), by_columns(a_scale)
-        return _C.grouped_gemm_fp8_fwd(
-            a, a_scale, b.contiguous(), b_scale, offsets, source, topk, y, y_scale, transposed
-        )
     if transposed:
         b, b_scale = transpose_fp8(b, b_scale)
     launch_gemm_fp8(a, a_scale, b, b_scale, y, y_scale, offsets, source=source, topk=topk)
-
-
-def block_scales(b: Tensor, b_scale: Tensor) -> bool:
-    return b_scale.shape[1] * BLOCK == b.shape[1]
 
 
 def grouped_gemm_fp8_masked(
@@ -120,10 +129,13 @@ def grouped_gemm_fp8_masked(
     expect_fp8(a, a_scale, b, b_scale)
     expect(a.ndim == b.ndim == 3 and len(a) == len(b), "a [E, max_m, K] and b [E, N, K]", a, b)
     expect(counts.shape == (len(b),) and counts.dtype == torch.int32, "counts [E] int32", counts, b)
-    if backend(a) == "torch" or not kernel_serves(a, a_scale, b_scale):
+    if values_on_host(counts):
+        expect(bool(((counts >= 0) & (counts <= a.shape[1])).all()), "counts between 0 and max_m", counts, a)
+    if use_reference("grouped_gemm_fp8_masked", a, a_scale, b_scale, unsupported=no_columns(a)):
         return grouped_gemm_fp8_masked_ref(a, a_scale, b, b_scale, counts, dtype)
     y = torch.empty(*a.shape[:2], b.shape[1], dtype=dtype, device=a.device)
-    grouped_gemm_fp8_masked_fwd(a, a_scale, b, b_scale, counts, y)
+    a_scale = column_major(a_scale.flatten(0, 1)).unflatten(0, a.shape[:2])
+    grouped_gemm_fp8_masked_fwd(a.contiguous(), a_scale, b.contiguous(), b_scale, counts, y)
     return y
 
 
@@ -134,12 +146,48 @@ def grouped_gemm_fp8_masked_ref(a, a_scale, b, b_scale, counts, dtype=torch.bflo
     return y if y.dtype == torch.float64 else y.to(dtype)
 
 
-@op("y")
+def unsupported_masked(a, a_scale, b, b_scale, counts, y) -> str | None:
+    if not block_scales(b, b_scale):
+        return "weights with one scale per 1 x 128"
+    return unsupported_operands((a, b), (a_scale.flatten(0, 1),)) or unsupported_result(y, len(b))
+
+
+@op("y", cuda=unsupported_masked)
 def grouped_gemm_fp8_masked_fwd(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, counts: Tensor, y: Tensor
 ) -> None:
-    if block_scales(b, b_scale) and cuda_writes(y, len(b)):
-        a_scale = by_columns(a_scale.flatten(0, 1)).unflatten(0, a.shape[:2])
-        a, b = (aligned(t.flatten(0, 1)).view(t.shape) for t in (a, b))
-        return _C.grouped_gemm_fp8_masked_fwd(a, a_scale, b, b_scale, counts, y)
     launch_gemm_fp8(a, a_scale, b, b_scale, y, counts=counts)
+
+
+def grouped_gemm_fp8_cutlass(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, offsets: Tensor, pingpong: bool = False
+) -> Tensor:
+    """`grouped_gemm_fp8` by CUTLASS's Hopper collectives, for comparison -> [S, N] bf16.
+
+    a [S, K] e4m3, a_scale [S, K/128], b [E, N, K] e4m3, b_scale [E, N/128, K/128], offsets [E + 1] int32. Rows past
+    offsets[E] are undefined. pingpong: tiles of 64 rows instead of 128. Not differentiable. Raises ImportError where
+    the optional extension `ling_kernels._cutlass` is not built (`make cutlass`), ValueError for operands that it does
+    not take.
+    """
+    import_cutlass()
+    y = torch.empty(len(a), b.shape[1], dtype=torch.bfloat16, device=a.device)
+    grouped_gemm_fp8_cutlass_fwd(a, by_columns(a_scale), b, b_scale, offsets, y, pingpong)
+    return y
+
+
+@op("y")
+def grouped_gemm_fp8_cutlass_fwd(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, offsets: Tensor, y: Tensor, pingpong: bool
+) -> None:
+    cutlass = import_cutlass()
+    size = cutlass.grouped_gemm_fp8_workspace(len(a), len(b), a.shape[1])
+    workspace = torch.empty(size, dtype=torch.uint8, device=a.device)
+    cutlass.grouped_gemm_fp8(a, a_scale, b, b_scale, offsets, y, workspace, pingpong)
+
+
+def import_cutlass():
+    try:
+        from .. import _cutlass
+    except ImportError as error:
+        raise ImportError(f"ling_kernels._cutlass is not built (make cutlass, docs/install.md): {error}") from None
+    return _cutlass

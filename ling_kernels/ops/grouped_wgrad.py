@@ -8,17 +8,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import _C, backend
-from ..op import E4M3, expect, op, upcast
+from ..op import E4M3, expect, op, upcast, use_reference
+from .dispatch import expect_offsets
 from .gemm_fp8 import (
     BLOCK,
-    aligned,
-    by_columns,
-    cuda_writes,
+    column_major,
+    launch_with_scratch,
     place_in_group,
-    provide_scratch,
+    row_major,
     scaled_part,
     scaled_product,
+    tma_operand,
+    unsupported_operands,
+    unsupported_result,
 )
 from .quantize import dequantize
 
@@ -53,13 +55,23 @@ def grouped_wgrad(
     for t, scale in ((dy, dy_scale), (x, x_scale)) if fp8 else ():
         expect(t.shape[1] % BLOCK == 0 and scale is not None and scale.shape == (len(t), t.shape[1] // BLOCK),
                "one scale per 1 x 128 of dy and of x", t, scale)  # fmt: skip
-    expect(offsets.ndim == 1 and len(offsets) > 1 and offsets.dtype == torch.int32, "offsets [E + 1] int32", offsets)
+    expect_offsets(offsets, offsets.numel() - 1, dy.shape[rows])
     shape = (len(offsets) - 1, dy.shape[1 - rows], x.shape[1 - rows])
     expect(out is None or (out.shape == shape and out.is_floating_point()), "out [E, N, K]", out, shape)
     expect(out is not None or not accumulate, "out where accumulate is given", out)
     if out is None:
         out = torch.empty(shape, dtype=dtype, device=dy.device)
-    grouped_wgrad_fwd(dy.detach(), x.detach(), offsets, out, accumulate, dy_scale, x_scale, columns)
+    dy, x = dy.detach(), x.detach()
+    if use_reference("grouped_wgrad", dy, x, out, dy_scale, x_scale):
+        grouped_wgrad_ref_fwd(dy, x, offsets, out, accumulate, dy_scale, x_scale, columns)
+    elif dy.numel() and x.numel():
+        if columns or dy.dtype == torch.bfloat16:
+            dy, x = row_major(dy), row_major(x)
+        if columns:
+            dy_scale, x_scale = column_major(dy_scale), column_major(x_scale)
+        grouped_wgrad_fwd(dy, x, offsets, out, accumulate, dy_scale, x_scale, columns)
+    elif not accumulate:
+        out.zero_()
     return out
 
 
@@ -86,7 +98,27 @@ def grouped_wgrad_ref(
     return out
 
 
-@op("out")
+@op("out", runs="torch")
+def grouped_wgrad_ref_fwd(
+    dy: Tensor,
+    x: Tensor,
+    offsets: Tensor,
+    out: Tensor,
+    accumulate: bool,
+    dy_scale: Tensor | None,
+    x_scale: Tensor | None,
+    columns: bool,
+) -> None:
+    grouped_wgrad_ref(dy, x, offsets, out, accumulate, dy_scale, x_scale, columns)
+
+
+def unsupported(dy, x, offsets, out, accumulate, dy_scale, x_scale, columns) -> str | None:
+    if not columns and (dy.dtype != torch.bfloat16 or dy.shape[1] % 8):
+        return "operands by rows that are not bf16, or not of a multiple of 8 columns"
+    return unsupported_operands((dy, x), (dy_scale, x_scale) if columns else ()) or unsupported_result(out, len(out))
+
+
+@op("out", cuda=unsupported)
 def grouped_wgrad_fwd(
     dy: Tensor,
     x: Tensor,
@@ -97,27 +129,14 @@ def grouped_wgrad_fwd(
     x_scale: Tensor | None,
     columns: bool,
 ) -> None:
-    if backend(dy) == "torch" or torch.float64 in {t.dtype for t in (dy, out, dy_scale, x_scale) if t is not None}:
-        grouped_wgrad_ref(dy, x, offsets, out, accumulate, dy_scale, x_scale, columns)
-        return
-    if not dy.numel() or not x.numel():
-        if not accumulate:
-            out.zero_()
-        return
-    bf16 = dy.dtype == torch.bfloat16 and dy.shape[1] % 8 == 0
-    if (columns or bf16) and cuda_writes(out, len(out)):
-        dy, x = aligned(dy), aligned(x)
-        if columns:
-            dy_scale, x_scale = by_columns(dy_scale), by_columns(x_scale)
-        return _C.grouped_wgrad_fwd(dy, x, offsets, out, accumulate, dy_scale, x_scale, columns)
     E, N, K = out.shape
     chosen = config(dy.dtype, columns, accumulate)
     if columns:
-        dy, x = aligned(dy), aligned(x)
-        provide_scratch(dy)
+        dy, x = tma_operand(dy), tma_operand(x)
     tiles = triton.cdiv(N, chosen["BLOCK_N"]) * triton.cdiv(K, chosen["BLOCK_K"])
-    grouped_wgrad_kernel[(E * tiles,)](
-        dy, x, offsets, out, dy_scale, x_scale, *dy.stride(), *x.stride(), *out.stride(),
+    launch_with_scratch(
+        grouped_wgrad_kernel[(E * tiles,)], dy, x, offsets, out, dy_scale, x_scale,
+        *dy.stride(), *x.stride(), *out.stride(),
         *((0, 0) if dy_scale is None else dy_scale.stride()), *((0, 0) if x_scale is None else x_scale.stride()),
         dy.shape[1], N, K, ACCUMULATE=accumulate, COLUMNS=columns, **chosen,
     )  # fmt: skip

@@ -8,8 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..backend import backend
-from ..op import autocast, expect, op, upcast
+from ..op import autocast, expect, first_derivative_only, op, upcast, use_reference
 from .cross_entropy import counted, cross_entropy_fwd, cross_entropy_ref, expect_targets
 
 
@@ -29,7 +28,8 @@ def linear_cross_entropy(
     expect(reduction in ("mean", "sum") and chunk > 0, "reduction mean or sum and chunk > 0", reduction, chunk)
     x, w = autocast(x, w)
     wanted = [torch.is_grad_enabled() and t.requires_grad for t in (x, w)]
-    return LinearCrossEntropy.apply(x, w, targets, ignore_index, reduction == "mean", chunk, *wanted)
+    kernels = not use_reference("linear_cross_entropy", x, w)
+    return LinearCrossEntropy.apply(x, w, targets, ignore_index, reduction == "mean", chunk, kernels, *wanted)
 
 
 def linear_cross_entropy_ref(x, w, targets, ignore_index=-100, reduction="mean", chunk=1024):
@@ -38,18 +38,20 @@ def linear_cross_entropy_ref(x, w, targets, ignore_index=-100, reduction="mean",
 
 class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, w, targets, ignore_index, mean, chunk, wants_dx, wants_dw):
-        loss = torch.empty((), dtype=upcast(x).dtype, device=x.device)
+    def forward(ctx, x, w, targets, ignore_index, mean, chunk, kernels, wants_dx, wants_dw):
+        loss = torch.empty((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         dx, dw = (torch.empty_like(t) if wanted else t.new_empty(0) for t, wanted in ((x, wants_dx), (w, wants_dw)))
-        linear_cross_entropy_fwd(x, w, targets, loss, dx, dw, ignore_index, mean, chunk)
+        forward = linear_cross_entropy_fwd if kernels else linear_cross_entropy_ref_fwd
+        forward(x, w, targets, loss, dx, dw, ignore_index, mean, chunk)
         ctx.save_for_backward(dx, dw)
         return loss
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx, dloss):
         dx, dw = ctx.saved_tensors
         dx, dw = ((upcast(g) * dloss).to(g.dtype) if g.ndim == 2 else None for g in (dx, dw))
-        return dx, dw, None, None, None, None, None, None
+        return dx, dw, *[None] * 7
 
 
 @op("loss", "dx", "dw")
@@ -57,10 +59,21 @@ def linear_cross_entropy_fwd(
     x: Tensor, w: Tensor, targets: Tensor, loss: Tensor, dx: Tensor, dw: Tensor,
     ignore_index: int, mean: bool, chunk: int,
 ) -> None:  # fmt: skip
-    """dx and dw are written unless they are 1-D, which stands for a gradient that nobody wants."""
-    # Products sum and give fp32; where torch can, tensor cores take bf16 as it is.
-    kernels = backend(x) != "torch" and torch.float64 not in (x.dtype, w.dtype)
-    narrow = kernels and x.dtype == w.dtype == torch.bfloat16 and mm_widens(x)
+    """dx and dw are written unless they are 1-D, which stands for a gradient that is not needed."""
+    by_chunks(x, w, targets, loss, dx, dw, ignore_index, mean, chunk, True)
+
+
+@op("loss", "dx", "dw", runs="torch")
+def linear_cross_entropy_ref_fwd(
+    x: Tensor, w: Tensor, targets: Tensor, loss: Tensor, dx: Tensor, dw: Tensor,
+    ignore_index: int, mean: bool, chunk: int,
+) -> None:  # fmt: skip
+    by_chunks(x, w, targets, loss, dx, dw, ignore_index, mean, chunk, False)
+
+
+def by_chunks(x, w, targets, loss, dx, dw, ignore_index, mean, chunk, kernels) -> None:
+    # Products have fp32 sums and results; where torch.mm can give those of bf16 factors, the factors stay bf16.
+    narrow = kernels and x.dtype == w.dtype == torch.bfloat16 and mm_gives_fp32(x)
     mm = partial(torch.mm, out_dtype=torch.float32) if narrow else torch.mm
     x, w = (x, w) if narrow else (upcast(x), upcast(w))
     wants_dx, wants_dw = dx.ndim == 2, dw.ndim == 2
@@ -88,8 +101,8 @@ def linear_cross_entropy_fwd(
         dw.copy_(wide_dw)
 
 
-def mm_widens(x: Tensor) -> bool:
-    """Whether torch.mm can give the fp32 sums of bf16 products: since torch 2.8, and on a GPU only."""
+def mm_gives_fp32(x: Tensor) -> bool:
+    """Whether torch.mm can return the fp32 sums of bf16 products: since torch 2.8, and on a GPU only."""
     return x.is_cuda and "dtype" in torch.ops.aten.mm.overloads()
 
 

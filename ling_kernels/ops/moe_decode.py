@@ -12,13 +12,13 @@ import functools
 import torch
 from torch import Tensor
 
-from ..backend import _C, backend
-from ..op import E4M3, expect, op
+from .. import backend as backends
+from ..op import E4M3, expect, op, use_cuda
 from .moe import Weight, moe
 from .quantize import BLOCK
 from .rms_norm import rms_norm
 from .rms_norm_router import rms_norm_router
-from .route import SIZES
+from .route import unsupported_size
 from .router_gemm import router_gemm
 
 ROWS = 8
@@ -51,8 +51,10 @@ def moe_decode(
     expect(norm is None or norm.shape == x.shape[1:], "norm [H]", norm, x)
     routing = num_groups, group_topk, topk, scale
     with torch.no_grad():
-        if backend(x) == "cuda" and serves(x, router_w, bias, w_gate_up, w_down, shared, *routing[:3]):
-            return one_launch(x, router_w, bias, w_gate_up, w_down, shared, routing, residual, norm, eps)
+        if backends.backend(x) == "cuda" and use_cuda(
+            "moe_decode", unsupported(x, router_w, bias, w_gate_up, w_down, shared, *routing[:3])
+        ):
+            return decode_cuda(x, router_w, bias, w_gate_up, w_down, shared, routing, residual, norm, eps)
         s = residual
         if norm is not None:
             h = rms_norm(x, norm, residual, eps)
@@ -61,37 +63,41 @@ def moe_decode(
         return y if s is None else s + y
 
 
-def serves(x, router_w, bias, w_gate_up, w_down, shared, num_groups, group_topk, topk) -> bool:
-    """Whether `_C` takes them: bf16 rows, weights all bf16 or all FP8, and the sizes that it is built for."""
+def unsupported(x, router_w, bias, w_gate_up, w_down, shared, num_groups, group_topk, topk) -> str | None:
     fp8 = isinstance(w_gate_up, tuple)
     pairs = [(w_gate_up, w_down), *([] if shared is None else [shared])]
     if any(isinstance(w, tuple) != fp8 for pair in pairs for w in pair):
-        return False
+        return "FP8 beside bf16 weights"
     weights = [(gate_up[0], down[0]) if fp8 else (gate_up, down) for gate_up, down in pairs]
     dtype, (T, H) = E4M3 if fp8 else torch.bfloat16, x.shape
     E, F, Fs = len(router_w), weights[0][1].shape[-1], weights[-1][1].shape[-1] if shared else 0
     shapes = [((E, 2 * F, H), (E, H, F)), ((2 * Fs, H), (H, Fs))]
-    alike = all(
+    dense = all(
         w.shape == shape and w.dtype == dtype and w.is_contiguous()
         for pair, shapes_of in zip(weights, shapes, strict=False)
         for w, shape in zip(pair, shapes_of, strict=True)
     )
     scales = all(w[1].is_contiguous() and w[1].dtype == torch.float32 for pair in pairs for w in pair) if fp8 else True
-    known = x.dtype == torch.bfloat16 and bias.dtype == torch.float32 and bias.shape == (E,)
-    sizes = (E, num_groups, group_topk, topk) in SIZES and H % BLOCK == F % BLOCK == Fs % BLOCK == 0
-    return alike and scales and known and sizes and fits(T, H, F, Fs, topk, fp8)
+    if x.dtype != torch.bfloat16 or bias.dtype != torch.float32 or bias.shape != (E,):
+        return "x that is not bf16, or a bias that is not [E] fp32"
+    if not dense or not scales:
+        return "weights that are strided, of other shapes than bf16 [E, 2F, H] and [E, H, F], or of other scales"
+    if H % BLOCK or F % BLOCK or Fs % BLOCK:
+        return "H or F that 128 does not divide"
+    size = unsupported_size(E, num_groups, group_topk, topk)
+    return size or (None if fits_shared_memory(T, H, F, Fs, topk, fp8) else "so many rows of h in shared memory")
 
 
 @functools.cache
-def fits(T: int, H: int, F: int, Fs: int, topk: int, fp8: bool) -> bool:
+def fits_shared_memory(T: int, H: int, F: int, Fs: int, topk: int, fp8: bool) -> bool:
     """Whether a block has the shared memory for all rows of h: not for 8 of the widest models' in bf16."""
-    return _C.moe_decode_fits(T, H, F, Fs, topk, fp8)
+    return backends._C.moe_decode_fits(T, H, F, Fs, topk, fp8)
 
 
-fits._dynamo_marked_constant = True  # torch.compile takes the answer and does not look inside
+fits_shared_memory._dynamo_marked_constant = True  # torch.compile takes the answer and does not look inside
 
 
-def one_launch(x, router_w, bias, w_gate_up, w_down, shared, routing, residual, norm, eps) -> Tensor:
+def decode_cuda(x, router_w, bias, w_gate_up, w_down, shared, routing, residual, norm, eps) -> Tensor:
     if norm is None:
         logits = router_gemm(x, router_w)
     else:
@@ -109,7 +115,7 @@ def w_columns(w: Weight) -> int:
     return (w[0] if isinstance(w, tuple) else w).shape[-1]
 
 
-@op("h", "y")
+@op("h", "y", runs="cuda")
 def moe_decode_fwd(
     x: Tensor,
     logits: Tensor,
@@ -132,14 +138,14 @@ def moe_decode_fwd(
 ) -> None:
     """h [T (topk F + Fs)] fp32 is scratch: what lies between the two halves of the launch."""
     x, logits, bias, w_gate_up, w_down, shared_gate_up, shared_down = map(
-        in_vectors, (x, logits, bias, w_gate_up, w_down, shared_gate_up, shared_down)
+        aligned_copy, (x, logits, bias, w_gate_up, w_down, shared_gate_up, shared_down)
     )
-    _C.moe_decode_fwd(
+    backends._C.moe_decode_fwd(
         x, logits, bias, w_gate_up, gate_up_scale, w_down, down_scale, shared_gate_up, shared_gate_up_scale,
         shared_down, shared_down_scale, residual, h, y, num_groups, group_topk, topk, scale,
     )  # fmt: skip
 
 
-def in_vectors(t: Tensor | None) -> Tensor | None:
+def aligned_copy(t: Tensor | None) -> Tensor | None:
     """t, or, where it does not start at a multiple of 16 bytes, a copy that does."""
     return t if t is None or t.data_ptr() % 16 == 0 else t.clone()

@@ -6,10 +6,9 @@ Its gradient is unpermute without weights: the slots of a token summed in fp32 i
 import torch
 from torch import Tensor
 
-from ..backend import _C, backend
-from ..op import expect, op
+from ..op import expect, first_derivative_only, op, use_reference
 from .dispatch import Plan
-from .quantize import BLOCK, empty_fp8, quantize_fwd, quantize_ref, vectors
+from .quantize import BLOCK, dense_rows, empty_fp8, launch_quantize, quantize_fwd, quantize_ref, unsupported_rows
 from .unpermute import sum_slots, unpermute_bwd, unpermute_fwd
 
 
@@ -20,7 +19,7 @@ def permute(x: Tensor, plan: Plan) -> Tensor:
     """
     fits = x.ndim == 2 and x.is_floating_point() and plan.slot.ndim == 2 and len(plan.slot) == len(x)
     expect(fits, "x [T, H] and a plan of T tokens", x, plan.slot)
-    if backend(x) == "torch" or x.dtype == torch.float64:
+    if use_reference("permute", x):
         return permute_ref(x, plan)
     return Permute.apply(x, plan.slot)
 
@@ -33,14 +32,14 @@ def permute_quantize(x: Tensor, plan: Plan, columns: bool = False, pow2: bool = 
     """
     fits = x.ndim == 2 and x.is_floating_point() and plan.slot.ndim == 2 and len(plan.slot) == len(x)
     expect(fits and x.shape[1] % BLOCK == 0, "x [T, H], H % 128 == 0, and a plan of T tokens", x, plan.slot)
-    if backend(x) == "torch" or x.dtype == torch.float64:
+    if use_reference("permute_quantize", x):
         return permute_quantize_ref(x, plan, columns, pow2)
+    x, topk = dense_rows(x.detach()), plan.slot.shape[1]
     out = empty_fp8(x, len(plan.source), x.shape[1], True, columns, plan)
-    if backend(x) == "cuda" and not columns:
-        permute_quantize_fwd(x.detach(), plan.slot.contiguous(), *out[:2], pow2)
+    if columns:
+        quantize_fwd(x, *out, plan.offsets, plan.padded_offsets, plan.source, topk, pow2)
     else:
-        padded_offsets = plan.padded_offsets if columns else None
-        quantize_fwd(x.detach(), *out, plan.offsets, padded_offsets, plan.source, plan.slot.shape[1], pow2)
+        permute_quantize_fwd(x, plan.slot.contiguous(), *out[:2], plan.offsets, plan.source, pow2)
     return tuple(t for t in out if t is not None)
 
 
@@ -75,6 +74,7 @@ class Permute(torch.autograd.Function):
         return y
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx, dy):
         (slot,) = ctx.saved_tensors
         dx = dy.new_empty(len(slot), dy.shape[1])
@@ -82,8 +82,9 @@ class Permute(torch.autograd.Function):
         return dx, None
 
 
-@op("x_q", "x_scale")
-def permute_quantize_fwd(x: Tensor, slot: Tensor, x_q: Tensor, x_scale: Tensor, pow2: bool) -> None:
-    """Reads and quantises a token once; quantize_fwd, which also makes columns, does so for each of its slots."""
-    x = x if vectors(x) else x.clone(memory_format=torch.contiguous_format)
-    _C.permute_quantize_fwd(x, slot, x_q, x_scale, pow2)
+@op("x_q", "x_scale", cuda=unsupported_rows)
+def permute_quantize_fwd(
+    x: Tensor, slot: Tensor, x_q: Tensor, x_scale: Tensor, offsets: Tensor, source: Tensor, pow2: bool
+) -> None:
+    """csrc/ reads and quantises a token once, for all of its slots; Triton, as quantize_fwd, for each slot."""
+    launch_quantize(x, x_q, x_scale, None, None, offsets, None, source, slot.shape[1], pow2)

@@ -9,10 +9,8 @@ there, rounded (or quantised) as the cache will have them.
 import torch
 from torch import Tensor
 
-from ..backend import _C, backend
-from ..op import E4M3, expect, op, values_on_host
+from ..op import expect, op, use_reference, values_on_host
 from .attention_decode import (
-    FLOATS,
     KVCache,
     append,
     attention_decode_ref,
@@ -20,10 +18,9 @@ from .attention_decode import (
     expect_table,
     launch_decode,
     scratch,
+    unsupported_cache,
 )
-from .attention_decode import serves as attends
-from .qk_norm_rope import expect_norm, qk_norm_rope_ref
-from .qk_norm_rope import serves as norms
+from .qk_norm_rope import expect_norm, qk_norm_rope_ref, unsupported_heads
 from .quantize import BLOCK, empty_fp8, quantize_ref
 from .quantize import quantize as quantize_rows
 
@@ -54,7 +51,8 @@ def qk_norm_attention_decode(
     not kept.
     """
     B, n, H, D = qkv.shape if qkv.ndim == 4 else (-1, 0, 0, 0)
-    expect(B >= 0 and 1 <= n <= 8 and qkv.is_floating_point(), "qkv [B, n, Hq + 2 Hkv, D] with n in 1..8", qkv)
+    expect(B >= 0 and 1 <= n <= 8 and D > 0 and qkv.is_floating_point(),
+           "qkv [B, n, Hq + 2 Hkv, D] with n in 1..8 and D > 0", qkv)  # fmt: skip
     expect_cache(cache)
     num_blocks, block_size, Hkv, _ = cache.k.shape
     expect(cache.k.shape[3] == D and H > 2 * Hkv > 0 and H % Hkv == 0, "a cache of qkv's D and Hkv, which divides Hq",
@@ -68,12 +66,10 @@ def qk_norm_attention_decode(
     expect(not quantize or Hq * D % BLOCK == 0, "heads of 128 for FP8", qkv)
     scale = D**-0.5 if scale is None else scale
     norm = q_weight, k_weight, cos, sin
-    if backend(qkv) == "torch" or any(t.dtype not in FLOATS for t in (qkv, q_weight, k_weight)) or (
-        cache.k.dtype not in (*FLOATS, E4M3)
-    ):  # fmt: skip
+    if use_reference("qk_norm_attention_decode", qkv, q_weight, k_weight, cache.k):
         return qk_norm_attention_decode_ref(qkv, *norm, cache, block_table, lengths, scale, eps, round_first, quantize)
     out = qkv.new_empty(B, n, Hq, D)
-    if 0 in (B, D, num_blocks, block_size, block_table.shape[1]):
+    if 0 in (B, num_blocks, block_size, block_table.shape[1]):
         out.zero_()
         return (out, *quantize_rows(out.flatten(2).flatten(0, 1))) if quantize else out
     at_once = quantize and D == BLOCK
@@ -117,7 +113,7 @@ def attend_and_append(qkv, q_weight, k_weight, cos, sin, cache, block_table, len
     return attention_decode_ref(q.unflatten(0, (B, n)), cache, block_table, lengths, scale)
 
 
-@op("k_cache", "v_cache", "k_scale", "v_scale")
+@op("k_cache", "v_cache", "k_scale", "v_scale", runs="torch")
 def append_some(
     k: Tensor, v: Tensor, slots: Tensor,
     k_cache: Tensor, v_cache: Tensor, k_scale: Tensor | None, v_scale: Tensor | None,
@@ -127,7 +123,16 @@ def append_some(
     append(KVCache(k_cache, v_cache, k_scale, v_scale), k[real], v[real], slots[real])
 
 
-@op("k", "v", "k_scale", "v_scale", "out", "out_q", "out_scale", "partial", "lse")
+def unsupported(
+    qkv, q_weight, k_weight, cos, sin, k, v, k_scale, v_scale, block_table, lengths, out, out_q, out_scale, partial,
+    *others,
+) -> str | None:  # fmt: skip
+    return unsupported_heads(qkv, q_weight, k_weight, cos, sin) or unsupported_cache(
+        qkv, k, v, k_scale, v_scale, out, partial
+    )
+
+
+@op("k", "v", "k_scale", "v_scale", "out", "out_q", "out_scale", "partial", "lse", cuda=unsupported)
 def qk_norm_attention_decode_fwd(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,
     k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None, block_table: Tensor, lengths: Tensor,
@@ -137,9 +142,4 @@ def qk_norm_attention_decode_fwd(
     """partial and lse are what `scratch` of attention_decode gives, out_q and out_scale `empty_fp8` for out's rows."""
     cells = k, v, k_scale, v_scale, block_table, lengths
     norm = q_weight, k_weight, cos, sin
-    fits = attends(out, k, v, k_scale, v_scale, partial) and norms(qkv.flatten(0, 1), *norm)
-    if backend(qkv) == "cuda" and fits:
-        return _C.qk_norm_attention_decode_fwd(
-            qkv, *norm, *cells, out, out_q, out_scale, partial, lse, scale, eps, round_first
-        )
     launch_decode(qkv, *cells, out, partial, lse, scale, norm, eps, round_first, out_q, out_scale)

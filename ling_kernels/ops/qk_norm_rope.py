@@ -8,12 +8,10 @@ import torch
 import triton
 from torch import Tensor
 
-from ..backend import _C, backend
-from ..op import expect, multiprocessors, op, upcast, values_on_host
-from .attention_decode import KVCache, append, expect_cache
+from ..op import expect, first_derivative_only, multiprocessors, op, rows_aligned, upcast, use_reference, values_on_host
+from .attention_decode import KVCache, append, expect_slots
 from .qk_norm_rope_kernels import qk_norm_rope_bwd_kernel, qk_norm_rope_fwd_kernel
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what the kernels take, in any mixture
 PROGRAMS = 1056  # of the backward kernel in all, at most: 8 for each SM of an H200
 
 
@@ -40,15 +38,18 @@ def qk_norm_rope(
     """
     expect_heads(qkv, q_weight, k_weight, cos, sin, positions, num_kv_heads)
     expect((cache is None) == (slots is None), "cache and slots together", slots)
+    if cache is not None:
+        expect_slots(cache, slots, len(qkv), num_kv_heads, qkv.shape[2])
     args = qkv, q_weight, k_weight, cos, sin, positions, num_kv_heads, eps, round_first
-    if backend(qkv) == "torch" or any(t.dtype not in FLOATS for t in (qkv, q_weight, k_weight)):
+    if use_reference("qk_norm_rope", qkv, q_weight, k_weight, None if cache is None else cache.k):
         return qk_norm_rope_ref(*args, cache, slots)
-    if cache is None or not kernel_fills(cache, slots, qkv, num_kv_heads) or differentiable(qkv, q_weight, k_weight):
-        q, k, v = QKNormRope.apply(*args)
-        if cache is not None:
-            append(cache, k, v, slots)
-        return q, k, v
-    return rotated(*args, cache.k, cache.v, slots)
+    # The kernel writes into a cache without scales; its cells carry no gradient.
+    if cache is not None and cache.k_scale is None and not differentiable(qkv, q_weight, k_weight):
+        return qk_norm_rope_forward(*args, cache.k, cache.v, slots)
+    q, k, v = QKNormRope.apply(*args)
+    if cache is not None:
+        append(cache, k, v, slots)
+    return q, k, v
 
 
 def expect_heads(qkv, q_weight, k_weight, cos, sin, positions, num_kv_heads) -> None:
@@ -106,89 +107,83 @@ def differentiable(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
-def kernel_fills(cache: KVCache, slots: Tensor, qkv: Tensor, num_kv_heads: int) -> bool:
-    """Whether the kernel writes into this cache itself: one without scales. What does not fit is left to `append`."""
-    expect_cache(cache)
-    fits = slots.shape == qkv.shape[:1] and cache.k.shape[2:] == (num_kv_heads, qkv.shape[2])
-    return fits and slots.dtype == torch.int64 and cache.k.dtype in FLOATS
-
-
 class QKNormRope(torch.autograd.Function):
     @staticmethod
     def forward(ctx, qkv, q_weight, k_weight, cos, sin, positions, num_kv_heads, eps, round_first):
         ctx.save_for_backward(qkv, q_weight, k_weight, cos, sin, positions)
         ctx.options = eps, round_first
-        return rotated(qkv, q_weight, k_weight, cos, sin, positions, num_kv_heads, eps, round_first)
+        return qk_norm_rope_forward(qkv, q_weight, k_weight, cos, sin, positions, num_kv_heads, eps, round_first)
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx, dq, dk, dv):
-        qkv, q_weight, k_weight, cos, sin, positions = ctx.saved_tensors
-        grads = dq.contiguous(), dk.contiguous(), dv.contiguous()
-        return *turned_back(*grads, qkv, q_weight, k_weight, cos, sin, positions, *ctx.options), *[None] * 6
+        return *qk_norm_rope_backward(dq, dk, dv, *ctx.saved_tensors, *ctx.options), *[None] * 6
 
 
-def rotated(
+def qk_norm_rope_forward(
     qkv, q_weight, k_weight, cos, sin, positions, num_kv_heads, eps, round_first,
     k_cache=None, v_cache=None, slots=None,
 ):  # fmt: skip
-    """q, k and v by the kernel."""
+    """q, k and v by the kernel, which also writes k and v into the cache."""
     T, H, D = qkv.shape
     q = qkv.new_empty(T, H - 2 * num_kv_heads, D)
     k, v = (qkv.new_empty(T, num_kv_heads, D) for _ in range(2))
-    qk_norm_rope_fwd(
-        qkv, q_weight, k_weight, cos, sin, positions, slots, q, k, v, k_cache, v_cache, eps, round_first
-    )  # fmt: skip
+    inputs = map(Tensor.contiguous, (qkv, q_weight, k_weight, cos, sin, positions))
+    slots = slots if slots is None else slots.contiguous()
+    qk_norm_rope_fwd(*inputs, slots, q, k, v, k_cache, v_cache, eps, round_first)
     return q, k, v
 
 
-def turned_back(dq, dk, dv, qkv, q_weight, k_weight, cos, sin, positions, eps, round_first):
-    """The gradients of qkv and both weights by the kernel, whose programs' parts of the latter are summed here."""
+def qk_norm_rope_backward(dq, dk, dv, qkv, q_weight, k_weight, cos, sin, positions, eps, round_first):
+    """The gradients of qkv and of both weights. The kernel's programs give partial sums of the latter."""
     num_q, num_kv, D = dq.shape[1], dk.shape[1], qkv.shape[2]
     groups = head_groups(num_q, num_kv)[:2]
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     dw = torch.empty(programs(len(qkv), num_q, num_kv, D), sum(groups), D, dtype=torch.float32, device=qkv.device)
-    qk_norm_rope_bwd(dq, dk, dv, qkv, q_weight, k_weight, cos, sin, positions, dqkv, dw, eps, round_first)
+    inputs = map(Tensor.contiguous, (dq, dk, dv, qkv, q_weight, k_weight, cos, sin, positions))
+    qk_norm_rope_bwd(*inputs, dqkv, dw, eps, round_first)
     dq_weight, dk_weight = (part.sum((0, 1)) for part in dw.split(groups, dim=1))
     return dqkv, dq_weight.to(q_weight.dtype), dk_weight.to(k_weight.dtype)
 
 
-@op("q", "k", "v", "k_cache", "v_cache")
+def unsupported_fwd(
+    qkv, q_weight, k_weight, cos, sin, positions, slots, q, k, v, k_cache, v_cache, *options
+) -> str | None:  # fmt: skip
+    return unsupported_heads(qkv, q_weight, k_weight, cos, sin, k_cache, v_cache)
+
+
+@op("q", "k", "v", "k_cache", "v_cache", cuda=unsupported_fwd)
 def qk_norm_rope_fwd(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, slots: Tensor | None,
-    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor | None, v_cache: Tensor | None, eps: float, round_first: bool,
+    q: Tensor | None, k: Tensor, v: Tensor | None, k_cache: Tensor | None, v_cache: Tensor | None,
+    eps: float, round_first: bool,
 ) -> None:  # fmt: skip
-    T, H, D = qkv.shape
-    qkv, q_weight, k_weight, cos, sin, positions = map(
-        Tensor.contiguous, (qkv, q_weight, k_weight, cos, sin, positions)
-    )
-    if backend(qkv) == "cuda" and serves(qkv, q_weight, k_weight, cos, sin, k_cache, v_cache):
-        return _C.qk_norm_rope_fwd(
-            qkv, q_weight, k_weight, cos, sin, positions, slots, q, k, v, k_cache, v_cache, eps, round_first
-        )  # fmt: skip
-    sizes = config(q.shape[1], k.shape[1], D, cos.shape[1], multiprocessors(qkv.device))
+    """With q and v None only the keys are computed."""
+    (T, H, D), num_kv = qkv.shape, k.shape[1]
+    num_q = H - 2 * num_kv
+    sizes = config(num_q, num_kv, D, cos.shape[1], multiprocessors(qkv.device))
     if T:
         cells = 0 if k_cache is None else k_cache.shape[0] * k_cache.shape[1]
-        qk_norm_rope_fwd_kernel[(triton.cdiv(T, sizes["BLOCK_T"]), sum(head_groups(q.shape[1], k.shape[1])))](
+        groups = head_groups(num_q, num_kv)
+        programs_of_heads = groups[1] if q is None else sum(groups)
+        qk_norm_rope_fwd_kernel[(triton.cdiv(T, sizes["BLOCK_T"]), programs_of_heads)](
             qkv, q_weight, k_weight, cos, sin, positions, slots, q, k, v, k_cache, v_cache, T, len(cos), cells, eps,
             ROUND_FIRST=round_first, **sizes,
         )  # fmt: skip
 
 
-@op("dqkv", "dw")
+def unsupported_bwd(dq, dk, dv, qkv, q_weight, k_weight, cos, sin, *others) -> str | None:
+    return unsupported_heads(qkv, q_weight, k_weight, cos, sin, dq, dk, dv)
+
+
+@op("dqkv", "dw", cuda=unsupported_bwd)
 def qk_norm_rope_bwd(
     dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, q_weight: Tensor, k_weight: Tensor,
     cos: Tensor, sin: Tensor, positions: Tensor, dqkv: Tensor, dw: Tensor, eps: float, round_first: bool,
 ) -> None:  # fmt: skip
     """dw [programs(T, Hq, Hkv, D), groups of q and of k, D] holds partial sums."""
     T, H, D = qkv.shape
-    qkv, q_weight, k_weight, cos, sin, positions = map(
-        Tensor.contiguous, (qkv, q_weight, k_weight, cos, sin, positions)
-    )
     sms = multiprocessors(qkv.device)
-    if backend(qkv) == "cuda" and serves(qkv, q_weight, k_weight, cos, sin, dq, dk, dv):
-        return _C.qk_norm_rope_bwd(
-            dq, dk, dv, qkv, q_weight, k_weight, cos, sin, positions, dqkv, dw, eps, round_first
-        )  # fmt: skip
     if T:
         qk_norm_rope_bwd_kernel[(len(dw), sum(head_groups(dq.shape[1], dk.shape[1])))](
             dq, dk, dv, qkv, q_weight, k_weight, cos, sin, positions, dqkv, dw, T, len(cos), len(dw), eps,
@@ -196,13 +191,16 @@ def qk_norm_rope_bwd(
         )  # fmt: skip
 
 
-def serves(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, *others: Tensor | None) -> bool:
-    """Whether `_C` takes them: heads of Ling, weights in qkv's dtype or fp32, the others as qkv."""
-    others = [t for t in others if t is not None]
-    dtypes = q_weight.dtype == k_weight.dtype in (qkv.dtype, torch.float32)
-    dtypes = dtypes and all(t.dtype == qkv.dtype for t in others)
-    aligned = all(t.data_ptr() % 16 == 0 for t in (qkv, q_weight, k_weight, cos, sin, *others))
-    return qkv.shape[2] == 128 and cos.shape[1] == 32 and dtypes and aligned
+def unsupported_heads(qkv, q_weight, k_weight, cos, sin, *others: Tensor | None) -> str | None:
+    """What csrc/ does not serve of the operands of norm and rotation, and of other tensors with qkv's heads."""
+    if qkv.shape[-1] != 128 or cos.shape[1] != 32:
+        return f"heads of {qkv.shape[-1]} with {2 * cos.shape[1]} rotated dims, but 128 with 64"
+    weights = q_weight.dtype == k_weight.dtype in (qkv.dtype, torch.float32)
+    if not weights or any(t is not None and t.dtype != qkv.dtype for t in others):
+        return "a weight that is neither of qkv's dtype nor fp32, or a cache or gradient of another dtype than qkv"
+    if not rows_aligned(qkv, q_weight, k_weight, cos, sin, *others):
+        return "heads that do not start at multiples of 16 bytes"
+    return None
 
 
 def config(num_q: int, num_kv: int, D: int, half: int, sms: int, backward: bool = False) -> dict:

@@ -1,4 +1,4 @@
-"""Triton kernels of qk_norm_rope.py; their rotation also serves qk_norm_attention.py.
+"""Triton kernels of qk_norm_rope.py.
 
 A program owns BLOCK_T tokens of BLOCK_H heads, all of the queries, of the keys or of the values. A head comes in three
 parts: the halves that are rotated, and the rest.
@@ -89,10 +89,16 @@ def qk_norm_rope_fwd_kernel(
     NUM_Q: tl.constexpr, NUM_KV: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, ROUND_FIRST: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
-    group = tl.program_id(1)
     Q_GROUPS: tl.constexpr = (NUM_Q + BLOCK_H - 1) // BLOCK_H
     KV_GROUPS: tl.constexpr = (NUM_KV + BLOCK_H - 1) // BLOCK_H
     H: tl.constexpr = NUM_Q + 2 * NUM_KV
+    if q is None:  # the keys only
+        rotate_heads(
+            qkv, k_weight, cos, sin, positions, slots, k, k_cache, T, P, cells, eps, tl.program_id(1), NUM_Q, NUM_KV,
+            H, D, HALF, ROUND_FIRST, BLOCK_T, BLOCK_H, BLOCK_HALF, BLOCK_REST,
+        )  # fmt: skip
+        return
+    group = tl.program_id(1)
     if group < Q_GROUPS:
         rotate_heads(
             qkv, q_weight, cos, sin, positions, None, q, None, T, P, cells, eps, group, 0, NUM_Q,

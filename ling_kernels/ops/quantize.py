@@ -10,13 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import _C, backend
-from ..op import E4M3, expect, multiprocessors, op, round_up, upcast
+from ..op import E4M3, expect, multiprocessors, op, round_up, rows_aligned, upcast, use_reference
 from .dispatch import Plan
 from .triton_fp8 import fp8_amax, fp8_round, fp8_scale, store_columns, store_rows, tile_rows
 
 BLOCK = 128
 E4M3_MAX = 448.0
+vectors = rows_aligned  # the name that rms_norm.py imports
 
 
 def quantize(
@@ -25,32 +25,29 @@ def quantize(
     columns: bool = False,
     plan: Plan | None = None,
     pow2: bool = False,
-    statistics: bool = False,
 ) -> tuple[Tensor, ...]:
     """Quantise x [M, K], K % 128 == 0, in 1 x 128 blocks, in both directions from one read of x.
 
-    Returns, in this order, what was asked for:
-      rows:       x_q [M, K] e4m3 and x_scale [M, K/128] fp32, M contiguous (its other stride is a multiple of 4)
-      columns:    xt_q [K, M_pad] e4m3 and xt_scale [K, M_pad/128] fp32, K contiguous. Without a plan M_pad is
-                  round_up(M, 128); with one, x's rows are its slots, expert e's run starts at column
-                  plan.padded_offsets[e], a multiple of 128, M_pad is padded_slots(M, E), gaps are zero, and what
-                  follows the last expert is undefined
-      statistics: underflow (share of non-zero elements of x that became zero) and cosine (of x and its dequantised
-                  rows), fp32 scalars on the device
+    Returns, in this order:
+      rows:    x_q [M, K] e4m3 and x_scale [M, K/128] fp32, M contiguous (its other stride is a multiple of 4)
+      columns: xt_q [K, M_pad] e4m3 and xt_scale [K, M_pad/128] fp32, K contiguous. Without a plan M_pad is
+               round_up(M, 128); with one, x's rows are its slots, expert e's run starts at column
+               plan.padded_offsets[e], a multiple of 128, M_pad is padded_slots(M, E), gaps are zero, and columns
+               after the last expert's are undefined
     Not differentiable. Raises ValueError for another shape or dtype.
     """
     expect(x.ndim == 2 and x.shape[1] % BLOCK == 0 and x.is_floating_point(), "x [M, K] with K % 128 == 0", x)
-    expect(rows or (columns and not statistics), "rows=True, or columns=True without statistics", rows, columns)
+    expect(rows or columns, "rows=True or columns=True", rows, columns)
     expect(plan is None or plan.source.shape == x.shape[:1], "a plan of M slots", x, plan and plan.source)
-    if backend(x) == "torch" or statistics or x.dtype == torch.float64:
-        return quantize_ref(x, rows, columns, plan, pow2, statistics)
+    if use_reference("quantize", x):
+        return quantize_ref(x, rows, columns, plan, pow2)
     out = empty_fp8(x, *x.shape, rows, columns, plan)
     plan = (plan.offsets, plan.padded_offsets) if plan and columns else (None, None)
-    quantize_fwd(x.detach(), *out, *plan, None, 1, pow2)
+    quantize_fwd(dense_rows(x.detach()), *out, *plan, None, 1, pow2)
     return tuple(t for t in out if t is not None)
 
 
-def quantize_ref(x, rows=True, columns=False, plan=None, pow2=False, statistics=False):
+def quantize_ref(x, rows=True, columns=False, plan=None, pow2=False):
     x = upcast(x.detach())
     out = []
     if rows:
@@ -59,25 +56,21 @@ def quantize_ref(x, rows=True, columns=False, plan=None, pow2=False, statistics=
     if columns:
         xt_q, xt_scale = quantize_blocks(pad_columns(x, plan).T, 1, BLOCK, pow2)
         out += [xt_q.contiguous(), row_scale_layout(xt_scale)]
-    if statistics:
-        back = dequantize(x_q, x_scale)
-        underflow = ((back == 0) & (x != 0)).sum() / (x != 0).sum().clamp(min=1)
-        cosine = (x * back).sum() / (x.square().sum() * back.square().sum()).sqrt()
-        out += [underflow.float(), cosine.float()]
     return tuple(out)
 
 
 def quantize_weight(w: Tensor, pow2: bool = False, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
     """Quantise w [N, K] or [E, N, K] in 128 x 128 blocks -> w_q e4m3 as w, w_scale [(E,) N/128, K/128] fp32.
 
-    out: two such tensors to write into and return. Not differentiable. Raises ValueError where N or K is no multiple of
-    128.
+    out: two such contiguous tensors to write into and return. Not differentiable. Raises ValueError where N or K is no
+    multiple of 128.
     """
     fits = w.ndim in (2, 3) and w.shape[-1] % BLOCK == 0 and w.shape[-2] % BLOCK == 0
     expect(fits and w.is_floating_point(), "w [N, K] or [E, N, K] with N % 128 == K % 128 == 0", w)
     blocks = *w.shape[:-2], w.shape[-2] // BLOCK, w.shape[-1] // BLOCK
     expect(out is None or (out[0].shape == w.shape and out[1].shape == blocks), "out as quantize_weight(w)", w, out)
-    if backend(w) == "torch" or w.dtype == torch.float64:
+    expect(out is None or all(t.is_contiguous() for t in out), "out that is contiguous", out)
+    if use_reference("quantize_weight", w):
         if out is None:
             return quantize_weight_ref(w, pow2)
         # expert by expert: on the way the reference has several tensors of w's size
@@ -135,14 +128,12 @@ def pad_columns(x: Tensor, plan: Plan | None) -> Tensor:
     M, K = x.shape
     if plan is None:
         return x.new_zeros(round_up(M, BLOCK), K).index_copy(0, torch.arange(M, device=x.device), x)
-    out = x.new_zeros(padded_slots(M, len(plan.offsets) - 1), K)
+    M_pad = padded_slots(M, len(plan.offsets) - 1)
     offsets, padded = plan.offsets.long(), plan.padded_offsets.long()
     slot = torch.arange(M, device=x.device)
     expert = torch.searchsorted(offsets[1:], slot, right=True)  # E for rows past offsets[E], which no expert owns
-    owned = expert < len(offsets) - 1
-    slot, expert = slot[owned], expert[owned]
-    out[slot - offsets[expert] + padded[expert]] = x[slot]
-    return out
+    row = torch.where(slot < offsets[-1], slot - offsets[expert] + padded[expert], M_pad)  # M_pad is cut off again
+    return x.new_zeros(M_pad + 1, K).index_copy(0, row, x)[:M_pad]
 
 
 def empty_fp8(x: Tensor, M: int, K: int, rows: bool, columns: bool, plan: Plan | None) -> tuple[Tensor | None, ...]:
@@ -181,12 +172,16 @@ def config(columns: bool, sms: int) -> dict:
     return dict(BLOCK_M=32 if sms > 100 else 64, num_warps=4)
 
 
-def vectors(x: Tensor) -> bool:
-    """Whether every row of x starts at a multiple of 16 bytes, which is what the kernels of `_C` load at once."""
-    return x.data_ptr() % 16 == 0 and x.stride(-1) == 1 and (len(x) == 1 or x.stride(0) * x.element_size() % 16 == 0)
+def dense_rows(x: Tensor) -> Tensor:
+    """x, or a copy of it where the elements of a row are not next to each other."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
-@op("x_q", "x_scale", "xt_q", "xt_scale")
+def unsupported_rows(x, *others) -> str | None:
+    return None if rows_aligned(x) else "rows that do not start at multiples of 16 bytes"
+
+
+@op("x_q", "x_scale", "xt_q", "xt_scale", cuda=unsupported_rows)
 def quantize_fwd(
     x: Tensor,
     x_q: Tensor | None,
@@ -200,10 +195,11 @@ def quantize_fwd(
     pow2: bool,
 ) -> None:
     """With source [M], row m is x[source[m] // topk]. With offsets, rows past the last expert's are left alone."""
+    launch_quantize(x, x_q, x_scale, xt_q, xt_scale, offsets, padded_offsets, source, topk, pow2)
+
+
+def launch_quantize(x, x_q, x_scale, xt_q, xt_scale, offsets, padded_offsets, source, topk, pow2) -> None:
     M, K = len(x) if source is None else len(source), x.shape[1]
-    x = x if x.stride(1) == 1 else x.contiguous()
-    if backend(x) == "cuda" and vectors(x):
-        return _C.quantize_fwd(x, x_q, x_scale, xt_q, xt_scale, offsets, padded_offsets, source, topk, pow2)
     grid, sizes = tiling(M, K, x_scale, xt_q, offsets, multiprocessors(x.device))
     if grid[0]:
         quantize_kernel[grid](
@@ -211,10 +207,12 @@ def quantize_fwd(
         )
 
 
-@op("w_q", "w_scale")
+def unsupported_weight(w, w_q, w_scale, pow2) -> str | None:
+    return None if rows_aligned(w, w_q) else "weights that do not start at multiples of 16 bytes"
+
+
+@op("w_q", "w_scale", cuda=unsupported_weight)
 def quantize_weight_fwd(w: Tensor, w_q: Tensor, w_scale: Tensor, pow2: bool) -> None:
-    if backend(w) == "cuda" and w.data_ptr() % 16 == 0:
-        return _C.quantize_weight_fwd(w, w_q, w_scale, pow2)
     if w.numel():  # a program's tile is 128 x 128 on any GPU
         quantize_weight_kernel[(w_scale.numel(),)](w, w_q, w_scale, w.shape[-1], POW2=pow2, num_warps=8)
 

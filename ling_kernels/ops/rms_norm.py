@@ -5,12 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import _C, backend
-from ..op import expect, multiprocessors, op, round_up, upcast
-from .quantize import BLOCK, empty_fp8, quantize_ref, vectors
+from ..op import expect, first_derivative_only, multiprocessors, op, round_up, rows_aligned, upcast, use_reference
+from .quantize import BLOCK, empty_fp8, quantize_ref
 from .triton_fp8 import quantize_along, store_columns
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what the kernels take, in any mixture
 MAX_N = 8192  # the widest row that the kernels hold in registers
 PROGRAMS = 264  # of the backward kernel, at most: two for each SM of an H200, all resident on an H20 too
 
@@ -37,8 +35,8 @@ def rms_norm(
     fits = residual is None or (residual.shape == x.shape and residual.is_floating_point())
     expect(fits, "residual as x", x, residual)
     expect(not (quantize or columns) or (x.ndim == 2 and N % BLOCK == 0), "x [M, N], N % 128 == 0, for FP8", x)
-    known = all(t is None or t.dtype in FLOATS for t in (x, w, residual))
-    if backend(x) == "torch" or N > MAX_N or not known:
+    too_wide = f"rows of {N} columns, more than {MAX_N}" if N > MAX_N else None
+    if use_reference("rms_norm", x, w, residual, unsupported=too_wide):
         return rms_norm_ref(x, w, residual, eps, quantize, columns, round_first)
     if residual is not None:
         residual = residual.reshape(-1, N)
@@ -79,6 +77,7 @@ class RMSNorm(torch.autograd.Function):
         return y, *([] if total is None else [total]), *fp8
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx, dy, *rest):
         total, w, rstd = ctx.saved_tensors
         M, N = total.shape
@@ -93,15 +92,17 @@ class RMSNorm(torch.autograd.Function):
         return dx, dw.sum(0).to(w.dtype), dresidual, None, None, None, None
 
 
-@op("y", "rstd", "total", "y_q", "y_scale", "yt_q", "yt_scale")
+def unsupported_fwd(x, w, residual, y, rstd, total, y_q, y_scale, yt_q, *others) -> str | None:
+    return unsupported_rows(x, w, x if residual is None else residual) if yt_q is None else "a column-wise copy"
+
+
+@op("y", "rstd", "total", "y_q", "y_scale", "yt_q", "yt_scale", cuda=unsupported_fwd)
 def rms_norm_fwd(
     x: Tensor, w: Tensor, residual: Tensor | None, y: Tensor, rstd: Tensor, total: Tensor | None,
     y_q: Tensor | None, y_scale: Tensor | None, yt_q: Tensor | None, yt_scale: Tensor | None,
     eps: float, round_first: bool,
 ) -> None:  # fmt: skip
     M, N = x.shape
-    if backend(x) == "cuda" and yt_q is None and serves(x, w, x if residual is None else residual):
-        return _C.rms_norm_fwd(x, w, residual, y, rstd, total, y_q, y_scale, yt_q, yt_scale, eps, round_first)
     if M == 0:
         return
     tile = config(N, yt_q is not None, multiprocessors(x.device))
@@ -114,15 +115,17 @@ def rms_norm_fwd(
     )  # fmt: skip
 
 
-@op("dx", "dresidual", "dw")
+def unsupported_bwd(dy, dtotal, total, w, *others) -> str | None:
+    return unsupported_rows(dy, w, total, dtotal)
+
+
+@op("dx", "dresidual", "dw", cuda=unsupported_bwd)
 def rms_norm_bwd(
     dy: Tensor, dtotal: Tensor | None, total: Tensor, w: Tensor, rstd: Tensor,
     dx: Tensor, dresidual: Tensor | None, dw: Tensor, round_first: bool,
 ) -> None:  # fmt: skip
     """total is what was normed; dresidual has its dtype and dx that of x. dw [programs(M, N), N] are partial sums."""
     M, N = total.shape
-    if backend(dy) == "cuda" and serves(dy, w, total) and (dtotal is None or vectors(dtotal)):
-        return _C.rms_norm_bwd(dy, dtotal, total, w, rstd, dx, dresidual, dw, round_first)
     if M:
         rms_norm_bwd_kernel[(len(dw),)](
             dy, dtotal, total, w, rstd, dx, dresidual, dw, total.stride(0), M, N, len(dw),
@@ -130,10 +133,13 @@ def rms_norm_bwd(
         )  # fmt: skip
 
 
-def serves(x: Tensor, w: Tensor, total: Tensor) -> bool:
-    """Whether `_C` takes them: in x's dtype or fp32, and in vectors of 16 bytes."""
-    known = all(t.dtype in (x.dtype, torch.float32) for t in (w, total))
-    return known and x.shape[1] % 8 == w.data_ptr() % 16 == 0 and vectors(x) and vectors(total)
+def unsupported_rows(x: Tensor, w: Tensor, *others: Tensor | None) -> str | None:
+    """What csrc/'s kernels for whole rows do not serve of x [M, N], w [N] and other tensors [M, N]."""
+    if any(t is not None and t.dtype not in (x.dtype, torch.float32) for t in (w, *others)):
+        return "a weight or residual that is neither of x's dtype nor fp32"
+    if x.shape[1] % 8 or not rows_aligned(x, w, *others):
+        return "rows that do not start at multiples of 16 bytes"
+    return None
 
 
 def config(N: int, columns: bool, sms: int) -> dict:

@@ -9,10 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import _C, backend
-from ..op import expect, op
-from .quantize import vectors
-from .rms_norm import FLOATS, MAX_N, load_sum, rms_norm, serves
+from ..backend import backend
+from ..op import KERNEL_FLOATS, expect, op, rows_aligned
+from .rms_norm import MAX_N, load_sum, rms_norm, unsupported_rows
 from .router_gemm import router_gemm
 
 ROWS = 8  # that the kernels take
@@ -34,7 +33,7 @@ def rms_norm_router(
     expect(fits, "residual as x", x, residual)
     given = [t for t in (x, w, router_w, residual) if t is not None]
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in given)
-    known = x.dtype == torch.bfloat16 and all(t.dtype in FLOATS for t in given)
+    known = x.dtype == torch.bfloat16 and all(t.dtype in KERNEL_FLOATS for t in given)
     if backend(x) == "torch" or wanted or not known or not 0 < len(x) <= ROWS or H > MAX_N or len(router_w) == 0:
         out = rms_norm(x, w, residual, eps)
         h, s = (out, x) if residual is None else out
@@ -46,15 +45,20 @@ def rms_norm_router(
     return h, x if total is None else total, logits
 
 
-@op("h", "total", "logits")
+def unsupported(x, w, router_w, residual, *others) -> str | None:
+    if router_w.dtype == torch.float16:
+        return "an fp16 router_w"
+    if not rows_aligned(router_w):
+        return "rows of router_w that do not start at multiples of 16 bytes"
+    return unsupported_rows(x, w, residual)
+
+
+@op("h", "total", "logits", cuda=unsupported)
 def rms_norm_router_fwd(
     x: Tensor, w: Tensor, router_w: Tensor, residual: Tensor | None,
     h: Tensor, total: Tensor | None, logits: Tensor, eps: float,
 ) -> None:  # fmt: skip
     (T, H), E = x.shape, len(router_w)
-    aligned = serves(x, w, x if residual is None else residual) and vectors(router_w)
-    if backend(x) == "cuda" and aligned and router_w.dtype != torch.float16:
-        return _C.rms_norm_router_fwd(x, w, router_w, residual, h, total, logits, eps)
     chosen = config(T, H)
     rms_norm_router_kernel[(triton.cdiv(E, chosen["BLOCK_E"]),)](
         x, w, router_w, residual, h, total, logits,

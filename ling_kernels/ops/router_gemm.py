@@ -9,8 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import backend
-from ..op import expect, multiprocessors, op, upcast
+from ..op import expect, first_derivative_only, multiprocessors, op, upcast, use_reference
 
 
 def router_gemm(x: Tensor, w: Tensor, passes: int = 3) -> Tensor:
@@ -21,7 +20,9 @@ def router_gemm(x: Tensor, w: Tensor, passes: int = 3) -> Tensor:
     """
     fits = x.ndim == w.ndim == 2 and x.shape[1] == w.shape[1] and x.is_floating_point() and w.is_floating_point()
     expect(fits and passes in (2, 3), "x [T, H], w [E, H] and 2 or 3 passes", x, w, passes)
-    if backend(x) == "torch" or x.dtype != torch.bfloat16 or w.dtype not in (torch.float32, torch.bfloat16):
+    other = x.dtype != torch.bfloat16 or w.dtype not in (torch.float32, torch.bfloat16)
+    reason = f"x in {x.dtype} and w in {w.dtype}".replace("torch.", "") if other else None
+    if use_reference("router_gemm", x, w, unsupported=reason):
         return router_gemm_ref(x, w, passes)
     return RouterGEMM.apply(x, w, passes)
 
@@ -49,6 +50,7 @@ class RouterGEMM(torch.autograd.Function):
         return logits
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx, dlogits):
         x, w = ctx.saved_tensors
         dx = dw = None

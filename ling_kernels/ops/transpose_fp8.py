@@ -5,8 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import _C, backend
-from ..op import E4M3, expect, multiprocessors, op
+from ..op import E4M3, expect, multiprocessors, op, rows_aligned, use_reference
 from .quantize import BLOCK
 
 
@@ -22,7 +21,7 @@ def transpose_fp8(w_q: Tensor, w_scale: Tensor, out: tuple[Tensor, Tensor] | Non
     if out is not None:
         fits = all(t.shape == s.mT.shape and t.dtype == s.dtype for t, s in zip(out, (w_q, w_scale), strict=True))
         expect(fits and all(t.is_contiguous() for t in out), "out of wt_q and wt_scale, contiguous", *out, w_q)
-    if backend(w_q) == "torch":
+    if use_reference("transpose_fp8", w_q):
         return transpose_fp8_ref(w_q, w_scale, out)
     if out is None:
         out = tuple(torch.empty_like(t.mT, memory_format=torch.contiguous_format) for t in (w_q, w_scale))
@@ -36,10 +35,12 @@ def transpose_fp8_ref(w_q, w_scale, out=None):
     return tuple(t.copy_(s.mT) for t, s in zip(out, (w_q, w_scale), strict=True))
 
 
-@op("wt_q", "wt_scale")
+def unsupported(w_q, w_scale, wt_q, wt_scale) -> str | None:
+    return None if rows_aligned(w_q, wt_q) else "weights that do not start at multiples of 16 bytes"
+
+
+@op("wt_q", "wt_scale", cuda=unsupported)
 def transpose_fp8_fwd(w_q: Tensor, w_scale: Tensor, wt_q: Tensor, wt_scale: Tensor) -> None:
-    if backend(w_q) == "cuda":
-        return _C.transpose_fp8_fwd(w_q, w_scale, wt_q, wt_scale)
     if w_scale.numel():
         w_q, wt_q = w_q.view(torch.uint8), wt_q.view(torch.uint8)
         *_, N, K = w_q.shape

@@ -5,8 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import _C, backend
-from ..op import expect, multiprocessors, op, upcast
+from ..op import expect, first_derivative_only, multiprocessors, op, upcast, use_reference
 from .dispatch import Plan
 
 
@@ -20,7 +19,7 @@ def unpermute(y: Tensor, plan: Plan, weights: Tensor | None = None) -> Tensor:
     expect(fits, "y [S, H] and a plan of S slots", y, plan.source)
     fits = weights is None or (weights.shape == plan.slot.shape and weights.dtype in (torch.float32, torch.float64))
     expect(fits, "weights [T, topk] fp32", weights, plan.slot)
-    if backend(y) == "torch" or torch.float64 in (y.dtype, weights is not None and weights.dtype):
+    if use_reference("unpermute", y, weights):
         return unpermute_ref(y, plan, weights)
     return Unpermute.apply(y, weights, plan.offsets, plan.slot)
 
@@ -82,6 +81,7 @@ class Unpermute(torch.autograd.Function):
         return out
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx, dout):
         y, weights, offsets, slot = ctx.saved_tensors
         dy = dout.new_empty(ctx.S, dout.shape[1])
@@ -98,17 +98,19 @@ def config(H: int, sms: int) -> dict:
     return dict(BLOCK_H=BLOCK_H, num_warps=min(max(BLOCK_H // (512 if sms > 100 else 1024), 1), 8))
 
 
-@op("out")
+def unsupported(rows, *others) -> str | None:
+    return None if rows.dtype in (torch.float32, torch.float16, torch.bfloat16) else f"rows of {rows.dtype}"
+
+
+@op("out", cuda=unsupported)
 def unpermute_fwd(y: Tensor, weights: Tensor | None, slot: Tensor, out: Tensor) -> None:
     T, H = out.shape
-    if backend(y) == "cuda":
-        return _C.unpermute_fwd(y, weights, slot, out)
     if out.numel():  # a product and a sum are rounded one by one, as in the reference
         chosen = config(H, multiprocessors(y.device))
         unpermute_kernel[(T,)](y, weights, slot, out, H, TOPK=slot.shape[1], enable_fp_fusion=False, **chosen)
 
 
-@op("dy", "dweights")
+@op("dy", "dweights", cuda=unsupported)
 def unpermute_bwd(
     dout: Tensor,
     weights: Tensor | None,
@@ -120,8 +122,6 @@ def unpermute_bwd(
 ) -> None:
     """Without offsets, rows of dy that no token owns are left alone; then, and without weights, this is `permute`."""
     T, H = dout.shape
-    if backend(dout) == "cuda":
-        return _C.unpermute_bwd(dout, weights, y, offsets, slot, dy, dweights)
     if dout.numel():
         E = 0 if offsets is None else len(offsets) - 1
         topk = slot.shape[1]

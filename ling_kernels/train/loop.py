@@ -11,6 +11,7 @@ from math import isfinite
 import torch
 from torch import nn
 
+from ..errors import Diverged
 from ..ops.grad_norm import grad_norm
 from .data import Packed
 from .optimizer import StepInBackward, clipped_step
@@ -31,10 +32,6 @@ class Progress:
     skipped: int = 0  # steps skipped in all
     recent: list[list[float]] = field(default_factory=list)  # loss and gradient norm of the last steps that were taken
     in_bf16: list[str] = field(default_factory=list)  # FP8 layers that the watch has given up
-
-
-class Diverged(Exception):
-    """Too many steps in a row were skipped."""
 
 
 class Stop:

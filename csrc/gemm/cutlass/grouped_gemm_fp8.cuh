@@ -1,4 +1,4 @@
-// The grouped FP8 GEMM that CUTLASS's builders make for sm_90a, once for each file that includes this.
+// CUTLASS's grouped FP8 GEMM for sm_90a. Each file that includes this instantiates one kernel.
 #pragma once
 #include <cute/tensor.hpp>
 #include <cutlass/cutlass.h>
@@ -38,7 +38,7 @@ template <int kTileM, typename Mainloop, typename Epilogue> struct GroupedGemmFp
     using Kernel = cutlass::gemm::kernel::GemmUniversal<Shape, CollectiveMainloop, CollectiveEpilogue>;
 };
 
-// Kernel: derived from GroupedGemmFp8<...>::Kernel, so that profilers show a name and not a page.
+// Kernel: derived from GroupedGemmFp8<...>::Kernel, so that profilers show a short name.
 template <typename Kernel> void run_grouped_gemm_fp8(cudaStream_t stream, const Groups& groups, int E) {
     using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
     using StrideA = typename Kernel::InternalStrideA;
@@ -47,7 +47,7 @@ template <typename Kernel> void run_grouped_gemm_fp8(cudaStream_t stream, const 
     using Shape = typename Kernel::ProblemShape::UnderlyingProblemShape;
     static_assert(sizeof(Shape) == 3 * sizeof(int) && sizeof(StrideA) == sizeof(int64_t) &&
                       sizeof(StrideB) == sizeof(int64_t) && sizeof(StrideD) == sizeof(int64_t),
-                  "the setup kernel writes these");
+                  "the types that the setup kernel writes");
     using A = typename Kernel::ElementA;
     using D = typename Kernel::ElementD;
 
@@ -66,14 +66,14 @@ template <typename Kernel> void run_grouped_gemm_fp8(cudaStream_t stream, const 
     args.epilogue.thread.alpha = 1;
     args.epilogue.thread.beta = 0;
 
-    const size_t rest = Gemm::get_workspace_size(args);
-    if (rest > Groups::kRest) throw std::runtime_error("grouped_gemm_fp8_cutlass: a GPU with more SMs than foreseen");
+    if (Gemm::get_workspace_size(args) > Groups::kScratch)
+        throw std::runtime_error("CUTLASS's grouped_gemm_fp8: the GPU has more SMs than the workspace has room for");
     Gemm gemm;
     auto status = gemm.can_implement(args);
-    if (status == cutlass::Status::kSuccess) status = gemm.initialize(args, groups.rest, stream);
+    if (status == cutlass::Status::kSuccess) status = gemm.initialize(args, groups.scratch, stream);
     if (status == cutlass::Status::kSuccess) status = gemm.run(stream);
     if (status != cutlass::Status::kSuccess)
-        throw std::runtime_error(std::string("grouped_gemm_fp8_cutlass: ") + cutlassGetStatusString(status));
+        throw std::runtime_error(std::string("CUTLASS's grouped_gemm_fp8: ") + cutlassGetStatusString(status));
 }
 
 }  // namespace ling

@@ -1,4 +1,3 @@
-#ifdef LING_CUTLASS
 #include "gemm/cutlass/grouped_gemm_fp8.cuh"
 
 namespace ling {
@@ -12,4 +11,3 @@ void grouped_gemm_fp8_cooperative(cudaStream_t stream, const Groups& groups, int
 }
 
 }  // namespace ling
-#endif

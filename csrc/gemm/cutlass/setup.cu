@@ -1,14 +1,13 @@
-#include "gemm/grouped_gemm_fp8_cutlass.h"
 #include "common.cuh"
-#include "gemm/cutlass/grouped_gemm_fp8.h"
+#include "gemm/cutlass/groups.h"
 
 namespace ling {
 namespace {
 
 constexpr int kThreads = 256;
 
-// Thread s copies the scales of row s, coalesced, to where its group keeps them; thread e of the first layer describes
-// group e.
+// Thread s copies the scales of row s, coalesced, into its group's part; thread e of the blocks with y = 0 writes the
+// shape, pointers and strides of group e.
 __global__ void __launch_bounds__(kThreads)
     grouped_gemm_fp8_setup_kernel(const char* a, const float* a_scale, const char* b, const float* b_scale,
                                   const int* offsets, char* y, Groups groups, int S, int E, int N, int K,
@@ -29,7 +28,7 @@ __global__ void __launch_bounds__(kThreads)
     }
 
     if (i >= offsets[E]) return;
-    int e = 0;  // the last whose offset is at most i: empty groups before it share that offset
+    int e = 0;  // becomes the last group with offsets[e] <= i: empty groups before it have the same offset
     for (int end = E; end - e > 1;) {
         const int middle = (e + end) / 2;
         (offsets[middle] <= i ? e : end) = middle;
@@ -39,25 +38,25 @@ __global__ void __launch_bounds__(kThreads)
     for (int k = blockIdx.y; k < K / 128; k += gridDim.y) scales[k * rows] = a_scale[k * ld_scale + i];
 }
 
-template <typename T> T* cut(char*& p, int64_t n) {
-    T* const here = reinterpret_cast<T*>(p);
-    p += (n * sizeof(T) + 127) / 128 * 128;  // CUTLASS's own part wants 64, a tensor map's alignment
-    return here;
+template <typename T> T* take(char*& p, int64_t n) {
+    T* const array = reinterpret_cast<T*>(p);
+    p += (n * sizeof(T) + 127) / 128 * 128;  // tensor maps in the scratch memory need 64
+    return array;
 }
 
 }  // namespace
 
 Groups::Groups(void* workspace, int64_t S, int64_t E, int64_t K) {
     char* p = static_cast<char*>(workspace);
-    scales = cut<float>(p, S * (K / 128));
-    shape = cut<int>(p, 3 * E);
-    for (void*** array : {&a, &b, &a_scale, &b_scale, &y}) *array = cut<void*>(p, E);
-    for (int64_t** array : {&a_stride, &b_stride, &y_stride}) *array = cut<int64_t>(p, E);
-    rest = p;
+    scales = take<float>(p, S * (K / 128));
+    shape = take<int>(p, 3 * E);
+    for (void*** array : {&a, &b, &a_scale, &b_scale, &y}) *array = take<void*>(p, E);
+    for (int64_t** array : {&a_stride, &b_stride, &y_stride}) *array = take<int64_t>(p, E);
+    scratch = p;
 }
 
 int64_t grouped_gemm_fp8_workspace(int64_t S, int64_t E, int64_t K) {
-    return static_cast<char*>(Groups(nullptr, S, E, K).rest) - static_cast<char*>(nullptr) + Groups::kRest;
+    return static_cast<char*>(Groups(nullptr, S, E, K).scratch) - static_cast<char*>(nullptr) + Groups::kScratch;
 }
 
 void grouped_gemm_fp8_setup(cudaStream_t stream, Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor offsets,
@@ -78,15 +77,5 @@ void grouped_gemm_fp8_setup(cudaStream_t stream, Tensor a, Tensor a_scale, Tenso
         grid, kThreads, 0, stream, a.ptr<char>(), a_scale.ptr<float>(), b.ptr<char>(), b_scale.ptr<float>(),
         offsets.ptr<int>(), y.ptr<char>(), Groups(workspace.data, S, E, K), S, E, N, K, a_scale.stride[1]);
 }
-
-#ifdef LING_CUTLASS
-void grouped_gemm_fp8_cutlass(cudaStream_t stream, Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor offsets,
-                              Tensor y, Tensor workspace, bool pingpong) {
-    grouped_gemm_fp8_setup(stream, a, a_scale, b, b_scale, offsets, y, workspace);
-    const int S = a.shape[0], E = b.shape[0], N = b.shape[1], K = a.shape[1];
-    if (S == 0 || N == 0) return;
-    (pingpong ? grouped_gemm_fp8_pingpong : grouped_gemm_fp8_cooperative)(stream, Groups(workspace.data, S, E, K), E);
-}
-#endif
 
 }  // namespace ling

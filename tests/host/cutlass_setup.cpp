@@ -1,0 +1,8 @@
+// The setup kernel of CUTLASS's grouped GEMM as a module: CUTLASS's own kernels cannot run on the host.
+#include "bindings.h"
+#include "gemm/cutlass/groups.h"
+
+PYBIND11_MODULE(LING_MODULE, m) {
+    def(m, "grouped_gemm_fp8_setup", ling::grouped_gemm_fp8_setup);
+    m.def("grouped_gemm_fp8_workspace", ling::grouped_gemm_fp8_workspace);
+}

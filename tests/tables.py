@@ -1,0 +1,121 @@
+"""python -m tests.tables: write the tables of registers, shared memory and instructions of every kernel (make tables).
+
+    benchmarks/results/resources.json, docs/kernels-resources.md              Triton's kernels, built for sm_90
+    benchmarks/results/resources_cuda.json, docs/kernels-resources-cuda.md    csrc/, from the module _C built in place
+
+No GPU is needed. test_compiles_for_hopper.py and test_csrc_build.py compare the files with fresh tables.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+from tests import cuobjdump
+
+ROOT = Path(__file__).parents[1]
+RESULTS, DOCS = ROOT / "benchmarks/results", ROOT / "docs"
+TRITON, CUDA = RESULTS / "resources.json", RESULTS / "resources_cuda.json"
+MODULE = ROOT / f"ling_kernels/_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+SOURCES = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cu", ".cuh", ".cpp", ".h")]
+
+
+def triton_table(packages: Path | None = None) -> dict:
+    """The table of tests/hopper.py, made with the installed Triton or with that in the folder `packages`."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join(map(str, filter(None, [packages, ROOT])))
+    with tempfile.TemporaryDirectory() as tmp:
+        out = Path(tmp) / "resources.json"
+        subprocess.run([sys.executable, "-m", "tests.hopper", out], check=True, env=env, cwd=ROOT)
+        return json.loads(out.read_text())
+
+
+def triton_page(table: dict) -> str:
+    lines = [
+        "# Resources of the Triton kernels on Hopper",
+        "",
+        f"Made by `make tables` with Triton {table['triton']} for sm_90, without a GPU: registers a thread, shared",
+        "memory a block, and the number of wgmma and TMA instructions. None spills, none adds floating-point numbers",
+        "by atomics. Shapes are Ling's real sizes; tiles are those chosen for H200 and H20.",
+        "",
+        "| kernel | of | dtype | compiled in | GPU | warps | stages | registers | shared | wgmma | TMA |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    rows = [r for r in table["kernels"] if "error" not in r]
+    for r in sorted(rows, key=lambda r: (r["kernel"], r["dtype"], str(r["constants"]))):
+        constants = ", ".join(f"{k} {v}" for k, v in r["constants"].items() if v not in (None, False))
+        cells = (
+            r["kernel"], ", ".join(r["ops"]), r["dtype"], constants, ", ".join(r["gpus"]), r["warps"], r["stages"],
+            r["registers"], f"{r['shared'] / 1024:.0f} KB", r["wgmma"] or "", r["tma"] or "",
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"
+
+
+def why_no_cuda_table() -> str | None:
+    """The reason why there can be no table of csrc/ here, if any."""
+    if not MODULE.exists():
+        return "csrc/ is not built in place" + ("" if shutil.which("nvcc") else ": there is no nvcc")
+    newer = [p.name for p in SOURCES if "cutlass" not in p.parts and p.stat().st_mtime > MODULE.stat().st_mtime]
+    if newer:
+        return f"csrc/ has changed since it was built: {', '.join(newer[:3])}"
+    return None if cuobjdump.tool() and shutil.which("c++filt") else "there is no cuobjdump or no c++filt"
+
+
+def cuda_table() -> dict:
+    """What cuobjdump says of every kernel in _C: see cuobjdump.instructions for the columns."""
+    resources, threads, code = cuobjdump.resources(MODULE), cuobjdump.threads(MODULE), cuobjdump.code(MODULE)
+    rows = [
+        dict(kernel=name, threads=threads.get(mangled), **resources[mangled], **cuobjdump.instructions(code[mangled]))
+        for mangled, name in zip(code, cuobjdump.names([*code]), strict=True)
+    ]
+    output = subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout
+    nvcc = re.search(r"release ([\d.]+)", output)
+    return dict(cuda=nvcc and nvcc[1], kernels=sorted(rows, key=lambda r: r["kernel"]))
+
+
+def cuda_page(table: dict) -> str:
+    lines = [
+        "# Resources of the CUDA kernels on Hopper",
+        "",
+        f"Made by `make tables` from the code that nvcc {table['cuda']} built for sm_90a, without a GPU: registers a",
+        "thread, static shared memory a block, and how many of the instructions that move global memory move 16 bytes",
+        "a thread or a whole tile (TMA). None spills, none adds floating-point numbers by atomics.",
+        "",
+        "| kernel | threads | registers | shared | wide loads | wide stores | wgmma | TMA loads |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in table["kernels"]:
+        cells = (
+            f"`{r['kernel']}`", r["threads"] or "", r["registers"], f"{r['shared'] / 1024:.1f} KB",
+            f"{r['wide_loads']} of {r['loads']}", f"{r['wide_stores']} of {r['stores']}",
+            r["qgmma"] + r["hgmma"] or "", r["tma_loads"] or "",
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"
+
+
+def write(file: Path, table: dict, page: Path, text: str) -> None:
+    file.write_text(json.dumps(table, indent=1) + "\n")
+    page.write_text(text)
+    print(f"wrote {file.relative_to(ROOT)} and {page.relative_to(ROOT)}")
+
+
+def main() -> None:
+    reason = why_no_cuda_table()
+    if reason:
+        print(f"no table of csrc/: {reason}")
+    else:
+        table = cuda_table()
+        write(CUDA, table, DOCS / "kernels-resources-cuda.md", cuda_page(table))
+    table = triton_table()
+    write(TRITON, table, DOCS / "kernels-resources.md", triton_page(table))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""How requests end: stop tokens, cancellation, timeouts, errors; from threads and asyncio tasks; invalid requests."""
+
+# ruff: noqa: F811 (a fixture is imported)
+import asyncio
+import gc
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from ling_kernels.errors import InputError
+from tests.engines import NO_STOP, drain, engine, load, make_engine, references  # noqa: F401
+
+
+def test_stop_token(engine):
+    prompt, new = references()[0]
+    e = engine()
+    r = e.submit(prompt, max_new_tokens=len(new), stop_token_ids=[new[3]])
+    drain(e)
+    assert r.finished == "stop" and r.new_tokens == new[: new.index(new[3])]
+
+
+def test_closing_a_stream_cancels(engine):
+    e = engine()
+    stream = e.stream(references()[0][0], max_new_tokens=5, **NO_STOP)
+    next(stream)
+    (r,) = e.scheduler.running
+    stream.close()
+    assert r.finished == "cancelled" and e.pages.available == e.pages.count
+
+
+@pytest.mark.parametrize("leave", ["drop", "close"])
+@pytest.mark.parametrize("follow", [False, True])
+def test_dropping_a_stream_before_its_first_token_cancels(engine, leave, follow):
+    e, options = engine(), dict(max_new_tokens=50, **NO_STOP)
+    stream = e.follow(e.submit([1, 2], **options)) if follow else e.stream([1, 2], **options)
+    (request,) = e.scheduler.submitted
+    if leave == "close":
+        stream.close()
+    else:
+        del stream
+        gc.collect()
+    assert not e.step() and request.finished == "cancelled" and request.new_tokens == []
+    drain(e)
+
+
+def test_optimised_python(tmp_path):
+    """python -O removes asserts, which must not contain work."""
+    code = """
+from tests.engines import NO_STOP, make_engine, references
+prompt, new = references()[0]
+engine = make_engine()
+assert 0, "python -O would not get here"
+outputs = [engine.generate([prompt], max_new_tokens=len(new), **NO_STOP)[0]]
+outputs.append(list(engine.stream(prompt, max_new_tokens=len(new), **NO_STOP)))
+print(outputs == [new, new])
+"""
+    command = [sys.executable, "-O", "-c", code]
+    assert subprocess.check_output(command, cwd=Path(__file__).parents[1], text=True, timeout=240) == "True\n"
+
+
+def test_old_names(engine):
+    """ends=, written, guessed and right work for one version."""
+    e, (prompt, new) = engine(draft=1), references()[0]
+    request = e.submit(prompt, max_new_tokens=len(new), ends=[new[3]])
+    drain(e)
+    assert request.new_tokens == new[: new.index(new[3])] and request.written == len(request.new_tokens)
+    assert (e.guessed, e.right) == (e.drafted, e.accepted) and e.drafted > 0
+
+
+def test_timeout(engine):
+    e = engine()
+    assert list(e.stream(references()[0][0], max_new_tokens=5, timeout=0.0)) == []
+    queued = e.submit(references()[0][0], timeout=0.0)
+    assert queued.finished is None
+    assert not e.step() and queued.finished == "timeout"
+    drain(e)
+
+
+def test_threads_and_tasks(engine):
+    """Each caller gets its own output, whichever of them runs the steps."""
+    e, got = engine(cache_tokens=100), {}
+
+    def run(i):
+        prompt, new = references()[i % len(references())]
+        got[i] = list(e.stream(prompt, max_new_tokens=len(new), **NO_STOP)) == new
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(6)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert got == dict.fromkeys(range(6), True)
+
+    async def task(i):
+        prompt, new = references()[i % len(references())]
+        tokens = []
+        async for token in e.astream(prompt, max_new_tokens=len(new), **NO_STOP):
+            tokens.append(token)
+            if i % 5 == 4:
+                return tokens == new[:1]
+        return tokens == new
+
+    async def tasks():
+        return await asyncio.gather(*(task(i) for i in range(10)))
+
+    assert all(asyncio.run(tasks()))
+    drain(e)
+
+
+def test_more_prompts_than_max_waiting(engine):
+    prompts, new = zip(*references() * 3, strict=True)
+    e = engine(max_waiting=1, max_running=2)
+    assert e.generate(prompts, max_new_tokens=len(new[0]), **NO_STOP) == list(new)
+
+
+def test_nan_logits_fail_only_their_request(engine):
+    (prompt, _), (other, new) = references()[:2]
+    poisoned = load("base")
+    bad = next(t for t in range(poisoned.config.vocab_size) if t not in (*prompt, *other, *new))
+    with torch.no_grad():
+        poisoned.word_embeddings.weight[bad] = torch.nan
+    e = engine(cache_tokens=200)
+    e.forward.model = poisoned
+    a, b = e.submit([*prompt, bad], max_new_tokens=4, **NO_STOP), e.submit(other, max_new_tokens=len(new), **NO_STOP)
+    drain(e)
+    assert a.finished == "error" and a.new_tokens == [] and b.new_tokens == new
+    with pytest.raises(InputError, match="NaN or infinite"):
+        list(e.stream([bad]))
+
+
+def test_an_exception_in_a_pass_fails_only_its_requests(engine):
+    e, (prompt, new) = engine(max_running=1), references()[0]
+    hook = e.model.norm.register_forward_pre_hook(lambda *_: 1 / 0)
+    a, b = (e.submit(prompt, max_new_tokens=len(new), **NO_STOP) for _ in range(2))
+    e.step()
+    hook.remove()
+    drain(e)
+    assert a.finished == "error" and isinstance(a.error, ZeroDivisionError) and b.new_tokens == new
+
+
+@pytest.mark.parametrize("prompt, options, message", [
+    ([], {}, "at least one token"),
+    ([1], dict(max_new_tokens=0), "at least 1"),
+    ([1], dict(max_new_tokens=10**9), "positions"),
+    ([1, 10**6], {}, "1000000"),
+    ([-1], {}, "-1"),
+    ([1], dict(max_new_tokens=30), "the cache holds 24"),
+])  # fmt: skip
+def test_invalid_requests(prompt, options, message):
+    with pytest.raises(InputError, match=message):
+        make_engine(cache_tokens=24).submit(prompt, **dict(max_new_tokens=8) | options)
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(max_running=3, max_rows=2), "max_rows 2 is less than max_running 3"), (dict(cache_tokens=0), "cache_tokens"),
+    (dict(max_running=0), "max_running is 0"), (dict(max_waiting=0), "max_waiting"), (dict(draft=8), "draft is 8"),
+])  # fmt: skip
+def test_invalid_engines(options, message):
+    with pytest.raises(InputError, match=message):
+        make_engine(**options)

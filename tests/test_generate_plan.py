@@ -1,0 +1,51 @@
+"""python -m ling_kernels.generate.plan: bytes of a decode step."""
+
+import re
+
+import pytest
+
+from ling_kernels.generate import plan
+from ling_kernels.generate.plan import step_bytes, tokens_per_second
+from ling_kernels.model import LingConfig
+
+
+@pytest.mark.parametrize("weights, head, GB", [("bf16", "bf16", 2.242), ("fp8", "bf16", 1.463), ("fp8", "fp8", 1.141)])
+def test_bytes_of_a_step(weights, head, GB):
+    """Ling-mini against separately computed sums, which have fp32 routers and no norms and scales."""
+    parts = step_bytes(LingConfig.mini(), weights=weights, head=head)
+    assert (sum(parts.values()) + parts["routers"]) / 1e9 == pytest.approx(GB, rel=1e-3)
+    assert tokens_per_second(parts, 1, 4.8e12) == pytest.approx(4.8e12 / sum(parts.values()))
+
+
+def test_bytes_of_larger_steps():
+    c = LingConfig.mini()
+    one, many = step_bytes(c), step_bytes(c, batch=10**6, context=10)
+    assert one["experts"] == pytest.approx(19 * 8 * 3 * 2048 * 512 * 2)
+    assert many["experts"] == pytest.approx(19 * 256 * 3 * 2048 * 512 * 2), "all experts"
+    assert many["KV cache"] == 10**6 * 10 * 20 * 2 * 4 * 128 * 2
+    weights = sum(v for k, v in many.items() if k not in ("KV cache", "embedding")) / 2
+    assert weights == c.num_parameters() - c.vocab_size * c.hidden_size
+
+
+def test_plan(capsys):
+    assert plan.main(["--model", "mini", "--batch", "1", "64", "--weights", "fp8", "--context", "0"]) == 0
+    lines = [re.split(r"  +", line.strip()) for line in capsys.readouterr().out.splitlines()]
+    lines = {name: values for name, *values in lines}
+    assert float(lines["H200, 4.8 TB/s"][0]) == pytest.approx(3281, rel=0.02)
+    assert float(lines["all"][1]) == pytest.approx(14280, rel=0.01)
+    assert lines["weights"] == ["16.9", "16.9"] and lines["KV cache"] == ["0.0", "0.0"]
+    assert plan.main(["--model", "1t", "--batch", "1", "64", "--weights", "fp8", "--context", "131072"]) == 0
+    output = capsys.readouterr().out
+    assert re.search(r"H200, 4.8 TB/s +needs 8 GPUs +needs 29 GPUs$", output, re.M), output
+    assert plan.main(["--model", "flash", "--batch", "1", "--weights", "fp8", "--context", "4096"]) == 0
+    output = capsys.readouterr().out
+    assert re.search(r"H100, 3.35 TB/s +needs 2 GPUs$", output, re.M) and re.search(
+        r"H200, 4.8 TB/s +744$", output, re.M
+    )
+    for args, output in (
+        (["--batch", "0"], "--batch"),
+        (["--context", "-1"], "--context"),
+        (["--cache", "int4"], "int4"),
+    ):
+        assert plan.main(["--model", "mini", *args]) == 2
+        assert output in capsys.readouterr().err
