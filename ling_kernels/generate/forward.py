@@ -204,7 +204,7 @@ class Forward:
 
     def seen_tokens(self, lanes: Tensor, positions: Tensor) -> Tensor:
         """[B n, V] bool: the tokens of the sequence up to each row, draft tokens included."""
-        B, n, V = *positions.shape, self.model.config.vocab_size
+        (B, n), V = positions.shape, self.model.config.vocab_size
         tokens, index = self.token_ids[lanes].long(), torch.arange(self.token_ids.shape[1], device=self.device)
         seen = []
         for i in range(n):

@@ -87,6 +87,7 @@ def make_app(service: Service) -> FastAPI:
             return error_response(411, "a POST needs a Content-Length header")
         if int(size) > service.max_body:
             return error_response(413, f"the body is {size} bytes; the limit is {service.max_body}")
+        return None
 
     @app.middleware("http")
     async def count_responses(request: HttpRequest, call_next):

@@ -10,6 +10,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -158,7 +159,9 @@ class _Shards:
     """Read tensors of several files, with one file open at a time; errors name the file."""
 
     def __init__(self, folder: Path):
-        self.folder, self.path, self.file = folder, None, None
+        self.folder = folder
+        self.path: Path | None = None
+        self.file: Any = None
 
     def __enter__(self):
         return self

@@ -41,7 +41,7 @@ class Rank:
                 if isinstance(moe := layer.mlp, MoE):
                     number = config.num_experts // layout.ep
                     moe.experts = Experts(number, config.hidden_size, config.moe_intermediate_size)
-                    moe.exchange = ExpertParallel(moe, layout.ep, self.worst_load)
+                    moe.exchange = ExpertParallel(moe, layout.ep, self.worst_load)  # type: ignore[assignment]
         return model
 
     def in_flight(self, micro_batches: int) -> int:
@@ -74,7 +74,9 @@ class Stage(Ling):
         if not last:
             self.norm, self.lm_head = nn.Identity(), None
 
-    def forward(self, ids: Tensor, cu_seqlens: Tensor, z_loss: float, **loss) -> LingOutput:
+    def forward(  # type: ignore[override]
+        self, ids: Tensor, cu_seqlens: Tensor, z_loss: float, **loss
+    ) -> LingOutput:
         """The last stage returns a loss; the others return hidden_states [T, H] for the next stage, and the z-loss."""
         if isinstance(self.word_embeddings, StageInput):
             self.word_embeddings.pending = True

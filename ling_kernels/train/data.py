@@ -196,7 +196,7 @@ class Packed:
         self.docs, self.seq_len, self.seed = docs, seq_len, seed
         self.per_epoch = docs.tokens
         self.block = min(max(self.per_epoch // seq_len, 1), BLOCK)  # rows in a block
-        self._shuffle = functools.lru_cache(maxsize=4)(self._shuffle)  # a block of rows spans two epochs of documents
+        self._shuffle = functools.lru_cache(maxsize=4)(self._permutation)  # a block spans two epochs of documents
 
     def batch(self, rows: Sequence[int]) -> Batch:
         """The rows with these numbers. The result depends on nothing else: no state is kept between calls."""
@@ -222,7 +222,7 @@ class Packed:
         document = self.docs[order[i]]
         return document[len(document) - int(ends[i] - within) :]
 
-    def _shuffle(self, kind: int, number: int):
+    def _permutation(self, kind: int, number: int):
         """The order of the rows of block `number`; or the order of epoch `number`'s documents, and their ends."""
         size = self.block if kind == ROWS else len(self.docs)
         if self.seed is None:

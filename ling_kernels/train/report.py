@@ -40,7 +40,7 @@ class Report:
         self.fp8 = open_lines(run / FP8_FILE, since) if (run / FP8_FILE).exists() else None
         self.board = tensorboard(run, since)
         self.bar = progress_bar(since, steps)
-        self.seconds = None  # of a step, smoothed
+        self.seconds: float | None = None  # of a step, smoothed
         self.counts, self.counted = None, since  # tokens of each MoE layer and expert after step `counted`
 
     def say(self, text: str) -> None:

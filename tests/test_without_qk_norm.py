@@ -1,4 +1,4 @@
-"""The study of FP8 against bf16, short; its page and its results; and a model without QK-norm, which it needs."""
+"""Models with use_qk_norm=False: attention, cache, checkpoint, config."""
 
 import json
 from dataclasses import replace
@@ -6,66 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import study_fp8 as study
-from benchmarks.blocks import cut
 from ling_kernels.model import Ling, LingConfig, load_model, save_model
 from ling_kernels.nn import Attention, Rows
 from ling_kernels.ops.attention import attention
 from ling_kernels.ops.rope_tables import rope_tables
 from tests.training import tiniest
-
-
-def test_short(tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "KEEP", 20)
-    monkeypatch.setattr(study, "SEEDS", (0,))
-    monkeypatch.setattr(study, "RUNS", [("fp8", True, 0), ("bf16", True, 0)])
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        results, settings = tmp_path / "results", replace(study.SETTINGS, steps=40, eval_rows=8, warmup=10)
-        study.train_all(results, tmp_path, settings)
-        study.measure_all(results, tmp_path)
-    finally:
-        torch.set_num_threads(threads)
-    runs = {name: json.loads((results / f"{name}-norm-0.json").read_text()) for name in ("fp8", "bf16")}
-    fp8, bf16 = (run["losses"] for run in runs.values())
-    assert len(fp8) == 40 and fp8 != bf16 and fp8[-1] < 0.8 * fp8[0]
-    assert runs["fp8"]["data"] == runs["bf16"]["data"] and runs["fp8"]["val_loss"] < fp8[0]
-    assert abs(sum(fp8[-10:]) / sum(bf16[-10:]) - 1) < 0.01
-
-    by_step = json.loads((results / "operands.json").read_text())["norm"]["0"]
-    assert list(by_step) == ["20", "40"] and len(by_step["40"]) == 4 + 2 + 4
-    for operands in by_step["40"].values():
-        assert list(operands) == ["w", "x", "xt", "dy", "dyt"]
-        assert all(1e-4 < distortion < 1e-3 for _, distortion in operands.values())
-    errors = json.loads((results / "gradients.json").read_text())["errors"]["0"]
-    assert len(errors) == 4 + 1 + 2
-    for layer in errors.values():
-        for what, error in layer["fp8"].items():
-            assert 3 * layer["bf16"][what] < error < 0.06, what
-            assert 1e-3 < layer["bf16"][what] < 6e-3, what
-
-    text = study.tables(*study.load(results))
-    assert (
-        f"| FP8 | {study.apart({f'{k}-norm-0': v for k, v in runs.items()}, 'fp8-norm-0', 'bf16-norm-0'):+.2%} |"
-        in text
-    )
-    made = (results / "fp8-norm-0.json").stat().st_mtime_ns
-    study.train_all(results, tmp_path, settings)  # finished runs are not made again
-    assert (results / "fp8-norm-0.json").stat().st_mtime_ns == made
-
-
-def test_page():
-    found = study.load(study.RESULTS)
-    page = study.PAGE.read_text()
-    assert study.tables(*found) == cut(page, "study_fp8")[1]
-    runs = found[0]
-    assert {r["settings"]["lr"] for r in runs.values()} == {study.SETTINGS.lr} and study.PICTURE.exists()
-    for run in runs.values():
-        assert len(run["losses"]) == run["settings"]["steps"] and run["skipped"] == 0
-        config = json.loads(json.dumps(study.asdict(study.CONFIG))) | dict(use_qk_norm=run["qk_norm"])
-        assert run["config"] == {name: config[name] for name in run["config"]}
-    assert len({json.dumps(r["data"]) for r in runs.values()}) == 1
 
 
 def test_attention_without_norm():
