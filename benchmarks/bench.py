@@ -24,9 +24,9 @@ from benchmarks.timing import RATES, Tick, copies, rate_call, time_calls
 from benchmarks.work import Backward, forward_work, op_of, shapes, tensors, title
 from ling_kernels.backend import force
 from ling_kernels.generate import Engine
-from ling_kernels.generate.plan import gpus, held_bytes, step_bytes
 from ling_kernels.model import Ling, LingConfig
-from ling_kernels.train.speed import peak_flops
+from ling_kernels.plan.decode import gpus, held_bytes, step_bytes
+from ling_kernels.train.prepare import peak_flops
 from tests.cases import CASES, args_of, runs
 
 pytestmark = pytest.mark.benchmark(timer=Tick if GPU else time.perf_counter)
@@ -213,8 +213,8 @@ def start(ling: Ling, prompts: list[list[int]]) -> tuple[Engine, list]:
     gc.collect()  # the last engine and its cache
     new = NEW + 2 * WARM
     engine = Engine(ling, cache_tokens=len(prompts) * (len(prompts[0]) + new + 64), max_running=len(prompts))
-    requests = [engine.submit(p, max_new_tokens=new, ends=()) for p in prompts]
-    while not all(r.written for r in requests):
+    requests = [engine.submit(p, max_new_tokens=new, stop_token_ids=()) for p in prompts]
+    while not all(r.num_new_tokens for r in requests):
         engine.step()
     for _ in range(WARM - 2):
         engine.step()
@@ -239,7 +239,7 @@ def bench_serve(benchmark, rate):
 
     async def request(engine, ids, n):
         times = [time.perf_counter()]
-        async for _ in engine.astream(ids, max_new_tokens=n, ends=()):
+        async for _ in engine.astream(ids, max_new_tokens=n, stop_token_ids=()):
             times.append(time.perf_counter())
         return times
 
