@@ -79,6 +79,7 @@ def write_tokens(documents: Iterable[Iterable[bytes]], tokenizer: Tokenizer, out
     count = number = 0
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        # The inner context ends first: the .json is renamed before the data.
         with atomic_write(out) as tokens, atomic_write(out.with_suffix(".json")) as sidecar:
             with open(tokens, "wb") as file:
                 for document in documents:
