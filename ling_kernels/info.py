@@ -95,13 +95,29 @@ def lines(report: dict) -> list[str]:
     return [f"{name:<15}{value}" for name, value in rows]
 
 
+def print_kernels(name: str) -> None:
+    from .model import resolve_model
+    from .plan.kernels import lines
+
+    config, _ = resolve_model(name)
+    print(*lines(config), sep="\n")
+
+
 @command
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m ling_kernels.info", description=__doc__.partition(": ")[2])
     parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
+    parser.add_argument(
+        "--model",
+        metavar="NAME|DIR",
+        help="instead: which kernels this model's size runs on a Hopper GPU, and why not csrc/'s",
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the report contains what torch warns about on a machine without GPU
         args = parser.parse_args(argv)
+        if args.model is not None:
+            print_kernels(args.model)
+            return
         report = info()
     print(json.dumps(report, indent=1) if args.json else "\n".join(lines(report)))
 

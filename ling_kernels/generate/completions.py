@@ -12,12 +12,12 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from ..errors import InputError
+from ..errors import Busy, InputError
 from ..tokenizer import Tokenizer
 from .engine import Engine
 from .metrics import Metrics
 from .protocol import MAX_CHOICES, ChatCompletionRequest, CompletionBase, CompletionRequest
-from .scheduler import Busy, Request, max_sequence_tokens
+from .scheduler import Request, max_sequence_tokens
 from .text import StoppedText
 
 INTERNAL_ERROR = "internal server error; the server's log has the details"

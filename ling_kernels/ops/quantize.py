@@ -16,7 +16,6 @@ from .triton_fp8 import fp8_amax, fp8_round, fp8_scale, store_columns, store_row
 
 BLOCK = 128
 E4M3_MAX = 448.0
-vectors = rows_aligned  # the name that rms_norm.py imports
 
 
 def quantize(

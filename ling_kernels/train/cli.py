@@ -14,6 +14,7 @@ import torch
 
 from ..errors import InputError, Parser, command
 from ..model import Ling
+from ..model.sample import sampler
 from ..tokenizer import Tokenizer
 from . import checkpoint as ckpt
 from .data import Documents
@@ -205,12 +206,7 @@ def finish_run(trainer: Trainer, planner) -> None:
 def sample(model: Ling, tokenizer: Tokenizer, held_out: Documents, settings: Settings) -> tuple[str, str]:
     """The beginning of a held-out document, and the model's continuation. Without any text held out it continues the
     end token."""
-    generator = torch.Generator().manual_seed(settings.seed)
-
-    def choose(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        p = (logits.float().cpu() / TEMPERATURE).softmax(-1)
-        return torch.multinomial(p, 1, generator=generator)[:, 0].to(logits.device)
-
+    choose = sampler(temperature=TEMPERATURE, seed=settings.seed)
     starts = ([int(i) for i in held_out[d][:PROMPT] if i != tokenizer.eos_id] for d in range(len(held_out)))
     prompt = next(filter(None, starts), [tokenizer.eos_id])
     ids = torch.tensor([prompt], device=next(model.parameters()).device)

@@ -34,7 +34,7 @@ class Run:
     device_name: str
     precision: torch.dtype
     folder: Path
-    new_folder: bool  # made for this run
+    new_folder: bool  # created for this run
     tokens: Path  # tokenised text, in the folder
     had_tokens: bool  # the file was there before
     weights: Path | None = None  # folder of the model to start from; None: random weights
@@ -53,8 +53,8 @@ def new_run(settings: Settings, out: str | Path | None = None, restart: bool = F
     if not weights:
         config = replace(config, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.eos_id)
     check_memory(config, settings, device[0])
-    folder, made = make_folder(out, settings.model, restart)
-    return write_settings(Run(settings, config, tokenizer, *device, folder, made, *tokens_of(folder), weights))
+    folder, new = make_folder(out, settings.model, restart)
+    return write_settings(Run(settings, config, tokenizer, *device, folder, new, *tokens_of(folder), weights))
 
 
 def resumed_run(resume: str | Path, changes: dict) -> Run:
@@ -233,7 +233,7 @@ def make_folder(out: str | Path | None, model: str, restart: bool) -> tuple[Path
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()) and not (restart and (folder / "settings.json").is_file()):
-            raise InputError(f"--out {folder} is not empty; --resume {folder} goes on with a run")
+            raise InputError(f"--out {folder} is not empty; --resume {folder} continues a run")
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise InputError(f"cannot write to {folder}: {error.strerror or error}") from None

@@ -171,7 +171,7 @@ def make_model(run: Run) -> Ling:
     else:
         model = Ling(run.config)
         model.init_weights(torch.Generator().manual_seed(s.seed))  # on the CPU: the same on every device
-        to_masters(model, s.master)  # halves what moves to the GPU
+        to_masters(model, s.master)  # in bf16 the model takes half of the GPU's memory
         model.to(run.device)
     to_masters(model, s.master)
     torch.manual_seed(s.seed)
