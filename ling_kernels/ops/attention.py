@@ -26,7 +26,7 @@ from ..op import (
     values_on_host,
 )
 from .attention_kernels import attention_dkv_kernel, attention_dq_kernel, attention_fwd_kernel
-from .gemm_fp8 import provide_scratch
+from .gemm_fp8 import launch_with_scratch
 
 BLOCK_M = 128  # of the reference, queries at a time: bounds the scores held, and skips what the causal mask hides
 
@@ -245,8 +245,8 @@ def attention_fwd(
     c = config("fwd" if q_weight is None else "fused", q.dtype, multiprocessors(q.device))
     P, half = (0, 0) if cos is None else cos.shape
     if Tq:
-        provide_scratch(q)
-        attention_fwd_kernel[(most_tiles(Tq, B, c["BLOCK_M"]), Hq)](
+        launch_with_scratch(
+            attention_fwd_kernel[(most_tiles(Tq, B, c["BLOCK_M"]), Hq)],
             q, k, v, cu_q, cu_k, out, lse, q_weight, cos, sin, positions, scale, eps, Tq, Tk, P, B,
             q.stride(0), k.stride(0), v.stride(0), Hq, Hkv, HALF=half, CAUSAL=causal,
             TMA=tma_compatible(q, k, v), D=D,
@@ -274,15 +274,16 @@ def attention_bwd(
         CAUSAL=causal, TMA=tma_compatible(q, k, v, out, dout), D=D,
         BLOCK_B=triton.next_power_of_2(max(B, 1)), BLOCK_D=block_d(D),
     )  # fmt: skip
-    provide_scratch(q)
     c = config("dq", q.dtype, sms)
-    attention_dq_kernel[(most_tiles(Tq, B, c["BLOCK_M"]), Hq)](
-        q, k, v, out, dout, lse, cu_q, cu_k, dq, delta, *sizes, **options, **c
-    )
+    launch_with_scratch(
+        attention_dq_kernel[(most_tiles(Tq, B, c["BLOCK_M"]), Hq)],
+        q, k, v, out, dout, lse, cu_q, cu_k, dq, delta, *sizes, **options, **c,
+    )  # fmt: skip
     c = config("dkv", q.dtype, sms)
-    attention_dkv_kernel[(most_tiles(Tk, B, c["BLOCK_N"]), Hkv)](
-        q, k, v, dout, lse, delta, cu_q, cu_k, dk, dv, *sizes, **options, **c
-    )
+    launch_with_scratch(
+        attention_dkv_kernel[(most_tiles(Tk, B, c["BLOCK_N"]), Hkv)],
+        q, k, v, dout, lse, delta, cu_q, cu_k, dk, dv, *sizes, **options, **c,
+    )  # fmt: skip
 
 
 MAX_SEQUENCES = 1024  # kMaxSequences of csrc/attention/heads.h
