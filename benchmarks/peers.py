@@ -62,9 +62,9 @@ def inventory() -> dict[str, str]:
     return found
 
 
-def only(condition: bool, what: str) -> None:
+def only(condition: bool, feature: str) -> None:
     if not condition:
-        raise NotImplementedError(f"it has no {what}")
+        raise NotImplementedError(f"it has no {feature}")
 
 
 def detached(a):
@@ -87,11 +87,11 @@ def checked(name: str, case: Case, args) -> tuple[Callable, float, object]:
     else:
         importlib.import_module(MODULES[name])
         adapter, lacks = PEERS[op.__name__][name]
-        given, parameters = inspect.signature(op).bind(*args, **kwargs), inspect.signature(op).parameters
-        given.apply_defaults()
-        for argument in {*lacks} & {*parameters}:
-            only(given.arguments[argument] is parameters[argument].default, argument)
-        call = adapter(SimpleNamespace(**given.arguments))
+        bound, parameters = inspect.signature(op).bind(*args, **kwargs), inspect.signature(op).parameters
+        bound.apply_defaults()
+        for name in {*lacks} & {*parameters}:
+            only(bound.arguments[name] is parameters[name].default, name)
+        call = adapter(SimpleNamespace(**bound.arguments))
         call, alike = call if isinstance(call, tuple) else (call, firsts)
     theirs, ours = call(), op(*args, **kwargs)
     try:

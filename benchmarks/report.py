@@ -191,7 +191,7 @@ def of_peers(run: Run) -> list[str]:
 
 
 def measured(results: Path = RESULTS) -> str:
-    """The block of docs/performance.md about what was timed."""
+    """docs/performance.md's block of results."""
     found, lines = runs(results), []
     if not any(run.gpu for run in found):
         lines += ["**On a GPU: not measured.** No results file of a GPU is here yet.", ""]
@@ -212,7 +212,7 @@ def limits() -> str:
 
 
 def short(results: Path = RESULTS) -> str:
-    """README.md's block: our faster backend of each op at its own shape on a GPU; layers against the loop on a CPU."""
+    """README.md's block: each op's fastest row on each GPU, and the GPUs without results."""
     lines, found = [], runs(results)
     for run in (run for run in found if run.gpu):
         ops = {}
