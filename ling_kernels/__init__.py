@@ -8,18 +8,23 @@ from typing import TYPE_CHECKING
 from . import ops
 from .errors import Busy, Diverged, InputError, LingError
 
-if TYPE_CHECKING:
-    from .ops import *  # noqa: F403
-
 __version__ = "0.1.0"
-__all__ = [*ops.EXPORTS, *ops.HELPERS, "Busy", "Diverged", "InputError", "LingError"]
+__all__ = [*ops.EXPORTS, *ops.HELPERS, "Busy", "Diverged", "InputError", "LingError", "explain"]
 
+if TYPE_CHECKING:
+    from .op import explain
+    from .ops import *  # noqa: F403
+else:  # a type checker would take every name for an attribute
 
-def __getattr__(name: str):
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(ops, name)
-    return value
+    def __getattr__(name: str):
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        if name == "explain":
+            from .op import explain as value
+        else:
+            value = getattr(ops, name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

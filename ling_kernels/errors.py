@@ -22,7 +22,11 @@ class Busy(LingError):
 
 
 class Diverged(LingError):
-    """Training stopped because too many steps in a row were skipped."""
+    """Training stopped because too many steps in a row were skipped. `record` holds the last step's figures."""
+
+    def __init__(self, message: str, record: dict | None = None):
+        super().__init__(message)
+        self.record = record or {}
 
 
 class Parser(argparse.ArgumentParser):

@@ -400,7 +400,7 @@ def qk_norm_rope_args(rand, T, Hq=3, Hkv=1, D=20, R=6, P=50, yarn=None, cache=No
     scaling = yarn and {"type": "yarn", "factor": yarn, "original_max_position_embeddings": P // yarn}
     args = (
         rand(T, Hq + 2 * Hkv, D), rand(D), rand(D), *rope_tables(P, R, 1e4, scaling, DEVICE),
-        rand.ints(0, P, T, dtype=torch.int64 if T % 2 else torch.int32), Hkv, 0.1, False,
+        rand.ints(0, P, T, dtype=torch.int64 if T % 2 else torch.int32), Hkv, 0.1,
     )  # fmt: skip
     if cache is None:
         return args
@@ -408,10 +408,10 @@ def qk_norm_rope_args(rand, T, Hq=3, Hkv=1, D=20, R=6, P=50, yarn=None, cache=No
     return *args, cache_of(rand, T // cache + 2, cache, Hkv, D, fp8), slots
 
 
-def norm_decode_args(rand, lengths, n=1, Hq=4, Hkv=2, D=32, R=8, P=200, block_size=4, fp8=False, round_first=False):
+def norm_decode_args(rand, lengths, n=1, Hq=4, Hkv=2, D=32, R=8, P=200, block_size=4, fp8=False):
     q, *cached, scale = decode_args(rand, lengths, n, Hq, Hkv, D, block_size, fp8)
     qkv, weights = rand.data(len(q), n, Hq + 2 * Hkv, D), (rand.data(D), rand.data(D))
-    return qkv, *weights, *rope_tables(P, R, 1e4, None, DEVICE), *cached, scale, 0.1, round_first
+    return qkv, *weights, *rope_tables(P, R, 1e4, None, DEVICE), *cached, scale, 0.1
 
 
 def norm_decode_bytes(lengths, Hq, Hkv, D, n=1, fp8=False, **others):
@@ -706,33 +706,23 @@ CASES = [
         [dict(q=()), dict(q=(5, 0, 30)), dict(q=(9, 4), Hq=16, Hkv=4, D=128, R=64),
          dict(q=(1, 127, 17, 128, 129), Hq=2, Hkv=1, D=16, R=8, P=129, yarn=3),
          dict(q=(4096,) * 8, Hq=16, Hkv=4, D=128, R=64, P=4096)],
-        kwargs=dict(fused=True), flops=qk_norm_attention_flops, backward_flops=2.5,
+        flops=qk_norm_attention_flops, backward_flops=2.5,
         backends=("torch", "triton", "cuda"),
         hopper=[dict(q=(9, 4), Hq=q, Hkv=kv, D=128, R=64) for q, kv in ((16, 4), (64, 8))],
     ),
     Case(
         qk_norm_attention, qk_norm_attention_ref,
-        lambda rand, q, **shape: (
-            *qk_norm_rope_args(rand, sum(q), **shape)[:7], cu_seqlens(q), False, 0.3, 0.1, True
-        ),
+        lambda rand, q, **shape: (*qk_norm_rope_args(rand, sum(q), **shape)[:7], cu_seqlens(q)),
         [dict(q=(5, 0, 30)), dict(q=(4096,) * 8, Hq=16, Hkv=4, D=128, R=64, P=4096)],
-        kwargs=dict(fused=True), flops=qk_norm_attention_flops, backward_flops=2.5,
+        kwargs=dict(causal=False, scale=0.3, eps=0.1), flops=qk_norm_attention_flops, backward_flops=2.5,
         backends=("torch", "triton", "cuda"), hopper=[dict(q=(9, 4), Hq=16, Hkv=4, D=128, R=64)],
-    ),
-    Case(
-        qk_norm_attention, qk_norm_attention_ref,
-        lambda rand, q, **shape: (*qk_norm_rope_args(rand, sum(q), **shape)[:7], cu_seqlens(q), True, 0.3, 0.1),
-        [dict(q=()), dict(q=(5, 0, 30)), dict(q=(9, 4), Hq=16, Hkv=4, D=128, R=64),
-         dict(q=(4096,) * 8, Hq=16, Hkv=4, D=128, R=64, P=4096)],
-        kwargs=dict(fused=False), flops=qk_norm_attention_flops, backward_flops=2.5,
-        backends=("torch", "triton", "cuda"), hopper=None,
     ),
     Case(
         writing(qk_norm_attention_decode, 5), writing(qk_norm_attention_decode_ref, 5), norm_decode_args,
         [dict(lengths=()), dict(lengths=(0, 0)), dict(lengths=(1,)), dict(lengths=(7, 0, 1, 12, 13), n=3),
-         dict(lengths=(9, 40), n=8, Hq=3, Hkv=1, D=20, R=6, block_size=16, round_first=True),
+         dict(lengths=(9, 40), n=8, Hq=3, Hkv=1, D=20, R=6, block_size=16),
          dict(lengths=(70, 3), Hq=8, Hkv=2, D=128, R=64, block_size=16),
-         dict(lengths=(0, 130, 5), n=3, Hq=5, Hkv=1, D=128, R=64, block_size=32, round_first=True),
+         dict(lengths=(0, 130, 5), n=3, Hq=5, Hkv=1, D=128, R=64, block_size=32),
          dict(lengths=(4096,) * 32, Hq=16, Hkv=4, D=128, R=64, P=4096, block_size=64)],
         backends=("torch", "triton", "cuda"), hopper=NORM_DECODE_HOPPER, bytes=norm_decode_bytes,
         ling=lambda p: p.T <= 64 and [
@@ -767,20 +757,14 @@ CASES = [
         hopper=[dict(T=64, Hq=q, Hkv=kv, D=128, R=64) for q, kv in ((16, 4), (32, 4), (64, 8))],
     ),
     Case(
-        qk_norm_rope, qk_norm_rope_ref,
-        lambda rand, **shape: (*qk_norm_rope_args(rand, **shape)[:-1], True),
-        [dict(T=37), dict(T=8192, Hq=16, Hkv=4, D=128, R=64, P=4096)],
-        backends=("torch", "triton", "cuda"), hopper=[dict(T=64, Hq=16, Hkv=4, D=128, R=64)],
-    ),
-    Case(
-        writing(qk_norm_rope, 9), writing(qk_norm_rope_ref, 9), qk_norm_rope_args,
+        writing(qk_norm_rope, 8), writing(qk_norm_rope_ref, 8), qk_norm_rope_args,
         [dict(T=0, cache=4, fp8=True), dict(T=37, cache=1), dict(T=5, Hq=16, Hkv=4, D=128, R=64, cache=16, fp8=True),
          dict(T=8192, Hq=16, Hkv=4, D=128, R=64, P=4096, cache=64)],
         backends=("torch", "triton", "cuda"), hopper=[dict(T=64, Hq=16, Hkv=4, D=128, R=64, cache=16)],
         bytes=lambda T, Hq, Hkv, D, R, P, cache: 4 * (T * (Hq + 2 * Hkv) * D + P * R) + 8 * T,
     ),
     Case(
-        writing(qk_norm_rope, 9), writing(qk_norm_rope_ref, 9),
+        writing(qk_norm_rope, 8), writing(qk_norm_rope_ref, 8),
         lambda rand, **shape: [
             a.detach() if isinstance(a, Tensor) else a for a in qk_norm_rope_args(rand, **shape)
         ],
@@ -835,16 +819,9 @@ CASES = [
     ),
     Case(
         rms_norm, rms_norm_ref,
-        lambda rand, M, N: (rand(M, N), rand(N), rand.fp32(M, N), 0.1),
+        lambda rand, M, N: (rand(M, N), rand(N), rand.fp32(M, N)),
         [dict(M=0, N=128), dict(M=37, N=512), dict(M=16384, N=2048)],
-        dtypes=(BF16,), backends=("torch", "triton", "cuda"), kwargs=dict(round_first=False),
-        hopper=[dict(M=64, N=n) for n in (2048, 8192)],
-    ),
-    Case(
-        rms_norm, rms_norm_ref,
-        lambda rand, M, N: (rand(M, N), rand(N), rand(M, N), 0.1),
-        [dict(M=0, N=128), dict(M=37, N=512), dict(M=16384, N=2048)],
-        kwargs=dict(round_first=True), backends=("torch", "triton", "cuda"),
+        dtypes=(BF16,), kwargs=dict(eps=0.1), backends=("torch", "triton", "cuda"),
         hopper=[dict(M=64, N=n) for n in (2048, 8192)],
     ),
     Case(
@@ -908,16 +885,9 @@ CASES = [
     ),
     Case(
         router_gemm, router_gemm_ref,
-        lambda rand, T, E, H: (rand(T, H), rand.fp32(E, H)),
-        [dict(T=37, E=16, H=128), dict(T=8192, E=256, H=2048)],
-        kwargs=dict(passes=2), flops=lambda T, E, H: 2 * T * E * H, product=True,
-        backends=("torch", "triton"), hopper=[dict(T=64, E=256, H=2048)],
-    ),
-    Case(
-        router_gemm, router_gemm_ref,
         lambda rand, T, E, H: (rand(T, H), rand(E, H)),
-        [dict(T=37, E=16, H=128), dict(T=8192, E=256, H=2048)],
-        dtypes=(BF16,), kwargs=dict(passes=3), flops=lambda T, E, H: 2 * T * E * H, product=True,
+        [dict(T=37, E=16, H=128), dict(T=4096, E=256, H=2048)],
+        dtypes=(BF16,), flops=lambda T, E, H: 2 * T * E * H, product=True,
         backends=("torch", "triton"), hopper=[dict(T=64, E=256, H=2048)],
     ),
     Case(

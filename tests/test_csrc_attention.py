@@ -17,7 +17,7 @@ from tests.test_host import sanitized
 pytestmark = pytest.mark.usefixtures("schedule")
 C = load()
 BF16 = torch.bfloat16
-PLAIN = None, None, None, None, 0.0, False  # q as it comes
+PLAIN = None, None, None, None, 0.0  # q as it comes
 
 # lengths of queries and of keys, heads, KV heads, causal
 PACKED = [
@@ -103,22 +103,18 @@ def check_neighbours_bwd(C):
 
 
 def check_norm(C):
-    """q normed and rotated in the kernel, out of wider rows; int64 and int32 positions, both roundings."""
+    """q normed and rotated in the kernel, out of wider rows; int64 and int32 positions."""
     rand = Rand(BF16)
-    for lengths, round_first, int_type, w_type in (
-        ([5, 130], False, torch.int64, BF16), ([70], True, torch.int32, torch.float32)
-    ):  # fmt: skip
+    for lengths, int_type, w_type in (([5, 130], torch.int64, BF16), ([70], torch.int32, torch.float32)):
         cu, T = bounds(lengths), sum(lengths)
         qkv, q_weight, k_weight = rand.data(T, 4, 128), *(rand.data(128, dtype=w_type) for _ in range(2))
         cos, sin = (t[:, :32].contiguous() for t in rand.data(2, 200, 64, dtype=torch.float32))
         positions = torch.cat([torch.arange(n) + 7 for n in lengths]).to(int_type)
         rotation = q_weight, cos, sin, positions
-        want, want_lse = qk_norm_attention_ref(
-            qkv, q_weight, k_weight, *rotation[1:], 1, cu, True, 0.11, 0.1, round_first
-        )
+        want, want_lse = qk_norm_attention_ref(qkv, q_weight, k_weight, *rotation[1:], 1, cu, True, 0.11, 0.1)
         k, out, lse = torch.empty(T, 1, 128, dtype=BF16), torch.empty(T, 2, 128, dtype=BF16), torch.empty(2, T)
-        C.qk_norm_rope_fwd(qkv, q_weight, k_weight, *rotation[1:], None, None, k, *[None] * 3, 0.1, round_first)
-        C.attention_fwd(qkv[:, :2], k, qkv[:, 3:], cu, None, out, lse, True, 0.11, *rotation, 0.1, round_first)
+        C.qk_norm_rope_fwd(qkv, q_weight, k_weight, *rotation[1:], None, None, k, *[None] * 3, 0.1)
+        C.attention_fwd(qkv[:, :2], k, qkv[:, 3:], cu, None, out, lse, True, 0.11, *rotation, 0.1)
         assert (out.float() - want.float()).abs().max() <= 2**-5 * want.float().abs().max()
         torch.testing.assert_close(lse, want_lse, rtol=1e-2, atol=1e-2)
 
@@ -157,7 +153,7 @@ BROKEN = {  # name: (its error, its message, right, wrong)
     "results before they are there": (AssertionError, "", "                    wgmma_wait<0>(out);\n", ""),
     "no turns taken": (RuntimeError, "deadlock", "if (warpgroup == 1) your_turn();", ""),
     "earlier sums do not shrink": (AssertionError, "", "sum[r] *= shrink[r];", "sum[r] *= 1;"),
-    "the other half is not turned": (AssertionError, "", "x[i + kHalf] = b * c + a * turn;", "x[i + kHalf] = b * c;"),
+    "the other half is not rotated": (AssertionError, "", "x[i + kHalf] = b * c + a * turn;", "x[i + kHalf] = b * c;"),
     "another head's keys": (AssertionError, "", "p.k, s.k_full[ring.stage], t.kv_head", "p.k, s.k_full[ring.stage], 0"),
     "queries replaced while in use": (
         (AssertionError, RuntimeError), "",

@@ -27,15 +27,15 @@ def near(got, want, dtype=FP32):
     torch.testing.assert_close(got, want, rtol=2 * max(eps, 2e-6), atol=2 * max(eps, 2e-6), equal_nan=True)
 
 
-def rotate(C, qkv, w, positions, Hkv, cache=None, slots=None, round_first=False, P=30):
+def rotate(C, qkv, w, positions, Hkv, cache=None, slots=None, P=30):
     """The launcher and the reference on the same arguments."""
     T, H, D = qkv.shape
     cos, sin = rope_tables(P, 64, 1e4)
     args = qkv, *w, cos, sin, positions
     q, k, v = (qkv.new_empty(T, n, D) for n in (H - 2 * Hkv, Hkv, Hkv))
-    C.qk_norm_rope_fwd(*args, slots, q, k, v, *(cache or (None, None)), 0.1, round_first)
+    C.qk_norm_rope_fwd(*args, slots, q, k, v, *(cache or (None, None)), 0.1)
     known = (positions >= 0) & (positions < P)
-    want = qk_norm_rope_ref(qkv, *w, cos, sin, positions.clamp(0, max(P - 1, 0)), Hkv, 0.1, round_first)
+    want = qk_norm_rope_ref(qkv, *w, cos, sin, positions.clamp(0, max(P - 1, 0)), Hkv, 0.1)
     for x in want[:2]:
         x[~known, :, :64] = torch.nan
     return (q, k, v), want
@@ -48,9 +48,8 @@ def check_qk_forward(C):
         qkv = rand.data(T, Hq + 2 * Hkv, 128, dtype=dtype)
         w = [rand.data(128, dtype=weights) for _ in range(2)]
         positions = rand.ints(-2, 33, T, dtype=torch.int64 if T % 2 else torch.int32)  # some of them unknown
-        for round_first in (False, True):
-            for got, want in zip(*rotate(C, qkv, w, positions, Hkv, None, None, round_first), strict=True):
-                near(got, want, dtype)
+        for got, want in zip(*rotate(C, qkv, w, positions, Hkv), strict=True):
+            near(got, want, dtype)
 
 
 def check_qk_cache(C):
@@ -69,16 +68,16 @@ def check_qk_cache(C):
 
 def check_qk_backward(C, programs=3):
     rand = Rand(FP32)
-    for dtype, T, Hq, Hkv, round_first in ((FP32, 29, 4, 2, False), (BF16, 5, 6, 1, True), (FP32, 4, 6, 3, False)):
+    for dtype, T, Hq, Hkv in ((FP32, 29, 4, 2), (BF16, 5, 6, 1), (FP32, 4, 6, 3)):
         qkv, w = rand(T, Hq + 2 * Hkv, 128, dtype=dtype), [rand.fp32(128) for _ in range(2)]
         cos, sin = rope_tables(30, 64, 1e4)
         positions = rand.ints(0, 30, T)
-        outs = qk_norm_rope_ref(qkv, *w, cos, sin, positions, Hkv, 0.1, round_first)
+        outs = qk_norm_rope_ref(qkv, *w, cos, sin, positions, Hkv, 0.1)
         douts = [rand.data(*o.shape, dtype=dtype) for o in outs]
         want = torch.autograd.grad(outs, (qkv, *w), douts)
         groups = head_groups(Hq, Hkv)
         dqkv, dw = torch.empty_like(qkv), torch.full((programs, sum(groups[:2]), 128), torch.nan)
-        C.qk_norm_rope_bwd(*douts, qkv.detach(), *w, cos, sin, positions, dqkv, dw, 0.1, round_first)
+        C.qk_norm_rope_bwd(*douts, qkv.detach(), *w, cos, sin, positions, dqkv, dw, 0.1)
         near(dqkv, want[0], dtype)
         for got, true in zip(dw.split(groups[:2], 1), want[1:], strict=True):
             torch.testing.assert_close(got.sum((0, 1)), true, rtol=1e-4 if dtype == FP32 else 2e-2, atol=1e-4)
@@ -91,33 +90,31 @@ def check_rms_forward(C):
         x = rand.data(M, N + 8, dtype=dtype)[:, :N]  # its rows are strided
         w = rand.data(N, dtype=other)
         for residual in (None, rand.data(M, N, dtype=other)):
-            for round_first in (False, True):
-                y, rstd = x.new_empty(M, N), torch.empty(M)
-                total = None if residual is None else torch.empty_like(residual)
-                fp8 = empty_fp8(x, M, N, N % 128 == 0, False, None)
-                C.rms_norm_fwd(x, w, residual, y, rstd, total, *fp8, 0.1, round_first)
-                want = rms_norm_ref(x, w, residual, 0.1, N % 128 == 0, False, round_first)
-                got = [t for t in (y, total, *fp8) if t is not None]
-                for g, t in zip(got, want if isinstance(want, tuple) else (want,), strict=True):
-                    near(g.float(), t.float(), torch.float8_e4m3fn if g.element_size() == 1 else g.dtype)
-                near(rstd, ((x if total is None else total).float().square().mean(-1) + 0.1).rsqrt())
+            y, rstd = x.new_empty(M, N), torch.empty(M)
+            total = None if residual is None else torch.empty_like(residual)
+            fp8 = empty_fp8(x, M, N, N % 128 == 0, False, None)
+            C.rms_norm_fwd(x, w, residual, y, rstd, total, *fp8, 0.1)
+            want = rms_norm_ref(x, w, residual, 0.1, N % 128 == 0)
+            got = [t for t in (y, total, *fp8) if t is not None]
+            for g, t in zip(got, want if isinstance(want, tuple) else (want,), strict=True):
+                near(g.float(), t.float(), torch.float8_e4m3fn if g.element_size() == 1 else g.dtype)
+            near(rstd, ((x if total is None else total).float().square().mean(-1) + 0.1).rsqrt())
 
 
 def check_rms_backward(C):
     rand = Rand(FP32)
-    for dtype, other, M, N, rounded, programs in (
-        (FP32, FP32, 21, 128, False, 2), (BF16, FP32, 7, 2048, True, 3), (FP16, FP16, 3, 4104, False, 2),
-        (FP32, FP32, 2, 8192, False, 1),
+    for dtype, other, M, N, programs in (
+        (FP32, FP32, 21, 128, 2), (BF16, FP32, 7, 2048, 3), (FP16, FP16, 3, 4104, 2), (FP32, FP32, 2, 8192, 1)
     ):  # fmt: skip
         x, w, residual = rand(M, N, dtype=dtype), rand(N, dtype=other), rand(M, N, dtype=other)
-        y, total = rms_norm_ref(x, w, residual, 0.1, round_first=rounded)
+        y, total = rms_norm_ref(x, w, residual, 0.1)
         dy, dtotal = rand.data(M, N, dtype=dtype), rand.data(M, N, dtype=other)
         want = torch.autograd.grad((y, total), (x, residual, w), (dy, dtotal))
         rstd = (total.detach().float().square().mean(-1) + 0.1).rsqrt()
         dx, dresidual, dw = torch.empty_like(x), torch.empty_like(residual), torch.full((programs, N), torch.nan)
-        C.rms_norm_bwd(dy, dtotal, total.detach(), w.detach(), rstd, dx, dresidual, dw, rounded)
+        C.rms_norm_bwd(dy, dtotal, total.detach(), w.detach(), rstd, dx, dresidual, dw)
         near(dx, want[0], dtype)
-        near(dresidual, want[1], BF16 if rounded else other)
+        near(dresidual, want[1], other)
         torch.testing.assert_close(dw.sum(0), want[2].float(), rtol=1e-4 if dtype == FP32 else 2e-2, atol=1e-2)
 
 
@@ -153,15 +150,15 @@ def test_without_any_position():
     cos = torch.empty(0, 32)
     qkv, w = torch.randn(2, 4, 128), torch.ones(128)
     with force("cuda"):
-        q, k, v = QKNormRope.apply(qkv, w, w, cos, cos, torch.zeros(2, dtype=torch.int32), 1, 0.1, False)
+        q, k, v = QKNormRope.apply(qkv, w, w, cos, cos, torch.zeros(2, dtype=torch.int32), 1, 0.1)
     assert q[..., :64].isnan().all() and not q[..., 64:].isnan().any() and torch.equal(v, qkv[:, 3:])
 
 
 HEAD, QK, RMS = "norm/head.cuh", "norm/qk_norm_rope.cu", "norm/rms_norm.cu"
 ROUTER = "norm/rms_norm_router.cu"
 BROKEN = {  # name: (check that must fail, file, right, wrong)
-    "turned the other way": (check_qk_forward, HEAD, "(lane < 4) != back", "(lane < 4) == back"),
-    "turned back the same way": (check_qk_backward, QK, "angles.turn(z, true)", "angles.turn(z, false)"),
+    "rotated the other way": (check_qk_forward, HEAD, "(lane < 4) != back", "(lane < 4) == back"),
+    "rotated back the same way": (check_qk_backward, QK, "angles.rotate(z, true)", "angles.rotate(z, false)"),
     "a neighbour's dim": (check_qk_forward, HEAD, "__shfl_xor_sync(~0u, y[j], 4)", "__shfl_xor_sync(~0u, y[j], 2)"),
     "an unknown position's angles": (check_qk_forward, HEAD, "real && !known ?", "false ?"),
     "values through the norm": (check_qk_forward, QK, "if (!key) y = x[i];", ""),
@@ -175,7 +172,8 @@ BROKEN = {  # name: (check that must fail, file, right, wrong)
                             "0; i < warps"),
     "a neighbour's scale": (check_rms_forward, RMS, "y_scale[n / kBlock * ld_scale + m]",
                             "y_scale[n / kBlock * ld_scale + (m ^ 1) % M]"),
-    "rounded after the sum": (check_rms_forward, RMS, "rounded<R>(v[i][j] + r[j], true)", "(v[i][j] + r[j])"),
+    "rounded after the sum": (check_rms_forward, RMS, "static_cast<float>(static_cast<R>(v[i][j] + r[j]))",
+                              "(v[i][j] + r[j])"),
     "dw of one row of a block": (check_rms_backward, RMS, "sum += sums[i * wide + n]", "sum = sums[i * wide + n]"),
     "no barrier before a row's squares": (check_router, ROUTER, "squares[lane][warp] = mine;\n        __syncthreads();",
                                           "squares[lane][warp] = mine;"),

@@ -38,7 +38,7 @@ def test_an_epoch_has_every_token_once(seed, seq_len):
     epochs = [Packed(docs, seq_len, seed).batch(range(e * rows, (e + 1) * rows)).ids for e in (0, 1)]
     for epoch in epochs:
         assert sorted(epoch.flatten().tolist()) == list(range(92))
-        for row in epoch:  # within a row documents are whole, or cut where the row ends
+        for row in epoch:  # within a row documents are complete, or cut at the row's end
             breaks = [i for i in range(1, seq_len) if row[i] != row[i - 1] + 1]
             assert {int(row[i]) for i in breaks} <= set(docs.start) and {int(row[i - 1]) + 1 for i in breaks} <= set(
                 docs.end
@@ -57,7 +57,7 @@ def test_epochs_follow_one_another_without_a_gap(seq_len):
     assert set(seen.values()) <= {whole, whole + 1} and sum(n > whole for n in seen.values()) == rest
 
 
-def test_rows_of_a_batch_come_from_everywhere():
+def test_rows_of_a_batch_come_from_many_documents():
     docs = documents_of(*[1000] * 20)
     rows = Packed(docs, 10, 0).batch(range(20)).ids
     assert len(rows[:, 0].unique()) > 8
@@ -129,7 +129,7 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path, capsys):
 
     assert gather("txt", "a0.txt", "a1.txt", "a2.txt", "a3.txt") == TEXTS
     assert gather("jsonl", "b.jsonl") == gather("parquet", "deep") == gather("bin", "z.bin") == TEXTS
-    assert not (tmp_path / "bin.cache").exists()  # mapped where it lies
+    assert not (tmp_path / "bin.cache").exists()  # mapped in place
     assert sorted(gather("folder", ".")) == sorted(TEXTS * 4)
     assert f"{sum(len(t.encode()) + 1 for t in TEXTS)} tokens of 4 documents, uint16" in capsys.readouterr().out
 

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 import ling_kernels
 from ling_kernels.backend import force
-from ling_kernels.op import E4M3
+from ling_kernels.op import E4M3, explain
 from ling_kernels.ops.quantize import dequantize
 from tests.cases import CASES, DEVICE, args_of, sweep
 
@@ -214,6 +214,19 @@ def test_launchers_are_what_they_declare(case, shape, dtype, backend):
             if comparable and (launcher, backend) not in OPCHECKED:
                 OPCHECKED.add((launcher, backend))
                 torch.library.opcheck(launcher, tuple(args))
+
+
+@pytest.mark.parametrize("case, shape, dtype, backend", smallest_of_each())
+def test_explain_tells_every_choice(case, shape, dtype, backend):
+    """Where there are kernels, explain names what runs: those of no faster backend, and a reason for a slower one."""
+    args = args_of(case, shape, dtype)
+    with force(backend):
+        choices = explain(case.op, *args, **case.kwargs)
+    assert choices or "triton" not in case.backends
+    order = ["torch", "triton", "cuda"]
+    for choice in choices:
+        assert order.index(choice.implementation) <= order.index(backend)
+        assert choice.reason is None if choice.implementation == "cuda" else choice.reason
 
 
 @pytest.mark.parametrize("case, shape, dtype, backend", smallest_of_each())

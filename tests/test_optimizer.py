@@ -1,9 +1,8 @@
-"""The optimizers: 8-bit AdamW on any master, stochastic rounding, fused requantisation, Muon; steps that are none."""
+"""The optimizers: 8-bit AdamW with any master, stochastic rounding, fused requantisation, Muon, skipped steps."""
 
+import copy
 import math
-import re
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,7 +25,6 @@ from tests.cases import DEVICE, Rand, runs
 from tests.test_fp8_training import WHOLE
 
 KINDS = [*((k, "fp32") for k in OPTIMIZERS), ("adamw8bit", "bf16"), ("muon", "bf16")]
-PAGE = Path(__file__).parents[1] / "docs/fp8.md"
 
 
 def model_with_gradients(master="fp32", seed=0):
@@ -43,9 +41,9 @@ def give_gradients(model, seed):
         p.grad = torch.randn(p.shape, generator=g, device=DEVICE).to(p.dtype) / 100
 
 
-def step(optimizer, sound=True, lr=1e-2, norm=1.0, limit=1.0):
+def step(optimizer, finite=True, lr=1e-2, norm=1.0, limit=1.0):
     scalar = lambda x: torch.tensor(x, device=DEVICE)  # noqa: E731
-    clipped_step(optimizer, lr, scalar(norm), limit, scalar(sound))
+    clipped_step(optimizer, lr, scalar(norm), limit, scalar(finite))
 
 
 def snapshot(model, optimizer):
@@ -53,13 +51,13 @@ def snapshot(model, optimizer):
 
 
 @pytest.mark.parametrize("kind, master", KINDS)
-def test_a_step_that_is_none_changes_nothing(kind, master):
+def test_a_skipped_step_changes_nothing(kind, master):
     model = model_with_gradients(master)
     optimizer = make_optimizer(model, kind, 1e-2, 0.1)
     step(optimizer)
     before = snapshot(model, optimizer)
     next(model.parameters()).grad.view(-1)[0] = torch.nan
-    step(optimizer, sound=False, norm=math.nan)
+    step(optimizer, finite=False, norm=math.nan)
     assert all(map(torch.equal, before, snapshot(model, optimizer)))
     give_gradients(model, 1)
     step(optimizer)
@@ -69,9 +67,31 @@ def test_a_step_that_is_none_changes_nothing(kind, master):
     assert set(steps) == {2.0}
 
 
+@pytest.mark.parametrize("kind, master", KINDS)
+def test_a_loaded_state_is_the_whole_state(kind, master):
+    """After three steps and loading, the next step gives the original's bits for every parameter; and param_groups
+    still set the learning rate of all of them."""
+    model = model_with_gradients(master)
+    optimizer = make_optimizer(model, kind, 1e-2, 0.1)
+    for seed in range(3):
+        give_gradients(model, seed)
+        step(optimizer)
+    twin = copy.deepcopy(model)
+    loaded = make_optimizer(twin, kind, 1e-2, 0.1)
+    loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for m, o in ((model, optimizer), (twin, loaded)):
+        give_gradients(m, 3)
+        step(o)
+    assert all(map(torch.equal, snapshot(model, optimizer), snapshot(twin, loaded)))
+    before = [p.clone() for p in twin.parameters()]
+    give_gradients(twin, 4)
+    step(loaded, lr=0.0)
+    assert all(map(torch.equal, before, twin.parameters()))
+
+
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_gradients_are_clipped_on_the_device(kind):
-    """A step with gradients eight times as long and the norm that says so is the same step."""
+    """Gradients eight times as large, with their norm, give the same step."""
     models = [model_with_gradients() for _ in range(2)]
     optimizers = [make_optimizer(m, kind, 1e-2, 0.1) for m in models]
     for _ in range(2):
@@ -110,7 +130,8 @@ def test_adamw_8bit_as_an_optimizer_follows_torch():
 
 
 def test_stochastic_rounding():
-    """The mean is what fp32 holds, the neighbours alone occur, and the same seed, step and element give the same."""
+    """The mean is the fp32 value, only its two bf16 neighbours occur, and equal seed, step and element give equal
+    bits."""
     n, value = 1 << 16, 1 + 0.3 * 2**-7  # bf16 has 1 and 1 + 2^-7
 
     def rounded(seed, step):
@@ -139,8 +160,8 @@ def test_random_bits_are_even():
     assert (together - torch.eye(32, device=DEVICE)).abs().max() < 5 / 2**9
 
 
-def test_bf16_masters_learn_what_rounding_to_the_nearest_does_not():
-    """Steps of a thirtieth of bf16's."""
+def test_stochastic_rounding_keeps_small_updates():
+    """Updates of a thirtieth of bf16's last place: rounding to nearest loses them."""
 
     def moved(seed):
         p = torch.ones(4096, device=DEVICE, dtype=torch.bfloat16)
@@ -154,7 +175,7 @@ def test_bf16_masters_learn_what_rounding_to_the_nearest_does_not():
 
 
 def test_muon_with_bf16_masters_follows_fp32_ones():
-    """From equal weights, over steps a tenth of bf16's last place: rounded to the nearest, nothing would move."""
+    """From equal weights, with updates of a tenth of bf16's last place, which rounding to nearest would lose."""
     models = [model_with_gradients(master) for master in ("bf16", "fp32")]
     with torch.no_grad():
         for narrow, wide in zip(*(m.parameters() for m in models), strict=True):
@@ -163,7 +184,7 @@ def test_muon_with_bf16_masters_follows_fp32_ones():
     optimizers = [make_optimizer(m, "muon", 1e-5, 0.0, seed=3) for m in models]
     for seed in range(12):
         for model, optimizer in zip(models, optimizers, strict=True):
-            give_gradients(model, seed // 6)  # a few of one direction
+            give_gradients(model, seed // 6)  # several in one direction
             step(optimizer, lr=1e-5)
     names = [n for n, _ in models[1].named_parameters()]
     for name, s, narrow, wide in zip(names, start, *(m.parameters() for m in models), strict=True):
@@ -176,8 +197,8 @@ def test_muon_with_bf16_masters_follows_fp32_ones():
     assert [s["momentum_buffer"].dtype for s in states] == [torch.bfloat16, torch.float32]
 
 
-def test_random_bits_are_of_the_place_in_the_group():
-    """Whichever other parameters have gradients."""
+def test_random_bits_depend_on_the_place_in_the_group():
+    """Not on which other parameters have gradients."""
     after = []
     for others in (True, False):
         params = [nn.Parameter(torch.ones(256, 256, device=DEVICE, dtype=torch.bfloat16)) for _ in range(3)]
@@ -196,12 +217,9 @@ def adamw_8bit_of_the_first(like):
     return p
 
 
-@pytest.mark.parametrize("number", [16, 256, 1024])
-def test_gradients_summed_in_bf16(number):
-    """How far they are off is what the page says."""
-    said = re.search(
-        r"over 16 micro batches is ([\d.]+) % off, over 256 ([\d.]+) %, over 1024 ([\d.]+) %", PAGE.read_text()
-    )
+@pytest.mark.parametrize("number, percent", [(16, 0.5), (256, 1.6), (1024, 3.1)])
+def test_gradients_summed_in_bf16(number, percent):
+    """Error of the sum over so many micro batches, as docs/fp8.md has it."""
     g = torch.Generator().manual_seed(0)
     signal = torch.randn(1 << 14, generator=g) / 10
     total, truth = torch.zeros(1 << 14, dtype=torch.bfloat16), torch.zeros(1 << 14, dtype=torch.float64)
@@ -209,8 +227,8 @@ def test_gradients_summed_in_bf16(number):
         grad = (signal + torch.randn(1 << 14, generator=g)).bfloat16()
         total += grad
         truth += grad.double()
-    off = 100 * float((total.double() - truth).norm() / truth.norm())
-    assert off == pytest.approx(float(said[[16, 256, 1024].index(number) + 1]), rel=0.05)
+    error = 100 * float((total.double() - truth).norm() / truth.norm())
+    assert error == pytest.approx(percent, rel=0.05)
 
 
 @pytest.mark.parametrize("K", [256, 384])
@@ -218,14 +236,14 @@ def test_gradients_summed_in_bf16(number):
 def test_requantised_in_the_step(K, pow2):
     rand = Rand(torch.bfloat16)
     p, g = rand.data(2, 128, K), rand.data(2, 128, K)
-    copy = tuple(t.clone() for t in quantize_weight(p, pow2))
-    before = copy[0].clone()
-    adamw_8bit([p], [g], adamw_8bit_state([p]), 0.1, (0.9, 0.95), 1e-8, 0.1, 1, fp8=[copy], pow2=pow2, seed=1)
-    assert all(torch.equal(a.float(), b.float()) for a, b in zip(copy, quantize_weight(p, pow2), strict=True))
-    assert not torch.equal(copy[0].float(), before.float())
+    weight = tuple(t.clone() for t in quantize_weight(p, pow2))
+    before = weight[0].clone()
+    adamw_8bit([p], [g], adamw_8bit_state([p]), 0.1, (0.9, 0.95), 1e-8, 0.1, 1, fp8=[weight], pow2=pow2, seed=1)
+    assert all(torch.equal(a.float(), b.float()) for a, b in zip(weight, quantize_weight(p, pow2), strict=True))
+    assert not torch.equal(weight[0].float(), before.float())
 
 
-def test_the_reference_goes_by_chunks(monkeypatch):
+def test_the_reference_works_in_chunks(monkeypatch):
     def after(chunk):
         monkeypatch.setattr(sys.modules["ling_kernels.ops.adamw_8bit"], "CHUNK", chunk)
         rand = Rand(torch.bfloat16)
@@ -245,7 +263,7 @@ def test_zero_moments_are_zero():
         assert not dequantize_moment(codes, scale, dynamic_map(signed)).any()
 
 
-def test_muon_takes_each_expert_for_itself():
+def test_muon_updates_each_expert_on_its_own():
     model = model_with_gradients()
     optimizer = make_optimizer(model, "muon", 1e-2, 0.0)
     w = model.layers[1].mlp.experts.gate_up
@@ -269,8 +287,8 @@ def loss_of(model):
 
 
 @pytest.mark.parametrize("kind, master", [("adamw", "fp32"), ("adamw8bit", "fp32"), ("adamw8bit", "bf16")])
-def test_kept_fp8_weights_are_those_of_each_forward(kind, master):
-    """Also after steps of any optimizer, after weights are loaded, and after a step that was none."""
+def test_kept_fp8_weights_equal_those_of_each_forward(kind, master):
+    """Also after steps of any optimizer, after in-place changes, and after a skipped step."""
     losses = []
     for weights in ("each_forward", "kept"):
         model = model_with_gradients(master)
@@ -283,7 +301,7 @@ def test_kept_fp8_weights_are_those_of_each_forward(kind, master):
             with torch.autocast(DEVICE, torch.bfloat16):
                 seen.append(loss_of(model))
             seen[-1].backward()
-            step(optimizer, sound=i != 1)
+            step(optimizer, finite=i != 1)
         with torch.autocast(DEVICE, torch.bfloat16):
             seen.append(loss_of(model))
             with torch.no_grad():
@@ -291,35 +309,35 @@ def test_kept_fp8_weights_are_those_of_each_forward(kind, master):
             seen.append(loss_of(model))
         losses.append(torch.stack(seen).tolist())
     assert losses[0] == losses[1]
-    assert losses[0][1] == losses[0][2] != losses[0][3] and losses[0][3] != losses[0][4]  # the second step was none
+    assert losses[0][1] == losses[0][2] != losses[0][3] and losses[0][3] != losses[0][4]  # the second step was skipped
 
 
-def test_the_optimizer_makes_kept_fp8_weights(monkeypatch):
-    """Those of 8-bit AdamW need no further pass, at one address."""
+def test_the_optimizer_updates_kept_fp8_weights(monkeypatch):
+    """8-bit AdamW writes them in its own pass, at one address."""
     from ling_kernels.nn import fp8_cache
 
     model = model_with_gradients("bf16")
     to_fp8(model, weights="kept")
     optimizer = make_optimizer(model, "adamw8bit", 1e-2, 0.1)
     loss_of(model).backward()
-    copy = model.layers[1].mlp.experts.gate_up.fp8
-    address, before = copy.pair[0].data_ptr(), copy.pair[0].clone()
+    kept = model.layers[1].mlp.experts.gate_up.fp8
+    address, before = kept.pair[0].data_ptr(), kept.pair[0].clone()
     step(optimizer)
     calls = []
     genuine = fp8_cache.quantize_weight
     monkeypatch.setattr(fp8_cache, "quantize_weight", lambda *args: (calls.append(1), genuine(*args))[1])
     loss_of(model)
-    assert not calls and copy.pair[0].data_ptr() == address
-    assert not torch.equal(copy.pair[0].float(), before.float())
-    assert torch.equal(copy.pair[0].float(), genuine(model.layers[1].mlp.experts.gate_up)[0].float())
+    assert not calls and kept.pair[0].data_ptr() == address
+    assert not torch.equal(kept.pair[0].float(), before.float())
+    assert torch.equal(kept.pair[0].float(), genuine(model.layers[1].mlp.experts.gate_up)[0].float())
     torch.optim.SGD(model.parameters(), lr=0.1).step()
     loss_of(model)
     assert len(calls) == 3 * 2 + 2 + 2 * (2 + 2)  # attention, the dense MLP, experts with their shared one
 
 
 @pytest.mark.parametrize("backend", [b for b in ("torch", "triton") if runs(b)])
-def test_kernels_that_change_weights_say_so(backend):
-    """A kept transpose is made anew after 8-bit AdamW's step, which raises no version of itself."""
+def test_kept_transposes_follow_the_optimizer(backend):
+    """A kept transpose is made again after a step of 8-bit AdamW."""
     rand = Rand(torch.bfloat16)
     layer = Fp8Linear(256, 128, device=DEVICE, dtype=torch.bfloat16, weights="kept", transposed="kept")
     layer.weight.data = rand.data(128, 256)
@@ -337,8 +355,8 @@ def test_kernels_that_change_weights_say_so(backend):
             optimizer.zero_grad()
 
 
-def test_an_optimizer_of_few_parameters():
-    """Parameters without a gradient are left alone, vectors and matrices may share a group."""
+def test_parameters_without_gradients():
+    """They do not change; vectors and matrices may share a group."""
     a, b, c = (nn.Parameter(torch.ones(*shape, device=DEVICE)) for shape in ((3,), (2, 5), (4, 4)))
     optimizer = AdamW8bit([a, b, c], 0.1)
     a.grad, b.grad = torch.ones_like(a), torch.ones_like(b)

@@ -76,9 +76,25 @@ def test_type_checkers_see_every_op():
     assert Path(ops.__file__).read_text().endswith(expected), f"ops/__init__.py should end with\n{expected}"
 
 
+def test_mypy_checks_a_users_calls(tmp_path):
+    pytest.importorskip("mypy")
+    (tmp_path / "user.py").write_text(
+        "import ling_kernels as lk\n"
+        "from ling_kernels.ops import rms_norm\n"
+        "cache: lk.KVCache\n"
+        "lk.route(no_such_argument=1)\n"
+        "rms_norm(no_such_argument=1)\n"
+        "lk.no_such_op\n"
+        "lk.LingError('right')\n"
+    )
+    result = python("-m", "mypy", tmp_path / "user.py")
+    faults = {line.split(":")[1] for line in result.stdout.splitlines() if ": error:" in line}
+    assert faults == {"4", "5", "6"}, result.stdout + result.stderr
+
+
 def test_the_errors_have_one_base():
     from ling_kernels.generate import Busy
-    from ling_kernels.train.loop import Diverged
+    from ling_kernels.train import Diverged
 
     for error in (ling_kernels.InputError, ling_kernels.Busy, ling_kernels.Diverged):
         assert issubclass(error, ling_kernels.LingError)

@@ -1,9 +1,8 @@
-"""The memory plan: what it says of a step against real tensors; the preset; flags that do not go together; resuming."""
+"""The memory plan against real tensors; the plan command; contradicting flags; resuming with bf16 masters."""
 
 # ruff: noqa: F811 (fixtures are imported)
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,18 +12,20 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ling_kernels.backend import force
 from ling_kernels.errors import InputError
+from ling_kernels.generate.plan import main as old_plan_decode
 from ling_kernels.model import Ling, LingConfig
+from ling_kernels.plan.__main__ import main as plan_command
+from ling_kernels.plan.memory import RESERVE
+from ling_kernels.plan.train import plan_training
 from ling_kernels.train import checkpoint as ckpt
-from ling_kernels.train.__main__ import lighten, main, make_plan
-from ling_kernels.train.memory import kept_bytes
+from ling_kernels.train.__main__ import main
 from ling_kernels.train.optimizer import make_optimizer, to_masters
-from ling_kernels.train.plan import RESERVE
 from ling_kernels.train.prepare import refuse_without_fp8
 from ling_kernels.train.settings import Settings, settings_of
-from tests.test_fp8_training import WHOLE, metrics_of, training, whole  # noqa: F401
+from ling_kernels.train.trainer import apply_fp8_and_recompute
+from tests.test_fp8_training import WHOLE, kept_bytes, metrics_of, training, whole  # noqa: F401
 from tests.training import one_line_error, text  # noqa: F401
 
-PAGE = Path(__file__).parents[1] / "docs/fp8.md"
 KINDS = {
     "fp32": dict(precision="fp32"),
     "bf16": dict(precision="bf16", optimizer="muon", master="bf16"),
@@ -34,10 +35,10 @@ KINDS = {
 }
 
 
-def made(s: Settings, config: LingConfig):
+def new_model(s: Settings, config: LingConfig):
     model = Ling(config)
     to_masters(model, s.master)
-    lighten(model, s)
+    apply_fp8_and_recompute(model, s)
     return model.train()
 
 
@@ -49,7 +50,7 @@ def forward(model, s: Settings):
 
 
 def kept_by_the_graph(s: Settings, config: LingConfig) -> int:
-    """As torch's hooks on saved tensors count it, without parameters and FP8 copies that stay."""
+    """Bytes that torch's saved-tensor hooks count, without parameters and without FP8 copies that are kept."""
     kept = {}
 
     def pack(t):
@@ -57,7 +58,7 @@ def kept_by_the_graph(s: Settings, config: LingConfig) -> int:
         return t
 
     with FakeTensorMode(), force("triton"):
-        model = made(s, config)
+        model = new_model(s, config)
         with saved_tensors_hooks(pack, lambda t: t):
             out = forward(model, s)
         copies = [c for m in model.modules() if hasattr(m, "fp8") for c in m.fp8.caches if c is not None]
@@ -68,26 +69,26 @@ def kept_by_the_graph(s: Settings, config: LingConfig) -> int:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_plan_is_what_a_step_takes(kind):
+def test_a_plan_equals_a_real_step(kind):
     s = replace(Settings(), batch=4, micro_batch=2, seq_len=64, **KINDS[kind])
-    plan = make_plan(WHOLE, s)
-    model = made(s, WHOLE)
+    plan = plan_training(WHOLE, s)
+    model = new_model(s, WHOLE)
     optimizer = make_optimizer(model, s.optimizer, s.lr, s.weight_decay)
     forward(model, s).loss.backward()
     optimizer.step()
-    assert plan.parts["weights"] == sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
-    assert plan.parts["gradients"] == sum(p.grad.nbytes for p in model.parameters())  # a second micro batch adds to it
-    assert plan.parts["optimizer"] == sum(t.nbytes for state in optimizer.state.values() for t in state.values())
+    assert plan.peak_bytes["weights"] == sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
+    assert plan.peak_bytes["gradients"] == sum(p.grad.nbytes for p in model.parameters())  # also of two
+    assert plan.peak_bytes["optimizer"] == sum(t.nbytes for state in optimizer.state.values() for t in state.values())
     copies = [c for m in model.modules() if hasattr(m, "fp8") for c in m.fp8.caches if c is not None]
     if s.fp8_weights == "kept":
-        assert plan.parts["FP8 weights"] == sum(t.nbytes for c in copies for t in c.pair) > 0
+        assert plan.peak_bytes["FP8 weights"] == sum(t.nbytes for c in copies for t in c.pair) > 0
     in_graph = ("activations", "loss") + (() if copies else ("FP8 weights",))
-    assert sum(plan.kept[k] for k in in_graph) == pytest.approx(kept_by_the_graph(s, WHOLE), rel=0.002)
-    assert plan.peak == sum(plan.parts.values()) > sum(plan.kept.values())
+    assert sum(plan.kept_bytes[k] for k in in_graph) == pytest.approx(kept_by_the_graph(s, WHOLE), rel=0.002)
+    assert plan.peak == sum(plan.peak_bytes.values()) > sum(plan.kept_bytes.values())
 
 
-def test_activations_of_a_plan_are_those_of_the_table():
-    """Two layers more of Ling-mini's shape keep what the page's table says of them, to the byte."""
+def test_activations_of_a_plan_follow_the_formula():
+    """Two more layers of Ling-mini's shape keep what kept_bytes predicts."""
     T = 512
     for recompute in ("none", "experts", "full"):
         s = replace(
@@ -95,25 +96,38 @@ def test_activations_of_a_plan_are_those_of_the_table():
             optimizer="adamw8bit", recompute=recompute, fp8_wgrad="bf16",
         )  # fmt: skip
         few, more = (
-            make_plan(replace(LingConfig.mini(), num_hidden_layers=n, num_experts=64, vocab_size=512), s)
+            plan_training(replace(LingConfig.mini(), num_hidden_layers=n, num_experts=64, vocab_size=512), s)
             for n in (2, 4)
         )
         c = replace(LingConfig.mini(), num_experts=64)
         layer = T * sum(kept_bytes(c, "fp8", recompute, "bf16").values()) + (2 * 4 * 65 if recompute != "full" else 0)
-        assert more.kept["activations"] - few.kept["activations"] == pytest.approx(2 * layer, rel=1e-3)
+        assert more.kept_bytes["activations"] - few.kept_bytes["activations"] == pytest.approx(2 * layer, rel=1e-3)
 
 
 def test_the_preset_fits(capsys):
     assert main(["--preset", "ling-mini-1gpu", "--plan"]) == 0
     said = capsys.readouterr().out
     assert "17,083,499,776 parameters" in said and "H200 (141 GB) yes" in said
-    numbers = [re.findall(r"^(\w[\w ]*?)  +([\d.]+) [GM]B  ", t, re.M) for t in (said, PAGE.read_text())]
-    for (kind, value), (same, shown) in zip(*numbers, strict=True):
-        assert kind == same and float(value) == pytest.approx(float(shown), rel=0.02), "docs/fp8.md has another plan"
     peak = float(re.search(r"peak +([\d.]+) GB", said)[1])
     assert 100 < peak <= 141 - RESERVE / 1e9
     s = settings_of(dict(preset="ling-mini-1gpu", batch=8))
     assert (s.batch, s.model, s.optimizer, s.master, s.fp8_weights) == (8, "mini", "adamw8bit", "bf16", "kept")
+
+
+def test_plan_of_train_is_an_alias(capsys):
+    shown = []
+    for command, argv in ((main, ["--plan"]), (plan_command, ["train"])):
+        assert command([*argv, "--model", "tiny", "--batch", "8", "--layout", "dp=2,zero=1"]) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1] and "on the fullest of 2 GPUs" in shown[0]
+    assert plan_command(["decode", "--model", "tiny", "--batch", "3"]) == 0
+    step = capsys.readouterr().out
+    assert old_plan_decode(["--model", "tiny", "--batch", "3"]) == 0
+    assert capsys.readouterr().out == step and "tokens/s at most" in step
+    for argv, says in (([], "what"), (["sft"], "sft"), (["train", "--resume", "x"], "--resume")):
+        assert plan_command(argv) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1 and says in error
 
 
 def test_a_plan_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
@@ -128,7 +142,7 @@ def test_a_plan_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
     ("--master bf16 --optimizer adamw8bit --precision fp32", "--precision"), ("--optimizer sgd", "--optimizer"),
     ("--fp8-weights sometimes", "--fp8-weights"),
 ])  # fmt: skip
-def test_flags_that_do_not_go(whole, tmp_path, text, argv, says, capsys):
+def test_contradicting_flags(whole, tmp_path, text, argv, says, capsys):
     base = f"--model {whole} --data {text} --out {tmp_path / 'run'} --seq-len 32"
     assert says in one_line_error([*base.split(), *argv.split()], capsys)
     assert not (tmp_path / "run").exists()
@@ -149,7 +163,7 @@ LIGHT = "--precision fp8 --fp8-weights kept --optimizer adamw8bit"
 
 @pytest.mark.parametrize("flags", [f"{LIGHT} --master bf16", "--precision bf16 --optimizer muon --master bf16"])
 def test_a_resumed_run_is_the_same(tmp_path, whole, text, flags):
-    """Weights, moments in 8 bits, random rounding and Muon's momentum, all to the bit."""
+    """Weights, 8-bit moments, stochastic rounding and Muon's momentum continue to the bit."""
     straight = training(whole, text, tmp_path / "straight", flags, "--steps 6", "--save-every 3")
     half = tmp_path / "straight" / "checkpoints" / "step-000003"
     assert straight[-1]["loss"] < straight[0]["loss"]
@@ -160,8 +174,8 @@ def test_a_resumed_run_is_the_same(tmp_path, whole, text, flags):
     assert [m["loss"] for m in metrics_of(tmp_path / "straight")] == [m["loss"] for m in straight]
 
 
-def test_another_master_on_the_way(tmp_path, whole, text, capsys):
-    """fp32 to bf16 and back; to bf16 products and back. Not another optimizer."""
+def test_resuming_with_another_master(tmp_path, whole, text, capsys):
+    """fp32 to bf16 and back; FP8 to bf16 products and back. Another optimizer is refused."""
     run = tmp_path / "run"
     first = training(whole, text, run, LIGHT, "--steps 4")
     for steps, flags in ((6, "--master bf16"), (8, "--master fp32 --fp8-weights each_forward"),

@@ -228,6 +228,8 @@ def wrong_calls():
     yield "heads", attention, (q, rand.data(6, 3, 8), rand.data(6, 3, 8), cu)
     yield "no heads", attention, (q, k[:, :0], k[:, :0], cu)
     yield "D", attention, (q, k[..., :4], k[..., :4], cu)
+    yield "no D", attention, (q[..., :0], k[..., :0], k[..., :0], cu)
+    yield "no D", attention_decode, (q[None, :, :, :0], KVCache(*(t[..., :0] for t in pages[:2])), table, lengths)
     yield "v", attention, (q, k, k[:5], cu)
     yield "dtype", attention, (q, k.to(BF16), k, cu)
     yield "int q", attention, (q.int(), k.int(), k.int(), cu)

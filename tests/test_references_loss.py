@@ -133,6 +133,8 @@ def test_grad_norm_is_that_of_all_elements(dtype):
     got = grad_norm(grads)
     want = torch.cat([g.double().flatten() for g in grads]).norm()
     assert got.dtype == FP32 and got.shape == () and abs(got.item() / want.item() - 1) < 1e-6
+    mixed = grad_norm([grads[0].float(), *(g.double() for g in grads[1:])])
+    assert mixed.dtype == torch.float64 and torch.allclose(mixed, want)
     assert grad_norm([]) == 0 and grad_norm([*grads, torch.full((2,), torch.nan, device=DEVICE)]).isnan()
 
 

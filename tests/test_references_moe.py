@@ -145,17 +145,12 @@ def test_router_gemm(dtype):
     exact = x.double() @ w.double().T
     size = x.double().abs() @ w.double().abs().T
     with torch.autocast("cpu", torch.bfloat16):
-        three, two = router_gemm(x, w), router_gemm(x, w, passes=2)
-    dx, dw = torch.autograd.grad(three, (x, w), torch.ones_like(three))
-    assert three.dtype == two.dtype == FP32 and dx.dtype == dtype and dw.dtype == FP32
-    assert ((three - exact).abs() < 2**-20 * size).all()
-    assert ((two - exact).abs() < 2**-17 * size).all()
+        logits = router_gemm(x, w)
+    dx, dw = torch.autograd.grad(logits, (x, w), torch.ones_like(logits))
+    assert logits.dtype == FP32 and dx.dtype == dtype and dw.dtype == FP32
+    assert ((logits - exact).abs() < 2**-20 * size).all()
     one, column = torch.ones(1, 1, dtype=dtype), w[:, :1].detach()
     assert torch.equal(router_gemm(one, column), column.T)
-    lost = ((router_gemm(one, column, passes=2) - column.T) / column.T).abs()
-    assert 2**-22 < lost.max() < 2**-17
-    assert torch.allclose(dw.double(), x.double().sum(0).expand(16, -1), rtol=1e-5, atol=1e-5)
-    (dw,) = torch.autograd.grad(router_gemm(x, w, passes=2).sum(), w)
     assert torch.allclose(dw.double(), x.double().sum(0).expand(16, -1), rtol=1e-5, atol=1e-5)
 
 
@@ -293,7 +288,7 @@ BAD = {
                         (rand(4, 3), rand(3), rand(8, 3), rand(4, 4)), (rand(2, 4, 3), rand(3), rand(8, 3))],
     "route": [(rand(4, 8), rand(7)), (rand(4, 8).bfloat16(), rand(8)), (rand(4, 8), rand(8), rand(4)),
               (rand(4, 8), rand(8), None, 3), (rand(4, 8), rand(8), None, 4, 5), (rand(4, 8), rand(8), None, 4, 2, 5)],
-    "router_gemm": [(rand(4, 3), rand(8, 4)), (rand(4, 3), rand(8, 3), 1), (ints(4, 3), rand(8, 3))],
+    "router_gemm": [(rand(4, 3), rand(8, 4)), (ints(4, 3), rand(8, 3))],
     "swiglu": [(rand(4, 3),), (rand(4, 4), rand(3)), (rand(4, 128), None, True), (rand(4, 256), None, False, True)],
     "transpose_fp8": [(E8, rand(1, 1)), (rand(128, 128), rand(1, 1))],
     "unpermute": [(rand(5, 3), PLAN), (rand(4, 3), PLAN, rand(4, 2)), (rand(4, 3), PLAN, ints(4, 1))],

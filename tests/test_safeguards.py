@@ -1,5 +1,5 @@
-"""Safeguards: what FP8 makes of operands is measured as it is, layers outside their band are named and given up, spikes
-are skipped; none of it changes a run that needs none of it."""
+"""Safeguards of FP8 training: measured errors are right, layers outside their band are reported and switch to bf16,
+spikes are skipped; and a run without such events does not change."""
 
 # ruff: noqa: F811 (fixtures are imported)
 import json
@@ -16,13 +16,14 @@ from ling_kernels.nn.fp8 import to_fp8
 from ling_kernels.ops.dispatch import dispatch
 from ling_kernels.ops.quantize import dequantize, quantize_blocks
 from ling_kernels.train import checkpoint as ckpt
-from ling_kernels.train import loop
-from ling_kernels.train.__main__ import lighten, main
+from ling_kernels.train import trainer as steps
+from ling_kernels.train.__main__ import main
+from ling_kernels.train.monitor import BANDS, ENOUGH, FIRST, FLOOR, OWN, WINDOW, FP8Monitor, fp8_errors, spike, to_bf16
 from ling_kernels.train.optimizer import StepInBackward
-from ling_kernels.train.safeguards import BANDS, ENOUGH, FIRST, FLOOR, OWN, WINDOW, Watch, losses, spike, to_bf16
 from ling_kernels.train.settings import Settings
+from ling_kernels.train.trainer import apply_fp8_and_recompute
 from tests.test_fp8_training import WHOLE, metrics_of, whole  # noqa: F401
-from tests.test_train import snapshot, trainer
+from tests.test_train import snapshot, step_inputs
 from tests.training import flags, one_line_error, small, text  # noqa: F401
 
 
@@ -35,20 +36,20 @@ def of_fp8(x, block=(1, 128)):
     return [float(underflow), 1 - float((x * back).sum() / (x.norm() * back.norm()))]
 
 
-def test_losses_of_what_is_known():
+def test_errors_of_known_values():
     x = torch.full((2, 128), 1e-7)
     x[:, 0] = 1
     back = dequantize(*quantize_blocks(x, 1, 128, False))
-    assert losses(x, back).tolist() == pytest.approx([127 / 128, 0], abs=1e-9)
-    assert losses(x, torch.stack([back[0], -back[1]])).tolist()[1] == pytest.approx(1, abs=1e-9)
-    assert losses(x * 0, x * 0).tolist() == [0, 0] and losses(x, x * 0).tolist() == [1, 1]
+    assert fp8_errors(x, back).tolist() == pytest.approx([127 / 128, 0], abs=1e-9)
+    assert fp8_errors(x, torch.stack([back[0], -back[1]])).tolist()[1] == pytest.approx(1, abs=1e-9)
+    assert fp8_errors(x * 0, x * 0).tolist() == [0, 0] and fp8_errors(x, x * 0).tolist() == [1, 1]
 
 
 def measured(model, *inputs):
-    """What a watch makes of one forward and backward with a random gradient."""
+    """The monitor's record of one forward and backward with a random gradient, and that gradient."""
     torch.manual_seed(1)
-    watch = Watch(model, 1)
-    with watch.measuring(1) as record:
+    monitor = FP8Monitor(model, 1)
+    with monitor.measuring(1) as record:
         out = model(*inputs)
         dy = torch.randn_like(out)
         out.backward(dy)
@@ -75,7 +76,7 @@ def test_operands_of_linear():
     for name, value in [("x", x), ("xt", x.T), ("dy", dy), ("dyt", dy.T)]:
         close(got[name], of_fp8(value))
     close(got["w"], of_fp8(model[0].weight, (128, 128)))
-    second = Watch(model, 1)
+    second = FP8Monitor(model, 1)
     with second.measuring(2) as record:
         model(x := spread(256, 256)).sum().backward()
         model(spread(256, 256)).backward(spread(256, 128))  # another micro batch
@@ -83,21 +84,21 @@ def test_operands_of_linear():
     assert record["layers"]["0"]["dy"] == pytest.approx([0, 0], abs=1e-9)
     with second.measuring(3) as record, torch.no_grad():
         model(x)
-    assert not record["layers"]  # nothing that trains
-    with Watch(model, 2).measuring(3) as record:
+    assert not record["layers"]  # no training
+    with FP8Monitor(model, 2).measuring(3) as record:
         model(x)
     assert not record and not model[0]._forward_hooks
     to_bf16(model, "0")
     with second.measuring(4) as record:
         model(x).sum().backward()
-    assert not record  # nothing in FP8
+    assert not record  # no FP8 layer
 
 
 def test_operands_of_linear_with_a_norm():
     torch.manual_seed(0)
     norm, layer, x = RMSNorm(256), Fp8Linear(256, 128, recompute="norm_act"), spread(100, 256)
     nn.init.normal_(norm.weight, std=100)
-    with Watch(nn.ModuleList([layer]), 1).measuring(1) as record:
+    with FP8Monitor(nn.ModuleList([layer]), 1).measuring(1) as record:
         layer(x, norm).sum().backward()
     close(record["layers"]["0"]["x"], of_fp8(norm(x)))
     close(record["layers"]["0"]["xt"], of_fp8(padded(norm(x)).T))
@@ -129,7 +130,7 @@ def test_operands_of_the_busiest_expert():
     for p in model.parameters():
         nn.init.normal_(p, std=0.1)
     chosen = torch.randint(0, 3, (90, 1), dtype=torch.int32)
-    chosen[:50] = 2  # more than the others, and fewer than a block
+    chosen[:50] = 2  # more than for the others, fewer than a block
     plan = dispatch(chosen, chosen.flatten().bincount(minlength=4).int())
     x, p = torch.randn(90, 128).requires_grad_(), spread(90, 1).abs()
     layers, dy = measured(nn.ModuleList([model])[0], x, plan, p)
@@ -150,30 +151,30 @@ def record_of(layer, **operands):
     return dict(step=1, layers={layer: operands})
 
 
-def test_a_layer_is_named_when_it_leaves_its_band():
+def test_a_layer_is_reported_when_it_leaves_its_band():
     model = nn.Sequential(Fp8Linear(128, 128), Fp8MLP(128, 128))
     good, bad = [0, 1e-3], [2 * BANDS["dy"][0], 1e-3]
-    watch = Watch(model, 1, patience=2)
-    assert not watch.judge(record_of("0", dy=good)) and not watch.given_up()
-    (left,) = watch.judge(record_of("0", dy=bad))
+    monitor = FP8Monitor(model, 1, patience=2)
+    assert not monitor.update(record_of("0", dy=good)) and not monitor.layers_to_disable()
+    (left,) = monitor.update(record_of("0", dy=bad))
     assert str(left) == "0: underflow of dy is 0.02, above 0.01"
-    assert not watch.judge(record_of("0", dy=good))
-    assert len(watch.judge(record_of("0", dy=bad))) == 1 and not watch.given_up()  # not in a row
-    assert not watch.judge(record_of("0", dy=bad)) and watch.given_up() == ["0"]
-    again = Watch(model, 1, patience=2, since=[record_of("0", dy=bad)])
-    assert not again.judge(record_of("0", dy=bad)) and again.given_up() == ["0"]
-    assert "not finite" in str(watch.judge(record_of("1.down", dy=[None, 0]))[0])
-    watch.judge(record_of("1.down", dy=[None, 0]))
+    assert not monitor.update(record_of("0", dy=good))
+    assert len(monitor.update(record_of("0", dy=bad))) == 1 and not monitor.layers_to_disable()  # not in a row
+    assert not monitor.update(record_of("0", dy=bad)) and monitor.layers_to_disable() == ["0"]
+    again = FP8Monitor(model, 1, patience=2, earlier=[record_of("0", dy=bad)])
+    assert not again.update(record_of("0", dy=bad)) and again.layers_to_disable() == ["0"]
+    assert "not finite" in str(monitor.update(record_of("1.down", dy=[None, 0]))[0])
+    monitor.update(record_of("1.down", dy=[None, 0]))
     to_bf16(model, "0")
-    assert watch.given_up() == ["1"]
+    assert monitor.layers_to_disable() == ["1"]
 
 
 def test_a_band_of_its_own():
-    watch = Watch(nn.Sequential(), 1)
+    monitor = FP8Monitor(nn.Sequential(), 1)
     for value in (0.02, 0.03, 0.01):
-        assert not watch.judge(record_of("a", w=[value, 0.0]))
-    assert FIRST == 3 and not watch.judge(record_of("a", w=[OWN * 0.03, FLOOR[1]]))
-    assert [(x.metric, x.limit) for x in watch.judge(record_of("a", w=[0.091, 1.1 * FLOOR[1]]))] == [
+        assert not monitor.update(record_of("a", w=[value, 0.0]))
+    assert FIRST == 3 and not monitor.update(record_of("a", w=[OWN * 0.03, FLOOR[1]]))
+    assert [(x.metric, x.limit) for x in monitor.update(record_of("a", w=[0.091, 1.1 * FLOOR[1]]))] == [
         ("underflow", pytest.approx(OWN * 0.03)), ("distortion", FLOOR[1]),
     ]  # fmt: skip
 
@@ -203,7 +204,7 @@ def measurements(run):
     return [json.loads(line) for line in (run / "fp8.jsonl").read_text().splitlines()]
 
 
-def test_a_watch_changes_nothing(tmp_path, whole, text):
+def test_the_monitor_changes_nothing(tmp_path, whole, text):
     for recompute in ("none", "full"):
         plain, watched = tmp_path / recompute, tmp_path / f"watched-{recompute}"
         fp8_run(whole, text, plain, "--steps 4 --recompute", recompute)
@@ -221,8 +222,8 @@ def test_a_watch_changes_nothing(tmp_path, whole, text):
         assert (watched / "fp8.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_fallback_is_kept_over_a_resume(tmp_path, whole, text, capsys):
-    """One channel of a layer's input is a million times the others, which FP8 then loses."""
+def test_fallback_survives_a_resume(tmp_path, whole, text, capsys):
+    """One channel of a layer's input is a million times the others, which FP8 rounds to zero."""
     model = load_model(whole, dtype=torch.float32)
     with torch.no_grad():
         model.layers[1].input_layernorm.weight[0] = 1e6
@@ -232,7 +233,7 @@ def test_fallback_is_kept_over_a_resume(tmp_path, whole, text, capsys):
     fp8_run(tmp_path / "outlier", text, tmp_path / "a", flags, "5")
     said = capsys.readouterr().out
     assert f"step 1: outside its band: {name}: underflow of x is" in said
-    assert f"step 2: {name} goes on in bf16" in said
+    assert f"step 2: {name} switches to bf16" in said
     assert [name in line["layers"] for line in measurements(tmp_path / "a")] == [True, True, False, False, False]
     for point in ckpt.list_checkpoints(tmp_path / "a"):
         state = json.loads((point / "state.json").read_text())
@@ -241,14 +242,14 @@ def test_fallback_is_kept_over_a_resume(tmp_path, whole, text, capsys):
     fp8_run(tmp_path / "outlier", text, tmp_path / "b", flags, "3")
     capsys.readouterr()
     assert main(["--resume", str(tmp_path / "b"), "--steps", "5"]) == 0
-    assert f"{name} goes on" not in capsys.readouterr().out
+    assert f"{name} switches" not in capsys.readouterr().out
     assert [m["loss"] for m in metrics_of(tmp_path / "a")] == [m["loss"] for m in metrics_of(tmp_path / "b")]
     assert measurements(tmp_path / "a") == measurements(tmp_path / "b")
 
 
-def test_what_a_spike_is():
+def test_spikes():
     rows = [[float(i), 1.0] for i in range(1, ENOUGH)]
-    assert spike([1e9, 1e9], rows, (2.0, 2.0)) is None  # too few to compare with
+    assert spike([1e9, 1e9], rows, (2.0, 2.0)) is None  # too few steps to compare with
     rows.append([float(ENOUGH), 1.0])
     assert spike([16.9, 1.9], rows, (2.0, 2.0)) is None  # the median is 8.5
     assert spike([17.1, 1.9], rows, (2.0, 2.0)) == "loss 2.01 times the median of 16 steps"
@@ -258,9 +259,9 @@ def test_what_a_spike_is():
 
 @pytest.mark.parametrize("what, light", [("spike_loss", False), ("spike_norm", False), ("spike_loss", True)])
 def test_a_spike_is_skipped(tmp_path, text, what, light):
-    model, optimizer, packed, settings, progress = trainer(text, tmp_path, **{what: 2.0})
+    model, optimizer, packed, settings, progress = step_inputs(text, tmp_path, **{what: 2.0})
     in_backward = StepInBackward(model, optimizer) if light else None
-    step = lambda s: loop.train_step(model, optimizer, packed, s, progress, torch.float32, in_backward)[0]  # noqa: E731
+    step = lambda s: steps.train_step(model, optimizer, packed, s, progress, torch.float32, in_backward)[0]  # noqa: E731
     usual = step(settings)
     assert progress.recent == [[usual["loss"], usual["grad_norm"]]]
     recent = progress.recent = [[v / 3 for v in progress.recent[0]]] * WINDOW
@@ -275,10 +276,10 @@ def test_a_spike_is_skipped(tmp_path, text, what, light):
     assert progress.recent[-1] == [taken["loss"], taken["grad_norm"]]
 
 
-def test_a_watch_of_nothing_is_said():
+def test_a_monitor_without_fp8_layers_is_reported():
     settings = Settings(precision="bf16", fp8_watch=2)
-    assert "--fp8-watch has nothing" in lighten(Ling(WHOLE), settings)[0]
-    assert not lighten(Ling(WHOLE), replace(settings, fp8_watch=0))
+    assert "--fp8-watch has nothing" in apply_fp8_and_recompute(Ling(WHOLE), settings)[0]
+    assert not apply_fp8_and_recompute(Ling(WHOLE), replace(settings, fp8_watch=0))
 
 
 def test_bad_input(small, text, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""8-bit AdamW and FP8 layers over two processes whose parameters FSDP2 has sharded."""
+"""8-bit AdamW and FP8 layers with parameters that FSDP2 shards over two processes."""
 
 from dataclasses import replace
 
@@ -47,7 +47,7 @@ def fp8_model(mesh=None, **options):
 
 
 def compare_with_one(folder, mesh):
-    """Every process has the same rows, so that the mean of their gradients is that of one alone: all bits are equal."""
+    """Both processes have the same rows, so that the mean gradient equals a single process's: all bits are equal."""
     alone = fp8_model(weights="kept")
     sharded = fp8_model(mesh, weights="kept")
     losses = [train(*of, 2) for of in (alone, sharded)]
@@ -87,9 +87,9 @@ def go_on_in_one(folder, mesh):
 
 
 def round_at_random(folder, mesh):
-    """bf16 masters: other random bits in each shard, the same in the same run, and resumed as it was."""
+    """bf16 masters: random bits differ between shards, are equal in equal runs, and continue after a resume."""
 
-    def made(shape=(6, 256)):
+    def new(shape=(6, 256)):
         torch.manual_seed(0)
         layer = nn.Linear(shape[1], shape[0], bias=False, dtype=torch.bfloat16)
         nn.init.ones_(layer.weight)
@@ -102,7 +102,7 @@ def round_at_random(folder, mesh):
         optimizer.zero_grad()
         return layer.weight.full_tensor()
 
-    runs = [made() for _ in range(3)]
+    runs = [new() for _ in range(3)]
     after = [step(*run) for run in runs[:2]]
     assert torch.equal(*after) and len(after[0].unique()) == 2
     assert not torch.equal(after[0][:3], after[0][3:])
@@ -112,7 +112,7 @@ def round_at_random(folder, mesh):
     scale = runs[2][1].state[runs[2][0].weight]["m_scale"]
     assert scale.dtype == torch.float32 and tuple(scale.shape) == (6, 1)
     try:
-        step(*made((6, 128)), 128)
+        step(*new((6, 128)), 128)
     except ValueError as error:
         assert "multiple of 256" in str(error)
     else:
@@ -120,7 +120,7 @@ def round_at_random(folder, mesh):
 
 
 def test_two_processes_and_then_one(tmp_path):
-    """A state that two have saved goes on in one."""
+    """A state that two processes have saved continues in one."""
     processes.spawn(in_two, (tmp_path,), nprocs=2)
     grouped([go_on_in_one], 0, 1, tmp_path)
 

@@ -1,4 +1,4 @@
-"""Training: it learns, resumes bit for bit, balances the experts, and answers bad input in one line."""
+"""The training command: the loss falls, runs resume bit for bit, experts are balanced, bad steps are skipped."""
 
 # ruff: noqa: F811 (fixtures are imported)
 import json
@@ -16,15 +16,15 @@ from safetensors.torch import load_file
 from ling_kernels.model import Ling, load_model, save_model
 from ling_kernels.tokenizer import load_tokenizer
 from ling_kernels.train import checkpoint as ckpt
-from ling_kernels.train import loop, report, speed
+from ling_kernels.train import cli, prepare, report
+from ling_kernels.train import trainer as steps
 from ling_kernels.train.__main__ import main
 from ling_kernels.train.data import Packed, open_tokens, write_tokens
-from ling_kernels.train.optimizer import adamw
-from ling_kernels.train.schedule import learning_rate, rows_at
-from ling_kernels.train.settings import Settings
+from ling_kernels.train.optimizer import adamw, learning_rate, rows_at
+from ling_kernels.train.settings import RECIPES, Settings, check, settings_of
 from tests.training import flags, one_line_error, small, text, tiniest, uninterrupted  # noqa: F401
 
-SPEED = {"tokens_per_s", "mfu"}  # what two equal runs may differ in
+SPEED = {"tokens_per_s", "mfu"}  # may differ between equal runs
 
 
 def metrics_of(run):
@@ -32,7 +32,7 @@ def metrics_of(run):
 
 
 def same_training(a, b):
-    """Two runs' metrics, but for their speed, and final checkpoints are equal to the last bit."""
+    """Assert that two runs have equal metrics, except for their speed, and equal final checkpoints, to the bit."""
     for one, two in zip(metrics_of(a), metrics_of(b), strict=True):
         assert {k: v for k, v in one.items() if k not in SPEED} == {k: v for k, v in two.items() if k not in SPEED}
     last = [ckpt.list_checkpoints(run)[-1] for run in (a, b)]
@@ -62,7 +62,7 @@ def test_loss_falls_and_everything_is_written(tmp_path, small, text, capsys):
     assert load_tokenizer(run / "model").vocab_size == load_tokenizer(None).vocab_size
     for shown in ("checkpoints/step-000080", "model", "loss.png", "expert_load.png", "ling_kernels.generate"):
         assert str(run / shown) in out or shown in out
-    assert "A sample that goes on from" in out and "validation loss" in out
+    assert "A sample that continues" in out and "validation loss" in out
     if (run / "loss.png").exists():
         assert all((run / p).read_bytes()[:4] == b"\x89PNG" for p in ("loss.png", "expert_load.png"))
     counts = [json.loads(line) for line in (run / "expert_load.jsonl").read_text().splitlines()]
@@ -105,7 +105,7 @@ def test_a_killed_run_resumes_bit_for_bit_from_its_last_checkpoint(tmp_path, fla
     process.stdout.read()
     process.wait()
     with open(run / "metrics.jsonl", "a") as file:
-        file.write('{"step": 11, "lo')  # a line torn by the kill
+        file.write('{"step": 11, "lo')  # a line that the kill cut off
     assert ckpt.list_checkpoints(run)[-1].name == "step-000008"
     assert main(["--resume", "auto", "--out", str(run)]) == 0
     same_training(run, uninterrupted)
@@ -120,7 +120,7 @@ def test_going_back_to_an_earlier_checkpoint_loses_nothing(tmp_path, flags, unin
     }  # fmt: skip
     assert [m["step"] for m in metrics_of(run)] == list(range(1, 7))
     assert "superseded-step-000008" in capsys.readouterr().out
-    assert main(["--resume", str(run), "--steps", "14"]) == 0  # and a finished run goes on to more steps
+    assert main(["--resume", str(run), "--steps", "14"]) == 0  # a finished run continues with more steps
     last = [load_file(ckpt.list_checkpoints(r)[-1] / "model.safetensors") for r in (run, uninterrupted)]
     assert all(torch.equal(last[0][k], last[1][k]) for k in last[0])
 
@@ -131,7 +131,7 @@ def test_a_second_signal_stops_at_once(tmp_path, flags):
     for line in process.stdout:
         if line.startswith("step      2/"):
             break
-    os.kill(process.pid, signal.SIGSTOP)  # so that both signals are there before it can act on the first
+    os.kill(process.pid, signal.SIGSTOP)  # both signals arrive before it can act on the first
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGTERM)
     os.kill(process.pid, signal.SIGCONT)
@@ -140,7 +140,7 @@ def test_a_second_signal_stops_at_once(tmp_path, flags):
 
 
 def skewed(folder):
-    """Most tokens of this model prefer the same experts: all embeddings and three experts share a direction."""
+    """A model in which most tokens choose the same experts: all embeddings and three experts share a direction."""
     model = Ling(tiniest())
     model.init_weights(torch.Generator().manual_seed(0))
     common = torch.randn(32, generator=torch.Generator().manual_seed(1))
@@ -168,9 +168,9 @@ def test_balancing_lowers_the_load_violation(tmp_path, text):
     assert bias[[0, 3]].max() < 0 and abs(bias.mean()) < 1e-6
 
 
-def trainer(text_file, folder, **changes):
-    """Model, optimizer, rows, settings and progress, as train_step wants them. Rows differ in targets, or weighting
-    losses by them would go unseen."""
+def step_inputs(text_file, folder, **changes):
+    """Model, optimizer, rows, settings and progress for train_step. Rows differ in their number of targets, so that
+    wrong weights of losses are seen."""
     tokenizer = load_tokenizer(None)
     lines = [json.loads(line)["text"].encode() for line in text_file.read_text().splitlines()]
     write_tokens([[line[:3] if i % 5 else line[:40]] for i, line in enumerate(lines)], tokenizer, folder / "t.bin")
@@ -179,18 +179,18 @@ def trainer(text_file, folder, **changes):
     model.init_weights(torch.Generator().manual_seed(0))
     settings = Settings(**(dict(seq_len=48, batch=8, lr=1e-2, warmup=0, z_loss=0.1) | changes))
     optimizer = adamw(model.train(), settings.lr, settings.weight_decay)
-    return model, optimizer, Packed(docs, settings.seq_len, 0), settings, loop.Progress()
+    return model, optimizer, Packed(docs, settings.seq_len, 0), settings, steps.Progress()
 
 
 def test_accumulation_is_exact(tmp_path, text):
     results = {}
     for micro in (8, 4, 3, 1):
-        model, optimizer, packed, settings, progress = trainer(text, tmp_path, micro_batch=micro)
+        model, optimizer, packed, settings, progress = step_inputs(text, tmp_path, micro_batch=micro)
         targets = [packed.batch([r]).targets() for r in range(8)]
         assert len(set(targets)) > 3
         with torch.no_grad():  # else all losses are near ln 320, and weighting them matters little
             model.lm_head.weight *= 30
-        losses = loop.accumulate_gradients(model, packed, 0, 8, settings, torch.device("cpu"), torch.float32)
+        losses = steps.accumulate_gradients(model, packed, 0, 8, settings, torch.device("cpu"), torch.float32)
         results[micro] = losses, torch.cat([p.grad.flatten() for p in model.parameters()])
     for micro in (4, 3, 1):
         torch.testing.assert_close(results[micro][0], results[8][0], rtol=1e-6, atol=0)
@@ -207,11 +207,11 @@ def test_batch_ramp_and_warm_up():
 
 
 def test_the_ramp_moves_the_position_in_the_stream(tmp_path, text):
-    model, optimizer, packed, settings, progress = trainer(text, tmp_path, batch_ramp="2:3", micro_batch=2)
+    model, optimizer, packed, settings, progress = step_inputs(text, tmp_path, batch_ramp="2:3", micro_batch=2)
     firsts, batch = [], packed.batch
     packed.batch = lambda rows: (firsts.extend(rows), batch(rows))[1]
     for _ in range(5):
-        loop.train_step(model, optimizer, packed, settings, progress, torch.float32)
+        steps.train_step(model, optimizer, packed, settings, progress, torch.float32)
     assert firsts == list(range(2 + 4 + 6 + 8 + 8)) and progress.sequences == 28 and progress.tokens == 28 * 48
 
 
@@ -222,10 +222,10 @@ def snapshot(model, optimizer):
 
 @pytest.mark.parametrize("poison", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_changes_nothing(tmp_path, text, monkeypatch, poison):
-    model, optimizer, packed, settings, progress = trainer(text, tmp_path)
-    step = lambda: loop.train_step(model, optimizer, packed, settings, progress, torch.float32)  # noqa: E731
+    model, optimizer, packed, settings, progress = step_inputs(text, tmp_path)
+    step = lambda: steps.train_step(model, optimizer, packed, settings, progress, torch.float32)  # noqa: E731
     step()
-    genuine = loop.accumulate_gradients
+    genuine = steps.accumulate_gradients
 
     def poisoned(*args):
         losses = genuine(*args)
@@ -235,25 +235,25 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path, text, monkeypatch, 
         return losses
 
     before = snapshot(model, optimizer)
-    monkeypatch.setattr(loop, "accumulate_gradients", poisoned)
+    monkeypatch.setattr(steps, "accumulate_gradients", poisoned)
     record, _ = step()
     assert all(map(torch.equal, before, snapshot(model, optimizer)))
     assert record["skipped"] == progress.skipped == progress.bad == 1 and progress.step == 2
     assert not model.expert_counts().any()  # the next step counts anew
-    monkeypatch.setattr(loop, "accumulate_gradients", genuine)
+    monkeypatch.setattr(steps, "accumulate_gradients", genuine)
     record, _ = step()
     assert "skipped" not in record and progress.bad == 0 and progress.skipped == 1 and progress.sequences == 24
     assert not all(map(torch.equal, before, snapshot(model, optimizer)))
 
 
 def test_a_run_stops_after_bad_steps_in_a_row(tmp_path, flags, monkeypatch, capsys):
-    genuine, calls = loop.accumulate_gradients, []
+    genuine, calls = steps.accumulate_gradients, []
 
     def poisoned(*args):
         calls.append(1)
         return genuine(*args) * (torch.nan if len(calls) == 2 or len(calls) > 4 else 1)
 
-    monkeypatch.setattr(loop, "accumulate_gradients", poisoned)
+    monkeypatch.setattr(steps, "accumulate_gradients", poisoned)
     argv = [*flags, "--out", str(tmp_path / "run"), "--steps", "50", "--save-every", "3", "--max-bad-steps", "3"]
     assert main(argv) == 1
     out, err = capsys.readouterr()
@@ -263,7 +263,7 @@ def test_a_run_stops_after_bad_steps_in_a_row(tmp_path, flags, monkeypatch, caps
     assert [m["step"] for m in metrics if m["loss"] is None] == [2, 5, 6, 7] and metrics[-1]["skipped"] == 4
 
 
-def test_only_the_last_checkpoints_stay(tmp_path, flags):
+def test_only_the_last_checkpoints_are_kept(tmp_path, flags):
     assert main([*flags, "--out", str(tmp_path), "--steps", "7", "--save-every", "2", "--keep", "2"]) == 0
     assert [c.name for c in ckpt.list_checkpoints(tmp_path)] == ["step-000006", "step-000007"]
     assert main(["--resume", str(tmp_path), "--steps", "9", "--save-every", "1", "--keep", "0"]) == 0
@@ -277,13 +277,13 @@ class Killed(BaseException):
 @pytest.mark.parametrize("moment", ["save_model", "random_states", "checksum", "make_durable", "os.rename"])
 def test_a_kill_while_saving_leaves_the_checkpoint_before(tmp_path, text, monkeypatch, moment):
     (tmp_path / "run").mkdir()
-    model, optimizer, packed, settings, progress = trainer(text, tmp_path)
+    model, optimizer, packed, settings, progress = step_inputs(text, tmp_path)
     tokenizer = load_tokenizer(None)
 
     def save(step):
         return ckpt.save_checkpoint(tmp_path / "run", model, optimizer, tokenizer, dict(step=step), keep=1)
 
-    loop.train_step(model, optimizer, packed, settings, progress, torch.float32)
+    steps.train_step(model, optimizer, packed, settings, progress, torch.float32)
     first = save(1)
     with monkeypatch.context() as patch:
 
@@ -343,12 +343,46 @@ def test_a_terminal_gets_a_progress_bar_and_tensorboard_its_scalars(tmp_path, fl
     assert board.closed and {("loss", 1), ("lr", 2), ("val_loss", 3), ("load_violation_max", 3)} <= set(board.scalars)
 
 
+def test_duration():
+    assert [report.duration(s) for s in (0, 59.9, 3661, 86399)] == ["00:00:00", "00:00:59", "01:01:01", "23:59:59"]
+    assert report.duration(100_000 * 10) == "11d 13:46:40" and report.duration(86400) == "1d 00:00:00"
+
+
+def test_sample_without_held_out_text(tmp_path, small, text):
+    """Documents of only an end token are skipped; where there are no others, the end token is the prompt."""
+    tokenizer, settings = load_tokenizer(None), Settings(sample_tokens=5)
+    model = load_model(small, dtype=torch.float32)
+    end = tokenizer.eos_id
+    for ids, prompt in (([end, end, 65, 66, end], "AB"), ([end, end], "")):
+        np.array(ids, np.uint16).tofile(tmp_path / "t.bin")
+        (tmp_path / "t.json").write_text(json.dumps(dict(dtype="uint16", eos_id=end, vocab_size=320)))
+        docs = open_tokens([tmp_path / "t.bin"], 320, end)
+        start, continuation = cli.sample(model, tokenizer, docs, settings)
+        assert start == prompt and isinstance(continuation, str)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_are_settings(name):
+    recipe = RECIPES[name]
+    assert recipe.keys() - {"default_for"} == {"about", "settings"} and recipe["about"]
+    settings = settings_of(dict(model=recipe["default_for"]) if "default_for" in recipe else dict(preset=name))
+    assert {k: getattr(settings, k) for k in recipe["settings"]} == recipe["settings"]
+    check(settings, prepare.model_config(settings)[0])
+
+
+def test_per_step_means_kept(capsys):
+    """The old name of --fp8-transposed kept, as a flag and in the settings of an old run."""
+    assert settings_of(dict(fp8_transposed="per_step")).fp8_transposed == "kept"
+    assert capsys.readouterr().err.count("deprecated") == 1
+    assert settings_of({}, dict(fp8_transposed="per_step", steps=3)) == Settings(fp8_transposed="kept", steps=3)
+
+
 def test_peak_of_known_gpus(monkeypatch):
     for name, peak in (("NVIDIA H200", 989.4e12), ("NVIDIA H20", 148e12), ("NVIDIA H100 80GB HBM3", 989.4e12),
                        ("NVIDIA H20-3e", 148e12), ("NVIDIA H100 PCIe", 756e12)):  # fmt: skip
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
-        assert speed.peak_flops(torch.device("cuda"), torch.bfloat16)[0] == peak
-    peak, source = speed.peak_flops(torch.device("cpu"), torch.float32)
+        assert prepare.peak_flops(torch.device("cuda"), torch.bfloat16)[0] == peak
+    peak, source = prepare.peak_flops(torch.device("cpu"), torch.float32)
     assert 1e8 < peak < 1e15 and "measured" in source
 
 

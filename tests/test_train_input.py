@@ -2,7 +2,9 @@
 
 # ruff: noqa: F811 (fixtures are imported)
 import json
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -42,7 +44,7 @@ def test_a_bad_number(tmp_path, small, text, argv, says, capsys):
 
 
 def bad_data(folder, kind):
-    """A source that cannot be trained on, and what the error must say."""
+    """A source that cannot be trained on, and a part of its error message."""
     path = folder / {"jsonl": "x.jsonl", "parquet": "x.parquet", "bin": "x.bin"}.get(kind.split("-")[0], "x.txt")
     if kind.startswith("bin"):
         write_tokens([[b"some text, " * 50]] * 30, load_tokenizer(None), path)
@@ -75,7 +77,7 @@ def bad_data(folder, kind):
         return path, "line 1"
     if kind == "jsonl-number":
         path.write_text('{"text": 5}\n')
-        return path, "no text but int"
+        return path, "not text but int"
     if kind == "jsonl-surrogate":
         path.write_text('{"text": "\\ud800"}\n')
         return path, "not valid Unicode"
@@ -213,11 +215,39 @@ def test_a_bad_output_folder(tmp_path, small, text, capsys, monkeypatch):
     assert "Permission denied" in one_line_error([*argv, str(tmp_path / "new")], capsys)
 
 
-def test_the_default_folder_never_meets_another_run(tmp_path, monkeypatch):
+def test_the_default_folder_is_always_new(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prepare.time, "strftime", lambda _: "20300101-000000")
-    made = [prepare.new_folder(None, "tiny", False)[0] for _ in range(3)]
+    made = [prepare.make_folder(None, "tiny", False)[0] for _ in range(3)]
     assert [f.name for f in made] == [f"tiny-20300101-000000{end}" for end in ("", "-2", "-3")]
+
+
+def test_resume_auto_takes_the_newest_run_of_the_model(tmp_path, monkeypatch):
+    """By the settings.json of each run and by time, not by the folders' names."""
+    monkeypatch.chdir(tmp_path)
+
+    def make(name, model, newest, checkpoint=True):
+        run = tmp_path / "runs" / name
+        run.mkdir(parents=True)
+        (run / "settings.json").write_text(json.dumps(dict(model=model)))
+        if checkpoint:
+            (run / "checkpoints" / "step-000001").mkdir(parents=True)
+            os.utime(run / "checkpoints" / "step-000001", (newest, newest))
+
+    make("tiny-20260101-000000-2", "tiny", 50)
+    make("tiny-20260101-000000-10", "tiny", 100)
+    make("tiny-large-20270101", str(tmp_path / "tiny-large"), 200)
+    make("mine", "tiny", 150)
+    make("tiny-20280101", "tiny", 0, checkpoint=False)
+    (tmp_path / "runs" / "broken").mkdir()
+    (tmp_path / "runs" / "broken" / "settings.json").write_text("{")
+    latest = lambda model, out=None: prepare.latest_run(out, model)  # noqa: E731
+    assert latest("tiny") == Path("runs/mine")
+    (tmp_path / "tiny-large").mkdir()
+    assert latest("tiny-large") == Path("runs/tiny-large-20270101")
+    assert latest("mini") is None
+    assert latest("tiny", Path("runs/tiny-20260101-000000-2")) == Path("runs/tiny-20260101-000000-2")
+    assert latest("tiny", Path("runs/tiny-20280101")) is None
 
 
 def test_a_bad_resume(tmp_path, flags, uninterrupted, small, capsys):
@@ -248,10 +278,10 @@ def test_resuming_with_other_data_or_another_preset(tmp_path, small, capsys, mon
     assert main(["--resume", str(run), "--steps", "4"]) == 0  # the refused tokens were not kept
     monkeypatch.setitem(PRESETS, "tiny", lambda: replace(tiniest(), hidden_size=128))
     with pytest.raises(ValueError, match="hidden_size is 32 .* 128 in tiny"):
-        prepare.settings_model(Settings(model="tiny"), ckpt.list_checkpoints(run)[-1])
+        prepare.model_config(Settings(model="tiny"), ckpt.list_checkpoints(run)[-1])
 
 
-def test_what_does_not_fit_is_said_before_it_is_tried(tmp_path, text, capsys, monkeypatch):
+def test_a_model_that_exceeds_memory_is_refused(tmp_path, text, capsys, monkeypatch):
     monkeypatch.setattr(prepare.os, "sysconf", lambda name: 1 << 12)  # 16 MiB
     error = one_line_error(["--model", "tiny", "--data", str(text), "--out", str(tmp_path / "run")], capsys)
     assert "does not fit" in error and not (tmp_path / "run").exists()

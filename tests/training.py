@@ -1,4 +1,4 @@
-"""What the tests of training share: a model whose step takes milliseconds, and text to learn in seconds."""
+"""Fixtures of the training tests: a model whose step takes milliseconds, and text that it learns in seconds."""
 
 import json
 from dataclasses import replace
@@ -31,7 +31,7 @@ def small(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory):
-    """Lines of few words: something that can be learnt in seconds. Documents differ in length."""
+    """Documents of few different words and of different lengths."""
     folder = tmp_path_factory.mktemp("text")
     rng = np.random.default_rng(0)
     words = ["the", "kernel", "reads", "writes", "a", "tile", "of", "experts", "and", "tokens"]
@@ -55,14 +55,14 @@ def flags(small, text):
 
 @pytest.fixture(scope="session")
 def uninterrupted(tmp_path_factory, small, text):
-    """What 14 steps of the small run come to."""
+    """The run folder of 14 uninterrupted steps of the small run."""
     run = tmp_path_factory.mktemp("uninterrupted")
     assert main([*small_run(small, text), "--out", str(run), "--steps", "14", "--save-every", "4"]) == 0
     return run
 
 
 def one_line_error(argv, capsys) -> str:
-    """main's exit code is 2 and it says why in one line."""
+    """Assert that main returns 2 with one line on stderr; returns the line."""
     assert main(argv) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and len(error) > 20, error
@@ -70,7 +70,7 @@ def one_line_error(argv, capsys) -> str:
 
 
 def train(model, optimizer, steps: int) -> list[float]:
-    """Losses of so many steps on the same 40 tokens."""
+    """Losses of `steps` steps on the same 40 tokens."""
     losses = []
     for _ in range(steps):
         ids = torch.arange(40).view(2, 20)

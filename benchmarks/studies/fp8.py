@@ -28,13 +28,12 @@ from ling_kernels.nn import MLP, Attention, Experts, MoE
 from ling_kernels.nn.fp8 import to_fp8
 from ling_kernels.ops.dispatch import dispatch
 from ling_kernels.tokenizer import load_tokenizer
-from ling_kernels.train.__main__ import describe, validation_batches
-from ling_kernels.train.data import Documents, Packed, gather_tokens, hold_out
-from ling_kernels.train.loop import Progress, evaluate, train_step
+from ling_kernels.train.data import Documents, Packed, describe, gather_tokens, hold_out
+from ling_kernels.train.monitor import METRICS, FP8Monitor
 from ling_kernels.train.optimizer import adamw
 from ling_kernels.train.prepare import deterministic
-from ling_kernels.train.safeguards import METRICS, Watch
 from ling_kernels.train.settings import Settings
+from ling_kernels.train.trainer import Progress, evaluate, train_step, validation_batches
 
 RESULTS = Path(__file__).parent / "results/fp8"
 PAGE = Path(__file__).parents[2] / "docs/fp8.md"
@@ -137,7 +136,7 @@ def operands(config: LingConfig, state: dict, batches: list) -> dict[str, dict[s
     """{layer: {operand: [underflow, distortion]}}, means over the batches."""
     model = new_model(config, "fp8", 0)
     model.load_state_dict(state)
-    watch, seen = Watch(model, 1), defaultdict(list)
+    watch, seen = FP8Monitor(model, 1), defaultdict(list)
     for number, (ids, cu_seqlens) in enumerate(batches, 1):
         with watch.measuring(number) as record, torch.autocast("cpu", torch.bfloat16):
             model(ids, labels=ids, cu_seqlens=cu_seqlens, logits=False).loss.backward()

@@ -38,7 +38,6 @@ struct Problem {
     const float *cos, *sin;
     int P;
     float eps;
-    bool round_first;
 };
 
 struct Tile {
@@ -171,10 +170,10 @@ __device__ void norm_and_rotate(Shared& s, const Problem& p, const Tile& t) {
     const float rstd = rsqrtf(squares / kD + p.eps);
 #pragma unroll
     for (int i = 0; i < 64; i++) {
-        const float y = p.round_first ? static_cast<float>(static_cast<bf16>(x[i] * rstd)) : x[i] * rstd;
         const int d = 64 * box + i;
-        x[i] = y * (p.wide_weight ? static_cast<const float*>(p.q_weight)[d]
-                                  : static_cast<float>(static_cast<const bf16*>(p.q_weight)[d]));
+        x[i] = x[i] * rstd *
+               (p.wide_weight ? static_cast<const float*>(p.q_weight)[d]
+                              : static_cast<float>(static_cast<const bf16*>(p.q_weight)[d]));
     }
     if (box == 0 && row < t.rows) {
         const int64_t position = p.wide_positions ? static_cast<const int64_t*>(p.positions)[t.q + row]
@@ -306,8 +305,7 @@ __global__ void __launch_bounds__(kThreads, 1) attention_fwd_kernel(const __grid
 }  // namespace
 
 void attention_fwd(cudaStream_t stream, Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor cu_k, Tensor out, Tensor lse,
-                   bool causal, float scale, Tensor q_weight, Tensor cos, Tensor sin, Tensor positions, float eps,
-                   bool round_first) {
+                   bool causal, float scale, Tensor q_weight, Tensor cos, Tensor sin, Tensor positions, float eps) {
     const int64_t Tq = q.shape[0], Hq = q.shape[1], Tk = k.shape[0], Hkv = k.shape[1], B = cu_q.shape[0] - 1;
     LING_CHECK(q.is(DType::bf16, {Tq, Hq, kD}) && k.is(DType::bf16, {Tk, Hkv, kD}) && v.is(DType::bf16, {Tk, Hkv, kD}));
     LING_CHECK(out.is(DType::bf16, {Tq, Hq, kD}) && lse.is(DType::f32, {Hq, Tq}) && lse.contiguous());
@@ -331,7 +329,7 @@ void attention_fwd(cudaStream_t stream, Tensor q, Tensor k, Tensor v, Tensor cu_
     LING_CHECK(sin.contiguous());
     p.q_weight = q_weight.data, p.wide_weight = q_weight.dtype == DType::f32;
     p.positions = positions.data, p.wide_positions = positions.dtype == DType::i64;
-    p.cos = cos.ptr<float>(), p.sin = sin.ptr<float>(), p.P = cos.shape[0], p.eps = eps, p.round_first = round_first;
+    p.cos = cos.ptr<float>(), p.sin = sin.ptr<float>(), p.P = cos.shape[0], p.eps = eps;
     launch<attention_fwd_kernel<true>>(blocks, kThreads, sizeof(Shared), stream, p);
 }
 

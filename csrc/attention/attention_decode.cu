@@ -215,7 +215,7 @@ void attention_decode_fwd(cudaStream_t stream, Tensor q, Tensor k, Tensor v, Ten
 void qk_norm_attention_decode_fwd(cudaStream_t stream, Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor cos,
                                   Tensor sin, Tensor k, Tensor v, Tensor k_scale, Tensor v_scale, Tensor block_table,
                                   Tensor lengths, Tensor out, Tensor out_q, Tensor out_scale, Tensor partial,
-                                  Tensor lse, float scale, float eps, bool round_first) {
+                                  Tensor lse, float scale, float eps) {
     const int64_t n = out.shape[1], P = cos.shape[0];
     const bool wide = q_weight.dtype == DType::f32;
     LING_CHECK(qkv.is(qkv.dtype, {out.shape[0], n, out.shape[2] + 2 * k.shape[2], kD}) && n <= kMostNew);
@@ -224,9 +224,9 @@ void qk_norm_attention_decode_fwd(cudaStream_t stream, Tensor qkv, Tensor q_weig
     LING_CHECK(cos.is(DType::f32, {P, kHalf}) && cos.contiguous() && P < 1ll << 31);
     LING_CHECK(sin.is(DType::f32, {P, kHalf}) && sin.contiguous());
     LING_CHECK(q_weight.aligned() && k_weight.aligned() && cos.aligned() && sin.aligned());
-    const NewTokens tokens{
-        qkv.data, q_weight.data, k_weight.data, wide,   cos.ptr<float>(),     sin.ptr<float>(),    static_cast<int>(P),
-        eps,      round_first,   k.data,        v.data, k_scale.ptr<float>(), v_scale.ptr<float>()};
+    const NewTokens tokens{qkv.data,         q_weight.data,    k_weight.data,        wide,
+                           cos.ptr<float>(), sin.ptr<float>(), static_cast<int>(P),  eps,
+                           k.data,           v.data,           k_scale.ptr<float>(), v_scale.ptr<float>()};
     run(stream, qkv, &tokens, k, v, k_scale, v_scale, block_table, lengths, out, out_q, out_scale, partial, lse, scale);
 }
 

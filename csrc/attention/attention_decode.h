@@ -33,6 +33,6 @@ void qk_norm_attention_decode_fwd(cudaStream_t stream,
                                   Tensor out,          // [B, n, Hq, 128] as qkv (out)
                                   Tensor out_q,        // [B n, 128 Hq] e4m3 or None: out's FP8, see quantize.h (out)
                                   Tensor out_scale,    // [B n, Hq] f32, B n contiguous, with out_q (out)
-                                  Tensor partial, Tensor lse, float scale, float eps, bool round_first);
+                                  Tensor partial, Tensor lse, float scale, float eps);
 
 }  // namespace ling

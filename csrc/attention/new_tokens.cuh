@@ -11,7 +11,6 @@ struct NewTokens {
     const float *cos, *sin;
     int P;
     float eps;
-    bool round_first;
     void *k, *v;  // the cache's cells
     float *k_scale, *v_scale;
 };
@@ -56,12 +55,12 @@ __device__ void prepare(Fresh<T, C>& fresh, const NewTokens& in, const Cache& ca
                            ((int64_t{seq} * n + token) * (cache.Hkv * (G + 2)) + h) * kD + lane * kVec);
         Vec<kVec> y = x;
         const Angles angles(in.cos, in.sin, position, in.P, real);
-        norm_and_turn<T>(y, load_weight<T>(kind ? in.k_weight : in.q_weight, in.wide_weights), angles, in.eps,
-                         in.round_first);
+        norm_and_rotate(y, load_weight<T>(kind ? in.k_weight : in.q_weight, in.wide_weights), angles, in.eps);
         if (kind == 2) y = x;
         unsigned amax = 0;
 #pragma unroll
-        for (int j = 0; j < kVec; j++) y[j] = rounded<T>(y[j], true), amax = max(amax, abs_bits(y[j]));
+        for (int j = 0; j < kVec; j++)
+            y[j] = static_cast<float>(static_cast<T>(y[j])), amax = max(amax, abs_bits(y[j]));
         const float scale = sizeof(C) == 1 ? block_scale(head_max(amax), false) : 1;
         if (!real) continue;
         if (kind == 0) {

@@ -13,8 +13,6 @@ __device__ inline float head_sum(float x) {
     return x;
 }
 
-template <typename T> __device__ float rounded(float x, bool round) { return round ? float(static_cast<T>(x)) : x; }
-
 // Of a real token, for the dims of this lane; NaN for a position that the tables do not have.
 struct Angles {
     Vec<kVec> cos, sin;
@@ -30,7 +28,7 @@ struct Angles {
         }
     }
     // (a, b) -> (a cos - b sin, b cos + a sin), or its transpose
-    __device__ void turn(Vec<kVec>& y, bool back) const {
+    __device__ void rotate(Vec<kVec>& y, bool back) const {
         const int lane = threadIdx.x % kLanes;
         const bool minus = (lane < 4) != back;
 #pragma unroll
@@ -48,13 +46,11 @@ __device__ inline float rstd_of(const Vec<kVec>& x, float eps) {
     return rsqrtf(head_sum(sum) / kDim + eps);
 }
 
-// x of a tensor of T's: normed, weighted and turned
-template <typename T>
-__device__ void norm_and_turn(Vec<kVec>& x, const Vec<kVec>& w, const Angles& angles, float eps, bool round_first) {
+__device__ inline void norm_and_rotate(Vec<kVec>& x, const Vec<kVec>& w, const Angles& angles, float eps) {
     const float r = rstd_of(x, eps);
 #pragma unroll
-    for (int j = 0; j < kVec; j++) x[j] = rounded<T>(x[j] * r, round_first) * w[j];
-    angles.turn(x, false);
+    for (int j = 0; j < kVec; j++) x[j] = x[j] * r * w[j];
+    angles.rotate(x, false);
 }
 
 }  // namespace ling

@@ -19,7 +19,7 @@ template <typename T, typename W>
 __global__ void __launch_bounds__(kThreads)
     qk_norm_rope_fwd_kernel(const T* qkv, const W* q_weight, const W* k_weight, const float* cos, const float* sin,
                             Positions positions, const int64_t* slots, T* q, T* k, T* v, T* k_cache, T* v_cache, int Hq,
-                            int Hkv, int P, int64_t cells, float eps, bool round_first) {
+                            int Hkv, int P, int64_t cells, float eps) {
     constexpr int kAtOnce = 4;
     const int64_t t = blockIdx.x;
     const int H = Hq + 2 * Hkv, lane = threadIdx.x % kLanes;
@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kThreads)
             const int h = first + i * kHeads + threadIdx.x / kLanes;
             Vec<kVec> y = x[i];
             const Vec<kVec> w = load<kVec>((h < Hq ? q_weight : k_weight) + lane * kVec);
-            norm_and_turn<T>(y, w, angles, eps, round_first);
+            norm_and_rotate(y, w, angles, eps);
             if (h >= end) continue;
             if (h < Hq) {
                 store(q + (t * Hq + h) * kDim + lane * kVec, y);
@@ -60,7 +60,7 @@ template <typename T, typename W>
 __global__ void __launch_bounds__(kThreads)
     qk_norm_rope_bwd_kernel(const T* dq, const T* dk, const T* dv, const T* qkv, const W* q_weight, const W* k_weight,
                             const float* cos, const float* sin, Positions positions, T* dqkv, float* dw, int tokens,
-                            int Hq, int Hkv, int P, int heads, float eps, bool round_first) {
+                            int Hq, int Hkv, int P, int heads, float eps) {
     constexpr int kAtOnce = 2;
     __shared__ float sums[kHeads][kDim];
     const int q_groups = ceil_div(Hq, heads), kv_groups = ceil_div(Hkv, heads), H = Hq + 2 * Hkv;
@@ -93,13 +93,13 @@ __global__ void __launch_bounds__(kThreads)
             if (kind < 2) {
                 const Angles angles(cos, sin, real ? positions[t] : 0, P, real);
                 const float r = rstd_of(x, eps);
-                angles.turn(z, true);
+                angles.rotate(z, true);
                 float sum = 0;
 #pragma unroll
                 for (int j = 0; j < kVec; j++) {
                     x[j] *= r;
-                    dws[j] += z[j] * rounded<T>(x[j], round_first);
-                    z[j] = rounded<T>(z[j] * w[j], round_first);  // its gradient rounds where the value did
+                    dws[j] += z[j] * x[j];
+                    z[j] *= w[j];
                     sum += z[j] * x[j];
                 }
                 const float mean = head_sum(sum) / kDim;
@@ -148,7 +148,7 @@ template <typename F> void dispatch_pair(DType dtype, DType weights, F&& f) {
 
 void qk_norm_rope_fwd(cudaStream_t stream, Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin,
                       Tensor positions, Tensor slots, Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache,
-                      float eps, bool round_first) {
+                      float eps) {
     const auto [T, H, P] = check(qkv, q_weight, k_weight, cos, sin, positions);
     const int64_t Hkv = k.shape[1], Hq = H - 2 * Hkv, cells = k_cache.ndim ? k_cache.shape[0] * k_cache.shape[1] : 0;
     LING_CHECK(k.is(qkv.dtype, {T, Hkv, kDim}) && k.contiguous() && Hq >= 0 && (v.ndim || !k_cache.ndim));
@@ -169,13 +169,12 @@ void qk_norm_rope_fwd(cudaStream_t stream, Tensor qkv, Tensor q_weight, Tensor k
                                               q_weight.ptr<W>(), k_weight.ptr<W>(), cos.ptr<float>(), sin.ptr<float>(),
                                               at, slots.ptr<int64_t>(), q.ptr<E>(), k.ptr<E>(), v.ptr<E>(),
                                               k_cache.ptr<E>(), v_cache.ptr<E>(), static_cast<int>(Hq),
-                                              static_cast<int>(Hkv), static_cast<int>(P), cells, eps, round_first);
+                                              static_cast<int>(Hkv), static_cast<int>(P), cells, eps);
     });
 }
 
 void qk_norm_rope_bwd(cudaStream_t stream, Tensor dq, Tensor dk, Tensor dv, Tensor qkv, Tensor q_weight,
-                      Tensor k_weight, Tensor cos, Tensor sin, Tensor positions, Tensor dqkv, Tensor dw, float eps,
-                      bool round_first) {
+                      Tensor k_weight, Tensor cos, Tensor sin, Tensor positions, Tensor dqkv, Tensor dw, float eps) {
     const auto [T, H, P] = check(qkv, q_weight, k_weight, cos, sin, positions);
     const int64_t Hq = dq.shape[1], Hkv = dk.shape[1], programs = dw.shape[0], groups = dw.shape[1];
     LING_CHECK(dq.is(qkv.dtype, {T, Hq, kDim}) && dk.is(qkv.dtype, {T, Hkv, kDim}) && dv.is(qkv.dtype, {T, Hkv, kDim}));
@@ -190,11 +189,10 @@ void qk_norm_rope_bwd(cudaStream_t stream, Tensor dq, Tensor dk, Tensor dv, Tens
     const Positions at{positions.data, positions.dtype == DType::i64};
     const dim3 grid(programs, groups + ceil_div<int64_t>(Hkv, heads));
     dispatch_pair(qkv.dtype, q_weight.dtype, [&]<typename E, typename W>() {
-        launch<qk_norm_rope_bwd_kernel<E, W>>(grid, kThreads, 0, stream, dq.ptr<E>(), dk.ptr<E>(), dv.ptr<E>(),
-                                              qkv.ptr<E>(), q_weight.ptr<W>(), k_weight.ptr<W>(), cos.ptr<float>(),
-                                              sin.ptr<float>(), at, dqkv.ptr<E>(), dw.ptr<float>(), static_cast<int>(T),
-                                              static_cast<int>(Hq), static_cast<int>(Hkv), static_cast<int>(P), heads,
-                                              eps, round_first);
+        launch<qk_norm_rope_bwd_kernel<E, W>>(
+            grid, kThreads, 0, stream, dq.ptr<E>(), dk.ptr<E>(), dv.ptr<E>(), qkv.ptr<E>(), q_weight.ptr<W>(),
+            k_weight.ptr<W>(), cos.ptr<float>(), sin.ptr<float>(), at, dqkv.ptr<E>(), dw.ptr<float>(),
+            static_cast<int>(T), static_cast<int>(Hq), static_cast<int>(Hkv), static_cast<int>(P), heads, eps);
     });
 }
 

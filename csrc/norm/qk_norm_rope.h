@@ -17,7 +17,7 @@ void qk_norm_rope_fwd(cudaStream_t stream,
                       Tensor v,          // [T, Hkv, 128]         as qkv, or None where there is no cache (out)
                       Tensor k_cache,    // [blocks, block_size, Hkv, 128] as qkv, or None (out)
                       Tensor v_cache,    // as k_cache (out)
-                      float eps, bool round_first);
+                      float eps);
 
 void qk_norm_rope_bwd(cudaStream_t stream,
                       Tensor dq,   // [T, Hq, 128]          as qkv
@@ -27,6 +27,6 @@ void qk_norm_rope_bwd(cudaStream_t stream,
                       Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, Tensor positions,
                       Tensor dqkv,  // as qkv (out)
                       Tensor dw,    // [programs, groups of query heads, then of key heads, 128] f32 partial sums (out)
-                      float eps, bool round_first);
+                      float eps);
 
 }  // namespace ling

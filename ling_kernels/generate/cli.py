@@ -43,7 +43,8 @@ def arguments() -> Parser:
 @command
 def main(argv: list[str] | None = None) -> int:
     args = arguments().parse_args(argv)
-    sys.stdout.reconfigure(errors="replace")  # the terminal may lack some characters
+    # The terminal may lack some characters.
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
         run(args)
     except KeyboardInterrupt:

@@ -123,7 +123,9 @@ class Forward:
         for r in requests:
             r.pages_on_device = len(r.pages)
 
-    def compute(self, lanes: Tensor, mode: SamplingMode, width: int | None = None, chunks: Sequence[Chunk] = ()):
+    def compute(
+        self, lanes: Tensor, mode: SamplingMode, width: int | None = None, chunks: Sequence[Chunk] = ()
+    ) -> Tensor:
         """lanes [B] int64 -> [B, 2 + draft] int64: the token after each row, and the number of accepted draft tokens.
 
         width: columns of the block tables that these lanes use; None: all.
@@ -202,7 +204,7 @@ class Forward:
 
     def seen_tokens(self, lanes: Tensor, positions: Tensor) -> Tensor:
         """[B n, V] bool: the tokens of the sequence up to each row, draft tokens included."""
-        B, n, V = *positions.shape, self.model.config.vocab_size
+        (B, n), V = positions.shape, self.model.config.vocab_size
         tokens, index = self.token_ids[lanes].long(), torch.arange(self.token_ids.shape[1], device=self.device)
         seen = []
         for i in range(n):

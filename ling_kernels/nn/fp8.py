@@ -10,6 +10,8 @@ its shape, the product adds to that in its epilogue instead and autograd gets no
 docs/fp8.md has the recompute levels and the bytes that each saves.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -125,8 +127,8 @@ class Fp8Linear(FusedLinear):
         *batch, K = x.shape
         rows = x.reshape(-1, K)
         if norm is not None and self.takes_fp8_rows():
-            _, *fp8_rows = rms_norm(rows, norm.weight, None, norm.eps, quantize=True)
-            return self.forward_fp8(fp8_rows, product_dtype(x)).view(*batch, self.out_features)
+            _, q, scale = rms_norm(rows, norm.weight, None, norm.eps, quantize=True)
+            return self.forward_fp8((q, scale), product_dtype(x)).view(*batch, self.out_features)
         if norm is not None and (self.recompute == "none" or torch.compiler.is_compiling()):
             rows, norm = norm(rows), None
         norm_weight, eps = (None, None) if norm is None else (norm.weight, norm.eps)
@@ -159,7 +161,10 @@ class Fp8MLP(MLP):
         return FeedForward.apply(x, None, *weights, *self.fp8.fields(*weights), *options)
 
     def decode_weights(self) -> tuple[Weight, Weight] | None:
-        return None if self.fp8.pow2 else tuple(self.fp8.quantized(self.gate_up.weight, self.down.weight))
+        if self.fp8.pow2:
+            return None
+        gate_up, down = self.fp8.quantized(self.gate_up.weight, self.down.weight)
+        return gate_up, down
 
 
 class Fp8Experts(Experts):
@@ -185,7 +190,10 @@ class Fp8Experts(Experts):
         return FeedForward.apply(x, weights, *w, *self.fp8.fields(*w), *options, *plan)
 
     def decode_weights(self) -> tuple[Weight, Weight] | None:
-        return None if self.fp8.pow2 else tuple(self.fp8.quantized(self.gate_up, self.down))
+        if self.fp8.pow2:
+            return None
+        gate_up, down = self.fp8.quantized(self.gate_up, self.down)
+        return gate_up, down
 
 
 def level(recompute: str) -> str:
@@ -204,7 +212,7 @@ def to_fp8(model: nn.Module, recompute: str = "none", **options) -> tuple[list[s
     made, left = [], []
     for name, module in [*model.named_modules()]:
         if isinstance(module, Attention):
-            found = {"query_key_value": Fp8Linear, "dense": Fp8Linear}
+            found: dict[str, Any] = {"query_key_value": Fp8Linear, "dense": Fp8Linear}
         else:
             found = {n: KINDS[type(m)] for n, m in module.named_children() if type(m) in KINDS}
         for child, kind in found.items():

@@ -96,7 +96,7 @@ class Attention(torch.autograd.Function):
         if not len(k):
             out.zero_(), lse.fill_(-torch.inf)
         elif kernels:
-            attention_fwd(q, k, v, cu_q, cu_k, out, lse, causal, scale, None, None, None, None, 0.0, False)
+            attention_fwd(q, k, v, cu_q, cu_k, out, lse, causal, scale, None, None, None, None, 0.0)
         else:
             attention_ref_fwd(q, k, v, cu_q, cu_k, out, lse, causal, scale)
         ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k)
@@ -238,7 +238,7 @@ def unsupported_fwd(
 def attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor | None, out: Tensor, lse: Tensor,
     causal: bool, scale: float, q_weight: Tensor | None, cos: Tensor | None, sin: Tensor | None,
-    positions: Tensor | None, eps: float, round_first: bool,
+    positions: Tensor | None, eps: float,
 ) -> None:  # fmt: skip
     """q, k and v may be heads of wider rows, such as qkv's. With q_weight the kernel norms and rotates q first."""
     (Tq, Hq, D), (Tk, Hkv, _), B = q.shape, k.shape, len(cu_q) - 1
@@ -248,7 +248,7 @@ def attention_fwd(
         provide_scratch(q)
         attention_fwd_kernel[(most_tiles(Tq, B, c["BLOCK_M"]), Hq)](
             q, k, v, cu_q, cu_k, out, lse, q_weight, cos, sin, positions, scale, eps, Tq, Tk, P, B,
-            q.stride(0), k.stride(0), v.stride(0), Hq, Hkv, HALF=half, ROUND_FIRST=round_first, CAUSAL=causal,
+            q.stride(0), k.stride(0), v.stride(0), Hq, Hkv, HALF=half, CAUSAL=causal,
             TMA=tma_compatible(q, k, v), D=D,
             BLOCK_B=triton.next_power_of_2(max(B, 1)), BLOCK_D=block_d(D), **c,
         )  # fmt: skip

@@ -173,7 +173,8 @@ def at_once(device: torch.device) -> int:
     return PER_SM * multiprocessors(device)
 
 
-at_once._dynamo_marked_constant = True  # as kernels_on of backend.py: torch.compile takes the answer
+# as kernels_on of backend.py: torch.compile takes the answer
+at_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def unsupported(q, k, v, k_scale, v_scale, block_table, lengths, out, partial, *others) -> str | None:
@@ -192,7 +193,7 @@ def attention_decode_fwd(
 def launch_decode(
     q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None, block_table: Tensor,
     lengths: Tensor, out: Tensor, partial: Tensor, lse: Tensor, scale: float,
-    norm: tuple = (None, None, None, None), eps: float = 0.0, round_first: bool = False,
+    norm: tuple = (None, None, None, None), eps: float = 0.0,
     out_q: Tensor | None = None, out_scale: Tensor | None = None,
 ) -> None:  # fmt: skip
     """With norm (q_weight, k_weight, cos, sin) q is qkv, whose keys and values the kernel also appends; with out_q
@@ -205,7 +206,7 @@ def launch_decode(
     sizes = dict(D=D, HKV=Hkv, G=Hq // Hkv, BLOCK_B=triton.next_power_of_2(B), BLOCK_D=block_d(D))
     attention_decode_kernel[(W, Hkv * triton.cdiv(rows, c["BLOCK_M"]))](
         q, k, v, k_scale, v_scale, block_table, lengths, partial, lse, *norm, scale, eps, P, B, W, n, blocks,
-        num_blocks, HALF=half, ROUND_FIRST=round_first, PAGE=page, **sizes, **c,
+        num_blocks, HALF=half, PAGE=page, **sizes, **c,
     )  # fmt: skip
     attention_decode_combine_kernel[(B, Hkv * rows)](
         partial, lse, lengths, out, out_q, out_scale, 0 if out_q is None else out_scale.stride(1), B, W, n,

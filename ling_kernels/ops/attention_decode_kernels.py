@@ -49,7 +49,7 @@ def enter(x, cells, scales, cell, writes, D: tl.constexpr, BLOCK_D: tl.constexpr
 @triton.jit
 def attention_decode_kernel(
     q, k, v, k_scale, v_scale, table, lengths, partial, lse, q_weight, k_weight, cos, sin, scale, eps, P,
-    B, W, n, blocks, num_blocks, HALF: tl.constexpr, ROUND_FIRST: tl.constexpr, PAGE: tl.constexpr,
+    B, W, n, blocks, num_blocks, HALF: tl.constexpr, PAGE: tl.constexpr,
     D: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -78,7 +78,7 @@ def attention_decode_kernel(
             cached = tl.minimum(tl.maximum(length - n, 0), cells)
             last_tile = begin + (cached + BLOCK_N - 1) // BLOCK_N
             qs = norm_and_rotate(
-                q, at_q, r < n * G, q_weight, cos, sin, tl.maximum(newest, 0), P, eps, D, HALF, ROUND_FIRST, BLOCK_D
+                q, at_q, r < n * G, q_weight, cos, sin, tl.maximum(newest, 0), P, eps, D, HALF, BLOCK_D
             )  # fmt: skip
         else:
             qs = tl.load(q + at_q[:, None] + d[None, :], mask=own_rows, other=0.0)
@@ -97,7 +97,7 @@ def attention_decode_kernel(
                 cell = (page.to(tl.int64) * PAGE + key % PAGE) * HKV + h
                 writes = own & (page >= 0) & (page < num_blocks) & (tl.program_id(1) < HKV)
                 ks = norm_and_rotate(
-                    q, at, own, k_weight, cos, sin, tl.maximum(key, 0), P, eps, D, HALF, ROUND_FIRST, BLOCK_D
+                    q, at, own, k_weight, cos, sin, tl.maximum(key, 0), P, eps, D, HALF, BLOCK_D
                 )  # fmt: skip
                 vs = tl.load(q + (at + HKV * D)[:, None] + d[None, :], mask=own[:, None] & (d < D)[None, :], other=0.0)
                 ks, k_scales = enter(ks, k, k_scale, cell, writes, D, BLOCK_D)

@@ -72,7 +72,7 @@ def store_rows(x, value, first, row, rows, h, H, D: tl.constexpr, BLOCK_D: tl.co
 
 @triton.jit
 def norm_and_rotate(
-    x, at, own, w, cos, sin, position, P, eps, D: tl.constexpr, HALF: tl.constexpr, ROUND_FIRST: tl.constexpr,
+    x, at, own, w, cos, sin, position, P, eps, D: tl.constexpr, HALF: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """qk_norm_rope of the heads of x that begin `at`, 0 where not `own`, in x's dtype; NaN where the tables lack a
@@ -88,8 +88,6 @@ def norm_and_rotate(
     b = tl.load(x + at[:, None] + other[None, :], mask=mask, other=0.0).to(tl.float32)
     r = tl.rsqrt(tl.sum(a * a, 1) / D + eps)[:, None]
     a, b = a * r, b * r
-    if ROUND_FIRST:
-        a, b = a.to(dtype).to(tl.float32), b.to(dtype).to(tl.float32)
     a *= tl.load(w + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
     b *= tl.load(w + other, mask=d < D, other=0.0).to(tl.float32)[None, :]
 
@@ -132,7 +130,7 @@ def attend_keys(
 @triton.jit
 def attention_fwd_kernel(
     q, k, v, cu_q, cu_k, out, lse, q_weight, cos, sin, positions, scale, eps, Tq, Tk, P, B, q_row, k_row, v_row,
-    Hq, Hkv, HALF: tl.constexpr, ROUND_FIRST: tl.constexpr, CAUSAL: tl.constexpr, TMA: tl.constexpr, D: tl.constexpr,
+    Hq, Hkv, HALF: tl.constexpr, CAUSAL: tl.constexpr, TMA: tl.constexpr, D: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # The last tiles of a sequence see the most keys; begun first, they leave short ones to fill the end.
@@ -156,7 +154,7 @@ def attention_fwd_kernel(
         position = tl.load(positions + q0 + m, mask=m < Lq, other=0).to(tl.int64)
         at = m.to(tl.int64) * q_row + h * D
         qs = norm_and_rotate(
-            Q, at, m < Lq, q_weight, cos, sin, position, P, eps, D, HALF, ROUND_FIRST, BLOCK_D
+            Q, at, m < Lq, q_weight, cos, sin, position, P, eps, D, HALF, BLOCK_D
         )  # fmt: skip
     K = sequence(k, k0, Lk, k_row, Hkv, D, BLOCK_N, BLOCK_D, TMA)
     V = sequence(v, k0, Lk, v_row, Hkv, D, BLOCK_N, BLOCK_D, TMA)

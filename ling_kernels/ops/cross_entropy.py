@@ -17,7 +17,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100, red
     and on a CPU for a target that is neither in 0..V-1 nor ignore_index.
     """
     expect(logits.ndim == 2 and logits.shape[1] > 0 and logits.is_floating_point(), "logits [T, V]", logits)
-    expect_targets(targets, *logits.shape, ignore_index)
+    expect_targets(targets, len(logits), logits.shape[1], ignore_index)
     expect(reduction in ("mean", "sum", "none"), "reduction mean, sum or none", reduction)
     if use_reference("cross_entropy", logits):
         return cross_entropy_ref(logits, targets, ignore_index, reduction)

@@ -22,7 +22,7 @@ def linear_cross_entropy(
     held until backward. Products take autocast's dtype where torch.autocast is on. Raises ValueError for another
     shape, dtype or reduction, and on a CPU for a target that is neither in 0..V-1 nor ignore_index.
     """
-    expect(x.ndim == w.ndim == 2 and x.shape[1] == w.shape[1] and len(w) and x.is_floating_point()
+    expect(x.ndim == w.ndim == 2 and x.shape[1] == w.shape[1] and len(w) > 0 and x.is_floating_point()
            and w.is_floating_point(), "x [T, H] and w [V, H]", x, w)  # fmt: skip
     expect_targets(targets, len(x), len(w), ignore_index)
     expect(reduction in ("mean", "sum") and chunk > 0, "reduction mean or sum and chunk > 0", reduction, chunk)

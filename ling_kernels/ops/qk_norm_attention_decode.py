@@ -36,7 +36,6 @@ def qk_norm_attention_decode(
     lengths: Tensor,
     scale: float | None = None,
     eps: float = 1e-6,
-    round_first: bool = False,
     quantize: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """qkv [B, n, Hq + 2 Hkv, D] of n = 1..8 new tokens, counted in lengths [B] int32 -> out [B, n, Hq, D] in its dtype.
@@ -67,7 +66,7 @@ def qk_norm_attention_decode(
     scale = D**-0.5 if scale is None else scale
     norm = q_weight, k_weight, cos, sin
     if use_reference("qk_norm_attention_decode", qkv, q_weight, k_weight, cache.k):
-        return qk_norm_attention_decode_ref(qkv, *norm, cache, block_table, lengths, scale, eps, round_first, quantize)
+        return qk_norm_attention_decode_ref(qkv, *norm, cache, block_table, lengths, scale, eps, quantize)
     out = qkv.new_empty(B, n, Hq, D)
     if 0 in (B, num_blocks, block_size, block_table.shape[1]):
         out.zero_()
@@ -77,7 +76,7 @@ def qk_norm_attention_decode(
     qkv, *norm, block_table, lengths = (t.detach().contiguous() for t in (qkv, *norm, block_table, lengths))
     qk_norm_attention_decode_fwd(
         qkv, *norm, *cache, block_table, lengths, out, out_q, out_scale, *scratch(out, cache, block_table, True),
-        scale, eps, round_first,
+        scale, eps,
     )  # fmt: skip
     if quantize and not at_once:
         out_q, out_scale = quantize_rows(out.flatten(2).flatten(0, 1))
@@ -86,7 +85,7 @@ def qk_norm_attention_decode(
 
 @torch.no_grad()
 def qk_norm_attention_decode_ref(
-    qkv, q_weight, k_weight, cos, sin, cache, block_table, lengths, scale=None, eps=1e-6, round_first=False,
+    qkv, q_weight, k_weight, cos, sin, cache, block_table, lengths, scale=None, eps=1e-6,
     quantize=False,
 ):  # fmt: skip
     B, n, H, D = qkv.shape
@@ -94,17 +93,15 @@ def qk_norm_attention_decode_ref(
     out = qkv.new_zeros(B, n, H - 2 * Hkv, D)
     if B and num_blocks and block_table.shape[1] * block_size:
         norm = q_weight, k_weight, cos, sin
-        out = attend_and_append(qkv, *norm, cache, block_table, lengths, scale, eps, round_first)
+        out = attend_and_append(qkv, *norm, cache, block_table, lengths, scale, eps)
     return (out, *quantize_ref(out.flatten(2).flatten(0, 1))) if quantize else out
 
 
-def attend_and_append(qkv, q_weight, k_weight, cos, sin, cache, block_table, lengths, scale, eps, round_first):
+def attend_and_append(qkv, q_weight, k_weight, cos, sin, cache, block_table, lengths, scale, eps):
     B, n, _, D = qkv.shape
     num_blocks, block_size, Hkv, _ = cache.k.shape
     at = lengths[:, None] - n + torch.arange(n, device=qkv.device)  # [B, n]
-    q, k, v = qk_norm_rope_ref(
-        qkv.flatten(0, 1), q_weight, k_weight, cos, sin, at.flatten().clamp(min=0), Hkv, eps, round_first
-    )
+    q, k, v = qk_norm_rope_ref(qkv.flatten(0, 1), q_weight, k_weight, cos, sin, at.flatten().clamp(min=0), Hkv, eps)
     page = block_table.gather(1, (at // block_size).clamp(0, block_table.shape[1] - 1)).long()
     real = (at >= 0) & (at < block_table.shape[1] * block_size) & (page >= 0) & (page < num_blocks)
     slots = torch.where(real, page * block_size + at % block_size, -1)
@@ -137,9 +134,9 @@ def qk_norm_attention_decode_fwd(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,
     k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None, block_table: Tensor, lengths: Tensor,
     out: Tensor, out_q: Tensor | None, out_scale: Tensor | None, partial: Tensor, lse: Tensor,
-    scale: float, eps: float, round_first: bool,
+    scale: float, eps: float,
 ) -> None:  # fmt: skip
     """partial and lse are what `scratch` of attention_decode gives, out_q and out_scale `empty_fp8` for out's rows."""
     cells = k, v, k_scale, v_scale, block_table, lengths
     norm = q_weight, k_weight, cos, sin
-    launch_decode(qkv, *cells, out, partial, lse, scale, norm, eps, round_first, out_q, out_scale)
+    launch_decode(qkv, *cells, out, partial, lse, scale, norm, eps, out_q, out_scale)

@@ -24,23 +24,21 @@ def qk_norm_rope(
     positions: Tensor,
     num_kv_heads: int,
     eps: float = 1e-6,
-    round_first: bool = False,
     cache: KVCache | None = None,
     slots: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """qkv [T, Hq + 2 Hkv, D], q_weight and k_weight [D] -> q [T, Hq, D], k and v [T, Hkv, D], in qkv's dtype.
 
     cos and sin [P, R/2] fp32 are those of `rope_tables`, R <= D; positions [T] int32 or int64 are their rows. Computed
-    in fp32 and rounded once; round_first also rounds x / rms to qkv's dtype before the weight, as the official model's
-    code does. Given a cache, k and v are also written into it at slots [T], see `append` of attention_decode. Gradient:
-    to qkv and both weights, not through the cache. Raises ValueError for another shape or dtype, and on a CPU for a
-    position outside 0..P-1.
+    in fp32 and rounded once. Given a cache, k and v are also written into it at slots [T], see `append` of
+    attention_decode. Gradient: to qkv and both weights, not through the cache. Raises ValueError for another shape or
+    dtype, and on a CPU for a position outside 0..P-1.
     """
     expect_heads(qkv, q_weight, k_weight, cos, sin, positions, num_kv_heads)
     expect((cache is None) == (slots is None), "cache and slots together", slots)
     if cache is not None:
         expect_slots(cache, slots, len(qkv), num_kv_heads, qkv.shape[2])
-    args = qkv, q_weight, k_weight, cos, sin, positions, num_kv_heads, eps, round_first
+    args = qkv, q_weight, k_weight, cos, sin, positions, num_kv_heads, eps
     if use_reference("qk_norm_rope", qkv, q_weight, k_weight, None if cache is None else cache.k):
         return qk_norm_rope_ref(*args, cache, slots)
     # The kernel writes into a cache without scales; its cells carry no gradient.
@@ -76,25 +74,21 @@ def expect_norm(qkv, q_weight, k_weight, cos, sin) -> None:
     expect(len(devices) == 1, "all tensors on one device", *devices)
 
 
-def qk_norm_rope_ref(
-    qkv, q_weight, k_weight, cos, sin, positions, num_kv_heads, eps=1e-6, round_first=False, cache=None, slots=None
-):
+def qk_norm_rope_ref(qkv, q_weight, k_weight, cos, sin, positions, num_kv_heads, eps=1e-6, cache=None, slots=None):
     num_heads = qkv.shape[1] - 2 * num_kv_heads
     q, k, v = qkv.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
     cos, sin = (table[positions.long()][:, None] for table in (cos, sin))  # [T, 1, R/2]
-    q, k = (
-        rotate(head_norm(x, w, eps, round_first), cos, sin).to(qkv.dtype) for x, w in ((q, q_weight), (k, k_weight))
-    )
+    q, k = (rotate(head_norm(x, w, eps), cos, sin).to(qkv.dtype) for x, w in ((q, q_weight), (k, k_weight)))
     v = v.contiguous()
     if cache is not None:
         append(cache, k, v, slots)
     return q, k, v
 
 
-def head_norm(x: Tensor, w: Tensor, eps: float, round_first: bool) -> Tensor:
+def head_norm(x: Tensor, w: Tensor, eps: float) -> Tensor:
     xw = upcast(x)
     xhat = xw * (xw.square().mean(-1, keepdim=True) + eps).rsqrt()
-    return (upcast(xhat.to(x.dtype)) if round_first else xhat) * upcast(w)
+    return xhat * upcast(w)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -109,19 +103,19 @@ def differentiable(*tensors: Tensor) -> bool:
 
 class QKNormRope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, qkv, q_weight, k_weight, cos, sin, positions, num_kv_heads, eps, round_first):
+    def forward(ctx, qkv, q_weight, k_weight, cos, sin, positions, num_kv_heads, eps):
         ctx.save_for_backward(qkv, q_weight, k_weight, cos, sin, positions)
-        ctx.options = eps, round_first
-        return qk_norm_rope_forward(qkv, q_weight, k_weight, cos, sin, positions, num_kv_heads, eps, round_first)
+        ctx.eps = eps
+        return qk_norm_rope_forward(qkv, q_weight, k_weight, cos, sin, positions, num_kv_heads, eps)
 
     @staticmethod
     @first_derivative_only
     def backward(ctx, dq, dk, dv):
-        return *qk_norm_rope_backward(dq, dk, dv, *ctx.saved_tensors, *ctx.options), *[None] * 6
+        return *qk_norm_rope_backward(dq, dk, dv, *ctx.saved_tensors, ctx.eps), *[None] * 5
 
 
 def qk_norm_rope_forward(
-    qkv, q_weight, k_weight, cos, sin, positions, num_kv_heads, eps, round_first,
+    qkv, q_weight, k_weight, cos, sin, positions, num_kv_heads, eps,
     k_cache=None, v_cache=None, slots=None,
 ):  # fmt: skip
     """q, k and v by the kernel, which also writes k and v into the cache."""
@@ -130,18 +124,18 @@ def qk_norm_rope_forward(
     k, v = (qkv.new_empty(T, num_kv_heads, D) for _ in range(2))
     inputs = map(Tensor.contiguous, (qkv, q_weight, k_weight, cos, sin, positions))
     slots = slots if slots is None else slots.contiguous()
-    qk_norm_rope_fwd(*inputs, slots, q, k, v, k_cache, v_cache, eps, round_first)
+    qk_norm_rope_fwd(*inputs, slots, q, k, v, k_cache, v_cache, eps)
     return q, k, v
 
 
-def qk_norm_rope_backward(dq, dk, dv, qkv, q_weight, k_weight, cos, sin, positions, eps, round_first):
+def qk_norm_rope_backward(dq, dk, dv, qkv, q_weight, k_weight, cos, sin, positions, eps):
     """The gradients of qkv and of both weights. The kernel's programs give partial sums of the latter."""
     num_q, num_kv, D = dq.shape[1], dk.shape[1], qkv.shape[2]
     groups = head_groups(num_q, num_kv)[:2]
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     dw = torch.empty(programs(len(qkv), num_q, num_kv, D), sum(groups), D, dtype=torch.float32, device=qkv.device)
     inputs = map(Tensor.contiguous, (dq, dk, dv, qkv, q_weight, k_weight, cos, sin, positions))
-    qk_norm_rope_bwd(*inputs, dqkv, dw, eps, round_first)
+    qk_norm_rope_bwd(*inputs, dqkv, dw, eps)
     dq_weight, dk_weight = (part.sum((0, 1)) for part in dw.split(groups, dim=1))
     return dqkv, dq_weight.to(q_weight.dtype), dk_weight.to(k_weight.dtype)
 
@@ -156,7 +150,7 @@ def unsupported_fwd(
 def qk_norm_rope_fwd(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, slots: Tensor | None,
     q: Tensor | None, k: Tensor, v: Tensor | None, k_cache: Tensor | None, v_cache: Tensor | None,
-    eps: float, round_first: bool,
+    eps: float,
 ) -> None:  # fmt: skip
     """With q and v None only the keys are computed."""
     (T, H, D), num_kv = qkv.shape, k.shape[1]
@@ -168,7 +162,7 @@ def qk_norm_rope_fwd(
         programs_of_heads = groups[1] if q is None else sum(groups)
         qk_norm_rope_fwd_kernel[(triton.cdiv(T, sizes["BLOCK_T"]), programs_of_heads)](
             qkv, q_weight, k_weight, cos, sin, positions, slots, q, k, v, k_cache, v_cache, T, len(cos), cells, eps,
-            ROUND_FIRST=round_first, **sizes,
+            **sizes,
         )  # fmt: skip
 
 
@@ -179,7 +173,7 @@ def unsupported_bwd(dq, dk, dv, qkv, q_weight, k_weight, cos, sin, *others) -> s
 @op("dqkv", "dw", cuda=unsupported_bwd)
 def qk_norm_rope_bwd(
     dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, q_weight: Tensor, k_weight: Tensor,
-    cos: Tensor, sin: Tensor, positions: Tensor, dqkv: Tensor, dw: Tensor, eps: float, round_first: bool,
+    cos: Tensor, sin: Tensor, positions: Tensor, dqkv: Tensor, dw: Tensor, eps: float,
 ) -> None:  # fmt: skip
     """dw [programs(T, Hq, Hkv, D), groups of q and of k, D] holds partial sums."""
     T, H, D = qkv.shape
@@ -187,7 +181,7 @@ def qk_norm_rope_bwd(
     if T:
         qk_norm_rope_bwd_kernel[(len(dw), sum(head_groups(dq.shape[1], dk.shape[1])))](
             dq, dk, dv, qkv, q_weight, k_weight, cos, sin, positions, dqkv, dw, T, len(cos), len(dw), eps,
-            ROUND_FIRST=round_first, **config(dq.shape[1], dk.shape[1], D, cos.shape[1], sms, True),
+            **config(dq.shape[1], dk.shape[1], D, cos.shape[1], sms, True),
         )  # fmt: skip
 
 

@@ -50,14 +50,9 @@ def rstd_of(a, b, rest, eps, D: tl.constexpr):
 
 
 @triton.jit
-def rounded(x, dtype: tl.constexpr, ROUND: tl.constexpr):
-    return x.to(dtype).to(tl.float32) if ROUND else x
-
-
-@triton.jit
 def rotate_heads(
     qkv, w, cos, sin, positions, slots, out, cache, T, P, cells, eps, group, FIRST: tl.constexpr, NUM: tl.constexpr,
-    H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, ROUND_FIRST: tl.constexpr, BLOCK_T: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
     """A tile of the NUM heads that start at head FIRST of qkv; those without a weight (the values) pass as they are."""
@@ -70,23 +65,21 @@ def rotate_heads(
         zero = tl.zeros((1, 1, 1), tl.int32)
         wa, wb, wrest = load_parts(w, zero, zero == 0, D, HALF, BLOCK_HALF, BLOCK_REST)
         r = rstd_of(a, b, rest, eps, D)
-        dtype: tl.constexpr = qkv.dtype.element_ty
-        a, b = rounded(a * r, dtype, ROUND_FIRST) * wa, rounded(b * r, dtype, ROUND_FIRST) * wb
+        a, b, rest = a * r * wa, b * r * wb, rest * r * wrest
         a, b = a * c - b * s, b * c + a * s
-        rest = rounded(rest * r, dtype, ROUND_FIRST) * wrest
     store_parts(out + first * (NUM * D), (t * NUM + h) * D, own, a, b, rest, D, HALF, BLOCK_HALF, BLOCK_REST)
     if cache is not None:
         slot = tl.load(slots + first + t, mask=t < T - first, other=-1)
         own = own & (slot >= 0) & (slot < cells)
-        kept: tl.constexpr = out.dtype.element_ty
-        a, b, rest = rounded(a, kept, True), rounded(b, kept, True), rounded(rest, kept, True)
+        dtype: tl.constexpr = out.dtype.element_ty
+        a, b, rest = a.to(dtype).to(tl.float32), b.to(dtype).to(tl.float32), rest.to(dtype).to(tl.float32)
         store_parts(cache, (slot * NUM + h) * D, own, a, b, rest, D, HALF, BLOCK_HALF, BLOCK_REST)
 
 
 @triton.jit
 def qk_norm_rope_fwd_kernel(
     qkv, q_weight, k_weight, cos, sin, positions, slots, q, k, v, k_cache, v_cache, T, P, cells, eps,
-    NUM_Q: tl.constexpr, NUM_KV: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, ROUND_FIRST: tl.constexpr,
+    NUM_Q: tl.constexpr, NUM_KV: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
     Q_GROUPS: tl.constexpr = (NUM_Q + BLOCK_H - 1) // BLOCK_H
@@ -95,37 +88,36 @@ def qk_norm_rope_fwd_kernel(
     if q is None:  # the keys only
         rotate_heads(
             qkv, k_weight, cos, sin, positions, slots, k, k_cache, T, P, cells, eps, tl.program_id(1), NUM_Q, NUM_KV,
-            H, D, HALF, ROUND_FIRST, BLOCK_T, BLOCK_H, BLOCK_HALF, BLOCK_REST,
+            H, D, HALF, BLOCK_T, BLOCK_H, BLOCK_HALF, BLOCK_REST,
         )  # fmt: skip
         return
     group = tl.program_id(1)
     if group < Q_GROUPS:
         rotate_heads(
             qkv, q_weight, cos, sin, positions, None, q, None, T, P, cells, eps, group, 0, NUM_Q,
-            H, D, HALF, ROUND_FIRST, BLOCK_T, BLOCK_H, BLOCK_HALF, BLOCK_REST,
+            H, D, HALF, BLOCK_T, BLOCK_H, BLOCK_HALF, BLOCK_REST,
         )  # fmt: skip
     elif group < Q_GROUPS + KV_GROUPS:
         rotate_heads(
             qkv, k_weight, cos, sin, positions, slots, k, k_cache, T, P, cells, eps, group - Q_GROUPS, NUM_Q, NUM_KV,
-            H, D, HALF, ROUND_FIRST, BLOCK_T, BLOCK_H, BLOCK_HALF, BLOCK_REST,
+            H, D, HALF, BLOCK_T, BLOCK_H, BLOCK_HALF, BLOCK_REST,
         )  # fmt: skip
     else:
         rotate_heads(
             qkv, None, cos, sin, positions, slots, v, v_cache, T, P, cells, eps, group - Q_GROUPS - KV_GROUPS,
-            NUM_Q + NUM_KV, NUM_KV, H, D, HALF, ROUND_FIRST, BLOCK_T, BLOCK_H, BLOCK_HALF, BLOCK_REST,
+            NUM_Q + NUM_KV, NUM_KV, H, D, HALF, BLOCK_T, BLOCK_H, BLOCK_HALF, BLOCK_REST,
         )  # fmt: skip
 
 
 @triton.jit
 def turn_heads_back(
     dout, qkv, w, cos, sin, positions, dqkv, dw, T, P, PROGRAMS, eps, group, FIRST: tl.constexpr, NUM: tl.constexpr,
-    H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, ROUND_FIRST: tl.constexpr, BLOCK_T: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
     # With z the gradient before the rotation, g = z * w and x^ = x * rstd:
     # dx = rstd * (g - x^ * mean(g * x^)),  dw = sum of z * x^
     t, h = tl.arange(0, BLOCK_T)[:, None, None], group * BLOCK_H + tl.arange(0, BLOCK_H)[None, :, None]
-    dtype: tl.constexpr = qkv.dtype.element_ty
     zero = tl.zeros((1, 1, 1), tl.int32)
     if w is not None:
         wa, wb, wrest = load_parts(w, zero, zero == 0, D, HALF, BLOCK_HALF, BLOCK_REST)
@@ -145,12 +137,10 @@ def turn_heads_back(
             r = rstd_of(a, b, rest, eps, D)
             a, b, rest = a * r, b * r, rest * r
             za, zb = za * c + zb * s, zb * c - za * s
-            dwa += za * rounded(a, dtype, ROUND_FIRST)
-            dwb += zb * rounded(b, dtype, ROUND_FIRST)
-            dwrest += zrest * rounded(rest, dtype, ROUND_FIRST)
-            # What was rounded on the way forward has its gradient rounded on the way back.
-            za, zb = rounded(za * wa, dtype, ROUND_FIRST), rounded(zb * wb, dtype, ROUND_FIRST)
-            zrest = rounded(zrest * wrest, dtype, ROUND_FIRST)
+            dwa += za * a
+            dwb += zb * b
+            dwrest += zrest * rest
+            za, zb, zrest = za * wa, zb * wb, zrest * wrest
             mean = ((tl.sum(za * a, 2) + tl.sum(zb * b, 2) + tl.sum(zrest * rest, 2)) / D)[:, :, None]
             za, zb, zrest = r * (za - a * mean), r * (zb - b * mean), r * (zrest - rest * mean)
         store_parts(dqkv + first * (H * D), at, own, za, zb, zrest, D, HALF, BLOCK_HALF, BLOCK_REST)
@@ -164,7 +154,7 @@ def turn_heads_back(
 @triton.jit
 def qk_norm_rope_bwd_kernel(
     dq, dk, dv, qkv, q_weight, k_weight, cos, sin, positions, dqkv, dw, T, P, PROGRAMS, eps,
-    NUM_Q: tl.constexpr, NUM_KV: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, ROUND_FIRST: tl.constexpr,
+    NUM_Q: tl.constexpr, NUM_KV: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(1)
@@ -175,15 +165,15 @@ def qk_norm_rope_bwd_kernel(
     if group < Q_GROUPS:
         turn_heads_back(
             dq, qkv, q_weight, cos, sin, positions, dqkv, dw, T, P, PROGRAMS, eps, group, 0, NUM_Q,
-            H, D, HALF, ROUND_FIRST, BLOCK_T, BLOCK_H, BLOCK_HALF, BLOCK_REST,
+            H, D, HALF, BLOCK_T, BLOCK_H, BLOCK_HALF, BLOCK_REST,
         )  # fmt: skip
     elif group < Q_GROUPS + KV_GROUPS:
         turn_heads_back(
             dk, qkv, k_weight, cos, sin, positions, dqkv, dw, T, P, PROGRAMS, eps, group - Q_GROUPS, NUM_Q, NUM_KV,
-            H, D, HALF, ROUND_FIRST, BLOCK_T, BLOCK_H, BLOCK_HALF, BLOCK_REST,
+            H, D, HALF, BLOCK_T, BLOCK_H, BLOCK_HALF, BLOCK_REST,
         )  # fmt: skip
     else:
         turn_heads_back(
             dv, qkv, None, cos, sin, positions, dqkv, dw, T, P, PROGRAMS, eps, group - Q_GROUPS - KV_GROUPS,
-            NUM_Q + NUM_KV, NUM_KV, H, D, HALF, ROUND_FIRST, BLOCK_T, BLOCK_H, BLOCK_HALF, BLOCK_REST,
+            NUM_Q + NUM_KV, NUM_KV, H, D, HALF, BLOCK_T, BLOCK_H, BLOCK_HALF, BLOCK_REST,
         )  # fmt: skip

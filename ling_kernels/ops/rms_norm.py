@@ -20,14 +20,12 @@ def rms_norm(
     eps: float = 1e-6,
     quantize: bool = False,
     columns: bool = False,
-    round_first: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
     """x [..., N], w [N] -> y [..., N] in x's dtype; reductions run in fp32.
 
     With residual [..., N], x + residual is normed and the sum is returned too, in residual's dtype: (y, sum). quantize
     appends y's FP8 rows and scales, columns also its column-wise copy, as `quantize` lays them out, taken from y before
-    it is rounded (those carry no gradient; x must be [M, N], N % 128 == 0). round_first rounds x * rstd to x's dtype
-    before the weight, as the official model's code does; its checkpoints were trained without. Gradient: to x, residual
+    it is rounded (those carry no gradient; x must be [M, N], N % 128 == 0). Gradient: to x, residual
     and w. Raises ValueError for shapes that do not fit.
     """
     N = x.shape[-1] if x.ndim else 0
@@ -37,21 +35,19 @@ def rms_norm(
     expect(not (quantize or columns) or (x.ndim == 2 and N % BLOCK == 0), "x [M, N], N % 128 == 0, for FP8", x)
     too_wide = f"rows of {N} columns, more than {MAX_N}" if N > MAX_N else None
     if use_reference("rms_norm", x, w, residual, unsupported=too_wide):
-        return rms_norm_ref(x, w, residual, eps, quantize, columns, round_first)
+        return rms_norm_ref(x, w, residual, eps, quantize, columns)
     if residual is not None:
         residual = residual.reshape(-1, N)
-    y, *rest = RMSNorm.apply(x.reshape(-1, N), w, residual, eps, quantize, columns, round_first)
+    y, *rest = RMSNorm.apply(x.reshape(-1, N), w, residual, eps, quantize, columns)
     if residual is not None:
         rest[0] = rest[0].view(x.shape)
     return (y.view(x.shape), *rest) if rest else y.view(x.shape)
 
 
-def rms_norm_ref(x, w, residual=None, eps=1e-6, quantize=False, columns=False, round_first=False):
+def rms_norm_ref(x, w, residual=None, eps=1e-6, quantize=False, columns=False):
     total = x if residual is None else (upcast(x) + upcast(residual)).to(residual.dtype)
     xw = upcast(total)
     xhat = xw * (xw.square().mean(-1, keepdim=True) + eps).rsqrt()
-    if round_first:
-        xhat = upcast(xhat.to(x.dtype))
     y = xhat * upcast(w)
     out = [y.to(x.dtype)] + ([] if residual is None else [total])
     if quantize or columns:
@@ -61,16 +57,16 @@ def rms_norm_ref(x, w, residual=None, eps=1e-6, quantize=False, columns=False, r
 
 class RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, w, residual, eps, quantize, columns, round_first):
+    def forward(ctx, x, w, residual, eps, quantize, columns):
         M, N = x.shape
         x, residual = (t if t is None or t.stride(1) == 1 else t.contiguous() for t in (x, residual))
         w = w.contiguous()
         y, rstd = x.new_empty(M, N), x.new_empty(M, dtype=torch.float32)
         total = None if residual is None else residual.new_empty(M, N)
         y_q, y_scale, yt_q, yt_scale = empty_fp8(x, M, N, quantize, columns, None)
-        rms_norm_fwd(x, w, residual, y, rstd, total, y_q, y_scale, yt_q, yt_scale, eps, round_first)
+        rms_norm_fwd(x, w, residual, y, rstd, total, y_q, y_scale, yt_q, yt_scale, eps)
         ctx.save_for_backward(x if total is None else total, w, rstd)
-        ctx.x_dtype, ctx.has_residual, ctx.round_first = x.dtype, residual is not None, round_first
+        ctx.x_dtype, ctx.has_residual = x.dtype, residual is not None
         ctx.set_materialize_grads(False)
         fp8 = [t for t in (y_q, y_scale, yt_q, yt_scale) if t is not None]
         ctx.mark_non_differentiable(*fp8)
@@ -87,9 +83,9 @@ class RMSNorm(torch.autograd.Function):
         one_dtype = total.dtype == dy.dtype
         dresidual = None if one_dtype else torch.empty_like(total, memory_format=torch.contiguous_format)
         dw = torch.empty(programs(M, N), N, dtype=torch.float32, device=dy.device)
-        rms_norm_bwd(dy, dtotal, total, w, rstd, dx, dresidual, dw, ctx.round_first)
+        rms_norm_bwd(dy, dtotal, total, w, rstd, dx, dresidual, dw)
         dresidual = (dx if one_dtype else dresidual) if ctx.has_residual else None
-        return dx, dw.sum(0).to(w.dtype), dresidual, None, None, None, None
+        return dx, dw.sum(0).to(w.dtype), dresidual, None, None, None
 
 
 def unsupported_fwd(x, w, residual, y, rstd, total, y_q, y_scale, yt_q, *others) -> str | None:
@@ -100,7 +96,7 @@ def unsupported_fwd(x, w, residual, y, rstd, total, y_q, y_scale, yt_q, *others)
 def rms_norm_fwd(
     x: Tensor, w: Tensor, residual: Tensor | None, y: Tensor, rstd: Tensor, total: Tensor | None,
     y_q: Tensor | None, y_scale: Tensor | None, yt_q: Tensor | None, yt_scale: Tensor | None,
-    eps: float, round_first: bool,
+    eps: float,
 ) -> None:  # fmt: skip
     M, N = x.shape
     if M == 0:
@@ -111,7 +107,7 @@ def rms_norm_fwd(
         x, w, residual, y, rstd, total, y_q, y_scale, yt_q, yt_scale,
         x.stride(0), 0 if residual is None else residual.stride(0), 0 if y_q is None else y_scale.stride(1),
         M, N, round_up(M, BLOCK), eps,
-        ROUND_FIRST=round_first, TILES=triton.cdiv(N, tile["BLOCK_N"]), SPLITS=splits, **tile,
+        TILES=triton.cdiv(N, tile["BLOCK_N"]), SPLITS=splits, **tile,
     )  # fmt: skip
 
 
@@ -122,14 +118,14 @@ def unsupported_bwd(dy, dtotal, total, w, *others) -> str | None:
 @op("dx", "dresidual", "dw", cuda=unsupported_bwd)
 def rms_norm_bwd(
     dy: Tensor, dtotal: Tensor | None, total: Tensor, w: Tensor, rstd: Tensor,
-    dx: Tensor, dresidual: Tensor | None, dw: Tensor, round_first: bool,
+    dx: Tensor, dresidual: Tensor | None, dw: Tensor,
 ) -> None:  # fmt: skip
     """total is what was normed; dresidual has its dtype and dx that of x. dw [programs(M, N), N] are partial sums."""
     M, N = total.shape
     if M:
         rms_norm_bwd_kernel[(len(dw),)](
             dy, dtotal, total, w, rstd, dx, dresidual, dw, total.stride(0), M, N, len(dw),
-            ROUND_FIRST=round_first, **backward_config(N),
+            **backward_config(N),
         )  # fmt: skip
 
 
@@ -191,7 +187,7 @@ def load_sum(x, residual, at_x, at_residual, mask):
 @triton.jit
 def rms_norm_fwd_kernel(
     x, w, residual, y, rstd, total, y_q, y_scale, yt_q, yt_scale, ldx, ldr, ld_scale, M, N, M_pad, eps,
-    ROUND_FIRST: tl.constexpr, TILES: tl.constexpr, SPLITS: tl.constexpr,
+    TILES: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     # 64-bit offsets go into the pointers, so that 32 bits do inside a tile.
@@ -221,10 +217,7 @@ def rms_norm_fwd_kernel(
             xs = load_sum(x, residual, m * ldx + n, m * ldr + n, inside)
         if total is not None:
             tl.store(total + first * N + (m * N + n), xs, mask=inside)
-        xhat = xs * r
-        if ROUND_FIRST:
-            xhat = xhat.to(y.dtype.element_ty).to(tl.float32)
-        ys = xhat * tl.load(w + n, mask=n < N, other=0.0).to(tl.float32)
+        ys = xs * r * tl.load(w + n, mask=n < N, other=0.0).to(tl.float32)
         tl.store(y + first * N + (m * N + n), ys, mask=inside)
         if y_q is not None:
             q, scale = quantize_along(tl.reshape(ys, (BLOCK_M, BLOCK_N // 128, 128)), 2, False)
@@ -237,7 +230,7 @@ def rms_norm_fwd_kernel(
 
 @triton.jit
 def rms_norm_bwd_kernel(
-    dy, dtotal, total, w, rstd, dx, dresidual, dw, ld, M, N, PROGRAMS, ROUND_FIRST: tl.constexpr,
+    dy, dtotal, total, w, rstd, dx, dresidual, dw, ld, M, N, PROGRAMS,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     # With g = dy * w and x^ = x * rstd:  dx = rstd * (g - x^ * mean(g * x^)),  dw = sum over rows of dy * x^
@@ -252,11 +245,7 @@ def rms_norm_bwd_kernel(
         dys = tl.load(dy + m * N + n, mask=inside, other=0.0).to(tl.float32)
         xhat = tl.load(total + m * ld + n, mask=inside, other=0.0).to(tl.float32) * r
         g = dys * ws
-        if ROUND_FIRST:  # what was rounded on the way forward has its gradient rounded on the way back
-            g = g.to(dx.dtype.element_ty).to(tl.float32)
-            dws += dys * xhat.to(dx.dtype.element_ty).to(tl.float32)
-        else:
-            dws += dys * xhat
+        dws += dys * xhat
         dxs = r * (g - xhat * (tl.sum(g * xhat, 1) / N)[:, None])
         if dtotal is not None:
             dxs += tl.load(dtotal + m * N + n, mask=inside, other=0.0).to(tl.float32)

@@ -1,7 +1,7 @@
 """Router GEMM: logits = x w^T in fp32, for a bf16 x and an fp32 w too large for fp32 arithmetic on tensor cores.
 
 w = w1 + w2 + w3 with bf16 parts (w1 = bf16(w), w2 = bf16(w - w1), ..) is exact, so three bf16 passes give what fp32
-would; passes=2 drops w3, an error of 2^-17 |x| |w|.
+would.
 """
 
 import torch
@@ -12,40 +12,31 @@ from torch import Tensor
 from ..op import expect, first_derivative_only, multiprocessors, op, upcast, use_reference
 
 
-def router_gemm(x: Tensor, w: Tensor, passes: int = 3) -> Tensor:
+def router_gemm(x: Tensor, w: Tensor) -> Tensor:
     """x [T, H], w [E, H], each bf16 or fp32 -> logits [T, E] fp32, also where autocast is on.
 
-    Gradients in the dtypes of x and w; with passes=2 the gradient to x is of the w that the product saw. Raises
-    ValueError for shapes that do not fit.
+    Gradients in the dtypes of x and w. Raises ValueError for shapes that do not fit.
     """
     fits = x.ndim == w.ndim == 2 and x.shape[1] == w.shape[1] and x.is_floating_point() and w.is_floating_point()
-    expect(fits and passes in (2, 3), "x [T, H], w [E, H] and 2 or 3 passes", x, w, passes)
+    expect(fits, "x [T, H], w [E, H]", x, w)
     other = x.dtype != torch.bfloat16 or w.dtype not in (torch.float32, torch.bfloat16)
     reason = f"x in {x.dtype} and w in {w.dtype}".replace("torch.", "") if other else None
     if use_reference("router_gemm", x, w, unsupported=reason):
-        return router_gemm_ref(x, w, passes)
-    return RouterGEMM.apply(x, w, passes)
+        return router_gemm_ref(x, w)
+    return RouterGEMM.apply(x, w)
 
 
-def router_gemm_ref(x, w, passes=3):
+def router_gemm_ref(x, w):
     x, w = upcast(x), upcast(w)
-    if passes == 2:
-        w = w + (two_parts(w.detach()) - w.detach())
     with torch.autocast(x.device.type, enabled=False):
         return x @ w.T
 
 
-def two_parts(w: Tensor) -> Tensor:
-    """bf16(w) + bf16(w - bf16(w)), which fp32 holds exactly."""
-    high = w.bfloat16().to(w.dtype)
-    return high + (w - high).bfloat16().to(w.dtype)
-
-
 class RouterGEMM(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, w, passes):
+    def forward(ctx, x, w):
         logits = x.new_empty(len(x), len(w), dtype=torch.float32)
-        split_gemm(x, w.T, logits, passes)
+        split_gemm(x, w.T, logits, 3)
         ctx.save_for_backward(x, w)
         return logits
 
@@ -62,7 +53,7 @@ class RouterGEMM(torch.autograd.Function):
             dw = w.new_empty(parts, *w.shape, dtype=torch.float32)
             split_gemm(dlogits.T, x, dw, 3)
             dw = (dw[0] if parts == 1 else dw.sum(0)).to(w.dtype)
-        return dx, dw, None
+        return dx, dw
 
 
 def shares(T: int, E: int, H: int) -> int:

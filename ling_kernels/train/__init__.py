@@ -1,9 +1,14 @@
-"""Training on one device: `python -m ling_kernels.train`. Data, optimizer, schedule, loop, checkpoints, reports."""
+"""Training on one device: the class `Trainer`, and the command `python -m ling_kernels.train`, which uses it."""
 
 import os
 
-# OpenMP's threads wait for the next loop by spinning. Where other programs want the cores too, that made a step up
-# to 30 times slower (7 s against 0.4 s, two threads on two busy cores); going to sleep at once made it twice as slow on
-# idle ones. So they spin briefly, then sleep. OpenMP (GNU's) reads this when torch is loaded, hence here.
+# Waiting OpenMP threads spin. Where other programs want the cores too, endless spinning made a step up to 30 times
+# slower (7 s against 0.4 s, two threads on two busy cores); sleeping at once made it twice as slow on idle cores. So
+# they spin briefly, then sleep. GNU's OpenMP reads these variables when torch is loaded, hence before the imports.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+from .settings import Settings  # noqa: E402
+from .trainer import Diverged, Trainer  # noqa: E402
+
+__all__ = ["Diverged", "Settings", "Trainer"]

@@ -1,12 +1,12 @@
-"""Checkpoints: RUN/checkpoints/step-000123/ with everything that a run needs to go on bit for bit.
+"""Checkpoints: RUN/checkpoints/step-000123/ with everything that a run needs to continue bit for bit.
 
     config.json, model.safetensors   the weights in fp32 under official keys
-    tokenizer.json, tokenizer_config.json   so that the folder is a model like any other
+    tokenizer.json, tokenizer_config.json   so that the folder is a complete model
     optimizer.safetensors            the optimizer's state, by parameter
-    rng.safetensors                  the states of torch's random numbers
-    state.json                       where the run stands, its settings, and size and checksum of the files above
+    rng.safetensors                  the states of torch's random number generators
+    state.json                       progress and settings of the run, size and checksum of the files above
 
-A checkpoint is written under another name, made durable and renamed: it is whole or absent. state.json comes last.
+A checkpoint is written under another name, synced to the disk and renamed: it is complete or absent.
 """
 
 import json
@@ -23,10 +23,10 @@ from ..errors import InputError
 from ..model import save_model
 from ..tokenizer import Tokenizer
 
-READ = 1 << 24  # bytes at a time
+READ_BYTES = 1 << 24
 
 
-def folder_of(run: Path, step: int) -> Path:
+def checkpoint_folder(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:06d}"
 
 
@@ -43,10 +43,10 @@ def step_of(checkpoint: Path) -> int:
 def save_checkpoint(
     run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, tokenizer: Tokenizer, state: dict, keep: int
 ) -> Path:
-    """Write the checkpoint of state["step"], then remove all but the last `keep` (0: none is removed)."""
+    """Write the checkpoint of state["step"], then remove all but the last `keep` (0: keep all). Returns its folder."""
     from safetensors.torch import save_file
 
-    final = folder_of(run, state["step"])
+    final = checkpoint_folder(run, state["step"])
     partial = final.with_name(f".{final.name}.partial")
     try:
         clear_leftovers(run)
@@ -59,7 +59,7 @@ def save_checkpoint(
         (partial / "state.json").write_text(json.dumps(state | {"files": files}, indent=2) + "\n")
         for path in [*partial.iterdir(), partial]:
             make_durable(path)
-        if final.exists():  # a damaged one, or one that the run has come to a second time
+        if final.exists():  # damaged, or from before the run went back
             remove(final)
         os.rename(partial, final)
         make_durable(final.parent)
@@ -72,16 +72,16 @@ def save_checkpoint(
 
 
 def clear_leftovers(run: Path) -> None:
-    """What a killed process left half-written or half-removed."""
+    """Remove checkpoints that a killed process left half-written or half-removed."""
     for path in (run / "checkpoints").glob(".step-*"):
         shutil.rmtree(path)
 
 
 def remove(checkpoint: Path) -> None:
-    """Under another name first: no half-removed folder may pass for a checkpoint."""
-    going = checkpoint.with_name(f".{checkpoint.name}.removed")
-    os.rename(checkpoint, going)
-    shutil.rmtree(going)
+    """Rename, then delete, so that a half-removed folder is never taken for a checkpoint."""
+    renamed = checkpoint.with_name(f".{checkpoint.name}.removed")
+    os.rename(checkpoint, renamed)
+    shutil.rmtree(renamed)
 
 
 def make_durable(path: Path) -> None:
@@ -95,7 +95,7 @@ def make_durable(path: Path) -> None:
 def checksum(path: Path) -> int:
     total = 0
     with open(path, "rb") as file:
-        while part := file.read(READ):
+        while part := file.read(READ_BYTES):
             total = zlib.crc32(part, total)
     return total
 
@@ -117,7 +117,7 @@ def random_states() -> dict[str, Tensor]:
 
 
 def locate(resume: str) -> tuple[Path, Path]:
-    """The run and the checkpoint that --resume names: a checkpoint, or a run for its latest one."""
+    """The run's folder and the checkpoint that --resume names: a checkpoint itself, or a run for its latest."""
     path = Path(resume).resolve()
     if re.fullmatch(r"step-\d+", path.name) and path.parent.name == "checkpoints" and path.is_dir():
         return path.parent.parent, path
@@ -130,17 +130,17 @@ def locate(resume: str) -> tuple[Path, Path]:
 
 
 def read_state(checkpoint: Path) -> dict:
-    """state.json of a checkpoint whose files are all whole. A damaged one is named, and the one before it offered."""
+    """Read state.json. Raises InputError for a damaged checkpoint, naming the latest intact one before it."""
     if (damage := damage_of(checkpoint)) is None:
         return json.loads((checkpoint / "state.json").read_text())
     run = checkpoint.parent.parent
     earlier = [c for c in list_checkpoints(run) if step_of(c) < step_of(checkpoint) and damage_of(c) is None]
-    offer = f"go on from the one before it with --resume {earlier[-1]}" if earlier else "there is no earlier one"
+    offer = f"continue from the one before it with --resume {earlier[-1]}" if earlier else "there is no earlier one"
     raise InputError(f"the checkpoint {checkpoint} is damaged: {damage}; {offer}")
 
 
 def damage_of(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint; None where every file is as it was written."""
+    """Describe damage to a checkpoint; None where every file is intact."""
     try:
         files = json.loads((checkpoint / "state.json").read_text())["files"].items()
         for name, (size, crc) in files:
@@ -150,7 +150,7 @@ def damage_of(checkpoint: Path) -> str | None:
             if path.stat().st_size != size:
                 return f"{name} has {path.stat().st_size} of {size} bytes"
             if checksum(path) != crc:
-                return f"{name} is not what was written"
+                return f"the checksum of {name} is wrong"
     except OSError as error:
         return f"{error.filename or checkpoint}: {error.strerror}"
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -159,12 +159,12 @@ def damage_of(checkpoint: Path) -> str | None:
 
 
 def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put the optimizer's state and the states of random numbers back; the weights come with the model."""
+    """Load the optimizer's state and the random number generators'. The model must have the checkpoint's weights."""
     from safetensors.torch import load_file
 
     named = dict(model.named_parameters())
     for key, value in load_file(checkpoint / "optimizer.safetensors").items():
-        name, _, part = key.rpartition(".")  # not by load_state_dict, which would cast codes to the parameter's dtype
+        name, _, part = key.rpartition(".")
         optimizer.state[named[name]][part] = value.to(named[name].device)
     states = load_file(checkpoint / "rng.safetensors")
     torch.set_rng_state(states["cpu"])
@@ -173,11 +173,11 @@ def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer
 
 
 def set_aside_later(run: Path, checkpoint: Path) -> list[Path]:
-    """Rename the checkpoints after the one that a run goes on from: they belong to a future that is given up, and are
-    kept under a name that no --resume picks."""
-    later = [c for c in list_checkpoints(run) if step_of(c) > step_of(checkpoint)]
+    """Rename the checkpoints later than the one that the run continues from to superseded-..., which --resume
+    ignores."""
+    later_ones = [c for c in list_checkpoints(run) if step_of(c) > step_of(checkpoint)]
     moved = []
-    for path in later:
+    for path in later_ones:
         target = path.with_name(f"superseded-{path.name}")
         number = 2
         while target.exists():

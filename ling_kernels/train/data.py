@@ -1,12 +1,12 @@
-"""Tokens on disk, and packing: an endless stream of rows that is a pure function of (documents, seed, row number).
+"""Tokens on disk, and packing: an endless stream of rows that depends on documents, seed and row number alone.
 
-Text is tokenised once into a .bin file, memory-mapped from there on: little-endian uint16 or uint32 ids, every document
-followed by the end token, and beside X.bin an X.json with dtype, eos_id and vocab_size. `python -m
-ling_kernels.train.data SOURCES --out X.bin` writes such a file.
+Text is tokenised once into a memory-mapped .bin file of little-endian uint16 or uint32 ids, each document followed by
+the end token. Beside X.bin, X.json gives dtype, eos_id and vocab_size. `python -m ling_kernels.train.data SOURCES
+--out X.bin` writes such a file.
 
-An epoch is all documents in an order of its own, one after the other; epochs follow one another without a gap, and all
-that is cut into pieces of seq_len tokens. The rows are those pieces, shuffled once more, an epoch of them (or a
-million) at a time: neighbours in a document are no neighbours in a batch.
+An epoch is all documents in a shuffled order; epochs follow one another without a gap. This stream is cut into pieces
+of seq_len tokens, the rows, which are shuffled again within blocks of an epoch (at most a million rows), so that
+neighbours in a document are not neighbours in a batch.
 """
 
 import argparse
@@ -31,19 +31,19 @@ from .sources import cpython_documents, documents, find_files, reading
 
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 SCAN = 1 << 24  # ids read at a time
-BLOCK = 1 << 20  # rows shuffled among themselves at most
-ROWS, DOCUMENTS = 0, 1  # what is shuffled
+BLOCK = 1 << 20  # most rows in a block
+ROWS, DOCUMENTS = 0, 1  # kinds of shuffles
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Document d is arrays[which[d]][start[d] : end[d]], its end token included where it has one."""
+    """Document d is arrays[which[d]][start[d] : end[d]], its end token, if any, included."""
 
     arrays: list[np.ndarray]
     which: np.ndarray  # [n] int32
     start: np.ndarray  # [n] int64
     end: np.ndarray  # [n] int64
-    checksum: int  # of all ids, so that a resumed run knows its data again
+    checksum: int  # of all ids: a resumed run compares it
 
     def __len__(self) -> int:
         return len(self.start)
@@ -64,26 +64,30 @@ class Batch(NamedTuple):
     cu_seqlens: Tensor  # [n + 1] int32: where documents and rows start in the flattened ids
 
     def targets(self, ahead: int = 1) -> int:
-        """How many positions have a token `ahead` of them in the same document and row."""
+        """Number of positions with a token `ahead` positions later in the same document and row."""
         return int((self.cu_seqlens.diff() - ahead).clamp(min=0).sum())
 
 
-def write_tokens(pieces: Iterable[Iterable[bytes]], tokenizer: Tokenizer, out: Path) -> dict:
-    """Tokenise documents into `out` and its .json; both appear whole or not at all. Returns what the .json says."""
+def write_tokens(documents: Iterable[Iterable[bytes]], tokenizer: Tokenizer, out: Path) -> dict:
+    """Tokenise documents into `out` and its .json; both appear complete or not at all. Returns the content of the
+    .json.
+
+    documents: each an iterable of UTF-8 pieces. Raises InputError where the files cannot be written.
+    """
     name = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     eos = np.array([tokenizer.eos_id], DTYPES[name]).tobytes()
     count = number = 0
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with whole(out) as tokens, whole(out.with_suffix(".json")) as sidecar:  # which takes its name first
+        with whole(out) as tokens, whole(out.with_suffix(".json")) as sidecar:  # the .json is renamed first
             with open(tokens, "wb") as file:
-                for document in pieces:
+                for document in documents:
                     before = count
                     for piece in document:
                         ids = tokenizer.encode_bytes(piece)
                         file.write(ids.astype(DTYPES[name]).tobytes())
                         count += len(ids)
-                    if count > before:  # an empty document is none
+                    if count > before:  # empty documents are dropped
                         file.write(eos)
                         count, number = count + 1, number + 1
                 file.flush()
@@ -97,20 +101,20 @@ def write_tokens(pieces: Iterable[Iterable[bytes]], tokenizer: Tokenizer, out: P
 
 
 def open_tokens(files: Sequence[Path], vocab_size: int, eos_id: int) -> Documents:
-    """Map .bin files, find their documents and check every id in one pass."""
+    """Map .bin files, find the documents in them and check every id. Raises InputError for damaged or foreign files."""
     arrays, which, start, end, checksum = [], [], [], [], 0
     for path in files:
         ids = map_tokens(path, vocab_size, eos_id)
         stops = []
         with reading(path):
-            for at in range(0, len(ids), SCAN):
-                some = np.array(ids[at : at + SCAN])
-                if (worst := int(some.max())) >= vocab_size:
-                    raise InputError(f"{path} holds the token {worst}, and the model's vocabulary ends at {vocab_size}")
-                checksum = zlib.crc32(some, checksum)
-                stops.append(np.flatnonzero(some == eos_id) + at + 1)
+            for first in range(0, len(ids), SCAN):
+                part = np.array(ids[first : first + SCAN])
+                if (largest := int(part.max())) >= vocab_size:
+                    raise InputError(f"{path} holds the token {largest}, but the model's vocabulary has {vocab_size}")
+                checksum = zlib.crc32(part, checksum)
+                stops.append(np.flatnonzero(part == eos_id) + first + 1)
         ends = np.concatenate(stops)
-        if not len(ends) or ends[-1] != len(ids):  # what follows the last end token is a document too
+        if not len(ends) or ends[-1] != len(ids):  # the last document has no end token
             ends = np.append(ends, len(ids))
         end.append(ends)
         start.append(np.append(0, ends[:-1]))
@@ -123,33 +127,36 @@ def map_tokens(path: Path, vocab_size: int, eos_id: int) -> np.ndarray:
     sidecar = path.with_suffix(".json")
     try:
         about = json.loads(sidecar.read_text())
-        its_dtype, its_eos, its_vocab = about["dtype"], int(about["eos_id"]), int(about["vocab_size"])
-        dtype = DTYPES[its_dtype]
+        dtype, file_eos, file_vocab = DTYPES[about["dtype"]], int(about["eos_id"]), int(about["vocab_size"])
     except OSError as error:
         raise InputError(f"{path} needs {sidecar.name} beside it: {error.strerror or error}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{sidecar} must give dtype (uint16 or uint32), eos_id and vocab_size: {error!r}") from None
-    if its_vocab > vocab_size:
-        raise InputError(f"{path} is of a tokenizer with {its_vocab} tokens, more than the model's {vocab_size}")
-    if its_eos != eos_id:
-        raise InputError(f"{path} ends documents with token {its_eos}, the tokenizer with {eos_id}: name its tokenizer")
+    if file_vocab > vocab_size:
+        raise InputError(
+            f"{path} was written with a tokenizer of {file_vocab} tokens, more than the model's {vocab_size}"
+        )
+    if file_eos != eos_id:
+        raise InputError(
+            f"{path} ends documents with token {file_eos}, the tokenizer uses {eos_id}: give --tokenizer the one"
+            " that wrote it"
+        )
     with reading(path):
         size = path.stat().st_size
         if size == 0:
             raise InputError(f"{path} holds no tokens")
         if size % dtype.itemsize or about.get("tokens", size // dtype.itemsize) * dtype.itemsize != size:
-            raise InputError(
-                f"{path} is truncated: {size} bytes, where {sidecar.name} tells of {about.get('tokens')} ids"
-            )
+            raise InputError(f"{path} is truncated: {size} bytes, but {sidecar.name} says {about.get('tokens')} ids")
         return np.memmap(path, dtype, "r")
 
 
 def gather_tokens(
     data: Sequence[str | Path] | None, tokenizer: Tokenizer, vocab_size: int, cache: Path, text_field: str = "text"
 ) -> Documents:
-    """All documents of `data`, or of CPython where it is None: text is tokenised into `cache`, .bin mapped in place.
+    """All documents of `data` (None: CPython's text). Text is tokenised into `cache`; .bin files are mapped in place.
 
-    A cache that is there already is taken as it is: a resumed run sees the data it began with."""
+    An existing cache is used as it is, so that a resumed run sees the data it began with.
+    """
     files = None if data is None else find_files(data)
     text = None if files is None else [p for p in files if p.suffix != ".bin"]
     if (text is None or text) and not cache.is_file():
@@ -163,12 +170,12 @@ def gather_tokens(
 
 
 def hold_out(docs: Documents, every: int) -> tuple[Documents, Documents]:
-    """Documents to train on and documents to validate on: every `every`-th. Where there are fewer than that, the last
-    1/every of the longest."""
+    """Split into documents to train on and to validate on: every `every`-th document, or with fewer documents the last
+    1/every of the longest one."""
     n = np.arange(len(docs))
     if len(docs) >= every:
-        kept = n % every == every - 1
-        return docs.take(~kept), docs.take(kept)
+        held_out = n % every == every - 1
+        return docs.take(~held_out), docs.take(held_out)
     longest = int((docs.end - docs.start).argmax())
     if len(docs[longest]) < 2 * every:
         raise InputError(f"the data is too small to hold out 1/{every} for validation: {docs.tokens} tokens")
@@ -177,17 +184,22 @@ def hold_out(docs: Documents, every: int) -> tuple[Documents, Documents]:
     return train, replace(docs.take(n == longest), start=np.array([cut]))
 
 
+def describe(docs: Documents) -> dict:
+    """Size and checksum of the data, which a checkpoint keeps and a resumed run compares."""
+    return dict(tokens=docs.tokens, documents=len(docs), checksum=docs.checksum)
+
+
 class Packed:
-    """Rows of seq_len tokens out of documents; `seed` orders them anew every epoch, None keeps their order."""
+    """Rows of seq_len tokens from documents. seed shuffles them, differently in each epoch; None keeps their order."""
 
     def __init__(self, docs: Documents, seq_len: int, seed: int | None):
         self.docs, self.seq_len, self.seed = docs, seq_len, seed
         self.per_epoch = docs.tokens
-        self.block = min(max(self.per_epoch // seq_len, 1), BLOCK)  # rows that are shuffled among themselves
-        self._shuffle = functools.lru_cache(maxsize=4)(self._shuffle)  # a block of rows meets two epochs of documents
+        self.block = min(max(self.per_epoch // seq_len, 1), BLOCK)  # rows in a block
+        self._shuffle = functools.lru_cache(maxsize=4)(self._permutation)  # a block spans two epochs of documents
 
     def batch(self, rows: Sequence[int]) -> Batch:
-        """The rows of these numbers. Only the arguments decide: no state is carried from call to call."""
+        """The rows with these numbers. The result depends on nothing else: no state is kept between calls."""
         ids = np.empty((len(rows), self.seq_len), np.int64)
         starts = []
         for i, row in enumerate(rows):
@@ -203,23 +215,23 @@ class Packed:
         return Batch(torch.from_numpy(ids), torch.tensor(starts, dtype=torch.int32))
 
     def _run(self, position: int) -> np.ndarray:
-        """The stream of documents from `position` to the end of the document it lies in."""
+        """The stream from `position` to the end of the document there."""
         epoch, within = divmod(position, self.per_epoch)
         order, ends = self._shuffle(DOCUMENTS, epoch)
         i = int(np.searchsorted(ends, within, side="right"))
         document = self.docs[order[i]]
         return document[len(document) - int(ends[i] - within) :]
 
-    def _shuffle(self, what: int, number: int):
-        """The order of a block's rows; or of an epoch's documents, and where each of them ends then."""
-        size = self.block if what == ROWS else len(self.docs)
+    def _permutation(self, kind: int, number: int):
+        """The order of the rows of block `number`; or the order of epoch `number`'s documents, and their ends."""
+        size = self.block if kind == ROWS else len(self.docs)
         if self.seed is None:
             order = np.arange(size)
         else:
-            # Raw bits of a counter-based generator: numpy promises them for ever, its permutation() it does not.
-            bits = np.random.Philox(key=[self.seed, 2 * number + what])
+            # numpy guarantees the raw bits of Philox in all versions, but not the result of permutation().
+            bits = np.random.Philox(key=[self.seed, 2 * number + kind])
             order = np.argsort(bits.random_raw(size), kind="stable")
-        return order if what == ROWS else (order, np.cumsum((self.docs.end - self.docs.start)[order]))
+        return order if kind == ROWS else (order, np.cumsum((self.docs.end - self.docs.start)[order]))
 
 
 @command
@@ -231,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--text-field", default="text", help="field or column with the text (default: %(default)s)")
     args = parser.parse_args(argv)
     if args.out.suffix != ".bin":
-        raise InputError(f"--out {args.out} does not end in .bin")
+        raise InputError(f"--out {args.out} must end in .bin")
     if args.out.exists():
         raise InputError(f"{args.out} exists; it is not overwritten")
     tokenizer = load_tokenizer(args.tokenizer)

@@ -1,28 +1,32 @@
-"""AdamW as Ling 2.0 is trained with (betas 0.9 and 0.95, weight decay on matrices), in 8 bits too; and Muon.
+"""Optimizers and schedules: AdamW with Ling 2.0's betas (0.9, 0.95) and weight decay on matrices, 8-bit AdamW, and
+Muon.
 
-Each is one torch.optim.Optimizer whose `step` asks the host nothing. As in torch's fused ones, two of its attributes
-are scalars on the device: grad_scale, which gradients are divided by, and found_inf; unless that is 0, a step changes
-nothing.
+Each is one torch.optim.Optimizer whose `step` never waits for the device. As with torch's fused optimizers, two
+attributes are scalars on the device: grad_scale divides the gradients, and a found_inf other than 0 makes the step
+change nothing.
 """
+
+import weakref
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw as adamw_functional
 
+from ..errors import InputError
 from ..ops.adamw_8bit import Moments, adamw_8bit, round_stochastically, rounding_keys, seeds
 from ..ops.grad_norm import grad_norm
-from .sharded import is_sharded, local, moments_of, place
+from ..parallel.sharded import adamw_8bit_moments, is_sharded, local, shard_index
 
 OPTIMIZERS = ("adamw", "adamw8bit", "muon")
 MASTERS = ("fp32", "bf16")
 BETAS, EPS = (0.9, 0.95), 1e-8
-SHARD = 0x9E3779B1  # between the seeds of a parameter's shards
-OTHERS = 1 << 20  # between those of AdamW's parameters and Muon's
-CHUNK = 1 << 22  # elements, or one matrix, that Muon has in fp32 at a time
+SHARD_SEEDS = 0x9E3779B1  # distance between the seeds of a parameter's shards
+MUON_SEEDS = 1 << 20  # distance between the seeds of AdamW's parameters and those of Muon's
+CHUNK = 1 << 22  # elements that Muon holds in fp32 at a time, at least one matrix
 
 
 def make_optimizer(model: nn.Module, kind: str, lr: float, weight_decay: float, seed: int = 0) -> torch.optim.Optimizer:
-    """Of that kind, over all parameters; seed: of stochastic rounding."""
+    """An optimizer of a kind in OPTIMIZERS over all parameters. seed is for stochastic rounding."""
     if kind == "adamw":
         return adamw(model, lr, weight_decay)
     if kind == "adamw8bit":
@@ -31,8 +35,8 @@ def make_optimizer(model: nn.Module, kind: str, lr: float, weight_decay: float, 
 
 
 def adamw(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """Weight decay acts on whatever has two dimensions or more, embedding, head and router included (as in Megatron);
-    norms are vectors and do not decay, the experts' bias is no parameter."""
+    """torch's fused AdamW. Parameters with two or more dimensions decay, embedding, head and router included (as in
+    Megatron); norms, which are vectors, do not. The experts' bias is no parameter."""
     return torch.optim.AdamW(by_decay(model.parameters(), weight_decay), lr=lr, betas=BETAS, eps=EPS, fused=True)
 
 
@@ -45,10 +49,11 @@ def by_decay(parameters, weight_decay: float) -> list[dict]:
 
 
 def to_masters(model: nn.Module, kind: str) -> None:
-    """ "bf16": matrices become bf16, embedding and head included, in place; vectors and the router stay fp32.
+    """Give the weights the precision that the optimizer updates, in place. "bf16" converts matrices, embedding and head
+    included; vectors and the router stay fp32.
 
-    Those are 0.1 % of Ling-mini and cost nothing; the router's products are fp32 anyway, and a norm's weights lie near
-    1, where bf16 has steps of 0.4 to 0.8 %.
+    These are 0.1 % of Ling-mini. The router computes in fp32 anyway, and norm weights are near 1, where bf16's steps
+    are 0.4 to 0.8 %.
     """
     if kind == "bf16":
         for name, p in model.named_parameters():
@@ -56,8 +61,8 @@ def to_masters(model: nn.Module, kind: str) -> None:
                 p.data = p.data.bfloat16()
 
 
-class Stepping(torch.optim.Optimizer):
-    """torch.optim's closure, in one place: `update` is the step."""
+class DeviceOptimizer(torch.optim.Optimizer):
+    """Base of the optimizers here: `step` runs the closure, then `update`; a loaded state keeps its precisions."""
 
     grad_scale = found_inf = None
 
@@ -70,14 +75,24 @@ class Stepping(torch.optim.Optimizer):
         self.update()
         return loss
 
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Load copies of the states as they are. torch's own method casts them to the parameter's precision, and shares
+        tensors that need no cast."""
+        super().load_state_dict(state_dict)
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, p in zip(ids, params, strict=True):
+            for name, value in state_dict["state"].get(i, {}).items():
+                self.state[p][name] = value.to(p.device, copy=True)
 
-class AdamW8bit(Stepping):
-    """AdamW with the moments of matrices in 8 bits, those of vectors in fp32; bf16 parameters rounded stochastically,
-    by random bits that the seed and a parameter's place in its group choose.
 
-    A parameter whose attribute `fp8` is a copy of nn.fp8 that is up to date gets it requantised in the same pass. Those
-    that FSDP2 has sharded have state that is sharded alike (`sharded`), and the bits of a run that is not, but for
-    random ones, which differ from shard to shard.
+class AdamW8bit(DeviceOptimizer):
+    """AdamW with 8-bit moments for matrices and fp32 moments for vectors. bf16 parameters are rounded stochastically;
+    the random bits depend on the seed and on the parameter's place in its group.
+
+    A parameter's attribute `fp8`, a copy that nn.fp8 keeps, is requantised in the same pass if it is up to date.
+    State of parameters that FSDP2 has sharded is sharded alike (parallel/sharded.py). Results are those of an
+    unsharded run to the bit, except for stochastic rounding, whose random bits differ between shards.
     """
 
     def __init__(self, groups, lr: float, seed: int = 0, betas=BETAS, eps: float = EPS, weight_decay: float = 0.0):
@@ -86,17 +101,9 @@ class AdamW8bit(Stepping):
 
     @property
     def raises_version(self) -> bool:
-        """Of a sharded parameter not that of the whole ones, which are gathered anew."""
+        """Whether a step raises the versions of the weights that the forward uses. Not with sharded parameters: FSDP2
+        gathers the whole ones into other tensors."""
         return not any(is_sharded(p) for group in self.param_groups for p in group["params"])
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        """torch casts a state to its parameter's precision, and shares what it need not cast: here neither."""
-        super().load_state_dict(state_dict)
-        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for i, p in zip(ids, params, strict=True):
-            for name, value in state_dict["state"].get(i, {}).items():
-                self.state[p][name] = value.to(p.device, copy=True)
 
     def update(self) -> None:
         for number, group in enumerate(self.param_groups):
@@ -113,11 +120,13 @@ class AdamW8bit(Stepping):
             return
         for p in params:
             if not self.state[p]:
-                self.state[p] = dict(step=torch.zeros((), device=p.device), **moments_of(p))
+                self.state[p] = dict(step=torch.zeros((), device=p.device), **adamw_8bit_moments(p))
         if number not in self.seeds:
             matrices = [p for p in group["params"] if p.ndim >= 2]
-            of_each = seeds(len(matrices), self.seed + number, local(params[0]).device).unbind()
-            self.seeds[number] = {p: s + SHARD * place(p) for p, s in zip(matrices, of_each, strict=True)}
+            group_seeds = seeds(len(matrices), self.seed + number, local(params[0]).device).unbind()
+            self.seeds[number] = {
+                p: seed + SHARD_SEEDS * shard_index(p) for p, seed in zip(matrices, group_seeds, strict=True)
+            }
         steps = [self.state[p]["step"] for p in params]
         torch._foreach_add_(steps, 1)
         copies = [getattr(p, "fp8", None) for p in params]
@@ -132,7 +141,7 @@ class AdamW8bit(Stepping):
             self.grad_scale, self.found_inf, torch.stack([self.seeds[number][p] for p in params]),
             [c.pair if c is not None and c.written else None for c in copies], pow2,
         )  # fmt: skip
-        if self.found_inf is not None:  # a step that was skipped is none
+        if self.found_inf is not None:  # a skipped step does not count
             torch._foreach_sub_(steps, [self.found_inf] * len(steps))
 
     def step_vectors(self, params: list[Tensor], group: dict) -> None:
@@ -150,27 +159,31 @@ class AdamW8bit(Stepping):
         )  # fmt: skip
 
 
-class MuonAdamW(Stepping):
-    """torch.optim.Muon for the matrices of the layers, each expert's its own, and AdamW for the rest: embedding, head,
-    routers and vectors. Muon's updates have the size of AdamW's (arXiv 2502.16982), so one learning rate serves both.
+class MuonAdamW(DeviceOptimizer):
+    """torch.optim.Muon for the matrices of the layers, each expert's on its own, and AdamW for embedding, head, routers
+    and vectors. Muon's updates are scaled to AdamW's size (arXiv 2502.16982), so both use one learning rate.
 
-    Muon runs in fp32; matrices and momenta that are bf16 are rounded stochastically. Where there are any, the rest has
-    8-bit AdamW.
+    Muon computes in fp32; bf16 matrices and momenta are rounded stochastically. With any bf16 parameter the AdamW is
+    the 8-bit one.
     """
 
     def __init__(self, model: nn.Module, lr: float, weight_decay: float, seed: int = 0):
         named = dict(model.named_parameters())
         others = ("word_embeddings.weight", "lm_head.weight", "router.weight")
         hidden = [p for name, p in named.items() if p.ndim >= 2 and not name.endswith(others)]
-        taken = {id(p) for p in hidden}
-        rest = by_decay((p for p in named.values() if id(p) not in taken), weight_decay)
+        for_muon = {id(p) for p in hidden}
+        rest = by_decay((p for p in named.values() if id(p) not in for_muon), weight_decay)
         super().__init__([dict(params=hidden, weight_decay=weight_decay), *rest], dict(lr=lr))
         if any(p.dtype == torch.bfloat16 for p in named.values()):
             self.adamw = AdamW8bit(self.param_groups[1:], lr, seed)
         else:
             self.adamw = torch.optim.AdamW(self.param_groups[1:], lr=lr, betas=BETAS, eps=EPS, fused=True)
         self.adamw.state = self.state
-        self.seeds = seeds(2 * len(hidden), seed + OTHERS, hidden[0].device).view(-1, 2).unbind()
+        self.seeds = seeds(2 * len(hidden), seed + MUON_SEEDS, hidden[0].device).view(-1, 2).unbind()
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)  # replaces state and param_groups, which AdamW must go on sharing
+        self.adamw.state, self.adamw.param_groups = self.state, self.param_groups[1:]
 
     def update(self) -> None:
         for p, seed in zip(self.param_groups[0]["params"], self.seeds, strict=True):
@@ -180,7 +193,7 @@ class MuonAdamW(Stepping):
         self.adamw.step()
 
     def step_matrices(self, p: Tensor, seed: Tensor) -> None:
-        """p [N, K] or [E, N, K]; seed [2], of p and of its momentum."""
+        """p [N, K] or [E, N, K]; seed [2]: one for p, one for its momentum."""
         if not self.state[p]:
             self.state[p] = dict(step=torch.zeros((), device=p.device), momentum_buffer=torch.zeros_like(p))
         step = self.state[p]["step"].add_(1)
@@ -203,32 +216,35 @@ class MuonAdamW(Stepping):
                     new = round_stochastically(new.flatten(), key, number * at_once * w.numel()).view_as(old)
                 new = new.to(old.dtype)
                 old.copy_(new if self.found_inf is None else torch.where(self.found_inf != 0, old, new))
-        if self.found_inf is not None:  # a step that was skipped is none
+        if self.found_inf is not None:  # a skipped step does not count
             step.sub_(self.found_inf)
 
 
 class StepInBackward:
-    """Takes an optimizer's steps in the backward: each parameter's as soon as its gradient is complete, which it frees.
+    """Takes the optimizer's steps during the backward: each parameter's as soon as its gradient is complete, and frees
+    the gradient.
 
-    One backward must make whole gradients; their norm is known when it has ended, and nothing can be clipped by it. A
-    gradient that is not finite stops the step: its parameter and those whose gradients follow stay as they are.
+    The backward must produce whole gradients (one micro batch). The norm of all gradients is known only afterwards, so
+    that nothing can be clipped by it. A gradient that is not finite stops the step: its parameter and those whose
+    gradients come later do not change. `remove()` takes the hooks off the parameters, as garbage collection does.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer):
         self.optimizer = optimizer
-        self.norms = dict.fromkeys(model.parameters())
-        self.stopped = None
-        for p in self.norms:
-            p.register_post_accumulate_grad_hook(self.arrived)
+        self.norms: dict[nn.Parameter, Tensor | None] = dict.fromkeys(model.parameters())
+        self.stopped: Tensor | None = None
+        method = weakref.WeakMethod(self.on_gradient)  # a hook must not keep this alive
+        hooks = [p.register_post_accumulate_grad_hook(lambda p: method()(p)) for p in self.norms]
+        self.remove = weakref.finalize(self, lambda: [hook.remove() for hook in hooks])
 
-    def begin(self, lr: float, sound: Tensor) -> None:
-        """Before the backward. Nothing is changed where `sound` is False."""
+    def begin(self, lr: float, finite: Tensor) -> None:
+        """Call before the backward. Nothing changes where `finite`, a bool scalar on the device, is False."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.norms = dict.fromkeys(self.norms)
-        self.stopped = ~sound
+        self.stopped = ~finite
 
-    def arrived(self, p: Tensor) -> None:
+    def on_gradient(self, p: Tensor) -> None:
         norm = self.norms[p] = grad_norm([p.grad])
         self.stopped = self.stopped | ~norm.isfinite()
         self.optimizer.grad_scale, self.optimizer.found_inf = None, self.stopped.float()
@@ -236,21 +252,46 @@ class StepInBackward:
         p.grad = None
 
     def norm(self) -> Tensor:
-        """Of all gradients of the last backward."""
+        """Norm of all gradients of the last backward."""
         return grad_norm([norm for norm in self.norms.values() if norm is not None])
 
 
 def bytes_per_weight(kind: str, master: str, gradients: bool = True) -> int:
-    """Of a matrix: the weight, its gradient, and the optimizer's state."""
+    """Bytes for each element of a matrix: weight, gradient and optimizer state."""
     size = 4 if master == "fp32" else 2
     return (1 + gradients) * size + dict(adamw=8, adamw8bit=2, muon=size)[kind]
 
 
-def clipped_step(optimizer: torch.optim.Optimizer, lr: float, norm: Tensor, limit: float, sound: Tensor) -> None:
-    """A step with gradients scaled so that `norm`, that of all, is at most `limit`, 0: as they are. None where `sound`
-    is False."""
+def clipped_step(optimizer: torch.optim.Optimizer, lr: float, norm: Tensor, limit: float, finite: Tensor) -> None:
+    """Step with gradients scaled down so that their norm, which is `norm`, is at most `limit`; 0: never scaled.
+
+    Skips the step, on the device, where `finite` (bool scalar) is False.
+    """
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.grad_scale = ((norm + 1e-6) / limit).clamp(min=1) if limit else None
-    optimizer.found_inf = (~sound).float()
+    optimizer.found_inf = (~finite).float()
     optimizer.step()
+
+
+def learning_rate(step: int, lr: float, warmup: int) -> float:
+    """Linear warm-up that reaches lr at step `warmup`, then constant. Steps count from 1."""
+    return lr * min(1.0, step / warmup) if warmup else lr
+
+
+def rows_at(step: int, batch: int, ramp: tuple[int, int] | None, multiple: int) -> int:
+    """Rows of a step, counted from 1. ramp: (rows of the first step, steps until `batch` rows), linear between, in
+    multiples of `multiple`."""
+    if ramp is None:
+        return batch
+    start, steps = ramp
+    more = (batch - start) * min(step - 1, steps) // steps
+    return start + more // multiple * multiple
+
+
+def parse_ramp(text: str) -> tuple[int, int]:
+    """Read "START:STEPS". Raises InputError for anything else."""
+    start, colon, steps = text.partition(":")
+    if not (colon and start.isdecimal() and steps.isdecimal() and int(steps) > 0):
+        raise InputError(f"--batch-ramp {text!r} is not START:STEPS, two whole numbers")
+    return int(start), int(steps)

@@ -1,4 +1,5 @@
-"""From what the user gave to what a run needs, every mistake answered before any work is done."""
+"""Before a run: check settings, choose device and precision, make the run's folder. Every mistake is an InputError
+before any work is done."""
 
 import json
 import os
@@ -8,20 +9,24 @@ import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..errors import InputError
+from ..gpu import named
 from ..model import LingConfig, resolve_model
 from ..model.config import PRESETS
 from ..tokenizer import Tokenizer, load_tokenizer
 from . import checkpoint as ckpt
 from .optimizer import bytes_per_weight
-from .settings import Settings, check, settings_of, to_json
+from .settings import Settings, check, from_json, settings_of, to_json
 
 
 @dataclass
-class Job:
+class Run:
+    """A run that can start: its settings checked, its folder there with settings.json."""
+
     settings: Settings
     config: LingConfig
     tokenizer: Tokenizer
@@ -29,83 +34,118 @@ class Job:
     device_name: str
     precision: torch.dtype
     folder: Path
-    made: bool  # the folder was not there before
-    tokens: Path  # what the text was tokenised into, in the folder
-    had_tokens: bool
-    source: Path | None = None  # directory with the weights to begin from; None: random
+    new_folder: bool  # created for this run
+    tokens: Path  # tokenised text, in the folder
+    had_tokens: bool  # the file was there before
+    weights: Path | None = None  # folder of the model to start from; None: random weights
     checkpoint: Path | None = None  # to resume from
-    state: dict | None = None  # its state.json
+    state: dict | None = None  # the checkpoint's state.json
 
 
-def prepare(given: dict) -> Job:
-    """Raise InputError for anything that cannot work; then make the run's folder."""
-    given = {k: absolute(k, v) for k, v in given.items()}
-    out, resume = given.pop("out", None), given.pop("resume", None)
-    if resume == "auto":
-        resume = latest_run(out, given.get("model", Settings.model))
-        restart, out = out is not None and resume is None, None if resume else out
-    else:
-        restart = False
-    if resume and out:
-        raise InputError("--out is for a new run and --resume for one that is there: give one of the two")
-    run, point = ckpt.locate(resume) if resume else (None, None)
-    state = ckpt.read_state(point) if point else None
-    settings = settings_of(given, state and state["settings"])
-    config, source = settings_model(settings, point)
+def new_run(settings: Settings, out: str | Path | None = None, restart: bool = False) -> Run:
+    """Prepare a new run in the folder `out` (default: runs/MODEL-DATE-TIME)."""
+    settings = absolute_paths(settings)
+    config, weights = model_config(settings)
     check(settings, config)
-    if state and settings.steps < state["step"]:
-        raise InputError(f"--steps {settings.steps}: {point} has done {state['step']} already")
-    device, name, precision = choose_device(settings)
+    settings, device = choose(settings)
+    tokenizer = load_tokenizer(settings.tokenizer or own_tokenizer(weights))
+    fits_vocabulary(tokenizer, config, settings)
+    if not weights:
+        config = replace(config, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.eos_id)
+    check_memory(config, settings, device[0])
+    folder, new = make_folder(out, settings.model, restart)
+    return write_settings(Run(settings, config, tokenizer, *device, folder, new, *tokens_of(folder), weights))
+
+
+def resumed_run(resume: str | Path, changes: dict) -> Run:
+    """Prepare to resume from a run's latest checkpoint, or from a checkpoint; changes: settings to change."""
+    folder, checkpoint = ckpt.locate(str(resume))
+    state = ckpt.read_state(checkpoint)
+    settings = absolute_paths(settings_of(absolute_changes(changes), state["settings"]))
+    config, _ = model_config(settings, checkpoint)
+    check(settings, config)
+    if settings.steps < state["step"]:
+        raise InputError(f"--steps {settings.steps}: {checkpoint} has done {state['step']} already")
+    settings, device = choose(settings)
+    tokenizer = load_tokenizer(checkpoint)
+    fits_vocabulary(tokenizer, config, settings)
+    check_memory(config, settings, device[0])
+    run = Run(settings, config, tokenizer, *device, folder, False, *tokens_of(folder), None, checkpoint, state)
+    return write_settings(run)
+
+
+def choose(settings: Settings) -> tuple[Settings, tuple[torch.device, str, torch.dtype]]:
+    """The settings with the number of CPU threads, which is set; device, its name and the precision."""
+    device = choose_device(settings)
     settings = replace(settings, threads=settings.threads or torch.get_num_threads())
     torch.set_num_threads(settings.threads)
-    tokenizer = load_tokenizer(point or settings.tokenizer or own_tokenizer(source))
-    if tokenizer.vocab_size > config.vocab_size:
-        raise InputError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, more than the {config.vocab_size} of {settings.model}"
-        )
-    if not source and not point:
-        config = replace(config, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.eos_id)
-    enough_memory(config, settings, device)
-    folder, made = (run, False) if run else new_folder(out, settings.model, restart)
-    (folder / "settings.json").write_text(json.dumps(to_json(settings), indent=2) + "\n")
-    tokens = folder / "data" / "tokens.bin"
-    there = tokens.exists()
-    return Job(settings, config, tokenizer, device, name, precision, folder, made, tokens, there, source, point, state)
+    return settings, device
+
+
+def write_settings(run: Run) -> Run:
+    (run.folder / "settings.json").write_text(json.dumps(to_json(run.settings), indent=2) + "\n")
+    return run
+
+
+def tokens_of(folder: Path) -> tuple[Path, bool]:
+    path = folder / "data" / "tokens.bin"
+    return path, path.exists()
+
+
+def absolute_changes(changes: dict) -> dict:
+    """Settings with absolute paths, so that a run can be resumed from another working directory."""
+    return {name: absolute(name, value) for name, value in changes.items()}
+
+
+def absolute_paths(settings: Settings) -> Settings:
+    paths = {name: getattr(settings, name) for name in ("data", "tokenizer", "model")}
+    return replace(settings, **absolute_changes({name: value for name, value in paths.items() if value is not None}))
 
 
 def absolute(name: str, value):
-    """Paths are kept absolute: a run may be resumed from another folder."""
-    if name == "data":
-        return [os.path.abspath(v) for v in value]
+    if name == "data" and value is not None:
+        return tuple(os.path.abspath(v) for v in ([value] if isinstance(value, str | Path) else value))
     if name == "tokenizer" or (name == "model" and value not in PRESETS and os.path.isdir(value)):
         return os.path.abspath(value)
     return value
 
 
-def settings_model(settings: Settings, point: Path | None) -> tuple[LingConfig, Path | None]:
-    """The configuration and the directory with weights; of a resumed run, the checkpoint's configuration, which must be
-    the preset's of today."""
-    mtp = {} if settings.mtp is None else dict(num_nextn_predict_layers=settings.mtp)
-    if point is None:
-        config, source = resolve_model(settings.model)
-        if source and mtp:
-            raise InputError(f"--mtp {settings.mtp}: {source} says itself how many MTP layers it has")
-        return replace(config, **mtp), source
-    config = LingConfig.from_json(point / "config.json")
+def model_config(settings: Settings, checkpoint: Path | None = None) -> tuple[LingConfig, Path | None]:
+    """The model's configuration, and the folder with the weights to start from if there is one.
+
+    For a checkpoint, its own configuration. Raises InputError where the model preset has changed since.
+    """
+    mtp: dict[str, Any] = {} if settings.mtp is None else dict(num_nextn_predict_layers=settings.mtp)
+    if checkpoint is None:
+        config, weights = resolve_model(settings.model)
+        if weights and mtp:
+            raise InputError(f"--mtp {settings.mtp}: {weights} says itself how many MTP layers it has")
+        return replace(config, **mtp), weights
+    config = LingConfig.from_json(checkpoint / "config.json")
     if not os.path.isabs(settings.model):
         preset = replace(LingConfig.preset(settings.model), **mtp)
         for f in fields(config):
-            had, has = getattr(config, f.name), getattr(preset, f.name)
-            if f.compare and not f.name.endswith("token_id") and had != has:
-                raise InputError(f"{f.name} is {had} in {point} and {has} in {settings.model}: not the same model")
+            saved, now = getattr(config, f.name), getattr(preset, f.name)
+            if f.compare and not f.name.endswith("token_id") and saved != now:
+                raise InputError(
+                    f"{f.name} is {saved} in {checkpoint} and {now} in {settings.model}: not the same model"
+                )
     return config, None
 
 
-def own_tokenizer(source: Path | None) -> Path | None:
-    return source if source and (source / "tokenizer.json").is_file() else None
+def own_tokenizer(weights: Path | None) -> Path | None:
+    return weights if weights and (weights / "tokenizer.json").is_file() else None
+
+
+def fits_vocabulary(tokenizer: Tokenizer, config: LingConfig, settings: Settings) -> None:
+    if tokenizer.vocab_size > config.vocab_size:
+        raise InputError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, more than the {config.vocab_size} of {settings.model}"
+        )
 
 
 def choose_device(settings: Settings) -> tuple[torch.device, str, torch.dtype]:
+    """Device, its name, and the precision of autocast (fp32: none)."""
     gpu = torch.cuda.is_available()
     if settings.device == "cuda" and not gpu:
         raise InputError("--device cuda: torch finds no GPU here; --device cpu or auto trains on the CPU")
@@ -114,24 +154,24 @@ def choose_device(settings: Settings) -> tuple[torch.device, str, torch.dtype]:
         refuse_without_fp8(
             torch.cuda.get_device_name(), torch.cuda.get_device_capability(), os.environ.get("LING_BACKEND")
         )
-    # On a GPU everything may autocast to bf16; a CPU mostly is slower in it.
+    # auto is bf16 on GPUs alone: most CPUs are slower in bf16 than in fp32
     bf16 = settings.precision in ("bf16", "fp8") or (settings.precision == "auto" and use)
     name = torch.cuda.get_device_name() if use else "CPU"
     return torch.device("cuda" if use else "cpu"), name, torch.bfloat16 if bf16 else torch.float32
 
 
 def refuse_without_fp8(gpu: str, capability: tuple[int, int], backend: str | None) -> None:
-    """Raise InputError for a GPU whose tensor cores know no FP8, unless the references are to compute its products."""
+    """Raise InputError for a GPU whose tensor cores lack FP8, unless the torch references are forced."""
     if capability < (8, 9) and backend != "torch":
         raise InputError(
-            f"--precision fp8: {gpu} has no FP8 (compute capability {'.'.join(map(str, capability))}, it begins with"
-            " 8.9); --precision bf16 trains on it, and LING_BACKEND=torch emulates FP8, slowly"
+            f"--precision fp8: {gpu} has no FP8 (compute capability {'.'.join(map(str, capability))}, FP8 needs"
+            " 8.9 or more); --precision bf16 trains on it, and LING_BACKEND=torch emulates FP8, slowly"
         )
 
 
 @contextmanager
 def deterministic():
-    """Equal runs give equal bits: without this, sums into the same row run in any order, also on a CPU's threads."""
+    """Equal runs give equal bits. Otherwise sums into one row run in any order, also on a CPU's threads."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, when it is first used
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory
@@ -144,59 +184,94 @@ def deterministic():
         torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
-def enough_memory(config: LingConfig, settings: Settings, device: torch.device) -> None:
+def check_memory(config: LingConfig, settings: Settings, device: torch.device) -> None:
+    """Raise InputError where weights and optimizer alone exceed the device's memory."""
     kept = settings.precision == "fp8" and settings.fp8_weights == "kept"
     weights = config.num_parameters(mtp=True)
     per_weight = bytes_per_weight(settings.optimizer, settings.master, not settings.step_in_backward)
     need = (per_weight + kept) * weights
     if device.type == "cuda":
-        there = torch.cuda.get_device_properties(device).total_memory
+        memory = torch.cuda.get_device_properties(device).total_memory
     else:
-        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if need > there:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if need > memory:
         raise InputError(
             f"{settings.model} does not fit: training {weights / 1e9:.1f} B parameters takes {need / 1e9:.0f} GB for"
-            f" weights and optimizer, there are {there / 1e9:.0f} GB; --plan shows what takes it"
+            f" weights and optimizer, the device has {memory / 1e9:.0f} GB; --plan shows what takes it"
         )
 
 
-def latest_run(out: Path | None, model: str) -> str | None:
-    """What --resume auto resumes: `out`, or the latest run of the model, where it has a checkpoint."""
-    there = [out] if out else sorted(Path("runs").glob(f"{os.path.basename(model)}-*"))
-    there = [run for run in there if ckpt.list_checkpoints(run)]
-    return str(there[-1]) if there else None
+def latest_run(out: Path | None, model: str) -> Path | None:
+    """The run that --resume auto resumes, if there is one with a checkpoint: `out`, or of the runs of `model` in runs/
+    the one with the newest checkpoint."""
+    model = absolute("model", model)
+    runs = [out] if out else [path.parent for path in Path("runs").glob("*/settings.json") if model_of(path) == model]
+    newest = {run: checkpoints[-1] for run in runs if (checkpoints := ckpt.list_checkpoints(run))}
+    return max(newest, key=lambda run: newest[run].stat().st_mtime_ns, default=None)
 
 
-def new_folder(out: Path | None, model: str, restart: bool) -> tuple[Path, bool]:
-    """An empty folder that can be written, and whether it was made. What is in a folder already is never touched,
-    except a run that was stopped before its first checkpoint, and only where `restart` says so."""
-    folder = out or Path("runs") / f"{os.path.basename(model)}-{time.strftime('%Y%m%d-%H%M%S')}"
+def model_of(path: Path) -> str | None:
+    """The model of a settings.json; None where it cannot be read."""
+    try:
+        return from_json(json.loads(path.read_text())).model
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
+
+
+def make_folder(out: str | Path | None, model: str, restart: bool) -> tuple[Path, bool]:
+    """An empty folder that can be written, and whether it is new. Raises InputError for a folder that holds anything,
+    except, with `restart`, a run that stopped before its first checkpoint."""
+    folder = Path(out) if out else Path("runs") / f"{os.path.basename(model)}-{time.strftime('%Y%m%d-%H%M%S')}"
     if out is None:
         number, plain = 2, folder
         while folder.exists():
             folder, number = plain.with_name(f"{plain.name}-{number}"), number + 1
     folder = folder.absolute()
-    made = not folder.exists()
+    new = not folder.exists()
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--out {folder} is a file")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()) and not (restart and (folder / "settings.json").is_file()):
-            raise InputError(f"--out {folder} is not empty; --resume {folder} goes on with a run")
+            raise InputError(f"--out {folder} is not empty; --resume {folder} continues a run")
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise InputError(f"cannot write to {folder}: {error.strerror or error}") from None
-    return folder, made
+    return folder, new
 
 
-def discard(job: Job) -> None:
-    """Take back what was made before the first step, where a run turns out to be impossible."""
-    if not job.had_tokens:
-        job.tokens.unlink(missing_ok=True)
-        job.tokens.with_suffix(".json").unlink(missing_ok=True)
-    if not job.checkpoint:
-        (job.folder / "settings.json").unlink()
-    with suppress(OSError):  # not empty: then it was not made here
-        job.tokens.parent.rmdir()
-    if job.made:
-        shutil.rmtree(job.folder)
+def discard(run: Run) -> None:
+    """Remove the files of a run that turns out to be impossible before its first step."""
+    if not run.had_tokens:
+        run.tokens.unlink(missing_ok=True)
+        run.tokens.with_suffix(".json").unlink(missing_ok=True)
+    if not run.checkpoint:
+        (run.folder / "settings.json").unlink()
+    with suppress(OSError):  # not empty, so it was there before
+        run.tokens.parent.rmdir()
+    if run.new_folder:
+        shutil.rmtree(run.folder)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+    """Peak FLOP/s for the MFU, and its source: the data sheet for Hopper in bf16, otherwise a matrix product timed
+    now."""
+    if device.type == "cuda" and dtype == torch.bfloat16 and (gpu := named(torch.cuda.get_device_name(device))):
+        return gpu.bf16, f"{gpu.name} bf16 dense"
+    size, label = (8192, "GPU") if device.type == "cuda" else (1024, f"{torch.get_num_threads()} CPU threads")
+    return measured_flops(device, dtype, size), f"measured, {label}, {str(dtype)[6:]}"
+
+
+def measured_flops(device: torch.device, dtype: torch.dtype, size: int, repeats: int = 5) -> float:
+    """FLOP/s of the fastest of `repeats` products [size, size] x [size, size]."""
+    # Random data, since a GPU multiplies constants faster; an own generator, since the run's state must not change.
+    g = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn(size, size, generator=g, device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(repeats + 1):  # the first warms up and is never the fastest
+        start = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best

@@ -1,4 +1,4 @@
-"""Documents out of files: .txt, .jsonl, .parquet, folders of those, or what ships inside CPython.
+"""Documents from files: .txt, .jsonl, .parquet, folders of these, or the text that ships with CPython.
 
 A document is an iterable of UTF-8 pieces of about a megabyte, cut at line ends, so that a file of any size streams.
 """
@@ -11,12 +11,12 @@ from pathlib import Path
 
 from ..errors import InputError
 
-PIECE = 1 << 20
+PIECE = 1 << 20  # bytes
 SUFFIXES = (".txt", ".jsonl", ".parquet", ".bin")
 
 
 def find_files(sources: Sequence[str | Path]) -> list[Path]:
-    """The data files that `sources` name, folders searched to the bottom, in a fixed order."""
+    """The data files that `sources` name, in a fixed order; folders are searched recursively."""
     found = []
     for path in map(Path, sources):
         if path.is_dir():
@@ -28,14 +28,14 @@ def find_files(sources: Sequence[str | Path]) -> list[Path]:
         elif not path.exists():
             raise InputError(f"there is no data at {path}")
         elif path.suffix not in SUFFIXES:
-            raise InputError(f"{path} is none of the kinds of data known here: {', '.join(SUFFIXES)}")
+            raise InputError(f"{path} is no kind of data known here: {', '.join(SUFFIXES)}")
         else:
             found.append(path)
     return found
 
 
 def documents(files: Sequence[Path], text_field: str = "text") -> Iterator[Iterable[bytes]]:
-    """The documents of text files: a .txt is one, a line of .jsonl is one, a row of .parquet is one."""
+    """One document for each .txt file, line of a .jsonl file and row of a .parquet file."""
     for path in files:
         if path.suffix == ".txt":
             yield text_pieces(path)
@@ -46,8 +46,8 @@ def documents(files: Sequence[Path], text_field: str = "text") -> Iterator[Itera
 
 
 def cpython_documents() -> Iterator[Iterable[bytes]]:
-    """English prose and Python source that ship inside CPython: the topics of its help(), then the top-level modules of
-    its standard library. Deterministic for one version of Python."""
+    """English prose and Python source from CPython: the topics of help(), then the top-level modules of the standard
+    library. The same for every installation of one Python version."""
     try:
         from pydoc_data.topics import topics
     except ImportError:  # some distributions leave it out
@@ -62,7 +62,7 @@ def cpython_documents() -> Iterator[Iterable[bytes]]:
 
 @contextmanager
 def reading(path: Path):
-    """An error of the operating system on the way is the data's fault, and names the file."""
+    """Turn an OSError into an InputError that names the file."""
     try:
         yield
     except OSError as error:
@@ -72,8 +72,8 @@ def reading(path: Path):
 def text_pieces(path: Path) -> Iterator[bytes]:
     rest = b""
     with reading(path), open(path, "rb") as file:
-        while read := file.read(PIECE):
-            piece = rest + read
+        while part := file.read(PIECE):
+            piece = rest + part
             cut = whole_lines(piece)
             rest = piece[cut:]
             yield piece[:cut]
@@ -82,7 +82,7 @@ def text_pieces(path: Path) -> Iterator[bytes]:
 
 
 def whole_lines(piece: bytes) -> int:
-    """How much of a piece to take: whole lines, or without a line end whole characters."""
+    """Bytes of a piece up to its last line end, or where there is none up to the last complete character."""
     cut = piece.rfind(b"\n") + 1
     if not cut:
         cut = len(piece) - 1
@@ -101,7 +101,7 @@ def jsonl_documents(path: Path, field: str) -> Iterator[list[bytes]]:
             except ValueError as error:
                 raise InputError(f"{path}, line {number}: not JSON: {error}") from None
             if not isinstance(row, dict) or field not in row:
-                has = f"its fields are {', '.join(row)}" if isinstance(row, dict) else "it is no object"
+                has = f"its fields are {', '.join(row)}" if isinstance(row, dict) else "it is not an object"
                 raise InputError(f"{path}, line {number}: no field {field!r}: {has}; --text-field names another")
             yield [utf8(row[field], f"{path}, line {number}: the field {field!r}")]
 
@@ -127,10 +127,10 @@ def parquet_documents(path: Path, field: str) -> Iterator[list[bytes]]:
         raise InputError(f"cannot read {path}: {error}") from None
 
 
-def utf8(text, what: str) -> bytes:
+def utf8(text, source: str) -> bytes:
     if not isinstance(text, str):
-        raise InputError(f"{what} holds no text but {type(text).__name__}")
+        raise InputError(f"{source} is not text but {type(text).__name__}")
     try:
         return text.encode()
     except UnicodeEncodeError as error:
-        raise InputError(f"{what} is not valid Unicode at character {error.start}") from None
+        raise InputError(f"{source} is not valid Unicode at character {error.start}") from None

@@ -1,18 +1,19 @@
-"""Safeguards of FP8 training (arXiv 2510.22115, 5.1.1): how much of each operand survives FP8, and steps not to take.
+"""Safeguards of FP8 training (arXiv 2510.22115, 5.1.1): FP8's error in each layer's operands, and steps to skip.
 
-    underflow    share of an operand's non-zero elements that FP8 makes zero
-    distortion   1 - cosine of the operand and what its FP8 stands for
+    underflow    share of an operand's non-zero elements that FP8 rounds to zero
+    distortion   1 - cosine of the operand and its FP8 representation
 
-Operands of a product y = x W^T are x, w and dy, and, along the tokens, as the weight's gradient takes them, xt and dyt.
-Measured are 128 of a micro batch's tokens (of an expert's slots) from a border of blocks on, and 128 rows of w, so that
-scales are those of the run. Inside an MLP or an expert, operands are computed anew from the sample, in fp32.
+The operands of a product y = x W^T are x, w and dy, and for the weight's gradient xt and dyt, which are quantised
+along the tokens. A measurement takes 128 of a micro batch's tokens (of an expert's slots), beginning at a border of
+blocks, and 128 rows of w, so that scales are those of the run. Operands inside an MLP or an expert are computed again
+from the sample, in fp32.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from math import inf
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,20 +22,18 @@ from ..nn import MLP, Experts
 from ..nn.fp8 import Fp8Experts, Fp8Linear, Fp8MLP
 from ..ops.quantize import BLOCK, dequantize, quantize, quantize_weight
 from ..ops.swiglu import swiglu, swiglu_backward
-from .report import finite
+from .report import METRICS, finite
 
 FP8 = Fp8Linear, Fp8MLP, Fp8Experts
-OPERANDS = ("x", "w", "dy", "xt", "dyt")
-METRICS = ("underflow", "distortion")
-# The most that the paper's figure 16 shows of Ling-mini over 20 T tokens. It says nothing of w and xt: these may reach
-# OWN times the most of a layer's own first measurements, but at least FLOOR.
+# Highest values that the paper's figure 16 shows for Ling-mini over 20 T tokens. The paper has none for w and xt: their
+# limit is OWN times the highest of the layer's first FIRST measurements, at least FLOOR.
 BANDS = {"x": (0.008, 0.0035), "dy": (0.010, 0.0035), "dyt": (0.16, 0.10)}
 FIRST, OWN, FLOOR = 3, 3.0, (0.008, 0.0035)
-WINDOW, ENOUGH = 32, 16  # steps that a spike is compared with, and how many there must be
+WINDOW, ENOUGH = 32, 16  # a spike is compared with the median of the last WINDOW steps, at least ENOUGH
 
 
-class Leaving(NamedTuple):
-    """A layer that was inside its band when it was last measured and now is not."""
+class OutOfRange(NamedTuple):
+    """An operand's metric that is above its limit and was not at the measurement before."""
 
     layer: str
     operand: str
@@ -47,29 +46,31 @@ class Leaving(NamedTuple):
         return f"{self.layer}: {self.metric} of {self.operand} is {value}"
 
 
-class Watch:
-    """Measures every FP8 layer of `model` in every `every`-th step; `since` has the measurements of a resumed run.
+class FP8Monitor:
+    """Measures every FP8 layer of a model in every `every`-th step (0: never), and tells which are outside their band.
 
-    What a layer was named for is not named again before it has come back. Its module is one to give up once it has been
-    outside in `patience` measurements in a row; 0: never.
+    A layer is reported once, and again only after it has come back into its band. patience: measurements in a row
+    outside after which a layer should switch to bf16; 0: never. earlier: measurements of the run before it was
+    resumed.
     """
 
-    def __init__(self, model: nn.Module, every: int, patience: int = 0, since: list[dict] = ()):
+    def __init__(self, model: nn.Module, every: int, patience: int = 0, earlier: Iterable[dict] = ()):
         self.model, self.every, self.patience = model, every, patience
-        self.bands = {}  # (layer, operand): the limits, or what they are still made from
-        self.outside = {}  # (layer, operand, metric): measurements in a row
-        for record in since:
-            self.judge(record)
+        self.first = {}  # (layer, operand): the layer's first measurements, from which its own band follows
+        self.outside = {}  # (layer, operand, metric): measurements in a row outside the band
+        for record in earlier:
+            self.update(record)
 
     def modules(self) -> dict[str, nn.Module]:
-        """Those in FP8 by now."""
+        """The model's FP8 modules by name."""
         return {name: module for name, module in self.model.named_modules() if isinstance(module, FP8)}
 
     @contextmanager
     def measuring(self, step: int) -> Iterator[dict]:
-        """Within it run the step of this number: then the dict is its record, empty where nothing is due.
+        """Run the step inside this context. The yielded dict gets the record at its end, or stays empty where this step
+        is not measured.
 
-        Of several micro batches the first counts. The host waits for the device once, at the end.
+        The first of several micro batches is measured. The host waits for the device once, at the end.
         """
         record = {}
         modules = self.modules() if self.every and step % self.every == 0 else {}
@@ -85,9 +86,9 @@ class Watch:
                 hook.remove()
         record |= dict(step=step, layers=sample.result())
 
-    def judge(self, record: dict) -> list[Leaving]:
-        """Take a record in; what has left its band with it, and was inside before."""
-        leaving = []
+    def update(self, record: dict) -> list[OutOfRange]:
+        """Take in a record; returns what it shows outside a band that was inside before."""
+        newly_outside = []
         for layer, operands in record["layers"].items():
             for operand, values in operands.items():
                 limits = BANDS.get(operand) or self.own_band(layer, operand, values)
@@ -96,21 +97,22 @@ class Watch:
                     before = self.outside.get(key, 0)
                     self.outside[key] = before + 1 if value is None or value > limit else 0
                     if self.outside[key] and not before:
-                        leaving.append(Leaving(*key, value, limit))
-        return leaving
+                        newly_outside.append(OutOfRange(*key, value, limit))
+        return newly_outside
 
     def own_band(self, layer: str, operand: str, values: list[float]) -> tuple[float, float]:
-        first = self.bands.setdefault((layer, operand), [])
+        first = self.first.setdefault((layer, operand), [])
         if len(first) < FIRST:
             first.append(values)
-        return tuple(max(FLOOR[i], OWN * max(v[i] or 0 for v in first)) for i in range(2))
+        a, b = (max(FLOOR[i], OWN * max(v[i] or 0 for v in first)) for i in range(2))
+        return a, b
 
-    def given_up(self) -> list[str]:
-        """Names of modules that have been outside too long and still are in FP8."""
+    def layers_to_disable(self) -> list[str]:
+        """Names of FP8 modules that have been outside their band for `patience` measurements in a row."""
         if not self.patience:
             return []
-        long = [layer for (layer, *_), times in self.outside.items() if times >= self.patience]
-        return list(dict.fromkeys(name for name in self.modules() for layer in long if is_in(layer, name)))
+        layers = [layer for (layer, *_), times in self.outside.items() if times >= self.patience]
+        return list(dict.fromkeys(name for name in self.modules() for layer in layers if is_in(layer, name)))
 
 
 def is_in(layer: str, module: str) -> bool:
@@ -118,7 +120,7 @@ def is_in(layer: str, module: str) -> bool:
 
 
 class Sample:
-    """What one step's operands come to; number counts the samples, each of which looks at another place."""
+    """Measures the operands of one step. number counts the samples; each takes other tokens and rows."""
 
     def __init__(self, number: int):
         self.number = number
@@ -127,16 +129,16 @@ class Sample:
 
     def hook(self, name: str):
         def measure(module: nn.Module, args: tuple, out: Tensor) -> None:
-            if name not in self.seen and out.requires_grad:  # the first micro batch, and not what is recomputed
+            if name not in self.seen and out.requires_grad:  # the first micro batch, not a recomputation
                 self.seen.add(name)
-                kind = next(of for kind, of in KINDS.items() if isinstance(module, kind))
+                measure_kind = next(m for kind, m in KINDS.items() if isinstance(module, kind))
                 with torch.no_grad(), torch.autocast(out.device.type, enabled=False):
-                    kind(self, name, module, out, *args)
+                    measure_kind(self, name, module, out, *args)
 
         return measure
 
     def tokens(self, x: Tensor) -> Tensor:
-        """128 rows of x [..., H] -> [128, H], as they came; where there are fewer, zeros follow."""
+        """128 rows of x [..., H] -> [128, H], padded with zeros where there are fewer."""
         x = x.flatten(0, -2)
         start = BLOCK * (self.number % -(-len(x) // BLOCK))
         rows = x[start : start + BLOCK]
@@ -156,21 +158,22 @@ class Sample:
         out.register_hook(lambda dy: backward(self.tokens(dy)))
 
     def experts(self, name: str, module: Fp8Experts, out: Tensor, x: Tensor, plan, weights: Tensor) -> None:
-        """The first 128 slots of one expert, of the busiest quarter another in each sample. The device chooses."""
+        """Measure the first 128 slots of one expert, in each sample another of the busiest quarter. The device
+        chooses."""
         w, slots = (module.gate_up, module.down), len(plan.source)
         columns = along_tokens(module, *w, rows=slots // len(w[0]))
         busy = plan.offsets.diff().argsort(descending=True, stable=True)
         expert = busy[self.number % max(len(busy) // 4, 1)][None]
-        at = plan.offsets[expert] + torch.arange(BLOCK, device=x.device)
-        there = (at < plan.offsets[expert + 1])[:, None]
-        source = plan.source[at.clamp(max=slots - 1).long()].long().where(there[:, 0], 0)
+        slot = plan.offsets[expert] + torch.arange(BLOCK, device=x.device)
+        valid = (slot < plan.offsets[expert + 1])[:, None]
+        source = plan.source[slot.clamp(max=slots - 1).long()].long().where(valid[:, 0], 0)
         token, p = source // weights.shape[1], weights.detach().flatten()[source]
         gate_up, down = (t.index_select(0, expert)[0] for t in w)
-        backward = self.feed_forward(name, x[token] * there, gate_up, down, p, module.fp8.pow2, columns)
-        out.register_hook(lambda dy: backward(dy[token] * there))
+        backward = self.feed_forward(name, x[token] * valid, gate_up, down, p, module.fp8.pow2, columns)
+        out.register_hook(lambda dy: backward(dy[token] * valid))
 
     def feed_forward(self, name, x: Tensor, gate_up: Tensor, down: Tensor, p: Tensor | None, pow2: bool, columns: bool):
-        """Measure gate_up and down of rows x; what returns does it for their dy."""
+        """Measure operands of gate_up and down for rows x; returns a function that does so for their dy."""
         self.weight(f"{name}.gate_up", gate_up, pow2)
         self.weight(f"{name}.down", down, pow2)
         self.rows(f"{name}.gate_up", "x", x, pow2, columns)
@@ -187,14 +190,14 @@ class Sample:
     def weight(self, name: str, w: Tensor, pow2: bool) -> None:
         start = BLOCK * (self.number % (len(w) // BLOCK))
         w = w.detach()[start : start + BLOCK]
-        self.measured[name, "w"] = losses(w, dequantize(*quantize_weight(w, pow2)))
+        self.measured[name, "w"] = fp8_errors(w, dequantize(*quantize_weight(w, pow2)))
 
     @torch.no_grad()
     def rows(self, name: str, operand: str, x: Tensor, pow2: bool, columns: bool) -> None:
-        self.measured[name, operand] = losses(x, dequantize(*quantize(x, pow2=pow2)))
+        self.measured[name, operand] = fp8_errors(x, dequantize(*quantize(x, pow2=pow2)))
         if columns:
             x = x.T.contiguous()
-            self.measured[name, operand + "t"] = losses(x, dequantize(*quantize(x, pow2=pow2)))
+            self.measured[name, operand + "t"] = fp8_errors(x, dequantize(*quantize(x, pow2=pow2)))
 
     def result(self) -> dict[str, dict[str, list[float]]]:
         """{layer: {operand: [underflow, distortion]}}, None for what is not finite."""
@@ -207,37 +210,38 @@ class Sample:
         return out
 
 
-KINDS = {Fp8Linear: Sample.linear, Fp8MLP: Sample.mlp, Fp8Experts: Sample.experts}
+KINDS: dict[type, Callable] = {Fp8Linear: Sample.linear, Fp8MLP: Sample.mlp, Fp8Experts: Sample.experts}
 
 
 @torch.enable_grad()
 def along_tokens(module: nn.Module, *weights: nn.Parameter, rows: int | None = None) -> bool:
-    """Whether the module quantises for its weights' gradients."""
+    """Whether the module computes its weights' gradients in FP8, quantised along the tokens."""
     return module.fp8.wgrad_for(*weights, rows=rows) == "fp8"
 
 
-def losses(x: Tensor, back: Tensor) -> Tensor:
-    """Underflow and distortion of x and what its FP8 stands for -> [2] fp64; 0 and 0 of zeros alone."""
+def fp8_errors(x: Tensor, back: Tensor) -> Tensor:
+    """Underflow and distortion of x and `back`, dequantised from its FP8 -> [2] fp64; 0 and 0 where x is zero."""
     x, back = x.double(), back.double()
-    there = x != 0
-    underflow = ((back == 0) & there).sum() / there.sum().clamp(min=1)
+    nonzero = x != 0
+    underflow = ((back == 0) & nonzero).sum() / nonzero.sum().clamp(min=1)
     norms = (x.square().sum() * back.square().sum()).sqrt()
-    distortion = 1 - torch.where(norms == 0, (~there.any()).double(), (x * back).sum() / norms)
+    distortion = 1 - torch.where(norms == 0, (~nonzero.any()).double(), (x * back).sum() / norms)
     return torch.stack([underflow.double(), distortion])
 
 
 def to_bf16(model: nn.Module, name: str) -> None:
-    """The FP8 module `name` of the model becomes what it was before `to_fp8`, over the same parameters, in place."""
+    """Undo `to_fp8` for the model's module `name`, in place, with the same parameters. Other modules are left alone."""
     old = model.get_submodule(name)
-    if not isinstance(old, FP8):  # a run that was resumed in bf16 altogether
+    if not isinstance(old, FP8):  # the run was resumed in bf16
         return
     with torch.device("meta"):
         if isinstance(old, Fp8Linear):
             new = nn.Linear(old.in_features, old.out_features, bias=False)
         else:
-            new = (MLP if isinstance(old, Fp8MLP) else Experts)(*sizes(old))
+            kind: Any = MLP if isinstance(old, Fp8MLP) else Experts
+            new = kind(*sizes(old))
     for part, p in old.named_parameters():
-        p.__dict__.pop("fp8", None)  # no optimizer need keep a copy up to date
+        p.__dict__.pop("fp8", None)  # the optimizer must not update an FP8 copy any more
         owner, _, attribute = part.rpartition(".")
         setattr(new.get_submodule(owner), attribute, p)
     parent, _, child = name.rpartition(".")
@@ -249,9 +253,10 @@ def sizes(module: Fp8MLP | Fp8Experts) -> tuple[int, ...]:
 
 
 def spike(values: list[float], recent: list[list[float]], limits: tuple[float | None, float | None]) -> str | None:
-    """In words: that a step's loss or gradient norm is above its limit times the median of the recent steps taken.
+    """Describe a spike: a step's loss or gradient norm above its limit times the median of recent steps. None where
+    there is no spike, and with fewer than ENOUGH recent steps.
 
-    recent has the same two of each such step. None where neither is, and as long as there are fewer than ENOUGH.
+    values: loss and gradient norm of the step; recent: the same of steps not skipped; limits: factor for each, or None.
     """
     for i, (name, ceiling) in enumerate(zip(("loss", "gradient norm"), ceilings(recent, limits), strict=True)):
         if values[i] > ceiling:
@@ -261,7 +266,7 @@ def spike(values: list[float], recent: list[list[float]], limits: tuple[float | 
 
 
 def ceilings(recent: list[list[float]], limits: tuple[float | None, float | None]) -> list[float]:
-    """The loss and the gradient norm from which on a step is a spike; inf where nothing is."""
+    """The loss and the gradient norm above which a step is a spike; inf: never."""
     if len(recent) < ENOUGH:
         return [inf, inf]
     columns = zip(*recent, strict=True)

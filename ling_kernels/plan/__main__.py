@@ -1,0 +1,22 @@
+"""python -m ling_kernels.plan train|decode: memory of a training run, or bytes and tokens/s of a decode step."""
+
+import sys
+from collections.abc import Sequence
+
+from ..errors import Parser, command
+from . import decode, train
+
+COMMANDS = {"train": train.main, "decode": decode.main}
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser("python -m ling_kernels.plan", description=__doc__.partition(": ")[2])
+    parser.add_argument("what", choices=COMMANDS, help="each has its own --help")
+    argv = list(sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args(argv[:1])
+    return COMMANDS[args.what](argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,227 @@
+"""The command `python -m ling_kernels.train`: check the flags, train with reports and checkpoints, show the results."""
+
+import argparse
+import os
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from ..errors import InputError, Parser, command
+from ..model import Ling
+from ..model.sample import sampler
+from ..tokenizer import Tokenizer
+from . import checkpoint as ckpt
+from .data import Documents
+from .prepare import deterministic, latest_run
+from .report import Report, draw
+from .settings import Settings, add_flags, settings_of
+from .trainer import Diverged, Trainer
+
+PROMPT = 24  # tokens of a held-out document that the sample continues
+TEMPERATURE = 0.8
+
+
+@command
+def main(argv: Sequence[str] | None, planner) -> int:
+    """planner: the module ling_kernels.plan.train, for --plan. It is above this room and comes as an argument."""
+    try:
+        options = vars(parser().parse_args(argv))
+        layout = options.pop("layout")
+        if options.pop("plan"):
+            if options.pop("resume"):
+                raise InputError("--plan is for a new run: leave --resume out")
+            options.pop("out")
+            return planner.show(options, layout)
+        if layout is not None:
+            raise InputError(f"--layout {layout} is for --plan: training is on one GPU")
+        with deterministic():
+            return run(options, planner)
+    except KeyboardInterrupt:
+        print("stopped before the first step; nothing was trained", file=sys.stderr)
+        return 130
+    except torch.OutOfMemoryError as error:
+        why = str(error).split(". ")[0]
+        print(f"error: the GPU's memory is full, a smaller --micro-batch needs less: {why}", file=sys.stderr)
+        return 1
+
+
+def parser() -> Parser:
+    flags = Parser("python -m ling_kernels.train", description="Train a Ling-2.0 model on one device.")
+    flags.add_argument("--out", type=Path, help="folder of a new run (default: runs/MODEL-DATE-TIME)")
+    flags.add_argument(
+        "--resume",
+        metavar="RUN",
+        help="a run, to continue from its latest checkpoint; or one of its checkpoints; or auto: the run in --out, or"
+        " else the latest of the model, or a new one where there is none (default: a new run)",
+    )
+    flags.add_argument("--plan", action="store_true", help="print the GPU memory that the run takes, and stop")
+    add_layout_flag(flags)
+    add_flags(flags)
+    return flags
+
+
+def add_layout_flag(flags: argparse.ArgumentParser) -> None:
+    flags.add_argument(
+        "--layout",
+        metavar="dp=N,ep=N,pp=N,zero=N",
+        help="plan for one of dp times pp GPUs: dp data parallel, groups of ep among them sharing the experts, pp"
+        " pipeline stages, zero 0 to 3 for what is sharded (default: one GPU)",
+    )
+
+
+def run(options: dict, planner) -> int:
+    trainer = open_run(options)
+    for path in trainer.superseded:
+        print(f"a later checkpoint is kept as {path.name}")
+    print_header(trainer)
+    s = trainer.settings
+    report = Report(trainer.folder, trainer.progress.step, s.steps, s.log_every)
+    try:
+        stopped = train(trainer, report)
+    except Diverged as error:
+        last = ckpt.list_checkpoints(trainer.folder)
+        back = f"the last checkpoint is {last[-1]}" if last else "there is no checkpoint yet"
+        print(f"error: {error}; a lower --lr may help; {back}", file=sys.stderr)
+        return 1
+    finally:
+        report.close()
+    if stopped:
+        print(f"stopped by {stopped} after step {trainer.progress.step}; continue with")
+        print(f"    {python('train')} --resume {shlex.quote(shown(trainer.folder))}")
+        return 0
+    finish_run(trainer, planner)
+    return 0
+
+
+def open_run(options: dict) -> Trainer:
+    """The run that the flags name, new or to be resumed."""
+    out, resume, restart = options.pop("out"), options.pop("resume"), False
+    if resume == "auto":
+        resume = latest_run(out, settings_of(options).model)
+        restart, out = out is not None and resume is None, None if resume else out
+    if resume and out:
+        raise InputError("--out is for a new run and --resume for an existing one: give one of the two")
+    return Trainer.resume(resume, **options) if resume else Trainer(settings_of(options), out, restart=restart)
+
+
+def train(trainer: Trainer, report: Report) -> str | None:
+    """Train up to settings.steps with validations and checkpoints. Returns the name of the signal that stopped it, if
+    one did; a checkpoint is written then too. Raises Diverged."""
+    s, progress = trainer.settings, trainer.progress
+    saved = progress.step
+
+    def save() -> None:
+        nonlocal saved
+        report.expert_load(progress.step)
+        trainer.save()
+        saved = progress.step
+
+    with stop_on_signals() as received:
+        while progress.step < s.steps and not received:
+            try:
+                record = trainer.step()
+            except Diverged as error:
+                report.step(error.record, trainer.details)
+                raise
+            validating = progress.step == s.steps or due(progress.step, s.eval_every)
+            if validating:
+                record["val_loss"] = trainer.evaluate()
+            report.step(record, trainer.details)
+            if due(progress.step, s.save_every):
+                save()
+            elif validating:
+                report.expert_load(progress.step)
+        if progress.step != saved:
+            save()
+    return received[0] if received else None
+
+
+def due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[list[str]]:
+    """Yields a list that gets the name of the first SIGINT or SIGTERM. A second signal ends the process at once."""
+    received = []
+
+    def on_first(number, frame):
+        received.append(signal.Signals(number).name)
+        for s in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(s, signal.SIG_DFL)
+
+    if threading.current_thread() is not threading.main_thread():  # Python handles signals only there
+        yield received
+        return
+    before = {s: signal.signal(s, on_first) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+def print_header(trainer: Trainer) -> None:
+    s, training, held_out = trainer.settings, trainer.training, trainer.held_out
+    total, active = sum(p.numel() for p in trainer.model.parameters()), trainer.config.num_active_parameters()
+    peak = f"{trainer.peak / 1e12:.4g} TFLOP/s ({trainer.peak_source})"
+    print(f"model      {s.model}: {total:,} parameters, {active:,} active in a token")
+    print(
+        f"data       {training.tokens:,} tokens of {len(training):,} documents,"
+        f" {held_out.tokens:,} of {len(held_out):,} held out"
+    )
+    print(f"device     {trainer.device_name}, {str(trainer.precision)[6:]}, {peak}")
+    print(f"run        {shown(trainer.folder)}, steps {trainer.progress.step + 1} to {s.steps}")
+    print(*trainer.notes, sep="\n", end="\n" if trainer.notes else "", flush=True)
+
+
+def finish_run(trainer: Trainer, planner) -> None:
+    """Export the model, draw the plots, generate a sample, and print where everything is."""
+    folder, config = trainer.folder, trainer.config
+    if trainer.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(trainer.device)
+        planned = planner.plan_training(config, trainer.settings).peak
+        print(f"memory     {peak / 1e9:.2f} GB at the peak, {planned / 1e9:.2f} planned")
+    trainer.export(folder / "model")
+    layers = [f"layer {i}" for i in range(config.first_k_dense_replace, config.num_hidden_layers)]
+    plots = draw(folder, [*layers, *(f"MTP {k}" for k in range(1, config.num_nextn_predict_layers + 1))])
+    if trainer.settings.sample_tokens:
+        prompt, text = sample(trainer.model, trainer.tokenizer, trainer.held_out, trainer.settings)
+        print(f"\nA sample that continues {prompt!r}:\n{text}\n")
+    print(f"checkpoint {shown(ckpt.list_checkpoints(folder)[-1])}")
+    print(f"model      {shown(folder / 'model')}")
+    for path in plots:
+        print(f"plot       {shown(path)}")
+    if not plots:
+        print("plot       none: matplotlib is missing (pip install ling_kernels[train])")
+    print(f"\n{python('generate')} --model {shlex.quote(shown(folder / 'model'))} --prompt 'The '")
+
+
+def sample(model: Ling, tokenizer: Tokenizer, held_out: Documents, settings: Settings) -> tuple[str, str]:
+    """The beginning of a held-out document, and the model's continuation. Without any text held out it continues the
+    end token."""
+    choose = sampler(temperature=TEMPERATURE, seed=settings.seed)
+    starts = ([int(i) for i in held_out[d][:PROMPT] if i != tokenizer.eos_id] for d in range(len(held_out)))
+    prompt = next(filter(None, starts), [tokenizer.eos_id])
+    ids = torch.tensor([prompt], device=next(model.parameters()).device)
+    new = min(settings.sample_tokens, model.config.max_positions - len(prompt))
+    model.eval()
+    tokens = [int(t) for t in model.stream(ids, new, choose=choose, eos_token_id=tokenizer.eos_id)]
+    prompt, tokens = ([t for t in ids if t != tokenizer.eos_id] for ids in (prompt, tokens))
+    return tokenizer.decode(prompt), tokenizer.decode(tokens)
+
+
+def python(module: str) -> str:
+    return f"{shown(Path(sys.executable))} -m ling_kernels.{module}"
+
+
+def shown(path: Path) -> str:
+    """The path relative to the working directory where it is below it."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("..") else relative

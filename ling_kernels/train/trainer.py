@@ -1,0 +1,313 @@
+"""The trainer: one global batch after the other on one device, validation, checkpoints, resuming bit for bit."""
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from math import isfinite
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..errors import Diverged, InputError
+from ..model import Ling, load_model, save_model
+from ..nn.fp8 import to_fp8
+from ..ops.grad_norm import grad_norm
+from . import checkpoint as ckpt
+from .data import Documents, Packed, describe, gather_tokens, hold_out
+from .monitor import WINDOW, FP8Monitor, ceilings, spike, to_bf16
+from .optimizer import StepInBackward, clipped_step, learning_rate, make_optimizer, rows_at, to_masters
+from .prepare import Run, deterministic, discard, new_run, peak_flops, resumed_run
+from .report import FP8_FILE, Details, read_lines
+from .settings import Settings, to_json
+
+
+@dataclass
+class Progress:
+    """Position of a run. With weights, optimizer state and settings it is all that a resumed run needs."""
+
+    step: int = 0  # steps done
+    sequences: int = 0  # rows consumed: the position in the stream of rows
+    tokens: int = 0
+    bad: int = 0  # skipped steps in a row
+    skipped: int = 0  # skipped steps in all
+    recent: list[list[float]] = field(default_factory=list)  # loss and gradient norm of the last steps not skipped
+    in_bf16: list[str] = field(default_factory=list)  # FP8 layers that the monitor has switched to bf16
+
+
+class Trainer:
+    """Trains a Ling-2.0 model on one device; `python -m ling_kernels.train` is a loop over it. A run of ten lines:
+
+        from ling_kernels.train import Settings, Trainer
+
+        trainer = Trainer(Settings(data=("texts/",), steps=200, seq_len=256, batch=8), out="runs/mine")
+        while trainer.progress.step < trainer.settings.steps:
+            record = trainer.step()
+            if record["step"] % 50 == 0:
+                print(record["step"], record["loss"], trainer.evaluate())
+                trainer.save()
+        trainer.export("runs/mine/model")
+        trainer = Trainer.resume("runs/mine", steps=400)  # later, perhaps in another process
+
+    A step takes `settings.batch` rows of `settings.seq_len` tokens: documents packed end to end, ids [rows, seq_len]
+    int64 with cu_seqlens [n + 1] int32, so that attention stays within a document. Equal settings give equal bits,
+    and a resumed run has the bits of one that was never interrupted.
+
+    Args:
+      settings: see `Settings`; the help of `python -m ling_kernels.train` describes each. The model's data is tokenised
+        into the run's folder. `threads` sets torch's CPU threads for the whole process. eval_every, save_every and
+        log_every are used by the command's loop alone.
+      out: the run's folder, new or empty; default runs/MODEL-DATE-TIME.
+      restart: also accept a folder with a run that stopped before its first checkpoint.
+
+    Attributes: settings, config (LingConfig), tokenizer, device, precision (torch.dtype of autocast), folder, model
+    (Ling, fp32 or bf16 weights, in training mode), optimizer, progress (`Progress`), training and held_out
+    (`Documents`), details (`Details` of the last step), notes (lines about FP8 layers).
+
+    Raises InputError (a ValueError) for settings, data or a folder that cannot work, before anything is written.
+    """
+
+    def __init__(self, settings: Settings | None = None, out: str | Path | None = None, *, restart: bool = False):
+        self._start(new_run(settings or Settings(), out, restart))
+
+    @classmethod
+    def resume(cls, run: str | Path, **changes) -> "Trainer":
+        """Continue a run from its latest checkpoint, or from the checkpoint folder that `run` names.
+
+        changes: settings with a new value, of those that do not make it another run (settings.CHANGEABLE_ON_RESUME).
+        Later checkpoints are renamed to superseded-..., and listed in the attribute `superseded`. Raises InputError
+        for a run without checkpoint, a damaged checkpoint, data other than the run's, and other changes.
+        """
+        trainer = cls.__new__(cls)
+        trainer._start(resumed_run(run, changes))
+        return trainer
+
+    def _start(self, run: Run) -> None:
+        s = self.settings = run.settings
+        self.config, self.tokenizer, self.folder = run.config, run.tokenizer, run.folder
+        self.device, self.device_name, self.precision = run.device, run.device_name, run.precision
+        self.progress, self.details, self.superseded = Progress(), Details(), []
+        with deterministic():
+            try:
+                docs = gather_tokens(s.data, self.tokenizer, self.config.vocab_size, run.tokens, s.text_field)
+                self.training, self.held_out = hold_out(docs, s.holdout)
+                self.data = describe(docs)
+                if run.state and run.state["data"] != self.data:
+                    raise InputError(f"data: {self.data} is not what the run began with, {run.state['data']}")
+                self.model = make_model(run)
+                self.notes = apply_fp8_and_recompute(self.model, s)
+            except BaseException:  # also Ctrl-C
+                discard(run)
+                raise
+            self.optimizer = make_optimizer(self.model, s.optimizer, s.lr, s.weight_decay, s.seed)
+            if run.checkpoint:
+                ckpt.restore(run.checkpoint, self.model, self.optimizer)
+                self.progress = Progress(**{n: run.state[n] for n in asdict(self.progress) if n in run.state})
+                for name in self.progress.in_bf16:
+                    to_bf16(self.model, name)
+                self.superseded = ckpt.set_aside_later(self.folder, run.checkpoint)
+            self.peak, self.peak_source = peak_flops(self.device, self.precision)
+        self.packed = Packed(self.training, s.seq_len, s.seed)
+        self.validation = validation_batches(self.held_out, s)
+        self.in_backward = StepInBackward(self.model, self.optimizer) if s.step_in_backward else None
+        earlier = [row for row in read_lines(self.folder / FP8_FILE) if row["step"] <= self.progress.step]
+        self.monitor = FP8Monitor(self.model, s.fp8_watch, s.fp8_fallback, earlier)
+
+    def step(self) -> dict:
+        """Train on the next global batch and return its record, the line of metrics.jsonl:
+
+        step, tokens (so far), lr; loss, main_loss, mtp_loss, z_loss in nats per token; grad_norm; load_violation_max
+        and load_violation_mean (busiest expert over the mean, minus 1, over the MoE layers); tokens_per_s; mfu (of
+        the peak); for a step that was skipped also `skipped` (their number so far), and `spike` where that was the
+        reason.
+
+        A step is skipped, nothing changing but the position in the data, where its loss or gradient is not finite or a
+        spike. Raises Diverged after max_bad_steps of them in a row.
+        """
+        s, progress, start = self.settings, self.progress, time.perf_counter()
+        with deterministic(), self.monitor.measuring(progress.step + 1) as measured:
+            record, counts = train_step(
+                self.model, self.optimizer, self.packed, s, progress, self.precision, self.in_backward
+            )
+        seconds = time.perf_counter() - start
+        record["tokens_per_s"] = record.pop("step_tokens") / seconds
+        record["mfu"] = self.config.flops_per_token(s.seq_len) * record["tokens_per_s"] / self.peak
+        self.details = Details(seconds, counts, measured)
+        if measured:
+            self.details.out_of_range = self.monitor.update(measured)
+            self.details.switched = self.monitor.layers_to_disable()
+            for name in self.details.switched:
+                to_bf16(self.model, name)
+                progress.in_bf16.append(name)
+        if progress.bad >= s.max_bad_steps:
+            raise Diverged(f"no finite loss and gradient in {progress.bad} steps up to {progress.step}", record)
+        return record
+
+    def evaluate(self) -> float:
+        """Mean loss of the next token over the held-out rows, in nats."""
+        with deterministic():
+            return evaluate(self.model, self.validation, self.precision)
+
+    def save(self) -> Path:
+        """Write a checkpoint of the steps done so far and remove all but the last `settings.keep`; returns its folder.
+
+        A checkpoint appears whole or not at all. Raises InputError where it cannot be written.
+        """
+        state = asdict(self.progress) | dict(settings=to_json(self.settings), data=self.data, torch=torch.__version__)
+        return ckpt.save_checkpoint(self.folder, self.model, self.optimizer, self.tokenizer, state, self.settings.keep)
+
+    def export(self, folder: str | Path) -> None:
+        """Write the model in bf16 and its tokenizer as a Hugging Face folder."""
+        save_model(self.model, Path(folder))
+        self.tokenizer.save(Path(folder))
+
+
+def make_model(run: Run) -> Ling:
+    """The model with its master weights, in training mode: from the checkpoint, the model's folder, or random."""
+    s = run.settings
+    if run.checkpoint or run.weights:
+        model = load_model(run.checkpoint or run.weights, dtype=torch.float32, device=run.device)
+    else:
+        model = Ling(run.config)
+        model.init_weights(torch.Generator().manual_seed(s.seed))  # on the CPU: the same on every device
+        to_masters(model, s.master)  # in bf16 the model takes half of the GPU's memory
+        model.to(run.device)
+    to_masters(model, s.master)
+    torch.manual_seed(s.seed)
+    return model.train()
+
+
+def apply_fp8_and_recompute(model: Ling, s: Settings) -> list[str]:
+    """Replace layers by FP8 ones and switch recomputation on, as the settings say; returns lines that describe it."""
+    notes = []
+    if s.precision == "fp8":
+        replaced, left = to_fp8(
+            model, s.recompute, wgrad=s.fp8_wgrad, transposed=s.fp8_transposed, weights=s.fp8_weights,
+            pow2=s.fp8_scales == "pow2",
+        )  # fmt: skip
+        kinds = dict.fromkeys(re.sub(r"\b\d+\.", "*.", name) for name in left)
+        rest = f"; in bf16, because sizes are no multiples of 128: {'; '.join(kinds)}" if left else ""
+        notes.append(f"fp8        {len(replaced)} of {len(replaced) + len(left)} layers{rest}")
+    elif s.fp8_watch:
+        notes.append("fp8        none of the layers: --fp8-watch has nothing to measure")
+    if s.recompute == "full":
+        model.recompute_()
+    return notes
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    packed: Packed,
+    settings: Settings,
+    progress: Progress,
+    precision: torch.dtype,
+    in_backward: StepInBackward | None = None,
+) -> tuple[dict, torch.Tensor | None]:
+    """One global batch: the exact sum of its micro batches' gradients, one step of the optimizer and of the balancing.
+
+    Returns the step's record, and the tokens of each MoE layer and expert (int64). The host waits for the device once,
+    for the record. Whether to skip the step is decided on the device, and from the same numbers again on the host.
+    """
+    device = next(model.parameters()).device
+    step = progress.step + 1
+    rows = rows_at(step, settings.batch, settings.ramp, settings.micro_batch or 1)
+    lr = learning_rate(step, settings.lr, settings.warmup)
+    optimizer.zero_grad()
+    limits = settings.spike_loss, settings.spike_norm
+    highest_loss, highest_norm = ceilings(progress.recent, limits)
+
+    def usable(loss: torch.Tensor) -> torch.Tensor:
+        return loss.isfinite() & (loss.double() <= highest_loss)
+
+    begin = None if in_backward is None else lambda loss: in_backward.begin(lr, usable(loss))
+    losses = accumulate_gradients(model, packed, progress.sequences, rows, settings, device, precision, begin)
+    if in_backward is None:
+        norm = grad_norm([p.grad for p in model.parameters() if p.grad is not None])
+        finite = usable(losses[0]) & norm.isfinite() & (norm.double() <= highest_norm)
+        clipped_step(optimizer, lr, norm, settings.clip, finite)
+    else:
+        norm = in_backward.norm()
+    routed = bool(model.routers())
+    counts = model.expert_counts().long() if routed else None
+    violation = counts.amax(1) / counts.double().mean(1) - 1 if routed else torch.zeros(1, device=device)
+    measured = torch.stack([*losses, norm, violation.amax(), violation.mean()]).tolist()
+    names = ("loss", "main_loss", "mtp_loss", "z_loss", "grad_norm", "load_violation_max", "load_violation_mean")
+    record = dict(zip(names, measured, strict=True))
+
+    finite = isfinite(record["loss"]) and isfinite(record["grad_norm"])
+    loss_and_norm = [record["loss"], record["grad_norm"]]
+    jump = spike(loss_and_norm, progress.recent, limits) if finite else None
+    taken = finite and jump is None
+    if taken:
+        progress.recent = [*progress.recent[1 - WINDOW :], loss_and_norm]
+    model.balance_(settings.balance_rate if taken else 0.0)  # 0 keeps the bias and clears the counts
+    progress.step = step
+    progress.sequences += rows
+    progress.tokens += rows * settings.seq_len
+    progress.bad = 0 if taken else progress.bad + 1
+    progress.skipped += not taken
+    record = dict(step=step, **record, lr=lr, tokens=progress.tokens, step_tokens=rows * settings.seq_len)
+    record |= {} if taken else dict(skipped=progress.skipped)
+    return record | ({} if jump is None else dict(spike=jump)), counts
+
+
+def accumulate_gradients(
+    model: nn.Module, packed: Packed, first: int, rows: int, settings: Settings, device: torch.device,
+    precision: torch.dtype, begin: Callable[[torch.Tensor], None] | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Forward and backward of `rows` rows from row `first` on, in micro batches -> [4] fp64: loss, main, MTP, z-loss.
+
+    begin is called with the loss before its backward; it needs a single micro batch. Every sum of losses is divided
+    by the global batch's number of targets, and the z-loss, a mean over tokens, is weighted by a micro batch's share
+    of the rows: any division into micro batches gives the same gradient.
+    """
+    micro = settings.micro_batch or rows
+    batches = [packed.batch(range(first + i, first + min(i + micro, rows))) for i in range(0, rows, micro)]
+    targets = [sum(b.targets(1 + k) for b in batches) for k in range(1 + len(model.mtp))]
+    total = torch.zeros(4, device=device, dtype=torch.float64)
+    for batch in batches:
+        ids, cu_seqlens = (t.to(device, non_blocking=True) for t in batch)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
+            out = model(
+                ids,
+                labels=ids,
+                cu_seqlens=cu_seqlens,
+                logits=False,
+                z_loss=settings.z_loss * len(ids) / rows,
+                target_counts=targets,
+            )
+        if begin is not None:
+            begin(out.loss.detach())
+        out.loss.backward()
+        mtp = out.mtp_loss if out.mtp_loss is not None else total.new_zeros(())
+        total += torch.stack([x.detach().double() for x in (out.loss, out.main_loss, mtp, out.z_loss)])
+    return total
+
+
+def validation_batches(held_out: Documents, settings: Settings) -> list:
+    """Batches of at most eval_rows rows of the held-out documents, evenly spaced, always the same."""
+    available = max(held_out.tokens // settings.seq_len, 1)
+    number = min(settings.eval_rows, available)
+    rows = [i * available // number for i in range(number)]
+    size = settings.micro_batch or settings.batch
+    packed = Packed(held_out, settings.seq_len, None)
+    return [packed.batch(rows[i : i + size]) for i in range(0, number, size)]
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: list, precision: torch.dtype) -> float:
+    """Mean main loss over the batches' targets, in nats."""
+    device = next(model.parameters()).device
+    model.eval()
+    total, targets = torch.zeros((), device=device, dtype=torch.float64), 0
+    for batch in batches:
+        ids, cu_seqlens = (t.to(device, non_blocking=True) for t in batch)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
+            out = model(ids, labels=ids, cu_seqlens=cu_seqlens, logits=False)
+        count = batch.targets()
+        total += out.main_loss.double() * count
+        targets += count
+    model.train()
+    return float(total) / max(targets, 1)
