@@ -24,9 +24,9 @@ from benchmarks.timing import RATES, Tick, copies, rate_call, time_calls
 from benchmarks.work import Backward, forward_work, op_of, shapes, tensors, title
 from ling_kernels.backend import force
 from ling_kernels.generate import Engine
-from ling_kernels.generate.plan import gpus, held_bytes, step_bytes
 from ling_kernels.model import Ling, LingConfig
-from ling_kernels.train.speed import peak_flops
+from ling_kernels.plan.decode import gpus, held_bytes, step_bytes
+from ling_kernels.train.prepare import peak_flops
 from tests.cases import CASES, args_of, runs
 
 pytestmark = pytest.mark.benchmark(timer=Tick if GPU else time.perf_counter)

@@ -56,7 +56,8 @@ def inventory() -> dict[str, str]:
     for module in sorted({*MODULES.values(), "transformers"}):
         try:
             importlib.import_module(module)
-            found[module] = importlib.metadata.version(packages[module.split(".")[0]][0])
+            versions = map(importlib.metadata.version, packages.get(module.split(".")[0], []))
+            found[module] = next(versions, "unknown version")
         except Exception as error:  # a package built for another torch may raise anything
             found[module] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     return found

@@ -69,9 +69,10 @@ class Run:
             self.doubts.append(f"commit {commit['id']}, with changes that are not committed")
         if self.gpu and self.rates.get("bf16", self.gpu.bf16) < SUSTAINED * self.gpu.bf16:
             self.doubts.append(f"throttled: {self.rates['bf16'] / 1e12:.0f} TFLOP/s in bf16")
-        if not self.machine.get("gpu"):
+        if not self.machine.get("gpu") and self.machine["load"] > self.machine["cores"] / 2:
+            load, cores = self.machine["load"], self.machine["cores"]
             self.doubts.append(
-                f"a CPU that others used too (load {self.machine['load']} on {self.machine['cores']} cores)"
+                f"other programs used this CPU (load {load} on {cores} cores); only ratios tell something"
             )
 
     def of(self, key: str) -> list[dict]:

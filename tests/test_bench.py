@@ -221,11 +221,11 @@ def op_row(us, by, **more):
                precision="bf16", **more)  # fmt: skip
 
 
-def write_run(folder, gpu=None, *rows, dirty=False, name="run"):
-    machine = dict(gpu=gpu, machine="x86_64", python_version="3.11", cores=2, load=0.5, peers=dict(quack="no such"))
+def write_run(folder, gpu=None, *rows, dirty=False, load=0.5):
+    machine = dict(gpu=gpu, machine="x86_64", python_version="3.11", cores=2, load=load, peers=dict(quack="no such"))
     found = dict(machine_info=machine, commit_info=dict(id="c" * 40, dirty=dirty), datetime="2026-01-02T03:04:05",
                  benchmarks=[*rows])  # fmt: skip
-    (folder / f"{name}.json").write_text(json.dumps(found))
+    (folder / "run.json").write_text(json.dumps(found))
 
 
 def test_report_of_a_gpu(tmp_path):
@@ -246,7 +246,9 @@ def test_report_says_what_is_doubtful(tmp_path):
     page = report.measured(tmp_path)
     assert "with changes that are not committed" in page and "throttled: 400 TFLOP/s" in page
     write_run(tmp_path)
-    assert "a CPU that others used too (load 0.5 on 2 cores)" in report.measured(tmp_path)
+    assert "load" not in report.measured(tmp_path)
+    write_run(tmp_path, load=1.5)
+    assert "other programs used this CPU (load 1.5 on 2 cores)" in report.measured(tmp_path)
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(InputError, match=r"other.json is no result of pytest-benchmark"):
         report.measured(tmp_path)

@@ -2,7 +2,8 @@
 
 RUN is the folder of a finished `make train`. The model reads held-out text token by token through the cache, as in
 decoding: in fp32 with a cache in fp32 (the truth), bf16 and e4m3, and in bf16 with a cache in bf16 and e4m3, which
-separates the cache's error from the arithmetic's. Writes results/cache.json beside this file and the table of docs/serving.md.
+separates the cache's error from the arithmetic's. Writes results/cache.json beside this file, and the table of
+docs/serving.md.
 """
 
 import argparse
