@@ -8,7 +8,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ling_kernels import attention, attention_decode, qk_norm_attention, qk_norm_attention_decode, qk_norm_rope
 from ling_kernels.backend import force
-from ling_kernels.nn.attention import Attention, Rows
+from ling_kernels.nn.attention import Attention, BatchLayout
 from ling_kernels.ops.attention import attention_bwd, attention_fwd, config, most_tiles
 from ling_kernels.ops.attention_decode import KVCache
 from ling_kernels.ops.qk_norm_attention import QKNormAttention, qk_norm_attention_ref
@@ -204,7 +204,7 @@ def test_the_module_trains_through_it():
     torch.manual_seed(0)
     lens = (20, 13)
     layer = Attention(48, 4, 2, 32, eps=0.1).to(DEVICE)
-    rows = Rows(*rope_tables(20, 16, 1e4, device=DEVICE), positions_of(*lens), cu_seqlens(lens))
+    rows = BatchLayout(*rope_tables(20, 16, 1e4, device=DEVICE), positions_of(*lens), cu_seqlens(lens))
     x = torch.randn(33, 48, device=DEVICE, requires_grad=True)
     results, kept = [], []
     for backend in ("torch", "triton"):

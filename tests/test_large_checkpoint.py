@@ -15,7 +15,7 @@ from ling_kernels.gpu import HOPPER
 from ling_kernels.model import Ling, LingConfig, load_model
 from ling_kernels.model.checkpoint import named_views
 from ling_kernels.nn.fp8 import to_fp8
-from ling_kernels.nn.frozen import freeze_
+from ling_kernels.nn.fp8_inference import quantize_for_inference_
 from ling_kernels.plan.decode import gpus, held_bytes
 
 CONFIG = dict(
@@ -90,7 +90,7 @@ def test_every_tensor_of_ling_1t_is_mapped(tmp_path, fp8):
         model = Ling(config).bfloat16()
     if fp8:
         assert not to_fp8(model)[1]
-        freeze_(model)
+        quantize_for_inference_(model)
     want = {key: value for tensors in shards("all", fp8).values() for key, value in tensors.items()}
     assert {key: (t.dtype, tuple(t.shape)) for key, t in named_views(model)} == want and len(want) > 58_000
     bytes_ = sum(SIZES[dtype][1] * prod(shape) for dtype, shape in want.values())

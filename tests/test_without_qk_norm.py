@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ling_kernels.model import Ling, LingConfig, load_model, save_model
-from ling_kernels.nn import Attention, Rows
+from ling_kernels.nn import Attention, BatchLayout
 from ling_kernels.ops.attention import attention
 from ling_kernels.ops.rope_tables import rope_tables
 from tests.training import tiniest
@@ -20,7 +20,7 @@ def test_attention_without_norm():
     x, cu = torch.randn(9, 64), torch.tensor([0, 4, 9], dtype=torch.int32)
     cos, sin = rope_tables(9, 8, 1e4)
     positions = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 4])
-    got = layer(x, Rows(cos, sin, positions, cu))
+    got = layer(x, BatchLayout(cos, sin, positions, cu))
     q, k, v = layer.query_key_value(x).unflatten(1, (-1, 16)).split([4, 2, 2], 1)
     turn = torch.complex(cos, sin)[positions][:, None]
     rotated = [torch.complex(t[..., :4], t[..., 4:8]) * turn for t in (q, k)]

@@ -21,7 +21,7 @@ from ling_kernels.errors import InputError, command
 from ling_kernels.files import whole
 from ling_kernels.model import Ling, load_model
 from ling_kernels.model.decode import PAGE, empty_caches
-from ling_kernels.nn import Rows
+from ling_kernels.nn import BatchLayout
 from ling_kernels.tokenizer import load_tokenizer
 from ling_kernels.train.data import Packed, gather_tokens, hold_out
 
@@ -41,7 +41,7 @@ def logits_through(model: Ling, ids: Tensor, cache: torch.dtype) -> Tensor:
     first, none, out = table[:, 0].long(), torch.zeros(B + 1, dtype=torch.int32), []
     for i in range(L):
         at = torch.full((B,), i)
-        rows = Rows(model.cos, model.sin, at, none, first * PAGE + at, B, table, (at + 1).int())
+        rows = BatchLayout(model.cos, model.sin, at, none, first * PAGE + at, B, table, (at + 1).int())
         h, _ = model.backbone(ids[:, i], rows, caches)
         out.append(model.logits(h))
     return torch.stack(out, 1)

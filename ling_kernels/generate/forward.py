@@ -32,7 +32,7 @@ from torch import Tensor
 
 from ..model import Ling
 from ..model.sample import Sampling, SamplingMode, SamplingTensors, sample, uniforms
-from ..nn import Rows
+from ..nn import BatchLayout
 from ..ops.attention_decode import KVCache
 from .graphs import CudaGraphs
 from .scheduler import Request
@@ -156,11 +156,13 @@ class Forward:
             token_ids[drafts] = lookup_drafts(self.token_ids[lanes], new_lengths, self.draft)
         return torch.cat([tokens, accepted[:, None]], 1)
 
-    def decode_rows(self, lanes: Tensor, positions: Tensor, width: int | None) -> Rows:
+    def decode_rows(self, lanes: Tensor, positions: Tensor, width: int | None) -> BatchLayout:
         """The attention layout of decode rows at positions [B, n]."""
         lengths = torch.where(self.lengths[lanes] > 0, positions[:, -1] + 1, 0).int()
         m, block_table = self.model, self.block_tables[lanes, :width]
-        rows = Rows(m.cos, m.sin, positions.flatten(), self.no_chunks, None, positions.numel(), block_table, lengths)
+        rows = BatchLayout(
+            m.cos, m.sin, positions.flatten(), self.no_chunks, None, positions.numel(), block_table, lengths
+        )
         return rows if m.config.use_qk_norm else rows._replace(slots=self.decode_slots(block_table, positions))
 
     def decode_slots(self, block_table: Tensor, positions: Tensor) -> Tensor:
@@ -168,7 +170,7 @@ class Forward:
         page, offset = block_table.gather(1, positions // self.page_size), positions % self.page_size
         return (page * self.page_size + offset).flatten()
 
-    def with_chunks(self, rows: Rows, inputs: Tensor, chunks: Sequence[Chunk]) -> tuple[Rows, Tensor]:
+    def with_chunks(self, rows: BatchLayout, inputs: Tensor, chunks: Sequence[Chunk]) -> tuple[BatchLayout, Tensor]:
         """Append the rows of chunks to the layout, and to inputs [T], the rows' indices in token_ids."""
         P, requests = self.token_ids.shape[1], [c.request for c in chunks]
         positions = [np.arange(start, start + n) for _, start, n in chunks]

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..files import atomic_write
 from ..nn.fp8 import Fp8Linear, fits, to_fp8
-from ..nn.frozen import SCALES, freeze_
+from ..nn.fp8_inference import SCALES, quantize_for_inference_
 from ..op import E4M3
 from ..ops.quantize import dequantize, quantize_weight
 from .config import PRESETS, LingConfig
@@ -92,7 +92,7 @@ def load_model(
         to_fp8(model)
         if fp8_head and fits(model.lm_head.weight):
             model.lm_head = Fp8Linear.of(model.lm_head)
-        freeze_(model)
+        quantize_for_inference_(model)
     model = model.to_empty(device=device)
     model.reset_buffers()
     files, views = _files(folder), dict(named_views(model))

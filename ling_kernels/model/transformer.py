@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..nn import MLP, Attention, Experts, MoE, RMSNorm, Router, Rows
+from ..nn import MLP, Attention, BatchLayout, Experts, MoE, RMSNorm, Router
 from ..nn.norm import Fp32Buffers
 from ..ops.attention_decode import KVCache
 from ..ops.cross_entropy import cross_entropy
@@ -62,7 +62,7 @@ class Layer(nn.Module):
         shared = MLP(c.hidden_size, c.moe_intermediate_size * c.num_shared_experts) if c.num_shared_experts else None
         self.mlp = MoE(router, experts, shared)
 
-    def forward(self, x: Tensor, rows: Rows, cache: KVCache | None = None, z_loss: float | None = None):
+    def forward(self, x: Tensor, rows: BatchLayout, cache: KVCache | None = None, z_loss: float | None = None):
         """x [T, H] -> x [T, H], and the router's z-loss or None."""
         if self.recompute and cache is None and torch.is_grad_enabled():
             return checkpoint(
@@ -71,7 +71,7 @@ class Layer(nn.Module):
             )  # fmt: skip
         return self.compute(x, rows, cache, z_loss)
 
-    def compute(self, x: Tensor, rows: Rows, cache: KVCache | None, z_loss: float | None):
+    def compute(self, x: Tensor, rows: BatchLayout, cache: KVCache | None, z_loss: float | None):
         """`forward` without activation checkpointing. A decode pass uses the fused MoE op if it is supported."""
         attended = self.attention(x, rows, cache, self.input_layernorm)
         if cache is not None and isinstance(self.mlp, MoE):
@@ -151,7 +151,7 @@ class Ling(Fp32Buffers):
     def backbone(
         self,
         ids: Tensor,
-        rows: Rows,
+        rows: BatchLayout,
         caches: list[KVCache] | None = None,
         z_loss: float | None = None,
         states: list[Tensor] | None = None,
@@ -205,7 +205,7 @@ class Ling(Fp32Buffers):
         Raises ValueError for mismatched shapes and for sequences longer than config.max_positions.
         """
         batch = pack(input_ids, attention_mask, cu_seqlens, self.config.max_positions)
-        rows = Rows(self.cos, self.sin, batch.positions, batch.cu_seqlens)
+        rows = BatchLayout(self.cos, self.sin, batch.positions, batch.cu_seqlens)
         states = [] if output_hidden_states else None
         h, z = self.backbone(batch.ids, rows, z_loss=z_loss, states=states)
 

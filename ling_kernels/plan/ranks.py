@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..model import Ling, LingConfig
 from ..model.packing import pack
 from ..model.transformer import LingOutput
-from ..nn import Experts, MoE, Rows
+from ..nn import BatchLayout, Experts, MoE
 from ..ops.dispatch import Plan, dispatch
 from ..ops.permute import permute
 from ..ops.unpermute import unpermute
@@ -83,7 +83,7 @@ class Stage(Ling):
         if self.last:
             return super().forward(ids, cu_seqlens=cu_seqlens, z_loss=z_loss, **loss)
         batch = pack(ids, None, cu_seqlens, self.config.max_positions)
-        rows = Rows(self.cos, self.sin, batch.positions, batch.cu_seqlens)
+        rows = BatchLayout(self.cos, self.sin, batch.positions, batch.cu_seqlens)
         h, z = self.backbone(batch.ids, rows, z_loss=z_loss)
         return LingOutput(hidden_states=(h,), z_loss=z)
 
