@@ -80,7 +80,7 @@ def pytest_generate_tests(metafunc):
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
 @pytest.mark.parametrize("rate", RATES)
 def bench_rate(benchmark, rate):
-    """What this GPU reaches: the limits that its rows are also held against."""
+    """Measure this GPU's bandwidth and matrix rates; the report compares the ops with them and with the data sheet."""
     benchmark.group = "rates"
     call, amount = rate_call(rate)
     time_calls(benchmark, call)
@@ -188,7 +188,7 @@ WARM = 8  # decode steps before those that are timed
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("model, precision", MODELS)
 def bench_decode(benchmark, model, precision, batch, context):
-    """Decode steps of a batch of texts, prompts not counted; bytes: what a step reads, for the share of the limit."""
+    """Decode steps of a batch of texts, without their prompts; `bytes` are those that a step reads."""
     weights, ling = "fp8" if precision == "fp8" else "bf16", models.random_model(model, precision)
     held = held_bytes(ling.config, batch, context + NEW, weights)
     if GPU and gpus(held, torch.cuda.get_device_properties(0).total_memory) > 1:
@@ -328,7 +328,7 @@ def bench_host(benchmark, op):
     )
 
 
-# Peers last: a run that is stopped has our own rows.
+# Peers come last: a run that is stopped has our own rows.
 
 
 def bench_peer(benchmark, case, shape, by):

@@ -69,9 +69,10 @@ class Run:
             self.doubts.append(f"commit {commit['id']}, with changes that are not committed")
         if self.gpu and self.rates.get("bf16", self.gpu.bf16) < SUSTAINED * self.gpu.bf16:
             self.doubts.append(f"throttled: {self.rates['bf16'] / 1e12:.0f} TFLOP/s in bf16")
-        if not self.machine.get("gpu"):
+        if not self.machine.get("gpu") and self.machine["load"] > self.machine["cores"] / 2:
+            load, cores = self.machine["load"], self.machine["cores"]
             self.doubts.append(
-                f"a CPU that others used too (load {self.machine['load']} on {self.machine['cores']} cores)"
+                f"other programs used this CPU (load {load} on {cores} cores); only ratios tell something"
             )
 
     def of(self, key: str) -> list[dict]:
@@ -191,7 +192,7 @@ def of_peers(run: Run) -> list[str]:
 
 
 def measured(results: Path = RESULTS) -> str:
-    """The block of docs/performance.md about what was timed."""
+    """docs/performance.md's block of results."""
     found, lines = runs(results), []
     if not any(run.gpu for run in found):
         lines += ["**On a GPU: not measured.** No results file of a GPU is here yet.", ""]
@@ -212,7 +213,7 @@ def limits() -> str:
 
 
 def short(results: Path = RESULTS) -> str:
-    """README.md's block: our faster backend of each op at its own shape on a GPU; layers against the loop on a CPU."""
+    """README.md's block: each op's fastest row on each GPU, and the GPUs without results."""
     lines, found = [], runs(results)
     for run in (run for run in found if run.gpu):
         ops = {}

@@ -1,8 +1,9 @@
-"""python -m benchmarks.studies.cache RUN: what an FP8 KV cache does to a trained model, on a CPU.
+"""python -m benchmarks.studies.cache RUN: the effect of an FP8 KV cache on a trained model, on a CPU.
 
-RUN is the folder of a finished `make train`. Held-out text is read token by token through the cache, as in decoding, by
-the model in fp32 with a cache in fp32 (the truth), bf16 and e4m3, and in bf16 with both: so what the cache does is
-seen apart from what arithmetic does. Writes results/cache.json beside this file and the table of docs/serving.md.
+RUN is the folder of a finished `make train`. The model reads held-out text token by token through the cache, as in
+decoding: in fp32 with a cache in fp32 (the truth), bf16 and e4m3, and in bf16 with a cache in bf16 and e4m3, which
+separates the cache's error from the arithmetic's. Writes results/cache.json beside this file, and the table of
+docs/serving.md.
 """
 
 import argparse

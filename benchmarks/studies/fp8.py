@@ -281,17 +281,17 @@ def gradient_rows(errors: dict) -> Iterator[tuple[str, ...]]:
 @command
 def main() -> None:
     flags = argparse.ArgumentParser("python -m benchmarks.studies.fp8", description=__doc__.splitlines()[0])
-    flags.add_argument("what", choices=("train", "measure", "report"))
+    flags.add_argument("command", choices=("train", "measure", "report"))
     flags.add_argument("--results", type=Path, default=RESULTS)
     flags.add_argument("--weights", type=Path, help="folder for the text's tokens and for weights between steps")
     flags.add_argument("--steps", type=int, default=SETTINGS.steps)
     args = flags.parse_args()
     torch.set_num_threads(1)
-    if args.what == "report":
+    if args.command == "report":
         return fill(PAGE, dict(study_fp8=tables(*load(args.results))))
     if args.weights is None:
-        raise InputError(f"{args.what} needs --weights")
-    if args.what == "train":
+        raise InputError(f"{args.command} needs --weights")
+    if args.command == "train":
         return train_all(args.results, args.weights, replace(SETTINGS, steps=args.steps))
     measure_all(args.results, args.weights)
 
