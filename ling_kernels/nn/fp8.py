@@ -10,8 +10,6 @@ its shape, the product adds to that in its epilogue instead and autograd gets no
 docs/fp8.md has the recompute levels and the bytes that each saves.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
