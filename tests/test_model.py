@@ -312,7 +312,7 @@ def test_empty_batches(shape):
 
 
 def test_a_model_in_fp64_has_the_gradient_of_its_loss():
-    """Along a random direction, against finite differences; the routing is forced by a bias that decides it."""
+    """Along a random direction, against finite differences; a large bias decides the routing, so that it stays."""
     torch.manual_seed(0)
     model, ids = (
         Ling(dataclasses.replace(LingConfig.tiny(), num_hidden_layers=2)).double(),
