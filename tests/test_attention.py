@@ -9,7 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from ling_kernels import attention, attention_decode, qk_norm_attention, qk_norm_attention_decode, qk_norm_rope
 from ling_kernels.backend import force
 from ling_kernels.nn.attention import Attention, Rows
-from ling_kernels.ops.attention import attention_bwd, attention_fwd, config, most_tiles
+from ling_kernels.ops.attention import attention_bwd, attention_fwd, config, max_tiles
 from ling_kernels.ops.attention_decode import KVCache
 from ling_kernels.ops.qk_norm_attention import QKNormAttention, qk_norm_attention_ref
 from ling_kernels.ops.rope_tables import rope_tables
@@ -270,8 +270,8 @@ def test_yarn_scales_the_rotated_half_only():
 def test_there_are_tiles_enough_and_every_dtype_has_some():
     for lens in ((), (0,), (1, 1, 1), (127, 1, 130), (64, 64)):
         for block in (16, 64, 128):
-            assert most_tiles(sum(lens), len(lens), block) >= sum(-(-n // block) for n in lens)
-    for kernel in ("fwd", "fused", "dq", "dkv"):
+            assert max_tiles(sum(lens), len(lens), block) >= sum(-(-n // block) for n in lens)
+    for kernel in ("fwd", "fwd_norm", "dq", "dkv"):
         for dtype in (BF16, torch.float16, FP32):
             assert config(kernel, dtype, 132).keys() == config(kernel, dtype, 78).keys()
 
