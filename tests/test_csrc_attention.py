@@ -151,9 +151,9 @@ BROKEN = {  # name: (its error, its message, right, wrong)
         "                    wgmma_wait<1>(scores);", "                    wgmma_wait<2>(scores);",
     ),
     "results before they are there": (AssertionError, "", "                    wgmma_wait<0>(out);\n", ""),
-    "no turns taken": (RuntimeError, "deadlock", "if (warpgroup == 1) your_turn();", ""),
+    "no turns taken": (RuntimeError, "deadlock", "if (warpgroup == 1) pass_turn();", ""),
     "earlier sums do not shrink": (AssertionError, "", "sum[r] *= shrink[r];", "sum[r] *= 1;"),
-    "the other half is not rotated": (AssertionError, "", "x[i + kHalf] = b * c + a * turn;", "x[i + kHalf] = b * c;"),
+    "the other half is not rotated": (AssertionError, "", "x[i + kHalf] = b * c + a * sine;", "x[i + kHalf] = b * c;"),
     "another head's keys": (AssertionError, "", "p.k, s.k_full[ring.stage], t.kv_head", "p.k, s.k_full[ring.stage], 0"),
     "queries replaced while in use": (
         (AssertionError, RuntimeError), "",
