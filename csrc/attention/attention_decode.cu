@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kThreads, 2)
                             float scale_log2) {
     __shared__ Shared shared;
     __shared__ std::conditional_t<kAppends, Fresh<T, C>, char> fresh;
-    let_next_start();
+    launch_dependents();
     wait_for_previous();
     const int all = cache.tiles_before(cache.B), share = cache.share(all);
     int tile = blockIdx.x * share;
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kThreads)
                                     float* out_scale, int64_t ld_scale, int n, int G) {
     static_assert(kD == kBlock);
     __shared__ float sums[kWarps][kD], totals[kWarps], maxima[kWarps];
-    let_next_start();
+    launch_dependents();
     wait_for_previous();
     LING_DEVICE_CHECK(cache.lengths[blockIdx.x] == cache.used(blockIdx.x));
     const int b = blockIdx.x, row = blockIdx.y, rows = cache.Hkv * n * G, lane = threadIdx.x % 32;

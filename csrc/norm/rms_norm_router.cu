@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(std::min(2048 / kRows, kMaxThreads), 1)
                            bf16* h, R* total, float* logits, int T, int H, int E, int64_t ldx, int64_t ldr, float eps) {
     __shared__ __align__(16) float squares[kRows][32], products[kRows * kExperts][32];
     const int n = threadIdx.x * kVec, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    let_next_start();
+    launch_dependents();
     Vec<kVec> g = {}, ws[kExperts] = {};
     if (n < H)
         g = fp32_weight ? load<kVec>(static_cast<const float*>(w) + n) : load<kVec>(static_cast<const bf16*>(w) + n);
