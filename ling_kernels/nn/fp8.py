@@ -210,6 +210,7 @@ def to_fp8(model: nn.Module, recompute: str = "none", **options) -> tuple[list[s
     """
     replaced, left = [], []
     for name, module in [*model.named_modules()]:
+        kinds: dict[str, type[Fp8Linear] | type[Fp8MLP] | type[Fp8Experts]]
         if isinstance(module, Attention):
             kinds = {"query_key_value": Fp8Linear, "dense": Fp8Linear}
         else:
@@ -227,4 +228,4 @@ def to_fp8(model: nn.Module, recompute: str = "none", **options) -> tuple[list[s
     return replaced, left
 
 
-KINDS = {MLP: Fp8MLP, Experts: Fp8Experts}
+KINDS: dict[type, type[Fp8MLP] | type[Fp8Experts]] = {MLP: Fp8MLP, Experts: Fp8Experts}
