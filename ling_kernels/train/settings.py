@@ -11,6 +11,7 @@ import sys
 from dataclasses import asdict, dataclass, field, fields, replace
 from numbers import Integral, Real
 from pathlib import Path
+from typing import Any
 
 from ..errors import InputError
 from ..model import LingConfig
@@ -190,7 +191,8 @@ def to_json(settings: Settings) -> dict:
 
 
 def from_json(saved: dict) -> Settings:
-    return Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
+    return Settings(**values)
 
 
 def check(s: Settings, config: LingConfig) -> None:
