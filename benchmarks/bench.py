@@ -208,8 +208,8 @@ def start(ling: Ling, prompts: list[list[int]]) -> tuple[Engine, list]:
     gc.collect()  # the last engine and its cache
     new = NEW + 2 * WARM
     engine = Engine(ling, cache_tokens=len(prompts) * (len(prompts[0]) + new + 64), max_running=len(prompts))
-    requests = [engine.submit(p, max_new_tokens=new, ends=()) for p in prompts]
-    while not all(r.written for r in requests):
+    requests = [engine.submit(p, max_new_tokens=new, stop_token_ids=()) for p in prompts]
+    while not all(r.num_new_tokens for r in requests):
         engine.step()
     for _ in range(WARM - 2):
         engine.step()
@@ -234,7 +234,7 @@ def bench_serve(benchmark, rate):
 
     async def request(engine, ids, n):
         times = [time.perf_counter()]
-        async for _ in engine.astream(ids, max_new_tokens=n, ends=()):
+        async for _ in engine.astream(ids, max_new_tokens=n, stop_token_ids=()):
             times.append(time.perf_counter())
         return times
 

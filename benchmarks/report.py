@@ -11,8 +11,8 @@ from pathlib import Path
 
 from benchmarks.work import CASES, Work, fake_work, title
 from ling_kernels.errors import InputError, command
-from ling_kernels.files import whole
-from ling_kernels.gpu import HOPPER, Gpu, named
+from ling_kernels.files import atomic_write
+from ling_kernels.gpu import HOPPER, Gpu, find_gpu
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
@@ -35,7 +35,7 @@ def fill(page: Path, blocks: Mapping[str, str]) -> None:
     for name, block in blocks.items():
         before, _, after = cut(text, name, page.name)
         text = before + block + after
-    with whole(page) as partial:
+    with atomic_write(page) as partial:
         partial.write_text(text)
 
 
@@ -61,7 +61,7 @@ class Run:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path} is no result of pytest-benchmark: {error!r}") from None
         self.path, self.date, self.commit = path, found["datetime"][:10], commit["id"]
-        self.gpu: Gpu | None = named(self.machine.get("gpu") or "")
+        self.gpu: Gpu | None = find_gpu(self.machine.get("gpu") or "")
         self.name = self.machine.get("gpu") or f"CPU, {self.machine['machine']}"
         self.rates = {r["rate"]: r["per_second"] for r in self.of("rate")}
         self.doubts = []

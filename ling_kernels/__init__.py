@@ -3,27 +3,25 @@
 The import is light: an op's file, and Triton where it has Triton kernels, is loaded at the op's first use.
 """
 
+import importlib
 from typing import TYPE_CHECKING
 
-from . import ops
 from .errors import Busy, Diverged, InputError, LingError
+from .ops import EXPORTS, HELPERS
 
 __version__ = "0.1.0"
-__all__ = [*ops.EXPORTS, *ops.HELPERS, "Busy", "Diverged", "InputError", "LingError", "explain"]
+_LAZY = {name: f".ops.{file}" for name, file in (EXPORTS | HELPERS).items()} | {"explain": ".op"}
+__all__ = [*_LAZY, "Busy", "Diverged", "InputError", "LingError"]
 
 if TYPE_CHECKING:
-    from .op import explain
+    from .op import explain as explain
     from .ops import *  # noqa: F403
 else:  # a type checker would take every name for an attribute
 
     def __getattr__(name: str):
-        if name not in __all__:
+        if name not in _LAZY:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        if name == "explain":
-            from .op import explain as value
-        else:
-            value = getattr(ops, name)
-        globals()[name] = value
+        value = globals()[name] = getattr(importlib.import_module(_LAZY[name], __name__), name)
         return value
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks.report import fill, table
 from benchmarks.studies import origin
 from ling_kernels.errors import InputError, command
-from ling_kernels.files import whole
+from ling_kernels.files import atomic_write
 from ling_kernels.model import Ling, load_model
 from ling_kernels.model.decode import PAGE, empty_caches
 from ling_kernels.nn import BatchLayout
@@ -111,7 +111,7 @@ def main() -> int:
         raise InputError(f"{args.run} is no finished training run: it has no model/")
     ids, about = held_out(args.run, args.texts)
     result = origin() | dict(about=about, rows=measure(args.run / "model", ids))
-    with whole(RESULTS) as partial:
+    with atomic_write(RESULTS) as partial:
         partial.write_text(json.dumps(result, indent=1) + "\n")
     fill(PAGE_OF_RESULTS, dict(study_cache=block(result)))
     print(block(result))

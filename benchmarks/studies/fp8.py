@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from benchmarks.report import fill, table
 from benchmarks.studies import origin
 from ling_kernels.errors import InputError, command
-from ling_kernels.files import whole
+from ling_kernels.files import atomic_write
 from ling_kernels.model import Ling, LingConfig
 from ling_kernels.nn import MLP, Attention, Experts, MoE
 from ling_kernels.nn.fp8 import to_fp8
@@ -95,7 +95,7 @@ def run(config: LingConfig, settings: Settings, precision: str, weights: Path, n
 
 def write(path: Path, result: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(json.dumps(result) + "\n")
 
 
