@@ -4,7 +4,7 @@ Build csrc/ where there is an nvcc, run the tests on the GPU, benchmark into ben
 bad memory accesses and races with compute-sanitizer. A step that fails is reported and the others still run. Each step
 has a time limit, and a step that needs less leaves the rest to those after it. Logs: build/gpu/.
 
-    --prebuilt      use the ling_kernels/_C that is there
+    --prebuilt      use the existing ling_kernels/_C
     --commit ID     for the results, in a copy of the tree without git history
 """
 
@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LOGS = ROOT / "build/gpu"
-# What a sanitizer prints where the machine does not let it work, which is no failure.
+# Messages of a sanitizer on a machine that does not permit it; that is no failure.
 REFUSED = r"[Dd]evice not supported|[Nn]ot permitted|[Ii]nsufficient p|Unable to (?:find|attach|initialize)"
 
 
@@ -46,7 +46,7 @@ def steps(build: bool, commit: str | None) -> list[Step]:
     no_benchmark = None if importlib.util.find_spec("pytest_benchmark") else "pytest-benchmark is not installed"
     bench = [python, "-m", "benchmarks", "--quick", *([f"--commit={commit}"] if commit else [])]
     check = ["--error-exitcode", "9", python, __file__, "--small"]
-    alone = dict(PYTORCH_NO_CUDA_MEMORY_CACHING="1")  # each tensor in an allocation of its own
+    alone = dict(PYTORCH_NO_CUDA_MEMORY_CACHING="1")  # each tensor is an allocation
     no_sanitizer = None if sanitizer else "there is no compute-sanitizer"
     found = [
         Step("build", [python, "setup.py", "-q", "build_ext", "--inplace"], 130, no_nvcc),
@@ -104,7 +104,7 @@ def end(process: subprocess.Popen) -> None:
 
 
 def run_all(todo: list[Step]) -> bool:
-    """Run the steps and print what became of each; True unless one failed or ran out of time."""
+    """Run the steps and print each result; True unless one failed or ran out of time."""
     until, lines, good = time.monotonic(), [], True
     for step in todo:
         until += step.limit

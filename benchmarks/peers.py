@@ -56,15 +56,16 @@ def inventory() -> dict[str, str]:
     for module in sorted({*MODULES.values(), "transformers"}):
         try:
             importlib.import_module(module)
-            found[module] = importlib.metadata.version(packages[module.split(".")[0]][0])
+            versions = map(importlib.metadata.version, packages.get(module.split(".")[0], []))
+            found[module] = next(versions, "unknown version")
         except Exception as error:  # a package built for another torch may raise anything
             found[module] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     return found
 
 
-def only(condition: bool, what: str) -> None:
+def only(condition: bool, feature: str) -> None:
     if not condition:
-        raise NotImplementedError(f"it has no {what}")
+        raise NotImplementedError(f"it has no {feature}")
 
 
 def detached(a):
@@ -87,11 +88,11 @@ def checked(name: str, case: Case, args) -> tuple[Callable, float, object]:
     else:
         importlib.import_module(MODULES[name])
         adapter, lacks = PEERS[op.__name__][name]
-        given, parameters = inspect.signature(op).bind(*args, **kwargs), inspect.signature(op).parameters
-        given.apply_defaults()
-        for argument in {*lacks} & {*parameters}:
-            only(given.arguments[argument] is parameters[argument].default, argument)
-        call = adapter(SimpleNamespace(**given.arguments))
+        bound, parameters = inspect.signature(op).bind(*args, **kwargs), inspect.signature(op).parameters
+        bound.apply_defaults()
+        for name in {*lacks} & {*parameters}:
+            only(bound.arguments[name] is parameters[name].default, name)
+        call = adapter(SimpleNamespace(**bound.arguments))
         call, alike = call if isinstance(call, tuple) else (call, firsts)
     theirs, ours = call(), op(*args, **kwargs)
     try:

@@ -60,7 +60,7 @@ def experts_in_use(args) -> tuple[int, float]:
     """E and the share of the E experts that have rows: the weights of the others need not be read. (0, 1) without.
 
     The int32 argument of E + 1 entries is the experts' offsets if another argument is [E, .., ..]. A fake tensor has
-    no values; then as many experts have rows as there are rows.
+    no values: then each row is counted as another expert's.
     """
     found = tensors(args)
     rows = [len(t) for t in found if t.ndim == 2]
@@ -78,7 +78,7 @@ def read_bytes(args, found: list[Tensor]) -> int:
 
 
 def evaluate(formula, shape: dict) -> int:
-    """A Case's formula at a shape; 0 if there is none, or none for a test's shape with further arguments."""
+    """A Case's formula at a shape; 0 without a formula, and where it does not take a test shape's further arguments."""
     try:
         return formula(**shape) if formula else 0
     except TypeError:

@@ -1,12 +1,16 @@
 """The routed layer's references against independent ones: Python loops per token and per expert, numpy, fp64."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from triton.runtime._allocation import _allocator
 
 import ling_kernels
 from ling_kernels.backend import _C, force
 from ling_kernels.ops.dispatch import dispatch
+from ling_kernels.ops.gemm_fp8 import launch_with_scratch
 from ling_kernels.ops.grouped_gemm import grouped_gemm
 from ling_kernels.ops.moe import moe
 from ling_kernels.ops.moe_decode import moe_decode
@@ -17,7 +21,7 @@ from ling_kernels.ops.rms_norm_router import rms_norm_router
 from ling_kernels.ops.router_gemm import router_gemm
 from ling_kernels.ops.swiglu import swiglu
 from ling_kernels.ops.unpermute import unpermute
-from tests.cases import Rand, counts_of, offsets_of, plan_of, poison
+from tests.cases import DEVICE, Rand, counts_of, offsets_of, plan_of, poison
 from tests.test_references_route import route_one
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
@@ -252,6 +256,19 @@ def test_moe_with_every_kernel_there_is():
     assert torch.equal(got[1], want[1]) and torch.allclose(got[0], want[0], rtol=1e-4, atol=1e-5)
 
 
+def test_the_allocator_of_triton_is_the_users_again():
+    """A launch with TMA descriptors sets one for itself alone. Without a GPU, a kernel that only asks for memory."""
+    gpu, given = SimpleNamespace(is_cuda=True, device=DEVICE), []
+
+    def kernel(x, n, bytes):
+        given.append((_allocator.get()(bytes, 128, None), n))
+
+    mine = _allocator.get()
+    launch_with_scratch(kernel, gpu, 3, bytes=64)
+    ((memory, n),) = given
+    assert memory.numel() == 64 and n == 3 and _allocator.get() is mine
+
+
 def ints(*shape):
     return torch.zeros(shape, dtype=torch.int32)
 
@@ -266,14 +283,18 @@ BAD = {
     "gemm_fp8": [(rand(4, 128), rand(4, 1), E8, rand(4, 1)), (E8, rand(4, 2), E8, rand(4, 1)),
                  (E8, rand(4, 1), E8, rand(1, 1)), (E8[:, :64], rand(4, 1), E8[:, :64], rand(4, 1)),
                  (E8, rand(4, 1), E8, rand(4, 1), rand(3, 4)), (E8, rand(4, 1), E8, rand(4, 1), None, True)],
-    "grouped_gemm": [(rand(4, 3), rand(2, 5, 4), OFFSETS), (rand(4, 3), rand(2, 5, 3), OFFSETS.long()),
+    "grouped_gemm": [(rand(4, 3), rand(2, 5, 4), OFFSETS), (rand(3, 3), rand(2, 5, 3), OFFSETS),
+                     (rand(4, 3), rand(2, 5, 3), torch.tensor([0, 3, 2], dtype=torch.int32)),
+                     (rand(4, 3), rand(2, 5, 3), OFFSETS.long()),
                      (rand(4, 3), rand(3, 5, 3), OFFSETS), (rand(4, 3), rand(2, 5, 3).bfloat16(), OFFSETS)],
     "grouped_gemm_fp8": [(E8, rand(4, 1), E8, rand(4, 1), OFFSETS), (E8, rand(4, 1), E8[None], rand(1, 4, 1), OFFSETS)],
     "grouped_gemm_fp8_masked": [(E8, rand(4, 1), E8[None], rand(1, 4, 1), ints(1)),
-                                (E8[None], rand(1, 4, 1), E8[None], rand(1, 4, 1), ints(2))],
+                                (E8[None], rand(1, 4, 1), E8[None], rand(1, 4, 1), ints(2)),
+                                (E8[None], rand(1, 4, 1), E8[None], rand(1, 4, 1), ints(1) + 5)],
     "grouped_wgrad": [(rand(4, 3), rand(5, 3), OFFSETS), (rand(4, 3), rand(4, 3), OFFSETS.long()), (E8, E8, OFFSETS),
                       (rand(4, 3), rand(4, 3), OFFSETS, rand(2, 3, 4)), (E8, E8, OFFSETS, None, False, rand(4, 1)),
-                      (rand(4, 3), rand(4, 3), OFFSETS, None, True), (rand(4, 3), rand(4, 3).bfloat16(), OFFSETS)],
+                      (rand(4, 3), rand(4, 3), OFFSETS, None, True), (rand(3, 3), rand(3, 3), OFFSETS),
+                      (rand(4, 3), rand(4, 3).bfloat16(), OFFSETS)],
     "moe": [(rand(4, 8), rand(8, 7), rand(8), rand(8, 4, 8), rand(8, 8, 2)),
             (rand(4, 8), rand(8, 8), rand(8), rand(8, 4, 8), rand(8, 8, 3)),
             (rand(4, 8), rand(8, 8), rand(8), (rand(8, 4, 8), rand(1)), rand(8, 8, 2))],

@@ -1,8 +1,9 @@
-"""python -m benchmarks.studies.cache RUN: what an FP8 KV cache does to a trained model, on a CPU.
+"""python -m benchmarks.studies.cache RUN: the effect of an FP8 KV cache on a trained model, on a CPU.
 
-RUN is the folder of a finished `make train`. Held-out text is read token by token through the cache, as in decoding, by
-the model in fp32 with a cache in fp32 (the truth), bf16 and e4m3, and in bf16 with both: so what the cache does is
-seen apart from what arithmetic does. Writes results/cache.json beside this file and the table of docs/serving.md.
+RUN is the folder of a finished `make train`. The model reads held-out text token by token through the cache, as in
+decoding: in fp32 with a cache in fp32 (the truth), bf16 and e4m3, and in bf16 with a cache in bf16 and e4m3, which
+separates the cache's error from the arithmetic's. Writes results/cache.json beside this file, and the table of
+docs/serving.md.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from torch import Tensor
 from benchmarks.report import fill, table
 from benchmarks.studies import origin
 from ling_kernels.errors import InputError, command
-from ling_kernels.files import whole
+from ling_kernels.files import atomic_write
 from ling_kernels.model import Ling, load_model
 from ling_kernels.model.decode import PAGE, empty_caches
 from ling_kernels.nn import BatchLayout
@@ -110,7 +111,7 @@ def main() -> int:
         raise InputError(f"{args.run} is no finished training run: it has no model/")
     ids, about = held_out(args.run, args.texts)
     result = origin() | dict(about=about, rows=measure(args.run / "model", ids))
-    with whole(RESULTS) as partial:
+    with atomic_write(RESULTS) as partial:
         partial.write_text(json.dumps(result, indent=1) + "\n")
     fill(PAGE_OF_RESULTS, dict(study_cache=block(result)))
     print(block(result))

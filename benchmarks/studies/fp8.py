@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from benchmarks.report import fill, table
 from benchmarks.studies import origin
 from ling_kernels.errors import InputError, command
-from ling_kernels.files import whole
+from ling_kernels.files import atomic_write
 from ling_kernels.model import Ling, LingConfig
 from ling_kernels.nn import MLP, Attention, Experts, MoE
 from ling_kernels.nn.fp8 import to_fp8
@@ -95,7 +95,7 @@ def run(config: LingConfig, settings: Settings, precision: str, weights: Path, n
 
 def write(path: Path, result: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(json.dumps(result) + "\n")
 
 
@@ -281,17 +281,17 @@ def gradient_rows(errors: dict) -> Iterator[tuple[str, ...]]:
 @command
 def main() -> None:
     flags = argparse.ArgumentParser("python -m benchmarks.studies.fp8", description=__doc__.splitlines()[0])
-    flags.add_argument("what", choices=("train", "measure", "report"))
+    flags.add_argument("command", choices=("train", "measure", "report"))
     flags.add_argument("--results", type=Path, default=RESULTS)
     flags.add_argument("--weights", type=Path, help="folder for the text's tokens and for weights between steps")
     flags.add_argument("--steps", type=int, default=SETTINGS.steps)
     args = flags.parse_args()
     torch.set_num_threads(1)
-    if args.what == "report":
+    if args.command == "report":
         return fill(PAGE, dict(study_fp8=tables(*load(args.results))))
     if args.weights is None:
-        raise InputError(f"{args.what} needs --weights")
-    if args.what == "train":
+        raise InputError(f"{args.command} needs --weights")
+    if args.command == "train":
         return train_all(args.results, args.weights, replace(SETTINGS, steps=args.steps))
     measure_all(args.results, args.weights)
 

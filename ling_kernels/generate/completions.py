@@ -12,7 +12,7 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from ..errors import Busy, InputError
+from ..errors import InputError
 from ..tokenizer import Tokenizer
 from .engine import Engine
 from .metrics import Metrics
@@ -141,7 +141,7 @@ async def complete(
             for i in range(body.n):
                 request = service.engine.submit(prompt, body.sampling(i), new_tokens, **options)
                 choices.append(Choice(service, request, stop))
-    except (Busy, InputError):
+    except Exception:  # Busy or InputError of a later choice
         for choice in choices:
             choice.cancel()
         raise

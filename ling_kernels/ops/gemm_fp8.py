@@ -218,12 +218,6 @@ def launch_with_scratch(kernel: Callable, x: Tensor, *args, **constants) -> None
     copy_context().run(launch) if x.is_cuda else kernel(x, *args, **constants)
 
 
-def provide_scratch(x: Tensor) -> None:
-    """Descriptors made on the device live in memory that Triton asks for; each thread has an allocator of its own."""
-    if x.is_cuda:
-        triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=x.device))
-
-
 @triton.jit
 def find_group(tile, tiles, ends):
     """The group that owns the tile, and the tile's number in it; groups have so many tiles, ends = cumsum(tiles)."""

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, command
-from ..files import whole
+from ..files import atomic_write
 from ..tokenizer import Tokenizer, load_tokenizer
 from .sources import cpython_documents, documents, find_files, reading
 
@@ -79,7 +79,8 @@ def write_tokens(documents: Iterable[Iterable[bytes]], tokenizer: Tokenizer, out
     count = number = 0
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with whole(out) as tokens, whole(out.with_suffix(".json")) as sidecar:  # the .json is renamed first
+        # The inner context ends first: the .json is renamed before the data.
+        with atomic_write(out) as tokens, atomic_write(out.with_suffix(".json")) as sidecar:
             with open(tokens, "wb") as file:
                 for document in documents:
                     before = count

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..errors import InputError
-from ..gpu import named
+from ..gpu import find_gpu
 from ..model import LingConfig, resolve_model
 from ..model.config import PRESETS
 from ..tokenizer import Tokenizer, load_tokenizer
@@ -256,7 +256,7 @@ def discard(run: Run) -> None:
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """Peak FLOP/s for the MFU, and its source: the data sheet for Hopper in bf16, otherwise a matrix product timed
     now."""
-    if device.type == "cuda" and dtype == torch.bfloat16 and (gpu := named(torch.cuda.get_device_name(device))):
+    if device.type == "cuda" and dtype == torch.bfloat16 and (gpu := find_gpu(torch.cuda.get_device_name(device))):
         return gpu.bf16, f"{gpu.name} bf16 dense"
     size, label = (8192, "GPU") if device.type == "cuda" else (1024, f"{torch.get_num_threads()} CPU threads")
     return measured_flops(device, dtype, size), f"measured, {label}, {str(dtype)[6:]}"
