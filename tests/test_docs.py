@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from docs.tile_walk import BAND, EXAMPLE, PICTURE, SMS, picture, walk
-from ling_kernels.ops.gemm_fp8 import place_in_group
+from ling_kernels.ops.gemm_fp8 import tile_position
 from tests.cases import DEVICE
 from tests.host import build
 
@@ -76,7 +76,7 @@ def test_no_bank_conflicts_where_weights_are_turned():
 
 @triton.jit
 def places_kernel(out, tiles_m, tiles_n, BAND: tl.constexpr):
-    m, n = place_in_group(tl.program_id(0), tiles_m, tiles_n, BAND)
+    m, n = tile_position(tl.program_id(0), tiles_m, tiles_n, BAND)
     tl.store(out + 2 * tl.program_id(0), m)
     tl.store(out + 2 * tl.program_id(0) + 1, n)
 

@@ -252,10 +252,10 @@ def megatron_swiglu(x, weights=None, quantize=False, columns=False, plan=None, p
 
 
 @peer("quantize", "SGLang", "sgl_kernel")
-def sglang_quantize(x, rows=True, columns=False, plan=None, pow2=False, statistics=False):
+def sglang_quantize(x, rows=True, columns=False, plan=None, pow2=False):
     import sgl_kernel
 
-    only(rows and not columns and not pow2 and not statistics, "columns, powers of two or statistics here")
+    only(rows and not columns and not pow2, "columns or powers of two here")
     q = torch.empty_like(x, dtype=E4M3)
     scale = torch.empty(x.shape[1] // 128, len(x), device=x.device).T
 
@@ -267,19 +267,19 @@ def sglang_quantize(x, rows=True, columns=False, plan=None, pow2=False, statisti
 
 
 @peer("quantize", "vLLM", "vllm")
-def vllm_quantize(x, rows=True, columns=False, plan=None, pow2=False, statistics=False):
+def vllm_quantize(x, rows=True, columns=False, plan=None, pow2=False):
     from vllm.model_executor.layers.quantization.utils.fp8_utils import per_token_group_quant_fp8
 
-    only(rows and not columns and not statistics, "columns or statistics")
+    only(rows and not columns, "columns")
     return lambda: per_token_group_quant_fp8(x, 128, column_major_scales=True, use_ue8m0=pow2), dequantized
 
 
 @peer("quantize", "linghe", "linghe")
-def linghe_quantize(x, rows=True, columns=False, plan=None, pow2=False, statistics=False):
+def linghe_quantize(x, rows=True, columns=False, plan=None, pow2=False):
     from linghe.quant.block import triton_blockwise_quant
     from linghe.quant.group import triton_group_quant
 
-    only(rows and plan is None and not statistics, "column-wise copy for experts or statistics here")
+    only(rows and plan is None, "column-wise copy for experts here")
     if not columns:
         return lambda: triton_group_quant(x, round_scale=pow2), dequantized
     return (
