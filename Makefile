@@ -3,11 +3,10 @@
 # make test    set up, then run the tests; FAST=1: the fast ones, 3 minutes on two cores, for use while working
 # make cutlass build the optional ling_kernels._cutlass: CUTLASS's grouped FP8 GEMM (minutes, 4 GB of memory a file)
 # make tables  write docs/kernels-resources*.md: registers and shared memory of every kernel, as it is built for Hopper
-# make gpu     on a machine with a Hopper GPU: build, test, check and time, into benchmarks/results/. It installs nothing
-#              and uses PYTHON as it is. `make stamp` before, where there is a git history, names the commit for it.
-# make bench   time every op against its limit and its peers, write docs/performance.md; QUICK=1: at most 8 minutes on a
-#              GPU; stopped, it goes on at the next call. Without a GPU: what a CPU can tell
-# make times   time `make train` and CI in fresh clones of the last commit, into benchmarks/results/, for README.md
+# make gpu     on a machine with a Hopper GPU: build, test, benchmark and run compute-sanitizer, in ten minutes. It installs
+#              nothing and uses PYTHON as it is. ARGS=--commit=ID names the commit in a copy without git history.
+# make bench   benchmark ops, peers, layers, decoding and the host into benchmarks/results/ and docs/performance.md (a CPU
+#              has no ops and peers). QUICK=1: at most 8 minutes on a GPU. ARGS="-k rms_norm": a selection
 #
 # Set up: a virtual environment in .venv that sees the packages of PYTHON, so that an installed torch is used. It is
 # repeated only when pyproject.toml, setup.py or csrc/ has changed. Variables: PYTHON=python3.12, ARGS="--steps 100" (for
@@ -30,7 +29,7 @@ CSRC := CMakeLists.txt $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc tests/host -path '*/build' -prune -o \
 	-type f \( -name '*.cu*' -o -name '*.h' -o -name '*.cpp' \) -print)
 
-.PHONY: help train test lint install cutlass tables clean gpu stamp bench times
+.PHONY: help train test lint install cutlass tables clean gpu bench
 .DEFAULT_GOAL := help
 
 help:
@@ -68,14 +67,7 @@ gpu:
 
 # What `make install` has set up, or PYTHON as it is: a GPU machine may have no network.
 bench:
-	@$(if $(wildcard $(VENV)/.dev),$(PY),$(OUTER)) -m benchmarks.run $(if $(QUICK),--quick) $(ARGS)
-
-times:
-	@$(OUTER) -m benchmarks.commands $(ARGS)
-
-stamp:
-	@mkdir -p build
-	@$(OUTER) -c 'from benchmarks.gpu import commit; print(commit())' | tee build/commit
+	@$(if $(wildcard $(VENV)/.dev),$(PY),$(OUTER)) -m benchmarks $(if $(QUICK),--quick) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info tests/host/build ling_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks

@@ -1,67 +1,59 @@
-"""Options of the benchmarks: how much of the grid, what a run before has done, when to stop; what was left out."""
+"""The suites' options, and the facts about machine and commit in pytest-benchmark's JSON."""
 
-import json
-import time
-from pathlib import Path
+import importlib.metadata
+import os
+import subprocess
 
-import pytest
+import torch
 
-ORDER = ("bench_ops", "bench_cutlass", "bench_model", "bench_decode", "bench_host", "peers", "torch.compile")
-LEFT_OUT: dict[str, str] = {}
+from benchmarks import peers
+
+CLOCKS = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("ling_kernels")
     group.addoption(
-        "--grid", choices=("quick", "full"), default="quick", help="each op's own shape, or Ling's grid too"
-    )
-    group.addoption("--done", type=Path, help="results whose rows are not timed again")
-    group.addoption("--seconds", type=float, help="stop, in order, after so long")
+        "--shapes", choices=("own", "grid", "small"), default="own",
+        help="each op at its benchmark shape, also over Ling's grid, or (the only one without a GPU) at a test's shape",
+    )  # fmt: skip
+    group.addoption("--commit", help="the tree's commit, for a copy without git history")
 
 
-def pytest_configure(config):
-    config.ling_began = time.monotonic()
+def clocks() -> dict[str, str]:
+    """The GPU's driver, clocks, power and temperature now; {} where nvidia-smi does not tell."""
+    command = ["nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv,noheader"]
+    try:
+        out = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return dict(zip(CLOCKS.split(","), map(str.strip, out.splitlines()[0].split(",")), strict=False))
 
 
-def pytest_collection_modifyitems(config, items):
-    items.sort(key=place)
-    done = config.getoption("--done")
-    if done and done.exists():
-        report = json.loads(done.read_text())
-        names = {row["name"] for row in report.get("benchmarks", [])} | {*report.get("left_out", {})}
-        config.hook.pytest_deselected(
-            items=[i for i in items if i.name in names and not i.name.startswith("bench_rate")]
-        )
-        items[:] = [i for i in items if i.name not in names or i.name.startswith("bench_rate")]
+def pytest_benchmark_update_machine_info(config, machine_info):
+    for private in ("node", "release", "processor", "python_build", "python_compiler"):
+        machine_info.pop(private, None)
+    triton = [d.version for d in importlib.metadata.distributions(name="triton")]
+    machine_info.update(
+        cpu=machine_info.get("cpu", {}).get("brand_raw"), cores=os.cpu_count(), threads=torch.get_num_threads(),
+        load=round(os.getloadavg()[0], 1), torch=torch.__version__, triton=triton[0] if triton else None,
+        cuda=torch.version.cuda, gpu=None, peers=peers.inventory(),
+    )  # fmt: skip
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        machine_info.update(gpu=properties.name, sms=properties.multi_processor_count, clocks=clocks())
 
 
-def place(item) -> int:
-    """A run may be stopped: first our kernels, whole models and the host, then what to compare with."""
-    by = item.callspec.params.get("by") if hasattr(item, "callspec") else None
-    if by == "peer:torch.compile":  # each compiles for seconds
-        return ORDER.index("torch.compile")
-    if isinstance(by, str) and (by == "torch" or by.startswith("peer:")):
-        return ORDER.index("peers")
-    return ORDER.index(item.path.stem) if item.path.stem in ORDER else len(ORDER)
+def pytest_benchmark_update_commit_info(config, commit_info):
+    for private in ("project", "branch", "author_time"):
+        commit_info.pop(private, None)
+    if config.getoption("--commit"):
+        commit_info.update(id=config.getoption("--commit"), dirty=False)
 
 
-def pytest_runtest_logreport(report):
-    if report.skipped and isinstance(report.longrepr, tuple):
-        LEFT_OUT[report.nodeid.split("::")[-1]] = report.longrepr[2].removeprefix("Skipped: ")
-    elif report.failed:
-        LEFT_OUT[report.nodeid.split("::")[-1]] = "failed: " + str(report.longrepr).strip().splitlines()[-1][:200]
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_runtest_teardown(item, nextitem):
-    seconds = item.config.getoption("--seconds")
-    if seconds and nextitem is not None and time.monotonic() - item.config.ling_began > seconds:
-        item.session.shouldstop = f"{seconds:.0f} s are over; the rest is for another run"
-
-
-def pytest_sessionfinish(session):
-    """Also where no benchmark ran, in which case pytest-benchmark writes nothing."""
-    path = session.config.getoption("--benchmark-json", None)
-    if path:
-        out = Path(path.name).with_suffix(".left.json")
-        out.write_text(json.dumps(dict(left_out=LEFT_OUT, complete=not session.shouldstop)))
+def pytest_benchmark_update_json(config, benchmarks, output_json):
+    """Without the single times, which would be most of the file, and parameters that are no JSON."""
+    for row in output_json["benchmarks"]:
+        row["stats"].pop("data", None)
+        for name in ("case", "shape"):
+            (row["params"] or {}).pop(name, None)

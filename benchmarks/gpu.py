@@ -1,16 +1,16 @@
-"""make gpu: everything that only a Hopper GPU can tell, in ten minutes, with the active python and without a network.
+"""make gpu: all that only a Hopper GPU can tell, in about ten minutes, with the active python and without a network.
 
-Builds csrc/ where there is an nvcc, runs the tests on the GPU, times the ops, looks for faulty memory accesses and
-races with compute-sanitizer, and writes benchmarks/results/<gpu>-<date>.json. A step that fails is reported and the
-others still run. Each has a limit, and the time that one leaves over is its successors'. Logs: build/gpu/.
+Build csrc/ where there is an nvcc, run the tests on the GPU, benchmark into benchmarks/results/<gpu>.json, and look for
+bad memory accesses and races with compute-sanitizer. A step that fails is reported and the others still run. Each step
+has a time limit, and a step that needs less leaves the rest to those after it. Logs: build/gpu/.
+
+    --prebuilt      use the existing ling_kernels/_C
+    --commit ID     for the results, in a copy of the tree without git history
 """
 
 import argparse
-import datetime
 import importlib.util
-import json
 import os
-import platform
 import re
 import shutil
 import signal
@@ -21,9 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-STAMP = ROOT / "build/commit"  # `make stamp` writes it, for a machine without the repository's history
 LOGS = ROOT / "build/gpu"
-TIMES = LOGS / "benchmarks.json"
+# Messages of a sanitizer on a machine that does not permit it; that is no failure.
 REFUSED = r"[Dd]evice not supported|[Nn]ot permitted|[Ii]nsufficient p|Unable to (?:find|attach|initialize)"
 
 
@@ -32,38 +31,33 @@ class Step:
     name: str
     command: list
     limit: float  # seconds
+    missing: str | None = None  # why it cannot run here
     env: dict = field(default_factory=dict)
-    without: str | None = None  # why it cannot run here, if so
-    refused: str | None = None  # words of a tool that this machine does not let work, which is no failure
+    sanitizer: bool = False
 
 
-def steps(build: bool) -> list[Step]:
-    python = [sys.executable]
-    pytest = [*python, "-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider", "--durations=5"]
+def steps(build: bool, commit: str | None) -> list[Step]:
+    python, nvcc, sanitizer = sys.executable, tool("nvcc"), tool("compute-sanitizer")
+    pytest = [python, "-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider", "-p", "no:benchmark"]
     parallel = ["-n", str(min(8, os.cpu_count()))] if importlib.util.find_spec("xdist") else []
-    timed = [f"--benchmark-json={TIMES}"] if importlib.util.find_spec("pytest_benchmark") else []
-    nvcc, sanitizer = tool("nvcc"), tool("compute-sanitizer")
-    no_nvcc = None if nvcc else "there is no nvcc"
-    selftest = LOGS / "selftest"
-    compile_it = (
-        f"'{nvcc}' -std=c++20 -gencode arch=compute_90a,code=sm_90a -Icsrc tests/host/selftest.cu -o {selftest}"
-    )
+    no_nvcc, selftest = None if nvcc else "there is no nvcc", LOGS / "selftest"
+    compile_selftest = f"'{nvcc}' -std=c++20 -gencode arch=compute_90a,code=sm_90a -Icsrc tests/host/selftest.cu"
+    gpu_tests = sorted((ROOT / "tests").glob("test_*_on_gpu.py"))
+    no_benchmark = None if importlib.util.find_spec("pytest_benchmark") else "pytest-benchmark is not installed"
+    bench = [python, "-m", "benchmarks", "--quick", *([f"--commit={commit}"] if commit else [])]
+    check = ["--error-exitcode", "9", python, __file__, "--small"]
+    alone = dict(PYTORCH_NO_CUDA_MEMORY_CACHING="1")  # each tensor is an allocation
+    no_sanitizer = None if sanitizer else "there is no compute-sanitizer"
     found = [
-        Step("build", [*python, "setup.py", "-q", "build_ext", "--inplace"], 150, without=no_nvcc),
-        Step("load", [*python, "-c", "import ling_kernels._C as C; print(C.__file__, C.device_count())"], 10),
-        Step("tests", [*pytest, *parallel, "-p", "no:benchmark", "tests/test_ops.py",
-              "tests/test_cutlass_on_gpu.py", "tests/test_generate.py"], 115),
-        Step("model", [*pytest, "-p", "no:benchmark", "tests/test_model_on_gpu.py"], 45),
-        Step("moe_decode", [*pytest, "-p", "no:benchmark", "tests/test_moe_decode_on_gpu.py"], 30),
-        Step("benchmarks", [*pytest, *timed, "benchmarks"], 100,
-             without=None if timed else "pytest-benchmark is not installed"),
-        Step("selftest", ["sh", "-c", f"{compile_it} && '{selftest}'"], 30, without=no_nvcc),
-    ]  # fmt: skip
-    for kind in ("memcheck", "racecheck"):
-        command = [sanitizer, "--tool", kind, "--error-exitcode", "9", *python, __file__, "--small"]
-        alone = dict(PYTORCH_NO_CUDA_MEMORY_CACHING="1")  # every tensor in an allocation of its own
-        without = None if sanitizer else "there is no compute-sanitizer"
-        found.append(Step(kind, command, 50, alone, without, REFUSED))
+        Step("build", [python, "setup.py", "-q", "build_ext", "--inplace"], 130, no_nvcc),
+        Step("load", [python, "-c", "import ling_kernels._C as C; print(C.__file__, C.device_count())"], 10),
+        Step("tests", [*pytest, *parallel, "tests/test_ops.py", "tests/test_generate.py"], 115),
+        Step("gpu tests", [*pytest, *gpu_tests], 75),
+        Step("bench", bench, 140, no_benchmark),
+        Step("selftest", ["sh", "-c", f"{compile_selftest} -o {selftest} && '{selftest}'"], 30, no_nvcc),
+        Step("memcheck", [sanitizer, "--tool", "memcheck", *check], 50, no_sanitizer, alone, True),
+        Step("racecheck", [sanitizer, "--tool", "racecheck", *check], 50, no_sanitizer, alone, True),
+    ]
     return found if build else found[1:]
 
 
@@ -71,39 +65,36 @@ def tool(name: str) -> str | None:
     return shutil.which(name) or shutil.which(name, path=Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda", "bin"))
 
 
-def run(step: Step, until: float) -> dict:
-    """What became of the step: status is ok, failed, timed out, refused or not run."""
-    if step.without:
-        return dict(status="not run", seconds=0, detail=step.without)
+def run(step: Step, until: float) -> tuple[str, str]:
+    """(ok, failed, timed out, refused or not run; the last line that it printed, or why)."""
+    if step.missing:
+        return "not run", step.missing
     if time.monotonic() > until - 1:
-        return dict(status="timed out", seconds=0, detail="the steps before it took its time")
+        return "timed out", "the steps before it took its time"
     LOGS.mkdir(parents=True, exist_ok=True)
-    log, began = LOGS / f"{step.name}.log", time.monotonic()
+    log, late = LOGS / f"{step.name}.log", False
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"} | step.env
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
+    how = dict(cwd=ROOT, env=env, stderr=subprocess.STDOUT, start_new_session=True)
     try:
         with log.open("w") as out:
-            process = subprocess.Popen(
-                step.command, cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
-            )
-            late = False
+            process = subprocess.Popen(step.command, stdout=out, **how)
             try:
                 process.wait(until - time.monotonic())
             except subprocess.TimeoutExpired:
                 late = True
                 end(process)
     except OSError as error:
-        return dict(status="failed", seconds=0, detail=str(error))
-    said = log.read_text(errors="replace")
+        return "failed", str(error)
+    text = log.read_text(errors="replace").strip()
     status = "timed out" if late else "ok" if process.returncode == 0 else "failed"
-    if status != "ok" and step.refused and re.search(step.refused, said):
+    if status != "ok" and step.sanitizer and re.search(REFUSED, text):
         status = "refused"
-    detail = said.strip()[-3000:] if status != "ok" else "\n".join(said.strip().splitlines()[-1:])
-    return dict(status=status, seconds=round(time.monotonic() - began, 1), detail=detail)
+    return status, (text.splitlines() or [""])[-1]
 
 
 def end(process: subprocess.Popen) -> None:
-    """Interrupt it and all that it started, so that pytest still writes what it has; then kill."""
+    """Interrupt the process group, so that pytest still writes the results it has, then kill it."""
     for sig, patience in ((signal.SIGINT, 20), (signal.SIGKILL, 8)):
         try:
             os.killpg(process.pid, sig)
@@ -112,67 +103,21 @@ def end(process: subprocess.Popen) -> None:
             continue
 
 
-def run_all(todo: list[Step], report: dict, out: Path) -> bool:
-    """Runs the steps, writes the report after each; whether all went well."""
-    until = time.monotonic()
+def run_all(todo: list[Step]) -> bool:
+    """Run the steps and print each result; True unless one failed or ran out of time."""
+    until, lines, good = time.monotonic(), [], True
     for step in todo:
         until += step.limit
         print(f"[gpu] {step.name} ...", flush=True)
-        report["steps"][step.name] = result = run(step, until)
-        print(f"[gpu] {step.name}: {result['status']}, {result['seconds']} s", flush=True)
-        if step.name == "benchmarks":
-            report.update(clocks_after=clocks(), benchmarks=times())
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(report, indent=1) + "\n")
-    print()
-    for name, result in report["steps"].items():
-        last = (result["detail"].splitlines() or [""])[-1]
-        print(f"{name:<12}{result['status']:<11}{result['seconds']:>6} s  {last[:100]}")
-    print(f"\n{out}")
-    return not any(r["status"] in ("failed", "timed out") for r in report["steps"].values())
+        began = time.monotonic()
+        status, detail = run(step, until)
+        lines.append(f"{step.name:<12}{status:<11}{time.monotonic() - began:>6.1f} s  {detail[:100]}")
+        good = good and status not in ("failed", "timed out")
+    print(*lines, f"logs: {LOGS}", sep="\n")
+    return good
 
 
-def times() -> list[dict]:
-    """Of pytest-benchmark's report, what a table needs."""
-    if not TIMES.exists():
-        return []
-    return [
-        dict(name=b["name"], median_us=b["stats"]["median"] * 1e6, iqr_us=b["stats"]["iqr"] * 1e6,
-             rounds=b["stats"]["rounds"], **b["extra_info"])
-        for b in json.loads(TIMES.read_text()).get("benchmarks", [])
-    ]  # fmt: skip
-
-
-def commit() -> str:
-    """With -dirty where anything has changed but what a run itself writes, or the next slice of it could not go on."""
-    git = dict(cwd=ROOT, capture_output=True, text=True)
-    told = [f":(exclude){path}" for path in ("benchmarks/results", "docs", "README.md")]
-    try:
-        last = subprocess.run(["git", "rev-parse", "HEAD"], check=True, **git).stdout.strip()
-        changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", ".", *told], **git).returncode
-        return last + ("-dirty" if changed else "")
-    except (OSError, subprocess.SubprocessError):
-        return STAMP.read_text().strip() if STAMP.exists() else "unknown: no make stamp where the history is"
-
-
-def origin() -> dict:
-    """What every results file says of where it comes from; needs no torch."""
-    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    return dict(commit=commit(), date=date, python=platform.python_version())
-
-
-def clocks() -> dict | str:
-    """Read, never set."""
-    fields = "driver_version clocks.sm clocks.mem clocks.max.sm clocks.max.mem power.draw power.limit temperature.gpu"
-    command = ["nvidia-smi", "--query-gpu=" + fields.replace(" ", ","), "--format=csv,noheader"]
-    try:
-        said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
-    except (OSError, subprocess.SubprocessError) as error:
-        return str(error)
-    return dict(zip(fields.split(), map(str.strip, said.splitlines()[0].split(",")), strict=False))
-
-
-def no_hopper() -> str | None:
+def why_no_hopper() -> str | None:
     try:
         import torch
     except ImportError as error:
@@ -180,24 +125,11 @@ def no_hopper() -> str | None:
     if not torch.cuda.is_available():
         return "torch sees no GPU"
     major, minor = torch.cuda.get_device_capability()
-    return (
-        None if (major, minor) == (9, 0) else f"{torch.cuda.get_device_name()} is sm_{major}{minor}, not a Hopper GPU"
-    )
+    return None if (major, minor) == (9, 0) else f"{torch.cuda.get_device_name()} is sm_{major}{minor}"
 
 
-def new_report() -> dict:
-    import torch
-    import triton
-
-    properties = torch.cuda.get_device_properties(0)
-    return origin() | dict(
-        gpu=properties.name, sms=properties.multi_processor_count, torch=torch.__version__, cuda=torch.version.cuda,
-        triton=triton.__version__, clocks=clocks(), steps={},
-    )  # fmt: skip
-
-
-def small(seconds: float = 35) -> None:
-    """Ops that have a kernel in csrc/, forward and backward, at the tests' shapes: all at one, then all at another."""
+def run_small(seconds: float = 35) -> None:
+    """For the sanitizer: each Case with a CUDA kernel, forward and backward, at one test shape, then at the others."""
     import torch
 
     from ling_kernels.backend import force
@@ -205,33 +137,28 @@ def small(seconds: float = 35) -> None:
     from tests.test_ops import outputs_and_grads
 
     until, cases = time.monotonic() + seconds, [c for c in CASES if "cuda" in c.backends]
-    shapes = [[s for s in c.shapes[-2::-1] if 0 not in s.values()] for c in cases]  # the last is the benchmark's
-    done = 0
+    shapes = [[s for s in c.shapes[-2::-1] if 0 not in s.values()] for c in cases]  # the last one is the benchmark's
     for i in range(max(map(len, shapes))):
-        for case, of_case in zip(cases, shapes, strict=True):
-            if i < len(of_case) and (i == 0 or time.monotonic() < until):
+        for case, found in zip(cases, shapes, strict=True):
+            if i < len(found) and (i == 0 or time.monotonic() < until):
                 with force("cuda"):
-                    outputs_and_grads(case, case.op, args_of(case, of_case[i], case.dtypes[0]))
+                    outputs_and_grads(case, case.op, args_of(case, found[i], case.dtypes[0]))
                 torch.cuda.synchronize()
-                done += 1
-    print(f"{done} of {sum(map(len, shapes))} calls, of {len(cases)} cases")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prebuilt", action="store_true", help="use the ling_kernels/_C that is there")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results", help="folder of the report")
+    parser.add_argument("--prebuilt", action="store_true")
+    parser.add_argument("--commit")
     parser.add_argument("--small", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.small:
-        return small()
-    if reason := no_hopper():
+        run_small()
+        return 0
+    if reason := why_no_hopper():
         print(f"error: make gpu needs a Hopper GPU: {reason}", file=sys.stderr)
         return 1
-    report = new_report()
-    gpu = re.sub(r"\W+", "-", report["gpu"].lower())
-    date = report["date"][:16].replace(":", "")
-    return 0 if run_all(steps(not args.prebuilt), report, args.results / f"{gpu}-{date}.json") else 1
+    return 0 if run_all(steps(not args.prebuilt, args.commit)) else 1
 
 
 if __name__ == "__main__":

@@ -1,171 +1,246 @@
-"""python -m benchmarks.report: docs/performance.md and its pictures from benchmarks/results/*.json.
+"""python -m benchmarks.report: docs/performance.md and README.md's block, from benchmarks/results/*.json.
 
-    --readme          also README.md, between <!-- commands --> or <!-- performance --> and the end of it
-    --compare OLD NEW fail where a median on one GPU, or a ratio of the host's, or a kernel's resources grew too much
-    --resources       the same for the tables of registers in the working tree against the commit's
-    --host            the same for calls' ratios to torch's own op, timed now, against the committed ones
-
-Nothing is typed: a number stands here because a file has it, and every table names its file. Results of a changed tree,
-of an unknown commit or of a GPU far below its clocks are refused, unless --force, which the page then says.
+Every number comes from pytest-benchmark's JSON and every table names its file; the limits are computed (a minute).
+Results of a tree with uncommitted changes, of an unknown commit or of a throttled GPU say so.
 """
 
-import argparse
 import json
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from benchmarks import charts, compare, sections
-from benchmarks.blocks import fill
-from benchmarks.sections import share, table, us, work_of
+from benchmarks.work import CASES, Work, fake_work, title
 from ling_kernels.errors import InputError, command
-from ling_kernels.files import whole
-from ling_kernels.gpu import HOPPER, named
+from ling_kernels.files import atomic_write
+from ling_kernels.gpu import HOPPER, Gpu, find_gpu
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
 PAGE, README = ROOT / "docs/performance.md", ROOT / "README.md"
-SUSTAINED = 0.55  # of the data sheet's matrix rate: a Hopper GPU under its power limit still multiplies so fast
+SUSTAINED = 0.55  # share of the data sheet's bf16 rate that a Hopper GPU reaches under its power limit
 
 
-def load(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise InputError(f"{path} is no results file: {error}") from None
+def cut(text: str, name: str, page: str = "the page") -> tuple[str, str, str]:
+    """The text up to <!-- name -->, the block up to <!-- /name -->, and the rest. InputError without both marks."""
+    begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise InputError(f"{page} needs one {begin.strip()} and after it one {end.strip()}, on lines of their own")
+    first, last = text.index(begin) + len(begin), text.index(end)
+    return text[:first], text[first:last], text[last:]
 
 
-def is_dirty(commit: str) -> bool:
-    return not commit or commit.endswith("-dirty") or commit.startswith("unknown")
+def fill(page: Path, blocks: Mapping[str, str]) -> None:
+    """Replace these blocks of the page, by name."""
+    text = page.read_text()
+    for name, block in blocks.items():
+        before, _, after = cut(text, name, page.name)
+        text = before + block + after
+    with atomic_write(page) as partial:
+        partial.write_text(text)
 
 
-def refusal(run: dict) -> str | None:
-    """Why these numbers are nobody's: None where they are sound."""
-    if is_dirty(run.get("commit", "")):
-        return f"commit {run.get('commit') or 'unknown'}: nobody can check out what was measured"
-    plate = named(run.get("gpu") or "")
-    rates = {r["rate"]: r["per_second"] for r in run.get("benchmarks", []) if r.get("rate")}
-    if plate and "bf16" in rates and rates["bf16"] < SUSTAINED * plate.bf16:
-        return f"throttled: {rates['bf16'] / 1e12:.0f} TFLOPS in bf16, below {SUSTAINED:.0%} of the data sheet's"
-    return None
+def table(head: str, rows: Iterable[tuple]) -> list[str]:
+    lines = [f"| {head} |", f"|{'---|' * len(head.split(' | '))}", *(f"| {' | '.join(map(str, r))} |" for r in rows)]
+    return [*lines, ""]
 
 
-def runs(results: Path, force: bool) -> list[dict]:
-    """What was measured, GPUs first, with the name of its file; a refused one has nothing but its reason."""
-    found = []
-    for path in sorted(results.glob("*.json")):
-        run = load(path)
-        if "benchmarks" not in run:
-            continue
-        reason = refusal(run)
-        if reason and not (force or run.get("forced")):
-            run = dict(benchmarks=[], gpu=run.get("gpu"))
-        found.append(run | dict(file=path.name, reason=reason))
-    return sorted(found, key=lambda run: run.get("gpu") is None)
+def us(seconds: float) -> str:
+    value = seconds * 1e6
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-def commands(results: Path, force: bool) -> list[dict]:
-    """What benchmarks.commands timed, with the name of its file, but for changed trees."""
-    found = [load(path) | dict(file=path.name) for path in sorted(results.glob("commands-*.json"))]
-    return [run for run in found if force or not refusal(run)]
+class Run:
+    """One results file."""
+
+    def __init__(self, path: Path):
+        try:
+            found = json.loads(path.read_text())
+            self.machine, commit = found["machine_info"], found["commit_info"]
+            self.rows = [b["extra_info"] | dict(us=b["stats"]["median"] * 1e6, min_us=b["stats"]["min"] * 1e6)
+                         for b in found["benchmarks"]]  # fmt: skip
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path} is no result of pytest-benchmark: {error!r}") from None
+        self.path, self.date, self.commit = path, found["datetime"][:10], commit["id"]
+        self.gpu: Gpu | None = find_gpu(self.machine.get("gpu") or "")
+        self.name = self.machine.get("gpu") or f"CPU, {self.machine['machine']}"
+        self.rates = {r["rate"]: r["per_second"] for r in self.of("rate")}
+        self.doubts = []
+        if commit.get("dirty") or commit["id"] == "unversioned":
+            self.doubts.append(f"commit {commit['id']}, with changes that are not committed")
+        if self.gpu and self.rates.get("bf16", self.gpu.bf16) < SUSTAINED * self.gpu.bf16:
+            self.doubts.append(f"throttled: {self.rates['bf16'] / 1e12:.0f} TFLOP/s in bf16")
+        if not self.machine.get("gpu") and self.machine["load"] > self.machine["cores"] / 2:
+            load, cores = self.machine["load"], self.machine["cores"]
+            self.doubts.append(f"other programs used this CPU (load {load} on {cores} cores): compare ratios only")
+
+    def of(self, key: str) -> list[dict]:
+        return [r for r in self.rows if r.get(key) is not None]
+
+    def link(self, folder: str) -> str:
+        return f"[{self.path.name}]({folder}{self.path.name})"
+
+    def measured(self) -> Gpu | None:
+        """The GPU with the rates that the run measured in place of the data sheet's."""
+        if not self.gpu or not {"copy", "bf16"} <= {*self.rates}:
+            return None
+        bf16, bandwidth = self.rates["bf16"], max(self.rates["copy"], self.rates.get("read", 0))
+        fp8 = self.rates.get("fp8", bf16 * self.gpu.fp8 / self.gpu.bf16)
+        return self.gpu._replace(bandwidth=bandwidth, bf16=bf16, fp8=fp8)
 
 
-def page(results: Path, force: bool, pictures: list[tuple[str, str]]) -> str:
-    found, predictions = runs(results, force), results / "predictions.json"
-    lines = [
-        "# Performance", "",
-        "Made by `python -m benchmarks.report` from [benchmarks/results](../benchmarks/results); do not edit. `make",
-        "bench` times what a machine can and makes it anew, `make bench QUICK=1` in at most 8 minutes. Medians; random",
-        "data; the GPU's clock; a cold L2, by a flush before each call or, below 20 us, by other arguments for each of",
-        "the calls of a CUDA graph. CPU times depend on who else uses the machine; only their ratios tell.", "",
+def runs(results: Path = RESULTS) -> list[Run]:
+    """GPUs first. The tables of kernels' resources lie in the same folder and are no runs."""
+    found = [Run(path) for path in sorted(results.glob("*.json")) if not path.name.startswith("resources")]
+    return sorted(found, key=lambda run: run.gpu is None)
+
+
+def share(r: dict, gpu: Gpu | None) -> str:
+    """Of the least time that this GPU needs for the row's work."""
+    return f"{Work(r['bytes'], r['flops'], r['precision']).seconds(gpu) / r['us'] * 1e6:.0%}" if gpu else ""
+
+
+def speed(r: dict, gpu: Gpu | None) -> str:
+    if gpu and Work(r["bytes"], r["flops"], r["precision"]).bound(gpu) == "compute":
+        return f"{r['flops'] / r['us'] / 1e6:,.0f} TFLOP/s"
+    return f"{r['bytes'] / r['us'] / 1e3:,.0f} GB/s"
+
+
+def of_run(run: Run) -> list[str]:
+    m = run.machine
+    about = {
+        "commit": run.commit,
+        "python": m["python_version"],
+        **{k: m.get(k) for k in ("torch", "triton", "cuda", "threads")},
+    }
+    lines = [f"## {run.name}", "", f"{run.link('../benchmarks/results/')}, {run.date}: "
+             + ", ".join(f"{k} {v}" for k, v in about.items() if v is not None) + ".", ""]  # fmt: skip
+    lines += [f"**Note**: {doubt}." for doubt in run.doubts] + [""] * bool(run.doubts)
+    if m.get("clocks"):
+        lines += ["Clocks before the run: " + ", ".join(f"{k} {v}" for k, v in m["clocks"].items()) + ".", ""]
+    if run.gpu and run.rates:
+        sheet = {k: getattr(run.gpu, "bandwidth" if k in ("copy", "read") else k) for k in run.rates}
+        lines += table("rate | measured, 1e12/s | data sheet | share", [
+            (k, f"{v / 1e12:.2f}", f"{sheet[k] / 1e12:.2f}", f"{v / sheet[k]:.0%}") for k, v in run.rates.items()
+        ])  # fmt: skip
+    return lines + of_ops(run) + of_layers(run) + of_steps(run) + of_host(run) + of_peers(run)
+
+
+def of_ops(run: Run) -> list[str]:
+    rows = run.of("case")
+    if not rows:
+        return []
+    reference = {(r["case"], r["name"]): r["us"] for r in rows if r["by"] == "torch"}
+    cells = []
+    for r in sorted(rows, key=lambda r: (r["case"], r["name"] != "forward", r["us"])):
+        over = reference.get((r["case"], r["name"]))
+        by = r["by"] + (f" (error {r['error']:.0e})" if r.get("error") is not None else "")
+        cells.append((f"`{r['case']}`", r["name"], by, us(r["us"] / 1e6), speed(r, run.gpu), share(r, run.measured()),
+                      share(r, run.gpu), f"{over / r['us']:.1f}x" if over else ""))  # fmt: skip
+    head = "op and shape | pass | by | us | speed | of measured rates | of the data sheet | over torch"
+    return table(head, cells)
+
+
+def of_layers(run: Run) -> list[str]:
+    rows = run.of("layer")
+    ours = {(r["layer"], r["name"]): r["min_us"] for r in rows if r["by"] == "ours"}
+    cells = [
+        (r["layer"], r["name"], r["by"], f"{r['us'] / 1e3:,.2f}", f"{r['min_us'] / ours[r['layer'], r['name']]:.2f}x",
+         f"{r['tokens_per_s']:,.0f}", f"{r['mfu']:.1%}", f"{r['error']:.0e}" if r["error"] else "") for r in rows
     ]  # fmt: skip
-    if not any(run.get("gpu") and run["benchmarks"] for run in found):
+    if not cells:
+        return []
+    head = "layer | pass | by | median, ms | least over ours | tokens/s | MFU | error"
+    return [*table(head, cells), "Error: of the result, or of x's gradient, against the loop over experts, relative. "
+            f"MFU of {rows[0]['peak']}.", ""]  # fmt: skip
+
+
+def of_steps(run: Run) -> list[str]:
+    lines = [f"- {r['step'].capitalize()}: {r['us'] / 1e3:,.1f} ms, {r['tokens_per_s']:,.0f} tokens/s, "
+             f"MFU {r['mfu']:.1%} of {r['peak']}." for r in run.of("step")]  # fmt: skip
+    for r in run.of("decode"):
+        more = f", {share(r, run.gpu)} of the limit" if run.gpu else ""
+        more += f", {r['kernels_per_layer']:.1f} kernels a layer" if r["kernels_per_layer"] else ""
+        lines.append(
+            f"- Decoding, {r['decode']}: {r['us'] / 1e3:,.2f} ms a step, {r['tokens_per_s']:,.0f} tokens/s{more}."
+        )
+    for r in run.of("serve"):
+        ms = ", ".join(f"{k.removesuffix('_ms').replace('_', ' ')} {r[k]:.0f} ms" for k in r if k.endswith("_ms"))
+        lines.append(f"- Serving, {r['serve']}: {r['requests_per_s']:.2f} requests/s, {r['tokens_per_s']:,.0f} "
+                     f"tokens/s; time to the first token and between tokens: {ms}.")  # fmt: skip
+    return [*lines, ""] if lines else []
+
+
+def of_host(run: Run) -> list[str]:
+    calls = sorted(run.of("host"), key=lambda r: r["ratio"])
+    lines = []
+    if calls:
+        lines += ["The host's CPU time for a call up to its last launch, over that of torch's rms_norm of one row "
+                  f"({min(r['torch_us'] for r in calls):.1f} us); the least of 7 rounds.", ""]  # fmt: skip
+        lines += table("op | launches | over torch's rms_norm", [
+            (f"`{r['host']}`", r["launches"], f"{r['ratio']:.1f}x") for r in calls
+        ])  # fmt: skip
+    return lines
+
+
+def of_peers(run: Run) -> list[str]:
+    cells = [(f"`{k}`", v.replace("|", "/")) for k, v in run.machine.get("peers", {}).items()]
+    if not cells or not run.gpu:
+        return []
+    return ["Peers (benchmarks/peers.py), and why some are not timed:", "", *table("module | version or reason", cells)]
+
+
+def measured(results: Path = RESULTS) -> str:
+    """docs/performance.md's block of results."""
+    found, lines = runs(results), []
+    if not any(run.gpu for run in found):
         lines += ["**On a GPU: not measured.** No results file of a GPU is here yet.", ""]
-    for title, name in pictures:
-        lines += [f"![{title}]({name})", ""]
     for run in found:
-        lines += sections.of_run(run)
-    lines += sections.of_commands(commands(results, force))
-    lines += sections.of_limits(load(predictions)["rows"] if predictions.exists() else [], found)
-    tables = {name: results / name for name in sections.RESOURCES}
-    lines += sections.of_resources({name: load(path)["kernels"] for name, path in tables.items() if path.exists()})
-    return "\n".join(lines).rstrip() + "\n"
+        lines += of_run(run)
+    return "\n".join(lines)
 
 
-def short(results: Path, force: bool) -> str:
-    """What README.md tells: each op's faster backend at its own shape on the GPUs that ran; what a CPU told."""
-    lines, seen = [], set()
-    for run in runs(results, force):
-        plate, file = named(run.get("gpu") or ""), f"[{run['file']}](benchmarks/results/{run['file']})"
-        if plate and run["benchmarks"]:
-            seen.add(plate.name)
-            lines += [f"{run['gpu']}, from {file}:", "", *of_ops(run, plate)]
-        mine = {(r["layer"], r["which"]): r for r in run["benchmarks"] if r.get("layer") and r["by"] == "ours"}
-        others = [r for r in run["benchmarks"] if (r.get("layer"), r.get("which")) in mine and r["by"] != "ours"]
-        cells = [
-            (r["layer"], r["which"], f"{mine[r['layer'], r['which']]['least_us'] / 1e3:,.1f} ms", r["by"],
-             f"{r['least_us'] / mine[r['layer'], r['which']]['least_us']:.2f}x") for r in others
-        ]  # fmt: skip
-        if cells:
-            lines += [f"{run.get('gpu') or run['machine']}, least of several calls, from {file}:", ""]
-            lines += table("layer | pass | ours | against | its time over ours", cells)
-    missing = [name for name in HOPPER if name not in seen]
+def limits() -> str:
+    """The block of docs/performance.md with the least time of every Case at its benchmark shape; computed, no GPU."""
+    cells = []
+    for case in CASES:
+        for name, work in fake_work(case, case.shapes[-1]).items():
+            least = (f"{us(work.seconds(gpu))} ({work.bound(gpu)[0]})" for gpu in HOPPER.values())
+            flops = f"{work.flops / 1e9:,.1f}" if work.flops else ""
+            cells.append((f"`{title(case, case.shapes[-1])}`", name, f"{work.bytes / 1e6:,.1f}", flops, *least))
+    return "\n".join(table("op and shape | pass | MB | GFLOP | " + " | ".join(f"{g}, us" for g in HOPPER), cells))
+
+
+def short(results: Path = RESULTS) -> str:
+    """README.md's block: each op's fastest row on each GPU, and the GPUs without results."""
+    lines, found = [], runs(results)
+    for run in (run for run in found if run.gpu):
+        ops = {}
+        for r in sorted(run.of("case"), key=lambda r: r["us"]):
+            if r["name"] == "forward" and r["by"] in ("cuda", "triton"):
+                ops.setdefault(r["op"], r)
+        lines += [
+            f"{run.name}, {run.date}, {run.link('benchmarks/results/')}" + "".join(f"; {d}" for d in run.doubts),
+            "",
+        ]
+        cells = [(f"`{op}`", f"`{r['case']}`", r["by"], us(r["us"] / 1e6), share(r, run.gpu)) for op, r in ops.items()]
+        lines += table("op | at | by | us | of the data sheet", sorted(cells))
+    missing = [name for name in HOPPER if name not in [run.gpu.name for run in found if run.gpu]]
     if missing:
         lines += [f"Speed on {', '.join(missing)}: **not measured**.", ""]
-    return "\n".join([*lines, "What every op must take at least, and all of this: "
-                      "[docs/performance.md](docs/performance.md).\n"])  # fmt: skip
+    lines.append(
+        "What each op needs at least, by bytes and FLOPs, and all results: [docs/performance.md](docs/performance.md)."
+    )
+    return "\n".join(lines) + "\n"
 
 
-def of_ops(run: dict, plate) -> list[str]:
-    ops = {}
-    for r in sorted((r for r in run["benchmarks"] if r.get("case")), key=lambda r: r["median_us"]):
-        if r["which"] == "forward" and r["by"] in ("cuda", "triton"):
-            ops.setdefault(r["op"], r)
-    return table("op | case | by | us | of data sheet", [
-        (f"`{op}`", f"`{r['case']}`", r["by"], us(r["median_us"] / 1e6), share(work_of(r), r["median_us"] / 1e6, plate))
-        for op, r in sorted(ops.items())
-    ])  # fmt: skip
-
-
-def waits(results: Path, force: bool) -> str:
-    """What README.md tells of its two commands."""
-    found = commands(results, force)
-    shown = next((c["shown"] for run in found for c in run["commands"].values() if "shown" in c), None)
-    lines = ["The first prints", "", "```", *shown, "```", ""] if shown else []
-    rows = sections.commands_table(found, "benchmarks/results") or ["How long they take: not timed (`make times`).", ""]
-    return "\n".join([*lines, *rows])
-
-
-BLOCKS = dict(commands=waits, performance=short)  # of README.md
-
-
-def write(results: Path = RESULTS, force: bool = False) -> None:
-    pictures = charts.draw(runs(results, force), results / "predictions.json", PAGE.parent)
-    with whole(PAGE) as partial:
-        partial.write_text(page(results, force, pictures))
-    print(f"wrote {PAGE.relative_to(ROOT)}" + "".join(f", {name}" for _, name in pictures))
-
-
-def write_readme(results: Path = RESULTS, readme: Path = README, force: bool = False) -> None:
-    fill(readme, {name: block(results, force) for name, block in BLOCKS.items()})
+def write(with_limits: bool = False, results: Path = RESULTS) -> None:
+    fill(PAGE, dict(measured=measured(results), **(dict(limits=limits()) if with_limits else {})))
+    fill(README, dict(performance=short(results)))
+    print(f"wrote {PAGE.relative_to(ROOT)} and {README.name}'s block")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--readme", action="store_true")
-    parser.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"))
-    parser.add_argument("--resources", action="store_true")
-    parser.add_argument("--host", action="store_true")
-    parser.add_argument("--force", action="store_true", help="also what would be refused")
-    args = parser.parse_args()
-    if args.compare:
-        return compare.tell(compare.worse(*map(load, args.compare)))
-    if args.resources or args.host:
-        found = compare.against_commit(ROOT, args.results) if args.resources else []
-        return compare.tell(found + (compare.host_against_commit(ROOT, args.results) if args.host else []))
-    write(args.results, args.force)
-    if args.readme:
-        write_readme(args.results, force=args.force)
+    write(with_limits=True)
     return 0
 
 

@@ -1,30 +1,50 @@
-"""What a Case must move and multiply, counted from its arguments and results, real or fake; and a step of decoding."""
+"""The bytes that a Case must move and the FLOPs of its products; how long a GPU needs for them at least (roofline);
+and the shapes at which a Case is timed."""
 
 import inspect
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from benchmarks.limits import Work
 from ling_kernels.backend import force
+from ling_kernels.gpu import Gpu
+from ling_kernels.model import LingConfig
 from ling_kernels.op import E4M3
-from tests.cases import args_of
+from tests.cases import CASES, args_of
+
+
+@dataclass(frozen=True)
+class Work:
+    """The least that an implementation moves and multiplies. precision: "bf16" or "fp8", of the factors."""
+
+    bytes: int
+    flops: int = 0
+    precision: str = "bf16"
+
+    def seconds(self, gpu: Gpu) -> float:
+        """The larger of the time to move the bytes and the time to multiply."""
+        return max(self.bytes / gpu.bandwidth, self.flops / gpu.rate(self.precision))
+
+    def bound(self, gpu: Gpu) -> str:
+        return "memory" if self.bytes / gpu.bandwidth >= self.flops / gpu.rate(self.precision) else "compute"
 
 
 def op_of(case):
-    """What a user calls, without the table's wrappers that copy what it writes."""
+    """The public function, without the table's wrappers that copy the arguments which it writes."""
     return inspect.unwrap(case.op)
 
 
 def tensors(a) -> list[Tensor]:
+    """The tensors of nested tuples and lists, in order."""
     if isinstance(a, Tensor):
         return [a]
     return [t for part in a for t in tensors(part)] if isinstance(a, tuple | list) else []
 
 
-def memory(t: Tensor) -> int:
-    """What tells tensors of one allocation."""
+def storage(t: Tensor) -> int:
+    """Equal for tensors that share memory."""
     return t.untyped_storage()._cdata
 
 
@@ -36,79 +56,120 @@ def precision(args) -> str:
     return "fp8" if any(t.dtype == E4M3 for t in tensors(args)) else "bf16"
 
 
-def idle_share(args) -> tuple[int, float]:
-    """The number of experts, and the share of them that have rows: the others' weights need not be read.
+def experts_in_use(args) -> tuple[int, float]:
+    """E and the share of the E experts that have rows: the weights of the others need not be read. (0, 1) without.
 
-    An argument that is int32 and has E + 1 entries says who has which rows, where others have E in front. A fake one
-    says nothing; then as many experts have rows as can.
+    The int32 argument of E + 1 entries is the experts' offsets if another argument is [E, .., ..]. A fake tensor has
+    no values: then each row is counted as another expert's.
     """
     found = tensors(args)
     rows = [len(t) for t in found if t.ndim == 2]
-    for offsets in found:
-        if offsets.dtype != torch.int32 or offsets.ndim != 1 or len(offsets) < 3 or not rows:
-            continue
+    for offsets in (t for t in found if t.dtype == torch.int32 and t.ndim == 1 and len(t) > 2 and rows):
         E = len(offsets) - 1
-        if not any(t.ndim == 3 and len(t) == E for t in found):
-            continue
-        if is_fake(offsets):
-            return E, min(E, max(rows)) / E
-        return E, (offsets.diff() > 0).float().mean().item()
+        if any(t.ndim == 3 and len(t) == E for t in found):
+            fake = type(offsets).__name__ == "FakeTensor"
+            return E, min(E, max(rows)) / E if fake else (offsets.diff() > 0).float().mean().item()
     return 0, 1.0
 
 
-def is_fake(t: Tensor) -> bool:
-    return type(t).__name__ == "FakeTensor"
-
-
 def read_bytes(args, found: list[Tensor]) -> int:
-    E, share = idle_share(args)
+    E, share = experts_in_use(args)
     return sum(int(nbytes([t]) * (share if E and t.ndim == 3 and len(t) == E else 1)) for t in found)
 
 
+def evaluate(formula, shape: dict) -> int:
+    """A Case's formula at a shape; 0 without a formula, and where it does not take a test shape's further arguments."""
+    try:
+        return formula(**shape) if formula else 0
+    except TypeError:
+        return 0
+
+
 def forward_work(case, shape: dict, args, outs) -> Work:
-    flops = case.flops(**shape) if case.flops else 0
-    if case.bytes:
-        return Work(case.bytes(**shape), flops, precision(args))
+    """Each argument and each new result counts once; an argument that the op writes counts twice."""
+    flops = evaluate(case.flops, shape)
+    if moved := evaluate(case.bytes, shape):
+        return Work(moved, flops, precision(args))
     given = tensors(args)
-    places = {memory(t) for t in given}
-    made = [t for t in tensors(outs) if memory(t) not in places]
+    new = [t for t in tensors(outs) if storage(t) not in {storage(g) for g in given}]
     written = [t for i in getattr(case.op, "writes", ()) for t in tensors(args[i])]
-    return Work(read_bytes(args, given) + nbytes(made) + nbytes(written), flops, precision(args))
+    return Work(read_bytes(args, given) + nbytes(new) + nbytes(written), flops, precision(args))
 
 
 class Backward:
-    """A call of the op under autograd: `run` computes its gradients, `work` is what that must move.
-
-    That is what the op saved of its arguments and results, cotangents and gradients; not what it saved besides.
-    """
+    """A call under autograd: `run` computes its gradients; `work` counts the arguments and results that it saved, the
+    cotangents and the gradients, but no other tensors that it saved. `outs` is empty without gradients."""
 
     def __init__(self, case, shape: dict, args):
         saved = {}
-        keep = saved_tensors_hooks(lambda t: (saved.setdefault((memory(t), t.storage_offset()), t), t)[1], lambda t: t)
+        keep = saved_tensors_hooks(lambda t: (saved.setdefault((storage(t), t.storage_offset()), t), t)[1], lambda t: t)
         with keep:
-            self.outs = tensors(op_of(case)(*args, **case.kwargs))
-        places = {memory(t) for t in [*tensors(args), *self.outs]}
-        saved = [t for (place, _), t in saved.items() if place in places]
-        self.outs = [o for o in self.outs if o.requires_grad]
+            outs = tensors(op_of(case)(*args, **case.kwargs))
+        known = {storage(t) for t in [*tensors(args), *outs]}
+        self.outs = [o for o in outs if o.requires_grad]
         self.leaves = [a for a in tensors(args) if a.requires_grad]
         self.cotangents = [torch.randn_like(o) for o in self.outs]
-        flops = int(case.flops(**shape) * case.backward_flops) if case.flops else 0
-        moved = read_bytes(args, saved) + nbytes([*self.cotangents, *self.leaves])
-        self.work = Work(moved, flops, precision(args))
+        flops = int(evaluate(case.flops, shape) * case.backward_flops)
+        moved = read_bytes(args, [t for (place, _), t in saved.items() if place in known])
+        self.work = Work(moved + nbytes([*self.cotangents, *self.leaves]), flops, precision(args))
 
     def run(self):
         return torch.autograd.grad(self.outs, self.leaves, self.cotangents, retain_graph=True, allow_unused=True)
 
 
 def fake_work(case, shape: dict) -> dict[str, Work]:
-    """forward's and, where there is one, backward's, at any size on any machine."""
+    """{"forward": Work, and "backward" where there is one}, on fake tensors: at any size, on any machine."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    name = next((b for b in case.backends if b == "triton"), "torch")
-    with FakeTensorMode(allow_non_fake_inputs=True), force(name):
+    with FakeTensorMode(allow_non_fake_inputs=True), force("triton" if "triton" in case.backends else "torch"):
         args = tuple(args_of(case, shape, case.dtypes[0]))
         outs = op_of(case)(*args, **case.kwargs)
         found = dict(forward=forward_work(case, shape, args, outs))
         if any(o.requires_grad for o in tensors(outs)):
             found["backward"] = Backward(case, shape, args).work
     return found
+
+
+class Point:
+    """One GPU's share of a layer of the model `model`: T tokens; its E experts of 256, among `parallel` GPUs."""
+
+    def __init__(self, model: str, T: int, parallel: int = 1, routing: str = "balanced"):
+        c = LingConfig.preset(model)
+        self.T, self.parallel, self.routing = T, parallel, routing
+        self.E, self.S = c.num_experts // parallel, T * c.num_experts_per_tok
+        self.H, self.F, self.Hq, self.Hkv = (
+            c.hidden_size, c.moe_intermediate_size, c.num_attention_heads, c.num_key_value_heads,
+        )  # fmt: skip
+        self.lengths = (min(T, 4096),) * max(1, T // 4096)  # sequences of at most 4096 tokens
+        self.whole = parallel == 1 and routing == "balanced"
+
+
+MODELS, TOKENS = ("mini", "flash", "1t"), (1, 8, 64, 1024, 8192, 32768, 131072)
+POINTS = [
+    *(Point(m, T, parallel) for m in MODELS for T in TOKENS for parallel in (1, 8, 64)),
+    *(Point(m, 8192, 1, routing) for m in MODELS for routing in ("zipf", "one")),
+]
+
+
+def shapes(case, which: str) -> list[dict]:
+    """which: "own", the Case's benchmark shape; "grid", also those at POINTS; "small", a small one with data."""
+    if which == "small":
+        sizes = ((s, [t.numel() for t in tensors(args_of(case, s, case.dtypes[0]))]) for s in case.shapes[:-1])
+        return [next((s for s, n in sizes if n and all(n)), case.shapes[-2])]
+    found = [case.shapes[-1]]
+    for point in POINTS if which == "grid" and case.ling else ():
+        found += [shape for shape in case.ling(point) or () if shape not in found]
+    return found
+
+
+def title(case, shape: dict) -> str:
+    """Name of a Case at a shape; a number tells Cases of one op and one set of keyword arguments apart."""
+    alike = [c for c in CASES if c.name == case.name]
+    number = f"#{alike.index(case) + 1}" if len(alike) > 1 else ""
+    return "-".join([case.name + number, *(f"{k}{brief(v)}" for k, v in shape.items() if v != "")])
+
+
+def brief(value) -> str:
+    if isinstance(value, tuple) and len(value) > 1 and len({*value}) == 1:
+        return f"{len(value)}x{value[0]}"
+    return "+".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -1,6 +1,6 @@
 """Draws docs/tile_walk.svg: which tiles of a ragged product each SM takes, in which order. `python docs/tile_walk.py`.
 
-tests/test_docs.py holds `walk` equal to find_tile of csrc/gemm/tiles.cuh, and the picture to what is drawn here.
+tests/test_tile_walk.py compares `walk` with find_tile in csrc/gemm/tiles.cuh.
 """
 
 from pathlib import Path

@@ -12,7 +12,7 @@ from .errors import InputError
 
 _C_missing = None
 try:
-    from . import _C
+    from . import _C  # type: ignore[attr-defined]
 except ImportError as error:
     _C, _C_missing = None, f"ling_kernels._C does not load: {error}"
     if importlib.util.find_spec(f"{__package__}._C") is None:
@@ -48,7 +48,7 @@ def kernels_on(device: int) -> str:
 _kernels_on = {}
 # torch.compile takes the answer and does not look inside. torch.compiler.assume_constant_result sets the same mark,
 # but imports the compiler to do so, which takes a second.
-kernels_on._dynamo_marked_constant = True
+kernels_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def why_not(name: str, device: int) -> str | None:

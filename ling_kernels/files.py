@@ -22,6 +22,3 @@ def atomic_write(path: Path, durable: bool = False) -> Iterator[Path]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-
-
-whole = atomic_write  # the old name, until train/ and benchmarks/ use the new one

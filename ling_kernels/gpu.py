@@ -48,6 +48,3 @@ def find_gpu(name: str) -> Gpu | None:
         if words - {f"{gpu.memory / 1e9:.0f}GB"} == {*gpu.name.split()}:
             return gpu
     return None
-
-
-named = find_gpu  # the old name, until train/ and benchmarks/ use the new one

@@ -51,7 +51,7 @@ def first_line(error: Exception) -> str:
 
 def info() -> dict:
     """The whole report as JSON types. `backends` maps each name to None (available) or to the reason against it."""
-    report = dict(
+    report: dict = dict(
         ling_kernels=__version__, python=platform.python_version(),
         torch=package_version("torch"), triton=package_version("triton"),
         cuda=None, driver=driver_version(), gpus=[], no_gpu=None, built=None, not_built=None, backends={}, forced=None,
@@ -95,13 +95,29 @@ def lines(report: dict) -> list[str]:
     return [f"{name:<15}{value}" for name, value in rows]
 
 
+def print_kernels(name: str) -> None:
+    from .model import resolve_model
+    from .plan.kernels import lines
+
+    config, _ = resolve_model(name)
+    print(*lines(config), sep="\n")
+
+
 @command
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m ling_kernels.info", description=__doc__.partition(": ")[2])
     parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
+    parser.add_argument(
+        "--model",
+        metavar="NAME|DIR",
+        help="instead: which kernels this model's size runs on a Hopper GPU, and why not csrc/'s",
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the report contains what torch warns about on a machine without GPU
         args = parser.parse_args(argv)
+        if args.model is not None:
+            print_kernels(args.model)
+            return
         report = info()
     print(json.dumps(report, indent=1) if args.json else "\n".join(lines(report)))
 

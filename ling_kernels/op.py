@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -37,7 +38,10 @@ def op(*writes: str, cuda: Callable[..., str | None] | bool = False, runs: str =
 
         @functools.wraps(fn)
         def launch(*args):
-            served = cuda and backends.backend(first_tensor(args)) == "cuda" and use_cuda(name, reason_of(cuda, args))
+            served = cuda and backends.backend(first_tensor(args)) == "cuda"
+            if served and (reason := reason_against(cuda, args)):
+                report_fallback(name, reason, "Triton serves")
+                served = False
             (getattr(backends._C, name) if served else fn)(*args)
 
         registered = torch.library.custom_op(f"ling::{name}", launch, mutates_args=writes)
@@ -61,9 +65,10 @@ def op(*writes: str, cuda: Callable[..., str | None] | bool = False, runs: str =
     return declare
 
 
-def reason_of(cuda: Callable[..., str | None] | bool, args) -> str | None:
-    """What csrc/'s launcher does not serve of these arguments; None where it serves them."""
-    return cuda(*args) if callable(cuda) else None
+def reason_against(cuda: Callable[..., str | None] | bool, args) -> str | None:
+    """Why csrc/ does not serve a launcher's arguments; None where it does."""
+    unsupported = cuda(*args) if callable(cuda) else None
+    return unsupported and f"csrc/ does not serve {unsupported}"
 
 
 def first_tensor(args) -> Tensor:
@@ -79,30 +84,34 @@ def raise_version(tensors: list[Tensor | None]) -> None:
 
 
 def use_cuda(name: str, unsupported: str | None) -> bool:
-    """Whether csrc/ serves a call of `name` on backend "cuda": unless something is unsupported, which is reported."""
-    if unsupported is not None:
-        note_choice(name, "triton", unsupported)
-        report_fallback(name, f"csrc/ does not serve {unsupported}", "Triton serves")
-    return unsupported is None
+    """Whether csrc/ serves op `name`, which has no Triton kernel of its own, on backend "cuda": unless `unsupported`
+    says what it does not serve. Then other ops compose the op, and the reason is reported."""
+    if unsupported is None:
+        return True
+    reason = f"csrc/ does not serve {unsupported}"
+    note_choice(name, "composed of other ops", reason)
+    report_fallback(name, reason, "other ops compose it")
+    return False
 
 
 def use_reference(name: str, *tensors: Tensor | None, unsupported: str | None = None) -> bool:
     """Whether the eager torch reference of op `name` runs for `tensors`, of which the first decides the backend.
 
-    It runs on backend "torch", for float64, and where `unsupported` gives the reason why no kernel takes the arguments.
+    It runs on backend "torch", for float64, and where `unsupported` says what no kernel serves.
     """
-    chosen = backends.backend(tensors[0])
-    reason = reference_reason(chosen, tensors) or unsupported
-    if reason is not None:
-        note_choice(name, "torch", reason)
-    if reason is not None and chosen != "torch":
-        report_fallback(name, f"no kernel serves {reason}", "the eager torch reference serves")
-    return reason is not None
+    if backends.backend(tensors[0]) == "torch":
+        note_choice(name, "torch", "LING_BACKEND is torch" if backends._forced else "the tensors are on the CPU")
+        return True
+    unsupported = unsupported_dtype(tensors) or unsupported
+    if unsupported is None:
+        return False
+    reason = f"no kernel serves {unsupported}"
+    note_choice(name, "torch", reason)
+    report_fallback(name, reason, "the eager torch reference serves")
+    return True
 
 
-def reference_reason(chosen: str, tensors) -> str | None:
-    if chosen == "torch":
-        return "LING_BACKEND is torch" if backends._forced else "the tensors are on the CPU"
+def unsupported_dtype(tensors) -> str | None:
     floats = (t.dtype for t in tensors if t is not None and t.is_floating_point())
     return next((str(dtype).removeprefix("torch.") for dtype in floats if dtype not in KERNEL_FLOATS), None)
 
@@ -118,7 +127,7 @@ def report_fallback(name: str, reason: str, instead: str) -> None:
 
 _reported = set()
 # torch.compile calls it while it traces, and does not look inside.
-report_fallback._dynamo_marked_constant = True
+report_fallback._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class Choice(NamedTuple):
@@ -152,7 +161,7 @@ def chosen(cuda, args) -> tuple[str, str | None]:
     """The implementation for these arguments, and the reason where it is not csrc/'s."""
     if backends.backend(first_tensor(args)) != "cuda":
         return "triton", backends.why_not_cuda(first_tensor(args))
-    reason = reason_of(cuda, args) if cuda else "csrc/ has no such kernel"
+    reason = reason_against(cuda, args) if cuda else "csrc/ has no such kernel"
     return ("cuda", None) if reason is None else ("triton", reason)
 
 
@@ -160,14 +169,17 @@ def explain(fn: Callable, *args, **kwargs) -> Choices:
     """Which implementation of each kernel `fn(*args, **kwargs)` would run, and why not csrc/'s.
 
     `print(lk.explain(lk.route, logits, bias))`. fn is an op, a module or a function over them. Nothing is computed and
-    no argument changes: fn runs on tensors without values. Where a result requires a gradient, the launches of the
-    backward follow. Returns one (name, implementation, reason) for each launch or eager reference.
+    no argument changes: fn runs on tensors without values, those of the FakeTensorMode that is active, if one is. Where
+    a result requires a gradient, the launches of the backward follow. Returns one (name, implementation, reason) for
+    each launch or eager reference.
     """
     global _choices
-    mode, before = FakeTensorMode(allow_non_fake_inputs=True), _choices
-    args, kwargs = tree_map_only(
-        Tensor, lambda t: mode.from_tensor(t.detach()).requires_grad_(t.requires_grad), (args, kwargs)
-    )
+    mode, before = detect_fake_mode() or FakeTensorMode(allow_non_fake_inputs=True), _choices
+
+    def fake(t: Tensor) -> Tensor:
+        return t if isinstance(t, FakeTensor) else mode.from_tensor(t.detach()).requires_grad_(t.requires_grad)
+
+    args, kwargs = tree_map_only(Tensor, fake, (args, kwargs))
     _choices = []
     try:
         with mode, warnings.catch_warnings():

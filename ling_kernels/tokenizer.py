@@ -243,7 +243,7 @@ def byte_tokenizer_json() -> dict:
     vocab = {chr(byte if byte in printable else next(others)): byte for byte in range(256)}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None}
+    model: dict = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None}
     model |= {"end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
     nothing = dict.fromkeys(("truncation", "padding", "normalizer", "post_processor"))
     special = [{"id": 256 + i, "content": name, **flags} for i, name in enumerate(SPECIAL_TOKENS)]

@@ -11,7 +11,7 @@ from ling_kernels.backend import _C, force
 from ling_kernels.model import Ling, LingConfig
 from ling_kernels.model.transformer import Layer
 from ling_kernels.nn.fp8 import to_fp8
-from ling_kernels.nn.frozen import freeze_
+from ling_kernels.nn.fp8_inference import quantize_for_inference_
 from ling_kernels.ops.moe import moe
 from ling_kernels.ops.moe_decode import fits_shared_memory, moe_decode, unsupported
 from ling_kernels.ops.quantize import quantize_weight
@@ -173,7 +173,7 @@ def decode_layer(kind):
     if kind != "bf16":
         to_fp8(layer, weights="kept" if kind == "kept" else "each_forward")
     if kind == "frozen":
-        freeze_(layer)
+        quantize_for_inference_(layer)
     return layer
 
 

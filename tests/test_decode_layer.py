@@ -10,9 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ling_kernels.backend import _C, force
 from ling_kernels.model import LingConfig
 from ling_kernels.model.transformer import Layer
-from ling_kernels.nn import Rows
+from ling_kernels.nn import BatchLayout
 from ling_kernels.nn.fp8 import to_fp8
-from ling_kernels.nn.frozen import freeze_
+from ling_kernels.nn.fp8_inference import quantize_for_inference_
 from ling_kernels.ops.attention_decode import KVCache
 from ling_kernels.ops.rope_tables import rope_tables
 from tests.cases import DEVICE, runs
@@ -54,7 +54,7 @@ def layer_and_arguments(n):
         w.copy_(torch.randn(w.shape, generator=g) / 16 if w.ndim > 1 else 1 + torch.randn(w.shape, generator=g) / 8)
     layer = layer.to(DEVICE, torch.bfloat16)
     to_fp8(layer)
-    freeze_(layer)
+    quantize_for_inference_(layer)
     cache = KVCache(*(torch.randn(4, 16, 1, 128, generator=g).to(DEVICE, torch.bfloat16) for _ in range(2)))
     lengths = torch.tensor([20, 9], dtype=torch.int32, device=DEVICE)
     positions = (lengths[:, None] - n + torch.arange(n, device=DEVICE)).flatten()
@@ -62,7 +62,7 @@ def layer_and_arguments(n):
     slots = (table.gather(1, positions.view(2, n) // 16) * 16 + positions.view(2, n) % 16).flatten().long()
     cos, sin = rope_tables(32, 64, 1e4, None, DEVICE)
     no_prefill = torch.zeros(1, dtype=torch.int32, device=DEVICE)
-    rows = Rows(cos, sin, positions, no_prefill, slots, 2 * n, table, lengths)
+    rows = BatchLayout(cos, sin, positions, no_prefill, slots, 2 * n, table, lengths)
     return layer.eval(), torch.randn(2 * n, 256, generator=g).to(DEVICE, torch.bfloat16), rows, cache
 
 

@@ -6,7 +6,7 @@ import torch
 
 from ling_kernels.generate import Sampling
 from ling_kernels.generate.forward import lookup_drafts
-from ling_kernels.nn import Rows
+from ling_kernels.nn import BatchLayout
 from tests.engines import NO_STOP, check, drain, engine, make_engine, model, references  # noqa: F401
 
 
@@ -79,10 +79,10 @@ def test_mtp_drafts_equal_those_of_one_pass():
     for n, (first, second) in drafts.items():
         with torch.no_grad():
             h = m(ids[None, :n], output_hidden_states=True).hidden_states[-2][0, : n - 1]
-            rows = Rows(m.cos, m.sin, torch.arange(n - 1), torch.tensor([0, n - 1], dtype=torch.int32))
+            rows = BatchLayout(m.cos, m.sin, torch.arange(n - 1), torch.tensor([0, n - 1], dtype=torch.int32))
             x, _ = mtp(m.word_embeddings(ids[1:n]), h, rows)
             assert int(m.logits(x[-1:]).argmax()) == first
-            rows = Rows(m.cos, m.sin, torch.arange(n), torch.tensor([0, n], dtype=torch.int32))
+            rows = BatchLayout(m.cos, m.sin, torch.arange(n), torch.tensor([0, n], dtype=torch.int32))
             x, _ = mtp(m.word_embeddings(torch.tensor([*r.tokens[1:n], first])), torch.cat([h, x[-1:]]), rows)
             assert int(m.logits(x[-1:]).argmax()) == second
 

@@ -129,13 +129,13 @@ def test_random_arrivals_and_cancellations(seed, engine):
 def test_a_seed_gives_the_same_output_in_any_batch(engine):
     (prompt, _), (other, _) = references()[:2]
     options = dict(sampling=Sampling(temperature=1.5, top_p=0.95, seed=5), max_new_tokens=8, **NO_STOP)
-    alone = list(engine().stream(prompt, **options))
+    single = list(engine().stream(prompt, **options))
     e = engine(max_rows=5, max_running=3)
     requests = [e.submit(other, Sampling(temperature=2.0), 10, ()), e.submit(prompt, **options)]
     requests.append(e.submit(prompt, Sampling(temperature=1.5, seed=6), 8, ()))
     drain(e)
-    assert requests[1].new_tokens == alone != requests[2].new_tokens
-    assert alone != references()[0][1][:8]
+    assert requests[1].new_tokens == single != requests[2].new_tokens
+    assert single != references()[0][1][:8]
 
 
 def test_repetition_penalty_counts_prompt_and_new_tokens(engine):

@@ -14,7 +14,7 @@ from ling_kernels.generate.graphs import batch_sizes
 from ling_kernels.model import Ling
 from ling_kernels.model.sample import SamplingMode
 from ling_kernels.nn.fp8 import to_fp8
-from ling_kernels.nn.frozen import freeze_
+from ling_kernels.nn.fp8_inference import quantize_for_inference_
 from tests.engines import NO_STOP, make_engine, make_overlapped_engine, model, references
 
 
@@ -59,7 +59,7 @@ def test_a_decode_pass_does_not_synchronise(name, fp8):
         m = Ling(config)
         if fp8:
             to_fp8(m)
-            freeze_(m)
+            quantize_for_inference_(m)
         e = Engine(m, page_size=4, cache_tokens=400, max_running=4, draft=2)
         for mode in (SamplingMode(*bits) for bits in itertools.product((False, True), repeat=3)):
             lanes = torch.zeros(2, dtype=torch.int64)

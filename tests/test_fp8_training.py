@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from ling_kernels.backend import force
 from ling_kernels.model import Ling, LingConfig, save_model
 from ling_kernels.model.transformer import Layer
-from ling_kernels.nn import Fp8Experts, Fp8Linear, Fp8MLP, Rows
+from ling_kernels.nn import BatchLayout, Fp8Experts, Fp8Linear, Fp8MLP
 from ling_kernels.nn.fp8 import RECOMPUTE, to_fp8
 from ling_kernels.ops.rope_tables import rope_tables
 from ling_kernels.plan.train import FP8_BYTES, padding_bytes
@@ -74,7 +74,7 @@ def kept_by_layer(c, T, precision, recompute, wgrad):
             to_fp8(layer, recompute, wgrad=wgrad)
         layer.recompute = recompute == "full"
         tables = rope_tables(T, c.rotary_dim, c.rope_theta)
-        rows = Rows(*tables, torch.arange(T), torch.zeros(2, dtype=torch.int32))
+        rows = BatchLayout(*tables, torch.arange(T), torch.zeros(2, dtype=torch.int32))
         shared = {t.untyped_storage()._cdata for t in [*layer.parameters(), *layer.buffers(), *rows[:4]]}
         x = torch.randn(T, c.hidden_size, dtype=torch.bfloat16, requires_grad=True)
         with saved_tensors_hooks(pack, lambda t: t):
@@ -133,7 +133,7 @@ def test_full_recompute_is_the_same_and_counts_a_token_once():
 def test_a_recomputed_norm(backend, wgrad):
     torch.manual_seed(0)
     x, cu = torch.randn(40, 128), torch.tensor([0, 40], dtype=torch.int32)
-    rows = Rows(*rope_tables(40, WHOLE.rotary_dim, 1e4), torch.arange(40), cu)
+    rows = BatchLayout(*rope_tables(40, WHOLE.rotary_dim, 1e4), torch.arange(40), cu)
     seen = []
     for recompute in ("none", "norm_act"):
         torch.manual_seed(1)

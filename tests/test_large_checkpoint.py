@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from ling_kernels.errors import InputError
-from ling_kernels.generate.plan import gpus, held_bytes
 from ling_kernels.gpu import HOPPER
 from ling_kernels.model import Ling, LingConfig, load_model
 from ling_kernels.model.checkpoint import named_views
 from ling_kernels.nn.fp8 import to_fp8
-from ling_kernels.nn.frozen import freeze_
+from ling_kernels.nn.fp8_inference import quantize_for_inference_
+from ling_kernels.plan.decode import gpus, held_bytes
 
 CONFIG = dict(
     architectures=["BailingMoeV2ForCausalLM"], model_type="bailing_moe", vocab_size=157184, hidden_size=8192,
@@ -90,13 +90,13 @@ def test_every_tensor_of_ling_1t_is_mapped(tmp_path, fp8):
         model = Ling(config).bfloat16()
     if fp8:
         assert not to_fp8(model)[1]
-        freeze_(model)
-    want = {key: about for tensors in shards("whole", fp8).values() for key, about in tensors.items()}
+        quantize_for_inference_(model)
+    want = {key: value for tensors in shards("all", fp8).values() for key, value in tensors.items()}
     assert {key: (t.dtype, tuple(t.shape)) for key, t in named_views(model)} == want and len(want) > 58_000
     bytes_ = sum(SIZES[dtype][1] * prod(shape) for dtype, shape in want.values())
-    held = held_bytes(config, 1, 0, "fp8" if fp8 else "bf16")
-    assert sum(held.values()) == pytest.approx(bytes_, rel=1e-5)
-    assert [gpus(held, HOPPER[name].memory) for name in ("H100", "H200")] == ([13, 8] if fp8 else [25, 15])
+    bytes_of_parts = held_bytes(config, 1, 0, "fp8" if fp8 else "bf16")
+    assert sum(bytes_of_parts.values()) == pytest.approx(bytes_, rel=1e-5)
+    assert [gpus(bytes_of_parts, HOPPER[name].memory) for name in ("H100", "H200")] == ([13, 8] if fp8 else [25, 15])
 
 
 @pytest.mark.parametrize("fp8", [False, True])

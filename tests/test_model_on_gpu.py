@@ -9,7 +9,7 @@ from ling_kernels.backend import force
 from ling_kernels.generate import Engine, Sampling
 from ling_kernels.model import Ling, LingConfig
 from ling_kernels.nn.fp8 import to_fp8
-from ling_kernels.nn.frozen import freeze_
+from ling_kernels.nn.fp8_inference import quantize_for_inference_
 from tests.cases import DEVICE, runs
 from tests.engines import NO_STOP, references
 from tests.test_model import NAMES, expected, grads_of, load, near, official_loss
@@ -63,7 +63,7 @@ def tiny(dtype: torch.dtype, fp8: bool) -> Ling:
     model.to(DEVICE)
     if fp8:
         to_fp8(model)
-        freeze_(model)
+        quantize_for_inference_(model)
     return model.eval()
 
 

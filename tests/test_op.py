@@ -1,5 +1,6 @@
 """op.py: which kernel runs, what tells so, and what autograd learns of a launch."""
 
+import dataclasses
 import warnings
 
 import pytest
@@ -9,11 +10,14 @@ import ling_kernels as lk
 from ling_kernels import backend as backends
 from ling_kernels import op as ops
 from ling_kernels.backend import force
+from ling_kernels.model import LingConfig
 from ling_kernels.nn.fp8 import Fp8Linear
-from ling_kernels.op import Choice, explain, report_fallback, rows_aligned
+from ling_kernels.op import Choice, report_fallback, rows_aligned
 from ling_kernels.ops.adamw_8bit import adamw_8bit_state
+from ling_kernels.plan import kernels
 from tests.cases import runs
 
+MINI = LingConfig.mini()
 needs_triton = pytest.mark.skipif(not runs("triton"), reason="triton cannot run here")
 needs_cuda = pytest.mark.skipif(not runs("cuda"), reason="csrc/ does not run here")
 
@@ -28,27 +32,29 @@ def route_args(E=256, dtype=torch.float32):
 
 
 def test_explain_on_a_cpu():
-    (choice,) = explain(lk.route, *route_args())
+    (choice,) = lk.explain(lk.route, *route_args())
     assert choice == Choice("route", "torch", "the tensors are on the CPU")
 
 
 def test_explain_names_every_launch_and_the_reason():
     with force("cuda"):
-        assert [str(c) for c in explain(lk.route, *route_args())] == ["route_fwd: cuda", "route_bwd: cuda"]
-        (forward, backward) = explain(lk.route, *route_args(64))
-        assert forward.implementation == "triton" and forward.reason.startswith("64 experts in 8 groups")
+        assert [str(c) for c in lk.explain(lk.route, *route_args())] == ["route_fwd: cuda", "route_bwd: cuda"]
+        (forward, backward) = lk.explain(lk.route, *route_args(64))
+        assert forward.implementation == "triton" and forward.reason.startswith(
+            "csrc/ does not serve 64 experts in 8 groups"
+        )
         assert backward.implementation == "cuda"
-        (choice,) = explain(lk.route, *route_args(dtype=torch.float64))
-        assert choice == Choice("route", "torch", "float64")
+        (choice,) = lk.explain(lk.route, *route_args(dtype=torch.float64))
+        assert choice == Choice("route", "torch", "no kernel serves float64")
     with force("triton"):
-        assert {c.reason for c in explain(lk.route, *route_args())} == {"LING_BACKEND is triton"}
+        assert {c.reason for c in lk.explain(lk.route, *route_args())} == {"LING_BACKEND is triton"}
 
 
 def test_explain_changes_nothing():
     bias, counts = torch.zeros(8), torch.arange(8, dtype=torch.int32)
     for name in ("torch", "triton", "cuda"):
         with force(name):
-            assert len(explain(lk.balance_bias_, bias, counts, 0.1)) == 1
+            assert len(lk.explain(lk.balance_bias_, bias, counts, 0.1)) == 1
     assert not bias.any()
 
 
@@ -119,3 +125,16 @@ def test_rows_aligned():
 def test_reports_name_the_op():
     with pytest.warns(UserWarning, match="^some_op: a reason; Triton serves$"):
         report_fallback("some_op", "a reason", "Triton serves")
+
+
+@needs_cuda
+def test_a_new_size_is_named():
+    """Sizes that csrc/ lacks show as launches of another backend, with the reason, and as more launches in decode."""
+    served, other = (kernels.model_kernels(c) for c in (MINI, dataclasses.replace(MINI, num_experts=64)))
+    assert all(c.implementation == "cuda" for c in served["decode layer, FP8"])
+    assert [c.name for c in other["training, bf16"] if c not in served["training, bf16"]] == ["route_fwd"]
+    assert len(other["decode layer, FP8"]) > len(served["decode layer, FP8"])
+    text = "\n".join(kernels.lines(dataclasses.replace(MINI, num_experts=64)))
+    assert "route_fwd: triton (csrc/ does not serve 64 experts in 8 groups" in text
+    assert "more than with sizes that csrc/ serves" in text
+    assert "does not serve" not in "\n".join(kernels.lines(MINI))

@@ -132,9 +132,9 @@ def test_chats_as_clients_send_them(shared):
 @pytest.mark.parametrize("engine, total", [(dict(draft=2), 194), (dict(draft=2, cache_tokens=100, page_size=4), None),
                                            (dict(cache_tokens=100, page_size=4), 100)])  # fmt: skip
 def test_a_chat_without_max_tokens_uses_the_available_positions(checkpoint, engine, total):
-    own = service(checkpoint, engine)
+    fresh = service(checkpoint, engine)
     body = dict(model="speller", messages=[dict(role="user", content="a")], ignore_eos=True, temperature=0)
-    answer = call(own, "/v1/chat/completions", body).json()
+    answer = call(fresh, "/v1/chat/completions", body).json()
     assert answer["choices"][0]["finish_reason"] == "length"
     assert total is None or answer["usage"]["total_tokens"] == total
 
@@ -229,23 +229,23 @@ def test_malformed_bodies(shared):
 @pytest.mark.parametrize("error, message", [(RuntimeError("secret"), "log"), (InputError("NaN"), "NaN")])
 @pytest.mark.parametrize("stream", [False, True])
 def test_model_errors_are_server_errors(checkpoint, monkeypatch, caplog, error, message, stream):
-    own = service(checkpoint)
+    fresh = service(checkpoint)
 
     def fail(*_):
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(own.engine.model, "backbone", fail)
-        response = call(own, "/v1/completions", BODY | dict(stream=stream))
+        patch.setattr(fresh.engine.model, "backbone", fail)
+        response = call(fresh, "/v1/completions", BODY | dict(stream=stream))
     fault = json.loads(response.text.split("data: ")[-1])["error"]
     assert response.status_code == (200 if stream else 500) and "[DONE]" not in response.text
     assert fault["code"] == 500 and message in fault["message"] and "secret" not in response.text
-    assert own.metrics.finished == {"error": 1}
-    assert call(own, "/v1/completions", BODY).json()["choices"][0]["text"] == "bcd"
+    assert fresh.metrics.finished == {"error": 1}
+    assert call(fresh, "/v1/completions", BODY).json()["choices"][0]["text"] == "bcd"
 
 
 def test_a_client_that_disconnects_before_the_first_event(checkpoint):
-    own = service(checkpoint)
+    fresh = service(checkpoint)
     body = json.dumps(BODY | dict(stream=True, n=2)).encode()
     messages = [dict(type="http.request", body=body, more_body=False)]
     head = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
@@ -259,8 +259,8 @@ def test_a_client_that_disconnects_before_the_first_event(checkpoint):
     async def send(message):
         pass
 
-    asyncio.run(make_app(own)(scope, receive, send))
-    assert not own.engine.step() and own.engine.pages.available == own.engine.pages.count
+    asyncio.run(make_app(fresh)(scope, receive, send))
+    assert not fresh.engine.step() and fresh.engine.pages.available == fresh.engine.pages.count
 
 
 def test_a_tiny_temperature_is_greedy():
@@ -293,11 +293,11 @@ def test_limits(checkpoint):
 
 
 def test_metrics_and_models(checkpoint):
-    own = service(checkpoint, dict(draft=2))
-    call(own, "/v1/completions", BODY)
-    call(own, "/v1/completions", BODY | dict(prompt="x"))
-    call(own, "/v1/completions", BODY | dict(n=0))
-    response = call(own, "/metrics")
+    fresh = service(checkpoint, dict(draft=2))
+    call(fresh, "/v1/completions", BODY)
+    call(fresh, "/v1/completions", BODY | dict(prompt="x"))
+    call(fresh, "/v1/completions", BODY | dict(n=0))
+    response = call(fresh, "/metrics")
     assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
     lines = response.text.splitlines()
     values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
@@ -311,13 +311,13 @@ def test_metrics_and_models(checkpoint):
         buckets = [int(v) for k, v in values.items() if k.startswith(f"ling_{name}_seconds_bucket")]
         assert buckets == sorted(buckets) and buckets[-1] == int(values[f"ling_{name}_seconds_count"]) == count
         assert float(values[f"ling_{name}_seconds_sum"]) > 0
-    assert [m["id"] for m in call(own, "/v1/models").json()["data"]] == ["speller"]
+    assert [m["id"] for m in call(fresh, "/v1/models").json()["data"]] == ["speller"]
 
 
 def test_many_clients_with_disconnects(checkpoint):
     """200 clients; one in ten disconnects in the middle. The others get their text, and no page is lost."""
-    own = service(checkpoint, dict(max_running=32, cache_tokens=2000, page_size=16))
-    server = uvicorn.Server(uvicorn.Config(make_app(own), port=0, log_level="error", timeout_graceful_shutdown=30))
+    fresh = service(checkpoint, dict(max_running=32, cache_tokens=2000, page_size=16))
+    server = uvicorn.Server(uvicorn.Config(make_app(fresh), port=0, log_level="error", timeout_graceful_shutdown=30))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
@@ -355,15 +355,15 @@ def test_many_clients_with_disconnects(checkpoint):
     finally:
         server.should_exit = True
         thread.join()
-    while own.engine.step():
+    while fresh.engine.step():
         pass
-    assert sum(own.metrics.finished.values()) == 200 and own.metrics.finished["stop"] >= 180
-    assert own.engine.pages.available == own.engine.pages.count
+    assert sum(fresh.metrics.finished.values()) == 200 and fresh.metrics.finished["stop"] >= 180
+    assert fresh.engine.pages.available == fresh.engine.pages.count
 
 
 def test_graceful_shutdown(checkpoint):
-    own = service(checkpoint)
-    server = uvicorn.Server(uvicorn.Config(make_app(own), port=0, log_level="error"))
+    fresh = service(checkpoint)
+    server = uvicorn.Server(uvicorn.Config(make_app(fresh), port=0, log_level="error"))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
@@ -375,6 +375,6 @@ def test_graceful_shutdown(checkpoint):
             got.append(line)
             server.should_exit = True
     thread.join()
-    assert "data: [DONE]" in got and own.metrics.finished == {"length": 1}
+    assert "data: [DONE]" in got and fresh.metrics.finished == {"length": 1}
     with socket.socket() as late:
         assert late.connect_ex(("127.0.0.1", port)) != 0

@@ -90,6 +90,8 @@ def test_errors(tmp_path, flags, uninterrupted, monkeypatch):
             Trainer(replace(settings, **bad), tmp_path / "run")
     with pytest.raises(InputError, match="seed is 0 in the run to resume and 1 here"):
         Trainer.resume(uninterrupted, seed=1)
+    with pytest.raises(InputError, match="no setting stepz"):
+        Trainer.resume(uninterrupted, stepz=20)
     with pytest.raises(InputError, match="no checkpoint"):
         Trainer.resume(tmp_path)
     assert not (tmp_path / "run").exists()

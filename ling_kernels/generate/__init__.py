@@ -1,8 +1,9 @@
 """Text generation: the serving engine, `python -m ling_kernels.generate`, and an OpenAI-compatible server."""
 
+from ..errors import Busy
 from ..model.sample import Sampling, sampler
 from .engine import Engine
-from .scheduler import Busy, Request
+from .scheduler import Request
 from .text import stream_text
 
 __all__ = ["Busy", "Engine", "Request", "Sampling", "sampler", "stream_text"]

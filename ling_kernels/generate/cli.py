@@ -27,7 +27,7 @@ def arguments() -> Parser:
     add("--system", metavar="TEXT", help="system message, with --chat")
     add("--max-new-tokens", type=int, metavar="N", help="default 256, or the rest of the model's positions")
     add("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
-    add("--top-p", type=float, default=1.0, metavar="P", help="sample from the fewest tokens with probability P")
+    add("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest tokens up to probability P")
     add("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens")
     add("--min-p", type=float, default=0.0, metavar="P", help="sample from tokens P times as likely as the likeliest")
     add("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1 makes earlier tokens less likely")
@@ -43,7 +43,8 @@ def arguments() -> Parser:
 @command
 def main(argv: list[str] | None = None) -> int:
     args = arguments().parse_args(argv)
-    sys.stdout.reconfigure(errors="replace")  # the terminal may lack some characters
+    # The terminal may lack some characters.
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
         run(args)
     except KeyboardInterrupt:

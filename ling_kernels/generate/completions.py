@@ -5,7 +5,7 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass, field
 
 from fastapi import Request as HttpRequest
@@ -17,7 +17,7 @@ from ..tokenizer import Tokenizer
 from .engine import Engine
 from .metrics import Metrics
 from .protocol import MAX_CHOICES, ChatCompletionRequest, CompletionBase, CompletionRequest
-from .scheduler import Busy, Request, max_sequence_tokens
+from .scheduler import Request, max_sequence_tokens
 from .text import StoppedText
 
 INTERNAL_ERROR = "internal server error; the server's log has the details"
@@ -59,7 +59,9 @@ class Service:
             raise HTTPException(404, f"the model {name!r} does not exist; this server has {self.name!r}")
 
 
-def error_response(status: int, message: str, headers: dict | None = None, param: str | None = None) -> JSONResponse:
+def error_response(
+    status: int, message: str, headers: Mapping[str, str] | None = None, param: str | None = None
+) -> JSONResponse:
     return JSONResponse({"error": error_object(status, message, param)}, status, headers)
 
 
@@ -132,14 +134,14 @@ async def complete(
     if len(prompts) * body.n > MAX_CHOICES:
         raise InputError(f"{len(prompts)} prompts with n = {body.n} are more than {MAX_CHOICES} choices")
     choices = []
-    options = dict(stop_token_ids=() if body.ignore_eos else service.stop_token_ids, timeout=service.timeout)
+    options: dict = dict(stop_token_ids=() if body.ignore_eos else service.stop_token_ids, timeout=service.timeout)
     try:
         for prompt in prompts:
             new_tokens = service.max_new_tokens(body, prompt)
             for i in range(body.n):
                 request = service.engine.submit(prompt, body.sampling(i), new_tokens, **options)
                 choices.append(Choice(service, request, stop))
-    except (Busy, InputError):
+    except Exception:  # Busy or InputError of a later choice
         for choice in choices:
             choice.cancel()
         raise
@@ -158,7 +160,7 @@ def usage(choices: list[Choice], n: int) -> dict:
     return counts | {"prompt_tokens_details": {"cached_tokens": cached}}
 
 
-async def merge_streams(choices: list[Choice]) -> AsyncIterator[tuple[int, str | None]]:
+async def merge_streams(choices: list[Choice]) -> AsyncGenerator[tuple[int, str | None], None]:
     """Yield (index of a choice, piece of its text) as pieces arrive; None ends a choice. Raises any choice's error."""
     queue = asyncio.Queue()
 
@@ -200,9 +202,8 @@ async def full_response(
             choice.cancel()
     contents = []
     for i, (choice, text) in enumerate(zip(choices, texts, strict=True)):
-        if isinstance(body, ChatCompletionRequest):
-            content = {"message": {"role": "assistant", "content": text}}
-        else:
+        content: dict = {"message": {"role": "assistant", "content": text}}
+        if isinstance(body, CompletionRequest):
             echo = choice.service.tokenizer.decode(choice.request.prompt) if body.echo else ""
             content = {"text": echo + text}
         contents.append({"index": i, **content, "logprobs": None, "finish_reason": choice.finish_reason})
@@ -240,7 +241,7 @@ class EventStream(StreamingResponse):
         choices, body = self.choices, self.request_body
         try:
             for i, choice in enumerate(choices):
-                if self.chat or body.echo:
+                if self.chat or (isinstance(body, CompletionRequest) and body.echo):
                     text = "" if self.chat else choice.service.tokenizer.decode(choice.request.prompt)
                     yield self.event(i, text, first=True)
             async for i, piece in merge_streams(choices):

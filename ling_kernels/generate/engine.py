@@ -16,7 +16,7 @@ forward.py lists the calls of a decode step.
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -252,12 +252,12 @@ class Engine:
             self.cancel(request)
         raise_error(request)
 
-    async def astream(self, prompt: Sequence[int], **options) -> AsyncIterator[int]:
+    async def astream(self, prompt: Sequence[int], **options) -> AsyncGenerator[int, None]:
         """`stream` for asyncio; submits when iteration starts, and runs passes in worker threads."""
         async for token in self.afollow(self.submit(prompt, **options)):
             yield token
 
-    async def afollow(self, request: Request) -> AsyncIterator[int]:
+    async def afollow(self, request: Request) -> AsyncGenerator[int, None]:
         """`follow` for asyncio. If it may be dropped before iteration starts, the caller must cancel the request."""
         sent = 0
         try:

@@ -25,12 +25,11 @@ try:
 except ImportError as error:
     raise SystemExit(f"error: {error}: pip install ling_kernels[server]") from None
 
-from ..errors import InputError, Parser, command
+from ..errors import Busy, InputError, Parser, command
 from ..model import load_model
 from .cli import add_model_flags, find_tokenizer, load_options, resolve_checkpoint, stop_token_ids
 from .engine import Engine
 from .metrics import FORMAT
-from .scheduler import Busy
 
 
 def validation_error_response(error: RequestValidationError) -> JSONResponse:
@@ -88,6 +87,7 @@ def make_app(service: Service) -> FastAPI:
             return error_response(411, "a POST needs a Content-Length header")
         if int(size) > service.max_body:
             return error_response(413, f"the body is {size} bytes; the limit is {service.max_body}")
+        return None
 
     @app.middleware("http")
     async def count_responses(request: HttpRequest, call_next):
@@ -200,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
             engine = start(args, folder)
         except torch.OutOfMemoryError:
             raise InputError(
-                "out of GPU memory; python -m ling_kernels.generate.plan shows what a model needs"
+                "out of GPU memory; python -m ling_kernels.plan decode shows the memory that a model needs"
             ) from None
         name, stop = args.name or folder.resolve().name, frozenset(stop_token_ids(config, tokenizer, folder))
         service = Service(engine, tokenizer, name, stop, args.key, args.max_tokens, args.max_body, args.timeout)

@@ -8,8 +8,9 @@ and one tensor, besides the pages of a shard that the system maps.
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..files import atomic_write
 from ..nn.fp8 import Fp8Linear, fits, to_fp8
-from ..nn.frozen import SCALES, freeze_
+from ..nn.fp8_inference import SCALES, quantize_for_inference_
 from ..op import E4M3
 from ..ops.quantize import dequantize, quantize_weight
 from .config import PRESETS, LingConfig
@@ -27,24 +28,18 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 WEIGHT_FILES = r"model(-\d{5,}-of-\d{5,})?\.safetensors|model\.safetensors\.index\.json"  # names that save_model uses
 
 
-def named_views(model: Ling, of: Callable[[Tensor], Tensor | None] = lambda p: p) -> Iterator[tuple[str, Tensor]]:
-    """Yield (official key, view) of every weight, its FP8 scales, and the expert biases.
-
-    of maps a parameter to the tensor to view: of=lambda p: p.grad yields gradients. None leaves the parameter out.
-    """
+def named_views(model: Ling) -> Iterator[tuple[str, Tensor]]:
+    """Yield (official key, view) of every weight, its FP8 scales, and the expert biases."""
     layers = [(f"model.layers.{i}", layer) for i, layer in enumerate(model.layers)]
     layers += [(f"model.layers.{len(model.layers) + k}", mtp) for k, mtp in enumerate(model.mtp)]
-    yield from _mapped(of, {"model.word_embeddings.weight": model.word_embeddings.weight})
+    yield "model.word_embeddings.weight", model.word_embeddings.weight
     for prefix, module in layers:
         for name, p in [*module.named_parameters(), *module.named_buffers()]:
-            if not name.endswith("counts") and (p := of(p)) is not None:
+            if not name.endswith("counts"):
                 yield from _official_views(f"{prefix}.{name.removeprefix('layer.')}", p)
-    head = {f"lm_head.{name}": p for name, p in [*model.lm_head.named_parameters(), *model.lm_head.named_buffers()]}
-    yield from _mapped(of, {"model.norm.weight": model.norm.weight} | head)
-
-
-def _mapped(of, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    yield from ((k, t) for k, p in tensors.items() if (t := of(p)) is not None)
+    yield "model.norm.weight", model.norm.weight
+    for name, p in [*model.lm_head.named_parameters(), *model.lm_head.named_buffers()]:
+        yield f"lm_head.{name}", p
 
 
 def _official_views(name: str, p: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -97,7 +92,7 @@ def load_model(
         to_fp8(model)
         if fp8_head and fits(model.lm_head.weight):
             model.lm_head = Fp8Linear.of(model.lm_head)
-        freeze_(model)
+        quantize_for_inference_(model)
     model = model.to_empty(device=device)
     model.reset_buffers()
     files, views = _files(folder), dict(named_views(model))
@@ -164,7 +159,9 @@ class _Shards:
     """Read tensors of several files, with one file open at a time; errors name the file."""
 
     def __init__(self, folder: Path):
-        self.folder, self.path, self.file = folder, None, None
+        self.folder = folder
+        self.path: Path | None = None
+        self.file: Any = None
 
     def __enter__(self):
         return self

@@ -50,7 +50,7 @@ class LingConfig:
         for name in INTEGER_FIELDS:
             value = getattr(self, name)
             least = 0 if name in ("first_k_dense_replace", "num_shared_experts", "num_nextn_predict_layers") else 1
-            _check(isinstance(value, int) and value >= least, f"{name} is {value!r}, not a whole number >= {least}")
+            _check(isinstance(value, int) and value >= least, f"{name} is {value!r}, not an integer >= {least}")
         _check(isinstance(self.use_qk_norm, bool), f"use_qk_norm is {self.use_qk_norm!r}, neither true nor false")
         _divides("num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.num_key_value_heads)
         _divides("num_experts", self.num_experts, "n_group", self.n_group)

@@ -6,7 +6,7 @@ x = final_layernorm(layer(eh_proj([enorm(embedding of the next token), hnorm(nor
 import torch
 from torch import Tensor, nn
 
-from ..nn import RMSNorm, Rows
+from ..nn import BatchLayout, RMSNorm
 
 
 class MTP(nn.Module):
@@ -19,8 +19,10 @@ class MTP(nn.Module):
         self.layer = layer
         self.final_layernorm = RMSNorm(hidden_size, eps)
 
-    def forward(self, next_embeddings: Tensor, hidden: Tensor, rows: Rows, z_loss: float | None = None, cache=None):
+    def forward(
+        self, next_embeddings: Tensor, hidden: Tensor, layout: BatchLayout, z_loss: float | None = None, cache=None
+    ):
         """next_embeddings [T, H], hidden [T, H] after the final norm -> hidden [T, H], and the z-loss or None."""
         x = self.eh_proj(torch.cat([self.enorm(next_embeddings), self.hnorm(hidden)], -1))
-        x, z = self.layer(x, rows, cache, z_loss)
+        x, z = self.layer(x, layout, cache, z_loss)
         return self.final_layernorm(x), z

@@ -79,7 +79,7 @@ class SamplingTensors(NamedTuple):
         floats = [[s.temperature, s.top_p, s.min_p, s.repetition_penalty] for s in sampling]
         top_k = [min(s.top_k or vocabulary, vocabulary) for s in sampling]
         floats = torch.tensor(floats, dtype=torch.float32, device=device)
-        return cls(*floats.unbind(1), torch.tensor(top_k, device=device))
+        return cls._make((*floats.unbind(1), torch.tensor(top_k, device=device)))
 
 
 def sample(

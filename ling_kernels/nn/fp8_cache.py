@@ -36,7 +36,10 @@ class Fp8Cache:
 
     def __init__(self, pow2: bool):
         watch_optimizers()
-        self.pow2, self.pair, self.weight, self.version = pow2, None, None, None
+        self.pow2 = pow2
+        self.pair: tuple[Tensor, Tensor] | None = None
+        self.weight: weakref.ref | None = None
+        self.version: tuple | None = None
         self.written = False  # by the optimizer's step that is under way
 
     def __reduce__(self):

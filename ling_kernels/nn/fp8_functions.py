@@ -46,7 +46,13 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def product(a, b, offsets: Tensor | None, dtype: torch.dtype, transposed: bool = False) -> Tensor:
+def product(
+    a: tuple[Tensor, Tensor],
+    b: tuple[Tensor, Tensor],
+    offsets: Tensor | None,
+    dtype: torch.dtype,
+    transposed: bool = False,
+) -> Tensor:
     """a b^T for pairs a = (a_q, a_scale) and b; with offsets, each expert's rows times its own weight."""
     if offsets is None:
         return gemm_fp8(*a, *b, dtype=dtype, transposed=transposed)
@@ -70,7 +76,7 @@ def weight_gradient(dy, x, plan: Plan | None, dtype: torch.dtype, main_grad: Ten
         else:
             dw = grouped_wgrad(dy, x, plan.offsets, main_grad, accumulate, dtype=dtype)
     elif plan is None:
-        dw = gemm_fp8(*dy, *x, main_grad, accumulate, dtype)
+        dw = gemm_fp8(dy[0], dy[1], x[0], x[1], main_grad, accumulate, dtype)
     else:
         dw = grouped_wgrad(dy[0], x[0], plan.padded_offsets, main_grad, accumulate, dy[1], x[1], True, dtype)
     return None if accumulate else dw

@@ -28,7 +28,9 @@ class Transposed:
     def __init__(self, keep: str = "on_demand"):
         expect(keep in KEEP, f"keep among {', '.join(KEEP)}", keep)
         watch_optimizers()
-        self.keep, self.pair, self.weight, self.version = keep, None, None, None
+        self.keep, self.version = keep, None
+        self.pair: tuple[Tensor, Tensor] | None = None
+        self.weight: weakref.ref | None = None
 
     def __reduce__(self):
         return Transposed, (self.keep,)

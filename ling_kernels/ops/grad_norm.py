@@ -5,14 +5,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..op import expect, upcast
+from ..op import expect
 
 
 def grad_norm(grads: Sequence[Tensor]) -> Tensor:
-    """grads of any shapes, on one device -> their joint 2-norm, a scalar fp32 on that device, without a sync.
+    """grads of any shapes, on one device -> their joint 2-norm, a scalar on that device, without a sync.
 
-    bf16 gradients are accumulated in fp32. 0 without gradients (on the CPU then); NaN or inf where one is in them. Not
-    differentiable. Raises ValueError for tensors that are not floating point or lie on several devices.
+    fp32, also for bf16 gradients, or fp64 where a gradient is fp64. 0 without gradients (on the CPU then); NaN or inf
+    where a gradient has one. Not differentiable. Raises ValueError for tensors that are not floating point or lie on
+    several devices.
     """
     expect(all(g.is_floating_point() for g in grads), "floating-point gradients", *grads)
     devices = {g.device for g in grads}
@@ -24,6 +25,6 @@ def grad_norm(grads: Sequence[Tensor]) -> Tensor:
 def grad_norm_ref(grads):
     if not grads:
         return torch.zeros(())
-    # a few launches for all; torch.nn.utils.get_total_norm, which is this, would round norms of bf16 tensors to bf16
-    norms = torch._foreach_norm(list(grads), 2, dtype=upcast(grads[0].new_empty(0)).dtype)
-    return torch.linalg.vector_norm(torch.stack(norms))
+    # A few launches for all tensors. torch.nn.utils.get_total_norm does the same, but rounds norms of bf16 to bf16.
+    dtype = torch.float64 if any(g.dtype == torch.float64 for g in grads) else torch.float32
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(grads), 2, dtype=dtype)))

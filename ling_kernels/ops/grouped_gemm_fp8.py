@@ -171,11 +171,11 @@ def grouped_gemm_fp8_cutlass(
     """
     import_cutlass()
     y = torch.empty(len(a), b.shape[1], dtype=torch.bfloat16, device=a.device)
-    grouped_gemm_fp8_cutlass_fwd(a, column_major(a_scale), b, b_scale, offsets, y, pingpong)
+    grouped_gemm_fp8_cutlass_fwd(row_major(a), column_major(a_scale), b.contiguous(), b_scale, offsets, y, pingpong)
     return y
 
 
-@op("y")
+@op("y", runs="cuda")
 def grouped_gemm_fp8_cutlass_fwd(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, offsets: Tensor, y: Tensor, pingpong: bool
 ) -> None:

@@ -5,6 +5,7 @@ The composition below is the definition on every backend: its parts have their r
 """
 
 from functools import partial
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from .router_gemm import router_gemm
 from .swiglu import swiglu
 from .unpermute import unpermute
 
-Weight = Tensor | tuple[Tensor, Tensor]  # as it is, or e4m3 with one scale per 128 x 128
+Weight: TypeAlias = Tensor | tuple[Tensor, Tensor]  # as it is, or e4m3 with one scale per 128 x 128
 
 
 def moe(
@@ -54,7 +55,7 @@ def moe(
     expect(x.ndim == 2 and x.shape[1] == H and E > 0, "x [T, H] and router_w [E, H]", x, router_w)
     fp8 = isinstance(w_gate_up, tuple)
     expect(fp8 == isinstance(w_down, tuple), "both expert weights FP8 or neither", type(w_gate_up), type(w_down))
-    gate_up, down = (w_gate_up[0], w_down[0]) if fp8 else (w_gate_up, w_down)
+    gate_up, down = (w[0] if isinstance(w, tuple) else w for w in (w_gate_up, w_down))
     fits = gate_up.ndim == down.ndim == 3 and gate_up.shape == (E, 2 * down.shape[2], H) and down.shape[:2] == (E, H)
     expect(fits, "w_gate_up [E, 2F, H] and w_down [E, H, F]", gate_up, down, router_w)
     expect(not (fp8 and torch.is_grad_enabled() and x.requires_grad), "no gradient to x where weights are FP8", x)
@@ -83,9 +84,10 @@ def expert_mlp(
         folded = weights.masked_fill(plan.slot < 0, 0).flatten()[plan.source.long()]
     if isinstance(w_gate_up, tuple):
         # The product finds its rows of x by itself and, where no weight comes between, writes SwiGLU's FP8 alone.
-        product = partial(grouped_gemm_fp8, *quantize(x), *w_gate_up, plan.offsets, plan)
+        x_q, x_scale = quantize(x)
+        product = partial(grouped_gemm_fp8, x_q, x_scale, w_gate_up[0], w_gate_up[1], plan.offsets, plan)
         h = product(swiglu=True) if folded is None else swiglu(product(dtype=x.dtype), folded, quantize=True)
-        h = grouped_gemm_fp8(*h, *w_down, plan.offsets, dtype=x.dtype)
+        h = grouped_gemm_fp8(h[0], h[1], w_down[0], w_down[1], plan.offsets, dtype=x.dtype)
     else:
         h = grouped_gemm(permute(x, plan), w_gate_up, plan.offsets)
         h = grouped_gemm(swiglu(h, folded), w_down, plan.offsets)

@@ -84,17 +84,24 @@ def unsupported(x, router_w, bias, w_gate_up, w_down, shared, num_groups, group_
         return "weights that are strided, of other shapes than bf16 [E, 2F, H] and [E, H, F], or of other scales"
     if H % BLOCK or F % BLOCK or Fs % BLOCK:
         return "H or F that 128 does not divide"
-    size = unsupported_size(E, num_groups, group_topk, topk)
-    return size or (None if fits_shared_memory(T, H, F, Fs, topk, fp8) else "so many rows of h in shared memory")
+    if size := unsupported_size(E, num_groups, group_topk, topk):
+        return size
+    if not fits_shared_memory(T, H, F, Fs, topk, fp8):
+        return f"{T} rows of h, {topk} x {F} + {Fs} wide, in a block's shared memory"
+    return None
 
 
 @functools.cache
 def fits_shared_memory(T: int, H: int, F: int, Fs: int, topk: int, fp8: bool) -> bool:
-    """Whether a block has the shared memory for all rows of h: not for 8 of the widest models' in bf16."""
-    return backends._C.moe_decode_fits(T, H, F, Fs, topk, fp8)
+    """Whether a block has the shared memory for all rows of h: not for 8 of the widest models' in bf16.
+
+    Without csrc/, as for a question about another machine, it is taken to fit.
+    """
+    return backends._C is None or backends._C.moe_decode_fits(T, H, F, Fs, topk, fp8)
 
 
-fits_shared_memory._dynamo_marked_constant = True  # torch.compile takes the answer and does not look inside
+# torch.compile takes the answer and does not look inside
+fits_shared_memory._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def decode_cuda(x, router_w, bias, w_gate_up, w_down, shared, routing, residual, norm, eps) -> Tensor:

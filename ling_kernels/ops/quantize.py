@@ -40,7 +40,7 @@ def quantize(
     expect(plan is None or plan.source.shape == x.shape[:1], "a plan of M slots", x, plan and plan.source)
     if use_reference("quantize", x):
         return quantize_ref(x, rows, columns, plan, pow2)
-    out = empty_fp8(x, *x.shape, rows, columns, plan)
+    out = empty_fp8(x, len(x), x.shape[1], rows, columns, plan)
     plan = (plan.offsets, plan.padded_offsets) if plan and columns else (None, None)
     quantize_fwd(dense_rows(x.detach()), *out, *plan, None, 1, pow2)
     return tuple(t for t in out if t is not None)

@@ -74,7 +74,7 @@ def swiglu_backward(
         return swiglu_backward_ref(dy, x, weights, quantize, columns, plan, pow2)
     dy, x, weights = (t if t is None else t.detach().contiguous() for t in (dy, x, weights))
     dx, dweights = None if quantize else torch.empty_like(x), None if weights is None else torch.empty_like(weights)
-    out = empty_fp8(x, *x.shape, quantize, columns, plan)
+    out = empty_fp8(x, len(x), x.shape[1], quantize, columns, plan)
     plan = (plan.offsets, plan.padded_offsets) if plan and columns else (None, None)
     swiglu_bwd(dy, x, weights, dx, dweights, *out, *plan, pow2)
     return tuple(t for t in out if t is not None) if quantize else dx, dweights

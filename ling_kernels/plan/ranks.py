@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..model import Ling, LingConfig
 from ..model.packing import pack
 from ..model.transformer import LingOutput
-from ..nn import Experts, MoE, Rows
+from ..nn import BatchLayout, Experts, MoE
 from ..ops.dispatch import Plan, dispatch
 from ..ops.permute import permute
 from ..ops.unpermute import unpermute
@@ -41,7 +41,7 @@ class Rank:
                 if isinstance(moe := layer.mlp, MoE):
                     number = config.num_experts // layout.ep
                     moe.experts = Experts(number, config.hidden_size, config.moe_intermediate_size)
-                    moe.exchange = ExpertParallel(moe, layout.ep, self.worst_load)
+                    moe.exchange = ExpertParallel(moe, layout.ep, self.worst_load)  # type: ignore[assignment]
         return model
 
     def in_flight(self, micro_batches: int) -> int:
@@ -74,14 +74,16 @@ class Stage(Ling):
         if not last:
             self.norm, self.lm_head = nn.Identity(), None
 
-    def forward(self, ids: Tensor, cu_seqlens: Tensor, z_loss: float, **loss) -> LingOutput:
+    def forward(  # type: ignore[override]
+        self, ids: Tensor, cu_seqlens: Tensor, z_loss: float, **loss
+    ) -> LingOutput:
         """The last stage returns a loss; the others return hidden_states [T, H] for the next stage, and the z-loss."""
         if isinstance(self.word_embeddings, StageInput):
             self.word_embeddings.pending = True
         if self.last:
             return super().forward(ids, cu_seqlens=cu_seqlens, z_loss=z_loss, **loss)
         batch = pack(ids, None, cu_seqlens, self.config.max_positions)
-        rows = Rows(self.cos, self.sin, batch.positions, batch.cu_seqlens)
+        rows = BatchLayout(self.cos, self.sin, batch.positions, batch.cu_seqlens)
         h, z = self.backbone(batch.ids, rows, z_loss=z_loss)
         return LingOutput(hidden_states=(h,), z_loss=z)
 

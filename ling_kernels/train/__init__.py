@@ -8,7 +8,8 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
+from ..errors import Diverged  # noqa: E402
 from .settings import Settings  # noqa: E402
-from .trainer import Diverged, Trainer  # noqa: E402
+from .trainer import Trainer  # noqa: E402
 
 __all__ = ["Diverged", "Settings", "Trainer"]

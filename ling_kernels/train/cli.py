@@ -12,15 +12,16 @@ from pathlib import Path
 
 import torch
 
-from ..errors import InputError, Parser, command
+from ..errors import Diverged, InputError, Parser, command
 from ..model import Ling
+from ..model.sample import sampler
 from ..tokenizer import Tokenizer
 from . import checkpoint as ckpt
 from .data import Documents
 from .prepare import deterministic, latest_run
 from .report import Report, draw
 from .settings import Settings, add_flags, settings_of
-from .trainer import Diverged, Trainer
+from .trainer import Trainer
 
 PROMPT = 24  # tokens of a held-out document that the sample continues
 TEMPERATURE = 0.8
@@ -205,16 +206,11 @@ def finish_run(trainer: Trainer, planner) -> None:
 def sample(model: Ling, tokenizer: Tokenizer, held_out: Documents, settings: Settings) -> tuple[str, str]:
     """The beginning of a held-out document, and the model's continuation. Without any text held out it continues the
     end token."""
-    generator = torch.Generator().manual_seed(settings.seed)
-
-    def choose(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        p = (logits.float().cpu() / TEMPERATURE).softmax(-1)
-        return torch.multinomial(p, 1, generator=generator)[:, 0].to(logits.device)
-
     starts = ([int(i) for i in held_out[d][:PROMPT] if i != tokenizer.eos_id] for d in range(len(held_out)))
     prompt = next(filter(None, starts), [tokenizer.eos_id])
     ids = torch.tensor([prompt], device=next(model.parameters()).device)
     new = min(settings.sample_tokens, model.config.max_positions - len(prompt))
+    choose = sampler(temperature=TEMPERATURE, seed=settings.seed)
     model.eval()
     tokens = [int(t) for t in model.stream(ids, new, choose=choose, eos_token_id=tokenizer.eos_id)]
     prompt, tokens = ([t for t in ids if t != tokenizer.eos_id] for ids in (prompt, tokens))

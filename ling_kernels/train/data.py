@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, command
-from ..files import whole
+from ..files import atomic_write
 from ..tokenizer import Tokenizer, load_tokenizer
 from .sources import cpython_documents, documents, find_files, reading
 
@@ -79,7 +79,8 @@ def write_tokens(documents: Iterable[Iterable[bytes]], tokenizer: Tokenizer, out
     count = number = 0
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with whole(out) as tokens, whole(out.with_suffix(".json")) as sidecar:  # the .json is renamed first
+        # The inner context ends first: the .json is renamed before the data.
+        with atomic_write(out) as tokens, atomic_write(out.with_suffix(".json")) as sidecar:
             with open(tokens, "wb") as file:
                 for document in documents:
                     before = count
@@ -196,7 +197,7 @@ class Packed:
         self.docs, self.seq_len, self.seed = docs, seq_len, seed
         self.per_epoch = docs.tokens
         self.block = min(max(self.per_epoch // seq_len, 1), BLOCK)  # rows in a block
-        self._shuffle = functools.lru_cache(maxsize=4)(self._shuffle)  # a block of rows spans two epochs of documents
+        self._shuffle = functools.lru_cache(maxsize=4)(self._permutation)  # a block spans two epochs of documents
 
     def batch(self, rows: Sequence[int]) -> Batch:
         """The rows with these numbers. The result depends on nothing else: no state is kept between calls."""
@@ -222,7 +223,7 @@ class Packed:
         document = self.docs[order[i]]
         return document[len(document) - int(ends[i] - within) :]
 
-    def _shuffle(self, kind: int, number: int):
+    def _permutation(self, kind: int, number: int):
         """The order of the rows of block `number`; or the order of epoch `number`'s documents, and their ends."""
         size = self.block if kind == ROWS else len(self.docs)
         if self.seed is None:

@@ -9,11 +9,11 @@ blocks, and 128 rows of w, so that scales are those of the run. Operands inside 
 from the sample, in fp32.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from math import inf
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +104,8 @@ class FP8Monitor:
         first = self.first.setdefault((layer, operand), [])
         if len(first) < FIRST:
             first.append(values)
-        return tuple(max(FLOOR[i], OWN * max(v[i] or 0 for v in first)) for i in range(2))
+        a, b = (max(FLOOR[i], OWN * max(v[i] or 0 for v in first)) for i in range(2))
+        return a, b
 
     def layers_to_disable(self) -> list[str]:
         """Names of FP8 modules that have been outside their band for `patience` measurements in a row."""
@@ -209,7 +210,7 @@ class Sample:
         return out
 
 
-KINDS = {Fp8Linear: Sample.linear, Fp8MLP: Sample.mlp, Fp8Experts: Sample.experts}
+KINDS: dict[type, Callable] = {Fp8Linear: Sample.linear, Fp8MLP: Sample.mlp, Fp8Experts: Sample.experts}
 
 
 @torch.enable_grad()
@@ -237,7 +238,8 @@ def to_bf16(model: nn.Module, name: str) -> None:
         if isinstance(old, Fp8Linear):
             new = nn.Linear(old.in_features, old.out_features, bias=False)
         else:
-            new = (MLP if isinstance(old, Fp8MLP) else Experts)(*sizes(old))
+            kind: Any = MLP if isinstance(old, Fp8MLP) else Experts
+            new = kind(*sizes(old))
     for part, p in old.named_parameters():
         p.__dict__.pop("fp8", None)  # the optimizer must not update an FP8 copy any more
         owner, _, attribute = part.rpartition(".")

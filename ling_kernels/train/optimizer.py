@@ -231,8 +231,8 @@ class StepInBackward:
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer):
         self.optimizer = optimizer
-        self.norms = dict.fromkeys(model.parameters())
-        self.stopped = None
+        self.norms: dict[nn.Parameter, Tensor | None] = dict.fromkeys(model.parameters())
+        self.stopped: Tensor | None = None
         method = weakref.WeakMethod(self.on_gradient)  # a hook must not keep this alive
         hooks = [p.register_post_accumulate_grad_hook(lambda p: method()(p)) for p in self.norms]
         self.remove = weakref.finalize(self, lambda: [hook.remove() for hook in hooks])

@@ -9,11 +9,12 @@ import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..errors import InputError
-from ..gpu import named
+from ..gpu import find_gpu
 from ..model import LingConfig, resolve_model
 from ..model.config import PRESETS
 from ..tokenizer import Tokenizer, load_tokenizer
@@ -33,7 +34,7 @@ class Run:
     device_name: str
     precision: torch.dtype
     folder: Path
-    new_folder: bool  # made for this run
+    new_folder: bool  # created for this run
     tokens: Path  # tokenised text, in the folder
     had_tokens: bool  # the file was there before
     weights: Path | None = None  # folder of the model to start from; None: random weights
@@ -46,14 +47,14 @@ def new_run(settings: Settings, out: str | Path | None = None, restart: bool = F
     settings = absolute_paths(settings)
     config, weights = model_config(settings)
     check(settings, config)
-    settings, device = choose(settings)
+    settings, device = choose_device_and_threads(settings)
     tokenizer = load_tokenizer(settings.tokenizer or own_tokenizer(weights))
     fits_vocabulary(tokenizer, config, settings)
     if not weights:
         config = replace(config, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.eos_id)
     check_memory(config, settings, device[0])
-    folder, made = make_folder(out, settings.model, restart)
-    return write_settings(Run(settings, config, tokenizer, *device, folder, made, *tokens_of(folder), weights))
+    folder, new = make_folder(out, settings.model, restart)
+    return write_settings(Run(settings, config, tokenizer, *device, folder, new, *tokens_of(folder), weights))
 
 
 def resumed_run(resume: str | Path, changes: dict) -> Run:
@@ -65,7 +66,7 @@ def resumed_run(resume: str | Path, changes: dict) -> Run:
     check(settings, config)
     if settings.steps < state["step"]:
         raise InputError(f"--steps {settings.steps}: {checkpoint} has done {state['step']} already")
-    settings, device = choose(settings)
+    settings, device = choose_device_and_threads(settings)
     tokenizer = load_tokenizer(checkpoint)
     fits_vocabulary(tokenizer, config, settings)
     check_memory(config, settings, device[0])
@@ -73,7 +74,7 @@ def resumed_run(resume: str | Path, changes: dict) -> Run:
     return write_settings(run)
 
 
-def choose(settings: Settings) -> tuple[Settings, tuple[torch.device, str, torch.dtype]]:
+def choose_device_and_threads(settings: Settings) -> tuple[Settings, tuple[torch.device, str, torch.dtype]]:
     """The settings with the number of CPU threads, which is set; device, its name and the precision."""
     device = choose_device(settings)
     settings = replace(settings, threads=settings.threads or torch.get_num_threads())
@@ -97,12 +98,14 @@ def absolute_changes(changes: dict) -> dict:
 
 
 def absolute_paths(settings: Settings) -> Settings:
-    paths = {name: getattr(settings, name) for name in ("data", "tokenizer", "model")}
-    return replace(settings, **absolute_changes({name: value for name, value in paths.items() if value is not None}))
+    names = ("data", "tokenizer", "model")
+    return replace(settings, **{name: absolute(name, getattr(settings, name)) for name in names})
 
 
 def absolute(name: str, value):
-    if name == "data" and value is not None:
+    if value is None:
+        return None
+    if name == "data":
         return tuple(os.path.abspath(v) for v in ([value] if isinstance(value, str | Path) else value))
     if name == "tokenizer" or (name == "model" and value not in PRESETS and os.path.isdir(value)):
         return os.path.abspath(value)
@@ -114,7 +117,7 @@ def model_config(settings: Settings, checkpoint: Path | None = None) -> tuple[Li
 
     For a checkpoint, its own configuration. Raises InputError where the model preset has changed since.
     """
-    mtp = {} if settings.mtp is None else dict(num_nextn_predict_layers=settings.mtp)
+    mtp: dict[str, Any] = {} if settings.mtp is None else dict(num_nextn_predict_layers=settings.mtp)
     if checkpoint is None:
         config, weights = resolve_model(settings.model)
         if weights and mtp:
@@ -232,7 +235,7 @@ def make_folder(out: str | Path | None, model: str, restart: bool) -> tuple[Path
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()) and not (restart and (folder / "settings.json").is_file()):
-            raise InputError(f"--out {folder} is not empty; --resume {folder} goes on with a run")
+            raise InputError(f"--out {folder} is not empty; --resume {folder} continues a run")
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise InputError(f"cannot write to {folder}: {error.strerror or error}") from None
@@ -255,7 +258,7 @@ def discard(run: Run) -> None:
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """Peak FLOP/s for the MFU, and its source: the data sheet for Hopper in bf16, otherwise a matrix product timed
     now."""
-    if device.type == "cuda" and dtype == torch.bfloat16 and (gpu := named(torch.cuda.get_device_name(device))):
+    if device.type == "cuda" and dtype == torch.bfloat16 and (gpu := find_gpu(torch.cuda.get_device_name(device))):
         return gpu.bf16, f"{gpu.name} bf16 dense"
     size, label = (8192, "GPU") if device.type == "cuda" else (1024, f"{torch.get_num_threads()} CPU threads")
     return measured_flops(device, dtype, size), f"measured, {label}, {str(dtype)[6:]}"

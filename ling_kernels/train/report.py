@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ..errors import InputError
-from ..files import whole
+from ..files import atomic_write
 
 FP8_FILE = "fp8.jsonl"
 TRAIN, VALID, GREY = "#2a6fbb", "#d1495b", "#8a8f98"  # colours
@@ -40,7 +40,7 @@ class Report:
         self.fp8 = open_lines(run / FP8_FILE, since) if (run / FP8_FILE).exists() else None
         self.board = tensorboard(run, since)
         self.bar = progress_bar(since, steps)
-        self.seconds = None  # of a step, smoothed
+        self.seconds: float | None = None  # of a step, smoothed
         self.counts, self.counted = None, since  # tokens of each MoE layer and expert after step `counted`
 
     def say(self, text: str) -> None:
@@ -118,7 +118,7 @@ class Report:
 def open_lines(path: Path, since: int):
     """Open a file of JSON lines to append to. Keeps the lines of steps up to `since`; drops an incomplete last line."""
     kept = [json.dumps(row) + "\n" for row in read_lines(path) if row["step"] <= since]
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text("".join(kept))
     return open(path, "a", buffering=1)  # whole lines reach the file at once
 

@@ -11,6 +11,7 @@ import sys
 from dataclasses import asdict, dataclass, field, fields, replace
 from numbers import Integral, Real
 from pathlib import Path
+from typing import Any
 
 from ..errors import InputError
 from ..model import LingConfig
@@ -37,7 +38,7 @@ class Settings:
     The defaults suit tiny; other models' are in recipes/.
     """
 
-    model: str = flag("tiny", "tiny, mini, flash or 1t (random weights), or a checkpoint directory (goes on from it)")
+    model: str = flag("tiny", "tiny, mini, flash or 1t (random weights), or a checkpoint directory (its weights)")
     mtp: int | None = flag(None, "MTP layers of a model with random weights", least=0, shown="the preset's")
     data: tuple[str, ...] | None = flag(
         None, ".txt, .jsonl, .parquet, .bin files or folders of them", nargs="+", shown="the text that ships in CPython"
@@ -122,6 +123,10 @@ class Settings:
     )
     threads: int | None = flag(None, "CPU threads", least=1, shown="one per core")
 
+    def __post_init__(self):
+        if self.fp8_transposed == "per_step":  # the old name, for one version
+            object.__setattr__(self, "fp8_transposed", "kept")
+
     @property
     def ramp(self) -> tuple[int, int] | None:
         return parse_ramp(self.batch_ramp) if self.batch_ramp else None
@@ -136,8 +141,8 @@ CHANGEABLE_ON_RESUME = {
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add --preset and one flag per setting. Flags that are not given are absent from the result, because a resumed run
-    must tell them from given ones."""
+    """Add --preset and one flag per setting. Flags that are not given are absent from the result: a resumed run keeps
+    its own values for them."""
     presets = "; ".join(f"{name}: {as_flags(values)}" for name, values in PRESETS.items())
     parser.add_argument(
         "--preset", choices=PRESETS, default=argparse.SUPPRESS,
@@ -157,24 +162,25 @@ def as_flags(values: dict) -> str:
     return " ".join(f"--{k.replace('_', '-')} {v}" for k, v in values.items())
 
 
-def settings_of(given: dict, saved: dict | None = None) -> Settings:
-    """Settings from the flags given (`preset` and settings by name) over the model's defaults, or over the saved
+def settings_of(options: dict, saved: dict | None = None) -> Settings:
+    """Settings from options (`preset`, and settings by name) over the model's defaults, or over the saved
     settings of the run to resume. Raises InputError where a resumed run cannot change a setting."""
-    given = PRESETS.get(given.get("preset"), {}) | given
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if k != "preset"}
-    if given.get("fp8_transposed") == "per_step":
+    options = PRESETS.get(options.get("preset"), {}) | options
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items() if k != "preset"}
+    if unknown := options.keys() - {f.name for f in fields(Settings)}:
+        raise InputError(f"there is no setting {', '.join(sorted(unknown))}")
+    if options.get("fp8_transposed") == "per_step":
         print("warning: --fp8-transposed per_step is deprecated and means kept", file=sys.stderr)
-        given["fp8_transposed"] = "kept"
     if saved is None:
-        return Settings(**(MODEL_DEFAULTS.get(given.get("model"), {}) | given))
+        return Settings(**(MODEL_DEFAULTS.get(options.get("model"), {}) | options))
     before = from_json(saved)
-    for name, value in given.items():
+    for name, value in options.items():
         if name not in CHANGEABLE_ON_RESUME and value != getattr(before, name):
             flag = f"--{name.replace('_', '-')}"
             raise InputError(
                 f"{name} is {getattr(before, name)!r} in the run to resume and {value!r} here: leave {flag} out"
             )
-    after = replace(before, **given)
+    after = replace(before, **options)
     if after.optimizer == "muon" and after.master != before.master:
         raise InputError(f"--master {after.master}: the run has {before.master}, with which muon keeps other states")
     return after
@@ -185,9 +191,7 @@ def to_json(settings: Settings) -> dict:
 
 
 def from_json(saved: dict) -> Settings:
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
-    if values.get("fp8_transposed") == "per_step":  # its old name
-        values["fp8_transposed"] = "kept"
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
     return Settings(**values)
 
 

@@ -1,12 +1,11 @@
-"""python -m ling_kernels.generate.plan: bytes of a decode step."""
+"""python -m ling_kernels.plan decode: bytes and tokens/s of a decode step."""
 
 import re
 
 import pytest
 
-from ling_kernels.generate import plan
-from ling_kernels.generate.plan import step_bytes, tokens_per_second
 from ling_kernels.model import LingConfig
+from ling_kernels.plan.decode import main, step_bytes, tokens_per_second
 
 
 @pytest.mark.parametrize("weights, head, GB", [("bf16", "bf16", 2.242), ("fp8", "bf16", 1.463), ("fp8", "fp8", 1.141)])
@@ -28,16 +27,16 @@ def test_bytes_of_larger_steps():
 
 
 def test_plan(capsys):
-    assert plan.main(["--model", "mini", "--batch", "1", "64", "--weights", "fp8", "--context", "0"]) == 0
+    assert main(["--model", "mini", "--batch", "1", "64", "--weights", "fp8", "--context", "0"]) == 0
     lines = [re.split(r"  +", line.strip()) for line in capsys.readouterr().out.splitlines()]
     lines = {name: values for name, *values in lines}
     assert float(lines["H200, 4.8 TB/s"][0]) == pytest.approx(3281, rel=0.02)
     assert float(lines["all"][1]) == pytest.approx(14280, rel=0.01)
     assert lines["weights"] == ["16.9", "16.9"] and lines["KV cache"] == ["0.0", "0.0"]
-    assert plan.main(["--model", "1t", "--batch", "1", "64", "--weights", "fp8", "--context", "131072"]) == 0
+    assert main(["--model", "1t", "--batch", "1", "64", "--weights", "fp8", "--context", "131072"]) == 0
     output = capsys.readouterr().out
     assert re.search(r"H200, 4.8 TB/s +needs 8 GPUs +needs 29 GPUs$", output, re.M), output
-    assert plan.main(["--model", "flash", "--batch", "1", "--weights", "fp8", "--context", "4096"]) == 0
+    assert main(["--model", "flash", "--batch", "1", "--weights", "fp8", "--context", "4096"]) == 0
     output = capsys.readouterr().out
     assert re.search(r"H100, 3.35 TB/s +needs 2 GPUs$", output, re.M) and re.search(
         r"H200, 4.8 TB/s +744$", output, re.M
@@ -47,5 +46,5 @@ def test_plan(capsys):
         (["--context", "-1"], "--context"),
         (["--cache", "int4"], "int4"),
     ):
-        assert plan.main(["--model", "mini", *args]) == 2
+        assert main(["--model", "mini", *args]) == 2
         assert output in capsys.readouterr().err

@@ -1,8 +1,9 @@
-"""python -m benchmarks.study_cache RUN: what an FP8 KV cache does to a trained model, on a CPU.
+"""python -m benchmarks.studies.cache RUN: the effect of an FP8 KV cache on a trained model, on a CPU.
 
-RUN is the folder of a finished `make train`. Held-out text is read token by token through the cache, as in decoding, by
-the model in fp32 with a cache in fp32 (the truth), bf16 and e4m3, and in bf16 with both: so what the cache does is
-seen apart from what arithmetic does. Writes benchmarks/results/study_cache.json and the table of docs/serving.md.
+RUN is the folder of a finished `make train`. The model reads held-out text token by token through the cache, as in
+decoding: in fp32 with a cache in fp32 (the truth), bf16 and e4m3, and in bf16 with a cache in bf16 and e4m3, which
+separates the cache's error from the arithmetic's. Writes results/cache.json beside this file, and the table of
+docs/serving.md.
 """
 
 import argparse
@@ -14,18 +15,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.blocks import fill
-from benchmarks.gpu import origin
+from benchmarks.report import fill, table
+from benchmarks.studies import origin
 from ling_kernels.errors import InputError, command
-from ling_kernels.files import whole
+from ling_kernels.files import atomic_write
 from ling_kernels.model import Ling, load_model
 from ling_kernels.model.decode import PAGE, empty_caches
-from ling_kernels.nn import Rows
+from ling_kernels.nn import BatchLayout
 from ling_kernels.tokenizer import load_tokenizer
 from ling_kernels.train.data import Packed, gather_tokens, hold_out
 
-ROOT = Path(__file__).parents[1]
-RESULTS, PAGE_OF_RESULTS = ROOT / "benchmarks/results/study_cache.json", ROOT / "docs/serving.md"
+RESULTS = Path(__file__).parent / "results/cache.json"
+PAGE_OF_RESULTS = Path(__file__).parents[2] / "docs/serving.md"
 TYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, e4m3=torch.float8_e4m3fn)
 VARIANTS = [("fp32", "fp32"), ("fp32", "bf16"), ("fp32", "e4m3"), ("bf16", "bf16"), ("bf16", "e4m3")]  # model, cache
 
@@ -40,7 +41,7 @@ def logits_through(model: Ling, ids: Tensor, cache: torch.dtype) -> Tensor:
     first, none, out = table[:, 0].long(), torch.zeros(B + 1, dtype=torch.int32), []
     for i in range(L):
         at = torch.full((B,), i)
-        rows = Rows(model.cos, model.sin, at, none, first * PAGE + at, B, table, (at + 1).int())
+        rows = BatchLayout(model.cos, model.sin, at, none, first * PAGE + at, B, table, (at + 1).int())
         h, _ = model.backbone(ids[:, i], rows, caches)
         out.append(model.logits(h))
     return torch.stack(out, 1)
@@ -70,7 +71,7 @@ def measure(folder: Path, ids: Tensor) -> list[dict]:
 
 
 def held_out(run: Path, texts: int) -> tuple[Tensor, dict]:
-    """[texts, L] tokens that the run did not train on, and what it says of itself."""
+    """[texts, L] tokens that the run did not train on, and its settings."""
     settings = json.loads((run / "settings.json").read_text())
     settings = settings.get("settings", settings)
     config = json.loads((run / "model/config.json").read_text())
@@ -84,24 +85,21 @@ def held_out(run: Path, texts: int) -> tuple[Tensor, dict]:
     return torch.as_tensor(ids), about | dict(head_dim=config["head_dim"], texts=texts)
 
 
-def table(result: dict) -> str:
+def block(result: dict) -> str:
     about, rows = result["about"], result["rows"]
-    base = {row["model"]: row for row in rows if row["cache"] == row["model"]}
+    base = {r["model"]: r["perplexity"] for r in rows if r["cache"] == r["model"]}
     lines = [
         f"A `{about['model']}` model after {about['steps']} steps, heads of {about['head_dim']}, over {about['texts']}"
         f" held-out texts of {about['seq_len']} tokens",
         "read one by one through the cache, against fp32 with an fp32 cache; on a CPU,",
-        "[study_cache.json](../benchmarks/results/study_cache.json):", "",
-        "| model | cache | perplexity | against its own type | logits differ by | KL, nats | same likeliest token |",
-        "|---|---|---|---|---|---|---|",
+        "[cache.json](../benchmarks/studies/results/cache.json):", "",
     ]  # fmt: skip
-    for r in rows:
-        change = f"{r['perplexity'] / base[r['model']]['perplexity'] - 1:+.3%}"
-        lines.append(
-            f"| {r['model']} | {r['cache']} | {r['perplexity']:.4f} | {change} | {r['error']:.2%} | {r['kl']:.1e}"
-            f" | {r['same']:.2%} |"
-        )
-    return "\n".join(lines) + "\n"
+    head = "model | cache | perplexity | against its own type | logits differ by | KL, nats | same likeliest token"
+    lines += table(head, [
+        (r["model"], r["cache"], f"{r['perplexity']:.4f}", f"{r['perplexity'] / base[r['model']] - 1:+.3%}",
+         f"{r['error']:.2%}", f"{r['kl']:.1e}", f"{r['same']:.2%}") for r in rows
+    ])  # fmt: skip
+    return "\n".join(lines)
 
 
 def main() -> int:
@@ -112,11 +110,11 @@ def main() -> int:
     if not (args.run / "model/config.json").is_file():
         raise InputError(f"{args.run} is no finished training run: it has no model/")
     ids, about = held_out(args.run, args.texts)
-    result = origin() | dict(torch=torch.__version__, about=about, rows=measure(args.run / "model", ids))
-    with whole(RESULTS) as partial:
+    result = origin() | dict(about=about, rows=measure(args.run / "model", ids))
+    with atomic_write(RESULTS) as partial:
         partial.write_text(json.dumps(result, indent=1) + "\n")
-    fill(PAGE_OF_RESULTS, dict(study_cache=table(result)))
-    print(table(result))
+    fill(PAGE_OF_RESULTS, dict(study_cache=block(result)))
+    print(block(result))
     return 0
 
 

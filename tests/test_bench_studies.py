@@ -1,0 +1,74 @@
+"""The studies of FP8 training and of the FP8 cache, short; their pages show their committed results."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks.report import cut
+from benchmarks.studies import cache, fp8
+from tests.test_model import DATA, expected, load
+
+
+def test_fp8_trains_and_measures(tmp_path, monkeypatch):
+    monkeypatch.setattr(fp8, "SAVE_EVERY", 20)
+    monkeypatch.setattr(fp8, "SEEDS", (0,))
+    monkeypatch.setattr(fp8, "RUNS", [("fp8", True, 0), ("bf16", True, 0)])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        results, settings = tmp_path / "results", replace(fp8.SETTINGS, steps=40, eval_rows=8, warmup=10)
+        fp8.train_all(results, tmp_path, settings)
+        fp8.measure_all(results, tmp_path)
+    finally:
+        torch.set_num_threads(threads)
+    runs = {name: json.loads((results / f"{name}-norm-0.json").read_text()) for name in ("fp8", "bf16")}
+    in_fp8, in_bf16 = (run["losses"] for run in runs.values())
+    assert len(in_fp8) == 40 and in_fp8 != in_bf16 and in_fp8[-1] < 0.8 * in_fp8[0]
+    assert runs["fp8"]["data"] == runs["bf16"]["data"] and runs["fp8"]["val_loss"] < in_fp8[0]
+    assert abs(sum(in_fp8[-10:]) / sum(in_bf16[-10:]) - 1) < 0.01
+
+    by_step = json.loads((results / "operands.json").read_text())["norm"]["0"]
+    assert list(by_step) == ["20", "40"] and len(by_step["40"]) == 4 + 2 + 4
+    for operands in by_step["40"].values():
+        assert list(operands) == ["w", "x", "xt", "dy", "dyt"]
+        assert all(1e-4 < distortion < 1e-3 for _, distortion in operands.values())
+    errors = json.loads((results / "gradients.json").read_text())["errors"]["0"]
+    assert len(errors) == 4 + 1 + 2
+    for layer in errors.values():
+        for name, error in layer["fp8"].items():
+            assert 3 * layer["bf16"][name] < error < 0.06 and 1e-3 < layer["bf16"][name] < 6e-3, name
+
+    difference = fp8.apart({f"{k}-norm-0": v for k, v in runs.items()}, "fp8-norm-0", "bf16-norm-0")
+    assert f"| FP8 | {difference:+.2%} |" in fp8.tables(*fp8.load(results))
+    written = (results / "fp8-norm-0.json").stat().st_mtime_ns
+    fp8.train_all(results, tmp_path, settings)  # a run with a results file is not repeated
+    assert (results / "fp8-norm-0.json").stat().st_mtime_ns == written
+
+
+def test_logits_through_the_cache_are_those_without():
+    model, ids = load("base"), expected("base")["generate.greedy"][:2]
+    with torch.inference_mode():
+        want = model(ids).logits
+    assert torch.allclose(cache.logits_through(model, ids, torch.float32), want, atol=1e-4)
+    rows = {(r["model"], r["cache"]): r for r in cache.measure(DATA / "base", ids)}
+    assert list(rows) == cache.VARIANTS and rows["fp32", "fp32"]["error"] == 0 and rows["fp32", "fp32"]["same"] == 1
+    assert 0 < rows["fp32", "bf16"]["error"] < rows["fp32", "e4m3"]["error"] < 0.2
+
+
+def test_comparison_of_logits():
+    truth = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
+    ids = torch.tensor([[1, 2, 3], [4, 0, 1]])
+    same = cache.compare(truth + 7, truth, ids)
+    assert same["error"] < 1e-6 and abs(same["kl"]) < 1e-6 and same["same"] == 1
+    want = torch.nn.functional.cross_entropy(truth[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert same["nats"] == pytest.approx(want.item())
+    other = cache.compare(truth.flip(-1), truth, ids)
+    assert other["kl"] > 0.1 and other["same"] < 1 and other["error"] > 0.5
+
+
+def test_pages_show_the_results():
+    assert fp8.tables(*fp8.load(fp8.RESULTS)) == cut(fp8.PAGE.read_text(), "study_fp8")[1]
+    found = json.loads(cache.RESULTS.read_text())
+    assert cache.block(found) == cut(cache.PAGE_OF_RESULTS.read_text(), "study_cache")[1]
