@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..nn import MLP, Attention, BatchLayout, Experts, MoE, RMSNorm, Router
 from ..nn.norm import Fp32Buffers
+from ..op import upcast
 from ..ops.attention_decode import KVCache
 from ..ops.cross_entropy import cross_entropy
 from ..ops.linear_cross_entropy import linear_cross_entropy
@@ -178,8 +179,8 @@ class Ling(Fp32Buffers):
         return torch.where(ids[:, None] < 0, x.detach(), x)
 
     def logits(self, h: Tensor) -> Tensor:
-        """h [T, H] -> [T, V] fp32."""
-        return self.lm_head(h).float()
+        """h [T, H] -> [T, V] fp32, fp64 for a model in fp64."""
+        return upcast(self.lm_head(h))
 
     def forward(
         self,
