@@ -3,7 +3,7 @@
     python examples/generate.py                      a tiny model with random weights, so the text is noise
     python examples/generate.py FOLDER "The " 64     a checkpoint folder (Hugging Face's layout), a prompt, a length
 
-The same engine is behind `python -m ling_kernels.generate` and the OpenAI-compatible server; docs/serving.md describes it.
+`python -m ling_kernels.generate` and the OpenAI-compatible server run the same engine: docs/serving.md.
 """
 
 import sys

@@ -31,7 +31,7 @@ class NextByte(nn.Module):
         x = x + self.down(lk.swiglu(self.gate_up(lk.rms_norm(x, self.norm))))
         return lk.linear_cross_entropy(
             x, self.head.weight, targets
-        )  # the logits [T, vocabulary] never exist as a whole
+        )  # without all logits at once
 
 
 torch.manual_seed(0)

@@ -2,8 +2,8 @@
 
     python examples/train_on_your_text.py TEXTS OUT [STEPS]
 
-TEXTS is a .txt, .jsonl, .parquet file or a folder of them; OUT is a new folder for checkpoints and the model. It is what
-`python -m ling_kernels.train --data TEXTS --out OUT` does, as a loop of your own.
+TEXTS is a .txt, .jsonl or .parquet file, or a folder of them; OUT is a new folder for checkpoints and the model. The
+command `python -m ling_kernels.train --data TEXTS --out OUT` is the same loop.
 """
 
 import sys

@@ -49,7 +49,7 @@ config = DeepseekV3Config(
     n_group=4, topk_group=2, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16,
 )  # fmt: skip
 model = DeepseekV3ForCausalLM(config)
-for name, p in model.named_parameters():
+for p in model.parameters():
     if p.ndim > 1:
         nn.init.normal_(p, std=0.2)
 ids = torch.randint(0, config.vocab_size, (2, 12))
