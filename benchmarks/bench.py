@@ -8,11 +8,14 @@ figures are in `extra_info`. The groups of one op at one shape hold our backends
 
 import asyncio
 import dataclasses
+import functools
 import gc
 import math
 import random
+import sys
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
+from unittest import mock
 
 import pytest
 import torch
@@ -39,42 +42,36 @@ def free_gpu_memory():
     torch.cuda.empty_cache() if GPU else None
 
 
-# Ops. Each at its Case's own shape, also over Ling's grid with --shapes grid.
+# Ops: each at its Case's own shape, also over Ling's grid with --shapes grid.
 
-
-def implementations(case, first_shape: bool) -> list[str]:
-    """Our backends, fastest first; the reference only at the first shape."""
-    return [*(b for b in ("cuda", "triton") if b in case.backends), *(["torch"] if first_shape else [])]
+FORWARD, BACKWARD, BOTH = "forward", "backward", "forward and backward"
 
 
 def op_rows(which: str) -> list:
-    """A parameter for each Case, shape, backend and pass."""
-    found = []
+    """(Case, shape, implementation, pass) of our backends and, at the first shape, the reference."""
+    rows, skip = [], pytest.mark.skip("cannot run here")
     for case in CASES:
         for i, shape in enumerate(shapes(case, which)):
-            for by in implementations(case, i == 0):
-                marks = () if by == "torch" or GPU and runs(by) else pytest.mark.skip(f"{by} cannot run here")
-                found += [
-                    pytest.param(case, shape, by, name, id=f"{title(case, shape)}-{by}-{name}", marks=marks)
-                    for name in ("forward", "backward")
-                ]  # fmt: skip
-    return found
+            for by in [b for b in ("cuda", "triton") if b in case.backends] + ["torch"] * (i == 0):
+                marks = () if by == "torch" or GPU and runs(by) else skip
+                rows += [pytest.param(case, shape, by, name, marks=marks) for name in (FORWARD, BACKWARD)]
+    return rows
 
 
 def peer_rows(which: str) -> list:
+    found = [(case, peer) for peer in peers.names() for case in CASES if peer in peers.of(case)]
     return [
-        pytest.param(case, shape, by, id=f"{title(case, shape)}-{by}")
-        for by in peers.names() for case in CASES if by in peers.of(case)
-        for shape in shapes(case, which)[: 1 if by == "torch.compile" else None]
+        pytest.param(case, shape, peer, FORWARD)
+        for case, peer in found for shape in shapes(case, which)[: 1 if peer == "torch.compile" else None]
     ]  # fmt: skip
 
 
 def pytest_generate_tests(metafunc):
-    which = metafunc.config.getoption("--shapes")
-    rows = {"case, shape, by, name": op_rows, "case, shape, by": peer_rows}
-    for names, make in rows.items():
-        if {*names.split(", ")} == {*metafunc.fixturenames} & {"case", "shape", "by", "name"}:
-            metafunc.parametrize(names, make(which) if GPU or which == "small" else [])
+    make, which = dict(bench_op=op_rows, bench_peer=peer_rows), metafunc.config.getoption("--shapes")
+    if metafunc.function.__name__ in make:
+        rows = make[metafunc.function.__name__](which) if GPU or which == "small" else []
+        ids = ["-".join([title(*r.values[:2]), *r.values[2:]]) for r in rows]
+        metafunc.parametrize("case, shape, by, name", rows, ids=ids)
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
@@ -87,43 +84,41 @@ def bench_rate(benchmark, rate):
     benchmark.extra_info.update(rate=rate, per_second=amount / benchmark.stats.stats.median)
 
 
-def describe(benchmark, case, shape, by: str, name: str, work, **more) -> None:
-    benchmark.extra_info.update(
-        case=title(case, shape), op=case.op.__name__, by=by, name=name, shape={k: str(v) for k, v in shape.items()},
-        bytes=work.bytes, flops=work.flops, precision=work.precision, **more,
-    )  # fmt: skip
-
-
 def bench_op(benchmark, case, shape, by, name):
     benchmark.group, op, kwargs = f"{title(case, shape)} {name}", op_of(case), case.kwargs
+    args, several, error = tuple(args_of(case, shape, case.dtypes[0])), None, None
     try:
-        args = tuple(args_of(case, shape, case.dtypes[0]))
-        with force(by):
-            if name == "forward":
-                args = peers.detached(args)
-                work = forward_work(case, shape, args, op(*args, **kwargs))
-                time_calls(
-                    benchmark, lambda: op(*args, **kwargs),
-                    lambda: [lambda a=a: op(*a, **kwargs) for a in copies(args, work.bytes)],
-                )  # fmt: skip
-            else:
+        with nullcontext() if by in peers.names() else force(by):
+            if name == BACKWARD:
                 backward = Backward(case, shape, args) if any(t.requires_grad for t in tensors(args)) else None
                 if backward is None or not backward.outs:
                     pytest.skip("has no gradient")
-                work = backward.work
-                time_calls(
-                    benchmark, backward.run,
-                    lambda: [Backward(case, shape, a).run for a in copies(args, work.bytes)[1:]],
-                )  # fmt: skip
+                call, work = backward.run, backward.work
+                several = lambda: [Backward(case, shape, a).run for a in copies(args, work.bytes)[1:]]  # noqa: E731
+            else:
+                args = peers.detached(args)
+                if by in peers.names():
+                    call, error, outs = peers.checked(by, case, args)
+                else:
+                    call, outs = functools.partial(op, *args, **kwargs), op(*args, **kwargs)
+                    several = lambda: [functools.partial(op, *a, **kwargs) for a in copies(args, work.bytes)]  # noqa: E731
+                work = forward_work(case, shape, args, outs)
+            time_calls(benchmark, call, several)
     except torch.OutOfMemoryError:
         pytest.skip("needs more memory than this GPU has")
-    describe(benchmark, case, shape, by, name, work)
+    except Exception as error:  # a foreign library may raise anything
+        if by not in peers.names():
+            raise
+        pytest.skip(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:150]}")
+    benchmark.extra_info.update(
+        case=title(case, shape), op=case.op.__name__, by=by, name=name, shape={k: str(v) for k, v in shape.items()},
+        bytes=work.bytes, flops=work.flops, precision=work.precision, error=error,
+    )  # fmt: skip
 
 
 # Layers and steps of Ling-mini with random weights.
 
 EXPERTS = 256 if GPU else 32  # a CPU gets the experts of one GPU of eight
-FORWARD, BOTH = "forward", "forward and backward"
 LAYERS = [
     *((T, FORWARD, by) for T in ((64, 8192) if GPU else (1, 16, 64)) for by in ("ours", "loop", "transformers")),
     *((8192 if GPU else 64, BOTH, by) for by in ("ours", "loop")),
@@ -270,23 +265,23 @@ def percentile(values: list[float], p: float) -> float:
 # The host's share: CPU time of a call up to its last launch. Without a GPU a launch is counted and returns.
 
 
-class Launches:
-    """While open, count launches of Triton kernels; without a GPU no kernel runs."""
+@contextmanager
+def launches():
+    """A list of the Triton kernels that are launched. Without a GPU none runs, and the ops do not look at values."""
+    from triton.runtime.jit import JITFunction
 
-    def __enter__(self):
-        from triton.runtime.jit import JITFunction
+    found, run = [], JITFunction.run
 
-        self.count, self.jit, self.run = 0, JITFunction, JITFunction.run
+    def launch(fn, *args, **kwargs):
+        found.append(fn)
+        return run(fn, *args, **kwargs) if GPU else None
 
-        def launch(fn, *args, **kwargs):
-            self.count += 1
-            return self.run(fn, *args, **kwargs) if GPU else None
-
-        JITFunction.run = launch
-        return self
-
-    def __exit__(self, *_):
-        self.jit.run = self.run
+    modules = [m for name, m in sys.modules.items() if name.startswith("ling_kernels.ops.") and not GPU]
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(JITFunction, "run", launch))
+        for module in (m for m in modules if hasattr(m, "values_on_host")):
+            stack.enter_context(mock.patch.object(module, "values_on_host", lambda x: False))
+        yield found
 
 
 def host_seconds(call, calls: int = 200) -> float:
@@ -311,9 +306,10 @@ def bench_host(benchmark, op):
     case, fn, w = HOST[op], op_of(HOST[op]), torch.randn(2048, device=DEVICE)
     (shape,) = shapes(case, "small")
     args, ours, torchs = peers.detached(tuple(args_of(case, shape, case.dtypes[0]))), [], []
-    with force("triton"), torch.no_grad(), Launches() as launches:
+    with force("triton"), torch.no_grad(), launches() as launched:
         fn(*args, **case.kwargs)
-    with force("triton"), torch.no_grad(), nullcontext() if GPU else Launches():
+    count = len(launched)
+    with force("triton"), torch.no_grad(), nullcontext() if GPU else launches():
         benchmark.group = "host"
         benchmark.pedantic(
             lambda: ours.append(host_seconds(lambda: fn(*args, **case.kwargs))), warmup_rounds=1, rounds=7,
@@ -321,7 +317,7 @@ def bench_host(benchmark, op):
         )  # fmt: skip
     benchmark.extra_info.update(
         host=op,
-        launches=launches.count,
+        launches=count,
         host_us=min(ours) * 1e6,
         ratio=min(ours) / min(torchs),
         torch_us=min(torchs) * 1e6,
@@ -331,13 +327,6 @@ def bench_host(benchmark, op):
 # Peers come last: a run that is stopped has our own rows.
 
 
-def bench_peer(benchmark, case, shape, by):
-    """Forward on the layout that the peer wants; timed if its first result is the reference's up to rounding."""
-    benchmark.group = f"{title(case, shape)} {FORWARD}"
-    args = peers.detached(tuple(args_of(case, shape, case.dtypes[0])))
-    try:
-        call, error, ours = peers.checked(by, case, args)
-    except Exception as reason:  # a foreign library may raise anything
-        pytest.skip(f"{type(reason).__name__}: {(str(reason).splitlines() or [''])[0][:150]}")
-    time_calls(benchmark, call)
-    describe(benchmark, case, shape, by, FORWARD, forward_work(case, shape, args, ours), error=error)
+def bench_peer(benchmark, case, shape, by, name):
+    """Timed if its first result is the reference's up to rounding."""
+    bench_op(benchmark, case, shape, by, name)

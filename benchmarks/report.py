@@ -71,9 +71,7 @@ class Run:
             self.doubts.append(f"throttled: {self.rates['bf16'] / 1e12:.0f} TFLOP/s in bf16")
         if not self.machine.get("gpu") and self.machine["load"] > self.machine["cores"] / 2:
             load, cores = self.machine["load"], self.machine["cores"]
-            self.doubts.append(
-                f"other programs used this CPU (load {load} on {cores} cores); only ratios tell something"
-            )
+            self.doubts.append(f"other programs used this CPU (load {load} on {cores} cores): compare ratios only")
 
     def of(self, key: str) -> list[dict]:
         return [r for r in self.rows if r.get(key) is not None]

@@ -37,7 +37,6 @@ static ling::DType to_dtype(DLDataType t) {
         case kDLFloat << 8 | 16: return f16;
         case kDLBfloat << 8 | 16: return bf16;
         case kDLFloat8_e4m3fn << 8 | 8: return e4m3;
-        case kDLFloat8_e5m2 << 8 | 8: return e5m2;
         case kDLInt << 8 | 32: return i32;
         case kDLInt << 8 | 64: return i64;
         case kDLUInt << 8 | 8: return u8;

@@ -7,7 +7,7 @@ namespace ling {
 // Until the kernels before this one in the stream have ended and what they wrote is visible.
 __device__ inline void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 // The next kernel may start once every block has said so: its blocks then take up SMs that this kernel leaves free.
-__device__ inline void let_next_start() { asm volatile("griddepcontrol.launch_dependents;"); }
+__device__ inline void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;"); }
 // 1 / x to the last bit or two, 0 where that is below 2^-126; __fdividef takes three instructions more.
 __device__ inline float reciprocal(float x) {
     float y;
@@ -18,7 +18,7 @@ __device__ inline float reciprocal(float x) {
 __device__ inline void prefetch_line(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 #else
 inline void wait_for_previous() { cuda_on_host::wait_for_previous(); }
-inline void let_next_start() {}
+inline void launch_dependents() {}
 inline float reciprocal(float x) { return 1 / x; }
 inline void prefetch_line(const void*) {}
 #endif

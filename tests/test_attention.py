@@ -1,4 +1,4 @@
-"""Properties of attention on every backend, and calls that must be refused; values and gradients are the table's."""
+"""Properties of attention on every backend, and calls that must raise. cases.py covers values and gradients."""
 
 import math
 
@@ -9,7 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from ling_kernels import attention, attention_decode, qk_norm_attention, qk_norm_attention_decode, qk_norm_rope
 from ling_kernels.backend import force
 from ling_kernels.nn.attention import Attention, BatchLayout
-from ling_kernels.ops.attention import attention_bwd, attention_fwd, config, most_tiles
+from ling_kernels.ops.attention import attention_bwd, attention_fwd, config, max_tiles
 from ling_kernels.ops.attention_decode import KVCache
 from ling_kernels.ops.qk_norm_attention import QKNormAttention, qk_norm_attention_ref
 from ling_kernels.ops.rope_tables import rope_tables
@@ -92,7 +92,7 @@ def test_one_token_more_changes_no_bit_before_it(T):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_a_later_token_holds_changes_no_bit_before_it(backend):
+def test_a_later_tokens_values_change_no_bit_before_it(backend):
     q, k, v = (x.detach() for x in qkv_of(150, 2, 1, 128))
     with force(backend):
         before, lse_before = attention(q, k, v, cu_seqlens((150,)))
@@ -106,7 +106,7 @@ def test_what_a_later_token_holds_changes_no_bit_before_it(backend):
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_prefill_then_decode_is_one_prefill(backend, dtype, one_launch):
-    """Two sequences, their prompts at once, then three tokens, then one: within rounding all of it at once."""
+    """Two sequences: prefill, then steps of three tokens and of one, equal one prefill of all tokens up to rounding."""
     lens, steps, Hq, Hkv, D, page = (19, 6), (3, 1), 4, 2, 128, 16
     new = sum(steps)
     qkv, *norms = fused_args([n + new for n in lens], dtype, Hq, Hkv, D, 64)
@@ -116,7 +116,7 @@ def test_prefill_then_decode_is_one_prefill(backend, dtype, one_launch):
     rows = qkv.split([n + new for n in lens])
 
     def step(begins, ends):
-        """q of rows begins[b] : ends[b] of each sequence, whose keys and values enter the cache."""
+        """q of rows begins[b] : ends[b] of each sequence; writes their keys and values into the cache."""
         spans = [torch.arange(a, b, device=DEVICE) for a, b in zip(begins, ends, strict=True)]
         slots = torch.cat([pages[at // page].long() * page + at % page for pages, at in zip(table, spans, strict=True)])
         packed = torch.cat([r[a:b] for r, a, b in zip(rows, begins, ends, strict=True)])
@@ -147,7 +147,7 @@ def test_prefill_then_decode_is_one_prefill(backend, dtype, one_launch):
 
 @kernels
 def test_queries_are_normed_and_rotated_as_qk_norm_rope_does_it():
-    """Up to a last bit of a few."""
+    """Up to the last bit of a few elements."""
     args = fused_args((70, 9), Hq=4, Hkv=2, D=64, R=32)
 
     def run(fn):
@@ -166,19 +166,19 @@ def test_queries_are_normed_and_rotated_as_qk_norm_rope_does_it():
 
 
 @kernels
-def test_one_qkv_is_all_that_is_kept():
-    kept = {}
+def test_only_one_qkv_is_saved_for_backward():
+    saved = {}
 
-    def keep(x):
-        kept[x.data_ptr()] = x.untyped_storage().nbytes()
+    def save(x):
+        saved[x.data_ptr()] = x.untyped_storage().nbytes()
         return x
 
     args = fused_args((40,), Hq=8, Hkv=2, D=32)
-    with force("triton"), saved_tensors_hooks(keep, lambda x: x):
+    with force("triton"), saved_tensors_hooks(save, lambda x: x):
         out, lse = qk_norm_attention(*args)
     tensors = [a for a in args if isinstance(a, torch.Tensor)]
-    assert sum(kept.values()) <= sum(x.untyped_storage().nbytes() for x in (*tensors, out, lse))
-    assert args[0].data_ptr() in kept
+    assert sum(saved.values()) <= sum(x.untyped_storage().nbytes() for x in (*tensors, out, lse))
+    assert args[0].data_ptr() in saved
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -206,22 +206,22 @@ def test_the_module_trains_through_it():
     layer = Attention(48, 4, 2, 32, eps=0.1).to(DEVICE)
     rows = BatchLayout(*rope_tables(20, 16, 1e4, device=DEVICE), positions_of(*lens), cu_seqlens(lens))
     x = torch.randn(33, 48, device=DEVICE, requires_grad=True)
-    results, kept = [], []
+    results, saved = [], []
     for backend in ("torch", "triton"):
         sizes = []
         with force(backend), saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
             out = layer(x, rows)
         with force(backend):
             results.append([out, *torch.autograd.grad(out.sin().sum(), [x, *layer.parameters()])])
-        kept.append(sum(sizes))
+        saved.append(sum(sizes))
     for got, want in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-    assert kept[1] < kept[0]
+    assert saved[1] < saved[0]
 
 
 @kernels
 def test_a_position_past_the_table_is_nan():
-    """On a GPU, where nobody looks at positions: what sees the token is NaN, and nothing else."""
+    """On a GPU, where the host does not check positions: queries that see the token are NaN, and no others."""
     qkv, *rest = fused_args((5, 4), FP32)
     rest[4][2] = 99
     with force("triton"):
@@ -233,7 +233,7 @@ def test_a_position_past_the_table_is_nan():
 @pytest.mark.parametrize("bounds", [(0, 4), (1, 6), (0, 4, 3, 6), (0, 9), (0, -2, 6)])
 @pytest.mark.parametrize("keys", [False, True])
 def test_bounds_that_do_not_fit_give_nan_on_a_gpu(bounds, keys):
-    """A GPU's bounds are not looked at before the launch. Nothing past an end is touched, nothing left as it was."""
+    """On a GPU the host does not check cu_seqlens. Kernels write all of the results, and nothing outside them."""
     q, k, v = (x.detach() for x in qkv_of(6, 2, 1, 16))
     bad = torch.tensor(bounds, dtype=torch.int32, device=DEVICE)
     good = torch.linspace(0, 6, len(bounds), device=DEVICE).int()
@@ -260,18 +260,18 @@ def test_yarn_scales_the_rotated_half_only():
         torch.testing.assert_close(b[..., :64].norm(dim=-1), a[..., :64].norm(dim=-1) * factor)
         torch.testing.assert_close(b[0, :, :64], a[0, :, :64] * factor)
     assert same_bits([v0], [v])
-    # Pairs 0 to 12 keep their frequency, those from 21 on have a quarter of it.
+    # Pairs 0 to 12 save their frequency, those from 21 on have a quarter of it.
     fast, slow = slice(0, 13), slice(21, 32)
     for was, now in zip(plain, stretched, strict=True):
         torch.testing.assert_close(now[:2000, fast], was[:2000, fast] * factor)
         torch.testing.assert_close(now[::4, slow], was[:32768, slow] * factor, rtol=1e-4, atol=1e-4)
 
 
-def test_there_are_tiles_enough_and_every_dtype_has_some():
+def test_max_tiles_is_an_upper_bound_and_every_dtype_has_tiles():
     for lens in ((), (0,), (1, 1, 1), (127, 1, 130), (64, 64)):
         for block in (16, 64, 128):
-            assert most_tiles(sum(lens), len(lens), block) >= sum(-(-n // block) for n in lens)
-    for kernel in ("fwd", "fused", "dq", "dkv"):
+            assert max_tiles(sum(lens), len(lens), block) >= sum(-(-n // block) for n in lens)
+    for kernel in ("fwd", "fwd_norm", "dq", "dkv"):
         for dtype in (BF16, torch.float16, FP32):
             assert config(kernel, dtype, 132).keys() == config(kernel, dtype, 78).keys()
 
@@ -340,6 +340,6 @@ def wrong_calls():
 
 @pytest.mark.parametrize("backend", [BACKENDS[0], BACKENDS[1]])
 @pytest.mark.parametrize("fn, args", [pytest.param(f, a, id=f"{f.__name__}-{name}") for name, f, a in wrong_calls()])
-def test_wrong_arguments_are_named(fn, args, backend):
+def test_wrong_arguments_raise(fn, args, backend):
     with force(backend), pytest.raises(ValueError, match="expected .*; got"):
         fn(*args)

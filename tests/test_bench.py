@@ -103,7 +103,7 @@ def run_bench(tmp_path, *arguments: str) -> dict:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_ops_and_steps_run_as_they_are_timed(tmp_path):
     """All references at small shapes, forward and backward; training, decoding and serving steps; one op's host."""
-    which = "torch-forward or torch-backward or train_step or 8-256 or serve[inf] or bench_host[route]"
+    which = "torch-forward or torch-backward or train_step or 8-256 or serve[inf] or host[route] or host[moe]"
     found = run_bench(tmp_path, "benchmarks/bench.py", "--shapes=small", "-k", which, "--commit=abc")
     assert found["commit_info"]["id"] == "abc" and found["machine_info"]["torch"] == torch.__version__
     assert "node" not in found["machine_info"] and not any("data" in b["stats"] for b in found["benchmarks"])
@@ -111,7 +111,7 @@ def test_ops_and_steps_run_as_they_are_timed(tmp_path):
     ops = {(r["op"], r["name"]) for r in rows.values() if "case" in r}
     assert {op for op, _ in ops} == {c.op.__name__ for c in CASES} and ("rms_norm", "backward") in ops
     assert all(r["bytes"] > 0 and r["stats"]["median"] > 0 and r["group"] for r in rows.values() if "case" in r)
-    assert rows["route"]["launches"] == 1 and rows["route"]["ratio"] > 0
+    assert rows["route"]["launches"] == 1 < rows["moe"]["launches"] and rows["route"]["ratio"] > 0
     assert rows["tiny-fp32-8-256"]["experts_used"] > 1 and rows["tiny-fp32-8-256"]["bytes"] > 1e6
     serve = next(r for r in rows.values() if "serve" in r)
     assert 0 < serve["first_p50_ms"] <= serve["first_p99_ms"] and serve["tokens_per_s"] > serve["requests_per_s"]

@@ -1,4 +1,4 @@
-"""The attention kernel of csrc/ on the CPU, with twins of TMA, wgmma and mbarriers, and wrong ones that must fail."""
+"""csrc/'s attention kernels on the CPU, with emulated TMA, wgmma and mbarriers, and broken kernels that must fail."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from tests.test_host import sanitized
 pytestmark = pytest.mark.usefixtures("schedule")
 C = load()
 BF16 = torch.bfloat16
-PLAIN = None, None, None, None, 0.0  # q as it comes
+PLAIN = None, None, None, None, 0.0  # without norm and rotation of q
 
 # lengths of queries and of keys, heads, KV heads, causal
 PACKED = [
@@ -37,7 +37,7 @@ def bounds(lengths):
 
 
 def check_packed(C, which=PACKED):
-    """Every sequence's neighbours hold NaN or large numbers in turn."""
+    """Outputs of packed sequences equal the reference's."""
     for queries, keys, Hq, Hkv, causal in which:
         rand = Rand(BF16)
         cu_q, cu_k = bounds(queries), bounds(keys)
@@ -103,7 +103,7 @@ def check_neighbours_bwd(C):
 
 
 def check_norm(C):
-    """q normed and rotated in the kernel, out of wider rows; int64 and int32 positions."""
+    """The kernel norms and rotates q, which lies in wider rows; int64 and int32 positions."""
     rand = Rand(BF16)
     for lengths, int_type, w_type in (([5, 130], torch.int64, BF16), ([70], torch.int32, torch.float32)):
         cu, T = bounds(lengths), sum(lengths)
@@ -143,17 +143,17 @@ def test_a_debug_build_checks_bounds(wrong, keys):
 
 
 FILE = "attention/attention.cu"
-BROKEN = {  # name: (its error, its message, right, wrong)
+BROKEN = {  # name: (error, its message, right source, wrong source)
     "the mask one key further": (AssertionError, "", "min(keys, i + shift + 1)", "min(keys, i + shift + 2)"),
     "values of a neighbour": (AssertionError, "", "if ((n + 1) * kBlock > t.keys) clear", "if (false) clear"),
-    "keys given back too early": (
+    "keys released too early": (
         (AssertionError, RuntimeError), "",
         "                    wgmma_wait<1>(scores);", "                    wgmma_wait<2>(scores);",
     ),
     "results before they are there": (AssertionError, "", "                    wgmma_wait<0>(out);\n", ""),
-    "no turns taken": (RuntimeError, "deadlock", "if (warpgroup == 1) your_turn();", ""),
+    "no turns taken": (RuntimeError, "deadlock", "if (warpgroup == 1) pass_turn();", ""),
     "earlier sums do not shrink": (AssertionError, "", "sum[r] *= shrink[r];", "sum[r] *= 1;"),
-    "the other half is not rotated": (AssertionError, "", "x[i + kHalf] = b * c + a * turn;", "x[i + kHalf] = b * c;"),
+    "the other half is not rotated": (AssertionError, "", "x[i + kHalf] = b * c + a * sine;", "x[i + kHalf] = b * c;"),
     "another head's keys": (AssertionError, "", "p.k, s.k_full[ring.stage], t.kv_head", "p.k, s.k_full[ring.stage], 0"),
     "queries replaced while in use": (
         (AssertionError, RuntimeError), "",

@@ -1,4 +1,4 @@
-"""Decode attention: what holds on every backend, csrc/ on the CPU, and wrong kernels that must not get through."""
+"""Decode attention: properties on every backend, csrc/ on the CPU, and broken kernels that must fail."""
 
 import sys
 
@@ -33,7 +33,7 @@ on_host = pytest.mark.skipif(DEVICE != "cpu" or missing() is not None, reason="c
 
 
 def close(got, want, dtype=BF16):
-    """As near as roundings of P and of the result leave them."""
+    """Equal up to the rounding of P and of the result."""
     assert got.dtype == want.dtype and got.isfinite().all()
     largest = want.abs().max().item() if want.numel() else 0
     error = (got.double() - want.double()).abs().max().item() if want.numel() else 0
@@ -41,7 +41,7 @@ def close(got, want, dtype=BF16):
 
 
 def moved(cache: KVCache, seed=1) -> tuple[KVCache, torch.Tensor]:
-    """The pages in another order, and where each is now."""
+    """The pages in another order, and the new index of each."""
     order = torch.randperm(len(cache.k), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
     to = KVCache(*(x if x is None else torch.empty_like(x) for x in cache))
     for x, y in zip(cache, to, strict=True):
@@ -51,7 +51,7 @@ def moved(cache: KVCache, seed=1) -> tuple[KVCache, torch.Tensor]:
 
 
 def spoil(cache: KVCache, table, lengths) -> torch.Tensor:
-    """NaN into every cell that no sequence uses; a table whose unused entries are nobody's pages."""
+    """Write NaN to every cell that no sequence uses; returns a table whose unused entries are no pages."""
     num_blocks, page = cache.k.shape[:2]
     unused = torch.ones(num_blocks * page, dtype=torch.bool, device=DEVICE)
     table = table.clone()
@@ -120,7 +120,7 @@ def test_many_tokens_are_as_many_steps(backend, fp8):
 @on_every_backend
 @with_and_without_fp8
 def test_new_tokens_enter_their_cells_and_no_other(backend, fp8):
-    """Wherever pages lie; what was in the cells is not read, padding and tokens before the first enter nothing."""
+    """In any order of pages. Old contents of the cells are not read; padding and negative positions write nothing."""
     args = norm_decode_args(Rand(BF16), (67, 0, 2, 17), 3, 4, 2, 128, 64, 67, 16, fp8)
     norms, cache, table, lengths, options = args[:5], args[5], args[6], args[7], args[8:]
     new = torch.zeros(cache.k.shape[:2], dtype=torch.bool, device=DEVICE)
@@ -164,7 +164,7 @@ def test_queries_in_fp8_are_those_of_quantize(backend, D):
 
 @pytest.mark.parametrize("W", [1, 2, 3, 5, 40])
 def test_any_number_of_programs_gives_the_same(W):
-    """Runs that end inside sequences, hold many, and are empty; every slot of scratch that is read was written."""
+    """Runs that end inside sequences, have many or none; kernels read only slots of scratch that they wrote."""
     q, cache, table, lengths, scale = decode_args(Rand(BF16), (0, 0, 150, 3, 64, 0, 65, 0), 2, 4, 2, 16, 16)
     partial = torch.full((W + 8, 2, 4, 16), torch.nan, device=DEVICE)
     out, lse = torch.full_like(q, torch.nan), torch.full_like(partial[..., 0], torch.nan)
@@ -229,7 +229,7 @@ def check_decode(C):
 
 
 def check_many_sequences(C):
-    """More than a warp looks at once, of which many are empty."""
+    """More sequences than a warp has lanes, many of them empty."""
     lengths = [130 if i % 34 == 33 else i % 20 if i % 3 == 1 else 0 for i in range(71)]
     args = decode_args(Rand(FP16), lengths, 1, 1, 1, 128, 32)
     for W in (1, 6):
@@ -238,13 +238,13 @@ def check_many_sequences(C):
 
 
 def check_a_long_sequence(C):
-    """More steps of a warp than it looks up pages of at once; pages in no order."""
+    """More steps of a warp than it looks up pages for at once; pages in random order."""
     args = decode_args(Rand(FP16), (2200,), 1, 2, 1, 128, 16)
     close(decode(C, args, 1), attention_decode_ref(*args), FP16)
 
 
 def check_rising_scores(C):
-    """Every key outdoes those before it, in and among steps, warps and blocks."""
+    """Every key has a higher score than those before it, within and across steps, warps and blocks."""
     q, cache, table, lengths, _ = decode_args(Rand(FP16), (330, 200), 1, 2, 1, 128, 16)
     for b in range(2):
         rising = torch.linspace(-1, 1, table.shape[1] * 16).view(-1, 16, 1, 1)
@@ -255,7 +255,7 @@ def check_rising_scores(C):
 
 
 def check_nan(C):
-    """A NaN or inf that a query sees is seen in its row, and in no other sequence."""
+    """A NaN or inf in a visible key or value shows in the query's row, and in no other sequence."""
     for bad in (torch.nan, torch.inf):
         for i in range(2):
             args = decode_args(Rand(FP16), (70, 20), 1, 2, 1, 128, 16)
@@ -266,7 +266,7 @@ def check_nan(C):
 
 
 def norm_decode(C, args, W):
-    """What the kernel gives that norms and appends, and then the same by qk_norm_rope, append and attention_decode."""
+    """Results of the kernel that norms and appends, and of qk_norm_rope, append and attention_decode."""
     qkv, q_weight, k_weight, cos, sin, cache, table, lengths, scale, eps = args
     (B, n, H, D), (_, page, Hkv, _) = qkv.shape, cache.k.shape
     at = lengths[:, None] - n + torch.arange(n)
@@ -275,7 +275,7 @@ def norm_decode(C, args, W):
     q, k, v = (torch.empty(B * n, h, D, dtype=qkv.dtype) for h in (H - 2 * Hkv, Hkv, Hkv))
     C.qk_norm_rope_fwd(qkv.flatten(0, 1), *norms, at.flatten().clamp(min=0), None, q, k, v, None, None, eps)
     caches = [KVCache(*(x if x is None else x.clone() for x in cache)) for _ in range(2)]
-    for x in caches:  # where the new tokens go there is NaN; nobody may read it
+    for x in caches:  # the cells of the new tokens hold NaN, which no kernel may read
         fill = 0x7F if x.k.dtype == E4M3 else torch.nan
         for t in x[:2]:
             (t.view(torch.uint8) if t.dtype == E4M3 else t).flatten(0, 1)[slots[slots >= 0]] = fill
@@ -289,7 +289,7 @@ def norm_decode(C, args, W):
 
 
 def check_append(C):
-    """New tokens across tiles, runs and pages, tiles of rows that share them, padding: the bits of the ops in a row."""
+    """New tokens across tiles, runs and pages, tiles of rows that share them, padding: the bits of the three ops."""
     for dtype, fp8, W, lengths, n, Hq, Hkv, page in (
         (FP16, False, 3, (0, 66, 5, 1), 3, 12, 2, 32),
         (BF16, False, 2, (70, 2, 129), 4, 10, 1, 16), (BF16, True, 4, (130, 0, 3), 8, 3, 1, 16),
@@ -323,7 +323,7 @@ def test_correct(check, seed, monkeypatch):
 
 @pytest.mark.parametrize("fp8", [False, True])
 def test_reasons_why_csrc_does_not_serve(fp8):
-    """Each alone; test_ops.py shows that what has no reason runs."""
+    """One reason at a time; test_ops.py runs the calls without a reason."""
     q, cache, *_ = decode_args(Rand(BF16), (20,), 2, 8, 1, 128, 16, fp8)
 
     def reason(q=q, cache=cache):
@@ -375,12 +375,12 @@ BROKEN = {  # name: (check that must fail, right, wrong)
     "a run starts late": (check_many_sequences, "begin += past ? skipped : 0;", "begin += 0 * skipped;"),
     "the first 32 only": (check_many_sequences, "if (past < 32) return;", "return;"),
     "the first 32 pages again": (check_a_long_sequence, "if (step % 32 == 0)", "if (step == 0)"),
-    "what was summed does not shrink": (check_rising_scores, "total[r] *= shrink;", "total[r] *= 1;"),
-    "values do not shrink": (check_rising_scores, "o[i][2 * r] *= shrink,", ""),
+    "earlier sums are not rescaled": (check_rising_scores, "total[r] *= shrink;", "total[r] *= 1;"),
+    "values are not rescaled": (check_rising_scores, "o[i][2 * r] *= shrink,", ""),
     "the maximum of half the keys": (
         check_rising_scores, "larger = fmaxf(larger, __shfl_xor_sync(~0u, larger, 2));", ""),
     "pieces of equal weight": (check_rising_scores, "exp2f(lse[int64_t{p} * rows] - largest)", "1"),
-    "a NaN outdone": (check_nan, "x = exp2f(x - base);", "x = fmaxf(exp2f(x - base), 0.f);"),
+    "a NaN lost in a maximum": (check_nan, "x = exp2f(x - base);", "x = fmaxf(exp2f(x - base), 0.f);"),
     "new keys read where one block writes them": (
         check_append, "i >= 0) return fresh->cells", "false) return fresh->cells"),
     "new scales likewise": (check_append, "from = &fresh->scales[kind][new_one];", ";"),

@@ -201,7 +201,7 @@ BROKEN = {  # name: (check that must fail, its error, its message, file, right, 
     ),
     "another swizzle": (check_gather, AssertionError, "", SM90, "(chunk ^ line % 8)", "(chunk ^ line / 2 % 8)"),
     "hands copies on too early": (
-        check_gather, AssertionError, "", LOAD, "wait_copies<kInFlight>(), hand_on();", "hand_on();",
+        check_gather, AssertionError, "", LOAD, "wait_copies<kInFlight>(), publish();", "publish();",
     ),
     "transposes before all is read": (check_transposed, AssertionError, "", LOAD, "named_barrier(3, 128);", ""),
     "bytes of a pair swapped": (check_transposed, AssertionError, "", LOAD, "0x6420", "0x4620"),

@@ -29,13 +29,13 @@ OFFSETS = {
 }
 
 
-def cut(workspace, sizes):
-    """The arrays that the workspace holds, each at a multiple of 128 bytes."""
-    at = 0
+def split(workspace, sizes):
+    """The arrays in the workspace, each at a multiple of 128 bytes."""
+    start = 0
     for dtype, n in sizes:
         size = n * dtype.itemsize
-        yield workspace[at : at + size].view(dtype)
-        at = round_up(at + size, 128)
+        yield workspace[start : start + size].view(dtype)
+        start = round_up(start + size, 128)
 
 
 def operands(S, E, N, K):
@@ -52,19 +52,19 @@ def check_setup(C, offsets, S=None, N=256, K=384):
     a, a_scale, b, b_scale = operands(S, E, N, K)
     y = torch.empty(S, N, dtype=torch.bfloat16)
     bytes_ = C.grouped_gemm_fp8_workspace(S, E, K)
-    room = torch.full((bytes_ + 128,), 0xFF, dtype=torch.uint8)
-    workspace = room[-room.data_ptr() % 128 :][:bytes_]
+    buffer = torch.full((bytes_ + 128,), 0xFF, dtype=torch.uint8)
+    workspace = buffer[-buffer.data_ptr() % 128 :][:bytes_]
     C.grouped_gemm_fp8_setup(a, a_scale, b, b_scale, torch.tensor(offsets, dtype=torch.int32), y, workspace)
     if S == 0:
         return
     pointers = [(torch.int64, E)] * 8
-    scales, shape, *rows = cut(workspace, [(torch.float32, S * KB), (torch.int32, 3 * E), *pointers])
-    a_at, b_at, a_scale_at, b_scale_at, y_at, a_stride, b_stride, y_stride = (t.tolist() for t in rows)
+    scales, shape, *rows = split(workspace, [(torch.float32, S * KB), (torch.int32, 3 * E), *pointers])
+    a_ptr, b_ptr, a_scale_ptr, b_scale_ptr, y_ptr, a_stride, b_stride, y_stride = (t.tolist() for t in rows)
     for e, (lo, hi) in enumerate(zip(offsets, offsets[1:], strict=False)):
         assert shape[3 * e : 3 * e + 3].tolist() == [hi - lo, N, K]
-        assert a_at[e] == a.data_ptr() + lo * K and b_at[e] == b.data_ptr() + e * N * K
-        assert y_at[e] == y.data_ptr() + lo * N * 2 and b_scale_at[e] == b_scale[e].data_ptr()
-        assert a_scale_at[e] == scales[lo * KB :].data_ptr() or lo == S
+        assert a_ptr[e] == a.data_ptr() + lo * K and b_ptr[e] == b.data_ptr() + e * N * K
+        assert y_ptr[e] == y.data_ptr() + lo * N * 2 and b_scale_ptr[e] == b_scale[e].data_ptr()
+        assert a_scale_ptr[e] == scales[lo * KB :].data_ptr() or lo == S
         assert (a_stride[e], b_stride[e], y_stride[e]) == (K, K, N)
         assert torch.equal(scales[lo * KB : hi * KB].view(KB, hi - lo), a_scale[lo:hi].T)  # [K/128, M]
     untouched = scales[offsets[-1] * KB :].view(torch.uint8)
@@ -117,17 +117,17 @@ def test_sanitized(schedule):
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.skipif(not (CUTLASS / "cutlass/cutlass.h").exists(), reason="CUTLASS's headers are not here")
+@pytest.mark.skipif(not (CUTLASS / "cutlass/cutlass.h").exists(), reason="there are no headers of CUTLASS")
 @pytest.mark.parametrize("schedule", [0], indirect=True)
 def test_cutlass_reads_the_scales_where_they_are(tmp_path, schedule):
-    """CUTLASS's layouts, evaluated on the host: a's scales as setup packs them, b's as quantize_weight makes them."""
+    """CUTLASS's layouts, evaluated on the host: a's scales as setup writes them, b's as quantize_weight does."""
     program = tmp_path / "scales"
     cuda = includes()[0]
     folders = [f"-I{ROOT}/csrc", f"-I{CUTLASS}", f"-I{cuda}", f"-I{cuda}/cccl"]
     source = ROOT / "tests/host/cutlass_scales.cpp"
     subprocess.run(["g++", "-std=c++20", "-w", *folders, source, "-o", program], check=True)
     for M, N, K in ((1, 128, 128), (5, 256, 384), (130, 384, 256)):
-        said = subprocess.run([program, str(M), str(N), str(K)], capture_output=True, text=True, check=True).stdout
+        output = subprocess.run([program, str(M), str(N), str(K)], capture_output=True, text=True, check=True).stdout
         packed = torch.arange(M * K // 128).view(K // 128, M).T
         weight = torch.arange(N // 128 * K // 128)
-        assert [*map(int, said.split())] == packed.flatten().tolist() + weight.tolist()
+        assert [*map(int, output.split())] == packed.flatten().tolist() + weight.tolist()

@@ -262,7 +262,7 @@ def test_refused():
         launch(C, [args[0].float(), *args[1:]])
     with pytest.raises(ValueError, match="expects gate_up_scale.is"):
         launch(C, [*args[:3], (args[3][0], args[3][1][:, :1].contiguous()), *args[4:]])
-    with pytest.raises(ValueError, match="T <= kMost"):
+    with pytest.raises(ValueError, match="T <= kMaxRows"):
         launch(C, problem(9))
 
 

@@ -1,4 +1,4 @@
-"""The norm kernels of csrc/ on the CPU against their references, and wrong kernels that must not get through."""
+"""csrc/'s norm kernels on the CPU against their references, and broken kernels that must fail."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
 
 def near(got, want, dtype=FP32):
-    """As near as two roundings of it."""
+    """Equal up to two roundings."""
     eps = torch.finfo(dtype).eps
     assert torch.equal(got.isnan(), want.isnan())
     torch.testing.assert_close(got, want, rtol=2 * max(eps, 2e-6), atol=2 * max(eps, 2e-6), equal_nan=True)
@@ -34,10 +34,10 @@ def rotate(C, qkv, w, positions, Hkv, cache=None, slots=None, P=30):
     args = qkv, *w, cos, sin, positions
     q, k, v = (qkv.new_empty(T, n, D) for n in (H - 2 * Hkv, Hkv, Hkv))
     C.qk_norm_rope_fwd(*args, slots, q, k, v, *(cache or (None, None)), 0.1)
-    known = (positions >= 0) & (positions < P)
+    in_table = (positions >= 0) & (positions < P)
     want = qk_norm_rope_ref(qkv, *w, cos, sin, positions.clamp(0, max(P - 1, 0)), Hkv, 0.1)
     for x in want[:2]:
-        x[~known, :, :64] = torch.nan
+        x[~in_table, :, :64] = torch.nan
     return (q, k, v), want
 
 
@@ -47,13 +47,13 @@ def check_qk_forward(C):
                                        (BF16, FP32, 0, 2, 1)):  # fmt: skip
         qkv = rand.data(T, Hq + 2 * Hkv, 128, dtype=dtype)
         w = [rand.data(128, dtype=weights) for _ in range(2)]
-        positions = rand.ints(-2, 33, T, dtype=torch.int64 if T % 2 else torch.int32)  # some of them unknown
+        positions = rand.ints(-2, 33, T, dtype=torch.int64 if T % 2 else torch.int32)  # some are outside the tables
         for got, want in zip(*rotate(C, qkv, w, positions, Hkv), strict=True):
             near(got, want, dtype)
 
 
 def check_qk_cache(C):
-    """Cells outside the cache are not written, nor any that no slot names."""
+    """Kernels write the cells of slots inside the cache, and no others."""
     rand = Rand(BF16)
     T, Hkv = 7, 2
     cache = [torch.full((3, 2, Hkv, 128), 7.0, dtype=BF16) for _ in range(2)]
@@ -146,7 +146,7 @@ def test_correct(check, schedule):
 
 
 def test_without_any_position():
-    """Tables of no rows: every position is unknown, nothing is read."""
+    """Tables without rows: every position is outside them."""
     cos = torch.empty(0, 32)
     qkv, w = torch.randn(2, 4, 128), torch.ones(128)
     with force("cuda"):
@@ -160,7 +160,7 @@ BROKEN = {  # name: (check that must fail, file, right, wrong)
     "rotated the other way": (check_qk_forward, HEAD, "(lane < 4) != back", "(lane < 4) == back"),
     "rotated back the same way": (check_qk_backward, QK, "angles.rotate(z, true)", "angles.rotate(z, false)"),
     "a neighbour's dim": (check_qk_forward, HEAD, "__shfl_xor_sync(~0u, y[j], 4)", "__shfl_xor_sync(~0u, y[j], 2)"),
-    "an unknown position's angles": (check_qk_forward, HEAD, "real && !known ?", "false ?"),
+    "an unknown position's angles": (check_qk_forward, HEAD, "real && !in_table ?", "false ?"),
     "values through the norm": (check_qk_forward, QK, "if (!key) y = x[i];", ""),
     "a cell past the cache": (check_qk_cache, QK, "slot >= 0 && slot < cells", "slot >= 0 && slot < cells - 1"),
     "no barrier before the sums": (check_qk_backward, QK, "__syncthreads();", ""),
@@ -175,8 +175,8 @@ BROKEN = {  # name: (check that must fail, file, right, wrong)
     "rounded after the sum": (check_rms_forward, RMS, "static_cast<float>(static_cast<R>(v[i][j] + r[j]))",
                               "(v[i][j] + r[j])"),
     "dw of one row of a block": (check_rms_backward, RMS, "sum += sums[i * wide + n]", "sum = sums[i * wide + n]"),
-    "no barrier before a row's squares": (check_router, ROUTER, "squares[lane][warp] = mine;\n        __syncthreads();",
-                                          "squares[lane][warp] = mine;"),
+    "no barrier before a row's squares": (check_router, ROUTER, "squares[lane][warp] = sum;\n        __syncthreads();",
+                                          "squares[lane][warp] = sum;"),
     "router before the kernel ahead": (check_router, ROUTER, "wait_for_previous();", ""),
     "dtotal forgotten": (check_rms_backward, RMS, "if (dtotal) d =", "if (false) d ="),
 }  # fmt: skip

@@ -273,7 +273,7 @@ BROKEN = {  # name: (check that must fail, file, right, wrong)
                              "lane < N && lane <= rows"),
     "no barrier before the scales": (check_columns, TILE, "    __syncthreads();\n    if (t < kBlock) {",
                                      "    if (t < kBlock) {"),
-    "halves not turned": (check_columns, TILE, "if (turned % 2)", "if (false)"),
+    "halves not swapped": (check_columns, TILE, "if (group % 2)", "if (false)"),
     "expert after the next": (check_plan, TILE, "padded_offsets[e + 1] <= start", "padded_offsets[e + 1] < start"),
     "512 experts": (check_plan, TILE, "e - static_cast<int>(threadIdx.x) < E;", "e < kTileThreads;"),
     "source not divided": (check_plan, QUANTIZE, "source[row] / topk", "source[row] / 1 % 90"),
@@ -302,8 +302,8 @@ def test_broken(name, monkeypatch):
 
 
 OUT_OF_BOUNDS = {  # name: (check, file, right, wrong)
-    "a row past the end": (check_rows, QUANTIZE, "constexpr int kRows = 4;\n    let_next_start();",
-                            "constexpr int kRows = 4;\n    M += 3;\n    let_next_start();"),
+    "a row past the end": (check_rows, QUANTIZE, "constexpr int kRows = 4;\n    launch_dependents();",
+                            "constexpr int kRows = 4;\n    M += 3;\n    launch_dependents();"),
     "codes past the tile": (check_columns, TILE, "codes[8 * tx + j0 + j][", "codes[8 * tx + j0 + j + 1]["),
 }  # fmt: skip
 

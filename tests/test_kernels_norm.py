@@ -1,4 +1,4 @@
-"""What the table leaves out of the kernels of norms, rope and losses: rounding, loops, NaN and inf, unusual calls."""
+"""Kernels of norms, rope and losses beyond cases.py: rounding, loops, NaN and inf, unusual calls."""
 
 import sys
 
@@ -18,11 +18,11 @@ linear_cross_entropy_file, qk_norm_rope_file, rms_norm_file = (sys.modules[f"lin
 
 
 def share_equal(got, want):
-    """A last bit of the norm may turn the rounding of a few elements, and no more."""
+    """The share of equal elements: a last bit of the norm may change the rounding of a few."""
     return [(g == w).float().mean().item() for g, w in zip(got, want, strict=True)]
 
 
-def test_what_is_normed_is_the_rounded_sum():
+def test_rms_norm_norms_the_rounded_sum():
     rand = Rand(BF16)
     x, w, residual = rand.data(64, 256), rand.data(256), rand.data(64, 256) * 100
     with force("triton"):
@@ -34,7 +34,7 @@ def test_what_is_normed_is_the_rounded_sum():
 
 
 def test_rows_too_wide_for_the_kernels_are_reported():
-    """The eager reference never runs in silence where kernels are wanted."""
+    """The eager reference never replaces a kernel silently."""
     x, w = Rand(BF16).data(2, rms_norm_file.MAX_N + 8), Rand(BF16).data(rms_norm_file.MAX_N + 8)
     op._reported.clear()
     with force("triton"), pytest.warns(UserWarning, match="rms_norm: .* rows of 8200 columns.*; the eager torch"):
@@ -48,7 +48,7 @@ def test_rows_too_wide_for_the_kernels_are_reported():
 @pytest.mark.parametrize("programs", [1, 2])
 @pytest.mark.parametrize("name", ["rms_norm", "qk_norm_rope"])
 def test_backward_programs_take_several_blocks(monkeypatch, name, programs):
-    """A program of the backward kernels takes every n-th block of rows; the table's shapes give it one."""
+    """A program of the backward kernels has every n-th block of rows; with the shapes of cases.py it has only one."""
     file = {"rms_norm": rms_norm_file, "qk_norm_rope": qk_norm_rope_file}[name]
     case = next(c for c in CASES if c.name == name)
     args = args_of(case, dict(M=37, N=512) if name == "rms_norm" else dict(T=37, Hq=16, Hkv=4, D=128, R=64), FP32)
@@ -60,7 +60,7 @@ def test_backward_programs_take_several_blocks(monkeypatch, name, programs):
 
 
 @pytest.mark.parametrize("used", ["y", "sum"])
-def test_rms_norm_of_which_one_result_is_used(used):
+def test_rms_norm_backward_with_one_result_used(used):
     def run(backend):
         rand = Rand(FP32)
         x, w, residual = rand(2, 5, 96), rand(96), rand(2, 5, 96)
@@ -89,7 +89,7 @@ def test_a_position_past_the_table_is_nan_and_a_slot_past_the_cache_is_not_writt
     args[:3] = (a.detach() for a in args[:3])
     positions, cache, slots = args[5], args[8], args[9]
     pages = len(cache.k)
-    guarded = [torch.cat([c, torch.zeros_like(c[:1])]) for c in cache[:2]]  # what a stray write would land in
+    guarded = [torch.cat([c, torch.zeros_like(c[:1])]) for c in cache[:2]]  # stray writes would go to the added page
     positions[2], slots[3] = 9, pages * 4
     before = guarded[0].flatten(0, 1).clone()
     cache = [g[:pages] for g in guarded]
@@ -117,7 +117,7 @@ def test_cross_entropy_of_rows_with_nothing_but_minus_inf_so_far():
 
 @pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True), (False, False)])
 def test_linear_cross_entropy_of_bf16_products_with_fp32_sums(monkeypatch, wanted):
-    """The path of a GPU: torch.mm has out_dtype there only, so here its documented meaning stands for it."""
+    """The path of a GPU. On a CPU torch.mm lacks out_dtype, so a function with its documented meaning replaces it."""
     plain, calls = torch.mm, []
 
     def mm(a, b, *, out_dtype):

@@ -301,6 +301,40 @@ def test_too_long_sequences_raise():
         model.generate(torch.ones(1, 60, dtype=torch.long), max_new_tokens=5)
 
 
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0)])
+def test_empty_batches(shape):
+    """No rows or no tokens: a loss of 0, empty logits, and gradients of 0."""
+    model, ids = Ling(LingConfig.tiny()), torch.zeros(shape, dtype=torch.int64)
+    out = model(ids, labels=ids, z_loss=0.1)
+    assert out.logits.shape == (*shape, LingConfig.tiny().vocab_size) and out.loss == 0
+    out.loss.backward()
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_a_model_in_fp64_has_the_gradient_of_its_loss():
+    """Along a random direction, against finite differences; a large bias decides the routing, so that it stays."""
+    torch.manual_seed(0)
+    # without MTP, whose fill token learns nothing on purpose
+    config = dataclasses.replace(LingConfig.tiny(), num_hidden_layers=2, num_nextn_predict_layers=0)
+    model, ids = Ling(config).double(), torch.randint(0, 250, (2, 7))
+    for router in model.routers():
+        router.expert_bias.copy_(torch.randperm(len(router.expert_bias)) * 10.0)
+
+    def loss():
+        return model(ids, labels=ids, z_loss=0.1).loss
+
+    loss().backward()
+    directions, h = [torch.randn_like(p) for p in model.parameters()], 1e-6
+    want = sum((p.grad * d).sum() for p, d in zip(model.parameters(), directions, strict=True) if p.grad is not None)
+    ends = []
+    with torch.no_grad():
+        for step in (h, -2 * h):
+            for p, d in zip(model.parameters(), directions, strict=True):
+                p += step * d
+            ends.append(loss())
+    assert (ends[0] - ends[1]) / (2 * h) == pytest.approx(want.item(), rel=1e-6)
+
+
 @pytest.mark.skipif(not runs("triton"), reason="triton cannot run here")
 def test_triton_trains_and_generates_like_torch():
     """Losses of three steps, expert counts and a greedy continuation, with every Triton kernel."""

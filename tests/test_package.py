@@ -130,7 +130,7 @@ def test_info_without_torch():
 
 @pytest.mark.parametrize("name", ["nonsense", pytest.param("cuda", marks=pytest.mark.skipif(
     any(ROOT.glob("ling_kernels/_C*.so")), reason="_C is built"))])  # fmt: skip
-def test_a_backend_that_cannot_be_had(name):
+def test_an_unavailable_backend(name):
     result = python("-m", "ling_kernels.info", LING_BACKEND=name)
     assert result.returncode == 2 and result.stderr.startswith("error: LING_BACKEND is"), result.stderr
     assert result.stderr.count("\n") == 1
@@ -138,7 +138,7 @@ def test_a_backend_that_cannot_be_had(name):
 
 @pytest.fixture
 def hopper(monkeypatch):
-    """A machine with one H200 and a _C that works, as far as backend.py and info.py look."""
+    """Makes backend.py and info.py see a machine with one H200 and a working _C."""
     gpu = SimpleNamespace(name="NVIDIA H200", multi_processor_count=132, total_memory=140 * 2**30, major=9, minor=0)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "init", lambda: None)
@@ -164,7 +164,7 @@ def test_hopper_runs_cuda(hopper):
     assert "backend triton available" in text and "backend cuda   available" in text and "csrc/          _C.so" in text
 
 
-def test_the_reason_is_given_where_cuda_does_not_run(hopper, monkeypatch):
+def test_the_reason_why_cuda_does_not_run(hopper, monkeypatch):
     too_old = RuntimeError("CUDA driver version is insufficient for CUDA runtime version")
     monkeypatch.setattr(backend._C, "device_count", raises(too_old))
     with pytest.warns(UserWarning, match="backend cuda is off: CUDA driver version is insufficient"):
@@ -191,7 +191,7 @@ def test_info_on_a_gpu_machine_with_a_broken_driver(hopper, monkeypatch):
     assert "gpu            none: The NVIDIA driver is too old\n" in text and "not available: no GPU" in text
 
 
-def test_torch_compile_takes_the_choice_as_a_constant(hopper):
+def test_the_choice_is_a_constant_for_torch_compile(hopper):
     torch._dynamo.reset()
     compiled = torch.compile(
         lambda x: x + (1 if backend.kernels_on(0) == "cuda" else 2), fullgraph=True, backend="eager"
@@ -201,7 +201,7 @@ def test_torch_compile_takes_the_choice_as_a_constant(hopper):
 
 @pytest.fixture
 def tree(tmp_path):
-    """A copy of what a build sees."""
+    """A copy of the files that a build reads."""
     skip = shutil.ignore_patterns("__pycache__", "_C*.so")
     for folder in ("csrc", "ling_kernels"):
         shutil.copytree(ROOT / folder, tmp_path / "tree" / folder, ignore=skip)
@@ -220,8 +220,8 @@ def program(path: Path, text: str = "exit 0") -> Path:
 
 
 def build(tree, hook, before="", **env):
-    """A build backend's hook, as pip calls it; `before` runs first in its process."""
-    code = f"{before}\nimport sys; sys.path.insert(0, '.')\nimport setup; print('made', setup.{hook}('dist'))"
+    """Run a hook of the build backend as pip does; `before` runs first in its process."""
+    code = f"{before}\nimport sys; sys.path.insert(0, '.')\nimport setup; print('result', setup.{hook}('dist'))"
     return python("-c", code, cwd=tree, **env)
 
 
@@ -245,7 +245,7 @@ mkdir -p "$4"
 
 @pytest.fixture
 def builder(tree):
-    """The tree with stand-ins for all that a build of csrc/ needs, and the environment that finds them."""
+    """The environment for a build of csrc/ in the tree, with fakes of all programs and headers that it needs."""
     program(tree / "bin/nvcc"), program(tree / "bin/ninja"), program(tree / "bin/cmake", CMAKE)
     (tree / "suffix").write_text(sysconfig.get_config_var("EXT_SUFFIX"))
     for folder, header in (("dlpack", "dlpack/dlpack.h"), ("cutlass", "cutlass/cutlass.h")):
@@ -298,7 +298,7 @@ def test_an_sdist_can_be_built(tree):
     assert not any(n.startswith("tests") for n in names)
 
 
-MISSING = {  # name: (run before the build, environment, words of the answer)
+MISSING = {  # name: (code that runs before the build, environment, words of the error)
     "dlpack": ("", dict(DLPACK_INCLUDE_DIR="nowhere"), "dlpack/dlpack.h"),
     "the wheel with dlpack": ("import sys; sys.modules['tvm_ffi'] = None", {}, "dlpack/dlpack.h"),
     "pybind11": ("import sys; sys.modules['pybind11'] = None", {}, "pybind11"),
@@ -307,7 +307,7 @@ MISSING = {  # name: (run before the build, environment, words of the answer)
 
 
 @pytest.mark.parametrize("name", MISSING)
-def test_a_build_says_what_it_lacks(tree, name):
+def test_the_error_of_a_build_that_lacks_something(tree, name):
     before, env, words = MISSING[name]
     program(tree / "bin/nvcc")
     program(tree / "tools/cmake", "echo cmake version 3.30.1")
@@ -319,36 +319,35 @@ def test_a_build_says_what_it_lacks(tree, name):
     assert words in last and "LING_CUDA=0 installs without" in last
 
 
-def test_a_build_that_fails_says_how_to_do_without(tree, builder):
+def test_a_failed_build_names_the_way_without_it(tree, builder):
     program(tree / "bin/cmake", '[ "$1" = --version ] && echo cmake version 3.30.1 || { echo a reason; exit 1; }')
     result = build(tree, "build_wheel", PYBIND11, **builder)
     assert "a reason" in result.stdout
     assert result.stderr.strip().splitlines()[-1].startswith("error: csrc/ did not build"), result.stderr
 
 
-def test_cuda_can_be_insisted_on(tree):
+def test_cuda_that_is_asked_for_must_be_there(tree):
     result = build(tree, "get_requires_for_build_wheel", LING_CUDA="1", PATH=str(tree))
     assert result.returncode and "error: LING_CUDA=1, but there is no nvcc on PATH" in result.stderr
 
 
-def test_a_build_asks_only_for_what_it_lacks(tree):
+def test_a_build_requires_only_what_is_missing(tree):
     nothing = "import sysconfig; sysconfig.get_path = lambda *a: ''"
-    assert "made []" in build(tree, "get_requires_for_build_wheel", nothing, PATH=str(tree)).stdout
+    assert "result []" in build(tree, "get_requires_for_build_wheel", nothing, PATH=str(tree)).stdout
     program(tree / "bin/nvcc")
-    all_of_it = build(tree, "get_requires_for_build_wheel", nothing, PATH="bin", DLPACK_INCLUDE_DIR="")
-    assert "made ['pybind11>=3.0', 'apache-tvm-ffi', 'cmake>=3.24', 'ninja']" in all_of_it.stdout
+    everything = build(tree, "get_requires_for_build_wheel", nothing, PATH="bin", DLPACK_INCLUDE_DIR="")
+    assert "result ['pybind11>=3.0', 'apache-tvm-ffi', 'cmake>=3.24', 'ninja']" in everything.stdout
     program(tree / "bin/cmake", "echo cmake version 3.22.1")
     program(tree / "bin/ninja")
     too_old = build(tree, "get_requires_for_build_wheel", nothing, PATH="bin", DLPACK_INCLUDE_DIR="somewhere")
-    assert "made ['pybind11>=3.0', 'cmake>=3.24']" in too_old.stdout
+    assert "result ['pybind11>=3.0', 'cmake>=3.24']" in too_old.stdout
 
 
 @pytest.mark.skipif(not any(ROOT.glob("ling_kernels/_C*.so")), reason="_C is not built in place")
-def test_the_extension_stands_alone():
-    """It needs no CUDA library and no driver to load, and nothing of torch to link."""
-    (extension,) = ROOT.glob("ling_kernels/_C*.so")
-    linked = subprocess.run(["ldd", extension], capture_output=True, text=True).stdout
-    assert not any(name in linked for name in ("libcuda", "torch", "c10", "not found")), linked
+def test_the_extension_links_neither_torch_nor_the_driver():
+    for extension in ROOT.glob("ling_kernels/_*.so"):
+        linked = subprocess.run(["ldd", extension], capture_output=True, text=True).stdout
+        assert not any(name in linked for name in ("libcuda", "torch", "c10", "not found")), linked
     result = python("-c", "import ling_kernels._C as C, sys; assert 'torch' not in sys.modules; print(dir(C))",
                     LD_LIBRARY_PATH="")  # fmt: skip
     assert "rms_norm_fwd" in result.stdout, result.stderr

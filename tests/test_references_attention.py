@@ -21,7 +21,7 @@ def qkv_of(lens_q, lens_k=None, Hq=4, Hkv=2, D=16, dtype=FP64, seed=0):
 
 
 def dense(q, k, v, causal, scale=None):
-    """torch's attention of one sequence, masked at the bottom right."""
+    """torch's attention of one sequence; the causal mask is aligned at the bottom right."""
     Lq, Lk, G = len(q), len(k), q.shape[1] // k.shape[1]
     seen = torch.ones(Lq, Lk, dtype=torch.bool, device=q.device).tril(Lk - Lq if causal else Lk)
     q, k, v = q.transpose(0, 1), *(x.transpose(0, 1).repeat_interleave(G, 0) for x in (k, v))
@@ -114,7 +114,7 @@ def test_attention_in_bf16_is_as_near_the_truth_as_sdpa():
 
 
 def test_attention_rounds_p_and_ds():
-    """The formulas at the top of the op's file, spelt out; all but a few ties in rounding must agree."""
+    """The formulas at the top of attention.py written out; all but a few ties in rounding must agree."""
     q, k, v = args = qkv_of((64,), Hq=1, Hkv=1, dtype=BF16)
     out, lse = attention(*args, cu_seqlens((64,)), scale=0.3)
     dout = Rand(BF16, 1).data(64, 1, 16)
@@ -257,6 +257,6 @@ def wrong_calls():
 
 
 @pytest.mark.parametrize("fn, args", [pytest.param(f, a, id=f"{f.__name__}-{name}") for name, f, a in wrong_calls()])
-def test_wrong_arguments_are_named(fn, args):
+def test_wrong_arguments_raise(fn, args):
     with pytest.raises(ValueError, match="expected .*; got"):
         fn(*args)

@@ -56,7 +56,7 @@ def test_linear_cross_entropy_with_one_gradient(wanted):
 
 
 class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that any call made."""
+    """Records the number of elements of the largest tensor that any torch call returns."""
 
     elements = 0
 
@@ -92,7 +92,7 @@ def test_nothing_but_ignored_tokens_is_no_loss(reduction):
 def test_huge_logits(dtype):
     logits = torch.tensor([[1e4, -1e4, 0.0], [-1e4, 1e4, 1e4]], dtype=dtype, device=DEVICE, requires_grad=True)
     targets = torch.tensor([0, 0], device=DEVICE)
-    one = logits.detach()[0, 0].item()  # 1e4 as dtype has it
+    one = logits.detach()[0, 0].item()  # 1e4 rounded to dtype
     loss = cross_entropy(logits, targets, reduction="none")
     torch.testing.assert_close(loss.detach(), torch.tensor([0.0, 2 * one + 0.6931472], device=DEVICE))
     (grad,) = torch.autograd.grad(loss.sum(), logits)
@@ -105,7 +105,7 @@ def test_huge_logits(dtype):
 
 
 def test_weight_gradient_is_summed_in_fp32():
-    """A sum of so many equal terms in bf16 would stop growing at 2^8 of them."""
+    """In bf16 a sum of equal terms stops growing at 2^8 of them."""
     T, targets = 2048, torch.zeros(2048, dtype=torch.int64, device=DEVICE)
     x = torch.ones(T, 1, dtype=BF16, device=DEVICE)
     w = torch.zeros(2, 1, dtype=BF16, device=DEVICE, requires_grad=True)
@@ -163,7 +163,7 @@ def test_a_moment_comes_back_as_the_nearest_of_its_map():
 
 
 def test_adamw_8bit_follows_adamw():
-    """50 steps on a noisy gradient: apart from torch's by the rounding of the moments, the same in the first."""
+    """50 steps on a noisy gradient differ from torch's by the rounding of the moments; the first step is equal."""
     rand = Rand(FP32)
     start, target = rand.data(40, 30), rand.data(40, 30)
     ours, theirs = start.clone(), start.clone().requires_grad_()
@@ -241,6 +241,6 @@ def wrong_calls():
 
 
 @pytest.mark.parametrize("fn, args", [pytest.param(f, a, id=f"{f.__name__}-{name}") for name, f, a in wrong_calls()])
-def test_wrong_arguments_are_named(fn, args):
+def test_wrong_arguments_raise(fn, args):
     with pytest.raises(ValueError, match="expected .*; got"):
         fn(*args)

@@ -23,7 +23,7 @@ FP64, BF16 = torch.float64, torch.bfloat16
 
 @pytest.fixture(autouse=True)
 def references():
-    """On a GPU too, where the kernels would be chosen."""
+    """Also on a GPU, where the kernels are the default."""
     with force("torch"):
         yield
 
@@ -50,7 +50,7 @@ def test_qk_norm_rope_rotates_pairs_as_complex_numbers(R):
             torch.testing.assert_close(q[t, h] if h < Hq else k[t, h - Hq], x, rtol=1e-5, atol=1e-6)
 
 
-def test_rotation_keeps_what_relative_positions_say():
+def test_rotation_depends_on_relative_positions_only():
     """q at position m times k at position n depends on m - n only."""
     rand = Rand(torch.float32)
     one = rand.data(1, 3, 32).expand(40, -1, -1)
@@ -180,7 +180,7 @@ def test_rms_norm_adds_to_a_wider_residual_stream():
     assert y.dtype == BF16 and total.dtype == torch.float32 and torch.equal(total, x + residual)
 
 
-def test_rms_norm_quantises_what_it_would_round():
+def test_rms_norm_quantises_before_rounding():
     rand = Rand(BF16)
     x, w, residual = rand.data(67, 256), rand.data(256), rand.data(67, 256)
     y, total, *quantised = rms_norm(x, w, residual, 0.1, quantize=True, columns=True)
@@ -239,6 +239,6 @@ def wrong_calls():
 
 
 @pytest.mark.parametrize("fn, args", [pytest.param(f, a, id=f"{f.__name__}-{name}") for name, f, a in wrong_calls()])
-def test_wrong_arguments_are_named(fn, args):
+def test_wrong_arguments_raise(fn, args):
     with pytest.raises(ValueError, match="expected .*; got"):
         fn(*args)

@@ -6,9 +6,8 @@ namespace ling {
 namespace {
 
 // A persistent block has one warp that loads and two warpgroups that multiply, each with 64 queries of a tile of 128.
-// While a warpgroup computes the exponentials of one block of keys, the tensor cores have its products with the next
-// keys and with the last values to do; and the two take turns, so that one's exponentials run beside the other's
-// products.
+// While a warpgroup computes the exponentials of one block of keys, tensor cores compute its products with the next
+// keys and the previous values. The two warpgroups take turns, so that one's exponentials overlap the other's products.
 constexpr int kBlock = 128, kConsumers = 256, kThreads = kConsumers + 128, kStages = 2;
 constexpr int kBox = kBlock * 128;    // bytes of 128 rows of 64 columns
 constexpr int kTileBytes = 2 * kBox;  // of 128 rows of a head
@@ -18,7 +17,7 @@ struct Shared {
     alignas(1024) uint8_t k[kStages][kTileBytes];
     alignas(1024) uint8_t v[kStages][kTileBytes];
     alignas(128) uint8_t staging[kConsumers / 32][16 * 128];
-    int tiles[kMaxSequences + 1];  // of queries, before each sequence
+    int tiles[kMaxSequences + 1];  // tiles of queries before each sequence
     int warp_sums[kThreads / 32];
     Barrier q_full, q_empty, k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
 };
@@ -32,25 +31,25 @@ struct Problem {
     int B, Tq, Tk, Hq, Hkv;
     bool causal;
     float scale;
-    // To norm and rotate q
+    // Operands of the norm and rotation of q
     const void *q_weight, *positions;
-    bool wide_weight, wide_positions;  // fp32, int64
+    bool fp32_weight, int64_positions;  // otherwise bf16, int32
     const float *cos, *sin;
     int P;
     float eps;
 };
 
 struct Tile {
-    int head, kv_head, q, rows;  // first row of q, and how many are the sequence's
-    int k, keys, shift;  // the sequence's first key and their number; query i of the tile sees keys <= i + shift
-    int blocks;          // of keys that any of its queries sees
+    int head, kv_head, q, rows;  // first row in q; number of rows
+    int k, keys, shift;          // first key and number of keys of the sequence; query i sees keys <= i + shift
+    int blocks;                  // blocks of keys that any query of the tile sees
 
-    // How many keys query i sees
+    // The number of keys that query i sees
     __device__ int seen(int i, bool causal) const { return causal ? min(keys, i + shift + 1) : keys; }
 };
 
-// By a whole warp. Of a sequence, one KV head after another, so that its keys and values stay in L2; of that, the last
-// queries first, which see the most keys: blocks then end at about the same time.
+// Called by a whole warp. Tiles of a sequence are ordered by KV head, so that its keys and values stay in L2, then by
+// descending queries: tiles with the most keys start first, and blocks end at about the same time.
 __device__ bool find_tile(const Shared& s, const Problem& p, int tile, Tile& t) {
     if (tile / p.Hq >= s.tiles[p.B]) return false;
     const int b = find_group(s.tiles, p.B, tile / p.Hq);
@@ -91,7 +90,7 @@ __device__ void load_tiles(Shared& s, const Problem& p) {
     }
 }
 
-// scores = q k^T, not waited for
+// Starts scores = q k^T
 __device__ void multiply_keys(float (&scores)[64], const uint8_t* q, const uint8_t* k) {
 #pragma unroll
     for (int i = 0; i < kD / 16; i++) {
@@ -101,18 +100,18 @@ __device__ void multiply_keys(float (&scores)[64], const uint8_t* q, const uint8
     wgmma_commit();
 }
 
-// out += p v, not waited for
+// Starts out += p v
 __device__ void multiply_values(float (&out)[64], const unsigned (&p)[8][4], const uint8_t* v) {
 #pragma unroll
     for (int i = 0; i < kBlock / 16; i++) wgmma_bf16_registers(out, p[i], operand(v + i * 16 * 128, kBox), true);
     wgmma_commit();
 }
 
-// Two rows of a thread's: the largest score so far, the sum of this thread's exponentials
+// Of the two rows of a thread: the largest score so far, and the sum of the thread's own exponentials
 struct Softmax {
     float largest[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
 
-    // scores -> exponentials relative to the largest, and by how much what came before shrinks
+    // Turns scores into exponentials relative to the largest one; shrink: the factor for earlier sums
     __device__ void next(float (&scores)[64], float scale_log2, float (&shrink)[2]) {
 #pragma unroll
         for (int r = 0; r < 2; r++) {
@@ -146,15 +145,15 @@ __device__ void mask_scores(float (&scores)[64], const Tile& t, bool causal, int
     }
 }
 
-// Values past the sequence's end are not its own, and 0 times NaN is NaN.
+// Values past the sequence's end belong to another sequence and may be NaN: 0 times NaN is NaN.
 __device__ void clear_values(uint8_t* v, int from) {
     clear_lines<kBlock>(v, 2, from, kConsumers);
     fence_async();
     named_barrier(1, kConsumers);
 }
 
-// The queries of a tile in place: RMS norm, then dims i and i + 32 turned. Two lanes have a row: dims 0 .. 63, and
-// others.
+// RMS norm of the queries of a tile in shared memory, then rotation of dims i and i + 32. Two lanes have a row: one
+// dims 0 .. 63, the other 64 .. 127.
 __device__ void norm_and_rotate(Shared& s, const Problem& p, const Tile& t) {
     constexpr int kHalf = 32;
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 2, box = lane % 2;
@@ -172,18 +171,19 @@ __device__ void norm_and_rotate(Shared& s, const Problem& p, const Tile& t) {
     for (int i = 0; i < 64; i++) {
         const int d = 64 * box + i;
         x[i] = x[i] * rstd *
-               (p.wide_weight ? static_cast<const float*>(p.q_weight)[d]
+               (p.fp32_weight ? static_cast<const float*>(p.q_weight)[d]
                               : static_cast<float>(static_cast<const bf16*>(p.q_weight)[d]));
     }
     if (box == 0 && row < t.rows) {
-        const int64_t position = p.wide_positions ? static_cast<const int64_t*>(p.positions)[t.q + row]
-                                                  : static_cast<const int*>(p.positions)[t.q + row];
-        const bool known = position >= 0 && position < p.P;  // otherwise NaN
+        const int64_t position = p.int64_positions ? static_cast<const int64_t*>(p.positions)[t.q + row]
+                                                   : static_cast<const int*>(p.positions)[t.q + row];
+        const bool in_table = position >= 0 && position < p.P;  // otherwise NaN
 #pragma unroll
         for (int i = 0; i < kHalf; i++) {
-            const float c = known ? p.cos[position * kHalf + i] : NAN, turn = known ? p.sin[position * kHalf + i] : NAN;
+            const float c = in_table ? p.cos[position * kHalf + i] : NAN;
+            const float sine = in_table ? p.sin[position * kHalf + i] : NAN;
             const float a = x[i], b = x[i + kHalf];
-            x[i] = a * c - b * turn, x[i + kHalf] = b * c + a * turn;
+            x[i] = a * c - b * sine, x[i + kHalf] = b * c + a * sine;
         }
     }
 #pragma unroll
@@ -194,26 +194,26 @@ __device__ void norm_and_rotate(Shared& s, const Problem& p, const Tile& t) {
         store(reinterpret_cast<bf16*>(lines + swizzled(row, i)), v);
     }
     fence_async();
-    named_barrier(4 + threadIdx.x / 128, 128);  // a warpgroup multiplies the rows of its own warps
+    named_barrier(4 + threadIdx.x / 128, 128);  // a warpgroup multiplies only rows of its own warps
 }
 
 template <bool kNorm> __device__ void attend(Shared& s, const Problem& p) {
     const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int row = 16 * warp + lane / 4;  // and the one 8 below
+    const int row = 16 * warp + lane / 4;  // the thread also has row + 8
     const float scale_log2 = p.scale * kLog2e;
-    const auto my_turn = [&] { named_barrier(2 + warpgroup, kConsumers); };
-    const auto your_turn = [&] { named_arrive(3 - warpgroup, kConsumers); };
-    unsigned blocks = 0, tiles = 0;  // so many are behind us; block i uses stage i % kStages
+    const auto wait_for_turn = [&] { named_barrier(2 + warpgroup, kConsumers); };
+    const auto pass_turn = [&] { named_arrive(3 - warpgroup, kConsumers); };
+    unsigned blocks = 0, tiles = 0;  // finished so far; block i uses stage i % kStages
     const auto stage = [](unsigned i) { return i % kStages; };
     const auto parity = [](unsigned i) { return i / kStages % 2; };
     Tile t;
-    if (warpgroup == 1) your_turn();
+    if (warpgroup == 1) pass_turn();
     for (int tile = blockIdx.x; find_tile(s, p, tile, t); tile += gridDim.x) {
         float out[64] = {}, scores[64], shrink[2];
         unsigned probabilities[8][4];
         Softmax softmax;
         const uint8_t* const q = s.q + 64 * 128 * warpgroup;
-        const auto wait_for_values = [&](int n) {  // of the block before the next
+        const auto wait_for_values = [&](int n) {  // values of block n of keys, the previous one
             s.v_full[stage(blocks - 1)].wait(parity(blocks - 1));
             if ((n + 1) * kBlock > t.keys) clear_values(s.v[stage(blocks - 1)], t.keys - n * kBlock);
         };
@@ -224,16 +224,16 @@ template <bool kNorm> __device__ void attend(Shared& s, const Problem& p) {
                 const bool first = n == t.blocks - 1;
                 s.k_full[stage(blocks)].wait(parity(blocks));
                 if (!first) wait_for_values(n + 1);
-                my_turn();
+                wait_for_turn();
                 wgmma_fence();
                 multiply_keys(scores, q, s.k[stage(blocks)]);
                 if (first) {
-                    your_turn();
+                    pass_turn();
                     wgmma_wait<0>(scores);
                 } else {
                     wgmma_fence();
                     multiply_values(out, probabilities, s.v[stage(blocks - 1)]);
-                    your_turn();
+                    pass_turn();
                     wgmma_wait<1>(scores);
                 }
                 release(s.k_empty[stage(blocks)]);
@@ -259,7 +259,7 @@ template <bool kNorm> __device__ void attend(Shared& s, const Problem& p) {
             float sum = softmax.sum[r];
             sum += __shfl_xor_sync(~0u, sum, 1);
             sum += __shfl_xor_sync(~0u, sum, 2);
-            const float inverse = sum > 0 || sum != sum ? 1 / sum : 0;  // 0: it sees no key
+            const float inverse = sum > 0 || sum != sum ? 1 / sum : 0;  // 0: the row sees no key
 #pragma unroll
             for (int i = 0; i < 32; i++) out[i / 2 * 4 + 2 * r + i % 2] *= inverse;
             const int i = row + 8 * r;
@@ -314,7 +314,7 @@ void attention_fwd(cudaStream_t stream, Tensor q, Tensor k, Tensor v, Tensor cu_
     LING_CHECK(cu_q.is(DType::i32, {B + 1}) && cu_q.contiguous() && B <= kMaxSequences && scale > 0);
     LING_CHECK(cu_k.is(DType::i32, {B + 1}) && cu_k.contiguous());
     if (!Tq || !B || !Hq) return;
-    LING_CHECK(Tk > 0 && heads_in_rows(q) && heads_in_rows(k) && heads_in_rows(v) && heads_in_rows(out));
+    LING_CHECK(Tk > 0 && contiguous_heads(q) && contiguous_heads(k) && contiguous_heads(v) && contiguous_heads(out));
     Problem p{};
     p.q = map_of_heads(q, kBlock), p.k = map_of_heads(k, kBlock), p.v = map_of_heads(v, kBlock);
     p.cu_q = cu_q.ptr<int>(), p.cu_k = cu_k.ptr<int>(), p.out = out.ptr<bf16>(), p.out_row = out.stride[0],
@@ -327,8 +327,8 @@ void attention_fwd(cudaStream_t stream, Tensor q, Tensor k, Tensor v, Tensor cu_
     LING_CHECK(cos.is(DType::f32, {cos.shape[0], 32}) && cos.contiguous() && sin.is(DType::f32, {cos.shape[0], 32}));
     LING_CHECK((positions.is(DType::i32, {Tq}) || positions.is(DType::i64, {Tq})) && positions.contiguous());
     LING_CHECK(sin.contiguous());
-    p.q_weight = q_weight.data, p.wide_weight = q_weight.dtype == DType::f32;
-    p.positions = positions.data, p.wide_positions = positions.dtype == DType::i64;
+    p.q_weight = q_weight.data, p.fp32_weight = q_weight.dtype == DType::f32;
+    p.positions = positions.data, p.int64_positions = positions.dtype == DType::i64;
     p.cos = cos.ptr<float>(), p.sin = sin.ptr<float>(), p.P = cos.shape[0], p.eps = eps;
     launch<attention_fwd_kernel<true>>(blocks, kThreads, sizeof(Shared), stream, p);
 }

@@ -5,18 +5,19 @@
 namespace ling {
 namespace {
 
-// One kernel gives dq, and the same one dk and dv. A tile of 128 rows of one side (queries, or keys) stays in shared
-// memory while 64 rows at a time of the other pass by; a warpgroup has 64 of the 128:
+// One kernel template computes dq, or dk and dv (kKeys). A tile of 128 rows of one side (queries, or keys) stays in
+// shared memory while 64 rows at a time of the other side are loaded; a warpgroup has 64 of the 128 rows:
 //   s = x y^T, dp = dx dy^T  with x, dx = q, dout (keys: k, v) and y, dy the other side's,
 //   p = exp(scale s - lse), ds = p (dp - delta),  dq = scale ds k   (keys: dk = scale ds^T q, dv = p^T dout).
-// p and ds go to their products from registers: scores of keys are computed transposed. No sum has two writers.
+// p and ds are left operands of their products in registers, so scores of keys are computed transposed. Each sum has
+// one writer.
 constexpr int kBlock = 128, kOther = 64, kConsumers = 256, kThreads = kConsumers + 128, kStages = 4;
 constexpr int kBox = kBlock * 128, kOtherBox = kOther * 128;  // bytes of 64 columns
 
 struct Problem {
     TensorMap x, dx, y, dy, lse, delta;
     const int *cu_q, *cu_k;
-    const float *lse_at, *delta_at;  // [Hq, stride]: -lse / scale and -delta
+    const float *lse_at, *delta_at;  // [Hq, stride]: start_s = -lse / scale and start_dp = -delta
     int64_t stride;
     bf16 *out, *out2;  // dq; or dk and dv
     int64_t out_row, out2_row;
@@ -27,10 +28,10 @@ struct Problem {
 
 struct Tile {
     int number;
-    int head, rows, first;   // of the side that stays: its rows, and the first of them in the tensors
-    int other_head, others;  // of the side that passes: its first head, where the sequence begins
-    int begin, end;          // and its rows from .. to (multiples of kOther, and the sequence's length)
-    int heads;               // one after another
+    int head, rows, first;   // of the side that stays: head, number of rows, first row in the tensors
+    int other_head, others;  // of the other side: first head, first row of the sequence in the tensors
+    int begin, end;          // rows of the other side in its sequence; begin is a multiple of kOther
+    int heads;               // of the other side, in a loop
     int shift, own;          // query i sees keys up to i + shift; own: the tile's first row in its sequence
     int keys;
 };
@@ -38,9 +39,9 @@ struct Tile {
 struct Shared {
     alignas(1024) uint8_t x[2 * kBox], dx[2 * kBox];
     alignas(1024) uint8_t y[kStages][2 * kOtherBox], dy[kStages][2 * kOtherBox];
-    alignas(128) float lse[kStages][kOther], delta[kStages][kOther];  // of passing queries
+    alignas(128) float lse[kStages][kOther], delta[kStages][kOther];  // of the loaded queries
     alignas(128) uint8_t staging[kConsumers / 32][16 * 128];
-    Tile tile[kConsumers / 32];  // of each warp: its registers hold sums
+    Tile tile[kConsumers / 32];  // of each warp; its registers hold sums
     int tiles[kMaxSequences + 1];
     int warp_sums[kThreads / 32];
     Barrier rows_empty, full[kStages], empty[kStages];
@@ -53,7 +54,7 @@ template <bool kKeys> __device__ bool find_tile(const Shared& s, const Problem& 
     const int tiles = s.tiles[b + 1] - s.tiles[b], own = tile - s.tiles[b] * H;
     const int q0 = p.cu_q[b], k0 = p.cu_k[b], queries = p.cu_q[b + 1] - q0;
     t.number = tile, t.keys = p.cu_k[b + 1] - k0, t.shift = t.keys - queries;
-    // The rows that see, or are seen by, the most others first
+    // Tiles with the most rows on the other side come first
     if (kKeys) {
         t.head = own / tiles, t.own = own % tiles * kBlock;
         t.first = k0 + t.own, t.rows = min(t.keys - t.own, kBlock);
@@ -88,7 +89,7 @@ template <bool kKeys> __device__ void load_tiles(Shared& s, const Problem& p) {
             for (int h = 0; h < t.heads; h++)
                 for (int n = t.begin; n < t.end; n += kOther, ring.next()) {
                     Barrier& full = s.full[ring.stage];
-                    const bool first = h == 0 && n == t.begin;  // it brings the tile's own rows as well
+                    const bool first = h == 0 && n == t.begin;  // this stage also loads the tile's own rows
                     s.empty[ring.stage].wait(ring.parity ^ 1);
                     full.arrive_and_expect(4 * kOtherBox + (kKeys ? 2 * kOther * 4 : 0) + (first ? 4 * kBox : 0));
                     if (first) {
@@ -107,7 +108,7 @@ template <bool kKeys> __device__ void load_tiles(Shared& s, const Problem& p) {
     }
 }
 
-// scores [64, 64] += x y^T, not waited for
+// Starts scores [64, 64] += x y^T
 __device__ void multiply_rows(float (&scores)[32], const uint8_t* x, const uint8_t* y) {
 #pragma unroll
     for (int i = 0; i < kD / 16; i++)
@@ -115,13 +116,13 @@ __device__ void multiply_rows(float (&scores)[32], const uint8_t* x, const uint8
     wgmma_commit();
 }
 
-// sum += a y, not waited for
+// Starts sum += a y
 __device__ void add_product(float (&sum)[64], const unsigned (&a)[4][4], const uint8_t* y) {
 #pragma unroll
     for (int i = 0; i < kOther / 16; i++) wgmma_bf16_registers(sum, a[i], operand(y + i * 16 * 128, kOtherBox), true);
 }
 
-// Rows past the sequence's end are not its own, and 0 times NaN is NaN.
+// Rows past the sequence's end belong to another sequence and may be NaN: 0 times NaN is NaN.
 __device__ void clear_rows(uint8_t* y, uint8_t* dy, int from) {
     clear_lines<kOther>(y, 2, from, kConsumers);
     clear_lines<kOther>(dy, 2, from, kConsumers);
@@ -131,9 +132,9 @@ __device__ void clear_rows(uint8_t* y, uint8_t* dy, int from) {
 
 template <bool kKeys> __device__ void differentiate(Shared& s, const Problem& p) {
     const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32, lane = threadIdx.x % 32, column = lane % 4 * 2;
-    const int row = 16 * warp + lane / 4;  // and the one 8 below
+    const int row = 16 * warp + lane / 4;  // the thread also has row + 8
     const float scale_log2 = p.scale * kLog2e;
-    unsigned done = 0;  // blocks of others, which take the stages in turn
+    unsigned done = 0;  // finished blocks of the other side; block i uses stage i % kStages
     Tile found;
     for (int tile = blockIdx.x; find_tile<kKeys>(s, p, tile, found); tile = s.tile[warp].number + gridDim.x) {
         Tile& t = s.tile[warp];
@@ -156,7 +157,7 @@ template <bool kKeys> __device__ void differentiate(Shared& s, const Problem& p)
             s.full[stage].wait(done / kStages % 2);
             const uint8_t *y = s.y[stage], *dy = s.dy[stage];
             if (n + kOther > t.end) clear_rows(s.y[stage], s.dy[stage], t.end - n);
-            float scores[32], dp[32];  // they begin at -lse / scale and -delta of their query
+            float scores[32], dp[32];  // start at -lse / scale and -delta of their query
 #pragma unroll
             for (int i = 0; i < 32; i++) {
                 const int c = i / 4 * 8 + i % 2 + column, r = i / 2 % 2;
@@ -169,7 +170,7 @@ template <bool kKeys> __device__ void differentiate(Shared& s, const Problem& p)
             multiply_rows(dp, s.dx + 64 * 128 * warpgroup, dy);
             wgmma_wait<1>(scores);
 
-            // Bit i: score i counts. In most blocks all do: none is past the end, and every query sees every key.
+            // Bit i: score i is visible. In most blocks all are: none is past the end, every query sees every key.
             unsigned seen = ~0u;
             const int other = kKeys ? n : n + kOther - 1, edge = kKeys ? t.own + kBlock - 1 : t.own;
             if (n + kOther > t.end || (p.causal && !(kKeys ? other + t.shift >= edge : other <= edge + t.shift))) {
@@ -186,7 +187,7 @@ template <bool kKeys> __device__ void differentiate(Shared& s, const Problem& p)
             wgmma_wait<0>(dp);
 #pragma unroll
             for (int i = 0; i < 32; i++)
-                dp[i] = seen >> i & 1 ? scores[i] * dp[i] : 0;  // dp of a row that is not its own may be NaN
+                dp[i] = seen >> i & 1 ? scores[i] * dp[i] : 0;  // dp of another sequence's row may be NaN
             round_to_bf16(rounded, dp);
             if (kKeys) round_to_bf16(rounded2, scores);
             wgmma_fence();
@@ -237,10 +238,10 @@ __global__ void __launch_bounds__(kThreads, 1) attention_bwd_kernel(const __grid
     }
 }
 
-// Half a warp per row: what the products of its scores begin with, -lse / scale, and those of dp, -delta = -dout . out.
+// Half a warp per row: the start values of its scores, -lse / scale, and of dp, -delta = -dout . out.
 __global__ void __launch_bounds__(256)
     attention_delta_kernel(const bf16* dout, int64_t dout_row, const bf16* out, int64_t out_row, const float* lse,
-                           float* begin, float* less, float scale, int T, int H, int64_t stride) {
+                           float* start_s, float* start_dp, float scale, int T, int H, int64_t stride) {
     constexpr int kLanes = kD / 8;
     const int64_t row = blockIdx.x * (256ll / kLanes) + threadIdx.x / kLanes, t = row / H, h = row % H;
     const int lane = threadIdx.x % kLanes;
@@ -253,8 +254,8 @@ __global__ void __launch_bounds__(256)
     }
     for (int d = kLanes / 2; d; d /= 2) sum += __shfl_xor_sync(~0u, sum, d);
     if (lane || t >= T) return;
-    less[h * stride + t] = -sum;
-    begin[h * stride + t] = -lse[h * T + t] / scale;
+    start_dp[h * stride + t] = -sum;
+    start_s[h * stride + t] = -lse[h * T + t] / scale;
 }
 
 }  // namespace
@@ -263,8 +264,8 @@ void attention_bwd(cudaStream_t stream, Tensor dout, Tensor q, Tensor k, Tensor 
                    Tensor cu_k, Tensor dq, Tensor dk, Tensor dv, bool causal, float scale, Tensor scratch) {
     const int64_t Tq = q.shape[0], Hq = q.shape[1], Tk = k.shape[0], Hkv = k.shape[1], B = cu_q.shape[0] - 1;
     const int64_t stride = (Tq + 3) / 4 * 4;
-    for (const Tensor* t : {&q, &dout, &out, &dq}) LING_CHECK(t->is(DType::bf16, {Tq, Hq, kD}) && heads_in_rows(*t));
-    for (const Tensor* t : {&k, &v, &dk, &dv}) LING_CHECK(t->is(DType::bf16, {Tk, Hkv, kD}) && heads_in_rows(*t));
+    for (const Tensor* t : {&q, &dout, &out, &dq}) LING_CHECK(t->is(DType::bf16, {Tq, Hq, kD}) && contiguous_heads(*t));
+    for (const Tensor* t : {&k, &v, &dk, &dv}) LING_CHECK(t->is(DType::bf16, {Tk, Hkv, kD}) && contiguous_heads(*t));
     LING_CHECK(lse.is(DType::f32, {Hq, Tq}) && lse.contiguous() && Hkv > 0 && Hq % Hkv == 0);
     LING_CHECK(scratch.is(DType::f32, {2, Hq, stride}) && scratch.contiguous() && scratch.aligned());
     if (!cu_k.data) cu_k = cu_q;

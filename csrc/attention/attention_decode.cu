@@ -12,7 +12,7 @@ struct Shared {
     float largest[kWarps][kRows], total[kWarps][kRows];
 };
 
-// Rows r0 on of the block's run of a sequence, from the warps' parts to memory
+// Combines the warps' results for rows r0.. of the block's run of a sequence, and stores them
 __device__ void combine_warps(const Shared& shared, float* partial, float* lse, int rows) {
     const int d = threadIdx.x;
     for (int r = 0; r < rows; r++) {
@@ -31,15 +31,15 @@ __device__ void combine_warps(const Shared& shared, float* partial, float* lse, 
     }
 }
 
-// Block (w, h, tile of rows) has run w of the tiles of keys of all sequences, of KV head h. kAppends: the queries, and
-// the last n keys and values of every sequence, are made of `tokens` first.
+// Block (w, h, tile of rows) has run w of the tiles of keys of all sequences, for KV head h. kAppends: it first
+// computes the queries, and the last n keys and values of every sequence, from `tokens`.
 template <typename T, typename C, bool kAppends>
 __global__ void __launch_bounds__(kThreads, 2)
     attention_decode_kernel(const T* q, NewTokens tokens, Cache cache, float* partial, float* lse, int n, int G,
                             float scale_log2) {
     __shared__ Shared shared;
     __shared__ std::conditional_t<kAppends, Fresh<T, C>, char> fresh;
-    let_next_start();
+    launch_dependents();
     wait_for_previous();
     const int all = cache.tiles_before(cache.B), share = cache.share(all);
     int tile = blockIdx.x * share;
@@ -95,14 +95,15 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
 }
 
-// A row of a sequence's pieces, weighted; each warp takes every 4th. With out_q the row, which is a head, in FP8 too.
+// Combines the partial results of a row, weighted; each warp takes every 4th. With out_q it also writes the row, which
+// is a head, in FP8.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     attention_decode_combine_kernel(Cache cache, const float* partial, const float* lse, T* out, uint8_t* out_q,
                                     float* out_scale, int64_t ld_scale, int n, int G) {
     static_assert(kD == kBlock);
     __shared__ float sums[kWarps][kD], totals[kWarps], maxima[kWarps];
-    let_next_start();
+    launch_dependents();
     wait_for_previous();
     LING_DEVICE_CHECK(cache.lengths[blockIdx.x] == cache.used(blockIdx.x));
     const int b = blockIdx.x, row = blockIdx.y, rows = cache.Hkv * n * G, lane = threadIdx.x % 32;
@@ -131,7 +132,7 @@ __global__ void __launch_bounds__(kThreads)
     if (lane == 0) totals[warp] = total;
     __syncthreads();
     if (warp) return;
-    const int at = lane % 16 * 8;  // the other half of the warp does the same, and writes nothing
+    const int at = lane % 16 * 8;  // both halves of the warp compute the same; the first one writes
     alignas(16) T y[1][8];
     float sum8[8] = {};
     total = 0;
@@ -147,7 +148,7 @@ __global__ void __launch_bounds__(kThreads)
     if (out_q) store_rows<false>(y, token, lane < 16, head, out_q, out_scale, heads * kD, ld_scale);
 }
 
-// What both launchers do; tokens null: q are the queries, and all keys and values are in the cache.
+// Both launchers; tokens null: q are the queries, and the cache has all keys and values.
 void run(cudaStream_t stream, const Tensor& q, const NewTokens* tokens, const Tensor& k, const Tensor& v,
          const Tensor& k_scale, const Tensor& v_scale, const Tensor& block_table, const Tensor& lengths,
          const Tensor& out, const Tensor& out_q, const Tensor& out_scale, const Tensor& partial, const Tensor& lse,
@@ -217,14 +218,15 @@ void qk_norm_attention_decode_fwd(cudaStream_t stream, Tensor qkv, Tensor q_weig
                                   Tensor lengths, Tensor out, Tensor out_q, Tensor out_scale, Tensor partial,
                                   Tensor lse, float scale, float eps) {
     const int64_t n = out.shape[1], P = cos.shape[0];
-    const bool wide = q_weight.dtype == DType::f32;
+    const bool fp32_weights = q_weight.dtype == DType::f32;
     LING_CHECK(qkv.is(qkv.dtype, {out.shape[0], n, out.shape[2] + 2 * k.shape[2], kD}) && n <= kMostNew);
-    LING_CHECK((wide || q_weight.dtype == qkv.dtype) && q_weight.is(q_weight.dtype, {kD}) && q_weight.contiguous());
+    LING_CHECK((fp32_weights || q_weight.dtype == qkv.dtype) && q_weight.is(q_weight.dtype, {kD}) &&
+               q_weight.contiguous());
     LING_CHECK(k_weight.is(q_weight.dtype, {kD}) && k_weight.contiguous());
     LING_CHECK(cos.is(DType::f32, {P, kHalf}) && cos.contiguous() && P < 1ll << 31);
     LING_CHECK(sin.is(DType::f32, {P, kHalf}) && sin.contiguous());
     LING_CHECK(q_weight.aligned() && k_weight.aligned() && cos.aligned() && sin.aligned());
-    const NewTokens tokens{qkv.data,         q_weight.data,    k_weight.data,        wide,
+    const NewTokens tokens{qkv.data,         q_weight.data,    k_weight.data,        fp32_weights,
                            cos.ptr<float>(), sin.ptr<float>(), static_cast<int>(P),  eps,
                            k.data,           v.data,           k_scale.ptr<float>(), v_scale.ptr<float>()};
     run(stream, qkv, &tokens, k, v, k_scale, v_scale, block_table, lengths, out, out_q, out_scale, partial, lse, scale);

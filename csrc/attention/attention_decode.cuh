@@ -1,17 +1,16 @@
-// What a warp of the decode kernel does: attention over its part of a paged cache.
+// The work of one warp of the decode kernel: attention over its part of a paged cache.
 #pragma once
 #include "mma.cuh"
 #include "quant/fp8.cuh"
 
 namespace ling::decode {
 
-// A warp takes every 4th step of 16 keys of its block's run, straight from global memory to tensor cores: where a
-// lane's 16 bytes lie in a row, and which keys they are, is chosen so that they are its part of the operands as they
-// come. The next keys are on their way while the scores are worked on, the next values while the keys are. What the 4
-// warps have is combined once per sequence in shared memory. The run of tiles of keys is found from the lengths, as in
-// Triton.
+// A warp takes every 4th step of 16 keys of its block's run, from global memory straight to tensor cores: each lane
+// loads 16 bytes of the rows and keys whose layout equals its fragment of the mma operand. The loads of the next keys
+// overlap the work on the scores, those of the next values overlap the next keys'. The 4 warps combine their results
+// once per sequence in shared memory. A block finds its run of tiles of keys from the lengths, as in Triton.
 constexpr int kD = 128, kWarps = 4, kThreads = 32 * kWarps, kStep = 16, kTile = kWarps * kStep, kRows = 16;
-constexpr int kPitch = kD + 4;  // in floats, of a row in shared memory: rows begin in other banks
+constexpr int kPitch = kD + 4;  // floats of a row in shared memory: rows start in different banks
 
 struct Cache {
     const void *k, *v;
@@ -21,14 +20,14 @@ struct Cache {
 
     __device__ int used(int b) const { return min(max(lengths[b], 0), blocks * page); }
     __device__ int tiles(int b) const { return ceil_div(used(b), kTile); }
-    // How many tiles a run is. By a whole warp, as all that follows.
+    // Tiles of a run. This and the following functions are called by a whole warp.
     __device__ int share(int all) const { return max(ceil_div(all, W), 1); }
     __device__ int tiles_before(int end) const {
         int sum = 0;
         for (int b = threadIdx.x % 32; b < end; b += 32) sum += tiles(b);
         return __reduce_add_sync(~0u, sum);
     }
-    // The sequence of tile `first`, which there is, and where its tiles begin
+    // The sequence of tile `first`, which must exist, and the number of its first tile
     __device__ void find(int first, int& seq, int& begin) const {
         const int lane = threadIdx.x % 32;
         seq = begin = 0;
@@ -49,22 +48,22 @@ struct Cache {
 
 constexpr int kMostNew = 8;
 
-// In shared memory, where the kernel appends the n new tokens itself: a tile's queries, normed and turned, and the new
-// keys and values as the cache will have them. They are read here, for nobody may read cells that a block is writing.
+// In shared memory of the kernel that appends the n new tokens: a tile's queries, normed and rotated, and the new keys
+// and values in the cache's dtype. Blocks read new tokens here, because other blocks may be writing their cells.
 template <typename T, typename C> struct Fresh {
     alignas(16) T q[kRows][kD];
     alignas(16) C cells[2][kMostNew][kD];  // keys, values
     float scales[2][kMostNew];
-    int begin, n;  // the first one's place in the sequence
+    int begin, n;  // position of the first new token in the sequence
 
-    // Which of them a key of the sequence is, or -1
+    // Index of a key of the sequence among the new tokens, or -1
     __device__ int index(int key) const { return key >= begin && key < begin + n ? key - begin : -1; }
 };
 
 // A warp's part of a sequence's keys: scores of 16 rows in units of log2, and the values weighted by them.
-// Lane l is g = l / 4, c = l % 4. As the contraction may take dims in any order, a lane's chunks of a key serve as they
-// are; as output columns may have any order, so do its chunks of values, once two keys' are interleaved.
-// kAppends: new tokens are read where `fresh` is.
+// Lane l is g = l / 4, c = l % 4. The contraction may take dims in any order, so a lane's chunks of a key are used as
+// loaded; output columns may have any order, so its chunks of values are too, once those of two keys are interleaved.
+// kAppends: new tokens are read from `fresh`.
 template <typename T, typename C, bool kAppends> struct Warp {
     static constexpr int kPer = Chunk<T, C>::kElements, kKeyChunks = kD / kPer / 4, kValueChunks = kD / kPer / 8;
     const Cache& cache;
@@ -75,7 +74,7 @@ template <typename T, typename C, bool kAppends> struct Warp {
     uint4 ks[2][kKeyChunks], vs[2][2][kValueChunks];  // key 8t + g; key 8t + 2c + i
     float k_scale[2][2], v_scale[2][2];               // of key 8t + 2c + i
     float largest[2], total[2], o[16][4];
-    int pages;  // where the next 32 steps' keys lie, a lane each
+    int pages;  // the page of one of the next 32 steps, a step for each lane
 
     __device__ int key(int step) const { return first + (step * kWarps + warp) * kStep; }
 
@@ -101,14 +100,15 @@ template <typename T, typename C, bool kAppends> struct Warp {
         return int64_t{__shfl_sync(~0u, pages, step % 32)} * cache.page + key(step) % cache.page;
     }
 
-    // Of a step's key or value (kind 1) number `at`
+    // The row of key (kind 0) or value (kind 1) number `at` of a step
     __device__ const C* row_of(int kind, int step, int64_t cell, int at) const {
         if constexpr (kAppends)
             if (const int i = fresh->index(key(step) + at); i >= 0) return fresh->cells[kind][i];
         return static_cast<const C*>(kind ? cache.v : cache.k) + ((cell + at) * cache.Hkv + head) * kD;
     }
 
-    // Cells past the sequence's end are there, and their scores are not used. Their values are: as 0 times NaN.
+    // Keys past the sequence's end lie inside the page and their scores are masked. Values there are loaded as 0, as
+    // their P is 0 and 0 times NaN is NaN.
     __device__ void load_keys(int step, int64_t cell) {
 #pragma unroll
         for (int t = 0; t < 2; t++) {
@@ -160,7 +160,7 @@ template <typename T, typename C, bool kAppends> struct Warp {
         }
     }
 
-    // s becomes P; last: of each of the lane's two rows, the last key that it sees
+    // Turns s into P; last: the last key that each of the lane's two rows sees
     __device__ void softmax(float (&s)[2][4], int first_key, const int (&last)[2]) {
 #pragma unroll
         for (int r = 0; r < 2; r++) {

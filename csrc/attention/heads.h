@@ -1,5 +1,4 @@
-// What forward and backward share: bf16 tensors [T, H, 128] whose heads lie side by side in rows that may be wider,
-// such as those of qkv.
+// Shared by forward and backward: bf16 tensors [T, H, 128] with contiguous heads, in rows that may be wider, as qkv's.
 #pragma once
 #include "sm90.cuh"
 
@@ -8,17 +7,17 @@ namespace ling {
 constexpr int kD = 128, kMaxSequences = 1024;
 constexpr float kLog2e = 1.4426950408889634f;
 
-inline bool heads_in_rows(const Tensor& t) {
+inline bool contiguous_heads(const Tensor& t) {
     const bool side_by_side = t.stride[2] == 1 && (t.shape[1] == 1 || t.stride[1] == t.shape[2]);
     return side_by_side && t.stride[0] % 8 == 0 && t.aligned();
 }
 
-// Bounds b and b + 1 of B sequences that have T rows in all
+// Check the bounds of sequence b of B, which have T rows together
 __device__ inline void check_bounds(const int* cu, int b, int B, int T) {
     LING_DEVICE_CHECK(cu[b] <= cu[b + 1] && (b > 0 || cu[0] == 0) && (b + 1 < B || cu[B] == T));
 }
 
-// To load boxes of so many rows and 64 columns
+// A map that loads boxes of `rows` rows and 64 columns
 inline TensorMap map_of_heads(const Tensor& t, int rows) {
     return encode_map(t.data, DType::bf16, t.shape[0], t.shape[1] * t.shape[2], t.stride[0] * 2, rows, 64, true);
 }

@@ -1,4 +1,4 @@
-// What the decode kernel does first where it appends: norm and rotation of the new tokens, and their cells.
+// First phase of the decode kernel that appends: norm and rotation of the new tokens, and the write of their cells.
 #pragma once
 #include "attention/attention_decode.cuh"
 #include "norm/head.cuh"
@@ -7,7 +7,7 @@ namespace ling::decode {
 
 struct NewTokens {
     const void *qkv, *q_weight, *k_weight;
-    bool wide_weights;  // fp32, not as qkv
+    bool fp32_weights;  // otherwise in qkv's dtype
     const float *cos, *sin;
     int P;
     float eps;
@@ -15,9 +15,9 @@ struct NewTokens {
     float *k_scale, *v_scale;
 };
 
-template <typename T> __device__ Vec<kVec> load_weight(const void* w, bool wide) {
+template <typename T> __device__ Vec<kVec> load_weight(const void* w, bool fp32) {
     const int at = threadIdx.x % kLanes * kVec;
-    return wide ? load<kVec>(static_cast<const float*>(w) + at) : load<kVec>(static_cast<const T*>(w) + at);
+    return fp32 ? load<kVec>(static_cast<const float*>(w) + at) : load<kVec>(static_cast<const T*>(w) + at);
 }
 
 __device__ inline unsigned head_max(unsigned x) {
@@ -26,8 +26,8 @@ __device__ inline unsigned head_max(unsigned x) {
     return x;
 }
 
-// A lane's part of a row of cells
-template <typename C> __device__ void keep(C* row, const Vec<kVec>& y, float scale) {
+// Stores a lane's part of a row of cells
+template <typename C> __device__ void store_cell(C* row, const Vec<kVec>& y, float scale) {
     C* const to = row + threadIdx.x % kLanes * kVec;
     if constexpr (sizeof(C) == 2) store(to, y);
     else
@@ -35,15 +35,16 @@ template <typename C> __device__ void keep(C* row, const Vec<kVec>& y, float sca
                                          to_e4m3x4(y[4] / scale, y[5] / scale, y[6] / scale, y[7] / scale)};
 }
 
-// By a whole block, half a warp a row of qkv: of sequence seq and KV head `head` the queries from row r0 on, and those
-// new tokens that lie among the block's keys, `first` to before `stop`. The blocks of the first rows write the cells.
+// Called by a whole block; half a warp has a row of qkv. For sequence seq and KV head `head` it prepares the queries
+// from row r0 on, and the new tokens among the block's keys first .. stop - 1. The blocks of the first rows write the
+// cells.
 template <typename T, typename C>
 __device__ void prepare(Fresh<T, C>& fresh, const NewTokens& in, const Cache& cache, int seq, int head, int first,
                         int stop, int n, int G, int r0) {
     const int lane = threadIdx.x % kLanes, rows = min(n * G - r0, kRows), begin = cache.lengths[seq] - n;
     const int jobs = rows + (stop > begin ? 2 * n : 0);
     if (threadIdx.x == 0) fresh.begin = begin, fresh.n = n;
-    for (int base = 0; base < jobs; base += kThreads / kLanes) {  // the same for all threads: they shuffle
+    for (int base = 0; base < jobs; base += kThreads / kLanes) {  // uniform: all threads shuffle
         const int job = base + threadIdx.x / kLanes, kind = (job >= rows) + (job >= rows + n);  // query, key, value
         const int token = kind ? (job - rows) % n : (r0 + job) / G, position = begin + token;
         const int h = kind ? cache.Hkv * (G + kind - 1) + head : head * G + (r0 + job) % G;
@@ -55,7 +56,7 @@ __device__ void prepare(Fresh<T, C>& fresh, const NewTokens& in, const Cache& ca
                            ((int64_t{seq} * n + token) * (cache.Hkv * (G + 2)) + h) * kD + lane * kVec);
         Vec<kVec> y = x;
         const Angles angles(in.cos, in.sin, position, in.P, real);
-        norm_and_rotate(y, load_weight<T>(kind ? in.k_weight : in.q_weight, in.wide_weights), angles, in.eps);
+        norm_and_rotate(y, load_weight<T>(kind ? in.k_weight : in.q_weight, in.fp32_weights), angles, in.eps);
         if (kind == 2) y = x;
         unsigned amax = 0;
 #pragma unroll
@@ -69,8 +70,8 @@ __device__ void prepare(Fresh<T, C>& fresh, const NewTokens& in, const Cache& ca
             const int page = cache.table[int64_t{seq} * cache.blocks + position / cache.page];
             const int64_t cell = (int64_t{page} * cache.page + position % cache.page) * cache.Hkv + head;
             const bool writes = blockIdx.z == 0 && page >= 0 && page < cache.num_blocks;
-            keep(fresh.cells[kind - 1][token], y, scale);
-            if (writes) keep(static_cast<C*>(kind == 1 ? in.k : in.v) + cell * kD, y, scale);
+            store_cell(fresh.cells[kind - 1][token], y, scale);
+            if (writes) store_cell(static_cast<C*>(kind == 1 ? in.k : in.v) + cell * kD, y, scale);
             if (sizeof(C) == 1 && lane == 0) {
                 fresh.scales[kind - 1][token] = scale;
                 if (writes) (kind == 1 ? in.k_scale : in.v_scale)[cell] = scale;

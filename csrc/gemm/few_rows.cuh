@@ -17,7 +17,7 @@
 
 namespace ling::few_rows {
 
-constexpr int kMost = 8, kLines = 16, kStep = 128;  // rows of x; rows of the weight; bytes of K
+constexpr int kMaxRows = 8, kLines = 16, kStep = 128;  // rows of x; rows of the weight; bytes of K
 // Rows of x lie a multiple of 128 bytes and kGap apart in shared memory, so that neighbours begin in other banks.
 constexpr int kGap = 64;
 

@@ -1,10 +1,10 @@
 // The FP8 GEMM of Hopper: tokens [M, K] times weights [N, K]^T, ragged by groups. docs/kernels.md draws it.
 //
-// A persistent block has one warpgroup that loads and two that multiply; a ring of stages lies between them, each with
-// 128 of K of a tile's operands and scales. A multiplying warpgroup has 64 rows of the tile to itself: it takes part
-// of the sum from the tensor cores, scales it, adds it in fp32, and writes its rows alone. So one warpgroup's
-// scaling and writing hide behind the other's products, and while K is short the next tile is there before this one
-// is written.
+// A persistent block has one producer warpgroup, which loads, and two consumer warpgroups, which multiply. A ring of
+// stages connects them; a stage holds 128 of K of a tile's operands and scales. Each consumer owns 64 rows of the tile:
+// it multiplies 128 of K on the tensor cores, scales the product, adds it in fp32, and writes its rows by itself. So
+// the scaling and writing of one consumer overlap with the products of the other, and the producer runs ahead into the
+// next tile.
 #pragma once
 #include "gemm/load.cuh"
 #include "gemm/store.cuh"
@@ -41,7 +41,7 @@ __device__ void multiply(Shared<V>& s, int stage, const float (&w_scale)[V::kHal
                     sum[h][4 * j + c] += part[4 * j + c] * scale;
                     sum[h][4 * j + 2 + c] += part[4 * j + 2 + c] * scale;
                 } else {
-                    const float scale = V::kTall ? s.b_scale[stage][128 * h + column] : w_scale[h];
+                    const float scale = V::kRowScales ? s.b_scale[stage][128 * h + column] : w_scale[h];
                     sum[h][4 * j + c] += part[4 * j + c] * (upper * scale);
                     sum[h][4 * j + 2 + c] += part[4 * j + 2 + c] * (lower * scale);
                 }
@@ -55,17 +55,17 @@ template <typename V> __device__ void multiply_tiles(Shared<V>& s, const Problem
     Ring<V::kStages> ring;
     Tile t;
     for (int tile = blockIdx.x; find_tile(s, p, tile, t); tile += gridDim.x) {
-        const bool busy = V::kSwap || 64 * warpgroup < t.rows;  // or none of the warpgroup's rows is the group's
+        const bool busy = V::kSwap || 64 * warpgroup < t.rows;  // otherwise no row of the warpgroup is in the group
         const int halves = V::kSwiglu ? 2 : min(V::kHalves, ceil_div(p.N - t.n, 128));
         float sum[V::kHalves][V::kRegs] = {};
         float w_scale[V::kHalves] = {}, next[V::kHalves] = {};
         int scale = t.group * p.weight_scale_g + t.n / 128 * p.weight_scale_n;
         const int up = (V::kSwiglu ? p.N / 256 : 1) * p.weight_scale_n;
-        const auto load_scales = [&](bool any) {  // a step ahead: their latency would stand between two products
+        const auto load_scales = [&](bool any) {  // a step ahead, to hide their latency
 #pragma unroll
             for (int h = 0; h < V::kHalves; h++) {
                 w_scale[h] = next[h];
-                if (!V::kTall && h < halves && any) next[h] = __ldg(p.weight_scale + scale + h * up);
+                if (!V::kRowScales && h < halves && any) next[h] = __ldg(p.weight_scale + scale + h * up);
             }
             scale += p.weight_scale_k;
         };
@@ -75,7 +75,7 @@ template <typename V> __device__ void multiply_tiles(Shared<V>& s, const Problem
             s.full[ring.stage].wait(ring.parity);
             multiply(s, ring.stage, w_scale, busy, halves, sum);
         }
-        if (!busy || (V::kContract && p.accumulate && !t.blocks)) continue;
+        if (!busy || (V::kWgrad && p.accumulate && !t.blocks)) continue;
         if (!V::kSwiglu && (p.fp32 || p.accumulate)) finish_in_place<V>(p, t, sum);
         if (V::kSwiglu || !p.fp32) {
             if constexpr (V::kSwap) write_columns(s, p, t, sum);
@@ -84,13 +84,13 @@ template <typename V> __device__ void multiply_tiles(Shared<V>& s, const Problem
     }
 }
 
-// What every block does first: barriers, and the table of tiles.
+// Set up the barriers and the table of tiles.
 template <typename V> __device__ Shared<V>& begin(const Problem& p) {
     Shared<V>& s = *dynamic_shared<Shared<V>>();
     if (threadIdx.x == 0) {
         for (int i = 0; i < V::kStages; i++) {
-            s.full[i].init(V::kGather || V::kTurned ? 128 + 1 : 1);
-            if (V::kTurned) s.raw[i].init(1);
+            s.full[i].init(V::kGather || V::kTransposed ? 128 + 1 : 1);
+            if (V::kTransposed) s.raw[i].init(1);
             s.empty[i].init(kConsumers / 32);
         }
         publish_barriers();
@@ -108,12 +108,12 @@ template <typename V>
 __global__ void __launch_bounds__(kThreads, 1) gemm_fp8_kernel(const __grid_constant__ Problem p) {
     Shared<V>& s = begin<V>(p);
     if (threadIdx.x >= kConsumers) {
-        fewer_registers<V::kTurned ? 72 : V::kGather ? 56 : 40>();
+        fewer_registers<V::kTransposed ? 72 : V::kGather ? 56 : 40>();
         if constexpr (V::kGather) load_gathered(s, p);
-        else if constexpr (V::kTurned) load_and_turn(s, p);
+        else if constexpr (V::kTransposed) load_and_transpose(s, p);
         else if (threadIdx.x < kConsumers + 32) load_tiles(s, p);
     } else {
-        more_registers<V::kTurned ? 216 : V::kGather ? 224 : 232>();
+        more_registers<V::kTransposed ? 216 : V::kGather ? 224 : 232>();
         multiply_tiles(s, p);
     }
 }

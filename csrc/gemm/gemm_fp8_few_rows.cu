@@ -12,7 +12,7 @@ constexpr int kSms = 2;                // blocks that an SM has at most
 
 struct Shared {
     __align__(16) uint8_t ring[kWarps][Stream<true, kDepth>::kBytes];
-    float sums[2][kWarps][kMost * kPitch];  // two, so that a tile's are read while the next one's are written
+    float sums[2][kWarps][kMaxRows * kPitch];  // two, so that a tile's are read while the next one's are written
 };
 
 struct Problem {
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(32 * kWarps, kSms) gemm_fp8_few_rows_kernel(co
     const int from = own * blocks / p.split, to = (own + 1) * blocks / p.split;  // of this warp's part of K
     const int stride = gridDim.x * (kWarps / p.split) * kLines;
     const int start = (blockIdx.x * kWarps + warp) / p.split * kLines;
-    let_next_start();
+    launch_dependents();
 
     Stream<true, kDepth> stream(shared.ring[warp]);
     Cursor ahead{start, from};
@@ -60,9 +60,9 @@ __global__ void __launch_bounds__(32 * kWarps, kSms) gemm_fp8_few_rows_kernel(co
         const int m = i / (p.K / 16), at = i % (p.K / 16) * 16;
         *reinterpret_cast<uint4*>(x + m * row_of(p.K) + at) = *reinterpret_cast<const uint4*>(p.a + m * p.lda + at);
     }
-    for (int i = threadIdx.x; i < kMost * blocks; i += 32 * kWarps) {
-        const int m = i % kMost;
-        x_scale[i] = m < p.M ? p.a_scale[m + int64_t{i / kMost} * p.a_scale_k] : 0.f;
+    for (int i = threadIdx.x; i < kMaxRows * blocks; i += 32 * kWarps) {
+        const int m = i % kMaxRows;
+        x_scale[i] = m < p.M ? p.a_scale[m + int64_t{i / kMaxRows} * p.a_scale_k] : 0.f;
     }
     __syncthreads();
     const uint8_t* const row = x + min(g, p.M - 1) * row_of(p.K);
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(32 * kWarps, kSms) gemm_fp8_few_rows_kernel(co
         for (int k = from; line < p.N && k < to; k++) {
             const Step step = stream.take();
             const Part part = multiply<true>(step, row + k * kStep);
-            const float left = x_scale[k * kMost + c], right = x_scale[k * kMost + c + 1];
+            const float left = x_scale[k * kMaxRows + c], right = x_scale[k * kMaxRows + c + 1];
             sum[0] += part.v[0] * (left * step.upper_scale), sum[1] += part.v[1] * (right * step.upper_scale);
             sum[2] += part.v[2] * (left * step.lower_scale), sum[3] += part.v[3] * (right * step.lower_scale);
             push();
@@ -101,11 +101,11 @@ __global__ void __launch_bounds__(32 * kWarps, kSms) gemm_fp8_few_rows_kernel(co
     }
 }
 
-size_t bytes(int64_t M, int64_t K) { return sizeof(Shared) + M * row_of(K) + kMost * (K / kStep) * sizeof(float); }
+size_t bytes(int64_t M, int64_t K) { return sizeof(Shared) + M * row_of(K) + kMaxRows * (K / kStep) * sizeof(float); }
 
 }  // namespace
 
-bool few_rows_fit(int64_t M, int64_t K) { return M <= kMost && bytes(M, K) <= kSharedMemory; }
+bool few_rows_fit(int64_t M, int64_t K) { return M <= kMaxRows && bytes(M, K) <= kSharedMemory; }
 
 void gemm_fp8_few_rows(cudaStream_t stream, Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor d,
                        bool accumulate) {

@@ -44,7 +44,7 @@ void grouped_gemm_fp8_fwd(cudaStream_t stream, Tensor a, Tensor a_scale, Tensor 
     } else {
         LING_CHECK(y.ndim == 2 && y.shape[1] == N && (y.dtype == DType::bf16 || y.dtype == DType::f32));
         LING_CHECK(!(transposed && gather));
-        if (transposed) launch_turned(stream, p, rows, a, a_scale, b);
+        if (transposed) launch_transposed(stream, p, rows, a, a_scale, b);
         else if (gather) launch_for_rows<Output::plain, Tokens::gathered>(stream, p, rows, a, a_scale, b);
         else launch_for_rows<Output::plain, Tokens::tiles>(stream, p, rows, a, a_scale, b);
     }

@@ -10,9 +10,9 @@ namespace {
 constexpr auto kGroup = Contraction::group;
 using Fp8 = Variant<0, 2, Scales::rows, Output::plain, Tokens::tiles, kGroup>;
 
-// bf16 operands lie as they are, tokens outermost. A stage is kTokens of them, in boxes of 64 columns of 128 bytes.
+// bf16 operands [tokens, columns] are loaded as stored. A stage holds kTokens tokens in boxes of 64 columns.
 struct Bf16 : Fp8 {
-    static constexpr bool kTall = false;
+    static constexpr bool kRowScales = false;
     static constexpr int kUnit = 1, kTokens = 64, kBox = kTokens * 128;
     static_assert(kABytes == 2 * kBox && kBBytes == 4 * kBox);
 };
@@ -34,7 +34,7 @@ __device__ void load_tokens(Shared<Bf16>& s, const Problem& p) {
     }
 }
 
-// The last stage of a group holds tokens that are its neighbour's, whatever they are.
+// The last stage of a group also holds tokens of the next group, which must not contribute, whatever their values.
 __device__ void clear_tokens(Shared<Bf16>& s, int stage, int from) {
     clear_lines<Bf16::kTokens>(s.a[stage], 2, from, kConsumers);
     clear_lines<Bf16::kTokens>(s.b[stage], 4, from, kConsumers);
@@ -75,7 +75,7 @@ __device__ void multiply_tokens(Shared<Bf16>& s, const Problem& p) {
     }
 }
 
-// As gemm_fp8_kernel, but the tensor cores keep the whole sum: bf16 products need no scales.
+// Like gemm_fp8_kernel, but the tensor cores accumulate the whole sum, since bf16 products need no scales.
 __global__ void __launch_bounds__(kThreads, 1) grouped_wgrad_bf16_kernel(const __grid_constant__ Problem p) {
     Shared<Bf16>& s = begin<Bf16>(p);
     if (threadIdx.x >= kConsumers) {

@@ -4,7 +4,7 @@
 
 namespace ling::gemm_fp8 {
 
-// What TMA takes: rows of 16 bytes and more, anywhere on 16 bytes.
+// TMA loads rows that are dense and start at multiples of 16 bytes.
 inline bool by_rows(const Tensor& t) {
     const int size = t.dtype == DType::bf16 ? 2 : 1;
     return t.stride[t.ndim - 1] == 1 && t.stride[t.ndim - 2] * size % 16 == 0 && t.aligned();
@@ -18,7 +18,7 @@ inline TensorMap map_of_scales(const Tensor& scale, int box) {
     return encode_map(scale.data, DType::f32, scale.shape[1], scale.shape[0], stride * 4, 1, box, false);
 }
 
-// a [rows, K] and b [.., N, K], or [.., K, N] if turned; b_scale where it is per row. At most so many groups have rows.
+// a [rows, K], b [.., N, K], or [.., K, N] if transposed; b_scale only with row scales.
 template <typename V>
 void launch_gemm_fp8(cudaStream_t stream, Problem p, const Tensor& a, const Tensor& a_scale, const Tensor& b,
                      const Tensor& b_scale) {
@@ -32,17 +32,17 @@ void launch_gemm_fp8(cudaStream_t stream, Problem p, const Tensor& a, const Tens
         p.a_scale = map_of_scales(a_scale, V::kBlockM);
     }
     p.b = encode_map(b.data, DType::e4m3, weight_rows, b.shape[b.ndim - 1], b.stride[b.ndim - 2], 128, 128, true);
-    if (V::kTall) p.b_scale = map_of_scales(b_scale, 128);
+    if (V::kRowScales) p.b_scale = map_of_scales(b_scale, 128);
 
-    const int64_t rows = V::kContract ? int64_t(p.G) * ceil_div(p.M, V::kBlockM)
-                                      : p.M / V::kBlockM + std::min(p.G, p.M);  // tiles of rows, at most
+    const int64_t rows = V::kWgrad ? int64_t(p.G) * ceil_div(p.M, V::kBlockM)
+                                   : p.M / V::kBlockM + std::min(p.G, p.M);  // tiles of rows, at most
     const int64_t tiles = rows * ceil_div(V::kSwiglu ? p.N / 2 : p.N, V::kSwiglu ? V::kBlockN / 2 : V::kBlockN);
     launch<gemm_fp8_kernel<V>>(std::min<int64_t>(multiprocessors(), tiles), kThreads, sizeof(Shared<V>), stream, p);
 }
 
-// Tiles for groups of that many rows on the average. Not measured. With few rows the weights are wgmma's M operand, of
-// which it takes 64, since it takes as few as 8 of the other. The same choice on an H20, where padding costs more: both
-// the tiles of 64 and those of 128 multiply no more than 63 rows of padding.
+// Choose tiles for groups with `rows` rows on average; not measured. With few rows the weights are wgmma's M operand
+// (at least 64), since its N operand may have as few as 8. An H20 gets the same choice although padding costs more
+// there: tiles of 64 and of 128 rows both multiply at most 63 rows of padding.
 template <Output kOutput, Tokens kLoad>
 void launch_for_rows(cudaStream_t stream, const Problem& p, int rows, const Tensor& a, const Tensor& a_scale,
                      const Tensor& b) {
@@ -58,17 +58,17 @@ void launch_for_rows(cudaStream_t stream, const Problem& p, int rows, const Tens
     else launch_gemm_fp8<Variant<0, 2, kScales, kOutput, kLoad, kOver>>(stream, p, a, a_scale, b, {});
 }
 
-// dgrad's form: the weights are [.., K, N], as the forward pass reads them.
-inline void launch_turned(cudaStream_t stream, const Problem& p, int rows, const Tensor& a, const Tensor& a_scale,
-                          const Tensor& b) {
+// For dgrad, with weights [.., K, N] as the forward pass reads them.
+inline void launch_transposed(cudaStream_t stream, const Problem& p, int rows, const Tensor& a, const Tensor& a_scale,
+                              const Tensor& b) {
     constexpr auto kScales = Scales::blocks;
     constexpr auto kOver = Contraction::all;
     if (rows <= 64)
-        launch_gemm_fp8<Variant<64, 1, kScales, Output::plain, Tokens::tiles, kOver, Weights::turned>>(stream, p, a,
-                                                                                                       a_scale, b, {});
+        launch_gemm_fp8<Variant<64, 1, kScales, Output::plain, Tokens::tiles, kOver, Weights::transposed>>(
+            stream, p, a, a_scale, b, {});
     else
-        launch_gemm_fp8<Variant<0, 2, kScales, Output::plain, Tokens::tiles, kOver, Weights::turned>>(stream, p, a,
-                                                                                                      a_scale, b, {});
+        launch_gemm_fp8<Variant<0, 2, kScales, Output::plain, Tokens::tiles, kOver, Weights::transposed>>(
+            stream, p, a, a_scale, b, {});
 }
 
 }  // namespace ling::gemm_fp8

@@ -5,14 +5,14 @@
 namespace ling::gemm_fp8 {
 
 template <typename V> __device__ void load_weights(Shared<V>& s, const Problem& p, const Tile& t, int stage, int k) {
-    const int group_row = V::kContract ? 0 : t.group * (V::kTurned ? p.K : p.N), up = V::kSwiglu ? p.N / 2 : 128;
+    const int group_row = V::kWgrad ? 0 : t.group * (V::kTransposed ? p.K : p.N), up = V::kSwiglu ? p.N / 2 : 128;
 #pragma unroll
     for (int h = 0; h < V::kHalves; h++) {
         uint8_t* to = s.b[stage] + h * 128 * 128;
         const int row = t.n + h * up;
-        if (V::kTurned) load_tile(to, p.b, s.raw[stage], row, group_row + k * 128);
+        if (V::kTransposed) load_tile(to, p.b, s.raw[stage], row, group_row + k * 128);
         else load_tile(to, p.b, s.full[stage], k * 128, group_row + row);
-        if (V::kTall) load_tile(s.b_scale[stage] + h * 128, p.b_scale, s.full[stage], row, k);
+        if (V::kRowScales) load_tile(s.b_scale[stage] + h * 128, p.b_scale, s.full[stage], row, k);
     }
 }
 
@@ -36,14 +36,14 @@ template <typename V> __device__ void load_tiles(Shared<V>& s, const Problem& p)
     }
 }
 
-// Tokens through `source`: 8 threads copy a row of 128 bytes. A stage is handed on kInFlight steps after its copies
-// began.
+// Gather tokens through `source`: 8 threads copy a row of 128 bytes. The consumers get a stage kInFlight steps after
+// its copies began.
 template <typename V> __device__ void load_gathered(Shared<V>& s, const Problem& p) {
     constexpr int kInFlight = 2, kRows = V::kBlockM / 16;
     const int thread = threadIdx.x - kConsumers, chunk = thread % 8, line = thread / 8;
     Ring<V::kStages> ring, ready;
     int open = 0;
-    const auto hand_on = [&] {
+    const auto publish = [&] {
         fence_async();
         s.full[ready.stage].arrive();
         ready.next(), open--;
@@ -56,7 +56,7 @@ template <typename V> __device__ void load_gathered(Shared<V>& s, const Problem&
             const int r = line + 16 * i;
             token[i] = r < t.rows ? p.source[t.m + r] / p.topk : -1;
         }
-        const int own = thread < t.rows ? p.source[t.m + thread] / p.topk : -1;
+        const int scale_token = thread < t.rows ? p.source[t.m + thread] / p.topk : -1;
         for (int k = 0; k < t.blocks; k++, ring.next()) {
             s.empty[ring.stage].wait(ring.parity ^ 1);
             if (thread == 0) {
@@ -70,21 +70,22 @@ template <typename V> __device__ void load_gathered(Shared<V>& s, const Problem&
             }
             if (thread < V::kBlockM)
                 copy_async<4>(&s.a_scale[ring.stage][thread],
-                              p.token_scale + max(own, 0) * p.token_scale_m + k * p.token_scale_k, own < 0);
+                              p.token_scale + max(scale_token, 0) * p.token_scale_m + k * p.token_scale_k,
+                              scale_token < 0);
             commit_copies();
-            if (++open > kInFlight) wait_copies<kInFlight>(), hand_on();
+            if (++open > kInFlight) wait_copies<kInFlight>(), publish();
         }
     }
     wait_copies<0>();
-    while (open) hand_on();
+    while (open) publish();
 }
 
-// The 128 x 128 bytes of a tile in place, by one warpgroup. Its warps load all of it before one stores: with each load,
-// 16 lines of 2 chunks. The order of the lines, and which of both chunks a lane takes first, avoid bank conflicts.
+// One warpgroup transposes the 128 x 128 bytes of a tile in place. Its warps load all of the tile before one stores.
+// Each load covers 16 lines of 2 chunks. The order of lines and chunks avoids bank conflicts.
 __device__ inline void transpose_tile(uint8_t* tile) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, matrix = lane / 8, i = lane % 8;
-    const bool left = lane % 4 < 2, upper = lane / 4 < 4;        // of what this lane holds
-    const auto chunk = [](int j) { return j % 2 + j / 2 * 4; };  // and the one that is 2 further
+    const bool left = lane % 4 < 2, upper = lane / 4 < 4;        // part that this lane holds
+    const auto chunk = [](int j) { return j % 2 + j / 2 * 4; };  // the other chunk is 2 further
     unsigned r[8][4];
 #pragma unroll
     for (int j = 0; j < 8; j++) {
@@ -107,10 +108,10 @@ __device__ inline void transpose_tile(uint8_t* tile) {
     }
 }
 
-// Weights whose contraction is outermost: kAhead steps after its loads began, a stage's weights are transposed.
-template <typename V> __device__ void load_and_turn(Shared<V>& s, const Problem& p) {
+// For weights [K, N]. A stage's weights are transposed kAhead steps after its loads began.
+template <typename V> __device__ void load_and_transpose(Shared<V>& s, const Problem& p) {
     constexpr int kAhead = 2;
-    Ring<V::kStages> ring, here;
+    Ring<V::kStages> ring, ready;
     Tile t;
     int tile = blockIdx.x, k = 0, open = 0;
     for (bool more = find_tile(s, p, tile, t); more || open;) {
@@ -126,13 +127,13 @@ template <typename V> __device__ void load_and_turn(Shared<V>& s, const Problem&
             if (++k == t.blocks) k = 0, more = find_tile(s, p, tile += gridDim.x, t);
             continue;
         }
-        s.raw[here.stage].wait(here.parity);
+        s.raw[ready.stage].wait(ready.parity);
         __syncwarp();
 #pragma unroll 1
-        for (int h = 0; h < V::kHalves; h++) transpose_tile(s.b[here.stage] + h * 128 * 128);
+        for (int h = 0; h < V::kHalves; h++) transpose_tile(s.b[ready.stage] + h * 128 * 128);
         fence_async();
-        s.full[here.stage].arrive();
-        here.next(), open--;
+        s.full[ready.stage].arrive();
+        ready.next(), open--;
     }
 }
 

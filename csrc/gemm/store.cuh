@@ -1,4 +1,4 @@
-// How the FP8 GEMM's results leave the registers: as they are, added to what is there, or as quantised SwiGLU.
+// Epilogues of the FP8 GEMM: plain stores, accumulation into y, and quantised SwiGLU.
 #pragma once
 #include "gemm/tiles.cuh"
 
@@ -6,7 +6,7 @@ namespace ling::gemm_fp8 {
 
 __device__ inline float silu(float x) { return x / (1 + __expf(-x)); }
 
-// Adds what y holds, where it is to be added to, and stores fp32 results: 4 lanes have 32 bytes of a row.
+// With accumulate, add y to the sums. Store fp32 results: 4 lanes hold 32 bytes of a row.
 template <typename V>
 __device__ void finish_in_place(const Problem& p, const Tile& t, float (&sum)[V::kHalves][V::kRegs]) {
     constexpr int kBatch = V::kRegs < 32 ? V::kRegs : 32;  // loads in flight
@@ -25,13 +25,13 @@ __device__ void finish_in_place(const Problem& p, const Tile& t, float (&sum)[V:
             }
         };
         if (p.accumulate)
-            each([&](int j, int64_t place) {
+            each([&](int j, int64_t index) {
                 if (p.fp32) {
-                    const float* y = static_cast<const float*>(p.y) + place;
+                    const float* y = static_cast<const float*>(p.y) + index;
                     old[j] = y[0];
                     if (!V::kSwap) old[j + 1] = y[1];
                 } else {
-                    const bf16* y = static_cast<const bf16*>(p.y) + place;
+                    const bf16* y = static_cast<const bf16*>(p.y) + index;
                     old[j] = static_cast<float>(y[0]);
                     if (!V::kSwap) old[j + 1] = static_cast<float>(y[1]);
                 }
@@ -39,20 +39,20 @@ __device__ void finish_in_place(const Problem& p, const Tile& t, float (&sum)[V:
 #pragma unroll
         for (int j = 0; j < kBatch; j++) d[j] += old[j];
         if (p.fp32)
-            each([&](int j, int64_t place) {
-                float* y = static_cast<float*>(p.y) + place;
+            each([&](int j, int64_t index) {
+                float* y = static_cast<float*>(p.y) + index;
                 if constexpr (V::kSwap) *y = d[j];
                 else *reinterpret_cast<float2*>(y) = {d[j], d[j + 1]};
             });
     }
 }
 
-// 16 bytes of a staged line of 128: where they belong, if they are the group's
+// Copy 16 bytes of a staged line of 128 bytes to the row that starts at `to`.
 __device__ inline void store_chunk(const uint8_t* lines, int line, int chunk, uint8_t* to) {
     *reinterpret_cast<uint4*>(to + chunk * 16) = *reinterpret_cast<const uint4*>(lines + swizzled(line, chunk));
 }
 
-// Tokens are rows of the warpgroup's product: a warp has 16 of them to itself.
+// Tokens are the rows of the warpgroup's product; each warp owns 16 of them.
 template <typename V>
 __device__ void write_rows(Shared<V>& s, const Problem& p, const Tile& t, const float (&sum)[V::kHalves][V::kRegs]) {
     const Place at;
@@ -102,7 +102,7 @@ __device__ void write_rows(Shared<V>& s, const Problem& p, const Tile& t, const 
     }
 }
 
-// Tokens are its columns: lines of the staging are tokens, and a warpgroup, or for FP8 both, fill one together.
+// Tokens are the columns of the product. Staging lines are tokens; one warpgroup fills a line, or both for FP8.
 template <typename V>
 __device__ void write_columns(Shared<V>& s, const Problem& p, const Tile& t, const float (&sum)[V::kHalves][V::kRegs]) {
     const Place at;

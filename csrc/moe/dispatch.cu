@@ -10,7 +10,7 @@ constexpr int kWarps = 16, kThreads = 32 * kWarps, kMaxTiles = 128, kPad = 128;
 __global__ void __launch_bounds__(kThreads)
     dispatch_count_kernel(const int* experts, int* before, int S, int E, int tile) {
     int* found = dynamic_shared<int>();
-    let_next_start();
+    launch_dependents();
     for (int e = threadIdx.x; e < E; e += kThreads) found[e] = 0;
     __syncthreads();
     const int first = blockIdx.x * tile, last = min(first + tile, S);

@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kThreads, 1) moe_decode_kernel(const __grid_co
     uint8_t* const operands = memory + Memory::kOperands;
     const int slots = p.T * Router::kTop, warp = threadIdx.x / 32;
 
-    let_next_start();
+    launch_dependents();
     prefetch(p.shared.gate_up, 2 * int64_t{p.shared.F} * p.H * Rows::kSize);
     prefetch(p.shared.down, int64_t{p.shared.F} * p.H * Rows::kSize);
     wait_for_previous();
@@ -105,7 +105,7 @@ void moe_decode_fwd(cudaStream_t stream, Tensor x, Tensor logits, Tensor bias, T
                     int group_topk, int topk, float scale) {
     const int64_t T = x.shape[0], H = x.shape[1], E = logits.shape[1];
     const bool fp8 = w_gate_up.dtype == DType::e4m3;
-    LING_CHECK(x.is(DType::bf16, {T, H}) && x.contiguous() && x.aligned() && T >= 1 && T <= kMost);
+    LING_CHECK(x.is(DType::bf16, {T, H}) && x.contiguous() && x.aligned() && T >= 1 && T <= kMaxRows);
     LING_CHECK(H % kBlock == 0 && H > 0 && H < 1 << 16);
     LING_CHECK(logits.is(DType::f32, {T, E}) && logits.aligned() && logits.stride[1] == 1);
     LING_CHECK(T == 1 || logits.stride[0] % 4 == 0);

@@ -10,8 +10,8 @@ using namespace few_rows;
 
 constexpr int kWarps = 16, kThreads = 32 * kWarps;
 constexpr int kUnit = 8;  // columns of h in a unit of the first half: 8 rows of gate's weight and 8 of up's
-constexpr int kMostTop = 8, kMostJobs = kMost * kMostTop + 1;
-constexpr int kPartial = kMost * kWarps * kLines;  // floats: sums of all warps for 8 columns
+constexpr int kMaxTop = 8, kMaxJobs = kMaxRows * kMaxTop + 1;
+constexpr int kPartial = kMaxRows * kWarps * kLines;  // floats: sums of all warps for 8 columns
 
 struct Weights {  // of the experts, or of the shared one
     const uint8_t *gate_up, *down;
@@ -60,10 +60,10 @@ struct Divisor {
 struct Jobs {
     alignas(4) uint8_t index[256];  // of an expert; before that the rows that chose it, as in `rows`
     int count;                      // without the shared one
-    float weight[kMost * kMostTop];
-    uint8_t chosen[kMost * kMostTop];            // the slots' experts
-    uint8_t expert[kMostJobs], rows[kMostJobs];  // rows: bit t where row t is the job's
-    uint8_t slot[kMostJobs][kMost];  // of a row; in the shared one's the row itself; 0 where the row is not the job's
+    float weight[kMaxRows * kMaxTop];
+    uint8_t chosen[kMaxRows * kMaxTop];        // the slots' experts
+    uint8_t expert[kMaxJobs], rows[kMaxJobs];  // rows: bit t where row t is the job's
+    uint8_t slot[kMaxJobs][kMaxRows];  // of a row; in the shared one's the row itself; 0 where the row is not the job's
 
     struct Share {
         bool shared;
@@ -199,7 +199,7 @@ __device__ inline float rounded(float x) { return static_cast<float>(__float2bfl
 template <bool kFp8, typename Router> __device__ void find_jobs(Jobs& jobs, const Problem& p, const Operand<kFp8>& x) {
     constexpr int kTop = Router::kTop, kPer = Router::kOwn;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, slots = p.T * kTop;
-    for (int i = threadIdx.x; i < kMostJobs * kMost; i += kThreads) jobs.slot[0][i] = 0;
+    for (int i = threadIdx.x; i < kMaxJobs * kMaxRows; i += kThreads) jobs.slot[0][i] = 0;
     unsigned* const words = reinterpret_cast<unsigned*>(jobs.index);
     for (int i = threadIdx.x; i < Router::kExperts / 4; i += kThreads) words[i] = 0;
     if (warp < p.T) {
@@ -255,7 +255,7 @@ template <bool kFp8, int kDepth>
 __device__ void up(Feed<kFp8, kDepth>& feed, const Partials& partials, const Operand<kFp8>& x, int slots) {
     const Problem& p = feed.p;
     const Jobs& jobs = feed.jobs;
-    const int at_once = kMost / p.T, n0 = min(lane_column(), p.T - 1), n1 = min(lane_column() + 1, p.T - 1);
+    const int at_once = kMaxRows / p.T, n0 = min(lane_column(), p.T - 1), n1 = min(lane_column() + 1, p.T - 1);
     const uint8_t* own = x.row(min(lane_row(), p.T - 1));
     for (int first = blockIdx.x; first < feed.up_units; first += at_once * gridDim.x) {
         const int rounds = min(at_once, ceil_div<int>(feed.up_units - first, gridDim.x));
@@ -296,7 +296,7 @@ __device__ void down(Feed<kFp8, kDepth>& feed, const Partials& partials, const O
                      const Operand<kFp8>& shared_one) {
     const Problem& p = feed.p;
     const Jobs& jobs = feed.jobs;
-    const int at_once = kMost / p.T, n = lane_column();
+    const int at_once = kMaxRows / p.T, n = lane_column();
     for (int first = blockIdx.x; first < feed.down_units; first += at_once * gridDim.x) {
         const int rounds = min(at_once, ceil_div<int>(feed.down_units - first, gridDim.x));
         for (int r = 0; r < rounds; r++) {

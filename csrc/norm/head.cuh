@@ -4,7 +4,7 @@
 
 namespace ling {
 
-// Lane l has dims 8 l..8 l + 7. Dim i < 32 turns with dim i + 32, so lane l < 8 with lane l ^ 4.
+// Lane l has dims 8 l .. 8 l + 7. Dim i < 32 is rotated with dim i + 32, so lane l < 8 with lane l ^ 4.
 constexpr int kDim = 128, kHalf = 32, kLanes = 16, kVec = kDim / kLanes;
 
 __device__ inline float head_sum(float x) {
@@ -13,16 +13,16 @@ __device__ inline float head_sum(float x) {
     return x;
 }
 
-// Of a real token, for the dims of this lane; NaN for a position that the tables do not have.
+// cos and sin for the dims of this lane: 0 unless the token is real, NaN for a position outside the tables.
 struct Angles {
     Vec<kVec> cos, sin;
     __device__ Angles(const float* cos_table, const float* sin_table, int64_t position, int P, bool real) {
         const int lane = threadIdx.x % kLanes;
-        const bool known = position >= 0 && position < P;
-        const float missing = real && !known ? __int_as_float(0x7fffffff) : 0.f;
+        const bool in_table = position >= 0 && position < P;
+        const float missing = real && !in_table ? __int_as_float(0x7fffffff) : 0.f;
 #pragma unroll
         for (int j = 0; j < kVec; j++) cos[j] = sin[j] = missing;
-        if (lane < 8 && real && known) {
+        if (lane < 8 && real && in_table) {
             cos = load<kVec>(cos_table + position * kHalf + lane % 4 * kVec);
             sin = load<kVec>(sin_table + position * kHalf + lane % 4 * kVec);
         }

@@ -8,13 +8,14 @@ constexpr int kThreads = 128, kHeads = kThreads / kLanes;
 
 struct Positions {
     const void* at;
-    bool wide;
+    bool int64;
     __device__ int64_t operator[](int64_t t) const {
-        return wide ? static_cast<const int64_t*>(at)[t] : static_cast<const int*>(at)[t];
+        return int64 ? static_cast<const int64_t*>(at)[t] : static_cast<const int*>(at)[t];
     }
 };
 
-// A block has a token, whose angles its half warps keep while each takes every 8th head, up to 4 loads at once.
+// A block has one token. Its half warps hold the token's angles; each takes every 8th head, with up to 4 loads in
+// flight.
 template <typename T, typename W>
 __global__ void __launch_bounds__(kThreads)
     qk_norm_rope_fwd_kernel(const T* qkv, const W* q_weight, const W* k_weight, const float* cos, const float* sin,
@@ -26,7 +27,7 @@ __global__ void __launch_bounds__(kThreads)
     const Angles angles(cos, sin, positions[t], P, true);
     const int64_t slot = slots ? slots[t] : -1;
     const int end = v ? H : Hq + Hkv;
-    for (int first = q ? 0 : Hq; first < end; first += kHeads * kAtOnce) {  // the same for all threads: they shuffle
+    for (int first = q ? 0 : Hq; first < end; first += kHeads * kAtOnce) {  // uniform: all threads shuffle
         Vec<kVec> x[kAtOnce] = {};
 #pragma unroll
         for (int i = 0; i < kAtOnce; i++)
@@ -53,8 +54,8 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
-// Block (p, group) has a group of heads of every token that p's turn it is, two of them in flight for half a warp, and
-// sums their part of dw in registers. With z the gradient before the rotation, g = z w and x^ = x rstd:
+// Block (p, group) has a group of heads of every gridDim.x-th run of tokens, two of them in flight for half a warp, and
+// sums its part of dw in registers. With z the gradient before the rotation, g = z w and x^ = x rstd:
 // dx = rstd (g - x^ mean(g x^)),  dw = sum of z x^.
 template <typename T, typename W>
 __global__ void __launch_bounds__(kThreads)
@@ -74,9 +75,9 @@ __global__ void __launch_bounds__(kThreads)
 
     Vec<kVec> w = {}, dws = {};
     if (kind < 2) w = load<kVec>((kind ? k_weight : q_weight) + column);
-    const int side = kHeads / heads;  // tokens that lie side by side in the block
-    const int64_t stride = int64_t{gridDim.x} * side;
-    for (int64_t first = blockIdx.x * side; first < tokens; first += kAtOnce * stride) {
+    const int run = kHeads / heads;  // tokens that the block has at once
+    const int64_t stride = int64_t{gridDim.x} * run;
+    for (int64_t first = blockIdx.x * run; first < tokens; first += kAtOnce * stride) {
         Vec<kVec> xs[kAtOnce] = {}, zs[kAtOnce] = {};
 #pragma unroll
         for (int i = 0; i < kAtOnce; i++) {
@@ -181,7 +182,7 @@ void qk_norm_rope_bwd(cudaStream_t stream, Tensor dq, Tensor dk, Tensor dv, Tens
     LING_CHECK(H == Hq + 2 * Hkv && dq.contiguous() && dk.contiguous() && dv.contiguous());
     LING_CHECK(dqkv.is(qkv.dtype, {T, H, kDim}) && dqkv.contiguous());
     LING_CHECK(dw.is(DType::f32, {programs, groups, kDim}) && dw.contiguous());
-    int heads = 1;  // in a group: as many as make that number of groups
+    int heads = 1;  // of a group, from the number of groups
     while (heads < kHeads && ceil_div<int64_t>(Hq, heads) + ceil_div<int64_t>(Hkv, heads) > groups) heads *= 2;
     LING_CHECK((ceil_div<int64_t>(Hq, heads) + ceil_div<int64_t>(Hkv, heads) == groups));
     if (T == 0) return;

@@ -10,13 +10,13 @@ void qk_norm_rope_fwd(cudaStream_t stream,
                       Tensor k_weight,   // [128]                 as q_weight
                       Tensor cos,        // [P, 32]               f32
                       Tensor sin,        // [P, 32]               f32
-                      Tensor positions,  // [T]                   i32 or i64; outside 0..P-1: NaN comes out
-                      Tensor slots,      // [T]                   i64 or None: cells of the cache; outside it: not kept
-                      Tensor q,          // [T, Hq, 128]          as qkv, or None (out)
-                      Tensor k,          // [T, Hkv, 128]         as qkv (out)
-                      Tensor v,          // [T, Hkv, 128]         as qkv, or None where there is no cache (out)
-                      Tensor k_cache,    // [blocks, block_size, Hkv, 128] as qkv, or None (out)
-                      Tensor v_cache,    // as k_cache (out)
+                      Tensor positions,  // [T]                   i32 or i64; outside 0..P-1 the result is NaN
+                      Tensor slots,    // [T]                   i64 or None: cells of the cache; others are not written
+                      Tensor q,        // [T, Hq, 128]          as qkv, or None: not needed (out)
+                      Tensor k,        // [T, Hkv, 128]         as qkv (out)
+                      Tensor v,        // [T, Hkv, 128]         as qkv, or None where there is no cache (out)
+                      Tensor k_cache,  // [blocks, block_size, Hkv, 128] as qkv, or None (out)
+                      Tensor v_cache,  // as k_cache (out)
                       float eps);
 
 void qk_norm_rope_bwd(cudaStream_t stream,

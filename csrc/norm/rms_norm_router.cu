@@ -7,7 +7,7 @@ namespace {
 
 constexpr int kVec = 8, kMaxThreads = 1024, kExperts = 2;  // columns of a thread; experts of a block: 128 blocks of 256
 
-// v[i] summed over the warp, in lane l that of i = l % N. Each step hands over half of the sums and adds the other's.
+// The sums of v[i] over the warp; lane l returns that of i = l % N. Each step exchanges half of the partial sums.
 template <int N> __device__ float warp_sums(float (&v)[N]) {
     static_assert(N <= 32 && (N & (N - 1)) == 0);
 #pragma unroll
@@ -21,7 +21,7 @@ template <int N> __device__ float warp_sums(float (&v)[N]) {
     return v[0];
 }
 
-// Over the block's warps, whose number is a multiple of 4
+// The sum over the block's warps, a multiple of 4
 __device__ float sum_of(const float (&part)[32]) {
     float sum = 0;
     for (int i = 0; i < static_cast<int>(blockDim.x) / 32; i += 4) {
@@ -31,17 +31,18 @@ __device__ float sum_of(const float (&part)[32]) {
     return sum;
 }
 
-// Every block norms all rows, kRows of them at once, each thread 8 columns of each, and has 8 columns of its experts in
-// registers before the kernel ahead has ended. Row t is written by block t.
+// Every block norms all rows, kRows at once; a thread has 8 columns. It loads its experts' columns into registers
+// before the preceding kernel has ended. Block t writes row t.
 template <typename W, typename R, int kRows>
 __global__ void __launch_bounds__(std::min(2048 / kRows, kMaxThreads), 1)
-    rms_norm_router_kernel(const bf16* x, const void* w, bool wide, const W* router_w, const R* residual, bf16* h,
-                           R* total, float* logits, int T, int H, int E, int64_t ldx, int64_t ldr, float eps) {
+    rms_norm_router_kernel(const bf16* x, const void* w, bool fp32_weight, const W* router_w, const R* residual,
+                           bf16* h, R* total, float* logits, int T, int H, int E, int64_t ldx, int64_t ldr, float eps) {
     __shared__ __align__(16) float squares[kRows][32], products[kRows * kExperts][32];
     const int n = threadIdx.x * kVec, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    let_next_start();
+    launch_dependents();
     Vec<kVec> g = {}, ws[kExperts] = {};
-    if (n < H) g = wide ? load<kVec>(static_cast<const float*>(w) + n) : load<kVec>(static_cast<const bf16*>(w) + n);
+    if (n < H)
+        g = fp32_weight ? load<kVec>(static_cast<const float*>(w) + n) : load<kVec>(static_cast<const bf16*>(w) + n);
 #pragma unroll
     for (int e = 0; e < kExperts; e++)
         if (const int expert = blockIdx.x * kExperts + e; n < H && expert < E)
@@ -66,8 +67,8 @@ __global__ void __launch_bounds__(std::min(2048 / kRows, kMaxThreads), 1)
 #pragma unroll
             for (int j = 0; j < kVec; j++) sums[i] += v[i][j] * v[i][j];
         }
-        const float mine = warp_sums(sums);
-        if (lane < kRows) squares[lane][warp] = mine;
+        const float sum = warp_sums(sums);
+        if (lane < kRows) squares[lane][warp] = sum;
         __syncthreads();
 
 #pragma unroll

@@ -3,8 +3,8 @@
 
 namespace ling {
 
-// total = x + residual,  h = total * rstd * w,  logits = h router_w^T of h as it is rounded. For a few rows: in
-// launches of a chain, which read router_w and w while the kernel before still works.
+// total = x + residual,  h = total * rstd * w,  logits = h router_w^T with the rounded h. For a few rows: it reads
+// router_w and w while the preceding kernel still runs.
 void rms_norm_router_fwd(cudaStream_t stream,
                          Tensor x,         // [T, H] bf16; rows may be strided; H % 8 == 0, H <= 8192
                          Tensor w,         // [H]    bf16 or f32

@@ -1,4 +1,4 @@
-// What the kernels that norm whole rows ask of a tensor.
+// The alignment that kernels over whole rows need.
 #pragma once
 #include "tensor.h"
 

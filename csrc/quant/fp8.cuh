@@ -38,7 +38,7 @@ public:
     __device__ float operator()(float x) const {
         if constexpr (kPow2) return x * inverse;  // exact
         if (plain) return x / scale;              // NaN, inf, or a remainder that would underflow
-        // Two corrections by the remainder, whose sign is turned so that -0 stays -0. A division tests every x.
+        // Two corrections by the remainder, whose sign is flipped so that -0 stays -0. A division tests every x.
         float q = x * inverse;
         q = fmaf(-fmaf(q, scale, -x), inverse, q);
         return fmaf(-fmaf(q, scale, -x), inverse, q);

@@ -117,9 +117,9 @@ __device__ void store_columns(const Tile<T>& x, int tile, int k, uint8_t* xt_q, 
     __syncthreads();
 #pragma unroll
     for (int i = t; i < kBlock * 8; i += kTileThreads) {
-        const int c = i / 8, r = i % 8, turned = c / 8;
-        uint4 out = *reinterpret_cast<const uint4*>(&codes[c][4 * (r ^ turned / 2)]);
-        if (turned % 2) out = {out.z, out.w, out.x, out.y};
+        const int c = i / 8, r = i % 8, group = c / 8;
+        uint4 out = *reinterpret_cast<const uint4*>(&codes[c][4 * (r ^ group / 2)]);
+        if (group % 2) out = {out.z, out.w, out.x, out.y};
         *reinterpret_cast<uint4*>(xt_q + (k * kBlock + c) * M_pad + tile * int64_t{kBlock} + 16 * r) = out;
     }
 }

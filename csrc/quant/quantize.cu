@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(256)
     quantize_rows_kernel(const T* x, uint8_t* x_q, float* x_scale, const int* offsets, const int* source, int topk,
                          int64_t ldx, int M, int K, int E, int64_t ld_scale) {
     constexpr int kRows = 4;
-    let_next_start();
+    launch_dependents();
     wait_for_previous();
     const int across = ceil_div(K, 2 * kBlock), lane = threadIdx.x % 16;
     const int k = blockIdx.x % across * 2 + threadIdx.x / 16 % 2;

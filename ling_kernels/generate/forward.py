@@ -134,11 +134,11 @@ class Forward:
         lengths = self.lengths[lanes]
         positions = (lengths[:, None] + torch.arange(-1, n - 1, device=self.device)).clamp(min=0)  # [B, n]
         decoded = lanes[:, None] * P + positions  # indices in token_ids
-        rows, inputs = self.decode_rows(lanes, positions, width), decoded.flatten()
+        layout, inputs = self.decode_layout(lanes, positions, width), decoded.flatten()
         if chunks:
-            rows, inputs = self.with_chunks(rows, inputs, chunks)
+            layout, inputs = self.with_chunks(layout, inputs, chunks)
         # -1 marks NaN logits; Engine.accept turns it into an error.
-        h, _ = self.model.backbone(token_ids[inputs].clamp(min=0), rows, self.caches)
+        h, _ = self.model.backbone(token_ids[inputs].clamp(min=0), layout, self.caches)
 
         tokens = self.sample(h[: B * n], lanes, positions, mode) if B else positions
         accepted = (tokens[:, :-1] == token_ids[decoded[:, 1:]]).int().cumprod(1).sum(1)
@@ -147,7 +147,7 @@ class Forward:
         if self.mtp_cache is not None:
             (mtp,) = self.model.mtp[:1]
             next_embeddings = self.model.word_embeddings(token_ids[inputs + 1].clamp(min=0))
-            x, _ = mtp(next_embeddings, h, rows, cache=self.mtp_cache)
+            x, _ = mtp(next_embeddings, h, layout, cache=self.mtp_cache)
             if B:
                 last_accepted = torch.arange(B, device=self.device) * n + accepted
                 self.mtp_drafts(mtp, lanes, new_lengths, x[last_accepted], width)
@@ -156,29 +156,29 @@ class Forward:
             token_ids[drafts] = lookup_drafts(self.token_ids[lanes], new_lengths, self.draft)
         return torch.cat([tokens, accepted[:, None]], 1)
 
-    def decode_rows(self, lanes: Tensor, positions: Tensor, width: int | None) -> BatchLayout:
-        """The attention layout of decode rows at positions [B, n]."""
+    def decode_layout(self, lanes: Tensor, positions: Tensor, width: int | None) -> BatchLayout:
+        """The attention layout of the lanes' rows at positions [B, n]."""
         lengths = torch.where(self.lengths[lanes] > 0, positions[:, -1] + 1, 0).int()
         m, block_table = self.model, self.block_tables[lanes, :width]
-        rows = BatchLayout(
+        layout = BatchLayout(
             m.cos, m.sin, positions.flatten(), self.no_chunks, None, positions.numel(), block_table, lengths
         )
-        return rows if m.config.use_qk_norm else rows._replace(slots=self.decode_slots(block_table, positions))
+        return layout if m.config.use_qk_norm else layout._replace(slots=self.decode_slots(block_table, positions))
 
     def decode_slots(self, block_table: Tensor, positions: Tensor) -> Tensor:
         """Cache slots [B n] of decode rows, which qk_norm_attention_decode does not need."""
         page, offset = block_table.gather(1, positions // self.page_size), positions % self.page_size
         return (page * self.page_size + offset).flatten()
 
-    def with_chunks(self, rows: BatchLayout, inputs: Tensor, chunks: Sequence[Chunk]) -> tuple[BatchLayout, Tensor]:
+    def with_chunks(self, layout: BatchLayout, inputs: Tensor, chunks: Sequence[Chunk]) -> tuple[BatchLayout, Tensor]:
         """Append the rows of chunks to the layout, and to inputs [T], the rows' indices in token_ids."""
         P, requests = self.token_ids.shape[1], [c.request for c in chunks]
         positions = [np.arange(start, start + n) for _, start, n in chunks]
         chunk_inputs = [r.lane * P + p for r, p in zip(requests, positions, strict=True)]
         slots = [self.slots(r, p) for r, p in zip(requests, positions, strict=True)]
-        decode_slots = self.decode_slots(rows.block_table, rows.positions.view(-1, 1 + self.draft))
-        rows = rows._replace(
-            positions=torch.cat([rows.positions, self.to_device(np.concatenate(positions))]),
+        decode_slots = self.decode_slots(layout.block_table, layout.positions.view(-1, 1 + self.draft))
+        layout = layout._replace(
+            positions=torch.cat([layout.positions, self.to_device(np.concatenate(positions))]),
             slots=torch.cat([decode_slots, self.to_device(np.concatenate(slots))]),
             cu_seqlens=self.to_device(np.cumsum([0, *(c.rows for c in chunks)], dtype=np.int32)),
         )
@@ -186,8 +186,8 @@ class Forward:
             lengths = [c.start + c.rows for c in chunks]
             context = np.concatenate([self.slots(r, np.arange(n)) for r, n in zip(requests, lengths, strict=True)])
             cu_seqlens_k = np.cumsum([0, *lengths], dtype=np.int32)
-            rows = rows._replace(context=self.to_device(context), cu_seqlens_k=self.to_device(cu_seqlens_k))
-        return rows, torch.cat([inputs, self.to_device(np.concatenate(chunk_inputs))])
+            layout = layout._replace(context=self.to_device(context), cu_seqlens_k=self.to_device(cu_seqlens_k))
+        return layout, torch.cat([inputs, self.to_device(np.concatenate(chunk_inputs))])
 
     def slots(self, request: Request, positions: np.ndarray) -> np.ndarray:
         """Cache slots of a request's positions."""
@@ -227,8 +227,8 @@ class Forward:
             token = m.logits(x).argmax(-1)
             token_ids[lanes * P + lengths + i] = token.int()
             if i + 1 < self.draft:
-                rows = self.decode_rows(lanes, (lengths - 1 + i).clamp(min=0)[:, None], width)
-                x, _ = mtp(m.word_embeddings(token), x, rows, cache=self.mtp_cache)
+                layout = self.decode_layout(lanes, (lengths - 1 + i).clamp(min=0)[:, None], width)
+                x, _ = mtp(m.word_embeddings(token), x, layout, cache=self.mtp_cache)
 
     def to_device(self, x: np.ndarray) -> Tensor:
         return torch.from_numpy(x).to(self.device, non_blocking=True)

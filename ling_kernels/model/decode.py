@@ -53,8 +53,8 @@ def stream(
     sequence = torch.arange(B, device=device)
     sequence_of_row = sequence.repeat_interleave(lengths)
     slots = sequence_of_row * pages * PAGE + batch.positions
-    rows = BatchLayout(model.cos, model.sin, batch.positions, batch.cu_seqlens, slots)
-    h, _ = model.backbone(batch.ids, rows, caches)
+    layout = BatchLayout(model.cos, model.sin, batch.positions, batch.cu_seqlens, slots)
+    h, _ = model.backbone(batch.ids, layout, caches)
     h = h[batch.cu_seqlens[1:].long() - 1]  # the last row of each prompt
     ids, done = input_ids, torch.zeros(B, dtype=torch.bool, device=device)
     for step in range(max_new_tokens):
@@ -68,8 +68,8 @@ def stream(
         ids = torch.cat([ids, token[:, None]], 1)
         slots = sequence * pages * PAGE + lengths
         positions, lengths = lengths.long(), lengths + 1
-        rows = BatchLayout(model.cos, model.sin, positions, batch.cu_seqlens, slots, B, block_table, lengths)
-        h, _ = model.backbone(token, rows, caches)
+        layout = BatchLayout(model.cos, model.sin, positions, batch.cu_seqlens, slots, B, block_table, lengths)
+        h, _ = model.backbone(token, layout, caches)
 
 
 def generate(model, input_ids: Tensor, max_new_tokens: int, **options) -> Tensor:

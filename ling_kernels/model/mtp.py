@@ -20,9 +20,9 @@ class MTP(nn.Module):
         self.final_layernorm = RMSNorm(hidden_size, eps)
 
     def forward(
-        self, next_embeddings: Tensor, hidden: Tensor, rows: BatchLayout, z_loss: float | None = None, cache=None
+        self, next_embeddings: Tensor, hidden: Tensor, layout: BatchLayout, z_loss: float | None = None, cache=None
     ):
         """next_embeddings [T, H], hidden [T, H] after the final norm -> hidden [T, H], and the z-loss or None."""
         x = self.eh_proj(torch.cat([self.enorm(next_embeddings), self.hnorm(hidden)], -1))
-        x, z = self.layer(x, rows, cache, z_loss)
+        x, z = self.layer(x, layout, cache, z_loss)
         return self.final_layernorm(x), z

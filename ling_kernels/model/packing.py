@@ -45,8 +45,9 @@ def pack(input_ids: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | 
 def unpack(x: Tensor, batch: Batch, shape: tuple[int, int]) -> Tensor:
     """x [T, N] -> [B, L, N], zeros at padding."""
     if batch.indices is None:
-        return x.view(*shape, -1)
-    return x.new_zeros(shape[0] * shape[1], x.shape[1]).index_copy(0, batch.indices, x).view(*shape, -1)
+        return x.view(*shape, x.shape[1])
+    rows = x.new_zeros(shape[0] * shape[1], x.shape[1]).index_copy(0, batch.indices, x)
+    return rows.view(*shape, x.shape[1])
 
 
 def shift(x: Tensor, batch: Batch, ahead: int, fill: int) -> Tensor:

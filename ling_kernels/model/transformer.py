@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..nn import MLP, Attention, BatchLayout, Experts, MoE, RMSNorm, Router
 from ..nn.norm import Fp32Buffers
+from ..op import upcast
 from ..ops.attention_decode import KVCache
 from ..ops.cross_entropy import cross_entropy
 from ..ops.linear_cross_entropy import linear_cross_entropy
@@ -62,18 +63,18 @@ class Layer(nn.Module):
         shared = MLP(c.hidden_size, c.moe_intermediate_size * c.num_shared_experts) if c.num_shared_experts else None
         self.mlp = MoE(router, experts, shared)
 
-    def forward(self, x: Tensor, rows: BatchLayout, cache: KVCache | None = None, z_loss: float | None = None):
+    def forward(self, x: Tensor, layout: BatchLayout, cache: KVCache | None = None, z_loss: float | None = None):
         """x [T, H] -> x [T, H], and the router's z-loss or None."""
         if self.recompute and cache is None and torch.is_grad_enabled():
             return checkpoint(
-                self.compute, x, rows, None, z_loss, use_reentrant=False, preserve_rng_state=False,
+                self.compute, x, layout, None, z_loss, use_reentrant=False, preserve_rng_state=False,
                 context_fn=lambda: (nullcontext(), self.without_counting()),
             )  # fmt: skip
-        return self.compute(x, rows, cache, z_loss)
+        return self.compute(x, layout, cache, z_loss)
 
-    def compute(self, x: Tensor, rows: BatchLayout, cache: KVCache | None, z_loss: float | None):
+    def compute(self, x: Tensor, layout: BatchLayout, cache: KVCache | None, z_loss: float | None):
         """`forward` without activation checkpointing. A decode pass uses the fused MoE op if it is supported."""
-        attended = self.attention(x, rows, cache, self.input_layernorm)
+        attended = self.attention(x, layout, cache, self.input_layernorm)
         if cache is not None and isinstance(self.mlp, MoE):
             y = self.mlp.decode(attended, x, self.post_attention_layernorm)
             if y is not None:
@@ -151,7 +152,7 @@ class Ling(Fp32Buffers):
     def backbone(
         self,
         ids: Tensor,
-        rows: BatchLayout,
+        layout: BatchLayout,
         caches: list[KVCache] | None = None,
         z_loss: float | None = None,
         states: list[Tensor] | None = None,
@@ -164,7 +165,7 @@ class Ling(Fp32Buffers):
         for layer, cache in zip(self.layers, caches or [None] * len(self.layers), strict=True):
             if states is not None:
                 states.append(x)
-            x, layer_z = layer(x, rows, cache, z_loss)
+            x, layer_z = layer(x, layout, cache, z_loss)
             z = _add(z, layer_z)
         h = self.norm(x)
         if states is not None:
@@ -178,8 +179,8 @@ class Ling(Fp32Buffers):
         return torch.where(ids[:, None] < 0, x.detach(), x)
 
     def logits(self, h: Tensor) -> Tensor:
-        """h [T, H] -> [T, V] fp32."""
-        return self.lm_head(h).float()
+        """h [T, H] -> [T, V] fp32, fp64 for a model in fp64."""
+        return upcast(self.lm_head(h))
 
     def forward(
         self,
@@ -205,13 +206,13 @@ class Ling(Fp32Buffers):
         Raises ValueError for mismatched shapes and for sequences longer than config.max_positions.
         """
         batch = pack(input_ids, attention_mask, cu_seqlens, self.config.max_positions)
-        rows = BatchLayout(self.cos, self.sin, batch.positions, batch.cu_seqlens)
+        layout = BatchLayout(self.cos, self.sin, batch.positions, batch.cu_seqlens)
         states = [] if output_hidden_states else None
-        h, z = self.backbone(batch.ids, rows, z_loss=z_loss, states=states)
+        h, z = self.backbone(batch.ids, layout, z_loss=z_loss, states=states)
 
         head_inputs = [h]  # of lm_head: the model's output, then that of each MTP layer
         for k, mtp in enumerate(self.mtp, 1):
-            x, mtp_z = mtp(self.next_embeddings(batch, k), head_inputs[-1], rows, z_loss)
+            x, mtp_z = mtp(self.next_embeddings(batch, k), head_inputs[-1], layout, z_loss)
             head_inputs.append(x)
             z = _add(z, mtp_z)
         out = LingOutput()

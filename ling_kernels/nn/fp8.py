@@ -10,8 +10,6 @@ its shape, the product adds to that in its epilogue instead and autograd gets no
 docs/fp8.md has the recompute levels and the bytes that each saves.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -37,20 +35,21 @@ FP8_ROWS = 824  # rows per expert from which the roofline of an H200 has FP8's w
 
 
 def fits(weight: Tensor) -> bool:
-    """Whether a weight [(E,) N, K] can be FP8: its blocks of 128 x 128 must be whole."""
+    """Whether a weight [(E,) N, K] can be FP8: 128 must divide N and K."""
     return weight.shape[-1] % BLOCK == weight.shape[-2] % BLOCK == 0
 
 
 class Fp8Weights:
-    """How a module's weights are quantised, transposed for dgrad, and get their gradients.
+    """How a module's weights are quantised and transposed, and how their gradients are computed.
 
     pow2: scales are powers of two.
-    wgrad: the products that give weights their gradients, "fp8" or "bf16"; "auto" takes bf16 only for experts of fewer
-      than 824 rows on the average, where reading and writing the gradient is what takes the time.
-    transposed: "direct" leaves it to the GEMM, of which csrc/'s reads the forward's weight and Triton's transposes it
-      on demand; the others are nn.Transposed's. A transpose that is kept is made anew after a step of any
-      torch.optim.Optimizer and after a change that raises the parameter's `_version`; a compiled graph keeps none.
-    weights: "each_forward" quantises them there; "kept" keeps the copies, which are made anew as transposes are.
+    wgrad: the product for weight gradients, "fp8" or "bf16". "auto" takes bf16 only for experts of fewer than 824 rows
+      on the average, where reading and writing the gradient takes most of the time.
+    transposed: how the input gradient reads a weight. "direct": the GEMM transposes; csrc/'s reads the forward's
+      weight, Triton's transposes a copy. The others: see nn.Transposed. A kept transpose is computed again after a step
+      of any torch.optim.Optimizer, and after a change that raises the parameter's `_version`; a compiled graph keeps
+      none.
+    weights: "each_forward" quantises the weights in every forward; "kept" caches them, as a kept transpose is.
     """
 
     def __init__(
@@ -138,7 +137,7 @@ class Fp8Linear(FusedLinear):
 
 
 class Fp8MLP(MLP):
-    """MLP, its sizes multiples of 128; recompute: FeedForward's levels but "experts", which recomputes no dense h."""
+    """MLP with sizes that are multiples of 128. recompute: a level of FeedForward; "experts" is "norm_act" here."""
 
     def __init__(self, hidden_size: int, intermediate_size: int, recompute: str = "none", **options):
         super().__init__(hidden_size, intermediate_size)
@@ -168,7 +167,7 @@ class Fp8MLP(MLP):
 
 
 class Fp8Experts(Experts):
-    """Experts, their sizes multiples of 128. The routing weight is always folded into SwiGLU."""
+    """Experts with sizes that are multiples of 128. The routing weight is always folded into SwiGLU."""
 
     def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int, recompute: str = "none", **options):
         super().__init__(num_experts, hidden_size, intermediate_size, fold_weights=True)
@@ -197,34 +196,36 @@ class Fp8Experts(Experts):
 
 
 def level(recompute: str) -> str:
-    """Of a module: "full" recomputes whole layers from outside, and then a module keeps all it likes."""
+    """The recompute level inside a module: "full" recomputes whole layers from outside, so a module may keep all."""
     expect(recompute in RECOMPUTE, f"recompute among {', '.join(RECOMPUTE)}", recompute)
     return "none" if recompute == "full" else recompute
 
 
 def to_fp8(model: nn.Module, recompute: str = "none", **options) -> tuple[list[str], list[str]]:
-    """Attention's linear layers, MLPs and experts of `model` become FP8 layers over the same parameters, in place.
+    """Replace attention's linear layers, MLPs and experts of `model` by FP8 layers over the same parameters, in place.
 
-    Returns the names of those layers, and of those that stay as they are since a size is no multiple of 128, each with
-    its sizes. An MLP and an expert are FP8 as a whole or not at all. Embedding, norms, head, router and MTP's
-    projection are none of them.
+    Returns the names of the replaced layers, and of those that stay because 128 does not divide a size, each with its
+    sizes. An MLP or an expert is FP8 as a whole or not at all. Embedding, norms, head, router and MTP's projection
+    stay as they are.
     """
-    made, left = [], []
+    replaced, left = [], []
     for name, module in [*model.named_modules()]:
+        kinds: dict[str, type[Fp8Linear] | type[Fp8MLP] | type[Fp8Experts]]
         if isinstance(module, Attention):
-            found: dict[str, Any] = {"query_key_value": Fp8Linear, "dense": Fp8Linear}
+            kinds = {"query_key_value": Fp8Linear, "dense": Fp8Linear}
         else:
-            found = {n: KINDS[type(m)] for n, m in module.named_children() if type(m) in KINDS}
-        for child, kind in found.items():
+            kinds = {n: KINDS[type(m)] for n, m in module.named_children() if type(m) in KINDS}
+        for child, kind in kinds.items():
             old = getattr(module, child)
             if isinstance(old, kind):
                 continue
             weights = [*old.parameters()]
-            shapes = ", ".join("x".join(map(str, w.shape)) for w in weights)
-            if all(fits(w) for w in weights):
+            possible = all(fits(w) for w in weights)
+            if possible:
                 setattr(module, child, kind.of(old, recompute=recompute, **options))
-            (made if all(fits(w) for w in weights) else left).append(f"{name}.{child} {shapes}".lstrip("."))
-    return made, left
+            shapes = ", ".join("x".join(map(str, w.shape)) for w in weights)
+            (replaced if possible else left).append(f"{name}.{child} {shapes}".lstrip("."))
+    return replaced, left
 
 
-KINDS = {MLP: Fp8MLP, Experts: Fp8Experts}
+KINDS: dict[type, type[Fp8MLP] | type[Fp8Experts]] = {MLP: Fp8MLP, Experts: Fp8Experts}

@@ -28,7 +28,8 @@ class Router(Fp32Buffers):
         experts forces the choice of experts, as `route` does; the weights still come from x.
         """
         logits = router_gemm(x, self.weight)
-        weights, experts, counts, *z = route(logits, self.expert_bias, z_loss=z_loss, experts=experts, **self.limits)
+        bias = self.expert_bias.to(logits.dtype)  # fp32, but for a model in fp64
+        weights, experts, counts, *z = route(logits, bias, z_loss=z_loss, experts=experts, **self.limits)
         if self.training and torch.is_grad_enabled():
             self.counts += counts
         return weights, experts, counts, z[0] if z else None

@@ -1,11 +1,12 @@
-"""AdamW whose moments are kept in 8 bits a value, as bitsandbytes keeps them (arXiv 2110.02861).
+"""AdamW with moments in 8 bits a value, in the format of bitsandbytes (arXiv 2110.02861).
 
-A block of 256 values holds its largest absolute value and, for each, the index of the nearest of 256 numbers in [-1, 1]
-(m) or [0, 1] (v), half as many in each decade towards 0: see `dynamic_map`. The update is that of torch.optim.AdamW:
+A block of 256 values has one scale, its largest absolute value, and one code per value: the index of the nearest of 256
+numbers in [-1, 1] (m) or [0, 1] (v), half as many in each decade towards 0, see `dynamic_map`. The update is that of
+torch.optim.AdamW:
 m = b1 m + (1 - b1) g,  v = b2 v + (1 - b2) g^2,
 p = p (1 - lr wd) - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps).
-One pass over p can also round it stochastically to bf16, up with the probability of what lies below the 16 bits that
-stay, and requantise it to FP8.
+The same pass over p can also round it stochastically to bf16 (up with a probability equal to the discarded fraction)
+and requantise it to FP8.
 """
 
 from collections.abc import Sequence
@@ -23,12 +24,12 @@ from .quantize import quantize_weight
 from .triton_fp8 import fp8_round, fp8_scale
 
 BLOCK = 256
-CHUNK = 1 << 20  # elements that the reference has in fp32 at a time
+CHUNK = 1 << 20  # elements that the reference converts to fp32 at a time
 MASK = 0xFFFFFFFF
 
 
 class Moments(NamedTuple):
-    """Of one parameter with n elements; a moment is map[code] * scale of its block."""
+    """The moments of one parameter with n elements; a moment is map[code] * scale of its block."""
 
     m: Tensor  # [n] uint8
     m_scale: Tensor  # [ceil(n / 256)] fp32
@@ -51,16 +52,16 @@ def adamw_8bit(
     fp8: Sequence[tuple[Tensor, Tensor] | None] | None = None,
     pow2: bool = False,
 ) -> None:
-    """One AdamW step, number `step` (from 1 on), in place in params and in their state of `adamw_8bit_state`.
+    """AdamW step number `step` (from 1 on), in place in params and in their state from `adamw_8bit_state`.
 
-    Arithmetic in fp32 and with the new moments before they are rounded to 8 bits. params are contiguous, fp32 or bf16,
-    grads of their shapes. The host need not know: step may be a tensor [len(params)] on the device; scalars there are
-    grad_scale, which grads are divided by, and found_inf: unless it is 0, nothing changes (torch's fused optimizers
-    have the same two). With a seed, bf16 params are rounded stochastically, the same for the same seed, position in
-    params, step and element; a tensor [len(params)] int64 on the device is a seed for each. Without one they are
-    rounded to the nearest. fp8 has for each parameter [(E,) N, K] None or the tensors of
-    quantize_weight(p, pow2), which are made anew: in the same pass where K % 256 == 0. Asks the host nothing. Raises
-    ValueError where grads, state or fp8 do not fit params.
+    Arithmetic in fp32, with the new moments before they are rounded to 8 bits. params are contiguous, fp32 or bf16;
+    grads have their shapes. step may be a tensor [len(params)] on the device. grad_scale and found_inf are scalars on
+    the device, as in torch's fused optimizers: grads are divided by grad_scale, and nothing changes unless found_inf is
+    0. With a seed, bf16 params are rounded stochastically, equally for an equal seed, index in params, step and
+    element; a tensor [len(params)] int64 on the device has a seed for each. Without a seed they are rounded to nearest.
+    fp8 has for each parameter [(E,) N, K] None or the tensors of quantize_weight(p, pow2), which are rewritten, in the
+    same pass if K % 256 == 0. Does not sync with the host. Raises ValueError where grads, state or fp8 do not fit
+    params.
     """
     expect(len(params) == len(grads) == len(state) == len(fp8 or params), "as many grads, states and fp8 as params",
            len(params), len(grads), len(state), len(fp8 or params))  # fmt: skip
@@ -76,9 +77,9 @@ def adamw_8bit(
         expect(copy is None or copy[0].shape == p.shape and copy[0].dtype == E4M3, "fp8 as quantize_weight(p)", p, copy)
     if not params:
         return
-    wants = params, grads, state, lr, betas, eps, weight_decay, step, grad_scale, found_inf, seed, fp8, pow2
+    args = params, grads, state, lr, betas, eps, weight_decay, step, grad_scale, found_inf, seed, fp8, pow2
     if use_reference("adamw_8bit", *params):
-        return adamw_8bit_ref(*wants)
+        return adamw_8bit_ref(*args)
     tables = torch.stack([t for table in maps(params[0]) for t in (table, F.pad(midpoints(table), (0, 1)))])
     corrections, keys = by_parameter(params, betas, step, seed)
     for i, (p, g, s) in enumerate(zip(params, grads, state, strict=True)):
@@ -98,7 +99,7 @@ def adamw_8bit_state(params: Sequence[Tensor]) -> list[Moments]:
         codes = torch.full((p.numel(),), code, dtype=torch.uint8, device=p.device)
         return codes, torch.zeros(-(-p.numel() // BLOCK), device=p.device)
 
-    return [Moments(*zeros(p, 127), *zeros(p, 0)) for p in params]  # where the maps have 0
+    return [Moments(*zeros(p, 127), *zeros(p, 0)) for p in params]  # the codes of 0 in the two maps
 
 
 @torch.no_grad()
@@ -133,7 +134,7 @@ def adamw_8bit_ref(params, grads, state, lr, betas, eps, weight_decay, step,
 
 
 def by_parameter(params, betas, step, seed) -> tuple[Tensor, Tensor | None]:
-    """1 - b1^t and 1 - b2^t [params, 2] fp32, and what random bits begin with [params] int64, on the device."""
+    """1 - b1^t and 1 - b2^t [params, 2] fp32, and the keys of random bits [params] int64, on the device."""
     device = params[0].device
     if not isinstance(step, Tensor):
         step = torch.full((len(params),), step, dtype=torch.int64, device=device)
@@ -144,17 +145,17 @@ def by_parameter(params, betas, step, seed) -> tuple[Tensor, Tensor | None]:
 
 
 def seeds(number: int, seed: int, device: torch.device) -> Tensor:
-    """[number] int64: of as many parameters, from one seed."""
+    """Seeds [number] int64 of that many parameters, derived from one seed."""
     return torch.arange(number, device=device) + (seed ^ seed >> 32)
 
 
 def rounding_keys(seeds: Tensor, step: Tensor) -> Tensor:
-    """What random bits begin with, of parameters with these seeds in steps of these numbers."""
+    """The keys of the random bits of parameters with these seeds at these steps."""
     return hashed(hashed(seeds) ^ step.long())
 
 
 def hashed(x: Tensor) -> Tensor:
-    """32 well-mixed bits of the lower 32 of x, in int64: two rounds of multiply and xor-shift, a bijection."""
+    """A hash of the lower 32 bits of x, as int64: two rounds of multiply and xor-shift, a bijection."""
     x = x & MASK
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & MASK
     x = ((x ^ (x >> 15)) * 0x846CA68B) & MASK
@@ -162,8 +163,10 @@ def hashed(x: Tensor) -> Tensor:
 
 
 def round_stochastically(x: Tensor, key: Tensor, first: int) -> Tensor:
-    """x [n] fp32, elements `first` and on of a parameter, to a neighbour in bf16, returned as fp32; the nearer one is
-    the likelier, and the mean is x."""
+    """x [n] fp32, elements `first` and on of a parameter, rounded to one of the two nearest bf16 numbers, as fp32.
+
+    The expected value is x.
+    """
     i = torch.arange(first, first + len(x), device=x.device)
     random = hashed((i + (i >> 32) * 0x9E3779B1) ^ key)
     bits = ((x.view(torch.int32).long() + (random & 0xFFFF)) >> 16 << 16).to(torch.int32)
@@ -171,9 +174,9 @@ def round_stochastically(x: Tensor, key: Tensor, first: int) -> Tensor:
 
 
 def dynamic_map(signed: bool, device: torch.device | None = None) -> Tensor:
-    """The 256 numbers, ascending, fp32: 0, 1, and 2^i (signed, of either sign) or 2^(i+1) numbers in decade i of seven.
+    """The 256 numbers, ascending, fp32: 0, 1, and in decade i of seven 2^i numbers of each sign (signed) or 2^(i+1).
 
-    Those of decade i are the centres of equal parts of [0.1, 1] * 10^(i - 6).
+    The numbers of decade i are the centres of equal parts of [0.1, 1] * 10^(i - 6).
     """
     decades = []
     for i in range(7):
@@ -185,12 +188,12 @@ def dynamic_map(signed: bool, device: torch.device | None = None) -> Tensor:
 
 
 def maps(p: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the first and of the second moment."""
+    """The maps of the first and of the second moment."""
     return dynamic_map(True, p.device), dynamic_map(False, p.device)
 
 
 def midpoints(table: Tensor) -> Tensor:
-    """[255]: between two of them lies what is nearest to a number of the map."""
+    """[255]: the boundaries between the values that round to one number of the map and to the next."""
     return (table[:-1] + table[1:]) / 2
 
 
@@ -213,7 +216,7 @@ def adamw_8bit_fwd(
     w_scale: Tensor | None, tables: Tensor, corrections: Tensor, key: Tensor | None, grad_scale: Tensor | None,
     found_inf: Tensor | None, lr: float, b1: float, b2: float, eps: float, weight_decay: float, pow2: bool,
 ) -> None:  # fmt: skip
-    """tables [4, 256]: the map of m, its midpoints, those of v. corrections [2]. w_q: p's last dimension % 256 == 0."""
+    """tables [4, 256]: map and midpoints of m, the same of v. corrections [2]. w_q needs p.shape[-1] % 256 == 0."""
     if not p.numel():
         return
     ld = 1 if w_q is None else p.shape[-1] // BLOCK
@@ -229,7 +232,7 @@ def adamw_8bit_kernel(
     p, g, m, m_scale, v, v_scale, w_q, w_scale, tables, corrections, key, grad_scale, found_inf, n, ld,
     lr, decay, b1, rest1, b2, rest2, eps, POW2: tl.constexpr,
 ):  # fmt: skip
-    """A program has 128 blocks of 256 that lie below one another in rows of ld blocks: 2 tiles of FP8."""
+    """A program has a column of 128 blocks of 256, in rows of ld blocks: 2 FP8 tiles of 128 x 128."""
     if found_inf is not None:
         if tl.load(found_inf) != 0:
             return
@@ -240,26 +243,26 @@ def adamw_8bit_kernel(
     for i in range(0, 128, 8):
         block = first + (i + tl.arange(0, 8)) * ld
         at = block[:, None] * 256 + column
-        inside, there = at < n, block * 256 < n
+        inside, exists = at < n, block * 256 < n
         w = tl.load(p + at, mask=inside, other=0.0).to(tl.float32)
         grad = tl.load(g + at, mask=inside, other=0.0).to(tl.float32)
         if grad_scale is not None:
             grad = tl.div_rn(grad, tl.load(grad_scale).to(tl.float32))
         old_m = tl.load(tables + tl.load(m + at, mask=inside, other=0).to(tl.int32))
         old_v = tl.load(tables + 512 + tl.load(v + at, mask=inside, other=0).to(tl.int32))
-        new_m = b1 * (old_m * tl.load(m_scale + block, mask=there, other=0.0)[:, None]) + rest1 * grad
-        new_v = b2 * (old_v * tl.load(v_scale + block, mask=there, other=0.0)[:, None]) + rest2 * (grad * grad)
+        new_m = b1 * (old_m * tl.load(m_scale + block, mask=exists, other=0.0)[:, None]) + rest1 * grad
+        new_v = b2 * (old_v * tl.load(v_scale + block, mask=exists, other=0.0)[:, None]) + rest2 * (grad * grad)
         update = tl.div_rn(tl.div_rn(new_m, bias_m), tl.sqrt_rn(tl.div_rn(new_v, bias_v)) + eps)
         w = w * decay - lr * update
         if key is not None:
-            w = at_random(w, at, tl.load(key))
+            w = round_at_random(w, at, tl.load(key))
         w = w.to(p.dtype.element_ty)
         tl.store(p + at, w, mask=inside)
         largest = tl.maximum(largest, w.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF)
-        store_moment(new_m, m, m_scale, at, block, inside, there, tables + 256)
-        store_moment(new_v, v, v_scale, at, block, inside, there, tables + 768)
+        store_moment(new_m, m, m_scale, at, block, inside, exists, tables + 256)
+        store_moment(new_v, v, v_scale, at, block, inside, exists, tables + 768)
 
-    # What was just written comes from the cache; the barrier is for threads that read what others wrote.
+    # Reads p back, from the cache. The barrier is needed because threads read elements that other threads wrote.
     if w_q is not None:
         tl.debug_barrier()
         left = fp8_scale(tl.max(tl.where(column < 128, largest, 0)).to(tl.float32, bitcast=True), POW2)
@@ -274,21 +277,21 @@ def adamw_8bit_kernel(
 
 
 @triton.jit
-def store_moment(x, codes, scales, at, block, inside, there, between):
-    """x [8, 256] as codes and scales of blocks; `between` are the midpoints of the map."""
+def store_moment(x, codes, scales, at, block, inside, exists, midpoints):
+    """x [8, 256] as codes and scales of blocks; midpoints [255] of the map."""
     bits = tl.max(tl.where(inside, x, 0.0).to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)  # NaN > inf > every number
     scale = bits.to(tl.float32, bitcast=True)
     unit = tl.div_rn(x, tl.where(scale < 1e-30, 1e-30, scale)[:, None])
     code = tl.zeros([8, 256], tl.int32)
-    for i in tl.static_range(8):  # how many midpoints are smaller, by bisection
+    for i in tl.static_range(8):  # the number of smaller midpoints, by bisection
         half = 128 >> i
-        code += tl.where(tl.load(between + code + (half - 1)) < unit, half, 0)
+        code += tl.where(tl.load(midpoints + code + (half - 1)) < unit, half, 0)
     tl.store(codes + at, code.to(tl.uint8), mask=inside)
-    tl.store(scales + block, scale, mask=there)
+    tl.store(scales + block, scale, mask=exists)
 
 
 @triton.jit
-def at_random(x, i, key):
+def round_at_random(x, i, key):
     """`round_stochastically` of x, element i of a parameter."""
     h = (i.to(tl.uint32) + (i >> 32).to(tl.uint32) * 0x9E3779B1) ^ key.to(tl.uint32)
     h = (h ^ (h >> 16)) * 0x7FEB352D

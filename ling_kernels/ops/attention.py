@@ -28,7 +28,7 @@ from ..op import (
 from .attention_kernels import attention_dkv_kernel, attention_dq_kernel, attention_fwd_kernel
 from .gemm_fp8 import launch_with_scratch
 
-BLOCK_M = 128  # of the reference, queries at a time: bounds the scores held, and skips what the causal mask hides
+BLOCK_M = 128  # queries at a time in the reference: bounds the memory of scores, and skips keys that none of them sees
 
 
 def attention(
@@ -42,13 +42,13 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """q [Tq, Hq, D], k and v [Tk, Hkv, D] of one dtype -> out [Tq, Hq, D] in that dtype and lse [Hq, Tq] fp32.
 
-    Sequence b is rows cu_seqlens_q[b] : cu_seqlens_q[b + 1] of q and the like of k and v; cu_seqlens [B + 1] are int32,
-    on the device, ascend from 0 to the number of rows; those of k are those of q unless given. Hkv divides Hq; scale is
-    positive, and 1 / sqrt(D) unless given. Softmax in fp32. A query that sees no key gives out 0 and lse -inf.
-    Gradient: to q, k and v through out; lse is not differentiable. Raises ValueError for another shape, dtype or
-    device, and on a CPU for cu_seqlens that do not ascend from 0 to the number of rows. On a GPU nobody waits to look
-    at them: Triton's kernels make all of out, lse and the gradients NaN instead, and a build of csrc/ with LING_DEBUG=1
-    stops; one without gives anything.
+    Sequence b is rows cu_seqlens_q[b] : cu_seqlens_q[b + 1] of q, and rows cu_seqlens_k[b] : cu_seqlens_k[b + 1] of k
+    and v. cu_seqlens [B + 1] are int32, on the device, and ascend from 0 to the number of rows; cu_seqlens_k defaults
+    to cu_seqlens_q. Hkv divides Hq; scale is positive and defaults to 1 / sqrt(D). Softmax in fp32. A query that sees
+    no key gives out 0 and lse -inf. Gradient: to q, k and v through out; lse is not differentiable. Raises ValueError
+    for another shape, dtype or device, and on a CPU for cu_seqlens that do not ascend from 0 to the number of rows. On
+    a GPU the host does not read them: with such cu_seqlens Triton's kernels fill out, lse and the gradients with NaN,
+    csrc/ built with LING_DEBUG=1 stops, and csrc/ built without it gives undefined results.
     """
     if cu_seqlens_k is cu_seqlens_q:
         cu_seqlens_k = None  # torch.compile refuses one tensor in two places of an autograd.Function
@@ -77,11 +77,11 @@ def expect_bounds(cu_seqlens: Tensor, T: int, device: torch.device) -> None:
     expect(cu_seqlens.device == device, "cu_seqlens on the device of the rows", cu_seqlens.device, device)
     expect(T == 0 or len(cu_seqlens) > 1, f"cu_seqlens of at least one sequence for {T} rows", cu_seqlens)
     if values_on_host(cu_seqlens):
-        ascending(cu_seqlens, T)
+        host_bounds(cu_seqlens, T)
 
 
 def attention_ref(q, k, v, cu_seqlens_q, cu_seqlens_k=None, causal=True, scale=None):
-    """A loop over sequences, which asks the host for cu_seqlens: on a GPU each call waits for them."""
+    """A loop over sequences, for which the host reads cu_seqlens: on a GPU each call waits for that copy."""
     return Attention.apply(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, default_scale(q, scale), False)
 
 
@@ -173,9 +173,9 @@ def attention_ref_bwd(
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Wide q [..., M, D], k and v [..., N, D], hidden [..., M, N] bool -> out [..., M, D] and lse [..., M], wide.
+    """q [..., M, D], k and v [..., N, D], hidden [..., M, N] bool -> out [..., M, D] and lse [..., M]; fp32 or fp64.
 
-    The unnormalised P is rounded to dtype; its row sums are not, as in flash-attention.
+    The unnormalised P is rounded to dtype and its row sums are not, as in flash-attention.
     """
     s = (q @ k.mT).mul_(scale).masked_fill_(hidden, -torch.inf)
     largest = s.amax(-1, keepdim=True).clamp(min=torch.finfo(s.dtype).min)  # -inf - -inf would be NaN
@@ -186,13 +186,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, scale: float, dtype:
 
 
 def tiles(cu_q: Tensor, cu_k: Tensor | None, Tq: int, Tk: int, G: int, causal: bool):
-    """Rows of q (G per token, see by_kv_head), the keys that any of them sees, and which of those are hidden [M, N]."""
-    bounds_q = ascending(cu_q, Tq)
-    bounds_k = bounds_q if cu_k is None else ascending(cu_k, Tk)
+    """Yield slices of q's rows (G per token, see by_kv_head), the keys that any of them sees, and a mask [M, N] of the
+    keys that a row does not see.
+    """
+    bounds_q = host_bounds(cu_q, Tq)
+    bounds_k = bounds_q if cu_k is None else host_bounds(cu_k, Tk)
     for (q0, q1), (k0, k1) in zip(pairwise(bounds_q), pairwise(bounds_k), strict=True):
         for m0 in range(q0, q1, BLOCK_M):
             m1 = min(m0 + BLOCK_M, q1)
-            n1 = k1 - (q1 - m1) if causal else k1  # where the keys that query m1 - 1 sees end
+            n1 = k1 - (q1 - m1) if causal else k1  # the end of the keys that query m1 - 1 sees
             if n1 <= k0:
                 continue
             hidden = torch.zeros((), dtype=torch.bool, device=cu_q.device)
@@ -202,7 +204,8 @@ def tiles(cu_q: Tensor, cu_k: Tensor | None, Tq: int, Tk: int, G: int, causal: b
             yield slice(m0 * G, m1 * G), slice(k0, n1), hidden
 
 
-def ascending(cu_seqlens: Tensor, T: int) -> list[int]:
+def host_bounds(cu_seqlens: Tensor, T: int) -> list[int]:
+    """cu_seqlens as a list on the host. Raises ValueError unless it ascends from 0 to T."""
     bounds = cu_seqlens.tolist()
     fits = bounds[0] == 0 and bounds[-1] == T and all(a <= b for a, b in pairwise(bounds))
     expect(fits, f"cu_seqlens that ascend from 0 to {T}, the number of rows", bounds)
@@ -210,7 +213,7 @@ def ascending(cu_seqlens: Tensor, T: int) -> list[int]:
 
 
 def by_kv_head(x: Tensor, Hkv: int) -> Tensor:
-    """[T, H, D] -> [Hkv, T * G, D], wide: the G = H / Hkv heads that share keys are rows of one product."""
+    """[T, H, D] -> [Hkv, T * G, D], upcast: the G = H / Hkv heads that share keys are rows of one product."""
     T, H, D = x.shape
     return upcast(x).view(T, Hkv, H // Hkv, D).transpose(0, 1).reshape(Hkv, T * (H // Hkv), D)
 
@@ -222,7 +225,7 @@ def by_token(x: Tensor, shape: torch.Size) -> Tensor:
 
 
 def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x with the precision of dtype, as wide as it was."""
+    """x rounded to dtype and cast back."""
     return x.to(dtype).to(x.dtype)
 
 
@@ -242,11 +245,11 @@ def attention_fwd(
 ) -> None:  # fmt: skip
     """q, k and v may be heads of wider rows, such as qkv's. With q_weight the kernel norms and rotates q first."""
     (Tq, Hq, D), (Tk, Hkv, _), B = q.shape, k.shape, len(cu_q) - 1
-    c = config("fwd" if q_weight is None else "fused", q.dtype, multiprocessors(q.device))
+    c = config("fwd" if q_weight is None else "fwd_norm", q.dtype, multiprocessors(q.device))
     P, half = (0, 0) if cos is None else cos.shape
     if Tq:
         launch_with_scratch(
-            attention_fwd_kernel[(most_tiles(Tq, B, c["BLOCK_M"]), Hq)],
+            attention_fwd_kernel[(max_tiles(Tq, B, c["BLOCK_M"]), Hq)],
             q, k, v, cu_q, cu_k, out, lse, q_weight, cos, sin, positions, scale, eps, Tq, Tk, P, B,
             q.stride(0), k.stride(0), v.stride(0), Hq, Hkv, HALF=half, CAUSAL=causal,
             TMA=tma_compatible(q, k, v), D=D,
@@ -263,10 +266,10 @@ def attention_bwd(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor | None,
     dq: Tensor, dk: Tensor, dv: Tensor, causal: bool, scale: float, scratch: Tensor,
 ) -> None:  # fmt: skip
-    """dq and delta from one program per tile of queries, then dk and dv from one per tile of keys: no atomics, at 7
-    products for 5.
+    """dq and delta by one program per tile of queries, then dk and dv by one program per tile of keys.
 
-    Tq, Tk > 0. scratch [2, Hq, Tq rounded up to 4] fp32 holds delta, in csrc/ also lse as its kernels read it.
+    This needs no atomics, but 7 matrix products instead of 5. Tq, Tk > 0. scratch [2, Hq, Tq rounded up to 4] fp32
+    holds delta, and in csrc/ also the lse that its kernels start from.
     """
     (Tq, Hq, D), (Tk, Hkv, _), B = q.shape, k.shape, len(cu_q) - 1
     sms, delta, sizes = multiprocessors(q.device), scratch, (scale, Tq, Tk, B, Hq, Hkv)
@@ -276,12 +279,12 @@ def attention_bwd(
     )  # fmt: skip
     c = config("dq", q.dtype, sms)
     launch_with_scratch(
-        attention_dq_kernel[(most_tiles(Tq, B, c["BLOCK_M"]), Hq)],
+        attention_dq_kernel[(max_tiles(Tq, B, c["BLOCK_M"]), Hq)],
         q, k, v, out, dout, lse, cu_q, cu_k, dq, delta, *sizes, **options, **c,
     )  # fmt: skip
     c = config("dkv", q.dtype, sms)
     launch_with_scratch(
-        attention_dkv_kernel[(most_tiles(Tk, B, c["BLOCK_N"]), Hkv)],
+        attention_dkv_kernel[(max_tiles(Tk, B, c["BLOCK_N"]), Hkv)],
         q, k, v, dout, lse, delta, cu_q, cu_k, dk, dv, *sizes, **options, **c,
     )  # fmt: skip
 
@@ -306,8 +309,8 @@ def tma_compatible(*tensors: Tensor) -> bool:
     )
 
 
-def most_tiles(T: int, B: int, block: int) -> int:
-    """At least as many tiles as B sequences of T rows in all can have; known without asking the device."""
+def max_tiles(T: int, B: int, block: int) -> int:
+    """An upper bound of the tiles of B sequences with T rows together, whose lengths the host does not know."""
     return min(triton.cdiv(T, block) + B, max(T, 1))
 
 
@@ -316,10 +319,10 @@ def block_d(D: int) -> int:
 
 
 def config(kernel: str, dtype: torch.dtype, sms: int) -> dict:
-    """Tiles of queries and keys for fwd, that with a norm (fused), dq or dkv. Not measured; these build without spills.
+    """Tile sizes of the kernel: fwd, fwd_norm (fwd that norms and rotates q), dq or dkv. Not measured; no spills.
 
-    An H20 (78 SMs) has a quarter of an H200's tensor rate and waits for products rather than for shared memory: smaller
-    tiles, of which two fit an SM, let one's exponentials run beside the other's products.
+    An H20 (78 SMs) has a quarter of an H200's tensor rate, so products bound it, not shared memory: with smaller tiles
+    two programs fit an SM, and one computes exponentials while the other multiplies.
     """
     if dtype == torch.float32:
         return dict(BLOCK_M=16, BLOCK_N=16, num_warps=8, num_stages=1)
@@ -328,6 +331,6 @@ def config(kernel: str, dtype: torch.dtype, sms: int) -> dict:
 
 
 TILES = dict(
-    H200=dict(fwd=(128, 128, 8, 2), fused=(128, 128, 8, 2), dq=(128, 64, 8, 2), dkv=(32, 128, 8, 3)),
-    H20=dict(fwd=(64, 64, 4, 3), fused=(64, 32, 4, 3), dq=(64, 64, 4, 2), dkv=(32, 64, 4, 2)),
+    H200=dict(fwd=(128, 128, 8, 2), fwd_norm=(128, 128, 8, 2), dq=(128, 64, 8, 2), dkv=(32, 128, 8, 3)),
+    H20=dict(fwd=(64, 64, 4, 3), fwd_norm=(64, 32, 4, 3), dq=(64, 64, 4, 2), dkv=(32, 64, 4, 2)),
 )

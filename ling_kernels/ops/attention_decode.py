@@ -1,11 +1,11 @@
-"""Attention of a few new tokens over a paged cache of keys and values, and how tokens enter that cache.
+"""Attention of a few new tokens over a paged cache of keys and values, and writes of tokens into that cache.
 
 Query i of the n new tokens of a sequence with `length` cached tokens (those n included) sees keys 0 .. length - n + i.
 
-The kernels count the tiles of keys of all sequences one after another and give each of W programs (for each KV head) an
-equal run of them, found from the lengths on the device: a run may be part of a long sequence or hold many short ones.
-What program w finds in sequence b goes to slot w + b of `partial`, which is no other pair's, since both ascend along
-the runs; a second kernel combines a sequence's pieces in their order.
+The kernels number the tiles of keys of all sequences and give each of W programs (for each KV head) an equal run of
+them. Programs find their runs from the lengths on the device: a run may be part of a long sequence or hold many short
+ones. Program w stores its result for sequence b in slot w + b of `partial`. w and b both ascend along the runs, so no
+two pairs share a slot. A second kernel combines the partial results of a sequence in order.
 """
 
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from .attention import attend, block_d
 from .attention_decode_kernels import attention_decode_combine_kernel, attention_decode_kernel
 from .quantize import quantize_blocks
 
-TILE = 64  # keys: what a program has at least, but for fp32
+TILE = 64  # keys that a program has at least, except with fp32
 
 
 class KVCache(NamedTuple):
@@ -39,12 +39,12 @@ def attention_decode(
 ) -> Tensor:
     """q [B, n, Hq, D] (n = 1..8 new tokens), block_table [B, max_blocks] int32, lengths [B] int32 -> out as q.
 
-    The keys and values of the new tokens are in the cache already and counted in lengths. Hkv divides Hq; scale is
-    1 / sqrt(D) unless given. Softmax in fp32. Pages and cells past a sequence's length may hold anything; a query that
+    The cache already holds the keys and values of the new tokens, and lengths count them. Hkv divides Hq; scale
+    defaults to 1 / sqrt(D). Softmax in fp32. Pages and cells past a sequence's length may hold anything; a query that
     sees no key (a row of length 0) gives 0. No gradient. Deterministic; the bits depend on the lengths of the batch,
-    which say where sequences are split. Raises ValueError for another shape or dtype, and on a CPU for a length that
-    the table does not hold or a page that the cache does not have. On a GPU a build of csrc/ with LING_DEBUG=1 stops at
-    such; otherwise tokens past the table are not seen and pages are clamped into the cache.
+    which determine where sequences are split. Raises ValueError for another shape or dtype, and on a CPU for a length
+    beyond the table or a page outside the cache. On a GPU csrc/ built with LING_DEBUG=1 stops at them; otherwise tokens
+    past the table are not seen and pages are clamped into the cache.
     """
     B, n, Hq, D = q.shape if q.ndim == 4 else (-1, 0, 0, 0)
     expect(B >= 0 and 1 <= n <= 8 and D > 0 and q.is_floating_point(), "q [B, n, Hq, D] with n in 1..8 and D > 0", q)
@@ -73,11 +73,11 @@ def attention_decode_ref(q, cache, block_table, lengths, scale):
     N = block_table.shape[1] * block_size
     if not (B and N and num_blocks):
         return torch.zeros_like(q)
-    pages = block_table.long().clamp(0, num_blocks - 1)  # entries past a sequence's length may be anything
+    pages = block_table.long().clamp(0, num_blocks - 1)  # entries past a sequence's length may hold anything
     key = torch.arange(N, device=q.device)
     unused = (key >= lengths[:, None])[:, :, None, None]  # [B, N, 1, 1]; their P is 0, but 0 * NaN is NaN
-    k = stored(cache.k, cache.k_scale, pages, upcast(q).dtype).flatten(1, 2)  # [B, N, Hkv, D]
-    v = stored(cache.v, cache.v_scale, pages, upcast(q).dtype).flatten(1, 2).masked_fill(unused, 0)
+    k = read_cells(cache.k, cache.k_scale, pages, upcast(q).dtype).flatten(1, 2)  # [B, N, Hkv, D]
+    v = read_cells(cache.v, cache.v_scale, pages, upcast(q).dtype).flatten(1, 2).masked_fill(unused, 0)
     token = torch.arange(n, device=q.device).repeat_interleave(Hq // Hkv)
     hidden = key > (lengths[:, None] - n + token)[:, :, None]  # [B, n * G, N]
     rows = upcast(q).view(B, n, Hkv, -1, D).transpose(1, 2).flatten(2, 3)  # [B, Hkv, n * G, D]
@@ -86,8 +86,8 @@ def attention_decode_ref(q, cache, block_table, lengths, scale):
     return out.view(B, Hkv, n, -1, D).transpose(1, 2).reshape(q.shape).to(q.dtype)
 
 
-def stored(cells: Tensor, scale: Tensor | None, index: Tensor, dtype: torch.dtype) -> Tensor:
-    """cells[index], dequantised where there is a scale, in dtype."""
+def read_cells(cells: Tensor, scale: Tensor | None, index: Tensor, dtype: torch.dtype) -> Tensor:
+    """cells[index] in dtype, dequantised if there is a scale."""
     if scale is None:
         return cells[index].to(dtype)
     x = cells.view(torch.uint8)[index].view(E4M3).to(torch.promote_types(dtype, torch.float32))
@@ -95,10 +95,10 @@ def stored(cells: Tensor, scale: Tensor | None, index: Tensor, dtype: torch.dtyp
 
 
 def append(cache: KVCache, k: Tensor, v: Tensor, slots: Tensor) -> None:
-    """Write k and v [T, Hkv, D] into the cache in place, quantising where it is FP8; no gradient.
+    """Write k and v [T, Hkv, D] into the cache in place, quantised if it is FP8; no gradient.
 
-    slots [T] int64 are distinct and say where: page * block_size + offset. Raises ValueError for another shape or
-    dtype, and on a CPU for a slot that is not in the cache.
+    slots [T] int64 are distinct: page * block_size + offset of each token. Raises ValueError for another shape or
+    dtype, and on a CPU for a slot outside the cache.
     """
     expect(k.ndim == 3 and k.shape == v.shape, "k and v [T, Hkv, D]", k, v)
     expect_slots(cache, slots, *k.shape)
@@ -113,9 +113,9 @@ def append(cache: KVCache, k: Tensor, v: Tensor, slots: Tensor) -> None:
 
 
 def read(cache: KVCache, slots: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """k and v [T, Hkv, D] in dtype of the cells slots [T] int64, as `append` wrote them."""
+    """k and v [T, Hkv, D] in dtype from slots [T] int64 of the cache."""
     k, v, *scales = (t if t is None else t.flatten(0, 1) for t in cache)
-    return stored(k, scales[0], slots, dtype), stored(v, scales[1], slots, dtype)
+    return read_cells(k, scales[0], slots, dtype), read_cells(v, scales[1], slots, dtype)
 
 
 def expect_slots(cache: KVCache, slots: Tensor, T: int, Hkv: int, D: int) -> None:
@@ -159,22 +159,22 @@ def scratch(out: Tensor, cache: KVCache, block_table: Tensor, appends: bool = Fa
     (B, n, Hq, D), Hkv = out.shape, cache.k.shape[2]
     rows = n * Hq // Hkv
     tiles = triton.cdiv(rows, config(out.dtype, cache.k.dtype, rows, appends)["BLOCK_M"])
-    W = programs(B, block_table.shape[1] * cache.k.shape[1], Hkv * tiles, at_once(out.device))
+    W = programs(B, block_table.shape[1] * cache.k.shape[1], Hkv * tiles, resident_programs(out.device))
     partial = torch.empty(W + B, Hkv, rows, D, dtype=torch.float32, device=out.device)
     return partial, partial.new_empty(partial.shape[:3])
 
 
-def programs(B: int, cells: int, tiles: int, at_once: int) -> int:
-    """How many share the keys for each of `tiles` of rows: what the GPU holds at once, but a tile of keys each."""
-    return max(min(at_once // tiles, B * triton.cdiv(cells, TILE)), 1)
+def programs(B: int, cells: int, tiles: int, resident: int) -> int:
+    """How many programs share the keys of each of `tiles` of rows: as many as fit the GPU, with a tile of keys each."""
+    return max(min(resident // tiles, B * triton.cdiv(cells, TILE)), 1)
 
 
-def at_once(device: torch.device) -> int:
+def resident_programs(device: torch.device) -> int:
     return PER_SM * multiprocessors(device)
 
 
-# as kernels_on of backend.py: torch.compile takes the answer
-at_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# As kernels_on in backend.py: torch.compile calls it while it traces, and does not look inside.
+resident_programs._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def unsupported(q, k, v, k_scale, v_scale, block_table, lengths, out, partial, *others) -> str | None:
@@ -186,7 +186,7 @@ def attention_decode_fwd(
     q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None, block_table: Tensor,
     lengths: Tensor, out: Tensor, partial: Tensor, lse: Tensor, scale: float,
 ) -> None:  # fmt: skip
-    """partial and lse are what `scratch` gives."""
+    """partial and lse come from `scratch`."""
     launch_decode(q, k, v, k_scale, v_scale, block_table, lengths, out, partial, lse, scale)
 
 
@@ -196,8 +196,8 @@ def launch_decode(
     norm: tuple = (None, None, None, None), eps: float = 0.0,
     out_q: Tensor | None = None, out_scale: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """With norm (q_weight, k_weight, cos, sin) q is qkv, whose keys and values the kernel also appends; with out_q
-    [B n, Hq D] and its scales out goes there in FP8 too.
+    """With norm (q_weight, k_weight, cos, sin) q is qkv, and the kernel also appends its keys and values to the cache.
+    With out_q [B n, Hq D] and out_scale the kernel also writes out in FP8.
     """
     (B, n, Hq, D), (num_blocks, page, Hkv, _) = out.shape, k.shape
     W, blocks, rows = len(partial) - B, block_table.shape[1], n * Hq // Hkv
@@ -214,7 +214,7 @@ def launch_decode(
     )  # fmt: skip
 
 
-ROWS = 16  # that csrc/'s kernel attends with at once
+ROWS = 16  # queries of a KV head that a block of csrc/'s kernel has
 
 
 def unsupported_cache(q, k, v, k_scale, v_scale, out, partial) -> str | None:
@@ -235,17 +235,17 @@ def unsupported_cache(q, k, v, k_scale, v_scale, out, partial) -> str | None:
     return None if rows_aligned(q, k, v, out, partial) else "rows that do not start at multiples of 16 bytes"
 
 
-PER_SM = 2  # programs that an SM holds at once, of either kernel
+PER_SM = 2  # resident programs of an SM, Triton's or csrc/'s
 
 
 def config(dtype: torch.dtype, cache: torch.dtype, rows: int, appends: bool = False) -> dict:
     """Rows (new tokens times heads that share keys) and keys of a program's tile. Not measured.
 
-    Two programs hold 64 KB or more of bf16 in flight on an SM, or 32 of FP8, where bandwidth times latency asks for
-    about 25 on an H200 and 36 on an H20. So one table serves both; they differ in how many programs there are. More
-    than 16 rows of FP8 would spill: its widened values are the left factor and in registers. So would, where the kernel
-    norms and appends, more than 32 rows, or more than 32 keys of FP8. 8 warps keep fp32, which has no tensor cores
-    here, from spilling.
+    Two programs of an SM have at least 64 KB of bf16 in flight, or 32 KB of FP8; bandwidth times latency is about 25 KB
+    on an H200 and 36 KB on an H20. So both GPUs use the same tiles, and differ in the number of programs. Larger tiles
+    spill registers: with FP8 above 16 rows, because its converted values are the left factor, in registers; in the
+    kernel that norms and appends above 32 rows, or above 32 keys of FP8. fp32 has no tensor cores here, and needs 8
+    warps to not spill.
     """
     if torch.float32 in (dtype, cache) or dtype != cache != E4M3:
         return dict(BLOCK_M=16, BLOCK_N=16, num_warps=8, num_stages=1)

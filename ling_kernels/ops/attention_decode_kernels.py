@@ -8,8 +8,8 @@ from .triton_fp8 import quantize_along
 
 
 @triton.jit
-def plan(lengths, B, W, cells, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
-    # Tiles of each sequence, where they end among those of all, and how many a program takes
+def split_work(lengths, B, W, cells, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The number of tiles of each sequence, its cumulative sum, and the number of tiles of a program."""
     b = tl.arange(0, BLOCK_B)
     used = tl.minimum(tl.maximum(tl.load(lengths + b, mask=b < B, other=0), 0), cells)
     tiles = (used + BLOCK_N - 1) // BLOCK_N
@@ -19,7 +19,7 @@ def plan(lengths, B, W, cells, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def softmax_tile(s, seen, largest, total):
-    """Scores [keys, rows] of a tile -> P, and by how much what was summed before shrinks; in units of log2."""
+    """Scores [keys, rows] of a tile, in units of log2 -> P, the factor for earlier sums, the new maximum and total."""
     s = tl.where(seen, s, float("-inf"))
     larger = tl.maximum(largest, tl.max(s, 0))
     base = tl.where(larger == float("-inf"), 0.0, larger)  # -inf - -inf would be NaN
@@ -29,23 +29,23 @@ def softmax_tile(s, seen, largest, total):
 
 
 @triton.jit
-def enter(x, cells, scales, cell, writes, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows x as the cache has them, and their scales; those that it `writes` go to their cell of it."""
+def write_cells(x, cells, scales, cell, writes, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows x in the cache's dtype and their scales. Rows where `writes` are stored in the cache."""
     d = tl.arange(0, BLOCK_D)
     if scales is None:
-        kept, scale = x.to(cells.dtype.element_ty), tl.full(cell.shape, 1.0, tl.float32)
+        rows, scale = x.to(cells.dtype.element_ty), tl.full(cell.shape, 1.0, tl.float32)
     else:
-        kept, scale = quantize_along(x.to(tl.float32), 1, False)
+        rows, scale = quantize_along(x.to(tl.float32), 1, False)
         tl.store(scales + cell, scale, mask=writes)
-    tl.store(cells + cell[:, None] * D + d[None, :], kept, mask=writes[:, None] & (d < D)[None, :])
-    return kept, scale
+    tl.store(cells + cell[:, None] * D + d[None, :], rows, mask=writes[:, None] & (d < D)[None, :])
+    return rows, scale
 
 
-# The cache is the left factor of both products, S^T = K Q^T and O^T = V^T P^T: tensor cores take 64 of its rows at a
-# time but any number of the few queries, and it can come from registers, where FP8 was widened.
+# The cache is the left factor of both products, S^T = K Q^T and O^T = V^T P^T: wgmma takes 64 rows of the left factor
+# and few columns, and the left factor may come from registers, where FP8 is converted.
 #
-# With weights, q is qkv of new tokens that are not in the cache. The program with a sequence's last tile of keys makes
-# their keys and values, attends to them as a tile of their own, and writes them; nobody reads cells that are written.
+# With weights, q is qkv of new tokens that are not in the cache. The program with a sequence's last tile of keys
+# computes their keys and values, attends to them as a separate tile and stores them; no program reads those cells.
 @triton.jit
 def attention_decode_kernel(
     q, k, v, k_scale, v_scale, table, lengths, partial, lse, q_weight, k_weight, cos, sin, scale, eps, P,
@@ -60,7 +60,7 @@ def attention_decode_kernel(
     w, h = tl.program_id(0), tl.program_id(1) % HKV
     b, r, d = tl.arange(0, BLOCK_B), tl.program_id(1) // HKV * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     cells, log2_scale = blocks * PAGE, scale * 1.4426950408889634
-    tiles, ends, share = plan(lengths, B, W, cells, BLOCK_B, BLOCK_N)
+    tiles, ends, share = split_work(lengths, B, W, cells, BLOCK_B, BLOCK_N)
     first = w * share
     stop = tl.minimum(first + share, tl.sum(tiles, 0))
     own_rows = (r < n * G)[:, None] & (d < D)[None, :]
@@ -71,7 +71,7 @@ def attention_decode_kernel(
         begin = end - tl.sum(tl.where(b == seq, tiles, 0), 0)
         length = tl.load(lengths + seq)
         cached = tl.minimum(length, cells)
-        newest = length - n + r // G  # the last key that a row sees
+        newest = length - n + r // G  # the last key that row r sees
         at_q = ((tl.cast(seq, tl.int64) * n + r // G) * H + h * G + r % G) * D
         last_tile = end
         if APPENDS:
@@ -100,9 +100,9 @@ def attention_decode_kernel(
                     q, at, own, k_weight, cos, sin, tl.maximum(key, 0), P, eps, D, HALF, BLOCK_D
                 )  # fmt: skip
                 vs = tl.load(q + (at + HKV * D)[:, None] + d[None, :], mask=own[:, None] & (d < D)[None, :], other=0.0)
-                ks, k_scales = enter(ks, k, k_scale, cell, writes, D, BLOCK_D)
-                vs, v_scales = enter(vs, v, v_scale, cell, writes, D, BLOCK_D)
-                # As left factor they would take all queries into every warp's registers.
+                ks, k_scales = write_cells(ks, k, k_scale, cell, writes, D, BLOCK_D)
+                vs, v_scales = write_cells(vs, v, v_scale, cell, writes, D, BLOCK_D)
+                # The 16 new keys are the right factor: as left factor, every warp would hold all queries.
                 s = tl.trans(tl.dot(tl.trans(qs), tl.trans(ks.to(dtype)), input_precision="ieee"))
                 s *= log2_scale * k_scales[:, None]
                 seen = own[:, None] & (key[:, None] <= newest[None, :])
@@ -140,10 +140,10 @@ def attention_decode_combine_kernel(
     D: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    # One row of a sequence: its pieces are those of programs `first` to before `stop`.
+    # One row of a sequence: programs first .. stop - 1 have its partial results.
     seq, row = tl.program_id(0), tl.program_id(1)
     b, d = tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_D)
-    tiles, ends, share = plan(lengths, B, W, cells, BLOCK_B, BLOCK_N)
+    tiles, ends, share = split_work(lengths, B, W, cells, BLOCK_B, BLOCK_N)
     end = tl.sum(tl.where(b == seq, ends, 0), 0)
     own = tl.sum(tl.where(b == seq, tiles, 0), 0)
     first, stop = (end - own) // share, tl.where(own > 0, (end - 1) // share + 1, 0)
@@ -168,7 +168,7 @@ def attention_decode_combine_kernel(
     acc = acc / tl.where(total == 0, 1.0, total)
     acc = acc.to(out.dtype.element_ty)
     tl.store(out + at_out + d, acc, mask=d < D)
-    if out_q is not None:  # of D = BLOCK_D = 128: a head is a block of the scales
+    if out_q is not None:  # D = BLOCK_D = 128: a head is one block of scales
         q, scale = quantize_along(acc.to(tl.float32), 0, False)
         tl.store(out_q + at_out + d, q)
         tl.store(out_scale + (h * G + r % G).to(tl.int64) * ld_scale + seq * n + r // G, scale)

@@ -1,8 +1,9 @@
 """Triton kernels of attention.py: forward, dq, and dk with dv; the forward one also serves qk_norm_attention.py.
 
-A tile of rows belongs to one sequence. Tiles of keys that the causal mask leaves whole, or hides, need no mask; hence
-two loops over one body. Scores are kept in units of log2, so that exp2 serves. `warp_specialize` is not asked for: on
-sm_90 Triton 3.8 aborts on it, and 3.6 fails with 4 warps and builds the same code with 8.
+A tile of rows belongs to one sequence. Only tiles of keys that the causal mask or the sequence's end cuts are masked:
+two loops with the same body, one without and one with a mask. Scores are in units of log2, as exp2 is the hardware's
+exponential. The kernels do not use `warp_specialize`: on sm_90 Triton 3.8 aborts on it; 3.6 fails with 4 warps and
+builds the same code with 8.
 """
 
 import triton
@@ -11,7 +12,10 @@ import triton.language as tl
 
 @triton.jit
 def find_tile(cu, tile, B, BLOCK: tl.constexpr, BLOCK_B: tl.constexpr):
-    """The sequence that owns the tile-th tile of BLOCK rows, B or more past the last one, and its first row there."""
+    """Which sequence tile number `tile` of BLOCK rows belongs to, and the tile's first row in that sequence.
+
+    The sequence is B or more for a number past the last tile.
+    """
     b = tl.arange(0, BLOCK_B)
     rows = tl.load(cu + b + 1, mask=b < B, other=0) - tl.load(cu + b, mask=b < B, other=0)
     tiles = (rows + BLOCK - 1) // BLOCK
@@ -21,7 +25,7 @@ def find_tile(cu, tile, B, BLOCK: tl.constexpr, BLOCK_B: tl.constexpr):
 
 
 @triton.jit
-def fits(cu, T, B, BLOCK_B: tl.constexpr):
+def valid_cu_seqlens(cu, T, B, BLOCK_B: tl.constexpr):
     """Whether cu ascends from 0 to T."""
     b = tl.arange(0, BLOCK_B)
     falls = tl.load(cu + b + 1, mask=b < B, other=0) < tl.load(cu + b, mask=b < B, other=0)
@@ -29,24 +33,24 @@ def fits(cu, T, B, BLOCK_B: tl.constexpr):
 
 
 @triton.jit
-def spoil(x, tile, T, h, H, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """NaN for the tile-th BLOCK of all T rows: what cu_seqlens that do not fit give, instead of garbage."""
+def fill_nan(x, tile, T, h, H, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Write NaN to rows tile * BLOCK.. of all T, the result for cu_seqlens that are not valid."""
     nan = tl.full((BLOCK, BLOCK_D), float("nan"), tl.float32)
     store_rows(x, nan, 0, tile * BLOCK + tl.arange(0, BLOCK), T, h, H, D, BLOCK_D)
 
 
 @triton.jit
 def extents(cu_q, cu_k, seq):
-    """A sequence's first query and their number, its first key and their number."""
+    """The first query of a sequence, its number of queries, its first key, its number of keys."""
     q0, k0 = tl.load(cu_q + seq), tl.load(cu_k + seq)
     return q0, tl.load(cu_q + seq + 1) - q0, k0, tl.load(cu_k + seq + 1) - k0
 
 
 @triton.jit
 def sequence(x, first, rows, row, H, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr):
-    """What load_tile reads a sequence of x [T, H, D] from; `row` elements lie between two rows."""
+    """A TMA descriptor of, or a pointer to, one sequence of x [T, H, D] for load_tile; `row` is the stride of rows."""
     x += first.to(tl.int64) * row
-    if TMA:  # of this sequence alone: a neighbour's NaN must not come with its last tile, for 0 * NaN is NaN
+    if TMA:  # ends with this sequence: a neighbour's NaN in its last tile would spread, as 0 * NaN is NaN
         return tl.make_tensor_descriptor(x, [tl.maximum(rows, 1), H * D], [row, 1], [BLOCK, BLOCK_D])
     else:
         return x
@@ -54,7 +58,7 @@ def sequence(x, first, rows, row, H, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK
 
 @triton.jit
 def load_tile(x, first, rows, h, row, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr):
-    """Rows first : first + BLOCK of head h, from what `sequence` gave; zeros past its end and past D."""
+    """Rows first : first + BLOCK of head h of a `sequence`; zeros past its end and past D."""
     if TMA:
         return x.load([first, h * D])
     else:
@@ -72,17 +76,18 @@ def store_rows(x, value, first, row, rows, h, H, D: tl.constexpr, BLOCK_D: tl.co
 
 @triton.jit
 def norm_and_rotate(
-    x, at, own, w, cos, sin, position, P, eps, D: tl.constexpr, HALF: tl.constexpr,
+    x, at, valid, w, cos, sin, position, P, eps, D: tl.constexpr, HALF: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """qk_norm_rope of the heads of x that begin `at`, 0 where not `own`, in x's dtype; NaN where the tables lack a
-    position.
+    """qk_norm_rope of the heads of x at offsets `at`, in x's dtype: 0 where not `valid`, NaN for a position outside the
+    tables.
 
-    Every element is read beside the one that it is rotated with: the second read is one of L1, and costs no exchange.
+    Each element and the one that it is rotated with are both loaded: the second load hits L1, and no exchange between
+    threads is needed.
     """
     d = tl.arange(0, BLOCK_D)
     other = tl.where(d < HALF, d + HALF, tl.where(d < 2 * HALF, d - HALF, d))
-    mask = own[:, None] & (d < D)[None, :]
+    mask = valid[:, None] & (d < D)[None, :]
     dtype: tl.constexpr = x.dtype.element_ty
     a = tl.load(x + at[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
     b = tl.load(x + at[:, None] + other[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -91,18 +96,18 @@ def norm_and_rotate(
     a *= tl.load(w + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
     b *= tl.load(w + other, mask=d < D, other=0.0).to(tl.float32)[None, :]
 
-    known = (position >= 0) & (position < P)
-    turned = (d < 2 * HALF)[None, :]
+    in_table = (position >= 0) & (position < P)
+    rotates = (d < 2 * HALF)[None, :]
     angle = position[:, None] * HALF + tl.where(d < HALF, d, d - HALF)[None, :]
-    c = tl.load(cos + angle, mask=(own & known)[:, None] & turned, other=0.0)
-    s = tl.load(sin + angle, mask=(own & known)[:, None] & turned, other=0.0)
+    c = tl.load(cos + angle, mask=(valid & in_table)[:, None] & rotates, other=0.0)
+    s = tl.load(sin + angle, mask=(valid & in_table)[:, None] & rotates, other=0.0)
     rotated = a * c + tl.where(d < HALF, -b, b) * s
-    return tl.where(turned, tl.where(known[:, None], rotated, float("nan")), a).to(dtype)
+    return tl.where(rotates, tl.where(in_table[:, None], rotated, float("nan")), a).to(dtype)
 
 
 @triton.jit
 def attend_keys(
-    qs, k, v, largest, total, acc, begin, end, m, past, Lk, g, k_row, v_row, log2_scale,
+    qs, k, v, largest, total, acc, begin, end, m, shift, Lk, g, k_row, v_row, log2_scale,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, TMA: tl.constexpr, D: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -114,7 +119,7 @@ def attend_keys(
             n = n0 + tl.arange(0, BLOCK_N)
             seen = (n < Lk)[None, :]
             if CAUSAL:
-                seen &= n[None, :] <= m[:, None] + past
+                seen &= n[None, :] <= m[:, None] + shift
             s = tl.where(seen, s, float("-inf"))
         larger = tl.maximum(largest, tl.max(s, 1) * log2_scale)
         base = tl.where(larger == float("-inf"), 0.0, larger) if MASKED else larger  # -inf - -inf would be NaN
@@ -133,12 +138,12 @@ def attention_fwd_kernel(
     Hq, Hkv, HALF: tl.constexpr, CAUSAL: tl.constexpr, TMA: tl.constexpr, D: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    # The last tiles of a sequence see the most keys; begun first, they leave short ones to fill the end.
+    # The last tiles of a sequence have the most keys: they start first, so that short ones fill the end.
     tile, h = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
     cu_k = cu_q if cu_k is None else cu_k
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    if not (fits(cu_q, Tq, B, BLOCK_B) & fits(cu_k, Tk, B, BLOCK_B)):
-        spoil(out, tile, Tq, h, Hq, D, BLOCK_M, BLOCK_D)
+    if not (valid_cu_seqlens(cu_q, Tq, B, BLOCK_B) & valid_cu_seqlens(cu_k, Tk, B, BLOCK_B)):
+        fill_nan(out, tile, Tq, h, Hq, D, BLOCK_M, BLOCK_D)
         tl.store(lse + h.to(tl.int64) * Tq + row, float("nan"), mask=row < Tq)
         return
     seq, m0 = find_tile(cu_q, tile, B, BLOCK_M, BLOCK_B)
@@ -159,20 +164,20 @@ def attention_fwd_kernel(
     K = sequence(k, k0, Lk, k_row, Hkv, D, BLOCK_N, BLOCK_D, TMA)
     V = sequence(v, k0, Lk, v_row, Hkv, D, BLOCK_N, BLOCK_D, TMA)
 
-    past, last, whole = Lk - Lq, Lk, Lk // BLOCK_N * BLOCK_N
+    shift, last, unmasked = Lk - Lq, Lk, Lk // BLOCK_N * BLOCK_N
     if CAUSAL:
-        last = tl.minimum(Lk, m0 + BLOCK_M + past)
-        whole = tl.minimum(Lk, tl.maximum(m0 + 1 + past, 0)) // BLOCK_N * BLOCK_N
+        last = tl.minimum(Lk, m0 + BLOCK_M + shift)
+        unmasked = tl.minimum(Lk, tl.maximum(m0 + 1 + shift, 0)) // BLOCK_N * BLOCK_N
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     log2_scale = scale * 1.4426950408889634
     largest, total, acc = attend_keys(
-        qs, K, V, largest, total, acc, 0, whole, m, past, Lk, g, k_row, v_row, log2_scale,
+        qs, K, V, largest, total, acc, 0, unmasked, m, shift, Lk, g, k_row, v_row, log2_scale,
         False, CAUSAL, TMA, D, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     largest, total, acc = attend_keys(
-        qs, K, V, largest, total, acc, whole, last, m, past, Lk, g, k_row, v_row, log2_scale,
+        qs, K, V, largest, total, acc, unmasked, last, m, shift, Lk, g, k_row, v_row, log2_scale,
         True, CAUSAL, TMA, D, BLOCK_N, BLOCK_D,
     )  # fmt: skip
 
@@ -183,7 +188,7 @@ def attention_fwd_kernel(
 
 @triton.jit
 def dq_of_keys(
-    acc, qs, douts, k, v, log2_lse, delta, begin, end, m, past, Lk, g, row, log2_scale,
+    acc, qs, douts, k, v, log2_lse, delta, begin, end, m, shift, Lk, g, row, log2_scale,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, TMA: tl.constexpr, D: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -196,7 +201,7 @@ def dq_of_keys(
             n = n0 + tl.arange(0, BLOCK_N)
             seen = (n < Lk)[None, :]
             if CAUSAL:
-                seen &= n[None, :] <= m[:, None] + past
+                seen &= n[None, :] <= m[:, None] + shift
             p = tl.where(seen, p, 0.0)
         ds = p * (tl.dot(douts, tl.trans(vs), input_precision="ieee") - delta[:, None])
         acc = tl.dot(ds.to(ks.dtype), ks, acc, input_precision="ieee")
@@ -209,11 +214,11 @@ def attention_dq_kernel(
     CAUSAL: tl.constexpr, TMA: tl.constexpr, D: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Also delta [Hq, Tq], which the dkv kernel reads."""
+    """Writes dq, and delta [Hq, Tq] for the dkv kernel."""
     tile, h = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
     cu_k = cu_q if cu_k is None else cu_k
-    if not (fits(cu_q, Tq, B, BLOCK_B) & fits(cu_k, Tk, B, BLOCK_B)):
-        spoil(dq, tile, Tq, h, Hq, D, BLOCK_M, BLOCK_D)
+    if not (valid_cu_seqlens(cu_q, Tq, B, BLOCK_B) & valid_cu_seqlens(cu_k, Tk, B, BLOCK_B)):
+        fill_nan(dq, tile, Tq, h, Hq, D, BLOCK_M, BLOCK_D)
         return
     seq, m0 = find_tile(cu_q, tile, B, BLOCK_M, BLOCK_B)
     if seq >= B:
@@ -233,17 +238,17 @@ def attention_dq_kernel(
     K = sequence(k, k0, Lk, Hkv * D, Hkv, D, BLOCK_N, BLOCK_D, TMA)
     V = sequence(v, k0, Lk, Hkv * D, Hkv, D, BLOCK_N, BLOCK_D, TMA)
 
-    past, last, whole = Lk - Lq, Lk, Lk // BLOCK_N * BLOCK_N
+    shift, last, unmasked = Lk - Lq, Lk, Lk // BLOCK_N * BLOCK_N
     if CAUSAL:
-        last = tl.minimum(Lk, m0 + BLOCK_M + past)
-        whole = tl.minimum(Lk, tl.maximum(m0 + 1 + past, 0)) // BLOCK_N * BLOCK_N
+        last = tl.minimum(Lk, m0 + BLOCK_M + shift)
+        unmasked = tl.minimum(Lk, tl.maximum(m0 + 1 + shift, 0)) // BLOCK_N * BLOCK_N
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     acc = dq_of_keys(
-        acc, qs, douts, K, V, log2_lse, deltas, 0, whole, m, past, Lk, g, Hkv * D, scale * 1.4426950408889634,
+        acc, qs, douts, K, V, log2_lse, deltas, 0, unmasked, m, shift, Lk, g, Hkv * D, scale * 1.4426950408889634,
         False, CAUSAL, TMA, D, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     acc = dq_of_keys(
-        acc, qs, douts, K, V, log2_lse, deltas, whole, last, m, past, Lk, g, Hkv * D, scale * 1.4426950408889634,
+        acc, qs, douts, K, V, log2_lse, deltas, unmasked, last, m, shift, Lk, g, Hkv * D, scale * 1.4426950408889634,
         True, CAUSAL, TMA, D, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     store_rows(dq, acc * scale, q0, m, Lq, h, Hq, D, BLOCK_D)
@@ -257,9 +262,9 @@ def attention_dkv_kernel(
 ):  # fmt: skip
     tile, g = tl.program_id(0), tl.program_id(1)
     cu_k = cu_q if cu_k is None else cu_k
-    if not (fits(cu_q, Tq, B, BLOCK_B) & fits(cu_k, Tk, B, BLOCK_B)):
-        spoil(dk, tile, Tk, g, Hkv, D, BLOCK_N, BLOCK_D)
-        spoil(dv, tile, Tk, g, Hkv, D, BLOCK_N, BLOCK_D)
+    if not (valid_cu_seqlens(cu_q, Tq, B, BLOCK_B) & valid_cu_seqlens(cu_k, Tk, B, BLOCK_B)):
+        fill_nan(dk, tile, Tk, g, Hkv, D, BLOCK_N, BLOCK_D)
+        fill_nan(dv, tile, Tk, g, Hkv, D, BLOCK_N, BLOCK_D)
         return
     seq, n0 = find_tile(cu_k, tile, B, BLOCK_N, BLOCK_B)
     if seq >= B:
@@ -273,26 +278,26 @@ def attention_dkv_kernel(
     Q = sequence(q, q0, Lq, Hq * D, Hq, D, BLOCK_M, BLOCK_D, TMA)
     DOUT = sequence(dout, q0, Lq, Hq * D, Hq, D, BLOCK_M, BLOCK_D, TMA)
 
-    past, first = Lk - Lq, 0
+    shift, first = Lk - Lq, 0
     if CAUSAL:  # the tile of the first query that sees key n0
-        first = tl.minimum(tl.maximum(n0 - past, 0), Lq) // BLOCK_M * BLOCK_M
+        first = tl.minimum(tl.maximum(n0 - shift, 0), Lq) // BLOCK_M * BLOCK_M
     tiles = tl.cdiv(Lq - first, BLOCK_M)
     log2_scale = scale * 1.4426950408889634
     dks, dvs = tl.zeros((BLOCK_N, BLOCK_D), tl.float32), tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    # One loop over the tiles of all heads: its loads run ahead from one head into the next. P and dS are transposed,
-    # [N, M]: so they stay in registers as the next products' left operands.
+    # One loop over the tiles of all heads, so that loads are prefetched across heads. P and dS are transposed,
+    # [N, M], to stay in registers as left operands of the next products.
     for i in range(0, Hq // Hkv * tiles):
         h, m0 = g * (Hq // Hkv) + i // tiles, first + i % tiles * BLOCK_M
         m = m0 + tl.arange(0, BLOCK_M)
         at = h.to(tl.int64) * Tq + q0 + m
         qs = load_tile(Q, m0, Lq, h, Hq * D, D, BLOCK_M, BLOCK_D, TMA)
         douts = load_tile(DOUT, m0, Lq, h, Hq * D, D, BLOCK_M, BLOCK_D, TMA)
-        # Rows past the end have q, dout, lse and delta 0 and so add nothing; those of keys are not stored.
+        # Queries past the end have q, dout, lse and delta 0 and add nothing; keys past the end are not stored.
         log2_lse = tl.load(lse + at, mask=m < Lq, other=0.0) * 1.4426950408889634
         deltas = tl.load(delta + at, mask=m < Lq, other=0.0)
         p = tl.exp2(tl.dot(ks, tl.trans(qs), input_precision="ieee") * log2_scale - log2_lse[None, :])
         if CAUSAL:
-            p = tl.where(n[:, None] <= m[None, :] + past, p, 0.0)
+            p = tl.where(n[:, None] <= m[None, :] + shift, p, 0.0)
         dvs = tl.dot(p.to(douts.dtype), douts, dvs, input_precision="ieee")
         ds = p * (tl.dot(vs, tl.trans(douts), input_precision="ieee") - deltas[None, :])
         dks = tl.dot(ds.to(qs.dtype), qs, dks, input_precision="ieee")

@@ -1,4 +1,4 @@
-"""Cross entropy: loss_t = logsumexp(logits_t) - logits_t[target_t]; targets equal to ignore_index count for nothing."""
+"""Cross entropy: loss_t = logsumexp(logits_t) - logits_t[target_t]; tokens with target ignore_index are left out."""
 
 import torch
 import triton
@@ -12,8 +12,8 @@ from ..op import expect, first_derivative_only, multiprocessors, op, upcast, use
 def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100, reduction: str = "mean") -> Tensor:
     """logits [T, V], targets [T] int64 -> the mean or sum over tokens not ignored, a scalar, or [T] for "none"; fp32.
 
-    The mean is 0, not NaN, where every token is ignored, so that a batch of padding cannot poison a run. The loss of
-    an ignored token is 0. Gradient: to logits, in their dtype. Raises ValueError for another shape, dtype or reduction,
+    The mean is 0, not NaN, where every token is ignored, so that a batch of padding does not end a run. The loss of an
+    ignored token is 0. Gradient: to logits, in their dtype. Raises ValueError for another shape, dtype or reduction,
     and on a CPU for a target that is neither in 0..V-1 nor ignore_index.
     """
     expect(logits.ndim == 2 and logits.shape[1] > 0 and logits.is_floating_point(), "logits [T, V]", logits)
@@ -24,18 +24,18 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100, red
     loss = CrossEntropy.apply(logits, targets, ignore_index)
     if reduction == "none":
         return loss
-    return loss.sum() / counted(targets, ignore_index) if reduction == "mean" else loss.sum()
+    return loss.sum() / count_targets(targets, ignore_index) if reduction == "mean" else loss.sum()
 
 
 def cross_entropy_ref(logits, targets, ignore_index=-100, reduction="mean"):
     if reduction == "none":
         return F.cross_entropy(upcast(logits), targets, ignore_index=ignore_index, reduction="none")
     total = F.cross_entropy(upcast(logits), targets, ignore_index=ignore_index, reduction="sum")
-    return total / counted(targets, ignore_index) if reduction == "mean" else total
+    return total / count_targets(targets, ignore_index) if reduction == "mean" else total
 
 
-def counted(targets: Tensor, ignore_index: int) -> Tensor:
-    """How many targets count, at least 1."""
+def count_targets(targets: Tensor, ignore_index: int) -> Tensor:
+    """The number of targets that are not ignored, at least 1."""
     return (targets != ignore_index).sum().clamp(min=1)
 
 
@@ -124,17 +124,17 @@ def cross_entropy_fwd_kernel(
     target = tl.load(targets + t)
     counts = target != ignore_index
     row = logits + t * ld
-    # Before any dlogits are written, which may lie where the logits do. A target out of range shows as NaN.
+    # Loaded before dlogits are written, which may overwrite the logits. A target out of range gives NaN.
     x_target = tl.load(row + target, mask=counts & (target >= 0) & (target < V), other=float("nan")).to(tl.float32)
 
-    # One pass: the sums stay apart until the end, their common maximum grows on the way. Ignored rows are not read.
+    # One pass: each lane keeps its own sum, relative to a common running maximum. Ignored rows are not read.
     top = tl.full((), float("-inf"), tl.float32)
     sums = tl.zeros((BLOCK_V,), tl.float32)
     for first in tl.range(0, tl.where(counts, V, 0), BLOCK_V, num_stages=3):
         v = first + tl.arange(0, BLOCK_V)
         x = tl.load(row + v, mask=v < V, other=float("-inf")).to(tl.float32)
         higher = tl.maximum(top, tl.max(x, 0))
-        base = tl.where(higher == float("-inf"), 0.0, higher)  # so far nothing but -inf, and -inf - -inf is NaN
+        base = tl.where(higher == float("-inf"), 0.0, higher)  # all -inf so far: -inf - -inf would be NaN
         sums = sums * tl.exp(top - base) + tl.exp(x - base)
         top = higher
     row_lse = top + tl.log(tl.where(counts, tl.sum(sums, 0), 1.0))

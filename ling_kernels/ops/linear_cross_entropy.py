@@ -1,6 +1,7 @@
-"""Cross entropy of logits = x w^T, which never exist whole: chunks of rows give loss and gradients in one pass.
+"""Cross entropy of logits = x w^T without all logits in memory: chunks of rows give loss and gradients in one pass.
 
-With p = softmax(logits) and one-hot targets y: dlogits = (p - y) / tokens that count, dx = dlogits w, dw = dlogits^T x.
+With p = softmax(logits) and one-hot targets y: dlogits = (p - y) / tokens, dx = dlogits w, dw = dlogits^T x, where
+tokens counts the targets that are not ignored.
 """
 
 from functools import partial
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..op import autocast, expect, first_derivative_only, op, upcast, use_reference
-from .cross_entropy import counted, cross_entropy_fwd, cross_entropy_ref, expect_targets
+from .cross_entropy import count_targets, cross_entropy_fwd, cross_entropy_ref, expect_targets
 
 
 def linear_cross_entropy(
@@ -17,9 +18,9 @@ def linear_cross_entropy(
 ) -> Tensor:
     """x [T, H], w [V, H], targets [T] int64 -> scalar fp32: cross_entropy(x @ w.T, targets, ignore_index, reduction).
 
-    reduction is mean (0 where every token is ignored) or sum. At most chunk rows of logits exist at a time. Gradients
-    dx in x's dtype and dw in w's (summed over chunks in fp32) are computed with the loss, where they are wanted, and
-    held until backward. Products take autocast's dtype where torch.autocast is on. Raises ValueError for another
+    reduction is mean (0 where every token is ignored) or sum. At most chunk rows of logits exist at a time. The forward
+    also computes the gradients that are needed, dx in x's dtype and dw in w's (summed over chunks in fp32), and saves
+    them for backward. Products take autocast's dtype where torch.autocast is on. Raises ValueError for another
     shape, dtype or reduction, and on a CPU for a target that is neither in 0..V-1 nor ignore_index.
     """
     expect(x.ndim == w.ndim == 2 and x.shape[1] == w.shape[1] and len(w) > 0 and x.is_floating_point()
@@ -79,7 +80,7 @@ def by_chunks(x, w, targets, loss, dx, dw, ignore_index, mean, chunk, kernels) -
     wants_dx, wants_dw = dx.ndim == 2, dw.ndim == 2
     wide_dw = torch.zeros_like(w, dtype=loss.dtype) if wants_dw else None
     losses = loss.new_empty(len(x))
-    tokens = counted(targets, ignore_index) if mean else None
+    tokens = count_targets(targets, ignore_index) if mean else None
     for rows in map(slice, range(0, len(x), chunk), range(chunk, len(x) + chunk, chunk)):
         xs, target, lse = x[rows], targets[rows], torch.empty_like(losses[rows])
         with torch.autocast(x.device.type, enabled=False):

@@ -1,9 +1,8 @@
-"""qk_norm_rope of new tokens, their entry into a paged cache and their attention over it, in one launch and a combine.
+"""qk_norm_rope of new tokens, their append to a paged cache and attention over it, in one kernel and a combine kernel.
 
-The n new tokens of a sequence with `length` tokens, those n included, are at places length - n + i, which are also
-their positions; a place below 0 is no token. Query i sees keys 0 .. length - n + i. Other programs may be at work on
-the same sequence, so none reads cells that one writes: where keys are attended to that are new, they are made of qkv
-there, rounded (or quantised) as the cache will have them.
+The n new tokens of a sequence with `length` tokens, those n included, have positions length - n + i; a negative one is
+no token. Query i sees keys 0 .. length - n + i. Several programs work on a sequence, so none reads cells that another
+writes: a program that attends to new keys computes them from qkv, and rounds or quantises them as the cache does.
 """
 
 import torch
@@ -40,14 +39,13 @@ def qk_norm_attention_decode(
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """qkv [B, n, Hq + 2 Hkv, D] of n = 1..8 new tokens, counted in lengths [B] int32 -> out [B, n, Hq, D] in its dtype.
 
-    Writes the new keys and values into the cache, quantised where it is FP8, at the cells that block_table
-    [B, max_blocks] int32 gives their places; no two tokens may have one cell. As `qk_norm_rope` with that cache at
-    positions length - n + i and `attention_decode` after it, whose other arguments, dtypes and errors these are; a
-    query may differ in a last bit. quantize appends what the op `quantize` makes of out as [B n, Hq D], of D = 128 in
-    the same launch (Hq D % 128 == 0). Rows of length 0 are padding, which enters nothing and gives 0. No gradient.
-    Deterministic. Raises ValueError also, on a CPU, for a length beyond the rows of cos and sin. On a GPU a build of
-    csrc/ with LING_DEBUG=1 stops at such; otherwise such a token is NaN, and one whose page the cache does not have is
-    not kept.
+    Also writes the new keys and values into the cache, quantised if it is FP8, in the cells that block_table
+    [B, max_blocks] int32 gives for their positions; no two tokens may share a cell. Equals `qk_norm_rope` with that
+    cache at positions length - n + i and then `attention_decode`, up to a last bit of a query; other arguments, dtypes
+    and errors are theirs. quantize appends quantize(out as [B n, Hq D]) to the result, in the same kernel if D = 128
+    (Hq D % 128 == 0). Rows of length 0 are padding: they write nothing and give 0. No gradient. Deterministic. Raises
+    ValueError also, on a CPU, for a length beyond the rows of cos and sin. On a GPU csrc/ built with LING_DEBUG=1 stops
+    at it; otherwise the token is NaN. A token whose page is outside the cache is not written.
     """
     B, n, H, D = qkv.shape if qkv.ndim == 4 else (-1, 0, 0, 0)
     expect(B >= 0 and 1 <= n <= 8 and D > 0 and qkv.is_floating_point(),
@@ -71,14 +69,14 @@ def qk_norm_attention_decode(
     if 0 in (B, num_blocks, block_size, block_table.shape[1]):
         out.zero_()
         return (out, *quantize_rows(out.flatten(2).flatten(0, 1))) if quantize else out
-    at_once = quantize and D == BLOCK
-    out_q, out_scale, *_ = empty_fp8(out, B * n, Hq * D, at_once, False, None)
+    quantize_in_kernel = quantize and D == BLOCK
+    out_q, out_scale, *_ = empty_fp8(out, B * n, Hq * D, quantize_in_kernel, False, None)
     qkv, *norm, block_table, lengths = (t.detach().contiguous() for t in (qkv, *norm, block_table, lengths))
     qk_norm_attention_decode_fwd(
         qkv, *norm, *cache, block_table, lengths, out, out_q, out_scale, *scratch(out, cache, block_table, True),
         scale, eps,
     )  # fmt: skip
-    if quantize and not at_once:
+    if quantize and not quantize_in_kernel:
         out_q, out_scale = quantize_rows(out.flatten(2).flatten(0, 1))
     return (out, out_q, out_scale) if quantize else out
 
@@ -115,7 +113,7 @@ def append_some(
     k: Tensor, v: Tensor, slots: Tensor,
     k_cache: Tensor, v_cache: Tensor, k_scale: Tensor | None, v_scale: Tensor | None,
 ) -> None:  # fmt: skip
-    """`append` of the rows whose slot is not negative. An op, since their number is not known to a compiler."""
+    """`append` of the rows whose slot is not negative. An op, because a compiler does not know their number."""
     real = slots >= 0
     append(KVCache(k_cache, v_cache, k_scale, v_scale), k[real], v[real], slots[real])
 
@@ -136,7 +134,7 @@ def qk_norm_attention_decode_fwd(
     out: Tensor, out_q: Tensor | None, out_scale: Tensor | None, partial: Tensor, lse: Tensor,
     scale: float, eps: float,
 ) -> None:  # fmt: skip
-    """partial and lse are what `scratch` of attention_decode gives, out_q and out_scale `empty_fp8` for out's rows."""
+    """partial and lse come from `scratch` of attention_decode, out_q and out_scale from `empty_fp8` for out's rows."""
     cells = k, v, k_scale, v_scale, block_table, lengths
     norm = q_weight, k_weight, cos, sin
     launch_decode(qkv, *cells, out, partial, lse, scale, norm, eps, out_q, out_scale)

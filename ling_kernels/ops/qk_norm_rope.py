@@ -12,7 +12,7 @@ from ..op import expect, first_derivative_only, multiprocessors, op, rows_aligne
 from .attention_decode import KVCache, append, expect_slots
 from .qk_norm_rope_kernels import qk_norm_rope_bwd_kernel, qk_norm_rope_fwd_kernel
 
-PROGRAMS = 1056  # of the backward kernel in all, at most: 8 for each SM of an H200
+PROGRAMS = 1056  # at most, of the backward kernel: 8 for each SM of an H200
 
 
 def qk_norm_rope(
@@ -51,7 +51,7 @@ def qk_norm_rope(
 
 
 def expect_heads(qkv, q_weight, k_weight, cos, sin, positions, num_kv_heads) -> None:
-    """What this op and qk_norm_attention ask of their operands."""
+    """Check the operands of this op and of qk_norm_attention."""
     T, H, D = qkv.shape if qkv.ndim == 3 else (-1, 0, 0)
     expect(T >= 0 and qkv.is_floating_point() and num_kv_heads > 0 and H > 2 * num_kv_heads and H % num_kv_heads == 0,
            "qkv [T, Hq + 2 Hkv, D], Hq % Hkv == 0", qkv, num_kv_heads)  # fmt: skip
@@ -65,7 +65,7 @@ def expect_heads(qkv, q_weight, k_weight, cos, sin, positions, num_kv_heads) -> 
 
 
 def expect_norm(qkv, q_weight, k_weight, cos, sin) -> None:
-    """What norm and rotation of qkv [..., D] take."""
+    """Check the weights and tables for qkv [..., D]."""
     D = qkv.shape[-1]
     expect(q_weight.shape == k_weight.shape == (D,), "q_weight and k_weight [D]", q_weight, k_weight, qkv)
     expect(cos.ndim == 2 and cos.shape == sin.shape and cos.dtype == sin.dtype == torch.float32
@@ -207,8 +207,8 @@ def config(num_q: int, num_kv: int, D: int, half: int, sms: int, backward: bool 
 
 
 def block_t(num_kv: int, D: int, backward: bool, sms: int = 132) -> int:
-    """32 elements for a thread on an H200; twice that on an H20, whose 78 SMs want 1.4 times the bytes in flight each;
-    16 backward, which holds three times as many.
+    """Tokens of a program: 32 elements for a thread on an H200; 64 on an H20, where an SM needs 1.4 times the bytes in
+    flight; 16 in the backward kernel, which has three operands.
     """
     elements = 2048 if backward else 4096 if sms > 100 else 8192
     return min(max(elements // (heads_per_group(num_kv) * triton.next_power_of_2(D)), 1), 32)
@@ -219,15 +219,14 @@ def heads_per_group(num_kv: int) -> int:
 
 
 def head_groups(num_q: int, num_kv: int) -> list[int]:
-    """Programs side by side for the heads of q, k and v."""
+    """The number of programs for the heads of q, of k and of v."""
     kv = triton.cdiv(num_kv, heads_per_group(num_kv))
     return [triton.cdiv(num_q, heads_per_group(num_kv)), kv, kv]
 
 
 def programs(T: int, num_q: int, num_kv: int, D: int) -> int:
-    """Of the backward kernel, for each group: each sums dw over its tokens; what follows adds the sums in order.
-
-    As many on any GPU, and so are dw's bits.
+    """Programs of the backward kernel for each group of heads. Each sums dw over its tokens; the sums are then added in
+    order. The number is the same on every GPU, and so are the bits of dw.
     """
     most = max(PROGRAMS // sum(head_groups(num_q, num_kv)), 1)
     return min(triton.cdiv(T, block_t(num_kv, D, True)), most)

@@ -1,7 +1,7 @@
 """Triton kernels of qk_norm_rope.py.
 
-A program owns BLOCK_T tokens of BLOCK_H heads, all of the queries, of the keys or of the values. A head comes in three
-parts: the halves that are rotated, and the rest.
+A program has BLOCK_T tokens of BLOCK_H heads, all of q, of k or of v. A head has three parts: two halves that are
+rotated, and the rest.
 """
 
 import triton
@@ -9,39 +9,39 @@ import triton.language as tl
 
 
 @triton.jit
-def load_parts(x, at, own, D: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr):
+def load_parts(x, at, valid, D: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr):
     """Heads at offsets `at` [BLOCK_T, BLOCK_H, 1], fp32: the two halves that are rotated, and the rest."""
     i = tl.arange(0, BLOCK_HALF)[None, None, :]
     j = tl.arange(0, BLOCK_REST)[None, None, :]
-    a = tl.load(x + (at + i), mask=own & (i < HALF), other=0.0).to(tl.float32)
-    b = tl.load(x + (at + HALF + i), mask=own & (i < HALF), other=0.0).to(tl.float32)
-    rest = tl.load(x + (at + 2 * HALF + j), mask=own & (j < D - 2 * HALF), other=0.0).to(tl.float32)
+    a = tl.load(x + (at + i), mask=valid & (i < HALF), other=0.0).to(tl.float32)
+    b = tl.load(x + (at + HALF + i), mask=valid & (i < HALF), other=0.0).to(tl.float32)
+    rest = tl.load(x + (at + 2 * HALF + j), mask=valid & (j < D - 2 * HALF), other=0.0).to(tl.float32)
     return a, b, rest
 
 
 @triton.jit
 def store_parts(
-    x, at, own, a, b, rest, D: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr
+    x, at, valid, a, b, rest, D: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr
 ):
     i = tl.arange(0, BLOCK_HALF)[None, None, :]
     j = tl.arange(0, BLOCK_REST)[None, None, :]
-    tl.store(x + (at + i), a, mask=own & (i < HALF))
-    tl.store(x + (at + HALF + i), b, mask=own & (i < HALF))
-    tl.store(x + (at + 2 * HALF + j), rest, mask=own & (j < D - 2 * HALF))
+    tl.store(x + (at + i), a, mask=valid & (i < HALF))
+    tl.store(x + (at + HALF + i), b, mask=valid & (i < HALF))
+    tl.store(x + (at + 2 * HALF + j), rest, mask=valid & (j < D - 2 * HALF))
 
 
 @triton.jit
 def load_angles(
-    cos, sin, positions, first, own, P, HALF: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_HALF: tl.constexpr
+    cos, sin, positions, first, valid, P, HALF: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_HALF: tl.constexpr
 ):
-    """[BLOCK_T, 1, BLOCK_HALF] of the tokens from `first` on; NaN for a position that the tables do not have."""
+    """cos and sin [BLOCK_T, 1, BLOCK_HALF] of the tokens from `first` on; NaN for a position outside the tables."""
     t = tl.arange(0, BLOCK_T)[:, None, None]
-    position = tl.load(positions + first + t, mask=own, other=0).to(tl.int64)
-    known = (position >= 0) & (position < P)
+    position = tl.load(positions + first + t, mask=valid, other=0).to(tl.int64)
+    in_table = (position >= 0) & (position < P)
     i = tl.arange(0, BLOCK_HALF)[None, None, :]
-    at, inside = position * HALF + i, own & known & (i < HALF)
+    at, inside = position * HALF + i, valid & in_table & (i < HALF)
     c, s = tl.load(cos + at, mask=inside, other=0.0), tl.load(sin + at, mask=inside, other=0.0)
-    return tl.where(known, c, float("nan")), tl.where(known, s, float("nan"))
+    return tl.where(in_table, c, float("nan")), tl.where(in_table, s, float("nan"))
 
 
 @triton.jit
@@ -50,16 +50,16 @@ def rstd_of(a, b, rest, eps, D: tl.constexpr):
 
 
 @triton.jit
-def rotate_heads(
+def heads_forward(
     qkv, w, cos, sin, positions, slots, out, cache, T, P, cells, eps, group, FIRST: tl.constexpr, NUM: tl.constexpr,
     H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the NUM heads that start at head FIRST of qkv; those without a weight (the values) pass as they are."""
+    """Norm and rotate a tile of the NUM heads that start at head FIRST of qkv; copy it if there is no weight (v)."""
     first = tl.program_id(0).to(tl.int64) * BLOCK_T
     t, h = tl.arange(0, BLOCK_T)[:, None, None], group * BLOCK_H + tl.arange(0, BLOCK_H)[None, :, None]
-    own = (t < T - first) & (h < NUM)
-    a, b, rest = load_parts(qkv + first * (H * D), (t * H + FIRST + h) * D, own, D, HALF, BLOCK_HALF, BLOCK_REST)
+    valid = (t < T - first) & (h < NUM)
+    a, b, rest = load_parts(qkv + first * (H * D), (t * H + FIRST + h) * D, valid, D, HALF, BLOCK_HALF, BLOCK_REST)
     if w is not None:
         c, s = load_angles(cos, sin, positions, first, t < T - first, P, HALF, BLOCK_T, BLOCK_HALF)
         zero = tl.zeros((1, 1, 1), tl.int32)
@@ -67,13 +67,13 @@ def rotate_heads(
         r = rstd_of(a, b, rest, eps, D)
         a, b, rest = a * r * wa, b * r * wb, rest * r * wrest
         a, b = a * c - b * s, b * c + a * s
-    store_parts(out + first * (NUM * D), (t * NUM + h) * D, own, a, b, rest, D, HALF, BLOCK_HALF, BLOCK_REST)
+    store_parts(out + first * (NUM * D), (t * NUM + h) * D, valid, a, b, rest, D, HALF, BLOCK_HALF, BLOCK_REST)
     if cache is not None:
         slot = tl.load(slots + first + t, mask=t < T - first, other=-1)
-        own = own & (slot >= 0) & (slot < cells)
+        valid = valid & (slot >= 0) & (slot < cells)
         dtype: tl.constexpr = out.dtype.element_ty
         a, b, rest = a.to(dtype).to(tl.float32), b.to(dtype).to(tl.float32), rest.to(dtype).to(tl.float32)
-        store_parts(cache, (slot * NUM + h) * D, own, a, b, rest, D, HALF, BLOCK_HALF, BLOCK_REST)
+        store_parts(cache, (slot * NUM + h) * D, valid, a, b, rest, D, HALF, BLOCK_HALF, BLOCK_REST)
 
 
 @triton.jit
@@ -86,31 +86,31 @@ def qk_norm_rope_fwd_kernel(
     KV_GROUPS: tl.constexpr = (NUM_KV + BLOCK_H - 1) // BLOCK_H
     H: tl.constexpr = NUM_Q + 2 * NUM_KV
     if q is None:  # the keys only
-        rotate_heads(
+        heads_forward(
             qkv, k_weight, cos, sin, positions, slots, k, k_cache, T, P, cells, eps, tl.program_id(1), NUM_Q, NUM_KV,
             H, D, HALF, BLOCK_T, BLOCK_H, BLOCK_HALF, BLOCK_REST,
         )  # fmt: skip
         return
     group = tl.program_id(1)
     if group < Q_GROUPS:
-        rotate_heads(
+        heads_forward(
             qkv, q_weight, cos, sin, positions, None, q, None, T, P, cells, eps, group, 0, NUM_Q,
             H, D, HALF, BLOCK_T, BLOCK_H, BLOCK_HALF, BLOCK_REST,
         )  # fmt: skip
     elif group < Q_GROUPS + KV_GROUPS:
-        rotate_heads(
+        heads_forward(
             qkv, k_weight, cos, sin, positions, slots, k, k_cache, T, P, cells, eps, group - Q_GROUPS, NUM_Q, NUM_KV,
             H, D, HALF, BLOCK_T, BLOCK_H, BLOCK_HALF, BLOCK_REST,
         )  # fmt: skip
     else:
-        rotate_heads(
+        heads_forward(
             qkv, None, cos, sin, positions, slots, v, v_cache, T, P, cells, eps, group - Q_GROUPS - KV_GROUPS,
             NUM_Q + NUM_KV, NUM_KV, H, D, HALF, BLOCK_T, BLOCK_H, BLOCK_HALF, BLOCK_REST,
         )  # fmt: skip
 
 
 @triton.jit
-def turn_heads_back(
+def heads_backward(
     dout, qkv, w, cos, sin, positions, dqkv, dw, T, P, PROGRAMS, eps, group, FIRST: tl.constexpr, NUM: tl.constexpr,
     H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
@@ -126,13 +126,13 @@ def turn_heads_back(
         dwrest = tl.zeros((BLOCK_T, BLOCK_H, BLOCK_REST), tl.float32)
     p = tl.program_id(0).to(tl.int64)
     for first in tl.range(p * BLOCK_T, T, PROGRAMS * BLOCK_T, num_stages=2):
-        own = (t < T - first) & (h < NUM)
+        valid = (t < T - first) & (h < NUM)
         at = (t * H + FIRST + h) * D
         za, zb, zrest = load_parts(
-            dout + first * (NUM * D), (t * NUM + h) * D, own, D, HALF, BLOCK_HALF, BLOCK_REST
+            dout + first * (NUM * D), (t * NUM + h) * D, valid, D, HALF, BLOCK_HALF, BLOCK_REST
         )  # fmt: skip
         if w is not None:
-            a, b, rest = load_parts(qkv + first * (H * D), at, own, D, HALF, BLOCK_HALF, BLOCK_REST)
+            a, b, rest = load_parts(qkv + first * (H * D), at, valid, D, HALF, BLOCK_HALF, BLOCK_REST)
             c, s = load_angles(cos, sin, positions, first, t < T - first, P, HALF, BLOCK_T, BLOCK_HALF)
             r = rstd_of(a, b, rest, eps, D)
             a, b, rest = a * r, b * r, rest * r
@@ -143,7 +143,7 @@ def turn_heads_back(
             za, zb, zrest = za * wa, zb * wb, zrest * wrest
             mean = ((tl.sum(za * a, 2) + tl.sum(zb * b, 2) + tl.sum(zrest * rest, 2)) / D)[:, :, None]
             za, zb, zrest = r * (za - a * mean), r * (zb - b * mean), r * (zrest - rest * mean)
-        store_parts(dqkv + first * (H * D), at, own, za, zb, zrest, D, HALF, BLOCK_HALF, BLOCK_REST)
+        store_parts(dqkv + first * (H * D), at, valid, za, zb, zrest, D, HALF, BLOCK_HALF, BLOCK_REST)
     if w is not None:
         da = tl.sum(tl.sum(dwa, 0), 0)[None, None, :]
         db = tl.sum(tl.sum(dwb, 0), 0)[None, None, :]
@@ -163,17 +163,17 @@ def qk_norm_rope_bwd_kernel(
     H: tl.constexpr = NUM_Q + 2 * NUM_KV
     dw += (tl.program_id(0) * (Q_GROUPS + KV_GROUPS) + group) * D
     if group < Q_GROUPS:
-        turn_heads_back(
+        heads_backward(
             dq, qkv, q_weight, cos, sin, positions, dqkv, dw, T, P, PROGRAMS, eps, group, 0, NUM_Q,
             H, D, HALF, BLOCK_T, BLOCK_H, BLOCK_HALF, BLOCK_REST,
         )  # fmt: skip
     elif group < Q_GROUPS + KV_GROUPS:
-        turn_heads_back(
+        heads_backward(
             dk, qkv, k_weight, cos, sin, positions, dqkv, dw, T, P, PROGRAMS, eps, group - Q_GROUPS, NUM_Q, NUM_KV,
             H, D, HALF, BLOCK_T, BLOCK_H, BLOCK_HALF, BLOCK_REST,
         )  # fmt: skip
     else:
-        turn_heads_back(
+        heads_backward(
             dv, qkv, None, cos, sin, positions, dqkv, dw, T, P, PROGRAMS, eps, group - Q_GROUPS - KV_GROUPS,
             NUM_Q + NUM_KV, NUM_KV, H, D, HALF, BLOCK_T, BLOCK_H, BLOCK_HALF, BLOCK_REST,
         )  # fmt: skip

@@ -9,8 +9,8 @@ from ..op import expect, first_derivative_only, multiprocessors, op, round_up, r
 from .quantize import BLOCK, empty_fp8, quantize_ref
 from .triton_fp8 import quantize_along, store_columns
 
-MAX_N = 8192  # the widest row that the kernels hold in registers
-PROGRAMS = 264  # of the backward kernel, at most: two for each SM of an H200, all resident on an H20 too
+MAX_N = 8192  # columns of a row that the kernels hold in registers
+PROGRAMS = 264  # at most, of the backward kernel: two for each SM of an H200, all resident on an H20 too
 
 
 def rms_norm(
@@ -23,10 +23,10 @@ def rms_norm(
 ) -> Tensor | tuple[Tensor, ...]:
     """x [..., N], w [N] -> y [..., N] in x's dtype; reductions run in fp32.
 
-    With residual [..., N], x + residual is normed and the sum is returned too, in residual's dtype: (y, sum). quantize
-    appends y's FP8 rows and scales, columns also its column-wise copy, as `quantize` lays them out, taken from y before
-    it is rounded (those carry no gradient; x must be [M, N], N % 128 == 0). Gradient: to x, residual
-    and w. Raises ValueError for shapes that do not fit.
+    With residual [..., N] the op norms x + residual and returns (y, sum), the sum in residual's dtype. quantize appends
+    y's FP8 rows and scales, columns also its column-wise copy, in the layout of `quantize`, from y before it is rounded
+    (without a gradient; x must be [M, N], N % 128 == 0). Gradient: to x, residual and w. Raises ValueError for shapes
+    that do not fit.
     """
     N = x.shape[-1] if x.ndim else 0
     expect(N > 0 and w.shape == (N,) and x.is_floating_point() and w.is_floating_point(), "x [..., N] and w [N]", x, w)
@@ -120,7 +120,7 @@ def rms_norm_bwd(
     dy: Tensor, dtotal: Tensor | None, total: Tensor, w: Tensor, rstd: Tensor,
     dx: Tensor, dresidual: Tensor | None, dw: Tensor,
 ) -> None:  # fmt: skip
-    """total is what was normed; dresidual has its dtype and dx that of x. dw [programs(M, N), N] are partial sums."""
+    """total is x or x + residual. dresidual has its dtype and dx that of x. dw [programs(M, N), N] are partial sums."""
     M, N = total.shape
     if M:
         rms_norm_bwd_kernel[(len(dw),)](
@@ -139,10 +139,10 @@ def unsupported_rows(x: Tensor, w: Tensor, *others: Tensor | None) -> str | None
 
 
 def config(N: int, columns: bool, sms: int) -> dict:
-    """A tile holds whole rows; a column-wise copy wants tiles of 128 x 128. Not measured.
+    """A tile has whole rows, except for a column-wise copy, which needs tiles of 128 x 128. Not measured.
 
     A thread has 32 elements on an H200 (132 SMs) and 64 on an H20 (78), where an SM needs 1.4 times the bytes in
-    flight. M decides nothing, so that a row's result does not depend on its batch.
+    flight. Independent of M, so that a row's result does not depend on its batch.
     """
     if columns:
         return dict(BLOCK_M=BLOCK, BLOCK_N=BLOCK, num_warps=16)
@@ -153,9 +153,9 @@ def config(N: int, columns: bool, sms: int) -> dict:
 
 
 def column_splits(M: int, N: int) -> int:
-    """Into how many programs the columns of 128 rows are split, to fill an H200; a power of two that divides N/128.
+    """How many programs share the columns of 128 rows, to fill an H200; a power of two that divides N/128.
 
-    Each of them reads the rows whole for their norm (from HBM once, from L2 then) and writes its own columns.
+    Each program reads whole rows for their norm (once from HBM, then from L2) and writes its own columns.
     """
     splits = 1
     while splits * triton.cdiv(M, BLOCK) < 128 and N // BLOCK % (2 * splits) == 0:
@@ -164,14 +164,14 @@ def column_splits(M: int, N: int) -> int:
 
 
 def backward_config(N: int) -> dict:
-    """16 elements of each operand for a thread. Not measured; PROGRAMS give an SM of an H20 1.7 times an H200's."""
+    """16 elements of each operand for a thread. Not measured; an SM of an H20 has 1.7 times an H200's programs."""
     BLOCK_N = triton.next_power_of_2(N)
     BLOCK_M = min(max(4096 // BLOCK_N, 1), 16)
     return dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=max(BLOCK_M * BLOCK_N // 512, 1))
 
 
 def programs(M: int, N: int) -> int:
-    """Of the backward kernel: each sums dw over its rows, and a second pass adds the partial sums in order."""
+    """Programs of the backward kernel. Each sums dw over its rows; torch adds the partial sums in order."""
     return min(triton.cdiv(M, backward_config(N)["BLOCK_M"]), PROGRAMS)
 
 
@@ -190,7 +190,7 @@ def rms_norm_fwd_kernel(
     TILES: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    # 64-bit offsets go into the pointers, so that 32 bits do inside a tile.
+    # The 64-bit offset of the tile is added to the pointers, so that offsets inside a tile are 32-bit.
     first = tl.program_id(0).to(tl.int64) * BLOCK_M
     m = tl.arange(0, BLOCK_M)[:, None]
     columns = tl.arange(0, BLOCK_N)[None, :]
@@ -199,7 +199,7 @@ def rms_norm_fwd_kernel(
     if residual is not None:
         residual += first * ldr
 
-    # Rows that fit into one tile stay in registers; others are read twice, the second time from L2.
+    # Rows of one tile stay in registers; wider rows are read twice, the second time from L2.
     xs = load_sum(x, residual, m * ldx + columns, m * ldr + columns, real & (columns < N))
     squares = tl.sum(xs * xs, 1)
     for i in tl.range(1, TILES, num_stages=2):

@@ -1,7 +1,7 @@
-"""What lies between attention and experts: h = rms_norm(s), s = x + residual, and the router's logits, h router_w^T.
+"""The step between attention and experts: s = x + residual, h = rms_norm(s), and the router's logits h router_w^T.
 
-For the few rows of a decode step it is one launch, which waits for router_w: every program norms all rows again and
-takes some of the experts. For more rows, and wherever a gradient is wanted, it is `rms_norm` and `router_gemm`.
+For the few rows of a decode step this is one kernel, bound by the load of router_w: every program norms all rows and
+computes the logits of some experts. For more rows, or with gradients, it is `rms_norm` and `router_gemm`.
 """
 
 import torch
@@ -14,7 +14,7 @@ from ..op import KERNEL_FLOATS, expect, op, rows_aligned
 from .rms_norm import MAX_N, load_sum, rms_norm, unsupported_rows
 from .router_gemm import router_gemm
 
-ROWS = 8  # that the kernels take
+ROWS = 8  # at most, of the kernels
 
 
 def rms_norm_router(
@@ -22,19 +22,19 @@ def rms_norm_router(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x [T, H], w [H], router_w [E, H] bf16 or fp32 -> h [T, H] in x's dtype, s [T, H], logits [T, E] fp32.
 
-    s is x + residual in residual's dtype, x itself where there is none, and h its norm; logits are those of h as it is
-    rounded, to fp32's precision. Gradients as `rms_norm` and `router_gemm` give them. Raises ValueError for shapes that
-    do not fit.
+    s is x + residual in residual's dtype, or x itself without a residual; h is its norm. logits are computed from the
+    rounded h with fp32's precision. Gradients are those of `rms_norm` and `router_gemm`. Raises ValueError for shapes
+    that do not fit.
     """
     H = x.shape[1] if x.ndim == 2 else 0
     expect(H > 0 and w.shape == (H,) and x.is_floating_point() and w.is_floating_point(), "x [T, H] and w [H]", x, w)
     expect(router_w.ndim == 2 and router_w.shape[1] == H and router_w.is_floating_point(), "router_w [E, H]", router_w)
     fits = residual is None or (residual.shape == x.shape and residual.is_floating_point())
     expect(fits, "residual as x", x, residual)
-    given = [t for t in (x, w, router_w, residual) if t is not None]
-    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in given)
-    known = x.dtype == torch.bfloat16 and all(t.dtype in KERNEL_FLOATS for t in given)
-    if backend(x) == "torch" or wanted or not known or not 0 < len(x) <= ROWS or H > MAX_N or len(router_w) == 0:
+    tensors = [t for t in (x, w, router_w, residual) if t is not None]
+    gradients = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    dtypes = x.dtype == torch.bfloat16 and all(t.dtype in KERNEL_FLOATS for t in tensors)
+    if backend(x) == "torch" or gradients or not dtypes or not 0 < len(x) <= ROWS or H > MAX_N or len(router_w) == 0:
         out = rms_norm(x, w, residual, eps)
         h, s = (out, x) if residual is None else out
         return h, s, router_gemm(h, router_w)
@@ -67,7 +67,7 @@ def rms_norm_router_fwd(
 
 
 def config(T: int, H: int) -> dict:
-    """Two experts a program, so that Ling's 256 fill an H200. Not measured."""
+    """Two experts for a program, so that Ling's 256 experts fill an H200. Not measured."""
     BLOCK_T = triton.next_power_of_2(T)
     return dict(BLOCK_T=BLOCK_T, BLOCK_E=2, BLOCK_H=min(triton.next_power_of_2(H), 2048 // BLOCK_T), num_warps=8)
 
@@ -87,16 +87,16 @@ def rms_norm_router_kernel(
         squares += xs * xs
     r = tl.rsqrt(tl.sum(squares, 1) / H + eps)[:, None]
 
-    mine = t % tl.num_programs(0) == tl.program_id(0)  # row t is written by program t
+    writes = t % tl.num_programs(0) == tl.program_id(0)  # program t writes row t
     dots = tl.zeros((BLOCK_T, BLOCK_E, BLOCK_H), tl.float32)
     for first in tl.range(0, H, BLOCK_H, num_stages=2):
         n = first + columns
         inside = (t < T) & (n < H)
         xs = load_sum(x, residual, t * ldx + n, t * ldr + n, inside)
         if total is not None:
-            tl.store(total + t * H + n, xs, mask=inside & mine)
+            tl.store(total + t * H + n, xs, mask=inside & writes)
         hs = (xs * r * tl.load(w + n, mask=n < H, other=0.0).to(tl.float32)).to(h.dtype.element_ty)
-        tl.store(h + t * H + n, hs, mask=inside & mine)
+        tl.store(h + t * H + n, hs, mask=inside & writes)
         at = e[:, None].to(tl.int64) * H + n
         ws = tl.load(router_w + at, mask=(e < E)[:, None] & (n < H), other=0.0).to(tl.float32)
         dots += hs.to(tl.float32)[:, None, :] * ws[None, :, :]

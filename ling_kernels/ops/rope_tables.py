@@ -34,11 +34,11 @@ YARN_KEYS = {
 def rope_frequencies(
     rotary_dim: int, theta: float, scaling: dict | None, device: torch.device | str | None = None
 ) -> tuple[Tensor, float]:
-    """Angle per position of each of the rotary_dim / 2 pairs, fp32, and the factor of cos and sin.
+    """The angle per position of each of the rotary_dim / 2 pairs, fp32, and the factor of cos and sin.
 
-    YaRN (arXiv 2309.00071, with the defaults of transformers, which the official model calls): pairs that turn more
-    than beta_fast times over the original length keep their frequency, those that turn less than beta_slow times have
-    it divided by `factor`, a ramp lies between; cos and sin are scaled by 0.1 ln(factor) + 1.
+    YaRN (arXiv 2309.00071, with the defaults of transformers, which the official model uses): pairs with more than
+    beta_fast rotations over the original length keep their frequency; that of pairs with less than beta_slow rotations
+    is divided by `factor`; a linear ramp joins the two. cos and sin are scaled by 0.1 ln(factor) + 1.
     """
     pair = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=device)
     plain = 1.0 / theta ** (pair / rotary_dim)
@@ -52,13 +52,12 @@ def rope_frequencies(
     expect(not missing, "rope scaling of type yarn with factor and original_max_position_embeddings", scaling)
     factor, length = float(scaling["factor"]), scaling["original_max_position_embeddings"]
 
-    def pair_that_turns(times: float) -> float:
-        return rotary_dim * math.log(length / (times * 2 * math.pi)) / (2 * math.log(theta))
+    def pair_with_rotations(number: float) -> float:
+        return rotary_dim * math.log(length / (number * 2 * math.pi)) / (2 * math.log(theta))
 
-    low = max(math.floor(pair_that_turns(scaling.get("beta_fast") or 32)), 0)
-    high = min(math.ceil(pair_that_turns(scaling.get("beta_slow") or 1)), rotary_dim - 1)
-    ramp = (torch.arange(len(plain), dtype=torch.float32, device=device) - low) / (high - low or 0.001)
-    slowed = ramp.clamp(0, 1)
+    low = max(math.floor(pair_with_rotations(scaling.get("beta_fast") or 32)), 0)
+    high = min(math.ceil(pair_with_rotations(scaling.get("beta_slow") or 1)), rotary_dim - 1)
+    ramp = ((torch.arange(len(plain), dtype=torch.float32, device=device) - low) / (high - low or 0.001)).clamp(0, 1)
     default_factor = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
     attention_factor = scaling.get("attention_factor")
-    return plain / factor * slowed + plain * (1 - slowed), attention_factor or default_factor
+    return plain / factor * ramp + plain * (1 - ramp), attention_factor or default_factor

@@ -1,7 +1,7 @@
-"""Router GEMM: logits = x w^T in fp32, for a bf16 x and an fp32 w too large for fp32 arithmetic on tensor cores.
+"""Router GEMM: logits = x w^T with fp32's precision, for a bf16 x and an fp32 w, on tensor cores.
 
-w = w1 + w2 + w3 with bf16 parts (w1 = bf16(w), w2 = bf16(w - w1), ..) is exact, so three bf16 passes give what fp32
-would.
+Tensor cores do not multiply fp32. w = w1 + w2 + w3 with bf16 parts (w1 = bf16(w), w2 = bf16(w - w1), ..) is exact, so
+three bf16 products give the fp32 result.
 """
 
 import torch
@@ -45,10 +45,10 @@ class RouterGEMM(torch.autograd.Function):
     def backward(ctx, dlogits):
         x, w = ctx.saved_tensors
         dx = dw = None
-        if ctx.needs_input_grad[0]:  # bf16, so that the two upper parts of either factor are more than enough
+        if ctx.needs_input_grad[0]:  # dx is bf16: the two upper parts of both factors suffice
             dx = torch.empty_like(x, memory_format=torch.contiguous_format)
             split_gemm(dlogits, w, dx, 2)
-        if ctx.needs_input_grad[1]:  # few tiles, many tokens: programs share the tokens, and a second pass adds up
+        if ctx.needs_input_grad[1]:  # few tiles, many tokens: programs split the tokens, and torch adds their sums
             parts = shares(len(x), *w.shape)
             dw = w.new_empty(parts, *w.shape, dtype=torch.float32)
             split_gemm(dlogits.T, x, dw, 3)
@@ -57,13 +57,13 @@ class RouterGEMM(torch.autograd.Function):
 
 
 def shares(T: int, E: int, H: int) -> int:
-    """Of the tokens in dw, so that about 128 programs run. Not measured."""
+    """Into how many shares dw's kernel splits the tokens, so that about 128 programs run. Not measured."""
     tiles = triton.cdiv(E, 128) * triton.cdiv(H, 128)
     return max(min(128 // tiles, triton.cdiv(T, 512)), 1)
 
 
 def config(M: int, N: int, sms: int) -> dict:
-    """Not measured. Few rows wait for w, which many narrow tiles read faster; an H20 (78 SMs) gets smaller tiles."""
+    """Not measured. With few rows the load of w is the bound: narrow tiles give more programs that load."""
     if M <= 64:
         return dict(BLOCK_M=64, BLOCK_N=32, BLOCK_K=64, num_warps=4, num_stages=4)
     if sms <= 78:
@@ -73,9 +73,9 @@ def config(M: int, N: int, sms: int) -> dict:
 
 @op("c")
 def split_gemm(a: Tensor, b: Tensor, c: Tensor, passes: int) -> None:
-    """c [M, N] = a [M, K] b [K, N], or c [P, M, N] with P shares of K: of fp32 factors the upper bf16 parts.
+    """c [M, N] = a [M, K] b [K, N], or c [P, M, N], the products of P shares of K.
 
-    Products of parts i and j are left out where i + j >= passes.
+    fp32 factors are split into `passes` bf16 parts; products of parts i and j with i + j >= passes are left out.
     """
     (M, K), N = a.shape, b.shape[1]
     P = c.shape[0] if c.ndim == 3 else 1
@@ -103,7 +103,7 @@ def split_gemm_kernel(
     a, b, c, M, N, K, share, lda, a_step, b_step, ldb, PASSES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    # Neighbouring programs share their rows of a
+    # Neighbouring programs have the same rows of a
     tiles_n = tl.cdiv(N, BLOCK_N)
     m = (tl.program_id(0) // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     n = (tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)

@@ -41,7 +41,7 @@ template <typename V> void walk(const char* name, int argc, char** argv) {
     for (int i = 4; i < argc; i++) offsets.push_back(offsets.back() + std::atoi(argv[i]));
     Problem p{};
     p.N = std::atoi(argv[3]), p.G = argc - 4, p.offsets = offsets.data();
-    p.M = V::kContract ? p.N : offsets.back(), p.K = V::kContract ? offsets.back() : 128;
+    p.M = V::kWgrad ? p.N : offsets.back(), p.K = V::kWgrad ? offsets.back() : 128;
     launch<walk_kernel<V>>(std::atoi(argv[2]), kThreads, sizeof(Shared<V>), nullptr, p);
 }
 

@@ -13,7 +13,7 @@ __global__ void __launch_bounds__(kThreads)
                                   const int* offsets, char* y, Groups groups, int S, int E, int N, int K,
                                   int64_t ld_scale) {
     wait_for_previous();
-    let_next_start();
+    launch_dependents();
     const int i = blockIdx.x * kThreads + threadIdx.x;
     if (blockIdx.y == 0 && i < E) {
         const int64_t first = offsets[i], rows = offsets[i + 1] - first, e = i;
