@@ -29,9 +29,7 @@ class NextByte(nn.Module):
     def forward(self, ids, targets):
         x = self.embedding(ids)  # [T, hidden]
         x = x + self.down(lk.swiglu(self.gate_up(lk.rms_norm(x, self.norm))))
-        return lk.linear_cross_entropy(
-            x, self.head.weight, targets
-        )  # without all logits at once
+        return lk.linear_cross_entropy(x, self.head.weight, targets)  # without all logits at once
 
 
 torch.manual_seed(0)
