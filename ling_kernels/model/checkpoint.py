@@ -232,7 +232,7 @@ def save_model(
             if path.name not in current and re.fullmatch(WEIGHT_FILES, path.name):
                 path.unlink(missing_ok=True)
         with atomic_write(folder / "config.json", durable=True) as path:
-            model.config.to_json(path, fp8=any(key.endswith(SCALES) for key in weight_map))
+            model.config.to_json(path, fp8=any(key.endswith(SCALES) for key in weight_map), dtype=dtype)
     except OSError as error:
         raise InputError(f"cannot write the checkpoint to {folder}: {error}") from None
 
