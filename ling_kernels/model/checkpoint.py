@@ -113,8 +113,8 @@ def load_model(
                 )
             if tensor.dtype not in WIDE and (tensor.dtype != E4M3 or tensor.ndim != 2):
                 kind = f"{tensor.dtype}{list(tensor.shape)}".removeprefix("torch.")
-                raise InputError(f"{files[key]}: {key} is {kind}; supported are {', '.join(WIDE_NAMES)}, and matrices of"
-                                 " float8_e4m3fn with a scale per 128x128 block")  # fmt: skip
+                raise InputError(f"{files[key]}: {key} is {kind}; supported are {', '.join(WIDE_NAMES)}, and matrices"
+                                 " of float8_e4m3fn with a scale per 128x128 block")  # fmt: skip
             scale = _scale(shards, files, key, tensor) if tensor.dtype == E4M3 else None
             used.update((key, key + SCALES) if scale is not None else (key,))
             if view.dtype == E4M3:
