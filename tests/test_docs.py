@@ -5,9 +5,13 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from torch.autograd import forward_ad
 
 import ling_kernels as lk
 from ling_kernels import ops
+from ling_kernels.backend import force
+from tests.cases import DEVICE, runs
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
@@ -44,6 +48,20 @@ def test_the_contracts_have_the_ops_and_their_arguments():
         wanted = ", ".join(inspect.signature(getattr(lk, name)).parameters)
         pattern = re.escape(arguments).replace(re.escape("..."), ".*")
         assert re.fullmatch(pattern, wanted), f"{name}({wanted}) is {name}({arguments}) in docs/ops.md"
+
+
+@pytest.mark.skipif(not runs("triton"), reason="triton cannot run here")
+def test_what_torch_func_does_is_what_the_contracts_say():
+    x = torch.randn(4, 64, device=DEVICE)
+    with force("triton"), pytest.raises(RuntimeError, match="setup_context"):
+        torch.func.grad(lambda x: lk.swiglu(x).sum())(x)
+    with force("triton"), pytest.raises(RuntimeError, match="setup_context"):
+        torch.func.vmap(lk.swiglu)(x)
+    with force("triton"), forward_ad.dual_level(), pytest.raises(NotImplementedError):
+        lk.swiglu(forward_ad.make_dual(x, x))
+    with force("torch"):  # a reference of torch's own operators
+        got = torch.func.grad(lambda x: lk.swiglu(x).sum())(x)
+    torch.testing.assert_close(got, torch.autograd.grad(lk.swiglu(x.requires_grad_()).sum(), x)[0])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
