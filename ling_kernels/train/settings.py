@@ -191,6 +191,8 @@ def from_json(saved: dict) -> Settings:
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
     if values.get("fp8_transposed") == "per_step":  # its old name
         values["fp8_transposed"] = "kept"
+    if unknown := values.keys() - {f.name for f in fields(Settings)}:
+        raise InputError(f"the run has settings that this version does not know: {', '.join(sorted(unknown))}")
     return Settings(**values)
 
 
