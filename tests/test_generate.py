@@ -89,14 +89,14 @@ def test_output(generate, args, text):
     assert out.removesuffix("\n").startswith(text) if args[1] == "</role>" else out == text + "\n"
 
 
-def test_special_tokens_are_parsed_only_in_a_chat(checkpoint, monkeypatch):
+def test_special_tokens_are_those_of_the_chat_template(checkpoint, monkeypatch):
     prompts = []
     monkeypatch.setattr(Engine, "stream", lambda engine, ids, **_: prompts.append(ids) or iter(()))
     cli.main(["--model", checkpoint, "--prompt", "<role>"])
     cli.main(["--model", checkpoint, "--prompt", "<role>", "--chat"])
     assert prompts[0] == [*b"<role>"]
-    turns = [ROLE_END, ROLE, *b"HUMAN", END_OF_ROLE, ROLE, ROLE_END, ROLE, *b"ASSISTANT", END_OF_ROLE]
-    assert prompts[1][-len(turns) :] == turns, "in a chat the user's text is parsed too"
+    turns = [ROLE_END, ROLE, *b"HUMAN", END_OF_ROLE, *b"<role>", ROLE_END, ROLE, *b"ASSISTANT", END_OF_ROLE]
+    assert prompts[1][-len(turns) :] == turns, "a user's text is not parsed in a chat either"
 
 
 def test_output_is_streamed(checkpoint, monkeypatch):

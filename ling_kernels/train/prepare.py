@@ -61,6 +61,8 @@ def resumed_run(resume: str | Path, changes: dict) -> Run:
     """Prepare to resume from a run's latest checkpoint, or from a checkpoint; changes: settings to change."""
     folder, checkpoint = ckpt.locate(str(resume))
     state = ckpt.read_state(checkpoint)
+    if missing := {"settings", "step", "data"} - state.keys():
+        raise InputError(f"{checkpoint / 'state.json'} has no {', '.join(sorted(missing))}")
     settings = absolute_paths(settings_of(absolute_changes(changes), state["settings"]))
     config, _ = model_config(settings, checkpoint)
     check(settings, config)
@@ -216,7 +218,7 @@ def model_of(path: Path) -> str | None:
     """The model of a settings.json; None where it cannot be read."""
     try:
         return from_json(json.loads(path.read_text())).model
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return None
 
 
