@@ -1,9 +1,12 @@
-"""Atomic file writes: a file is complete or absent, also after a crash."""
+"""Atomic file writes (a file is complete or absent, also after a crash), and JSON objects in files."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from .errors import InputError
 
 
 @contextmanager
@@ -22,3 +25,14 @@ def atomic_write(path: Path, durable: bool = False) -> Iterator[Path]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def read_json(file: Path) -> dict:
+    """The JSON object in a file. Raises InputError if there is none."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:  # RecursionError: nested too deep
+        raise InputError(f"cannot read {file}: it is not readable JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{file} is not a JSON object")
+    return content

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from .errors import InputError
-from .files import atomic_write
+from .files import atomic_write, read_json
 
 # <|startoftext|> to <|role_end|> in the order of Ling's vocabulary (ids 156891 .. 156895 there).
 SPECIAL_TOKENS = (
@@ -215,17 +215,6 @@ def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
     except Exception as error:  # tokenizers raises plain Exception
         raise InputError(f"{file} is not a tokenizer.json that tokenizers can read: {error}") from error
     return Tokenizer(backend, settings)
-
-
-def read_json(file: Path) -> dict:
-    """The JSON object in a file; InputError if it is none."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} is not readable JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{file} is not a JSON object")
-    return content
 
 
 def byte_settings() -> dict:

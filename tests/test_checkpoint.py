@@ -111,6 +111,8 @@ def damage(folder: Path, how: str):
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     elif how == "index is damaged":
         (folder / "model.safetensors.index.json").write_text("[]")
+    elif how == "index is nested too deep":
+        (folder / "model.safetensors.index.json").write_text("[" * 100_000)
     else:
         field, value = how.split("=")
         config.write_text(json.dumps(json.loads(config.read_text()) | {field: json.loads(value)}))
@@ -127,6 +129,7 @@ DAMAGED = {  # damage: error message
     "fp8 without scale": "no model.layers.0.mlp.down_proj.weight_scale_inv",
     "shard is missing": "cannot read .*model-00001-of-00002.safetensors",
     "index is damaged": "index.json is damaged",
+    "index is nested too deep": "index.json is damaged",
     "num_key_value_heads=3": "num_attention_heads 4 is not a multiple of num_key_value_heads 3",
     "n_group=5": "num_experts 16 is not a multiple of n_group 5",
     "num_experts_per_tok=12": "num_experts_per_tok 12 is more than the 8",
@@ -158,6 +161,87 @@ def test_unused_tensors_warn(tmp_path):
     folder = Path(shutil.copytree(DATA / "base", tmp_path / "model"))
     save_file(load_file(folder / "model.safetensors") | {"extra": torch.zeros(1)}, folder / "model.safetensors")
     with pytest.warns(UserWarning, match="1 tensors are not used, the first is extra"):
+        load_model(folder)
+
+
+PROJECTION, NORM = "model.layers.0.mlp.down_proj.weight", "model.norm.weight"  # [64, 96], [64]
+BIAS = "model.layers.1.mlp.gate.expert_bias"
+KINDS = [torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.int8, torch.uint8, torch.int16,
+         torch.int32, torch.int64, torch.bool]  # fmt: skip
+SCALE = torch.ones(1, 1)
+
+
+@pytest.fixture
+def edited(tmp_path):
+    """edited(tensors) -> a copy of the base checkpoint with these tensors added or replaced."""
+
+    def copy(tensors: dict) -> Path:
+        folder = Path(shutil.copytree(DATA / "base", tmp_path / "model"))
+        save_file(load_file(folder / "model.safetensors") | tensors, folder / "model.safetensors")
+        return folder
+
+    return copy
+
+
+@pytest.mark.parametrize("scale", [None, "_scale_inv", "_scale"])
+@pytest.mark.parametrize("key, shape", [(PROJECTION, (64, 96)), (NORM, (64,)), (BIAS, (16,))])
+@pytest.mark.parametrize("kind", [*KINDS, torch.float8_e4m3fn], ids=str)
+def test_weights_of_types_without_a_rule_are_refused(edited, kind, key, shape, scale):
+    """Their values mean nothing without the scale of their own format."""
+    if kind == torch.float8_e4m3fn and key == PROJECTION and scale == "_scale_inv":
+        assert load_model(edited({key: torch.ones(shape).to(kind), key + scale: SCALE}))
+        return
+    tensors = {key: torch.ones(shape).to(kind)} | ({} if scale is None else {key + scale: SCALE})
+    with pytest.raises(InputError, match=f"model.safetensors: {key}") as refused:
+        load_model(edited(tensors))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_float_weights_of_other_types_are_converted(edited, kind):
+    w = torch.randn(64, 96, generator=torch.Generator().manual_seed(0)).to(kind)
+    model = load_model(edited({PROJECTION: w}), dtype=torch.float32)
+    assert torch.equal(dict(named_views(model))[PROJECTION], w.float())
+
+
+@pytest.mark.parametrize("key", [
+    PROJECTION + "_scale_inv", PROJECTION + "_scale", NORM + "_scale_inv", BIAS + "_scale",
+    *(f"model.layers.0.mlp.down_proj.{name}" for name in ("bias", "scales", "input_scale", "zero_point", "g_idx")),
+    "model.layers.0.attention.k_scale", "model.layers.1.mlp.experts.down_scale", "lm_head.bias", "model.norm.bias",
+    "model.layers.1.mlp.gate.e_score_correction_bias",
+])  # fmt: skip
+def test_unused_tensors_that_belong_to_a_weight_are_refused(edited, key):
+    with pytest.raises(InputError, match=f"model.safetensors: {key} is not used"):
+        load_model(edited({key: SCALE}))
+
+
+def test_unused_layers_with_their_scales_warn(edited):
+    """An FP8 checkpoint with an MTP layer that config.json leaves out."""
+    extra = {"model.layers.2.mlp.down_proj.weight": torch.ones(64, 96).to(torch.float8_e4m3fn)}
+    with pytest.warns(UserWarning, match="2 tensors are not used"):
+        load_model(edited(extra | {"model.layers.2.mlp.down_proj.weight_scale_inv": SCALE}))
+
+
+@pytest.mark.parametrize("scale", [
+    torch.ones(1, 1, dtype=torch.int32), torch.full((1, 1), torch.nan), torch.ones(1), torch.ones(()), torch.ones(2, 1),
+], ids=["integer", "nan", "1-D", "0-D", "2 blocks"])  # fmt: skip
+def test_scales_that_cannot_be_meant_are_refused(edited, scale):
+    q = torch.ones(64, 96).to(torch.float8_e4m3fn)
+    with pytest.raises(InputError, match=f"{PROJECTION}_scale_inv is"):
+        load_model(edited({PROJECTION: q, PROJECTION + "_scale_inv": scale}))
+
+
+@pytest.mark.parametrize("kind", ["F4", "F6_E2M3", "X9"])
+def test_types_that_torch_lacks_are_refused(edited, kind):
+    folder = edited({})
+    file = folder / "model.safetensors"
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header[PROJECTION]["dtype"] = kind
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    with pytest.raises(InputError, match="model.safetensors"):
         load_model(folder)
 
 

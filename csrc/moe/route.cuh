@@ -63,7 +63,7 @@ template <int kExperts_, int kGroups, int kTopGroups, int kTop_> struct Router {
         for (float& b : bias) b = b == b ? fminf(fmaxf(b, -FLT_MAX), FLT_MAX) : b;
     }
 
-    // x: the lane's own logits; without experts of its own anything. Writes the kTop chosen experts.
+    // x: the lane's own logits, -inf in a lane without experts. Writes the kTop chosen experts.
     __device__ void choose(const float (&x)[kPerLane], uint8_t* chosen) const {
         const unsigned below = (1u << lane) - 1;
         float v[kPerLane];

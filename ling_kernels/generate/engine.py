@@ -116,7 +116,7 @@ class Engine:
         if unknown := [t for t in prompt if not 0 <= t < vocabulary]:
             raise InputError(f"token {unknown[0]} is outside the model's vocabulary of {vocabulary}")
         stop_token_ids = ends if stop_token_ids is None else stop_token_ids
-        stop_token_ids = frozenset({self.config.eos_token_id} if stop_token_ids is None else stop_token_ids)
+        stop_token_ids = frozenset(self.config.eos_token_ids if stop_token_ids is None else stop_token_ids)
         deadline = float("inf") if timeout is None else time.monotonic() + timeout
         request = Request(prompt, sampling or Sampling(), max_new_tokens, stop_token_ids, deadline)
         self.scheduler.submit(request)

@@ -24,6 +24,8 @@ from ..ops.quantize import dequantize, quantize_weight
 from .config import PRESETS, LingConfig
 from .transformer import Ling
 
+WIDE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # types of weights without a scale
+WIDE_NAMES = [str(dtype).removeprefix("torch.") for dtype in WIDE]
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 WEIGHT_FILES = r"model(-\d{5,}-of-\d{5,})?\.safetensors|model\.safetensors\.index\.json"  # names that save_model uses
 
@@ -79,7 +81,8 @@ def load_model(
 
     fp8=False dequantises block-FP8 weights. fp8=True, for inference, holds linear layers, MLPs and experts whose sizes
     are multiples of 128 in FP8 only, and quantises other checkpoints while reading; fp8_head includes lm_head.
-    Raises InputError with file and key for tensors that are missing, damaged or of the wrong shape.
+    Raises InputError with file and key for tensors that are missing, damaged, of the wrong shape or of a type that is
+    not supported, and for tensors that are not used although they belong to a weight, such as a scale or a bias.
     """
     folder = Path(folder)
     config, directory = resolve_model(str(folder))
@@ -97,28 +100,47 @@ def load_model(
     model.reset_buffers()
     files, views = _files(folder), dict(named_views(model))
     expected = [key for key in views if not key.endswith(SCALES)]
+    used: set[str] = set()
     with torch.no_grad(), _Shards(folder) as shards:
         for key in sorted(expected, key=lambda k: str(files.get(k))):  # shard by shard
             view = views[key]
             if key not in files:
                 raise InputError(f"{folder}: the checkpoint has no {key}")
             tensor = shards.read(files[key], key)
-            scale = _scale(shards, files, key, tensor) if tensor.dtype == E4M3 else None
             if tensor.shape != view.shape:
                 raise InputError(
                     f"{files[key]}: {key} is {list(tensor.shape)}, by config.json it should be {list(view.shape)}"
                 )
+            if tensor.dtype not in WIDE and (tensor.dtype != E4M3 or tensor.ndim != 2):
+                kind = f"{tensor.dtype}{list(tensor.shape)}".removeprefix("torch.")
+                raise InputError(f"{files[key]}: {key} is {kind}; supported are {', '.join(WIDE_NAMES)}, and matrices"
+                                 " of float8_e4m3fn with a scale per 128x128 block")  # fmt: skip
+            scale = _scale(shards, files, key, tensor) if tensor.dtype == E4M3 else None
+            used.update((key, key + SCALES) if scale is not None else (key,))
             if view.dtype == E4M3:
                 q, scale = (tensor, scale) if scale is not None else quantize_weight(tensor.to(view.device, dtype))
                 view.view(torch.uint8).copy_(q.view(torch.uint8))
                 views[key + SCALES].copy_(scale)
             else:
                 view.copy_(tensor if scale is None else _dequantized(tensor, scale))
-    expected = {*expected}
-    unused = [k for k in files if k not in expected and k.removesuffix(SCALES) not in expected]
-    if unused:
-        warnings.warn(f"{folder}: {len(unused)} tensors are not used, the first is {unused[0]}", stacklevel=2)
+    _check_unused(folder, files, used)
     return model.eval()
+
+
+def _check_unused(folder: Path, files: dict[str, Path], used: set[str]) -> None:
+    """Warn about tensors that are not used. Raise InputError if one changes what a used tensor means.
+
+    These are the other tensors of a module whose weight is used (a bias, a scale), and scales of a module around it.
+    """
+    unused = [key for key in files if key not in used]
+    modules = {key.rpartition(".")[0] for key in used}
+    parents = {module[:end] for module in modules for end, letter in enumerate(module) if letter == "."}
+    for key in unused:
+        module, _, name = key.rpartition(".")
+        if module in modules or ("scale" in name and module in parents):
+            raise InputError(f"{files[key]}: {key} is not used, and the weights beside it would be wrong without it")
+    if unused:
+        warnings.warn(f"{folder}: {len(unused)} tensors are not used, the first is {unused[0]}", stacklevel=3)
 
 
 def _scale(shards: "_Shards", files: dict[str, Path], key: str, q: Tensor) -> Tensor:
@@ -126,11 +148,13 @@ def _scale(shards: "_Shards", files: dict[str, Path], key: str, q: Tensor) -> Te
     scale_key = key + SCALES
     if scale_key not in files:
         raise InputError(f"{files[key]}: {key} is FP8 and the checkpoint has no {scale_key}")
-    scale = shards.read(files[scale_key], scale_key).float()
+    scale = shards.read(files[scale_key], scale_key)
     N, K = q.shape
     if scale.shape != (-(-N // 128), -(-K // 128)):
         raise InputError(f"{files[scale_key]}: {scale_key} is {list(scale.shape)} for {key} {list(q.shape)}")
-    return scale
+    if not scale.is_floating_point() or not bool(scale.float().isfinite().all()):
+        raise InputError(f"{files[scale_key]}: {scale_key} is {scale.dtype}, it must hold finite floats")
+    return scale.float()
 
 
 def _dequantized(q: Tensor, scale: Tensor) -> Tensor:
@@ -147,7 +171,7 @@ def _files(folder: Path) -> dict[str, Path]:
     if index.is_file():
         try:
             return {k: folder / v for k, v in json.loads(index.read_text())["weight_map"].items()}
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise InputError(f"{index} is damaged: {error!r}") from None
     if (folder / SINGLE).is_file():
         with _Shards(folder) as shards:
@@ -189,8 +213,8 @@ class _Shards:
 
         try:
             return self.open(path).get_tensor(key)
-        except SafetensorError as error:
-            raise InputError(f"{path}: {key} cannot be read: {error}") from None
+        except (SafetensorError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise InputError(f"{path}: {key} cannot be read: {error!r}") from None  # e.g. a type that torch lacks
 
 
 def save_model(
@@ -232,7 +256,7 @@ def save_model(
             if path.name not in current and re.fullmatch(WEIGHT_FILES, path.name):
                 path.unlink(missing_ok=True)
         with atomic_write(folder / "config.json", durable=True) as path:
-            model.config.to_json(path, fp8=any(key.endswith(SCALES) for key in weight_map))
+            model.config.to_json(path, fp8=any(key.endswith(SCALES) for key in weight_map), dtype=dtype)
     except OSError as error:
         raise InputError(f"cannot write the checkpoint to {folder}: {error}") from None
 

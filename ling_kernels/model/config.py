@@ -2,16 +2,22 @@
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from ..errors import InputError
+from ..files import read_json
+from .config_json import BLOCK_FP8, canonical_scaling, check, config_fields, is_integer, is_number
 
 OFFICIAL_FIELDS = dict(architectures=["BailingMoeV2ForCausalLM"], model_type="bailing_moe", hidden_act="silu",
                        norm_topk_prob=True, score_function="sigmoid", router_dtype="fp32", use_rmsnorm=True,
                        moe_router_enable_expert_bias=True, use_bias=False, use_qkv_bias=False,
-                       tie_word_embeddings=False, torch_dtype="bfloat16")  # fmt: skip
-BLOCK_FP8 = dict(activation_scheme="dynamic", fmt="e4m3", quant_method="fp8", weight_block_size=[128, 128])
+                       tie_word_embeddings=False)  # fmt: skip
+MAX_INTEGER = (1 << 31) - 1
+MAX_POSITIONS = 1 << 24  # up to here fp32 holds every position
 
 
 @dataclass(frozen=True)
@@ -39,40 +45,63 @@ class LingConfig:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 600000.0
     partial_rotary_factor: float = 0.5
-    rope_scaling: dict | None = None  # e.g. {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    # None, or {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}; other spellings become these.
+    rope_scaling: dict | None = None
     max_position_embeddings: int = 32768
     initializer_range: float = 0.02
-    pad_token_id: int = 156892
-    eos_token_id: int = 156892
+    pad_token_id: int | None = 156892
+    eos_token_id: int | list[int] | None = 156892  # chat checkpoints list several
     other: dict = field(default_factory=dict, compare=False, repr=False)  # keys of config.json without a field here
 
     def __post_init__(self):
         for name in INTEGER_FIELDS:
             value = getattr(self, name)
             least = 0 if name in ("first_k_dense_replace", "num_shared_experts", "num_nextn_predict_layers") else 1
-            _check(isinstance(value, int) and value >= least, f"{name} is {value!r}, not an integer >= {least}")
-        _check(isinstance(self.use_qk_norm, bool), f"use_qk_norm is {self.use_qk_norm!r}, neither true nor false")
+            check(is_integer(value) and least <= value <= MAX_INTEGER,
+                  f"{name} is {value!r}, not an integer >= {least}")  # fmt: skip
+        for name, least in NUMBER_FIELDS.items():
+            value = getattr(self, name)
+            allowed = is_number(value) and (value > least if name in POSITIVE_FIELDS else value >= least)
+            check(allowed, f"{name} is {value!r}, not a number {'>' if name in POSITIVE_FIELDS else '>='} {least}")
+        check(isinstance(self.use_qk_norm, bool), f"use_qk_norm is {self.use_qk_norm!r}, neither true nor false")
         _divides("num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.num_key_value_heads)
         _divides("num_experts", self.num_experts, "n_group", self.n_group)
-        _check(self.topk_group <= self.n_group, f"topk_group {self.topk_group} is more than n_group {self.n_group}")
+        check(self.topk_group <= self.n_group, f"topk_group {self.topk_group} is more than n_group {self.n_group}")
         eligible = self.topk_group * (self.num_experts // self.n_group)
-        _check(self.num_experts_per_tok <= eligible,
+        check(self.num_experts_per_tok <= eligible,
                f"num_experts_per_tok {self.num_experts_per_tok} is more than the {eligible} experts of topk_group "
                f"{self.topk_group} groups")  # fmt: skip
-        _check(self.first_k_dense_replace <= self.num_hidden_layers,
+        check(self.first_k_dense_replace <= self.num_hidden_layers,
                f"first_k_dense_replace {self.first_k_dense_replace} is more than num_hidden_layers "
                f"{self.num_hidden_layers}")  # fmt: skip
-        _check(self.rotary_dim % 2 == 0 and 0 < self.rotary_dim <= self.head_dim,
+        check(self.partial_rotary_factor <= 1, f"partial_rotary_factor is {self.partial_rotary_factor}, more than 1")
+        check(self.rotary_dim % 2 == 0 and self.rotary_dim > 0,
                f"partial_rotary_factor {self.partial_rotary_factor} of head_dim {self.head_dim} is {self.rotary_dim}, "
                "not an even number of dimensions to rotate")  # fmt: skip
-        scaling = self.rope_scaling
-        kind = (scaling or {}).get("type", (scaling or {}).get("rope_type"))
-        _check(not scaling or (kind == "yarn" and float(scaling.get("factor", 0)) >= 1),
-               f"rope_scaling {scaling}: only type yarn with a factor >= 1 is supported")  # fmt: skip
+        scaling = canonical_scaling(self.rope_scaling, self.max_position_embeddings)
+        object.__setattr__(self, "rope_scaling", scaling)
+        check(self.max_positions <= MAX_POSITIONS,
+              f"max_position_embeddings and rope_scaling give {self.max_positions} positions, at most"
+              f" {MAX_POSITIONS} are supported")  # fmt: skip
+        moe = self.first_k_dense_replace < self.num_hidden_layers or self.num_nextn_predict_layers > 0
+        check(
+            not moe or self.num_experts_per_tok > 1,
+            "num_experts_per_tok is 1: the official router does not normalise a single weight, this one does",
+        )
+        pad, eos = self.pad_token_id, self.eos_token_id
+        check(pad is None or is_integer(pad), f"pad_token_id is {pad!r}, neither an integer nor null")
+        several = isinstance(eos, list) and len(eos) > 0
+        check(eos is None or several or is_integer(eos), f"eos_token_id is {eos!r}, neither an integer nor a list")
+        check(all(is_integer(i) and i >= 0 for i in self.eos_token_ids), f"eos_token_id is {eos!r}: an id is below 0")
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The tokens of eos_token_id, which end a text."""
+        return token_ids(self.eos_token_id)
 
     @property
     def rotary_dim(self) -> int:
-        return int(self.head_dim * self.partial_rotary_factor)
+        return int(round(self.head_dim * self.partial_rotary_factor, 6))  # a factor may be rotary_dim / head_dim
 
     @property
     def max_positions(self) -> int:
@@ -144,40 +173,38 @@ class LingConfig:
 
     @classmethod
     def from_json(cls, path: str | Path) -> "LingConfig":
-        """Read an official config.json; missing fields take the defaults above. Raises InputError for bad values."""
+        """Read an official config.json in any published spelling; missing fields take the defaults above.
+
+        Raises InputError for bad values and for fields that ask for another formula than the code computes.
+        """
+        content = read_json(Path(path))
         try:
-            content = json.loads(Path(path).read_text())
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise InputError(f"cannot read {path}: {error}") from None
-        if not isinstance(content, dict):
-            raise InputError(f"{path} is not a JSON object")
-        known = {f.name for f in dataclasses.fields(cls)} - {"other"}
-        values = {k: v for k, v in content.items() if k in known}
-        if "rotary_dim" in content and "partial_rotary_factor" not in content:  # as in Ling-1T's config.json
-            values["partial_rotary_factor"] = content["rotary_dim"] / content.get("head_dim", cls.head_dim)
-        if isinstance(values.get("eos_token_id"), list):  # chat checkpoints list several
-            values["eos_token_id"] = values["eos_token_id"][0]
-        try:
-            return cls(**values, other={k: v for k, v in content.items() if k not in values})
-        except (InputError, TypeError) as error:
+            return cls(
+                **config_fields(content, {f.name: f.default for f in dataclasses.fields(cls) if f.name != "other"})
+            )
+        except InputError as error:
             raise InputError(f"{path}: {error}") from None
 
-    def to_json(self, path: str | Path, fp8: bool = False) -> None:
-        """Write an official config.json; fp8 marks the checkpoint's weights as block-FP8."""
+    def to_json(self, path: str | Path, fp8: bool = False, dtype: torch.dtype = torch.bfloat16) -> None:
+        """Write an official config.json. dtype: of the checkpoint's weights; fp8 marks them as block-FP8."""
         fields = dataclasses.asdict(self)
         other = {k: v for k, v in fields.pop("other").items() if k != "quantization_config"}
+        types = {k: str(dtype).removeprefix("torch.") for k in ("torch_dtype", "dtype") if k in {"torch_dtype", *other}}
         quantized = {"quantization_config": BLOCK_FP8} if fp8 else {}
-        Path(path).write_text(json.dumps(OFFICIAL_FIELDS | other | fields | quantized, indent=2) + "\n")
+        content = OFFICIAL_FIELDS | other | fields | types | quantized
+        Path(path).write_text(json.dumps(content, indent=2) + "\n")
 
 
+def token_ids(tokens: int | Iterable[int] | None) -> tuple[int, ...]:
+    """An eos_token_id, which is one token, several or None, as a tuple."""
+    return () if tokens is None else (tokens,) if isinstance(tokens, int) else tuple(tokens)
+
+
+POSITIVE_FIELDS = ("rope_theta", "partial_rotary_factor", "rms_norm_eps", "routed_scaling_factor")
+NUMBER_FIELDS = {f.name: 1 if f.name == "rope_theta" else 0 for f in dataclasses.fields(LingConfig) if f.type is float}
 INTEGER_FIELDS = [f.name for f in dataclasses.fields(LingConfig) if f.type is int and not f.name.endswith("_id")]
 PRESETS = {"tiny": LingConfig.tiny, "mini": LingConfig.mini, "flash": LingConfig.flash, "1t": LingConfig.one_t}
 
 
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise InputError(message)
-
-
 def _divides(name: str, value: int, by_name: str, by: int) -> None:
-    _check(value % by == 0, f"{name} {value} is not a multiple of {by_name} {by}")
+    check(value % by == 0, f"{name} {value} is not a multiple of {by_name} {by}")

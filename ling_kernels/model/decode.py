@@ -1,6 +1,6 @@
 """A plain decode loop over a paged KV cache, one batch at a time. ling_kernels.generate has the serving engine."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -8,6 +8,7 @@ from torch import Tensor
 from ..nn import BatchLayout
 from ..op import expect
 from ..ops.attention_decode import KVCache
+from .config import token_ids
 from .packing import pack
 
 PAGE = 64  # tokens per page of the KV cache
@@ -25,14 +26,14 @@ def stream(
     max_new_tokens: int,
     attention_mask: Tensor | None = None,
     choose: Callable[[Tensor, Tensor], Tensor] | None = None,
-    eos_token_id: int | None = None,
+    eos_token_id: int | Iterable[int] | None = None,
 ) -> Iterator[Tensor]:
     """Yield the next token of every sequence, [B] int64, at most max_new_tokens times.
 
     input_ids [B, L] int64; attention_mask [B, L] is 0 at padding, on either side. choose(logits [B, V] fp32, ids
-    [B, n] int64, prompt included) -> [B] int64 selects the tokens, default greedy. After eos_token_id a sequence
-    repeats it; when all sequences have ended, so does the stream. MTP layers are not used. Raises ValueError for an
-    empty prompt or if prompt and new tokens exceed config.max_positions.
+    [B, n] int64, prompt included) -> [B] int64 selects the tokens, default greedy. After eos_token_id, one token or
+    several, a sequence repeats it; when all sequences have ended, so does the stream. MTP layers are not used. Raises
+    ValueError for an empty prompt or if prompt and new tokens exceed config.max_positions.
     """
     config, choose = model.config, choose or greedy
     batch = pack(input_ids, attention_mask, None, config.max_positions)
@@ -57,13 +58,14 @@ def stream(
     h, _ = model.backbone(batch.ids, layout, caches)
     h = h[batch.cu_seqlens[1:].long() - 1]  # the last row of each prompt
     ids, done = input_ids, torch.zeros(B, dtype=torch.bool, device=device)
+    ends = torch.tensor(token_ids(eos_token_id), dtype=torch.long, device=device)
     for step in range(max_new_tokens):
         token = choose(model.logits(h), ids)
-        if eos_token_id is not None:
-            token = torch.where(done, eos_token_id, token)
-            done = done | (token == eos_token_id)
+        if len(ends):
+            token = torch.where(done, ids[:, -1], token)
+            done = done | torch.isin(token, ends)
         yield token
-        if step + 1 == max_new_tokens or (eos_token_id is not None and bool(done.all())):
+        if step + 1 == max_new_tokens or (len(ends) and bool(done.all())):
             return
         ids = torch.cat([ids, token[:, None]], 1)
         slots = sequence * pages * PAGE + lengths

@@ -106,13 +106,16 @@ def unsupported_operands(operands, row_scales) -> str | None:
     """row_scales [rows, blocks]: those that TMA loads."""
     if not rows_aligned(*operands):
         return "operands whose rows do not start at multiples of 16 bytes"
-    return None if rows_aligned(*(s.mT for s in row_scales)) else "row scales that TMA cannot load"
+    return None if rows_aligned(*[s.mT for s in row_scales]) else "row scales that TMA cannot load"
+
+
+RESULTS = (torch.bfloat16, torch.float32, E4M3)
 
 
 def unsupported_result(y: Tensor, groups: int = 1) -> str | None:
-    if y.dtype not in (torch.bfloat16, torch.float32, E4M3):
+    if y.dtype not in RESULTS:
         return f"a result of {y.dtype}"
-    if y.shape[-1] % 8 or any(stride % 8 for stride in y.stride()[:-1]) or not rows_aligned(y):
+    if y.shape[-1] % 8 or any([stride % 8 for stride in y.stride()[:-1]]) or not rows_aligned(y):
         return "a result whose rows do not start at multiples of 8 elements and 16 bytes"
     return None if groups <= 512 else f"{groups} groups"
 

@@ -42,7 +42,7 @@ def rope_frequencies(
     """
     pair = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=device)
     plain = 1.0 / theta ** (pair / rotary_dim)
-    kind = "default" if not scaling else scaling.get("rope_type", scaling.get("type"))
+    kind = "default" if not scaling else scaling.get("rope_type") or scaling.get("type")
     if kind == "default":
         return plain, 1.0
     expect(kind == "yarn", "rope scaling of type default or yarn", kind)
