@@ -132,7 +132,12 @@ def render_chat(
     the messages in a way that cannot be followed.
     """
     texts: list[str] = [template]
-    _map_text(list(messages), lambda text: texts.append(text) or text)
+
+    def collect(text: str) -> str:
+        texts.append(text)
+        return text
+
+    _map_text(list(messages), collect)
     stand_ins = StandIns(names, texts[1:])
     now = datetime.datetime.now()
     context = dict(add_generation_prompt=add_generation_prompt, tools=None, documents=None)

@@ -109,7 +109,7 @@ class Tokenizer:
         with lone surrogates.
         """
         if special and isinstance(text, ChatText) and text.parts is not None:
-            ids = []
+            ids: list[int] = []
             for part, control in text.parts:
                 ids += [self.control_tokens[part]] if control else self._encode_content(part)
             return ids
@@ -122,7 +122,7 @@ class Tokenizer:
             return self.backend.encode(text, add_special_tokens=False).ids
         if not special:
             return list(data)
-        ids: list[int] = []
+        ids = []
         for piece in re.split(f"({'|'.join(map(re.escape, SPECIAL_TOKENS))})", text):
             ids += [self.vocab[piece]] if piece in self.vocab else piece.encode()
         return ids
