@@ -252,7 +252,9 @@ def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
         raise InputError(f"{file} needs the package tokenizers: pip install ling_kernels[train]") from None
     try:
         backend = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # tokenizers raises plain Exception
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # tokenizers raises plain Exception, and panics with one that is not even that
         raise InputError(f"{file} is not a tokenizer.json that tokenizers can read: {error}") from error
     return Tokenizer(backend, settings)
 
