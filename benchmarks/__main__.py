@@ -34,6 +34,7 @@ def main() -> int:
     out = report.ROOT / "build/bench.json" if selection else results_file()
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_suffix(".partial")
+    partial.unlink(missing_ok=True)
     limit = ["--session-timeout=450"] if quick and importlib.util.find_spec("pytest_timeout") else []
     status = pytest.main([
         str(report.ROOT / "benchmarks/bench.py"), "-rs", "-p", "no:cacheprovider", "-p", "no:xdist", *limit,

@@ -13,7 +13,6 @@ import importlib.util
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -69,38 +68,22 @@ def run(step: Step, until: float) -> tuple[str, str]:
     """(ok, failed, timed out, refused or not run; the last line that it printed, or why)."""
     if step.missing:
         return "not run", step.missing
-    if time.monotonic() > until - 1:
+    seconds = until - time.monotonic()
+    if seconds < 1:
         return "timed out", "the steps before it took its time"
     LOGS.mkdir(parents=True, exist_ok=True)
-    log, late = LOGS / f"{step.name}.log", False
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"} | step.env
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
-    how = dict(cwd=ROOT, env=env, stderr=subprocess.STDOUT, start_new_session=True)
-    try:
-        with log.open("w") as out:
-            process = subprocess.Popen(step.command, stdout=out, **how)
-            try:
-                process.wait(until - time.monotonic())
-            except subprocess.TimeoutExpired:
-                late = True
-                end(process)
-    except OSError as error:
-        return "failed", str(error)
+    # An interrupted pytest still writes the results that it has; timeout signals all that the command has started.
+    command = ["timeout", "--signal=INT", "--kill-after=20", f"{seconds:.0f}", *step.command]
+    log = LOGS / f"{step.name}.log"
+    with log.open("w") as out:
+        status = subprocess.run(command, cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT).returncode
     text = log.read_text(errors="replace").strip()
-    status = "timed out" if late else "ok" if process.returncode == 0 else "failed"
-    if status != "ok" and step.sanitizer and re.search(REFUSED, text):
-        status = "refused"
-    return status, (text.splitlines() or [""])[-1]
-
-
-def end(process: subprocess.Popen) -> None:
-    """Interrupt the process group, so that pytest still writes the results it has, then kill it."""
-    for sig, patience in ((signal.SIGINT, 20), (signal.SIGKILL, 8)):
-        try:
-            os.killpg(process.pid, sig)
-            process.wait(patience)
-        except (ProcessLookupError, subprocess.TimeoutExpired):
-            continue
+    result = "ok" if status == 0 else "timed out" if status in (124, 137, -9) else "failed"
+    if result == "failed" and step.sanitizer and re.search(REFUSED, text):
+        result = "refused"
+    return result, (text.splitlines() or [""])[-1]
 
 
 def run_all(todo: list[Step]) -> bool:
@@ -124,8 +107,7 @@ def why_no_hopper() -> str | None:
         return f"this python has no torch: {error}"
     if not torch.cuda.is_available():
         return "torch sees no GPU"
-    major, minor = torch.cuda.get_device_capability()
-    return None if (major, minor) == (9, 0) else f"{torch.cuda.get_device_name()} is sm_{major}{minor}"
+    return None if torch.cuda.get_device_capability() == (9, 0) else f"{torch.cuda.get_device_name()} is no sm_90"
 
 
 def run_small(seconds: float = 35) -> None:

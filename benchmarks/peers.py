@@ -385,7 +385,7 @@ def linghe_swiglu(a):
     return lambda: silu.triton_silu_and_block_quant_forward(a.x, round_scale=a.pow2, output_mode=0), transposed_scales
 
 
-@peer("quantize", "linghe", "linghe", lacks="rows columns plan statistics")
+@peer("quantize", "linghe", "linghe", lacks="rows columns plan")
 def linghe_quantize(a):
     from linghe.quant.group import triton_group_quant
 

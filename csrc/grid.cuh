@@ -4,11 +4,11 @@
 
 namespace ling {
 
-// Its counter is one unsigned in global memory, zero before its first use ever, and never to be set again: each barrier
-// flips bit 31 and leaves the other bits zero, whatever the grid's size. So launches, and replays of a CUDA graph, may
-// follow each other with the same counter, but not overlap: a kernel that was launched with kOverlaps first waits for
-// the one before it. All threads of all blocks call these, in the same order. What other blocks wrote is read by plain
-// loads: neither through const __restrict__ pointers, which may read a cache that knows nothing of it, nor by TMA.
+// The counter is one unsigned in global memory, zero before its first use and not reset afterwards: each barrier flips
+// bit 31 and leaves the other bits zero, for any grid size. So successive launches, and replays of a CUDA graph, may
+// share a counter, but must not overlap: a kernel launched with kOverlaps first waits for the preceding one. All
+// threads of all blocks call these functions, in the same order. Read results of other blocks by plain loads, not
+// through const __restrict__ pointers (they may use the non-coherent cache) and not by TMA.
 #ifdef __CUDACC__
 __device__ inline unsigned add_release(unsigned* p, unsigned v) {
     unsigned old;
@@ -27,8 +27,8 @@ inline void wait_for_flip(const unsigned* p, unsigned old, cuda_on_host::Where w
 }
 #endif
 
-// What this block wrote before is seen by every block that grid_wait lets go. Between the two calls a block does what
-// needs no other block, such as fetching weights. Returns what grid_wait takes, in the block's first thread.
+// Writes of this block before the call are visible to every block after its grid_wait. Between the two calls a block
+// can do work that needs no other block, such as prefetching. The block's first thread returns the token for grid_wait.
 __device__ inline unsigned grid_arrive(unsigned* counter) {
     __syncthreads();
     unsigned old = 0;

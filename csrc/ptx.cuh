@@ -4,9 +4,9 @@
 namespace ling {
 
 #ifdef __CUDACC__
-// Until the kernels before this one in the stream have ended and what they wrote is visible.
+// Wait until the preceding kernels in the stream have ended and their writes are visible.
 __device__ inline void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-// The next kernel may start once every block has said so: its blocks then take up SMs that this kernel leaves free.
+// The next kernel may start once every block has called this; its blocks use SMs that this kernel leaves free.
 __device__ inline void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;"); }
 // 1 / x to the last bit or two, 0 where that is below 2^-126; __fdividef takes three instructions more.
 __device__ inline float reciprocal(float x) {
@@ -14,7 +14,7 @@ __device__ inline float reciprocal(float x) {
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
-// The 128 bytes that p lies in, to L2.
+// Prefetch the 128 bytes around p into L2.
 __device__ inline void prefetch_line(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 #else
 inline void wait_for_previous() { cuda_on_host::wait_for_previous(); }

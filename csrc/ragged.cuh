@@ -4,8 +4,8 @@
 
 namespace ling {
 
-// before[g] = how many tiles the groups before g have, before[n] all, in shared memory; tiles_of(g) is called once for
-// each group. By the whole block, which is synchronised afterwards; sums holds an int for each of its warps.
+// before[g] = the number of tiles of the groups before g, and before[n] of all, in shared memory; tiles_of(g) is called
+// once for each group. The whole block calls this and is synchronised afterwards; sums holds an int per warp.
 template <typename F> __device__ void count_tiles(int* before, int* sums, int n, F&& tiles_of) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
     int passed = 0;
@@ -30,7 +30,7 @@ template <typename F> __device__ void count_tiles(int* before, int* sums, int n,
     __syncthreads();
 }
 
-// The group that owns a tile below before[n]; empty groups own none. By a whole warp.
+// The group that owns a tile below before[n]; empty groups own none. The whole warp calls this.
 __device__ inline int find_group(const int* before, int n, int tile) {
     const int lane = threadIdx.x % 32, step = ceil_div(n, 32);
     const int first = (__popc(__ballot_sync(~0u, lane * step < n && before[lane * step] <= tile)) - 1) * step;

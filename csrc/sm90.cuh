@@ -13,7 +13,7 @@ using TensorMap = CUtensorMap;
 
 __device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
-// A phase ends when as many threads as init() said have arrived and all announced bytes have come.
+// A phase ends when `arrivals` threads of init() have arrived and all expected bytes have been written.
 struct Barrier {
     uint64_t state;
 
@@ -27,7 +27,7 @@ struct Barrier {
         asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(this)), "r"(bytes)
                      : "memory");
     }
-    // Until the phase of that parity has ended; a new barrier is in phase 0, and phase 1 counts as over.
+    // Wait until the phase of this parity has ended. A new barrier is in phase 0, and its phase 1 counts as ended.
     __device__ void wait(unsigned parity) {
         asm volatile(
             "{\n"
@@ -49,12 +49,12 @@ __device__ inline void publish_barriers() { asm volatile("fence.mbarrier_init.re
 // Between ordinary accesses to shared memory and those of TMA or wgmma, by the threads that made the former.
 __device__ inline void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// Of the warps that name the same id, threads in all; id 0 is __syncthreads'.
+// A barrier of `threads` threads, whose warps pass the same id; __syncthreads uses id 0.
 __device__ inline void named_barrier(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// The same without waiting: the others may pass.
+// Arrive at it without waiting.
 __device__ inline void named_arrive(int id, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
@@ -66,8 +66,7 @@ template <int kRegisters> __device__ void fewer_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// The box of the map whose first element is (row, column); what lies outside the tensor arrives as zeros. By one
-// thread.
+// One thread loads the box of the map whose first element is (row, column), with zeros outside the tensor.
 __device__ inline void load_tile(void* to, const TensorMap& map, Barrier& barrier, int column, int row) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
@@ -79,7 +78,7 @@ __device__ inline void prefetch_map(const TensorMap& map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-// kBytes (4 or 16) from `from`, or as many zeros; done once wait_copies says so.
+// Copy kBytes (4 or 16) from `from`, or zeros; complete after wait_copies.
 template <int kBytes> __device__ void copy_async(void* to, const void* from, bool zeros) {
     const int bytes = zeros ? 0 : kBytes;
     if constexpr (kBytes == 16)
@@ -110,7 +109,7 @@ __device__ inline void store_matrices(void* line, const unsigned (&r)[4]) {
                  : "memory");
 }
 
-// Holds the registers of a sum where they are: nothing that reads or writes them moves past.
+// A compiler barrier for these registers: no access to them moves across.
 template <int kRegs> __device__ void pin(float (&d)[kRegs]) {
 #pragma unroll
     for (int i = 0; i < kRegs; i++) asm volatile("" : "+f"(d[i])::"memory");
@@ -241,7 +240,7 @@ __device__ inline uint64_t operand(const void* p, int next = 16) {
     return (address & 0x3fff) | static_cast<uint64_t>(next >> 4) << 16 | stride << 32 | kSwizzle128 << 62;
 }
 
-// By a warp that needs what a stage holds no more; its barrier counts warps.
+// A warp frees a stage of the ring; the barrier counts warps.
 __device__ inline void release(Barrier& empty) {
     __syncwarp();
     if (threadIdx.x % 32 == 0) empty.arrive();

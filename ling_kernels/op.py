@@ -197,17 +197,22 @@ def explain(fn: Callable, *args, **kwargs) -> Choices:
 
 def rows_aligned(*tensors: Tensor | None) -> bool:
     """Whether the last dimension is dense and every row starts at a multiple of 16 bytes, which csrc/ loads at once."""
-    return all(t is None or _rows_aligned(t) for t in tensors)
+    for t in tensors:  # loops, since generators would take several times as long, and every launch asks
+        if t is not None and not _rows_aligned(t):
+            return False
+    return True
 
 
 def _rows_aligned(t: Tensor) -> bool:
-    size = t.element_size()
-    start = t.storage_offset() * size if isinstance(t, FakeTensor) else t.data_ptr()
-    return start % 16 == 0 and (
-        t.ndim == 0
-        or (t.stride(-1) == 1 or t.shape[-1] == 1)
-        and all(stride * size % 16 == 0 or n == 1 for stride, n in zip(t.stride()[:-1], t.shape[:-1], strict=True))
-    )
+    size, strides, shape = t.element_size(), t.stride(), t.shape
+    if (t.storage_offset() * size if isinstance(t, FakeTensor) else t.data_ptr()) % 16:
+        return False
+    if strides and strides[-1] != 1 and shape[-1] != 1:
+        return False
+    for stride, n in zip(strides[:-1], shape, strict=False):
+        if stride * size % 16 and n != 1:
+            return False
+    return True
 
 
 def first_derivative_only(backward):

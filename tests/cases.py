@@ -101,7 +101,7 @@ class Case:
     flops: Callable = None  # flops(**shape); None: the op is memory bound
     backward_flops: float = 2.0  # over the forward's
     bytes: Callable = None  # bytes(**shape) of the forward, where arguments are not all read or results not all written
-    ling: Callable = None  # ling(p) -> shapes at a point p of Ling's grid (benchmarks/grid.py), for the full benchmark
+    ling: Callable = None  # ling(p) -> shapes at a point p of POINTS in benchmarks/work.py, for benchmarks
     # Shapes with Ling's real constants to build Triton kernels at; () stands for the tests' shapes, None for an op that
     # has other ops' kernels only
     hopper: list | None = ()

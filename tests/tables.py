@@ -100,6 +100,12 @@ def cuda_page(table: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def stale_kernels(table: dict, committed: dict) -> list[str]:
+    """Kernels whose rows differ between a fresh table and the committed one."""
+    rows, old = table["kernels"], committed["kernels"]
+    return sorted({r["kernel"] for r in [*(r for r in rows if r not in old), *(r for r in old if r not in rows)]})
+
+
 def write(file: Path, table: dict, page: Path, text: str) -> None:
     file.write_text(json.dumps(table, indent=1) + "\n")
     page.write_text(text)

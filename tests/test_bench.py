@@ -231,7 +231,7 @@ def write_run(folder, gpu=None, *rows, dirty=False, load=0.5):
 def test_report_of_a_gpu(tmp_path):
     assert "**On a GPU: not measured.**" in report.measured(tmp_path)
     rates = row(1, rate="copy", per_second=4e12), row(1, rate="bf16", per_second=700e12)
-    ops = op_row(20.0, "triton"), op_row(60.0, "torch"), op_row(40.0, "peer", error=1e-3)
+    ops = op_row(20.0, "triton"), op_row(30.0, "cuda"), op_row(60.0, "torch"), op_row(40.0, "peer", error=1e-3)
     write_run(tmp_path, "NVIDIA H200", *rates, *ops)
     page = report.measured(tmp_path)
     assert "| `rms_norm-M8` | forward | triton | 20.0 | 2,400 GB/s | 60% | 50% | 3.0x |" in page

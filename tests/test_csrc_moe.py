@@ -120,10 +120,10 @@ def check_unpermute(C):
     for plan, y, weights, dout in unpermute_args():
         for w in (weights, None):
             out = torch.full_like(dout, torch.nan)
-            C.unpermute_fwd(y.detach(), w if w is None else w.detach(), plan.slot, out)
+            C.gather_sum(y.detach(), w if w is None else w.detach(), plan.slot, out)
             assert torch.equal(out, unpermute_ref(y, plan, w).detach())
         odd = misaligned(torch.full_like(dout, torch.nan))
-        C.unpermute_fwd(misaligned(y), None, plan.slot, odd)
+        C.gather_sum(misaligned(y), None, plan.slot, odd)
         assert torch.equal(odd, out)
 
 
@@ -133,17 +133,17 @@ def check_unpermute_bwd(C):
         for dots in (True, False):
             dy, dweights = torch.full_like(y, torch.nan), torch.full_like(weights, torch.nan) if dots else None
             y_or_none = y.detach() if dots else None
-            C.unpermute_bwd(dout, weights.detach(), y_or_none, plan.offsets, plan.slot, dy.detach(), dweights)
+            C.scatter_rows(dout, weights.detach(), y_or_none, plan.offsets, plan.slot, dy.detach(), dweights)
             assert torch.equal(dy, want)
             if dots:
                 torch.testing.assert_close(dweights, want_weights, rtol=1e-5, atol=1e-4)
         # permute: rows that no token owns are left alone
         rows, last = torch.full_like(y, 7.0).detach(), int(plan.offsets[-1])
-        C.unpermute_bwd(dout, None, None, None, plan.slot, rows, None)
+        C.scatter_rows(dout, None, None, None, plan.slot, rows, None)
         token = plan.source.long() // max(plan.slot.shape[1], 1)
         assert torch.equal(rows[:last], dout[token[:last]]) and (rows[last:] == 7).all()
         odd = misaligned(torch.full_like(rows, 7.0))
-        C.unpermute_bwd(misaligned(dout), None, None, None, plan.slot, odd, None)
+        C.scatter_rows(misaligned(dout), None, None, None, plan.slot, odd, None)
         assert torch.equal(odd, rows)
 
 
@@ -274,4 +274,4 @@ def test_refused():
         C.dispatch_fwd(experts, many, None, torch.empty(514, dtype=I32), experts, torch.empty(32, dtype=I32),
                        torch.empty(514, dtype=I32))  # fmt: skip
     with pytest.raises(ValueError, match="expects S == T"):
-        C.unpermute_bwd(logits, None, None, None, experts, logits, None)
+        C.scatter_rows(logits, None, None, None, experts, logits, None)

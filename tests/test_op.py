@@ -15,7 +15,7 @@ from ling_kernels.nn.fp8 import Fp8Linear
 from ling_kernels.op import Choice, report_fallback, rows_aligned
 from ling_kernels.ops.adamw_8bit import adamw_8bit_state
 from ling_kernels.plan import kernels
-from tests.cases import runs
+from tests.cases import CASES, args_of, runs
 
 MINI = LingConfig.mini()
 needs_triton = pytest.mark.skipif(not runs("triton"), reason="triton cannot run here")
@@ -48,6 +48,24 @@ def test_explain_names_every_launch_and_the_reason():
         assert choice == Choice("route", "torch", "no kernel serves float64")
     with force("triton"):
         assert {c.reason for c in lk.explain(lk.route, *route_args())} == {"LING_BACKEND is triton"}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_explain_shows_a_decision_for_every_op(case):
+    args = args_of(case, case.shapes[-2], case.dtypes[0])
+    for name in ("torch", "triton", "cuda"):
+        with force(name):
+            choices = lk.explain(case.op, *args, **case.kwargs)
+        allowed = {"torch"} if name == "torch" else {"torch", "triton"} if name == "triton" else {*backends.BACKENDS}
+        assert choices and {c.implementation for c in choices} <= allowed
+        assert all(c.reason for c in choices if c.implementation != "cuda")
+
+
+def test_explain_of_an_argument_that_is_no_leaf():
+    logits = torch.randn(3, 8, requires_grad=True) * 2
+    with force("triton"):
+        choices = lk.explain(lk.cross_entropy, logits, torch.tensor([1, 2, 3]))
+    assert [c.name for c in choices] == ["cross_entropy_fwd", "cross_entropy_bwd"]
 
 
 def test_explain_changes_nothing():

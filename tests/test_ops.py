@@ -61,7 +61,7 @@ def in_fp64(a, absolute: bool = False):
 def tensor_core_errors(case, args) -> list[Tensor]:
     """What tensor cores may lose of each output and gradient of a product, elementwise: a share of |A||B|.
 
-    Hopper keeps about 14 bits of a sum of FP8 products. ops.md, fitted once on an H200; the same for all ops.
+    Hopper keeps about 14 bits of a sum of FP8 products. The same share for all ops; no GPU has confirmed it yet.
     """
     fp8 = any(isinstance(a, Tensor) and a.dtype == E4M3 for a in args)
     sizes = outputs_and_grads(case, case.ref, tuple(in_fp64(a, True) for a in args), True)
@@ -227,9 +227,9 @@ def test_explain_tells_every_choice(case, shape, dtype, backend):
     with force(backend):
         choices = explain(case.op, *args, **case.kwargs)
     assert choices or "triton" not in case.backends
-    order = ["torch", "triton", "cuda"]
+    speed = {"torch": 0, "composed of other ops": 0, "triton": 1, "cuda": 2}
     for choice in choices:
-        assert order.index(choice.implementation) <= order.index(backend)
+        assert speed[choice.implementation] <= speed[backend]
         assert choice.reason is None if choice.implementation == "cuda" else choice.reason
 
 

@@ -256,6 +256,14 @@ def test_moe_with_every_kernel_there_is():
     assert torch.equal(got[1], want[1]) and torch.allclose(got[0], want[0], rtol=1e-4, atol=1e-5)
 
 
+def test_autocast_keeps_fp64():
+    a, b, offsets = rand(5, 3, dtype=FP64), rand(2, 4, 3, dtype=FP64), offsets_of(Rand(FP32), 5, 2)
+    want = grouped_gemm(a, b, offsets)
+    with torch.autocast(a.device.type, BF16):
+        got = grouped_gemm(a, b, offsets)
+    assert got.dtype == FP64 and torch.equal(got, want)
+
+
 def test_the_allocator_of_triton_is_the_users_again():
     """A launch with TMA descriptors sets one for itself alone. Without a GPU, a kernel that only asks for memory."""
     gpu, given = SimpleNamespace(is_cuda=True, device=DEVICE), []

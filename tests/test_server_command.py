@@ -58,11 +58,11 @@ def test_sigterm_finishes_running_requests(checkpoint):
         try:
             url = process.stdout.readline().split()[2].removesuffix("/v1,")
             body, got = BODY | dict(max_tokens=150, ignore_eos=True, stream=True), []
-            with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
+            with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=600) as response:
                 for line in response.iter_lines():
                     if not got:
                         process.send_signal(signal.SIGTERM)
                     got.append(line)
-            assert "data: [DONE]" in got and process.wait(60) == -signal.SIGTERM and process.stderr.read() == ""
+            assert "data: [DONE]" in got and process.wait(600) == -signal.SIGTERM and process.stderr.read() == ""
         finally:
             process.kill()

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from docs.tile_walk import BAND, EXAMPLE, SMS, walk
-from ling_kernels.ops.gemm_fp8 import place_in_group
+from ling_kernels.ops.gemm_fp8 import tile_position
 from tests.cases import DEVICE
 from tests.host import build
 
@@ -67,7 +67,7 @@ def test_transposing_weights_has_no_bank_conflicts():
 
 @triton.jit
 def places_kernel(out, tiles_m, tiles_n, BAND: tl.constexpr):
-    m, n = place_in_group(tl.program_id(0), tiles_m, tiles_n, BAND)
+    m, n = tile_position(tl.program_id(0), tiles_m, tiles_n, BAND)
     tl.store(out + 2 * tl.program_id(0), m)
     tl.store(out + 2 * tl.program_id(0) + 1, n)
 

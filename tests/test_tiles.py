@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from ling_kernels.backend import force
-from ling_kernels.ops.gemm_fp8 import gemm_fp8, gemm_fp8_ref, place_in_group
+from ling_kernels.ops.gemm_fp8 import gemm_fp8, gemm_fp8_ref, tile_position
 from ling_kernels.ops.grouped_gemm import grouped_gemm, grouped_gemm_ref
 from ling_kernels.ops.grouped_wgrad import grouped_wgrad, grouped_wgrad_ref
 from ling_kernels.ops.quantize import quantize
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not runs("triton"), reason="triton cannot run he
 @triton.jit
 def places_kernel(places, tiles_m, tiles_n, BAND: tl.constexpr):
     tile = tl.program_id(0)
-    m, n = place_in_group(tile, tiles_m, tiles_n, BAND)
+    m, n = tile_position(tile, tiles_m, tiles_n, BAND)
     tl.store(places + 2 * tile, m)
     tl.store(places + 2 * tile + 1, n)
 

@@ -374,6 +374,7 @@ def test_per_step_means_kept(capsys):
     """The old name of --fp8-transposed kept, as a flag and in the settings of an old run."""
     assert settings_of(dict(fp8_transposed="per_step")).fp8_transposed == "kept"
     assert capsys.readouterr().err.count("deprecated") == 1
+    assert Settings(fp8_transposed="per_step").fp8_transposed == "kept"
     assert settings_of({}, dict(fp8_transposed="per_step", steps=3)) == Settings(fp8_transposed="kept", steps=3)
 
 

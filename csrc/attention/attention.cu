@@ -53,9 +53,9 @@ struct Tile {
 __device__ bool find_tile(const Shared& s, const Problem& p, int tile, Tile& t) {
     if (tile / p.Hq >= s.tiles[p.B]) return false;
     const int b = find_group(s.tiles, p.B, tile / p.Hq);
-    const int tiles = s.tiles[b + 1] - s.tiles[b], group = p.Hq / p.Hkv, own = tile - s.tiles[b] * p.Hq;
-    t.kv_head = own / (tiles * group);
-    const int rest = own % (tiles * group), m = (tiles - 1 - rest / group) * kBlock;
+    const int tiles = s.tiles[b + 1] - s.tiles[b], group = p.Hq / p.Hkv, local = tile - s.tiles[b] * p.Hq;
+    t.kv_head = local / (tiles * group);
+    const int rest = local % (tiles * group), m = (tiles - 1 - rest / group) * kBlock;
     t.head = t.kv_head * group + rest % group;
     const int q0 = p.cu_q[b], queries = p.cu_q[b + 1] - q0;
     t.k = p.cu_k[b], t.keys = p.cu_k[b + 1] - t.k;

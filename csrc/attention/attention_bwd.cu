@@ -32,7 +32,7 @@ struct Tile {
     int other_head, others;  // of the other side: first head, first row of the sequence in the tensors
     int begin, end;          // rows of the other side in its sequence; begin is a multiple of kOther
     int heads;               // of the other side, in a loop
-    int shift, own;          // query i sees keys up to i + shift; own: the tile's first row in its sequence
+    int shift, offset;       // query i sees keys up to i + shift; offset: the tile's first row in its sequence
     int keys;
 };
 
@@ -51,22 +51,22 @@ template <bool kKeys> __device__ bool find_tile(const Shared& s, const Problem& 
     const int H = kKeys ? p.Hkv : p.Hq, group = p.Hq / p.Hkv;
     if (tile / H >= s.tiles[p.B]) return false;
     const int b = find_group(s.tiles, p.B, tile / H);
-    const int tiles = s.tiles[b + 1] - s.tiles[b], own = tile - s.tiles[b] * H;
+    const int tiles = s.tiles[b + 1] - s.tiles[b], local = tile - s.tiles[b] * H;
     const int q0 = p.cu_q[b], k0 = p.cu_k[b], queries = p.cu_q[b + 1] - q0;
     t.number = tile, t.keys = p.cu_k[b + 1] - k0, t.shift = t.keys - queries;
     // Tiles with the most rows on the other side come first
     if (kKeys) {
-        t.head = own / tiles, t.own = own % tiles * kBlock;
-        t.first = k0 + t.own, t.rows = min(t.keys - t.own, kBlock);
+        t.head = local / tiles, t.offset = local % tiles * kBlock;
+        t.first = k0 + t.offset, t.rows = min(t.keys - t.offset, kBlock);
         t.other_head = t.head * group, t.heads = group, t.others = q0, t.end = queries;
-        t.begin = p.causal ? max(t.own - t.shift, 0) / kOther * kOther : 0;
+        t.begin = p.causal ? max(t.offset - t.shift, 0) / kOther * kOther : 0;
     } else {
-        const int rest = own % (tiles * group);
-        t.other_head = own / (tiles * group), t.head = t.other_head * group + rest % group;
-        t.own = (tiles - 1 - rest / group) * kBlock;
-        t.first = q0 + t.own, t.rows = min(queries - t.own, kBlock);
+        const int rest = local % (tiles * group);
+        t.other_head = local / (tiles * group), t.head = t.other_head * group + rest % group;
+        t.offset = (tiles - 1 - rest / group) * kBlock;
+        t.first = q0 + t.offset, t.rows = min(queries - t.offset, kBlock);
         t.heads = 1, t.others = k0, t.begin = 0;
-        t.end = p.causal ? min(t.keys, t.own + t.rows + t.shift) : t.keys;
+        t.end = p.causal ? min(t.keys, t.offset + t.rows + t.shift) : t.keys;
     }
     return true;
 }
@@ -172,13 +172,13 @@ template <bool kKeys> __device__ void differentiate(Shared& s, const Problem& p)
 
             // Bit i: score i is visible. In most blocks all are: none is past the end, every query sees every key.
             unsigned seen = ~0u;
-            const int other = kKeys ? n : n + kOther - 1, edge = kKeys ? t.own + kBlock - 1 : t.own;
+            const int other = kKeys ? n : n + kOther - 1, edge = kKeys ? t.offset + kBlock - 1 : t.offset;
             if (n + kOther > t.end || (p.causal && !(kKeys ? other + t.shift >= edge : other <= edge + t.shift))) {
 #pragma unroll
                 for (int i = 0; i < 32; i++) {
-                    const int at = n + column + i / 4 * 8 + i % 2, own = t.own + row + i / 2 % 2 * 8;
-                    const bool counts = !p.causal || (kKeys ? at + t.shift >= own : at <= own + t.shift);
-                    seen ^= static_cast<unsigned>(!counts || at >= t.end) << i;
+                    const int at = n + column + i / 4 * 8 + i % 2, tile_row = t.offset + row + i / 2 % 2 * 8;
+                    const bool visible = !p.causal || (kKeys ? at + t.shift >= tile_row : at <= tile_row + t.shift);
+                    seen ^= static_cast<unsigned>(!visible || at >= t.end) << i;
                 }
             }
 #pragma unroll

@@ -1,4 +1,4 @@
-// Products of 1 to 8 rows with a weight, which wait for the weight: what a warp does, from global memory to registers.
+// Products of 1 to 8 rows with a weight, bound by reading the weight: the part of a warp, from memory to registers.
 //
 // A step is 16 rows of the weight by 128 bytes of K, times the same 128 bytes of K of up to 8 rows of x in shared
 // memory: 128 codes of e4m3, or 64 bf16. The weight's rows are the 16 rows of the tensor core's product, x's its 8
@@ -17,30 +17,30 @@
 
 namespace ling::few_rows {
 
-constexpr int kMaxRows = 8, kLines = 16, kStep = 128;  // rows of x; rows of the weight; bytes of K
-// Rows of x lie a multiple of 128 bytes and kGap apart in shared memory, so that neighbours begin in other banks.
+constexpr int kMaxRows = 8, kLines = 16, kStep = 128;  // rows of x; rows of the weight and bytes of K in a step
+// Padding between rows of x in shared memory, whose size is a multiple of 128 bytes: rows start in different banks.
 constexpr int kGap = 64;
 
-// Lane l is g = l / 4, c = l % 4. Of a step it has of the weight's rows g and g + 8, and of row g of x, bytes 16 c on
-// of either half; and of the product [16, 8] rows g and g + 8 of columns 2c and 2c + 1 (see mma).
+// With g = l / 4 and c = l % 4, lane l holds 16 bytes from byte 16 c on of both halves of the step, for rows g and g +
+// 8 of the weight and row g of x; of the product [16, 8] it holds rows g and g + 8 of columns 2c and 2c + 1 (see mma).
 __device__ inline int lane_row() { return threadIdx.x % 32 / 4; }
 __device__ inline int lane_byte() { return threadIdx.x % 4 * 16; }
 __device__ inline int lane_column() { return threadIdx.x % 4 * 2; }
 
 struct Step {
-    uint4 upper[2], lower[2];        // of rows g and g + 8
-    float upper_scale, lower_scale;  // of FP8: that of rows 0 to 7, that of rows 8 to 15
+    uint4 upper[2], lower[2];        // rows g and g + 8
+    float upper_scale, lower_scale;  // for FP8: the scales of rows 0 to 7 and of rows 8 to 15
 };
 
-// A warp's steps on their way through shared memory, kDepth of them, oldest first. Every lane reads back what it copied
-// itself, so nothing but the copies' own wait orders them, and they stay on their way across barriers.
+// A warp's queue of kDepth asynchronous copies of steps to shared memory, first in, first out. A lane reads only bytes
+// that it copied itself, so it needs no barrier but the wait for its copies, and copies may be pending across barriers.
 template <bool kFp8, int kDepth> class Stream {
     static constexpr int kVectors = kLines * kStep / 16;
     uint4* mine;
     float* scales;  // [kDepth][2]
     int first = 0, next = 0;
 
-    __device__ void turn(int& slot) { slot = slot + 1 < kDepth ? slot + 1 : 0; }
+    __device__ void advance(int& slot) { slot = slot + 1 < kDepth ? slot + 1 : 0; }
 
 public:
     static constexpr int kBytes = kDepth * (kLines * kStep + (kFp8 ? 8 : 0));  // of shared memory, aligned to 16
@@ -50,8 +50,8 @@ public:
         : mine(static_cast<uint4*>(ring) + threadIdx.x % 32),
           scales(reinterpret_cast<float*>(static_cast<uint4*>(ring) + kDepth * kVectors)) {}
 
-    // upper, lower: the step's first byte in rows g and g + 8, 16-byte aligned; the scales the whole warp's, for FP8.
-    // At most kDepth steps may be on their way.
+    // upper, lower: the step's first bytes of rows g and g + 8, aligned to 16; the scales, for FP8, are equal in all
+    // lanes. At most kDepth steps may be pending.
     __device__ void push(const uint8_t* upper, const uint8_t* lower, const float* upper_scale = nullptr,
                          const float* lower_scale = nullptr) {
         uint4* to = mine + next * kVectors;
@@ -66,18 +66,18 @@ public:
                 copy_async<4>(scales + 2 * next + lane, lane ? lower_scale : upper_scale, false);
         push();
     }
-    // No step: keeps count.
-    __device__ void push() { commit_copies(), turn(next); }
+    // Push an empty step, which keeps the count.
+    __device__ void push() { commit_copies(), advance(next); }
 
-    // The oldest; kDepth have been pushed since the beginning or the last one was taken. The warp multiplies before it
-    // pushes again, so that all its lanes have read the scales.
+    // Pop the oldest step; kDepth steps must be pending. The warp has to multiply before it pushes again, so that all
+    // lanes have read the scales.
     __device__ Step take() {
         wait_copies<kDepth - 1>();
         if constexpr (kFp8) __syncwarp();
         const uint4* from = mine + first * kVectors;
         Step step{{from[0], from[64]}, {from[32], from[96]}, 1, 1};
         if constexpr (kFp8) step.upper_scale = scales[2 * first], step.lower_scale = scales[2 * first + 1];
-        turn(first);
+        advance(first);
         return step;
     }
 };
@@ -86,8 +86,8 @@ struct Part {
     float v[4] = {};  // (row g, column 2c), (g, 2c + 1), (g + 8, 2c), (g + 8, 2c + 1)
 };
 
-// [16, 8] = step [16, 128 bytes] x [8, 128 bytes]^T, before any scale. x: the step's first byte in row g of x, or in
-// any other row where x has no row g, whose column is then meaningless. Products of e4m3 are exact in f16.
+// [16, 8] = step [16, 128 bytes] x [8, 128 bytes]^T, unscaled. x: the step's first byte of row g of x; where x has no
+// row g, of any row, and that column is meaningless. Products of e4m3 are exact in f16.
 template <bool kFp8> __device__ Part multiply(const Step& step, const uint8_t* x) {
     using T = std::conditional_t<kFp8, f16, bf16>;
     using C = std::conditional_t<kFp8, uint8_t, bf16>;

@@ -6,13 +6,13 @@ namespace {
 
 using namespace few_rows;
 
-constexpr int kWarps = 8, kDepth = 4;  // 64 KB of a weight on their way to a block: an H20's SM wants about 40
-constexpr int kPitch = kLines + 4;     // of a warp's sums, so that a fragment's stores meet no bank twice
-constexpr int kSms = 2;                // blocks that an SM has at most
+constexpr int kWarps = 8, kDepth = 4;  // 64 KB of a weight pending per block; an SM of an H20 needs about 40
+constexpr int kPitch = kLines + 4;     // of a warp's sums: no bank conflicts when a fragment is stored
+constexpr int kSms = 2;                // blocks per SM, at most
 
 struct Shared {
     __align__(16) uint8_t ring[kWarps][Stream<true, kDepth>::kBytes];
-    float sums[2][kWarps][kMaxRows * kPitch];  // two, so that a tile's are read while the next one's are written
+    float sums[2][kWarps][kMaxRows * kPitch];  // two buffers: one is read while the next tile writes the other
 };
 
 struct Problem {
@@ -25,21 +25,22 @@ struct Problem {
     bool fp32, accumulate;
 };
 
-// Where a warp is: its 16 rows of the weight, and which 128 of its part of K.
+// Position of a warp: its 16 rows of the weight, and the number of the 128 of K.
 struct Cursor {
     int line, k;
 };
 
 __host__ __device__ constexpr int row_of(int K) { return K + kGap; }  // bytes of a row of x in shared memory
 
-// A block's tile is 8 / split times 16 rows of the weight. Of each, every one of `split` warps takes a part of K, and
-// their sums are added in the order of K. The weight does not wait for the kernel ahead, x does.
+// A block's tile is 8 / split times 16 rows of the weight. `split` warps share 16 rows, each with a part of K; their
+// sums are added in the order of K. Reads of x wait for the preceding kernel, reads of the weight do not.
 __global__ void __launch_bounds__(32 * kWarps, kSms) gemm_fp8_few_rows_kernel(const Problem p) {
     Shared& shared = *dynamic_shared<Shared>();
     uint8_t* const x = reinterpret_cast<uint8_t*>(&shared + 1);              // [M, K], row_of(K) apart
     float* const x_scale = reinterpret_cast<float*>(x + p.M * row_of(p.K));  // [K / 128, 8]
-    const int warp = threadIdx.x / 32, blocks = p.K / kStep, own = warp % p.split, g = lane_row(), c = lane_column();
-    const int from = own * blocks / p.split, to = (own + 1) * blocks / p.split;  // of this warp's part of K
+    const int warp = threadIdx.x / 32, blocks = p.K / kStep, part_of_k = warp % p.split, g = lane_row(),
+              c = lane_column();
+    const int from = part_of_k * blocks / p.split, to = (part_of_k + 1) * blocks / p.split;  // of this warp's part of K
     const int stride = gridDim.x * (kWarps / p.split) * kLines;
     const int start = (blockIdx.x * kWarps + warp) / p.split * kLines;
     launch_dependents();
@@ -67,9 +68,9 @@ __global__ void __launch_bounds__(32 * kWarps, kSms) gemm_fp8_few_rows_kernel(co
     __syncthreads();
     const uint8_t* const row = x + min(g, p.M - 1) * row_of(p.K);
 
-    int turn = 0;
-    // All warps of a block take the same number of turns: the lines differ, the tiles do not.
-    for (int tile = blockIdx.x; tile * (kWarps / p.split) * kLines < p.N; tile += gridDim.x, turn ^= 1) {
+    int buffer = 0;
+    // All warps of a block run the same number of iterations, since tiles belong to the block.
+    for (int tile = blockIdx.x; tile * (kWarps / p.split) * kLines < p.N; tile += gridDim.x, buffer ^= 1) {
         const int line = (tile * kWarps + warp) / p.split * kLines;
         float sum[4] = {};
         for (int k = from; line < p.N && k < to; k++) {
@@ -80,15 +81,15 @@ __global__ void __launch_bounds__(32 * kWarps, kSms) gemm_fp8_few_rows_kernel(co
             sum[2] += part.v[2] * (left * step.lower_scale), sum[3] += part.v[3] * (right * step.lower_scale);
             push();
         }
-        float* const mine = shared.sums[turn][warp];
+        float* const mine = shared.sums[buffer][warp];
         mine[c * kPitch + g] = sum[0], mine[(c + 1) * kPitch + g] = sum[1];
         mine[c * kPitch + g + 8] = sum[2], mine[(c + 1) * kPitch + g + 8] = sum[3];
         if (p.split == 1) __syncwarp();
         else __syncthreads();
-        for (int i = own * 32 + threadIdx.x % 32; i < kLines * p.M && line < p.N; i += 32 * p.split) {
+        for (int i = part_of_k * 32 + threadIdx.x % 32; i < kLines * p.M && line < p.N; i += 32 * p.split) {
             const int m = i / kLines, n = i % kLines;
             float y = 0;
-            for (int w = 0; w < p.split; w++) y += shared.sums[turn][warp - own + w][m * kPitch + n];
+            for (int w = 0; w < p.split; w++) y += shared.sums[buffer][warp - part_of_k + w][m * kPitch + n];
             const int64_t at = m * p.ldd + line + n;
             if (p.fp32) {
                 float* d = static_cast<float*>(p.d) + at;
@@ -117,8 +118,8 @@ void gemm_fp8_few_rows(cudaStream_t stream, Tensor a, Tensor a_scale, Tensor b, 
     p.b_scale = b_scale.ptr<float>(), p.b_scale_n = b_scale.stride[0], p.b_scale_k = b_scale.stride[1];
     p.d = d.data, p.ldd = d.stride[0], p.fp32 = d.dtype == DType::f32, p.accumulate = accumulate;
     p.M = M, p.N = N, p.K = K, p.split = 1;
-    // Warps enough for every SM, if need be by sharing K. Not measured. M decides nothing: a row has the same bits in
-    // every batch.
+    // Split K until every SM has enough warps; not measured. Independent of M, so that a row's result has the same bits
+    // in every batch.
     const int sms = multiprocessors(), lines = N / kLines;
     while (p.split < kWarps && p.split < K / kStep && lines * p.split < kWarps * sms) p.split *= 2;
     const int at_once = 2 * (bytes(M, K) + 1024) <= 228 << 10 ? kSms * sms : sms;

@@ -6,7 +6,7 @@ namespace {
 
 constexpr int kWarps = 16, kThreads = 32 * kWarps, kMaxTiles = 128, kPad = 128;
 
-// How often each expert occurs in a tile of slots, one block per tile.
+// Count how often each expert occurs in a tile of slots; one block per tile.
 __global__ void __launch_bounds__(kThreads)
     dispatch_count_kernel(const int* experts, int* before, int S, int E, int tile) {
     int* found = dynamic_shared<int>();
@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int e = threadIdx.x; e < E; e += kThreads) before[int64_t{E} * blockIdx.x + e] = found[e];
 }
 
-// v of this thread and of all before it, summed
+// The inclusive prefix sum of v over the threads of the block
 __device__ int inclusive_sum(int v) {
     __shared__ int totals[kWarps];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -37,8 +37,8 @@ __device__ int inclusive_sum(int v) {
     return v;
 }
 
-// One block per tile, a warp for each of its 16 runs of slots. A slot's place is: all slots of lower experts, its
-// expert's in earlier tiles (which every block adds up itself), in earlier warps, in earlier steps and earlier lanes.
+// One block per tile, with a warp for each of its 16 runs of slots. A slot's row is the number of slots of lower
+// experts, plus its expert's slots in earlier tiles (each block sums them itself), earlier warps, steps and lanes.
 __global__ void __launch_bounds__(kThreads)
     dispatch_place_kernel(const int* experts, const int* counts, const int* before, int* offsets, int* slot,
                           int* source, int* padded_offsets, int S, int E, int tile) {
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kThreads)
     __syncthreads();
 
     for (int i = first + lane; i < last; i += 32) atomicAdd(mine + bin(i), 1);
-    wait_for_previous();  // `before` is there now; all else was before the counting began
+    wait_for_previous();  // for `before`; the other inputs are older than the counting kernel
     for (int c = lane; c - lane < E && blockIdx.x > 0; c += 32) {
         int sum = 0;
         if (c < E)
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kThreads)
             if (rank == 0) mine[b] = at + __popc(same);
             slot[i] = b < E ? at : -1;
             LING_DEVICE_CHECK(at < S);
-            if (at < S) source[at] = i;  // counts that are not those of experts must not write elsewhere
+            if (at < S) source[at] = i;  // wrong counts must not cause writes out of bounds
         }
         __syncwarp();
     }

@@ -9,13 +9,13 @@ namespace ling {
 namespace moe_decode {
 namespace {
 
-// The barriers' counters: one of each stream, and one of each launch that a graph holds, since grids of two streams or
-// graphs may run at once.
+// Counters of the barriers: one per stream, and one per captured launch, since grids of different streams or graphs may
+// run at the same time.
 constexpr int kStreams = 128, kCaptured = 1 << 16;
 __device__ unsigned counters[kStreams + kCaptured];
 
-// Two halves with a barrier of the grid between them. A unit's K is split over the warps of a block, so that a block
-// reads whole lines; down's weights are on their way while the block waits for the others' h.
+// Two halves with a grid barrier between them. The warps of a block split a unit's K, so that a block reads whole
+// lines. Copies of down's weights are pending while the block waits for the h of other blocks.
 template <bool kFp8, int kDepth, typename Router>
 __global__ void __launch_bounds__(kThreads, 1) moe_decode_kernel(const __grid_constant__ Problem p) {
     using Memory = Layout<kFp8, kDepth>;
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kThreads, 1) moe_decode_kernel(const __grid_co
                       : Rows(operands, slots, p.routed.F);
     };
 #pragma unroll 1
-    for (int shared = 0; shared < 2; shared++)  // the shared expert's by the warps that have the least of the others'
+    for (int shared = 0; shared < 2; shared++)  // in reverse order of warps, to balance their work
         stage(rows_of(shared), p.h + (shared ? int64_t{slots} * p.routed.F : 0), shared ? p.shared.F : p.routed.F,
               shared ? kWarps - 1 - warp : warp, kWarps);
     __syncthreads();
@@ -64,7 +64,7 @@ int counter_of(cudaStream_t stream) {
     return index;
 }
 
-// As many steps on their way as there is room for; 0: there is no room at all.
+// The depth of the queues that shared memory has room for; 0 if even the smallest does not fit.
 template <bool kFp8> int depth(int T, int H, int F, int Fs, int topk) {
     const auto fits = [&]<int kDepth>() { return Layout<kFp8, kDepth>::total(T, H, F, Fs, topk) <= kSharedMemory; };
     return fits.template operator()<4>() ? 4 : fits.template operator()<2>() ? 2 : 0;

@@ -1,4 +1,4 @@
-// What the blocks of moe_decode do: jobs, the two halves, and the queues of weights that join them.
+// The parts of moe_decode: the list of jobs, both halves of the layer, and the queue that prefetches weights.
 #pragma once
 #include "gemm/few_rows.cuh"
 #include "moe/route.cuh"
@@ -13,10 +13,10 @@ constexpr int kUnit = 8;  // columns of h in a unit of the first half: 8 rows of
 constexpr int kMaxTop = 8, kMaxJobs = kMaxRows * kMaxTop + 1;
 constexpr int kPartial = kMaxRows * kWarps * kLines;  // floats: sums of all warps for 8 columns
 
-struct Weights {  // of the experts, or of the shared one
+struct Weights {  // of the routed experts, or of the shared expert
     const uint8_t *gate_up, *down;
     const float *gate_up_scale, *down_scale;
-    int F;  // 0: there is none
+    int F;  // 0: no shared expert
 };
 
 struct Problem {
@@ -31,7 +31,7 @@ struct Problem {
     float scale;
 };
 
-// Rows in shared memory, of the weights' type
+// Rows in shared memory, in the weights' type
 template <bool kFp8> struct Operand {
     static constexpr int kSize = kFp8 ? 1 : 2;
     uint8_t* data;
@@ -48,28 +48,28 @@ template <bool kFp8> struct Operand {
     __device__ const uint8_t* row(int r) const { return data + r * pitch; }
 };
 
-// Quotients of i by a number of which i < 2^32 / by; the compiler's own take 20 instructions.
+// i / by for i < 2^32 / by, by one multiplication; a division takes 20 instructions.
 struct Divisor {
     unsigned by, inverse;
     __device__ explicit Divisor(unsigned by) : by(by), inverse(0xffffffffu / by + 1) {}
     __device__ int operator()(unsigned i) const { return by == 1 ? i : uint64_t{i} * inverse >> 32; }
 };
 
-// Who has work: the experts that the rows chose, each once, in ascending order; the shared one follows them. Slot
-// t topk + k is the k-th choice of row t.
+// The experts that the rows chose, each once, in ascending order, then the shared expert. Slot t topk + k is the k-th
+// choice of row t.
 struct Jobs {
-    alignas(4) uint8_t index[256];  // of an expert; before that the rows that chose it, as in `rows`
-    int count;                      // without the shared one
+    alignas(4) uint8_t index[256];  // expert -> job; while jobs are built, the rows that chose the expert, as in `rows`
+    int count;                      // of routed experts
     float weight[kMaxRows * kMaxTop];
     uint8_t chosen[kMaxRows * kMaxTop];        // the slots' experts
-    uint8_t expert[kMaxJobs], rows[kMaxJobs];  // rows: bit t where row t is the job's
-    uint8_t slot[kMaxJobs][kMaxRows];  // of a row; in the shared one's the row itself; 0 where the row is not the job's
+    uint8_t expert[kMaxJobs], rows[kMaxJobs];  // rows: bit t is set where row t chose the expert
+    uint8_t slot[kMaxJobs][kMaxRows];          // of each row, 0 for other rows; for the shared expert the row itself
 
     struct Share {
         bool shared;
         int job, at;
     };
-    // Of things that every routed job has `each` of: whose the i-th is
+    // Every routed job has `each.by` items: the job of item i, and its number in the job
     __device__ Share share(int i, const Divisor& each) const {
         const int job = min(each(i), count);
         return {job == count, job, i - job * static_cast<int>(each.by)};
@@ -86,7 +86,7 @@ template <bool kFp8, int kDepth> struct Layout {  // of a block's shared memory,
     }
 };
 
-// Rows [., K] to shared memory. Half a warp takes a block of 128 columns of two rows; `warp` is the first of `warps`.
+// Copy rows [., K] to shared memory, quantised for FP8. Half a warp takes 128 columns of two rows.
 template <bool kFp8, typename T>
 __device__ void stage(const Operand<kFp8>& to, const T* from, int K, int warp, int warps) {
     constexpr int kRows = 2;
@@ -113,8 +113,8 @@ __device__ void stage(const Operand<kFp8>& to, const T* from, int K, int warp, i
     }
 }
 
-// A warp's steps, in the order in which it takes them: of every unit's K each 16th, first of gate_up, then of down.
-// Lines are rows of all experts' weights; 32 bits hold their numbers, 64 their places.
+// The steps of a warp in order: every 16th of each unit's K, first of gate_up, then of down. Lines are rows of all
+// experts' weights; a line number fits 32 bits, its address needs 64.
 template <bool kFp8, int kDepth> struct Feed {
     static constexpr int kSize = Operand<kFp8>::kSize;
     const Problem& p;
@@ -125,10 +125,10 @@ template <bool kFp8, int kDepth> struct Feed {
     const int down_units = p.H / kLines, down_steps = (jobs.count * p.routed.F + p.shared.F) * kSize / kStep;
     const Divisor up_each{static_cast<unsigned>(p.routed.F / kUnit)};            // units of an expert
     const Divisor down_each{static_cast<unsigned>(p.routed.F * kSize / kStep)};  // steps of an expert
-    int unit = blockIdx.x, step = warp;                                          // the next to be fetched
+    int unit = blockIdx.x, step = warp;                                          // the next to fetch
     bool down = false;
 
-    // The step's 16 lines, of `pitch` bytes each: 8 from line `upper` on, and 8 from `lower` on
+    // Push the 16 lines of a step, `pitch` bytes apart: 8 from line `upper` on, and 8 from `lower` on
     __device__ void push(const uint8_t* w, const float* scales, unsigned upper, unsigned lower, unsigned pitch,
                          int at) {
         w += at * kStep;
@@ -160,13 +160,13 @@ template <bool kFp8, int kDepth> struct Feed {
     }
 };
 
-// The warps' sums of up to 8 / T units, and what they add up to
+// The sums of all warps for up to 8 / T units, and their totals
 struct Partials {
     float* const all;  // [8 / T][kWarps][16][T]
     const int T;
     const int part = threadIdx.x % 4, half = threadIdx.x / 4 % 2, row = threadIdx.x / 8 % T,
               c = threadIdx.x / 8 / T % 8,
-              round = threadIdx.x / 8 / T / 8;  // what the thread adds up: line 8 half + c of a unit, for that row of x
+              round = threadIdx.x / 8 / T / 8;  // the thread's total: line 8 half + c of a unit, for row `row` of x
 
     __device__ void keep(int round, const float (&sum)[4]) const {
         float* to = all + ((round * kWarps + threadIdx.x / 32) * kLines + lane_row()) * T + lane_column();
@@ -174,7 +174,7 @@ struct Partials {
         for (int i = 0; i < 4; i++)
             if (lane_column() + i % 2 < T) to[i / 2 * 8 * T + i % 2] = sum[i];
     }
-    // By 4 lanes for each line and row of x, which all get it; in a fixed order
+    // 4 lanes compute each total in a fixed order; all of them get it
     __device__ float total(int rounds) const {
         float sum = 0;
         if (round < rounds)
@@ -185,7 +185,7 @@ struct Partials {
     }
 };
 
-// Into L2, by all blocks
+// All blocks together prefetch into L2
 __device__ inline void prefetch(const uint8_t* from, int64_t bytes) {
     constexpr int kLine = 128;
     for (int64_t i = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * kLine; i < bytes;
@@ -195,9 +195,9 @@ __device__ inline void prefetch(const uint8_t* from, int64_t bytes) {
 
 __device__ inline float rounded(float x) { return static_cast<float>(__float2bfloat16_rn(x)); }
 
-// Every block finds the jobs; `x` is staged meanwhile. The slots are there after the next __syncthreads().
+// Every block builds the list of jobs while other warps stage x. jobs.slot is valid after the next __syncthreads().
 template <bool kFp8, typename Router> __device__ void find_jobs(Jobs& jobs, const Problem& p, const Operand<kFp8>& x) {
-    constexpr int kTop = Router::kTop, kPer = Router::kOwn;
+    constexpr int kTop = Router::kTop, kPer = Router::kPerLane;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, slots = p.T * kTop;
     for (int i = threadIdx.x; i < kMaxJobs * kMaxRows; i += kThreads) jobs.slot[0][i] = 0;
     unsigned* const words = reinterpret_cast<unsigned*>(jobs.index);
@@ -208,7 +208,7 @@ template <bool kFp8, typename Router> __device__ void find_jobs(Jobs& jobs, cons
         float own[kPer];
 #pragma unroll
         for (float& value : own) value = -INFINITY;
-        if (router.exists) routing::load_own(own, row + lane * kPer);
+        if (router.exists) routing::load_lane(own, row + lane * kPer);
         uint8_t* chosen = jobs.chosen + warp * kTop;
         router.choose(own, chosen);
         __syncwarp();
@@ -221,7 +221,7 @@ template <bool kFp8, typename Router> __device__ void find_jobs(Jobs& jobs, cons
         atomicOr(words + e / 4, 1u << (e % 4 * 8 + threadIdx.x / kTop));
     }
     __syncthreads();
-    if (warp == 0) {  // a lane's experts, a byte of rows each
+    if (warp == 0) {  // one byte of rows for each of a lane's experts
         uint64_t rows = 0;
 #pragma unroll
         for (int j = 0; j < kPer; j++)
@@ -249,8 +249,8 @@ template <bool kFp8, typename Router> __device__ void find_jobs(Jobs& jobs, cons
     if (static_cast<int>(threadIdx.x) < p.T) jobs.slot[jobs.count][threadIdx.x] = threadIdx.x;
 }
 
-// h = SwiGLU of x gate_up^T, of every job's rows, into global memory. The shared expert's product, and every product
-// with bf16 weights, is rounded as the ops that define them do.
+// h = SwiGLU of x gate_up^T for the rows of every job, to global memory. The product of the shared expert, and every
+// product with bf16 weights, is rounded as in the ops that define the layer.
 template <bool kFp8, int kDepth>
 __device__ void up(Feed<kFp8, kDepth>& feed, const Partials& partials, const Operand<kFp8>& x, int slots) {
     const Problem& p = feed.p;

@@ -6,8 +6,8 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// Half a warp takes one block of 128 columns of one token, 16 bytes a lane; the codes stay in registers while they go
-// to all slots, 256 bytes a warp and slot.
+// Half a warp takes one block of 128 columns of one token, 16 bytes per lane. It quantises once and writes the codes to
+// all slots of the token, so a warp writes 256 bytes per slot.
 template <typename T, bool kPow2>
 __global__ void __launch_bounds__(kThreads)
     permute_quantize_kernel(const T* __restrict__ x, const int* __restrict__ slot, uint8_t* __restrict__ x_q,

@@ -3,8 +3,8 @@
 
 namespace ling {
 
-// Every token's row quantised (quant/quantize.h) and copied to each of its slots. Every token is read and quantised
-// once; the column-wise copy is quantize_fwd's, with `source`.
+// Quantise every token's row once (quant/quantize.h) and copy it to each of its slots. For column-wise copies see
+// quantize_fwd with `source`.
 void permute_quantize_fwd(cudaStream_t stream,
                           Tensor x,        // [T, H]     f32, f16 or bf16, H % 128 == 0
                           Tensor slot,     // [T, topk]  i32; -1: none

@@ -1,4 +1,4 @@
-// What route.h defines, for one token by one warp, for every kernel that routes.
+// Routing of one token by one warp, as route.h defines it, for all kernels that route.
 #pragma once
 #include "common.cuh"
 
@@ -25,7 +25,7 @@ struct Score {
     __device__ static float derivative(float s) { return s * (1 - s); }
 };
 
-template <int N> __device__ void load_own(float (&v)[N], const float* p) {
+template <int N> __device__ void load_lane(float (&v)[N], const float* p) {
     if constexpr (N == 1) v[0] = *p;
     else
 #pragma unroll
@@ -45,40 +45,41 @@ template <int kTop> __device__ float weight(float x, bool routed, float scale) {
     return s / (sum + 1e-20f) * scale;
 }
 
-// Lane l owns kOwn neighbouring experts, so a group is kLanes neighbouring lanes; what the best groups hold is then
-// spread evenly over the warp and sorted in every lane, so that each choice is one maximum over the warp of the lanes'
-// heads.
+// Lane l owns kPerLane neighbouring experts, so a group is kLanes neighbouring lanes. The experts of the best groups
+// are spread evenly over the warp and sorted within each lane, so a choice is one maximum over the lanes' largest keys.
 template <int kExperts_, int kGroups, int kTopGroups, int kTop_> struct Router {
-    static constexpr int kExperts = kExperts_, kTop = kTop_, kOwn = kExperts > 32 ? kExperts / 32 : 1;
-    static constexpr int kLanes = kExperts / kOwn / kGroups;
-    static constexpr int kKeep = kOwn > 1 ? kExperts / kGroups * kTopGroups / 32 : 1;  // candidates of a lane
-    static_assert(kExperts <= 256 && kExperts / kGroups > 1 && 32 % kTop == 0 && (kOwn == 1 || kOwn == 2 * kKeep));
+    static constexpr int kExperts = kExperts_, kTop = kTop_, kPerLane = kExperts > 32 ? kExperts / 32 : 1;
+    static constexpr int kLanes = kExperts / kPerLane / kGroups;
+    static constexpr int kKeep = kPerLane > 1 ? kExperts / kGroups * kTopGroups / 32 : 1;  // candidates of a lane
+    static_assert(kExperts <= 256 && kExperts / kGroups > 1 && 32 % kTop == 0 &&
+                  (kPerLane == 1 || kPerLane == 2 * kKeep));
     const int lane = threadIdx.x % 32, group = lane / kLanes;
-    const bool exists = lane * kOwn < kExperts;  // its experts
-    float bias[kOwn] = {};
+    const bool exists = lane * kPerLane < kExperts;  // its experts
+    float bias[kPerLane] = {};
 
     __device__ explicit Router(const float* all) {
-        if (exists) load_own(bias, all + lane * kOwn);
+        if (exists) load_lane(bias, all + lane * kPerLane);
 #pragma unroll
         for (float& b : bias) b = b == b ? fminf(fmaxf(b, -FLT_MAX), FLT_MAX) : b;
     }
 
-    // x: the lane's own logits; without experts of its own anything. Writes the kTop chosen experts.
-    __device__ void choose(const float (&x)[kOwn], uint8_t* chosen) const {
+    // x: the lane's own logits, -inf in a lane without experts. Writes the kTop chosen experts.
+    __device__ void choose(const float (&x)[kPerLane], uint8_t* chosen) const {
         const unsigned below = (1u << lane) - 1;
-        float v[kOwn];
+        float v[kPerLane];
         const float statistic = Score::row_statistic(x);
 #pragma unroll
-        for (int i = 0; i < kOwn; i++) {
+        for (int i = 0; i < kPerLane; i++) {
             const float biased = Score::of(x[i], statistic) + bias[i];
-            v[i] = biased == biased ? biased : -1e30f;  // a NaN loses against every number
+            v[i] = biased == biased ? biased : -1e30f;  // NaN loses to every number
         }
 
-        // The groups' scores, and how many groups are better than mine: every lane compares with some of them.
+        // Scores of groups, and the number of groups that are better than this lane's: each lane compares with some of
+        // them.
         float top = v[0], second = -INFINITY;
-        if constexpr (kOwn > 1) top = fmaxf(v[0], v[1]), second = fminf(v[0], v[1]);
+        if constexpr (kPerLane > 1) top = fmaxf(v[0], v[1]), second = fminf(v[0], v[1]);
 #pragma unroll
-        for (int i = 2; i < kOwn; i++) second = fmaxf(second, fminf(top, v[i])), top = fmaxf(top, v[i]);
+        for (int i = 2; i < kPerLane; i++) second = fmaxf(second, fminf(top, v[i])), top = fmaxf(top, v[i]);
 #pragma unroll
         for (int d = 1; d < kLanes; d *= 2) {
             const float o = __shfl_xor_sync(~0u, top, d), p = __shfl_xor_sync(~0u, second, d);
@@ -91,7 +92,7 @@ template <int kExperts_, int kGroups, int kTopGroups, int kTop_> struct Router {
         for (int i = 0; i < kGroups; i += kLanes) {
             const int g = i + lane % kLanes;
             const unsigned other = __shfl_sync(~0u, mine, g * kLanes);
-            const bool wins = g < kGroups && other + (g < group) > mine;  // of equals the lower one
+            const bool wins = g < kGroups && other + (g < group) > mine;  // the lower index wins ties
             better += __popc(__ballot_sync(~0u, wins) >> group * kLanes & ((1u << kLanes) - 1));
         }
         const bool keep = exists && better < kTopGroups;
@@ -99,7 +100,7 @@ template <int kExperts_, int kGroups, int kTopGroups, int kTop_> struct Router {
         // The candidates: `expert` and the kKeep - 1 after it, in ascending order from lane to lane.
         unsigned key[kKeep];
         int expert = lane;
-        if constexpr (kOwn == 1) key[0] = keep ? ordered(v[0]) : 0;
+        if constexpr (kPerLane == 1) key[0] = keep ? ordered(v[0]) : 0;
         else {
             constexpr int kSpread = 32 / kTopGroups;  // lanes of a kept group from here on
             unsigned kept = __ballot_sync(~0u, keep && lane % kLanes == 0);
@@ -112,7 +113,7 @@ template <int kExperts_, int kGroups, int kTopGroups, int kTop_> struct Router {
                 const float low = __shfl_sync(~0u, v[j], from), high = __shfl_sync(~0u, v[j + kKeep], from);
                 key[j] = ordered(half ? high : low);
             }
-            expert = from * kOwn + half * kKeep;
+            expert = from * kPerLane + half * kKeep;
         }
 
         // Sorted, those that are equal in the order they came; `order` holds their experts, a byte each.

@@ -4,7 +4,8 @@
 namespace ling {
 namespace {
 
-// The fast exponential and quotient are within 2^-21 for every gate whose sigmoid matters; exact ones would bind.
+// The fast exponential and quotient are within 2^-21 where the sigmoid is not negligible; exact ones would be the
+// limit.
 __device__ float sigmoid(float x) { return __fdividef(1.f, 1.f + __expf(-x)); }
 
 // Row `row` + i of x, `rows` of them, from column `column` on of either half, all loads at once; missing rows are zero.
@@ -55,7 +56,7 @@ __global__ void __launch_bounds__(256)
     if (y_q) store_rows<kPow2>(v, first, rows, k, y_q, y_scale, F, ld_scale);
 }
 
-// One block of threads per 128 x 128 tile of y, which stays in registers between its quantisations.
+// One thread block per 128 x 128 tile of y, which stays in registers between its quantisations.
 template <typename T, bool kPow2>
 __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 2 ? 2 : 1)
     swiglu_tiles_kernel(const T* x, const float* weights, uint8_t* y_q, float* y_scale, uint8_t* yt_q, float* yt_scale,

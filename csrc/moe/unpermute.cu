@@ -31,8 +31,8 @@ template <typename T, int kVec> struct Raw {
 // Neighbouring threads take neighbouring vectors of a token, blockDim.x of them; each has kBatch rows in flight.
 template <typename T, int kVec, bool kWeights>
 __global__ void __launch_bounds__(kThreads, 2)
-    unpermute_fwd_kernel(const T* __restrict__ y, const float* __restrict__ weights, const int* __restrict__ slot,
-                         T* __restrict__ out, int64_t T_, int H, int topk) {
+    gather_sum_kernel(const T* __restrict__ y, const float* __restrict__ weights, const int* __restrict__ slot,
+                      T* __restrict__ out, int64_t T_, int H, int topk) {
     using Row = Raw<T, kVec>;
     const int64_t t = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
     if (t >= T_) return;
@@ -63,12 +63,12 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
 }
 
-// The same layout; with dweights a warp takes a whole token, so that its inner products need no barrier.
+// The same layout; with dots a warp takes a whole token, so that its inner products need no barrier.
 template <typename T, int kVec, bool kWeights, bool kDots>
 __global__ void __launch_bounds__(kThreads, kDots ? 2 : 4)
-    unpermute_bwd_kernel(const T* __restrict__ dout, const float* __restrict__ weights, const T* __restrict__ y,
-                         const int* __restrict__ offsets, const int* __restrict__ slot, T* __restrict__ dy,
-                         float* __restrict__ dweights, int64_t T_, int H, int E, int topk) {
+    scatter_rows_kernel(const T* __restrict__ x, const float* __restrict__ weights, const T* __restrict__ y,
+                        const int* __restrict__ offsets, const int* __restrict__ slot, T* __restrict__ out,
+                        float* __restrict__ dots, int64_t T_, int H, int E, int topk) {
     using Row = Raw<T, kVec>;
     const int64_t t = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
     if (t >= T_) return;
@@ -78,12 +78,12 @@ __global__ void __launch_bounds__(kThreads, kDots ? 2 : 4)
         float w[kBatch], dot[kBatch] = {};
 #pragma unroll
         for (int k = 0; k < kBatch; k++) {
-            const bool own = first + k < topk;
-            s[k] = own ? slot[t * topk + first + k] : -1;
-            w[k] = kWeights && own ? weights[t * topk + first + k] : 0;
+            const bool valid = first + k < topk;
+            s[k] = valid ? slot[t * topk + first + k] : -1;
+            w[k] = kWeights && valid ? weights[t * topk + first + k] : 0;
         }
         for (int h = threadIdx.x * kVec; h < H; h += blockDim.x * kVec) {
-            const Row d = Row::at(dout + t * H + h);
+            const Row d = Row::at(x + t * H + h);
             if constexpr (kDots) {
                 Row row[kBatch];
 #pragma unroll
@@ -96,20 +96,20 @@ __global__ void __launch_bounds__(kThreads, kDots ? 2 : 4)
             }
 #pragma unroll
             for (int k = 0; k < kBatch; k++) {
-                Row out = d;
+                Row scaled = d;
                 if constexpr (kWeights)
 #pragma unroll
-                    for (int i = 0; i < kVec; i++) out.v[i] = static_cast<T>(static_cast<float>(d.v[i]) * w[k]);
-                if (s[k] >= 0) out.to(dy + int64_t{s[k]} * H + h);
-                const int64_t row = t * topk + first + k;  // T * topk rows, topk a token: those that nobody owns
-                if (first + k < topk && row >= end) Row::zero().to(dy + row * H + h);
+                    for (int i = 0; i < kVec; i++) scaled.v[i] = static_cast<T>(static_cast<float>(d.v[i]) * w[k]);
+                if (s[k] >= 0) scaled.to(out + int64_t{s[k]} * H + h);
+                const int64_t row = t * topk + first + k;  // every token zeroes topk of the T * topk rows
+                if (first + k < topk && row >= end) Row::zero().to(out + row * H + h);
             }
         }
         if constexpr (kDots)
 #pragma unroll
             for (int k = 0; k < kBatch; k++) {
                 const float sum = warp_sum(dot[k]);
-                if (static_cast<int>(threadIdx.x) == k && first + k < topk) dweights[t * topk + first + k] = sum;
+                if (static_cast<int>(threadIdx.x) == k && first + k < topk) dots[t * topk + first + k] = sum;
             }
     }
 }
@@ -136,40 +136,40 @@ template <typename F> void dispatch(const Tensor& x, bool aligned, bool choice, 
 
 }  // namespace
 
-void unpermute_fwd(cudaStream_t stream, Tensor y, Tensor weights, Tensor slot, Tensor out) {
+void gather_sum(cudaStream_t stream, Tensor y, Tensor weights, Tensor slot, Tensor out) {
     const int64_t S = y.shape[0], T = out.shape[0], H = out.shape[1], topk = slot.shape[1];
     LING_CHECK(y.is(y.dtype, {S, H}) && y.contiguous() && out.is(y.dtype, {T, H}) && out.contiguous());
     LING_CHECK(slot.is(DType::i32, {T, topk}) && slot.contiguous());
     LING_CHECK(!weights.ndim || (weights.is(DType::f32, {T, topk}) && weights.contiguous()));
     if (T == 0 || H == 0) return;
     dispatch(y, y.aligned() && out.aligned(), weights.ndim, [&]<typename X, int kVec, bool kWeights>(dim3 block) {
-        launch<unpermute_fwd_kernel<X, kVec, kWeights>>(ceil_div<int64_t>(T, block.y), block, 0, stream, y.ptr<X>(),
-                                                        weights.ptr<float>(), slot.ptr<int>(), out.ptr<X>(), T,
-                                                        static_cast<int>(H), static_cast<int>(topk));
+        launch<gather_sum_kernel<X, kVec, kWeights>>(ceil_div<int64_t>(T, block.y), block, 0, stream, y.ptr<X>(),
+                                                     weights.ptr<float>(), slot.ptr<int>(), out.ptr<X>(), T,
+                                                     static_cast<int>(H), static_cast<int>(topk));
     });
 }
 
-void unpermute_bwd(cudaStream_t stream, Tensor dout, Tensor weights, Tensor y, Tensor offsets, Tensor slot, Tensor dy,
-                   Tensor dweights) {
-    const int64_t T = dout.shape[0], H = dout.shape[1], topk = slot.shape[1], S = dy.shape[0];
-    const bool dots = dweights.ndim;
-    LING_CHECK(dout.is(dout.dtype, {T, H}) && dout.contiguous() && dy.is(dout.dtype, {S, H}) && dy.contiguous());
+void scatter_rows(cudaStream_t stream, Tensor x, Tensor weights, Tensor y, Tensor offsets, Tensor slot, Tensor out,
+                  Tensor dots) {
+    const int64_t T = x.shape[0], H = x.shape[1], topk = slot.shape[1], S = out.shape[0];
+    const bool with_dots = dots.ndim;
+    LING_CHECK(x.is(x.dtype, {T, H}) && x.contiguous() && out.is(x.dtype, {S, H}) && out.contiguous());
     LING_CHECK(S == T * topk && slot.is(DType::i32, {T, topk}) && slot.contiguous());
     LING_CHECK(!weights.ndim || (weights.is(DType::f32, {T, topk}) && weights.contiguous()));
     LING_CHECK(!offsets.ndim || (offsets.ndim == 1 && offsets.dtype == DType::i32 && offsets.contiguous()));
-    LING_CHECK(!dots || (weights.ndim && y.is(dout.dtype, {S, H}) && y.contiguous()));
-    LING_CHECK(!dots || (dweights.is(DType::f32, {T, topk}) && dweights.contiguous()));
+    LING_CHECK(!with_dots || (weights.ndim && y.is(x.dtype, {S, H}) && y.contiguous()));
+    LING_CHECK(!with_dots || (dots.is(DType::f32, {T, topk}) && dots.contiguous()));
     if (T == 0 || H == 0) return;
-    const bool aligned = dout.aligned() && dy.aligned() && (!dots || y.aligned());
-    dispatch(dout, aligned, weights.ndim, [&]<typename X, int kVec, bool kWeights>(dim3 block) {
+    const bool aligned = x.aligned() && out.aligned() && (!with_dots || y.aligned());
+    dispatch(x, aligned, weights.ndim, [&]<typename X, int kVec, bool kWeights>(dim3 block) {
         const auto run = [&]<bool kDots>() {
             if (kDots) block = dim3(32, kThreads / 32);
-            launch<unpermute_bwd_kernel<X, kVec, kWeights, kDots>>(
-                ceil_div<int64_t>(T, block.y), block, 0, stream, dout.ptr<X>(), weights.ptr<float>(), y.ptr<X>(),
-                offsets.ptr<int>(), slot.ptr<int>(), dy.ptr<X>(), dweights.ptr<float>(), T, static_cast<int>(H),
+            launch<scatter_rows_kernel<X, kVec, kWeights, kDots>>(
+                ceil_div<int64_t>(T, block.y), block, 0, stream, x.ptr<X>(), weights.ptr<float>(), y.ptr<X>(),
+                offsets.ptr<int>(), slot.ptr<int>(), out.ptr<X>(), dots.ptr<float>(), T, static_cast<int>(H),
                 static_cast<int>(offsets.shape[0] - 1), static_cast<int>(topk));
         };
-        if constexpr (kWeights) dots ? run.template operator()<true>() : run.template operator()<false>();
+        if constexpr (kWeights) with_dots ? run.template operator()<true>() : run.template operator()<false>();
         else run.template operator()<false>();
     });
 }

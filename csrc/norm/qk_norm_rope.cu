@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kThreads)
     const int kind =
         (static_cast<int>(blockIdx.y) >= q_groups) + (static_cast<int>(blockIdx.y) >= q_groups + kv_groups);
     const int group = blockIdx.y - (kind > 0) * q_groups - (kind > 1) * kv_groups;
-    const int own = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, h = group * heads + own % heads;
+    const int half_warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, h = group * heads + half_warp % heads;
     const int num = kind ? Hkv : Hq, column = lane * kVec;
     const T* dout = (kind == 0 ? dq : kind == 1 ? dk : dv) + h * kDim + column;
     const int64_t offset = ((kind > 0) * Hq + (kind > 1) * Hkv + h) * kDim + column;
@@ -81,14 +81,14 @@ __global__ void __launch_bounds__(kThreads)
         Vec<kVec> xs[kAtOnce] = {}, zs[kAtOnce] = {};
 #pragma unroll
         for (int i = 0; i < kAtOnce; i++) {
-            const int64_t t = first + i * stride + own / heads;
+            const int64_t t = first + i * stride + half_warp / heads;
             if (h >= num || t >= tokens) continue;
             zs[i] = load<kVec>(dout + t * num * kDim);
             if (kind < 2) xs[i] = load<kVec>(qkv + t * H * kDim + offset);
         }
 #pragma unroll
         for (int i = 0; i < kAtOnce; i++) {
-            const int64_t t = first + i * stride + own / heads;
+            const int64_t t = first + i * stride + half_warp / heads;
             const bool real = h < num && t < tokens;
             Vec<kVec>&x = xs[i], &z = zs[i];
             if (kind < 2) {
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kThreads)
     }
     if (kind == 2) return;
 #pragma unroll
-    for (int j = 0; j < kVec; j++) sums[own][column + j] = dws[j];
+    for (int j = 0; j < kVec; j++) sums[half_warp][column + j] = dws[j];
     __syncthreads();
     float sum = 0;
     for (const auto& part : sums) sum += part[threadIdx.x];

@@ -1,4 +1,4 @@
-// FP8 (e4m3) on the device: what `quantize_blocks` of ops/quantize.py defines, bit for bit.
+// FP8 (e4m3) on the device, equal to `quantize_blocks` of ops/quantize.py bit for bit.
 //   scale = max(amax / 448, 1e-30) over a block,  code = e4m3(x / scale)
 #pragma once
 #include <cuda_fp8.h>
@@ -10,7 +10,7 @@ namespace ling {
 // |x| as an integer. Its maximum keeps NaN, which a float maximum drops: NaN > inf > every number.
 __device__ inline unsigned abs_bits(float x) { return __float_as_uint(x) & 0x7fffffff; }
 
-// Of a block whose largest abs_bits is amax; rounded up to a power of two if pow2. NaN and inf stay.
+// The scale of a block whose largest abs_bits is amax, rounded up to a power of two if pow2. NaN and inf stay.
 __device__ inline float block_scale(unsigned amax, bool pow2) {
     const float scale = __uint_as_float(amax) / 448.f;
     const unsigned bits = __float_as_uint(scale < 1e-30f ? 1e-30f : scale);
@@ -25,7 +25,7 @@ __device__ inline unsigned to_e4m3x4(float a, float b, float c, float d) {
     return low | static_cast<unsigned>(__nv_cvt_float2_to_fp8x2({c, d}, __NV_SATFINITE, __NV_E4M3)) << 16;
 }
 
-// x / scale, correctly rounded as the reference's, for many x of one block_scale: its reciprocal is computed once.
+// x / scale, correctly rounded as in the reference, for many x of one scale, whose reciprocal is computed once.
 template <bool kPow2> class Quotient {
     float scale, inverse;
     bool plain;

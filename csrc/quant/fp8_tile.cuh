@@ -1,4 +1,4 @@
-// A 128 x 128 tile in the registers of 512 threads, and its way into FP8 along rows and along columns.
+// A 128 x 128 tile in the registers of 512 threads, quantised to FP8 along rows and along columns.
 #pragma once
 #include "quant/fp8.cuh"
 
@@ -7,7 +7,7 @@ namespace {  // so that the sanitizer guards its shared memory on the host
 
 constexpr int kBlock = 128, kTileThreads = 512;
 
-// Thread t holds rows 4 (t / 16) + i and columns 8 (t % 16) + j: half a warp has whole rows, in 16-byte vectors.
+// Thread t holds rows 4 (t / 16) + i and columns 8 (t % 16) + j: half a warp holds whole rows, in 16-byte vectors.
 template <typename T> struct Tile {
     alignas(16) T v[4][8];
 };
@@ -37,7 +37,7 @@ template <bool kPow2, typename T> __device__ uint2 encode8(const T (&v)[8], cons
     return {to_e4m3x4(q[0], q[1], q[2], q[3]), to_e4m3x4(q[4], q[5], q[6], q[7])};
 }
 
-// The largest a[i] among 16 lanes, for the lanes with lane % N == i. Every step halves what a lane looks after.
+// In lanes with lane % N == i: the largest a[i] of 16 lanes. Each step halves the number of maxima in a lane.
 template <int N> __device__ unsigned amax_of_rows(unsigned (&a)[N]) {
     const int lane = threadIdx.x % 16;
 #pragma unroll
@@ -52,8 +52,8 @@ template <int N> __device__ unsigned amax_of_rows(unsigned (&a)[N]) {
     return a[0];
 }
 
-// N lines of 128 elements, 8 of each in a lane of half a warp, into x_q [., K] and x_scale [., K/128] with strides 1
-// and ld_scale: those from row `row` and column block k on, `rows` of them.
+// Quantise N lines of 128 elements, 8 of each in a lane of half a warp, to `rows` rows from `row` on, column block k,
+// of x_q [., K] and x_scale [., K/128], strides 1 and ld_scale.
 template <bool kPow2, int N, typename T>
 __device__ void store_rows(const T (&v)[N][8], int64_t row, int rows, int k, uint8_t* x_q, float* x_scale, int K,
                            int64_t ld_scale) {
@@ -71,8 +71,8 @@ __device__ void store_rows(const T (&v)[N][8], int64_t row, int rows, int k, uin
     }
 }
 
-// Tile number `tile` of 128 rows, column block k, into xt_q [K, M_pad] and xt_scale [K, M_pad/128], strides 1 and K.
-// Rows that do not exist are zero in it.
+// Quantise tile number `tile` of 128 rows, column block k, to xt_q [K, M_pad] and xt_scale [K, M_pad/128], strides 1
+// and K. Missing rows must be zero in it.
 template <bool kPow2, typename T>
 __device__ void store_columns(const Tile<T>& x, int tile, int k, uint8_t* xt_q, float* xt_scale, int K, int64_t M_pad) {
     __shared__ __align__(16) unsigned amax[kTileThreads / 32][kBlock];
@@ -124,14 +124,14 @@ __device__ void store_columns(const Tile<T>& x, int tile, int k, uint8_t* xt_q, 
     }
 }
 
-// Rows `first`, ... of x, `count` of them, are tile number `tile`; live: it is some expert's.
+// A tile has `count` rows of x from `first` on; live: an expert owns it.
 struct TileRows {
     int first, count;
     bool live;
 };
 
-// Without padded_offsets tiles are rows as they lie, up to M or, with a plan's offsets, its last routed slot.
-// Otherwise `tile` counts 128 columns of a column-wise copy, where every expert's run starts a new tile.
+// Without padded_offsets, tiles cover the rows of x up to M or, with a plan's offsets, up to its last routed slot.
+// Otherwise `tile` counts 128 columns of a column-wise copy, in which every expert starts a new tile.
 __device__ inline TileRows tile_rows(int tile, int M, const int* offsets, const int* padded_offsets, int E) {
     const int start = tile * kBlock;
     if (!padded_offsets) {

@@ -9,8 +9,8 @@ __device__ const T* line(const T* x, const int* source, int topk, int64_t row, i
     return x + (source ? source[row] / topk : row) * ldx;
 }
 
-// Half a warp takes 4 rows of one block of 128 columns, all loads at once; a block 32 rows of 256 columns, so that
-// 512 bytes of every row are read and 128 bytes of scales are written together.
+// Half a warp takes 4 rows of one block of 128 columns and issues all loads at once. A thread block takes 32 rows of
+// 256 columns, so that it reads 512 bytes of each row and writes 128 bytes of scales together.
 template <typename T, bool kPow2>
 __global__ void __launch_bounds__(256)
     quantize_rows_kernel(const T* x, uint8_t* x_q, float* x_scale, const int* offsets, const int* source, int topk,
@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(256)
     store_rows<kPow2>(v, first, rows, k, x_q, x_scale, K, ld_scale);
 }
 
-// One block of threads per 128 x 128 tile, which stays in registers between its two quantisations.
+// One thread block per 128 x 128 tile, which stays in registers between its two quantisations.
 template <typename T, bool kRows, bool kPow2>
 __global__ void __launch_bounds__(kTileThreads, 2)
     quantize_tiles_kernel(const T* x, uint8_t* x_q, float* x_scale, uint8_t* xt_q, float* xt_scale, const int* offsets,
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
     store_columns<kPow2>(in, tile, k, xt_q, xt_scale, K, M_pad);
 }
 
-// One block of threads per 128 x 128 block of the weight.
+// One thread block per 128 x 128 block of the weight.
 template <typename T, bool kPow2>
 __global__ void __launch_bounds__(kTileThreads, 2)
     quantize_weight_kernel(const T* w, uint8_t* w_q, float* w_scale, int K) {

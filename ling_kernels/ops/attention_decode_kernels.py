@@ -63,7 +63,7 @@ def attention_decode_kernel(
     tiles, ends, share = split_work(lengths, B, W, cells, BLOCK_B, BLOCK_N)
     first = w * share
     stop = tl.minimum(first + share, tl.sum(tiles, 0))
-    own_rows = (r < n * G)[:, None] & (d < D)[None, :]
+    valid_rows = (r < n * G)[:, None] & (d < D)[None, :]
     for seq in range(
         tl.sum((ends <= first).to(tl.int32), 0), tl.sum(((ends - tiles < stop) & (b < B)).to(tl.int32), 0)
     ):
@@ -81,7 +81,7 @@ def attention_decode_kernel(
                 q, at_q, r < n * G, q_weight, cos, sin, tl.maximum(newest, 0), P, eps, D, HALF, BLOCK_D
             )  # fmt: skip
         else:
-            qs = tl.load(q + at_q[:, None] + d[None, :], mask=own_rows, other=0.0)
+            qs = tl.load(q + at_q[:, None] + d[None, :], mask=valid_rows, other=0.0)
         qs = tl.trans(qs).to(dtype)
 
         largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -91,21 +91,23 @@ def attention_decode_kernel(
             if end <= stop:
                 i = tl.arange(0, 16)
                 key = length - n + i
-                own = (i < n) & (key >= 0) & (key < cells)
+                valid = (i < n) & (key >= 0) & (key < cells)
                 at = ((tl.cast(seq, tl.int64) * n + i) * H + HKV * G + h) * D
-                page = tl.load(table + tl.cast(seq, tl.int64) * blocks + key // PAGE, mask=own, other=-1)
+                page = tl.load(table + tl.cast(seq, tl.int64) * blocks + key // PAGE, mask=valid, other=-1)
                 cell = (page.to(tl.int64) * PAGE + key % PAGE) * HKV + h
-                writes = own & (page >= 0) & (page < num_blocks) & (tl.program_id(1) < HKV)
+                writes = valid & (page >= 0) & (page < num_blocks) & (tl.program_id(1) < HKV)
                 ks = norm_and_rotate(
-                    q, at, own, k_weight, cos, sin, tl.maximum(key, 0), P, eps, D, HALF, BLOCK_D
+                    q, at, valid, k_weight, cos, sin, tl.maximum(key, 0), P, eps, D, HALF, BLOCK_D
                 )  # fmt: skip
-                vs = tl.load(q + (at + HKV * D)[:, None] + d[None, :], mask=own[:, None] & (d < D)[None, :], other=0.0)
+                vs = tl.load(
+                    q + (at + HKV * D)[:, None] + d[None, :], mask=valid[:, None] & (d < D)[None, :], other=0.0
+                )
                 ks, k_scales = write_cells(ks, k, k_scale, cell, writes, D, BLOCK_D)
                 vs, v_scales = write_cells(vs, v, v_scale, cell, writes, D, BLOCK_D)
                 # The 16 new keys are the right factor: as left factor, every warp would hold all queries.
                 s = tl.trans(tl.dot(tl.trans(qs), tl.trans(ks.to(dtype)), input_precision="ieee"))
                 s *= log2_scale * k_scales[:, None]
-                seen = own[:, None] & (key[:, None] <= newest[None, :])
+                seen = valid[:, None] & (key[:, None] <= newest[None, :])
                 p, shrink, largest, total = softmax_tile(s, seen, largest, total)
                 p *= v_scales[:, None]
                 acc = tl.dot(tl.trans(vs.to(dtype)), p.to(dtype), input_precision="ieee")
@@ -129,7 +131,7 @@ def attention_decode_kernel(
 
         row = (tl.cast(w + seq, tl.int64) * HKV + h) * (n * G) + r
         acc = tl.trans(acc / tl.where(total == 0, 1.0, total)[None, :])
-        tl.store(partial + row[:, None] * D + d[None, :], acc, mask=own_rows)
+        tl.store(partial + row[:, None] * D + d[None, :], acc, mask=valid_rows)
         log_sum = tl.where(total == 0, float("-inf"), largest + tl.log2(total))
         tl.store(lse + row, log_sum, mask=r < n * G)
 
@@ -145,8 +147,8 @@ def attention_decode_combine_kernel(
     b, d = tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_D)
     tiles, ends, share = split_work(lengths, B, W, cells, BLOCK_B, BLOCK_N)
     end = tl.sum(tl.where(b == seq, ends, 0), 0)
-    own = tl.sum(tl.where(b == seq, tiles, 0), 0)
-    first, stop = (end - own) // share, tl.where(own > 0, (end - 1) // share + 1, 0)
+    num_tiles = tl.sum(tl.where(b == seq, tiles, 0), 0)
+    first, stop = (end - num_tiles) // share, tl.where(num_tiles > 0, (end - 1) // share + 1, 0)
     largest = tl.full((), float("-inf"), tl.float32)
     total = tl.zeros((), tl.float32)
     acc = tl.zeros((BLOCK_D,), tl.float32)

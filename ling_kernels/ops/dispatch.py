@@ -1,4 +1,4 @@
-"""Dispatch: order the routed slots by expert, stably in token order, and say where everything lies."""
+"""Dispatch: sort the routed slots by expert, stably in token order, and return where each of them lies."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from ..op import expect, op, use_reference, values_on_host
 
 PAD = 128  # column-wise copies start each expert's run of rows at a multiple of this
-TILE = 256  # slots of one program, whose work grows with the square: fewer SMs want no larger ones. Not measured
+TILE = 256  # slots of one program, whose work grows with the square; not measured
 
 
 class Plan(NamedTuple):
@@ -62,7 +62,7 @@ def expect_offsets(offsets: Tensor, num_experts: int, S: int) -> None:
 def dispatch_ref(experts, counts):
     flat = experts.flatten().long()
     routed = flat >= 0
-    key = torch.where(routed, flat, len(counts))  # those not routed here go last
+    key = torch.where(routed, flat, len(counts))  # slots that are not routed here go last
     source = key.argsort(stable=True)
     slot = torch.empty_like(source).scatter_(0, source, torch.arange(len(source), device=source.device))
     slot = torch.where(routed, slot, -1).view_as(experts)
@@ -98,7 +98,7 @@ def dispatch_fwd(
     source: Tensor,
     padded_offsets: Tensor,
 ) -> None:
-    """before [tiles, E] int32 is scratch: how many slots of each expert precede a tile. One tile needs none."""
+    """before [tiles, E] int32 is scratch for the number of each expert's slots in earlier tiles; None for one tile."""
     S, E = len(source), len(counts)
     BLOCK_E = triton.next_power_of_2(max(E, 1))
     tiles = triton.cdiv(S, TILE)
@@ -120,21 +120,21 @@ def dispatch_count_kernel(experts, before, S, E, BLOCK: tl.constexpr, BLOCK_E: t
     e = tl.arange(0, BLOCK_E)
     chosen = tl.load(experts + i, mask=i < S, other=-1)
     found = tl.histogram(tl.maximum(chosen, 0), BLOCK_E)
-    elsewhere = tl.sum((chosen < 0).to(tl.int32))  # they were counted as expert 0
-    tl.store(before + tile.to(tl.int64) * E + e, found - tl.where(e == 0, elsewhere, 0), mask=e < E)
+    unrouted = tl.sum((chosen < 0).to(tl.int32))  # they were counted as expert 0
+    tl.store(before + tile.to(tl.int64) * E + e, found - tl.where(e == 0, unrouted, 0), mask=e < E)
 
 
 @triton.jit
 def dispatch_scan_kernel(before, tiles, E, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Counts of tiles -> counts of all tiles before, in place; one program owns a few experts."""
+    """Replace each tile's counts by the sum over the earlier tiles, in place; a program has a few experts."""
     e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)[None, :]
     total = tl.zeros((BLOCK_E,), tl.int32)
     for first in range(0, tiles, BLOCK):
         tile = first + tl.arange(0, BLOCK)[:, None]
-        at = before + tile.to(tl.int64) * E + e
-        own = (tile < tiles) & (e < E)
-        found = tl.load(at, mask=own, other=0)
-        tl.store(at, total[None, :] + tl.cumsum(found, 0) - found, mask=own)
+        pointers = before + tile.to(tl.int64) * E + e
+        valid = (tile < tiles) & (e < E)
+        found = tl.load(pointers, mask=valid, other=0)
+        tl.store(pointers, total[None, :] + tl.cumsum(found, 0) - found, mask=valid)
         total += tl.sum(found, 0)
 
 
@@ -152,30 +152,30 @@ def dispatch_kernel(
         tl.store(offsets + e, tl.zeros((BLOCK_E,), tl.int32), mask=e == 0)
         tl.store(padded_offsets + e, tl.zeros((BLOCK_E,), tl.int32), mask=e == 0)
 
-    # A slot's place: all slots of lower experts, its expert's in earlier tiles, and those before it in this tile.
-    # What is not routed here goes last, as if to expert E, so that source holds every slot once.
-    at = tile * BLOCK + i
-    chosen = load_chosen(experts, at, S, E)
-    place = tl.zeros((BLOCK,), tl.int32)
+    # A slot's position: the number of slots of lower experts, of its expert in earlier tiles, and before it in this
+    # tile. Slots that are not routed here go last, as if to expert E, so that source holds every slot once.
+    slots = tile * BLOCK + i
+    chosen = load_chosen(experts, slots, S, E)
+    position = tl.zeros((BLOCK,), tl.int32)
     for first in range(0, E, STEP):
         lower = first + tl.arange(0, STEP)
         count = tl.load(counts + lower, mask=lower < E, other=0)
-        place += tl.sum(tl.where(lower[None, :] < chosen[:, None], count[None, :], 0), 1)
+        position += tl.sum(tl.where(lower[None, :] < chosen[:, None], count[None, :], 0), 1)
     if before is not None:
         row = before + tile.to(tl.int64) * E
         earlier = tl.load(row + chosen, mask=chosen < E, other=0)
-        elsewhere = tile * BLOCK - tl.sum(tl.load(row + e, mask=e < E, other=0))
-        place += tl.where(chosen < E, earlier, elsewhere)
+        unrouted = tile * BLOCK - tl.sum(tl.load(row + e, mask=e < E, other=0))
+        position += tl.where(chosen < E, earlier, unrouted)
     for first in range(0, BLOCK, STEP):
         j = first + tl.arange(0, STEP)
         same = load_chosen(experts, tile * BLOCK + j, S, E)[None, :] == chosen[:, None]
-        place += tl.sum((same & (j[None, :] < i[:, None])).to(tl.int32), 1)
-    tl.store(slot + at, tl.where(chosen < E, place, -1), mask=at < S)
-    tl.store(source + place, at, mask=(at < S) & (place < S))
+        position += tl.sum((same & (j[None, :] < i[:, None])).to(tl.int32), 1)
+    tl.store(slot + slots, tl.where(chosen < E, position, -1), mask=slots < S)
+    tl.store(source + position, slots, mask=(slots < S) & (position < S))
 
 
 @triton.jit
-def load_chosen(experts, at, S, E):
-    """Experts of slots; E for those not routed here."""
-    chosen = tl.load(experts + at, mask=at < S, other=-1)
+def load_chosen(experts, slots, S, E):
+    """The experts of slots; E for slots that are not routed here."""
+    chosen = tl.load(experts + slots, mask=slots < S, other=-1)
     return tl.where(chosen < 0, E, chosen)

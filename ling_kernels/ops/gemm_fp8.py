@@ -30,8 +30,8 @@ def gemm_fp8(
 ) -> Tensor:
     """a [M, K] e4m3, a_scale [M, K/128]; b [N, K] e4m3, b_scale [N/128, K/128] (a weight) or [N, K/128] -> [M, N].
 
-    transposed: b is [K, N] and b_scale [K/128, N/128], a weight as the forward pass has it, and the result is a b, as
-    its backward pass wants it. csrc/ transposes the tiles it has loaded; Triton a whole copy (`transpose_fp8`).
+    transposed: b is [K, N] and b_scale [K/128, N/128], and the result is a b: the backward pass with the weight of the
+    forward pass. csrc/ transposes tiles after loading; Triton makes a whole copy first (`transpose_fp8`).
     The result is in dtype, or in out [M, N] (bf16 or fp32), to which accumulate adds. Not differentiable. Raises
     ValueError for shapes or dtypes that do not fit, and where K, or for a weight N, is no multiple of 128.
     """
@@ -76,7 +76,7 @@ def scaled_product(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Te
 
 
 def expect_fp8(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> None:
-    """What every product of FP8 rows with FP8 weights asks of its operands."""
+    """Check the operands of a product of FP8 rows with FP8 weights."""
     expect(a.dtype == b.dtype == E4M3, "e4m3 operands", a, b)
     fits = a.ndim >= 2 and b.ndim >= 2 and a.shape[-1] == b.shape[-1] and a.shape[-1] % BLOCK == 0
     expect(fits, "a [.., M, K] and b [.., N, K], K % 128 == 0", a, b)
@@ -106,13 +106,16 @@ def unsupported_operands(operands, row_scales) -> str | None:
     """row_scales [rows, blocks]: those that TMA loads."""
     if not rows_aligned(*operands):
         return "operands whose rows do not start at multiples of 16 bytes"
-    return None if rows_aligned(*(s.mT for s in row_scales)) else "row scales that TMA cannot load"
+    return None if rows_aligned(*[s.mT for s in row_scales]) else "row scales that TMA cannot load"
+
+
+RESULTS = (torch.bfloat16, torch.float32, E4M3)
 
 
 def unsupported_result(y: Tensor, groups: int = 1) -> str | None:
-    if y.dtype not in (torch.bfloat16, torch.float32, E4M3):
+    if y.dtype not in RESULTS:
         return f"a result of {y.dtype}"
-    if y.shape[-1] % 8 or any(stride % 8 for stride in y.stride()[:-1]) or not rows_aligned(y):
+    if y.shape[-1] % 8 or any([stride % 8 for stride in y.stride()[:-1]]) or not rows_aligned(y):
         return "a result whose rows do not start at multiples of 8 elements and 16 bytes"
     return None if groups <= 512 else f"{groups} groups"
 
@@ -156,21 +159,21 @@ def launch_gemm_fp8(
         gemm_fp8_kernel[(programs,)], a, a_scale, b, b_scale, y, y_scale, offsets, counts, source,
         a.stride(0), *a_scale.stride(), b.stride(0), *b_scale.stride(), *y.stride(),
         0 if y_scale is None else y_scale.stride(1), len(a), N, K, G, max_m, topk,
-        TALL=b_scale.shape[1] == N, ACCUMULATE=accumulate, BLOCK_G=triton.next_power_of_2(G), **chosen,
+        ROW_SCALES=b_scale.shape[1] == N, ACCUMULATE=accumulate, BLOCK_G=triton.next_power_of_2(G), **chosen,
     )  # fmt: skip
 
 
 def config(rows: int, K: int, tiles: int, swiglu: bool, sms: int) -> dict:
-    """Tiles for groups of that many rows on the average, on an H200 (132 SMs) or an H20 (78).
+    """Tiles for groups with `rows` rows on average, on an H200 (132 SMs) or an H20 (78); not measured.
 
-    With few rows the weight is the MMA's M operand (SWAP), of which it wants 64, and a tile takes as few as 16 rows; it
-    takes only those 64 of the weight where tiles of 128, of which there are so many, would leave SMs without work.
-    Fewer than 64 would not be wgmma's; csrc/ has a kernel of its own for up to 8 rows.
-    An H20 has a quarter of the tensor rate at almost the bandwidth: rows of padding cost more than reading twice.
+    With few rows the weight is the MMA's M operand (SWAP): wgmma's M is 64 at least, and a tile may have 16 rows. A
+    tile has 64 rows of the weight where tiles of 128 would be too few (`tiles`) to occupy all SMs. csrc/ has another
+    kernel for up to 8 rows. An H20 has a quarter of the tensor rate at almost the same bandwidth, so rows of padding
+    cost it more than reading twice.
     """
     swap = rows <= 32
     small = sms < 100 or rows <= 64 or K <= 1024
-    block_m, warps, stages, per_sm = {  # not measured
+    block_m, warps, stages, per_sm = {
         (True, False): (16 if rows <= 16 else 32, 4, 5, 2),
         (True, True): (16 if rows <= 16 else 32, 4, 3, 2),
         (False, False): (64, 4, 4, 2) if small else (128, 8, 5, 1),
@@ -206,9 +209,9 @@ def tma_operand(x: Tensor) -> Tensor:
 
 
 def launch_with_scratch(kernel: Callable, x: Tensor, *args, **constants) -> None:
-    """kernel(x, *args) for a Triton kernel that makes TMA descriptors, which lie in memory that Triton asks for.
+    """kernel(x, *args) for a Triton kernel that makes TMA descriptors: they need scratch memory from an allocator.
 
-    Triton finds the allocator in the current context; in a copy of it, the user's own allocator stays as it is.
+    Triton looks for the allocator in the current context. A copy of the context leaves the user's allocator unchanged.
     """
 
     def launch():
@@ -220,14 +223,14 @@ def launch_with_scratch(kernel: Callable, x: Tensor, *args, **constants) -> None
 
 @triton.jit
 def find_group(tile, tiles, ends):
-    """The group that owns the tile, and the tile's number in it; groups have so many tiles, ends = cumsum(tiles)."""
+    """The group that owns the tile, and the tile's number in the group, for ends = cumsum(tiles of each group)."""
     passed = ends <= tile
     return tl.sum(passed.to(tl.int32)), tile - tl.sum(tl.where(passed, tiles, 0))
 
 
 @triton.jit
-def place_in_group(tile, tiles_m, tiles_n, BAND: tl.constexpr):
-    """Tile -> (m, n): down the rows of a band of BAND, then to the next columns, so that the band stays in L2."""
+def tile_position(tile, tiles_m, tiles_n, BAND: tl.constexpr):
+    """Tile -> (m, n): down the rows of a band of BAND tiles, then to the next columns, so the band stays in L2."""
     band = tile // (BAND * tiles_n)
     height = tl.minimum(tiles_m - band * BAND, BAND)
     rest = tile - band * BAND * tiles_n
@@ -235,19 +238,19 @@ def place_in_group(tile, tiles_m, tiles_n, BAND: tl.constexpr):
 
 
 @triton.jit
-def scaled_part(x, w, xs, ws, TALL: tl.constexpr, SWAP: tl.constexpr):
-    """x [BLOCK_M, 128] w [BLOCK_N, 128]^T times its scales; transposed with SWAP."""
+def scaled_part(x, w, xs, ws, ROW_SCALES: tl.constexpr, SWAP: tl.constexpr):
+    """x [BLOCK_M, 128] w [BLOCK_N, 128]^T times the scales xs and ws; transposed with SWAP."""
     if SWAP:
-        return tl.dot(w, x.T) * (xs[None, :] * ws[:, None] if TALL else (xs * ws)[None, :])
+        return tl.dot(w, x.T) * (xs[None, :] * ws[:, None] if ROW_SCALES else (xs * ws)[None, :])
     else:
-        return tl.dot(x, w.T) * (xs[:, None] * ws[None, :] if TALL else (xs * ws)[:, None])
+        return tl.dot(x, w.T) * (xs[:, None] * ws[None, :] if ROW_SCALES else (xs * ws)[:, None])
 
 
 @triton.jit
 def gemm_fp8_kernel(
     a, a_scale, b, b_scale, y, y_scale, offsets, counts, source,
     lda, a_scale_m, a_scale_k, ldb, b_scale_g, b_scale_n, b_scale_k, ldy, y_n, y_scale_k, M, N, K, G, max_m, topk,
-    TALL: tl.constexpr, ACCUMULATE: tl.constexpr, SWAP: tl.constexpr,
+    ROW_SCALES: tl.constexpr, ACCUMULATE: tl.constexpr, SWAP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
     SWIGLU: tl.constexpr = y_scale is not None
@@ -257,9 +260,9 @@ def gemm_fp8_kernel(
     B = tl.make_tensor_descriptor(b, [G * N, K], [ldb, 1], [BLOCK_N, 128])
     width = N // 2 if SWIGLU else N
     tiles_n = tl.cdiv(width, BLOCK_N)
-    up_scale = width * b_scale_n if TALL else width // 128 * b_scale_n  # from a gate's scale to its up's
+    up_scale = width * b_scale_n if ROW_SCALES else width // 128 * b_scale_n  # distance from a gate's scale to its up's
 
-    # Every program knows how many tiles each group has; it takes each PROGRAMS-th of them all.
+    # Programs share the tiles of all groups evenly: each takes every num_programs-th.
     total = tl.cdiv(M, BLOCK_M) * tiles_n
     if GROUPS:
         g = tl.arange(0, BLOCK_G)
@@ -272,59 +275,59 @@ def gemm_fp8_kernel(
         total = tl.sum(tiles)
 
     for tile in range(tl.program_id(0), total, tl.num_programs(0)):
-        group, own_tile, m0, m1 = 0, tile, 0, M
+        group, tile_in_group, m0, m1 = 0, tile, 0, M
         if GROUPS:
-            group, own_tile = find_group(tile, tiles, ends)
+            group, tile_in_group = find_group(tile, tiles, ends)
             if counts is not None:
                 m0 = group * max_m
                 m1 = m0 + tl.load(counts + group)
             else:
                 m0, m1 = tl.load(offsets + group), tl.load(offsets + group + 1)
-        tile_m, tile_n = place_in_group(own_tile, tl.cdiv(m1 - m0, BLOCK_M), tiles_n, BAND)
+        tile_m, tile_n = tile_position(tile_in_group, tl.cdiv(m1 - m0, BLOCK_M), tiles_n, BAND)
         m, n = m0 + tile_m * BLOCK_M, tile_n * BLOCK_N
         rows, columns = m + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N)
-        own = rows < m1  # a tile may read its neighbour's rows; it never writes them
+        valid = rows < m1  # a tile may read rows of the next group; it never writes them
         source_rows = rows.to(tl.int64)
         if source is not None:
-            source_rows = (tl.load(source + rows, mask=own, other=0) // topk).to(tl.int64)
-            x_at = a + source_rows[:, None] * lda + tl.arange(0, 128)[None, :]
+            source_rows = (tl.load(source + rows, mask=valid, other=0) // topk).to(tl.int64)
+            x_pointers = a + source_rows[:, None] * lda + tl.arange(0, 128)[None, :]
 
-        # Scales are read one step ahead: their latency would otherwise stand between two products.
-        xs_at = a_scale + source_rows * a_scale_m
-        ws_at = b_scale + group * b_scale_g + (columns if TALL else n // 128) * b_scale_n
-        live = columns < N if TALL else K > 0
-        next_xs = tl.load(xs_at, mask=own, other=0.0)
-        next_ws = tl.load(ws_at, mask=live, other=0.0)
-        next_us = tl.load(ws_at + up_scale, mask=live, other=0.0) if SWIGLU else 0.0
+        # Scales are loaded one step ahead to hide their latency.
+        xs_pointers = a_scale + source_rows * a_scale_m
+        ws_pointers = b_scale + group * b_scale_g + (columns if ROW_SCALES else n // 128) * b_scale_n
+        in_width = columns < N if ROW_SCALES else K > 0
+        next_xs = tl.load(xs_pointers, mask=valid, other=0.0)
+        next_ws = tl.load(ws_pointers, mask=in_width, other=0.0)
+        next_us = tl.load(ws_pointers + up_scale, mask=in_width, other=0.0) if SWIGLU else 0.0
         acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
         up = acc
         for k in range(0, K // 128):
             xs, ws, us = next_xs, next_ws, next_us
             more = k + 1 < K // 128
-            xs_at += a_scale_k
-            ws_at += b_scale_k
-            next_xs = tl.load(xs_at, mask=own & more, other=0.0)
-            next_ws = tl.load(ws_at, mask=live & more, other=0.0)
+            xs_pointers += a_scale_k
+            ws_pointers += b_scale_k
+            next_xs = tl.load(xs_pointers, mask=valid & more, other=0.0)
+            next_ws = tl.load(ws_pointers, mask=in_width & more, other=0.0)
             if source is None:
                 x = A.load([m, k * 128])
             else:
-                x = tl.load(x_at + k * 128, mask=own[:, None], other=0.0)
-            acc += scaled_part(x, B.load([group * N + n, k * 128]), xs, ws, TALL, SWAP)
+                x = tl.load(x_pointers + k * 128, mask=valid[:, None], other=0.0)
+            acc += scaled_part(x, B.load([group * N + n, k * 128]), xs, ws, ROW_SCALES, SWAP)
             if SWIGLU:
-                next_us = tl.load(ws_at + up_scale, mask=live & more, other=0.0)
-                up += scaled_part(x, B.load([group * N + width + n, k * 128]), xs, us, TALL, SWAP)
+                next_us = tl.load(ws_pointers + up_scale, mask=in_width & more, other=0.0)
+                up += scaled_part(x, B.load([group * N + width + n, k * 128]), xs, us, ROW_SCALES, SWAP)
 
         if SWAP:
             acc = acc.T
-        y_at = y + rows.to(tl.int64)[:, None] * ldy + columns[None, :] * y_n
-        mask = own[:, None] & (columns < width)[None, :]
+        y_pointers = y + rows.to(tl.int64)[:, None] * ldy + columns[None, :] * y_n
+        mask = valid[:, None] & (columns < width)[None, :]
         if SWIGLU:
             if SWAP:
                 up = up.T
             q, scale = quantize_along(acc * tl.sigmoid(acc) * up, 1, False)
-            tl.store(y_at, q, mask=mask)
-            tl.store(y_scale + tile_n.to(tl.int64) * y_scale_k + rows, scale, mask=own)
+            tl.store(y_pointers, q, mask=mask)
+            tl.store(y_scale + tile_n.to(tl.int64) * y_scale_k + rows, scale, mask=valid)
         else:
             if ACCUMULATE:
-                acc += tl.load(y_at, mask=mask, other=0.0).to(tl.float32)
-            tl.store(y_at, acc, mask=mask)
+                acc += tl.load(y_pointers, mask=mask, other=0.0).to(tl.float32)
+            tl.store(y_pointers, acc, mask=mask)

@@ -1,4 +1,4 @@
-"""Grouped GEMM: y[s] = b[e] a[s] for every row s that expert e owns, ragged rows, accumulated in fp32, rounded once."""
+"""Grouped GEMM: y[s] = b[e] a[s] for every row s of expert e, accumulated in fp32 and rounded once."""
 
 import torch
 import triton
@@ -17,7 +17,7 @@ from ..op import (
     use_reference,
 )
 from .dispatch import expect_offsets
-from .gemm_fp8 import find_group, launch_with_scratch, place_in_group, tma_compatible
+from .gemm_fp8 import find_group, launch_with_scratch, tile_position, tma_compatible
 from .grouped_wgrad import grouped_wgrad
 
 
@@ -114,15 +114,15 @@ def grouped_gemm_fwd(a: Tensor, b: Tensor, offsets: Tensor, y: Tensor, zero_rest
     )  # fmt: skip
 
 
-def config(dtype: torch.dtype, rows: int, tiles: int, vectors: bool, sms: int) -> dict:
-    """Tiles for experts of that many rows on the average, on an H200 (132 SMs) or an H20 (78); as in gemm_fp8.py.
+def config(dtype: torch.dtype, rows: int, tiles: int, tma: bool, sms: int) -> dict:
+    """Tiles for experts with `rows` rows on average, on an H200 (132 SMs) or an H20 (78); see gemm_fp8.py's config.
 
-    Without vectors, rows do not start on 16 bytes: single elements are moved, and their addresses fill the registers.
+    Without tma, elements are moved one by one, and their addresses fill the registers.
     """
-    swap = rows <= 32 and vectors and dtype != torch.float32
+    swap = rows <= 32 and tma and dtype != torch.float32
     block_m, block_n, block_k, warps, stages, per_sm = (  # not measured
         (32, 64, 32, 4, 3, 2) if dtype == torch.float32
-        else (64, 64, 32, 4, 3, 2) if not vectors
+        else (64, 64, 32, 4, 3, 2) if not tma
         else (16 if rows <= 16 else 32, 64, 64, 4, 8, 2) if swap and tiles < sms
         else (16 if rows <= 16 else 32, 128, 64, 4, 5, 2) if swap
         else (64, 128, 64, 4, 4, 2) if rows <= 64 or sms < 100
@@ -147,8 +147,8 @@ def grouped_gemm_kernel(
         else:
             B = tl.make_tensor_descriptor(b, [G, K, N], [b_g, b_k, 1], [1, BLOCK_K, BLOCK_N])
 
-    # Every program knows how many tiles each group has; it takes each PROGRAMS-th of them all. With ZERO_REST the rows
-    # that nobody owns are one more group, whose product is empty.
+    # Programs share the tiles of all groups evenly. With ZERO_REST the rows of no expert are one more group, whose
+    # product is empty.
     g = tl.arange(0, BLOCK_G)
     groups = G + 1 if ZERO_REST else G
     starts = tl.load(offsets + g, mask=g <= G, other=0)
@@ -157,16 +157,16 @@ def grouped_gemm_kernel(
     tiles = tl.where(g < groups, tl.cdiv(stops - starts, BLOCK_M) * tiles_n, 0)
     ends = tl.cumsum(tiles)
     for tile in range(tl.program_id(0), tl.sum(tiles), tl.num_programs(0)):
-        group, own_tile = find_group(tile, tiles, ends)
+        group, tile_in_group = find_group(tile, tiles, ends)
         m0 = tl.load(offsets + group)
         m1 = tl.load(offsets + group + 1, mask=group < G, other=S)
-        tile_m, tile_n = place_in_group(own_tile, tl.cdiv(m1 - m0, BLOCK_M), tiles_n, BAND)
+        tile_m, tile_n = tile_position(tile_in_group, tl.cdiv(m1 - m0, BLOCK_M), tiles_n, BAND)
         m, n = m0 + tile_m * BLOCK_M, tile_n * BLOCK_N
         rows, columns = m + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N)
-        own = rows < m1  # a tile may read its neighbour's rows; it never writes them
+        valid = rows < m1  # a tile may read rows of the next group; it never writes them
 
-        a_at = a + rows.to(tl.int64)[:, None] * a_m
-        b_at = b + group.to(tl.int64) * b_g + columns.to(tl.int64)[None, :] * b_n
+        a_pointers = a + rows.to(tl.int64)[:, None] * a_m
+        b_pointers = b + group.to(tl.int64) * b_g + columns.to(tl.int64)[None, :] * b_n
         acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, tl.where(group < G, K, 0), BLOCK_K):
             if TMA:
@@ -177,13 +177,13 @@ def grouped_gemm_kernel(
                     w = B.load([group, k, n]).reshape(BLOCK_K, BLOCK_N)
             else:
                 ks = k + tl.arange(0, BLOCK_K)
-                x = tl.load(a_at + ks[None, :] * a_k, mask=own[:, None] & (ks < K)[None, :], other=0.0)
-                w = tl.load(b_at + ks[:, None] * b_k, mask=(ks < K)[:, None] & (columns < N)[None, :], other=0.0)
+                x = tl.load(a_pointers + ks[None, :] * a_k, mask=valid[:, None] & (ks < K)[None, :], other=0.0)
+                w = tl.load(b_pointers + ks[:, None] * b_k, mask=(ks < K)[:, None] & (columns < N)[None, :], other=0.0)
             if SWAP:
                 acc = tl.dot(w.T, x.T, acc)
             else:
                 acc = tl.dot(x, w, acc, input_precision="ieee")
         if SWAP:
             acc = acc.T
-        y_at = y + rows.to(tl.int64)[:, None] * y_m + columns[None, :] * y_n
-        tl.store(y_at, acc, mask=own[:, None] & (columns < N)[None, :])
+        y_pointers = y + rows.to(tl.int64)[:, None] * y_m + columns[None, :] * y_n
+        tl.store(y_pointers, acc, mask=valid[:, None] & (columns < N)[None, :])

@@ -14,10 +14,10 @@ from .gemm_fp8 import (
     BLOCK,
     column_major,
     launch_with_scratch,
-    place_in_group,
     row_major,
     scaled_part,
     scaled_product,
+    tile_position,
     tma_operand,
     unsupported_operands,
     unsupported_result,
@@ -143,10 +143,11 @@ def grouped_wgrad_fwd(
 
 
 def config(dtype: torch.dtype, columns: bool, accumulate: bool) -> dict:
-    """Tiles of dW. An expert has a few hundred rows, so a program ends soon: two on an SM hide each other's ends.
+    """Tiles of dW. An expert has a few hundred rows, so programs are short: with two on an SM, one multiplies while the
+    other stores.
 
     Reading dW to accumulate takes the registers that a larger tile would need. PASSES: an FP8 number times its scales
-    is no bf16 number, but the sum of three of them to fp32's precision.
+    does not fit bf16, but a sum of three bf16 numbers gives it to fp32's precision.
     """
     block_n, block_k, block_s, warps, stages = (  # not measured; one choice for H200 and H20
         (64, 128, 128, 4, 3) if columns
@@ -162,20 +163,20 @@ def rows_product(
     dy, x, dy_scale, x_scale, s0, s1, n, k, dy_s, dy_n, x_s, x_k, dy_scale_s, dy_scale_n, x_scale_s, x_scale_k, N, K,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, PASSES: tl.constexpr,
 ):  # fmt: skip
-    """dy[s0:s1, n:]^T x[s0:s1, k:]; the rows after s1 may hold anything, so both operands' are zeroed."""
+    """dy[s0:s1, n:]^T x[s0:s1, k:]. Rows after s1 may hold NaN, so those of both operands are zeroed."""
     ns, ks = n + tl.arange(0, BLOCK_N), k + tl.arange(0, BLOCK_K)
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for s in range(s0, s1, BLOCK_S):
         rows = s + tl.arange(0, BLOCK_S)
-        own = rows < s1
+        valid = rows < s1
         rows = rows.to(tl.int64)
-        p = tl.load(dy + rows[:, None] * dy_s + ns[None, :] * dy_n, mask=own[:, None] & (ns < N)[None, :], other=0.0)
-        q = tl.load(x + rows[:, None] * x_s + ks[None, :] * x_k, mask=own[:, None] & (ks < K)[None, :], other=0.0)
+        p = tl.load(dy + rows[:, None] * dy_s + ns[None, :] * dy_n, mask=valid[:, None] & (ns < N)[None, :], other=0.0)
+        q = tl.load(x + rows[:, None] * x_s + ks[None, :] * x_k, mask=valid[:, None] & (ks < K)[None, :], other=0.0)
         if dy_scale is None:
             acc = tl.dot(p.T, q, acc, input_precision="ieee")
         else:
-            scale = tl.load(dy_scale + rows * dy_scale_s + n // 128 * dy_scale_n, mask=own, other=0.0)
-            scale *= tl.load(x_scale + rows * x_scale_s + k // 128 * x_scale_k, mask=own, other=0.0)
+            scale = tl.load(dy_scale + rows * dy_scale_s + n // 128 * dy_scale_n, mask=valid, other=0.0)
+            scale *= tl.load(x_scale + rows * x_scale_s + k // 128 * x_scale_k, mask=valid, other=0.0)
             rest, exact = p.to(tl.float32) * scale[:, None], q.to(tl.bfloat16)
             for _ in tl.static_range(PASSES):
                 part = rest.to(tl.bfloat16)
@@ -191,17 +192,17 @@ def columns_product(
 ):  # fmt: skip
     """dy[n:, s0:s1] x[k:, s0:s1]^T with a scale for each 128 of s; both bounds are multiples of 128."""
     ns, ks = n + tl.arange(0, BLOCK_N), k + tl.arange(0, BLOCK_K)
-    dy_scale_at = dy_scale + ns.to(tl.int64) * dy_scale_n + s0 // 128 * dy_scale_s
-    x_scale_at = x_scale + ks.to(tl.int64) * x_scale_k + s0 // 128 * x_scale_s
-    next_ps = tl.load(dy_scale_at, mask=(ns < N) & (s0 < s1), other=0.0)
-    next_qs = tl.load(x_scale_at, mask=(ks < K) & (s0 < s1), other=0.0)
+    dy_scales = dy_scale + ns.to(tl.int64) * dy_scale_n + s0 // 128 * dy_scale_s
+    x_scales = x_scale + ks.to(tl.int64) * x_scale_k + s0 // 128 * x_scale_s
+    next_ps = tl.load(dy_scales, mask=(ns < N) & (s0 < s1), other=0.0)
+    next_qs = tl.load(x_scales, mask=(ks < K) & (s0 < s1), other=0.0)
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for s in range(s0, s1, 128):
         ps, qs = next_ps, next_qs
-        dy_scale_at += dy_scale_s
-        x_scale_at += x_scale_s
-        next_ps = tl.load(dy_scale_at, mask=(ns < N) & (s + 128 < s1), other=0.0)
-        next_qs = tl.load(x_scale_at, mask=(ks < K) & (s + 128 < s1), other=0.0)
+        dy_scales += dy_scale_s
+        x_scales += x_scale_s
+        next_ps = tl.load(dy_scales, mask=(ns < N) & (s + 128 < s1), other=0.0)
+        next_qs = tl.load(x_scales, mask=(ks < K) & (s + 128 < s1), other=0.0)
         acc += scaled_part(DY.load([n, s]), X.load([k, s]), ps, qs, True, False)
     return acc
 
@@ -213,10 +214,10 @@ def grouped_wgrad_kernel(
     ACCUMULATE: tl.constexpr, COLUMNS: tl.constexpr, PASSES: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
-    # One program for each tile of each expert's dW; the tiles of one expert run together and share its rows in L2.
+    # One program per tile of an expert's dW. Tiles of one expert run at the same time and share its rows in L2.
     tiles_n, tiles_k = tl.cdiv(N, BLOCK_N), tl.cdiv(K, BLOCK_K)
     e = tl.program_id(0) // (tiles_n * tiles_k)
-    tile_n, tile_k = place_in_group(tl.program_id(0) % (tiles_n * tiles_k), tiles_n, tiles_k, BAND)
+    tile_n, tile_k = tile_position(tl.program_id(0) % (tiles_n * tiles_k), tiles_n, tiles_k, BAND)
     n, k = tile_n * BLOCK_N, tile_k * BLOCK_K
     s0, s1 = tl.load(offsets + e), tl.load(offsets + e + 1)
     if COLUMNS:
@@ -231,8 +232,8 @@ def grouped_wgrad_kernel(
             dy_scale_0, dy_scale_1, x_scale_0, x_scale_1, N, K, BLOCK_N, BLOCK_K, BLOCK_S, PASSES,
         )  # fmt: skip
     ns, ks = n + tl.arange(0, BLOCK_N), k + tl.arange(0, BLOCK_K)
-    at = out + e.to(tl.int64) * out_e + ns.to(tl.int64)[:, None] * out_n + ks[None, :] * out_k
+    pointers = out + e.to(tl.int64) * out_e + ns.to(tl.int64)[:, None] * out_n + ks[None, :] * out_k
     mask = (ns < N)[:, None] & (ks < K)[None, :]
     if ACCUMULATE:
-        acc += tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(at, acc, mask=mask)
+        acc += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    tl.store(pointers, acc, mask=mask)

@@ -3,8 +3,8 @@
     s = x + residual,  y = s + moe(rms_norm(s, norm))
 
 Elsewhere it is composed of `rms_norm` and `moe`, its definition. csrc/ takes two launches, which wait for the weights
-they read: norm and logits, then all the rest. There products, their weighted sum, the shared expert and the residual
-stay fp32 until y is rounded; what the definition quantises, or rounds before it quantises, is quantised and rounded.
+they read: norm and logits, then all the rest. There the products, their weighted sum, the shared expert and the
+residual stay fp32 until y is rounded, except that all operands which the definition quantises are rounded as there.
 """
 
 import functools
@@ -41,8 +41,8 @@ def moe_decode(
 ) -> Tensor:
     """`moe` for the 1 to 8 rows of a decode step: x [T, H] -> y [T, H] in x's dtype. Not differentiable.
 
-    residual [T, H] of x's dtype is added to the result. norm [H] is the weight of the RMSNorm that comes before: then
-    the residual, where there is one, is added to x first, and what the layer gives is added to that sum s, or to x.
+    residual [T, H] of x's dtype is added to the result. norm [H] is the weight of an RMSNorm before the layer: then
+    s = x + residual (x without one) is normed, and the layer's result is added to s.
     Raises ValueError for operands that do not fit.
     """
     expect(x.ndim == 2 and 1 <= len(x) <= ROWS, "x [1..8, H]", x)
@@ -143,7 +143,7 @@ def moe_decode_fwd(
     topk: int,
     scale: float,
 ) -> None:
-    """h [T (topk F + Fs)] fp32 is scratch: what lies between the two halves of the launch."""
+    """h [T (topk F + Fs)] fp32 is scratch for the results of SwiGLU, between the two halves of the launch."""
     x, logits, bias, w_gate_up, w_down, shared_gate_up, shared_down = map(
         aligned_copy, (x, logits, bias, w_gate_up, w_down, shared_gate_up, shared_down)
     )
@@ -154,5 +154,5 @@ def moe_decode_fwd(
 
 
 def aligned_copy(t: Tensor | None) -> Tensor | None:
-    """t, or, where it does not start at a multiple of 16 bytes, a copy that does."""
+    """t, or a copy that starts at a multiple of 16 bytes where t does not."""
     return t if t is None or t.data_ptr() % 16 == 0 else t.clone()

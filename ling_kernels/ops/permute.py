@@ -9,7 +9,7 @@ from torch import Tensor
 from ..op import expect, first_derivative_only, op, use_reference
 from .dispatch import Plan
 from .quantize import BLOCK, dense_rows, empty_fp8, launch_quantize, quantize_fwd, quantize_ref, unsupported_rows
-from .unpermute import sum_slots, unpermute_bwd, unpermute_fwd
+from .unpermute import gather_sum, scatter_rows, sum_slots
 
 
 def permute(x: Tensor, plan: Plan) -> Tensor:
@@ -52,7 +52,7 @@ def permute_quantize_ref(x, plan, columns=False, pow2=False):
 
 
 class PermuteRef(torch.autograd.Function):
-    """Autograd's own gradient of an indexing adds the slots of a token in no promised order."""
+    """Autograd's gradient of indexing adds the slots of a token in an unspecified order."""
 
     @staticmethod
     def forward(ctx, x, offsets, slot, source, padded_offsets):
@@ -69,7 +69,7 @@ class Permute(torch.autograd.Function):
     def forward(ctx, x, slot):
         slot = slot.contiguous()
         y = x.new_empty(slot.numel(), x.shape[1])
-        unpermute_bwd(x.contiguous(), None, None, None, slot, y, None)
+        scatter_rows(x.contiguous(), None, None, None, slot, y, None)
         ctx.save_for_backward(slot)
         return y
 
@@ -78,7 +78,7 @@ class Permute(torch.autograd.Function):
     def backward(ctx, dy):
         (slot,) = ctx.saved_tensors
         dx = dy.new_empty(len(slot), dy.shape[1])
-        unpermute_fwd(dy.contiguous(), None, slot, dx)
+        gather_sum(dy.contiguous(), None, slot, dx)
         return dx, None
 
 

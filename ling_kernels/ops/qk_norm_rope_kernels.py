@@ -85,14 +85,13 @@ def qk_norm_rope_fwd_kernel(
     Q_GROUPS: tl.constexpr = (NUM_Q + BLOCK_H - 1) // BLOCK_H
     KV_GROUPS: tl.constexpr = (NUM_KV + BLOCK_H - 1) // BLOCK_H
     H: tl.constexpr = NUM_Q + 2 * NUM_KV
-    if q is None:  # the keys only
+    group = tl.program_id(1)
+    if q is None:  # only the keys
         heads_forward(
-            qkv, k_weight, cos, sin, positions, slots, k, k_cache, T, P, cells, eps, tl.program_id(1), NUM_Q, NUM_KV,
+            qkv, k_weight, cos, sin, positions, slots, k, k_cache, T, P, cells, eps, group, NUM_Q, NUM_KV,
             H, D, HALF, BLOCK_T, BLOCK_H, BLOCK_HALF, BLOCK_REST,
         )  # fmt: skip
-        return
-    group = tl.program_id(1)
-    if group < Q_GROUPS:
+    elif group < Q_GROUPS:
         heads_forward(
             qkv, q_weight, cos, sin, positions, None, q, None, T, P, cells, eps, group, 0, NUM_Q,
             H, D, HALF, BLOCK_T, BLOCK_H, BLOCK_HALF, BLOCK_REST,

@@ -72,9 +72,9 @@ def quantize_weight(w: Tensor, pow2: bool = False, out: tuple[Tensor, Tensor] | 
     if use_reference("quantize_weight", w):
         if out is None:
             return quantize_weight_ref(w, pow2)
-        # expert by expert: on the way the reference has several tensors of w's size
-        for part, *made in zip(w, *out, strict=True) if w.ndim == 3 else ((w, *out),):
-            for to, t in zip(made, quantize_weight_ref(part, pow2), strict=True):
+        # expert by expert, since the reference needs several temporary tensors of its input's size
+        for expert, *expert_out in zip(w, *out, strict=True) if w.ndim == 3 else ((w, *out),):
+            for to, t in zip(expert_out, quantize_weight_ref(expert, pow2), strict=True):
                 to.copy_(t)
         return out
     w = w.detach().contiguous()
@@ -112,13 +112,13 @@ def dequantize(q: Tensor, scale: Tensor) -> Tensor:
 
 
 def row_scale_layout(scale: Tensor) -> Tensor:
-    """scale [M, blocks] with M contiguous and the other stride a multiple of 4 elements, which TMA wants."""
+    """scale [M, blocks] with M contiguous and the other stride a multiple of 4 elements, as TMA requires."""
     M, blocks = scale.shape
     return scale.new_zeros(blocks, round_up(M, 4)).T[:M].copy_(scale)
 
 
 def padded_slots(S: int, E: int) -> int:
-    """Columns of a column-wise copy: enough for any routing of S slots to E experts, known to the host."""
+    """Columns of a column-wise copy: enough for any routing of S slots to E experts, so the host need not ask."""
     return round_up(S + (BLOCK - 1) * min(E, S), BLOCK)
 
 
@@ -136,7 +136,7 @@ def pad_columns(x: Tensor, plan: Plan | None) -> Tensor:
 
 
 def empty_fp8(x: Tensor, M: int, K: int, rows: bool, columns: bool, plan: Plan | None) -> tuple[Tensor | None, ...]:
-    """x_q, x_scale, xt_q, xt_scale for M rows of K on x's device, None for what is not wanted."""
+    """Uninitialised x_q, x_scale (None without rows), xt_q, xt_scale (None without columns) for M rows of K."""
     x_q = x_scale = xt_q = xt_scale = None
     if rows:
         x_q = x.new_empty(M, K, dtype=E4M3)
@@ -151,7 +151,7 @@ def empty_fp8(x: Tensor, M: int, K: int, rows: bool, columns: bool, plan: Plan |
 def tiling(
     M: int, K: int, x_scale: Tensor | None, xt_q: Tensor | None, offsets: Tensor | None, sms: int = 132
 ) -> tuple[tuple, dict]:
-    """Grid, and sizes, of a kernel whose programs own 128 columns and, where xt_q is wanted, 128 rows."""
+    """Grid and arguments of a kernel whose programs each own 128 columns and, with xt_q, 128 rows."""
     M_pad = 0 if xt_q is None else xt_q.shape[1]
     E = 0 if offsets is None else len(offsets) - 1
     tile = config(xt_q is not None, sms)
@@ -163,8 +163,8 @@ def tiling(
 
 
 def config(columns: bool, sms: int) -> dict:
-    """Not measured. An SM needs bandwidth x latency / SMs bytes in flight, 1.4 times as many on an H20 (78 SMs) as on
-    an H200 (132): its programs have twice the rows. A column-wise copy's have its block of 128 anywhere.
+    """Tiles, not measured. An SM needs bandwidth x latency / SMs bytes in flight, 1.4 times as many on an H20 (78 SMs)
+    as on an H200 (132), so programs have twice the rows there. A column-wise copy fixes them at its block of 128.
     """
     if columns:
         return dict(BLOCK_M=BLOCK, num_warps=16)
@@ -222,14 +222,14 @@ def quantize_kernel(
     POW2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     tile, k = tl.program_id(0) // (K // 128), tl.program_id(0) % (K // 128)
-    rows, own, live = tile_rows(tile, M, offsets, padded_offsets, E, BLOCK_M, BLOCK_E)
-    if not live:
+    rows, valid, active = tile_rows(tile, M, offsets, padded_offsets, E, BLOCK_M, BLOCK_E)
+    if not active:
         return
-    lines = rows if source is None else tl.load(source + rows, mask=own, other=0) // topk
-    at = lines.to(tl.int64)[:, None] * ldx + k * 128 + tl.arange(0, 128)[None, :]
-    xs = tl.load(x + at, mask=own[:, None], other=0.0).to(tl.float32)
+    x_rows = rows if source is None else tl.load(source + rows, mask=valid, other=0) // topk
+    elements = x_rows.to(tl.int64)[:, None] * ldx + k * 128 + tl.arange(0, 128)[None, :]
+    xs = tl.load(x + elements, mask=valid[:, None], other=0.0).to(tl.float32)
     if x_q is not None:
-        store_rows(xs, rows, own, k, x_q, x_scale, K, ld_scale, POW2)
+        store_rows(xs, rows, valid, k, x_q, x_scale, K, ld_scale, POW2)
     if xt_q is not None:
         store_columns(xs, tile, k, xt_q, xt_scale, K, M_pad, POW2)
 
@@ -238,8 +238,8 @@ def quantize_kernel(
 def quantize_weight_kernel(w, w_q, w_scale, K, POW2: tl.constexpr):
     block = tl.program_id(0)
     n, k = block // (K // 128) * 128 + tl.arange(0, 128), block % (K // 128) * 128 + tl.arange(0, 128)
-    at = n.to(tl.int64)[:, None] * K + k[None, :]
-    ws = tl.load(w + at).to(tl.float32)
+    elements = n.to(tl.int64)[:, None] * K + k[None, :]
+    ws = tl.load(w + elements).to(tl.float32)
     scale = fp8_scale(fp8_amax(fp8_amax(ws, 1), 0), POW2)
-    tl.store(w_q + at, fp8_round(ws, scale, POW2))
+    tl.store(w_q + elements, fp8_round(ws, scale, POW2))
     tl.store(w_scale + block, scale)

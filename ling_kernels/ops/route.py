@@ -159,8 +159,8 @@ def logits_gradient(ctx, dweights: Tensor, dlse: Tensor | None) -> Tensor:
 
 
 def config() -> dict:
-    """A warp for a token: its reductions need no barrier. Not measured; H200 and H20 have one table, since it is
-    instructions that bind and every SM issues as many.
+    """One warp per token, so that reductions need no barrier. Not measured. The same on H200 and H20: the kernel is
+    bound by instructions, and SMs of both issue equally many.
     """
     return dict(BLOCK_T=1, num_warps=1)
 
@@ -261,29 +261,29 @@ def score_derivative(s):
     return s * (1 - s)
 
 
-LOWEST = tl.constexpr(-(2**31))  # below the key of every number: not there, or taken
+LOWEST = tl.constexpr(-(2**31))  # below the key of every number: no such expert, or already chosen
 HIGHEST = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
 def key_of(x):
-    """fp32 without NaN -> int32 in the same order: whole warps find their maximum in one instruction."""
+    """fp32 without NaN -> int32 in the same order, whose maximum a warp finds in one instruction."""
     bits = x.to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
 def take_best(key, index, AXIS: tl.constexpr):
-    """Along AXIS the largest key, the lowest index that has it, and the keys without that one."""
+    """Along AXIS: the largest key, the lowest index with that key, and the keys with this one set to LOWEST."""
     best = tl.max(key, AXIS)
-    at = tl.min(tl.where(key == tl.expand_dims(best, AXIS), index, HIGHEST), AXIS)
-    return best, at, tl.where(index == tl.expand_dims(at, AXIS), LOWEST, key)
+    best_index = tl.min(tl.where(key == tl.expand_dims(best, AXIS), index, HIGHEST), AXIS)
+    return best, best_index, tl.where(index == tl.expand_dims(best_index, AXIS), LOWEST, key)
 
 
 @triton.jit
 def group_scores(key, p, PER_GROUP: tl.constexpr):
     """Keys [BLOCK_T, BLOCK_G, BLOCK_P] -> the key of the sum of each group's two largest numbers."""
-    first, at, rest = take_best(key, p, 2)
+    first, index, rest = take_best(key, p, 2)
     score = key_of(first).to(tl.float32, bitcast=True)  # key_of is its own inverse
     if PER_GROUP > 1:
         score += key_of(tl.max(rest, 2)).to(tl.float32, bitcast=True)
@@ -303,39 +303,39 @@ def route_kernel(
     expert = lane if BLOCK_P == PER_GROUP else lane // BLOCK_P * PER_GROUP + lane % BLOCK_P
     x = tl.load(row[:, None] + expert[None, :], mask=(t < T)[:, None] & exists[None, :], other=-float("inf"))
 
-    # The biased scores, as torch.nan_to_num(nan=-1e30) makes them
+    # Biased scores; torch.nan_to_num(nan=-1e30) in the reference
     b = score_of(x, row_statistic(x)) + tl.load(bias + expert, mask=exists, other=0.0)[None, :]
     b = tl.where(b != b, -1e30, tl.minimum(tl.maximum(b, -3.4028234663852886e38), 3.4028234663852886e38))
     key = tl.where(exists[None, :], key_of(b), LOWEST)
 
-    # The best groups stay
+    # Keep the best groups
     key = tl.reshape(key, (BLOCK_T, BLOCK_G, BLOCK_P))
     if GROUP_TOPK < GROUPS:
         g = tl.arange(0, BLOCK_G)[None, :]
         score = tl.where(g < GROUPS, group_scores(key, tl.arange(0, BLOCK_P)[None, None, :], PER_GROUP), LOWEST)
         keep = tl.zeros((BLOCK_T, BLOCK_G), tl.int32)
         for _ in tl.static_range(GROUP_TOPK):
-            best, at, score = take_best(score, g, 1)
-            keep = tl.where(g == at[:, None], 1, keep)
+            best, group, score = take_best(score, g, 1)
+            keep = tl.where(g == group[:, None], 1, keep)
         key = tl.where(keep[:, :, None] != 0, key, LOWEST)
     key = tl.reshape(key, (BLOCK_T, BLOCK_G * BLOCK_P))
 
-    # Of their experts the best, in order
+    # Choose the best of their experts, in order
     k = tl.arange(0, BLOCK_K)[None, :]
     chosen = tl.zeros((BLOCK_T, BLOCK_K), tl.int32)
     for i in tl.static_range(TOPK):
-        best, at, key = take_best(key, lane[None, :], 1)
-        chosen = tl.where(k == i, (at // BLOCK_P * PER_GROUP + at % BLOCK_P)[:, None], chosen)
+        best, index, key = take_best(key, lane[None, :], 1)
+        chosen = tl.where(k == i, (index // BLOCK_P * PER_GROUP + index % BLOCK_P)[:, None], chosen)
 
     routed = t < T
     if mask is not None:
         routed &= tl.load(mask + t, mask=t < T, other=0) != 0
-    own = (t < T)[:, None] & (k < TOPK)
-    w = normalised_weights(row, chosen, own & routed[:, None], scale)
-    at = t.to(tl.int64)[:, None] * TOPK + k
-    tl.store(weights + at, w, mask=own)
-    tl.store(experts + at, tl.where(routed[:, None], chosen, -1), mask=own)
-    tl.atomic_add(counts + chosen, 1, mask=own & routed[:, None], sem="relaxed")
+    valid = (t < T)[:, None] & (k < TOPK)
+    w = normalised_weights(row, chosen, valid & routed[:, None], scale)
+    slot = t.to(tl.int64)[:, None] * TOPK + k
+    tl.store(weights + slot, w, mask=valid)
+    tl.store(experts + slot, tl.where(routed[:, None], chosen, -1), mask=valid)
+    tl.atomic_add(counts + chosen, 1, mask=valid & routed[:, None], sem="relaxed")
     if lse is not None:
         tl.store(lse + t, tl.where(routed, log_sum_exp(x), 0.0), mask=t < T)
 
@@ -368,11 +368,11 @@ def route_forced_kernel(
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     row = logits + t.to(tl.int64) * ld
     k = tl.arange(0, BLOCK_K)[None, :]
-    own = (t < T)[:, None] & (k < TOPK)
-    at = t.to(tl.int64)[:, None] * TOPK + k
-    chosen = tl.load(experts + at, mask=own, other=-1)
+    valid = (t < T)[:, None] & (k < TOPK)
+    slot = t.to(tl.int64)[:, None] * TOPK + k
+    chosen = tl.load(experts + slot, mask=valid, other=-1)
     routed = chosen >= 0
-    tl.store(weights + at, normalised_weights(row, chosen, routed, scale), mask=own)
+    tl.store(weights + slot, normalised_weights(row, chosen, routed, scale), mask=valid)
     tl.atomic_add(counts + chosen, 1, mask=routed, sem="relaxed")
     if lse is not None:
         e = tl.arange(0, BLOCK_E)[None, :]
@@ -389,18 +389,18 @@ def route_bwd_kernel(
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     row = logits + t.to(tl.int64) * ld
     k, e = tl.arange(0, BLOCK_K)[None, :], tl.arange(0, BLOCK_E)[None, :]
-    at = t.to(tl.int64)[:, None] * TOPK + k
-    chosen = tl.load(experts + at, mask=(t < T)[:, None] & (k < TOPK), other=-1)
+    slot = t.to(tl.int64)[:, None] * TOPK + k
+    chosen = tl.load(experts + slot, mask=(t < T)[:, None] & (k < TOPK), other=-1)
     routed = chosen >= 0
     s = chosen_scores(row, chosen, routed)
-    dw = tl.load(dweights + at, mask=routed, other=0.0)
+    dw = tl.load(dweights + slot, mask=routed, other=0.0)
     z = tl.sum(s, 1)[:, None] + 1e-20
     d = scale / z * (dw - tl.sum(s * dw, 1)[:, None] / z) * score_derivative(s)
     dx = tl.sum(tl.where(routed[:, :, None] & (chosen[:, :, None] == e[:, None, :]), d[:, :, None], 0.0), 1)
-    own = (t < T)[:, None] & (e < E)
+    valid = (t < T)[:, None] & (e < E)
     if lse is not None:
         routed = tl.load(experts + t.to(tl.int64) * TOPK, mask=t < T, other=-1) >= 0
-        x = tl.load(row[:, None] + e, mask=own, other=0.0)
+        x = tl.load(row[:, None] + e, mask=valid, other=0.0)
         share = tl.exp(x - tl.load(lse + t, mask=t < T, other=0.0)[:, None])
         dx += tl.where(routed[:, None], tl.load(dlse + t, mask=t < T, other=0.0)[:, None] * share, 0.0)
-    tl.store(dlogits + t.to(tl.int64)[:, None] * E + e, dx, mask=own)
+    tl.store(dlogits + t.to(tl.int64)[:, None] * E + e, dx, mask=valid)

@@ -62,8 +62,8 @@ def swiglu_backward(
     """The gradients of y = swiglu(x, weights), x [S, 2F], for dy [S, F]: dx [S, 2F] and dweights [S], or None.
 
     dx is in x's dtype, or with quantize a tuple, its FP8 rows dx_q [S, 2F] and dx_scale [S, 2F/128] and with columns
-    also its column-wise copy, as `quantize` lays them out for that plan: what the FP8 products of the backward pass
-    take, from dx before it is rounded. With a plan's columns, rows past its last expert stay undefined. Not
+    also its column-wise copy, as `quantize` lays them out for that plan, from dx before it is rounded: the operands of
+    the FP8 products of the backward pass. With a plan's columns, rows past its last expert stay undefined. Not
     differentiable. Raises ValueError for shapes that do not fit, and for FP8 where F % 128 != 0.
     """
     expect(x.ndim == 2 and dy.ndim == 2 and x.shape == (len(dy), 2 * dy.shape[1]), "dy [S, F] and x [S, 2F]", dy, x)
@@ -172,9 +172,9 @@ def unsupported_rows(x: Tensor, weights: Tensor | None) -> str | None:
 
 
 def config(F: int, fp8: bool, columns: bool, sms: int) -> dict:
-    """Of the backward kernel, on an H200 (132 SMs) or an H20 (78), where an SM needs 1.4 times the bytes in flight.
+    """Tiles of the backward kernel, not measured. For FP8 the blocks of 128 fix them.
 
-    Blocks of 128 fix the tiles of FP8. Not measured.
+    An SM of an H20 (78 SMs) needs 1.4 times the bytes in flight of one of an H200 (132).
     """
     if fp8:
         return dict(BLOCK_M=32, BLOCK_F=128, num_warps=16 if columns else 4)
@@ -184,9 +184,9 @@ def config(F: int, fp8: bool, columns: bool, sms: int) -> dict:
 
 
 @triton.jit
-def load_gate_up(x, rows, f, own, F):
-    at = x + rows.to(tl.int64)[:, None] * (2 * F) + f[None, :]
-    return tl.load(at, mask=own, other=0.0).to(tl.float32), tl.load(at + F, mask=own, other=0.0).to(tl.float32)
+def load_gate_up(x, rows, f, valid, F):
+    gate = x + rows.to(tl.int64)[:, None] * (2 * F) + f[None, :]
+    return tl.load(gate, mask=valid, other=0.0).to(tl.float32), tl.load(gate + F, mask=valid, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -194,36 +194,36 @@ def swiglu_kernel(
     x, weights, y, y_q, y_scale, yt_q, yt_scale, offsets, padded_offsets, M, K, E, ld_scale, M_pad,
     POW2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    # F is K here: what `quantize` makes of y
+    # K is F: y is quantised as `quantize` quantises x [M, K]
     tile, k = tl.program_id(0) // tl.cdiv(K, 128), tl.program_id(0) % tl.cdiv(K, 128)
-    rows, own, live = tile_rows(tile, M, offsets, padded_offsets, E, BLOCK_M, BLOCK_E)
-    if not live:
+    rows, valid, active = tile_rows(tile, M, offsets, padded_offsets, E, BLOCK_M, BLOCK_E)
+    if not active:
         return
     f = k * 128 + tl.arange(0, 128)
-    fits = own[:, None] & (f < K)[None, :]
-    gate, up = load_gate_up(x, rows, f, fits, K)
+    mask = valid[:, None] & (f < K)[None, :]
+    gate, up = load_gate_up(x, rows, f, mask, K)
     ys = gate * tl.sigmoid(gate) * up
     if weights is not None:
-        ys *= tl.load(weights + rows, mask=own, other=0.0)[:, None]
+        ys *= tl.load(weights + rows, mask=valid, other=0.0)[:, None]
     if y is not None:
-        tl.store(y + rows.to(tl.int64)[:, None] * K + f[None, :], ys, mask=fits)
+        tl.store(y + rows.to(tl.int64)[:, None] * K + f[None, :], ys, mask=mask)
     if y_q is not None:
-        store_rows(ys, rows, own, k, y_q, y_scale, K, ld_scale, POW2)
+        store_rows(ys, rows, valid, k, y_q, y_scale, K, ld_scale, POW2)
     if yt_q is not None:
         store_columns(ys, tile, k, yt_q, yt_scale, K, M_pad, POW2)
 
 
 @triton.jit
-def gradients(dy, x, weights, rows, own, f, F):
+def gradients(dy, x, weights, rows, valid, f, F):
     # With g = dy * weight:  dup = g * silu(gate),  dgate = g * up * sig * (1 + gate * (1 - sig)),
     # dweight = sum over f of dy * silu(gate) * up
-    fits = own[:, None] & (f < F)[None, :]
-    gate, up = load_gate_up(x, rows, f, fits, F)
-    g = tl.load(dy + rows.to(tl.int64)[:, None] * F + f[None, :], mask=fits, other=0.0).to(tl.float32)
+    mask = valid[:, None] & (f < F)[None, :]
+    gate, up = load_gate_up(x, rows, f, mask, F)
+    g = tl.load(dy + rows.to(tl.int64)[:, None] * F + f[None, :], mask=mask, other=0.0).to(tl.float32)
     sig = tl.sigmoid(gate)
     dw = tl.sum(g * gate * sig * up, 1)
     if weights is not None:
-        g *= tl.load(weights + rows, mask=own, other=0.0)[:, None]
+        g *= tl.load(weights + rows, mask=valid, other=0.0)[:, None]
     return g * up * sig * (1 + gate * (1 - sig)), g * gate * sig, dw
 
 
@@ -232,33 +232,33 @@ def swiglu_bwd_kernel(
     dy, x, weights, dx, dweights, dx_q, dx_scale, dxt_q, dxt_scale, offsets, padded_offsets, M, F, E, ld_scale, M_pad,
     POW2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    # With columns a program has 128 rows, which are more than registers hold: it goes over them in parts for what it
-    # writes by rows, and again, when L2 has them, for what it writes by columns.
+    # With columns a program has 128 rows, more than registers hold. It takes them in parts for the outputs by rows,
+    # then reads them again, from L2, for the outputs by columns.
     PARTS: tl.constexpr = 1 if dxt_q is None else 128 // BLOCK_M
     for part in range(tl.program_id(0) * PARTS, (tl.program_id(0) + 1) * PARTS):
-        rows, own, live = tile_rows(part, M, offsets, padded_offsets, E, BLOCK_M, BLOCK_E)
+        rows, valid, active = tile_rows(part, M, offsets, padded_offsets, E, BLOCK_M, BLOCK_E)
         dws = tl.zeros((BLOCK_M,), tl.float32)
-        for f0 in range(0, tl.where(live, F, 0), BLOCK_F):
+        for f0 in range(0, tl.where(active, F, 0), BLOCK_F):
             f = f0 + tl.arange(0, BLOCK_F)
-            dgate, dup, dw = gradients(dy, x, weights, rows, own, f, F)
+            dgate, dup, dw = gradients(dy, x, weights, rows, valid, f, F)
             dws += dw
             if dx is not None:
-                at = dx + rows.to(tl.int64)[:, None] * (2 * F) + f[None, :]
-                fits = own[:, None] & (f < F)[None, :]
-                tl.store(at, dgate, mask=fits)
-                tl.store(at + F, dup, mask=fits)
+                to = dx + rows.to(tl.int64)[:, None] * (2 * F) + f[None, :]
+                mask = valid[:, None] & (f < F)[None, :]
+                tl.store(to, dgate, mask=mask)
+                tl.store(to + F, dup, mask=mask)
             if dx_q is not None:
                 k = tl.cast(f0 // 128, tl.int32)
-                store_rows(dgate, rows, own, k, dx_q, dx_scale, 2 * F, ld_scale, POW2)
-                store_rows(dup, rows, own, k + F // 128, dx_q, dx_scale, 2 * F, ld_scale, POW2)
+                store_rows(dgate, rows, valid, k, dx_q, dx_scale, 2 * F, ld_scale, POW2)
+                store_rows(dup, rows, valid, k + F // 128, dx_q, dx_scale, 2 * F, ld_scale, POW2)
         if weights is not None:
-            tl.store(dweights + rows, dws, mask=own)
+            tl.store(dweights + rows, dws, mask=valid)
     if dxt_q is not None:
         tile = tl.program_id(0)
-        rows, own, live = tile_rows(tile, M, offsets, padded_offsets, E, 128, BLOCK_E)
-        for k in range(0, tl.where(live, F // 128, 0)):
+        rows, valid, active = tile_rows(tile, M, offsets, padded_offsets, E, 128, BLOCK_E)
+        for k in range(0, tl.where(active, F // 128, 0)):
             f = k * 128 + tl.arange(0, 128)
-            dgate, dup, dw = gradients(dy, x, weights, rows, own, f, F)
+            dgate, dup, dw = gradients(dy, x, weights, rows, valid, f, F)
             store_columns(dgate, tile, k, dxt_q, dxt_scale, 2 * F, M_pad, POW2)
-            dgate, dup, dw = gradients(dy, x, weights, rows, own, f, F)
+            dgate, dup, dw = gradients(dy, x, weights, rows, valid, f, F)
             store_columns(dup, tile, k + F // 128, dxt_q, dxt_scale, 2 * F, M_pad, POW2)

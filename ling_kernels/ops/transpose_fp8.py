@@ -1,4 +1,4 @@
-"""The transpose of an FP8 weight, exact: its blocks are square, so data and scales transpose alone."""
+"""The exact transpose of an FP8 weight: its blocks are square, so codes and scales are transposed separately."""
 
 import torch
 import triton
@@ -49,8 +49,8 @@ def transpose_fp8_fwd(w_q: Tensor, w_scale: Tensor, wt_q: Tensor, wt_scale: Tens
 
 
 def config(sms: int) -> dict:
-    """Not measured. A program owns a tile of 128 x 128; with 4 warps more of them fit on an SM than with 8, and each
-    of an H20's 78 SMs wants 1.4 times the bytes in flight of one of an H200's 132.
+    """Not measured. A program owns a tile of 128 x 128. With 4 warps more programs fit on an SM than with 8: an SM of
+    an H20 (78 SMs) needs 1.4 times the bytes in flight of one of an H200 (132).
     """
     return dict(num_warps=8 if sms > 100 else 4)
 

@@ -1,7 +1,7 @@
-"""Device functions of FP8 (e4m3) in Triton: the scale of a block, a tile's codes, and where a tile of rows lies.
+"""Device functions of FP8 (e4m3) in Triton: the scale of a block, a tile's codes, and the rows of a tile.
 
-What they compute is `quantize_blocks` of quantize.py, bit for bit. `x.to(tl.float8e4nv)` alone is its `to_e4m3`: the
-conversion rounds to nearest even, saturates at +-448 and keeps NaN.
+They equal `quantize_blocks` of quantize.py bit for bit. `x.to(tl.float8e4nv)` equals its `to_e4m3`: the conversion
+rounds to nearest even, saturates at +-448 and keeps NaN.
 """
 
 import triton
@@ -37,23 +37,23 @@ def fp8_round(x, scale, POW2: tl.constexpr):
 
 @triton.jit
 def quantize_along(x, AXIS: tl.constexpr, POW2: tl.constexpr):
-    """An fp32 tile of 128 along AXIS -> e4m3 of its shape, and scales without AXIS: one block per line."""
+    """Quantise an fp32 tile of 128 along AXIS: e4m3 of the same shape, and one scale per block, without AXIS."""
     scale = fp8_scale(fp8_amax(x, AXIS), POW2)
     return fp8_round(x, tl.expand_dims(scale, AXIS), POW2), scale
 
 
 @triton.jit
-def store_rows(x, rows, own, k, x_q, x_scale, K, ld_scale, POW2: tl.constexpr):
-    """The k-th 128 columns of the rows that are `own`, into x_q [M, K] and x_scale [M, K/128], strides 1, ld_scale."""
+def store_rows(x, rows, valid, k, x_q, x_scale, K, ld_scale, POW2: tl.constexpr):
+    """Store the k-th 128 columns of the valid rows to x_q [M, K] and x_scale [M, K/128], strides 1 and ld_scale."""
     q, scale = quantize_along(x, 1, POW2)
     columns = k * 128 + tl.arange(0, 128)
-    tl.store(x_q + rows.to(tl.int64)[:, None] * K + columns[None, :], q, mask=own[:, None])
-    tl.store(x_scale + k.to(tl.int64) * ld_scale + rows, scale, mask=own)
+    tl.store(x_q + rows.to(tl.int64)[:, None] * K + columns[None, :], q, mask=valid[:, None])
+    tl.store(x_scale + k.to(tl.int64) * ld_scale + rows, scale, mask=valid)
 
 
 @triton.jit
 def store_columns(x, tile, k, xt_q, xt_scale, K, M_pad, POW2: tl.constexpr):
-    """The same 128 x 128 tile into xt_q [K, M_pad] and xt_scale [K, M_pad/128], strides 1, K; missing rows are zero."""
+    """Store a 128 x 128 tile, transposed, to xt_q [K, M_pad] and xt_scale [K, M_pad/128], strides 1 and K."""
     q, scale = quantize_along(x, 0, POW2)
     columns = (k * 128 + tl.arange(0, 128)).to(tl.int64)
     m = tile * 128 + tl.arange(0, 128)
@@ -63,23 +63,23 @@ def store_columns(x, tile, k, xt_q, xt_scale, K, M_pad, POW2: tl.constexpr):
 
 @triton.jit
 def tile_rows(tile, M, offsets, padded_offsets, E, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr):
-    """(rows, own, live): the rows of x in a tile, which of them exist, and whether the tile is any expert's.
+    """(rows, valid, active): the rows of x in a tile, the mask of existing rows, and whether an expert owns the tile.
 
-    padded_offsets None: tiles of rows as they lie, up to M or, with a plan's offsets, up to its last routed slot.
-    Otherwise `tile` counts 128 columns of a column-wise copy, where every expert's run starts a new tile.
+    padded_offsets None: tiles cover the rows of x up to M or, with a plan's offsets, up to its last routed slot.
+    Otherwise `tile` counts 128 columns of a column-wise copy, in which every expert starts a new tile.
     """
     i = tl.arange(0, BLOCK_M)
     if padded_offsets is None:
         rows = tile * BLOCK_M + i
         end = M if offsets is None else tl.load(offsets + E)
-        live = tile * BLOCK_M < end
+        active = tile * BLOCK_M < end
     else:
         start = tile * BLOCK_M
         e = tl.arange(0, BLOCK_E)
         ends = tl.load(padded_offsets + 1 + e, mask=e < E, other=2147483647)
         expert = tl.sum((ends <= start).to(tl.int32))
-        live = expert < E
-        first = tl.load(offsets + expert, mask=live, other=0)
-        end = tl.load(offsets + expert + 1, mask=live, other=0)
-        rows = first + start - tl.load(padded_offsets + expert, mask=live, other=0) + i
-    return rows, rows < end, live
+        active = expert < E
+        first = tl.load(offsets + expert, mask=active, other=0)
+        end = tl.load(offsets + expert + 1, mask=active, other=0)
+        rows = first + start - tl.load(padded_offsets + expert, mask=active, other=0) + i
+    return rows, rows < end, active

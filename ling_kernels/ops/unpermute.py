@@ -29,7 +29,7 @@ def unpermute_ref(y, plan, weights=None):
 
 
 def sum_slots(y: Tensor, slot: Tensor, weights: Tensor | None = None) -> Tensor:
-    """The definition."""
+    """The definition of unpermute, on slot [T, topk]."""
     total = upcast(y).new_zeros(len(slot), y.shape[1])
     for k in range(slot.shape[1]):
         row = rows_of(y, slot[:, k])
@@ -38,14 +38,14 @@ def sum_slots(y: Tensor, slot: Tensor, weights: Tensor | None = None) -> Tensor:
 
 
 def rows_of(y: Tensor, slot: Tensor) -> Tensor:
-    """y[slot] widened, and zeros for slot -1."""
+    """y[slot] in fp32 (fp64 stays), and zeros for slot -1."""
     if not len(y):
         return upcast(y).new_zeros(len(slot), y.shape[1])
     return upcast(y[slot.clamp(min=0).long()]).masked_fill((slot < 0)[:, None], 0)
 
 
 class UnpermuteRef(torch.autograd.Function):
-    """Every row of y has one reader, so its gradient is a gather, not the topk scatters autograd would make."""
+    """Each row of y is read once, so its gradient is one gather; autograd would make topk scatters."""
 
     @staticmethod
     def forward(ctx, y, weights, offsets, slot, source):
@@ -75,7 +75,7 @@ class Unpermute(torch.autograd.Function):
         y, slot = y.contiguous(), slot.contiguous()
         weights = weights if weights is None else weights.contiguous()
         out = y.new_empty(len(slot), y.shape[1])
-        unpermute_fwd(y, weights, slot, out)
+        gather_sum(y, weights, slot, out)
         ctx.save_for_backward(y if weights is not None else None, weights, offsets, slot)
         ctx.S = len(y)
         return out
@@ -86,13 +86,13 @@ class Unpermute(torch.autograd.Function):
         y, weights, offsets, slot = ctx.saved_tensors
         dy = dout.new_empty(ctx.S, dout.shape[1])
         dweights = None if weights is None else torch.empty_like(weights)
-        unpermute_bwd(dout.contiguous(), weights, y, offsets, slot, dy, dweights)
+        scatter_rows(dout.contiguous(), weights, y, offsets, slot, dy, dweights)
         return dy, dweights, None, None
 
 
 def config(H: int, sms: int) -> dict:
-    """One program holds a token's whole row. Not measured. An SM needs bandwidth x latency / SMs bytes in flight, 1.4
-    times as many on an H20 (78 SMs) as on an H200 (132): its threads have twice as many elements each.
+    """A program holds a token's whole row; not measured. An SM needs bandwidth x latency / SMs bytes in flight, 1.4
+    times as many on an H20 (78 SMs) as on an H200 (132), so its threads hold twice as many elements.
     """
     BLOCK_H = triton.next_power_of_2(H)
     return dict(BLOCK_H=BLOCK_H, num_warps=min(max(BLOCK_H // (512 if sms > 100 else 1024), 1), 8))
@@ -103,36 +103,41 @@ def unsupported(rows, *others) -> str | None:
 
 
 @op("out", cuda=unsupported)
-def unpermute_fwd(y: Tensor, weights: Tensor | None, slot: Tensor, out: Tensor) -> None:
+def gather_sum(y: Tensor, weights: Tensor | None, slot: Tensor, out: Tensor) -> None:
     T, H = out.shape
-    if out.numel():  # a product and a sum are rounded one by one, as in the reference
+    """out[t] = sum over k of weights[t, k] * y[slot[t, k]]; also the gradient of `permute`, without weights."""
+    if out.numel():  # no fused multiply-add: products and sums are rounded one by one, as in the reference
         chosen = config(H, multiprocessors(y.device))
-        unpermute_kernel[(T,)](y, weights, slot, out, H, TOPK=slot.shape[1], enable_fp_fusion=False, **chosen)
+        gather_sum_kernel[(T,)](y, weights, slot, out, H, TOPK=slot.shape[1], enable_fp_fusion=False, **chosen)
 
 
-@op("dy", "dweights", cuda=unsupported)
-def unpermute_bwd(
-    dout: Tensor,
+@op("out", "dots", cuda=unsupported)
+def scatter_rows(
+    x: Tensor,
     weights: Tensor | None,
     y: Tensor | None,
     offsets: Tensor | None,
     slot: Tensor,
-    dy: Tensor,
-    dweights: Tensor | None,
+    out: Tensor,
+    dots: Tensor | None,
 ) -> None:
-    """Without offsets, rows of dy that no token owns are left alone; then, and without weights, this is `permute`."""
-    T, H = dout.shape
-    if dout.numel():
+    """out[slot[t, k]] = weights[t, k] * x[t], and dots[t, k] = the inner product of y[slot[t, k]] and x[t].
+
+    This is `permute`, and the backward of unpermute for x = dout. With offsets, rows of out past the last expert's
+    become 0; otherwise they are left alone.
+    """
+    T, H = x.shape
+    if x.numel():
         E = 0 if offsets is None else len(offsets) - 1
         topk = slot.shape[1]
-        unpermute_bwd_kernel[(T,)](
-            dout, weights, y, offsets, slot, dy, dweights, H, E,
-            TOPK=topk, BLOCK_K=triton.next_power_of_2(topk), **config(H, multiprocessors(dout.device)),
+        scatter_rows_kernel[(T,)](
+            x, weights, y, offsets, slot, out, dots, H, E,
+            TOPK=topk, BLOCK_K=triton.next_power_of_2(topk), **config(H, multiprocessors(x.device)),
         )  # fmt: skip
 
 
 @triton.jit
-def unpermute_kernel(y, weights, slot, out, H, TOPK: tl.constexpr, BLOCK_H: tl.constexpr):
+def gather_sum_kernel(y, weights, slot, out, H, TOPK: tl.constexpr, BLOCK_H: tl.constexpr):
     t = tl.program_id(0).to(tl.int64)
     h = tl.arange(0, BLOCK_H)
     total = tl.zeros((BLOCK_H,), tl.float32)
@@ -146,28 +151,28 @@ def unpermute_kernel(y, weights, slot, out, H, TOPK: tl.constexpr, BLOCK_H: tl.c
 
 
 @triton.jit
-def unpermute_bwd_kernel(
-    dout, weights, y, offsets, slot, dy, dweights, H, E,
+def scatter_rows_kernel(
+    x, weights, y, offsets, slot, out, dots, H, E,
     TOPK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     h = tl.arange(0, BLOCK_H)
-    d = tl.load(dout + t * H + h, mask=h < H, other=0.0)
+    d = tl.load(x + t * H + h, mask=h < H, other=0.0)
 
-    # All reads come before the first write, which might be to the same place for all the compiler knows
-    if dweights is not None:
+    # All reads come before the first write: the compiler cannot exclude that they alias
+    if dots is not None:
         choice = tl.arange(0, BLOCK_K)
-        dots = tl.zeros((BLOCK_K,), tl.float32)
+        products = tl.zeros((BLOCK_K,), tl.float32)
         for k in tl.static_range(TOPK):
             s = tl.load(slot + t * TOPK + k).to(tl.int64)
             row = tl.load(y + s * H + h, mask=(s >= 0) & (h < H), other=0.0).to(tl.float32)
-            dots = tl.where(choice == k, tl.sum(row * d.to(tl.float32)), dots)
-        tl.store(dweights + t * TOPK + choice, dots, mask=choice < TOPK)
+            products = tl.where(choice == k, tl.sum(row * d.to(tl.float32)), products)
+        tl.store(dots + t * TOPK + choice, products, mask=choice < TOPK)
 
     for k in tl.static_range(TOPK):
         s = tl.load(slot + t * TOPK + k).to(tl.int64)
-        dys = d if weights is None else d.to(tl.float32) * tl.load(weights + t * TOPK + k)
-        tl.store(dy + s * H + h, dys, mask=(s >= 0) & (h < H))
-        if offsets is not None:  # T * TOPK rows, TOPK a program: those past the last expert's get 0
+        scaled = d if weights is None else d.to(tl.float32) * tl.load(weights + t * TOPK + k)
+        tl.store(out + s * H + h, scaled, mask=(s >= 0) & (h < H))
+        if offsets is not None:  # each program checks TOPK of the T * TOPK rows, and zeroes those of no expert
             unowned = t * TOPK + k >= tl.load(offsets + E)
-            tl.store(dy + (t * TOPK + k) * H + h, tl.zeros((BLOCK_H,), dy.dtype.element_ty), mask=unowned & (h < H))
+            tl.store(out + (t * TOPK + k) * H + h, tl.zeros((BLOCK_H,), out.dtype.element_ty), mask=unowned & (h < H))

@@ -47,7 +47,7 @@ def new_run(settings: Settings, out: str | Path | None = None, restart: bool = F
     settings = absolute_paths(settings)
     config, weights = model_config(settings)
     check(settings, config)
-    settings, device = choose(settings)
+    settings, device = choose_device_and_threads(settings)
     tokenizer = load_tokenizer(settings.tokenizer or own_tokenizer(weights))
     fits_vocabulary(tokenizer, config, settings)
     if not weights:
@@ -68,7 +68,7 @@ def resumed_run(resume: str | Path, changes: dict) -> Run:
     check(settings, config)
     if settings.steps < state["step"]:
         raise InputError(f"--steps {settings.steps}: {checkpoint} has done {state['step']} already")
-    settings, device = choose(settings)
+    settings, device = choose_device_and_threads(settings)
     tokenizer = load_tokenizer(checkpoint)
     fits_vocabulary(tokenizer, config, settings)
     check_memory(config, settings, device[0])
@@ -76,7 +76,7 @@ def resumed_run(resume: str | Path, changes: dict) -> Run:
     return write_settings(run)
 
 
-def choose(settings: Settings) -> tuple[Settings, tuple[torch.device, str, torch.dtype]]:
+def choose_device_and_threads(settings: Settings) -> tuple[Settings, tuple[torch.device, str, torch.dtype]]:
     """The settings with the number of CPU threads, which is set; device, its name and the precision."""
     device = choose_device(settings)
     settings = replace(settings, threads=settings.threads or torch.get_num_threads())
@@ -100,12 +100,14 @@ def absolute_changes(changes: dict) -> dict:
 
 
 def absolute_paths(settings: Settings) -> Settings:
-    paths = {name: getattr(settings, name) for name in ("data", "tokenizer", "model")}
-    return replace(settings, **absolute_changes({name: value for name, value in paths.items() if value is not None}))
+    names = ("data", "tokenizer", "model")
+    return replace(settings, **{name: absolute(name, getattr(settings, name)) for name in names})
 
 
 def absolute(name: str, value):
-    if name == "data" and value is not None:
+    if value is None:
+        return None
+    if name == "data":
         return tuple(os.path.abspath(v) for v in ([value] if isinstance(value, str | Path) else value))
     if name == "tokenizer" or (name == "model" and value not in PRESETS and os.path.isdir(value)):
         return os.path.abspath(value)

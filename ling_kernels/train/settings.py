@@ -123,6 +123,10 @@ class Settings:
     )
     threads: int | None = flag(None, "CPU threads", least=1, shown="one per core")
 
+    def __post_init__(self):
+        if self.fp8_transposed == "per_step":  # the old name, for one version
+            object.__setattr__(self, "fp8_transposed", "kept")
+
     @property
     def ramp(self) -> tuple[int, int] | None:
         return parse_ramp(self.batch_ramp) if self.batch_ramp else None
@@ -167,7 +171,6 @@ def settings_of(options: dict, saved: dict | None = None) -> Settings:
         raise InputError(f"there is no setting {', '.join(sorted(unknown))}")
     if options.get("fp8_transposed") == "per_step":
         print("warning: --fp8-transposed per_step is deprecated and means kept", file=sys.stderr)
-        options["fp8_transposed"] = "kept"
     if saved is None:
         return Settings(**(MODEL_DEFAULTS.get(options.get("model"), {}) | options))
     before = from_json(saved)
@@ -189,8 +192,6 @@ def to_json(settings: Settings) -> dict:
 
 def from_json(saved: dict) -> Settings:
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
-    if values.get("fp8_transposed") == "per_step":  # its old name
-        values["fp8_transposed"] = "kept"
     if unknown := values.keys() - {f.name for f in fields(Settings)}:
         raise InputError(f"the run has settings that this version does not know: {', '.join(sorted(unknown))}")
     return Settings(**values)

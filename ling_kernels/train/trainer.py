@@ -52,7 +52,9 @@ class Trainer:
 
     A step takes `settings.batch` rows of `settings.seq_len` tokens: documents packed end to end, ids [rows, seq_len]
     int64 with cu_seqlens [n + 1] int32, so that attention stays within a document. Equal settings give equal bits,
-    and a resumed run has the bits of one that was never interrupted.
+    and a resumed run has the bits of one that was never interrupted. The folder gets settings.json, data/ and
+    checkpoints/; metrics.jsonl, expert_load.jsonl, fp8.jsonl and plots are written by the command's loop (`report`).
+    With fp8_watch a resumed run reads earlier measurements from fp8.jsonl, so a custom loop should keep a `Report`.
 
     Args:
       settings: see `Settings`; the help of `python -m ling_kernels.train` describes each. The model's data is tokenised

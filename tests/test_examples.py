@@ -1,0 +1,65 @@
+"""The scripts in examples/ run, and what they show holds."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ling_kernels.model import load_model
+from ling_kernels.train import Trainer
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+TESTED = {"own_training_loop", "generate", "transformers_moe", "train_on_your_text"}
+
+
+def run(monkeypatch, name: str, *args) -> dict:
+    """The script's global variables after `python examples/name.py args`."""
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, args)])
+    return runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+
+
+def test_every_example_is_tested():
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == TESTED
+
+
+def test_own_training_loop(monkeypatch):
+    losses = run(monkeypatch, "own_training_loop")["losses"]
+    assert losses[0] > 4 and losses[-1] < 1.5  # nats; 4.85 is a uniform guess among 128
+
+
+def test_generate(monkeypatch, capsys):
+    """The stream's text is the model's own greedy continuation."""
+    seen = run(monkeypatch, "generate")
+    ids = torch.tensor([seen["ids"]])
+    greedy = seen["model"].generate(ids, max_new_tokens=seen["length"])[0].tolist()
+    printed = capsys.readouterr().out
+    assert len(greedy) > ids.shape[1] and seen["tokenizer"].decode(greedy) in printed
+    assert len(seen["outputs"]) == 2 and all(0 < len(output) <= seen["length"] for output in seen["outputs"])
+
+
+def test_transformers_moe(monkeypatch):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    seen = run(monkeypatch, "transformers_moe")
+    blocks = [m for m in seen["model"].modules() if isinstance(m, seen["Block"])]
+    assert len(blocks) == seen["replaced"] == 1
+    assert blocks[0].moe.router.counts.sum() == seen["ids"].numel() * 2  # tokens x experts per token: it ran
+    for before, after in zip(seen["before"], seen["after"], strict=True):
+        assert before.abs().max() > 0.1
+        torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
+
+
+def test_train_on_your_text(monkeypatch, tmp_path, capsys):
+    (tmp_path / "texts").mkdir()
+    documents = [{"text": f"A router sends token {i} to expert {i % 7}, which lies in group {i % 3}. " * 6}
+                 for i in range(12)]  # fmt: skip
+    (tmp_path / "texts" / "some.jsonl").write_text("".join(json.dumps(d) + "\n" for d in documents))
+    seen = run(monkeypatch, "train_on_your_text", tmp_path / "texts", tmp_path / "out", 20)
+    assert seen["start"] > 5 and seen["end"] < 3.5  # nats; 5.77 is a uniform guess among 320
+    assert "step 20: loss" in capsys.readouterr().out
+    assert 0 < len(seen["continuation"]) <= 20
+    weights = load_model(tmp_path / "out" / "model", dtype=torch.float32).word_embeddings.weight
+    torch.testing.assert_close(weights, seen["trainer"].model.word_embeddings.weight, rtol=1e-2, atol=1e-4)  # as bf16
+    assert Trainer.resume(tmp_path / "out").progress.step == 20
