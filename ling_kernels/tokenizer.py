@@ -109,10 +109,9 @@ class Tokenizer:
         with lone surrogates.
         """
         if special and isinstance(text, ChatText) and text.parts is not None:
-            ids = []
-            for part, control in text.parts:
-                ids += [self.control_tokens[part]] if control else self._encode_content(part)
-            return ids
+            control = self.control_tokens
+            pieces = ([control[part]] if own else self._encode_content(part) for part, own in text.parts)
+            return [i for piece in pieces for i in piece]
         try:
             data = text.encode()
         except UnicodeEncodeError as error:
