@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ling_kernels.backend import _C, force
 from ling_kernels.op import E4M3
-from ling_kernels.ops.adamw_8bit import adamw_8bit, adamw_8bit_ref, adamw_8bit_state
+from ling_kernels.ops.adamw_8bit import Moments, adamw_8bit, adamw_8bit_ref, adamw_8bit_state
 from ling_kernels.ops.attention import attention, attention_ref
 from ling_kernels.ops.attention_decode import KVCache, append, attention_decode, attention_decode_ref
 from ling_kernels.ops.balance_bias import balance_bias_, balance_bias_ref
@@ -300,11 +300,13 @@ def writing(fn: Callable, *written: int) -> Callable:
     return call
 
 
-def adamw_args(rand, sizes, seed=None, clip=None, skip=None, fp8=False):
+def adamw_args(rand, sizes, seed=None, clip=None, skip=None, fp8=False, fp32_moments=False):
     """sizes: numbers of elements, or shapes. clip, skip: the scalars grad_scale and found_inf."""
     shapes = [(n,) if isinstance(n, int) else n for n in sizes]
     params, grads, earlier = (tuple(rand.data(*n) for n in shapes) for _ in range(3))
     state = tuple(adamw_8bit_state(params))
+    if fp32_moments:
+        state = tuple(Moments(s.m.float(), None, s.v.float(), None) for s in state)
     adamw_8bit_ref(params, earlier, state, 0.1, (0.9, 0.95), 0.01, 0.1, 1)
     clip, skip = (None if x is None else torch.tensor(x, device=DEVICE) for x in (clip, skip))
     copies = tuple(quantize_weight(p) for p in params) if fp8 else None
@@ -427,11 +429,12 @@ CASES = [
     Case(
         writing(adamw_8bit, 0, 2, 11), writing(adamw_8bit_ref, 0, 2, 11), adamw_args,
         [dict(sizes=()), dict(sizes=(0, 1, 256, 257)), dict(sizes=(300,), skip=1.0),
-         dict(sizes=(33000,), seed=5, clip=1.7, skip=0.0),
+         dict(sizes=(33000,), seed=5, clip=1.7, skip=0.0), dict(sizes=(1, 700), seed=8, fp32_moments=True),
          dict(sizes=((2, 128, 512), (128, 384)), seed=6, clip=1.3, fp8=True), dict(sizes=(2048 * 1024,) * 64)],
         exact=True, backends=("torch", "triton"),
         hopper=[dict(sizes=(4096,), clip=1.0, skip=0.0),
-                dict(sizes=((2048, 2048),), seed=7, clip=1.0, skip=0.0, fp8=True)],
+                dict(sizes=((2048, 2048),), seed=7, clip=1.0, skip=0.0, fp8=True),
+                dict(sizes=(4096,), seed=7, clip=1.0, skip=0.0, fp32_moments=True)],
     ),
     Case(
         attention, attention_ref, attention_args,

@@ -263,6 +263,42 @@ def test_zero_moments_are_zero():
         assert not dequantize_moment(codes, scale, dynamic_map(signed)).any()
 
 
+@pytest.mark.parametrize("kind, master", [("adamw8bit", "fp32"), ("adamw8bit", "bf16"), ("muon", "bf16")])
+def test_embedding_and_head_keep_fp32_moments(kind, master):
+    """Rows without gradients move by one learning rate at most after a step with; bf16 masters on the mean."""
+    model = model_with_gradients(master)
+    rows = model.word_embeddings.weight, model.lm_head.weight
+    optimizer = make_optimizer(model, kind, 1e-2, 0.0)
+    start = [w.detach().clone().float() for w in rows]
+    for share in (torch.logspace(-5, 0, rows[0].shape[1], device=DEVICE), 0.0, 0.0):
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        for w in rows:
+            w.grad += torch.as_tensor(share, dtype=w.dtype)
+        step(optimizer)
+    size = 1e-2 * sum(
+        (0.9**t * 0.1 / (1 - 0.9 ** (t + 1))) / (0.95**t * 0.05 / (1 - 0.95 ** (t + 1))) ** 0.5 for t in range(3)
+    )
+    for w, before in zip(rows, start, strict=True):
+        assert {optimizer.state[w][k].dtype for k in ("m", "v")} == {torch.float32}
+        assert not any("scale" in k for k in optimizer.state[w])
+        moved = (before - w.detach().float()).mean(0)  # over hundreds of rows
+        torch.testing.assert_close(moved, torch.full_like(moved, size), rtol=0.02, atol=0)
+    assert optimizer.state[model.layers[1].mlp.router.weight]["m"].dtype == torch.uint8
+
+
+def test_moments_of_8_bits_that_were_loaded_stay():
+    """A run whose embedding had 8-bit moments goes on with them."""
+    model = model_with_gradients("bf16")
+    old = AdamW8bit([*model.parameters()], 1e-2)
+    step(old)
+    new = AdamW8bit([*model.parameters()], 1e-2, fp32_moments=[model.lm_head.weight])
+    new.load_state_dict(old.state_dict())
+    step(new)
+    assert new.state[model.lm_head.weight]["m"].dtype == torch.uint8
+    assert new.state[model.lm_head.weight]["step"].item() == 2
+
+
 def test_muon_updates_each_expert_on_its_own():
     model = model_with_gradients()
     optimizer = make_optimizer(model, "muon", 1e-2, 0.0)

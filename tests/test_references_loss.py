@@ -6,9 +6,10 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ling_kernels import adamw_8bit, cross_entropy, grad_norm, linear_cross_entropy
+from ling_kernels.backend import force
 from ling_kernels.ops.adamw_8bit import Moments, adamw_8bit_state, dequantize_moment, dynamic_map, quantize_moment
 from ling_kernels.ops.linear_cross_entropy import linear_cross_entropy_fwd
-from tests.cases import DEVICE, Rand, targets_of
+from tests.cases import DEVICE, Rand, runs, targets_of
 
 FP32, FP64, BF16 = torch.float32, torch.float64, torch.bfloat16
 BETAS = (0.9, 0.95)
@@ -182,6 +183,48 @@ def test_adamw_8bit_follows_adamw():
         true = torch_adamw.state[theirs][true].flatten()
         got = dequantize_moment(moment, scale, dynamic_map(signed, scale.device))
         assert (got - true).norm() < 0.05 * true.norm()
+
+
+def uneven_gradients(seed, steps=12, n=512):
+    """Gradients of very different sizes in a block; by seed, also most of them 0, all of them in two steps of three, or
+    another size in each step."""
+    g = torch.Generator().manual_seed(seed)
+    size = 10 ** (-9 * torch.rand(1, generator=g) * torch.rand(n, generator=g))
+    for step in range(steps):
+        here = torch.rand(n, generator=g) < 0.2, torch.tensor(step % 3 == 0), 10 ** (-4 * torch.rand(1, generator=g))
+        yield (torch.randn(n, generator=g) * size * (*here, 1)[seed % 4]).to(DEVICE)
+
+
+@pytest.mark.parametrize("backend", [b for b in ("torch", "triton") if runs(b)])
+@pytest.mark.parametrize("seed", range(8))
+def test_adamw_8bit_moves_no_element_far(seed, backend):
+    """At most twice as far as fp32 moments move any element in a step; fp32 moments without scales move it equally."""
+    p, wide = (torch.zeros(512, device=DEVICE) for _ in range(2))
+    q = torch.zeros(512, device=DEVICE, requires_grad=True)
+    (zero,) = state = adamw_8bit_state([p])
+    fp32_state = [Moments(torch.zeros_like(p), None, torch.zeros_like(p), None)]
+    settings = 1.0, BETAS, 1e-8, 0.0
+    torch_adamw = torch.optim.AdamW([q], lr=1.0, betas=BETAS, eps=1e-8, weight_decay=0.0)
+    farthest = allowed = 0.0
+    for step, q.grad in enumerate(uneven_gradients(seed), 1):
+        before = p.clone(), q.detach().clone()
+        with force(backend):
+            adamw_8bit([p], [q.grad], state, *settings, step)
+            adamw_8bit([wide], [q.grad], fp32_state, *settings, step)
+        torch_adamw.step()
+        farthest = max(farthest, (p - before[0]).abs().max().item())
+        allowed = max(allowed, 2 * (q.detach() - before[1]).abs().max().item())
+        assert not ((zero.v == 0) & (q.grad.square() > 0)).any()
+    assert 0 < farthest < allowed
+    torch.testing.assert_close(wide, q.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_tiny_moments_keep_their_size():
+    """The scale of a block of moments may be any normal number."""
+    for size in (1e-31, 1e-35, 1e-37):
+        x = torch.full((4,), size, device=DEVICE)
+        table = dynamic_map(False, x.device)
+        torch.testing.assert_close(dequantize_moment(*quantize_moment(x, table), table), x, atol=0, rtol=1e-6)
 
 
 def test_adamw_8bit_decays_apart_from_the_moments():

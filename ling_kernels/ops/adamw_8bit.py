@@ -1,8 +1,8 @@
 """AdamW with moments in 8 bits a value, in the format of bitsandbytes (arXiv 2110.02861).
 
 A block of 256 values has one scale, its largest absolute value, and one code per value: the index of the nearest of 256
-numbers in [-1, 1] (m) or [0, 1] (v), half as many in each decade towards 0, see `dynamic_map`. The update is that of
-torch.optim.AdamW:
+numbers in [-1, 1] (m) or [0, 1] (v), half as many in each decade towards 0, see `dynamic_map`. A v above 0 never gets
+the code of 0: with m beside it, the update would be m / eps. The update is that of torch.optim.AdamW:
 m = b1 m + (1 - b1) g,  v = b2 v + (1 - b2) g^2,
 p = p (1 - lr wd) - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps).
 The same pass over p can also round it stochastically to bf16 (up with a probability equal to the discarded fraction)
@@ -26,15 +26,17 @@ from .triton_fp8 import fp8_round, fp8_scale
 BLOCK = 256
 CHUNK = 1 << 20  # elements that the reference converts to fp32 at a time
 MASK = 0xFFFFFFFF
+TINY = torch.finfo(torch.float32).tiny  # divides the values of a block of zeros
 
 
 class Moments(NamedTuple):
-    """The moments of one parameter with n elements; a moment is map[code] * scale of its block."""
+    """The moments of one parameter with n elements; a moment is map[code] * scale of its block. Without scales, m and v
+    are the moments themselves, in fp32."""
 
-    m: Tensor  # [n] uint8
-    m_scale: Tensor  # [ceil(n / 256)] fp32
-    v: Tensor  # [n] uint8
-    v_scale: Tensor  # [ceil(n / 256)] fp32
+    m: Tensor  # [n] uint8, or fp32
+    m_scale: Tensor | None  # [ceil(n / 256)] fp32
+    v: Tensor  # [n] uint8, or fp32
+    v_scale: Tensor | None  # [ceil(n / 256)] fp32
 
 
 def adamw_8bit(
@@ -52,7 +54,8 @@ def adamw_8bit(
     fp8: Sequence[tuple[Tensor, Tensor] | None] | None = None,
     pow2: bool = False,
 ) -> None:
-    """AdamW step number `step` (from 1 on), in place in params and in their state from `adamw_8bit_state`.
+    """AdamW step number `step` (from 1 on), in place in params and in their state: that of `adamw_8bit_state`, or
+    Moments(m, None, v, None) with fp32 moments.
 
     Arithmetic in fp32, with the new moments before they are rounded to 8 bits. params are contiguous, fp32 or bf16;
     grads have their shapes. step may be a tensor [len(params)] on the device. grad_scale and found_inf are scalars on
@@ -72,8 +75,11 @@ def adamw_8bit(
         n, blocks = p.numel(), -(-p.numel() // BLOCK)
         expect(p.is_floating_point() and g.is_floating_point() and g.shape == p.shape, "grads as params", p, g)
         expect(p.is_contiguous(), "contiguous params", p)
-        expect(s.m.shape == s.v.shape == (n,) and s.m_scale.shape == s.v_scale.shape == (blocks,)
-               and s.m.dtype == s.v.dtype == torch.uint8, "the state of adamw_8bit_state(params)", p, *s)  # fmt: skip
+        codes = s.m_scale is not None and s.v_scale is not None
+        fits = s.m_scale.shape == s.v_scale.shape == (blocks,) if codes else s.m_scale is s.v_scale is None
+        expect(fits and s.m.shape == s.v.shape == (n,)
+               and s.m.dtype == s.v.dtype == (torch.uint8 if codes else torch.float32),
+               "the state of adamw_8bit_state(params), or fp32 moments without scales", p, *s)  # fmt: skip
         expect(copy is None or copy[0].shape == p.shape and copy[0].dtype == E4M3, "fp8 as quantize_weight(p)", p, copy)
     if not params:
         return
@@ -116,7 +122,8 @@ def adamw_8bit_ref(params, grads, state, lr, betas, eps, weight_decay, step,
         for start in range(0, p.numel(), CHUNK):
             now = slice(start, start + CHUNK)
             blocks = slice(start // BLOCK, (start + CHUNK) // BLOCK)
-            old = flat_p[now], s.m[now], s.m_scale[blocks], s.v[now], s.v_scale[blocks]
+            m_scale, v_scale = (t if t is None else t[blocks] for t in (s.m_scale, s.v_scale))
+            old = flat_p[now], s.m[now], m_scale, s.v[now], v_scale
             g, w = upcast(flat_g[now]), upcast(old[0])
             g = g if grad_scale is None else g / grad_scale
             m = b1 * dequantize_moment(*old[1:3], signed) + (1 - b1) * g
@@ -126,9 +133,12 @@ def adamw_8bit_ref(params, grads, state, lr, betas, eps, weight_decay, step,
             w = w * (1 - lr * weight_decay) - lr * update
             if seed is not None and p.dtype == torch.bfloat16:
                 w = round_stochastically(w, keys[i], start)
-            new = w.to(p.dtype), *quantize_moment(m, signed), *quantize_moment(v, unsigned)
+            m = (m, None) if m_scale is None else quantize_moment(m, signed)
+            v = (v, None) if v_scale is None else quantize_moment(v, unsigned)
+            new = w.to(p.dtype), *m, *v
             for a, b in zip(old, new, strict=True):
-                a.copy_(b if found_inf is None else torch.where(found_inf != 0, a, b.to(a.dtype)))
+                if a is not None:
+                    a.copy_(b if found_inf is None else torch.where(found_inf != 0, a, b.to(a.dtype)))
         if fp8 and fp8[i]:
             quantize_weight(p, pow2, fp8[i])
 
@@ -201,18 +211,19 @@ def quantize_moment(x: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
     """x [n] -> codes [n] uint8 and scale [ceil(n / 256)]."""
     blocks = F.pad(x, (0, -len(x) % BLOCK)).view(-1, BLOCK)
     scale = blocks.abs().amax(1)
-    unit = blocks / scale.clamp(min=1e-30)[:, None]
+    unit = blocks / scale.clamp(min=TINY)[:, None]
     codes = torch.bucketize(unit.float(), midpoints(table))
+    codes = torch.maximum(codes, (blocks > 0).long())  # v > 0 never becomes 0, the code 0; m > 0 has codes above 126
     return codes.to(torch.uint8).flatten()[: len(x)], scale
 
 
-def dequantize_moment(codes: Tensor, scale: Tensor, table: Tensor) -> Tensor:
-    return table[codes.long()] * scale.repeat_interleave(BLOCK)[: len(codes)]
+def dequantize_moment(codes: Tensor, scale: Tensor | None, table: Tensor) -> Tensor:
+    return codes if scale is None else table[codes.long()] * scale.repeat_interleave(BLOCK)[: len(codes)]
 
 
 @op("p", "m", "m_scale", "v", "v_scale", "w_q", "w_scale")
 def adamw_8bit_fwd(
-    p: Tensor, g: Tensor, m: Tensor, m_scale: Tensor, v: Tensor, v_scale: Tensor, w_q: Tensor | None,
+    p: Tensor, g: Tensor, m: Tensor, m_scale: Tensor | None, v: Tensor, v_scale: Tensor | None, w_q: Tensor | None,
     w_scale: Tensor | None, tables: Tensor, corrections: Tensor, key: Tensor | None, grad_scale: Tensor | None,
     found_inf: Tensor | None, lr: float, b1: float, b2: float, eps: float, weight_decay: float, pow2: bool,
 ) -> None:  # fmt: skip
@@ -220,7 +231,7 @@ def adamw_8bit_fwd(
     if not p.numel():
         return
     ld = 1 if w_q is None else p.shape[-1] // BLOCK
-    grid = (triton.cdiv(m_scale.numel(), TILE),)
+    grid = (triton.cdiv(p.numel(), BLOCK * TILE),)
     adamw_8bit_kernel[grid](
         p, g, m, m_scale, v, v_scale, w_q, w_scale, tables, corrections, key, grad_scale, found_inf, p.numel(), ld,
         lr, 1 - lr * weight_decay, b1, 1 - b1, b2, 1 - b2, eps, POW2=pow2, num_warps=16, enable_fp_fusion=False,
@@ -248,10 +259,8 @@ def adamw_8bit_kernel(
         grad = tl.load(g + at, mask=inside, other=0.0).to(tl.float32)
         if grad_scale is not None:
             grad = tl.div_rn(grad, tl.load(grad_scale).to(tl.float32))
-        old_m = tl.load(tables + tl.load(m + at, mask=inside, other=0).to(tl.int32))
-        old_v = tl.load(tables + 512 + tl.load(v + at, mask=inside, other=0).to(tl.int32))
-        new_m = b1 * (old_m * tl.load(m_scale + block, mask=exists, other=0.0)[:, None]) + rest1 * grad
-        new_v = b2 * (old_v * tl.load(v_scale + block, mask=exists, other=0.0)[:, None]) + rest2 * (grad * grad)
+        new_m = b1 * load_moment(m, m_scale, at, block, inside, exists, tables) + rest1 * grad
+        new_v = b2 * load_moment(v, v_scale, at, block, inside, exists, tables + 512) + rest2 * (grad * grad)
         update = tl.div_rn(tl.div_rn(new_m, bias_m), tl.sqrt_rn(tl.div_rn(new_v, bias_v)) + eps)
         w = w * decay - lr * update
         if key is not None:
@@ -277,17 +286,31 @@ def adamw_8bit_kernel(
 
 
 @triton.jit
+def load_moment(codes, scales, at, block, inside, exists, table):
+    """A moment [8, 256] from its codes and scales; from itself without scales."""
+    x = tl.load(codes + at, mask=inside, other=0)
+    if scales is not None:
+        x = tl.load(table + x.to(tl.int32)) * tl.load(scales + block, mask=exists, other=0.0)[:, None]
+    return x
+
+
+@triton.jit
 def store_moment(x, codes, scales, at, block, inside, exists, midpoints):
-    """x [8, 256] as codes and scales of blocks; midpoints [255] of the map."""
-    bits = tl.max(tl.where(inside, x, 0.0).to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)  # NaN > inf > every number
-    scale = bits.to(tl.float32, bitcast=True)
-    unit = tl.div_rn(x, tl.where(scale < 1e-30, 1e-30, scale)[:, None])
-    code = tl.zeros([8, 256], tl.int32)
-    for i in tl.static_range(8):  # the number of smaller midpoints, by bisection
-        half = 128 >> i
-        code += tl.where(tl.load(midpoints + code + (half - 1)) < unit, half, 0)
-    tl.store(codes + at, code.to(tl.uint8), mask=inside)
-    tl.store(scales + block, scale, mask=exists)
+    """x [8, 256] as codes and scales of blocks, midpoints [255] of the map; as it is without scales."""
+    if scales is None:
+        tl.store(codes + at, x, mask=inside)
+    else:
+        bits = tl.max(tl.where(inside, x, 0.0).to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)  # NaN > inf > every number
+        scale = bits.to(tl.float32, bitcast=True)
+        tiny: tl.constexpr = 1.1754943508222875e-38  # TINY
+        unit = tl.div_rn(x, tl.where(scale < tiny, tiny, scale)[:, None])
+        code = tl.zeros([8, 256], tl.int32)
+        for i in tl.static_range(8):  # the number of smaller midpoints, by bisection
+            half = 128 >> i
+            code += tl.where(tl.load(midpoints + code + (half - 1)) < unit, half, 0)
+        code = tl.maximum(code, (x > 0).to(tl.int32))  # see quantize_moment
+        tl.store(codes + at, code.to(tl.uint8), mask=inside)
+        tl.store(scales + block, scale, mask=exists)
 
 
 @triton.jit

@@ -47,7 +47,8 @@ def plan_memory(model: nn.Module, s: Settings, rank: Rank = SINGLE_GPU) -> Memor
     s.batch is the rows that this GPU takes.
     """
     shards = rank.shards(model)
-    owned = nn.ParameterList(shards.values()) if rank.layout.zero else model
+    by_name = {name.replace(".", "_"): shards[p] for name, p in model.named_parameters()}
+    owned = nn.ParameterDict(by_name) if rank.layout.zero else model
     optimizer = make_optimizer(owned, s.optimizer, s.lr, s.weight_decay)
     tracker = MemoryTracker()
     with force("triton"):

@@ -7,6 +7,7 @@ change nothing.
 """
 
 import weakref
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from ..parallel.sharded import adamw_8bit_moments, is_sharded, local, shard_inde
 OPTIMIZERS = ("adamw", "adamw8bit", "muon")
 MASTERS = ("fp32", "bf16")
 BETAS, EPS = (0.9, 0.95), 1e-8
+EMBEDDINGS = ("word_embeddings", "lm_head")  # most of their rows have no gradient in a step
 SHARD_SEEDS = 0x9E3779B1  # distance between the seeds of a parameter's shards
 MUON_SEEDS = 1 << 20  # distance between the seeds of AdamW's parameters and those of Muon's
 CHUNK = 1 << 22  # elements that Muon holds in fp32 at a time, at least one matrix
@@ -30,7 +32,7 @@ def make_optimizer(model: nn.Module, kind: str, lr: float, weight_decay: float, 
     if kind == "adamw":
         return adamw(model, lr, weight_decay)
     if kind == "adamw8bit":
-        return AdamW8bit(by_decay(model.parameters(), weight_decay), lr, seed)
+        return AdamW8bit(by_decay(model.parameters(), weight_decay), lr, seed, fp32_moments=embeddings(model))
     return MuonAdamW(model, lr, weight_decay, seed)
 
 
@@ -46,6 +48,14 @@ def by_decay(parameters, weight_decay: float) -> list[dict]:
         dict(params=[p for p in parameters if p.ndim >= 2], weight_decay=weight_decay),
         dict(params=[p for p in parameters if p.ndim < 2], weight_decay=0.0),
     ]
+
+
+def embeddings(model: nn.Module) -> list[nn.Parameter]:
+    """Embedding and head, whose moments 8-bit AdamW keeps in fp32.
+
+    A block of 256 moments has one scale, and a token's row has gradients of very different sizes from step to step.
+    """
+    return [p for name, p in model.named_parameters() if any(part in name for part in EMBEDDINGS)]
 
 
 def to_masters(model: nn.Module, kind: str) -> None:
@@ -87,17 +97,21 @@ class DeviceOptimizer(torch.optim.Optimizer):
 
 
 class AdamW8bit(DeviceOptimizer):
-    """AdamW with 8-bit moments for matrices and fp32 moments for vectors. bf16 parameters are rounded stochastically;
-    the random bits depend on the seed and on the parameter's place in its group.
+    """AdamW with 8-bit moments for matrices, and fp32 moments for vectors and the matrices `fp32_moments`. bf16
+    parameters are rounded stochastically; the random bits depend on the seed and on the parameter's place in its group.
+    Moments that were loaded keep their precision.
 
     A parameter's attribute `fp8`, a copy that nn.fp8 keeps, is requantised in the same pass if it is up to date.
     State of parameters that FSDP2 has sharded is sharded alike (parallel/sharded.py). Results are those of an
     unsharded run to the bit, except for stochastic rounding, whose random bits differ between shards.
     """
 
-    def __init__(self, groups, lr: float, seed: int = 0, betas=BETAS, eps: float = EPS, weight_decay: float = 0.0):
+    def __init__(
+        self, groups, lr: float, seed: int = 0, betas=BETAS, eps: float = EPS, weight_decay: float = 0.0,
+        fp32_moments: Iterable[Tensor] = (),
+    ):  # fmt: skip
         super().__init__(groups, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
-        self.seed, self.seeds = seed, {}
+        self.seed, self.seeds, self.fp32_moments = seed, {}, frozenset(fp32_moments)
 
     @property
     def raises_version(self) -> bool:
@@ -120,7 +134,8 @@ class AdamW8bit(DeviceOptimizer):
             return
         for p in params:
             if not self.state[p]:
-                self.state[p] = dict(step=torch.zeros((), device=p.device), **adamw_8bit_moments(p))
+                zeros = adamw_8bit_moments(p, p in self.fp32_moments)
+                self.state[p] = dict(step=torch.zeros((), device=p.device), **zeros)
         if number not in self.seeds:
             matrices = [p for p in group["params"] if p.ndim >= 2]
             group_seeds = seeds(len(matrices), self.seed + number, local(params[0]).device).unbind()
@@ -134,7 +149,8 @@ class AdamW8bit(DeviceOptimizer):
         for p, copy in zip(params, copies, strict=True):
             if copy is not None:
                 copy.written = copy.pow2 == pow2 and copy.is_current(p)
-        moments = [Moments(*(local(self.state[p][k]).view(-1) for k in Moments._fields)) for p in params]
+        flat = [{k: local(t).view(-1) for k, t in self.state[p].items()} for p in params]
+        moments = [Moments(*(state.get(name) for name in Moments._fields)) for state in flat]
         adamw_8bit(
             [local(p) for p in params], [local(p.grad) for p in params], moments,
             group["lr"], group["betas"], group["eps"], group["weight_decay"], torch.stack(steps),
@@ -175,7 +191,7 @@ class MuonAdamW(DeviceOptimizer):
         rest = by_decay((p for p in named.values() if id(p) not in for_muon), weight_decay)
         super().__init__([dict(params=hidden, weight_decay=weight_decay), *rest], dict(lr=lr))
         if any(p.dtype == torch.bfloat16 for p in named.values()):
-            self.adamw = AdamW8bit(self.param_groups[1:], lr, seed)
+            self.adamw = AdamW8bit(self.param_groups[1:], lr, seed, fp32_moments=embeddings(model))
         else:
             self.adamw = torch.optim.AdamW(self.param_groups[1:], lr=lr, betas=BETAS, eps=EPS, fused=True)
         self.adamw.state = self.state
