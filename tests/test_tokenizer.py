@@ -421,6 +421,10 @@ def test_bad_tokenizers(bpe, tmp_path, monkeypatch):
     for content, message in (bad | {'{"model": 3}': "not a tokenizer.json", without_eos: "names no end token"}).items():
         file.write_bytes(content.encode("latin-1"))
         refuses(tmp_path, message)
+    content = json.loads((bpe / "tokenizer.json").read_text())
+    content["model"] |= dict(continuing_subword_prefix="a much longer prefix than any merged token is")
+    file.write_text(json.dumps(content))
+    refuses(tmp_path, "not a tokenizer.json")
     refuses(settings(bpe, eos_token="<nowhere>"), "'<nowhere>', which is not in")
     refuses(settings(bpe, eos_token=["</s>"]), "eos_token .* is not text")
     refuses(settings(bpe, eos_token="</s>", bos_token={"content": 3}), "bos_token 3, which is not text")
