@@ -295,3 +295,29 @@ def test_sizes_and_options_are_checked():
             Fp8Linear(128, 128, **options)
     with pytest.raises(ValueError, match="norm_act"):
         Fp8Experts(2, 128, 128, recompute="most")
+
+
+@pytest.mark.parametrize(
+    "options", [dict(weights="kept"), dict(transposed="kept"), dict(weights="kept", transposed="kept")]
+)
+def test_caches_follow_another_parameter_and_inference_mode(options):
+    """A new parameter may have the version of the old one; tensors of inference mode can never be saved or rewritten."""
+    torch.manual_seed(0)
+    layer, other = Fp8Linear(128, 128, **options), Fp8Linear(128, 128)
+    x = torch.randn(4, 128)
+
+    def gradient(layer):
+        leaf = x.clone().requires_grad_()
+        layer(leaf).square().sum().backward()
+        return leaf.grad
+
+    with torch.inference_mode():
+        layer(x)
+    gradient(layer)
+    layer.weight = other.weight
+    assert torch.equal(gradient(layer), gradient(other))
+    torch.optim.SGD(layer.parameters(), 0.1).step()
+    assert torch.equal(gradient(layer), gradient(other))
+    with torch.inference_mode():
+        inside = Fp8Linear(128, 128, **options)
+        assert inside(x).shape == (4, 128)

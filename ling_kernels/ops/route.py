@@ -46,10 +46,10 @@ def route(
            "num_groups that divides E, group_topk <= num_groups, topk <= group_topk * E / num_groups",
            E, num_groups, group_topk, topk)  # fmt: skip
     if experts is not None:
-        fits = experts.shape == (T, topk) and experts.dtype == torch.int32
+        fits = isinstance(experts, Tensor) and experts.shape == (T, topk) and experts.dtype == torch.int32
         expect(fits, "experts [T, topk] int32", experts, logits, topk)
         if values_on_host(experts):
-            expect(((experts >= -1) & (experts < E)).all(), f"experts from -1 to {E - 1}", experts)
+            expect(valid_choices(experts, E), f"rows of distinct experts from 0 to {E - 1}, or of -1 alone", experts)
     if use_reference("route", logits):
         return route_ref(logits, bias, mask, num_groups, group_topk, topk, scale, z_loss, experts)
     if experts is None:
@@ -62,6 +62,14 @@ def route(
         return tuple(routed)
     tokens = max(T, 1) if mask is None and experts is None else (routed[1][:, 0] >= 0).sum().clamp(min=1)
     return *routed, z_loss * lse.square().sum() / tokens
+
+
+def valid_choices(experts: Tensor, E: int) -> bool:
+    """Whether each row has distinct experts below E, or -1 alone."""
+    lowest, highest = experts.amin(1), experts.amax(1)
+    ordered = experts.sort(1).values
+    distinct = (ordered[:, 1:] != ordered[:, :-1]).all(1)
+    return bool(torch.where(highest < 0, lowest == -1, (lowest >= 0) & (highest < E) & distinct).all())
 
 
 def route_ref(logits, bias, mask=None, num_groups=8, group_topk=4, topk=8, scale=2.5, z_loss=None, experts=None):
