@@ -26,10 +26,12 @@ KERNEL_FLOATS = (torch.float32, torch.bfloat16, torch.float16, E4M3)  # no kerne
 def op(*writes: str, cuda: Callable[..., str | None] | bool = False, runs: str = "triton"):
     """Declare the launcher `fn(...) -> None`, which writes its arguments `writes`, as torch.ops.ling.<fn>.
 
-    fn itself launches Triton kernels, unless `runs` is "cuda", where it calls csrc/ itself, or "torch", an eager
-    reference that is an op since it reads values on the host. cuda(*args) -> None says that csrc/'s launcher of the
-    same name and argument list serves these arguments on backend "cuda"; otherwise it names, in words, what csrc/ does
-    not serve, and fn runs. cuda=True: csrc/ serves all arguments; False: it has no such launcher.
+    fn itself launches Triton kernels, unless `runs` is "cuda", where it calls csrc/ itself, or "torch": an eager
+    reference, registered as an op because it reads values on the host, which a compiler cannot trace.
+
+    cuda: which arguments csrc/'s launcher of the same name and argument list supports, on backend "cuda". A function of
+    the arguments returns None for those that it supports, otherwise what it does not support, in words; then fn runs.
+    True: it supports all arguments. False: csrc/ has no such launcher.
     """
 
     def declare(fn):
@@ -38,18 +40,18 @@ def op(*writes: str, cuda: Callable[..., str | None] | bool = False, runs: str =
 
         @functools.wraps(fn)
         def launch(*args):
-            served = cuda and backends.backend(first_tensor(args)) == "cuda"
-            if served and (reason := reason_against(cuda, args)):
-                report_fallback(name, reason, "Triton serves")
-                served = False
-            (getattr(backends._C, name) if served else fn)(*args)
+            use_csrc = cuda and backends.backend(first_tensor(args)) == "cuda"
+            if use_csrc and (reason := reason_against(cuda, args)):
+                report_fallback(name, reason, "Triton runs")
+                use_csrc = False
+            (getattr(backends._C, name) if use_csrc else fn)(*args)
 
         registered = torch.library.custom_op(f"ling::{name}", launch, mutates_args=writes)
         registered.register_fake(lambda *args: None)
 
         @functools.wraps(fn)
         def call(*args):
-            if _choices is not None and runs != "torch":  # those `use_reference` notes
+            if _choices is not None and runs != "torch":  # use_reference already recorded that one
                 note_choice(name, *(("cuda", None) if runs == "cuda" else chosen(cuda, args)))
             # Compilers, fake tensors and selective checkpointing must see the op. Plain eager need not, and
             # would pay the dispatcher 30 us a call, more than many a kernel takes.
@@ -66,9 +68,9 @@ def op(*writes: str, cuda: Callable[..., str | None] | bool = False, runs: str =
 
 
 def reason_against(cuda: Callable[..., str | None] | bool, args) -> str | None:
-    """Why csrc/ does not serve a launcher's arguments; None where it does."""
+    """Why csrc/ does not support a launcher's arguments; None where it does."""
     unsupported = cuda(*args) if callable(cuda) else None
-    return unsupported and f"csrc/ does not serve {unsupported}"
+    return unsupported and f"csrc/ does not support {unsupported}"
 
 
 def first_tensor(args) -> Tensor:
@@ -84,11 +86,11 @@ def raise_version(tensors: list[Tensor | None]) -> None:
 
 
 def use_cuda(name: str, unsupported: str | None) -> bool:
-    """Whether csrc/ serves op `name`, which has no Triton kernel of its own, on backend "cuda": unless `unsupported`
-    says what it does not serve. Then other ops compose the op, and the reason is reported."""
+    """Whether csrc/ runs op `name`, which has no Triton kernel of its own, on backend "cuda": unless `unsupported`
+    says what it does not support. Then other ops compose the op, and the reason is reported."""
     if unsupported is None:
         return True
-    reason = f"csrc/ does not serve {unsupported}"
+    reason = f"csrc/ does not support {unsupported}"
     note_choice(name, "composed of other ops", reason)
     report_fallback(name, reason, "other ops compose it")
     return False
@@ -97,7 +99,7 @@ def use_cuda(name: str, unsupported: str | None) -> bool:
 def use_reference(name: str, *tensors: Tensor | None, unsupported: str | None = None) -> bool:
     """Whether the eager torch reference of op `name` runs for `tensors`, of which the first decides the backend.
 
-    It runs on backend "torch", for float64, and where `unsupported` says what no kernel serves.
+    It runs on backend "torch", for float64, and where `unsupported` says what no kernel supports.
     """
     if backends.backend(tensors[0]) == "torch":
         note_choice(name, "torch", "LING_BACKEND is torch" if backends._forced else "the tensors are on the CPU")
@@ -105,9 +107,9 @@ def use_reference(name: str, *tensors: Tensor | None, unsupported: str | None = 
     unsupported = unsupported_dtype(tensors) or unsupported
     if unsupported is None:
         return False
-    reason = f"no kernel serves {unsupported}"
+    reason = f"no kernel supports {unsupported}"
     note_choice(name, "torch", reason)
-    report_fallback(name, reason, "the eager torch reference serves")
+    report_fallback(name, reason, "the eager torch reference runs")
     return True
 
 
@@ -117,7 +119,9 @@ def unsupported_dtype(tensors) -> str | None:
 
 
 def report_fallback(name: str, reason: str, instead: str) -> None:
-    """Warn once for each op and reason; raise where LING_BACKEND=cuda asks for csrc/ alone."""
+    """Warn once for each op and reason; raise where LING_BACKEND=cuda asks for csrc/ alone. Silent within `explain`."""
+    if _choices is not None:
+        return
     if backends.strict():
         raise ValueError(f"LING_BACKEND=cuda: {name}: {reason}")
     if (name, reason) not in _reported:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .chat import ChatText, render_chat
 from .errors import InputError
 from .files import atomic_write, read_json
 
@@ -20,6 +21,7 @@ SPECIAL_TOKENS = (
     *("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"),
 )
 
+WINDOW = 32  # ids that hold the last 7 characters, which are at most 4 ids each, and where the first one begins
 TOKEN_BYTES = [bytes([i]) for i in range(256)] + [name.encode() for name in SPECIAL_TOKENS]  # by id
 # Tried in this order if tokenizer_config.json names no eos_token.
 COMMON_EOS_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[EOS]")
@@ -61,11 +63,17 @@ class Tokenizer:
 
     def __init__(self, backend=None, settings: dict | None = None):
         self.backend = backend
+        if backend is not None:  # tokenizer.json may hold the settings of a batch, which would cut and pad every text
+            backend.no_truncation()
+            backend.no_padding()
         self.settings = byte_settings() if settings is None else dict(settings)
         self.chat_template: str | None = self.settings.get("chat_template")
+        if self.chat_template is not None and not isinstance(self.chat_template, str):
+            raise InputError(f"chat_template in tokenizer_config.json is {type(self.chat_template).__name__}, not text")
         self.vocab = (
             {name: 256 + i for i, name in enumerate(SPECIAL_TOKENS)} if backend is None else backend.get_vocab()
         )
+        self.control_tokens = self._control_tokens()  # id by name
         self.vocab_size = max(self.vocab.values(), default=-1) + 1  # one more than the largest id
         if not self.settings.get("eos_token"):
             self.settings["eos_token"] = next((name for name in COMMON_EOS_TOKENS if name in self.vocab), None)
@@ -73,12 +81,22 @@ class Tokenizer:
         if self.eos_id is None:
             raise InputError("the tokenizer names no end token: set eos_token in the tokenizer_config.json beside it")
 
+    def _control_tokens(self) -> dict[str, int]:
+        """The special tokens, and the other added tokens that the chat template uses."""
+        if self.backend is None:
+            return self.vocab
+        added = self.backend.get_added_tokens_decoder().items()
+        used = self.chat_template or ""
+        return {token.content: i for i, token in added if token.content and (token.special or token.content in used)}
+
     def _token(self, key: str) -> str | None:
         token = self.settings.get(key)
         return token.get("content") if isinstance(token, dict) else token
 
     def _id(self, key: str) -> int | None:
         token = self._token(key)
+        if token is not None and not isinstance(token, str):
+            raise InputError(f"tokenizer_config.json has {key} {token!r}, which is not text")
         if token is not None and token not in self.vocab:
             raise InputError(f"tokenizer_config.json has {key} {token!r}, which is not in tokenizer.json")
         return self.vocab.get(token)
@@ -86,9 +104,14 @@ class Tokenizer:
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Ids of text, without BOS or EOS.
 
-        special=True parses the names of special tokens, which a rendered chat needs; by default they are plain text, so
-        that a user's message cannot open a system turn. Raises InputError for text with lone surrogates.
+        special=True parses the names of special tokens, which a rendered chat needs, but not those inside its messages;
+        by default they are plain text, so that a user's message cannot open a system turn. Raises InputError for text
+        with lone surrogates.
         """
+        if special and isinstance(text, ChatText) and text.parts is not None:
+            control = self.control_tokens
+            pieces = ([control[part]] if own else self._encode_content(part) for part, own in text.parts)
+            return [i for piece in pieces for i in piece]
         try:
             data = text.encode()
         except UnicodeEncodeError as error:
@@ -98,10 +121,21 @@ class Tokenizer:
             return self.backend.encode(text, add_special_tokens=False).ids
         if not special:
             return list(data)
-        ids = []
+        ids: list[int] = []
         for piece in re.split(f"({'|'.join(map(re.escape, SPECIAL_TOKENS))})", text):
             ids += [self.vocab[piece]] if piece in self.vocab else piece.encode()
         return ids
+
+    def _encode_content(self, text: str) -> list[int]:
+        """Ids of text whose control tokens are text. A backend parses added tokens that are not marked as special, such
+        as <think> in some vocabularies, in any text, so these are cut after their first character.
+        """
+        cut = [name for name in self.control_tokens if name in text and len(name) > 1]
+        if self.backend is None or not cut:
+            return self.encode(text)
+        special = {token.content for token in self.backend.get_added_tokens_decoder().values() if token.special}
+        pattern = "|".join(f"(?<={re.escape(n[0])})(?={re.escape(n[1:])})" for n in cut if n not in special)
+        return [i for piece in (re.split(pattern, text) if pattern else [text]) for i in self.encode(piece)]
 
     def encode_bytes(self, data: bytes) -> np.ndarray:
         """Ids of UTF-8 data as uint8, uint16 or uint32; the byte-level tokenizer returns any data unchanged."""
@@ -117,30 +151,15 @@ class Tokenizer:
             return self.backend.decode(ids, skip_special_tokens=False)
         return b"".join(TOKEN_BYTES[i] for i in ids).decode("utf-8", "replace")
 
-    def apply_chat_template(self, messages: Sequence[dict], add_generation_prompt: bool = True) -> str:
-        """Render the conversation [{"role": ..., "content": ...}, ...] as text; encode it with special=True."""
+    def apply_chat_template(self, messages: Sequence[dict], add_generation_prompt: bool = True) -> ChatText:
+        """Render the conversation [{"role": ..., "content": ...}, ...] as text; encode it with special=True.
+
+        The text knows which control tokens are the template's; those inside a message are encoded as text.
+        """
         if self.chat_template is None:
             raise InputError("the tokenizer has no chat template (chat_template in tokenizer_config.json)")
-        try:
-            from jinja2 import TemplateError
-            from jinja2.sandbox import ImmutableSandboxedEnvironment
-        except ImportError:
-            raise InputError("a chat template needs jinja2: pip install ling_kernels[train]") from None
-
-        def raise_exception(message: str):
-            raise TemplateError(message)
-
-        # The Jinja environment that transformers provides to chat templates.
-        blocks = {"trim_blocks": True, "lstrip_blocks": True}
-        environment = ImmutableSandboxedEnvironment(**blocks, extensions=["jinja2.ext.loopcontrols"])
-        environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-        environment.globals["raise_exception"] = raise_exception
-        environment.globals.update((key, self._token(key)) for key in self.settings if key.endswith("_token"))
-        try:
-            template = environment.from_string(self.chat_template)
-            return template.render(messages=messages, add_generation_prompt=add_generation_prompt, tools=None)
-        except (TemplateError, TypeError) as error:
-            raise InputError(f"the chat template cannot render these messages: {error}") from error
+        tokens = {key: self._token(key) for key in self.settings if key.endswith("_token")}
+        return render_chat(self.chat_template, messages, self.control_tokens, tokens, add_generation_prompt)
 
     def save(self, path: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json into the folder `path`, each atomically."""
@@ -157,16 +176,26 @@ class Tokenizer:
 class TextStream:
     """Incremental detokenizer: `add` returns the text that is certain after one more id, `end` the rest.
 
-    A character whose bytes are incomplete is held back.
+    A character whose bytes are incomplete is held back. prompt: the ids before the text, whose end decides whether a
+    first token keeps its space, and whose last character the text may complete.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()):
         self.tokenizer = tokenizer
         # The last ids, the first `context` of them already emitted: some decoders drop the space before a first token,
         # and some write U+FFFD for every byte of adjacent characters (up to 4 + 3) while one of them is incomplete.
-        self.ids: list[int] = []
+        self.ids = self._end_of(prompt)
         self.context = 0
-        self.emitted = 0  # characters of decode(ids)
+        self.emitted = len(self.tokenizer.decode(self.ids).rstrip("\ufffd"))  # characters of decode(ids)
+
+    def _end_of(self, prompt: Sequence[int]) -> list[int]:
+        """The fewest last ids that begin a text; none after a control token, where a new text begins."""
+        if not prompt or prompt[-1] in self.tokenizer.control_tokens.values():
+            return []
+        for n in range(1, min(len(prompt), WINDOW) + 1):
+            if self.tokenizer.decode(prompt[-n:])[:1] not in ("", "\ufffd"):
+                return [*prompt[-n:]]
+        return []
 
     def add(self, token: int) -> str:
         self.ids.append(token)
@@ -177,6 +206,9 @@ class TextStream:
         if certain == len(text):
             del self.ids[: self.context]
             self.context, self.emitted = len(self.ids), len(self.tokenizer.decode(self.ids))
+        elif len(self.ids) > 2 * WINDOW:  # broken bytes without end: a fixed number of ids is decoded for each
+            del self.ids[:-WINDOW]
+            self.context, self.emitted = 0, max(0, len(self.tokenizer.decode(self.ids)) - len(text) + certain)
         return new
 
     def end(self) -> str:
@@ -201,10 +233,17 @@ def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
     settings_file, template_file = file.parent / "tokenizer_config.json", file.parent / "chat_template.jinja"
     settings = read_json(settings_file) if settings_file.is_file() else {}
     if template_file.is_file():
-        settings["chat_template"] = template_file.read_text(encoding="utf-8")
+        try:
+            settings["chat_template"] = template_file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"cannot read {template_file}: {error}") from None
     elif isinstance(settings.get("chat_template"), list):  # several named templates
-        settings["chat_template"] = {t["name"]: t["template"] for t in settings["chat_template"]}.get("default")
-    if content | {"post_processor": None} == byte_tokenizer_json():  # transformers adds one on saving
+        templates = settings["chat_template"]
+        if not all(isinstance(t, dict) and {"name", "template"} <= t.keys() for t in templates):
+            raise InputError(f"{settings_file}: chat_template is a list, but not of objects with name and template")
+        settings["chat_template"] = next((t["template"] for t in templates if t["name"] == "default"), None)
+    # transformers adds a post-processor on saving; a batch's truncation and padding are turned off anyway.
+    if content | dict.fromkeys(("post_processor", "truncation", "padding")) == byte_tokenizer_json():
         return Tokenizer(None, settings)
     try:
         import tokenizers
@@ -212,7 +251,9 @@ def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
         raise InputError(f"{file} needs the package tokenizers: pip install ling_kernels[train]") from None
     try:
         backend = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # tokenizers raises plain Exception
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # tokenizers raises plain Exception, and panics with one that is not even that
         raise InputError(f"{file} is not a tokenizer.json that tokenizers can read: {error}") from error
     return Tokenizer(backend, settings)
 

@@ -134,6 +134,29 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path, capsys):
     assert f"{sum(len(t.encode()) + 1 for t in TEXTS)} tokens of 4 documents, uint16" in capsys.readouterr().out
 
 
+def test_rows_without_text_are_skipped_counted_and_told(tmp_path, capsys):
+    """null and empty texts alike, in every kind of file."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    rows = ["a", None, "b", "", None]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
+    parquet.write_table(pyarrow.table({"text": rows}), tmp_path / "y.parquet")
+    for i, text in enumerate(rows):
+        (tmp_path / f"z{i}.txt").write_text(text or "")
+    kinds = [["x.jsonl"], ["y.parquet"], [f"z{i}.txt" for i in range(5)]]
+    for i, names in enumerate(kinds):
+        files = [tmp_path / name for name in names]
+        if i < 2:
+            assert [b"".join(d) for d in sources.documents(files)] == [b"a", b"", b"b", b"", b""]
+        with pytest.warns(UserWarning, match="^3 rows and files of the data have no text and are skipped$"):
+            docs = gather_tokens(files, load_tokenizer(None), 320, tmp_path / f"{i}.cache")
+        assert texts_of(docs) == ["a", "b"]
+        assert data.main([*map(str, files), "--out", str(tmp_path / f"{i}.bin")]) == 0
+        assert "4 tokens of 2 documents, uint16; 3 without text are skipped\n" in capsys.readouterr().out
+        assert json.loads((tmp_path / f"{i}.json").read_text())["empty"] == 3
+
+
 def test_text_streams_in_pieces_of_whole_lines_or_characters(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "PIECE", 7)
     (tmp_path / "a.txt").write_text(text := "語" * 20 + "\nab\ncd" + "é" * 30)
@@ -160,7 +183,7 @@ class Wide:
 
 def test_a_large_vocabulary_takes_32_bits(tmp_path):
     about = write_tokens([[b"a\nbb\n"], [], [b""], [b"ccc\n"]], Wide(), tmp_path / "x.bin")
-    assert about == dict(dtype="uint32", eos_id=99_999, vocab_size=100_000, tokens=5, documents=2)
+    assert about == dict(dtype="uint32", eos_id=99_999, vocab_size=100_000, tokens=5, documents=2, empty=2)
     docs = open_tokens([tmp_path / "x.bin"], 100_000, 99_999)
     assert [docs[d].tolist() for d in range(len(docs))] == [[70_001, 70_002, 99_999], [70_003, 99_999]]
     assert isinstance(docs.arrays[0], np.memmap)

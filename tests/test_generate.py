@@ -49,6 +49,21 @@ def test_stop_strings(stop, pieces, shown):
     assert text.found == any(s in "".join(pieces) for s in stop)
 
 
+def test_a_long_stop_string_costs_no_more_than_the_text():
+    """A step looks at as many beginnings of a stop string as the text that is held back has characters."""
+
+    class Counted(str):
+        slices = 0
+
+        def __getitem__(self, index):
+            Counted.slices += 1
+            return str.__getitem__(self, index)
+
+    text = StopStrings([Counted("ab" * 500_000)])
+    assert "".join(map(text.add, "xyzabaax")) + text.end() == "xyzabaax"
+    assert Counted.slices <= 40
+
+
 def test_stream_text(checkpoint):
     engine, tokenizer = Engine(load_model(checkpoint, torch.float32)), load_tokenizer(checkpoint)
 
@@ -89,14 +104,14 @@ def test_output(generate, args, text):
     assert out.removesuffix("\n").startswith(text) if args[1] == "</role>" else out == text + "\n"
 
 
-def test_special_tokens_are_parsed_only_in_a_chat(checkpoint, monkeypatch):
+def test_special_tokens_are_those_of_the_chat_template(checkpoint, monkeypatch):
     prompts = []
     monkeypatch.setattr(Engine, "stream", lambda engine, ids, **_: prompts.append(ids) or iter(()))
     cli.main(["--model", checkpoint, "--prompt", "<role>"])
     cli.main(["--model", checkpoint, "--prompt", "<role>", "--chat"])
     assert prompts[0] == [*b"<role>"]
-    turns = [ROLE_END, ROLE, *b"HUMAN", END_OF_ROLE, ROLE, ROLE_END, ROLE, *b"ASSISTANT", END_OF_ROLE]
-    assert prompts[1][-len(turns) :] == turns, "in a chat the user's text is parsed too"
+    turns = [ROLE_END, ROLE, *b"HUMAN", END_OF_ROLE, *b"<role>", ROLE_END, ROLE, *b"ASSISTANT", END_OF_ROLE]
+    assert prompts[1][-len(turns) :] == turns, "a user's text is not parsed in a chat either"
 
 
 def test_output_is_streamed(checkpoint, monkeypatch):

@@ -41,11 +41,11 @@ def test_explain_names_every_launch_and_the_reason():
         assert [str(c) for c in lk.explain(lk.route, *route_args())] == ["route_fwd: cuda", "route_bwd: cuda"]
         (forward, backward) = lk.explain(lk.route, *route_args(64))
         assert forward.implementation == "triton" and forward.reason.startswith(
-            "csrc/ does not serve 64 experts in 8 groups"
+            "csrc/ does not support 64 experts in 8 groups"
         )
         assert backward.implementation == "cuda"
         (choice,) = lk.explain(lk.route, *route_args(dtype=torch.float64))
-        assert choice == Choice("route", "torch", "no kernel serves float64")
+        assert choice == Choice("route", "torch", "no kernel supports float64")
     with force("triton"):
         assert {c.reason for c in lk.explain(lk.route, *route_args())} == {"LING_BACKEND is triton"}
 
@@ -80,7 +80,7 @@ def test_explain_changes_nothing():
 @needs_cuda
 def test_a_fallback_is_reported_once(monkeypatch):
     with force("cuda"):
-        with pytest.warns(UserWarning, match="route_fwd: csrc/ does not serve 64 experts in 8 groups") as seen:
+        with pytest.warns(UserWarning, match="route_fwd: csrc/ does not support 64 experts in 8 groups") as seen:
             want = lk.route(*route_args(64))
         assert len(seen) == 1 and len(want) == 3
         with warnings.catch_warnings():
@@ -90,13 +90,13 @@ def test_a_fallback_is_reported_once(monkeypatch):
 
 
 @needs_cuda
-def test_ling_backend_cuda_refuses_what_csrc_does_not_serve(monkeypatch):
+def test_ling_backend_cuda_refuses_what_csrc_does_not_support(monkeypatch):
     monkeypatch.setattr(backends, "_forced", "cuda")
     monkeypatch.setattr(backends, "_strict", True)
     lk.route(*route_args(256))
-    with pytest.raises(ValueError, match="LING_BACKEND=cuda: route_fwd: csrc/ does not serve 64 experts in 8 groups"):
+    with pytest.raises(ValueError, match="LING_BACKEND=cuda: route_fwd: csrc/ does not support 64 experts in 8 groups"):
         lk.route(*route_args(64))
-    with pytest.raises(ValueError, match="LING_BACKEND=cuda: route: no kernel serves float64"):
+    with pytest.raises(ValueError, match="LING_BACKEND=cuda: route: no kernel supports float64"):
         lk.route(*route_args(dtype=torch.float64))
 
 
@@ -141,18 +141,18 @@ def test_rows_aligned():
 
 
 def test_reports_name_the_op():
-    with pytest.warns(UserWarning, match="^some_op: a reason; Triton serves$"):
-        report_fallback("some_op", "a reason", "Triton serves")
+    with pytest.warns(UserWarning, match="^some_op: a reason; Triton runs$"):
+        report_fallback("some_op", "a reason", "Triton runs")
 
 
 @needs_cuda
 def test_a_new_size_is_named():
     """Sizes that csrc/ lacks show as launches of another backend, with the reason, and as more launches in decode."""
-    served, other = (kernels.model_kernels(c) for c in (MINI, dataclasses.replace(MINI, num_experts=64)))
-    assert all(c.implementation == "cuda" for c in served["decode layer, FP8"])
-    assert [c.name for c in other["training, bf16"] if c not in served["training, bf16"]] == ["route_fwd"]
-    assert len(other["decode layer, FP8"]) > len(served["decode layer, FP8"])
+    supported, other = (kernels.model_kernels(c) for c in (MINI, dataclasses.replace(MINI, num_experts=64)))
+    assert all(c.implementation == "cuda" for c in supported["decode layer, FP8"])
+    assert [c.name for c in other["training, bf16"] if c not in supported["training, bf16"]] == ["route_fwd"]
+    assert len(other["decode layer, FP8"]) > len(supported["decode layer, FP8"])
     text = "\n".join(kernels.lines(dataclasses.replace(MINI, num_experts=64)))
-    assert "route_fwd: triton (csrc/ does not serve 64 experts in 8 groups" in text
-    assert "more than with sizes that csrc/ serves" in text
-    assert "does not serve" not in "\n".join(kernels.lines(MINI))
+    assert "route_fwd: triton (csrc/ does not support 64 experts in 8 groups" in text
+    assert "more than with sizes that csrc/ supports" in text
+    assert "does not support" not in "\n".join(kernels.lines(MINI))

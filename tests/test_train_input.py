@@ -3,6 +3,7 @@
 # ruff: noqa: F811 (fixtures are imported)
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,6 +85,22 @@ def bad_data(folder, kind):
     if kind == "jsonl-bytes":
         path.write_bytes(b'{"text": "\xff\xfe"}\n')
         return path, "line 1"
+    if kind == "jsonl-deep":
+        path.write_text('{"text": "fine"}\n' + "[" * 100_000 + "\n")
+        return path, "x.jsonl, line 2: not JSON"
+    if kind == "jsonl-digits":
+        path.write_text('{"text": "fine"}\n' + "9" * 5000 + "\n")
+        return path, "x.jsonl, line 2: not JSON"
+    if kind == "parquet-latin":
+        pyarrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        latin = pyarrow.Array.from_buffers(pyarrow.string(), 1, pyarrow.array([b"caf\xe9"]).buffers())
+        parquet.write_table(pyarrow.table({"text": latin}), path)
+        return path, "cannot read"
+    if kind == "bin-deep":
+        path.with_suffix(".json").write_text("[" * 100_000)
+        return path, "x.json must give dtype"
     if kind == "parquet-garbage":
         path.write_bytes(b"PAR1 this is none")
         return path, "cannot read"
@@ -108,6 +125,9 @@ def bad_data(folder, kind):
         "bin-vocab": (dict(vocab_size=50000), "50000 tokens"),
         "bin-eos": (dict(eos_id=0), "ends documents with token 0"),
         "bin-dtype": (dict(dtype="int8"), "uint16 or uint32"),
+        "bin-tokens": (dict(tokens=None), "tokens as a number"),
+        "bin-list": (dict(eos_id=[257]), "x.json must give"),
+        "bin-inf": (dict(vocab_size=float("inf")), "x.json must give"),
     }[kind]
     path.with_suffix(".json").write_text(json.dumps(about | changed[0]))
     return path, changed[1]
@@ -116,7 +136,7 @@ def bad_data(folder, kind):
 KINDS = (
     "missing folder suffix empty short dangling jsonl-malformed jsonl-field jsonl-list jsonl-number jsonl-surrogate "
     "jsonl-bytes parquet-garbage parquet-column parquet-number bin-alone bin-truncated bin-range bin-vocab bin-eos "
-    "bin-dtype"
+    "bin-dtype bin-tokens bin-list bin-inf bin-deep jsonl-deep jsonl-digits parquet-latin"
 ).split()
 
 
@@ -262,6 +282,23 @@ def test_a_bad_resume(tmp_path, flags, uninterrupted, small, capsys):
     before = sorted(p for p in uninterrupted.rglob("*"))
     assert one_line_error([*resume, "--steps", "0"], capsys)
     assert before == sorted(p for p in uninterrupted.rglob("*"))
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda state: state.pop("settings"), "state.json has no settings"),
+    (lambda state: state.pop("step"), "state.json has no step"),
+    (lambda state: state["settings"].update(warp=9), "does not know: warp"),
+    (lambda state: state.update(files=[1]), "state.json is not readable"),
+])  # fmt: skip
+def test_a_state_of_another_version_is_one_line(tmp_path, uninterrupted, capsys, change, says):
+    checkpoint = tmp_path / "checkpoints" / "step-000014"
+    shutil.copytree(ckpt.list_checkpoints(uninterrupted)[-1], checkpoint)
+    state = json.loads((checkpoint / "state.json").read_text())
+    change(state)
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    assert says in one_line_error(["--resume", str(checkpoint)], capsys)
+    (checkpoint / "state.json").write_text("[" * 100_000)
+    assert "state.json is not readable" in one_line_error(["--resume", str(checkpoint)], capsys)
 
 
 def test_resuming_with_other_data_or_another_preset(tmp_path, small, capsys, monkeypatch):

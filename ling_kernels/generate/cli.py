@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
     if args.echo:
         write(prompt)
     times, last = [time.perf_counter()], ""
-    for piece in stream_text(tokens, tokenizer, args.stop):
+    for piece in stream_text(tokens, tokenizer, args.stop, ids):
         times.append(time.perf_counter())
         write(piece)
         last = piece or last

@@ -84,7 +84,7 @@ class Choice:
     async def stream(self) -> AsyncIterator[str]:
         """Yield pieces of its text. Raises HTTPException if the model fails or the request times out."""
         metrics, last = self.service.metrics, None
-        text = StoppedText(self.service.tokenizer, self.stop)
+        text = StoppedText(self.service.tokenizer, self.stop, self.request.prompt)
         tokens = self.service.engine.afollow(self.request)
         try:
             async for token in tokens:

@@ -117,12 +117,16 @@ class ChatMessage(StrictModel):
     role: StrictStr
     content: StrictStr | Annotated[list[ContentPart], Field(min_length=1)]
     name: StrictStr = ""
+    tool_call_id: StrictStr = ""  # clients must send it with a tool's result; the template knows results by their order
 
     @model_validator(mode="before")
     @classmethod
-    def drop_empty_lists(cls, body):
-        names = ("tool_calls", "annotations")
-        return {k: v for k, v in body.items() if k not in names or v} if isinstance(body, dict) else body
+    def drop_empty_fields(cls, body):
+        """Empty lists are left out; an answer may come back without content."""
+        if not isinstance(body, dict):
+            return body
+        body = {k: v for k, v in body.items() if k not in ("tool_calls", "annotations") or v}
+        return body | {"content": ""} if body.get("role") == "assistant" and body.get("content") is None else body
 
     def as_template_input(self) -> dict[str, str]:
         """{"role": ..., "content": text} for a chat template."""

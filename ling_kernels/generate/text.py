@@ -5,9 +5,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from ..tokenizer import TextStream, Tokenizer
 
 
-def stream_text(tokens: Iterable[int], tokenizer: Tokenizer, stop: Sequence[str] = ()) -> Iterator[str]:
-    """Yield the text of each token ("" if it is held back), then the rest; ends before the first string of `stop`."""
-    text = StoppedText(tokenizer, stop)
+def stream_text(
+    tokens: Iterable[int], tokenizer: Tokenizer, stop: Sequence[str] = (), prompt: Sequence[int] = ()
+) -> Iterator[str]:
+    """Yield the text of each token ("" if it is held back), then the rest; ends before the first string of `stop`.
+
+    prompt: the ids before the tokens.
+    """
+    text = StoppedText(tokenizer, stop, prompt)
     for token in tokens:
         yield text.add(token)
         if text.found:
@@ -18,8 +23,8 @@ def stream_text(tokens: Iterable[int], tokenizer: Tokenizer, stop: Sequence[str]
 class StoppedText:
     """Detokenizer with stop strings: `add` a token, get the text that can be shown; found: a stop string occurred."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]):
-        self.detokenizer, self.stop = TextStream(tokenizer), StopStrings(stop)
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], prompt: Sequence[int] = ()):
+        self.detokenizer, self.stop = TextStream(tokenizer, prompt), StopStrings(stop)
 
     @property
     def found(self) -> bool:
@@ -47,7 +52,8 @@ class StopStrings:
         if starts:
             self.found, self.held_back = True, ""
             return text[: min(starts)]
-        partial_matches = (n for s in self.stop for n in range(1, len(s)) if text.endswith(s[:n]))
+        longest = len(text) + 1  # a client may send a stop string of a megabyte
+        partial_matches = (n for s in self.stop for n in range(1, min(len(s), longest)) if text.endswith(s[:n]))
         safe = len(text) - max(partial_matches, default=0)
         self.held_back = text[safe:]
         return text[:safe]

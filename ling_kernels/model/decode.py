@@ -5,18 +5,23 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from ..nn import BatchLayout
 from ..op import expect
 from ..ops.attention_decode import KVCache
 from .config import token_ids
 from .packing import pack
+from .sample import BAD_LOGITS, SamplingMode, sample
 
 PAGE = 64  # tokens per page of the KV cache
 
 
 def greedy(logits: Tensor, ids: Tensor) -> Tensor:
-    """logits [B, V] -> [B] int64, the lowest index among equal maxima."""
-    return logits.argmax(-1)
+    """logits [B, V] -> [B] int64, the lowest index among equal maxima. Raises InputError for NaN or infinite logits."""
+    tokens = sample(logits, None, SamplingMode.of([]))
+    if bool((tokens < 0).any()):
+        raise InputError(BAD_LOGITS)
+    return tokens
 
 
 @torch.inference_mode()
@@ -30,10 +35,11 @@ def stream(
 ) -> Iterator[Tensor]:
     """Yield the next token of every sequence, [B] int64, at most max_new_tokens times.
 
-    input_ids [B, L] int64; attention_mask [B, L] is 0 at padding, on either side. choose(logits [B, V] fp32, ids
-    [B, n] int64, prompt included) -> [B] int64 selects the tokens, default greedy. After eos_token_id, one token or
-    several, a sequence repeats it; when all sequences have ended, so does the stream. MTP layers are not used. Raises
-    ValueError for an empty prompt or if prompt and new tokens exceed config.max_positions.
+    input_ids [B, L] int64; attention_mask [B, L] is 1 at tokens and 0 at padding, on either side. choose(logits [B, V]
+    fp32, ids [B, n] int64) -> [B] int64 selects the tokens, default greedy; ids are the prompt and the tokens so far,
+    with each sequence's first token in the place of padding. After eos_token_id, one token or several, a sequence
+    repeats it; when all sequences have ended, so does the stream. MTP layers are not used. Raises ValueError for an
+    empty prompt or if prompt and new tokens exceed config.max_positions.
     """
     config, choose = model.config, choose or greedy
     batch = pack(input_ids, attention_mask, None, config.max_positions)
@@ -58,6 +64,8 @@ def stream(
     h, _ = model.backbone(batch.ids, layout, caches)
     h = h[batch.cu_seqlens[1:].long() - 1]  # the last row of each prompt
     ids, done = input_ids, torch.zeros(B, dtype=torch.bool, device=device)
+    if attention_mask is not None:  # padding is no token of the sequence: a repetition penalty must not see it
+        ids = torch.where(attention_mask.bool(), ids, batch.ids[batch.cu_seqlens[:-1].long(), None])
     ends = torch.tensor(token_ids(eos_token_id), dtype=torch.long, device=device)
     for step in range(max_new_tokens):
         token = choose(model.logits(h), ids)

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.functional import pad
 
 from ..op import expect
@@ -26,6 +27,8 @@ def pack(input_ids: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | 
     B, L = input_ids.shape
     device = input_ids.device
     expect(attention_mask is None or attention_mask.shape == (B, L), "attention_mask as input_ids", attention_mask)
+    expect(attention_mask is None or is_padding_mask(attention_mask), "attention_mask of 1 at tokens, 0 at padding",
+           attention_mask)  # fmt: skip
     expect(attention_mask is None or cu_seqlens is None, "attention_mask or cu_seqlens, not both")
     if attention_mask is None:
         expect(cu_seqlens is not None or L <= max_positions, f"at most {max_positions} positions", input_ids)
@@ -40,6 +43,15 @@ def pack(input_ids: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | 
     rows = torch.arange(len(ids), device=device)
     document = torch.searchsorted(cu_seqlens[1:].long(), rows, right=True)
     return Batch(ids, rows - cu_seqlens.long()[document], cu_seqlens, indices)
+
+
+def is_padding_mask(mask: Tensor) -> bool:
+    """Whether a mask holds 0 and 1 alone. A mask of floats that is 0 everywhere is one to add to scores, which hides
+    nothing; read as padding it would hide every token."""
+    if mask.dtype == torch.bool or torch.compiler.is_compiling() or isinstance(mask, FakeTensor):
+        return True
+    zeros, ones = mask == 0, mask == 1
+    return bool((zeros | ones).all()) and not (mask.is_floating_point() and len(mask) > 0 and bool(zeros.all()))
 
 
 def unpack(x: Tensor, batch: Batch, shape: tuple[int, int]) -> Tensor:

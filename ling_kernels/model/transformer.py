@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..nn import MLP, Attention, BatchLayout, Experts, MoE, RMSNorm, Router
 from ..nn.norm import Fp32Buffers
-from ..op import upcast
+from ..op import expect, upcast
 from ..ops.attention_decode import KVCache
 from ..ops.cross_entropy import cross_entropy
 from ..ops.linear_cross_entropy import linear_cross_entropy
@@ -197,15 +197,20 @@ class Ling(Fp32Buffers):
 
         labels: [B, L], not shifted; -100 is ignored. Position t predicts labels[t + 1], and in the k-th MTP layer
           labels[t + 1 + k], never across the end of a document.
-        attention_mask: [B, L], 0 at padding, on either side.
+        attention_mask: [B, L], 1 at tokens and 0 at padding, on either side.
         cu_seqlens: [n + 1] int32, the starts of documents in the B * L tokens; default: each row is a document.
         logits: False computes the loss in chunks, without storing the logits.
         z_loss: coefficient of the routers' z-loss.
         target_counts: divisors of the summed main loss and of each MTP layer's loss; default: this batch's number of
           targets.
-        Raises ValueError for mismatched shapes and for sequences longer than config.max_positions.
+        Raises ValueError for mismatched shapes and types, for a mask of other values, and for sequences longer than
+        config.max_positions.
         """
         batch = pack(input_ids, attention_mask, cu_seqlens, self.config.max_positions)
+        expect(labels is None or (labels.shape == input_ids.shape and labels.dtype == torch.int64),
+               "labels as input_ids, int64", labels, input_ids)  # fmt: skip
+        expect(target_counts is None or len(target_counts) >= 1 + len(self.mtp),
+               "target_counts of the main loss and of each MTP layer", target_counts)  # fmt: skip
         layout = BatchLayout(self.cos, self.sin, batch.positions, batch.cu_seqlens)
         states = [] if output_hidden_states else None
         h, z = self.backbone(batch.ids, layout, z_loss=z_loss, states=states)

@@ -83,7 +83,7 @@ def weight_gradient(dy, x, plan: Plan | None, dtype: torch.dtype, main_grad: Ten
 
 
 def quantize_rows(x: Tensor, plan: Plan | None, columns: bool, pow2: bool) -> tuple[tuple, tuple]:
-    """x [T, H] -> rows (x_q, x_scale) and columns (xt_q, xt_scale) or (); with a plan, for the slots of x's rows."""
+    """x [T, H] -> rows (x_q, x_scale) and columns (xt_q, xt_scale) or (); with a plan, in the order of its rows."""
     if plan is None:
         out = quantize(x, columns=columns, pow2=pow2)
     else:
@@ -153,7 +153,7 @@ class FeedForward(torch.autograd.Function):
         keep = recompute == "none" and wgrad == "fp8"
         x_rows, x_columns = quantize_rows(x, plan, keep, pow2)
         h = product(x_rows, gate_up_fp8.pair, offsets, dtype)
-        a_q, a_scale, *a_columns = swiglu(h, slot_weights(weights, plan), True, keep, plan, pow2)
+        a_q, a_scale, *a_columns = swiglu(h, row_weights(weights, plan), True, keep, plan, pow2)
         y = product((a_q, a_scale), down_fp8.pair, offsets, dtype)
         ctx.save_for_backward(
             weights, *(plan or [None] * 4), *gate_up_fp8.pair, *down_fp8.pair,
@@ -173,7 +173,7 @@ class FeedForward(torch.autograd.Function):
         offsets = None if plan is None else plan.offsets
         gate_up = ctx.fp8[0]._replace(q=gate_up_q, scale=gate_up_scale)
         down = ctx.fp8[1]._replace(q=down_q, scale=down_scale)
-        p = slot_weights(weights, plan)
+        p = row_weights(weights, plan)
         fp8, dtype, pow2, w_dtype = ctx.wgrad == "fp8", ctx.dtype, ctx.pow2, ctx.w_dtype
 
         x_columns, a_columns = columns[:2], columns[2:]
@@ -209,6 +209,6 @@ class FeedForward(torch.autograd.Function):
         return dx.to(ctx.x_dtype), dweights, d_gate_up, d_down, *[None] * ctx.others
 
 
-def slot_weights(weights: Tensor | None, plan: Plan | None) -> Tensor | None:
-    """weights [T, topk] in the order of the plan's slots, [S]."""
+def row_weights(weights: Tensor | None, plan: Plan | None) -> Tensor | None:
+    """weights [T, topk] in the order of the plan's rows, [S]."""
     return None if weights is None or plan is None else weights.flatten()[plan.source.long()]

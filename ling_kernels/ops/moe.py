@@ -47,7 +47,7 @@ def moe(
     experts [T, topk] int32 forces the choice of experts. The routing arguments are `route`'s. The routing weights are
     applied after the down projection, in fp32, as in the official inference code.
     A weight may be FP8, a pair (w_q, w_scale) as `quantize_weight` returns it; it gets no gradient and passes none on.
-    Its expert quantises SwiGLU of the fp32 product for the next one.
+    SwiGLU of the fp32 gate_up product is quantised for the down product.
     Otherwise gradients go to x, router_w and all weights. Raises ValueError for operands that do not fit, and where x
     wants a gradient through FP8 experts.
     """
@@ -100,10 +100,10 @@ def expert_mlp(
     rounding. Gradients as `moe`'s.
     """
     folded = None
-    if fold_weights and weights is not None:  # a slot that no expert owns has no gradient, whatever its row holds
+    if fold_weights and weights is not None:  # a choice not routed here has no gradient, whatever its row holds
         folded = weights.masked_fill(plan.slot < 0, 0).flatten()[plan.source.long()]
     if isinstance(w_gate_up, tuple):
-        # The product finds its rows of x by itself and, where no weight comes between, writes SwiGLU's FP8 alone.
+        # The GEMM gathers its rows of x. Without folded weights it writes only the quantised SwiGLU.
         x_q, x_scale = quantize(x)
         product = partial(grouped_gemm_fp8, x_q, x_scale, w_gate_up[0], w_gate_up[1], plan.offsets, plan)
         h = product(swiglu=True) if folded is None else swiglu(product(dtype=x.dtype), folded, quantize=True)

@@ -127,14 +127,14 @@ def unsupported(
     )
 
 
-@op("k", "v", "k_scale", "v_scale", "out", "out_q", "out_scale", "partial", "lse", cuda=unsupported)
+@op("k", "v", "k_scale", "v_scale", "out", "out_q", "out_scale", "partial", "lse_log2", cuda=unsupported)
 def qk_norm_attention_decode_fwd(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,
     k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None, block_table: Tensor, lengths: Tensor,
-    out: Tensor, out_q: Tensor | None, out_scale: Tensor | None, partial: Tensor, lse: Tensor,
+    out: Tensor, out_q: Tensor | None, out_scale: Tensor | None, partial: Tensor, lse_log2: Tensor,
     scale: float, eps: float,
 ) -> None:  # fmt: skip
-    """partial and lse come from `scratch` of attention_decode, out_q and out_scale from `empty_fp8` for out's rows."""
+    """partial and lse_log2 come from attention_decode.scratch, out_q and out_scale from `empty_fp8` for out's rows."""
     cells = k, v, k_scale, v_scale, block_table, lengths
     norm = q_weight, k_weight, cos, sin
-    launch_decode(qkv, *cells, out, partial, lse, scale, norm, eps, out_q, out_scale)
+    launch_decode(qkv, *cells, out, partial, lse_log2, scale, norm, eps, out_q, out_scale)

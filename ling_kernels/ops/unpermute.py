@@ -1,4 +1,7 @@
-"""Unpermute: each token sums its slots, out[t] = sum over k of weights[t, k] * y[slot[t, k]], k ascending, in fp32."""
+"""Unpermute: each token sums the rows of its choices, in fp32, k ascending.
+
+out[t] = sum over k of weights[t, k] * y[slot[t, k]]
+"""
 
 import torch
 import triton
@@ -10,13 +13,13 @@ from .dispatch import Plan
 
 
 def unpermute(y: Tensor, plan: Plan, weights: Tensor | None = None) -> Tensor:
-    """y [S, H], a plan of S slots and T tokens, weights [T, topk] fp32 (None: all 1) -> [T, H] in y's dtype.
+    """y [S, H], a plan of S rows and T tokens, weights [T, topk] fp32 (None: all 1) -> [T, H] in y's dtype.
 
     A slot of -1 contributes exactly 0, whatever its weight and the undefined rows of y hold. Gradients: to y (0 in rows
     that no token owns) and to weights (0 for a slot of -1). Raises ValueError for shapes that do not fit.
     """
     fits = y.ndim == 2 and y.is_floating_point() and plan.source.shape == y.shape[:1]
-    expect(fits, "y [S, H] and a plan of S slots", y, plan.source)
+    expect(fits, "y [S, H] and a plan of S rows", y, plan.source)
     fits = weights is None or (weights.shape == plan.slot.shape and weights.dtype in (torch.float32, torch.float64))
     expect(fits, "weights [T, topk] fp32", weights, plan.slot)
     if use_reference("unpermute", y, weights):

@@ -153,7 +153,7 @@ def damage_of(checkpoint: Path) -> str | None:
                 return f"the checksum of {name} is wrong"
     except OSError as error:
         return f"{error.filename or checkpoint}: {error.strerror}"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return "state.json is not readable"
     return None
 

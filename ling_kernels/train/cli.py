@@ -15,7 +15,7 @@ import torch
 from ..errors import Diverged, InputError, Parser, command
 from ..model import Ling
 from ..model.sample import sampler
-from ..tokenizer import Tokenizer
+from ..tokenizer import TextStream, Tokenizer
 from . import checkpoint as ckpt
 from .data import Documents
 from .prepare import deterministic, latest_run
@@ -214,7 +214,8 @@ def sample(model: Ling, tokenizer: Tokenizer, held_out: Documents, settings: Set
     model.eval()
     tokens = [int(t) for t in model.stream(ids, new, choose=choose, eos_token_id=tokenizer.eos_id)]
     prompt, tokens = ([t for t in ids if t != tokenizer.eos_id] for ids in (prompt, tokens))
-    return tokenizer.decode(prompt), tokenizer.decode(tokens)
+    text = TextStream(tokenizer, prompt)
+    return tokenizer.decode(prompt), "".join(map(text.add, tokens)) + text.end()
 
 
 def python(module: str) -> str:

@@ -14,6 +14,7 @@ import functools
 import json
 import os
 import sys
+import warnings
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -72,11 +73,12 @@ def write_tokens(documents: Iterable[Iterable[bytes]], tokenizer: Tokenizer, out
     """Tokenise documents into `out` and its .json; both appear complete or not at all. Returns the content of the
     .json.
 
-    documents: each an iterable of UTF-8 pieces. Raises InputError where the files cannot be written.
+    documents: each an iterable of UTF-8 pieces; those without text are skipped and counted as `empty`. Raises
+    InputError where the files cannot be written.
     """
     name = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     eos = np.array([tokenizer.eos_id], DTYPES[name]).tobytes()
-    count = number = 0
+    count = number = empty = 0
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         # The inner context ends first: the .json is renamed before the data.
@@ -88,13 +90,15 @@ def write_tokens(documents: Iterable[Iterable[bytes]], tokenizer: Tokenizer, out
                         ids = tokenizer.encode_bytes(piece)
                         file.write(ids.astype(DTYPES[name]).tobytes())
                         count += len(ids)
-                    if count > before:  # empty documents are dropped
+                    if count > before:
                         file.write(eos)
                         count, number = count + 1, number + 1
+                    else:
+                        empty += 1
                 file.flush()
                 os.fsync(file.fileno())
             about = dict(dtype=name, eos_id=tokenizer.eos_id, vocab_size=tokenizer.vocab_size)
-            about |= dict(tokens=count, documents=number)
+            about |= dict(tokens=count, documents=number, empty=empty)
             sidecar.write_text(json.dumps(about) + "\n")
     except OSError as error:
         raise InputError(f"cannot write {out}: {error.strerror or error}") from None
@@ -129,10 +133,12 @@ def map_tokens(path: Path, vocab_size: int, eos_id: int) -> np.ndarray:
     try:
         about = json.loads(sidecar.read_text())
         dtype, file_eos, file_vocab = DTYPES[about["dtype"]], int(about["eos_id"]), int(about["vocab_size"])
+        tokens = int(about["tokens"]) if "tokens" in about else None
     except OSError as error:
         raise InputError(f"{path} needs {sidecar.name} beside it: {error.strerror or error}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{sidecar} must give dtype (uint16 or uint32), eos_id and vocab_size: {error!r}") from None
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise InputError(f"{sidecar} must give dtype (uint16 or uint32), eos_id and vocab_size, and tokens as a number:"
+                         f" {error!r}") from None  # fmt: skip
     if file_vocab > vocab_size:
         raise InputError(
             f"{path} was written with a tokenizer of {file_vocab} tokens, more than the model's {vocab_size}"
@@ -146,8 +152,8 @@ def map_tokens(path: Path, vocab_size: int, eos_id: int) -> np.ndarray:
         size = path.stat().st_size
         if size == 0:
             raise InputError(f"{path} holds no tokens")
-        if size % dtype.itemsize or about.get("tokens", size // dtype.itemsize) * dtype.itemsize != size:
-            raise InputError(f"{path} is truncated: {size} bytes, but {sidecar.name} says {about.get('tokens')} ids")
+        if size % dtype.itemsize or tokens not in (None, size // dtype.itemsize):
+            raise InputError(f"{path} is truncated: {size} bytes, but {sidecar.name} says {tokens} ids")
         return np.memmap(path, dtype, "r")
 
 
@@ -161,7 +167,9 @@ def gather_tokens(
     files = None if data is None else find_files(data)
     text = None if files is None else [p for p in files if p.suffix != ".bin"]
     if (text is None or text) and not cache.is_file():
-        write_tokens(cpython_documents() if text is None else documents(text, text_field), tokenizer, cache)
+        about = write_tokens(cpython_documents() if text is None else documents(text, text_field), tokenizer, cache)
+        if text and about["empty"] and about["documents"]:
+            warnings.warn(f"{about['empty']:,} rows and files of the data have no text and are skipped", stacklevel=2)
     mapped = [p for p in files or () if p.suffix == ".bin"]
     if cache.is_file() and cache.stat().st_size:
         mapped.insert(0, cache)
@@ -252,7 +260,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if binary := [p for p in files if p.suffix == ".bin"]:
         raise InputError(f"{binary[0]} is tokenised already")
     about = write_tokens(documents(files, args.text_field) if files else cpython_documents(), tokenizer, args.out)
-    print(f"{args.out}: {about['tokens']:,} tokens of {about['documents']:,} documents, {about['dtype']}")
+    skipped = f"; {about['empty']:,} without text are skipped" if about["empty"] else ""
+    print(f"{args.out}: {about['tokens']:,} tokens of {about['documents']:,} documents, {about['dtype']}{skipped}")
 
 
 if __name__ == "__main__":

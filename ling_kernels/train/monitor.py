@@ -4,7 +4,7 @@
     distortion   1 - cosine of the operand and its FP8 representation
 
 The operands of a product y = x W^T are x, w and dy, and for the weight's gradient xt and dyt, which are quantised
-along the tokens. A measurement takes 128 of a micro batch's tokens (of an expert's slots), beginning at a border of
+along the tokens. A measurement takes 128 of a micro batch's tokens (of an expert's rows), beginning at a border of
 blocks, and 128 rows of w, so that scales are those of the run. Operands inside an MLP or an expert are computed again
 from the sample, in fp32.
 """
@@ -158,15 +158,15 @@ class Sample:
         out.register_hook(lambda dy: backward(self.tokens(dy)))
 
     def experts(self, name: str, module: Fp8Experts, out: Tensor, x: Tensor, plan, weights: Tensor) -> None:
-        """Measure the first 128 slots of one expert, in each sample another of the busiest quarter. The device
+        """Measure the first 128 rows of one expert, in each sample another of the busiest quarter. The device
         chooses."""
-        w, slots = (module.gate_up, module.down), len(plan.source)
-        columns = along_tokens(module, *w, rows=slots // len(w[0]))
+        w, rows = (module.gate_up, module.down), len(plan.source)
+        columns = along_tokens(module, *w, rows=rows // len(w[0]))
         busy = plan.offsets.diff().argsort(descending=True, stable=True)
         expert = busy[self.number % max(len(busy) // 4, 1)][None]
-        slot = plan.offsets[expert] + torch.arange(BLOCK, device=x.device)
-        valid = (slot < plan.offsets[expert + 1])[:, None]
-        source = plan.source[slot.clamp(max=slots - 1).long()].long().where(valid[:, 0], 0)
+        row = plan.offsets[expert] + torch.arange(BLOCK, device=x.device)
+        valid = (row < plan.offsets[expert + 1])[:, None]
+        source = plan.source[row.clamp(max=rows - 1).long()].long().where(valid[:, 0], 0)
         token, p = source // weights.shape[1], weights.detach().flatten()[source]
         gate_up, down = (t.index_select(0, expert)[0] for t in w)
         backward = self.feed_forward(name, x[token] * valid, gate_up, down, p, module.fp8.pow2, columns)

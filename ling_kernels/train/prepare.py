@@ -61,6 +61,8 @@ def resumed_run(resume: str | Path, changes: dict) -> Run:
     """Prepare to resume from a run's latest checkpoint, or from a checkpoint; changes: settings to change."""
     folder, checkpoint = ckpt.locate(str(resume))
     state = ckpt.read_state(checkpoint)
+    if missing := {"settings", "step", "data"} - state.keys():
+        raise InputError(f"{checkpoint / 'state.json'} has no {', '.join(sorted(missing))}")
     settings = absolute_paths(settings_of(absolute_changes(changes), state["settings"]))
     config, _ = model_config(settings, checkpoint)
     check(settings, config)
@@ -188,10 +190,10 @@ def deterministic():
 
 def check_memory(config: LingConfig, settings: Settings, device: torch.device) -> None:
     """Raise InputError where weights and optimizer alone exceed the device's memory."""
-    kept = settings.precision == "fp8" and settings.fp8_weights == "kept"
+    fp8_copy_bytes = 1 if settings.precision == "fp8" and settings.fp8_weights == "kept" else 0
     weights = config.num_parameters(mtp=True)
     per_weight = bytes_per_weight(settings.optimizer, settings.master, not settings.step_in_backward)
-    need = (per_weight + kept) * weights
+    need = (per_weight + fp8_copy_bytes) * weights
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
     else:
@@ -216,7 +218,7 @@ def model_of(path: Path) -> str | None:
     """The model of a settings.json; None where it cannot be read."""
     try:
         return from_json(json.loads(path.read_text())).model
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return None
 
 

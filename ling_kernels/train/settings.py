@@ -192,6 +192,8 @@ def to_json(settings: Settings) -> dict:
 
 def from_json(saved: dict) -> Settings:
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
+    if unknown := values.keys() - {f.name for f in fields(Settings)}:
+        raise InputError(f"the run has settings that this version does not know: {', '.join(sorted(unknown))}")
     return Settings(**values)
 
 

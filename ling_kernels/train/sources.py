@@ -35,7 +35,7 @@ def find_files(sources: Sequence[str | Path]) -> list[Path]:
 
 
 def documents(files: Sequence[Path], text_field: str = "text") -> Iterator[Iterable[bytes]]:
-    """One document for each .txt file, line of a .jsonl file and row of a .parquet file."""
+    """One document for each .txt file, line of a .jsonl file and row of a .parquet file; null is an empty text."""
     for path in files:
         if path.suffix == ".txt":
             yield text_pieces(path)
@@ -98,7 +98,7 @@ def jsonl_documents(path: Path, field: str) -> Iterator[list[bytes]]:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:  # RecursionError: nested too deep
                 raise InputError(f"{path}, line {number}: not JSON: {error}") from None
             if not isinstance(row, dict) or field not in row:
                 has = f"its fields are {', '.join(row)}" if isinstance(row, dict) else "it is not an object"
@@ -121,13 +121,15 @@ def parquet_documents(path: Path, field: str) -> Iterator[list[bytes]]:
             for batch in file.iter_batches(batch_size=1024, columns=[field]):
                 for text in batch.column(0).to_pylist():
                     row += 1
-                    if text is not None:
-                        yield [utf8(text, f"{path}, row {row}: the column {field!r}")]
-    except pyarrow.ArrowException as error:
+                    yield [utf8(text, f"{path}, row {row}: the column {field!r}")]
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:  # the latter for a text that is not UTF-8
         raise InputError(f"cannot read {path}: {error}") from None
 
 
 def utf8(text, source: str) -> bytes:
+    """Text as UTF-8; null, a row without text, is empty. Raises InputError for anything else."""
+    if text is None:
+        return b""
     if not isinstance(text, str):
         raise InputError(f"{source} is not text but {type(text).__name__}")
     try:

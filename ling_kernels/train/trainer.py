@@ -227,8 +227,8 @@ def train_step(
     losses = accumulate_gradients(model, packed, progress.sequences, rows, settings, device, precision, begin)
     if in_backward is None:
         norm = grad_norm([p.grad for p in model.parameters() if p.grad is not None])
-        finite = usable(losses[0]) & norm.isfinite() & (norm.double() <= highest_norm)
-        clipped_step(optimizer, lr, norm, settings.clip, finite)
+        take_step = usable(losses[0]) & norm.isfinite() & (norm.double() <= highest_norm)
+        clipped_step(optimizer, lr, norm, settings.clip, take_step)
     else:
         norm = in_backward.norm()
     routed = bool(model.routers())
