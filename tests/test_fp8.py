@@ -1,6 +1,7 @@
 """FP8 layers: their numbers against products of dequantised tensors, recompute levels, bytes kept, training."""
 
 import copy
+import io
 from itertools import pairwise
 
 import pytest
@@ -166,6 +167,33 @@ def test_recompute_levels_give_equal_bits(backend, wgrad):
             call = (lambda *a, f=fp8: checkpoint(f, *a, use_reentrant=False)) if recompute == "full" else None
             seen.append(results(fp8, x, dy, plan, weights, call=call))
     assert all(equal_bits(s, seen[0]) for s in seen[1:])
+
+
+def test_a_layer_with_kept_copies_is_saved():
+    """torch.save of the whole module; the copy computes its FP8 weights again."""
+    layer = Fp8Linear(H, 128, device=DEVICE, weights="kept", transposed="kept")
+    x = Rand(torch.float32).data(3, H).requires_grad_()
+    layer(x).sum().backward()
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert torch.equal(loaded(x), layer(x))
+    with torch.no_grad():
+        loaded.weight.mul_(2)
+    assert torch.equal(loaded(x), 2 * layer(x))
+
+
+def test_a_vector_is_one_row():
+    layer = Fp8Linear(H, 128, device=DEVICE)
+    x = Rand(torch.float32).data(H)
+    results = []
+    for leaf in (x.clone().requires_grad_(), x.clone()[None].requires_grad_()):
+        y = layer(leaf)
+        y.square().sum().backward()
+        results.append((y.flatten(), leaf.grad.flatten()))
+        assert y.shape == (*leaf.shape[:-1], 128)
+    assert all(map(torch.equal, *results))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

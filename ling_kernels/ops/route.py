@@ -30,7 +30,8 @@ def route(
     """logits [T, E] fp32, bias [E] fp32, mask [T] bool (False: a padding token, routed nowhere) ->
 
     weights [T, topk] fp32, experts [T, topk] int32, counts [E] int32, and, given a coefficient z_loss, that loss as a
-    scalar. Masked tokens get expert -1 and weight 0, and neither the counts nor the loss see them. NaN logits still
+    scalar. Masked tokens get expert -1, weight 0 and gradient 0, whatever their logits; neither the
+    counts nor the loss see them. NaN logits still
     give topk distinct experts in range. Gradient: to logits, through weights and z_loss.
     experts [T, topk] int32 forces the choice, as when a rollout's routing is replayed: weights are those of the given
     experts from these logits, bias and groups decide nothing. A row is distinct experts, or all -1 for a padding token.
@@ -74,7 +75,11 @@ def valid_choices(experts: Tensor, E: int) -> bool:
 
 def route_ref(logits, bias, mask=None, num_groups=8, group_topk=4, topk=8, scale=2.5, z_loss=None, experts=None):
     T, E = logits.shape
+    if experts is not None:
+        mask = experts[:, 0] >= 0 if mask is None else mask & (experts[:, 0] >= 0)
     logits = upcast(logits)
+    if mask is not None:  # before the formulas, in whose gradient 0 * NaN is NaN
+        logits = logits.masked_fill(~mask[:, None], 0)
     s = scores(logits)
     if experts is None:
         experts = best_experts(s, bias, num_groups, group_topk, topk)
