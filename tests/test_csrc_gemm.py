@@ -206,7 +206,7 @@ BROKEN = {  # name: (check that must fail, its error, its message, file, right, 
     "transposes before all is read": (check_transposed, AssertionError, "", LOAD, "named_barrier(3, 128);", ""),
     "bytes of a pair swapped": (check_transposed, AssertionError, "", LOAD, "0x6420", "0x4620"),
     "counts its neighbour's tokens": (
-        check_wgrad, AssertionError, "", WGRAD, "if (row + Bf16::kTokens > t.blocks) clear", "if (false) clear",
+        check_wgrad, AssertionError, "", WGRAD, "if (row + Bf16::kTokens > t.k_units) clear", "if (false) clear",
     ),
     "adds sums that are not there yet": (
         check_few_rows, AssertionError, "", FEW, "else __syncthreads();", "",

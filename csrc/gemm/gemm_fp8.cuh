@@ -69,13 +69,13 @@ template <typename V> __device__ void multiply_tiles(Shared<V>& s, const Problem
             }
             scale += p.weight_scale_k;
         };
-        load_scales(t.blocks > 0);
-        for (int left = t.blocks; left > 0; left--, ring.next()) {
+        load_scales(t.k_units > 0);
+        for (int left = t.k_units; left > 0; left--, ring.next()) {
             load_scales(left > 1);
             s.full[ring.stage].wait(ring.parity);
             multiply(s, ring.stage, w_scale, busy, halves, sum);
         }
-        if (!busy || (V::kWgrad && p.accumulate && !t.blocks)) continue;
+        if (!busy || (V::kWgrad && p.accumulate && !t.k_units)) continue;
         if (!V::kSwiglu && (p.fp32 || p.accumulate)) finish_in_place<V>(p, t, sum);
         if (V::kSwiglu || !p.fp32) {
             if constexpr (V::kSwap) write_columns(s, p, t, sum);
