@@ -61,7 +61,7 @@ def launch(C, args, logits=None, residual=None):
 
 
 def check_near(got, want, rows=slice(None)):
-    """Three roundings to bf16 in `want`, one in `got`, and FP8 codes that flip by one when sums run in another order."""
+    """Three roundings to bf16 in `want`, one in `got`; FP8 codes flip by one when sums run in another order."""
     d, size = (got[rows].float() - want[rows].float()), want[rows].float().square().mean(1, keepdim=True).sqrt()
     assert got.dtype == want.dtype and (d.square().mean(1, keepdim=True).sqrt() < 0.006 * size).all(), d / size
     assert (d.abs() < 0.04 * size).all()
