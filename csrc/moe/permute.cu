@@ -29,10 +29,10 @@ __global__ void __launch_bounds__(kThreads)
     const uint2 codes = encode8(v, Quotient<kPow2>(scale));
 #pragma unroll 8
     for (int i = 0; i < topk; i++) {
-        const int64_t s = slot[int64_t{t} * topk + i];
-        if (s < 0) continue;
-        *reinterpret_cast<uint2*>(x_q + s * H + k * kBlock + 8 * lane) = codes;
-        if (lane == i % 16) x_scale[k * ld_scale + s] = scale;
+        const int64_t row = slot[int64_t{t} * topk + i];
+        if (row < 0) continue;
+        *reinterpret_cast<uint2*>(x_q + row * H + k * kBlock + 8 * lane) = codes;
+        if (lane == i % 16) x_scale[k * ld_scale + row] = scale;
     }
 }
 
