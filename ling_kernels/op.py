@@ -119,7 +119,7 @@ def unsupported_dtype(tensors) -> str | None:
 
 
 def report_fallback(name: str, reason: str, instead: str) -> None:
-    """Warn once for each op and reason; raise where LING_BACKEND=cuda asks for csrc/ alone. `explain` reports itself."""
+    """Warn once for each op and reason; raise where LING_BACKEND=cuda asks for csrc/ alone. `explain` reports it."""
     if _choices is not None:
         return
     if backends.strict():
