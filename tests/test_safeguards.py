@@ -242,9 +242,9 @@ def test_fallback_survives_a_resume(tmp_path, whole, text, capsys):
     name, flags = "layers.1.attention.query_key_value", "--fp8-watch 1 --fp8-fallback 2 --save-every 3 --steps"
     capsys.readouterr()
     fp8_run(tmp_path / "outlier", text, tmp_path / "a", flags, "5")
-    said = capsys.readouterr().out
-    assert f"step 1: outside its band: {name}: underflow of x is" in said
-    assert f"step 2: {name} switches to bf16" in said
+    output = capsys.readouterr().out
+    assert f"step 1: outside its band: {name}: underflow of x is" in output
+    assert f"step 2: {name} switches to bf16" in output
     assert [name in line["layers"] for line in measurements(tmp_path / "a")] == [True, True, False, False, False]
     for point in ckpt.list_checkpoints(tmp_path / "a"):
         state = json.loads((point / "state.json").read_text())
