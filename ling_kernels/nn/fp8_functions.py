@@ -146,7 +146,7 @@ class FeedForward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weights: Tensor | None, gate_up: nn.Parameter, down: nn.Parameter, *others):
-        """others: the fields of the two weights' Fp8Weight, pow2, wgrad, recompute, dtype, and those of a plan."""
+        """others: the fields of the two weights' Fp8Weight, pow2, wgrad, recompute, dtype, and the fields of a plan."""
         gate_up_fp8, down_fp8 = Fp8Weight(*others[:FIELDS]), Fp8Weight(*others[FIELDS : 2 * FIELDS])
         pow2, wgrad, recompute, dtype, *plan = others[2 * FIELDS :]
         plan = Plan(*plan) if plan else None

@@ -5,7 +5,7 @@
 
 The operands of a product y = x W^T are x, w and dy, and for the weight's gradient xt and dyt, which are quantised
 along the tokens. A measurement takes 128 of a micro batch's tokens (of an expert's rows), beginning at a border of
-blocks, and 128 rows of w, so that scales are those of the run. Operands inside an MLP or an expert are computed again
+blocks, and 128 rows of w, so that scales equal the run's. Operands inside an MLP or an expert are computed again
 from the sample, in fp32.
 """
 
@@ -48,7 +48,7 @@ class OutOfRange(NamedTuple):
 
 
 class FP8Monitor:
-    """Measures every FP8 layer of a model in every `every`-th step (0: never), and tells which are outside their band.
+    """Measures every FP8 layer of a model in every `every`-th step (0: never), and reports layers outside their band.
 
     A layer is reported once, and again only after it has come back into its band. patience: measurements in a row
     outside after which a layer should switch to bf16; 0: never. earlier: measurements of the run before it was
@@ -88,7 +88,7 @@ class FP8Monitor:
         record |= dict(step=step, layers=sample.result())
 
     def update(self, record: dict) -> list[OutOfRange]:
-        """Take in a record; returns what it shows outside a band that was inside before."""
+        """Take in a record; returns the metrics that are outside their band and were inside before."""
         newly_outside = []
         for layer, operands in record["layers"].items():
             for operand, values in operands.items():
@@ -201,7 +201,7 @@ class Sample:
             self.measured[name, operand + "t"] = fp8_errors(x, dequantize(*quantize(x, pow2=pow2)))
 
     def result(self) -> dict[str, dict[str, list[float]]]:
-        """{layer: {operand: [underflow, distortion]}}, None for what is not finite."""
+        """{layer: {operand: [underflow, distortion]}}, None for a value that is not finite."""
         out = {}
         if self.measured:
             for (layer, operand), values in zip(
