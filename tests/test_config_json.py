@@ -143,7 +143,7 @@ def test_other_formulas_and_bad_values_are_refused_in_one_line(read, tmp_path, c
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", b"[" * 100_000, b'{"vocab_size": ' + b"9" * 5000 + b"}"])
-def test_files_that_are_no_json_object(tmp_path, content):
+def test_files_that_are_not_json_objects(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(InputError, match="config.json"):
         LingConfig.from_json(tmp_path / "config.json")

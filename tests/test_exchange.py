@@ -22,7 +22,7 @@ class ReceivedPlan(Plan):
 
 
 class Shuffled:
-    """An exchange as over several devices: a row for every slot, received in random order, as one slot each."""
+    """An exchange as over several devices: a row for every choice, received in random order, as one choice each."""
 
     local = False
 
@@ -65,7 +65,7 @@ def result(moe: MoE, x: torch.Tensor) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("fold, fp8", [(False, False), (True, False), (True, True)])
 def test_an_exchange_gives_what_local_experts_do(fold, fp8):
-    """Bit for bit where the routing weight is applied at the same place: the sum over a token's slots is the same."""
+    """Bit for bit where the routing weight is applied at the same place: the sum over a token's choices is the same."""
     moe, x = layer(fold, fp8), torch.randn(T, H).bfloat16()
     assert isinstance(moe.exchange, Local)
     want = result(moe, x)

@@ -98,19 +98,19 @@ def test_special_tokens_only_when_asked():
 
 def test_tokenizers_loads_the_saved_byte_tokenizer(tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
-    ours = load_tokenizer()
-    ours.save(tmp_path)
-    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    assert theirs.get_vocab_size() == ours.vocab_size
+    byte_tokenizer = load_tokenizer()
+    byte_tokenizer.save(tmp_path)
+    reference = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert reference.get_vocab_size() == byte_tokenizer.vocab_size
     for text in TEXTS:
-        ids = ours.encode(text, special=True)
-        theirs.encode_special_tokens = False
-        assert theirs.encode(text).ids == ids
-        assert theirs.decode(ids, skip_special_tokens=False) == text
-        theirs.encode_special_tokens = True
-        assert theirs.encode(text).ids == ours.encode(text)
+        ids = byte_tokenizer.encode(text, special=True)
+        reference.encode_special_tokens = False
+        assert reference.encode(text).ids == ids
+        assert reference.decode(ids, skip_special_tokens=False) == text
+        reference.encode_special_tokens = True
+        assert reference.encode(text).ids == byte_tokenizer.encode(text)
     data = random.Random(1).randbytes(2000)
-    assert theirs.decode(list(data)) == ours.decode(data)
+    assert reference.decode(list(data)) == byte_tokenizer.decode(data)
 
 
 def test_the_saved_byte_tokenizer_loads_without_tokenizers(tmp_path, monkeypatch):

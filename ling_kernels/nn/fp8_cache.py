@@ -1,4 +1,4 @@
-"""Caches of what is computed from a weight, and how they know that the weight changed."""
+"""Caches of tensors computed from a weight, and how they detect that the weight changed."""
 
 import functools
 import itertools

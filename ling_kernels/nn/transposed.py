@@ -8,6 +8,8 @@ write 1:
 Ling-mini's routed experts, 15.3e9 elements on one GPU: 0, with 0.54 GB while a layer's gate_up is in use, or 15.3 GB.
 """
 
+from typing import Any
+
 from torch import Tensor
 
 from ..op import expect
@@ -26,13 +28,14 @@ class Transposed:
     def __init__(self, keep: str = "on_demand"):
         expect(keep in KEEP, f"keep among {', '.join(KEEP)}", keep)
         watch_optimizers()
-        self.keep, self.version = keep, None
+        self.keep = keep
         self.pair: tuple[Tensor, Tensor] | None = None
+        self.version: Any = None  # of the weight that `pair` was computed from
 
     def __reduce__(self):
         return Transposed, (self.keep,)
 
-    def __call__(self, w_q: Tensor, w_scale: Tensor, version=None) -> tuple[Tensor, Tensor]:
+    def __call__(self, w_q: Tensor, w_scale: Tensor, version: Any = None) -> tuple[Tensor, Tensor]:
         """w_q [(E,) N, K] e4m3 and w_scale [(E,) N/128, K/128] -> wt_q [(E,) K, N] and wt_scale, not to be written.
 
         version: a value that changes whenever the weight does, such as the step, or `version_of` the parameter that w_q

@@ -218,7 +218,7 @@ ROWS = 16  # queries of a KV head that a block of csrc/'s kernel has
 
 
 def unsupported_cache(q, k, v, k_scale, v_scale, out, partial) -> str | None:
-    """What csrc/ does not support of new tokens q (queries, or qkv) and a cache.
+    """What csrc/ does not support, in words: new tokens q (queries, or qkv) and a cache.
 
     csrc/ reads the cache again for every 16 rows of a KV head. Triton's kernel does so too where the cache is FP8, but
     holds up to 64 rows otherwise.

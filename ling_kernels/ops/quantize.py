@@ -61,8 +61,8 @@ def quantize_ref(x, rows=True, columns=False, plan=None, pow2=False):
 def quantize_weight(w: Tensor, pow2: bool = False, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
     """Quantise w [N, K] or [E, N, K] in 128 x 128 blocks -> w_q e4m3 as w, w_scale [(E,) N/128, K/128] fp32.
 
-    out: two such contiguous tensors to write into and return. Not differentiable. Raises ValueError where N or K is no
-    multiple of 128.
+    out: two such contiguous tensors to write into and return. Not differentiable. Raises ValueError where 128 does not
+    divide N and K.
     """
     fits = w.ndim in (2, 3) and w.shape[-1] % BLOCK == 0 and w.shape[-2] % BLOCK == 0
     expect(fits and w.is_floating_point(), "w [N, K] or [E, N, K] with N % 128 == K % 128 == 0", w)

@@ -125,7 +125,7 @@ def rms_norm_bwd(
     dy: Tensor, dtotal: Tensor | None, total: Tensor, w: Tensor, rstd: Tensor,
     dx: Tensor, dresidual: Tensor | None, dw: Tensor,
 ) -> None:  # fmt: skip
-    """total is x or x + residual. dresidual has its dtype and dx that of x. dw [programs(M, N), N] are partial sums."""
+    """total is x or x + residual. dresidual has total's dtype, dx has x's. dw [programs(M, N), N] are partial sums."""
     M, N = total.shape
     if M:
         rms_norm_bwd_kernel[(len(dw),)](

@@ -1,8 +1,9 @@
-"""Group-limited sigmoid routing.
+"""Group-limited routing.
 
-s = sigmoid(logits) and b = s + bias. A group of E / num_groups experts scores the sum of its two largest b; the
-group_topk best groups stay; of their experts the topk with the largest b are chosen, in that order. The lowest index
-wins ties at both levels. weight = s[expert] / (sum + 1e-20) * scale: the bias selects and does not weigh.
+s = score(logits), the score function (`scores`: sigmoid), and b = s + bias. A group of E / num_groups experts scores
+the sum of its two largest b; the group_topk best groups stay; of their experts the topk with the largest b are chosen,
+in that order. The lowest index wins ties at both levels. weight = s[expert] / (sum + 1e-20) * scale: the bias selects
+and does not weigh.
 z_loss = coefficient * mean(logsumexp(logits)^2). Source: Ling 2.0, arXiv 2510.22115, and its published model code.
 """
 
@@ -345,9 +346,9 @@ def route_kernel(
         routed &= tl.load(mask + t, mask=t < T, other=0) != 0
     valid = (t < T)[:, None] & (k < TOPK)
     w = normalised_weights(row, chosen, valid & routed[:, None], scale)
-    slot = t.to(tl.int64)[:, None] * TOPK + k
-    tl.store(weights + slot, w, mask=valid)
-    tl.store(experts + slot, tl.where(routed[:, None], chosen, -1), mask=valid)
+    choice = t.to(tl.int64)[:, None] * TOPK + k
+    tl.store(weights + choice, w, mask=valid)
+    tl.store(experts + choice, tl.where(routed[:, None], chosen, -1), mask=valid)
     tl.atomic_add(counts + chosen, 1, mask=valid & routed[:, None], sem="relaxed")
     if lse is not None:
         tl.store(lse + t, tl.where(routed, log_sum_exp(x), 0.0), mask=t < T)
@@ -382,10 +383,10 @@ def route_forced_kernel(
     row = logits + t.to(tl.int64) * ld
     k = tl.arange(0, BLOCK_K)[None, :]
     valid = (t < T)[:, None] & (k < TOPK)
-    slot = t.to(tl.int64)[:, None] * TOPK + k
-    chosen = tl.load(experts + slot, mask=valid, other=-1)
+    choice = t.to(tl.int64)[:, None] * TOPK + k
+    chosen = tl.load(experts + choice, mask=valid, other=-1)
     routed = chosen >= 0
-    tl.store(weights + slot, normalised_weights(row, chosen, routed, scale), mask=valid)
+    tl.store(weights + choice, normalised_weights(row, chosen, routed, scale), mask=valid)
     tl.atomic_add(counts + chosen, 1, mask=routed, sem="relaxed")
     if lse is not None:
         e = tl.arange(0, BLOCK_E)[None, :]
@@ -402,11 +403,11 @@ def route_bwd_kernel(
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     row = logits + t.to(tl.int64) * ld
     k, e = tl.arange(0, BLOCK_K)[None, :], tl.arange(0, BLOCK_E)[None, :]
-    slot = t.to(tl.int64)[:, None] * TOPK + k
-    chosen = tl.load(experts + slot, mask=(t < T)[:, None] & (k < TOPK), other=-1)
+    choice = t.to(tl.int64)[:, None] * TOPK + k
+    chosen = tl.load(experts + choice, mask=(t < T)[:, None] & (k < TOPK), other=-1)
     routed = chosen >= 0
     s = chosen_scores(row, chosen, routed)
-    dw = tl.load(dweights + slot, mask=routed, other=0.0)
+    dw = tl.load(dweights + choice, mask=routed, other=0.0)
     z = tl.sum(s, 1)[:, None] + 1e-20
     d = scale / z * (dw - tl.sum(s * dw, 1)[:, None] / z) * score_derivative(s)
     dx = tl.sum(tl.where(routed[:, :, None] & (chosen[:, :, None] == e[:, None, :]), d[:, :, None], 0.0), 1)
@@ -414,6 +415,6 @@ def route_bwd_kernel(
     if lse is not None:
         routed = tl.load(experts + t.to(tl.int64) * TOPK, mask=t < T, other=-1) >= 0
         x = tl.load(row[:, None] + e, mask=valid, other=0.0)
-        share = tl.exp(x - tl.load(lse + t, mask=t < T, other=0.0)[:, None])
-        dx += tl.where(routed[:, None], tl.load(dlse + t, mask=t < T, other=0.0)[:, None] * share, 0.0)
+        softmax = tl.exp(x - tl.load(lse + t, mask=t < T, other=0.0)[:, None])
+        dx += tl.where(routed[:, None], tl.load(dlse + t, mask=t < T, other=0.0)[:, None] * softmax, 0.0)
     tl.store(dlogits + t.to(tl.int64)[:, None] * E + e, dx, mask=valid)

@@ -178,6 +178,6 @@ def scatter_rows_kernel(
         s = tl.load(slot + t * TOPK + k).to(tl.int64)
         scaled = d if weights is None else d.to(tl.float32) * tl.load(weights + t * TOPK + k)
         tl.store(out + s * H + h, scaled, mask=(s >= 0) & (h < H))
-        if offsets is not None:  # each program checks TOPK of the T * TOPK rows, and zeroes those of no expert
+        if offsets is not None:  # each program checks TOPK of the T * TOPK rows, and zeroes the rows of no expert
             unowned = t * TOPK + k >= tl.load(offsets + E)
             tl.store(out + (t * TOPK + k) * H + h, tl.zeros((BLOCK_H,), out.dtype.element_ty), mask=unowned & (h < H))

@@ -141,7 +141,7 @@ class ExpertParallel:
     def __init__(self, moe: MoE, ep: int, worst_load: bool):
         self.ep, self.worst_load = ep, worst_load
         self.num_experts = len(moe.experts.gate_up)  # on this GPU
-        self.moe = [moe]  # its experts may become FP8 later; a list, because an exchange is no module
+        self.moe = [moe]  # its experts may become FP8 later; a list, because an exchange is not a module
 
     def received(self, tokens: int, topk: int) -> int:
         """Rows that this GPU receives when each GPU has so many tokens."""
