@@ -329,7 +329,7 @@ def test_sizes_and_options_are_checked():
     "options", [dict(weights="kept"), dict(transposed="kept"), dict(weights="kept", transposed="kept")]
 )
 def test_caches_follow_another_parameter_and_inference_mode(options):
-    """A new parameter may have the version of the old one; tensors of inference mode can never be saved or rewritten."""
+    """A new parameter may have the version of the old one; tensors of inference mode cannot be saved or rewritten."""
     torch.manual_seed(0)
     layer, other = Fp8Linear(128, 128, **options), Fp8Linear(128, 128)
     x = torch.randn(4, 128)
