@@ -34,7 +34,7 @@ def near(got, want, eps=2**-7):
 
 
 def check_rows(C):
-    """Tiles of 16, 32, 64 and 128 rows; empty groups, all rows in one group, rows without a group; 1 and 3 x 128 columns."""
+    """Tiles of 16, 32, 64 and 128 rows; empty groups, all rows in one group, rows of none; 128 or 384 columns."""
     rand = Rand(FP32)
     for S, E, N, K, rest in ((40, 8, 128, 256, 3), (60, 2, 384, 128, 0), (150, 3, 256, 384, 9), (290, 2, 384, 640, 0),
                              (9, 40, 128, 128, 2), (300, 1, 640, 128, 1)):  # fmt: skip

@@ -161,7 +161,7 @@ def test_every_composition(T, fp8):
 class NormOnly(torch.nn.Module):
     """Replaces attention: only the norm."""
 
-    def forward(self, x, rows, cache, norm):
+    def forward(self, x, layout, cache, norm):
         return norm(x)
 
 

@@ -7,7 +7,7 @@ namespace {
 
 // One kernel template computes dq, or dk and dv (kKeys). A tile of 128 rows of one side (queries, or keys) stays in
 // shared memory while 64 rows at a time of the other side are loaded; a warpgroup has 64 of the 128 rows:
-//   s = x y^T, dp = dx dy^T  with x, dx = q, dout (keys: k, v) and y, dy the other side's,
+//   s = x y^T, dp = dx dy^T  with x, dx = q, dout (keys: k, v) and y, dy the same of the other side,
 //   p = exp(scale s - lse), ds = p (dp - delta),  dq = scale ds k   (keys: dk = scale ds^T q, dv = p^T dout).
 // p and ds are left operands of their products in registers, so scores of keys are computed transposed. Each sum has
 // one writer.
