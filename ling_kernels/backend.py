@@ -20,7 +20,7 @@ except ImportError as error:
 
 BACKENDS = ("torch", "triton", "cuda")
 
-_forced = os.environ.get("LING_BACKEND")
+_forced = os.environ.get("LING_BACKEND") or None
 _strict = _forced is not None
 if _forced not in (None, *BACKENDS):
     raise InputError(f"LING_BACKEND is one of {', '.join(BACKENDS)}; not {_forced!r}")
@@ -41,7 +41,7 @@ def kernels_on(device: int) -> str:
         reason = why_not("cuda", device)
         _kernels_on[device] = "triton" if reason else "cuda"
         if reason and (_C is not None or torch.cuda.get_device_properties(device).major == 9):
-            warnings.warn(f"backend cuda is off: {reason}; Triton serves", stacklevel=3)
+            warnings.warn(f"backend cuda is off: {reason}; Triton runs", stacklevel=3)
     return _kernels_on[device]
 
 
@@ -70,7 +70,7 @@ def why_not(name: str, device: int) -> str | None:
 
 
 def strict() -> bool:
-    """Whether LING_BACKEND=cuda asked for csrc/ alone: arguments that it does not serve raise."""
+    """Whether LING_BACKEND=cuda asked for csrc/ alone: arguments that it does not support raise."""
     return _strict and _forced == "cuda"
 
 
@@ -85,7 +85,7 @@ def why_not_cuda(x: Tensor) -> str | None:
 def force(name: str):
     """Prefer backend `name`, for tests and benchmarks that compare implementations and for plans of a GPU's memory.
 
-    Unlike LING_BACKEND=cuda, arguments that csrc/ does not serve fall back to Triton.
+    Unlike LING_BACKEND=cuda, arguments that csrc/ does not support fall back to Triton.
     """
     global _forced, _strict
     before = _forced, _strict

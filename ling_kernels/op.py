@@ -4,6 +4,7 @@ A launcher writes into tensors that its caller allocated and returns nothing. He
 fake kernel is empty, and one argument list serves Python, pybind11 and CUDA.
 """
 
+import dataclasses
 import functools
 import inspect
 import warnings
@@ -26,10 +27,12 @@ KERNEL_FLOATS = (torch.float32, torch.bfloat16, torch.float16, E4M3)  # no kerne
 def op(*writes: str, cuda: Callable[..., str | None] | bool = False, runs: str = "triton"):
     """Declare the launcher `fn(...) -> None`, which writes its arguments `writes`, as torch.ops.ling.<fn>.
 
-    fn itself launches Triton kernels, unless `runs` is "cuda", where it calls csrc/ itself, or "torch", an eager
-    reference that is an op since it reads values on the host. cuda(*args) -> None says that csrc/'s launcher of the
-    same name and argument list serves these arguments on backend "cuda"; otherwise it names, in words, what csrc/ does
-    not serve, and fn runs. cuda=True: csrc/ serves all arguments; False: it has no such launcher.
+    fn itself launches Triton kernels, unless `runs` is "cuda", where it calls csrc/ itself, or "torch": an eager
+    reference, registered as an op because it reads values on the host, which a compiler cannot trace.
+
+    cuda: which arguments csrc/'s launcher of the same name and argument list supports, on backend "cuda". A function of
+    the arguments returns None for those that it supports, otherwise what it does not support, in words; then fn runs.
+    True: it supports all arguments. False: csrc/ has no such launcher.
     """
 
     def declare(fn):
@@ -38,18 +41,18 @@ def op(*writes: str, cuda: Callable[..., str | None] | bool = False, runs: str =
 
         @functools.wraps(fn)
         def launch(*args):
-            served = cuda and backends.backend(first_tensor(args)) == "cuda"
-            if served and (reason := reason_against(cuda, args)):
-                report_fallback(name, reason, "Triton serves")
-                served = False
-            (getattr(backends._C, name) if served else fn)(*args)
+            use_csrc = cuda and backends.backend(first_tensor(args)) == "cuda"
+            if use_csrc and (reason := reason_against(cuda, args)):
+                report_fallback(name, reason, "Triton runs")
+                use_csrc = False
+            (getattr(backends._C, name) if use_csrc else fn)(*args)
 
         registered = torch.library.custom_op(f"ling::{name}", launch, mutates_args=writes)
         registered.register_fake(lambda *args: None)
 
         @functools.wraps(fn)
         def call(*args):
-            if _choices is not None and runs != "torch":  # those `use_reference` notes
+            if _choices is not None and runs != "torch":  # use_reference already recorded that one
                 note_choice(name, *(("cuda", None) if runs == "cuda" else chosen(cuda, args)))
             # Compilers, fake tensors and selective checkpointing must see the op. Plain eager need not, and
             # would pay the dispatcher 30 us a call, more than many a kernel takes.
@@ -66,9 +69,9 @@ def op(*writes: str, cuda: Callable[..., str | None] | bool = False, runs: str =
 
 
 def reason_against(cuda: Callable[..., str | None] | bool, args) -> str | None:
-    """Why csrc/ does not serve a launcher's arguments; None where it does."""
+    """Why csrc/ does not support a launcher's arguments; None where it does."""
     unsupported = cuda(*args) if callable(cuda) else None
-    return unsupported and f"csrc/ does not serve {unsupported}"
+    return unsupported and f"csrc/ does not support {unsupported}"
 
 
 def first_tensor(args) -> Tensor:
@@ -84,12 +87,12 @@ def raise_version(tensors: list[Tensor | None]) -> None:
 
 
 def use_cuda(name: str, unsupported: str | None) -> bool:
-    """Whether csrc/ serves op `name`, which has no Triton kernel of its own, on backend "cuda": unless `unsupported`
-    says what it does not serve. Then other ops compose the op, and the reason is reported."""
+    """Whether csrc/ runs op `name`, which has no Triton kernel of its own, on backend "cuda": unless `unsupported`
+    says what it does not support. Then other ops compose the op, and the reason is reported."""
     if unsupported is None:
         return True
-    reason = f"csrc/ does not serve {unsupported}"
-    note_choice(name, "composed of other ops", reason)
+    reason = f"csrc/ does not support {unsupported}"
+    note_choice(name, "refused" if backends.strict() else "composed of other ops", reason)
     report_fallback(name, reason, "other ops compose it")
     return False
 
@@ -97,7 +100,7 @@ def use_cuda(name: str, unsupported: str | None) -> bool:
 def use_reference(name: str, *tensors: Tensor | None, unsupported: str | None = None) -> bool:
     """Whether the eager torch reference of op `name` runs for `tensors`, of which the first decides the backend.
 
-    It runs on backend "torch", for float64, and where `unsupported` says what no kernel serves.
+    It runs on backend "torch", for float64, and where `unsupported` says what no kernel supports.
     """
     if backends.backend(tensors[0]) == "torch":
         note_choice(name, "torch", "LING_BACKEND is torch" if backends._forced else "the tensors are on the CPU")
@@ -105,9 +108,9 @@ def use_reference(name: str, *tensors: Tensor | None, unsupported: str | None = 
     unsupported = unsupported_dtype(tensors) or unsupported
     if unsupported is None:
         return False
-    reason = f"no kernel serves {unsupported}"
-    note_choice(name, "torch", reason)
-    report_fallback(name, reason, "the eager torch reference serves")
+    reason = f"no kernel supports {unsupported}"
+    note_choice(name, "refused" if backends.strict() else "torch", reason)
+    report_fallback(name, reason, "the eager torch reference runs")
     return True
 
 
@@ -117,7 +120,9 @@ def unsupported_dtype(tensors) -> str | None:
 
 
 def report_fallback(name: str, reason: str, instead: str) -> None:
-    """Warn once for each op and reason; raise where LING_BACKEND=cuda asks for csrc/ alone."""
+    """Warn once for each op and reason; raise where LING_BACKEND=cuda asks for csrc/ alone. Silent within `explain`."""
+    if _choices is not None:
+        return
     if backends.strict():
         raise ValueError(f"LING_BACKEND=cuda: {name}: {reason}")
     if (name, reason) not in _reported:
@@ -131,7 +136,10 @@ report_fallback._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class Choice(NamedTuple):
-    """What `explain` tells of one launcher: its name, "cuda", "triton" or "torch", and why not the faster one."""
+    """What `explain` tells of one launcher: its name, "cuda", "triton" or "torch", and why not the faster one.
+
+    "refused" where LING_BACKEND=cuda makes the call raise.
+    """
 
     name: str
     implementation: str
@@ -162,7 +170,7 @@ def chosen(cuda, args) -> tuple[str, str | None]:
     if backends.backend(first_tensor(args)) != "cuda":
         return "triton", backends.why_not_cuda(first_tensor(args))
     reason = reason_against(cuda, args) if cuda else "csrc/ has no such kernel"
-    return ("cuda", None) if reason is None else ("triton", reason)
+    return ("cuda", None) if reason is None else ("refused" if cuda and backends.strict() else "triton", reason)
 
 
 def explain(fn: Callable, *args, **kwargs) -> Choices:
@@ -184,15 +192,36 @@ def explain(fn: Callable, *args, **kwargs) -> Choices:
     try:
         with mode, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            outputs = [t for t in tree_leaves(fn(*args, **kwargs)) if isinstance(t, Tensor) and t.requires_grad]
-            if outputs:
-                torch.autograd.backward(outputs, [torch.ones_like(t) for t in outputs])
+            result = fn(*args, **kwargs)
+            result = vars(result) if dataclasses.is_dataclass(result) else result
+            outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor) and t.requires_grad]
+            if leaves := leaves_of(outputs):  # torch.autograd.backward would write the gradients of real parameters
+                torch.autograd.grad(outputs, leaves, [torch.ones_like(t) for t in outputs], allow_unused=True)
         return Choices(
             _choices
             or [Choice(getattr(fn, "__name__", type(fn).__name__), "torch", "it is made of torch's own operations")]
         )
     finally:
         _choices = before
+
+
+def explaining() -> bool:
+    """Whether `explain` runs: then caches must neither be read nor written."""
+    return _choices is not None
+
+
+def leaves_of(outputs: list[Tensor]) -> list[Tensor]:
+    """The leaves of the autograd graph of `outputs`."""
+    nodes, seen, leaves = [t.grad_fn for t in outputs], set(), []
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            leaves.append(node.variable)
+        nodes += [following for following, _ in node.next_functions]
+    return leaves
 
 
 def rows_aligned(*tensors: Tensor | None) -> bool:

@@ -56,7 +56,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16, FP32 = torch.bfloat16, torch.float32
 
 
-BORDER = 64  # elements of NaN before and after every random tensor: what is read past an end shows
+BORDER = 64  # elements of NaN before and after every random tensor: reads past an end give NaN
 
 
 class Rand:
@@ -112,7 +112,7 @@ class Case:
 
 
 def in_place(fn: Callable, i: int) -> Callable:
-    """fn as a function that returns what it makes of its argument i."""
+    """fn as a function that returns argument i after the call."""
 
     @functools.wraps(fn)
     def call(*args, **kwargs):
@@ -137,7 +137,7 @@ def by_references(fn: Callable) -> Callable:
 
 
 def plan_of(rand: Rand, T: int, E: int, topk: int, routing: str = "") -> Plan:
-    """A plan of random experts; routing "masked" leaves slots out, "one" sends all to one expert, "zipf" is skewed."""
+    """A plan of random experts; routing "masked" drops choices, "one" sends all to one expert, "zipf" is skewed."""
     score = torch.rand(T, E, generator=rand.g, device=DEVICE)
     if routing == "zipf":  # the largest of log p plus Gumbel noise are a sample without replacement
         score = (-score.log()).log() - zipf(E).log()
@@ -284,7 +284,7 @@ def wgrad_column_args(rand, T, E, N, K, topk=2, routing=""):
 
 
 def writing(fn: Callable, *written: int) -> Callable:
-    """fn as a function that also returns what it makes of its arguments `written`."""
+    """fn as a function that also returns its arguments `written` after the call."""
 
     def copied(a):
         return a.clone() if isinstance(a, Tensor) else type(a)(*map(copied, a)) if hasattr(a, "_fields") else (
@@ -327,7 +327,7 @@ def dequantized(fn: Callable) -> Callable:
 
 
 def with_fp8_rows(fn: Callable, exact: bool = False) -> Callable:
-    """fn's result and what it makes of it in FP8, as dequantised; exact: as it was before."""
+    """Returns fn's result and its FP8 copy, dequantised; exact=True: undequantised."""
 
     @functools.wraps(fn)
     def call(*args, **kwargs):

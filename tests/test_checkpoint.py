@@ -90,7 +90,7 @@ def damage(folder: Path, how: str):
     tensors = load_file(weights)
     if how == "no config":
         config.unlink()
-    elif how == "config is no json":
+    elif how == "config is not json":
         config.write_text("{")
     elif how == "no weights":
         weights.unlink()
@@ -120,7 +120,7 @@ def damage(folder: Path, how: str):
 
 DAMAGED = {  # damage: error message
     "no config": "it has no config.json",
-    "config is no json": "cannot read .*config.json",
+    "config is not json": "cannot read .*config.json",
     "no weights": "neither model.safetensors nor model.safetensors.index.json",
     "truncated": "cannot read .*model.safetensors",
     "empty file": "cannot read .*model.safetensors",

@@ -118,13 +118,14 @@ REFUSED = [
         dict(YARN, original_max_position_embeddings="32"), dict(YARN, truncate=False), dict(YARN, mscale=1.0),
         dict(YARN, beta_fast="32"), dict(YARN, rope_theta=5.0), dict(type="default", factor=2.0),
         dict(full_attention=YARN), dict(type=["yarn"], factor=2.0), dict(YARN, attention_factor=0),
+        dict(YARN, attention_factor=1e308),
     )),
     dict(rope_parameters=dict(rope_theta=600000.0)), dict(rope_parameters=YARN, rope_scaling=dict(YARN, factor=2.0)),
     dict(rope_parameters=dict(rope_type="default"), rope_scaling=YARN), dict(rope_parameters=3),
     dict(rotary_dim=8), dict(rotary_dim="16", partial_rotary_factor=...),
     *(dict(partial_rotary_factor=value) for value in (None, 1.5, 1e308)),
     *(dict(rope_theta=value) for value in (None, "10000", 0, -1, float("nan"), True, 10**400)),
-    *(dict(rms_norm_eps=value) for value in (None, "1e-6", 0, -1e-6, float("nan"), [])),
+    *(dict(rms_norm_eps=value) for value in (None, "1e-6", 0, -1e-6, float("nan"), [], 1e-300, 1e300)),
     *(dict(routed_scaling_factor=value) for value in (None, "2.5", 0, float("inf"))),
     *(dict(hidden_size=value) for value in (None, True, 64.0, 1 << 40)), dict(max_position_embeddings=1 << 30),
     *(dict(eos_token_id=value) for value in ([], "1", [1, None], [1, "2"], -1, [-1], 1.0, {}, True)),
@@ -142,7 +143,7 @@ def test_other_formulas_and_bad_values_are_refused_in_one_line(read, tmp_path, c
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", b"[" * 100_000, b'{"vocab_size": ' + b"9" * 5000 + b"}"])
-def test_files_that_are_no_json_object(tmp_path, content):
+def test_files_that_are_not_json_objects(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(InputError, match="config.json"):
         LingConfig.from_json(tmp_path / "config.json")

@@ -219,8 +219,8 @@ def test_fp8_trains_as_bf16_does(tmp_path, whole, text, capsys):
 def test_layers_that_stay_in_bf16_are_reported(tmp_path, small, text, capsys):
     argv = f"--model {small} --data {text} --out {tmp_path / 'run'} --steps 1 --seq-len 32 --precision fp8"
     assert main([*argv.split(), "--sample-tokens", "0", "--threads", "1"]) == 0
-    said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("fp8"))
-    assert "0 of 11 layers" in said and "layers.*.mlp.experts 8x32x32, 8x32x16" in said and "128" in said
+    output = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("fp8"))
+    assert "0 of 11 layers" in output and "layers.*.mlp.experts 8x32x32, 8x32x16" in output and "128" in output
 
 
 def test_recompute_of_parts_needs_fp8(tmp_path, small, text, capsys):

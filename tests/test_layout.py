@@ -123,7 +123,7 @@ def test_rows_of_the_exchange(precision, worst):
             moe(x)[0].sum().backward()
     S = T * k
     R = ep * T * min(k, WHOLE.num_experts // ep) if worst else S
-    weights = [4 * R] if precision == "fp8" else []  # of the slots, fp32
+    weights = [4 * R] if precision == "fp8" else []  # of the rows, fp32
     back = [4 * S] if precision == "fp8" else []
     there, here = 2 * S * H, 2 * R * H  # bf16
     assert sorted(seen) == sorted([there, here, *weights, there, here, *back, there])
@@ -144,10 +144,10 @@ def test_printed_plan(capsys):
     base = "--plan --model mini --mtp 1 --precision fp8 --master bf16 --optimizer adamw8bit --batch 16"
     layout = "dp=8,ep=8,pp=20,zero=1"
     assert main([*base.split(), "--layout", layout]) == 0
-    said = capsys.readouterr().out
-    assert "17,083,499,776 parameters, on the fullest of 160 GPUs: dp=8, ep=8, pp=20, zero=1" in said
-    assert "this package trains on one GPU" in said and "(2 in flight)" in said and "this is stage 20" in said
-    assert "if every token" in said and "\ngathered" not in said
+    output = capsys.readouterr().out
+    assert "17,083,499,776 parameters, on the fullest of 160 GPUs: dp=8, ep=8, pp=20, zero=1" in output
+    assert "this package trains on one GPU" in output and "(2 in flight)" in output and "this is stage 20" in output
+    assert "if every token" in output and "\ngathered" not in output
 
 
 @pytest.mark.parametrize("layout, says", [

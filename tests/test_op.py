@@ -10,7 +10,7 @@ import ling_kernels as lk
 from ling_kernels import backend as backends
 from ling_kernels import op as ops
 from ling_kernels.backend import force
-from ling_kernels.model import LingConfig
+from ling_kernels.model import Ling, LingConfig
 from ling_kernels.nn.fp8 import Fp8Linear
 from ling_kernels.op import Choice, report_fallback, rows_aligned
 from ling_kernels.ops.adamw_8bit import adamw_8bit_state
@@ -41,11 +41,11 @@ def test_explain_names_every_launch_and_the_reason():
         assert [str(c) for c in lk.explain(lk.route, *route_args())] == ["route_fwd: cuda", "route_bwd: cuda"]
         (forward, backward) = lk.explain(lk.route, *route_args(64))
         assert forward.implementation == "triton" and forward.reason.startswith(
-            "csrc/ does not serve 64 experts in 8 groups"
+            "csrc/ does not support 64 experts in 8 groups"
         )
         assert backward.implementation == "cuda"
         (choice,) = lk.explain(lk.route, *route_args(dtype=torch.float64))
-        assert choice == Choice("route", "torch", "no kernel serves float64")
+        assert choice == Choice("route", "torch", "no kernel supports float64")
     with force("triton"):
         assert {c.reason for c in lk.explain(lk.route, *route_args())} == {"LING_BACKEND is triton"}
 
@@ -76,11 +76,45 @@ def test_explain_changes_nothing():
     assert not bias.any()
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_explain_leaves_a_module_as_it_was(kept):
+    """No gradient, no cached FP8 weight and no hook of a real parameter sees the tensors without values."""
+    layer = Fp8Linear(128, 128, **(dict(weights="kept", transposed="kept") if kept else {}))
+    x, seen = torch.randn(4, 128), []
+    layer.weight.register_post_accumulate_grad_hook(seen.append)
+    assert lk.explain(layer, x)
+    assert layer.weight.grad is None and not seen
+    with torch.no_grad():
+        first = layer(x)
+        layer.weight.mul_(2)
+        lk.explain(layer, x)
+        second = layer(x)
+    assert type(first) is type(second) is torch.Tensor and torch.equal(second, Fp8Linear.of(layer)(x).detach())
+    assert (second.norm() / first.norm()).item() == pytest.approx(2, rel=0.01)
+    layer(x).sum().backward()
+    assert type(layer.weight.grad) is torch.Tensor and len(seen) == 1
+
+
+def test_explain_opens_a_models_output():
+    model, ids = Ling(LingConfig.tiny()), torch.zeros(1, 8, dtype=torch.int64)
+    with force("triton"):
+        names = [c.name for c in lk.explain(model, ids, labels=ids)]
+    assert "rms_norm_bwd" in names and all(p.grad is None for p in model.parameters())
+
+
+@needs_cuda
+def test_explain_tells_what_ling_backend_cuda_refuses(monkeypatch):
+    monkeypatch.setattr(backends, "_forced", "cuda")
+    monkeypatch.setattr(backends, "_strict", True)
+    assert [c.implementation for c in lk.explain(lk.route, *route_args(64))] == ["refused", "cuda"]
+    assert [c.implementation for c in lk.explain(lk.route, *route_args(dtype=torch.float64))] == ["refused"]
+
+
 @needs_triton
 @needs_cuda
 def test_a_fallback_is_reported_once(monkeypatch):
     with force("cuda"):
-        with pytest.warns(UserWarning, match="route_fwd: csrc/ does not serve 64 experts in 8 groups") as seen:
+        with pytest.warns(UserWarning, match="route_fwd: csrc/ does not support 64 experts in 8 groups") as seen:
             want = lk.route(*route_args(64))
         assert len(seen) == 1 and len(want) == 3
         with warnings.catch_warnings():
@@ -90,13 +124,13 @@ def test_a_fallback_is_reported_once(monkeypatch):
 
 
 @needs_cuda
-def test_ling_backend_cuda_refuses_what_csrc_does_not_serve(monkeypatch):
+def test_ling_backend_cuda_refuses_what_csrc_does_not_support(monkeypatch):
     monkeypatch.setattr(backends, "_forced", "cuda")
     monkeypatch.setattr(backends, "_strict", True)
     lk.route(*route_args(256))
-    with pytest.raises(ValueError, match="LING_BACKEND=cuda: route_fwd: csrc/ does not serve 64 experts in 8 groups"):
+    with pytest.raises(ValueError, match="LING_BACKEND=cuda: route_fwd: csrc/ does not support 64 experts in 8 groups"):
         lk.route(*route_args(64))
-    with pytest.raises(ValueError, match="LING_BACKEND=cuda: route: no kernel serves float64"):
+    with pytest.raises(ValueError, match="LING_BACKEND=cuda: route: no kernel supports float64"):
         lk.route(*route_args(dtype=torch.float64))
 
 
@@ -141,18 +175,18 @@ def test_rows_aligned():
 
 
 def test_reports_name_the_op():
-    with pytest.warns(UserWarning, match="^some_op: a reason; Triton serves$"):
-        report_fallback("some_op", "a reason", "Triton serves")
+    with pytest.warns(UserWarning, match="^some_op: a reason; Triton runs$"):
+        report_fallback("some_op", "a reason", "Triton runs")
 
 
 @needs_cuda
 def test_a_new_size_is_named():
     """Sizes that csrc/ lacks show as launches of another backend, with the reason, and as more launches in decode."""
-    served, other = (kernels.model_kernels(c) for c in (MINI, dataclasses.replace(MINI, num_experts=64)))
-    assert all(c.implementation == "cuda" for c in served["decode layer, FP8"])
-    assert [c.name for c in other["training, bf16"] if c not in served["training, bf16"]] == ["route_fwd"]
-    assert len(other["decode layer, FP8"]) > len(served["decode layer, FP8"])
+    supported, other = (kernels.model_kernels(c) for c in (MINI, dataclasses.replace(MINI, num_experts=64)))
+    assert all(c.implementation == "cuda" for c in supported["decode layer, FP8"])
+    assert [c.name for c in other["training, bf16"] if c not in supported["training, bf16"]] == ["route_fwd"]
+    assert len(other["decode layer, FP8"]) > len(supported["decode layer, FP8"])
     text = "\n".join(kernels.lines(dataclasses.replace(MINI, num_experts=64)))
-    assert "route_fwd: triton (csrc/ does not serve 64 experts in 8 groups" in text
-    assert "more than with sizes that csrc/ serves" in text
-    assert "does not serve" not in "\n".join(kernels.lines(MINI))
+    assert "route_fwd: triton (csrc/ does not support 64 experts in 8 groups" in text
+    assert "more than with sizes that csrc/ supports" in text
+    assert "does not support" not in "\n".join(kernels.lines(MINI))

@@ -113,8 +113,8 @@ def test_matches_reference(case, shape, dtype, backend):
 
 @pytest.mark.parametrize("name, shape", [("gemm_fp8", dict(M=67, N=256, K=2048)),
                                          ("router_gemm", dict(T=37, E=64, H=48, far=64))])  # fmt: skip
-def test_what_tensor_cores_may_lose_is_a_share_of_the_absolute_product(name, shape):
-    """Only a GPU takes it; that it is what it should be can be seen anywhere."""
+def test_the_allowance_for_tensor_cores_is_a_share_of_the_absolute_product(name, shape):
+    """Only GPU runs use this allowance; its value can be checked on a CPU."""
     case = next(c for c in CASES if c.op.__name__ == name and shape in c.shapes)
     args = args_of(case, shape, torch.bfloat16)
     got = tensor_core_errors(case, args)
@@ -207,8 +207,8 @@ OPCHECKED = set()  # launchers with their backend: all of opcheck takes seconds,
 
 
 @pytest.mark.parametrize("case, shape, dtype, backend", smallest_of_each())
-def test_launchers_are_what_they_declare(case, shape, dtype, backend):
-    """They write what they say and nothing else, return nothing, and their fakes do no less."""
+def test_launchers_write_what_they_declare(case, shape, dtype, backend):
+    """Launchers write exactly the arguments that they declare; fake kernels pass opcheck."""
     with force(backend):
         with Calls() as calls:
             outputs_and_grads(case, case.op, args_of(case, shape, dtype))
@@ -221,8 +221,8 @@ def test_launchers_are_what_they_declare(case, shape, dtype, backend):
 
 
 @pytest.mark.parametrize("case, shape, dtype, backend", smallest_of_each())
-def test_explain_tells_every_choice(case, shape, dtype, backend):
-    """Where there are kernels, explain names what runs: those of no faster backend, and a reason for a slower one."""
+def test_explain_gives_every_choice(case, shape, dtype, backend):
+    """explain never names a faster backend than the forced one, and gives a reason for each slower one."""
     args = args_of(case, shape, dtype)
     with force(backend):
         choices = explain(case.op, *args, **case.kwargs)
@@ -239,9 +239,9 @@ def test_activation_checkpointing_gives_equal_bits(case, shape, dtype, backend):
         return checkpoint(case.op, *args, use_reentrant=False, **kwargs)
 
     with force(backend):
-        kept = outputs_and_grads(case, case.op, args_of(case, shape, dtype))
-        again = outputs_and_grads(case, recomputed, args_of(case, shape, dtype))
-    assert len(kept) == len(again) and all(map(same_bits, kept, again))
+        expected = outputs_and_grads(case, case.op, args_of(case, shape, dtype))
+        got = outputs_and_grads(case, recomputed, args_of(case, shape, dtype))
+    assert len(expected) == len(got) and all(map(same_bits, expected, got))
 
 
 def test_every_public_op_has_a_case():

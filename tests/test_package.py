@@ -175,7 +175,7 @@ def test_the_reason_why_cuda_does_not_run(hopper, monkeypatch):
     assert "backend cuda   not available: CUDA driver version" in "\n".join(info.lines(info.info()))
     hopper.major = 8
     assert backend.why_not("cuda", 0) == "its kernels are built for sm_90a, and this GPU is sm_80"
-    with pytest.warns(UserWarning, match="backend cuda is off: its kernels are built for sm_90a.*; Triton serves"):
+    with pytest.warns(UserWarning, match="backend cuda is off: its kernels are built for sm_90a.*; Triton runs"):
         assert backend.kernels_on(1) == "triton"
     monkeypatch.setattr(backend, "_C", None)
     monkeypatch.setattr(backend, "_C_missing", "it is not built")

@@ -106,9 +106,9 @@ def test_activations_of_a_plan_follow_the_formula():
 
 def test_the_preset_fits(capsys):
     assert main(["--preset", "ling-mini-1gpu", "--plan"]) == 0
-    said = capsys.readouterr().out
-    assert "17,083,499,776 parameters" in said and "H200 (141 GB) yes" in said
-    peak = float(re.search(r"peak +([\d.]+) GB", said)[1])
+    output = capsys.readouterr().out
+    assert "17,083,499,776 parameters" in output and "H200 (141 GB) yes" in output
+    peak = float(re.search(r"peak +([\d.]+) GB", output)[1])
     assert 100 < peak <= 141 - RESERVE / 1e9
     s = settings_of(dict(preset="ling-mini-1gpu", batch=8))
     assert (s.batch, s.model, s.optimizer, s.master, s.fp8_weights) == (8, "mini", "adamw8bit", "bf16", "kept")

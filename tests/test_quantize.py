@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(not runs("triton"), reason="triton cannot run he
 
 
 def special(dtype) -> torch.Tensor:
-    """[128, 256] of random rows, 22 of them with what is special, so that blocks in both directions mix them."""
+    """[128, 256] of random rows, 22 of them with special values, so that blocks in both directions mix them."""
     x = torch.randn(128, 256, generator=torch.Generator().manual_seed(0))
     x[0, 0], x[1, 3], x[2, 130] = math.nan, math.inf, -math.inf
     x.view(torch.int32)[3, 200] = -1  # a NaN whose bits are all 1

@@ -167,20 +167,20 @@ def test_adamw_8bit_follows_adamw():
     """50 steps on a noisy gradient differ from torch's by the rounding of the moments; the first step is equal."""
     rand = Rand(FP32)
     start, target = rand.data(40, 30), rand.data(40, 30)
-    ours, theirs = start.clone(), start.clone().requires_grad_()
-    state = adamw_8bit_state([ours])
-    torch_adamw = torch.optim.AdamW([theirs], lr=0.02, betas=BETAS, eps=1e-8, weight_decay=0.1)
+    weight, reference = start.clone(), start.clone().requires_grad_()
+    state = adamw_8bit_state([weight])
+    torch_adamw = torch.optim.AdamW([reference], lr=0.02, betas=BETAS, eps=1e-8, weight_decay=0.1)
     for step in range(1, 51):
         noise = rand.data(40, 30)
-        theirs.grad = (theirs.detach() - target + noise) / 8
-        adamw_8bit([ours], [(ours - target + noise) / 8], state, 0.02, BETAS, 1e-8, 0.1, step)
+        reference.grad = (reference.detach() - target + noise) / 8
+        adamw_8bit([weight], [(weight - target + noise) / 8], state, 0.02, BETAS, 1e-8, 0.1, step)
         torch_adamw.step()
         if step == 1:  # from zero moments, which 8 bits hold exactly
-            torch.testing.assert_close(ours, theirs.detach())
-    moved = (theirs.detach() - start).norm()
-    assert (ours - theirs.detach()).norm() < 0.02 * moved
+            torch.testing.assert_close(weight, reference.detach())
+    moved = (reference.detach() - start).norm()
+    assert (weight - reference.detach()).norm() < 0.02 * moved
     for moment, scale, true, signed in ((*state[0][:2], "exp_avg", True), (*state[0][2:], "exp_avg_sq", False)):
-        true = torch_adamw.state[theirs][true].flatten()
+        true = torch_adamw.state[reference][true].flatten()
         got = dequantize_moment(moment, scale, dynamic_map(signed, scale.device))
         assert (got - true).norm() < 0.05 * true.norm()
 

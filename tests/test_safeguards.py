@@ -18,7 +18,18 @@ from ling_kernels.ops.quantize import dequantize, quantize_blocks
 from ling_kernels.train import checkpoint as ckpt
 from ling_kernels.train import trainer as steps
 from ling_kernels.train.__main__ import main
-from ling_kernels.train.monitor import BANDS, ENOUGH, FIRST, FLOOR, OWN, WINDOW, FP8Monitor, fp8_errors, spike, to_bf16
+from ling_kernels.train.monitor import (
+    BANDS,
+    MIN_STEPS,
+    OWN_BAND_FACTOR,
+    OWN_BAND_FLOOR,
+    OWN_BAND_SAMPLES,
+    WINDOW,
+    FP8Monitor,
+    fp8_errors,
+    spike,
+    to_bf16,
+)
 from ling_kernels.train.optimizer import StepInBackward
 from ling_kernels.train.settings import Settings
 from ling_kernels.train.trainer import apply_fp8_and_recompute
@@ -173,9 +184,9 @@ def test_a_band_of_its_own():
     monitor = FP8Monitor(nn.Sequential(), 1)
     for value in (0.02, 0.03, 0.01):
         assert not monitor.update(record_of("a", w=[value, 0.0]))
-    assert FIRST == 3 and not monitor.update(record_of("a", w=[OWN * 0.03, FLOOR[1]]))
-    assert [(x.metric, x.limit) for x in monitor.update(record_of("a", w=[0.091, 1.1 * FLOOR[1]]))] == [
-        ("underflow", pytest.approx(OWN * 0.03)), ("distortion", FLOOR[1]),
+    assert OWN_BAND_SAMPLES == 3 and not monitor.update(record_of("a", w=[OWN_BAND_FACTOR * 0.03, OWN_BAND_FLOOR[1]]))
+    assert [(x.metric, x.limit) for x in monitor.update(record_of("a", w=[0.091, 1.1 * OWN_BAND_FLOOR[1]]))] == [
+        ("underflow", pytest.approx(OWN_BAND_FACTOR * 0.03)), ("distortion", OWN_BAND_FLOOR[1]),
     ]  # fmt: skip
 
 
@@ -231,9 +242,9 @@ def test_fallback_survives_a_resume(tmp_path, whole, text, capsys):
     name, flags = "layers.1.attention.query_key_value", "--fp8-watch 1 --fp8-fallback 2 --save-every 3 --steps"
     capsys.readouterr()
     fp8_run(tmp_path / "outlier", text, tmp_path / "a", flags, "5")
-    said = capsys.readouterr().out
-    assert f"step 1: outside its band: {name}: underflow of x is" in said
-    assert f"step 2: {name} switches to bf16" in said
+    output = capsys.readouterr().out
+    assert f"step 1: outside its band: {name}: underflow of x is" in output
+    assert f"step 2: {name} switches to bf16" in output
     assert [name in line["layers"] for line in measurements(tmp_path / "a")] == [True, True, False, False, False]
     for point in ckpt.list_checkpoints(tmp_path / "a"):
         state = json.loads((point / "state.json").read_text())
@@ -248,9 +259,9 @@ def test_fallback_survives_a_resume(tmp_path, whole, text, capsys):
 
 
 def test_spikes():
-    rows = [[float(i), 1.0] for i in range(1, ENOUGH)]
+    rows = [[float(i), 1.0] for i in range(1, MIN_STEPS)]
     assert spike([1e9, 1e9], rows, (2.0, 2.0)) is None  # too few steps to compare with
-    rows.append([float(ENOUGH), 1.0])
+    rows.append([float(MIN_STEPS), 1.0])
     assert spike([16.9, 1.9], rows, (2.0, 2.0)) is None  # the median is 8.5
     assert spike([17.1, 1.9], rows, (2.0, 2.0)) == "loss 2.01 times the median of 16 steps"
     assert spike([17.1, 1.9], rows, (None, 2.0)) is None

@@ -113,7 +113,7 @@ def test_a_loss_that_is_not_finite_changes_nothing():
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 def test_gradients_in_the_plan(precision):
-    """One parameter has its gradient at a time; an expert's two weights get theirs together."""
+    """One parameter has its gradient at a time; an expert's two weights get their gradients together."""
     s = replace(Settings(), batch=2, seq_len=64, precision=precision, optimizer="adamw8bit", clip=0)
     ordinary, light = plan_training(WHOLE, s), plan_training(WHOLE, replace(s, step_in_backward=True))
     _, _, peak, _ = trained(replace(s, step_in_backward=True))

@@ -22,7 +22,7 @@ def kept_bytes() -> int:
 
 
 class Linear(torch.autograd.Function):
-    """x w^T over an FP8 weight; its backward reads the transposed weight and notes what is held then."""
+    """x w^T over an FP8 weight; its backward reads the transposed weight and notes which tensors are held then."""
 
     @staticmethod
     def forward(ctx, x, w, transposed, seen):

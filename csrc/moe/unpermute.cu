@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kThreads, kDots ? 2 : 4)
         if constexpr (kDots)
 #pragma unroll
             for (int k = 0; k < kBatch; k++) {
-                const float sum = warp_sum(dot[k]);
+                const float sum = s[k] >= 0 ? warp_sum(dot[k]) : 0;  // a whole warp has the same s
                 if (static_cast<int>(threadIdx.x) == k && first + k < topk) dots[t * topk + first + k] = sum;
             }
     }

@@ -173,7 +173,7 @@ class Engine:
     def launch(self, scheduled: dict[Request, Work]) -> PendingTokens | None:
         """Launch a pass, and update the requests as far as is known without its tokens."""
         for request in scheduled:
-            if request.pages_on_device == 0:
+            if request.pages_on_device == 0:  # the lane is not filled yet
                 self.forward.fill_lane(request)
         decoding = [r for r, work in scheduled.items() if work.decode]
         chunks = [Chunk(r, r.computed, work.prefill) for r, work in scheduled.items() if work.prefill]

@@ -182,7 +182,7 @@ class Forward:
             slots=torch.cat([decode_slots, self.to_device(np.concatenate(slots))]),
             cu_seqlens=self.to_device(np.cumsum([0, *(c.rows for c in chunks)], dtype=np.int32)),
         )
-        if any(c.start for c in chunks):  # chunks attend to what is in the cache before them
+        if any(c.start for c in chunks):  # chunks attend to the cached tokens before them
             lengths = [c.start + c.rows for c in chunks]
             context = np.concatenate([self.slots(r, np.arange(n)) for r, n in zip(requests, lengths, strict=True)])
             cu_seqlens_k = np.cumsum([0, *lengths], dtype=np.int32)

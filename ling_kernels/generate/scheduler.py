@@ -1,10 +1,10 @@
 """The scheduler: continuous batching with chunked prefill over a paged KV cache.
 
-A running request holds pages; the first `computed` of its tokens have keys and values in them. A pass decodes every
-request that lacks only its last token's; its remaining rows prefill the other requests, oldest first, in chunks. The
-last prompt token is decoded in the pass of the last chunk. Waiting requests are admitted in order, once the cache has
-room for them; requests with the same prefix share pages. When the pages run out, the youngest request is preempted: it
-releases its pages and waits at the head of the queue.
+A running request holds pages; the first `computed` of its tokens have keys and values in them. A pass decodes
+every request with only its last token uncomputed; the pass's remaining rows prefill the other requests, oldest first,
+in chunks. The last prompt token is decoded in the pass of the last chunk. Waiting requests are admitted in order, once
+the cache has room for them; requests with the same prefix share pages. When the pages run out, the youngest request is
+preempted: it releases its pages and waits at the head of the queue.
 
 On a GPU the next pass is scheduled before the host has the tokens of the last one. Then a request counts with the
 longest length it can have by now, and is not scheduled beyond max_new_tokens.

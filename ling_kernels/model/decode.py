@@ -64,7 +64,7 @@ def stream(
     h, _ = model.backbone(batch.ids, layout, caches)
     h = h[batch.cu_seqlens[1:].long() - 1]  # the last row of each prompt
     ids, done = input_ids, torch.zeros(B, dtype=torch.bool, device=device)
-    if attention_mask is not None:  # padding is no token of the sequence: a repetition penalty must not see it
+    if attention_mask is not None:  # padding is not part of the sequence: a repetition penalty must not see it
         ids = torch.where(attention_mask.bool(), ids, batch.ids[batch.cu_seqlens[:-1].long(), None])
     ends = torch.tensor(token_ids(eos_token_id), dtype=torch.long, device=device)
     for step in range(max_new_tokens):

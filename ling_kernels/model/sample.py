@@ -4,7 +4,7 @@ repetition penalty r over the tokens so far:  l -> l / r if l > 0, else l r     
 temperature T:                                p = softmax(l / T), or the argmax if T = 0
 top-k:                                        keep the k likeliest tokens
 top-p:                                        keep the fewest likeliest of them with p of their probability
-min-p:                                        keep those of them at least min-p times as likely as the likeliest
+min-p:                                        of these keep tokens at least min-p times as likely as the likeliest
 """
 
 import math

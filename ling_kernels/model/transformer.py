@@ -215,7 +215,7 @@ class Ling(Fp32Buffers):
         states = [] if output_hidden_states else None
         h, z = self.backbone(batch.ids, layout, z_loss=z_loss, states=states)
 
-        head_inputs = [h]  # of lm_head: the model's output, then that of each MTP layer
+        head_inputs = [h]  # inputs of lm_head: the model's output, then each MTP layer's
         for k, mtp in enumerate(self.mtp, 1):
             x, mtp_z = mtp(self.next_embeddings(batch, k), head_inputs[-1], layout, z_loss)
             head_inputs.append(x)

@@ -41,7 +41,7 @@ Rows = BatchLayout  # its name up to version 0.1
 class Attention(nn.Module):
     """query_key_value [(Hq + 2 Hkv) D, H]: all query heads, all key heads, all value heads; dense [H, Hq D].
 
-    qk_norm=False leaves the norm out: no kernel does that, plain torch rotates.
+    qk_norm=False leaves the norm out: no kernel supports that, so that plain torch applies RoPE.
     """
 
     def __init__(
@@ -61,51 +61,51 @@ class Attention(nn.Module):
         self.key_layernorm = nn.Parameter(torch.ones(head_dim)) if qk_norm else None
 
     def forward(
-        self, x: Tensor, rows: BatchLayout, cache: KVCache | None = None, norm: RMSNorm | None = None
+        self, x: Tensor, layout: BatchLayout, cache: KVCache | None = None, norm: RMSNorm | None = None
     ) -> Tensor:  # fmt: skip
         """x [T, H], to which norm is applied first -> [T, H]. With a cache, keys and values are written to it first."""
         qkv = norm_linear(self.query_key_value, x, norm).unflatten(-1, (-1, self.head_dim))
-        norms = (self.query_layernorm, self.key_layernorm, rows.cos, rows.sin, rows.positions, self.num_kv_heads)
+        norms = (self.query_layernorm, self.key_layernorm, layout.cos, layout.sin, layout.positions, self.num_kv_heads)
         if cache is None and self.query_layernorm is not None:
-            out, _ = qk_norm_attention(qkv, *norms, rows.cu_seqlens, eps=self.eps)
+            out, _ = qk_norm_attention(qkv, *norms, layout.cu_seqlens, eps=self.eps)
             return self.dense(out.flatten(1))
-        if self.query_layernorm is not None and 0 < rows.decoding == len(qkv):
-            return self.decode(qkv.unflatten(0, (len(rows.lengths), -1)), rows, cache)
+        if self.query_layernorm is not None and 0 < layout.decoding == len(qkv):
+            return self.decode(qkv.unflatten(0, (len(layout.lengths), -1)), layout, cache)
         if self.query_layernorm is not None:
-            q, k, v = qk_norm_rope(qkv, *norms, eps=self.eps, cache=cache, slots=rows.slots)
+            q, k, v = qk_norm_rope(qkv, *norms, eps=self.eps, cache=cache, slots=layout.slots)
         else:
-            q, k, v = self.rope(qkv, rows)
+            q, k, v = self.rope(qkv, layout)
             if cache is not None:
-                append(cache, k, v, rows.slots)
+                append(cache, k, v, layout.slots)
         outs = []
-        if rows.decoding:
-            batch = q[: rows.decoding].unflatten(0, (len(rows.lengths), -1))
-            outs.append(attention_decode(batch, cache, rows.block_table, rows.lengths).flatten(0, 1))
-        if rows.decoding < len(q) or not outs:
-            q, k, v = (t[rows.decoding :] for t in (q, k, v))
-            if rows.context is not None:
-                k, v = read(cache, rows.context, q.dtype)
-            outs.append(attention(q, k, v, rows.cu_seqlens, rows.cu_seqlens_k)[0])
+        if layout.decoding:
+            batch = q[: layout.decoding].unflatten(0, (len(layout.lengths), -1))
+            outs.append(attention_decode(batch, cache, layout.block_table, layout.lengths).flatten(0, 1))
+        if layout.decoding < len(q) or not outs:
+            q, k, v = (t[layout.decoding :] for t in (q, k, v))
+            if layout.context is not None:
+                k, v = read(cache, layout.context, q.dtype)
+            outs.append(attention(q, k, v, layout.cu_seqlens, layout.cu_seqlens_k)[0])
         out = outs[0] if len(outs) == 1 else torch.cat(outs)
         return self.dense(out.flatten(1))
 
-    def decode(self, qkv: Tensor, rows: BatchLayout, cache: KVCache) -> Tensor:
+    def decode(self, qkv: Tensor, layout: BatchLayout, cache: KVCache) -> Tensor:
         """qkv [B, n, Hq + 2 Hkv, D] of n new tokens for each of B sequences -> [B n, H]: norm, rotation, append to the
         cache and attention in one op, which also quantises the rows for an FP8 output layer."""
         fp8 = isinstance(self.dense, FusedLinear) and self.dense.takes_fp8_rows()
         out = qk_norm_attention_decode(
-            qkv, self.query_layernorm, self.key_layernorm, rows.cos, rows.sin, cache, rows.block_table, rows.lengths,
-            eps=self.eps, quantize=fp8,
+            qkv, self.query_layernorm, self.key_layernorm, layout.cos, layout.sin, cache, layout.block_table,
+            layout.lengths, eps=self.eps, quantize=fp8,
         )  # fmt: skip
         if fp8:
             out, *fp8_rows = out
             return self.dense.forward_fp8(fp8_rows, out.dtype)
         return self.dense(out.flatten(0, 1).flatten(1))  # type: ignore[union-attr]
 
-    def rope(self, qkv: Tensor, rows: BatchLayout) -> tuple[Tensor, Tensor, Tensor]:
-        """qkv [T, Hq + 2 Hkv, D] -> q, k and v as qk_norm_rope's, which are not normed."""
+    def rope(self, qkv: Tensor, layout: BatchLayout) -> tuple[Tensor, Tensor, Tensor]:
+        """qkv [T, Hq + 2 Hkv, D] -> q, k and v as qk_norm_rope returns them, but not normed."""
         kv = self.num_kv_heads
         q, k, v = qkv.split([qkv.shape[1] - 2 * kv, kv, kv], dim=1)
-        cos, sin = (table[rows.positions.long()][:, None] for table in (rows.cos, rows.sin))
+        cos, sin = (table[layout.positions.long()][:, None] for table in (layout.cos, layout.sin))
         q, k = (rotate(upcast(x), cos, sin).to(x.dtype) for x in (q, k))
         return q, k, v.contiguous()

@@ -20,8 +20,8 @@ class Exchange(Protocol):
     ) -> tuple[Tensor, Plan, Tensor | None]:
         """x [T, H], weights and experts [T, topk], counts [E] -> rows [R, H], a plan of them, their weights [R, k].
 
-        An exchange over several devices returns a plan with one slot for each row, k = 1. It returns weights=None where
-        it applies the routing weights itself in `combine`, in fp32, after the down projection.
+        An exchange over several devices returns a plan with one choice for each row, topk = 1. It returns weights=None
+        if it applies the routing weights itself in `combine`, in fp32, after the down projection.
         """
         ...
 

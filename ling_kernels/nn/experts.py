@@ -27,5 +27,5 @@ class Experts(nn.Module):
         return expert_mlp(x, plan, weights, self.gate_up, self.down, self.fold_weights)
 
     def decode_weights(self) -> tuple[Weight, Weight] | None:
-        """gate_up and down as the op `moe_decode` takes them; None where it does not serve this module."""
+        """gate_up and down as the op `moe_decode` takes them; None if it cannot run this module."""
         return self.gate_up, self.down

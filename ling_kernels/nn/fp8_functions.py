@@ -83,7 +83,7 @@ def weight_gradient(dy, x, plan: Plan | None, dtype: torch.dtype, main_grad: Ten
 
 
 def quantize_rows(x: Tensor, plan: Plan | None, columns: bool, pow2: bool) -> tuple[tuple, tuple]:
-    """x [T, H] -> rows (x_q, x_scale) and columns (xt_q, xt_scale) or (); with a plan, for the slots of x's rows."""
+    """x [T, H] -> rows (x_q, x_scale) and columns (xt_q, xt_scale) or (); with a plan, in the order of its rows."""
     if plan is None:
         out = quantize(x, columns=columns, pow2=pow2)
     else:
@@ -99,13 +99,14 @@ class Fp8LinearFunction(torch.autograd.Function):
     def forward(ctx, x: Tensor, norm_weight: Tensor | None, w: nn.Parameter, *others):
         """others: the fields of w's Fp8Weight, eps, pow2, wgrad and the product's dtype."""
         fp8, (eps, pow2, wgrad, dtype) = Fp8Weight(*others[:FIELDS]), others[FIELDS:]
-        again = norm_weight is not None
-        normed = rms_norm(x, norm_weight, None, eps) if again else x
-        x_rows, x_columns = quantize_rows(normed, None, wgrad == "fp8" and not again, pow2)
-        saved = (x, norm_weight) if again else (x.to(dtype),) if wgrad == "bf16" else x_columns
+        recompute_norm = norm_weight is not None
+        normed = rms_norm(x, norm_weight, None, eps) if recompute_norm else x
+        x_rows, x_columns = quantize_rows(normed, None, wgrad == "fp8" and not recompute_norm, pow2)
+        saved = (x, norm_weight) if recompute_norm else (x.to(dtype),) if wgrad == "bf16" else x_columns
         ctx.save_for_backward(*fp8.pair, *saved)
         ctx.fp8, ctx.w_dtype, ctx.x_dtype = fp8._replace(q=None, scale=None), w.dtype, x.dtype
-        ctx.pow2, ctx.wgrad, ctx.eps, ctx.dtype, ctx.others = pow2, wgrad, eps if again else None, dtype, len(others)
+        ctx.pow2, ctx.wgrad, ctx.dtype, ctx.num_others = pow2, wgrad, dtype, len(others)
+        ctx.eps = eps if recompute_norm else None
         return product(x_rows, fp8.pair, None, dtype)
 
     @staticmethod
@@ -129,7 +130,7 @@ class Fp8LinearFunction(torch.autograd.Function):
             dw = weight_gradient(dy.contiguous(), x[0], None, ctx.w_dtype, w.main_grad)
         if ctx.eps is not None:
             dx, dnorm = torch.autograd.grad(normed, inputs, dx)
-        return dx, dnorm, dw, *[None] * ctx.others
+        return dx, dnorm, dw, *[None] * ctx.num_others
 
 
 class FeedForward(torch.autograd.Function):
@@ -145,7 +146,7 @@ class FeedForward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weights: Tensor | None, gate_up: nn.Parameter, down: nn.Parameter, *others):
-        """others: the fields of the two weights' Fp8Weight, pow2, wgrad, recompute, dtype, and those of a plan."""
+        """others: the fields of the two weights' Fp8Weight, pow2, wgrad, recompute, dtype, and the fields of a plan."""
         gate_up_fp8, down_fp8 = Fp8Weight(*others[:FIELDS]), Fp8Weight(*others[FIELDS : 2 * FIELDS])
         pow2, wgrad, recompute, dtype, *plan = others[2 * FIELDS :]
         plan = Plan(*plan) if plan else None
@@ -153,14 +154,14 @@ class FeedForward(torch.autograd.Function):
         keep = recompute == "none" and wgrad == "fp8"
         x_rows, x_columns = quantize_rows(x, plan, keep, pow2)
         h = product(x_rows, gate_up_fp8.pair, offsets, dtype)
-        a_q, a_scale, *a_columns = swiglu(h, slot_weights(weights, plan), True, keep, plan, pow2)
+        a_q, a_scale, *a_columns = swiglu(h, row_weights(weights, plan), True, keep, plan, pow2)
         y = product((a_q, a_scale), down_fp8.pair, offsets, dtype)
         ctx.save_for_backward(
             weights, *(plan or [None] * 4), *gate_up_fp8.pair, *down_fp8.pair,
             None if keep else x, None if recompute == "experts" else h, *x_columns, *a_columns,
         )  # fmt: skip
         ctx.fp8 = [w._replace(q=None, scale=None) for w in (gate_up_fp8, down_fp8)]
-        ctx.w_dtype, ctx.x_dtype, ctx.others = gate_up.dtype, x.dtype, len(others)
+        ctx.w_dtype, ctx.x_dtype, ctx.num_others = gate_up.dtype, x.dtype, len(others)
         ctx.pow2, ctx.wgrad, ctx.dtype = pow2, wgrad, dtype
         return y if plan is None else unpermute(y, plan)
 
@@ -173,7 +174,7 @@ class FeedForward(torch.autograd.Function):
         offsets = None if plan is None else plan.offsets
         gate_up = ctx.fp8[0]._replace(q=gate_up_q, scale=gate_up_scale)
         down = ctx.fp8[1]._replace(q=down_q, scale=down_scale)
-        p = slot_weights(weights, plan)
+        p = row_weights(weights, plan)
         fp8, dtype, pow2, w_dtype = ctx.wgrad == "fp8", ctx.dtype, ctx.pow2, ctx.w_dtype
 
         x_columns, a_columns = columns[:2], columns[2:]
@@ -206,9 +207,9 @@ class FeedForward(torch.autograd.Function):
             dx = unpermute(dx, plan)
             if dp is not None:
                 dweights = dp[plan.slot.clamp(min=0).long()].masked_fill(plan.slot < 0, 0)
-        return dx.to(ctx.x_dtype), dweights, d_gate_up, d_down, *[None] * ctx.others
+        return dx.to(ctx.x_dtype), dweights, d_gate_up, d_down, *[None] * ctx.num_others
 
 
-def slot_weights(weights: Tensor | None, plan: Plan | None) -> Tensor | None:
-    """weights [T, topk] in the order of the plan's slots, [S]."""
+def row_weights(weights: Tensor | None, plan: Plan | None) -> Tensor | None:
+    """weights [T, topk] in the order of the plan's rows, [S]."""
     return None if weights is None or plan is None else weights.flatten()[plan.source.long()]

@@ -14,7 +14,7 @@ class FusedLinear(nn.Linear):
         raise NotImplementedError
 
     def takes_fp8_rows(self) -> bool:
-        """Whether `forward_fp8` serves now."""
+        """Whether `forward_fp8` can be called now."""
         raise NotImplementedError
 
     def forward_fp8(self, rows: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:

@@ -18,9 +18,9 @@ class MLP(nn.Module):
         return self.down(swiglu(self.gate_up(x)))
 
     def decode_weights(self) -> tuple[Weight, Weight] | None:
-        """gate_up and down as the op `moe_decode` takes them; None where it does not serve this module.
+        """gate_up and down as the op `moe_decode` takes them; None if it cannot run this module.
 
-        A layer in another's place, such as an adapter, computes more than its weight says.
+        A subclass or an adapter in place of a linear layer computes more than its weight says.
         """
         linears = self.gate_up, self.down
         return tuple(m.weight for m in linears) if all(type(m) is nn.Linear for m in linears) else None

@@ -24,7 +24,7 @@ class MoE(nn.Module):
     ):  # fmt: skip
         super().__init__()
         self.router, self.experts, self.shared_experts = router, experts, shared_experts
-        self.exchange = exchange or Local()
+        self.exchange = Local() if exchange is None else exchange
 
     def forward(
         self, x: Tensor, z_loss: float | None = None, experts: Tensor | None = None
@@ -43,8 +43,8 @@ class MoE(nn.Module):
     def decode(self, x: Tensor, residual: Tensor, norm: RMSNorm) -> Tensor | None:
         """x, residual [T, H] -> s + forward(norm(s)), s = x + residual, by the op `moe_decode`.
 
-        None where that does not serve: more than 8 rows, gradients, an exchange that is not local, layers that are no
-        plain ones. In FP8 too the routing weights are applied after down.
+        None if `moe_decode` cannot run: more than 8 rows, gradients, an exchange that is not local, or modules replaced
+        by subclasses or adapters. In FP8 too the routing weights are applied after down.
         """
         if torch.is_grad_enabled() or not 0 < len(x) <= ROWS or not self.exchange.local or x.dtype != residual.dtype:
             return None

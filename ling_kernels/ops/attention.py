@@ -293,7 +293,7 @@ MAX_SEQUENCES = 1024  # kMaxSequences of csrc/attention/heads.h
 
 
 def unsupported_heads(cu_q: Tensor, *heads: Tensor) -> str | None:
-    """What csrc/ does not serve of tensors [T, H, D], of which the first is the queries' or their gradient's."""
+    """What csrc/ does not support, in words: tensors [T, H, D]; the first holds the queries or their gradient."""
     if heads[0].dtype != torch.bfloat16 or heads[0].shape[2] != 128:
         return f"{heads[0].dtype} heads of {heads[0].shape[2]}, but bfloat16 heads of 128".replace("torch.", "")
     if len(cu_q) - 1 > MAX_SEQUENCES:

@@ -155,7 +155,7 @@ def expect_table(block_table: Tensor, lengths: Tensor, q: Tensor, cache: KVCache
 
 
 def scratch(out: Tensor, cache: KVCache, block_table: Tensor, appends: bool = False) -> tuple[Tensor, Tensor]:
-    """partial [W + B, Hkv, n * G, D] and lse [W + B, Hkv, n * G], fp32."""
+    """partial [W + B, Hkv, n * G, D] and lse_log2 [W + B, Hkv, n * G], the base-2 log-sum-exp; fp32."""
     (B, n, Hq, D), Hkv = out.shape, cache.k.shape[2]
     rows = n * Hq // Hkv
     tiles = triton.cdiv(rows, config(out.dtype, cache.k.dtype, rows, appends)["BLOCK_M"])
@@ -181,18 +181,18 @@ def unsupported(q, k, v, k_scale, v_scale, block_table, lengths, out, partial, *
     return unsupported_cache(q, k, v, k_scale, v_scale, out, partial)
 
 
-@op("out", "partial", "lse", cuda=unsupported)
+@op("out", "partial", "lse_log2", cuda=unsupported)
 def attention_decode_fwd(
     q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None, block_table: Tensor,
-    lengths: Tensor, out: Tensor, partial: Tensor, lse: Tensor, scale: float,
+    lengths: Tensor, out: Tensor, partial: Tensor, lse_log2: Tensor, scale: float,
 ) -> None:  # fmt: skip
-    """partial and lse come from `scratch`."""
-    launch_decode(q, k, v, k_scale, v_scale, block_table, lengths, out, partial, lse, scale)
+    """partial and lse_log2 come from `scratch`."""
+    launch_decode(q, k, v, k_scale, v_scale, block_table, lengths, out, partial, lse_log2, scale)
 
 
 def launch_decode(
     q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None, block_table: Tensor,
-    lengths: Tensor, out: Tensor, partial: Tensor, lse: Tensor, scale: float,
+    lengths: Tensor, out: Tensor, partial: Tensor, lse_log2: Tensor, scale: float,
     norm: tuple = (None, None, None, None), eps: float = 0.0,
     out_q: Tensor | None = None, out_scale: Tensor | None = None,
 ) -> None:  # fmt: skip
@@ -200,17 +200,17 @@ def launch_decode(
     With out_q [B n, Hq D] and out_scale the kernel also writes out in FP8.
     """
     (B, n, Hq, D), (num_blocks, page, Hkv, _) = out.shape, k.shape
-    W, blocks, rows = len(partial) - B, block_table.shape[1], n * Hq // Hkv
+    W, max_blocks, rows = len(partial) - B, block_table.shape[1], n * Hq // Hkv
     c = config(q.dtype, k.dtype, rows, norm[0] is not None)
     P, half = (0, 0) if norm[2] is None else norm[2].shape
     sizes = dict(D=D, HKV=Hkv, G=Hq // Hkv, BLOCK_B=triton.next_power_of_2(B), BLOCK_D=block_d(D))
     attention_decode_kernel[(W, Hkv * triton.cdiv(rows, c["BLOCK_M"]))](
-        q, k, v, k_scale, v_scale, block_table, lengths, partial, lse, *norm, scale, eps, P, B, W, n, blocks,
+        q, k, v, k_scale, v_scale, block_table, lengths, partial, lse_log2, *norm, scale, eps, P, B, W, n, max_blocks,
         num_blocks, HALF=half, PAGE=page, **sizes, **c,
     )  # fmt: skip
     attention_decode_combine_kernel[(B, Hkv * rows)](
-        partial, lse, lengths, out, out_q, out_scale, 0 if out_q is None else out_scale.stride(1), B, W, n,
-        blocks * page, BLOCK_N=c["BLOCK_N"], BLOCK_P=32, num_warps=4, **sizes,
+        partial, lse_log2, lengths, out, out_q, out_scale, 0 if out_q is None else out_scale.stride(1), B, W, n,
+        max_blocks * page, BLOCK_N=c["BLOCK_N"], BLOCK_P=32, num_warps=4, **sizes,
     )  # fmt: skip
 
 
@@ -218,7 +218,7 @@ ROWS = 16  # queries of a KV head that a block of csrc/'s kernel has
 
 
 def unsupported_cache(q, k, v, k_scale, v_scale, out, partial) -> str | None:
-    """What csrc/ does not serve of new tokens q (queries, or qkv) and a cache.
+    """What csrc/ does not support, in words: new tokens q (queries, or qkv) and a cache.
 
     csrc/ reads the cache again for every 16 rows of a KV head. Triton's kernel does so too where the cache is FP8, but
     holds up to 64 rows otherwise.

@@ -48,8 +48,8 @@ def write_cells(x, cells, scales, cell, writes, D: tl.constexpr, BLOCK_D: tl.con
 # computes their keys and values, attends to them as a separate tile and stores them; no program reads those cells.
 @triton.jit
 def attention_decode_kernel(
-    q, k, v, k_scale, v_scale, table, lengths, partial, lse, q_weight, k_weight, cos, sin, scale, eps, P,
-    B, W, n, blocks, num_blocks, HALF: tl.constexpr, PAGE: tl.constexpr,
+    q, k, v, k_scale, v_scale, table, lengths, partial, lse_log2, q_weight, k_weight, cos, sin, scale, eps, P,
+    B, W, n, max_blocks, num_blocks, HALF: tl.constexpr, PAGE: tl.constexpr,
     D: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -59,7 +59,7 @@ def attention_decode_kernel(
     dtype: tl.constexpr = q.dtype.element_ty if same else tl.float32
     w, h = tl.program_id(0), tl.program_id(1) % HKV
     b, r, d = tl.arange(0, BLOCK_B), tl.program_id(1) // HKV * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    cells, log2_scale = blocks * PAGE, scale * 1.4426950408889634
+    cells, log2_scale = max_blocks * PAGE, scale * 1.4426950408889634
     tiles, ends, share = split_work(lengths, B, W, cells, BLOCK_B, BLOCK_N)
     first = w * share
     stop = tl.minimum(first + share, tl.sum(tiles, 0))
@@ -93,7 +93,7 @@ def attention_decode_kernel(
                 key = length - n + i
                 valid = (i < n) & (key >= 0) & (key < cells)
                 at = ((tl.cast(seq, tl.int64) * n + i) * H + HKV * G + h) * D
-                page = tl.load(table + tl.cast(seq, tl.int64) * blocks + key // PAGE, mask=valid, other=-1)
+                page = tl.load(table + tl.cast(seq, tl.int64) * max_blocks + key // PAGE, mask=valid, other=-1)
                 cell = (page.to(tl.int64) * PAGE + key % PAGE) * HKV + h
                 writes = valid & (page >= 0) & (page < num_blocks) & (tl.program_id(1) < HKV)
                 ks = norm_and_rotate(
@@ -114,7 +114,7 @@ def attention_decode_kernel(
         for tile in range(tl.maximum(first, begin), tl.minimum(stop, last_tile)):
             key = (tile - begin) * BLOCK_N + tl.arange(0, BLOCK_N)
             used = key < cached
-            page = tl.load(table + tl.cast(seq, tl.int64) * blocks + key // PAGE, mask=used, other=0)
+            page = tl.load(table + tl.cast(seq, tl.int64) * max_blocks + key // PAGE, mask=used, other=0)
             page = tl.minimum(tl.maximum(page, 0), num_blocks - 1)
             cell = (page.to(tl.int64) * PAGE + key % PAGE) * HKV + h
             inside = used[:, None] & (d < D)[None, :]
@@ -133,12 +133,12 @@ def attention_decode_kernel(
         acc = tl.trans(acc / tl.where(total == 0, 1.0, total)[None, :])
         tl.store(partial + row[:, None] * D + d[None, :], acc, mask=valid_rows)
         log_sum = tl.where(total == 0, float("-inf"), largest + tl.log2(total))
-        tl.store(lse + row, log_sum, mask=r < n * G)
+        tl.store(lse_log2 + row, log_sum, mask=r < n * G)
 
 
 @triton.jit
 def attention_decode_combine_kernel(
-    partial, lse, lengths, out, out_q, out_scale, ld_scale, B, W, n, cells,
+    partial, lse_log2, lengths, out, out_q, out_scale, ld_scale, B, W, n, cells,
     D: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
@@ -155,7 +155,7 @@ def attention_decode_combine_kernel(
     for p0 in range(first, stop, BLOCK_P):
         p = p0 + tl.arange(0, BLOCK_P)
         at = (p + seq).to(tl.int64) * (HKV * n * G) + row
-        log_sum = tl.load(lse + at, mask=p < stop, other=float("-inf"))
+        log_sum = tl.load(lse_log2 + at, mask=p < stop, other=float("-inf"))
         inside = (p < stop)[:, None] & (d < D)[None, :]
         piece = tl.load(partial + at[:, None] * D + d[None, :], mask=inside, other=0.0)
         larger = tl.maximum(largest, tl.max(log_sum, 0))

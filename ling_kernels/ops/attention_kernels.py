@@ -1,4 +1,4 @@
-"""Triton kernels of attention.py: forward, dq, and dk with dv; the forward one also serves qk_norm_attention.py.
+"""Triton kernels of attention.py: forward, dq, and dk with dv; qk_norm_attention.py runs the forward one too.
 
 A tile of rows belongs to one sequence. Only tiles of keys that the causal mask or the sequence's end cuts are masked:
 two loops with the same body, one without and one with a mask. Scores are in units of log2, as exp2 is the hardware's

@@ -1,6 +1,6 @@
 """Loss-free balance: b += rate * (sign(mean(c) - c) - mean(sign(mean(c) - c))); an expert with few tokens rises.
 
-The mean of b stays what it was. Source: arXiv 2510.22115, section 2.2; rate 1e-3, then 1e-4 after context extension.
+The mean of b does not change. Source: arXiv 2510.22115, section 2.2; rate 1e-3, then 1e-4 after context extension.
 """
 
 import torch

@@ -1,4 +1,7 @@
-"""Dispatch: sort the routed slots by expert, stably in token order, and return where each of them lies."""
+"""Dispatch: sort the choices (token, k) by expert, stably in token order, and return the row of each.
+
+A choice is a pair (token t, k-th chosen expert), numbered t * topk + k. A row is a position in the sorted order.
+"""
 
 from typing import NamedTuple
 
@@ -10,20 +13,20 @@ from torch import Tensor
 from ..op import expect, op, use_reference, values_on_host
 
 PAD = 128  # column-wise copies start each expert's run of rows at a multiple of this
-TILE = 256  # slots of one program, whose work grows with the square; not measured
+TILE = 256  # choices of one program, whose work grows with the square; not measured
 
 
 class Plan(NamedTuple):
-    """Where the S = T x topk routed slots lie once sorted by expert; int32, on the device.
+    """The order of the S = T x topk choices (token, k) sorted by expert; int32, on the device.
 
-    Expert e owns rows offsets[e] : offsets[e + 1]. A token's k-th choice is row slot[t, k], -1 where it is not routed
-    here; row s comes from source[s] = t * topk + k. Rows past offsets[E] are undefined and never read.
-    padded_offsets are the same runs in a column-wise copy, each starting at a multiple of 128.
+    Expert e owns rows offsets[e] : offsets[e + 1]. slot[t, k] is the row of token t's k-th choice, -1 if that choice
+    is not routed here. source[s] = t * topk + k is the choice in row s. Rows past offsets[E] are undefined and never
+    read. padded_offsets are the same runs in a column-wise copy, each starting at a multiple of 128.
     """
 
     offsets: Tensor  # [E + 1]
-    slot: Tensor  # [T, topk]
-    source: Tensor  # [S]
+    slot: Tensor  # [T, topk], choice -> row
+    source: Tensor  # [S], row -> choice
     padded_offsets: Tensor  # [E + 1]
 
 
@@ -62,7 +65,7 @@ def expect_offsets(offsets: Tensor, num_experts: int, S: int) -> None:
 def dispatch_ref(experts, counts):
     flat = experts.flatten().long()
     routed = flat >= 0
-    key = torch.where(routed, flat, len(counts))  # slots that are not routed here go last
+    key = torch.where(routed, flat, len(counts))  # choices that are not routed here go last
     source = key.argsort(stable=True)
     slot = torch.empty_like(source).scatter_(0, source, torch.arange(len(source), device=source.device))
     slot = torch.where(routed, slot, -1).view_as(experts)
@@ -98,7 +101,7 @@ def dispatch_fwd(
     source: Tensor,
     padded_offsets: Tensor,
 ) -> None:
-    """before [tiles, E] int32 is scratch for the number of each expert's slots in earlier tiles; None for one tile."""
+    """before [tiles, E] int32: scratch, the number of each expert's choices in earlier tiles; None for one tile."""
     S, E = len(source), len(counts)
     BLOCK_E = triton.next_power_of_2(max(E, 1))
     tiles = triton.cdiv(S, TILE)
@@ -152,30 +155,30 @@ def dispatch_kernel(
         tl.store(offsets + e, tl.zeros((BLOCK_E,), tl.int32), mask=e == 0)
         tl.store(padded_offsets + e, tl.zeros((BLOCK_E,), tl.int32), mask=e == 0)
 
-    # A slot's position: the number of slots of lower experts, of its expert in earlier tiles, and before it in this
-    # tile. Slots that are not routed here go last, as if to expert E, so that source holds every slot once.
-    slots = tile * BLOCK + i
-    chosen = load_chosen(experts, slots, S, E)
-    position = tl.zeros((BLOCK,), tl.int32)
+    # The row of a choice: the number of choices of lower experts, of its expert in earlier tiles, and before it in this
+    # tile. Choices that are not routed here go last, as if to expert E, so that source holds every choice once.
+    choices = tile * BLOCK + i
+    chosen = load_chosen(experts, choices, S, E)
+    row = tl.zeros((BLOCK,), tl.int32)
     for first in range(0, E, STEP):
         lower = first + tl.arange(0, STEP)
         count = tl.load(counts + lower, mask=lower < E, other=0)
-        position += tl.sum(tl.where(lower[None, :] < chosen[:, None], count[None, :], 0), 1)
+        row += tl.sum(tl.where(lower[None, :] < chosen[:, None], count[None, :], 0), 1)
     if before is not None:
-        row = before + tile.to(tl.int64) * E
-        earlier = tl.load(row + chosen, mask=chosen < E, other=0)
-        unrouted = tile * BLOCK - tl.sum(tl.load(row + e, mask=e < E, other=0))
-        position += tl.where(chosen < E, earlier, unrouted)
+        routed_before = before + tile.to(tl.int64) * E  # [E] choices of each expert in earlier tiles
+        earlier = tl.load(routed_before + chosen, mask=chosen < E, other=0)
+        unrouted = tile * BLOCK - tl.sum(tl.load(routed_before + e, mask=e < E, other=0))
+        row += tl.where(chosen < E, earlier, unrouted)
     for first in range(0, BLOCK, STEP):
         j = first + tl.arange(0, STEP)
         same = load_chosen(experts, tile * BLOCK + j, S, E)[None, :] == chosen[:, None]
-        position += tl.sum((same & (j[None, :] < i[:, None])).to(tl.int32), 1)
-    tl.store(slot + slots, tl.where(chosen < E, position, -1), mask=slots < S)
-    tl.store(source + position, slots, mask=(slots < S) & (position < S))
+        row += tl.sum((same & (j[None, :] < i[:, None])).to(tl.int32), 1)
+    tl.store(slot + choices, tl.where(chosen < E, row, -1), mask=choices < S)
+    tl.store(source + row, choices, mask=(choices < S) & (row < S))
 
 
 @triton.jit
-def load_chosen(experts, slots, S, E):
-    """The experts of slots; E for slots that are not routed here."""
-    chosen = tl.load(experts + slots, mask=slots < S, other=-1)
+def load_chosen(experts, choices, S, E):
+    """The experts of choices; E for choices that are not routed here."""
+    chosen = tl.load(experts + choices, mask=choices < S, other=-1)
     return tl.where(chosen < 0, E, chosen)

@@ -70,7 +70,7 @@ def grouped_product(a: Tensor, b: Tensor, offsets: Tensor, zero_rest: bool = Fal
         y = a.new_empty(len(a), b.shape[1])
         grouped_gemm_ref_fwd(a, b, offsets, y)
         return y
-    if grouped_mm_serves(a, b):
+    if grouped_mm_runs(a, b):
         note_choice("grouped_gemm", "torch.nn.functional.grouped_mm")
         y = torch.nn.functional.grouped_mm(a.contiguous(), b.mT, offs=offsets[1:])
         unowned = torch.arange(len(y), device=y.device) >= offsets[-1]
@@ -80,8 +80,8 @@ def grouped_product(a: Tensor, b: Tensor, offsets: Tensor, zero_rest: bool = Fal
     return y
 
 
-def grouped_mm_serves(a: Tensor, b: Tensor) -> bool:
-    """Whether torch's grouped_mm serves: bf16 on a GPU, rows of a multiple of 16 bytes, and Triton not asked for."""
+def grouped_mm_runs(a: Tensor, b: Tensor) -> bool:
+    """Whether torch's grouped_mm runs: bf16 on a GPU, rows of a multiple of 16 bytes, and Triton not asked for."""
     fits = a.is_cuda and a.dtype == torch.bfloat16 and a.numel() > 0 and b.shape[1] % 8 == b.shape[2] % 8 == 0
     return fits and backend(a) != "triton"
 
@@ -176,7 +176,7 @@ def grouped_gemm_kernel(
                 else:
                     w = B.load([group, k, n]).reshape(BLOCK_K, BLOCK_N)
             else:
-                ks = k + tl.arange(0, BLOCK_K)
+                ks = (k + tl.arange(0, BLOCK_K)).to(tl.int64)
                 x = tl.load(a_pointers + ks[None, :] * a_k, mask=valid[:, None] & (ks < K)[None, :], other=0.0)
                 w = tl.load(b_pointers + ks[:, None] * b_k, mask=(ks < K)[:, None] & (columns < N)[None, :], other=0.0)
             if SWAP:
@@ -185,5 +185,5 @@ def grouped_gemm_kernel(
                 acc = tl.dot(x, w, acc, input_precision="ieee")
         if SWAP:
             acc = acc.T
-        y_pointers = y + rows.to(tl.int64)[:, None] * y_m + columns[None, :] * y_n
+        y_pointers = y + rows.to(tl.int64)[:, None] * y_m + columns.to(tl.int64)[None, :] * y_n
         tl.store(y_pointers, acc, mask=valid[:, None] & (columns < N)[None, :])

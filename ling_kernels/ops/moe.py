@@ -43,11 +43,11 @@ def moe(
     """x [T, H], router_w [E, H], bias [E] fp32, w_gate_up [E, 2F, H], w_down [E, H, F] -> y [T, H], counts [E] int32.
 
     shared is (w_gate_up [2Fs, H], w_down [H, Fs]) of the shared expert, which no weight scales. mask [T] bool: False
-    for padding, which no expert sees. z_loss, a coefficient, appends that loss. experts [T, topk] int32 forces the
-    choice of experts. The routing arguments are `route`'s. The routing weights are applied after the down projection,
-    in fp32, as in the official inference code.
+    for padding, which router and experts do not read; the shared expert does. z_loss, a coefficient, appends that loss.
+    experts [T, topk] int32 forces the choice of experts. The routing arguments are `route`'s. The routing weights are
+    applied after the down projection, in fp32, as in the official inference code.
     A weight may be FP8, a pair (w_q, w_scale) as `quantize_weight` returns it; it gets no gradient and passes none on.
-    Its expert quantises SwiGLU of the fp32 product for the next one.
+    SwiGLU of the fp32 gate_up product is quantised for the down product.
     Otherwise gradients go to x, router_w and all weights. Raises ValueError for operands that do not fit, and where x
     wants a gradient through FP8 experts.
     """
@@ -60,14 +60,34 @@ def moe(
     expect(fits, "w_gate_up [E, 2F, H] and w_down [E, H, F]", gate_up, down, router_w)
     expect(not (fp8 and torch.is_grad_enabled() and x.requires_grad), "no gradient to x where weights are FP8", x)
 
+    expect(mask is None or (mask.shape == x.shape[:1] and mask.dtype == torch.bool), "mask [T] bool", mask, x)
     weights, experts, counts, *z = route(
-        router_gemm(x, router_w), bias, mask, num_groups, group_topk, topk, scale, z_loss, experts
+        router_gemm(routed_rows(x, experts, mask), router_w),
+        bias,
+        mask,
+        num_groups,
+        group_topk,
+        topk,
+        scale,
+        z_loss,
+        experts,
     )
     (x,) = autocast(x)
     y = expert_mlp(x, dispatch(experts, counts), weights, w_gate_up, w_down)
     if shared is not None:
         y = y + linear(swiglu(linear(x, shared[0])), shared[1])
     return y, counts, *z
+
+
+def routed_rows(x: Tensor, experts: Tensor | None, mask: Tensor | None = None) -> Tensor:
+    """x [T, H] for the router, with 0 in rows that are masked or whose forced experts are -1.
+
+    There the router's gradient is 0, and 0 * NaN would be NaN.
+    """
+    if experts is not None:
+        expect(experts.ndim == 2 and len(experts) == len(x), "experts [T, topk] int32", experts, x)
+        mask = experts[:, 0] >= 0 if mask is None else mask & (experts[:, 0] >= 0)
+    return x if mask is None else x.masked_fill(~mask[:, None], 0)
 
 
 def expert_mlp(
@@ -80,10 +100,10 @@ def expert_mlp(
     rounding. Gradients as `moe`'s.
     """
     folded = None
-    if fold_weights and weights is not None:  # a slot that no expert owns has no gradient, whatever its row holds
+    if fold_weights and weights is not None:  # a choice not routed here has no gradient, whatever its row holds
         folded = weights.masked_fill(plan.slot < 0, 0).flatten()[plan.source.long()]
     if isinstance(w_gate_up, tuple):
-        # The product finds its rows of x by itself and, where no weight comes between, writes SwiGLU's FP8 alone.
+        # The GEMM gathers its rows of x. Without folded weights it writes only the quantised SwiGLU.
         x_q, x_scale = quantize(x)
         product = partial(grouped_gemm_fp8, x_q, x_scale, w_gate_up[0], w_gate_up[1], plan.offsets, plan)
         h = product(swiglu=True) if folded is None else swiglu(product(dtype=x.dtype), folded, quantize=True)

@@ -2,9 +2,9 @@
 
     s = x + residual,  y = s + moe(rms_norm(s, norm))
 
-Elsewhere it is composed of `rms_norm` and `moe`, its definition. csrc/ takes two launches, which wait for the weights
-they read: norm and logits, then all the rest. There the products, their weighted sum, the shared expert and the
-residual stay fp32 until y is rounded, except that all operands which the definition quantises are rounded as there.
+The composition of `rms_norm` and `moe` is its definition, and runs without csrc/. csrc/ needs two launches, both bound
+by reading weights: (1) norm and logits, (2) the rest. Sums stay fp32 until y is rounded; only operands that the
+definition quantises are quantised, to the same values.
 """
 
 import functools

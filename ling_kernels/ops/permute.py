@@ -1,6 +1,6 @@
-"""Permute: copy every token's row to each of its routed slots, y[s] = x[source[s] // topk], expert by expert.
+"""Permute: copy every token's row to the row of each of its choices, y[s] = x[source[s] // topk], expert by expert.
 
-Its gradient is unpermute without weights: the slots of a token summed in fp32 in the order of k.
+Its gradient is unpermute without weights: the rows of a token's choices summed in fp32 in the order of k.
 """
 
 import torch
@@ -13,7 +13,7 @@ from .unpermute import gather_sum, scatter_rows, sum_slots
 
 
 def permute(x: Tensor, plan: Plan) -> Tensor:
-    """x [T, H], a plan of S slots -> [S, H] in x's dtype; rows past plan.offsets[E] are undefined.
+    """x [T, H], a plan of S rows -> [S, H] in x's dtype; rows past plan.offsets[E] are undefined.
 
     The gradient to x is deterministic and needs no atomics. Raises ValueError for a plan of another T.
     """
@@ -52,7 +52,7 @@ def permute_quantize_ref(x, plan, columns=False, pow2=False):
 
 
 class PermuteRef(torch.autograd.Function):
-    """Autograd's gradient of indexing adds the slots of a token in an unspecified order."""
+    """Autograd's gradient of indexing adds the rows of a token in an unspecified order."""
 
     @staticmethod
     def forward(ctx, x, offsets, slot, source, padded_offsets):
@@ -86,5 +86,5 @@ class Permute(torch.autograd.Function):
 def permute_quantize_fwd(
     x: Tensor, slot: Tensor, x_q: Tensor, x_scale: Tensor, offsets: Tensor, source: Tensor, pow2: bool
 ) -> None:
-    """csrc/ reads and quantises a token once, for all of its slots; Triton, as quantize_fwd, for each slot."""
+    """csrc/ reads and quantises a token once, for all of its choices; Triton, as quantize_fwd, for each choice."""
     launch_quantize(x, x_q, x_scale, None, None, offsets, None, source, slot.shape[1], pow2)

@@ -42,10 +42,10 @@ def qk_norm_attention_decode(
     Also writes the new keys and values into the cache, quantised if it is FP8, in the cells that block_table
     [B, max_blocks] int32 gives for their positions; no two tokens may share a cell. Equals `qk_norm_rope` with that
     cache at positions length - n + i and then `attention_decode`, up to a last bit of a query; other arguments, dtypes
-    and errors are theirs. quantize appends quantize(out as [B n, Hq D]) to the result, in the same kernel if D = 128
-    (Hq D % 128 == 0). Rows of length 0 are padding: they write nothing and give 0. No gradient. Deterministic. Raises
-    ValueError also, on a CPU, for a length beyond the rows of cos and sin. On a GPU csrc/ built with LING_DEBUG=1 stops
-    at it; otherwise the token is NaN. A token whose page is outside the cache is not written.
+    and errors are as in the two ops. quantize appends quantize(out as [B n, Hq D]) to the result, in the same kernel
+    if D = 128 (Hq D % 128 == 0). Rows of length 0 are padding: they write nothing and give 0. No gradient.
+    Deterministic. Raises ValueError also, on a CPU, for a length beyond the rows of cos and sin. On a GPU csrc/ built
+    with LING_DEBUG=1 stops at it; otherwise the token is NaN. A token whose page is outside the cache is not written.
     """
     B, n, H, D = qkv.shape if qkv.ndim == 4 else (-1, 0, 0, 0)
     expect(B >= 0 and 1 <= n <= 8 and D > 0 and qkv.is_floating_point(),
@@ -127,14 +127,14 @@ def unsupported(
     )
 
 
-@op("k", "v", "k_scale", "v_scale", "out", "out_q", "out_scale", "partial", "lse", cuda=unsupported)
+@op("k", "v", "k_scale", "v_scale", "out", "out_q", "out_scale", "partial", "lse_log2", cuda=unsupported)
 def qk_norm_attention_decode_fwd(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,
     k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None, block_table: Tensor, lengths: Tensor,
-    out: Tensor, out_q: Tensor | None, out_scale: Tensor | None, partial: Tensor, lse: Tensor,
+    out: Tensor, out_q: Tensor | None, out_scale: Tensor | None, partial: Tensor, lse_log2: Tensor,
     scale: float, eps: float,
 ) -> None:  # fmt: skip
-    """partial and lse come from `scratch` of attention_decode, out_q and out_scale from `empty_fp8` for out's rows."""
+    """partial and lse_log2 come from attention_decode.scratch, out_q and out_scale from `empty_fp8` for out's rows."""
     cells = k, v, k_scale, v_scale, block_table, lengths
     norm = q_weight, k_weight, cos, sin
-    launch_decode(qkv, *cells, out, partial, lse, scale, norm, eps, out_q, out_scale)
+    launch_decode(qkv, *cells, out, partial, lse_log2, scale, norm, eps, out_q, out_scale)

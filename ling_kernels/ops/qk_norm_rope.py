@@ -186,7 +186,7 @@ def qk_norm_rope_bwd(
 
 
 def unsupported_heads(qkv, q_weight, k_weight, cos, sin, *others: Tensor | None) -> str | None:
-    """What csrc/ does not serve of the operands of norm and rotation, and of other tensors with qkv's heads."""
+    """What csrc/ does not support, in words: operands of norm and rotation, and other tensors with qkv's heads."""
     if qkv.shape[-1] != 128 or cos.shape[1] != 32:
         return f"heads of {qkv.shape[-1]} with {2 * cos.shape[1]} rotated dims, but 128 with 64"
     weights = q_weight.dtype == k_weight.dtype in (qkv.dtype, torch.float32)

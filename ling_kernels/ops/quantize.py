@@ -30,14 +30,14 @@ def quantize(
     Returns, in this order:
       rows:    x_q [M, K] e4m3 and x_scale [M, K/128] fp32, M contiguous (its other stride is a multiple of 4)
       columns: xt_q [K, M_pad] e4m3 and xt_scale [K, M_pad/128] fp32, K contiguous. Without a plan M_pad is
-               round_up(M, 128); with one, x's rows are its slots, expert e's run starts at column
+               round_up(M, 128); with one, x's rows are the plan's, expert e's run starts at column
                plan.padded_offsets[e], a multiple of 128, M_pad is padded_slots(M, E), gaps are zero, and columns
                after the last expert's are undefined
     Not differentiable. Raises ValueError for another shape or dtype.
     """
     expect(x.ndim == 2 and x.shape[1] % BLOCK == 0 and x.is_floating_point(), "x [M, K] with K % 128 == 0", x)
     expect(rows or columns, "rows=True or columns=True", rows, columns)
-    expect(plan is None or plan.source.shape == x.shape[:1], "a plan of M slots", x, plan and plan.source)
+    expect(plan is None or plan.source.shape == x.shape[:1], "a plan of M rows", x, plan and plan.source)
     if use_reference("quantize", x):
         return quantize_ref(x, rows, columns, plan, pow2)
     out = empty_fp8(x, len(x), x.shape[1], rows, columns, plan)
@@ -61,8 +61,8 @@ def quantize_ref(x, rows=True, columns=False, plan=None, pow2=False):
 def quantize_weight(w: Tensor, pow2: bool = False, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
     """Quantise w [N, K] or [E, N, K] in 128 x 128 blocks -> w_q e4m3 as w, w_scale [(E,) N/128, K/128] fp32.
 
-    out: two such contiguous tensors to write into and return. Not differentiable. Raises ValueError where N or K is no
-    multiple of 128.
+    out: two such contiguous tensors to write into and return. Not differentiable. Raises ValueError where 128 does not
+    divide N and K.
     """
     fits = w.ndim in (2, 3) and w.shape[-1] % BLOCK == 0 and w.shape[-2] % BLOCK == 0
     expect(fits and w.is_floating_point(), "w [N, K] or [E, N, K] with N % 128 == K % 128 == 0", w)
@@ -118,7 +118,7 @@ def row_scale_layout(scale: Tensor) -> Tensor:
 
 
 def padded_slots(S: int, E: int) -> int:
-    """Columns of a column-wise copy: enough for any routing of S slots to E experts, so the host need not ask."""
+    """Columns of a column-wise copy: enough for any routing of S choices to E experts, so the host need not ask."""
     return round_up(S + (BLOCK - 1) * min(E, S), BLOCK)
 
 
@@ -129,10 +129,10 @@ def pad_columns(x: Tensor, plan: Plan | None) -> Tensor:
         return x.new_zeros(round_up(M, BLOCK), K).index_copy(0, torch.arange(M, device=x.device), x)
     M_pad = padded_slots(M, len(plan.offsets) - 1)
     offsets, padded = plan.offsets.long(), plan.padded_offsets.long()
-    slot = torch.arange(M, device=x.device)
-    expert = torch.searchsorted(offsets[1:], slot, right=True)  # E for rows past offsets[E], which no expert owns
-    row = torch.where(slot < offsets[-1], slot - offsets[expert] + padded[expert], M_pad)  # M_pad is cut off again
-    return x.new_zeros(M_pad + 1, K).index_copy(0, row, x)[:M_pad]
+    row = torch.arange(M, device=x.device)
+    expert = torch.searchsorted(offsets[1:], row, right=True)  # E for rows past offsets[E], which no expert owns
+    padded_row = torch.where(row < offsets[-1], row - offsets[expert] + padded[expert], M_pad)  # M_pad: cut off
+    return x.new_zeros(M_pad + 1, K).index_copy(0, padded_row, x)[:M_pad]
 
 
 def empty_fp8(x: Tensor, M: int, K: int, rows: bool, columns: bool, plan: Plan | None) -> tuple[Tensor | None, ...]:

@@ -1,8 +1,9 @@
-"""Group-limited sigmoid routing.
+"""Group-limited routing.
 
-s = sigmoid(logits) and b = s + bias. A group of E / num_groups experts scores the sum of its two largest b; the
-group_topk best groups stay; of their experts the topk with the largest b are chosen, in that order. The lowest index
-wins ties at both levels. weight = s[expert] / (sum + 1e-20) * scale: the bias selects and does not weigh.
+s = score(logits), the score function (`scores`: sigmoid), and b = s + bias. A group of E / num_groups experts scores
+the sum of its two largest b; the group_topk best groups stay; of their experts the topk with the largest b are chosen,
+in that order. The lowest index wins ties at both levels. weight = s[expert] / (sum + 1e-20) * scale: the bias selects
+and does not weigh.
 z_loss = coefficient * mean(logsumexp(logits)^2). Source: Ling 2.0, arXiv 2510.22115, and its published model code.
 """
 
@@ -30,7 +31,8 @@ def route(
     """logits [T, E] fp32, bias [E] fp32, mask [T] bool (False: a padding token, routed nowhere) ->
 
     weights [T, topk] fp32, experts [T, topk] int32, counts [E] int32, and, given a coefficient z_loss, that loss as a
-    scalar. Masked tokens get expert -1 and weight 0, and neither the counts nor the loss see them. NaN logits still
+    scalar. Masked tokens get expert -1, weight 0 and gradient 0, whatever their logits; neither the
+    counts nor the loss see them. NaN logits still
     give topk distinct experts in range. Gradient: to logits, through weights and z_loss.
     experts [T, topk] int32 forces the choice, as when a rollout's routing is replayed: weights are those of the given
     experts from these logits, bias and groups decide nothing. A row is distinct experts, or all -1 for a padding token.
@@ -46,10 +48,10 @@ def route(
            "num_groups that divides E, group_topk <= num_groups, topk <= group_topk * E / num_groups",
            E, num_groups, group_topk, topk)  # fmt: skip
     if experts is not None:
-        fits = experts.shape == (T, topk) and experts.dtype == torch.int32
+        fits = isinstance(experts, Tensor) and experts.shape == (T, topk) and experts.dtype == torch.int32
         expect(fits, "experts [T, topk] int32", experts, logits, topk)
         if values_on_host(experts):
-            expect(((experts >= -1) & (experts < E)).all(), f"experts from -1 to {E - 1}", experts)
+            expect(valid_choices(experts, E), f"rows of distinct experts from 0 to {E - 1}, or of -1 alone", experts)
     if use_reference("route", logits):
         return route_ref(logits, bias, mask, num_groups, group_topk, topk, scale, z_loss, experts)
     if experts is None:
@@ -64,9 +66,21 @@ def route(
     return *routed, z_loss * lse.square().sum() / tokens
 
 
+def valid_choices(experts: Tensor, E: int) -> bool:
+    """Whether each row has distinct experts below E, or -1 alone."""
+    lowest, highest = experts.amin(1), experts.amax(1)
+    ordered = experts.sort(1).values
+    distinct = (ordered[:, 1:] != ordered[:, :-1]).all(1)
+    return bool(torch.where(highest < 0, lowest == -1, (lowest >= 0) & (highest < E) & distinct).all())
+
+
 def route_ref(logits, bias, mask=None, num_groups=8, group_topk=4, topk=8, scale=2.5, z_loss=None, experts=None):
     T, E = logits.shape
+    if experts is not None:
+        mask = experts[:, 0] >= 0 if mask is None else mask & (experts[:, 0] >= 0)
     logits = upcast(logits)
+    if mask is not None:  # before the formulas, in whose gradient 0 * NaN is NaN
+        logits = logits.masked_fill(~mask[:, None], 0)
     s = scores(logits)
     if experts is None:
         experts = best_experts(s, bias, num_groups, group_topk, topk)
@@ -332,9 +346,9 @@ def route_kernel(
         routed &= tl.load(mask + t, mask=t < T, other=0) != 0
     valid = (t < T)[:, None] & (k < TOPK)
     w = normalised_weights(row, chosen, valid & routed[:, None], scale)
-    slot = t.to(tl.int64)[:, None] * TOPK + k
-    tl.store(weights + slot, w, mask=valid)
-    tl.store(experts + slot, tl.where(routed[:, None], chosen, -1), mask=valid)
+    choice = t.to(tl.int64)[:, None] * TOPK + k
+    tl.store(weights + choice, w, mask=valid)
+    tl.store(experts + choice, tl.where(routed[:, None], chosen, -1), mask=valid)
     tl.atomic_add(counts + chosen, 1, mask=valid & routed[:, None], sem="relaxed")
     if lse is not None:
         tl.store(lse + t, tl.where(routed, log_sum_exp(x), 0.0), mask=t < T)
@@ -369,10 +383,10 @@ def route_forced_kernel(
     row = logits + t.to(tl.int64) * ld
     k = tl.arange(0, BLOCK_K)[None, :]
     valid = (t < T)[:, None] & (k < TOPK)
-    slot = t.to(tl.int64)[:, None] * TOPK + k
-    chosen = tl.load(experts + slot, mask=valid, other=-1)
+    choice = t.to(tl.int64)[:, None] * TOPK + k
+    chosen = tl.load(experts + choice, mask=valid, other=-1)
     routed = chosen >= 0
-    tl.store(weights + slot, normalised_weights(row, chosen, routed, scale), mask=valid)
+    tl.store(weights + choice, normalised_weights(row, chosen, routed, scale), mask=valid)
     tl.atomic_add(counts + chosen, 1, mask=routed, sem="relaxed")
     if lse is not None:
         e = tl.arange(0, BLOCK_E)[None, :]
@@ -389,11 +403,11 @@ def route_bwd_kernel(
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     row = logits + t.to(tl.int64) * ld
     k, e = tl.arange(0, BLOCK_K)[None, :], tl.arange(0, BLOCK_E)[None, :]
-    slot = t.to(tl.int64)[:, None] * TOPK + k
-    chosen = tl.load(experts + slot, mask=(t < T)[:, None] & (k < TOPK), other=-1)
+    choice = t.to(tl.int64)[:, None] * TOPK + k
+    chosen = tl.load(experts + choice, mask=(t < T)[:, None] & (k < TOPK), other=-1)
     routed = chosen >= 0
     s = chosen_scores(row, chosen, routed)
-    dw = tl.load(dweights + slot, mask=routed, other=0.0)
+    dw = tl.load(dweights + choice, mask=routed, other=0.0)
     z = tl.sum(s, 1)[:, None] + 1e-20
     d = scale / z * (dw - tl.sum(s * dw, 1)[:, None] / z) * score_derivative(s)
     dx = tl.sum(tl.where(routed[:, :, None] & (chosen[:, :, None] == e[:, None, :]), d[:, :, None], 0.0), 1)
@@ -401,6 +415,6 @@ def route_bwd_kernel(
     if lse is not None:
         routed = tl.load(experts + t.to(tl.int64) * TOPK, mask=t < T, other=-1) >= 0
         x = tl.load(row[:, None] + e, mask=valid, other=0.0)
-        share = tl.exp(x - tl.load(lse + t, mask=t < T, other=0.0)[:, None])
-        dx += tl.where(routed[:, None], tl.load(dlse + t, mask=t < T, other=0.0)[:, None] * share, 0.0)
+        softmax = tl.exp(x - tl.load(lse + t, mask=t < T, other=0.0)[:, None])
+        dx += tl.where(routed[:, None], tl.load(dlse + t, mask=t < T, other=0.0)[:, None] * softmax, 0.0)
     tl.store(dlogits + t.to(tl.int64)[:, None] * E + e, dx, mask=valid)

@@ -12,8 +12,8 @@ from .quantize import BLOCK
 def transpose_fp8(w_q: Tensor, w_scale: Tensor, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
     """w_q [N, K] or [E, N, K] e4m3, w_scale [(E,) N/128, K/128] fp32 -> wt_q [(E,) K, N], wt_scale [(E,) K/128, N/128].
 
-    out: the contiguous wt_q and wt_scale to write and return. Not differentiable. Raises ValueError where N or K is no
-    multiple of 128 or the scales or out do not fit.
+    out: the contiguous wt_q and wt_scale to write and return. Not differentiable. Raises ValueError where 128 does not
+    divide N and K, or the scales or out do not fit.
     """
     N, K = w_q.shape[-2:] if w_q.ndim in (2, 3) else (1, 1)
     fits = N % BLOCK == K % BLOCK == 0 and w_scale.shape == (*w_q.shape[:-2], N // BLOCK, K // BLOCK)

@@ -65,7 +65,7 @@ def store_columns(x, tile, k, xt_q, xt_scale, K, M_pad, POW2: tl.constexpr):
 def tile_rows(tile, M, offsets, padded_offsets, E, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr):
     """(rows, valid, active): the rows of x in a tile, the mask of existing rows, and whether an expert owns the tile.
 
-    padded_offsets None: tiles cover the rows of x up to M or, with a plan's offsets, up to its last routed slot.
+    padded_offsets None: tiles cover the rows of x up to M or, with a plan's offsets, up to its last routed row.
     Otherwise `tile` counts 128 columns of a column-wise copy, in which every expert starts a new tile.
     """
     i = tl.arange(0, BLOCK_M)

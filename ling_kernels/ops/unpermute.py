@@ -1,4 +1,7 @@
-"""Unpermute: each token sums its slots, out[t] = sum over k of weights[t, k] * y[slot[t, k]], k ascending, in fp32."""
+"""Unpermute: each token sums the rows of its choices, in fp32, k ascending.
+
+out[t] = sum over k of weights[t, k] * y[slot[t, k]]
+"""
 
 import torch
 import triton
@@ -10,13 +13,13 @@ from .dispatch import Plan
 
 
 def unpermute(y: Tensor, plan: Plan, weights: Tensor | None = None) -> Tensor:
-    """y [S, H], a plan of S slots and T tokens, weights [T, topk] fp32 (None: all 1) -> [T, H] in y's dtype.
+    """y [S, H], a plan of S rows and T tokens, weights [T, topk] fp32 (None: all 1) -> [T, H] in y's dtype.
 
-    A slot of -1 contributes exactly 0, whatever the undefined rows of y hold. Gradients: to y (0 in rows that no token
-    owns) and to weights. Raises ValueError for shapes that do not fit.
+    A slot of -1 contributes exactly 0, whatever its weight and the undefined rows of y hold. Gradients: to y (0 in rows
+    that no token owns) and to weights (0 for a slot of -1). Raises ValueError for shapes that do not fit.
     """
     fits = y.ndim == 2 and y.is_floating_point() and plan.source.shape == y.shape[:1]
-    expect(fits, "y [S, H] and a plan of S slots", y, plan.source)
+    expect(fits, "y [S, H] and a plan of S rows", y, plan.source)
     fits = weights is None or (weights.shape == plan.slot.shape and weights.dtype in (torch.float32, torch.float64))
     expect(fits, "weights [T, topk] fp32", weights, plan.slot)
     if use_reference("unpermute", y, weights):
@@ -33,7 +36,9 @@ def sum_slots(y: Tensor, slot: Tensor, weights: Tensor | None = None) -> Tensor:
     total = upcast(y).new_zeros(len(slot), y.shape[1])
     for k in range(slot.shape[1]):
         row = rows_of(y, slot[:, k])
-        total = total + (row if weights is None else weights[:, k, None] * row)
+        if weights is not None:
+            row = row * weights[:, k].masked_fill(slot[:, k] < 0, 0)[:, None]
+        total = total + row
     return total.to(y.dtype)
 
 
@@ -65,7 +70,7 @@ class UnpermuteRef(torch.autograd.Function):
             dy = dy.masked_fill(unowned[:, None], 0).to(y.dtype)
         if weights is not None and ctx.needs_input_grad[1]:
             dots = [(rows_of(y, slot[:, k]) * upcast(dout)).sum(-1) for k in range(topk)]
-            dweights = torch.stack(dots, 1)
+            dweights = torch.stack(dots, 1).masked_fill(slot < 0, 0)
         return dy, dweights, None, None, None
 
 
@@ -166,13 +171,13 @@ def scatter_rows_kernel(
         for k in tl.static_range(TOPK):
             s = tl.load(slot + t * TOPK + k).to(tl.int64)
             row = tl.load(y + s * H + h, mask=(s >= 0) & (h < H), other=0.0).to(tl.float32)
-            products = tl.where(choice == k, tl.sum(row * d.to(tl.float32)), products)
+            products = tl.where((choice == k) & (s >= 0), tl.sum(row * d.to(tl.float32)), products)
         tl.store(dots + t * TOPK + choice, products, mask=choice < TOPK)
 
     for k in tl.static_range(TOPK):
         s = tl.load(slot + t * TOPK + k).to(tl.int64)
         scaled = d if weights is None else d.to(tl.float32) * tl.load(weights + t * TOPK + k)
         tl.store(out + s * H + h, scaled, mask=(s >= 0) & (h < H))
-        if offsets is not None:  # each program checks TOPK of the T * TOPK rows, and zeroes those of no expert
+        if offsets is not None:  # each program checks TOPK of the T * TOPK rows, and zeroes the rows of no expert
             unowned = t * TOPK + k >= tl.load(offsets + E)
             tl.store(out + (t * TOPK + k) * H + h, tl.zeros((BLOCK_H,), out.dtype.element_ty), mask=unowned & (h < H))

@@ -18,7 +18,7 @@ from ..ops.attention_decode import KVCache
 from ..ops.rope_tables import rope_tables
 
 TOKENS = 4096  # of the training step; the choice of a kernel does not depend on it
-REQUESTS = 8  # of the decode step, the most that `moe_decode` serves
+REQUESTS = 8  # of the decode step, the most that `moe_decode` supports
 
 
 def build(kind: type, *args):
@@ -53,8 +53,11 @@ def decode_layer(config: LingConfig, fp8: bool) -> Choices:
     B, Hkv, D = REQUESTS, config.num_key_value_heads, config.head_dim
     cache = KVCache(*(torch.empty(B, 64, Hkv, D, dtype=torch.bfloat16) for _ in range(2)))
     cos, sin = rope_tables(64, config.rotary_dim, config.rope_theta, None, torch.device("cpu"))
-    rows = torch.zeros(B, dtype=torch.int32)
-    batch = BatchLayout(cos, sin, rows, rows[:1], rows.long(), B, rows[:, None], rows + 1)
+    zeros = torch.zeros(B, dtype=torch.int32)
+    batch = BatchLayout(
+        cos, sin, positions=zeros, cu_seqlens=zeros[:1], slots=zeros.long(), decoding=B, block_table=zeros[:, None],
+        lengths=zeros + 1,
+    )  # fmt: skip
     return explain(layer, torch.empty(B, config.hidden_size, dtype=torch.bfloat16), batch, cache)
 
 
@@ -74,19 +77,21 @@ def model_kernels(config: LingConfig) -> dict[str, Choices]:
 
 
 def lines(config: LingConfig) -> list[str]:
-    """What `info --model` prints: for each step its launches, and those that csrc/ does not serve, with the reason.
+    """What `info --model` prints: for each step its launches, and those that csrc/ does not support, with the reason.
 
-    The number of launches is compared with Ling-mini's, whose sizes csrc/ serves all.
+    The number of launches is compared with Ling-mini's, whose sizes csrc/ supports.
     """
-    served, out = model_kernels(LingConfig.mini()), []
+    supported, out = model_kernels(LingConfig.mini()), []
     for name, choices in model_kernels(config).items():
-        launches, best = launches_of(choices), launches_of(served[name])
+        launches, best = launches_of(choices), launches_of(supported[name])
         parts = ", ".join(f"{n} {kind}" for kind, n in launches.most_common())
         more = launches.total() - best.total()
-        lost = f"; {more} more than with sizes that csrc/ serves" if more > 0 else ""
+        lost = f"; {more} more than with sizes that csrc/ supports" if more > 0 else ""
         out.append(f"{name:<20}{launches.total()} launches of this package: {parts}{lost}")
-        usual = {(c.name, c.reason) for c in served[name]}
+        usual = {(c.name, c.reason) for c in supported[name]}
         fallbacks = dict.fromkeys(c for c in choices if c.reason and (c.name, c.reason) not in usual)
+        if name.startswith("decode"):
+            out.append("    " + ", ".join(c.name for c in choices if not c.implementation.startswith("composed")))
         out += [f"    {choice}" for choice in fallbacks]
     return out
 

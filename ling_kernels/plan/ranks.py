@@ -131,7 +131,7 @@ class ReceivedPlan(Plan):
 
 
 class ExpertParallel:
-    """The exchange of a MoE layer with 1 / ep of its experts on this GPU. Each slot's row goes to its expert's GPU in
+    """The exchange of a MoE layer with 1 / ep of its experts on this GPU. Each choice's row goes to its expert's GPU in
     the activations' precision and comes back. With an even load this GPU receives as many rows as it sends;
     `received` has the worst load."""
 
@@ -141,7 +141,7 @@ class ExpertParallel:
     def __init__(self, moe: MoE, ep: int, worst_load: bool):
         self.ep, self.worst_load = ep, worst_load
         self.num_experts = len(moe.experts.gate_up)  # on this GPU
-        self.moe = [moe]  # its experts may become FP8 later; a list, because an exchange is no module
+        self.moe = [moe]  # its experts may become FP8 later; a list, because an exchange is not a module
 
     def received(self, tokens: int, topk: int) -> int:
         """Rows that this GPU receives when each GPU has so many tokens."""
@@ -156,8 +156,8 @@ class ExpertParallel:
         plan = ReceivedPlan(*dispatch(experts.new_empty(R, 1), counts.new_empty(self.num_experts)))
         plan.sent, plan.weights = sent, weights
         if self.moe[0].experts.fold_weights:
-            slot_weights = weights.flatten()[sent.source.long()][:, None]
-            weights, plan.weights = AllToAll.apply(slot_weights, R, self.mark), None
+            row_weights = weights.flatten()[sent.source.long()][:, None]
+            weights, plan.weights = AllToAll.apply(row_weights, R, self.mark), None
         else:
             weights = None
         return rows, plan, weights

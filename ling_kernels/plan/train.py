@@ -125,21 +125,21 @@ def padding(s: Settings, config: LingConfig, rank: Rank) -> float:
     if s.precision != "fp8":
         return 0
     micro, ep = s.micro_batch or s.batch, rank.layout.ep
-    slots = config.num_experts_per_tok * s.seq_len * micro
-    wgrad = "bf16" if s.fp8_wgrad == "auto" and slots // (config.num_experts // ep) < FP8_ROWS else s.fp8_wgrad
+    rows = config.num_experts_per_tok * s.seq_len * micro
+    wgrad = "bf16" if s.fp8_wgrad == "auto" and rows // (config.num_experts // ep) < FP8_ROWS else s.fp8_wgrad
     layers = config.num_hidden_layers - config.first_k_dense_replace + config.num_nextn_predict_layers
-    return rank.in_flight(s.batch // micro) * layers * padding_bytes(config, slots, s.recompute, wgrad, ep)
+    return rank.in_flight(s.batch // micro) * layers * padding_bytes(config, rows, s.recompute, wgrad, ep)
 
 
-def padding_bytes(config: LingConfig, slots: int, recompute: str = "none", wgrad: str = "fp8", ep: int = 1) -> float:
+def padding_bytes(config: LingConfig, rows: int, recompute: str = "none", wgrad: str = "fp8", ep: int = 1) -> float:
     """Bytes of padding in the column-wise FP8 copies of a layer's experts, whose rows begin at multiples of 128.
 
-    slots: rows of one micro batch for the experts on this GPU, of which a group of `ep` GPUs shares the layer's.
+    rows: of one micro batch, for the experts on this GPU; a group of `ep` GPUs shares the layer's experts.
     """
     if recompute != "none" or wgrad != "fp8":
         return 0
-    padded = padded_slots(slots, config.num_experts // ep)
-    return FP8_BYTES * (padded - slots) * (config.hidden_size + config.moe_intermediate_size)
+    padded = padded_slots(rows, config.num_experts // ep)
+    return FP8_BYTES * (padded - rows) * (config.hidden_size + config.moe_intermediate_size)
 
 
 def format_bytes(n: float) -> str:

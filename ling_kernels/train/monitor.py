@@ -4,8 +4,8 @@
     distortion   1 - cosine of the operand and its FP8 representation
 
 The operands of a product y = x W^T are x, w and dy, and for the weight's gradient xt and dyt, which are quantised
-along the tokens. A measurement takes 128 of a micro batch's tokens (of an expert's slots), beginning at a border of
-blocks, and 128 rows of w, so that scales are those of the run. Operands inside an MLP or an expert are computed again
+along the tokens. A measurement takes 128 of a micro batch's tokens (of an expert's rows), beginning at a border of
+blocks, and 128 rows of w, so that scales equal the run's. Operands inside an MLP or an expert are computed again
 from the sample, in fp32.
 """
 
@@ -25,11 +25,12 @@ from ..ops.swiglu import swiglu, swiglu_backward
 from .report import METRICS, finite
 
 FP8 = Fp8Linear, Fp8MLP, Fp8Experts
-# Highest values that the paper's figure 16 shows for Ling-mini over 20 T tokens. The paper has none for w and xt: their
-# limit is OWN times the highest of the layer's first FIRST measurements, at least FLOOR.
+# Highest values that the paper's figure 16 shows for Ling-mini over 20 T tokens. The paper has none for w and xt: the
+# limit of a layer is OWN_BAND_FACTOR times the highest of its first OWN_BAND_SAMPLES measurements, and at least
+# OWN_BAND_FLOOR.
 BANDS = {"x": (0.008, 0.0035), "dy": (0.010, 0.0035), "dyt": (0.16, 0.10)}
-FIRST, OWN, FLOOR = 3, 3.0, (0.008, 0.0035)
-WINDOW, ENOUGH = 32, 16  # a spike is compared with the median of the last WINDOW steps, at least ENOUGH
+OWN_BAND_SAMPLES, OWN_BAND_FACTOR, OWN_BAND_FLOOR = 3, 3.0, (0.008, 0.0035)
+WINDOW, MIN_STEPS = 32, 16  # a spike: compared with the median of the last WINDOW steps; at least MIN_STEPS
 
 
 class OutOfRange(NamedTuple):
@@ -47,7 +48,7 @@ class OutOfRange(NamedTuple):
 
 
 class FP8Monitor:
-    """Measures every FP8 layer of a model in every `every`-th step (0: never), and tells which are outside their band.
+    """Measures every FP8 layer of a model in every `every`-th step (0: never), and reports layers outside their band.
 
     A layer is reported once, and again only after it has come back into its band. patience: measurements in a row
     outside after which a layer should switch to bf16; 0: never. earlier: measurements of the run before it was
@@ -87,7 +88,7 @@ class FP8Monitor:
         record |= dict(step=step, layers=sample.result())
 
     def update(self, record: dict) -> list[OutOfRange]:
-        """Take in a record; returns what it shows outside a band that was inside before."""
+        """Take in a record; returns the metrics that are outside their band and were inside before."""
         newly_outside = []
         for layer, operands in record["layers"].items():
             for operand, values in operands.items():
@@ -102,9 +103,9 @@ class FP8Monitor:
 
     def own_band(self, layer: str, operand: str, values: list[float]) -> tuple[float, float]:
         first = self.first.setdefault((layer, operand), [])
-        if len(first) < FIRST:
+        if len(first) < OWN_BAND_SAMPLES:
             first.append(values)
-        a, b = (max(FLOOR[i], OWN * max(v[i] or 0 for v in first)) for i in range(2))
+        a, b = (max(OWN_BAND_FLOOR[i], OWN_BAND_FACTOR * max(v[i] or 0 for v in first)) for i in range(2))
         return a, b
 
     def layers_to_disable(self) -> list[str]:
@@ -158,15 +159,15 @@ class Sample:
         out.register_hook(lambda dy: backward(self.tokens(dy)))
 
     def experts(self, name: str, module: Fp8Experts, out: Tensor, x: Tensor, plan, weights: Tensor) -> None:
-        """Measure the first 128 slots of one expert, in each sample another of the busiest quarter. The device
+        """Measure the first 128 rows of one expert, in each sample another of the busiest quarter. The device
         chooses."""
-        w, slots = (module.gate_up, module.down), len(plan.source)
-        columns = along_tokens(module, *w, rows=slots // len(w[0]))
+        w, rows = (module.gate_up, module.down), len(plan.source)
+        columns = along_tokens(module, *w, rows=rows // len(w[0]))
         busy = plan.offsets.diff().argsort(descending=True, stable=True)
         expert = busy[self.number % max(len(busy) // 4, 1)][None]
-        slot = plan.offsets[expert] + torch.arange(BLOCK, device=x.device)
-        valid = (slot < plan.offsets[expert + 1])[:, None]
-        source = plan.source[slot.clamp(max=slots - 1).long()].long().where(valid[:, 0], 0)
+        row = plan.offsets[expert] + torch.arange(BLOCK, device=x.device)
+        valid = (row < plan.offsets[expert + 1])[:, None]
+        source = plan.source[row.clamp(max=rows - 1).long()].long().where(valid[:, 0], 0)
         token, p = source // weights.shape[1], weights.detach().flatten()[source]
         gate_up, down = (t.index_select(0, expert)[0] for t in w)
         backward = self.feed_forward(name, x[token] * valid, gate_up, down, p, module.fp8.pow2, columns)
@@ -200,7 +201,7 @@ class Sample:
             self.measured[name, operand + "t"] = fp8_errors(x, dequantize(*quantize(x, pow2=pow2)))
 
     def result(self) -> dict[str, dict[str, list[float]]]:
-        """{layer: {operand: [underflow, distortion]}}, None for what is not finite."""
+        """{layer: {operand: [underflow, distortion]}}, None for a value that is not finite."""
         out = {}
         if self.measured:
             for (layer, operand), values in zip(
@@ -254,20 +255,20 @@ def sizes(module: Fp8MLP | Fp8Experts) -> tuple[int, ...]:
 
 def spike(values: list[float], recent: list[list[float]], limits: tuple[float | None, float | None]) -> str | None:
     """Describe a spike: a step's loss or gradient norm above its limit times the median of recent steps. None where
-    there is no spike, and with fewer than ENOUGH recent steps.
+    there is no spike, and with fewer than MIN_STEPS recent steps.
 
     values: loss and gradient norm of the step; recent: the same of steps not skipped; limits: factor for each, or None.
     """
     for i, (name, ceiling) in enumerate(zip(("loss", "gradient norm"), ceilings(recent, limits), strict=True)):
         if values[i] > ceiling:
-            usual = median(before[i] for before in recent)
-            return f"{name} {values[i] / usual:.3g} times the median of {len(recent)} steps"
+            middle = median(before[i] for before in recent)
+            return f"{name} {values[i] / middle:.3g} times the median of {len(recent)} steps"
     return None
 
 
 def ceilings(recent: list[list[float]], limits: tuple[float | None, float | None]) -> list[float]:
     """The loss and the gradient norm above which a step is a spike; inf: never."""
-    if len(recent) < ENOUGH:
+    if len(recent) < MIN_STEPS:
         return [inf, inf]
     columns = zip(*recent, strict=True)
     return [inf if n is None else n * median(column) for n, column in zip(limits, columns, strict=True)]

@@ -190,10 +190,10 @@ def deterministic():
 
 def check_memory(config: LingConfig, settings: Settings, device: torch.device) -> None:
     """Raise InputError where weights and optimizer alone exceed the device's memory."""
-    kept = settings.precision == "fp8" and settings.fp8_weights == "kept"
+    fp8_copy_bytes = 1 if settings.precision == "fp8" and settings.fp8_weights == "kept" else 0
     weights = config.num_parameters(mtp=True)
     per_weight = bytes_per_weight(settings.optimizer, settings.master, not settings.step_in_backward)
-    need = (per_weight + kept) * weights
+    need = (per_weight + fp8_copy_bytes) * weights
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
     else:

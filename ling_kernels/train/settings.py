@@ -84,7 +84,7 @@ class Settings:
     eval_rows: int = flag(64, "rows of a validation, always the same, evenly spaced", least=1)
     save_every: int = flag(200, "steps between checkpoints; 0: only at the end", least=0)
     keep: int = flag(2, "number of latest checkpoints to keep; 0: all", least=0)
-    log_every: int = flag(10, "steps between lines where stderr is no terminal", least=1)
+    log_every: int = flag(10, "steps between lines where stderr is not a terminal", least=1)
     max_bad_steps: int = flag(5, "stop after this many skipped steps in a row", least=1)
     spike_loss: float | None = flag(
         None,

@@ -189,7 +189,7 @@ def apply_fp8_and_recompute(model: Ling, s: Settings) -> list[str]:
             pow2=s.fp8_scales == "pow2",
         )  # fmt: skip
         kinds = dict.fromkeys(re.sub(r"\b\d+\.", "*.", name) for name in left)
-        rest = f"; in bf16, because sizes are no multiples of 128: {'; '.join(kinds)}" if left else ""
+        rest = f"; in bf16, because sizes are not multiples of 128: {'; '.join(kinds)}" if left else ""
         notes.append(f"fp8        {len(replaced)} of {len(replaced) + len(left)} layers{rest}")
     elif s.fp8_watch:
         notes.append("fp8        none of the layers: --fp8-watch has nothing to measure")
@@ -227,8 +227,8 @@ def train_step(
     losses = accumulate_gradients(model, packed, progress.sequences, rows, settings, device, precision, begin)
     if in_backward is None:
         norm = grad_norm([p.grad for p in model.parameters() if p.grad is not None])
-        finite = usable(losses[0]) & norm.isfinite() & (norm.double() <= highest_norm)
-        clipped_step(optimizer, lr, norm, settings.clip, finite)
+        take_step = usable(losses[0]) & norm.isfinite() & (norm.double() <= highest_norm)
+        clipped_step(optimizer, lr, norm, settings.clip, take_step)
     else:
         norm = in_backward.norm()
     routed = bool(model.routers())
