@@ -162,7 +162,7 @@ struct Operand {
     explicit Operand(uint64_t d)
         : start((d & 0x3fff) << 4), next((d >> 16 & 0x3fff) << 4), stride((d >> 32 & 0x3fff) << 4) {
         if (d >> 62 != 1)
-            cuda_on_host::fail("only operands swizzled by 128 bytes have a twin", cuda_on_host::Where::current());
+            cuda_on_host::fail("the host supports only operands swizzled by 128 bytes", cuda_on_host::Where::current());
     }
     const unsigned char* at(uint32_t address) const {
         return static_cast<unsigned char*>(cuda_on_host::dynamic_shared()) + swizzle_128(address);
