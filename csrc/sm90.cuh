@@ -1,11 +1,11 @@
 // Hopper's asynchronous units, one small function for each instruction: barriers in shared memory (mbarrier), copies
-// of tiles (TMA), matrix products of a warpgroup (wgmma). tests/host has a twin of every one of them, which does the
-// same work on a CPU, as late as the hardware might.
+// of tiles (TMA), matrix products of a warpgroup (wgmma). tests/host has a CPU version of each function, which
+// does the same work as late as the hardware might.
 #pragma once
 #include "common.cuh"
 
 #ifdef __CUDACC__
-#include <cuda.h>  // types alone; nothing of the driver is linked
+#include <cuda.h>  // for types only; the driver is not linked
 
 namespace ling {
 
@@ -46,10 +46,10 @@ struct Barrier {
 // After init(), before __syncthreads().
 __device__ inline void publish_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
-// Between ordinary accesses to shared memory and those of TMA or wgmma, by the threads that made the former.
+// Orders this thread's ordinary accesses to shared memory before later accesses by TMA or wgmma.
 __device__ inline void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// A barrier of `threads` threads, whose warps pass the same id; __syncthreads uses id 0.
+// A barrier of `threads` threads, which all pass the same id; __syncthreads uses id 0.
 __device__ inline void named_barrier(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
@@ -94,9 +94,10 @@ template <int kPending> __device__ void wait_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Four matrices of 8 lines of 16 bytes; lane l names line l % 8 of matrix l / 8. Seen as 2-byte elements, lane l gets
-// (2 (l % 4), l / 4) and the line below it of each matrix when it loads the transposed ones, and gives
-// (l / 4, 2 (l % 4)) and the element to its right when it stores.
+// Four matrices of 8 lines of 16 bytes, i.e. 8 x 8 elements of 2 bytes; lane l passes the address of line l % 8 of
+// matrix l / 8. r[i] holds two elements (line, column) of matrix i:
+//     load_transposed   low half (2 (l % 4), l / 4)    high half (2 (l % 4) + 1, l / 4)
+//     store_matrices    low half (l / 4, 2 (l % 4))    high half (l / 4, 2 (l % 4) + 1)
 __device__ inline void load_transposed(unsigned (&r)[4], const void* line) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared::cta.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -141,9 +142,10 @@ template <int kPending, int kRegs> __device__ void wgmma_wait(float (&d)[kRegs])
                  : outs                                                                                        \
                  : "l"(da), "l"(db), "r"(static_cast<int>(accumulate)))
 
-// d [64, 2 kRegs] (+)= A [64, 32] B [2 kRegs, 32]^T in e4m3. Thread t of the warpgroup, q = t % 4, has for each 8
-// columns j row t / 32 * 16 + t % 32 / 4 in d[4j], d[4j + 1], columns 8j + 2q and the next, and 8 rows below it d[4j +
-// 2].
+// d [64, 2 kRegs] (+)= A [64, 32] B [2 kRegs, 32]^T in e4m3. The result fragment of thread t of the warpgroup, with
+// r = t / 32 * 16 + t % 32 / 4 and q = t % 4:
+//     d[4j], d[4j + 1]        row r,     columns 8j + 2q and 8j + 2q + 1
+//     d[4j + 2], d[4j + 3]    row r + 8, the same columns
 template <int kRegs> __device__ void wgmma_fp8(float (&d)[kRegs], uint64_t da, uint64_t db, bool accumulate) {
     if constexpr (kRegs == 64) LING_WGMMA("m64n128k32.f32.e4m3.e4m3", LING_D64, "64", "65", "66", "", LING_OUT64(0));
     else if constexpr (kRegs == 32)
@@ -171,8 +173,9 @@ template <int kRegs> __device__ void wgmma_bf16(float (&d)[kRegs], uint64_t da, 
     }
 }
 
-// d [64, 128] (+)= A [64, 16] B in bf16, B [16, 128] with the contraction outermost. A thread gives of A what it has of
-// results: columns 2q, 2q + 1 of its row, of the row 8 below, and of both 8 columns to the right.
+// d [64, 128] (+)= A [64, 16] B in bf16, B [16, 128] with the contraction outermost. The A fragment has the
+// layout of the result fragment, two bf16 per register: a[0] row r, a[1] row r + 8, columns 2q and 2q + 1; a[2], a[3]
+// the same rows, 8 columns to the right.
 __device__ inline void wgmma_bf16_registers(float (&d)[64], const unsigned (&a)[4], uint64_t db, bool accumulate) {
     asm volatile(
         "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" LING_D64
@@ -192,13 +195,13 @@ __device__ inline void wgmma_bf16_registers(float (&d)[64], const unsigned (&a)[
 #undef LING_OUT8
 #undef LING_OUT4
 
-// A map of a tensor [rows, columns] whose rows lie `stride` bytes apart, to load boxes of it.
+// The map for loading boxes of a tensor [rows, columns] whose rows are `stride` bytes apart.
 inline TensorMap encode_map(const void* data, DType dtype, int64_t rows, int64_t columns, int64_t stride, int box_rows,
                             int box_columns, bool swizzled) {
     using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
                                 const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
                                 CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-    static const auto encode = [] {  // asked of the runtime, so that _C loads where there is no driver
+    static const auto encode = [] {  // looked up by the runtime, so that _C loads without a driver
         void* f = nullptr;
         cudaDriverEntryPointQueryResult found;
         LING_CUDA_CHECK(
@@ -230,11 +233,12 @@ inline TensorMap encode_map(const void* data, DType dtype, int64_t rows, int64_t
 
 namespace ling {
 
-// Bytes of a tile in shared memory lie at this offset: 16-byte chunks of 128-byte lines, xored with the line.
+// Byte offset in a tile in shared memory of a 16-byte chunk of a 128-byte line: the chunk's index is xored with line
+// % 8.
 __device__ inline int swizzled(int line, int chunk) { return line * 128 + (chunk ^ line % 8) * 16; }
 
-// How wgmma finds a swizzled operand of 128-byte lines: groups of 8 lines lie 1024 bytes apart; `next` bytes lead from
-// one 128 bytes of columns to the next, where lines are the contraction (otherwise it is not used).
+// wgmma's descriptor of a swizzled operand of 128-byte lines. Groups of 8 lines are 1024 bytes apart. next: the bytes
+// between one 128 bytes of columns and the next, used only where lines are the contraction.
 __device__ inline uint64_t operand(const void* p, int next = 16) {
     const uint64_t address = shared_address(p) >> 4, stride = 1024 >> 4, kSwizzle128 = 1;
     return (address & 0x3fff) | static_cast<uint64_t>(next >> 4) << 16 | stride << 32 | kSwizzle128 << 62;
@@ -246,7 +250,7 @@ __device__ inline void release(Barrier& empty) {
     if (threadIdx.x % 32 == 0) empty.arrive();
 }
 
-// Zeroes the lines from `from` on of each of so many boxes of kLines lines of 128 bytes, which lie one after another.
+// Zeroes the lines `from` and up of each of `count` consecutive boxes of kLines lines of 128 bytes.
 template <int kLines> __device__ void clear_lines(uint8_t* boxes, int count, int from, int threads) {
     const int lines = kLines - from;
     for (int i = threadIdx.x; i < count * lines * 8; i += threads)
@@ -258,14 +262,15 @@ __device__ inline unsigned pack_bf16(float low, float high) {
     return *reinterpret_cast<const unsigned*>(&pair);
 }
 
-// Results as wgmma_bf16_registers takes them for its operand: 16 columns of them are an a[i].
+// Rounds a result fragment to A fragments of wgmma_bf16_registers; a[i] holds columns 16 i ... 16 i + 15.
 template <int kSteps> __device__ void round_to_bf16(unsigned (&a)[kSteps][4], const float (&d)[8 * kSteps]) {
 #pragma unroll
     for (int i = 0; i < 4 * kSteps; i++) a[i / 4][i % 4] = pack_bf16(d[2 * i], d[2 * i + 1]);
 }
 
-// 64 columns of a warp's 16 rows of results (those of d[0 .. 31] of a thread) as bf16, through 16 lines of 128 bytes in
-// shared memory: to(row) is where a row begins, or null. Columns of 8 at a time below `columns` are written.
+// Stores 64 columns (a thread's d[0 .. 31]) of a warp's 16 rows of results as bf16, through 16 lines of 128 bytes in
+// shared memory. to(row) returns the address of the row's first column, or null. Only groups of 8 columns that start
+// below `columns` are written.
 template <typename F> __device__ void store_rows(uint8_t* lines, const float* d, int columns, F&& to) {
     const int lane = threadIdx.x % 32, line = lane / 4;
 #pragma unroll

@@ -31,7 +31,7 @@ ids = tokenizer.encode(prompt)
 # A stream, token by token. Draft tokens (here from the MTP layer) change the speed, not the text.
 engine = Engine(model, cache_tokens=4096, draft=1)
 print(prompt, end="")
-for piece in stream_text(engine.stream(ids, max_new_tokens=length), tokenizer):
+for piece in stream_text(engine.stream(ids, max_new_tokens=length), tokenizer, prompt=ids):
     print(piece, end="", flush=True)
 print()
 

@@ -20,7 +20,7 @@ except ImportError as error:
 
 BACKENDS = ("torch", "triton", "cuda")
 
-_forced = os.environ.get("LING_BACKEND")
+_forced = os.environ.get("LING_BACKEND") or None
 _strict = _forced is not None
 if _forced not in (None, *BACKENDS):
     raise InputError(f"LING_BACKEND is one of {', '.join(BACKENDS)}; not {_forced!r}")

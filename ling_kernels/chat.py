@@ -8,7 +8,7 @@ that whatever the template does to the text, the token stays recognisable as the
 import datetime
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from .errors import InputError
@@ -30,7 +30,7 @@ class StandIns:
 
     def __init__(self, names: Iterable[str], texts: Sequence[str]):
         names = sorted(names, key=len, reverse=True)
-        used = {letter for text in texts for letter in text if ord(letter) in STAND_INS}
+        used = {letter for text in texts for letter in set(text) if ord(letter) in STAND_INS}
         free = (chr(code) for code in STAND_INS if chr(code) not in used)
         self.letters = dict(zip(names, free, strict=False))
         if len(self.letters) < len(names):
@@ -119,6 +119,15 @@ def _map_text(value: Any, change: Callable[[str], str]) -> Any:
     return [_map_text(v, change) for v in value] if isinstance(value, list | tuple) else value
 
 
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in value, but for the keys of objects."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(part)
+
+
 def render_chat(
     template: str,
     messages: Sequence[dict],
@@ -131,14 +140,7 @@ def render_chat(
     Raises InputError for a template that fails, also on purpose, and for one whose text depends on control tokens in
     the messages in a way that cannot be followed.
     """
-    texts: list[str] = [template]
-
-    def collect(text: str) -> str:
-        texts.append(text)
-        return text
-
-    _map_text(list(messages), collect)
-    stand_ins = StandIns(names, texts[1:])
+    stand_ins = StandIns(names, [*_texts(list(messages))])
     now = datetime.datetime.now()
     context = dict(add_generation_prompt=add_generation_prompt, tools=None, documents=None)
     shown = ChatText(_render(template, context | dict(messages=messages), tokens, now, None))

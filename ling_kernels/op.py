@@ -4,6 +4,7 @@ A launcher writes into tensors that its caller allocated and returns nothing. He
 fake kernel is empty, and one argument list serves Python, pybind11 and CUDA.
 """
 
+import dataclasses
 import functools
 import inspect
 import warnings
@@ -91,7 +92,7 @@ def use_cuda(name: str, unsupported: str | None) -> bool:
     if unsupported is None:
         return True
     reason = f"csrc/ does not support {unsupported}"
-    note_choice(name, "composed of other ops", reason)
+    note_choice(name, "refused" if backends.strict() else "composed of other ops", reason)
     report_fallback(name, reason, "other ops compose it")
     return False
 
@@ -108,7 +109,7 @@ def use_reference(name: str, *tensors: Tensor | None, unsupported: str | None = 
     if unsupported is None:
         return False
     reason = f"no kernel supports {unsupported}"
-    note_choice(name, "torch", reason)
+    note_choice(name, "refused" if backends.strict() else "torch", reason)
     report_fallback(name, reason, "the eager torch reference runs")
     return True
 
@@ -119,7 +120,7 @@ def unsupported_dtype(tensors) -> str | None:
 
 
 def report_fallback(name: str, reason: str, instead: str) -> None:
-    """Warn once for each op and reason; raise where LING_BACKEND=cuda asks for csrc/ alone. `explain` reports it."""
+    """Warn once for each op and reason; raise where LING_BACKEND=cuda asks for csrc/ alone. Silent within `explain`."""
     if _choices is not None:
         return
     if backends.strict():
@@ -135,7 +136,10 @@ report_fallback._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class Choice(NamedTuple):
-    """What `explain` tells of one launcher: its name, "cuda", "triton" or "torch", and why not the faster one."""
+    """What `explain` tells of one launcher: its name, "cuda", "triton" or "torch", and why not the faster one.
+
+    "refused" where LING_BACKEND=cuda makes the call raise.
+    """
 
     name: str
     implementation: str
@@ -166,7 +170,7 @@ def chosen(cuda, args) -> tuple[str, str | None]:
     if backends.backend(first_tensor(args)) != "cuda":
         return "triton", backends.why_not_cuda(first_tensor(args))
     reason = reason_against(cuda, args) if cuda else "csrc/ has no such kernel"
-    return ("cuda", None) if reason is None else ("triton", reason)
+    return ("cuda", None) if reason is None else ("refused" if cuda and backends.strict() else "triton", reason)
 
 
 def explain(fn: Callable, *args, **kwargs) -> Choices:
@@ -188,15 +192,36 @@ def explain(fn: Callable, *args, **kwargs) -> Choices:
     try:
         with mode, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            outputs = [t for t in tree_leaves(fn(*args, **kwargs)) if isinstance(t, Tensor) and t.requires_grad]
-            if outputs:
-                torch.autograd.backward(outputs, [torch.ones_like(t) for t in outputs])
+            result = fn(*args, **kwargs)
+            result = vars(result) if dataclasses.is_dataclass(result) else result
+            outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor) and t.requires_grad]
+            if leaves := leaves_of(outputs):  # torch.autograd.backward would write the gradients of real parameters
+                torch.autograd.grad(outputs, leaves, [torch.ones_like(t) for t in outputs], allow_unused=True)
         return Choices(
             _choices
             or [Choice(getattr(fn, "__name__", type(fn).__name__), "torch", "it is made of torch's own operations")]
         )
     finally:
         _choices = before
+
+
+def explaining() -> bool:
+    """Whether `explain` runs: then caches must neither be read nor written."""
+    return _choices is not None
+
+
+def leaves_of(outputs: list[Tensor]) -> list[Tensor]:
+    """The leaves of the autograd graph of `outputs`."""
+    nodes, seen, leaves = [t.grad_fn for t in outputs], set(), []
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            leaves.append(node.variable)
+        nodes += [following for following, _ in node.next_functions]
+    return leaves
 
 
 def rows_aligned(*tensors: Tensor | None) -> bool:

@@ -109,10 +109,9 @@ class Tokenizer:
         with lone surrogates.
         """
         if special and isinstance(text, ChatText) and text.parts is not None:
-            ids: list[int] = []
-            for part, control in text.parts:
-                ids += [self.control_tokens[part]] if control else self._encode_content(part)
-            return ids
+            control = self.control_tokens
+            pieces = ([control[part]] if own else self._encode_content(part) for part, own in text.parts)
+            return [i for piece in pieces for i in piece]
         try:
             data = text.encode()
         except UnicodeEncodeError as error:
@@ -122,7 +121,7 @@ class Tokenizer:
             return self.backend.encode(text, add_special_tokens=False).ids
         if not special:
             return list(data)
-        ids = []
+        ids: list[int] = []
         for piece in re.split(f"({'|'.join(map(re.escape, SPECIAL_TOKENS))})", text):
             ids += [self.vocab[piece]] if piece in self.vocab else piece.encode()
         return ids
@@ -252,7 +251,9 @@ def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
         raise InputError(f"{file} needs the package tokenizers: pip install ling_kernels[train]") from None
     try:
         backend = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # tokenizers raises plain Exception
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # tokenizers raises plain Exception, and panics with one that is not even that
         raise InputError(f"{file} is not a tokenizer.json that tokenizers can read: {error}") from error
     return Tokenizer(backend, settings)
 

@@ -362,7 +362,7 @@ def test_a_debug_build_checks_new_tokens():
 
 FILES = [f"attention/{name}" for name in ("attention_decode.cu", "attention_decode.cuh", "new_tokens.cuh")]
 BROKEN = {  # name: (check that must fail, right, wrong)
-    "values past the end": (check_decode, "key(step) + at < used ? *reinterpret", "true ? *reinterpret"),
+    "values past the end": (check_decode, "key(step) + index < used ? *reinterpret", "true ? *reinterpret"),
     "one more key": (check_decode, "min(length - n + r / G,", "min(length - n + 1 + r / G,"),
     "no barrier before the warps' parts are read": (
         check_decode, "__syncthreads();\n            const int64_t to", "const int64_t to"),
@@ -371,15 +371,15 @@ BROKEN = {  # name: (check that must fail, right, wrong)
     "values unscaled": (check_decode, "x *= v_scale[i / 2][i % 2];", ";"),
     "two pieces in a slot": (check_decode, "int64_t{blockIdx.x + seq}", "int64_t{blockIdx.x}"),
     "the last piece left out": (check_decode, "(begin + tiles - 1) / share + 1", "(begin + tiles - 1) / share"),
-    "one warp's sums": (check_decode, "sum8[i] += sums[w][at + i]", "sum8[i] = sums[w][at + i]"),
-    "a run starts late": (check_many_sequences, "begin += past ? skipped : 0;", "begin += 0 * skipped;"),
-    "the first 32 only": (check_many_sequences, "if (past < 32) return;", "return;"),
+    "one warp's sums": (check_decode, "sum8[i] += sums[w][column + i]", "sum8[i] = sums[w][column + i]"),
+    "a run starts late": (check_many_sequences, "begin += ended ? skipped : 0;", "begin += 0 * skipped;"),
+    "the first 32 only": (check_many_sequences, "if (ended < 32) return;", "return;"),
     "the first 32 pages again": (check_a_long_sequence, "if (step % 32 == 0)", "if (step == 0)"),
     "earlier sums are not rescaled": (check_rising_scores, "total[r] *= shrink;", "total[r] *= 1;"),
     "values are not rescaled": (check_rising_scores, "o[i][2 * r] *= shrink,", ""),
     "the maximum of half the keys": (
         check_rising_scores, "larger = fmaxf(larger, __shfl_xor_sync(~0u, larger, 2));", ""),
-    "pieces of equal weight": (check_rising_scores, "exp2f(lse[int64_t{p} * rows] - largest)", "1"),
+    "pieces of equal weight": (check_rising_scores, "exp2f(lse_log2[int64_t{p} * rows] - largest)", "1"),
     "a NaN lost in a maximum": (check_nan, "x = exp2f(x - base);", "x = fmaxf(exp2f(x - base), 0.f);"),
     "new keys read where one block writes them": (
         check_append, "i >= 0) return fresh->cells", "false) return fresh->cells"),

@@ -194,7 +194,7 @@ BROKEN = {  # name: (check that must fail, its error, its message, file, right, 
         check_dense, AssertionError, "", GEMM, "first + 2 * k, second + 2 * k", "first + 2 * k, second + 4 * k",
     ),
     "the lower row's scale": (
-        check_dense, AssertionError, "", GEMM, "64 * at.warpgroup + at.row + 8]", "64 * at.warpgroup + at.row]",
+        check_dense, AssertionError, "", GEMM, "64 * place.warpgroup + place.row + 8]", "64 * at.warpgroup + at.row]",
     ),
     "writes its neighbour's rows": (
         check_rows, AssertionError, "", TILES, "found.rows = min(end - m,", "found.rows = min(end - m + 1,",
@@ -206,7 +206,7 @@ BROKEN = {  # name: (check that must fail, its error, its message, file, right, 
     "transposes before all is read": (check_transposed, AssertionError, "", LOAD, "named_barrier(3, 128);", ""),
     "bytes of a pair swapped": (check_transposed, AssertionError, "", LOAD, "0x6420", "0x4620"),
     "counts its neighbour's tokens": (
-        check_wgrad, AssertionError, "", WGRAD, "if (row + Bf16::kTokens > t.blocks) clear", "if (false) clear",
+        check_wgrad, AssertionError, "", WGRAD, "if (row + Bf16::kTokens > t.k_units) clear", "if (false) clear",
     ),
     "adds sums that are not there yet": (
         check_few_rows, AssertionError, "", FEW, "else __syncthreads();", "",

@@ -68,10 +68,15 @@ def check_route_bwd(C):
             outs = [weights, lse] if with_lse else [weights]
             (want,) = torch.autograd.grad(outs, x, [dweights.double(), dlse.double()][: len(outs)], retain_graph=True)
             got = torch.full((T, E), torch.nan)
-            more = (lse.detach().float(), dlse) if with_lse else (None, None)
-            C.route_bwd(logits, experts, dweights, *more, got, 2.5)
+            more = (lse.detach().float(), nan_where(~mask, dlse)) if with_lse else (None, None)
+            C.route_bwd(nan_where(~mask, logits), experts, nan_where(~mask, dweights), *more, got, 2.5)
             torch.testing.assert_close(got, want.float(), rtol=1e-5, atol=1e-6)
             assert with_lse or (got != 0).sum() <= mask.sum() * topk
+
+
+def nan_where(rows, x):
+    """x with NaN in some rows, which nothing may read."""
+    return x.index_fill(0, rows.nonzero()[:, 0], torch.nan)
 
 
 def check_balance(C):
@@ -120,7 +125,8 @@ def check_unpermute(C):
     for plan, y, weights, dout in unpermute_args():
         for w in (weights, None):
             out = torch.full_like(dout, torch.nan)
-            C.gather_sum(y.detach(), w if w is None else w.detach(), plan.slot, out)
+            poisoned = w if w is None else w.detach().masked_fill(plan.slot < 0, torch.nan)
+            C.gather_sum(y.detach(), poisoned, plan.slot, out)
             assert torch.equal(out, unpermute_ref(y, plan, w).detach())
         odd = misaligned(torch.full_like(dout, torch.nan))
         C.gather_sum(misaligned(y), None, plan.slot, odd)
@@ -133,7 +139,8 @@ def check_unpermute_bwd(C):
         for dots in (True, False):
             dy, dweights = torch.full_like(y, torch.nan), torch.full_like(weights, torch.nan) if dots else None
             y_or_none = y.detach() if dots else None
-            C.scatter_rows(dout, weights.detach(), y_or_none, plan.offsets, plan.slot, dy.detach(), dweights)
+            poisoned = nan_where((plan.slot < 0).all(1), dout), weights.detach().masked_fill(plan.slot < 0, torch.nan)
+            C.scatter_rows(*poisoned, y_or_none, plan.offsets, plan.slot, dy.detach(), dweights)
             assert torch.equal(dy, want)
             if dots:
                 torch.testing.assert_close(dweights, want_weights, rtol=1e-5, atol=1e-4)
@@ -198,7 +205,7 @@ ROUTE, BALANCE, DISPATCH, PERMUTE, UNPERMUTE = (
 BROKEN = {  # name: (check that must fail, its error, file, right, wrong)
     "choices of the token before": (check_route_many, AssertionError, ROUTE, "chosen[warp] + n * kTop",
                                     "chosen[warp]"),
-    "sorting moves equals": (check_route, AssertionError, "moe/route.cuh", "key[j + 1] > key[j]",
+    "unstable sort": (check_route, AssertionError, "moe/route.cuh", "key[j + 1] > key[j]",
                              "key[j + 1] >= key[j]"),
     "counts start where they are": (check_route, AssertionError, ROUTE, "counts[e] = 0", "counts[e] += 0"),
     "the counts' zeroing is not awaited": (check_route, RuntimeError, ROUTE, "    wait_for_previous();", ""),
@@ -213,17 +220,17 @@ BROKEN = {  # name: (check that must fail, its error, file, right, wrong)
                          "    int64_t total"),
     "equals of a warp in any order": (check_dispatch, AssertionError, DISPATCH, "__popc(same & ((1u << lane) - 1))",
                                       "__popc(same & ~((2u << lane) - 1))"),
-    "a step forgets the one before": (check_dispatch, AssertionError, DISPATCH, "mine[b] = at + __popc(same)",
-                                      "mine[b] = at"),
-    "what is elsewhere counts as here": (check_dispatch, RuntimeError, DISPATCH, "atomicAdd(next + E, -all)",
+    "a step forgets the one before": (check_dispatch, AssertionError, DISPATCH, "warp_found[b] = row + __popc(same)",
+                                      "warp_found[b] = row"),
+    "unrouted slots counted as routed": (check_dispatch, RuntimeError, DISPATCH, "atomicAdd(next + E, -routed)",
                                          "atomicAdd(next + E, 0)"),
-    "earlier tiles but one": (check_dispatch, AssertionError, DISPATCH, "b < static_cast<int>(blockIdx.x)",
+    "last earlier tile ignored": (check_dispatch, AssertionError, DISPATCH, "b < static_cast<int>(blockIdx.x)",
                               "b + 1 < static_cast<int>(blockIdx.x)"),
     "histograms not awaited": (check_dispatch, (AssertionError, RuntimeError), DISPATCH,
                                "    __syncthreads();\n\n    for (int c", "    for (int c"),
     "a fused product and sum": (check_unpermute, AssertionError, UNPERMUTE,
                                 "__fadd_rn(total[i], kWeights ? __fmul_rn(w[k], x) : x)", "fmaf(w[k], x, total[i])"),
-    "rows that nobody owns keep theirs": (check_unpermute_bwd, AssertionError, UNPERMUTE, "row >= end", "row > end"),
+    "undefined rows not zeroed": (check_unpermute_bwd, AssertionError, UNPERMUTE, "row >= end", "row > end"),
     "a vector too few": (check_unpermute_bwd, AssertionError, UNPERMUTE,
                          "h < H; h += blockDim.x * kVec) {\n            const Row d",
                          "h + kVec < H; h += blockDim.x * kVec) {\n            const Row d"),

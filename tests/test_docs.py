@@ -70,6 +70,16 @@ def test_the_tests_that_a_page_names_exist(page):
         assert (ROOT / name).exists(), f"{page.name} names {name}"
 
 
+def test_the_tests_of_faults_exist():
+    """Every row names a file, and tests that are in it; a name alone is in the file named before it."""
+    for row in (ROOT / "docs/faults.md").read_text().split("|---|---|---|\n")[1].splitlines():
+        names, file = re.findall(r"`(?:tests/(\w+)\.py::)?(test_\w+)`", row), ""
+        assert names, row
+        for module, test in names:
+            file = module or file
+            assert f"def {test}(" in (ROOT / "tests" / f"{file}.py").read_text(), f"{file} has no {test}"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", without_code(page.read_text())):

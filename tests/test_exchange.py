@@ -5,12 +5,14 @@ import copy
 import pytest
 import torch
 
+from ling_kernels.backend import force
 from ling_kernels.nn import MLP, Experts, Local, MoE, Router
 from ling_kernels.nn.fp8 import to_fp8
 from ling_kernels.ops.dispatch import Plan, dispatch
 from ling_kernels.ops.permute import permute
 from ling_kernels.ops.route import route
 from ling_kernels.ops.unpermute import unpermute
+from tests.cases import runs
 
 T, E, H, F, TOPK = 37, 8, 128, 128, 3
 
@@ -113,6 +115,17 @@ def test_forced_route_is_the_formula():
     cotangent = torch.randn(T, TOPK).double()
     got, wanted = (torch.autograd.grad(w, logits, cotangent)[0] for w in (weights, want))
     torch.testing.assert_close(got, wanted)
-    for wrong in (experts[:5], experts.long(), experts + E):
+    twice, partial = experts.clone(), experts.clone()
+    twice[0, 1], partial[0, 1] = twice[0, 0], -1
+    for wrong in (experts[:5], experts.long(), experts + E, twice, partial, experts.tolist()):
         with pytest.raises(ValueError, match="experts"):
             route(logits, torch.zeros(E).double(), None, 1, 1, TOPK, scale, experts=wrong)
+
+
+@pytest.mark.parametrize("backend", [b for b in ("torch", "triton", "cuda") if runs(b)])
+def test_no_tokens(backend):
+    """The gradient of an empty sum is an expanded tensor, whose strides are 0."""
+    moe, x = layer(False, False), torch.zeros(0, H, dtype=torch.bfloat16, requires_grad=True)
+    with force(backend):
+        moe(x)[0].sum().backward()
+    assert x.grad.shape == (0, H) and not moe.experts.down.grad.any()

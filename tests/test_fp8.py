@@ -1,6 +1,7 @@
 """FP8 layers: their numbers against products of dequantised tensors, recompute levels, bytes kept, training."""
 
 import copy
+import io
 from itertools import pairwise
 
 import pytest
@@ -168,6 +169,33 @@ def test_recompute_levels_give_equal_bits(backend, wgrad):
     assert all(equal_bits(s, seen[0]) for s in seen[1:])
 
 
+def test_a_layer_with_kept_copies_is_saved():
+    """torch.save of the whole module; the copy computes its FP8 weights again."""
+    layer = Fp8Linear(H, 128, device=DEVICE, weights="kept", transposed="kept")
+    x = Rand(torch.float32).data(3, H).requires_grad_()
+    layer(x).sum().backward()
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert torch.equal(loaded(x), layer(x))
+    with torch.no_grad():
+        loaded.weight.mul_(2)
+    assert torch.equal(loaded(x), 2 * layer(x))
+
+
+def test_a_vector_is_one_row():
+    layer = Fp8Linear(H, 128, device=DEVICE)
+    x = Rand(torch.float32).data(H)
+    results = []
+    for leaf in (x.clone().requires_grad_(), x.clone()[None].requires_grad_()):
+        y = layer(leaf)
+        y.square().sum().backward()
+        results.append((y.flatten(), leaf.grad.flatten()))
+        assert y.shape == (*leaf.shape[:-1], 128)
+    assert all(map(torch.equal, *results))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_transposes_give_equal_bits_and_are_never_old(backend):
     """Also after a fused optimizer, which does not raise a weight's version."""
@@ -295,3 +323,29 @@ def test_sizes_and_options_are_checked():
             Fp8Linear(128, 128, **options)
     with pytest.raises(ValueError, match="norm_act"):
         Fp8Experts(2, 128, 128, recompute="most")
+
+
+@pytest.mark.parametrize(
+    "options", [dict(weights="kept"), dict(transposed="kept"), dict(weights="kept", transposed="kept")]
+)
+def test_caches_follow_another_parameter_and_inference_mode(options):
+    """A new parameter may have the version of the old one; tensors of inference mode cannot be saved or rewritten."""
+    torch.manual_seed(0)
+    layer, other = Fp8Linear(128, 128, **options), Fp8Linear(128, 128)
+    x = torch.randn(4, 128)
+
+    def gradient(layer):
+        leaf = x.clone().requires_grad_()
+        layer(leaf).square().sum().backward()
+        return leaf.grad
+
+    with torch.inference_mode():
+        layer(x)
+    gradient(layer)
+    layer.weight = other.weight
+    assert torch.equal(gradient(layer), gradient(other))
+    torch.optim.SGD(layer.parameters(), 0.1).step()
+    assert torch.equal(gradient(layer), gradient(other))
+    with torch.inference_mode():
+        inside = Fp8Linear(128, 128, **options)
+        assert inside(x).shape == (4, 128)

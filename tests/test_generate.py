@@ -49,6 +49,21 @@ def test_stop_strings(stop, pieces, shown):
     assert text.found == any(s in "".join(pieces) for s in stop)
 
 
+def test_a_long_stop_string_costs_no_more_than_the_text():
+    """A step looks at as many beginnings of a stop string as the text that is held back has characters."""
+
+    class Counted(str):
+        slices = 0
+
+        def __getitem__(self, index):
+            Counted.slices += 1
+            return str.__getitem__(self, index)
+
+    text = StopStrings([Counted("ab" * 500_000)])
+    assert "".join(map(text.add, "xyzabaax")) + text.end() == "xyzabaax"
+    assert Counted.slices <= 40
+
+
 def test_stream_text(checkpoint):
     engine, tokenizer = Engine(load_model(checkpoint, torch.float32)), load_tokenizer(checkpoint)
 

@@ -10,7 +10,7 @@ import ling_kernels as lk
 from ling_kernels import backend as backends
 from ling_kernels import op as ops
 from ling_kernels.backend import force
-from ling_kernels.model import LingConfig
+from ling_kernels.model import Ling, LingConfig
 from ling_kernels.nn.fp8 import Fp8Linear
 from ling_kernels.op import Choice, report_fallback, rows_aligned
 from ling_kernels.ops.adamw_8bit import adamw_8bit_state
@@ -74,6 +74,40 @@ def test_explain_changes_nothing():
         with force(name):
             assert len(lk.explain(lk.balance_bias_, bias, counts, 0.1)) == 1
     assert not bias.any()
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_explain_leaves_a_module_as_it_was(kept):
+    """No gradient, no cached FP8 weight and no hook of a real parameter sees the tensors without values."""
+    layer = Fp8Linear(128, 128, **(dict(weights="kept", transposed="kept") if kept else {}))
+    x, seen = torch.randn(4, 128), []
+    layer.weight.register_post_accumulate_grad_hook(seen.append)
+    assert lk.explain(layer, x)
+    assert layer.weight.grad is None and not seen
+    with torch.no_grad():
+        first = layer(x)
+        layer.weight.mul_(2)
+        lk.explain(layer, x)
+        second = layer(x)
+    assert type(first) is type(second) is torch.Tensor and torch.equal(second, Fp8Linear.of(layer)(x).detach())
+    assert (second.norm() / first.norm()).item() == pytest.approx(2, rel=0.01)
+    layer(x).sum().backward()
+    assert type(layer.weight.grad) is torch.Tensor and len(seen) == 1
+
+
+def test_explain_opens_a_models_output():
+    model, ids = Ling(LingConfig.tiny()), torch.zeros(1, 8, dtype=torch.int64)
+    with force("triton"):
+        names = [c.name for c in lk.explain(model, ids, labels=ids)]
+    assert "rms_norm_bwd" in names and all(p.grad is None for p in model.parameters())
+
+
+@needs_cuda
+def test_explain_tells_what_ling_backend_cuda_refuses(monkeypatch):
+    monkeypatch.setattr(backends, "_forced", "cuda")
+    monkeypatch.setattr(backends, "_strict", True)
+    assert [c.implementation for c in lk.explain(lk.route, *route_args(64))] == ["refused", "cuda"]
+    assert [c.implementation for c in lk.explain(lk.route, *route_args(dtype=torch.float64))] == ["refused"]
 
 
 @needs_triton

@@ -8,6 +8,7 @@ import torch
 from triton.runtime._allocation import _allocator
 
 import ling_kernels
+from ling_kernels import attention, linear_cross_entropy
 from ling_kernels.backend import _C, force
 from ling_kernels.ops.dispatch import dispatch
 from ling_kernels.ops.gemm_fp8 import launch_with_scratch
@@ -258,10 +259,16 @@ def test_moe_with_every_kernel_there_is():
 
 def test_autocast_keeps_fp64():
     a, b, offsets = rand(5, 3, dtype=FP64), rand(2, 4, 3, dtype=FP64), offsets_of(Rand(FP32), 5, 2)
-    want = grouped_gemm(a, b, offsets)
-    with torch.autocast(a.device.type, BF16):
-        got = grouped_gemm(a, b, offsets)
-    assert got.dtype == FP64 and torch.equal(got, want)
+    q, targets = rand(5, 2, 8, dtype=FP64), torch.arange(4).repeat(2)[:5]
+    for call in (
+        lambda: grouped_gemm(a, b, offsets),
+        lambda: attention(q, q, q, torch.tensor([0, 2, 5], dtype=torch.int32))[0],
+        lambda: linear_cross_entropy(a, b[0], targets),
+    ):
+        want = call()
+        with torch.autocast(a.device.type, BF16):
+            got = call()
+        assert got.dtype == FP64 and torch.equal(got, want)
 
 
 def test_the_allocator_of_triton_is_the_users_again():

@@ -12,8 +12,9 @@ struct Shared {
     float largest[kWarps][kRows], total[kWarps][kRows];
 };
 
-// Combines the warps' results for rows r0.. of the block's run of a sequence, and stores them
-__device__ void combine_warps(const Shared& shared, float* partial, float* lse, int rows) {
+// Combines the warps' results for the block's rows of a sequence, and stores them. The log-sum-exp of the scores is in
+// base 2, like the scores.
+__device__ void combine_warps(const Shared& shared, float* partial, float* lse_log2, int rows) {
     const int d = threadIdx.x;
     for (int r = 0; r < rows; r++) {
         float largest = -INFINITY, total = 0, sum = 0;
@@ -27,7 +28,7 @@ __device__ void combine_warps(const Shared& shared, float* partial, float* lse, 
             sum += weight * shared.outs[w][r][d];
         }
         partial[r * kD + d] = total == 0 ? 0.f : sum / total;
-        if (d == 0) lse[r] = total == 0 ? -INFINITY : largest + log2f(total);
+        if (d == 0) lse_log2[r] = total == 0 ? -INFINITY : largest + log2f(total);
     }
 }
 
@@ -35,7 +36,7 @@ __device__ void combine_warps(const Shared& shared, float* partial, float* lse, 
 // computes the queries, and the last n keys and values of every sequence, from `tokens`.
 template <typename T, typename C, bool kAppends>
 __global__ void __launch_bounds__(kThreads, 2)
-    attention_decode_kernel(const T* q, NewTokens tokens, Cache cache, float* partial, float* lse, int n, int G,
+    attention_decode_kernel(const T* q, NewTokens tokens, Cache cache, float* partial, float* lse_log2, int n, int G,
                             float scale_log2) {
     __shared__ Shared shared;
     __shared__ std::conditional_t<kAppends, Fresh<T, C>, char> fresh;
@@ -81,25 +82,25 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
                     for (int e = 0; e < 2; e++) {
                         constexpr int kPer = decltype(me)::kPer;
-                        const int d = (2 * me.c + e + 8 * (j / kPer)) * kPer + j % kPer, at = 2 * i + e;
-                        *reinterpret_cast<float4*>(&shared.outs[me.warp][r][d]) = {me.o[j][at], me.o[j + 1][at],
-                                                                                   me.o[j + 2][at], me.o[j + 3][at]};
+                        const int d = (2 * me.c + e + 8 * (j / kPer)) * kPer + j % kPer, element = 2 * i + e;
+                        *reinterpret_cast<float4*>(&shared.outs[me.warp][r][d]) = {
+                            me.o[j][element], me.o[j + 1][element], me.o[j + 2][element], me.o[j + 3][element]};
                     }
             }
             __syncthreads();
             const int64_t to = (int64_t{blockIdx.x + seq} * cache.Hkv + me.head) * R + r0;
-            combine_warps(shared, partial + to * kD, lse + to, min(R - r0, kRows));
+            combine_warps(shared, partial + to * kD, lse_log2 + to, min(R - r0, kRows));
             __syncthreads();
         }
         begin = end, tile = min(stop, end);
     }
 }
 
-// Combines the partial results of a row, weighted; each warp takes every 4th. With out_q it also writes the row, which
-// is a head, in FP8.
+// Combines the weighted partial results of a row; each warp takes every 4th. A row is one head. With out_q the kernel
+// also writes it in FP8.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    attention_decode_combine_kernel(Cache cache, const float* partial, const float* lse, T* out, uint8_t* out_q,
+    attention_decode_combine_kernel(Cache cache, const float* partial, const float* lse_log2, T* out, uint8_t* out_q,
                                     float* out_scale, int64_t ld_scale, int n, int G) {
     static_assert(kD == kBlock);
     __shared__ float sums[kWarps][kD], totals[kWarps], maxima[kWarps];
@@ -110,20 +111,20 @@ __global__ void __launch_bounds__(kThreads)
     const int warp = threadIdx.x / 32, share = cache.share(cache.tiles_before(cache.B));
     const int begin = cache.tiles_before(b), tiles = cache.tiles(b), first = begin / share;
     const int stop = tiles ? (begin + tiles - 1) / share + 1 : first;
-    lse += int64_t{b} * rows + row, partial += (int64_t{b} * rows + row) * kD;
+    lse_log2 += int64_t{b} * rows + row, partial += (int64_t{b} * rows + row) * kD;
 
     float largest = -INFINITY;
-    for (int p = first + threadIdx.x; p < stop; p += kThreads) largest = fmaxf(largest, lse[int64_t{p} * rows]);
+    for (int p = first + threadIdx.x; p < stop; p += kThreads) largest = fmaxf(largest, lse_log2[int64_t{p} * rows]);
     for (int d = 16; d; d /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, d));
     if (lane == 0) maxima[warp] = largest;
     __syncthreads();
-    for (const float other : maxima) largest = fmaxf(largest, other);
+    for (const float warp_largest : maxima) largest = fmaxf(largest, warp_largest);
     if (largest == -INFINITY) largest = 0;
 
     float total = 0, sum[4] = {};
 #pragma unroll 8
     for (int p = first + warp; p < stop; p += kWarps) {
-        const float weight = exp2f(lse[int64_t{p} * rows] - largest);
+        const float weight = exp2f(lse_log2[int64_t{p} * rows] - largest);
         const Vec<4> piece = load<4>(partial + int64_t{p} * rows * kD + lane * 4);
         total += weight;
         for (int i = 0; i < 4; i++) sum[i] += weight * piece[i];
@@ -132,48 +133,49 @@ __global__ void __launch_bounds__(kThreads)
     if (lane == 0) totals[warp] = total;
     __syncthreads();
     if (warp) return;
-    const int at = lane % 16 * 8;  // both halves of the warp compute the same; the first one writes
+    const int column = lane % 16 * 8;  // both halves of the warp compute the same; the first one writes
     alignas(16) T y[1][8];
     float sum8[8] = {};
     total = 0;
     for (int w = 0; w < kWarps; w++) {
         total += totals[w];
-        for (int i = 0; i < 8; i++) sum8[i] += sums[w][at + i];
+        for (int i = 0; i < 8; i++) sum8[i] += sums[w][column + i];
     }
     for (int i = 0; i < 8; i++) y[0][i] = static_cast<T>(total == 0 ? 0.f : sum8[i] / total);
     const int h = row / (n * G), r = row % (n * G), heads = cache.Hkv * G, head = h * G + r % G;
     const int64_t token = int64_t{b} * n + r / G;
     if (lane < 16)
-        *reinterpret_cast<uint4*>(out + (token * heads + head) * kD + at) = *reinterpret_cast<const uint4*>(y[0]);
+        *reinterpret_cast<uint4*>(out + (token * heads + head) * kD + column) = *reinterpret_cast<const uint4*>(y[0]);
     if (out_q) store_rows<false>(y, token, lane < 16, head, out_q, out_scale, heads * kD, ld_scale);
 }
 
-// Both launchers; tokens null: q are the queries, and the cache has all keys and values.
+// Launches both kernels. tokens null: q has the queries, and the cache has all keys and values.
 void run(cudaStream_t stream, const Tensor& q, const NewTokens* tokens, const Tensor& k, const Tensor& v,
          const Tensor& k_scale, const Tensor& v_scale, const Tensor& block_table, const Tensor& lengths,
-         const Tensor& out, const Tensor& out_q, const Tensor& out_scale, const Tensor& partial, const Tensor& lse,
+         const Tensor& out, const Tensor& out_q, const Tensor& out_scale, const Tensor& partial, const Tensor& lse_log2,
          float scale) {
-    const int64_t B = out.shape[0], n = out.shape[1], Hq = out.shape[2], num_blocks = k.shape[0], page = k.shape[1];
-    const int64_t Hkv = k.shape[2], G = Hkv ? Hq / Hkv : 0, blocks = block_table.shape[1], W = partial.shape[0] - B;
+    const int64_t B = out.shape[0], n = out.shape[1], Hq = out.shape[2], num_pages = k.shape[0];
+    const int64_t page_size = k.shape[1], Hkv = k.shape[2], G = Hkv ? Hq / Hkv : 0;
+    const int64_t max_pages = block_table.shape[1], W = partial.shape[0] - B;
     const bool fp8 = k.dtype == DType::e4m3;
     LING_CHECK(q.contiguous() && out.is(q.dtype, {B, n, Hq, kD}) && out.contiguous() && n > 0);
-    LING_CHECK((fp8 || k.dtype == q.dtype) && Hkv > 0 && G > 0 && G * Hkv == Hq && page % kStep == 0);
-    LING_CHECK(k.is(k.dtype, {num_blocks, page, Hkv, kD}) && v.is(k.dtype, {num_blocks, page, Hkv, kD}));
+    LING_CHECK((fp8 || k.dtype == q.dtype) && Hkv > 0 && G > 0 && G * Hkv == Hq && page_size % kStep == 0);
+    LING_CHECK(k.is(k.dtype, {num_pages, page_size, Hkv, kD}) && v.is(k.dtype, {num_pages, page_size, Hkv, kD}));
     LING_CHECK(k.contiguous() && v.contiguous());
     if (fp8) {
-        LING_CHECK(k_scale.is(DType::f32, {num_blocks, page, Hkv}) && k_scale.contiguous());
-        LING_CHECK(v_scale.is(DType::f32, {num_blocks, page, Hkv}) && v_scale.contiguous());
+        LING_CHECK(k_scale.is(DType::f32, {num_pages, page_size, Hkv}) && k_scale.contiguous());
+        LING_CHECK(v_scale.is(DType::f32, {num_pages, page_size, Hkv}) && v_scale.contiguous());
     }
     if (B == 0) return;
-    LING_CHECK(block_table.is(DType::i32, {B, blocks}) && block_table.contiguous());
+    LING_CHECK(block_table.is(DType::i32, {B, max_pages}) && block_table.contiguous());
     LING_CHECK(lengths.is(DType::i32, {B}) && lengths.contiguous());
     LING_CHECK(partial.is(DType::f32, {W + B, Hkv, n * G, kD}) && partial.contiguous() && W > 0);
-    LING_CHECK(lse.is(DType::f32, {W + B, Hkv, n * G}) && lse.contiguous());
-    LING_CHECK(blocks * page < 1 << 30 && B * (ceil_div<int64_t>(blocks * page, kTile) + 1) < 1 << 30);
-    LING_CHECK(W + B < 1ll << 31 && Hq * n < 1 << 16 && num_blocks < 1ll << 31);
+    LING_CHECK(lse_log2.is(DType::f32, {W + B, Hkv, n * G}) && lse_log2.contiguous());
+    LING_CHECK(max_pages * page_size < 1 << 30 && B * (ceil_div<int64_t>(max_pages * page_size, kTile) + 1) < 1 << 30);
+    LING_CHECK(W + B < 1ll << 31 && Hq * n < 1 << 16 && num_pages < 1ll << 31);
     LING_CHECK(!out_q.ndim || (out_q.is(DType::e4m3, {B * n, Hq * kD}) && out_q.contiguous() && out_q.aligned()));
     LING_CHECK(!out_q.ndim || (out_scale.is(DType::f32, {B * n, Hq}) && (B * n == 1 || out_scale.stride[0] == 1)));
-    LING_CHECK(num_blocks > 0 && page > 0 && blocks > 0);
+    LING_CHECK(num_pages > 0 && page_size > 0 && max_pages > 0);
     LING_CHECK(q.aligned() && k.aligned() && v.aligned() && out.aligned() && partial.aligned());
     const auto num = [](int64_t x) { return static_cast<int>(x); };
     const Cache cache{k.data,
@@ -185,22 +187,22 @@ void run(cudaStream_t stream, const Tensor& q, const NewTokens* tokens, const Te
                       num(B),
                       num(W),
                       num(Hkv),
-                      num(num_blocks),
-                      num(page),
-                      num(blocks)};
+                      num(num_pages),
+                      num(page_size),
+                      num(max_pages)};
     const dim3 grid(W, Hkv, ceil_div<int64_t>(n * G, kRows));
     dispatch<f16, bf16>(q.dtype, [&]<typename T>() {
         const auto attend = [&]<typename C, bool kAppends>() {
             launch<attention_decode_kernel<T, C, kAppends>, kOverlaps>(
                 grid, kThreads, 0, stream, q.ptr<T>(), tokens ? *tokens : NewTokens{}, cache, partial.ptr<float>(),
-                lse.ptr<float>(), num(n), num(G), scale * 1.4426950408889634f);
+                lse_log2.ptr<float>(), num(n), num(G), scale * 1.4426950408889634f);
         };
         const auto attend_to = [&]<typename C>(C) {
             tokens ? attend.template operator()<C, true>() : attend.template operator()<C, false>();
         };
         fp8 ? attend_to(uint8_t{}) : attend_to(T{});
         launch<attention_decode_combine_kernel<T>, kOverlaps>(
-            dim3(B, Hq * n), kThreads, 0, stream, cache, partial.ptr<float>(), lse.ptr<float>(), out.ptr<T>(),
+            dim3(B, Hq * n), kThreads, 0, stream, cache, partial.ptr<float>(), lse_log2.ptr<float>(), out.ptr<T>(),
             out_q.ptr<uint8_t>(), out_scale.ptr<float>(), out_scale.stride[1], num(n), num(G));
     });
 }
@@ -208,15 +210,16 @@ void run(cudaStream_t stream, const Tensor& q, const NewTokens* tokens, const Te
 }  // namespace
 
 void attention_decode_fwd(cudaStream_t stream, Tensor q, Tensor k, Tensor v, Tensor k_scale, Tensor v_scale,
-                          Tensor block_table, Tensor lengths, Tensor out, Tensor partial, Tensor lse, float scale) {
+                          Tensor block_table, Tensor lengths, Tensor out, Tensor partial, Tensor lse_log2,
+                          float scale) {
     LING_CHECK(q.is(q.dtype, {out.shape[0], out.shape[1], out.shape[2], kD}));
-    run(stream, q, nullptr, k, v, k_scale, v_scale, block_table, lengths, out, {}, {}, partial, lse, scale);
+    run(stream, q, nullptr, k, v, k_scale, v_scale, block_table, lengths, out, {}, {}, partial, lse_log2, scale);
 }
 
 void qk_norm_attention_decode_fwd(cudaStream_t stream, Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor cos,
                                   Tensor sin, Tensor k, Tensor v, Tensor k_scale, Tensor v_scale, Tensor block_table,
                                   Tensor lengths, Tensor out, Tensor out_q, Tensor out_scale, Tensor partial,
-                                  Tensor lse, float scale, float eps) {
+                                  Tensor lse_log2, float scale, float eps) {
     const int64_t n = out.shape[1], P = cos.shape[0];
     const bool fp32_weights = q_weight.dtype == DType::f32;
     LING_CHECK(qkv.is(qkv.dtype, {out.shape[0], n, out.shape[2] + 2 * k.shape[2], kD}) && n <= kMostNew);
@@ -229,7 +232,8 @@ void qk_norm_attention_decode_fwd(cudaStream_t stream, Tensor qkv, Tensor q_weig
     const NewTokens tokens{qkv.data,         q_weight.data,    k_weight.data,        fp32_weights,
                            cos.ptr<float>(), sin.ptr<float>(), static_cast<int>(P),  eps,
                            k.data,           v.data,           k_scale.ptr<float>(), v_scale.ptr<float>()};
-    run(stream, qkv, &tokens, k, v, k_scale, v_scale, block_table, lengths, out, out_q, out_scale, partial, lse, scale);
+    run(stream, qkv, &tokens, k, v, k_scale, v_scale, block_table, lengths, out, out_q, out_scale, partial, lse_log2,
+        scale);
 }
 
 }  // namespace ling

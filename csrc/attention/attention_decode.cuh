@@ -6,8 +6,8 @@
 namespace ling::decode {
 
 // A warp takes every 4th step of 16 keys of its block's run, from global memory straight to tensor cores: each lane
-// loads 16 bytes of the rows and keys whose layout equals its fragment of the mma operand. The loads of the next keys
-// overlap the work on the scores, those of the next values overlap the next keys'. The 4 warps combine their results
+// loads 16 bytes each of the query and key rows that its mma fragment needs. The next step's keys load during this
+// step's softmax and product with the values; its values load during its own scores. The 4 warps combine their results
 // once per sequence in shared memory. A block finds its run of tiles of keys from the lengths, as in Triton.
 constexpr int kD = 128, kWarps = 4, kThreads = 32 * kWarps, kStep = 16, kTile = kWarps * kStep, kRows = 16;
 constexpr int kPitch = kD + 4;  // floats of a row in shared memory: rows start in different banks
@@ -16,9 +16,9 @@ struct Cache {
     const void *k, *v;
     const float *k_scale, *v_scale;
     const int *table, *lengths;
-    int B, W, Hkv, num_blocks, page, blocks;
+    int B, W, Hkv, num_pages, page_size, max_pages;  // page_size in tokens; max_pages: columns of the table
 
-    __device__ int used(int b) const { return min(max(lengths[b], 0), blocks * page); }
+    __device__ int used(int b) const { return min(max(lengths[b], 0), max_pages * page_size); }
     __device__ int tiles(int b) const { return ceil_div(used(b), kTile); }
     // Tiles of a run. This and the following functions are called by a whole warp.
     __device__ int share(int all) const { return max(ceil_div(all, W), 1); }
@@ -34,14 +34,14 @@ struct Cache {
         for (int b = 0; b < B; b += 32) {
             int end = b + lane < B ? tiles(b + lane) : 0;
             for (int d = 1; d < 32; d *= 2) {
-                const int left = __shfl_up_sync(~0u, end, d);
-                if (lane >= d) end += left;
+                const int lower = __shfl_up_sync(~0u, end, d);
+                if (lane >= d) end += lower;
             }
-            const int past = __popc(__ballot_sync(~0u, begin + end <= first));
-            const int skipped = __shfl_sync(~0u, end, max(past - 1, 0));
-            seq = b + past;
-            begin += past ? skipped : 0;
-            if (past < 32) return;
+            const int ended = __popc(__ballot_sync(~0u, begin + end <= first));
+            const int skipped = __shfl_sync(~0u, end, max(ended - 1, 0));
+            seq = b + ended;
+            begin += ended ? skipped : 0;
+            if (ended < 32) return;
         }
     }
 };
@@ -74,7 +74,7 @@ template <typename T, typename C, bool kAppends> struct Warp {
     uint4 ks[2][kKeyChunks], vs[2][2][kValueChunks];  // key 8t + g; key 8t + 2c + i
     float k_scale[2][2], v_scale[2][2];               // of key 8t + 2c + i
     float largest[2], total[2], o[16][4];
-    int pages;  // the page of one of the next 32 steps, a step for each lane
+    int lane_page;  // lane l: the page of step l of the current group of 32 steps
 
     __device__ int key(int step) const { return first + (step * kWarps + warp) * kStep; }
 
@@ -92,19 +92,19 @@ template <typename T, typename C, bool kAppends> struct Warp {
     // The cell of the step's first key; the 16 lie in one page.
     __device__ int64_t locate(int step) {
         if (step % 32 == 0) {
-            const int mine = key(step + lane);
-            pages = mine < stop ? cache.table[int64_t{seq} * cache.blocks + mine / cache.page] : 0;
-            LING_DEVICE_CHECK(pages >= 0 && pages < cache.num_blocks);
-            pages = min(max(pages, 0), cache.num_blocks - 1);
+            const int lane_key = key(step + lane);
+            lane_page = lane_key < stop ? cache.table[int64_t{seq} * cache.max_pages + lane_key / cache.page_size] : 0;
+            LING_DEVICE_CHECK(lane_page >= 0 && lane_page < cache.num_pages);
+            lane_page = min(max(lane_page, 0), cache.num_pages - 1);
         }
-        return int64_t{__shfl_sync(~0u, pages, step % 32)} * cache.page + key(step) % cache.page;
+        return int64_t{__shfl_sync(~0u, lane_page, step % 32)} * cache.page_size + key(step) % cache.page_size;
     }
 
-    // The row of key (kind 0) or value (kind 1) number `at` of a step
-    __device__ const C* row_of(int kind, int step, int64_t cell, int at) const {
+    // The row of key (kind 0) or value (kind 1) number `index` of a step
+    __device__ const C* row_of(int kind, int step, int64_t cell, int index) const {
         if constexpr (kAppends)
-            if (const int i = fresh->index(key(step) + at); i >= 0) return fresh->cells[kind][i];
-        return static_cast<const C*>(kind ? cache.v : cache.k) + ((cell + at) * cache.Hkv + head) * kD;
+            if (const int i = fresh->index(key(step) + index); i >= 0) return fresh->cells[kind][i];
+        return static_cast<const C*>(kind ? cache.v : cache.k) + ((cell + index) * cache.Hkv + head) * kD;
     }
 
     // Keys past the sequence's end lie inside the page and their scores are masked. Values there are loaded as 0, as
@@ -123,11 +123,12 @@ template <typename T, typename C, bool kAppends> struct Warp {
         for (int t = 0; t < 2; t++) {
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                const int at = 8 * t + 2 * c + i;
-                const C* row = row_of(1, step, cell, at) + g * kPer;
+                const int index = 8 * t + 2 * c + i;
+                const C* row = row_of(1, step, cell, index) + g * kPer;
 #pragma unroll
                 for (int j = 0; j < kValueChunks; j++)
-                    vs[t][i][j] = key(step) + at < used ? *reinterpret_cast<const uint4*>(row + j * 8 * kPer) : uint4{};
+                    vs[t][i][j] =
+                        key(step) + index < used ? *reinterpret_cast<const uint4*>(row + j * 8 * kPer) : uint4{};
             }
             if constexpr (sizeof(C) == 1) load_scales(v_scale[t], 1, step, cell, t);
         }
@@ -135,12 +136,12 @@ template <typename T, typename C, bool kAppends> struct Warp {
     __device__ void load_scales(float (&to)[2], int kind, int step, int64_t cell, int t) const {
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            const int at = 8 * t + 2 * c + i;
-            const float* from = (kind ? cache.v_scale : cache.k_scale) + (cell + at) * cache.Hkv + head;
+            const int index = 8 * t + 2 * c + i;
+            const float* from = (kind ? cache.v_scale : cache.k_scale) + (cell + index) * cache.Hkv + head;
             if constexpr (kAppends)
-                if (const int new_one = fresh->index(key(step) + at); new_one >= 0)
+                if (const int new_one = fresh->index(key(step) + index); new_one >= 0)
                     from = &fresh->scales[kind][new_one];
-            to[i] = key(step) + at < used ? *from : 0.f;
+            to[i] = key(step) + index < used ? *from : 0.f;
         }
     }
 

@@ -15,7 +15,7 @@ void attention_decode_fwd(cudaStream_t stream,
                           Tensor lengths,      // [B] i32         others clamp them to the cache and the table
                           Tensor out,          // as q (out)
                           Tensor partial,      // [W + B, Hkv, R, 128] f32 (scratch)
-                          Tensor lse,          // [W + B, Hkv, R] f32 (scratch)
+                          Tensor lse_log2,     // [W + B, Hkv, R] f32 (scratch): log-sum-exp in base 2
                           float scale);
 
 // The same for tokens that are not in the cache yet: the kernel norms and rotates their queries and keys, and writes
@@ -33,6 +33,6 @@ void qk_norm_attention_decode_fwd(cudaStream_t stream,
                                   Tensor out,          // [B, n, Hq, 128] as qkv (out)
                                   Tensor out_q,        // [B n, 128 Hq] e4m3 or None: out's FP8, see quantize.h (out)
                                   Tensor out_scale,    // [B n, Hq] f32, B n contiguous, with out_q (out)
-                                  Tensor partial, Tensor lse, float scale, float eps);
+                                  Tensor partial, Tensor lse_log2, float scale, float eps);
 
 }  // namespace ling

@@ -16,8 +16,8 @@ struct NewTokens {
 };
 
 template <typename T> __device__ Vec<kVec> load_weight(const void* w, bool fp32) {
-    const int at = threadIdx.x % kLanes * kVec;
-    return fp32 ? load<kVec>(static_cast<const float*>(w) + at) : load<kVec>(static_cast<const T*>(w) + at);
+    const int column = threadIdx.x % kLanes * kVec;
+    return fp32 ? load<kVec>(static_cast<const float*>(w) + column) : load<kVec>(static_cast<const T*>(w) + column);
 }
 
 __device__ inline unsigned head_max(unsigned x) {
@@ -67,9 +67,9 @@ __device__ void prepare(Fresh<T, C>& fresh, const NewTokens& in, const Cache& ca
         if (kind == 0) {
             store(fresh.q[job] + lane * kVec, y);
         } else if (position >= first && position < stop) {
-            const int page = cache.table[int64_t{seq} * cache.blocks + position / cache.page];
-            const int64_t cell = (int64_t{page} * cache.page + position % cache.page) * cache.Hkv + head;
-            const bool writes = blockIdx.z == 0 && page >= 0 && page < cache.num_blocks;
+            const int page = cache.table[int64_t{seq} * cache.max_pages + position / cache.page_size];
+            const int64_t cell = (int64_t{page} * cache.page_size + position % cache.page_size) * cache.Hkv + head;
+            const bool writes = blockIdx.z == 0 && page >= 0 && page < cache.num_pages;
             store_cell(fresh.cells[kind - 1][token], y, scale);
             if (writes) store_cell(static_cast<C*>(kind == 1 ? in.k : in.v) + cell * kD, y, scale);
             if (sizeof(C) == 1 && lane == 0) {

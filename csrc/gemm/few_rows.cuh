@@ -2,7 +2,7 @@
 //
 // A step is 16 rows of the weight by 128 bytes of K, times the same 128 bytes of K of up to 8 rows of x in shared
 // memory: 128 codes of e4m3, or 64 bf16. The weight's rows are the 16 rows of the tensor core's product, x's its 8
-// columns. As the contraction may take K in any order, a lane's 16 bytes of a row serve as they are.
+// columns. As the contraction may take K in any order, a lane uses its 16 bytes of a row as loaded.
 //
 //     Stream<kFp8, kDepth> stream(shared memory of this warp);
 //     for (i < kDepth) stream.push(where step i lies), or stream.push() where there is no such step
@@ -18,7 +18,8 @@
 namespace ling::few_rows {
 
 constexpr int kMaxRows = 8, kLines = 16, kStep = 128;  // rows of x; rows of the weight and bytes of K in a step
-// Padding between rows of x in shared memory, whose size is a multiple of 128 bytes: rows start in different banks.
+// Bytes between rows of x in shared memory. A row is a multiple of 128 bytes; without the gap all rows start in the
+// same bank.
 constexpr int kGap = 64;
 
 // With g = l / 4 and c = l % 4, lane l holds 16 bytes from byte 16 c on of both halves of the step, for rows g and g +
@@ -36,7 +37,7 @@ struct Step {
 // that it copied itself, so it needs no barrier but the wait for its copies, and copies may be pending across barriers.
 template <bool kFp8, int kDepth> class Stream {
     static constexpr int kVectors = kLines * kStep / 16;
-    uint4* mine;
+    uint4* lane_ring;
     float* scales;  // [kDepth][2]
     int first = 0, next = 0;
 
@@ -47,14 +48,14 @@ public:
     static_assert(kBytes % 16 == 0);
 
     __device__ explicit Stream(void* ring)
-        : mine(static_cast<uint4*>(ring) + threadIdx.x % 32),
+        : lane_ring(static_cast<uint4*>(ring) + threadIdx.x % 32),
           scales(reinterpret_cast<float*>(static_cast<uint4*>(ring) + kDepth * kVectors)) {}
 
     // upper, lower: the step's first bytes of rows g and g + 8, aligned to 16; the scales, for FP8, are equal in all
     // lanes. At most kDepth steps may be pending.
     __device__ void push(const uint8_t* upper, const uint8_t* lower, const float* upper_scale = nullptr,
                          const float* lower_scale = nullptr) {
-        uint4* to = mine + next * kVectors;
+        uint4* to = lane_ring + next * kVectors;
         upper += lane_byte(), lower += lane_byte();
 #pragma unroll
         for (int half = 0; half < 2; half++) {
@@ -74,7 +75,7 @@ public:
     __device__ Step take() {
         wait_copies<kDepth - 1>();
         if constexpr (kFp8) __syncwarp();
-        const uint4* from = mine + first * kVectors;
+        const uint4* from = lane_ring + first * kVectors;
         Step step{{from[0], from[64]}, {from[32], from[96]}, 1, 1};
         if constexpr (kFp8) step.upper_scale = scales[2 * first], step.lower_scale = scales[2 * first + 1];
         advance(first);

@@ -15,15 +15,15 @@ namespace ling::gemm_fp8 {
 template <typename V>
 __device__ void multiply(Shared<V>& s, int stage, const float (&w_scale)[V::kHalves], bool busy, int halves,
                          float (&sum)[V::kHalves][V::kRegs]) {
-    const Place at;
+    const Place place;
     const float* x_scale = s.a_scale[stage];
-    const float upper = x_scale[V::kSwap ? 0 : 64 * at.warpgroup + at.row];
-    const float lower = x_scale[V::kSwap ? 0 : 64 * at.warpgroup + at.row + 8];
+    const float upper = x_scale[V::kSwap ? 0 : 64 * place.warpgroup + place.row];
+    const float lower = x_scale[V::kSwap ? 0 : 64 * place.warpgroup + place.row + 8];
 #pragma unroll
     for (int h = 0; h < V::kHalves; h++) {
         if (!busy || h >= halves) break;
-        const uint8_t* x = s.a[stage] + (V::kSwap ? 0 : 64 * 128 * at.warpgroup);
-        const uint8_t* w = s.b[stage] + 128 * 128 * h + (V::kSwap ? 64 * 128 * at.warpgroup : 0);
+        const uint8_t* x = s.a[stage] + (V::kSwap ? 0 : 64 * 128 * place.warpgroup);
+        const uint8_t* w = s.b[stage] + 128 * 128 * h + (V::kSwap ? 64 * 128 * place.warpgroup : 0);
         float part[V::kRegs];
         const uint64_t first = operand(V::kSwap ? w : x), second = operand(V::kSwap ? x : w);
         wgmma_fence();
@@ -35,7 +35,7 @@ __device__ void multiply(Shared<V>& s, int stage, const float (&w_scale)[V::kHal
         for (int j = 0; j < V::kRegs / 4; j++)
 #pragma unroll
             for (int c = 0; c < 2; c++) {
-                const int column = 8 * j + at.column + c;
+                const int column = 8 * j + place.column + c;
                 if (V::kSwap) {
                     const float scale = x_scale[column] * w_scale[h];
                     sum[h][4 * j + c] += part[4 * j + c] * scale;
@@ -69,13 +69,13 @@ template <typename V> __device__ void multiply_tiles(Shared<V>& s, const Problem
             }
             scale += p.weight_scale_k;
         };
-        load_scales(t.blocks > 0);
-        for (int left = t.blocks; left > 0; left--, ring.next()) {
+        load_scales(t.k_units > 0);
+        for (int left = t.k_units; left > 0; left--, ring.next()) {
             load_scales(left > 1);
             s.full[ring.stage].wait(ring.parity);
             multiply(s, ring.stage, w_scale, busy, halves, sum);
         }
-        if (!busy || (V::kWgrad && p.accumulate && !t.blocks)) continue;
+        if (!busy || (V::kWgrad && p.accumulate && !t.k_units)) continue;
         if (!V::kSwiglu && (p.fp32 || p.accumulate)) finish_in_place<V>(p, t, sum);
         if (V::kSwiglu || !p.fp32) {
             if constexpr (V::kSwap) write_columns(s, p, t, sum);

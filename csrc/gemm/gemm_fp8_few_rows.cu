@@ -25,7 +25,7 @@ struct Problem {
     bool fp32, accumulate;
 };
 
-// Position of a warp: its 16 rows of the weight, and the number of the 128 of K.
+// Position of a warp: its 16 rows of the weight, and the index of the 128-wide block of K.
 struct Cursor {
     int line, k;
 };
@@ -40,7 +40,8 @@ __global__ void __launch_bounds__(32 * kWarps, kSms) gemm_fp8_few_rows_kernel(co
     float* const x_scale = reinterpret_cast<float*>(x + p.M * row_of(p.K));  // [K / 128, 8]
     const int warp = threadIdx.x / 32, blocks = p.K / kStep, part_of_k = warp % p.split, g = lane_row(),
               c = lane_column();
-    const int from = part_of_k * blocks / p.split, to = (part_of_k + 1) * blocks / p.split;  // of this warp's part of K
+    const int from = part_of_k * blocks / p.split,
+              to = (part_of_k + 1) * blocks / p.split;  // blocks of this warp's part of K
     const int stride = gridDim.x * (kWarps / p.split) * kLines;
     const int start = (blockIdx.x * kWarps + warp) / p.split * kLines;
     launch_dependents();

@@ -21,7 +21,7 @@ __device__ void load_tokens(Shared<Bf16>& s, const Problem& p) {
     Ring<Bf16::kStages> ring;
     Tile t;
     for (int tile = blockIdx.x; find_tile(s, p, tile, t); tile += gridDim.x) {
-        for (int row = t.k; row < t.k + t.blocks; row += Bf16::kTokens, ring.next()) {
+        for (int row = t.k; row < t.k + t.k_units; row += Bf16::kTokens, ring.next()) {
             if (threadIdx.x % 32) continue;
             s.empty[ring.stage].wait(ring.parity ^ 1);
             s.full[ring.stage].arrive_and_expect(Bf16::kABytes + Bf16::kBBytes);
@@ -49,9 +49,9 @@ __device__ void multiply_tokens(Shared<Bf16>& s, const Problem& p) {
     for (int tile = blockIdx.x; find_tile(s, p, tile, t); tile += gridDim.x) {
         const bool busy = 64 * warpgroup < t.rows;
         float sum[2][64] = {};
-        for (int row = 0; row < t.blocks; row += Bf16::kTokens, ring.next()) {
+        for (int row = 0; row < t.k_units; row += Bf16::kTokens, ring.next()) {
             s.full[ring.stage].wait(ring.parity);
-            if (row + Bf16::kTokens > t.blocks) clear_tokens(s, ring.stage, t.blocks - row);
+            if (row + Bf16::kTokens > t.k_units) clear_tokens(s, ring.stage, t.k_units - row);
             if (busy) {
                 wgmma_fence();
 #pragma unroll
@@ -69,7 +69,7 @@ __device__ void multiply_tokens(Shared<Bf16>& s, const Problem& p) {
             }
             release(s.empty[ring.stage]);
         }
-        if (!busy || (p.accumulate && !t.blocks)) continue;
+        if (!busy || (p.accumulate && !t.k_units)) continue;
         if (p.fp32 || p.accumulate) finish_in_place<Bf16>(p, t, sum);
         if (!p.fp32) write_rows(s, p, t, sum);
     }

@@ -25,7 +25,7 @@ template <typename V> __device__ void load_tiles(Shared<V>& s, const Problem& p)
     Ring<V::kStages> ring;
     Tile t;
     for (int tile = blockIdx.x; find_tile(s, p, tile, t); tile += gridDim.x) {
-        for (int k = t.k; k < t.k + t.blocks; k++, ring.next()) {
+        for (int k = t.k; k < t.k + t.k_units; k++, ring.next()) {
             if (threadIdx.x % 32) continue;
             s.empty[ring.stage].wait(ring.parity ^ 1);
             s.full[ring.stage].arrive_and_expect(V::kTokenBytes + V::kBBytes + V::kBScaleBytes);
@@ -57,7 +57,7 @@ template <typename V> __device__ void load_gathered(Shared<V>& s, const Problem&
             token[i] = r < t.rows ? p.source[t.m + r] / p.topk : -1;
         }
         const int scale_token = thread < t.rows ? p.source[t.m + thread] / p.topk : -1;
-        for (int k = 0; k < t.blocks; k++, ring.next()) {
+        for (int k = 0; k < t.k_units; k++, ring.next()) {
             s.empty[ring.stage].wait(ring.parity ^ 1);
             if (thread == 0) {
                 s.full[ring.stage].arrive_and_expect(V::kBBytes + V::kBScaleBytes);
@@ -124,7 +124,7 @@ template <typename V> __device__ void load_and_transpose(Shared<V>& s, const Pro
                 load_weights(s, p, t, ring.stage, k);
             }
             ring.next(), open++;
-            if (++k == t.blocks) k = 0, more = find_tile(s, p, tile += gridDim.x, t);
+            if (++k == t.k_units) k = 0, more = find_tile(s, p, tile += gridDim.x, t);
             continue;
         }
         s.raw[ready.stage].wait(ready.parity);

@@ -10,7 +10,7 @@ __device__ inline float silu(float x) { return x / (1 + __expf(-x)); }
 template <typename V>
 __device__ void finish_in_place(const Problem& p, const Tile& t, float (&sum)[V::kHalves][V::kRegs]) {
     constexpr int kBatch = V::kRegs < 32 ? V::kRegs : 32;  // loads in flight
-    const Place at;
+    const Place place;
 #pragma unroll
     for (int i = 0; i < V::kHalves * V::kRegs; i += kBatch) {
         float* const d = sum[i / V::kRegs] + i % V::kRegs;
@@ -19,7 +19,8 @@ __device__ void finish_in_place(const Problem& p, const Tile& t, float (&sum)[V:
 #pragma unroll
             for (int j = 0; j < kBatch; j += V::kSwap ? 1 : 2) {
                 const int r = i % V::kRegs + j;
-                const int row = 64 * at.warpgroup + at.row + (r & 2) * 4, column = r / 4 * 8 + at.column + (r & 1);
+                const int row = 64 * place.warpgroup + place.row + (r & 2) * 4,
+                          column = r / 4 * 8 + place.column + (r & 1);
                 const int m = V::kSwap ? column : row, n = t.n + i / V::kRegs * 128 + (V::kSwap ? row : column);
                 if (m < t.rows && n < p.N) f(j, t.group * p.y_g + (t.m + m) * p.y_m + n);
             }
@@ -55,7 +56,7 @@ __device__ inline void store_chunk(const uint8_t* lines, int line, int chunk, ui
 // Tokens are the rows of the warpgroup's product; each warp owns 16 of them.
 template <typename V>
 __device__ void write_rows(Shared<V>& s, const Problem& p, const Tile& t, const float (&sum)[V::kHalves][V::kRegs]) {
-    const Place at;
+    const Place place;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, line = lane / 4, first = 16 * warp;
     uint8_t* lines = s.staging + warp * 16 * 128;
     if constexpr (V::kSwiglu) {
@@ -72,12 +73,12 @@ __device__ void write_rows(Shared<V>& s, const Problem& p, const Tile& t, const 
             largest = max(largest, __shfl_xor_sync(~0u, largest, 1));
             largest = max(largest, __shfl_xor_sync(~0u, largest, 2));
             const float scale = block_scale(largest, false);
-            const Quotient<false> code(scale);
+            const Quotient<false> divide(scale);
             const int row = line + 8 * i, m = first + row;
 #pragma unroll
             for (int j = 0; j < 16; j++) {
-                const unsigned codes = to_e4m3x4(code(y[2 * j]), code(y[2 * j + 1]), 0, 0);
-                *reinterpret_cast<uint16_t*>(lines + swizzled(row, j / 2) + j % 2 * 8 + at.column) = codes;
+                const unsigned codes = to_e4m3x4(divide(y[2 * j]), divide(y[2 * j + 1]), 0, 0);
+                *reinterpret_cast<uint16_t*>(lines + swizzled(row, j / 2) + j % 2 * 8 + place.column) = codes;
             }
             if (lane % 4 == 0 && m < t.rows) p.y_scale[t.n / 128 * p.y_scale_k + t.m + m] = scale;
         }
@@ -105,7 +106,7 @@ __device__ void write_rows(Shared<V>& s, const Problem& p, const Tile& t, const 
 // Tokens are the columns of the product. Staging lines are tokens; one warpgroup fills a line, or both for FP8.
 template <typename V>
 __device__ void write_columns(Shared<V>& s, const Problem& p, const Tile& t, const float (&sum)[V::kHalves][V::kRegs]) {
-    const Place at;
+    const Place place;
     const int thread = threadIdx.x;
     if constexpr (V::kSwiglu) {
         unsigned* largest = reinterpret_cast<unsigned*>(s.staging + V::kBlockM * 128);
@@ -119,15 +120,16 @@ __device__ void write_columns(Shared<V>& s, const Problem& p, const Tile& t, con
             const int i = j / 2 * 4 + j % 2;
             unsigned bits = max(abs_bits(y[i]), abs_bits(y[i + 2]));
             for (int d = 4; d < 32; d *= 2) bits = max(bits, __shfl_xor_sync(~0u, bits, d));
-            if (threadIdx.x % 32 < 4) atomicMax(largest + j / 2 * 8 + at.column + j % 2, bits);
+            if (threadIdx.x % 32 < 4) atomicMax(largest + j / 2 * 8 + place.column + j % 2, bits);
         }
         named_barrier(1, kConsumers);
 #pragma unroll
         for (int j = 0; j < V::kRegs / 2; j++) {
-            const int i = j / 2 * 4 + j % 2, token = j / 2 * 8 + at.column + j % 2, f = 64 * at.warpgroup + at.row;
-            const Quotient<false> code(block_scale(largest[token], false));
-            s.staging[swizzled(token, f / 16) + f % 16] = to_e4m3(code(y[i]));
-            s.staging[swizzled(token, f / 16) + f % 16 + 8] = to_e4m3(code(y[i + 2]));
+            const int i = j / 2 * 4 + j % 2, token = j / 2 * 8 + place.column + j % 2,
+                      f = 64 * place.warpgroup + place.row;
+            const Quotient<false> divide(block_scale(largest[token], false));
+            s.staging[swizzled(token, f / 16) + f % 16] = to_e4m3(divide(y[i]));
+            s.staging[swizzled(token, f / 16) + f % 16 + 8] = to_e4m3(divide(y[i + 2]));
         }
         if (thread < t.rows) p.y_scale[t.n / 128 * p.y_scale_k + t.m + thread] = block_scale(largest[thread], false);
         named_barrier(1, kConsumers);
@@ -135,22 +137,22 @@ __device__ void write_columns(Shared<V>& s, const Problem& p, const Tile& t, con
             store_chunk(s.staging, i / 8, i % 8, static_cast<uint8_t*>(p.y) + (t.m + i / 8) * p.y_m + t.n);
         named_barrier(1, kConsumers);
     } else {
-        uint8_t* lines = s.staging + at.warpgroup * kStaging / 2;
+        uint8_t* lines = s.staging + place.warpgroup * kStaging / 2;
 #pragma unroll
         for (int h = 0; h < V::kHalves; h++) {
-            const int n = t.n + 128 * h + 64 * at.warpgroup;
+            const int n = t.n + 128 * h + 64 * place.warpgroup;
 #pragma unroll
             for (int i = 0; i < V::kRegs; i++) {
-                const int token = i / 4 * 8 + at.column + i % 2, row = at.row + (i & 2) * 4;
+                const int token = i / 4 * 8 + place.column + i % 2, row = place.row + (i & 2) * 4;
                 *reinterpret_cast<bf16*>(lines + swizzled(token, row / 8) + row % 8 * 2) =
                     __float2bfloat16_rn(sum[h][i]);
             }
-            named_barrier(1 + at.warpgroup, 128);
+            named_barrier(1 + place.warpgroup, 128);
             for (int i = thread % 128; i < t.rows * 8; i += 128)
                 if (n + i % 8 * 8 < p.N)
                     store_chunk(lines, i / 8, i % 8,
                                 reinterpret_cast<uint8_t*>(static_cast<bf16*>(p.y) + (t.m + i / 8) * p.y_m + n));
-            named_barrier(1 + at.warpgroup, 128);
+            named_barrier(1 + place.warpgroup, 128);
         }
     }
 }

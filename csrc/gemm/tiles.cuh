@@ -54,7 +54,7 @@ template <typename V> struct Shared {
 
 struct Problem {
     TensorMap a, a_scale, b, b_scale;
-    const uint8_t* tokens;  // the next five serve Tokens::gathered
+    const uint8_t* tokens;  // the next five are used only by Tokens::gathered
     const float* token_scale;
     const int* source;
     int64_t tokens_m, token_scale_m, token_scale_k;
@@ -71,7 +71,7 @@ struct Problem {
 
 struct Tile {
     int group, m, n, rows;  // rows: the number of the tile's rows that belong to the group
-    int k, blocks;          // the part of the contraction, in units of V::kUnit
+    int k, k_units;         // the part of the contraction: its first unit and number of units of V::kUnit
 };
 
 template <typename V> __device__ void count_group_tiles(Shared<V>& s, const Problem& p) {
@@ -101,7 +101,7 @@ template <typename V> __device__ bool find_tile(const Shared<V>& s, const Proble
     const int end = V::kWgrad ? p.M : s.rows[g];
     found.group = g, found.m = V::kWgrad ? m : s.first[g] + m, found.n = in_group / height * kWidth;
     found.rows = min(end - m, V::kBlockM);
-    found.k = V::kWgrad ? s.first[g] : 0, found.blocks = V::kWgrad ? s.rows[g] : p.K / 128;
+    found.k = V::kWgrad ? s.first[g] : 0, found.k_units = V::kWgrad ? s.rows[g] : p.K / 128;
     return true;
 }
 

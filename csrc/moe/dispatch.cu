@@ -27,8 +27,8 @@ __device__ int inclusive_sum(int v) {
     __shared__ int totals[kWarps];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     for (int d = 1; d < 32; d *= 2) {
-        const int other = __shfl_up_sync(~0u, v, d);
-        if (lane >= d) v += other;
+        const int lower = __shfl_up_sync(~0u, v, d);
+        if (lane >= d) v += lower;
     }
     if (lane == 31) totals[warp] = v;
     __syncthreads();
@@ -42,16 +42,18 @@ __device__ int inclusive_sum(int v) {
 __global__ void __launch_bounds__(kThreads)
     dispatch_place_kernel(const int* experts, const int* counts, const int* before, int* offsets, int* slot,
                           int* source, int* padded_offsets, int S, int E, int tile) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, bins = E + 1;  // the last one: not routed here
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, bins = E + 1;  // the last one: unrouted slots
     int* next = dynamic_shared<int>();                                         // [bins]
     int* found = next + bins;                                                  // [kWarps][bins]
-    int* mine = found + warp * bins;
+    int* warp_found = found + warp * bins;
     const int run = tile / kWarps, first = blockIdx.x * tile + warp * run, last = min(first + run, S);
     const auto bin = [&](int i) { return experts[i] < 0 ? E : experts[i]; };
 
     const int e = threadIdx.x, count = e < E ? counts[e] : 0;
     const int end = inclusive_sum(count), padded_end = inclusive_sum((count + kPad - 1) / kPad * kPad);
     if (e < E) next[e] = end - count;
+    // Unrouted slots follow the routed ones. Unrouted slots before this tile = its first slot - routed slots before it;
+    // the loop over earlier tiles subtracts the latter.
     if (e == max(E, 1) - 1) next[E] = end + blockIdx.x * tile;
     if (blockIdx.x == 0) {
         if (e == 0) offsets[0] = padded_offsets[0] = 0;
@@ -60,7 +62,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = threadIdx.x; i < kWarps * bins; i += kThreads) found[i] = 0;
     __syncthreads();
 
-    for (int i = first + lane; i < last; i += 32) atomicAdd(mine + bin(i), 1);
+    for (int i = first + lane; i < last; i += 32) atomicAdd(warp_found + bin(i), 1);
     wait_for_previous();  // for `before`; the other inputs are older than the counting kernel
     for (int c = lane; c - lane < E && blockIdx.x > 0; c += 32) {
         int sum = 0;
@@ -68,28 +70,28 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll 8
             for (int b = warp; b < static_cast<int>(blockIdx.x); b += kWarps) sum += before[int64_t{E} * b + c];
         if (sum) atomicAdd(next + c, sum);
-        const int all = __reduce_add_sync(~0u, sum);
-        if (lane == 0 && all) atomicAdd(next + E, -all);
+        const int routed = __reduce_add_sync(~0u, sum);
+        if (lane == 0 && routed) atomicAdd(next + E, -routed);
     }
     __syncthreads();
 
     for (int c = threadIdx.x; c < bins; c += kThreads)
-        for (int w = 0, at = next[c]; w < kWarps; w++) {
+        for (int w = 0, row = next[c]; w < kWarps; w++) {
             const int n = found[w * bins + c];
-            found[w * bins + c] = at, at += n;
+            found[w * bins + c] = row, row += n;
         }
     __syncthreads();
 
     for (int i = first + lane; i - lane < last; i += 32) {
         const int b = i < last ? bin(i) : -1;
         const unsigned same = __match_any_sync(~0u, b);
-        const int rank = __popc(same & ((1u << lane) - 1)), at = b < 0 ? 0 : mine[b] + rank;
+        const int rank = __popc(same & ((1u << lane) - 1)), row = b < 0 ? 0 : warp_found[b] + rank;
         __syncwarp();
         if (b >= 0) {
-            if (rank == 0) mine[b] = at + __popc(same);
-            slot[i] = b < E ? at : -1;
-            LING_DEVICE_CHECK(at < S);
-            if (at < S) source[at] = i;  // wrong counts must not cause writes out of bounds
+            if (rank == 0) warp_found[b] = row + __popc(same);
+            slot[i] = b < E ? row : -1;
+            LING_DEVICE_CHECK(row < S);
+            if (row < S) source[row] = i;  // wrong counts must not cause writes out of bounds
         }
         __syncwarp();
     }
@@ -111,10 +113,10 @@ void dispatch_fwd(cudaStream_t stream, Tensor experts, Tensor counts, Tensor bef
     const int tile = ceil_div<int>(ceil_div<int64_t>(S, most), kThreads) * kThreads;
     const int tiles = S ? ceil_div<int>(S, tile) : 1;
     const size_t smem = (kWarps + 1) * (E + 1) * sizeof(int);
-    const auto place = [&]<unsigned how>() {
-        launch<dispatch_place_kernel, how>(tiles, kThreads, smem, stream, experts.ptr<int>(), counts.ptr<int>(),
-                                           before.ptr<int>(), offsets.ptr<int>(), slot.ptr<int>(), source.ptr<int>(),
-                                           padded_offsets.ptr<int>(), static_cast<int>(S), static_cast<int>(E), tile);
+    const auto place = [&]<unsigned flags>() {
+        launch<dispatch_place_kernel, flags>(tiles, kThreads, smem, stream, experts.ptr<int>(), counts.ptr<int>(),
+                                             before.ptr<int>(), offsets.ptr<int>(), slot.ptr<int>(), source.ptr<int>(),
+                                             padded_offsets.ptr<int>(), static_cast<int>(S), static_cast<int>(E), tile);
     };
     if (tiles == 1) return place.operator()<0>();
     launch<dispatch_count_kernel>(tiles, kThreads, E * sizeof(int), stream, experts.ptr<int>(), before.ptr<int>(),

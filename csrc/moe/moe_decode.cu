@@ -21,8 +21,8 @@ __global__ void __launch_bounds__(kThreads, 1) moe_decode_kernel(const __grid_co
     using Memory = Layout<kFp8, kDepth>;
     using Rows = Operand<kFp8>;
     uint8_t* const memory = dynamic_shared<uint8_t>();
-    Jobs& jobs = *reinterpret_cast<Jobs*>(memory + Memory::kJobs);
-    uint8_t* const operands = memory + Memory::kOperands;
+    Jobs& jobs = *reinterpret_cast<Jobs*>(memory + Memory::kJobsOffset);
+    uint8_t* const operands = memory + Memory::kOperandsOffset;
     const int slots = p.T * Router::kTop, warp = threadIdx.x / 32;
 
     launch_dependents();
@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kThreads, 1) moe_decode_kernel(const __grid_co
     Feed<kFp8, kDepth> feed{p, jobs, Stream<kFp8, kDepth>(memory + warp * Memory::Queue::kBytes)};
     for (int i = 0; i < kDepth; i++) feed.push();
 
-    const Partials partials{reinterpret_cast<float*>(memory + Memory::kPartials), p.T};
+    const Partials partials{reinterpret_cast<float*>(memory + Memory::kPartialsOffset), p.T};
     up(feed, partials, x, slots);
     grid_barrier(counters + p.counter);
 
@@ -52,14 +52,14 @@ __global__ void __launch_bounds__(kThreads, 1) moe_decode_kernel(const __grid_co
 }
 
 int counter_of(cudaStream_t stream) {
-    static std::mutex one;
-    static std::map<cudaStream_t, int> seen;
+    static std::mutex mutex;
+    static std::map<cudaStream_t, int> indices;
     static int captured = 0;
     cudaStreamCaptureStatus status;
     LING_CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
-    const std::lock_guard lock(one);
+    const std::lock_guard lock(mutex);
     if (status != cudaStreamCaptureStatusNone) return kStreams + captured++ % kCaptured;
-    const int index = seen.try_emplace(stream, static_cast<int>(seen.size())).first->second;
+    const int index = indices.try_emplace(stream, static_cast<int>(indices.size())).first->second;
     if (index >= kStreams) throw std::runtime_error("moe_decode_fwd has been called on more than 128 streams");
     return index;
 }

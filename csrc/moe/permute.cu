@@ -7,32 +7,32 @@ namespace {
 constexpr int kThreads = 256;
 
 // Half a warp takes one block of 128 columns of one token, 16 bytes per lane. It quantises once and writes the codes to
-// all slots of the token, so a warp writes 256 bytes per slot.
+// all rows of the token's experts, so a warp writes 256 bytes per row.
 template <typename T, bool kPow2>
 __global__ void __launch_bounds__(kThreads)
     permute_quantize_kernel(const T* __restrict__ x, const int* __restrict__ slot, uint8_t* __restrict__ x_q,
                             float* __restrict__ x_scale, int T_, int H, int topk, int64_t ldx, int64_t ld_scale) {
-    const int across = ceil_div(H, 2 * kBlock), lane = threadIdx.x % 16;
+    const int column_tiles = ceil_div(H, 2 * kBlock), lane = threadIdx.x % 16;
     const unsigned warp = blockIdx.x * (kThreads / 32) + threadIdx.x / 32;
-    const int t = warp / across, k = warp % across * 2 + threadIdx.x / 16 % 2;
+    const int t = warp / column_tiles, k = warp % column_tiles * 2 + threadIdx.x / 16 % 2;
     if (t >= T_) return;
-    const bool own = k * kBlock < H;
+    const bool exists = k * kBlock < H;
 
     alignas(16) T v[8];
-    if (own) load8(v, x + t * ldx + k * kBlock + 8 * lane);
+    if (exists) load8(v, x + t * ldx + k * kBlock + 8 * lane);
     else clear8(v);
     unsigned amax = amax8(v);
 #pragma unroll
     for (int d = 8; d; d /= 2) amax = max(amax, __shfl_xor_sync(~0u, amax, d));
-    if (!own) return;
+    if (!exists) return;
     const float scale = block_scale(amax, kPow2);
     const uint2 codes = encode8(v, Quotient<kPow2>(scale));
 #pragma unroll 8
     for (int i = 0; i < topk; i++) {
-        const int64_t s = slot[int64_t{t} * topk + i];
-        if (s < 0) continue;
-        *reinterpret_cast<uint2*>(x_q + s * H + k * kBlock + 8 * lane) = codes;
-        if (lane == i % 16) x_scale[k * ld_scale + s] = scale;
+        const int64_t row = slot[int64_t{t} * topk + i];
+        if (row < 0) continue;
+        *reinterpret_cast<uint2*>(x_q + row * H + k * kBlock + 8 * lane) = codes;
+        if (lane == i % 16) x_scale[k * ld_scale + row] = scale;
     }
 }
 

@@ -7,18 +7,31 @@
 namespace ling::routing {
 namespace {
 
-// Integers in the order of the floats; every finite float is above 0, which stands for "not to be chosen".
+// An unsigned integer that orders like the float. Every finite float gives more than 0; key 0 means "not to be chosen".
 __device__ unsigned ordered(float x) {
     const unsigned u = __float_as_uint(x);
     return u >> 31 ? ~u : u | 0x80000000u;
 }
 
-// The score function: sigmoid. ops/route.py defines it for the reference and for Triton.
+// log(sum(exp(x))) over the warp's N values per lane; also where x has infinities or NaN. Called by all 32 lanes.
+template <int N> __device__ float log_sum_exp(const float (&x)[N]) {
+    float top = x[0], sum = 0;
+#pragma unroll
+    for (int i = 1; i < N; i++) top = fmaxf(top, x[i]);
+    for (int d = 16; d; d /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, d));
+    top = fabsf(top) == INFINITY ? 0 : top;
+#pragma unroll
+    for (int i = 0; i < N; i++) sum += expf(x[i] - top);
+    return logf(warp_sum(sum)) + top;
+}
+
+// The score function (sigmoid). ops/route.py defines it for the reference and for Triton. All 32 lanes call the
+// functions of a statistic, which may shuffle; logits x are -inf in lanes without experts.
 struct Score {
-    // What a score needs of its row, from a warp's logits x: nothing for sigmoid.
+    // What the scores of a row share, from the warp's logits x: nothing for sigmoid, log_sum_exp(x) for softmax.
     template <int N> __device__ static float row_statistic(const float (&x)[N]) { return 0; }
-    // The same from the chosen experts alone, kTop neighbouring lanes with a logit each. The weights are normalised,
-    // so that all scores of a row may lack the same factor.
+    // The same from only the chosen experts: kTop neighbouring lanes with one logit each. It may differ from
+    // row_statistic by a common factor of all scores, because the weights are normalised.
     template <int kTop> __device__ static float chosen_statistic(float x) { return 0; }
     __device__ static float of(float x, float statistic) { return reciprocal(1 + expf(-x)); }
     // ds/dx at score s, for the gradient through normalised weights.
@@ -54,7 +67,7 @@ template <int kExperts_, int kGroups, int kTopGroups, int kTop_> struct Router {
     static_assert(kExperts <= 256 && kExperts / kGroups > 1 && 32 % kTop == 0 &&
                   (kPerLane == 1 || kPerLane == 2 * kKeep));
     const int lane = threadIdx.x % 32, group = lane / kLanes;
-    const bool exists = lane * kPerLane < kExperts;  // its experts
+    const bool exists = lane * kPerLane < kExperts;  // this lane has experts
     float bias[kPerLane] = {};
 
     __device__ explicit Router(const float* all) {
@@ -63,7 +76,7 @@ template <int kExperts_, int kGroups, int kTopGroups, int kTop_> struct Router {
         for (float& b : bias) b = b == b ? fminf(fmaxf(b, -FLT_MAX), FLT_MAX) : b;
     }
 
-    // x: the lane's own logits, -inf in a lane without experts. Writes the kTop chosen experts.
+    // x: the lane's logits, -inf in a lane without experts. Writes the kTop chosen experts. Called by all 32 lanes.
     __device__ void choose(const float (&x)[kPerLane], uint8_t* chosen) const {
         const unsigned below = (1u << lane) - 1;
         float v[kPerLane];
@@ -74,8 +87,7 @@ template <int kExperts_, int kGroups, int kTopGroups, int kTop_> struct Router {
             v[i] = biased == biased ? biased : -1e30f;  // NaN loses to every number
         }
 
-        // Scores of groups, and the number of groups that are better than this lane's: each lane compares with some of
-        // them.
+        // Scores of groups, and `better`: the rank of this lane's group; its lanes share the comparisons.
         float top = v[0], second = -INFINITY;
         if constexpr (kPerLane > 1) top = fmaxf(v[0], v[1]), second = fminf(v[0], v[1]);
 #pragma unroll
@@ -86,13 +98,13 @@ template <int kExperts_, int kGroups, int kTopGroups, int kTop_> struct Router {
             second = fmaxf(fminf(top, o), fmaxf(second, p));
             top = fmaxf(top, o);
         }
-        const unsigned mine = ordered(top + second);
+        const unsigned group_score = ordered(top + second);
         int better = 0;
 #pragma unroll
         for (int i = 0; i < kGroups; i += kLanes) {
             const int g = i + lane % kLanes;
-            const unsigned other = __shfl_sync(~0u, mine, g * kLanes);
-            const bool wins = g < kGroups && other + (g < group) > mine;  // the lower index wins ties
+            const unsigned other = __shfl_sync(~0u, group_score, g * kLanes);
+            const bool wins = g < kGroups && other + (g < group) > group_score;  // the lower index wins ties
             better += __popc(__ballot_sync(~0u, wins) >> group * kLanes & ((1u << kLanes) - 1));
         }
         const bool keep = exists && better < kTopGroups;
@@ -102,12 +114,12 @@ template <int kExperts_, int kGroups, int kTopGroups, int kTop_> struct Router {
         int expert = lane;
         if constexpr (kPerLane == 1) key[0] = keep ? ordered(v[0]) : 0;
         else {
-            constexpr int kSpread = 32 / kTopGroups;  // lanes of a kept group from here on
-            unsigned kept = __ballot_sync(~0u, keep && lane % kLanes == 0);
+            constexpr int kSpread = 32 / kTopGroups;  // lanes of a group that is kept, from here on
+            unsigned kept_groups = __ballot_sync(~0u, keep && lane % kLanes == 0);
 #pragma unroll
             for (int i = 1; i < kTopGroups; i++)
-                if (lane >= i * kSpread) kept &= kept - 1;
-            const int from = __ffs(kept) - 1 + lane % kSpread / 2, half = lane % 2;
+                if (lane >= i * kSpread) kept_groups &= kept_groups - 1;
+            const int from = __ffs(kept_groups) - 1 + lane % kSpread / 2, half = lane % 2;
 #pragma unroll
             for (int j = 0; j < kKeep; j++) {
                 const float low = __shfl_sync(~0u, v[j], from), high = __shfl_sync(~0u, v[j + kKeep], from);
@@ -116,7 +128,7 @@ template <int kExperts_, int kGroups, int kTopGroups, int kTop_> struct Router {
             expert = from * kPerLane + half * kKeep;
         }
 
-        // Sorted, those that are equal in the order they came; `order` holds their experts, a byte each.
+        // Stable descending sort of the lane's candidates; `order` holds their experts, one byte each.
         int sorted[kKeep];
 #pragma unroll
         for (int j = 0; j < kKeep; j++) sorted[j] = expert + j;
@@ -138,12 +150,12 @@ template <int kExperts_, int kGroups, int kTopGroups, int kTop_> struct Router {
             const unsigned best = __reduce_max_sync(~0u, key[0]);
             LING_DEVICE_CHECK(best != 0);
             const unsigned equal = __ballot_sync(~0u, key[0] == best);
-            const bool own = key[0] == best && !(equal & below);
-            if (own) chosen[i] = order;
-            order = own ? order >> 8 : order;
+            const bool wins = key[0] == best && !(equal & below);
+            if (wins) chosen[i] = order;
+            order = wins ? order >> 8 : order;
 #pragma unroll
-            for (int j = 1; j < kKeep; j++) key[j - 1] = own ? key[j] : key[j - 1];
-            key[kKeep - 1] = own ? 0 : key[kKeep - 1];
+            for (int j = 1; j < kKeep; j++) key[j - 1] = wins ? key[j] : key[j - 1];
+            key[kKeep - 1] = wins ? 0 : key[kKeep - 1];
         }
     }
 };

@@ -4,19 +4,20 @@
 namespace ling {
 namespace {
 
-// The fast exponential and quotient are within 2^-21 where the sigmoid is not negligible; exact ones would be the
-// limit.
+// The fast exponential and quotient are within 2^-21 where the sigmoid is not negligible; exact ones would make the
+// kernels compute-bound.
 __device__ float sigmoid(float x) { return __fdividef(1.f, 1.f + __expf(-x)); }
 
-// Row `row` + i of x, `rows` of them, from column `column` on of either half, all loads at once; missing rows are zero.
+// y = SwiGLU of 8 columns, from `column` on, of rows `row` + i of x, times the rows' weights. All loads are issued at
+// once. Only `rows` of the N rows exist; the others give 0.
 template <int N, typename T>
 __device__ void gated(float (&y)[N][8], const T* x, const float* weights, int64_t row, int rows, int column, int F) {
     alignas(16) T gate[N][8], up[N][8];
 #pragma unroll
     for (int i = 0; i < N; i++) {
-        const T* at = x + (row + i) * 2 * F + column;
-        i < rows ? load8(gate[i], at) : clear8(gate[i]);
-        i < rows ? load8(up[i], at + F) : clear8(up[i]);
+        const T* x_row = x + (row + i) * 2 * F + column;
+        i < rows ? load8(gate[i], x_row) : clear8(gate[i]);
+        i < rows ? load8(up[i], x_row + F) : clear8(up[i]);
     }
 #pragma unroll
     for (int i = 0; i < N; i++) {
@@ -42,8 +43,8 @@ __global__ void __launch_bounds__(256)
     swiglu_rows_kernel(const T* x, const float* weights, T* y, uint8_t* y_q, float* y_scale, const int* offsets, int M,
                        int F, int E, int64_t ld_scale) {
     constexpr int kRows = 4;
-    const int across = ceil_div(F, 2 * kBlock), k = blockIdx.x % across * 2 + threadIdx.x / 16 % 2;
-    const int first = blockIdx.x / across * 8 * kRows + threadIdx.x / 32 * kRows;
+    const int column_tiles = ceil_div(F, 2 * kBlock), k = blockIdx.x % column_tiles * 2 + threadIdx.x / 16 % 2;
+    const int first = blockIdx.x / column_tiles * 8 * kRows + threadIdx.x / 32 * kRows;
     const int column = k * kBlock + threadIdx.x % 16 * 8, end = offsets ? offsets[E] : M;
     const int rows = column < F ? end - first : 0;
     float v[kRows][8];
@@ -111,9 +112,9 @@ __global__ void __launch_bounds__(256)
 #pragma unroll
             for (int i = 0; i < kRows; i++) {
                 if (i >= rows) continue;
-                T* at = dx + int64_t{first + i} * 2 * F + column;
-                store_wide(at, dgate[i]);
-                store_wide(at + F, dup[i]);
+                T* dx_row = dx + int64_t{first + i} * 2 * F + column;
+                store_wide(dx_row, dgate[i]);
+                store_wide(dx_row + F, dup[i]);
             }
         }
         if (dx_q) {
@@ -162,8 +163,8 @@ void swiglu_fwd(cudaStream_t stream, Tensor x, Tensor weights, Tensor y, Tensor 
     }
     if (padded_offsets.ndim)
         LING_CHECK(offsets.ndim && yt_q.ndim && padded_offsets.is(DType::i32, {E + 1}) && padded_offsets.contiguous());
-    const int64_t across = ceil_div<int64_t>(F, kBlock);
-    const int64_t grid = yt_q.ndim ? M_pad / kBlock * across : ceil_div<int64_t>(M, 32) * ceil_div<int64_t>(across, 2);
+    const int64_t blocks = ceil_div<int64_t>(F, kBlock);
+    const int64_t grid = yt_q.ndim ? M_pad / kBlock * blocks : ceil_div<int64_t>(M, 32) * ceil_div<int64_t>(blocks, 2);
     LING_CHECK(grid < 1ll << 31);
     dispatch_pow2(x.dtype, pow2, [&]<typename T, bool kPow2>() {
         if (yt_q.ndim)

@@ -4,9 +4,9 @@
 namespace ling {
 namespace {
 
-constexpr int kThreads = 256, kBatch = 8;  // slots of a token whose rows are on the way at once
+constexpr int kThreads = 256, kBatch = 8;  // choices of a token whose rows load at once
 
-// kVec elements as they lie in memory: 16 bytes, or one where rows do not start at multiples of 16 bytes
+// kVec elements as stored in memory: 16 bytes, or one element where rows are not aligned to 16 bytes
 template <typename T, int kVec> struct Raw {
     alignas(kVec * sizeof(T)) T v[kVec];
 
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kThreads, kDots ? 2 : 4)
         if constexpr (kDots)
 #pragma unroll
             for (int k = 0; k < kBatch; k++) {
-                const float sum = warp_sum(dot[k]);
+                const float sum = s[k] >= 0 ? warp_sum(dot[k]) : 0;  // a whole warp has the same s
                 if (static_cast<int>(threadIdx.x) == k && first + k < topk) dots[t * topk + first + k] = sum;
             }
     }
@@ -130,7 +130,7 @@ template <typename F> void dispatch(const Tensor& x, bool aligned, bool choice, 
             choice ? f.template operator()<T, kVec, true>(block) : f.template operator()<T, kVec, false>(block);
         };
         constexpr int kWide = 16 / sizeof(T);
-        aligned&& H % kWide == 0 ? choose.template operator()<kWide>() : choose.template operator()<1>();
+        (aligned && H % kWide == 0) ? choose.template operator()<kWide>() : choose.template operator()<1>();
     });
 }
 

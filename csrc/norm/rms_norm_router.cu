@@ -114,16 +114,16 @@ void rms_norm_router_fwd(cudaStream_t stream, Tensor x, Tensor w, Tensor router_
     const int threads = ceil_div<int>(H, 128 * kVec) * 128, blocks = ceil_div<int>(E, kExperts);
     dispatch<float, bf16>(router_w.dtype, [&]<typename W>() {
         dispatch<float, bf16>(normed, [&]<typename R>() {
-            const auto of = [&]<int kRows>() {
+            const auto launch_rows = [&]<int kRows>() {
                 launch<rms_norm_router_kernel<W, R, kRows>, kOverlaps>(
                     blocks, threads, 0, stream, x.ptr<bf16>(), w.data, w.dtype == DType::f32, router_w.ptr<W>(),
                     residual.ptr<R>(), h.ptr<bf16>(), total.ptr<R>(), logits.ptr<float>(), static_cast<int>(T),
                     static_cast<int>(H), static_cast<int>(E), x.stride[0], residual.stride[0], eps);
             };
-            if (T == 1) of.template operator()<1>();
-            else if (T == 2 || threads > 512) of.template operator()<2>();
-            else if (T <= 4 || threads > 256) of.template operator()<4>();
-            else of.template operator()<8>();
+            if (T == 1) launch_rows.template operator()<1>();
+            else if (T == 2 || threads > 512) launch_rows.template operator()<2>();
+            else if (T <= 4 || threads > 256) launch_rows.template operator()<4>();
+            else launch_rows.template operator()<8>();
         });
     });
 }

@@ -30,30 +30,30 @@ template <typename T> __device__ unsigned amax8(const T (&v)[8]) {
     return amax;
 }
 
-template <bool kPow2, typename T> __device__ uint2 encode8(const T (&v)[8], const Quotient<kPow2>& over) {
+template <bool kPow2, typename T> __device__ uint2 encode8(const T (&v)[8], const Quotient<kPow2>& divide) {
     float q[8];
 #pragma unroll
-    for (int j = 0; j < 8; j++) q[j] = over(static_cast<float>(v[j]));
+    for (int j = 0; j < 8; j++) q[j] = divide(static_cast<float>(v[j]));
     return {to_e4m3x4(q[0], q[1], q[2], q[3]), to_e4m3x4(q[4], q[5], q[6], q[7])};
 }
 
-// In lanes with lane % N == i: the largest a[i] of 16 lanes. Each step halves the number of maxima in a lane.
+// Returns the largest a[i] of 16 lanes, in lanes with lane % N == i. Each step halves the rows a lane keeps.
 template <int N> __device__ unsigned amax_of_rows(unsigned (&a)[N]) {
     const int lane = threadIdx.x % 16;
 #pragma unroll
     for (int n = N / 2; n; n /= 2)
 #pragma unroll
         for (int i = 0; i < n; i++) {
-            const unsigned given = lane & n ? a[i] : a[i + n], kept = lane & n ? a[i + n] : a[i];
-            a[i] = max(kept, __shfl_xor_sync(~0u, given, n));
+            const unsigned sent = lane & n ? a[i] : a[i + n], own_max = lane & n ? a[i + n] : a[i];
+            a[i] = max(own_max, __shfl_xor_sync(~0u, sent, n));
         }
 #pragma unroll
     for (int n = N; n < 16; n *= 2) a[0] = max(a[0], __shfl_xor_sync(~0u, a[0], n));
     return a[0];
 }
 
-// Quantise N lines of 128 elements, 8 of each in a lane of half a warp, to `rows` rows from `row` on, column block k,
-// of x_q [., K] and x_scale [., K/128], strides 1 and ld_scale.
+// Quantise N rows of 128 elements, of which a lane of half a warp holds 8 each. Stores min(N, rows) rows starting at
+// `row`, columns 128 k ... 128 k + 127, of x_q [., K] and their scales to x_scale [., K/128], strides 1 and ld_scale.
 template <bool kPow2, int N, typename T>
 __device__ void store_rows(const T (&v)[N][8], int64_t row, int rows, int k, uint8_t* x_q, float* x_scale, int K,
                            int64_t ld_scale) {
@@ -65,14 +65,14 @@ __device__ void store_rows(const T (&v)[N][8], int64_t row, int rows, int k, uin
     if (lane < N && lane < rows) x_scale[k * ld_scale + row + lane] = scale;
 #pragma unroll
     for (int i = 0; i < N; i++) {
-        const Quotient<kPow2> over(__shfl_sync(~0u, scale, i, 16), __shfl_sync(~0u, inverse, i, 16));
-        const uint2 codes = encode8(v[i], over);
+        const Quotient<kPow2> divide(__shfl_sync(~0u, scale, i, 16), __shfl_sync(~0u, inverse, i, 16));
+        const uint2 codes = encode8(v[i], divide);
         if (i < rows) *reinterpret_cast<uint2*>(x_q + (row + i) * K + k * kBlock + 8 * lane) = codes;
     }
 }
 
-// Quantise tile number `tile` of 128 rows, column block k, to xt_q [K, M_pad] and xt_scale [K, M_pad/128], strides 1
-// and K. Missing rows must be zero in it.
+// Quantise tile number `tile` of 128 rows, columns 128 k ... 128 k + 127, to xt_q [K, M_pad] and xt_scale
+// [K, M_pad/128], strides 1 and K. Rows that do not exist must be zero in the tile.
 template <bool kPow2, typename T>
 __device__ void store_columns(const Tile<T>& x, int tile, int k, uint8_t* xt_q, float* xt_scale, int K, int64_t M_pad) {
     __shared__ __align__(16) unsigned amax[kTileThreads / 32][kBlock];
@@ -88,8 +88,8 @@ __device__ void store_columns(const Tile<T>& x, int tile, int k, uint8_t* xt_q, 
         for (int j = 0; j < 8; j++) a[j] = max(a[j], abs_bits(static_cast<float>(x.v[i][j])));
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-        const unsigned given = ty % 2 ? a[j] : a[j + 4], kept = ty % 2 ? a[j + 4] : a[j];
-        a[j] = max(kept, __shfl_xor_sync(~0u, given, 16));
+        const unsigned sent = ty % 2 ? a[j] : a[j + 4], own_max = ty % 2 ? a[j + 4] : a[j];
+        a[j] = max(own_max, __shfl_xor_sync(~0u, sent, 16));
     }
     *reinterpret_cast<uint4*>(&amax[t / 32][8 * tx + ty % 2 * 4]) = {a[0], a[1], a[2], a[3]};
     __syncthreads();
@@ -107,10 +107,10 @@ __device__ void store_columns(const Tile<T>& x, int tile, int k, uint8_t* xt_q, 
         const Vec<4> s = load<4>(scale + 8 * tx + j0), inv = load<4>(inverse + 8 * tx + j0);
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            const Quotient<kPow2> over(s[j], inv[j]);
+            const Quotient<kPow2> divide(s[j], inv[j]);
             float q[4];
 #pragma unroll
-            for (int i = 0; i < 4; i++) q[i] = over(static_cast<float>(x.v[i][j0 + j]));
+            for (int i = 0; i < 4; i++) q[i] = divide(static_cast<float>(x.v[i][j0 + j]));
             codes[8 * tx + j0 + j][ty ^ 2 * tx] = to_e4m3x4(q[0], q[1], q[2], q[3]);
         }
     }
@@ -124,7 +124,7 @@ __device__ void store_columns(const Tile<T>& x, int tile, int k, uint8_t* xt_q, 
     }
 }
 
-// A tile has `count` rows of x from `first` on; live: an expert owns it.
+// A tile has the rows first ... first + count - 1 of x, at most 128 of them; live: an expert owns it.
 struct TileRows {
     int first, count;
     bool live;

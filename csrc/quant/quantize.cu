@@ -18,9 +18,9 @@ __global__ void __launch_bounds__(256)
     constexpr int kRows = 4;
     launch_dependents();
     wait_for_previous();
-    const int across = ceil_div(K, 2 * kBlock), lane = threadIdx.x % 16;
-    const int k = blockIdx.x % across * 2 + threadIdx.x / 16 % 2;
-    const int first = blockIdx.x / across * 8 * kRows + threadIdx.x / 32 * kRows;
+    const int column_tiles = ceil_div(K, 2 * kBlock), lane = threadIdx.x % 16;
+    const int k = blockIdx.x % column_tiles * 2 + threadIdx.x / 16 % 2;
+    const int first = blockIdx.x / column_tiles * 8 * kRows + threadIdx.x / 32 * kRows;
     const int end = offsets ? offsets[E] : M, rows = k * kBlock < K ? end - first : 0;
 
     alignas(16) T v[kRows][8];
@@ -55,25 +55,25 @@ template <typename T, bool kPow2>
 __global__ void __launch_bounds__(kTileThreads, 2)
     quantize_weight_kernel(const T* w, uint8_t* w_q, float* w_scale, int K) {
     __shared__ unsigned amax[kTileThreads / 32];
-    const int across = K / kBlock;
-    const int64_t at = (blockIdx.x / across * int64_t{kBlock} + threadIdx.x / 16 * 4) * K +
-                       blockIdx.x % across * kBlock + threadIdx.x % 16 * 8;
+    const int column_tiles = K / kBlock;
+    const int64_t offset = (blockIdx.x / column_tiles * int64_t{kBlock} + threadIdx.x / 16 * 4) * K +
+                           blockIdx.x % column_tiles * kBlock + threadIdx.x % 16 * 8;
     Tile<T> in;
 #pragma unroll
-    for (int i = 0; i < 4; i++) load8(in.v[i], w + at + i * int64_t{K});
+    for (int i = 0; i < 4; i++) load8(in.v[i], w + offset + i * int64_t{K});
     unsigned most = 0;
 #pragma unroll
     for (int i = 0; i < 4; i++) most = max(most, amax8(in.v[i]));
     most = __reduce_max_sync(~0u, most);
     if (threadIdx.x % 32 == 0) amax[threadIdx.x / 32] = most;
     __syncthreads();
-    for (const unsigned other : amax) most = max(most, other);
+    for (const unsigned warp_amax : amax) most = max(most, warp_amax);
 
     const float scale = block_scale(most, kPow2);
     if (threadIdx.x == 0) w_scale[blockIdx.x] = scale;
-    const Quotient<kPow2> over(scale);
+    const Quotient<kPow2> divide(scale);
 #pragma unroll
-    for (int i = 0; i < 4; i++) *reinterpret_cast<uint2*>(w_q + at + i * int64_t{K}) = encode8(in.v[i], over);
+    for (int i = 0; i < 4; i++) *reinterpret_cast<uint2*>(w_q + offset + i * int64_t{K}) = encode8(in.v[i], divide);
     __threadfence();  // for a kernel that starts as this one ends and reads weights before it waits
 }
 

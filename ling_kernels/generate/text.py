@@ -52,7 +52,8 @@ class StopStrings:
         if starts:
             self.found, self.held_back = True, ""
             return text[: min(starts)]
-        partial_matches = (n for s in self.stop for n in range(1, len(s)) if text.endswith(s[:n]))
+        longest = len(text) + 1  # a client may send a stop string of a megabyte
+        partial_matches = (n for s in self.stop for n in range(1, min(len(s), longest)) if text.endswith(s[:n]))
         safe = len(text) - max(partial_matches, default=0)
         self.held_back = text[safe:]
         return text[:safe]

@@ -3,8 +3,9 @@
 The official files are those of Ling-V2 (transformers 4.52); transformers 5 moves the RoPE fields into rope_parameters.
 """
 
-import sys
 from typing import Any
+
+import torch
 
 from ..errors import InputError
 
@@ -20,6 +21,7 @@ ASSUMED: dict[str, tuple] = {
     "attention_dropout": (0,), "embedding_dropout": (0,), "output_dropout": (0,),
 }  # fmt: skip
 BLOCK_FP8 = dict(activation_scheme="dynamic", fmt="e4m3", quant_method="fp8", weight_block_size=[128, 128])
+FP32 = torch.finfo(torch.float32)
 ROPE = ("rope_theta", "partial_rotary_factor")  # fields of config.json that transformers 5 moves into rope_parameters
 YARN = ("beta_fast", "beta_slow", "attention_factor")  # optional numbers of a YaRN scaling
 
@@ -30,8 +32,9 @@ def check(condition: bool, message: str) -> None:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a JSON value is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    """Whether a JSON value is a number that is finite in fp32, and 0 there only if it is 0."""
+    is_one = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_one and (value == 0 or FP32.tiny <= abs(value) <= FP32.max)
 
 
 def is_integer(value: Any) -> bool:
@@ -135,5 +138,6 @@ def canonical_scaling(scaling: Any, positions: int, name: str = "rope_scaling") 
     check(given.pop("truncate", True) is True, f"{name} {scaling}: only truncate true is supported")
     numbers = {k: given.pop(k) for k in YARN if k in given}
     check(not given, f"{name} {scaling}: {', '.join(map(str, given))} is not supported")
-    check(all(is_number(v) and v > 0 for v in numbers.values()), f"{name} {scaling}: {', '.join(YARN)} are numbers > 0")
+    check(all(is_number(v) and 0 < v <= 1 << 24 for v in numbers.values()),
+          f"{name} {scaling}: {', '.join(YARN)} are numbers > 0")  # fmt: skip
     return {"type": "yarn", "factor": factor, "original_max_position_embeddings": length, **numbers}

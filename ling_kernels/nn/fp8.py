@@ -13,7 +13,7 @@ docs/fp8.md has the recompute levels and the bytes that each saves.
 import torch
 from torch import Tensor, nn
 
-from ..op import expect
+from ..op import expect, explaining
 from ..ops.dispatch import Plan
 from ..ops.moe import Weight
 from ..ops.quantize import BLOCK, quantize_weight
@@ -37,6 +37,11 @@ FP8_ROWS = 824  # rows per expert from which FP8 weight gradients are faster on 
 def fits(weight: Tensor) -> bool:
     """Whether a weight [(E,) N, K] can be FP8: 128 must divide N and K."""
     return weight.shape[-1] % BLOCK == weight.shape[-2] % BLOCK == 0
+
+
+def uncached() -> bool:
+    """Whether nothing may be cached: a compiler traces, or `explain` runs."""
+    return torch.compiler.is_compiling() or explaining()
 
 
 class Fp8Weights:
@@ -65,7 +70,7 @@ class Fp8Weights:
 
     def quantized(self, *weights: nn.Parameter) -> list[tuple[Tensor, Tensor]]:
         """Each weight's codes and scales, from its cache where there is one."""
-        caches = [None] * len(weights) if torch.compiler.is_compiling() else self.caches
+        caches = [None if isinstance(c, Fp8Cache) and uncached() else c for c in self.caches]
         return [
             quantize_weight(w, self.pow2) if cache is None else cache(w)
             for w, cache in zip(weights, caches, strict=True)
@@ -75,7 +80,7 @@ class Fp8Weights:
         """The fields of an Fp8Weight for each weight, flat: autograd sees only tensors passed directly as arguments."""
         flat = []
         for w, pair, transposed in zip(weights, self.quantized(*weights), self.transposed, strict=True):
-            transposed = None if torch.compiler.is_compiling() else transposed
+            transposed = None if uncached() else transposed
             version = None if transposed is None else version_of(w)
             flat += Fp8Weight(*pair, getattr(w, "main_grad", None), transposed, version)
         return flat

@@ -1,14 +1,18 @@
 """Caches of tensors computed from a weight, and how they detect that the weight changed."""
 
 import functools
-import weakref
+import itertools
 
+import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..ops.quantize import quantize_weight
 
 _steps = 0  # optimizer steps of this process since the first cache
+_numbers = WeakIdKeyDictionary()  # a number for each weight: a new one may have the version and address of an old one
+_next_number = itertools.count()
 
 
 @functools.cache
@@ -22,9 +26,21 @@ def watch_optimizers() -> None:
     register_optimizer_step_post_hook(count)
 
 
-def version_of(w: Tensor) -> tuple:
-    """A value that differs after every change of w, for caches that called `watch_optimizers`."""
-    return _steps, w._version, w.device
+def version_of(w: Tensor) -> tuple | None:
+    """A value that differs from weight to weight and after every change of w, for caches that called
+    `watch_optimizers`. None for a tensor of inference mode, whose changes nobody counts."""
+    if w.is_inference():
+        return None
+    if w not in _numbers:
+        _numbers[w] = next(_next_number)
+    return _numbers[w], _steps, w._version, w.device
+
+
+def reusable(pair: tuple[Tensor, Tensor] | None, w: Tensor) -> bool:
+    """Whether a cached pair can be written again and be saved for a backward pass."""
+    if pair is None or pair[0].device != w.device:
+        return False
+    return not pair[0].is_inference() or torch.is_inference_mode_enabled()
 
 
 class Fp8Cache:
@@ -38,7 +54,6 @@ class Fp8Cache:
         watch_optimizers()
         self.pow2 = pow2
         self.pair: tuple[Tensor, Tensor] | None = None
-        self.weight: weakref.ref | None = None
         self.version: tuple | None = None
         self.written = False  # by the optimizer's step that is under way
 
@@ -47,15 +62,14 @@ class Fp8Cache:
 
     def __call__(self, w: nn.Parameter) -> tuple[Tensor, Tensor]:
         if not self.is_current(w):
-            moved = self.pair is None or self.pair[0].device != w.device
-            self.pair = quantize_weight(w, self.pow2, None if moved else self.pair)
+            self.pair = quantize_weight(w, self.pow2, self.pair if reusable(self.pair, w) else None)
             self.mark_current(w)
         w.fp8 = self
         return self.pair
 
     def is_current(self, w: Tensor) -> bool:
-        return self.pair is not None and self.weight() is w and self.version == version_of(w)
+        return reusable(self.pair, w) and self.version is not None and self.version == version_of(w)
 
     def mark_current(self, w: Tensor) -> None:
         """Mark the cache as up to date with w."""
-        self.weight, self.version = weakref.ref(w), version_of(w)
+        self.version = version_of(w)

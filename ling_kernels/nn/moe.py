@@ -24,7 +24,7 @@ class MoE(nn.Module):
     ):  # fmt: skip
         super().__init__()
         self.router, self.experts, self.shared_experts = router, experts, shared_experts
-        self.exchange = exchange or Local()
+        self.exchange = Local() if exchange is None else exchange
 
     def forward(
         self, x: Tensor, z_loss: float | None = None, experts: Tensor | None = None

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.balance_bias import balance_bias_
+from ..ops.moe import routed_rows
 from ..ops.route import route
 from ..ops.router_gemm import router_gemm
 from .norm import Fp32Buffers
@@ -27,7 +28,7 @@ class Router(Fp32Buffers):
 
         experts forces the choice of experts, as `route` does; the weights still come from x.
         """
-        logits = router_gemm(x, self.weight)
+        logits = router_gemm(routed_rows(x, experts), self.weight)
         bias = self.expert_bias.to(logits.dtype)  # fp32, but for a model in fp64
         weights, experts, counts, *z = route(logits, bias, z_loss=z_loss, experts=experts, **self.limits)
         if self.training and torch.is_grad_enabled():

@@ -8,13 +8,13 @@ write 1:
 Ling-mini's routed experts, 15.3e9 elements on one GPU: 0, with 0.54 GB while a layer's gate_up is in use, or 15.3 GB.
 """
 
-import weakref
+from typing import Any
 
 from torch import Tensor
 
 from ..op import expect
 from ..ops.transpose_fp8 import transpose_fp8
-from .fp8_cache import watch_optimizers
+from .fp8_cache import reusable, version_of, watch_optimizers
 
 KEEP = ("on_demand", "kept")
 
@@ -28,28 +28,24 @@ class Transposed:
     def __init__(self, keep: str = "on_demand"):
         expect(keep in KEEP, f"keep among {', '.join(KEEP)}", keep)
         watch_optimizers()
-        self.keep, self.version = keep, None
+        self.keep = keep
         self.pair: tuple[Tensor, Tensor] | None = None
-        self.weight: weakref.ref | None = None
+        self.version: Any = None  # of the weight that `pair` was computed from
 
     def __reduce__(self):
         return Transposed, (self.keep,)
 
-    def __call__(self, w_q: Tensor, w_scale: Tensor, version=None) -> tuple[Tensor, Tensor]:
+    def __call__(self, w_q: Tensor, w_scale: Tensor, version: Any = None) -> tuple[Tensor, Tensor]:
         """w_q [(E,) N, K] e4m3 and w_scale [(E,) N/128, K/128] -> wt_q [(E,) K, N] and wt_scale, not to be written.
 
         version: a value that changes whenever the weight does, such as the step, or `version_of` the parameter that w_q
-        was quantised from. Without one, w_q is recognised by its identity and its own `_version`, which a change
-        through `.data` does not raise.
+        was quantised from; by default that of w_q itself, which a change through `.data` does not raise.
         """
         if self.keep == "on_demand":
             return transpose_fp8(w_q, w_scale)
         if version is None:
-            current = self.pair is not None and self.weight() is w_q and self.version == w_q._version
-        else:
-            current = self.pair is not None and self.version == version
-        if not current:
-            moved = self.pair is None or self.pair[0].device != w_q.device
-            self.pair, self.weight = transpose_fp8(w_q, w_scale, None if moved else self.pair), weakref.ref(w_q)
-            self.version = w_q._version if version is None else version
+            version = version_of(w_q)
+        if not reusable(self.pair, w_q) or version is None or self.version != version:
+            self.pair = transpose_fp8(w_q, w_scale, self.pair if reusable(self.pair, w_q) else None)
+            self.version = version
         return self.pair

@@ -12,9 +12,9 @@ from ..op import expect, first_derivative_only, multiprocessors, op, upcast, use
 def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100, reduction: str = "mean") -> Tensor:
     """logits [T, V], targets [T] int64 -> the mean or sum over tokens not ignored, a scalar, or [T] for "none"; fp32.
 
-    The mean is 0, not NaN, where every token is ignored, so that a batch of padding does not end a run. The loss of an
-    ignored token is 0. Gradient: to logits, in their dtype. Raises ValueError for another shape, dtype or reduction,
-    and on a CPU for a target that is neither in 0..V-1 nor ignore_index.
+    The mean is 0, not NaN, where every token is ignored, so that a batch of padding does not end a run. The loss and
+    the gradient of an ignored token are 0, whatever its logits. Gradient: to logits, in their dtype. Raises ValueError
+    for another shape, dtype or reduction, and on a CPU for a target that is neither in 0..V-1 nor ignore_index.
     """
     expect(logits.ndim == 2 and logits.shape[1] > 0 and logits.is_floating_point(), "logits [T, V]", logits)
     expect_targets(targets, len(logits), logits.shape[1], ignore_index)
@@ -28,10 +28,16 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100, red
 
 
 def cross_entropy_ref(logits, targets, ignore_index=-100, reduction="mean"):
+    logits = without_ignored(upcast(logits), targets, ignore_index)
     if reduction == "none":
-        return F.cross_entropy(upcast(logits), targets, ignore_index=ignore_index, reduction="none")
-    total = F.cross_entropy(upcast(logits), targets, ignore_index=ignore_index, reduction="sum")
+        return F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="none")
+    total = F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
     return total / count_targets(targets, ignore_index) if reduction == "mean" else total
+
+
+def without_ignored(rows: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+    """rows [T, n] with 0 where the target is ignored: a NaN there times a gradient of 0 would be NaN."""
+    return rows.masked_fill((targets == ignore_index)[:, None], 0)
 
 
 def count_targets(targets: Tensor, ignore_index: int) -> Tensor:

@@ -260,7 +260,9 @@ def gemm_fp8_kernel(
     B = tl.make_tensor_descriptor(b, [G * N, K], [ldb, 1], [BLOCK_N, 128])
     width = N // 2 if SWIGLU else N
     tiles_n = tl.cdiv(width, BLOCK_N)
-    up_scale = width * b_scale_n if ROW_SCALES else width // 128 * b_scale_n  # distance from a gate's scale to its up's
+    up_scale = (
+        tl.cast(width if ROW_SCALES else width // 128, tl.int64) * b_scale_n
+    )  # distance from a gate's scale to its up's
 
     # Programs share the tiles of all groups evenly: each takes every num_programs-th.
     total = tl.cdiv(M, BLOCK_M) * tiles_n
@@ -294,7 +296,8 @@ def gemm_fp8_kernel(
 
         # Scales are loaded one step ahead to hide their latency.
         xs_pointers = a_scale + source_rows * a_scale_m
-        ws_pointers = b_scale + group * b_scale_g + (columns if ROW_SCALES else n // 128) * b_scale_n
+        ws_columns = columns if ROW_SCALES else n // 128
+        ws_pointers = b_scale + tl.cast(group, tl.int64) * b_scale_g + ws_columns.to(tl.int64) * b_scale_n
         in_width = columns < N if ROW_SCALES else K > 0
         next_xs = tl.load(xs_pointers, mask=valid, other=0.0)
         next_ws = tl.load(ws_pointers, mask=in_width, other=0.0)
@@ -319,7 +322,7 @@ def gemm_fp8_kernel(
 
         if SWAP:
             acc = acc.T
-        y_pointers = y + rows.to(tl.int64)[:, None] * ldy + columns[None, :] * y_n
+        y_pointers = y + rows.to(tl.int64)[:, None] * ldy + columns.to(tl.int64)[None, :] * y_n
         mask = valid[:, None] & (columns < width)[None, :]
         if SWIGLU:
             if SWAP:

@@ -176,7 +176,7 @@ def grouped_gemm_kernel(
                 else:
                     w = B.load([group, k, n]).reshape(BLOCK_K, BLOCK_N)
             else:
-                ks = k + tl.arange(0, BLOCK_K)
+                ks = (k + tl.arange(0, BLOCK_K)).to(tl.int64)
                 x = tl.load(a_pointers + ks[None, :] * a_k, mask=valid[:, None] & (ks < K)[None, :], other=0.0)
                 w = tl.load(b_pointers + ks[:, None] * b_k, mask=(ks < K)[:, None] & (columns < N)[None, :], other=0.0)
             if SWAP:
@@ -185,5 +185,5 @@ def grouped_gemm_kernel(
                 acc = tl.dot(x, w, acc, input_precision="ieee")
         if SWAP:
             acc = acc.T
-        y_pointers = y + rows.to(tl.int64)[:, None] * y_m + columns[None, :] * y_n
+        y_pointers = y + rows.to(tl.int64)[:, None] * y_m + columns.to(tl.int64)[None, :] * y_n
         tl.store(y_pointers, acc, mask=valid[:, None] & (columns < N)[None, :])

@@ -164,7 +164,7 @@ def rows_product(
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, PASSES: tl.constexpr,
 ):  # fmt: skip
     """dy[s0:s1, n:]^T x[s0:s1, k:]. Rows after s1 may hold NaN, so those of both operands are zeroed."""
-    ns, ks = n + tl.arange(0, BLOCK_N), k + tl.arange(0, BLOCK_K)
+    ns, ks = (n + tl.arange(0, BLOCK_N)).to(tl.int64), (k + tl.arange(0, BLOCK_K)).to(tl.int64)
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for s in range(s0, s1, BLOCK_S):
         rows = s + tl.arange(0, BLOCK_S)
@@ -175,8 +175,8 @@ def rows_product(
         if dy_scale is None:
             acc = tl.dot(p.T, q, acc, input_precision="ieee")
         else:
-            scale = tl.load(dy_scale + rows * dy_scale_s + n // 128 * dy_scale_n, mask=valid, other=0.0)
-            scale *= tl.load(x_scale + rows * x_scale_s + k // 128 * x_scale_k, mask=valid, other=0.0)
+            scale = tl.load(dy_scale + rows * dy_scale_s + (n // 128).to(tl.int64) * dy_scale_n, mask=valid, other=0.0)
+            scale *= tl.load(x_scale + rows * x_scale_s + (k // 128).to(tl.int64) * x_scale_k, mask=valid, other=0.0)
             rest, exact = p.to(tl.float32) * scale[:, None], q.to(tl.bfloat16)
             for _ in tl.static_range(PASSES):
                 part = rest.to(tl.bfloat16)
@@ -192,8 +192,8 @@ def columns_product(
 ):  # fmt: skip
     """dy[n:, s0:s1] x[k:, s0:s1]^T with a scale for each 128 of s; both bounds are multiples of 128."""
     ns, ks = n + tl.arange(0, BLOCK_N), k + tl.arange(0, BLOCK_K)
-    dy_scales = dy_scale + ns.to(tl.int64) * dy_scale_n + s0 // 128 * dy_scale_s
-    x_scales = x_scale + ks.to(tl.int64) * x_scale_k + s0 // 128 * x_scale_s
+    dy_scales = dy_scale + ns.to(tl.int64) * dy_scale_n + (s0 // 128).to(tl.int64) * dy_scale_s
+    x_scales = x_scale + ks.to(tl.int64) * x_scale_k + (s0 // 128).to(tl.int64) * x_scale_s
     next_ps = tl.load(dy_scales, mask=(ns < N) & (s0 < s1), other=0.0)
     next_qs = tl.load(x_scales, mask=(ks < K) & (s0 < s1), other=0.0)
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
@@ -231,8 +231,8 @@ def grouped_wgrad_kernel(
             dy, x, dy_scale, x_scale, s0, s1, n, k, dy_0, dy_1, x_0, x_1,
             dy_scale_0, dy_scale_1, x_scale_0, x_scale_1, N, K, BLOCK_N, BLOCK_K, BLOCK_S, PASSES,
         )  # fmt: skip
-    ns, ks = n + tl.arange(0, BLOCK_N), k + tl.arange(0, BLOCK_K)
-    pointers = out + e.to(tl.int64) * out_e + ns.to(tl.int64)[:, None] * out_n + ks[None, :] * out_k
+    ns, ks = (n + tl.arange(0, BLOCK_N)).to(tl.int64), (k + tl.arange(0, BLOCK_K)).to(tl.int64)
+    pointers = out + e.to(tl.int64) * out_e + ns[:, None] * out_n + ks[None, :] * out_k
     mask = (ns < N)[:, None] & (ks < K)[None, :]
     if ACCUMULATE:
         acc += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)

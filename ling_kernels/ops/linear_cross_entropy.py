@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..op import autocast, expect, first_derivative_only, op, upcast, use_reference
-from .cross_entropy import count_targets, cross_entropy_fwd, cross_entropy_ref, expect_targets
+from .cross_entropy import count_targets, cross_entropy_fwd, cross_entropy_ref, expect_targets, without_ignored
 
 
 def linear_cross_entropy(
@@ -34,7 +34,8 @@ def linear_cross_entropy(
 
 
 def linear_cross_entropy_ref(x, w, targets, ignore_index=-100, reduction="mean", chunk=1024):
-    return cross_entropy_ref(upcast(x) @ upcast(w).T, targets, ignore_index, reduction)
+    x = without_ignored(upcast(x), targets, ignore_index)
+    return cross_entropy_ref(x @ upcast(w).T, targets, ignore_index, reduction)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -82,7 +83,8 @@ def by_chunks(x, w, targets, loss, dx, dw, ignore_index, mean, chunk, kernels) -
     losses = loss.new_empty(len(x))
     tokens = count_targets(targets, ignore_index) if mean else None
     for rows in map(slice, range(0, len(x), chunk), range(chunk, len(x) + chunk, chunk)):
-        xs, target, lse = x[rows], targets[rows], torch.empty_like(losses[rows])
+        target, lse = targets[rows], torch.empty_like(losses[rows])
+        xs = without_ignored(x[rows], target, ignore_index)
         with torch.autocast(x.device.type, enabled=False):
             logits = mm(xs, w.T)
             if kernels:

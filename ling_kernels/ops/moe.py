@@ -43,9 +43,9 @@ def moe(
     """x [T, H], router_w [E, H], bias [E] fp32, w_gate_up [E, 2F, H], w_down [E, H, F] -> y [T, H], counts [E] int32.
 
     shared is (w_gate_up [2Fs, H], w_down [H, Fs]) of the shared expert, which no weight scales. mask [T] bool: False
-    for padding, which no expert sees. z_loss, a coefficient, appends that loss. experts [T, topk] int32 forces the
-    choice of experts. The routing arguments are `route`'s. The routing weights are applied after the down projection,
-    in fp32, as in the official inference code.
+    for padding, which router and experts do not read; the shared expert does. z_loss, a coefficient, appends that loss.
+    experts [T, topk] int32 forces the choice of experts. The routing arguments are `route`'s. The routing weights are
+    applied after the down projection, in fp32, as in the official inference code.
     A weight may be FP8, a pair (w_q, w_scale) as `quantize_weight` returns it; it gets no gradient and passes none on.
     SwiGLU of the fp32 gate_up product is quantised for the down product.
     Otherwise gradients go to x, router_w and all weights. Raises ValueError for operands that do not fit, and where x
@@ -60,14 +60,34 @@ def moe(
     expect(fits, "w_gate_up [E, 2F, H] and w_down [E, H, F]", gate_up, down, router_w)
     expect(not (fp8 and torch.is_grad_enabled() and x.requires_grad), "no gradient to x where weights are FP8", x)
 
+    expect(mask is None or (mask.shape == x.shape[:1] and mask.dtype == torch.bool), "mask [T] bool", mask, x)
     weights, experts, counts, *z = route(
-        router_gemm(x, router_w), bias, mask, num_groups, group_topk, topk, scale, z_loss, experts
+        router_gemm(routed_rows(x, experts, mask), router_w),
+        bias,
+        mask,
+        num_groups,
+        group_topk,
+        topk,
+        scale,
+        z_loss,
+        experts,
     )
     (x,) = autocast(x)
     y = expert_mlp(x, dispatch(experts, counts), weights, w_gate_up, w_down)
     if shared is not None:
         y = y + linear(swiglu(linear(x, shared[0])), shared[1])
     return y, counts, *z
+
+
+def routed_rows(x: Tensor, experts: Tensor | None, mask: Tensor | None = None) -> Tensor:
+    """x [T, H] for the router, with 0 in rows that are masked or whose forced experts are -1.
+
+    There the router's gradient is 0, and 0 * NaN would be NaN.
+    """
+    if experts is not None:
+        expect(experts.ndim == 2 and len(experts) == len(x), "experts [T, topk] int32", experts, x)
+        mask = experts[:, 0] >= 0 if mask is None else mask & (experts[:, 0] >= 0)
+    return x if mask is None else x.masked_fill(~mask[:, None], 0)
 
 
 def expert_mlp(

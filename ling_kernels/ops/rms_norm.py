@@ -55,11 +55,16 @@ def rms_norm_ref(x, w, residual=None, eps=1e-6, quantize=False, columns=False):
     return out[0] if len(out) == 1 else tuple(out)
 
 
+def near_rows(x: Tensor | None) -> Tensor | None:
+    """x [M, N], or a copy, with dense rows so near that offsets in a tile of 128 rows have 32 bits."""
+    return x if x is None or x.stride(1) == 1 and x.stride(0) < 2**24 else x.contiguous()
+
+
 class RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, residual, eps, quantize, columns):
         M, N = x.shape
-        x, residual = (t if t is None or t.stride(1) == 1 else t.contiguous() for t in (x, residual))
+        x, residual = near_rows(x), near_rows(residual)
         w = w.contiguous()
         y, rstd = x.new_empty(M, N), x.new_empty(M, dtype=torch.float32)
         total = None if residual is None else residual.new_empty(M, N)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..backend import backend
 from ..op import KERNEL_FLOATS, expect, op, rows_aligned
-from .rms_norm import MAX_N, load_sum, rms_norm, unsupported_rows
+from .rms_norm import MAX_N, load_sum, near_rows, rms_norm, unsupported_rows
 from .router_gemm import router_gemm
 
 ROWS = 8  # at most, of the kernels
@@ -38,7 +38,7 @@ def rms_norm_router(
         out = rms_norm(x, w, residual, eps)
         h, s = (out, x) if residual is None else out
         return h, s, router_gemm(h, router_w)
-    x, residual = (t if t is None or t.stride(1) == 1 else t.contiguous() for t in (x, residual))
+    x, residual = near_rows(x), near_rows(residual)
     h, logits = x.new_empty(x.shape), x.new_empty(len(x), len(router_w), dtype=torch.float32)
     total = None if residual is None else residual.new_empty(x.shape)
     rms_norm_router_fwd(x, w.contiguous(), router_w.contiguous(), residual, h, total, logits, eps)

@@ -41,7 +41,7 @@ def rope_frequencies(
     is divided by `factor`; a linear ramp joins the two. cos and sin are scaled by 0.1 ln(factor) + 1.
     """
     pair = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=device)
-    plain = 1.0 / theta ** (pair / rotary_dim)
+    plain = 1.0 / float(theta) ** (pair / rotary_dim)
     kind = "default" if not scaling else scaling.get("rope_type") or scaling.get("type")
     if kind == "default":
         return plain, 1.0

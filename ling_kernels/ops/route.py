@@ -31,7 +31,8 @@ def route(
     """logits [T, E] fp32, bias [E] fp32, mask [T] bool (False: a padding token, routed nowhere) ->
 
     weights [T, topk] fp32, experts [T, topk] int32, counts [E] int32, and, given a coefficient z_loss, that loss as a
-    scalar. Masked tokens get expert -1 and weight 0, and neither the counts nor the loss see them. NaN logits still
+    scalar. Masked tokens get expert -1, weight 0 and gradient 0, whatever their logits; neither the
+    counts nor the loss see them. NaN logits still
     give topk distinct experts in range. Gradient: to logits, through weights and z_loss.
     experts [T, topk] int32 forces the choice, as when a rollout's routing is replayed: weights are those of the given
     experts from these logits, bias and groups decide nothing. A row is distinct experts, or all -1 for a padding token.
@@ -47,10 +48,10 @@ def route(
            "num_groups that divides E, group_topk <= num_groups, topk <= group_topk * E / num_groups",
            E, num_groups, group_topk, topk)  # fmt: skip
     if experts is not None:
-        fits = experts.shape == (T, topk) and experts.dtype == torch.int32
+        fits = isinstance(experts, Tensor) and experts.shape == (T, topk) and experts.dtype == torch.int32
         expect(fits, "experts [T, topk] int32", experts, logits, topk)
         if values_on_host(experts):
-            expect(((experts >= -1) & (experts < E)).all(), f"experts from -1 to {E - 1}", experts)
+            expect(valid_choices(experts, E), f"rows of distinct experts from 0 to {E - 1}, or of -1 alone", experts)
     if use_reference("route", logits):
         return route_ref(logits, bias, mask, num_groups, group_topk, topk, scale, z_loss, experts)
     if experts is None:
@@ -65,9 +66,21 @@ def route(
     return *routed, z_loss * lse.square().sum() / tokens
 
 
+def valid_choices(experts: Tensor, E: int) -> bool:
+    """Whether each row has distinct experts below E, or -1 alone."""
+    lowest, highest = experts.amin(1), experts.amax(1)
+    ordered = experts.sort(1).values
+    distinct = (ordered[:, 1:] != ordered[:, :-1]).all(1)
+    return bool(torch.where(highest < 0, lowest == -1, (lowest >= 0) & (highest < E) & distinct).all())
+
+
 def route_ref(logits, bias, mask=None, num_groups=8, group_topk=4, topk=8, scale=2.5, z_loss=None, experts=None):
     T, E = logits.shape
+    if experts is not None:
+        mask = experts[:, 0] >= 0 if mask is None else mask & (experts[:, 0] >= 0)
     logits = upcast(logits)
+    if mask is not None:  # before the formulas, in whose gradient 0 * NaN is NaN
+        logits = logits.masked_fill(~mask[:, None], 0)
     s = scores(logits)
     if experts is None:
         experts = best_experts(s, bias, num_groups, group_topk, topk)

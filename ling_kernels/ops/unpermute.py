@@ -15,8 +15,8 @@ from .dispatch import Plan
 def unpermute(y: Tensor, plan: Plan, weights: Tensor | None = None) -> Tensor:
     """y [S, H], a plan of S rows and T tokens, weights [T, topk] fp32 (None: all 1) -> [T, H] in y's dtype.
 
-    A slot of -1 contributes exactly 0, whatever the undefined rows of y hold. Gradients: to y (0 in rows that no token
-    owns) and to weights. Raises ValueError for shapes that do not fit.
+    A slot of -1 contributes exactly 0, whatever its weight and the undefined rows of y hold. Gradients: to y (0 in rows
+    that no token owns) and to weights (0 for a slot of -1). Raises ValueError for shapes that do not fit.
     """
     fits = y.ndim == 2 and y.is_floating_point() and plan.source.shape == y.shape[:1]
     expect(fits, "y [S, H] and a plan of S rows", y, plan.source)
@@ -36,7 +36,9 @@ def sum_slots(y: Tensor, slot: Tensor, weights: Tensor | None = None) -> Tensor:
     total = upcast(y).new_zeros(len(slot), y.shape[1])
     for k in range(slot.shape[1]):
         row = rows_of(y, slot[:, k])
-        total = total + (row if weights is None else weights[:, k, None] * row)
+        if weights is not None:
+            row = row * weights[:, k].masked_fill(slot[:, k] < 0, 0)[:, None]
+        total = total + row
     return total.to(y.dtype)
 
 
@@ -68,7 +70,7 @@ class UnpermuteRef(torch.autograd.Function):
             dy = dy.masked_fill(unowned[:, None], 0).to(y.dtype)
         if weights is not None and ctx.needs_input_grad[1]:
             dots = [(rows_of(y, slot[:, k]) * upcast(dout)).sum(-1) for k in range(topk)]
-            dweights = torch.stack(dots, 1)
+            dweights = torch.stack(dots, 1).masked_fill(slot < 0, 0)
         return dy, dweights, None, None, None
 
 
@@ -169,7 +171,7 @@ def scatter_rows_kernel(
         for k in tl.static_range(TOPK):
             s = tl.load(slot + t * TOPK + k).to(tl.int64)
             row = tl.load(y + s * H + h, mask=(s >= 0) & (h < H), other=0.0).to(tl.float32)
-            products = tl.where(choice == k, tl.sum(row * d.to(tl.float32)), products)
+            products = tl.where((choice == k) & (s >= 0), tl.sum(row * d.to(tl.float32)), products)
         tl.store(dots + t * TOPK + choice, products, mask=choice < TOPK)
 
     for k in tl.static_range(TOPK):

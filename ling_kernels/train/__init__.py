@@ -1,15 +1,22 @@
-"""Training on one device: the class `Trainer`, and the command `python -m ling_kernels.train`, which uses it."""
+"""Training on one device: the class `Trainer`, and the command `python -m ling_kernels.train`, which uses it.
 
-import os
+The import is light: torch is loaded at the first use of a name, so that the command can prepare the process before.
+"""
 
-# Waiting OpenMP threads spin. Where other programs want the cores too, endless spinning made a step up to 30 times
-# slower (7 s against 0.4 s, two threads on two busy cores); sleeping at once made it twice as slow on idle cores. So
-# they spin briefly, then sleep. GNU's OpenMP reads these variables when torch is loaded, hence before the imports.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+import importlib
+from typing import TYPE_CHECKING
 
-from ..errors import Diverged  # noqa: E402
-from .settings import Settings  # noqa: E402
-from .trainer import Trainer  # noqa: E402
+from ..errors import Diverged
 
 __all__ = ["Diverged", "Settings", "Trainer"]
+
+if TYPE_CHECKING:
+    from .settings import Settings
+    from .trainer import Trainer
+else:
+
+    def __getattr__(name: str):
+        if name not in ("Settings", "Trainer"):
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = globals()[name] = getattr(importlib.import_module(f".{name.lower()}", __name__), name)
+        return value

@@ -102,6 +102,8 @@ def run(options: dict, planner) -> int:
 def open_run(options: dict) -> Trainer:
     """The run that the flags name, new or to be resumed."""
     out, resume, restart = options.pop("out"), options.pop("resume"), False
+    if resume == "":
+        raise InputError("--resume is empty: name a run, or auto")
     if resume == "auto":
         resume = latest_run(out, settings_of(options).model)
         restart, out = out is not None and resume is None, None if resume else out

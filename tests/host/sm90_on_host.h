@@ -36,7 +36,7 @@ struct Barrier {
         if (!pending && !bytes) pending = expected, phase ^= 1;
     }
     void arrive(cuda_on_host::Where where = cuda_on_host::Where::current()) {
-        cuda_on_host::jitter();
+        cuda_on_host::maybe_yield();
         if (!pending) cuda_on_host::fail("more arrivals than the mbarrier counts", where);
         pending--, settle();
     }
@@ -122,7 +122,7 @@ template <int kPending> void wait_copies() {
             if (c.zeros) std::memset(c.to, 0, c.bytes);
             else std::memcpy(c.to, c.from, c.bytes);
     groups.erase(groups.begin(), groups.begin() + done);
-    cuda_on_host::jitter();
+    cuda_on_host::maybe_yield();
 }
 
 inline void load_transposed(unsigned (&r)[4], const void* line,
@@ -214,7 +214,7 @@ template <int kPending, int kRegs> void wgmma_wait(float (&)[kRegs]) {
     for (int i = 0; i < done; i++)
         for (const Product& p : groups[i]) multiply(p);
     groups.erase(groups.begin(), groups.begin() + done);
-    cuda_on_host::jitter();
+    cuda_on_host::maybe_yield();
 }
 template <int kRegs> void wgmma_fp8(float (&d)[kRegs], uint64_t a, uint64_t b, bool accumulate) {
     own(products).open.push_back({d, 2 * kRegs, Product::kE4m3, a, b, accumulate});
