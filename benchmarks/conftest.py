@@ -52,7 +52,7 @@ def pytest_benchmark_update_commit_info(config, commit_info):
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
-    """Without the single times, which would be most of the file, and parameters that are no JSON."""
+    """Without the single times, which would be most of the file, and parameters that JSON cannot hold."""
     for row in output_json["benchmarks"]:
         row["stats"].pop("data", None)
         for name in ("case", "shape"):

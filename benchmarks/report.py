@@ -59,7 +59,7 @@ class Run:
             self.rows = [b["extra_info"] | dict(us=b["stats"]["median"] * 1e6, min_us=b["stats"]["min"] * 1e6)
                          for b in found["benchmarks"]]  # fmt: skip
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path} is no result of pytest-benchmark: {error!r}") from None
+            raise InputError(f"{path} is not a result of pytest-benchmark: {error!r}") from None
         self.path, self.date, self.commit = path, found["datetime"][:10], commit["id"]
         self.gpu: Gpu | None = find_gpu(self.machine.get("gpu") or "")
         self.name = self.machine.get("gpu") or f"CPU, {self.machine['machine']}"

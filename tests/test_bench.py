@@ -250,7 +250,7 @@ def test_report_says_what_is_doubtful(tmp_path):
     write_run(tmp_path, load=1.5)
     assert "other programs used this CPU (load 1.5 on 2 cores)" in report.measured(tmp_path)
     (tmp_path / "other.json").write_text("{}")
-    with pytest.raises(InputError, match=r"other.json is no result of pytest-benchmark"):
+    with pytest.raises(InputError, match=r"other.json is not a result of pytest-benchmark"):
         report.measured(tmp_path)
 
 

@@ -72,16 +72,16 @@ def attention_decode_kernel(
         length = tl.load(lengths + seq)
         cached = tl.minimum(length, cells)
         newest = length - n + r // G  # the last key that row r sees
-        at_q = ((tl.cast(seq, tl.int64) * n + r // G) * H + h * G + r % G) * D
+        q_offset = ((tl.cast(seq, tl.int64) * n + r // G) * H + h * G + r % G) * D
         last_tile = end
         if APPENDS:
             cached = tl.minimum(tl.maximum(length - n, 0), cells)
             last_tile = begin + (cached + BLOCK_N - 1) // BLOCK_N
             qs = norm_and_rotate(
-                q, at_q, r < n * G, q_weight, cos, sin, tl.maximum(newest, 0), P, eps, D, HALF, BLOCK_D
+                q, q_offset, r < n * G, q_weight, cos, sin, tl.maximum(newest, 0), P, eps, D, HALF, BLOCK_D
             )  # fmt: skip
         else:
-            qs = tl.load(q + at_q[:, None] + d[None, :], mask=valid_rows, other=0.0)
+            qs = tl.load(q + q_offset[:, None] + d[None, :], mask=valid_rows, other=0.0)
         qs = tl.trans(qs).to(dtype)
 
         largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -92,15 +92,15 @@ def attention_decode_kernel(
                 i = tl.arange(0, 16)
                 key = length - n + i
                 valid = (i < n) & (key >= 0) & (key < cells)
-                at = ((tl.cast(seq, tl.int64) * n + i) * H + HKV * G + h) * D
+                offset = ((tl.cast(seq, tl.int64) * n + i) * H + HKV * G + h) * D
                 page = tl.load(table + tl.cast(seq, tl.int64) * max_blocks + key // PAGE, mask=valid, other=-1)
                 cell = (page.to(tl.int64) * PAGE + key % PAGE) * HKV + h
                 writes = valid & (page >= 0) & (page < num_blocks) & (tl.program_id(1) < HKV)
                 ks = norm_and_rotate(
-                    q, at, valid, k_weight, cos, sin, tl.maximum(key, 0), P, eps, D, HALF, BLOCK_D
+                    q, offset, valid, k_weight, cos, sin, tl.maximum(key, 0), P, eps, D, HALF, BLOCK_D
                 )  # fmt: skip
                 vs = tl.load(
-                    q + (at + HKV * D)[:, None] + d[None, :], mask=valid[:, None] & (d < D)[None, :], other=0.0
+                    q + (offset + HKV * D)[:, None] + d[None, :], mask=valid[:, None] & (d < D)[None, :], other=0.0
                 )
                 ks, k_scales = write_cells(ks, k, k_scale, cell, writes, D, BLOCK_D)
                 vs, v_scales = write_cells(vs, v, v_scale, cell, writes, D, BLOCK_D)
@@ -154,10 +154,10 @@ def attention_decode_combine_kernel(
     acc = tl.zeros((BLOCK_D,), tl.float32)
     for p0 in range(first, stop, BLOCK_P):
         p = p0 + tl.arange(0, BLOCK_P)
-        at = (p + seq).to(tl.int64) * (HKV * n * G) + row
-        log_sum = tl.load(lse_log2 + at, mask=p < stop, other=float("-inf"))
+        offset = (p + seq).to(tl.int64) * (HKV * n * G) + row
+        log_sum = tl.load(lse_log2 + offset, mask=p < stop, other=float("-inf"))
         inside = (p < stop)[:, None] & (d < D)[None, :]
-        piece = tl.load(partial + at[:, None] * D + d[None, :], mask=inside, other=0.0)
+        piece = tl.load(partial + offset[:, None] * D + d[None, :], mask=inside, other=0.0)
         larger = tl.maximum(largest, tl.max(log_sum, 0))
         base = tl.where(larger == float("-inf"), 0.0, larger)
         weight = tl.exp2(log_sum - base)
@@ -166,11 +166,11 @@ def attention_decode_combine_kernel(
         acc = acc * shrink + tl.sum(weight[:, None] * piece, 0)
         largest = larger
     h, r = row // (n * G), row % (n * G)
-    at_out = ((seq.to(tl.int64) * n + r // G) * (HKV * G) + h * G + r % G) * D
+    out_offset = ((seq.to(tl.int64) * n + r // G) * (HKV * G) + h * G + r % G) * D
     acc = acc / tl.where(total == 0, 1.0, total)
     acc = acc.to(out.dtype.element_ty)
-    tl.store(out + at_out + d, acc, mask=d < D)
+    tl.store(out + out_offset + d, acc, mask=d < D)
     if out_q is not None:  # D = BLOCK_D = 128: a head is one block of scales
         q, scale = quantize_along(acc.to(tl.float32), 0, False)
-        tl.store(out_q + at_out + d, q)
+        tl.store(out_q + out_offset + d, q)
         tl.store(out_scale + (h * G + r % G).to(tl.int64) * ld_scale + seq * n + r // G, scale)

@@ -63,24 +63,23 @@ def load_tile(x, first, rows, h, row, D: tl.constexpr, BLOCK: tl.constexpr, BLOC
         return x.load([first, h * D])
     else:
         r, d = first + tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
-        at = r.to(tl.int64)[:, None] * row + h * D + d[None, :]
-        return tl.load(x + at, mask=(r < rows)[:, None] & (d < D)[None, :], other=0.0)
+        offset = r.to(tl.int64)[:, None] * row + h * D + d[None, :]
+        return tl.load(x + offset, mask=(r < rows)[:, None] & (d < D)[None, :], other=0.0)
 
 
 @triton.jit
 def store_rows(x, value, first, row, rows, h, H, D: tl.constexpr, BLOCK_D: tl.constexpr):
     d = tl.arange(0, BLOCK_D)
-    at = (first + row).to(tl.int64)[:, None] * (H * D) + h * D + d[None, :]
-    tl.store(x + at, value.to(x.dtype.element_ty), mask=(row < rows)[:, None] & (d < D)[None, :])
+    offset = (first + row).to(tl.int64)[:, None] * (H * D) + h * D + d[None, :]
+    tl.store(x + offset, value.to(x.dtype.element_ty), mask=(row < rows)[:, None] & (d < D)[None, :])
 
 
 @triton.jit
 def norm_and_rotate(
-    x, at, valid, w, cos, sin, position, P, eps, D: tl.constexpr, HALF: tl.constexpr,
+    x, offset, valid, w, cos, sin, position, P, eps, D: tl.constexpr, HALF: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """qk_norm_rope of the heads of x at offsets `at`, in x's dtype: 0 where not `valid`, NaN for a position outside the
-    tables.
+    """qk_norm_rope of the heads at x + offset, in x's dtype: 0 where not `valid`, NaN for a position past the tables.
 
     Each element and the one that it is rotated with are both loaded: the second load hits L1, and no exchange between
     threads is needed.
@@ -89,8 +88,8 @@ def norm_and_rotate(
     other = tl.where(d < HALF, d + HALF, tl.where(d < 2 * HALF, d - HALF, d))
     mask = valid[:, None] & (d < D)[None, :]
     dtype: tl.constexpr = x.dtype.element_ty
-    a = tl.load(x + at[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
-    b = tl.load(x + at[:, None] + other[None, :], mask=mask, other=0.0).to(tl.float32)
+    a = tl.load(x + offset[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(x + offset[:, None] + other[None, :], mask=mask, other=0.0).to(tl.float32)
     r = tl.rsqrt(tl.sum(a * a, 1) / D + eps)[:, None]
     a, b = a * r, b * r
     a *= tl.load(w + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
@@ -157,9 +156,9 @@ def attention_fwd_kernel(
     else:
         Q = sequence(q, q0, Lq, q_row, Hq, D, BLOCK_M, BLOCK_D, False)
         position = tl.load(positions + q0 + m, mask=m < Lq, other=0).to(tl.int64)
-        at = m.to(tl.int64) * q_row + h * D
+        offset = m.to(tl.int64) * q_row + h * D
         qs = norm_and_rotate(
-            Q, at, m < Lq, q_weight, cos, sin, position, P, eps, D, HALF, BLOCK_D
+            Q, offset, m < Lq, q_weight, cos, sin, position, P, eps, D, HALF, BLOCK_D
         )  # fmt: skip
     K = sequence(k, k0, Lk, k_row, Hkv, D, BLOCK_N, BLOCK_D, TMA)
     V = sequence(v, k0, Lk, v_row, Hkv, D, BLOCK_N, BLOCK_D, TMA)
@@ -232,9 +231,9 @@ def attention_dq_kernel(
     douts = load_tile(DOUT, m0, Lq, h, row, D, BLOCK_M, BLOCK_D, TMA)
     outs = load_tile(OUT, m0, Lq, h, row, D, BLOCK_M, BLOCK_D, TMA)
     deltas = tl.sum(outs.to(tl.float32) * douts.to(tl.float32), 1)
-    at = h.to(tl.int64) * Tq + q0 + m
-    tl.store(delta + at, deltas, mask=m < Lq)
-    log2_lse = tl.load(lse + at, mask=m < Lq, other=0.0) * 1.4426950408889634
+    offset = h.to(tl.int64) * Tq + q0 + m
+    tl.store(delta + offset, deltas, mask=m < Lq)
+    log2_lse = tl.load(lse + offset, mask=m < Lq, other=0.0) * 1.4426950408889634
     K = sequence(k, k0, Lk, Hkv * D, Hkv, D, BLOCK_N, BLOCK_D, TMA)
     V = sequence(v, k0, Lk, Hkv * D, Hkv, D, BLOCK_N, BLOCK_D, TMA)
 
@@ -289,12 +288,12 @@ def attention_dkv_kernel(
     for i in range(0, Hq // Hkv * tiles):
         h, m0 = g * (Hq // Hkv) + i // tiles, first + i % tiles * BLOCK_M
         m = m0 + tl.arange(0, BLOCK_M)
-        at = h.to(tl.int64) * Tq + q0 + m
+        offset = h.to(tl.int64) * Tq + q0 + m
         qs = load_tile(Q, m0, Lq, h, Hq * D, D, BLOCK_M, BLOCK_D, TMA)
         douts = load_tile(DOUT, m0, Lq, h, Hq * D, D, BLOCK_M, BLOCK_D, TMA)
         # Queries past the end have q, dout, lse and delta 0 and add nothing; keys past the end are not stored.
-        log2_lse = tl.load(lse + at, mask=m < Lq, other=0.0) * 1.4426950408889634
-        deltas = tl.load(delta + at, mask=m < Lq, other=0.0)
+        log2_lse = tl.load(lse + offset, mask=m < Lq, other=0.0) * 1.4426950408889634
+        deltas = tl.load(delta + offset, mask=m < Lq, other=0.0)
         p = tl.exp2(tl.dot(ks, tl.trans(qs), input_precision="ieee") * log2_scale - log2_lse[None, :])
         if CAUSAL:
             p = tl.where(n[:, None] <= m[None, :] + shift, p, 0.0)

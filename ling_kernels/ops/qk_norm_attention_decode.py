@@ -98,11 +98,13 @@ def qk_norm_attention_decode_ref(
 def attend_and_append(qkv, q_weight, k_weight, cos, sin, cache, block_table, lengths, scale, eps):
     B, n, _, D = qkv.shape
     num_blocks, block_size, Hkv, _ = cache.k.shape
-    at = lengths[:, None] - n + torch.arange(n, device=qkv.device)  # [B, n]
-    q, k, v = qk_norm_rope_ref(qkv.flatten(0, 1), q_weight, k_weight, cos, sin, at.flatten().clamp(min=0), Hkv, eps)
-    page = block_table.gather(1, (at // block_size).clamp(0, block_table.shape[1] - 1)).long()
-    real = (at >= 0) & (at < block_table.shape[1] * block_size) & (page >= 0) & (page < num_blocks)
-    slots = torch.where(real, page * block_size + at % block_size, -1)
+    position = lengths[:, None] - n + torch.arange(n, device=qkv.device)  # [B, n]
+    q, k, v = qk_norm_rope_ref(
+        qkv.flatten(0, 1), q_weight, k_weight, cos, sin, position.flatten().clamp(min=0), Hkv, eps
+    )
+    page = block_table.gather(1, (position // block_size).clamp(0, block_table.shape[1] - 1)).long()
+    real = (position >= 0) & (position < block_table.shape[1] * block_size) & (page >= 0) & (page < num_blocks)
+    slots = torch.where(real, page * block_size + position % block_size, -1)
     append_some(k, v, slots.flatten(), *cache)
     scale = D**-0.5 if scale is None else scale
     return attention_decode_ref(q.unflatten(0, (B, n)), cache, block_table, lengths, scale)

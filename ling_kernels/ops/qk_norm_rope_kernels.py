@@ -9,25 +9,28 @@ import triton.language as tl
 
 
 @triton.jit
-def load_parts(x, at, valid, D: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr):
-    """Heads at offsets `at` [BLOCK_T, BLOCK_H, 1], fp32: the two halves that are rotated, and the rest."""
+def load_parts(
+    x, offset, valid, D: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr
+):
+    """Heads at x + offset [BLOCK_T, BLOCK_H, 1], fp32: the two halves that are rotated, and the rest."""
     i = tl.arange(0, BLOCK_HALF)[None, None, :]
     j = tl.arange(0, BLOCK_REST)[None, None, :]
-    a = tl.load(x + (at + i), mask=valid & (i < HALF), other=0.0).to(tl.float32)
-    b = tl.load(x + (at + HALF + i), mask=valid & (i < HALF), other=0.0).to(tl.float32)
-    rest = tl.load(x + (at + 2 * HALF + j), mask=valid & (j < D - 2 * HALF), other=0.0).to(tl.float32)
+    a = tl.load(x + (offset + i), mask=valid & (i < HALF), other=0.0).to(tl.float32)
+    b = tl.load(x + (offset + HALF + i), mask=valid & (i < HALF), other=0.0).to(tl.float32)
+    rest = tl.load(x + (offset + 2 * HALF + j), mask=valid & (j < D - 2 * HALF), other=0.0).to(tl.float32)
     return a, b, rest
 
 
 @triton.jit
 def store_parts(
-    x, at, valid, a, b, rest, D: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr
-):
+    x, offset, valid, a, b, rest,
+    D: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
+):  # fmt: skip
     i = tl.arange(0, BLOCK_HALF)[None, None, :]
     j = tl.arange(0, BLOCK_REST)[None, None, :]
-    tl.store(x + (at + i), a, mask=valid & (i < HALF))
-    tl.store(x + (at + HALF + i), b, mask=valid & (i < HALF))
-    tl.store(x + (at + 2 * HALF + j), rest, mask=valid & (j < D - 2 * HALF))
+    tl.store(x + (offset + i), a, mask=valid & (i < HALF))
+    tl.store(x + (offset + HALF + i), b, mask=valid & (i < HALF))
+    tl.store(x + (offset + 2 * HALF + j), rest, mask=valid & (j < D - 2 * HALF))
 
 
 @triton.jit
@@ -39,8 +42,8 @@ def load_angles(
     position = tl.load(positions + first + t, mask=valid, other=0).to(tl.int64)
     in_table = (position >= 0) & (position < P)
     i = tl.arange(0, BLOCK_HALF)[None, None, :]
-    at, inside = position * HALF + i, valid & in_table & (i < HALF)
-    c, s = tl.load(cos + at, mask=inside, other=0.0), tl.load(sin + at, mask=inside, other=0.0)
+    offset, inside = position * HALF + i, valid & in_table & (i < HALF)
+    c, s = tl.load(cos + offset, mask=inside, other=0.0), tl.load(sin + offset, mask=inside, other=0.0)
     return tl.where(in_table, c, float("nan")), tl.where(in_table, s, float("nan"))
 
 
@@ -126,12 +129,12 @@ def heads_backward(
     p = tl.program_id(0).to(tl.int64)
     for first in tl.range(p * BLOCK_T, T, PROGRAMS * BLOCK_T, num_stages=2):
         valid = (t < T - first) & (h < NUM)
-        at = (t * H + FIRST + h) * D
+        offset = (t * H + FIRST + h) * D
         za, zb, zrest = load_parts(
             dout + first * (NUM * D), (t * NUM + h) * D, valid, D, HALF, BLOCK_HALF, BLOCK_REST
         )  # fmt: skip
         if w is not None:
-            a, b, rest = load_parts(qkv + first * (H * D), at, valid, D, HALF, BLOCK_HALF, BLOCK_REST)
+            a, b, rest = load_parts(qkv + first * (H * D), offset, valid, D, HALF, BLOCK_HALF, BLOCK_REST)
             c, s = load_angles(cos, sin, positions, first, t < T - first, P, HALF, BLOCK_T, BLOCK_HALF)
             r = rstd_of(a, b, rest, eps, D)
             a, b, rest = a * r, b * r, rest * r
@@ -142,7 +145,7 @@ def heads_backward(
             za, zb, zrest = za * wa, zb * wb, zrest * wrest
             mean = ((tl.sum(za * a, 2) + tl.sum(zb * b, 2) + tl.sum(zrest * rest, 2)) / D)[:, :, None]
             za, zb, zrest = r * (za - a * mean), r * (zb - b * mean), r * (zrest - rest * mean)
-        store_parts(dqkv + first * (H * D), at, valid, za, zb, zrest, D, HALF, BLOCK_HALF, BLOCK_REST)
+        store_parts(dqkv + first * (H * D), offset, valid, za, zb, zrest, D, HALF, BLOCK_HALF, BLOCK_REST)
     if w is not None:
         da = tl.sum(tl.sum(dwa, 0), 0)[None, None, :]
         db = tl.sum(tl.sum(dwb, 0), 0)[None, None, :]

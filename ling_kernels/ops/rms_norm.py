@@ -135,7 +135,7 @@ def rms_norm_bwd(
 
 
 def unsupported_rows(x: Tensor, w: Tensor, *others: Tensor | None) -> str | None:
-    """What csrc/'s kernels for whole rows do not serve of x [M, N], w [N] and other tensors [M, N]."""
+    """What csrc/'s kernels for whole rows do not support, in words: x [M, N], w [N] and other tensors [M, N]."""
     if any(t is not None and t.dtype not in (x.dtype, torch.float32) for t in (w, *others)):
         return "a weight or residual that is neither of x's dtype nor fp32"
     if x.shape[1] % 8 or not rows_aligned(x, w, *others):

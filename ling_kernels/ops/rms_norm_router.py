@@ -97,7 +97,7 @@ def rms_norm_router_kernel(
             tl.store(total + t * H + n, xs, mask=inside & writes)
         hs = (xs * r * tl.load(w + n, mask=n < H, other=0.0).to(tl.float32)).to(h.dtype.element_ty)
         tl.store(h + t * H + n, hs, mask=inside & writes)
-        at = e[:, None].to(tl.int64) * H + n
-        ws = tl.load(router_w + at, mask=(e < E)[:, None] & (n < H), other=0.0).to(tl.float32)
+        offset = e[:, None].to(tl.int64) * H + n
+        ws = tl.load(router_w + offset, mask=(e < E)[:, None] & (n < H), other=0.0).to(tl.float32)
         dots += hs.to(tl.float32)[:, None, :] * ws[None, :, :]
     tl.store(logits + t * E + e[None, :], tl.sum(dots, 2), mask=(t < T) & (e < E)[None, :])

@@ -112,9 +112,9 @@ def split_gemm_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k0 in range(first, last, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
-        at = m[:, None] * lda + k[None, :].to(tl.int64) * a_step
-        part = tl.load(a + at, mask=(m < M)[:, None] & (k < last)[None, :], other=0.0)
-        at = k[:, None].to(tl.int64) * b_step + n[None, :] * ldb
-        acc = split_dot(part, tl.load(b + at, mask=(k < last)[:, None] & (n < N)[None, :], other=0.0), acc, PASSES)
-    at = tl.program_id(1).to(tl.int64) * M * N + m[:, None] * N + n[None, :]
-    tl.store(c + at, acc, mask=(m < M)[:, None] & (n < N)[None, :])
+        offset = m[:, None] * lda + k[None, :].to(tl.int64) * a_step
+        part = tl.load(a + offset, mask=(m < M)[:, None] & (k < last)[None, :], other=0.0)
+        offset = k[:, None].to(tl.int64) * b_step + n[None, :] * ldb
+        acc = split_dot(part, tl.load(b + offset, mask=(k < last)[:, None] & (n < N)[None, :], other=0.0), acc, PASSES)
+    offset = tl.program_id(1).to(tl.int64) * M * N + m[:, None] * N + n[None, :]
+    tl.store(c + offset, acc, mask=(m < M)[:, None] & (n < N)[None, :])

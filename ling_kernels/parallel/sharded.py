@@ -24,8 +24,8 @@ def local(t: Tensor) -> Tensor:
 def adamw_8bit_moments(p: Tensor, fp32: bool = False) -> dict[str, Tensor]:
     """Zero state of adamw_8bit for a matrix p, by name, sharded as p is. fp32: moments without codes and scales.
 
-    Raises ValueError for codes of a p sharded along another dimension than 0, or with rows of no multiple of 256
-    elements.
+    Raises ValueError for codes of a p sharded along another dimension than 0, or with rows whose length
+    is not a multiple of 256 elements.
     """
     if fp32:
         return {name: torch.zeros_like(p, dtype=torch.float32) for name in ("m", "v")}

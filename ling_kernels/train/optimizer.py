@@ -38,7 +38,7 @@ def make_optimizer(model: nn.Module, kind: str, lr: float, weight_decay: float, 
 
 def adamw(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
     """torch's fused AdamW. Parameters with two or more dimensions decay, embedding, head and router included (as in
-    Megatron); norms, which are vectors, do not. The experts' bias is no parameter."""
+    Megatron); norms, which are vectors, do not. The experts' bias is not a parameter."""
     return torch.optim.AdamW(by_decay(model.parameters(), weight_decay), lr=lr, betas=BETAS, eps=EPS, fused=True)
 
 
@@ -204,18 +204,19 @@ class MuonAdamW(DeviceOptimizer):
     def update(self) -> None:
         for p, seed in zip(self.param_groups[0]["params"], self.seeds, strict=True):
             if p.grad is not None:
-                self.step_matrices(p, seed)
+                self.muon_step(p, seed)
         self.adamw.grad_scale, self.adamw.found_inf = self.grad_scale, self.found_inf
         self.adamw.step()
 
-    def step_matrices(self, p: Tensor, seed: Tensor) -> None:
+    def muon_step(self, p: Tensor, seed: Tensor) -> None:
         """p [N, K] or [E, N, K]; seed [2]: one for p, one for its momentum."""
         if not self.state[p]:
             self.state[p] = dict(step=torch.zeros((), device=p.device), momentum_buffer=torch.zeros_like(p))
         step = self.state[p]["step"].add_(1)
         keys = rounding_keys(seed, step)
         views = [t.view(-1, *t.shape[-2:]) for t in (p.detach(), self.state[p]["momentum_buffer"], p.grad)]
-        at_once = max(CHUNK // views[0][0].numel(), 1)
+        matrix_size = views[0][0].numel()
+        at_once = max(CHUNK // matrix_size, 1)
         options = {k: self.param_groups[0][k] for k in ("lr", "weight_decay")} | dict(adjust_lr_fn="match_rms_adamw")
         for number, parts in enumerate(zip(*(t.split(at_once) for t in views), strict=True)):
             new_w, new_m, g = (t.to(torch.float32, copy=True) for t in parts)
@@ -229,7 +230,7 @@ class MuonAdamW(DeviceOptimizer):
             muon.step()
             for old, new, key in zip(parts[:2], (new_w, new_m), keys, strict=True):
                 if old.dtype == torch.bfloat16:
-                    new = round_stochastically(new.flatten(), key, number * at_once * w.numel()).view_as(old)
+                    new = round_stochastically(new.flatten(), key, number * at_once * matrix_size).view_as(old)
                 new = new.to(old.dtype)
                 old.copy_(new if self.found_inf is None else torch.where(self.found_inf != 0, old, new))
         if self.found_inf is not None:  # a skipped step does not count
@@ -253,12 +254,12 @@ class StepInBackward:
         hooks = [p.register_post_accumulate_grad_hook(lambda p: method()(p)) for p in self.norms]
         self.remove = weakref.finalize(self, lambda: [hook.remove() for hook in hooks])
 
-    def begin(self, lr: float, finite: Tensor) -> None:
-        """Call before the backward. Nothing changes where `finite`, a bool scalar on the device, is False."""
+    def begin(self, lr: float, take_step: Tensor) -> None:
+        """Call before the backward. Nothing changes where `take_step`, a bool scalar on the device, is False."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.norms = dict.fromkeys(self.norms)
-        self.stopped = ~finite
+        self.stopped = ~take_step
 
     def on_gradient(self, p: Tensor) -> None:
         norm = self.norms[p] = grad_norm([p.grad])
@@ -278,15 +279,15 @@ def bytes_per_weight(kind: str, master: str, gradients: bool = True) -> int:
     return (1 + gradients) * size + dict(adamw=8, adamw8bit=2, muon=size)[kind]
 
 
-def clipped_step(optimizer: torch.optim.Optimizer, lr: float, norm: Tensor, limit: float, finite: Tensor) -> None:
+def clipped_step(optimizer: torch.optim.Optimizer, lr: float, norm: Tensor, limit: float, take_step: Tensor) -> None:
     """Step with gradients scaled down so that their norm, which is `norm`, is at most `limit`; 0: never scaled.
 
-    Skips the step, on the device, where `finite` (bool scalar) is False.
+    Skips the step, on the device, where `take_step` (bool scalar) is False.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.grad_scale = ((norm + 1e-6) / limit).clamp(min=1) if limit else None
-    optimizer.found_inf = (~finite).float()
+    optimizer.found_inf = (~take_step).float()
     optimizer.step()
 
 
