@@ -199,7 +199,8 @@ BROKEN = {  # name: (check that must fail, its error, its message, file, right, 
         check_dense, AssertionError, "", GEMM, "first + 2 * k, second + 2 * k", "first + 2 * k, second + 4 * k",
     ),
     "the lower row's scale": (
-        check_dense, AssertionError, "", GEMM, "64 * place.warpgroup + place.row + 8]", "64 * at.warpgroup + at.row]",
+        check_dense, AssertionError, "", GEMM, "64 * place.warpgroup + place.row + 8]",
+        "64 * place.warpgroup + place.row]",
     ),
     "writes its neighbour's rows": (
         check_rows, AssertionError, "", TILES, "found.rows = min(end - m,", "found.rows = min(end - m + 1,",
