@@ -1,5 +1,5 @@
 // How Python calls a launcher f(stream, args...): as f(*args). Tensors arrive through the DLPack C exchange table, so
-// no torch header is included and one build serves every torch that has the table (2.10+).
+// no torch header is included and one build works with every torch that has the table (2.10+).
 #pragma once
 #include <dlpack/dlpack.h>  // from the apache-tvm-ffi wheel: build time only
 #include <pybind11/pybind11.h>
@@ -8,7 +8,7 @@
 
 #include "tensor.h"
 
-#ifndef LING_DEVICE  // tests/host takes kDLCPU
+#ifndef LING_DEVICE  // tests/host defines it as kDLCPU
 #define LING_DEVICE kDLCUDA
 #endif
 

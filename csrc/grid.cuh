@@ -34,7 +34,7 @@ __device__ inline unsigned grid_arrive(unsigned* counter) {
     unsigned old = 0;
     if (threadIdx.x + threadIdx.y + threadIdx.z == 0) {
         const unsigned blocks = gridDim.x * gridDim.y * gridDim.z;
-        const bool first = blockIdx.x + blockIdx.y + blockIdx.z == 0;  // its share makes the sum of all 2^31
+        const bool first = blockIdx.x + blockIdx.y + blockIdx.z == 0;  // all shares add up to 2^31
         old = add_release(counter, first ? 0x80000000u - (blocks - 1) : 1);
     }
     return old;

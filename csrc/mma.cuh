@@ -1,5 +1,5 @@
-// A warp's product of 16 x 8 x 16 on tensor cores, from registers, with its twin for tests/host, and how its operands
-// come out of 16 bytes of memory.
+// A warp's 16 x 8 x 16 product on tensor cores, from registers, its CPU version for tests/host, and the conversion of
+// 16 bytes of memory to operands.
 #pragma once
 #include <cuda_fp8.h>
 
@@ -7,9 +7,10 @@
 
 namespace ling {
 
-// d [16, 8] += A [16, 16] B [8, 16]^T, T f16 or bf16, two to a register. Lane l, g = l / 4, c = l % 4, has of A rows g
-// and g + 8 at columns 2c, 2c + 1 in a[0] and a[1], and 8 columns to the right in a[2] and a[3]; of B row g at the same
-// columns in b0 and b1; of d columns 2c and 2c + 1 of row g in d[0], d[1], of row g + 8 in d[2], d[3].
+// d [16, 8] += A [16, 16] B [8, 16]^T, T f16 or bf16, two elements in a register. Lane l, g = l / 4, c = l % 4, holds
+//     a[0], a[1]    rows g, g + 8 of A, columns 2c and 2c + 1;  a[2], a[3]: the same rows, columns 2c + 8 and 2c + 9
+//     b0, b1        row g of B, columns 2c and 2c + 1;  2c + 8 and 2c + 9
+//     d[0], d[1]    row g of d, columns 2c and 2c + 1;  d[2], d[3]: row g + 8, the same columns
 #ifdef __CUDACC__
 template <typename T>
 __device__ void mma(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {

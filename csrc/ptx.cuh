@@ -1,4 +1,4 @@
-// The PTX that SIMT kernels use: functions of a line, each with a twin for tests/host.
+// The PTX instructions of the SIMT kernels, one function each, and their CPU versions for tests/host.
 #pragma once
 
 namespace ling {
@@ -8,7 +8,7 @@ namespace ling {
 __device__ inline void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 // The next kernel may start once every block has called this; its blocks use SMs that this kernel leaves free.
 __device__ inline void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;"); }
-// 1 / x to the last bit or two, 0 where that is below 2^-126; __fdividef takes three instructions more.
+// 1 / x within 1 or 2 ulp, 0 where the result is below 2^-126; __fdividef needs three instructions more.
 __device__ inline float reciprocal(float x) {
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

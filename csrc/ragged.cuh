@@ -4,8 +4,8 @@
 
 namespace ling {
 
-// before[g] = the number of tiles of the groups before g, and before[n] of all, in shared memory; tiles_of(g) is called
-// once for each group. The whole block calls this and is synchronised afterwards; sums holds an int per warp.
+// Writes before[g] = the number of tiles of groups 0 .. g - 1, for g <= n, to shared memory; tiles_of(g) is called once
+// for each group. The whole block calls this and is synchronised afterwards; sums holds an int per warp.
 template <typename F> __device__ void count_tiles(int* before, int* sums, int n, F&& tiles_of) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
     int passed = 0;
@@ -13,8 +13,8 @@ template <typename F> __device__ void count_tiles(int* before, int* sums, int n,
         const int g = base + threadIdx.x, tiles = g < n ? tiles_of(g) : 0;
         int sum = tiles;
         for (int d = 1; d < 32; d *= 2) {
-            const int left = __shfl_up_sync(~0u, sum, d);
-            sum += lane >= d ? left : 0;
+            const int lower = __shfl_up_sync(~0u, sum, d);
+            sum += lane >= d ? lower : 0;
         }
         if (lane == 31) sums[warp] = sum;
         __syncthreads();

@@ -51,7 +51,7 @@ def moved(cache: KVCache, seed=1) -> tuple[KVCache, torch.Tensor]:
 
 
 def spoil(cache: KVCache, table, lengths) -> torch.Tensor:
-    """Write NaN to every cell that no sequence uses; returns a table whose unused entries are no pages."""
+    """Write NaN to every cell that no sequence uses; returns a table whose unused entries are not valid pages."""
     num_blocks, page = cache.k.shape[:2]
     unused = torch.ones(num_blocks * page, dtype=torch.bool, device=DEVICE)
     table = table.clone()
@@ -322,7 +322,7 @@ def test_correct(check, seed, monkeypatch):
 
 
 @pytest.mark.parametrize("fp8", [False, True])
-def test_reasons_why_csrc_does_not_serve(fp8):
+def test_reasons_why_csrc_does_not_support(fp8):
     """One reason at a time; test_ops.py runs the calls without a reason."""
     q, cache, *_ = decode_args(Rand(BF16), (20,), 2, 8, 1, 128, 16, fp8)
 

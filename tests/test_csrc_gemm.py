@@ -1,4 +1,4 @@
-"""The GEMM kernels of csrc/ on the CPU, with twins of TMA, wgmma and mbarriers: every tile, and kernels made wrong."""
+"""The GEMM kernels of csrc/ with CPU versions of TMA, wgmma and mbarriers: every tile, and broken kernels."""
 
 import os
 import subprocess
@@ -34,7 +34,7 @@ def near(got, want, eps=2**-7):
 
 
 def check_rows(C):
-    """Tiles of 16, 32, 64 and 128 rows; empty groups, all rows in one, rows of nobody; one 128 of columns and three."""
+    """Tiles of 16, 32, 64 and 128 rows; empty groups, all rows in one group, rows of none; 128 or 384 columns."""
     rand = Rand(FP32)
     for S, E, N, K, rest in ((40, 8, 128, 256, 3), (60, 2, 384, 128, 0), (150, 3, 256, 384, 9), (290, 2, 384, 640, 0),
                              (9, 40, 128, 128, 2), (300, 1, 640, 128, 1)):  # fmt: skip
@@ -109,11 +109,16 @@ def check_masked(C):
 
 
 def check_dense(C):
-    """b_scale per block and per row, added to what is there or not; columns that are no multiple of 128."""
+    """b_scale per block and per row, with and without accumulation; columns that are not a multiple of 128."""
     rand = Rand(FP32)
-    for M, N, K, tall in ((40, 256, 384, False), (150, 384, 256, False), (40, 72, 256, True), (150, 264, 128, True)):
+    for M, N, K, by_row in (
+        (40, 256, 384, False),
+        (150, 384, 256, False),
+        (40, 72, 256, True),
+        (150, 264, 128, True),
+    ):
         a, a_scale = quantize(rand.data(M, K))
-        b, b_scale = quantize(rand.data(N, K)) if tall else quantize_weight(rand.data(N, K))
+        b, b_scale = quantize(rand.data(N, K)) if by_row else quantize_weight(rand.data(N, K))
         for dtype in (BF16, FP32):
             for accumulate in (False, True):
                 d = rand.data(M, N, dtype=dtype)
@@ -168,7 +173,7 @@ def test_correct(check):
 
 
 def test_nothing_to_do():
-    """No rows, and no groups with rows, are nothing to write."""
+    """Without rows, or without groups, nothing is written."""
     a, a_scale, b, b_scale, offsets = grouped_fp8_args(Rand(FP32), 8, 3, 128, 128)
     y = torch.full((8, 128), -7.0)
     C.grouped_gemm_fp8_fwd(a, a_scale, b, b_scale, torch.zeros_like(offsets), None, 1, y, None, False)
@@ -179,18 +184,18 @@ def test_nothing_to_do():
 TILES, LOAD, GEMM = "gemm/tiles.cuh", "gemm/load.cuh", "gemm/gemm_fp8.cuh"
 WGRAD, SM90, FEW = "gemm/grouped_wgrad.cu", "sm90.cuh", "gemm/gemm_fp8_few_rows.cu"
 BROKEN = {  # name: (check that must fail, its error, its message, file, right, wrong)
-    "reads before the loads are there": (
+    "reads before the loads have arrived": (
         check_dense, (AssertionError, RuntimeError), "", GEMM, "s.full[ring.stage].wait(ring.parity);", "",
     ),
     "loads before the stage is free": (
         check_rows, (AssertionError, RuntimeError), "", LOAD,
         "s.empty[ring.stage].wait(ring.parity ^ 1);\n            s.full", "s.full",
     ),
-    "a stage is never given back": (
+    "a stage is never released": (
         check_rows, RuntimeError, "deadlock.*mbarrier", GEMM,
         "release(s.empty[stage]);", "",
     ),
-    "the next 32 of K begin elsewhere": (
+    "a wrong start of the next 32 of K": (
         check_dense, AssertionError, "", GEMM, "first + 2 * k, second + 2 * k", "first + 2 * k, second + 4 * k",
     ),
     "the lower row's scale": (
@@ -203,15 +208,15 @@ BROKEN = {  # name: (check that must fail, its error, its message, file, right, 
     "hands copies on too early": (
         check_gather, AssertionError, "", LOAD, "wait_copies<kInFlight>(), publish();", "publish();",
     ),
-    "transposes before all is read": (check_transposed, AssertionError, "", LOAD, "named_barrier(3, 128);", ""),
+    "transposes before all lines are read": (check_transposed, AssertionError, "", LOAD, "named_barrier(3, 128);", ""),
     "bytes of a pair swapped": (check_transposed, AssertionError, "", LOAD, "0x6420", "0x4620"),
     "counts its neighbour's tokens": (
         check_wgrad, AssertionError, "", WGRAD, "if (row + Bf16::kTokens > t.k_units) clear", "if (false) clear",
     ),
-    "adds sums that are not there yet": (
+    "adds sums that are not written yet": (
         check_few_rows, AssertionError, "", FEW, "else __syncthreads();", "",
     ),
-    "few rows before the kernel ahead has ended": (
+    "few rows read x before the preceding kernel has ended": (
         check_few_rows, RuntimeError, "never waits for it", FEW, "wait_for_previous();", "",
     ),
     "another line's scale": (
@@ -245,12 +250,12 @@ def test_sanitized():
 @pytest.mark.skipif(not (CUTLASS / "cutlass/cutlass.h").exists(), reason="CUTLASS's headers are not here")
 @pytest.mark.parametrize("schedule", [0], indirect=True)
 def test_cute_agrees_where_operands_and_results_lie(tmp_path):
-    """The twins believe csrc/ about layouts and descriptors; CuTe, evaluated on the host, says the same."""
+    """The CPU's wgmma uses the layouts and descriptors of csrc/; CuTe, evaluated on the host, gives the same."""
     source, cuda, program = build.HERE / "layouts.cu", build.includes()[0], tmp_path / "layouts"
     folders = [f"-I{CUTLASS}", f"-I{cuda}", f"-I{cuda}/cccl"]
     subprocess.run(["g++", "-x", "c++", "-std=c++20", "-w", "-DCUTE", *folders, source, "-o", program], check=True)
-    ours = build.link([source, build.HERE / "cuda_on_host.cpp"], ".exe", "-pthread")
-    said = [subprocess.run([p], capture_output=True, text=True, check=True).stdout for p in (ours, program)]
+    our_program = build.link([source, build.HERE / "cuda_on_host.cpp"], ".exe", "-pthread")
+    outputs = [subprocess.run([p], capture_output=True, text=True, check=True).stdout for p in (our_program, program)]
     noise = "ERROR: cast_smem_ptr_to_uint not supported but used"  # it gives 0, and no address is compared
-    ours, cute = ([w for w in s.replace(noise, "").split() if w != "."] for s in said)
+    ours, cute = ([w for w in s.replace(noise, "").split() if w != "."] for s in outputs)
     assert len(ours) == 2 * 64 * 128 + 2 + 128 * 64 and ours == cute

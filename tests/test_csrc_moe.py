@@ -1,4 +1,4 @@
-"""The routing kernels of csrc/ on the CPU: values, bits and what they leave alone, and wrong kernels that must fail."""
+"""The routing kernels of csrc/ on the CPU: values, bits, untouched memory, and broken kernels that must fail."""
 
 import pytest
 import torch
@@ -26,10 +26,10 @@ def check_route(C):
     """Both sizes; partial blocks, masks, strides; counts begin as garbage."""
     rand = Rand(FP32)
     for T, E, sizes in ((0, 256, (8, 4, 8)), (53, 256, (8, 4, 8)), (37, 16, (4, 2, 4))):
-        wide, bias, mask = rand.data(T, E + 4), rand.data(E) / 10, rand.bools(T)
+        padded, bias, mask = rand.data(T, E + 4), rand.data(E) / 10, rand.bools(T)
         few = rand.ints(-1, 2, T, E).float()  # ties in nearly every choice
         bad = rand.data(T, E).where(rand.bools(T, E), rand.ints(0, 2, T, E).div(0))  # NaN and inf
-        for logits, masked in ((wide[:, :E], None), (few, mask), (bad, None)):
+        for logits, masked in ((padded[:, :E], None), (few, mask), (bad, None)):
             check_route_one(C, logits, bias if logits is not few else torch.zeros(E), masked, *sizes)
         bias[::7], bias[3], bias[E // 2] = torch.nan, torch.inf, -torch.inf
         check_route_one(C, bad, bias, mask, *sizes)
@@ -91,7 +91,7 @@ def check_balance(C):
 
 
 def check_dispatch(C):
-    """One block and several, whole and partial warps, tiles of one step and of two, experts that nobody chose."""
+    """One block and several, whole and partial warps, tiles of one step and of two, experts without tokens."""
     rand = Rand(FP32)
     for T, topk, E, rows in ((0, 2, 4, 0), (1, 1, 1, 0), (67, 3, 8, 0), (5, 8, 256, 0), (70, 9, 512, 5), (650, 2, 5, 5),
                              (700, 2, 3, 2), (20, 2, 0, 0)):  # fmt: skip
@@ -106,7 +106,7 @@ def check_dispatch(C):
 
 
 def unpermute_args():
-    """Rows of whole vectors and of none, shorter and longer than a block; more slots than are on the way at once."""
+    """Rows of whole vectors and of none, shorter and longer than a block; more choices than load at once."""
     for T, E, topk, H, dtype, routing in ((0, 4, 2, 8, FP32, ""), (19, 8, 3, 33, BF16, "masked"),
                                           (9, 16, 9, 24, FP16, ""), (7, 4, 2, 1100, FP32, "masked"),
                                           (9, 8, 8, 264, BF16, "masked"), (5, 3, 2, 8, FP32, "one")):  # fmt: skip
@@ -207,7 +207,7 @@ BROKEN = {  # name: (check that must fail, its error, file, right, wrong)
                                     "chosen[warp]"),
     "unstable sort": (check_route, AssertionError, "moe/route.cuh", "key[j + 1] > key[j]",
                              "key[j + 1] >= key[j]"),
-    "counts start where they are": (check_route, AssertionError, ROUTE, "counts[e] = 0", "counts[e] += 0"),
+    "counts not zeroed": (check_route, AssertionError, ROUTE, "counts[e] = 0", "counts[e] += 0"),
     "the counts' zeroing is not awaited": (check_route, RuntimeError, ROUTE, "    wait_for_previous();", ""),
     "a masked token counts": (check_route_many, AssertionError, ROUTE, "!(mask && !mask[t])",
                               "!(mask && !mask[first])"),
@@ -218,9 +218,9 @@ BROKEN = {  # name: (check that must fail, its error, file, right, wrong)
                        "int64_t(float(E) * float(counts[e]))"),
     "sums not awaited": (check_balance, AssertionError, BALANCE, "    __syncthreads();\n    int64_t total",
                          "    int64_t total"),
-    "equals of a warp in any order": (check_dispatch, AssertionError, DISPATCH, "__popc(same & ((1u << lane) - 1))",
+    "equals of a warp in wrong order": (check_dispatch, AssertionError, DISPATCH, "__popc(same & ((1u << lane) - 1))",
                                       "__popc(same & ~((2u << lane) - 1))"),
-    "a step forgets the one before": (check_dispatch, AssertionError, DISPATCH, "warp_found[b] = row + __popc(same)",
+    "a step ignores the previous step": (check_dispatch, AssertionError, DISPATCH, "warp_found[b] = row + __popc(same)",
                                       "warp_found[b] = row"),
     "unrouted slots counted as routed": (check_dispatch, RuntimeError, DISPATCH, "atomicAdd(next + E, -routed)",
                                          "atomicAdd(next + E, 0)"),

@@ -1,4 +1,4 @@
-"""moe_decode of csrc/ on the CPU: every composition against the ops that define it, any grid, and wrong kernels."""
+"""moe_decode of csrc/ on the CPU: every composition against the ops that define it, any grid, broken kernels."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -29,7 +29,7 @@ FEW, MANY = (16, 4, 2, 4), (256, 8, 4, 8)  # experts, groups, groups kept, exper
 
 
 def problem(T, sizes=FEW, H=128, F=128, Fs=0, fp8=True, seed=0):
-    """Blocks of 128 differ in size, so that no scale can stand in for another."""
+    """Blocks of 128 differ in magnitude, so a wrong scale gives a wrong result."""
     rand, E = Rand(BF16, seed), sizes[0]
 
     def uneven(*shape):
@@ -48,7 +48,7 @@ def problem(T, sizes=FEW, H=128, F=128, Fs=0, fp8=True, seed=0):
 
 
 def launch(C, args, logits=None, residual=None):
-    """What the kernel makes of given logits; all that it does not write stays NaN."""
+    """Returns the kernel's y for `logits`; outputs that it does not write stay NaN."""
     x, router_w, bias, *weights = args[:5]
     shared, sizes, (T, H) = args[5], args[6:], x.shape
     pairs = [w if isinstance(w, tuple) else (w, None) for w in (*weights, *(shared or ()))]
@@ -89,7 +89,7 @@ def check_many_experts(C):
 
 
 def check_shared_choices_and_ties(C):
-    """All rows choose the same experts, which are read once; then equal logits, of which the lowest index wins."""
+    """All rows choose the same experts, which are read once; then equal logits, where the lowest index wins."""
     args = problem(6, Fs=128)
     args[0][1:] = args[0][:1]
     check_near(launch(C, args), define(args))
@@ -99,7 +99,7 @@ def check_shared_choices_and_ties(C):
 
 
 def check_nan(C):
-    """A row's NaN stays its own: one in x, one in all of its logits, which still choose experts that there are."""
+    """A NaN in a row of x, or in all logits of a row, affects only that row; the chosen experts are in range."""
     args = problem(4, Fs=128)
     whole = launch(C, args)
     args[0][1, 5] = torch.nan
@@ -111,7 +111,7 @@ def check_nan(C):
 
 
 def check_grids(C, monkeypatch, grids=(1, 3, 78)):
-    """A sum's order does not depend on the grid, nor does what a launch leaves for the next."""
+    """Sums and the barrier's counter after a launch do not depend on the grid."""
     args = problem(2, H=256, Fs=128)
     seen = []
     for sms in grids:
@@ -141,7 +141,7 @@ def test_any_grid_gives_the_same_bits(seed, grids, monkeypatch):
 @pytest.mark.parametrize("fp8", [False, True])
 def test_every_composition(T, fp8):
     """The op: with and without the shared expert, the residual and the norm, by turns over T; two launches, or its
-    definition where the kernel does not serve."""
+    definition where the kernel does not support the call."""
     args = problem(T, Fs=128 * (T % 2), fp8=fp8, seed=T)
     rand = Rand(BF16, T)
     residual = rand.data(*args[0].shape) if T // 2 % 2 else None
@@ -158,10 +158,10 @@ def test_every_composition(T, fp8):
     check_near(got, define(args, residual if norm is None else s))
 
 
-class Normed(torch.nn.Module):
-    """In attention's place."""
+class NormOnly(torch.nn.Module):
+    """Replaces attention: only the norm."""
 
-    def forward(self, x, rows, cache, norm):
+    def forward(self, x, layout, cache, norm):
         return norm(x)
 
 
@@ -169,7 +169,7 @@ def decode_layer(kind):
     torch.manual_seed(0)
     config = dataclasses.replace(LingConfig.tiny(), moe_intermediate_size=128, initializer_range=0.1)
     layer = Layer(config, dense=False).to(BF16)
-    layer.attention = Normed()
+    layer.attention = NormOnly()
     if kind != "bf16":
         to_fp8(layer, weights="kept" if kind == "kept" else "each_forward")
     if kind == "frozen":
@@ -220,7 +220,7 @@ def test_which_layers_decode(monkeypatch):
 
 
 def test_a_model_decodes_through_it(monkeypatch):
-    """Prompts of two texts and three more tokens of each, which are given."""
+    """Two prompts and three fixed further tokens of each."""
     config = dataclasses.replace(LingConfig.tiny(), vocab_size=64, num_hidden_layers=2, num_attention_heads=2,
                                  num_key_value_heads=1, head_dim=128, moe_intermediate_size=128,
                                  num_nextn_predict_layers=0, initializer_range=0.2)  # fmt: skip
@@ -240,13 +240,13 @@ def test_a_model_decodes_through_it(monkeypatch):
     assert (got - want).norm() < 0.02 * want.norm()
 
 
-def test_what_it_serves():
+def test_supported_arguments():
     args = problem(2, Fs=128)
     x, router_w, bias, gate_up, down, shared, *routing = args[:9]
     assert unsupported(*args[:9]) is None and unsupported(*problem(2, fp8=False)[:9]) is None
     assert "bf16" in unsupported(x.float(), *args[1:9]) and "16 experts" in unsupported(*args[:6], 4, 4, 4)
-    wide = problem(2, Fs=128, fp8=False)
-    assert "beside" in unsupported(x, router_w, bias, gate_up, down, wide[5], *routing)
+    bf16 = problem(2, Fs=128, fp8=False)
+    assert "beside" in unsupported(x, router_w, bias, gate_up, down, bf16[5], *routing)
     strided = gate_up[0].mT.contiguous().mT, gate_up[1]
     assert "strided" in unsupported(x, router_w, bias, strided, down, shared, *routing)
     ling = {(2048, 512): 8, (4096, 1024): 8, (8192, 2048): 8}  # mini, flash, 1T: in FP8 for all rows
@@ -268,8 +268,8 @@ def test_refused():
 
 KERNEL, PARTS, STEPS = "moe/moe_decode.cu", "moe/moe_decode.cuh", "gemm/few_rows.cuh"
 BROKEN = {  # name: (check that must fail, file, right, wrong)
-    "no wait for the others' h": (check_sizes, KERNEL, "grid_barrier(counters", "grid_arrive(counters"),
-    "an expert for rows that chose others": (check_sizes, PARTS, "if (jobs.rows[job] >> (n + i) & 1)", "if (true)"),
+    "no wait for other blocks' h": (check_sizes, KERNEL, "grid_barrier(counters", "grid_arrive(counters"),
+    "an expert for rows without it": (check_sizes, PARTS, "if (jobs.rows[job] >> (n + i) & 1)", "if (true)"),
     "gate's scale for up": (check_sizes, PARTS, "lower / kBlock * scale_columns + k_step",
                             "upper / kBlock * scale_columns + k_step"),
 }  # fmt: skip

@@ -119,7 +119,7 @@ def check_rms_backward(C):
 
 
 def check_router(C):
-    """The logits are those of the h that is returned."""
+    """The logits are computed from the returned h."""
     rand = Rand(BF16)
     for T, H, E, other, plain in ((1, 520, 3, BF16, False), (2, 136, 4, FP32, False), (3, 264, 1, FP32, True),
                                   (5, 1032, 5, FP32, False), (8, 2048, 2, BF16, False), (5, 4104, 2, BF16, True),
@@ -161,7 +161,7 @@ BROKEN = {  # name: (check that must fail, file, right, wrong)
     "rotated back the same way": (check_qk_backward, QK, "angles.rotate(z, true)", "angles.rotate(z, false)"),
     "a neighbour's dim": (check_qk_forward, HEAD, "__shfl_xor_sync(~0u, y[j], 4)", "__shfl_xor_sync(~0u, y[j], 2)"),
     "an unknown position's angles": (check_qk_forward, HEAD, "real && !in_table ?", "false ?"),
-    "values through the norm": (check_qk_forward, QK, "if (!key) y = x[i];", ""),
+    "values normalised": (check_qk_forward, QK, "if (!key) y = x[i];", ""),
     "a cell past the cache": (check_qk_cache, QK, "slot >= 0 && slot < cells", "slot >= 0 && slot < cells - 1"),
     "no barrier before the sums": (check_qk_backward, QK, "__syncthreads();", ""),
     "one token of two": (check_qk_backward, QK, "first += kAtOnce * stride", "first += (kAtOnce + 1) * stride"),
@@ -177,7 +177,7 @@ BROKEN = {  # name: (check that must fail, file, right, wrong)
     "dw of one row of a block": (check_rms_backward, RMS, "sum += sums[i * wide + n]", "sum = sums[i * wide + n]"),
     "no barrier before a row's squares": (check_router, ROUTER, "squares[lane][warp] = sum;\n        __syncthreads();",
                                           "squares[lane][warp] = sum;"),
-    "router before the kernel ahead": (check_router, ROUTER, "wait_for_previous();", ""),
+    "router does not wait for the preceding kernel": (check_router, ROUTER, "wait_for_previous();", ""),
     "dtotal forgotten": (check_rms_backward, RMS, "if (dtotal) d =", "if (false) d ="),
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The FP8 kernels of csrc/ on the CPU: their arithmetic value by value, and wrong kernels that must not get through."""
+"""The FP8 kernels of csrc/ on the CPU: their arithmetic value by value, and broken kernels that must fail."""
 
 import ctypes
 
@@ -95,7 +95,7 @@ def check_plan(C):
 
 
 def check_plan_writes_nothing_else(C):
-    """Rows past the last expert's, and columns past its run, are left alone."""
+    """Rows past the last expert's, and columns past its run, are not written."""
     rand = Rand(BF16)
     plan = plan_of(rand, 90, 3, 2, "masked")
     x, last, columns = rand.data(180, 128), int(plan.offsets[-1]), int(plan.padded_offsets[-1])
@@ -103,8 +103,8 @@ def check_plan_writes_nothing_else(C):
     for t in out:
         t.view(torch.uint8 if t.dtype == E4M3 else torch.int32).fill_(77)
     C.quantize_fwd(x, *out, plan.offsets, plan.padded_offsets, None, 1, False)
-    rest = out[0][last:], out[1][last:], out[2][:, columns:], out[3][:, columns // 128 :]
-    for t in rest:
+    outside = out[0][last:], out[1][last:], out[2][:, columns:], out[3][:, columns // 128 :]
+    for t in outside:
         assert t.numel() and (t.view(torch.uint8 if t.dtype == E4M3 else torch.int32) == 77).all()
 
 
@@ -131,7 +131,7 @@ def check_transpose(C):
 
 
 def check_swiglu(C):
-    """Codes within one of the reference's, since a last bit may move a value to the next; the rest near."""
+    """Codes differ from the reference's by at most one, as a last bit may change a code; the rest is near."""
     rand = Rand(FP32)
     for dtype, T, F, routing in ((FP32, 45, 128, "masked"), (BF16, 40, 256, "one"), (BF16, 0, 128, "")):
         plan = plan_of(rand, T, 3, 2, routing)
@@ -214,7 +214,7 @@ def call(f, *tensors, more=()):
 
 
 def test_codes(arithmetic):
-    """Every e4m3 number, the middle between neighbours, what lies next to either, and what has no code."""
+    """Every e4m3 number, the midpoints of neighbours, the floats next to both, and values without a code."""
     values = torch.arange(127, dtype=torch.uint8).view(E4M3).float()
     x = torch.cat([values, (values[1:] + values[:-1]) / 2, torch.tensor([464.0, 480, 1e4, 3e38, 1e-40, torch.inf])])
     x = torch.cat(
@@ -225,7 +225,7 @@ def test_codes(arithmetic):
 
 
 def check_quotients(arithmetic):
-    """The two corrections of a product with the reciprocal give the very bits of a division, -0 and underflow too."""
+    """The two corrections of a product with the reciprocal give the same bits as a division, -0 and underflow too."""
     g = torch.Generator().manual_seed(0)
     n = 1 << 21
     scale = torch.rand(n, generator=g).add(1) * 2.0 ** torch.randint(-99, 118, (n,), generator=g)

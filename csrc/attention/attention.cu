@@ -7,7 +7,8 @@ namespace {
 
 // A persistent block has one warp that loads and two warpgroups that multiply, each with 64 queries of a tile of 128.
 // While a warpgroup computes the exponentials of one block of keys, tensor cores compute its products with the next
-// keys and the previous values. The two warpgroups take turns, so that one's exponentials overlap the other's products.
+// keys and the previous values. The two warpgroups take turns, so that exponentials of one overlap products of the
+// other.
 constexpr int kBlock = 128, kConsumers = 256, kThreads = kConsumers + 128, kStages = 2;
 constexpr int kBox = kBlock * 128;    // bytes of 128 rows of 64 columns
 constexpr int kTileBytes = 2 * kBox;  // of 128 rows of a head
@@ -94,8 +95,8 @@ __device__ void load_tiles(Shared& s, const Problem& p) {
 __device__ void multiply_keys(float (&scores)[64], const uint8_t* q, const uint8_t* k) {
 #pragma unroll
     for (int i = 0; i < kD / 16; i++) {
-        const int at = i / 4 * kBox + i % 4 * 32;
-        wgmma_bf16(scores, operand(q + at), operand(k + at), i > 0);
+        const int offset = i / 4 * kBox + i % 4 * 32;
+        wgmma_bf16(scores, operand(q + offset), operand(k + offset), i > 0);
     }
     wgmma_commit();
 }
@@ -107,7 +108,7 @@ __device__ void multiply_values(float (&out)[64], const unsigned (&p)[8][4], con
     wgmma_commit();
 }
 
-// Of the two rows of a thread: the largest score so far, and the sum of the thread's own exponentials
+// For each of a thread's two rows: the largest score so far, and the sum of the exponentials that the thread holds
 struct Softmax {
     float largest[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
 

@@ -7,7 +7,7 @@ namespace {
 
 // One kernel template computes dq, or dk and dv (kKeys). A tile of 128 rows of one side (queries, or keys) stays in
 // shared memory while 64 rows at a time of the other side are loaded; a warpgroup has 64 of the 128 rows:
-//   s = x y^T, dp = dx dy^T  with x, dx = q, dout (keys: k, v) and y, dy the other side's,
+//   s = x y^T, dp = dx dy^T  with x, dx = q, dout (keys: k, v) and y, dy the same of the other side,
 //   p = exp(scale s - lse), ds = p (dp - delta),  dq = scale ds k   (keys: dk = scale ds^T q, dv = p^T dout).
 // p and ds are left operands of their products in registers, so scores of keys are computed transposed. Each sum has
 // one writer.
@@ -147,12 +147,12 @@ template <bool kKeys> __device__ void differentiate(Shared& s, const Problem& p)
 #pragma unroll
             for (int r = 0; r < 2; r++)
                 if (row + 8 * r < t.rows) {
-                    const int64_t at = t.head * p.stride + t.first + row + 8 * r;
-                    lse[r] = p.lse_at[at], delta[r] = p.delta_at[at];
+                    const int64_t index = t.head * p.stride + t.first + row + 8 * r;
+                    lse[r] = p.lse_at[index], delta[r] = p.delta_at[index];
                 }
         const bool any = t.begin < t.end;
-        int left = any ? t.heads * ceil_div(t.end - t.begin, kOther) : 0;
-        for (int n = t.begin; left; left--, done++) {
+        int blocks_left = any ? t.heads * ceil_div(t.end - t.begin, kOther) : 0;
+        for (int n = t.begin; blocks_left; blocks_left--, done++) {
             const int stage = done % kStages;
             s.full[stage].wait(done / kStages % 2);
             const uint8_t *y = s.y[stage], *dy = s.dy[stage];
@@ -170,15 +170,16 @@ template <bool kKeys> __device__ void differentiate(Shared& s, const Problem& p)
             multiply_rows(dp, s.dx + 64 * 128 * warpgroup, dy);
             wgmma_wait<1>(scores);
 
-            // Bit i: score i is visible. In most blocks all are: none is past the end, every query sees every key.
+            // Bit i: score i is visible. Most blocks need no mask: every query sees every key of the block.
             unsigned seen = ~0u;
             const int other = kKeys ? n : n + kOther - 1, edge = kKeys ? t.offset + kBlock - 1 : t.offset;
             if (n + kOther > t.end || (p.causal && !(kKeys ? other + t.shift >= edge : other <= edge + t.shift))) {
 #pragma unroll
                 for (int i = 0; i < 32; i++) {
-                    const int at = n + column + i / 4 * 8 + i % 2, tile_row = t.offset + row + i / 2 % 2 * 8;
-                    const bool visible = !p.causal || (kKeys ? at + t.shift >= tile_row : at <= tile_row + t.shift);
-                    seen ^= static_cast<unsigned>(!visible || at >= t.end) << i;
+                    const int position = n + column + i / 4 * 8 + i % 2, tile_row = t.offset + row + i / 2 % 2 * 8;
+                    const bool visible =
+                        !p.causal || (kKeys ? position + t.shift >= tile_row : position <= tile_row + t.shift);
+                    seen ^= static_cast<unsigned>(!visible || position >= t.end) << i;
                 }
             }
 #pragma unroll

@@ -12,7 +12,7 @@ inline bool contiguous_heads(const Tensor& t) {
     return side_by_side && t.stride[0] % 8 == 0 && t.aligned();
 }
 
-// Check the bounds of sequence b of B, which have T rows together
+// Check the bounds of sequence b; the B sequences have T rows in all
 __device__ inline void check_bounds(const int* cu, int b, int B, int T) {
     LING_DEVICE_CHECK(cu[b] <= cu[b + 1] && (b > 0 || cu[0] == 0) && (b + 1 < B || cu[B] == T));
 }

@@ -5,11 +5,11 @@
 // columns. As the contraction may take K in any order, a lane uses its 16 bytes of a row as loaded.
 //
 //     Stream<kFp8, kDepth> stream(shared memory of this warp);
-//     for (i < kDepth) stream.push(where step i lies), or stream.push() where there is no such step
+//     for (i < kDepth) stream.push(address of step i), or stream.push() without such a step
 //     for (each step) {
 //         const auto step = stream.take();
 //         const auto part = multiply<kFp8>(step, row g of x, from the step's K on);
-//         stream.push(where the step kDepth further on lies), or stream.push()
+//         stream.push(address of the step kDepth later), or stream.push()
 //     }
 #pragma once
 #include "mma.cuh"
@@ -88,7 +88,7 @@ struct Part {
 };
 
 // [16, 8] = step [16, 128 bytes] x [8, 128 bytes]^T, unscaled. x: the step's first byte of row g of x; where x has no
-// row g, of any row, and that column is meaningless. Products of e4m3 are exact in f16.
+// row g, any row: that column is then ignored. Products of e4m3 are exact in f16.
 template <bool kFp8> __device__ Part multiply(const Step& step, const uint8_t* x) {
     using T = std::conditional_t<kFp8, f16, bf16>;
     using C = std::conditional_t<kFp8, uint8_t, bf16>;

@@ -61,7 +61,7 @@ template <typename V> __device__ void multiply_tiles(Shared<V>& s, const Problem
         float w_scale[V::kHalves] = {}, next[V::kHalves] = {};
         int scale = t.group * p.weight_scale_g + t.n / 128 * p.weight_scale_n;
         const int up = (V::kSwiglu ? p.N / 256 : 1) * p.weight_scale_n;
-        const auto load_scales = [&](bool any) {  // a step ahead, to hide their latency
+        const auto load_scales = [&](bool any) {  // one step ahead, to hide the latency
 #pragma unroll
             for (int h = 0; h < V::kHalves; h++) {
                 w_scale[h] = next[h];
@@ -70,8 +70,8 @@ template <typename V> __device__ void multiply_tiles(Shared<V>& s, const Problem
             scale += p.weight_scale_k;
         };
         load_scales(t.k_units > 0);
-        for (int left = t.k_units; left > 0; left--, ring.next()) {
-            load_scales(left > 1);
+        for (int units_left = t.k_units; units_left > 0; units_left--, ring.next()) {
+            load_scales(units_left > 1);
             s.full[ring.stage].wait(ring.parity);
             multiply(s, ring.stage, w_scale, busy, halves, sum);
         }

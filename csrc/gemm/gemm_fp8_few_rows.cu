@@ -59,8 +59,9 @@ __global__ void __launch_bounds__(32 * kWarps, kSms) gemm_fp8_few_rows_kernel(co
 
     wait_for_previous();
     for (int i = threadIdx.x; i < p.M * p.K / 16; i += 32 * kWarps) {
-        const int m = i / (p.K / 16), at = i % (p.K / 16) * 16;
-        *reinterpret_cast<uint4*>(x + m * row_of(p.K) + at) = *reinterpret_cast<const uint4*>(p.a + m * p.lda + at);
+        const int m = i / (p.K / 16), column = i % (p.K / 16) * 16;
+        *reinterpret_cast<uint4*>(x + m * row_of(p.K) + column) =
+            *reinterpret_cast<const uint4*>(p.a + m * p.lda + column);
     }
     for (int i = threadIdx.x; i < kMaxRows * blocks; i += 32 * kWarps) {
         const int m = i % kMaxRows;
@@ -77,26 +78,26 @@ __global__ void __launch_bounds__(32 * kWarps, kSms) gemm_fp8_few_rows_kernel(co
         for (int k = from; line < p.N && k < to; k++) {
             const Step step = stream.take();
             const Part part = multiply<true>(step, row + k * kStep);
-            const float left = x_scale[k * kMaxRows + c], right = x_scale[k * kMaxRows + c + 1];
-            sum[0] += part.v[0] * (left * step.upper_scale), sum[1] += part.v[1] * (right * step.upper_scale);
-            sum[2] += part.v[2] * (left * step.lower_scale), sum[3] += part.v[3] * (right * step.lower_scale);
+            const float scale0 = x_scale[k * kMaxRows + c], scale1 = x_scale[k * kMaxRows + c + 1];
+            sum[0] += part.v[0] * (scale0 * step.upper_scale), sum[1] += part.v[1] * (scale1 * step.upper_scale);
+            sum[2] += part.v[2] * (scale0 * step.lower_scale), sum[3] += part.v[3] * (scale1 * step.lower_scale);
             push();
         }
-        float* const mine = shared.sums[buffer][warp];
-        mine[c * kPitch + g] = sum[0], mine[(c + 1) * kPitch + g] = sum[1];
-        mine[c * kPitch + g + 8] = sum[2], mine[(c + 1) * kPitch + g + 8] = sum[3];
+        float* const warp_sums = shared.sums[buffer][warp];
+        warp_sums[c * kPitch + g] = sum[0], warp_sums[(c + 1) * kPitch + g] = sum[1];
+        warp_sums[c * kPitch + g + 8] = sum[2], warp_sums[(c + 1) * kPitch + g + 8] = sum[3];
         if (p.split == 1) __syncwarp();
         else __syncthreads();
         for (int i = part_of_k * 32 + threadIdx.x % 32; i < kLines * p.M && line < p.N; i += 32 * p.split) {
             const int m = i / kLines, n = i % kLines;
             float y = 0;
             for (int w = 0; w < p.split; w++) y += shared.sums[buffer][warp - part_of_k + w][m * kPitch + n];
-            const int64_t at = m * p.ldd + line + n;
+            const int64_t index = m * p.ldd + line + n;
             if (p.fp32) {
-                float* d = static_cast<float*>(p.d) + at;
+                float* d = static_cast<float*>(p.d) + index;
                 *d = p.accumulate ? *d + y : y;
             } else {
-                bf16* d = static_cast<bf16*>(p.d) + at;
+                bf16* d = static_cast<bf16*>(p.d) + index;
                 *d = static_cast<bf16>(p.accumulate ? static_cast<float>(*d) + y : y);
             }
         }

@@ -1,4 +1,4 @@
-// Which tiles the FP8 GEMM has: its variants, what a block shares, and the walk over ragged groups.
+// Tiles of the FP8 GEMM: its variants, a block's shared memory, and the walk over ragged groups.
 #pragma once
 #include "quant/fp8.cuh"
 #include "ragged.cuh"

@@ -3,7 +3,8 @@
 
 namespace ling {
 
-// The routed slots sorted by expert, stably in token order; what is not routed here (-1) goes last. E <= 512.
+// The choices (token, k) sorted by expert, stably in token order; choices that are not routed here (-1) go last.
+// E <= 512.
 void dispatch_fwd(cudaStream_t stream,
                   Tensor experts,  // [T, topk] i32
                   Tensor counts,   // [E]       i32: how often each expert occurs in experts

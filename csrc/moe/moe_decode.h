@@ -5,7 +5,7 @@ namespace ling {
 
 // The routed layer for T <= 8 rows in one launch: routing (route.h), gate_up, SwiGLU, down, the weighted sum, the
 // shared expert and the residual (see moe_decode.py). Weights are bf16, or e4m3 with f32 scales for each 128 x 128;
-// those of the shared expert are of the same kind. H, F and Fs are multiples of 128. The launch is cooperative;
+// the shared expert's weights have the same dtype. H, F and Fs are multiples of 128. The launch is cooperative;
 // launches on several streams, and replays of several graphs, may overlap.
 void moe_decode_fwd(cudaStream_t stream,
                     Tensor x,               // [T, H]  bf16

@@ -10,7 +10,7 @@ constexpr int kThreads = 256, kBatch = 8;  // choices of a token whose rows load
 template <typename T, int kVec> struct Raw {
     alignas(kVec * sizeof(T)) T v[kVec];
 
-    static __device__ Raw at(const T* p) {
+    static __device__ Raw load(const T* p) {
         Raw raw;
         if constexpr (kVec == 1) raw.v[0] = *p;
         else *reinterpret_cast<uint4*>(raw.v) = *reinterpret_cast<const uint4*>(p);
@@ -22,7 +22,7 @@ template <typename T, int kVec> struct Raw {
         else *reinterpret_cast<uint4*>(raw.v) = {};
         return raw;
     }
-    __device__ void to(T* p) const {
+    __device__ void store(T* p) const {
         if constexpr (kVec == 1) *p = v[0];
         else *reinterpret_cast<uint4*>(p) = *reinterpret_cast<const uint4*>(v);
     }
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
             for (int k = 0; k < kBatch; k++) {
                 const int64_t s = first + k < topk ? slot[t * topk + first + k] : -1;
-                row[k] = s >= 0 ? Row::at(y + s * H + h) : Row::zero();
+                row[k] = s >= 0 ? Row::load(y + s * H + h) : Row::zero();
                 w[k] = kWeights && s >= 0 ? weights[t * topk + first + k] : 0;
             }
 #pragma unroll
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         Row sum;
 #pragma unroll
         for (int i = 0; i < kVec; i++) sum.v[i] = static_cast<T>(total[i]);
-        sum.to(out + t * H + h);
+        sum.store(out + t * H + h);
     }
 }
 
@@ -83,11 +83,12 @@ __global__ void __launch_bounds__(kThreads, kDots ? 2 : 4)
             w[k] = kWeights && valid ? weights[t * topk + first + k] : 0;
         }
         for (int h = threadIdx.x * kVec; h < H; h += blockDim.x * kVec) {
-            const Row d = Row::at(x + t * H + h);
+            const Row d = Row::load(x + t * H + h);
             if constexpr (kDots) {
                 Row row[kBatch];
 #pragma unroll
-                for (int k = 0; k < kBatch; k++) row[k] = s[k] >= 0 ? Row::at(y + int64_t{s[k]} * H + h) : Row::zero();
+                for (int k = 0; k < kBatch; k++)
+                    row[k] = s[k] >= 0 ? Row::load(y + int64_t{s[k]} * H + h) : Row::zero();
 #pragma unroll
                 for (int k = 0; k < kBatch; k++)
 #pragma unroll
@@ -100,9 +101,9 @@ __global__ void __launch_bounds__(kThreads, kDots ? 2 : 4)
                 if constexpr (kWeights)
 #pragma unroll
                     for (int i = 0; i < kVec; i++) scaled.v[i] = static_cast<T>(static_cast<float>(d.v[i]) * w[k]);
-                if (s[k] >= 0) scaled.to(out + int64_t{s[k]} * H + h);
+                if (s[k] >= 0) scaled.store(out + int64_t{s[k]} * H + h);
                 const int64_t row = t * topk + first + k;  // every token zeroes topk of the T * topk rows
-                if (first + k < topk && row >= end) Row::zero().to(out + row * H + h);
+                if (first + k < topk && row >= end) Row::zero().store(out + row * H + h);
             }
         }
         if constexpr (kDots)

@@ -33,8 +33,8 @@ struct Angles {
         const bool minus = (lane < 4) != back;
 #pragma unroll
         for (int j = 0; j < kVec; j++) {
-            const float other = __shfl_xor_sync(~0u, y[j], 4);
-            if (lane < 8) y[j] = y[j] * cos[j] + (minus ? -other : other) * sin[j];
+            const float partner = __shfl_xor_sync(~0u, y[j], 4);
+            if (lane < 8) y[j] = y[j] * cos[j] + (minus ? -partner : partner) * sin[j];
         }
     }
 };

@@ -7,14 +7,14 @@ namespace {
 constexpr int kThreads = 128, kHeads = kThreads / kLanes;
 
 struct Positions {
-    const void* at;
+    const void* data;
     bool int64;
     __device__ int64_t operator[](int64_t t) const {
-        return int64 ? static_cast<const int64_t*>(at)[t] : static_cast<const int*>(at)[t];
+        return int64 ? static_cast<const int64_t*>(data)[t] : static_cast<const int*>(data)[t];
     }
 };
 
-// A block has one token. Its half warps hold the token's angles; each takes every 8th head, with up to 4 loads in
+// A block has one token. Each half warp holds the token's angles and computes every 8th head, with up to 4 loads in
 // flight.
 template <typename T, typename W>
 __global__ void __launch_bounds__(kThreads)
@@ -164,11 +164,11 @@ void qk_norm_rope_fwd(cudaStream_t stream, Tensor qkv, Tensor q_weight, Tensor k
     }
     if (T == 0) return;
     LING_CHECK(q.aligned() && k.aligned() && v.aligned());
-    const Positions at{positions.data, positions.dtype == DType::i64};
+    const Positions token_positions{positions.data, positions.dtype == DType::i64};
     dispatch_pair(qkv.dtype, q_weight.dtype, [&]<typename E, typename W>() {
         launch<qk_norm_rope_fwd_kernel<E, W>>(static_cast<unsigned>(T), kThreads, 0, stream, qkv.ptr<E>(),
                                               q_weight.ptr<W>(), k_weight.ptr<W>(), cos.ptr<float>(), sin.ptr<float>(),
-                                              at, slots.ptr<int64_t>(), q.ptr<E>(), k.ptr<E>(), v.ptr<E>(),
+                                              token_positions, slots.ptr<int64_t>(), q.ptr<E>(), k.ptr<E>(), v.ptr<E>(),
                                               k_cache.ptr<E>(), v_cache.ptr<E>(), static_cast<int>(Hq),
                                               static_cast<int>(Hkv), static_cast<int>(P), cells, eps);
     });
@@ -187,12 +187,12 @@ void qk_norm_rope_bwd(cudaStream_t stream, Tensor dq, Tensor dk, Tensor dv, Tens
     LING_CHECK((ceil_div<int64_t>(Hq, heads) + ceil_div<int64_t>(Hkv, heads) == groups));
     if (T == 0) return;
     LING_CHECK(dq.aligned() && dk.aligned() && dv.aligned() && dqkv.aligned());
-    const Positions at{positions.data, positions.dtype == DType::i64};
+    const Positions token_positions{positions.data, positions.dtype == DType::i64};
     const dim3 grid(programs, groups + ceil_div<int64_t>(Hkv, heads));
     dispatch_pair(qkv.dtype, q_weight.dtype, [&]<typename E, typename W>() {
         launch<qk_norm_rope_bwd_kernel<E, W>>(
             grid, kThreads, 0, stream, dq.ptr<E>(), dk.ptr<E>(), dv.ptr<E>(), qkv.ptr<E>(), q_weight.ptr<W>(),
-            k_weight.ptr<W>(), cos.ptr<float>(), sin.ptr<float>(), at, dqkv.ptr<E>(), dw.ptr<float>(),
+            k_weight.ptr<W>(), cos.ptr<float>(), sin.ptr<float>(), token_positions, dqkv.ptr<E>(), dw.ptr<float>(),
             static_cast<int>(T), static_cast<int>(Hq), static_cast<int>(Hkv), static_cast<int>(P), heads, eps);
     });
 }

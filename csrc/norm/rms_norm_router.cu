@@ -5,9 +5,10 @@
 namespace ling {
 namespace {
 
-constexpr int kVec = 8, kMaxThreads = 1024, kExperts = 2;  // columns of a thread; experts of a block: 128 blocks of 256
+constexpr int kVec = 8, kMaxThreads = 1024,
+              kExperts = 2;  // columns of a thread; experts of a block: 256 experts give 128 blocks
 
-// The sums of v[i] over the warp; lane l returns that of i = l % N. Each step exchanges half of the partial sums.
+// The sums of v[i] over the warp; lane l returns the sum for i = l % N. Each step exchanges half of the partial sums.
 template <int N> __device__ float warp_sums(float (&v)[N]) {
     static_assert(N <= 32 && (N & (N - 1)) == 0);
 #pragma unroll

@@ -4,7 +4,7 @@
 namespace ling {
 
 // x in e4m3 with one scale per 1 x 128 and, transposed, with one per 128 x 1: either or both, from one read of x.
-// With source [M], row m is x[source[m] / topk]. With offsets, rows past the last expert's are left alone.
+// With source [M], row m is x[source[m] / topk]. With offsets, rows past the last expert's are not written.
 void quantize_fwd(cudaStream_t stream,
                   Tensor x,               // [M, K] (with source: any number of rows), K % 128 == 0; f32, f16 or bf16
                   Tensor x_q,             // [M, K]          e4m3 or None (out)

@@ -1,4 +1,4 @@
-// Stacks, and the switch from one to another: what cuda_on_host.cpp runs CUDA threads on.
+// Stacks of the fibers on which cuda_on_host.cpp runs CUDA threads, and the switch between them.
 #pragma once
 #include <sys/mman.h>
 #include <ucontext.h>
@@ -57,8 +57,8 @@ inline char* new_stack(size_t number, Context& context, void (*entry)()) {
     char* p = static_cast<char*>(
         mmap(nullptr, kGuard + kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
     if (p == MAP_FAILED) throw std::bad_alloc();
-    if (number < kGuarded) mprotect(p, kGuard, PROT_NONE);  // an overflow is a fault, not a mystery
-    __asan_unpoison_memory_region(p + kGuard, kStack);      // of whoever had the addresses before
+    if (number < kGuarded) mprotect(p, kGuard, PROT_NONE);  // so that an overflow faults
+    __asan_unpoison_memory_region(p + kGuard, kStack);      // it may still be poisoned by an earlier mapping
     prepare(context, p + kGuard - number * 448 % kColours, entry);
     return p + kGuard;
 }

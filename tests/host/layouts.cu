@@ -1,5 +1,5 @@
-// Where wgmma finds its operands and leaves its results, in the words of csrc/ or, with -DCUTE, of CuTe: both programs
-// must print the same. 64 rows of 128 bytes of e4m3; 64 tokens of 128 columns of bf16, tokens outermost; descriptors of
+// Prints the layouts of wgmma's operands and results, computed by csrc/ or, with -DCUTE, by CuTe: both programs must
+// print the same. 64 rows of 128 bytes of e4m3; 64 tokens of 128 columns of bf16, tokens outermost; descriptors of
 // one instruction's operands, without the address; the row and column of each of a thread's results.
 #include <cstdio>
 
@@ -37,8 +37,8 @@ uint64_t e4m3_descriptor() { return operand(nullptr); }
 uint64_t bf16_descriptor() { return operand(nullptr, kBox); }
 int result(int thread, int i) {
     threadIdx.x = thread;
-    const gemm_fp8::Place at;
-    return at.row + (i & 2) * 4 + 64 * (i / 4 * 8 + at.column + (i & 1));
+    const gemm_fp8::Place place;
+    return place.row + (i & 2) * 4 + 64 * (i / 4 * 8 + place.column + (i & 1));
 }
 #endif
 

@@ -1,6 +1,6 @@
-// What csrc/sm90.cuh is on Hopper, on a CPU. Copies and products happen as late as the hardware might do them: a TMA
-// load when nothing else can run (under a random order: at any time, in any order), a cp.async or wgmma at its wait.
-// So a missing wait, a stage given back too early, a wrong descriptor or swizzle shows in the result. Not judged:
+// The CPU versions of the functions of csrc/sm90.cuh. Copies and products happen as late as the hardware might do them:
+// a TMA load when nothing else can run (under a random order: at any time, in any order), a cp.async or wgmma at its
+// wait. So a missing wait, a stage released too early, a wrong descriptor or swizzle changes the result. Not simulated:
 // fences, and the 14 bits that FP8 tensor cores keep of a sum.
 #pragma once
 #include <cuda_fp8.h>
@@ -80,7 +80,7 @@ inline void load_tile(void* to, const TensorMap& map, Barrier& barrier, int colu
     });
 }
 
-// What a thread has in flight
+// A thread's operations in flight
 struct Copy {
     void* to;
     const void* from;
@@ -93,13 +93,13 @@ struct Product {
     enum { kE4m3, kBf16, kBf16Outermost, kBf16Registers } type;  // outermost: the contraction; registers: A
     uint64_t a, b;
     bool accumulate;
-    std::array<float, 32> rows = {};  // of A from registers
+    std::array<float, 32> rows = {};  // A from registers
 };
 template <typename T> struct InFlight {
     std::vector<std::vector<T>> groups;
     std::vector<T> open;
 };
-inline std::deque<InFlight<Copy>> copies;  // by fiber
+inline std::deque<InFlight<Copy>> copies;  // indexed by fiber
 inline std::deque<InFlight<Product>> products;
 template <typename T> InFlight<T>& own(std::deque<InFlight<T>>& all) {
     if (all.size() <= size_t(cuda_on_host::fiber())) all.resize(cuda_on_host::fiber() + 1);
@@ -162,7 +162,7 @@ struct Operand {
     explicit Operand(uint64_t d)
         : start((d & 0x3fff) << 4), next((d >> 16 & 0x3fff) << 4), stride((d >> 32 & 0x3fff) << 4) {
         if (d >> 62 != 1)
-            cuda_on_host::fail("only operands swizzled by 128 bytes have a twin", cuda_on_host::Where::current());
+            cuda_on_host::fail("the host supports only operands swizzled by 128 bytes", cuda_on_host::Where::current());
     }
     const unsigned char* at(uint32_t address) const {
         return static_cast<unsigned char*>(cuda_on_host::dynamic_shared()) + swizzle_128(address);

@@ -1,4 +1,5 @@
-// Prints what the code of the GEMM kernels does, for tests/test_tile_walk.py, which computes the same in Python.
+// Prints the tile walk and the shared-memory addresses of the GEMM kernels; tests/test_tile_walk.py computes the same
+// in Python.
 //   walk VARIANT SMS N rows..: SM, group, first row, first column and rows of every tile, in an SM's order
 //   walk banks: for each matrix that transpose_tile loads or stores, the eighth of the banks that holds each of its 8
 //               lines
@@ -11,7 +12,7 @@
 
 namespace ling {
 
-std::vector<const void*> lines[128];  // that each thread of transpose_tile named, in its order
+std::vector<const void*> lines[128];  // the lines that each thread of transpose_tile accesses, in order
 void spy_load(unsigned (&r)[4], const void* line) { lines[threadIdx.x].push_back(line), load_transposed(r, line); }
 void spy_store(void* line, const unsigned (&r)[4]) { lines[threadIdx.x].push_back(line), store_matrices(line, r); }
 
