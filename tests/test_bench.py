@@ -173,8 +173,8 @@ def test_peers_agree_with_the_reference_or_are_not_timed(monkeypatch):
                             ("grouped_gemm", "torch grouped_mm", dict(S=64, E=4, N=32, K=16))):  # fmt: skip
         case = case_of(op)
         args = peers.detached(tuple(args_of(case, shape, torch.float32)))
-        call, error, ours = peers.checked(name, case, args)
-        assert error < 1e-5 and torch.allclose(call()[:3], ours[:3], atol=1e-5)
+        call, error, expected = peers.checked(name, case, args)
+        assert error < 1e-5 and torch.allclose(call()[:3], expected[:3], atol=1e-5)
     case, args = case_of("rms_norm"), args_of(case_of("rms_norm"), dict(M=3, N=128), torch.float32)
     monkeypatch.setitem(peers.PEERS["rms_norm"], "wrong", (lambda a: lambda: 1.5 * a.x, ["residual"]))
     monkeypatch.setitem(peers.MODULES, "wrong", "torch")

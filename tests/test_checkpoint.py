@@ -324,10 +324,10 @@ def test_fp8_only_weights(checkpoint_of_whole_blocks, head, tmp_path):
     assert config["quantization_config"]["weight_block_size"] == [128, 128]
     size = sum(f.stat().st_size for f in tmp_path.glob("*.safetensors"))
     assert size < 0.7 * sum(f.stat().st_size for f in checkpoint_of_whole_blocks.glob("*.safetensors"))
-    again, dequantised = load_model(tmp_path, fp8=True, fp8_head=head), load_model(tmp_path, dtype=torch.float32)
-    assert same(dict(named_views(again)), dict(named_views(frozen)))
+    reloaded, dequantised = load_model(tmp_path, fp8=True, fp8_head=head), load_model(tmp_path, dtype=torch.float32)
+    assert same(dict(named_views(reloaded)), dict(named_views(frozen)))
     with torch.inference_mode():
-        assert torch.equal(again(ids).logits, want)
+        assert torch.equal(reloaded(ids).logits, want)
         near = dequantised(ids).logits
     assert 0 < (near - want).norm() < 0.1 * want.norm()
 

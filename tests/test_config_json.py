@@ -168,15 +168,15 @@ def test_every_end_token_is_kept_and_ends_a_text(tmp_path):
     model.init_weights(torch.Generator().manual_seed(0))
     save_model(model, tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["eos_token_id"] == [257, 300]
-    again = load_model(tmp_path, dtype=torch.float32)
-    assert again.config.eos_token_ids == (257, 300)
-    assert Engine(again).submit([1, 2]).stop_token_ids == {257, 300}
-    assert {257, 300} <= stop_token_ids(again.config, load_tokenizer(), tmp_path)
+    loaded = load_model(tmp_path, dtype=torch.float32)
+    assert loaded.config.eos_token_ids == (257, 300)
+    assert Engine(loaded).submit([1, 2]).stop_token_ids == {257, 300}
+    assert {257, 300} <= stop_token_ids(loaded.config, load_tokenizer(), tmp_path)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": null}')
-    assert None not in stop_token_ids(again.config, load_tokenizer(), tmp_path)
+    assert None not in stop_token_ids(loaded.config, load_tokenizer(), tmp_path)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": "x"}')
     with pytest.raises(InputError, match="generation_config.json: eos_token_id"):
-        stop_token_ids(again.config, load_tokenizer(), tmp_path)
+        stop_token_ids(loaded.config, load_tokenizer(), tmp_path)
 
 
 def test_generate_stops_at_any_of_several_end_tokens():

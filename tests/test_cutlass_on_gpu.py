@@ -42,9 +42,9 @@ def check(launch, shape, pingpong):
     rows = int(offsets[-1])
     y = torch.full((len(a), b.shape[1]), 7.0, dtype=torch.bfloat16, device=a.device)
     launch(*args, y, pingpong)
-    again = torch.full_like(y, 7.0)
-    launch(*args, again, pingpong)
-    assert torch.equal(y, again) and (y[rows:] == 7).all()
+    second_run = torch.full_like(y, 7.0)
+    launch(*args, second_run, pingpong)
+    assert torch.equal(y, second_run) and (y[rows:] == 7).all()
     near = grouped_gemm_fp8_ref(*args)[:rows].double()
     true = grouped_gemm_fp8_ref(a, a_scale.double(), b, b_scale.double(), offsets)[:rows].double()
     absolute = [x.float().abs().to(x.dtype) for x in (a, b)], [s.abs().double() for s in (a_scale, b_scale)]

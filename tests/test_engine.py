@@ -69,12 +69,12 @@ def test_prefix_caching(engine):
     assert list(e.stream(prompt, max_new_tokens=len(new), **NO_STOP)) == new
     cached = len(e.pages.evictable)
     assert cached == (len(prompt) + len(new) - 1) // 2, "every full page is cached"
-    again = [e.submit(prompt, max_new_tokens=len(new), **NO_STOP) for _ in range(3)]
+    repeats = [e.submit(prompt, max_new_tokens=len(new), **NO_STOP) for _ in range(3)]
     e.step()
-    assert all(r.cached_tokens == (len(prompt) - 1) // 2 * 2 for r in again)
-    assert len({tuple(r.pages[: r.cached_tokens // 2]) for r in again}) == 1, "the same pages"
+    assert all(r.cached_tokens == (len(prompt) - 1) // 2 * 2 for r in repeats)
+    assert len({tuple(r.pages[: r.cached_tokens // 2]) for r in repeats}) == 1, "the same pages"
     drain(e)
-    assert all(r.new_tokens == new for r in again)
+    assert all(r.new_tokens == new for r in repeats)
     other = [*prompt[:4], (prompt[4] + 1) % e.config.vocab_size, *prompt[5:]]
     different = e.submit(other, max_new_tokens=1, **NO_STOP)
     e.step()

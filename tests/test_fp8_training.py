@@ -38,10 +38,10 @@ def kept_bytes(c: LingConfig, precision: str = "fp8", recompute: str = "none", w
         return {"layer's input": 2 * H}
     heads, all_heads = c.num_attention_heads * D, (c.num_attention_heads + 2 * c.num_key_value_heads) * D
     fp8 = precision == "fp8"
-    columns, again = fp8 and wgrad == "fp8", recompute in ("norm_act", "experts")
+    columns, recomputes_norm = fp8 and wgrad == "fp8", recompute in ("norm_act", "experts")
     parts = {
-        "norms": 2 * (2 * H + 4) - 4 * again,  # their inputs, and one over the root mean square
-        "qkv": 0 if again else FP8_BYTES * H if columns else 2 * H,
+        "norms": 2 * (2 * H + 4) - 4 * recomputes_norm,  # their inputs, and one over the root mean square
+        "qkv": 0 if recomputes_norm else FP8_BYTES * H if columns else 2 * H,
         "attention": 2 * all_heads + 2 * heads + 4 * c.num_attention_heads,  # q, k, v; output; log-sum-exp
         "attention output": FP8_BYTES * heads if columns else 0,  # in bf16 it is the attention's own
         "router": 2 * H + 4 * c.num_experts + 4 * k,  # input, logits, choices
@@ -190,8 +190,8 @@ def metrics_of(run):
 
 def training(whole, text, run, *more):
     argv = f"--model {whole} --data {text} --out {run} --steps 16 --seq-len 64 --batch 4 --warmup 2 --lr 1e-3"
-    rest = f"--eval-rows 4 --threads 1 --sample-tokens 4 {' '.join(more)}"
-    assert main([*argv.split(), *rest.split()]) == 0
+    options = f"--eval-rows 4 --threads 1 --sample-tokens 4 {' '.join(more)}"
+    assert main([*argv.split(), *options.split()]) == 0
     return metrics_of(run)
 
 
@@ -207,9 +207,9 @@ def test_fp8_trains_as_bf16_does(tmp_path, whole, text, capsys):
     assert fp8[-1]["val_loss"] == pytest.approx(bf16[-1]["val_loss"], rel=0.01)
 
     for flags in ("--recompute experts", "--recompute full", "--fp8-transposed kept"):
-        again = training(whole, text, tmp_path / flags.split()[-1], "--precision fp8", flags)
+        metrics = training(whole, text, tmp_path / flags.split()[-1], "--precision fp8", flags)
         bound = 0.01 if "experts" in flags else 0  # it sums a norm's gradients in another order
-        assert [m["loss"] for m in again] == pytest.approx([m["loss"] for m in fp8], rel=bound, abs=0)
+        assert [m["loss"] for m in metrics] == pytest.approx([m["loss"] for m in fp8], rel=bound, abs=0)
 
     half = tmp_path / "bf16" / "checkpoints" / "step-000008"  # continued in FP8
     assert main(["--resume", str(half), "--precision", "fp8", "--threads", "1"]) == 0

@@ -158,8 +158,8 @@ def test_rms_norm_is_torchs(residual):
     assert not residual or torch.equal(got[1], total)
     leaves = [t for t in (x, w, other) if t is not None]
     loss = want.square().sum() + (total.sum() if residual else 0)
-    ours = got[0].square().sum() + got[1].sum() if residual else got.square().sum()
-    for g, t in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(loss, leaves), strict=True):
+    got_loss = got[0].square().sum() + got[1].sum() if residual else got.square().sum()
+    for g, t in zip(torch.autograd.grad(got_loss, leaves), torch.autograd.grad(loss, leaves), strict=True):
         torch.testing.assert_close(g, t)
 
 

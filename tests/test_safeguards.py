@@ -172,8 +172,8 @@ def test_a_layer_is_reported_when_it_leaves_its_band():
     assert not monitor.update(record_of("0", dy=good))
     assert len(monitor.update(record_of("0", dy=bad))) == 1 and not monitor.layers_to_disable()  # not in a row
     assert not monitor.update(record_of("0", dy=bad)) and monitor.layers_to_disable() == ["0"]
-    again = FP8Monitor(model, 1, patience=2, earlier=[record_of("0", dy=bad)])
-    assert not again.update(record_of("0", dy=bad)) and again.layers_to_disable() == ["0"]
+    resumed = FP8Monitor(model, 1, patience=2, earlier=[record_of("0", dy=bad)])
+    assert not resumed.update(record_of("0", dy=bad)) and resumed.layers_to_disable() == ["0"]
     assert "not finite" in str(monitor.update(record_of("1.down", dy=[None, 0]))[0])
     monitor.update(record_of("1.down", dy=[None, 0]))
     to_bf16(model, "0")
@@ -207,8 +207,8 @@ def test_back_to_bf16():
 
 def fp8_run(folder, text, run, *more):
     argv = f"--model {folder} --data {text} --out {run} --seq-len 64 --batch 4 --micro-batch 2 --warmup 2 --lr 1e-3"
-    rest = f"--eval-rows 4 --threads 1 --sample-tokens 0 --precision fp8 {' '.join(more)}"
-    assert main([*argv.split(), *rest.split()]) == 0
+    options = f"--eval-rows 4 --threads 1 --sample-tokens 0 --precision fp8 {' '.join(more)}"
+    assert main([*argv.split(), *options.split()]) == 0
 
 
 def measurements(run):
@@ -273,8 +273,8 @@ def test_a_spike_is_skipped(tmp_path, text, what, light):
     model, optimizer, packed, settings, progress = step_inputs(text, tmp_path, **{what: 2.0})
     in_backward = StepInBackward(model, optimizer) if light else None
     step = lambda s: steps.train_step(model, optimizer, packed, s, progress, torch.float32, in_backward)[0]  # noqa: E731
-    usual = step(settings)
-    assert progress.recent == [[usual["loss"], usual["grad_norm"]]]
+    normal_step = step(settings)
+    assert progress.recent == [[normal_step["loss"], normal_step["grad_norm"]]]
     recent = progress.recent = [[v / 3 for v in progress.recent[0]]] * WINDOW
     before = snapshot(model, optimizer)
     spiked = step(settings)

@@ -135,9 +135,9 @@ def test_bpe(bpe, tmp_path):
     assert ids.dtype == np.uint16
     assert ids.tolist() == tokenizer.encode("日本")
     tokenizer.save(tmp_path)
-    again = load_tokenizer(tmp_path)
-    assert again.encode("the 日本 end") == tokenizer.encode("the 日本 end")
-    assert again.settings == tokenizer.settings
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.encode("the 日本 end") == tokenizer.encode("the 日本 end")
+    assert loaded.settings == tokenizer.settings
 
 
 def test_end_token_and_chat_template_from_other_files(bpe):

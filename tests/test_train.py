@@ -81,14 +81,14 @@ def test_an_interrupted_run_resumes_bit_for_bit(tmp_path, flags, uninterrupted, 
         if line.startswith("step  6/14"):
             process.send_signal(signal.SIGTERM)
             break
-    said = process.stdout.read()
+    output = process.stdout.read()
     assert process.wait() == 0
     stopped = len(metrics_of(run))
     assert 6 <= stopped < 14, "the signal came too late for this test"
     assert (
-        f"stopped by SIGTERM after step {stopped}" in said
-        and f"--resume {os.path.relpath(run)}" in said
-        or str(run) in said
+        f"stopped by SIGTERM after step {stopped}" in output
+        and f"--resume {os.path.relpath(run)}" in output
+        or str(run) in output
     )
     assert ckpt.list_checkpoints(run)[-1].name == f"step-{stopped:06d}"
     assert main(["--resume", str(run), "--threads", "1"]) == 0

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..op import expect, first_derivative_only, op, use_reference
 from .dispatch import Plan
 from .quantize import BLOCK, dense_rows, empty_fp8, launch_quantize, quantize_fwd, quantize_ref, unsupported_rows
-from .unpermute import gather_sum, scatter_rows, sum_slots
+from .unpermute import gather_sum, scatter_rows, sum_choices
 
 
 def permute(x: Tensor, plan: Plan) -> Tensor:
@@ -61,7 +61,7 @@ class PermuteRef(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        return sum_slots(dy, *ctx.saved_tensors), None, None, None, None
+        return sum_choices(dy, *ctx.saved_tensors), None, None, None, None
 
 
 class Permute(torch.autograd.Function):

@@ -31,7 +31,7 @@ def unpermute_ref(y, plan, weights=None):
     return UnpermuteRef.apply(y, weights, plan.offsets, plan.slot, plan.source)
 
 
-def sum_slots(y: Tensor, slot: Tensor, weights: Tensor | None = None) -> Tensor:
+def sum_choices(y: Tensor, slot: Tensor, weights: Tensor | None = None) -> Tensor:
     """The definition of unpermute, on slot [T, topk]."""
     total = upcast(y).new_zeros(len(slot), y.shape[1])
     for k in range(slot.shape[1]):
@@ -55,7 +55,7 @@ class UnpermuteRef(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, weights, offsets, slot, source):
         ctx.save_for_backward(y, weights, offsets, slot, source)
-        return sum_slots(y, slot, weights)
+        return sum_choices(y, slot, weights)
 
     @staticmethod
     def backward(ctx, dout):
