@@ -413,6 +413,6 @@ def test_sanitizer(name):
         result = sanitized(f"{module}; [check(load()) for check in CHECKS]")
         assert result.returncode == 0, result.stderr
         return
-    patch = FILES[1], "mine < stop ? cache.table", "true ? cache.table"
+    patch = FILES[1], "lane_key < stop ? cache.table", "true ? cache.table"
     result = sanitized(f"{module}; check_nan(load({patch!r}))")
     assert result.returncode != 0 and "AddressSanitizer" in result.stderr, result.stderr

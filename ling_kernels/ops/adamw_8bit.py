@@ -213,7 +213,7 @@ def quantize_moment(x: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
     scale = blocks.abs().amax(1)
     unit = blocks / scale.clamp(min=TINY)[:, None]
     codes = torch.bucketize(unit.float(), midpoints(table))
-    codes = torch.maximum(codes, (blocks > 0).long())  # v > 0 never becomes 0, the code 0; m > 0 has codes above 126
+    codes = torch.maximum(codes, (unit > 0).long())  # v > 0 never becomes 0, the code 0; m > 0 has codes above 126
     return codes.to(torch.uint8).flatten()[: len(x)], scale
 
 
@@ -308,7 +308,7 @@ def store_moment(x, codes, scales, at, block, inside, exists, midpoints):
         for i in tl.static_range(8):  # the number of smaller midpoints, by bisection
             half = 128 >> i
             code += tl.where(tl.load(midpoints + code + (half - 1)) < unit, half, 0)
-        code = tl.maximum(code, (x > 0).to(tl.int32))  # see quantize_moment
+        code = tl.maximum(code, (unit > 0).to(tl.int32))  # see quantize_moment
         tl.store(codes + at, code.to(tl.uint8), mask=inside)
         tl.store(scales + block, scale, mask=exists)
 
