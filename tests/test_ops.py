@@ -150,9 +150,12 @@ def test_reference_is_near_the_truth(case, shape, dtype, backend):
         assert errors(n, t)[1] <= eps * errors(t, torch.zeros_like(t))[0], f"output {i}"
 
 
-@pytest.mark.parametrize("case, shape, dtype, backend", sweep())
+@pytest.mark.parametrize("case, shape, dtype, backend", [p for p in sweep() if p.values[2] == p.values[0].dtypes[0]])
 def test_two_runs_give_equal_bits(case, shape, dtype, backend):
-    """On a CPU the second one runs a Triton kernel's programs in another order."""
+    """On a CPU the second one runs a Triton kernel's programs in another order.
+
+    In one dtype: which programs meet in memory does not depend on it.
+    """
     with force(backend):
         one = outputs_and_grads(case, case.op, args_of(case, shape, dtype))
         with shuffled():
