@@ -91,9 +91,7 @@ def use_cuda(name: str, unsupported: str | None) -> bool:
     says what it does not support. Then other ops compose the op, and the reason is reported."""
     if unsupported is None:
         return True
-    reason = f"csrc/ does not support {unsupported}"
-    note_choice(name, "refused" if backends.strict() else "composed of other ops", reason)
-    report_fallback(name, reason, "other ops compose it")
+    fall_back(name, "composed of other ops", f"csrc/ does not support {unsupported}", "other ops compose it")
     return False
 
 
@@ -108,10 +106,14 @@ def use_reference(name: str, *tensors: Tensor | None, unsupported: str | None = 
     unsupported = unsupported_dtype(tensors) or unsupported
     if unsupported is None:
         return False
-    reason = f"no kernel supports {unsupported}"
-    note_choice(name, "refused" if backends.strict() else "torch", reason)
-    report_fallback(name, reason, "the eager torch reference runs")
+    fall_back(name, "torch", f"no kernel supports {unsupported}", "the eager torch reference runs")
     return True
+
+
+def fall_back(name: str, implementation: str, reason: str, instead: str) -> None:
+    """Note for `explain`, and report, that `implementation` runs op `name` for that reason."""
+    note_choice(name, "refused" if backends.strict() else implementation, reason)
+    report_fallback(name, reason, instead)
 
 
 def unsupported_dtype(tensors) -> str | None:

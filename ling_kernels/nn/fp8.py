@@ -76,6 +76,13 @@ class Fp8Weights:
             for w, cache in zip(weights, caches, strict=True)
         ]
 
+    def decode_weights(self, gate_up: nn.Parameter, down: nn.Parameter) -> tuple[Weight, Weight] | None:
+        """Both as the op `moe_decode` takes them; None for scales that are powers of two, which it cannot run."""
+        if self.pow2:
+            return None
+        first, second = self.quantized(gate_up, down)
+        return first, second
+
     def fields(self, *weights: nn.Parameter) -> list:
         """The fields of an Fp8Weight for each weight, flat: autograd sees only tensors passed directly as arguments."""
         flat = []
@@ -165,10 +172,7 @@ class Fp8MLP(MLP):
         return FeedForward.apply(x, None, *weights, *self.fp8.fields(*weights), *options)
 
     def decode_weights(self) -> tuple[Weight, Weight] | None:
-        if self.fp8.pow2:
-            return None
-        gate_up, down = self.fp8.quantized(self.gate_up.weight, self.down.weight)
-        return gate_up, down
+        return self.fp8.decode_weights(self.gate_up.weight, self.down.weight)
 
 
 class Fp8Experts(Experts):
@@ -194,10 +198,7 @@ class Fp8Experts(Experts):
         return FeedForward.apply(x, weights, *w, *self.fp8.fields(*w), *options, *plan)
 
     def decode_weights(self) -> tuple[Weight, Weight] | None:
-        if self.fp8.pow2:
-            return None
-        gate_up, down = self.fp8.quantized(self.gate_up, self.down)
-        return gate_up, down
+        return self.fp8.decode_weights(self.gate_up, self.down)
 
 
 def level(recompute: str) -> str:
