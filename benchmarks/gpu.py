@@ -129,7 +129,9 @@ def run_small(seconds: float = 35) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--prebuilt", action="store_true")
     parser.add_argument("--commit")
     parser.add_argument("--small", action="store_true", help=argparse.SUPPRESS)

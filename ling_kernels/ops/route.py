@@ -3,7 +3,8 @@
 s = score(logits), the score function (`scores`: sigmoid), and b = s + bias. A group of E / num_groups experts scores
 the sum of its two largest b; the group_topk best groups stay; of their experts the topk with the largest b are chosen,
 in that order. The lowest index wins ties at both levels. weight = s[expert] / (sum + 1e-20) * scale: the bias selects
-and does not weigh.
+and does not weigh. With topk = 1 the published gate does not divide, or the weight would always be scale:
+weight = s[expert] * scale.
 z_loss = coefficient * mean(logsumexp(logits)^2). Source: Ling 2.0, arXiv 2510.22115, and its published model code.
 """
 
@@ -31,11 +32,11 @@ def route(
     """logits [T, E] fp32, bias [E] fp32, mask [T] bool (False: a padding token, routed nowhere) ->
 
     weights [T, topk] fp32, experts [T, topk] int32, counts [E] int32, and, given a coefficient z_loss, that loss as a
-    scalar. Masked tokens get expert -1, weight 0 and gradient 0, whatever their logits; neither the
-    counts nor the loss see them. NaN logits still
-    give topk distinct experts in range. Gradient: to logits, through weights and z_loss.
+    scalar. Masked tokens get expert -1, weight 0 and gradient 0, whatever their logits; neither the counts nor the loss
+    see them. NaN logits still give topk distinct experts in range. Gradient: to logits, through weights and z_loss.
     experts [T, topk] int32 forces the choice, as when a rollout's routing is replayed: weights are those of the given
     experts from these logits, bias and groups decide nothing. A row is distinct experts, or all -1 for a padding token.
+    Without a mask the tensor given is itself the one returned, not a copy.
     Raises ValueError for shapes or sizes that do not fit.
     """
     T, E = logits.shape if logits.ndim == 2 else (0, 0)
@@ -76,6 +77,7 @@ def valid_choices(experts: Tensor, E: int) -> bool:
 
 def route_ref(logits, bias, mask=None, num_groups=8, group_topk=4, topk=8, scale=2.5, z_loss=None, experts=None):
     T, E = logits.shape
+    padding = mask
     if experts is not None:
         mask = experts[:, 0] >= 0 if mask is None else mask & (experts[:, 0] >= 0)
     logits = upcast(logits)
@@ -84,11 +86,11 @@ def route_ref(logits, bias, mask=None, num_groups=8, group_topk=4, topk=8, scale
     s = scores(logits)
     if experts is None:
         experts = best_experts(s, bias, num_groups, group_topk, topk)
-    if mask is not None:
-        experts = experts.masked_fill(~mask[:, None], -1)
+    if padding is not None:
+        experts = experts.masked_fill(~padding[:, None], -1)
     routed = experts >= 0
     w = s.gather(1, experts.clamp(min=0).long()).masked_fill(~routed, 0)
-    weights = w / (w.sum(-1, keepdim=True) + 1e-20) * scale
+    weights = w * scale if experts.shape[1] == 1 else w / (w.sum(-1, keepdim=True) + 1e-20) * scale
     counts = torch.zeros(E + 1, dtype=torch.int32, device=logits.device)
     chosen = experts.flatten().long()
     counts = counts.index_add(0, chosen % (E + 1), torch.ones_like(chosen, dtype=torch.int32))[:E]  # -1 % (E+1) is E
@@ -235,7 +237,7 @@ def route_forced_fwd(
 
 def unsupported_bwd(logits, experts, dweights, lse, dlse, dlogits, scale) -> str | None:
     E, topk = logits.shape[1], experts.shape[1]
-    if E % 4 or E > 1024 or topk > 32:
+    if E % 4 or E > 1024 or not 1 < topk <= 32:
         return f"the backward for {E} experts, top-{topk}"
     return None if rows_aligned(logits) else "logits whose rows do not start at multiples of 16 bytes"
 
@@ -271,7 +273,7 @@ def score_of(x, statistic):
 
 @triton.jit
 def score_derivative(s):
-    """ds/dx at score s, for the gradient through normalised weights."""
+    """ds/dx at score s, for the gradient through the weights."""
     return s * (1 - s)
 
 
@@ -345,7 +347,7 @@ def route_kernel(
     if mask is not None:
         routed &= tl.load(mask + t, mask=t < T, other=0) != 0
     valid = (t < T)[:, None] & (k < TOPK)
-    w = normalised_weights(row, chosen, valid & routed[:, None], scale)
+    w = routing_weights(row, chosen, valid & routed[:, None], scale, TOPK)
     choice = t.to(tl.int64)[:, None] * TOPK + k
     tl.store(weights + choice, w, mask=valid)
     tl.store(experts + choice, tl.where(routed[:, None], chosen, -1), mask=valid)
@@ -355,10 +357,12 @@ def route_kernel(
 
 
 @triton.jit
-def normalised_weights(row, chosen, routed, scale):
-    """The scores of the chosen experts over their sum, times scale; 0 where `routed` is False."""
+def routing_weights(row, chosen, routed, scale, TOPK: tl.constexpr):
+    """The scores of the chosen experts, of several over their sum, times scale; 0 where `routed` is False."""
     s = chosen_scores(row, chosen, routed)
-    return s / (tl.sum(s, 1)[:, None] + 1e-20) * scale
+    if TOPK > 1:
+        s = s / (tl.sum(s, 1)[:, None] + 1e-20)
+    return s * scale
 
 
 @triton.jit
@@ -386,7 +390,7 @@ def route_forced_kernel(
     choice = t.to(tl.int64)[:, None] * TOPK + k
     chosen = tl.load(experts + choice, mask=valid, other=-1)
     routed = chosen >= 0
-    tl.store(weights + choice, normalised_weights(row, chosen, routed, scale), mask=valid)
+    tl.store(weights + choice, routing_weights(row, chosen, routed, scale, TOPK), mask=valid)
     tl.atomic_add(counts + chosen, 1, mask=routed, sem="relaxed")
     if lse is not None:
         e = tl.arange(0, BLOCK_E)[None, :]
@@ -399,7 +403,8 @@ def route_bwd_kernel(
     logits, experts, dweights, lse, dlse, dlogits, T, E, ld, scale,
     TOPK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    # With z = sum + 1e-20:  ds = scale / z * (dw - sum(s * dw) / z),  dlogits = ds * score'(x) + dlse * softmax
+    # With z = sum + 1e-20:  ds = scale / z * (dw - sum(s * dw) / z),  dlogits = ds * score'(x) + dlse * softmax.
+    # With topk = 1:  ds = scale * dw
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     row = logits + t.to(tl.int64) * ld
     k, e = tl.arange(0, BLOCK_K)[None, :], tl.arange(0, BLOCK_E)[None, :]
@@ -408,8 +413,10 @@ def route_bwd_kernel(
     routed = chosen >= 0
     s = chosen_scores(row, chosen, routed)
     dw = tl.load(dweights + choice, mask=routed, other=0.0)
-    z = tl.sum(s, 1)[:, None] + 1e-20
-    d = scale / z * (dw - tl.sum(s * dw, 1)[:, None] / z) * score_derivative(s)
+    d = dw * scale * score_derivative(s)
+    if TOPK > 1:
+        z = tl.sum(s, 1)[:, None] + 1e-20
+        d = scale / z * (dw - tl.sum(s * dw, 1)[:, None] / z) * score_derivative(s)
     dx = tl.sum(tl.where(routed[:, :, None] & (chosen[:, :, None] == e[:, None, :]), d[:, :, None], 0.0), 1)
     valid = (t < T)[:, None] & (e < E)
     if lse is not None:
