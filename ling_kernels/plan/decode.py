@@ -82,7 +82,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise InputError("--batch must be at least 1, --context at least 0")
     config, _ = resolve_model(args.model)
     if args.context > config.max_positions:
-        raise InputError(f"--context {args.context} exceeds the {config.max_positions} positions of {args.model}")
+        raise InputError(
+            f"--context {args.context} exceeds the {config.max_positions} positions of {args.model}; a config.json"
+            " with YaRN in rope_scaling may have more"
+        )
     cases = [(config, b, args.context, args.weights, args.head, args.cache) for b in args.batch]
     steps, held = [step_bytes(*case) for case in cases], [held_bytes(*case) for case in cases]
     print(f"A decode step of {args.model} over {args.context} tokens of context: MB that it reads")
