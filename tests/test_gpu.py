@@ -54,7 +54,7 @@ def test_a_step_that_fails_is_reported_and_the_others_still_run(capsys):
     assert found["fails"][1] == "why" and "no nvcc" in found["cannot"][1] and found["is ok"][1].startswith(str(ROOT))
 
 
-def test_a_step_that_cannot_run_here_is_no_failure():
+def test_a_step_that_cannot_run_here_does_not_fail():
     refused = gpu.Step("is refused", python("raise SystemExit('Device not supported')"), 60, sanitizer=True)
     assert gpu.run_all([gpu.Step("cannot", python(""), 1, "no tool"), refused])
     assert not gpu.run_all([gpu.Step("no sanitizer", refused.command, 10)])
