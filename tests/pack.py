@@ -1,8 +1,8 @@
 """make gpu-pack: csrc/ compiled here for a GPU machine that has little time.
 
-The kernels' objects depend on neither Python nor torch. `pack` compiles them and puts them, the headers of pybind11 and
-DLPack, and CUDA's static runtime into build/gpu-pack (20 MB, ignored by git). On the GPU machine `link` compiles
-bindings.cpp for its Python and links: seconds, and a C++ compiler is all that it needs.
+The kernels' objects depend on neither Python nor torch. They, the headers that bindings.cpp includes, and CUDA's static
+runtime go into build/gpu-pack (24 MB, ignored by git). On the GPU machine `link` compiles bindings.cpp for its Python
+and links: seconds, and a C++ compiler is all that it needs.
 """
 
 import hashlib
@@ -18,6 +18,8 @@ from ling_kernels.errors import InputError, command
 
 ROOT = Path(__file__).parents[1]
 PACK = ROOT / "build/gpu-pack"
+OBJECTS = ROOT / f"build/editable-{sys.implementation.cache_tag}/CMakeFiles/_C.dir/csrc"
+BINDINGS = [*(ROOT / "csrc").glob("*.cpp")]
 
 
 def sources_hash() -> str:
@@ -32,28 +34,35 @@ def nvcc_release(nvcc: str | None) -> str | None:
     return found and found[1]
 
 
-def pack(into: Path = PACK) -> Path:
-    """Compile csrc/ as `make install` does and collect what `link` needs."""
-    import setup  # needs setuptools, which `link` does not
-
-    nvcc = shutil.which("nvcc")
-    if not nvcc:
+def build() -> None:
+    if not shutil.which("nvcc"):
         raise InputError("make gpu-pack needs nvcc on PATH")
     if subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=ROOT).returncode:
         raise InputError("csrc/ did not build, see the messages above")
-    objects = ROOT / f"build/editable-{sys.implementation.cache_tag}/CMakeFiles/_C.dir/csrc"
+
+
+def pack(into: Path = PACK, objects: Path = OBJECTS) -> Path:
+    """Collect what `link` needs from a finished build."""
+    import setup  # needs setuptools, which `link` does not
+
     shutil.rmtree(into, ignore_errors=True)
     (into / "objects").mkdir(parents=True)
     for source in sorted((ROOT / "csrc").rglob("*.cu")):
         if source.parent.name != "cutlass":
-            name = source.relative_to(ROOT / "csrc")
-            shutil.copy(objects / f"{name}.o", into / "objects" / f"{source.stem}.o")
-    shutil.copytree(setup.wheel("pybind11", "include"), into / "include")
-    dlpack = setup.headers("DLPACK_INCLUDE_DIR", "tvm_ffi", "include", "dlpack/dlpack.h")
-    shutil.copytree(dlpack / "dlpack", into / "include/dlpack")
+            shutil.copy(objects / f"{source.relative_to(ROOT / 'csrc')}.o", into / "objects" / f"{source.stem}.o")
     cache = (objects.parents[2] / "CMakeCache.txt").read_text()
     shutil.copy(re.search(r"CUDA_cudart_static_LIBRARY:FILEPATH=(.*)", cache)[1], into)
-    about = dict(sources=sources_hash(), nvcc=nvcc_release(nvcc))
+    dlpack = setup.headers("DLPACK_INCLUDE_DIR", "tvm_ffi", "include", "dlpack/dlpack.h")
+    cuda = re.search(r"DETAILS_CUDAToolkit:INTERNAL=\[(.*?)\]", cache)[1]
+    roots = [setup.wheel("pybind11", "include"), dlpack, Path(cuda)]
+    folders = [ROOT / "csrc", *roots, sysconfig.get_path("include")]
+    rule = subprocess.check_output(["g++", "-std=c++20", "-M", *(f"-I{f}" for f in folders), *BINDINGS], text=True)
+    for header in map(Path, re.findall(r"\S+\.(?:h|hpp)\b", rule)):
+        for root in (r for r in roots if header.is_relative_to(r)):
+            copy = into / "include" / header.relative_to(root)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(header, copy)
+    about = dict(sources=sources_hash(), nvcc=nvcc_release(shutil.which("nvcc")))
     (into / "pack.json").write_text(json.dumps(about))
     return into
 
@@ -77,9 +86,10 @@ def link(pack: Path = PACK, out: Path | None = None) -> Path:
     out = out or ROOT / f"ling_kernels/_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     flags = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-shared", "-Wl,--exclude-libs,ALL"]
     folders = [ROOT / "csrc", pack / "include", sysconfig.get_path("include")]
-    inputs = [*(ROOT / "csrc").glob("*.cpp"), *sorted((pack / "objects").iterdir()), pack / "libcudart_static.a"]
+    inputs = [*BINDINGS, *sorted((pack / "objects").iterdir()), pack / "libcudart_static.a"]
     libraries = ["-lpthread", "-ldl", "-lrt"]
-    subprocess.run(["g++", *flags, *(f"-I{f}" for f in folders), *inputs, *libraries, "-o", out], check=True)
+    if subprocess.run(["g++", *flags, *(f"-I{f}" for f in folders), *inputs, *libraries, "-o", out]).returncode:
+        raise InputError("the pack does not link here, see the messages above")
     return out
 
 
@@ -87,6 +97,7 @@ def main() -> int:
     if sys.argv[1:] == ["link"]:
         print(f"linked {link()}")
     else:
+        build()
         print(f"packed csrc/ into {pack().relative_to(ROOT)}")
     return 0
 

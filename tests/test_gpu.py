@@ -148,6 +148,19 @@ def test_objects_of_another_csrc_or_nvcc_are_named(tmp_path):
     assert pack.why_not(None, tmp_path) is None or not shutil.which("g++")
 
 
+@pytest.mark.skipif(not pack.OBJECTS.is_dir() or not shutil.which("nvcc"), reason="csrc/ is not built in place")
+def test_the_pack_links_without_cuda_and_without_other_headers(tmp_path, monkeypatch):
+    """What `make gpu-pack` collects is enough: g++ finds no header of CUDA, pybind11 or DLPack elsewhere."""
+    pack.pack(tmp_path / "pack")
+    monkeypatch.setenv("PATH", os.path.dirname(shutil.which("g++")))
+    monkeypatch.delenv("CPATH", raising=False)
+    out = pack.link(tmp_path / "pack", tmp_path / "_C.so")
+    found = subprocess.run(
+        python("import _C; print(*dir(_C))"), cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert "route_fwd" in found.stdout and out.parent == tmp_path
+
+
 def test_an_interrupted_pytest_still_writes_its_results(tmp_path):
     """pytest-benchmark writes at the end; a step that is out of time must not lose what it has."""
     pytest.importorskip("pytest_benchmark")
