@@ -129,3 +129,24 @@ def test_no_tokens(backend):
     with force(backend):
         moe(x)[0].sum().backward()
     assert x.grad.shape == (0, H) and not moe.experts.down.grad.any()
+
+
+def test_an_incomplete_exchange_is_refused_where_it_is_set():
+    class WithoutLocal:
+        def dispatch(self, x, weights, experts, counts): ...
+
+        def combine(self, y, plan): ...
+
+    class WithoutCombine:
+        local = True
+
+        def dispatch(self, x, weights, experts, counts): ...
+
+    parts = Router(H, E, num_groups=4, group_topk=2, topk=TOPK), Experts(E, H, F), None
+    moe = MoE(*parts)
+    for wrong in (WithoutLocal(), WithoutCombine()):
+        with pytest.raises(ValueError, match="an exchange with `local`, `dispatch` and `combine`"):
+            MoE(*parts, wrong)
+        with pytest.raises(ValueError, match="an exchange with"):
+            moe.exchange = wrong
+    assert type(moe.exchange) is Local

@@ -356,7 +356,7 @@ def test_the_optimizer_updates_kept_fp8_weights(monkeypatch):
     to_fp8(model, weights="kept")
     optimizer = make_optimizer(model, "adamw8bit", 1e-2, 0.1)
     loss_of(model).backward()
-    kept = model.layers[1].mlp.experts.gate_up.fp8
+    kept = fp8_cache.cache_of(model.layers[1].mlp.experts.gate_up)
     address, before = kept.pair[0].data_ptr(), kept.pair[0].clone()
     step(optimizer)
     calls = []

@@ -265,6 +265,7 @@ def wrong_calls():
     yield "reduction", cross_entropy, (logits, targets, -100, "average")
     yield "H", linear_cross_entropy, (logits, w[:, :5], small)
     yield "w 1-D", linear_cross_entropy, (logits, w[0], small)
+    yield "fp64 beside fp32", linear_cross_entropy, (logits.double(), w, small)
     yield "no classes", linear_cross_entropy, (logits, w[:0], small)
     yield "targets", linear_cross_entropy, (logits, w, small[:3])
     yield "none", linear_cross_entropy, (logits, w, small, -100, "none")

@@ -3,7 +3,8 @@
 s = score(logits), the score function (`scores`: sigmoid), and b = s + bias. A group of E / num_groups experts scores
 the sum of its two largest b; the group_topk best groups stay; of their experts the topk with the largest b are chosen,
 in that order. The lowest index wins ties at both levels. weight = s[expert] / (sum + 1e-20) * scale: the bias selects
-and does not weigh.
+and does not weigh. With topk = 1 the published gate does not divide, or the weight would always be scale:
+weight = s[expert] * scale.
 z_loss = coefficient * mean(logsumexp(logits)^2). Source: Ling 2.0, arXiv 2510.22115, and its published model code.
 """
 
@@ -35,6 +36,7 @@ def route(
     see them. NaN logits still give topk distinct experts in range. Gradient: to logits, through weights and z_loss.
     experts [T, topk] int32 forces the choice, as when a rollout's routing is replayed: weights are those of the given
     experts from these logits, bias and groups decide nothing. A row is distinct experts, or all -1 for a padding token.
+    Without a mask the tensor given is itself the one returned, not a copy.
     Raises ValueError for shapes or sizes that do not fit.
     """
     T, E = logits.shape if logits.ndim == 2 else (0, 0)
@@ -75,6 +77,7 @@ def valid_choices(experts: Tensor, E: int) -> bool:
 
 def route_ref(logits, bias, mask=None, num_groups=8, group_topk=4, topk=8, scale=2.5, z_loss=None, experts=None):
     T, E = logits.shape
+    padding = mask
     if experts is not None:
         mask = experts[:, 0] >= 0 if mask is None else mask & (experts[:, 0] >= 0)
     logits = upcast(logits)
@@ -83,11 +86,11 @@ def route_ref(logits, bias, mask=None, num_groups=8, group_topk=4, topk=8, scale
     s = scores(logits)
     if experts is None:
         experts = best_experts(s, bias, num_groups, group_topk, topk)
-    if mask is not None:
-        experts = experts.masked_fill(~mask[:, None], -1)
+    if padding is not None:
+        experts = experts.masked_fill(~padding[:, None], -1)
     routed = experts >= 0
     w = s.gather(1, experts.clamp(min=0).long()).masked_fill(~routed, 0)
-    weights = w / (w.sum(-1, keepdim=True) + 1e-20) * scale
+    weights = w * scale if experts.shape[1] == 1 else w / (w.sum(-1, keepdim=True) + 1e-20) * scale
     counts = torch.zeros(E + 1, dtype=torch.int32, device=logits.device)
     chosen = experts.flatten().long()
     counts = counts.index_add(0, chosen % (E + 1), torch.ones_like(chosen, dtype=torch.int32))[:E]  # -1 % (E+1) is E
@@ -234,7 +237,7 @@ def route_forced_fwd(
 
 def unsupported_bwd(logits, experts, dweights, lse, dlse, dlogits, scale) -> str | None:
     E, topk = logits.shape[1], experts.shape[1]
-    if E % 4 or E > 1024 or topk > 32:
+    if E % 4 or E > 1024 or not 1 < topk <= 32:
         return f"the backward for {E} experts, top-{topk}"
     return None if rows_aligned(logits) else "logits whose rows do not start at multiples of 16 bytes"
 

@@ -24,7 +24,7 @@ def score_of(x, statistic):
 
 @triton.jit
 def score_derivative(s):
-    """ds/dx at score s, for the gradient through normalised weights."""
+    """ds/dx at score s, for the gradient through the weights."""
     return s * (1 - s)
 
 
@@ -98,7 +98,7 @@ def route_kernel(
     if mask is not None:
         routed &= tl.load(mask + t, mask=t < T, other=0) != 0
     valid = (t < T)[:, None] & (k < TOPK)
-    w = normalised_weights(row, chosen, valid & routed[:, None], scale)
+    w = routing_weights(row, chosen, valid & routed[:, None], scale, TOPK)
     choice = t.to(tl.int64)[:, None] * TOPK + k
     tl.store(weights + choice, w, mask=valid)
     tl.store(experts + choice, tl.where(routed[:, None], chosen, -1), mask=valid)
@@ -108,10 +108,12 @@ def route_kernel(
 
 
 @triton.jit
-def normalised_weights(row, chosen, routed, scale):
-    """The scores of the chosen experts over their sum, times scale; 0 where `routed` is False."""
+def routing_weights(row, chosen, routed, scale, TOPK: tl.constexpr):
+    """The scores of the chosen experts, of several over their sum, times scale; 0 where `routed` is False."""
     s = chosen_scores(row, chosen, routed)
-    return s / (tl.sum(s, 1)[:, None] + 1e-20) * scale
+    if TOPK > 1:
+        s = s / (tl.sum(s, 1)[:, None] + 1e-20)
+    return s * scale
 
 
 @triton.jit
@@ -139,7 +141,7 @@ def route_forced_kernel(
     choice = t.to(tl.int64)[:, None] * TOPK + k
     chosen = tl.load(experts + choice, mask=valid, other=-1)
     routed = chosen >= 0
-    tl.store(weights + choice, normalised_weights(row, chosen, routed, scale), mask=valid)
+    tl.store(weights + choice, routing_weights(row, chosen, routed, scale, TOPK), mask=valid)
     tl.atomic_add(counts + chosen, 1, mask=routed, sem="relaxed")
     if lse is not None:
         e = tl.arange(0, BLOCK_E)[None, :]
@@ -152,7 +154,8 @@ def route_bwd_kernel(
     logits, experts, dweights, lse, dlse, dlogits, T, E, ld, scale,
     TOPK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    # With z = sum + 1e-20:  ds = scale / z * (dw - sum(s * dw) / z),  dlogits = ds * score'(x) + dlse * softmax
+    # With z = sum + 1e-20:  ds = scale / z * (dw - sum(s * dw) / z),  dlogits = ds * score'(x) + dlse * softmax.
+    # With topk = 1:  ds = scale * dw
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     row = logits + t.to(tl.int64) * ld
     k, e = tl.arange(0, BLOCK_K)[None, :], tl.arange(0, BLOCK_E)[None, :]
@@ -161,8 +164,10 @@ def route_bwd_kernel(
     routed = chosen >= 0
     s = chosen_scores(row, chosen, routed)
     dw = tl.load(dweights + choice, mask=routed, other=0.0)
-    z = tl.sum(s, 1)[:, None] + 1e-20
-    d = scale / z * (dw - tl.sum(s * dw, 1)[:, None] / z) * score_derivative(s)
+    d = dw * scale * score_derivative(s)
+    if TOPK > 1:
+        z = tl.sum(s, 1)[:, None] + 1e-20
+        d = scale / z * (dw - tl.sum(s * dw, 1)[:, None] / z) * score_derivative(s)
     dx = tl.sum(tl.where(routed[:, :, None] & (chosen[:, :, None] == e[:, None, :]), d[:, :, None], 0.0), 1)
     valid = (t < T)[:, None] & (e < E)
     if lse is not None:
