@@ -1,6 +1,5 @@
 """Atomic file writes (a file is complete or absent, also after a crash), JSON objects in files, locks of folders."""
 
-import fcntl
 import json
 import os
 import weakref
@@ -9,6 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows has none: folders are not locked
+    fcntl = None
 
 LOCK = ".lock"  # a file in a locked folder
 
@@ -54,7 +58,8 @@ class FolderLock:
             raise InputError(f"cannot write to {folder}: {error.strerror or error}") from None
         self.close = weakref.finalize(self, os.close, descriptor)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.truncate(descriptor, 0)
             os.write(descriptor, f"{os.getpid()}\n".encode())
         except BlockingIOError:

@@ -83,7 +83,7 @@ def test_every_rotary_dim_is_exact(read):
         assert read(dict(head_dim=98, rotary_dim=min(size, 98), partial_rotary_factor=...)).rotary_dim == min(size, 98)
 
 
-def test_what_is_written_is_read_again(tmp_path):
+def test_written_config_is_read_again(tmp_path):
     """rope_scaling in a constructor takes the same spellings; what transformers 5 wrote is not repeated beside it."""
     config = replace(LingConfig.tiny(), rope_scaling=dict(rope_type="yarn", factor=2), eos_token_id=[257, 260])
     assert config.rope_scaling == dict(type="yarn", factor=2, original_max_position_embeddings=1024)

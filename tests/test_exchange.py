@@ -64,7 +64,7 @@ def result(moe: MoE, x: torch.Tensor) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("fold, fp8", [(False, False), (True, False), (True, True)])
-def test_an_exchange_gives_what_local_experts_do(fold, fp8):
+def test_an_exchange_equals_local_experts(fold, fp8):
     """Bit for bit where the routing weight is applied at the same place: the sum over a token's choices is the same."""
     moe, x = layer(fold, fp8), torch.randn(T, H).bfloat16()
     assert isinstance(moe.exchange, Local)

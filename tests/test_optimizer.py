@@ -299,7 +299,7 @@ def test_moments_of_8_bits_that_were_loaded_stay():
     assert new.state[model.lm_head.weight]["step"].item() == 2
 
 
-def test_muon_updates_each_expert_on_its_own():
+def test_muon_updates_each_expert_separately():
     model = model_with_gradients()
     optimizer = make_optimizer(model, "muon", 1e-2, 0.0)
     w = model.layers[1].mlp.experts.gate_up

@@ -8,7 +8,7 @@ import torch
 
 from ling_kernels.backend import _C, force
 from ling_kernels.ops.balance_bias import balance_bias_
-from ling_kernels.ops.route import route
+from ling_kernels.ops.route import route, scores
 
 FP64, rand = torch.float64, torch.randn
 BACKENDS = ["torch", "triton", pytest.param("cuda", marks=pytest.mark.skipif(_C is None, reason="no _C"))]
@@ -63,6 +63,20 @@ class TestRoute:
         with force(backend):
             experts = check_route(logits, torch.zeros(256))
         assert experts[1, :4].tolist() == [40, 41, 42, 43]
+
+    @pytest.mark.parametrize("offset", [-200.0, -20.0, -5.0, 0.0, 20.0])
+    def test_scores_are_accurate_wherever_the_logits_lie(self, backend, offset):
+        """Weights are ratios of scores: `scores` in fp64 is the truth, for any score function."""
+        logits, g = (rand(9, 256) + offset).requires_grad_(), rand(9, 8)
+        with force(backend):
+            weights, experts, _ = route(logits, torch.zeros(256))
+            (got,) = torch.autograd.grad(weights, logits, g)
+        exact = logits.detach().double().requires_grad_()
+        s = scores(exact).gather(1, experts.long())
+        want = s / (s.sum(1, keepdim=True) + 1e-20) * 2.5
+        (gradient,) = torch.autograd.grad(want, exact, g.double())
+        assert torch.allclose(weights.double(), want, rtol=2e-5, atol=1e-35)
+        assert torch.allclose(got.double(), gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()) + 1e-7)
 
     def test_nan_loses_and_leaves_distinct_experts(self, backend):
         logits = rand(40, 256)

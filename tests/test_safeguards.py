@@ -181,7 +181,7 @@ def test_a_layer_is_reported_when_it_leaves_its_band():
     assert monitor.layers_to_disable() == ["1"]
 
 
-def test_a_band_of_its_own():
+def test_a_layer_gets_limits_from_its_first_samples():
     monitor = FP8Monitor(nn.Sequential(), 1)
     for value in (0.02, 0.03, 0.01):
         assert not monitor.update(record_of("a", w=[value, 0.0]))

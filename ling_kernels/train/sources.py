@@ -33,7 +33,7 @@ def find_files(sources: Sequence[str | Path], texts_may_be_gone: bool = False) -
         elif not path.exists():
             raise InputError(f"there is no data at {path}")
         elif path.suffix not in SUFFIXES:
-            raise InputError(f"{path} is no kind of data known here: {', '.join(SUFFIXES)}")
+            raise InputError(f"{path} has an unknown suffix; known are {', '.join(SUFFIXES)}")
         else:
             found.append(path)
     return found
