@@ -41,6 +41,7 @@ def op(*writes: str, cuda: Callable[..., str | None] | bool = False, runs: str =
 
         @functools.wraps(fn)
         def launch(*args):
+            args = with_dense_integers(args, written)
             use_csrc = cuda and backends.backend(first_tensor(args)) == "cuda"
             if use_csrc and (reason := reason_against(cuda, args)):
                 report_fallback(name, reason, "Triton runs")
@@ -66,6 +67,14 @@ def op(*writes: str, cuda: Callable[..., str | None] | bool = False, runs: str =
         return call
 
     return declare
+
+
+def with_dense_integers(args: tuple, written: list[int]) -> tuple:
+    """Kernels read offsets, slots and other integers one after another: those that lie otherwise are copied."""
+    for i, a in enumerate(args):
+        if isinstance(a, Tensor) and not a.is_contiguous() and not a.is_floating_point() and i not in written:
+            args = (*args[:i], a.contiguous(), *args[i + 1 :])
+    return args
 
 
 def reason_against(cuda: Callable[..., str | None] | bool, args) -> str | None:

@@ -168,7 +168,7 @@ class Tokenizer:
             try:
                 Path(path).mkdir(parents=True, exist_ok=True)
                 with atomic_write(Path(path, name)) as file:
-                    file.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+                    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
             except OSError as error:
                 raise InputError(f"cannot write the tokenizer to {path}: {error}") from None
 
