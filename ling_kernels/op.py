@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from . import backend as backends
+from .errors import one_line
 
 E4M3 = torch.float8_e4m3fn
 KERNEL_FLOATS = (torch.float32, torch.bfloat16, torch.float16, E4M3)  # no kernel takes other floating-point numbers
@@ -287,8 +288,15 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 def expect(condition: bool, contract: str, *args) -> None:
     """Raise a ValueError that states the contract and what came instead."""
     if not condition:
-        got = ", ".join(f"{a.dtype}{list(a.shape)}" if isinstance(a, Tensor) else repr(a) for a in args)
-        raise ValueError(f"expected {contract}; got {got}".replace("torch.", ""))
+        got = ", ".join(map(described, args))
+        raise ValueError(one_line(f"expected {contract}; got {got}".replace("torch.", "")))
+
+
+def described(value) -> str:
+    """A tensor's dtype and shape, also inside tuples; other values as they print."""
+    if isinstance(value, Tensor):
+        return f"{value.dtype}{list(value.shape)}"
+    return f"({', '.join(map(described, value))})" if isinstance(value, tuple) else repr(value)
 
 
 def values_on_host(x: Tensor) -> bool:

