@@ -75,8 +75,18 @@ def moe(
     (x,) = autocast(x)
     y = expert_mlp(x, dispatch(experts, counts), weights, w_gate_up, w_down)
     if shared is not None:
+        expect_shared(x, *shared)
         y = y + linear(swiglu(linear(x, shared[0])), shared[1])
     return y, counts, *z
+
+
+def expect_shared(x: Tensor, *shared: Weight) -> None:
+    """Check the weights of a shared expert for x [T, H]."""
+    gate_up, down = (w[0] if isinstance(w, tuple) else w for w in shared)
+    fits = gate_up.ndim == down.ndim == 2 and (len(down), 2 * down.shape[1]) == (x.shape[1], len(gate_up))
+    expect(fits and gate_up.shape[1] == len(down), "shared weights [2Fs, H] and [H, Fs]", gate_up, down, x)
+    dtypes = torch.is_autocast_enabled(x.device.type) or all(isinstance(w, tuple) or w.dtype == x.dtype for w in shared)
+    expect(dtypes, "shared weights in FP8 or in x's dtype", gate_up, down, x)
 
 
 def routed_rows(x: Tensor, experts: Tensor | None, mask: Tensor | None = None) -> Tensor:
