@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..op import autocast, expect
-from .dispatch import Plan, dispatch
+from .dispatch import Plan, dispatch, expect_plan
 from .gemm_fp8 import gemm_fp8
 from .grouped_gemm import grouped_gemm
 from .grouped_gemm_fp8 import grouped_gemm_fp8
@@ -109,6 +109,9 @@ def expert_mlp(
     the down projection, in fp32; True folds them into SwiGLU, as the official training code does. They differ by
     rounding. Gradients as `moe`'s.
     """
+    expect_plan(plan, T=len(x))
+    fits = weights is None or (weights.shape == plan.slot.shape and weights.dtype in (torch.float32, torch.float64))
+    expect(fits, "weights [T, topk] fp32", weights, plan.slot)
     folded = None
     if fold_weights and weights is not None:  # a choice not routed here has no gradient, whatever its row holds
         folded = weights.masked_fill(plan.slot < 0, 0).flatten()[plan.source.long()]
