@@ -66,13 +66,13 @@ def rope(draw):
     objects: dict[str, dict] = {name: {} for name in OBJECTS}
     for name in ("rope_theta", "partial_rotary_factor", "rope_scaling"):
         del content[name]
+    if draw(st.booleans()):
+        content["rotary_dim"] = size
     for name, value in (("rope_theta", theta), ("partial_rotary_factor", size / head)):
+        least = 0 if name == "partial_rotary_factor" and "rotary_dim" in content else 1
         places = [content, *objects.values()]
-        chosen = draw(st.lists(st.sampled_from(range(3)), min_size=1, max_size=3, unique=True))
-        for place in chosen:
+        for place in draw(st.lists(st.integers(0, 2), min_size=least, max_size=3, unique=True)):
             places[place][name] = value
-        if name == "partial_rotary_factor" and draw(st.booleans()):
-            content["rotary_dim"] = size
     meaning = None
     if draw(st.booleans()):
         meaning = dict(type="yarn", factor=draw(st.sampled_from([1, 2.0, 40])), original_max_position_embeddings=length)
