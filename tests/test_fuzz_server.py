@@ -10,8 +10,8 @@ from tests.test_server import call, checkpoint, events, shared  # noqa: F401
 
 given, example = hypothesis.given, hypothesis.example
 FULL = dict(
-    model="speller", prompt=[[97], [98, 99]], max_tokens=3, temperature=0, top_p=0.9, top_k=3, min_p=0.1, repetition_penalty=1.0,
-    seed=1, n=1, stop=["zz"], stream=False, stream_options={"include_usage": True}, ignore_eos=False, echo=False,
+    model="speller", prompt=[[97], [98, 99]], max_tokens=3, temperature=0, top_p=0.9, top_k=3, min_p=0.1,
+    repetition_penalty=1.0, seed=1, n=1, stop=["zz"], stream=False, stream_options={"include_usage": True}, ignore_eos=False, echo=False,
 )  # fmt: skip
 CHAT = {k: v for k, v in FULL.items() if k not in ("prompt", "echo")} | dict(
     messages=[dict(role="system", content="S"), dict(role="user", content=[dict(type="text", text="Hi")], name="bob"),
@@ -82,7 +82,7 @@ def spelled(prompt: bytes, n: int, stops: list[str], ignore_eos: bool) -> tuple[
 
 
 prompts = st.lists(st.text("abwxyz?", min_size=1, max_size=4), min_size=1, max_size=3)
-stop_strings = st.lists(st.text("bcdyz<é", min_size=1, max_size=3), max_size=2)
+stop_strings = st.lists(st.sampled_from(["b", "bc", "cd", "bcd", "z", "yz", "cb", "é", "é!", "<|end"]), max_size=2)
 
 
 @fuzz(100)
@@ -102,6 +102,18 @@ def test_texts(shared, prompts, length, n, stops, ignore_eos, echo, stream):
     expected = [spelled(p.encode(), length, stops, ignore_eos) for p in repeated]
     expected = [(p * echo + text, why) for (text, why), p in zip(expected, repeated, strict=True)]
     assert [got[i] for i in range(len(got))] == expected
+
+
+@fuzz(60)
+@given(st.lists(st.lists(st.sampled_from([97, 98, 319, 320, -1, 2**40]) | st.integers(0, 256), max_size=3), max_size=3),
+       st.integers(1, 3), st.booleans())  # fmt: skip
+def test_ids(shared, prompts, n, stream):
+    """Prompts of ids: one that is empty or outside the vocabulary refuses all of them."""
+    valid = bool(prompts) and all(p and 0 <= min(p) and max(p) < 320 for p in prompts)
+    body = dict(model="speller", prompt=prompts, max_tokens=2, n=n, stream=stream, temperature=0)
+    response = send(shared, "/v1/completions", body)
+    check_answer(shared, "/v1/completions", response)
+    assert response.status_code == (200 if valid else 400)
 
 
 names = st.text(st.characters(min_codepoint=33, max_codepoint=126), max_size=12)
