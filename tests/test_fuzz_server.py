@@ -11,7 +11,8 @@ from tests.test_server import call, checkpoint, events, shared  # noqa: F401
 given, example = hypothesis.given, hypothesis.example
 FULL = dict(
     model="speller", prompt=[[97], [98, 99]], max_tokens=3, temperature=0, top_p=0.9, top_k=3, min_p=0.1,
-    repetition_penalty=1.0, seed=1, n=1, stop=["zz"], stream=False, stream_options={"include_usage": True}, ignore_eos=False, echo=False,
+    repetition_penalty=1.0, seed=1, n=1, stop=["zz"], stream=False, stream_options={"include_usage": True},
+    ignore_eos=False, echo=False,
 )  # fmt: skip
 CHAT = {k: v for k, v in FULL.items() if k not in ("prompt", "echo")} | dict(
     messages=[dict(role="system", content="S"), dict(role="user", content=[dict(type="text", text="Hi")], name="bob"),
