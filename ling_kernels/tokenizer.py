@@ -6,6 +6,7 @@ ordinary tokenizer.json, which `tokenizers` and AutoTokenizer load with the same
 
 import json
 import re
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ SPECIAL_TOKENS = (
     *("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"),
 )
 
+_ENCODING = threading.Lock()  # `encode_special_tokens` belongs to a backend, not to a call; a tokenizer can be pickled
 WINDOW = 32  # ids that hold the last 7 characters, which are at most 4 ids each, and where the first one begins
 TOKEN_BYTES = [bytes([i]) for i in range(256)] + [name.encode() for name in SPECIAL_TOKENS]  # by id
 # Tried in this order if tokenizer_config.json names no eos_token.
@@ -118,8 +120,8 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise InputError(f"the text is not valid Unicode at character {error.start}: {error.reason}") from None
         if self.backend is not None:
-            self.backend.encode_special_tokens = not special
-            with reporting("tokenizer.json cannot encode this text"):
+            with _ENCODING, reporting("tokenizer.json cannot encode this text"):
+                self.backend.encode_special_tokens = not special
                 return self.backend.encode(text, add_special_tokens=False).ids
         if not special:
             return list(data)

@@ -87,11 +87,6 @@ class LingConfig:
         layers = self.num_hidden_layers + self.num_nextn_predict_layers
         check(layers <= MAX_LAYERS, f"num_hidden_layers and num_nextn_predict_layers give {layers} layers, at most"
               f" {MAX_LAYERS} are supported")  # fmt: skip
-        moe = self.first_k_dense_replace < self.num_hidden_layers or self.num_nextn_predict_layers > 0
-        check(
-            not moe or self.num_experts_per_tok > 1,
-            "num_experts_per_tok is 1: the official router does not normalise a single weight, this one does",
-        )
         pad, eos = self.pad_token_id, self.eos_token_id
         check(pad is None or is_integer(pad), f"pad_token_id is {pad!r}, neither an integer nor null")
         several = isinstance(eos, list) and len(eos) > 0
