@@ -1,7 +1,7 @@
 # make train   set up, then train a small Ling-2.0            make lint    the checks that CI runs before the tests
 # make install only set up, with everything for development   make clean   remove everything that make wrote
 # make test    set up, then run the tests; FAST=1: the fast ones, 3 minutes on two cores, for use while working
-# make fuzz    try random files, requests and arguments of ops for MINUTES=10; `make test` tries two minutes of fixed ones
+# make fuzz    try random files, requests and arguments of ops for MINUTES=10; `make test` tries the same few in every run
 # make cutlass build the optional ling_kernels._cutlass: CUTLASS's grouped FP8 GEMM (minutes, 4 GB of memory a file)
 # make tables  write docs/kernels-resources*.md: registers and shared memory of every kernel, as it is built for Hopper
 # make gpu     on a machine with a Hopper GPU: STAGE=1 build, test, sanitizers, four minutes; STAGE=2 benchmark, five minutes.
