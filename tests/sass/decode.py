@@ -15,7 +15,7 @@ import importlib.util
 import re
 import subprocess
 import tempfile
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +27,7 @@ LANES = 32
 class Instruction(NamedTuple):
     address: int  # bytes from the kernel's start
     guard: str  # the predicate under which it runs, e.g. "!P1"; "" without one
+    base: str  # e.g. "LDG"
     opcode: str  # with its modifiers, e.g. "LDG.E.128"
     operands: str
     stall: int
@@ -35,10 +36,6 @@ class Instruction(NamedTuple):
     waits: tuple[int, ...]
     targets: tuple[int, ...]  # addresses that a branch may jump to
     line: str  # "file:line" of the source; "" where the code has no line numbers
-
-    @property
-    def base(self) -> str:
-        return self.opcode.split(".")[0]
 
     @property
     def modifiers(self) -> list[str]:
@@ -108,7 +105,8 @@ def instruction(address: int, text: str, control: int, line: str, labels: dict[s
     names = [name for found in TABLE.findall(operands) for name in re.split(r"[,\s]+", found)] or JUMP.findall(operands)
     targets = tuple(labels[name] for name in names if name in labels)
     operands = re.sub(r'\(\*".*?"\*\)', "", operands).strip()
-    return Instruction(address, guard or "", opcode, operands, **fields(control), targets=targets, line=line)
+    base = opcode.partition(".")[0]
+    return Instruction(address, guard or "", base, opcode, operands, **fields(control), targets=targets, line=line)
 
 
 def fields(control: int) -> dict:
@@ -129,6 +127,8 @@ TILES = {"UTMALDG", "UTMASTG", "UTMAREDG", "UBLKCP"}  # their size is not in the
 
 def width(i: Instruction) -> int:
     """Bytes that one lane moves by a load or store."""
+    if i.base in ("LDSM", "STSM"):  # 1, 2 or 4 matrices of 8 x 8 elements of 16 bits
+        return 4 * int(i.modifiers[-1]) if i.modifiers[-1].isdigit() else 4
     return next((WIDTHS[m] for m in i.modifiers if m in WIDTHS), 4)
 
 
@@ -148,14 +148,18 @@ def tensor_clocks(i: Instruction) -> int:
     return (2 if i.modifiers[0] == "1688" else 4) if i.base.endswith("MMA") else 0
 
 
-def registers(i: Instruction) -> set[int]:
+@lru_cache(1 << 16)
+def registers(i: Instruction) -> frozenset[int]:
     """Numbers of all vector registers that it reads or writes; an operand of several is named by its first."""
-    touched, parts = set(), [p.strip() for p in i.operands.split(",")]
-    for place, part in enumerate(parts):
-        for number, suffix in re.findall(r"(?<![A-Z])R(\d+)((?:\.\w+)*)", part):
+    touched: set[int] = set()
+    for place, part in enumerate(i.operands.split(",")):
+        for number, suffix in REGISTER.findall(part):
             wide = 2 if ".64" in suffix else 1
-            touched |= {*range(int(number), int(number) + max(wide, span(i, place, part)))}
-    return touched
+            touched.update(range(int(number), int(number) + max(wide, span(i, place, part))))
+    return frozenset(touched)
+
+
+REGISTER = re.compile(r"(?<![A-Z])R(\d+)((?:\.\w+)*)")
 
 
 def span(i: Instruction, place: int, part: str) -> int:
@@ -165,9 +169,7 @@ def span(i: Instruction, place: int, part: str) -> int:
         return 4 if place == 1 else columns // (4 if i.modifiers[1] == "F16" else 2)
     if i.base == "HMMA":
         return (4, 4, 2, 4)[place] if i.modifiers[0] == "16816" else (4, 2, 1, 4)[place]
-    if i.base in ("LDSM", "STSM"):
-        return 1 if "[" in part else int(i.modifiers[-1])
-    if i.base in ("LDG", "STG", "LD", "ST", "LDS", "STS", "LDL", "STL", "LDC"):
+    if i.base in ("LDG", "STG", "LD", "ST", "LDS", "STS", "LDSM", "STSM", "LDL", "STL", "LDC"):
         return 1 if "[" in part else max(1, width(i) // 4)
     if i.base == "IMAD" and "WIDE" in i.modifiers:
         return 2 if place in (0, len(i.operands.split(",")) - 1) else 1

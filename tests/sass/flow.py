@@ -7,6 +7,7 @@ from typing import NamedTuple
 from tests.sass.decode import TILES, Instruction, global_bytes, tensor_clocks
 
 TILE_BYTES = 4096  # what a TMA instruction counts in the choice of a path; its true size is in a descriptor
+ENDS = ("EXIT", "RET", "BPT")
 Edges = list[list[int]]  # the blocks that may follow each block
 Work = tuple[int, int, int, int]
 
@@ -19,18 +20,22 @@ class Loop(NamedTuple):
 
 
 class Flow:
-    """The control flow of a kernel. A block is a number; `blocks[b]` are its instructions."""
+    """The control flow of a kernel. A block is a number; `blocks[b]` are its instructions.
 
-    def __init__(self, code: list[Instruction]):
+    without: blocks with an opcode that this regular expression matches are closed, e.g. those of an option.
+    """
+
+    def __init__(self, code: list[Instruction], without: str = "(?!)"):
         starts = {code[0].address} | {t for i in code if jumps(i) for t in i.targets}
-        starts |= {i.address + 16 for i in code if jumps(i) or i.base in ("EXIT", "RET")}
+        starts |= {i.address + 16 for i in code if jumps(i) or i.base in ENDS}
         self.blocks: list[list[Instruction]] = []
         for i in code:
             if i.address in starts:
                 self.blocks.append([])
             self.blocks[-1].append(i)
         self.at = {block[0].address: b for b, block in enumerate(self.blocks)}
-        self.next: Edges = [self.successors(b) for b in range(len(self.blocks))]
+        closed = {b for b, block in enumerate(self.blocks) if any(re.match(without, i.opcode) for i in block)}
+        self.next: Edges = [[n for n in self.successors(b) if n not in closed] for b in range(len(self.blocks))]
         self.reached = {*postorder(self.next, 0)}
         self.onward: Edges = [[*e] for e in self.next]
         self.loops = [self.unroll(*found) for found in cycles(self.reached, self.next)]
@@ -38,7 +43,7 @@ class Flow:
 
     def successors(self, b: int) -> list[int]:
         last = self.blocks[b][-1]
-        ends = last.base in ("EXIT", "RET", "BPT") or jumps(last)
+        ends = last.base in ENDS or jumps(last)
         found = [self.at[t] for t in last.targets] if jumps(last) else []
         goes_on = (not ends or is_conditional(last)) and b + 1 < len(self.blocks)
         return [*dict.fromkeys(found + [b + 1] * goes_on)]
@@ -51,17 +56,17 @@ class Flow:
             self.onward[b] = [*dict.fromkeys([n for n in self.onward[b] if n != head] + exits)]
         return Loop(head, frozenset(blocks), latches, depth)
 
-    def path(self, start: int, ends: Set[int], among: Set[int]) -> list[int]:
+    def path(self, start: int, ends: Set[int], among: Set[int], least: bool = False) -> list[int]:
         """The usual path from block `start` to one of `ends` through blocks of `among`; [] where there is none.
 
         Of all paths that run each loop once: the most tensor work, then the most bytes of global memory, then the
-        fewest CALLs (the slow paths of divisions), then the fewest instructions.
+        fewest CALLs (the slow paths of divisions), then the fewest instructions. least: bytes do not count.
         """
-        best: dict[int, tuple[Work, int | None]] = {start: (work(self.blocks[start]), None)}
+        best: dict[int, tuple[Work, int | None]] = {start: (work(self.blocks[start], least), None)}
         for b in self.order:
             for n in self.onward[b] if b in best else ():
                 if n in among:
-                    total = add(best[b][0], work(self.blocks[n]))
+                    total = add(best[b][0], work(self.blocks[n], least))
                     if n not in best or total < best[n][0]:
                         best[n] = total, b
         path = []
@@ -93,10 +98,11 @@ def is_conditional(i: Instruction) -> bool:
     return i.guard not in ("", "PT", "UPT") or re.match(r"!?U?P\d", i.operands) is not None
 
 
-def work(block: list[Instruction]) -> Work:
+def work(block: list[Instruction], least: bool = False) -> Work:
     """(-tensor clocks, -bytes, CALLs, instructions): of two paths the smaller tuple is the usual one."""
-    moved = sum(TILE_BYTES if i.base in TILES else global_bytes(i) for i in block)
-    return -sum(map(tensor_clocks, block)), -moved, sum(i.base == "CALL" for i in block), len(block)
+    moved = 0 if least else sum(TILE_BYTES if i.base in TILES else global_bytes(i) for i in block)
+    waits = sum(i.opcode == "WARPGROUP.DEPBAR.LE" for i in block)  # a path that does the work also waits for it
+    return -sum(map(tensor_clocks, block)) - waits, -moved, sum(i.base == "CALL" for i in block), len(block)
 
 
 def add(a: Work, b: Work) -> Work:

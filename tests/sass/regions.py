@@ -1,6 +1,7 @@
 """Parts of a kernel by what they do, so that edits of the source do not move them."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 
 from tests.sass.decode import Instruction
@@ -13,21 +14,22 @@ WORK = {
 }  # fmt: skip
 
 
+def kind_of(path: list[Instruction]) -> str | None:
+    return next((kind for kind, opcode in WORK.items() if any(re.fullmatch(opcode, i.base) for i in path)), None)
+
+
 def loops(flow: Flow) -> list[tuple[str, list[Instruction]]]:
     """(name, one round) of every loop that does one of WORK; "around" those that hold another of their kind."""
     found = []
     for loop in sorted(flow.loops, key=lambda loop: (loop.head, loop.depth)):
-        if any(flow.blocks[b][-1].opcode == "BRA.U.ANY" for b in loop.latches):
-            continue  # only repeats a TMA instruction for lanes with other operands: there are none
         path = flow.once(loop)
-        kind = next((k for k, opcode in WORK.items() if any(re.fullmatch(opcode, i.base) for i in path)), None)
-        if kind:
+        repeats = any(flow.blocks[b][-1].opcode == "BRA.U.ANY" for b in loop.latches)  # TMA, if lanes differ: never
+        if not repeats and (kind := kind_of(path)):
             found.append((loop, kind, path))
-    named, seen = [], {}
+    named, seen = [], Counter()
     for loop, kind, path in found:
-        inner = any(other.blocks < loop.blocks and k == kind for other, k, _ in found)
-        name = f"around {kind}" if inner else kind
-        seen[name] = seen.get(name, 0) + 1
+        name = "around " * any(other.blocks < loop.blocks and k == kind for other, k, _ in found) + kind
+        seen[name] += 1
         named.append((name if seen[name] == 1 else f"{name} {seen[name]}", path))
     return named
 
@@ -44,10 +46,10 @@ def segments(path: list[Instruction]) -> list[tuple[str, list[Instruction]]]:
     return [(f"{k} {name}", part) for k, (name, part) in enumerate(parts) if part]
 
 
-def between(flow: Flow, start: str, end: str, without: str = "(?!)") -> list[Instruction]:
+def between(flow: Flow, start: str, end: str, least: bool = False) -> list[Instruction]:
     """The usual path from after the last opcode that matches `start` to the last one that matches `end`, included.
 
-    Last: no other match can follow before a loop repeats. No instruction on the way matches `without`.
+    Last: no other match can follow before a loop repeats. least: the fewest instructions, whatever memory they move.
     [] where there is no such path.
     """
 
@@ -56,21 +58,15 @@ def between(flow: Flow, start: str, end: str, without: str = "(?!)") -> list[Ins
         places = {b: [k for k, i in enumerate(flow.blocks[b]) if re.match(pattern, i.opcode)] for b in flow.reached}
         return {b: found for b, found in places.items() if found}
 
-    starts, ends, forbidden = map(matching, (start, end, without))
+    starts, ends = matching(start), matching(end)
     found = []
     for first in last_of(starts, flow.onward):
-        begin = starts[first][-1] + 1  # the first and the last block count in part
-        open_blocks = {b for b in flow.reached if not any(k <= ends.get(b, [k])[-1] for k in forbidden.get(b, ()))}
-        if any(k >= begin for k in forbidden.get(first, ())):
-            continue
-        onward = [[n for n in e if n in open_blocks] for e in flow.onward]
-        after = {*postorder(onward, first)}
-        for final in last_of({b for b in ends if b in after and (b != first or ends[b][-1] >= begin)}, onward):
-            blocks = flow.path(first, {final}, after)
-            cut = len(flow.blocks[final]) - ends[final][-1] - 1
-            path = flow.code(blocks)[begin:]
-            found.append(path[: len(path) - cut])
-    return min(found, key=work, default=[])
+        begin = starts[first][-1] + 1
+        after = {*postorder(flow.onward, first)}
+        for final in last_of({b for b in ends if b in after and (b != first or ends[b][-1] >= begin)}, flow.onward):
+            path = flow.code(flow.path(first, {final}, after, least))[begin:]
+            found.append(path[: len(path) - len(flow.blocks[final]) + ends[final][-1] + 1])
+    return min(found, key=lambda path: work(path, least), default=[])
 
 
 def last_of(blocks: Iterable[int], edges: Edges) -> list[int]:

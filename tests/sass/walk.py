@@ -12,19 +12,31 @@ its unit takes it. It knows one warp alone whose data are in L1, L2 or memory as
 
 from typing import NamedTuple
 
-from ling_kernels.gpu import HOPPER, Gpu
+from ling_kernels.gpu import HOPPER
 from tests.sass.decode import LANES, Instruction, global_bytes, tensor_clocks, width
 
+H200 = HOPPER["H200"]
 SCHEDULERS = 4  # of an SM; each has a warp of every four
 
-# Clocks until the result of an instruction whose latency the compiler does not know is there.
-LATENCY = {
-    "LDG": 590, "LD": 590, "ATOMG": 590, "ATOM": 590,  # L2 260, + 150 / 2 for its far half, + 254 for memory
-    "LDS": 29, "LDSM": 33, "ATOMS": 60, "LDL": 39, "SHFL": 24, "REDUX": 24, "VOTE": 12,
-    "SYNCS": 32, "MUFU": 19, "FCHK": 19, "POPC": 19, "FLO": 19, "BREV": 19, "I2F": 19, "F2I": 19, "F2F": 19,
-    "LDC": 30, "ULDC": 30, "S2R": 20, "S2UR": 20, "R2UR": 12, "HMMA": 33, "BAR": 15,
-}  # fmt: skip
-OTHERWISE = 20
+CALIBRATED = "FlashGPU-Sim, calibrated on an H100"  # its configs/SM90_H100
+ASSUMED = "assumed"
+# Opcodes, clocks until the result is there, and where the number is from.
+LATENCIES = [
+    ("LDG LD ATOMG ATOM", 590, f"{CALIBRATED}: L2 260, half of 150 for its far half, memory 254"),
+    ("LDS ATOMS", 29, CALIBRATED),
+    ("LDSM", 33, ASSUMED),
+    ("LDL", 39, f"{CALIBRATED}: L1"),
+    ("MUFU FCHK POPC FLO BREV I2F F2I F2F I2I", 19, f"{CALIBRATED}: ex2"),
+    ("SYNCS", 32, f"{CALIBRATED}: mbarrier try_wait"),
+    ("BAR", 15, f"{CALIBRATED}: named barrier"),
+    ("SHFL REDUX", 24, ASSUMED),
+    ("LDC ULDC", 30, ASSUMED),
+    ("S2R S2UR", 20, ASSUMED),
+    ("R2UR VOTE", 12, ASSUMED),
+    ("HMMA", 33, ASSUMED),
+]
+LATENCY = {opcode: n for opcodes, n, _ in LATENCIES for opcode in opcodes.split()}
+OTHERWISE = 20  # any other
 OPERANDS_READ = 12  # until a load or store has read its address and data, and their registers may be overwritten
 JUMP = 10  # added by a jump that is taken
 EARLY = 5  # a load that is waited for within as many instructions stands alone
@@ -52,13 +64,20 @@ class Walk(NamedTuple):
     predicates: int  # P2R, R2P and PLOP3: predicates kept in bits or combined
     spills: int  # loads and stores of local memory
 
-    def slots(self, gpu: Gpu = HOPPER["H200"]) -> float | None:
-        """Issue slots over the clocks that tensor cores or memory need for the path: above 1 they cannot be kept busy.
+    @property
+    def busiest(self) -> tuple[str, int]:
+        """The unit that is busy for most clocks, and these: "issue", or one of UNITS."""
+        return max([("issue", self.instructions), *self.units.items()], key=lambda unit: unit[1])
 
-        Both sides grow alike with the number of warps, if all walk this path. None where the path has neither.
+    @property
+    def share(self) -> float | None:
+        """Clocks of the busiest unit over those that an H200's tensor cores or memory need for the path.
+
+        Above 1 they cannot be kept busy. Both sides grow alike with the number of a scheduler's warps, if all walk this
+        path. None where the path has neither products nor loads and stores of global memory.
         """
-        memory = self.bytes / (gpu.bandwidth / gpu.sms / SCHEDULERS / gpu.clock)
-        return self.instructions / max(self.tensor, memory) if self.tensor or memory else None
+        memory = self.bytes / (H200.bandwidth / H200.sms / SCHEDULERS / H200.clock)
+        return self.busiest[1] / max(self.tensor, memory) if self.tensor or memory else None
 
 
 def walk(path: list[Instruction]) -> Walk:
@@ -79,7 +98,7 @@ def clocks(path: list[Instruction], latency: dict[str, int] = LATENCY) -> int:
         unit, n = unit_of(i)
         now = max([now, busy.get(unit, 0), *(free[s] for s in i.waits)])
         if unit:
-            busy[unit] = now + n
+            busy[unit] = now + (n // SCHEDULERS if unit == "shared" else n)
         if i.sets is not None:
             free[i.sets] = max(free[i.sets], now + latency.get(i.base, OTHERWISE))
         if i.frees is not None:
@@ -102,21 +121,29 @@ def unit_of(i: Instruction) -> tuple[str | None, int]:
     if i.base in SPECIAL:
         return "special", 8
     if i.base in SHARED:
-        return "shared", shared_clocks(i)
-    return ("shared", 4) if i.base in ("SHFL", "REDUX") else (None, 0)
-
-
-def shared_clocks(i: Instruction) -> int:
-    n = int(i.modifiers[-1]) * 4 if i.base in ("LDSM", "STSM") else width(i)
-    return max(1, n * LANES // 128) * SCHEDULERS
+        return "shared", max(1, width(i) * LANES // 128) * SCHEDULERS
+    return ("shared", SCHEDULERS) if i.base in ("SHFL", "REDUX") else (None, 0)
 
 
 def units(path: list[Instruction]) -> dict[str, int]:
     total = dict.fromkeys(UNITS, 0)
-    for unit, n in map(unit_of, path):
+    for i in path:
+        unit, n = unit_of(i)
         if unit:
             total[unit] += n
+        total["shared"] += operand_clocks(i)
     return total
+
+
+def operand_clocks(i: Instruction) -> int:
+    """Clocks of shared memory for a wgmma's operands: 32 bytes of each of B's N rows, and of 64 of A if it is there.
+
+    A warpgroup has a warp in each scheduler, so that each scheduler's quarter of the SM's memory serves its own.
+    """
+    if not i.base.endswith("GMMA"):
+        return 0
+    rows = 2 * tensor_clocks(i) + 64 * (i.operands.split(",")[1].strip().startswith("gdesc"))
+    return rows * 32 // 128
 
 
 def early(path: list[Instruction]) -> int:
