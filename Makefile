@@ -2,7 +2,8 @@
 # make install only set up, with everything for development   make clean   remove everything that make wrote
 # make test    set up, then run the tests; FAST=1: the fast ones, 3 minutes on two cores, for use while working
 # make cutlass build the optional ling_kernels._cutlass: CUTLASS's grouped FP8 GEMM (minutes, 4 GB of memory a file)
-# make tables  write docs/kernels-resources*.md: registers and shared memory of every kernel, as it is built for Hopper
+# make tables  write docs/kernels-resources*.md and docs/kernels-clocks.md: registers, shared memory and clocks of every
+#              kernel, as it is built for Hopper
 # make gpu     on a machine with a Hopper GPU: build, test, benchmark and run compute-sanitizer, in ten minutes. It installs
 #              nothing and uses PYTHON as it is. ARGS=--commit=ID names the commit in a copy without git history.
 # make bench   benchmark ops, peers, layers, decoding and the host into benchmarks/results/ and docs/performance.md (a CPU

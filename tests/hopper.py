@@ -3,8 +3,9 @@
     python -m tests.hopper OUT.json [OP ...]    at the shapes that a Case names in `hopper`; of all ops, or of these
 
 The ops run as always, but a launch does not run: it records its kernel, the types, divisibility by 16 and constants of
-its arguments, warps and stages. Then each is compiled for sm_90, and cuobjdump reports registers, spills and shared
-memory. Each op runs as on an H200 and as on an H20, whose tiles may differ. Triton's cache serves repeated builds.
+its arguments, warps and stages. Then each is compiled for sm_90: cuobjdump reports registers, spills and shared
+memory, tests/sass the clocks of its code. Each op runs as on an H200 and as on an H20, whose tiles may differ. Triton's
+cache serves repeated builds.
 """
 
 import json
@@ -24,6 +25,8 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from tests.cuobjdump import resources
+from tests.sass.clocks import rows_of
+from tests.sass.decode import kernels
 
 SMS = dict(H200=132, H20=78)
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion")
@@ -129,7 +132,7 @@ def build(fn: JITFunction, parts: dict, options: dict) -> dict:
     ptx = built.asm["ptx"]
     fixed = {p.name: parts[p.name][1] for p in fn.params if p.is_constexpr}
     return dict(
-        kernel=fn.__name__, constants=fixed, **usage(built.asm["cubin"]),
+        kernel=fn.__name__, constants=fixed, **usage(fn.__name__, built.asm["cubin"]),
         shared=built.metadata.shared, warps=built.metadata.num_warps, stages=built.metadata.num_stages,
         wgmma=ptx.count("wgmma.mma_async"), tma=ptx.count("cp.async.bulk.tensor"),
         float_atomics=len(re.findall(r"\b(?:atom|red)\.\S*\.(?:f16|bf16|f32|f64)\S*", ptx)),
@@ -137,12 +140,14 @@ def build(fn: JITFunction, parts: dict, options: dict) -> dict:
     )  # fmt: skip
 
 
-def usage(cubin: bytes) -> dict:
+def usage(name: str, cubin: bytes) -> dict:
+    """Resources, and `clocks`: the rows of tests/sass/clocks.py."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         (found,) = resources(file.name).values()
-    return dict(registers=found["registers"], spilled=found["spilled"])
+        (code,) = kernels(file.name).values()
+    return dict(registers=found["registers"], spilled=found["spilled"], clocks=rows_of(name, code))
 
 
 def build_number(i: int) -> dict:

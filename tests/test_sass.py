@@ -1,15 +1,19 @@
 """The clock of machine code (tests/sass) on code whose answers are counted by hand."""
 
+import json
 import re
 
 import pytest
 
-from tests.sass.clocks import columns, differences
+from tests.sass.__main__ import main
+from tests.sass.clocks import differences, rows_of
 from tests.sass.decode import global_bytes, parse, registers, tensor_clocks, width
 from tests.sass.flow import Flow
 from tests.sass.hazards import highest_registers, touched_in_flight
+from tests.sass.page import page
 from tests.sass.regions import between, loops, segments
 from tests.sass.walk import LATENCY, clocks, early, walk
+from tests.tables import CLOCKS, CUDA_CLOCKS, TRITON_CLOCKS
 
 # As nvdisasm prints it, made by nvcc 13.0. By hand: LDC's high word >> 41 is 0x7f1: stall 1, no scoreboards. S2R's is
 # 0x717: stall 7, sets 0. The second LDC's is 0x731: stall 1, sets 1. ISETP's is 0xfe2: stall 2, waits for 0.
@@ -115,9 +119,11 @@ def test_loops_are_found_and_run_once():
 def test_slow_paths_and_optional_instructions_are_not_the_usual_path():
     flow = Flow(code("""
         FCHK P0, R0, R1
-        @!P0 BRA `(.fast)
-        CALL.REL.NOINC `(.slow)
-        .fast:
+        @P0 BRA `(.slow)
+        FMUL R0, R0, R1
+        FMUL R0, R0, R1
+        FMUL R0, R0, R1
+        .divided:
         @P1 BRA `(.stored)
         STG.E desc[UR4][R2.64], R0
         .stored:
@@ -126,10 +132,12 @@ def test_slow_paths_and_optional_instructions_are_not_the_usual_path():
         .end:
         EXIT
         .slow:
-        RET.REL.NODEC R6 `(.fast)
+        CALL.REL.NOINC `(.slow)
+        BRA `(.divided)
     """))  # fmt: skip
-    assert [i.base for i in flow.whole()] == ["FCHK", "BRA", "BRA", "STG", "BRA", "EXIT"]
-    assert [i.base for i in between(flow, "FCHK", "EXIT", least=True)] == ["BRA", "BRA", "BRA", "EXIT"]
+    fast = ["BRA", "FMUL", "FMUL", "FMUL", "BRA"]
+    assert [i.base for i in flow.whole()] == ["FCHK", *fast, "STG", "BRA", "EXIT"]
+    assert [i.base for i in between(flow, "FCHK", "EXIT", least=True)] == [*fast, "BRA", "EXIT"]
 
 
 def test_blocks_of_an_option_can_be_closed():
@@ -141,17 +149,20 @@ def test_blocks_of_an_option_can_be_closed():
 def test_a_region_is_from_the_last_start_to_the_last_end():
     flow = Flow(code("""
         .k:
+        QGMMA.64x16x32.F32.E4M3.E4M3 R24, gdesc[UR12], RZ, !UPT
         QGMMA.64x16x32.F32.E4M3.E4M3 R24, gdesc[UR12], R24, gsb0
         WARPGROUP.DEPBAR.LE gsb0, 0x0
         FFMA R0, R24, R1, R0
         @P0 BRA `(.k)
         STS [R4], R0
+        @P1 BRA `(.last)
         FMUL R0, R0, R0
+        .last:
         STS [R4], R0
         LDS R0, [R4]
         EXIT
     """))  # fmt: skip
-    assert [i.base for i in between(flow, "QGMMA", "STS")] == ["WARPGROUP", "FFMA", "BRA", "STS", "FMUL", "STS"]
+    assert [i.base for i in between(flow, "QGMMA", "STS")] == ["WARPGROUP", "FFMA", "BRA", "STS", "BRA", "STS"]
     assert between(flow, "STS", "QGMMA") == between(flow, "STS", "STG") == []
     (name, path), = loops(flow)  # fmt: skip
     assert name == "products" and [i.base for i in segments(path)[1][1]] == ["FFMA", "BRA"]
@@ -182,7 +193,6 @@ def test_what_a_path_asks_of_its_scheduler():
     assert w.units == dict(fma=2, integer=4, special=8, shared=16) and w.busiest == ("shared", 16)
     assert (w.instructions, w.branches, w.early, w.predicates, w.spills) == (8, 1, 1, 2, 1)
     assert w.share == pytest.approx(16 / (512 / (4.8e12 / 132 / 4 / 1.98e9)))
-    assert columns(w)["unit"] == "shared"
 
 
 def test_wgmma_reads_its_operands_from_shared_memory():
@@ -193,6 +203,38 @@ def test_wgmma_reads_its_operands_from_shared_memory():
     """)
     assert walk([both]).units["shared"] == 48 and walk([one]).units["shared"] == 32
     assert walk([both]).tensor == walk([one]).tensor == 64
+
+
+def test_rows_of_a_kernel():
+    flops = "FADD R0, R0, R0\n" * 40  # loops of fewer instructions have no row
+    rows = rows_of("a_kernel", code(f"""
+        MOV R2, R3
+        .tile:
+        LDS R0, [R4]
+        .k:
+        WARPGROUP.ARRIVE
+        QGMMA.64x128x32.F32.E4M3.E4M3 R24, gdesc[UR12], R24, gsb0
+        WARPGROUP.DEPBAR.LE gsb0, 0x1
+        FADD R1, R1, R1
+        WARPGROUP.DEPBAR.LE gsb0, 0x0
+        {flops}
+        @P0 BRA `(.k)
+        STG.E.128 [R2.64], R88
+        @P1 BRA `(.tile)
+        .less:
+        LDG.E R0, [R2.64]
+        @P2 BRA `(.less)
+        EXIT
+    """))  # fmt: skip
+    assert [(r["part"], r["instructions"], r["share"] is None) for r in rows] == [
+        ("whole", 1 + 1 + 46 + 2 + 2 + 1, False),
+        ("around products", 1 + 46 + 2, False),
+        ("around products: before the first issue", 1, True),
+        ("around products: after the last wait", 41 + 2, True),
+        ("products", 46, False),
+        ("products: after a wait", 41, True),
+    ]
+    assert rows[0]["call_sites"] == rows[0]["hazards"] == 0
 
 
 @pytest.mark.parametrize("between_them, stands_alone", [(4, 1), (5, 0)])
@@ -218,11 +260,19 @@ WGMMA = """
     ("MOV R23, R32", "FADD R0, R24, R31", "FADD R40, R43, R51", []),
     ("MOV R0, R31", "NOP", "NOP", ["MOV R0, R31"]),  # reads an accumulator in flight
     ("NOP", "MOV R43, R0", "NOP", ["MOV R43, R0"]),  # the second group still is
-    ("NOP", "LDS.128 R48, [R2]", "NOP", ["LDS.128 R48, [R2]"]),  # overwrites its operand A
+    ("NOP", "FADD R0, R48, R51", "STS [R2], R48", []),  # operand A may be read
+    ("NOP", "LDS.128 R48, [R2]", "NOP", ["LDS.128 R48, [R2]"]),  # but not written
+    ("NOP", "SHFL.DOWN PT, R51, R0, 0x10, 0x1f", "NOP", ["SHFL.DOWN PT, R51, R0, 0x10, 0x1f"]),
+    ("NOP", "ISETP.NE.AND P0, PT, R48, RZ, PT", "NOP", []),
 ])  # fmt: skip
 def test_nothing_touches_the_registers_of_a_wgmma_in_flight(first, second, third, wrong):
     found = touched_in_flight(Flow(code(WGMMA.format(first=first, second=second, third=third))))
     assert [f"{i.opcode} {i.operands}" for i in found] == wrong
+
+
+def test_a_loop_without_a_wait_is_seen_too():
+    loop = ".k:\nQGMMA.64x8x32.F32.E4M3.E4M3 R24, gdesc[UR12], R24, gsb0\n@P0 BRA `(.k)\nMOV R24, R0\nEXIT"
+    assert [i.base for i in touched_in_flight(Flow(code(loop)))] == ["MOV"]
 
 
 @pytest.mark.parametrize("change, touched", [("MOV R0, R0", 0), ("ISETP.NE.AND P1, PT, R0, RZ, PT", 1)])
@@ -258,6 +308,11 @@ def test_registers_stay_within_setmaxnreg():
     assert highest_registers(flow, 168) == {168: 100, 40: 39, 232: 231}
 
 
+def test_the_page_says_what_the_tables_say():
+    cuda, triton = (json.loads(path.read_text()) for path in (CUDA_CLOCKS, TRITON_CLOCKS))
+    assert CLOCKS.read_text() == page(cuda, triton), f"{CLOCKS.name} is out of date: make tables"
+
+
 def test_budgets_have_a_margin():
     def row(kernel="k", part="whole", clocks=1000, **counts):
         return dict(kernel=kernel, part=part, clocks=clocks, **counts)
@@ -269,3 +324,15 @@ def test_budgets_have_a_margin():
     assert differences([row(hazards=1)], [row(hazards=0)]) == ["k, whole: hazards 0 -> 1, worse"]
     assert differences([row(), row()], [row()]) == ["k whole 1: new"]
     assert differences([row()], [row(), row(part="loads")]) == ["k loads 0: gone"]
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["nothing.cubin"], "there is no file nothing.cubin"),
+    ([__file__], "holds no code of sm_90"),
+    ([__file__, "--start", "QGMMA"], "--start and --end belong together"),
+    ([], "the following arguments are required: file"),
+])  # fmt: skip
+def test_misuse_of_the_command_is_one_line(arguments, message, capsys):
+    assert main(arguments) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ") and message in printed and printed.count("\n") == 1

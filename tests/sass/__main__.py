@@ -1,6 +1,7 @@
 """python -m tests.sass: the clock of kernels' machine code, without a GPU."""
 
 import re
+import subprocess
 import sys
 from argparse import Namespace
 from collections import Counter
@@ -36,8 +37,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(f"there is no file {args.file}")
     if not cuobjdump.tool():
         raise InputError("there is no cuobjdump: it comes with Triton and with the CUDA toolkit")
-    codes = kernels(args.file)
-    found = {name: code for name, code in zip(cuobjdump.names([*codes]), codes.values(), strict=True)}
+    try:
+        codes = kernels(args.file)
+        for pattern in filter(None, (args.kernel, args.start, args.end, args.without)):
+            re.compile(pattern)
+    except subprocess.CalledProcessError as error:
+        raise InputError(f"{args.file} holds no code of sm_90: {error.stderr or error}") from error
+    except re.error as error:
+        raise InputError(f"{error.pattern!r} is no regular expression: {error}") from error
+    found = dict(zip(cuobjdump.names([*codes]), codes.values(), strict=True))
     if not (chosen := [name for name in found if re.search(args.kernel, name)]):
         raise InputError(f"no kernel of {args.file} matches {args.kernel!r}; it has {', '.join(found) or 'none'}")
     for name in chosen:
@@ -62,7 +70,7 @@ def show(part: str, path: list[Instruction], args: Namespace) -> None:
     (unit, busy), share = w.busiest, w.share
     cells = [f"{w.instructions} instructions", f"{w.clocks} clocks", f"{w.tensor} tensor", f"{w.bytes} bytes"]
     cells += [f"{unit} {busy}", "" if share is None else f"{share:.0%}"]
-    cells += [f"{name} {getattr(w, name)}" for name in ("branches", "early", "predicates", "spills")]
+    cells += [f"{name} {getattr(w, name)}" for name in ("calls", "branches", "early", "predicates", "spills")]
     print(f"  {part:26}", *(f"{cell:>18}" for cell in cells[:5]), *cells[5:], f"{path[0].address:#x}..")
     for n, key in ((args.lines, "line"), (args.opcodes, "opcode")):
         for what, times in Counter(getattr(i, key) for i in path).most_common(n):

@@ -59,7 +59,9 @@ def kernels(file: Path | str) -> dict[str, list[Instruction]]:
     with tempfile.TemporaryDirectory() as tmp:
         cubins = [Path(file).resolve()]
         if cubins[0].read_bytes()[18:20] != b"\xbe\x00":  # ELF's machine: EM_CUDA is 190
-            subprocess.run([cuobjdump.tool(), "-xelf", "all", *cubins], cwd=tmp, check=True, capture_output=True)
+            subprocess.run(
+                [cuobjdump.tool(), "-xelf", "all", *cubins], cwd=tmp, check=True, capture_output=True, text=True
+            )
             cubins = sorted(Path(tmp).glob("*.cubin"))
         found = {}
         for cubin in cubins:
@@ -160,6 +162,16 @@ def registers(i: Instruction) -> frozenset[int]:
 
 
 REGISTER = re.compile(r"(?<![A-Z])R(\d+)((?:\.\w+)*)")
+
+
+def results(i: Instruction) -> frozenset[int]:
+    """Numbers of the vector registers that it writes: its first operand that is no predicate."""
+    parts = [part.strip() for part in i.operands.split(",")]
+    place = next((k for k, part in enumerate(parts) if not re.fullmatch(r"!?U?P[T\d]", part)), 0)
+    found = re.fullmatch(r"R(\d+)(?:\.\w+)*", parts[place])
+    if not found or i.base.endswith("SETP"):  # a comparison writes predicates alone, a store begins with its address
+        return frozenset()
+    return frozenset(range(int(found[1]), int(found[1]) + span(i, place, parts[place])))
 
 
 def span(i: Instruction, place: int, part: str) -> int:

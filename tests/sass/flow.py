@@ -16,7 +16,6 @@ class Loop(NamedTuple):
     head: int  # the block that is entered first
     blocks: frozenset[int]
     latches: frozenset[int]  # blocks from which it goes back to the head, perhaps through the end of an inner loop
-    depth: int  # 0: in no other loop
 
 
 class Flow:
@@ -43,18 +42,20 @@ class Flow:
 
     def successors(self, b: int) -> list[int]:
         last = self.blocks[b][-1]
+        if jumps(last) and not last.targets:
+            raise ValueError(f"it is not known where this goes: {last}")
         ends = last.base in ENDS or jumps(last)
         found = [self.at[t] for t in last.targets] if jumps(last) else []
         goes_on = (not ends or is_conditional(last)) and b + 1 < len(self.blocks)
         return [*dict.fromkeys(found + [b + 1] * goes_on)]
 
-    def unroll(self, blocks: set[int], head: int, depth: int) -> Loop:
+    def unroll(self, blocks: set[int], head: int) -> Loop:
         """Let the loop run once in `onward`: a jump back to its head goes on to where the loop may be left."""
         latches = frozenset(b for b in blocks if head in self.onward[b])
         exits = [n for b in blocks for n in self.next[b] if n not in blocks]
         for b in latches:
             self.onward[b] = [*dict.fromkeys([n for n in self.onward[b] if n != head] + exits)]
-        return Loop(head, frozenset(blocks), latches, depth)
+        return Loop(head, frozenset(blocks), latches)
 
     def path(self, start: int, ends: Set[int], among: Set[int], least: bool = False) -> list[int]:
         """The usual path from block `start` to one of `ends` through blocks of `among`; [] where there is none.
@@ -125,8 +126,8 @@ def postorder(edges: Edges, start: int, seen: set[int] | None = None) -> Iterato
             stack.append((n, iter(edges[n])))
 
 
-def cycles(blocks: set[int], edges: Edges, depth: int = 0) -> Iterator[tuple[set[int], int, int]]:
-    """The loops among `blocks`, inner ones first: blocks, head, depth.
+def cycles(blocks: set[int], edges: Edges) -> Iterator[tuple[set[int], int]]:
+    """(blocks, head) of the loops among `blocks`, inner ones first.
 
     A loop is a strongly connected component; within one, loops are what is left without the jumps back to its head.
     """
@@ -135,8 +136,8 @@ def cycles(blocks: set[int], edges: Edges, depth: int = 0) -> Iterator[tuple[set
         if len(part) > 1 or first in edges[first]:
             entered = [n for b in blocks - part for n in edges[b] if n in part]
             head = min(entered, default=first)
-            yield from cycles(part, [[n for n in e if n != head] for e in edges], depth + 1)
-            yield part, head, depth
+            yield from cycles(part, [[n for n in e if n != head] for e in edges])
+            yield part, head
 
 
 def components(blocks: set[int], edges: Edges) -> list[set[int]]:

@@ -3,9 +3,11 @@
 import re
 from collections.abc import Callable, Hashable
 
-from tests.sass.decode import Instruction, registers
+from tests.sass.decode import Instruction, registers, results
 from tests.sass.flow import Flow, jumps
 
+Group = tuple[frozenset[int], frozenset[int]]  # registers of accumulators, and of A
+NOTHING: Group = (frozenset(), frozenset())
 Step = Callable[[Instruction, Hashable], Hashable]
 
 
@@ -44,25 +46,26 @@ def written_predicates(i: Instruction) -> set[str]:
 
 
 def touched_in_flight(flow: Flow) -> list[Instruction]:
-    """Instructions that use a register of a wgmma between its issue and the wait for it: accumulators, and A if there.
+    """Instructions that, between a wgmma's issue and the wait for it, use its accumulators or write its A registers.
 
     The last wgmma of a group names the counter gsb0; WARPGROUP.DEPBAR.LE gsb0, n waits until n groups are left.
     """
     found: dict[int, Instruction] = {}
 
-    def step(i: Instruction, groups: tuple[frozenset[int], ...]):
-        """groups: the registers of each group in flight, the last one not yet complete."""
+    def step(i: Instruction, groups: tuple[Group, ...]):
+        """groups: those in flight, the last one not yet complete."""
         if i.base.endswith("GMMA"):
-            *complete, open_group = groups
-            groups = (*complete, open_group | registers(i))
-            return (*groups, frozenset()) if "gsb0" in i.operands else groups
+            *complete, (sums, a) = groups
+            groups = (*complete, (sums | results(i), a | (registers(i) - results(i))))
+            groups = (*groups, NOTHING) if "gsb0" in i.operands else groups
+            return groups if len(groups) < 9 else groups[1:]  # so that a loop without waits ends
         if i.opcode == "WARPGROUP.DEPBAR.LE":
             return groups[-1 - int(i.operands.split()[-1], 16) :]
-        if any(groups) and any(registers(i) & group for group in groups):
+        if groups != (NOTHING,) and any(registers(i) & sums or results(i) & a for sums, a in groups):
             found[i.address] = i
         return groups
 
-    visit(flow, (frozenset(),), step, known_in=lambda groups: 8 if any(groups) else 1)
+    visit(flow, (NOTHING,), step, known_in=lambda groups: 8 if groups != (NOTHING,) else 1)
     return [*found.values()]
 
 

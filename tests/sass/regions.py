@@ -21,7 +21,7 @@ def kind_of(path: list[Instruction]) -> str | None:
 def loops(flow: Flow) -> list[tuple[str, list[Instruction]]]:
     """(name, one round) of every loop that does one of WORK; "around" those that hold another of their kind."""
     found = []
-    for loop in sorted(flow.loops, key=lambda loop: (loop.head, loop.depth)):
+    for loop in sorted(flow.loops, key=lambda loop: (loop.head, -len(loop.blocks))):
         path = flow.once(loop)
         repeats = any(flow.blocks[b][-1].opcode == "BRA.U.ANY" for b in loop.latches)  # TMA, if lanes differ: never
         if not repeats and (kind := kind_of(path)):

@@ -1,13 +1,7 @@
 """The clocks of one warp along a path, and what the path asks of its scheduler.
 
 Each instruction issues when the warp's preceding one allows it (stall), the scoreboards that it waits for are free, and
-its unit takes it. It knows one warp alone whose data are in L1, L2 or memory as LATENCY says. It does not see:
-
-* other warps. They hide one another's waits, and compete for the scheduler, which issues one instruction a clock;
-* memory that is busy, misses of the instruction cache, bank conflicts of registers and of shared memory;
-* waits for another warp or for TMA (barriers, mbarriers): they count as if everybody else had come already;
-* the tensor cores: wgmma and its wait cost their issue. `Walk.tensor` says how long they compute;
-* power, which lowers the clock.
+its unit takes it. docs/kernels-clocks.md says what this cannot see.
 """
 
 from typing import NamedTuple
@@ -58,7 +52,7 @@ class Walk(NamedTuple):
     tensor: int  # clocks of a scheduler's tensor core
     bytes: int  # of global memory a warp, without TMA
     units: dict[str, int]  # clocks of the scheduler's fma, integer, special and shared units
-    calls: int  # CALLs
+    calls: int  # CALLs that cannot be avoided
     branches: int  # BSSYs: sections whose lanes may diverge
     early: int  # loads of global memory that are waited for within EARLY instructions
     predicates: int  # P2R, R2P and PLOP3: predicates kept in bits or combined
@@ -91,7 +85,7 @@ def walk(path: list[Instruction]) -> Walk:
     )  # fmt: skip
 
 
-def clocks(path: list[Instruction], latency: dict[str, int] = LATENCY) -> int:
+def clocks(path: list[Instruction]) -> int:
     """From the first instruction's issue to where the one after the last may issue."""
     now, free, busy = 0, [0] * 6, dict.fromkeys(UNITS, 0)
     for i, after in zip(path, [*path[1:], None], strict=True):
@@ -100,7 +94,7 @@ def clocks(path: list[Instruction], latency: dict[str, int] = LATENCY) -> int:
         if unit:
             busy[unit] = now + (n // SCHEDULERS if unit == "shared" else n)
         if i.sets is not None:
-            free[i.sets] = max(free[i.sets], now + latency.get(i.base, OTHERWISE))
+            free[i.sets] = max(free[i.sets], now + LATENCY.get(i.base, OTHERWISE))
         if i.frees is not None:
             free[i.frees] = max(free[i.frees], now + OPERANDS_READ)
         now += max(1, i.stall)
