@@ -13,8 +13,9 @@ from tests.tables import TRITON as COMMITTED
 
 OLDER = ROOT / "build/triton-3.6"  # a version that GPU machines may have; `make build/triton-3.6` installs it there
 SHARED = 227 << 10  # bytes that a block can have on sm_90
-# Kernels that write the registers of a wgmma's operand A before they wait for it: in split_gemm_kernel Triton leaves
-# the last product of a round in flight while the next round loads. The PTX ISA calls that undefined.
+# Kernels that write the registers of a wgmma's operand A before they wait for it, which the PTX ISA calls undefined: in
+# split_gemm_kernel Triton leaves the last product of a round in flight while the next round computes its operand
+# (triton-lang/triton issue 9433; ptxas from CUDA 13.3 on is said to keep them apart).
 HAZARDS = {"split_gemm_kernel"}
 WITH_KERNELS = sorted({c.op.__name__ for c in CASES if builds(c)})
 

@@ -127,6 +127,9 @@ def test_slow_paths_and_optional_instructions_are_not_the_usual_path():
         @P1 BRA `(.stored)
         STG.E desc[UR4][R2.64], R0
         .stored:
+        @P3 BRA `(.loaded)
+        LDG.E R1, desc[UR4][R2.64]
+        .loaded:
         @P2 BRA `(.end)
         FADD R1, R1, R1
         .end:
@@ -136,8 +139,8 @@ def test_slow_paths_and_optional_instructions_are_not_the_usual_path():
         BRA `(.divided)
     """))  # fmt: skip
     fast = ["BRA", "FMUL", "FMUL", "FMUL", "BRA"]
-    assert [i.base for i in flow.whole()] == ["FCHK", *fast, "STG", "BRA", "EXIT"]
-    assert [i.base for i in between(flow, "FCHK", "EXIT", least=True)] == [*fast, "BRA", "EXIT"]
+    assert [i.base for i in flow.whole()] == ["FCHK", *fast, "STG", "BRA", "LDG", "BRA", "EXIT"]
+    assert [i.base for i in between(flow, "FCHK", "EXIT", least=True)] == [*fast, "STG", "BRA", "BRA", "EXIT"]
 
 
 def test_blocks_of_an_option_can_be_closed():

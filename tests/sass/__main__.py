@@ -12,7 +12,7 @@ from ling_kernels.errors import InputError, Parser, command
 from tests import cuobjdump
 from tests.sass.decode import Instruction, kernels
 from tests.sass.flow import Flow
-from tests.sass.regions import between, loops, segments
+from tests.sass.regions import between, loops, segments, whole
 from tests.sass.walk import walk
 
 
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--start", help="walk from the last opcode that this regular expression matches")
     add("--end", help="to the last one after it that this one matches")
     add("--without", default="(?!)", help="on a path without opcodes that this one matches")
-    add("--least", action="store_true", help="on the shortest path, whatever memory it moves")
+    add("--least", action="store_true", help="with --start: leave out loads that can be")
     add("--lines", type=int, default=0, metavar="N", help="the N source lines with most instructions")
     add("--opcodes", type=int, default=0, metavar="N", help="the N most frequent opcodes")
     add("--segments", action="store_true", help="cut paths where wgmma is issued (ARRIVE) and waited for (DEPBAR)")
@@ -59,7 +59,7 @@ def parts(code: list[Instruction], args: Namespace) -> list[tuple[str, list[Inst
     if args.start:
         path = between(flow, args.start, args.end, args.least)
         return [(f"{args.start} .. {args.end}", path)] if path else []
-    named = [("whole", flow.whole()), *loops(flow)]
+    named = [("whole", whole(flow)), *loops(flow)]
     if args.segments:
         named = [(f"{name}: {cut}", path) for name, path in named for cut, path in segments(path)]
     return named

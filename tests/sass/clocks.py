@@ -13,7 +13,7 @@ from tests import cuobjdump
 from tests.sass.decode import Instruction, kernels
 from tests.sass.flow import Flow
 from tests.sass.hazards import highest_registers, touched_in_flight
-from tests.sass.regions import between, loops, segments
+from tests.sass.regions import between, loops, segments, whole
 from tests.sass.walk import walk
 
 MARGIN, SMALL = 0.05, 8  # a budget is kept if no count is above it by more than a share, or by more than a few
@@ -38,14 +38,14 @@ REGIONS = [
     Region("fp32 epilogue, accumulating", WIDE + r"Output\)0", "QGMMA", "STG.E.64", without="STG.E.128|LDG.E.U16"),
 ]
 # Of kernels with options: opcodes that only the options have. The rows of the kernel and its loops are without them.
-OPTIONS = {r"gemm_fp8_kernel<|grouped_wgrad_bf16_kernel$": "STG.E.64|LDG.E.U16"}  # fp32 results; accumulating
+OPTIONS = {r"gemm_fp8_kernel<|grouped_wgrad_bf16_kernel$": "STG.E.64"}  # fp32 results
 SHORT = 32  # loops of fewer instructions have no row
 
 
 def rows_of(name: str, code: list[Instruction]) -> list[dict]:
     """A row for the kernel, each of its loops, and each section and region of it."""
     flow = Flow(code, next((without for kernel, without in OPTIONS.items() if re.match(kernel, name)), "(?!)"))
-    parts = [("whole", flow.whole()), *((part, path) for part, path in loops(flow) if len(path) >= SHORT)]
+    parts = [("whole", whole(flow)), *((part, path) for part, path in loops(flow) if len(path) >= SHORT)]
     rows = []
     for part, path in parts:
         rows.append(row(name, part, path))

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from tests.sass.decode import TILES, Instruction, global_bytes, tensor_clocks
 
 TILE_BYTES = 4096  # what a TMA instruction counts in the choice of a path; its true size is in a descriptor
+LOADS = ("LDG", "LD")
 ENDS = ("EXIT", "RET", "BPT")
 Edges = list[list[int]]  # the blocks that may follow each block
 Work = tuple[int, int, int, int]
@@ -61,7 +62,7 @@ class Flow:
         """The usual path from block `start` to one of `ends` through blocks of `among`; [] where there is none.
 
         Of all paths that run each loop once: the most tensor work, then the most bytes of global memory, then the
-        fewest CALLs (the slow paths of divisions), then the fewest instructions. least: bytes do not count.
+        fewest CALLs (the slow paths of divisions), then the fewest instructions. least: loads that can be left out are.
         """
         best: dict[int, tuple[Work, int | None]] = {start: (work(self.blocks[start], least), None)}
         for b in self.order:
@@ -80,13 +81,13 @@ class Flow:
     def code(self, path: list[int]) -> list[Instruction]:
         return [i for b in path for i in self.blocks[b]]
 
-    def once(self, loop: Loop) -> list[Instruction]:
+    def once(self, loop: Loop, least: bool = False) -> list[Instruction]:
         """One round of a loop, with one round of each loop within it."""
-        return self.code(self.path(loop.head, loop.latches, loop.blocks))
+        return self.code(self.path(loop.head, loop.latches, loop.blocks, least))
 
-    def whole(self) -> list[Instruction]:
+    def whole(self, least: bool = False) -> list[Instruction]:
         """From the kernel's start to its end, with one round of each loop on the way."""
-        return self.code(self.path(0, {b for b in self.reached if not self.onward[b]}, self.reached))
+        return self.code(self.path(0, {b for b in self.reached if not self.onward[b]}, self.reached, least))
 
 
 def jumps(i: Instruction) -> bool:
@@ -101,9 +102,14 @@ def is_conditional(i: Instruction) -> bool:
 
 def work(block: list[Instruction], least: bool = False) -> Work:
     """(-tensor clocks, -bytes, CALLs, instructions): of two paths the smaller tuple is the usual one."""
-    moved = 0 if least else sum(TILE_BYTES if i.base in TILES else global_bytes(i) for i in block)
+    moved = [i for i in block if not (least and i.base in LOADS)]
     waits = sum(i.opcode == "WARPGROUP.DEPBAR.LE" for i in block)  # a path that does the work also waits for it
-    return -sum(map(tensor_clocks, block)) - waits, -moved, sum(i.base == "CALL" for i in block), len(block)
+    return (
+        -sum(map(tensor_clocks, block)) - waits,
+        -sum(TILE_BYTES if i.base in TILES else global_bytes(i) for i in moved),
+        sum(i.base == "CALL" for i in block),
+        len(block),
+    )
 
 
 def add(a: Work, b: Work) -> Work:

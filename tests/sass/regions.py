@@ -18,14 +18,22 @@ def kind_of(path: list[Instruction]) -> str | None:
     return next((kind for kind, opcode in WORK.items() if any(re.fullmatch(opcode, i.base) for i in path)), None)
 
 
+def whole(flow: Flow) -> list[Instruction]:
+    """From the kernel's start to its end; of a kernel with wgmma the way of a warp that multiplies."""
+    return flow.whole(least=kind_of([i for block in flow.blocks for i in block]) == "products")
+
+
 def loops(flow: Flow) -> list[tuple[str, list[Instruction]]]:
-    """(name, one round) of every loop that does one of WORK; "around" those that hold another of their kind."""
+    """(name, one round) of every loop that does one of WORK; "around" those that hold another of their kind.
+
+    Warps that multiply by wgmma have no loads to do but options: adding to old results.
+    """
     found = []
     for loop in sorted(flow.loops, key=lambda loop: (loop.head, -len(loop.blocks))):
         path = flow.once(loop)
         repeats = any(flow.blocks[b][-1].opcode == "BRA.U.ANY" for b in loop.latches)  # TMA, if lanes differ: never
         if not repeats and (kind := kind_of(path)):
-            found.append((loop, kind, path))
+            found.append((loop, kind, flow.once(loop, least=True) if kind == "products" else path))
     named, seen = [], Counter()
     for loop, kind, path in found:
         name = "around " * any(other.blocks < loop.blocks and k == kind for other, k, _ in found) + kind
@@ -49,8 +57,8 @@ def segments(path: list[Instruction]) -> list[tuple[str, list[Instruction]]]:
 def between(flow: Flow, start: str, end: str, least: bool = False) -> list[Instruction]:
     """The usual path from after the last opcode that matches `start` to the last one that matches `end`, included.
 
-    Last: no other match can follow before a loop repeats. least: the fewest instructions, whatever memory they move.
-    [] where there is no such path.
+    Last: no other match can follow before a loop repeats. least: loads that can be left out are. [] where there is no
+    such path.
     """
 
     def matching(pattern: str) -> dict[int, list[int]]:
