@@ -182,11 +182,32 @@ EXPORT codes(const float* x, unsigned char* out, int n) {
     for (int i = 0; i < n; i++) out[i] = ling::to_e4m3(x[i]);
     for (int i = 0; i + 3 < n; i += 4) {
         const unsigned four = ling::to_e4m3x4(x[i], x[i + 1], x[i + 2], x[i + 3]);
-        for (int j = 0; j < 4; j++) if (out[i + j] != (four >> 8 * j & 255)) out[i + j] = 0x55;
+        for (int j = 0; j < 4; j++)
+            if (out[i + j] != (four >> 8 * j & 255)) out[i + j] = 0x55;
     }
 }
 EXPORT quotients(const float* x, const float* scale, float* out, int n) {
-    for (int i = 0; i < n; i++) out[i] = ling::Quotient<false>(scale[i])(x[i]);
+    for (int i = 0; i < n; i++) {
+        float one[1] = {x[i]};
+        const ling::Quotient<false> divide(scale[i]);
+        divide(one, divide.is_tiny());
+        out[i] = one[0];
+    }
+}
+// Pairs of bf16 |x| <= amax, so small that remainders underflow, whose codes differ from those of a division
+EXPORT wrong_pairs(int* out, int n) {
+    for (int e = -91; e < -57; e++)
+        for (int m = 0; m < 128; m++) {
+            const float amax = std::ldexp(1 + m / 128.f, e), scale = ling::block_scale(ling::abs_bits(amax), false);
+            const ling::Quotient<false, ling::bf16> divide(scale);
+            for (int k = 0; k < 20; k++)
+                for (int j = 0; j < 128; j++) {
+                    const float x = std::ldexp(1 + j / 128.f, e - k);
+                    float q[1] = {x};
+                    divide(q, divide.is_tiny());
+                    *out += x <= amax && ling::to_e4m3(q[0]) != ling::to_e4m3(x / scale);
+                }
+        }
 }
 EXPORT scales(const float* amax, float* out, int n, bool pow2) {
     for (int i = 0; i < n; i++) out[i] = ling::block_scale(ling::abs_bits(amax[i]), pow2);
@@ -224,8 +245,26 @@ def test_codes(arithmetic):
     assert_same(call(arithmetic.codes, x, torch.empty(len(x), dtype=torch.uint8)).view(E4M3), to_e4m3(x))
 
 
+def near_midpoints(n=1 << 20):
+    """(x, scale) whose quotients lie 2^-48 beside the midpoint m / 2^25 of two floats: x 2^25 = m scale +- 1."""
+    b = torch.randint(1 << 22, 1 << 23, (n,), generator=torch.Generator().manual_seed(0)) * 2 + 1
+    inverse = b  # modulo 8, then modulo 2^(3 2^i)
+    for _ in range(4):
+        inverse = inverse * (2 - b * inverse) & (1 << 25) - 1
+    found = []
+    for sign in (1, -1):
+        m = sign * inverse & (1 << 25) - 1
+        a = (m * b - sign) >> 25
+        found.append(torch.stack([a, b])[:, (a >= 1 << 23) & (m >= 1 << 24)])
+    x, scale = torch.cat(found, 1).float().contiguous()
+    return x, scale
+
+
 def check_quotients(arithmetic):
-    """The two corrections of a product with the reciprocal give the same bits as a division, -0 and underflow too."""
+    """A product with the reciprocal, once corrected, has the bits of a division, -0 and underflow too."""
+    x, scale = near_midpoints()
+    want = x / scale  # torch divides as IEEE 754 says
+    assert torch.equal(call(arithmetic.quotients, x, scale, torch.empty_like(x)), want)
     g = torch.Generator().manual_seed(0)
     n = 1 << 21
     scale = torch.rand(n, generator=g).add(1) * 2.0 ** torch.randint(-99, 118, (n,), generator=g)
@@ -248,9 +287,15 @@ def test_quotients(arithmetic):
     check_quotients(arithmetic)
 
 
+def test_codes_of_bf16_survive_remainders_that_underflow(arithmetic):
+    assert call(arithmetic.wrong_pairs, torch.zeros(1, dtype=torch.int32)).tolist() == [0]
+
+
 @pytest.mark.parametrize("right, wrong", [
-    ("return fmaf(-fmaf(q, scale, -x), inverse, q)", "return fmaf(fmaf(-q, scale, x), inverse, q)"),  # loses -0
-    ("if (plain) return", "if (false) return"),
+    ("fmaf(-fmaf(q, divisor, -x), inverse, q)", "fmaf(fmaf(-q, divisor, x), inverse, q)"),  # loses -0
+    ("fmaf(-fmaf(q, divisor, -x), inverse, q)", "q"),
+    ("divisor < 1e-20f", "false"),
+    ("else divisor = 1", "else divisor = scale"),
 ])  # fmt: skip
 def test_broken_quotients(right, wrong, tmp_path):
     with pytest.raises(AssertionError):
@@ -267,8 +312,9 @@ def test_scales(arithmetic, pow2):
 
 
 BROKEN = {  # name: (check that must fail, file, right, wrong)
-    "a float maximum drops NaN": (check_rows, FP8, "__float_as_uint(x) & 0x7fffffff", "__float_as_uint(fmaxf(x, -x))"),
-    "the wrong lane's scale": (check_rows, TILE, "__shfl_sync(~0u, scale, i, 16)", "__shfl_sync(~0u, scale, 0, 16)"),
+    "a float maximum drops NaN": (check_rows, TILE, "max_or_nan(fabsf(__uint_as_float(a))",
+                                  "fmaxf(fabsf(__uint_as_float(a))"),
+    "the wrong lane's scale": (check_rows, TILE, "of_lane(i, 16)", "of_lane(0, 16)"),
     "a scale past the end": (check_plan_writes_nothing_else, TILE, "lane < N && lane < rows",
                              "lane < N && lane <= rows"),
     "no barrier before the scales": (check_columns, TILE, "    __syncthreads();\n    if (t < kBlock) {",

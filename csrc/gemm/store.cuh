@@ -1,10 +1,9 @@
 // Epilogues of the FP8 GEMM: plain stores, accumulation into y, and quantised SwiGLU.
 #pragma once
 #include "gemm/tiles.cuh"
+#include "moe/silu.cuh"
 
 namespace ling::gemm_fp8 {
-
-__device__ inline float silu(float x) { return x / (1 + __expf(-x)); }
 
 // With accumulate, add y to the sums. Store fp32 results: 4 lanes hold 32 bytes of a row.
 template <typename V>
@@ -63,22 +62,22 @@ __device__ void write_rows(Shared<V>& s, const Problem& p, const Tile& t, const 
 #pragma unroll
         for (int i = 0; i < 2; i++) {  // the upper row, and the lower
             float y[32];
-            unsigned largest = 0;
 #pragma unroll
             for (int j = 0; j < 32; j++) {
                 const int r = j / 2 * 4 + 2 * i + j % 2;
                 y[j] = silu(sum[0][r]) * sum[1][r];
-                largest = max(largest, abs_bits(y[j]));
             }
+            unsigned largest = largest_bits(y);
             largest = max(largest, __shfl_xor_sync(~0u, largest, 1));
             largest = max(largest, __shfl_xor_sync(~0u, largest, 2));
             const float scale = block_scale(largest, false);
             const Quotient<false> divide(scale);
+            divide(y, divide.is_tiny());
             const int row = line + 8 * i, m = first + row;
 #pragma unroll
             for (int j = 0; j < 16; j++) {
-                const unsigned codes = to_e4m3x4(divide(y[2 * j]), divide(y[2 * j + 1]), 0, 0);
-                *reinterpret_cast<uint16_t*>(lines + swizzled(row, j / 2) + j % 2 * 8 + place.column) = codes;
+                *reinterpret_cast<uint16_t*>(lines + swizzled(row, j / 2) + j % 2 * 8 + place.column) =
+                    to_e4m3x2(y[2 * j], y[2 * j + 1]);
             }
             if (lane % 4 == 0 && m < t.rows) p.y_scale[t.n / 128 * p.y_scale_k + t.m + m] = scale;
         }
@@ -127,9 +126,12 @@ __device__ void write_columns(Shared<V>& s, const Problem& p, const Tile& t, con
         for (int j = 0; j < V::kRegs / 2; j++) {
             const int i = j / 2 * 4 + j % 2, token = j / 2 * 8 + place.column + j % 2,
                       f = 64 * place.warpgroup + place.row;
+            float two[2] = {y[i], y[i + 2]};
             const Quotient<false> divide(block_scale(largest[token], false));
-            s.staging[swizzled(token, f / 16) + f % 16] = to_e4m3(divide(y[i]));
-            s.staging[swizzled(token, f / 16) + f % 16 + 8] = to_e4m3(divide(y[i + 2]));
+            divide(two, divide.is_tiny());
+            const unsigned codes = to_e4m3x2(two[0], two[1]);
+            s.staging[swizzled(token, f / 16) + f % 16] = codes;
+            s.staging[swizzled(token, f / 16) + f % 16 + 8] = codes >> 8;
         }
         if (thread < t.rows) p.y_scale[t.n / 128 * p.y_scale_k + t.m + thread] = block_scale(largest[thread], false);
         named_barrier(1, kConsumers);

@@ -117,10 +117,21 @@ void moe_decode_fwd(cudaStream_t stream, Tensor x, Tensor logits, Tensor bias, T
                                                 : checked(stacked(shared_gate_up), stacked(shared_gate_up_scale),
                                                           stacked(shared_down), stacked(shared_down_scale), 1, H, fp8);
     LING_CHECK(routed.F > 0 && h.is(DType::f32, {T * (topk * int64_t{routed.F} + shared.F)}) && h.aligned());
-    Problem p{x.ptr<bf16>(), residual.ptr<bf16>(), logits.ptr<float>(), bias.ptr<float>(),
-              y.ptr<bf16>(), h.ptr<float>(),       counter_of(stream),  routed,
-              shared,        logits.stride[0],     static_cast<int>(T), static_cast<int>(H),
-              scale};
+    Problem p{x.ptr<bf16>(),
+              residual.ptr<bf16>(),
+              logits.ptr<float>(),
+              bias.ptr<float>(),
+              y.ptr<bf16>(),
+              h.ptr<float>(),
+              counter_of(stream),
+              routed,
+              shared,
+              logits.stride[0],
+              static_cast<int>(T),
+              static_cast<int>(H),
+              scale,
+              Divisor(routed.F / kUnit),
+              Divisor(routed.F * (fp8 ? 1 : 2) / kStep)};
     const auto start = [&]<bool kFp8, int kDepth, int kExperts, int kGroups, int kTopGroups, int kTop>() {
         if (E != kExperts || num_groups != kGroups || group_topk != kTopGroups || topk != kTop) return false;
         constexpr auto kernel = moe_decode_kernel<kFp8, kDepth, routing::Router<kExperts, kGroups, kTopGroups, kTop>>;
