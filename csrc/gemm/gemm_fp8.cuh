@@ -76,7 +76,10 @@ template <typename V> __device__ void multiply_tiles(Shared<V>& s, const Problem
             multiply(s, ring.stage, w_scale, busy, halves, sum);
         }
         if (!busy || (V::kWgrad && p.accumulate && !t.k_units)) continue;
-        if (!V::kSwiglu && (p.fp32 || p.accumulate)) finish_in_place<V>(p, t, sum);
+        if constexpr (!V::kSwiglu) {
+            if (p.fp32) finish_in_place<V, float>(p, t, sum);
+            else if (p.accumulate) finish_in_place<V, bf16>(p, t, sum);
+        }
         if (V::kSwiglu || !p.fp32) {
             if constexpr (V::kSwap) write_columns(s, p, t, sum);
             else write_rows(s, p, t, sum);

@@ -70,7 +70,8 @@ __device__ void multiply_tokens(Shared<Bf16>& s, const Problem& p) {
             release(s.empty[ring.stage]);
         }
         if (!busy || (p.accumulate && !t.k_units)) continue;
-        if (p.fp32 || p.accumulate) finish_in_place<Bf16>(p, t, sum);
+        if (p.fp32) finish_in_place<Bf16, float>(p, t, sum);
+        else if (p.accumulate) finish_in_place<Bf16, bf16>(p, t, sum);
         if (!p.fp32) write_rows(s, p, t, sum);
     }
 }

@@ -5,44 +5,48 @@
 
 namespace ling::gemm_fp8 {
 
-// With accumulate, add y to the sums. Store fp32 results: 4 lanes hold 32 bytes of a row.
-template <typename V>
+// With accumulate, add y, of T, to the sums. Store results of fp32: 4 lanes hold 32 bytes of a row.
+template <typename V, typename T>
 __device__ void finish_in_place(const Problem& p, const Tile& t, float (&sum)[V::kHalves][V::kRegs]) {
-    constexpr int kBatch = V::kRegs < 32 ? V::kRegs : 32;  // loads in flight
+    constexpr bool kFp32 = dtype_of<T> == DType::f32;
+    constexpr int kBatch = V::kRegs < 32 ? V::kRegs : 32;  // results whose old values load at once
+    constexpr int kNeighbours = V::kSwap ? 1 : 2;          // results of a thread that are neighbours in y
     const Place place;
+    const int row = 64 * place.warpgroup + place.row;
+    const int m = V::kSwap ? place.column : row, n = V::kSwap ? row : place.column;  // of the thread's first result
+    const int rows = t.rows - m, columns = p.N - t.n - n;                            // that exist from there on
+    T* const y = static_cast<T*>(p.y) + t.group * p.y_g + (t.m + m) * p.y_m + t.n + n;
 #pragma unroll
     for (int i = 0; i < V::kHalves * V::kRegs; i += kBatch) {
         float* const d = sum[i / V::kRegs] + i % V::kRegs;
-        float old[kBatch] = {};
         const auto each = [&](auto&& f) {
 #pragma unroll
-            for (int j = 0; j < kBatch; j += V::kSwap ? 1 : 2) {
-                const int r = i % V::kRegs + j;
-                const int row = 64 * place.warpgroup + place.row + (r & 2) * 4,
-                          column = r / 4 * 8 + place.column + (r & 1);
-                const int m = V::kSwap ? column : row, n = t.n + i / V::kRegs * 128 + (V::kSwap ? row : column);
-                if (m < t.rows && n < p.N) f(j, t.group * p.y_g + (t.m + m) * p.y_m + n);
+            for (int j = 0; j < kBatch; j += kNeighbours) {
+                const int r = i % V::kRegs + j, down = (r & 2) * 4, right = r / 4 * 8 + (r & 1);
+                const int dm = V::kSwap ? right : down, dn = i / V::kRegs * 128 + (V::kSwap ? down : right);
+                if (dm < rows && dn < columns) f(j, y + dm * p.y_m + dn);
             }
         };
-        if (p.accumulate)
-            each([&](int j, int64_t index) {
-                if (p.fp32) {
-                    const float* y = static_cast<const float*>(p.y) + index;
-                    old[j] = y[0];
-                    if (!V::kSwap) old[j + 1] = y[1];
-                } else {
-                    const bf16* y = static_cast<const bf16*>(p.y) + index;
-                    old[j] = static_cast<float>(y[0]);
-                    if (!V::kSwap) old[j + 1] = static_cast<float>(y[1]);
-                }
+        if (p.accumulate) {
+            unsigned old[kBatch] = {};  // not yet converted: nothing waits for a load before all have started
+            each([&](int j, const T* from) {
+                if constexpr (kFp32 && V::kSwap) old[j] = *reinterpret_cast<const unsigned*>(from);
+                else if constexpr (kFp32) {
+                    const uint2 two = *reinterpret_cast<const uint2*>(from);
+                    old[j] = two.x, old[j + 1] = two.y;
+                } else if constexpr (V::kSwap) old[j] = *reinterpret_cast<const uint16_t*>(from);
+                else old[j] = *reinterpret_cast<const unsigned*>(from);
             });
 #pragma unroll
-        for (int j = 0; j < kBatch; j++) d[j] += old[j];
-        if (p.fp32)
-            each([&](int j, int64_t index) {
-                float* y = static_cast<float*>(p.y) + index;
-                if constexpr (V::kSwap) *y = d[j];
-                else *reinterpret_cast<float2*>(y) = {d[j], d[j + 1]};
+            for (int j = 0; j < kBatch; j++) {
+                const unsigned word = kFp32 || j % kNeighbours == 0 ? old[j] : old[j - 1];
+                d[j] += __uint_as_float(kFp32 ? word : j % kNeighbours ? word & 0xffff0000 : word << 16);
+            }
+        }
+        if constexpr (kFp32)
+            each([&](int j, float* to) {
+                if constexpr (V::kSwap) *to = d[j];
+                else *reinterpret_cast<float2*>(to) = {d[j], d[j + 1]};
             });
     }
 }
