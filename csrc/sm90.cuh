@@ -13,6 +13,14 @@ using TensorMap = CUtensorMap;
 
 __device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
+// Stops a block whose tiles are not swizzled as their descriptors say: they must begin at a multiple of 1024. The
+// compiler takes this for granted of dynamic shared memory, so the address passes by it; a tool could move it.
+__device__ inline void check_swizzle_base(const void* p) {
+    uint32_t address = shared_address(p);
+    asm volatile("" : "+r"(address));
+    if (address % 1024) __trap();
+}
+
 // A phase ends when `arrivals` threads of init() have arrived and all expected bytes have been written.
 struct Barrier {
     uint64_t state;
@@ -244,10 +252,10 @@ __device__ inline uint64_t operand(const void* p, int next = 16) {
     return (address & 0x3fff) | static_cast<uint64_t>(next >> 4) << 16 | stride << 32 | kSwizzle128 << 62;
 }
 
-// A warp frees a stage of the ring; the barrier counts warps.
-__device__ inline void release(Barrier& empty) {
+// A warp frees a stage of the ring, if `last`; the barrier counts warps.
+__device__ inline void release(Barrier& empty, bool last = true) {
     __syncwarp();
-    if (threadIdx.x % 32 == 0) empty.arrive();
+    if (last && threadIdx.x % 32 == 0) empty.arrive();
 }
 
 // Zeroes the lines `from` and up of each of `count` consecutive boxes of kLines lines of 128 bytes.

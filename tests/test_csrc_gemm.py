@@ -185,15 +185,15 @@ TILES, LOAD, GEMM = "gemm/tiles.cuh", "gemm/load.cuh", "gemm/gemm_fp8.cuh"
 WGRAD, SM90, FEW = "gemm/grouped_wgrad.cu", "sm90.cuh", "gemm/gemm_fp8_few_rows.cu"
 BROKEN = {  # name: (check that must fail, its error, its message, file, right, wrong)
     "reads before the loads have arrived": (
-        check_dense, (AssertionError, RuntimeError), "", GEMM, "s.full[ring.stage].wait(ring.parity);", "",
+        check_dense, (AssertionError, RuntimeError), "", GEMM, "            s.full[ring.stage].wait(ring.parity);\n            multiply", "            multiply",
     ),
     "loads before the stage is free": (
         check_rows, (AssertionError, RuntimeError), "", LOAD,
-        "s.empty[ring.stage].wait(ring.parity ^ 1);\n            s.full", "s.full",
+        "s.empty[ring.stage].wait(ring.parity ^ 1);\n    if", "if",
     ),
     "a stage is never released": (
         check_rows, RuntimeError, "deadlock.*mbarrier", GEMM,
-        "release(s.empty[stage]);", "",
+        "release(s.empty[stage], h + 1 == V::kHalves || !all_halves);", "",
     ),
     "a wrong start of the next 32 of K": (
         check_dense, AssertionError, "", GEMM, "first + 2 * k, second + 2 * k", "first + 2 * k, second + 4 * k",

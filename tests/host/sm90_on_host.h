@@ -49,6 +49,7 @@ struct Barrier {
 };
 
 inline void publish_barriers() {}
+inline void check_swizzle_base(const void*) {}
 inline void fence_async() {}
 inline void prefetch_map(const TensorMap&) {}
 template <int> void more_registers() {}
