@@ -65,6 +65,9 @@ template <typename V> __device__ void multiply_tiles(Shared<V>& s, const Problem
     const int warpgroup = threadIdx.x / 128;
     Ring<V::kStages> ring;
     Tile t;
+    // Warpgroup 1 begins when the second stage has arrived and stays behind from then on, so that one writes its tile
+    // while the other multiplies. A block with a tile has a second stage: another step, or the end.
+    if (!V::kSwap && warpgroup == 1 && next_tile(s, ring, t)) s.full[1].wait(0);
     while (next_tile(s, ring, t)) {
         const bool busy = V::kSwap || 64 * warpgroup < t.rows;  // otherwise no row of the warpgroup is in the group
         const bool all_halves = V::kSwiglu || V::kHalves == 1 || t.n + 128 < p.N;
