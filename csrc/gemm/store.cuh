@@ -106,38 +106,61 @@ __device__ void write_rows(Shared<V>& s, const Problem& p, const Tile& t, const 
     }
 }
 
+// The largest a[i] of this lane and lane ^ mask. Each keeps n of 2 n of them, or both keep the only one; returns the
+// number of the first one kept.
+template <int n, int N> __device__ int larger_half(unsigned (&a)[N], int mask) {
+    const bool upper = threadIdx.x & mask;
+    if constexpr (n == 0) a[0] = max(a[0], __shfl_xor_sync(~0u, a[0], mask));
+#pragma unroll
+    for (int i = 0; i < n; i++) {
+        const unsigned low = a[i], high = a[i + n];
+        a[i] = max(upper ? high : low, __shfl_xor_sync(~0u, upper ? low : high, mask));
+    }
+    return upper ? n : 0;
+}
+
 // Tokens are the columns of the product. Staging lines are tokens; one warpgroup fills a line, or both for FP8.
 template <typename V>
 __device__ void write_columns(Shared<V>& s, const Problem& p, const Tile& t, const float (&sum)[V::kHalves][V::kRegs]) {
     const Place place;
     const int thread = threadIdx.x;
     if constexpr (V::kSwiglu) {
-        unsigned* largest = reinterpret_cast<unsigned*>(s.staging + V::kBlockM * 128);
-        float y[V::kRegs];
+        unsigned* const largest = reinterpret_cast<unsigned*>(s.staging + V::kBlockM * 128);
+        Quotient<false>* const quotients = reinterpret_cast<Quotient<false>*>(largest + V::kBlockM);
+        const auto token_of = [&](int i) { return i / 2 * 8 + place.column + i % 2; };  // of a thread's column i
+        float y[V::kRegs / 2][2];                                                       // by column
+        unsigned bits[V::kRegs / 2];
         if (thread < V::kBlockM) largest[thread] = 0;
         named_barrier(1, kConsumers);
 #pragma unroll
-        for (int i = 0; i < V::kRegs; i++) y[i] = silu(sum[0][i]) * sum[1][i];
+        for (int i = 0; i < V::kRegs / 2; i++) {
 #pragma unroll
-        for (int j = 0; j < V::kRegs / 2; j++) {
-            const int i = j / 2 * 4 + j % 2;
-            unsigned bits = max(abs_bits(y[i]), abs_bits(y[i + 2]));
-            for (int d = 4; d < 32; d *= 2) bits = max(bits, __shfl_xor_sync(~0u, bits, d));
-            if (threadIdx.x % 32 < 4) atomicMax(largest + j / 2 * 8 + place.column + j % 2, bits);
+            for (int j = 0; j < 2; j++) {
+                const int r = i / 2 * 4 + i % 2 + 2 * j;
+                y[i][j] = silu(sum[0][r]) * sum[1][r];
+            }
+            bits[i] = largest_bits(y[i]);
+        }
+        int first = larger_half<V::kRegs / 4>(bits, 16);  // over the 8 lanes of these columns
+        first += larger_half<V::kRegs / 8>(bits, 8), first += larger_half<V::kRegs / 16>(bits, 4);
+#pragma unroll
+        for (int i = 0; i < ceil_div(V::kRegs / 2, 8); i++) atomicMax(largest + token_of(first + i), bits[i]);
+        named_barrier(1, kConsumers);
+        if (thread < V::kBlockM) {
+            const float scale = block_scale(largest[thread], false);
+            quotients[thread] = Quotient<false>(scale);
+            if (thread < t.rows) p.y_scale[t.n / 128 * p.y_scale_k + t.m + thread] = scale;
         }
         named_barrier(1, kConsumers);
 #pragma unroll
-        for (int j = 0; j < V::kRegs / 2; j++) {
-            const int i = j / 2 * 4 + j % 2, token = j / 2 * 8 + place.column + j % 2,
-                      f = 64 * place.warpgroup + place.row;
-            float two[2] = {y[i], y[i + 2]};
-            const Quotient<false> divide(block_scale(largest[token], false));
-            divide(two, divide.is_tiny());
-            const unsigned codes = to_e4m3x2(two[0], two[1]);
+        for (int i = 0; i < V::kRegs / 2; i++) {
+            const int token = token_of(i), f = 64 * place.warpgroup + place.row;
+            const Quotient<false> divide = quotients[token];
+            divide(y[i], divide.is_tiny());
+            const unsigned codes = to_e4m3x2(y[i][0], y[i][1]);
             s.staging[swizzled(token, f / 16) + f % 16] = codes;
             s.staging[swizzled(token, f / 16) + f % 16 + 8] = codes >> 8;
         }
-        if (thread < t.rows) p.y_scale[t.n / 128 * p.y_scale_k + t.m + thread] = block_scale(largest[thread], false);
         named_barrier(1, kConsumers);
         for (int i = thread; i < t.rows * 8; i += kConsumers)
             store_chunk(s.staging, i / 8, i % 8, static_cast<uint8_t*>(p.y) + (t.m + i / 8) * p.y_m + t.n);
