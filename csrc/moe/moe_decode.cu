@@ -55,10 +55,8 @@ int counter_of(cudaStream_t stream) {
     static std::mutex mutex;
     static std::map<cudaStream_t, int> indices;
     static int captured = 0;
-    cudaStreamCaptureStatus status;
-    LING_CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
     const std::lock_guard lock(mutex);
-    if (status != cudaStreamCaptureStatusNone) return kStreams + captured++ % kCaptured;
+    if (is_captured(stream)) return kStreams + captured++ % kCaptured;
     const int index = indices.try_emplace(stream, static_cast<int>(indices.size())).first->second;
     if (index >= kStreams) throw std::runtime_error("moe_decode_fwd has been called on more than 128 streams");
     return index;

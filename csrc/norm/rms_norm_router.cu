@@ -116,7 +116,7 @@ void rms_norm_router_fwd(cudaStream_t stream, Tensor x, Tensor w, Tensor router_
     dispatch<float, bf16>(router_w.dtype, [&]<typename W>() {
         dispatch<float, bf16>(normed, [&]<typename R>() {
             const auto launch_rows = [&]<int kRows>() {
-                launch<rms_norm_router_kernel<W, R, kRows>, kOverlaps>(
+                launch<rms_norm_router_kernel<W, R, kRows>, kOverlapsInGraphs>(
                     blocks, threads, 0, stream, x.ptr<bf16>(), w.data, w.dtype == DType::f32, router_w.ptr<W>(),
                     residual.ptr<R>(), h.ptr<bf16>(), total.ptr<R>(), logits.ptr<float>(), static_cast<int>(T),
                     static_cast<int>(H), static_cast<int>(E), x.stride[0], residual.stride[0], eps);
