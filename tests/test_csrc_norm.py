@@ -165,7 +165,7 @@ BROKEN = {  # name: (check that must fail, file, right, wrong)
     "a cell past the cache": (check_qk_cache, QK, "slot >= 0 && slot < cells", "slot >= 0 && slot < cells - 1"),
     "no barrier before the sums": (check_qk_backward, QK, "__syncthreads();", ""),
     "one token of two": (check_qk_backward, QK, "first += kAtOnce * stride", "first += (kAtOnce + 1) * stride"),
-    "one half warp's dw": (check_qk_backward, QK, "sum += part[threadIdx.x]", "sum = part[threadIdx.x]"),
+    "one half warp's dw": (check_qk_backward, QK, "sum += part[", "sum = part["),
     "no barrier before a row's sum": (check_rms_forward, RMS, "part[warp] = x;\n    __syncthreads();",
                                       "part[warp] = x;"),
     "another row's warps": (check_rms_forward, RMS, "warp / warps * warps; i < (warp / warps + 1) * warps",
