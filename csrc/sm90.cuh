@@ -280,12 +280,13 @@ template <int kSteps> __device__ void round_to_bf16(unsigned (&a)[kSteps][4], co
 // shared memory. to(row) returns the address of the row's first column, or null. Only groups of 8 columns that start
 // below `columns` are written.
 template <typename F> __device__ void store_rows(uint8_t* lines, const float* d, int columns, F&& to) {
-    const int lane = threadIdx.x % 32, line = lane / 4;
+    const int lane = threadIdx.x % 32;
 #pragma unroll
-    for (int j = 0; j < 8; j++) {
-        *reinterpret_cast<unsigned*>(lines + swizzled(line, j) + lane % 4 * 4) = pack_bf16(d[4 * j], d[4 * j + 1]);
-        *reinterpret_cast<unsigned*>(lines + swizzled(line + 8, j) + lane % 4 * 4) =
-            pack_bf16(d[4 * j + 2], d[4 * j + 3]);
+    for (int j = 0; j < 32; j += 8) {  // 16 columns: the upper 8 rows and the lower, of 8 columns and the next 8
+        unsigned r[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) r[i] = pack_bf16(d[j + 2 * i], d[j + 2 * i + 1]);
+        store_matrices(lines + swizzled(lane % 16, j / 4 + lane / 16), r);
     }
     __syncwarp();
 #pragma unroll
