@@ -113,6 +113,7 @@ def check_dense(C):
     rand = Rand(FP32)
     for M, N, K, by_row in (
         (40, 256, 384, False),
+        (20, 128, 4224, False),  # more steps than lanes that hold their scales
         (150, 384, 256, False),
         (40, 72, 256, True),
         (150, 264, 128, True),
@@ -185,7 +186,8 @@ TILES, LOAD, GEMM = "gemm/tiles.cuh", "gemm/load.cuh", "gemm/gemm_fp8.cuh"
 WGRAD, SM90, FEW = "gemm/grouped_wgrad.cu", "sm90.cuh", "gemm/gemm_fp8_few_rows.cu"
 BROKEN = {  # name: (check that must fail, its error, its message, file, right, wrong)
     "reads before the loads have arrived": (
-        check_dense, (AssertionError, RuntimeError), "", GEMM, "            s.full[ring.stage].wait(ring.parity);\n            multiply", "            multiply",
+        check_dense, (AssertionError, RuntimeError), "", GEMM,
+        "s.full[ring.stage].wait(ring.parity);\n            multiply", "multiply",
     ),
     "loads before the stage is free": (
         check_rows, (AssertionError, RuntimeError), "", LOAD,
@@ -195,6 +197,17 @@ BROKEN = {  # name: (check that must fail, its error, its message, file, right, 
         check_rows, RuntimeError, "deadlock.*mbarrier", GEMM,
         "release(s.empty[stage], h + 1 == V::kHalves || !all_halves);", "",
     ),
+    "a tile is not handed over": (
+        check_rows, (AssertionError, RuntimeError), "", LOAD, "if (step == 0) s.tile[ring.stage] = t;", "",
+    ),
+    "arrives for the round before": (
+        check_gather, RuntimeError, "more arrivals|deadlock", LOAD,
+        "s.empty[ring.stage].wait(ring.parity ^ 1);  // all of them: no arrival may belong to the round before", "",
+    ),
+    "the scale of a tile's first step": (
+        check_dense, AssertionError, "", LOAD, "lane_scales[h], step % 32)", "lane_scales[h], 0)",
+    ),
+    "scales of the first 32 steps": (check_dense, AssertionError, "", LOAD, "|| step % 32) return", "|| step) return"),
     "a wrong start of the next 32 of K": (
         check_dense, AssertionError, "", GEMM, "first + 2 * k, second + 2 * k", "first + 2 * k, second + 4 * k",
     ),
