@@ -50,7 +50,7 @@ void permute_quantize_fwd(cudaStream_t stream, Tensor x, Tensor slot, Tensor x_q
     LING_CHECK(x.aligned() && x.stride[1] == 1 && (T == 1 || x.stride[0] % vector == 0));
     const int64_t column_tiles = ceil_div<int64_t>(H, 2 * kBlock), warps = T * column_tiles;
     const int64_t grid = ceil_div<int64_t>(warps, kThreads / 32);
-    LING_CHECK(warps < 1ll << 31 && S < 1ll << 31);
+    LING_CHECK(grid * (kThreads / 32) < 1ll << 31 && S < 1ll << 31);
     dispatch<float, f16, bf16>(x.dtype, [&]<typename X>() {
         const auto run = [&]<bool kPow2>() {
             launch<permute_quantize_kernel<X, kPow2>>(grid, kThreads, 0, stream, x.ptr<X>(), slot.ptr<int>(),
