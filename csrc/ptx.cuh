@@ -14,12 +14,19 @@ __device__ inline float reciprocal(float x) {
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
+// 2^x within 2 ulp, 0 where the result is below 2^-126; exp2f needs three instructions more.
+__device__ inline float exp2_approx(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 // Prefetch the 128 bytes around p into L2.
 __device__ inline void prefetch_line(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 #else
 inline void wait_for_previous() { cuda_on_host::wait_for_previous(); }
 inline void launch_dependents() {}
 inline float reciprocal(float x) { return 1 / x; }
+inline float exp2_approx(float x) { return exp2f(x); }
 inline void prefetch_line(const void*) {}
 #endif
 

@@ -379,8 +379,8 @@ BROKEN = {  # name: (check that must fail, right, wrong)
     "values are not rescaled": (check_rising_scores, "o[i][2 * r] *= shrink,", ""),
     "the maximum of half the keys": (
         check_rising_scores, "larger = fmaxf(larger, __shfl_xor_sync(~0u, larger, 2));", ""),
-    "pieces of equal weight": (check_rising_scores, "exp2f(lse_log2[int64_t{p} * rows] - largest)", "1"),
-    "a NaN lost in a maximum": (check_nan, "x = exp2f(x - base);", "x = fmaxf(exp2f(x - base), 0.f);"),
+    "pieces of equal weight": (check_rising_scores, "exp2_approx(lse_log2[int64_t{p} * rows] - largest)", "1"),
+    "a NaN lost in a maximum": (check_nan, "x = exp2_approx(x - base);", "x = fmaxf(exp2_approx(x - base), 0.f);"),
     "new keys read where one block writes them": (
         check_append, "i >= 0) return fresh->cells", "false) return fresh->cells"),
     "new scales likewise": (check_append, "from = &fresh->scales[kind][new_one];", ";"),

@@ -122,12 +122,12 @@ struct Softmax {
             top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
             top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
             const float base = top == -INFINITY ? 0 : top * scale_log2;  // no key seen yet
-            shrink[r] = exp2f(largest[r] * scale_log2 - base);
+            shrink[r] = exp2_approx(largest[r] * scale_log2 - base);
             largest[r] = top, sum[r] *= shrink[r];
 #pragma unroll
             for (int i = 0; i < 32; i++) {
                 float& x = scores[i / 2 * 4 + 2 * r + i % 2];
-                x = exp2f(x * scale_log2 - base);
+                x = exp2_approx(x * scale_log2 - base);
                 sum[r] += x;
             }
         }

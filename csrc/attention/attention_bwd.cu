@@ -170,27 +170,37 @@ template <bool kKeys> __device__ void differentiate(Shared& s, const Problem& p)
             multiply_rows(dp, s.dx + 64 * 128 * warpgroup, dy);
             wgmma_wait<1>(scores);
 
-            // Bit i: score i is visible. Most blocks need no mask: every query sees every key of the block.
-            unsigned seen = ~0u;
+            // Most blocks need no mask: every query sees every key of the block. Elsewhere hidden scores become -inf
+            // and their dp, which may be a NaN of another sequence, 0.
             const int other = kKeys ? n : n + kOther - 1, edge = kKeys ? t.offset + kBlock - 1 : t.offset;
-            if (n + kOther > t.end || (p.causal && !(kKeys ? other + t.shift >= edge : other <= edge + t.shift))) {
+            const bool masked =
+                n + kOther > t.end || (p.causal && !(kKeys ? other + t.shift >= edge : other <= edge + t.shift));
+            int from[2], to[2];  // what each of the thread's two rows sees, as columns after n + column
 #pragma unroll
-                for (int i = 0; i < 32; i++) {
-                    const int position = n + column + i / 4 * 8 + i % 2, tile_row = t.offset + row + i / 2 % 2 * 8;
-                    const bool visible =
-                        !p.causal || (kKeys ? position + t.shift >= tile_row : position <= tile_row + t.shift);
-                    seen ^= static_cast<unsigned>(!visible || position >= t.end) << i;
-                }
+            for (int r = 0; r < 2; r++) {
+                const int tile_row = t.offset + row + 8 * r, begin = n + column;
+                from[r] = p.causal && kKeys ? tile_row - t.shift - begin : -kOther;
+                to[r] = (p.causal && !kKeys ? min(tile_row + t.shift + 1, t.end) : t.end) - begin;
             }
+            const auto hidden = [&](int i) {
+                const int c = i / 4 * 8 + i % 2, r = i / 2 % 2;
+                return (kKeys && c < from[r]) | (c >= to[r]);
+            };
+            if (masked)
 #pragma unroll
-            for (int i = 0; i < 32; i++) scores[i] = seen >> i & 1 ? exp2f(scores[i] * scale_log2) : 0;
+                for (int i = 0; i < 32; i++) scores[i] = hidden(i) ? -INFINITY : scores[i];
+#pragma unroll
+            for (int i = 0; i < 32; i++) scores[i] = exp2_approx(scores[i] * scale_log2);
+            pin(scores);  // before the wait for dp, which the exponentials overlap
             unsigned rounded[4][4], rounded2[4][4];
-            wgmma_wait<0>(dp);
-#pragma unroll
-            for (int i = 0; i < 32; i++)
-                dp[i] = seen >> i & 1 ? scores[i] * dp[i] : 0;  // dp of another sequence's row may be NaN
-            round_to_bf16(rounded, dp);
             if (kKeys) round_to_bf16(rounded2, scores);
+            wgmma_wait<0>(dp);
+            if (masked)
+#pragma unroll
+                for (int i = 0; i < 32; i++) dp[i] = hidden(i) ? 0 : dp[i];
+#pragma unroll
+            for (int i = 0; i < 32; i++) dp[i] *= scores[i];
+            round_to_bf16(rounded, dp);
             wgmma_fence();
             if (kKeys) add_product(sum2, rounded2, dy);
             add_product(sum, rounded, y);

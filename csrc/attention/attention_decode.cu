@@ -23,7 +23,7 @@ __device__ void combine_warps(const Shared& shared, float* partial, float* lse_l
         const float base = largest == -INFINITY ? 0.f : largest;
 #pragma unroll
         for (int w = 0; w < kWarps; w++) {
-            const float weight = exp2f(shared.largest[w][r] - base);
+            const float weight = exp2_approx(shared.largest[w][r] - base);
             total += weight * shared.total[w][r];
             sum += weight * shared.outs[w][r][d];
         }
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kThreads)
     float total = 0, sum[4] = {};
 #pragma unroll 8
     for (int p = first + warp; p < stop; p += kWarps) {
-        const float weight = exp2f(lse_log2[int64_t{p} * rows] - largest);
+        const float weight = exp2_approx(lse_log2[int64_t{p} * rows] - largest);
         const Vec<4> piece = load<4>(partial + int64_t{p} * rows * kD + lane * 4);
         total += weight;
         for (int i = 0; i < 4; i++) sum[i] += weight * piece[i];

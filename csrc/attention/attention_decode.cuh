@@ -175,12 +175,12 @@ template <typename T, typename C, bool kAppends> struct Warp {
             larger = fmaxf(larger, __shfl_xor_sync(~0u, larger, 1));
             larger = fmaxf(larger, __shfl_xor_sync(~0u, larger, 2));
             const float base = larger == -INFINITY ? 0.f : larger;  // -inf - -inf would be NaN
-            const float shrink = exp2f(largest[r] - base);
+            const float shrink = exp2_approx(largest[r] - base);
             largest[r] = larger, total[r] *= shrink;
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 float& x = s[i / 2][2 * r + i % 2];
-                x = exp2f(x - base);
+                x = exp2_approx(x - base);
                 total[r] += x;
                 if constexpr (sizeof(C) == 1) x *= v_scale[i / 2][i % 2];
             }
