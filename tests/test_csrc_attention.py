@@ -7,7 +7,7 @@ from ling_kernels.op import round_up
 from ling_kernels.ops.attention import attention_ref
 from ling_kernels.ops.qk_norm_attention import qk_norm_attention_ref
 from tests.cases import Rand
-from tests.host.build import SANITIZE, load, missing
+from tests.host.build import CSRC, SANITIZE, load, missing
 
 if missing():
     pytest.skip(f"csrc/ needs {missing()} to be built on the host", allow_module_level=True)
@@ -142,10 +142,10 @@ def test_a_debug_build_checks_bounds(wrong, keys):
         C.attention_bwd(q, q, k, k, out, lse, *cu, q.clone(), dk, dk.clone(), True, 0.11, torch.zeros(2, 2, 8))
 
 
-FILE = "attention/attention.cu"
+FILES = [f"attention/{name}" for name in ("attention.cu", "attention_bwd.cu", "tiles.cuh")]
 BROKEN = {  # name: (error, its message, right source, wrong source)
-    "the mask one key further": (AssertionError, "", "min(keys, i + shift + 1)", "min(keys, i + shift + 2)"),
-    "values of a neighbour": (AssertionError, "", "if ((n + 1) * kBlock > t.keys) clear", "if (false) clear"),
+    "the mask one key further": (AssertionError, "", "t.offset + i + t.shift + 1)", "t.offset + i + t.shift + 2)"),
+    "values of a neighbour": (AssertionError, "", "if ((n + 1) * kBlock > t.length) clear", "if (false) clear"),
     "keys released too early": (
         (AssertionError, RuntimeError), "",
         "                    wgmma_wait<1>(scores);", "                    wgmma_wait<2>(scores);",
@@ -154,11 +154,18 @@ BROKEN = {  # name: (error, its message, right source, wrong source)
     "no turns taken": (RuntimeError, "deadlock", "if (warpgroup == 1) pass_turn();", ""),
     "earlier sums do not shrink": (AssertionError, "", "sum[r] *= shrink[r];", "sum[r] *= 1;"),
     "the other half is not rotated": (AssertionError, "", "x[i + kHalf] = b * c + a * sine;", "x[i + kHalf] = b * c;"),
-    "another head's keys": (AssertionError, "", "p.k, s.k_full[ring.stage], t.kv_head", "p.k, s.k_full[ring.stage], 0"),
+    "another head's keys": (
+        AssertionError, "", "p.k, s.k_full[ring.stage], t.other_head", "p.k, s.k_full[ring.stage], 0"),
     "queries replaced while in use": (
         (AssertionError, RuntimeError), "",
-        "if (n == 0) release(s.q_empty);", "if (n == t.blocks - 1) release(s.q_empty);",
+        "if (n == 0) release(s.q_empty);", "if (n == visible - 1) release(s.q_empty);",
     ),
+    "the next launch goes on counting": (AssertionError, "", "*counter = 0;", ";"),
+    "tiles are not handed back": (RuntimeError, "deadlock", "release(empty[ring.stage]);", ""),
+    "a tile replaced while in use": (
+        (AssertionError, RuntimeError), "", "empty[ring.stage].wait(ring.parity ^ 1);\n                tiles", "tiles"),
+    "a hidden key": (AssertionError, "", "hidden(i) ? -INFINITY", "false ? -INFINITY"),
+    "a neighbour's dp": (AssertionError, "", "hidden(i) ? 0", "false ? 0"),
 }  # fmt: skip
 
 
@@ -166,7 +173,8 @@ BROKEN = {  # name: (error, its message, right source, wrong source)
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken(name):
     error, message, right, wrong = BROKEN[name]
-    broken = load((FILE, right, wrong))
+    file = next(f for f in FILES if right in (CSRC / f).read_text())
+    broken = load((file, right, wrong))
     with pytest.raises(error, match="(?s)" + message):
         for check in CHECKS:
             check(broken)
