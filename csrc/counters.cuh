@@ -2,9 +2,6 @@
 #pragma once
 #include "common.cuh"
 
-#include <map>
-#include <mutex>
-
 namespace ling {
 namespace {
 

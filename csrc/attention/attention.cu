@@ -18,6 +18,7 @@ struct Shared {
     alignas(1024) uint8_t k[kStages][kTileBytes];
     alignas(1024) uint8_t v[kStages][kTileBytes];
     alignas(128) uint8_t staging[kConsumers / 32][16 * 128];
+    alignas(16) float q_weight[kD];
     TileQueue queue;
     TileCounts counts;
     int warp_sums[kThreads / 32];
@@ -135,46 +136,70 @@ __device__ void clear_values(uint8_t* v, int from) {
     named_barrier(1, kConsumers);
 }
 
-// RMS norm of the queries of a tile in shared memory, then rotation of dims i and i + 32. Two lanes have a row: one
-// dims 0 .. 63, the other 64 .. 127.
-__device__ void norm_and_rotate(Shared& s, const Problem& p, const Tile& t) {
-    constexpr int kHalf = 32;
-    const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 2, box = lane % 2;
-    uint8_t* const lines = s.q + box * kBox;
+// Two lanes have a row of queries for its norm and rotation, lanes l and l + 16 of the warp's 16 rows: half h has dims
+// 16 h .. 16 h + 15, the dims 32 higher, with which they are rotated, and dims 64 + 32 h .. 95 + 32 h. So 8 lanes
+// access different banks. chunk(i): the i-th of a lane's 8 chunks of 8 dims.
+struct RowHalf {
+    static constexpr int kDims = 16;
+    const int half = threadIdx.x % 32 / 16, row = threadIdx.x / 32 * 16 + threadIdx.x % 16;
+
+    __device__ int chunk(int i) const { return i < 4 ? i / 2 * 4 + 2 * half + i % 2 : 4 + 4 * half + i; }
+};
+
+// cos and sin of the rotated dims of a lane; NaN for a position outside the tables, 0 in rows past the tile's end
+struct Angles {
+    Vec<RowHalf::kDims> cos = {}, sin = {};
+
+    __device__ Angles(const Problem& p, const Tile& t) {
+        const RowHalf at;
+        if (at.row >= t.rows) return;
+        const int64_t token = t.first + at.row;
+        const int64_t position = p.int64_positions ? static_cast<const int64_t*>(p.positions)[token]
+                                                   : static_cast<const int*>(p.positions)[token];
+        if (position >= 0 && position < p.P) {
+            cos = load<RowHalf::kDims>(p.cos + position * 32 + at.half * RowHalf::kDims);
+            sin = load<RowHalf::kDims>(p.sin + position * 32 + at.half * RowHalf::kDims);
+        } else {
+#pragma unroll
+            for (int i = 0; i < RowHalf::kDims; i++) cos[i] = sin[i] = NAN;
+        }
+    }
+};
+
+// RMS norm of the queries of a tile in shared memory, then rotation of dims i and i + 32
+__device__ void norm_and_rotate(Shared& s, const Problem& p, const Angles& angles) {
+    constexpr int kDims = RowHalf::kDims;
+    const RowHalf at;
+    const auto line = [&](int i) {
+        const int chunk = at.chunk(i);
+        return reinterpret_cast<bf16*>(s.q + chunk / 8 * kBox + swizzled(at.row, chunk % 8));
+    };
     float x[64], squares = 0;
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-        const auto v = load<8>(reinterpret_cast<const bf16*>(lines + swizzled(row, i)));
+        const auto v = load<8>(line(i));
 #pragma unroll
         for (int j = 0; j < 8; j++) x[8 * i + j] = v[j], squares += v[j] * v[j];
     }
-    squares += __shfl_xor_sync(~0u, squares, 1);
+    squares += __shfl_xor_sync(~0u, squares, 16);
     const float rstd = rsqrtf(squares / kD + p.eps);
 #pragma unroll
-    for (int i = 0; i < 64; i++) {
-        const int d = 64 * box + i;
-        x[i] = x[i] * rstd *
-               (p.fp32_weight ? static_cast<const float*>(p.q_weight)[d]
-                              : static_cast<float>(static_cast<const bf16*>(p.q_weight)[d]));
-    }
-    if (box == 0 && row < t.rows) {
-        const int64_t position = p.int64_positions ? static_cast<const int64_t*>(p.positions)[t.first + row]
-                                                   : static_cast<const int*>(p.positions)[t.first + row];
-        const bool in_table = position >= 0 && position < p.P;  // otherwise NaN
+    for (int i = 0; i < 8; i++) {
+        const auto w = load<8>(s.q_weight + 8 * at.chunk(i));
 #pragma unroll
-        for (int i = 0; i < kHalf; i++) {
-            const float c = in_table ? p.cos[position * kHalf + i] : NAN;
-            const float sine = in_table ? p.sin[position * kHalf + i] : NAN;
-            const float a = x[i], b = x[i + kHalf];
-            x[i] = a * c - b * sine, x[i + kHalf] = b * c + a * sine;
-        }
+        for (int j = 0; j < 8; j++) x[8 * i + j] *= rstd * w[j];
+    }
+#pragma unroll
+    for (int i = 0; i < kDims; i++) {
+        const float a = x[i], b = x[i + kDims];
+        x[i] = a * angles.cos[i] - b * angles.sin[i], x[i + kDims] = b * angles.cos[i] + a * angles.sin[i];
     }
 #pragma unroll
     for (int i = 0; i < 8; i++) {
         Vec<8> v;
 #pragma unroll
         for (int j = 0; j < 8; j++) v[j] = x[8 * i + j];
-        store(reinterpret_cast<bf16*>(lines + swizzled(row, i)), v);
+        store(line(i), v);
     }
     fence_async();
     named_barrier(4 + threadIdx.x / 128, 128);  // a warpgroup multiplies only rows of its own warps
@@ -202,8 +227,13 @@ template <bool kNorm> __device__ void attend(Shared& s, const Problem& p) {
             if ((n + 1) * kBlock > t.length) clear_values(s.v[stage(blocks - 1)], t.length - n * kBlock);
         };
         if (visible) {
-            s.q_full.wait(tiles++ % 2);
-            if (kNorm) norm_and_rotate(s, p, t);
+            if constexpr (kNorm) {
+                const Angles angles(p, t);  // loads while the queries are on their way
+                s.q_full.wait(tiles++ % 2);
+                norm_and_rotate(s, p, angles);
+            } else {
+                s.q_full.wait(tiles++ % 2);
+            }
             for (int n = visible - 1; n >= 0; n--, blocks++) {
                 const bool first = n == visible - 1;
                 s.k_full[stage(blocks)].wait(parity(blocks));
@@ -271,6 +301,9 @@ __global__ void __launch_bounds__(kThreads, 1) attention_fwd_kernel(const __grid
         }
         publish_barriers();
     }
+    if (kNorm && threadIdx.x < kD)
+        s.q_weight[threadIdx.x] = p.fp32_weight ? static_cast<const float*>(p.q_weight)[threadIdx.x]
+                                                : static_cast<float>(static_cast<const bf16*>(p.q_weight)[threadIdx.x]);
     if (threadIdx.x == kConsumers) prefetch_map(p.q), prefetch_map(p.k), prefetch_map(p.v);
     __syncthreads();
     s.counts.count(p.sequences, false, s.warp_sums);
@@ -308,7 +341,7 @@ void attention_fwd(cudaStream_t stream, Tensor q, Tensor k, Tensor v, Tensor cu_
     LING_CHECK((q_weight.is(DType::bf16, {kD}) || q_weight.is(DType::f32, {kD})) && q_weight.contiguous());
     LING_CHECK(cos.is(DType::f32, {cos.shape[0], 32}) && cos.contiguous() && sin.is(DType::f32, {cos.shape[0], 32}));
     LING_CHECK((positions.is(DType::i32, {Tq}) || positions.is(DType::i64, {Tq})) && positions.contiguous());
-    LING_CHECK(sin.contiguous());
+    LING_CHECK(sin.contiguous() && cos.aligned() && sin.aligned());
     p.q_weight = q_weight.data, p.fp32_weight = q_weight.dtype == DType::f32;
     p.positions = positions.data, p.int64_positions = positions.dtype == DType::i64;
     p.cos = cos.ptr<float>(), p.sin = sin.ptr<float>(), p.P = cos.shape[0], p.eps = eps;
