@@ -265,6 +265,23 @@ def check_nan(C):
             close(out[1], attention_decode_ref(*args)[1], FP16)
 
 
+def check_wide_numbers(C):
+    """An FP8 cache, whose products are in f16: queries too large for it, infinite ones, and values of any size."""
+    q, cache, table, lengths, _ = decode_args(Rand(BF16), (330, 20), 1, 4, 1, 128, 16, True)
+    q[:, :, 1] *= 2.0**20
+    q[:, :, 2, 5] = torch.inf
+    rising = 2.0 ** (torch.arange(table.shape[1] * 16).view(-1, 16, 1) / 50 - 40)
+    for b in range(2):
+        cache.v_scale[table[b].long()] *= rising
+    args = q, cache, table, lengths, 2.0**-23
+    want = attention_decode_ref(*args)
+    for W in (1, 4):
+        out = decode(C, args, W)
+        assert not out[:, :, 2].isfinite().any()
+        for head in (0, 1, 3):
+            close(out[:, :, head], want[:, :, head])
+
+
 def norm_decode(C, args, W):
     """Results of the kernel that norms and appends, and of qk_norm_rope, append and attention_decode."""
     qkv, q_weight, k_weight, cos, sin, cache, table, lengths, scale, eps = args
@@ -310,6 +327,7 @@ CHECKS = [
     check_a_long_sequence,
     check_rising_scores,
     check_nan,
+    check_wide_numbers,
 ]
 
 
@@ -362,13 +380,17 @@ def test_a_debug_build_checks_new_tokens():
 
 FILES = [f"attention/{name}" for name in ("attention_decode.cu", "attention_decode.cuh", "new_tokens.cuh")]
 BROKEN = {  # name: (check that must fail, right, wrong)
-    "values past the end": (check_decode, "key(step) + index < used ? *reinterpret", "true ? *reinterpret"),
+    "values past the end": (check_decode, "vs[i / 2][i % 2][j] = plain ||", "vs[i / 2][i % 2][j] = true ||"),
+    "keys past the end, too": (check_decode, "first_key + kStep > shown", "first_key > shown"),
     "one more key": (check_decode, "min(length - n + r / G,", "min(length - n + 1 + r / G,"),
     "no barrier before the warps' parts are read": (
         check_decode, "__syncthreads();\n            const int64_t to", "const int64_t to"),
-    "keys of a pair swapped": (check_decode, "0x7632 : 0x5410", "0x3276 : 0x1054"),
-    "a neighbour's scale": (check_decode, "k_scale[t][i % 2] * scale_log2", "k_scale[t][i / 2] * scale_log2"),
+    "keys of a pair swapped": (check_decode, "b[i / 2], 0x5410", "b[i / 2], 0x1054"),
+    "codes of a pair swapped": (check_decode, "0x7362 : 0x5140", "0x3726 : 0x1504"),
+    "a neighbour's scale": (check_decode, "scale_of(0, t, i)", "scale_of(0, t, 0)"),
     "values unscaled": (check_decode, "x *= v_scale[i / 2][i % 2];", ";"),
+    "a query too large for f16": (check_wide_numbers, "power_of_two(-excess)", "1"),
+    "earlier values in another unit": (check_wide_numbers, "shrink *= unit;", ";"),
     "two pieces in a slot": (check_decode, "int64_t{blockIdx.x + seq}", "int64_t{blockIdx.x}"),
     "the last piece left out": (check_decode, "(begin + tiles - 1) / share + 1", "(begin + tiles - 1) / share"),
     "one warp's sums": (check_decode, "sum8[i] += sums[w][column + i]", "sum8[i] = sums[w][column + i]"),
@@ -383,6 +405,7 @@ BROKEN = {  # name: (check that must fail, right, wrong)
     "a NaN lost in a maximum": (check_nan, "x = exp2_approx(x - base);", "x = fmaxf(exp2_approx(x - base), 0.f);"),
     "new keys read where one block writes them": (
         check_append, "i >= 0) return fresh->cells", "false) return fresh->cells"),
+    "all keys taken for old ones": (check_append, "end = min(end, fresh->begin);", ";"),
     "new scales likewise": (check_append, "from = &fresh->scales[kind][new_one];", ";"),
     "no barrier before new tokens are read": (
         check_append, "me.stop, n, G, r0);\n                __syncthreads();", "me.stop, n, G, r0);"),
