@@ -79,7 +79,7 @@ __device__ void multiply_keys(float (&scores)[64], const uint8_t* q, const uint8
 #pragma unroll
     for (int i = 0; i < kD / 16; i++) {
         const int offset = i / 4 * kBox + i % 4 * 32;
-        wgmma_bf16(scores, operand(q + offset), operand(k + offset), i > 0);
+        wgmma_bf16(scores, operand_after(q, offset), operand_after(k, offset), i > 0);
     }
     wgmma_commit();
 }
@@ -87,7 +87,7 @@ __device__ void multiply_keys(float (&scores)[64], const uint8_t* q, const uint8
 // Starts out += p v
 __device__ void multiply_values(float (&out)[64], const unsigned (&p)[8][4], const uint8_t* v) {
 #pragma unroll
-    for (int i = 0; i < kBlock / 16; i++) wgmma_bf16_registers(out, p[i], operand(v + i * 16 * 128, kBox), true);
+    for (int i = 0; i < kBlock / 16; i++) wgmma_bf16_registers(out, p[i], operand_after(v, i * 16 * 128, kBox), true);
     wgmma_commit();
 }
 
@@ -206,7 +206,7 @@ __device__ void norm_and_rotate(Shared& s, const Problem& p, const Angles& angle
 }
 
 template <bool kNorm> __device__ void attend(Shared& s, const Problem& p) {
-    const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int warpgroup = uniform(threadIdx.x / 128), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int row = 16 * warp + lane / 4;  // the thread also has row + 8
     const float scale_log2 = p.scale * kLog2e;
     const auto wait_for_turn = [&] { named_barrier(2 + warpgroup, kConsumers); };
@@ -217,7 +217,7 @@ template <bool kNorm> __device__ void attend(Shared& s, const Problem& p) {
     const bool causal = p.sequences.causal;
     if (warpgroup == 1) pass_turn();
     s.queue.for_each([&](const Tile t) {
-        const int visible = visible_blocks(t);
+        const int visible = uniform(visible_blocks(t));
         float out[64] = {}, scores[64], shrink[2];
         unsigned probabilities[8][4];
         Softmax softmax;

@@ -87,14 +87,16 @@ __device__ void load_tiles(Shared& s, const Problem& p) {
 __device__ void multiply_rows(float (&scores)[32], const uint8_t* x, const uint8_t* y) {
 #pragma unroll
     for (int i = 0; i < kD / 16; i++)
-        wgmma_bf16(scores, operand(x + i / 4 * kBox + i % 4 * 32), operand(y + i / 4 * kOtherBox + i % 4 * 32), true);
+        wgmma_bf16(scores, operand_after(x, i / 4 * kBox + i % 4 * 32),
+                   operand_after(y, i / 4 * kOtherBox + i % 4 * 32), true);
     wgmma_commit();
 }
 
 // Starts sum += a y
 __device__ void add_product(float (&sum)[64], const unsigned (&a)[4][4], const uint8_t* y) {
 #pragma unroll
-    for (int i = 0; i < kOther / 16; i++) wgmma_bf16_registers(sum, a[i], operand(y + i * 16 * 128, kOtherBox), true);
+    for (int i = 0; i < kOther / 16; i++)
+        wgmma_bf16_registers(sum, a[i], operand_after(y, i * 16 * 128, kOtherBox), true);
 }
 
 // Rows past the sequence's end belong to another sequence and may be NaN: 0 times NaN is NaN.
@@ -108,8 +110,8 @@ __device__ void clear_rows(uint8_t* y, uint8_t* dy, int from) {
 // Computes tile t: dq of its queries, or dk and dv of its keys. done: blocks of the other side finished so far; block i
 // uses stage i % kStages.
 template <bool kKeys> __device__ void differentiate(Shared& s, const Problem& p, const Tile& t, unsigned& done) {
-    const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32, lane = threadIdx.x % 32, column = lane % 4 * 2;
-    const int row = 16 * warp + lane / 4;  // the thread also has row + 8
+    const int warpgroup = uniform(threadIdx.x / 128), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int row = 16 * warp + lane / 4, column = lane % 4 * 2;  // the thread also has row + 8
     const float scale_log2 = p.scale * kLog2e;
     const bool causal = p.sequences.causal;
     float sum[64] = {}, sum2[64] = {};  // dq; or dk and dv
