@@ -1,74 +1,233 @@
-"""Launches PTX on the virtual GPU: compiles the operations that are new, runs kernels, reports counters."""
+"""Programs of the virtual GPU: compiles the operations that are new, launches kernels, reports what was counted."""
 
 import ctypes
 import functools
 import hashlib
-import importlib.machinery
-import importlib.util
+import math
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
+
 from . import ptx
-from .translate import CLASSES, PRELUDE, Translator, function, symbol
+from .translate import CLASSES, Translator
 
 MACHINE = Path(__file__).parent / "machine"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ling_kernels/gpu"
-
+MARCH = "native"  # x86-64-v3 is AVX2
 FLAGS = (
-    "-std=c++20 -O2 -march=native -ffp-contract=off -fno-strict-aliasing -fno-trapping-math -fno-math-errno "
-    "-Wno-psabi -Wno-ignored-attributes -fPIC -shared -fvisibility=hidden"
+    "-std=c++20 -O2 -ffp-contract=off -fno-strict-aliasing -fno-trapping-math -fno-math-errno -fwrapv -Wno-psabi "
+    "-Wno-ignored-attributes -fPIC"
 ).split()
+PRELUDE = """#include "operations.h"
+#define R(T, i) (*(T*)(regs + (i)))
+#define OP extern "C" __attribute__((visibility("default"))) void
+#define BEGIN const Special& sr = base(w).sr; const Pred& M = *(const Pred*)wide; (void)sr, (void)M;
+"""
 ELEMENTS = ("e4m3", "e5m2", "bf16", "f16", "tf32")
 SITE = ("runs", "lanes", "units", "ideal", "useful", "failed")
+RACES, INIT_FENCES, UNINITIALISED, NARROW_SUMS = 1, 2, 4, 8  # what a launch checks, or does as Hopper's tensor cores do
 U64 = ctypes.c_uint64
+three = ctypes.c_uint32 * 3
 
 
-class BlockCode(ctypes.Structure):
-    _fields_ = [(n, ctypes.c_int) for n in ("first", "count", "line", "next", "target", "predicate", "negated")] + [
-        ("classes", ctypes.c_int * 8)
-    ]
+def setting(name: str, default: int) -> int:
+    """LING_GPU_SEED: 0 runs blocks and warps in order, others shuffle. LING_GPU_RACES: what is checked, see above.
+
+    LING_GPU_THREADS: host threads that run blocks where nothing is checked.
+    """
+    return int(os.environ.get(f"LING_GPU_{name}", default))
 
 
-class Instruction(ctypes.Structure):
-    _fields_ = [("run", ctypes.c_void_p), ("operands", ctypes.c_void_p)]
+def structure(name_: str, **fields):
+    return type(name_, (ctypes.Structure,), dict(_fields_=list(fields.items())))
 
 
-class SiteInfo(ctypes.Structure):
-    _fields_ = [("line", ctypes.c_int), ("text", ctypes.c_char_p), ("bytes", ctypes.c_int)]
+BasicBlock = structure("BasicBlock", **dict.fromkeys("first count line next target predicate negated".split(), ctypes.c_int),
+                       classes=ctypes.c_int * 8)  # fmt: skip
+Operation = structure("Operation", run=ctypes.c_void_p, operands=ctypes.c_void_p)
+Site = structure("Site", line=ctypes.c_int, text=ctypes.c_char_p, source=ctypes.c_char_p, bytes=ctypes.c_int)
+Kernel = structure(
+    "Kernel", name=ctypes.c_char_p, blocks=ctypes.c_int, sites=ctypes.c_int, block=ctypes.POINTER(BasicBlock),
+    code=ctypes.POINTER(Operation), site=ctypes.POINTER(Site),
+    **dict.fromkeys("registers params shared local".split(), ctypes.c_size_t), pool=ctypes.c_int,
+)  # fmt: skip
+Request = structure(
+    "Request", kernel=ctypes.POINTER(Kernel), grid=three, block=three, cluster=three, dynamic=ctypes.c_uint32,
+    params=ctypes.c_char_p, seed=U64, **dict.fromkeys("cooperative overlaps checks threads".split(), ctypes.c_int),
+    **dict.fromkeys("block_runs block_lanes sites totals".split(), ctypes.POINTER(U64)),
+)  # fmt: skip
 
 
-class Kernel(ctypes.Structure):
-    _fields_ = [
-        ("name", ctypes.c_char_p), ("blocks", ctypes.c_int), ("sites", ctypes.c_int),
-        ("block", ctypes.POINTER(BlockCode)), ("code", ctypes.POINTER(Instruction)), ("site", ctypes.POINTER(SiteInfo)),
-        *((n, ctypes.c_size_t) for n in ("registers", "params", "shared", "local")),
-    ]  # fmt: skip
+@functools.cache
+def processor() -> str:
+    """What -march=native stands for here."""
+    try:
+        return next(x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("flags"))
+    except (OSError, StopIteration):
+        return ""
 
 
-def compiled(stem: str, text: str) -> Path:
-    """C++ as a shared library of the cache, named by its content; its source lies beside it."""
+def compiled(stem: str, sources: dict[str, str]) -> Path:
+    """C++ files (name: text) as a shared library of the cache, named by its content; their text lies beside it."""
+    if shutil.which("g++") is None:
+        raise FileNotFoundError("the virtual GPU needs g++")
     headers = "".join(h.read_text() for h in sorted(MACHINE.glob("*.h")))
-    so = CACHE / f"{stem}-{hashlib.sha256((text + headers + ' '.join(FLAGS)).encode()).hexdigest()[:16]}.so"
+    flags = [*FLAGS, f"-march={MARCH}"]
+    key = "\0".join([*sources.values(), headers, *flags, processor()])
+    so = CACHE / f"{stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if not so.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
-        source, part = so.with_suffix(f".{os.getpid()}.cpp"), so.with_suffix(f".{os.getpid()}")
-        source.write_text(text)
-        subprocess.run(["g++", *FLAGS, f"-I{MACHINE}", source, "-o", part], check=True)
-        source.rename(so.with_suffix(".cpp"))
-        part.rename(so)
+        with tempfile.TemporaryDirectory(dir=CACHE) as tmp, ThreadPoolExecutor(os.cpu_count()) as pool:
+            for name, text in sources.items():
+                Path(tmp, name).write_text(text)
+            command = ["g++", *flags, f"-I{MACHINE}", "-c"]
+            run = functools.partial(subprocess.run, check=True, cwd=tmp)
+            list(pool.map(lambda name: run([*command, name, "-o", f"{name}.o"]), sources))
+            run(["g++", "-shared", "-pthread", *(f"{name}.o" for name in sources), "-o", "all.so"])
+            Path(tmp, "all.cpp").write_text("".join(sources.values()))
+            Path(tmp, "all.cpp").rename(so.with_suffix(".cpp"))
+            Path(tmp, "all.so").rename(so)
     return so
 
 
 @functools.cache
-def library():
-    lib = ctypes.CDLL(str(compiled("machine", (MACHINE / "emu.cpp").read_text())), mode=ctypes.RTLD_GLOBAL)
-    lib.emu_launch.restype = ctypes.c_char_p
-    lib.emu_check_races(int(os.environ.get("RACES", 0)))
+def library() -> ctypes.CDLL:
+    sources = {f.name: f.read_text() for f in sorted(MACHINE.glob("*.cpp"))}
+    lib = ctypes.CDLL(str(compiled("machine", sources)), mode=ctypes.RTLD_GLOBAL)
+    lib.gpu_launch.restype = ctypes.c_char_p
     return lib
+
+
+class Operations:
+    """The functions that instructions are made of, compiled when first met: libraries of the cache for all kernels."""
+
+    known: dict[str, int] = {}  # symbol: address
+
+    @staticmethod
+    def symbol(text: str) -> str:
+        return "op_" + hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @classmethod
+    def addresses(cls, texts: Iterable[str]) -> dict[str, int]:
+        library()
+        key = "\0".join([PRELUDE, (MACHINE / "operations.h").read_text(), (MACHINE / "lanes.h").read_text(),
+                         (MACHINE / "simd.h").read_text(), *FLAGS, MARCH, processor()])  # fmt: skip
+        stem = "operations-" + hashlib.sha256(key.encode()).hexdigest()[:8]
+        if not cls.known:
+            for so in CACHE.glob(f"{stem}-*.so"):
+                cls.load(so)
+        missing = sorted({cls.symbol(t): t for t in texts if cls.symbol(t) not in cls.known}.items())
+        if missing:
+            function = "OP {}(Warp& w, char* regs, const int64_t* s, uint32_t m, const int32_t* wide) {{ BEGIN\n  {}\n}}\n"
+            cls.load(compiled(stem, {"operations.cpp": PRELUDE + "".join(function.format(*item) for item in missing)}))
+        return cls.known
+
+    @classmethod
+    def load(cls, so: Path):
+        lib = ctypes.CDLL(str(so))
+        for name in re.findall(r"^OP (op_\w+)", so.with_suffix(".cpp").read_text(), re.MULTILINE):
+            cls.known[name] = ctypes.cast(getattr(lib, name), ctypes.c_void_p).value
+
+
+class Emulated:
+    """One entry of a module, ready to run. Raises NotImplementedError for PTX that the machine does not know."""
+
+    def __init__(self, module: ptx.Module, name: str):
+        self.entry, self.module = module.entry(name), module
+        translator = Translator(self.entry, module)
+        program = translator.program()
+        known = Operations.addresses({t for _, code, *_ in program for t, _ in code})
+        flat = [(known[Operations.symbol(t)], operands) for _, code, *_ in program for t, operands in code]
+        values = [v for _, operands in flat for v in operands]
+        self.operands = (ctypes.c_int64 * (len(values) + 1))(*values)
+        self.code, at = (Operation * (len(flat) + 1))(), ctypes.addressof(self.operands)
+        for operation, (address, operands) in zip(self.code, flat, strict=False):
+            operation.run, operation.operands = address, at
+            at += 8 * len(operands)
+        self.basic_blocks, first = (BasicBlock * len(program))(), 0
+        for i, (line, code, *rest, classes) in enumerate(program):
+            self.basic_blocks[i] = BasicBlock(first, len(code), line, *rest, (ctypes.c_int * 8)(*classes))
+            first += len(code)
+        sites = [Site(line, text.encode(), source.encode(), size) for line, text, source, size in translator.sites]
+        self.site_info = (Site * (len(sites) + 1))(*sites)
+        self.kernel = Kernel(
+            name.encode(), len(program), len(sites), self.basic_blocks, self.code, self.site_info, translator.size,
+            self.entry.params_size, translator.shared_size, translator.local_size, 0,
+        )  # fmt: skip
+        self.reset()
+
+    def reset(self):
+        """Sets all counters to zero."""
+        k = self.kernel
+        self.runs, self.lanes = (U64 * (k.blocks + 1))(), (U64 * (k.blocks + 1))()
+        self.sites, self.totals = (U64 * (len(SITE) * (k.sites + 1)))(), (U64 * 6)()
+        self.launches, self.seconds, self.blocks = 0, 0.0, 0
+
+    def launch(self, grid, block, dynamic: int, params: bytes, cooperative=False, seed=None, counting=True,
+               cluster=None, overlaps=False, checks=None):  # fmt: skip
+        """Runs a grid of blocks; raises RuntimeError for what the machine finds wrong. params: as PTX lays them out."""
+        cluster = cluster or (*self.entry.directives.get("reqnctapercluster", ()), 1, 1, 1)[:3]
+        if error := self.refused(grid, block, dynamic, cluster):
+            raise RuntimeError(error)
+        begin = time.time()
+        request = Request(
+            ctypes.pointer(self.kernel), three(*grid), three(*block), three(*cluster), dynamic, params,
+            setting("SEED", 0) if seed is None else seed, int(cooperative), int(overlaps),
+            setting("RACES", RACES) if checks is None else checks, setting("THREADS", 1),
+            *((self.runs, self.lanes, self.sites) if counting else (None, None, None)), self.totals,
+        )  # fmt: skip
+        error = library().gpu_launch(ctypes.byref(request))
+        self.seconds += time.time() - begin
+        self.launches += 1
+        self.blocks += math.prod(grid)
+        if error:
+            raise RuntimeError(error.decode())
+
+    def refused(self, grid, block, dynamic: int, cluster) -> str:
+        """Why a GPU would not run such a launch, and the registers of a thread for the machine."""
+        d, threads, shared = self.entry.directives, math.prod(block), self.kernel.shared + dynamic
+        limit = math.prod(d.get("maxntid", d.get("reqntid", [1024])))
+        if threads > limit or "reqntid" in d and threads != limit:
+            return f"{threads} threads a block; the kernel was compiled for {limit}"
+        if shared > 227 << 10:
+            return f"{shared} bytes of shared memory a block: a GPU has {227 << 10}"
+        if any(g % c for g, c in zip(grid, cluster, strict=True)) or math.prod(cluster) > 16:
+            return f"a grid of {tuple(grid)} blocks in clusters of {tuple(cluster)}"
+        self.kernel.pool = 0
+        if "maxntid" in d or "reqntid" in d or "maxnreg" in d:  # as ptxas divides 65,536 registers
+            blocks = max(d.get("minnctapersm", [1])[0], 1)
+            share = 65536 // (-(-limit // 128) * 128 * blocks) // 8 * 8
+            self.kernel.pool = d.get("maxnreg", [min(share, 255 if "setmaxnreg" in self.module.text else 255)])[0]
+        return ""
+
+    # -- what was counted
+    def classes(self) -> dict[str, float]:
+        """Warp instructions by class, and the lanes that were active in them on average."""
+        total, lanes, n = [0] * 8, 0, 0
+        for i in range(self.kernel.blocks):
+            classes = list(self.kernel.block[i].classes)
+            total = [t + self.runs[i] * c for t, c in zip(total, classes, strict=True)]
+            lanes += self.lanes[i] * sum(classes)
+            n += self.runs[i] * sum(classes)
+        counts = dict(zip(CLASSES, total, strict=True))
+        return counts | dict(warp_instructions=n, lane_instructions=lanes, active=lanes / n if n else 0)
+
+    def by_site(self) -> Iterator[dict]:
+        """Of each instruction that accesses memory or waits: PTX line, source line, text, and counters by name."""
+        for i in range(self.kernel.sites):
+            info = self.kernel.site[i]
+            values = self.sites[len(SITE) * i : len(SITE) * (i + 1)]
+            names = dict(line=info.line, source=info.source.decode(), text=info.text.decode())
+            yield names | dict(zip(SITE, values, strict=True))
 
 
 def plain(name: str) -> str:
@@ -76,153 +235,39 @@ def plain(name: str) -> str:
     return re.sub(r"\d+_GLOBAL__N__[0-9a-f]{8}_\d+_\w+?_cu_[0-9a-f]{8}", "12_GLOBAL__N_1", name)
 
 
-class Operations:
-    """The functions that instructions are made of, compiled when first met: libraries of the cache, shared by all kernels."""
-
-    seconds = 0.0
-    known = {}  # symbol: its address
-
-    @classmethod
-    def addresses(cls, texts) -> dict[str, int]:
-        library()
-        stamp = (
-            "operations"
-            + hashlib.sha256((PRELUDE + (MACHINE / "emu.h").read_text() + " ".join(FLAGS)).encode()).hexdigest()[:8]
-        )
-        if not cls.known:
-            for so in CACHE.glob(f"{stamp}-*.so"):
-                cls.load(so)
-        missing = sorted({symbol(t): t for t in texts if symbol(t) not in cls.known}.items())
-        if missing:
-            begin = time.time()
-            cls.load(compiled(stamp, PRELUDE + "".join(function(t) for _, t in missing)))
-            cls.seconds += time.time() - begin
-        return cls.known
-
-    @classmethod
-    def load(cls, so):
-        lib = ctypes.CDLL(str(so))
-        for name in re.findall(r"^OP (op_\w+)", so.with_suffix(".cpp").read_text(), re.M):
-            cls.known[name] = ctypes.cast(getattr(lib, name), ctypes.c_void_p).value
-
-
-class Emulated:
-    """One entry, ready to run."""
-
-    def __init__(self, module: ptx.Module, name: str):
-        begin = time.time()
-        self.entry, self.module = module.entry(name), module
-        translator = Translator(self.entry, module)
-        program = translator.program()
-        texts = {t for _, code, *_ in program for t, _ in code}
-        known = Operations.addresses(texts)
-        run = {t: known[symbol(t)] for t in texts}
-        flat = [(run[t], operands) for _, code, *_ in program for t, operands in code]
-        values = [v for _, operands in flat for v in operands]
-        self.operands = (ctypes.c_int64 * (len(values) + 1))(*values)
-        self.code, at = (Instruction * (len(flat) + 1))(), ctypes.addressof(self.operands)
-        for i, (f, operands) in enumerate(flat):
-            self.code[i].run, self.code[i].operands = f, at
-            at += 8 * len(operands)
-        self.blocks_, first = (BlockCode * len(program))(), 0
-        for i, (line, code, following, target, predicate, negated, counts) in enumerate(program):
-            self.blocks_[i] = BlockCode(
-                first, len(code), line, following, target, predicate, negated, (ctypes.c_int * 8)(*counts)
-            )
-            first += len(code)
-        self.site_info = (SiteInfo * (len(translator.sites) + 1))(
-            *((line, text.encode(), size) for line, text, size in translator.sites)
-        )
-        self.kernel = Kernel(
-            name.encode(), len(program), len(translator.sites), self.blocks_, self.code, self.site_info, translator.size,
-            self.entry.params_size, translator.static_shared, translator.local_size,
-        )  # fmt: skip
-        self.translated = time.time() - begin
-        self.reset()
-
-    def reset(self):
-        k = self.kernel
-        self.runs, self.lanes = (U64 * k.blocks)(), (U64 * k.blocks)()
-        self.sites, self.totals = (U64 * (len(SITE) * k.sites + 1))(), (U64 * 6)()
-        self.launches, self.seconds, self.blocks = 0, 0.0, 0
-
-    def launch(self, grid, block, dynamic, params: bytes, cooperative=False, seed=None, counting=True):
-        seed = int(os.environ.get("LING_HOST_SEED", 0)) if seed is None else seed
-        three = ctypes.c_uint32 * 3
-        counts = (self.runs, self.lanes) if counting else (None, None)
-        begin = time.time()
-        error = library().emu_launch(
-            ctypes.byref(self.kernel), three(*grid), three(*block), dynamic, params, U64(seed), int(cooperative), *counts,
-            self.sites, self.totals,
-        )  # fmt: skip
-        self.seconds += time.time() - begin
-        self.launches += 1
-        self.blocks += grid[0] * grid[1] * grid[2]
-        if error:
-            raise RuntimeError(error.decode())
-
-    # -- what was counted
-    def classes(self) -> dict:
-        """Warp instructions by class, and lanes that were active in them on average."""
-        total, lanes, n = [0] * 8, 0, 0
-        for i in range(self.kernel.blocks):
-            info = self.kernel.block[i]
-            size = sum(info.classes)
-            for c in range(8):
-                total[c] += self.runs[i] * info.classes[c]
-            lanes += self.lanes[i] * size
-            n += self.runs[i] * size
-        return dict(zip(CLASSES, total, strict=True)) | dict(
-            warp_instructions=n, lane_instructions=lanes, active=lanes / n if n else 0
-        )
-
-    def by_site(self) -> list[dict]:
-        out = []
-        for i in range(self.kernel.sites):
-            info = self.kernel.site[i]
-            values = dict(zip(SITE, self.sites[len(SITE) * i : len(SITE) * (i + 1)], strict=True))
-            out.append(dict(line=info.line, text=info.text.decode()) | values)
-        return out
-
-
 class Library:
-    """Kernels by their plain names, of files of PTX; compiled when first launched."""
+    """Kernels by their plain names, of files of PTX; translated when first launched."""
 
-    def __init__(self, files):
-        self.modules = {f: None for f in map(str, files)}
+    def __init__(self, files: Iterable[Path]):
+        self.modules = dict.fromkeys(map(str, files))
         self.where = {}
         for f in self.modules:
             for name in re.findall(r"\.entry\s+([\w$]+)\s*\(", Path(f).read_text()):
                 self.where.setdefault(plain(name), (f, name))
-        self.ready = {}
-        self.error = None
-        self.counting = True
+        self.ready, self.error, self.counting = {}, None, True
 
     def kernel(self, name: str) -> Emulated:
         name = plain(name)
         if name not in self.ready:
-            f, own = self.where[name]
-            self.modules[f] = self.modules[f] or ptx.Module(Path(f).read_text())
-            self.ready[name] = Emulated(self.modules[f], own)
-            if os.environ.get("NAMES"):  # of what was launched
-                print(name, file=open(os.environ["NAMES"], "a"))
+            file, own = self.where[name]
+            self.modules[file] = self.modules[file] or ptx.Module(Path(file).read_text())
+            self.ready[name] = Emulated(self.modules[file], own)
         return self.ready[name]
 
-    @staticmethod
-    def globals_of(k):
-        at = k.module.global_addresses()
-        spans = [(at[v.name], at[v.name] + v.size) for v in k.module.globals]
-        n = len(spans)
-        return n, (U64 * n)(*(s[0] for s in spans)), (U64 * n)(*(s[1] for s in spans))
-
-    def on_launch(self, name, grid, block, dynamic, args, cooperative):
+    def on_launch(self, name, grid, block, dynamic, args, attributes: int) -> int:
+        """A launch of the host's. attributes: 1 cooperative, 2 may overlap the kernel ahead; bits 8 to 31: the cluster."""
         try:
             k = self.kernel(name.decode())
-            library().emu_more_ranges(*self.globals_of(k))
+            addresses = k.module.global_addresses()
+            add_ranges([(addresses[v.name], addresses[v.name] + v.size, v.name) for v in k.module.globals])
             params = bytearray(k.entry.params_size)
             for i, (v, offset) in enumerate(k.entry.params):
                 params[offset : offset + v.size] = ctypes.string_at(args[i], v.size)
-            k.launch(grid[:3], block[:3], dynamic, bytes(params), cooperative, counting=self.counting)
+            cluster = [attributes >> 8 * i & 255 for i in (1, 2, 3)]
+            k.launch(
+                grid[:3], block[:3], dynamic, bytes(params), attributes & 1, counting=self.counting,
+                cluster=cluster if all(cluster) else None, overlaps=attributes & 2,
+            )  # fmt: skip
         except BaseException as e:  # nothing may pass through C++
             self.error = e
             return 1
@@ -232,19 +277,19 @@ class Library:
 class Bounded:
     """The module, whose kernels may touch the tensors they were given and nothing else."""
 
-    def __init__(self, module, lib: Library, bounds=True):
+    def __init__(self, module, lib: Library, bounds: bool = True):
         self._module, self._lib, self._bounds = module, lib, bounds
 
-    def __getattr__(self, name):
-        f = getattr(self._module, name)
-        if not callable(f) or not name.endswith(("fwd", "bwd")) and "_" not in name:
-            return f
+    def __getattr__(self, name: str):
+        function = getattr(self._module, name)
+        if not callable(function) or "_" not in name:
+            return function
 
         def call(*args, **kwargs):
-            set_ranges(args if self._bounds else ())
+            set_ranges([args, *kwargs.values()] if self._bounds else ())
             self._lib.error = None
             try:
-                return f(*args, **kwargs)
+                return function(*args, **kwargs)
             except RuntimeError as e:
                 if self._lib.error:
                     raise self._lib.error from None
@@ -253,9 +298,7 @@ class Bounded:
         return call
 
 
-def tensors(args):
-    import torch
-
+def tensors(args) -> Iterator[torch.Tensor]:
     for a in args:
         if isinstance(a, torch.Tensor):
             yield a
@@ -264,16 +307,19 @@ def tensors(args):
 
 
 def set_ranges(args):
-    """A tensor's own elements from the first to the last, which may be less than its storage."""
+    """Launches may touch these tensors' own elements, from the first to the last; without tensors, all memory."""
     spans = []
     for i, t in enumerate(tensors(args)):
         if t.numel():
-            low = t.data_ptr()
             last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
-            spans.append((low, low + (last + 1) * t.element_size(), f"tensor {i} {tuple(t.shape)}"))
+            spans.append((t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size(), f"tensor {i} {tuple(t.shape)}"))
+    add_ranges(spans, replace=True)
+
+
+def add_ranges(spans: list[tuple[int, int, str]], replace: bool = False):
     n = len(spans)
     names = (ctypes.c_char_p * n)(*(s[2].encode() for s in spans))
-    library().emu_ranges(n, (U64 * n)(*(s[0] for s in spans)), (U64 * n)(*(s[1] for s in spans)), names)
+    library().gpu_ranges(n, (U64 * n)(*(s[0] for s in spans)), (U64 * n)(*(s[1] for s in spans)), names, int(replace))
 
 
 CALLBACK = ctypes.CFUNCTYPE(
@@ -282,45 +328,22 @@ CALLBACK = ctypes.CFUNCTYPE(
 )  # fmt: skip
 
 
-def module(files, so: Path, bounds=True) -> Bounded:
-    """`so`: nvcc's host objects and bindings linked with the virtual GPU's runtime; files: the PTX of csrc/."""
-    lib = Library(files)
-    loader = importlib.machinery.ExtensionFileLoader("_C_ptx", str(so))
-    found = importlib.util.module_from_spec(importlib.util.spec_from_loader("_C_ptx", loader))
-    loader.exec_module(found)
-    raw = ctypes.CDLL(str(so))
-    lib.callback = CALLBACK(lib.on_launch)
-    raw.ptxemu_on_launch(lib.callback)
-    return Bounded(found, lib, bounds)
-
-
-def report(lib: Library, file=sys.stdout):
-    for name, k in lib.ready.items():
+def report(kernels: dict[str, Emulated], file=sys.stdout):
+    """What was counted: instructions, lanes, and where memory took more than it must."""
+    for name, k in kernels.items():
         if not k.launches:
             continue
         c = k.classes()
-        print(
-            f"== {name[:150]}\n   {k.launches} launches, {k.blocks} blocks, {k.seconds:.3f} s, {c['warp_instructions']:,} warp instructions, "
-            f"{c['active']:.1f} lanes active, {c['lane_instructions'] / max(k.seconds, 1e-9) / 1e6:.0f} M lane-instructions/s",
-            file=file,
-        )
-        print("   " + ", ".join(f"{n} {c[n]:,}" for n in CLASSES if c[n]), file=file)
-        macs = {e: int(n) for e, n in zip(ELEMENTS, k.totals[:5], strict=True) if n}
+        rate = c["lane_instructions"] / max(k.seconds, 1e-9) / 1e6
+        print(f"== {name[:150]}\n   {k.launches} launches, {k.blocks} blocks, {k.seconds:.3f} s, {rate:.0f} M lane-instructions/s", file=file)
+        print(f"   {c['warp_instructions']:,} warp instructions, {c['active']:.1f} lanes active: " + ", ".join(f"{n} {c[n]:,}" for n in CLASSES if c[n]), file=file)
+        macs = ", ".join(f"{e} {n:,}" for e, n in zip(ELEMENTS, k.totals[:5], strict=True) if n)
         if macs or k.totals[5]:
-            print(f"   MACs {macs}, TMA bytes {k.totals[5]:,}", file=file)
+            print(f"   MACs: {macs}; bytes of bulk copies: {k.totals[5]:,}", file=file)
         for s in k.by_site():
-            s = dict(s)
+            where = f"   {s['source'] or 'PTX'} line {s['line']}: {s['text'][:80]}:"
             if s["ideal"] and s["units"] > 1.05 * s["ideal"]:
-                what = "wavefronts" if "shared" in s["text"] or "matrix" in s["text"] else "sectors"
-                print(
-                    f"   line {s['line']:6} {s['units'] / s['ideal']:5.2f}x ideal {what} ({s['units']:,} for {s['runs']:,} requests, {s['lanes'] / s['runs']:.0f} lanes): {s['text'][:90]}",
-                    file=file,
-                )
+                unit = "wavefronts" if "shared" in s["text"] or "matrix" in s["text"] else "sectors"
+                print(f"{where} {s['units'] / s['ideal']:.2f} of the fewest {unit}, {s['units']:,} in {s['runs']:,} requests of {s['lanes'] / s['runs']:.0f} lanes", file=file)
             if s["failed"]:
-                print(
-                    f"   line {s['line']:6} {s['failed']:,} failed of {s['runs']:,} polls: {s['text'][:80]}", file=file
-                )
-
-
-def cpp_total():
-    return Operations.seconds
+                print(f"{where} {s['failed']:,} of {s['runs']:,} polls failed", file=file)
