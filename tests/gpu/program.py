@@ -127,7 +127,9 @@ class Operations:
                 cls.load(so)
         missing = sorted({cls.symbol(t): t for t in texts if cls.symbol(t) not in cls.known}.items())
         if missing:
-            function = "OP {}(Warp& w, char* regs, const int64_t* s, uint32_t m, const int32_t* wide) {{ BEGIN\n  {}\n}}\n"
+            function = (
+                "OP {}(Warp& w, char* regs, const int64_t* s, uint32_t m, const int32_t* wide) {{ BEGIN\n  {}\n}}\n"
+            )
             cls.load(compiled(stem, {"operations.cpp": PRELUDE + "".join(function.format(*item) for item in missing)}))
         return cls.known
 
@@ -335,8 +337,15 @@ def report(kernels: dict[str, Emulated], file=sys.stdout):
             continue
         c = k.classes()
         rate = c["lane_instructions"] / max(k.seconds, 1e-9) / 1e6
-        print(f"== {name[:150]}\n   {k.launches} launches, {k.blocks} blocks, {k.seconds:.3f} s, {rate:.0f} M lane-instructions/s", file=file)
-        print(f"   {c['warp_instructions']:,} warp instructions, {c['active']:.1f} lanes active: " + ", ".join(f"{n} {c[n]:,}" for n in CLASSES if c[n]), file=file)
+        print(
+            f"== {name[:150]}\n   {k.launches} launches, {k.blocks} blocks, {k.seconds:.3f} s, {rate:.0f} M lane-instructions/s",
+            file=file,
+        )
+        print(
+            f"   {c['warp_instructions']:,} warp instructions, {c['active']:.1f} lanes active: "
+            + ", ".join(f"{n} {c[n]:,}" for n in CLASSES if c[n]),
+            file=file,
+        )
         macs = ", ".join(f"{e} {n:,}" for e, n in zip(ELEMENTS, k.totals[:5], strict=True) if n)
         if macs or k.totals[5]:
             print(f"   MACs: {macs}; bytes of bulk copies: {k.totals[5]:,}", file=file)
@@ -344,6 +353,9 @@ def report(kernels: dict[str, Emulated], file=sys.stdout):
             where = f"   {s['source'] or 'PTX'} line {s['line']}: {s['text'][:80]}:"
             if s["ideal"] and s["units"] > 1.05 * s["ideal"]:
                 unit = "wavefronts" if "shared" in s["text"] or "matrix" in s["text"] else "sectors"
-                print(f"{where} {s['units'] / s['ideal']:.2f} of the fewest {unit}, {s['units']:,} in {s['runs']:,} requests of {s['lanes'] / s['runs']:.0f} lanes", file=file)
+                print(
+                    f"{where} {s['units'] / s['ideal']:.2f} of the fewest {unit}, {s['units']:,} in {s['runs']:,} requests of {s['lanes'] / s['runs']:.0f} lanes",
+                    file=file,
+                )
             if s["failed"]:
                 print(f"{where} {s['failed']:,} of {s['runs']:,} polls failed", file=file)

@@ -132,9 +132,10 @@ class Module:
 
     def source(self, loc: str) -> str:
         """ "file:line" of a .loc, and where that was inlined."""
+
         def place(file, line):
             path = self.files.get(file, "?")
-            return f"{path[path.find('csrc/'):] if 'csrc/' in path else path.rsplit('/', 1)[-1]}:{line}"
+            return f"{path[path.find('csrc/') :] if 'csrc/' in path else path.rsplit('/', 1)[-1]}:{line}"
 
         file, line = loc.split()[1:3]
         inlined = re.search(r"inlined_at\s+(\d+)\s+(\d+)", loc)

@@ -22,7 +22,7 @@ CLASS_OF = {name: kind for kind, names in dict(
     other="bar barrier mbarrier fence membar vote redux match elect griddepcontrol setmaxnreg nanosleep pragma",
 ).items() for name in names.split()}  # fmt: skip
 NO_RESULT = set("st red bra ret exit cp fence membar prefetch prefetchu stmatrix nanosleep setmaxnreg griddepcontrol trap "
-                "tensormap applypriority discard".split())  # fmt: skip
+                "tensormap applypriority discard brkpt call".split())  # fmt: skip
 FLOATS = ("f32", "f64", "f16", "bf16", "f16x2", "bf16x2")
 WORD = re.compile(r"[%\w$.]+")
 SPECIAL = {
@@ -67,7 +67,9 @@ class Translator(Arithmetic, Memory, Tensor):
 
     def used(self, c: Instruction) -> tuple[list[str], list[str]]:
         """The registers that an instruction reads, and those that it writes."""
-        result = c.name not in NO_RESULT and not (c.name in ("bar", "barrier") and c.op[-3:-2] != ["red"] and "red" not in c.op)
+        result = c.name not in NO_RESULT and not (
+            c.name in ("bar", "barrier") and c.op[-3:-2] != ["red"] and "red" not in c.op
+        )
         result &= not (c.name == "mbarrier" and c.op[1] in ("init", "inval", "expect_tx", "complete_tx"))
         result &= not (c.name == "wgmma" and c.op[1] != "mma_async")
         writes = self.registers_in(c.args[0]) if result and c.args else []
@@ -133,18 +135,20 @@ class Translator(Arithmetic, Memory, Tensor):
         for n in sorted(self.kept, key=lambda n: (-self.entry.registers[n], n)):
             self.places[n] = fresh(space[self.entry.registers[n]])
         free = {size: [] for size in set(space.values())}
+        self.block_places = []
         for block in self.entry.blocks:
-            used = [[n for n in sum(self.uses[id(c)], []) if n not in self.kept] for c in block.code]
+            used = [list(dict.fromkeys(n for n in sum(self.uses[id(c)], []) if n not in self.kept)) for c in block.code]
             last = {n: i for i, names in enumerate(used) for n in names}
-            placed = set()
+            places: dict[str, int] = {}
             for i, names in enumerate(used):
                 for n in names:
-                    if n not in placed:
-                        placed.add(n)
+                    if n not in places:
                         size = space[self.entry.registers[n]]
-                        self.places[n] = free[size].pop() if free[size] else fresh(size)
-                for n in {n for n in names if last[n] == i}:
-                    free[space[self.entry.registers[n]]].append(self.places[n])
+                        places[n] = free[size].pop() if free[size] else fresh(size)
+                for n in names:
+                    if last[n] == i:
+                        free[space[self.entry.registers[n]]].append(places[n])
+            self.block_places.append(places)
         self.marks = {n: fresh(4) for n in sorted(self.accumulators | self.fragments)}
         self.unwritten = {n: fresh(4) for n in sorted(self.doubtful)}
         self.size = -(-self.size // 256) * 256
@@ -210,7 +214,11 @@ class Translator(Arithmetic, Memory, Tensor):
         """An operand as a vector of its type: F32, S16, ...; U32 for untyped bits."""
         bits = max(WIDTHS[kind], 16) if kind != "pred" else 1
         expression = self.raw(text, bits, kind == "f32")
-        return f"(({kind[0].upper()}{bits}){expression})" if kind in ("s8", "s16", "s32", "s64", "f32", "f64") else expression
+        return (
+            f"(({kind[0].upper()}{bits}){expression})"
+            if kind in ("s8", "s16", "s32", "s64", "f32", "f64")
+            else expression
+        )
 
     def set(self, target: str, kind: str, expression: str) -> str:
         """Assigns to a register what has type `kind`; a wider register takes it by the type's sign."""
@@ -225,7 +233,11 @@ class Translator(Arithmetic, Memory, Tensor):
         elif own > 1:
             expression = f"(U{own})({expression})"
         place = self.register(target)
-        return f"put({place}, {expression}, {self.wide});" if target in self.kept or self.wide != "M" else f"{place} = {expression};"
+        return (
+            f"put({place}, {expression}, {self.wide});"
+            if target in self.kept or self.wide != "M"
+            else f"{place} = {expression};"
+        )
 
     def address(self, text: str) -> str:
         base, offset = re.fullmatch(r"\[\s*(.+?)\s*(?:\+\s*(-?\w+))?\s*\]", text).groups()
@@ -247,7 +259,9 @@ class Translator(Arithmetic, Memory, Tensor):
         self.mask, self.wide, before = "m", "M", ""
         if c.guard:
             guard = self.raw(c.guard, 1)
-            before = f"const Pred G = M & {'~' if c.negated else ''}{guard}; const uint32_t gm = bits(G); if (!gm) return;"
+            before = (
+                f"const Pred G = M & {'~' if c.negated else ''}{guard}; const uint32_t gm = bits(G); if (!gm) return;"
+            )
             self.mask, self.wide = "gm", "G"
         handler = getattr(self, "do_" + c.name, None)
         if handler is None:
@@ -269,7 +283,10 @@ class Translator(Arithmetic, Memory, Tensor):
 
         if not product:
             marked = [n for n in dict.fromkeys(reads + writes) if n in self.marks]
-            note("touch(w, regs, s, m);", [[self.marks[n], int(n not in self.accumulators and n not in writes)] for n in marked])
+            note(
+                "touch(w, regs, s, m);",
+                [[self.marks[n], int(n not in self.accumulators and n not in writes)] for n in marked],
+            )
         if c.name not in ("mov", "selp"):
             note("need_written(w, regs, s, m);", [[self.unwritten[n]] for n in reads if n in self.unwritten])
         written = [[self.unwritten[n]] for n in writes if n in self.unwritten]
@@ -283,6 +300,7 @@ class Translator(Arithmetic, Memory, Tensor):
             code, following, target, predicate, negated = [], i + 1, EXIT, -1, 0
             counts = [0] * len(CLASSES)
             self.operands = []
+            self.places |= self.block_places[i]
             before = self.entry.blocks[i - 1].code[-1] if i else None
             if before and before.name in ("bar", "barrier") and (text := self.after_barrier(before)):
                 code.append((text, self.operands))

@@ -19,7 +19,12 @@ FORMS = {
     "ex2": ("exp2_of({0})", "t", "t"), "lg2": ("log2_of({0})", "t", "t"), "sin": ("sine({0})", "t", "t"),
     "cos": ("cosine({0})", "t", "t"), "tanh": ("tanh_of({0})", "t", "t"),
 }  # fmt: skip
-ROUNDED = {"add": "{0}, F32{{}} + 1.f, {1}", "sub": "{1}, F32{{}} - 1.f, {0}", "mul": "{0}, {1}, F32{{}} - 0.f", "fma": "{0}, {1}, {2}"}
+ROUNDED = {
+    "add": "{0}, F32{{}} + 1.f, {1}",
+    "sub": "{1}, F32{{}} - 1.f, {0}",
+    "mul": "{0}, {1}, F32{{}} - 0.f",
+    "fma": "{0}, {1}, {2}",
+}
 ROUNDS = dict(rz="kTowardZero", rm="kFloor", rp="kCeiling")
 INTEGRAL = dict(rzi="kTowardZero", rni="kNearest", rmi="kFloor", rpi="kCeiling")
 HALVES = dict(f16="f16", bf16="bf16", f16x2="f16", bf16x2="bf16")
@@ -63,7 +68,9 @@ class Arithmetic:
         text = "higher({}, F32{{}})" if "relu" in c.op else "{}"
         if kind == HALVES[kind]:
             return self.set(c.args[0], kind, f"{to}({text.format(form.format(*(f'{of}({x})' for x in raw)))})")
-        low, high = (f"{to}({text.format(form.format(*(f'{of}({part}({x}))' for x in raw)))})" for part in ("low", "top"))
+        low, high = (
+            f"{to}({text.format(form.format(*(f'{of}({part}({x}))' for x in raw)))})" for part in ("low", "top")
+        )
         return self.set(c.args[0], kind, f"pair({low}, {high})")
 
     def do_min(self, c: Instruction) -> str:
@@ -88,7 +95,9 @@ class Arithmetic:
         if source.startswith("{"):
             parts = self.vector(source)
             each = bits // len(parts)
-            return self.set(to, kind, " | ".join(f"TO(U{bits}, {self.raw(p, each)}) << {each * i}" for i, p in enumerate(parts)))
+            return self.set(
+                to, kind, " | ".join(f"TO(U{bits}, {self.raw(p, each)}) << {each * i}" for i, p in enumerate(parts))
+            )
         return self.set(to, kind, self.raw(source, bits, kind == "f32"))
 
     def do_lop3(self, c: Instruction) -> str:
@@ -121,10 +130,15 @@ class Arithmetic:
     def do_setp(self, c: Instruction) -> str:
         if c.op[-1] in ("f16x2", "bf16x2"):
             raise ValueError("a comparison of pairs")
-        sign = next((dict(zip(("and", "or", "xor"), "&|^", strict=True))[o] for o in c.op[2:-1] if o in ("and", "or", "xor")), "")
+        sign = next(
+            (dict(zip(("and", "or", "xor"), "&|^", strict=True))[o] for o in c.op[2:-1] if o in ("and", "or", "xor")),
+            "",
+        )
         text = f"const Pred holds = {self.compared(c)}; "
         rest = f" {sign} {self.raw(c.args[3], 1)}" if sign else ""
-        return text + " ".join(self.set(t, "pred", f"({'~' * i}holds){rest}") for i, t in enumerate(c.args[0].split("|")))
+        return text + " ".join(
+            self.set(t, "pred", f"({'~' * i}holds){rest}") for i, t in enumerate(c.args[0].split("|"))
+        )
 
     def do_set(self, c: Instruction) -> str:
         ones = "(U32)(F32{} + 1.f)" if c.op[-2] == "f32" else "k32(~0u)"
@@ -170,7 +184,9 @@ class Arithmetic:
             x = f"to_int<{big}>({x}, {how})"
             source = big.lower()
         if WIDTHS[to] < 32 and floating or "sat" in c.op:
-            least, most = (0, 2 ** WIDTHS[to] - 1) if to[0] == "u" else (-(2 ** (WIDTHS[to] - 1)), 2 ** (WIDTHS[to] - 1) - 1)
+            least, most = (
+                (0, 2 ** WIDTHS[to] - 1) if to[0] == "u" else (-(2 ** (WIDTHS[to] - 1)), 2 ** (WIDTHS[to] - 1) - 1)
+            )
             type_ = f"{source[0].upper().replace('B', 'U')}{max(WIDTHS[source], 16)}"
             if source[0] == "s":
                 x = f"higher({x}, {type_}{{}} + ({least}))"

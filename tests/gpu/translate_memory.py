@@ -75,6 +75,8 @@ class Memory:
     def do_st(self, c: Instruction) -> str:
         if "async" in c.op:
             return self.store_async(c)
+        if c.op[1] == "param":  # the argument of a call
+            return ""
         kind, names = c.op[-1], self.vector(c.args[1])
         own = [self.entry.registers[n] for n in names if n in self.entry.registers]
         bits = max([WIDTHS[kind], 16, *own])
@@ -103,7 +105,11 @@ class Memory:
         text = self.raw(c.args[1], 64)
         if any(o.startswith("shared") for o in c.op):
             text = f"to_{'shared' if 'to' in c.op else 'generic'}(w, {text})"
-        return self.set(c.args[0], "b64", text) if self.entry.registers[c.args[0]] == 64 else self.set(c.args[0], "b32", f"TO(U32, {text})")
+        return (
+            self.set(c.args[0], "b64", text)
+            if self.entry.registers[c.args[0]] == 64
+            else self.set(c.args[0], "b32", f"TO(U32, {text})")
+        )
 
     def do_isspacep(self, c: Instruction) -> str:
         return self.set(c.args[0], "pred", f"in_space(w, {SPACES[c.op[1]]}, {self.raw(c.args[1], 64)})")
@@ -138,7 +144,9 @@ class Memory:
 
     def do_fence(self, c: Instruction) -> str:
         if "tensormap::generic" in c.op:
-            return f"map_acquire(w, {self.site(c)}, {self.address(c.args[0])}, {self.mask});" if "acquire" in c.op else ""
+            return (
+                f"map_acquire(w, {self.site(c)}, {self.address(c.args[0])}, {self.mask});" if "acquire" in c.op else ""
+            )
         if "mbarrier_init" in c.op or "proxy" in c.op:
             return f"proxy_fence(w, {self.mask});"
         return self.do_membar(c)
@@ -151,7 +159,9 @@ class Memory:
         how = dict(up="kUp", down="kDown", bfly="kButterfly", idx="kIndex")[c.op[2]]
         to, *inside = c.args[0].split("|")
         a, b, k, members = (self.raw(x, 32) for x in c.args[1:])
-        call = f"Pred ok; const U32 got = shuffle(w, {self.site(c)}, {how}, {a}, {b}, {k}, {members}, {self.mask}, &ok); "
+        call = (
+            f"Pred ok; const U32 got = shuffle(w, {self.site(c)}, {how}, {a}, {b}, {k}, {members}, {self.mask}, &ok); "
+        )
         return call + " ".join([self.set(to, "b32", "got"), *(self.set(p, "pred", "ok") for p in inside)])
 
     def do_vote(self, c: Instruction) -> str:
@@ -173,7 +183,11 @@ class Memory:
     def do_redux(self, c: Instruction) -> str:
         lane = "int32_t" if c.op[-1] == "s32" else "uint32_t"
         value, members = self.raw(c.args[1], 32), self.raw(c.args[2], 32)
-        return self.set(c.args[0], "b32", f"k32(reduce<{lane}>(w, {self.site(c)}, {ATOMS[c.op[2]]}, {value}, {members}, {self.mask}))")
+        return self.set(
+            c.args[0],
+            "b32",
+            f"k32(reduce<{lane}>(w, {self.site(c)}, {ATOMS[c.op[2]]}, {value}, {members}, {self.mask}))",
+        )
 
     def do_elect(self, c: Instruction) -> str:
         to, p = c.args[0].split("|")
@@ -187,7 +201,12 @@ class Memory:
         return f"nap(w, {self.site(c)});"
 
     def do_trap(self, c: Instruction) -> str:
-        return f'trap(w, {self.site(c)}, "trap");'
+        return f'trap(w, {self.site(c)}, "{c.name}");'
+
+    do_brkpt = do_trap
+
+    def do_call(self, c: Instruction) -> str:  # the functions that PTX may call without a body
+        return "" if "vprintf" in c.text else self.do_trap(c)
 
     # -- barriers of a block, or of a cluster
     def do_bar(self, c: Instruction) -> str:

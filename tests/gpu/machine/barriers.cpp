@@ -5,7 +5,7 @@
 static void open(Block& b, int id) {
     Barrier& a = b.barriers[id];
     for (Warp& w : b.warps)
-        if (w.waits_at == id) w.waits_at = -1, w.barrier_result = a.yes | a.all << 16, acquire(w, a.clock), meet(w);
+        if (w.waits_at == id) w.waits_at = -1, w.barrier_result = a.yes | a.all << 16, acquire(w, a.clock), sync(w);
     a = {};
     b.processor->events++;
 }
@@ -22,11 +22,14 @@ void barrier(Warp& w, int site, const U32& ids, const U32& counts, bool waits, u
     const uint32_t id = ids[first], threads = counts[first];
     LANE_OF(mask) if (ids[l] != id || counts[l] != threads) fault(w, site, "lanes differ in a barrier");
     if (id > 15) fault(w, site, "barrier " + std::to_string(id) + ": there are 16");
-    if (threads % 32) fault(w, site, "a barrier of " + std::to_string(threads) + " threads: a multiple of 32 is needed");
+    if (threads % 32)
+        fault(w, site, "a barrier of " + std::to_string(threads) + " threads: a multiple of 32 is needed");
     Barrier& a = b.barriers[id];
     const uint32_t expected = threads ? threads : 32 * b.alive;
     if (a.arrived && (a.whole != !threads || (threads && a.expected != threads)))
-        fault(w, site, "barrier " + std::to_string(id) + " of " + std::to_string(expected) + " threads, and others say " + std::to_string(a.expected));
+        fault(w, site,
+              "barrier " + std::to_string(id) + " of " + std::to_string(expected) + " threads, and others say " +
+                  std::to_string(a.expected));
     a.whole = !threads, a.expected = expected, a.arrived += 32, a.all += std::popcount(mask);
     if (waits) w.waits_at = id, w.site = site, w.yield = true;
     if (vote) a.yes += std::popcount(bits(*vote) & mask);
@@ -42,7 +45,9 @@ void open_if_complete(Company& company, int cluster) {
     for (int i = 0; i < company.cluster; i++) warps += company.blocks[cluster * company.cluster + i].alive;
     if (c.arrived && c.arrived >= warps) c.arrived = 0, c.phase++, c.done = std::move(c.now), c.now = {};
 }
-static ClusterBarrier& cluster_barrier(Warp& w) { return w.block->company->barriers[w.block->number / w.block->company->cluster]; }
+static ClusterBarrier& cluster_barrier(Warp& w) {
+    return w.block->company->barriers[w.block->number / w.block->company->cluster];
+}
 void cluster_arrive(Warp& w, int site, bool releases, uint32_t mask) {
     need_whole_warp(w, site, mask), count_run(w, site, mask);
     ClusterBarrier& c = cluster_barrier(w);
@@ -59,7 +64,7 @@ void cluster_wait(Warp& w, int site, bool acquires, uint32_t mask) {
         w.yield = true, w.site = site;
         throw Park{-1, "waits for the cluster"};
     }
-    if (acquires) acquire(w, c.done), meet(w);
+    if (acquires) acquire(w, c.done), sync(w);
 }
 
 // ---- mbarriers (ISA 9.7.13.15), as eight bytes of shared memory
@@ -107,7 +112,8 @@ void mbarrier_init(Warp& w, int site, const U64& at, const U32& n, uint32_t mask
 void mbarrier_inval(Warp& w, int site, const U64& at, uint32_t mask) {
     LANE_OF(mask) find(w, site, kShared, at[l], l).barrier.mark = 0;
 }
-U64 mbarrier_arrive(Warp& w, int site, Space space, Order order, const U64& at, const U32& n, const U32& bytes, bool drop, uint32_t mask) {
+U64 mbarrier_arrive(Warp& w, int site, Space space, Order order, const U64& at, const U32& n, const U32& bytes,
+                    bool drop, uint32_t mask) {
     count_run(w, site, mask);
     U64 phase = {};
     LANE_OF(mask) {

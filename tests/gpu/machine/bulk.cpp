@@ -1,5 +1,5 @@
-// Bulk copies: TMA's tiles, plain spans, st.async; and tensor maps (ISA 5.5, 9.7.9.25, 9.7.9.28). A load is delivered as
-// late as anything waits for it or, with a seed, at any time before; a store runs when its group is waited for.
+// Bulk copies: TMA's tiles, plain spans, st.async; and tensor maps (ISA 5.5, 9.7.9.25, 9.7.9.28). A load is delivered
+// as late as anything waits for it or, with a seed, at any time before; a store runs when its group is waited for.
 #include "machine.h"
 #include "tensor_map.h"
 
@@ -31,22 +31,26 @@ template <class F> void each_chunk(const Box& box, F&& f) {  // f(shared address
         for (int64_t c = 0; c < int64_t(box.line); c += 16) {
             const uint64_t flat = box.shared + i * box.line + c;
             const int64_t end = std::min<int64_t>(16, box.line - c), from = std::clamp<int64_t>(low - c, 0, end);
-            f(flat ^ (flat >> 7 & masks[box.map.swizzle]) << 4, line + c, line ? from : 0, line ? std::clamp<int64_t>(high - c, from, end) : 0);
+            f(flat ^ (flat >> 7 & masks[box.map.swizzle]) << 4, line + c, line ? from : 0,
+              line ? std::clamp<int64_t>(high - c, from, end) : 0);
         }
     }
 }
 Box box_of(Warp& w, int site, uint64_t map, int n, const U32* at, uint64_t shared, int lane, bool loads) {
     Box box = {};
-    if (w.block->company->maps[map]) fault(w, site, "the tensor map has been changed, and no fence.proxy.tensormap acquires it");
+    if (w.block->company->maps[map])
+        fault(w, site, "the tensor map has been changed, and no fence.proxy.tensormap acquires it");
     if (map % 64) fault(w, site, "a tensor map at " + hex(map) + " is not aligned to 64 bytes");
     memcpy(&box.map, (const void*)map, sizeof box.map);
     const TensorMap& m = box.map;
     if (m.magic != kTensorMap) fault(w, site, hex(map) + " is no tensor map");
-    if (int(m.rank) != n) fault(w, site, std::to_string(n) + " coordinates, and a map of " + std::to_string(m.rank) + " dimensions");
+    if (int(m.rank) != n)
+        fault(w, site, std::to_string(n) + " coordinates, and a map of " + std::to_string(m.rank) + " dimensions");
     box.shared = shared, box.line = uint64_t(m.box[0]) * m.element, box.lines = 1;
     for (int d = 1; d < n; d++) box.lines *= m.box[d];
     for (int d = 0; d < n; d++) box.at[d] = int32_t(at[d][lane]);
-    if (shared % (m.swizzle ? 128 << m.swizzle : 128)) fault(w, site, "a tile at shared address " + hex(shared) + " is not aligned to its swizzle");
+    if (shared % (m.swizzle ? 128 << m.swizzle : 128))
+        fault(w, site, "a tile at shared address " + hex(shared) + " is not aligned to its swizzle");
     if (shared + box.bytes() > w.block->shared_size) fault(w, site, "the tile ends past the shared memory");
     for (uint64_t i = 0; i < box.lines; i++) {
         int64_t low, high;
@@ -70,11 +74,13 @@ void begin(Warp& w, int site, int lane, Space space, uint64_t to, uint32_t n, ui
     Block* const first = w.block - w.block->rank;
     Block* const signals = shared_block(w, site, space, barrier, at);
     if (!named || !signals) fault(w, site, hex(to) + " is no shared address");
-    if (!ranks && signals != named) fault(w, site, "the mbarrier is another block's than the copy's destination");
+    if (!ranks && signals != named) fault(w, site, "the mbarrier is in another block than the destination of the copy: " + hex(barrier) + ", " + hex(to));
     for (int rank = 0; rank < w.block->company->cluster; rank++) {
         if (!(ranks ? *ranks >> rank & 1 : first + rank == named)) continue;
         Block& b = first[rank];
-        if (!b.alive) fault(w, site, "block " + std::to_string(rank) + " of the cluster has ended, and its shared memory with it");
+        if (!b.alive)
+            fault(w, site,
+                  "block " + std::to_string(rank) + " of the cluster has ended, and its shared memory with it");
         if (offset + n > b.shared_size) fault(w, site, "the copy ends past the shared memory");
         check_mbarrier(w, site, b, at, lane);
         check_write(w, site, b, offset, n, lane, kCopying);
@@ -86,19 +92,21 @@ void begin(Warp& w, int site, int lane, Space space, uint64_t to, uint32_t n, ui
 }
 }  // namespace
 
-void tma_load(Warp& w, int site, const U64& to, const U64& map, int n, const U32* at, const U64& barrier, const U32* ranks, uint32_t mask) {
+void tma_load(Warp& w, int site, const U64& to, const U64& map, int n, const U32* at, const U64& barrier,
+              const U32* ranks, uint32_t mask) {
     LANE_OF(mask) {
         uint64_t offset;
         if (!shared_block(w, site, kShared, to[l], offset)) continue;
         const Box box = box_of(w, site, map[l], n, at, offset, l, true);
         count_bulk(w, site, box.bytes());
         const uint32_t mask_of_ranks = ranks ? (*ranks)[l] & 0xffff : 0;
-        begin(w, site, l, kShared, to[l], box.bytes(), barrier[l], ranks ? &mask_of_ranks : nullptr, [box](Block& b, uint64_t) {
-            each_chunk(box, [&](uint64_t p, const char* from, int64_t low, int64_t high) {
-                memset(b.shared + p, 0, 16);
-                memcpy(b.shared + p + low, from + low, high - low);
-            });
-        });
+        begin(w, site, l, kShared, to[l], box.bytes(), barrier[l], ranks ? &mask_of_ranks : nullptr,
+              [box](Block& b, uint64_t) {
+                  each_chunk(box, [&](uint64_t p, const char* from, int64_t low, int64_t high) {
+                      memset(b.shared + p, 0, 16);
+                      memcpy(b.shared + p + low, from + low, high - low);
+                  });
+              });
     }
 }
 void tma_store(Warp& w, int site, const U64& map, int n, const U32* at, const U64& from, uint32_t mask) {
@@ -113,8 +121,8 @@ void tma_store(Warp& w, int site, const U64& map, int n, const U32* at, const U6
                                  }});
     }
 }
-void bulk_copy(Warp& w, int site, Bulk how, const U64& to, const U64& from, const U32& bytes, const U64& barrier, const U32* ranks,
-               uint32_t mask) {
+void bulk_copy(Warp& w, int site, Bulk how, const U64& to, const U64& from, const U32& bytes, const U64& barrier,
+               const U32* ranks, uint32_t mask) {
     LANE_OF(mask) {
         const uint32_t n = bytes[l];
         if (n % 16 || to[l] % 16 || from[l] % 16) fault(w, site, lane_name(l) + ": a bulk copy goes by 16 bytes");
@@ -123,7 +131,8 @@ void bulk_copy(Warp& w, int site, Bulk how, const U64& to, const U64& from, cons
             check_bounds(w, site, outside, n, l);
             global_access(w, site, outside, n, l, kPlain, how == kToShared, how == kToGlobal, w.waited);
         }
-        if (how != kToShared && from[l] + n > w.block->shared_size) fault(w, site, "the copy starts past the shared memory");
+        if (how != kToShared && from[l] + n > w.block->shared_size)
+            fault(w, site, "the copy starts past the shared memory");
         count_bulk(w, site, n);
         const auto read = [&w, site, n, p = from[l], lane = int(l), seen = w.seen](char* to) {
             check_read(w, site, *w.block, p, n, lane, kUnit, seen);
@@ -135,17 +144,20 @@ void bulk_copy(Warp& w, int site, Bulk how, const U64& to, const U64& from, cons
             continue;
         }
         const uint32_t mask_of_ranks = ranks ? (*ranks)[l] & 0xffff : 0;
-        begin(w, site, l, kShared, to[l], n, barrier[l], ranks ? &mask_of_ranks : nullptr, [=, p = from[l]](Block& b, uint64_t at) {
-            if (how == kToCluster) read(b.shared + at);
-            else memcpy(b.shared + at, (const char*)p, n);
-        });
+        begin(w, site, l, kShared, to[l], n, barrier[l], ranks ? &mask_of_ranks : nullptr,
+              [=, p = from[l]](Block& b, uint64_t at) {
+                  if (how == kToCluster) read(b.shared + at);
+                  else memcpy(b.shared + at, (const char*)p, n);
+              });
     }
 }
-void store_async(Warp& w, int site, const U64& at, int n, int bytes, const U64* values, const U64& barrier, uint32_t mask) {
+void store_async(Warp& w, int site, const U64& at, int n, int bytes, const U64* values, const U64& barrier,
+                 uint32_t mask) {
     LANE_OF(mask) {
         std::array<uint64_t, 4> v = {};
         for (int i = 0; i < n; i++) memcpy((char*)&v + i * bytes, &values[i][l], bytes);
-        begin(w, site, l, kShared, at[l], n * bytes, barrier[l], nullptr, [=](Block& b, uint64_t p) { memcpy(b.shared + p, &v, n * bytes); });
+        begin(w, site, l, kShared, at[l], n * bytes, barrier[l], nullptr,
+              [=](Block& b, uint64_t p) { memcpy(b.shared + p, &v, n * bytes); });
     }
 }
 void deliver(Block& b, size_t i) {
@@ -194,7 +206,8 @@ void map_replace(Warp& w, int site, Space space, const U64& at, int field, int w
         }
         memcpy(p, &m, sizeof m);
         uint64_t offset;
-        if (space == kShared || shared_block(w, site, space, at[l], offset)) stamp(w, *w.block, space == kShared ? at[l] : offset, 128, l, kOrdinary);
+        if (space == kShared || shared_block(w, site, space, at[l], offset))
+            stamp(w, *w.block, space == kShared ? at[l] : offset, 128, l, kOrdinary);
         else w.block->company->maps[at[l]] = true;
     }
 }

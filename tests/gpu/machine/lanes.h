@@ -93,7 +93,9 @@ IN F32 flush(F32 x) {  // subnormal numbers to zero, with their sign
 IN F32 saturate(F32 x) { return x > 0.f ? (x < 1.f ? x : F32{} + 1.f) : F32{}; }
 IN F32 magnitude(F32 x) { return (F32)((U32)x & 0x7fffffffu); }
 IN F32 negative(F32 x) { return (F32)((U32)x ^ 0x80000000u); }
-IN F32 lower(F32 a, F32 b) { return (b != b) ? a : (a < b) | ((a == b) & ((S32)a < 0)) ? a : b; }  // not the NaN; -0 < +0
+IN F32 lower(F32 a, F32 b) {
+    return (b != b) ? a : (a < b) | ((a == b) & ((S32)a < 0)) ? a : b;
+}  // not the NaN; -0 < +0
 IN F32 higher(F32 a, F32 b) { return (b != b) ? a : (a > b) | ((a == b) & ((S32)b < 0)) ? a : b; }
 IN F32 lower_nan(F32 a, F32 b) { return (a != a) ? a : (b != b) ? b : lower(a, b); }
 IN F32 higher_nan(F32 a, F32 b) { return (a != a) ? a : (b != b) ? b : higher(a, b); }

@@ -1,5 +1,5 @@
-// The machine's state. A launch's blocks run one after another, except those that may wait for each other: the blocks of
-// a cluster, or all blocks of a cooperative grid. Such a set is a Company; a host thread runs one company at a time.
+// The machine's state. A launch's blocks run one after another, except those that may wait for each other: the blocks
+// of a cluster, or all blocks of a cooperative grid. Such a set is a Company; a host thread runs one company at a time.
 #pragma once
 #include <algorithm>
 #include <array>
@@ -34,13 +34,13 @@ inline void join(Clock& a, const Clock& b) {
     if (a.size() < b.size()) a.resize(b.size());
     for (size_t i = 0; i < b.size(); i++) a[i] = std::max(a[i], b[i]);
 }
-struct Seen {  // what a warp knows when it issues an instruction
-    Clock clock, fenced;  // now, and at its last fence.proxy.async
+struct Seen {                           // what a warp knows when it issues an instruction
+    Clock clock, fenced;                // now, and at its last fence.proxy.async
     std::array<uint32_t, 32> fences{};  // each lane's number of fence.proxy.async
 };
 enum Kind : uint8_t { kOrdinary, kAtomicWrite, kCopying, kCopied };  // kCopying: a copy may write at any time
-struct Stamp {  // the last write to a word of shared memory
-    uint16_t agent = 0;  // 1 + the agent; 0: nobody
+struct Stamp {                                                       // the last write to a word of shared memory
+    uint16_t agent = 0;                                              // 1 + the agent; 0: nobody
     uint8_t lane = 0;
     Kind kind = kOrdinary;
     uint32_t time = 0, fences = 0;
@@ -120,7 +120,7 @@ struct Warp : WarpBase {
     int waits_at = -1;  // a barrier's number
     int site = -1;      // where it waits
     Seen seen;
-    uint32_t synced;          // its time when its lanes last met
+    uint32_t met, synced;     // its time when its lanes last executed an instruction together, and bar.warp.sync
     Clock pending, released;  // what relaxed reads have met; what it knew at its last fence
     bool waited;              // for the kernel ahead: griddepcontrol.wait
     int cluster_phase;        // of the cluster's barrier, when it last arrived
@@ -138,7 +138,7 @@ struct Barrier {
 struct PhaseClock {  // of an mbarrier: of the arrivals in this phase, and of those before
     Clock now, done;
 };
-struct Decoded {  // operand B of a wgmma, which the four warps of a warpgroup share
+struct Decoded {                              // operand B of a wgmma, which the four warps of a warpgroup share
     uint64_t low = 0, high = 0, version = 0;  // where it lies in shared memory, and the sum of its versions
     std::vector<float> values;
 };
@@ -154,13 +154,13 @@ struct Block {
     Barrier barriers[16];
     std::vector<Transfer> transfers;
     int alive;
-    bool rotate;  // run groups of lanes in any order: one may poll for another
-    int pool;     // registers that no thread has
-    int unit;     // the asynchronous unit's agent
-    std::vector<Stamp> stamps;    // by word
-    std::vector<uint32_t> reads;  // by word and agent of the cluster: time << 8 | lanes
-    std::map<uint64_t, PhaseClock> clocks;  // of mbarriers
-    std::vector<uint64_t> versions;         // of each 1024 bytes: how often they were written
+    bool rotate;                                          // run groups of lanes in any order: one may poll for another
+    int pool;                                             // registers that no thread has
+    int unit;                                             // the asynchronous unit's agent
+    std::vector<Stamp> stamps;                            // by word
+    std::vector<uint32_t> reads;                          // by word and agent of the cluster: time << 8 | lanes
+    std::map<uint64_t, PhaseClock> clocks;                // of mbarriers
+    std::vector<uint64_t> versions;                       // of each 1024 bytes: how often they were written
     std::map<std::pair<int, uint64_t>, Decoded> decoded;  // by site and descriptor
     void wrote(uint64_t p, size_t n) {
         for (uint64_t i = p >> 10; i <= (p + n - 1) >> 10; i++) versions[i]++;
@@ -177,7 +177,7 @@ struct Company {
     Clock time;  // of asynchronous units
     std::unordered_map<uint64_t, GlobalStamp> global;
     std::unordered_map<uint64_t, Clock> released;  // by address of global memory
-    std::map<uint64_t, bool> maps;                 // tensor maps that the kernel has changed: true until one is acquired
+    std::map<uint64_t, bool> maps;  // tensor maps that the kernel has changed: true until one is acquired
     Warp* warp(int agent) {
         const int per = blocks[0].warps.size() + 1;
         return &blocks[agent / per].warps[agent % per];
@@ -234,7 +234,8 @@ void need_members(Warp&, int site, const U32& members, uint32_t mask);
 enum Access { kOneLane, kAllLanes, kUnit };  // kUnit: TMA or wgmma, through the asynchronous proxy
 void release(Warp&, Clock&);
 void acquire(Warp&, const Clock&);
-void meet(Warp&);  // the warp's lanes have met
+void meet(Warp&);  // the warp's lanes execute an instruction together: none writes before another has read
+void sync(Warp&);  // and see each other's writes
 void check_read(Warp&, int site, Block&, uint64_t p, size_t n, int lane, Access, const Seen&);
 void check_write(Warp&, int site, Block&, uint64_t p, size_t n, int lane, Kind);
 void stamp(Warp&, Block&, uint64_t p, size_t n, int lane, Kind);

@@ -11,12 +11,13 @@ struct Range {
 static std::vector<Range> ranges;  // of the tensors, sorted; none: nothing is checked
 static thread_local size_t last_range;
 
-extern "C" __attribute__((visibility("default"))) void gpu_ranges(int n, const uint64_t* low, const uint64_t* high, const char* const* names,
-                                                                  int replace) {
+extern "C" __attribute__((visibility("default"))) void gpu_ranges(int n, const uint64_t* low, const uint64_t* high,
+                                                                  const char* const* names, int replace) {
     if (replace) ranges.clear();
     last_range = 0;
     for (int i = 0; i < n; i++)
-        if (replace || (!ranges.empty() && std::none_of(ranges.begin(), ranges.end(), [&](const Range& r) { return r.low == low[i]; })))
+        if (replace || (!ranges.empty() &&
+                        std::none_of(ranges.begin(), ranges.end(), [&](const Range& r) { return r.low == low[i]; })))
             ranges.push_back({low[i], high[i], names[i]});
     std::sort(ranges.begin(), ranges.end(), [](const Range& a, const Range& b) { return a.low < b.low; });
 }
@@ -29,7 +30,8 @@ void check_bounds(Warp& w, int site, uint64_t p, size_t n, int lane) {
     if (next != ranges.begin()) {
         const Range& r = *--next;
         if (p + n <= r.high) return void(last_range = next - ranges.begin());
-        if (where.empty() || p + n - r.high < 65536) where = std::to_string(p + n - r.high) + " bytes past the end of " + r.name;
+        if (where.empty() || p + n - r.high < 65536)
+            where = std::to_string(p + n - r.high) + " bytes past the end of " + r.name;
     }
     fault(w, site, what + where);
 }
@@ -39,19 +41,25 @@ Block* shared_block(Warp& w, int site, Space space, uint64_t p, uint64_t& offset
     Block* const first = &own - own.rank;
     if (space == kShared) {
         const uint64_t rank = p >> 24;
-        if (rank > uint64_t(own.company->cluster)) fault(w, site, "shared address " + hex(p) + " names no block of the cluster");
+        if (rank > uint64_t(own.company->cluster))
+            fault(w, site, "shared address " + hex(p) + " names no block of the cluster");
         offset = p & 0xffffff;
         Block* const b = rank ? first + rank - 1 : &own;
-        if (!b->alive) fault(w, site, "block " + std::to_string(b->rank) + " of the cluster has ended, and its shared memory with it");
+        if (!b->alive)
+            fault(w, site,
+                  "block " + std::to_string(b->rank) + " of the cluster has ended, and its shared memory with it");
         return b;
     }
     for (int i = 0; i < own.company->cluster; i++)
-        if (const uint64_t s = uint64_t(first[i].shared); p >= s && p < s + first[i].shared_size) return offset = p - s, first + i;
+        if (const uint64_t s = uint64_t(first[i].shared); p >= s && p < s + first[i].shared_size)
+            return offset = p - s, first + i;
     return nullptr;
 }
 char* resolve(Warp& w, int site, Space space, uint64_t p, size_t n, int lane) {
     if (p % n) fault(w, site, lane_name(lane) + ": misaligned address " + hex(p));
-    const auto within = [&](const char* begin, uint64_t size) { return p >= uint64_t(begin) && p + n <= uint64_t(begin) + size; };
+    const auto within = [&](const char* begin, uint64_t size) {
+        return p >= uint64_t(begin) && p + n <= uint64_t(begin) + size;
+    };
     uint64_t offset;
     if (space == kShared || space == kGeneric)
         if (Block* b = shared_block(w, site, space, p, offset)) {
@@ -69,11 +77,14 @@ U64 to_shared(Warp& w, const U64& p) {
     U64 r = p;
     EACH_LANE {
         uint64_t offset;
-        if (Block* b = shared_block(w, 0, kGeneric, p[l], offset)) r[l] = offset | (b == w.block ? 0 : uint64_t(b->rank + 1) << 24);
+        if (Block* b = shared_block(w, 0, kGeneric, p[l], offset))
+            r[l] = offset | (b == w.block ? 0 : uint64_t(b->rank + 1) << 24);
     }
     return r;
 }
-static char* shared_at(Warp& w, uint64_t p) { return (p >> 24 ? w.block + (int64_t(p >> 24) - 1 - w.block->rank) : w.block)->shared + (p & 0xffffff); }
+static char* shared_at(Warp& w, uint64_t p) {
+    return (p >> 24 ? w.block + (int64_t(p >> 24) - 1 - w.block->rank) : w.block)->shared + (p & 0xffffff);
+}
 U64 to_generic(Warp& w, const U64& p) {
     U64 r;
     EACH_LANE r[l] = (p[l] >> 24) <= uint64_t(w.block->company->cluster) ? uint64_t(shared_at(w, p[l])) : 0;
@@ -82,8 +93,11 @@ U64 to_generic(Warp& w, const U64& p) {
 U64 map_shared(Warp& w, const U64& p, const U32& rank, bool generic) {
     U64 r;
     EACH_LANE {
-        const uint64_t offset = generic ? p[l] - uint64_t(w.block->shared) : p[l] & 0xffffff, mapped = uint64_t(rank[l] + 1) << 24 | offset;
-        r[l] = rank[l] >= uint32_t(w.block->company->cluster) ? ~0ull : generic ? uint64_t(shared_at(w, mapped)) : mapped;
+        const uint64_t offset = generic ? p[l] - uint64_t(w.block->shared) : p[l] & 0xffffff,
+                       mapped = uint64_t(rank[l] + 1) << 24 | offset;
+        r[l] = rank[l] >= uint32_t(w.block->company->cluster) ? ~0ull
+               : generic                                      ? uint64_t(shared_at(w, mapped))
+                                                              : mapped;
     }
     return r;
 }
@@ -91,7 +105,8 @@ Pred in_space(Warp& w, Space space, const U64& p) {
     Pred r;
     EACH_LANE {
         uint64_t offset;
-        const bool shared = shared_block(w, 0, kGeneric, p[l], offset), local = p[l] - uint64_t(w.local) < 32 * w.local_size;
+        const bool shared = shared_block(w, 0, kGeneric, p[l], offset),
+                   local = p[l] - uint64_t(w.local) < 32 * w.local_size;
         r[l] = -int(space == kShared ? shared : space == kLocal ? local : !shared && !local);
     }
     return r;
@@ -196,10 +211,11 @@ void store(Warp& w, int site, Space space, Order order, const U64& at, uint32_t 
     template void store<T, uint16_t>(Warp&, int, Space, Order, const U64&, uint32_t, int, const uint16_t* const*); \
     template void store<T, uint32_t>(Warp&, int, Space, Order, const U64&, uint32_t, int, const uint32_t* const*); \
     template void store<T, uint64_t>(Warp&, int, Space, Order, const U64&, uint32_t, int, const uint64_t* const*);
-LOADS(uint8_t) LOADS(int8_t) LOADS(uint16_t) LOADS(int16_t) LOADS(uint32_t) LOADS(int32_t) LOADS(uint64_t) LOADS(int64_t)
-STORES(uint8_t) STORES(uint16_t) STORES(uint32_t) STORES(uint64_t)
+LOADS(uint8_t)
+LOADS(int8_t) LOADS(uint16_t) LOADS(int16_t) LOADS(uint32_t) LOADS(int32_t) LOADS(uint64_t) LOADS(int64_t)
+    STORES(uint8_t) STORES(uint16_t) STORES(uint32_t) STORES(uint64_t)
 
-template <class T> static T combined(Warp& w, int site, Atomic how, T was, T a, T b) {
+        template <class T> static T combined(Warp& w, int site, Atomic how, T was, T a, T b) {
     switch (how) {
         case kAdd: return was + a;
         case kMin: return std::min(was, a);
@@ -217,13 +233,15 @@ template <class T> static T combined(Warp& w, int site, Atomic how, T was, T a, 
 }
 static std::mutex atomics;  // of the host threads that run blocks
 template <class T>
-void atomic(Warp& w, int site, Space space, Order order, Atomic how, const U64& at, uint32_t mask, const void* a, const void* b, void* old) {
+void atomic(Warp& w, int site, Space space, Order order, Atomic how, const U64& at, uint32_t mask, const void* a,
+            const void* b, void* old) {
     uint64_t p[32], offset;
     int lane[32], lanes = 0;
     const std::lock_guard lock(atomics);
     LANE_OF(mask) {
         T* const to = (T*)resolve(w, site, space, at[l], sizeof(T), l);
-        if (Block* s = space == kGlobal ? nullptr : shared_block(w, site, space, at[l], offset)) check_write(w, site, *s, offset, sizeof(T), l, kAtomicWrite), s->wrote(offset, sizeof(T));
+        if (Block* s = space == kGlobal ? nullptr : shared_block(w, site, space, at[l], offset))
+            check_write(w, site, *s, offset, sizeof(T), l, kAtomicWrite), s->wrote(offset, sizeof(T));
         else global_access(w, site, at[l], sizeof(T), l, order, true, true, w.waited);
         p[lanes] = at[l], lane[lanes++] = l;
         const T was = *to;
@@ -233,11 +251,13 @@ void atomic(Warp& w, int site, Space space, Order order, Atomic how, const U64& 
     w.block->processor->events++;
     count(w, site, space, p, lane, lanes, sizeof(T));
 }
-#define ATOMICS(T) template void atomic<T>(Warp&, int, Space, Order, Atomic, const U64&, uint32_t, const void*, const void*, void*);
-ATOMICS(uint32_t) ATOMICS(int32_t) ATOMICS(uint64_t) ATOMICS(int64_t) ATOMICS(float) ATOMICS(double)
+#define ATOMICS(T) \
+    template void atomic<T>(Warp&, int, Space, Order, Atomic, const U64&, uint32_t, const void*, const void*, void*);
+ATOMICS(uint32_t)
+ATOMICS(int32_t) ATOMICS(uint64_t) ATOMICS(int64_t) ATOMICS(float) ATOMICS(double)
 
-// ---- cp.async (ISA 9.7.9.25.3): done at its wait
-void copy_async(Warp& w, int site, const U64& to, const U64& from, int bytes, const U32& real, uint32_t mask) {
+    // ---- cp.async (ISA 9.7.9.25.3): done at its wait
+    void copy_async(Warp& w, int site, const U64& to, const U64& from, int bytes, const U32& real, uint32_t mask) {
     uint64_t source[32];
     int lane[32], lanes = 0;
     LANE_OF(mask) {
@@ -261,8 +281,11 @@ static void finish(Warp& w, const std::vector<Copy>& copies) {
     }
 }
 void copy_commit(Warp& w, int site, uint32_t mask) { need_whole_warp(w, site, mask), w.copies.commit(); }
-void copy_wait(Warp& w, int site, int left, uint32_t mask) { need_whole_warp(w, site, mask), finish(w, w.copies.take(left)); }
-void copy_arrive(Warp& w, int site, const U64& barrier, uint32_t mask) {  // cp.async.mbarrier.arrive.noinc, as early as can be
+void copy_wait(Warp& w, int site, int left, uint32_t mask) {
+    need_whole_warp(w, site, mask), finish(w, w.copies.take(left));
+}
+void copy_arrive(Warp& w, int site, const U64& barrier,
+                 uint32_t mask) {  // cp.async.mbarrier.arrive.noinc, as early as can be
     need_whole_warp(w, site, mask), w.copies.commit(), finish(w, w.copies.take(0));
     mbarrier_arrive(w, site, kShared, kRelease, barrier, k32(1), k32(0), false, mask);
 }
@@ -291,6 +314,6 @@ void store_matrix(Warp& w, int site, int n, bool transposed, const U64& at, uint
     count_matrix(w, site, n, at, mask);
     for (int l = 0; l < 8 * n; l++) check_write(w, site, *w.block, at[l], 16, l, kOrdinary), w.block->wrote(at[l], 16);
     for (int i = 0; i < n; i++)
-        EACH_LANE for (int h = 0; h < 2; h++) *element(w, at, i, l, h, transposed) = (*from[i])[l] >> 16 * h;
+        EACH_LANE for (int h = 0; h < 2; h++) * element(w, at, i, l, h, transposed) = (*from[i])[l] >> 16 * h;
     w.block->processor->events++;
 }

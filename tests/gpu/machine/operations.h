@@ -21,7 +21,7 @@ struct BasicBlock {
 };
 struct Site {
     int line;          // of the PTX
-    const char *text;  // of the instruction
+    const char* text;  // of the instruction
     const char* source;
     int bytes;  // to be counted, where that is not what a lane accesses; -1: it is
 };
@@ -55,7 +55,8 @@ constexpr uint32_t kInFlight = ~1u;  // a mark: a wgmma still reads or writes th
 IN uint32_t guarded(const char* registers, const int64_t* s, uint32_t mask) {
     return s[1] < 0 ? mask : mask & (bits(*(const Pred*)(registers + s[1])) ^ (s[2] ? ~0u : 0));
 }
-void touch(Warp&, char* registers, const int64_t* s, uint32_t mask);         // places: of a mark, and whether it may be in flight
+void touch(Warp&, char* registers, const int64_t* s,
+           uint32_t mask);  // places: of a mark, and whether it may be in flight
 void note_written(char* registers, const int64_t* s, uint32_t mask);         // places: of the lanes not yet written
 void need_written(Warp&, char* registers, const int64_t* s, uint32_t mask);  // the same
 
@@ -65,8 +66,10 @@ enum Order { kPlain, kRelaxed, kAcquire, kRelease, kBoth, kNonCoherent };
 enum Atomic { kAdd, kMin, kMax, kAnd, kOr, kXor, kExch, kCas, kInc, kDec };
 // T as it lies in memory, R a lane of a register
 template <class T, class R> void load(Warp&, int site, Space, Order, const U64& at, uint32_t mask, int n, R* const* to);
-template <class T, class R> void store(Warp&, int site, Space, Order, const U64& at, uint32_t mask, int n, const R* const*);
-template <class T> void atomic(Warp&, int site, Space, Order, Atomic, const U64& at, uint32_t mask, const void* a, const void* b, void* old);
+template <class T, class R> void store(Warp&, int site, Space, Order, const U64& at, uint32_t mask, int n,
+                                       const R* const*);
+template <class T> void atomic(Warp&, int site, Space, Order, Atomic, const U64& at, uint32_t mask, const void* a,
+                               const void* b, void* old);
 void fence(Warp&, int site, uint32_t mask);  // orders this warp's accesses for other blocks
 U64 to_shared(Warp&, const U64& generic);
 U64 to_generic(Warp&, const U64& shared);
@@ -81,7 +84,8 @@ void store_matrix(Warp&, int site, int n, bool transposed, const U64& at, uint32
 
 // ---- of a warp (ISA 9.7.9.6, 9.7.13)
 enum Shuffle { kUp, kDown, kButterfly, kIndex };
-U32 shuffle(Warp&, int site, Shuffle, const U32& a, const U32& b, const U32& c, const U32& members, uint32_t mask, Pred* ok);
+U32 shuffle(Warp&, int site, Shuffle, const U32& a, const U32& b, const U32& c, const U32& members, uint32_t mask,
+            Pred* ok);
 uint32_t ballot(Warp&, int site, const Pred&, const U32& members, uint32_t mask);
 void warp_sync(Warp&, int site, const U32& members, uint32_t mask);
 U32 match_any(Warp&, int site, const U32&, const U32& members, uint32_t mask);
@@ -99,17 +103,21 @@ void cluster_arrive(Warp&, int site, bool releases, uint32_t mask);
 void cluster_wait(Warp&, int site, bool acquires, uint32_t mask);
 void mbarrier_init(Warp&, int site, const U64& at, const U32& count, uint32_t mask);
 void mbarrier_inval(Warp&, int site, const U64& at, uint32_t mask);
-U64 mbarrier_arrive(Warp&, int site, Space, Order, const U64& at, const U32& count, const U32& bytes, bool drop, uint32_t mask);
+U64 mbarrier_arrive(Warp&, int site, Space, Order, const U64& at, const U32& count, const U32& bytes, bool drop,
+                    uint32_t mask);
 void mbarrier_expect(Warp&, int site, Space, const U64& at, const U32& bytes, uint32_t mask);
 Pred mbarrier_try(Warp&, int site, Space, Order, const U64& at, const U32& parity, uint32_t mask);
 void proxy_fence(Warp&, uint32_t mask);
 
 // ---- bulk copies and tensor maps (ISA 5.5, 9.7.9.25, 9.7.9.28)
-void tma_load(Warp&, int site, const U64& to, const U64& map, int n, const U32* at, const U64& barrier, const U32* ranks, uint32_t mask);
+void tma_load(Warp&, int site, const U64& to, const U64& map, int n, const U32* at, const U64& barrier,
+              const U32* ranks, uint32_t mask);
 void tma_store(Warp&, int site, const U64& map, int n, const U32* at, const U64& from, uint32_t mask);
 enum Bulk { kToShared, kToCluster, kToGlobal };
-void bulk_copy(Warp&, int site, Bulk, const U64& to, const U64& from, const U32& bytes, const U64& barrier, const U32* ranks, uint32_t mask);
-void store_async(Warp&, int site, const U64& at, int n, int bytes, const U64* values, const U64& barrier, uint32_t mask);
+void bulk_copy(Warp&, int site, Bulk, const U64& to, const U64& from, const U32& bytes, const U64& barrier,
+               const U32* ranks, uint32_t mask);
+void store_async(Warp&, int site, const U64& at, int n, int bytes, const U64* values, const U64& barrier,
+                 uint32_t mask);
 void bulk_commit(Warp&, uint32_t mask);
 void bulk_wait(Warp&, int left, uint32_t mask);
 void map_replace(Warp&, int site, Space, const U64& at, int field, int which, const U64& value, uint32_t mask);
@@ -118,7 +126,8 @@ void map_acquire(Warp&, int site, const U64& at, uint32_t mask);
 
 // ---- tensor cores (ISA 9.7.14, 9.7.15)
 enum Element { kE4m3, kE5m2, kBf16, kF16, kTf32 };
-void mma(Warp&, int site, int k, Element a, Element b, U32* const* d, const U32* const* ra, const U32* const* rb, const U32* const* c, uint32_t mask);
+void mma(Warp&, int site, int k, Element a, Element b, U32* const* d, const U32* const* ra, const U32* const* rb,
+         const U32* const* c, uint32_t mask);
 struct ProductForm {
     int n, k;
     Element a, b;
@@ -126,7 +135,8 @@ struct ProductForm {
     int sign;
 };
 // marks: of the registers d and a, in this order
-void wgmma(Warp&, int site, ProductForm, U32* const* d, const U32* const* ra, const U64& da, const U64& db, const Pred& accumulate, uint32_t* const* marks, uint32_t mask);
+void wgmma(Warp&, int site, ProductForm, U32* const* d, const U32* const* ra, const U64& da, const U64& db,
+           const Pred& accumulate, uint32_t* const* marks, uint32_t mask);
 void wgmma_commit(Warp&, int site, uint32_t mask);
 void wgmma_wait(Warp&, int site, int left, uint32_t mask);
 void wgmma_fence(Warp&, int site, uint32_t mask);

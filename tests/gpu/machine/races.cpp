@@ -1,5 +1,5 @@
-// Order of accesses: vector clocks over barriers, stamps of reads and writes on shared memory, and what a launch has read
-// and written in global memory.
+// Order of accesses: vector clocks over barriers, stamps of reads and writes on shared memory, and what a launch has
+// read and written in global memory.
 #include "machine.h"
 
 void release(Warp& w, Clock& c) {
@@ -9,11 +9,13 @@ void release(Warp& w, Clock& c) {
 }
 void acquire(Warp& w, const Clock& c) { join(w.seen.clock, c); }
 void meet(Warp& w) {
-    if (!w.seen.clock.empty()) w.synced = ++w.seen.clock[w.agent];
+    if (!w.seen.clock.empty()) w.met = ++w.seen.clock[w.agent];
 }
+void sync(Warp& w) { meet(w), w.synced = w.met; }
 
 // ---- shared memory
-constexpr uint32_t kTogether = 254, kSeveral = 255;  // in a stamp of a read: all lanes by one instruction, or several lanes
+constexpr uint32_t kTogether = 254,
+                   kSeveral = 255;  // in a stamp of a read: all lanes by one instruction, or several lanes
 static std::string race(int lane, const char* does, uint64_t word, const std::string& rest) {
     return "race: " + lane_name(lane) + does + "shared address " + hex(4 * word) + ", which " + rest;
 }
@@ -24,24 +26,29 @@ static std::string agent_name(Company& c, int agent, int lane) {
     return block + "warp " + std::to_string(agent % per) + (lane < 32 ? " " + lane_name(lane) : "");
 }
 // A write that the access does not come after
-static void check_after_write(Warp& w, int site, Block& b, uint64_t word, int lane, Access access, const Seen& seen, bool writes) {
+static void check_after_write(Warp& w, int site, Block& b, uint64_t word, int lane, Access access, const Seen& seen,
+                              bool writes) {
     const Stamp& s = b.stamps[word];
     const char* does = writes ? " writes " : " reads ";
     if (!s.agent) return;
     const int agent = s.agent - 1;
-    if (s.kind == kCopying)
-        fault(w, site, race(lane, does, word, "an asynchronous copy still writes"));
+    if (s.kind == kCopying) fault(w, site, race(lane, does, word, "an asynchronous copy still writes"));
     if (agent != w.agent && s.time > seen.clock[agent])
-        fault(w, site, race(lane, does, word, agent_name(*b.company, agent, s.lane) + " wrote, and no barrier lies between"));
+        fault(w, site,
+              race(lane, does, word, agent_name(*b.company, agent, s.lane) + " wrote, and no barrier lies between"));
     if (agent == w.agent && access != kUnit && (access == kAllLanes || s.lane != lane) && s.time >= w.synced && !writes)
-        fault(w, site, race(lane, does, word, agent_name(*b.company, agent, s.lane) + " wrote, and no bar.warp.sync lies between"));
+        fault(w, site,
+              race(lane, does, word,
+                   agent_name(*b.company, agent, s.lane) + " wrote, and no bar.warp.sync lies between"));
     if (access != kUnit || writes || s.kind == kCopied) return;
     // The fence may be the writer's or, after the barrier that lies between, the reader's (Triton's order)
-    const bool unfenced = agent == w.agent ? s.fences >= seen.fences[s.lane]
-                                           : s.fences == b.company->warp(agent)->seen.fences[s.lane] && s.time > seen.fenced[agent];
+    const bool unfenced = agent == w.agent
+                              ? s.fences >= seen.fences[s.lane]
+                              : s.fences == b.company->warp(agent)->seen.fences[s.lane] && s.time > seen.fenced[agent];
     if (unfenced)
-        fault(w, site, "the asynchronous proxy reads shared address " + hex(4 * word) + ", which " + agent_name(*b.company, agent, s.lane) +
-                           " wrote without fence.proxy.async since");
+        fault(w, site,
+              "the asynchronous proxy reads shared address " + hex(4 * word) + ", which " +
+                  agent_name(*b.company, agent, s.lane) + " wrote without fence.proxy.async since");
 }
 static int first_agent(const Block& b) { return b.unit - int(b.warps.size()) - b.rank * int(b.warps.size() + 1); }
 static int stride(const Block& b) { return b.company->cluster * int(b.warps.size() + 1); }
@@ -54,9 +61,11 @@ void check_read(Warp& w, int site, Block& b, uint64_t p, size_t n, int lane, Acc
         if (!b.stamps[word].agent && w.block->processor->checks(kUninitialised))
             fault(w, site, lane_name(lane) + " reads shared address " + hex(4 * word) + ", which nothing has written");
         uint32_t& read = b.reads[word * agents + w.agent - first];
-        const uint32_t before = read >> 8 >= w.synced ? read & 255 : 0;  // by the warp since its lanes have met
+        const uint32_t before = read >> 8 >= w.met ? read & 255 : 0;  // by the warp since its lanes have met
         const uint32_t code = access == kOneLane ? lane + 1 : kTogether;
-        read = w.time() << 8 | (!before || before == code || before == kTogether ? code : code == kTogether ? before : kSeveral);
+        read = w.time() << 8 | (!before || before == code || before == kTogether ? code
+                                : code == kTogether                              ? before
+                                                                                 : kSeveral);
     }
 }
 void check_write(Warp& w, int site, Block& b, uint64_t p, size_t n, int lane, Kind kind) {
@@ -68,9 +77,13 @@ void check_write(Warp& w, int site, Block& b, uint64_t p, size_t n, int lane, Ki
         for (int a = 0; a < agents; a++) {
             const uint32_t read = b.reads[word * agents + a], time = read >> 8, by = read & 255;
             const bool own = a + first == w.agent;
-            if (!by || (own ? time < w.synced || by == uint32_t(lane + 1) || by == kTogether : time <= w.seen.clock[a + first])) continue;
-            fault(w, site, race(lane, kind == kCopying ? "'s asynchronous copy writes " : " writes ", word, agent_name(*b.company, a + first, int(by) - 1) +
-                                    " has read, and no " + (own ? "bar.warp.sync" : "barrier") + " lies between"));
+            if (!by ||
+                (own ? time < w.met || by == uint32_t(lane + 1) || by == kTogether : time <= w.seen.clock[a + first]))
+                continue;
+            fault(w, site,
+                  race(lane, kind == kCopying ? "'s asynchronous copy writes " : " writes ", word,
+                       agent_name(*b.company, a + first, int(by) - 1) + " has read, and no " +
+                           (own ? "bar.warp.sync" : "barrier") + " lies between"));
         }
     }
     stamp(w, b, p, n, lane, kind);
@@ -87,11 +100,13 @@ void stamp_copied(Block& b, uint64_t p, size_t n, int agent, uint32_t time) {
 
 // ---- global memory
 void Footprint::add(uint64_t p, size_t n) {
-    for (uint64_t word = p / 4; word <= (p + n - 1) / 4; word++) pages_[word >> 10][word >> 6 & 15] |= 1ull << word % 64;
+    for (uint64_t word = p / 4; word <= (p + n - 1) / 4; word++)
+        pages_[word >> 10][word >> 6 & 15] |= 1ull << word % 64;
 }
 bool Footprint::has(uint64_t p, size_t n) const {
     for (uint64_t word = p / 4; word <= (p + n - 1) / 4; word++)
-        if (const auto page = pages_.find(word >> 10); page != pages_.end() && page->second[word >> 6 & 15] >> word % 64 & 1)
+        if (const auto page = pages_.find(word >> 10);
+            page != pages_.end() && page->second[word >> 6 & 15] >> word % 64 & 1)
             return true;
     return false;
 }
@@ -111,12 +126,15 @@ void end_stream(const Request& r, const Processor& p) {
     ahead.reads.merge(p.reads), ahead.writes.merge(p.writes);
 }
 
-void global_access(Warp& w, int site, uint64_t p, size_t n, int lane, Order order, bool reads, bool writes, bool waited) {
+void global_access(Warp& w, int site, uint64_t p, size_t n, int lane, Order order, bool reads, bool writes,
+                   bool waited) {
     Processor& q = *w.block->processor;
     if (!q.checks(kRaces)) return;
     const std::string what = lane_name(lane) + (writes ? " writes " : " reads ") + hex(p);
     if (!waited && (ahead.writes.has(p, n) || (writes && ahead.reads.has(p, n))))
-        fault(w, site, what + " before griddepcontrol.wait, and the kernel ahead " + (ahead.writes.has(p, n) ? "writes" : "reads") + " it");
+        fault(w, site,
+              what + " before griddepcontrol.wait, and the kernel ahead " +
+                  (ahead.writes.has(p, n) ? "writes" : "reads") + " it");
     if (order == kNonCoherent && q.writes.has(p, n))
         fault(w, site, what + " through the non-coherent cache, and this kernel has written it");
     if (reads) q.reads.add(p, n);
@@ -125,7 +143,8 @@ void global_access(Warp& w, int site, uint64_t p, size_t n, int lane, Order orde
     if (c.blocks.size() == 1) return;
     const bool strong = order != kPlain && order != kNonCoherent;
     const auto sync = strong ? c.released.find(p) : c.released.end();
-    if (reads && sync != c.released.end()) join(order == kAcquire || order == kBoth ? w.seen.clock : w.pending, sync->second);
+    if (reads && sync != c.released.end())
+        join(order == kAcquire || order == kBoth ? w.seen.clock : w.pending, sync->second);
     const int per = c.blocks[0].warps.size() + 1;
     for (uint64_t word = p / 4; word <= (p + n - 1) / 4; word++) {
         const auto found = c.global.find(word);
@@ -135,9 +154,13 @@ void global_access(Warp& w, int site, uint64_t p, size_t n, int lane, Order orde
             return agent && (int(agent) - 1) / per != w.block->number && time > w.seen.clock[agent - 1];
         };
         if (unordered(s.writer, s.time) && !(strong && s.strong) && n >= 4)
-            fault(w, site, "race: " + what + ", which " + agent_name(c, s.writer - 1, 255) + " wrote, and no release and acquire lie between");
+            fault(w, site,
+                  "race: " + what + ", which " + agent_name(c, s.writer - 1, 255) +
+                      " wrote, and no release and acquire lie between");
         if (writes && !strong && unordered(s.reader, s.read_time))
-            fault(w, site, "race: " + what + ", which " + agent_name(c, s.reader - 1, 255) + " has read, and no release and acquire lie between");
+            fault(w, site,
+                  "race: " + what + ", which " + agent_name(c, s.reader - 1, 255) +
+                      " has read, and no release and acquire lie between");
         if (writes) s = {uint32_t(w.agent + 1), w.time(), 0, 0, strong};
         else if (!strong) s.reader = w.agent + 1, s.read_time = w.time();
     }

@@ -1,5 +1,6 @@
-// A launch: companies of blocks, turns of warps, groups of lanes. Without a seed everything runs in order and copies come
-// as late as they can; with one the order of blocks and warps, the length of turns and the copies' times are random.
+// A launch: companies of blocks, turns of warps, groups of lanes. Without a seed everything runs in order and copies
+// come as late as they can; with one the order of blocks and warps, the length of turns and the copies' times are
+// random.
 #include <atomic>
 #include <cstdio>
 #include <thread>
@@ -14,11 +15,13 @@ std::string hex(uint64_t x) {
 }
 std::string describe(const Warp& w) {
     const uint32_t* i = w.block->index;
-    return "block (" + std::to_string(i[0]) + "," + std::to_string(i[1]) + "," + std::to_string(i[2]) + ") warp " + std::to_string(w.id);
+    return "block (" + std::to_string(i[0]) + "," + std::to_string(i[1]) + "," + std::to_string(i[2]) + ") warp " +
+           std::to_string(w.id);
 }
 std::string at(const Warp& w, int site) {
     const Site& s = w.block->processor->kernel.site[site];
-    return std::string(" at ") + (*s.source ? s.source + std::string(", ") : "") + "PTX line " + std::to_string(s.line) + ": " + s.text;
+    return std::string(" at ") + (*s.source ? s.source + std::string(", ") : "") + "PTX line " +
+           std::to_string(s.line) + ": " + s.text;
 }
 void fault(const Warp& w, int site, const std::string& why) { throw Fault{describe(w) + ": " + why + at(w, site)}; }
 
@@ -40,7 +43,8 @@ static int next_group(Warp& w) {
     for (int i = 0; i < int(w.groups.size()); i++) {
         const Group &a = w.groups[i], &b = w.groups[std::max(best, 0)];
         if (a.parked) continue;
-        if (best < 0 || (w.block->rotate ? w.block->processor->rng() % 2 : a.pc != b.pc ? a.pc < b.pc : a.at < b.at)) best = i;
+        if (best < 0 || (w.block->rotate ? w.block->processor->rng() % 2 : a.pc != b.pc ? a.pc < b.pc : a.at < b.at))
+            best = i;
     }
     return best;
 }
@@ -100,7 +104,9 @@ static bool step(Block& b) {  // every warp once; false where none could run
 }
 
 // ---- the beginning of a block
-static char* aligned(std::vector<char>& memory, uintptr_t to) { return (char*)((uintptr_t(memory.data()) + to - 1) & ~(to - 1)); }
+static char* aligned(std::vector<char>& memory, uintptr_t to) {
+    return (char*)((uintptr_t(memory.data()) + to - 1) & ~(to - 1));
+}
 static void begin(Warp& w, int id, uint32_t threads) {
     Block& b = *w.block;
     const Processor& q = *b.processor;
@@ -108,7 +114,8 @@ static void begin(Warp& w, int id, uint32_t threads) {
     const uint32_t left = std::min<uint32_t>(32, threads - 32 * id);
     w.id = id, w.agent = b.number * int(b.warps.size() + 1) + id;
     w.alive = left == 32 ? ~0u : (1u << left) - 1;
-    w.waits_at = w.site = -1, w.cluster_phase = 0, w.waited = !q.request.overlaps, w.budget = k.pool, w.wgmma_fences = 1;
+    w.waits_at = w.site = -1, w.cluster_phase = 0, w.waited = !q.request.overlaps, w.budget = k.pool,
+    w.wgmma_fences = 1;
     w.groups = {{0, 0, w.alive}}, w.products = {}, w.copies = {}, w.stores = {};
     w.memory.assign(k.registers + 32 * k.local + 512, char(0xff));
     w.registers = aligned(w.memory, 256);
@@ -125,9 +132,10 @@ static void begin(Warp& w, int id, uint32_t threads) {
         s.cluster_ctaid[d] = b.index[d] % q.request.cluster[d], s.cluster_nctaid[d] = q.request.cluster[d];
     }
     s.warp = id, s.rank = b.rank;
-    w.seen = {}, w.pending = w.released = {}, w.synced = 1;
+    w.seen = {}, w.pending = w.released = {}, w.met = w.synced = 1;
     if (q.checks(Checks(kRaces | kInitFences | kUninitialised)))
-        w.seen.clock.assign(b.company->blocks.size() * (b.warps.size() + 1), 0), w.seen.clock[w.agent] = 1, w.seen.fenced = w.seen.clock;
+        w.seen.clock.assign(b.company->blocks.size() * (b.warps.size() + 1), 0), w.seen.clock[w.agent] = 1,
+                                                                                 w.seen.fenced = w.seen.clock;
 }
 static void begin(Block& b, Company& c, Processor& q, int number) {
     const uint32_t threads = q.request.block[0] * q.request.block[1] * q.request.block[2];
@@ -155,14 +163,16 @@ static std::string deadlock(const std::vector<Block*>& blocks) {
                 std::string s = "before PTX line " + std::to_string(b->processor->kernel.block[g.pc].line);
                 if (w.waits_at >= 0) {
                     const Barrier& a = b->barriers[w.waits_at];
-                    s = "in barrier " + std::to_string(w.waits_at) + " (" + std::to_string(a.arrived) + " of " + std::to_string(a.expected) + " threads)";
+                    s = "in barrier " + std::to_string(w.waits_at) + " (" + std::to_string(a.arrived) + " of " +
+                        std::to_string(a.expected) + " threads)";
                 }
                 if (w.site >= 0) s += at(w, w.site);
                 auto& [n, first] = seen[s];
                 if (!n++) first = describe(w);
             }
     std::string out = "deadlock:";
-    for (const auto& [what, who] : seen) out += "\n  " + std::to_string(who.first) + " group(s) of lanes, first " + who.second + ": " + what;
+    for (const auto& [what, who] : seen)
+        out += "\n  " + std::to_string(who.first) + " group(s) of lanes, first " + who.second + ": " + what;
     return out;
 }
 static void run(Company& c, Processor& q, uint64_t number, const std::atomic<bool>& stop) {
@@ -187,7 +197,8 @@ static void run(Company& c, Processor& q, uint64_t number, const std::atomic<boo
             const bool ran = b->alive && step(*b);
             if (!b->transfers.empty() && (q.events == seen || !ran || (r.seed && q.rng() % 4 == 0)))
                 deliver(*b, r.seed ? q.rng() % b->transfers.size() : 0);
-            if (!b->alive && !b->transfers.empty()) fault(*b->transfers[0].by, b->transfers[0].site, "the block ends before its copies have come");
+            if (!b->alive && !b->transfers.empty())
+                fault(*b->transfers[0].by, b->transfers[0].site, "the block ends before its copies have come");
         }
         std::erase_if(live, [](Block* b) { return !b->alive; });
         idle = q.events == seen ? idle + 1 : 0, seen = q.events;
@@ -197,13 +208,15 @@ static void run(Company& c, Processor& q, uint64_t number, const std::atomic<boo
 
 // ---- a launch
 static void run(const Request& r) {
-    const uint64_t blocks = uint64_t(r.grid[0]) * r.grid[1] * r.grid[2], cluster = uint64_t(r.cluster[0]) * r.cluster[1] * r.cluster[2];
+    const uint64_t blocks = uint64_t(r.grid[0]) * r.grid[1] * r.grid[2],
+                   cluster = uint64_t(r.cluster[0]) * r.cluster[1] * r.cluster[2];
     const uint64_t together = r.cooperative ? blocks : cluster, companies = blocks / together;
     std::vector<uint64_t> order(companies);
     for (uint64_t i = 0; i < companies; i++) order[i] = i;
     if (std::mt19937_64 rng(r.seed); r.seed) std::shuffle(order.begin(), order.end(), rng);
 
-    const int threads = r.checks & (kRaces | kInitFences | kUninitialised) ? 1 : std::clamp<uint64_t>(r.threads, 1, companies);
+    const int threads =
+        r.checks & (kRaces | kInitFences | kUninitialised) ? 1 : std::clamp<uint64_t>(r.threads, 1, companies);
     std::atomic<uint64_t> next = 0;
     std::atomic<bool> stop = false;
     std::vector<std::string> faults(threads);
@@ -212,7 +225,9 @@ static void run(const Request& r) {
         Processor q = {r, *r.kernel};
         q.memory.resize(r.kernel->params + 256);
         q.params = aligned(q.memory, 256), q.params_size = r.kernel->params, memcpy(q.params, r.params, q.params_size);
-        if (r.sites) q.sites.resize(r.kernel->sites + 1), q.block_runs.resize(r.kernel->blocks), q.block_lanes.resize(r.kernel->blocks);
+        if (r.sites)
+            q.sites.resize(r.kernel->sites + 1), q.block_runs.resize(r.kernel->blocks),
+                q.block_lanes.resize(r.kernel->blocks);
         processors.push_back(std::move(q));
     }
     const auto work = [&](int i) {
@@ -227,7 +242,8 @@ static void run(const Request& r) {
     work(0);
     for (std::thread& t : others) t.join();
     for (const Processor& q : processors) {
-        for (size_t i = 0; i < q.block_runs.size(); i++) r.block_runs[i] += q.block_runs[i], r.block_lanes[i] += q.block_lanes[i];
+        for (size_t i = 0; i < q.block_runs.size(); i++)
+            r.block_runs[i] += q.block_runs[i], r.block_lanes[i] += q.block_lanes[i];
         for (size_t i = 0; i < 6 * q.sites.size(); i++) r.sites[i] += ((const uint64_t*)q.sites.data())[i];
         for (int i = 0; i < 5; i++) r.totals[i] += q.macs[i];
         r.totals[5] += q.bulk_bytes;
@@ -236,7 +252,8 @@ static void run(const Request& r) {
     for (const std::string& f : faults)
         if (!f.empty()) throw Fault{f};
 }
-extern "C" __attribute__((visibility("default"))) const char* gpu_launch(const Request* request) {  // null, or what went wrong
+extern "C" __attribute__((visibility("default"))) const char* gpu_launch(
+    const Request* request) {  // null, or what went wrong
     static std::string failure;
     try {
         run(*request);

@@ -18,7 +18,8 @@ LANES(int64_t) S64;
 LANES(double) F64;
 typedef S32 Pred;  // all ones or zeros
 #define EACH_LANE for (int l = 0; l < 32; l++)
-#define LANE_OF(mask) for (uint32_t rest_ = (mask), l = 0; rest_ && (l = __builtin_ctz(rest_), true); rest_ &= rest_ - 1)
+#define LANE_OF(mask) \
+    for (uint32_t rest_ = (mask), l = 0; rest_ && (l = __builtin_ctz(rest_), true); rest_ &= rest_ - 1)
 #define IN static inline __attribute__((always_inline))
 
 #ifdef __AVX512F__

@@ -14,7 +14,9 @@ static void unpack(Element e, const void* from, int n, float* to, int step) {
 }
 
 // ---- sums: d[r][j] += sum over k of a[r][k] b[k][j], for `rows` rows. Products of these types are exact in fp32
-template <class V> __attribute__((optimize("O3,fp-contract=fast"))) static void multiply_by(const float* a, const float* b, float* d, int rows, int n, int k) {
+template <class V> __attribute__((optimize("O3,fp-contract=fast"))) static void multiply_by(const float* a,
+                                                                                            const float* b, float* d,
+                                                                                            int rows, int n, int k) {
     constexpr int kWidth = sizeof(V) / 4;
     for (int r = 0; r < rows; r += 8)
         for (int j = 0; j < n; j += kWidth) {
@@ -36,7 +38,8 @@ static void multiply(const float* a, const float* b, float* d, int rows, int n, 
     typedef float F8 __attribute__((vector_size(32)));
     typedef float F16 __attribute__((vector_size(64)));
     if (!narrow) return n % 16 ? multiply_by<F8>(a, b, d, rows, n, k) : multiply_by<F16>(a, b, d, rows, n, k);
-    for (int r = 0; r < rows; r++)  // FP8 on Hopper: terms are aligned to the largest, and 13 bits after its first are kept
+    for (int r = 0; r < rows;
+         r++)  // FP8 on Hopper: terms are aligned to the largest, and 13 bits after its first are kept
         for (int j = 0; j < n; j++) {
             float largest = std::fabs(d[r * n + j]), sum = 0;
             for (int i = 0; i < k; i++) largest = std::max(largest, std::fabs(a[r * k + i] * b[i * n + j]));
@@ -47,22 +50,26 @@ static void multiply(const float* a, const float* b, float* d, int rows, int n, 
         }
 }
 
-// ---- fragments in registers: rows lane / 4 and 8 below, 4 bytes of columns at lane % 4 and 16 bytes further (ISA 9.7.14.5)
+// ---- fragments in registers: rows lane / 4 and 8 below, 4 bytes of columns at lane % 4 and 16 bytes further
+// (ISA 9.7.14.5)
 static void rows_of_registers(const U32* const* r, Element e, int registers, float* a, int k) {
     const int per = 4 / bytes_of(e);
     for (int i = 0; i < registers; i++)
-        EACH_LANE unpack(e, (const uint32_t*)r[i] + l, per, a + (l / 4 + i % 2 * 8) * k + i / 2 * 4 * per + l % 4 * per, 1);
+        EACH_LANE unpack(e, (const uint32_t*)r[i] + l, per, a + (l / 4 + i % 2 * 8) * k + i / 2 * 4 * per + l % 4 * per,
+                         1);
 }
-void mma(Warp& w, int site, int k, Element ea, Element eb, U32* const* d, const U32* const* ra, const U32* const* rb, const U32* const* c, uint32_t mask) {
+void mma(Warp& w, int site, int k, Element ea, Element eb, U32* const* d, const U32* const* ra, const U32* const* rb,
+         const U32* const* c, uint32_t mask) {
     need_whole_warp(w, site, mask), count_run(w, site, mask);
     float a[16 * 64], b[64 * 8], sum[16 * 8];
     const int per = 4 / bytes_of(ea), steps = k / (4 * per);
     rows_of_registers(ra, ea, 2 * steps, a, k);
-    for (int i = 0; i < steps; i++) EACH_LANE unpack(eb, (const uint32_t*)rb[i] + l, per, b + (i * 4 * per + l % 4 * per) * 8 + l / 4, 8);
+    for (int i = 0; i < steps; i++)
+        EACH_LANE unpack(eb, (const uint32_t*)rb[i] + l, per, b + (i * 4 * per + l % 4 * per) * 8 + l / 4, 8);
     const auto at = [](int i, int l) { return (l / 4 + i / 2 * 8) * 8 + l % 4 * 2 + i % 2; };
     for (int i = 0; i < 4; i++) EACH_LANE sum[at(i, l)] = std::bit_cast<float>(uint32_t((*c[i])[l]));
     multiply(a, b, sum, 16, 8, k, ea <= kE5m2 && w.block->processor->checks(kNarrowSums));
-    for (int i = 0; i < 4; i++) EACH_LANE (*d[i])[l] = std::bit_cast<uint32_t>(sum[at(i, l)]);
+    for (int i = 0; i < 4; i++) EACH_LANE(*d[i])[l] = std::bit_cast<uint32_t>(sum[at(i, l)]);
     w.block->processor->macs[ea] += 16 * 8 * k;
 }
 
@@ -82,11 +89,13 @@ static void each_chunk(Warp& w, int site, uint64_t d, int size, bool transposed,
     if (!transposed)
         for (int row = first; row < first + rows; row++)
             for (int c = 0; c < k * size; c += 16)
-                chunk(row - first, c / size, start + row / 8 * stride + (swizzle ? row % 8 * width + c : c / 16 * leading + row % 8 * 16));
+                chunk(row - first, c / size,
+                      start + row / 8 * stride + (swizzle ? row % 8 * width + c : c / 16 * leading + row % 8 * 16));
     else  // lines of `width` bytes lie along the rows, 8 of the contraction to a group
         for (int row = first; row < first + rows; row += 8)
             for (int c = 0; c < k; c++)
-                chunk(row - first, c, start + row * 2 / width * leading + c / 8 * stride + c % 8 * width + row * 2 % width);
+                chunk(row - first, c,
+                      start + row * 2 / width * leading + c / 8 * stride + c % 8 * width + row * 2 % width);
 }
 static void check_operand(Warp& w, const Product& p, uint64_t d, Element e, bool transposed, int first, int rows) {
     if (w.block->stamps.empty()) return;
@@ -126,21 +135,25 @@ static void finish(Warp& w, const Product& p) {
     const float* const b = operand_b(w, p);
     for (int i = 0; f.sign < 0 && i < 16 * f.k; i++) a[i] = -a[i];
     const auto at = [&](int i, int l) { return (l / 4 + i / 2 % 2 * 8) * f.n + i / 4 * 8 + l % 4 * 2 + i % 2; };
-    for (int i = 0; i < f.n / 2; i++) EACH_LANE sum[at(i, l)] = p.accumulate ? std::bit_cast<float>(uint32_t((*p.d[i])[l])) : 0.f;
+    for (int i = 0; i < f.n / 2; i++)
+        EACH_LANE sum[at(i, l)] = p.accumulate ? std::bit_cast<float>(uint32_t((*p.d[i])[l])) : 0.f;
     multiply(a, b, sum, 16, f.n, f.k, f.a <= kE5m2 && w.block->processor->checks(kNarrowSums));
-    for (int i = 0; i < f.n / 2; i++) EACH_LANE (*p.d[i])[l] = std::bit_cast<uint32_t>(sum[at(i, l)]);
+    for (int i = 0; i < f.n / 2; i++) EACH_LANE(*p.d[i])[l] = std::bit_cast<uint32_t>(sum[at(i, l)]);
 }
 
-void wgmma(Warp& w, int site, ProductForm form, U32* const* d, const U32* const* ra, const U64& da, const U64& db, const Pred& accumulate,
-           uint32_t* const* marks, uint32_t mask) {
+void wgmma(Warp& w, int site, ProductForm form, U32* const* d, const U32* const* ra, const U64& da, const U64& db,
+           const Pred& accumulate, uint32_t* const* marks, uint32_t mask) {
     need_whole_warp(w, site, mask), count_run(w, site, mask);
-    EACH_LANE if (da[l] != da[0] || db[l] != db[0] || accumulate[l] != accumulate[0]) fault(w, site, "lanes differ in a descriptor");
+    EACH_LANE if (da[l] != da[0] || db[l] != db[0] || accumulate[l] != accumulate[0])
+        fault(w, site, "lanes differ in a descriptor");
     Product p = {site, form, {}, {}, {}, ra != nullptr, accumulate[0] != 0, da[0], db[0], w.seen};
     const int n = form.n / 2, registers = n + (ra ? 4 : 0);
     if (w.wgmma_fences == 1) fault(w, site, "no wgmma.fence comes before the first wgmma");
     for (int i = 0; i < registers; i++) {
         if (*marks[i] != ~0u && *marks[i] != kInFlight && *marks[i] >= w.wgmma_fences)
-            fault(w, site, std::string(i < n ? "an accumulator" : "a fragment of A") + " was used by another instruction, and no wgmma.fence lies between");
+            fault(w, site,
+                  std::string(i < n ? "an accumulator" : "a fragment of A") +
+                      " was used by another instruction, and no wgmma.fence lies between");
         *marks[i] = kInFlight;
     }
     std::copy_n(d, n, p.d), std::copy_n(marks, registers, p.marks);

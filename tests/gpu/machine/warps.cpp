@@ -6,27 +6,36 @@
 void trap(Warp& w, int site, const char* why) { fault(w, site, why); }
 void need_whole_warp(Warp& w, int site, uint32_t mask) {
     if (mask != w.alive) throw Park{site, "only lanes " + hex(mask) + " of " + hex(w.alive) + " are here"};
+    meet(w);
 }
 void need_members(Warp& w, int site, const U32& members, uint32_t mask) {
+    bool all = true;
     LANE_OF(mask) {
+        all &= !(w.alive & ~members[l]);
         if (!(members[l] >> l & 1)) fault(w, site, lane_name(l) + " is not in its own mask " + hex(members[l]));
         if (members[l] & w.alive & ~mask)
             throw Park{site, "the mask names lanes " + hex(members[l]) + ", but only " + hex(mask) + " are here"};
     }
+    if (all) meet(w);
     count_run(w, site, mask);
 }
-void warp_sync(Warp& w, int site, const U32& members, uint32_t mask) { need_members(w, site, members, mask), meet(w); }
-U32 shuffle(Warp& w, int site, Shuffle how, const U32& a, const U32& b, const U32& c, const U32& members, uint32_t mask, Pred* ok) {
+void warp_sync(Warp& w, int site, const U32& members, uint32_t mask) { need_members(w, site, members, mask), sync(w); }
+U32 shuffle(Warp& w, int site, Shuffle how, const U32& a, const U32& b, const U32& c, const U32& members, uint32_t mask,
+            Pred* ok) {
     need_members(w, site, members, mask);
     U32 r = {};
     *ok = Pred{};
     LANE_OF(mask) {  // ISA 9.7.9.6
         const int shift = b[l] & 31, clamp = c[l] & 31, segment = c[l] >> 8 & 31, lane = l;
         const int most = (lane & segment) | (clamp & ~segment);
-        int from = how == kUp ? lane - shift : how == kDown ? lane + shift : how == kButterfly ? lane ^ shift : (lane & segment) | (shift & ~segment);
+        int from = how == kUp          ? lane - shift
+                   : how == kDown      ? lane + shift
+                   : how == kButterfly ? lane ^ shift
+                                       : (lane & segment) | (shift & ~segment);
         const bool inside = how == kUp ? from >= most : from <= most;
         if (!inside) from = lane;
-        if (!(mask >> from & 1)) fault(w, site, lane_name(l) + " reads lane " + std::to_string(from) + ", which is not here");
+        if (!(mask >> from & 1))
+            fault(w, site, lane_name(l) + " reads lane " + std::to_string(from) + ", which is not here");
         r[l] = a[from], (*ok)[l] = -int(inside);
     }
     return r;
@@ -38,17 +47,27 @@ uint32_t ballot(Warp& w, int site, const Pred& p, const U32& members, uint32_t m
 template <class V> static U32 match(Warp& w, int site, const V& a, const U32& members, uint32_t mask) {
     need_members(w, site, members, mask);
     U32 r = {};
-    LANE_OF(mask) for (int other = 0; other < 32; other++) r[l] |= uint32_t(mask >> other & 1 && a[other] == a[l]) << other;
+    LANE_OF(mask)
+    for (int other = 0; other < 32; other++) r[l] |= uint32_t(mask >> other & 1 && a[other] == a[l]) << other;
     return r;
 }
-U32 match_any(Warp& w, int site, const U32& a, const U32& members, uint32_t mask) { return match(w, site, a, members, mask); }
-U32 match_any(Warp& w, int site, const U64& a, const U32& members, uint32_t mask) { return match(w, site, a, members, mask); }
+U32 match_any(Warp& w, int site, const U32& a, const U32& members, uint32_t mask) {
+    return match(w, site, a, members, mask);
+}
+U32 match_any(Warp& w, int site, const U64& a, const U32& members, uint32_t mask) {
+    return match(w, site, a, members, mask);
+}
 template <class T> uint32_t reduce(Warp& w, int site, Atomic how, const U32& a, const U32& members, uint32_t mask) {
     need_members(w, site, members, mask);
     T r = T(a[std::countr_zero(mask)]);
     LANE_OF(mask & (mask - 1)) {
         const T x = T(a[l]);
-        r = how == kAdd ? r + x : how == kAnd ? r & x : how == kOr ? r | x : how == kXor ? r ^ x : how == kMin ? std::min(r, x) : std::max(r, x);
+        r = how == kAdd   ? r + x
+            : how == kAnd ? r & x
+            : how == kOr  ? r | x
+            : how == kXor ? r ^ x
+            : how == kMin ? std::min(r, x)
+                          : std::max(r, x);
     }
     return r;
 }
@@ -59,18 +78,23 @@ uint32_t elect(Warp& w, int site, const U32& members, uint32_t mask) {
     return std::countr_zero(mask);
 }
 
-// setmaxnreg (ISA 9.7.19.5): more registers come from what other warps of the block gave up, and may have to be waited for
+// setmaxnreg (ISA 9.7.19.5): more registers come from what other warps of the block gave up, and may have to be waited
+// for
 void set_registers(Warp& w, int site, int count, bool more, uint32_t mask) {
     need_whole_warp(w, site, mask);
     Block& b = *w.block;
-    if (count < 24 || count > 256 || count % 8) fault(w, site, "a thread cannot have " + std::to_string(count) + " registers");
+    if (count < 24 || count > 256 || count % 8)
+        fault(w, site, "a thread cannot have " + std::to_string(count) + " registers");
     if (!b.processor->kernel.pool) fault(w, site, "setmaxnreg in a kernel without .maxntid or .maxnreg");
     if (more ? count < w.budget : count > w.budget)
-        fault(w, site, "a thread has " + std::to_string(w.budget) + " registers, and asks for " + (more ? "more: " : "fewer: ") + std::to_string(count));
+        fault(w, site,
+              "a thread has " + std::to_string(w.budget) + " registers, and asks for " + (more ? "more: " : "fewer: ") +
+                  std::to_string(count));
     const int wanted = 32 * (count - w.budget);
     if (wanted > b.pool) {
         w.yield = true, w.site = site;
-        throw Park{-1, "setmaxnreg waits for " + std::to_string(wanted) + " registers, and " + std::to_string(b.pool) + " are free"};
+        throw Park{-1, "setmaxnreg waits for " + std::to_string(wanted) + " registers, and " + std::to_string(b.pool) +
+                           " are free"};
     }
     b.pool -= wanted, w.budget = count, b.processor->events++;
 }
@@ -116,7 +140,9 @@ LANES_OF(U32, leading_zeros, (const U32& a), std::countl_zero(uint32_t(a[l])))
 LANES_OF(U32, leading_zeros, (const U64& a), std::countl_zero(uint64_t(a[l])))
 LANES_OF(U32, reverse, (const U32& a), reversed<uint32_t>(a[l]))
 LANES_OF(U64, reverse, (const U64& a), reversed<uint64_t>(a[l]))
-static uint32_t highest(uint32_t x, bool shift) { return !x ? ~0u : shift ? std::countl_zero(x) : 31 - std::countl_zero(x); }
+static uint32_t highest(uint32_t x, bool shift) {
+    return !x ? ~0u : shift ? std::countl_zero(x) : 31 - std::countl_zero(x);
+}
 template <bool shift> LANES_OF(U32, find_highest, (const U32& a), highest(a[l], shift))
 template <bool shift> LANES_OF(U32, find_highest, (const S32& a), highest(a[l] < 0 ? ~a[l] : a[l], shift))
 template U32 find_highest<true>(const U32&);
@@ -139,8 +165,10 @@ template <class T> static T inserted(T a, T b, uint32_t at, uint32_t length) {
     const T ones = length >= width ? ~T{} : (T{1} << length) - 1;
     return (b & ~(ones << at)) | (a & ones) << at;
 }
-LANES_OF(U32, insert_bits, (const U32& a, const U32& b, const U32& at, const U32& n), inserted<uint32_t>(a[l], b[l], at[l], n[l]))
-LANES_OF(U64, insert_bits, (const U64& a, const U64& b, const U32& at, const U32& n), inserted<uint64_t>(a[l], b[l], at[l], n[l]))
+LANES_OF(U32, insert_bits, (const U32& a, const U32& b, const U32& at, const U32& n),
+         inserted<uint32_t>(a[l], b[l], at[l], n[l]))
+LANES_OF(U64, insert_bits, (const U64& a, const U64& b, const U32& at, const U32& n),
+         inserted<uint64_t>(a[l], b[l], at[l], n[l]))
 template <class T> static T extracted(T a, uint32_t at, uint32_t length) {  // a signed type's missing bits are its sign
     const int width = 8 * sizeof(T);
     const int from = at & 255, n = length & 255;
@@ -148,7 +176,8 @@ template <class T> static T extracted(T a, uint32_t at, uint32_t length) {  // a
     const auto bit = [&](int i) { return i < width ? a >> i & 1 : a < 0; };
     std::make_unsigned_t<T> r = 0;
     const bool sign = std::is_signed_v<T> && bit(std::min(from + n - 1, width - 1));
-    for (int i = 0; i < width; i++) r |= std::make_unsigned_t<T>(i < n ? i + from < width ? bit(i + from) : sign : sign) << i;
+    for (int i = 0; i < width; i++)
+        r |= std::make_unsigned_t<T>(i < n ? i + from < width ? bit(i + from) : sign : sign) << i;
     return r;
 }
 LANES_OF(U32, extract_bits, (const U32& a, const U32& at, const U32& n), extracted<uint32_t>(a[l], at[l], n[l]))
@@ -161,15 +190,22 @@ LANES_OF(F32, log2_of, (const F32& a), log2f(a[l]))
 LANES_OF(F32, sine, (const F32& a), sinf(a[l]))
 LANES_OF(F32, cosine, (const F32& a), cosf(a[l]))
 LANES_OF(F32, tanh_of, (const F32& a), tanhf(a[l]))
-__attribute__((noinline)) static LANES_OF(F32, fma_now, (const F32& a, const F32& b, const F32& c), __builtin_fmaf(a[l], b[l], c[l]))
-F32 fma_rounded(const F32& a, const F32& b, const F32& c, Round how) {
-    std::fesetround(how == kTowardZero ? FE_TOWARDZERO : how == kFloor ? FE_DOWNWARD : how == kCeiling ? FE_UPWARD : FE_TONEAREST);
+__attribute__((noipa)) static LANES_OF(F32, fma_now, (const F32& a, const F32& b, const F32& c),
+                                          __builtin_fmaf(a[l], b[l], c[l])) F32
+    fma_rounded(const F32& a, const F32& b, const F32& c, Round how) {
+    std::fesetround(how == kTowardZero ? FE_TOWARDZERO
+                    : how == kFloor    ? FE_DOWNWARD
+                    : how == kCeiling  ? FE_UPWARD
+                                       : FE_TONEAREST);
     const F32 r = fma_now(a, b, c);
     std::fesetround(FE_TONEAREST);
     return r;
 }
 static double rounded(double x, Round how) {
-    return how == kTowardZero ? std::trunc(x) : how == kNearest ? std::nearbyint(x) : how == kFloor ? std::floor(x) : std::ceil(x);
+    return how == kTowardZero ? std::trunc(x)
+           : how == kNearest  ? std::nearbyint(x)
+           : how == kFloor    ? std::floor(x)
+                              : std::ceil(x);
 }
 LANES_OF(F32, integral, (const F32& a, Round how), float(rounded(a[l], how)))
 LANES_OF(F64, integral, (const F64& a, Round how), rounded(a[l], how))
@@ -179,8 +215,8 @@ template <class T> static T saturated(double x, Round how) {
     if (x <= double(std::numeric_limits<T>::min())) return std::numeric_limits<T>::min();
     return x >= double(std::numeric_limits<T>::max()) ? std::numeric_limits<T>::max() : T(x);
 }
-#define TO_INT(V, T)                                                                          \
-    template <> LANES_OF(V, to_int<V>, (const F32& a, Round how), saturated<T>(a[l], how))    \
+#define TO_INT(V, T)                                                                       \
+    template <> LANES_OF(V, to_int<V>, (const F32& a, Round how), saturated<T>(a[l], how)) \
     template <> LANES_OF(V, to_int<V>, (const F64& a, Round how), saturated<T>(a[l], how))
 TO_INT(U32, uint32_t)
 TO_INT(S32, int32_t)
@@ -211,7 +247,8 @@ static uint8_t fp8_of(float x, bool e5m2) {  // to nearest even, saturating
     const float low = a - values[below], high = values[above] - a;
     return sign | (low < high || (low == high && below % 2 == 0) ? below : above);
 }
-LANES_OF(U16, e4m3x2_of, (const F32& high, const F32& low), uint16_t(fp8_of(high[l], false) << 8 | fp8_of(low[l], false)))
+LANES_OF(U16, e4m3x2_of, (const F32& high, const F32& low),
+         uint16_t(fp8_of(high[l], false) << 8 | fp8_of(low[l], false)))
 LANES_OF(U16, e5m2x2_of, (const F32& high, const F32& low), uint16_t(fp8_of(high[l], true) << 8 | fp8_of(low[l], true)))
 static U32 halves(const U16& x, const float* values) {
     F32 low, high;
