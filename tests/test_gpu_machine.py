@@ -11,7 +11,7 @@ if shutil.which("g++") is None:
     pytest.skip("the virtual GPU needs g++", allow_module_level=True)
 
 from tests.gpu import ptx
-from tests.gpu.program import INIT_FENCES, NARROW_SUMS, RACES, UNINITIALISED, Emulated, Operations, set_ranges
+from tests.gpu.program import NARROW_SUMS, RACES, Emulated, Operations, set_ranges
 from tests.gpu.translate import Translator
 
 REGISTERS = """.reg .pred %p<16>; .reg .b16 %h<32>; .reg .b32 %r<160>; .reg .b64 %d<32>; .reg .f32 %f<160>;
@@ -34,7 +34,8 @@ class Kernel:
         )
         Kernel.all[name] = self
 
-    def __call__(self, *tensors, grid=1, block=32, shared=0, **kwargs):
+    def __call__(self, *tensors, grid=1, block=32, shared=0, reached=(), **kwargs):
+        """Launches with `tensors` as arguments, and returns the last; through maps the kernel may reach others."""
         if self.ready is None:
             text = ".version 9.0\n.target sm_90a\n.address_size 64\n" + "".join(k.text for k in Kernel.all.values())
             module = ptx.Module(text)
@@ -42,7 +43,7 @@ class Kernel:
             Operations.addresses({t for p in programs for _, code, *_ in p for t, _ in code})
             for kernel in Kernel.all.values():
                 kernel.ready = Emulated(module, kernel.name)
-        set_ranges(tensors)
+        set_ranges([*tensors, *reached])
         params = struct.pack(f"{len(tensors)}Q", *(t.data_ptr() for t in tensors))
         kwargs.setdefault("checks", RACES)
         self.ready.launch((grid, 1, 1), (block, 1, 1), shared, params, **kwargs)
@@ -221,9 +222,8 @@ def test_tma(swizzle):
     box = (width, 1024 // width)
     x, y = words(30 * 32).view(30, 32), torch.full((box[1] + 3, width - 4), 7, dtype=torch.int32)
     maps = [tensor_map(t, box, swizzle) for t in (x, y)]
-    set_tensors = [x, y]
     out = torch.zeros(1024, dtype=torch.int32)
-    got = run_with(tma, [*maps, out], set_tensors)
+    got = tma(*maps, out, reached=(x, y))
     want = torch.zeros(box[1], width, dtype=torch.int32)
     part = x[20:, 8 : 8 + width]
     want[: len(part), : part.shape[1]] = part
@@ -231,15 +231,6 @@ def test_tma(swizzle):
     place = address ^ (address // 128 % 8 & (0, 1, 3, 7)[swizzle]) * 16
     assert torch.equal(got.view(256, 4)[place // 16], want.view(256, 4))
     assert torch.equal(y[: box[1]], want[:, : width - 4]) and (y[box[1] :] == 7).all()
-
-
-def run_with(kernel, tensors, reached, **kwargs):
-    """Launches with `tensors` as arguments; the kernel may also reach other tensors, through their maps."""
-    ready = kernel(*tensors, grid=0) if kernel.ready is None else tensors[-1]  # translates
-    set_ranges([*tensors, *reached])
-    params = struct.pack(f"{len(tensors)}Q", *(t.data_ptr() for t in tensors))
-    kernel.ready.launch((1, 1, 1), (32, 1, 1), 0, params, **{"checks": RACES, **kwargs})
-    return ready
 
 
 maps = Kernel("maps", """mov.u32 %r20, tile; shl.b32 %r2, %r0, 2; add.s32 %r3, %r20, %r2; mov.u32 %r4, 0; st.shared.u32 [%r3], %r4;
@@ -295,12 +286,5 @@ def test_cluster(seed):
 
 def test_multicast():
     x, out = words(1024).view(32, 32), torch.zeros(256, dtype=torch.int32)
-    Kernel.all["multicast"]  # both blocks get what block 0 loads
-    if multicast.ready is None:
-        clusters(torch.zeros(512, dtype=torch.int32), grid=4)
-    set_ranges([x, out])
-    arguments = tensor_map(x, (32, 32)), out
-    multicast.ready.launch(
-        (2, 1, 1), (32, 1, 1), 0, struct.pack("2Q", *(t.data_ptr() for t in arguments)), checks=RACES
-    )
+    multicast(tensor_map(x, (32, 32)), out, grid=2, reached=(x,))  # both blocks get what block 0 loads
     assert torch.equal(out.view(2, 128)[:, :32], x[8].expand(2, 32))
