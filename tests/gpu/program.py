@@ -1,4 +1,4 @@
-"""Programs of the virtual GPU: compiles the operations that are new, launches kernels, reports what was counted."""
+"""Programs of the virtual GPU: compiles the operations that are new, launches kernels, counts what they did."""
 
 import ctypes
 import functools
@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -32,7 +31,6 @@ PRELUDE = """#include "operations.h"
 #define OP extern "C" __attribute__((visibility("default"))) void
 #define BEGIN const Special& sr = base(w).sr; const Pred& M = *(const Pred*)wide; (void)sr, (void)M;
 """
-ELEMENTS = ("e4m3", "e5m2", "bf16", "f16", "tf32")
 SITE = ("runs", "lanes", "units", "ideal", "useful", "failed")
 RACES, INIT_FENCES, UNINITIALISED, NARROW_SUMS = 1, 2, 4, 8  # what a launch checks, or does as Hopper's tensor cores do
 U64 = ctypes.c_uint64
@@ -171,7 +169,10 @@ class Emulated:
         """Sets all counters to zero."""
         k = self.kernel
         self.runs, self.lanes = (U64 * (k.blocks + 1))(), (U64 * (k.blocks + 1))()
-        self.sites, self.totals = (U64 * (len(SITE) * (k.sites + 1)))(), (U64 * 6)()
+        self.sites, self.totals = (
+            (U64 * (len(SITE) * (k.sites + 1)))(),
+            (U64 * 6)(),
+        )  # MACs of e4m3, e5m2, bf16, f16, tf32; bytes of bulk copies
         self.launches, self.seconds, self.blocks = 0, 0.0, 0
 
     def launch(self, grid, block, dynamic: int, params: bytes, cooperative=False, seed=None, counting=True,
@@ -180,6 +181,8 @@ class Emulated:
         cluster = cluster or (*self.entry.directives.get("reqnctapercluster", ()), 1, 1, 1)[:3]
         if error := self.refused(grid, block, dynamic, cluster):
             raise RuntimeError(error)
+        if not overlaps:
+            del HELD[:-1]
         begin = time.time()
         request = Request(
             ctypes.pointer(self.kernel), three(*grid), three(*block), three(*cluster), dynamic, params,
@@ -308,9 +311,13 @@ def tensors(args) -> Iterator[torch.Tensor]:
             yield from tensors(a)
 
 
+HELD: list = []  # memory of the launches that may overlap the next one, so that no new tensor takes it over
+
+
 def set_ranges(args):
     """Launches may touch these tensors' own elements, from the first to the last; without tensors, all memory."""
     spans = []
+    HELD.append([t.untyped_storage() for t in tensors(args)])
     for i, t in enumerate(tensors(args)):
         if t.numel():
             last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
@@ -328,34 +335,3 @@ CALLBACK = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint32), ctypes.POINTER(ctypes.c_uint32), ctypes.c_uint32,
     ctypes.POINTER(ctypes.c_void_p), ctypes.c_int,
 )  # fmt: skip
-
-
-def report(kernels: dict[str, Emulated], file=sys.stdout):
-    """What was counted: instructions, lanes, and where memory took more than it must."""
-    for name, k in kernels.items():
-        if not k.launches:
-            continue
-        c = k.classes()
-        rate = c["lane_instructions"] / max(k.seconds, 1e-9) / 1e6
-        print(
-            f"== {name[:150]}\n   {k.launches} launches, {k.blocks} blocks, {k.seconds:.3f} s, {rate:.0f} M lane-instructions/s",
-            file=file,
-        )
-        print(
-            f"   {c['warp_instructions']:,} warp instructions, {c['active']:.1f} lanes active: "
-            + ", ".join(f"{n} {c[n]:,}" for n in CLASSES if c[n]),
-            file=file,
-        )
-        macs = ", ".join(f"{e} {n:,}" for e, n in zip(ELEMENTS, k.totals[:5], strict=True) if n)
-        if macs or k.totals[5]:
-            print(f"   MACs: {macs}; bytes of bulk copies: {k.totals[5]:,}", file=file)
-        for s in k.by_site():
-            where = f"   {s['source'] or 'PTX'} line {s['line']}: {s['text'][:80]}:"
-            if s["ideal"] and s["units"] > 1.05 * s["ideal"]:
-                unit = "wavefronts" if "shared" in s["text"] or "matrix" in s["text"] else "sectors"
-                print(
-                    f"{where} {s['units'] / s['ideal']:.2f} of the fewest {unit}, {s['units']:,} in {s['runs']:,} requests of {s['lanes'] / s['runs']:.0f} lanes",
-                    file=file,
-                )
-            if s["failed"]:
-                print(f"{where} {s['failed']:,} of {s['runs']:,} polls failed", file=file)

@@ -9,11 +9,14 @@ import re
 import struct
 
 from .ptx import WIDTHS, Entry, Instruction, Module, layout, split
+from . import translate_memory, translate_tensor
 from .translate_arithmetic import Arithmetic
-from .translate_memory import Memory
+from .translate_memory import ATOMICS, ORDERS, Memory, modifier
 from .translate_tensor import Tensor
 
 EXIT = 1 << 30
+CALLS = translate_memory.CALLS | translate_tensor.CALLS
+SHUFFLES = dict(up="kUp", down="kDown", bfly="kButterfly", idx="kIndex")
 VECTOR = {1: "Pred", 16: "U16", 32: "U32", 64: "U64"}
 CLASSES = ("fp32", "int", "sfu", "lsu", "tensor", "branch", "move", "other")
 CLASS_OF = {name: kind for kind, names in dict(
@@ -47,6 +50,7 @@ class Translator(Arithmetic, Memory, Tensor):
     def __init__(self, entry: Entry, module: Module):
         self.entry, self.module = entry, module
         self.sites: list[tuple] = []  # (line, text, source, bytes)
+        self.site_of: dict[int, int] = {}
         # What the launch sizes comes last
         self.shared, self.shared_size = layout(sorted(entry.shared, key=lambda v: v.size == 0))
         self.local, size = layout(entry.local)
@@ -251,22 +255,61 @@ class Translator(Arithmetic, Memory, Tensor):
         return "{" + ", ".join(f"&{self.register(n)}" for n in names) + "}"
 
     def site(self, c: Instruction) -> str:
-        self.sites.append((c.line, c.text, c.source, self.merged.get(c.line, -1)))
-        return f"int({self.operand(len(self.sites) - 1)})"
+        index = self.site_of.setdefault(id(c), len(self.sites))
+        if index == len(self.sites):
+            self.sites.append((c.line, c.text, c.source, self.merged.get(c.line, -1)))
+        return f"int({self.operand(index)})"
 
     # -- instructions
+    def call_of(self, c: Instruction) -> str:
+        """The entry of CALLS for the longest beginning of the opcode."""
+        for n in range(len(c.op), 0, -1):
+            if (name := ".".join(c.op[:n])) in CALLS:
+                return CALLS[name]
+        raise Unknown("no such opcode")
+
+    def fill(self, c: Instruction, call: str) -> str:
+        """C++ of a template. {s}: the site; {m}: the mask; {2}, {2.32}, {2@}: operand 2 as it is written, as a vector of
+        32 bits, as an address; {2.t}: of the instruction's type. "0=b32 x": what has that type goes to operand 0, and
+        where that is two registers d|p, "1=" to the other. Parts are separated by " | "."""
+        names = dict(
+            m=self.mask, space=self.space(c), order=modifier(c, ORDERS, "kBoth"), atomic=modifier(c, ATOMICS),
+            lane="int32_t" if c.op[-1] == "s32" else "uint32_t", how=modifier(c, SHUFFLES),
+        )  # fmt: skip
+
+        def part(m):
+            key, how = m.groups()
+            if key == "s":
+                return self.site(c)
+            if not key.isdigit():
+                return names[key]
+            text = c.args[int(key)]
+            if how == "@":
+                return self.address(text)
+            return self.raw(text, WIDTHS[c.op[-1]] if how == ".t" else int(how[1:])) if how else text
+
+        out = []
+        for piece in call.split(" | "):
+            result = re.fullmatch(r"(\d)=(\w+) (.*)", piece)
+            text = re.sub(r"\{(\w+)(@|\.\w+)?\}", part, result[3] if result else piece)
+            if result:
+                targets = c.args[0].split("|")
+                kind = f"b{WIDTHS[c.op[-1]]}" if result[2] == "t" else result[2]
+                if kind == "b64" or result[2] == "t":  # addresses: into 32 bits, too
+                    bits = self.entry.registers[targets[0]]
+                    kind, text = f"b{bits}", text if bits == 64 else f"TO(U32, {text})"
+                text = self.set(targets[int(result[1])], kind, text) if int(result[1]) < len(targets) else ""
+            out.append(text)
+        return " ".join(out)
+
     def one(self, c: Instruction) -> str:
         self.mask, self.wide, before = "m", "M", ""
         if c.guard:
-            guard = self.raw(c.guard, 1)
-            before = (
-                f"const Pred G = M & {'~' if c.negated else ''}{guard}; const uint32_t gm = bits(G); if (!gm) return;"
-            )
+            guard = f"{'~' if c.negated else ''}{self.raw(c.guard, 1)}"
+            before = f"const Pred G = M & {guard}; const uint32_t gm = bits(G); if (!gm) return; "
             self.mask, self.wide = "gm", "G"
-        handler = getattr(self, "do_" + c.name, None)
-        if handler is None:
-            raise Unknown(f"no such opcode: {c.name}")
-        text = handler(c)
+        handler = getattr(self, f"do_{c.name}", None)
+        text = handler(c) if handler else self.fill(c, self.call_of(c))
         return before + text if text else ""
 
     def care(self, c: Instruction, emit):

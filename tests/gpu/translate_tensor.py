@@ -2,98 +2,85 @@
 
 import re
 
-from .ptx import WIDTHS, Instruction, split
+from .ptx import Instruction, split
 from .translate_memory import ORDERS, modifier
 
 ELEMENTS = dict(e4m3="kE4m3", e5m2="kE5m2", bf16="kBf16", f16="kF16", tf32="kTf32")
-FIELDS = ("global_address", "rank", "box_dim", "global_dim", "global_stride", "element_stride", "elemtype",
-          "interleave_layout", "swizzle_mode", "fill_mode")  # fmt: skip
+FIELDS = (
+    "global_address", "rank", "box_dim", "global_dim", "global_stride", "element_stride", "elemtype", "interleave_layout",
+    "swizzle_mode", "fill_mode",
+)  # fmt: skip
+CALLS = {  # as in translate_memory
+    "cp.async.commit_group": "copy_commit(w, {s}, {m});",
+    "cp.async.wait_group": "copy_wait(w, {s}, {0}, {m});",
+    "cp.async.wait_all": "copy_commit(w, {s}, {m}); copy_wait(w, {s}, 0, {m});",
+    "cp.async.mbarrier.arrive.noinc": "copy_arrive(w, {s}, {0@}, {m});",
+    "cp.async.bulk.commit_group": "bulk_commit(w, {m});",
+    "cp.async.bulk.wait_group": "bulk_wait(w, {0}, {m});",
+    "cp.async.bulk.wait_group.read": "bulk_wait(w, {0}, {m});",
+    "cp.async.bulk.prefetch": "",
+    "mbarrier.init": "mbarrier_init(w, {s}, {0@}, {1.32}, {m});",
+    "mbarrier.inval": "mbarrier_inval(w, {s}, {0@}, {m});",
+    "mbarrier.expect_tx": "mbarrier_expect(w, {s}, {space}, {0@}, {1.32}, {m});",
+    # a state is the phase of its arrival
+    "mbarrier.try_wait": "0=pred mbarrier_try(w, {s}, {space}, {order}, {1@}, {2.32}, {m})",
+    "mbarrier.test_wait": "0=pred mbarrier_try(w, {s}, {space}, {order}, {1@}, {2.32}, {m})",
+    "tensormap.cp_fenceproxy": "map_copy(w, {s}, {0@}, {1@}, {m});",
+    "wgmma.fence": "wgmma_fence(w, {s}, {m});",
+    "wgmma.commit_group": "wgmma_commit(w, {s}, {m});",
+    "wgmma.wait_group": "wgmma_wait(w, {s}, {0}, {m});",
+}
 
 
 class Tensor:
     def do_mbarrier(self, c: Instruction) -> str:
-        s, how, m = self.site(c), c.op[1], self.mask
-        space = "kGeneric" if not any(o.startswith("shared") for o in c.op) else "kShared"
-        order = modifier(c, ORDERS, "kBoth")
-        if how == "init":
-            return f"mbarrier_init(w, {s}, {self.address(c.args[0])}, {self.raw(c.args[1], 32)}, {m});"
-        if how == "inval":
-            return f"mbarrier_inval(w, {s}, {self.address(c.args[0])}, {m});"
-        if how == "expect_tx":
-            return f"mbarrier_expect(w, {s}, {space}, {self.address(c.args[0])}, {self.raw(c.args[1], 32)}, {m});"
-        if how in ("arrive", "arrive_drop") and "noComplete" not in c.op:
-            to, at, *rest = c.args if not c.args[0].startswith("[") else ["_", *c.args]
-            bytes_ = self.raw(rest.pop(0), 32) if "expect_tx" in c.op else "k32(0)"
-            count = self.raw(rest[0], 32) if rest else "k32(1)"
-            call = f"mbarrier_arrive(w, {s}, {space}, {order}, {self.address(at)}, {count}, {bytes_}, {int(how == 'arrive_drop')}, {m})"
-            return f"{call};" if to == "_" else self.set(to, "b64", call)
-        if how in ("try_wait", "test_wait"):  # a state is the phase of its arrival
-            parity = self.raw(c.args[2], 32)
-            call = f"mbarrier_try(w, {s}, {space}, {order}, {self.address(c.args[1])}, {parity}, {m})"
-            return self.set(c.args[0], "pred", call)
-        raise ValueError(how)
+        if c.op[1] not in ("arrive", "arrive_drop"):
+            return self.fill(c, self.call_of(c))
+        to, at, *rest = c.args if not c.args[0].startswith("[") else ["_", *c.args]
+        arrived = self.raw(rest.pop(0), 32) if "expect_tx" in c.op else "k32(0)"
+        count = self.raw(rest[0], 32) if rest else "k32(1)"
+        drop = int(c.op[1] == "arrive_drop")
+        call = self.fill(
+            c, f"mbarrier_arrive(w, {{s}}, {{space}}, {{order}}, {self.address(at)}, {count}, {arrived}, {drop}, {{m}})"
+        )
+        return f"{call};" if to == "_" else self.set(to, "b64", call)
 
-    # -- copies
     def do_cp(self, c: Instruction) -> str:
-        if c.op[1:3] == ["async", "bulk"]:
-            return self.bulk(c)
-        s, how = self.site(c), c.op[2]
-        if how == "commit_group":
-            return f"copy_commit(w, {s}, {self.mask});"
-        if how in ("wait_group", "wait_all"):
-            commit = f"copy_commit(w, {s}, {self.mask}); " if how == "wait_all" else ""
-            return f"{commit}copy_wait(w, {s}, {c.args[0] if c.args else 0}, {self.mask});"
-        if how == "mbarrier":
-            return f"copy_arrive(w, {s}, {self.address(c.args[0])}, {self.mask});"
-        real = self.raw(c.args[3] if len(c.args) > 3 and c.op[-1] != "L2::cache_hint" else c.args[2], 32)
-        return f"copy_async(w, {s}, {self.address(c.args[0])}, {self.address(c.args[1])}, {c.args[2]}, {real}, {self.mask});"
+        if c.op[1:4] == ["async", "bulk", "tensor"]:
+            return self.tile(c)
+        if c.op[2] not in ("ca", "cg"):
+            return self.fill(c, self.call_of(c))
+        real = 3 if len(c.args) > 3 and "L2::cache_hint" not in c.op else 2
+        return self.fill(c, f"copy_async(w, {{s}}, {{0@}}, {{1@}}, {{2}}, {{{real}.32}}, {{m}});")
 
-    def bulk(self, c: Instruction) -> str:
-        m = self.mask
-        if "commit_group" in c.op:
-            return f"bulk_commit(w, {m});"
-        if "wait_group" in c.op:
-            return f"bulk_wait(w, {c.args[0]}, {m});"
-        if "prefetch" in c.op:
-            return ""
-        if "im2col" in c.op or "tile::gather4" in c.op or "reduce" in c.op:
+    def tile(self, c: Instruction) -> str:
+        """A tile by TMA: [shared], [map, {coordinates}], [mbarrier] in, and [map, {coordinates}], [shared] out."""
+        if any(o in c.op for o in ("im2col", "tile::gather4", "reduce")):
             raise ValueError("a kind of copy")
-        s, args = self.site(c), c.args[: -1 if "L2::cache_hint" in c.op else None]
-        loads = c.op[5 if "tensor" in c.op else 3].startswith("shared")
-        ranks = f"const U32 ranks = TO(U32, {self.raw(args.pop(), 16)}); " if "multicast::cluster" in c.op else ""
-        ranks_ = "&ranks" if ranks else "nullptr"
-        if "tensor" not in c.op:
-            from_cluster = "shared::cta" in c.op and "shared::cluster" in c.op
-            how = "kToCluster" if from_cluster else "kToShared" if loads else "kToGlobal"
-            to, source, n = self.address(args[0]), self.address(args[1]), self.raw(args[2], 32)
-            barrier = self.address(args[3]) if how != "kToGlobal" else "U64{}"
-            return f"{ranks}bulk_copy(w, {s}, {how}, {to}, {source}, {n}, {barrier}, {ranks_}, {m});"
-        pointer, coordinates = split(args[1 if loads else 0].strip()[1:-1])
+        loads = c.op[5].startswith("shared")
+        pointer, coordinates = split(c.args[1 if loads else 0].strip()[1:-1])
         names = self.vector(coordinates)
         at = f"const U32 at[] = {{{', '.join(self.raw(n, 32) for n in names)}}}; "
-        map_ = self.address(f"[{pointer}]")
+        tensor_map = f"{self.address(f'[{pointer}]')}, {len(names)}, at"
         if not loads:
-            return f"{at}tma_store(w, {s}, {map_}, {len(names)}, at, {self.address(args[1])}, {m});"
-        to, barrier = self.address(args[0]), self.address(args[2])
-        return f"{ranks}{at}tma_load(w, {s}, {to}, {map_}, {len(names)}, at, {barrier}, {ranks_}, {m});"
-
-    def store_async(self, c: Instruction) -> str:
-        names = self.vector(c.args[1])
-        bits = WIDTHS[c.op[-1]]
-        values = ", ".join(f"TO(U64, {self.raw(n, bits)})" for n in names)
+            return at + self.fill(c, f"tma_store(w, {{s}}, {tensor_map}, {{1@}}, {{m}});")
+        cluster = "multicast::cluster" in c.op
+        ranks = f"const U32 ranks = TO(U32, {self.raw(c.args[3], 16)}); " if cluster else ""
         return (
-            f"const U64 values[] = {{{values}}}; store_async(w, {self.site(c)}, {self.address(c.args[0])}, {len(names)}, {bits // 8}, "
-            f"values, {self.address(c.args[2])}, {self.mask});"
+            ranks
+            + at
+            + self.fill(
+                c, f"tma_load(w, {{s}}, {{0@}}, {tensor_map}, {{2@}}, {'&ranks' if cluster else 'nullptr'}, {{m}});"
+            )
         )
 
     def do_tensormap(self, c: Instruction) -> str:
-        s = self.site(c)
-        if c.op[1] == "cp_fenceproxy":
-            return f"map_copy(w, {s}, {self.address(c.args[0])}, {self.address(c.args[1])}, {self.mask});"
-        at, *which, value = c.args
-        return (
-            f"map_replace(w, {s}, {self.space(c)}, {self.address(at)}, {FIELDS.index(c.op[3])}, {which[0] if which else 0}, "
-            f"{self.raw(value, 64)}, {self.mask});"
+        if c.op[1] != "replace":
+            return self.fill(c, self.call_of(c))
+        dimension = c.args[1] if len(c.args) > 2 else 0
+        value = self.raw(c.args[-1], 64)
+        return self.fill(
+            c, f"map_replace(w, {{s}}, {{space}}, {{0@}}, {FIELDS.index(c.op[3])}, {dimension}, {value}, {{m}});"
         )
 
     # -- matrix products
@@ -103,33 +90,29 @@ class Tensor:
         if result != "f32" or start != "f32" or c.op[4:6] != ["row", "col"]:
             raise ValueError("the types of a product")
         d, ra, rb, e = (self.vector(x) for x in c.args[:4])
-        constants = self.values(e, 32, True, "start")
-        return (
-            f"{constants}U32 *d[] = {self.pointers(d)}, *a[] = {self.pointers(ra)}, *b[] = {self.pointers(rb)}; "
-            f"mma(w, {self.site(c)}, {k}, {ELEMENTS[a]}, {ELEMENTS[b]}, d, a, b, start, {self.mask});"
-        )
+        operands = f"U32 *d[] = {self.pointers(d)}, *a[] = {self.pointers(ra)}, *b[] = {self.pointers(rb)}; "
+        call = f"mma(w, {{s}}, {k}, {ELEMENTS[a]}, {ELEMENTS[b]}, d, a, b, start, {{m}});"
+        return self.values(e, 32, True, "start") + operands + self.fill(c, call)
 
     def do_wgmma(self, c: Instruction) -> str:
-        s, how, m = self.site(c), c.op[1], self.mask
-        if how in ("fence", "commit_group"):
-            return f"wgmma_{how.split('_')[0]}(w, {s}, {m});"
-        if how == "wait_group":
-            return f"wgmma_wait(w, {s}, {c.args[0]}, {m});"
+        if c.op[1] != "mma_async":
+            return self.fill(c, self.call_of(c))
         n, k = re.fullmatch(r"m64n(\d+)k(\d+)", c.op[4]).groups()
-        if c.op[5] != "f32" or how != "mma_async" or "sp" in c.op:
-            raise ValueError("the types of a product")
         d, registers = self.vector(c.args[0]), c.args[1].startswith("{")
+        if c.op[5] != "f32" or len(d) != int(n) // 2:
+            raise ValueError("the types of a product")
         a = self.vector(c.args[1]) if registers else []
-        if len(d) != int(n) // 2:
-            raise ValueError(f"{len(d)} accumulators")
         accumulate, *flags = c.args[3:]
-        sign = int(flags[0] if flags else 1) * int(flags[1] if flags else 1)
+        sign = int(flags[0]) * int(flags[1]) if flags else 1
         ta = int(flags[2]) if len(flags) == 4 else 0
         tb = int(flags[-1]) if len(flags) > 2 else 0
         marks = ", ".join(f"&R(uint32_t, {self.operand(self.marks[x])})" for x in d + a)
-        ra = f"const U32* a[] = {self.pointers(a)};" if registers else "const U32** a = nullptr;"
-        da = "k64(0)" if registers else self.raw(c.args[1], 64)
+        pointers = f"U32* d[] = {self.pointers(d)}; uint32_t* marks[] = {{{marks}}}; "
+        ra = f"const U32* a[] = {self.pointers(a)}; " if registers else "const U32** a = nullptr; "
+        form = f"{{{n}, {k}, {ELEMENTS[c.op[6]]}, {ELEMENTS[c.op[7]]}, {ta}, {tb}, {sign}}}"
+        da = "k64(0)" if registers else "{1.64}"
         return (
-            f"U32* d[] = {self.pointers(d)}; uint32_t* marks[] = {{{marks}}}; {ra} wgmma(w, {s}, {{{n}, {k}, {ELEMENTS[c.op[6]]}, "
-            f"{ELEMENTS[c.op[7]]}, {ta}, {tb}, {sign}}}, d, a, {da}, {self.raw(c.args[2], 64)}, {self.raw(accumulate, 1)}, marks, {m});"
+            pointers
+            + ra
+            + self.fill(c, f"wgmma(w, {{s}}, {form}, d, a, {da}, {{2.64}}, {self.raw(accumulate, 1)}, marks, {{m}});")
         )

@@ -1,4 +1,4 @@
-// Bulk copies: TMA's tiles, plain spans, st.async; and tensor maps (ISA 5.5, 9.7.9.25, 9.7.9.28). A load is delivered
+// Bulk copies: TMA's tiles and st.async; and tensor maps (ISA 5.5, 9.7.9.25, 9.7.9.28). A load is delivered
 // as late as anything waits for it or, with a seed, at any time before; a store runs when its group is waited for.
 #include "machine.h"
 #include "tensor_map.h"
@@ -67,14 +67,13 @@ void count_bulk(Warp& w, int site, uint64_t bytes) {
     if (q.counting()) q.sites[site].runs++, q.sites[site].lanes++, q.sites[site].useful += bytes;
 }
 // Begins a copy of n bytes to shared address `to` of each block that `ranks` has a bit for, or of the one that is named
-void begin(Warp& w, int site, int lane, Space space, uint64_t to, uint32_t n, uint64_t barrier, const uint32_t* ranks,
+void begin(Warp& w, int site, int lane, uint64_t to, uint32_t n, uint64_t barrier, const uint32_t* ranks,
            std::function<void(Block&, uint64_t)> move) {
     uint64_t offset, at;
-    Block* const named = shared_block(w, site, space, to, offset);
+    Block* const named = shared_block(w, site, kShared, to, offset);
     Block* const first = w.block - w.block->rank;
-    Block* const signals = shared_block(w, site, space, barrier, at);
-    if (!named || !signals) fault(w, site, hex(to) + " is no shared address");
-    if (!ranks && signals != named) fault(w, site, "the mbarrier is in another block than the destination of the copy: " + hex(barrier) + ", " + hex(to));
+    Block* const signals = shared_block(w, site, kShared, barrier, at);
+    if (!ranks && signals != named) fault(w, site, "the mbarrier is another block's than the destination of the copy");
     for (int rank = 0; rank < w.block->company->cluster; rank++) {
         if (!(ranks ? *ranks >> rank & 1 : first + rank == named)) continue;
         Block& b = first[rank];
@@ -100,13 +99,12 @@ void tma_load(Warp& w, int site, const U64& to, const U64& map, int n, const U32
         const Box box = box_of(w, site, map[l], n, at, offset, l, true);
         count_bulk(w, site, box.bytes());
         const uint32_t mask_of_ranks = ranks ? (*ranks)[l] & 0xffff : 0;
-        begin(w, site, l, kShared, to[l], box.bytes(), barrier[l], ranks ? &mask_of_ranks : nullptr,
-              [box](Block& b, uint64_t) {
-                  each_chunk(box, [&](uint64_t p, const char* from, int64_t low, int64_t high) {
-                      memset(b.shared + p, 0, 16);
-                      memcpy(b.shared + p + low, from + low, high - low);
-                  });
-              });
+        begin(w, site, l, to[l], box.bytes(), barrier[l], ranks ? &mask_of_ranks : nullptr, [box](Block& b, uint64_t) {
+            each_chunk(box, [&](uint64_t p, const char* from, int64_t low, int64_t high) {
+                memset(b.shared + p, 0, 16);
+                memcpy(b.shared + p + low, from + low, high - low);
+            });
+        });
     }
 }
 void tma_store(Warp& w, int site, const U64& map, int n, const U32* at, const U64& from, uint32_t mask) {
@@ -121,42 +119,12 @@ void tma_store(Warp& w, int site, const U64& map, int n, const U32* at, const U6
                                  }});
     }
 }
-void bulk_copy(Warp& w, int site, Bulk how, const U64& to, const U64& from, const U32& bytes, const U64& barrier,
-               const U32* ranks, uint32_t mask) {
-    LANE_OF(mask) {
-        const uint32_t n = bytes[l];
-        if (n % 16 || to[l] % 16 || from[l] % 16) fault(w, site, lane_name(l) + ": a bulk copy goes by 16 bytes");
-        const uint64_t outside = how == kToGlobal ? to[l] : from[l];
-        if (how != kToCluster && n) {
-            check_bounds(w, site, outside, n, l);
-            global_access(w, site, outside, n, l, kPlain, how == kToShared, how == kToGlobal, w.waited);
-        }
-        if (how != kToShared && from[l] + n > w.block->shared_size)
-            fault(w, site, "the copy starts past the shared memory");
-        count_bulk(w, site, n);
-        const auto read = [&w, site, n, p = from[l], lane = int(l), seen = w.seen](char* to) {
-            check_read(w, site, *w.block, p, n, lane, kUnit, seen);
-            memcpy(to, w.block->shared + p, n);
-        };
-        if (!n) continue;
-        if (how == kToGlobal) {
-            w.stores.open.push_back({site, [read, p = (char*)to[l]] { read(p); }});
-            continue;
-        }
-        const uint32_t mask_of_ranks = ranks ? (*ranks)[l] & 0xffff : 0;
-        begin(w, site, l, kShared, to[l], n, barrier[l], ranks ? &mask_of_ranks : nullptr,
-              [=, p = from[l]](Block& b, uint64_t at) {
-                  if (how == kToCluster) read(b.shared + at);
-                  else memcpy(b.shared + at, (const char*)p, n);
-              });
-    }
-}
 void store_async(Warp& w, int site, const U64& at, int n, int bytes, const U64* values, const U64& barrier,
                  uint32_t mask) {
     LANE_OF(mask) {
         std::array<uint64_t, 4> v = {};
         for (int i = 0; i < n; i++) memcpy((char*)&v + i * bytes, &values[i][l], bytes);
-        begin(w, site, l, kShared, at[l], n * bytes, barrier[l], nullptr,
+        begin(w, site, l, at[l], n * bytes, barrier[l], nullptr,
               [=](Block& b, uint64_t p) { memcpy(b.shared + p, &v, n * bytes); });
     }
 }

@@ -212,8 +212,9 @@ void store(Warp& w, int site, Space space, Order order, const U64& at, uint32_t 
     template void store<T, uint32_t>(Warp&, int, Space, Order, const U64&, uint32_t, int, const uint32_t* const*); \
     template void store<T, uint64_t>(Warp&, int, Space, Order, const U64&, uint32_t, int, const uint64_t* const*);
 LOADS(uint8_t)
-LOADS(int8_t) LOADS(uint16_t) LOADS(int16_t) LOADS(uint32_t) LOADS(int32_t) LOADS(uint64_t) LOADS(int64_t)
-    STORES(uint8_t) STORES(uint16_t) STORES(uint32_t) STORES(uint64_t)
+LOADS(int8_t)
+LOADS(uint16_t) LOADS(int16_t) LOADS(uint32_t) LOADS(int32_t) LOADS(uint64_t) LOADS(int64_t) STORES(uint8_t)
+    STORES(uint16_t) STORES(uint32_t) STORES(uint64_t)
 
         template <class T> static T combined(Warp& w, int site, Atomic how, T was, T a, T b) {
     switch (how) {
@@ -254,7 +255,8 @@ void atomic(Warp& w, int site, Space space, Order order, Atomic how, const U64& 
 #define ATOMICS(T) \
     template void atomic<T>(Warp&, int, Space, Order, Atomic, const U64&, uint32_t, const void*, const void*, void*);
 ATOMICS(uint32_t)
-ATOMICS(int32_t) ATOMICS(uint64_t) ATOMICS(int64_t) ATOMICS(float) ATOMICS(double)
+ATOMICS(int32_t)
+ATOMICS(uint64_t) ATOMICS(int64_t) ATOMICS(float) ATOMICS(double)
 
     // ---- cp.async (ISA 9.7.9.25.3): done at its wait
     void copy_async(Warp& w, int site, const U64& to, const U64& from, int bytes, const U32& real, uint32_t mask) {

@@ -113,9 +113,6 @@ void proxy_fence(Warp&, uint32_t mask);
 void tma_load(Warp&, int site, const U64& to, const U64& map, int n, const U32* at, const U64& barrier,
               const U32* ranks, uint32_t mask);
 void tma_store(Warp&, int site, const U64& map, int n, const U32* at, const U64& from, uint32_t mask);
-enum Bulk { kToShared, kToCluster, kToGlobal };
-void bulk_copy(Warp&, int site, Bulk, const U64& to, const U64& from, const U32& bytes, const U64& barrier,
-               const U32* ranks, uint32_t mask);
 void store_async(Warp&, int site, const U64& at, int n, int bytes, const U64* values, const U64& barrier,
                  uint32_t mask);
 void bulk_commit(Warp&, uint32_t mask);

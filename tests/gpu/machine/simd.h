@@ -1,9 +1,9 @@
-// What GCC's vectors lack: masks and half precision, for AVX-512, AVX2 and any other processor.
+// Vectors of 32 lanes, and what GCC makes of them too slowly for AVX-512: masks and half precision.
 #pragma once
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#if defined(__AVX512F__) || defined(__F16C__)
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
@@ -48,31 +48,11 @@ IN Pred lanes(uint32_t mask) {
     EACH_LANE r[l] = -int(mask >> l & 1);
     return r;
 }
-#ifdef __AVX2__
-IN uint32_t bits(Pred p) {
-    uint32_t r = 0;
-    for (int i = 0; i < 4; i++) r |= uint32_t(_mm256_movemask_ps(((__m256*)&p)[i])) << 8 * i;
-    return r;
-}
-#else
 IN uint32_t bits(Pred p) {
     uint32_t r = 0;
     EACH_LANE r |= uint32_t(p[l] & 1) << l;
     return r;
 }
-#endif
-#ifdef __F16C__
-IN U16 f16_of(F32 x) {
-    U16 r;
-    for (int i = 0; i < 4; i++) ((__m128i*)&r)[i] = _mm256_cvtps_ph(((__m256*)&x)[i], _MM_FROUND_TO_NEAREST_INT);
-    return r;
-}
-IN F32 of_f16(U16 x) {
-    F32 r;
-    for (int i = 0; i < 4; i++) ((__m256*)&r)[i] = _mm256_cvtph_ps(((__m128i*)&x)[i]);
-    return r;
-}
-#else
 IN U16 f16_of(F32 x) {
     U16 r;
     EACH_LANE r[l] = __builtin_bit_cast(uint16_t, _Float16(x[l]));
@@ -83,5 +63,4 @@ IN F32 of_f16(U16 x) {
     EACH_LANE r[l] = float(__builtin_bit_cast(_Float16, uint16_t(x[l])));
     return r;
 }
-#endif
 #endif

@@ -191,7 +191,7 @@ LANES_OF(F32, sine, (const F32& a), sinf(a[l]))
 LANES_OF(F32, cosine, (const F32& a), cosf(a[l]))
 LANES_OF(F32, tanh_of, (const F32& a), tanhf(a[l]))
 __attribute__((noipa)) static LANES_OF(F32, fma_now, (const F32& a, const F32& b, const F32& c),
-                                          __builtin_fmaf(a[l], b[l], c[l])) F32
+                                       __builtin_fmaf(a[l], b[l], c[l])) F32
     fma_rounded(const F32& a, const F32& b, const F32& c, Round how) {
     std::fesetround(how == kTowardZero ? FE_TOWARDZERO
                     : how == kFloor    ? FE_DOWNWARD
