@@ -11,8 +11,7 @@ if shutil.which("g++") is None:
     pytest.skip("the virtual GPU needs g++", allow_module_level=True)
 
 from tests.gpu import ptx
-from tests.gpu.program import NARROW_SUMS, RACES, Emulated, Operations, set_ranges
-from tests.gpu.translate import Translator
+from tests.gpu.program import NARROW_SUMS, RACES, Emulated, Operations, set_ranges, translated
 
 REGISTERS = """.reg .pred %p<16>; .reg .b16 %h<32>; .reg .b32 %r<160>; .reg .b64 %d<32>; .reg .f32 %f<160>;
 mov.u32 %r0, %tid.x; mov.u32 %r1, %ctaid.x; """
@@ -39,8 +38,7 @@ class Kernel:
         if self.ready is None:
             text = ".version 9.0\n.target sm_90a\n.address_size 64\n" + "".join(k.text for k in Kernel.all.values())
             module = ptx.Module(text)
-            programs = [Translator(module.entry(name), module).program() for name in Kernel.all]
-            Operations.addresses({t for p in programs for _, code, *_ in p for t, _ in code})
+            Operations.addresses({text for name in Kernel.all for text in translated(module, name)[1]})
             for kernel in Kernel.all.values():
                 kernel.ready = Emulated(module, kernel.name)
         set_ranges([*tensors, *reached])

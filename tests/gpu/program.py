@@ -5,6 +5,7 @@ import functools
 import hashlib
 import math
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -111,6 +112,7 @@ class Operations:
     known: dict[str, int] = {}  # symbol: address
 
     @staticmethod
+    @functools.cache
     def symbol(text: str) -> str:
         return "op_" + hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -138,30 +140,56 @@ class Operations:
             cls.known[name] = ctypes.cast(getattr(lib, name), ctypes.c_void_p).value
 
 
+def translated(module: ptx.Module, name: str) -> tuple:
+    """An entry without its code; the texts of its operations; blocks, whose instructions number them; sites; sizes.
+
+    Kept in the cache, but for entries with addresses of this process.
+    """
+    files = (Path(__file__).with_name(f"{f}.py").read_text() for f in
+             ("ptx", "translate", "translate_arithmetic", "translate_memory", "translate_tensor"))  # fmt: skip
+    key = hashlib.sha256("\0".join([name, module.text, *files]).encode()).hexdigest()[:24]
+    file = CACHE / f"{key}.program"
+    if file.exists():
+        return pickle.loads(file.read_bytes())
+    entry = module.entry(name)
+    translator = Translator(entry, module)
+    program, number = translator.program(), {}
+    for _, code, *_ in program:
+        code[:] = [(number.setdefault(text, len(number)), operands) for text, operands in code]
+    entry.blocks, entry.registers, entry.labels = [], {}, {}
+    sizes = translator.size, translator.shared_size, translator.local_size
+    result = entry, list(number), program, translator.sites, sizes
+    if not translator.has_addresses:
+        CACHE.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(f".{os.getpid()}")
+        part.write_bytes(pickle.dumps(result))
+        part.rename(file)
+    return result
+
+
 class Emulated:
     """One entry of a module, ready to run. Raises NotImplementedError for PTX that the machine does not know."""
 
     def __init__(self, module: ptx.Module, name: str):
-        self.entry, self.module = module.entry(name), module
-        translator = Translator(self.entry, module)
-        program = translator.program()
-        known = Operations.addresses({t for _, code, *_ in program for t, _ in code})
-        flat = [(known[Operations.symbol(t)], operands) for _, code, *_ in program for t, operands in code]
+        self.module = module
+        self.entry, texts, program, sites, sizes = translated(module, name)
+        known = Operations.addresses(texts)
+        functions = [known[Operations.symbol(t)] for t in texts]
+        flat = [instruction for _, code, *_ in program for instruction in code]
         values = [v for _, operands in flat for v in operands]
         self.operands = (ctypes.c_int64 * (len(values) + 1))(*values)
         self.code, at = (Operation * (len(flat) + 1))(), ctypes.addressof(self.operands)
-        for operation, (address, operands) in zip(self.code, flat, strict=False):
-            operation.run, operation.operands = address, at
+        for operation, (text, operands) in zip(self.code, flat, strict=False):
+            operation.run, operation.operands = functions[text], at
             at += 8 * len(operands)
         self.basic_blocks, first = (BasicBlock * len(program))(), 0
         for i, (line, code, *rest, classes) in enumerate(program):
             self.basic_blocks[i] = BasicBlock(first, len(code), line, *rest, (ctypes.c_int * 8)(*classes))
             first += len(code)
-        sites = [Site(line, text.encode(), source.encode(), size) for line, text, source, size in translator.sites]
-        self.site_info = (Site * (len(sites) + 1))(*sites)
+        self.site_info = (Site * (len(sites) + 1))(*(Site(n, t.encode(), src.encode(), b) for n, t, src, b in sites))
         self.kernel = Kernel(
-            name.encode(), len(program), len(sites), self.basic_blocks, self.code, self.site_info, translator.size,
-            self.entry.params_size, translator.shared_size, translator.local_size, 0,
+            name.encode(), len(program), len(sites), self.basic_blocks, self.code, self.site_info, sizes[0],
+            self.entry.params_size, *sizes[1:], 0,
         )  # fmt: skip
         self.reset()
 
@@ -169,10 +197,8 @@ class Emulated:
         """Sets all counters to zero."""
         k = self.kernel
         self.runs, self.lanes = (U64 * (k.blocks + 1))(), (U64 * (k.blocks + 1))()
-        self.sites, self.totals = (
-            (U64 * (len(SITE) * (k.sites + 1)))(),
-            (U64 * 6)(),
-        )  # MACs of e4m3, e5m2, bf16, f16, tf32; bytes of bulk copies
+        self.sites = (U64 * (len(SITE) * (k.sites + 1)))()
+        self.totals = (U64 * 6)()  # MACs of e4m3, e5m2, bf16, f16, tf32; bytes of bulk copies
         self.launches, self.seconds, self.blocks = 0, 0.0, 0
 
     def launch(self, grid, block, dynamic: int, params: bytes, cooperative=False, seed=None, counting=True,

@@ -51,6 +51,7 @@ class Translator(Arithmetic, Memory, Tensor):
         self.entry, self.module = entry, module
         self.sites: list[tuple] = []  # (line, text, source, bytes)
         self.site_of: dict[int, int] = {}
+        self.has_addresses = False  # of this process, among the operands
         # What the launch sizes comes last
         self.shared, self.shared_size = layout(sorted(entry.shared, key=lambda v: v.size == 0))
         self.local, size = layout(entry.local)
@@ -204,6 +205,7 @@ class Translator(Arithmetic, Memory, Tensor):
             at = self.operand(self.local[name] + offset)
             return f"(k64(uint64_t(base(w).local) + {at}) + TO(U64, sr.lane) * base(w).local_size)"
         if name in self.globals:
+            self.has_addresses = True
             return f"k64({self.operand(self.globals[name] + offset)})"
         raise Unknown(f"operand {text}")
 
