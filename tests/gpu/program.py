@@ -50,8 +50,10 @@ def structure(name_: str, **fields):
     return type(name_, (ctypes.Structure,), dict(_fields_=list(fields.items())))
 
 
-BasicBlock = structure("BasicBlock", **dict.fromkeys("first count line next target predicate negated".split(), ctypes.c_int),
-                       classes=ctypes.c_int * 8)  # fmt: skip
+BasicBlock = structure(
+    "BasicBlock", **dict.fromkeys("first count line next target predicate negated".split(), ctypes.c_int),
+    classes=ctypes.c_int * 8,
+)  # fmt: skip
 Operation = structure("Operation", run=ctypes.c_void_p, operands=ctypes.c_void_p)
 Site = structure("Site", line=ctypes.c_int, text=ctypes.c_char_p, source=ctypes.c_char_p, bytes=ctypes.c_int)
 Kernel = structure(
@@ -146,7 +148,7 @@ def translated(module: ptx.Module, name: str) -> tuple:
     Kept in the cache, but for entries with addresses of this process.
     """
     files = (Path(__file__).with_name(f"{f}.py").read_text() for f in
-             ("ptx", "translate", "translate_arithmetic", "translate_memory", "translate_tensor"))  # fmt: skip
+             ("ptx", "flow", "translate", "translate_arithmetic", "translate_memory", "translate_tensor"))  # fmt: skip
     key = hashlib.sha256("\0".join([name, module.text, *files]).encode()).hexdigest()[:24]
     file = CACHE / f"{key}.program"
     if file.exists():
@@ -286,7 +288,7 @@ class Library:
         return self.ready[name]
 
     def on_launch(self, name, grid, block, dynamic, args, attributes: int) -> int:
-        """A launch of the host's. attributes: 1 cooperative, 2 may overlap the kernel ahead; bits 8 to 31: the cluster."""
+        """A launch of the host's. attributes: 1 cooperative, 2 overlaps the kernel ahead; bits 8 to 31: the cluster."""
         try:
             k = self.kernel(name.decode())
             addresses = k.module.global_addresses()

@@ -61,8 +61,7 @@ VARIABLE = re.compile(
 # A basic block ends after these: a warp may have to wait there, or its lanes part
 ENDS = {"bra", "ret", "exit", "trap", "nanosleep", "bar", "barrier"}
 # and begins with these: lanes wait there for others
-BEGINS = {"bar", "barrier", "shfl", "vote", "match", "redux", "elect", "ldmatrix", "stmatrix", "mma", "wgmma", "setmaxnreg",
-          "tensormap", "cp"}  # fmt: skip
+BEGINS = set("bar barrier shfl vote match redux elect ldmatrix stmatrix mma wgmma setmaxnreg tensormap cp".split())
 
 
 def variable(text: str) -> Variable:

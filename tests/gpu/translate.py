@@ -5,11 +5,14 @@ Registers that live across basic blocks have their places for good and are writt
 others share places, and their lanes outside the mask are garbage.
 """
 
+import functools
+import operator
 import re
 import struct
 
-from .ptx import WIDTHS, Entry, Instruction, Module, layout, split
 from . import translate_memory, translate_tensor
+from .flow import live_at_begin, running_order
+from .ptx import WIDTHS, Entry, Instruction, Module, layout, split
 from .translate_arithmetic import Arithmetic
 from .translate_memory import ATOMICS, ORDERS, Memory, modifier
 from .translate_tensor import Tensor
@@ -19,26 +22,33 @@ CALLS = translate_memory.CALLS | translate_tensor.CALLS
 SHUFFLES = dict(up="kUp", down="kDown", bfly="kButterfly", idx="kIndex")
 VECTOR = {1: "Pred", 16: "U16", 32: "U32", 64: "U64"}
 CLASSES = ("fp32", "int", "sfu", "lsu", "tensor", "branch", "move", "other")
-CLASS_OF = {name: kind for kind, names in dict(
-    sfu="ex2 lg2 rcp rsqrt sqrt sin cos tanh", lsu="ld st atom red ldmatrix stmatrix shfl cp prefetch",
-    tensor="mma wgmma", branch="bra ret exit", move="mov cvta",
-    other="bar barrier mbarrier fence membar vote redux match elect griddepcontrol setmaxnreg nanosleep pragma",
-).items() for name in names.split()}  # fmt: skip
-NO_RESULT = set("st red bra ret exit cp fence membar prefetch prefetchu stmatrix nanosleep setmaxnreg griddepcontrol trap "
-                "tensormap applypriority discard brkpt call".split())  # fmt: skip
+CLASS_OF = {
+    **dict.fromkeys("ex2 lg2 rcp rsqrt sqrt sin cos tanh".split(), "sfu"),
+    **dict.fromkeys("ld st atom red ldmatrix stmatrix shfl cp prefetch".split(), "lsu"),
+    **dict.fromkeys(
+        "bar barrier mbarrier fence membar vote redux match elect griddepcontrol setmaxnreg".split(), "other"
+    ),
+    **dict(mma="tensor", wgmma="tensor", bra="branch", ret="branch", exit="branch", mov="move", cvta="move", cvt="int"),
+}
 FLOATS = ("f32", "f64", "f16", "bf16", "f16x2", "bf16x2")
+NO_RESULT = set(
+    "st red bra ret exit cp fence membar prefetch prefetchu stmatrix nanosleep setmaxnreg griddepcontrol trap brkpt "
+    "call tensormap applypriority discard".split()
+)
 WORD = re.compile(r"[%\w$.]+")
 SPECIAL = {
-    **{f"%{s}.{a}": f"k32(sr.{s}[{i}])" for s in ("ctaid", "ntid", "nctaid", "cluster_ctaid", "cluster_nctaid") for i, a in enumerate("xyz")},
+    **{f"%{s}.{a}": f"k32(sr.{s}[{i}])" for s in ("ctaid", "ntid", "nctaid") for i, a in enumerate("xyz")},
+    **{f"%cluster_{s}.{a}": f"k32(sr.cluster_{s}[{i}])" for s in ("ctaid", "nctaid") for i, a in enumerate("xyz")},
     **{f"%tid.{a}": f"sr.tid[{i}]" for i, a in enumerate("xyz")},
     **{f"%clusterid.{a}": f"k32(sr.ctaid[{i}] / sr.cluster_nctaid[{i}])" for i, a in enumerate("xyz")},
     **{f"%nclusterid.{a}": f"k32(sr.nctaid[{i}] / sr.cluster_nctaid[{i}])" for i, a in enumerate("xyz")},
-    "%cluster_ctarank": "k32(sr.rank)", "%cluster_nctarank": "k32(sr.cluster_nctaid[0] * sr.cluster_nctaid[1] * sr.cluster_nctaid[2])",
-    "%laneid": "sr.lane", "%warpid": "k32(sr.warp)", "%lanemask_lt": "((k32(1) << sr.lane) - 1u)",
-    "%lanemask_le": "((k32(2) << sr.lane) - 1u)", "%lanemask_eq": "(k32(1) << sr.lane)",
+    "%cluster_nctarank": "k32(sr.cluster_nctaid[0] * sr.cluster_nctaid[1] * sr.cluster_nctaid[2])",
+    "%cluster_ctarank": "k32(sr.rank)", "%laneid": "sr.lane", "%warpid": "k32(sr.warp)",
+    "%lanemask_lt": "((k32(1) << sr.lane) - 1u)", "%lanemask_le": "((k32(2) << sr.lane) - 1u)",
     "%lanemask_gt": "~((k32(2) << sr.lane) - 1u)", "%lanemask_ge": "~((k32(1) << sr.lane) - 1u)",
-    "%smid": "k32(0)", "%nsmid": "k32(1)", "%clock": "k32(0)", "%globaltimer_lo": "k32(0)",
-    "%clock64": "k64(0)", "%globaltimer": "k64(0)", "%gridid": "k64(0)",
+    "%lanemask_eq": "(k32(1) << sr.lane)", "%smid": "k32(0)", "%nsmid": "k32(1)",
+    **dict.fromkeys(("%clock", "%globaltimer_lo"), "k32(0)"),
+    **dict.fromkeys(("%clock64", "%globaltimer", "%gridid"), "k64(0)"),
 }  # fmt: skip
 
 
@@ -72,61 +82,46 @@ class Translator(Arithmetic, Memory, Tensor):
 
     def used(self, c: Instruction) -> tuple[list[str], list[str]]:
         """The registers that an instruction reads, and those that it writes."""
-        result = c.name not in NO_RESULT and not (
-            c.name in ("bar", "barrier") and c.op[-3:-2] != ["red"] and "red" not in c.op
-        )
-        result &= not (c.name == "mbarrier" and c.op[1] in ("init", "inval", "expect_tx", "complete_tx"))
-        result &= not (c.name == "wgmma" and c.op[1] != "mma_async")
-        writes = self.registers_in(c.args[0]) if result and c.args else []
-        reads = self.registers_in(" ".join(c.args[1:] if result else c.args))
-        return reads + ([c.guard] if c.guard else []), writes
+        result = c.name not in NO_RESULT and bool(c.args)
+        if c.name in ("bar", "barrier"):
+            result = "red" in c.op
+        elif c.name in ("mbarrier", "wgmma"):
+            result = c.op[1] in ("arrive", "arrive_drop", "try_wait", "test_wait", "mma_async")
+        writes = self.registers_in(c.args[0]) if result and not c.args[0].startswith("[") else []
+        reads = self.registers_in(" ".join(c.args[1:] if writes else c.args))
+        return reads + [c.guard] * bool(c.guard), writes
 
     def find_kept(self):
         """Registers that live across blocks, and those that a path reads before it has written them."""
         bit = {n: 1 << i for i, n in enumerate(self.entry.registers)}
-        blocks, ends = self.entry.blocks, self.ends()
-        gen, kill, live = [], [], [0] * len(blocks)
-        for block in blocks:
-            g = k = 0
+        reads, writes = [], []
+        for block in self.entry.blocks:
+            first = written = 0
             for c in block.code:
-                reads, writes = self.uses[id(c)]
-                for n in reads:
-                    g |= bit[n] & ~k
-                for n in writes:
-                    if c.guard:
-                        g |= bit[n] & ~k
-                    else:
-                        k |= bit[n]
-            gen.append(g), kill.append(k)
-        changed = True
-        while changed:
-            changed = False
-            for i in reversed(range(len(blocks))):
-                out = 0
-                for to in ends[i]:
-                    out |= live[to]
-                now = gen[i] | out & ~kill[i]
-                changed |= now != live[i]
-                live[i] = now
-        across = 0
-        for x in live:
-            across |= x
+                read, wrote = self.uses[id(c)]
+                for n in read + wrote if c.guard else read:  # a guarded write keeps other lanes' values
+                    first |= bit[n] & ~written
+                for n in [] if c.guard else wrote:
+                    written |= bit[n]
+            reads.append(first), writes.append(written)
+        live = live_at_begin(reads, writes, self.following())
+        across = functools.reduce(operator.or_, live)
         self.kept = {n for n in self.entry.registers if across & bit[n]}
         self.doubtful = {n for n in self.entry.registers if live[0] & bit[n]}
         for c in self.code:  # a barrier's result comes in the next block; a wgmma works later
             if c.name in ("bar", "barrier", "wgmma"):
-                self.kept |= set(self.uses[id(c)][0] + self.uses[id(c)][1])
+                self.kept.update(*self.uses[id(c)])
 
-    def ends(self) -> list[list[int]]:
-        """The blocks that follow each block."""
-        following = []
+    def following(self) -> list[list[int]]:
+        """The blocks that may follow each block."""
+        out = []
         for i, block in enumerate(self.entry.blocks):
             c = block.code[-1]
             targets = [self.entry.labels[c.args[0]]] if c.name == "bra" else []
             if c.name not in ("bra", "ret", "exit") or c.guard:
                 targets.append(i + 1)
-            following.append([t for t in targets if t < len(self.entry.blocks)])
-        return following
+            out.append([t for t in targets if t < len(self.entry.blocks)])
+        return out
 
     def place_registers(self):
         """Offsets: of kept registers for good, of others from their first to their last instruction in their block."""
@@ -220,11 +215,8 @@ class Translator(Arithmetic, Memory, Tensor):
         """An operand as a vector of its type: F32, S16, ...; U32 for untyped bits."""
         bits = max(WIDTHS[kind], 16) if kind != "pred" else 1
         expression = self.raw(text, bits, kind == "f32")
-        return (
-            f"(({kind[0].upper()}{bits}){expression})"
-            if kind in ("s8", "s16", "s32", "s64", "f32", "f64")
-            else expression
-        )
+        typed = kind in ("s8", "s16", "s32", "s64", "f32", "f64")
+        return f"(({kind[0].upper()}{bits}){expression})" if typed else expression
 
     def set(self, target: str, kind: str, expression: str) -> str:
         """Assigns to a register what has type `kind`; a wider register takes it by the type's sign."""
@@ -239,11 +231,8 @@ class Translator(Arithmetic, Memory, Tensor):
         elif own > 1:
             expression = f"(U{own})({expression})"
         place = self.register(target)
-        return (
-            f"put({place}, {expression}, {self.wide});"
-            if target in self.kept or self.wide != "M"
-            else f"{place} = {expression};"
-        )
+        masked = target in self.kept or self.wide != "M"
+        return f"put({place}, {expression}, {self.wide});" if masked else f"{place} = {expression};"
 
     def address(self, text: str) -> str:
         base, offset = re.fullmatch(r"\[\s*(.+?)\s*(?:\+\s*(-?\w+))?\s*\]", text).groups()
@@ -271,9 +260,12 @@ class Translator(Arithmetic, Memory, Tensor):
         raise Unknown("no such opcode")
 
     def fill(self, c: Instruction, call: str) -> str:
-        """C++ of a template. {s}: the site; {m}: the mask; {2}, {2.32}, {2@}: operand 2 as it is written, as a vector of
-        32 bits, as an address; {2.t}: of the instruction's type. "0=b32 x": what has that type goes to operand 0, and
-        where that is two registers d|p, "1=" to the other. Parts are separated by " | "."""
+        """C++ of a template of CALLS.
+
+        {s}: the site; {m}: the mask; {2}, {2.32}, {2@}: operand 2 as it is written, as a vector of 32 bits, as an
+        address; {2.t}: as a vector of the instruction's type. "0=b32 x" assigns x, of that type, to operand 0; where
+        this is a pair d|p, "1=" means its second part. " | " separates statements.
+        """
         names = dict(
             m=self.mask, space=self.space(c), order=modifier(c, ORDERS, "kBoth"), atomic=modifier(c, ATOMICS),
             lane="int32_t" if c.op[-1] == "s32" else "uint32_t", how=modifier(c, SHUFFLES),
@@ -315,30 +307,27 @@ class Translator(Arithmetic, Memory, Tensor):
         return before + text if text else ""
 
     def care(self, c: Instruction, emit):
-        """What comes before and after an instruction on registers of a wgmma, or on some that may not be written yet."""
+        """Emits checks of registers that a wgmma uses, or that may not be written yet; returns what comes after `c`."""
         reads, writes = (list(dict.fromkeys(names)) for names in self.uses[id(c)])
-        product = c.op[:2] == ["wgmma", "mma_async"]
-        head = [self.places[c.guard] if c.guard else -1, int(c.negated)]
+        guard = [self.places[c.guard] if c.guard else -1, int(c.negated)]
 
         def note(function, rows):
             if rows:
                 self.operands = []
                 self.site(c)
-                emit(function, [*self.operands, *head, len(rows), *sum(rows, [])])
+                emit(function, [*self.operands, *guard, len(rows), *sum(rows, [])])
 
-        if not product:
-            marked = [n for n in dict.fromkeys(reads + writes) if n in self.marks]
-            note(
-                "touch(w, regs, s, m);",
-                [[self.marks[n], int(n not in self.accumulators and n not in writes)] for n in marked],
-            )
-        if c.name not in ("mov", "selp"):
+        marked = [n for n in dict.fromkeys(reads + writes) if n in self.marks and c.name != "wgmma"]
+        idle = [int(n not in self.accumulators and n not in writes) for n in marked]  # may a wgmma still read it?
+        note("touch(w, regs, s, m);", [[self.marks[n], ok] for n, ok in zip(marked, idle, strict=True)])
+        if c.name not in ("mov", "selp"):  # these may move what nobody looks at
             note("need_written(w, regs, s, m);", [[self.unwritten[n]] for n in reads if n in self.unwritten])
         written = [[self.unwritten[n]] for n in writes if n in self.unwritten]
         return lambda: note("note_written(regs, s, m);", written)
 
     def program(self) -> list[tuple]:
-        """Blocks (line, code of (function's text, operands), next, target, predicate, negated, classes) in running order."""
+        """Blocks in running order: (line, code, next, target, predicate, negated, classes), as machine/operations.h has
+        them; an instruction is the text of a function and its operands."""
         self.place_registers()
         out = []
         for i, block in enumerate(self.entry.blocks):
@@ -368,49 +357,9 @@ class Translator(Arithmetic, Memory, Tensor):
                 except (Unknown, KeyError, StopIteration, ValueError, AttributeError, IndexError) as e:
                     raise Unknown(f"PTX line {c.line}: {c.text}: not understood ({e})") from e
             out.append((block.line, code, following, target, predicate, negated, counts))
-        return reordered(out)
-
-
-def reordered(program: list[tuple]) -> list[tuple]:
-    """Blocks in the order in which lanes that parted meet again if the earliest block runs first: every loop lies together
-    and before what follows it (Bourdoncle's weak topological order)."""
-    edges = [[t for t in row[2:4] if t < len(program)] for row in program]
-    order, cut = [], set()
-
-    def components(nodes, start):
-        """Strongly connected components in topological order, each with the node that was met first (Tarjan)."""
-        index, low, stack, on, out = {start: 0}, {start: 0}, [start], {start}, []
-        work = [(start, iter(edges[start]))]
-        while work:
-            v, rest = work[-1]
-            for u in rest:
-                if u not in nodes or (v, u) in cut:
-                    continue
-                if u not in index:
-                    index[u] = low[u] = len(index)
-                    stack.append(u), on.add(u), work.append((u, iter(edges[u])))
-                    break
-                if u in on:
-                    low[v] = min(low[v], index[u])
-            else:
-                work.pop()
-                if work:
-                    low[work[-1][0]] = min(low[work[-1][0]], low[v])
-                if low[v] == index[v]:
-                    part = stack[stack.index(v) :]
-                    del stack[len(stack) - len(part) :]
-                    on.difference_update(part)
-                    out.append((v, part))
-        return out[::-1]
-
-    def visit(nodes, start):
-        for head, part in components(nodes, start):
-            if len(part) == 1:
-                order.append(head)
-            else:
-                cut.update((v, head) for v in part)
-                visit(set(part), head)
-
-    visit(set(range(len(program))), 0)
-    place = {b: i for i, b in enumerate(order)}
-    return [(r[0], r[1], place.get(r[2], EXIT), place.get(r[3], EXIT), *r[4:]) for r in (program[b] for b in order)]
+        order = running_order(self.following())
+        place = {b: i for i, b in enumerate(order)}
+        return [
+            (line, code, place.get(n, EXIT), place.get(t, EXIT), *rest)
+            for line, code, n, t, *rest in (out[b] for b in order)
+        ]

@@ -2,12 +2,13 @@
 
 from .ptx import WIDTHS, Instruction
 
-# name: (C++ over the operands' values, their types: t as the instruction, b its bits, u an unsigned number; the result's)
+# name: (C++ over operands, their types, the result's): t the instruction's type, b its bits, u u32
 FORMS = {
     "add": ("{0} + {1}", "tt", "t"), "sub": ("{0} - {1}", "tt", "t"), "mul": ("{0} * {1}", "tt", "t"),
     "fma": ("fma_rn({0}, {1}, {2})", "ttt", "t"), "mad": ("{0} * {1} + {2}", "ttt", "t"),
     "div": ("divide({0}, {1})", "tt", "t"), "rem": ("remainder_of({0}, {1})", "tt", "t"),
-    "abs": ("magnitude({0})", "t", "t"), "neg": ("negative({0})", "t", "t"), "copysign": ("copy_sign({0}, {1})", "tt", "t"),
+    "abs": ("magnitude({0})", "t", "t"), "neg": ("negative({0})", "t", "t"),
+    "copysign": ("copy_sign({0}, {1})", "tt", "t"),
     "min": ("lower({0}, {1})", "tt", "t"), "max": ("higher({0}, {1})", "tt", "t"),
     "and": ("{0} & {1}", "tt", "t"), "or": ("{0} | {1}", "tt", "t"), "xor": ("{0} ^ {1}", "tt", "t"),
     "not": ("~{0}", "t", "t"), "cnot": ("pick(pred({0} == 0), {0} * 0 + 1, {0} * 0)", "t", "t"),
@@ -15,7 +16,8 @@ FORMS = {
     "prmt": ("byte_permute({0}, {1}, {2})", "uuu", "b"), "brev": ("reverse({0})", "t", "t"),
     "popc": ("popcount({0})", "t", "u"), "clz": ("leading_zeros({0})", "t", "u"),
     "bfi": ("insert_bits({0}, {1}, {2}, {3})", "ttuu", "t"), "bfe": ("extract_bits({0}, {1}, {2})", "tuu", "t"),
-    "rcp": ("1.f / {0}", "t", "t"), "sqrt": ("square_root({0})", "t", "t"), "rsqrt": ("1.f / square_root({0})", "t", "t"),
+    "rcp": ("1.f / {0}", "t", "t"), "sqrt": ("square_root({0})", "t", "t"),
+    "rsqrt": ("1.f / square_root({0})", "t", "t"),
     "ex2": ("exp2_of({0})", "t", "t"), "lg2": ("log2_of({0})", "t", "t"), "sin": ("sine({0})", "t", "t"),
     "cos": ("cosine({0})", "t", "t"), "tanh": ("tanh_of({0})", "t", "t"),
 }  # fmt: skip

@@ -18,14 +18,16 @@ VECTOR = {1: "Pred", 16: "U16", 32: "U32", 64: "U64"}
 # The longest beginning of an opcode that is here: C++ as Translator.fill reads it
 CALLS = {
     "activemask": "0=b32 k32({m})",
-    "applypriority": "", "discard": "", "pragma": "", "prefetch": "", "prefetchu": "", "membar.cta": "", "fence.acq_rel.cta": "",
+    **dict.fromkeys(("applypriority", "discard", "prefetch", "prefetchu", "membar.cta", "fence.acq_rel.cta"), ""),
     "bar.warp": "warp_sync(w, {s}, {0.32}, {m});",
     "barrier.cluster.arrive": "cluster_arrive(w, {s}, 1, {m});",
     "barrier.cluster.arrive.relaxed": "cluster_arrive(w, {s}, 0, {m});",
     "barrier.cluster.wait": "cluster_wait(w, {s}, 1, {m});",
     "brkpt": 'trap(w, {s}, "brkpt");', "trap": 'trap(w, {s}, "trap");', "call": 'trap(w, {s}, "an assertion");',
-    "cvta": "0=b64 {1.64}", "cvta.shared": "0=b64 to_generic(w, {1.64})", "cvta.to.shared": "0=b64 to_shared(w, {1.64})",
-    "elect.sync": "const uint32_t leader = elect(w, {s}, {1.32}, {m}); | 0=b32 k32(leader) | 1=pred pred((S32)(sr.lane == leader))",
+    "cvta": "0=b64 {1.64}", "cvta.shared": "0=b64 to_generic(w, {1.64})",
+    "cvta.to.shared": "0=b64 to_shared(w, {1.64})",
+    "elect.sync":
+        "const uint32_t first = elect(w, {s}, {1.32}, {m}); | 0=b32 k32(first) | 1=pred pred((S32)(sr.lane == first))",
     "fence": "fence(w, {s}, {m});", "membar": "fence(w, {s}, {m});",
     "fence.mbarrier_init": "proxy_fence(w, {m});", "fence.proxy": "proxy_fence(w, {m});",
     "fence.proxy.tensormap::generic.release": "",
@@ -37,7 +39,8 @@ CALLS = {
     "nanosleep": "nap(w, {s});",
     "redux.sync": "0=b32 k32(reduce<{lane}>(w, {s}, {atomic}, {1.32}, {2.32}, {m}))",
     "setmaxnreg.inc": "set_registers(w, {s}, {0}, 1, {m});", "setmaxnreg.dec": "set_registers(w, {s}, {0}, 0, {m});",
-    "shfl.sync": "Pred ok; const U32 got = shuffle(w, {s}, {how}, {1.32}, {2.32}, {3.32}, {4.32}, {m}, &ok); | 0=b32 got | 1=pred ok",
+    "shfl.sync": "Pred ok; const U32 got = shuffle(w, {s}, {how}, {1.32}, {2.32}, {3.32}, {4.32}, {m}, &ok); "
+                 "| 0=b32 got | 1=pred ok",
     "vote.sync.all": "0=pred k1(ballot(w, {s}, {1.1}, {2.32}, {m}) == {m})",
     "vote.sync.any": "0=pred k1(ballot(w, {s}, {1.1}, {2.32}, {m}) != 0)",
     "vote.sync.ballot": "0=b32 k32(ballot(w, {s}, {1.1}, {2.32}, {m}))",
@@ -97,7 +100,7 @@ class Memory:
         spare = f"{VECTOR[bits]} spare; " * ("_" in names)
         to = ", ".join(f"&{self.register(n)}" if n != "_" else "&spare" for n in names)
         lane, memory = f"uint{bits}_t", ("" if kind[0] == "s" else "u") + f"int{WIDTHS[kind]}_t"
-        call = f"load<{memory}, {lane}>(w, {{s}}, {self.space(c)}, {modifier(c, ORDERS, 'kPlain')}, {{1@}}, {{m}}"
+        call = f"load<{memory}, {lane}>(w, {{s}}, {{space}}, {modifier(c, ORDERS, 'kPlain')}, {{1@}}, {{m}}"
         return f"{spare}{VECTOR[bits]}* to[] = {{{to}}}; " + self.fill(c, f"{call}, {len(names)}, ({lane}* const*)to);")
 
     def do_st(self, c: Instruction) -> str:
@@ -109,7 +112,8 @@ class Memory:
         if "param" in c.op:  # the argument of a call
             return ""
         bits = max([WIDTHS[kind], 16, *(self.entry.registers.get(n, 0) for n in names)])
-        call = f"store<uint{WIDTHS[kind]}_t, uint{bits}_t>(w, {{s}}, {self.space(c)}, {modifier(c, ORDERS, 'kPlain')}, {{0@}}, {{m}}"
+        types, order = f"uint{WIDTHS[kind]}_t, uint{bits}_t", modifier(c, ORDERS, "kPlain")
+        call = f"store<{types}>(w, {{s}}, {{space}}, {order}, {{0@}}, {{m}}"
         values = self.values(names, bits, kind == "f32")
         return values + self.fill(c, f"{call}, {len(names)}, (const uint{bits}_t* const*)values);")
 
@@ -120,7 +124,7 @@ class Memory:
         if bits < 32 or kind in ("f16x2", "bf16x2"):
             raise ValueError("an atomic of 16 bits")
         call = (
-            f"U{bits} old = {{}}; atomic<{lane}>(w, {{s}}, {self.space(c)}, {modifier(c, ORDERS, 'kRelaxed')}, {{atomic}}, "
+            f"U{bits} old = {{}}; atomic<{lane}>(w, {{s}}, {{space}}, {modifier(c, ORDERS, 'kRelaxed')}, {{atomic}}, "
             f"{{{first}@}}, {{m}}, values[0], {'values[1]' if len(operands) > 1 else 'nullptr'}, &old);"
         )
         keep = self.set(c.args[0], f"b{bits}", "old") if first else ""
@@ -147,8 +151,8 @@ class Memory:
         args = c.args[1:] if "red" in c.op else [*c.args]
         vote = f"const Pred vote = {self.raw(args.pop(), 1)}; " if "red" in c.op else ""
         threads = self.raw(args[1], 32) if len(args) > 1 else "k32(0)"
-        call = f"barrier(w, {{s}}, {self.raw(args[0], 32)}, {threads}, {int('arrive' not in c.op)}, {{m}}, {'&vote' if vote else 'nullptr'});"
-        return vote + self.fill(c, call)
+        waits, pointer = int("arrive" not in c.op), "&vote" if vote else "nullptr"
+        return vote + self.fill(c, f"barrier(w, {{s}}, {self.raw(args[0], 32)}, {threads}, {waits}, {{m}}, {pointer});")
 
     do_barrier = do_bar
 

@@ -1,14 +1,13 @@
-"""Asynchronous units as calls of machine/operations.h: cp.async, mbarriers, bulk copies, tensor maps, matrix products."""
+"""Asynchronous units as calls of machine/operations.h: copies, mbarriers, tensor maps, matrix products."""
 
 import re
 
 from .ptx import Instruction, split
-from .translate_memory import ORDERS, modifier
 
 ELEMENTS = dict(e4m3="kE4m3", e5m2="kE5m2", bf16="kBf16", f16="kF16", tf32="kTf32")
 FIELDS = (
-    "global_address", "rank", "box_dim", "global_dim", "global_stride", "element_stride", "elemtype", "interleave_layout",
-    "swizzle_mode", "fill_mode",
+    "global_address", "rank", "box_dim", "global_dim", "global_stride", "element_stride", "elemtype",
+    "interleave_layout", "swizzle_mode", "fill_mode",
 )  # fmt: skip
 CALLS = {  # as in translate_memory
     "cp.async.commit_group": "copy_commit(w, {s}, {m});",
