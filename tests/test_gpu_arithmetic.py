@@ -2,10 +2,14 @@
 
 import functools
 import math
+import os
 import random
 import shutil
 import struct
+import subprocess
+import sys
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +19,7 @@ if shutil.which("g++") is None:
     pytest.skip("the virtual GPU needs g++", allow_module_level=True)
 
 from tests.gpu import ptx
-from tests.gpu.program import Emulated
+from tests.gpu.program import Emulated, processor
 
 N = 64  # lanes of the table's kernel
 HEAD = ".version 9.0\n.target sm_90a\n.address_size 64\n"
@@ -152,8 +156,8 @@ INTEGERS = {
     "cvt.sat.s16.s32 r h": lambda a: min(max(signed(a, 32), -(2**15)), 2**15 - 1),
     "cvt.rn.f32.s32 r f": lambda a: float(np.float32(signed(a, 32))),
     "cvt.rn.f32.u64 d f": lambda a: float(np.uint64(a).astype(np.float32)),
-    "cvt.rzi.s32.f32 f r": lambda a: 0 if a != a else int(min(max(math.trunc(min(max(a, -3e9), 3e9)), -(2**31)), 2**31 - 1)),
-    "cvt.rni.u32.f32 f r": lambda a: 0 if a != a else int(min(max(round(min(max(a, -3e9), 5e9)), 0), 2**32 - 1)),
+    "cvt.rzi.s32.f32 f r": lambda a: 0 if a != a else math.trunc(min(max(a, -(2.0**31)), 2.0**31 - 1)),
+    "cvt.rni.u32.f32 f r": lambda a: 0 if a != a else round(min(max(a, 0.0), 2.0**32 - 1)),
     "cvt.rmi.f32.f32 f f": lambda a: a if not math.isfinite(a) else math.copysign(math.floor(a), a),
 }  # fmt: skip
 
@@ -256,7 +260,7 @@ FORMAT = dict(u32="I", u64="Q", u16="H", f32="f")
 
 def table_kernel() -> str:
     letter = dict(u32="%r1", u64="%d1", u16="%h", f32="%f1")
-    body = [f"mul.wide.u32 %d9, %r0, 8; add.s64 %d8, %d0, %d9; add.s64 %d9, %d1, %d9;"]
+    body = ["mul.wide.u32 %d9, %r0, 8; add.s64 %d8, %d0, %d9; add.s64 %d9, %d1, %d9;"]
     for n, row in enumerate(TABLE):
         text, kinds, result = row.split()
         text, _, table = text.partition(",")
@@ -306,3 +310,12 @@ def test_instruction(row, results):
         else:
             mask = (1 << bits) - 1
             assert got & mask == int(want) & mask, (args, got & mask, int(want) & mask)
+
+
+@pytest.mark.skipif("avx512f" not in processor(), reason="the other tests have run without AVX-512")
+def test_avx2():
+    environment = os.environ | dict(LING_GPU_MARCH="x86-64-v3", PYTHONPATH=str(Path(__file__).parents[1]))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:benchmark", "-p", "no:xdist", "-k", "not avx2", __file__]
+    machine = str(Path(__file__).with_name("test_gpu_machine.py"))
+    ran = subprocess.run([*command, machine], env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout[-3000:]

@@ -1,4 +1,5 @@
 """What the virtual GPU must refuse: each wrong kernel with the words of its message, and beside it the right one."""
+# ruff: noqa: E501 - PTX has long lines
 
 import re
 import struct
@@ -9,7 +10,19 @@ import torch
 from tests.gpu import ptx
 from tests.gpu.program import INIT_FENCES, RACES, UNINITIALISED, Emulated, set_ranges
 from tests.test_gpu_machine import (
-    BARRIER, CLUSTER, FP8, LOAD, MEET, SHARED, WAIT, Kernel, cluster_kernel, maps, tensor_map, tma_kernel, wgmma_kernel, words,
+    BARRIER,
+    CLUSTER,
+    FP8,
+    MEET,
+    SHARED,
+    WAIT,
+    Kernel,
+    cluster_kernel,
+    maps,
+    tensor_map,
+    tma_kernel,
+    wgmma_kernel,
+    words,
 )  # fmt: skip
 
 OUT = 512  # words

@@ -1,5 +1,6 @@
 """The virtual GPU's machine: memory, collectives, barriers and asynchronous units against independent definitions, and
 each check against PTX that it must refuse. The kernels are small PTX texts of one module, compiled together."""
+# ruff: noqa: E501 - PTX has long lines
 
 import shutil
 import struct
@@ -168,11 +169,9 @@ def test_narrow_sums():
     x = torch.zeros(128, 128).to(torch.float8_e4m3fn)
     x[:64, :32], x[64:, :32] = 0.25, 0.25
     x[:64, 0], x[64:, 0] = 448, 448
-    run = lambda checks: result(wgmma_fp8(x.view(torch.uint8), torch.zeros(128, 32), block=128, checks=checks), 64)[
-        0, 0
-    ].item()  # noqa: E731
-    assert run(0) == 448**2 + 31 / 16
-    assert run(NARROW_SUMS) == 448**2
+    for checks, want in ((0, 448**2 + 31 / 16), (NARROW_SUMS, 448**2)):
+        got = wgmma_fp8(x.view(torch.uint8), torch.zeros(128, 32), block=128, checks=checks)
+        assert (result(got, 64) == want).all()
 
 
 # ---- bulk copies
@@ -286,3 +285,27 @@ def test_multicast():
     x, out = words(1024).view(32, 32), torch.zeros(256, dtype=torch.int32)
     multicast(tensor_map(x, (32, 32)), out, grid=2, reached=(x,))  # both blocks get what block 0 loads
     assert torch.equal(out.view(2, 128)[:, :32], x[8].expand(2, 32))
+
+
+# ---- counters, and blocks on several threads of the host
+counted = Kernel("counted", """
+mul.wide.u32 %d3, %r0, 32; add.s64 %d3, %d0, %d3; ld.global.u32 %r2, [%d3]; ld.global.u32 %r3, [%d0];
+mov.u32 %r4, tile; shl.b32 %r5, %r0, 3; add.s32 %r5, %r4, %r5; st.shared.u32 [%r5], %r2; shl.b32 %r6, %r0, 2; add.s32 %r6, %r4, %r6;
+st.shared.u32 [%r6], %r3; atom.global.add.u32 %r7, [%d1], 1;
+""", 2, shared=SHARED)  # fmt: skip
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_counters(threads, monkeypatch):
+    """Sectors and wavefronts over the fewest; sums are the same however many threads run the blocks."""
+    monkeypatch.setenv("LING_GPU_THREADS", str(threads))
+    x, sum_ = words(256), torch.zeros(1, dtype=torch.int32)
+    counted(x, sum_, checks=0)
+    counted.ready.reset()
+    counted(x, sum_.zero_(), grid=40, checks=0, seed=threads - 1)
+    assert sum_.item() == 40 * 32
+    strided, same, conflict, free = [s for s in counted.ready.by_site() if s["text"].startswith(("ld.g", "st.s"))]
+    assert [s["runs"] for s in (strided, same, conflict, free)] == [40] * 4
+    assert (strided["units"], strided["ideal"]) == (40 * 32, 40 * 4) and (same["units"], same["ideal"]) == (40, 40)
+    assert (conflict["units"], conflict["ideal"]) == (80, 40) and (free["units"], free["ideal"]) == (40, 40)
+    assert counted.ready.classes()["lsu"] == 40 * 7  # and two loads of parameters

@@ -22,7 +22,7 @@ from .translate import CLASSES, Translator
 
 MACHINE = Path(__file__).parent / "machine"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ling_kernels/gpu"
-MARCH = "native"  # x86-64-v3 is AVX2
+MARCH = os.environ.get("LING_GPU_MARCH", "native")  # g++'s -march; x86-64-v3 is AVX2
 FLAGS = (
     "-std=c++20 -O2 -ffp-contract=off -fno-strict-aliasing -fno-trapping-math -fno-math-errno -fwrapv -Wno-psabi "
     "-Wno-ignored-attributes -fPIC"

@@ -117,6 +117,7 @@ void note_written(char* registers, const int64_t* s, uint32_t mask) {
     for (int64_t i = 0; i < s[3]; i++) *(uint32_t*)(registers + s[4 + i]) &= ~guarded(registers, s, mask);
 }
 void need_written(Warp& w, char* registers, const int64_t* s, uint32_t mask) {
+    if (!w.block->processor->checks(kUninitialised)) return;
     for (int64_t i = 0; i < s[3]; i++)
         if (const uint32_t missing = *(uint32_t*)(registers + s[4 + i]) & guarded(registers, s, mask))
             fault(w, s[0], lane_name(std::countr_zero(missing)) + " reads a register that nothing has written");
