@@ -51,6 +51,7 @@ CASES = {  # name: (kernel's body, threads, words of the message; "": it must ru
         f"{STORE} bar.sync 0; @%p5 ld.shared.u32 %r6, [%r4]; @!%p5 st.shared.u32 [%r3], 7;", 64, "has read, and no barrier|wrote, and no barrier"),
     "overwritten after a barrier": (f"{STORE} bar.sync 0; {READ} bar.sync 0; st.shared.u32 [%r3], 7;", 64, ""),
     "two warps write": ("shl.b32 %r5, %r0, 2; and.b32 %r5, %r5, 127; add.s32 %r5, %r2, %r5; st.shared.u32 [%r5], %r0;", 64, "race: .* writes"),
+    "two warps write the same": ("st.shared.u32 [%r2], 5; ld.shared.u32 %r6, [%r2];", 64, ""),
     "atomics": ("atom.shared.add.u32 %r6, [%r2], 1; bar.sync 0; ld.shared.u32 %r6, [%r2];", 64, ""),
     "lanes without bar.warp.sync": (f"{LANE} {STORE} ld.shared.u32 %r6, [%r7];", 32, "no bar.warp.sync"),
     "lanes with bar.warp.sync": (f"{LANE} {STORE} bar.warp.sync -1; ld.shared.u32 %r6, [%r7];", 32, ""),
@@ -110,7 +111,7 @@ WGMMA = {
     "right": (wgmma_kernel("w0", FP8, 64), ""),
     "no fence": (wgmma_kernel("w1", FP8, 64, before=""), "no wgmma.fence comes before"),
     "an accumulator changes after the fence": (
-        wgmma_kernel("w2", FP8, 64, before="wgmma.fence.sync.aligned; mov.f32 %f3, 0f00000000;"), "an accumulator was used"),
+        wgmma_kernel("w2", FP8, 64, before="wgmma.fence.sync.aligned; add.f32 %f3, %f3, %f3;"), "an accumulator was used"),
     "no wait": (wgmma_kernel("w3", FP8, 64, after=""), "has not been waited for"),
     "one group too few": (wgmma_kernel("w4", FP8, 64, after="wgmma.wait_group.sync.aligned 1;"), "has not been waited for"),
     "no proxy fence": (wgmma_kernel("w5", FP8, 64, fence=""), "without fence.proxy.async since"),

@@ -318,7 +318,8 @@ class Translator(Arithmetic, Memory, Tensor):
                 emit(function, [*self.operands, *guard, len(rows), *sum(rows, [])])
 
         marked = [n for n in dict.fromkeys(reads + writes) if n in self.marks and c.name != "wgmma"]
-        idle = [int(n not in self.accumulators and n not in writes) for n in marked]  # may a wgmma still read it?
+        # 1: a wgmma may still read it. 2: moved, as Triton moves zeros to accumulators after the fence
+        idle = [int(n not in self.accumulators and n not in writes) + 2 * (c.name == "mov") for n in marked]
         note("touch(w, regs, s, m);", [[self.marks[n], ok] for n, ok in zip(marked, idle, strict=True)])
         if c.name not in ("mov", "selp"):  # these may move what nobody looks at
             note("need_written(w, regs, s, m);", [[self.unwritten[n]] for n in reads if n in self.unwritten])

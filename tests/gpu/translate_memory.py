@@ -29,7 +29,7 @@ CALLS = {
     "elect.sync":
         "const uint32_t first = elect(w, {s}, {1.32}, {m}); | 0=b32 k32(first) | 1=pred pred((S32)(sr.lane == first))",
     "fence": "fence(w, {s}, {m});", "membar": "fence(w, {s}, {m});",
-    "fence.mbarrier_init": "proxy_fence(w, {m});", "fence.proxy": "proxy_fence(w, {m});",
+    "fence.mbarrier_init": "proxy_fence(w, {m}); fence(w, {s}, {m});", "fence.proxy": "proxy_fence(w, {m});",
     "fence.proxy.tensormap::generic.release": "",
     "fence.proxy.tensormap::generic.acquire": "map_acquire(w, {s}, {0@}, {m});",
     "griddepcontrol.launch_dependents": "launch_dependents(w);", "griddepcontrol.wait": "wait_for_previous(w);",

@@ -54,6 +54,7 @@ void cluster_arrive(Warp& w, int site, bool releases, uint32_t mask) {
     if (w.cluster_phase > c.phase) fault(w, site, "barrier.cluster.arrive twice, and no wait between");
     w.cluster_phase = c.phase + 1;
     if (releases) release(w, c.now);
+    else join(c.now, w.released);
     c.arrived++, w.block->processor->events++;
     open_if_complete(*w.block->company, w.block->number / w.block->company->cluster);
 }

@@ -38,9 +38,10 @@ struct Seen {                           // what a warp knows when it issues an i
     Clock clock, fenced;                // now, and at its last fence.proxy.async
     std::array<uint32_t, 32> fences{};  // each lane's number of fence.proxy.async
 };
-enum Kind : uint8_t { kOrdinary, kAtomicWrite, kCopying, kCopied };  // kCopying: a copy may write at any time
-struct Stamp {                                                       // the last write to a word of shared memory
-    uint16_t agent = 0;                                              // 1 + the agent; 0: nobody
+// kCopying: a copy may write at any time; kRepeated: warps wrote the same, which is no race
+enum Kind : uint8_t { kOrdinary, kAtomicWrite, kCopying, kCopied, kRepeated };
+struct Stamp {           // the last write to a word of shared memory
+    uint16_t agent = 0;  // 1 + the agent; 0: nobody
     uint8_t lane = 0;
     Kind kind = kOrdinary;
     uint32_t time = 0, fences = 0;
@@ -238,6 +239,7 @@ void meet(Warp&);  // the warp's lanes execute an instruction together: none wri
 void sync(Warp&);  // and see each other's writes
 void check_read(Warp&, int site, Block&, uint64_t p, size_t n, int lane, Access, const Seen&);
 void check_write(Warp&, int site, Block&, uint64_t p, size_t n, int lane, Kind);
+void check_same_write(Warp&, Block&, uint64_t p, size_t n, int lane);  // of what memory holds already
 void stamp(Warp&, Block&, uint64_t p, size_t n, int lane, Kind);
 void stamp_copied(Block& to, uint64_t p, size_t n, int agent, uint32_t time);
 void global_access(Warp&, int site, uint64_t p, size_t n, int lane, Order, bool reads, bool writes, bool waited);

@@ -195,8 +195,8 @@ void store(Warp& w, int site, Space space, Order order, const U64& at, uint32_t 
         for (int i = 0; i < n; i++) v[i] = T(from[i][l]);
         if (Block* b = space == kShared || space == kGeneric ? shared_block(w, site, space, at[l], offset) : nullptr) {
             if (memcmp(to, v, bytes)) check_write(w, site, *b, offset, bytes, l, kOrdinary);
-            else if (!b->stamps.empty() && !b->stamps[offset / 4].agent) stamp(w, *b, offset, bytes, l, kOrdinary);
-            b->wrote(offset, bytes);  // warps that hold the same value may all write it
+            else check_same_write(w, *b, offset, bytes, l);
+            b->wrote(offset, bytes);
         } else if (space != kLocal) global_access(w, site, at[l], bytes, l, order, false, true, w.waited);
         memcpy(to, v, bytes);
     }
@@ -213,8 +213,10 @@ void store(Warp& w, int site, Space space, Order order, const U64& at, uint32_t 
     template void store<T, uint64_t>(Warp&, int, Space, Order, const U64&, uint32_t, int, const uint64_t* const*);
 LOADS(uint8_t)
 LOADS(int8_t)
-LOADS(uint16_t) LOADS(int16_t) LOADS(uint32_t) LOADS(int32_t) LOADS(uint64_t) LOADS(int64_t) STORES(uint8_t)
-    STORES(uint16_t) STORES(uint32_t) STORES(uint64_t)
+LOADS(uint16_t)
+LOADS(int16_t)
+LOADS(uint32_t) LOADS(int32_t) LOADS(uint64_t) LOADS(int64_t) STORES(uint8_t) STORES(uint16_t) STORES(uint32_t)
+    STORES(uint64_t)
 
         template <class T> static T combined(Warp& w, int site, Atomic how, T was, T a, T b) {
     switch (how) {
@@ -256,7 +258,9 @@ void atomic(Warp& w, int site, Space space, Order order, Atomic how, const U64& 
     template void atomic<T>(Warp&, int, Space, Order, Atomic, const U64&, uint32_t, const void*, const void*, void*);
 ATOMICS(uint32_t)
 ATOMICS(int32_t)
-ATOMICS(uint64_t) ATOMICS(int64_t) ATOMICS(float) ATOMICS(double)
+ATOMICS(uint64_t)
+ATOMICS(int64_t)
+ATOMICS(float) ATOMICS(double)
 
     // ---- cp.async (ISA 9.7.9.25.3): done at its wait
     void copy_async(Warp& w, int site, const U64& to, const U64& from, int bytes, const U32& real, uint32_t mask) {
@@ -314,8 +318,14 @@ void load_matrix(Warp& w, int site, int n, bool transposed, const U64& at, uint3
 }
 void store_matrix(Warp& w, int site, int n, bool transposed, const U64& at, uint32_t mask, const U32* const* from) {
     count_matrix(w, site, n, at, mask);
-    for (int l = 0; l < 8 * n; l++) check_write(w, site, *w.block, at[l], 16, l, kOrdinary), w.block->wrote(at[l], 16);
+    char before[32][16];
+    for (int l = 0; l < 8 * n; l++) memcpy(before[l], w.block->shared + at[l], 16);
     for (int i = 0; i < n; i++)
         EACH_LANE for (int h = 0; h < 2; h++) * element(w, at, i, l, h, transposed) = (*from[i])[l] >> 16 * h;
+    for (int l = 0; l < 8 * n; l++) {
+        if (memcmp(before[l], w.block->shared + at[l], 16)) check_write(w, site, *w.block, at[l], 16, l, kOrdinary);
+        else check_same_write(w, *w.block, at[l], 16, l);
+        w.block->wrote(at[l], 16);
+    }
     w.block->processor->events++;
 }

@@ -33,10 +33,12 @@ static void check_after_write(Warp& w, int site, Block& b, uint64_t word, int la
     if (!s.agent) return;
     const int agent = s.agent - 1;
     if (s.kind == kCopying) fault(w, site, race(lane, does, word, "an asynchronous copy still writes"));
-    if (agent != w.agent && s.time > seen.clock[agent])
+    const bool repeated = s.kind == kRepeated;
+    if (agent != w.agent && !repeated && s.time > seen.clock[agent])
         fault(w, site,
               race(lane, does, word, agent_name(*b.company, agent, s.lane) + " wrote, and no barrier lies between"));
-    if (agent == w.agent && access != kUnit && (access == kAllLanes || s.lane != lane) && s.time >= w.synced && !writes)
+    if (agent == w.agent && !repeated && access != kUnit && (access == kAllLanes || s.lane != lane) &&
+        s.time >= w.synced && !writes)
         fault(w, site,
               race(lane, does, word,
                    agent_name(*b.company, agent, s.lane) + " wrote, and no bar.warp.sync lies between"));
@@ -87,6 +89,15 @@ void check_write(Warp& w, int site, Block& b, uint64_t p, size_t n, int lane, Ki
         }
     }
     stamp(w, b, p, n, lane, kind);
+}
+void check_same_write(Warp& w, Block& b, uint64_t p, size_t n, int lane) {
+    if (b.stamps.empty()) return;
+    for (uint64_t word = p / 4; word <= (p + n - 1) / 4; word++) {
+        Stamp& s = b.stamps[word];
+        const bool own = s.agent - 1 == w.agent;
+        if (!s.agent) stamp(w, b, 4 * word, 4, lane, kOrdinary);
+        else if (own ? s.lane != lane && s.time >= w.synced : s.time > w.seen.clock[s.agent - 1]) s.kind = kRepeated;
+    }
 }
 void stamp(Warp& w, Block& b, uint64_t p, size_t n, int lane, Kind kind) {
     if (b.stamps.empty()) return;

@@ -109,8 +109,9 @@ void touch(Warp& w, char* registers, const int64_t* s, uint32_t mask) {
     if (!guarded(registers, s, mask)) return;
     for (int64_t i = 0; i < s[3]; i++) {
         uint32_t& mark = *(uint32_t*)(registers + s[4 + 2 * i]);
+        if (mark == kInFlight ? s[5 + 2 * i] & 1 : s[5 + 2 * i] & 2) continue;
         if (mark != kInFlight) mark = w.wgmma_fences;
-        else if (!s[5 + 2 * i]) fault(w, s[0], "a register of a wgmma that has not been waited for is used");
+        else fault(w, s[0], "a register of a wgmma that has not been waited for is used");
     }
 }
 void note_written(char* registers, const int64_t* s, uint32_t mask) {
