@@ -26,7 +26,7 @@ OUTER := $(shell command -v $(PYTHON))
 export PATH := $(CURDIR)/$(VENV)/bin:$(if $(OUTER),$(dir $(OUTER)):)$(PATH)
 PIP := $(PY) -m pip install -qq
 CSRC := CMakeLists.txt $(shell find csrc -type f)
-CXX_FILES := $(shell find csrc tests/host -path '*/build' -prune -o \
+CXX_FILES := $(shell find csrc tests/gpu tests/cuda \
 	-type f \( -name '*.cu*' -o -name '*.h' -o -name '*.cpp' \) -print)
 
 .PHONY: help train test lint install cutlass tables clean gpu bench
@@ -70,7 +70,7 @@ bench:
 	@$(if $(wildcard $(VENV)/.dev),$(PY),$(OUTER)) -m benchmarks $(if $(QUICK),--quick) $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info tests/host/build ling_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) build dist *.egg-info ling_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks
 
 # --system-site-packages does not show the packages of a virtual environment: where PYTHON is in one, a .pth file does.
 $(VENV)/.python:

@@ -39,8 +39,7 @@ def steps(build: bool, commit: str | None) -> list[Step]:
     python, nvcc, sanitizer = sys.executable, tool("nvcc"), tool("compute-sanitizer")
     pytest = [python, "-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider", "-p", "no:benchmark"]
     parallel = ["-n", str(min(8, os.cpu_count()))] if importlib.util.find_spec("xdist") else []
-    no_nvcc, selftest = None if nvcc else "there is no nvcc", LOGS / "selftest"
-    compile_selftest = f"'{nvcc}' -std=c++20 -gencode arch=compute_90a,code=sm_90a -Icsrc tests/host/selftest.cu"
+    no_nvcc = None if nvcc else "there is no nvcc"
     gpu_tests = sorted((ROOT / "tests").glob("test_*_on_gpu.py"))
     no_benchmark = None if importlib.util.find_spec("pytest_benchmark") else "pytest-benchmark is not installed"
     bench = [python, "-m", "benchmarks", "--quick", *([f"--commit={commit}"] if commit else [])]
@@ -53,7 +52,6 @@ def steps(build: bool, commit: str | None) -> list[Step]:
         Step("tests", [*pytest, *parallel, "tests/test_ops.py", "tests/test_generate.py"], 115),
         Step("gpu tests", [*pytest, *gpu_tests], 75),
         Step("bench", bench, 140, no_benchmark),
-        Step("selftest", ["sh", "-c", f"{compile_selftest} -o {selftest} && '{selftest}'"], 30, no_nvcc),
         Step("memcheck", [sanitizer, "--tool", "memcheck", *check], 50, no_sanitizer, alone, True),
         Step("racecheck", [sanitizer, "--tool", "racecheck", *check], 50, no_sanitizer, alone, True),
     ]

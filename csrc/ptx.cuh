@@ -1,9 +1,8 @@
-// The PTX instructions of the SIMT kernels, one function each, and their CPU versions for tests/host.
+// The PTX instructions of the SIMT kernels, one function each.
 #pragma once
 
 namespace ling {
 
-#ifdef __CUDACC__
 // Wait until the preceding kernels in the stream have ended and their writes are visible.
 __device__ inline void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 // The next kernel may start once every block has called this; its blocks use SMs that this kernel leaves free.
@@ -16,11 +15,5 @@ __device__ inline float reciprocal(float x) {
 }
 // Prefetch the 128 bytes around p into L2.
 __device__ inline void prefetch_line(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
-#else
-inline void wait_for_previous() { cuda_on_host::wait_for_previous(); }
-inline void launch_dependents() {}
-inline float reciprocal(float x) { return 1 / x; }
-inline void prefetch_line(const void*) {}
-#endif
 
 }  // namespace ling

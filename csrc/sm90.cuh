@@ -1,10 +1,8 @@
 // Hopper's asynchronous units, one small function for each instruction: barriers in shared memory (mbarrier), copies
-// of tiles (TMA), matrix products of a warpgroup (wgmma). tests/host has a CPU version of each function, which
-// does the same work as late as the hardware might.
+// of tiles (TMA), matrix products of a warpgroup (wgmma).
 #pragma once
 #include "common.cuh"
 
-#ifdef __CUDACC__
 #include <cuda.h>  // for types only; the driver is not linked
 
 namespace ling {
@@ -225,13 +223,6 @@ inline TensorMap encode_map(const void* data, DType dtype, int64_t rows, int64_t
         throw std::runtime_error("cuTensorMapEncodeTiled: error " + std::to_string(static_cast<int>(error)));
     return map;
 }
-
-}  // namespace ling
-#else
-#include "sm90_on_host.h"
-#endif
-
-namespace ling {
 
 // Byte offset in a tile in shared memory of a 16-byte chunk of a 128-byte line: the chunk's index is xored with line
 // % 8.

@@ -49,6 +49,23 @@ def specialize(value, constexpr: bool) -> tuple[str, object, bool]:
     return "fp32", None, False
 
 
+def bind(fn: JITFunction, args, kwargs) -> tuple[dict, dict, dict]:
+    """Of a launch: values by name, what `specialize` makes of each, and the options of the compiler."""
+    options = {k: kwargs[k] for k in OPTIONS if k in kwargs}
+    values = {p.name: p.default for p in fn.params} | dict(zip((p.name for p in fn.params), args, strict=False))
+    values |= {k: v for k, v in kwargs.items() if k not in options}
+    return values, {p.name: specialize(values[p.name], p.is_constexpr) for p in fn.params}, options
+
+
+def source_of(fn: JITFunction, parts: dict) -> ASTSource:
+    """What triton.compile takes, of a launch whose arguments are `parts`."""
+    signature = {n: kind for n, (kind, _, _) in parts.items()}
+    names = list(parts)
+    constants = {(names.index(n),): value for n, (kind, value, _) in parts.items() if kind == "constexpr"}
+    attrs = {(names.index(n),): [["tt.divisibility", 16]] for n, (_, _, divides) in parts.items() if divides}
+    return ASTSource(fn=fn, signature=signature, constexprs=constants, attrs=attrs)
+
+
 class Launches:
     """While open, every launch of a Triton kernel is recorded in `seen` and nothing runs."""
 
@@ -59,11 +76,7 @@ class Launches:
         self.run = JITFunction.run
 
         def record(fn, *args, grid, warmup, **kwargs):
-            options = {k: kwargs.pop(k) for k in OPTIONS if k in kwargs}
-            names = [p.name for p in fn.params]
-            values = dict(zip(names, args, strict=False)) | kwargs
-            values |= {p.name: p.default for p in fn.params if p.name not in values}
-            parts = {p.name: specialize(values[p.name], p.is_constexpr) for p in fn.params}
+            _, parts, options = bind(fn, args, kwargs)
             key = (fn.__name__, *((n, *map(str, part)) for n, part in parts.items()), *sorted(options.items()))
             self.seen[key] = (fn, parts, options)
 
@@ -120,12 +133,7 @@ def builds(case) -> bool:
 
 def build(fn: JITFunction, parts: dict, options: dict) -> dict:
     """Compile one launch for sm_90; its resources."""
-    signature = {n: kind for n, (kind, _, _) in parts.items()}
-    names = list(parts)
-    constants = {(names.index(n),): value for n, (kind, value, _) in parts.items() if kind == "constexpr"}
-    attrs = {(names.index(n),): [["tt.divisibility", 16]] for n, (_, _, divides) in parts.items() if divides}
-    source = ASTSource(fn=fn, signature=signature, constexprs=constants, attrs=attrs)
-    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    built = triton.compile(source_of(fn, parts), target=GPUTarget("cuda", 90, 32), options=options)
     ptx = built.asm["ptx"]
     fixed = {p.name: parts[p.name][1] for p in fn.params if p.is_constexpr}
     return dict(

@@ -83,7 +83,7 @@ def main():
 
 @pytest.mark.skipif(not runs("triton"), reason="no Triton")
 def test_strides_past_32_bits():
-    env = os.environ | dict(OMP_NUM_THREADS="1") | (dict(TRITON_INTERPRET="1") if DEVICE == "cpu" else {})
-    command = "from tests import interpreter; interpreter.mend(); from tests.test_far_strides import main; main()"
+    env = os.environ | dict(OMP_NUM_THREADS="1")
+    command = "import tests.conftest; from tests.test_far_strides import main; main()"
     run = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, env=env)
     assert run.returncode == 0, f"{run.stdout.splitlines()[-1:]} ended with {run.returncode}: {run.stderr[-2000:]}"

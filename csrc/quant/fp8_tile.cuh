@@ -3,7 +3,7 @@
 #include "quant/fp8.cuh"
 
 namespace ling {
-namespace {  // so that the sanitizer guards its shared memory on the host
+namespace {
 
 constexpr int kBlock = 128, kTileThreads = 512;
 

@@ -350,7 +350,13 @@ def set_ranges(args):
         if t.numel():
             last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
             spans.append((t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size(), f"tensor {i} {tuple(t.shape)}"))
-    add_ranges(spans, replace=True)
+    apart = []  # views of the same memory count as one
+    for low, high, name in sorted(spans):
+        if apart and low < apart[-1][1]:
+            apart[-1] = apart[-1][0], max(high, apart[-1][1]), f"{apart[-1][2]} and {name}"
+        else:
+            apart.append((low, high, name))
+    add_ranges(apart, replace=True)
 
 
 def add_ranges(spans: list[tuple[int, int, str]], replace: bool = False):
