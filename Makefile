@@ -3,8 +3,9 @@
 # make test    set up, then run the tests; FAST=1: the fast ones, 3 minutes on two cores, for use while working
 # make cutlass build the optional ling_kernels._cutlass: CUTLASS's grouped FP8 GEMM (minutes, 4 GB of memory a file)
 # make tables  write docs/kernels-resources*.md: registers and shared memory of every kernel, as it is built for Hopper
-# make gpu     on a machine with a Hopper GPU: build, test, benchmark and run compute-sanitizer, in ten minutes. It installs
-#              nothing and uses PYTHON as it is. ARGS=--commit=ID names the commit in a copy without git history.
+# make gpu     on a machine with a Hopper GPU: STAGE=1 build, test, sanitizers, four minutes; STAGE=2 benchmark, five minutes.
+#              It installs nothing and uses PYTHON as it is. ARGS=--commit=ID names the commit in a copy without git history.
+# make gpu-pack compile csrc/ here for such a machine, into build/gpu-pack; make gpu then only links it
 # make bench   benchmark ops, peers, layers, decoding and the host into benchmarks/results/ and docs/performance.md (a CPU
 #              has no ops and peers). QUICK=1: at most 8 minutes on a GPU. ARGS="-k rms_norm": a selection
 #
@@ -29,7 +30,7 @@ CSRC := CMakeLists.txt $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc tests/gpu tests/cuda \
 	-type f \( -name '*.cu*' -o -name '*.h' -o -name '*.cpp' \) -print)
 
-.PHONY: help train test lint install cutlass tables clean gpu bench
+.PHONY: help train test lint install cutlass tables clean gpu gpu-pack bench
 .DEFAULT_GOAL := help
 
 help:
@@ -63,7 +64,10 @@ build/triton-3.6: $(VENV)/.dev
 	@rm -rf $@ && $(PIP) --no-deps --target $@ triton==3.6.0
 
 gpu:
-	@$(OUTER) benchmarks/gpu.py $(ARGS)
+	@$(OUTER) -m tests.on_gpu $(if $(STAGE),--stage $(STAGE)) $(ARGS)
+
+gpu-pack: $(VENV)/.dev
+	@$(PY) -m tests.pack
 
 # What `make install` has set up, or PYTHON as it is: a GPU machine may have no network.
 bench:

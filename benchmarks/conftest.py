@@ -57,3 +57,9 @@ def pytest_benchmark_update_json(config, benchmarks, output_json):
         row["stats"].pop("data", None)
         for name in ("case", "shape"):
             (row["params"] or {}).pop(name, None)
+
+
+def pytest_collection_modifyitems(items):
+    """Our CUDA kernels, layers and decoding before peers and slower backends: time on a GPU may run out."""
+    order = {"cuda": 0, None: 0, "triton": 2, "torch": 3}
+    items.sort(key=lambda item: order.get(getattr(item, "callspec", None) and item.callspec.params.get("by"), 1))

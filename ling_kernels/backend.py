@@ -22,15 +22,18 @@ BACKENDS = ("torch", "triton", "cuda")
 
 _forced = os.environ.get("LING_BACKEND") or None
 _strict = _forced is not None
+_misuse = None  # what is wrong with LING_BACKEND; raised at the first use, so that a command can report it
 if _forced not in (None, *BACKENDS):
-    raise InputError(f"LING_BACKEND is one of {', '.join(BACKENDS)}; not {_forced!r}")
+    _misuse = f"LING_BACKEND is one of {', '.join(BACKENDS)}; not {_forced!r}"
 if _forced == "cuda" and _C is None:
-    raise InputError(f"LING_BACKEND is cuda, but {_C_missing}")
+    _misuse = f"LING_BACKEND is cuda, but {_C_missing}"
 
 
 def backend(x: Tensor) -> str:
     """The implementation for x: what LING_BACKEND says, else `torch` on a CPU, `cuda` on Hopper, `triton` elsewhere."""
     if _forced:
+        if _strict:
+            check_forced()
         return _forced
     return kernels_on(x.device.index) if x.is_cuda else "torch"
 
@@ -67,6 +70,24 @@ def why_not(name: str, device: int) -> str | None:
     except RuntimeError as error:  # a driver older than the CUDA that _C was built with
         return str(error)
     return None
+
+
+def check_forced() -> None:
+    """Raise InputError where LING_BACKEND names no backend, or one that is not built."""
+    if _misuse:
+        raise InputError(_misuse)
+
+
+def why_not_forced(device: torch.device) -> str | None:
+    """Why the kernels that LING_BACKEND asks for cannot run on a device; None where they can, or nothing is asked."""
+    if not _strict or _forced == "torch":
+        return None
+    reason: str | None = "its kernels need a GPU, and this is the CPU"
+    if device.type == "cuda":
+        reason = why_not(_forced, device.index or 0)
+    elif _forced == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
+        reason = None
+    return reason and f"LING_BACKEND is {_forced}, but {reason}"
 
 
 def strict() -> bool:

@@ -5,6 +5,7 @@ An op that is called with wrong tensors raises a plain ValueError.
 
 import argparse
 import functools
+import os
 import sys
 from collections.abc import Callable
 
@@ -30,10 +31,23 @@ class Diverged(LingError):
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a flag that argparse refuses like any other bad input, in one line."""
+    """Reports a flag that argparse refuses like any other bad input, in one line. A flag cannot be abbreviated."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, allow_abbrev=False, **options)
 
     def error(self, message: str):
         raise InputError(f"{message}; --help lists the flags")
+
+
+def check_environment() -> None:
+    """Raise InputError where LING_BACKEND names no backend, or one that is not built."""
+    if os.environ.get("LING_BACKEND"):
+        try:
+            from .backend import check_forced
+        except (ImportError, OSError):  # no torch: `info` says so, and no other command comes this far
+            return
+        check_forced()
 
 
 def command(main: Callable[..., int | None]) -> Callable[..., int]:
@@ -42,6 +56,7 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
     @functools.wraps(main)
     def run(*args, **kwargs) -> int:
         try:
+            check_environment()
             return main(*args, **kwargs) or 0
         except InputError as error:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -1,12 +1,20 @@
-"""Atomic file writes (a file is complete or absent, also after a crash), and JSON objects in files."""
+"""Atomic file writes (a file is complete or absent, also after a crash), JSON objects in files, locks of folders."""
 
 import json
 import os
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows has none: folders are not locked
+    fcntl = None
+
+LOCK = ".lock"  # a file in a locked folder
 
 
 @contextmanager
@@ -36,3 +44,45 @@ def read_json(file: Path) -> dict:
     if not isinstance(content, dict):
         raise InputError(f"{file} is not a JSON object")
     return content
+
+
+class FolderLock:
+    """Keeps other processes out of a folder, until `remove`, garbage collection, or the end of this process, even one
+    by kill -9: the kernel holds the lock on the open file. A file system without locks gives none."""
+
+    def __init__(self, folder: Path):
+        self.path = folder / LOCK
+        try:
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise InputError(f"cannot write to {folder}: {error.strerror or error}") from None
+        self.close = weakref.finalize(self, os.close, descriptor)
+        try:
+            if fcntl:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.truncate(descriptor, 0)
+            os.write(descriptor, f"{os.getpid()}\n".encode())
+        except BlockingIOError:
+            holder = os.read(descriptor, 20).decode(errors="replace")
+            self.close()
+            raise InputError(f"{folder} is in use by another process, {holder.strip()}") from None
+        except OSError:  # a file system without locks, or a full one
+            pass
+
+    def remove(self) -> None:
+        """Unlock the folder, and remove the file."""
+        _locks.pop(str(self.path), None)
+        self.path.unlink(missing_ok=True)
+        self.close()
+
+
+_locks: weakref.WeakValueDictionary[str, FolderLock] = weakref.WeakValueDictionary()  # of this process, by path
+
+
+def lock_folder(folder: Path) -> FolderLock:
+    """The lock of a folder, one in a process. Raises InputError where another process holds it."""
+    folder = folder.resolve()
+    lock = _locks.get(str(folder / LOCK))
+    if lock is None:
+        lock = _locks[str(folder / LOCK)] = FolderLock(folder)
+    return lock

@@ -1,6 +1,5 @@
 """python -m ling_kernels.info: versions, GPUs, and which backends can run on this machine. --json for programs."""
 
-import argparse
 import importlib.metadata
 import json
 import platform
@@ -10,7 +9,7 @@ import warnings
 from pathlib import Path
 
 from . import __version__
-from .errors import command
+from .errors import Parser, command
 
 
 def package_version(package: str) -> str | None:
@@ -95,17 +94,21 @@ def lines(report: dict) -> list[str]:
     return [f"{name:<15}{value}" for name, value in rows]
 
 
-def print_kernels(name: str) -> None:
+def print_kernels(name: str, as_json: bool) -> None:
     from .model import resolve_model
-    from .plan.kernels import lines
+    from .plan.kernels import lines, model_kernels
 
     config, _ = resolve_model(name)
-    print(*lines(config), sep="\n")
+    if as_json:
+        steps = {step: [c._asdict() for c in choices] for step, choices in model_kernels(config).items()}
+        print(json.dumps(dict(model=name, steps=steps), indent=1))
+    else:
+        print(*lines(config), sep="\n")
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m ling_kernels.info", description=__doc__.partition(": ")[2])
+    parser = Parser(prog="python -m ling_kernels.info", description=__doc__.partition(": ")[2])
     parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
     parser.add_argument(
         "--model",
@@ -116,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
         warnings.simplefilter("ignore")  # the report contains what torch warns about on a machine without GPU
         args = parser.parse_args(argv)
         if args.model is not None:
-            print_kernels(args.model)
+            print_kernels(args.model, args.json)
             return
         report = info()
     print(json.dumps(report, indent=1) if args.json else "\n".join(lines(report)))

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from . import backend as backends
+from .errors import InputError
 
 E4M3 = torch.float8_e4m3fn
 KERNEL_FLOATS = (torch.float32, torch.bfloat16, torch.float16, E4M3)  # no kernel takes other floating-point numbers
@@ -45,7 +46,12 @@ def op(*writes: str, cuda: Callable[..., str | None] | bool = False, runs: str =
             if use_csrc and (reason := reason_against(cuda, args)):
                 report_fallback(name, reason, "Triton runs")
                 use_csrc = False
-            (getattr(backends._C, name) if use_csrc else fn)(*args)
+            try:
+                (getattr(backends._C, name) if use_csrc else fn)(*args)
+            except Exception:
+                if reason := backends.why_not_forced(first_tensor(args).device):
+                    raise InputError(reason) from None
+                raise
 
         registered = torch.library.custom_op(f"ling::{name}", launch, mutates_args=writes)
         registered.register_fake(lambda *args: None)
@@ -181,7 +187,7 @@ def explain(fn: Callable, *args, **kwargs) -> Choices:
     `print(lk.explain(lk.route, logits, bias))`. fn is an op, a module or a function over them. Nothing is computed and
     no argument changes: fn runs on tensors without values, those of the FakeTensorMode that is active, if one is. Where
     a result requires a gradient, the launches of the backward follow. Returns one (name, implementation, reason) for
-    each launch or eager reference.
+    each launcher or eager reference; some launchers start more than one kernel.
     """
     global _choices
     mode, before = detect_fake_mode() or FakeTensorMode(allow_non_fake_inputs=True), _choices

@@ -6,6 +6,7 @@ ordinary tokenizer.json, which `tokenizers` and AutoTokenizer load with the same
 
 import json
 import re
+import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -21,6 +22,7 @@ SPECIAL_TOKENS = (
     *("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"),
 )
 
+_ENCODING = threading.Lock()  # `encode_special_tokens` belongs to a backend, not to a call; a tokenizer can be pickled
 WINDOW = 32  # ids that hold the last 7 characters, which are at most 4 ids each, and where the first one begins
 TOKEN_BYTES = [bytes([i]) for i in range(256)] + [name.encode() for name in SPECIAL_TOKENS]  # by id
 # Tried in this order if tokenizer_config.json names no eos_token.
@@ -117,8 +119,9 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise InputError(f"the text is not valid Unicode at character {error.start}: {error.reason}") from None
         if self.backend is not None:
-            self.backend.encode_special_tokens = not special
-            return self.backend.encode(text, add_special_tokens=False).ids
+            with _ENCODING:
+                self.backend.encode_special_tokens = not special
+                return self.backend.encode(text, add_special_tokens=False).ids
         if not special:
             return list(data)
         ids: list[int] = []

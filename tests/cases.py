@@ -157,8 +157,8 @@ def zipf(E: int) -> Tensor:
     return p / p.sum()
 
 
-def offsets_of(rand: Rand, S: int, E: int, rest: int = 0, routing: str = "") -> Tensor:
-    """E runs of random length, the first one empty where there is another; the last `rest` rows are nobody's.
+def offsets_of(rand: Rand, S: int, E: int, unused: int = 0, routing: str = "") -> Tensor:
+    """E runs of random length, the first one empty where there is another; the last `unused` rows are nobody's.
 
     routing "balanced", "zipf" or "one" is what a router of that kind would give instead.
     """
@@ -166,11 +166,11 @@ def offsets_of(rand: Rand, S: int, E: int, rest: int = 0, routing: str = "") -> 
         p = zipf(E) if routing == "zipf" else torch.ones(E, device=DEVICE)
         if routing == "one":
             p = torch.eye(E, device=DEVICE)[E // 2]
-        owner = torch.multinomial(p, S - rest, True, generator=rand.g) if S > rest else rand.ints(0, E, 0)
+        owner = torch.multinomial(p, S - unused, True, generator=rand.g) if S > unused else rand.ints(0, E, 0)
         return torch.nn.functional.pad(counts_of(owner, E).cumsum(0), (1, 0)).int()
-    cuts = rand.ints(0, S - rest + 1, E - 1).sort().values if E > 1 else rand.ints(0, 1, 0)
+    cuts = rand.ints(0, S - unused + 1, E - 1).sort().values if E > 1 else rand.ints(0, 1, 0)
     cuts[:1] = 0
-    return torch.nn.functional.pad(torch.cat([cuts, cuts.new_tensor([S - rest])]), (1, 0)).int()
+    return torch.nn.functional.pad(torch.cat([cuts, cuts.new_tensor([S - unused])]), (1, 0)).int()
 
 
 def poison(x: Tensor, offsets: Tensor) -> Tensor:
@@ -223,9 +223,9 @@ def moe_decode_bytes(T, E, H, F, topk=2, Fs=0, fp8=False, **others):
     return weights * (1 if fp8 else 2) + 4 * E * H + 4 * T * H
 
 
-def norm_router_args(rand, T, E, H, plain=False, wide=False):
-    """plain: no residual; wide: all but x fp32."""
-    dtype = FP32 if wide else None
+def norm_router_args(rand, T, E, H, plain=False, fp32=False):
+    """plain: no residual; fp32: all but x in fp32."""
+    dtype = FP32 if fp32 else None
     x, w, router_w = rand.data(T, H), 1 + rand.data(H, dtype=dtype) / 4, rand.data(E, H, dtype=dtype)
     return (x, w, router_w) if plain else (x, w, router_w, rand.data(T, H, dtype=dtype))
 
@@ -238,20 +238,20 @@ def forced_route_args(rand, T, E, topk, masked=False, z_loss=0.5):
     return rand.fp32(T, E), rand.data(E, dtype=FP32), mask, 1, 1, topk, 1.5, z_loss, experts
 
 
-def router_args(rand, T, E, H, far=0):
-    """far: how far from 0 the rows of w lie, on either side in turn, so that they cancel in dx."""
-    side = far * (-1) ** torch.arange(E, device=DEVICE)[:, None]
+def router_args(rand, T, E, H, w_offset=0):
+    """w_offset: the mean of the rows of w, with alternating sign, so that they cancel in dx."""
+    side = w_offset * (-1) ** torch.arange(E, device=DEVICE)[:, None]
     return rand(T, H), (rand.data(E, H, dtype=FP32) + side).requires_grad_()
 
 
-def gemm_fp8_args(rand, M, N, K, tall=False, out=False, accumulate=False):
-    """tall: one scale per 1 x 128 of b instead of per 128 x 128."""
-    b = quantize(rand.data(N, K)) if tall else quantize_weight(rand.data(N, K))
+def gemm_fp8_args(rand, M, N, K, row_scales=False, out=False, accumulate=False):
+    """row_scales: one scale per 1 x 128 of b instead of per 128 x 128."""
+    b = quantize(rand.data(N, K)) if row_scales else quantize_weight(rand.data(N, K))
     return *quantize(rand.data(M, K)), *b, rand.data(M, N) if out else None, accumulate, rand.dtype
 
 
-def grouped_fp8_args(rand, S, E, N, K, rest=0, transposed=False, routing=""):
-    offsets = offsets_of(rand, S, E, rest, routing)
+def grouped_fp8_args(rand, S, E, N, K, unused=0, transposed=False, routing=""):
+    offsets = offsets_of(rand, S, E, unused, routing)
     w = rand.data(E, K, N) if transposed else rand.data(E, N, K)
     return *quantize(poison(rand.data(S, K), offsets)), *quantize_weight(w), offsets
 
@@ -266,8 +266,8 @@ def masked_fp8_args(rand, E, M, N, K):
     return a, a_scale, *quantize_weight(rand.data(E, N, K)), rand.ints(0, M + 1, E)
 
 
-def wgrad_args(rand, S, E, N, K, rest=0, out=False, accumulate=False, fp8=False, routing=""):
-    offsets = offsets_of(rand, S, E, rest, routing)
+def wgrad_args(rand, S, E, N, K, unused=0, out=False, accumulate=False, fp8=False, routing=""):
+    offsets = offsets_of(rand, S, E, unused, routing)
     (dy, *dy_scale), (x, *x_scale) = (
         quantize(t) if fp8 else (t,) for t in (poison(rand.data(S, n), offsets) for n in (N, K))
     )
@@ -507,7 +507,7 @@ CASES = [
     Case(
         gemm_fp8, gemm_fp8_ref, gemm_fp8_args,
         [dict(M=0, N=128, K=128), dict(M=1, N=128, K=256), dict(M=67, N=256, K=2048), dict(M=5, N=3072, K=128),
-         dict(M=5, N=33, K=256, tall=True), dict(M=8192, N=3072, K=2048)],
+         dict(M=5, N=33, K=256, row_scales=True), dict(M=8192, N=3072, K=2048)],
         product=True, backends=("torch", "triton", "cuda"), flops=lambda M, N, K: 2 * M * N * K,
         ling=lambda p: [dict(M=p.T, N=(p.Hq + 2 * p.Hkv) * 128, K=p.H)],
         hopper=[dict(M=8, N=3072, K=2048), dict(M=32, N=2048, K=4096), dict(M=256, N=4096, K=512),
@@ -522,11 +522,11 @@ CASES = [
     ),
     Case(
         in_place(gemm_fp8, 4), in_place(gemm_fp8_ref, 4), gemm_fp8_args,
-        [dict(M=0, N=128, K=128, out=True), dict(M=37, N=256, K=384, tall=True, out=True, accumulate=True),
-         dict(M=37, N=256, K=384, out=True), dict(M=2048, N=2048, K=8192, tall=True, out=True, accumulate=True)],
+        [dict(M=0, N=128, K=128, out=True), dict(M=37, N=256, K=384, row_scales=True, out=True, accumulate=True),
+         dict(M=37, N=256, K=384, out=True), dict(M=2048, N=2048, K=8192, row_scales=True, out=True, accumulate=True)],
         product=True, flops=lambda M, N, K, **others: 2 * M * N * K,
         backends=("torch", "triton", "cuda"),
-        hopper=[dict(M=512, N=2048, K=2048, tall=True, out=True, accumulate=True),
+        hopper=[dict(M=512, N=2048, K=2048, row_scales=True, out=True, accumulate=True),
                 dict(M=512, N=2048, K=2048, out=True)],
     ),
     Case(
@@ -536,12 +536,12 @@ CASES = [
     ),
     Case(
         grouped_gemm, grouped_gemm_ref,
-        lambda rand, S, E, N, K, rest=0, routing="": (
-            poison(rand(S, K), offsets := offsets_of(rand, S, E, rest, routing)), rand(E, N, K), offsets,
+        lambda rand, S, E, N, K, unused=0, routing="": (
+            poison(rand(S, K), offsets := offsets_of(rand, S, E, unused, routing)), rand(E, N, K), offsets,
         ),
-        [dict(S=0, E=3, N=8, K=16), dict(S=1, E=1, N=1, K=1), dict(S=67, E=8, N=33, K=24, rest=5),
+        [dict(S=0, E=3, N=8, K=16), dict(S=1, E=1, N=1, K=1), dict(S=67, E=8, N=33, K=24, unused=5),
          dict(S=9, E=256, N=8, K=8), dict(S=7, E=2, N=1024, K=128), dict(S=7, E=2, N=128, K=2048),
-         dict(S=140, E=1, N=264, K=72, rest=5), dict(S=65536, E=256, N=1024, K=2048)],
+         dict(S=140, E=1, N=264, K=72, unused=5), dict(S=65536, E=256, N=1024, K=2048)],
         defined=owned, flops=lambda S, E, N, K, routing="": 2 * S * N * K, product=True, backends=("torch", "triton"),
         ling=lambda p: [dict(S=p.S, E=p.E, N=n, K=k, routing=p.routing) for n, k in ((2 * p.F, p.H), (p.H, p.F))],
         hopper=[dict(S=16, E=2, N=1024, K=2048), dict(S=64, E=2, N=4096, K=1024), dict(S=128, E=2, N=4096, K=4096),
@@ -550,7 +550,7 @@ CASES = [
     ),
     Case(
         grouped_gemm_fp8, grouped_gemm_fp8_ref, grouped_fp8_args,
-        [dict(S=0, E=3, N=128, K=128), dict(S=1, E=1, N=128, K=128), dict(S=67, E=8, N=128, K=256, rest=5),
+        [dict(S=0, E=3, N=128, K=128), dict(S=1, E=1, N=128, K=128), dict(S=67, E=8, N=128, K=256, unused=5),
          dict(S=7, E=2, N=1024, K=128), dict(S=7, E=2, N=128, K=2048), dict(S=150, E=2, N=256, K=1152),
          dict(S=65536, E=256, N=1024, K=2048)],
         dtypes=(BF16,), defined=owned, flops=lambda S, E, N, K, routing="": 2 * S * N * K, product=True,
@@ -562,7 +562,7 @@ CASES = [
     ),
     Case(
         grouped_gemm_fp8, grouped_gemm_fp8_ref, functools.partial(grouped_fp8_args, transposed=True),
-        [dict(S=0, E=3, N=128, K=128), dict(S=67, E=8, N=128, K=256, rest=5), dict(S=170, E=2, N=384, K=640),
+        [dict(S=0, E=3, N=128, K=128), dict(S=67, E=8, N=128, K=256, unused=5), dict(S=170, E=2, N=384, K=640),
          dict(S=65536, E=256, N=2048, K=1024)],
         dtypes=(BF16,), kwargs=dict(transposed=True), defined=owned, product=True,
         flops=lambda S, E, N, K, routing="": 2 * S * N * K, backends=("torch", "triton", "cuda"),
@@ -596,8 +596,8 @@ CASES = [
     ),
     Case(
         grouped_wgrad, grouped_wgrad_ref, wgrad_args,
-        [dict(S=0, E=3, N=128, K=128), dict(S=1, E=1, N=33, K=7), dict(S=300, E=5, N=24, K=40, rest=9),
-         dict(S=300, E=5, N=128, K=256, rest=9, fp8=True), dict(S=40, E=2, N=64, K=2048),
+        [dict(S=0, E=3, N=128, K=128), dict(S=1, E=1, N=33, K=7), dict(S=300, E=5, N=24, K=40, unused=9),
+         dict(S=300, E=5, N=128, K=256, unused=9, fp8=True), dict(S=40, E=2, N=64, K=2048),
          dict(S=65536, E=256, N=1024, K=2048)],
         flops=lambda S, E, N, K, routing="": 2 * S * N * K, product=True, backends=("torch", "triton", "cuda"),
         ling=lambda p: [dict(S=p.S, E=p.E, N=n, K=k, routing=p.routing) for n, k in ((2 * p.F, p.H), (p.H, p.F))],
@@ -606,8 +606,8 @@ CASES = [
     ),
     Case(
         in_place(grouped_wgrad, 3), in_place(grouped_wgrad_ref, 3), wgrad_args,
-        [dict(S=0, E=3, N=128, K=128, out=True), dict(S=300, E=5, N=24, K=40, rest=9, out=True),
-         dict(S=300, E=5, N=128, K=256, rest=9, out=True, accumulate=True, fp8=True),
+        [dict(S=0, E=3, N=128, K=128, out=True), dict(S=300, E=5, N=24, K=40, unused=9, out=True),
+         dict(S=300, E=5, N=128, K=256, unused=9, out=True, accumulate=True, fp8=True),
          dict(S=65536, E=256, N=1024, K=2048, out=True, accumulate=True)],
         product=True, flops=lambda S, E, N, K, **others: 2 * S * N * K,
         backends=("torch", "triton", "cuda"),
@@ -843,12 +843,12 @@ CASES = [
     ),
     Case(
         rms_norm_router, by_references(rms_norm_router), norm_router_args,
-        [dict(T=0, E=4, H=16), dict(T=1, E=5, H=136), dict(T=3, E=16, H=40, wide=True), dict(T=8, E=3, H=2048),
-         dict(T=5, E=6, H=520, plain=True), dict(T=2, E=2, H=8192, wide=True), dict(T=9, E=6, H=64),
+        [dict(T=0, E=4, H=16), dict(T=1, E=5, H=136), dict(T=3, E=16, H=40, fp32=True), dict(T=8, E=3, H=2048),
+         dict(T=5, E=6, H=520, plain=True), dict(T=2, E=2, H=8192, fp32=True), dict(T=9, E=6, H=64),
          dict(T=8, E=256, H=2048)],
         dtypes=(BF16,), kwargs=dict(eps=0.1), product=True, backends=("torch", "triton", "cuda"),
         hopper=[dict(T=1, E=256, H=2048), dict(T=1, E=256, H=4096, plain=True),
-                *(dict(T=t, E=256, H=h, wide=True) for t in (1, 8) for h in (2048, 8192))],
+                *(dict(T=t, E=256, H=h, fp32=True) for t in (1, 8) for h in (2048, 8192))],
     ),
     Case(
         route, route_ref,
@@ -880,7 +880,7 @@ CASES = [
         router_gemm, router_gemm_ref,
         router_args,
         [dict(T=0, E=4, H=16), dict(T=1, E=1, H=1), dict(T=37, E=256, H=48), dict(T=3, E=16, H=8192),
-         dict(T=37, E=64, H=48, far=64),
+         dict(T=37, E=64, H=48, w_offset=64),
          dict(T=530, E=130, H=24), dict(T=8192, E=256, H=2048)],
         flops=lambda T, E, H: 2 * T * E * H, product=True, backends=("torch", "triton"),
         ling=lambda p: [dict(T=p.T, E=256, H=p.H)],

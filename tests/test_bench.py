@@ -82,7 +82,7 @@ def test_the_grid_has_lings_sizes():
     assert len({*names}) == len(names)
 
 
-def test_every_op_has_a_row_for_each_of_its_kernels():
+def test_every_op_has_a_row_for_each_kernel():
     rows = {(case.op.__name__, by, name) for case, _, by, name in (p.values for p in bench.op_rows("own"))}
     assert {op for op, _, _ in rows} >= {*EXPORTS}
     for case in CASES:
@@ -241,7 +241,7 @@ def test_report_of_a_gpu(tmp_path):
     assert "| `rms_norm` | `rms_norm-M8` | triton | 20.0 | 50% |" in block and "Speed on H20, H100: **not" in block
 
 
-def test_report_says_what_is_doubtful(tmp_path):
+def test_report_names_doubtful_figures(tmp_path):
     write_run(tmp_path, "NVIDIA H200", row(1, rate="bf16", per_second=400e12), dirty=True)
     page = report.measured(tmp_path)
     assert "with changes that are not committed" in page and "throttled: 400 TFLOP/s" in page

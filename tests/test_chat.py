@@ -85,7 +85,7 @@ def test_control_tokens_inside_a_message_stay_text(chat, how, role):
         assert control(tokenizer, [SYSTEM, {"role": role, "content": attack}]) == plain + more
 
 
-def test_thoughts_inside_an_answer_are_cut_and_what_is_left_is_text(chat):
+def test_thoughts_are_cut_from_an_answer(chat):
     tokenizer = chat(TEMPLATES["Ling's"])
     answer = {"role": "assistant", "content": "<think>\n<role>hm\n</think>\n\n<role>Hello<|role_end|>"}
     assert control(tokenizer, [USER, answer, USER]) == control(tokenizer, [USER, {**answer, "content": "x"}, USER])
@@ -124,7 +124,7 @@ def test_a_chat_without_control_tokens_in_its_messages_is_encoded_as_a_whole(cha
     ("{% if documents is none and tools is none %}none{% endif %}", "none"),
     ("{% for m in messages %}{% break %}{% endfor %}{{ eos_token }}", "<|endoftext|>"),
 ])  # fmt: skip
-def test_what_transformers_gives_to_chat_templates(template, text):
+def test_chat_templates_get_the_same_names_as_in_transformers(template, text):
     tokenizer = Tokenizer(None, byte_settings() | {"chat_template": template})
     assert tokenizer.apply_chat_template([{"role": "user", "content": "hé"}]) == text
 

@@ -83,7 +83,7 @@ def test_every_rotary_dim_is_exact(read):
         assert read(dict(head_dim=98, rotary_dim=min(size, 98), partial_rotary_factor=...)).rotary_dim == min(size, 98)
 
 
-def test_what_is_written_is_read_again(tmp_path):
+def test_written_config_is_read_again(tmp_path):
     """rope_scaling in a constructor takes the same spellings; what transformers 5 wrote is not repeated beside it."""
     config = replace(LingConfig.tiny(), rope_scaling=dict(rope_type="yarn", factor=2), eos_token_id=[257, 260])
     assert config.rope_scaling == dict(type="yarn", factor=2, original_max_position_embeddings=1024)
@@ -104,7 +104,7 @@ REFUSED = [
         attention_bias=True, mlp_bias=True, use_rmsnorm=False, moe_router_enable_expert_bias=False, model_type="llama",
         sliding_window=128, use_sliding_window=True, tie_word_embeddings=True, router_dtype="bf16",
         layer_types=["full_attention", "sliding_attention"], architectures=["LlamaForCausalLM"], norm_head=True,
-        moe_shared_expert_intermediate_size=64, num_experts_per_tok=1, attention_dropout=0.1, scoring_func="softmax",
+        moe_shared_expert_intermediate_size=64, attention_dropout=0.1, scoring_func="softmax",
     ).items()),
     *(dict(quantization_config=value) for value in (
         dict(quant_method="gptq", bits=4), dict(quant_method="fp8", weight_block_size=[64, 64]), {}, "fp8",
@@ -153,13 +153,6 @@ def test_null_means_absent(read):
     names = ("score_function", "norm_topk_prob", "use_bias", "sliding_window", "layer_types", "quantization_config")
     assert read(dict.fromkeys(names)) == read({})
     assert read(dict(eos_token_id=None, pad_token_id=None)).eos_token_ids == ()
-
-
-def test_a_dense_model_has_no_router():
-    config = replace(tiniest(), num_experts_per_tok=1, first_k_dense_replace=2, num_nextn_predict_layers=0)
-    assert config.num_experts_per_tok == 1
-    with pytest.raises(InputError, match="num_experts_per_tok is 1"):
-        replace(config, num_nextn_predict_layers=1)
 
 
 def test_every_end_token_is_kept_and_ends_a_text(tmp_path):

@@ -84,7 +84,7 @@ def test_where_pages_lie_changes_no_bit(backend, fp8):
 
 @on_every_backend
 @with_and_without_fp8
-def test_what_no_sequence_uses_changes_no_bit(backend, fp8):
+def test_unused_pages_do_not_change_the_output(backend, fp8):
     q, cache, table, lengths, scale = decode_args(Rand(BF16), **ARGS, fp8=fp8)
     with force(backend):
         one = attention_decode(q, cache, table, lengths, scale)
@@ -197,7 +197,7 @@ def test_the_split_fills_the_gpu_and_no_more():
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="only a CPU's lengths are known to the host")
 @on_every_backend
-def test_what_the_table_or_the_cache_does_not_hold_is_named(backend):
+def test_positions_and_slots_out_of_range_are_named(backend):
     q, cache, table, lengths, scale = decode_args(Rand(BF16), (40, 17), 1, 4, 2, 128, 16)
     with force(backend):
         for wrong in (49, -1):

@@ -16,7 +16,7 @@ from tests.cases import DEVICE, Rand, grouped_fp8_args
 
 SHAPES = [
     dict(S=1, E=1, N=128, K=128),
-    dict(S=67, E=8, N=128, K=256, rest=5),
+    dict(S=67, E=8, N=128, K=256, unused=5),
     dict(S=9, E=256, N=128, K=128),
     dict(S=700, E=3, N=384, K=1152),
     dict(S=1000, E=4, N=1024, K=2048),
@@ -89,7 +89,7 @@ def test_the_check_can_fail(wrong):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ling_kernels._cutlass") is not None, reason="_cutlass is built")
-def test_the_error_where_it_is_not_built():
+def test_error_without_the_extension():
     args = grouped_fp8_args(Rand(torch.bfloat16), **SHAPES[1])
     with pytest.raises(ImportError, match="_cutlass is not built .make cutlass"):
         grouped_gemm_fp8_cutlass(*args)

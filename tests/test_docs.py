@@ -51,7 +51,7 @@ def test_the_contracts_have_the_ops_and_their_arguments():
 
 
 @pytest.mark.skipif(not runs("triton"), reason="triton cannot run here")
-def test_what_torch_func_does_is_what_the_contracts_say():
+def test_torch_func_matches_its_contract():
     x = torch.randn(4, 64, device=DEVICE)
     with force("triton"), pytest.raises(RuntimeError, match="setup_context"):
         torch.func.grad(lambda x: lk.swiglu(x).sum())(x)

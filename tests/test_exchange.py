@@ -64,7 +64,7 @@ def result(moe: MoE, x: torch.Tensor) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("fold, fp8", [(False, False), (True, False), (True, True)])
-def test_an_exchange_gives_what_local_experts_do(fold, fp8):
+def test_an_exchange_equals_local_experts(fold, fp8):
     """Bit for bit where the routing weight is applied at the same place: the sum over a token's choices is the same."""
     moe, x = layer(fold, fp8), torch.randn(T, H).bfloat16()
     assert isinstance(moe.exchange, Local)
@@ -129,3 +129,24 @@ def test_no_tokens(backend):
     with force(backend):
         moe(x)[0].sum().backward()
     assert x.grad.shape == (0, H) and not moe.experts.down.grad.any()
+
+
+def test_an_incomplete_exchange_is_refused_where_it_is_set():
+    class WithoutLocal:
+        def dispatch(self, x, weights, experts, counts): ...
+
+        def combine(self, y, plan): ...
+
+    class WithoutCombine:
+        local = True
+
+        def dispatch(self, x, weights, experts, counts): ...
+
+    parts = Router(H, E, num_groups=4, group_topk=2, topk=TOPK), Experts(E, H, F), None
+    moe = MoE(*parts)
+    for wrong in (WithoutLocal(), WithoutCombine()):
+        with pytest.raises(ValueError, match="an exchange with `local`, `dispatch` and `combine`"):
+            MoE(*parts, wrong)
+        with pytest.raises(ValueError, match="an exchange with"):
+            moe.exchange = wrong
+    assert type(moe.exchange) is Local

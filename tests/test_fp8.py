@@ -184,6 +184,23 @@ def test_a_layer_with_kept_copies_is_saved():
     assert torch.equal(loaded(x), 2 * layer(x))
 
 
+@pytest.mark.parametrize("save", [
+    lambda layer: layer.weight, lambda layer: [*layer.parameters()], lambda layer: layer.state_dict(keep_vars=True),
+    lambda layer: layer.state_dict(),
+])  # fmt: skip
+def test_a_parameter_with_a_kept_copy_is_saved(save):
+    """As any parameter: torch.load takes it with weights_only=True, and it holds the weight alone."""
+    layer = Fp8Linear(H, 128, device=DEVICE, weights="kept", transposed="kept")
+    layer(Rand(torch.float32).data(3, H).requires_grad_()).sum().backward()
+    layer.weight.grad = None
+    file = io.BytesIO()
+    torch.save(save(layer), file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    (weight,) = loaded.values() if isinstance(loaded, dict) else loaded if isinstance(loaded, list) else [loaded]
+    assert torch.equal(weight, layer.weight) and file.getbuffer().nbytes < 1.1 * layer.weight.nbytes + 4096
+
+
 def test_a_vector_is_one_row():
     layer = Fp8Linear(H, 128, device=DEVICE)
     x = Rand(torch.float32).data(H)

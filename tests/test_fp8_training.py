@@ -3,12 +3,14 @@
 # ruff: noqa: F811 (fixtures are imported)
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.fsdp import fully_shard
+from torch.utils.checkpoint import checkpoint
 
 from ling_kernels.backend import force
 from ling_kernels.model import Ling, LingConfig, save_model
@@ -126,6 +128,33 @@ def test_full_recompute_is_the_same_and_counts_a_token_once():
         seen.append([model.expert_counts(), *(p.grad for p in model.parameters())])
     assert seen[0][0].sum() == 2 * 2 * 40
     assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_activation_checkpointing_by_the_user_counts_a_token_once(use_reentrant, fp8):
+    """Alone, nested, and beside saved-tensor hooks of the user's own."""
+    moe = Layer(WHOLE, dense=False).mlp
+    if fp8:
+        to_fp8(moe)
+    twice = partial(checkpoint, moe, use_reentrant=use_reentrant)
+
+    def hooked(x):
+        with saved_tensors_hooks(lambda t: t, lambda t: t):
+            return moe(x)
+
+    for forward in (
+        moe, twice, partial(checkpoint, twice, use_reentrant=use_reentrant),
+        *([] if use_reentrant else [partial(checkpoint, hooked, use_reentrant=False)]),
+    ):  # fmt: skip
+        moe.router.counts.zero_()
+        x = torch.randn(20, WHOLE.hidden_size).requires_grad_()
+        for _ in range(2):
+            forward(x)[0].sum().backward()
+        assert moe.router.counts.sum() == 2 * 20 * WHOLE.num_experts_per_tok
+    moe.router.counts.zero_()
+    moe(x)  # without a backward
+    assert moe.router.counts.sum() == 20 * WHOLE.num_experts_per_tok
 
 
 @pytest.mark.parametrize("wgrad", ["fp8", "bf16"])

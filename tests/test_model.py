@@ -311,7 +311,7 @@ def test_empty_batches(shape):
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
 
 
-def test_a_model_in_fp64_has_the_gradient_of_its_loss():
+def test_gradient_of_a_model_in_fp64():
     """Along a random direction, against finite differences; a large bias decides the routing, so that it stays."""
     torch.manual_seed(0)
     # without MTP, whose fill token learns nothing on purpose

@@ -61,7 +61,7 @@ def test_explain_shows_a_decision_for_every_op(case):
         assert all(c.reason for c in choices if c.implementation != "cuda")
 
 
-def test_explain_of_an_argument_that_is_no_leaf():
+def test_explain_with_a_non_leaf_argument():
     logits = torch.randn(3, 8, requires_grad=True) * 2
     with force("triton"):
         choices = lk.explain(lk.cross_entropy, logits, torch.tensor([1, 2, 3]))
@@ -103,7 +103,7 @@ def test_explain_opens_a_models_output():
 
 
 @needs_cuda
-def test_explain_tells_what_ling_backend_cuda_refuses(monkeypatch):
+def test_explain_under_ling_backend_cuda(monkeypatch):
     monkeypatch.setattr(backends, "_forced", "cuda")
     monkeypatch.setattr(backends, "_strict", True)
     assert [c.implementation for c in lk.explain(lk.route, *route_args(64))] == ["refused", "cuda"]
@@ -124,7 +124,7 @@ def test_a_fallback_is_reported_once(monkeypatch):
 
 
 @needs_cuda
-def test_ling_backend_cuda_refuses_what_csrc_does_not_support(monkeypatch):
+def test_ling_backend_cuda_refuses_unsupported_arguments(monkeypatch):
     monkeypatch.setattr(backends, "_forced", "cuda")
     monkeypatch.setattr(backends, "_strict", True)
     lk.route(*route_args(256))
@@ -158,7 +158,7 @@ def test_a_cache_knows_a_launchers_write(name):
 
 
 @needs_triton
-def test_what_a_launcher_only_reads_keeps_its_version():
+def test_a_launcher_keeps_the_version_of_its_inputs():
     bias, counts = torch.zeros(8), torch.arange(8, dtype=torch.int32)
     with force("triton"):
         lk.balance_bias_(bias, counts, 0.1)

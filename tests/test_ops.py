@@ -143,7 +143,7 @@ def test_matches_reference(case, shape, dtype, backend):
 
 
 @pytest.mark.parametrize("name, shape", [("gemm_fp8", dict(M=67, N=256, K=2048)),
-                                         ("router_gemm", dict(T=37, E=64, H=48, far=64))])  # fmt: skip
+                                         ("router_gemm", dict(T=37, E=64, H=48, w_offset=64))])  # fmt: skip
 def test_the_allowance_for_tensor_cores_is_a_share_of_the_absolute_product(name, shape):
     """Only GPU runs use this allowance; its value can be checked on a CPU."""
     case = next(c for c in CASES if c.op.__name__ == name and shape in c.shapes)
@@ -241,7 +241,7 @@ OPCHECKED = set()  # launchers with their backend: all of opcheck takes seconds,
 
 
 @pytest.mark.parametrize("case, shape, dtype, backend", smallest_of_each())
-def test_launchers_write_what_they_declare(case, shape, dtype, backend):
+def test_launchers_write_only_declared_arguments(case, shape, dtype, backend):
     """Launchers write exactly the arguments that they declare; fake kernels pass opcheck."""
     with force(backend):
         with Calls() as calls:

@@ -299,7 +299,7 @@ def test_moments_of_8_bits_that_were_loaded_stay():
     assert new.state[model.lm_head.weight]["step"].item() == 2
 
 
-def test_muon_updates_each_expert_on_its_own():
+def test_muon_updates_each_expert_separately():
     model = model_with_gradients()
     optimizer = make_optimizer(model, "muon", 1e-2, 0.0)
     w = model.layers[1].mlp.experts.gate_up
@@ -356,7 +356,7 @@ def test_the_optimizer_updates_kept_fp8_weights(monkeypatch):
     to_fp8(model, weights="kept")
     optimizer = make_optimizer(model, "adamw8bit", 1e-2, 0.1)
     loss_of(model).backward()
-    kept = model.layers[1].mlp.experts.gate_up.fp8
+    kept = fp8_cache.cache_of(model.layers[1].mlp.experts.gate_up)
     address, before = kept.pair[0].data_ptr(), kept.pair[0].clone()
     step(optimizer)
     calls = []

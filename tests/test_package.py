@@ -56,7 +56,7 @@ def test_every_name_is_there():
             getattr(module, "no_such_op")  # noqa: B009
 
 
-def test_an_ops_name_is_its_function_whatever_was_imported_before():
+def test_an_op_name_is_its_function_after_any_import():
     code = (
         "import importlib, pickle, ling_kernels.ops.rms_norm\n"
         "from ling_kernels.ops import rms_norm, quantize\n"
@@ -331,7 +331,7 @@ def test_cuda_that_is_asked_for_must_be_there(tree):
     assert result.returncode and "error: LING_CUDA=1, but there is no nvcc on PATH" in result.stderr
 
 
-def test_a_build_requires_only_what_is_missing(tree):
+def test_a_build_requires_only_missing_packages(tree):
     nothing = "import sysconfig; sysconfig.get_path = lambda *a: ''"
     assert "result []" in build(tree, "get_requires_for_build_wheel", nothing, PATH=str(tree)).stdout
     program(tree / "bin/nvcc")

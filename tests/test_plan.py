@@ -20,7 +20,7 @@ from ling_kernels.plan.train import plan_training
 from ling_kernels.train import checkpoint as ckpt
 from ling_kernels.train.__main__ import main
 from ling_kernels.train.optimizer import make_optimizer, to_masters
-from ling_kernels.train.prepare import refuse_without_fp8
+from ling_kernels.train.prepare import needed_bytes, refuse_without_fp8
 from ling_kernels.train.settings import Settings, settings_of
 from ling_kernels.train.trainer import apply_fp8_and_recompute
 from tests.test_fp8_training import WHOLE, kept_bytes, metrics_of, training, whole  # noqa: F401
@@ -102,6 +102,18 @@ def test_activations_of_a_plan_follow_the_formula():
         c = replace(LingConfig.mini(), num_experts=64)
         layer = T * sum(kept_bytes(c, "fp8", recompute, "bf16").values()) + (2 * 4 * 65 if recompute != "full" else 0)
         assert more.kept_bytes["activations"] - few.kept_bytes["activations"] == pytest.approx(2 * layer, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_check_before_a_run_counts_what_the_plan_does(kind):
+    """Weights, gradients, optimizer, kept FP8 copies; embedding and head, half of this model, have fp32 moments."""
+    config = replace(
+        LingConfig.mini(), num_hidden_layers=2, num_experts=32, vocab_size=32768, max_position_embeddings=64
+    )  # fmt: skip
+    s = replace(Settings(), batch=1, seq_len=64, **KINDS[kind])
+    parts = plan_training(config, s).peak_bytes
+    kinds = ["weights", "weights", "optimizer"] + ["FP8 weights"] * (s.fp8_weights == "kept")
+    assert needed_bytes(config, s) == pytest.approx(sum(parts[k] for k in kinds), rel=0.005)
 
 
 def test_the_preset_fits(capsys):

@@ -50,7 +50,7 @@ def test_attention_is_sdpa_of_every_sequence(lens_q, lens_k, causal):
     torch.testing.assert_close(lse[1, -1], scores[-1].logsumexp(0))
 
 
-def test_attention_gradient_is_that_of_its_forward():
+def test_attention_gradient_matches_numerical_differentiation():
     args = qkv_of((3, 0, 4), (2, 3, 6), D=3)
     assert torch.autograd.gradcheck(lambda *qkv: attention(*qkv, cu_seqlens((3, 0, 4)), cu_seqlens((2, 3, 6)))[0], args)
 

@@ -182,13 +182,13 @@ def test_transpose_is_exact(shape):
     assert torch.equal(got, value(w_q, w_scale, 128).mT)
 
 
-@pytest.mark.parametrize("tall", [False, True])
+@pytest.mark.parametrize("row_scales", [False, True])
 @pytest.mark.parametrize("dtype", [BF16, FP32])
-def test_gemm_fp8(tall, dtype):
-    N = 100 if tall else 256
+def test_gemm_fp8(row_scales, dtype):
+    N = 100 if row_scales else 256
     a, a_scale = quantize(rand(37, 512) * torch.logspace(-3, 3, 512))
-    b, b_scale = quantize(rand(N, 512)) if tall else quantize_weight(rand(N, 512))
-    want = value(a, a_scale) @ value(b, b_scale, 1 if tall else 128).T
+    b, b_scale = quantize(rand(N, 512)) if row_scales else quantize_weight(rand(N, 512))
+    want = value(a, a_scale) @ value(b, b_scale, 1 if row_scales else 128).T
     near(gemm_fp8(a, a_scale, b, b_scale, dtype=dtype), want, ulps=8)
     out = rand(37, N, dtype=dtype)
     before = out.double()

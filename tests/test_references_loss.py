@@ -40,7 +40,7 @@ def test_linear_cross_entropy_is_torchs(reduction, chunk):
         torch.testing.assert_close(g, t)
 
 
-def test_linear_cross_entropy_gradient_is_that_of_its_loss():
+def test_linear_cross_entropy_gradient():
     rand = Rand(FP64)
     x, w, targets = rand(5, 3), rand(4, 3), torch.tensor([0, 3, -100, 1, 1], device=DEVICE)
     assert torch.autograd.gradcheck(lambda x, w: linear_cross_entropy(x, w, targets, chunk=2), (x, w))
@@ -80,7 +80,7 @@ def test_logits_never_exist_whole():
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_nothing_but_ignored_tokens_is_no_loss(reduction):
+def test_loss_of_ignored_tokens_only(reduction):
     rand = Rand(FP32)
     x, w, targets = rand(5, 8), rand(9, 8), torch.full((5,), -100, device=DEVICE)
     for loss in (cross_entropy(x, targets, -100, reduction), linear_cross_entropy(x, w, targets, -100, reduction)):
@@ -149,7 +149,7 @@ def test_dynamic_map(signed):
         assert inside.sum() == 2**decade * (1 if signed else 2)
 
 
-def test_a_moment_comes_back_as_the_nearest_of_its_map():
+def test_a_moment_decodes_to_the_nearest_value_of_the_map():
     rand = Rand(FP32)
     x = rand.data(700) * torch.logspace(-3, 3, 700, device=DEVICE)
     table = dynamic_map(True, x.device)
@@ -265,6 +265,7 @@ def wrong_calls():
     yield "reduction", cross_entropy, (logits, targets, -100, "average")
     yield "H", linear_cross_entropy, (logits, w[:, :5], small)
     yield "w 1-D", linear_cross_entropy, (logits, w[0], small)
+    yield "fp64 beside fp32", linear_cross_entropy, (logits.double(), w, small)
     yield "no classes", linear_cross_entropy, (logits, w[:0], small)
     yield "targets", linear_cross_entropy, (logits, w, small[:3])
     yield "none", linear_cross_entropy, (logits, w, small, -100, "none")

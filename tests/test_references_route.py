@@ -8,7 +8,7 @@ import torch
 
 from ling_kernels.backend import _C, force
 from ling_kernels.ops.balance_bias import balance_bias_
-from ling_kernels.ops.route import route
+from ling_kernels.ops.route import route, scores
 
 FP64, rand = torch.float64, torch.randn
 BACKENDS = ["torch", "triton", pytest.param("cuda", marks=pytest.mark.skipif(_C is None, reason="no _C"))]
@@ -64,6 +64,20 @@ class TestRoute:
             experts = check_route(logits, torch.zeros(256))
         assert experts[1, :4].tolist() == [40, 41, 42, 43]
 
+    @pytest.mark.parametrize("offset", [-200.0, -20.0, -5.0, 0.0, 20.0])
+    def test_scores_are_accurate_wherever_the_logits_lie(self, backend, offset):
+        """Weights are ratios of scores: `scores` in fp64 is the truth, for any score function."""
+        logits, g = (rand(9, 256) + offset).requires_grad_(), rand(9, 8)
+        with force(backend):
+            weights, experts, _ = route(logits, torch.zeros(256))
+            (got,) = torch.autograd.grad(weights, logits, g)
+        exact = logits.detach().double().requires_grad_()
+        s = scores(exact).gather(1, experts.long())
+        want = s / (s.sum(1, keepdim=True) + 1e-20) * 2.5
+        (gradient,) = torch.autograd.grad(want, exact, g.double())
+        assert torch.allclose(weights.double(), want, rtol=2e-5, atol=1e-35)
+        assert torch.allclose(got.double(), gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()) + 1e-7)
+
     def test_nan_loses_and_leaves_distinct_experts(self, backend):
         logits = rand(40, 256)
         logits[torch.rand(40, 256) < 0.5] = math.nan
@@ -109,7 +123,33 @@ class TestRoute:
 def test_route_of_other_sizes():
     check_route(rand(20, 24), rand(24) / 10, groups=4, group_topk=3, topk=5)
     check_route(rand(20, 6).round(), torch.zeros(6), groups=6, group_topk=4, topk=4)
-    check_route(rand(3, 1), torch.zeros(1), groups=1, group_topk=1, topk=1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("forced", [False, True])
+def test_a_single_expert_weighs_its_score(backend, forced):
+    """The published gate divides by the sum only where it chooses several: the weight is sigmoid * scale, and the
+    router learns. Masked tokens have weight and gradient 0."""
+    logits, g = rand(50, 16).requires_grad_(), rand(50, 1)
+    mask = torch.rand(50) < 0.7
+    experts = torch.randint(0, 16, (50, 1), dtype=torch.int32) if forced else None
+    with force(backend):
+        weights, chosen, _ = route(logits, rand(16) / 10, mask, 4, 2, 1, 2.5, experts=experts)
+        (got,) = torch.autograd.grad(weights, logits, g)
+    s = logits.detach().double().sigmoid().gather(1, chosen.clamp(min=0).long()) * mask[:, None]
+    assert torch.allclose(weights.double(), 2.5 * s, rtol=1e-6) and (chosen[mask] >= 0).all()
+    want = torch.zeros(50, 16, dtype=FP64).scatter(1, chosen.clamp(min=0).long(), 2.5 * g * s * (1 - s))
+    assert torch.allclose(got.double(), want, rtol=1e-5, atol=1e-7) and (got[mask] != 0).any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_forced_experts_are_returned_as_they_are(backend):
+    logits, experts = rand(6, 16), torch.stack([torch.randperm(16)[:4] for _ in range(6)]).int()
+    with force(backend):
+        _, same, _ = route(logits, torch.zeros(16), None, 4, 2, 4, experts=experts)
+        _, masked, _ = route(logits, torch.zeros(16), torch.arange(6) > 0, 4, 2, 4, experts=experts)
+    assert same.data_ptr() == experts.data_ptr()
+    assert masked.data_ptr() != experts.data_ptr() and (masked[0] == -1).all() and (experts >= 0).all()
 
 
 def test_masked_tokens_are_routed_nowhere():

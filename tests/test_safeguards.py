@@ -11,8 +11,9 @@ from torch import nn
 from torch.nn.functional import silu
 
 from ling_kernels.model import Ling, load_model, save_model
-from ling_kernels.nn import Experts, Fp8Experts, Fp8Linear, Fp8MLP, RMSNorm
+from ling_kernels.nn import Experts, Fp8Experts, Fp8Linear, Fp8MLP, RMSNorm, fp8_cache
 from ling_kernels.nn.fp8 import to_fp8
+from ling_kernels.nn.fp8_cache import Fp8Cache, cache_of
 from ling_kernels.ops.dispatch import dispatch
 from ling_kernels.ops.quantize import dequantize, quantize_blocks
 from ling_kernels.train import checkpoint as ckpt
@@ -180,7 +181,7 @@ def test_a_layer_is_reported_when_it_leaves_its_band():
     assert monitor.layers_to_disable() == ["1"]
 
 
-def test_a_band_of_its_own():
+def test_a_layer_gets_limits_from_its_first_samples():
     monitor = FP8Monitor(nn.Sequential(), 1)
     for value in (0.02, 0.03, 0.01):
         assert not monitor.update(record_of("a", w=[value, 0.0]))
@@ -195,12 +196,12 @@ def test_back_to_bf16():
     before = {n: (type(m), [id(p) for p in m.parameters()]) for n, m in model.named_modules()}
     made, _ = to_fp8(model)
     for p in model.parameters():
-        p.fp8 = None  # as where copies are kept
+        fp8_cache._caches[p] = Fp8Cache(False)  # as where copies are kept
     for name in made:
         to_bf16(model, name.split()[0])
         to_bf16(model, name.split()[0])
     assert {n: (type(m), [id(p) for p in m.parameters()]) for n, m in model.named_modules()} == before
-    still = [n for n, p in model.layers[0].named_parameters() if hasattr(p, "fp8")]
+    still = [n for n, p in model.layers[0].named_parameters() if cache_of(p) is not None]
     assert len(still) == 4 and all("norm" in n for n in still)
     assert all(m.training for m in model.modules()) and type(model.layers[1].mlp.experts) is Experts
 

@@ -39,11 +39,11 @@ def test_a_band_is_finished_before_the_next_begins(tiles_m, tiles_n):
     [
         ("gemm_fp8", dict(M=150, N=256, K=128)),
         ("grouped_gemm_fp8", dict(S=100, E=4, N=384, K=128)),
-        ("grouped_gemm_fp8", dict(S=150, E=4, N=384, K=128, rest=3)),
+        ("grouped_gemm_fp8", dict(S=150, E=4, N=384, K=128, unused=3)),
         ("grouped_gemm_fp8-swiglu", dict(T=70, E=2, N=512, K=128)),
         ("grouped_gemm_fp8_masked", dict(E=3, M=70, N=256, K=128)),
         ("grouped_gemm", dict(S=50, E=4, N=264, K=72)),
-        ("grouped_gemm", dict(S=150, E=4, N=264, K=72, rest=3)),
+        ("grouped_gemm", dict(S=150, E=4, N=264, K=72, unused=3)),
     ],
 )
 def test_one_program_does_many_tiles(name, shape, monkeypatch):

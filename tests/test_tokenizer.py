@@ -3,6 +3,8 @@
 import json
 import random
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -287,3 +289,27 @@ def test_bad_tokenizers(bpe, tmp_path, monkeypatch):
         load_tokenizer().save(file)
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     refuses(bpe, r"pip install ling_kernels\[train\]")
+
+
+def test_threads_share_a_tokenizer(tmp_path):
+    """One thread's control tokens are not another's: the setting belongs to the backend, which both use."""
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = load_tokenizer(train_bpe(tmp_path))
+
+    class Slow:
+        """The backend, with another thread's turn between its setting and its work."""
+
+        encode_special_tokens = False
+
+        def encode(self, text, add_special_tokens):
+            time.sleep(0.02)
+            real = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+            real.encode_special_tokens = self.encode_special_tokens
+            return real.encode(text, add_special_tokens=add_special_tokens)
+
+    want = {special: tokenizer.encode("the</s>cat", special) for special in (False, True)}
+    assert want[False] != want[True]
+    tokenizer.backend = Slow()
+    with ThreadPoolExecutor(4) as pool:
+        for special, ids in pool.map(lambda i: (i % 2 == 0, tokenizer.encode("the</s>cat", i % 2 == 0)), range(8)):
+            assert ids == want[special]

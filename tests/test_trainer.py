@@ -77,7 +77,7 @@ def test_errors(tmp_path, flags, uninterrupted, monkeypatch):
     settings = settings_from(flags, steps=3)
     with pytest.raises(InputError, match="not empty"):
         Trainer(settings, uninterrupted)
-    with pytest.raises(ValueError, match="--lr"):
+    with pytest.raises(ValueError, match="^lr -1.0: it must be more than 0"):
         Trainer(replace(settings, lr=-1.0), tmp_path / "run")
     for bad, says in (
         (dict(optimizer="sgd"), "one of adamw, adamw8bit, muon"),

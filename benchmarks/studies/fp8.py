@@ -280,7 +280,9 @@ def gradient_rows(errors: dict) -> Iterator[tuple[str, ...]]:
 
 @command
 def main() -> None:
-    flags = argparse.ArgumentParser("python -m benchmarks.studies.fp8", description=__doc__.splitlines()[0])
+    flags = argparse.ArgumentParser(
+        "python -m benchmarks.studies.fp8", allow_abbrev=False, description=__doc__.splitlines()[0]
+    )
     flags.add_argument("command", choices=("train", "measure", "report"))
     flags.add_argument("--results", type=Path, default=RESULTS)
     flags.add_argument("--weights", type=Path, help="folder for the text's tokens and for weights between steps")

@@ -72,8 +72,6 @@ template <int kExperts_, int kGroups, int kTopGroups, int kTop_> struct Router {
 
     __device__ explicit Router(const float* all) {
         if (exists) load_lane(bias, all + lane * kPerLane);
-#pragma unroll
-        for (float& b : bias) b = b == b ? fminf(fmaxf(b, -FLT_MAX), FLT_MAX) : b;
     }
 
     // x: the lane's logits, -inf in a lane without experts. Writes the kTop chosen experts. Called by all 32 lanes.
@@ -84,7 +82,7 @@ template <int kExperts_, int kGroups, int kTopGroups, int kTop_> struct Router {
 #pragma unroll
         for (int i = 0; i < kPerLane; i++) {
             const float biased = Score::of(x[i], statistic) + bias[i];
-            v[i] = biased == biased ? biased : -1e30f;  // NaN loses to every number
+            v[i] = biased == biased ? fminf(fmaxf(biased, -FLT_MAX), FLT_MAX) : -1e30f;  // NaN loses to every number
         }
 
         // Scores of groups, and `better`: the rank of this lane's group; its lanes share the comparisons.

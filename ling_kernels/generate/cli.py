@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from ..backend import why_not_forced
 from ..errors import InputError, Parser, command
 from ..files import read_json
 from ..model import LingConfig, load_model, resolve_model
@@ -21,7 +22,7 @@ from .text import stream_text
 
 
 def arguments() -> Parser:
-    parser = Parser("python -m ling_kernels.generate", description=__doc__, allow_abbrev=False)
+    parser = Parser("python -m ling_kernels.generate", description=__doc__)
     add_model_flags(parser)
     add = parser.add_argument
     add("--prompt", required=True, metavar="TEXT", help="text to continue; - reads it from standard input")
@@ -174,6 +175,8 @@ def load_options(args: argparse.Namespace) -> dict:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no GPU")
+    if reason := why_not_forced(torch.device(device)):
+        raise InputError(reason)
     if precision == "auto":
         precision = "bf16" if device == "cuda" else "fp32"
     if args.fp8_head and precision != "fp8":

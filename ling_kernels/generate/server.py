@@ -130,7 +130,7 @@ def make_app(service: Service) -> FastAPI:
 
 
 def arguments() -> Parser:
-    parser = Parser("python -m ling_kernels.generate.server", allow_abbrev=False, description=__doc__.split("\n\n")[0])
+    parser = Parser("python -m ling_kernels.generate.server", description=__doc__.split("\n\n")[0])
     add_model_flags(parser)
     add = parser.add_argument
     add("--name", help="model name for clients (default: the folder's name)")

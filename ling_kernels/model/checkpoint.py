@@ -1,7 +1,7 @@
 """Checkpoints in the official format: config.json, *.safetensors with official keys, bf16 or block-FP8 weights.
 
 Each official tensor is a view of one of our parameters (gate and up projections are halves of gate_up, an expert is a
-slice of [E, N, K]), so `named_views` serves loading, saving and comparing. Loading is streamed: memory holds the model
+slice of [E, N, K]), so loading, saving and comparing all use `named_views`. Loading is streamed: memory holds the model
 and one tensor, besides the pages of a shard that the system maps.
 """
 

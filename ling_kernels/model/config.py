@@ -83,11 +83,6 @@ class LingConfig:
         check(self.max_positions <= MAX_POSITIONS,
               f"max_position_embeddings and rope_scaling give {self.max_positions} positions, at most"
               f" {MAX_POSITIONS} are supported")  # fmt: skip
-        moe = self.first_k_dense_replace < self.num_hidden_layers or self.num_nextn_predict_layers > 0
-        check(
-            not moe or self.num_experts_per_tok > 1,
-            "num_experts_per_tok is 1: the official router does not normalise a single weight, this one does",
-        )
         pad, eos = self.pad_token_id, self.eos_token_id
         check(pad is None or is_integer(pad), f"pad_token_id is {pad!r}, neither an integer nor null")
         several = isinstance(eos, list) and len(eos) > 0

@@ -6,7 +6,6 @@ A batch is packed into T rows without padding: everything between embedding and 
 documents never attend to each other. Shapes: B batch, L length, T rows, H hidden, V vocabulary.
 """
 
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -67,8 +66,7 @@ class Layer(nn.Module):
         """x [T, H] -> x [T, H], and the router's z-loss or None."""
         if self.recompute and cache is None and torch.is_grad_enabled():
             return checkpoint(
-                self.compute, x, layout, None, z_loss, use_reentrant=False, preserve_rng_state=False,
-                context_fn=lambda: (nullcontext(), self.without_counting()),
+                self.compute, x, layout, None, z_loss, use_reentrant=False, preserve_rng_state=False
             )  # fmt: skip
         return self.compute(x, layout, cache, z_loss)
 
@@ -84,17 +82,6 @@ class Layer(nn.Module):
             return x + self.mlp(h), None
         y, z = self.mlp(h, z_loss)
         return x + y, z
-
-    @contextmanager
-    def without_counting(self):
-        """Restore the routers' token counts on exit: recomputation must not count tokens twice."""
-        routers = [m for m in self.modules() if isinstance(m, Router)]
-        counts = [r.counts.clone() for r in routers]
-        try:
-            yield
-        finally:
-            for router, count in zip(routers, counts, strict=True):
-                router.counts.copy_(count)
 
 
 class Ling(Fp32Buffers):

@@ -1,12 +1,13 @@
 """Where the experts of an MoE layer live: an exchange sends rows to their experts' devices and brings results back."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 from ..ops.dispatch import Plan, dispatch
 
 
+@runtime_checkable
 class Exchange(Protocol):
     """What `MoE` asks of an exchange. Shapes: T tokens here, R rows received here (T where all experts are local).
 

@@ -13,6 +13,7 @@ from ..ops.quantize import quantize_weight
 _steps = 0  # optimizer steps of this process since the first cache
 _numbers = WeakIdKeyDictionary()  # a number for each weight: a new one may have the version and address of an old one
 _next_number = itertools.count()
+_caches = WeakIdKeyDictionary()  # the Fp8Cache of each weight; not an attribute, which torch.save would write with it
 
 
 @functools.cache
@@ -46,8 +47,8 @@ def reusable(pair: tuple[Tensor, Tensor] | None, w: Tensor) -> bool:
 class Fp8Cache:
     """The FP8 codes and scales of one weight, at one address, computed again only after the weight changed.
 
-    The weight's attribute `fp8` is its cache, so that an optimizer can requantise in its own pass
-    (train/optimizer.py). A copy or a pickle of a cache is empty.
+    `cache_of` finds it, so that an optimizer can requantise in its own pass (train/optimizer.py). A copy or a pickle of
+    a cache is empty.
     """
 
     def __init__(self, pow2: bool):
@@ -64,7 +65,7 @@ class Fp8Cache:
         if not self.is_current(w):
             self.pair = quantize_weight(w, self.pow2, self.pair if reusable(self.pair, w) else None)
             self.mark_current(w)
-        w.fp8 = self
+        _caches[w] = self
         return self.pair
 
     def is_current(self, w: Tensor) -> bool:
@@ -73,3 +74,13 @@ class Fp8Cache:
     def mark_current(self, w: Tensor) -> None:
         """Mark the cache as up to date with w."""
         self.version = version_of(w)
+
+
+def cache_of(w: Tensor) -> Fp8Cache | None:
+    """The cache that holds a weight's FP8 copy, if one does."""
+    return _caches.get(w)
+
+
+def forget_cache(w: Tensor) -> None:
+    """Drop a weight's FP8 copy, so that an optimizer does not update it any more."""
+    _caches.pop(w, None)

@@ -8,6 +8,7 @@ is the one data flow, for bf16 and FP8 experts, on one device (`Local`) or with 
 import torch
 from torch import Tensor, nn
 
+from ..op import expect
 from ..ops.moe_decode import ROWS, moe_decode
 from .exchange import Exchange, Local
 from .experts import Experts
@@ -25,6 +26,11 @@ class MoE(nn.Module):
         super().__init__()
         self.router, self.experts, self.shared_experts = router, experts, shared_experts
         self.exchange = Local() if exchange is None else exchange
+
+    def __setattr__(self, name: str, value) -> None:
+        if name == "exchange":  # wherever it is set: an incomplete one would fail in the first forward or decode step
+            expect(isinstance(value, Exchange), "an exchange with `local`, `dispatch` and `combine`", value)
+        super().__setattr__(name, value)
 
     def forward(
         self, x: Tensor, z_loss: float | None = None, experts: Tensor | None = None

@@ -31,7 +31,7 @@ class Router(Fp32Buffers):
         logits = router_gemm(routed_rows(x, experts), self.weight)
         bias = self.expert_bias.to(logits.dtype)  # fp32, but for a model in fp64
         weights, experts, counts, *z = route(logits, bias, z_loss=z_loss, experts=experts, **self.limits)
-        if self.training and torch.is_grad_enabled():
+        if self.training and torch.is_grad_enabled() and (torch.compiler.is_compiling() or not recomputing()):
             self.counts += counts
         return weights, experts, counts, z[0] if z else None
 
@@ -40,3 +40,14 @@ class Router(Fp32Buffers):
         """Once per global batch: moves expert_bias towards an even load and starts counting anew."""
         balance_bias_(self.expert_bias, self.counts, rate)
         self.counts.zero_()
+
+
+def recomputing() -> bool:
+    """Whether torch.utils.checkpoint runs a forward for the second time, in a backward.
+
+    Without use_reentrant it does so while autograd unpacks a saved tensor, with hooks that catch what the forward
+    saves. With use_reentrant no such hooks are there, and the first forward, which had no gradients, did not count.
+    """
+    if torch._C._current_graph_task_id() < 0:  # not in a backward
+        return False
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None

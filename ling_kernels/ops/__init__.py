@@ -53,6 +53,8 @@ HELPERS = {  # types and functions that go with the ops: their file
 class OpsModule(ModuleType):
     """Loads an op's file when its name is first used. The name stays the function when the submodule is imported."""
 
+    __all__ = [*EXPORTS, *HELPERS]  # what a star import takes; here, since type checkers read the block below instead
+
     def __getattr__(self, name: str):
         file = EXPORTS.get(name) or HELPERS.get(name)
         if file is None:

@@ -1,6 +1,6 @@
 """FP8 GEMM: D = A B^T, where the product over each 128 of K is scaled and added in fp32, in the order of K.
 
-FP8 tensor cores of Hopper keep about 14 bits of a sum, hence the promotion to fp32 every 128. One kernel serves this op
+FP8 tensor cores of Hopper keep about 14 bits of a sum, hence the promotion to fp32 every 128. One kernel runs this op
 and the grouped ones of grouped_gemm_fp8.py.
 """
 

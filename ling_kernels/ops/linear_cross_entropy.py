@@ -25,6 +25,7 @@ def linear_cross_entropy(
     """
     expect(x.ndim == w.ndim == 2 and x.shape[1] == w.shape[1] and len(w) > 0 and x.is_floating_point()
            and w.is_floating_point(), "x [T, H] and w [V, H]", x, w)  # fmt: skip
+    expect((x.dtype == torch.float64) == (w.dtype == torch.float64), "x and w both in fp64 or neither", x, w)
     expect_targets(targets, len(x), len(w), ignore_index)
     expect(reduction in ("mean", "sum") and chunk > 0, "reduction mean or sum and chunk > 0", reduction, chunk)
     x, w = autocast(x, w)

@@ -19,6 +19,7 @@ def router_gemm(x: Tensor, w: Tensor) -> Tensor:
     """
     fits = x.ndim == w.ndim == 2 and x.shape[1] == w.shape[1] and x.is_floating_point() and w.is_floating_point()
     expect(fits, "x [T, H], w [E, H]", x, w)
+    expect((x.dtype == torch.float64) == (w.dtype == torch.float64), "x and w both in fp64 or neither", x, w)
     other = x.dtype != torch.bfloat16 or w.dtype not in (torch.float32, torch.bfloat16)
     reason = f"x in {x.dtype} and w in {w.dtype}".replace("torch.", "") if other else None
     if use_reference("router_gemm", x, w, unsupported=reason):

@@ -69,7 +69,7 @@ def tokens_per_second(parts: dict[str, float], batch: int, bandwidth: float) -> 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     description = __doc__.partition(": ")[2].split("\n\n")[0]
-    parser = Parser("python -m ling_kernels.plan decode", allow_abbrev=False, description=description)
+    parser = Parser("python -m ling_kernels.plan decode", description=description)
     add, kinds = parser.add_argument, sorted(BYTES)
     add("--model", required=True, help="tiny, mini, flash, 1t, or a checkpoint folder")
     add("--batch", type=int, nargs="+", default=[1, 8, 64], metavar="N", help="texts at once (default: 1 8 64)")
@@ -81,6 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if min(args.batch) < 1 or args.context < 0:
         raise InputError("--batch must be at least 1, --context at least 0")
     config, _ = resolve_model(args.model)
+    if args.context > config.max_positions:
+        raise InputError(f"--context {args.context} exceeds the {config.max_positions} positions of {args.model}")
     cases = [(config, b, args.context, args.weights, args.head, args.cache) for b in args.batch]
     steps, held = [step_bytes(*case) for case in cases], [held_bytes(*case) for case in cases]
     print(f"A decode step of {args.model} over {args.context} tokens of context: MB that it reads")

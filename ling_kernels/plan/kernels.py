@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch._subclasses import FakeTensorMode
 
+from .. import backend as backends
 from ..backend import force
 from ..model import Ling, LingConfig
 from ..model.transformer import Layer
@@ -70,16 +71,16 @@ STEPS = {
 
 
 def model_kernels(config: LingConfig) -> dict[str, Choices]:
-    """The launches of each of STEPS on a Hopper GPU for which csrc/ is built, on any machine; nothing is computed."""
+    """The launchers of each of STEPS on a Hopper GPU for which csrc/ is built, on any machine; nothing is computed."""
     with force("cuda"), FakeTensorMode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return {name: step(config, fp8) for name, (step, fp8) in STEPS.items()}
 
 
 def lines(config: LingConfig) -> list[str]:
-    """What `info --model` prints: for each step its launches, and those that csrc/ does not support, with the reason.
+    """What `info --model` prints: for each step its launchers, and those that csrc/ does not support, with the reason.
 
-    The number of launches is compared with Ling-mini's, whose sizes csrc/ supports.
+    The number of launchers is compared with Ling-mini's, whose sizes csrc/ supports.
     """
     supported, out = model_kernels(LingConfig.mini()), []
     for name, choices in model_kernels(config).items():
@@ -87,15 +88,17 @@ def lines(config: LingConfig) -> list[str]:
         parts = ", ".join(f"{n} {kind}" for kind, n in launches.most_common())
         more = launches.total() - best.total()
         lost = f"; {more} more than with sizes that csrc/ supports" if more > 0 else ""
-        out.append(f"{name:<20}{launches.total()} launches of this package: {parts}{lost}")
+        out.append(f"{name:<20}{launches.total()} launchers of this package: {parts}{lost}")
         usual = {(c.name, c.reason) for c in supported[name]}
         fallbacks = dict.fromkeys(c for c in choices if c.reason and (c.name, c.reason) not in usual)
         if name.startswith("decode"):
             out.append("    " + ", ".join(c.name for c in choices if not c.implementation.startswith("composed")))
         out += [f"    {choice}" for choice in fallbacks]
+    if backends._C is None:
+        out.append(f"not checked: whether 8 rows fit a block's shared memory in moe_decode ({backends._C_missing})")
     return out
 
 
 def launches_of(choices: Choices) -> Counter:
-    """The number of launches of each implementation."""
+    """The number of launchers of each implementation."""
     return Counter(c.implementation for c in choices if not c.implementation.startswith("composed"))

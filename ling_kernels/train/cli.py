@@ -18,7 +18,7 @@ from ..model.sample import sampler
 from ..tokenizer import TextStream, Tokenizer
 from . import checkpoint as ckpt
 from .data import Documents
-from .prepare import deterministic, latest_run
+from .prepare import deterministic, latest_run, new_run, resumed_run
 from .report import Report, draw
 from .settings import Settings, add_flags, settings_of
 from .trainer import Trainer
@@ -109,7 +109,7 @@ def open_run(options: dict) -> Trainer:
         restart, out = out is not None and resume is None, None if resume else out
     if resume and out:
         raise InputError("--out is for a new run and --resume for an existing one: give one of the two")
-    return Trainer.resume(resume, **options) if resume else Trainer(settings_of(options), out, restart=restart)
+    return Trainer.of(resumed_run(resume, options) if resume else new_run(settings_of(options), out, restart))
 
 
 def train(trainer: Trainer, report: Report) -> str | None:

@@ -9,7 +9,6 @@ of seq_len tokens, the rows, which are shuffled again within blocks of an epoch 
 neighbours in a document are not neighbours in a batch.
 """
 
-import argparse
 import functools
 import json
 import os
@@ -25,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import InputError, command
+from ..errors import InputError, Parser, command
 from ..files import atomic_write
 from ..tokenizer import Tokenizer, load_tokenizer
 from .sources import cpython_documents, documents, find_files, reading
@@ -162,9 +161,9 @@ def gather_tokens(
 ) -> Documents:
     """All documents of `data` (None: CPython's text). Text is tokenised into `cache`; .bin files are mapped in place.
 
-    An existing cache is used as it is, so that a resumed run sees the data it began with.
+    An existing cache is used as it is, so that a resumed run sees the data it began with, also if the texts are gone.
     """
-    files = None if data is None else find_files(data)
+    files = None if data is None else find_files(data, texts_may_be_gone=cache.is_file())
     text = None if files is None else [p for p in files if p.suffix != ".bin"]
     if (text is None or text) and not cache.is_file():
         about = write_tokens(cpython_documents() if text is None else documents(text, text_field), tokenizer, cache)
@@ -245,7 +244,7 @@ class Packed:
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("python -m ling_kernels.train.data", description="Tokenise text into a .bin file.")
+    parser = Parser("python -m ling_kernels.train.data", description="Tokenise text into a .bin file.")
     parser.add_argument("sources", nargs="*", help=".txt, .jsonl, .parquet, or folders of them (default: CPython's)")
     parser.add_argument("--out", required=True, type=Path, help="the .bin file to write; its .json is put beside it")
     parser.add_argument("--tokenizer", help="a tokenizer.json or its folder (default: byte-level)")

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..nn import MLP, Experts
 from ..nn.fp8 import Fp8Experts, Fp8Linear, Fp8MLP
+from ..nn.fp8_cache import forget_cache
 from ..ops.quantize import BLOCK, dequantize, quantize, quantize_weight
 from ..ops.swiglu import swiglu, swiglu_backward
 from .report import METRICS, finite
@@ -242,7 +243,7 @@ def to_bf16(model: nn.Module, name: str) -> None:
             kind: Any = MLP if isinstance(old, Fp8MLP) else Experts
             new = kind(*sizes(old))
     for part, p in old.named_parameters():
-        p.__dict__.pop("fp8", None)  # the optimizer must not update an FP8 copy any more
+        forget_cache(p)
         owner, _, attribute = part.rpartition(".")
         setattr(new.get_submodule(owner), attribute, p)
     parent, _, child = name.rpartition(".")

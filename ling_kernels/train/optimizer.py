@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw as adamw_functional
 
 from ..errors import InputError
+from ..nn.fp8_cache import cache_of
 from ..ops.adamw_8bit import Moments, adamw_8bit, round_stochastically, rounding_keys, seeds
 from ..ops.grad_norm import grad_norm
 from ..parallel.sharded import adamw_8bit_moments, is_sharded, local, shard_index
@@ -101,7 +102,7 @@ class AdamW8bit(DeviceOptimizer):
     parameters are rounded stochastically; the random bits depend on the seed and on the parameter's place in its group.
     Moments that were loaded keep their precision.
 
-    A parameter's attribute `fp8`, a copy that nn.fp8 keeps, is requantised in the same pass if it is up to date.
+    A parameter's FP8 copy, where nn.fp8 keeps one, is requantised in the same pass if it is up to date.
     State of parameters that FSDP2 has sharded is sharded alike (parallel/sharded.py). Results are those of an
     unsharded run to the bit, except for stochastic rounding, whose random bits differ between shards.
     """
@@ -126,7 +127,7 @@ class AdamW8bit(DeviceOptimizer):
             self.step_vectors([p for p in params if p.ndim < 2], group)
             torch.autograd.graph.increment_version(params)
             for p in params:
-                if (copy := getattr(p, "fp8", None)) is not None and copy.written:
+                if (copy := cache_of(p)) is not None and copy.written:
                     copy.mark_current(p)
 
     def step_matrices(self, params: list[Tensor], group: dict, number: int) -> None:
@@ -144,7 +145,7 @@ class AdamW8bit(DeviceOptimizer):
             }
         steps = [self.state[p]["step"] for p in params]
         torch._foreach_add_(steps, 1)
-        copies = [getattr(p, "fp8", None) for p in params]
+        copies = [cache_of(p) for p in params]
         pow2 = any(c is not None and c.pow2 for c in copies)
         for p, copy in zip(params, copies, strict=True):
             if copy is not None:
@@ -273,10 +274,11 @@ class StepInBackward:
         return grad_norm([norm for norm in self.norms.values() if norm is not None])
 
 
-def bytes_per_weight(kind: str, master: str, gradients: bool = True) -> int:
-    """Bytes for each element of a matrix: weight, gradient and optimizer state."""
+def bytes_per_weight(kind: str, master: str, gradients: bool = True, embedding: bool = False) -> int:
+    """Bytes for each element of a matrix, or of embedding and head: weight, gradient and optimizer state."""
     size = 4 if master == "fp32" else 2
-    return (1 + gradients) * size + dict(adamw=8, adamw8bit=2, muon=size)[kind]
+    moments = dict(adamw=8, adamw8bit=2, muon=size)[kind]
+    return (1 + gradients) * size + (8 if embedding else moments)  # both moments of `embeddings` are fp32
 
 
 def clipped_step(optimizer: torch.optim.Optimizer, lr: float, norm: Tensor, limit: float, take_step: Tensor) -> None:

@@ -13,14 +13,16 @@ from typing import Any
 
 import torch
 
+from ..backend import why_not_forced
 from ..errors import InputError
+from ..files import LOCK, FolderLock, lock_folder
 from ..gpu import find_gpu
 from ..model import LingConfig, resolve_model
 from ..model.config import PRESETS
 from ..tokenizer import Tokenizer, load_tokenizer
 from . import checkpoint as ckpt
 from .optimizer import bytes_per_weight
-from .settings import Settings, check, from_json, settings_of, to_json
+from .settings import Settings, check, from_json, plain_options, settings_of, to_json
 
 
 @dataclass
@@ -34,6 +36,7 @@ class Run:
     device_name: str
     precision: torch.dtype
     folder: Path
+    lock: FolderLock  # of the folder
     new_folder: bool  # created for this run
     tokens: Path  # tokenised text, in the folder
     had_tokens: bool  # the file was there before
@@ -54,12 +57,14 @@ def new_run(settings: Settings, out: str | Path | None = None, restart: bool = F
         config = replace(config, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.eos_id)
     check_memory(config, settings, device[0])
     folder, new = make_folder(out, settings.model, restart)
-    return write_settings(Run(settings, config, tokenizer, *device, folder, new, *tokens_of(folder), weights))
+    lock = lock_folder(folder)
+    return write_settings(Run(settings, config, tokenizer, *device, folder, lock, new, *tokens_of(folder), weights))
 
 
 def resumed_run(resume: str | Path, changes: dict) -> Run:
     """Prepare to resume from a run's latest checkpoint, or from a checkpoint; changes: settings to change."""
     folder, checkpoint = ckpt.locate(str(resume))
+    lock = lock_folder(folder)
     state = ckpt.read_state(checkpoint)
     if missing := {"settings", "step", "data"} - state.keys():
         raise InputError(f"{checkpoint / 'state.json'} has no {', '.join(sorted(missing))}")
@@ -72,7 +77,7 @@ def resumed_run(resume: str | Path, changes: dict) -> Run:
     tokenizer = load_tokenizer(checkpoint)
     fits_vocabulary(tokenizer, config, settings)
     check_memory(config, settings, device[0])
-    run = Run(settings, config, tokenizer, *device, folder, False, *tokens_of(folder), None, checkpoint, state)
+    run = Run(settings, config, tokenizer, *device, folder, lock, False, *tokens_of(folder), None, checkpoint, state)
     return write_settings(run)
 
 
@@ -96,7 +101,7 @@ def tokens_of(folder: Path) -> tuple[Path, bool]:
 
 def absolute_changes(changes: dict) -> dict:
     """Settings with absolute paths, so that a run can be resumed from another working directory."""
-    return {name: absolute(name, value) for name, value in changes.items()}
+    return {name: absolute(name, value) for name, value in plain_options(changes).items()}
 
 
 def absolute_paths(settings: Settings) -> Settings:
@@ -108,7 +113,7 @@ def absolute(name: str, value):
     if value is None:
         return None
     if name == "data":
-        return tuple(os.path.abspath(v) for v in ([value] if isinstance(value, str | Path) else value))
+        return tuple(map(os.path.abspath, value))
     if name == "tokenizer" or (name == "model" and value not in PRESETS and os.path.isdir(value)):
         return os.path.abspath(value)
     return value
@@ -154,6 +159,8 @@ def choose_device(settings: Settings) -> tuple[torch.device, str, torch.dtype]:
     if settings.device == "cuda" and not gpu:
         raise InputError("--device cuda: torch finds no GPU here; --device cpu or auto trains on the CPU")
     use = gpu and settings.device != "cpu"
+    if reason := why_not_forced(torch.device("cuda" if use else "cpu")):
+        raise InputError(reason)
     if settings.precision == "fp8" and use:
         refuse_without_fp8(
             torch.cuda.get_device_name(), torch.cuda.get_device_capability(), os.environ.get("LING_BACKEND")
@@ -190,10 +197,7 @@ def deterministic():
 
 def check_memory(config: LingConfig, settings: Settings, device: torch.device) -> None:
     """Raise InputError where weights and optimizer alone exceed the device's memory."""
-    fp8_copy_bytes = 1 if settings.precision == "fp8" and settings.fp8_weights == "kept" else 0
-    weights = config.num_parameters(mtp=True)
-    per_weight = bytes_per_weight(settings.optimizer, settings.master, not settings.step_in_backward)
-    need = (per_weight + fp8_copy_bytes) * weights
+    weights, need = config.num_parameters(mtp=True), needed_bytes(config, settings)
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
     else:
@@ -201,8 +205,17 @@ def check_memory(config: LingConfig, settings: Settings, device: torch.device) -
     if need > memory:
         raise InputError(
             f"{settings.model} does not fit: training {weights / 1e9:.1f} B parameters takes {need / 1e9:.0f} GB for"
-            f" weights and optimizer, the device has {memory / 1e9:.0f} GB; --plan shows what takes it"
+            f" weights and optimizer, the device has {memory / 1e9:.0f} GB;"
+            " python -m ling_kernels.plan train shows what takes it"
         )
+
+
+def needed_bytes(config: LingConfig, s: Settings) -> int:
+    """Bytes of weights, gradients and optimizer, and of FP8 weights that are kept."""
+    in_layers = config.num_parameters(mtp=True) - (in_embeddings := 2 * config.vocab_size * config.hidden_size)
+    options = s.optimizer, s.master, not s.step_in_backward
+    fp8_copy = 1 if s.precision == "fp8" and s.fp8_weights == "kept" else 0
+    return in_layers * (bytes_per_weight(*options) + fp8_copy) + in_embeddings * bytes_per_weight(*options, True)
 
 
 def latest_run(out: Path | None, model: str) -> Path | None:
@@ -236,7 +249,9 @@ def make_folder(out: str | Path | None, model: str, restart: bool) -> tuple[Path
         raise InputError(f"--out {folder} is a file")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()) and not (restart and (folder / "settings.json").is_file()):
+        if any(path.name != LOCK for path in folder.iterdir()) and not (
+            restart and (folder / "settings.json").is_file()
+        ):
             raise InputError(f"--out {folder} is not empty; --resume {folder} continues a run")
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
@@ -251,6 +266,7 @@ def discard(run: Run) -> None:
         run.tokens.with_suffix(".json").unlink(missing_ok=True)
     if not run.checkpoint:
         (run.folder / "settings.json").unlink()
+        run.lock.remove()
     with suppress(OSError):  # not empty, so it was there before
         run.tokens.parent.rmdir()
     if run.new_folder:

@@ -7,11 +7,17 @@ these settings. A recipe without it is a choice of --preset.
 import argparse
 import json
 import math
+import os
+import re
 import sys
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ..errors import InputError
 from ..model import LingConfig
@@ -35,7 +41,8 @@ def flag(default, help: str, **options):
 class Settings:
     """Settings of a run, named as the flags of `python -m ling_kernels.train` (see --help) with _ for -.
 
-    The defaults suit tiny; other models' are in recipes/.
+    The defaults suit tiny; other models' are in recipes/. Paths may be Path objects, and numbers numpy's. Raises
+    InputError for a value of another type; `Trainer` checks bounds, and settings against one another.
     """
 
     model: str = flag("tiny", "tiny, mini, flash or 1t (random weights), or a checkpoint directory (its weights)")
@@ -124,12 +131,37 @@ class Settings:
     threads: int | None = flag(None, "CPU threads", least=1, shown="one per core")
 
     def __post_init__(self):
+        for f in fields(self):
+            object.__setattr__(self, f.name, plain(f, getattr(self, f.name)))
         if self.fp8_transposed == "per_step":  # the old name, for one version
             object.__setattr__(self, "fp8_transposed", "kept")
 
     @property
     def ramp(self) -> tuple[int, int] | None:
         return parse_ramp(self.batch_ramp) if self.batch_ramp else None
+
+
+def plain(f: Field, value: Any) -> Any:
+    """A setting's value in the type of its field. Raises InputError for a value that has none."""
+    if value is None and f.default is None:
+        return None
+    kind = next(kind for kind in (bool, int, float, str, tuple[str, ...]) if f.type in (kind, kind | None))
+    is_bool = isinstance(value, bool | np.bool_)
+    if kind is bool and is_bool:
+        return bool(value)
+    if kind is int and isinstance(value, Integral) and not is_bool:
+        return int(value)
+    if kind is float and isinstance(value, Real) and not is_bool:
+        return value if type(value) in (int, float) else float(value)
+    if kind is str and isinstance(value, str | os.PathLike):
+        return os.fspath(value)
+    if kind == tuple[str, ...]:
+        values = (value,) if isinstance(value, str | os.PathLike) else value
+        values = tuple(values) if isinstance(values, Iterable) and not isinstance(values, bytes) else (None,)
+        if all(isinstance(v, str | os.PathLike) for v in values):
+            return tuple(map(os.fspath, values))
+    names = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
+    raise InputError(f"{f.name} {value!r}: it must be {names.get(kind, 'a path or several')}")
 
 
 # Settings that a resumed run may change.
@@ -165,10 +197,8 @@ def as_flags(values: dict) -> str:
 def settings_of(options: dict, saved: dict | None = None) -> Settings:
     """Settings from options (`preset`, and settings by name) over the model's defaults, or over the saved
     settings of the run to resume. Raises InputError where a resumed run cannot change a setting."""
-    options = PRESETS.get(options.get("preset"), {}) | options
-    options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items() if k != "preset"}
-    if unknown := options.keys() - {f.name for f in fields(Settings)}:
-        raise InputError(f"there is no setting {', '.join(sorted(unknown))}")
+    options = plain_options(PRESETS.get(options.get("preset"), {}) | options)
+    options.pop("preset", None)
     if options.get("fp8_transposed") == "per_step":
         print("warning: --fp8-transposed per_step is deprecated and means kept", file=sys.stderr)
     if saved is None:
@@ -186,15 +216,33 @@ def settings_of(options: dict, saved: dict | None = None) -> Settings:
     return after
 
 
+def plain_options(options: dict) -> dict:
+    """The options in the types of the settings. Raises InputError for one that is no setting, or of another type."""
+    known = {f.name: f for f in fields(Settings)}
+    if unknown := options.keys() - known.keys() - {"preset"}:
+        raise InputError(f"there is no setting {', '.join(sorted(unknown))}")
+    return {name: plain(known[name], value) if name in known else value for name, value in options.items()}
+
+
 def to_json(settings: Settings) -> dict:
     return json.loads(json.dumps(asdict(settings)))
 
 
 def from_json(saved: dict) -> Settings:
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
-    if unknown := values.keys() - {f.name for f in fields(Settings)}:
+    if unknown := saved.keys() - {f.name for f in fields(Settings)}:
         raise InputError(f"the run has settings that this version does not know: {', '.join(sorted(unknown))}")
-    return Settings(**values)
+    return Settings(**saved)
+
+
+@contextmanager
+def named_as_in_python() -> Iterator[None]:
+    """Within it, an InputError names settings as Python does: seq_len, where the command has --seq-len."""
+    try:
+        yield
+    except InputError as error:
+        flags = "|".join(f.name.replace("_", "-") for f in fields(Settings))
+        text = re.sub(rf"--({flags}|out|resume)(?![\w-])", lambda match: match[1].replace("-", "_"), str(error))
+        raise InputError(text) from None
 
 
 def check(s: Settings, config: LingConfig) -> None:
@@ -204,11 +252,8 @@ def check(s: Settings, config: LingConfig) -> None:
         choices = f.metadata.get("choices")
         if choices and value not in choices:
             raise InputError(f"--{name} {value}: it must be one of {', '.join(choices)}")
-        number = next((kind for kind in (int, float) if f.type in (kind, kind | None)), None)
-        if number is None or (value is None and f.default is None):
+        if isinstance(value, bool) or not isinstance(value, int | float):
             continue
-        if isinstance(value, bool) or not isinstance(value, Integral if number is int else Real):
-            raise InputError(f"--{name} {value!r}: it must be {'a whole' if number is int else 'a'} number")
         least, above = f.metadata.get("least", -math.inf), f.metadata.get("above", -math.inf)
         if not (math.isfinite(value) and value >= least and value > above):
             bound = f"at least {least}" if "least" in f.metadata else f"more than {above}"

@@ -15,20 +15,25 @@ PIECE = 1 << 20  # bytes
 SUFFIXES = (".txt", ".jsonl", ".parquet", ".bin")
 
 
-def find_files(sources: Sequence[str | Path]) -> list[Path]:
-    """The data files that `sources` name, in a fixed order; folders are searched recursively."""
+def find_files(sources: Sequence[str | Path], texts_may_be_gone: bool = False) -> list[Path]:
+    """The data files that `sources` name, in a fixed order; folders are searched recursively.
+
+    Raises InputError for a source that is not there or has no data, unless it may be a text that is gone.
+    """
     found = []
     for path in map(Path, sources):
         if path.is_dir():
             inside = [p for p in sorted(path.rglob("*")) if p.suffix in SUFFIXES and p.is_file()]
             inside = [p for p in inside if p.suffix != ".bin" or p.with_suffix(".json").is_file()]
-            if not inside:
+            if not inside and not texts_may_be_gone:
                 raise InputError(f"the folder {path} holds no {', '.join(SUFFIXES)} file")
             found += inside
+        elif not path.exists() and texts_may_be_gone and path.suffix != ".bin":
+            continue
         elif not path.exists():
             raise InputError(f"there is no data at {path}")
         elif path.suffix not in SUFFIXES:
-            raise InputError(f"{path} is no kind of data known here: {', '.join(SUFFIXES)}")
+            raise InputError(f"{path} has an unknown suffix; known are {', '.join(SUFFIXES)}")
         else:
             found.append(path)
     return found

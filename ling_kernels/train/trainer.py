@@ -20,7 +20,7 @@ from .monitor import WINDOW, FP8Monitor, ceilings, spike, to_bf16
 from .optimizer import StepInBackward, clipped_step, learning_rate, make_optimizer, rows_at, to_masters
 from .prepare import Run, deterministic, discard, new_run, peak_flops, resumed_run
 from .report import FP8_FILE, Details, read_lines
-from .settings import Settings, to_json
+from .settings import Settings, named_as_in_python, to_json
 
 
 @dataclass
@@ -67,11 +67,13 @@ class Trainer:
     (Ling, fp32 or bf16 weights, in training mode), optimizer, progress (`Progress`), training and held_out
     (`Documents`), details (`Details` of the last step), notes (lines about FP8 layers).
 
-    Raises InputError (a ValueError) for settings, data or a folder that cannot work, before anything is written.
+    Raises InputError (a ValueError) for settings, data or a folder that cannot work, before anything is written, and
+    for a folder that another process trains in.
     """
 
     def __init__(self, settings: Settings | None = None, out: str | Path | None = None, *, restart: bool = False):
-        self._start(new_run(settings or Settings(), out, restart))
+        with named_as_in_python():
+            self._start(new_run(settings or Settings(), out, restart))
 
     @classmethod
     def resume(cls, run: str | Path, **changes) -> "Trainer":
@@ -79,15 +81,22 @@ class Trainer:
 
         changes: settings with a new value, of those that do not make it another run (settings.CHANGEABLE_ON_RESUME).
         Later checkpoints are renamed to superseded-..., and listed in the attribute `superseded`. Raises InputError
-        for a run without checkpoint, a damaged checkpoint, data other than the run's, and other changes.
+        for a run without checkpoint, a damaged checkpoint, data other than the run's, and other changes. Texts that are
+        gone since are no error, as the run's folder has their tokens.
         """
+        with named_as_in_python():
+            return cls.of(resumed_run(run, changes))
+
+    @classmethod
+    def of(cls, run: Run) -> "Trainer":
+        """The trainer of a run that `new_run` or `resumed_run` prepared; errors name flags, as the command does."""
         trainer = cls.__new__(cls)
-        trainer._start(resumed_run(run, changes))
+        trainer._start(run)
         return trainer
 
     def _start(self, run: Run) -> None:
         s = self.settings = run.settings
-        self.config, self.tokenizer, self.folder = run.config, run.tokenizer, run.folder
+        self.config, self.tokenizer, self.folder, self.lock = run.config, run.tokenizer, run.folder, run.lock
         self.device, self.device_name, self.precision = run.device, run.device_name, run.precision
         self.progress, self.details, self.superseded = Progress(), Details(), []
         with deterministic():
@@ -125,9 +134,13 @@ class Trainer:
         reason.
 
         A step is skipped, nothing changing but the position in the data, where its loss or gradient is not finite or a
-        spike. Raises Diverged after max_bad_steps of them in a row.
+        spike. Raises Diverged after max_bad_steps of them in a row; the trainer can still be saved then, with the
+        weights of the last step that was taken, and another call goes on with the next batch. Raises InputError after
+        the last of settings.steps.
         """
         s, progress, start = self.settings, self.progress, time.perf_counter()
+        if progress.step >= s.steps:
+            raise InputError(f"all {s.steps} steps are done: save, and Trainer.resume({str(self.folder)!r}, steps=N)")
         with deterministic(), self.monitor.measuring(progress.step + 1) as measured:
             record, counts = train_step(
                 self.model, self.optimizer, self.packed, s, progress, self.precision, self.in_backward
