@@ -7,6 +7,7 @@ import functools
 import hashlib
 import importlib.util
 import json
+import shutil
 import struct
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -104,6 +105,8 @@ def install() -> None:
 
 def missing() -> str | None:
     """What Triton lacks to run on the virtual GPU, if anything."""
+    if shutil.which("g++") is None:
+        return "g++"
     if importlib.util.find_spec("triton.backends.nvidia") is None:
         return "Triton's compiler for NVIDIA GPUs"
     return (
