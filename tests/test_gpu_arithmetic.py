@@ -19,7 +19,7 @@ if shutil.which("g++") is None:
     pytest.skip("the virtual GPU needs g++", allow_module_level=True)
 
 from tests.gpu import ptx
-from tests.gpu.program import Emulated, processor
+from tests.gpu.program import Emulated, processor, set_ranges
 
 N = 64  # lanes of the table's kernel
 HEAD = ".version 9.0\n.target sm_90a\n.address_size 64\n"
@@ -285,6 +285,7 @@ def results():
     kernel = Emulated(ptx.Module(HEAD + table_kernel()), "numbers")
     given = b"".join(struct.pack(f"<{N}Q", *(pattern(v, KIND[k]) for v in inputs(k, i))) for k, i in OPERANDS)
     source, out = torch.frombuffer(bytearray(given), dtype=torch.uint8), torch.zeros(len(TABLE), N, dtype=torch.int64)
+    set_ranges([source, out])
     kernel.launch((1, 1, 1), (N, 1, 1), 0, struct.pack("QQ", source.data_ptr(), out.data_ptr()))
     return dict(zip(TABLE, out.tolist(), strict=True))
 

@@ -22,8 +22,8 @@ struct Park {  // thrown by an instruction that needs lanes which are not here; 
     int site;
     std::string why;
 };
-struct Group {  // lanes that stand before an instruction: `at` of basic block `pc`
-    int pc, at;
+struct Group {  // lanes that stand before basic block `pc`
+    int pc;
     uint32_t mask;
     bool parked = false;
 };

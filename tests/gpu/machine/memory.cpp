@@ -215,10 +215,11 @@ LOADS(uint8_t)
 LOADS(int8_t)
 LOADS(uint16_t)
 LOADS(int16_t)
-LOADS(uint32_t) LOADS(int32_t) LOADS(uint64_t) LOADS(int64_t) STORES(uint8_t) STORES(uint16_t) STORES(uint32_t)
-    STORES(uint64_t)
+LOADS(uint32_t)
+LOADS(int32_t)
+LOADS(uint64_t) LOADS(int64_t) STORES(uint8_t) STORES(uint16_t) STORES(uint32_t) STORES(uint64_t)
 
-        template <class T> static T combined(Warp& w, int site, Atomic how, T was, T a, T b) {
+    template <class T> static T combined(Warp& w, int site, Atomic how, T was, T a, T b) {
     switch (how) {
         case kAdd: return was + a;
         case kMin: return std::min(was, a);
@@ -260,10 +261,11 @@ ATOMICS(uint32_t)
 ATOMICS(int32_t)
 ATOMICS(uint64_t)
 ATOMICS(int64_t)
-ATOMICS(float) ATOMICS(double)
+ATOMICS(float)
+ATOMICS(double)
 
-    // ---- cp.async (ISA 9.7.9.25.3): done at its wait
-    void copy_async(Warp& w, int site, const U64& to, const U64& from, int bytes, const U32& real, uint32_t mask) {
+// ---- cp.async (ISA 9.7.9.25.3): done at its wait
+void copy_async(Warp& w, int site, const U64& to, const U64& from, int bytes, const U32& real, uint32_t mask) {
     uint64_t source[32];
     int lane[32], lanes = 0;
     LANE_OF(mask) {

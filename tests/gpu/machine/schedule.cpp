@@ -26,7 +26,7 @@ std::string at(const Warp& w, int site) {
 void fault(const Warp& w, int site, const std::string& why) { throw Fault{describe(w) + ": " + why + at(w, site)}; }
 
 // ---- a warp's turn
-static void add(Warp& w, int pc, int at, uint32_t mask, bool parked = false) {
+static void add(Warp& w, int pc, uint32_t mask, bool parked = false) {
     if (!mask) return;
     if (pc == kExit) {
         w.alive &= ~mask, w.block->processor->events++;
@@ -34,18 +34,16 @@ static void add(Warp& w, int pc, int at, uint32_t mask, bool parked = false) {
         return;
     }
     for (Group& g : w.groups)
-        if (g.pc == pc && g.at == at) return void((g.mask |= mask, g.parked = false));
-    w.groups.push_back({pc, at, mask, parked});
+        if (g.pc == pc) return void((g.mask |= mask, g.parked = false));
+    w.groups.push_back({pc, mask, parked});
 }
 // The group that is furthest behind, so that lanes which parted meet again; -1: all are parked
 static int next_group(Warp& w) {
     int best = -1;
-    for (int i = 0; i < int(w.groups.size()); i++) {
-        const Group &a = w.groups[i], &b = w.groups[std::max(best, 0)];
-        if (a.parked) continue;
-        if (best < 0 || (w.block->rotate ? w.block->processor->rng() % 2 : a.pc != b.pc ? a.pc < b.pc : a.at < b.at))
+    for (int i = 0; i < int(w.groups.size()); i++)
+        if (!w.groups[i].parked &&
+            (best < 0 || (w.block->rotate ? w.block->processor->rng() % 2 : w.groups[i].pc < w.groups[best].pc)))
             best = i;
-    }
     return best;
 }
 static void end_warp(Warp& w) {
@@ -68,23 +66,24 @@ static void turn(Warp& w, int quota) {
         const Group now = w.groups[g];
         w.groups.erase(w.groups.begin() + g);
         const BasicBlock& code = k.block[now.pc];
-        if (q.counting() && !now.at) q.block_runs[now.pc]++, q.block_lanes[now.pc] += std::popcount(now.mask);
         const Pred wide = lanes(now.mask);
-        const Instruction *i = k.code + code.first + now.at, *const end = k.code + code.first + code.count;
+        const Instruction *const begin = k.code + code.first, *const end = begin + code.count;
         try {
-            for (; i < end; i++) i->run(w, w.registers, i->operands, now.mask, (const int32_t*)&wide);
+            for (const Instruction* i = begin; i < end; i++)
+                i->run(w, w.registers, i->operands, now.mask, (const int32_t*)&wide);
         } catch (const Park& park) {
             if (park.site >= 0) last = park;
-            add(w, now.pc, i - k.code - code.first, now.mask, park.site >= 0);
+            add(w, now.pc, now.mask, park.site >= 0);  // what parks is the first of its block
             continue;
         }
+        if (q.counting()) q.block_runs[now.pc]++, q.block_lanes[now.pc] += std::popcount(now.mask);
         uint32_t taken = 0;
         if (code.predicate >= 0) {
             taken = bits(*(const Pred*)(w.registers + code.predicate));
             taken = now.mask & (code.negated ? ~taken : taken);
-            add(w, code.target, 0, taken);
+            add(w, code.target, taken);
         }
-        add(w, code.next, 0, now.mask & ~taken);
+        add(w, code.next, now.mask & ~taken);
     }
     if (w.groups.empty()) end_warp(w);
 }
@@ -116,7 +115,7 @@ static void begin(Warp& w, int id, uint32_t threads) {
     w.alive = left == 32 ? ~0u : (1u << left) - 1;
     w.waits_at = w.site = -1, w.cluster_phase = 0, w.waited = !q.request.overlaps, w.budget = k.pool,
     w.wgmma_fences = 1;
-    w.groups = {{0, 0, w.alive}}, w.products = {}, w.copies = {}, w.stores = {};
+    w.groups = {{0, w.alive}}, w.products = {}, w.copies = {}, w.stores = {};
     w.memory.assign(k.registers + 32 * k.local + 512, char(0xff));
     w.registers = aligned(w.memory, 256);
     w.local = w.registers + (k.registers + 63) / 64 * 64, w.local_size = k.local;
