@@ -210,7 +210,8 @@ struct Processor {  // a host thread's
     std::vector<SiteCount> sites;
     uint64_t macs[5] = {}, bulk_bytes = 0;
     Footprint reads, writes;
-    bool early = false;  // the next kernel may start before this one has waited
+    bool dependents = false;  // the next kernel may start before this one has ended
+    bool early = false;       // and before it has waited
     bool counting() const { return !sites.empty(); }
     bool checks(Checks c) const { return request.checks & c; }
 };

@@ -134,7 +134,7 @@ void begin_stream(const Request& r) {
 }
 void end_stream(const Request& r, const Processor& p) {
     if (!r.overlaps || !p.early) ahead = {};  // it has waited for those before
-    ahead.reads.merge(p.reads), ahead.writes.merge(p.writes);
+    if (p.dependents) ahead.reads.merge(p.reads), ahead.writes.merge(p.writes);
 }
 
 void global_access(Warp& w, int site, uint64_t p, size_t n, int lane, Order order, bool reads, bool writes,

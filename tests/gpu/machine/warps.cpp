@@ -99,6 +99,7 @@ void set_registers(Warp& w, int site, int count, bool more, uint32_t mask) {
     b.pool -= wanted, w.budget = count, b.processor->events++;
 }
 void launch_dependents(Warp& w) {
+    w.block->processor->dependents = true;
     if (!w.waited) w.block->processor->early = true;
 }
 void wait_for_previous(Warp& w) { w.waited = true; }
