@@ -6,7 +6,6 @@
 Backend cuda takes a model whose sizes csrc/ supports, and any op that falls back is an error; triton takes tiny.
 """
 
-import argparse
 import sys
 import tempfile
 import time
@@ -20,6 +19,7 @@ from tests import conftest  # noqa: F401  puts the virtual GPU under ling_kernel
 from tests.gpu import build, triton_driver
 
 from ling_kernels.backend import force  # isort: skip
+from ling_kernels.errors import InputError, Parser, command  # isort: skip
 from ling_kernels.generate import Engine  # isort: skip
 from ling_kernels.model import Ling, LingConfig, save_model  # isort: skip
 from ling_kernels.nn.fp8 import to_fp8  # isort: skip
@@ -63,14 +63,14 @@ def train(options) -> int:
         (folder / "text.txt").write_text((build.ROOT / "docs/kernels.md").read_text())
         (folder / "more.txt").write_text((build.ROOT / "docs/ops.md").read_text())
         settings = Settings(
-            model=str(folder / "model"), data=(str(folder),), holdout=2, steps=options.steps, seq_len=48, batch=2,
+            model=str(folder / "model"), data=(str(folder),), holdout=2, steps=options.count, seq_len=48, batch=2,
             warmup=1, precision=options.precision, threads=1,
         )  # fmt: skip
         runs = iter("12")
 
         def run():
             trainer = Trainer(settings, folder / f"run{next(runs)}")
-            return [round(trainer.step()["loss"], 5) for _ in range(options.steps)]
+            return [round(trainer.step()["loss"], 5) for _ in range(options.count)]
 
         return compare(options.backend, run, lambda a, b: abs(a - b) <= TOLERANCE * b)
 
@@ -90,26 +90,29 @@ def generate(options) -> int:
         engine.overlap = True
         forward = engine.forward
         forward.graphs = ReplayedGraphs(forward.compute, forward.padding_lane, len(prompts), engine.device)
-        return engine.generate(prompts, max_new_tokens=options.tokens, **NO_STOP)
+        return engine.generate(prompts, max_new_tokens=options.count, **NO_STOP)
 
     with torch.inference_mode():
         return compare(options.backend, run, lambda a, b: a == b)
 
 
+@command
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.gpu", description=__doc__.split("\n")[0], allow_abbrev=False)
-    commands = parser.add_subparsers(required=True)
+    parser = Parser(prog="python -m tests.gpu", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(required=True, dest="command", parser_class=Parser)
     for f, flag, default in ((train, "--steps", 3), (generate, "--tokens", 6)):
-        command = commands.add_parser(f.__name__, allow_abbrev=False)
-        command.set_defaults(run=f)
-        command.add_argument(flag, type=int, default=default)
-        command.add_argument("--backend", choices=("cuda", "triton"), default="cuda")
-        command.add_argument("--precision", choices=("bf16", "fp8"), default="bf16")
+        flags = commands.add_parser(f.__name__)
+        flags.set_defaults(run=f)
+        flags.add_argument(flag, type=int, default=default, dest="count")
+        flags.add_argument("--backend", choices=("cuda", "triton"), default="cuda")
+        flags.add_argument("--precision", choices=("bf16", "fp8"), default="bf16")
     options = parser.parse_args(argv)
-    missing = build.missing() if options.backend == "cuda" else triton_driver.missing()
-    if torch.cuda.is_available() or missing:
-        print(f"error: {f'there is no {missing}' if missing else 'there is a GPU: tests use it'}", file=sys.stderr)
-        return 2
+    if options.count < 1:
+        raise InputError(f"{options.count} {'steps' if options.run is train else 'tokens'}: at least 1")
+    if torch.cuda.is_available():
+        raise InputError("there is a GPU, and tests use it")
+    if missing := build.missing() if options.backend == "cuda" else triton_driver.missing():
+        raise InputError(f"the virtual GPU needs {missing}")
     return options.run(options)
 
 
