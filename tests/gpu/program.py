@@ -310,8 +310,8 @@ class Library:
 class Bounded:
     """The module, whose kernels may touch the tensors they were given and nothing else."""
 
-    def __init__(self, module, lib: Library, bounds: bool = True):
-        self._module, self._lib, self._bounds = module, lib, bounds
+    def __init__(self, module, lib: Library):
+        self._module, self._lib = module, lib
 
     def __getattr__(self, name: str):
         function = getattr(self._module, name)
@@ -319,7 +319,7 @@ class Bounded:
             return function
 
         def call(*args, **kwargs):
-            set_ranges([args, *kwargs.values()] if self._bounds else ())
+            set_ranges([args, *kwargs.values()])
             self._lib.error = None
             try:
                 return function(*args, **kwargs)
