@@ -226,7 +226,7 @@ class Emulated:
             raise RuntimeError(error.decode())
 
     def refused(self, grid, block, dynamic: int, cluster) -> str:
-        """Why a GPU would not run such a launch, and the registers of a thread for the machine."""
+        """Why a GPU would not run such a launch, or ""; sets the registers that a thread begins with."""
         d, threads, shared = self.entry.directives, math.prod(block), self.kernel.shared + dynamic
         limit = math.prod(d.get("maxntid", d.get("reqntid", [1024])))
         if threads > limit or "reqntid" in d and threads != limit:
@@ -239,7 +239,7 @@ class Emulated:
         if "maxntid" in d or "reqntid" in d or "maxnreg" in d:  # as ptxas divides 65,536 registers
             blocks = max(d.get("minnctapersm", [1])[0], 1)
             share = 65536 // (-(-limit // 128) * 128 * blocks) // 8 * 8
-            self.kernel.pool = d.get("maxnreg", [min(share, 255 if "setmaxnreg" in self.module.text else 255)])[0]
+            self.kernel.pool = d.get("maxnreg", [min(share, 255)])[0]
         return ""
 
     # -- what was counted
@@ -310,8 +310,8 @@ class Library:
 class Bounded:
     """The module, whose kernels may touch the tensors they were given and nothing else."""
 
-    def __init__(self, module, lib: Library, bounds: bool = True):
-        self._module, self._lib, self._bounds = module, lib, bounds
+    def __init__(self, module, lib: Library):
+        self._module, self._lib = module, lib
 
     def __getattr__(self, name: str):
         function = getattr(self._module, name)
@@ -319,7 +319,7 @@ class Bounded:
             return function
 
         def call(*args, **kwargs):
-            set_ranges([args, *kwargs.values()] if self._bounds else ())
+            set_ranges([args, *kwargs.values()])
             self._lib.error = None
             try:
                 return function(*args, **kwargs)

@@ -30,7 +30,7 @@ CLASS_OF = {
     ),
     **dict(mma="tensor", wgmma="tensor", bra="branch", ret="branch", exit="branch", mov="move", cvta="move", cvt="int"),
 }
-FLOATS = ("f32", "f64", "f16", "bf16", "f16x2", "bf16x2")
+FLOATS = ("f32", "f16", "bf16", "f16x2", "bf16x2")
 NO_RESULT = set(
     "st red bra ret exit cp fence membar prefetch prefetchu stmatrix nanosleep setmaxnreg griddepcontrol trap brkpt "
     "call tensormap applypriority discard".split()
@@ -213,9 +213,11 @@ class Translator(Arithmetic, Memory, Tensor):
 
     def value(self, text: str, kind: str) -> str:
         """An operand as a vector of its type: F32, S16, ...; U32 for untyped bits."""
+        if kind == "f64":
+            raise Unknown("double precision")
         bits = max(WIDTHS[kind], 16) if kind != "pred" else 1
         expression = self.raw(text, bits, kind == "f32")
-        typed = kind in ("s8", "s16", "s32", "s64", "f32", "f64")
+        typed = kind in ("s8", "s16", "s32", "s64", "f32")
         return f"(({kind[0].upper()}{bits}){expression})" if typed else expression
 
     def set(self, target: str, kind: str, expression: str) -> str:

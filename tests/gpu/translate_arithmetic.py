@@ -8,10 +8,9 @@ FORMS = {
     "fma": ("fma_rn({0}, {1}, {2})", "ttt", "t"), "mad": ("{0} * {1} + {2}", "ttt", "t"),
     "div": ("divide({0}, {1})", "tt", "t"), "rem": ("remainder_of({0}, {1})", "tt", "t"),
     "abs": ("magnitude({0})", "t", "t"), "neg": ("negative({0})", "t", "t"),
-    "copysign": ("copy_sign({0}, {1})", "tt", "t"),
     "min": ("lower({0}, {1})", "tt", "t"), "max": ("higher({0}, {1})", "tt", "t"),
     "and": ("{0} & {1}", "tt", "t"), "or": ("{0} | {1}", "tt", "t"), "xor": ("{0} ^ {1}", "tt", "t"),
-    "not": ("~{0}", "t", "t"), "cnot": ("pick(pred({0} == 0), {0} * 0 + 1, {0} * 0)", "t", "t"),
+    "not": ("~{0}", "t", "t"),
     "shl": ("shift_left({0}, {1})", "tu", "t"), "shr": ("shift_right({0}, {1})", "tu", "t"),
     "prmt": ("byte_permute({0}, {1}, {2})", "uuu", "b"), "brev": ("reverse({0})", "t", "t"),
     "popc": ("popcount({0})", "t", "u"), "clz": ("leading_zeros({0})", "t", "u"),
@@ -118,7 +117,7 @@ class Arithmetic:
         kind, how = c.op[-1], c.op[1]
         of = f"of_{kind}" if kind in HALVES else ""
         a, b = (f"{of}({self.raw(x, 16)})" if of else self.value(x, kind) for x in c.args[1:3])
-        floating = of or kind in ("f32", "f64")
+        floating = of or kind == "f32"
         if how in ("num", "nan"):
             text = f"({a} == {a}) & ({b} == {b})" if how == "num" else f"({a} != {a}) | ({b} != {b})"
         elif how in SIGNS:
@@ -142,19 +141,10 @@ class Arithmetic:
             self.set(t, "pred", f"({'~' * i}holds){rest}") for i, t in enumerate(c.args[0].split("|"))
         )
 
-    def do_set(self, c: Instruction) -> str:
-        ones = "(U32)(F32{} + 1.f)" if c.op[-2] == "f32" else "k32(~0u)"
-        return self.set(c.args[0], "b32", f"pick({self.compared(c)}, {ones}, U32{{}})")
-
     def do_selp(self, c: Instruction) -> str:
         bits = WIDTHS[c.op[-1]]
         a, b = (self.raw(x, bits, c.op[-1] == "f32") for x in c.args[1:3])
         return self.set(c.args[0], f"b{bits}", f"pick({self.raw(c.args[3], 1)}, {a}, {b})")
-
-    def do_slct(self, c: Instruction) -> str:
-        bits = WIDTHS[c.op[-2]]
-        a, b = (self.raw(x, bits, c.op[-2] == "f32") for x in c.args[1:3])
-        return self.set(c.args[0], f"b{bits}", f"pick(pred({self.value(c.args[3], c.op[-1])} >= 0), {a}, {b})")
 
     # -- conversions
     def do_cvt(self, c: Instruction) -> str:
@@ -164,9 +154,9 @@ class Arithmetic:
         if to in ("f16x2", "bf16x2", "e4m3x2", "e5m2x2"):
             return self.packed(c, to, source)
         how = next((INTEGRAL[o] for o in c.op if o in INTEGRAL), None)
-        if any(o in ROUNDS for o in c.op):
-            raise ValueError("rounding")
-        floating = source in HALVES or source in ("f32", "f64")
+        if any(o in ROUNDS for o in c.op) or "f64" in (to, source):
+            raise ValueError("rounding, or double precision")
+        floating = source in HALVES or source == "f32"
         x = f"of_{source}({self.raw(c.args[1], 16)})" if source in HALVES else self.value(c.args[1], source)
         if source in ("u8", "b8"):
             x = f"({x} & uint16_t(255))"
@@ -174,10 +164,8 @@ class Arithmetic:
             x = f"(S16({x} << 8) >> 8)"
         if "ftz" in c.op:
             x = f"flush({x})"
-        if to in HALVES or to in ("f32", "f64"):
-            x = f"integral({x}, {how})" if how else x
-            wide = "f64" if to == "f64" else "f32"
-            x = x if source == wide or source in HALVES and wide == "f32" else f"TO({wide.upper()}, {x})"
+        if to in HALVES or to == "f32":
+            x = f"integral({x}, {how})" if how else x if floating else f"TO(F32, {x})"
             x = f"higher({x}, F32{{}})" if "relu" in c.op else f"saturate({x})" if "sat" in c.op else x
             return self.set(c.args[0], to, f"{to}_of({x})" if to in HALVES else x)
         bits = max(WIDTHS[to], 16)

@@ -33,7 +33,6 @@ CALLS = {
     "fence.proxy.tensormap::generic.release": "",
     "fence.proxy.tensormap::generic.acquire": "map_acquire(w, {s}, {0@}, {m});",
     "griddepcontrol.launch_dependents": "launch_dependents(w);", "griddepcontrol.wait": "wait_for_previous(w);",
-    "isspacep.shared": "0=pred in_space(w, kShared, {1.64})", "isspacep.global": "0=pred in_space(w, kGlobal, {1.64})",
     "mapa": "0=t map_shared(w, {1.64}, {2.32}, 1)", "mapa.shared::cluster": "0=t map_shared(w, {1.64}, {2.32}, 0)",
     "match.any": "0=b32 match_any(w, {s}, {1.t}, {2.32}, {m})",
     "nanosleep": "nap(w, {s});",
@@ -120,9 +119,9 @@ class Memory:
     def do_atom(self, c: Instruction) -> str:
         kind, first = c.op[-1], int(c.name == "atom")
         bits, operands = WIDTHS[kind], c.args[first + 1 :]
-        lane = dict(f32="float", f64="double").get(kind, ("" if kind[0] == "s" else "u") + f"int{bits}_t")
-        if bits < 32 or kind in ("f16x2", "bf16x2"):
-            raise ValueError("an atomic of 16 bits")
+        lane = "float" if kind == "f32" else ("" if kind[0] == "s" else "u") + f"int{bits}_t"
+        if bits < 32 or kind in ("f16x2", "bf16x2", "f64"):
+            raise ValueError("an atomic of this type")
         call = (
             f"U{bits} old = {{}}; atomic<{lane}>(w, {{s}}, {{space}}, {modifier(c, ORDERS, 'kRelaxed')}, {{atomic}}, "
             f"{{{first}@}}, {{m}}, values[0], {'values[1]' if len(operands) > 1 else 'nullptr'}, &old);"

@@ -48,7 +48,6 @@ template <class V> IN V divide(V a, V b) {  // by zero: all ones, as GPUs give
 }
 template <class V> IN V remainder_of(V a, V b) { return (b == 0) ? a : a - divide(a, b) * b; }
 IN F32 divide(F32 a, F32 b) { return a / b; }
-IN F64 divide(F64 a, F64 b) { return a / b; }
 template <class V, class Wide> IN V high_part(V a, V b) { return TO(V, (TO(Wide, a) * TO(Wide, b)) >> width_of<V>); }
 IN U32 high(U32 a, U32 b) { return high_part<U32, U64>(a, b); }
 IN S32 high(S32 a, S32 b) { return high_part<S32, S64>(a, b); }
@@ -99,7 +98,6 @@ IN F32 lower(F32 a, F32 b) {
 IN F32 higher(F32 a, F32 b) { return (b != b) ? a : (a > b) | ((a == b) & ((S32)b < 0)) ? a : b; }
 IN F32 lower_nan(F32 a, F32 b) { return (a != a) ? a : (b != b) ? b : lower(a, b); }
 IN F32 higher_nan(F32 a, F32 b) { return (a != a) ? a : (b != b) ? b : higher(a, b); }
-IN F32 copy_sign(F32 a, F32 b) { return (F32)(((U32)a & 0x80000000u) | ((U32)b & 0x7fffffffu)); }
 #define BY_LANE(V, name, args, expr) \
     IN V name args {                 \
         V r;                         \
@@ -107,9 +105,7 @@ IN F32 copy_sign(F32 a, F32 b) { return (F32)(((U32)a & 0x80000000u) | ((U32)b &
         return r;                    \
     }
 BY_LANE(F32, fma_rn, (F32 a, F32 b, F32 c), __builtin_fmaf(a[l], b[l], c[l]))
-BY_LANE(F64, fma_rn, (F64 a, F64 b, F64 c), __builtin_fma(a[l], b[l], c[l]))
 BY_LANE(F32, square_root, (F32 a), __builtin_sqrtf(a[l]))
-BY_LANE(F64, square_root, (F64 a), __builtin_sqrt(a[l]))
 enum Round { kTowardZero, kNearest, kFloor, kCeiling };
 F32 fma_rounded(const F32& a, const F32& b, const F32& c, Round);
 F32 exp2_of(const F32&);
@@ -132,5 +128,4 @@ U16 e5m2x2_of(const F32& high, const F32& low);
 U32 f16x2_of_e4m3x2(const U16&);
 U32 f16x2_of_e5m2x2(const U16&);
 F32 integral(const F32&, Round);
-F64 integral(const F64&, Round);
-template <class V, class F> V to_int(const F&, Round);  // saturating; V: U32, S32, U64 or S64
+template <class V> V to_int(const F32&, Round);  // saturating; V: U32, S32, U64 or S64

@@ -101,16 +101,6 @@ U64 map_shared(Warp& w, const U64& p, const U32& rank, bool generic) {
     }
     return r;
 }
-Pred in_space(Warp& w, Space space, const U64& p) {
-    Pred r;
-    EACH_LANE {
-        uint64_t offset;
-        const bool shared = shared_block(w, 0, kGeneric, p[l], offset),
-                   local = p[l] - uint64_t(w.local) < 32 * w.local_size;
-        r[l] = -int(space == kShared ? shared : space == kLocal ? local : !shared && !local);
-    }
-    return r;
-}
 
 // ---- counters
 // Sectors of 32 bytes that a warp's request touches, and the fewest that its bytes could fill
@@ -217,7 +207,9 @@ LOADS(uint16_t)
 LOADS(int16_t)
 LOADS(uint32_t)
 LOADS(int32_t)
-LOADS(uint64_t) LOADS(int64_t) STORES(uint8_t) STORES(uint16_t) STORES(uint32_t) STORES(uint64_t)
+LOADS(uint64_t)
+LOADS(int64_t)
+STORES(uint8_t) STORES(uint16_t) STORES(uint32_t) STORES(uint64_t)
 
     template <class T> static T combined(Warp& w, int site, Atomic how, T was, T a, T b) {
     switch (how) {
@@ -262,7 +254,6 @@ ATOMICS(int32_t)
 ATOMICS(uint64_t)
 ATOMICS(int64_t)
 ATOMICS(float)
-ATOMICS(double)
 
 // ---- cp.async (ISA 9.7.9.25.3): done at its wait
 void copy_async(Warp& w, int site, const U64& to, const U64& from, int bytes, const U32& real, uint32_t mask) {

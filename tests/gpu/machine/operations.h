@@ -74,7 +74,6 @@ void fence(Warp&, int site, uint32_t mask);  // orders this warp's accesses for 
 U64 to_shared(Warp&, const U64& generic);
 U64 to_generic(Warp&, const U64& shared);
 U64 map_shared(Warp&, const U64& shared, const U32& rank, bool generic);
-Pred in_space(Warp&, Space, const U64& generic);
 void copy_async(Warp&, int site, const U64& to, const U64& from, int bytes, const U32& real, uint32_t mask);
 void copy_commit(Warp&, int site, uint32_t mask);
 void copy_wait(Warp&, int site, int left, uint32_t mask);

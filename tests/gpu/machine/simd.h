@@ -15,7 +15,6 @@ LANES(int32_t) S32;
 LANES(float) F32;
 LANES(uint64_t) U64;
 LANES(int64_t) S64;
-LANES(double) F64;
 typedef S32 Pred;  // all ones or zeros
 #define EACH_LANE for (int l = 0; l < 32; l++)
 #define LANE_OF(mask) \

@@ -211,20 +211,16 @@ static double rounded(double x, Round how) {
                               : std::ceil(x);
 }
 LANES_OF(F32, integral, (const F32& a, Round how), float(rounded(a[l], how)))
-LANES_OF(F64, integral, (const F64& a, Round how), rounded(a[l], how))
 template <class T> static T saturated(double x, Round how) {
     x = rounded(x, how);
     if (x != x) return sizeof(T) == 8 ? T{1} << 63 : T{};  // ISA 9.7.9.22
     if (x <= double(std::numeric_limits<T>::min())) return std::numeric_limits<T>::min();
     return x >= double(std::numeric_limits<T>::max()) ? std::numeric_limits<T>::max() : T(x);
 }
-#define TO_INT(V, T)                                                                       \
-    template <> LANES_OF(V, to_int<V>, (const F32& a, Round how), saturated<T>(a[l], how)) \
-    template <> LANES_OF(V, to_int<V>, (const F64& a, Round how), saturated<T>(a[l], how))
-TO_INT(U32, uint32_t)
-TO_INT(S32, int32_t)
-TO_INT(U64, uint64_t)
-TO_INT(S64, int64_t)
+template <> LANES_OF(U32, to_int<U32>, (const F32& a, Round how), saturated<uint32_t>(a[l], how))
+template <> LANES_OF(S32, to_int<S32>, (const F32& a, Round how), saturated<int32_t>(a[l], how))
+template <> LANES_OF(U64, to_int<U64>, (const F32& a, Round how), saturated<uint64_t>(a[l], how))
+template <> LANES_OF(S64, to_int<S64>, (const F32& a, Round how), saturated<int64_t>(a[l], how))
 
 // FP8 (ISA 5.2.3): e4m3 has no infinities and one NaN a sign, e5m2 has both
 const float* fp8_values(bool e5m2) {
