@@ -88,7 +88,11 @@ void check_write(Warp& w, int site, Block& b, uint64_t p, size_t n, int lane, Ki
                            (own ? "bar.warp.sync" : "barrier") + " lies between"));
         }
     }
-    stamp(w, b, p, n, lane, kind);
+    const Stamp& old = b.stamps[p / 4];  // of a part of a word, the other part may be another warp's
+    const bool recent = old.agent - 1 == w.agent ? old.kind == kRepeated && old.time >= w.synced
+                                                 : old.agent && old.time > w.seen.clock[old.agent - 1];
+    const bool shared = n < 4 && recent;
+    stamp(w, b, p, n, lane, shared ? kRepeated : kind);
 }
 void check_same_write(Warp& w, Block& b, uint64_t p, size_t n, int lane) {
     if (b.stamps.empty()) return;
@@ -97,6 +101,8 @@ void check_same_write(Warp& w, Block& b, uint64_t p, size_t n, int lane) {
         const bool own = s.agent - 1 == w.agent;
         if (!s.agent) stamp(w, b, 4 * word, 4, lane, kOrdinary);
         else if (own ? s.lane != lane && s.time >= w.synced : s.time > w.seen.clock[s.agent - 1]) s.kind = kRepeated;
+        else if (n < 4 && !(own && s.kind == kRepeated && s.time >= w.synced))
+            stamp(w, b, 4 * word, 4, lane, kOrdinary);
     }
 }
 void stamp(Warp& w, Block& b, uint64_t p, size_t n, int lane, Kind kind) {
