@@ -209,7 +209,8 @@ LOADS(uint32_t)
 LOADS(int32_t)
 LOADS(uint64_t)
 LOADS(int64_t)
-STORES(uint8_t) STORES(uint16_t) STORES(uint32_t) STORES(uint64_t)
+STORES(uint8_t)
+STORES(uint16_t) STORES(uint32_t) STORES(uint64_t)
 
     template <class T> static T combined(Warp& w, int site, Atomic how, T was, T a, T b) {
     switch (how) {
