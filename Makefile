@@ -1,8 +1,10 @@
 # make train   set up, then train a small Ling-2.0            make lint    the checks that CI runs before the tests
 # make install only set up, with everything for development   make clean   remove everything that make wrote
 # make test    set up, then run the tests; FAST=1: the fast ones, 3 minutes on two cores, for use while working
+# make fuzz    try random files, requests and arguments of ops for MINUTES=10; `make test` tries the same few in every run
 # make cutlass build the optional ling_kernels._cutlass: CUTLASS's grouped FP8 GEMM (minutes, 4 GB of memory a file)
-# make tables  write docs/kernels-resources*.md: registers and shared memory of every kernel, as it is built for Hopper
+# make tables  write docs/kernels-resources*.md and docs/kernels-clocks.md: registers, shared memory and clocks of every
+#              kernel, as it is built for Hopper
 # make gpu     on a machine with a Hopper GPU: STAGE=1 build, test, sanitizers, four minutes; STAGE=2 benchmark, five minutes.
 #              It installs nothing and uses PYTHON as it is. ARGS=--commit=ID names the commit in a copy without git history.
 # make gpu-pack compile csrc/ here for such a machine, into build/gpu-pack; make gpu then only links it
@@ -18,6 +20,7 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton==3.8.0
 CUTLASS ?= nvidia-cutlass==4.2.0.0
 ARGS ?=
+MINUTES ?= 10
 export LING_CUTLASS ?= 0
 
 VENV := .venv
@@ -27,10 +30,10 @@ OUTER := $(shell command -v $(PYTHON))
 export PATH := $(CURDIR)/$(VENV)/bin:$(if $(OUTER),$(dir $(OUTER)):)$(PATH)
 PIP := $(PY) -m pip install -qq
 CSRC := CMakeLists.txt $(shell find csrc -type f)
-CXX_FILES := $(shell find csrc tests/host -path '*/build' -prune -o \
+CXX_FILES := $(shell find csrc tests/gpu tests/cuda \
 	-type f \( -name '*.cu*' -o -name '*.h' -o -name '*.cpp' \) -print)
 
-.PHONY: help train test lint install cutlass tables clean gpu gpu-pack bench
+.PHONY: help train test fuzz lint install cutlass tables clean gpu gpu-pack bench
 .DEFAULT_GOAL := help
 
 help:
@@ -41,6 +44,13 @@ train: $(VENV)/.train
 
 test: $(VENV)/.dev
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -p no:benchmark -n auto --maxprocesses 4 $(if $(FAST),-m "not slow") $(ARGS)
+
+# One seed after another, until the time is over or a test fails, which prints how to repeat it.
+fuzz: $(VENV)/.dev
+	@end=$$(($$(date +%s) + 60 * $(MINUTES))); while [ $$(date +%s) -lt $$end ]; do \
+	seed=$$(od -An -N4 -tu4 /dev/urandom | tr -d ' ') && echo "[make] --hypothesis-seed=$$seed" && OMP_NUM_THREADS=1 \
+	$(PY) -m pytest -p no:benchmark -n auto --maxprocesses 4 --hypothesis-seed=$$seed tests/test_fuzz_*.py $(ARGS) \
+	|| exit 1; done
 
 lint: $(VENV)/.dev
 	@ruff check
@@ -74,7 +84,7 @@ bench:
 	@$(if $(wildcard $(VENV)/.dev),$(PY),$(OUTER)) -m benchmarks $(if $(QUICK),--quick) $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info tests/host/build ling_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) build dist *.egg-info ling_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks
 
 # --system-site-packages does not show the packages of a virtual environment: where PYTHON is in one, a .pth file does.
 $(VENV)/.python:

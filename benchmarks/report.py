@@ -89,8 +89,9 @@ class Run:
 
 
 def runs(results: Path = RESULTS) -> list[Run]:
-    """GPUs first. The tables of kernels' resources lie in the same folder and are no runs."""
-    found = [Run(path) for path in sorted(results.glob("*.json")) if not path.name.startswith("resources")]
+    """GPUs first. The tables of kernels' resources and clocks lie in the same folder and are no runs."""
+    tables = ("resources", "clocks")
+    found = [Run(path) for path in sorted(results.glob("*.json")) if not path.name.startswith(tables)]
     return sorted(found, key=lambda run: run.gpu is None)
 
 

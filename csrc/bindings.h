@@ -8,7 +8,7 @@
 
 #include "tensor.h"
 
-#ifndef LING_DEVICE  // tests/host defines it as kDLCPU
+#ifndef LING_DEVICE  // tests/gpu defines it as kDLCPU
 #define LING_DEVICE kDLCUDA
 #endif
 

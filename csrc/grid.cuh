@@ -9,7 +9,6 @@ namespace ling {
 // share a counter, but must not overlap: a kernel launched with kOverlaps first waits for the preceding one. All
 // threads of all blocks call these functions, in the same order. Read results of other blocks by plain loads, not
 // through const __restrict__ pointers (they may use the non-coherent cache) and not by TMA.
-#ifdef __CUDACC__
 __device__ inline unsigned add_release(unsigned* p, unsigned v) {
     unsigned old;
     asm volatile("atom.add.release.gpu.global.u32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(v) : "memory");
@@ -20,12 +19,6 @@ __device__ inline void wait_for_flip(const unsigned* p, unsigned old) {
     do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(p) : "memory");
     while (!((now ^ old) >> 31));
 }
-#else
-inline unsigned add_release(unsigned* p, unsigned v) { return atomicAdd(p, v); }
-inline void wait_for_flip(const unsigned* p, unsigned old, cuda_on_host::Where where = cuda_on_host::Where::current()) {
-    cuda_on_host::wait_until("the grid's barrier", [&] { return (*p ^ old) >> 31; }, where);
-}
-#endif
 
 // Writes of this block before the call are visible to every block after its grid_wait. Between the two calls a block
 // can do work that needs no other block, such as prefetching. The block's first thread returns the token for grid_wait.

@@ -1,10 +1,8 @@
 // Hopper's asynchronous units, one small function for each instruction: barriers in shared memory (mbarrier), copies
-// of tiles (TMA), matrix products of a warpgroup (wgmma). tests/host has a CPU version of each function, which
-// does the same work as late as the hardware might.
+// of tiles (TMA), matrix products of a warpgroup (wgmma).
 #pragma once
 #include "common.cuh"
 
-#ifdef __CUDACC__
 #include <cuda.h>  // for types only; the driver is not linked
 
 namespace ling {
@@ -12,6 +10,14 @@ namespace ling {
 using TensorMap = CUtensorMap;
 
 __device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+// Stops a block whose tiles are not swizzled as their descriptors say: they must begin at a multiple of 1024. The
+// compiler takes this for granted of dynamic shared memory, so the address passes by it; a tool could move it.
+__device__ inline void check_swizzle_base(const void* p) {
+    uint32_t address = shared_address(p);
+    asm volatile("" : "+r"(address));
+    if (address % 1024) __trap();
+}
 
 // A phase ends when `arrivals` threads of init() have arrived and all expected bytes have been written.
 struct Barrier {
@@ -226,13 +232,6 @@ inline TensorMap encode_map(const void* data, DType dtype, int64_t rows, int64_t
     return map;
 }
 
-}  // namespace ling
-#else
-#include "sm90_on_host.h"
-#endif
-
-namespace ling {
-
 // Byte offset in a tile in shared memory of a 16-byte chunk of a 128-byte line: the chunk's index is xored with line
 // % 8.
 __device__ inline int swizzled(int line, int chunk) { return line * 128 + (chunk ^ line % 8) * 16; }
@@ -244,10 +243,10 @@ __device__ inline uint64_t operand(const void* p, int next = 16) {
     return (address & 0x3fff) | static_cast<uint64_t>(next >> 4) << 16 | stride << 32 | kSwizzle128 << 62;
 }
 
-// A warp frees a stage of the ring; the barrier counts warps.
-__device__ inline void release(Barrier& empty) {
+// A warp frees a stage of the ring, if `last`; the barrier counts warps.
+__device__ inline void release(Barrier& empty, bool last = true) {
     __syncwarp();
-    if (threadIdx.x % 32 == 0) empty.arrive();
+    if (last && threadIdx.x % 32 == 0) empty.arrive();
 }
 
 // Zeroes the lines `from` and up of each of `count` consecutive boxes of kLines lines of 128 bytes.
@@ -272,12 +271,13 @@ template <int kSteps> __device__ void round_to_bf16(unsigned (&a)[kSteps][4], co
 // shared memory. to(row) returns the address of the row's first column, or null. Only groups of 8 columns that start
 // below `columns` are written.
 template <typename F> __device__ void store_rows(uint8_t* lines, const float* d, int columns, F&& to) {
-    const int lane = threadIdx.x % 32, line = lane / 4;
+    const int lane = threadIdx.x % 32;
 #pragma unroll
-    for (int j = 0; j < 8; j++) {
-        *reinterpret_cast<unsigned*>(lines + swizzled(line, j) + lane % 4 * 4) = pack_bf16(d[4 * j], d[4 * j + 1]);
-        *reinterpret_cast<unsigned*>(lines + swizzled(line + 8, j) + lane % 4 * 4) =
-            pack_bf16(d[4 * j + 2], d[4 * j + 3]);
+    for (int j = 0; j < 32; j += 8) {  // 16 columns: the upper 8 rows and the lower, of 8 columns and the next 8
+        unsigned r[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) r[i] = pack_bf16(d[j + 2 * i], d[j + 2 * i + 1]);
+        store_matrices(lines + swizzled(lane % 16, j / 4 + lane / 16), r);
     }
     __syncwarp();
 #pragma unroll

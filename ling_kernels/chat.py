@@ -140,7 +140,9 @@ def render_chat(
     Raises InputError for a template that fails, also on purpose, and for one whose text depends on control tokens in
     the messages in a way that cannot be followed.
     """
-    stand_ins = StandIns(names, [*_texts(list(messages))])
+    if not isinstance(messages, list | tuple) or not all(isinstance(message, Mapping) for message in messages):
+        raise InputError("messages are not a list of objects with role and content")
+    stand_ins = StandIns(names, [*_texts(messages)])
     now = datetime.datetime.now()
     context = dict(add_generation_prompt=add_generation_prompt, tools=None, documents=None)
     shown = ChatText(_render(template, context | dict(messages=messages), tokens, now, None))

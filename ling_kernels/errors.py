@@ -15,7 +15,19 @@ class LingError(Exception):
 
 
 class InputError(LingError, ValueError):
-    """A user's input cannot be used. The message says which, where, and what would be accepted."""
+    """A user's input cannot be used. The message says which, where, and what would be accepted, in one line."""
+
+    def __init__(self, message: str):
+        super().__init__(one_line(message))
+
+
+def one_line(message: str) -> str:
+    """The message without line breaks and, as it may quote a value of any length, without the middle of a long one."""
+    line = " ".join(message.split())
+    return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
+
+
+LONGEST = 800  # characters of a message
 
 
 class Busy(LingError):
@@ -59,7 +71,7 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
             check_environment()
             return main(*args, **kwargs) or 0
         except InputError as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"error: {error}", file=sys.stderr)
             return 2
 
     return run

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from . import backend as backends
-from .errors import InputError
+from .errors import InputError, one_line
 
 E4M3 = torch.float8_e4m3fn
 KERNEL_FLOATS = (torch.float32, torch.bfloat16, torch.float16, E4M3)  # no kernel takes other floating-point numbers
@@ -42,6 +42,7 @@ def op(*writes: str, cuda: Callable[..., str | None] | bool = False, runs: str =
 
         @functools.wraps(fn)
         def launch(*args):
+            args = with_dense_integers(args, written)
             use_csrc = cuda and backends.backend(first_tensor(args)) == "cuda"
             if use_csrc and (reason := reason_against(cuda, args)):
                 report_fallback(name, reason, "Triton runs")
@@ -72,6 +73,14 @@ def op(*writes: str, cuda: Callable[..., str | None] | bool = False, runs: str =
         return call
 
     return declare
+
+
+def with_dense_integers(args: tuple, written: list[int]) -> tuple:
+    """Kernels read offsets, slots and other integers one after another: those that lie otherwise are copied."""
+    for i, a in enumerate(args):
+        if isinstance(a, Tensor) and not a.is_contiguous() and not a.is_floating_point() and i not in written:
+            args = (*args[:i], a.contiguous(), *args[i + 1 :])
+    return args
 
 
 def reason_against(cuda: Callable[..., str | None] | bool, args) -> str | None:
@@ -284,8 +293,15 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 def expect(condition: bool, contract: str, *args) -> None:
     """Raise a ValueError that states the contract and what came instead."""
     if not condition:
-        got = ", ".join(f"{a.dtype}{list(a.shape)}" if isinstance(a, Tensor) else repr(a) for a in args)
-        raise ValueError(f"expected {contract}; got {got}".replace("torch.", ""))
+        got = ", ".join(map(described, args))
+        raise ValueError(one_line(f"expected {contract}; got {got}".replace("torch.", "")))
+
+
+def described(value) -> str:
+    """A tensor's dtype and shape, also inside tuples; other values as they print."""
+    if isinstance(value, Tensor):
+        return f"{value.dtype}{list(value.shape)}"
+    return f"({', '.join(map(described, value))})" if isinstance(value, tuple) else repr(value)
 
 
 def values_on_host(x: Tensor) -> bool:

@@ -7,7 +7,8 @@ ordinary tokenizer.json, which `tokenizers` and AutoTokenizer load with the same
 import json
 import re
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -119,7 +120,7 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise InputError(f"the text is not valid Unicode at character {error.start}: {error.reason}") from None
         if self.backend is not None:
-            with _ENCODING:
+            with _ENCODING, reporting("tokenizer.json cannot encode this text"):
                 self.backend.encode_special_tokens = not special
                 return self.backend.encode(text, add_special_tokens=False).ids
         if not special:
@@ -151,7 +152,8 @@ class Tokenizer:
         """Text of ids, special tokens by name. Invalid UTF-8 becomes U+FFFD; ids outside the vocabulary are skipped."""
         ids = [int(i) for i in ids if 0 <= i < self.vocab_size]
         if self.backend is not None:
-            return self.backend.decode(ids, skip_special_tokens=False)
+            with reporting("tokenizer.json cannot decode these ids"):
+                return self.backend.decode(ids, skip_special_tokens=False)
         return b"".join(TOKEN_BYTES[i] for i in ids).decode("utf-8", "replace")
 
     def apply_chat_template(self, messages: Sequence[dict], add_generation_prompt: bool = True) -> ChatText:
@@ -171,7 +173,7 @@ class Tokenizer:
             try:
                 Path(path).mkdir(parents=True, exist_ok=True)
                 with atomic_write(Path(path, name)) as file:
-                    file.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+                    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
             except OSError as error:
                 raise InputError(f"cannot write the tokenizer to {path}: {error}") from None
 
@@ -252,13 +254,20 @@ def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
         import tokenizers
     except ImportError:
         raise InputError(f"{file} needs the package tokenizers: pip install ling_kernels[train]") from None
-    try:
+    with reporting(f"{file} is not a tokenizer.json that tokenizers can read"):
         backend = tokenizers.Tokenizer.from_file(str(file))
+    return Tokenizer(backend, settings)
+
+
+@contextmanager
+def reporting(fault: str) -> Iterator[None]:
+    """Turn errors of tokenizers into an InputError: it raises plain Exception, and panics that are not even that."""
+    try:
+        yield
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # tokenizers raises plain Exception, and panics with one that is not even that
-        raise InputError(f"{file} is not a tokenizer.json that tokenizers can read: {error}") from error
-    return Tokenizer(backend, settings)
+    except BaseException as error:
+        raise InputError(f"{fault}: {error}") from error
 
 
 def byte_settings() -> dict:

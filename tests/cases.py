@@ -1,7 +1,6 @@
 """Every op once: how to call it, on what, and what is expected of it. Tests and benchmarks both read this table."""
 
 import functools
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import product
@@ -51,6 +50,7 @@ from ling_kernels.ops.router_gemm import router_gemm, router_gemm_ref
 from ling_kernels.ops.swiglu import swiglu, swiglu_backward, swiglu_backward_ref, swiglu_ref
 from ling_kernels.ops.transpose_fp8 import transpose_fp8, transpose_fp8_ref
 from ling_kernels.ops.unpermute import unpermute, unpermute_ref
+from tests.gpu import triton_driver
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -967,8 +967,7 @@ def args_of(case, shape, dtype):
 
 def runs(backend: str) -> bool:
     gpu = torch.cuda.is_available()
-    interpreter = "TRITON_INTERPRET" in os.environ
-    return {"torch": True, "triton": gpu or interpreter, "cuda": _C is not None}[backend]
+    return {"torch": True, "triton": gpu or not triton_driver.missing(), "cuda": _C is not None}[backend]
 
 
 def sweep(bench: bool = False):

@@ -3,8 +3,9 @@
     python -m tests.hopper OUT.json [OP ...]    at the shapes that a Case names in `hopper`; of all ops, or of these
 
 The ops run as always, but a launch does not run: it records its kernel, the types, divisibility by 16 and constants of
-its arguments, warps and stages. Then each is compiled for sm_90, and cuobjdump reports registers, spills and shared
-memory. Each op runs as on an H200 and as on an H20, whose tiles may differ. Triton's cache serves repeated builds.
+its arguments, warps and stages. Then each is compiled for sm_90: cuobjdump reports registers, spills and shared
+memory, tests/sass the clocks of its code. Each op runs as on an H200 and as on an H20, whose tiles may differ. Triton's
+cache serves repeated builds.
 """
 
 import json
@@ -24,6 +25,8 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from tests.cuobjdump import resources
+from tests.sass.clocks import rows_of
+from tests.sass.decode import kernels
 
 SMS = dict(H200=132, H20=78)
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion")
@@ -49,6 +52,23 @@ def specialize(value, constexpr: bool) -> tuple[str, object, bool]:
     return "fp32", None, False
 
 
+def bind(fn: JITFunction, args, kwargs) -> tuple[dict, dict, dict]:
+    """Of a launch: values by name, what `specialize` makes of each, and the options of the compiler."""
+    options = {k: kwargs[k] for k in OPTIONS if k in kwargs}
+    values = {p.name: p.default for p in fn.params} | dict(zip((p.name for p in fn.params), args, strict=False))
+    values |= {k: v for k, v in kwargs.items() if k not in options}
+    return values, {p.name: specialize(values[p.name], p.is_constexpr) for p in fn.params}, options
+
+
+def source_of(fn: JITFunction, parts: dict) -> ASTSource:
+    """What triton.compile takes, of a launch whose arguments are `parts`."""
+    signature = {n: kind for n, (kind, _, _) in parts.items()}
+    names = list(parts)
+    constants = {(names.index(n),): value for n, (kind, value, _) in parts.items() if kind == "constexpr"}
+    attrs = {(names.index(n),): [["tt.divisibility", 16]] for n, (_, _, divides) in parts.items() if divides}
+    return ASTSource(fn=fn, signature=signature, constexprs=constants, attrs=attrs)
+
+
 class Launches:
     """While open, every launch of a Triton kernel is recorded in `seen` and nothing runs."""
 
@@ -59,11 +79,7 @@ class Launches:
         self.run = JITFunction.run
 
         def record(fn, *args, grid, warmup, **kwargs):
-            options = {k: kwargs.pop(k) for k in OPTIONS if k in kwargs}
-            names = [p.name for p in fn.params]
-            values = dict(zip(names, args, strict=False)) | kwargs
-            values |= {p.name: p.default for p in fn.params if p.name not in values}
-            parts = {p.name: specialize(values[p.name], p.is_constexpr) for p in fn.params}
+            _, parts, options = bind(fn, args, kwargs)
             key = (fn.__name__, *((n, *map(str, part)) for n, part in parts.items()), *sorted(options.items()))
             self.seen[key] = (fn, parts, options)
 
@@ -120,16 +136,11 @@ def builds(case) -> bool:
 
 def build(fn: JITFunction, parts: dict, options: dict) -> dict:
     """Compile one launch for sm_90; its resources."""
-    signature = {n: kind for n, (kind, _, _) in parts.items()}
-    names = list(parts)
-    constants = {(names.index(n),): value for n, (kind, value, _) in parts.items() if kind == "constexpr"}
-    attrs = {(names.index(n),): [["tt.divisibility", 16]] for n, (_, _, divides) in parts.items() if divides}
-    source = ASTSource(fn=fn, signature=signature, constexprs=constants, attrs=attrs)
-    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    built = triton.compile(source_of(fn, parts), target=GPUTarget("cuda", 90, 32), options=options)
     ptx = built.asm["ptx"]
     fixed = {p.name: parts[p.name][1] for p in fn.params if p.is_constexpr}
     return dict(
-        kernel=fn.__name__, constants=fixed, **usage(built.asm["cubin"]),
+        kernel=fn.__name__, constants=fixed, **usage(fn.__name__, built.asm["cubin"]),
         shared=built.metadata.shared, warps=built.metadata.num_warps, stages=built.metadata.num_stages,
         wgmma=ptx.count("wgmma.mma_async"), tma=ptx.count("cp.async.bulk.tensor"),
         float_atomics=len(re.findall(r"\b(?:atom|red)\.\S*\.(?:f16|bf16|f32|f64)\S*", ptx)),
@@ -137,12 +148,14 @@ def build(fn: JITFunction, parts: dict, options: dict) -> dict:
     )  # fmt: skip
 
 
-def usage(cubin: bytes) -> dict:
+def usage(name: str, cubin: bytes) -> dict:
+    """Resources, and `clocks`: the rows of tests/sass/clocks.py."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         (found,) = resources(file.name).values()
-    return dict(registers=found["registers"], spilled=found["spilled"])
+        (code,) = kernels(file.name).values()
+    return dict(registers=found["registers"], spilled=found["spilled"], clocks=rows_of(name, code))
 
 
 def build_number(i: int) -> dict:

@@ -2,6 +2,7 @@
 
     benchmarks/results/resources.json, docs/kernels-resources.md              Triton's kernels, built for sm_90
     benchmarks/results/resources_cuda.json, docs/kernels-resources-cuda.md    csrc/, from the module _C built in place
+    benchmarks/results/clocks.json, clocks_cuda.json, docs/kernels-clocks.md  both, by tests/sass: a walk of the code
 
 No GPU is needed. test_compiles_for_hopper.py and test_csrc_build.py compare the files with fresh tables.
 """
@@ -17,22 +18,29 @@ import tempfile
 from pathlib import Path
 
 from tests import cuobjdump
+from tests.sass import clocks, page
 
 ROOT = Path(__file__).parents[1]
 RESULTS, DOCS = ROOT / "benchmarks/results", ROOT / "docs"
 TRITON, CUDA = RESULTS / "resources.json", RESULTS / "resources_cuda.json"
+TRITON_CLOCKS, CUDA_CLOCKS = RESULTS / "clocks.json", RESULTS / "clocks_cuda.json"
+CLOCKS = DOCS / "kernels-clocks.md"
 MODULE = ROOT / f"ling_kernels/_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 SOURCES = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cu", ".cuh", ".cpp", ".h")]
 
 
 def triton_table(packages: Path | None = None) -> dict:
-    """The table of tests/hopper.py, made with the installed Triton or with that in the folder `packages`."""
+    """The table of tests/hopper.py, made with the installed Triton or with that in the folder `packages`.
+
+    Its "rows" are those of docs/kernels-clocks.md.
+    """
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = os.pathsep.join(map(str, filter(None, [packages, ROOT])))
     with tempfile.TemporaryDirectory() as tmp:
         out = Path(tmp) / "resources.json"
         subprocess.run([sys.executable, "-m", "tests.hopper", out], check=True, env=env, cwd=ROOT)
-        return json.loads(out.read_text())
+        table = json.loads(out.read_text())
+    return table | dict(rows=clocks.triton_rows(table))
 
 
 def triton_page(table: dict) -> str:
@@ -74,9 +82,13 @@ def cuda_table() -> dict:
         dict(kernel=name, threads=threads.get(mangled), **resources[mangled], **cuobjdump.instructions(code[mangled]))
         for mangled, name in zip(code, cuobjdump.names([*code]), strict=True)
     ]
+    return dict(cuda=nvcc_version(), kernels=sorted(rows, key=lambda r: r["kernel"]))
+
+
+def nvcc_version() -> str | None:
     output = subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout
-    nvcc = re.search(r"release ([\d.]+)", output)
-    return dict(cuda=nvcc and nvcc[1], kernels=sorted(rows, key=lambda r: r["kernel"]))
+    found = re.search(r"release ([\d.]+)", output)
+    return found and found[1]
 
 
 def cuda_page(table: dict) -> str:
@@ -106,21 +118,29 @@ def stale_kernels(table: dict, committed: dict) -> list[str]:
     return sorted({r["kernel"] for r in [*(r for r in rows if r not in old), *(r for r in old if r not in rows)]})
 
 
-def write(file: Path, table: dict, page: Path, text: str) -> None:
-    file.write_text(json.dumps(table, indent=1) + "\n")
-    page.write_text(text)
-    print(f"wrote {file.relative_to(ROOT)} and {page.relative_to(ROOT)}")
+def write(texts: dict[Path, str]) -> None:
+    for path, text in texts.items():
+        path.write_text(text)
+    print(f"wrote {' and '.join(str(path.relative_to(ROOT)) for path in texts)}")
+
+
+def indented(table: dict) -> str:
+    return json.dumps(table, indent=1) + "\n"
 
 
 def main() -> None:
     reason = why_no_cuda_table()
     if reason:
         print(f"no table of csrc/: {reason}")
+        cuda = json.loads(CUDA_CLOCKS.read_text())
     else:
         table = cuda_table()
-        write(CUDA, table, DOCS / "kernels-resources-cuda.md", cuda_page(table))
+        write({CUDA: indented(table), DOCS / "kernels-resources-cuda.md": cuda_page(table)})
+        cuda = dict(cuda=table["cuda"], rows=clocks.cuda_rows(MODULE))
     table = triton_table()
-    write(TRITON, table, DOCS / "kernels-resources.md", triton_page(table))
+    triton = dict(triton=table["triton"], rows=table.pop("rows"))
+    write({TRITON: indented(table), DOCS / "kernels-resources.md": triton_page(table)})
+    write({CUDA_CLOCKS: clocks.text(cuda), TRITON_CLOCKS: clocks.text(triton), CLOCKS: page.page(cuda, triton)})
 
 
 if __name__ == "__main__":

@@ -267,6 +267,31 @@ def test_yarn_scales_the_rotated_half_only():
         torch.testing.assert_close(now[::4, slow], was[:32768, slow] * factor, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="there is no GPU")
+def test_in_graphs_and_on_two_streams():
+    """Replays, and two graphs side by side: blocks of one may not take tiles of the other."""
+    inputs, cu = qkv_of(3000, 16, 4, 128), cu_seqlens((1000, 1700, 300))
+    dout = torch.ones_like(inputs[0])
+
+    def run():
+        out, lse = attention(*inputs, cu)
+        return out, lse, *torch.autograd.grad(out, inputs, dout)
+
+    want, graphs = run(), []
+    for _ in range(2):
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        with torch.cuda.graph(graph):
+            results = [run() for _ in range(3)]
+        graphs.append((graph, results, stream))
+    torch.cuda.synchronize()
+    for _ in range(20):
+        for graph, _, stream in graphs:
+            with torch.cuda.stream(stream):
+                graph.replay()
+    torch.cuda.synchronize()
+    assert all(same_bits(got, want) for _, results, _ in graphs for got in results)
+
+
 def test_max_tiles_is_an_upper_bound_and_every_dtype_has_tiles():
     for lens in ((), (0,), (1, 1, 1), (127, 1, 130), (64, 64)):
         for block in (16, 64, 128):

@@ -162,3 +162,9 @@ def test_bad_chats(template, messages, message):
     tokenizer = Tokenizer(None, byte_settings() | {"chat_template": template})
     with pytest.raises(InputError, match=message):
         tokenizer.apply_chat_template(messages)
+
+
+@pytest.mark.parametrize("messages", [None, 3, "hi", {"role": "user"}, ["hi"], [USER, None]])
+def test_messages_that_are_no_list_of_objects(messages):
+    with pytest.raises(InputError, match="messages are not a list of objects"):
+        load_tokenizer().apply_chat_template(messages)

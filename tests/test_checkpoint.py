@@ -335,3 +335,12 @@ def test_fp8_only_weights(checkpoint_of_whole_blocks, head, tmp_path):
 def test_sizes_that_are_not_multiples_of_128_stay_wide():
     model = load_model(DATA / "base", fp8=True, fp8_head=True)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("name", ["vocab_size", "intermediate_size", "num_experts", "moe_intermediate_size"])
+def test_a_configuration_of_another_size_is_refused_before_memory_is_allocated(name, tmp_path):
+    shutil.copytree(DATA / "base", tmp_path / "x")
+    file = tmp_path / "x/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {name: 1 << 30}))
+    with pytest.raises(InputError, match="by config.json it should be|the checkpoint has no"):
+        load_model(tmp_path / "x")

@@ -193,3 +193,16 @@ def test_the_type_of_the_saved_weights(tmp_path, dtype, key):
     save_model(model, tmp_path, dtype=dtype)
     written = json.loads((tmp_path / "config.json").read_text())
     assert {written[k] for k in ("torch_dtype", key)} == {str(dtype).removeprefix("torch.")}
+
+
+def test_a_long_value_is_cut_out_of_the_message(read):
+    with pytest.raises(InputError, match="architectures is .* is supported") as refused:
+        read(dict(architectures="x" * 3000 + "\n" + "y" * 3000))
+    assert len(str(refused.value)) < 1000 and "\n" not in str(refused.value)
+
+
+def test_more_layers_than_can_be_built_are_refused(read):
+    assert read(dict(num_hidden_layers=1024)).num_hidden_layers == 1024
+    for layers in (1025, 1 << 20):
+        with pytest.raises(InputError, match="num_hidden_layers"):
+            read(dict(num_hidden_layers=layers))

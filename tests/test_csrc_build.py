@@ -27,6 +27,7 @@ NARROW = "|".join([
 EARLY = "|".join([
     "few_rows|^rms_norm_router_",  # they read weights
     "^route_fwd_|^dispatch_place_",  # their input was complete before the preceding kernel, which zeroes counts, began
+    r"^attention_bwd_",  # the lengths: the delta kernel ahead does not write them, and began after all others had ended
 ])  # fmt: skip
 
 

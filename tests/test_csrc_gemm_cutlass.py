@@ -1,4 +1,4 @@
-"""The input of CUTLASS's grouped GEMM: its setup kernel on the host, and CUTLASS's own layouts of the scales."""
+"""The input of CUTLASS's grouped GEMM: its setup kernel on the virtual GPU, and CUTLASS's own layouts of the scales."""
 
 import os
 import subprocess
@@ -8,16 +8,14 @@ import pytest
 import torch
 
 from ling_kernels.op import E4M3, round_up
-from tests.host.build import SANITIZE, includes, load, missing, wheel
-from tests.test_host import sanitized
+from tests.gpu.build import ROOT, includes, load, missing, wheel
 
 if missing():
-    pytest.skip(f"csrc/ needs {missing()} to be built on the host", allow_module_level=True)
+    pytest.skip(f"csrc/ needs {missing()} to run on the virtual GPU", allow_module_level=True)
 
 pytestmark = pytest.mark.usefixtures("schedule")
-C = load(module="_cutlass")
-ROOT = Path(__file__).parents[1]
-CUTLASS = Path(os.environ.get("CUTLASS_INCLUDE_DIR") or wheel("cutlass_library").parent / "source/include")
+C = load("_cutlass")
+CUTLASS = Path(os.environ.get("CUTLASS_INCLUDE_DIR") or wheel("cutlass_library") / "source/include")
 
 OFFSETS = {
     "ragged": [0, 3, 60, 64, 130],
@@ -82,24 +80,6 @@ def test_setup(name):
     check_setup(C, offsets, S=offsets[-1] + (7 if name == "rows past the last" else 0))
 
 
-FILE = "gemm/cutlass/setup.cu"
-BROKEN = {  # name: (its error, its message, right, wrong)
-    "does not wait": (RuntimeError, "never waits", "wait_for_previous();", ""),
-    "the first of equal offsets": (AssertionError, None, "offsets[middle] <= i ?", "offsets[middle] < i ?"),
-    "CUTLASS's leading dimension": (AssertionError, None, "scales[k * rows]", "scales[k * (rows + 1)]"),
-    "rows past the last": (AssertionError, None, "if (i >= offsets[E]) return;", "if (i >= S) return;"),
-    "bytes and elements": (AssertionError, None, "first * N * sizeof(bf16)", "first * N"),
-    "a block of K missing": (AssertionError, None, "int k = blockIdx.y;", "int k = 1 + blockIdx.y;"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", BROKEN)
-def test_broken(name):
-    error, message, right, wrong = BROKEN[name]
-    with pytest.raises(error, match=message):
-        check_all(load((FILE, right, wrong), module="_cutlass"))
-
-
 def test_refused():
     a, a_scale, b, b_scale = operands(8, 2, 128, 256)
     offsets, y = torch.tensor([0, 4, 8], dtype=torch.int32), torch.empty(8, 128, dtype=torch.bfloat16)
@@ -110,13 +90,6 @@ def test_refused():
         C.grouped_gemm_fp8_setup(a, a_scale.contiguous(), b, b_scale, offsets, y, workspace)
 
 
-@pytest.mark.skipif(SANITIZE, reason="starts its own")
-@pytest.mark.parametrize("schedule", [1], indirect=True)
-def test_sanitized(schedule):
-    result = sanitized("from tests.test_csrc_gemm_cutlass import C, check_all; check_all(C)")
-    assert result.returncode == 0, result.stderr
-
-
 @pytest.mark.skipif(not (CUTLASS / "cutlass/cutlass.h").exists(), reason="there are no headers of CUTLASS")
 @pytest.mark.parametrize("schedule", [0], indirect=True)
 def test_cutlass_reads_the_scales_where_they_are(tmp_path, schedule):
@@ -124,7 +97,7 @@ def test_cutlass_reads_the_scales_where_they_are(tmp_path, schedule):
     program = tmp_path / "scales"
     cuda = includes()[0]
     folders = [f"-I{ROOT}/csrc", f"-I{CUTLASS}", f"-I{cuda}", f"-I{cuda}/cccl"]
-    source = ROOT / "tests/host/cutlass_scales.cpp"
+    source = ROOT / "tests/cuda/cutlass_scales.cpp"
     subprocess.run(["g++", "-std=c++20", "-w", *folders, source, "-o", program], check=True)
     for M, N, K in ((1, 128, 128), (5, 256, 384), (130, 384, 256)):
         output = subprocess.run([program, str(M), str(N), str(K)], capture_output=True, text=True, check=True).stdout

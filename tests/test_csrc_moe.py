@@ -1,4 +1,4 @@
-"""The routing kernels of csrc/ on the CPU: values, bits, untouched memory, and broken kernels that must fail."""
+"""The routing kernels of csrc/ on the virtual GPU: values, bits, untouched memory."""
 
 import pytest
 import torch
@@ -11,12 +11,10 @@ from ling_kernels.ops.quantize import empty_fp8
 from ling_kernels.ops.route import route_ref
 from ling_kernels.ops.unpermute import unpermute_ref
 from tests.cases import Rand, counts_of, owned, plan_of, poison
-from tests.host.build import SANITIZE, load, missing
+from tests.gpu.build import load, missing
 
 if missing():
-    pytest.skip(f"csrc/ needs {missing()} to be built on the host", allow_module_level=True)
-
-from tests.test_host import sanitized
+    pytest.skip(f"csrc/ needs {missing()} to run on the virtual GPU", allow_module_level=True)
 
 C = load()
 BF16, FP16, FP32, I32 = torch.bfloat16, torch.float16, torch.float32, torch.int32
@@ -197,75 +195,6 @@ def test_misaligned_tokens_are_quantised():
         got = permute_quantize(x, plan)
     for g, w in zip(got, permute_quantize_ref(x, plan), strict=True):
         assert torch.equal(g.float(), w.float())
-
-
-ROUTE, BALANCE, DISPATCH, PERMUTE, UNPERMUTE = (
-    f"moe/{name}.cu" for name in ("route", "balance_bias", "dispatch", "permute", "unpermute")
-)
-BROKEN = {  # name: (check that must fail, its error, file, right, wrong)
-    "choices of the token before": (check_route_many, AssertionError, ROUTE, "chosen[warp] + n * kTop",
-                                    "chosen[warp]"),
-    "unstable sort": (check_route, AssertionError, "moe/route.cuh", "key[j + 1] > key[j]",
-                             "key[j + 1] >= key[j]"),
-    "counts not zeroed": (check_route, AssertionError, ROUTE, "counts[e] = 0", "counts[e] += 0"),
-    "the counts' zeroing is not awaited": (check_route, RuntimeError, ROUTE, "    wait_for_previous();", ""),
-    "a masked token counts": (check_route_many, AssertionError, ROUTE, "!(mask && !mask[t])",
-                              "!(mask && !mask[first])"),
-    "last row's choices stay": (check_route_bwd, AssertionError, ROUTE, "store(d + e, Vec<4>{})",
-                                "store(d + e % 128, Vec<4>{})"),
-    "no mean in the gradient": (check_route_bwd, AssertionError, ROUTE, "(dw - mean)", "(dw - 0 * mean)"),
-    "a mean in fp32": (check_balance, AssertionError, BALANCE, "int64_t{E} * counts[e]",
-                       "int64_t(float(E) * float(counts[e]))"),
-    "sums not awaited": (check_balance, AssertionError, BALANCE, "    __syncthreads();\n    int64_t total",
-                         "    int64_t total"),
-    "equals of a warp in wrong order": (check_dispatch, AssertionError, DISPATCH, "__popc(same & ((1u << lane) - 1))",
-                                      "__popc(same & ~((2u << lane) - 1))"),
-    "a step ignores the previous step": (check_dispatch, AssertionError, DISPATCH, "warp_found[b] = row + __popc(same)",
-                                      "warp_found[b] = row"),
-    "unrouted slots counted as routed": (check_dispatch, RuntimeError, DISPATCH, "atomicAdd(next + E, -routed)",
-                                         "atomicAdd(next + E, 0)"),
-    "last earlier tile ignored": (check_dispatch, AssertionError, DISPATCH, "b < static_cast<int>(blockIdx.x)",
-                              "b + 1 < static_cast<int>(blockIdx.x)"),
-    "histograms not awaited": (check_dispatch, (AssertionError, RuntimeError), DISPATCH,
-                               "    __syncthreads();\n\n    for (int c", "    for (int c"),
-    "a fused product and sum": (check_unpermute, AssertionError, UNPERMUTE,
-                                "__fadd_rn(total[i], kWeights ? __fmul_rn(w[k], x) : x)", "fmaf(w[k], x, total[i])"),
-    "undefined rows not zeroed": (check_unpermute_bwd, AssertionError, UNPERMUTE, "row >= end", "row > end"),
-    "a vector too few": (check_unpermute_bwd, AssertionError, UNPERMUTE,
-                         "h < H; h += blockDim.x * kVec) {\n            const Row d",
-                         "h + kVec < H; h += blockDim.x * kVec) {\n            const Row d"),
-    "half a block's maximum": (check_permute_quantize, AssertionError, PERMUTE, "int d = 8", "int d = 4"),
-    "slots after the sixteenth": (check_permute_quantize, AssertionError, PERMUTE, "lane == i % 16", "lane == i"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", BROKEN)
-def test_broken(name, monkeypatch):
-    """Under one schedule of the four at least."""
-    check, error, *patch = BROKEN[name]
-    broken = load(tuple(patch), ROUTE if patch[0] == "moe/route.cuh" else None)
-    seen = []
-    for seed in range(4):
-        monkeypatch.setenv("LING_HOST_SEED", str(seed))
-        try:
-            check(broken)
-        except error as wrong:
-            seen.append(wrong)
-            break
-    assert seen
-
-
-@pytest.mark.skipif(SANITIZE, reason="starts its own")
-def test_sanitizer():
-    result = sanitized("import tests.test_csrc_moe as m; [check(m.C) for check in m.CHECKS]")
-    assert result.returncode == 0, result.stderr
-
-
-@pytest.mark.skipif(SANITIZE, reason="starts its own")
-def test_sanitizer_sees_a_row_too_many():
-    patch = UNPERMUTE, "if (t >= T_) return;\n    for (int h", "for (int h"
-    result = sanitized(f"import tests.test_csrc_moe as m; m.check_unpermute(load({patch!r}))")
-    assert result.returncode != 0 and "heap-buffer-overflow" in result.stderr, result.stderr
 
 
 def test_refused():

@@ -1,4 +1,4 @@
-"""moe_decode of csrc/ on the CPU: every composition against the ops that define it, any grid, broken kernels."""
+"""moe_decode of csrc/ on the virtual GPU: every composition against the ops that define it, any grid."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -17,12 +17,10 @@ from ling_kernels.ops.moe_decode import fits_shared_memory, moe_decode, unsuppor
 from ling_kernels.ops.quantize import quantize_weight
 from ling_kernels.ops.rms_norm import rms_norm
 from tests.cases import Rand
-from tests.host.build import SANITIZE, load, missing
+from tests.gpu.build import load, missing
 
 if missing():
-    pytest.skip(f"csrc/ needs {missing()} to be built on the host", allow_module_level=True)
-
-from tests.test_host import sanitized
+    pytest.skip(f"csrc/ needs {missing()} to run on the virtual GPU", allow_module_level=True)
 
 BF16, FP32 = torch.bfloat16, torch.float32
 FEW, MANY = (16, 4, 2, 4), (256, 8, 4, 8)  # experts, groups, groups kept, experts kept
@@ -115,7 +113,7 @@ def check_grids(C, monkeypatch, grids=(1, 3, 78)):
     args = problem(2, H=256, Fs=128)
     seen = []
     for sms in grids:
-        monkeypatch.setenv("LING_HOST_SMS", str(sms))
+        monkeypatch.setenv("LING_GPU_SMS", str(sms))
         seen += [launch(C, args), launch(C, args)]
     check_near(seen[0], define(args))
     assert all(torch.equal(y, seen[0]) for y in seen)
@@ -127,13 +125,13 @@ CHECKS = [check_sizes, check_many_experts, check_shared_choices_and_ties, check_
 @pytest.mark.parametrize("check", CHECKS, ids=lambda f: f.__name__[6:])
 @pytest.mark.parametrize("seed", (0, 1))
 def test_correct(check, seed, monkeypatch):
-    monkeypatch.setenv("LING_HOST_SEED", str(seed))
+    monkeypatch.setenv("LING_GPU_SEED", str(seed))
     check(load())
 
 
 @pytest.mark.parametrize("seed, grids", [(0, (1, 78, 132)), (2, (3, 20))])
 def test_any_grid_gives_the_same_bits(seed, grids, monkeypatch):
-    monkeypatch.setenv("LING_HOST_SEED", str(seed))
+    monkeypatch.setenv("LING_GPU_SEED", str(seed))
     check_grids(load(), monkeypatch, grids)
 
 
@@ -264,25 +262,3 @@ def test_refused():
         launch(C, [*args[:3], (args[3][0], args[3][1][:, :1].contiguous()), *args[4:]])
     with pytest.raises(ValueError, match="T <= kMaxRows"):
         launch(C, problem(9))
-
-
-KERNEL, PARTS, STEPS = "moe/moe_decode.cu", "moe/moe_decode.cuh", "gemm/few_rows.cuh"
-BROKEN = {  # name: (check that must fail, file, right, wrong)
-    "no wait for other blocks' h": (check_sizes, KERNEL, "grid_barrier(counters", "grid_arrive(counters"),
-    "an expert for rows without it": (check_sizes, PARTS, "if (jobs.rows[job] >> (n + i) & 1)", "if (true)"),
-    "gate's scale for up": (check_sizes, PARTS, "lower / kBlock * scale_columns + k_step",
-                            "upper / kBlock * scale_columns + k_step"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", BROKEN)
-def test_broken(name):
-    check, *patch = BROKEN[name]
-    with pytest.raises((AssertionError, RuntimeError)):
-        check(load(tuple(patch), KERNEL))
-
-
-@pytest.mark.skipif(SANITIZE, reason="starts its own")
-def test_sanitizer():
-    result = sanitized("from tests.test_csrc_moe_decode import *; check_shared_choices_and_ties(load())")
-    assert result.returncode == 0, result.stderr

@@ -1,6 +1,4 @@
-"""The FP8 kernels of csrc/ on the CPU: their arithmetic value by value, and broken kernels that must fail."""
-
-import ctypes
+"""The FP8 kernels of csrc/ on the virtual GPU, and their arithmetic value by value."""
 
 import numpy as np
 import pytest
@@ -11,18 +9,13 @@ from ling_kernels.ops.permute import permute_ref
 from ling_kernels.ops.quantize import empty_fp8, quantize_ref, quantize_weight_ref, to_e4m3
 from ling_kernels.ops.swiglu import swiglu_backward_ref, swiglu_ref
 from tests.cases import Rand, counts_of, owned, plan_of
-from tests.host.build import CSRC, HERE, SANITIZE, link, load, missing
+from tests.gpu.build import ROOT, Kernels, load, missing
+from tests.test_ops import near_codes
 
 if missing():
-    pytest.skip(f"csrc/ needs {missing()} to be built on the host", allow_module_level=True)
-
-from tests.test_host import sanitized
+    pytest.skip(f"csrc/ needs {missing()} to run on the virtual GPU", allow_module_level=True)
 
 C = load()
-SWIGLU = "moe/swiglu.cu"
-FP8, TILE, QUANTIZE, TRANSPOSE = (
-    f"quant/{name}" for name in ("fp8.cuh", "fp8_tile.cuh", "quantize.cu", "transpose_fp8.cu")
-)
 E4M3, FP32, BF16, FP16 = torch.float8_e4m3fn, torch.float32, torch.bfloat16, torch.float16
 
 
@@ -155,7 +148,10 @@ def check_swiglu(C):
 
 def near(got, want):
     for g, w in zip(got, want, strict=True):
-        eps = {E4M3: 2**-3, BF16: 2**-7}.get(g.dtype, 1e-5)
+        if g.dtype == E4M3:
+            assert near_codes(g, w)
+            continue
+        eps = 2**-7 if g.dtype == BF16 else 1e-5
         torch.testing.assert_close(g.float(), w.float(), rtol=eps, atol=max(eps / 8, 1e-5))
 
 
@@ -175,41 +171,14 @@ def test_correct(check, schedule):
     check(C)
 
 
-ARITHMETIC = """
-#include "fp8.cuh"
-#define EXPORT extern "C" __attribute__((visibility("default"))) void
-EXPORT codes(const float* x, unsigned char* out, int n) {
-    for (int i = 0; i < n; i++) out[i] = ling::to_e4m3(x[i]);
-    for (int i = 0; i + 3 < n; i += 4) {
-        const unsigned four = ling::to_e4m3x4(x[i], x[i + 1], x[i + 2], x[i + 3]);
-        for (int j = 0; j < 4; j++) if (out[i + j] != (four >> 8 * j & 255)) out[i + j] = 0x55;
-    }
-}
-EXPORT quotients(const float* x, const float* scale, float* out, int n) {
-    for (int i = 0; i < n; i++) out[i] = ling::Quotient<false>(scale[i])(x[i]);
-}
-EXPORT scales(const float* amax, float* out, int n, bool pow2) {
-    for (int i = 0; i < n; i++) out[i] = ling::block_scale(ling::abs_bits(amax[i]), pow2);
-}
-"""
-
-
-def build_arithmetic(tmp_path, right="", wrong=""):
-    """ARITHMETIC as a library, with fp8.cuh changed so."""
-    header = (CSRC / FP8).read_text()
-    assert header.count(right) == 1 or not right
-    (tmp_path / "fp8.cuh").write_text(header.replace(right, wrong) if right else header)
-    (tmp_path / "arithmetic.cu").write_text(ARITHMETIC.replace("fp8.cuh", str(tmp_path / "fp8.cuh")))
-    return ctypes.CDLL(link([tmp_path / "arithmetic.cu", HERE / "cuda_on_host.cpp"], ".so", "-shared"))
-
-
 @pytest.fixture(scope="module")
-def arithmetic(tmp_path_factory):
-    return build_arithmetic(tmp_path_factory.mktemp("fp8"))
+def arithmetic():
+    return Kernels(ROOT / "tests/cuda/arithmetic.cu")
 
 
-def call(f, *tensors, more=()):
-    f(*(ctypes.c_void_p(t.data_ptr()) for t in tensors), ctypes.c_int(tensors[0].numel()), *more)
+def call(kernel, *tensors, n=None, more=()):
+    n = n or tensors[0].numel()
+    kernel(-(-n // 256), 256, *tensors, n, *more)
     return tensors[-1]
 
 
@@ -221,11 +190,38 @@ def test_codes(arithmetic):
         [x, x.nextafter(torch.tensor(torch.inf)), x.nextafter(torch.tensor(-torch.inf)), values[:1] + torch.nan]
     )
     x = torch.cat([x, -x, torch.randn(10000) * 100, torch.randn(10000) / 100])
+    x = x[: len(x) // 4 * 4]
     assert_same(call(arithmetic.codes, x, torch.empty(len(x), dtype=torch.uint8)).view(E4M3), to_e4m3(x))
+    fours = call(arithmetic.codes_of_four, x, torch.empty(len(x) // 4, dtype=torch.int32), n=len(x) // 4)
+    assert_same(fours.view(E4M3), to_e4m3(x))
 
 
-def check_quotients(arithmetic):
-    """The two corrections of a product with the reciprocal give the same bits as a division, -0 and underflow too."""
+def near_midpoints(n=1 << 20):
+    """(x, scale) whose quotients lie 2^-48 beside the midpoint m / 2^25 of two floats: x 2^25 = m scale +- 1."""
+    b = torch.randint(1 << 22, 1 << 23, (n,), generator=torch.Generator().manual_seed(0)) * 2 + 1
+    inverse = b  # modulo 8, then modulo 2^(3 2^i)
+    for _ in range(4):
+        inverse = inverse * (2 - b * inverse) & (1 << 25) - 1
+    found = []
+    for sign in (1, -1):
+        m = sign * inverse & (1 << 25) - 1
+        a = (m * b - sign) >> 25
+        found.append(torch.stack([a, b])[:, (a >= 1 << 23) & (m >= 1 << 24)])
+    x, scale = torch.cat(found, 1).float().contiguous()
+    return x, scale
+
+
+def test_quotients_beside_midpoints(arithmetic):
+    x, scale = near_midpoints()
+    assert torch.equal(call(arithmetic.quotients, x, scale, torch.empty_like(x)), x / scale)  # as IEEE 754 rounds
+
+
+def test_codes_of_bf16_survive_remainders_that_underflow(arithmetic):
+    assert not call(arithmetic.wrong_codes, torch.ones(34 * 128, dtype=torch.int32)).any()
+
+
+def test_quotients(arithmetic):
+    """A product with the reciprocal, once corrected, has the bits of a division, -0 and underflow too."""
     g = torch.Generator().manual_seed(0)
     n = 1 << 21
     scale = torch.rand(n, generator=g).add(1) * 2.0 ** torch.randint(-99, 118, (n,), generator=g)
@@ -244,79 +240,10 @@ def check_quotients(arithmetic):
     assert (got[~seen & ~want.isnan()].abs() < 2**-29).all()
 
 
-def test_quotients(arithmetic):
-    check_quotients(arithmetic)
-
-
-@pytest.mark.parametrize("right, wrong", [
-    ("return fmaf(-fmaf(q, scale, -x), inverse, q)", "return fmaf(fmaf(-q, scale, x), inverse, q)"),  # loses -0
-    ("if (plain) return", "if (false) return"),
-])  # fmt: skip
-def test_broken_quotients(right, wrong, tmp_path):
-    with pytest.raises(AssertionError):
-        check_quotients(build_arithmetic(tmp_path, right, wrong))
-
-
 @pytest.mark.parametrize("pow2", [False, True])
 def test_scales(arithmetic, pow2):
     amax = torch.cat([2.0 ** torch.arange(-149, 128.0), 448 * 2.0 ** torch.arange(-120, 119.0), torch.rand(1000) * 1e3,
                       torch.tensor([0, -0.0, 448e-30, torch.inf, torch.nan, 3.4e38])])  # fmt: skip
     amax = torch.cat([amax, amax.nextafter(torch.tensor(torch.inf)), amax.nextafter(torch.tensor(0.0))])
     want = quantize_ref(amax[:, None].abs().expand(-1, 128), pow2=pow2)[1].flatten()
-    assert_same(call(arithmetic.scales, amax, torch.empty(len(amax)), more=(ctypes.c_bool(pow2),)), want)
-
-
-BROKEN = {  # name: (check that must fail, file, right, wrong)
-    "a float maximum drops NaN": (check_rows, FP8, "__float_as_uint(x) & 0x7fffffff", "__float_as_uint(fmaxf(x, -x))"),
-    "the wrong lane's scale": (check_rows, TILE, "__shfl_sync(~0u, scale, i, 16)", "__shfl_sync(~0u, scale, 0, 16)"),
-    "a scale past the end": (check_plan_writes_nothing_else, TILE, "lane < N && lane < rows",
-                             "lane < N && lane <= rows"),
-    "no barrier before the scales": (check_columns, TILE, "    __syncthreads();\n    if (t < kBlock) {",
-                                     "    if (t < kBlock) {"),
-    "halves not swapped": (check_columns, TILE, "if (group % 2)", "if (false)"),
-    "expert after the next": (check_plan, TILE, "padded_offsets[e + 1] <= start", "padded_offsets[e + 1] < start"),
-    "512 experts": (check_plan, TILE, "e - static_cast<int>(threadIdx.x) < E;", "e < kTileThreads;"),
-    "source not divided": (check_plan, QUANTIZE, "source[row] / topk", "source[row] / 1 % 90"),
-    "half of the other warps' maximum": (check_weight, QUANTIZE, "max(most, warp_amax)", "max(most, warp_amax >> 1)"),
-    "gate for up": (check_swiglu, SWIGLU, "load8(up[i], x_row + F)", "load8(up[i], x_row)"),
-    "dweights of half a row": (check_swiglu, SWIGLU, "for (int d = 8; d;", "for (int d = 4; d;"),
-    "up's codes over gate's": (check_swiglu, SWIGLU, "k + F / kBlock", "k"),
-    "the upper rows' weights": (check_swiglu, SWIGLU, "row + 2, rows - 2", "row, rows - 2"),
-    "the first expert for all": (check_transpose, TRANSPOSE, "y += blockIdx.z * N * K", "y += 0"),
-    "the first expert's scales": (check_transpose, TRANSPOSE, "scale += blockIdx.z", "scale += 0"),
-}  # fmt: skip
-
-
-def seen_by(file):
-    """The one .cu that sees a changed header."""
-    return None if file.endswith(".cu") else QUANTIZE
-
-
-@pytest.mark.parametrize("name", BROKEN)
-def test_broken(name, monkeypatch):
-    monkeypatch.setenv("LING_HOST_SEED", "1")
-    check, *patch = BROKEN[name]
-    broken = load(tuple(patch), seen_by(patch[0]))
-    with pytest.raises((AssertionError, RuntimeError)):
-        check(broken)
-
-
-OUT_OF_BOUNDS = {  # name: (check, file, right, wrong)
-    "a row past the end": (check_rows, QUANTIZE, "constexpr int kRows = 4;\n    launch_dependents();",
-                            "constexpr int kRows = 4;\n    M += 3;\n    launch_dependents();"),
-    "codes past the tile": (check_columns, TILE, "codes[8 * tx + j0 + j][", "codes[8 * tx + j0 + j + 1]["),
-}  # fmt: skip
-
-
-@pytest.mark.skipif(SANITIZE, reason="starts its own")
-@pytest.mark.parametrize("name", [None, *OUT_OF_BOUNDS])
-def test_sanitizer(name):
-    module = "from tests.test_csrc_quant import *"
-    if name is None:
-        result = sanitized(f"{module}; [check(C) for check in CHECKS]")
-        assert result.returncode == 0, result.stderr
-        return
-    check, *patch = OUT_OF_BOUNDS[name]
-    only = seen_by(patch[0])
-    result = sanitized(f"{module}; {check.__name__}(load({tuple(patch)!r}, {only!r}))")
-    assert result.returncode != 0 and "AddressSanitizer" in result.stderr, result.stderr
+    assert_same(call(arithmetic.scales, amax, torch.empty(len(amax)), more=(pow2,)), want)

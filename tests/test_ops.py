@@ -14,11 +14,7 @@ from ling_kernels.op import E4M3, explain
 from ling_kernels.ops import EXPORTS
 from ling_kernels.ops.quantize import dequantize
 from tests.cases import CASES, DEVICE, args_of, sweep
-
-if torch.cuda.is_available():
-    from contextlib import nullcontext as shuffled
-else:
-    from tests.interpreter import shuffled
+from tests.gpu import schedule
 
 WIDE = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -86,6 +82,38 @@ def same_bits(a, b):
     return torch.equal(*(t.reshape(-1).clone(memory_format=torch.contiguous_format).view(torch.uint8) for t in (a, b)))
 
 
+FP8_SHARE = 1 / 128
+
+
+def near_codes(got: Tensor, want: Tensor) -> bool:
+    """Whether FP8 results agree: the rule for every kernel and every test that does not ask for equal bits.
+
+    Sums in another order and approximate functions change last bits, and a last bit may move a value to the next code:
+    in at most FP8_SHARE of the elements, or in one of a few. NaN stays NaN.
+    """
+    ranks = []
+    for t in (got, want):
+        bits = t.contiguous().view(torch.uint8).int()
+        ranks.append(torch.where(bits < 128, bits, 128 - bits))  # in the order of the values; -0 is 0
+    d = (ranks[0] - ranks[1]).abs()
+    same_nan = torch.equal(got.float().isnan(), want.float().isnan())
+    return same_nan and bool((d <= 1).all()) and d.count_nonzero().item() <= max(1, FP8_SHARE * d.numel())
+
+
+def test_near_codes():
+    codes = torch.arange(-126, 127)
+    x = torch.where(codes < 0, 128 - codes, codes).to(torch.uint8).view(E4M3).repeat(20)  # every number, ascending
+    at = (x == 0).nonzero()[5]  # the neighbour of -0 is the smallest number
+    one, two, many = x.clone(), x.clone(), x.clone()
+    one.view(torch.uint8)[at] = 1
+    two.view(torch.uint8)[at] = 2
+    many.view(torch.uint8)[x.float() > 100] -= 1
+    nan = x.clone()
+    nan.view(torch.uint8)[at + 126] = 127
+    assert near_codes(one, x) and near_codes(x, x)
+    assert not any(near_codes(wrong, x) for wrong in (two, many, nan))
+
+
 @pytest.mark.parametrize("case, shape, dtype, backend", sweep())
 def test_matches_reference(case, shape, dtype, backend):
     """No per-op tolerances: a kernel may be twice as far from the fp64 truth as its reference in `dtype`.
@@ -97,17 +125,26 @@ def test_matches_reference(case, shape, dtype, backend):
         got = outputs_and_grads(case, case.op, args)
     near = outputs_and_grads(case, case.ref, args)
     true = outputs_and_grads(case, case.truth or case.ref, tuple(map(in_fp64, args)))
+    free = tensor_core_errors(case, args) if case.product and DEVICE == "cuda" else None
+    assert list(map(layout, got)) == list(map(layout, near))
+    assert_near(case, got, near, true, free, bitwise=backend == "torch")
+
+
+def assert_near(case, got, near, true, free=None, bitwise: bool = False) -> None:
+    """got against the reference's results and the truth: equal bits if `bitwise` or where the table asks for them."""
     exact = range(len(near)) if case.exact is True else case.exact or ()
-    free = tensor_core_errors(case, args) if case.product and DEVICE == "cuda" else [0.0] * len(near)
     assert len(got) == len(near)
-    for i, (g, n) in enumerate(zip(got, near, strict=True)):
-        assert g.dtype == n.dtype and g.shape == n.shape and layout(g) == layout(n), f"output {i}"
-        if backend == "torch" or i in exact or not g.is_floating_point():
+    for i, (g, n, t) in enumerate(zip(got, near, true, strict=True)):
+        assert g.dtype == n.dtype and g.shape == n.shape, f"output {i}"
+        if bitwise or i in exact or not g.is_floating_point():
             assert same_bits(g, n), f"output {i}"
             continue
-        t = true[i]
+        if g.dtype == E4M3:
+            assert near_codes(g, n), f"output {i}"
+            continue
         scale = errors(t, torch.zeros_like(t))[0]
-        for e, allowed in zip(errors(g, t, free[i]), errors(n, t), strict=True):  # the worst element, and all of them
+        both = zip(errors(g, t, free[i] if free else 0.0), errors(n, t), strict=True)
+        for e, allowed in both:  # the worst element, and all of them
             assert e <= 2 * allowed + 1e-6 * scale, f"output {i}"
 
 
@@ -152,13 +189,13 @@ def test_reference_is_near_the_truth(case, shape, dtype, backend):
 
 @pytest.mark.parametrize("case, shape, dtype, backend", [p for p in sweep() if p.values[2] == p.values[0].dtypes[0]])
 def test_two_runs_give_equal_bits(case, shape, dtype, backend):
-    """On a CPU the second one runs a Triton kernel's programs in another order.
+    """On the virtual GPU the second one runs blocks, warps and copies in another order.
 
     In one dtype: which programs meet in memory does not depend on it.
     """
     with force(backend):
         one = outputs_and_grads(case, case.op, args_of(case, shape, dtype))
-        with shuffled():
+        with schedule(1):
             two = outputs_and_grads(case, case.op, args_of(case, shape, dtype))
     assert all(map(same_bits, one, two))
 

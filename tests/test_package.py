@@ -368,7 +368,8 @@ esac
 def test_make_repeats_no_step(tree):
     """make, with a Python that logs the kind of each call."""
     fake = program(tree / "fake/python", PYTHON)
-    (tree / "tests/host").mkdir()
+    for folder in ("gpu", "cuda"):
+        (tree / "tests" / folder).mkdir()
 
     def make(target):
         (tree / "log").unlink(missing_ok=True)

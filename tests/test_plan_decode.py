@@ -33,9 +33,9 @@ def test_plan(capsys):
     assert float(lines["H200, 4.8 TB/s"][0]) == pytest.approx(3281, rel=0.02)
     assert float(lines["all"][1]) == pytest.approx(14280, rel=0.01)
     assert lines["weights"] == ["16.9", "16.9"] and lines["KV cache"] == ["0.0", "0.0"]
-    assert main(["--model", "1t", "--batch", "1", "64", "--weights", "fp8", "--context", "131072"]) == 0
+    assert main(["--model", "1t", "--batch", "1", "64", "--weights", "fp8", "--context", "32768"]) == 0
     output = capsys.readouterr().out
-    assert re.search(r"H200, 4.8 TB/s +needs 8 GPUs +needs 29 GPUs$", output, re.M), output
+    assert re.search(r"H200, 4.8 TB/s +needs 8 GPUs +needs 13 GPUs$", output, re.M), output
     assert main(["--model", "flash", "--batch", "1", "--weights", "fp8", "--context", "4096"]) == 0
     output = capsys.readouterr().out
     assert re.search(r"H100, 3.35 TB/s +needs 2 GPUs$", output, re.M) and re.search(

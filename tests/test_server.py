@@ -239,6 +239,12 @@ def test_malformed_bodies(shared):
     for body, status in ((b"{", 400), (b"[]", 400), (b"\xff", 400), (b" " * (shared.max_body + 1), 413)):
         assert call(shared, "/v1/completions", content=body).status_code == status
 
+    for length, status in (("", 411), ("x", 411), ("9" * 5000, 413), ("²", 411)):
+        for path, content in (("/v1/models", None), ("/v1/completions", b"{}")):
+            options = dict(content=content) if content else {}
+            response = call(shared, path, headers={"content-length": length.encode("latin-1")}, **options)
+            assert response.status_code == response.json()["error"]["code"] == status
+
     async def unknown_length():
         yield b"{}"
 

@@ -1,8 +1,5 @@
 """The order in which SMs take tiles: csrc/ and Triton against the walk in docs/tile_walk.py; and bank conflicts."""
 
-import subprocess
-from collections import defaultdict
-
 import pytest
 import torch
 import triton
@@ -11,9 +8,14 @@ import triton.language as tl
 from docs.tile_walk import BAND, EXAMPLE, SMS, walk
 from ling_kernels.ops.gemm_fp8 import tile_position
 from tests.cases import DEVICE
-from tests.host import build
+from tests.gpu.build import ROOT, Kernels, load, load_now, missing
 
-needs_host = pytest.mark.skipif(build.missing() is not None, reason=f"the host build needs {build.missing()}")
+if not missing():
+    from tests.test_csrc_gemm import check_transposed
+
+needs_csrc = pytest.mark.skipif(
+    DEVICE != "cpu" or bool(missing()), reason=f"csrc/ needs {missing()} to run on the virtual GPU"
+)
 RAGGED = {
     "the picture's": EXAMPLE["rows"],
     "one group": [300],
@@ -24,45 +26,47 @@ RAGGED = {
 }
 
 
-def walk_on_host(*args):
-    program = build.link([build.HERE / "walk.cu", build.HERE / "cuda_on_host.cpp"], ".exe", "-pthread")
-    run = subprocess.run([program, *map(str, args)], capture_output=True, text=True, check=True)
-    return [line.split() for line in run.stdout.splitlines()]
+def walk_of_csrc(variant: str, N: int, rows: list[int]) -> list[list[tuple[int, ...]]]:
+    """The tiles (group, first row, first column, rows) that each SM takes."""
+    offsets = torch.tensor([0, *rows]).cumsum(0).int()
+    out = torch.full((SMS, 6000, 4), -1, dtype=torch.int32)
+    kernel = getattr(Kernels(ROOT / "tests/cuda/walk.cu"), f"walk_{variant}")
+    kernel(SMS, 384, offsets, N, len(rows), out, out.shape[1], shared=227 << 10)
+    assert (out[:, -1] == -1).all(), "too many tiles"
+    return [[tuple(tile) for tile in of_one if tile[0] >= 0] for of_one in out.tolist()]
 
 
-@needs_host
+@needs_csrc
 @pytest.mark.parametrize("name", RAGGED)
 @pytest.mark.parametrize(
     "variant, block_m, block_n",
-    [("128x256", 128, 256), ("64x128", 64, 128), ("16x128", 16, 128), ("64x128+128", 64, 128)],
+    [("128x256", 128, 256), ("64x128", 64, 128), ("16x128", 16, 128), ("64x128_swiglu", 64, 128)],
     ids=lambda v: str(v),
 )
 def test_every_sm_takes_the_tiles_of_the_walk(name, variant, block_m, block_n):
     rows, N = RAGGED[name], EXAMPLE["N"]
     first = [sum(rows[:g]) for g in range(len(rows))]
-    tiles = walk(rows, N // 2 if "+" in variant else N, block_m, block_n)
-    got = defaultdict(list)
-    for sm, *tile in walk_on_host(variant, SMS, N, *rows):
-        got[int(sm)].append(tuple(map(int, tile)))
+    tiles = walk(rows, N // 2 if "swiglu" in variant else N, block_m, block_n)
+    got = walk_of_csrc(variant, N, rows)
     for sm in range(SMS):
-        want = [(g, first[g] + m * block_m, n * block_n, own) for g, m, n, own in tiles[sm::SMS]]
-        assert got[sm] == want
+        assert got[sm] == [(g, first[g] + m * block_m, n * block_n, own) for g, m, n, own in tiles[sm::SMS]]
 
 
-@needs_host
+@needs_csrc
 @pytest.mark.parametrize("variant", ["wgrad", "wgrad_bf16"])
 def test_a_weight_gradient_has_all_tiles_of_every_group(variant):
     N, rows = 2304, [128, 0, 256]
-    got = sorted(tuple(map(int, tile)) for _, *tile in walk_on_host(variant, SMS, N, *rows))
+    got = sorted(tile for of_one in walk_of_csrc(variant, N, rows) for tile in of_one)
     assert got == sorted((g, m * 128, n * 256, own) for g, m, n, own in walk([N] * len(rows), N, 128, 256))
 
 
-@needs_host
+@needs_csrc
 def test_transposing_weights_has_no_bank_conflicts():
-    """Each matrix of ldmatrix and stmatrix is 8 lines of 16 bytes, one in every eighth of the 128 bytes of banks."""
-    matrices = walk_on_host("banks")
-    assert len(matrices) == 2 * 128 * 128 // (8 * 16)
-    assert all(sorted(m) == [*"01234567"] for m in matrices)
+    check_transposed(load())
+    kernels = load_now("_C", "")._lib.ready
+    sites = [s for name, k in kernels.items() if "gemm_fp8_kernel" in name for s in k.by_site()]
+    matrices = [s for s in sites if s["text"].startswith(("ldmatrix", "stmatrix")) and s["runs"]]
+    assert len(matrices) >= 16 and all(s["units"] == s["ideal"] for s in matrices)
 
 
 @triton.jit

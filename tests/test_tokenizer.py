@@ -291,6 +291,21 @@ def test_bad_tokenizers(bpe, tmp_path, monkeypatch):
     refuses(bpe, r"pip install ling_kernels\[train\]")
 
 
+def test_settings_with_lone_surrogates_are_saved(tmp_path):
+    tokenizer = Tokenizer(None, byte_settings() | {"note": "\ud800"})
+    tokenizer.save(tmp_path)
+    assert load_tokenizer(tmp_path).settings == tokenizer.settings
+
+
+def test_a_text_that_tokenizers_cannot_encode_is_one_line():
+    tokenizers = pytest.importorskip("tokenizers")
+    backend = tokenizers.Tokenizer(tokenizers.models.WordPiece({"</s>": 0, "a": 1}, unk_token="[UNK]"))
+    tokenizer = Tokenizer(backend, {"eos_token": "</s>"})
+    assert tokenizer.encode("a") == [1]
+    with pytest.raises(InputError, match="cannot encode this text: .*UNK"):
+        tokenizer.encode("b")
+
+
 def test_threads_share_a_tokenizer(tmp_path):
     """One thread's control tokens are not another's: the setting belongs to the backend, which both use."""
     tokenizers = pytest.importorskip("tokenizers")

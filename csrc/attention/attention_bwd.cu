@@ -1,39 +1,33 @@
 #include "attention/attention.h"
-#include "attention/heads.h"
-#include "ragged.cuh"
+#include "attention/tiles.cuh"
+#include "counters.cuh"
 
 namespace ling {
 namespace {
 
-// One kernel template computes dq, or dk and dv (kKeys). A tile of 128 rows of one side (queries, or keys) stays in
-// shared memory while 64 rows at a time of the other side are loaded; a warpgroup has 64 of the 128 rows:
+// A tile of 128 rows of one side (queries, or keys) stays in shared memory while 64 rows at a time of the other side
+// are loaded; a warpgroup has 64 of the 128 rows:
 //   s = x y^T, dp = dx dy^T  with x, dx = q, dout (keys: k, v) and y, dy the same of the other side,
 //   p = exp(scale s - lse), ds = p (dp - delta),  dq = scale ds k   (keys: dk = scale ds^T q, dv = p^T dout).
 // p and ds are left operands of their products in registers, so scores of keys are computed transposed. Each sum has
-// one writer.
-constexpr int kBlock = 128, kOther = 64, kConsumers = 256, kThreads = kConsumers + 128, kStages = 4;
+// one writer. Blocks take tiles of keys first, as they have the most work.
+constexpr int kOther = 64, kStages = 4;
 constexpr int kBox = kBlock * 128, kOtherBox = kOther * 128;  // bytes of 64 columns
 
-struct Problem {
-    TensorMap x, dx, y, dy, lse, delta;
-    const int *cu_q, *cu_k;
-    const float *lse_at, *delta_at;  // [Hq, stride]: start_s = -lse / scale and start_dp = -delta
-    int64_t stride;
-    bf16 *out, *out2;  // dq; or dk and dv
-    int64_t out_row, out2_row;
-    int B, Tq, Tk, Hq, Hkv;
-    bool causal;
-    float scale;
+struct Maps {
+    TensorMap x, dx, y, dy;
 };
 
-struct Tile {
-    int number;
-    int head, rows, first;   // of the side that stays: head, number of rows, first row in the tensors
-    int other_head, others;  // of the other side: first head, first row of the sequence in the tensors
-    int begin, end;          // rows of the other side in its sequence; begin is a multiple of kOther
-    int heads;               // of the other side, in a loop
-    int shift, offset;       // query i sees keys up to i + shift; offset: the tile's first row in its sequence
-    int keys;
+struct Problem {
+    Maps of_queries, of_keys;  // for tiles of queries, and of keys
+    TensorMap lse, delta;
+    Sequences sequences;
+    const float *lse_at, *delta_at;  // [Hq, stride]: start_s = -lse / scale and start_dp = -delta
+    int64_t stride;
+    bf16 *dq, *dk, *dv;
+    int64_t dq_row, dk_row, dv_row;
+    float scale;
+    int counter;  // of the tiles that blocks have taken
 };
 
 struct Shared {
@@ -41,35 +35,14 @@ struct Shared {
     alignas(1024) uint8_t y[kStages][2 * kOtherBox], dy[kStages][2 * kOtherBox];
     alignas(128) float lse[kStages][kOther], delta[kStages][kOther];  // of the loaded queries
     alignas(128) uint8_t staging[kConsumers / 32][16 * 128];
-    Tile tile[kConsumers / 32];  // of each warp; its registers hold sums
-    int tiles[kMaxSequences + 1];
+    TileQueue queue;
+    TileCounts counts_q, counts_k;
     int warp_sums[kThreads / 32];
     Barrier rows_empty, full[kStages], empty[kStages];
 };
 
-template <bool kKeys> __device__ bool find_tile(const Shared& s, const Problem& p, int tile, Tile& t) {
-    const int H = kKeys ? p.Hkv : p.Hq, group = p.Hq / p.Hkv;
-    if (tile / H >= s.tiles[p.B]) return false;
-    const int b = find_group(s.tiles, p.B, tile / H);
-    const int tiles = s.tiles[b + 1] - s.tiles[b], local = tile - s.tiles[b] * H;
-    const int q0 = p.cu_q[b], k0 = p.cu_k[b], queries = p.cu_q[b + 1] - q0;
-    t.number = tile, t.keys = p.cu_k[b + 1] - k0, t.shift = t.keys - queries;
-    // Tiles with the most rows on the other side come first
-    if (kKeys) {
-        t.head = local / tiles, t.offset = local % tiles * kBlock;
-        t.first = k0 + t.offset, t.rows = min(t.keys - t.offset, kBlock);
-        t.other_head = t.head * group, t.heads = group, t.others = q0, t.end = queries;
-        t.begin = p.causal ? max(t.offset - t.shift, 0) / kOther * kOther : 0;
-    } else {
-        const int rest = local % (tiles * group);
-        t.other_head = local / (tiles * group), t.head = t.other_head * group + rest % group;
-        t.offset = (tiles - 1 - rest / group) * kBlock;
-        t.first = q0 + t.offset, t.rows = min(queries - t.offset, kBlock);
-        t.heads = 1, t.others = k0, t.begin = 0;
-        t.end = p.causal ? min(t.keys, t.offset + t.rows + t.shift) : t.keys;
-    }
-    return true;
-}
+// The first row of the other side, rounded down to a block
+__device__ int first_row(const Tile& t) { return t.begin / kOther * kOther; }
 
 __device__ void load_pair(uint8_t* to, uint8_t* to2, const TensorMap& map, const TensorMap& map2, Barrier& full,
                           int box, int head, int row) {
@@ -80,46 +53,50 @@ __device__ void load_pair(uint8_t* to, uint8_t* to2, const TensorMap& map, const
     }
 }
 
-template <bool kKeys> __device__ void load_tiles(Shared& s, const Problem& p) {
+__device__ void load_tiles(Shared& s, const Problem& p) {
     Ring<kStages> ring;
     unsigned rows = 0;  // the parity to wait for
-    Tile t;
-    for (int tile = blockIdx.x; find_tile<kKeys>(s, p, tile, t); tile += gridDim.x) {
-        if (threadIdx.x % 32 == 0 && t.begin < t.end) {
-            for (int h = 0; h < t.heads; h++)
-                for (int n = t.begin; n < t.end; n += kOther, ring.next()) {
-                    Barrier& full = s.full[ring.stage];
-                    const bool first = h == 0 && n == t.begin;  // this stage also loads the tile's own rows
-                    s.empty[ring.stage].wait(ring.parity ^ 1);
-                    full.arrive_and_expect(4 * kOtherBox + (kKeys ? 2 * kOther * 4 : 0) + (first ? 4 * kBox : 0));
-                    if (first) {
-                        s.rows_empty.wait(rows ^= 1);
-                        load_pair(s.x, s.dx, p.x, p.dx, full, kBox, t.head, t.first);
-                    }
-                    load_pair(s.y[ring.stage], s.dy[ring.stage], p.y, p.dy, full, kOtherBox, t.other_head + h,
-                              t.others + n);
-                    if (kKeys) {
-                        load_tile(s.lse[ring.stage], p.lse, full, t.others + n, t.other_head + h);
-                        load_tile(s.delta[ring.stage], p.delta, full, t.others + n, t.other_head + h);
-                    }
+    const int of_keys = s.counts_k.before[p.sequences.B] * p.sequences.Hkv;
+    const int all = of_keys + s.counts_q.before[p.sequences.B] * p.sequences.Hq;
+    const auto find = [&](int number) {
+        const bool keys = number < of_keys;
+        return find_tile(p.sequences, keys ? s.counts_k : s.counts_q, keys, keys ? number : number - of_keys);
+    };
+    s.queue.share(counters + p.counter, all, find, [&](const Tile& t) {
+        const Maps& maps = t.keys ? p.of_keys : p.of_queries;
+        bool first = true;  // this stage also loads the tile's own rows
+        for (int h = t.other_head; h < t.other_head + t.heads; h++)
+            for (int n = first_row(t); n < t.end; n += kOther, ring.next(), first = false) {
+                Barrier& full = s.full[ring.stage];
+                s.empty[ring.stage].wait(ring.parity ^ 1);
+                full.arrive_and_expect(4 * kOtherBox + (t.keys ? 2 * kOther * 4 : 0) + (first ? 4 * kBox : 0));
+                if (first) {
+                    s.rows_empty.wait(rows ^= 1);
+                    load_pair(s.x, s.dx, maps.x, maps.dx, full, kBox, t.head, t.first);
                 }
-        }
-        __syncwarp();
-    }
+                load_pair(s.y[ring.stage], s.dy[ring.stage], maps.y, maps.dy, full, kOtherBox, h, t.others + n);
+                if (t.keys) {
+                    load_tile(s.lse[ring.stage], p.lse, full, t.others + n, h);
+                    load_tile(s.delta[ring.stage], p.delta, full, t.others + n, h);
+                }
+            }
+    });
 }
 
 // Starts scores [64, 64] += x y^T
 __device__ void multiply_rows(float (&scores)[32], const uint8_t* x, const uint8_t* y) {
 #pragma unroll
     for (int i = 0; i < kD / 16; i++)
-        wgmma_bf16(scores, operand(x + i / 4 * kBox + i % 4 * 32), operand(y + i / 4 * kOtherBox + i % 4 * 32), true);
+        wgmma_bf16(scores, operand_after(x, i / 4 * kBox + i % 4 * 32),
+                   operand_after(y, i / 4 * kOtherBox + i % 4 * 32), true);
     wgmma_commit();
 }
 
 // Starts sum += a y
 __device__ void add_product(float (&sum)[64], const unsigned (&a)[4][4], const uint8_t* y) {
 #pragma unroll
-    for (int i = 0; i < kOther / 16; i++) wgmma_bf16_registers(sum, a[i], operand(y + i * 16 * 128, kOtherBox), true);
+    for (int i = 0; i < kOther / 16; i++)
+        wgmma_bf16_registers(sum, a[i], operand_after(y, i * 16 * 128, kOtherBox), true);
 }
 
 // Rows past the sequence's end belong to another sequence and may be NaN: 0 times NaN is NaN.
@@ -130,121 +107,128 @@ __device__ void clear_rows(uint8_t* y, uint8_t* dy, int from) {
     named_barrier(1, kConsumers);
 }
 
-template <bool kKeys> __device__ void differentiate(Shared& s, const Problem& p) {
-    const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32, lane = threadIdx.x % 32, column = lane % 4 * 2;
-    const int row = 16 * warp + lane / 4;  // the thread also has row + 8
+// Computes tile t: dq of its queries, or dk and dv of its keys. done: blocks of the other side finished so far; block i
+// uses stage i % kStages.
+template <bool kKeys> __device__ void differentiate(Shared& s, const Problem& p, const Tile& t, unsigned& done) {
+    const int warpgroup = uniform(threadIdx.x / 128), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int row = 16 * warp + lane / 4, column = lane % 4 * 2;  // the thread also has row + 8
     const float scale_log2 = p.scale * kLog2e;
-    unsigned done = 0;  // finished blocks of the other side; block i uses stage i % kStages
-    Tile found;
-    for (int tile = blockIdx.x; find_tile<kKeys>(s, p, tile, found); tile = s.tile[warp].number + gridDim.x) {
-        Tile& t = s.tile[warp];
-        __syncwarp();
-        if (lane == 0) t = found;
-        __syncwarp();
-        float sum[64] = {}, sum2[64] = {};  // dq; or dk and dv
-        float lse[2] = {}, delta[2] = {};   // of the tile's queries
-        if (!kKeys)
+    const bool causal = p.sequences.causal;
+    float sum[64] = {}, sum2[64] = {};  // dq; or dk and dv
+    float lse[2] = {}, delta[2] = {};   // of the tile's queries
+    if (!kKeys)
 #pragma unroll
-            for (int r = 0; r < 2; r++)
-                if (row + 8 * r < t.rows) {
-                    const int64_t index = t.head * p.stride + t.first + row + 8 * r;
-                    lse[r] = p.lse_at[index], delta[r] = p.delta_at[index];
-                }
-        const bool any = t.begin < t.end;
-        int blocks_left = any ? t.heads * ceil_div(t.end - t.begin, kOther) : 0;
-        for (int n = t.begin; blocks_left; blocks_left--, done++) {
-            const int stage = done % kStages;
-            s.full[stage].wait(done / kStages % 2);
-            const uint8_t *y = s.y[stage], *dy = s.dy[stage];
-            if (n + kOther > t.end) clear_rows(s.y[stage], s.dy[stage], t.end - n);
-            float scores[32], dp[32];  // start at -lse / scale and -delta of their query
-#pragma unroll
-            for (int i = 0; i < 32; i++) {
-                const int c = i / 4 * 8 + i % 2 + column, r = i / 2 % 2;
-                scores[i] = kKeys ? s.lse[stage][c] : lse[r];
-                dp[i] = kKeys ? s.delta[stage][c] : delta[r];
+        for (int r = 0; r < 2; r++)
+            if (row + 8 * r < t.rows) {
+                const int64_t index = t.head * p.stride + t.first + row + 8 * r;
+                lse[r] = p.lse_at[index], delta[r] = p.delta_at[index];
             }
-            pin(scores), pin(dp);
-            wgmma_fence();
-            multiply_rows(scores, s.x + 64 * 128 * warpgroup, y);
-            multiply_rows(dp, s.dx + 64 * 128 * warpgroup, dy);
-            wgmma_wait<1>(scores);
-
-            // Bit i: score i is visible. Most blocks need no mask: every query sees every key of the block.
-            unsigned seen = ~0u;
-            const int other = kKeys ? n : n + kOther - 1, edge = kKeys ? t.offset + kBlock - 1 : t.offset;
-            if (n + kOther > t.end || (p.causal && !(kKeys ? other + t.shift >= edge : other <= edge + t.shift))) {
+    const int begin = first_row(t);
+    int blocks_left = t.heads * max(ceil_div(t.end - begin, kOther), 0);
+    const bool any = blocks_left;
+    for (int n = begin; blocks_left; blocks_left--, done++) {
+        const int stage = done % kStages;
+        s.full[stage].wait(done / kStages % 2);
+        const uint8_t *y = s.y[stage], *dy = s.dy[stage];
+        if (n + kOther > t.end) clear_rows(s.y[stage], s.dy[stage], t.end - n);
+        float scores[32], dp[32];  // start at -lse / scale and -delta of their query
 #pragma unroll
-                for (int i = 0; i < 32; i++) {
-                    const int position = n + column + i / 4 * 8 + i % 2, tile_row = t.offset + row + i / 2 % 2 * 8;
-                    const bool visible =
-                        !p.causal || (kKeys ? position + t.shift >= tile_row : position <= tile_row + t.shift);
-                    seen ^= static_cast<unsigned>(!visible || position >= t.end) << i;
-                }
-            }
-#pragma unroll
-            for (int i = 0; i < 32; i++) scores[i] = seen >> i & 1 ? exp2f(scores[i] * scale_log2) : 0;
-            unsigned rounded[4][4], rounded2[4][4];
-            wgmma_wait<0>(dp);
-#pragma unroll
-            for (int i = 0; i < 32; i++)
-                dp[i] = seen >> i & 1 ? scores[i] * dp[i] : 0;  // dp of another sequence's row may be NaN
-            round_to_bf16(rounded, dp);
-            if (kKeys) round_to_bf16(rounded2, scores);
-            wgmma_fence();
-            if (kKeys) add_product(sum2, rounded2, dy);
-            add_product(sum, rounded, y);
-            wgmma_commit();
-            wgmma_wait<0>(sum);
-            if (kKeys) wgmma_wait<0>(sum2);
-            release(s.empty[stage]);
-            n = n + kOther < t.end ? n + kOther : t.begin;
+        for (int i = 0; i < 32; i++) {
+            const int c = i / 4 * 8 + i % 2 + column, r = i / 2 % 2;
+            scores[i] = kKeys ? s.lse[stage][c] : lse[r];
+            dp[i] = kKeys ? s.delta[stage][c] : delta[r];
         }
-        if (any) release(s.rows_empty);
+        pin(scores), pin(dp);
+        wgmma_fence();
+        multiply_rows(scores, s.x + 64 * 128 * warpgroup, y);
+        multiply_rows(dp, s.dx + 64 * 128 * warpgroup, dy);
+        wgmma_wait<1>(scores);
+
+        // Most blocks need no mask: every query sees every key of the block. Elsewhere hidden scores become -inf
+        // and their dp, which may be a NaN of another sequence, 0.
+        const int other = kKeys ? n : n + kOther - 1, edge = kKeys ? t.offset + kBlock - 1 : t.offset;
+        const bool masked =
+            n + kOther > t.end || (causal && !(kKeys ? other + t.shift >= edge : other <= edge + t.shift));
+        int from[2], to[2];  // what each of the thread's two rows sees, as columns after n + column
 #pragma unroll
-        for (int i = 0; i < 64; i++) sum[i] *= p.scale;
-        const auto store = [&](const float (&d)[64], bf16* out, int64_t out_row) {
-#pragma unroll
-            for (int part = 0; part < 2; part++)
-                store_rows(s.staging[warp], d + 32 * part, 64, [&](int i) -> bf16* {
-                    const int m = 16 * warp + i;
-                    return m < t.rows ? out + (t.first + m) * out_row + t.head * kD + 64 * part : nullptr;
-                });
+        for (int r = 0; r < 2; r++) {
+            const int tile_row = t.offset + row + 8 * r;
+            from[r] = causal && kKeys ? tile_row - t.shift - n - column : -kOther;
+            to[r] = (causal && !kKeys ? min(tile_row + t.shift + 1, t.end) : t.end) - n - column;
+        }
+        const auto hidden = [&](int i) {
+            const int c = i / 4 * 8 + i % 2, r = i / 2 % 2;
+            return (kKeys && c < from[r]) | (c >= to[r]);
         };
-        store(sum, p.out, p.out_row);
-        if (kKeys) store(sum2, p.out2, p.out2_row);
+        if (masked)
+#pragma unroll
+            for (int i = 0; i < 32; i++) scores[i] = hidden(i) ? -INFINITY : scores[i];
+#pragma unroll
+        for (int i = 0; i < 32; i++) scores[i] = exp2_approx(scores[i] * scale_log2);
+        pin(scores);  // before the wait for dp, which the exponentials overlap
+        unsigned rounded[4][4], rounded2[4][4];
+        if (kKeys) round_to_bf16(rounded2, scores);
+        wgmma_wait<0>(dp);
+        if (masked)
+#pragma unroll
+            for (int i = 0; i < 32; i++) dp[i] = hidden(i) ? 0 : dp[i];
+#pragma unroll
+        for (int i = 0; i < 32; i++) dp[i] *= scores[i];
+        round_to_bf16(rounded, dp);
+        wgmma_fence();
+        if (kKeys) add_product(sum2, rounded2, dy);
+        add_product(sum, rounded, y);
+        wgmma_commit();
+        wgmma_wait<0>(sum);
+        if (kKeys) wgmma_wait<0>(sum2);
+        release(s.empty[stage]);
+        n = n + kOther < t.end ? n + kOther : begin;
     }
+    if (any) release(s.rows_empty);
+#pragma unroll
+    for (int i = 0; i < 64; i++) sum[i] *= p.scale;
+    const auto store = [&](const float (&d)[64], bf16* out, int64_t out_row) {
+#pragma unroll
+        for (int part = 0; part < 2; part++)
+            store_rows(s.staging[warp], d + 32 * part, 64, [&](int i) -> bf16* {
+                const int m = 16 * warp + i;
+                return m < t.rows ? out + (t.first + m) * out_row + t.head * kD + 64 * part : nullptr;
+            });
+    };
+    store(sum, kKeys ? p.dk : p.dq, kKeys ? p.dk_row : p.dq_row);
+    if (kKeys) store(sum2, p.dv, p.dv_row);
 }
 
-template <bool kKeys>
 __global__ void __launch_bounds__(kThreads, 1) attention_bwd_kernel(const __grid_constant__ Problem p) {
     Shared& s = *dynamic_shared<Shared>();
     if (threadIdx.x == 0) {
-        s.rows_empty.init(kConsumers / 32);
+        s.queue.init(), s.rows_empty.init(kConsumers / 32);
         for (int i = 0; i < kStages; i++) s.full[i].init(1), s.empty[i].init(kConsumers / 32);
         publish_barriers();
     }
     __syncthreads();
-    const int* cu = kKeys ? p.cu_k : p.cu_q;
-    count_tiles(s.tiles, s.warp_sums, p.B, [&](int b) {
-        check_bounds(p.cu_q, b, p.B, p.Tq), check_bounds(p.cu_k, b, p.B, p.Tk);
-        return ceil_div(cu[b + 1] - cu[b], kBlock);
-    });
+    s.counts_q.count(p.sequences, false, s.warp_sums);
+    s.counts_k.count(p.sequences, true, s.warp_sums);
+    wait_for_previous();  // attention_delta_kernel
     if (threadIdx.x >= kConsumers) {
         fewer_registers<40>();
-        if (threadIdx.x < kConsumers + 32) load_tiles<kKeys>(s, p);
+        if (threadIdx.x < kConsumers + 32) load_tiles(s, p);
     } else {
         more_registers<232>();
-        differentiate<kKeys>(s, p);
+        unsigned done = 0;
+        s.queue.for_each(
+            [&](const Tile& t) { t.keys ? differentiate<true>(s, p, t, done) : differentiate<false>(s, p, t, done); });
     }
 }
 
 // Half a warp per row: the start values of its scores, -lse / scale, and of dp, -delta = -dout . out.
 __global__ void __launch_bounds__(256)
     attention_delta_kernel(const bf16* dout, int64_t dout_row, const bf16* out, int64_t out_row, const float* lse,
-                           float* start_s, float* start_dp, float scale, int T, int H, int64_t stride) {
+                           float* start_s, float* start_dp, float inverse_scale, int T, int H, int64_t stride) {
+    launch_dependents();
     constexpr int kLanes = kD / 8;
-    const int64_t row = blockIdx.x * (256ll / kLanes) + threadIdx.x / kLanes, t = row / H, h = row % H;
+    const int row = blockIdx.x * (256 / kLanes) + threadIdx.x / kLanes;
+    const int64_t t = row / H, h = row % H;
     const int lane = threadIdx.x % kLanes;
     float sum = 0;
     if (t < T) {
@@ -256,7 +240,7 @@ __global__ void __launch_bounds__(256)
     for (int d = kLanes / 2; d; d /= 2) sum += __shfl_xor_sync(~0u, sum, d);
     if (lane || t >= T) return;
     start_dp[h * stride + t] = -sum;
-    start_s[h * stride + t] = -lse[h * T + t] / scale;
+    start_s[h * stride + t] = -lse[h * T + t] * inverse_scale;
 }
 
 }  // namespace
@@ -272,28 +256,27 @@ void attention_bwd(cudaStream_t stream, Tensor dout, Tensor q, Tensor k, Tensor 
     if (!cu_k.data) cu_k = cu_q;
     LING_CHECK(cu_q.is(DType::i32, {B + 1}) && cu_q.contiguous() && B > 0 && B <= kMaxSequences && Tq > 0 && Tk > 0);
     LING_CHECK(cu_k.is(DType::i32, {B + 1}) && cu_k.contiguous());
+    LING_CHECK(Tq * Hq < (1ll << 31) - 16);
     Problem p{};
     p.lse_at = scratch.ptr<float>(), p.delta_at = p.lse_at + Hq * stride, p.stride = stride;
     launch<attention_delta_kernel>(ceil_div<int64_t>(Tq * Hq, 16), 256, 0, stream, dout.ptr<bf16>(), dout.stride[0],
                                    out.ptr<bf16>(), out.stride[0], lse.ptr<float>(), scratch.ptr<float>(),
-                                   scratch.ptr<float>() + Hq * stride, scale, static_cast<int>(Tq),
+                                   scratch.ptr<float>() + Hq * stride, 1 / scale, static_cast<int>(Tq),
                                    static_cast<int>(Hq), stride);
 
-    p.cu_q = cu_q.ptr<int>(), p.cu_k = cu_k.ptr<int>();
-    p.B = B, p.Tq = Tq, p.Tk = Tk, p.Hq = Hq, p.Hkv = Hkv, p.causal = causal, p.scale = scale;
+    const auto num = [](int64_t x) { return static_cast<int>(x); };
+    p.sequences = {cu_q.ptr<int>(), cu_k.ptr<int>(), num(B), num(Tq), num(Tk), num(Hq), num(Hkv), causal};
+    p.of_queries = {map_of_heads(q, kBlock), map_of_heads(dout, kBlock), map_of_heads(k, kOther),
+                    map_of_heads(v, kOther)};
+    p.of_keys = {map_of_heads(k, kBlock), map_of_heads(v, kBlock), map_of_heads(q, kOther), map_of_heads(dout, kOther)};
     p.lse = encode_map(p.lse_at, DType::f32, Hq, stride, stride * 4, 1, kOther, false);
     p.delta = encode_map(p.delta_at, DType::f32, Hq, stride, stride * 4, 1, kOther, false);
-    const auto blocks = [&](int64_t T, int64_t H) {
-        return std::min<int64_t>(multiprocessors(), (T / kBlock + std::min(B, T)) * H);
-    };
-    p.x = map_of_heads(q, kBlock), p.dx = map_of_heads(dout, kBlock), p.y = map_of_heads(k, kOther),
-    p.dy = map_of_heads(v, kOther);
-    p.out = dq.ptr<bf16>(), p.out_row = dq.stride[0];
-    launch<attention_bwd_kernel<false>>(blocks(Tq, Hq), kThreads, sizeof(Shared), stream, p);
-    p.x = map_of_heads(k, kBlock), p.dx = map_of_heads(v, kBlock), p.y = map_of_heads(q, kOther),
-    p.dy = map_of_heads(dout, kOther);
-    p.out = dk.ptr<bf16>(), p.out_row = dk.stride[0], p.out2 = dv.ptr<bf16>(), p.out2_row = dv.stride[0];
-    launch<attention_bwd_kernel<true>>(blocks(Tk, Hkv), kThreads, sizeof(Shared), stream, p);
+    p.dq = dq.ptr<bf16>(), p.dk = dk.ptr<bf16>(), p.dv = dv.ptr<bf16>();
+    p.dq_row = dq.stride[0], p.dk_row = dk.stride[0], p.dv_row = dv.stride[0];
+    p.scale = scale, p.counter = counter_of(stream);
+    const auto tiles = [&](int64_t T, int64_t H) { return (T / kBlock + std::min(B, T)) * H; };  // at most
+    const int blocks = std::min<int64_t>(multiprocessors(), tiles(Tq, Hq) + tiles(Tk, Hkv));
+    launch<attention_bwd_kernel, kOverlaps>(blocks, kThreads, sizeof(Shared), stream, p);
 }
 
 }  // namespace ling

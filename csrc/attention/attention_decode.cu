@@ -8,13 +8,20 @@ namespace {
 using namespace decode;
 
 struct Shared {
-    float outs[kWarps][kRows][kPitch];
+    alignas(16) float outs[kWarps][kRows][kD];  // column d of a row at stored_at(d)
     float largest[kWarps][kRows], total[kWarps][kRows];
 };
 
+// Where a row's column d is stored: 8 lanes that store 16 bytes each, of 4 c and 2 g (see Warp), access different
+// banks. kPer: elements of a chunk of values
+template <int kPer> __device__ int stored_at(int row, int d) {
+    constexpr int kSame = kPer / 4;  // values of c whose columns are multiples of 32 floats apart
+    return d ^ 4 * (d / 32 % kSame + row % 2 * kSame);
+}
+
 // Combines the warps' results for the block's rows of a sequence, and stores them. The log-sum-exp of the scores is in
 // base 2, like the scores.
-__device__ void combine_warps(const Shared& shared, float* partial, float* lse_log2, int rows) {
+template <int kPer> __device__ void combine_warps(const Shared& shared, float* partial, float* lse_log2, int rows) {
     const int d = threadIdx.x;
     for (int r = 0; r < rows; r++) {
         float largest = -INFINITY, total = 0, sum = 0;
@@ -23,9 +30,9 @@ __device__ void combine_warps(const Shared& shared, float* partial, float* lse_l
         const float base = largest == -INFINITY ? 0.f : largest;
 #pragma unroll
         for (int w = 0; w < kWarps; w++) {
-            const float weight = exp2f(shared.largest[w][r] - base);
+            const float weight = exp2_approx(shared.largest[w][r] - base);
             total += weight * shared.total[w][r];
-            sum += weight * shared.outs[w][r][d];
+            sum += weight * shared.outs[w][r][stored_at<kPer>(r, d)];
         }
         partial[r * kD + d] = total == 0 ? 0.f : sum / total;
         if (d == 0) lse_log2[r] = total == 0 ? -INFINITY : largest + log2f(total);
@@ -49,6 +56,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     int seq, begin;
     cache.find(tile, seq, begin);
     Warp<T, C, kAppends> me{cache};
+    constexpr int kPer = decltype(me)::kPer;
     if constexpr (kAppends) me.fresh = &fresh;
     me.head = blockIdx.y;
     for (; tile < stop; seq++) {
@@ -70,8 +78,8 @@ __global__ void __launch_bounds__(kThreads, 2)
                 else if (r < R) row[i] = q + ((int64_t{seq} * n + r / G) * (cache.Hkv * G) + me.head * G + r % G) * kD;
                 last[i] = min(length - n + r / G, me.used - 1);
             }
-            me.load_queries(row[0], row[1]);
-            me.run(scale_log2, last);
+            me.shown = min(length - n + r0 / G + 1, me.used);
+            me.run(row[0], row[1], last, scale_log2);
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 const int r = me.g + 8 * i;
@@ -81,15 +89,14 @@ __global__ void __launch_bounds__(kThreads, 2)
                 for (int j = 0; j < 16; j += 4)
 #pragma unroll
                     for (int e = 0; e < 2; e++) {
-                        constexpr int kPer = decltype(me)::kPer;
                         const int d = (2 * me.c + e + 8 * (j / kPer)) * kPer + j % kPer, element = 2 * i + e;
-                        *reinterpret_cast<float4*>(&shared.outs[me.warp][r][d]) = {
+                        *reinterpret_cast<float4*>(&shared.outs[me.warp][r][stored_at<kPer>(r, d)]) = {
                             me.o[j][element], me.o[j + 1][element], me.o[j + 2][element], me.o[j + 3][element]};
                     }
             }
             __syncthreads();
             const int64_t to = (int64_t{blockIdx.x + seq} * cache.Hkv + me.head) * R + r0;
-            combine_warps(shared, partial + to * kD, lse_log2 + to, min(R - r0, kRows));
+            combine_warps<kPer>(shared, partial + to * kD, lse_log2 + to, min(R - r0, kRows));
             __syncthreads();
         }
         begin = end, tile = min(stop, end);
@@ -124,7 +131,7 @@ __global__ void __launch_bounds__(kThreads)
     float total = 0, sum[4] = {};
 #pragma unroll 8
     for (int p = first + warp; p < stop; p += kWarps) {
-        const float weight = exp2f(lse_log2[int64_t{p} * rows] - largest);
+        const float weight = exp2_approx(lse_log2[int64_t{p} * rows] - largest);
         const Vec<4> piece = load<4>(partial + int64_t{p} * rows * kD + lane * 4);
         total += weight;
         for (int i = 0; i < 4; i++) sum[i] += weight * piece[i];
@@ -172,7 +179,7 @@ void run(cudaStream_t stream, const Tensor& q, const NewTokens* tokens, const Te
     LING_CHECK(partial.is(DType::f32, {W + B, Hkv, n * G, kD}) && partial.contiguous() && W > 0);
     LING_CHECK(lse_log2.is(DType::f32, {W + B, Hkv, n * G}) && lse_log2.contiguous());
     LING_CHECK(max_pages * page_size < 1 << 30 && B * (ceil_div<int64_t>(max_pages * page_size, kTile) + 1) < 1 << 30);
-    LING_CHECK(W + B < 1ll << 31 && Hq * n < 1 << 16 && num_pages < 1ll << 31);
+    LING_CHECK(W + B < 1ll << 31 && Hq * n < 1 << 16 && num_pages * page_size < 1ll << 31);
     LING_CHECK(!out_q.ndim || (out_q.is(DType::e4m3, {B * n, Hq * kD}) && out_q.contiguous() && out_q.aligned()));
     LING_CHECK(!out_q.ndim || (out_scale.is(DType::f32, {B * n, Hq}) && (B * n == 1 || out_scale.stride[0] == 1)));
     LING_CHECK(num_pages > 0 && page_size > 0 && max_pages > 0);

@@ -10,7 +10,6 @@ namespace ling::decode {
 // step's softmax and product with the values; its values load during its own scores. The 4 warps combine their results
 // once per sequence in shared memory. A block finds its run of tiles of keys from the lengths, as in Triton.
 constexpr int kD = 128, kWarps = 4, kThreads = 32 * kWarps, kStep = 16, kTile = kWarps * kStep, kRows = 16;
-constexpr int kPitch = kD + 4;  // floats of a row in shared memory: rows start in different banks
 
 struct Cache {
     const void *k, *v;
@@ -46,6 +45,9 @@ struct Cache {
     }
 };
 
+// 2^exponent for exponents from -126 to 127, 0 for -127
+__device__ inline float power_of_two(int exponent) { return __int_as_float((exponent + 127) << 23); }
+
 constexpr int kMostNew = 8;
 
 // In shared memory of the kernel that appends the n new tokens: a tile's queries, normed and rotated, and the new keys
@@ -60,21 +62,50 @@ template <typename T, typename C> struct Fresh {
     __device__ int index(int key) const { return key >= begin && key < begin + n ? key - begin : -1; }
 };
 
+// Pairs of elements of two chunks of C, as operands of products of F
+template <typename F, typename C> struct Interleaved {
+    static constexpr int kElements = 16 / sizeof(C);
+    unsigned pair[kElements];  // element i of the one, and of the other
+
+    __device__ Interleaved(uint4 one, uint4 other) {
+        const unsigned a[4] = {one.x, one.y, one.z, one.w}, b[4] = {other.x, other.y, other.z, other.w};
+#pragma unroll
+        for (int i = 0; i < kElements; i += 2)
+            if constexpr (sizeof(C) == 2) {
+                pair[i] = __byte_perm(a[i / 2], b[i / 2], 0x5410);
+                pair[i + 1] = __byte_perm(a[i / 2], b[i / 2], 0x7632);
+            } else {
+                const unsigned codes = __byte_perm(a[i / 4], b[i / 4], i % 4 ? 0x7362 : 0x5140);
+                pair[i] = to_f16(codes & 0xffff), pair[i + 1] = to_f16(codes >> 16);
+            }
+    }
+    static __device__ unsigned to_f16(unsigned two) {
+        const __half2 pair = __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(two), __NV_E4M3);
+        return *reinterpret_cast<const unsigned*>(&pair);
+    }
+};
+
 // A warp's part of a sequence's keys: scores of 16 rows in units of log2, and the values weighted by them.
 // Lane l is g = l / 4, c = l % 4. The contraction may take dims in any order, so a lane's chunks of a key are used as
 // loaded; output columns may have any order, so its chunks of values are too, once those of two keys are interleaved.
-// kAppends: new tokens are read from `fresh`.
+// kAppends: new tokens are read from `fresh`. Products with an FP8 cache are in f16, which is one instruction from two
+// codes; bf16 would be three.
 template <typename T, typename C, bool kAppends> struct Warp {
-    static constexpr int kPer = Chunk<T, C>::kElements, kKeyChunks = kD / kPer / 4, kValueChunks = kD / kPer / 8;
+    static constexpr bool kFp8 = sizeof(C) == 1;
+    using Factor = std::conditional_t<kFp8, f16, T>;
+    static constexpr int kPer = 16 / sizeof(C), kKeyChunks = kD / kPer / 4, kValueChunks = kD / kPer / 8;
     const Cache& cache;
     const Fresh<T, C>* fresh;
     const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4, warp = threadIdx.x / 32;
     int seq, head, first, stop, used;  // keys of the block's run
+    int shown;                         // keys before this one are seen by all rows
     unsigned q[8][4];
+    float scale_log2[2];                              // of the lane's two rows of products of q and keys
     uint4 ks[2][kKeyChunks], vs[2][2][kValueChunks];  // key 8t + g; key 8t + 2c + i
-    float k_scale[2][2], v_scale[2][2];               // of key 8t + 2c + i
+    float scales;                                     // lane l: of key l, or of value l - 16
+    int value_exponent;  // of the largest scale of a value so far, plus 127; P and o are in units of that power of two
     float largest[2], total[2], o[16][4];
-    int lane_page;  // lane l: the page of step l of the current group of 32 steps
+    int lane_cell;  // lane l: the first cell of step l of the current group of 32 steps
 
     __device__ int key(int step) const { return first + (step * kWarps + warp) * kStep; }
 
@@ -89,100 +120,152 @@ template <typename T, typename C, bool kAppends> struct Warp {
         }
     }
 
+    // Turns bf16 queries into f16, divided by a power of two in rows with numbers too large for f16.
+    __device__ void convert_queries(float scale) {
+        constexpr int kLargest = 127 + 15;  // exponent of f16's largest numbers, plus 127
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            int most = 0;
+#pragma unroll
+            for (int i = 0; i < 16; i++) {
+                const int pair = q[i / 2][i % 2 * 2 + r];
+                most = max(most, max(pair & 0x7fff, pair >> 16 & 0x7fff));
+            }
+            most = max(most, __shfl_xor_sync(~0u, most, 1));
+            most = max(most, __shfl_xor_sync(~0u, most, 2));
+            const int excess = max((most >> 7) - kLargest, 0);
+            const float factor = power_of_two(-excess);
+            scale_log2[r] = scale * power_of_two(excess);
+#pragma unroll
+            for (int i = 0; i < 16; i++) {
+                unsigned& pair = q[i / 2][i % 2 * 2 + r];
+                pair = pack<Factor>(__uint_as_float(pair << 16) * factor, __uint_as_float(pair & 0xffff0000) * factor);
+            }
+        }
+    }
+
     // The cell of the step's first key; the 16 lie in one page.
-    __device__ int64_t locate(int step) {
+    __device__ int locate(int step) {
         if (step % 32 == 0) {
             const int lane_key = key(step + lane);
-            lane_page = lane_key < stop ? cache.table[int64_t{seq} * cache.max_pages + lane_key / cache.page_size] : 0;
-            LING_DEVICE_CHECK(lane_page >= 0 && lane_page < cache.num_pages);
-            lane_page = min(max(lane_page, 0), cache.num_pages - 1);
+            int page = lane_key < stop ? cache.table[int64_t{seq} * cache.max_pages + lane_key / cache.page_size] : 0;
+            LING_DEVICE_CHECK(page >= 0 && page < cache.num_pages);
+            page = min(max(page, 0), cache.num_pages - 1);
+            lane_cell = page * cache.page_size + lane_key % cache.page_size;
         }
-        return int64_t{__shfl_sync(~0u, lane_page, step % 32)} * cache.page_size + key(step) % cache.page_size;
+        return __shfl_sync(~0u, lane_cell, step % 32);
+    }
+
+    // Calls f with true if the step's keys are all in the cache, otherwise with false: some are new or past the end.
+    template <typename F> __device__ void if_plain(int step, F&& f) {
+        int end = used;
+        if constexpr (kAppends) end = min(end, fresh->begin);
+        if (key(step) + kStep <= end) f(std::true_type{});
+        else f(std::false_type{});
     }
 
     // The row of key (kind 0) or value (kind 1) number `index` of a step
-    __device__ const C* row_of(int kind, int step, int64_t cell, int index) const {
-        if constexpr (kAppends)
+    template <bool kPlain> __device__ const C* row_of(int kind, int step, int cell, int index) const {
+        if constexpr (kAppends && !kPlain)
             if (const int i = fresh->index(key(step) + index); i >= 0) return fresh->cells[kind][i];
-        return static_cast<const C*>(kind ? cache.v : cache.k) + ((cell + index) * cache.Hkv + head) * kD;
+        return static_cast<const C*>(kind ? cache.v : cache.k) + (int64_t{cell + index} * cache.Hkv + head) * kD;
     }
 
     // Keys past the sequence's end lie inside the page and their scores are masked. Values there are loaded as 0, as
     // their P is 0 and 0 times NaN is NaN.
-    __device__ void load_keys(int step, int64_t cell) {
+    __device__ void load_keys(int step, int cell) {
+        if_plain(step, [&](auto plain) {
 #pragma unroll
-        for (int t = 0; t < 2; t++) {
-            const C* row = row_of(0, step, cell, 8 * t + g) + c * kPer;
+            for (int t = 0; t < 2; t++) {
+                const C* row = row_of<plain>(0, step, cell, 8 * t + g) + c * kPer;
 #pragma unroll
-            for (int j = 0; j < kKeyChunks; j++) ks[t][j] = *reinterpret_cast<const uint4*>(row + j * 4 * kPer);
-            if constexpr (sizeof(C) == 1) load_scales(k_scale[t], 0, step, cell, t);
-        }
+                for (int j = 0; j < kKeyChunks; j++) ks[t][j] = *reinterpret_cast<const uint4*>(row + j * 4 * kPer);
+            }
+            if constexpr (kFp8) {
+                const int kind = lane / kStep, index = lane % kStep;
+                const float* from = (kind ? cache.v_scale : cache.k_scale) + int64_t{cell + index} * cache.Hkv + head;
+                if constexpr (kAppends && !plain)
+                    if (const int new_one = fresh->index(key(step) + index); new_one >= 0)
+                        from = &fresh->scales[kind][new_one];
+                scales = plain || key(step) + index < used ? *from : 0.f;
+            }
+        });
     }
-    __device__ void load_values(int step, int64_t cell) {
+    __device__ void load_values(int step, int cell) {
+        if_plain(step, [&](auto plain) {
 #pragma unroll
-        for (int t = 0; t < 2; t++) {
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const int index = 8 * t + 2 * c + i;
-                const C* row = row_of(1, step, cell, index) + g * kPer;
+            for (int i = 0; i < 4; i++) {
+                const int index = 8 * (i / 2) + 2 * c + i % 2;
+                const C* row = row_of<plain>(1, step, cell, index) + g * kPer;
 #pragma unroll
                 for (int j = 0; j < kValueChunks; j++)
-                    vs[t][i][j] =
-                        key(step) + index < used ? *reinterpret_cast<const uint4*>(row + j * 8 * kPer) : uint4{};
+                    vs[i / 2][i % 2][j] = plain || key(step) + index < used
+                                              ? *reinterpret_cast<const uint4*>(row + j * 8 * kPer)
+                                              : uint4{};
             }
-            if constexpr (sizeof(C) == 1) load_scales(v_scale[t], 1, step, cell, t);
-        }
-    }
-    __device__ void load_scales(float (&to)[2], int kind, int step, int64_t cell, int t) const {
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const int index = 8 * t + 2 * c + i;
-            const float* from = (kind ? cache.v_scale : cache.k_scale) + (cell + index) * cache.Hkv + head;
-            if constexpr (kAppends)
-                if (const int new_one = fresh->index(key(step) + index); new_one >= 0)
-                    from = &fresh->scales[kind][new_one];
-            to[i] = key(step) + index < used ? *from : 0.f;
-        }
+        });
     }
 
-    __device__ void scores(float (&s)[2][4], float scale_log2) const {
+    // The scale of the lane's key (kind 0) or value (kind 1) 8t + 2c + i of the step
+    __device__ float scale_of(int kind, int t, int i) const {
+        return __shfl_sync(~0u, scales, kind * kStep + 8 * t + 2 * c + i);
+    }
+
+    __device__ void scores(float (&s)[2][4]) const {
 #pragma unroll
         for (int t = 0; t < 2; t++) {
             s[t][0] = s[t][1] = s[t][2] = s[t][3] = 0;
 #pragma unroll
             for (int j = 0; j < kKeyChunks; j++) {
-                const Chunk<T, C> chunk(ks[t][j]);
+                const Chunk<Factor, C> chunk(ks[t][j]);
 #pragma unroll
                 for (int i = 0; i < kPer / 4; i++)
-                    mma<T>(s[t], q[j * (kPer / 4) + i], chunk.pair[2 * i], chunk.pair[2 * i + 1]);
+                    mma<Factor>(s[t], q[j * (kPer / 4) + i], chunk.pair[2 * i], chunk.pair[2 * i + 1]);
             }
 #pragma unroll
-            for (int i = 0; i < 4; i++) s[t][i] *= sizeof(C) == 1 ? k_scale[t][i % 2] * scale_log2 : scale_log2;
+            for (int i = 0; i < 2; i++) {
+                const float scale = kFp8 ? scale_of(0, t, i) : 1;
+                s[t][i] *= scale * scale_log2[0], s[t][2 + i] *= scale * scale_log2[1];
+            }
         }
     }
 
+    // The scales of the step's values in units of the largest power of two so far, so that P times a scale fits f16.
+    // Returns the factor from the earlier unit to that one.
+    __device__ float value_scales(float (&to)[2][2]) {
+        const int most = __reduce_max_sync(~0u, lane < kStep ? 0 : __float_as_int(scales) & 0x7fffffff) >> 23;
+        const int before = value_exponent;
+        value_exponent = max(before, min(most, 253));
+        const float inverse = power_of_two(127 - value_exponent);
+#pragma unroll
+        for (int i = 0; i < 4; i++) to[i / 2][i % 2] = scale_of(1, i / 2, i % 2) * inverse;
+        return power_of_two(max(before - value_exponent, -127));
+    }
+
     // Turns s into P; last: the last key that each of the lane's two rows sees
-    __device__ void softmax(float (&s)[2][4], int first_key, const int (&last)[2]) {
+    __device__ void softmax(float (&s)[2][4], int first_key, const int (&last)[2], const float (&v_scale)[2][2],
+                            float unit) {
+        if (first_key + kStep > shown)
+#pragma unroll
+            for (int i = 0; i < 8; i++)
+                if (first_key + i / 4 * 8 + 2 * c + i % 2 > last[i / 2 % 2]) s[i / 4][i % 4] = -INFINITY;
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             float larger = largest[r];
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                float& x = s[i / 2][2 * r + i % 2];
-                if (first_key + i / 2 * 8 + 2 * c + i % 2 > last[r]) x = -INFINITY;
-                larger = fmaxf(larger, x);
-            }
+            for (int i = 0; i < 4; i++) larger = fmaxf(larger, s[i / 2][2 * r + i % 2]);
             larger = fmaxf(larger, __shfl_xor_sync(~0u, larger, 1));
             larger = fmaxf(larger, __shfl_xor_sync(~0u, larger, 2));
             const float base = larger == -INFINITY ? 0.f : larger;  // -inf - -inf would be NaN
-            const float shrink = exp2f(largest[r] - base);
+            float shrink = exp2_approx(largest[r] - base);
             largest[r] = larger, total[r] *= shrink;
+            if constexpr (kFp8) shrink *= unit;
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 float& x = s[i / 2][2 * r + i % 2];
-                x = exp2f(x - base);
+                x = exp2_approx(x - base);
                 total[r] += x;
-                if constexpr (sizeof(C) == 1) x *= v_scale[i / 2][i % 2];
+                if constexpr (kFp8) x *= v_scale[i / 2][i % 2];
             }
 #pragma unroll
             for (int i = 0; i < 16; i++) o[i][2 * r] *= shrink, o[i][2 * r + 1] *= shrink;
@@ -190,40 +273,44 @@ template <typename T, typename C, bool kAppends> struct Warp {
     }
 
     __device__ void add_values(const float (&p)[2][4]) {
-        const unsigned a[4] = {pack<T>(p[0][0], p[0][1]), pack<T>(p[0][2], p[0][3]), pack<T>(p[1][0], p[1][1]),
-                               pack<T>(p[1][2], p[1][3])};
+        const unsigned a[4] = {pack<Factor>(p[0][0], p[0][1]), pack<Factor>(p[0][2], p[0][3]),
+                               pack<Factor>(p[1][0], p[1][1]), pack<Factor>(p[1][2], p[1][3])};
 #pragma unroll
         for (int j = 0; j < kValueChunks; j++) {
-            const Chunk<T, C> chunk[2][2] = {{Chunk<T, C>(vs[0][0][j]), Chunk<T, C>(vs[0][1][j])},
-                                             {Chunk<T, C>(vs[1][0][j]), Chunk<T, C>(vs[1][1][j])}};
+            const Interleaved<Factor, C> low(vs[0][0][j], vs[0][1][j]), high(vs[1][0][j], vs[1][1][j]);
 #pragma unroll
-            for (int i = 0; i < kPer; i++) {
-                unsigned b[2];
-#pragma unroll
-                for (int t = 0; t < 2; t++)
-                    b[t] = __byte_perm(chunk[t][0].pair[i / 2], chunk[t][1].pair[i / 2], i % 2 ? 0x7632 : 0x5410);
-                mma<T>(o[j * kPer + i], a, b[0], b[1]);
-            }
+            for (int i = 0; i < kPer; i++) mma<Factor>(o[j * kPer + i], a, low.pair[i], high.pair[i]);
         }
     }
 
-    __device__ void run(float scale_log2, const int (&last)[2]) {
+    // row0, row1: queries of the lane's rows, or null. scale: of their products with keys, in base 2
+    __device__ void run(const T* row0, const T* row1, const int (&last)[2], float scale) {
 #pragma unroll
         for (int r = 0; r < 2; r++) largest[r] = -INFINITY, total[r] = 0;
 #pragma unroll
         for (auto& tile : o) tile[0] = tile[1] = tile[2] = tile[3] = 0;
+        value_exponent = 1;
         const int steps = max(ceil_div(stop - key(0), kTile), 0);
-        int64_t cell = 0;
+        int cell = 0;
+        load_queries(row0, row1);
         if (steps) cell = locate(0), load_keys(0, cell), load_values(0, cell);
+        if constexpr (std::is_same_v<T, Factor>) scale_log2[0] = scale_log2[1] = scale;
+        else convert_queries(scale);
         for (int step = 0; step < steps; step++) {
-            float s[2][4];
-            scores(s, scale_log2);
+            float s[2][4], v_scale[2][2], unit = 1;
+            scores(s);
+            if constexpr (kFp8) unit = value_scales(v_scale);
             const bool more = step + 1 < steps;
             if (more) cell = locate(step + 1), load_keys(step + 1, cell);
-            softmax(s, key(step), last);
+            softmax(s, key(step), last, v_scale, unit);
             add_values(s);
             if (more) load_values(step + 1, cell);
         }
+        if constexpr (kFp8)
+#pragma unroll
+            for (auto& tile : o)
+#pragma unroll
+                for (float& x : tile) x *= power_of_two(value_exponent - 127);
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             total[r] += __shfl_xor_sync(~0u, total[r], 1);

@@ -62,16 +62,17 @@ public:
             copy_async<16>(to + 64 * half, upper + half * kStep / 2, false);
             copy_async<16>(to + 64 * half + 32, lower + half * kStep / 2, false);
         }
-        if constexpr (kFp8)
+        if constexpr (kFp8) {
+            __syncwarp();  // all lanes have read the scales that these replace
             if (const int lane = threadIdx.x % 32; lane < 2)
                 copy_async<4>(scales + 2 * next + lane, lane ? lower_scale : upper_scale, false);
+        }
         push();
     }
     // Push an empty step, which keeps the count.
     __device__ void push() { commit_copies(), advance(next); }
 
-    // Pop the oldest step; kDepth steps must be pending. The warp has to multiply before it pushes again, so that all
-    // lanes have read the scales.
+    // Pop the oldest step; kDepth steps must be pending.
     __device__ Step take() {
         wait_copies<kDepth - 1>();
         if constexpr (kFp8) __syncwarp();

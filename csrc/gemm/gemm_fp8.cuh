@@ -11,19 +11,30 @@
 
 namespace ling::gemm_fp8 {
 
-// sum[h] += the products of one stage with their scales
+// sum[h] += the products of one stage with their scales. Scales are read while a product runs, as many as there are
+// registers for, so that the stage is free when its last product is complete.
 template <typename V>
-__device__ void multiply(Shared<V>& s, int stage, const float (&w_scale)[V::kHalves], bool busy, int halves,
-                         float (&sum)[V::kHalves][V::kRegs]) {
+__device__ void multiply(Shared<V>& s, int stage, bool busy, bool all_halves, float (&sum)[V::kHalves][V::kRegs]) {
+    constexpr bool kColumns = V::kSwap || V::kRowScales;  // a scale for each of the product's columns
+    constexpr int kEarly = V::kRowScales ? V::kRegs / 4 : V::kRegs / 2;
+    if (!busy) return release(s.empty[stage]);
     const Place place;
     const float* x_scale = s.a_scale[stage];
     const float upper = x_scale[V::kSwap ? 0 : 64 * place.warpgroup + place.row];
     const float lower = x_scale[V::kSwap ? 0 : 64 * place.warpgroup + place.row + 8];
 #pragma unroll
     for (int h = 0; h < V::kHalves; h++) {
-        if (!busy || h >= halves) break;
+        if (h && !all_halves) break;
         const uint8_t* x = s.a[stage] + (V::kSwap ? 0 : 64 * 128 * place.warpgroup);
         const uint8_t* w = s.b[stage] + 128 * 128 * h + (V::kSwap ? 64 * 128 * place.warpgroup : 0);
+        const float w_scale = V::kRowScales ? 1 : s.b_scale[stage][h];
+        const float* from = (V::kSwap ? x_scale : s.b_scale[stage] + 128 * h) + place.column;
+        float column_scale[V::kRegs / 2];
+        const auto read_scales = [&](int begin, int end) {
+#pragma unroll
+            for (int i = begin; kColumns && i < end; i++) column_scale[i] = from[i / 2 * 8 + i % 2];
+        };
+        read_scales(0, kEarly);
         float part[V::kRegs];
         const uint64_t first = operand(V::kSwap ? w : x), second = operand(V::kSwap ? x : w);
         wgmma_fence();
@@ -31,52 +42,46 @@ __device__ void multiply(Shared<V>& s, int stage, const float (&w_scale)[V::kHal
         for (int k = 0; k < 4; k++) wgmma_fp8(part, first + 2 * k, second + 2 * k, k > 0);
         wgmma_commit();
         wgmma_wait<0>(part);
+        read_scales(kEarly, V::kRegs / 2);
+        release(s.empty[stage], h + 1 == V::kHalves || !all_halves);
 #pragma unroll
-        for (int j = 0; j < V::kRegs / 4; j++)
-#pragma unroll
-            for (int c = 0; c < 2; c++) {
-                const int column = 8 * j + place.column + c;
-                if (V::kSwap) {
-                    const float scale = x_scale[column] * w_scale[h];
-                    sum[h][4 * j + c] += part[4 * j + c] * scale;
-                    sum[h][4 * j + 2 + c] += part[4 * j + 2 + c] * scale;
-                } else {
-                    const float scale = V::kRowScales ? s.b_scale[stage][128 * h + column] : w_scale[h];
-                    sum[h][4 * j + c] += part[4 * j + c] * (upper * scale);
-                    sum[h][4 * j + 2 + c] += part[4 * j + 2 + c] * (lower * scale);
-                }
-            }
+        for (int i = 0; i < V::kRegs / 2; i++) {
+            const int j = i / 2 * 4 + i % 2;  // the column's upper row; j + 2: the lower one
+            const float scale = V::kSwap ? column_scale[i] * w_scale : V::kRowScales ? column_scale[i] : w_scale;
+            sum[h][j] += part[j] * (V::kSwap ? scale : upper * scale);
+            sum[h][j + 2] += part[j + 2] * (V::kSwap ? scale : lower * scale);
+        }
     }
-    release(s.empty[stage]);
+}
+
+// The next tile, from the stage in which it begins
+template <typename V> __device__ bool next_tile(Shared<V>& s, const Ring<V::kStages>& ring, Tile& t) {
+    s.full[ring.stage].wait(ring.parity);
+    t = s.tile[ring.stage];
+    return t.rows > 0;
 }
 
 template <typename V> __device__ void multiply_tiles(Shared<V>& s, const Problem& p) {
     const int warpgroup = threadIdx.x / 128;
     Ring<V::kStages> ring;
     Tile t;
-    for (int tile = blockIdx.x; find_tile(s, p, tile, t); tile += gridDim.x) {
+    // Warpgroup 1 begins when the second stage has arrived and stays behind from then on, so that one writes its tile
+    // while the other multiplies. A block with a tile has a second stage: another step, or the end.
+    if (!V::kSwap && warpgroup == 1 && next_tile(s, ring, t)) s.full[1].wait(0);
+    while (next_tile(s, ring, t)) {
         const bool busy = V::kSwap || 64 * warpgroup < t.rows;  // otherwise no row of the warpgroup is in the group
-        const int halves = V::kSwiglu ? 2 : min(V::kHalves, ceil_div(p.N - t.n, 128));
+        const bool all_halves = V::kSwiglu || V::kHalves == 1 || t.n + 128 < p.N;
         float sum[V::kHalves][V::kRegs] = {};
-        float w_scale[V::kHalves] = {}, next[V::kHalves] = {};
-        int scale = t.group * p.weight_scale_g + t.n / 128 * p.weight_scale_n;
-        const int up = (V::kSwiglu ? p.N / 256 : 1) * p.weight_scale_n;
-        const auto load_scales = [&](bool any) {  // one step ahead, to hide the latency
-#pragma unroll
-            for (int h = 0; h < V::kHalves; h++) {
-                w_scale[h] = next[h];
-                if (!V::kRowScales && h < halves && any) next[h] = __ldg(p.weight_scale + scale + h * up);
-            }
-            scale += p.weight_scale_k;
-        };
-        load_scales(t.k_units > 0);
         for (int units_left = t.k_units; units_left > 0; units_left--, ring.next()) {
-            load_scales(units_left > 1);
             s.full[ring.stage].wait(ring.parity);
-            multiply(s, ring.stage, w_scale, busy, halves, sum);
+            multiply(s, ring.stage, busy, all_halves, sum);
         }
-        if (!busy || (V::kWgrad && p.accumulate && !t.k_units)) continue;
-        if (!V::kSwiglu && (p.fp32 || p.accumulate)) finish_in_place<V>(p, t, sum);
+        if (V::kWgrad && !t.k_units) release(s.empty[ring.stage]), ring.next();
+        if (!busy) continue;
+        if constexpr (!V::kSwiglu) {
+            if (p.fp32) finish_in_place<V, float>(p, t, sum);
+            else if (p.accumulate) finish_in_place<V, bf16>(p, t, sum);
+        }
         if (V::kSwiglu || !p.fp32) {
             if constexpr (V::kSwap) write_columns(s, p, t, sum);
             else write_rows(s, p, t, sum);
@@ -88,8 +93,9 @@ template <typename V> __device__ void multiply_tiles(Shared<V>& s, const Problem
 template <typename V> __device__ Shared<V>& begin(const Problem& p) {
     Shared<V>& s = *dynamic_shared<Shared<V>>();
     if (threadIdx.x == 0) {
+        check_swizzle_base(&s);
         for (int i = 0; i < V::kStages; i++) {
-            s.full[i].init(V::kGather || V::kTransposed ? 128 + 1 : 1);
+            s.full[i].init(V::kGather || V::kTransposed ? 128 + 1 : 2);
             if (V::kTransposed) s.raw[i].init(1);
             s.empty[i].init(kConsumers / 32);
         }
@@ -108,12 +114,12 @@ template <typename V>
 __global__ void __launch_bounds__(kThreads, 1) gemm_fp8_kernel(const __grid_constant__ Problem p) {
     Shared<V>& s = begin<V>(p);
     if (threadIdx.x >= kConsumers) {
-        fewer_registers<V::kTransposed ? 72 : V::kGather ? 56 : 40>();
+        fewer_registers<V::kTransposed || V::kGather ? 72 : 40>();
         if constexpr (V::kGather) load_gathered(s, p);
         else if constexpr (V::kTransposed) load_and_transpose(s, p);
         else if (threadIdx.x < kConsumers + 32) load_tiles(s, p);
     } else {
-        more_registers<V::kTransposed ? 216 : V::kGather ? 224 : 232>();
+        more_registers<V::kTransposed || V::kGather ? 216 : 232>();
         multiply_tiles(s, p);
     }
 }

@@ -125,8 +125,8 @@ void gemm_fp8_few_rows(cudaStream_t stream, Tensor a, Tensor a_scale, Tensor b, 
     const int sms = multiprocessors(), lines = N / kLines;
     while (p.split < kWarps && p.split < K / kStep && lines * p.split < kWarps * sms) p.split *= 2;
     const int at_once = 2 * (bytes(M, K) + 1024) <= 228 << 10 ? kSms * sms : sms;
-    launch<gemm_fp8_few_rows_kernel, kOverlaps>(std::min(ceil_div(lines * p.split, kWarps), at_once), 32 * kWarps,
-                                                bytes(M, K), stream, p);
+    launch<gemm_fp8_few_rows_kernel, kOverlapsInGraphs>(std::min(ceil_div(lines * p.split, kWarps), at_once),
+                                                        32 * kWarps, bytes(M, K), stream, p);
 }
 
 }  // namespace ling

@@ -12,26 +12,18 @@ using Fp8 = Variant<0, 2, Scales::rows, Output::plain, Tokens::tiles, kGroup>;
 
 // bf16 operands [tokens, columns] are loaded as stored. A stage holds kTokens tokens in boxes of 64 columns.
 struct Bf16 : Fp8 {
-    static constexpr bool kRowScales = false;
-    static constexpr int kUnit = 1, kTokens = 64, kBox = kTokens * 128;
+    static constexpr bool kRowScales = false, kBlockScales = false;
+    static constexpr int kUnit = 1, kTokens = 64, kStageUnits = kTokens, kBox = kTokens * 128;
     static_assert(kABytes == 2 * kBox && kBBytes == 4 * kBox);
 };
 
 __device__ void load_tokens(Shared<Bf16>& s, const Problem& p) {
-    Ring<Bf16::kStages> ring;
-    Tile t;
-    for (int tile = blockIdx.x; find_tile(s, p, tile, t); tile += gridDim.x) {
-        for (int row = t.k; row < t.k + t.k_units; row += Bf16::kTokens, ring.next()) {
-            if (threadIdx.x % 32) continue;
-            s.empty[ring.stage].wait(ring.parity ^ 1);
-            s.full[ring.stage].arrive_and_expect(Bf16::kABytes + Bf16::kBBytes);
-            for (int i = 0; i < 2; i++)
-                load_tile(s.a[ring.stage] + i * Bf16::kBox, p.a, s.full[ring.stage], t.m + 64 * i, row);
-            for (int i = 0; i < 4; i++)
-                load_tile(s.b[ring.stage] + i * Bf16::kBox, p.b, s.full[ring.stage], t.n + 64 * i, row);
-        }
-        __syncwarp();
-    }
+    load_tiles(s, p, [&](const Tile& t, int stage, int step) {
+        const int row = t.k + step * Bf16::kTokens;
+        s.full[stage].arrive_and_expect(Bf16::kABytes + Bf16::kBBytes);
+        for (int i = 0; i < 2; i++) load_tile(s.a[stage] + i * Bf16::kBox, p.a, s.full[stage], t.m + 64 * i, row);
+        for (int i = 0; i < 4; i++) load_tile(s.b[stage] + i * Bf16::kBox, p.b, s.full[stage], t.n + 64 * i, row);
+    });
 }
 
 // The last stage of a group also holds tokens of the next group, which must not contribute, whatever their values.
@@ -46,7 +38,7 @@ __device__ void multiply_tokens(Shared<Bf16>& s, const Problem& p) {
     const int warpgroup = threadIdx.x / 128;
     Ring<Bf16::kStages> ring;
     Tile t;
-    for (int tile = blockIdx.x; find_tile(s, p, tile, t); tile += gridDim.x) {
+    while (next_tile(s, ring, t)) {
         const bool busy = 64 * warpgroup < t.rows;
         float sum[2][64] = {};
         for (int row = 0; row < t.k_units; row += Bf16::kTokens, ring.next()) {
@@ -69,8 +61,10 @@ __device__ void multiply_tokens(Shared<Bf16>& s, const Problem& p) {
             }
             release(s.empty[ring.stage]);
         }
-        if (!busy || (p.accumulate && !t.k_units)) continue;
-        if (p.fp32 || p.accumulate) finish_in_place<Bf16>(p, t, sum);
+        if (!t.k_units) release(s.empty[ring.stage]), ring.next();
+        if (!busy) continue;
+        if (p.fp32) finish_in_place<Bf16, float>(p, t, sum);
+        else if (p.accumulate) finish_in_place<Bf16, bf16>(p, t, sum);
         if (!p.fp32) write_rows(s, p, t, sum);
     }
 }

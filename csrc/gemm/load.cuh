@@ -21,19 +21,92 @@ template <typename V> __device__ void load_tokens(Shared<V>& s, const Problem& p
     load_tile(s.a_scale[stage], p.a_scale, s.full[stage], t.m, k);
 }
 
-template <typename V> __device__ void load_tiles(Shared<V>& s, const Problem& p) {
-    Ring<V::kStages> ring;
-    Tile t;
-    for (int tile = blockIdx.x; find_tile(s, p, tile, t); tile += gridDim.x) {
-        for (int k = t.k; k < t.k + t.k_units; k++, ring.next()) {
-            if (threadIdx.x % 32) continue;
-            s.empty[ring.stage].wait(ring.parity ^ 1);
-            s.full[ring.stage].arrive_and_expect(V::kTokenBytes + V::kBBytes + V::kBScaleBytes);
-            load_tokens(s, p, t, ring.stage, k);
-            load_weights(s, p, t, ring.stage, k);
-        }
-        __syncwarp();
+// One thread waits until a stage is free. The first stage of a tile hands the tile over to the multiplying warps.
+template <typename V>
+__device__ void open_stage(Shared<V>& s, const Ring<V::kStages>& ring, const Tile& t, int step) {
+    s.empty[ring.stage].wait(ring.parity ^ 1);
+    if (step == 0) s.tile[ring.stage] = t;
+}
+
+// The scales of a tile's weights. A lane holds those of every 32nd step, so that a warp waits for memory once in 32.
+template <typename V> class BlockScales {
+    float lane_scales[V::kHalves] = {};
+
+public:
+    // Both by a whole warp, for each step.
+    __device__ void load(const Problem& p, const Tile& t, int step) {
+        if (!V::kBlockScales || step % 32) return;
+        const int k = step + threadIdx.x % 32, up = (V::kSwiglu ? p.N / 256 : 1) * p.weight_scale_n;
+        const float* from =
+            p.weight_scale + t.group * p.weight_scale_g + t.n / 128 * p.weight_scale_n + k * p.weight_scale_k;
+#pragma unroll
+        for (int h = 0; h < V::kHalves; h++)
+            if (k < t.k_units && (V::kSwiglu || t.n + 128 * h < p.N)) lane_scales[h] = __ldg(from + h * up);
     }
+    __device__ void store(Shared<V>& s, int stage, int step) const {
+#pragma unroll
+        for (int h = 0; V::kBlockScales && h < V::kHalves; h++) {
+            const float scale = __shfl_sync(~0u, lane_scales[h], step % 32);
+            if (threadIdx.x % 32 == 0) s.b_scale[stage][h] = scale;
+        }
+    }
+};
+
+// A warp's part of a step: its first lane opens the stage and calls load, and all fetch the scales.
+template <typename V, typename F>
+__device__ void load_step(Shared<V>& s, const Problem& p, const Tile& t, const Ring<V::kStages>& ring, int step,
+                          BlockScales<V>& scales, F&& load) {
+    scales.load(p, t, step);
+    if (threadIdx.x % 32 == 0) open_stage(s, ring, t, step), load();
+    __syncwarp();
+    scales.store(s, ring.stage, step);
+}
+
+// One warp loads everything by TMA; load(t, stage, step) starts the loads of a step. A tile without a contraction, and
+// the end of all tiles, take a stage without loads.
+template <typename V, typename F> __device__ void load_tiles(Shared<V>& s, const Problem& p, F&& load) {
+    Ring<V::kStages> ring;
+    BlockScales<V> scales;
+    Tile t;
+    bool more = true;
+    for (int tile = blockIdx.x; more; tile += gridDim.x) {
+        more = find_tile(s, p, tile, t);
+        const int steps = ceil_div(t.k_units, V::kStageUnits);
+        if (more && p.accumulate && !steps) continue;  // nothing to add
+        for (int step = 0; step == 0 || step < steps; step++, ring.next()) {
+            load_step(s, p, t, ring, step, scales, [&] {
+                if (step < steps) load(t, ring.stage, step);
+                else s.full[ring.stage].arrive();
+            });
+            if (threadIdx.x % 32 == 0) s.full[ring.stage].arrive();
+        }
+    }
+}
+
+template <typename V> __device__ void load_tiles(Shared<V>& s, const Problem& p) {
+    load_tiles(s, p, [&](const Tile& t, int stage, int step) {
+        s.full[stage].arrive_and_expect(V::kTokenBytes + V::kBBytes + V::kBScaleBytes);
+        load_tokens(s, p, t, stage, t.k + step);
+        load_weights(s, p, t, stage, t.k + step);
+    });
+}
+
+// The other loaders, of four warps, keep the tile in shared memory, because they need the registers. The first warp
+// alone uses it.
+template <typename V> __device__ void keep_tile(Shared<V>& s, const Tile& t) {
+    __syncwarp();
+    if (threadIdx.x == kConsumers) s.loading = t;
+    __syncwarp();
+}
+
+// Their end of all tiles, called by all of their threads
+template <typename V> __device__ void end_tiles(Shared<V>& s, const Ring<V::kStages>& ring) {
+    s.empty[ring.stage].wait(ring.parity ^ 1);  // all of them: no arrival may belong to the round before
+    if (threadIdx.x == kConsumers) {
+        open_stage(s, ring, Tile{}, 0);
+        s.full[ring.stage].arrive();
+    }
+    s.full[ring.stage].arrive();
 }
 
 // Gather tokens through `source`: 8 threads copy a row of 128 bytes. The consumers get a stage kInFlight steps after
@@ -42,6 +115,7 @@ template <typename V> __device__ void load_gathered(Shared<V>& s, const Problem&
     constexpr int kInFlight = 2, kRows = V::kBlockM / 16;
     const int thread = threadIdx.x - kConsumers, chunk = thread % 8, line = thread / 8;
     Ring<V::kStages> ring, ready;
+    BlockScales<V> scales;
     int open = 0;
     const auto publish = [&] {
         fence_async();
@@ -50,19 +124,21 @@ template <typename V> __device__ void load_gathered(Shared<V>& s, const Problem&
     };
     Tile t;
     for (int tile = blockIdx.x; find_tile(s, p, tile, t); tile += gridDim.x) {
+        keep_tile(s, t);
         int token[kRows];  // -1: past the group's end
 #pragma unroll
         for (int i = 0; i < kRows; i++) {
             const int r = line + 16 * i;
             token[i] = r < t.rows ? p.source[t.m + r] / p.topk : -1;
         }
-        const int scale_token = thread < t.rows ? p.source[t.m + thread] / p.topk : -1;
-        for (int k = 0; k < t.k_units; k++, ring.next()) {
+        const int scale_token = thread < t.rows ? p.source[t.m + thread] / p.topk : -1, k_units = t.k_units;
+        for (int k = 0; k < k_units; k++, ring.next()) {
             s.empty[ring.stage].wait(ring.parity ^ 1);
-            if (thread == 0) {
-                s.full[ring.stage].arrive_and_expect(V::kBBytes + V::kBScaleBytes);
-                load_weights(s, p, t, ring.stage, k);
-            }
+            if (thread < 32)
+                load_step(s, p, s.loading, ring, k, scales, [&] {
+                    s.full[ring.stage].arrive_and_expect(V::kBBytes + V::kBScaleBytes);
+                    load_weights(s, p, s.loading, ring.stage, k);
+                });
 #pragma unroll
             for (int i = 0; i < kRows; i++) {
                 const uint8_t* from = p.tokens + max(token[i], 0) * p.tokens_m + k * 128 + chunk * 16;
@@ -78,6 +154,7 @@ template <typename V> __device__ void load_gathered(Shared<V>& s, const Problem&
     }
     wait_copies<0>();
     while (open) publish();
+    end_tiles(s, ring);
 }
 
 // One warpgroup transposes the 128 x 128 bytes of a tile in place. Its warps load all of the tile before one stores.
@@ -112,19 +189,26 @@ __device__ inline void transpose_tile(uint8_t* tile) {
 template <typename V> __device__ void load_and_transpose(Shared<V>& s, const Problem& p) {
     constexpr int kAhead = 2;
     Ring<V::kStages> ring, ready;
-    Tile t;
-    int tile = blockIdx.x, k = 0, open = 0;
-    for (bool more = find_tile(s, p, tile, t); more || open;) {
+    BlockScales<V> scales;
+    int tile = blockIdx.x, k = 0, open = 0, k_units;
+    const auto find = [&] {
+        Tile t;
+        const bool more = find_tile(s, p, tile, t);
+        keep_tile(s, t);
+        k_units = t.k_units;
+        return more;
+    };
+    for (bool more = find(); more || open;) {
         if (more && open < kAhead) {
-            if (threadIdx.x == kConsumers) {
-                s.empty[ring.stage].wait(ring.parity ^ 1);
-                s.full[ring.stage].arrive_and_expect(V::kTokenBytes);
-                s.raw[ring.stage].arrive_and_expect(V::kBBytes);
-                load_tokens(s, p, t, ring.stage, k);
-                load_weights(s, p, t, ring.stage, k);
-            }
+            if (threadIdx.x < kConsumers + 32)
+                load_step(s, p, s.loading, ring, k, scales, [&] {
+                    s.full[ring.stage].arrive_and_expect(V::kTokenBytes);
+                    s.raw[ring.stage].arrive_and_expect(V::kBBytes);
+                    load_tokens(s, p, s.loading, ring.stage, k);
+                    load_weights(s, p, s.loading, ring.stage, k);
+                });
             ring.next(), open++;
-            if (++k == t.k_units) k = 0, more = find_tile(s, p, tile += gridDim.x, t);
+            if (++k == k_units) k = 0, tile += gridDim.x, more = find();
             continue;
         }
         s.raw[ready.stage].wait(ready.parity);
@@ -135,6 +219,7 @@ template <typename V> __device__ void load_and_transpose(Shared<V>& s, const Pro
         s.full[ready.stage].arrive();
         ready.next(), open--;
     }
+    end_tiles(s, ring);
 }
 
 }  // namespace ling::gemm_fp8

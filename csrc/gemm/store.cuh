@@ -1,49 +1,52 @@
 // Epilogues of the FP8 GEMM: plain stores, accumulation into y, and quantised SwiGLU.
 #pragma once
 #include "gemm/tiles.cuh"
+#include "moe/silu.cuh"
 
 namespace ling::gemm_fp8 {
 
-__device__ inline float silu(float x) { return x / (1 + __expf(-x)); }
-
-// With accumulate, add y to the sums. Store fp32 results: 4 lanes hold 32 bytes of a row.
-template <typename V>
+// With accumulate, add y, of T, to the sums. Store results of fp32: 4 lanes hold 32 bytes of a row.
+template <typename V, typename T>
 __device__ void finish_in_place(const Problem& p, const Tile& t, float (&sum)[V::kHalves][V::kRegs]) {
-    constexpr int kBatch = V::kRegs < 32 ? V::kRegs : 32;  // loads in flight
+    constexpr bool kFp32 = dtype_of<T> == DType::f32;
+    constexpr int kBatch = V::kRegs < 32 ? V::kRegs : 32;  // results whose old values load at once
+    constexpr int kNeighbours = V::kSwap ? 1 : 2;          // results of a thread that are neighbours in y
     const Place place;
+    const int row = 64 * place.warpgroup + place.row;
+    const int m = V::kSwap ? place.column : row, n = V::kSwap ? row : place.column;  // of the thread's first result
+    const int rows = t.rows - m, columns = p.N - t.n - n;                            // that exist from there on
+    T* const y = static_cast<T*>(p.y) + t.group * p.y_g + (t.m + m) * p.y_m + t.n + n;
 #pragma unroll
     for (int i = 0; i < V::kHalves * V::kRegs; i += kBatch) {
         float* const d = sum[i / V::kRegs] + i % V::kRegs;
-        float old[kBatch] = {};
         const auto each = [&](auto&& f) {
 #pragma unroll
-            for (int j = 0; j < kBatch; j += V::kSwap ? 1 : 2) {
-                const int r = i % V::kRegs + j;
-                const int row = 64 * place.warpgroup + place.row + (r & 2) * 4,
-                          column = r / 4 * 8 + place.column + (r & 1);
-                const int m = V::kSwap ? column : row, n = t.n + i / V::kRegs * 128 + (V::kSwap ? row : column);
-                if (m < t.rows && n < p.N) f(j, t.group * p.y_g + (t.m + m) * p.y_m + n);
+            for (int j = 0; j < kBatch; j += kNeighbours) {
+                const int r = i % V::kRegs + j, down = (r & 2) * 4, right = r / 4 * 8 + (r & 1);
+                const int dm = V::kSwap ? right : down, dn = i / V::kRegs * 128 + (V::kSwap ? down : right);
+                if (dm < rows && dn < columns) f(j, y + dm * p.y_m + dn);
             }
         };
-        if (p.accumulate)
-            each([&](int j, int64_t index) {
-                if (p.fp32) {
-                    const float* y = static_cast<const float*>(p.y) + index;
-                    old[j] = y[0];
-                    if (!V::kSwap) old[j + 1] = y[1];
-                } else {
-                    const bf16* y = static_cast<const bf16*>(p.y) + index;
-                    old[j] = static_cast<float>(y[0]);
-                    if (!V::kSwap) old[j + 1] = static_cast<float>(y[1]);
-                }
+        if (p.accumulate) {
+            unsigned old[kBatch] = {};  // not yet converted: nothing waits for a load before all have started
+            each([&](int j, const T* from) {
+                if constexpr (kFp32 && V::kSwap) old[j] = *reinterpret_cast<const unsigned*>(from);
+                else if constexpr (kFp32) {
+                    const uint2 two = *reinterpret_cast<const uint2*>(from);
+                    old[j] = two.x, old[j + 1] = two.y;
+                } else if constexpr (V::kSwap) old[j] = *reinterpret_cast<const uint16_t*>(from);
+                else old[j] = *reinterpret_cast<const unsigned*>(from);
             });
 #pragma unroll
-        for (int j = 0; j < kBatch; j++) d[j] += old[j];
-        if (p.fp32)
-            each([&](int j, int64_t index) {
-                float* y = static_cast<float*>(p.y) + index;
-                if constexpr (V::kSwap) *y = d[j];
-                else *reinterpret_cast<float2*>(y) = {d[j], d[j + 1]};
+            for (int j = 0; j < kBatch; j++) {
+                const unsigned word = kFp32 || j % kNeighbours == 0 ? old[j] : old[j - 1];
+                d[j] += __uint_as_float(kFp32 ? word : j % kNeighbours ? word & 0xffff0000 : word << 16);
+            }
+        }
+        if constexpr (kFp32)
+            each([&](int j, float* to) {
+                if constexpr (V::kSwap) *to = d[j];
+                else *reinterpret_cast<float2*>(to) = {d[j], d[j + 1]};
             });
     }
 }
@@ -63,22 +66,22 @@ __device__ void write_rows(Shared<V>& s, const Problem& p, const Tile& t, const 
 #pragma unroll
         for (int i = 0; i < 2; i++) {  // the upper row, and the lower
             float y[32];
-            unsigned largest = 0;
 #pragma unroll
             for (int j = 0; j < 32; j++) {
                 const int r = j / 2 * 4 + 2 * i + j % 2;
                 y[j] = silu(sum[0][r]) * sum[1][r];
-                largest = max(largest, abs_bits(y[j]));
             }
+            unsigned largest = largest_bits(y);
             largest = max(largest, __shfl_xor_sync(~0u, largest, 1));
             largest = max(largest, __shfl_xor_sync(~0u, largest, 2));
             const float scale = block_scale(largest, false);
             const Quotient<false> divide(scale);
+            divide(y, divide.is_tiny());
             const int row = line + 8 * i, m = first + row;
 #pragma unroll
             for (int j = 0; j < 16; j++) {
-                const unsigned codes = to_e4m3x4(divide(y[2 * j]), divide(y[2 * j + 1]), 0, 0);
-                *reinterpret_cast<uint16_t*>(lines + swizzled(row, j / 2) + j % 2 * 8 + place.column) = codes;
+                *reinterpret_cast<uint16_t*>(lines + swizzled(row, j / 2) + j % 2 * 8 + place.column) =
+                    to_e4m3x2(y[2 * j], y[2 * j + 1]);
             }
             if (lane % 4 == 0 && m < t.rows) p.y_scale[t.n / 128 * p.y_scale_k + t.m + m] = scale;
         }
@@ -103,35 +106,61 @@ __device__ void write_rows(Shared<V>& s, const Problem& p, const Tile& t, const 
     }
 }
 
+// The largest a[i] of this lane and lane ^ mask. Each keeps n of 2 n of them, or both keep the only one; returns the
+// number of the first one kept.
+template <int n, int N> __device__ int larger_half(unsigned (&a)[N], int mask) {
+    const bool upper = threadIdx.x & mask;
+    if constexpr (n == 0) a[0] = max(a[0], __shfl_xor_sync(~0u, a[0], mask));
+#pragma unroll
+    for (int i = 0; i < n; i++) {
+        const unsigned low = a[i], high = a[i + n];
+        a[i] = max(upper ? high : low, __shfl_xor_sync(~0u, upper ? low : high, mask));
+    }
+    return upper ? n : 0;
+}
+
 // Tokens are the columns of the product. Staging lines are tokens; one warpgroup fills a line, or both for FP8.
 template <typename V>
 __device__ void write_columns(Shared<V>& s, const Problem& p, const Tile& t, const float (&sum)[V::kHalves][V::kRegs]) {
     const Place place;
     const int thread = threadIdx.x;
     if constexpr (V::kSwiglu) {
-        unsigned* largest = reinterpret_cast<unsigned*>(s.staging + V::kBlockM * 128);
-        float y[V::kRegs];
+        unsigned* const largest = reinterpret_cast<unsigned*>(s.staging + V::kBlockM * 128);
+        Quotient<false>* const quotients = reinterpret_cast<Quotient<false>*>(largest + V::kBlockM);
+        const auto token_of = [&](int i) { return i / 2 * 8 + place.column + i % 2; };  // of a thread's column i
+        float y[V::kRegs / 2][2];                                                       // by column
+        unsigned bits[V::kRegs / 2];
         if (thread < V::kBlockM) largest[thread] = 0;
         named_barrier(1, kConsumers);
 #pragma unroll
-        for (int i = 0; i < V::kRegs; i++) y[i] = silu(sum[0][i]) * sum[1][i];
+        for (int i = 0; i < V::kRegs / 2; i++) {
 #pragma unroll
-        for (int j = 0; j < V::kRegs / 2; j++) {
-            const int i = j / 2 * 4 + j % 2;
-            unsigned bits = max(abs_bits(y[i]), abs_bits(y[i + 2]));
-            for (int d = 4; d < 32; d *= 2) bits = max(bits, __shfl_xor_sync(~0u, bits, d));
-            if (threadIdx.x % 32 < 4) atomicMax(largest + j / 2 * 8 + place.column + j % 2, bits);
+            for (int j = 0; j < 2; j++) {
+                const int r = i / 2 * 4 + i % 2 + 2 * j;
+                y[i][j] = silu(sum[0][r]) * sum[1][r];
+            }
+            bits[i] = largest_bits(y[i]);
+        }
+        int first = larger_half<V::kRegs / 4>(bits, 16);  // over the 8 lanes of these columns
+        first += larger_half<V::kRegs / 8>(bits, 8), first += larger_half<V::kRegs / 16>(bits, 4);
+#pragma unroll
+        for (int i = 0; i < ceil_div(V::kRegs / 2, 8); i++) atomicMax(largest + token_of(first + i), bits[i]);
+        named_barrier(1, kConsumers);
+        if (thread < V::kBlockM) {
+            const float scale = block_scale(largest[thread], false);
+            quotients[thread] = Quotient<false>(scale);
+            if (thread < t.rows) p.y_scale[t.n / 128 * p.y_scale_k + t.m + thread] = scale;
         }
         named_barrier(1, kConsumers);
 #pragma unroll
-        for (int j = 0; j < V::kRegs / 2; j++) {
-            const int i = j / 2 * 4 + j % 2, token = j / 2 * 8 + place.column + j % 2,
-                      f = 64 * place.warpgroup + place.row;
-            const Quotient<false> divide(block_scale(largest[token], false));
-            s.staging[swizzled(token, f / 16) + f % 16] = to_e4m3(divide(y[i]));
-            s.staging[swizzled(token, f / 16) + f % 16 + 8] = to_e4m3(divide(y[i + 2]));
+        for (int i = 0; i < V::kRegs / 2; i++) {
+            const int token = token_of(i), f = 64 * place.warpgroup + place.row;
+            const Quotient<false> divide = quotients[token];
+            divide(y[i], divide.is_tiny());
+            const unsigned codes = to_e4m3x2(y[i][0], y[i][1]);
+            s.staging[swizzled(token, f / 16) + f % 16] = codes;
+            s.staging[swizzled(token, f / 16) + f % 16 + 8] = codes >> 8;
         }
-        if (thread < t.rows) p.y_scale[t.n / 128 * p.y_scale_k + t.m + thread] = block_scale(largest[thread], false);
         named_barrier(1, kConsumers);
         for (int i = thread; i < t.rows * 8; i += kConsumers)
             store_chunk(s.staging, i / 8, i % 8, static_cast<uint8_t*>(p.y) + (t.m + i / 8) * p.y_m + t.n);

@@ -24,8 +24,9 @@ struct Variant {
     static constexpr int kBlockM = kSwap ? kTokens : 128, kHalves = kHalves_, kBlockN = 128 * kHalves;
     static constexpr bool kRowScales = kScales == Scales::rows, kSwiglu = kOutput == Output::swiglu;
     static constexpr bool kGather = kLoad == Tokens::gathered, kWgrad = kOver == Contraction::group;
-    static constexpr bool kTransposed = kWeights == Weights::transposed;
+    static constexpr bool kTransposed = kWeights == Weights::transposed, kBlockScales = !kRowScales;
     static constexpr int kUnit = 128;                       // elements of K per scale
+    static constexpr int kStageUnits = 1;                   // units of a stage
     static constexpr int kRegs = kSwap ? kTokens / 2 : 64;  // results of one product in a thread
 
     static constexpr int kABytes = kBlockM * 128, kBBytes = kBlockN * 128;
@@ -39,16 +40,24 @@ struct Variant {
     static_assert(kStages >= 3 && kABytes % 1024 == 0);
 };
 
+struct alignas(16) Tile {
+    int group, m, n;
+    int rows;        // that belong to the group; 0: there are no more tiles
+    int k, k_units;  // the part of the contraction: its first unit and number of units of V::kUnit
+};
+
 template <typename V> struct Shared {
     alignas(1024) uint8_t a[V::kStages][V::kABytes];
     alignas(1024) uint8_t b[V::kStages][V::kBBytes];
     alignas(128) float a_scale[V::kStages][V::kAScaleBytes / 4];
-    alignas(128) float b_scale[V::kStages][V::kRowScales ? V::kBlockN : 1];
+    alignas(128) float b_scale[V::kStages][V::kRowScales ? V::kBlockN : V::kHalves];
     alignas(128) uint8_t staging[kStaging];  // results before their coalesced stores
     // Group g has the rows (or, with kWgrad, the units of K) first[g] .. first[g] + rows[g]; its tiles of rows are
     // number tiles[g] and up.
     int tiles[kMaxGroups + 1], first[kMaxGroups + 1], rows[kMaxGroups + 1];
     int warp_sums[kThreads / 32];
+    Tile tile[V::kStages];  // that begins in this stage
+    Tile loading;           // by a loader of four warps
     Barrier full[V::kStages], empty[V::kStages], raw[V::kTransposed ? V::kStages : 1];
 };
 
@@ -69,11 +78,6 @@ struct Problem {
     bool fp32, accumulate;
 };
 
-struct Tile {
-    int group, m, n, rows;  // rows: the number of the tile's rows that belong to the group
-    int k, k_units;         // the part of the contraction: its first unit and number of units of V::kUnit
-};
-
 template <typename V> __device__ void count_group_tiles(Shared<V>& s, const Problem& p) {
     count_tiles(s.tiles, s.warp_sums, p.G, [&](int g) {
         int first = p.offsets ? p.offsets[g] : g * p.max_m;
@@ -92,7 +96,10 @@ template <typename V> __device__ void count_group_tiles(Shared<V>& s, const Prob
 template <typename V> __device__ bool find_tile(const Shared<V>& s, const Problem& p, int tile, Tile& found) {
     constexpr int kWidth = V::kSwiglu ? V::kBlockN / 2 : V::kBlockN;
     const int tiles_n = ceil_div(V::kSwiglu ? p.N / 2 : p.N, kWidth);
-    if (tile / tiles_n >= s.tiles[p.G]) return false;
+    if (tile / tiles_n >= s.tiles[p.G]) {
+        found = {};
+        return false;
+    }
     const int g = find_group(s.tiles, p.G, tile / tiles_n);
     int in_group = tile - s.tiles[g] * tiles_n;
     const int tiles_m = s.tiles[g + 1] - s.tiles[g], band = in_group / (kBand * tiles_n);

@@ -1,18 +1,11 @@
 #include "moe/moe_decode.h"
+#include "counters.cuh"
 #include "grid.cuh"
 #include "moe/moe_decode.cuh"
-
-#include <map>
-#include <mutex>
 
 namespace ling {
 namespace moe_decode {
 namespace {
-
-// Counters of the barriers: one per stream, and one per captured launch, since grids of different streams or graphs may
-// run at the same time.
-constexpr int kStreams = 128, kCaptured = 1 << 16;
-__device__ unsigned counters[kStreams + kCaptured];
 
 // Two halves with a grid barrier between them. The warps of a block split a unit's K, so that a block reads whole
 // lines. Copies of down's weights are pending while the block waits for the h of other blocks.
@@ -49,19 +42,6 @@ __global__ void __launch_bounds__(kThreads, 1) moe_decode_kernel(const __grid_co
               shared ? kWarps - 1 - warp : warp, kWarps);
     __syncthreads();
     down(feed, partials, rows_of(false), rows_of(true));
-}
-
-int counter_of(cudaStream_t stream) {
-    static std::mutex mutex;
-    static std::map<cudaStream_t, int> indices;
-    static int captured = 0;
-    cudaStreamCaptureStatus status;
-    LING_CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
-    const std::lock_guard lock(mutex);
-    if (status != cudaStreamCaptureStatusNone) return kStreams + captured++ % kCaptured;
-    const int index = indices.try_emplace(stream, static_cast<int>(indices.size())).first->second;
-    if (index >= kStreams) throw std::runtime_error("moe_decode_fwd has been called on more than 128 streams");
-    return index;
 }
 
 // The depth of the queues that shared memory has room for; 0 if even the smallest does not fit.
@@ -117,10 +97,21 @@ void moe_decode_fwd(cudaStream_t stream, Tensor x, Tensor logits, Tensor bias, T
                                                 : checked(stacked(shared_gate_up), stacked(shared_gate_up_scale),
                                                           stacked(shared_down), stacked(shared_down_scale), 1, H, fp8);
     LING_CHECK(routed.F > 0 && h.is(DType::f32, {T * (topk * int64_t{routed.F} + shared.F)}) && h.aligned());
-    Problem p{x.ptr<bf16>(), residual.ptr<bf16>(), logits.ptr<float>(), bias.ptr<float>(),
-              y.ptr<bf16>(), h.ptr<float>(),       counter_of(stream),  routed,
-              shared,        logits.stride[0],     static_cast<int>(T), static_cast<int>(H),
-              scale};
+    Problem p{x.ptr<bf16>(),
+              residual.ptr<bf16>(),
+              logits.ptr<float>(),
+              bias.ptr<float>(),
+              y.ptr<bf16>(),
+              h.ptr<float>(),
+              counter_of(stream),
+              routed,
+              shared,
+              logits.stride[0],
+              static_cast<int>(T),
+              static_cast<int>(H),
+              scale,
+              Divisor(routed.F / kUnit),
+              Divisor(routed.F * (fp8 ? 1 : 2) / kStep)};
     const auto start = [&]<bool kFp8, int kDepth, int kExperts, int kGroups, int kTopGroups, int kTop>() {
         if (E != kExperts || num_groups != kGroups || group_topk != kTopGroups || topk != kTop) return false;
         constexpr auto kernel = moe_decode_kernel<kFp8, kDepth, routing::Router<kExperts, kGroups, kTopGroups, kTop>>;

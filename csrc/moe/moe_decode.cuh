@@ -2,6 +2,7 @@
 #pragma once
 #include "gemm/few_rows.cuh"
 #include "moe/route.cuh"
+#include "moe/silu.cuh"
 #include "quant/fp8_tile.cuh"
 
 namespace ling::moe_decode {
@@ -29,6 +30,7 @@ struct Problem {
     int64_t ld_logits;
     int T, H;
     float scale;
+    Divisor units_per_expert, steps_per_expert;  // of `up`, of `down`
 };
 
 // Rows in shared memory, in the weights' type
@@ -48,13 +50,6 @@ template <bool kFp8> struct Operand {
     __device__ const uint8_t* row(int r) const { return data + r * pitch; }
 };
 
-// i / divisor for i < 2^32 / divisor, by one multiplication; a division takes 20 instructions.
-struct Divisor {
-    unsigned value, inverse;
-    __device__ explicit Divisor(unsigned value) : value(value), inverse(0xffffffffu / value + 1) {}
-    __device__ int operator()(unsigned i) const { return value == 1 ? i : uint64_t{i} * inverse >> 32; }
-};
-
 // The experts that the rows chose, each once, in ascending order, then the shared expert. Slot t topk + k is the k-th
 // choice of row t.
 struct Jobs {
@@ -72,8 +67,8 @@ struct Jobs {
     };
     // Item i of all jobs: its job and its index in it. Each routed job has `items_per_job` items.
     __device__ Item item(int i, const Divisor& items_per_job) const {
-        const int job = min(items_per_job(i), count);
-        return {job == count, job, i - job * static_cast<int>(items_per_job.value)};
+        const int job = min(items_per_job.quotient(i), count);
+        return {job == count, job, i - job * items_per_job.value()};
     }
 };
 
@@ -125,8 +120,6 @@ template <bool kFp8, int kDepth> struct Feed {
     const int warp = threadIdx.x / 32, g = lane_row();
     const int up_units = (jobs.count * p.routed.F + p.shared.F) / kUnit, up_steps = p.H * kSize / kStep;
     const int down_units = p.H / kLines, down_steps = (jobs.count * p.routed.F + p.shared.F) * kSize / kStep;
-    const Divisor units_per_expert{static_cast<unsigned>(p.routed.F / kUnit)};
-    const Divisor steps_per_expert{static_cast<unsigned>(p.routed.F * kSize / kStep)};
     int unit = blockIdx.x, step = warp;  // the next to fetch
     bool down = false;
 
@@ -148,13 +141,13 @@ template <bool kFp8, int kDepth> struct Feed {
     __device__ void push() {
         if (!down && (unit >= up_units || step >= up_steps)) down = true, unit = blockIdx.x, step = warp;
         if (!down) {
-            const auto [shared, job, index] = jobs.item(unit, units_per_expert);
+            const auto [shared, job, index] = jobs.item(unit, p.units_per_expert);
             const Weights& w = shared ? p.shared : p.routed;
             const unsigned F = w.F, line = jobs.expert[job] * 2 * F + index * kUnit;
             push(w.gate_up, w.gate_up_scale, line, line + F, p.H * kSize, step);
             next(up_steps);
         } else if (unit < down_units && step < down_steps) {
-            const auto [shared, job, index] = jobs.item(step, steps_per_expert);
+            const auto [shared, job, index] = jobs.item(step, p.steps_per_expert);
             const Weights& w = shared ? p.shared : p.routed;
             const unsigned line = jobs.expert[job] * p.H + unit * kLines;
             push(w.down, w.down_scale, line, line + kLines / 2, w.F * kSize, index);
@@ -280,10 +273,10 @@ __device__ void up(Feed<kFp8, kDepth>& feed, const Partials& partials, const Ope
         __syncthreads();
         float gate = partials.total(rounds), up = __shfl_xor_sync(~0u, gate, 4);
         if (partials.round < rounds && partials.half == 0 && partials.part == 0) {
-            const auto [shared, job, index] = jobs.item(first + partials.round * gridDim.x, feed.units_per_expert);
+            const auto [shared, job, index] = jobs.item(first + partials.round * gridDim.x, p.units_per_expert);
             const bool to_bf16 = shared || !kFp8;
             if (to_bf16) gate = rounded_to_bf16(gate), up = rounded_to_bf16(up);
-            float h = gate / (1 + __expf(-gate)) * up;
+            float h = silu(gate) * up;
             if (to_bf16) h = rounded_to_bf16(h);
             float* rows = shared ? p.h + int64_t{slots} * p.routed.F : p.h;
             const int64_t F = shared ? p.shared.F : p.routed.F;
@@ -306,7 +299,7 @@ __device__ void down(Feed<kFp8, kDepth>& feed, const Partials& partials, const O
         for (int r = 0; r < rounds; r++) {
             float sum[4] = {};
             for (int k = feed.warp; k < feed.down_steps; k += kWarps) {
-                const auto [shared, job, index] = jobs.item(k, feed.steps_per_expert);
+                const auto [shared, job, index] = jobs.item(k, p.steps_per_expert);
                 const Operand<kFp8> h = shared ? shared_h : routed_h;
                 const Step step = feed.stream.take();
                 const Part part = multiply<kFp8>(step, h.row(jobs.slot[job][lane_row()]) + index * kStep);

@@ -1,12 +1,9 @@
 #include "moe/swiglu.h"
+#include "moe/silu.cuh"
 #include "quant/fp8_tile.cuh"
 
 namespace ling {
 namespace {
-
-// The fast exponential and quotient are within 2^-21 where the sigmoid is not negligible; exact ones would make the
-// kernels compute-bound.
-__device__ float sigmoid(float x) { return __fdividef(1.f, 1.f + __expf(-x)); }
 
 // y = SwiGLU of 8 columns, from `column` on, of rows `row` + i of x, times the rows' weights. All loads are issued at
 // once. Only `rows` of the N rows exist; the others give 0.
@@ -25,7 +22,7 @@ __device__ void gated(float (&y)[N][8], const T* x, const float* weights, int64_
 #pragma unroll
         for (int j = 0; j < 8; j++) {
             const float g = static_cast<float>(gate[i][j]);
-            y[i][j] = g * sigmoid(g) * static_cast<float>(up[i][j]) * weight;
+            y[i][j] = silu(g) * static_cast<float>(up[i][j]) * weight;
         }
     }
 }
@@ -40,11 +37,11 @@ template <typename T> __device__ void store_wide(T* p, const float (&v)[8]) {
 // Half a warp takes 4 rows of one block of 128 columns; a block of threads 32 rows of 256 columns.
 template <typename T, bool kPow2>
 __global__ void __launch_bounds__(256)
-    swiglu_rows_kernel(const T* x, const float* weights, T* y, uint8_t* y_q, float* y_scale, const int* offsets, int M,
-                       int F, int E, int64_t ld_scale) {
+    swiglu_rows_kernel(const T* x, const float* weights, T* y, uint8_t* y_q, float* y_scale, const int* offsets,
+                       Divisor column_tiles, int M, int F, int E, int64_t ld_scale) {
     constexpr int kRows = 4;
-    const int column_tiles = ceil_div(F, 2 * kBlock), k = blockIdx.x % column_tiles * 2 + threadIdx.x / 16 % 2;
-    const int first = blockIdx.x / column_tiles * 8 * kRows + threadIdx.x / 32 * kRows;
+    const int k = column_tiles.remainder(blockIdx.x) * 2 + threadIdx.x / 16 % 2;
+    const int first = column_tiles.quotient(blockIdx.x) * 8 * kRows + threadIdx.x / 32 * kRows;
     const int column = k * kBlock + threadIdx.x % 16 * 8, end = offsets ? offsets[E] : M;
     const int rows = column < F ? end - first : 0;
     float v[kRows][8];
@@ -61,9 +58,9 @@ __global__ void __launch_bounds__(256)
 template <typename T, bool kPow2>
 __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 2 ? 2 : 1)
     swiglu_tiles_kernel(const T* x, const float* weights, uint8_t* y_q, float* y_scale, uint8_t* yt_q, float* yt_scale,
-                        const int* offsets, const int* padded_offsets, int M, int F, int E, int64_t ld_scale,
-                        int64_t M_pad) {
-    const int tile = blockIdx.x / (F / kBlock), k = blockIdx.x % (F / kBlock);
+                        const int* offsets, const int* padded_offsets, Divisor column_tiles, int M, int F, int E,
+                        int64_t ld_scale, int64_t M_pad) {
+    const int tile = column_tiles.quotient(blockIdx.x), k = column_tiles.remainder(blockIdx.x);
     const auto [first, count, live] = tile_rows(tile, M, offsets, padded_offsets, E);
     if (!live) return;
     const int row = first + threadIdx.x / 16 * 4, rows = count - threadIdx.x / 16 * 4;
@@ -171,13 +168,13 @@ void swiglu_fwd(cudaStream_t stream, Tensor x, Tensor weights, Tensor y, Tensor 
             launch<swiglu_tiles_kernel<T, kPow2>>(static_cast<unsigned>(grid), kTileThreads, 0, stream, x.ptr<T>(),
                                                   weights.ptr<float>(), y_q.ptr<uint8_t>(), y_scale.ptr<float>(),
                                                   yt_q.ptr<uint8_t>(), yt_scale.ptr<float>(), offsets.ptr<int>(),
-                                                  padded_offsets.ptr<int>(), static_cast<int>(M), static_cast<int>(F),
-                                                  static_cast<int>(E), y_scale.stride[1], M_pad);
+                                                  padded_offsets.ptr<int>(), Divisor(blocks), static_cast<int>(M),
+                                                  static_cast<int>(F), static_cast<int>(E), y_scale.stride[1], M_pad);
         else
-            launch<swiglu_rows_kernel<T, kPow2>>(static_cast<unsigned>(grid), 256, 0, stream, x.ptr<T>(),
-                                                 weights.ptr<float>(), y.ptr<T>(), y_q.ptr<uint8_t>(),
-                                                 y_scale.ptr<float>(), offsets.ptr<int>(), static_cast<int>(M),
-                                                 static_cast<int>(F), static_cast<int>(E), y_scale.stride[1]);
+            launch<swiglu_rows_kernel<T, kPow2>>(
+                static_cast<unsigned>(grid), 256, 0, stream, x.ptr<T>(), weights.ptr<float>(), y.ptr<T>(),
+                y_q.ptr<uint8_t>(), y_scale.ptr<float>(), offsets.ptr<int>(), Divisor(ceil_div<int64_t>(blocks, 2)),
+                static_cast<int>(M), static_cast<int>(F), static_cast<int>(E), y_scale.stride[1]);
     });
 }
 

@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kThreads)
                             const float* cos, const float* sin, Positions positions, T* dqkv, float* dw, int tokens,
                             int Hq, int Hkv, int P, int heads, float eps) {
     constexpr int kAtOnce = 2;
-    __shared__ float sums[kHeads][kDim];
+    __shared__ __align__(16) float sums[kHeads][kDim + 16];
     const int q_groups = ceil_div(Hq, heads), kv_groups = ceil_div(Hkv, heads), H = Hq + 2 * Hkv;
     const int kind =
         (static_cast<int>(blockIdx.y) >= q_groups) + (static_cast<int>(blockIdx.y) >= q_groups + kv_groups);
@@ -111,11 +111,13 @@ __global__ void __launch_bounds__(kThreads)
         }
     }
     if (kind == 2) return;
-#pragma unroll
-    for (int j = 0; j < kVec; j++) sums[half_warp][column + j] = dws[j];
+    // Dims 4 .. 7 of every eight lie apart, 16 banks further: no bank conflicts, neither here nor below.
+    constexpr int kApart = kDim / 2 + 16;
+    store(sums[half_warp] + column / 2, Vec<4>{dws[0], dws[1], dws[2], dws[3]});
+    store(sums[half_warp] + column / 2 + kApart, Vec<4>{dws[4], dws[5], dws[6], dws[7]});
     __syncthreads();
     float sum = 0;
-    for (const auto& part : sums) sum += part[threadIdx.x];
+    for (const auto& part : sums) sum += part[threadIdx.x / 4 % 2 * kApart + threadIdx.x / 8 * 4 + threadIdx.x % 4];
     dw[(int64_t{blockIdx.x} * (q_groups + kv_groups) + blockIdx.y) * kDim + threadIdx.x] = sum;
 }
 

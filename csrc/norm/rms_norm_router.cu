@@ -6,7 +6,8 @@ namespace ling {
 namespace {
 
 constexpr int kVec = 8, kMaxThreads = 1024,
-              kExperts = 2;  // columns of a thread; experts of a block: 256 experts give 128 blocks
+              kExperts = 2;     // columns of a thread; experts of a block: 256 experts give 128 blocks
+constexpr int kPitch = 32 + 4;  // of the warps' sums: lanes store to different banks
 
 // The sums of v[i] over the warp; lane l returns the sum for i = l % N. Each step exchanges half of the partial sums.
 template <int N> __device__ float warp_sums(float (&v)[N]) {
@@ -23,7 +24,7 @@ template <int N> __device__ float warp_sums(float (&v)[N]) {
 }
 
 // The sum over the block's warps, a multiple of 4
-__device__ float sum_of(const float (&part)[32]) {
+__device__ float sum_of(const float (&part)[kPitch]) {
     float sum = 0;
     for (int i = 0; i < static_cast<int>(blockDim.x) / 32; i += 4) {
         const auto four = load<4>(part + i);
@@ -38,7 +39,7 @@ template <typename W, typename R, int kRows>
 __global__ void __launch_bounds__(std::min(2048 / kRows, kMaxThreads), 1)
     rms_norm_router_kernel(const bf16* x, const void* w, bool fp32_weight, const W* router_w, const R* residual,
                            bf16* h, R* total, float* logits, int T, int H, int E, int64_t ldx, int64_t ldr, float eps) {
-    __shared__ __align__(16) float squares[kRows][32], products[kRows * kExperts][32];
+    __shared__ __align__(16) float squares[kRows][kPitch], products[kRows * kExperts][kPitch];
     const int n = threadIdx.x * kVec, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     launch_dependents();
     Vec<kVec> g = {}, ws[kExperts] = {};
@@ -116,7 +117,7 @@ void rms_norm_router_fwd(cudaStream_t stream, Tensor x, Tensor w, Tensor router_
     dispatch<float, bf16>(router_w.dtype, [&]<typename W>() {
         dispatch<float, bf16>(normed, [&]<typename R>() {
             const auto launch_rows = [&]<int kRows>() {
-                launch<rms_norm_router_kernel<W, R, kRows>, kOverlaps>(
+                launch<rms_norm_router_kernel<W, R, kRows>, kOverlapsInGraphs>(
                     blocks, threads, 0, stream, x.ptr<bf16>(), w.data, w.dtype == DType::f32, router_w.ptr<W>(),
                     residual.ptr<R>(), h.ptr<bf16>(), total.ptr<R>(), logits.ptr<float>(), static_cast<int>(T),
                     static_cast<int>(H), static_cast<int>(E), x.stride[0], residual.stride[0], eps);

@@ -5,22 +5,21 @@ namespace ling {
 namespace {
 
 template <typename T>
-__device__ const T* line(const T* x, const int* source, int topk, int64_t row, int64_t ldx) {
-    return x + (source ? source[row] / topk : row) * ldx;
+__device__ const T* line(const T* x, const int* source, Divisor topk, int row, int64_t ldx) {
+    return x + (source ? topk.quotient(source[row]) : row) * ldx;
 }
 
 // Half a warp takes 4 rows of one block of 128 columns and issues all loads at once. A thread block takes 32 rows of
 // 256 columns, so that it reads 512 bytes of each row and writes 128 bytes of scales together.
 template <typename T, bool kPow2>
 __global__ void __launch_bounds__(256)
-    quantize_rows_kernel(const T* x, uint8_t* x_q, float* x_scale, const int* offsets, const int* source, int topk,
-                         int64_t ldx, int M, int K, int E, int64_t ld_scale) {
+    quantize_rows_kernel(const T* x, uint8_t* x_q, float* x_scale, const int* offsets, const int* source, Divisor topk,
+                         Divisor column_tiles, int64_t ldx, int M, int K, int E, int64_t ld_scale) {
     constexpr int kRows = 4;
     launch_dependents();
     wait_for_previous();
-    const int column_tiles = ceil_div(K, 2 * kBlock), lane = threadIdx.x % 16;
-    const int k = blockIdx.x % column_tiles * 2 + threadIdx.x / 16 % 2;
-    const int first = blockIdx.x / column_tiles * 8 * kRows + threadIdx.x / 32 * kRows;
+    const int lane = threadIdx.x % 16, k = column_tiles.remainder(blockIdx.x) * 2 + threadIdx.x / 16 % 2;
+    const int first = column_tiles.quotient(blockIdx.x) * 8 * kRows + threadIdx.x / 32 * kRows;
     const int end = offsets ? offsets[E] : M, rows = k * kBlock < K ? end - first : 0;
 
     alignas(16) T v[kRows][8];
@@ -35,9 +34,9 @@ __global__ void __launch_bounds__(256)
 template <typename T, bool kRows, bool kPow2>
 __global__ void __launch_bounds__(kTileThreads, 2)
     quantize_tiles_kernel(const T* x, uint8_t* x_q, float* x_scale, uint8_t* xt_q, float* xt_scale, const int* offsets,
-                          const int* padded_offsets, const int* source, int topk, int64_t ldx, int M, int K, int E,
-                          int64_t ld_scale, int64_t M_pad) {
-    const int tile = blockIdx.x / (K / kBlock), k = blockIdx.x % (K / kBlock);
+                          const int* padded_offsets, const int* source, Divisor topk, Divisor column_tiles, int64_t ldx,
+                          int M, int K, int E, int64_t ld_scale, int64_t M_pad) {
+    const int tile = column_tiles.quotient(blockIdx.x), k = column_tiles.remainder(blockIdx.x);
     const auto [first, count, live] = tile_rows(tile, M, offsets, padded_offsets, E);
     if (!live) return;
     const int row = threadIdx.x / 16 * 4, rows = count - row;
@@ -53,11 +52,10 @@ __global__ void __launch_bounds__(kTileThreads, 2)
 // One thread block per 128 x 128 block of the weight.
 template <typename T, bool kPow2>
 __global__ void __launch_bounds__(kTileThreads, 2)
-    quantize_weight_kernel(const T* w, uint8_t* w_q, float* w_scale, int K) {
+    quantize_weight_kernel(const T* w, uint8_t* w_q, float* w_scale, int K, Divisor column_tiles) {
     __shared__ unsigned amax[kTileThreads / 32];
-    const int column_tiles = K / kBlock;
-    const int64_t offset = (blockIdx.x / column_tiles * int64_t{kBlock} + threadIdx.x / 16 * 4) * K +
-                           blockIdx.x % column_tiles * kBlock + threadIdx.x % 16 * 8;
+    const int64_t offset = (column_tiles.quotient(blockIdx.x) * int64_t{kBlock} + threadIdx.x / 16 * 4) * K +
+                           column_tiles.remainder(blockIdx.x) * kBlock + threadIdx.x % 16 * 8;
     Tile<T> in;
 #pragma unroll
     for (int i = 0; i < 4; i++) load8(in.v[i], w + offset + i * int64_t{K});
@@ -71,9 +69,10 @@ __global__ void __launch_bounds__(kTileThreads, 2)
 
     const float scale = block_scale(most, kPow2);
     if (threadIdx.x == 0) w_scale[blockIdx.x] = scale;
-    const Quotient<kPow2> divide(scale);
+    const Quotient<kPow2, T> divide(scale);
 #pragma unroll
-    for (int i = 0; i < 4; i++) *reinterpret_cast<uint2*>(w_q + offset + i * int64_t{K}) = encode8(in.v[i], divide);
+    for (int i = 0; i < 4; i++)
+        *reinterpret_cast<uint2*>(w_q + offset + i * int64_t{K}) = encode8(in.v[i], divide, divide.is_tiny());
     __threadfence();  // for a kernel that starts as this one ends and reads weights before it waits
 }
 
@@ -115,12 +114,13 @@ void quantize_fwd(cudaStream_t stream, Tensor x, Tensor x_q, Tensor x_scale, Ten
             launch<quantize_tiles_kernel<T, kRows, kPow2>>(
                 grid, kTileThreads, 0, stream, x.ptr<T>(), x_q.ptr<uint8_t>(), x_scale.ptr<float>(),
                 xt_q.ptr<uint8_t>(), xt_scale.ptr<float>(), offsets.ptr<int>(), padded_offsets.ptr<int>(),
-                source.ptr<int>(), topk, x.stride[0], M, K, E, x_scale.stride[1], M_pad);
+                source.ptr<int>(), Divisor(topk), Divisor(blocks), x.stride[0], M, K, E, x_scale.stride[1], M_pad);
         };
         if (!columns)
             launch<quantize_rows_kernel<T, kPow2>, kOverlaps>(
                 grid, 256, 0, stream, x.ptr<T>(), x_q.ptr<uint8_t>(), x_scale.ptr<float>(), offsets.ptr<int>(),
-                source.ptr<int>(), topk, x.stride[0], M, K, E, x_scale.stride[1]);
+                source.ptr<int>(), Divisor(topk), Divisor(ceil_div<int64_t>(blocks, 2)), x.stride[0], M, K, E,
+                x_scale.stride[1]);
         else rows ? tiles.template operator()<true>() : tiles.template operator()<false>();
     });
 }
@@ -137,7 +137,7 @@ void quantize_weight_fwd(cudaStream_t stream, Tensor w, Tensor w_q, Tensor w_sca
     LING_CHECK(w.aligned() && w_q.aligned() && grid < 1ll << 31 && K < 1ll << 31);
     dispatch(w.dtype, pow2, [&]<typename T, bool kPow2>() {
         launch<quantize_weight_kernel<T, kPow2>>(grid, kTileThreads, 0, stream, w.ptr<T>(), w_q.ptr<uint8_t>(),
-                                                 w_scale.ptr<float>(), static_cast<int>(K));
+                                                 w_scale.ptr<float>(), static_cast<int>(K), Divisor(K / kBlock));
     });
 }
 

@@ -82,11 +82,11 @@ def make_app(service: Service) -> FastAPI:
 
     def check_size(request: HttpRequest) -> JSONResponse | None:
         """Refuse a large body before reading it. uvicorn reads no more than Content-Length."""
-        size = request.headers.get("content-length", "0")
-        if request.method == "POST" and (not size.isdecimal() or "content-length" not in request.headers):
-            return error_response(411, "a POST needs a Content-Length header")
-        if int(size) > service.max_body:
-            return error_response(413, f"the body is {size} bytes; the limit is {service.max_body}")
+        size = request.headers.get("content-length", "" if request.method == "POST" else "0")
+        if not size.isdecimal():
+            return error_response(411, "a POST needs a Content-Length header, which is a number")
+        if len(size) > 18 or int(size) > service.max_body:
+            return error_response(413, f"the body is {size[:20]} bytes; the limit is {service.max_body}")
         return None
 
     @app.middleware("http")

@@ -8,7 +8,7 @@ and one tensor, besides the pages of a shard that the system maps.
 import json
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,21 +96,15 @@ def load_model(
         if fp8_head and fits(model.lm_head.weight):
             model.lm_head = Fp8Linear.of(model.lm_head)
         quantize_for_inference_(model)
-    model = model.to_empty(device=device)
-    model.reset_buffers()
-    files, views = _files(folder), dict(named_views(model))
-    expected = [key for key in views if not key.endswith(SCALES)]
-    used: set[str] = set()
+    files, used = _files(folder), set[str]()
     with torch.no_grad(), _Shards(folder) as shards:
-        for key in sorted(expected, key=lambda k: str(files.get(k))):  # shard by shard
-            view = views[key]
-            if key not in files:
-                raise InputError(f"{folder}: the checkpoint has no {key}")
-            tensor = shards.read(files[key], key)
-            if tensor.shape != view.shape:
-                raise InputError(
-                    f"{files[key]}: {key} is {list(tensor.shape)}, by config.json it should be {list(view.shape)}"
-                )
+        _check_shapes(folder, model, files, shards)
+        model = model.to_empty(device=device)
+        model.reset_buffers()
+        views = dict(named_views(model))
+        expected = [key for key in views if not key.endswith(SCALES)]
+        for key in sorted(expected, key=lambda k: str(files[k])):  # shard by shard
+            view, tensor = views[key], shards.read(files[key], key)
             if tensor.dtype not in WIDE and (tensor.dtype != E4M3 or tensor.ndim != 2):
                 kind = f"{tensor.dtype}{list(tensor.shape)}".removeprefix("torch.")
                 raise InputError(f"{files[key]}: {key} is {kind}; supported are {', '.join(WIDE_NAMES)}, and matrices"
@@ -125,6 +119,20 @@ def load_model(
                 view.copy_(tensor if scale is None else _dequantized(tensor, scale))
     _check_unused(folder, files, used)
     return model.eval()
+
+
+def _check_shapes(folder: Path, model: Ling, files: dict[str, Path], shards: "_Shards") -> None:
+    """Raise InputError where the files lack a weight of a model on the meta device, or hold it in another shape: before
+    memory is allocated, since a wrong config.json may ask for any amount.
+    """
+    for key, view in named_views(model):
+        if key.endswith(SCALES):
+            continue
+        if key not in files:
+            raise InputError(f"{folder}: the checkpoint has no {key}")
+        shape = shards.shape(files[key], key)
+        if shape != list(view.shape):
+            raise InputError(f"{files[key]}: {key} is {shape}, by config.json it should be {list(view.shape)}")
 
 
 def _check_unused(folder: Path, files: dict[str, Path], used: set[str]) -> None:
@@ -208,12 +216,20 @@ class _Shards:
     def keys(self, path: Path) -> list[str]:
         return list(self.open(path).keys())
 
+    def shape(self, path: Path, key: str) -> list[int]:
+        return self.get(path, key, lambda file: file.get_slice(key).get_shape())
+
     def read(self, path: Path, key: str) -> Tensor:
+        return self.get(path, key, lambda file: file.get_tensor(key))
+
+    def get(self, path: Path, key: str, of: Callable):
         from safetensors import SafetensorError
 
         try:
-            return self.open(path).get_tensor(key)
+            return of(self.open(path))
         except (SafetensorError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
             raise InputError(f"{path}: {key} cannot be read: {error!r}") from None  # e.g. a type that torch lacks
 
 

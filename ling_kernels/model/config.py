@@ -17,6 +17,7 @@ OFFICIAL_FIELDS = dict(architectures=["BailingMoeV2ForCausalLM"], model_type="ba
                        moe_router_enable_expert_bias=True, use_bias=False, use_qkv_bias=False,
                        tie_word_embeddings=False)  # fmt: skip
 MAX_INTEGER = (1 << 31) - 1
+MAX_LAYERS = 1 << 10  # each is a module in Python: millions would never be built
 MAX_POSITIONS = 1 << 24  # up to here fp32 holds every position
 
 
@@ -83,6 +84,9 @@ class LingConfig:
         check(self.max_positions <= MAX_POSITIONS,
               f"max_position_embeddings and rope_scaling give {self.max_positions} positions, at most"
               f" {MAX_POSITIONS} are supported")  # fmt: skip
+        layers = self.num_hidden_layers + self.num_nextn_predict_layers
+        check(layers <= MAX_LAYERS, f"num_hidden_layers and num_nextn_predict_layers give {layers} layers, at most"
+              f" {MAX_LAYERS} are supported")  # fmt: skip
         pad, eos = self.pad_token_id, self.eos_token_id
         check(pad is None or is_integer(pad), f"pad_token_id is {pad!r}, neither an integer nor null")
         several = isinstance(eos, list) and len(eos) > 0

@@ -288,10 +288,11 @@ def adamw_8bit_kernel(
 @triton.jit
 def load_moment(codes, scales, at, block, inside, exists, table):
     """A moment [8, 256] from its codes and scales; from itself without scales."""
-    x = tl.load(codes + at, mask=inside, other=0)
-    if scales is not None:
-        x = tl.load(table + x.to(tl.int32)) * tl.load(scales + block, mask=exists, other=0.0)[:, None]
-    return x
+    code = tl.load(codes + at, mask=inside, other=0)
+    if scales is None:
+        return code
+    else:
+        return tl.load(table + code.to(tl.int32)) * tl.load(scales + block, mask=exists, other=0.0)[:, None]
 
 
 @triton.jit

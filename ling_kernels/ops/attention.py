@@ -234,6 +234,8 @@ def unsupported_fwd(
 ) -> str | None:  # fmt: skip
     if q_weight is not None and (cos.shape[1] != 32 or q_weight.dtype not in (torch.float32, q.dtype)):
         return "rotation of other than 64 dims, or a q_weight that is neither bf16 nor fp32"
+    if q_weight is not None and not rows_aligned(cos, sin):
+        return "cos or sin that does not start at a multiple of 16 bytes"
     return unsupported_heads(cu_q, q, k, v, out)
 
 

@@ -138,7 +138,7 @@ def expect_cache(cache: KVCache) -> None:
         return
     expect(k_scale is not None and v_scale is not None and k_scale.shape == v_scale.shape == k.shape[:3]
            and k_scale.is_contiguous() and v_scale.is_contiguous(),
-           "k_scale and v_scale [num_blocks, block_size, Hkv] with an e4m3 cache", *cache)  # fmt: skip
+           "contiguous k_scale and v_scale [num_blocks, block_size, Hkv] with an e4m3 cache", *cache)  # fmt: skip
 
 
 def expect_table(block_table: Tensor, lengths: Tensor, q: Tensor, cache: KVCache) -> None:

@@ -52,6 +52,18 @@ def dispatch(experts: Tensor, counts: Tensor) -> Plan:
     return plan
 
 
+def expect_plan(plan: Plan, T: int | None = None, S: int | None = None) -> None:
+    """Check the shapes and dtypes of a plan, of T tokens or of S rows where these are given."""
+    offsets, slot, source, padded_offsets = plan
+    tokens, topk = slot.shape if slot.ndim == 2 else (-1, 0)
+    fits = T in (None, tokens) and S in (None, tokens * topk) and source.shape == (tokens * topk,) and topk > 0
+    bounds = offsets.ndim == 1 and offsets.shape == padded_offsets.shape and len(offsets) > 0
+    ints = all(t.dtype == torch.int32 for t in plan)
+    of = f"{T} tokens" if T is not None else f"{S} rows"
+    expect(fits and bounds and ints, f"a plan of {of}: offsets [E + 1], slot [T, topk], source [T topk], padded_offsets"
+           " [E + 1], int32", *plan)  # fmt: skip
+
+
 def expect_offsets(offsets: Tensor, num_experts: int, S: int) -> None:
     """offsets [E + 1] int32 of runs of at most S rows; values are looked at where they cost no synchronisation."""
     fits = num_experts > 0 and offsets.shape == (num_experts + 1,) and offsets.dtype == torch.int32

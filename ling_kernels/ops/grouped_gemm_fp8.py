@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..op import E4M3, expect, op, round_up, use_reference, values_on_host
-from .dispatch import Plan, expect_offsets
+from .dispatch import Plan, expect_offsets, expect_plan
 from .gemm_fp8 import (
     block_scales,
     column_major,
@@ -47,7 +47,8 @@ def grouped_gemm_fp8(
     expect(a.ndim == 2 and b.ndim == 3, "a [S, K] and b [E, N, K]", a, b)
     expect(not transposed or (gather is None and not swiglu and block_scales(bt, bt_scale)),
            "b_scale [E, K/128, N/128], no gather and no swiglu, where b is transposed", b_scale, swiglu)  # fmt: skip
-    expect(gather is None or len(gather.slot) == len(a), "a [T, K] and a plan of T tokens", a, gather and gather.slot)
+    if gather is not None:
+        expect_plan(gather, T=len(a))
     expect(not swiglu or b.shape[1] % 256 == 0, "N % 256 == 0 for swiglu", b)
     expect_offsets(offsets, len(b), len(a) if gather is None else len(gather.source))
     if use_reference("grouped_gemm_fp8", a, a_scale, b_scale, unsupported=no_columns(a)):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..op import autocast, expect
-from .dispatch import Plan, dispatch
+from .dispatch import Plan, dispatch, expect_plan
 from .gemm_fp8 import gemm_fp8
 from .grouped_gemm import grouped_gemm
 from .grouped_gemm_fp8 import grouped_gemm_fp8
@@ -75,8 +75,18 @@ def moe(
     (x,) = autocast(x)
     y = expert_mlp(x, dispatch(experts, counts), weights, w_gate_up, w_down)
     if shared is not None:
+        expect_shared(x, *shared)
         y = y + linear(swiglu(linear(x, shared[0])), shared[1])
     return y, counts, *z
+
+
+def expect_shared(x: Tensor, *shared: Weight) -> None:
+    """Check the weights of a shared expert for x [T, H]."""
+    gate_up, down = (w[0] if isinstance(w, tuple) else w for w in shared)
+    fits = gate_up.ndim == down.ndim == 2 and (len(down), 2 * down.shape[1]) == (x.shape[1], len(gate_up))
+    expect(fits and gate_up.shape[1] == len(down), "shared weights [2Fs, H] and [H, Fs]", gate_up, down, x)
+    dtypes = torch.is_autocast_enabled(x.device.type) or all(isinstance(w, tuple) or w.dtype == x.dtype for w in shared)
+    expect(dtypes, "shared weights in FP8 or in x's dtype", gate_up, down, x)
 
 
 def routed_rows(x: Tensor, experts: Tensor | None, mask: Tensor | None = None) -> Tensor:
@@ -99,6 +109,9 @@ def expert_mlp(
     the down projection, in fp32; True folds them into SwiGLU, as the official training code does. They differ by
     rounding. Gradients as `moe`'s.
     """
+    expect_plan(plan, T=len(x))
+    fits = weights is None or (weights.shape == plan.slot.shape and weights.dtype in (torch.float32, torch.float64))
+    expect(fits, "weights [T, topk] fp32", weights, plan.slot)
     folded = None
     if fold_weights and weights is not None:  # a choice not routed here has no gradient, whatever its row holds
         folded = weights.masked_fill(plan.slot < 0, 0).flatten()[plan.source.long()]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..op import expect, first_derivative_only, op, use_reference
-from .dispatch import Plan
+from .dispatch import Plan, expect_plan
 from .quantize import BLOCK, dense_rows, empty_fp8, launch_quantize, quantize_fwd, quantize_ref, unsupported_rows
 from .unpermute import gather_sum, scatter_rows, sum_choices
 
@@ -17,8 +17,8 @@ def permute(x: Tensor, plan: Plan) -> Tensor:
 
     The gradient to x is deterministic and needs no atomics. Raises ValueError for a plan of another T.
     """
-    fits = x.ndim == 2 and x.is_floating_point() and plan.slot.ndim == 2 and len(plan.slot) == len(x)
-    expect(fits, "x [T, H] and a plan of T tokens", x, plan.slot)
+    expect(x.ndim == 2 and x.is_floating_point(), "x [T, H]", x)
+    expect_plan(plan, T=len(x))
     if use_reference("permute", x):
         return permute_ref(x, plan)
     return Permute.apply(x, plan.slot)
@@ -30,8 +30,8 @@ def permute_quantize(x: Tensor, plan: Plan, columns: bool = False, pow2: bool = 
     Returns x_q [S, H] and x_scale [S, H/128], then with columns xt_q [H, S_pad] and xt_scale [H, S_pad/128]; rows past
     plan.offsets[E] and columns past plan.padded_offsets[E] are undefined. Not differentiable. Raises ValueError.
     """
-    fits = x.ndim == 2 and x.is_floating_point() and plan.slot.ndim == 2 and len(plan.slot) == len(x)
-    expect(fits and x.shape[1] % BLOCK == 0, "x [T, H], H % 128 == 0, and a plan of T tokens", x, plan.slot)
+    expect(x.ndim == 2 and x.is_floating_point() and x.shape[1] % BLOCK == 0, "x [T, H], H % 128 == 0", x)
+    expect_plan(plan, T=len(x))
     if use_reference("permute_quantize", x):
         return permute_quantize_ref(x, plan, columns, pow2)
     x, topk = dense_rows(x.detach()), plan.slot.shape[1]

@@ -72,7 +72,7 @@ def heads_forward(
         a, b = a * c - b * s, b * c + a * s
     store_parts(out + first * (NUM * D), (t * NUM + h) * D, valid, a, b, rest, D, HALF, BLOCK_HALF, BLOCK_REST)
     if cache is not None:
-        slot = tl.load(slots + first + t, mask=t < T - first, other=-1)
+        slot = tl.load(slots + first + t, mask=t < T - first, other=-1).to(tl.int64)
         valid = valid & (slot >= 0) & (slot < cells)
         dtype: tl.constexpr = out.dtype.element_ty
         a, b, rest = a.to(dtype).to(tl.float32), b.to(dtype).to(tl.float32), rest.to(dtype).to(tl.float32)

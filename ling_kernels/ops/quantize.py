@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..op import E4M3, expect, multiprocessors, op, round_up, rows_aligned, upcast, use_reference
-from .dispatch import Plan
+from .dispatch import Plan, expect_plan
 from .triton_fp8 import fp8_amax, fp8_round, fp8_scale, store_columns, store_rows, tile_rows
 
 BLOCK = 128
@@ -37,7 +37,8 @@ def quantize(
     """
     expect(x.ndim == 2 and x.shape[1] % BLOCK == 0 and x.is_floating_point(), "x [M, K] with K % 128 == 0", x)
     expect(rows or columns, "rows=True or columns=True", rows, columns)
-    expect(plan is None or plan.source.shape == x.shape[:1], "a plan of M rows", x, plan and plan.source)
+    if plan is not None:
+        expect_plan(plan, S=len(x))
     if use_reference("quantize", x):
         return quantize_ref(x, rows, columns, plan, pow2)
     out = empty_fp8(x, len(x), x.shape[1], rows, columns, plan)

@@ -28,7 +28,8 @@ def router_gemm(x: Tensor, w: Tensor) -> Tensor:
 
 
 def router_gemm_ref(x, w):
-    x, w = upcast(x), upcast(w)
+    dtype = torch.promote_types(upcast(x).dtype, upcast(w).dtype)
+    x, w = x.to(dtype), w.to(dtype)
     with torch.autocast(x.device.type, enabled=False):
         return x @ w.T
 
@@ -60,7 +61,7 @@ class RouterGEMM(torch.autograd.Function):
 def shares(T: int, E: int, H: int) -> int:
     """Into how many shares dw's kernel splits the tokens, so that about 128 programs run. Not measured."""
     tiles = triton.cdiv(E, 128) * triton.cdiv(H, 128)
-    return max(min(128 // tiles, triton.cdiv(T, 512)), 1)
+    return max(min(128 // max(tiles, 1), triton.cdiv(T, 512)), 1)
 
 
 def config(M: int, N: int, sms: int) -> dict:

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..op import expect, first_derivative_only, multiprocessors, op, rows_aligned, upcast, use_reference
-from .dispatch import Plan
+from .dispatch import Plan, expect_plan
 from .quantize import BLOCK, empty_fp8, quantize_ref, tiling
 from .triton_fp8 import store_columns, store_rows, tile_rows
 
@@ -31,10 +31,13 @@ def swiglu(
            "weights [S] fp32 for x [S, 2F]", x, weights)  # fmt: skip
     expect(not quantize or (x.ndim == 2 and x.shape[1] % (2 * BLOCK) == 0), "x [S, 2F], F % 128 == 0, for FP8", x)
     expect(quantize or not (columns or pow2), "quantize=True with columns or pow2", quantize, columns, pow2)
+    if plan is not None:
+        expect_plan(plan, S=len(x))
     if use_reference("swiglu", x, weights):
         return swiglu_ref(x, weights, quantize, columns, plan, pow2)
     if not quantize:
-        return SwiGLU.apply(x.reshape(-1, x.shape[-1]), weights).view(*x.shape[:-1], x.shape[-1] // 2)
+        rows = x.shape[:-1].numel()  # not -1, which no columns would leave undefined
+        return SwiGLU.apply(x.reshape(rows, x.shape[-1]), weights).view(*x.shape[:-1], x.shape[-1] // 2)
     out = empty_fp8(x, len(x), x.shape[1] // 2, True, columns, plan)
     plan = (plan.offsets, plan.padded_offsets) if plan and columns else (None, None)
     weights = weights if weights is None else weights.detach().contiguous()
@@ -70,6 +73,8 @@ def swiglu_backward(
     expect(weights is None or weights.shape == x.shape[:1], "weights [S]", weights, x)
     expect(not quantize or dy.shape[1] % BLOCK == 0, "F % 128 == 0 for FP8", dy)
     expect(quantize or not (columns or pow2), "quantize=True with columns or pow2", quantize, columns, pow2)
+    if plan is not None:
+        expect_plan(plan, S=len(x))
     if use_reference("swiglu_backward", x, dy, weights):
         return swiglu_backward_ref(dy, x, weights, quantize, columns, plan, pow2)
     dy, x, weights = (t if t is None else t.detach().contiguous() for t in (dy, x, weights))
@@ -155,8 +160,8 @@ def swiglu_bwd(
     M, F = dy.shape
     ld_scale, M_pad = 0 if dx_scale is None else dx_scale.stride(1), 0 if dxt_q is None else dxt_q.shape[1]
     E = 0 if offsets is None else len(offsets) - 1
-    chosen = config(F, dx_q is not None, dxt_q is not None, multiprocessors(x.device))
     if dy.numel():
+        chosen = config(F, dx_q is not None, dxt_q is not None, multiprocessors(x.device))
         rows = BLOCK if M_pad else chosen["BLOCK_M"]  # of a program
         swiglu_bwd_kernel[(triton.cdiv(M_pad or M, rows),)](
             dy, x, weights, dx, dweights, dx_q, dx_scale, dxt_q, dxt_scale, offsets, padded_offsets,

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..op import expect, first_derivative_only, multiprocessors, op, upcast, use_reference
-from .dispatch import Plan
+from .dispatch import Plan, expect_plan
 
 
 def unpermute(y: Tensor, plan: Plan, weights: Tensor | None = None) -> Tensor:
@@ -18,8 +18,8 @@ def unpermute(y: Tensor, plan: Plan, weights: Tensor | None = None) -> Tensor:
     A slot of -1 contributes exactly 0, whatever its weight and the undefined rows of y hold. Gradients: to y (0 in rows
     that no token owns) and to weights (0 for a slot of -1). Raises ValueError for shapes that do not fit.
     """
-    fits = y.ndim == 2 and y.is_floating_point() and plan.source.shape == y.shape[:1]
-    expect(fits, "y [S, H] and a plan of S rows", y, plan.source)
+    expect(y.ndim == 2 and y.is_floating_point(), "y [S, H]", y)
+    expect_plan(plan, S=len(y))
     fits = weights is None or (weights.shape == plan.slot.shape and weights.dtype in (torch.float32, torch.float64))
     expect(fits, "weights [T, topk] fp32", weights, plan.slot)
     if use_reference("unpermute", y, weights):

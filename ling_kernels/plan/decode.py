@@ -73,16 +73,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     add, kinds = parser.add_argument, sorted(BYTES)
     add("--model", required=True, help="tiny, mini, flash, 1t, or a checkpoint folder")
     add("--batch", type=int, nargs="+", default=[1, 8, 64], metavar="N", help="texts at once (default: 1 8 64)")
-    add("--context", type=int, default=4096, metavar="N", help="tokens in each text (default: 4096)")
+    add("--context", type=int, metavar="N", help="tokens in each text (default: 4096, or all positions if fewer)")
     add("--weights", choices=kinds, default="bf16", help="of linear layers and experts (default: bf16)")
     add("--head", choices=kinds, default="bf16", help="of lm_head (default: bf16)")
     add("--cache", choices=kinds, default="bf16", help="keys and values (default: bf16)")
     args = parser.parse_args(argv)
+    config, _ = resolve_model(args.model)
+    args.context = min(4096, config.max_positions) if args.context is None else args.context
     if min(args.batch) < 1 or args.context < 0:
         raise InputError("--batch must be at least 1, --context at least 0")
-    config, _ = resolve_model(args.model)
     if args.context > config.max_positions:
-        raise InputError(f"--context {args.context} exceeds the {config.max_positions} positions of {args.model}")
+        raise InputError(
+            f"--context {args.context} exceeds the {config.max_positions} positions of {args.model}; a config.json"
+            " with YaRN in rope_scaling may have more"
+        )
     cases = [(config, b, args.context, args.weights, args.head, args.cache) for b in args.batch]
     steps, held = [step_bytes(*case) for case in cases], [held_bytes(*case) for case in cases]
     print(f"A decode step of {args.model} over {args.context} tokens of context: MB that it reads")

@@ -1,4 +1,4 @@
-// The setup kernel of CUTLASS's grouped GEMM as a module: CUTLASS's own kernels cannot run on the host.
+// The setup kernel of CUTLASS's grouped GEMM as a module: the tests need no headers of CUTLASS for it.
 #include "bindings.h"
 #include "gemm/cutlass/groups.h"
 

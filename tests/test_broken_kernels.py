@@ -1,0 +1,99 @@
+"""Kernels broken on purpose, in their PTX: each must be caught, in words that say what happened."""
+
+import re
+
+import pytest
+
+from tests.gpu.build import broken, load, missing
+
+if missing():
+    pytest.skip(f"csrc/ needs {missing()} to run on the virtual GPU", allow_module_level=True)
+
+from tests import test_csrc_attention as attention
+from tests import test_csrc_attention_decode as decode
+from tests import test_csrc_gemm as gemm
+from tests import test_csrc_moe as moe
+from tests import test_csrc_moe_decode as moe_decode
+from tests import test_csrc_norm as norm
+from tests import test_csrc_quant as quant
+
+
+def without(pattern: str):
+    return instead(pattern, "")
+
+
+def instead(pattern: str, new: str):
+    return lambda text: re.sub(pattern, new, text, flags=re.S)
+
+
+WAIT = r"mbarrier\.try_wait\.parity\S*\s+(\S+), [^;]*;"
+GO_ON = instead(WAIT, r"setp.eq.u32 \1, 0, 0;")  # no mbarrier is waited for
+FREE = r"mbarrier\.arrive\.shared::cta\.b64\s+_, [^;]*;"
+EXPECT = r"(mbarrier\.arrive\.expect_tx\S+\s+_, [^;]*, )(\S+);"
+MORE_BYTES = instead(EXPECT, r"{ .reg .b32 more; add.s32 more, \2, 16; \1more; }")
+FEWER_BYTES = instead(EXPECT, r"{ .reg .b32 less; sub.s32 less, \2, 16; \1less; }")
+ALONE = instead(r"shfl\.sync\.bfly\.b32\s+(%r\d+)\|%p\d+, (%r\d+),[^;]*;", r"mov.b32 \1, \2;")
+HALF = instead(r"(redux\.sync\S+\s+\S+, \S+, )\S+;", r"{ .reg .b32 half; mov.b32 half, 65535; \1half; }")
+NO_GRID = instead(r"ld\.acquire\.gpu\.global\.u32\s+(\S+), [^;]*;", r"mov.b32 \1, -2147483648;")
+BLOCK, NAMED = r"(?:bar|barrier)\.sync\s+0;", r"(?:bar|barrier)\.sync\s+%r\d+, %r\d+;"
+RACE, STUCK, WRONG = "race|no barrier between", "deadlock", ""
+
+BROKEN = {  # name: (check that must fail, kernel, change, words of the error; "": a wrong result will do)
+    "wgmma is not awaited": (gemm.check_dense, "gemm_fp8_kernel", without(r"wgmma\.wait_group[^;]*;"), "wgmma"),
+    "wgmma is not committed": (gemm.check_dense, "gemm_fp8_kernel", without(r"wgmma\.commit_group[^;]*;"), "wgmma"),
+    "one group of wgmma is not awaited": (
+        gemm.check_dense, "gemm_fp8_kernel", instead(r"(wgmma\.wait_group\.sync\.aligned) 0", r"\1 1"), "wgmma"),
+    "sums do not begin at zero": (
+        gemm.check_dense, "gemm_fp8_kernel", instead(r"setp\.ne\.b32 p, %r\d+, 0;", "setp.eq.b32 p, 0, 0;"), WRONG),
+    "no stage is awaited": (gemm.check_dense, "gemm_fp8_kernel", GO_ON, RACE),
+    "no stage is freed": (gemm.check_rows, "gemm_fp8_kernel", without(FREE), STUCK),
+    "more bytes than arrive": (gemm.check_dense, "gemm_fp8_kernel", MORE_BYTES, STUCK),
+    "fewer bytes than arrive": (gemm.check_dense, "gemm_fp8_kernel", FEWER_BYTES, "bytes|" + STUCK),
+    "results are stored before all have written them": (gemm.check_dense, "gemm_fp8_kernel", without(NAMED), RACE),
+    "a named barrier of too few threads": (
+        gemm.check_dense, "gemm_fp8_kernel", instead(r"(bar\.sync\s+%r\d+, )%r\d+;", r"\g<1>96;"), ""),
+    "gathered rows reach wgmma without a fence": (
+        gemm.check_gather, "gemm_fp8_kernel", without(r"fence\.proxy\.async[^;]*;"), "fence.proxy.async"),
+    "transposed weights reach wgmma without a fence": (
+        gemm.check_transposed, "gemm_fp8_kernel", without(r"fence\.proxy\.async[^;]*;"), "fence.proxy.async"),
+    "copies are not awaited": (gemm.check_gather, "gemm_fp8_kernel", without(r"cp\.async\.wait_group[^;]*;"), ""),
+    "rows and columns of a tensor map swapped": (
+        gemm.check_dense, "gemm_fp8_kernel", instead(r"(\[%rd\d+, \{)(%r\d+), (%r\d+)(\}\])", r"\1\3, \2\4"), ""),
+    "cleared tokens are not awaited": (gemm.check_wgrad, "grouped_wgrad", without(NAMED), RACE),
+    "partial sums are not awaited": (gemm.check_few_rows, "few_rows", without(BLOCK), RACE),
+    "no turns": (attention.check_packed, "attention_fwd", without(r"bar\.arrive[^;]*;"), STUCK),
+    "keys are not awaited": (attention.check_packed, "attention_fwd", GO_ON, RACE),
+    "keys are never freed": (attention.check_packed, "attention_fwd", without(FREE), STUCK),
+    "scores are not awaited": (attention.check_packed, "attention_fwd", without(r"wgmma\.wait_group[^;]*;"), "wgmma"),
+    "gradients: tiles are not awaited": (attention.check_bwd, "attention_bwd", GO_ON, RACE),
+    "a row's sum is not awaited": (norm.check_rms_forward, "rms_norm_fwd", without(BLOCK), RACE),
+    "a row's sum of one lane": (
+        norm.check_rms_forward, "rms_norm_fwd", ALONE, WRONG),
+    "dw is summed too early": (norm.check_rms_backward, "rms_norm_bwd", without(BLOCK), RACE),
+    "squares are not awaited": (norm.check_router, "rms_norm_router", without(BLOCK), RACE),
+    "a head's neighbour": (
+        norm.check_qk_forward, "qk_norm_rope_fwd", ALONE, WRONG),
+    "scales are not awaited": (quant.check_columns, "quantize_tiles", without(BLOCK), RACE),
+    "a weight's maximum is not awaited": (quant.check_weight, "quantize_weight", without(BLOCK), RACE),
+    "a tile is not awaited": (quant.check_transpose, "transpose_fp8", without(BLOCK), RACE),
+    "histograms are not awaited": (moe.check_dispatch, "dispatch", without(BLOCK), RACE),
+    "sums of counts are not awaited": (moe.check_balance, "balance", without(BLOCK), RACE),
+    "half the lanes vote": (
+        moe.check_route, "route_fwd", HALF, "mask|lanes"),
+    "no wait for other blocks": (
+        moe_decode.check_sizes, "moe_decode_kernel", NO_GRID, ""),
+    "warps' parts are not awaited": (decode.check_decode, "attention_decode_kernel", without(BLOCK), RACE),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken(name, monkeypatch):
+    monkeypatch.setenv("LING_GPU_SEED", "1")
+    check, kernel, change, words = BROKEN[name]
+    with (
+        broken(kernel, change) as changed,
+        pytest.raises((AssertionError, RuntimeError), match="(?s)" + words) as error,
+    ):
+        check(load())
+    assert changed, "no kernel was changed"
+    assert not words or error.type is RuntimeError

@@ -1,0 +1,101 @@
+"""Arguments of ops that fuzzers found: integers that lie apart, plans that do not fit, sizes of 0, other dtypes."""
+
+import pytest
+import torch
+
+import ling_kernels as lk
+from ling_kernels.backend import force
+from ling_kernels.op import expect
+from ling_kernels.ops.dispatch import Plan
+from ling_kernels.ops.moe import expert_mlp
+from tests.cases import DEVICE, Rand, offsets_of, plan_of, runs
+
+BACKENDS = [b for b in ("torch", "triton", "cuda") if runs(b)]
+BF16 = torch.bfloat16
+
+
+def apart(x: torch.Tensor) -> torch.Tensor:
+    """A copy of x whose elements have others between them."""
+    return torch.stack([x, torch.zeros_like(x)], -1)[..., 0]
+
+
+def calls(rand):
+    """Ops of integers: a function of them, and the integers."""
+    plan, offsets = plan_of(rand, 20, 4, 2, "masked"), offsets_of(rand, 40, 4, 3)
+    x, y, w = rand.data(20, 128), rand.data(40, 128), rand.data(4, 128, 128)
+    x_q, w_q = lk.quantize(x), lk.quantize_weight(w)
+    rows = int(plan.offsets[-1])
+    yield lambda *p: lk.quantize(y, False, True, Plan(*p))[0][:, : int(plan.padded_offsets[-1])].float(), plan
+    yield lambda *p: lk.permute(x, Plan(*p))[:rows], plan
+    yield lambda *p: lk.unpermute(y, Plan(*p), None), plan
+    yield lambda *p: lk.permute_quantize(x, Plan(*p))[0][:rows].float(), plan
+    yield lambda *p: lk.grouped_gemm_fp8(*x_q, *w_q, p[0], Plan(*p))[:rows], plan
+    yield lambda o: lk.grouped_gemm(y, w, o)[: int(offsets[-1])], (offsets,)
+    yield lambda o: lk.grouped_wgrad(y, y, o), (offsets,)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("i", range(7))
+def test_integers_may_lie_apart(i, backend):
+    call, integers = [*calls(Rand(BF16))][i]
+    with force(backend):
+        assert torch.equal(call(*integers), call(*map(apart, integers)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("change", [
+    dict(slot=lambda t: t[:-1]), dict(slot=lambda t: t[None]), dict(source=lambda t: t[:-1]),
+    dict(source=lambda t: t[:, None]), dict(offsets=lambda t: t[:-1]), dict(offsets=lambda t: t[:0]),
+    dict(padded_offsets=lambda t: t[None]), dict(slot=lambda t: t.long()), dict(offsets=lambda t: t.float()),
+])  # fmt: skip
+def test_plans_that_do_not_fit_are_refused(change, backend):
+    rand = Rand(BF16)
+    ((field, of),) = change.items()
+    plan = plan_of(rand, 20, 4, 2)
+    plan = plan._replace(**{field: of(getattr(plan, field))})
+    x, y, w = rand.data(20, 128), rand.data(40, 128), rand.data(4, 256, 128)
+    with force(backend):
+        for call in (
+            lambda: lk.permute(x, plan), lambda: lk.unpermute(y, plan), lambda: lk.permute_quantize(x, plan),
+            lambda: lk.quantize(y, True, True, plan), lambda: lk.swiglu(rand.data(40, 256), None, True, True, plan),
+            lambda: expert_mlp(x, plan, None, w, w[:, :128]),
+            lambda: lk.grouped_gemm_fp8(*lk.quantize(x), *lk.quantize_weight(w), plan.offsets, plan),
+        ):  # fmt: skip
+            with pytest.raises(ValueError, match="expected a plan of"):
+                call()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 4), (2, 0, 2)])
+def test_swiglu_of_nothing(shape, backend):
+    x = torch.empty(shape, device=DEVICE, requires_grad=True)
+    with force(backend):
+        y = lk.swiglu(x)
+        assert y.shape == (*shape[:-1], shape[-1] // 2)
+        assert torch.autograd.grad(y.sum(), x)[0].shape == shape
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_router_gemm_of_no_experts(backend):
+    x, w = torch.randn(5, 16, device=DEVICE).to(BF16), torch.empty(0, 16, device=DEVICE, requires_grad=True)
+    with force(backend):
+        logits = lk.router_gemm(x, w)
+        assert logits.shape == (5, 0) and torch.autograd.grad(logits.sum(), w)[0].shape == (0, 16)
+
+
+def test_a_shared_expert_that_does_not_fit_is_refused():
+    rand = Rand(BF16)
+    x, router_w, bias = rand.data(3, 16), rand.fp32(4, 16).detach(), rand.data(4, dtype=torch.float32)
+    experts, gate_up, down = (rand.data(4, 16, 16), rand.data(4, 16, 8)), rand.data(8, 16), rand.data(16, 4)
+    routing = dict(num_groups=1, group_topk=1, topk=2)
+    assert lk.moe(x, router_w, bias, *experts, (gate_up, down), **routing)[0].shape == x.shape
+    for shared in ((gate_up.float(), down), (gate_up[:4], down), (gate_up, down.T), (gate_up[None], down)):
+        with pytest.raises(ValueError, match="shared weights"):
+            lk.moe(x, router_w, bias, *experts, shared, **routing)
+
+
+def test_an_error_describes_tensors_in_tuples_and_is_one_line():
+    with pytest.raises(ValueError) as error:
+        expect(False, "a pair", (torch.zeros(2, 3), None), list(range(5000)))
+    assert str(error.value).startswith("expected a pair; got (float32[2, 3], None), [0, 1, 2")
+    assert len(str(error.value)) < 1000
