@@ -84,7 +84,7 @@ bench:
 	@$(if $(wildcard $(VENV)/.dev),$(PY),$(OUTER)) -m benchmarks $(if $(QUICK),--quick) $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info ling_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) build dist *.egg-info ling_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis
 
 # --system-site-packages does not show the packages of a virtual environment: where PYTHON is in one, a .pth file does.
 $(VENV)/.python:

@@ -48,7 +48,8 @@ def synchronize() -> None:
 def weights_written_just_before() -> None:
     """A product reads weights that the kernel before it on the stream writes: always the new ones.
 
-    csrc/'s kernels may begin before the kernel ahead of them has ended, and `gemm_fp8` of few rows loads weights early.
+    `gemm_fp8` of few rows loads weights early, and so must not begin before the kernel ahead has ended: outside of CUDA
+    graphs csrc/ does not let it.
     """
     x, one = torch.randn(1, 2048, device=DEVICE), torch.randn(512, 2048, device=DEVICE)
     x_q, x_scale = quantize(x)

@@ -71,8 +71,8 @@ def stage_one() -> list[Step]:
         Step("cuda tests", [*pytest, *parallel, "-k", "cuda", "tests/test_ops.py"], 40),
         Step("gpu tests", [*pytest, *gpu_tests], 35),
         Step("triton tests", [*pytest, *parallel, "-k", "triton", "tests/test_ops.py"], 25),
-        *(Step(tool, [sanitizer, "--tool", tool, "--error-exitcode", "9", *small], 20, no_sanitizer, alone, True)
-          for tool in ("memcheck", "racecheck")),
+        *(Step(name, [sanitizer, "--tool", name, "--error-exitcode", "9", *small], 20, no_sanitizer, alone, True)
+          for name in ("memcheck", "racecheck")),
         Step("consan", [*small, "triton"], 15, env=dict(TRITON_INSTRUMENTATION_MODE="consan")),
     ]  # fmt: skip
 

@@ -9,7 +9,6 @@ No GPU is needed. test_compiles_for_hopper.py and test_csrc_build.py compare the
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +17,7 @@ import tempfile
 from pathlib import Path
 
 from tests import cuobjdump
+from tests.pack import nvcc_release
 from tests.sass import clocks, page
 
 ROOT = Path(__file__).parents[1]
@@ -82,13 +82,7 @@ def cuda_table() -> dict:
         dict(kernel=name, threads=threads.get(mangled), **resources[mangled], **cuobjdump.instructions(code[mangled]))
         for mangled, name in zip(code, cuobjdump.names([*code]), strict=True)
     ]
-    return dict(cuda=nvcc_version(), kernels=sorted(rows, key=lambda r: r["kernel"]))
-
-
-def nvcc_version() -> str | None:
-    output = subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout
-    found = re.search(r"release ([\d.]+)", output)
-    return found and found[1]
+    return dict(cuda=nvcc_release(shutil.which("nvcc")), kernels=sorted(rows, key=lambda r: r["kernel"]))
 
 
 def cuda_page(table: dict) -> str:

@@ -14,6 +14,7 @@ from ling_kernels.ops.attention_decode import KVCache
 from ling_kernels.ops.qk_norm_attention import QKNormAttention, qk_norm_attention_ref
 from ling_kernels.ops.rope_tables import rope_tables
 from tests.cases import DEVICE, Rand, cu_seqlens, norm_decode_args, qk_norm_rope_args, runs
+from tests.graphs import replayed_side_by_side
 from tests.test_ops import same_bits as equal_bits
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -277,19 +278,8 @@ def test_in_graphs_and_on_two_streams():
         out, lse = attention(*inputs, cu)
         return out, lse, *torch.autograd.grad(out, inputs, dout)
 
-    want, graphs = run(), []
-    for _ in range(2):
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        with torch.cuda.graph(graph):
-            results = [run() for _ in range(3)]
-        graphs.append((graph, results, stream))
-    torch.cuda.synchronize()
-    for _ in range(20):
-        for graph, _, stream in graphs:
-            with torch.cuda.stream(stream):
-                graph.replay()
-    torch.cuda.synchronize()
-    assert all(same_bits(got, want) for _, results, _ in graphs for got in results)
+    want = run()
+    assert all(same_bits(got, want) for got in replayed_side_by_side(run))
 
 
 def test_max_tiles_is_an_upper_bound_and_every_dtype_has_tiles():

@@ -93,7 +93,7 @@ def run_bench(tmp_path, *arguments: str) -> dict:
     """pytest-benchmark's JSON, as a user's pytest writes it."""
     pytest.importorskip("pytest_benchmark")
     out = tmp_path / "rows.json"
-    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST") and k != "TRITON_INTERPRET"}
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--benchmark-json={out}", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]

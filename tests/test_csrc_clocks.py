@@ -1,13 +1,15 @@
 """The clocks of csrc/'s machine code (tests/sass) keep their budgets, and break no rule of wgmma."""
 
 import json
+import shutil
 import subprocess
 
 import pytest
 
+from tests.pack import nvcc_release
 from tests.sass.clocks import REGIONS, cuda_rows, differences, rows_of
 from tests.sass.decode import kernels
-from tests.tables import CUDA_CLOCKS, MODULE, ROOT, nvcc_version, why_no_cuda_table
+from tests.tables import CUDA_CLOCKS, MODULE, ROOT, why_no_cuda_table
 from tests.test_csrc_build import needs_nvcc
 
 
@@ -20,8 +22,9 @@ def rows() -> list[dict]:
 
 def test_budgets_are_kept(rows):
     committed = json.loads(CUDA_CLOCKS.read_text())
-    if committed["cuda"] != nvcc_version():
-        pytest.skip(f"{CUDA_CLOCKS.name} was made with nvcc {committed['cuda']}, here is {nvcc_version()}")
+    here = nvcc_release(shutil.which("nvcc"))
+    if committed["cuda"] != here:
+        pytest.skip(f"{CUDA_CLOCKS.name} was made with nvcc {committed['cuda']}, here is {here}")
     found = differences(rows, committed["rows"])
     assert not found, f"{CUDA_CLOCKS.relative_to(ROOT)}: if it is meant, make tables. {found}"
 

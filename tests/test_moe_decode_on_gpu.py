@@ -6,6 +6,7 @@ import torch
 from ling_kernels.backend import force, why_not
 from ling_kernels.ops.moe_decode import moe_decode
 from tests.cases import DEVICE, Rand, moe_decode_args
+from tests.graphs import replayed_side_by_side
 
 SIZES = dict(E=256, H=2048, F=512, groups=8, group_topk=4, topk=8, Fs=512, residual=True, norm=True)
 
@@ -36,16 +37,5 @@ def test_every_number_of_rows(fp8):
 def test_in_graphs_and_on_two_streams():
     """Replays, and two graphs side by side: no barrier of one may take the other's blocks for its own."""
     args = moe_decode_args(Rand(torch.bfloat16), T=2, fp8=True, **SIZES)
-    want, graphs = decode(args), []
-    for _ in range(2):
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            ys = [decode(args) for _ in range(3)]
-        graphs.append((graph, ys, torch.cuda.Stream()))
-    torch.cuda.synchronize()
-    for _ in range(20):
-        for graph, _, stream in graphs:
-            with torch.cuda.stream(stream):
-                graph.replay()
-    torch.cuda.synchronize()
-    assert all(torch.equal(y, want) for _, ys, _ in graphs for y in ys)
+    want = decode(args)
+    assert all(torch.equal(y, want) for (y,) in replayed_side_by_side(lambda: (decode(args),)))

@@ -19,7 +19,7 @@ import ling_kernels
 from ling_kernels import backend, info, ops
 
 ROOT = Path(__file__).parents[1]
-CLEAN = {k: v for k, v in os.environ.items() if not k.startswith(("LING_", "TRITON_INTERPRET"))}
+CLEAN = {k: v for k, v in os.environ.items() if not k.startswith("LING_")}
 
 
 def python(*args, cwd=ROOT, **env):
