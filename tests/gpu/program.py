@@ -147,8 +147,8 @@ def translated(module: ptx.Module, name: str) -> tuple:
 
     Kept in the cache, but for entries with addresses of this process.
     """
-    files = (Path(__file__).with_name(f"{f}.py").read_text() for f in
-             ("ptx", "flow", "translate", "translate_arithmetic", "translate_memory", "translate_tensor"))  # fmt: skip
+    names = "ptx flow syntax translate translate_arithmetic translate_memory translate_tensor".split()
+    files = [Path(__file__).with_name(f"{f}.py").read_text() for f in names]
     key = hashlib.sha256("\0".join([name, module.text, *files]).encode()).hexdigest()[:24]
     file = CACHE / f"{key}.program"
     if file.exists():

@@ -1,15 +1,14 @@
 // Matrix products: mma of a warp (ISA 9.7.14) and wgmma of a warpgroup (9.7.15), which runs when it is waited for.
 #include "machine.h"
 
-static int bytes_of(Element e) { return e == kE4m3 || e == kE5m2 ? 1 : e == kTf32 ? 4 : 2; }
+static int bytes_of(Element e) { return e <= kE5m2 ? 1 : 2; }
 static void unpack(Element e, const void* from, int n, float* to, int step) {
     for (int i = 0; i < n; i++) {
         uint32_t x = 0;
         memcpy(&x, (const char*)from + i * bytes_of(e), bytes_of(e));
         to[i * step] = e == kE4m3 || e == kE5m2 ? fp8_values(e == kE5m2)[x]
                        : e == kBf16             ? std::bit_cast<float>(x << 16)
-                       : e == kF16              ? float(std::bit_cast<_Float16>(uint16_t(x)))
-                                                : std::bit_cast<float>(x & 0xffffe000);
+                                                : float(std::bit_cast<_Float16>(uint16_t(x)));
     }
 }
 
