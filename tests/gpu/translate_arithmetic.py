@@ -23,13 +23,19 @@ FORMS = {
 ROUNDED = {
     "add": "{0}, F32{{}} + 1.f, {1}",
     "sub": "{1}, F32{{}} - 1.f, {0}",
-    "mul": "{0}, {1}, F32{{}} - 0.f",
+    "mul": "{0}, {1}, xor_sign(F32{{}}, {0}, {1})",
     "fma": "{0}, {1}, {2}",
 }
 ROUNDS = dict(rz="kTowardZero", rm="kFloor", rp="kCeiling")
 INTEGRAL = dict(rzi="kTowardZero", rni="kNearest", rmi="kFloor", rpi="kCeiling")
 HALVES = dict(f16="f16", bf16="bf16", f16x2="f16", bf16x2="bf16")
 SIGNS = dict(eq="==", ne="!=", lt="<", le="<=", gt=">", ge=">=", lo="<", ls="<=", hi=">", hs=">=")
+
+
+def limits(kind: str) -> tuple[int, int]:
+    """The least and the greatest number of an integer type."""
+    bits = WIDTHS[kind]
+    return (0, 2**bits - 1) if kind[0] == "u" else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
 
 class Arithmetic:
@@ -137,7 +143,7 @@ class Arithmetic:
         how = next((INTEGRAL[o] for o in c.op if o in INTEGRAL), None)
         floating = source in HALVES or source == "f32"
         x = f"of_{source}({self.raw(c.args[1], 16)})" if source in HALVES else self.value(c.args[1], source)
-        if source in ("u8", "b8"):
+        if source == "u8":
             x = f"({x} & uint16_t(255))"
         elif source == "s8":
             x = f"(S16({x} << 8) >> 8)"
@@ -149,20 +155,18 @@ class Arithmetic:
             return self.set(c.args[0], to, f"{to}_of({x})" if to in HALVES else x)
         bits = max(WIDTHS[to], 16)
         if floating:
-            big = f"{to[0].upper().replace('B', 'U')}{max(bits, 32)}"
+            big = f"{to[0].upper()}{max(bits, 32)}"
             x = f"to_int<{big}>({x}, {how})"
             source = big.lower()
         if WIDTHS[to] < 32 and floating or "sat" in c.op:
-            least, most = (
-                (0, 2 ** WIDTHS[to] - 1) if to[0] == "u" else (-(2 ** (WIDTHS[to] - 1)), 2 ** (WIDTHS[to] - 1) - 1)
-            )
-            type_ = f"{source[0].upper().replace('B', 'U')}{max(WIDTHS[source], 16)}"
-            if source[0] == "s":
+            (least, most), (lowest, highest) = limits(to), limits(source)
+            type_ = f"{source[0].upper()}{max(WIDTHS[source], 16)}"
+            if lowest < least:
                 x = f"higher({x}, {type_}{{}} + ({least}))"
-            if most < 2 ** (WIDTHS[source] - (source[0] == "s")) - 1:
+            if highest > most:
                 x = f"lower({x}, {type_}{{}} + {most})"
-        x = f"TO({source[0].upper().replace('B', 'U')}{bits}, {x})"
-        if to in ("u8", "b8"):
+        x = f"TO({source[0].upper()}{bits}, {x})"
+        if to == "u8":
             x = f"({x} & 255)"
         elif to == "s8":
             x = f"(S16({x} << 8) >> 8)"
