@@ -178,12 +178,19 @@ CLUSTERS = {
                                   ".reqnctapercluster 2, 1, 1", SHARED), "has ended"),
 }  # fmt: skip
 PUBLISH = """setp.eq.u32 %p1, %r1, 0; add.s64 %d3, %d0, 2044; @!%p1 bra OTHER_{n};
-st.global.u32 [%d0], 5; st.{release}.gpu.global.u32 [%d3], 1; ret;
-OTHER_{n}: ld.{acquire}.gpu.global.u32 %r6, [%d3]; setp.eq.u32 %p2, %r6, 0; @%p2 bra OTHER_{n}; ld.global.u32 %r7, [%d0]; st.global.u32 [%d0+4], %r7;"""
+st.global.u32 [%d0], 5; {fence} st.{release}.gpu.global.u32 [%d3], 1; ret;
+OTHER_{n}: ld.{acquire}.gpu.global.u32 %r6, [%d3]; setp.eq.u32 %p2, %r6, 0; @%p2 bra OTHER_{n}; {fence} ld.global.u32 %r7, [%d0]; st.global.u32 [%d0+4], %r7;"""
 BLOCKS = {
-    ("release", "acquire"): "", ("relaxed", "acquire"): "no release and acquire", ("release", "relaxed"): "no release and acquire",
+    ("release", "acquire", ""): "",
+    ("relaxed", "acquire", ""): "no release and acquire",
+    ("release", "relaxed", ""): "no release and acquire",
+    ("relaxed", "relaxed", "membar.gl;"): "",
+    ("relaxed", "relaxed", "fence.acq_rel.gpu;"): "",
+    ("relaxed", "relaxed", "membar.cta;"): "no release and acquire",
 }  # fmt: skip
-PUBLISHED = {k: Kernel(f"publish{i}", PUBLISH.format(n=i, release=k[0], acquire=k[1])) for i, k in enumerate(BLOCKS)}
+PUBLISHED = {
+    k: Kernel(f"publish{i}", PUBLISH.format(n=i, release=k[0], acquire=k[1], fence=k[2])) for i, k in enumerate(BLOCKS)
+}
 WRITER = Kernel("writer", "st.global.u32 [%d9], %r0; griddepcontrol.launch_dependents;")
 READERS = {
     "waits": (Kernel("reader0", "griddepcontrol.wait; ld.global.u32 %r2, [%d9];"), ""),

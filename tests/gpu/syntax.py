@@ -117,7 +117,6 @@ mbarrier: try_wait|test_wait parity? acquire|relaxed? cta|cluster? SHARED? b64
 tensormap: cp_fenceproxy global shared::cta tensormap::generic release gpu sync aligned
 tensormap: replace tile FIELD shared::cta|global b1024 b32|b64
 mma: sync aligned m16n8k16 row col f32 HALF HALF f32
-mma: sync aligned m16n8k32 row col f32 FP8 FP8 f32
 wgmma: fence|commit_group|wait_group sync aligned
 wgmma: mma_async sync aligned m64n\\d+k16 f32 HALF HALF
 wgmma: mma_async sync aligned m64n\\d+k32 f32 FP8 FP8
