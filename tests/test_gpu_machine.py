@@ -55,6 +55,17 @@ def words(n: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(-(2**31), 2**31, (n,), generator=torch.Generator().manual_seed(seed)).to(torch.int32)
 
 
+# ---- names of inline assembly: each scope has its own labels and registers
+scopes = Kernel("scopes", "mov.u32 %r2, 0; " + "".join(f"""{{
+.reg .pred q; AGAIN: add.s32 %r2, %r2, {step}; setp.ge.s32 q, %r2, {end};
+@q bra DONE; bra AGAIN; DONE:
+}} """ for step, end in ((1, 3), (10, 30))) + "st.global.u32 [%d9], %r2;")  # fmt: skip
+
+
+def test_labels():
+    assert scopes(torch.zeros(128, dtype=torch.int32))[0] == 33
+
+
 # ---- of a warp
 shuffles = Kernel("shuffles", """
 ld.global.u32 %r2, [%d9];
@@ -123,20 +134,6 @@ def test_barriers(seed):
     count, every, some, seen = votes(torch.zeros(4 * 128, dtype=torch.int32), block=128, seed=seed).view(4, 128)
     assert (count == 70).all() and not every.any() and some.all()
     assert torch.equal(seen[64:], torch.arange(64, dtype=torch.int32))
-
-
-copies = Kernel("copies", """shl.b32 %r2, %r0, 4; cvt.u64.u32 %d3, %r2; add.s64 %d4, %d0, %d3; add.s64 %d5, %d1, %d3; mov.u32 %r3, tile;
-add.s32 %r3, %r3, %r2; mov.u32 %r4, 4; cp.async.cg.shared.global [%r3], [%d4], 16; cp.async.ca.shared.global [%r3+512], [%d4], 8, %r4;
-cp.async.wait_all; bar.warp.sync -1; ld.shared.v4.u32 {%r5, %r6, %r7, %r8}, [%r3]; st.global.v4.u32 [%d5], {%r5, %r6, %r7, %r8};
-ld.shared.v2.u32 {%r5, %r6}, [%r3+512]; st.global.v2.u32 [%d5+512], {%r5, %r6};""", 2, shared=".shared .align 16 .b8 tile[1024]; ")  # fmt: skip
-
-
-def test_asynchronous_copies():
-    x, out = words(128), torch.full((256,), 7, dtype=torch.int32)
-    copies(x, out)
-    assert torch.equal(out[:128], x)
-    half = out[128:].view(32, 4)  # 8 bytes, of which 4 come from memory and the rest are zeros
-    assert torch.equal(half[:, 0], x.view(32, 4)[:, 0]) and not half[:, 1].any() and (half[:, 2:] == 7).all()
 
 
 # ---- matrix products
@@ -256,13 +253,15 @@ def tma_kernel(
 {after} {last.format(name)}""", params, shared=SHARED)  # fmt: skip
 
 
-def there_and_back(name: str, space: str) -> Kernel:
-    return tma_kernel(name, load=LOAD.replace("shared::cluster", space), after="""xor.b32 %r24, %r23, 20; fence.proxy.async.shared::cta; bar.sync 0;
+def there_and_back(name: str, load: str) -> Kernel:
+    return tma_kernel(name, load=load, after="""xor.b32 %r24, %r23, 20; fence.proxy.async.shared::cta; bar.sync 0;
 @%p1 cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%d1, {%r24, %r24}], [%r21];
 @%p1 cp.async.bulk.commit_group; @%p1 cp.async.bulk.wait_group.read 0; @%p1 cp.async.bulk.wait_group 0;""")  # fmt: skip
 
 
-TMA = {space: there_and_back(f"tma{i}", space) for i, space in enumerate(("shared::cta", "shared::cluster"))}
+HINT = LOAD.replace("bytes", "bytes.L2::cache_hint").replace(";", ", %d3;")
+LOADS = {"block": LOAD.replace("shared::cluster", "shared::cta"), "cluster": LOAD, "hint": HINT}
+TMA = {name: there_and_back(f"tma_{name}", load) for name, load in LOADS.items()}
 tma_3d = tma_kernel(
     "tma_3d",
     before="mov.u32 %r24, 1;",
@@ -278,16 +277,16 @@ def test_tma_of_three_dimensions():
     assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("space", TMA)
+@pytest.mark.parametrize("load", TMA)
 @pytest.mark.parametrize("swizzle", [0, 1, 2, 3])
-def test_tma(swizzle, space):
+def test_tma(swizzle, load):
     """A box that reaches past the last row and column; it is stored again to another tensor."""
     width = (32, 8, 16, 32)[swizzle]  # words: a line of the swizzle
     box = (width, 1024 // width)
     x, y = words(30 * 32).view(30, 32), torch.full((box[1] + 3, width - 4), 7, dtype=torch.int32)
     maps = [tensor_map(t, box, swizzle) for t in (x, y)]
     out = torch.zeros(1024, dtype=torch.int32)
-    got = TMA[space](*maps, out, reached=(x, y))
+    got = TMA[load](*maps, out, reached=(x, y))
     want = torch.zeros(box[1], width, dtype=torch.int32)
     part = x[20:, 8 : 8 + width]
     want[: len(part), : part.shape[1]] = part
@@ -328,7 +327,7 @@ def cluster_kernel(name, meet=MEET, last=MEET):
     return Kernel(name, f"""{CLUSTER} mul.lo.s32 %r7, %r3, 100; add.s32 %r7, %r7, %r0; st.shared.u32 [%r6], %r7; {meet}
 mapa.shared::cluster.u32 %r8, %r6, %r4; ld.shared::cluster.u32 %r10, [%r8]; st.global.u32 [%d9], %r10;
 mapa.shared::cluster.u32 %r11, %r20, %r4; add.s32 %r12, %r8, 128; add.s32 %r13, %r7, 1000;
-@%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r20], 128; mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%r11];
+@%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r20], 128; mbarrier.arrive.shared::cluster.b64 _, [%r11];
 st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%r12], %r13, [%r11]; {WAIT.format(name)}
 ld.shared.u32 %r10, [%r6+128]; st.global.u32 [%d9+128], %r10; {last}""", 1, ".reqnctapercluster 2, 1, 1", SHARED)  # fmt: skip
 
@@ -337,7 +336,7 @@ clusters = cluster_kernel("clusters")
 multicast = Kernel("multicast", f"""{CLUSTER} @%p1 mbarrier.inval.shared::cta.b64 [%r20]; @%p1 mbarrier.init.shared::cta.b64 [%r20], 1;
 {MEET} mov.u32 %r21, tile; mov.u32 %r22, 0; mov.u16 %h1, 3; setp.eq.u32 %p4, %r1, 0; and.pred %p4, %p4, %p1;
 @%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r20], 4096;
-@%p4 cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%r21], [%d0, {{%r22, %r22}}], [%r20], %h1;
+@%p4 cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint [%r21], [%d0, {{%r22, %r22}}], [%r20], %h1, %d3;
 {WAIT.format("multicast")} ld.shared.u32 %r10, [%r6+1024]; st.global.u32 [%d9], %r10; {MEET}""", 2, ".reqnctapercluster 2, 1, 1", SHARED)  # fmt: skip
 
 

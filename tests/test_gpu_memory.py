@@ -1,4 +1,5 @@
-"""Loads and stores of the virtual GPU: every type, vector and space against the bytes in memory; atomics; matrices."""
+"""Memory of the virtual GPU: loads and stores of every type, vector and space; atomics; matrices; cp.async."""
+# ruff: noqa: E501 - PTX has long lines
 
 import itertools
 import shutil
@@ -32,7 +33,7 @@ LOCAL = SHARED + ".local .align 16 .b8 own[16]; "
 # %d11: the lane's 16 bytes of the first tensor, %r12: of shared memory
 HEAD = """shl.b32 %r11, %r0, 4; cvt.u64.u32 %d11, %r11; add.s64 %d11, %d0, %d11; mov.u32 %r12, tile; add.s32 %r12, %r12, %r11;
 ld.global.u32 %r13, [%d11]; ld.global.u32 %r14, [%d11+4]; ld.global.u32 %r15, [%d11+8]; ld.global.u32 %r16, [%d11+12];
-"""  # noqa: E501
+"""
 FILL = "".join(f"st.shared.u32 [%r12+{4 * i}], %r{13 + i}; st.local.u32 [own+{4 * i}], %r{13 + i}; " for i in range(4))
 
 
@@ -175,7 +176,7 @@ def matrix_kernel(what: str, n: int, transposed: str, space: str) -> Kernel:
 shl.b32 %r4, %r0, 4; add.s32 %r4, %r4, %r2; {"".join(f"ld.global.u32 %r{20 + j}, [%d9+{128 * j}]; " for j in four)}
 {fill if what == "ld" else ""} bar.warp.sync -1; {what}matrix.sync.aligned.m8n8.x{n}{transposed}.{space}.b16 {operands};
 bar.warp.sync -1; {back if what == "st" else ""} {"".join(f"st.global.u32 [%d9+{128 * j}], %r{20 + j}; " for j in each)}
-""", 1, "", SHARED)  # noqa: E501  # fmt: skip
+""", 1, "", SHARED)  # fmt: skip
 
 
 MATRICES = {
@@ -192,3 +193,33 @@ def test_matrices(what, n, transposed, space):
     want = want.mT if transposed else want
     got = MATRICES[what, n, transposed, space](x).view(torch.int16).view(4, 8, 8)[:n]
     assert torch.equal(got, want)
+
+
+# ---- cp.async
+copies = Kernel("copies", """shl.b32 %r2, %r0, 4; cvt.u64.u32 %d3, %r2; add.s64 %d4, %d0, %d3; add.s64 %d5, %d1, %d3; mov.u32 %r3, tile;
+add.s32 %r3, %r3, %r2; mov.u32 %r4, 4; cp.async.cg.shared.global [%r3], [%d4], 16; cp.async.ca.shared.global.L2::128B [%r3+512], [%d4], 8, %r4;
+cp.async.wait_all; bar.warp.sync -1; ld.shared.v4.u32 {%r5, %r6, %r7, %r8}, [%r3]; st.global.v4.u32 [%d5], {%r5, %r6, %r7, %r8};
+ld.shared.v2.u32 {%r5, %r6}, [%r3+512]; st.global.v2.u32 [%d5+512], {%r5, %r6};""", 2, shared=".shared .align 16 .b8 tile[1024]; ")  # fmt: skip
+
+
+def test_asynchronous_copies():
+    x, out = words(128), torch.full((256,), 7, dtype=torch.int32)
+    copies(x, out)
+    assert torch.equal(out[:128], x)
+    half = out[128:].view(32, 4)  # 8 bytes, of which 4 come from memory and the rest are zeros
+    assert torch.equal(half[:, 0], x.view(32, 4)[:, 0]) and not half[:, 1].any() and (half[:, 2:] == 7).all()
+
+
+counted_copies = Kernel("counted_copies", """mov.u32 %r2, tile; mov.u32 %r20, barrier; setp.eq.u32 %p1, %r0, 0;
+@%p1 mbarrier.init.shared::cta.b64 [%r20], 32; shl.b32 %r3, %r0, 2; cvt.u64.u32 %d3, %r3; add.s64 %d4, %d0, %d3; add.s32 %r3, %r3, %r2;
+bar.sync 0; setp.lt.u32 %p3, %r0, 32; @!%p3 bra WAIT_counted; cp.async.ca.shared.global [%r3], [%d4], 4;
+cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%r20]; bra END_counted;
+WAIT_counted: mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r20], 0; @!%p2 bra WAIT_counted; ld.shared.u32 %r4, [%r3+-128];
+st.global.u32 [%d9+-128], %r4; END_counted: mov.u32 %r4, 0;
+""", 2, shared=".shared .align 16 .b8 tile[256]; .shared .align 8 .b64 barrier; ")  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_copies_that_an_mbarrier_counts(seed):
+    x = words(32)
+    assert torch.equal(counted_copies(x, torch.zeros(128, dtype=torch.int32), block=64, seed=seed)[:32], x)

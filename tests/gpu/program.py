@@ -33,7 +33,8 @@ PRELUDE = """#include "operations.h"
 #define BEGIN const Special& sr = base(w).sr; const Pred& M = *(const Pred*)wide; (void)sr, (void)M;
 """
 SITE = ("runs", "lanes", "units", "ideal", "useful", "failed")
-RACES, INIT_FENCES, UNINITIALISED, NARROW_SUMS = 1, 2, 4, 8  # what a launch checks, or does as Hopper's tensor cores do
+# What a launch checks, does as Hopper's tensor cores do, or takes for ordered as CUTLASS does
+RACES, INIT_FENCES, UNINITIALISED, NARROW_SUMS, WARPGROUPS = 1, 2, 4, 8, 16
 U64 = ctypes.c_uint64
 three = ctypes.c_uint32 * 3
 
