@@ -164,21 +164,30 @@ def test_mma(kind):
     torch.testing.assert_close(got, a.float() @ b.float().T + 1, rtol=1e-6, atol=1e-5)
 
 
+LINES = 1, 1, 64, 2
+
+
 # A tile of K-major rows of 128 bytes with 128-byte swizzle for each operand; D [64, n]
 def wgmma_kernel(name: str, shape: str, n: int, before="wgmma.fence.sync.aligned;", after="wgmma.wait_group.sync.aligned 0;",
-                 fence="fence.proxy.async.shared::cta;", barrier="bar.sync 0;", flags="", swap=0):  # fmt: skip
+                 fence="fence.proxy.async.shared::cta;", barrier="bar.sync 0;", flags="", a=LINES, b=LINES):  # fmt: skip
+    """a, b: of a descriptor, in units of 16 bytes: swizzle, leading and stride offset; the way to the second step of K."""
     d = ", ".join(f"%f{i}" for i in range(n // 2))
     stores = " ".join(f"st.global.f32 [%d10+{4 * i}], %f{i};" for i in range(n // 2))
-    copy = """mov.u32 %r2, tile; mov.u32 %r3, %r0;
+    copy = (
+        """mov.u32 %r2, tile; mov.u32 %r3, %r0;
 LOOP_NAME: shl.b32 %r4, %r3, 4; cvt.u64.u32 %d3, %r4; add.s64 %d3, %d0, %d3; ld.global.v4.u32 {%r5, %r6, %r7, %r8}, [%d3];
-shr.u32 %r10, %r4, 3; and.b32 %r10, %r10, 0x70; xor.b32 %r10, %r10, %r4; add.s32 %r10, %r2, %r10;
+shr.u32 %r10, %r4, 3; and.b32 %r10, %r10, MASK; xor.b32 %r10, %r10, %r4; add.s32 %r10, %r2, %r10;
 st.shared.v4.u32 [%r10], {%r5, %r6, %r7, %r8}; add.s32 %r3, %r3, 128; setp.lt.u32 %p1, %r3, CHUNKS; @%p1 bra LOOP_NAME;
-""".replace("LOOP_NAME", f"LOOP_{name}").replace("CHUNKS", str(8 * (64 + n)))
+""".replace("LOOP_NAME", f"LOOP_{name}")
+        .replace("CHUNKS", str(8 * (64 + n)))
+        .replace("MASK", ("0", "0x70", "0x30", "0x10")[a[0]])
+    )
+    da, db = (hex(swizzle << 62 | stride << 32 | leading << 16) for swizzle, leading, stride, _ in (a, b))
     return Kernel(name, f"""{copy} {fence} {barrier}
-shr.u32 %r11, %r2, 4; cvt.u64.u32 %d4, %r11; or.b64 %d4, %d4, 0x4000004000010000; add.s64 %d5, %d4, 512;
-setp.eq.u32 %p2, 0, {swap}; setp.ne.u32 %p3, 0, 0; mul.wide.u32 %d6, %r0, {2 * n}; add.s64 %d10, %d1, %d6; {before}
+shr.u32 %r11, %r2, 4; cvt.u64.u32 %d5, %r11; or.b64 %d4, %d5, {da}; add.s64 %d5, %d5, 512; or.b64 %d5, %d5, {db};
+setp.eq.u32 %p2, 0, 0; setp.ne.u32 %p3, 0, 0; mul.wide.u32 %d6, %r0, {2 * n}; add.s64 %d10, %d1, %d6; {before}
 wgmma.mma_async.sync.aligned.{shape} {{{d}}}, %d4, %d5, %p3, 1, 1{flags};
-add.s64 %d4, %d4, 2; add.s64 %d5, %d5, 2;
+add.s64 %d4, %d4, {a[3]}; add.s64 %d5, %d5, {b[3]};
 wgmma.mma_async.sync.aligned.{shape} {{{d}}}, %d4, %d5, %p2, 1, 1{flags};
 wgmma.commit_group.sync.aligned; {after} {stores}""", 2, shared=f".shared .align 1024 .b8 tile[{128 * (64 + n)}]; ")  # fmt: skip
 
