@@ -18,8 +18,8 @@ and at the clock that the power limit left; these bounds take the data sheet's c
 waits for memory that is busy, the first tiles of a launch, and power.
 
 A tile of 128 x 256 of the FP8 products: two warpgroups share the tensor cores, and shared memory if that is slower.
-While one is in its epilogue (e clocks, from its last wait to its next issue) the other multiplies alone, at its pace of c
-clocks for 128 of K. With s clocks for 128 of K when both multiply, a tile takes 2 e + s (K / 128 - e / c) clocks.
+While one is in its epilogue (e clocks, from its last wait to its next issue) the other multiplies alone, at its pace of
+c clocks for 128 of K. With s clocks for 128 of K when both multiply, a tile takes 2 e + s (K / 128 - e / c) clocks.
 Weights, rows and results pass memory once.
 
 {gemm}
