@@ -5,9 +5,11 @@ An op that is called with wrong tensors raises a plain ValueError.
 
 import argparse
 import functools
+import operator
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 
 class LingError(Exception):
@@ -28,6 +30,17 @@ def one_line(message: str) -> str:
 
 
 LONGEST = 800  # characters of a message
+
+
+def integer(name: str, value: Any, least: int) -> int:
+    """A caller's whole number, also numpy's or a tensor's. Raises InputError for anything else and for less."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise InputError(f"{name} is {value!r}; it must be an integer") from None
+    if number < least:
+        raise InputError(f"{name} is {number}; it must be at least {least}")
+    return number
 
 
 class Busy(LingError):
