@@ -76,7 +76,7 @@ def check_environment() -> None:
 
 
 def command(main: Callable[..., int | None]) -> Callable[..., int]:
-    """main() of a command line: an InputError becomes `error: ...` on stderr and exit code 2."""
+    """main() of a command line: an InputError, or too little memory, becomes `error: ...` on stderr and exit code 2."""
 
     @functools.wraps(main)
     def run(*args, **kwargs) -> int:
@@ -85,6 +85,11 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
             return main(*args, **kwargs) or 0
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
+            return 2
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):  # torch's, on a CPU
+                raise
+            print(f"error: too little memory: {one_line(str(error))}", file=sys.stderr)
             return 2
 
     return run

@@ -159,7 +159,7 @@ def test_unknown_models_raise(tmp_path):
 
 @pytest.mark.parametrize("arguments, says", [
     (dict(folder=3), "not 3"), (dict(folder=None), "not None"), (dict(folder=b"x"), "not b'x'"),
-    (dict(folder="x" * 5000), "unknown model 'xxx"), (dict(folder=Path("tiny")), "tiny is a preset"),
+    (dict(folder="x" * 5000), "xxx is no path"), (dict(folder=Path("tiny")), "tiny is a preset"),
     (dict(dtype="bfloat16"), "dtype is 'bfloat16'"), (dict(dtype=torch.int8), "dtype is torch.int8"),
     (dict(dtype=torch.float8_e4m3fn), "dtype is"), (dict(device="gpu9"), "no device 'gpu9'"),
     (dict(device=[]), "no device"), (dict(device="xpu"), "no device 'xpu'"),

@@ -32,7 +32,7 @@ NUMBERS = [
     ("--eval-rows 0", "--eval-rows"), ("--threads 0", "--threads"), ("--holdout 1", "--holdout"),
     ("--precision fp4", "--precision"), ("--recompute experts", "--precision fp8"), ("--recompute most", "--recompute"),
     ("--nonsense 3", "--nonsense"), ("--weight-decay -0.1", "--weight-decay"), ("--max-bad-steps 0", "--max-bad-steps"),
-    ("--balance-rate nan", "--balance-rate"), ("--device tpu", "--device"),
+    ("--balance-rate nan", "--balance-rate"), ("--device tpu", "--device"), ("--threads 1000000000", "--threads"),
 ]  # fmt: skip
 
 
@@ -42,6 +42,27 @@ def test_a_bad_number(tmp_path, small, text, argv, says, capsys):
     base = ["--model", str(small), "--data", str(text), "--out", str(out), "--seq-len", "32"]
     assert says in one_line_error([*base, *argv.split()], capsys)
     assert not out.exists()
+
+
+def names_of_no_file():
+    for flag in ("--data", "--out", "--model", "--tokenizer", "--resume"):
+        yield from ((flag, name) for name in ("x" * 300, "a\0b", "") if (flag, name) != ("--out", ""))
+
+
+@pytest.mark.parametrize("flag, name", names_of_no_file(), ids=lambda value: value[:10])
+def test_a_name_that_no_file_can_have(tmp_path, small, text, flag, name, capsys, monkeypatch):
+    """An empty one, as of a variable that is not set, would be the current folder."""
+    monkeypatch.chdir(tmp_path)
+    options = {"--model": str(small), "--data": str(text), "--out": "run"} | {flag: name}
+    if flag == "--resume":
+        options = {flag: name}
+    one_line_error([part for pair in options.items() for part in pair], capsys)
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_too_little_memory_is_one_line(tmp_path, small, text, capsys):
+    options = ["--data", str(text), "--out", str(tmp_path / "run"), "--seq-len", "32", "--batch", str(10**12)]
+    assert "too little memory" in one_line_error(["--model", str(small), *options], capsys)
 
 
 def bad_data(folder, kind):

@@ -33,6 +33,7 @@ from .scheduler import DRAFT_SLACK, Request, Scheduler, Work, max_sequence_token
 
 SHARE = 0.9  # part of a GPU's free memory, after the weights, for the KV cache
 CPU_CACHE_BYTES = 1 << 30
+MAX_RUNNING = 1 << 16  # each has a row of a block table
 MAX_ROWS = 8  # per sequence, limit of attention_decode
 
 
@@ -62,6 +63,8 @@ class Engine:
         if not isinstance(model, torch.nn.Module):
             raise InputError(f"the model is a {type(model).__name__}, not a Ling, which load_model returns")
         page_size, max_running = integer("page_size", page_size, 1), integer("max_running", max_running, 1)
+        if max_running > MAX_RUNNING:
+            raise InputError(f"max_running is {max_running}; it must be at most {MAX_RUNNING}")
         max_rows, max_waiting = integer("max_rows", max_rows, 1), integer("max_waiting", max_waiting, 1)
         if integer("draft", draft, 0) >= MAX_ROWS:
             raise InputError(f"draft is {draft}; it must be from 0 to {MAX_ROWS - 1}")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..files import atomic_write
+from ..files import atomic_write, user_path
 from ..nn.fp8 import Fp8Linear, fits, to_fp8
 from ..nn.fp8_inference import SCALES, quantize_for_inference_
 from ..op import E4M3
@@ -65,8 +65,8 @@ def resolve_model(name: str | Path) -> tuple[LingConfig, Path | None]:
         raise InputError(f"a model is a preset or a path of a directory, not {name!r}")
     if str(name) in PRESETS:
         return LingConfig.preset(str(name)), None
-    folder = Path(name)
-    if not os.path.isdir(folder):  # Path.is_dir raises for a name that is too long
+    folder = user_path(name)
+    if not folder.is_dir():
         raise InputError(f"unknown model {name!r}: neither a preset ({', '.join(PRESETS)}) nor a directory")
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} is not a checkpoint: it has no config.json")

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..files import user_path
 from ..model import save_model
 from ..tokenizer import Tokenizer
 
@@ -118,7 +119,7 @@ def random_states() -> dict[str, Tensor]:
 
 def locate(resume: str) -> tuple[Path, Path]:
     """The run's folder and the checkpoint that --resume names: a checkpoint itself, or a run for its latest."""
-    path = Path(resume).resolve()
+    path = user_path(resume).resolve()
     if re.fullmatch(r"step-\d+", path.name) and path.parent.name == "checkpoints" and path.is_dir():
         return path.parent.parent, path
     if not path.is_dir():

@@ -15,7 +15,7 @@ import torch
 
 from ..backend import why_not_forced
 from ..errors import InputError
-from ..files import LOCK, FolderLock, lock_folder
+from ..files import LOCK, FolderLock, lock_folder, user_path
 from ..gpu import find_gpu
 from ..model import LingConfig, resolve_model
 from ..model.config import PRESETS
@@ -238,7 +238,7 @@ def model_of(path: Path) -> str | None:
 def make_folder(out: str | Path | None, model: str, restart: bool) -> tuple[Path, bool]:
     """An empty folder that can be written, and whether it is new. Raises InputError for a folder that holds anything,
     except, with `restart`, a run that stopped before its first checkpoint."""
-    folder = Path(out) if out else Path("runs") / f"{os.path.basename(model)}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = user_path(out) if out else Path("runs") / f"{os.path.basename(model)}-{time.strftime('%Y%m%d-%H%M%S')}"
     if out is None:
         number, plain = 2, folder
         while folder.exists():
