@@ -121,6 +121,8 @@ class Trainer:
             if run.checkpoint:
                 ckpt.restore(run.checkpoint, self.model, self.optimizer)
                 self.progress = Progress(**{n: run.state[n] for n in asdict(self.progress) if n in run.state})
+                if unknown := {*self.progress.in_bf16} - {name for name, _ in self.model.named_modules()}:
+                    raise InputError(f"{run.checkpoint / 'state.json'}: in_bf16 names no layer: {min(unknown)}")
                 for name in self.progress.in_bf16:
                     to_bf16(self.model, name)
                 self.superseded = ckpt.set_aside_later(self.folder, run.checkpoint)
