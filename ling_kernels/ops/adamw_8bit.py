@@ -212,7 +212,7 @@ def quantize_moment(x: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
     blocks = F.pad(x, (0, -len(x) % BLOCK)).view(-1, BLOCK)
     scale = blocks.abs().amax(1)
     unit = blocks / scale.clamp(min=TINY)[:, None]
-    codes = torch.bucketize(unit.float(), midpoints(table))
+    codes = torch.bucketize(unit.float(), midpoints(table)).masked_fill(unit.isnan(), 0)  # the scale is NaN, too
     codes = torch.maximum(codes, (unit > 0).long())  # v > 0 never becomes 0, the code 0; m > 0 has codes above 126
     return codes.to(torch.uint8).flatten()[: len(x)], scale
 

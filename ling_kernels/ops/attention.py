@@ -249,6 +249,8 @@ def attention_fwd(
     (Tq, Hq, D), (Tk, Hkv, _), B = q.shape, k.shape, len(cu_q) - 1
     c = config("fwd" if q_weight is None else "fwd_norm", q.dtype, multiprocessors(q.device))
     P, half = (0, 0) if cos is None else cos.shape
+    if not rows_aligned(k, v):  # Triton omits a fence where cp.async can load one of the two and the other not
+        c["num_stages"] = 1
     if Tq:
         launch_with_scratch(
             attention_fwd_kernel[(max_tiles(Tq, B, c["BLOCK_M"]), Hq)],

@@ -89,8 +89,9 @@ class Unpermute(torch.autograd.Function):
     @first_derivative_only
     def backward(ctx, dout):
         y, weights, offsets, slot = ctx.saved_tensors
-        dy = dout.new_empty(ctx.S, dout.shape[1])
-        dweights = None if weights is None else torch.empty_like(weights)
+        dy, dweights = dout.new_empty(ctx.S, dout.shape[1]), None
+        if weights is not None:  # no kernel runs for H = 0, of which the weights' gradients are sums
+            dweights = torch.empty_like(weights) if dout.numel() else torch.zeros_like(weights)
         scatter_rows(dout.contiguous(), weights, y, offsets, slot, dy, dweights)
         return dy, dweights, None, None
 
