@@ -19,8 +19,7 @@ inline TensorMap map_of_scales(const Tensor& scale, int box) {
 }
 
 // Runs the kernel with a block for each SM, or for each tile if there are fewer. Blocks are pairs where most of them
-// find the same weights: half of the weights' bytes then do not come from L2. An SM takes about 32 bytes a clock from
-// L2 (measured on an H100 by chipsandcheese.com), and a tile of 128 x 256 alone needs 43 at the pace of shared memory.
+// find the same weights: each then takes half of them from L2 (docs/kernels.md; not measured).
 template <typename V, auto kernel> void launch_tiles(cudaStream_t stream, Problem& p) {
     const int64_t rows = V::kWgrad ? int64_t(p.G) * ceil_div(p.M, V::kBlockM)
                                    : p.M / V::kBlockM + std::min(p.G, p.M);  // tiles of rows, at most
