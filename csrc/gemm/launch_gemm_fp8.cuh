@@ -28,8 +28,8 @@ template <typename V, auto kernel> void launch_tiles(cudaStream_t stream, Proble
     p.pairs =
         V::kPairs && sms > 1 && (V::kWgrad ? ceil_div(p.M, V::kBlockM) % 2 == 0 : p.M > V::kBlockM * int64_t{p.G});
     if (p.pairs)
-        launch_pairs<kernel>(std::min<int64_t>(sms / 2, ceil_div<int64_t>(tiles, 2)) * 2, kThreads, sizeof(Shared<V>),
-                             stream, p);
+        launch<kernel, kPairs>(std::min<int64_t>(sms / 2, ceil_div<int64_t>(tiles, 2)) * 2, kThreads, sizeof(Shared<V>),
+                               stream, p);
     else launch<kernel>(std::min<int64_t>(sms, tiles), kThreads, sizeof(Shared<V>), stream, p);
 }
 

@@ -36,17 +36,4 @@ __device__ inline void load_tile_to_both(void* to, const TensorMap& map, Barrier
         : "memory");
 }
 
-// launch, with blocks 2 i and 2 i + 1 as a pair
-template <auto kernel, typename... Args>
-void launch_pairs(dim3 grid, dim3 block, size_t smem, cudaStream_t stream, Args... args) {
-    allow_shared<kernel>(smem);
-    cudaLaunchConfig_t config{};
-    config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = smem, config.stream = stream;
-    cudaLaunchAttribute cluster{};
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = 2, cluster.val.clusterDim.y = 1, cluster.val.clusterDim.z = 1;
-    config.attrs = &cluster, config.numAttrs = 1;
-    LING_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args...));
-}
-
 }  // namespace ling::gemm_fp8
