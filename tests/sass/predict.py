@@ -7,7 +7,7 @@ from ling_kernels.gpu import HOPPER
 H200 = HOPPER["H200"]
 MACS = 4096  # FP8 multiply-adds of an SM and clock; half as many in bf16
 CLOCK = H200.fp8 / (2 * MACS * H200.sms)  # Hz, at which the data sheet's rate is reached
-SHARED = 128  # bytes of shared memory, an SM and clock
+SHARED, L2 = 128, 32  # bytes an SM and clock, of shared memory and (assumed) from L2 when all SMs load
 HEAD = "| operation, H200 | bound | of the peak | bound by | published for others |\n|---|---|---|---|---|\n"
 PAGE = """\
 # What the kernels can reach at most
@@ -18,6 +18,7 @@ and at the clock that the power limit left; these bounds take the data sheet's c
 waits for memory that is busy, the first tiles of a launch, and power.
 
 A tile of 128 x 256 of the FP8 products: two warpgroups share the tensor cores, and shared memory if that is slower.
+Blocks that are pairs load half of the weights each; L2 is assumed to give an SM {l2} bytes a clock.
 While one is in its epilogue (e clocks, from its last wait to its next issue) the other multiplies alone, at its pace of
 c clocks for 128 of K. With s clocks for 128 of K when both multiply, a tile takes 2 e + s (K / 128 - e / c) clocks.
 Weights, rows and results pass memory once.
@@ -71,7 +72,8 @@ class Product(NamedTuple):
         alone = clocks(name, "products")["clocks"] + clocks(name, "products")["tensor"]
         epilogue = sum(clocks(name, f"around products: {part}")["clocks"]
                        for part in ("before the first issue", "after the last wait"))  # fmt: skip
-        step = max(128 * 256 * 128 / MACS, ((144 << 10) + (64 << 10) * self.transposed) / SHARED)
+        shared, l2 = (208 << 10, 48 << 10) if self.transposed else (144 << 10, 32 << 10)  # bytes; pairs share weights
+        step = max(128 * 256 * 128 / MACS, shared / SHARED, l2 / L2)
         tile = 2 * epilogue + step * max(self.K / 128 - epilogue / alone, 0)
         tiles = self.E * -(-self.rows // 128) * self.N / 256
         read = self.E * (self.N + self.rows) * self.K
@@ -155,6 +157,6 @@ def memory_table(clocks: Clocks) -> str:
 def page(rows: list[dict], experts: int = 1024) -> str:
     clocks = Clocks(rows)
     return PAGE.format(
-        clock=CLOCK / 1e9, rows=experts, gemm=gemm_table(clocks, experts), attention=attention_table(clocks),
+        clock=CLOCK / 1e9, l2=L2, rows=experts, gemm=gemm_table(clocks, experts), attention=attention_table(clocks),
         memory=memory_table(clocks),
     )  # fmt: skip
