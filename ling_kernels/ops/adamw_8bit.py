@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -22,6 +20,7 @@ from ..op import E4M3, expect, op, upcast, use_reference
 from .quantize import BLOCK as TILE
 from .quantize import quantize_weight
 from .triton_fp8 import fp8_round, fp8_scale
+from .triton_import import tl, triton
 
 BLOCK = 256
 CHUNK = 1 << 20  # elements that the reference converts to fp32 at a time

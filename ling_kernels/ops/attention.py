@@ -10,7 +10,6 @@ P and dS are rounded to the inputs' dtype before their products, since tensor co
 from itertools import pairwise
 
 import torch
-import triton
 from torch import Tensor
 
 from ..op import (
@@ -27,6 +26,7 @@ from ..op import (
 )
 from .attention_kernels import attention_dkv_kernel, attention_dq_kernel, attention_fwd_kernel
 from .gemm_fp8 import launch_with_scratch
+from .triton_import import triton
 
 BLOCK_M = 128  # queries at a time in the reference: bounds the memory of scores, and skips keys that none of them sees
 

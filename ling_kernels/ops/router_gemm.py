@@ -5,11 +5,10 @@ three bf16 products give the fp32 result.
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from ..op import expect, first_derivative_only, multiprocessors, op, upcast, use_reference
+from .triton_import import tl, triton
 
 
 def router_gemm(x: Tensor, w: Tensor) -> Tensor:

@@ -1,14 +1,13 @@
 """SwiGLU: y = silu(gate) * up for x = [gate | up], optionally times one weight per row (the routing probability)."""
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from ..op import expect, first_derivative_only, multiprocessors, op, rows_aligned, upcast, use_reference
 from .dispatch import Plan, expect_plan
 from .quantize import BLOCK, empty_fp8, quantize_ref, tiling
 from .triton_fp8 import store_columns, store_rows, tile_rows
+from .triton_import import tl, triton
 
 
 def swiglu(

@@ -4,12 +4,11 @@ out[t] = sum over k of weights[t, k] * y[slot[t, k]]
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from ..op import expect, first_derivative_only, multiprocessors, op, upcast, use_reference
 from .dispatch import Plan, expect_plan
+from .triton_import import tl, triton
 
 
 def unpermute(y: Tensor, plan: Plan, weights: Tensor | None = None) -> Tensor:
