@@ -60,6 +60,12 @@ BROKEN = {  # name: (check that must fail, kernel, change, words of the error; "
     "no stage is freed": (gemm.check_rows, "gemm_fp8_kernel", without(FREE), STUCK),
     "more bytes than arrive": (gemm.check_dense, "gemm_fp8_kernel", MORE_BYTES, STUCK),
     "fewer bytes than arrive": (gemm.check_dense, "gemm_fp8_kernel", FEWER_BYTES, "bytes|" + STUCK),
+    "the other block of a pair does not hear of a free stage": (
+        gemm.check_rows, "gemm_fp8_kernel", instead(r"mapa\S+ there, (%r\d+), [^;]*;", r"mov.b32 there, \1;"), RACE),
+    "weights of a pair reach one block": (
+        gemm.check_rows, "gemm_fp8_kernel", instead(r"(cp\S+multicast::cluster [^;]*, )\S+;", r"\g<1>1;"), STUCK),
+    "a block ends before the other block of its pair": (
+        gemm.check_rows, "gemm_fp8_kernel", without(r"barrier\.cluster\.(?:arrive|wait);"), ""),
     "results are stored before all have written them": (gemm.check_dense, "gemm_fp8_kernel", without(NAMED), RACE),
     "a named barrier of too few threads": (
         gemm.check_dense, "gemm_fp8_kernel", instead(r"(bar\.sync\s+%r\d+, )%r\d+;", r"\g<1>96;"), ""),
