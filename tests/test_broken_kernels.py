@@ -36,6 +36,17 @@ ALONE = instead(r"shfl\.sync\.bfly\.b32\s+(%r\d+)\|%p\d+, (%r\d+),[^;]*;", r"mov
 HALF = instead(r"(redux\.sync\S+\s+\S+, \S+, )\S+;", r"{ .reg .b32 half; mov.b32 half, 65535; \1half; }")
 NO_GRID = instead(r"ld\.acquire\.gpu\.global\.u32\s+(\S+), [^;]*;", r"mov.b32 \1, -2147483648;")
 BLOCK, NAMED = r"(?:bar|barrier)\.sync\s+0;", r"(?:bar|barrier)\.sync\s+%r\d+, %r\d+;"
+NO_WAIT = without(r"griddepcontrol\.wait;")
+HALF_A_WARP = instead(
+    r"bar\.warp\.sync\s+-1;",
+    "{ .reg .pred half; .reg .b32 lane; mov.u32 lane, %laneid; setp.lt.u32 half, lane, 16; @half bar.warp.sync -1; }",
+)
+FUSED = instead(  # the product, what lies between, and the sum
+    r"mul\.rn\.f32\s+(%f\d+), (%f\d+), (%f\d+);((?:(?!add\.rn).)*?)add\.rn\.f32\s+(%f\d+), (%f\d+), \1;",
+    r"\4fma.rn.f32 \5, \2, \3, \6;",
+)
+EARLY, NEVER, PAST = "before griddepcontrol.wait", "never executes griddepcontrol.wait", "past the end of tensor"
+UNORDERED = "no release and acquire"
 RACE, STUCK, WRONG = "race|no barrier between", "deadlock", ""
 
 BROKEN = {  # name: (check that must fail, kernel, change, words of the error; "": a wrong result will do)
@@ -92,6 +103,68 @@ BROKEN = {  # name: (check that must fail, kernel, change, words of the error; "
         moe.check_route, "route_fwd", HALF, "mask|lanes"),
     "no wait for other blocks": (
         moe_decode.check_sizes, "moe_decode_kernel", NO_GRID, ""),
+    # ---- arithmetic
+    "bytes of a pair swapped": (
+        gemm.check_transposed, "gemm_fp8_kernel", instead(r"(prmt\.b32\s+\S+,) (\S+), (\S+),", r"\1 \3, \2,"), WRONG),
+    "the next 32 of K begin elsewhere": (
+        gemm.check_dense, "gemm_fp8_kernel", instead("4611686293305360386", "4611686293305360388"), WRONG),
+    "products are not scaled": (
+        gemm.check_dense, "gemm_fp8_kernel", instead(r"mul\.f32\s+(\S+), (\S+), (%f\d+);", r"mov.f32 \1, \2;"), WRONG),
+    "all keys have weight 1": (
+        attention.check_packed, "attention_fwd",
+        instead(r"ex2\.approx\.ftz\.f32\s+(\S+), (\S+);", r"mov.f32 \1, 0f3F800000;"), WRONG),
+    "the maximum of half the keys": (decode.check_rising_scores, "attention_decode_kernel", ALONE, WRONG),
+    "rotated the other way": (
+        norm.check_qk_forward, "qk_norm_rope_fwd", instead(r"neg\.f32\s+(\S+), (\S+);", r"mov.f32 \1, \2;"), WRONG),
+    "one row's part of a sum": (
+        norm.check_rms_backward, "rms_norm_bwd",
+        instead(r"add\.f32\s+(\S+), (\S+), (\S+);", r"mov.f32 \1, \2;"), WRONG),
+    "NaN lost in a maximum": (quant.check_rows, "quantize", instead(r"max\.NaN\.", "max."), WRONG),
+    "the first expert for all": (
+        quant.check_transpose, "transpose_fp8", instead(r"mov\.u32\s+(%r\d+), %ctaid\.z;", r"mov.u32 \1, 0;"), WRONG),
+    "five groups": (moe.check_route, "route_fwd", instead(r"setp\.lt\.u32", "setp.le.u32"), WRONG),
+    "nothing to choose": (
+        moe.check_route, "route_fwd", instead(r"redux\.sync\.max\.u32\s+(\S+), [^;]*;", r"mov.u32 \1, 0;"), WRONG),
+    "counts are not zeroed": (
+        moe.check_route, "route", without(r"st\.global\.u32\s+\[[^;]*\], %r\d+;"), WRONG),
+    "another order of equals": (
+        moe.check_dispatch, "dispatch", instead(r"popc\.b32\s+(\S+), (\S+);", r"clz.b32 \1, \2;"), WRONG),
+    "a product fused with its sum": (moe.check_unpermute, "unpermute", FUSED, WRONG),
+    # ---- addresses
+    "a row past the end": (
+        norm.check_rms_forward, "rms_norm_fwd", instead(r"setp\.ge\.s32", "setp.gt.s32"), PAST),
+    "a scale past the end": (
+        quant.check_rows, "quantize", instead(r"setp\.ge\.s32", "setp.gt.s32"), PAST),
+    "one key more": (
+        decode.check_decode, "attention_decode_kernel", instead(r"setp\.lt\.s32", "setp.le.s32"), PAST),
+    "a misaligned load": (
+        quant.check_transpose, "transpose_fp8",
+        instead(r"(ld\.global\S*v4\S+\s+\{[^}]*\}, \[%rd\d+)\]", r"\1+4]"), "misaligned"),
+    "one of two swizzles missing": (
+        quant.check_transpose, "transpose_fp8",
+        lambda text: re.sub(r"xor\.b32\s+(%r\d+), (%r\d+), (\S+);", r"mov.b32 \1, \2;", text, count=1), WRONG),
+    # ---- order
+    "routing does not wait for the kernel ahead": (moe.check_route, "route", NO_WAIT, EARLY),
+    "dispatch does not wait for the kernel ahead": (moe.check_dispatch, "dispatch", NO_WAIT, EARLY),
+    "parts are combined before they are there": (
+        decode.check_decode, "attention_decode_combine", NO_WAIT, EARLY),
+    "the router never waits": (norm.check_router, "rms_norm_router", NO_WAIT, NEVER),
+    "few rows never wait": (gemm.check_few_rows, "few_rows", NO_WAIT, NEVER),
+    "other blocks' h by a relaxed load": (
+        moe_decode.check_sizes, "moe_decode_kernel", instead(r"ld\.acquire\.gpu\.", "ld.relaxed.gpu."), UNORDERED),
+    "h is not released": (
+        moe_decode.check_sizes, "moe_decode_kernel", instead(r"atom\.add\.release\.", "atom.add.relaxed."), UNORDERED),
+    "results are stored before lanes have met": (
+        attention.check_packed, "attention_fwd", without(r"bar\.warp\.sync\s+-1;"), "no bar.warp.sync"),
+    "half a warp at its barrier": (attention.check_packed, "attention_fwd", HALF_A_WARP, "mask names lanes"),
+    "rotated keys reach wgmma without a fence": (
+        attention.check_packed, "attention_fwd", without(r"fence\.proxy\.async[^;]*;"), "fence.proxy.async"),
+    "no wgmma.fence": (attention.check_packed, "attention_fwd", without(r"wgmma\.fence[^;]*;"), "no wgmma.fence"),
+    "registers are not given back": (gemm.check_dense, "gemm_fp8_kernel", without(r"setmaxnreg\.dec[^;]*;"), STUCK),
+    "an mbarrier counts one more": (
+        gemm.check_dense, "gemm_fp8_kernel",
+        instead(r"(mbarrier\.init\S+\s+\[[^\]]*\], )(\S+);", r"{ .reg .b32 more; add.s32 more, \2, 1; \1more; }"),
+        STUCK),
     "warps' parts are not awaited": (decode.check_decode, "attention_decode_kernel", without(BLOCK), RACE),
 }  # fmt: skip
 

@@ -14,10 +14,13 @@ from ling_kernels.nn.fp8 import to_fp8
 from ling_kernels.nn.fp8_inference import quantize_for_inference_
 from ling_kernels.ops.moe import moe
 from ling_kernels.ops.moe_decode import fits_shared_memory, moe_decode, unsupported
-from ling_kernels.ops.quantize import quantize_weight
+from ling_kernels.ops.quantize import dequantize, quantize, quantize_weight
 from ling_kernels.ops.rms_norm import rms_norm
+from ling_kernels.ops.route import route
+from ling_kernels.ops.swiglu import swiglu_ref
 from tests.cases import Rand
 from tests.gpu.build import load, missing
+from tests.test_ops import near_codes
 
 if missing():
     pytest.skip(f"csrc/ needs {missing()} to run on the virtual GPU", allow_module_level=True)
@@ -46,7 +49,11 @@ def problem(T, sizes=FEW, H=128, F=128, Fs=0, fp8=True, seed=0):
 
 
 def launch(C, args, logits=None, residual=None):
-    """Returns the kernel's y for `logits`; outputs that it does not write stay NaN."""
+    return launch_both(C, args, logits, residual)[1]
+
+
+def launch_both(C, args, logits=None, residual=None):
+    """Returns the kernel's h and y for `logits`; outputs that it does not write stay NaN."""
     x, router_w, bias, *weights = args[:5]
     shared, sizes, (T, H) = args[5], args[6:], x.shape
     pairs = [w if isinstance(w, tuple) else (w, None) for w in (*weights, *(shared or ()))]
@@ -55,7 +62,19 @@ def launch(C, args, logits=None, residual=None):
     flat = [t for pair in pairs for t in pair] + [None] * (0 if shared else 4)
     logits = x.float() @ router_w.T if logits is None else logits
     C.moe_decode_fwd(x, logits, bias, *flat, residual, h, y, *sizes)
-    return y
+    return h, y
+
+
+def define_h(args):
+    """Of FP8 weights: SwiGLU of the choices [T topk, F], then of the shared expert [T, Fs]."""
+    x, router_w, bias, gate_up, _, shared, *sizes = args
+    with force("torch"):
+        experts = route(x.float() @ router_w.T, bias, None, *sizes)[1].long()
+        x = dequantize(*quantize(x))
+    routed = torch.einsum("th,tkfh->tkf", x, dequantize(*gate_up)[experts]).flatten(0, 1)
+    # The shared expert's product is a bf16 tensor of the ops that define the layer
+    products = [routed, (x @ dequantize(*shared[0]).T).to(BF16)] if shared else [routed]
+    return [swiglu_ref(p) for p in products]
 
 
 def check_near(got, want, rows=slice(None)):
@@ -78,7 +97,12 @@ def check_sizes(C):
     ):  # fmt: skip
         args = problem(T, fp8=fp8, seed=T, **others)
         residual = Rand(BF16, 9).data(T, args[0].shape[1]) if T % 2 else None
-        check_near(launch(C, args, residual=residual), define(args, residual))
+        h, y = launch_both(C, args, residual=residual)
+        check_near(y, define(args, residual))
+        if fp8:  # as they are quantised before the second half
+            wanted = define_h(args)
+            for got, want in zip(h.split([w.numel() for w in wanted]), wanted, strict=True):
+                assert near_codes(quantize(got.view_as(want))[0], quantize(want)[0])
 
 
 def check_many_experts(C):

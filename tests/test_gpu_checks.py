@@ -196,6 +196,7 @@ READERS = {
     "waits": (Kernel("reader0", "griddepcontrol.wait; ld.global.u32 %r2, [%d9];"), ""),
     "reads before": (Kernel("reader1", "ld.global.u32 %r2, [%d9]; griddepcontrol.wait;"), "reads .* before griddepcontrol.wait"),
     "writes before": (Kernel("reader2", "st.global.u32 [%d9], %r0; griddepcontrol.wait;"), "writes .* before griddepcontrol.wait"),
+    "never waits": (Kernel("reader4", "st.global.u32 [%d9+512], %r0;"), "never executes griddepcontrol.wait"),
     "reads others before": (Kernel("reader3", "ld.global.u32 %r2, [%d9+512]; griddepcontrol.wait;"), ""),
 }  # fmt: skip
 

@@ -221,6 +221,7 @@ struct Processor {  // a host thread's
     Footprint reads, writes;
     bool dependents = false;  // the next kernel may start before this one has ended
     bool early = false;       // and before it has waited
+    bool waits = false;       // a warp has executed griddepcontrol.wait
     bool counting() const { return !sites.empty(); }
     bool checks(Checks c) const { return request.checks & c; }
 };

@@ -250,6 +250,10 @@ static void run(const Request& r) {
     end_stream(r, processors[0]);
     for (const std::string& f : faults)
         if (!f.empty()) throw Fault{f};
+    const auto waits = [](const Processor& q) { return q.waits; };
+    if (r.overlaps && r.checks & kRaces && std::none_of(processors.begin(), processors.end(), waits))
+        throw Fault{std::string(r.kernel->name) +
+                    " may overlap the launches ahead, and never executes griddepcontrol.wait"};
 }
 extern "C" __attribute__((visibility("default"))) const char* gpu_launch(
     const Request* request) {  // null, or what went wrong

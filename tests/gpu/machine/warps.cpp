@@ -102,7 +102,7 @@ void launch_dependents(Warp& w) {
     w.block->processor->dependents = true;
     if (!w.waited) w.block->processor->early = true;
 }
-void wait_for_previous(Warp& w) { w.waited = true; }
+void wait_for_previous(Warp& w) { w.waited = w.block->processor->waits = true; }
 void nap(Warp& w, int site) { w.yield = true, w.site = site; }
 
 // ---- registers
