@@ -24,8 +24,9 @@ class InputError(LingError, ValueError):
 
 
 def one_line(message: str) -> str:
-    """The message without line breaks and, as it may quote a value of any length, without the middle of a long one."""
-    line = " ".join(message.split())
+    """The message without line breaks and, as it may quote any value, without the middle of a long one and without
+    lone surrogates, which no file or response can hold."""
+    line = " ".join(message.split()).encode(errors="backslashreplace").decode()
     return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
 
 

@@ -8,6 +8,7 @@ from ling_kernels.backend import force
 from ling_kernels.op import expect
 from ling_kernels.ops.dispatch import Plan
 from ling_kernels.ops.moe import expert_mlp
+from ling_kernels.ops.rope_tables import rope_tables
 from tests.cases import DEVICE, Rand, offsets_of, plan_of, runs
 
 BACKENDS = [b for b in ("torch", "triton", "cuda") if runs(b)]
@@ -101,6 +102,24 @@ def test_router_gemm_of_no_experts(backend):
     with force(backend):
         logits = lk.router_gemm(x, w)
         assert logits.shape == (5, 0) and torch.autograd.grad(logits.sum(), w)[0].shape == (0, 16)
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "cuda"])
+@pytest.mark.parametrize("D, R", [(20, 8), (128, 64)])
+def test_norms_without_eps(backend, D, R):
+    """Rows of a tile that are no row of the tensor are 0, and 0 / 0 must not reach the gradients of the weights."""
+    rand = Rand(BF16)
+    qkv, weights = rand(5, 5, D), (rand.fp32(D), rand.fp32(D))
+    tables, positions = rope_tables(8, R, 1e4, device=DEVICE), torch.arange(5, device=DEVICE)
+    results = []
+    for name in ("torch", backend):
+        with force(name):
+            outs = lk.qk_norm_rope(qkv, *weights, *tables, positions, 1, 0.0)[:3]
+            y = lk.rms_norm(qkv, weights[0], eps=0.0)
+            loss = sum(t.float().square().sum() for t in (*outs, y))
+            results.append((*outs, y, *torch.autograd.grad(loss, (qkv, *weights))))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=3e-2, atol=3e-2 * float(want.abs().max()))
 
 
 def test_a_shared_expert_that_does_not_fit_is_refused():

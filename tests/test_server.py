@@ -256,6 +256,9 @@ def test_malformed_bodies(shared):
     ):  # fmt: skip
         assert response.status_code == status and response.json()["error"]["code"] == status
     assert "application/json" in call(shared, "/v1/completions", content=b"{}").json()["error"]["message"]
+    odd = b'{"model": "speller", "messages": [{"role": "\\ud800", "content": "x"}]}'
+    response = call(shared, "/v1/chat/completions", content=odd, headers={"content-type": "application/json"})
+    assert response.status_code == 400 and "not \\ud800" in response.json()["error"]["message"]
     for name in ("x" * 3000, "a\nb"):  # fields that do not exist, and a model that does not
         for body in ({"prompt": "x", name: 1}, {"prompt": "x", "model": name}):
             response = call(shared, "/v1/completions", {"model": "speller"} | body)

@@ -135,7 +135,7 @@ def heads_backward(
         if w is not None:
             a, b, rest = load_parts(qkv + first * (H * D), offset, valid, D, HALF, BLOCK_HALF, BLOCK_REST)
             c, s = load_angles(cos, sin, positions, first, t < T - first, P, HALF, BLOCK_T, BLOCK_HALF)
-            r = rstd_of(a, b, rest, eps, D)
+            r = tl.where(valid, rstd_of(a, b, rest, eps, D), 0.0)  # without eps it is inf where no row is
             a, b, rest = a * r, b * r, rest * r
             za, zb = za * c + zb * s, zb * c - za * s
             dwa += za * a
