@@ -70,6 +70,7 @@ BROKEN = {  # name: (check that must fail, kernel, change, words of the error; "
     "a row's sum of one lane": (
         norm.check_rms_forward, "rms_norm_fwd", ALONE, WRONG),
     "dw is summed too early": (norm.check_rms_backward, "rms_norm_bwd", without(BLOCK), RACE),
+    "normed rows are not awaited": (norm.check_linear, "rms_norm_linear", without(BLOCK), RACE),
     "squares are not awaited": (norm.check_router, "rms_norm_router", without(BLOCK), RACE),
     "a head's neighbour": (
         norm.check_qk_forward, "qk_norm_rope_fwd", ALONE, WRONG),

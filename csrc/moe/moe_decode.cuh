@@ -33,23 +33,6 @@ struct Problem {
     Divisor units_per_expert, steps_per_expert;  // of `up`, of `down`
 };
 
-// Rows in shared memory, in the weights' type
-template <bool kFp8> struct Operand {
-    static constexpr int kSize = kFp8 ? 1 : 2;
-    uint8_t* data;
-    float* scale;  // only with FP8: [K / 128][rows]
-    int rows, pitch;
-
-    Operand(const Operand&) = default;
-    __device__ Operand(uint8_t* data, int rows, int K)
-        : data(data), scale(reinterpret_cast<float*>(data + rows * pitch_of(K))), rows(rows), pitch(pitch_of(K)) {}
-    static constexpr int pitch_of(int K) { return K * kSize + kGap; }
-    static constexpr int bytes(int rows, int K) {
-        return ceil_div(rows * (pitch_of(K) + (kFp8 ? K / kBlock * 4 : 0)), 16) * 16;
-    }
-    __device__ const uint8_t* row(int r) const { return data + r * pitch; }
-};
-
 // The experts that the rows chose, each once, in ascending order, then the shared expert. Slot t topk + k is the k-th
 // choice of row t.
 struct Jobs {
