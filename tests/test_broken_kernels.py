@@ -83,6 +83,15 @@ BROKEN = {  # name: (check that must fail, kernel, change, words of the error; "
         moe.check_route, "route_fwd", HALF, "mask|lanes"),
     "no wait for other blocks": (
         moe_decode.check_sizes, "moe_decode_kernel", NO_GRID, ""),
+    "runs are counted without a release": (
+        decode.check_decode, "attention_decode_kernel", instead(r"atom\.inc\.acq_rel\.gpu", "atom.inc.relaxed.gpu"),
+        RACE),
+    "runs are not counted": (
+        decode.check_decode, "attention_decode_kernel",
+        instead(r"atom\.inc\.acq_rel\.gpu\.global\.u32\s+(\S+), \[\S+\], (\S+);", r"mov.b32 \1, \2;"), ""),
+    "a counter is not left at zero": (
+        decode.check_again, "attention_decode_kernel",
+        instead(r"atom\.inc(\.acq_rel\.gpu\.global\.u32\s+\S+, \[\S+\], )\S+;", r"atom.add\g<1>1;"), ""),
     "warps' parts are not awaited": (decode.check_decode, "attention_decode_kernel", without(BLOCK), RACE),
 }  # fmt: skip
 

@@ -18,7 +18,7 @@ from ling_kernels.ops.rope_tables import rope_tables
 from tests.cases import DEVICE, runs
 
 ATTENTION, MOE = "qk_norm_attention_decode_fwd", ["rms_norm_router_fwd", "moe_decode_fwd"]
-LAUNCHES = {  # the attention launcher starts two kernels
+LAUNCHES = {  # each launcher starts one kernel
     "fp8": ["rms_norm_linear_fwd", ATTENTION, "gemm_fp8_fwd", *MOE],
     "bf16": ["rms_norm_linear_fwd", ATTENTION, "rms_norm_linear_fwd", *MOE],
 }
