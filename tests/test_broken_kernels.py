@@ -83,6 +83,7 @@ BROKEN = {  # name: (check that must fail, kernel, change, words of the error; "
         moe.check_route, "route_fwd", HALF, "mask|lanes"),
     "no wait for other blocks": (
         moe_decode.check_sizes, "moe_decode_kernel", NO_GRID, ""),
+    "warps' sums of units are not awaited": (moe_decode.check_sizes, "moe_decode_kernel", without(BLOCK), RACE),
     "runs are counted without a release": (
         decode.check_decode, "attention_decode_kernel", instead(r"atom\.inc\.acq_rel\.gpu", "atom.inc.relaxed.gpu"),
         RACE),
