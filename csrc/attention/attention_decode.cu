@@ -58,19 +58,29 @@ __device__ void combine_runs(const Result& to, const float* partial, const float
     static_assert(kD == kBlock);
     const int lane = threadIdx.x % 32, R = n * G, rows = cache.Hkv * R, heads = cache.Hkv * G;
     for (int r = r0 + threadIdx.x / 32; r < min(r0 + kRows, R); r += kWarps) {
-        const int64_t row = int64_t{b} * rows + h * R + r;  // of run 0
         float largest = -INFINITY, total = 0, sum[4] = {};
-        for (int p = first + lane; p < stop; p += 32) largest = fmaxf(largest, lse_log2[row + int64_t{p} * rows]);
-        for (int d = 16; d; d /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, d));
-        if (largest == -INFINITY) largest = 0;
-#pragma unroll 16
-        for (int p = first; p < stop; p++) {
-            const int64_t at = row + int64_t{p} * rows;
-            const float weight = exp2_approx(lse_log2[at] - largest);
-            const Vec<4> piece = load<4>(partial + at * kD + lane * 4);
-            total += weight;
-            for (int i = 0; i < 4; i++) sum[i] += weight * piece[i];
+        for (int begin = first; begin < stop; begin += 32) {
+            const int64_t at = int64_t{begin + b} * rows + h * R + r;
+            const float lse = begin + lane < stop ? lse_log2[at + lane * rows] : -INFINITY;  // lane l: of run begin + l
+            Vec<4> pieces[32] = {};                                                          // all in flight
+#pragma unroll
+            for (int p = 0; p < 32; p++)
+                if (begin + p < stop) pieces[p] = load<4>(partial + (at + p * rows) * kD + lane * 4);
+            float larger = fmaxf(largest, lse);
+            for (int d = 16; d; d /= 2) larger = fmaxf(larger, __shfl_xor_sync(~0u, larger, d));
+            const float base = larger == -INFINITY ? 0.f : larger, shrink = exp2_approx(largest - base),
+                        weight = exp2_approx(lse - base);
+            largest = larger, total = total * shrink + weight;
+#pragma unroll
+            for (float& x : sum) x *= shrink;
+#pragma unroll
+            for (int p = 0; p < 32; p++) {
+                const float p_weight = __shfl_sync(~0u, weight, p);
+#pragma unroll
+                for (int i = 0; i < 4; i++) sum[i] += p_weight * pieces[p][i];
+            }
         }
+        total = warp_sum(total);
         alignas(16) T y[1][8];  // lane l < 16 stores columns 8 l to 8 l + 7, which lanes 2 l and 2 l + 1 have
         for (int i = 0; i < 8; i++)
             y[0][i] = static_cast<T>(__shfl_sync(~0u, total == 0 ? 0.f : sum[i % 4] / total, lane % 16 * 2 + i / 4));

@@ -30,13 +30,23 @@ struct Cursor {
     int line, k;
 };
 
-// Copies rows of `bytes` bytes, a multiple of 16, to shared memory. Called by a whole block.
+// Copies rows of `bytes` bytes, a multiple of 16, to shared memory; each warp has a row, and 4 KB in flight.
 template <bool kFp8> __device__ void copy_rows(const Operand<kFp8>& to, const uint8_t* from, int64_t pitch, int bytes) {
-    const int vectors = bytes / 16;
-    for (int i = threadIdx.x; i < to.rows * vectors; i += kThreads) {
-        const int m = i / vectors, column = i % vectors * 16;
-        *reinterpret_cast<uint4*>(to.data + m * to.pitch + column) =
-            *reinterpret_cast<const uint4*>(from + m * pitch + column);
+    static_assert(kWarps == kMaxRows);
+    constexpr int kVectors = 8, kWarpBytes = 32 * 16;
+    const int m = threadIdx.x / 32;
+    if (m >= to.rows) return;
+#pragma unroll 1
+    for (int at = threadIdx.x % 32 * 16; at < bytes; at += kVectors * kWarpBytes) {
+        uint4 v[kVectors];
+#pragma unroll
+        for (int i = 0; i < kVectors; i++)
+            if (const int n = at + i * kWarpBytes; n < bytes)
+                v[i] = *reinterpret_cast<const uint4*>(from + m * pitch + n);
+#pragma unroll
+        for (int i = 0; i < kVectors; i++)
+            if (const int n = at + i * kWarpBytes; n < bytes)
+                *reinterpret_cast<uint4*>(to.data + m * to.pitch + n) = v[i];
     }
 }
 

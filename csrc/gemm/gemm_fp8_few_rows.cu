@@ -13,8 +13,10 @@ __global__ void __launch_bounds__(kThreads, kSms)
     multiply_rows<true>(p, [&](const Operand<true>& x) {
         wait_for_previous();
         copy_rows(x, a, lda, p.K);
-        for (int i = threadIdx.x; i < p.M * (p.K / kStep); i += kThreads)
-            x.scale[i] = a_scale[i % p.M + int64_t{i / p.M} * a_scale_k];
+        const int m = kWarps - 1 - threadIdx.x / 32;  // up to 4 rows, not the warps that wait for the codes
+#pragma unroll 1
+        for (int k = threadIdx.x % 32; m < p.M && k < p.K / kStep; k += 32)
+            x.scale[k * p.M + m] = a_scale[m + int64_t{k} * a_scale_k];
     });
 }
 
