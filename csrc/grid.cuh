@@ -1,4 +1,4 @@
-// A barrier of all blocks of a cooperative launch.
+// A barrier of all blocks of a cooperative launch, and a count of blocks that wait for nobody.
 #pragma once
 #include "common.cuh"
 
@@ -39,5 +39,19 @@ __device__ inline void grid_wait(const unsigned* counter, unsigned old) {
 }
 
 __device__ inline void grid_barrier(unsigned* counter) { grid_wait(counter, grid_arrive(counter)); }
+
+// Whether this block is the last of `blocks` that call this with the same counter, which begins and ends at 0. Writes
+// of the other blocks before their calls are visible to all threads of the last one; read them by plain loads. Called
+// by a whole block.
+__device__ inline bool is_last(unsigned* counter, unsigned blocks) {
+    __syncthreads();
+    unsigned before = blocks - 1;
+    if (threadIdx.x == 0 && blocks > 1)  // wraps to 0 after blocks - 1
+        asm volatile("atom.inc.acq_rel.gpu.global.u32 %0, [%1], %2;"
+                     : "=r"(before)
+                     : "l"(counter), "r"(blocks - 1)
+                     : "memory");
+    return __syncthreads_and(before == blocks - 1);
+}
 
 }  // namespace ling

@@ -43,6 +43,7 @@ from ling_kernels.ops.quantize import (
     quantize_weight_ref,
 )
 from ling_kernels.ops.rms_norm import rms_norm, rms_norm_ref
+from ling_kernels.ops.rms_norm_linear import rms_norm_linear
 from ling_kernels.ops.rms_norm_router import rms_norm_router
 from ling_kernels.ops.rope_tables import rope_tables
 from ling_kernels.ops.route import route, route_ref
@@ -221,6 +222,12 @@ def moe_decode_bytes(T, E, H, F, topk=2, Fs=0, fp8=False, **others):
     """Of the experts, as many as T x topk different ones."""
     weights = 3 * H * (min(E, T * topk) * F + Fs)
     return weights * (1 if fp8 else 2) + 4 * E * H + 4 * T * H
+
+
+def norm_linear_args(rand, M, N, K, plain=False, fp8=False, dtype=FP32):
+    """plain: no norm."""
+    norm = None if plain else 1 + rand.data(K) / 4
+    return rand.data(M, K), norm, quantize_weight(rand.data(N, K)) if fp8 else rand.data(N, K), 0.1, dtype
 
 
 def norm_router_args(rand, T, E, H, plain=False, fp32=False):
@@ -840,6 +847,16 @@ CASES = [
         [dict(M=0, N=128), dict(M=37, N=512), dict(M=129, N=384), dict(M=16384, N=2048)],
         kwargs=dict(quantize=True, columns=True), backends=("torch", "triton", "cuda"),
         hopper=[dict(M=64, N=n) for n in (2048, 4096, 8192)],
+    ),
+    Case(
+        rms_norm_linear, by_references(rms_norm_linear), norm_linear_args,
+        [dict(M=0, N=16, K=64), dict(M=1, N=48, K=192), dict(M=8, N=32, K=2048, plain=True), dict(M=3, N=24, K=24),
+         dict(M=9, N=128, K=128, fp8=True), dict(M=2, N=256, K=384, fp8=True),
+         dict(M=5, N=128, K=128, fp8=True, plain=True),
+         dict(M=1, N=157184, K=2048)],
+        dtypes=(BF16,), product=True, flops=lambda M, N, K, **others: 2 * M * N * K,
+        ling=lambda p: p.whole and p.T <= 8 and [dict(M=p.T, N=157184, K=p.H)],
+        backends=("torch", "triton", "cuda"), hopper=None,
     ),
     Case(
         rms_norm_router, by_references(rms_norm_router), norm_router_args,

@@ -91,6 +91,7 @@ BROKEN = {  # name: (check that must fail, kernel, change, words of the error; "
     "a row's sum of one lane": (
         norm.check_rms_forward, "rms_norm_fwd", ALONE, WRONG),
     "dw is summed too early": (norm.check_rms_backward, "rms_norm_bwd", without(BLOCK), RACE),
+    "normed rows are not awaited": (norm.check_linear, "rms_norm_linear", without(BLOCK), RACE),
     "squares are not awaited": (norm.check_router, "rms_norm_router", without(BLOCK), RACE),
     "a head's neighbour": (
         norm.check_qk_forward, "qk_norm_rope_fwd", ALONE, WRONG),
@@ -103,6 +104,16 @@ BROKEN = {  # name: (check that must fail, kernel, change, words of the error; "
         moe.check_route, "route_fwd", HALF, "mask|lanes"),
     "no wait for other blocks": (
         moe_decode.check_sizes, "moe_decode_kernel", NO_GRID, ""),
+    "warps' sums of units are not awaited": (moe_decode.check_sizes, "moe_decode_kernel", without(BLOCK), RACE),
+    "runs are counted without a release": (
+        decode.check_decode, "attention_decode_kernel", instead(r"atom\.inc\.acq_rel\.gpu", "atom.inc.relaxed.gpu"),
+        RACE),
+    "runs are not counted": (
+        decode.check_decode, "attention_decode_kernel",
+        instead(r"atom\.inc\.acq_rel\.gpu\.global\.u32\s+(\S+), \[\S+\], (\S+);", r"mov.b32 \1, \2;"), ""),
+    "a counter is not left at zero": (
+        decode.check_again, "attention_decode_kernel",
+        instead(r"atom\.inc(\.acq_rel\.gpu\.global\.u32\s+\S+, \[\S+\], )\S+;", r"atom.add\g<1>1;"), ""),
     # ---- arithmetic
     "bytes of a pair swapped": (
         gemm.check_transposed, "gemm_fp8_kernel", instead(r"(prmt\.b32\s+\S+,) (\S+), (\S+),", r"\1 \3, \2,"), WRONG),
@@ -146,8 +157,6 @@ BROKEN = {  # name: (check that must fail, kernel, change, words of the error; "
     # ---- order
     "routing does not wait for the kernel ahead": (moe.check_route, "route", NO_WAIT, EARLY),
     "dispatch does not wait for the kernel ahead": (moe.check_dispatch, "dispatch", NO_WAIT, EARLY),
-    "parts are combined before they are there": (
-        decode.check_decode, "attention_decode_combine", NO_WAIT, EARLY),
     "the router never waits": (norm.check_router, "rms_norm_router", NO_WAIT, NEVER),
     "few rows never wait": (gemm.check_few_rows, "few_rows", NO_WAIT, NEVER),
     "other blocks' h by a relaxed load": (

@@ -232,6 +232,17 @@ def check_decode(C):
         close(decode(C, args, W), attention_decode_ref(*args), dtype)
 
 
+def check_again(C):
+    """Launches of other lengths, and of other rows, find the counters of runs at zero."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LING_GPU_EAGER", "1")
+        for n in (1, 5):
+            q, cache, table, lengths, scale = decode_args(Rand(FP16), (130, 0, 200), n, 8, 2, 128, 16)
+            for now in (lengths, lengths // 2, lengths):
+                args = q, cache, table, now, scale
+                close(decode(C, args, 4), attention_decode_ref(*args), FP16)
+
+
 def check_many_sequences(C):
     """More sequences than a warp has lanes, many of them empty."""
     lengths = [130 if i % 34 == 33 else i % 20 if i % 3 == 1 else 0 for i in range(71)]
@@ -325,6 +336,7 @@ def check_append(C):
 
 
 CHECKS = [
+    check_again,
     check_append,
     check_decode,
     check_many_sequences,

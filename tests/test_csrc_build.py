@@ -25,7 +25,7 @@ NARROW = "|".join([
 
 # Kernels that overlap the preceding one touch no memory before they wait for it, except these.
 EARLY = "|".join([
-    "few_rows|^rms_norm_router_",  # they read weights
+    "few_rows|^rms_norm_(router|linear)_",  # they read weights
     "^route_fwd_|^dispatch_place_",  # their input was complete before the preceding kernel, which zeroes counts, began
     r"^attention_bwd_",  # the lengths: the delta kernel ahead does not write them, and began after all others had ended
 ])  # fmt: skip
@@ -71,7 +71,7 @@ def test_products_run_on_tensor_cores_fed_by_tma(kernels):
 
 
 def test_products_of_few_rows_run_on_tensor_cores(kernels):
-    few = [r for r in kernels if re.search("few_rows|moe_decode", r["kernel"])]
+    few = [r for r in kernels if re.search("few_rows|rms_norm_linear|moe_decode", r["kernel"])]
     assert few and all(r["mma"] and r["wide_loads"] for r in few), few
 
 

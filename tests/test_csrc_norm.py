@@ -5,7 +5,7 @@ import torch
 
 from ling_kernels.backend import force
 from ling_kernels.ops.qk_norm_rope import QKNormRope, head_groups, qk_norm_rope_ref
-from ling_kernels.ops.quantize import empty_fp8
+from ling_kernels.ops.quantize import empty_fp8, quantize_weight
 from ling_kernels.ops.rms_norm import rms_norm_ref
 from ling_kernels.ops.rope_tables import rope_tables
 from tests.cases import Rand
@@ -120,6 +120,37 @@ def check_rms_backward(C):
         torch.testing.assert_close(dw.sum(0), want[2].float(), rtol=1e-4 if dtype == FP32 else 2e-2, atol=1e-2)
 
 
+def check_linear(C):
+    """A row and K shared by 1 to 8 warps, more tiles than blocks; the bits of the norm's kernel; a row in a batch."""
+    rand = Rand(BF16)
+    with pytest.MonkeyPatch.context() as patch:
+        for sms, M, N, K, other, fp8 in (
+            (1, 3, 640, 256, BF16, True), (3, 8, 128, 2176, FP32, True), (132, 5, 128, 1152, BF16, True),
+            (3, 1, 128, 8192, BF16, True), (1, 2, 656, 64, BF16, False), (3, 8, 48, 4160, FP32, False),
+            (132, 5, 16, 576, None, False),
+        ):  # fmt: skip
+            patch.setenv("LING_GPU_SMS", str(sms))
+            x, norm = rand.data(M, K + 8)[:, :K], other and rand.data(K, dtype=other)
+            w, scale = quantize_weight(rand.data(N, K)) if fp8 else (rand.data(N, K), None)
+            h, codes = torch.empty(M, K, dtype=BF16), empty_fp8(x, M, K, fp8, False, None)
+            if norm is None:
+                h = x
+            else:
+                C.rms_norm_fwd(x, norm, None, h, torch.empty(M), None, *codes, 0.1)
+            for dtype in (BF16, FP32):
+                y, alone = (torch.full((m, N + 8), torch.nan, dtype=dtype)[:, :N] for m in (M, 1))
+                C.rms_norm_linear_fwd(x, norm, w, scale, y, 0.1)
+                C.rms_norm_linear_fwd(x[:1], norm, w, scale, alone, 0.1)
+                assert torch.equal(alone, y[:1])
+                if fp8:
+                    want = torch.empty(M, N, dtype=dtype)
+                    C.gemm_fp8_fwd(*codes[:2], w, scale, want, False, False)
+                    assert torch.equal(y, want)
+                else:
+                    exact, size = h.double() @ w.double().T, h.double().abs() @ w.double().abs().T
+                    assert ((y - exact).abs() <= (2**-8 if dtype == BF16 else 2**-20) * size).all()
+
+
 def check_router(C):
     """The logits are computed from the returned h."""
     rand = Rand(BF16)
@@ -139,7 +170,15 @@ def check_router(C):
         assert ((logits - exact).abs() <= 2**-20 * size).all()
 
 
-CHECKS = [check_qk_forward, check_qk_cache, check_qk_backward, check_rms_forward, check_rms_backward, check_router]
+CHECKS = [
+    check_qk_forward,
+    check_qk_cache,
+    check_qk_backward,
+    check_rms_forward,
+    check_rms_backward,
+    check_linear,
+    check_router,
+]
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda f: f.__name__[6:])

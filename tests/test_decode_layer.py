@@ -17,10 +17,11 @@ from ling_kernels.ops.attention_decode import KVCache
 from ling_kernels.ops.rope_tables import rope_tables
 from tests.cases import DEVICE, runs
 
-LAUNCHES = [  # the attention launcher starts two kernels
-    "rms_norm_fwd", "gemm_fp8_fwd", "qk_norm_attention_decode_fwd", "gemm_fp8_fwd", "rms_norm_router_fwd",
-    "moe_decode_fwd",
-]  # fmt: skip
+ATTENTION, MOE = "qk_norm_attention_decode_fwd", ["rms_norm_router_fwd", "moe_decode_fwd"]
+LAUNCHES = {  # each launcher starts one kernel
+    "fp8": ["rms_norm_linear_fwd", ATTENTION, "gemm_fp8_fwd", *MOE],
+    "bf16": ["rms_norm_linear_fwd", ATTENTION, "rms_norm_linear_fwd", *MOE],
+}
 
 
 class TorchOperators(TorchDispatchMode):
@@ -42,7 +43,7 @@ def recorder(launched, name):
 
 
 @torch.no_grad()
-def layer_and_arguments(n):
+def layer_and_arguments(n, weights):
     """A layer, x [2 n, H], its layout and cache: n new tokens of each of two sequences."""
     c = dataclasses.replace(
         LingConfig.tiny(), hidden_size=256, num_attention_heads=2, num_key_value_heads=1, head_dim=128,
@@ -53,8 +54,9 @@ def layer_and_arguments(n):
     for w in layer.parameters():
         w.copy_(torch.randn(w.shape, generator=g) / 16 if w.ndim > 1 else 1 + torch.randn(w.shape, generator=g) / 8)
     layer = layer.to(DEVICE, torch.bfloat16)
-    to_fp8(layer)
-    quantize_for_inference_(layer)
+    if weights == "fp8":
+        to_fp8(layer)
+        quantize_for_inference_(layer)
     cache = KVCache(*(torch.randn(4, 16, 1, 128, generator=g).to(DEVICE, torch.bfloat16) for _ in range(2)))
     lengths = torch.tensor([20, 9], dtype=torch.int32, device=DEVICE)
     positions = (lengths[:, None] - n + torch.arange(n, device=DEVICE)).flatten()
@@ -67,10 +69,11 @@ def layer_and_arguments(n):
 
 
 @pytest.mark.skipif(not runs("cuda"), reason="csrc/ does not run here")
+@pytest.mark.parametrize("weights", LAUNCHES)
 @pytest.mark.parametrize("n", [1, 3])
 @torch.no_grad()
-def test_a_decode_layer(n, monkeypatch):
-    layer, x, rows, cache = layer_and_arguments(n)
+def test_a_decode_layer(n, weights, monkeypatch):
+    layer, x, rows, cache = layer_and_arguments(n, weights)
     copies = [KVCache(*(t if t is None else t.clone() for t in cache)) for _ in range(2)]
     with force("torch"):
         want, _ = layer(x, rows, copies[0])
@@ -81,5 +84,5 @@ def test_a_decode_layer(n, monkeypatch):
         monkeypatch.setattr(_C, name, recorder(launched, name))
     with force("cuda"), TorchOperators() as torch_operators:
         got, _ = layer(x, rows, copies[1])
-    assert launched == LAUNCHES and not torch_operators.names
+    assert launched == LAUNCHES[weights] and not torch_operators.names
     assert (got - want).abs().max() <= 2**-5 * want.abs().max()

@@ -120,6 +120,8 @@ def strided_cases():
     yield "transpose_fp8 scale", lambda s: lk.transpose_fp8(wide[2], s), wide[3]
     yield "swiglu", lambda x: lk.swiglu(x), a
     yield "rms_norm", lambda x: lk.rms_norm(x, torch.ones_like(x[0])), a
+    yield "rms_norm_linear", lambda x: lk.rms_norm_linear(x, a[0], b[0]), a
+    yield "rms_norm_linear w", lambda w: lk.rms_norm_linear(a, a[0], w), b[0]
     yield "rms_norm_router", lambda x: lk.rms_norm_router(x, a[0], b[0])[1], a
     yield "router_gemm", lambda x: lk.router_gemm(x, b[0]), a
     yield "router_gemm w", lambda w: lk.router_gemm(a, w), b[0]

@@ -1,11 +1,15 @@
 """python -m ling_kernels.plan decode: bytes and tokens/s of a decode step."""
 
+import json
 import re
+from pathlib import Path
 
 import pytest
 
+from ling_kernels.gpu import HOPPER
 from ling_kernels.model import LingConfig
 from ling_kernels.plan.decode import main, step_bytes, tokens_per_second
+from ling_kernels.plan.decode_time import CLOCKS, kernels, step_time
 
 
 @pytest.mark.parametrize("weights, head, GB", [("bf16", "bf16", 2.242), ("fp8", "bf16", 1.463), ("fp8", "fp8", 1.141)])
@@ -24,6 +28,30 @@ def test_bytes_of_larger_steps():
     assert many["KV cache"] == 10**6 * 10 * 20 * 2 * 4 * 128 * 2
     weights = sum(v for k, v in many.items() if k not in ("KV cache", "embedding")) / 2
     assert weights == c.num_parameters() - c.vocab_size * c.hidden_size
+
+
+@pytest.mark.parametrize("precisions", [("bf16", "bf16", "bf16"), ("fp8", "bf16", "bf16"), ("fp8", "fp8", "fp8")])
+def test_time_of_a_step(precisions):
+    """Five kernels a layer and three around them read all bytes; none is faster than memory or than its own clocks."""
+    c, gpu = LingConfig.mini(), HOPPER["H200"]
+    parts = step_bytes(c, 1, 4096, *precisions)
+    counted = kernels(c, parts, *precisions)
+    layers, dense = c.num_hidden_layers, c.first_k_dense_replace
+    assert sum(n for n, _, _ in counted) == 5 * (layers - dense) + 9 * dense + 3
+    read = sum(n * size for n, size, _ in counted)
+    assert read == pytest.approx(sum(parts.values()) - parts["norms"] - parts["embedding"])
+    seconds = step_time(c, parts, gpu, *precisions)
+    assert seconds > max(read / gpu.bandwidth, sum(n * clocks for n, _, clocks in counted) / gpu.clock)
+    assert step_time(c, parts, gpu._replace(bandwidth=1.0), *precisions) == pytest.approx(read / 0.85, rel=1e-3)
+
+
+def test_clocks_are_those_of_the_table():
+    """Constants of the prediction against the walk of the committed table."""
+    rows = json.loads((Path(__file__).parents[1] / "benchmarks/results/clocks_cuda.json").read_text())["rows"]
+    walked = {row["kernel"]: row["clocks"] for row in rows if row["part"] == "whole"}
+    if missing := CLOCKS.keys() - walked.keys():
+        pytest.skip(f"the table is older than {', '.join(missing)}: make tables")
+    assert {name: walked[name] for name in CLOCKS} == pytest.approx(CLOCKS, rel=0.1)
 
 
 def test_plan(capsys):

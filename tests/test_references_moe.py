@@ -11,13 +11,14 @@ import ling_kernels
 from ling_kernels import attention, linear_cross_entropy
 from ling_kernels.backend import _C, force
 from ling_kernels.ops.dispatch import dispatch
-from ling_kernels.ops.gemm_fp8 import launch_with_scratch
+from ling_kernels.ops.gemm_fp8 import gemm_fp8, launch_with_scratch
 from ling_kernels.ops.grouped_gemm import grouped_gemm
 from ling_kernels.ops.moe import moe
 from ling_kernels.ops.moe_decode import moe_decode
 from ling_kernels.ops.permute import permute
-from ling_kernels.ops.quantize import quantize_weight
+from ling_kernels.ops.quantize import quantize, quantize_weight
 from ling_kernels.ops.rms_norm import rms_norm
+from ling_kernels.ops.rms_norm_linear import rms_norm_linear
 from ling_kernels.ops.rms_norm_router import rms_norm_router
 from ling_kernels.ops.router_gemm import router_gemm
 from ling_kernels.ops.swiglu import swiglu
@@ -174,6 +175,20 @@ def test_rms_norm_router():
         assert all(torch.equal(g, t) for g, t in zip(got, want, strict=True))
 
 
+def test_rms_norm_linear():
+    """The product of the norm, or of x, in another dtype and with gradients; FP8 rows are those of the norm."""
+    x, norm, w = rand(5, 128).requires_grad_(), rand(128).requires_grad_(), rand(256, 128).requires_grad_()
+    y, h = rms_norm_linear(x, norm, w, 0.1), rms_norm(x, norm, eps=0.1)
+    assert torch.equal(y, h @ w.T) and torch.equal(rms_norm_linear(x, None, w), x @ w.T)
+    assert rms_norm_linear(x.bfloat16(), norm, w.bfloat16(), dtype=FP32).dtype == FP32
+    got, want = (torch.autograd.grad(t.square().sum(), (x, norm, w)) for t in (y, h @ w.T))
+    assert all(torch.equal(g, t) for g, t in zip(got, want, strict=True))
+    w = quantize_weight(w.detach())
+    rows = rms_norm(x, norm, None, 0.1, quantize=True)[1:]
+    assert torch.equal(rms_norm_linear(x, norm, w, 0.1), gemm_fp8(*rows, *w, dtype=FP32))
+    assert torch.equal(rms_norm_linear(x, None, w), gemm_fp8(*quantize(x), *w, dtype=FP32))
+
+
 def moe_per_token(x, router_w, bias, w_gate_up, w_down, shared, mask, sizes, scale):
     """Every token on its own, through dense matrices, with autograd's gradients."""
 
@@ -320,6 +335,8 @@ BAD = {
                  (rand(4, 128), False)],
     "quantize_weight": [(rand(128, 100),), (rand(100, 128),), (rand(128),),
                         (rand(128, 256), False, (rand(256, 128).T, rand(1, 2)))],
+    "rms_norm_linear": [(rand(4, 3), rand(3), rand(8, 4)), (rand(4, 3), rand(4), rand(8, 3)),
+                        (rand(3), rand(3), rand(8, 3)), (rand(4, 3), rand(3), (rand(8, 3), rand(1, 1)))],
     "rms_norm_router": [(rand(4, 3), rand(3), rand(8, 4)), (rand(4, 3), rand(4), rand(8, 3)),
                         (rand(4, 3), rand(3), rand(8, 3), rand(4, 4)), (rand(2, 4, 3), rand(3), rand(8, 3))],
     "route": [(rand(4, 8), rand(7)), (rand(4, 8).bfloat16(), rand(8)), (rand(4, 8), rand(8), rand(4)),

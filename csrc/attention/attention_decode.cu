@@ -1,5 +1,7 @@
 #include "attention/attention_decode.h"
 #include "attention/new_tokens.cuh"
+#include "counters.cuh"
+#include "grid.cuh"
 #include "quant/fp8_tile.cuh"
 
 namespace ling {
@@ -39,20 +41,77 @@ template <int kPer> __device__ void combine_warps(const Shared& shared, float* p
     }
 }
 
-// Block (w, h, tile of rows) has run w of the tiles of keys of all sequences, for KV head h. kAppends: it first
-// computes the queries, and the last n keys and values of every sequence, from `tokens`.
+struct Result {
+    void* out;
+    uint8_t* out_q;    // with FP8, otherwise null
+    float* out_scale;  // [B n, Hq], strides 1 and ld_scale
+    int64_t ld_scale;
+    int counter;  // the first of W * Hkv * tiles of rows
+};
+
+// Called by a whole block: combines what the blocks of runs first .. stop - 1 found for rows r0 .. of sequence b and KV
+// head h, in this order, and stores the result; without a run it is 0. A warp takes every 4th row, which is one head; a
+// lane has 4 columns.
+template <typename T>
+__device__ void combine_runs(const Result& to, const float* partial, const float* lse_log2, const Cache& cache, int b,
+                             int h, int r0, int n, int G, int first, int stop) {
+    static_assert(kD == kBlock);
+    const int lane = threadIdx.x % 32, R = n * G, rows = cache.Hkv * R, heads = cache.Hkv * G;
+    for (int r = r0 + threadIdx.x / 32; r < min(r0 + kRows, R); r += kWarps) {
+        float largest = -INFINITY, total = 0, sum[4] = {};
+        for (int begin = first; begin < stop; begin += 32) {
+            const int64_t at = int64_t{begin + b} * rows + h * R + r;
+            const float lse = begin + lane < stop ? lse_log2[at + lane * rows] : -INFINITY;  // lane l: of run begin + l
+            Vec<4> pieces[32] = {};                                                          // all in flight
+#pragma unroll
+            for (int p = 0; p < 32; p++)
+                if (begin + p < stop) pieces[p] = load<4>(partial + (at + p * rows) * kD + lane * 4);
+            float larger = fmaxf(largest, lse);
+            for (int d = 16; d; d /= 2) larger = fmaxf(larger, __shfl_xor_sync(~0u, larger, d));
+            const float base = larger == -INFINITY ? 0.f : larger, shrink = exp2_approx(largest - base),
+                        weight = exp2_approx(lse - base);
+            largest = larger, total = total * shrink + weight;
+#pragma unroll
+            for (float& x : sum) x *= shrink;
+#pragma unroll
+            for (int p = 0; p < 32; p++) {
+                const float p_weight = __shfl_sync(~0u, weight, p);
+#pragma unroll
+                for (int i = 0; i < 4; i++) sum[i] += p_weight * pieces[p][i];
+            }
+        }
+        total = warp_sum(total);
+        alignas(16) T y[1][8];  // lane l < 16 stores columns 8 l to 8 l + 7, which lanes 2 l and 2 l + 1 have
+        for (int i = 0; i < 8; i++)
+            y[0][i] = static_cast<T>(__shfl_sync(~0u, total == 0 ? 0.f : sum[i % 4] / total, lane % 16 * 2 + i / 4));
+        const int64_t token = int64_t{b} * n + r / G;
+        const int head = h * G + r % G;
+        if (lane < 16)
+            *reinterpret_cast<uint4*>(static_cast<T*>(to.out) + (token * heads + head) * kD + lane * 8) =
+                *reinterpret_cast<const uint4*>(y[0]);
+        if (to.out_q) store_rows<false>(y, token, lane < 16, head, to.out_q, to.out_scale, heads * kD, to.ld_scale);
+    }
+}
+
+// Block (w, h, tile of rows) has run w of the tiles of keys of all sequences, for KV head h. The last of the blocks
+// that have a run of a sequence combines their results. kAppends: the kernel first computes the queries, and the last n
+// keys and values of every sequence, from `tokens`.
 template <typename T, typename C, bool kAppends>
 __global__ void __launch_bounds__(kThreads, 2)
-    attention_decode_kernel(const T* q, NewTokens tokens, Cache cache, float* partial, float* lse_log2, int n, int G,
-                            float scale_log2) {
+    attention_decode_kernel(const T* q, NewTokens tokens, Cache cache, Result to, float* partial, float* lse_log2,
+                            int n, int G, float scale_log2) {
     __shared__ Shared shared;
     __shared__ std::conditional_t<kAppends, Fresh<T, C>, char> fresh;
     launch_dependents();
     wait_for_previous();
-    const int all = cache.tiles_before(cache.B), share = cache.share(all);
+    const int all = cache.tiles_before(cache.B), share = cache.share(all), R = n * G, r0 = blockIdx.z * kRows;
+    for (int b = blockIdx.x; b < cache.B; b += cache.W) {
+        LING_DEVICE_CHECK(cache.lengths[b] == cache.used(b));
+        if (!cache.tiles(b)) combine_runs<T>(to, partial, lse_log2, cache, b, blockIdx.y, r0, n, G, 0, 0);
+    }
     int tile = blockIdx.x * share;
     if (tile >= all) return;
-    const int stop = min(tile + share, all), R = n * G, r0 = blockIdx.z * kRows;
+    const int stop = min(tile + share, all);
     int seq, begin;
     cache.find(tile, seq, begin);
     Warp<T, C, kAppends> me{cache};
@@ -95,68 +154,19 @@ __global__ void __launch_bounds__(kThreads, 2)
                     }
             }
             __syncthreads();
-            const int64_t to = (int64_t{blockIdx.x + seq} * cache.Hkv + me.head) * R + r0;
-            combine_warps<kPer>(shared, partial + to * kD, lse_log2 + to, min(R - r0, kRows));
-            __syncthreads();
+            const int64_t at = (int64_t{blockIdx.x + seq} * cache.Hkv + me.head) * R + r0;
+            combine_warps<kPer>(shared, partial + at * kD, lse_log2 + at, min(R - r0, kRows));
+            // Only one sequence goes on in the next run, so that the sequence's first run names the counter.
+            const int first = begin / share, runs = (end - 1) / share + 1 - first;
+            unsigned* const counter = counters + to.counter + (first * cache.Hkv + me.head) * gridDim.z + blockIdx.z;
+            if (is_last(counter, runs))
+                combine_runs<T>(to, partial, lse_log2, cache, seq, me.head, r0, n, G, first, first + runs);
         }
         begin = end, tile = min(stop, end);
     }
 }
 
-// Combines the weighted partial results of a row; each warp takes every 4th. A row is one head. With out_q the kernel
-// also writes it in FP8.
-template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    attention_decode_combine_kernel(Cache cache, const float* partial, const float* lse_log2, T* out, uint8_t* out_q,
-                                    float* out_scale, int64_t ld_scale, int n, int G) {
-    static_assert(kD == kBlock);
-    __shared__ float sums[kWarps][kD], totals[kWarps], maxima[kWarps];
-    launch_dependents();
-    wait_for_previous();
-    LING_DEVICE_CHECK(cache.lengths[blockIdx.x] == cache.used(blockIdx.x));
-    const int b = blockIdx.x, row = blockIdx.y, rows = cache.Hkv * n * G, lane = threadIdx.x % 32;
-    const int warp = threadIdx.x / 32, share = cache.share(cache.tiles_before(cache.B));
-    const int begin = cache.tiles_before(b), tiles = cache.tiles(b), first = begin / share;
-    const int stop = tiles ? (begin + tiles - 1) / share + 1 : first;
-    lse_log2 += int64_t{b} * rows + row, partial += (int64_t{b} * rows + row) * kD;
-
-    float largest = -INFINITY;
-    for (int p = first + threadIdx.x; p < stop; p += kThreads) largest = fmaxf(largest, lse_log2[int64_t{p} * rows]);
-    for (int d = 16; d; d /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, d));
-    if (lane == 0) maxima[warp] = largest;
-    __syncthreads();
-    for (const float warp_largest : maxima) largest = fmaxf(largest, warp_largest);
-    if (largest == -INFINITY) largest = 0;
-
-    float total = 0, sum[4] = {};
-#pragma unroll 8
-    for (int p = first + warp; p < stop; p += kWarps) {
-        const float weight = exp2_approx(lse_log2[int64_t{p} * rows] - largest);
-        const Vec<4> piece = load<4>(partial + int64_t{p} * rows * kD + lane * 4);
-        total += weight;
-        for (int i = 0; i < 4; i++) sum[i] += weight * piece[i];
-    }
-    for (int i = 0; i < 4; i++) sums[warp][lane * 4 + i] = sum[i];
-    if (lane == 0) totals[warp] = total;
-    __syncthreads();
-    if (warp) return;
-    const int column = lane % 16 * 8;  // both halves of the warp compute the same; the first one writes
-    alignas(16) T y[1][8];
-    float sum8[8] = {};
-    total = 0;
-    for (int w = 0; w < kWarps; w++) {
-        total += totals[w];
-        for (int i = 0; i < 8; i++) sum8[i] += sums[w][column + i];
-    }
-    for (int i = 0; i < 8; i++) y[0][i] = static_cast<T>(total == 0 ? 0.f : sum8[i] / total);
-    const int h = row / (n * G), r = row % (n * G), heads = cache.Hkv * G, head = h * G + r % G;
-    const int64_t token = int64_t{b} * n + r / G;
-    if (lane < 16)
-        *reinterpret_cast<uint4*>(out + (token * heads + head) * kD + column) = *reinterpret_cast<const uint4*>(y[0]);
-    if (out_q) store_rows<false>(y, token, lane < 16, head, out_q, out_scale, heads * kD, ld_scale);
-}
-
-// Launches both kernels. tokens null: q has the queries, and the cache has all keys and values.
+// tokens null: q has the queries, and the cache has all keys and values.
 void run(cudaStream_t stream, const Tensor& q, const NewTokens* tokens, const Tensor& k, const Tensor& v,
          const Tensor& k_scale, const Tensor& v_scale, const Tensor& block_table, const Tensor& lengths,
          const Tensor& out, const Tensor& out_q, const Tensor& out_scale, const Tensor& partial, const Tensor& lse_log2,
@@ -198,19 +208,19 @@ void run(cudaStream_t stream, const Tensor& q, const NewTokens* tokens, const Te
                       num(page_size),
                       num(max_pages)};
     const dim3 grid(W, Hkv, ceil_div<int64_t>(n * G, kRows));
+    // With one run each sequence belongs to one block, which counts nothing.
+    const int counter = W > 1 ? counter_of(stream, num(W * Hkv * grid.z)) : 0;
+    const Result result{out.data, out_q.ptr<uint8_t>(), out_scale.ptr<float>(), out_scale.stride[1], counter};
     dispatch<f16, bf16>(q.dtype, [&]<typename T>() {
         const auto attend = [&]<typename C, bool kAppends>() {
             launch<attention_decode_kernel<T, C, kAppends>, kOverlaps>(
-                grid, kThreads, 0, stream, q.ptr<T>(), tokens ? *tokens : NewTokens{}, cache, partial.ptr<float>(),
-                lse_log2.ptr<float>(), num(n), num(G), scale * 1.4426950408889634f);
+                grid, kThreads, 0, stream, q.ptr<T>(), tokens ? *tokens : NewTokens{}, cache, result,
+                partial.ptr<float>(), lse_log2.ptr<float>(), num(n), num(G), scale * 1.4426950408889634f);
         };
         const auto attend_to = [&]<typename C>(C) {
             tokens ? attend.template operator()<C, true>() : attend.template operator()<C, false>();
         };
         fp8 ? attend_to(uint8_t{}) : attend_to(T{});
-        launch<attention_decode_combine_kernel<T>, kOverlaps>(
-            dim3(B, Hq * n), kThreads, 0, stream, cache, partial.ptr<float>(), lse_log2.ptr<float>(), out.ptr<T>(),
-            out_q.ptr<uint8_t>(), out_scale.ptr<float>(), out_scale.stride[1], num(n), num(G));
     });
 }
 

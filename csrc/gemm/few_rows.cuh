@@ -84,6 +84,23 @@ public:
     }
 };
 
+// Rows of x in shared memory, in the weight's type
+template <bool kFp8> struct Operand {
+    static constexpr int kSize = kFp8 ? 1 : 2;
+    uint8_t* data;
+    float* scale;  // only with FP8: [K / 128][rows]
+    int rows, pitch;
+
+    Operand(const Operand&) = default;
+    __device__ Operand(uint8_t* data, int rows, int K)
+        : data(data), scale(reinterpret_cast<float*>(data + rows * pitch_of(K))), rows(rows), pitch(pitch_of(K)) {}
+    static constexpr int pitch_of(int K) { return K * kSize + kGap; }
+    static constexpr int bytes(int rows, int K) {
+        return ceil_div(rows * (pitch_of(K) + (kFp8 ? K / kStep * 4 : 0)), 16) * 16;
+    }
+    __device__ const uint8_t* row(int r) const { return data + r * pitch; }
+};
+
 struct Part {
     float v[4] = {};  // (row g, column 2c), (g, 2c + 1), (g + 8, 2c), (g + 8, 2c + 1)
 };

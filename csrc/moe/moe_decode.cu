@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kThreads, 1) moe_decode_kernel(const __grid_co
     Feed<kFp8, kDepth> feed{p, jobs, Stream<kFp8, kDepth>(memory + warp * Memory::Queue::kBytes)};
     for (int i = 0; i < kDepth; i++) feed.push();
 
-    const Partials partials{reinterpret_cast<float*>(memory + Memory::kPartialsOffset), p.T};
+    const Partials partials(memory + p.partials, p.T, p.groups);
     up(feed, partials, x, slots);
     grid_barrier(counters + p.counter);
 
@@ -46,7 +46,9 @@ __global__ void __launch_bounds__(kThreads, 1) moe_decode_kernel(const __grid_co
 
 // The depth of the queues that shared memory has room for; 0 if even the smallest does not fit.
 template <bool kFp8> int depth(int T, int H, int F, int Fs, int topk) {
-    const auto fits = [&]<int kDepth>() { return Layout<kFp8, kDepth>::total(T, H, F, Fs, topk) <= kSharedMemory; };
+    const auto fits = [&]<int kDepth>() {
+        return Layout<kFp8, kDepth>::partials(T, H, F, Fs, topk) + kGroupBytes <= kSharedMemory;
+    };
     return fits.template operator()<4>() ? 4 : fits.template operator()<2>() ? 2 : 0;
 }
 
@@ -109,13 +111,18 @@ void moe_decode_fwd(cudaStream_t stream, Tensor x, Tensor logits, Tensor bias, T
               logits.stride[0],
               static_cast<int>(T),
               static_cast<int>(H),
+              0,
+              0,
               scale,
               Divisor(routed.F / kUnit),
               Divisor(routed.F * (fp8 ? 1 : 2) / kStep)};
     const auto start = [&]<bool kFp8, int kDepth, int kExperts, int kGroups, int kTopGroups, int kTop>() {
         if (E != kExperts || num_groups != kGroups || group_topk != kTopGroups || topk != kTop) return false;
         constexpr auto kernel = moe_decode_kernel<kFp8, kDepth, routing::Router<kExperts, kGroups, kTopGroups, kTop>>;
-        const int bytes = Layout<kFp8, kDepth>::total(p.T, p.H, routed.F, shared.F, topk);
+        p.partials = Layout<kFp8, kDepth>::partials(p.T, p.H, routed.F, shared.F, topk);
+        // More rows have fewer units in a group, and need more groups for as many units between two barriers.
+        for (p.groups = std::min(p.T, kMostGroups); p.partials + p.groups * kGroupBytes > kSharedMemory;) p.groups--;
+        const int bytes = p.partials + p.groups * kGroupBytes;
         const int blocks = std::min(multiprocessors(), resident<kernel>(kThreads, bytes));
         launch<kernel, kOverlaps | kCooperative>(blocks, kThreads, bytes, stream, p);
         return true;

@@ -12,7 +12,8 @@ using namespace few_rows;
 constexpr int kWarps = 16, kThreads = 32 * kWarps;
 constexpr int kUnit = 8;  // columns of h in a unit of the first half: 8 rows of gate's weight and 8 of up's
 constexpr int kMaxTop = 8, kMaxJobs = kMaxRows * kMaxTop + 1;
-constexpr int kPartialFloats = kMaxRows * kWarps * kLines;  // sums of all warps for 8 columns
+constexpr int kPartialFloats = kMaxRows * kWarps * kLines;  // sums of all warps for 8 columns: a group
+constexpr int kGroupBytes = kPartialFloats * 4, kMostGroups = 4;
 
 struct Weights {  // of the routed experts, or of the shared expert
     const uint8_t *gate_up, *down;
@@ -29,25 +30,9 @@ struct Problem {
     Weights routed, shared;
     int64_t ld_logits;
     int T, H;
+    int groups, partials;  // of sums in shared memory; the offset of the first
     float scale;
     Divisor units_per_expert, steps_per_expert;  // of `up`, of `down`
-};
-
-// Rows in shared memory, in the weights' type
-template <bool kFp8> struct Operand {
-    static constexpr int kSize = kFp8 ? 1 : 2;
-    uint8_t* data;
-    float* scale;  // only with FP8: [K / 128][rows]
-    int rows, pitch;
-
-    Operand(const Operand&) = default;
-    __device__ Operand(uint8_t* data, int rows, int K)
-        : data(data), scale(reinterpret_cast<float*>(data + rows * pitch_of(K))), rows(rows), pitch(pitch_of(K)) {}
-    static constexpr int pitch_of(int K) { return K * kSize + kGap; }
-    static constexpr int bytes(int rows, int K) {
-        return ceil_div(rows * (pitch_of(K) + (kFp8 ? K / kBlock * 4 : 0)), 16) * 16;
-    }
-    __device__ const uint8_t* row(int r) const { return data + r * pitch; }
 };
 
 // The experts that the rows chose, each once, in ascending order, then the shared expert. Slot t topk + k is the k-th
@@ -74,10 +59,9 @@ struct Jobs {
 
 template <bool kFp8, int kDepth> struct Layout {  // of a block's shared memory, in bytes
     using Queue = Stream<kFp8, kDepth>;
-    static constexpr int kPartialsOffset = kWarps * Queue::kBytes;
-    static constexpr int kJobsOffset = kPartialsOffset + kPartialFloats * 4;
+    static constexpr int kJobsOffset = kWarps * Queue::kBytes;
     static constexpr int kOperandsOffset = ceil_div<int>(kJobsOffset + sizeof(Jobs), 16) * 16;
-    static int total(int T, int H, int F, int Fs, int topk) {
+    static int partials(int T, int H, int F, int Fs, int topk) {
         using Rows = Operand<kFp8>;
         return kOperandsOffset + std::max(Rows::bytes(T, H), Rows::bytes(T * topk, F) + Rows::bytes(T, Fs));
     }
@@ -156,13 +140,17 @@ template <bool kFp8, int kDepth> struct Feed {
     }
 };
 
-// The sums of all warps for up to 8 / T units, and their totals
+// The sums of all warps for up to 8 groups / T units, and their totals. The threads add up those of 8 / T units at
+// once.
 struct Partials {
-    float* const all;  // [8 / T][kWarps][16][T]
-    const int T;
+    float* const all;  // [units][kWarps][16][T]
+    const int T, at_once, per_pass = kMaxRows / T;
     const int part = threadIdx.x % 4, half = threadIdx.x / 4 % 2, row = threadIdx.x / 8 % T,
               c = threadIdx.x / 8 / T % 8,
               round = threadIdx.x / 8 / T / 8;  // the thread's total: line 8 half + c of a unit, for row `row` of x
+
+    __device__ Partials(void* memory, int T, int groups)
+        : all(static_cast<float*>(memory)), T(T), at_once(groups * kMaxRows / T) {}
 
     __device__ void store(int round, const float (&sum)[4]) const {
         float* to = all + ((round * kWarps + threadIdx.x / 32) * kLines + lane_row()) * T + lane_column();
@@ -170,14 +158,21 @@ struct Partials {
         for (int i = 0; i < 4; i++)
             if (lane_column() + i % 2 < T) to[i / 2 * 8 * T + i % 2] = sum[i];
     }
-    // Four lanes add up each total in a fixed order, and all four return it
-    __device__ float total(int rounds) const {
-        float sum = 0;
-        if (round < rounds)
+    // Calls f(round, whether the thread has a total there, the total). Four lanes add up each total in a fixed order,
+    // and all four have it.
+    template <typename F> __device__ void totals(int rounds, F&& f) const {
+#pragma unroll 1
+        for (int first = 0; first < rounds; first += per_pass) {
+            const int mine = first + round;
+            const bool has = round < per_pass && mine < rounds;
+            float sum = 0;
+            if (has)
 #pragma unroll
-            for (int w = part; w < kWarps; w += 4) sum += all[((round * kWarps + w) * kLines + 8 * half + c) * T + row];
-        sum += __shfl_xor_sync(~0u, sum, 1);
-        return sum + __shfl_xor_sync(~0u, sum, 2);
+                for (int w = part; w < kWarps; w += 4)
+                    sum += all[((mine * kWarps + w) * kLines + 8 * half + c) * T + row];
+            sum += __shfl_xor_sync(~0u, sum, 1);
+            f(mine, has, sum + __shfl_xor_sync(~0u, sum, 2));
+        }
     }
 };
 
@@ -252,7 +247,7 @@ template <bool kFp8, int kDepth>
 __device__ void up(Feed<kFp8, kDepth>& feed, const Partials& partials, const Operand<kFp8>& x, int slots) {
     const Problem& p = feed.p;
     const Jobs& jobs = feed.jobs;
-    const int at_once = kMaxRows / p.T, n0 = min(lane_column(), p.T - 1), n1 = min(lane_column() + 1, p.T - 1);
+    const int at_once = partials.at_once, n0 = min(lane_column(), p.T - 1), n1 = min(lane_column() + 1, p.T - 1);
     const uint8_t* x_row = x.row(min(lane_row(), p.T - 1));
     for (int first = blockIdx.x; first < feed.up_units; first += at_once * gridDim.x) {
         const int rounds = min(at_once, ceil_div<int>(feed.up_units - first, gridDim.x));
@@ -271,9 +266,10 @@ __device__ void up(Feed<kFp8, kDepth>& feed, const Partials& partials, const Ope
             partials.store(r, sum);
         }
         __syncthreads();
-        float gate = partials.total(rounds), up = __shfl_xor_sync(~0u, gate, 4);
-        if (partials.round < rounds && partials.half == 0 && partials.part == 0) {
-            const auto [shared, job, index] = jobs.item(first + partials.round * gridDim.x, p.units_per_expert);
+        partials.totals(rounds, [&](int round, bool has, float gate) {
+            float up = __shfl_xor_sync(~0u, gate, 4);
+            if (!has || partials.half || partials.part) return;
+            const auto [shared, job, index] = jobs.item(first + round * gridDim.x, p.units_per_expert);
             const bool to_bf16 = shared || !kFp8;
             if (to_bf16) gate = rounded_to_bf16(gate), up = rounded_to_bf16(up);
             float h = silu(gate) * up;
@@ -282,7 +278,7 @@ __device__ void up(Feed<kFp8, kDepth>& feed, const Partials& partials, const Ope
             const int64_t F = shared ? p.shared.F : p.routed.F;
             if (jobs.rows[job] >> partials.row & 1)
                 rows[jobs.slot[job][partials.row] * F + index * kUnit + partials.c] = h;
-        }
+        });
         __syncthreads();
     }
 }
@@ -293,7 +289,7 @@ __device__ void down(Feed<kFp8, kDepth>& feed, const Partials& partials, const O
                      const Operand<kFp8>& shared_h) {
     const Problem& p = feed.p;
     const Jobs& jobs = feed.jobs;
-    const int at_once = kMaxRows / p.T, n = lane_column();
+    const int at_once = partials.at_once, n = lane_column();
     for (int first = blockIdx.x; first < feed.down_units; first += at_once * gridDim.x) {
         const int rounds = min(at_once, ceil_div<int>(feed.down_units - first, gridDim.x));
         for (int r = 0; r < rounds; r++) {
@@ -318,12 +314,12 @@ __device__ void down(Feed<kFp8, kDepth>& feed, const Partials& partials, const O
             partials.store(r, sum);
         }
         __syncthreads();
-        const float total = partials.total(rounds);
-        if (partials.round < rounds && partials.part == 0) {
-            const int unit = first + partials.round * gridDim.x;
+        partials.totals(rounds, [&](int round, bool has, float total) {
+            if (!has || partials.part) return;
+            const int unit = first + round * gridDim.x;
             const int64_t to = int64_t{partials.row} * p.H + unit * kLines + 8 * partials.half + partials.c;
             p.y[to] = __float2bfloat16_rn(p.residual ? total + static_cast<float>(p.residual[to]) : total);
-        }
+        });
         __syncthreads();
     }
 }

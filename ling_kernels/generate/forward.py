@@ -138,7 +138,7 @@ class Forward:
         if chunks:
             layout, inputs = self.with_chunks(layout, inputs, chunks)
         # -1 marks NaN logits; Engine.accept turns it into an error.
-        h, _ = self.model.backbone(token_ids[inputs].clamp(min=0), layout, self.caches)
+        h, _ = self.model.backbone(token_ids[inputs].clamp(min=0), layout, self.caches, norm=self.mtp_cache is not None)
 
         tokens = self.sample(h[: B * n], lanes, positions, mode) if B else positions
         accepted = (tokens[:, :-1] == token_ids[decoded[:, 1:]]).int().cumprod(1).sum(1)
@@ -194,8 +194,8 @@ class Forward:
         return np.array(request.pages)[positions // self.page_size] * self.page_size + positions % self.page_size
 
     def sample(self, h: Tensor, lanes: Tensor, positions: Tensor, mode: SamplingMode) -> Tensor:
-        """h [B n, H] -> the token after each row, [B, n]."""
-        logits = self.model.logits(h)
+        """h [B n, H], normed where the MTP layer reads it too -> the token after each row, [B, n]."""
+        logits = self.model.logits(h, norm=self.mtp_cache is None)
         if not any(mode):
             return sample(logits, None, mode).view(positions.shape)
         lane = lanes.repeat_interleave(positions.shape[1])

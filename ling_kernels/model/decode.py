@@ -62,14 +62,14 @@ def stream(
     sequence_of_row = sequence.repeat_interleave(lengths)
     slots = sequence_of_row * pages * PAGE + batch.positions
     layout = BatchLayout(model.cos, model.sin, batch.positions, batch.cu_seqlens, slots)
-    h, _ = model.backbone(batch.ids, layout, caches)
+    h, _ = model.backbone(batch.ids, layout, caches, norm=False)
     h = h[batch.cu_seqlens[1:].long() - 1]  # the last row of each prompt
     ids, done = input_ids, torch.zeros(B, dtype=torch.bool, device=device)
     if attention_mask is not None:  # padding is not part of the sequence: a repetition penalty must not see it
         ids = torch.where(attention_mask.bool(), ids, batch.ids[batch.cu_seqlens[:-1].long(), None])
     ends = torch.tensor(token_ids(eos_token_id), dtype=torch.long, device=device)
     for step in range(max_new_tokens):
-        token = choose(model.logits(h), ids)
+        token = choose(model.logits(h, norm=True), ids)
         if len(ends):
             token = torch.where(done, ids[:, -1], token)
             done = done | torch.isin(token, ends)
@@ -80,7 +80,7 @@ def stream(
         slots = sequence * pages * PAGE + lengths
         positions, lengths = lengths.long(), lengths + 1
         layout = BatchLayout(model.cos, model.sin, positions, batch.cu_seqlens, slots, B, block_table, lengths)
-        h, _ = model.backbone(token, layout, caches)
+        h, _ = model.backbone(token, layout, caches, norm=False)
 
 
 def generate(model, input_ids: Tensor, max_new_tokens: int, **options) -> Tensor:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..nn import MLP, Attention, BatchLayout, Experts, MoE, RMSNorm, Router
+from ..nn.linear import norm_linear
 from ..nn.norm import Fp32Buffers
-from ..op import expect, upcast
+from ..op import expect
 from ..ops.attention_decode import KVCache
 from ..ops.cross_entropy import cross_entropy
 from ..ops.linear_cross_entropy import linear_cross_entropy
@@ -143,9 +144,11 @@ class Ling(Fp32Buffers):
         caches: list[KVCache] | None = None,
         z_loss: float | None = None,
         states: list[Tensor] | None = None,
+        norm: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
         """ids [T] -> hidden state after the final norm [T, H], and the summed z-loss or None.
 
+        norm: False leaves the final norm out, for `logits` to apply it.
         states: a list to append the hidden states to, in the order of LingOutput.hidden_states.
         """
         x, z = self.word_embeddings(ids), None
@@ -154,7 +157,7 @@ class Ling(Fp32Buffers):
                 states.append(x)
             x, layer_z = layer(x, layout, cache, z_loss)
             z = _add(z, layer_z)
-        h = self.norm(x)
+        h = self.norm(x) if norm else x
         if states is not None:
             states.append(h)
         return h, z
@@ -165,9 +168,10 @@ class Ling(Fp32Buffers):
         x = self.word_embeddings(ids.clamp(min=0))
         return torch.where(ids[:, None] < 0, x.detach(), x)
 
-    def logits(self, h: Tensor) -> Tensor:
-        """h [T, H] -> [T, V] fp32, fp64 for a model in fp64."""
-        return upcast(self.lm_head(h))
+    def logits(self, h: Tensor, norm: bool = False) -> Tensor:
+        """h [T, H] -> [T, V] fp32, fp64 for a model in fp64. norm: h has not been through the final norm."""
+        dtype = torch.promote_types(h.dtype, torch.float32)
+        return norm_linear(self.lm_head, h, self.norm if norm else None, dtype)
 
     def forward(
         self,

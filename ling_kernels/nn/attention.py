@@ -100,7 +100,7 @@ class Attention(nn.Module):
         if fp8:
             out, *fp8_rows = out
             return self.dense.forward_fp8(fp8_rows, out.dtype)
-        return self.dense(out.flatten(0, 1).flatten(1))  # type: ignore[union-attr]
+        return norm_linear(self.dense, out.flatten(0, 1).flatten(1), None)  # type: ignore[union-attr]
 
     def rope(self, qkv: Tensor, layout: BatchLayout) -> tuple[Tensor, Tensor, Tensor]:
         """qkv [T, Hq + 2 Hkv, D] -> q, k and v as qk_norm_rope returns them, but not normed."""

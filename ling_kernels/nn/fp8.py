@@ -17,7 +17,7 @@ from ..op import expect, explaining
 from ..ops.dispatch import Plan
 from ..ops.moe import Weight
 from ..ops.quantize import BLOCK, quantize_weight
-from ..ops.rms_norm import rms_norm
+from ..ops.rms_norm_linear import rms_norm_linear
 from .attention import Attention
 from .experts import Experts
 from .fp8_cache import Fp8Cache, version_of
@@ -133,19 +133,19 @@ class Fp8Linear(FusedLinear):
         (w,) = self.fp8.quantized(self.weight)
         return product(rows, w, None, dtype)
 
-    def forward(self, x: Tensor, norm: RMSNorm | None = None) -> Tensor:
-        """x [..., K], or norm(x) where there is one -> [..., N] in x's dtype, autocast's where it is on."""
+    def forward(self, x: Tensor, norm: RMSNorm | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """x [..., K], or norm(x) where there is one -> [..., N] in dtype, by default x's, or autocast's."""
         *batch, K = x.shape
-        rows = x.reshape(-1, K)
+        rows, dtype = x.reshape(-1, K), product_dtype(x) if dtype is None else dtype
         if norm is not None and self.takes_fp8_rows():
-            _, q, scale = rms_norm(rows, norm.weight, None, norm.eps, quantize=True)
-            return self.forward_fp8((q, scale), product_dtype(x)).view(*batch, self.out_features)
+            (w,) = self.fp8.quantized(self.weight)
+            return rms_norm_linear(rows, norm.weight, w, norm.eps, dtype).view(*batch, self.out_features)
         if norm is not None and (self.recompute == "none" or torch.compiler.is_compiling()):
             rows, norm = norm(rows), None
         norm_weight, eps = (None, None) if norm is None else (norm.weight, norm.eps)
         options = eps, self.fp8.pow2, self.fp8.wgrad_for(self.weight), product_dtype(x)
         y = Fp8LinearFunction.apply(rows, norm_weight, self.weight, *self.fp8.fields(self.weight), *options)
-        return y.view(*batch, self.out_features)
+        return y.to(dtype).view(*batch, self.out_features)
 
 
 class Fp8MLP(MLP):

@@ -3,14 +3,15 @@
 import torch
 from torch import Tensor, nn
 
+from ..ops.rms_norm_linear import ROWS, rms_norm_linear
 from .norm import RMSNorm
 
 
 class FusedLinear(nn.Linear):
     """A linear layer that `Attention` may hand a norm to apply, or rows that are FP8 already; Fp8Linear is one."""
 
-    def forward(self, x: Tensor, norm: RMSNorm | None = None) -> Tensor:
-        """x [..., K] -> [..., N] of x, or of norm(x)."""
+    def forward(self, x: Tensor, norm: RMSNorm | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """x [..., K] -> [..., N] of x, or of norm(x), in dtype, by default x's."""
         raise NotImplementedError
 
     def takes_fp8_rows(self) -> bool:
@@ -22,8 +23,21 @@ class FusedLinear(nn.Linear):
         raise NotImplementedError
 
 
-def norm_linear(linear: nn.Module, x: Tensor, norm: RMSNorm | None) -> Tensor:
-    """linear(norm(x)); a FusedLinear applies the norm itself."""
+def norm_linear(linear: nn.Module, x: Tensor, norm: RMSNorm | None, dtype: torch.dtype | None = None) -> Tensor:
+    """linear(norm(x)) for x [T, K], in dtype, by default x's.
+
+    A FusedLinear applies the norm itself. Where a decode step has few rows, one op does both.
+    """
     if isinstance(linear, FusedLinear):
-        return linear(x, norm)
-    return linear(x if norm is None else norm(x))
+        return linear(x, norm, dtype)
+    if not torch.is_grad_enabled() and len(x) <= ROWS and is_plain(linear) and (norm is None or type(norm) is RMSNorm):
+        weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+        return rms_norm_linear(x, weight, linear.weight, eps, dtype)
+    y = linear(x if norm is None else norm(x))
+    return y if dtype is None else y.to(dtype)
+
+
+def is_plain(linear: nn.Module) -> bool:
+    """Whether the weight says all that the layer computes: a subclass, an adapter or a hook may compute more."""
+    hooks = linear._forward_hooks or linear._forward_pre_hooks
+    return type(linear) is nn.Linear and linear.bias is None and not hooks

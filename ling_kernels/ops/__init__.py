@@ -33,6 +33,7 @@ EXPORTS = {  # op: the file below ops/ that holds it
     "quantize": "quantize",
     "quantize_weight": "quantize",
     "rms_norm": "rms_norm",
+    "rms_norm_linear": "rms_norm_linear",
     "rms_norm_router": "rms_norm_router",
     "route": "route",
     "router_gemm": "router_gemm",
@@ -103,6 +104,7 @@ if TYPE_CHECKING:
     from .quantize import quantize as quantize
     from .quantize import quantize_weight as quantize_weight
     from .rms_norm import rms_norm as rms_norm
+    from .rms_norm_linear import rms_norm_linear as rms_norm_linear
     from .rms_norm_router import rms_norm_router as rms_norm_router
     from .rope_tables import rope_tables as rope_tables
     from .route import route as route

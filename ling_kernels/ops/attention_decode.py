@@ -5,7 +5,8 @@ Query i of the n new tokens of a sequence with `length` cached tokens (those n i
 The kernels number the tiles of keys of all sequences and give each of W programs (for each KV head) an equal run of
 them. Programs find their runs from the lengths on the device: a run may be part of a long sequence or hold many short
 ones. Program w stores its result for sequence b in slot w + b of `partial`. w and b both ascend along the runs, so no
-two pairs share a slot. A second kernel combines the partial results of a sequence in order.
+two pairs share a slot. The partial results of a sequence are combined in order, by a second kernel or, in csrc/, by the
+last of its programs.
 """
 
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""qk_norm_rope of new tokens, their append to a paged cache and attention over it, in one kernel and a combine kernel.
+"""qk_norm_rope of new tokens, their append to a paged cache and attention over it, in one kernel (Triton: two).
 
 The n new tokens of a sequence with `length` tokens, those n included, have positions length - n + i; a negative one is
 no token. Query i sees keys 0 .. length - n + i. Several programs work on a sequence, so none reads cells that another

@@ -2,7 +2,7 @@
 
 A step writes one token of each of `batch` texts and reads each weight that it needs once. With E experts, of which
 each token takes k at random, it needs E (1 - (1 - k / E)^batch) experts on average. The bytes read from the cache
-grow with the texts. The prediction is bytes over bandwidth alone: launches, activations and arithmetic add to it.
+grow with the texts. The bound is bytes over bandwidth alone; for one text decode_time.py adds launches and latency.
 Where weights and cache exceed a GPU's memory the table gives the number of GPUs needed; the engine itself runs on
 one.
 """
@@ -14,6 +14,7 @@ from ..errors import InputError, Parser, command
 from ..generate.engine import SHARE
 from ..gpu import HOPPER
 from ..model import LingConfig, resolve_model
+from .decode_time import EFFICIENCY, GAP, PUBLISHED, step_time
 
 BYTES = {"bf16": 2.0, "fp8": 1.0}  # of an element, without scales
 
@@ -104,5 +105,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows.append((f"  {gpu.name}, {gpu.bandwidth / 1e12:g} TB/s", *cells))
     for name, *values in rows:
         print((f"{name:20}" + "".join(f"{v:>15}" for v in values)).rstrip())
-    print("\nPrediction: bytes over the data sheet's bandwidth. Not measured.")
+    print("\nThe bound is bytes over the data sheet's bandwidth.")
+    print_times(args.model, config, args.context, args.weights, args.head, args.cache)
     return 0
+
+
+def print_times(model: str, c: LingConfig, context: int, weights: str, head: str, cache: str) -> None:
+    """The predicted time of a step for one text, on each GPU that holds the model; for sizes that csrc/ has."""
+    parts, held = (f(c, 1, context, weights, head, cache) for f in (step_bytes, held_bytes))
+    fitting = [gpu for gpu in HOPPER.values() if gpus(held, gpu.memory) == 1]
+    if not fitting or c.head_dim != 128 or c.num_experts != 256:
+        return
+    print(
+        f"\nPrediction for one text: kernels at {EFFICIENCY:.0%} of that bandwidth or as long as their own instructions"
+        f" take,\nand {GAP * 1e6:g} us after each. Not measured."
+    )
+    for gpu in fitting:
+        seconds = step_time(c, parts, gpu, weights, head, cache)
+        known = PUBLISHED.get((model, gpu.name))
+        beside = f" (published for another engine: {known}+)" if known else ""
+        print(f"  {gpu.name:6} {seconds * 1e6:5.0f} us, {1 / seconds:.0f} tokens/s{beside}")

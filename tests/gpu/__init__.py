@@ -2,6 +2,7 @@
 
 See docs/verification.md. LING_GPU_SEED: 0 runs blocks and warps in order, any other number in a random one.
 LING_GPU_SMS: multiprocessors of the GPU that csrc/ sees. LING_GPU_RACES: 0 leaves the search for races out.
+LING_GPU_EAGER: where it is set, launches are not captured in a CUDA graph: they share counters and overlap less.
 """
 
 import os

@@ -210,12 +210,14 @@ class Emulated:
         cluster = cluster or (*self.entry.directives.get("reqnctapercluster", ()), 1, 1, 1)[:3]
         if error := self.refused(grid, block, dynamic, cluster):
             raise RuntimeError(error)
+        # Blocks run one after another, which hides what they hand over too early: not where they wait or hand over.
+        together = cooperative or (".acq_rel.gpu" in self.module.text and math.prod(grid) <= 64)
         if not overlaps:
             del HELD[:-1]
         begin = time.time()
         request = Request(
             ctypes.pointer(self.kernel), three(*grid), three(*block), three(*cluster), dynamic, params,
-            setting("SEED", 0) if seed is None else seed, int(cooperative), int(overlaps),
+            setting("SEED", 0) if seed is None else seed, int(together), int(overlaps),
             setting("RACES", RACES) if checks is None else checks, setting("THREADS", 1),
             *((self.runs, self.lanes, self.sites) if counting else (None, None, None)), self.totals,
         )  # fmt: skip
