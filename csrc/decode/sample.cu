@@ -1,6 +1,8 @@
 #include "decode/sample.h"
 #include "cluster.cuh"
 
+#include <cfloat>
+
 namespace ling {
 namespace sampling {
 namespace {
@@ -44,8 +46,8 @@ struct Cut {
 };
 
 // Keys and weights as sample_ref defines them. A likelier token has a smaller key.
-__device__ unsigned key_of(float logit, float largest, float temperature) {
-    const float gap = __fdiv_rn(largest - logit, temperature);
+__device__ unsigned key_of(float logit, float largest, float scale) {
+    const float gap = __fmul_rn(largest - logit, scale);
     return gap < 32 ? static_cast<unsigned>(gap * kKeys) : kLast;
 }
 __device__ unsigned weight_of(unsigned key) {
@@ -95,6 +97,16 @@ class Row {
     const int first, size;  // the slice
     int turn = 0;           // which histogram is next
 
+    __device__ int vectors() const { return (size + 3) / 4; }
+    template <typename F> __device__ void for_keys(int begin, int end, int threads,
+                                                   F&& f) const {  // by vectors of four
+#pragma unroll 2
+        for (int i = begin; i < end; i += threads) {
+            const uint4 four = reinterpret_cast<const uint4*>(keys)[i];
+            f(four.x), f(four.y), f(four.z), f(four.w);
+        }
+    }
+
 public:
     __device__ Row(Shared& s, unsigned* keys, int first, int size) : s(s), keys(keys), first(first), size(size) {}
 
@@ -142,9 +154,10 @@ public:
         return rank;
     }
 
-    __device__ void make_keys(float largest, float temperature) {
-        for (int i = threadIdx.x; i < size; i += kThreads)
-            keys[i] = key_of(__uint_as_float(keys[i]), largest, temperature);
+    // scale: 1 / temperature. The slice is filled up to whole vectors.
+    __device__ void make_keys(float largest, float scale) {
+        for (int i = threadIdx.x; i < 4 * vectors(); i += kThreads)
+            keys[i] = i < size ? key_of(__uint_as_float(keys[i]), largest, scale) : kLast;
         __syncthreads();
     }
 
@@ -160,12 +173,14 @@ public:
             turn ^= 1;
             if (threadIdx.x < 2 * kDigits) histogram[threadIdx.x / kDigits][threadIdx.x % kDigits] = 0;
             __syncthreads();
-            for (int i = threadIdx.x; i < size; i += kThreads) {
-                if (keys[i] > limit || keys[i] == kLast || (shift < 24 && (keys[i] ^ key) >> (shift + 8))) continue;
-                const unsigned v = value(keys[i]), digit = keys[i] >> shift & (kDigits - 1);
+            // limit >= key: the keys with its digits so far are those up to key + reach
+            const unsigned reach = min(min(limit, kLast - 1) - key, shift < 24 ? (1u << (shift + 8)) - 1 : kLast);
+            for_keys(threadIdx.x, vectors(), kThreads, [&](unsigned k) {
+                if (k - key > reach) return;
+                const unsigned v = value(k), digit = k >> shift & (kDigits - 1);
                 if (v & 0xFFFF) atomicAdd(&histogram[0][digit], v & 0xFFFF);
                 if (v >> 16) atomicAdd(&histogram[1][digit], v >> 16);
-            }
+            });
             cluster_barrier();
             uint64_t own = 0;
             if (threadIdx.x < kDigits)
@@ -194,16 +209,17 @@ public:
     __device__ void draw(Cut cut, unsigned least, uint64_t bits, int64_t* token) {
         const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rank = cluster_rank();
         const auto kept_weight = [&](unsigned key) {
-            const unsigned w = key == kLast ? 0 : weight_of(key);
+            const unsigned w = weight_of(key);
             return w >= least ? w : 0;
         };
         const unsigned of_tie = kept_weight(cut.key);
-        const int share = (size + kWarps - 1) / kWarps, begin = min(warp * share, size), end = min(begin + share, size);
+        const int share = ceil_div(vectors(), kWarps), begin = min(warp * share, vectors());
+        const int end = min(begin + share, vectors());  // of the warp's vectors of four keys
         uint64_t weight = 0, ties = 0;
-        for (int i = begin + lane; i < end; i += 32) {
-            weight += keys[i] < cut.key ? kept_weight(keys[i]) : 0;
-            ties += keys[i] == cut.key;
-        }
+        for_keys(begin + lane, end, 32, [&](unsigned key) {
+            if (key < cut.key) weight += kept_weight(key);
+            ties += key == cut.key;
+        });
         weight = warp_sum(weight), ties = warp_sum(ties);
         if (lane == 0) s.warps[warp] = {weight, ties};
         __syncthreads();
@@ -227,9 +243,9 @@ public:
         }
         const uint64_t here = s.warps[warp].weight + min(left_here, s.warps[warp].ties) * of_tie;
         if (target < before || target >= before + here) return;
-        for (int i = begin; i < end; i += 32) {
-            const unsigned key = i + lane < end ? keys[i + lane] : kLast;
-            const unsigned tied = __ballot_sync(~0u, i + lane < end && key == cut.key);
+        for (int i = 4 * begin; i < 4 * end; i += 32) {
+            const unsigned key = i + lane < 4 * end ? keys[i + lane] : kLast;
+            const unsigned tied = __ballot_sync(~0u, key == cut.key);
             const unsigned earlier = __popc(tied & ((1u << lane) - 1));
             const bool kept = key < cut.key || (tied >> lane & 1 && earlier < left_here);
             const uint64_t sum = warp_scan(kept ? kept_weight(key) : 0);
@@ -266,7 +282,7 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads)
         if (threadIdx.x == 0 && cluster_rank() == 0)
             p.tokens[row] = isfinite(largest) ? static_cast<int64_t>(~static_cast<unsigned>(best)) : -1;
     } else {
-        slice.make_keys(largest, temperature);
+        slice.make_keys(largest, fminf(__frcp_rn(temperature), FLT_MAX));
         Cut cut;
         if (p.top_k[lane] < p.V)
             cut.key = slice.select(kLast, [](unsigned) { return 1u; }, [&](uint64_t) { return p.top_k[lane]; }).key;

@@ -8,7 +8,7 @@ min-p: of these keep tokens at least min-p times as likely as the likeliest
 
 Keys and weights are integers, so that a sum is the same in any order, on any backend, in any batch:
 
-key = (max l - l) / T in units of 2^-27, rounded down; from 32 on (a weight of e^-32) it is 2^32 - 1
+key = (max l - l) (1 / T) in units of 2^-27, rounded down; from 32 on (a weight of e^-32) it is 2^32 - 1
 weight = exp(-key) in units of 2^-31, rounded to nearest
 p of top-p and u are rounded to units of 2^-24
 
@@ -95,7 +95,8 @@ def sample_ref(logits, parameters, mode, lanes, positions, token_ids, seeds):
         logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
     largest, tokens = logits.amax(1, keepdim=True), logits.argmax(1)
     if random:
-        gap = (largest - logits) / torch.where(temperature > 0, temperature, 1)
+        scale = torch.where(temperature > 0, 1 / temperature, 1).clamp(max=torch.finfo(torch.float32).max)
+        gap = (largest - logits) * scale
         key = torch.where(gap < 32, (gap * KEYS).long(), (1 << 32) - 1)
         weight = ((key.float() / -KEYS).exp() * WEIGHTS).round().long()
         if truncated:
