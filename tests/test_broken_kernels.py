@@ -11,6 +11,7 @@ if missing():
 
 from tests import test_csrc_attention as attention
 from tests import test_csrc_attention_decode as decode
+from tests import test_csrc_decode as around
 from tests import test_csrc_gemm as gemm
 from tests import test_csrc_moe as moe
 from tests import test_csrc_moe_decode as moe_decode
@@ -35,6 +36,7 @@ FEWER_BYTES = instead(EXPECT, r"{ .reg .b32 less; sub.s32 less, \2, 16; \1less; 
 ALONE = instead(r"shfl\.sync\.bfly\.b32\s+(%r\d+)\|%p\d+, (%r\d+),[^;]*;", r"mov.b32 \1, \2;")
 HALF = instead(r"(redux\.sync\S+\s+\S+, \S+, )\S+;", r"{ .reg .b32 half; mov.b32 half, 65535; \1half; }")
 NO_GRID = instead(r"ld\.acquire\.gpu\.global\.u32\s+(\S+), [^;]*;", r"mov.b32 \1, -2147483648;")
+CLUSTER = r"barrier\.cluster\.\w+[^;]*;"
 BLOCK, NAMED = r"(?:bar|barrier)\.sync\s+0;", r"(?:bar|barrier)\.sync\s+%r\d+, %r\d+;"
 RACE, STUCK, WRONG = "race|no barrier between", "deadlock", ""
 
@@ -82,6 +84,9 @@ BROKEN = {  # name: (check that must fail, kernel, change, words of the error; "
         moe.check_route, "route_fwd", HALF, "mask|lanes"),
     "no wait for other blocks": (
         moe_decode.check_sizes, "moe_decode_kernel", NO_GRID, ""),
+    "no wait for the cluster": (around.check_greedy, "sample_kernel", without(CLUSTER), RACE),
+    "histograms of a row are not awaited": (around.check_random, "sample_kernel", without(BLOCK), RACE),
+    "drafts are looked up too early": (around.check_accept_tokens, "accept_tokens", without(BLOCK), WRONG),
     "warps' parts are not awaited": (decode.check_decode, "attention_decode_kernel", without(BLOCK), RACE),
 }  # fmt: skip
 

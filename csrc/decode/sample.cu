@@ -274,7 +274,7 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads)
 
     const float temperature = p.random ? p.temperature[lane] : 0, penalty = p.penalised ? p.penalty[lane] : 1;
     const unsigned* const seen = penalty != 1 ? bits : nullptr;
-    if (seen) slice.find_seen(bits, p.token_ids + lane * p.P, p.positions[row] + 1);
+    if (seen) slice.find_seen(bits, p.token_ids + lane * p.P, min(p.positions[row] + 1, p.P));
     const T* const logits = static_cast<const T*>(p.logits) + row * p.stride + first;
     const uint64_t best = slice.read(logits, seen, penalty, temperature > 0);
     const float largest = value_of(best);
@@ -285,7 +285,11 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads)
         slice.make_keys(largest, fminf(__frcp_rn(temperature), FLT_MAX));
         Cut cut;
         if (p.top_k[lane] < p.V)
-            cut.key = slice.select(kLast, [](unsigned) { return 1u; }, [&](uint64_t) { return p.top_k[lane]; }).key;
+            cut.key =
+                slice
+                    .select(
+                        kLast, [](unsigned) { return 1u; }, [&](uint64_t) { return max(p.top_k[lane], int64_t{1}); })
+                    .key;
         if (const float top_p = p.top_p[lane]; top_p < 1) {
             cut = slice.select(cut.key, weight_of, [&](uint64_t all) {
                 return max(share_of(all, __float2uint_rn(top_p * kShares)), uint64_t{1});

@@ -45,7 +45,8 @@ def sample(
     position], token_ids [L, P] int32. seeds [L] int64: u is `uniforms(seed, position)`.
     A row's token does not depend on the other rows. Raises ValueError for operands that do not fit.
     """
-    expect(logits.ndim == 2 and logits.shape[1] > 0, "logits [R, V > 0]", logits)
+    wide = logits.is_floating_point() and logits.element_size() > 1
+    expect(logits.ndim == 2 and logits.shape[1] > 0 and wide, "logits [R, V > 0] in fp16 or wider", logits)
     state: tuple = lanes, positions, token_ids, seeds
     if any(mode):
         needed = parameters, *state
@@ -79,7 +80,7 @@ def unsupported(logits: Tensor, parameters: Parameters | None) -> str | None:
         return dtype
     if parameters is not None and any(x.dtype != torch.float32 or not x.is_contiguous() for x in parameters[:4]):
         return "parameters that are not fp32, or strided"
-    if logits.element_size() < 2 or logits.shape[1] > LARGEST:
+    if logits.shape[1] > LARGEST:
         return f"{logits.shape[1]} logits of {logits.dtype}"
     return None
 
@@ -100,7 +101,7 @@ def sample_ref(logits, parameters, mode, lanes, positions, token_ids, seeds):
         key = torch.where(gap < 32, (gap * KEYS).long(), (1 << 32) - 1)
         weight = ((key.float() / -KEYS).exp() * WEIGHTS).round().long()
         if truncated:
-            weight = truncate(key, weight, top_k, top_p)
+            weight = truncate(key, weight, top_k.clamp(1, logits.shape[1]), top_p)
         weight = torch.where(weight < (min_p * WEIGHTS).ceil().long(), 0, weight)
         drawn = draw(weight, uniforms(seeds[lane], positions)[:, None])
         tokens = torch.where(temperature[:, 0] > 0, drawn, tokens)
