@@ -83,6 +83,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "attention": cases("attention", "qk_norm_attention", "qk_norm_rope"),
     "attention decode": cases("attention_decode", "qk_norm_attention_decode"),
     "moe decode": cases("moe_decode", "rms_norm_router", "rms_norm_linear"),
+    "around the layers": cases("decode_inputs", "sample", "accept_tokens"),
     "layers": cases("moe", "expert_mlp", "grouped_gemm_fp8_masked"),
     "fresh weights": weights_written_just_before,
 }

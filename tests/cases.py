@@ -11,11 +11,13 @@ from torch import Tensor
 
 from ling_kernels.backend import _C, force
 from ling_kernels.op import E4M3
+from ling_kernels.ops.accept_tokens import accept_tokens, accept_tokens_ref
 from ling_kernels.ops.adamw_8bit import Moments, adamw_8bit, adamw_8bit_ref, adamw_8bit_state
 from ling_kernels.ops.attention import attention, attention_ref
 from ling_kernels.ops.attention_decode import KVCache, append, attention_decode, attention_decode_ref
 from ling_kernels.ops.balance_bias import balance_bias_, balance_bias_ref
 from ling_kernels.ops.cross_entropy import cross_entropy, cross_entropy_ref
+from ling_kernels.ops.decode_inputs import decode_inputs, decode_inputs_ref
 from ling_kernels.ops.dispatch import Plan, dispatch, dispatch_ref
 from ling_kernels.ops.gemm_fp8 import gemm_fp8, gemm_fp8_ref
 from ling_kernels.ops.grad_norm import grad_norm, grad_norm_ref
@@ -48,6 +50,7 @@ from ling_kernels.ops.rms_norm_router import rms_norm_router
 from ling_kernels.ops.rope_tables import rope_tables
 from ling_kernels.ops.route import route, route_ref
 from ling_kernels.ops.router_gemm import router_gemm, router_gemm_ref
+from ling_kernels.ops.sample import sample, sample_ref
 from ling_kernels.ops.swiglu import swiglu, swiglu_backward, swiglu_backward_ref, swiglu_ref
 from ling_kernels.ops.transpose_fp8 import transpose_fp8, transpose_fp8_ref
 from ling_kernels.ops.unpermute import unpermute, unpermute_ref
@@ -428,11 +431,57 @@ def norm_decode_bytes(lengths, Hq, Hkv, D, n=1, fp8=False, **others):
     return sum(lengths) * Hkv * cell + 4 * len(lengths) * n * (Hq + Hkv) * D
 
 
+def decode_inputs_args(rand, lengths, H, n=1, V=50, pages=5, width=5):
+    L, P = len(lengths) + 1, max(lengths, default=0) + n
+    lanes = torch.randperm(L, generator=rand.g, device=DEVICE)[: len(lengths)]
+    token_ids = rand.ints(-1, V, L, P)
+    of_lanes = torch.zeros(L, dtype=torch.int64, device=DEVICE)
+    of_lanes[lanes] = torch.tensor(lengths, dtype=torch.int64, device=DEVICE)
+    return lanes, token_ids, of_lanes, rand.ints(0, 99, L, pages), rand.data(V, H), n, width
+
+
+def accept_tokens_args(rand, B, n, P, kinds, lookup=False):
+    """Sequences of few kinds of tokens, so that lookups find some; of drafts most are right. The last lane is empty."""
+    token_ids, lengths = rand.ints(0, kinds, B + 1, P), rand.ints(1, P - 2 * n, B + 1, dtype=torch.int64)
+    lengths[B] = 0
+    lanes = torch.randperm(B + 1, generator=rand.g, device=DEVICE)[:B]
+    positions = (lengths[lanes, None] - 1 + torch.arange(n, device=DEVICE)).clamp(min=0)
+    tokens = rand.ints(0, kinds, B, n, dtype=torch.int64)
+    tokens = torch.where(rand.bools(B, n, p=0.7), token_ids[lanes[:, None], positions + 1].long(), tokens)
+    return tokens, lanes, positions, token_ids, lengths, lookup
+
+
+def sample_args(rand, B, V, n=1, P=30, mode=(True, True, True), ties=False, **fixed):
+    """Lanes of all kinds of parameters; fixed: parameters that are the same in all lanes."""
+    L = B + 2
+
+    def pick(*values):
+        return torch.tensor(values, device=DEVICE)[rand.ints(0, len(values), L).long()]
+
+    parameters = dict(
+        temperature=pick(0.0, 0.3, 1.0, 2.5), top_p=pick(1.0, 0.9, 0.5, 1e-6), min_p=pick(0.0, 0.05, 1.0),
+        repetition_penalty=pick(1.0, 1.3, 0.7), top_k=pick(V, V, 1, min(V, 3), min(V, 40)),
+    )  # fmt: skip
+    parameters |= {name: torch.full_like(parameters[name], value) for name, value in fixed.items()}
+    logits = rand.ints(-3, 4, B * n, V).to(rand.dtype) if ties else rand.data(B * n, V) * 3
+    lanes = torch.randperm(L, generator=rand.g, device=DEVICE)[:B]
+    return (
+        logits, tuple(parameters.values()), mode, lanes, rand.ints(0, P, B * n, dtype=torch.int64),
+        rand.ints(-1, V, L, P), rand.ints(0, 1 << 62, L, dtype=torch.int64),
+    )  # fmt: skip
+
+
 def targets_of(rand, T, V) -> Tensor:
     return rand.ints(0, V, T, dtype=torch.int64).masked_fill(rand.bools(T, p=0.2), -7)
 
 
 CASES = [
+    Case(
+        writing(accept_tokens, 3, 4), writing(accept_tokens_ref, 3, 4), accept_tokens_args,
+        [dict(B=0, n=2, P=20, kinds=2), dict(B=1, n=1, P=10, kinds=3), dict(B=5, n=4, P=60, kinds=3, lookup=True),
+         dict(B=3, n=8, P=2500, kinds=9, lookup=True), dict(B=8, n=3, P=32768, kinds=157184, lookup=True)],
+        dtypes=(FP32,), backends=("torch", "cuda"), hopper=None,
+    ),
     Case(
         writing(adamw_8bit, 0, 2, 11), writing(adamw_8bit_ref, 0, 2, 11), adamw_args,
         [dict(sizes=()), dict(sizes=(0, 1, 256, 257)), dict(sizes=(300,), skip=1.0),
@@ -501,6 +550,13 @@ CASES = [
          dict(T=37, V=320, reduction="none", x=1e4), dict(T=3, V=157184), dict(T=8192, V=157184)],
         backends=("torch", "triton"), ling=lambda p: [dict(T=p.T, V=157184)],
         hopper=[dict(T=64, V=v) for v in (320, 1000, 157184)],
+    ),
+    Case(
+        decode_inputs, decode_inputs_ref, decode_inputs_args,
+        [dict(lengths=(), H=8), dict(lengths=(3,), H=24), dict(lengths=(7, 0, 1, 20), H=1048, n=3, width=2),
+         dict(lengths=(5,), H=2048, n=8, width=0), dict(lengths=(4096,) * 8, H=2048, V=157184, pages=512, width=512)],
+        backends=("torch", "cuda"), exact=True, hopper=None,
+        bytes=lambda lengths, H, n=1, width=5, **others: len(lengths) * (4 * n * H + 8 * width),
     ),
     Case(
         dispatch, dispatch_ref,
@@ -909,6 +965,12 @@ CASES = [
         [dict(T=37, E=16, H=128), dict(T=4096, E=256, H=2048)],
         dtypes=(BF16,), flops=lambda T, E, H: 2 * T * E * H, product=True,
         backends=("torch", "triton"), hopper=[dict(T=64, E=256, H=2048)],
+    ),
+    Case(
+        sample, sample_ref, sample_args,
+        [dict(B=0, V=9), dict(B=4, V=7, n=2), dict(B=3, V=515, ties=True), dict(B=2, V=3001, n=3),
+         dict(B=5, V=4096, mode=(False, False, False)), dict(B=8, V=157184)],
+        backends=("torch", "cuda"), hopper=None, bytes=lambda B, V, n=1, **others: 2 * B * n * V,
     ),
     Case(
         swiglu, swiglu_ref,

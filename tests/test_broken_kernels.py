@@ -11,6 +11,7 @@ if missing():
 
 from tests import test_csrc_attention as attention
 from tests import test_csrc_attention_decode as decode
+from tests import test_csrc_decode as around
 from tests import test_csrc_gemm as gemm
 from tests import test_csrc_moe as moe
 from tests import test_csrc_moe_decode as moe_decode
@@ -35,6 +36,7 @@ FEWER_BYTES = instead(EXPECT, r"{ .reg .b32 less; sub.s32 less, \2, 16; \1less; 
 ALONE = instead(r"shfl\.sync\.bfly\.b32\s+(%r\d+)\|%p\d+, (%r\d+),[^;]*;", r"mov.b32 \1, \2;")
 HALF = instead(r"(redux\.sync\S+\s+\S+, \S+, )\S+;", r"{ .reg .b32 half; mov.b32 half, 65535; \1half; }")
 NO_GRID = instead(r"ld\.acquire\.gpu\.global\.u32\s+(\S+), [^;]*;", r"mov.b32 \1, -2147483648;")
+CLUSTER = r"barrier\.cluster\.\w+[^;]*;"
 BLOCK, NAMED = r"(?:bar|barrier)\.sync\s+0;", r"(?:bar|barrier)\.sync\s+%r\d+, %r\d+;"
 NO_WAIT = without(r"griddepcontrol\.wait;")
 HALF_A_WARP = instead(
@@ -114,6 +116,9 @@ BROKEN = {  # name: (check that must fail, kernel, change, words of the error; "
     "a counter is not left at zero": (
         decode.check_again, "attention_decode_kernel",
         instead(r"atom\.inc(\.acq_rel\.gpu\.global\.u32\s+\S+, \[\S+\], )\S+;", r"atom.add\g<1>1;"), ""),
+    "no wait for the cluster": (around.check_greedy, "sample_kernel", without(CLUSTER), RACE),
+    "histograms of a row are not awaited": (around.check_random, "sample_kernel", without(BLOCK), RACE),
+    "drafts are looked up too early": (around.check_accept_tokens, "accept_tokens", without(BLOCK), WRONG),
     # ---- arithmetic
     "bytes of a pair swapped": (
         gemm.check_transposed, "gemm_fp8_kernel", instead(r"(prmt\.b32\s+\S+,) (\S+), (\S+),", r"\1 \3, \2,"), WRONG),

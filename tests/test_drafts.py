@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from ling_kernels.generate import Sampling
-from ling_kernels.generate.forward import lookup_drafts
 from ling_kernels.nn import BatchLayout
+from ling_kernels.ops.accept_tokens import lookup_drafts
 from tests.engines import NO_STOP, check, drain, engine, make_engine, model, references  # noqa: F401
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ling_kernels.generate import Sampling
-from ling_kernels.model.sample import uniforms
+from ling_kernels.ops.sample import uniforms
 from tests.engines import drain, make_engine, make_overlapped_engine, model, references
 
 N = 1 << 16

@@ -58,7 +58,7 @@ def test_random_faults(seed, engine, monkeypatch):
             raise error
         return result
 
-    for owner, method in ((e, "launch"), (e.forward, "fill_lane"), (e.forward, "compute"), (e.forward, "sample"),
+    for owner, method in ((e, "launch"), (e.forward, "fill_lane"), (e.forward, "compute"), (e.forward, "next_tokens"),
                           (e, "accept"), (e.scheduler, "advance"), (e.scheduler, "schedule")):  # fmt: skip
         wrap(monkeypatch, owner, method, faulty)
 

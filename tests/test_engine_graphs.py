@@ -35,13 +35,6 @@ def test_warm_up():
     make_engine().warm_up()
 
 
-def test_seen_tokens_are_those_up_to_the_row():
-    forward = make_engine(draft=1, max_running=2).forward
-    forward.token_ids[:, :4] = torch.tensor([[5, 7, 7, 3], [9, 2, -1, 4], [1, 1, 1, 1]])
-    seen = forward.seen_tokens(torch.tensor([1, 0]), torch.tensor([[0, 1], [2, 3]]))
-    assert [row.nonzero().flatten().tolist() for row in seen] == [[9], [2, 9], [5, 7], [3, 5, 7]]
-
-
 class NoHostData(TorchDispatchMode):
     """Refuses copies of host data to the device."""
 

@@ -7,6 +7,7 @@ import torch
 
 from ling_kernels.errors import InputError
 from ling_kernels.generate import sampler
+from ling_kernels.ops.sample import seen_tokens
 
 
 def draws(logits: list[float], n: int = 20_000, seed: int = 0, **options) -> torch.Tensor:
@@ -72,6 +73,12 @@ def test_repetition_penalty():
     assert choose(negative, torch.tensor([[1]])).tolist() == [0]
     share = draws([1.5, 0.0], temperature=0.5, repetition_penalty=3.0)  # 1.5 / 3 / 0.5 = 1
     assert abs(share[0] - torch.tensor(1.0).sigmoid()) < 0.02
+
+
+def test_seen_tokens_are_those_up_to_the_row():
+    token_ids = torch.tensor([[9, 2, -1, 4], [9, 2, -1, 4], [5, 7, 7, 3], [5, 7, 7, 3]], dtype=torch.int32)
+    seen = seen_tokens(token_ids, torch.tensor([0, 1, 2, 3]), 10)
+    assert [row.nonzero().flatten().tolist() for row in seen] == [[9], [2, 9], [5, 7], [3, 5, 7]]
 
 
 def test_seed():

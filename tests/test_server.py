@@ -272,7 +272,7 @@ def test_malformed_bodies(shared):
 def test_model_errors_are_server_errors(checkpoint, monkeypatch, caplog, error, message, stream):
     fresh = service(checkpoint)
 
-    def fail(*_):
+    def fail(*_, **__):
         raise error
 
     with monkeypatch.context() as patch:

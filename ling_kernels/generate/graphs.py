@@ -24,6 +24,7 @@ class CudaGraphs:
     ):
         self.compute, self.padding_lane, self.sizes, self.device = compute, padding_lane, batch_sizes(max_batch), device
         self.captured: dict[tuple[int, SamplingMode], tuple[Tensor, torch.cuda.CUDAGraph, Tensor]] = {}
+        self.lanes_of: dict[tuple[int, SamplingMode], list[int]] = {}  # the values of their input tensors
         self.pool = None
 
     def __call__(self, lanes: Sequence[int], mode: SamplingMode) -> Tensor:
@@ -33,7 +34,9 @@ class CudaGraphs:
             self.captured[size, mode] = self.capture(size, mode)
         graph_lanes, graph, output = self.captured[size, mode]
         padded = [*lanes, *[self.padding_lane] * (size - len(lanes))]
-        graph_lanes.copy_(torch.tensor(padded), non_blocking=True)
+        if self.lanes_of.get((size, mode)) != padded:  # as a rule the same requests run as in the last pass
+            graph_lanes.copy_(torch.tensor(padded), non_blocking=True)
+            self.lanes_of[size, mode] = padded
         graph.replay()
         return output[: len(lanes)]
 

@@ -9,16 +9,17 @@ from ..errors import InputError
 from ..nn import BatchLayout
 from ..op import expect
 from ..ops.attention_decode import KVCache
+from ..ops.sample import sample
 from .config import token_ids
 from .packing import pack
-from .sample import BAD_LOGITS, SamplingMode, sample
+from .sample import BAD_LOGITS
 
 PAGE = 64  # tokens per page of the KV cache
 
 
 def greedy(logits: Tensor, ids: Tensor) -> Tensor:
     """logits [B, V] -> [B] int64, the lowest index among equal maxima. Raises InputError for NaN or infinite logits."""
-    tokens = sample(logits, None, SamplingMode.of([]))
+    tokens = sample(logits)
     if bool((tokens < 0).any()):
         raise InputError(BAD_LOGITS)
     return tokens

@@ -1,11 +1,4 @@
-"""Sampling: the next token from the logits l.
-
-repetition penalty r over the tokens so far:  l -> l / r if l > 0, else l r      (CTRL, arXiv 1909.05858)
-temperature T:                                p = softmax(l / T), or the argmax if T = 0
-top-k:                                        keep the k likeliest tokens
-top-p:                                        keep the fewest likeliest of them with p of their probability
-min-p:                                        of these keep tokens at least min-p times as likely as the likeliest
-"""
+"""Sampling parameters of requests, which ops/sample.py defines and applies."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -16,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..ops.sample import sample
 
 BAD_LOGITS = "the model's logits are NaN or infinite: its weights are damaged or training diverged"
 
@@ -49,10 +43,10 @@ class Sampling:
 
 
 class SamplingMode(NamedTuple):
-    """The steps that any row of a batch needs. The host knows it, so a pass computes nothing else."""
+    """The steps that any lane of a batch needs. The host knows it, so a pass computes nothing else."""
 
     random: bool  # a temperature above 0
-    truncated: bool  # top-k or top-p, which sort the logits
+    truncated: bool  # top-k or top-p
     penalised: bool  # a repetition penalty
 
     @classmethod
@@ -66,7 +60,7 @@ class SamplingMode(NamedTuple):
 
 
 class SamplingTensors(NamedTuple):
-    """The parameters of every row as tensors [B], fp32 unless noted."""
+    """The parameters of every lane as tensors [B], fp32 unless noted."""
 
     temperature: Tensor
     top_p: Tensor
@@ -76,64 +70,10 @@ class SamplingTensors(NamedTuple):
 
     @classmethod
     def of(cls, sampling: Sequence[Sampling], vocabulary: int, device: torch.device | None = None) -> "SamplingTensors":
-        floats = [[s.temperature, s.top_p, s.min_p, s.repetition_penalty] for s in sampling]
+        names = "temperature", "top_p", "min_p", "repetition_penalty"
+        floats = torch.tensor([[getattr(s, name) for s in sampling] for name in names], dtype=torch.float32)
         top_k = [min(s.top_k or vocabulary, vocabulary) for s in sampling]
-        floats = torch.tensor(floats, dtype=torch.float32, device=device)
-        return cls._make((*floats.unbind(1), torch.tensor(top_k, device=device)))
-
-
-def sample(
-    logits: Tensor,
-    parameters: SamplingTensors | None,
-    mode: SamplingMode,
-    uniform: Tensor | None = None,
-    seen: Tensor | None = None,
-) -> Tensor:
-    """logits [B, V] -> tokens [B] int64; -1 for a row with NaN, +inf, or nothing but -inf.
-
-    parameters: needed unless mode is all False. uniform [B] fp32 in [0, 1): random numbers, needed if mode.random.
-    seen [B, V] bool: the tokens of each sequence so far, needed if mode.penalised. A row's token does not depend on the
-    other rows. Does not synchronise with the device.
-    """
-    logits = logits.float()
-    if mode.penalised:
-        r = parameters.repetition_penalty[:, None]
-        logits = torch.where(seen, torch.where(logits > 0, logits / r, logits * r), logits)
-    largest = logits.amax(1, keepdim=True)
-    tokens = logits.argmax(1)
-    if mode.random:
-        drawn = draw(logits - largest, parameters, mode, uniform)
-        tokens = torch.where(parameters.temperature > 0, drawn, tokens)
-    return torch.where(largest[:, 0].isfinite(), tokens, -1)
-
-
-def draw(logits: Tensor, parameters: SamplingTensors, mode: SamplingMode, uniform: Tensor) -> Tensor:
-    """logits [B, V] <= 0 -> random tokens [B]; undefined for rows of temperature 0."""
-    temperature, top_p, min_p, _, top_k = (x[:, None] for x in parameters)
-    logits = logits / torch.where(temperature > 0, temperature, 1)  # <= 0: a small temperature gives no inf - inf
-    p = logits.softmax(1)
-    if mode.truncated:
-        ordered, order = logits.sort(descending=True, stable=True)
-        kth = ordered.gather(1, top_k - 1)
-        top = ordered.masked_fill(ordered < kth, -math.inf).softmax(1)  # keeps ties with the k-th
-        top = torch.where((top_p == 1) | (top.cumsum(1) - top < top_p), top, 0)
-        all_kept = (top_k == logits.shape[1]) & (top_p == 1)  # bitwise as in a batch without truncation
-        p = torch.where(all_kept, p, torch.zeros_like(p).scatter(1, order, top))
-    p = p.masked_fill(p < min_p * p.amax(1, keepdim=True), 0)
-    cumulative = p.cumsum(1)
-    total = cumulative[:, -1:]
-    target = torch.minimum(uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))  # < total after rounding
-    return torch.searchsorted(cumulative, target, right=True).squeeze(1)
-
-
-def uniforms(seed: Tensor, position: Tensor) -> Tensor:
-    """seed [B], position [B] int64 -> [B] fp32 in [0, 1), a hash of both: SplitMix64 (Steele et al. 2014)."""
-    golden = -0x61C8864680B583EB  # 2^64 / golden ratio as int64, which wraps around
-    x = seed + (position + 1) * golden  # + 1: otherwise seed 0 at position 0 gives 0
-    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
-        x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * factor
-    x = x ^ (x >> 31 & (1 << 33) - 1)
-    return (x >> 40 & (1 << 24) - 1).float() / (1 << 24)
+        return cls._make((*floats.to(device).unbind(), torch.tensor(top_k, device=device)))
 
 
 def sampler(**options) -> Callable[[Tensor, Tensor], Tensor]:
@@ -149,11 +89,10 @@ def sampler(**options) -> Callable[[Tensor, Tensor], Tensor]:
 
     def choose(logits: Tensor, ids: Tensor) -> Tensor:
         (B, V), device = logits.shape, logits.device
-        seen = None
-        if mode.penalised:
-            seen = torch.zeros(B, V, dtype=torch.bool, device=device).scatter(1, ids, True)
-        uniform = torch.rand(B, generator=generator).to(device)
-        tokens = sample(logits, SamplingTensors.of([sampling] * B, V, device), mode, uniform, seen)
+        seeds = torch.randint((1 << 63) - 1, (B,), generator=generator).to(device)
+        lanes, positions = torch.arange(B, device=device), torch.full((B,), ids.shape[1] - 1, device=device)
+        parameters = SamplingTensors.of([sampling] * B, V, device)
+        tokens = sample(logits, parameters, mode, lanes, positions, ids.int(), seeds)
         if bool((tokens < 0).any()):  # waits for the device, as the caller does anyway to show the text
             raise InputError(BAD_LOGITS)
         return tokens

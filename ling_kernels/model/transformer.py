@@ -139,19 +139,20 @@ class Ling(Fp32Buffers):
 
     def backbone(
         self,
-        ids: Tensor,
+        ids: Tensor | None,
         layout: BatchLayout,
         caches: list[KVCache] | None = None,
         z_loss: float | None = None,
         states: list[Tensor] | None = None,
         norm: bool = True,
+        x: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """ids [T] -> hidden state after the final norm [T, H], and the summed z-loss or None.
+        """ids [T], or their embeddings x -> hidden state after the final norm [T, H], and the summed z-loss or None.
 
         norm: False leaves the final norm out, for `logits` to apply it.
         states: a list to append the hidden states to, in the order of LingOutput.hidden_states.
         """
-        x, z = self.word_embeddings(ids), None
+        x, z = self.word_embeddings(ids) if x is None else x, None
         for layer, cache in zip(self.layers, caches or [None] * len(self.layers), strict=True):
             if states is not None:
                 states.append(x)

@@ -10,11 +10,13 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 EXPORTS = {  # op: the file below ops/ that holds it
+    "accept_tokens": "accept_tokens",
     "adamw_8bit": "adamw_8bit",
     "attention": "attention",
     "attention_decode": "attention_decode",
     "balance_bias_": "balance_bias",
     "cross_entropy": "cross_entropy",
+    "decode_inputs": "decode_inputs",
     "dispatch": "dispatch",
     "gemm_fp8": "gemm_fp8",
     "grad_norm": "grad_norm",
@@ -37,6 +39,7 @@ EXPORTS = {  # op: the file below ops/ that holds it
     "rms_norm_router": "rms_norm_router",
     "route": "route",
     "router_gemm": "router_gemm",
+    "sample": "sample",
     "swiglu": "swiglu",
     "transpose_fp8": "transpose_fp8",
     "unpermute": "unpermute",
@@ -77,6 +80,7 @@ sys.modules[__name__].__class__ = OpsModule
 
 # For type checkers and editors. tests/test_package.py says how this block follows from the tables.
 if TYPE_CHECKING:
+    from .accept_tokens import accept_tokens as accept_tokens
     from .adamw_8bit import adamw_8bit as adamw_8bit
     from .adamw_8bit import adamw_8bit_state as adamw_8bit_state
     from .attention import attention as attention
@@ -84,6 +88,7 @@ if TYPE_CHECKING:
     from .attention_decode import attention_decode as attention_decode
     from .balance_bias import balance_bias_ as balance_bias_
     from .cross_entropy import cross_entropy as cross_entropy
+    from .decode_inputs import decode_inputs as decode_inputs
     from .dispatch import Plan as Plan
     from .dispatch import dispatch as dispatch
     from .gemm_fp8 import gemm_fp8 as gemm_fp8
@@ -109,6 +114,7 @@ if TYPE_CHECKING:
     from .rope_tables import rope_tables as rope_tables
     from .route import route as route
     from .router_gemm import router_gemm as router_gemm
+    from .sample import sample as sample
     from .swiglu import swiglu as swiglu
     from .swiglu import swiglu_backward as swiglu_backward
     from .transpose_fp8 import transpose_fp8 as transpose_fp8
