@@ -107,14 +107,14 @@ template <typename V> __device__ Shared<V>& begin(const Problem& p) {
         prefetch_map(p.b);
     }
     __syncthreads();
-    if (V::kPairs && p.pairs) pair_barrier();
+    if (V::kPairs && p.pairs) cluster_barrier();
     count_group_tiles(s, p);
     return s;
 }
 
 // A block of a pair stays until the other one no longer arrives at its barriers.
 template <typename V> __device__ void end(const Problem& p) {
-    if (V::kPairs && p.pairs) pair_barrier();
+    if (V::kPairs && p.pairs) cluster_barrier();
 }
 
 template <typename V>

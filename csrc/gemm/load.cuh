@@ -10,7 +10,7 @@ template <typename V>
 __device__ void load_shared(Shared<V>& s, const Tile& t, unsigned h, void* to, const TensorMap& map, int stage,
                             int column, int row) {
     if (!V::kPairs || !t.joint) load_tile(to, map, s.full[stage], column, row);
-    else if (h == block_in_pair()) load_tile_to_both(to, map, s.full[stage], column, row);
+    else if (h == cluster_rank()) load_tile_to_both(to, map, s.full[stage], column, row);
 }
 
 template <typename V> __device__ void load_weights(Shared<V>& s, const Problem& p, const Tile& t, int stage, int k) {

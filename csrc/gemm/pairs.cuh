@@ -1,18 +1,9 @@
 // Pairs of blocks: clusters of two, whose blocks load into each other's shared memory.
 #pragma once
+#include "cluster.cuh"
 #include "sm90.cuh"
 
 namespace ling::gemm_fp8 {
-
-// The number of this block in its pair; 0 without pairs
-__device__ inline unsigned block_in_pair() {
-    unsigned block;
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(block));
-    return block;
-}
-
-// A barrier of all threads of both blocks
-__device__ inline void pair_barrier() { asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;" ::: "memory"); }
 
 // Arrive at the same barrier of block 0 or 1 of the pair.
 __device__ inline void arrive_at(Barrier& barrier, unsigned block) {

@@ -131,7 +131,7 @@ __device__ void free_stage(Shared<V>& s, const Problem& p, const Tile& t, int st
     if constexpr (V::kPairs) {
         const unsigned lane = threadIdx.x % 32;
         __syncwarp();
-        if (last && lane <= p.pairs) arrive_at(s.empty[stage], V::kWgrad || t.both ? lane : block_in_pair());
+        if (last && lane <= p.pairs) arrive_at(s.empty[stage], V::kWgrad || t.both ? lane : cluster_rank());
     } else release(s.empty[stage], last);
 }
 
