@@ -20,9 +20,8 @@ __device__ inline void arrive_at(Barrier& barrier, unsigned block) {
 // load_tile into both blocks, which count the bytes at a barrier each
 __device__ inline void load_tile_to_both(void* to, const TensorMap& map, Barrier& barrier, int column, int row) {
     asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, "
-        "{%2, "
-        "%3}], [%4], %5;" ::"r"(shared_address(to)),
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(to)),
         "l"(&map), "r"(column), "r"(row), "r"(shared_address(&barrier)), "h"(uint16_t{3})
         : "memory");
 }
