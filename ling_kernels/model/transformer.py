@@ -171,7 +171,7 @@ class Ling(Fp32Buffers):
 
     def logits(self, h: Tensor, norm: bool = False) -> Tensor:
         """h [T, H] -> [T, V] fp32, fp64 for a model in fp64. norm: h has not been through the final norm."""
-        dtype = torch.promote_types(h.dtype, torch.float32)
+        dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
         return norm_linear(self.lm_head, h, self.norm if norm else None, dtype)
 
     def forward(
