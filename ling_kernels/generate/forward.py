@@ -11,7 +11,7 @@ A decode step, from the API down to the kernels:
               Layer.compute, per layer:      attention(norm(x)), then the MLP or MoE
                 Attention.forward            nn/attention.py -> ops/qk_norm_attention_decode.py
                 MoE.decode                   nn/moe.py -> ops/moe_decode.py; MoE.forward above 8 rows
-            Forward.sample                   lm_head, then sample() of model/sample.py
+            Forward.sample                   final norm and lm_head, then sample() of model/sample.py
             Forward.mtp_drafts               the next draft tokens; lookup_drafts() without MTP layer
       Engine.collect -> Engine.accept        reads the tokens of the previous pass, finishes requests
 
