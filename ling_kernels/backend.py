@@ -39,11 +39,16 @@ def backend(x: Tensor) -> str:
 
 
 def kernels_on(device: int) -> str:
-    """The default on that GPU, looked up once. Where one would expect `cuda`, a warning says why it is not."""
+    """The default on that GPU, looked up once. Where one would expect `cuda`, a warning says why it is not.
+
+    Without Triton it is `torch`, with a warning.
+    """
     if device not in _kernels_on:
-        reason = why_not("cuda", device)
-        _kernels_on[device] = "triton" if reason else "cuda"
-        if reason and (_C is not None or torch.cuda.get_device_properties(device).major == 9):
+        reason, no_triton = why_not("cuda", device), why_not("triton", device)
+        _kernels_on[device] = "cuda" if reason is None else "torch" if no_triton else "triton"
+        if reason and no_triton:
+            warnings.warn(f"no kernel runs: {no_triton}, and {reason}; the torch references run", stacklevel=3)
+        elif reason and (_C is not None or torch.cuda.get_device_properties(device).major == 9):
             warnings.warn(f"backend cuda is off: {reason}; Triton runs", stacklevel=3)
     return _kernels_on[device]
 

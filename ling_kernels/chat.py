@@ -1,8 +1,8 @@
 """Chat templates (Jinja), and which control tokens of a rendered chat are the template's own.
 
 A control token that is spelled out in a message must stay text: otherwise a user's message could open a system turn.
-While a template renders, every control token inside a message is one stand-in character that nothing else uses, so
-that whatever the template does to the text, the token stays recognisable as the message's.
+While a template renders, one letter of every control token, such as < of <role>, is a stand-in character wherever a
+message has it. Whatever the template does to the text, a control token is its own only if it wrote that letter.
 """
 
 import datetime
@@ -18,32 +18,41 @@ STAND_INS = range(0xF0000, 0x10FFFE)  # private use: no meaning in any text
 
 
 class ChatText(str):
-    """A rendered chat. `parts` are (text, whether it is a control token of the template), or None where the messages
-    hold no control token, so that all of the text's are the template's. A slice or a sum is plain text without parts.
+    """A rendered chat. `parts` are (text, whether it is a control token of the template), or None where all of the
+    text's control tokens are the template's. A slice or a sum is plain text without parts.
     """
 
     parts: list[tuple[str, bool]] | None = None
 
 
 class StandIns:
-    """A character for each control token, of those that no message uses. `inside`: the tokens in the messages."""
+    """A character for one letter of each control token, of those that no message uses.
+
+    needed: whether a message has such a letter. inside: the control tokens that a message spells out.
+    """
 
     def __init__(self, names: Iterable[str], texts: Sequence[str]):
         names = sorted(names, key=len, reverse=True)
-        used = {letter for text in texts for letter in set(text) if ord(letter) in STAND_INS}
-        free = (chr(code) for code in STAND_INS if chr(code) not in used)
-        self.letters = dict(zip(names, free, strict=False))
-        if len(self.letters) < len(names):
+        letters = {next((letter for letter in name if not letter.isalnum()), name[0]) for name in names}
+        used = set().union(*texts)
+        free = [chr(code) for code in STAND_INS if chr(code) not in used][: len(letters)]
+        if len(free) < len(letters):
             raise InputError("the messages use every private character of Unicode, so none can stand for their tokens")
+        self.hidden = str.maketrans(dict(zip(sorted(letters), free, strict=True)))
+        self.shown = {ord(stand_in): chr(letter) for letter, stand_in in self.hidden.items()}
+        self.needed = not letters.isdisjoint(used)
         self.inside = [name for name in names if any(name in text for text in texts)]
-        self.names = {ord(letter): name for name, letter in self.letters.items()}
         self.pattern = re.compile("|".join(map(re.escape, names)) or "(?!)")
 
     def hide(self, text: str) -> str:
-        return self.pattern.sub(lambda match: self.letters[match[0]], text)
+        return str.translate(text, self.hidden)
 
     def show(self, text: str) -> str:
-        return text.translate(self.names)
+        return str.translate(text, self.shown)
+
+    def tokens(self, text: str) -> list[tuple[int, int]]:
+        """Where the control tokens of a text begin and end."""
+        return [match.span() for match in self.pattern.finditer(text)]
 
     def content(self, message: Any, thoughts: bool) -> Any:
         """A message with stand-ins; with `thoughts` the tags of an answer's thought stay as they are."""
@@ -52,15 +61,15 @@ class StandIns:
         def hide(text: str) -> Content:
             hidden = self.hide(text)
             for name in keep:
-                hidden = hidden.replace(self.letters.get(name, name), name)
+                hidden = hidden.replace(self.hide(name), name)
             return Content.of(hidden, self)
 
         return _map_text(message, hide)
 
 
 class Content(str):
-    """Text of a message with stand-ins. Its methods take the names of control tokens as if the text still had them, so
-    that a template can cut a thought at </think>."""
+    """Text of a message with stand-ins. Its methods take text as if there were none, so that a template can cut a
+    thought at </think>."""
 
     _stand_ins: StandIns
 
@@ -86,9 +95,8 @@ class Content(str):
         return self._stand_ins.hide(value) if is_text else value
 
     def replace(self, old, new, count=-1):
-        """What is left around a removed text may spell a control token; one that the template inserts is its own."""
-        text, names = str.replace(self, self._hidden(old), new, count), self._stand_ins.pattern
-        return Content.of(text if names.search(new) else self._stand_ins.hide(text), self._stand_ins)
+        """A control token that the template puts in is its own."""
+        return Content.of(str.replace(self, self._hidden(old), new, count), self._stand_ins)
 
 
 def _method(name: str) -> Callable:
@@ -106,25 +114,26 @@ def _method(name: str) -> Callable:
 
 
 for _name in ("strip lstrip rstrip split rsplit splitlines partition rpartition removeprefix removesuffix startswith"
-              " endswith find rfind index rindex count __contains__ __getitem__").split():  # fmt: skip
+              " endswith find rfind index rindex count lower upper capitalize title __contains__ __getitem__"
+              ).split():  # fmt: skip
     setattr(Content, _name, _method(_name))
 
 
 def _map_text(value: Any, change: Callable[[str], str]) -> Any:
-    """value with every text in it changed, but for the keys of objects."""
+    """value with every text in it changed, also the keys of objects."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
-        return {k: _map_text(v, change) for k, v in value.items()}
+        return {_map_text(k, change): _map_text(v, change) for k, v in value.items()}
     return [_map_text(v, change) for v in value] if isinstance(value, list | tuple) else value
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Every text in value, but for the keys of objects."""
+    """Every text in value, also the keys of objects."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping | list | tuple):
-        for part in value.values() if isinstance(value, Mapping) else value:
+        for part in [*value.keys(), *value.values()] if isinstance(value, Mapping) else value:
             yield from _texts(part)
 
 
@@ -142,21 +151,32 @@ def render_chat(
     """
     if not isinstance(messages, list | tuple) or not all(isinstance(message, Mapping) for message in messages):
         raise InputError("messages are not a list of objects with role and content")
-    stand_ins = StandIns(names, [*_texts(messages)])
+    try:
+        stand_ins = StandIns(names, [*_texts(messages)])
+    except RecursionError:
+        raise InputError("the messages are nested too deep") from None
     now = datetime.datetime.now()
     context = dict(add_generation_prompt=add_generation_prompt, tools=None, documents=None)
     shown = ChatText(_render(template, context | dict(messages=messages), tokens, now, None))
-    if stand_ins.inside:
-        for thoughts in (False, True):  # True: templates may handle an answer's <think> block as text that has it
-            contents = [stand_ins.content(message, thoughts) for message in messages]
+    if not stand_ins.needed:
+        return shown
+    for thoughts in (False, True):  # True: templates may handle an answer's <think> block as text that has it
+        contents = [stand_ins.content(message, thoughts) for message in messages]
+        try:
             hidden = _render(template, context | dict(messages=contents), tokens, now, stand_ins)
-            if stand_ins.show(hidden) == shown:
-                break
-        else:
-            inside = ", ".join(stand_ins.inside)
-            raise InputError(f"the chat template cannot render messages with these control tokens inside: {inside}")
-        pieces = re.split(f"({stand_ins.pattern.pattern})", hidden)
-        parts = [(stand_ins.show(piece), i % 2 == 1) for i, piece in enumerate(pieces)]
+        except InputError:  # the template asks for text that the stand-ins do not have
+            continue
+        if stand_ins.show(hidden) == shown:
+            break
+    else:
+        if not stand_ins.inside:
+            return shown
+        inside = ", ".join(stand_ins.inside)
+        raise InputError(f"the chat template cannot render messages with these control tokens inside: {inside}")
+    own = stand_ins.tokens(hidden)
+    if own != stand_ins.tokens(shown):
+        cuts = [0, *(end for span in own for end in span), len(shown)]
+        parts = [(shown[start:end], i % 2 == 1) for i, (start, end) in enumerate(zip(cuts, cuts[1:], strict=False))]
         shown.parts = [(text, control) for text, control in parts if text]
     return shown
 

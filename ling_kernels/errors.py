@@ -5,9 +5,11 @@ An op that is called with wrong tensors raises a plain ValueError.
 
 import argparse
 import functools
+import operator
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 
 class LingError(Exception):
@@ -28,6 +30,17 @@ def one_line(message: str) -> str:
 
 
 LONGEST = 800  # characters of a message
+
+
+def integer(name: str, value: Any, least: int) -> int:
+    """A caller's whole number, also numpy's or a tensor's. Raises InputError for anything else and for less."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise InputError(f"{name} is {value!r}; it must be an integer") from None
+    if number < least:
+        raise InputError(f"{name} is {number}; it must be at least {least}")
+    return number
 
 
 class Busy(LingError):
@@ -63,7 +76,7 @@ def check_environment() -> None:
 
 
 def command(main: Callable[..., int | None]) -> Callable[..., int]:
-    """main() of a command line: an InputError becomes `error: ...` on stderr and exit code 2."""
+    """main() of a command line: an InputError, or too little memory, becomes `error: ...` on stderr and exit code 2."""
 
     @functools.wraps(main)
     def run(*args, **kwargs) -> int:
@@ -72,6 +85,11 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
             return main(*args, **kwargs) or 0
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
+            return 2
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):  # torch's, on a CPU
+                raise
+            print(f"error: too little memory: {one_line(str(error))}", file=sys.stderr)
             return 2
 
     return run

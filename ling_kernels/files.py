@@ -35,6 +35,19 @@ def atomic_write(path: Path, durable: bool = False) -> Iterator[Path]:
         raise
 
 
+def user_path(path: str | Path) -> Path:
+    """A path that a user names, which need not exist. Raises InputError for a name that no file can have."""
+    if not os.fspath(path):
+        raise InputError("a path is empty")
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass
+    except (OSError, ValueError) as error:  # too long; a null byte
+        raise InputError(f"{path} is no path of a file: {getattr(error, 'strerror', None) or error}") from None
+    return Path(path)
+
+
 def read_json(file: Path) -> dict:
     """The JSON object in a file. Raises InputError if there is none."""
     try:

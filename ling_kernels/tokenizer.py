@@ -15,7 +15,7 @@ import numpy as np
 
 from .chat import ChatText, render_chat
 from .errors import InputError
-from .files import atomic_write, read_json
+from .files import atomic_write, read_json, user_path
 
 # <|startoftext|> to <|role_end|> in the order of Ling's vocabulary (ids 156891 .. 156895 there).
 SPECIAL_TOKENS = (
@@ -230,7 +230,7 @@ def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
     """
     if path is None:
         return Tokenizer()
-    path = Path(path)
+    path = user_path(path)
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
         raise InputError(f"there is no tokenizer at {file}")

@@ -9,7 +9,7 @@ that needs less leaves the rest to those after it. Logs and stage1.json, stage2.
     --prebuilt      use the existing ling_kernels/_C
     --out FOLDER    for logs and JSON
     --commit ID     for the results, in a copy of the tree without git history
-    --rehearse      the same commands on a CPU, with 20 times the limits
+    --rehearse      the same commands on a CPU, with 20 times the limits, but for those that need a driver
 """
 
 import argparse
@@ -41,6 +41,7 @@ class Step:
     missing: str | None = None  # why it cannot run here
     env: dict = field(default_factory=dict)
     sanitizer: bool = False
+    driver: bool = False  # it cannot even be rehearsed without CUDA's driver
 
 
 def steps(stage: int, build: bool, commit: str | None) -> list[Step]:
@@ -60,20 +61,21 @@ def build_step() -> Step:
 def stage_one() -> list[Step]:
     python, sanitizer = sys.executable, tool("compute-sanitizer")
     parallel = ["-n", str(min(8, os.cpu_count()))] if importlib.util.find_spec("xdist") else []
-    pytest = [python, "-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider", "-p", "no:benchmark"]
+    pytest = [python, "-m", "pytest", "--disable-warnings", "-rf", "-p", "no:cacheprovider", "-p", "no:benchmark"]
     gpu_tests = sorted((ROOT / "tests").glob("test_*_on_gpu.py"))
     small = [python, "-m", "tests.on_gpu", "--small"]
+    load = "import ling_kernels._C as C; print(C.__file__, C.device_count())"
     no_sanitizer = None if sanitizer else "there is no compute-sanitizer"
     alone = dict(PYTORCH_NO_CUDA_MEMORY_CACHING="1")  # each tensor is an allocation
     return [
-        Step("load", [python, "-c", "import ling_kernels._C as C; print(C.__file__, C.device_count())"], 10),
+        Step("load", [python, "-c", load], 10, driver=True),
         Step("bring up", [python, "-m", "tests.bring_up"], 50),
         Step("cuda tests", [*pytest, *parallel, "-k", "cuda", "tests/test_ops.py"], 40),
         Step("gpu tests", [*pytest, *gpu_tests], 35),
         Step("triton tests", [*pytest, *parallel, "-k", "triton", "tests/test_ops.py"], 25),
         *(Step(name, [sanitizer, "--tool", name, "--error-exitcode", "9", *small], 20, no_sanitizer, alone, True)
           for name in ("memcheck", "racecheck")),
-        Step("consan", [*small, "triton"], 15, env=dict(TRITON_INSTRUMENTATION_MODE="consan")),
+        Step("consan", [*small, "triton"], 15, env=dict(TRITON_INSTRUMENTATION_MODE="consan"), driver=True),
     ]  # fmt: skip
 
 
@@ -195,6 +197,7 @@ def main() -> int:
         todo = steps(stage, not args.prebuilt and stage == (args.stage or 1), args.commit)
         for step in todo if args.rehearse else []:
             step.limit *= 20
+            step.missing = step.missing or ("there is no CUDA driver" if step.driver else None)
         good = run_all(todo, LOGS / f"stage{stage}.json", describe(args.commit)) and good
     return 0 if good else 1
 

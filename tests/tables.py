@@ -3,6 +3,7 @@
     benchmarks/results/resources.json, docs/kernels-resources.md              Triton's kernels, built for sm_90
     benchmarks/results/resources_cuda.json, docs/kernels-resources-cuda.md    csrc/, from the module _C built in place
     benchmarks/results/clocks.json, clocks_cuda.json, docs/kernels-clocks.md  both, by tests/sass: a walk of the code
+    docs/kernels-predicted.md                                                 what follows from it, against others
 
 No GPU is needed. test_compiles_for_hopper.py and test_csrc_build.py compare the files with fresh tables.
 """
@@ -18,13 +19,13 @@ from pathlib import Path
 
 from tests import cuobjdump
 from tests.pack import nvcc_release
-from tests.sass import clocks, page
+from tests.sass import clocks, page, predict
 
 ROOT = Path(__file__).parents[1]
 RESULTS, DOCS = ROOT / "benchmarks/results", ROOT / "docs"
 TRITON, CUDA = RESULTS / "resources.json", RESULTS / "resources_cuda.json"
 TRITON_CLOCKS, CUDA_CLOCKS = RESULTS / "clocks.json", RESULTS / "clocks_cuda.json"
-CLOCKS = DOCS / "kernels-clocks.md"
+CLOCKS, PREDICTED = DOCS / "kernels-clocks.md", DOCS / "kernels-predicted.md"
 MODULE = ROOT / f"ling_kernels/_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 SOURCES = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cu", ".cuh", ".cpp", ".h")]
 
@@ -135,6 +136,7 @@ def main() -> None:
     triton = dict(triton=table["triton"], rows=table.pop("rows"))
     write({TRITON: indented(table), DOCS / "kernels-resources.md": triton_page(table)})
     write({CUDA_CLOCKS: clocks.text(cuda), TRITON_CLOCKS: clocks.text(triton), CLOCKS: page.page(cuda, triton)})
+    write({PREDICTED: predict.page(cuda["rows"])})
 
 
 if __name__ == "__main__":

@@ -78,6 +78,21 @@ def test_a_packed_qkv_is_its_sequences_one_by_one(backend):
             at += n
 
 
+@pytest.mark.parametrize("which", range(3))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_of_q_k_and_v_need_not_be_aligned(backend, which):
+    """Triton loads such a tensor in another way than its neighbours, and must still wait for all of them."""
+    tensors = qkv_of(40, D=128)
+    apart = [torch.cat([x.new_zeros(3), x.detach().flatten()])[3:].view(x.shape) for x in tensors]
+    apart = [x if i == which else y.detach() for i, (x, y) in enumerate(zip(apart, tensors, strict=True))]
+    results = []
+    with force(backend):
+        for heads in (tensors, [x.requires_grad_() for x in apart]):
+            out, lse = attention(*heads, cu_seqlens((33, 7)))
+            results.append((out, lse, *torch.autograd.grad(out.float().square().sum(), heads)))
+    torch.testing.assert_close(*results, rtol=2e-2, atol=2e-2)
+
+
 @kernels
 @pytest.mark.parametrize("T", [1, 63, 64, 127, 128])
 def test_one_token_more_changes_no_bit_before_it(T):

@@ -49,6 +49,12 @@ BROKEN = {  # name: (check that must fail, kernel, change, words of the error; "
     "no stage is freed": (gemm.check_rows, "gemm_fp8_kernel", without(FREE), STUCK),
     "more bytes than arrive": (gemm.check_dense, "gemm_fp8_kernel", MORE_BYTES, STUCK),
     "fewer bytes than arrive": (gemm.check_dense, "gemm_fp8_kernel", FEWER_BYTES, "bytes|" + STUCK),
+    "the other block of a pair does not hear of a free stage": (
+        gemm.check_rows, "gemm_fp8_kernel", instead(r"mapa\S+ there, (%r\d+), [^;]*;", r"mov.b32 there, \1;"), RACE),
+    "weights of a pair reach one block": (
+        gemm.check_rows, "gemm_fp8_kernel", instead(r"(cp\S+multicast::cluster [^;]*, )\S+;", r"\g<1>1;"), STUCK),
+    "a block ends before the other block of its pair": (
+        gemm.check_rows, "gemm_fp8_kernel", without(r"barrier\.cluster\.(?:arrive|wait);"), ""),
     "results are stored before all have written them": (gemm.check_dense, "gemm_fp8_kernel", without(NAMED), RACE),
     "a named barrier of too few threads": (
         gemm.check_dense, "gemm_fp8_kernel", instead(r"(bar\.sync\s+%r\d+, )%r\d+;", r"\g<1>96;"), ""),
@@ -60,11 +66,15 @@ BROKEN = {  # name: (check that must fail, kernel, change, words of the error; "
     "rows and columns of a tensor map swapped": (
         gemm.check_dense, "gemm_fp8_kernel", instead(r"(\[%rd\d+, \{)(%r\d+), (%r\d+)(\}\])", r"\1\3, \2\4"), ""),
     "cleared tokens are not awaited": (gemm.check_wgrad, "grouped_wgrad", without(NAMED), RACE),
+    "the second 64 columns of the tokens lie elsewhere": (
+        gemm.check_wgrad, "grouped_wgrad", instead("4611686293338849280", "4611686293305360384"), WRONG),
     "partial sums are not awaited": (gemm.check_few_rows, "few_rows", without(BLOCK), RACE),
     "no turns": (attention.check_packed, "attention_fwd", without(r"bar\.arrive[^;]*;"), STUCK),
     "keys are not awaited": (attention.check_packed, "attention_fwd", GO_ON, RACE),
     "keys are never freed": (attention.check_packed, "attention_fwd", without(FREE), STUCK),
     "scores are not awaited": (attention.check_packed, "attention_fwd", without(r"wgmma\.wait_group[^;]*;"), "wgmma"),
+    "the second 64 columns of the values lie elsewhere": (
+        attention.check_packed, "attention_fwd", instead("4611686293372403712", "4611686293305360384"), WRONG),
     "gradients: tiles are not awaited": (attention.check_bwd, "attention_bwd", GO_ON, RACE),
     "a row's sum is not awaited": (norm.check_rms_forward, "rms_norm_fwd", without(BLOCK), RACE),
     "a row's sum of one lane": (

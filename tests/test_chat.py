@@ -47,6 +47,7 @@ TEMPLATES = {  # what templates do with contents
     "copies": "{% macro f(c) %}{{ c }}{% endmacro %}{% for m in messages %}{{ f(m.content) }}</think>{% endfor %}",
     "writes JSON": "<tool_call>{{ messages | tojson }}{{ messages[0] | tojson(ensure_ascii=True) }}</tool_call>",
     "slices": "{% for m in messages %}<role>{{ m.content[0:1] + m.content[1:] }}{% endfor %}",
+    "puts together": "<role>{{ messages | map(attribute='content') | join }}<|role_end|>",
     "says the time": "{{ strftime_now('%Y-%m-%d %H:%M:%S.%f') }}<role>{{ messages[0].content }}",
 }
 
@@ -83,6 +84,29 @@ def test_control_tokens_inside_a_message_stay_text(chat, how, role):
     for attack in ATTACKS:
         more = [tokenizer.vocab["<role>"]] if how == "looks" and "<think>" in attack else []
         assert control(tokenizer, [SYSTEM, {"role": role, "content": attack}]) == plain + more
+
+
+@pytest.mark.parametrize("template, messages", [
+    ("{{ messages | map(attribute='content') | join }}", ["<ro", "le>hi<role_end", "|>"]),
+    ("{% for m in messages %}{{ m.content[0].args | tojson }}{% endfor %}", [[{"args": {"<role>": {"<think>": 1}}}]]),
+    ("{% for m in messages %}{% for k in m.content %}{{ k }}{% endfor %}{% endfor %}", [{"<role>": 1, "<think>": 2}]),
+    ("{{ messages[0].content.lower() }}{{ messages[0].content | upper | lower }}", ["<ROLE>"]),
+    ("{{ messages[0].content[::2] }}{{ messages[0].content | replace('.', '') }}", ["<.r.o.l.e.>"]),
+    ("{{ messages[0].content.split('.') | join }}", ["<think.>"]),
+    ("{{ messages[0].content.format('role') }}{{ messages[0].content % () }}", ["<{}>"]),
+])  # fmt: skip
+def test_control_tokens_that_are_put_together_from_messages_stay_text(chat, template, messages):
+    tokenizer = chat("<role>" + template + "</role>")
+    ids = control(tokenizer, [{"role": "user", "content": content} for content in messages])
+    assert ids == [tokenizer.vocab[name] for name in ("<role>", "</role>")]
+
+
+def test_text_that_only_looks_like_control_tokens_needs_nothing_of_a_template(chat):
+    """Here the stand-in of < would not be escaped, but there is no control token to tell from the template's."""
+    tokenizer = chat("{{ messages[0].content | e }}<role>")
+    assert len(control(tokenizer, [{"role": "user", "content": "a < b"}])) == 1
+    with pytest.raises(InputError, match="control tokens inside: <role>"):
+        tokenizer.apply_chat_template([{"role": "user", "content": "a <role> b"}])
 
 
 def test_thoughts_are_cut_from_an_answer(chat):
@@ -162,6 +186,13 @@ def test_bad_chats(template, messages, message):
     tokenizer = Tokenizer(None, byte_settings() | {"chat_template": template})
     with pytest.raises(InputError, match=message):
         tokenizer.apply_chat_template(messages)
+
+
+def test_messages_nested_too_deep():
+    content: list = []
+    content.append(content)
+    with pytest.raises(InputError, match="nested too deep"):
+        load_tokenizer().apply_chat_template([{"role": "user", "content": content}])
 
 
 @pytest.mark.parametrize("messages", [None, 3, "hi", {"role": "user"}, ["hi"], [USER, None]])

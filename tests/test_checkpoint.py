@@ -157,6 +157,44 @@ def test_unknown_models_raise(tmp_path):
     assert resolve_model("1t") == (LingConfig.one_t(), None)
 
 
+@pytest.mark.parametrize("arguments, says", [
+    (dict(folder=3), "not 3"), (dict(folder=None), "not None"), (dict(folder=b"x"), "not b'x'"),
+    (dict(folder="x" * 5000), "xxx is no path"), (dict(folder=Path("tiny")), "tiny is a preset"),
+    (dict(dtype="bfloat16"), "dtype is 'bfloat16'"), (dict(dtype=torch.int8), "dtype is torch.int8"),
+    (dict(dtype=torch.float8_e4m3fn), "dtype is"), (dict(device="gpu9"), "no device 'gpu9'"),
+    (dict(device=[]), "no device"), (dict(device="xpu"), "no device 'xpu'"),
+])  # fmt: skip
+def test_arguments_of_another_kind_are_refused(arguments, says):
+    with pytest.raises(InputError, match=says) as error:
+        load_model(**dict(folder=DATA / "base") | arguments)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_folder_with_two_checkpoints_is_refused(tmp_path):
+    """transformers would read the single file, others the shards. An index may name the single file."""
+    model = load_model(DATA / "base")
+    save_model(model, tmp_path, max_shard_bytes=100_000)
+    shutil.copy(DATA / "base/model.safetensors", tmp_path)
+    with pytest.raises(InputError, match="remove the one that is out of date"):
+        load_model(tmp_path)
+    keys = load_file(tmp_path / "model.safetensors")
+    index = json.dumps({"weight_map": dict.fromkeys(keys, "model.safetensors")})
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    assert same(dict(named_views(load_model(tmp_path))), dict(named_views(model)))
+
+
+def test_tensors_that_the_index_does_not_name_are_seen(tmp_path):
+    save_model(load_model(DATA / "base"), tmp_path, max_shard_bytes=100_000)
+    shard = sorted(tmp_path.glob("model-*"))[0]
+    tensors = load_file(shard)
+    save_file(tensors | {"extra": torch.ones(1)}, shard)
+    with pytest.warns(UserWarning, match="1 tensors are not used, the first is extra"):
+        load_model(tmp_path)
+    save_file(tensors | {f"{[*tensors][0]}_scale": torch.ones(1)}, shard)
+    with pytest.raises(InputError, match="_scale is not used"):
+        load_model(tmp_path)
+
+
 def test_unused_tensors_warn(tmp_path):
     folder = Path(shutil.copytree(DATA / "base", tmp_path / "model"))
     save_file(load_file(folder / "model.safetensors") | {"extra": torch.zeros(1)}, folder / "model.safetensors")

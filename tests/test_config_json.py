@@ -57,7 +57,8 @@ STRETCHED = {
     "theta inside": dict(rope_scaling=dict(YARN, rope_theta=10000.0)),
     "the length outside": dict(rope_scaling=dict(type="yarn", factor=4.0), original_max_position_embeddings=32),
     "the length by default": dict(rope_scaling=dict(type="yarn", factor=4.0), max_position_embeddings=32),
-    "transformers 5": WITHOUT | dict(rope_parameters=dict(YARN, type=..., rope_type="yarn", rope_theta=10000.0)),
+    "transformers 5": WITHOUT
+    | dict(rope_parameters=dict(YARN, rope_type="yarn", rope_theta=10000.0, partial_rotary_factor=0.5)),
     "both files": dict(rope_scaling=YARN, rope_parameters=dict(YARN, rope_theta=10000.0)),
 }
 STRETCHED["transformers 5"]["rope_parameters"].pop("type")
@@ -81,6 +82,15 @@ def test_every_rotary_dim_is_exact(read):
     for size in range(2, 129, 2):
         assert read(dict(head_dim=128, rotary_dim=size, partial_rotary_factor=...)).rotary_dim == size
         assert read(dict(head_dim=98, rotary_dim=min(size, 98), partial_rotary_factor=...)).rotary_dim == min(size, 98)
+
+
+def test_missing_fields_are_those_of_the_published_classes(read):
+    """configuration_bailing_moe_v2.py has routed_scaling_factor 1.0; modeling_bailing_moe_v2.py rotates whole heads
+    where there is no partial_rotary_factor."""
+    config = read(dict(routed_scaling_factor=..., partial_rotary_factor=...))
+    assert config.routed_scaling_factor == 1.0 and config.rotary_dim == config.head_dim == 32
+    everything = read(dict.fromkeys(BASE, ...))
+    assert everything == replace(LingConfig.mini(), routed_scaling_factor=1.0, partial_rotary_factor=1.0)
 
 
 def test_written_config_is_read_again(tmp_path):
@@ -120,6 +130,7 @@ REFUSED = [
         dict(full_attention=YARN), dict(type=["yarn"], factor=2.0), dict(YARN, attention_factor=0),
         dict(YARN, attention_factor=1e308),
     )),
+    dict(original_max_position_embeddings=16, rope_scaling=YARN),
     dict(rope_parameters=dict(rope_theta=600000.0)), dict(rope_parameters=YARN, rope_scaling=dict(YARN, factor=2.0)),
     dict(rope_parameters=dict(rope_type="default"), rope_scaling=YARN), dict(rope_parameters=3),
     dict(rotary_dim=8), dict(rotary_dim="16", partial_rotary_factor=...),

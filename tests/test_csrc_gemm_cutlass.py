@@ -1,21 +1,18 @@
 """The input of CUTLASS's grouped GEMM: its setup kernel on the virtual GPU, and CUTLASS's own layouts of the scales."""
 
-import os
 import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 
 from ling_kernels.op import E4M3, round_up
-from tests.gpu.build import ROOT, includes, load, missing, wheel
+from tests.gpu.build import CUTLASS, ROOT, includes, load, missing
 
 if missing():
     pytest.skip(f"csrc/ needs {missing()} to run on the virtual GPU", allow_module_level=True)
 
 pytestmark = pytest.mark.usefixtures("schedule")
-C = load("_cutlass")
-CUTLASS = Path(os.environ.get("CUTLASS_INCLUDE_DIR") or wheel("cutlass_library") / "source/include")
+C = load("_cutlass_setup")
 
 OFFSETS = {
     "ragged": [0, 3, 60, 64, 130],

@@ -8,10 +8,12 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from ling_kernels.errors import InputError
+from ling_kernels.generate import Engine
 from tests.engines import NO_STOP, drain, engine, load, make_engine, references  # noqa: F401
 
 
@@ -149,16 +151,43 @@ def test_an_exception_in_a_pass_fails_only_its_requests(engine):
     ([1, 10**6], {}, "1000000"),
     ([-1], {}, "-1"),
     ([1], dict(max_new_tokens=30), "the cache holds 24"),
+    ("hello", {}, "token ids"), ([1.0], {}, "token ids"), (3, {}, "token ids"),
+    (torch.tensor([[1, 2]]), {}, "token ids"),
+    ([1], dict(max_new_tokens=2.5), "max_new_tokens is 2.5"), ([1], dict(max_new_tokens="3"), "max_new_tokens is '3'"),
+    ([1], dict(stop_token_ids="ab"), "stop_token_ids"), ([1], dict(stop_token_ids=5), "stop_token_ids"),
+    ([1], dict(timeout=float("nan")), "timeout is nan"), ([1], dict(timeout="1"), "timeout is '1'"),
+    ([1], dict(sampling=dict(temperature=1)), "sampling is"),
 ])  # fmt: skip
 def test_invalid_requests(prompt, options, message):
     with pytest.raises(InputError, match=message):
         make_engine(cache_tokens=24).submit(prompt, **dict(max_new_tokens=8) | options)
 
 
+@pytest.mark.parametrize("prompts", ["hello", ["hello"], [1, 2], None, 3, [[1.5]], [None]])
+def test_prompts_that_are_no_lists_of_ids(prompts):
+    with pytest.raises(InputError, match="token ids"):
+        make_engine().generate(prompts)
+
+
+def test_ids_may_be_numpys_and_tensors():
+    engine, prompt = make_engine(), [1, 2, 3]
+    want = engine.generate([prompt], max_new_tokens=4)
+    assert engine.generate(torch.tensor([prompt]), max_new_tokens=torch.tensor(4)) == want
+    assert engine.generate(np.array([prompt]), max_new_tokens=np.int32(4), stop_token_ids=np.array([10**6])) == want
+
+
 @pytest.mark.parametrize("options, message", [
     (dict(max_running=3, max_rows=2), "max_rows 2 is less than max_running 3"), (dict(cache_tokens=0), "cache_tokens"),
     (dict(max_running=0), "max_running is 0"), (dict(max_waiting=0), "max_waiting"), (dict(draft=8), "draft is 8"),
+    (dict(page_size=1.5), "page_size is 1.5"), (dict(max_running="2"), "max_running is '2'"), (dict(draft=-1), "draft"),
+    (dict(cache_tokens=float("nan")), "cache_tokens is nan"), (dict(cache_tokens=10**18), "cache_tokens is 10000"),
+    (dict(cache_dtype="fp8"), "cache_dtype is 'fp8'"), (dict(max_running=10**18, max_rows=10**18), "at most 65536"),
 ])  # fmt: skip
 def test_invalid_engines(options, message):
     with pytest.raises(InputError, match=message):
         make_engine(**options)
+
+
+def test_an_engine_of_a_path():
+    with pytest.raises(InputError, match="load_model returns"):
+        Engine("runs/mine/model")

@@ -9,13 +9,13 @@ import torch
 from ling_kernels.errors import InputError
 from ling_kernels.model import Ling, LingConfig
 from ling_kernels.model.config import INTEGER_FIELDS, NUMBER_FIELDS
-from ling_kernels.model.config_json import ASSUMED
+from ling_kernels.model.config_json import ABSENT, ASSUMED
 from tests.fuzz import changed, damaged, fuzz, hypothesis, result_or_error, st, values
 
 given, example = hypothesis.given, hypothesis.example
 FILE = Path(__file__).parent / "data/base/config.json"
 BASE = json.loads(FILE.read_text())
-DEFAULTS = {f.name: f.default for f in dataclasses.fields(LingConfig) if f.name != "other"}
+DEFAULTS = {f.name: f.default for f in dataclasses.fields(LingConfig) if f.name != "other"} | ABSENT
 NAMES = sorted({*BASE, *DEFAULTS, *ASSUMED, "rope_parameters", "rotary_dim", "sliding_window", "layer_types",
                 "quantization_config", "original_max_position_embeddings"})  # fmt: skip
 

@@ -7,7 +7,7 @@ import struct
 import pytest
 import torch
 
-from tests.gpu import ptx
+from tests.gpu import build, ptx, syntax
 from tests.gpu.program import INIT_FENCES, RACES, UNINITIALISED, Emulated, set_ranges
 from tests.test_gpu_machine import (
     BARRIER,
@@ -178,12 +178,19 @@ CLUSTERS = {
                                   ".reqnctapercluster 2, 1, 1", SHARED), "has ended"),
 }  # fmt: skip
 PUBLISH = """setp.eq.u32 %p1, %r1, 0; add.s64 %d3, %d0, 2044; @!%p1 bra OTHER_{n};
-st.global.u32 [%d0], 5; st.{release}.gpu.global.u32 [%d3], 1; ret;
-OTHER_{n}: ld.{acquire}.gpu.global.u32 %r6, [%d3]; setp.eq.u32 %p2, %r6, 0; @%p2 bra OTHER_{n}; ld.global.u32 %r7, [%d0]; st.global.u32 [%d0+4], %r7;"""
+st.global.u32 [%d0], 5; {fence} st.{release}.gpu.global.u32 [%d3], 1; ret;
+OTHER_{n}: ld.{acquire}.gpu.global.u32 %r6, [%d3]; setp.eq.u32 %p2, %r6, 0; @%p2 bra OTHER_{n}; {fence} ld.global.u32 %r7, [%d0]; st.global.u32 [%d0+4], %r7;"""
 BLOCKS = {
-    ("release", "acquire"): "", ("relaxed", "acquire"): "no release and acquire", ("release", "relaxed"): "no release and acquire",
+    ("release", "acquire", ""): "",
+    ("relaxed", "acquire", ""): "no release and acquire",
+    ("release", "relaxed", ""): "no release and acquire",
+    ("relaxed", "relaxed", "membar.gl;"): "",
+    ("relaxed", "relaxed", "fence.acq_rel.gpu;"): "",
+    ("relaxed", "relaxed", "membar.cta;"): "no release and acquire",
 }  # fmt: skip
-PUBLISHED = {k: Kernel(f"publish{i}", PUBLISH.format(n=i, release=k[0], acquire=k[1])) for i, k in enumerate(BLOCKS)}
+PUBLISHED = {
+    k: Kernel(f"publish{i}", PUBLISH.format(n=i, release=k[0], acquire=k[1], fence=k[2])) for i, k in enumerate(BLOCKS)
+}
 WRITER = Kernel("writer", "st.global.u32 [%d9], %r0; griddepcontrol.launch_dependents;")
 READERS = {
     "waits": (Kernel("reader0", "griddepcontrol.wait; ld.global.u32 %r2, [%d9];"), ""),
@@ -228,17 +235,36 @@ def test_launches_that_a_gpu_refuses():
             right(out, **kwargs)
 
 
-def test_unknown_instructions_are_refused_by_name():
-    for text in (
-        "addc.u32 %r2, %r0, %r0;",
-        "add.cc.u32 %r2, %r0, %r0;",
-        "fma.rp.f64 %d1, %d2, %d3, %d4;",
-        "multimem.red.f32 [%d0], %f1;",
-    ):
-        kernel = ".version 9.0\n.target sm_90a\n" + Kernel("unknown", text).text
-        del Kernel.all["unknown"]
-        with pytest.raises(NotImplementedError, match=re.escape(text.split()[0])):
-            Emulated(ptx.Module(kernel), "unknown")
+UNKNOWN = """addc.u32 %r2, %r0, %r0 | add.cc.u32 %r2, %r0, %r0 | add.sat.s32 %r2, %r0, %r0 | multimem.red.f32 [%d0], %f1
+fma.rp.f64 %d1, %d2, %d3, %d4 | fma.rn.relu.f16 %h1, %h2, %h3, %h4 | mad.rn.f32 %f1, %f2, %f3, %f4 | add.ftz.f16 %h1, %h2, %h3
+max.ftz.f32 %f1, %f2, %f3 | div.rz.f32 %f1, %f2, %f3 | prmt.b32.f4e %r2, %r0, %r1, 0 | cvt.rz.f32.s32 %f1, %r0
+cvt.rna.tf32.f32 %r2, %f1 | setp.lt.ftz.f32 %p1, %f1, %f2 | ld.acquire.cta.global.u32 %r2, [%d0] | st.async.u32 [%d0], %r0, [%d1]
+cvta.shared::cta.u64 %d1, %d2 | fence.proxy.async.global | fence.sc.cta | match.all.sync.b32 %r2, %r0, -1 | vote.sync.uni.pred %p1, %p2, -1
+mbarrier.arrive.noComplete.shared.b64 %d1, [%r0], 1 | cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.tile.bulk_group [%d0, {%r0, %r1}], [%r2]
+wgmma.mma_async.sp.sync.aligned.m64n8k32.f32.bf16.bf16 {%f0}, %d0, %d1, %r0, 0, 1, 1, 1 | atom.global.add.noftz.f16 %h1, [%d0], %h2"""
+
+
+@pytest.mark.parametrize("text", re.split(r" \| |\n", UNKNOWN))
+def test_unknown_instructions_are_refused_by_name(text):
+    kernel = ".version 9.0\n.target sm_90a\n" + Kernel("unknown", text + ";").text
+    del Kernel.all["unknown"]
+    with pytest.raises(NotImplementedError, match=re.escape(text)):
+        Emulated(ptx.Module(kernel), "unknown")
+
+
+def test_modifiers_that_are_not_implemented_are_refused():
+    """Each form of csrc/'s kernels with one modifier more."""
+    if build.missing():
+        pytest.skip(f"csrc/ needs {build.missing()}")
+    texts = [f.read_text() for f in build.compile_module("_C", "")[1]]
+    entries = [m.entry(name) for m in map(ptx.Module, texts) for name in m.heads]
+    forms = {tuple(c.op) for e in entries for b in e.blocks for c in b.code}
+    assert len(forms) > 100 and not any(syntax.unknown(*op) for op in forms)
+    for op in forms:
+        for i in range(1, len(op) + 1):
+            for alien in ("xorsign", "abs", "relu", "noftz", "sp", "cc", "nonsense"):
+                more = (*op[:i], alien, *op[i:])
+                assert f".{alien}" in syntax.unknown(*more), more
 
 
 def test_messages_name_the_source_line():

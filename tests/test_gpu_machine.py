@@ -2,6 +2,8 @@
 each check against PTX that it must refuse. The kernels are small PTX texts of one module, compiled together."""
 # ruff: noqa: E501 - PTX has long lines
 
+import functools
+import operator
 import shutil
 import struct
 
@@ -53,6 +55,17 @@ def words(n: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(-(2**31), 2**31, (n,), generator=torch.Generator().manual_seed(seed)).to(torch.int32)
 
 
+# ---- names of inline assembly: each scope has its own labels and registers
+scopes = Kernel("scopes", "mov.u32 %r2, 0; " + "".join(f"""{{
+.reg .pred q; AGAIN: add.s32 %r2, %r2, {step}; setp.ge.s32 q, %r2, {end};
+@q bra DONE; bra AGAIN; DONE:
+}} """ for step, end in ((1, 3), (10, 30))) + "st.global.u32 [%d9], %r2;")  # fmt: skip
+
+
+def test_labels():
+    assert scopes(torch.zeros(128, dtype=torch.int32))[0] == 33
+
+
 # ---- of a warp
 shuffles = Kernel("shuffles", """
 ld.global.u32 %r2, [%d9];
@@ -80,36 +93,59 @@ def test_shuffles():
         assert torch.equal(got, want.to(torch.int32).expand(32))
 
 
-matrices = Kernel("matrices", """
-ld.global.u32 %r2, [%d9]; shl.b32 %r3, %r0, 2; mov.u32 %r4, tile; add.s32 %r4, %r4, %r3; st.shared.u32 [%r4], %r2;
-ld.global.u32 %r2, [%d9+128]; st.shared.u32 [%r4+128], %r2; bar.warp.sync -1;
-shl.b32 %r5, %r0, 4; and.b32 %r5, %r5, 0xff; mov.u32 %r6, tile; add.s32 %r5, %r6, %r5;
-ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%r7, %r8}, [%r5]; st.global.u32 [%d9+256], %r7; st.global.u32 [%d9+384], %r8;
-ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%r7}, [%r5]; st.global.u32 [%d9+512], %r7;
-bar.warp.sync -1; stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%r5], {%r7}; bar.warp.sync -1;
-ld.shared.u32 %r2, [%r4]; st.global.u32 [%d9+640], %r2;
-""", shared=".shared .align 16 .b8 tile[256]; ")  # fmt: skip
+joined = Kernel("joined", f"""ld.global.u32 %r2, [%d9];
+setp.eq.u32 %p2, %r2, 3; vote.sync.any.pred %p3, %p2, -1; selp.u32 %r3, 1, 0, %p3; st.global.u32 [%d9+512], %r3;
+vote.sync.all.pred %p3, %p2, -1; selp.u32 %r3, 1, 0, %p3; st.global.u32 [%d9+1024], %r3;
+elect.sync %r3|%p4, -1; selp.u32 %r4, 100, 0, %p4; add.s32 %r4, %r4, %r3; st.global.u32 [%d9+1536], %r4;
+{"".join(f"redux.sync.{how} %r3, %r2, -1; st.global.u32 [%d9+{2048 + 512 * i}], %r3; " for i, how in enumerate(
+    ("min.s32", "min.u32", "max.u32", "add.u32", "and.b32", "or.b32", "xor.b32")))}
+""")  # fmt: skip
 
 
-def test_matrices():
-    x = torch.cat([words(64), torch.zeros(6 * 32, dtype=torch.int32)])
-    m = x[:64].clone().view(torch.int16).view(2, 8, 8)
-    out = matrices(x).view(8, 32)[2:].contiguous()
-    assert torch.equal(
-        out[:2].view(torch.int16).view(2, 8, 8), m
-    )  # lane l: row l / 4, columns 2 (l % 4) and one further
-    assert torch.equal(out[2].view(torch.int16).view(8, 8), m[0].T)
-    assert torch.equal(out[3].view(torch.int16).view(8, 8), m[0])  # there and back
+def test_votes_and_reductions():
+    v = words(32) & 0x7FFFFFFF | -(2**31) * (torch.arange(32) % 2).to(torch.int32)
+    for has_three in (False, True):
+        v[5] = 3 if has_three else 4
+        got = joined(torch.cat([v, torch.zeros(10 * 128 + 96, dtype=torch.int32)])).view(11, 128)[1:, :32]
+        unsigned = v.long() & 2**32 - 1
+        bits = [functools.reduce(f, v.tolist()) for f in (operator.and_, operator.or_, operator.xor)]
+        leader = got[2].tolist()  # one lane, whose number all know
+        assert sum(x >= 100 for x in leader) == 1 and {x % 100 for x in leader} == {
+            [x >= 100 for x in leader].index(True)
+        }
+        want = [has_three, False, v.min(), unsigned.min(), unsigned.max(), unsigned.sum(), *bits]
+        for row, x in zip(got[[0, 1, *range(3, 10)]], want, strict=True):
+            assert ((row.long() - int(x)) % 2**32 == 0).all()
+
+
+votes = Kernel("votes", """setp.lt.u32 %p1, %r0, 70; setp.lt.u32 %p2, %r0, 64;
+bar.red.popc.u32 %r2, 0, %p1; st.global.u32 [%d9], %r2;
+bar.red.and.pred %p3, 0, %p1; selp.u32 %r2, 1, 0, %p3; st.global.u32 [%d9+512], %r2;
+bar.red.or.pred %p3, 0, %p1; selp.u32 %r2, 1, 0, %p3; st.global.u32 [%d9+1024], %r2;
+mov.u32 %r3, tile; shl.b32 %r4, %r0, 2; add.s32 %r3, %r3, %r4; @!%p2 bra WAIT_votes;
+st.shared.u32 [%r3], %r0; bar.arrive 1, 128; bra END_votes;
+WAIT_votes: bar.sync 1, 128; ld.shared.u32 %r2, [%r3+-256]; st.global.u32 [%d9+1536], %r2;
+END_votes: mov.u32 %r2, 0;""", shared=".shared .align 16 .b8 tile[512]; ")  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_barriers(seed):
+    """Votes of a block; two warps go on, and the two that wait for them see what they wrote."""
+    count, every, some, seen = votes(torch.zeros(4 * 128, dtype=torch.int32), block=128, seed=seed).view(4, 128)
+    assert (count == 70).all() and not every.any() and some.all()
+    assert torch.equal(seen[64:], torch.arange(64, dtype=torch.int32))
 
 
 # ---- matrix products
-mma = Kernel("mma", """
-mul.wide.u32 %d3, %r0, 16; add.s64 %d4, %d0, %d3; ld.global.v4.u32 {%r2, %r3, %r4, %r5}, [%d4];
-mul.wide.u32 %d5, %r0, 8; add.s64 %d4, %d1, %d5; ld.global.v2.u32 {%r6, %r7}, [%d4];
+MMA = {
+    kind: Kernel(f"mma_{kind}", f"""
+mul.wide.u32 %d3, %r0, 16; add.s64 %d4, %d0, %d3; ld.global.v4.u32 {{%r2, %r3, %r4, %r5}}, [%d4];
+mul.wide.u32 %d5, %r0, 8; add.s64 %d4, %d1, %d5; ld.global.v2.u32 {{%r6, %r7}}, [%d4];
 mov.f32 %f1, 0f3F800000; add.s64 %d4, %d2, %d3;
-mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f2, %f3, %f4, %f5}, {%r2, %r3, %r4, %r5}, {%r6, %r7}, {%f1, %f1, %f1, %f1};
-st.global.v4.f32 [%d4], {%f2, %f3, %f4, %f5};
-""", 3)  # fmt: skip
+mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {{%f2, %f3, %f4, %f5}}, {{%r2, %r3, %r4, %r5}}, {{%r6, %r7}}, {{%f1, %f1, %f1, %f1}};
+st.global.v4.f32 [%d4], {{%f2, %f3, %f4, %f5}};
+""", 3) for kind in ("bf16", "f16")
+}  # fmt: skip
 
 
 def fragments(x: torch.Tensor, rows: int) -> torch.Tensor:
@@ -118,34 +154,54 @@ def fragments(x: torch.Tensor, rows: int) -> torch.Tensor:
     return x.permute(1, 3, 2, 0, 4).reshape(32, -1).contiguous()
 
 
-def test_mma():
+@pytest.mark.parametrize("kind", MMA)
+def test_mma(kind):
     generator = torch.Generator().manual_seed(1)
-    a, b = (torch.randn(n, 16, generator=generator).to(torch.bfloat16) for n in (16, 8))
-    got = mma(fragments(a, 16), fragments(b, 8), torch.zeros(32, 4)).view(8, 4, 2, 2).permute(2, 0, 1, 3).reshape(16, 8)
+    dtype = dict(bf16=torch.bfloat16, f16=torch.float16)[kind]
+    a, b = (torch.randn(n, 16, generator=generator).to(dtype) for n in (16, 8))
+    got = MMA[kind](fragments(a, 16), fragments(b, 8), torch.zeros(32, 4))
+    got = got.view(8, 4, 2, 2).permute(2, 0, 1, 3).reshape(16, 8)
     torch.testing.assert_close(got, a.float() @ b.float().T + 1, rtol=1e-6, atol=1e-5)
+
+
+LINES = 1, 1, 64, 2
 
 
 # A tile of K-major rows of 128 bytes with 128-byte swizzle for each operand; D [64, n]
 def wgmma_kernel(name: str, shape: str, n: int, before="wgmma.fence.sync.aligned;", after="wgmma.wait_group.sync.aligned 0;",
-                 fence="fence.proxy.async.shared::cta;", barrier="bar.sync 0;", flags="", swap=0):  # fmt: skip
+                 fence="fence.proxy.async.shared::cta;", barrier="bar.sync 0;", flags="", a=LINES, b=LINES):  # fmt: skip
+    """a, b: of a descriptor, in units of 16 bytes: swizzle, leading and stride offset; the way to the second step of K."""
     d = ", ".join(f"%f{i}" for i in range(n // 2))
     stores = " ".join(f"st.global.f32 [%d10+{4 * i}], %f{i};" for i in range(n // 2))
-    copy = """mov.u32 %r2, tile; mov.u32 %r3, %r0;
+    copy = (
+        """mov.u32 %r2, tile; mov.u32 %r3, %r0;
 LOOP_NAME: shl.b32 %r4, %r3, 4; cvt.u64.u32 %d3, %r4; add.s64 %d3, %d0, %d3; ld.global.v4.u32 {%r5, %r6, %r7, %r8}, [%d3];
-shr.u32 %r10, %r4, 3; and.b32 %r10, %r10, 0x70; xor.b32 %r10, %r10, %r4; add.s32 %r10, %r2, %r10;
-st.shared.v4.u32 [%r10], {%r5, %r6, %r7, %r8}; add.s32 %r3, %r3, 128; setp.lt.u32 %p1, %r3, 1024; @%p1 bra LOOP_NAME;
+shr.u32 %r10, %r4, 3; and.b32 %r10, %r10, MASK; xor.b32 %r10, %r10, %r4; add.s32 %r10, %r2, %r10;
+st.shared.v4.u32 [%r10], {%r5, %r6, %r7, %r8}; add.s32 %r3, %r3, 128; setp.lt.u32 %p1, %r3, CHUNKS; @%p1 bra LOOP_NAME;
 """.replace("LOOP_NAME", f"LOOP_{name}")
+        .replace("CHUNKS", str(8 * (64 + n)))
+        .replace("MASK", ("0", "0x70", "0x30", "0x10")[a[0]])
+    )
+    da, db = (hex(swizzle << 62 | stride << 32 | leading << 16) for swizzle, leading, stride, _ in (a, b))
     return Kernel(name, f"""{copy} {fence} {barrier}
-shr.u32 %r11, %r2, 4; cvt.u64.u32 %d4, %r11; or.b64 %d4, %d4, 0x4000004000010000; add.s64 %d5, %d4, 512;
-setp.eq.u32 %p2, 0, {swap}; setp.ne.u32 %p3, 0, 0; mul.wide.u32 %d6, %r0, {2 * n}; add.s64 %d10, %d1, %d6; {before}
+shr.u32 %r11, %r2, 4; cvt.u64.u32 %d5, %r11; or.b64 %d4, %d5, {da}; add.s64 %d5, %d5, 512; or.b64 %d5, %d5, {db};
+setp.eq.u32 %p2, 0, 0; setp.ne.u32 %p3, 0, 0; mul.wide.u32 %d6, %r0, {2 * n}; add.s64 %d10, %d1, %d6; {before}
 wgmma.mma_async.sync.aligned.{shape} {{{d}}}, %d4, %d5, %p3, 1, 1{flags};
-add.s64 %d4, %d4, 2; add.s64 %d5, %d5, 2;
+add.s64 %d4, %d4, {a[3]}; add.s64 %d5, %d5, {b[3]};
 wgmma.mma_async.sync.aligned.{shape} {{{d}}}, %d4, %d5, %p2, 1, 1{flags};
-wgmma.commit_group.sync.aligned; {after} {stores}""", 2, shared=".shared .align 1024 .b8 tile[16384]; ")  # fmt: skip
+wgmma.commit_group.sync.aligned; {after} {stores}""", 2, shared=f".shared .align 1024 .b8 tile[{128 * (64 + n)}]; ")  # fmt: skip
 
 
 FP8, BF16 = "m64n64k32.f32.e4m3.e4m3", "m64n64k16.f32.bf16.bf16"
-wgmma_fp8, wgmma_bf16 = wgmma_kernel("wgmma_fp8", FP8, 64), wgmma_kernel("wgmma_bf16", BF16, 64, flags=", 0, 0")
+PRODUCTS = {
+    (kind, n): wgmma_kernel(f"wgmma_{kind}_{n}", f"m64n{n}k{k}.f32.{kind}.{kind}", n, flags=flags)
+    for kind, k, flags, widths in (
+        ("e4m3", 32, "", (16, 32, 64, 128)), ("e5m2", 32, "", (24,)),
+        ("bf16", 16, ", 0, 0", (16, 32, 64, 128, 256)), ("f16", 16, ", 0, 0", (16,)),
+    )
+    for n in widths
+}  # fmt: skip
+wgmma_fp8 = PRODUCTS["e4m3", 64]
 
 
 def result(out: torch.Tensor, n: int) -> torch.Tensor:
@@ -153,14 +209,13 @@ def result(out: torch.Tensor, n: int) -> torch.Tensor:
     return out.view(4, 8, 4, n // 8, 2, 2).permute(0, 4, 1, 3, 2, 5).reshape(64, n)
 
 
-@pytest.mark.parametrize(
-    "kernel, dtype", [(wgmma_fp8, torch.float8_e4m3fn), (wgmma_bf16, torch.bfloat16)], ids=("fp8", "bf16")
-)
-def test_wgmma(kernel, dtype):
-    x = torch.randn(128, 128 // dtype.itemsize, generator=torch.Generator().manual_seed(2)).to(dtype)
+@pytest.mark.parametrize("kind, n", PRODUCTS)
+def test_wgmma(kind, n):
+    dtype = dict(e4m3=torch.float8_e4m3fn, e5m2=torch.float8_e5m2, bf16=torch.bfloat16, f16=torch.float16)[kind]
+    x = torch.randn(64 + n, 128 // dtype.itemsize, generator=torch.Generator().manual_seed(2)).to(dtype)
     k = 64 // dtype.itemsize
     for seed in (0, 1):
-        got = result(kernel(x.view(torch.uint8), torch.zeros(128, 32), block=128, seed=seed), 64)
+        got = result(PRODUCTS[kind, n](x.view(torch.uint8), torch.zeros(128, n // 2), block=128, seed=seed), n)
         torch.testing.assert_close(got, x[:64, :k].float() @ x[64:, :k].float().T, rtol=1e-5, atol=1e-5)
 
 
@@ -207,20 +262,40 @@ def tma_kernel(
 {after} {last.format(name)}""", params, shared=SHARED)  # fmt: skip
 
 
-tma = tma_kernel("tma", after="""xor.b32 %r24, %r23, 20; fence.proxy.async.shared::cta; bar.sync 0;
+def there_and_back(name: str, load: str) -> Kernel:
+    return tma_kernel(name, load=load, after="""xor.b32 %r24, %r23, 20; fence.proxy.async.shared::cta; bar.sync 0;
 @%p1 cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%d1, {%r24, %r24}], [%r21];
-@%p1 cp.async.bulk.commit_group; @%p1 cp.async.bulk.wait_group 0;""")  # fmt: skip
+@%p1 cp.async.bulk.commit_group; @%p1 cp.async.bulk.wait_group.read 0; @%p1 cp.async.bulk.wait_group 0;""")  # fmt: skip
 
 
+HINT = LOAD.replace("bytes", "bytes.L2::cache_hint").replace(";", ", %d3;")
+LOADS = {"block": LOAD.replace("shared::cluster", "shared::cta"), "cluster": LOAD, "hint": HINT}
+TMA = {name: there_and_back(f"tma_{name}", load) for name, load in LOADS.items()}
+tma_3d = tma_kernel(
+    "tma_3d",
+    before="mov.u32 %r24, 1;",
+    load=LOAD.replace("2d.shared::cluster", "3d.shared::cta").replace("%r23}", "%r23, %r24}"),
+)
+
+
+def test_tma_of_three_dimensions():
+    x, out = words(4 * 30 * 40).view(4, 30, 40), torch.zeros(1024, dtype=torch.int32)
+    got = tma_3d(tensor_map(x, (32, 16, 2)), tensor_map(x, (32, 16, 2)), out, reached=(x,)).view(2, 16, 32)
+    want = torch.zeros_like(got)
+    want[:, :10] = x[1:3, 20:, 8:]
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("load", TMA)
 @pytest.mark.parametrize("swizzle", [0, 1, 2, 3])
-def test_tma(swizzle):
+def test_tma(swizzle, load):
     """A box that reaches past the last row and column; it is stored again to another tensor."""
     width = (32, 8, 16, 32)[swizzle]  # words: a line of the swizzle
     box = (width, 1024 // width)
     x, y = words(30 * 32).view(30, 32), torch.full((box[1] + 3, width - 4), 7, dtype=torch.int32)
     maps = [tensor_map(t, box, swizzle) for t in (x, y)]
     out = torch.zeros(1024, dtype=torch.int32)
-    got = tma(*maps, out, reached=(x, y))
+    got = TMA[load](*maps, out, reached=(x, y))
     want = torch.zeros(box[1], width, dtype=torch.int32)
     part = x[20:, 8 : 8 + width]
     want[: len(part), : part.shape[1]] = part
@@ -236,7 +311,9 @@ bar.warp.sync -1; setp.eq.u32 %p1, %r0, 0;
 @%p1 tensormap.replace.tile.box_dim.shared::cta.b1024.b32 [%r20], 0x0, 32; @%p1 tensormap.replace.tile.box_dim.shared::cta.b1024.b32 [%r20], 0x1, 4;
 @%p1 tensormap.replace.tile.global_dim.shared::cta.b1024.b32 [%r20], 0x0, 32; @%p1 tensormap.replace.tile.global_dim.shared::cta.b1024.b32 [%r20], 0x1, 8;
 @%p1 tensormap.replace.tile.global_stride.shared::cta.b1024.b64 [%r20], 0x0, 128; @%p1 tensormap.replace.tile.elemtype.shared::cta.b1024.b32 [%r20], 0x2;
-@%p1 tensormap.replace.tile.swizzle_mode.shared::cta.b1024.b32 [%r20], 0x0; bar.warp.sync -1;
+@%p1 tensormap.replace.tile.swizzle_mode.shared::cta.b1024.b32 [%r20], 0x0; @%p1 tensormap.replace.tile.fill_mode.shared::cta.b1024.b32 [%r20], 0x0;
+@%p1 tensormap.replace.tile.element_stride.shared::cta.b1024.b32 [%r20], 0x0, 1; @%p1 tensormap.replace.tile.element_stride.shared::cta.b1024.b32 [%r20], 0x1, 1;
+@%p1 tensormap.replace.tile.interleave_layout.shared::cta.b1024.b32 [%r20], 0x0; bar.warp.sync -1;
 tensormap.cp_fenceproxy.global.shared::cta.tensormap::generic.release.gpu.sync.aligned [%d1], [%r20], 128;
 fence.proxy.tensormap::generic.acquire.gpu [%d1], 128;
 """, 2, shared=SHARED)  # fmt: skip
@@ -259,7 +336,7 @@ def cluster_kernel(name, meet=MEET, last=MEET):
     return Kernel(name, f"""{CLUSTER} mul.lo.s32 %r7, %r3, 100; add.s32 %r7, %r7, %r0; st.shared.u32 [%r6], %r7; {meet}
 mapa.shared::cluster.u32 %r8, %r6, %r4; ld.shared::cluster.u32 %r10, [%r8]; st.global.u32 [%d9], %r10;
 mapa.shared::cluster.u32 %r11, %r20, %r4; add.s32 %r12, %r8, 128; add.s32 %r13, %r7, 1000;
-@%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r20], 128; mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%r11];
+@%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r20], 128; mbarrier.arrive.shared::cluster.b64 _, [%r11];
 st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%r12], %r13, [%r11]; {WAIT.format(name)}
 ld.shared.u32 %r10, [%r6+128]; st.global.u32 [%d9+128], %r10; {last}""", 1, ".reqnctapercluster 2, 1, 1", SHARED)  # fmt: skip
 
@@ -268,7 +345,7 @@ clusters = cluster_kernel("clusters")
 multicast = Kernel("multicast", f"""{CLUSTER} @%p1 mbarrier.inval.shared::cta.b64 [%r20]; @%p1 mbarrier.init.shared::cta.b64 [%r20], 1;
 {MEET} mov.u32 %r21, tile; mov.u32 %r22, 0; mov.u16 %h1, 3; setp.eq.u32 %p4, %r1, 0; and.pred %p4, %p4, %p1;
 @%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r20], 4096;
-@%p4 cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%r21], [%d0, {{%r22, %r22}}], [%r20], %h1;
+@%p4 cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint [%r21], [%d0, {{%r22, %r22}}], [%r20], %h1, %d3;
 {WAIT.format("multicast")} ld.shared.u32 %r10, [%r6+1024]; st.global.u32 [%d9], %r10; {MEET}""", 2, ".reqnctapercluster 2, 1, 1", SHARED)  # fmt: skip
 
 

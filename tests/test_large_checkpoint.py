@@ -23,7 +23,7 @@ CONFIG = dict(
     intermediate_size=18432, num_hidden_layers=80, first_k_dense_replace=4, num_attention_heads=64,
     num_key_value_heads=8, head_dim=128, rotary_dim=64, num_experts=256, num_experts_per_tok=8, n_group=8,
     topk_group=4, num_shared_experts=1, moe_intermediate_size=2048, use_qk_norm=True, rope_theta=600000,
-    max_position_embeddings=32768, num_nextn_predict_layers=0,
+    max_position_embeddings=32768, num_nextn_predict_layers=0, routed_scaling_factor=2.5,
 )  # fmt: skip
 SLICE = CONFIG | dict(num_hidden_layers=2, first_k_dense_replace=1, num_experts=16)  # loads in seconds
 NORMS = {

@@ -26,6 +26,32 @@ MISMATCHED = {
     "mask of -1": dict(attention_mask=-torch.ones(2, 12).long()),
     "target_counts without MTP's": dict(labels=IDS, target_counts=[22.0]),
 }  # fmt: skip
+BOUNDS = {
+    "a list": [0, 24], "none": torch.tensor([], dtype=torch.int32), "only 0": torch.tensor([0], dtype=torch.int32),
+    "of a matrix": torch.tensor([[0, 24]], dtype=torch.int32), "floats": torch.tensor([0.0, 24.0]),
+    "int64": torch.tensor([0, 24]), **{str(b): torch.tensor(b, dtype=torch.int32) for b in (
+        [1, 24], [24], [0, 5], [0, 25], [0, 7, 5, 24], [-1, 24],
+    )},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", BOUNDS)
+def test_bounds_of_documents_that_do_not_fit_raise(how):
+    with pytest.raises(ValueError, match="expected cu_seqlens"):
+        load("base")(IDS, labels=IDS, cu_seqlens=BOUNDS[how], logits=False)
+
+
+@pytest.mark.parametrize("ids", [[[1, 2]], IDS[0], IDS.float(), IDS.bool(), IDS.to(torch.uint8), IDS.short()],
+                         ids=lambda ids: str(getattr(ids, "dtype", "list")))  # fmt: skip
+def test_ids_of_another_kind_raise(ids):
+    with pytest.raises(ValueError, match="expected input_ids"):
+        load("base")(ids)
+
+
+@pytest.mark.parametrize("number", [2.5, "2", None])
+def test_a_number_of_new_tokens_that_is_no_integer_raises(number):
+    with pytest.raises(ValueError, match="expected max_new_tokens"):
+        load("base").generate(IDS, number)
 
 
 @pytest.mark.parametrize("logits", [False, True])

@@ -75,6 +75,26 @@ def test_swiglu_of_nothing(shape, backend):
         assert torch.autograd.grad(y.sum(), x)[0].shape == shape
 
 
+@pytest.fixture
+def nan_in_new_memory():
+    """Tensors that nothing has written hold NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_that_are_sums_of_nothing_are_0(backend, nan_in_new_memory):
+    rand = Rand(BF16)
+    plan = plan_of(rand, 20, 4, 2, "masked")
+    of_rows, of_choices = (torch.ones(shape, device=DEVICE, requires_grad=True) for shape in (40, (20, 2)))
+    with force(backend):
+        y = lk.swiglu(rand(40, 0), of_rows), lk.unpermute(rand(40, 0), plan, of_choices)
+        grads = torch.autograd.grad([t.sum() for t in y], [of_rows, of_choices])
+        again = lk.swiglu_backward(rand.data(40, 0), rand.data(40, 0), of_rows)[1]
+    assert all((g == 0).all() for g in (*grads, again))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_router_gemm_of_no_experts(backend):
     x, w = torch.randn(5, 16, device=DEVICE).to(BF16), torch.empty(0, 16, device=DEVICE, requires_grad=True)

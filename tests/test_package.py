@@ -183,6 +183,9 @@ def test_the_reason_why_cuda_does_not_run(hopper, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert backend.kernels_on(2) == "triton"  # nothing else could be expected
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.warns(UserWarning, match="no kernel runs: triton is not installed, and it is not built; the torch ref"):
+        assert backend.kernels_on(3) == "torch"
 
 
 def test_info_on_a_gpu_machine_with_a_broken_driver(hopper, monkeypatch):

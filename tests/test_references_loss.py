@@ -227,6 +227,24 @@ def test_tiny_moments_keep_their_size():
         torch.testing.assert_close(dequantize_moment(*quantize_moment(x, table), table), x, atol=0, rtol=1e-6)
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("n", [1, 300])
+def test_adamw_8bit_of_a_bad_gradient_is_the_same_on_every_backend(n, bad):
+    """Its whole block becomes NaN, the codes included, which a checkpoint holds."""
+    rand, results = Rand(FP32), []
+    p, g = rand.data(n), rand.data(n)
+    g[0] = bad
+    for backend in ("torch", "triton") if runs("triton") else ("torch",):
+        params = [p.clone()]
+        state = adamw_8bit_state(params)
+        with force(backend):
+            adamw_8bit(params, [g], state, 0.1, BETAS, 1e-8, 0.0, 1)
+        assert params[0][:256].isnan().any() and params[0][256:].isfinite().all()
+        results.append([*params, *state[0]])
+    for result in results:
+        torch.testing.assert_close(result, results[0], rtol=1e-6, atol=0, equal_nan=True)
+
+
 def test_adamw_8bit_decays_apart_from_the_moments():
     p = torch.full((3,), 2.0, device=DEVICE)
     state = adamw_8bit_state([p])

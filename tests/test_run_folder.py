@@ -143,6 +143,7 @@ def test_settings_take_paths_and_numpys_numbers(tmp_path):
     ("steps", True, "a whole number"), ("lr", "1", "lr '1': it must be a number"), ("lr", np.bool_(True), "a number"),
     ("step_in_backward", 1, "step_in_backward 1: it must be True or False"), ("optimizer", 8, "text"),
     ("spike_loss", "x", "a number"), ("batch_ramp", 4, "text"),
+    ("data", "", "a path or several"), ("data", ["a", ""], "a path or several"), ("model", "", "text"),
 ])  # fmt: skip
 def test_settings_of_other_types_are_refused(tmp_path, name, value, says):
     with pytest.raises(InputError, match=says):

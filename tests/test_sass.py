@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from tests.sass import predict
 from tests.sass.__main__ import main
 from tests.sass.clocks import differences, rows_of
 from tests.sass.decode import global_bytes, parse, registers, tensor_clocks, width
@@ -13,7 +14,7 @@ from tests.sass.hazards import highest_registers, touched_in_flight
 from tests.sass.page import page
 from tests.sass.regions import between, loops, segments
 from tests.sass.walk import LATENCY, clocks, early, walk
-from tests.tables import CLOCKS, CUDA_CLOCKS, TRITON_CLOCKS
+from tests.tables import CLOCKS, CUDA_CLOCKS, PREDICTED, TRITON_CLOCKS
 
 # As nvdisasm prints it, made by nvcc 13.0. By hand: LDC's high word >> 41 is 0x7f1: stall 1, no scoreboards. S2R's is
 # 0x717: stall 7, sets 0. The second LDC's is 0x731: stall 1, sets 1. ISETP's is 0xfe2: stall 2, waits for 0.
@@ -314,6 +315,18 @@ def test_registers_stay_within_setmaxnreg():
 def test_the_page_says_what_the_tables_say():
     cuda, triton = (json.loads(path.read_text()) for path in (CUDA_CLOCKS, TRITON_CLOCKS))
     assert CLOCKS.read_text() == page(cuda, triton), f"{CLOCKS.name} is out of date: make tables"
+    assert PREDICTED.read_text() == predict.page(cuda["rows"]), f"{PREDICTED.name} is out of date: make tables"
+
+
+def test_a_bound_follows_from_the_clocks():
+    """A product by hand: 4 steps of 1152 clocks, one of which the other warpgroup makes during an epilogue of 1000."""
+    name = "gemm_fp8_kernel<Variant<V>>"
+    around = [dict(kernel=name, part=f"around products: {part}", clocks=500)
+              for part in ("before the first issue", "after the last wait")]  # fmt: skip
+    clocks = predict.Clocks([dict(kernel=name, part="products", clocks=488, tensor=512), *around])
+    seconds = predict.Product("", "V", 1, 128 * 132, 256, 512, 2, "").seconds(clocks)
+    assert seconds["SMs"] == pytest.approx((2 * 1000 + 1152 * (4 - 1)) / predict.CLOCK)
+    assert seconds["memory"] == pytest.approx(((256 + 128 * 132) * 512 + 2 * 128 * 132 * 256) / 4.8e12)
 
 
 def test_budgets_have_a_margin():

@@ -256,6 +256,11 @@ def test_malformed_bodies(shared):
     ):  # fmt: skip
         assert response.status_code == status and response.json()["error"]["code"] == status
     assert "application/json" in call(shared, "/v1/completions", content=b"{}").json()["error"]["message"]
+    for name in ("x" * 3000, "a\nb"):  # fields that do not exist, and a model that does not
+        for body in ({"prompt": "x", name: 1}, {"prompt": "x", "model": name}):
+            response = call(shared, "/v1/completions", {"model": "speller"} | body)
+            message = response.json()["error"]["message"]
+            assert response.status_code in (400, 404) and len(message) < 1000 and len(message.splitlines()) == 1
     assert call(shared, "/v1/models/speller").json()["id"] == "speller"
 
 

@@ -27,9 +27,9 @@ RAGGED = {
 
 
 def walk_of_csrc(variant: str, N: int, rows: list[int]) -> list[list[tuple[int, ...]]]:
-    """The tiles (group, first row, first column, rows) that each SM takes."""
+    """The tiles (group, first row, first column, rows, both, joint) that each SM takes."""
     offsets = torch.tensor([0, *rows]).cumsum(0).int()
-    out = torch.full((SMS, 6000, 4), -1, dtype=torch.int32)
+    out = torch.full((SMS, 6000, 6), -1, dtype=torch.int32)
     kernel = getattr(Kernels(ROOT / "tests/cuda/walk.cu"), f"walk_{variant}")
     kernel(SMS, 384, offsets, N, len(rows), out, out.shape[1], shared=227 << 10)
     assert (out[:, -1] == -1).all(), "too many tiles"
@@ -49,14 +49,27 @@ def test_every_sm_takes_the_tiles_of_the_walk(name, variant, block_m, block_n):
     tiles = walk(rows, N // 2 if "swiglu" in variant else N, block_m, block_n)
     got = walk_of_csrc(variant, N, rows)
     for sm in range(SMS):
-        assert got[sm] == [(g, first[g] + m * block_m, n * block_n, own) for g, m, n, own in tiles[sm::SMS]]
+        want = [(g, first[g] + m * block_m, n * block_n, own) for g, m, n, own in tiles[sm::SMS]]
+        assert [tile[:4] for tile in got[sm]] == want
+
+
+@needs_csrc
+@pytest.mark.parametrize("name", RAGGED)
+def test_blocks_of_a_pair_share_weights_where_their_tiles_do(name):
+    got = walk_of_csrc("128x256", EXAMPLE["N"], RAGGED[name])
+    for first, second in zip(got[::2], got[1::2], strict=True):
+        assert len(first) - len(second) in (0, 1)
+        for mine, other in zip(first, [*second, None], strict=False):
+            same = other is not None and (mine[0], mine[2]) == (other[0], other[2])
+            assert mine[4:] == (other is not None, same)
+            assert other is None or other[4:] == (True, same)
 
 
 @needs_csrc
 @pytest.mark.parametrize("variant", ["wgrad", "wgrad_bf16"])
 def test_a_weight_gradient_has_all_tiles_of_every_group(variant):
     N, rows = 2304, [128, 0, 256]
-    got = sorted(tile for of_one in walk_of_csrc(variant, N, rows) for tile in of_one)
+    got = sorted(tile[:4] for of_one in walk_of_csrc(variant, N, rows) for tile in of_one)
     assert got == sorted((g, m * 128, n * 256, own) for g, m, n, own in walk([N] * len(rows), N, 128, 256))
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ling_kernels.errors import InputError
 from ling_kernels.model import Ling, save_model
 from ling_kernels.model.config import PRESETS
 from ling_kernels.tokenizer import load_tokenizer
@@ -19,6 +20,7 @@ from ling_kernels.train import checkpoint as ckpt
 from ling_kernels.train import prepare
 from ling_kernels.train.__main__ import main
 from ling_kernels.train.data import write_tokens
+from ling_kernels.train.report import open_lines, read_lines
 from ling_kernels.train.settings import Settings
 from tests.training import flags, one_line_error, small, text, tiniest, uninterrupted  # noqa: F401
 
@@ -32,7 +34,7 @@ NUMBERS = [
     ("--eval-rows 0", "--eval-rows"), ("--threads 0", "--threads"), ("--holdout 1", "--holdout"),
     ("--precision fp4", "--precision"), ("--recompute experts", "--precision fp8"), ("--recompute most", "--recompute"),
     ("--nonsense 3", "--nonsense"), ("--weight-decay -0.1", "--weight-decay"), ("--max-bad-steps 0", "--max-bad-steps"),
-    ("--balance-rate nan", "--balance-rate"), ("--device tpu", "--device"),
+    ("--balance-rate nan", "--balance-rate"), ("--device tpu", "--device"), ("--threads 1000000000", "--threads"),
 ]  # fmt: skip
 
 
@@ -42,6 +44,27 @@ def test_a_bad_number(tmp_path, small, text, argv, says, capsys):
     base = ["--model", str(small), "--data", str(text), "--out", str(out), "--seq-len", "32"]
     assert says in one_line_error([*base, *argv.split()], capsys)
     assert not out.exists()
+
+
+def names_of_no_file():
+    for flag in ("--data", "--out", "--model", "--tokenizer", "--resume"):
+        yield from ((flag, name) for name in ("x" * 300, "a\0b", "") if (flag, name) != ("--out", ""))
+
+
+@pytest.mark.parametrize("flag, name", names_of_no_file(), ids=lambda value: value[:10])
+def test_a_name_that_no_file_can_have(tmp_path, small, text, flag, name, capsys, monkeypatch):
+    """An empty one, as of a variable that is not set, would be the current folder."""
+    monkeypatch.chdir(tmp_path)
+    options = {"--model": str(small), "--data": str(text), "--out": "run"} | {flag: name}
+    if flag == "--resume":
+        options = {flag: name}
+    one_line_error([part for pair in options.items() for part in pair], capsys)
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_too_little_memory_is_one_line(tmp_path, small, text, capsys):
+    options = ["--data", str(text), "--out", str(tmp_path / "run"), "--seq-len", "32", "--batch", str(10**12)]
+    assert "too little memory" in one_line_error(["--model", str(small), *options], capsys)
 
 
 def bad_data(folder, kind):
@@ -289,6 +312,11 @@ def test_a_bad_resume(tmp_path, flags, uninterrupted, small, capsys):
     (lambda state: state.pop("step"), "state.json has no step"),
     (lambda state: state["settings"].update(warp=9), "does not know: warp"),
     (lambda state: state.update(files=[1]), "state.json is not readable"),
+    *((lambda state, change=change: state.update(change), "a value has another type") for change in (
+        dict(step="14"), dict(sequences=None), dict(tokens=-1), dict(skipped=1.5), dict(bad=True), dict(settings=[]),
+        dict(recent=[[1.0]]), dict(recent="x"), dict(in_bf16=3), dict(in_bf16=[None]),
+    )),
+    (lambda state: state.update(in_bf16=["nothing"]), "in_bf16 names no layer: nothing"),
 ])  # fmt: skip
 def test_a_state_of_another_version_is_one_line(tmp_path, uninterrupted, capsys, change, says):
     checkpoint = tmp_path / "checkpoints" / "step-000014"
@@ -299,6 +327,24 @@ def test_a_state_of_another_version_is_one_line(tmp_path, uninterrupted, capsys,
     assert says in one_line_error(["--resume", str(checkpoint)], capsys)
     (checkpoint / "state.json").write_text("[" * 100_000)
     assert "state.json is not readable" in one_line_error(["--resume", str(checkpoint)], capsys)
+
+
+@pytest.mark.parametrize("line", [
+    "\0" * 9, '{"step": 3, "lo', '{"a": 1}', "[1]", '{"step": null}', "\udcff", "[" * 10**5,
+])  # fmt: skip
+def test_damaged_lines_of_a_run_are_left_out(tmp_path, line):
+    """As after a power failure; the records around them stay."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + line.encode(errors="surrogateescape") + b'\n{"step": 2}\n{"step": 3}\n')
+    assert [row["step"] for row in read_lines(path)] == [1, 2, 3]
+    open_lines(path, 2).close()
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_a_folder_in_the_place_of_a_file_is_one_line(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(InputError, match="cannot write .*metrics.jsonl"):
+        open_lines(tmp_path / "metrics.jsonl", 2)
 
 
 def test_resuming_with_other_data_or_another_preset(tmp_path, small, capsys, monkeypatch):

@@ -88,6 +88,11 @@ def test_errors(tmp_path, flags, uninterrupted, monkeypatch):
     ):
         with pytest.raises(InputError, match=says):
             Trainer(replace(settings, **bad), tmp_path / "run")
+    for bad in ({}, {"steps": 3}, [], "run", 3):
+        with pytest.raises(InputError, match="give Settings"):
+            Trainer(bad, tmp_path / "run")
+    with pytest.raises(InputError, match="out is 3"):
+        Trainer(settings, 3)
     with pytest.raises(InputError, match="seed is 0 in the run to resume and 1 here"):
         Trainer.resume(uninterrupted, seed=1)
     with pytest.raises(InputError, match="no setting stepz"):

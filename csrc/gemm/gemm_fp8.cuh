@@ -14,10 +14,11 @@ namespace ling::gemm_fp8 {
 // sum[h] += the products of one stage with their scales. Scales are read while a product runs, as many as there are
 // registers for, so that the stage is free when its last product is complete.
 template <typename V>
-__device__ void multiply(Shared<V>& s, int stage, bool busy, bool all_halves, float (&sum)[V::kHalves][V::kRegs]) {
+__device__ void multiply(Shared<V>& s, const Problem& p, const Tile& t, int stage, bool busy, bool all_halves,
+                         float (&sum)[V::kHalves][V::kRegs]) {
     constexpr bool kColumns = V::kSwap || V::kRowScales;  // a scale for each of the product's columns
     constexpr int kEarly = V::kRowScales ? V::kRegs / 4 : V::kRegs / 2;
-    if (!busy) return release(s.empty[stage]);
+    if (!busy) return free_stage(s, p, t, stage);
     const Place place;
     const float* x_scale = s.a_scale[stage];
     const float upper = x_scale[V::kSwap ? 0 : 64 * place.warpgroup + place.row];
@@ -43,7 +44,7 @@ __device__ void multiply(Shared<V>& s, int stage, bool busy, bool all_halves, fl
         wgmma_commit();
         wgmma_wait<0>(part);
         read_scales(kEarly, V::kRegs / 2);
-        release(s.empty[stage], h + 1 == V::kHalves || !all_halves);
+        free_stage(s, p, t, stage, h + 1 == V::kHalves || !all_halves);
 #pragma unroll
         for (int i = 0; i < V::kRegs / 2; i++) {
             const int j = i / 2 * 4 + i % 2;  // the column's upper row; j + 2: the lower one
@@ -74,9 +75,9 @@ template <typename V> __device__ void multiply_tiles(Shared<V>& s, const Problem
         float sum[V::kHalves][V::kRegs] = {};
         for (int units_left = t.k_units; units_left > 0; units_left--, ring.next()) {
             s.full[ring.stage].wait(ring.parity);
-            multiply(s, ring.stage, busy, all_halves, sum);
+            multiply(s, p, t, ring.stage, busy, all_halves, sum);
         }
-        if (V::kWgrad && !t.k_units) release(s.empty[ring.stage]), ring.next();
+        if (V::kWgrad && !t.k_units) free_stage(s, p, t, ring.stage), ring.next();
         if (!busy) continue;
         if constexpr (!V::kSwiglu) {
             if (p.fp32) finish_in_place<V, float>(p, t, sum);
@@ -97,7 +98,7 @@ template <typename V> __device__ Shared<V>& begin(const Problem& p) {
         for (int i = 0; i < V::kStages; i++) {
             s.full[i].init(V::kGather || V::kTransposed ? 128 + 1 : 2);
             if (V::kTransposed) s.raw[i].init(1);
-            s.empty[i].init(kConsumers / 32);
+            s.empty[i].init(kConsumers / 32 * (1 + p.pairs));
         }
         publish_barriers();
     }
@@ -106,8 +107,14 @@ template <typename V> __device__ Shared<V>& begin(const Problem& p) {
         prefetch_map(p.b);
     }
     __syncthreads();
+    if (V::kPairs && p.pairs) pair_barrier();
     count_group_tiles(s, p);
     return s;
+}
+
+// A block of a pair stays until the other one no longer arrives at its barriers.
+template <typename V> __device__ void end(const Problem& p) {
+    if (V::kPairs && p.pairs) pair_barrier();
 }
 
 template <typename V>
@@ -122,6 +129,7 @@ __global__ void __launch_bounds__(kThreads, 1) gemm_fp8_kernel(const __grid_cons
         more_registers<V::kTransposed || V::kGather ? 216 : 232>();
         multiply_tiles(s, p);
     }
+    end<V>(p);
 }
 
 }  // namespace ling::gemm_fp8

@@ -22,7 +22,8 @@ __device__ void load_tokens(Shared<Bf16>& s, const Problem& p) {
         const int row = t.k + step * Bf16::kTokens;
         s.full[stage].arrive_and_expect(Bf16::kABytes + Bf16::kBBytes);
         for (int i = 0; i < 2; i++) load_tile(s.a[stage] + i * Bf16::kBox, p.a, s.full[stage], t.m + 64 * i, row);
-        for (int i = 0; i < 4; i++) load_tile(s.b[stage] + i * Bf16::kBox, p.b, s.full[stage], t.n + 64 * i, row);
+        for (int i = 0; i < 4; i++)
+            load_shared(s, t, i / 2, s.b[stage] + i * Bf16::kBox, p.b, stage, t.n + 64 * i, row);
     });
 }
 
@@ -59,9 +60,9 @@ __device__ void multiply_tokens(Shared<Bf16>& s, const Problem& p) {
                 wgmma_wait<0>(sum[0]);
                 wgmma_wait<0>(sum[1]);
             }
-            release(s.empty[ring.stage]);
+            free_stage(s, p, t, ring.stage);
         }
-        if (!t.k_units) release(s.empty[ring.stage]), ring.next();
+        if (!t.k_units) free_stage(s, p, t, ring.stage), ring.next();
         if (!busy) continue;
         if (p.fp32) finish_in_place<Bf16, float>(p, t, sum);
         else if (p.accumulate) finish_in_place<Bf16, bf16>(p, t, sum);
@@ -79,6 +80,7 @@ __global__ void __launch_bounds__(kThreads, 1) grouped_wgrad_bf16_kernel(const _
         more_registers<232>();
         multiply_tokens(s, p);
     }
+    end<Bf16>(p);
 }
 
 }  // namespace
@@ -104,9 +106,7 @@ void grouped_wgrad_fwd(cudaStream_t stream, Tensor dy, Tensor x, Tensor offsets,
         LING_CHECK(dy.is(DType::bf16, {S, N}) && x.is(DType::bf16, {S, K}) && N % 8 == 0 && K % 8 == 0);
         p.a = encode_map(dy.data, DType::bf16, S, N, dy.stride[0] * 2, Bf16::kTokens, 64, true);
         p.b = encode_map(x.data, DType::bf16, S, K, x.stride[0] * 2, Bf16::kTokens, 64, true);
-        const int64_t tiles = E * ceil_div<int64_t>(N, Bf16::kBlockM) * ceil_div<int64_t>(K, Bf16::kBlockN);
-        launch<grouped_wgrad_bf16_kernel>(std::min<int64_t>(multiprocessors(), tiles), kThreads, sizeof(Shared<Bf16>),
-                                          stream, p);
+        launch_tiles<Bf16, grouped_wgrad_bf16_kernel>(stream, p);
     }
 }
 

@@ -18,6 +18,21 @@ inline TensorMap map_of_scales(const Tensor& scale, int box) {
     return encode_map(scale.data, DType::f32, scale.shape[1], scale.shape[0], stride * 4, 1, box, false);
 }
 
+// Runs the kernel with a block for each SM, or for each tile if there are fewer. Blocks are pairs where most of them
+// find the same weights: each then takes half of them from L2 (docs/kernels.md; not measured).
+template <typename V, auto kernel> void launch_tiles(cudaStream_t stream, Problem& p) {
+    const int64_t rows = V::kWgrad ? int64_t(p.G) * ceil_div(p.M, V::kBlockM)
+                                   : p.M / V::kBlockM + std::min(p.G, p.M);  // tiles of rows, at most
+    const int64_t tiles = rows * ceil_div(V::kSwiglu ? p.N / 2 : p.N, V::kSwiglu ? V::kBlockN / 2 : V::kBlockN);
+    const int sms = multiprocessors();
+    p.pairs =
+        V::kPairs && sms > 1 && (V::kWgrad ? ceil_div(p.M, V::kBlockM) % 2 == 0 : p.M > V::kBlockM * int64_t{p.G});
+    if (p.pairs)
+        launch<kernel, kPairs>(std::min<int64_t>(sms / 2, ceil_div<int64_t>(tiles, 2)) * 2, kThreads, sizeof(Shared<V>),
+                               stream, p);
+    else launch<kernel>(std::min<int64_t>(sms, tiles), kThreads, sizeof(Shared<V>), stream, p);
+}
+
 // a [rows, K], b [.., N, K], or [.., K, N] if transposed; b_scale only with row scales.
 template <typename V>
 void launch_gemm_fp8(cudaStream_t stream, Problem p, const Tensor& a, const Tensor& a_scale, const Tensor& b,
@@ -33,11 +48,7 @@ void launch_gemm_fp8(cudaStream_t stream, Problem p, const Tensor& a, const Tens
     }
     p.b = encode_map(b.data, DType::e4m3, weight_rows, b.shape[b.ndim - 1], b.stride[b.ndim - 2], 128, 128, true);
     if (V::kRowScales) p.b_scale = map_of_scales(b_scale, 128);
-
-    const int64_t rows = V::kWgrad ? int64_t(p.G) * ceil_div(p.M, V::kBlockM)
-                                   : p.M / V::kBlockM + std::min(p.G, p.M);  // tiles of rows, at most
-    const int64_t tiles = rows * ceil_div(V::kSwiglu ? p.N / 2 : p.N, V::kSwiglu ? V::kBlockN / 2 : V::kBlockN);
-    launch<gemm_fp8_kernel<V>>(std::min<int64_t>(multiprocessors(), tiles), kThreads, sizeof(Shared<V>), stream, p);
+    launch_tiles<V, gemm_fp8_kernel<V>>(stream, p);
 }
 
 // Choose tiles for groups with `rows` rows on average; not measured. With few rows the weights are wgmma's M operand

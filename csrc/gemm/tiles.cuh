@@ -2,7 +2,7 @@
 #pragma once
 #include "quant/fp8.cuh"
 #include "ragged.cuh"
-#include "sm90.cuh"
+#include "gemm/pairs.cuh"
 
 namespace ling::gemm_fp8 {
 
@@ -25,6 +25,9 @@ struct Variant {
     static constexpr bool kRowScales = kScales == Scales::rows, kSwiglu = kOutput == Output::swiglu;
     static constexpr bool kGather = kLoad == Tokens::gathered, kWgrad = kOver == Contraction::group;
     static constexpr bool kTransposed = kWeights == Weights::transposed, kBlockScales = !kRowScales;
+    // May run with Problem::pairs. Transposed weights are bound by shared memory; of a plain product with row scales
+    // registers would spill.
+    static constexpr bool kPairs = !kSwap && !kTransposed && (kBlockScales || kWgrad);
     static constexpr int kUnit = 128;                       // elements of K per scale
     static constexpr int kStageUnits = 1;                   // units of a stage
     static constexpr int kRegs = kSwap ? kTokens / 2 : 64;  // results of one product in a thread
@@ -44,6 +47,8 @@ struct alignas(16) Tile {
     int group, m, n;
     int rows;        // that belong to the group; 0: there are no more tiles
     int k, k_units;  // the part of the contraction: its first unit and number of units of V::kUnit
+    bool both;       // with pairs: the other block of the pair has a tile too
+    bool joint;      // with pairs: both tiles have the same weights, of which each block loads one half for both
 };
 
 template <typename V> struct Shared {
@@ -76,6 +81,7 @@ struct Problem {
     int64_t y_g, y_m, y_scale_k;
     int M, N, K, G, max_m;
     bool fp32, accumulate;
+    bool pairs;  // blocks 2 i and 2 i + 1 are a cluster, whose tiles follow each other and have equal contractions
 };
 
 template <typename V> __device__ void count_group_tiles(Shared<V>& s, const Problem& p) {
@@ -104,12 +110,29 @@ template <typename V> __device__ bool find_tile(const Shared<V>& s, const Proble
     int in_group = tile - s.tiles[g] * tiles_n;
     const int tiles_m = s.tiles[g + 1] - s.tiles[g], band = in_group / (kBand * tiles_n);
     in_group -= band * kBand * tiles_n;
-    const int height = min(tiles_m - band * kBand, kBand), m = (band * kBand + in_group % height) * V::kBlockM;
+    const int height = min(tiles_m - band * kBand, kBand), down = in_group % height,
+              m = (band * kBand + down) * V::kBlockM;
     const int end = V::kWgrad ? p.M : s.rows[g];
     found.group = g, found.m = V::kWgrad ? m : s.first[g] + m, found.n = in_group / height * kWidth;
     found.rows = min(end - m, V::kBlockM);
     found.k = V::kWgrad ? s.first[g] : 0, found.k_units = V::kWgrad ? s.rows[g] : p.K / 128;
+    if constexpr (V::kPairs) {  // the grid is even, so the pair's first block has even tiles
+        const bool second = tile % 2;
+        found.both = p.pairs && (second || tile + 1 < s.tiles[p.G] * tiles_n);
+        found.joint = p.pairs && (second ? down > 0 : down + 1 < height);
+    }
     return true;
+}
+
+// A warp frees a stage, if `last`. In a pair both blocks may load into it, so that both must free it: a warp arrives at
+// both, or twice at its own block while that has the pair's only tile. The pairs of wgrad always have two.
+template <typename V>
+__device__ void free_stage(Shared<V>& s, const Problem& p, const Tile& t, int stage, bool last = true) {
+    if constexpr (V::kPairs) {
+        const unsigned lane = threadIdx.x % 32;
+        __syncwarp();
+        if (last && lane <= p.pairs) arrive_at(s.empty[stage], V::kWgrad || t.both ? lane : block_in_pair());
+    } else release(s.empty[stage], last);
 }
 
 // The results of a thread in its warpgroup's product [64, ..]: rows `row` and row + 8, and two of each 8 columns.

@@ -12,7 +12,7 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from ..errors import InputError
+from ..errors import InputError, one_line
 from ..tokenizer import Tokenizer
 from .engine import Engine
 from .metrics import Metrics
@@ -68,7 +68,7 @@ def error_response(
 def error_object(status: int, message: str, param: str | None = None) -> dict:
     """OpenAI's error object."""
     kind = "invalid_request_error" if status < 500 else "server_error"
-    return {"message": message, "type": kind, "param": param, "code": status}
+    return {"message": one_line(message), "type": kind, "param": param, "code": status}
 
 
 @dataclass

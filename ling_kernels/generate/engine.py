@@ -14,6 +14,8 @@ forward.py lists the calls of a decode step.
 """
 
 import asyncio
+import operator
+import os
 import threading
 import time
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
@@ -21,7 +23,7 @@ from contextlib import contextmanager
 
 import torch
 
-from ..errors import InputError
+from ..errors import InputError, integer
 from ..model import Ling
 from ..model.decode import empty_caches
 from ..model.sample import BAD_LOGITS, Sampling, SamplingMode
@@ -31,6 +33,7 @@ from .scheduler import DRAFT_SLACK, Request, Scheduler, Work, max_sequence_token
 
 SHARE = 0.9  # part of a GPU's free memory, after the weights, for the KV cache
 CPU_CACHE_BYTES = 1 << 30
+MAX_RUNNING = 1 << 16  # each has a row of a block table
 MAX_ROWS = 8  # per sequence, limit of attention_decode
 
 
@@ -57,12 +60,16 @@ class Engine:
         max_waiting: int = 1024,
         draft: int = 0,
     ):
-        if not 0 <= draft < MAX_ROWS:
+        if not isinstance(model, torch.nn.Module):
+            raise InputError(f"the model is a {type(model).__name__}, not a Ling, which load_model returns")
+        page_size, max_running = integer("page_size", page_size, 1), integer("max_running", max_running, 1)
+        if max_running > MAX_RUNNING:
+            raise InputError(f"max_running is {max_running}; it must be at most {MAX_RUNNING}")
+        max_rows, max_waiting = integer("max_rows", max_rows, 1), integer("max_waiting", max_waiting, 1)
+        if integer("draft", draft, 0) >= MAX_ROWS:
             raise InputError(f"draft is {draft}; it must be from 0 to {MAX_ROWS - 1}")
-        limits = dict(cache_tokens=cache_tokens, page_size=page_size, max_running=max_running, max_waiting=max_waiting)
-        for name, value in limits.items():
-            if value is not None and value < 1:
-                raise InputError(f"{name} is {value}; it must be at least 1")
+        if not isinstance(cache_dtype, torch.dtype | None):
+            raise InputError(f"cache_dtype is {cache_dtype!r}, not a torch.dtype")
         if max_running * (1 + draft) > max_rows:
             raise InputError(f"max_rows {max_rows} is less than max_running {max_running} x {1 + draft} rows")
         self.model, self.config = model.eval(), model.config
@@ -74,7 +81,10 @@ class Engine:
             free = SHARE * torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else CPU_CACHE_BYTES
             pages = min(int(free) // bytes_per_page, max_running * -(-self.config.max_positions // page_size))
         else:
-            pages = -(-cache_tokens // page_size) + max_running * -(-DRAFT_SLACK * draft // page_size)
+            tokens = integer("cache_tokens", cache_tokens, 1)
+            pages = -(-tokens // page_size) + max_running * -(-DRAFT_SLACK * draft // page_size)
+            if pages * bytes_per_page > (memory := memory_of(self.device)):
+                raise InputError(f"cache_tokens is {tokens}: {pages * bytes_per_page:,} bytes, of {memory:,} in all")
         if pages < 1:
             raise InputError(f"too little memory for a KV cache of {page_size} tokens, {bytes_per_page} bytes")
         self.pages = PagePool(pages, page_size)
@@ -103,12 +113,17 @@ class Engine:
         after which the request finishes with the tokens it has. Raises InputError for a prompt that is empty, too long
         or has ids outside the vocabulary, and Busy if the queue is full.
         """
-        prompt = [int(t) for t in prompt]
+        prompt = token_list("a prompt", prompt)
         positions, vocabulary = max_sequence_tokens(self.config.max_positions, self.draft), self.config.vocab_size
         if max_new_tokens is None:
             max_new_tokens = max(1, min(256, positions - len(prompt)))
-        if not prompt or max_new_tokens < 1:
-            raise InputError("a request needs a prompt of at least one token, and max_new_tokens of at least 1")
+        if not prompt:
+            raise InputError("a request needs a prompt of at least one token")
+        max_new_tokens = integer("max_new_tokens", max_new_tokens, 1)
+        if not isinstance(sampling, Sampling | None):
+            raise InputError(f"sampling is {sampling!r}; it must be a Sampling")
+        if timeout is not None and not (isinstance(timeout, int | float) and timeout == timeout):
+            raise InputError(f"timeout is {timeout!r}; it must be a number of seconds")
         if len(prompt) + max_new_tokens > positions:
             less = f", minus {DRAFT_SLACK} per draft token" if self.draft else ""
             raise InputError(f"{len(prompt)} prompt tokens and {max_new_tokens} new tokens exceed the model's"
@@ -116,7 +131,8 @@ class Engine:
         if unknown := [t for t in prompt if not 0 <= t < vocabulary]:
             raise InputError(f"token {unknown[0]} is outside the model's vocabulary of {vocabulary}")
         stop_token_ids = ends if stop_token_ids is None else stop_token_ids
-        stop_token_ids = frozenset(self.config.eos_token_ids if stop_token_ids is None else stop_token_ids)
+        stop_token_ids = self.config.eos_token_ids if stop_token_ids is None else stop_token_ids
+        stop_token_ids = frozenset(token_list("stop_token_ids", stop_token_ids))
         deadline = float("inf") if timeout is None else time.monotonic() + timeout
         request = Request(prompt, sampling or Sampling(), max_new_tokens, stop_token_ids, deadline)
         self.scheduler.submit(request)
@@ -295,6 +311,8 @@ class Engine:
 
         An error of one request cancels the others and is raised.
         """
+        if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+            raise InputError(f"prompts are lists of token ids, not {prompts!r}")
         requests = []
         try:
             for prompt in prompts:
@@ -320,6 +338,21 @@ class Engine:
     def right(self) -> int:
         """The old name of `accepted`, for one version."""
         return self.accepted
+
+
+def token_list(name: str, tokens: Iterable[int]) -> list[int]:
+    """Token ids as ints. Raises InputError for text and for numbers that are not whole."""
+    try:
+        return [operator.index(token) for token in tokens]
+    except TypeError:
+        raise InputError(f"{name} must be token ids, which a tokenizer encodes, not {tokens!r}") from None
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of a GPU's memory, or of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def raise_error(request: Request) -> None:

@@ -6,6 +6,7 @@ and one tensor, besides the pages of a shard that the system maps.
 """
 
 import json
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..files import atomic_write
+from ..files import atomic_write, user_path
 from ..nn.fp8 import Fp8Linear, fits, to_fp8
 from ..nn.fp8_inference import SCALES, quantize_for_inference_
 from ..op import E4M3
@@ -58,11 +59,13 @@ def _official_views(name: str, p: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield name.replace(".down.weight", ".down_proj.weight"), p
 
 
-def resolve_model(name: str) -> tuple[LingConfig, Path | None]:
+def resolve_model(name: str | Path) -> tuple[LingConfig, Path | None]:
     """(configuration, directory) of a checkpoint directory; (configuration, None) of a preset's name."""
-    if name in PRESETS:
-        return LingConfig.preset(name), None
-    folder = Path(name)
+    if not isinstance(name, str | os.PathLike):
+        raise InputError(f"a model is a preset or a path of a directory, not {name!r}")
+    if str(name) in PRESETS:
+        return LingConfig.preset(str(name)), None
+    folder = user_path(name)
     if not folder.is_dir():
         raise InputError(f"unknown model {name!r}: neither a preset ({', '.join(PRESETS)}) nor a directory")
     if not (folder / "config.json").is_file():
@@ -84,10 +87,16 @@ def load_model(
     Raises InputError with file and key for tensors that are missing, damaged, of the wrong shape or of a type that is
     not supported, and for tensors that are not used although they belong to a weight, such as a scale or a bias.
     """
-    folder = Path(folder)
-    config, directory = resolve_model(str(folder))
+    config, directory = resolve_model(folder)
     if directory is None:
         raise InputError(f"{folder} is a preset, which has no weights; give a checkpoint directory")
+    if dtype not in WIDE:
+        raise InputError(f"dtype is {dtype!r}; it must be torch.{' or torch.'.join(WIDE_NAMES)}")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:  # which of them depends on how torch was built
+        raise InputError(f"torch has no device {device!r}: {error}") from None
+    folder = directory
     with torch.device("meta"):
         model = Ling(config)
     model = model.to(dtype)
@@ -96,9 +105,12 @@ def load_model(
         if fp8_head and fits(model.lm_head.weight):
             model.lm_head = Fp8Linear.of(model.lm_head)
         quantize_for_inference_(model)
-    files, used = _files(folder), set[str]()
+    used = set[str]()
     with torch.no_grad(), _Shards(folder) as shards:
+        files = _files(folder, shards)
         _check_shapes(folder, model, files, shards)
+        if (single := folder / SINGLE).is_file() and single not in files.values():
+            raise InputError(f"{folder} has {SINGLE} and {INDEX} of other files: remove the one that is out of date")
         model = model.to_empty(device=device)
         model.reset_buffers()
         views = dict(named_views(model))
@@ -117,7 +129,8 @@ def load_model(
                 views[key + SCALES].copy_(scale)
             else:
                 view.copy_(tensor if scale is None else _dequantized(tensor, scale))
-    _check_unused(folder, files, used)
+        in_shards = {key: path for path in sorted({*files.values()}) for key in shards.keys(path)}
+    _check_unused(folder, in_shards | files, used)  # an index need not name all
     return model.eval()
 
 
@@ -173,18 +186,17 @@ def _dequantized(q: Tensor, scale: Tensor) -> Tensor:
     return dequantize(padded, scale)[:N, :K]
 
 
-def _files(folder: Path) -> dict[str, Path]:
+def _files(folder: Path, shards: "_Shards") -> dict[str, Path]:
     """Map every key of a checkpoint to its file."""
-    index = folder / INDEX
-    if index.is_file():
-        try:
-            return {k: folder / v for k, v in json.loads(index.read_text())["weight_map"].items()}
-        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-            raise InputError(f"{index} is damaged: {error!r}") from None
-    if (folder / SINGLE).is_file():
-        with _Shards(folder) as shards:
-            return dict.fromkeys(shards.keys(folder / SINGLE), folder / SINGLE)
-    raise InputError(f"{folder} has neither {SINGLE} nor {INDEX}")
+    index, single = folder / INDEX, folder / SINGLE
+    if not index.is_file():
+        if single.is_file():
+            return dict.fromkeys(shards.keys(single), single)
+        raise InputError(f"{folder} has neither {SINGLE} nor {INDEX}")
+    try:
+        return {k: folder / v for k, v in json.loads(index.read_text())["weight_map"].items()}
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise InputError(f"{index} is damaged: {error!r}") from None
 
 
 class _Shards:

@@ -172,7 +172,8 @@ class LingConfig:
 
     @classmethod
     def from_json(cls, path: str | Path) -> "LingConfig":
-        """Read an official config.json in any published spelling; missing fields take the defaults above.
+        """Read an official config.json in any published spelling; missing fields take the defaults above, but
+        routed_scaling_factor and partial_rotary_factor those of the published classes, which are 1.
 
         Raises InputError for bad values and for fields that ask for another formula than the code computes.
         """

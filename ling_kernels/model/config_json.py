@@ -24,6 +24,8 @@ BLOCK_FP8 = dict(activation_scheme="dynamic", fmt="e4m3", quant_method="fp8", we
 FP32 = torch.finfo(torch.float32)
 ROPE = ("rope_theta", "partial_rotary_factor")  # fields of config.json that transformers 5 moves into rope_parameters
 YARN = ("beta_fast", "beta_slow", "attention_factor")  # optional numbers of a YaRN scaling
+# What the published classes take where a file lacks a field, as far as it is not the default of LingConfig.
+ABSENT = dict(routed_scaling_factor=1.0, partial_rotary_factor=1.0)
 
 
 def check(condition: bool, message: str) -> None:
@@ -49,7 +51,7 @@ def config_fields(content: dict, defaults: dict) -> dict:
     """
     check_assumptions(content)
     check_quantization(content.get("quantization_config"))
-    values = {k: v for k, v in content.items() if k in defaults}
+    values = ABSENT | {k: v for k, v in content.items() if k in defaults}
     values |= rope_fields(content, defaults)
     used = {*values, "rope_parameters", "rotary_dim", "original_max_position_embeddings"}
     return values | {"other": {k: v for k, v in content.items() if k not in used}}
@@ -101,8 +103,10 @@ def rope_fields(content: dict, defaults: dict) -> dict:
             if field in scaling:
                 found.setdefault(field, {})[f"{name}.{field}"] = scaling[field]
         rest = {k: v for k, v in scaling.items() if k not in ROPE}
-        if rest.get("factor") is not None and content.get("original_max_position_embeddings") is not None:
-            rest.setdefault("original_max_position_embeddings", content["original_max_position_embeddings"])
+        length = content.get("original_max_position_embeddings")
+        if rest.get("factor") is not None and length is not None:
+            inside = rest.setdefault("original_max_position_embeddings", length)
+            check(inside == length, f"original_max_position_embeddings is {length!r}, and {inside!r} in {name}")
         if rest:
             scalings.append(canonical_scaling(rest, full["max_position_embeddings"], name))
     values: dict = {}

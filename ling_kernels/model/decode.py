@@ -42,6 +42,7 @@ def stream(
     empty prompt or if prompt and new tokens exceed config.max_positions.
     """
     config, choose = model.config, choose or greedy
+    expect(isinstance(max_new_tokens, int), "max_new_tokens of an integer", max_new_tokens)
     batch = pack(input_ids, attention_mask, None, config.max_positions)
     B, device = len(input_ids), input_ids.device
     lengths = batch.cu_seqlens.diff()

@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.functional import pad
 
 from ..op import expect
+from ..ops.attention import expect_bounds
 
 IGNORE = -100  # label of a position without loss
 
@@ -23,13 +24,17 @@ class Batch(NamedTuple):
 
 def pack(input_ids: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, max_positions: int) -> Batch:
     """input_ids [B, L] -> its rows without padding; arguments as in Ling.forward."""
-    expect(input_ids.ndim == 2 and not input_ids.is_floating_point(), "input_ids [B, L] of integers", input_ids)
+    ids_fit = isinstance(input_ids, Tensor) and input_ids.ndim == 2 and input_ids.dtype in (torch.int64, torch.int32)
+    expect(ids_fit, "input_ids [B, L] of integers, int64 or int32", input_ids)
     B, L = input_ids.shape
     device = input_ids.device
     expect(attention_mask is None or attention_mask.shape == (B, L), "attention_mask as input_ids", attention_mask)
     expect(attention_mask is None or is_padding_mask(attention_mask), "attention_mask of 1 at tokens, 0 at padding",
            attention_mask)  # fmt: skip
     expect(attention_mask is None or cu_seqlens is None, "attention_mask or cu_seqlens, not both")
+    expect(isinstance(cu_seqlens, Tensor | None), "cu_seqlens [documents + 1] int32", cu_seqlens)
+    if cu_seqlens is not None:
+        expect_bounds(cu_seqlens, B * L, device)
     if attention_mask is None:
         expect(cu_seqlens is not None or L <= max_positions, f"at most {max_positions} positions", input_ids)
         if cu_seqlens is None:

@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -22,6 +20,7 @@ from ..op import E4M3, expect, op, upcast, use_reference
 from .quantize import BLOCK as TILE
 from .quantize import quantize_weight
 from .triton_fp8 import fp8_round, fp8_scale
+from .triton_import import tl, triton
 
 BLOCK = 256
 CHUNK = 1 << 20  # elements that the reference converts to fp32 at a time
@@ -212,7 +211,7 @@ def quantize_moment(x: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
     blocks = F.pad(x, (0, -len(x) % BLOCK)).view(-1, BLOCK)
     scale = blocks.abs().amax(1)
     unit = blocks / scale.clamp(min=TINY)[:, None]
-    codes = torch.bucketize(unit.float(), midpoints(table))
+    codes = torch.bucketize(unit.float(), midpoints(table)).masked_fill(unit.isnan(), 0)  # the scale is NaN, too
     codes = torch.maximum(codes, (unit > 0).long())  # v > 0 never becomes 0, the code 0; m > 0 has codes above 126
     return codes.to(torch.uint8).flatten()[: len(x)], scale
 

@@ -10,7 +10,6 @@ P and dS are rounded to the inputs' dtype before their products, since tensor co
 from itertools import pairwise
 
 import torch
-import triton
 from torch import Tensor
 
 from ..op import (
@@ -27,6 +26,7 @@ from ..op import (
 )
 from .attention_kernels import attention_dkv_kernel, attention_dq_kernel, attention_fwd_kernel
 from .gemm_fp8 import launch_with_scratch
+from .triton_import import triton
 
 BLOCK_M = 128  # queries at a time in the reference: bounds the memory of scores, and skips keys that none of them sees
 
@@ -249,6 +249,8 @@ def attention_fwd(
     (Tq, Hq, D), (Tk, Hkv, _), B = q.shape, k.shape, len(cu_q) - 1
     c = config("fwd" if q_weight is None else "fwd_norm", q.dtype, multiprocessors(q.device))
     P, half = (0, 0) if cos is None else cos.shape
+    if not rows_aligned(k, v):  # Triton omits a fence where cp.async can load one of the two and the other not
+        c["num_stages"] = 1
     if Tq:
         launch_with_scratch(
             attention_fwd_kernel[(max_tiles(Tq, B, c["BLOCK_M"]), Hq)],

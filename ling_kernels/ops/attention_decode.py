@@ -12,13 +12,13 @@ last of its programs.
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ..op import E4M3, expect, multiprocessors, op, rows_aligned, upcast, use_reference, values_on_host
 from .attention import attend, block_d
 from .attention_decode_kernels import attention_decode_combine_kernel, attention_decode_kernel
 from .quantize import quantize_blocks
+from .triton_import import triton
 
 TILE = 64  # keys that a program has at least, except with fp32
 

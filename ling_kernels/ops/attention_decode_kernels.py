@@ -1,10 +1,8 @@
 """Triton kernels of attention_decode.py and qk_norm_attention_decode.py: one over the cache, one that combines."""
 
-import triton
-import triton.language as tl
-
 from .attention_kernels import norm_and_rotate
 from .triton_fp8 import quantize_along
+from .triton_import import tl, triton
 
 
 @triton.jit

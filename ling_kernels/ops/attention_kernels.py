@@ -6,8 +6,7 @@ exponential. The kernels do not use `warp_specialize`: on sm_90 Triton 3.8 abort
 builds the same code with 8.
 """
 
-import triton
-import triton.language as tl
+from .triton_import import tl, triton
 
 
 @triton.jit

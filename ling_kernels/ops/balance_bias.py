@@ -4,11 +4,10 @@ The mean of b does not change. Source: arXiv 2510.22115, section 2.2; rate 1e-3,
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from ..op import expect, op, use_reference
+from .triton_import import tl, triton
 
 
 def balance_bias_(bias: Tensor, counts: Tensor, rate: float) -> None:

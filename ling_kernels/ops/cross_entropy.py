@@ -1,12 +1,11 @@
 """Cross entropy: loss_t = logsumexp(logits_t) - logits_t[target_t]; tokens with target ignore_index are left out."""
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..op import expect, first_derivative_only, multiprocessors, op, upcast, use_reference, values_on_host
+from .triton_import import tl, triton
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100, reduction: str = "mean") -> Tensor:

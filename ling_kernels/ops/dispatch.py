@@ -6,11 +6,10 @@ A choice is a pair (token t, k-th chosen expert), numbered t * topk + k. A row i
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from ..op import expect, op, use_reference, values_on_host
+from .triton_import import tl, triton
 
 PAD = 128  # column-wise copies start each expert's run of rows at a multiple of this
 TILE = 256  # choices of one program, whose work grows with the square; not measured

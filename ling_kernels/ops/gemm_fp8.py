@@ -8,14 +8,13 @@ from collections.abc import Callable
 from contextvars import copy_context
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from ..op import E4M3, expect, multiprocessors, op, rows_aligned, upcast, use_reference
 from .quantize import BLOCK, row_scale_layout
 from .transpose_fp8 import transpose_fp8
 from .triton_fp8 import quantize_along
+from .triton_import import tl, triton
 
 
 def gemm_fp8(

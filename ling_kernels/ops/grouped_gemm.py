@@ -1,8 +1,6 @@
 """Grouped GEMM: y[s] = b[e] a[s] for every row s of expert e, accumulated in fp32 and rounded once."""
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from ..backend import backend
@@ -19,6 +17,7 @@ from ..op import (
 from .dispatch import expect_offsets
 from .gemm_fp8 import find_group, launch_with_scratch, tile_position, tma_compatible
 from .grouped_wgrad import grouped_wgrad
+from .triton_import import tl, triton
 
 
 def grouped_gemm(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:

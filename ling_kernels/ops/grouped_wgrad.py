@@ -4,8 +4,6 @@ With columns the operands are column-wise FP8 copies, and the products over each
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from ..op import E4M3, expect, op, upcast, use_reference
@@ -23,6 +21,7 @@ from .gemm_fp8 import (
     unsupported_result,
 )
 from .quantize import dequantize
+from .triton_import import tl, triton
 
 
 def grouped_wgrad(

@@ -5,12 +5,12 @@ y = x / sqrt(mean(x^2) + eps) * w per head; then, with (a, b) the halves of y[:R
 """
 
 import torch
-import triton
 from torch import Tensor
 
 from ..op import expect, first_derivative_only, multiprocessors, op, rows_aligned, upcast, use_reference, values_on_host
 from .attention_decode import KVCache, append, expect_slots
 from .qk_norm_rope_kernels import qk_norm_rope_bwd_kernel, qk_norm_rope_fwd_kernel
+from .triton_import import triton
 
 PROGRAMS = 1056  # at most, of the backward kernel: 8 for each SM of an H200
 

@@ -4,8 +4,7 @@ A program has BLOCK_T tokens of BLOCK_H heads, all of q, of k or of v. A head ha
 rotated, and the rest.
 """
 
-import triton
-import triton.language as tl
+from .triton_import import tl, triton
 
 
 @triton.jit

@@ -6,13 +6,12 @@ block makes its scale NaN or inf and so stays visible in the product.
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from ..op import E4M3, expect, multiprocessors, op, round_up, rows_aligned, upcast, use_reference
 from .dispatch import Plan, expect_plan
 from .triton_fp8 import fp8_amax, fp8_round, fp8_scale, store_columns, store_rows, tile_rows
+from .triton_import import tl, triton
 
 BLOCK = 128
 E4M3_MAX = 448.0

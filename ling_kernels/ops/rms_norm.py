@@ -1,13 +1,12 @@
 """RMS norm over the last dimension: y = x * rstd * w with rstd = 1 / sqrt(mean(x^2) + eps)."""
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from ..op import expect, first_derivative_only, multiprocessors, op, round_up, rows_aligned, upcast, use_reference
 from .quantize import BLOCK, empty_fp8, quantize_ref
 from .triton_fp8 import quantize_along, store_columns
+from .triton_import import tl, triton
 
 MAX_N = 8192  # columns of a row that the kernels hold in registers
 PROGRAMS = 264  # at most, of the backward kernel: two for each SM of an H200, all resident on an H20 too

@@ -5,14 +5,13 @@ computes the logits of some experts. For more rows, or with gradients, it is `rm
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from ..backend import backend
 from ..op import KERNEL_FLOATS, expect, op, rows_aligned
 from .rms_norm import MAX_N, load_sum, near_rows, rms_norm, unsupported_rows
 from .router_gemm import router_gemm
+from .triton_import import tl, triton
 
 ROWS = 8  # at most, of the kernels
 

@@ -9,11 +9,11 @@ z_loss = coefficient * mean(logsumexp(logits)^2). Source: Ling 2.0, arXiv 2510.2
 """
 
 import torch
-import triton
 from torch import Tensor
 
 from ..op import expect, first_derivative_only, op, rows_aligned, upcast, use_reference, values_on_host
 from .route_kernels import route_bwd_kernel, route_forced_kernel, route_kernel
+from .triton_import import triton
 
 SIZES = {(256, 8, 4, 8), (16, 4, 2, 4)}  # (E, num_groups, group_topk, topk) that csrc/ is compiled for
 

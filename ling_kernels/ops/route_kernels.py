@@ -4,8 +4,7 @@ The score function is `row_statistic`, `score_of` and `score_derivative`. A key 
 same order: integers compare without NaN, and a warp finds their maximum in one instruction.
 """
 
-import triton
-import triton.language as tl
+from .triton_import import tl, triton
 
 
 @triton.jit

@@ -5,11 +5,10 @@ three bf16 products give the fp32 result.
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from ..op import expect, first_derivative_only, multiprocessors, op, upcast, use_reference
+from .triton_import import tl, triton
 
 
 def router_gemm(x: Tensor, w: Tensor) -> Tensor:
@@ -117,6 +116,12 @@ def split_gemm_kernel(
         offset = m[:, None] * lda + k[None, :].to(tl.int64) * a_step
         part = tl.load(a + offset, mask=(m < M)[:, None] & (k < last)[None, :], other=0.0)
         offset = k[:, None].to(tl.int64) * b_step + n[None, :] * ldb
-        acc = split_dot(part, tl.load(b + offset, mask=(k < last)[:, None] & (n < N)[None, :], other=0.0), acc, PASSES)
+        other = tl.load(b + offset, mask=(k < last)[:, None] & (n < N)[None, :], other=0.0)
+        # Triton may leave a round's last product in flight, while the next round overwrites its operand a in registers
+        # (triton-lang/triton issue 9433). It did in narrow tiles; a sum apart makes it wait. Wide tiles would spill.
+        if BLOCK_N < 128:
+            acc += split_dot(part, other, tl.zeros_like(acc), PASSES)
+        else:
+            acc = split_dot(part, other, acc, PASSES)
     offset = tl.program_id(1).to(tl.int64) * M * N + m[:, None] * N + n[None, :]
     tl.store(c + offset, acc, mask=(m < M)[:, None] & (n < N)[None, :])

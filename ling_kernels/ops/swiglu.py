@@ -1,14 +1,13 @@
 """SwiGLU: y = silu(gate) * up for x = [gate | up], optionally times one weight per row (the routing probability)."""
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from ..op import expect, first_derivative_only, multiprocessors, op, rows_aligned, upcast, use_reference
 from .dispatch import Plan, expect_plan
 from .quantize import BLOCK, empty_fp8, quantize_ref, tiling
 from .triton_fp8 import store_columns, store_rows, tile_rows
+from .triton_import import tl, triton
 
 
 def swiglu(
@@ -78,7 +77,9 @@ def swiglu_backward(
     if use_reference("swiglu_backward", x, dy, weights):
         return swiglu_backward_ref(dy, x, weights, quantize, columns, plan, pow2)
     dy, x, weights = (t if t is None else t.detach().contiguous() for t in (dy, x, weights))
-    dx, dweights = None if quantize else torch.empty_like(x), None if weights is None else torch.empty_like(weights)
+    dx, dweights = None if quantize else torch.empty_like(x), None
+    if weights is not None:  # no kernel runs for F = 0, of which the weights' gradients are sums
+        dweights = torch.empty_like(weights) if dy.numel() else torch.zeros_like(weights)
     out = empty_fp8(x, len(x), x.shape[1], quantize, columns, plan)
     plan = (plan.offsets, plan.padded_offsets) if plan and columns else (None, None)
     swiglu_bwd(dy, x, weights, dx, dweights, *out, *plan, pow2)

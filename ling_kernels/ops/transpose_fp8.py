@@ -1,12 +1,11 @@
 """The exact transpose of an FP8 weight: its blocks are square, so codes and scales are transposed separately."""
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from ..op import E4M3, expect, multiprocessors, op, rows_aligned, use_reference
 from .quantize import BLOCK
+from .triton_import import tl, triton
 
 
 def transpose_fp8(w_q: Tensor, w_scale: Tensor, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:

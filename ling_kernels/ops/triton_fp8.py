@@ -4,8 +4,7 @@ They equal `quantize_blocks` of quantize.py bit for bit. `x.to(tl.float8e4nv)` e
 rounds to nearest even, saturates at +-448 and keeps NaN.
 """
 
-import triton
-import triton.language as tl
+from .triton_import import tl, triton
 
 
 @triton.jit

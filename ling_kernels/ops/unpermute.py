@@ -4,12 +4,11 @@ out[t] = sum over k of weights[t, k] * y[slot[t, k]]
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from ..op import expect, first_derivative_only, multiprocessors, op, upcast, use_reference
 from .dispatch import Plan, expect_plan
+from .triton_import import tl, triton
 
 
 def unpermute(y: Tensor, plan: Plan, weights: Tensor | None = None) -> Tensor:
@@ -89,8 +88,9 @@ class Unpermute(torch.autograd.Function):
     @first_derivative_only
     def backward(ctx, dout):
         y, weights, offsets, slot = ctx.saved_tensors
-        dy = dout.new_empty(ctx.S, dout.shape[1])
-        dweights = None if weights is None else torch.empty_like(weights)
+        dy, dweights = dout.new_empty(ctx.S, dout.shape[1]), None
+        if weights is not None:  # no kernel runs for H = 0, of which the weights' gradients are sums
+            dweights = torch.empty_like(weights) if dout.numel() else torch.zeros_like(weights)
         scatter_rows(dout.contiguous(), weights, y, offsets, slot, dy, dweights)
         return dy, dweights, None, None
 

@@ -20,7 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..files import user_path
 from ..model import save_model
+from ..model.config_json import is_integer
 from ..tokenizer import Tokenizer
 
 READ_BYTES = 1 << 24
@@ -118,7 +120,7 @@ def random_states() -> dict[str, Tensor]:
 
 def locate(resume: str) -> tuple[Path, Path]:
     """The run's folder and the checkpoint that --resume names: a checkpoint itself, or a run for its latest."""
-    path = Path(resume).resolve()
+    path = user_path(resume).resolve()
     if re.fullmatch(r"step-\d+", path.name) and path.parent.name == "checkpoints" and path.is_dir():
         return path.parent.parent, path
     if not path.is_dir():
@@ -156,6 +158,20 @@ def damage_of(checkpoint: Path) -> str | None:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return "state.json is not readable"
     return None
+
+
+def is_progress(state: dict) -> bool:
+    """Whether a state.json has a position and settings, in the types of the trainer's Progress."""
+    counts = [state.get(name, 0) for name in ("step", "sequences", "tokens", "bad", "skipped")]
+    recent, in_bf16 = state.get("recent", []), state.get("in_bf16", [])
+    return (
+        all(is_integer(n) and n >= 0 for n in counts)
+        and isinstance(state["settings"], dict)
+        and isinstance(recent, list)
+        and all(isinstance(pair, list) and [type(x) for x in pair] == [float, float] for pair in recent)
+        and isinstance(in_bf16, list)
+        and all(isinstance(name, str) for name in in_bf16)
+    )
 
 
 def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

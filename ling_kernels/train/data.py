@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, Parser, command
-from ..files import atomic_write
+from ..files import atomic_write, user_path
 from ..tokenizer import Tokenizer, load_tokenizer
 from .sources import cpython_documents, documents, find_files, reading
 
@@ -246,21 +246,22 @@ class Packed:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser("python -m ling_kernels.train.data", description="Tokenise text into a .bin file.")
     parser.add_argument("sources", nargs="*", help=".txt, .jsonl, .parquet, or folders of them (default: CPython's)")
-    parser.add_argument("--out", required=True, type=Path, help="the .bin file to write; its .json is put beside it")
+    parser.add_argument("--out", required=True, help="the .bin file to write; its .json is put beside it")
     parser.add_argument("--tokenizer", help="a tokenizer.json or its folder (default: byte-level)")
     parser.add_argument("--text-field", default="text", help="field or column with the text (default: %(default)s)")
     args = parser.parse_args(argv)
-    if args.out.suffix != ".bin":
-        raise InputError(f"--out {args.out} must end in .bin")
-    if args.out.exists():
-        raise InputError(f"{args.out} exists; it is not overwritten")
+    out = user_path(args.out)
+    if out.suffix != ".bin":
+        raise InputError(f"--out {out} must end in .bin")
+    if out.exists():
+        raise InputError(f"{out} exists; it is not overwritten")
     tokenizer = load_tokenizer(args.tokenizer)
     files = find_files(args.sources)
     if binary := [p for p in files if p.suffix == ".bin"]:
         raise InputError(f"{binary[0]} is tokenised already")
-    about = write_tokens(documents(files, args.text_field) if files else cpython_documents(), tokenizer, args.out)
+    about = write_tokens(documents(files, args.text_field) if files else cpython_documents(), tokenizer, out)
     skipped = f"; {about['empty']:,} without text are skipped" if about["empty"] else ""
-    print(f"{args.out}: {about['tokens']:,} tokens of {about['documents']:,} documents, {about['dtype']}{skipped}")
+    print(f"{out}: {about['tokens']:,} tokens of {about['documents']:,} documents, {about['dtype']}{skipped}")
 
 
 if __name__ == "__main__":

@@ -76,6 +76,11 @@ class DeviceOptimizer(torch.optim.Optimizer):
     """Base of the optimizers here: `step` runs the closure, then `update`; a loaded state keeps its precisions."""
 
     grad_scale = found_inf = None
+    copied: tuple[str, ...] = ()  # further attributes of a copy
+
+    def __getstate__(self) -> dict:
+        """What copy.deepcopy and pickle take: torch's own method leaves out what a subclass adds."""
+        return super().__getstate__() | {name: self.__dict__[name] for name in self.copied}
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -106,6 +111,8 @@ class AdamW8bit(DeviceOptimizer):
     State of parameters that FSDP2 has sharded is sharded alike (parallel/sharded.py). Results are those of an
     unsharded run to the bit, except for stochastic rounding, whose random bits differ between shards.
     """
+
+    copied = "seed", "seeds", "fp32_moments"
 
     def __init__(
         self, groups, lr: float, seed: int = 0, betas=BETAS, eps: float = EPS, weight_decay: float = 0.0,
@@ -181,8 +188,10 @@ class MuonAdamW(DeviceOptimizer):
     and vectors. Muon's updates are scaled to AdamW's size (arXiv 2502.16982), so both use one learning rate.
 
     Muon computes in fp32; bf16 matrices and momenta are rounded stochastically. With any bf16 parameter the AdamW is
-    the 8-bit one.
+    the 8-bit one. AdamW also takes the groups that are added later.
     """
+
+    copied = "adamw", "seeds"
 
     def __init__(self, model: nn.Module, lr: float, weight_decay: float, seed: int = 0):
         named = dict(model.named_parameters())
@@ -197,6 +206,12 @@ class MuonAdamW(DeviceOptimizer):
             self.adamw = torch.optim.AdamW(self.param_groups[1:], lr=lr, betas=BETAS, eps=EPS, fused=True)
         self.adamw.state = self.state
         self.seeds = seeds(2 * len(hidden), seed + MUON_SEEDS, hidden[0].device).view(-1, 2).unbind()
+
+    def add_param_group(self, group: dict) -> None:
+        super().add_param_group(group)
+        if "adamw" in self.__dict__:  # later than in __init__
+            self.adamw.add_param_group(group | dict(weight_decay=group.get("weight_decay", 0.0)))
+            self.param_groups[-1] = self.adamw.param_groups[-1]
 
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)  # replaces state and param_groups, which AdamW must go on sharing

@@ -15,7 +15,7 @@ import torch
 
 from ..backend import why_not_forced
 from ..errors import InputError
-from ..files import LOCK, FolderLock, lock_folder
+from ..files import LOCK, FolderLock, lock_folder, user_path
 from ..gpu import find_gpu
 from ..model import LingConfig, resolve_model
 from ..model.config import PRESETS
@@ -68,6 +68,8 @@ def resumed_run(resume: str | Path, changes: dict) -> Run:
     state = ckpt.read_state(checkpoint)
     if missing := {"settings", "step", "data"} - state.keys():
         raise InputError(f"{checkpoint / 'state.json'} has no {', '.join(sorted(missing))}")
+    if not ckpt.is_progress(state):
+        raise InputError(f"{checkpoint / 'state.json'} is not the state of a run: a value has another type")
     settings = absolute_paths(settings_of(absolute_changes(changes), state["settings"]))
     config, _ = model_config(settings, checkpoint)
     check(settings, config)
@@ -90,7 +92,11 @@ def choose_device_and_threads(settings: Settings) -> tuple[Settings, tuple[torch
 
 
 def write_settings(run: Run) -> Run:
-    (run.folder / "settings.json").write_text(json.dumps(to_json(run.settings), indent=2) + "\n")
+    file = run.folder / "settings.json"
+    try:
+        file.write_text(json.dumps(to_json(run.settings), indent=2) + "\n")
+    except OSError as error:
+        raise InputError(f"cannot write {file}: {error.strerror}") from None
     return run
 
 
@@ -238,7 +244,7 @@ def model_of(path: Path) -> str | None:
 def make_folder(out: str | Path | None, model: str, restart: bool) -> tuple[Path, bool]:
     """An empty folder that can be written, and whether it is new. Raises InputError for a folder that holds anything,
     except, with `restart`, a run that stopped before its first checkpoint."""
-    folder = Path(out) if out else Path("runs") / f"{os.path.basename(model)}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = user_path(out) if out else Path("runs") / f"{os.path.basename(model)}-{time.strftime('%Y%m%d-%H%M%S')}"
     if out is None:
         number, plain = 2, folder
         while folder.exists():
@@ -261,7 +267,7 @@ def make_folder(out: str | Path | None, model: str, restart: bool) -> tuple[Path
 
 def discard(run: Run) -> None:
     """Remove the files of a run that turns out to be impossible before its first step."""
-    if not run.had_tokens:
+    if not run.had_tokens and run.tokens.parent.is_dir():
         run.tokens.unlink(missing_ok=True)
         run.tokens.with_suffix(".json").unlink(missing_ok=True)
     if not run.checkpoint:

@@ -11,6 +11,7 @@ import torch
 
 from ..errors import InputError
 from ..files import atomic_write
+from ..model.config_json import is_integer
 
 FP8_FILE = "fp8.jsonl"
 TRAIN, VALID, GREY = "#2a6fbb", "#d1495b", "#8a8f98"  # colours
@@ -116,21 +117,28 @@ class Report:
 
 
 def open_lines(path: Path, since: int):
-    """Open a file of JSON lines to append to. Keeps the lines of steps up to `since`; drops an incomplete last line."""
+    """Open a file of JSON lines to append to. Keeps the lines of steps up to `since`; drops those that are damaged."""
     kept = [json.dumps(row) + "\n" for row in read_lines(path) if row["step"] <= since]
-    with atomic_write(path) as partial:
-        partial.write_text("".join(kept))
-    return open(path, "a", buffering=1)  # whole lines reach the file at once
+    try:
+        with atomic_write(path) as partial:
+            partial.write_text("".join(kept))
+        return open(path, "a", buffering=1)  # whole lines reach the file at once
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from None
 
 
 def read_lines(path: Path) -> list[dict]:
+    """The records of a file of JSON lines, each with its step. Leaves out damaged lines, such as an incomplete last one
+    of a process that was killed."""
     rows = []
     if path.is_file():
-        for line in path.read_text().splitlines():
+        for line in path.read_bytes().splitlines():
             try:
-                rows.append(json.loads(line))
-            except ValueError:  # incomplete: the process was killed
-                break
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(row, dict) and is_integer(row.get("step")):
+                rows.append(row)
     return rows
 
 

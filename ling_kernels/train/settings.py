@@ -153,17 +153,18 @@ def plain(f: Field, value: Any) -> Any:
         return int(value)
     if kind is float and isinstance(value, Real) and not is_bool:
         return value if type(value) in (int, float) else float(value)
-    if kind is str and isinstance(value, str | os.PathLike):
+    if kind is str and isinstance(value, str | os.PathLike) and os.fspath(value):
         return os.fspath(value)
     if kind == tuple[str, ...]:
         values = (value,) if isinstance(value, str | os.PathLike) else value
         values = tuple(values) if isinstance(values, Iterable) and not isinstance(values, bytes) else (None,)
-        if all(isinstance(v, str | os.PathLike) for v in values):
+        if all(isinstance(v, str | os.PathLike) and os.fspath(v) for v in values):  # "" would be the current folder
             return tuple(map(os.fspath, values))
     names = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
     raise InputError(f"{f.name} {value!r}: it must be {names.get(kind, 'a path or several')}")
 
 
+MAX_THREADS = 4096  # OpenMP ends the process where it cannot start them
 # Settings that a resumed run may change.
 CHANGEABLE_ON_RESUME = {
     "steps", "eval_every", "save_every", "keep", "log_every", "max_bad_steps", "sample_tokens", "device", "threads",
@@ -273,6 +274,8 @@ def check(s: Settings, config: LingConfig) -> None:
         check_step_in_backward(s)
     if s.fp8_fallback and not s.fp8_watch:
         raise InputError(f"--fp8-fallback {s.fp8_fallback} needs measurements: give --fp8-watch")
+    if s.threads and s.threads > MAX_THREADS:
+        raise InputError(f"--threads {s.threads} is more than {MAX_THREADS}")
     if s.seed >= 1 << 63:
         raise InputError(f"--seed {s.seed} is not below 2^63")
     if s.ramp and not (0 < s.ramp[0] <= s.batch and s.ramp[0] % micro == 0):

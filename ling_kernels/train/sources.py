@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import InputError
+from ..files import user_path
 
 PIECE = 1 << 20  # bytes
 SUFFIXES = (".txt", ".jsonl", ".parquet", ".bin")
@@ -21,7 +22,7 @@ def find_files(sources: Sequence[str | Path], texts_may_be_gone: bool = False) -
     Raises InputError for a source that is not there or has no data, unless it may be a text that is gone.
     """
     found = []
-    for path in map(Path, sources):
+    for path in map(user_path, sources):
         if path.is_dir():
             inside = [p for p in sorted(path.rglob("*")) if p.suffix in SUFFIXES and p.is_file()]
             inside = [p for p in inside if p.suffix != ".bin" or p.with_suffix(".json").is_file()]

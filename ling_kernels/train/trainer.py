@@ -1,5 +1,6 @@
 """The trainer: one global batch after the other on one device, validation, checkpoints, resuming bit for bit."""
 
+import os
 import re
 import time
 from collections.abc import Callable
@@ -72,8 +73,13 @@ class Trainer:
     """
 
     def __init__(self, settings: Settings | None = None, out: str | Path | None = None, *, restart: bool = False):
+        settings = Settings() if settings is None else settings
+        if not isinstance(settings, Settings):
+            raise InputError(f"settings are a {type(settings).__name__}: give Settings(...)")
+        if not isinstance(out, str | os.PathLike | None):
+            raise InputError(f"out is {out!r}, not a path")
         with named_as_in_python():
-            self._start(new_run(settings or Settings(), out, restart))
+            self._start(new_run(settings, out, restart))
 
     @classmethod
     def resume(cls, run: str | Path, **changes) -> "Trainer":
@@ -115,6 +121,8 @@ class Trainer:
             if run.checkpoint:
                 ckpt.restore(run.checkpoint, self.model, self.optimizer)
                 self.progress = Progress(**{n: run.state[n] for n in asdict(self.progress) if n in run.state})
+                if unknown := {*self.progress.in_bf16} - {name for name, _ in self.model.named_modules()}:
+                    raise InputError(f"{run.checkpoint / 'state.json'}: in_bf16 names no layer: {min(unknown)}")
                 for name in self.progress.in_bf16:
                     to_bf16(self.model, name)
                 self.superseded = ckpt.set_aside_later(self.folder, run.checkpoint)

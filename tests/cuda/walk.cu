@@ -1,6 +1,6 @@
 // The walk of the GEMM kernels over their tiles: tests/test_tile_walk.py computes the same in Python. A kernel writes
-// (group, first row, first column, rows) of every tile that each of its blocks takes, in the block's order; kMost rows
-// of `out` for a block.
+// (group, first row, first column, rows, both, joint) of every tile that each of its blocks takes, in the block's
+// order; `most` rows of `out` for a block.
 #include "gemm/grouped_wgrad.cu"
 
 using namespace ling;
@@ -12,16 +12,17 @@ template <int kTokens, int kHalves, Output kOutput = Output::plain>
 using Plain = Variant<kTokens, kHalves, Scales::blocks, kOutput, Tokens::tiles, Contraction::all>;
 
 template <typename V> __device__ void walk(const int* offsets, int N, int G, int* out, int most) {
-    Problem p;
-    p.N = N, p.G = G, p.offsets = offsets, p.counts = nullptr;
+    Problem p{};
+    p.pairs = true, p.N = N, p.G = G, p.offsets = offsets;
     p.M = V::kWgrad ? N : offsets[G], p.K = V::kWgrad ? offsets[G] : 128;
     Shared<V>& s = *dynamic_shared<Shared<V>>();
     count_group_tiles(s, p);
     if (threadIdx.x >= 32) return;
     Tile t;
-    out += 4 * most * blockIdx.x;
-    for (int tile = blockIdx.x; find_tile(s, p, tile, t); tile += gridDim.x, out += 4)
-        if (threadIdx.x == 0) out[0] = t.group, out[1] = t.m, out[2] = t.n, out[3] = t.rows;
+    out += 6 * most * blockIdx.x;
+    for (int tile = blockIdx.x; find_tile(s, p, tile, t); tile += gridDim.x, out += 6)
+        if (threadIdx.x == 0)
+            out[0] = t.group, out[1] = t.m, out[2] = t.n, out[3] = t.rows, out[4] = t.both, out[5] = t.joint;
 }
 
 }  // namespace

@@ -3,9 +3,11 @@
     python -m tests.gpu train [--steps 3] [--precision fp8] [--backend triton]
     python -m tests.gpu generate [--tokens 6] [--precision fp8] [--backend triton]
 
-Backend cuda takes a model whose sizes csrc/ supports, and any op that falls back is an error; triton takes tiny.
+Backend cuda takes a model whose sizes csrc/ supports, and any op that falls back is an error, but for one that Triton
+has to run in FP8; triton takes tiny.
 """
 
+import re
 import sys
 import tempfile
 import time
@@ -27,6 +29,7 @@ from ling_kernels.nn.fp8_inference import quantize_for_inference_  # isort: skip
 from ling_kernels.train import Settings, Trainer  # isort: skip
 from tests.engines import NO_STOP, ReplayedGraphs  # isort: skip
 
+FALLBACK = "swiglu_bwd: csrc/ does not support a column-wise copy of dx; Triton runs"  # in FP8, as on a GPU
 TOLERANCE = 0.02  # of a loss: bf16 and FP8 products, summed in another order
 
 
@@ -46,6 +49,7 @@ def compare(backend: str, run, same) -> int:
         with force(name), warnings.catch_warnings():
             if name == "cuda":
                 warnings.filterwarnings("error", message=".*(Triton runs|other ops compose it|reference runs)")
+                warnings.filterwarnings("ignore", message=re.escape(FALLBACK))
             results.append(run())
         print(f"{name}: {time.monotonic() - begin:.1f} s", flush=True)
     failed = 0
@@ -67,7 +71,7 @@ def train(options) -> int:
         settings = Settings(
             model=str(folder / "model"), data=(str(texts),), holdout=2, steps=options.count, seq_len=48, batch=2,
             warmup=1, precision=options.precision, threads=1,
-            fp8_wgrad="bf16",  # csrc/ has no kernel that writes the columns which the backward of FP8 gradients needs
+            fp8_wgrad="fp8",
         )  # fmt: skip
         runs = iter("12")
 

@@ -58,6 +58,10 @@ def wheel(package: str) -> Path:
     return Path(spec.submodule_search_locations[0] if spec else package)
 
 
+# From the package nvidia-cutlass, as setup.py finds them
+CUTLASS = Path(os.environ.get("CUTLASS_INCLUDE_DIR") or wheel("cutlass_library") / "source/include")
+
+
 @functools.cache
 def missing() -> str | None:
     """The program or header without which csrc/ cannot run on the virtual GPU, if any."""
@@ -120,7 +124,13 @@ def read_by(file: Path) -> tuple[Path, ...]:
 
 
 def key_of(file: Path, flags: list[str]) -> str:
-    return "\0".join([file.name, *flags, versions(), *map(Path.read_text, read_by(file))])
+    cutlass = [(CUTLASS / "cutlass/version.h").read_text()] if by_cutlass(file) else []
+    return "\0".join([file.name, *flags, versions(), *cutlass, *map(Path.read_text, read_by(file))])
+
+
+def by_cutlass(file: Path) -> bool:
+    """Whether it includes headers of CUTLASS."""
+    return any("#include <cutlass/" in f.read_text() for f in read_by(file))
 
 
 def compile_cuda(file: Path, debug: bool = False) -> tuple[Path, Path]:
@@ -130,7 +140,7 @@ def compile_cuda(file: Path, debug: bool = False) -> tuple[Path, Path]:
 
     def make(object_file, ptx):
         with tempfile.TemporaryDirectory() as tmp:
-            folders = [f"-I{CSRC.name}", f"-isystem={includes()[1]}"]
+            folders = [f"-I{CSRC.name}", f"-isystem={includes()[1]}", *[f"-isystem={CUTLASS}"] * by_cutlass(file)]
             run("nvcc", *flags, *folders, f"-keep-dir={tmp}", name, "-o", object_file)
             (made,) = Path(tmp).glob("*.ptx")
             text = made.read_text().replace(f"{ROOT}/", "")  # in .file, of a clone
@@ -156,11 +166,14 @@ def run(*command) -> None:
 
 
 def compile_module(name: str, debug: str) -> tuple[Path, list[Path]]:
-    """`_C`, or of `_cutlass` what needs no CUTLASS: the library that Python loads, and its PTX."""
-    setup = CSRC / "gemm/cutlass/setup.cu"
-    sources = [f for f in sorted(CSRC.rglob("*.cu")) if "cutlass" not in f.parts] if name == "_C" else [setup]
-    bindings = CSRC / "bindings.cpp" if name == "_C" else HERE / "cutlass_setup.cpp"
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    """A module: the library that Python loads, and its PTX. `_cutlass_setup` is what `_cutlass` has without CUTLASS."""
+    cutlass = CSRC / "gemm/cutlass"
+    sources, bindings = {
+        "_C": ([f for f in sorted(CSRC.rglob("*.cu")) if f.parent != cutlass], CSRC / "bindings.cpp"),
+        "_cutlass": (sorted(cutlass.glob("*.cu")), cutlass / "bindings.cpp"),
+        "_cutlass_setup": ([cutlass / "setup.cu"], HERE / "cutlass_setup.cpp"),
+    }[name]
+    with ThreadPoolExecutor(1 if name == "_cutlass" else os.cpu_count()) as pool:  # 4 GB a file of CUTLASS's
         compiled = list(pool.map(lambda f: compile_cuda(f, f.parent.name == debug), sources))
     objects = [o for o, _ in compiled] + [
         compile_cpp(bindings, "-DLING_MODULE=_C_gpu"),
@@ -190,7 +203,7 @@ class VirtualModule(types.ModuleType):
 
 
 def load(name: str = "_C", debug: str = "") -> VirtualModule:
-    """Module `_C` or `_cutlass` on the virtual GPU. debug: a folder of csrc/, built with the checks of LING_DEBUG=1."""
+    """A module of csrc/ on the virtual GPU. debug: a folder of csrc/, built with the checks of LING_DEBUG=1."""
     return VirtualModule(name, debug)
 
 

@@ -33,7 +33,8 @@ PRELUDE = """#include "operations.h"
 #define BEGIN const Special& sr = base(w).sr; const Pred& M = *(const Pred*)wide; (void)sr, (void)M;
 """
 SITE = ("runs", "lanes", "units", "ideal", "useful", "failed")
-RACES, INIT_FENCES, UNINITIALISED, NARROW_SUMS = 1, 2, 4, 8  # what a launch checks, or does as Hopper's tensor cores do
+# What a launch checks, does as Hopper's tensor cores do, or takes for ordered as CUTLASS does
+RACES, INIT_FENCES, UNINITIALISED, NARROW_SUMS, WARPGROUPS = 1, 2, 4, 8, 16
 U64 = ctypes.c_uint64
 three = ctypes.c_uint32 * 3
 
@@ -147,8 +148,8 @@ def translated(module: ptx.Module, name: str) -> tuple:
 
     Kept in the cache, but for entries with addresses of this process.
     """
-    files = (Path(__file__).with_name(f"{f}.py").read_text() for f in
-             ("ptx", "flow", "translate", "translate_arithmetic", "translate_memory", "translate_tensor"))  # fmt: skip
+    names = "ptx flow syntax translate translate_arithmetic translate_memory translate_tensor".split()
+    files = [Path(__file__).with_name(f"{f}.py").read_text() for f in names]
     key = hashlib.sha256("\0".join([name, module.text, *files]).encode()).hexdigest()[:24]
     file = CACHE / f"{key}.program"
     if file.exists():

@@ -142,9 +142,9 @@ class Module:
 
     def statements(self, entry: Entry, at: int):
         """Reads the body: registers and variables into `entry`, then labels and instructions into blocks."""
-        text, scopes, number, source = self.text, [{}], 0, ""
+        text, scopes, number, source = self.text, [(0, {})], 0, ""  # a scope's number, and its registers' names
         line = text.count("\n", 0, at) + 1
-        found = []  # (line, source, label or text, names of its scopes)
+        found = []  # (line, source, label or text, its scopes)
         label, space, loc = re.compile(r"([\w$]+)\s*:(?!:)"), re.compile(r"\s+"), re.compile(r"\.(loc|file)\b[^\n]*")
         while scopes:
             if m := space.match(text, at):
@@ -153,7 +153,7 @@ class Module:
             if text[at] in "{}":
                 if text[at] == "{":
                     number += 1
-                    scopes.append({})
+                    scopes.append((number, {}))
                 else:
                     scopes.pop()
                 at += 1
@@ -161,14 +161,13 @@ class Module:
                 source = self.source(m[0]) if m[1] == "loc" else source
                 at = m.end()
             elif m := label.match(text, at):
-                name = m[1] if len(scopes) == 1 else f"{m[1]}.{number}"
-                found.append((line, source, name, None))
+                found.append((line, source, in_scope(m[1], scopes[-1][0]), None))
                 at = m.end()
             else:
                 end = text.index(";", at)
                 statement = text[at:end]
                 if statement.startswith(".reg"):
-                    declare(entry, statement, scopes[-1], number if len(scopes) > 1 else 0)
+                    declare(entry, statement, *scopes[-1])
                 elif statement.startswith((".shared", ".local")):
                     which = entry.shared if statement.startswith(".shared") else entry.local
                     which.append(variable(statement.split(None, 1)[1]))
@@ -179,14 +178,18 @@ class Module:
         blocks(entry, found)
 
 
-def declare(entry: Entry, statement: str, scope: dict, number: int):
+def in_scope(name: str, number: int) -> str:
+    return f"{name}.{number}" if number else name
+
+
+def declare(entry: Entry, statement: str, number: int, scope: dict):
     kind, names = re.match(r"\.reg\s+\.(\w+)\s+(.*)", statement, re.DOTALL).groups()
     bits = WIDTHS[kind] if kind == "pred" else max(WIDTHS[kind], 16)
     for name in split(names):
         if m := re.match(r"(%?[\w$]+)<(\d+)>", name):
             entry.registers |= {f"{m[1]}{i}": bits for i in range(int(m[2]))}
         else:
-            scope[name] = f"{name}.{number}" if number else name
+            scope[name] = in_scope(name, number)
             entry.registers[scope[name]] = bits
 
 
@@ -198,6 +201,7 @@ def blocks(entry: Entry, statements):
             entry.blocks.append(Block(line))
         entry.blocks[-1].line = line
 
+    jumps = []  # and the scopes' numbers, innermost first
     word = re.compile(r"(?<![\w$%.])[%\w$]+")
     branches = {m[1] for _, _, s, _ in statements if (m := re.search(r"\bbra(?:\.uni)?\s+([\w$]+)", s))}
     for line, source, statement, scopes in statements:
@@ -206,7 +210,7 @@ def blocks(entry: Entry, statements):
                 fresh(line)
                 entry.labels[statement] = len(entry.blocks) - 1
             continue
-        names = {k: v for scope in scopes for k, v in scope.items() if k != v}
+        names = {k: v for _, scope in scopes for k, v in scope.items() if k != v}
         text = " ".join(statement.split())
         negated, guard, rest = re.match(r"(?:@(!?)\s*([%\w$]+)\s+)?(.*)", text).groups()
         op, _, args = rest.partition(" ")
@@ -217,12 +221,12 @@ def blocks(entry: Entry, statements):
         if code.name in BEGINS:
             fresh(line)
         entry.blocks[-1].code.append(code)
+        if code.name == "bra":
+            jumps.append((code, [n for n, _ in scopes[::-1]]))
         if code.name in ENDS or code.op[:2] in (["mbarrier", "try_wait"], ["mbarrier", "test_wait"]):
             fresh(line)
     if not entry.blocks[-1].code:  # a label at the end
         entry.blocks[-1].code.append(Instruction(entry.blocks[-1].line, "", "ret", "", False, ["ret"], []))
-    for block in entry.blocks:  # a label inside a scope may be named before it is met: the nearest one is meant
-        for code in block.code:
-            if code.name == "bra" and code.args[0] not in entry.labels:
-                near = [n for n in entry.labels if n.rsplit(".", 1)[0] == code.args[0]]
-                code.args[0] = min(near, key=lambda n: abs(entry.blocks[entry.labels[n]].line - code.line))  # noqa: B023
+    for code, numbers in jumps:
+        names = [in_scope(code.args[0], n) for n in numbers]
+        code.args[0] = next(n for n in names if n in entry.labels)

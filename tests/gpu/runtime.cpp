@@ -133,6 +133,7 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* st
 }
 
 cudaError_t cudaFuncSetAttribute(const void* stub, cudaFuncAttribute what, int value) {
+    if (what == cudaFuncAttributeNonPortableClusterSizeAllowed) return cudaSuccess;
     if (what != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaErrorNotSupported;
     if (value < 0 || static_cast<size_t>(value) > kBlockShared) return cudaErrorInvalidValue;
     functions()[stub].dynamic = value;

@@ -13,6 +13,7 @@ import struct
 from . import translate_memory, translate_tensor
 from .flow import live_at_begin, running_order
 from .ptx import WIDTHS, Entry, Instruction, Module, layout, split
+from .syntax import unknown
 from .translate_arithmetic import Arithmetic
 from .translate_memory import ATOMICS, ORDERS, Memory, modifier
 from .translate_tensor import Tensor
@@ -32,8 +33,8 @@ CLASS_OF = {
 }
 FLOATS = ("f32", "f16", "bf16", "f16x2", "bf16x2")
 NO_RESULT = set(
-    "st red bra ret exit cp fence membar prefetch prefetchu stmatrix nanosleep setmaxnreg griddepcontrol trap brkpt "
-    "call tensormap applypriority discard".split()
+    "st red bra ret exit cp fence membar prefetch stmatrix nanosleep setmaxnreg griddepcontrol trap brkpt "
+    "call tensormap".split()
 )
 WORD = re.compile(r"[%\w$.]+")
 SPECIAL = {
@@ -214,8 +215,6 @@ class Translator(Arithmetic, Memory, Tensor):
 
     def value(self, text: str, kind: str) -> str:
         """An operand as a vector of its type: F32, S16, ...; U32 for untyped bits."""
-        if kind == "f64":
-            raise Unknown("double precision")
         bits = max(WIDTHS[kind], 16) if kind != "pred" else 1
         expression = self.raw(text, bits, kind == "f32")
         typed = kind in ("s8", "s16", "s32", "s64", "f32")
@@ -343,6 +342,8 @@ class Translator(Arithmetic, Memory, Tensor):
             if before and before.name in ("bar", "barrier") and (text := self.after_barrier(before)):
                 code.append((text, self.operands))
             for c in block.code:
+                if problem := unknown(*c.op):
+                    raise Unknown(f"PTX line {c.line}: {c.text}: the virtual GPU does not know {problem}")
                 kind = CLASS_OF.get(c.name) or ("fp32" if c.op[-1] in FLOATS and c.name != "cvt" else "int")
                 counts[CLASSES.index(kind)] += 1
                 if c.name in ("bra", "ret", "exit"):

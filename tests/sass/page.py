@@ -41,7 +41,7 @@ A row is a kernel from start to end ("whole"), or a loop, called after its work:
 from a wait for wgmma to the next issue; "before the first issue" and "after the last wait": what a tile costs besides
 its products. Loops of fewer than {short} instructions are left out, here also kernels of f16 and f32. Nothing spills.
 No register is beyond setmaxnreg's limit. Nothing uses a wgmma's sums between its issue and the wait for it, or writes
-its operand A{except_in}.
+its operand A.
 
 | latency of | clocks | from |
 |---|---|---|
@@ -62,9 +62,7 @@ HEAD = """\
 
 def page(cuda: dict, triton: dict) -> str:
     latencies = "\n".join(f"| {', '.join(names.split())} | {n} | {source} |" for names, n, source in LATENCIES)
-    broken = {r["kernel"].partition(",")[0] for r in cuda["rows"] + triton["rows"] if r.get("hazards")}
-    except_in = f", except in {', '.join(sorted(broken))}" if broken else ""
-    numbers = dict(except_in=except_in, margin=MARGIN, early=EARLY, short=SHORT, jump=JUMP, otherwise=OTHERWISE)
+    numbers = dict(margin=MARGIN, early=EARLY, short=SHORT, jump=JUMP, otherwise=OTHERWISE)
     head = PAGE.format(cuda=cuda["cuda"], triton=triton["triton"], latencies=latencies, **numbers)
     few = [r for r in triton["rows"] if r["part"] in ("whole", "products", "mma")]
     return head + "## csrc/\n\n" + lines(cuda["rows"]) + "\n## Triton\n\nWithout other loops.\n\n" + lines(few)

@@ -132,10 +132,9 @@ void deliver(Block& b, size_t i) {
     const Transfer t = b.transfers[i];
     b.transfers.erase(b.transfers.begin() + i);
     const int unit = t.by->block->unit;
-    Clock& time = b.company->time;
-    if (time.size() <= size_t(unit)) time.resize(unit + 1);
-    t.deliver(++time[unit]);
-    count_bytes(b, t.barrier, t.bytes, unit, time[unit]);
+    const uint32_t time = b.company->tick(unit);
+    t.deliver(time);
+    count_bytes(b, t.barrier, t.bytes, unit, time);
 }
 void bulk_commit(Warp& w, uint32_t mask) {
     if (mask) w.stores.commit();

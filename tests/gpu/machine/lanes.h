@@ -109,6 +109,10 @@ BY_LANE(F32, fma_rn, (F32 a, F32 b, F32 c), __builtin_fmaf(a[l], b[l], c[l]))
 BY_LANE(F32, square_root, (F32 a), __builtin_sqrtf(a[l]))
 enum Round { kTowardZero, kNearest, kFloor, kCeiling };
 F32 fma_rounded(const F32& a, const F32& b, const F32& c, Round);
+IN F32 fma_odd(F32 a, F32 b, F32 c) {  // the last bit of what is not exact is 1: to round again is to round once
+    const U32 down = (U32)fma_rounded(a, b, c, kFloor), up = (U32)fma_rounded(a, b, c, kCeiling);
+    return (F32)((down & 1u) ? down : up);
+}
 F32 exp2_of(const F32&);
 F32 log2_of(const F32&);
 F32 sine(const F32&);

@@ -28,7 +28,8 @@ struct Group {  // lanes that stand before basic block `pc`
     bool parked = false;
 };
 
-// ---- order. An agent is a warp of the company, or a block's asynchronous unit; its time counts its releases
+// ---- order. An agent is a warp of the company, a block's unit of copies, or a warpgroup's tensor core; its time
+// counts its releases
 typedef std::vector<uint32_t> Clock;  // by agent: what is known of its time. Empty where nothing is checked
 inline void join(Clock& a, const Clock& b) {
     if (a.size() < b.size()) a.resize(b.size());
@@ -88,6 +89,7 @@ struct Product {  // a wgmma
     bool registers, accumulate;
     uint64_t da, db;
     Seen seen;
+    bool done;  // then seen.clock is what those who wait for it know
 };
 struct Copy {  // cp.async of a lane
     int site;
@@ -127,6 +129,7 @@ struct Warp : WarpBase {
     int cluster_phase;        // of the cluster's barrier, when it last arrived
     int budget;               // registers of a thread; 0: not yet divided
     InFlight<Product> products;
+    int committed;  // groups of them
     InFlight<Copy> copies;
     InFlight<Store> stores;
     uint32_t time() const { return seen.clock.empty() ? 0 : seen.clock[agent]; }
@@ -155,6 +158,7 @@ struct Block {
     Barrier barriers[16];
     std::vector<Transfer> transfers;
     int alive;
+    int agents() const { return warps.size() + 1 + (warps.size() + 3) / 4; }
     bool rotate;                                          // run groups of lanes in any order: one may poll for another
     int pool;                                             // registers that no thread has
     int unit;                                             // the asynchronous unit's agent
@@ -175,18 +179,23 @@ struct Company {
     std::vector<Block> blocks;
     int cluster;  // blocks of a cluster
     std::vector<ClusterBarrier> barriers;
-    Clock time;  // of asynchronous units
+    Clock time;  // of units of copies and of tensor cores
+    uint32_t tick(int agent) {
+        if (time.size() <= size_t(agent)) time.resize(agent + 1);
+        return ++time[agent];
+    }
     std::unordered_map<uint64_t, GlobalStamp> global;
     std::unordered_map<uint64_t, Clock> released;  // by address of global memory
     std::map<uint64_t, bool> maps;  // tensor maps that the kernel has changed: true until one is acquired
     Warp* warp(int agent) {
-        const int per = blocks[0].warps.size() + 1;
+        const int per = blocks[0].agents();
         return &blocks[agent / per].warps[agent % per];
     }
 };
 
 // ---- a launch
-enum Checks { kRaces = 1, kInitFences = 2, kUninitialised = 4, kNarrowSums = 8 };
+// kWarpgroups: a warp that waits for a wgmma comes after what its warpgroup did before the wgmma
+enum Checks { kRaces = 1, kInitFences = 2, kUninitialised = 4, kNarrowSums = 8, kWarpgroups = 16 };
 struct Request {  // as program.py gives it
     const Kernel* kernel;
     uint32_t grid[3], block[3], cluster[3], dynamic;
@@ -233,7 +242,8 @@ void need_whole_warp(Warp&, int site, uint32_t mask);
 void need_members(Warp&, int site, const U32& members, uint32_t mask);
 
 // ---- races.cpp
-enum Access { kOneLane, kAllLanes, kUnit };  // kUnit: TMA or wgmma, through the asynchronous proxy
+enum Access { kOneLane, kAllLanes, kUnit, kTensor };  // TMA and wgmma, through the asynchronous proxy
+int tensor_core(const Warp&);                         // the agent
 void release(Warp&, Clock&);
 void acquire(Warp&, const Clock&);
 void meet(Warp&);  // the warp's lanes execute an instruction together: none writes before another has read

@@ -214,21 +214,19 @@ STORES(uint16_t)
 STORES(uint32_t)
 STORES(uint64_t)
 
-template <class T> static T combined(Warp& w, int site, Atomic how, T was, T a, T b) {
+template <class T> static T combined(Atomic how, T was, T a, T b) {
     switch (how) {
         case kAdd: return was + a;
         case kMin: return std::min(was, a);
         case kMax: return std::max(was, a);
         case kExch: return a;
         case kCas: return was == a ? b : was;
-        default: break;
+        case kInc: return was >= a ? 0 : was + 1;
+        case kDec: return was == 0 || was > a ? a : was - 1;
+        case kAnd: return was & a;
+        case kOr: return was | a;
+        default: return was ^ a;
     }
-    if constexpr (std::is_integral_v<T>) {
-        if (how == kInc) return was >= a ? 0 : was + 1;
-        if (how == kDec) return was == 0 || was > a ? a : was - 1;
-        return how == kAnd ? was & a : how == kOr ? was | a : was ^ a;
-    }
-    trap(w, site, "no such atomic on floats");
 }
 static std::mutex atomics;  // of the host threads that run blocks
 template <class T>
@@ -245,7 +243,7 @@ void atomic(Warp& w, int site, Space space, Order order, Atomic how, const U64& 
         p[lanes] = at[l], lane[lanes++] = l;
         const T was = *to;
         ((T*)old)[l] = was;
-        *to = combined(w, site, how, was, ((const T*)a)[l], b ? ((const T*)b)[l] : T{});
+        *to = combined(how, was, ((const T*)a)[l], b ? ((const T*)b)[l] : T{});
     }
     w.block->processor->events++;
     count(w, site, space, p, lane, lanes, sizeof(T));
@@ -256,7 +254,6 @@ ATOMICS(uint32_t)
 ATOMICS(int32_t)
 ATOMICS(uint64_t)
 ATOMICS(int64_t)
-ATOMICS(float)
 
 // ---- cp.async (ISA 9.7.9.25.3): done at its wait
 void copy_async(Warp& w, int site, const U64& to, const U64& from, int bytes, const U32& real, uint32_t mask) {

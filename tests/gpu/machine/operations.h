@@ -121,7 +121,7 @@ void map_copy(Warp&, int site, const U64& to, const U64& from, uint32_t mask);
 void map_acquire(Warp&, int site, const U64& at, uint32_t mask);
 
 // ---- tensor cores (ISA 9.7.14, 9.7.15)
-enum Element { kE4m3, kE5m2, kBf16, kF16, kTf32 };
+enum Element { kE4m3, kE5m2, kBf16, kF16 };
 void mma(Warp&, int site, int k, Element a, Element b, U32* const* d, const U32* const* ra, const U32* const* rb,
          const U32* const* c, uint32_t mask);
 struct ProductForm {

@@ -20,9 +20,10 @@ static std::string race(int lane, const char* does, uint64_t word, const std::st
     return "race: " + lane_name(lane) + does + "shared address " + hex(4 * word) + ", which " + rest;
 }
 static std::string agent_name(Company& c, int agent, int lane) {
-    const int per = c.blocks[0].warps.size() + 1;
-    if (agent % per == per - 1) return "an asynchronous copy";
+    const int per = c.blocks[0].agents(), warps = c.blocks[0].warps.size();
+    if (agent % per == warps) return "an asynchronous copy";
     const std::string block = c.blocks.size() > 1 ? "block " + std::to_string(agent / per) + " " : "";
+    if (agent % per > warps) return block + "warpgroup " + std::to_string(agent % per - warps - 1) + "'s wgmma";
     return block + "warp " + std::to_string(agent % per) + (lane < 32 ? " " + lane_name(lane) : "");
 }
 // A write that the access does not come after
@@ -37,12 +38,12 @@ static void check_after_write(Warp& w, int site, Block& b, uint64_t word, int la
     if (agent != w.agent && !repeated && s.time > seen.clock[agent])
         fault(w, site,
               race(lane, does, word, agent_name(*b.company, agent, s.lane) + " wrote, and no barrier lies between"));
-    if (agent == w.agent && !repeated && access != kUnit && (access == kAllLanes || s.lane != lane) &&
+    if (agent == w.agent && !repeated && access < kUnit && (access == kAllLanes || s.lane != lane) &&
         s.time >= w.synced && !writes)
         fault(w, site,
               race(lane, does, word,
                    agent_name(*b.company, agent, s.lane) + " wrote, and no bar.warp.sync lies between"));
-    if (access != kUnit || writes || s.kind == kCopied) return;
+    if (access < kUnit || writes || s.kind == kCopied) return;
     // The fence may be the writer's or, after the barrier that lies between, the reader's (Triton's order)
     const bool unfenced = agent == w.agent
                               ? s.fences >= seen.fences[s.lane]
@@ -52,8 +53,9 @@ static void check_after_write(Warp& w, int site, Block& b, uint64_t word, int la
               "the asynchronous proxy reads shared address " + hex(4 * word) + ", which " +
                   agent_name(*b.company, agent, s.lane) + " wrote without fence.proxy.async since");
 }
-static int first_agent(const Block& b) { return b.unit - int(b.warps.size()) - b.rank * int(b.warps.size() + 1); }
-static int stride(const Block& b) { return b.company->cluster * int(b.warps.size() + 1); }
+static int first_agent(const Block& b) { return b.unit - int(b.warps.size()) - b.rank * b.agents(); }
+static int stride(const Block& b) { return b.company->cluster * b.agents(); }
+int tensor_core(const Warp& w) { return w.block->unit + 1 + w.id / 4; }
 
 void check_read(Warp& w, int site, Block& b, uint64_t p, size_t n, int lane, Access access, const Seen& seen) {
     if (b.stamps.empty()) return;
@@ -62,6 +64,10 @@ void check_read(Warp& w, int site, Block& b, uint64_t p, size_t n, int lane, Acc
         check_after_write(w, site, b, word, lane, access, seen, false);
         if (!b.stamps[word].agent && w.block->processor->checks(kUninitialised))
             fault(w, site, lane_name(lane) + " reads shared address " + hex(4 * word) + ", which nothing has written");
+        if (access == kTensor) {
+            b.reads[word * agents + tensor_core(w) - first] = b.company->time[tensor_core(w)] << 8 | kTogether;
+            continue;
+        }
         uint32_t& read = b.reads[word * agents + w.agent - first];
         const uint32_t before = read >> 8 >= w.met ? read & 255 : 0;  // by the warp since its lanes have met
         const uint32_t code = access == kOneLane ? lane + 1 : kTogether;

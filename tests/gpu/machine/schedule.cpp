@@ -111,11 +111,11 @@ static void begin(Warp& w, int id, uint32_t threads) {
     const Processor& q = *b.processor;
     const Kernel& k = q.kernel;
     const uint32_t left = std::min<uint32_t>(32, threads - 32 * id);
-    w.id = id, w.agent = b.number * int(b.warps.size() + 1) + id;
+    w.id = id, w.agent = b.number * b.agents() + id;
     w.alive = left == 32 ? ~0u : (1u << left) - 1;
     w.waits_at = w.site = -1, w.cluster_phase = 0, w.waited = !q.request.overlaps, w.budget = k.pool,
     w.wgmma_fences = 1;
-    w.groups = {{0, w.alive}}, w.products = {}, w.copies = {}, w.stores = {};
+    w.groups = {{0, w.alive}}, w.products = {}, w.copies = {}, w.stores = {}, w.committed = 0;
     w.memory.assign(k.registers + 32 * k.local + 512, char(0xff));
     w.registers = aligned(w.memory, 256);
     w.local = w.registers + (k.registers + 63) / 64 * 64, w.local_size = k.local;
@@ -133,14 +133,14 @@ static void begin(Warp& w, int id, uint32_t threads) {
     s.warp = id, s.rank = b.rank;
     w.seen = {}, w.pending = w.released = {}, w.met = w.synced = 1;
     if (q.checks(Checks(kRaces | kInitFences | kUninitialised)))
-        w.seen.clock.assign(b.company->blocks.size() * (b.warps.size() + 1), 0), w.seen.clock[w.agent] = 1,
-                                                                                 w.seen.fenced = w.seen.clock;
+        w.seen.clock.assign(b.company->blocks.size() * b.agents(), 0), w.seen.clock[w.agent] = 1,
+                                                                       w.seen.fenced = w.seen.clock;
 }
 static void begin(Block& b, Company& c, Processor& q, int number) {
     const uint32_t threads = q.request.block[0] * q.request.block[1] * q.request.block[2];
     b.company = &c, b.processor = &q, b.number = number, b.rank = number % c.cluster, b.rotate = false, b.pool = 0;
     b.warps.resize((threads + 31) / 32);
-    b.alive = b.warps.size(), b.unit = number * int(b.warps.size() + 1) + b.alive;
+    b.alive = b.warps.size(), b.unit = number * b.agents() + b.alive;
     b.shared_size = q.kernel.shared + q.request.dynamic;
     b.memory.assign(b.shared_size + 2048, char(0xff));
     b.shared = aligned(b.memory, 1024);
@@ -148,7 +148,7 @@ static void begin(Block& b, Company& c, Processor& q, int number) {
     b.transfers.clear(), b.clocks.clear(), b.decoded.clear(), b.versions.assign(b.shared_size / 1024 + 1, 0);
     if (q.checks(Checks(kRaces | kInitFences | kUninitialised))) {
         b.stamps.assign(b.shared_size / 4 + 4, Stamp{});
-        b.reads.assign((b.shared_size / 4 + 4) * c.cluster * (b.warps.size() + 1), 0);
+        b.reads.assign((b.shared_size / 4 + 4) * c.cluster * b.agents(), 0);
     }
     for (size_t i = 0; i < b.warps.size(); i++) b.warps[i].block = &b, begin(b.warps[i], i, threads);
 }

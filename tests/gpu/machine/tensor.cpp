@@ -1,15 +1,14 @@
 // Matrix products: mma of a warp (ISA 9.7.14) and wgmma of a warpgroup (9.7.15), which runs when it is waited for.
 #include "machine.h"
 
-static int bytes_of(Element e) { return e == kE4m3 || e == kE5m2 ? 1 : e == kTf32 ? 4 : 2; }
+static int bytes_of(Element e) { return e <= kE5m2 ? 1 : 2; }
 static void unpack(Element e, const void* from, int n, float* to, int step) {
     for (int i = 0; i < n; i++) {
         uint32_t x = 0;
         memcpy(&x, (const char*)from + i * bytes_of(e), bytes_of(e));
         to[i * step] = e == kE4m3 || e == kE5m2 ? fp8_values(e == kE5m2)[x]
                        : e == kBf16             ? std::bit_cast<float>(x << 16)
-                       : e == kF16              ? float(std::bit_cast<_Float16>(uint16_t(x)))
-                                                : std::bit_cast<float>(x & 0xffffe000);
+                                                : float(std::bit_cast<_Float16>(uint16_t(x)));
     }
 }
 
@@ -100,7 +99,7 @@ static void each_chunk(Warp& w, int site, uint64_t d, int size, bool transposed,
 static void check_operand(Warp& w, const Product& p, uint64_t d, Element e, bool transposed, int first, int rows) {
     if (w.block->stamps.empty()) return;
     each_chunk(w, p.site, d, bytes_of(e), transposed, first, rows, p.form.k,
-               [&](int, int, uint32_t at) { check_read(w, p.site, *w.block, at, 16, 0, kUnit, p.seen); });
+               [&](int, int, uint32_t at) { check_read(w, p.site, *w.block, at, 16, 0, kTensor, p.seen); });
 }
 static const float* operand_b(Warp& w, const Product& p) {  // [k][n]
     const ProductForm& f = p.form;
@@ -146,7 +145,7 @@ void wgmma(Warp& w, int site, ProductForm form, U32* const* d, const U32* const*
     need_whole_warp(w, site, mask), count_run(w, site, mask);
     EACH_LANE if (da[l] != da[0] || db[l] != db[0] || accumulate[l] != accumulate[0])
         fault(w, site, "lanes differ in a descriptor");
-    Product p = {site, form, {}, {}, {}, ra != nullptr, accumulate[0] != 0, da[0], db[0], w.seen};
+    Product p = {site, form, {}, {}, {}, ra != nullptr, accumulate[0] != 0, da[0], db[0], w.seen, false};
     const int n = form.n / 2, registers = n + (ra ? 4 : 0);
     if (w.wgmma_fences == 1) fault(w, site, "no wgmma.fence comes before the first wgmma");
     for (int i = 0; i < registers; i++) {
@@ -161,12 +160,41 @@ void wgmma(Warp& w, int site, ProductForm form, U32* const* d, const U32* const*
     w.products.open.push_back(p);
     w.block->processor->macs[form.a] += 16ull * form.n * form.k;
 }
-void wgmma_commit(Warp& w, int site, uint32_t mask) { need_whole_warp(w, site, mask), w.products.commit(); }
+void wgmma_commit(Warp& w, int site, uint32_t mask) {
+    need_whole_warp(w, site, mask), w.products.commit(), w.committed++;
+}
 void wgmma_fence(Warp& w, int site, uint32_t mask) { need_whole_warp(w, site, mask), w.wgmma_fences++; }
+// A wgmma is one instruction of the four warps of a warpgroup: none has its result, or has read its operands, before
+// all have issued it, and then all have. Groups up to number `committed` are done here, those of all four warps.
+static void finish_group(Warp& w, int site, int committed) {
+    Warp* const first = &w - w.id % 4;
+    Warp* const end = std::min(first + 4, w.block->warps.data() + w.block->warps.size());
+    for (Warp* v = first; v < end; v++)
+        if (v->committed < committed) {
+            w.yield = true, w.site = site;
+            throw Park{-1, "waits for warps of its warpgroup, which have not issued the wgmma"};
+        }
+    Clock known;  // to a warp that has waited
+    if (!w.seen.clock.empty())
+        known.resize(w.seen.clock.size()), known[tensor_core(w)] = w.block->company->tick(tensor_core(w));
+    std::vector<Product*> now;
+    for (Warp* v = first; v < end; v++) {
+        int number = v->committed - int(v->products.groups.size());
+        for (auto g = v->products.groups.begin(); number < committed; number++, g++)
+            for (Product& p : *g) {
+                if (p.done) continue;
+                finish(*v, p), now.push_back(&p);
+                if (w.block->processor->checks(kWarpgroups)) known[v->agent] = p.seen.clock[v->agent];
+            }
+    }
+    for (Product* p : now) p->done = true, p->seen.clock = known;
+}
 void wgmma_wait(Warp& w, int site, int left, uint32_t mask) {
-    need_whole_warp(w, site, mask), count_run(w, site, mask);
+    need_whole_warp(w, site, mask);
+    if (int(w.products.groups.size()) > left) finish_group(w, site, w.committed - left);
+    count_run(w, site, mask);
     for (const Product& p : w.products.take(left)) {
-        finish(w, p);
+        acquire(w, p.seen.clock);
         for (int i = 0; i < p.form.n / 2 + (p.registers ? 4 : 0); i++) *p.marks[i] = ~0u;
     }
     const auto fly = [&](const Product& p) {  // those that are left
