@@ -124,6 +124,8 @@ __global__ void __launch_bounds__(kThreads, 2)
         if (tile < end) {
             me.seq = seq, me.used = cache.used(seq);
             me.first = (tile - begin) * kTile, me.stop = min((min(stop, end) - begin) * kTile, me.used);
+            me.cached = kAppends ? min(length - n, me.used) : me.used;
+            me.start();
             if constexpr (kAppends) {
                 prepare(fresh, tokens, cache, seq, me.head, me.first, me.stop, n, G, r0);
                 __syncthreads();

@@ -98,6 +98,7 @@ template <typename T, typename C, bool kAppends> struct Warp {
     const Fresh<T, C>* fresh;
     const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4, warp = threadIdx.x / 32;
     int seq, head, first, stop, used;  // keys of the block's run
+    int cached;                        // keys before this one are in the cache, and are no new tokens
     int shown;                         // keys before this one are seen by all rows
     unsigned q[8][4];
     float scale_log2[2];                              // of the lane's two rows of products of q and keys
@@ -105,7 +106,9 @@ template <typename T, typename C, bool kAppends> struct Warp {
     float scales;                                     // lane l: of key l, or of value l - 16
     int value_exponent;  // of the largest scale of a value so far, plus 127; P and o are in units of that power of two
     float largest[2], total[2], o[16][4];
-    int lane_cell;  // lane l: the first cell of step l of the current group of 32 steps
+    int lane_cell;    // lane l: the first cell of step l of the current group of 32 steps
+    int steps, cell;  // of this warp; the first cell of the next step to load
+    bool loaded;      // the first step is on its way
 
     __device__ int key(int step) const { return first + (step * kWarps + warp) * kStep; }
 
@@ -156,11 +159,10 @@ template <typename T, typename C, bool kAppends> struct Warp {
         return __shfl_sync(~0u, lane_cell, step % 32);
     }
 
-    // Calls f with true if the step's keys are all in the cache, otherwise with false: some are new or past the end.
+    // Whether the step's keys are all in the cache; else some are new or past the end.
+    __device__ bool is_plain(int step) const { return key(step) + kStep <= cached; }
     template <typename F> __device__ void if_plain(int step, F&& f) {
-        int end = used;
-        if constexpr (kAppends) end = min(end, fresh->begin);
-        if (key(step) + kStep <= end) f(std::true_type{});
+        if (is_plain(step)) f(std::true_type{});
         else f(std::false_type{});
     }
 
@@ -283,6 +285,14 @@ template <typename T, typename C, bool kAppends> struct Warp {
         }
     }
 
+    // Loads the first step, unless it holds tokens that are not prepared yet.
+    __device__ void start() {
+        steps = max(ceil_div(stop - key(0), kTile), 0);
+        if (steps) cell = locate(0);
+        loaded = steps && (!kAppends || is_plain(0));
+        if (loaded) load_keys(0, cell), load_values(0, cell);
+    }
+
     // row0, row1: queries of the lane's rows, or null. scale: of their products with keys, in base 2
     __device__ void run(const T* row0, const T* row1, const int (&last)[2], float scale) {
 #pragma unroll
@@ -290,10 +300,8 @@ template <typename T, typename C, bool kAppends> struct Warp {
 #pragma unroll
         for (auto& tile : o) tile[0] = tile[1] = tile[2] = tile[3] = 0;
         value_exponent = 1;
-        const int steps = max(ceil_div(stop - key(0), kTile), 0);
-        int cell = 0;
         load_queries(row0, row1);
-        if (steps) cell = locate(0), load_keys(0, cell), load_values(0, cell);
+        if (steps && !loaded) load_keys(0, cell), load_values(0, cell);
         if constexpr (std::is_same_v<T, Factor>) scale_log2[0] = scale_log2[1] = scale;
         else convert_queries(scale);
         for (int step = 0; step < steps; step++) {

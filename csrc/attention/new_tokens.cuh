@@ -48,7 +48,8 @@ __device__ void prepare(Fresh<T, C>& fresh, const NewTokens& in, const Cache& ca
         const int job = base + threadIdx.x / kLanes, kind = (job >= rows) + (job >= rows + n);  // query, key, value
         const int token = kind ? (job - rows) % n : (r0 + job) / G, position = begin + token;
         const int h = kind ? cache.Hkv * (G + kind - 1) + head : head * G + (r0 + job) % G;
-        const bool real = job < jobs && position >= 0;
+        const bool real = job < jobs && position >= 0, new_key = real && kind && position >= first && position < stop;
+        const int page = new_key ? cache.table[int64_t{seq} * cache.max_pages + position / cache.page_size] : -1;
         LING_DEVICE_CHECK(!real || position < in.P);
         Vec<kVec> x = {};
         if (real)
@@ -66,8 +67,7 @@ __device__ void prepare(Fresh<T, C>& fresh, const NewTokens& in, const Cache& ca
         if (!real) continue;
         if (kind == 0) {
             store(fresh.q[job] + lane * kVec, y);
-        } else if (position >= first && position < stop) {
-            const int page = cache.table[int64_t{seq} * cache.max_pages + position / cache.page_size];
+        } else if (new_key) {
             const int64_t cell = (int64_t{page} * cache.page_size + position % cache.page_size) * cache.Hkv + head;
             const bool writes = blockIdx.z == 0 && page >= 0 && page < cache.num_pages;
             store_cell(fresh.cells[kind - 1][token], y, scale);
