@@ -100,6 +100,11 @@ def check_random(C):
             check_sample(C, logits, *args)
 
 
+def check_smallest_temperature(C):
+    logits, *args = sample_args(Rand(FP32), 4, 300, mode=RANDOM, temperature=1e-42)
+    assert torch.equal(check_sample(C, logits, *args), logits.argmax(1))
+
+
 def check_seen(C):
     """Tokens of the sequence up to the row's position count, at any distance; greedy and random."""
     for mode in ((False, False, True), PENALISED):
@@ -109,7 +114,15 @@ def check_seen(C):
         assert not torch.equal(tokens, launched(C, logits, parameters, (mode[0], True, False), *state))
 
 
-CHECKS = [check_decode_inputs, check_accept_tokens, check_lookup, check_greedy, check_random, check_seen]
+CHECKS = [
+    check_decode_inputs,
+    check_accept_tokens,
+    check_lookup,
+    check_greedy,
+    check_random,
+    check_smallest_temperature,
+    check_seen,
+]
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda f: f.__name__[6:])
@@ -118,7 +131,7 @@ def test_correct(check, schedule):
 
 
 def test_a_large_vocabulary():
-    """Ling's, and the largest; a row's token does not depend on the other rows."""
+    """Ling's, the largest that fits, and a larger one."""
     for V, fixed in ((157184, dict(top_k=40, top_p=0.95)), (LARGEST, dict(top_p=0.9, top_k=LARGEST))):
         rand = Rand(BF16)
         logits, parameters, _, lanes, *state = sample_args(rand, 1, V, 1, temperature=0.8, min_p=0.0, **fixed)

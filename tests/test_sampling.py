@@ -22,6 +22,7 @@ def test_temperature_zero_is_greedy():
     ids = torch.zeros(50, 1, dtype=torch.long)
     assert torch.equal(sampler()(logits, ids), logits.argmax(1))
     assert torch.equal(sampler(temperature=1e-30, seed=0)(1e10 * logits, ids), logits.argmax(1))
+    assert torch.equal(sampler(temperature=1e-42, seed=0)(logits, ids), logits.argmax(1)), "1 / T exceeds fp32"
     assert torch.equal(sampler(temperature=5.0, top_k=1, seed=0)(logits.bfloat16(), ids), logits.bfloat16().argmax(1))
 
 

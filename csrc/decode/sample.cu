@@ -124,7 +124,8 @@ public:
     // Reads the slice, and returns the rank of the row's largest logit. seen: of penalty's tokens, or null.
     template <typename T>
     __device__ uint64_t read(const T* logits, const unsigned* seen, float penalty, bool keep) {
-        constexpr int kVector = 16 / sizeof(T);
+        constexpr int kVector = 16 / sizeof(T), kStep = kThreads * kVector;
+        constexpr int kAhead = 3;  // loads of a thread in flight: all of Ling's vocabulary in bf16
         float best = -INFINITY;
         int index = first;
         const auto take = [&](float x, int i) {
@@ -134,10 +135,18 @@ public:
         };
         const bool vectors = reinterpret_cast<uintptr_t>(logits) % 16 == 0;
         const int whole = vectors ? size / kVector * kVector : 0;
-        for (int i = threadIdx.x * kVector; i < whole; i += kThreads * kVector) {
-            const Vec<kVector> x = load<kVector>(logits + i);
+        for (int i = threadIdx.x * kVector; i < whole; i += kAhead * kStep) {
+            uint4 raw[kAhead];
 #pragma unroll
-            for (int j = 0; j < kVector; j++) take(x[j], i + j);
+            for (int k = 0; k < kAhead; k++)
+                if (i + k * kStep < whole) raw[k] = *reinterpret_cast<const uint4*>(logits + i + k * kStep);
+#pragma unroll
+            for (int k = 0; k < kAhead; k++) {
+                if (i + k * kStep >= whole) break;
+#pragma unroll
+                for (int j = 0; j < kVector; j++)
+                    take(static_cast<float>(reinterpret_cast<const T*>(raw + k)[j]), i + k * kStep + j);
+            }
         }
         for (int i = whole + threadIdx.x; i < size; i += kThreads) take(static_cast<float>(logits[i]), i);
         uint64_t rank = size ? ranked(best, index) : 0;
