@@ -122,6 +122,32 @@ def test_norms_without_eps(backend, D, R):
         torch.testing.assert_close(got, want, rtol=3e-2, atol=3e-2 * float(want.abs().max()))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_of_fp8_are_taken_or_refused_alike(backend):
+    """quantize and its like take them as any other numbers, also where csrc/ has no kernel for them."""
+    rand = Rand(BF16)
+    x, plan = rand.data(20, 256).to(torch.float8_e4m3fn), plan_of(rand, 20, 4, 2)
+    calls = lambda: lk.quantize(x), lambda: lk.swiglu(x), lambda: lk.permute_quantize(x, plan)  # noqa: E731
+    results = []
+    for name in ("torch", backend):
+        with force(name):
+            outs = [call() for call in calls]
+            results.append([t.float() for out in outs for t in (out if isinstance(out, tuple) else (out,))])
+    torch.testing.assert_close(*results)
+    tables, positions = rope_tables(20, 64, 1e4, device=DEVICE), torch.arange(20, device=DEVICE)
+    router_w, bias, w = rand.fp32(4, 256).detach(), rand.data(4, dtype=torch.float32), rand.data(128)
+    experts, x_scale = (rand.data(4, 64, 256), rand.data(4, 256, 32)), torch.ones(20, 2, device=DEVICE)
+    offsets = torch.tensor([0, 20], dtype=torch.int32, device=DEVICE)
+    with force(backend):
+        for call, says in (
+            (lambda: lk.moe(x, router_w, bias, *experts, None, num_groups=1, group_topk=1, topk=2), "x .T, H."),
+            (lambda: lk.qk_norm_rope(x.view(10, 4, 128), w, w, *tables, positions[:10], 1), "qkv .T, Hq"),
+            (lambda: lk.grouped_wgrad(x, x, offsets, dy_scale=x_scale.to(x.dtype), x_scale=x_scale), "one fp32 scale"),
+        ):  # fmt: skip
+            with pytest.raises(ValueError, match=says):
+                call()
+
+
 def test_a_shared_expert_that_does_not_fit_is_refused():
     rand = Rand(BF16)
     x, router_w, bias = rand.data(3, 16), rand.fp32(4, 16).detach(), rand.data(4, dtype=torch.float32)

@@ -10,7 +10,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from ..op import autocast, expect
+from ..op import E4M3, autocast, expect
 from .dispatch import Plan, dispatch, expect_plan
 from .gemm_fp8 import gemm_fp8
 from .grouped_gemm import grouped_gemm
@@ -52,7 +52,7 @@ def moe(
     wants a gradient through FP8 experts.
     """
     E, H = router_w.shape if router_w.ndim == 2 else (0, 0)
-    expect(x.ndim == 2 and x.shape[1] == H and E > 0, "x [T, H] and router_w [E, H]", x, router_w)
+    expect(x.ndim == 2 and x.shape[1] == H and E > 0 and x.dtype != E4M3, "x [T, H] and router_w [E, H]", x, router_w)
     fp8 = isinstance(w_gate_up, tuple)
     expect(fp8 == isinstance(w_down, tuple), "both expert weights FP8 or neither", type(w_gate_up), type(w_down))
     gate_up, down = (w[0] if isinstance(w, tuple) else w for w in (w_gate_up, w_down))

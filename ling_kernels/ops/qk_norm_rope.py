@@ -7,7 +7,17 @@ y = x / sqrt(mean(x^2) + eps) * w per head; then, with (a, b) the halves of y[:R
 import torch
 from torch import Tensor
 
-from ..op import expect, first_derivative_only, multiprocessors, op, rows_aligned, upcast, use_reference, values_on_host
+from ..op import (
+    E4M3,
+    expect,
+    first_derivative_only,
+    multiprocessors,
+    op,
+    rows_aligned,
+    upcast,
+    use_reference,
+    values_on_host,
+)
 from .attention_decode import KVCache, append, expect_slots
 from .qk_norm_rope_kernels import qk_norm_rope_bwd_kernel, qk_norm_rope_fwd_kernel
 from .triton_import import triton
@@ -53,7 +63,8 @@ def qk_norm_rope(
 def expect_heads(qkv, q_weight, k_weight, cos, sin, positions, num_kv_heads) -> None:
     """Check the operands of this op and of qk_norm_attention."""
     T, H, D = qkv.shape if qkv.ndim == 3 else (-1, 0, 0)
-    expect(T >= 0 and qkv.is_floating_point() and num_kv_heads > 0 and H > 2 * num_kv_heads and H % num_kv_heads == 0,
+    wide = qkv.is_floating_point() and qkv.dtype != E4M3
+    expect(T >= 0 and wide and num_kv_heads > 0 and H > 2 * num_kv_heads and H % num_kv_heads == 0,
            "qkv [T, Hq + 2 Hkv, D], Hq % Hkv == 0", qkv, num_kv_heads)  # fmt: skip
     expect_norm(qkv, q_weight, k_weight, cos, sin)
     expect(positions.shape == (T,) and positions.dtype in (torch.int32, torch.int64),

@@ -177,6 +177,8 @@ def dense_rows(x: Tensor) -> Tensor:
 
 
 def unsupported_rows(x, *others) -> str | None:
+    if x.dtype == E4M3:
+        return "rows of FP8"
     return None if rows_aligned(x) else "rows that do not start at multiples of 16 bytes"
 
 

@@ -83,13 +83,13 @@ def route_ref(logits, bias, mask=None, num_groups=8, group_topk=4, topk=8, scale
     logits = upcast(logits)
     if mask is not None:  # before the formulas, in whose gradient 0 * NaN is NaN
         logits = logits.masked_fill(~mask[:, None], 0)
-    s = scores(logits)
     if experts is None:
-        experts = best_experts(s, bias, num_groups, group_topk, topk)
+        experts = best_experts(scores(logits.detach()), bias, num_groups, group_topk, topk)
     if padding is not None:
         experts = experts.masked_fill(~padding[:, None], -1)
     routed = experts >= 0
-    w = s.gather(1, experts.clamp(min=0).long()).masked_fill(~routed, 0)
+    # Scores of the chosen alone: a NaN that is not chosen has the gradient 0.
+    w = scores(logits.gather(1, experts.clamp(min=0).long())).masked_fill(~routed, 0)
     weights = w * scale if experts.shape[1] == 1 else w / (w.sum(-1, keepdim=True) + 1e-20) * scale
     counts = torch.zeros(E + 1, dtype=torch.int32, device=logits.device)
     chosen = experts.flatten().long()

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..op import expect, first_derivative_only, multiprocessors, op, rows_aligned, upcast, use_reference
+from ..op import E4M3, expect, first_derivative_only, multiprocessors, op, rows_aligned, upcast, use_reference
 from .dispatch import Plan, expect_plan
 from .quantize import BLOCK, empty_fp8, quantize_ref, tiling
 from .triton_fp8 import store_columns, store_rows, tile_rows
@@ -172,6 +172,8 @@ def swiglu_bwd(
 
 
 def unsupported_rows(x: Tensor, weights: Tensor | None) -> str | None:
+    if x.dtype == E4M3:
+        return "rows of FP8"
     if x.shape[1] % 16 or not rows_aligned(x):
         return "rows whose halves do not start at multiples of 16 bytes"
     return None if weights is None or weights.dtype == torch.float32 else "weights that are not fp32"
