@@ -12,7 +12,7 @@ A decode step, from the API down to the kernels:
               Layer.compute, per layer:      attention(norm(x)), then the MLP or MoE
                 Attention.forward            nn/attention.py -> ops/qk_norm_attention_decode.py
                 MoE.decode                   nn/moe.py -> ops/moe_decode.py; MoE.forward above 8 rows
-            Forward.next_tokens              final norm and lm_head; ops/sample.py; ops/accept_tokens.py writes tokens and drafts
+            Forward.next_tokens              final norm and lm_head; ops/sample.py; ops/accept_tokens.py, which writes
             Forward.mtp_drafts               the next draft tokens of an MTP layer
       Engine.collect -> Engine.accept        reads the tokens of the previous pass, finishes requests
 

@@ -30,14 +30,15 @@ def norm_linear(linear: nn.Module, x: Tensor, norm: RMSNorm | None, dtype: torch
     """
     if isinstance(linear, FusedLinear):
         return linear(x, norm, dtype)
-    if not torch.is_grad_enabled() and len(x) <= ROWS and is_plain(linear) and (norm is None or type(norm) is RMSNorm):
+    plain = is_plain(linear, nn.Linear) and linear.bias is None and (norm is None or is_plain(norm, RMSNorm))
+    if plain and not torch.is_grad_enabled() and len(x) <= ROWS:
         weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
         return rms_norm_linear(x, weight, linear.weight, eps, dtype)
     y = linear(x if norm is None else norm(x))
     return y if dtype is None else y.to(dtype)
 
 
-def is_plain(linear: nn.Module) -> bool:
-    """Whether the weight says all that the layer computes: a subclass, an adapter or a hook may compute more."""
-    hooks = linear._forward_hooks or linear._forward_pre_hooks
-    return type(linear) is nn.Linear and linear.bias is None and not hooks
+def is_plain(module: nn.Module, kind: type) -> bool:
+    """Whether the weight says all that the module computes: a subclass, an adapter or a hook may compute more."""
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return type(module) is kind and not hooks
