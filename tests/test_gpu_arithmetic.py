@@ -262,6 +262,7 @@ INTEGERS = {
     **{k: v for kind in TYPES[1::2] for k, v in of_sign(kind).items()},
     **{k: v for kind in ("b16", "b32", "b64", "pred") for k, v in untyped(kind).items()},
     **{k: v for to in BYTES + TYPES for kind in BYTES + TYPES for k, v in resized(to, kind).items()},
+    **{f"add.{sign}16x2 rr r": lambda a, b: (a + b & 0xFFFF) | ((a >> 16) + (b >> 16) & 0xFFFF) << 16 for sign in "us"},
     "setp.lt.and.s32 rrq p": lambda a, b, q: signed(a, 32) < signed(b, 32) and q,
     "setp.eq.or.u16 hhq p": lambda a, b, q: a == b or q,
     "setp.ne.xor.b64 ddq p": lambda a, b, q: (a != b) != q,

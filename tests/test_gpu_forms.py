@@ -29,7 +29,7 @@ def forms_of(text: str) -> set[str]:
 
 
 def forms_of_kernels() -> set[str]:
-    """Of csrc/, with CUTLASS's where its headers are, and of what tests compiled with Triton today."""
+    """Of csrc/, with CUTLASS's where its headers are, and of what any clone ran with Triton in the last day."""
     texts = [f.read_text() for name in ["_C", *["_cutlass"] * CUTLASS] for f in build.compile_module(name, "")[1]]
     made = [f for f in CACHE.glob("*.triton") if time.time() - f.stat().st_mtime < DAY]
     return set().union(*map(forms_of, [*texts, *(json.loads(f.read_text())[0] for f in made)]))

@@ -197,7 +197,7 @@ PRODUCTS = {
     (kind, n): wgmma_kernel(f"wgmma_{kind}_{n}", f"m64n{n}k{k}.f32.{kind}.{kind}", n, flags=flags)
     for kind, k, flags, widths in (
         ("e4m3", 32, "", (16, 32, 64, 128)), ("e5m2", 32, "", (24,)),
-        ("bf16", 16, ", 0, 0", (16, 32, 64, 128, 256)), ("f16", 16, ", 0, 0", (16,)),
+        ("bf16", 16, ", 0, 0", (16, 32, 64, 128, 256)), ("f16", 16, ", 0, 0", (16, 32, 64, 128)),
     )
     for n in widths
 }  # fmt: skip
@@ -332,21 +332,28 @@ CLUSTER = """mov.u32 %r2, tile; mov.u32 %r20, barrier; setp.eq.u32 %p1, %r0, 0; 
 MEET = "barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;"
 
 
-def cluster_kernel(name, meet=MEET, last=MEET):
+def cluster_kernel(name, meet=MEET, last="barrier.cluster.arrive; barrier.cluster.wait;"):
     return Kernel(name, f"""{CLUSTER} mul.lo.s32 %r7, %r3, 100; add.s32 %r7, %r7, %r0; st.shared.u32 [%r6], %r7; {meet}
 mapa.shared::cluster.u32 %r8, %r6, %r4; ld.shared::cluster.u32 %r10, [%r8]; st.global.u32 [%d9], %r10;
 mapa.shared::cluster.u32 %r11, %r20, %r4; add.s32 %r12, %r8, 128; add.s32 %r13, %r7, 1000;
-@%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r20], 128; mbarrier.arrive.shared::cluster.b64 _, [%r11];
+@%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r20], 128; setp.lt.u32 %p6, %r0, 16; @%p6 mbarrier.arrive.shared::cluster.b64 _, [%r11];
+@!%p6 mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%r11];
 st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%r12], %r13, [%r11]; {WAIT.format(name)}
 ld.shared.u32 %r10, [%r6+128]; st.global.u32 [%d9+128], %r10; {last}""", 1, ".reqnctapercluster 2, 1, 1", SHARED)  # fmt: skip
 
 
 clusters = cluster_kernel("clusters")
-multicast = Kernel("multicast", f"""{CLUSTER} @%p1 mbarrier.inval.shared::cta.b64 [%r20]; @%p1 mbarrier.init.shared::cta.b64 [%r20], 1;
+
+
+def multicast_kernel(name: str, hint: str, operand: str) -> Kernel:
+    return Kernel(name, f"""{CLUSTER} @%p1 mbarrier.inval.shared::cta.b64 [%r20]; @%p1 mbarrier.init.shared::cta.b64 [%r20], 1;
 {MEET} mov.u32 %r21, tile; mov.u32 %r22, 0; mov.u16 %h1, 3; setp.eq.u32 %p4, %r1, 0; and.pred %p4, %p4, %p1;
 @%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r20], 4096;
-@%p4 cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint [%r21], [%d0, {{%r22, %r22}}], [%r20], %h1, %d3;
-{WAIT.format("multicast")} ld.shared.u32 %r10, [%r6+1024]; st.global.u32 [%d9], %r10; {MEET}""", 2, ".reqnctapercluster 2, 1, 1", SHARED)  # fmt: skip
+@%p4 cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster{hint} [%r21], [%d0, {{%r22, %r22}}], [%r20], %h1{operand};
+{WAIT.format(name)} ld.shared.u32 %r10, [%r6+1024]; st.global.u32 [%d9], %r10; {MEET}""", 2, ".reqnctapercluster 2, 1, 1", SHARED)  # fmt: skip
+
+
+MULTICASTS = multicast_kernel("multicast", "", ""), multicast_kernel("multicast_hint", ".L2::cache_hint", ", %d3")
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -358,7 +365,8 @@ def test_cluster(seed):
         assert torch.equal(out[block], torch.stack([peer, peer + 1000]))
 
 
-def test_multicast():
+@pytest.mark.parametrize("multicast", MULTICASTS, ids=("plain", "hint"))
+def test_multicast(multicast):
     x, out = words(1024).view(32, 32), torch.zeros(256, dtype=torch.int32)
     multicast(tensor_map(x, (32, 32)), out, grid=2, reached=(x,))  # both blocks get what block 0 loads
     assert torch.equal(out.view(2, 128)[:, :32], x[8].expand(2, 32))

@@ -32,9 +32,6 @@ class Instruction:
     def name(self) -> str:
         return self.op[0]
 
-    def has(self, *modifiers: str) -> bool:
-        return any(m in self.op for m in modifiers)
-
 
 @dataclass
 class Block:

@@ -20,6 +20,7 @@ CLASSES = dict(
 )  # fmt: skip
 SYNTAX = """
 add sub: INT
+add: u16x2|s16x2
 add sub mul: ROUND? ftz? sat? f32
 add sub mul: rn? HALVES
 mul mad: lo|hi INT

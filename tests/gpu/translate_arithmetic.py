@@ -42,6 +42,9 @@ class Arithmetic:
     def arithmetic(self, c: Instruction) -> str:
         kind = c.op[-1]
         form, kinds, result = FORMS[c.name]
+        if kind in ("u16x2", "s16x2"):
+            a, b = (self.raw(x, 32) for x in c.args[1:])
+            return self.set(c.args[0], "b32", f"pair(low({a}) + low({b}), top({a}) + top({b}))")
         if "NaN" in c.op:
             form = form.replace("(", "_nan(", 1)
         if "xorsign" in c.op:

@@ -132,7 +132,7 @@ class Memory:
     def do_ldmatrix(self, c: Instruction) -> str:
         load = c.name == "ldmatrix"
         names = self.vector(c.args[0 if load else 1])
-        call = f"{c.name[:-6]}_matrix".replace("ld_", "load_").replace("st_", "store_")
+        call = "load_matrix" if load else "store_matrix"
         at = "{1@}" if load else "{0@}"
         registers = f"U32* r[] = {self.pointers(names)}; "
         return registers + self.fill(c, f"{call}(w, {{s}}, {len(names)}, {int('trans' in c.op)}, {at}, {{m}}, r);")
