@@ -28,11 +28,18 @@ def forms_of(text: str) -> set[str]:
     return {".".join([name, *(rest if name == "cvt" else sorted(rest))]) for name, *rest in parts}
 
 
+def of_an_op(ptx: str) -> bool:
+    """Whether all lines of a Triton kernel are those of files in ops/: tests have kernels of their own."""
+    files = set(re.findall(r"// (\w+\.py):\d+", ptx))
+    return bool(files) and all((build.ROOT / "ling_kernels/ops" / name).exists() for name in files)
+
+
 def forms_of_kernels() -> set[str]:
-    """Of csrc/, with CUTLASS's where its headers are, and of what any clone ran with Triton in the last day."""
+    """Of csrc/, with CUTLASS's where its headers are, and of the ops that ran with Triton in the last day."""
     texts = [f.read_text() for name in ["_C", *["_cutlass"] * CUTLASS] for f in build.compile_module(name, "")[1]]
     made = [f for f in CACHE.glob("*.triton") if time.time() - f.stat().st_mtime < DAY]
-    return set().union(*map(forms_of, [*texts, *(json.loads(f.read_text())[0] for f in made)]))
+    triton = filter(of_an_op, (json.loads(f.read_text())[0] for f in made))
+    return set().union(*map(forms_of, [*texts, *triton]))
 
 
 def tested() -> set[str]:
