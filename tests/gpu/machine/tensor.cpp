@@ -60,7 +60,7 @@ static void rows_of_registers(const U32* const* r, Element e, int registers, flo
 }
 void mma(Warp& w, int site, int k, Element ea, Element eb, U32* const* d, const U32* const* ra, const U32* const* rb,
          const U32* const* c, uint32_t mask) {
-    need_whole_warp(w, site, mask), count_run(w, site, mask);
+    need_whole_warp(w, site, mask);
     float a[16 * 64], b[64 * 8], sum[16 * 8];
     const int per = 4 / bytes_of(ea), steps = k / (4 * per);
     rows_of_registers(ra, ea, 2 * steps, a, k);
@@ -143,7 +143,7 @@ static void finish(Warp& w, const Product& p) {
 
 void wgmma(Warp& w, int site, ProductForm form, U32* const* d, const U32* const* ra, const U64& da, const U64& db,
            const Pred& accumulate, uint32_t* const* marks, uint32_t mask) {
-    need_whole_warp(w, site, mask), count_run(w, site, mask);
+    need_whole_warp(w, site, mask);
     EACH_LANE if (da[l] != da[0] || db[l] != db[0] || accumulate[l] != accumulate[0])
         fault(w, site, "lanes differ in a descriptor");
     Product p = {site, form, {}, {}, {}, ra != nullptr, accumulate[0] != 0, da[0], db[0], w.seen};
@@ -164,7 +164,7 @@ void wgmma(Warp& w, int site, ProductForm form, U32* const* d, const U32* const*
 void wgmma_commit(Warp& w, int site, uint32_t mask) { need_whole_warp(w, site, mask), w.products.commit(); }
 void wgmma_fence(Warp& w, int site, uint32_t mask) { need_whole_warp(w, site, mask), w.wgmma_fences++; }
 void wgmma_wait(Warp& w, int site, int left, uint32_t mask) {
-    need_whole_warp(w, site, mask), count_run(w, site, mask);
+    need_whole_warp(w, site, mask);
     for (const Product& p : w.products.take(left)) {
         finish(w, p);
         for (int i = 0; i < p.form.n / 2 + (p.registers ? 4 : 0); i++) *p.marks[i] = ~0u;
