@@ -3,8 +3,8 @@
 # make test    set up, then run the tests; FAST=1: the fast ones, 3 minutes on two cores, for use while working
 # make fuzz    try random files, requests and arguments of ops for MINUTES=10; `make test` tries the same few in every run
 # make cutlass build the optional ling_kernels._cutlass: CUTLASS's grouped FP8 GEMM (minutes, 4 GB of memory a file)
-# make tables  write docs/kernels-{resources*,clocks,predicted}.md: registers, shared memory and clocks of every
-#              kernel, as it is built for Hopper, and the rates that follow
+# make tables  write docs/kernels-{resources*,clocks,predicted,counters}.md: registers, shared memory, clocks and counters
+#              of every kernel, as it is built for Hopper, and the rates that follow
 # make gpu     on a machine with a Hopper GPU: STAGE=1 build, test, sanitizers, four minutes; STAGE=2 benchmark, five minutes.
 #              It installs nothing and uses PYTHON as it is. ARGS=--commit=ID names the commit in a copy without git history.
 # make gpu-pack compile csrc/ here for such a machine, into build/gpu-pack; make gpu then only links it

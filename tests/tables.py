@@ -4,8 +4,10 @@
     benchmarks/results/resources_cuda.json, docs/kernels-resources-cuda.md    csrc/, from the module _C built in place
     benchmarks/results/clocks.json, clocks_cuda.json, docs/kernels-clocks.md  both, by tests/sass: a walk of the code
     docs/kernels-predicted.md                                                 what follows from it, against others
+    benchmarks/results/counters.json, docs/kernels-counters.md                csrc/, by benchmarks.profile
 
-No GPU is needed. test_compiles_for_hopper.py and test_csrc_build.py compare the files with fresh tables.
+No GPU is needed. test_compiles_for_hopper.py, test_csrc_build.py, test_csrc_clocks.py and test_gpu_counters.py compare
+the files with fresh tables.
 """
 
 import json
@@ -18,6 +20,7 @@ import tempfile
 from pathlib import Path
 
 from tests import cuobjdump
+from tests.gpu import build, counters_page
 from tests.pack import nvcc_release
 from tests.sass import clocks, page, predict
 
@@ -26,6 +29,7 @@ RESULTS, DOCS = ROOT / "benchmarks/results", ROOT / "docs"
 TRITON, CUDA = RESULTS / "resources.json", RESULTS / "resources_cuda.json"
 TRITON_CLOCKS, CUDA_CLOCKS = RESULTS / "clocks.json", RESULTS / "clocks_cuda.json"
 CLOCKS, PREDICTED = DOCS / "kernels-clocks.md", DOCS / "kernels-predicted.md"
+COUNTERS, COUNTERS_PAGE = RESULTS / "counters.json", DOCS / "kernels-counters.md"
 MODULE = ROOT / f"ling_kernels/_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 SOURCES = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cu", ".cuh", ".cpp", ".h")]
 
@@ -123,6 +127,17 @@ def indented(table: dict) -> str:
     return json.dumps(table, indent=1) + "\n"
 
 
+def counters() -> None:
+    """In a process of its own: it puts the virtual GPU under ling_kernels."""
+    code = "import json, sys; from benchmarks.profile import table; json.dump(table(), sys.stdout)"
+    if reason := build.missing():
+        print(f"no counters: there is no {reason}")
+        return
+    made = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    table = json.loads(made.stdout)
+    write({COUNTERS: clocks.text(table), COUNTERS_PAGE: counters_page.page(table)})
+
+
 def main() -> None:
     reason = why_no_cuda_table()
     if reason:
@@ -132,6 +147,7 @@ def main() -> None:
         table = cuda_table()
         write({CUDA: indented(table), DOCS / "kernels-resources-cuda.md": cuda_page(table)})
         cuda = dict(cuda=table["cuda"], rows=clocks.cuda_rows(MODULE))
+    counters()
     table = triton_table()
     triton = dict(triton=table["triton"], rows=table.pop("rows"))
     write({TRITON: indented(table), DOCS / "kernels-resources.md": triton_page(table)})

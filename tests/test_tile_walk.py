@@ -8,7 +8,8 @@ import triton.language as tl
 from docs.tile_walk import BAND, EXAMPLE, SMS, walk
 from ling_kernels.ops.gemm_fp8 import tile_position
 from tests.cases import DEVICE
-from tests.gpu.build import ROOT, Kernels, load, load_now, missing
+from tests.gpu.build import ROOT, Kernels, load, missing
+from tests.gpu.counters import by_line, counting
 
 if not missing():
     from tests.test_csrc_gemm import check_transposed
@@ -75,11 +76,10 @@ def test_a_weight_gradient_has_all_tiles_of_every_group(variant):
 
 @needs_csrc
 def test_transposing_weights_has_no_bank_conflicts():
-    check_transposed(load())
-    kernels = load_now("_C", "")._lib.ready
-    sites = [s for name, k in kernels.items() if "gemm_fp8_kernel" in name for s in k.by_site()]
-    matrices = [s for s in sites if s["text"].startswith(("ldmatrix", "stmatrix")) and s["runs"]]
-    assert len(matrices) >= 16 and all(s["units"] == s["ideal"] for s in matrices)
+    with counting() as kernels:
+        check_transposed(load())
+    lines = [c for k in kernels if "gemm_fp8_kernel" in k.entry.name for c in by_line(k).values() if c["wavefronts"]]
+    assert len(lines) >= 4 and all(c["wavefronts"] == c["least_wavefronts"] for c in lines)
 
 
 @triton.jit

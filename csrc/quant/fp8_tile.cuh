@@ -102,8 +102,9 @@ __device__ void store_rows(const T (&v)[N][8], int64_t row, int rows, int k, uin
 template <bool kPow2, typename T>
 __device__ void store_columns(const Tile<T>& x, int tile, int k, uint8_t* xt_q, float* xt_scale, int K, int64_t M_pad) {
     constexpr int kHalf = kWords<T> / 2;  // words with the amax of 4 columns
-    __shared__ __align__(16) unsigned amax[kTileThreads / 32][kBlock / kPerWord<T>];
-    __shared__ __align__(16) float divisor[kBlock], inverse[kBlock];
+    constexpr int kUpper = 80;            // where the second 64 columns begin: 16 banks beside the first
+    __shared__ __align__(16) unsigned amax[kTileThreads / 32][(kUpper + 64) / kPerWord<T>];
+    __shared__ __align__(16) float divisor[kUpper + 64], inverse[kUpper + 64];
     __shared__ __align__(16) unsigned codes[kBlock][kBlock / 4];
     const int t = threadIdx.x, tx = t % 16, ty = t / 16;
 
@@ -122,10 +123,10 @@ __device__ void store_columns(const Tile<T>& x, int tile, int k, uint8_t* xt_q, 
         a[j] = larger<T>(own_max, __shfl_xor_sync(~0u, sent, 16));
     }
 #pragma unroll
-    for (int j = 0; j < kHalf; j++) amax[t / 32][(16 * (ty % 2) + tx) * kHalf + j] = a[j];
+    for (int j = 0; j < kHalf; j++) amax[t / 32][(kUpper / 4 * (ty % 2) + tx) * kHalf + j] = a[j];
     __syncthreads();
     if (t < kBlock) {
-        const int at = 64 * (t / 4 % 2) + t / 8 * 4 + t % 4;  // of column t
+        const int at = kUpper * (t / 4 % 2) + t / 8 * 4 + t % 4;  // of column t
         unsigned most = 0;
 #pragma unroll
         for (const auto& warp : amax) most = larger<T>(most, warp[at / kPerWord<T>]);
@@ -139,7 +140,7 @@ __device__ void store_columns(const Tile<T>& x, int tile, int k, uint8_t* xt_q, 
     // Word r of column c, which is rows 4 r..4 r + 3, lies at r ^ c / 8 * 2: no bank conflicts on either side.
 #pragma unroll
     for (int j0 = 0; j0 < 8; j0 += 4) {
-        const Vec<4> d = load<4>(divisor + 16 * j0 + 4 * tx), inv = load<4>(inverse + 16 * j0 + 4 * tx);
+        const Vec<4> d = load<4>(divisor + kUpper / 4 * j0 + 4 * tx), inv = load<4>(inverse + kUpper / 4 * j0 + 4 * tx);
         const auto divide = [&](int j) { return Quotient<kPow2, T>(d[j], inv[j]); };
         const bool tiny = divide(0).is_tiny() || divide(1).is_tiny() || divide(2).is_tiny() || divide(3).is_tiny();
         const bool any_tiny = divide(0).kLifts && __any_sync(~0u, tiny);

@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 
 from . import ptx
-from .translate import CLASSES, Translator
+from .translate import Translator
 
 MACHINE = Path(__file__).parent / "machine"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ling_kernels/gpu"
@@ -32,7 +31,7 @@ PRELUDE = """#include "operations.h"
 #define OP extern "C" __attribute__((visibility("default"))) void
 #define BEGIN const Special& sr = base(w).sr; const Pred& M = *(const Pred*)wide; (void)sr, (void)M;
 """
-SITE = ("runs", "lanes", "units", "ideal", "useful", "failed")
+SITE = ("sectors", "least_sectors", "wavefronts", "least_wavefronts", "bulk_bytes", "polls")
 # What a launch checks, does as Hopper's tensor cores do, or takes for ordered as CUTLASS does
 RACES, INIT_FENCES, UNINITIALISED, NARROW_SUMS, WARPGROUPS = 1, 2, 4, 8, 16
 U64 = ctypes.c_uint64
@@ -42,7 +41,7 @@ three = ctypes.c_uint32 * 3
 def setting(name: str, default: int) -> int:
     """LING_GPU_SEED: 0 runs blocks and warps in order, others shuffle. LING_GPU_RACES: what is checked, see above.
 
-    LING_GPU_THREADS: host threads that run blocks where nothing is checked.
+    LING_GPU_THREADS: host threads that run blocks where nothing is checked. LING_GPU_COUNT=1: counters.py reads.
     """
     return int(os.environ.get(f"LING_GPU_{name}", default))
 
@@ -52,9 +51,8 @@ def structure(name_: str, **fields):
 
 
 BasicBlock = structure(
-    "BasicBlock", **dict.fromkeys("first count line next target predicate negated".split(), ctypes.c_int),
-    classes=ctypes.c_int * 8,
-)  # fmt: skip
+    "BasicBlock", **dict.fromkeys("first count line next target predicate negated".split(), ctypes.c_int)
+)
 Operation = structure("Operation", run=ctypes.c_void_p, operands=ctypes.c_void_p)
 Site = structure("Site", line=ctypes.c_int, text=ctypes.c_char_p, source=ctypes.c_char_p, bytes=ctypes.c_int)
 Kernel = structure(
@@ -186,8 +184,8 @@ class Emulated:
             operation.run, operation.operands = functions[text], at
             at += 8 * len(operands)
         self.basic_blocks, first = (BasicBlock * len(program))(), 0
-        for i, (line, code, *rest, classes) in enumerate(program):
-            self.basic_blocks[i] = BasicBlock(first, len(code), line, *rest, (ctypes.c_int * 8)(*classes))
+        for i, (line, code, *rest) in enumerate(program):
+            self.basic_blocks[i] = BasicBlock(first, len(code), line, *rest)
             first += len(code)
         self.site_info = (Site * (len(sites) + 1))(*(Site(n, t.encode(), src.encode(), b) for n, t, src, b in sites))
         self.kernel = Kernel(
@@ -196,16 +194,19 @@ class Emulated:
         )  # fmt: skip
         self.reset()
 
+    counted: dict["Emulated", None] = {}  # those that count launches
+
     def reset(self):
         """Sets all counters to zero."""
+        Emulated.counted.pop(self, None)
         k = self.kernel
         self.runs, self.lanes = (U64 * (k.blocks + 1))(), (U64 * (k.blocks + 1))()
         self.sites = (U64 * (len(SITE) * (k.sites + 1)))()
-        self.totals = (U64 * 6)()  # MACs of e4m3, e5m2, bf16, f16, tf32; bytes of bulk copies
-        self.launches, self.seconds, self.blocks = 0, 0.0, 0
+        # MACs of e4m3, e5m2, bf16, f16, tf32; bytes of global memory that launches read, and that they wrote, once each
+        self.totals = (U64 * 6)()
 
-    def launch(self, grid, block, dynamic: int, params: bytes, cooperative=False, seed=None, counting=True,
-               cluster=None, overlaps=False, checks=None):  # fmt: skip
+    def launch(self, grid, block, dynamic: int, params: bytes, cooperative=False, seed=None, cluster=None,
+               overlaps=False, checks=None):  # fmt: skip
         """Runs a grid of blocks; raises RuntimeError for what the machine finds wrong. params: as PTX lays them out."""
         cluster = cluster or (*self.entry.directives.get("reqnctapercluster", ()), 1, 1, 1)[:3]
         if error := self.refused(grid, block, dynamic, cluster):
@@ -214,17 +215,15 @@ class Emulated:
         together = cooperative or (".acq_rel.gpu" in self.module.text and math.prod(grid) <= 64)
         if not overlaps:
             del HELD[:-1]
-        begin = time.time()
         request = Request(
             ctypes.pointer(self.kernel), three(*grid), three(*block), three(*cluster), dynamic, params,
             setting("SEED", 0) if seed is None else seed, int(together), int(overlaps),
             setting("RACES", RACES) if checks is None else checks, setting("THREADS", 1),
-            *((self.runs, self.lanes, self.sites) if counting else (None, None, None)), self.totals,
+            *((self.runs, self.lanes, self.sites) if setting("COUNT", 0) else (None, None, None)), self.totals,
         )  # fmt: skip
         error = library().gpu_launch(ctypes.byref(request))
-        self.seconds += time.time() - begin
-        self.launches += 1
-        self.blocks += math.prod(grid)
+        if setting("COUNT", 0):
+            Emulated.counted[self] = None
         if error:
             raise RuntimeError(error.decode())
 
@@ -245,26 +244,6 @@ class Emulated:
             self.kernel.pool = d.get("maxnreg", [min(share, 255)])[0]
         return ""
 
-    # -- what was counted
-    def classes(self) -> dict[str, float]:
-        """Warp instructions by class, and the lanes that were active in them on average."""
-        total, lanes, n = [0] * 8, 0, 0
-        for i in range(self.kernel.blocks):
-            classes = list(self.kernel.block[i].classes)
-            total = [t + self.runs[i] * c for t, c in zip(total, classes, strict=True)]
-            lanes += self.lanes[i] * sum(classes)
-            n += self.runs[i] * sum(classes)
-        counts = dict(zip(CLASSES, total, strict=True))
-        return counts | dict(warp_instructions=n, lane_instructions=lanes, active=lanes / n if n else 0)
-
-    def by_site(self) -> Iterator[dict]:
-        """Of each instruction that accesses memory or waits: PTX line, source line, text, and counters by name."""
-        for i in range(self.kernel.sites):
-            info = self.kernel.site[i]
-            values = self.sites[len(SITE) * i : len(SITE) * (i + 1)]
-            names = dict(line=info.line, source=info.source.decode(), text=info.text.decode())
-            yield names | dict(zip(SITE, values, strict=True))
-
 
 def plain(name: str) -> str:
     """A mangled name without what nvcc makes of an anonymous namespace in a certain build."""
@@ -280,7 +259,7 @@ class Library:
         for f in self.modules:
             for name in re.findall(r"\.entry\s+([\w$]+)\s*\(", Path(f).read_text()):
                 self.where.setdefault(plain(name), (f, name))
-        self.ready, self.error, self.counting = {}, None, True
+        self.ready, self.error = {}, None
 
     def kernel(self, name: str) -> Emulated:
         name = plain(name)
@@ -301,7 +280,7 @@ class Library:
                 params[offset : offset + v.size] = ctypes.string_at(args[i], v.size)
             cluster = [attributes >> 8 * i & 255 for i in (1, 2, 3)]
             k.launch(
-                grid[:3], block[:3], dynamic, bytes(params), attributes & 1, counting=self.counting,
+                grid[:3], block[:3], dynamic, bytes(params), attributes & 1,
                 cluster=cluster if all(cluster) else None, overlaps=attributes & 2,
             )  # fmt: skip
         except BaseException as e:  # nothing may pass through C++

@@ -22,16 +22,6 @@ EXIT = 1 << 30
 CALLS = translate_memory.CALLS | translate_tensor.CALLS
 SHUFFLES = dict(up="kUp", down="kDown", bfly="kButterfly", idx="kIndex")
 VECTOR = {1: "Pred", 16: "U16", 32: "U32", 64: "U64"}
-CLASSES = ("fp32", "int", "sfu", "lsu", "tensor", "branch", "move", "other")
-CLASS_OF = {
-    **dict.fromkeys("ex2 lg2 rcp rsqrt sqrt sin cos tanh".split(), "sfu"),
-    **dict.fromkeys("ld st atom red ldmatrix stmatrix shfl cp prefetch".split(), "lsu"),
-    **dict.fromkeys(
-        "bar barrier mbarrier fence membar vote redux match elect griddepcontrol setmaxnreg".split(), "other"
-    ),
-    **dict(mma="tensor", wgmma="tensor", bra="branch", ret="branch", exit="branch", mov="move", cvta="move", cvt="int"),
-}
-FLOATS = ("f32", "f16", "bf16", "f16x2", "bf16x2")
 NO_RESULT = set(
     "st red bra ret exit cp fence membar prefetch stmatrix nanosleep setmaxnreg griddepcontrol trap brkpt "
     "call tensormap".split()
@@ -329,13 +319,12 @@ class Translator(Arithmetic, Memory, Tensor):
         return lambda: note("note_written(regs, s, m);", written)
 
     def program(self) -> list[tuple]:
-        """Blocks in running order: (line, code, next, target, predicate, negated, classes), as machine/operations.h has
+        """Blocks in running order: (line, code, next, target, predicate, negated), as machine/operations.h has
         them; an instruction is the text of a function and its operands."""
         self.place_registers()
         out = []
         for i, block in enumerate(self.entry.blocks):
             code, following, target, predicate, negated = [], i + 1, EXIT, -1, 0
-            counts = [0] * len(CLASSES)
             self.operands = []
             self.places |= self.block_places[i]
             before = self.entry.blocks[i - 1].code[-1] if i else None
@@ -344,8 +333,6 @@ class Translator(Arithmetic, Memory, Tensor):
             for c in block.code:
                 if problem := unknown(*c.op):
                     raise Unknown(f"PTX line {c.line}: {c.text}: the virtual GPU does not know {problem}")
-                kind = CLASS_OF.get(c.name) or ("fp32" if c.op[-1] in FLOATS and c.name != "cvt" else "int")
-                counts[CLASSES.index(kind)] += 1
                 if c.name in ("bra", "ret", "exit"):
                     to = self.entry.labels[c.args[0]] if c.name == "bra" else EXIT
                     if c.guard:
@@ -361,7 +348,7 @@ class Translator(Arithmetic, Memory, Tensor):
                     after()
                 except (Unknown, KeyError, StopIteration, ValueError, AttributeError, IndexError) as e:
                     raise Unknown(f"PTX line {c.line}: {c.text}: not understood ({e})") from e
-            out.append((block.line, code, following, target, predicate, negated, counts))
+            out.append((block.line, code, following, target, predicate, negated))
         order = running_order(self.following())
         place = {b: i for i, b in enumerate(order)}
         return [

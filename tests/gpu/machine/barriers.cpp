@@ -16,7 +16,7 @@ void open_if_complete(Block& b, int id) {
     if (a.arrived >= a.expected) open(b, id);
 }
 void barrier(Warp& w, int site, const U32& ids, const U32& counts, bool waits, uint32_t mask, const Pred* vote) {
-    need_whole_warp(w, site, mask), count_run(w, site, mask);
+    need_whole_warp(w, site, mask);
     Block& b = *w.block;
     const int first = std::countr_zero(mask);
     const uint32_t id = ids[first], threads = counts[first];
@@ -49,7 +49,7 @@ static ClusterBarrier& cluster_barrier(Warp& w) {
     return w.block->company->barriers[w.block->number / w.block->company->cluster];
 }
 void cluster_arrive(Warp& w, int site, bool releases, uint32_t mask) {
-    need_whole_warp(w, site, mask), count_run(w, site, mask);
+    need_whole_warp(w, site, mask);
     ClusterBarrier& c = cluster_barrier(w);
     if (w.cluster_phase > c.phase) fault(w, site, "barrier.cluster.arrive twice, and no wait between");
     w.cluster_phase = c.phase + 1;
@@ -115,7 +115,6 @@ void mbarrier_inval(Warp& w, int site, const U64& at, uint32_t mask) {
 }
 U64 mbarrier_arrive(Warp& w, int site, Space space, Order order, const U64& at, const U32& n, const U32& bytes,
                     bool drop, uint32_t mask) {
-    count_run(w, site, mask);
     U64 phase = {};
     LANE_OF(mask) {
         const Found f = find(w, site, space, at[l], l);
@@ -133,16 +132,16 @@ void mbarrier_expect(Warp& w, int site, Space space, const U64& at, const U32& b
     LANE_OF(mask) find(w, site, space, at[l], l).barrier.bytes += bytes[l];
 }
 Pred mbarrier_try(Warp& w, int site, Space space, Order order, const U64& at, const U32& parity, uint32_t mask) {
-    count_run(w, site, mask);
     Pred r = {};
+    w.polling = false;
     LANE_OF(mask) {
         const Found f = find(w, site, space, at[l], l);
         r[l] = -int(f.barrier.phase != (parity[l] & 1));
         if (r[l]) {
             if (order != kRelaxed) acquire(w, f.block.clocks[f.offset].done);
         } else {
-            w.yield = true, w.site = site;
-            if (w.block->processor->counting()) w.block->processor->sites[site].failed++;
+            w.yield = w.polling = true, w.site = site;
+            if (w.block->processor->counting()) w.block->processor->sites[site].polls++;
         }
     }
     return r;

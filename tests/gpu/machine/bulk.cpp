@@ -63,8 +63,7 @@ Box box_of(Warp& w, int site, uint64_t map, int n, const U32* at, uint64_t share
 }
 void count_bulk(Warp& w, int site, uint64_t bytes) {
     Processor& q = *w.block->processor;
-    q.bulk_bytes += bytes;
-    if (q.counting()) q.sites[site].runs++, q.sites[site].lanes++, q.sites[site].useful += bytes;
+    if (q.counting()) q.sites[site].bulk_bytes += bytes;
 }
 // Begins a copy of n bytes to shared address `to` of each block that `ranks` has a bit for, or of the one that is named
 void begin(Warp& w, int site, int lane, uint64_t to, uint32_t n, uint64_t barrier, const uint32_t* ranks,
@@ -179,11 +178,10 @@ void map_replace(Warp& w, int site, Space space, const U64& at, int field, int w
     }
 }
 void map_copy(Warp& w, int site, const U64& to, const U64& from, uint32_t mask) {
-    need_whole_warp(w, site, mask), count_run(w, site, mask);
+    need_whole_warp(w, site, mask);
     memcpy(resolve(w, site, kGlobal, to[0], 128, 0), resolve(w, site, kShared, from[0], 128, 0), 128);
     w.block->company->maps[to[0]] = true;
 }
 void map_acquire(Warp& w, int site, const U64& at, uint32_t mask) {
-    count_run(w, site, mask);
     LANE_OF(mask) w.block->company->maps[at[l]] = false;
 }

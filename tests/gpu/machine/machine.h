@@ -56,6 +56,7 @@ public:
     void add(uint64_t p, size_t n);
     bool has(uint64_t p, size_t n) const;
     void merge(const Footprint&);
+    uint64_t bytes() const;
 
 private:
     std::unordered_map<uint64_t, std::array<uint64_t, 16>> pages_;  // of 4096 bytes
@@ -120,6 +121,7 @@ struct Warp : WarpBase {
     std::vector<char> memory;  // of registers and local memory
     char* registers;
     bool yield;         // ends its turn after this basic block
+    bool polling;       // its last wait on an mbarrier failed: how often it tries is not the kernel's work, nor counted
     int waits_at = -1;  // a barrier's number
     int site = -1;      // where it waits
     Seen seen;
@@ -202,10 +204,14 @@ struct Request {  // as program.py gives it
     const void* params;
     uint64_t seed;
     int cooperative, overlaps, checks, threads;
-    uint64_t *block_runs, *block_lanes, *sites, *totals;  // counters, or null
+    uint64_t *block_runs, *block_lanes, *sites, *totals;  // counters, or null: counters.py reads them
+};
+struct Passes {
+    uint64_t done, least;  // least: the fewest that the request's bytes could take
 };
 struct SiteCount {
-    uint64_t runs, lanes, units, ideal, useful, failed;
+    Passes sectors, wavefronts;  // of global memory, 32 bytes; of shared memory, 128 bytes
+    uint64_t bulk_bytes, polls;  // polls: waits on an mbarrier that had to be repeated
 };
 struct Processor {  // a host thread's
     const Request& request;
@@ -217,7 +223,7 @@ struct Processor {  // a host thread's
     uint64_t events = 0;  // whatever another warp may wait for
     std::vector<uint64_t> block_runs, block_lanes;
     std::vector<SiteCount> sites;
-    uint64_t macs[5] = {}, bulk_bytes = 0;
+    uint64_t macs[5] = {};
     Footprint reads, writes;
     bool dependents = false;  // the next kernel may start before this one has ended
     bool early = false;       // and before it has waited
@@ -238,7 +244,6 @@ char* resolve(Warp&, int site, Space, uint64_t p, size_t n, int lane);
 void check_bounds(Warp&, int site, uint64_t p, size_t n, int lane);
 Block* shared_block(Warp&, int site, Space, uint64_t p, uint64_t& offset);  // whose shared memory p is in, or null
 void count(Warp&, int site, Space, const uint64_t* p, const int* lane, int lanes, int size);
-void count_run(Warp&, int site, uint32_t mask);
 void need_whole_warp(Warp&, int site, uint32_t mask);
 void need_members(Warp&, int site, const U32& members, uint32_t mask);
 

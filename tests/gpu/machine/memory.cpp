@@ -103,8 +103,7 @@ U64 map_shared(Warp& w, const U64& p, const U32& rank, bool generic) {
 }
 
 // ---- counters
-// Sectors of 32 bytes that a warp's request touches, and the fewest that its bytes could fill
-static void count_global(SiteCount& s, const uint64_t* p, int lanes, int size) {
+static void count_global(Passes& sectors, const uint64_t* p, int lanes, int size) {
     uint64_t sector[64], address[32];
     int n = 0;
     for (int i = 0; i < lanes; i++) {
@@ -113,12 +112,11 @@ static void count_global(SiteCount& s, const uint64_t* p, int lanes, int size) {
     }
     std::sort(sector, sector + n), std::sort(address, address + lanes);
     const int distinct = std::unique(address, address + lanes) - address;
-    s.units += std::unique(sector, sector + n) - sector;
-    s.ideal += (distinct * size + 31) / 32;
-    s.useful += uint64_t(distinct) * size;
+    sectors.done += std::unique(sector, sector + n) - sector, sectors.least += (distinct * size + 31) / 32;
 }
-// Passes over 32 banks of 4 bytes: 8-byte accesses go by half, 16-byte ones by quarter warps
-static void count_shared(SiteCount& s, const uint64_t* p, const int* lane, int lanes, int size) {
+// Passes over 32 banks of 4 bytes; lanes that access the same word share it. Accesses of 8 bytes a lane go by half
+// warps, those of 16 by quarters
+static void count_shared(Passes& wavefronts, const uint64_t* p, const int* lane, int lanes, int size) {
     const int per = size >= 16 ? 8 : size >= 8 ? 16 : 32, words = std::max(size / 4, 1);
     for (int begin = 0; begin < 32; begin += per) {
         uint64_t seen[32][32];
@@ -129,25 +127,18 @@ static void count_shared(SiteCount& s, const uint64_t* p, const int* lane, int l
                 if (std::find(seen[bank], seen[bank] + n[bank], word) != seen[bank] + n[bank]) continue;
                 seen[bank][n[bank]++] = word, most = std::max(most, n[bank]), all++;
             }
-        s.units += most, s.ideal += (all + 31) / 32, s.useful += all * 4;
+        wavefronts.done += most, wavefronts.least += (all + 31) / 32;
     }
 }
 void count(Warp& w, int site, Space space, const uint64_t* p, const int* lane, int lanes, int size) {
     Processor& q = *w.block->processor;
     if (!q.counting()) return;
     if (const int merged = q.kernel.site[site].bytes; merged >= 0) size = merged;
-    if (!size) return;  // a part of another access
-    SiteCount& s = q.sites[site];
-    s.runs++, s.lanes += lanes;
-    if (!lanes) return;
+    if (!size || !lanes) return;  // 0 bytes: a part of another access
     uint64_t offset;
     if (space == kGeneric) space = shared_block(w, site, kGeneric, p[0], offset) ? kShared : kGlobal;
-    if (space == kShared) count_shared(s, p, lane, lanes, size);
-    else if (space == kGlobal) count_global(s, p, lanes, size);
-}
-void count_run(Warp& w, int site, uint32_t mask) {
-    Processor& q = *w.block->processor;
-    if (q.counting()) q.sites[site].runs++, q.sites[site].lanes += std::popcount(mask);
+    if (space == kShared) count_shared(q.sites[site].wavefronts, p, lane, lanes, size);
+    else if (space == kGlobal) count_global(q.sites[site].sectors, p, lanes, size);
 }
 
 // ---- loads, stores, atomics
@@ -257,10 +248,11 @@ ATOMICS(int64_t)
 
 // ---- cp.async (ISA 9.7.9.25.3): done at its wait
 void copy_async(Warp& w, int site, const U64& to, const U64& from, int bytes, const U32& real, uint32_t mask) {
-    uint64_t source[32];
-    int lane[32], lanes = 0;
+    uint64_t source[32], target[32];
+    int lane[32], all[32], lanes = 0, targets = 0;
     LANE_OF(mask) {
         resolve(w, site, kShared, to[l], bytes, l);
+        target[targets] = to[l], all[targets++] = l;
         if (real[l] > uint32_t(bytes)) fault(w, site, lane_name(l) + " copies more bytes than the copy has");
         if (real[l]) {
             resolve(w, site, kGlobal, from[l], bytes, l);
@@ -270,7 +262,7 @@ void copy_async(Warp& w, int site, const U64& to, const U64& from, int bytes, co
         check_write(w, site, *w.block, to[l], bytes, l, kCopying);
         w.copies.open.push_back({site, to[l], from[l], bytes, int(real[l]), int(l)});
     }
-    count(w, site, kGlobal, source, lane, lanes, bytes);
+    count(w, site, kGlobal, source, lane, lanes, bytes), count(w, site, kShared, target, all, targets, bytes);
 }
 static void finish(Warp& w, const std::vector<Copy>& copies) {
     for (const Copy& c : copies) {

@@ -17,7 +17,6 @@ struct BasicBlock {
     int first, count, line;
     int next, target;        // where lanes go: those for which the predicate holds to the target
     int predicate, negated;  // the predicate's offset; -1: all lanes go to next
-    int classes[8];          // instructions: fp32, int, sfu, lsu, tensor, branch, move, other
 };
 struct Site {
     int line;          // of the PTX

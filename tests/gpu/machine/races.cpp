@@ -137,6 +137,12 @@ void Footprint::merge(const Footprint& other) {
     for (const auto& [number, words] : other.pages_)
         for (int i = 0; i < 16; i++) pages_[number][i] |= words[i];
 }
+uint64_t Footprint::bytes() const {
+    uint64_t n = 0;
+    for (const auto& [number, words] : pages_)
+        for (uint64_t bits : words) n += 4 * std::popcount(bits);
+    return n;
+}
 static struct {  // the launches that may still run when the next begins early
     Footprint reads, writes;
 } ahead;
@@ -193,7 +199,6 @@ void global_access(Warp& w, int site, uint64_t p, size_t n, int lane, Order orde
     }
 }
 void fence(Warp& w, int site, uint32_t mask) {
-    count_run(w, site, mask);
     if (w.seen.clock.empty()) return;
     join(w.seen.clock, w.pending);
     w.released = w.seen.clock, w.seen.clock[w.agent]++;

@@ -76,7 +76,7 @@ static void turn(Warp& w, int quota) {
             add(w, now.pc, now.mask, park.site >= 0);  // what parks is the first of its block
             continue;
         }
-        if (q.counting()) q.block_runs[now.pc]++, q.block_lanes[now.pc] += std::popcount(now.mask);
+        if (q.counting() && !w.polling) q.block_runs[now.pc]++, q.block_lanes[now.pc] += std::popcount(now.mask);
         uint32_t taken = 0;
         if (code.predicate >= 0) {
             taken = bits(*(const Pred*)(w.registers + code.predicate));
@@ -113,7 +113,7 @@ static void begin(Warp& w, int id, uint32_t threads) {
     const uint32_t left = std::min<uint32_t>(32, threads - 32 * id);
     w.id = id, w.agent = b.number * b.agents() + id;
     w.alive = left == 32 ? ~0u : (1u << left) - 1;
-    w.waits_at = w.site = -1, w.cluster_phase = 0, w.waited = !q.request.overlaps, w.budget = k.pool,
+    w.waits_at = w.site = -1, w.polling = false, w.cluster_phase = 0, w.waited = !q.request.overlaps, w.budget = k.pool,
     w.wgmma_fences = 1;
     w.groups = {{0, w.alive}}, w.products = {}, w.copies = {}, w.stores = {}, w.committed = 0;
     w.memory.assign(k.registers + 32 * k.local + 512, char(0xff));
@@ -243,9 +243,10 @@ static void run(const Request& r) {
     for (const Processor& q : processors) {
         for (size_t i = 0; i < q.block_runs.size(); i++)
             r.block_runs[i] += q.block_runs[i], r.block_lanes[i] += q.block_lanes[i];
-        for (size_t i = 0; i < 6 * q.sites.size(); i++) r.sites[i] += ((const uint64_t*)q.sites.data())[i];
+        for (size_t i = 0; i < sizeof(SiteCount) / 8 * q.sites.size(); i++)
+            r.sites[i] += ((const uint64_t*)q.sites.data())[i];
         for (int i = 0; i < 5; i++) r.totals[i] += q.macs[i];
-        r.totals[5] += q.bulk_bytes;
+        r.totals[5] += q.reads.bytes() + q.writes.bytes();
     }
     end_stream(r, processors[0]);
     for (const std::string& f : faults)

@@ -59,7 +59,7 @@ static void rows_of_registers(const U32* const* r, Element e, int registers, flo
 }
 void mma(Warp& w, int site, int k, Element ea, Element eb, U32* const* d, const U32* const* ra, const U32* const* rb,
          const U32* const* c, uint32_t mask) {
-    need_whole_warp(w, site, mask), count_run(w, site, mask);
+    need_whole_warp(w, site, mask);
     float a[16 * 64], b[64 * 8], sum[16 * 8];
     const int per = 4 / bytes_of(ea), steps = k / (4 * per);
     rows_of_registers(ra, ea, 2 * steps, a, k);
@@ -142,7 +142,7 @@ static void finish(Warp& w, const Product& p) {
 
 void wgmma(Warp& w, int site, ProductForm form, U32* const* d, const U32* const* ra, const U64& da, const U64& db,
            const Pred& accumulate, uint32_t* const* marks, uint32_t mask) {
-    need_whole_warp(w, site, mask), count_run(w, site, mask);
+    need_whole_warp(w, site, mask);
     EACH_LANE if (da[l] != da[0] || db[l] != db[0] || accumulate[l] != accumulate[0])
         fault(w, site, "lanes differ in a descriptor");
     Product p = {site, form, {}, {}, {}, ra != nullptr, accumulate[0] != 0, da[0], db[0], w.seen, false};
@@ -192,7 +192,6 @@ static void finish_group(Warp& w, int site, int committed) {
 void wgmma_wait(Warp& w, int site, int left, uint32_t mask) {
     need_whole_warp(w, site, mask);
     if (int(w.products.groups.size()) > left) finish_group(w, site, w.committed - left);
-    count_run(w, site, mask);
     for (const Product& p : w.products.take(left)) {
         acquire(w, p.seen.clock);
         for (int i = 0; i < p.form.n / 2 + (p.registers ? 4 : 0); i++) *p.marks[i] = ~0u;

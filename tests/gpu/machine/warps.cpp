@@ -17,7 +17,6 @@ void need_members(Warp& w, int site, const U32& members, uint32_t mask) {
             throw Park{site, "the mask names lanes " + hex(members[l]) + ", but only " + hex(mask) + " are here"};
     }
     if (all) meet(w);
-    count_run(w, site, mask);
 }
 void warp_sync(Warp& w, int site, const U32& members, uint32_t mask) { need_members(w, site, members, mask), sync(w); }
 U32 shuffle(Warp& w, int site, Shuffle how, const U32& a, const U32& b, const U32& c, const U32& members, uint32_t mask,
