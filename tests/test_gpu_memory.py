@@ -120,6 +120,7 @@ ATOMICS = {
     "atom.global.gpu.acq_rel.add.u32": (5, lambda lane: lane, 5 + 31 * 16),
     "atom.global.gpu.relaxed.add.u32": (5, lambda lane: lane, 5 + 31 * 16),
     "atom.relaxed.sys.shared.add.u32": (5, lambda lane: lane, 5 + 31 * 16),
+    "atom.inc.acq_rel.gpu.global.u32": (5, lambda lane: 20, 16),  # 15 steps to 20, one to 0
     "atom.shared.max.u32": (5, lambda lane: lane ^ 9, 31),
     "atom.shared.max.s32": (-7, lambda lane: -lane - 3, -3),
     "atom.shared.min.s32": (5, lambda lane: 9 - lane, -22),
