@@ -228,7 +228,7 @@ class Forward:
         """
         lengths = self.lengths[lanes]
         for i in range(self.draft):
-            token = sample(self.model.lm_head(x))
+            token = sample(self.model.logits(x))
             self.token_ids[lanes, lengths + i] = token.int()
             if i + 1 < self.draft:
                 positions = (lengths - 1 + i).clamp(min=0)
