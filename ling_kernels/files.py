@@ -37,6 +37,8 @@ def atomic_write(path: Path, durable: bool = False) -> Iterator[Path]:
 
 def user_path(path: str | Path) -> Path:
     """A path that a user names, which need not exist. Raises InputError for a name that no file can have."""
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(f"{path!r} is no path of a file")
     if not os.fspath(path):
         raise InputError("a path is empty")
     try:

@@ -111,6 +111,8 @@ class Tokenizer:
         by default they are plain text, so that a user's message cannot open a system turn. Raises InputError for text
         with lone surrogates.
         """
+        if not isinstance(text, str):
+            raise InputError(f"a tokenizer encodes text, not {type(text).__name__}")
         if special and isinstance(text, ChatText) and text.parts is not None:
             control = self.control_tokens
             pieces = ([control[part]] if own else self._encode_content(part) for part, own in text.parts)
@@ -194,13 +196,14 @@ class TextStream:
         self.emitted = len(self.tokenizer.decode(self.ids).rstrip("\ufffd"))  # characters of decode(ids)
 
     def _end_of(self, prompt: Sequence[int]) -> list[int]:
-        """The fewest last ids that begin a text; none after a control token, where a new text begins."""
+        """The fewest last ids that begin a text, or all where they are a space that the decoder drops; none after a
+        control token, where a new text begins."""
         if not prompt or prompt[-1] in self.tokenizer.control_tokens.values():
             return []
         for n in range(1, min(len(prompt), WINDOW) + 1):
             if self.tokenizer.decode(prompt[-n:])[:1] not in ("", "\ufffd"):
                 return [*prompt[-n:]]
-        return []
+        return [*prompt[-WINDOW:]] if not self.tokenizer.decode(prompt[-WINDOW:]) else []
 
     def add(self, token: int) -> str:
         self.ids.append(token)

@@ -210,6 +210,7 @@ def sentencepiece(*words: str) -> Tokenizer:
     (["▁the", "<0xC3>"], ["<0xA9>", "▁cat"], ["é", " cat"]),
     (["▁the", "<0xC3>"], ["<0xA9>", "<0xC3>", "<0xA9>", "<0xC3>", "<0xA9>"], ["é", "", "é", "", "é"]),
     (["<0xA9>"] * 40, ["▁cat"], ["cat"]),
+    (["▁"], ["▁cat", "▁the"], [" cat", " the"]),
 ])  # fmt: skip
 def test_a_text_continues_its_prompt(prompt, new, pieces):
     """The first space is kept, and a character that the prompt begins is completed."""
@@ -328,3 +329,12 @@ def test_threads_share_a_tokenizer(tmp_path):
     with ThreadPoolExecutor(4) as pool:
         for special, ids in pool.map(lambda i: (i % 2 == 0, tokenizer.encode("the</s>cat", i % 2 == 0)), range(8)):
             assert ids == want[special]
+
+
+@pytest.mark.parametrize("value", [5, None, b"x", ["a"]])
+def test_arguments_of_another_kind_are_refused(value):
+    with pytest.raises(InputError, match="encodes text"):
+        load_tokenizer().encode(value)
+    if value is not None:
+        with pytest.raises(InputError, match="no path"):
+            load_tokenizer(value)

@@ -52,7 +52,8 @@ def grouped_wgrad(
     expect(fp8 if columns or dy_scale is not None or x_scale is not None else x.is_floating_point() and not fp8,
            "e4m3 with scales, or wide operands without", dy, x, dy_scale, x_scale)  # fmt: skip
     for t, scale in ((dy, dy_scale), (x, x_scale)) if fp8 else ():
-        fits = scale is not None and scale.shape == (len(t), t.shape[1] // BLOCK) and scale.dtype == torch.float32
+        fits = scale is not None and scale.shape == (len(t), t.shape[1] // BLOCK)
+        fits = fits and scale.dtype in (torch.float32, torch.float64)
         expect(t.shape[1] % BLOCK == 0 and fits, "one fp32 scale per 1 x 128 of dy and of x", t, scale)  # fmt: skip
     expect_offsets(offsets, offsets.numel() - 1, dy.shape[rows])
     shape = (len(offsets) - 1, dy.shape[1 - rows], x.shape[1 - rows])
