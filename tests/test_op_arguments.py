@@ -104,7 +104,7 @@ def test_router_gemm_of_no_experts(backend):
         assert logits.shape == (5, 0) and torch.autograd.grad(logits.sum(), w)[0].shape == (0, 16)
 
 
-@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "cuda"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("D, R", [(20, 8), (128, 64)])
 def test_norms_without_eps(backend, D, R):
     """Rows of a tile that are no row of the tensor are 0, and 0 / 0 must not reach the gradients of the weights."""
@@ -143,6 +143,29 @@ def test_rows_of_fp8_are_taken_or_refused_alike(backend):
             (lambda: lk.moe(x, router_w, bias, *experts, None, num_groups=1, group_topk=1, topk=2), "x .T, H."),
             (lambda: lk.qk_norm_rope(x.view(10, 4, 128), w, w, *tables, positions[:10], 1), "qkv .T, Hq"),
             (lambda: lk.grouped_wgrad(x, x, offsets, dy_scale=x_scale.to(x.dtype), x_scale=x_scale), "one fp32 scale"),
+        ):  # fmt: skip
+            with pytest.raises(ValueError, match=says):
+                call()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_decoding_and_products_refuse_other_types(backend):
+    """Scales of a cache that are integers gave other results on every backend."""
+    rand = Rand(BF16)
+    cells, tables = (4, 16, 1, 128), rope_tables(64, 64, 1e4, device=DEVICE)
+    cache = [rand.data(*cells).to(torch.float8_e4m3fn) for _ in range(2)]
+    block_table, lengths = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in ([[0, 1]], [20]))
+    q, qkv, w, ones = rand.data(1, 1, 2, 128), rand.data(1, 1, 4, 128), rand.data(128), torch.ones(4, 16, 1)
+    ones = ones.to(DEVICE)
+    a, b = lk.quantize(rand.data(20, 128)), lk.quantize_weight(rand.data(128, 128))
+    norm = w, w, *tables
+    with force(backend):
+        for call, says in (
+            *((lambda s=s: lk.attention_decode(q, lk.KVCache(*cache, s, s), block_table, lengths), "k_scale")
+              for s in (ones.int(), ones.bool(), ones.to(BF16), ones.to(torch.float8_e4m3fn))),
+            (lambda: lk.qk_norm_attention_decode(qkv.to(torch.float8_e4m3fn), *norm, lk.KVCache(*cache, ones, ones),
+                                                 block_table, lengths), "qkv .B, n"),
+            (lambda: lk.gemm_fp8(*a, *b, torch.zeros(20, 128, device=DEVICE).to(torch.float8_e4m3fn)), "out .M, N."),
         ):  # fmt: skip
             with pytest.raises(ValueError, match=says):
                 call()

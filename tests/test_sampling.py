@@ -7,6 +7,7 @@ import torch
 
 from ling_kernels.errors import InputError
 from ling_kernels.generate import sampler
+from ling_kernels.model.sample import Sampling
 from ling_kernels.ops.sample import seen_tokens
 
 
@@ -113,3 +114,15 @@ def test_nan_and_infinite_logits(temperature):
         with pytest.raises(InputError, match="NaN or infinite"):
             choose(torch.tensor([bad]), ids)
     assert int(choose(torch.tensor([[-math.inf, 0.0]]), ids)) == 1, "a masked token is allowed"
+
+
+@pytest.mark.parametrize("options", [
+    dict(temperature="1"), dict(temperature=None), dict(top_k=2.5), dict(top_k="3"), dict(top_p="1"), dict(top_p=1e-50),
+    dict(top_p=None), dict(min_p="x"), dict(repetition_penalty="x"), dict(repetition_penalty=1e-50),
+    dict(repetition_penalty=1e50), dict(seed=1.5), dict(seed="1"),
+], ids=str)  # fmt: skip
+def test_parameters_of_other_types_and_outside_fp32_are_refused(options):
+    """top_p = 1e-50 is 0 in fp32: it kept no token, and the token drawn was one past the vocabulary."""
+    (name,) = options
+    with pytest.raises(InputError, match=f"{name} is "):
+        Sampling(**dict(temperature=1.0) | options)

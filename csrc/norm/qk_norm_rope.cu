@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kThreads)
             Vec<kVec>&x = xs[i], &z = zs[i];
             if (kind < 2) {
                 const Angles angles(cos, sin, real ? positions[t] : 0, P, real);
-                const float r = rstd_of(x, eps);
+                const float rstd = rstd_of(x, eps), r = real ? rstd : 0;  // without eps it is inf where no row is
                 angles.rotate(z, true);
                 float sum = 0;
 #pragma unroll

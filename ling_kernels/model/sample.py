@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,8 @@ from ..errors import InputError
 from ..ops.sample import sample
 
 BAD_LOGITS = "the model's logits are NaN or infinite: its weights are damaged or training diverged"
+
+TINY = 1e-30  # a smaller top_p may be 0 in fp32 and keep no token; logits over a smaller penalty would be infinite
 
 
 @dataclass(frozen=True)
@@ -31,11 +34,17 @@ class Sampling:
 
     def __post_init__(self):
         t, r = self.temperature, self.repetition_penalty
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            value = getattr(self, name)
+            _check(isinstance(value, Real), name, value, "a number")
+        for name in ("top_k", "seed"):
+            value = getattr(self, name)
+            _check(isinstance(value, Integral) or (name == "seed" and value is None), name, value, "an integer")
         _check(math.isfinite(t) and t >= 0, "temperature", t, "a number >= 0")
         _check(self.top_k >= 0, "top_k", self.top_k, "an integer >= 0")
-        _check(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
+        _check(TINY <= self.top_p <= 1, "top_p", self.top_p, f"from {TINY} to 1")
         _check(0 <= self.min_p <= 1, "min_p", self.min_p, "from 0 to 1")
-        _check(math.isfinite(r) and r > 0, "repetition_penalty", r, "> 0")
+        _check(TINY <= r <= 1 / TINY, "repetition_penalty", r, f"from {TINY} to {1 / TINY}")
         seed = self.seed
         _check(seed is None or 0 <= seed < 1 << 63, "seed", seed, "an integer from 0 to 2^63 - 1")
         if t == 0 and (self.top_k or self.top_p < 1 or self.min_p > 0):
@@ -102,4 +111,4 @@ def sampler(**options) -> Callable[[Tensor, Tensor], Tensor]:
 
 def _check(condition: bool, name: str, value: float | None, contract: str) -> None:
     if not condition:
-        raise InputError(f"{name} is {value}; it must be {contract}")
+        raise InputError(f"{name} is {value!r}; it must be {contract}")

@@ -138,8 +138,9 @@ def expect_cache(cache: KVCache) -> None:
                "a cache in bf16, fp16 or fp32 without scales, or in e4m3 with them", *cache)  # fmt: skip
         return
     expect(k_scale is not None and v_scale is not None and k_scale.shape == v_scale.shape == k.shape[:3]
-           and k_scale.is_contiguous() and v_scale.is_contiguous(),
-           "contiguous k_scale and v_scale [num_blocks, block_size, Hkv] with an e4m3 cache", *cache)  # fmt: skip
+           and k_scale.is_contiguous() and v_scale.is_contiguous()
+           and k_scale.dtype == v_scale.dtype and k_scale.dtype in (torch.float32, torch.float64),
+           "contiguous k_scale and v_scale [num_blocks, block_size, Hkv] fp32 with an e4m3 cache", *cache)  # fmt: skip
 
 
 def expect_table(block_table: Tensor, lengths: Tensor, q: Tensor, cache: KVCache) -> None:

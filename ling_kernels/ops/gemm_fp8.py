@@ -39,7 +39,8 @@ def gemm_fp8(
     expect(a.ndim == b.ndim == 2, "a [M, K] and b [N, K]", a, b)
     expect(not transposed or bt_scale.shape[0] != len(bt), "b_scale [K/128, N/128] where b is transposed", b, b_scale)
     shape = (len(a), len(bt))
-    expect(out is None or (out.shape == shape and out.is_floating_point()), "out [M, N]", out, shape)
+    fits = out is None or (out.shape == shape and out.is_floating_point() and out.dtype != E4M3)
+    expect(fits, "out [M, N]", out, shape)
     expect(out is not None or not accumulate, "out where accumulate is given", out)
     if use_reference("gemm_fp8", a, a_scale, b_scale, out, unsupported=no_columns(a)):
         return gemm_fp8_ref(a, a_scale, b, b_scale, out, accumulate, dtype, transposed)

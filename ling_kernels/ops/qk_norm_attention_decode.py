@@ -8,7 +8,7 @@ writes: a program that attends to new keys computes them from qkv, and rounds or
 import torch
 from torch import Tensor
 
-from ..op import expect, op, use_reference, values_on_host
+from ..op import E4M3, expect, op, use_reference, values_on_host
 from .attention_decode import (
     KVCache,
     append,
@@ -48,7 +48,8 @@ def qk_norm_attention_decode(
     with LING_DEBUG=1 stops at it; otherwise the token is NaN. A token whose page is outside the cache is not written.
     """
     B, n, H, D = qkv.shape if qkv.ndim == 4 else (-1, 0, 0, 0)
-    expect(B >= 0 and 1 <= n <= 8 and D > 0 and qkv.is_floating_point(),
+    wide = qkv.is_floating_point() and qkv.dtype != E4M3
+    expect(B >= 0 and 1 <= n <= 8 and D > 0 and wide,
            "qkv [B, n, Hq + 2 Hkv, D] with n in 1..8 and D > 0", qkv)  # fmt: skip
     expect_cache(cache)
     num_blocks, block_size, Hkv, _ = cache.k.shape
