@@ -41,7 +41,6 @@ EXEMPT = [
     Exempt("sectors", "attention_decode_kernel", "load_queries", ONCE),
     Exempt("wavefronts", "attention_decode_kernel", "load_queries", ONCE),
     Exempt("sectors", "attention_decode_kernel", "scales", "scales of keys: 4 bytes of a head for each"),
-    Exempt("wavefronts", "attention_decode_combine", "sums", "8 sums of a lane, once a block"),
     Exempt("wavefronts", "moe_decode", "all", "partial sums of the warps, once a round"),
 ]
 
