@@ -117,6 +117,9 @@ BROKEN = {  # name: (check that must fail, kernel, change, words of the error; "
         decode.check_again, "attention_decode_kernel",
         instead(r"atom\.inc(\.acq_rel\.gpu\.global\.u32\s+\S+, \[\S+\], )\S+;", r"atom.add\g<1>1;"), ""),
     "no wait for the cluster": (around.check_greedy, "sample_kernel", without(CLUSTER), RACE),
+    "blocks end before others have read their maxima": (
+        around.check_greedy, "sample_kernel",
+        lambda text: re.sub(rf"{CLUSTER}\s*{CLUSTER}(?!.*barrier\.cluster)", "", text, flags=re.S), "has ended"),
     "histograms of a row are not awaited": (around.check_random, "sample_kernel", without(BLOCK), RACE),
     "drafts are looked up too early": (around.check_accept_tokens, "accept_tokens", without(BLOCK), WRONG),
     # ---- arithmetic

@@ -38,8 +38,8 @@ def sample(
 ) -> Tensor:
     """logits [R, V] -> tokens [R] int64; -1 for a row with NaN, +inf, or nothing but -inf. Not differentiable.
 
-    mode: whether any lane has a temperature above 0; top-k or top-p; a repetition penalty. Where it says no, the
-    parameters are not looked at; without any, the arguments after it are not needed.
+    mode: whether any lane has a temperature above 0; top-k or top-p; a repetition penalty. It must not say no where a
+    lane has one, which a backend may then leave out or not; without any, the arguments after it are not needed.
     parameters: temperature, top_p, min_p, repetition_penalty fp32 and top_k int64 (1 to V) of each lane, [L].
     lanes [B] int64: the lane of R / B neighbouring rows. positions [R] int64: a row's sequence is token_ids[lane, 0 ..
     position], token_ids [L, P] int32. seeds [L] int64: u is `uniforms(seed, position)`.

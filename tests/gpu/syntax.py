@@ -148,4 +148,4 @@ def mismatch(form: list[tuple[str, bool]], modifiers: tuple[str, ...]) -> list[s
     for modifier in modifiers:
         part = next((p for p in rest if re.fullmatch(p[0], modifier)), None)
         rest.remove(part) if part else alien.append(f".{modifier}")
-    return alien + [f"without .{p}" for p, optional in rest if not optional]
+    return alien or [f"without .{p}" for p, optional in rest if not optional]

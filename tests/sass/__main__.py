@@ -69,9 +69,10 @@ def show(part: str, path: list[Instruction], args: Namespace) -> None:
     w = walk(path)
     (unit, busy), share = w.busiest, w.share
     cells = [f"{w.instructions} instructions", f"{w.clocks} clocks", f"{w.tensor} tensor", f"{w.bytes} bytes"]
-    cells += [f"{unit} {busy}", "" if share is None else f"{share:.0%}"]
-    cells += [f"{name} {getattr(w, name)}" for name in ("calls", "branches", "early", "predicates", "spills")]
-    print(f"  {part:26}", *(f"{cell:>18}" for cell in cells[:5]), *cells[5:], f"{path[0].address:#x}..")
+    cells += [f"busiest: {unit} {busy}", "" if share is None else f"share {share:.0%}"]
+    names = dict(CALL=w.calls, BSSY=w.branches, early=w.early, pred=w.predicates, spills=w.spills)
+    cells += [f"{name} {n}" for name, n in names.items()]
+    print(f"  {part:26}", *(f"{cell:>18}" for cell in cells[:5]), *cells[5:], f"from {path[0].address:#x}")
     for n, key in ((args.lines, "line"), (args.opcodes, "opcode")):
         for what, times in Counter(getattr(i, key) for i in path).most_common(n):
             print(f"      {times:6} {what}")

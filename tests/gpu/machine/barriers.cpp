@@ -68,13 +68,8 @@ void cluster_wait(Warp& w, int site, bool acquires, uint32_t mask) {
     if (acquires) acquire(w, c.done), sync(w);
 }
 
-// ---- mbarriers (ISA 9.7.13.15), as eight bytes of shared memory
+// ---- mbarriers (ISA 9.7.13.15)
 namespace {
-struct MBarrier {
-    uint64_t phase : 1, expected : 20, pending : 20, mark : 2;
-    int64_t bytes : 21;
-};
-static_assert(sizeof(MBarrier) == 8);
 constexpr unsigned kMark = 2;
 struct Found {
     MBarrier& barrier;
@@ -140,7 +135,7 @@ Pred mbarrier_try(Warp& w, int site, Space space, Order order, const U64& at, co
         if (r[l]) {
             if (order != kRelaxed) acquire(w, f.block.clocks[f.offset].done);
         } else {
-            w.yield = w.polling = true, w.site = site;
+            w.yield = w.polling = true, w.site = site, w.awaited = at[l];
             if (w.block->processor->counting()) w.block->processor->sites[site].polls++;
         }
     }

@@ -122,6 +122,7 @@ struct Warp : WarpBase {
     char* registers;
     bool yield;         // ends its turn after this basic block
     bool polling;       // its last wait on an mbarrier failed: how often it tries is not the kernel's work, nor counted
+    uint64_t awaited;   // the address of that mbarrier
     int waits_at = -1;  // a barrier's number
     int site = -1;      // where it waits
     Seen seen;
@@ -232,8 +233,15 @@ struct Processor {  // a host thread's
     bool checks(Checks c) const { return request.checks & c; }
 };
 
+struct MBarrier {  // eight bytes of shared memory
+    uint64_t phase : 1, expected : 20, pending : 20, mark : 2;
+    int64_t bytes : 21;
+};
+static_assert(sizeof(MBarrier) == 8);
+
 // ---- messages
 std::string hex(uint64_t);
+std::string name_of(const Block&);
 std::string describe(const Warp&);
 std::string at(const Warp&, int site);
 [[noreturn]] void fault(const Warp&, int site, const std::string& why);

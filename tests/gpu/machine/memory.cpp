@@ -39,20 +39,22 @@ void check_bounds(Warp& w, int site, uint64_t p, size_t n, int lane) {
 Block* shared_block(Warp& w, int site, Space space, uint64_t p, uint64_t& offset) {
     Block& own = *w.block;
     Block* const first = &own - own.rank;
+    const auto alive = [&](Block* b) {
+        if (!b->alive)
+            fault(w, site,
+                  "block " + std::to_string(b->rank) + " of the cluster has ended, and its shared memory with it");
+        return b;
+    };
     if (space == kShared) {
         const uint64_t rank = p >> 24;
         if (rank > uint64_t(own.company->cluster))
             fault(w, site, "shared address " + hex(p) + " names no block of the cluster");
         offset = p & 0xffffff;
-        Block* const b = rank ? first + rank - 1 : &own;
-        if (!b->alive)
-            fault(w, site,
-                  "block " + std::to_string(b->rank) + " of the cluster has ended, and its shared memory with it");
-        return b;
+        return alive(rank ? first + rank - 1 : &own);
     }
     for (int i = 0; i < own.company->cluster; i++)
         if (const uint64_t s = uint64_t(first[i].shared); p >= s && p < s + first[i].shared_size)
-            return offset = p - s, first + i;
+            return offset = p - s, alive(first + i);
     return nullptr;
 }
 char* resolve(Warp& w, int site, Space space, uint64_t p, size_t n, int lane) {

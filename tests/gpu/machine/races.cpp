@@ -22,7 +22,7 @@ static std::string race(int lane, const char* does, uint64_t word, const std::st
 static std::string agent_name(Company& c, int agent, int lane) {
     const int per = c.blocks[0].agents(), warps = c.blocks[0].warps.size();
     if (agent % per == warps) return "an asynchronous copy";
-    const std::string block = c.blocks.size() > 1 ? "block " + std::to_string(agent / per) + " " : "";
+    const std::string block = c.blocks.size() > 1 ? name_of(c.blocks[agent / per]) + " " : "";
     if (agent % per > warps) return block + "warpgroup " + std::to_string(agent % per - warps - 1) + "'s wgmma";
     return block + "warp " + std::to_string(agent % per) + (lane < 32 ? " " + lane_name(lane) : "");
 }
@@ -42,7 +42,7 @@ static void check_after_write(Warp& w, int site, Block& b, uint64_t word, int la
         s.time >= w.synced && !writes)
         fault(w, site,
               race(lane, does, word,
-                   agent_name(*b.company, agent, s.lane) + " wrote, and no bar.warp.sync lies between"));
+                   agent_name(*b.company, agent, s.lane) + " wrote, and no bar.warp.sync or barrier lies between"));
     if (access < kUnit || writes || s.kind == kCopied) return;
     // The fence may be the writer's or, after the barrier that lies between, the reader's (Triton's order)
     const bool unfenced = agent == w.agent
@@ -91,7 +91,7 @@ void check_write(Warp& w, int site, Block& b, uint64_t p, size_t n, int lane, Ki
             fault(w, site,
                   race(lane, kind == kCopying ? "'s asynchronous copy writes " : " writes ", word,
                        agent_name(*b.company, a + first, int(by) - 1) + " has read, and no " +
-                           (own ? "bar.warp.sync" : "barrier") + " lies between"));
+                           (own ? "bar.warp.sync or " : "") + "barrier lies between"));
         }
     }
     const Stamp& old = b.stamps[p / 4];  // of a part of a word, the other part may be another warp's

@@ -13,11 +13,11 @@ std::string hex(uint64_t x) {
     snprintf(t, sizeof t, "0x%llx", (unsigned long long)x);
     return t;
 }
-std::string describe(const Warp& w) {
-    const uint32_t* i = w.block->index;
-    return "block (" + std::to_string(i[0]) + "," + std::to_string(i[1]) + "," + std::to_string(i[2]) + ") warp " +
-           std::to_string(w.id);
+std::string name_of(const Block& b) {
+    const uint32_t* i = b.index;
+    return "block (" + std::to_string(i[0]) + "," + std::to_string(i[1]) + "," + std::to_string(i[2]) + ")";
 }
+std::string describe(const Warp& w) { return name_of(*w.block) + " warp " + std::to_string(w.id); }
 std::string at(const Warp& w, int site) {
     const Site& s = w.block->processor->kernel.site[site];
     return std::string(" at ") + (*s.source ? s.source + std::string(", ") : "") + "PTX line " +
@@ -164,6 +164,11 @@ static std::string deadlock(const std::vector<Block*>& blocks) {
                     const Barrier& a = b->barriers[w.waits_at];
                     s = "in barrier " + std::to_string(w.waits_at) + " (" + std::to_string(a.arrived) + " of " +
                         std::to_string(a.expected) + " threads)";
+                }
+                if (w.polling) {
+                    const MBarrier& m = *(const MBarrier*)(b->shared + (w.awaited & 0xffffff));
+                    s = "for " + std::to_string(m.pending) + " arrivals and " + std::to_string(m.bytes) +
+                        " bytes at the mbarrier at shared address " + hex(w.awaited & 0xffffff);
                 }
                 if (w.site >= 0) s += at(w, w.site);
                 auto& [n, first] = seen[s];
