@@ -119,7 +119,8 @@ BROKEN = {  # name: (check that must fail, kernel, change, words of the error; "
     "no wait for the cluster": (around.check_greedy, "sample_kernel", without(CLUSTER), RACE),
     "blocks end before others have read their maxima": (
         around.check_greedy, "sample_kernel",
-        lambda text: re.sub(rf"{CLUSTER}\s*{CLUSTER}(?!.*barrier\.cluster)", "", text, flags=re.S), "has ended"),
+        without(r"barrier\.cluster\.arrive;(?:\s*\.loc[^\n]*)*\s*barrier\.cluster\.wait;(?=(?:\s*\.loc[^\n]*)*\s*ret;)"),
+        "has ended"),
     "histograms of a row are not awaited": (around.check_random, "sample_kernel", without(BLOCK), RACE),
     "drafts are looked up too early": (around.check_accept_tokens, "accept_tokens", without(BLOCK), WRONG),
     # ---- arithmetic

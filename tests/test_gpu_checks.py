@@ -13,6 +13,7 @@ from tests.test_gpu_machine import (
     BARRIER,
     CLUSTER,
     FP8,
+    GENERIC,
     MEET,
     SHARED,
     WAIT,
@@ -176,6 +177,9 @@ CLUSTERS = {
     "the peer has ended": (Kernel("c3", f"{CLUSTER} {MEET} setp.eq.u32 %p2, %r1, 1; @%p2 ret; nanosleep.u32 9; nanosleep.u32 9; " +
                                   "mapa.shared::cluster.u32 %r8, %r6, %r4; st.shared::cluster.u32 [%r8], %r0;", 1,
                                   ".reqnctapercluster 2, 1, 1", SHARED), "has ended"),
+    "the peer has ended, by a generic address": (
+        Kernel("c4", f"{CLUSTER} {MEET} setp.eq.u32 %p2, %r1, 1; @%p2 ret; nanosleep.u32 9; nanosleep.u32 9; " +
+               f"{GENERIC} st.u32 [%d3], %r0;", 1, ".reqnctapercluster 2, 1, 1", SHARED), "has ended"),
 }  # fmt: skip
 PUBLISH = """setp.eq.u32 %p1, %r1, 0; add.s64 %d3, %d0, 2044; @!%p1 bra OTHER_{n};
 st.global.u32 [%d0], 5; {fence} st.{release}.gpu.global.u32 [%d3], 1; ret;

@@ -331,11 +331,13 @@ CLUSTER = """mov.u32 %r2, tile; mov.u32 %r20, barrier; setp.eq.u32 %p1, %r0, 0; 
 @%p1 mbarrier.init.shared::cta.b64 [%r20], 33; fence.mbarrier_init.release.cluster; shl.b32 %r5, %r0, 2; add.s32 %r6, %r2, %r5;
 """
 MEET = "barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;"
+GENERIC = "cvt.u64.u32 %d2, %r6; cvta.shared.u64 %d2, %d2; mapa.u64 %d3, %d2, %r4;"  # the word of the other block
 
 
 def cluster_kernel(name, meet=MEET, last="barrier.cluster.arrive; barrier.cluster.wait;"):
     return Kernel(name, f"""{CLUSTER} mul.lo.s32 %r7, %r3, 100; add.s32 %r7, %r7, %r0; st.shared.u32 [%r6], %r7; {meet}
 mapa.shared::cluster.u32 %r8, %r6, %r4; ld.shared::cluster.u32 %r10, [%r8]; st.global.u32 [%d9], %r10;
+{GENERIC} ld.u32 %r14, [%d3]; setp.ne.u32 %p7, %r14, %r10; @%p7 trap;
 mapa.shared::cluster.u32 %r11, %r20, %r4; add.s32 %r12, %r8, 128; add.s32 %r13, %r7, 1000;
 @%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r20], 128; setp.lt.u32 %p6, %r0, 16; @%p6 mbarrier.arrive.shared::cluster.b64 _, [%r11];
 @!%p6 mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%r11];

@@ -146,7 +146,15 @@ class Sample:
         rows = x[start : start + BLOCK]
         return torch.cat([rows, rows.new_zeros(BLOCK - len(rows), rows.shape[1])])
 
-    def linear(self, name: str, module: Fp8Linear, out: Tensor, x: Tensor, norm: nn.Module | None = None) -> None:
+    def linear(
+        self,
+        name: str,
+        module: Fp8Linear,
+        out: Tensor,
+        x: Tensor,
+        norm: nn.Module | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         pow2, columns = module.fp8.pow2, along_tokens(module, module.weight)
         self.weight(name, module.weight, pow2)
         x = self.tokens(x)

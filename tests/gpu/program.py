@@ -211,6 +211,8 @@ class Emulated:
         cluster = cluster or (*self.entry.directives.get("reqnctapercluster", ()), 1, 1, 1)[:3]
         if error := self.refused(grid, block, dynamic, cluster):
             raise RuntimeError(error)
+        if setting("COUNT", 0) and self not in Emulated.counted:
+            self.reset()  # launches that do not count have added to the totals
         # Blocks run one after another, which hides what they hand over too early: not where they wait or hand over.
         together = cooperative or (".acq_rel.gpu" in self.module.text and math.prod(grid) <= 64)
         if not overlaps:
