@@ -7,6 +7,7 @@ from ling_kernels.gpu import HOPPER
 H200 = HOPPER["H200"]
 MACS = 4096  # FP8 multiply-adds of an SM and clock; half as many in bf16
 CLOCK = H200.fp8 / (2 * MACS * H200.sms)  # Hz, at which the data sheet's rate is reached
+ROWS, LENGTH = 1024, 4096  # of an expert; of a sequence
 SHARED, L2 = 128, 32  # bytes an SM and clock, of shared memory and (assumed) from L2 when all SMs load
 HEAD = "| operation, H200 | bound | of the peak | bound by | published for others |\n|---|---|---|---|---|\n"
 PAGE = """\
@@ -83,24 +84,24 @@ class Product(NamedTuple):
         }
 
 
-def products(rows: int) -> list[Product]:
+def products() -> list[Product]:
     plain, fused = "0, 2, (Scales)0, (Output)0, (Tokens)0", "0, 2, (Scales)0, (Output)1, (Tokens)0"
     ends = ", (Contraction)0, (Weights)0"
     wgrad = "0, 2, (Scales)1, (Output)0, (Tokens)0, (Contraction)1, (Weights)0"
     return [
-        Product("gate and up with SwiGLU", fused + ends, 256, rows, 1024, 2048, 0.5,
+        Product("gate and up with SwiGLU", fused + ends, 256, ROWS, 1024, 2048, 0.5,
                 "DeepGEMM, K 2048, no SwiGLU: 61 to 64%"),
-        Product("down", plain + ends, 256, rows, 2048, 512, 2, "DeepGEMM, one matrix, K 512: 47%"),
-        Product("dgrad of gate and up, weights as stored", plain + ", (Contraction)0, (Weights)1", 256, rows, 2048,
+        Product("down", plain + ends, 256, ROWS, 2048, 512, 2, "DeepGEMM, one matrix, K 512: 47%"),
+        Product("dgrad of gate and up, weights as stored", plain + ", (Contraction)0, (Weights)1", 256, ROWS, 2048,
                 1024, 2, "nothing", True),
-        Product("wgrad of gate and up, fp32", wgrad, 256, 1024, 2048, rows, 4, "DeepGEMM, k 4096 to 8192: 41 to 53%"),
+        Product("wgrad of gate and up, fp32", wgrad, 256, 1024, 2048, ROWS, 4, "DeepGEMM, k 4096 to 8192: 41 to 53%"),
         Product("one matrix, 4096 x 7168 x 16384", plain + ends, 1, 4096, 7168, 16384, 2, "DeepGEMM: 75 to 78%"),
     ]  # fmt: skip
 
 
-def gemm_table(clocks: Clocks, rows: int) -> str:
+def gemm_table(clocks: Clocks) -> str:
     lines = HEAD
-    for p in products(rows):
+    for p in products():
         seconds = p.seconds(clocks)
         bound = max(seconds, key=seconds.__getitem__)
         flops = 2 * p.E * p.rows * p.N * p.K / seconds[bound]
@@ -108,9 +109,9 @@ def gemm_table(clocks: Clocks, rows: int) -> str:
     return lines
 
 
-def attention_table(clocks: Clocks, length: int = 4096) -> str:
+def attention_table(clocks: Clocks) -> str:
     """The share of SMs that work comes from docs/attention.md, which tests/test_csrc_attention_tiles.py computes."""
-    blocks = length / 128
+    blocks = LENGTH / 128
     wasted = (blocks + 1) / blocks  # of the diagonal blocks half is masked
     mean = (blocks + 1) / 2  # blocks of keys that a tile sees
     results = []
@@ -129,7 +130,7 @@ def attention_table(clocks: Clocks, length: int = 4096) -> str:
                    for p in ("before the first issue", "after the last wait")) * len(loops)  # fmt: skip
         share = ideal / (real + ends / mean) / wasted * sms * useful
         rate = f"{share * H200.bf16 / 1e12:.0f} TFLOPS"
-        results.append(f"| {name}, 1 x {length} | {rate} | {share:.0%} | SMs | {published} |\n")
+        results.append(f"| {name}, 1 x {LENGTH} | {rate} | {share:.0%} | SMs | {published} |\n")
     return HEAD + "".join(results)
 
 
@@ -154,9 +155,9 @@ def memory_table(clocks: Clocks) -> str:
     return lines
 
 
-def page(rows: list[dict], experts: int = 1024) -> str:
+def page(rows: list[dict]) -> str:
     clocks = Clocks(rows)
     return PAGE.format(
-        clock=CLOCK / 1e9, l2=L2, rows=experts, gemm=gemm_table(clocks, experts), attention=attention_table(clocks),
+        clock=CLOCK / 1e9, l2=L2, rows=ROWS, gemm=gemm_table(clocks), attention=attention_table(clocks),
         memory=memory_table(clocks),
     )  # fmt: skip
