@@ -15,10 +15,11 @@ from ..model import LingConfig
 from ..nn.fp8 import FP8_ROWS
 from ..ops.quantize import BLOCK, padded_slots
 from ..parallel.layout import Layout
+from ..train.checks import check
 from ..train.cli import add_layout_flag
 from ..train.optimizer import to_masters
 from ..train.prepare import model_config
-from ..train.settings import Settings, add_flags, check, settings_of
+from ..train.settings import Settings, add_flags, settings_of
 from ..train.trainer import apply_fp8_and_recompute
 from .memory import KINDS, LAYOUT_KINDS, RESERVE, MemoryPlan, plan_memory
 from .ranks import SINGLE_GPU, Rank

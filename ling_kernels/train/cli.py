@@ -18,8 +18,9 @@ from ..model.sample import sampler
 from ..tokenizer import TextStream, Tokenizer
 from . import checkpoint as ckpt
 from .data import Documents
+from .plots import draw
 from .prepare import deterministic, latest_run, new_run, resumed_run
-from .report import Report, draw
+from .report import Report
 from .settings import Settings, add_flags, settings_of
 from .trainer import Trainer
 

@@ -21,8 +21,9 @@ from ..model import LingConfig, resolve_model
 from ..model.config import PRESETS
 from ..tokenizer import Tokenizer, load_tokenizer
 from . import checkpoint as ckpt
+from .checks import check
 from .optimizer import bytes_per_weight
-from .settings import Settings, check, from_json, plain_options, settings_of, to_json
+from .settings import Settings, from_json, plain_options, settings_of, to_json
 
 
 @dataclass

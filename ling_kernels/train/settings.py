@@ -6,7 +6,6 @@ these settings. A recipe without it is a choice of --preset.
 
 import argparse
 import json
-import math
 import os
 import re
 import sys
@@ -20,7 +19,6 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from ..model import LingConfig
 from ..nn.fp8 import RECOMPUTE, TRANSPOSED, WEIGHTS, WGRAD
 from .optimizer import MASTERS, OPTIMIZERS, parse_ramp
 
@@ -164,7 +162,6 @@ def plain(f: Field, value: Any) -> Any:
     raise InputError(f"{f.name} {value!r}: it must be {names.get(kind, 'a path or several')}")
 
 
-MAX_THREADS = 4096  # OpenMP ends the process where it cannot start them
 # Settings that a resumed run may change.
 CHANGEABLE_ON_RESUME = {
     "steps", "eval_every", "save_every", "keep", "log_every", "max_bad_steps", "sample_tokens", "device", "threads",
@@ -244,50 +241,3 @@ def named_as_in_python() -> Iterator[None]:
         flags = "|".join(f.name.replace("_", "-") for f in fields(Settings))
         text = re.sub(rf"--({flags}|out|resume)(?![\w-])", lambda match: match[1].replace("-", "_"), str(error))
         raise InputError(text) from None
-
-
-def check(s: Settings, config: LingConfig) -> None:
-    """Raise InputError for a number out of range and for settings that contradict one another or the model."""
-    for f in fields(s):
-        value, name = getattr(s, f.name), f.name.replace("_", "-")
-        choices = f.metadata.get("choices")
-        if choices and value not in choices:
-            raise InputError(f"--{name} {value}: it must be one of {', '.join(choices)}")
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            continue
-        least, above = f.metadata.get("least", -math.inf), f.metadata.get("above", -math.inf)
-        if not (math.isfinite(value) and value >= least and value > above):
-            bound = f"at least {least}" if "least" in f.metadata else f"more than {above}"
-            raise InputError(f"--{name} {value}: it must be {bound}")
-    if s.seq_len > config.max_positions:
-        raise InputError(f"--seq-len {s.seq_len} is longer than the {config.max_positions} positions of {s.model}")
-    micro = s.micro_batch or 1
-    if s.batch % micro:
-        raise InputError(f"--batch {s.batch} is not a multiple of --micro-batch {micro}")
-    if s.recompute in ("norm_act", "experts") and s.precision != "fp8":
-        raise InputError(f"--recompute {s.recompute} needs --precision fp8; none and full work with any")
-    if s.master == "bf16" and s.optimizer == "adamw":
-        raise InputError("--master bf16 needs --optimizer adamw8bit or muon: adamw rounds to nearest and stalls")
-    if s.master == "bf16" and s.precision not in ("bf16", "fp8"):
-        raise InputError("--master bf16 needs --precision bf16 or fp8")
-    if s.step_in_backward:
-        check_step_in_backward(s)
-    if s.fp8_fallback and not s.fp8_watch:
-        raise InputError(f"--fp8-fallback {s.fp8_fallback} needs measurements: give --fp8-watch")
-    if s.threads and s.threads > MAX_THREADS:
-        raise InputError(f"--threads {s.threads} is more than {MAX_THREADS}")
-    if s.seed >= 1 << 63:
-        raise InputError(f"--seed {s.seed} is not below 2^63")
-    if s.ramp and not (0 < s.ramp[0] <= s.batch and s.ramp[0] % micro == 0):
-        raise InputError(f"--batch-ramp {s.batch_ramp}: START must lie between 1 and --batch {s.batch}"
-                         f" and be a multiple of --micro-batch {micro}")  # fmt: skip
-
-
-def check_step_in_backward(s: Settings) -> None:
-    if s.micro_batch not in (None, s.batch):
-        raise InputError(f"--step-in-backward frees a gradient before a second micro batch can add to it:"
-                         f" --batch {s.batch} is more than --micro-batch {s.micro_batch}")  # fmt: skip
-    if s.clip or s.spike_norm:
-        option, remedy = ("--clip", "give --clip 0") if s.clip else ("--spike-norm", "leave it out")
-        raise InputError(f"{option} {s.clip or s.spike_norm} needs the norm of all gradients, but --step-in-backward"
-                         f" updates weights before it is known: {remedy}")  # fmt: skip
