@@ -17,6 +17,7 @@ from ..model import Ling
 from ..model.sample import sampler
 from ..tokenizer import TextStream, Tokenizer
 from . import checkpoint as ckpt
+from .changes import line
 from .data import Documents
 from .plots import draw
 from .prepare import deterministic, latest_run, new_run, resumed_run
@@ -80,6 +81,8 @@ def run(options: dict, planner) -> int:
     trainer = open_run(options)
     for path in trainer.superseded:
         print(f"a later checkpoint is kept as {path.name}")
+    for change in trainer.changes:
+        print(line(change))
     print_header(trainer)
     s = trainer.settings
     report = Report(trainer.folder, trainer.progress.step, s.steps, s.log_every)
