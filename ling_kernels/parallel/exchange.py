@@ -54,8 +54,9 @@ class AllToAll:
     def combine(self, y: Tensor, plan: ReceivedPlan) -> Tensor:
         there, here = plan.sizes
         y = self.send(y, (here, there))
-        unrouted = len(plan.sent.source) - len(y)  # choices that are not routed have rows at the end, never read
-        return unpermute(nn.functional.pad(y, (0, 0, 0, unrouted)), plan.sent, plan.weights)
+        if unrouted := len(plan.sent.source) - len(y):  # choices that are not routed have rows at the end, never read
+            y = nn.functional.pad(y, (0, 0, 0, unrouted))
+        return unpermute(y, plan.sent, plan.weights)
 
     def received(self, experts: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, tuple[list[int], list[int]]]:
         """Which rows come here: each one's expert [R, 1] int32, counts [E / ep] int32, and rows to and from each rank.
