@@ -20,9 +20,10 @@ from ling_kernels.train import cli, prepare, report
 from ling_kernels.train import trainer as steps
 from ling_kernels.train.__main__ import main
 from ling_kernels.train.checks import check
-from ling_kernels.train.data import Packed, open_tokens, write_tokens
+from ling_kernels.train.data import Packed, open_tokens
 from ling_kernels.train.optimizer import adamw, learning_rate, rows_at
 from ling_kernels.train.settings import RECIPES, Settings, settings_of
+from ling_kernels.train.tokenise import write_tokens
 from tests.training import flags, one_line_error, small, text, tiniest, uninterrupted  # noqa: F401
 
 SPEED = {"tokens_per_s", "mfu"}  # may differ between equal runs
