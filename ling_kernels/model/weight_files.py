@@ -129,7 +129,8 @@ def write_weights(
     """Write the weight files of a checkpoint, each atomically, and remove those of an earlier one in the folder.
 
     sizes: the bytes of every key, in the files' order. tensors: called with the keys of one file at a time, at most
-    shard_bytes unless a tensor is larger; returns contiguous tensors on the CPU. Raises OSError.
+    shard_bytes unless a tensor is larger; returns contiguous tensors on the CPU, by key, and may add others such as
+    scales. Raises OSError.
     """
     from safetensors.torch import save_file
 
@@ -142,12 +143,14 @@ def write_weights(
         size += bytes_
     names = [SINGLE] if len(shards) == 1 else [f"model-{i:05d}-of-{len(shards):05d}.safetensors"
                                                for i in range(1, len(shards) + 1)]  # fmt: skip
+    weight_map = {}
     for name, shard in zip(names, shards, strict=True):
+        content = tensors(shard)
+        weight_map |= dict.fromkeys(content, name)
         with atomic_write(folder / name, durable=True) as path:
-            save_file(tensors(shard), path, metadata={"format": "pt"})
+            save_file(content, path, metadata={"format": "pt"})
             path.chmod(0o644)  # safetensors creates files with mode 0600
     if len(shards) > 1:
-        weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
         with atomic_write(folder / INDEX, durable=True) as path:
             path.write_text(json.dumps({"metadata": {"format": "pt"}, "weight_map": weight_map}, indent=2))
     current = {*names, INDEX} if len(shards) > 1 else {*names}

@@ -5,6 +5,7 @@ from dataclasses import fields
 
 from ..errors import InputError
 from ..model import LingConfig
+from .loggers import installed
 from .settings import Settings
 
 MAX_THREADS = 4096  # OpenMP ends the process where it cannot start them
@@ -39,6 +40,10 @@ def check(s: Settings, config: LingConfig) -> None:
         check_step_in_backward(s)
     if s.fp8_fallback and not s.fp8_watch:
         raise InputError(f"--fp8-fallback {s.fp8_fallback} needs measurements: give --fp8-watch")
+    if s.sample_every and not s.sample_tokens:
+        raise InputError(f"--sample-every {s.sample_every} needs samples: --sample-tokens is 0")
+    if s.wandb and not installed("wandb"):
+        raise InputError(f"--wandb {s.wandb}: the package wandb is not installed (pip install wandb)")
     if s.threads and s.threads > MAX_THREADS:
         raise InputError(f"--threads {s.threads} is more than {MAX_THREADS}")
     if s.seed >= 1 << 63:
