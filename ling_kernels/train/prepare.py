@@ -64,10 +64,13 @@ def new_run(settings: Settings, out: str | Path | None = None, restart: bool = F
     return write_settings(Run(settings, config, tokenizer, *device, folder, lock, new, *tokens_of(folder), weights))
 
 
-def resumed_run(resume: str | Path, options: dict) -> Run:
-    """Prepare to resume from a run's latest checkpoint, or from a checkpoint; options: settings to change."""
+def resumed_run(resume: str | Path, options: dict, fall_back: bool = False) -> Run:
+    """Prepare to resume from a run's latest checkpoint, or from a checkpoint; options: settings to change. fall_back:
+    from the latest one that is not damaged, saying so."""
     folder, checkpoint = ckpt.locate(str(resume))
     lock = lock_folder(folder)
+    if fall_back:
+        checkpoint = ckpt.last_sound(checkpoint)
     state = ckpt.read_state(checkpoint)
     if missing := {"settings", "step", "data"} - state.keys():
         raise InputError(f"{checkpoint / 'state.json'} has no {', '.join(sorted(missing))}")
@@ -234,11 +237,11 @@ def needed_bytes(config: LingConfig, s: Settings) -> int:
 
 def latest_run(out: Path | None, model: str) -> Path | None:
     """The run that --resume auto resumes, if there is one with a checkpoint: `out`, or of the runs of `model` in runs/
-    the one with the newest checkpoint."""
+    the one with the newest checkpoint, by the times in them. A time in the future is older than any other."""
     model = absolute("model", model)
     runs = [out] if out else [path.parent for path in Path("runs").glob("*/settings.json") if model_of(path) == model]
     newest = {run: checkpoints[-1] for run in runs if (checkpoints := ckpt.list_checkpoints(run))}
-    return max(newest, key=lambda run: newest[run].stat().st_mtime_ns, default=None)
+    return max(newest, key=lambda run: ckpt.age_key(newest[run]), default=None)
 
 
 def model_of(path: Path) -> str | None:
@@ -266,7 +269,9 @@ def make_folder(out: str | Path | None, model: str, restart: bool) -> tuple[Path
         if any(path.name != LOCK for path in folder.iterdir()) and not (
             restart and (folder / "settings.json").is_file()
         ):
-            raise InputError(f"--out {folder} is not empty; --resume {folder} continues a run")
+            begun = (folder / "settings.json").is_file() and not ckpt.list_checkpoints(folder)
+            how = f"auto --out {folder} begins its run again" if begun else f"{folder} continues a run"
+            raise InputError(f"--out {folder} is not empty; --resume {how}")
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise InputError(f"cannot write to {folder}: {error.strerror or error}") from None
