@@ -22,7 +22,6 @@ from .optimizer import StepInBackward, clipped_step, learning_rate, make_optimiz
 from .prepare import Run, deterministic, discard, new_run, peak_flops, resumed_run
 from .report import FP8_FILE, Details, read_lines
 from .settings import Settings, named_as_in_python, to_json
-from .sources import TextOptions
 
 
 @dataclass
@@ -108,9 +107,7 @@ class Trainer:
         self.progress, self.details, self.superseded = Progress(), Details(), []
         with deterministic():
             try:
-                docs = gather_tokens(
-                    s.data, self.tokenizer, self.config.vocab_size, run.tokens, TextOptions(s.text_field)
-                )
+                docs = gather_tokens(s.data, self.tokenizer, self.config.vocab_size, run.tokens, s.text_options)
                 self.training, self.held_out = hold_out(docs, s.holdout)
                 self.data = describe(docs)
                 if run.state and run.state["data"] != self.data:
