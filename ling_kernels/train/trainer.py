@@ -23,7 +23,6 @@ from .prepare import Run, deterministic, discard, new_run, peak_flops, resumed_r
 from .report import FP8_FILE, Details, read_lines
 from .schedule import learning_rate, rows_at
 from .settings import Settings, named_as_in_python, to_json
-from .sources import TextOptions
 
 
 @dataclass
@@ -109,9 +108,7 @@ class Trainer:
         self.progress, self.details, self.superseded = Progress(), Details(), []
         with deterministic():
             try:
-                docs = gather_tokens(
-                    s.data, self.tokenizer, self.config.vocab_size, run.tokens, TextOptions(s.text_field)
-                )
+                docs = gather_tokens(s.data, self.tokenizer, self.config.vocab_size, run.tokens, s.text_options)
                 self.training, self.held_out = hold_out(docs, s.holdout)
                 self.data = describe(docs)
                 if run.state and run.state["data"] != self.data:
