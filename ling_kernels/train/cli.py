@@ -21,6 +21,7 @@ from .data import Documents
 from .html import write_html
 from .plots import draw
 from .prepare import deterministic, latest_run, new_run, resumed_run
+from .profiling import StepProfiler
 from .report import SAMPLES, Report, open_lines, write_line
 from .settings import Settings, add_flags, settings_of, to_json
 from .starts import moe_layers, record_start
@@ -122,6 +123,7 @@ def train(trainer: Trainer, report: Report) -> str | None:
     one did; a checkpoint is written then too. Raises Diverged."""
     s, progress = trainer.settings, trainer.progress
     saved = progress.step
+    profiler = StepProfiler(trainer.folder / "profile", saved, s.profile, s.steps, trainer.device)
 
     def save() -> None:
         nonlocal saved
@@ -131,15 +133,19 @@ def train(trainer: Trainer, report: Report) -> str | None:
 
     with stop_on_signals() as received:
         while progress.step < s.steps and not received:
+            profiler.begin(progress.step + 1)
             try:
                 record = trainer.step()
             except Diverged as error:
                 report.step(error.record, trainer.details)
                 raise
+            profiled = profiler.end(progress.step)
             validating = progress.step == s.steps or due(progress.step, s.eval_every)
             if validating:
                 record["val_loss"] = trainer.evaluate()
             report.step(record, trainer.details)
+            for line in profiled:
+                report.say(line)
             if due(progress.step, s.sample_every) and progress.step < s.steps:  # the last sample is finish_run's
                 report.sample(progress.step, *sample(trainer.model, trainer.tokenizer, trainer.held_out, s))
             if due(progress.step, s.save_every):
@@ -148,6 +154,8 @@ def train(trainer: Trainer, report: Report) -> str | None:
                 report.expert_load(progress.step)
             if validating and progress.step < s.steps:  # the last is finish_run's
                 write_page(trainer.folder, report.say)
+        for line in profiler.stop(progress.step):
+            report.say(line)
         if progress.step != saved:
             save()
     return received[0] if received else None
