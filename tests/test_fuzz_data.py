@@ -9,7 +9,8 @@ import pytest
 from ling_kernels.errors import InputError
 from ling_kernels.tokenizer import load_tokenizer
 from ling_kernels.train import sources
-from ling_kernels.train.data import gather_tokens, open_tokens, write_tokens
+from ling_kernels.train.data import gather_tokens, open_tokens
+from ling_kernels.train.tokenise import write_tokens
 from tests.fuzz import changed, damaged, fuzz, hypothesis, result_or_error, st, values
 from tests.test_data import texts_of
 from tests.test_tokenizer import train_bpe
@@ -27,7 +28,9 @@ def documents(files, folder, field="text"):
     cache.unlink(missing_ok=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        docs = result_or_error(gather_tokens, files, load_tokenizer(), VOCABULARY, cache, field, kinds=(InputError,))
+        docs = result_or_error(
+            gather_tokens, files, load_tokenizer(), VOCABULARY, cache, sources.TextOptions(field), kinds=(InputError,)
+        )
     assert docs is not None or not cache.with_name(".cache.bin.partial").exists()
     return docs and texts_of(docs)
 

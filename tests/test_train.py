@@ -20,9 +20,10 @@ from ling_kernels.train import cli, prepare, report
 from ling_kernels.train import trainer as steps
 from ling_kernels.train.__main__ import main
 from ling_kernels.train.checks import check
-from ling_kernels.train.data import Packed, open_tokens, write_tokens
-from ling_kernels.train.optimizer import adamw, learning_rate, rows_at
+from ling_kernels.train.data import Packed, open_tokens
+from ling_kernels.train.optimizer import adamw
 from ling_kernels.train.settings import RECIPES, Settings, settings_of
+from ling_kernels.train.tokenise import write_tokens
 from tests.training import flags, one_line_error, small, text, tiniest, uninterrupted  # noqa: F401
 
 SPEED = {"tokens_per_s", "mfu"}  # may differ between equal runs
@@ -197,14 +198,6 @@ def test_accumulation_is_exact(tmp_path, text):
         torch.testing.assert_close(results[micro][0], results[8][0], rtol=1e-6, atol=0)
         error = (results[micro][1] - results[8][1]).norm() / results[8][1].norm()
         assert error < 1e-6, (micro, float(error))
-
-
-def test_batch_ramp_and_warm_up():
-    assert [rows_at(s, 16, (4, 6), 4) for s in range(1, 9)] == [4, 4, 8, 8, 12, 12, 16, 16]
-    assert [rows_at(s, 5, (2, 3), 1) for s in range(1, 6)] == [2, 3, 4, 5, 5]
-    assert rows_at(1, 16, None, 4) == 16
-    assert [learning_rate(s, 1.0, 4) for s in (1, 2, 4, 5, 900)] == [0.25, 0.5, 1, 1, 1]
-    assert learning_rate(1, 1.0, 0) == 1
 
 
 def test_the_ramp_moves_the_position_in_the_stream(tmp_path, text):

@@ -19,9 +19,9 @@ from ling_kernels.tokenizer import load_tokenizer
 from ling_kernels.train import checkpoint as ckpt
 from ling_kernels.train import prepare
 from ling_kernels.train.__main__ import main
-from ling_kernels.train.data import write_tokens
 from ling_kernels.train.report import open_lines, read_lines
 from ling_kernels.train.settings import Settings
+from ling_kernels.train.tokenise import write_tokens
 from tests.training import flags, one_line_error, small, text, tiniest, uninterrupted  # noqa: F401
 
 NUMBERS = [

@@ -1,8 +1,7 @@
-"""Tokens on disk, and packing: an endless stream of rows that depends on documents, seed and row number alone.
+"""Documents of token ids, and packing: an endless stream of rows that depends on documents, seed and row number alone.
 
-Text is tokenised once into a memory-mapped .bin file of little-endian uint16 or uint32 ids, each document followed by
-the end token. Beside X.bin, X.json gives dtype, eos_id and vocab_size. `python -m ling_kernels.train.data SOURCES
---out X.bin` writes such a file.
+Text is tokenised once into a .bin file (tokenise.py), which is memory-mapped. `python -m ling_kernels.train.data
+SOURCES --out X.bin` writes such a file.
 
 An epoch is all documents in a shuffled order; epochs follow one another without a gap. This stream is cut into pieces
 of seq_len tokens, the rows, which are shuffled again within blocks of an epoch (at most a million rows), so that
@@ -10,12 +9,10 @@ neighbours in a document are not neighbours in a batch.
 """
 
 import functools
-import json
-import os
 import sys
 import warnings
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -24,12 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import InputError, Parser, command
-from ..files import atomic_write, user_path
-from ..tokenizer import Tokenizer, load_tokenizer
-from .sources import cpython_documents, documents, find_files, reading
+from ..errors import InputError
+from ..tokenizer import Tokenizer
+from .sources import DEFAULTS, TextOptions, find_files, reading
+from .token_files import map_tokens
+from .tokenise import tokenise
 
-DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 SCAN = 1 << 24  # ids read at a time
 BLOCK = 1 << 20  # most rows in a block
 ROWS, DOCUMENTS = 0, 1  # kinds of shuffles
@@ -68,42 +65,6 @@ class Batch(NamedTuple):
         return int((self.cu_seqlens.diff() - ahead).clamp(min=0).sum())
 
 
-def write_tokens(documents: Iterable[Iterable[bytes]], tokenizer: Tokenizer, out: Path) -> dict:
-    """Tokenise documents into `out` and its .json; both appear complete or not at all. Returns the content of the
-    .json.
-
-    documents: each an iterable of UTF-8 pieces; those without text are skipped and counted as `empty`. Raises
-    InputError where the files cannot be written.
-    """
-    name = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-    eos = np.array([tokenizer.eos_id], DTYPES[name]).tobytes()
-    count = number = empty = 0
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        # The inner context ends first: the .json is renamed before the data.
-        with atomic_write(out) as tokens, atomic_write(out.with_suffix(".json")) as sidecar:
-            with open(tokens, "wb") as file:
-                for document in documents:
-                    before = count
-                    for piece in document:
-                        ids = tokenizer.encode_bytes(piece)
-                        file.write(ids.astype(DTYPES[name]).tobytes())
-                        count += len(ids)
-                    if count > before:
-                        file.write(eos)
-                        count, number = count + 1, number + 1
-                    else:
-                        empty += 1
-                file.flush()
-                os.fsync(file.fileno())
-            about = dict(dtype=name, eos_id=tokenizer.eos_id, vocab_size=tokenizer.vocab_size)
-            about |= dict(tokens=count, documents=number, empty=empty)
-            sidecar.write_text(json.dumps(about) + "\n")
-    except OSError as error:
-        raise InputError(f"cannot write {out}: {error.strerror or error}") from None
-    return about
-
-
 def open_tokens(files: Sequence[Path], vocab_size: int, eos_id: int) -> Documents:
     """Map .bin files, find the documents in them and check every id. Raises InputError for damaged or foreign files."""
     arrays, which, start, end, checksum = [], [], [], [], 0
@@ -127,37 +88,12 @@ def open_tokens(files: Sequence[Path], vocab_size: int, eos_id: int) -> Document
     return Documents(arrays, np.concatenate(which), np.concatenate(start), np.concatenate(end), checksum)
 
 
-def map_tokens(path: Path, vocab_size: int, eos_id: int) -> np.ndarray:
-    sidecar = path.with_suffix(".json")
-    try:
-        about = json.loads(sidecar.read_text())
-        dtype, file_eos, file_vocab = DTYPES[about["dtype"]], int(about["eos_id"]), int(about["vocab_size"])
-        tokens = int(about["tokens"]) if "tokens" in about else None
-    except OSError as error:
-        raise InputError(f"{path} needs {sidecar.name} beside it: {error.strerror or error}") from None
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise InputError(f"{sidecar} must give dtype (uint16 or uint32), eos_id and vocab_size, and tokens as a number:"
-                         f" {error!r}") from None  # fmt: skip
-    if file_vocab > vocab_size:
-        raise InputError(
-            f"{path} was written with a tokenizer of {file_vocab} tokens, more than the model's {vocab_size}"
-        )
-    if file_eos != eos_id:
-        raise InputError(
-            f"{path} ends documents with token {file_eos}, the tokenizer uses {eos_id}: give --tokenizer the one"
-            " that wrote it"
-        )
-    with reading(path):
-        size = path.stat().st_size
-        if size == 0:
-            raise InputError(f"{path} holds no tokens")
-        if size % dtype.itemsize or tokens not in (None, size // dtype.itemsize):
-            raise InputError(f"{path} is truncated: {size} bytes, but {sidecar.name} says {tokens} ids")
-        return np.memmap(path, dtype, "r")
-
-
 def gather_tokens(
-    data: Sequence[str | Path] | None, tokenizer: Tokenizer, vocab_size: int, cache: Path, text_field: str = "text"
+    data: Sequence[str | Path] | None,
+    tokenizer: Tokenizer,
+    vocab_size: int,
+    cache: Path,
+    options: TextOptions = DEFAULTS,
 ) -> Documents:
     """All documents of `data` (None: CPython's text). Text is tokenised into `cache`; .bin files are mapped in place.
 
@@ -166,7 +102,7 @@ def gather_tokens(
     files = None if data is None else find_files(data, texts_may_be_gone=cache.is_file())
     text = None if files is None else [p for p in files if p.suffix != ".bin"]
     if (text is None or text) and not cache.is_file():
-        about = write_tokens(cpython_documents() if text is None else documents(text, text_field), tokenizer, cache)
+        about = tokenise(text, tokenizer, cache, options)
         if text and about["empty"] and about["documents"]:
             warnings.warn(f"{about['empty']:,} rows and files of the data have no text and are skipped", stacklevel=2)
     mapped = [p for p in files or () if p.suffix == ".bin"]
@@ -242,27 +178,7 @@ class Packed:
         return order if kind == ROWS else (order, np.cumsum((self.docs.end - self.docs.start)[order]))
 
 
-@command
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser("python -m ling_kernels.train.data", description="Tokenise text into a .bin file.")
-    parser.add_argument("sources", nargs="*", help=".txt, .jsonl, .parquet, or folders of them (default: CPython's)")
-    parser.add_argument("--out", required=True, help="the .bin file to write; its .json is put beside it")
-    parser.add_argument("--tokenizer", help="a tokenizer.json or its folder (default: byte-level)")
-    parser.add_argument("--text-field", default="text", help="field or column with the text (default: %(default)s)")
-    args = parser.parse_args(argv)
-    out = user_path(args.out)
-    if out.suffix != ".bin":
-        raise InputError(f"--out {out} must end in .bin")
-    if out.exists():
-        raise InputError(f"{out} exists; it is not overwritten")
-    tokenizer = load_tokenizer(args.tokenizer)
-    files = find_files(args.sources)
-    if binary := [p for p in files if p.suffix == ".bin"]:
-        raise InputError(f"{binary[0]} is tokenised already")
-    about = write_tokens(documents(files, args.text_field) if files else cpython_documents(), tokenizer, out)
-    skipped = f"; {about['empty']:,} without text are skipped" if about["empty"] else ""
-    print(f"{out}: {about['tokens']:,} tokens of {about['documents']:,} documents, {about['dtype']}{skipped}")
-
-
 if __name__ == "__main__":
+    from .tokenise import main
+
     sys.exit(main())

@@ -20,7 +20,8 @@ import numpy as np
 
 from ..errors import InputError
 from ..nn.fp8 import RECOMPUTE, TRANSPOSED, WEIGHTS, WGRAD
-from .optimizer import MASTERS, OPTIMIZERS, parse_ramp
+from .optimizer import MASTERS, OPTIMIZERS
+from .schedule import DECAYS, decay_length, parse_ramp
 
 RECIPES = {
     path.stem: json.loads(path.read_text()) for path in sorted((Path(__file__).parents[1] / "recipes").glob("*.json"))
@@ -77,8 +78,16 @@ class Settings:
         " stochastically",
         choices=MASTERS,
     )  # fmt: skip
-    lr: float = flag(2e-3, "learning rate after the warm-up; it stays constant", above=0)
+    lr: float = flag(2e-3, "learning rate after the warm-up", above=0)
     warmup: int = flag(40, "steps over which the learning rate rises to --lr", least=0)
+    decay: str = flag(
+        "none", "how the learning rate falls at the end of the run; none: it stays at --lr", choices=("none", *DECAYS)
+    )
+    decay_steps: int | None = flag(
+        None, "steps of the decay, the last of the run", least=1,
+        shown="all after the warm-up; for 1-sqrt a fifth of --steps",
+    )  # fmt: skip
+    min_lr: float = flag(0.0, "learning rate at the end of the decay", least=0)
     weight_decay: float = flag(0.1, "on matrices and embeddings, not on norms", least=0)
     clip: float = flag(1.0, "gradient norm above which gradients are scaled down; 0: never", least=0)
     z_loss: float = flag(3.5e-6, "coefficient of the router's z-loss", least=0)
@@ -143,6 +152,15 @@ class Settings:
     @property
     def ramp(self) -> tuple[int, int] | None:
         return parse_ramp(self.batch_ramp) if self.batch_ramp else None
+
+    @property
+    def schedule(self) -> dict:
+        """The arguments of schedule.learning_rate."""
+        decay_steps = decay_length(self.decay, self.decay_steps, self.warmup, self.steps)
+        return dict(
+            lr=self.lr, warmup=self.warmup, decay=self.decay, decay_steps=decay_steps, min_lr=self.min_lr,
+            steps=self.steps,
+        )  # fmt: skip
 
 
 def plain(f: Field, value: Any) -> Any:

@@ -7,6 +7,7 @@ import json
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import InputError
@@ -14,6 +15,16 @@ from ..files import user_path
 
 PIECE = 1 << 20  # bytes
 SUFFIXES = (".txt", ".jsonl", ".parquet", ".bin")
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """How the text in files is found."""
+
+    text_field: str = "text"  # field of .jsonl and column of .parquet that holds the text
+
+
+DEFAULTS = TextOptions()
 
 
 def find_files(sources: Sequence[str | Path], texts_may_be_gone: bool = False) -> list[Path]:
@@ -40,15 +51,15 @@ def find_files(sources: Sequence[str | Path], texts_may_be_gone: bool = False) -
     return found
 
 
-def documents(files: Sequence[Path], text_field: str = "text") -> Iterator[Iterable[bytes]]:
+def documents(files: Sequence[Path], options: TextOptions = DEFAULTS) -> Iterator[Iterable[bytes]]:
     """One document for each .txt file, line of a .jsonl file and row of a .parquet file; null is an empty text."""
     for path in files:
         if path.suffix == ".txt":
             yield text_pieces(path)
         elif path.suffix == ".jsonl":
-            yield from jsonl_documents(path, text_field)
+            yield from jsonl_documents(path, options.text_field)
         else:
-            yield from parquet_documents(path, text_field)
+            yield from parquet_documents(path, options.text_field)
 
 
 def cpython_documents() -> Iterator[Iterable[bytes]]:

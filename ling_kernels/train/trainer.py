@@ -18,10 +18,12 @@ from ..ops.grad_norm import grad_norm
 from . import checkpoint as ckpt
 from .data import Documents, Packed, describe, gather_tokens, hold_out
 from .monitor import WINDOW, FP8Monitor, ceilings, spike, to_bf16
-from .optimizer import StepInBackward, clipped_step, learning_rate, make_optimizer, rows_at, to_masters
+from .optimizer import StepInBackward, clipped_step, make_optimizer, to_masters
 from .prepare import Run, deterministic, discard, new_run, peak_flops, resumed_run
 from .report import FP8_FILE, Details, read_lines
+from .schedule import learning_rate, rows_at
 from .settings import Settings, named_as_in_python, to_json
+from .sources import TextOptions
 
 
 @dataclass
@@ -107,7 +109,9 @@ class Trainer:
         self.progress, self.details, self.superseded = Progress(), Details(), []
         with deterministic():
             try:
-                docs = gather_tokens(s.data, self.tokenizer, self.config.vocab_size, run.tokens, s.text_field)
+                docs = gather_tokens(
+                    s.data, self.tokenizer, self.config.vocab_size, run.tokens, TextOptions(s.text_field)
+                )
                 self.training, self.held_out = hold_out(docs, s.holdout)
                 self.data = describe(docs)
                 if run.state and run.state["data"] != self.data:
@@ -236,7 +240,7 @@ def train_step(
     device = next(model.parameters()).device
     step = progress.step + 1
     rows = rows_at(step, settings.batch, settings.ramp, settings.micro_batch or 1)
-    lr = learning_rate(step, settings.lr, settings.warmup)
+    lr = learning_rate(step, **settings.schedule)
     optimizer.zero_grad()
     limits = settings.spike_loss, settings.spike_norm
     highest_loss, highest_norm = ceilings(progress.recent, limits)
