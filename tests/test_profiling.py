@@ -26,7 +26,7 @@ def test_profiles_of_a_run_and_of_the_run_that_resumes_it(tmp_path, flags, unint
     table = (run / "profile" / names[1]).read_text()
     assert "aten::mm" in table and "Self CPU" in table
     for got, want in zip(metrics_of(run), metrics_of(uninterrupted), strict=True):
-        assert {k: v for k, v in got.items() if k not in SPEED} == {k: v for k, v in want.items() if k not in SPEED}
+        assert all(got[k] == want[k] for k in want.keys() - SPEED)  # got has a validation after step 6 besides
 
 
 @pytest.mark.parametrize(
