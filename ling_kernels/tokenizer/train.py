@@ -8,12 +8,10 @@ equal files. It needs the package tokenizers, and no torch.
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import fields
 from typing import Any
 
 from ..errors import InputError, Parser, command
 from ..files import user_path
-from ..train.settings import TEXT_SETTINGS, Settings, add_flag
 from ..train.sources import (  # this file is a command, so it may look above its room
     DEFAULTS,
     TextOptions,
@@ -81,11 +79,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--vocab", type=int, default=32768, metavar="N", help="tokens, special ones too (default: 32768)"
     )
-    for f in fields(Settings):
-        if f.name in TEXT_SETTINGS and f.name != "special_tokens":
-            add_flag(parser, f)
+    parser.add_argument("--text-field", default="text", help="field or column that holds the text (default: text)")
+    parser.add_argument("--encoding", default="utf-8", help="of the text (default: utf-8)")
     args = parser.parse_args(argv)
-    options = TextOptions(**{name: value for name, value in vars(args).items() if name in TEXT_SETTINGS})
+    options = TextOptions(args.text_field, args.encoding)
     if not args.out:
         raise InputError("--out is empty: name a folder")
     file = user_path(args.out) / "tokenizer.json"

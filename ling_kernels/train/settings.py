@@ -204,10 +204,11 @@ def plain(f: Field, value: Any) -> Any:
     raise InputError(f"{f.name} {value!r}: it must be {names.get(kind, 'a path or several')}")
 
 
-# Settings that a resumed run may change.
+# Settings that a resumed run may change; changes.py keeps a record of them.
 CHANGEABLE_ON_RESUME = {
-    "steps", "eval_every", "save_every", "keep", "log_every", "max_bad_steps", "sample_tokens", "sample_every",
-    "profile", "wandb", "device", "threads",
+    "data", "batch", "micro_batch", "lr", "warmup", "decay", "decay_steps", "min_lr", "weight_decay", "clip", "z_loss",
+    "balance_rate", "steps", "eval_every", "save_every", "keep", "log_every", "max_bad_steps", "sample_tokens",
+    "sample_every", "profile", "wandb", "device", "threads",
     "precision", "master", "recompute", "fp8_weights", "fp8_wgrad", "fp8_transposed", "fp8_scales", "fp8_watch",
     "fp8_fallback", "spike_loss", "spike_norm", "step_in_backward",
 }  # fmt: skip
