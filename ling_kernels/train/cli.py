@@ -6,7 +6,7 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -19,11 +19,14 @@ from ..tokenizer import TextStream, Tokenizer
 from . import checkpoint as ckpt
 from .changes import line
 from .data import Documents
+from .html import write_html
 from .plots import draw
 from .prepare import deterministic, latest_run, new_run, resumed_run
+from .profiling import StepProfiler
 from .report import SAMPLES, Report, open_lines, write_line
 from .saving import NotSaved, last_good
 from .settings import Settings, add_flags, settings_of, to_json
+from .starts import moe_layers, record_start
 from .trainer import Trainer
 
 STOPPED = 75  # exit code of a run that a signal stopped early: EX_TEMPFAIL of sysexits.h, start it again
@@ -90,6 +93,7 @@ def run(options: dict, planner) -> int:
         print(line(change))
     print_header(trainer)
     s = trainer.settings
+    record_start(trainer)
     report = Report(trainer.folder, trainer.progress.step, s.steps, s.log_every, s.wandb, to_json(s))
     try:
         stopped = train(trainer, report)
@@ -98,6 +102,7 @@ def run(options: dict, planner) -> int:
         return 1
     finally:
         report.close()
+        write_page(trainer.folder)
     if stopped:
         print(f"stopped by {stopped} after step {trainer.progress.step}; continue with")
         print(f"    {python('train')} --resume {shlex.quote(shown(trainer.folder))}")
@@ -144,6 +149,7 @@ def train(trainer: Trainer, report: Report) -> str | None:
     written; at another one training goes on, and tries again at the next."""
     s, progress = trainer.settings, trainer.progress
     saved: int | None = progress.step
+    profiler = StepProfiler(trainer.folder / "profile", progress.step, s.profile, s.steps, trainer.device)
 
     @contextmanager
     def going_on() -> Iterator[None]:
@@ -166,15 +172,19 @@ def train(trainer: Trainer, report: Report) -> str | None:
 
     with stop_on_signals() as received:
         while progress.step < s.steps and not received:
+            profiler.begin(progress.step + 1)
             try:
                 record = trainer.step()
             except Diverged as error:
                 report.step(error.record, trainer.details)
                 raise
+            profiled = profiler.end(progress.step)
             validating = progress.step == s.steps or due(progress.step, s.eval_every)
             if validating:
                 record["val_loss"] = trainer.evaluate()
             report.step(record, trainer.details)
+            for line in profiled:
+                report.say(line)
             with going_on():
                 trainer.writer.poll()
             if due(progress.step, s.sample_every) and progress.step < s.steps:  # the last sample is finish_run's
@@ -183,12 +193,25 @@ def train(trainer: Trainer, report: Report) -> str | None:
                 save()
             elif validating:
                 report.expert_load(progress.step)
+            if validating and progress.step < s.steps:  # the last is finish_run's
+                write_page(trainer.folder, report.say)
+        for line in profiler.stop(progress.step):
+            report.say(line)
         with going_on():
             trainer.writer.wait()
         if progress.step != saved:
             report.expert_load(progress.step)
             trainer.save()
     return received[0] if received else None
+
+
+def write_page(run: Path, say: Callable[[str], None] = print) -> Path | None:
+    """Write report.html; a line where that fails, as training matters more."""
+    try:
+        return write_html(run)
+    except InputError as error:
+        say(f"warning: {error}")
+        return None
 
 
 def due(step: int, every: int) -> bool:
@@ -261,8 +284,7 @@ def finish_run(trainer: Trainer, planner) -> None:
         trainer.export(folder / "model")
     except InputError as error:
         raise NotSaved(f"{error}; the weights are in {ckpt.list_checkpoints(folder)[-1]}") from None
-    layers = [f"layer {i}" for i in range(config.first_k_dense_replace, config.num_hidden_layers)]
-    plots = draw(folder, [*layers, *(f"MTP {k}" for k in range(1, config.num_nextn_predict_layers + 1))])
+    plots = draw(folder, moe_layers(config))
     if trainer.settings.sample_tokens:
         prompt, text = sample(trainer.model, trainer.tokenizer, trainer.held_out, trainer.settings)
         with open_lines(folder / SAMPLES, trainer.progress.step - 1) as file:
@@ -270,6 +292,8 @@ def finish_run(trainer: Trainer, planner) -> None:
         print(f"\nA sample that continues {prompt!r}:\n{text}\n")
     print(f"checkpoint {shown(ckpt.list_checkpoints(folder)[-1])}")
     print(f"model      {shown(folder / 'model')}")
+    if page := write_page(folder):
+        print(f"report     {shown(page)}")
     for path in plots:
         print(f"plot       {shown(path)}")
     if not plots:

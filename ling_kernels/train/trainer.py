@@ -26,7 +26,6 @@ from .report import FP8_FILE, Details, read_lines
 from .saving import Writer, count_sound, kept, room_for_copy, size_of, snapshot, write
 from .schedule import learning_rate, rows_at
 from .settings import Settings, named_as_in_python, to_json
-from .sources import TextOptions
 
 
 @dataclass
@@ -125,9 +124,7 @@ class Trainer:
         self.changes, new_data = run.changes, any(change["setting"] == "data" for change in run.changes)
         with deterministic():
             try:
-                docs = gather_tokens(
-                    s.data, self.tokenizer, self.config.vocab_size, run.tokens, TextOptions(s.text_field)
-                )
+                docs = gather_tokens(s.data, self.tokenizer, self.config.vocab_size, run.tokens, s.text_options)
                 self.training, self.held_out = hold_out(docs, s.holdout)
                 self.data = describe(docs)
                 if run.state and not new_data and run.state["data"] != self.data:
