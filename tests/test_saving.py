@@ -4,6 +4,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import threading
 
@@ -11,12 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ling_kernels.train import Settings, Trainer, saving
+from ling_kernels.train import Settings, Trainer, prepare, saving
 from ling_kernels.train import checkpoint as ckpt
 from ling_kernels.train import trainer as module
 from ling_kernels.train.__main__ import main
+from ling_kernels.train.report import open_lines, read_lines
 from ling_kernels.train.saving import GOOD_AFTER, NotSaved, count_sound, kept, last_good
-from tests.training import flags, one_line_error, small, text, uninterrupted  # noqa: F401
+from tests.training import flags, one_line_error, small, text, tiniest, uninterrupted  # noqa: F401
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -201,3 +203,42 @@ def test_a_signal_while_tokenising_leaves_nothing(tmp_path, flags, monkeypatch, 
         assert main([*flags, "--out", str(tmp_path / "run"), "--steps", "2"]) == 75
     assert "stopped before the first step" in capsys.readouterr().err and not (tmp_path / "run").exists()
     assert main([*flags, "--out", str(tmp_path / "run"), "--steps", "2"]) == 0
+
+
+def test_a_disk_without_room_is_one_line_before_the_run(tmp_path, flags, monkeypatch, capsys):
+    """The small model has 66,464 parameters of 12 bytes in a checkpoint, and 2 in the exported model."""
+    argv = [*flags, "--out", str(tmp_path / "run"), "--steps", "9", "--save-every", "3", "--keep", "1"]
+    for free, fits in ((26 * 66464, True), (26 * 66464 - 1, False)):
+        usage = shutil.disk_usage(tmp_path)._replace(free=free)
+        monkeypatch.setattr(prepare.shutil, "disk_usage", lambda path, usage=usage: usage)
+        if fits:
+            prepare.check_disk(tiniest(), Settings(steps=9, save_every=3, keep=1), tmp_path)
+        else:
+            assert "2 checkpoints of 0.0 GB" in one_line_error(argv, capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_lines_of_a_full_disk_are_written_later(tmp_path, capsys):
+    lines = open_lines(tmp_path / "a.jsonl", 0)
+
+    class Full:
+        room = 5
+
+        def write(self, content):
+            if not self.room:
+                raise FULL
+            return genuine.write(content[: self.room])
+
+        def close(self):
+            genuine.close()
+
+    genuine, lines.file = lines.file, Full()
+    lines.write(dict(step=1))
+    lines.file.room = 0
+    lines.write(dict(step=2))
+    lines.write(dict(step=3))
+    assert capsys.readouterr().out.count("No space left on device; its lines are kept") == 1
+    lines.file.room = 7
+    lines.write(dict(step=4))
+    lines.close()
+    assert read_lines(tmp_path / "a.jsonl") == [dict(step=n) for n in (1, 2, 3, 4)]

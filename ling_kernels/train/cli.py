@@ -17,13 +17,13 @@ from ..model import Ling
 from ..model.sample import sampler
 from ..tokenizer import TextStream, Tokenizer
 from . import checkpoint as ckpt
-from .changes import line
+from .changes import described
 from .data import Documents
 from .html import write_html
 from .plots import draw
 from .prepare import deterministic, latest_run, new_run, resumed_run
 from .profiling import StepProfiler
-from .report import SAMPLES, Report, open_lines, write_line
+from .report import SAMPLES, Report, open_lines
 from .saving import NotSaved, last_good
 from .settings import Settings, add_flags, settings_of, to_json
 from .starts import moe_layers, record_start
@@ -90,7 +90,7 @@ def run(options: dict, planner) -> int:
     for path in trainer.superseded:
         print(f"a later checkpoint is kept as {path.name}")
     for change in trainer.changes:
-        print(line(change))
+        print(described(change))
     print_header(trainer)
     s = trainer.settings
     record_start(trainer)
@@ -284,11 +284,14 @@ def finish_run(trainer: Trainer, planner) -> None:
         trainer.export(folder / "model")
     except InputError as error:
         raise NotSaved(f"{error}; the weights are in {ckpt.list_checkpoints(folder)[-1]}") from None
-    plots = draw(folder, moe_layers(config))
+    try:
+        plots, no_plots = draw(folder, moe_layers(config)), "matplotlib is missing (pip install ling_kernels[train])"
+    except OSError as error:
+        plots, no_plots = [], str(error)
     if trainer.settings.sample_tokens:
         prompt, text = sample(trainer.model, trainer.tokenizer, trainer.held_out, trainer.settings)
         with open_lines(folder / SAMPLES, trainer.progress.step - 1) as file:
-            write_line(file, dict(step=trainer.progress.step, prompt=prompt, text=text))
+            file.write(dict(step=trainer.progress.step, prompt=prompt, text=text))
         print(f"\nA sample that continues {prompt!r}:\n{text}\n")
     print(f"checkpoint {shown(ckpt.list_checkpoints(folder)[-1])}")
     print(f"model      {shown(folder / 'model')}")
@@ -297,7 +300,7 @@ def finish_run(trainer: Trainer, planner) -> None:
     for path in plots:
         print(f"plot       {shown(path)}")
     if not plots:
-        print("plot       none: matplotlib is missing (pip install ling_kernels[train])")
+        print(f"plot       none: {no_plots}")
     print(f"\n{python('generate')} --model {shlex.quote(shown(folder / 'model'))} --prompt 'The '")
 
 

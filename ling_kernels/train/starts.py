@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .. import __version__
 from ..model import LingConfig
-from .report import open_lines, write_line
+from .report import open_lines
 from .settings import to_json
 from .trainer import Trainer
 
@@ -28,7 +28,7 @@ def record_start(trainer: Trainer) -> None:
         system=platform.platform(), cores=os.cpu_count(), settings=to_json(trainer.settings),
     )  # fmt: skip
     with open_lines(Path(trainer.folder) / STARTS, trainer.progress.step) as file:
-        write_line(file, line)
+        file.write(line)
 
 
 def versions() -> dict[str, str]:
