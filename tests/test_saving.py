@@ -86,7 +86,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("moment", [
     (saving, "write_weights"), (saving, "save_tensors"), (ckpt, "checksum"), (ckpt, "make_durable"), (os, "rename"),
-], ids=str)  # fmt: skip
+], ids=lambda moment: moment[1])  # fmt: skip
 @pytest.mark.parametrize("how", ["killed", "full"])
 def test_what_ends_a_save_leaves_the_checkpoint_before(trainer, monkeypatch, moment, how):
     first = trainer.save()
@@ -242,3 +242,13 @@ def test_lines_of_a_full_disk_are_written_later(tmp_path, capsys):
     lines.write(dict(step=4))
     lines.close()
     assert read_lines(tmp_path / "a.jsonl") == [dict(step=n) for n in (1, 2, 3, 4)]
+
+
+def test_a_run_killed_before_its_first_checkpoint_says_how_to_begin_again(tmp_path, flags, capsys):
+    argv = [*flags, "--out", str(tmp_path), "--steps", "1"]
+    (tmp_path / "settings.json").write_text("{}")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / ".tokens.bin.partial").write_bytes(b"x")
+    assert f"--resume auto --out {tmp_path} begins its run again" in one_line_error(argv, capsys)
+    assert main([*argv, "--resume", "auto"]) == 0
+    assert f"--resume {tmp_path} continues a run" in one_line_error(argv, capsys)
