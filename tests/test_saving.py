@@ -164,18 +164,19 @@ def test_a_checkpoint_is_good_after_sound_steps():
     assert progress.proven == len(losses) + GOOD_AFTER - 1
 
 
-def test_a_diverged_run_is_repaired_from_the_checkpoint_that_it_names(tmp_path, flags, capsys):
-    argv = [*flags, "--out", str(tmp_path), "--steps", "48", "--save-every", "4", "--keep", "1", "--lr", "1e-3"]
+def test_a_diverged_run_is_repaired_from_the_checkpoint_that_it_names(tmp_path, flags, capsys, monkeypatch):
+    monkeypatch.setattr(saving, "GOOD_AFTER", 6)
+    argv = [*flags, "--out", str(tmp_path), "--steps", "16", "--save-every", "2", "--keep", "1", "--lr", "1e-3"]
     assert main(argv) == 0
-    assert [c.name for c in ckpt.list_checkpoints(tmp_path)] == ["step-000004", "step-000032", "step-000048"]
-    again = ["--resume", str(tmp_path), "--steps", "90"]
+    assert [c.name for c in ckpt.list_checkpoints(tmp_path)] == ["step-000010", "step-000014", "step-000016"]
+    again = ["--resume", str(tmp_path), "--steps", "30"]
     assert main([*again, "--lr", "1e6", "--max-bad-steps", "3", "--clip", "0", "--spike-loss", "2"]) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "the last good checkpoint is" in error
     named = error.split("the last good checkpoint is ")[1].split(": --resume")[0]
-    assert main(["--resume", named, "--lr", "1e-3", "--clip", "1", "--steps", "56"]) == 0
+    assert main(["--resume", named, "--lr", "1e-3", "--clip", "1", "--steps", "18"]) == 0
     last = [json.loads(row) for row in (tmp_path / "metrics.jsonl").read_text().splitlines()][-1]
-    assert last["step"] == 56 and last["main_loss"] < 6 and "skipped" not in last
+    assert last["step"] == 18 and last["main_loss"] < 6 and "skipped" not in last
 
 
 def test_resume_auto_falls_back(tmp_path, flags, capsys):
