@@ -5,6 +5,7 @@ from dataclasses import fields
 
 from ..errors import InputError
 from ..model import LingConfig
+from .loggers import installed
 from .settings import Settings
 
 MAX_THREADS = 4096  # OpenMP ends the process where it cannot start them
@@ -35,10 +36,15 @@ def check(s: Settings, config: LingConfig) -> None:
         raise InputError("--master bf16 needs --optimizer adamw8bit or muon: adamw rounds to nearest and stalls")
     if s.master == "bf16" and s.precision not in ("bf16", "fp8"):
         raise InputError("--master bf16 needs --precision bf16 or fp8")
+    check_decay(s)
     if s.step_in_backward:
         check_step_in_backward(s)
     if s.fp8_fallback and not s.fp8_watch:
         raise InputError(f"--fp8-fallback {s.fp8_fallback} needs measurements: give --fp8-watch")
+    if s.sample_every and not s.sample_tokens:
+        raise InputError(f"--sample-every {s.sample_every} needs samples: --sample-tokens is 0")
+    if s.wandb and not installed("wandb"):
+        raise InputError(f"--wandb {s.wandb}: the package wandb is not installed (pip install wandb)")
     if s.threads and s.threads > MAX_THREADS:
         raise InputError(f"--threads {s.threads} is more than {MAX_THREADS}")
     if s.seed >= 1 << 63:
@@ -46,6 +52,16 @@ def check(s: Settings, config: LingConfig) -> None:
     if s.ramp and not (0 < s.ramp[0] <= s.batch and s.ramp[0] % micro == 0):
         raise InputError(f"--batch-ramp {s.batch_ramp}: START must lie between 1 and --batch {s.batch}"
                          f" and be a multiple of --micro-batch {micro}")  # fmt: skip
+
+
+def check_decay(s: Settings) -> None:
+    if s.decay == "none" and (s.decay_steps or s.min_lr):
+        option = f"--decay-steps {s.decay_steps}" if s.decay_steps else f"--min-lr {s.min_lr}"
+        raise InputError(f"{option} needs a decay: give --decay linear, 1-sqrt or cosine")
+    if s.decay_steps and s.warmup + s.decay_steps > s.steps:
+        raise InputError(f"--decay-steps {s.decay_steps} and --warmup {s.warmup} are more than --steps {s.steps}")
+    if s.min_lr > s.lr:
+        raise InputError(f"--min-lr {s.min_lr} is more than --lr {s.lr}")
 
 
 def check_step_in_backward(s: Settings) -> None:

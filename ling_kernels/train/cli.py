@@ -20,8 +20,8 @@ from . import checkpoint as ckpt
 from .data import Documents
 from .plots import draw
 from .prepare import deterministic, latest_run, new_run, resumed_run
-from .report import Report
-from .settings import Settings, add_flags, settings_of
+from .report import SAMPLES, Report, open_lines, write_line
+from .settings import Settings, add_flags, settings_of, to_json
 from .trainer import Trainer
 
 PROMPT = 24  # tokens of a held-out document that the sample continues
@@ -82,7 +82,7 @@ def run(options: dict, planner) -> int:
         print(f"a later checkpoint is kept as {path.name}")
     print_header(trainer)
     s = trainer.settings
-    report = Report(trainer.folder, trainer.progress.step, s.steps, s.log_every)
+    report = Report(trainer.folder, trainer.progress.step, s.steps, s.log_every, s.wandb, to_json(s))
     try:
         stopped = train(trainer, report)
     except Diverged as error:
@@ -136,6 +136,8 @@ def train(trainer: Trainer, report: Report) -> str | None:
             if validating:
                 record["val_loss"] = trainer.evaluate()
             report.step(record, trainer.details)
+            if due(progress.step, s.sample_every) and progress.step < s.steps:  # the last sample is finish_run's
+                report.sample(progress.step, *sample(trainer.model, trainer.tokenizer, trainer.held_out, s))
             if due(progress.step, s.save_every):
                 save()
             elif validating:
@@ -196,6 +198,8 @@ def finish_run(trainer: Trainer, planner) -> None:
     plots = draw(folder, [*layers, *(f"MTP {k}" for k in range(1, config.num_nextn_predict_layers + 1))])
     if trainer.settings.sample_tokens:
         prompt, text = sample(trainer.model, trainer.tokenizer, trainer.held_out, trainer.settings)
+        with open_lines(folder / SAMPLES, trainer.progress.step - 1) as file:
+            write_line(file, dict(step=trainer.progress.step, prompt=prompt, text=text))
         print(f"\nA sample that continues {prompt!r}:\n{text}\n")
     print(f"checkpoint {shown(ckpt.list_checkpoints(folder)[-1])}")
     print(f"model      {shown(folder / 'model')}")
@@ -207,15 +211,17 @@ def finish_run(trainer: Trainer, planner) -> None:
 
 
 def sample(model: Ling, tokenizer: Tokenizer, held_out: Documents, settings: Settings) -> tuple[str, str]:
-    """The beginning of a held-out document, and the model's continuation. Without any text held out it continues the
-    end token."""
+    """The beginning of a held-out document, and the model's continuation; both depend on the weights and the settings
+    alone. Without any text held out it continues the end token."""
     starts = ([int(i) for i in held_out[d][:PROMPT] if i != tokenizer.eos_id] for d in range(len(held_out)))
     prompt = next(filter(None, starts), [tokenizer.eos_id])
     ids = torch.tensor([prompt], device=next(model.parameters()).device)
     new = min(settings.sample_tokens, model.config.max_positions - len(prompt))
     choose = sampler(temperature=TEMPERATURE, seed=settings.seed)
+    training = model.training
     model.eval()
     tokens = [int(t) for t in model.stream(ids, new, choose=choose, eos_token_id=tokenizer.eos_id)]
+    model.train(training)
     prompt, tokens = ([t for t in ids if t != tokenizer.eos_id] for ids in (prompt, tokens))
     text = TextStream(tokenizer, prompt)
     return tokenizer.decode(prompt), "".join(map(text.add, tokens)) + text.end()

@@ -20,7 +20,8 @@ import numpy as np
 
 from ..errors import InputError
 from ..nn.fp8 import RECOMPUTE, TRANSPOSED, WEIGHTS, WGRAD
-from .optimizer import MASTERS, OPTIMIZERS, parse_ramp
+from .optimizer import MASTERS, OPTIMIZERS
+from .schedule import DECAYS, decay_length, parse_ramp
 from .sources.options import TextOptions
 
 TEXT_SETTINGS = [f.name for f in fields(TextOptions)]
@@ -91,8 +92,16 @@ class Settings:
         " stochastically",
         choices=MASTERS,
     )  # fmt: skip
-    lr: float = flag(2e-3, "learning rate after the warm-up; it stays constant", above=0)
+    lr: float = flag(2e-3, "learning rate after the warm-up", above=0)
     warmup: int = flag(40, "steps over which the learning rate rises to --lr", least=0)
+    decay: str = flag(
+        "none", "how the learning rate falls at the end of the run; none: it stays at --lr", choices=("none", *DECAYS)
+    )
+    decay_steps: int | None = flag(
+        None, "steps of the decay, the last of the run", least=1,
+        shown="all after the warm-up; for 1-sqrt a fifth of --steps",
+    )  # fmt: skip
+    min_lr: float = flag(0.0, "learning rate at the end of the decay", least=0)
     weight_decay: float = flag(0.1, "on matrices and embeddings, not on norms", least=0)
     clip: float = flag(1.0, "gradient norm above which gradients are scaled down; 0: never", least=0)
     z_loss: float = flag(3.5e-6, "coefficient of the router's z-loss", least=0)
@@ -113,6 +122,8 @@ class Settings:
     )
     spike_norm: float | None = flag(None, "the same for the gradient norm", above=1, shown="never")
     sample_tokens: int = flag(200, "length of the sample at the end; 0: none", least=0)
+    sample_every: int = flag(0, "steps between samples during training, of the same prompt; 0: none", least=0)
+    wandb: str | None = flag(None, "log to this project of wandb, too; TensorBoard needs no flag", shown="no wandb")
     device: str = flag("auto", "auto uses a GPU where torch finds one", choices=("auto", "cpu", "cuda"))
     precision: str = flag(
         "auto",
@@ -156,6 +167,15 @@ class Settings:
     def ramp(self) -> tuple[int, int] | None:
         return parse_ramp(self.batch_ramp) if self.batch_ramp else None
 
+    @property
+    def schedule(self) -> dict:
+        """The arguments of schedule.learning_rate."""
+        decay_steps = decay_length(self.decay, self.decay_steps, self.warmup, self.steps)
+        return dict(
+            lr=self.lr, warmup=self.warmup, decay=self.decay, decay_steps=decay_steps, min_lr=self.min_lr,
+            steps=self.steps,
+        )  # fmt: skip
+
 
 def plain(f: Field, value: Any) -> Any:
     """A setting's value in the type of its field. Raises InputError for a value that has none."""
@@ -182,7 +202,8 @@ def plain(f: Field, value: Any) -> Any:
 
 # Settings that a resumed run may change.
 CHANGEABLE_ON_RESUME = {
-    "steps", "eval_every", "save_every", "keep", "log_every", "max_bad_steps", "sample_tokens", "device", "threads",
+    "steps", "eval_every", "save_every", "keep", "log_every", "max_bad_steps", "sample_tokens", "sample_every", "wandb",
+    "device", "threads",
     "precision", "master", "recompute", "fp8_weights", "fp8_wgrad", "fp8_transposed", "fp8_scales", "fp8_watch",
     "fp8_fallback", "spike_loss", "spike_norm", "step_in_backward",
 }  # fmt: skip

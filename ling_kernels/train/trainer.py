@@ -18,9 +18,10 @@ from ..ops.grad_norm import grad_norm
 from . import checkpoint as ckpt
 from .data import Documents, Packed, describe, gather_tokens, hold_out
 from .monitor import WINDOW, FP8Monitor, ceilings, spike, to_bf16
-from .optimizer import StepInBackward, clipped_step, learning_rate, make_optimizer, rows_at, to_masters
+from .optimizer import StepInBackward, clipped_step, make_optimizer, to_masters
 from .prepare import Run, deterministic, discard, new_run, peak_flops, resumed_run
 from .report import FP8_FILE, Details, read_lines
+from .schedule import learning_rate, rows_at
 from .settings import Settings, named_as_in_python, to_json
 
 
@@ -236,7 +237,7 @@ def train_step(
     device = next(model.parameters()).device
     step = progress.step + 1
     rows = rows_at(step, settings.batch, settings.ramp, settings.micro_batch or 1)
-    lr = learning_rate(step, settings.lr, settings.warmup)
+    lr = learning_rate(step, **settings.schedule)
     optimizer.zero_grad()
     limits = settings.spike_loss, settings.spike_norm
     highest_loss, highest_norm = ceilings(progress.recent, limits)
