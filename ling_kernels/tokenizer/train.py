@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import InputError, Parser, command
 from ..files import user_path
+
 # This file is a command, so it may look above its room.
 from ..train.sources import DEFAULTS, TextOptions, documents, find_files
 from .byte_level import SPECIAL_TOKENS, byte_settings, byte_tokenizer_json
