@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import signal
 import struct
 
 import numpy as np
@@ -233,6 +234,22 @@ def test_an_error_while_reading_leaves_nothing(tmp_path):
     with pytest.raises(InputError, match="cannot read on"):
         write_tokens(texts(), load_tokenizer(), tmp_path / "x.bin")
     assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize("name, code", [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_while_tokenising_leaves_nothing(tmp_path, monkeypatch, name, code):
+    def texts(*_):
+        yield ["fine"] * 3
+        signal.raise_signal(signal.Signals[name])
+        yield ["late"]
+
+    monkeypatch.setattr("ling_kernels.train.tokenise.cpython_documents", texts)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert main(["--out", str(tmp_path / "x.bin")]) == code
+    except SystemExit as end:
+        assert end.code == code
+    assert [*tmp_path.iterdir()] == [] and signal.getsignal(signal.SIGTERM) is before
 
 
 def test_progress_is_a_line_where_stderr_is_no_terminal(tmp_path, monkeypatch, capsys):

@@ -298,7 +298,13 @@ def test_a_bad_resume(tmp_path, flags, uninterrupted, small, capsys):
     assert "no checkpoint" in one_line_error(["--resume", str(tmp_path)], capsys)
     resume = ["--resume", str(uninterrupted)]
     assert "one of the two" in one_line_error([*resume, "--out", str(tmp_path / "x")], capsys)
-    for flag, value in (("--lr", "1"), ("--seq-len", "32"), ("--batch", "4"), ("--model", "tiny"), ("--seed", "1")):
+    for flag, value in (
+        ("--holdout", "5"),
+        ("--seq-len", "32"),
+        ("--optimizer", "muon"),
+        ("--model", "tiny"),
+        ("--seed", "1"),
+    ):
         error = one_line_error([*resume, flag, value], capsys)
         assert flag in error and flag.strip("-").replace("-", "_") in error
     assert "has done 14 already" in one_line_error([*resume, "--steps", "13"], capsys)

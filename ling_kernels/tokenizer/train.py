@@ -12,9 +12,12 @@ from typing import Any
 
 from ..errors import InputError, Parser, command
 from ..files import user_path
-
-# This file is a command, so it may look above its room.
-from ..train.sources import DEFAULTS, TextOptions, documents, find_files
+from ..train.sources import (  # this file is a command, so it may look above its room
+    DEFAULTS,
+    TextOptions,
+    documents,
+    find_files,
+)
 from .byte_level import SPECIAL_TOKENS, byte_settings, byte_tokenizer_json
 from .tokenizer import Tokenizer
 
@@ -77,14 +80,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--vocab", type=int, default=32768, metavar="N", help="tokens, special ones too (default: 32768)"
     )
     parser.add_argument("--text-field", default="text", help="field or column that holds the text (default: text)")
-    parser.add_argument("--encoding", default="utf-8", help="encoding of text files and JSON (default: utf-8)")
+    parser.add_argument("--encoding", default="utf-8", help="of the text (default: utf-8)")
     args = parser.parse_args(argv)
+    options = TextOptions(args.text_field, args.encoding)
     if not args.out:
         raise InputError("--out is empty: name a folder")
     file = user_path(args.out) / "tokenizer.json"
     if file.exists():
         raise InputError(f"{file} exists already: give another --out")
-    tokenizer = train_tokenizer(texts_of(args.data, TextOptions(args.text_field, args.encoding)), args.vocab)
+    tokenizer = train_tokenizer(texts_of(args.data, options), args.vocab)
     tokenizer.save(file.parent)
     few = f", as no pair of them occurs twice: --vocab {args.vocab} needs more text" * (
         tokenizer.vocab_size < args.vocab

@@ -123,6 +123,10 @@ class Settings:
     spike_norm: float | None = flag(None, "the same for the gradient norm", above=1, shown="never")
     sample_tokens: int = flag(200, "length of the sample at the end; 0: none", least=0)
     sample_every: int = flag(0, "steps between samples during training, of the same prompt; 0: none", least=0)
+    profile: int = flag(
+        0, "steps to profile after 3 others: a trace, a table and on a GPU a memory snapshot in RUN/profile; 0: none",
+        least=0,
+    )  # fmt: skip
     wandb: str | None = flag(None, "log to this project of wandb, too; TensorBoard needs no flag", shown="no wandb")
     device: str = flag("auto", "auto uses a GPU where torch finds one", choices=("auto", "cpu", "cuda"))
     precision: str = flag(
@@ -200,10 +204,11 @@ def plain(f: Field, value: Any) -> Any:
     raise InputError(f"{f.name} {value!r}: it must be {names.get(kind, 'a path or several')}")
 
 
-# Settings that a resumed run may change.
+# Settings that a resumed run may change; changes.py keeps a record of them.
 CHANGEABLE_ON_RESUME = {
-    "steps", "eval_every", "save_every", "keep", "log_every", "max_bad_steps", "sample_tokens", "sample_every", "wandb",
-    "device", "threads",
+    "data", "batch", "micro_batch", "lr", "warmup", "decay", "decay_steps", "min_lr", "weight_decay", "clip", "z_loss",
+    "balance_rate", "steps", "eval_every", "save_every", "keep", "log_every", "max_bad_steps", "sample_tokens",
+    "sample_every", "profile", "wandb", "device", "threads",
     "precision", "master", "recompute", "fp8_weights", "fp8_wgrad", "fp8_transposed", "fp8_scales", "fp8_watch",
     "fp8_fallback", "spike_loss", "spike_norm", "step_in_backward",
 }  # fmt: skip
