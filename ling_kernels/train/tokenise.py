@@ -2,9 +2,13 @@
 
 import json
 import os
+import signal
+import sys
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
@@ -127,8 +131,21 @@ def with_end_tokens(
     return (np.concatenate(parts) if parts else end_token[:0]), open_document, empty
 
 
+@contextmanager
+def ending_on_sigterm() -> Iterator[None]:
+    """SIGTERM raises SystemExit, so that incomplete files are removed. Otherwise it would end the process at once."""
+    if threading.current_thread() is not threading.main_thread():  # Python handles signals only there
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @command
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser("python -m ling_kernels.train.data", description="Tokenise text into a .bin file.")
     parser.add_argument(
         "sources", nargs="*",
@@ -150,6 +167,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     files = find_files(sources)
     if binary := [p for p in files if p.suffix == ".bin"]:
         raise InputError(f"{binary[0]} is tokenised already")
-    about = tokenise(files or None, tokenizer, out, text_options)
+    try:
+        with ending_on_sigterm():
+            about = tokenise(files or None, tokenizer, out, text_options)
+    except KeyboardInterrupt:
+        print(f"stopped: {out} is not written", file=sys.stderr)
+        return 130
     skipped = f"; {about['empty']:,} without text are skipped" if about["empty"] else ""
     print(f"{out}: {about['tokens']:,} tokens of {about['documents']:,} documents, {about['dtype']}{skipped}")
+    return 0
