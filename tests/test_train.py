@@ -174,7 +174,7 @@ def step_inputs(text_file, folder, **changes):
     """Model, optimizer, rows, settings and progress for train_step. Rows differ in their number of targets, so that
     wrong weights of losses are seen."""
     tokenizer = load_tokenizer(None)
-    lines = [json.loads(line)["text"].encode() for line in text_file.read_text().splitlines()]
+    lines = [json.loads(line)["text"] for line in text_file.read_text().splitlines()]
     write_tokens([[line[:3] if i % 5 else line[:40]] for i, line in enumerate(lines)], tokenizer, folder / "t.bin")
     docs = open_tokens([folder / "t.bin"], 320, tokenizer.eos_id)
     model = Ling(tiniest())

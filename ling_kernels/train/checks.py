@@ -24,6 +24,7 @@ def check(s: Settings, config: LingConfig) -> None:
         if not (math.isfinite(value) and value >= least and value > above):
             bound = f"at least {least}" if "least" in f.metadata else f"more than {above}"
             raise InputError(f"--{name} {value}: it must be {bound}")
+    _ = s.text_options  # checks them
     if s.seq_len > config.max_positions:
         raise InputError(f"--seq-len {s.seq_len} is longer than the {config.max_positions} positions of {s.model}")
     micro = s.micro_batch or 1

@@ -17,6 +17,7 @@ from ..model import Ling
 from ..model.sample import sampler
 from ..tokenizer import TextStream, Tokenizer
 from . import checkpoint as ckpt
+from .changes import line
 from .data import Documents
 from .html import write_html
 from .plots import draw
@@ -83,6 +84,8 @@ def run(options: dict, planner) -> int:
     trainer = open_run(options)
     for path in trainer.superseded:
         print(f"a later checkpoint is kept as {path.name}")
+    for change in trainer.changes:
+        print(line(change))
     print_header(trainer)
     s = trainer.settings
     record_start(trainer)

@@ -22,7 +22,9 @@ from ..errors import InputError
 from ..nn.fp8 import RECOMPUTE, TRANSPOSED, WEIGHTS, WGRAD
 from .optimizer import MASTERS, OPTIMIZERS
 from .schedule import DECAYS, decay_length, parse_ramp
+from .sources.options import TextOptions
 
+TEXT_SETTINGS = [f.name for f in fields(TextOptions)]
 RECIPES = {
     path.stem: json.loads(path.read_text()) for path in sorted((Path(__file__).parents[1] / "recipes").glob("*.json"))
 }
@@ -47,12 +49,24 @@ class Settings:
     model: str = flag("tiny", "tiny, mini, flash or 1t (random weights), or a checkpoint directory (its weights)")
     mtp: int | None = flag(None, "MTP layers of a model with random weights", least=0, shown="the preset's")
     data: tuple[str, ...] | None = flag(
-        None, ".txt, .jsonl, .parquet, .bin files or folders of them", nargs="+", shown="the text that ships in CPython"
+        None,
+        "text files, .json, .jsonl, .parquet, .arrow, .bin, or folders of them; .gz and .zst too",
+        nargs="+",
+        shown="the text that ships in CPython",
     )
     tokenizer: str | None = flag(
         None, "a Hugging Face tokenizer.json or its folder", shown="the one in the model's directory, else byte-level"
     )
-    text_field: str = flag("text", "field of .jsonl and column of .parquet that holds the text")
+    text_field: str = flag("text", "field of .json and .jsonl, column of .parquet and .arrow, that holds the text")
+    encoding: str = flag("utf-8", "encoding of text files, .json and .jsonl, for example gb18030, latin-1 or utf-16")
+    separator: str | None = flag(
+        None, "text that ends a document inside text files; \\n and \\t in it are line end and tab",
+        shown="a file is one document",
+    )  # fmt: skip
+    special_tokens: bool = flag(
+        False, "names of the tokenizer's special tokens in the data's text become these tokens",
+        action=argparse.BooleanOptionalAction, shown="off, they are plain text",
+    )  # fmt: skip
     holdout: int = flag(20, "every N-th document is kept for validation and never trained on", least=2)
 
     steps: int = flag(600, "optimizer steps of the whole run", least=1)
@@ -150,6 +164,10 @@ class Settings:
             object.__setattr__(self, "fp8_transposed", "kept")
 
     @property
+    def text_options(self) -> TextOptions:
+        return TextOptions(**{name: getattr(self, name) for name in TEXT_SETTINGS})
+
+    @property
     def ramp(self) -> tuple[int, int] | None:
         return parse_ramp(self.batch_ramp) if self.batch_ramp else None
 
@@ -186,10 +204,11 @@ def plain(f: Field, value: Any) -> Any:
     raise InputError(f"{f.name} {value!r}: it must be {names.get(kind, 'a path or several')}")
 
 
-# Settings that a resumed run may change.
+# Settings that a resumed run may change; changes.py keeps a record of them.
 CHANGEABLE_ON_RESUME = {
-    "steps", "eval_every", "save_every", "keep", "log_every", "max_bad_steps", "sample_tokens", "sample_every",
-    "profile", "wandb", "device", "threads",
+    "data", "batch", "micro_batch", "lr", "warmup", "decay", "decay_steps", "min_lr", "weight_decay", "clip", "z_loss",
+    "balance_rate", "steps", "eval_every", "save_every", "keep", "log_every", "max_bad_steps", "sample_tokens",
+    "sample_every", "profile", "wandb", "device", "threads",
     "precision", "master", "recompute", "fp8_weights", "fp8_wgrad", "fp8_transposed", "fp8_scales", "fp8_watch",
     "fp8_fallback", "spike_loss", "spike_norm", "step_in_backward",
 }  # fmt: skip
@@ -204,13 +223,17 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help=f"a recipe's settings, for the flags that are not given: {presets}",
     )  # fmt: skip
     for f in fields(Settings):
-        options = {k: v for k, v in f.metadata.items() if k not in ("least", "above", "shown")}
-        default = f.metadata.get("shown", f.default)
-        options["help"] = f"{options['help']} (default: {default})"
-        if "choices" not in options and "action" not in options:
-            options["type"] = next((kind for kind in (int, float) if f.type in (kind, kind | None)), str)
-            options["metavar"] = {int: "N", float: "X"}.get(options["type"], f.name.upper())
-        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **options)
+        add_flag(parser, f)
+
+
+def add_flag(parser: argparse.ArgumentParser, f: Field) -> None:
+    options = {k: v for k, v in f.metadata.items() if k not in ("least", "above", "shown")}
+    default = f.metadata.get("shown", f.default)
+    options["help"] = f"{options['help']} (default: {default})"
+    if "choices" not in options and "action" not in options:
+        options["type"] = next((kind for kind in (int, float) if f.type in (kind, kind | None)), str)
+        options["metavar"] = {int: "N", float: "X"}.get(options["type"], f.name.upper())
+    parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **options)
 
 
 def as_flags(values: dict) -> str:
