@@ -134,7 +134,7 @@ def train(trainer: Trainer, report: Report) -> str | None:
                 raise
             validating = progress.step == s.steps or due(progress.step, s.eval_every)
             if validating:
-                record["val_loss"] = trainer.evaluate()
+                record |= trainer.validate()
             report.step(record, trainer.details)
             if due(progress.step, s.save_every):
                 save()
@@ -179,6 +179,8 @@ def print_header(trainer: Trainer) -> None:
         f"data       {training.tokens:,} tokens of {len(training):,} documents,"
         f" {held_out.tokens:,} of {len(held_out):,} held out"
     )
+    for line in trainer.corpus.lines():
+        print(line)
     print(f"device     {trainer.device_name}, {str(trainer.precision)[6:]}, {peak}")
     print(f"run        {shown(trainer.folder)}, steps {trainer.progress.step + 1} to {s.steps}")
     print(*trainer.notes, sep="\n", end="\n" if trainer.notes else "", flush=True)

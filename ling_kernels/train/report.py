@@ -11,6 +11,7 @@ import torch
 from ..errors import InputError
 from ..files import atomic_write
 from ..model.config_json import is_integer
+from .validation import validation_line
 
 FP8_FILE = "fp8.jsonl"
 METRICS, OPERANDS = ("underflow", "distortion"), ("x", "w", "dy", "xt", "dyt")  # of fp8.jsonl, see monitor.py
@@ -74,7 +75,7 @@ class Report:
                 f"  {speed}  eta {duration(self.seconds * (self.steps - step))}"
             )
         if "val_loss" in record:
-            self.say(f"step {step}: validation loss {record['val_loss']:.4f} nats per token")
+            self.say(f"step {step}: {validation_line(record)}")
         if "skipped" in record:
             self.say(
                 f"step {step} skipped, nothing was changed: loss {loss}, gradient norm {record['grad_norm']}"

@@ -46,13 +46,21 @@ class Settings:
     model: str = flag("tiny", "tiny, mini, flash or 1t (random weights), or a checkpoint directory (its weights)")
     mtp: int | None = flag(None, "MTP layers of a model with random weights", least=0, shown="the preset's")
     data: tuple[str, ...] | None = flag(
-        None, ".txt, .jsonl, .parquet, .bin files or folders of them", nargs="+", shown="the text that ships in CPython"
-    )
+        None,
+        ".txt, .jsonl, .parquet, .bin files or folders of them; or PATH=WEIGHT for each, which gives the share of its"
+        " rows",
+        nargs="+", shown="the text that ships in CPython",
+    )  # fmt: skip
     tokenizer: str | None = flag(
         None, "a Hugging Face tokenizer.json or its folder", shown="the one in the model's directory, else byte-level"
     )
     text_field: str = flag("text", "field of .jsonl and column of .parquet that holds the text")
-    holdout: int = flag(20, "every N-th document is kept for validation and never trained on", least=2)
+    holdout: int = flag(
+        20, "every N-th document is kept for validation and never trained on; 0: none, with --val-data", least=0
+    )
+    val_data: tuple[str, ...] | None = flag(
+        None, "NAME=PATH, further data to validate on: its loss is val_loss/NAME", nargs="+", shown="none"
+    )
 
     steps: int = flag(600, "optimizer steps of the whole run", least=1)
     seq_len: int = flag(256, "tokens in a row", least=2)
