@@ -13,7 +13,7 @@ import sys
 import warnings
 import zlib
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -104,11 +104,12 @@ class Batch(NamedTuple):
         return labels[(position >= ahead) & (labels != IGNORE)]
 
 
-def batch_of(rows: Sequence[Sequence[Piece]], seq_len: int) -> Batch:
-    """Rows from their pieces. A row that they do not fill is padded: a document of its own, without labels."""
-    ids = np.empty((len(rows), seq_len), np.int64)
-    trained = np.ones((len(rows), seq_len), bool)
-    starts, masked = [], False
+def batch_of(rows: Iterable[Sequence[Piece]], number: int, seq_len: int) -> Batch:
+    """A batch of `number` rows from their pieces. A row that they do not fill is padded: a document of its own, without
+    labels."""
+    ids = np.empty((number, seq_len), np.int64)  # first, as a batch that memory cannot hold fails here
+    trained: np.ndarray | None = None
+    starts = []
     for i, pieces in enumerate(rows):
         filled = 0
         for piece in pieces:
@@ -116,14 +117,16 @@ def batch_of(rows: Sequence[Sequence[Piece]], seq_len: int) -> Batch:
             stop = filled + len(piece.ids)
             ids[i, filled:stop] = piece.ids
             if piece.trained is not None:
-                trained[i, filled:stop], masked = piece.trained, True
+                trained = np.ones(ids.shape, bool) if trained is None else trained
+                trained[i, filled:stop] = piece.trained
             filled = stop
         if filled < seq_len:
             starts.append(i * seq_len + filled)
-            ids[i, filled:], trained[i, filled:], masked = ids[i, filled - 1], False, True
+            trained = np.ones(ids.shape, bool) if trained is None else trained
+            ids[i, filled:], trained[i, filled:] = ids[i, filled - 1], False
     starts.append(ids.size)
-    labels = torch.from_numpy(np.where(trained, ids, IGNORE)) if masked else None
-    return Batch(torch.from_numpy(ids), torch.tensor(starts, dtype=torch.int32), labels)
+    masked = None if trained is None else torch.from_numpy(np.where(trained, ids, IGNORE))
+    return Batch(torch.from_numpy(ids), torch.tensor(starts, dtype=torch.int32), masked)
 
 
 def open_tokens(files: Sequence[Path], vocab_size: int, eos_id: int) -> Documents:
@@ -230,7 +233,7 @@ class Packed:
 
     def batch(self, rows: Sequence[int]) -> Batch:
         """The rows with these numbers. The result depends on nothing else: no state is kept between calls."""
-        return batch_of([self.row(row) for row in rows], self.seq_len)
+        return batch_of(map(self.row, rows), len(rows), self.seq_len)
 
     def row(self, number: int) -> list[Piece]:
         block, within = divmod(number, self.block)
@@ -275,7 +278,7 @@ class PackedWhole:
 
     def batch(self, rows: Sequence[int]) -> Batch:
         """The rows with these numbers. The result depends on nothing else: no state is kept between calls."""
-        return batch_of([self.row(row) for row in rows], self.seq_len)
+        return batch_of(map(self.row, rows), len(rows), self.seq_len)
 
     def row(self, number: int) -> list[Piece]:
         epoch, within = divmod(number, len(self.filled))

@@ -119,7 +119,7 @@ class Mixture:
 
     def batch(self, rows: Sequence[int]) -> Batch:
         """The rows with these numbers. The result depends on nothing else: no state is kept between calls."""
-        return batch_of([self.row(row) for row in rows], self.seq_len)
+        return batch_of(map(self.row, rows), len(rows), self.seq_len)
 
     def drawn(self, rows: int) -> list[int]:
         """How many of the first `rows` rows come from each source."""

@@ -64,7 +64,8 @@ def validation_batches(parts: Sequence[Documents], settings: Settings) -> list[B
             rest = docs.tokens % length
             if not docs.masks and rest > 1:  # a single token has none to predict
                 chosen.append(Packed(docs, length, None).pieces(docs.tokens - rest, docs.tokens))
-    return [batch_of(chosen[i : i + size], length) for i in range(0, len(chosen), size)]
+    parted = [chosen[i : i + size] for i in range(0, len(chosen), size)]
+    return [batch_of(part, len(part), length) for part in parted]
 
 
 def split_name(source: str) -> tuple[str, str]:
