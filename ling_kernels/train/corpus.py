@@ -1,5 +1,6 @@
 """The data of a run: the sources that it trains on, their mixture, and the sets that it validates on."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -7,10 +8,11 @@ from pathlib import Path
 
 from ..errors import InputError
 from ..tokenizer import Tokenizer
+from .chats import cut, is_chats, open_chats, write_chats
 from .data import Documents, describe, gather_tokens, hold_out, join, packed_rows
 from .mixture import Mixture, Rows, parse_sources, shares_of
 from .settings import Settings
-from .sources import TextOptions
+from .sources import TextOptions, find_files
 from .validation import ValidationSet, split_name, validation_set
 
 
@@ -61,8 +63,7 @@ def open_corpus(settings: Settings, tokenizer: Tokenizer, vocab_size: int, cache
     """Open the run's data; text is tokenised into files beside `cache`. Raises InputError."""
 
     def opened(data: Sequence[str] | None, stem: str) -> list[Documents]:
-        options = TextOptions(settings.text_field)
-        return [gather_tokens(data, tokenizer, vocab_size, cache.with_stem(stem), options)]
+        return open_source(data, tokenizer, vocab_size, cache.with_stem(stem), settings)
 
     given = parse_sources(settings.data or ())
     weights = [weight for _, weight in given if weight is not None]
@@ -82,6 +83,31 @@ def open_corpus(settings: Settings, tokenizer: Tokenizer, vocab_size: int, cache
     about = describe(join([docs for part in parts for docs in part]))
     training = join([docs for s in sources for docs in s.training])
     return Corpus(sources, rows, validation_sets(sources, named, settings), training, join(held_out), about)
+
+
+def open_source(
+    data: Sequence[str] | None, tokenizer: Tokenizer, vocab_size: int, cache: Path, settings: Settings
+) -> list[Documents]:
+    """The texts and the chats of some data, those that it has; tokenised into `cache` and the file CACHE-chats. As in
+    gather_tokens, an existing file is used as it is."""
+    options, chat_cache = TextOptions(settings.text_field), cache.with_stem(f"{cache.stem}-chats")
+    files = find_files(data, texts_may_be_gone=chat_cache.is_file() or cache.is_file()) if data is not None else []
+    chats = [path for path in files if is_chats(path, settings.text_field)]
+    rows, mapped = ([p for p in chats if (p.suffix == ".bin") == binary] for binary in (False, True))
+    if rows and not chat_cache.is_file():
+        write_chats(rows, tokenizer, chat_cache, settings.train_on)
+    if chat_cache.is_file():
+        mapped.insert(0, chat_cache)
+    if not mapped:
+        return [gather_tokens(data, tokenizer, vocab_size, cache, options)]
+    docs, longer = cut(open_chats(mapped, vocab_size, tokenizer.eos_id), settings.seq_len)
+    if longer:
+        warnings.warn(f"{longer:,} of {len(docs):,} conversations are longer than --seq-len {settings.seq_len} and lose"
+                      " their ends", stacklevel=2)  # fmt: skip
+    texts = [str(path) for path in files if path not in chats]
+    if texts or cache.is_file():
+        return [gather_tokens(texts, tokenizer, vocab_size, cache, options), docs]
+    return [docs]
 
 
 def source_of(name: str, parts: list[Documents], share: float, settings: Settings) -> Source:

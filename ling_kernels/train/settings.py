@@ -62,6 +62,10 @@ class Settings:
         None, "NAME=PATH, further data to validate on: its loss is val_loss/NAME", nargs="+", shown="none"
     )
 
+    train_on: str = flag(
+        "assistant", "in chats: train on the answers of the role assistant, or on all", choices=("assistant", "all")
+    )
+
     steps: int = flag(600, "optimizer steps of the whole run", least=1)
     seq_len: int = flag(256, "tokens in a row", least=2)
     batch: int = flag(4, "rows in a step", least=1)
