@@ -6,6 +6,7 @@ message has it. Whatever the template does to the text, a control token is its o
 """
 
 import datetime
+import functools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from .errors import InputError
 
 THOUGHT = ("<think>", "</think>")
 STAND_INS = range(0xF0000, 0x10FFFE)  # private use: no meaning in any text
+STAND_INS_NAME = "stand_ins of this rendering"  # in a template's context, where no template can name it
 
 
 class ChatText(str):
@@ -232,7 +234,9 @@ def render_answers(
     names = list(names)
     rendered = _rendered(template, messages, names, tokens, False, tools)
     roles = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
-    answers = _answers(rendered, messages, roles, *_turn(template, names, tokens)) if roles else []
+    answers = (
+        _answers(rendered, messages, roles, *_turn(template, tuple(names), tuple(tokens.items()))) if roles else []
+    )
     cuts = sorted({0, len(rendered.shown), *(i for a in answers for i in (a.start, a.end))})
     text = _with_parts(rendered)
     return [_cut(text, start, stop) for start, stop in zip(cuts, cuts[1:], strict=False)], answers
@@ -275,9 +279,10 @@ def _answers(rendered: _Rendered, messages: Sequence[dict], roles: list[int], pr
     return answers
 
 
-def _turn(template: str, names: Iterable[str], tokens: Mapping[str, Any]) -> tuple[str, str]:
+@functools.lru_cache(maxsize=16)
+def _turn(template: str, names: tuple[str, ...], its_tokens: tuple[tuple[str, Any], ...]) -> tuple[str, str]:
     """The generation prompt, and the control token that ends an assistant's turn."""
-    mark, question = chr(STAND_INS[0]), {"role": "user", "content": "x"}
+    tokens, mark, question = dict(its_tokens), chr(STAND_INS[0]), {"role": "user", "content": "x"}
     chat = _rendered(template, [question, {"role": "assistant", "content": mark}], names, tokens, False, None).shown
     found = StandIns(names, [chat]).pattern.search(chat, chat.find(mark) + 1)
     if mark not in chat or found is None:
@@ -315,8 +320,20 @@ def _render(
     template: str, context: dict, tokens: Mapping[str, Any], now: datetime.datetime, stand_ins: StandIns | None
 ) -> str:
     """Render in the Jinja environment that transformers gives to chat templates."""
+    names = dict(strftime_now=now.strftime, **{STAND_INS_NAME: stand_ins})
     try:
-        from jinja2 import TemplateError, nodes
+        return _compiled(template).render({**tokens, **names, **context})
+    except InputError:
+        raise
+    except Exception as error:  # a template can fail like any program, e.g. divide by zero
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"the chat template cannot render these messages: {reason}") from error
+
+
+@functools.lru_cache(maxsize=16)  # compiling takes longer than rendering
+def _compiled(template: str):
+    try:
+        from jinja2 import TemplateError, nodes, pass_context
         from jinja2.ext import Extension
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError:
@@ -334,7 +351,9 @@ def _render(
     def raise_exception(message: str):
         raise TemplateError(message)
 
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    @pass_context
+    def tojson(context, value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+        stand_ins = context.get(STAND_INS_NAME)
         value = value if stand_ins is None else _map_text(value, lambda text: stand_ins.show(str.__str__(text)))
         options = dict(ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
         text = json.dumps(value, **options)
@@ -345,10 +364,4 @@ def _render(
     environment = ImmutableSandboxedEnvironment(**blocks, extensions=extensions)
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = now.strftime
-    environment.globals.update(tokens)
-    try:
-        return environment.from_string(template).render(context)
-    except Exception as error:  # a template can fail like any program, e.g. divide by zero
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"the chat template cannot render these messages: {reason}") from error
+    return environment.from_string(template)
