@@ -149,7 +149,7 @@ def test_rows_without_text_are_skipped_counted_and_told(tmp_path, capsys):
     for i, names in enumerate(kinds):
         files = [tmp_path / name for name in names]
         if i < 2:
-            assert [b"".join(d) for d in sources.documents(files)] == [b"a", b"", b"b", b"", b""]
+            assert ["".join(d) for d in sources.documents(files)] == ["a", "", "b", "", ""]
         with pytest.warns(UserWarning, match="^3 rows and files of the data have no text and are skipped$"):
             docs = gather_tokens(files, load_tokenizer(None), 320, tmp_path / f"{i}.cache")
         assert texts_of(docs) == ["a", "b"]
@@ -159,18 +159,20 @@ def test_rows_without_text_are_skipped_counted_and_told(tmp_path, capsys):
 
 
 def test_text_streams_in_pieces_of_whole_lines_or_characters(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "PIECE", 7)
-    (tmp_path / "a.txt").write_text(text := "語" * 20 + "\nab\ncd" + "é" * 30)
-    pieces = list(sources.text_pieces(tmp_path / "a.txt"))
-    assert b"".join(pieces).decode() == text and len(pieces) > 10
-    assert all(p.decode() for p in pieces)  # no character is cut
+    monkeypatch.setattr(sources.text, "PIECE", 7)
+    (tmp_path / "a.txt").write_text(content := "語" * 20 + "\nab\ncd" + "é" * 30)
+    (pieces,) = map(list, sources.documents([tmp_path / "a.txt"]))
+    assert "".join(pieces) == content and len(pieces) > 10
+    (tmp_path / "a.txt").write_text("a\nb c d\nefgh\ni")
+    (pieces,) = map(list, sources.documents([tmp_path / "a.txt"]))
+    assert pieces == ["a\n", "b c d\nefgh\n", "i"]
 
 
 def test_the_text_of_cpython():
-    docs = [b"".join(d) for d in sources.cpython_documents()]
-    assert docs == [b"".join(d) for d in sources.cpython_documents()]
-    assert sum(map(len, docs)) > 1_000_000 and any(b"def walk(" in d for d in docs)
-    assert not any(b"build_time_vars" in d[:200] for d in docs)
+    docs = ["".join(d) for d in sources.cpython_documents()]
+    assert docs == ["".join(d) for d in sources.cpython_documents()]
+    assert sum(map(len, docs)) > 1_000_000 and any("def walk(" in d for d in docs)
+    assert not any("build_time_vars" in d[:200] for d in docs)
 
 
 class Wide:
@@ -178,12 +180,12 @@ class Wide:
 
     vocab_size, eos_id = 100_000, 99_999
 
-    def encode_bytes(self, piece: bytes) -> np.ndarray:
-        return np.array([70_000 + len(line) for line in piece.splitlines()], np.uint32)
+    def encode_batch(self, texts, special) -> list[np.ndarray]:
+        return [np.array([70_000 + len(line) for line in text.splitlines()], np.uint32) for text in texts]
 
 
 def test_a_large_vocabulary_takes_32_bits(tmp_path):
-    about = write_tokens([[b"a\nbb\n"], [], [b""], [b"ccc\n"]], Wide(), tmp_path / "x.bin")
+    about = write_tokens([["a\nbb\n"], [], [""], ["ccc\n"]], Wide(), tmp_path / "x.bin")
     assert about == dict(dtype="uint32", eos_id=99_999, vocab_size=100_000, tokens=5, documents=2, empty=2)
     docs = open_tokens([tmp_path / "x.bin"], 100_000, 99_999)
     assert [docs[d].tolist() for d in range(len(docs))] == [[70_001, 70_002, 99_999], [70_003, 99_999]]
@@ -192,7 +194,7 @@ def test_a_large_vocabulary_takes_32_bits(tmp_path):
 
 
 def test_a_bin_file_is_scanned_in_parts(tmp_path, monkeypatch):
-    write_tokens([[b"abc"], [b"defgh"], [b"i"]], load_tokenizer(None), tmp_path / "x.bin")
+    write_tokens([["abc"], ["defgh"], ["i"]], load_tokenizer(None), tmp_path / "x.bin")
     whole = open_tokens([tmp_path / "x.bin"], 320, EOS)
     monkeypatch.setattr(data, "SCAN", 4)  # the second part begins with the first document's end
     parts = open_tokens([tmp_path / "x.bin"], 320, EOS)

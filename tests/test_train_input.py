@@ -71,7 +71,7 @@ def bad_data(folder, kind):
     """A source that cannot be trained on, and a part of its error message."""
     path = folder / {"jsonl": "x.jsonl", "parquet": "x.parquet", "bin": "x.bin"}.get(kind.split("-")[0], "x.txt")
     if kind.startswith("bin"):
-        write_tokens([[b"some text, " * 50]] * 30, load_tokenizer(None), path)
+        write_tokens([["some text, " * 50]] * 30, load_tokenizer(None), path)
         about = json.loads(path.with_suffix(".json").read_text())
     if kind == "missing":
         return folder / "nowhere", "nowhere"
@@ -107,7 +107,7 @@ def bad_data(folder, kind):
         return path, "not valid Unicode"
     if kind == "jsonl-bytes":
         path.write_bytes(b'{"text": "\xff\xfe"}\n')
-        return path, "line 1"
+        return path, "x.jsonl is not utf-8 at byte 10; --encoding names its encoding"
     if kind == "jsonl-deep":
         path.write_text('{"text": "fine"}\n' + "[" * 100_000 + "\n")
         return path, "x.jsonl, line 2: not JSON"
@@ -298,7 +298,13 @@ def test_a_bad_resume(tmp_path, flags, uninterrupted, small, capsys):
     assert "no checkpoint" in one_line_error(["--resume", str(tmp_path)], capsys)
     resume = ["--resume", str(uninterrupted)]
     assert "one of the two" in one_line_error([*resume, "--out", str(tmp_path / "x")], capsys)
-    for flag, value in (("--lr", "1"), ("--seq-len", "32"), ("--batch", "4"), ("--model", "tiny"), ("--seed", "1")):
+    for flag, value in (
+        ("--holdout", "5"),
+        ("--seq-len", "32"),
+        ("--optimizer", "muon"),
+        ("--model", "tiny"),
+        ("--seed", "1"),
+    ):
         error = one_line_error([*resume, flag, value], capsys)
         assert flag in error and flag.strip("-").replace("-", "_") in error
     assert "has done 14 already" in one_line_error([*resume, "--steps", "13"], capsys)

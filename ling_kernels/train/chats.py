@@ -8,9 +8,7 @@ conversation. X.json says "chats": true.
 
 import json
 import os
-import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +16,8 @@ import numpy as np
 from ..errors import InputError
 from ..files import atomic_write
 from ..tokenizer import Tokenizer
-from .data import Documents
 from .sources import reading
-from .token_files import DTYPES, map_tokens
+from .token_files import DTYPES
 
 FIELDS = ("messages", "conversations")
 ROLES = {"human": "user", "gpt": "assistant", "function_response": "tool", "observation": "tool"}  # of ShareGPT
@@ -142,7 +139,9 @@ def write_chats(files: Sequence[Path], tokenizer: Tokenizer, out: Path, train_on
     """Tokenise conversations into `out`, its .mask.bin and its .json, which appear complete or not at all. Returns the
     content of the .json. Raises InputError."""
     name = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-    about = dict(dtype=name, eos_id=tokenizer.eos_id, vocab_size=tokenizer.vocab_size, chats=True, train_on=train_on)
+    about: dict = dict(
+        dtype=name, eos_id=tokenizer.eos_id, vocab_size=tokenizer.vocab_size, chats=True, train_on=train_on
+    )
     about |= dict(tokens=0, trained=0, documents=0, empty=0)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -167,32 +166,3 @@ def write_chats(files: Sequence[Path], tokenizer: Tokenizer, out: Path, train_on
     except OSError as error:
         raise InputError(f"cannot write {out}: {error.strerror or error}") from None
     return about
-
-
-def open_chats(files: Sequence[Path], vocab_size: int, eos_id: int) -> Documents:
-    """Map token files of conversations and check every id. Raises InputError for damaged or foreign files."""
-    arrays, masks, which, start, end, checksum = [], [], [], [], [], 0
-    for path in files:
-        ids, beside = map_tokens(path, vocab_size, eos_id), mask_of(path)
-        with reading(beside):
-            mask = np.fromfile(beside, np.uint8)
-        if len(mask) != len(ids) or mask.max() > (TRAINED | LAST) or not mask[-1] & LAST:
-            raise InputError(f"{beside} is damaged: it must have a byte of 0 to 3 for each of {len(ids)} tokens")
-        with reading(path):
-            content = np.array(ids)
-        if (largest := int(content.max())) >= vocab_size:
-            raise InputError(f"{path} holds the token {largest}, but the model's vocabulary has {vocab_size}")
-        checksum = zlib.crc32(mask, zlib.crc32(content, checksum))
-        ends = np.flatnonzero(mask & LAST) + 1
-        end.append(ends)
-        start.append(np.append(0, ends[:-1]))
-        which.append(np.full(len(ends), len(arrays), np.int32))
-        arrays.append(ids)
-        masks.append(mask)
-    return Documents(arrays, np.concatenate(which), np.concatenate(start), np.concatenate(end), checksum, masks)
-
-
-def cut(docs: Documents, seq_len: int) -> tuple[Documents, int]:
-    """The conversations with at most seq_len tokens each, their first, and how many were longer."""
-    longer = docs.lengths > seq_len
-    return replace(docs, end=np.where(longer, docs.start + seq_len, docs.end)), int(longer.sum())

@@ -24,6 +24,7 @@ from ..files import user_path
 from ..model import save_model
 from ..model.config_json import is_integer
 from ..tokenizer import Tokenizer
+from .changes import DATA_FOLDER, are_changes, is_data_folder
 
 READ_BYTES = 1 << 24
 
@@ -162,10 +163,13 @@ def damage_of(checkpoint: Path) -> str | None:
 
 def is_progress(state: dict) -> bool:
     """Whether a state.json has a position and settings, in the types of the trainer's Progress."""
-    counts = [state.get(name, 0) for name in ("step", "sequences", "tokens", "bad", "skipped")]
+    counts = [state.get(name, 0) for name in ("step", "sequences", "tokens", "bad", "skipped", "data_start")]
     recent, in_bf16 = state.get("recent", []), state.get("in_bf16", [])
     return (
         all(is_integer(n) and n >= 0 for n in counts)
+        and state.get("data_start", 0) <= state.get("sequences", 0)
+        and is_data_folder(state.get("data_folder", DATA_FOLDER))
+        and are_changes(state.get("changes", []))
         and isinstance(state["settings"], dict)
         and isinstance(recent, list)
         and all(isinstance(pair, list) and [type(x) for x in pair] == [float, float] for pair in recent)

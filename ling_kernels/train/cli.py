@@ -6,10 +6,11 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ..errors import Diverged, InputError, Parser, command
@@ -17,11 +18,15 @@ from ..model import Ling
 from ..model.sample import sampler
 from ..tokenizer import TextStream, Tokenizer
 from . import checkpoint as ckpt
+from .changes import line
 from .data import Documents
+from .html import write_html
 from .plots import draw
 from .prepare import deterministic, latest_run, new_run, resumed_run
-from .report import Report
-from .settings import Settings, add_flags, settings_of
+from .profiling import StepProfiler
+from .report import SAMPLES, Report, open_lines, write_line
+from .settings import Settings, add_flags, settings_of, to_json
+from .starts import moe_layers, record_start
 from .trainer import Trainer
 
 PROMPT = 24  # tokens of a held-out document that the sample continues
@@ -80,9 +85,12 @@ def run(options: dict, planner) -> int:
     trainer = open_run(options)
     for path in trainer.superseded:
         print(f"a later checkpoint is kept as {path.name}")
+    for change in trainer.changes:
+        print(line(change))
     print_header(trainer)
     s = trainer.settings
-    report = Report(trainer.folder, trainer.progress.step, s.steps, s.log_every)
+    record_start(trainer)
+    report = Report(trainer.folder, trainer.progress.step, s.steps, s.log_every, s.wandb, to_json(s))
     try:
         stopped = train(trainer, report)
     except Diverged as error:
@@ -92,6 +100,7 @@ def run(options: dict, planner) -> int:
         return 1
     finally:
         report.close()
+        write_page(trainer.folder)
     if stopped:
         print(f"stopped by {stopped} after step {trainer.progress.step}; continue with")
         print(f"    {python('train')} --resume {shlex.quote(shown(trainer.folder))}")
@@ -118,6 +127,7 @@ def train(trainer: Trainer, report: Report) -> str | None:
     one did; a checkpoint is written then too. Raises Diverged."""
     s, progress = trainer.settings, trainer.progress
     saved = progress.step
+    profiler = StepProfiler(trainer.folder / "profile", saved, s.profile, s.steps, trainer.device)
 
     def save() -> None:
         nonlocal saved
@@ -127,22 +137,41 @@ def train(trainer: Trainer, report: Report) -> str | None:
 
     with stop_on_signals() as received:
         while progress.step < s.steps and not received:
+            profiler.begin(progress.step + 1)
             try:
                 record = trainer.step()
             except Diverged as error:
                 report.step(error.record, trainer.details)
                 raise
+            profiled = profiler.end(progress.step)
             validating = progress.step == s.steps or due(progress.step, s.eval_every)
             if validating:
                 record |= trainer.validate()
             report.step(record, trainer.details)
+            for line in profiled:
+                report.say(line)
+            if due(progress.step, s.sample_every) and progress.step < s.steps:  # the last sample is finish_run's
+                report.sample(progress.step, *sample(trainer.model, trainer.tokenizer, trainer.held_out, s))
             if due(progress.step, s.save_every):
                 save()
             elif validating:
                 report.expert_load(progress.step)
+            if validating and progress.step < s.steps:  # the last is finish_run's
+                write_page(trainer.folder, report.say)
+        for line in profiler.stop(progress.step):
+            report.say(line)
         if progress.step != saved:
             save()
     return received[0] if received else None
+
+
+def write_page(run: Path, say: Callable[[str], None] = print) -> Path | None:
+    """Write report.html; a line where that fails, as training matters more."""
+    try:
+        return write_html(run)
+    except InputError as error:
+        say(f"warning: {error}")
+        return None
 
 
 def due(step: int, every: int) -> bool:
@@ -179,8 +208,8 @@ def print_header(trainer: Trainer) -> None:
         f"data       {training.tokens:,} tokens of {len(training):,} documents,"
         f" {held_out.tokens:,} of {len(held_out):,} held out"
     )
-    for line in trainer.corpus.lines():
-        print(line)
+    for text in trainer.corpus.lines():
+        print(text)
     print(f"device     {trainer.device_name}, {str(trainer.precision)[6:]}, {peak}")
     print(f"run        {shown(trainer.folder)}, steps {trainer.progress.step + 1} to {s.steps}")
     print(*trainer.notes, sep="\n", end="\n" if trainer.notes else "", flush=True)
@@ -194,13 +223,16 @@ def finish_run(trainer: Trainer, planner) -> None:
         planned = planner.plan_training(config, trainer.settings).peak
         print(f"memory     {peak / 1e9:.2f} GB at the peak, {planned / 1e9:.2f} planned")
     trainer.export(folder / "model")
-    layers = [f"layer {i}" for i in range(config.first_k_dense_replace, config.num_hidden_layers)]
-    plots = draw(folder, [*layers, *(f"MTP {k}" for k in range(1, config.num_nextn_predict_layers + 1))])
+    plots = draw(folder, moe_layers(config))
     if trainer.settings.sample_tokens:
         prompt, text = sample(trainer.model, trainer.tokenizer, trainer.held_out, trainer.settings)
+        with open_lines(folder / SAMPLES, trainer.progress.step - 1) as file:
+            write_line(file, dict(step=trainer.progress.step, prompt=prompt, text=text))
         print(f"\nA sample that continues {prompt!r}:\n{text}\n")
     print(f"checkpoint {shown(ckpt.list_checkpoints(folder)[-1])}")
     print(f"model      {shown(folder / 'model')}")
+    if page := write_page(folder):
+        print(f"report     {shown(page)}")
     for path in plots:
         print(f"plot       {shown(path)}")
     if not plots:
@@ -209,18 +241,25 @@ def finish_run(trainer: Trainer, planner) -> None:
 
 
 def sample(model: Ling, tokenizer: Tokenizer, held_out: Documents, settings: Settings) -> tuple[str, str]:
-    """The beginning of a held-out document, and the model's continuation. Without any text held out it continues the
-    end token."""
-    starts = ([int(i) for i in held_out[d][:PROMPT] if i != tokenizer.eos_id] for d in range(len(held_out)))
+    """The beginning of a held-out document, and the model's continuation; both depend on the weights and the settings
+    alone. Without any text held out it continues the end token."""
+    starts = ([int(i) for i in beginning(held_out, d) if i != tokenizer.eos_id] for d in range(len(held_out)))
     prompt = next(filter(None, starts), [tokenizer.eos_id])
     ids = torch.tensor([prompt], device=next(model.parameters()).device)
     new = min(settings.sample_tokens, model.config.max_positions - len(prompt))
     choose = sampler(temperature=TEMPERATURE, seed=settings.seed)
+    training = model.training
     model.eval()
     tokens = [int(t) for t in model.stream(ids, new, choose=choose, eos_token_id=tokenizer.eos_id)]
+    model.train(training)
     prompt, tokens = ([t for t in ids if t != tokenizer.eos_id] for ids in (prompt, tokens))
     text = TextStream(tokenizer, prompt)
     return tokenizer.decode(prompt), "".join(map(text.add, tokens)) + text.end()
+
+
+def beginning(held_out: Documents, d: int) -> np.ndarray:
+    """The first ids of a text; of a chat those before its first answer."""
+    return held_out[d][: int(held_out.trained(d).argmax()) if held_out.masks else PROMPT]
 
 
 def python(module: str) -> str:

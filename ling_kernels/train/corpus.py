@@ -8,11 +8,11 @@ from pathlib import Path
 
 from ..errors import InputError
 from ..tokenizer import Tokenizer
-from .chats import cut, is_chats, open_chats, write_chats
-from .data import Documents, describe, gather_tokens, hold_out, join, packed_rows
+from .chats import is_chats, write_chats
+from .data import Documents, cut, describe, gather_tokens, hold_out, join, open_chats, packed_rows
 from .mixture import Mixture, Rows, parse_sources, shares_of
 from .settings import Settings
-from .sources import TextOptions, find_files
+from .sources import find_files
 from .validation import ValidationSet, split_name, validation_set
 
 
@@ -90,7 +90,7 @@ def open_source(
 ) -> list[Documents]:
     """The texts and the chats of some data, those that it has; tokenised into `cache` and the file CACHE-chats. As in
     gather_tokens, an existing file is used as it is."""
-    options, chat_cache = TextOptions(settings.text_field), cache.with_stem(f"{cache.stem}-chats")
+    options, chat_cache = settings.text_options, cache.with_stem(f"{cache.stem}-chats")
     files = find_files(data, texts_may_be_gone=chat_cache.is_file() or cache.is_file()) if data is not None else []
     chats = [path for path in files if is_chats(path, settings.text_field)]
     rows, mapped = ([p for p in chats if (p.suffix == ".bin") == binary] for binary in (False, True))

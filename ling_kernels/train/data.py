@@ -25,6 +25,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..model.packing import IGNORE
 from ..tokenizer import Tokenizer
+from .chats import LAST, TRAINED, mask_of
 from .sources import DEFAULTS, TextOptions, find_files, reading
 from .token_files import map_tokens
 from .tokenise import tokenise
@@ -64,7 +65,7 @@ class Documents:
 
     def trained(self, d: int) -> np.ndarray:
         """1 where a token of document d, of a chat, is trained on."""
-        return self.masks[self.which[d]][self.start[d] : self.end[d]] & 1
+        return self.masks[self.which[d]][self.start[d] : self.end[d]] & TRAINED
 
 
 class Piece(NamedTuple):
@@ -150,6 +151,35 @@ def open_tokens(files: Sequence[Path], vocab_size: int, eos_id: int) -> Document
         which.append(np.full(len(ends), len(arrays), np.int32))
         arrays.append(ids)
     return Documents(arrays, np.concatenate(which), np.concatenate(start), np.concatenate(end), checksum)
+
+
+def open_chats(files: Sequence[Path], vocab_size: int, eos_id: int) -> Documents:
+    """Map token files of conversations and check every id. Raises InputError for damaged or foreign files."""
+    arrays, masks, which, start, end, checksum = [], [], [], [], [], 0
+    for path in files:
+        ids, beside = map_tokens(path, vocab_size, eos_id), mask_of(path)
+        with reading(beside):
+            mask = np.fromfile(beside, np.uint8)
+        if len(mask) != len(ids) or mask.max() > (TRAINED | LAST) or not mask[-1] & LAST:
+            raise InputError(f"{beside} is damaged: it must have a byte of 0 to 3 for each of {len(ids)} tokens")
+        with reading(path):
+            content = np.array(ids)
+        if (largest := int(content.max())) >= vocab_size:
+            raise InputError(f"{path} holds the token {largest}, but the model's vocabulary has {vocab_size}")
+        checksum = zlib.crc32(mask, zlib.crc32(content, checksum))
+        ends = np.flatnonzero(mask & LAST) + 1
+        end.append(ends)
+        start.append(np.append(0, ends[:-1]))
+        which.append(np.full(len(ends), len(arrays), np.int32))
+        arrays.append(ids)
+        masks.append(mask)
+    return Documents(arrays, np.concatenate(which), np.concatenate(start), np.concatenate(end), checksum, masks)
+
+
+def cut(docs: Documents, seq_len: int) -> tuple[Documents, int]:
+    """The conversations with at most seq_len tokens each, their first, and how many were longer."""
+    longer = docs.lengths > seq_len
+    return replace(docs, end=np.where(longer, docs.start + seq_len, docs.end)), int(longer.sum())
 
 
 def gather_tokens(

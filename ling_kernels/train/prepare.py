@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import time
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from ..model import LingConfig, resolve_model
 from ..model.config import PRESETS
 from ..tokenizer import Tokenizer, load_tokenizer
 from . import checkpoint as ckpt
+from .changes import DATA_FOLDER, changes, new_data_folder, tokens_in
 from .checks import check
 from .optimizer import bytes_per_weight
 from .settings import Settings, from_json, plain_options, settings_of, to_json
@@ -44,6 +45,7 @@ class Run:
     weights: Path | None = None  # folder of the model to start from; None: random weights
     checkpoint: Path | None = None  # to resume from
     state: dict | None = None  # the checkpoint's state.json
+    changes: list[dict] = field(default_factory=list)  # of the settings, since that checkpoint
 
 
 def new_run(settings: Settings, out: str | Path | None = None, restart: bool = False) -> Run:
@@ -62,8 +64,8 @@ def new_run(settings: Settings, out: str | Path | None = None, restart: bool = F
     return write_settings(Run(settings, config, tokenizer, *device, folder, lock, new, *tokens_of(folder), weights))
 
 
-def resumed_run(resume: str | Path, changes: dict) -> Run:
-    """Prepare to resume from a run's latest checkpoint, or from a checkpoint; changes: settings to change."""
+def resumed_run(resume: str | Path, options: dict) -> Run:
+    """Prepare to resume from a run's latest checkpoint, or from a checkpoint; options: settings to change."""
     folder, checkpoint = ckpt.locate(str(resume))
     lock = lock_folder(folder)
     state = ckpt.read_state(checkpoint)
@@ -71,7 +73,7 @@ def resumed_run(resume: str | Path, changes: dict) -> Run:
         raise InputError(f"{checkpoint / 'state.json'} has no {', '.join(sorted(missing))}")
     if not ckpt.is_progress(state):
         raise InputError(f"{checkpoint / 'state.json'} is not the state of a run: a value has another type")
-    settings = absolute_paths(settings_of(absolute_changes(changes), state["settings"]))
+    settings = absolute_paths(settings_of(absolute_changes(options), state["settings"]))
     config, _ = model_config(settings, checkpoint)
     check(settings, config)
     if settings.steps < state["step"]:
@@ -80,7 +82,12 @@ def resumed_run(resume: str | Path, changes: dict) -> Run:
     tokenizer = load_tokenizer(checkpoint)
     fits_vocabulary(tokenizer, config, settings)
     check_memory(config, settings, device[0])
-    run = Run(settings, config, tokenizer, *device, folder, lock, False, *tokens_of(folder), None, checkpoint, state)
+    changed = changes(from_json(state["settings"]), settings, state["step"])
+    tokens = tokens_of(folder, data_folder := state.get("data_folder", DATA_FOLDER))
+    if any(change["setting"] == "data" for change in changed):
+        tokens = tokens_in(folder, new_data_folder(state["step"], data_folder)), False
+        shutil.rmtree(tokens[0].parent, ignore_errors=True)  # of a continuation that was given up
+    run = Run(settings, config, tokenizer, *device, folder, lock, False, *tokens, None, checkpoint, state, changed)
     return write_settings(run)
 
 
@@ -101,14 +108,14 @@ def write_settings(run: Run) -> Run:
     return run
 
 
-def tokens_of(folder: Path) -> tuple[Path, bool]:
-    path = folder / "data" / "tokens.bin"
+def tokens_of(folder: Path, data_folder: str = DATA_FOLDER) -> tuple[Path, bool]:
+    path = tokens_in(folder, data_folder)
     return path, any(path.parent.glob("*.bin"))
 
 
-def absolute_changes(changes: dict) -> dict:
+def absolute_changes(options: dict) -> dict:
     """Settings with absolute paths, so that a run can be resumed from another working directory."""
-    return {name: absolute(name, value) for name, value in plain_options(changes).items()}
+    return {name: absolute(name, value) for name, value in plain_options(options).items()}
 
 
 def absolute_paths(settings: Settings) -> Settings:

@@ -16,12 +16,14 @@ from ..model import Ling, load_model, save_model
 from ..nn.fp8 import to_fp8
 from ..ops.grad_norm import grad_norm
 from . import checkpoint as ckpt
+from .changes import DATA_FOLDER
 from .corpus import open_corpus
 from .mixture import Rows
 from .monitor import WINDOW, FP8Monitor, ceilings, spike, to_bf16
-from .optimizer import StepInBackward, clipped_step, learning_rate, make_optimizer, rows_at, to_masters
+from .optimizer import StepInBackward, clipped_step, make_optimizer, to_masters
 from .prepare import Run, deterministic, discard, new_run, peak_flops, resumed_run
 from .report import FP8_FILE, Details, read_lines
+from .schedule import learning_rate, rows_at
 from .settings import Settings, named_as_in_python, to_json
 from .validation import bytes_of_tokens, measure
 
@@ -35,8 +37,16 @@ class Progress:
     tokens: int = 0
     bad: int = 0  # skipped steps in a row
     skipped: int = 0  # skipped steps in all
+    data_start: int = 0  # the value of `sequences` when the present data began
+    data_folder: str = DATA_FOLDER  # of the run: where the present data's tokens are
+    changes: list[dict] = field(default_factory=list)  # of the settings, see changes.py
     recent: list[list[float]] = field(default_factory=list)  # loss and gradient norm of the last steps not skipped
     in_bf16: list[str] = field(default_factory=list)  # FP8 layers that the monitor has switched to bf16
+
+    @property
+    def row(self) -> int:
+        """The next row of the present data."""
+        return self.sequences - self.data_start
 
 
 class Trainer:
@@ -87,10 +97,12 @@ class Trainer:
     def resume(cls, run: str | Path, **changes) -> "Trainer":
         """Continue a run from its latest checkpoint, or from the checkpoint folder that `run` names.
 
-        changes: settings with a new value, of those that do not make it another run (settings.CHANGEABLE_ON_RESUME).
+        changes: settings with a new value, of those that do not make it another run (settings.CHANGEABLE_ON_RESUME);
+        those that differ are listed in the attribute `changes`, and kept in progress.changes with the step. New data
+        is read from its beginning.
         Later checkpoints are renamed to superseded-..., and listed in the attribute `superseded`. Raises InputError
-        for a run without checkpoint, a damaged checkpoint, data other than the run's, and other changes. Texts that are
-        gone since are no error, as the run's folder has their tokens.
+        for a run without checkpoint, a damaged checkpoint, .bin files that have changed, and other changes. Texts that
+        are gone since are no error, as the run's folder has their tokens.
         """
         with named_as_in_python():
             return cls.of(resumed_run(run, changes))
@@ -107,12 +119,13 @@ class Trainer:
         self.config, self.tokenizer, self.folder, self.lock = run.config, run.tokenizer, run.folder, run.lock
         self.device, self.device_name, self.precision = run.device, run.device_name, run.precision
         self.progress, self.details, self.superseded = Progress(), Details(), []
+        self.changes, new_data = run.changes, any(change["setting"] == "data" for change in run.changes)
         with deterministic():
             try:
                 self.corpus = open_corpus(s, self.tokenizer, self.config.vocab_size, run.tokens)
                 self.training, self.held_out = self.corpus.training, self.corpus.held_out
                 self.data = self.corpus.about
-                if run.state and run.state["data"] != self.data:
+                if run.state and not new_data and run.state["data"] != self.data:
                     raise InputError(f"data: {self.data} is not what the run began with, {run.state['data']}")
                 self.model = make_model(run)
                 self.notes = apply_fp8_and_recompute(self.model, s)
@@ -127,6 +140,10 @@ class Trainer:
                     raise InputError(f"{run.checkpoint / 'state.json'}: in_bf16 names no layer: {min(unknown)}")
                 for name in self.progress.in_bf16:
                     to_bf16(self.model, name)
+                self.progress.changes += run.changes
+                if new_data:  # its losses may be of another size
+                    self.progress.data_start, self.progress.recent = self.progress.sequences, []
+                    self.progress.data_folder = run.tokens.parent.name
                 self.superseded = ckpt.set_aside_later(self.folder, run.checkpoint)
             self.peak, self.peak_source = peak_flops(self.device, self.precision)
         self.rows = self.corpus.rows
@@ -158,7 +175,7 @@ class Trainer:
         seconds = time.perf_counter() - start
         record["tokens_per_s"] = record.pop("step_tokens") / seconds
         record["mfu"] = self.config.flops_per_token(s.seq_len) * record["tokens_per_s"] / self.peak
-        record |= self.corpus.epochs(progress.sequences)
+        record |= self.corpus.epochs(progress.row)
         self.details = Details(seconds, counts, measured)
         if measured:
             self.details.out_of_range = self.monitor.update(measured)
@@ -244,7 +261,7 @@ def train_step(
     device = next(model.parameters()).device
     step = progress.step + 1
     rows = rows_at(step, settings.batch, settings.ramp, settings.micro_batch or 1)
-    lr = learning_rate(step, settings.lr, settings.warmup)
+    lr = learning_rate(step, **settings.schedule)
     optimizer.zero_grad()
     limits = settings.spike_loss, settings.spike_norm
     highest_loss, highest_norm = ceilings(progress.recent, limits)
@@ -253,7 +270,7 @@ def train_step(
         return loss.isfinite() & (loss.double() <= highest_loss)
 
     begin = None if in_backward is None else lambda loss: in_backward.begin(lr, usable(loss))
-    losses = accumulate_gradients(model, packed, progress.sequences, rows, settings, device, precision, begin)
+    losses = accumulate_gradients(model, packed, progress.row, rows, settings, device, precision, begin)
     if in_backward is None:
         norm = grad_norm([p.grad for p in model.parameters() if p.grad is not None])
         take_step = usable(losses[0]) & norm.isfinite() & (norm.double() <= highest_norm)

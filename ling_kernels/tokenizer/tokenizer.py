@@ -13,52 +13,18 @@ from pathlib import Path
 
 import numpy as np
 
-from .chat import ChatText, render_answers, render_chat
-from .errors import InputError
-from .files import atomic_write, read_json, user_path
-
-# <|startoftext|> to <|role_end|> in the order of Ling's vocabulary (ids 156891 .. 156895 there).
-SPECIAL_TOKENS = (
-    *("<|startoftext|>", "<|endoftext|>", "[CLS]", "[gMASK]", "<|role_end|>", "<role>", "</role>"),
-    *("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"),
-)
+from ..chat import ChatText, render_answers, render_chat
+from ..errors import InputError
+from ..files import atomic_write, read_json, user_path
+from .byte_level import SPECIAL_TOKENS, TOKEN_BYTES, byte_settings, byte_tokenizer_json
 
 _ENCODING = threading.Lock()  # `encode_special_tokens` belongs to a backend, not to a call; a tokenizer can be pickled
 WINDOW = 32  # ids that hold the last 7 characters, which are at most 4 ids each, and where the first one begins
-TOKEN_BYTES = [bytes([i]) for i in range(256)] + [name.encode() for name in SPECIAL_TOKENS]  # by id
 # Tried in this order if tokenizer_config.json names no eos_token.
-COMMON_EOS_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[EOS]")
-
-# Ling's chat format: the system turn is always present and sets the thinking mode; each turn ends with <|role_end|>;
-# consecutive tool results share one turn; the assistant's <think> block is kept only after the last user message.
-CHAT_TEMPLATE = """\
-{%- set last = namespace(user=messages|length - 1) %}
-{%- for message in messages %}
-    {%- if message.role == 'user' %}{% set last.user = loop.index0 %}{% endif %}
-{%- endfor %}
-{{- '<role>SYSTEM</role>' }}
-{%- if messages[0].role == 'system' %}{{ messages[0].content + '\\n' }}{% endif %}
-{{- 'detailed thinking off<|role_end|>' }}
-{%- for message in messages %}
-    {%- if message.role == 'user' %}
-        {{- '<role>HUMAN</role>' + message.content + '<|role_end|>' }}
-    {%- elif message.role == 'system' %}
-        {%- if not loop.first %}{{ '<role>SYSTEM</role>' + message.content + '<|role_end|>' }}{% endif %}
-    {%- elif message.role == 'assistant' %}
-        {%- set thought, end, answer = message.content.rpartition('</think>') %}
-        {%- set thought = thought.split('<think>')[-1].strip('\\n') %}
-        {{- '<role>ASSISTANT</role>' }}
-        {%- if thought and loop.index0 > last.user %}{{ '\\n<think>\\n' + thought + '\\n</think>\\n\\n' }}{% endif %}
-        {{- (answer.lstrip('\\n') if end else answer) + '<|role_end|>' }}
-    {%- elif message.role == 'tool' %}
-        {%- if loop.previtem is undefined or loop.previtem.role != 'tool' %}{{ '<role>OBSERVATION</role>' }}{% endif %}
-        {{- '\\n<tool_response>\\n' + message.content + '\\n</tool_response>' }}
-        {%- if loop.nextitem is undefined or loop.nextitem.role != 'tool' %}{{ '<|role_end|>' }}{% endif %}
-    {%- else %}
-        {{- raise_exception('a role is system, user, assistant or tool, not ' + message.role) }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '<role>ASSISTANT</role>' }}{% endif %}"""
+COMMON_EOS_TOKENS = (
+    *("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[EOS]", "<EOT>", "<|eot|>", "<|eos|>"),
+    *("<｜end▁of▁sentence｜>", "<|eot_id|>", "<end_of_turn>", "<EOS>", "<|end|>"),
+)
 
 
 class Tokenizer:
@@ -82,7 +48,11 @@ class Tokenizer:
             self.settings["eos_token"] = next((name for name in COMMON_EOS_TOKENS if name in self.vocab), None)
         self.bos_id, self.eos_id = self._id("bos_token"), self._id("eos_token")
         if self.eos_id is None:
-            raise InputError("the tokenizer names no end token: set eos_token in the tokenizer_config.json beside it")
+            names = sorted(self.control_tokens, key=self.control_tokens.get)
+            has = f"of its special tokens {', '.join(names)}" if names else "it has no special tokens"
+            raise InputError(
+                f"the tokenizer names no end token: set eos_token in the tokenizer_config.json beside it ({has})"
+            )
 
     def _control_tokens(self) -> dict[str, int]:
         """The special tokens, and the other added tokens that the chat template uses."""
@@ -117,10 +87,7 @@ class Tokenizer:
             control = self.control_tokens
             pieces = ([control[part]] if own else self._encode_content(part) for part, own in text.parts)
             return [i for piece in pieces for i in piece]
-        try:
-            data = text.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(f"the text is not valid Unicode at character {error.start}: {error.reason}") from None
+        data = utf8(text)
         if self.backend is not None:
             with _ENCODING, reporting("tokenizer.json cannot encode this text"):
                 self.backend.encode_special_tokens = not special
@@ -143,12 +110,17 @@ class Tokenizer:
         pattern = "|".join(f"(?<={re.escape(n[0])})(?={re.escape(n[1:])})" for n in cut if n not in special)
         return [i for piece in (re.split(pattern, text) if pattern else [text]) for i in self.encode(piece)]
 
-    def encode_bytes(self, data: bytes) -> np.ndarray:
-        """Ids of UTF-8 data as uint8, uint16 or uint32; the byte-level tokenizer returns any data unchanged."""
+    def encode_batch(self, texts: Sequence[str], special: bool = False) -> list[np.ndarray]:
+        """Ids of each text as `encode` gives them, in uint8, uint16 or uint32; tokenizers works on all cores."""
+        if self.backend is None and not special:
+            return [np.frombuffer(utf8(text), np.uint8) for text in texts]
+        dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
         if self.backend is None:
-            return np.frombuffer(data, np.uint8)
-        ids = self.encode(data.decode("utf-8", "replace"))
-        return np.array(ids, np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
+            return [np.array(self.encode(text, special), dtype) for text in texts]
+        with _ENCODING, reporting("tokenizer.json cannot encode the texts"):
+            self.backend.encode_special_tokens = not special
+            encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, dtype) for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids, special tokens by name. Invalid UTF-8 becomes U+FFFD; ids outside the vocabulary are skipped."""
@@ -280,6 +252,13 @@ def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
     return Tokenizer(backend, settings)
 
 
+def utf8(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"the text is not valid Unicode at character {error.start}: {error.reason}") from None
+
+
 @contextmanager
 def reporting(fault: str) -> Iterator[None]:
     """Turn errors of tokenizers into an InputError: it raises plain Exception, and panics that are not even that."""
@@ -289,26 +268,3 @@ def reporting(fault: str) -> Iterator[None]:
         raise
     except BaseException as error:
         raise InputError(f"{fault}: {error}") from error
-
-
-def byte_settings() -> dict:
-    """tokenizer_config.json of the byte-level tokenizer."""
-    names = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
-    flags = {"add_bos_token": False, "add_eos_token": False, "clean_up_tokenization_spaces": False}
-    return {**names, **flags, "chat_template": CHAT_TEMPLATE, "tokenizer_class": "PreTrainedTokenizerFast"}
-
-
-def byte_tokenizer_json() -> dict:
-    """tokenizer.json of the byte-level tokenizer: byte-level BPE without merges."""
-    # Byte-level BPE writes a byte as one visible character: itself if Latin-1 prints it, else the next from U+0100 on.
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    vocab = {chr(byte if byte in printable else next(others)): byte for byte in range(256)}
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    model: dict = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None}
-    model |= {"end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
-    nothing = dict.fromkeys(("truncation", "padding", "normalizer", "post_processor"))
-    special = [{"id": 256 + i, "content": name, **flags} for i, name in enumerate(SPECIAL_TOKENS)]
-    steps = {"pre_tokenizer": level, "decoder": level, "model": {**model, "vocab": vocab, "merges": []}}
-    return {"version": "1.0", **nothing, "added_tokens": special, **steps}
