@@ -27,6 +27,8 @@ def check(s: Settings, config: LingConfig) -> None:
     _ = s.text_options  # checks them
     if s.seq_len > config.max_positions:
         raise InputError(f"--seq-len {s.seq_len} is longer than the {config.max_positions} positions of {s.model}")
+    if s.holdout == 1 or (s.holdout == 0 and not s.val_data):
+        raise InputError(f"--holdout {s.holdout}: it must be at least 2, or 0 with --val-data")
     micro = s.micro_batch or 1
     if s.batch % micro:
         raise InputError(f"--batch {s.batch} is not a multiple of --micro-batch {micro}")

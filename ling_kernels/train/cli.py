@@ -3,13 +3,12 @@
 import argparse
 import os
 import shlex
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ..errors import Diverged, InputError, Parser, command
@@ -26,6 +25,7 @@ from .profiling import StepProfiler
 from .report import SAMPLES, Report, open_lines
 from .saving import NotSaved, last_good
 from .settings import Settings, add_flags, settings_of, to_json
+from .signals import interrupted_by_sigterm, stop_on_signals
 from .starts import moe_layers, record_start
 from .trainer import Trainer
 
@@ -181,7 +181,7 @@ def train(trainer: Trainer, report: Report) -> str | None:
             profiled = profiler.end(progress.step)
             validating = progress.step == s.steps or due(progress.step, s.eval_every)
             if validating:
-                record["val_loss"] = trainer.evaluate()
+                record |= trainer.validate()
             report.step(record, trainer.details)
             for line in profiled:
                 report.say(line)
@@ -218,47 +218,6 @@ def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-@contextmanager
-def interrupted_by_sigterm() -> Iterator[None]:
-    """Within it SIGTERM raises KeyboardInterrupt, as Ctrl-C does, so that files half-written are removed."""
-    process = os.getpid()
-
-    def interrupt(number, frame):
-        if os.getpid() == process:
-            raise KeyboardInterrupt
-        os._exit(128 + number)  # a process that this one has forked
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def stop_on_signals() -> Iterator[list[str]]:
-    """Yields a list that gets the name of the first SIGINT or SIGTERM. A second signal ends the process at once."""
-    received = []
-
-    def on_first(number, frame):
-        received.append(signal.Signals(number).name)
-        for s in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(s, signal.SIG_DFL)
-
-    if threading.current_thread() is not threading.main_thread():  # Python handles signals only there
-        yield received
-        return
-    before = {s: signal.signal(s, on_first) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
-
-
 def print_header(trainer: Trainer) -> None:
     s, training, held_out = trainer.settings, trainer.training, trainer.held_out
     total, active = sum(p.numel() for p in trainer.model.parameters()), trainer.config.num_active_parameters()
@@ -268,6 +227,8 @@ def print_header(trainer: Trainer) -> None:
         f"data       {training.tokens:,} tokens of {len(training):,} documents,"
         f" {held_out.tokens:,} of {len(held_out):,} held out"
     )
+    for text in trainer.corpus.lines():
+        print(text)
     print(f"device     {trainer.device_name}, {str(trainer.precision)[6:]}, {peak}")
     print(f"run        {shown(trainer.folder)}, steps {trainer.progress.step + 1} to {s.steps}")
     print(*trainer.notes, sep="\n", end="\n" if trainer.notes else "", flush=True)
@@ -307,7 +268,7 @@ def finish_run(trainer: Trainer, planner) -> None:
 def sample(model: Ling, tokenizer: Tokenizer, held_out: Documents, settings: Settings) -> tuple[str, str]:
     """The beginning of a held-out document, and the model's continuation; both depend on the weights and the settings
     alone. Without any text held out it continues the end token."""
-    starts = ([int(i) for i in held_out[d][:PROMPT] if i != tokenizer.eos_id] for d in range(len(held_out)))
+    starts = ([int(i) for i in beginning(held_out, d) if i != tokenizer.eos_id] for d in range(len(held_out)))
     prompt = next(filter(None, starts), [tokenizer.eos_id])
     ids = torch.tensor([prompt], device=next(model.parameters()).device)
     new = min(settings.sample_tokens, model.config.max_positions - len(prompt))
@@ -319,6 +280,11 @@ def sample(model: Ling, tokenizer: Tokenizer, held_out: Documents, settings: Set
     prompt, tokens = ([t for t in ids if t != tokenizer.eos_id] for ids in (prompt, tokens))
     text = TextStream(tokenizer, prompt)
     return tokenizer.decode(prompt), "".join(map(text.add, tokens)) + text.end()
+
+
+def beginning(held_out: Documents, d: int) -> np.ndarray:
+    """The first ids of a text; of a chat those before its first answer."""
+    return held_out[d][: int(held_out.trained(d).argmax()) if held_out.masks else PROMPT]
 
 
 def python(module: str) -> str:

@@ -41,7 +41,7 @@ class Run:
     lock: FolderLock  # of the folder
     new_folder: bool  # created for this run
     tokens: Path  # tokenised text, in the folder
-    had_tokens: bool  # the file was there before
+    had_tokens: bool  # it or one beside it was there before
     weights: Path | None = None  # folder of the model to start from; None: random weights
     checkpoint: Path | None = None  # to resume from
     state: dict | None = None  # the checkpoint's state.json
@@ -115,7 +115,7 @@ def write_settings(run: Run) -> Run:
 
 def tokens_of(folder: Path, data_folder: str = DATA_FOLDER) -> tuple[Path, bool]:
     path = tokens_in(folder, data_folder)
-    return path, path.exists()
+    return path, any(path.parent.glob("*.bin"))
 
 
 def absolute_changes(options: dict) -> dict:
@@ -124,7 +124,7 @@ def absolute_changes(options: dict) -> dict:
 
 
 def absolute_paths(settings: Settings) -> Settings:
-    names = ("data", "tokenizer", "model")
+    names = ("data", "val_data", "tokenizer", "model")
     return replace(settings, **{name: absolute(name, getattr(settings, name)) for name in names})
 
 
@@ -133,6 +133,9 @@ def absolute(name: str, value):
         return None
     if name == "data":
         return tuple(map(os.path.abspath, value))
+    if name == "val_data":
+        parts = [source.partition("=") for source in value]
+        return tuple(f"{name}={os.path.abspath(path)}" if path else name for name, _, path in parts)
     if name == "tokenizer" or (name == "model" and value not in PRESETS and os.path.isdir(value)):
         return os.path.abspath(value)
     return value
@@ -310,8 +313,8 @@ def make_folder(out: str | Path | None, model: str, restart: bool) -> tuple[Path
 def discard(run: Run) -> None:
     """Remove the files of a run that turns out to be impossible before its first step."""
     if not run.had_tokens and run.tokens.parent.is_dir():
-        run.tokens.unlink(missing_ok=True)
-        run.tokens.with_suffix(".json").unlink(missing_ok=True)
+        for path in [*run.tokens.parent.glob("*.bin"), *run.tokens.parent.glob("*.json")]:
+            path.unlink()
     if not run.checkpoint:
         (run.folder / "settings.json").unlink()
         run.lock.remove()

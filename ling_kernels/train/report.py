@@ -14,6 +14,7 @@ from ..errors import InputError
 from ..files import atomic_write
 from ..model.config_json import is_integer
 from .loggers import open_loggers
+from .validation import validation_line
 
 FP8_FILE, SAMPLES = "fp8.jsonl", "samples.jsonl"
 SHOWN = 160  # characters of a sample that are printed during training
@@ -85,7 +86,7 @@ class Report:
             )
             self.interval.clear()
         if "val_loss" in record:
-            self.say(f"step {step}: validation loss {record['val_loss']:.4f} nats per token")
+            self.say(f"step {step}: {validation_line(record)}")
         if "skipped" in record:
             self.say(
                 f"step {step} skipped, nothing was changed: loss {record['loss']}, gradient norm {record['grad_norm']}"

@@ -52,7 +52,8 @@ class Settings:
     mtp: int | None = flag(None, "MTP layers of a model with random weights", least=0, shown="the preset's")
     data: tuple[str, ...] | None = flag(
         None,
-        "text files, .json, .jsonl, .parquet, .arrow, .bin, or folders of them; .gz and .zst too",
+        "text files, .json, .jsonl, .parquet, .arrow, .bin, or folders of them; .gz and .zst too; or"
+        " PATH=WEIGHT for each, its share of the rows",
         nargs="+",
         shown="the text that ships in CPython",
     )
@@ -69,7 +70,15 @@ class Settings:
         False, "names of the tokenizer's special tokens in the data's text become these tokens",
         action=argparse.BooleanOptionalAction, shown="off, they are plain text",
     )  # fmt: skip
-    holdout: int = flag(20, "every N-th document is kept for validation and never trained on", least=2)
+    holdout: int = flag(
+        20, "every N-th document is kept for validation and never trained on; 0: none, with --val-data", least=0
+    )
+    val_data: tuple[str, ...] | None = flag(
+        None, "NAME=PATH, further data to validate on: its loss is val_loss/NAME", nargs="+", shown="none"
+    )
+    train_on: str = flag(
+        "assistant", "in chats: train on the answers of the role assistant, or on all", choices=("assistant", "all")
+    )
 
     steps: int = flag(600, "optimizer steps of the whole run", least=1)
     seq_len: int = flag(256, "tokens in a row", least=2)
