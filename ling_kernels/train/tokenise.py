@@ -23,7 +23,7 @@ from .settings import TEXT_SETTINGS, Settings, add_flag
 from .sources import DEFAULTS, Position, TextOptions, cpython_documents, documents, find_files
 from .token_files import DTYPES
 
-# A batch is encoded by all cores, and takes about 30 bytes of memory a character until it is written.
+# A batch is encoded by all cores, and takes about 50 bytes of memory a character until it is written.
 BATCH = (1 << 20) * min(max(os.cpu_count() or 1, 4), 16)  # characters
 BATCH_TEXTS = 1 << 16
 AHEAD = 2  # batches that are encoded while others are read and written
