@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..chat import ChatText, render_chat
+from ..chat import ChatText, render_answers, render_chat
 from ..errors import InputError
 from ..files import atomic_write, read_json, user_path
 from .byte_level import SPECIAL_TOKENS, TOKEN_BYTES, byte_settings, byte_tokenizer_json
@@ -139,6 +139,24 @@ class Tokenizer:
             raise InputError("the tokenizer has no chat template (chat_template in tokenizer_config.json)")
         tokens = {key: self._token(key) for key in self.settings if key.endswith("_token")}
         return render_chat(self.chat_template, messages, self.control_tokens, tokens, add_generation_prompt)
+
+    def encode_answers(
+        self, messages: Sequence[dict], tools: Sequence[dict] | None = None
+    ) -> tuple[list[int], list[tuple[int, int, int]]]:
+        """Ids of a rendered conversation, and for each message of role assistant (its index, first, stop): the ids
+        first to stop are what a model writes, with the token that ends its turn."""
+        if self.chat_template is None:
+            raise InputError("the tokenizer has no chat template (chat_template in tokenizer_config.json)")
+        tokens = {key: self._token(key) for key in self.settings if key.endswith("_token")}
+        parts, answers = render_answers(self.chat_template, messages, self.control_tokens, tokens, tools)
+        ids: list[int] = []
+        at = {0: 0}  # number of ids by number of characters
+        characters = 0
+        for part in parts:
+            ids += self.encode(part, special=True)
+            characters += len(part)
+            at[characters] = len(ids)
+        return ids, [(a.message, at[a.start], at[a.end]) for a in answers]
 
     def save(self, path: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json into the folder `path`, each atomically."""

@@ -2,13 +2,10 @@
 
 import json
 import os
-import signal
 import sys
-import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
@@ -18,8 +15,10 @@ import numpy as np
 from ..errors import InputError, Parser, command
 from ..files import atomic_write, user_path
 from ..tokenizer import Tokenizer, load_tokenizer
+from .chats import is_chats, write_chats
 from .progress import ReadingProgress
 from .settings import TEXT_SETTINGS, Settings, add_flag
+from .signals import interrupted_by_sigterm
 from .sources import DEFAULTS, Position, TextOptions, cpython_documents, documents, find_files
 from .token_files import DTYPES
 
@@ -131,19 +130,6 @@ def with_end_tokens(
     return (np.concatenate(parts) if parts else end_token[:0]), open_document, empty
 
 
-@contextmanager
-def ending_on_sigterm() -> Iterator[None]:
-    """SIGTERM raises SystemExit, so that incomplete files are removed. Otherwise it would end the process at once."""
-    if threading.current_thread() is not threading.main_thread():  # Python handles signals only there
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser("python -m ling_kernels.train.data", description="Tokenise text into a .bin file.")
@@ -154,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", required=True, help="the .bin file to write; its .json is put beside it")
     parser.add_argument("--tokenizer", help="a tokenizer.json or its folder (default: byte-level)")
     for f in fields(Settings):
-        if f.name in TEXT_SETTINGS:
+        if f.name in (*TEXT_SETTINGS, "train_on"):
             add_flag(parser, f)
     options = vars(parser.parse_args(argv))
     sources, out, tokenizer = options.pop("sources"), user_path(options.pop("out")), options.pop("tokenizer")
@@ -162,14 +148,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise InputError(f"--out {out} must end in .bin")
     if out.exists():
         raise InputError(f"{out} exists; it is not overwritten")
-    text_options = Settings(**options).text_options
+    settings = Settings(**options)
+    text_options, train_on = settings.text_options, settings.train_on
     tokenizer = load_tokenizer(tokenizer)
     files = find_files(sources)
     if binary := [p for p in files if p.suffix == ".bin"]:
         raise InputError(f"{binary[0]} is tokenised already")
+    chats = [p for p in files if is_chats(p, text_options.text_field)]
+    if chats and len(chats) < len(files):
+        raise InputError(f"{chats[0]} has chats and {min({*files} - {*chats})} has texts: write a file for each kind")
     try:
-        with ending_on_sigterm():
-            about = tokenise(files or None, tokenizer, out, text_options)
+        with interrupted_by_sigterm():
+            if chats:
+                about = write_chats(files, tokenizer, out, train_on)
+            else:
+                about = tokenise(files or None, tokenizer, out, text_options)
     except KeyboardInterrupt:
         print(f"stopped: {out} is not written", file=sys.stderr)
         return 130
