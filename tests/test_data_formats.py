@@ -252,8 +252,8 @@ def test_an_error_while_reading_leaves_nothing(tmp_path):
     assert [*tmp_path.iterdir()] == []
 
 
-@pytest.mark.parametrize("name, code", [("SIGTERM", 143), ("SIGINT", 130)])
-def test_a_signal_while_tokenising_leaves_nothing(tmp_path, monkeypatch, name, code):
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_while_tokenising_leaves_nothing(tmp_path, monkeypatch, name):
     def texts(*_):
         yield ["fine"] * 3
         signal.raise_signal(signal.Signals[name])
@@ -261,10 +261,7 @@ def test_a_signal_while_tokenising_leaves_nothing(tmp_path, monkeypatch, name, c
 
     monkeypatch.setattr("ling_kernels.train.tokenise.cpython_documents", texts)
     before = signal.getsignal(signal.SIGTERM)
-    try:
-        assert main(["--out", str(tmp_path / "x.bin")]) == code
-    except SystemExit as end:
-        assert end.code == code
+    assert main(["--out", str(tmp_path / "x.bin")]) == 75
     assert [*tmp_path.iterdir()] == [] and signal.getsignal(signal.SIGTERM) is before
 
 

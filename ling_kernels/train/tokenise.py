@@ -18,7 +18,7 @@ from ..tokenizer import Tokenizer, load_tokenizer
 from .chats import is_chats, write_chats
 from .progress import ReadingProgress
 from .settings import TEXT_SETTINGS, Settings, add_flag
-from .signals import interrupted_by_sigterm
+from .signals import STOPPED, interrupted_by_sigterm
 from .sources import DEFAULTS, Position, TextOptions, cpython_documents, documents, find_files
 from .token_files import DTYPES
 
@@ -165,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 about = tokenise(files or None, tokenizer, out, text_options)
     except KeyboardInterrupt:
         print(f"stopped: {out} is not written", file=sys.stderr)
-        return 130
+        return STOPPED
     skipped = f"; {about['empty']:,} without text are skipped" if about["empty"] else ""
     print(f"{out}: {about['tokens']:,} tokens of {about['documents']:,} documents, {about['dtype']}{skipped}")
     return 0
