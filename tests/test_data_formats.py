@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import signal
+import struct
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import pytest
 from ling_kernels.errors import InputError
 from ling_kernels.tokenizer import load_tokenizer
 from ling_kernels.train import sources
-from ling_kernels.train.data import open_tokens
+from ling_kernels.train.data import gather_tokens, open_tokens
 from ling_kernels.train.sources import TextOptions, find_files
 from ling_kernels.train.tokenise import main, write_tokens
 
@@ -234,8 +236,82 @@ def test_an_error_while_reading_leaves_nothing(tmp_path):
     assert [*tmp_path.iterdir()] == []
 
 
+@pytest.mark.parametrize("name, code", [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_while_tokenising_leaves_nothing(tmp_path, monkeypatch, name, code):
+    def texts(*_):
+        yield ["fine"] * 3
+        signal.raise_signal(signal.Signals[name])
+        yield ["late"]
+
+    monkeypatch.setattr("ling_kernels.train.tokenise.cpython_documents", texts)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert main(["--out", str(tmp_path / "x.bin")]) == code
+    except SystemExit as end:
+        assert end.code == code
+    assert [*tmp_path.iterdir()] == [] and signal.getsignal(signal.SIGTERM) is before
+
+
 def test_progress_is_a_line_where_stderr_is_no_terminal(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("ling_kernels.train.progress.SECONDS", 0)
     (tmp_path / "x.txt").write_text("a" * 3_000_000)
     assert main([str(tmp_path / "x.txt"), "--out", str(tmp_path / "x.bin")]) == 0
     assert "tokenising: 3 of 3 MB" in capsys.readouterr().err
+
+
+def write_megatron(path, documents, dtype=np.uint16, code=8):
+    """As Megatron's preprocess_data.py writes documents, each a list of sequences of ids."""
+    sequences = [np.array(ids, dtype) for document in documents for ids in document]
+    lengths = np.array([len(ids) for ids in sequences], "<i4")
+    first = np.cumsum([0, *lengths[:-1]], dtype="<i8") * np.dtype(dtype).itemsize
+    borders = np.cumsum([0, *map(len, documents)], dtype="<i8")
+    header = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, code, len(sequences), len(borders))
+    path.write_bytes(b"".join(ids.tobytes() for ids in sequences))
+    path.with_suffix(".idx").write_bytes(
+        header + b"".join(a.tobytes() for a in (lengths, first[: len(lengths)], borders))
+    )
+
+
+@pytest.mark.parametrize("dtype, code", [(np.uint16, 8), (np.int32, 4), (np.int64, 5)])
+def test_megatron_files(tmp_path, dtype, code):
+    write_megatron(tmp_path / "x.bin", [[[1, 2], [3, 257]], [[4, 257, 5, 257]], [], [[257]]], dtype, code)
+    assert find_files([tmp_path]) == [tmp_path / "x.bin"]
+    docs = gather_tokens([tmp_path], load_tokenizer(), 320, tmp_path / "cache.bin")
+    assert [docs[d].tolist() for d in range(len(docs))] == [[1, 2, 3, 257], [4, 257], [5, 257], [257]]
+    assert isinstance(docs.arrays[0], np.memmap) and not (tmp_path / "cache.bin").exists()
+    write_megatron(tmp_path / "x.bin", [[[1, 2], [3]], [[4, 257]]], dtype, code)
+    with pytest.warns(UserWarning, match="1 of 2 documents in .*x.bin do not end with the end token 257"):
+        other = open_tokens([tmp_path / "x.bin"], 320, 257)
+    assert [other[d].tolist() for d in range(2)] == [[1, 2, 3], [4, 257]]
+    write_megatron(tmp_path / "y.bin", [[[1, 2]], [[3, 4, 257]]], dtype, code)  # the same ids, another border
+    with pytest.warns(UserWarning, match="end token"):
+        assert open_tokens([tmp_path / "y.bin"], 320, 257).checksum != other.checksum
+
+
+def test_damaged_megatron_files_are_one_line(tmp_path):
+    file, index = tmp_path / "x.bin", tmp_path / "x.idx"
+
+    def refused(says):
+        with pytest.raises(InputError, match=says):
+            open_tokens([file], 320, 257)
+
+    write_megatron(file, [[[1, -2, 257]]], np.int32, 4)
+    refused("holds the token -2")
+    write_megatron(file, [[[1, 400, 257]]])
+    refused("holds the token 400")
+    write_megatron(file, [[]])
+    refused("holds no tokens")
+    write_megatron(file, [[[1, 257]]], np.float32, 7)
+    refused("type 7")
+    write_megatron(file, [[[1, 2]], [[3, 257]]])
+    good = index.read_bytes()
+    for content, says in (
+        (b"TNTIDX\0\0" + good, "no index"), (good[:40], "damaged"), (good[:20], "no index"), (good + b"x", "damaged"),
+        (good[:34] + b"\3" + good[35:], "damaged"), (good[:50] + b"\1" + good[51:], "one after the other"),
+        (good[:-8] + b"\1" + good[-7:], "its documents"),
+    ):  # fmt: skip
+        index.write_bytes(content)
+        refused(says)
+    index.write_bytes(good)
+    file.write_bytes(file.read_bytes()[:-2])
+    refused("has 6 bytes, but x.idx says 4 ids of 2 bytes")

@@ -134,16 +134,20 @@ def open_tokens(files: Sequence[Path], vocab_size: int, eos_id: int) -> Document
     """Map .bin files, find the documents in them and check every id. Raises InputError for damaged or foreign files."""
     arrays, which, start, end, checksum = [], [], [], [], 0
     for path in files:
-        ids = map_tokens(path, vocab_size, eos_id)
-        stops = []
+        ids, boundaries = map_tokens(path, vocab_size, eos_id)
+        stops, checksum = [boundaries], zlib.crc32(boundaries.tobytes(), checksum)
         with reading(path):
             for first in range(0, len(ids), SCAN):
                 part = np.array(ids[first : first + SCAN])
-                if (largest := int(part.max())) >= vocab_size:
-                    raise InputError(f"{path} holds the token {largest}, but the model's vocabulary has {vocab_size}")
+                for found in (int(part.max()), int(part.min())):
+                    if not 0 <= found < vocab_size:
+                        raise InputError(f"{path} holds the token {found}, but the model's vocabulary has {vocab_size}")
                 checksum = zlib.crc32(part, checksum)
                 stops.append(np.flatnonzero(part == eos_id) + first + 1)
         ends = np.concatenate(stops)
+        if len(boundaries):
+            warn_of_missing_ends(path, ids[boundaries - 1] != eos_id, eos_id)
+            ends = np.unique(ends)
         if not len(ends) or ends[-1] != len(ids):  # the last document has no end token
             ends = np.append(ends, len(ids))
         end.append(ends)
@@ -153,11 +157,17 @@ def open_tokens(files: Sequence[Path], vocab_size: int, eos_id: int) -> Document
     return Documents(arrays, np.concatenate(which), np.concatenate(start), np.concatenate(end), checksum)
 
 
+def warn_of_missing_ends(path: Path, missing: np.ndarray, eos_id: int) -> None:
+    if missing.any():
+        number = f"{int(missing.sum()):,} of {len(missing):,} documents in {path} do"
+        warnings.warn(f"{number} not end with the end token {eos_id}: from them no model learns to stop", stacklevel=2)
+
+
 def open_chats(files: Sequence[Path], vocab_size: int, eos_id: int) -> Documents:
     """Map token files of conversations and check every id. Raises InputError for damaged or foreign files."""
     arrays, masks, which, start, end, checksum = [], [], [], [], [], 0
     for path in files:
-        ids, beside = map_tokens(path, vocab_size, eos_id), mask_of(path)
+        (ids, _), beside = map_tokens(path, vocab_size, eos_id), mask_of(path)
         with reading(beside):
             mask = np.fromfile(beside, np.uint8)
         if len(mask) != len(ids) or mask.max() > (TRAINED | LAST) or not mask[-1] & LAST:

@@ -204,7 +204,7 @@ def samples(rows: list[dict]) -> str:
 
 
 def settings_table(settings: dict, starts: list[dict]) -> str:
-    """The settings that are not the defaults, the others folded, and what changed from one start to the next."""
+    """The settings that are not the defaults, the others folded, and what resumed runs have changed."""
     defaults = {f.name: f.default for f in fields(Settings)}
     given = {k: v for k, v in settings.items() if v != defaults.get(k)}
     rest = {k: v for k, v in settings.items() if k not in given}
@@ -214,12 +214,8 @@ def settings_table(settings: dict, starts: list[dict]) -> str:
         out += "</details>"
     if settings:
         out += "</div>"
-    changes = [
-        (f"{now['step']:,}", name, before["settings"].get(name), now["settings"].get(name))
-        for before, now in zip(starts, starts[1:], strict=False)
-        for name in sorted({*before["settings"], *now["settings"]})
-        if before["settings"].get(name) != now["settings"].get(name)
-    ]
+    record = starts[-1].get("changes", []) if starts else []
+    changes = [(f"{c['step']:,}", c["setting"], c["old"], c["new"]) for c in record]
     if changes:
         out += f'<div class="card">{table(("changed after step", "setting", "before", "since"), changes)}</div>'
     return out

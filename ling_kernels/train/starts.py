@@ -1,4 +1,4 @@
-"""starts.jsonl in a run's folder: when, where and with which settings each process began to train it."""
+"""starts.jsonl in a run's folder: when, where and after which changes of settings each process began to train it."""
 
 import os
 import platform
@@ -8,8 +8,7 @@ from pathlib import Path
 
 from .. import __version__
 from ..model import LingConfig
-from .report import open_lines, write_line
-from .settings import to_json
+from .report import open_lines
 from .trainer import Trainer
 
 STARTS = "starts.jsonl"
@@ -25,10 +24,10 @@ def record_start(trainer: Trainer) -> None:
         parameters=sum(p.numel() for p in model.parameters()), active=trainer.config.num_active_parameters(),
         layers=moe_layers(trainer.config), training_tokens=trainer.training.tokens, held_out=trainer.held_out.tokens,
         versions=dict(ling_kernels=__version__, python=platform.python_version()) | versions(),
-        system=platform.platform(), cores=os.cpu_count(), settings=to_json(trainer.settings),
+        system=platform.platform(), cores=os.cpu_count(), changes=trainer.progress.changes,
     )  # fmt: skip
     with open_lines(Path(trainer.folder) / STARTS, trainer.progress.step) as file:
-        write_line(file, line)
+        file.write(line)
 
 
 def versions() -> dict[str, str]:

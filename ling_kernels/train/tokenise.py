@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from ..tokenizer import Tokenizer, load_tokenizer
 from .chats import is_chats, write_chats
 from .progress import ReadingProgress
 from .settings import TEXT_SETTINGS, Settings, add_flag
+from .signals import interrupted_by_sigterm
 from .sources import DEFAULTS, Position, TextOptions, cpython_documents, documents, find_files
 from .token_files import DTYPES
 
@@ -129,7 +131,7 @@ def with_end_tokens(
 
 
 @command
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser("python -m ling_kernels.train.data", description="Tokenise text into a .bin file.")
     parser.add_argument(
         "sources", nargs="*",
@@ -155,8 +157,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     chats = [p for p in files if is_chats(p, text_options.text_field)]
     if chats and len(chats) < len(files):
         raise InputError(f"{chats[0]} has chats and {min({*files} - {*chats})} has texts: write a file for each kind")
-    about = (
-        write_chats(files, tokenizer, out, train_on) if chats else tokenise(files or None, tokenizer, out, text_options)
-    )
+    try:
+        with interrupted_by_sigterm():
+            if chats:
+                about = write_chats(files, tokenizer, out, train_on)
+            else:
+                about = tokenise(files or None, tokenizer, out, text_options)
+    except KeyboardInterrupt:
+        print(f"stopped: {out} is not written", file=sys.stderr)
+        return 130
     skipped = f"; {about['empty']:,} without text are skipped" if about["empty"] else ""
     print(f"{out}: {about['tokens']:,} tokens of {about['documents']:,} documents, {about['dtype']}{skipped}")
+    return 0
