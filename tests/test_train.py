@@ -84,7 +84,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(tmp_path, flags, uninterrupted, 
             process.send_signal(signal.SIGTERM)
             break
     output = process.stdout.read()
-    assert process.wait() == 0
+    assert process.wait() == 75
     stopped = len(metrics_of(run))
     assert 6 <= stopped < 14, "the signal came too late for this test"
     assert (
@@ -138,7 +138,7 @@ def test_a_second_signal_stops_at_once(tmp_path, flags):
     process.send_signal(signal.SIGTERM)
     os.kill(process.pid, signal.SIGCONT)
     process.stdout.read()
-    assert process.wait() in (-signal.SIGTERM, -signal.SIGINT, 0)
+    assert process.wait() in (-signal.SIGTERM, -signal.SIGINT, 75)
 
 
 def skewed(folder):
@@ -255,42 +255,6 @@ def test_a_run_stops_after_bad_steps_in_a_row(tmp_path, flags, monkeypatch, caps
     assert "step 2 skipped" in out and "step 7 skipped" in out and "step 3 skipped" not in out
     metrics = metrics_of(tmp_path / "run")  # strict JSON: a NaN is null
     assert [m["step"] for m in metrics if m["loss"] is None] == [2, 5, 6, 7] and metrics[-1]["skipped"] == 4
-
-
-def test_only_the_last_checkpoints_are_kept(tmp_path, flags):
-    assert main([*flags, "--out", str(tmp_path), "--steps", "7", "--save-every", "2", "--keep", "2"]) == 0
-    assert [c.name for c in ckpt.list_checkpoints(tmp_path)] == ["step-000006", "step-000007"]
-    assert main(["--resume", str(tmp_path), "--steps", "9", "--save-every", "1", "--keep", "0"]) == 0
-    assert len(ckpt.list_checkpoints(tmp_path)) == 4
-
-
-class Killed(BaseException):
-    pass
-
-
-@pytest.mark.parametrize("moment", ["save_model", "random_states", "checksum", "make_durable", "os.rename"])
-def test_a_kill_while_saving_leaves_the_checkpoint_before(tmp_path, text, monkeypatch, moment):
-    (tmp_path / "run").mkdir()
-    model, optimizer, packed, settings, progress = step_inputs(text, tmp_path)
-    tokenizer = load_tokenizer(None)
-
-    def save(step):
-        return ckpt.save_checkpoint(tmp_path / "run", model, optimizer, tokenizer, dict(step=step), keep=1)
-
-    steps.train_step(model, optimizer, packed, settings, progress, torch.float32)
-    first = save(1)
-    with monkeypatch.context() as patch:
-
-        def kill(*_, **__):
-            raise Killed
-
-        patch.setattr(*((ckpt.os, "rename") if moment == "os.rename" else (ckpt, moment)), kill)
-        with pytest.raises(Killed):
-            save(2)
-    assert ckpt.locate(str(tmp_path / "run")) == (tmp_path / "run", first)
-    assert ckpt.read_state(first)["step"] == 1
-    assert save(3).name == "step-000003"
-    assert {p.name for p in (tmp_path / "run" / "checkpoints").iterdir()} == {"step-000003"}  # no leftovers
 
 
 @pytest.mark.parametrize("damage", ["truncated", "changed", "missing", "state"])

@@ -266,7 +266,7 @@ def test_the_default_folder_is_always_new(tmp_path, monkeypatch):
 
 
 def test_resume_auto_takes_the_newest_run_of_the_model(tmp_path, monkeypatch):
-    """By the settings.json of each run and by time, not by the folders' names."""
+    """By the settings.json of each run and by the time in its checkpoint, not by the folders' names."""
     monkeypatch.chdir(tmp_path)
 
     def make(name, model, newest, checkpoint=True):
@@ -275,12 +275,15 @@ def test_resume_auto_takes_the_newest_run_of_the_model(tmp_path, monkeypatch):
         (run / "settings.json").write_text(json.dumps(dict(model=model)))
         if checkpoint:
             (run / "checkpoints" / "step-000001").mkdir(parents=True)
-            os.utime(run / "checkpoints" / "step-000001", (newest, newest))
+            state = run / "checkpoints" / "step-000001" / "state.json"
+            state.write_text(json.dumps(dict(time=newest)) if newest != 150 else "{")
+            os.utime(state.parent, (150, 150))  # of a checkpoint without a time
 
     make("tiny-20260101-000000-2", "tiny", 50)
     make("tiny-20260101-000000-10", "tiny", 100)
     make("tiny-large-20270101", str(tmp_path / "tiny-large"), 200)
     make("mine", "tiny", 150)
+    make("tiny-20270101-000000", "tiny", 1e11)  # the clock was wrong
     make("tiny-20280101", "tiny", 0, checkpoint=False)
     (tmp_path / "runs" / "broken").mkdir()
     (tmp_path / "runs" / "broken" / "settings.json").write_text("{")

@@ -132,8 +132,6 @@ def write_weights(
     shard_bytes unless a tensor is larger; returns contiguous tensors on the CPU, by key, and may add others such as
     scales. Raises OSError.
     """
-    from safetensors.torch import save_file
-
     shards, size = [[]], 0
     for key, bytes_ in sizes.items():
         if shards[-1] and size + bytes_ > shard_bytes:
@@ -148,8 +146,7 @@ def write_weights(
         content = tensors(shard)
         weight_map |= dict.fromkeys(content, name)
         with atomic_write(folder / name, durable=True) as path:
-            save_file(content, path, metadata={"format": "pt"})
-            path.chmod(0o644)  # safetensors creates files with mode 0600
+            save_tensors(content, path)
     if len(shards) > 1:
         with atomic_write(folder / INDEX, durable=True) as path:
             path.write_text(json.dumps({"metadata": {"format": "pt"}, "weight_map": weight_map}, indent=2))
@@ -157,6 +154,18 @@ def write_weights(
     for path in [*folder.iterdir()]:
         if path.name not in current and re.fullmatch(WEIGHT_FILES, path.name):
             path.unlink(missing_ok=True)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write one .safetensors file of contiguous tensors on the CPU. Raises OSError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk, among others
+        raise OSError(str(error)) from None
+    path.chmod(0o644)  # safetensors creates files with mode 0600
 
 
 def stored_dtype(key: str, weight: torch.dtype, dtype: torch.dtype) -> torch.dtype:

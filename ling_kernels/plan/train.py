@@ -176,12 +176,10 @@ def time_lines(
 
 def storage_lines(config: LingConfig, s: Settings, one_gpu: bool) -> list[str]:
     """Disk and host memory of the checkpoints, of all GPUs together."""
-    one, disk = checkpoint_bytes(config, s), disk_bytes(config, s)
-    kept = f"all are kept, {-(-s.steps // s.save_every) if s.save_every else 1} of the run" if disk is None else (
-        f"{format_bytes(disk)} with --keep {s.keep}, one that is written, and the exported model"
-    )  # fmt: skip
+    one, (number, disk) = checkpoint_bytes(config, s), disk_bytes(config, s)
+    all_of_them = f"{format_bytes(disk)} for {number} of them and the exported model"
     whose = "a checkpoint" if one_gpu else "a checkpoint of all GPUs together"
-    return ["", f"{'disk':<12}{format_bytes(one):>10}  {whose}; {kept}",
+    return ["", f"{'disk':<12}{format_bytes(one):>10}  {whose}; {all_of_them}",
             f"{'host':<12}{format_bytes(one):>10}  at most, while a checkpoint is written"]  # fmt: skip
 
 

@@ -19,7 +19,7 @@ def changes(before: Settings, after: Settings, step: int) -> list[dict]:
     return [dict(step=step, setting=name, old=old, new=new) for name, old, new in pairs if old != new]
 
 
-def line(change: dict) -> str:
+def described(change: dict) -> str:
     old, new = (" ".join(map(str, v)) if isinstance(v, list | tuple) else v for v in (change["old"], change["new"]))
     return f"changed    {change['setting'].replace('_', '-')}: {old} up to step {change['step']}, now {new}"
 

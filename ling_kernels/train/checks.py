@@ -36,6 +36,9 @@ def check(s: Settings, config: LingConfig) -> None:
         raise InputError("--master bf16 needs --optimizer adamw8bit or muon: adamw rounds to nearest and stalls")
     if s.master == "bf16" and s.precision not in ("bf16", "fp8"):
         raise InputError("--master bf16 needs --precision bf16 or fp8")
+    for option, factor in (("--spike-loss", s.spike_loss), ("--spike-norm", s.spike_norm)):
+        if factor and factor <= 1:
+            raise InputError(f"{option} {factor}: it must be more than 1, or 0 for never")
     check_decay(s)
     if s.step_in_backward:
         check_step_in_backward(s)

@@ -30,13 +30,8 @@ from ..op import E4M3
 from ..ops.quantize import quantize_weight
 from .checkpoint import list_checkpoints, step_of
 from .report import read_lines
+from .schedule import DECAYS
 
-# Share of the rate that is left after the share x of the decay.
-DECAYS = {
-    "linear": lambda x: 1 - x,
-    "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,
-    "1-sqrt": lambda x: 1 - math.sqrt(x),
-}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.bfloat16}
 SHARD_BYTES = 2 << 30  # of an output file, which is in memory as a whole
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")

@@ -25,6 +25,7 @@ from .changes import DATA_FOLDER, changes, new_data_folder, tokens_in
 from .checks import check
 from .optimizer import bytes_per_weight
 from .settings import Settings, from_json, plain_options, settings_of, to_json
+from .sizes import checkpoint_bytes, disk_bytes, layers_and_embeddings
 
 
 @dataclass
@@ -59,15 +60,19 @@ def new_run(settings: Settings, out: str | Path | None = None, restart: bool = F
     if not weights:
         config = replace(config, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.eos_id)
     check_memory(config, settings, device[0])
+    check_disk(config, settings, user_path(out) if out else Path("runs"))
     folder, new = make_folder(out, settings.model, restart)
     lock = lock_folder(folder)
     return write_settings(Run(settings, config, tokenizer, *device, folder, lock, new, *tokens_of(folder), weights))
 
 
-def resumed_run(resume: str | Path, options: dict) -> Run:
-    """Prepare to resume from a run's latest checkpoint, or from a checkpoint; options: settings to change."""
+def resumed_run(resume: str | Path, options: dict, fall_back: bool = False) -> Run:
+    """Prepare to resume from a run's latest checkpoint, or from a checkpoint; options: settings to change. fall_back:
+    from the latest one that is not damaged, saying so."""
     folder, checkpoint = ckpt.locate(str(resume))
     lock = lock_folder(folder)
+    if fall_back:
+        checkpoint = ckpt.last_sound(checkpoint)
     state = ckpt.read_state(checkpoint)
     if missing := {"settings", "step", "data"} - state.keys():
         raise InputError(f"{checkpoint / 'state.json'} has no {', '.join(sorted(missing))}")
@@ -82,6 +87,7 @@ def resumed_run(resume: str | Path, options: dict) -> Run:
     tokenizer = load_tokenizer(checkpoint)
     fits_vocabulary(tokenizer, config, settings)
     check_memory(config, settings, device[0])
+    check_disk(config, settings, folder, state["step"])
     changed = changes(from_json(state["settings"]), settings, state["step"])
     tokens = tokens_of(folder, data_folder := state.get("data_folder", DATA_FOLDER))
     if any(change["setting"] == "data" for change in changed):
@@ -224,9 +230,24 @@ def check_memory(config: LingConfig, settings: Settings, device: torch.device) -
         )
 
 
+def check_disk(config: LingConfig, s: Settings, folder: Path, step: int = 0) -> None:
+    """Raise InputError where the disk has no room for the checkpoints that the run keeps, one more that is being
+    written, and the exported model. Those that are there already count as free: others take their place."""
+    (number, need), one = disk_bytes(config, s, step), checkpoint_bytes(config, s)
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.absolute().parent
+    there = sum(file.stat().st_size for c in ckpt.list_checkpoints(folder) for file in c.iterdir())
+    free = shutil.disk_usage(folder).free
+    if need > free + there:
+        raise InputError(
+            f"{number} checkpoints of {one / 1e9:.1f} GB and the model at the end need {need / 1e9:.1f} GB, and the"
+            f" disk of {folder} has {(free + there) / 1e9:.1f} GB: try a smaller --keep or another --out"
+        )
+
+
 def needed_bytes(config: LingConfig, s: Settings) -> int:
     """Bytes of weights, gradients and optimizer, and of FP8 weights that are kept."""
-    in_layers = config.num_parameters(mtp=True) - (in_embeddings := 2 * config.vocab_size * config.hidden_size)
+    in_layers, in_embeddings = layers_and_embeddings(config)
     options = s.optimizer, s.master, not s.step_in_backward
     fp8_copy = 1 if s.precision == "fp8" and s.fp8_weights == "kept" else 0
     return in_layers * (bytes_per_weight(*options) + fp8_copy) + in_embeddings * bytes_per_weight(*options, True)
@@ -234,11 +255,11 @@ def needed_bytes(config: LingConfig, s: Settings) -> int:
 
 def latest_run(out: Path | None, model: str) -> Path | None:
     """The run that --resume auto resumes, if there is one with a checkpoint: `out`, or of the runs of `model` in runs/
-    the one with the newest checkpoint."""
+    the one with the newest checkpoint, by the times in them. A time in the future is older than any other."""
     model = absolute("model", model)
     runs = [out] if out else [path.parent for path in Path("runs").glob("*/settings.json") if model_of(path) == model]
     newest = {run: checkpoints[-1] for run in runs if (checkpoints := ckpt.list_checkpoints(run))}
-    return max(newest, key=lambda run: newest[run].stat().st_mtime_ns, default=None)
+    return max(newest, key=lambda run: ckpt.age_key(newest[run]), default=None)
 
 
 def model_of(path: Path) -> str | None:
@@ -266,7 +287,9 @@ def make_folder(out: str | Path | None, model: str, restart: bool) -> tuple[Path
         if any(path.name != LOCK for path in folder.iterdir()) and not (
             restart and (folder / "settings.json").is_file()
         ):
-            raise InputError(f"--out {folder} is not empty; --resume {folder} continues a run")
+            begun = (folder / "settings.json").is_file() and not ckpt.list_checkpoints(folder)
+            how = f"auto --out {folder} begins its run again" if begun else f"{folder} continues a run"
+            raise InputError(f"--out {folder} is not empty; --resume {how}")
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise InputError(f"cannot write to {folder}: {error.strerror or error}") from None

@@ -61,7 +61,7 @@ class Report:
 
     def step(self, record: dict, details: Details) -> None:
         """Report one step."""
-        write_line(self.metrics, {k: finite(v) for k, v in record.items()})
+        self.metrics.write({k: finite(v) for k, v in record.items()})
         self.loggers.step(record)
         if (counts := details.expert_counts) is not None:
             self.counts = counts if self.counts is None else self.counts + counts
@@ -98,7 +98,7 @@ class Report:
         step = details.fp8["step"]
         if self.fp8 is None:
             self.fp8 = open_lines(self.run / FP8_FILE, step)
-        write_line(self.fp8, details.fp8)
+        self.fp8.write(details.fp8)
         for layer in dict.fromkeys(out.layer for out in details.out_of_range):
             found = [out for out in details.out_of_range if out.layer == layer]
             more = f", {len(found) - 1} more" if len(found) > 1 else ""
@@ -110,7 +110,7 @@ class Report:
         """Keep a sample, and print its beginning."""
         if self.samples is None:
             self.samples = open_lines(self.run / SAMPLES, step - 1)
-        write_line(self.samples, dict(step=step, prompt=prompt, text=text))
+        self.samples.write(dict(step=step, prompt=prompt, text=text))
         self.loggers.text(step, "sample", prompt + text)
         line = " ".join((prompt + text).split())
         self.say(f"step {step}: sample: {line[:SHOWN]}{'...' * (len(line) > SHOWN)}")
@@ -119,7 +119,7 @@ class Report:
         """Write the experts' load since the last such line. Call it before a checkpoint, so that a resumed run loses
         none."""
         if self.counts is not None:
-            write_line(self.load, dict(first=self.counted + 1, step=step, counts=self.counts.tolist()))
+            self.load.write(dict(first=self.counted + 1, step=step, counts=self.counts.tolist()))
         self.counts, self.counted = None, step
 
     def close(self) -> None:
@@ -143,13 +143,47 @@ def means(interval: Iterable[tuple[dict, float]]) -> dict[str, float]:
     return mean | {k: sum(r[k] * s for r, s in rows) / seconds for k in ("tokens_per_s", "mfu")}
 
 
-def open_lines(path: Path, since: int):
+class Lines:
+    """A file of JSON lines to append to. Lines that cannot be written, as on a full disk, are kept until they can."""
+
+    def __init__(self, path: Path):
+        self.path, self.file = path, open(path, "ab", buffering=0)
+        self.unwritten, self.failed = b"", False
+
+    def write(self, record: dict) -> None:
+        self.unwritten += (json.dumps(record) + "\n").encode()
+        self.flush()
+
+    def flush(self) -> None:
+        try:
+            while self.unwritten:
+                self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
+            self.failed = False
+        except OSError as error:
+            if not self.failed:
+                print(
+                    f"warning: cannot write {self.path}: {error.strerror}; its lines are kept until it can", flush=True
+                )
+            self.failed = True
+
+    def close(self) -> None:
+        self.flush()
+        self.file.close()
+
+    def __enter__(self) -> "Lines":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def open_lines(path: Path, since: int) -> Lines:
     """Open a file of JSON lines to append to. Keeps the lines of steps up to `since`; drops those that are damaged."""
     kept = [json.dumps(row) + "\n" for row in read_lines(path) if row["step"] <= since]
     try:
         with atomic_write(path) as partial:
             partial.write_text("".join(kept))
-        return open(path, "a", buffering=1)  # whole lines reach the file at once
+        return Lines(path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}") from None
 
@@ -167,13 +201,6 @@ def read_lines(path: Path) -> list[dict]:
             if isinstance(row, dict) and is_integer(row.get("step")):
                 rows.append(row)
     return rows
-
-
-def write_line(file, record: dict) -> None:
-    try:
-        file.write(json.dumps(record) + "\n")
-    except OSError as error:
-        raise InputError(f"cannot write {file.name}: {error.strerror}") from None
 
 
 def finite(value):

@@ -31,6 +31,8 @@ RECIPES = {
 MODEL_DEFAULTS = {r["default_for"]: r["settings"] for r in RECIPES.values() if "default_for" in r}
 PRESETS = {name: r["settings"] for name, r in RECIPES.items() if "default_for" not in r}
 
+SPIKE_LOSS, SPIKE_NORM = 10, 30  # in 3 runs of tiny the highest of a normal step are 1.4 and 4.4 times the median
+
 
 def flag(default, help: str, **options):
     """A field with its flag's help. options: `least` or `above`, bounds of a number; `shown`, the default in words; any
@@ -111,16 +113,20 @@ class Settings:
     eval_every: int = flag(100, "steps between validations; 0: only at the end", least=0)
     eval_rows: int = flag(64, "rows of a validation, always the same, evenly spaced", least=1)
     save_every: int = flag(200, "steps between checkpoints; 0: only at the end", least=0)
-    keep: int = flag(2, "number of latest checkpoints to keep; 0: all", least=0)
+    keep: int = flag(
+        2, "number of latest checkpoints to keep, besides the last good one and the next that may be; 0: all", least=0
+    )
+    keep_every: int = flag(0, "keep the checkpoints of every N-th step for ever; 0: none", least=0)
     log_every: int = flag(10, "steps between lines where stderr is not a terminal", least=1)
     max_bad_steps: int = flag(5, "stop after this many skipped steps in a row", least=1)
     spike_loss: float | None = flag(
         None,
-        "skip a step whose loss is more than X times the median of the last 32 that were not skipped",
-        above=1,
-        shown="never",
+        "skip a step whose loss is more than X times the median of the last 32 that were not skipped; 0: never",
+        least=0, shown=SPIKE_LOSS,
+    )  # fmt: skip
+    spike_norm: float | None = flag(
+        None, "the same for the gradient norm", least=0, shown=f"{SPIKE_NORM}, or 0 with --step-in-backward"
     )
-    spike_norm: float | None = flag(None, "the same for the gradient norm", above=1, shown="never")
     sample_tokens: int = flag(200, "length of the sample at the end; 0: none", least=0)
     sample_every: int = flag(0, "steps between samples during training, of the same prompt; 0: none", least=0)
     profile: int = flag(
@@ -172,6 +178,13 @@ class Settings:
         return parse_ramp(self.batch_ramp) if self.batch_ramp else None
 
     @property
+    def spikes(self) -> tuple[float, float]:
+        """The factors of loss and gradient norm above which a step is a spike; 0: never."""
+        loss, norm = self.spike_loss, self.spike_norm
+        norm = (0 if self.step_in_backward else SPIKE_NORM) if norm is None else norm
+        return SPIKE_LOSS if loss is None else loss, norm
+
+    @property
     def schedule(self) -> dict:
         """The arguments of schedule.learning_rate."""
         decay_steps = decay_length(self.decay, self.decay_steps, self.warmup, self.steps)
@@ -207,8 +220,8 @@ def plain(f: Field, value: Any) -> Any:
 # Settings that a resumed run may change; changes.py keeps a record of them.
 CHANGEABLE_ON_RESUME = {
     "data", "batch", "micro_batch", "lr", "warmup", "decay", "decay_steps", "min_lr", "weight_decay", "clip", "z_loss",
-    "balance_rate", "steps", "eval_every", "save_every", "keep", "log_every", "max_bad_steps", "sample_tokens",
-    "sample_every", "profile", "wandb", "device", "threads",
+    "balance_rate", "steps", "eval_every", "save_every", "keep", "keep_every", "log_every", "max_bad_steps",
+    "sample_tokens", "sample_every", "profile", "wandb", "device", "threads",
     "precision", "master", "recompute", "fp8_weights", "fp8_wgrad", "fp8_transposed", "fp8_scales", "fp8_watch",
     "fp8_fallback", "spike_loss", "spike_norm", "step_in_backward",
 }  # fmt: skip

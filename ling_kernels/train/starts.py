@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .. import __version__
 from ..model import LingConfig
-from .report import open_lines, write_line
+from .report import open_lines
 from .trainer import Trainer
 
 STARTS = "starts.jsonl"
@@ -27,7 +27,7 @@ def record_start(trainer: Trainer) -> None:
         system=platform.platform(), cores=os.cpu_count(), changes=trainer.progress.changes,
     )  # fmt: skip
     with open_lines(Path(trainer.folder) / STARTS, trainer.progress.step) as file:
-        write_line(file, line)
+        file.write(line)
 
 
 def versions() -> dict[str, str]:

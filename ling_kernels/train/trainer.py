@@ -5,6 +5,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from math import isfinite
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from .monitor import WINDOW, FP8Monitor, ceilings, spike, to_bf16
 from .optimizer import StepInBackward, clipped_step, make_optimizer, to_masters
 from .prepare import Run, deterministic, discard, new_run, peak_flops, resumed_run
 from .report import FP8_FILE, Details, read_lines
+from .saving import Writer, count_sound, kept, room_for_copy, size_of, snapshot, write
 from .schedule import learning_rate, rows_at
 from .settings import Settings, named_as_in_python, to_json
 
@@ -38,6 +40,8 @@ class Progress:
     data_start: int = 0  # the value of `sequences` when the present data began
     data_folder: str = DATA_FOLDER  # of the run: where the present data's tokens are
     changes: list[dict] = field(default_factory=list)  # of the settings, see changes.py
+    sound: int = 0  # sound steps in a row, see saving.py
+    proven: int = 0  # checkpoints up to this step are good
     recent: list[list[float]] = field(default_factory=list)  # loss and gradient norm of the last steps not skipped
     in_bf16: list[str] = field(default_factory=list)  # FP8 layers that the monitor has switched to bf16
 
@@ -116,7 +120,7 @@ class Trainer:
         s = self.settings = run.settings
         self.config, self.tokenizer, self.folder, self.lock = run.config, run.tokenizer, run.folder, run.lock
         self.device, self.device_name, self.precision = run.device, run.device_name, run.precision
-        self.progress, self.details, self.superseded = Progress(), Details(), []
+        self.progress, self.details, self.superseded, self.writer = Progress(), Details(), [], Writer()
         self.changes, new_data = run.changes, any(change["setting"] == "data" for change in run.changes)
         with deterministic():
             try:
@@ -180,8 +184,9 @@ class Trainer:
             for name in self.details.switched:
                 to_bf16(self.model, name)
                 progress.in_bf16.append(name)
+        count_sound(progress, None if progress.bad else record["main_loss"], self.config.vocab_size)
         if progress.bad >= s.max_bad_steps:
-            raise Diverged(f"no finite loss and gradient in {progress.bad} steps up to {progress.step}", record)
+            raise Diverged(f"no sound loss and gradient in {progress.bad} steps up to {progress.step}", record)
         return record
 
     def evaluate(self) -> float:
@@ -189,13 +194,26 @@ class Trainer:
         with deterministic():
             return evaluate(self.model, self.validation, self.precision)
 
-    def save(self) -> Path:
-        """Write a checkpoint of the steps done so far and remove all but the last `settings.keep`; returns its folder.
+    def save(self, wait: bool = True) -> Path:
+        """Write a checkpoint of the steps done so far, and remove others as `settings.keep` says; returns its folder.
 
-        A checkpoint appears whole or not at all. Raises InputError where it cannot be written.
+        A checkpoint appears whole or not at all. wait=False returns as soon as the tensors are copied to the host, and
+        a thread writes them: `writer.wait()` waits for it. Where the host has no memory for a copy, this waits. Raises
+        NotSaved (an InputError) where a checkpoint cannot be written; for the one of a thread, the next `save`,
+        `writer.poll()` or `writer.wait()` raises it.
         """
-        state = asdict(self.progress) | dict(settings=to_json(self.settings), data=self.data, torch=torch.__version__)
-        return ckpt.save_checkpoint(self.folder, self.model, self.optimizer, self.tokenizer, state, self.settings.keep)
+        self.writer.wait()
+        s, proven = self.settings, self.progress.proven
+        state = asdict(self.progress) | dict(settings=to_json(s), data=self.data, torch=torch.__version__)
+        wait = wait or not room_for_copy(size_of(self.model, self.optimizer))
+        tensors = snapshot(self.model, self.optimizer, copy=not wait)
+        keep = partial(kept, keep=s.keep, keep_every=s.keep_every, proven=proven)
+        job = partial(write, self.folder, tensors, self.tokenizer, state, keep)
+        if wait:
+            job()
+        else:
+            self.writer.start(job)
+        return ckpt.checkpoint_folder(self.folder, self.progress.step)
 
     def export(self, folder: str | Path) -> None:
         """Write the model in bf16 and its tokenizer as a Hugging Face folder."""
@@ -255,7 +273,7 @@ def train_step(
     rows = rows_at(step, settings.batch, settings.ramp, settings.micro_batch or 1)
     lr = learning_rate(step, **settings.schedule)
     optimizer.zero_grad()
-    limits = settings.spike_loss, settings.spike_norm
+    limits = settings.spikes
     highest_loss, highest_norm = ceilings(progress.recent, limits)
 
     def usable(loss: torch.Tensor) -> torch.Tensor:
