@@ -15,11 +15,6 @@ struct NewTokens {
     float *k_scale, *v_scale;
 };
 
-template <typename T> __device__ Vec<kVec> load_weight(const void* w, bool fp32) {
-    const int column = threadIdx.x % kLanes * kVec;
-    return fp32 ? load<kVec>(static_cast<const float*>(w) + column) : load<kVec>(static_cast<const T*>(w) + column);
-}
-
 __device__ inline unsigned head_max(unsigned x) {
 #pragma unroll
     for (int d = kLanes / 2; d; d /= 2) x = max(x, __shfl_xor_sync(~0u, x, d));
@@ -35,49 +30,74 @@ template <typename C> __device__ void store_cell(C* row, const Vec<kVec>& y, flo
                                          to_e4m3x4(y[4] / scale, y[5] / scale, y[6] / scale, y[7] / scale)};
 }
 
-// Called by a whole block; half a warp has a row of qkv. For sequence seq and KV head `head` it prepares the queries
-// from row r0 on, and the new tokens among the block's keys first .. stop - 1. The blocks of the first rows write the
-// cells.
-template <typename T, typename C>
-__device__ void prepare(Fresh<T, C>& fresh, const NewTokens& in, const Cache& cache, int seq, int head, int first,
-                        int stop, int n, int G, int r0) {
-    const int lane = threadIdx.x % kLanes, rows = min(n * G - r0, kRows), begin = cache.lengths[seq] - n;
-    const int jobs = rows + (stop > begin ? 2 * n : 0);
-    if (threadIdx.x == 0) fresh.begin = begin, fresh.n = n;
-    for (int base = 0; base < jobs; base += kThreads / kLanes) {  // uniform: all threads shuffle
-        const int job = base + threadIdx.x / kLanes, kind = (job >= rows) + (job >= rows + n);  // query, key, value
-        const int token = kind ? (job - rows) % n : (r0 + job) / G, position = begin + token;
-        const int h = kind ? cache.Hkv * (G + kind - 1) + head : head * G + (r0 + job) % G;
-        const bool real = job < jobs && position >= 0, new_key = real && kind && position >= first && position < stop;
-        const int page = new_key ? cache.table[int64_t{seq} * cache.max_pages + position / cache.page_size] : -1;
+// The first phase of a block, for a sequence and a KV head: the queries from row r0 on, and the new tokens among the
+// block's keys first .. stop - 1. Half a warp has a row of qkv; all loads of a row are in flight at once. The blocks of
+// the first rows write the cells.
+template <typename T, typename C> struct Preparation {
+    static constexpr int kAtOnce = kThreads / kLanes;
+    const NewTokens& in;
+    const Cache& cache;
+    int seq, head, first, stop, n, r0, rows, begin;  // begin: position of the first new token
+    const Divisor& G;
+
+    struct Row {
+        int kind, token, position, page;  // kind: query, key, value; page: of a key or value
+        bool real, stays;                 // stays: it is a key or value of the block
+        uint4 x, weight[2];
+        Angles angles;
+    };
+
+    __device__ int jobs() const { return rows + (stop > begin ? 2 * n : 0); }
+
+    __device__ Row load_row(int base) const {
+        const int lane = threadIdx.x % kLanes, job = base + threadIdx.x / kLanes;
+        const int kind = (job >= rows) + (job >= rows + n), group = G.value();
+        const int token = kind ? job - rows - (kind - 1) * n : G.quotient(r0 + job), position = begin + token;
+        const int h = kind ? cache.Hkv * (group + kind - 1) + head : head * group + G.remainder(r0 + job);
+        const bool real = job < jobs() && position >= 0;
         LING_DEVICE_CHECK(!real || position < in.P);
-        Vec<kVec> x = {};
+        const bool stays = real && kind && position >= first && position < stop;
+        Row row{kind, token, position, 0, real, stays, {}, {}, Angles(in.cos, in.sin, position, in.P, real)};
         if (real)
-            x = load<kVec>(static_cast<const T*>(in.qkv) +
-                           ((int64_t{seq} * n + token) * (cache.Hkv * (G + 2)) + h) * kD + lane * kVec);
-        Vec<kVec> y = x;
-        const Angles angles(in.cos, in.sin, position, in.P, real);
-        norm_and_rotate(y, load_weight<T>(kind ? in.k_weight : in.q_weight, in.fp32_weights), angles, in.eps);
-        if (kind == 2) y = x;
+            row.x = *reinterpret_cast<const uint4*>(static_cast<const T*>(in.qkv) +
+                                                    ((int64_t{seq} * n + token) * (cache.Hkv * (group + 2)) + h) * kD +
+                                                    lane * kVec);
+        const char* weight = static_cast<const char*>(kind ? in.k_weight : in.q_weight);
+        weight += lane * kVec * (in.fp32_weights ? sizeof(float) : sizeof(T));
+        row.weight[0] = *reinterpret_cast<const uint4*>(weight);
+        row.weight[1] = *reinterpret_cast<const uint4*>(weight + (in.fp32_weights ? 16 : 0));
+        row.page = cache.table[int64_t{seq} * cache.max_pages + (stays ? cache.page_size.quotient(position) : 0)];
+        return row;
+    }
+
+    __device__ static Vec<kVec> to_floats(const uint4& raw) { return load<kVec>(reinterpret_cast<const T*>(&raw)); }
+
+    __device__ void finish(const Row& row, int base, Fresh<T, C>& fresh) const {
+        const int lane = threadIdx.x % kLanes, job = base + threadIdx.x / kLanes;
+        const Vec<kVec> x = to_floats(row.x), whole = load<kVec>(reinterpret_cast<const float*>(row.weight));
+        Vec<kVec> y = x, weight = to_floats(row.weight[0]);
+#pragma unroll
+        for (int j = 0; j < kVec; j++) weight[j] = in.fp32_weights ? whole[j] : weight[j];
+        norm_and_rotate(y, weight, row.angles, in.eps);
+        if (row.kind == 2) y = x;
         unsigned amax = 0;
 #pragma unroll
         for (int j = 0; j < kVec; j++)
             y[j] = static_cast<float>(static_cast<T>(y[j])), amax = max(amax, abs_bits(y[j]));
         const float scale = sizeof(C) == 1 ? block_scale(head_max(amax), false) : 1;
-        if (!real) continue;
-        if (kind == 0) {
-            store(fresh.q[job] + lane * kVec, y);
-        } else if (new_key) {
-            const int64_t cell = (int64_t{page} * cache.page_size + position % cache.page_size) * cache.Hkv + head;
-            const bool writes = blockIdx.z == 0 && page >= 0 && page < cache.num_pages;
-            store_cell(fresh.cells[kind - 1][token], y, scale);
-            if (writes) store_cell(static_cast<C*>(kind == 1 ? in.k : in.v) + cell * kD, y, scale);
-            if (sizeof(C) == 1 && lane == 0) {
-                fresh.scales[kind - 1][token] = scale;
-                if (writes) (kind == 1 ? in.k_scale : in.v_scale)[cell] = scale;
-            }
+        if (row.kind == 0) {
+            store(fresh.q[job] + lane * kVec, y);  // 0 for a token before the sequence, which sees no key
+        } else if (row.stays) {
+            const int i = row.kind - 1;
+            store_cell(fresh.cells[i][row.token], y, scale);
+            if (sizeof(C) == 1 && lane == 0) fresh.scales[i][row.token] = scale;
+            if (blockIdx.z > 0 || row.page < 0 || row.page >= cache.num_pages) return;
+            const int row_of_cache = row.page * cache.page_size.value() + cache.page_size.remainder(row.position);
+            const int64_t cell = int64_t{row_of_cache} * cache.Hkv + head;
+            store_cell(static_cast<C*>(i ? in.v : in.k) + cell * kD, y, scale);
+            if (sizeof(C) == 1 && lane == 0) (i ? in.v_scale : in.k_scale)[cell] = scale;
         }
     }
-}
+};
 
 }  // namespace ling::decode
