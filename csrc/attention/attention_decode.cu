@@ -96,17 +96,18 @@ __device__ void combine_runs(const Result& to, const float* partial, const float
     for (int r = r0 + threadIdx.x / 32; r < min(r0 + kRows, R); r += kWarps) {
         float largest = -INFINITY, total = 0, sum[4] = {};
         for (int begin = first; begin < stop; begin += 32) {
-            const int64_t at = int64_t{begin + b} * rows + h * R + r;
+            const int at = (begin + b) * rows + h * R + r;
             const float lse = begin + lane < stop ? lse_log2[at + lane * rows] : -INFINITY;  // lane l: of run begin + l
-            Vec<4> pieces[32] = {};                                                          // all in flight
+            const float* from = partial + int64_t{at} * kD + lane * 4;
+            Vec<4> pieces[32] = {};  // all in flight
 #pragma unroll
-            for (int p = 0; p < 32; p++)
-                if (begin + p < stop) pieces[p] = load<4>(partial + (at + p * rows) * kD + lane * 4);
+            for (int p = 0; p < 32; p++, from += rows * kD)
+                if (begin + p < stop) pieces[p] = load<4>(from);
             float larger = fmaxf(largest, lse);
             for (int d = 16; d; d /= 2) larger = fmaxf(larger, __shfl_xor_sync(~0u, larger, d));
             const float base = larger == -INFINITY ? 0.f : larger, shrink = exp2_approx(largest - base),
                         weight = exp2_approx(lse - base);
-            largest = larger, total = total * shrink + weight;
+            largest = larger, total = total * shrink + warp_sum(weight);
 #pragma unroll
             for (float& x : sum) x *= shrink;
 #pragma unroll
@@ -116,7 +117,6 @@ __device__ void combine_runs(const Result& to, const float* partial, const float
                 for (int i = 0; i < 4; i++) sum[i] += p_weight * pieces[p][i];
             }
         }
-        total = warp_sum(total);
         const float inverse = reciprocal(total);  // at least 1
 #pragma unroll
         for (float& x : sum) x = total == 0 ? 0.f : x * inverse;
@@ -135,6 +135,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     __shared__ std::conditional_t<kAppends, Fresh<T, C>, char> fresh;
     launch_dependents();
     wait_for_previous();
+    std::conditional_t<kAppends, Weights<T>, NewTokens> weights(tokens);
     const Runs runs(cache);
     const int share = runs.share, R = n * G.value(), r0 = blockIdx.z * kRows, head = blockIdx.y;
     for (int b = blockIdx.x; b < cache.B; b += cache.W.value()) {
@@ -161,7 +162,7 @@ __global__ void __launch_bounds__(kThreads, 2)
             me.lane_page = me.load_page(0);
             if constexpr (kAppends) {
                 const Preparation<T, C> prepare{
-                    tokens, cache, seq, head, me.first, me.stop, n, r0, min(R - r0, kRows), length - n, G};
+                    tokens, cache, seq, head, me.first, me.stop, n, r0, min(R - r0, kRows), length - n, G, weights};
                 for (int base = 0; base < prepare.jobs(); base += prepare.kAtOnce) {
                     const auto row = prepare.load_row(base);
                     if (base == 0) me.start();
@@ -236,6 +237,7 @@ void run(cudaStream_t stream, const Tensor& q, const NewTokens* tokens, const Te
     LING_CHECK(lse_log2.is(DType::f32, {W + B, Hkv, n * G}) && lse_log2.contiguous());
     LING_CHECK(max_pages * page_size < 1 << 30 && B * (ceil_div<int64_t>(max_pages * page_size, kTile) + 1) < 1 << 30);
     LING_CHECK(W + B < 1ll << 31 && Hq * n < 1 << 16 && num_pages * page_size < 1ll << 31);
+    LING_CHECK((W + B) * Hq * n < 1ll << 31 && B * n * (Hq + 2 * Hkv) < 1ll << 31 && B * max_pages < 1ll << 31);
     LING_CHECK(!out_q.ndim || (out_q.is(DType::e4m3, {B * n, Hq * kD}) && out_q.contiguous() && out_q.aligned()));
     LING_CHECK(!out_q.ndim || (out_scale.is(DType::f32, {B * n, Hq}) && (B * n == 1 || out_scale.stride[0] == 1)));
     LING_CHECK(num_pages > 0 && page_size > 0 && max_pages > 0);

@@ -19,6 +19,7 @@ struct Cache {
     Divisor page_size, W;              // in tokens; number of runs
 
     __device__ int used(int length) const { return min(max(length, 0), max_pages * page_size.value()); }
+    __device__ int page_of(int seq, int key) const { return table[seq * max_pages + page_size.quotient(key)]; }
 };
 
 // The tiles of keys of all sequences. Each of W blocks has an equal run of them. A warp holds the first 32 lengths, so
@@ -161,8 +162,7 @@ template <typename T, typename C, bool kAppends> struct Warp {
     // The page of the lane's step of the group that begins with step `group`
     __device__ int load_page(int group) const {
         const int lane_key = key(group + lane);
-        if (lane_key >= stop) return 0;
-        return cache.table[int64_t{seq} * cache.max_pages + cache.page_size.quotient(lane_key)];
+        return lane_key < stop ? cache.page_of(seq, lane_key) : 0;
     }
 
     // The cell of the step's first key; the 16 lie in one page. Called for one step after another.
@@ -178,7 +178,8 @@ template <typename T, typename C, bool kAppends> struct Warp {
 
     // The row of key (kind 0) or value (kind 1) number `index` after a cell
     __device__ const C* row_of(int kind, int cell, int index) const {
-        return static_cast<const C*>(kind ? cache.v : cache.k) + (int64_t{cell + index} * cache.Hkv + head) * kD;
+        const C* const of_head = static_cast<const C*>(kind ? cache.v : cache.k) + head * kD;
+        return of_head + int64_t{cell + index} * (cache.Hkv * kD);
     }
     __device__ static int value_index(int i, int c) { return 8 * (i / 2) + 2 * c + i % 2; }
 
@@ -318,7 +319,7 @@ template <typename T, typename C, bool kAppends> struct Warp {
         }
     }
 
-    // Loads the first step.
+    // Loads the first step; called after lane_page = load_page(0).
     __device__ void start() {
         steps = max(ceil_div(stop - key(0), kTile), 0);
 #pragma unroll
@@ -332,7 +333,8 @@ template <typename T, typename C, bool kAppends> struct Warp {
 #pragma unroll
                 for (uint4& chunk : value) chunk = {};
         scales = 0;
-        if (steps) cell = locate(0), load_keys(0, cell), load_values(0, cell);
+        cell = locate(0), load_keys(0, cell),
+        load_values(0, cell);  // nothing without steps: then key(0) is past the end
     }
 
     // row0, row1: queries of the lane's rows, or null. scale: of their products with keys, in base 2

@@ -30,6 +30,32 @@ template <typename C> __device__ void store_cell(C* row, const Vec<kVec>& y, flo
                                          to_e4m3x4(y[4] / scale, y[5] / scale, y[6] / scale, y[7] / scale)};
 }
 
+// A lane's part of both weights, as loaded
+template <typename T> struct Weights {
+    uint4 raw[2][2];  // of queries, of keys; the second half with fp32
+    bool fp32;
+
+    __device__ explicit Weights(const NewTokens& in) : fp32(in.fp32_weights) {
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+            const char* from = static_cast<const char*>(k ? in.k_weight : in.q_weight);
+            from += threadIdx.x % kLanes * kVec * (fp32 ? sizeof(float) : sizeof(T));
+            raw[k][0] = *reinterpret_cast<const uint4*>(from);
+            raw[k][1] = *reinterpret_cast<const uint4*>(from + (fp32 ? 16 : 0));
+        }
+    }
+    __device__ Vec<kVec> of(int kind) const {
+        uint4 mine[2];
+#pragma unroll
+        for (int i = 0; i < 2; i++) mine[i] = kind ? raw[1][i] : raw[0][i];
+        const Vec<kVec> half = load<kVec>(reinterpret_cast<const T*>(mine));
+        Vec<kVec> weight = load<kVec>(reinterpret_cast<const float*>(mine));
+#pragma unroll
+        for (int j = 0; j < kVec; j++) weight[j] = fp32 ? weight[j] : half[j];
+        return weight;
+    }
+};
+
 // The first phase of a block, for a sequence and a KV head: the queries from row r0 on, and the new tokens among the
 // block's keys first .. stop - 1. Half a warp has a row of qkv; all loads of a row are in flight at once. The blocks of
 // the first rows write the cells.
@@ -39,46 +65,42 @@ template <typename T, typename C> struct Preparation {
     const Cache& cache;
     int seq, head, first, stop, n, r0, rows, begin;  // begin: position of the first new token
     const Divisor& G;
+    const Weights<T>& weights;
 
     struct Row {
         int kind, token, position, page;  // kind: query, key, value; page: of a key or value
-        bool real, stays;                 // stays: it is a key or value of the block
-        uint4 x, weight[2];
+        bool stays;                       // it is a key or value of the block
+        uint4 x;
         Angles angles;
     };
 
     __device__ int jobs() const { return rows + (stop > begin ? 2 * n : 0); }
 
+    // Jobs past the last one load its row again, as branches between loads and their use are waits.
     __device__ Row load_row(int base) const {
-        const int lane = threadIdx.x % kLanes, job = base + threadIdx.x / kLanes;
-        const int kind = (job >= rows) + (job >= rows + n), group = G.value();
-        const int token = kind ? job - rows - (kind - 1) * n : G.quotient(r0 + job), position = begin + token;
-        const int h = kind ? cache.Hkv * (group + kind - 1) + head : head * group + G.remainder(r0 + job);
-        const bool real = job < jobs() && position >= 0;
+        const int lane = threadIdx.x % kLanes, group = G.value(), heads = cache.Hkv * (group + 2);
+        const int unclamped = base + threadIdx.x / kLanes, job = min(unclamped, jobs() - 1);
+        const int kind = (job >= rows) + (job >= rows + n), query = r0 + job;
+        const int token = kind ? job - rows - (kind - 1) * n : G.quotient(query), position = begin + token;
+        const int h = kind ? heads - (3 - kind) * cache.Hkv + head : head * group + G.remainder(query);
+        const bool real = position >= 0,
+                   stays = unclamped == job && real && kind && position >= first && position < stop;
         LING_DEVICE_CHECK(!real || position < in.P);
-        const bool stays = real && kind && position >= first && position < stop;
-        Row row{kind, token, position, 0, real, stays, {}, {}, Angles(in.cos, in.sin, position, in.P, real)};
-        if (real)
-            row.x = *reinterpret_cast<const uint4*>(static_cast<const T*>(in.qkv) +
-                                                    ((int64_t{seq} * n + token) * (cache.Hkv * (group + 2)) + h) * kD +
-                                                    lane * kVec);
-        const char* weight = static_cast<const char*>(kind ? in.k_weight : in.q_weight);
-        weight += lane * kVec * (in.fp32_weights ? sizeof(float) : sizeof(T));
-        row.weight[0] = *reinterpret_cast<const uint4*>(weight);
-        row.weight[1] = *reinterpret_cast<const uint4*>(weight + (in.fp32_weights ? 16 : 0));
-        row.page = cache.table[int64_t{seq} * cache.max_pages + (stays ? cache.page_size.quotient(position) : 0)];
-        return row;
+        const auto* x = static_cast<const T*>(in.qkv) + int64_t{(seq * n + token) * heads + h} * kD + lane * kVec;
+        return {kind,
+                token,
+                position,
+                cache.page_of(seq, stays ? position : 0),
+                stays,
+                *reinterpret_cast<const uint4*>(x),
+                Angles(in.cos, in.sin, position, in.P, real)};
     }
-
-    __device__ static Vec<kVec> to_floats(const uint4& raw) { return load<kVec>(reinterpret_cast<const T*>(&raw)); }
 
     __device__ void finish(const Row& row, int base, Fresh<T, C>& fresh) const {
         const int lane = threadIdx.x % kLanes, job = base + threadIdx.x / kLanes;
-        const Vec<kVec> x = to_floats(row.x), whole = load<kVec>(reinterpret_cast<const float*>(row.weight));
-        Vec<kVec> y = x, weight = to_floats(row.weight[0]);
-#pragma unroll
-        for (int j = 0; j < kVec; j++) weight[j] = in.fp32_weights ? whole[j] : weight[j];
-        norm_and_rotate(y, weight, row.angles, in.eps);
+        const Vec<kVec> x = load<kVec>(reinterpret_cast<const T*>(&row.x));
+        Vec<kVec> y = x;
+        norm_and_rotate(y, weights.of(row.kind), row.angles, in.eps);
         if (row.kind == 2) y = x;
         unsigned amax = 0;
 #pragma unroll
@@ -86,7 +108,7 @@ template <typename T, typename C> struct Preparation {
             y[j] = static_cast<float>(static_cast<T>(y[j])), amax = max(amax, abs_bits(y[j]));
         const float scale = sizeof(C) == 1 ? block_scale(head_max(amax), false) : 1;
         if (row.kind == 0) {
-            store(fresh.q[job] + lane * kVec, y);  // 0 for a token before the sequence, which sees no key
+            store(fresh.q[job] + lane * kVec, y);  // a token before the sequence sees no key
         } else if (row.stays) {
             const int i = row.kind - 1;
             store_cell(fresh.cells[i][row.token], y, scale);
