@@ -10,6 +10,7 @@ import functools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 from .errors import InputError
@@ -37,7 +38,7 @@ class StandIns:
         names = sorted(names, key=len, reverse=True)
         letters = {next((letter for letter in name if not letter.isalnum()), name[0]) for name in names}
         used = set().union(*texts)
-        free = [chr(code) for code in STAND_INS if chr(code) not in used][: len(letters)]
+        free = [*islice((chr(code) for code in STAND_INS if chr(code) not in used), len(letters))]
         if len(free) < len(letters):
             raise InputError("the messages use every private character of Unicode, so none can stand for their tokens")
         self.hidden = str.maketrans(dict(zip(sorted(letters), free, strict=True)))

@@ -35,6 +35,7 @@ def test_no_row_comes_twice_and_none_is_lost():
     assert [len(b.ids) for b in batches] == [3, 2]
     kept = torch.cat([b.ids.flatten()[b.labels.flatten() != -100] for b in batches])
     assert kept.tolist() == [*range(71)]
+    assert sum(b.targets() for b in batches) == 71 - 7  # five rows and two documents within them begin
     enough = Settings(seq_len=16, eval_rows=4, batch=3)  # four full rows, as ever
     rows = torch.cat([b.ids for b in validation_batches([docs], enough)])
     assert torch.equal(rows, Packed(docs, 16, None).batch(range(4)).ids)
