@@ -29,8 +29,8 @@ def run_of(settings, folder, steps):
 
 def rows_of(trainer, steps=1):
     """The numbers of the rows that the next steps take."""
-    rows, batch = [], trainer.packed.batch
-    trainer.packed.batch = lambda numbers: (rows.extend(numbers), batch(numbers))[1]
+    rows, batch = [], trainer.rows.batch
+    trainer.rows.batch = lambda numbers: (rows.extend(numbers), batch(numbers))[1]
     for _ in range(steps):
         trainer.step()
     return rows
