@@ -190,7 +190,7 @@ def test_resume_auto_falls_back(tmp_path, flags, capsys):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_while_tokenising_leaves_nothing(tmp_path, flags, monkeypatch, number, capsys):
-    genuine = module.gather_tokens
+    genuine = module.open_corpus
 
     def interrupted(*args):
         (tmp_path / "run" / "data").mkdir()
@@ -199,7 +199,7 @@ def test_a_signal_while_tokenising_leaves_nothing(tmp_path, flags, monkeypatch, 
         return genuine(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "gather_tokens", interrupted)
+        patch.setattr(module, "open_corpus", interrupted)
         assert main([*flags, "--out", str(tmp_path / "run"), "--steps", "2"]) == 75
     assert "stopped before the first step" in capsys.readouterr().err and not (tmp_path / "run").exists()
     assert main([*flags, "--out", str(tmp_path / "run"), "--steps", "2"]) == 0
