@@ -133,11 +133,13 @@ def test_checkpoint_bytes_are_those_of_real_tensors(optimizer, master):
         p.grad = p.detach() * 0 + 1
     opt.step()
     state = sum(t.nbytes for of in opt.state.values() for t in of.values())
-    weights = sum(4 * p.numel() for p in model.parameters())
+    weights = sum(p.nbytes for p in model.parameters())
     assert checkpoint_bytes(config, s) == pytest.approx(weights + state, rel=0.03)
-    assert disk_bytes(config, replace(s, keep=0)) is None
-    n = config.num_parameters(mtp=True)
-    assert disk_bytes(config, replace(s, keep=3)) == 4 * checkpoint_bytes(config, s) + 2 * n
+    one, exported = checkpoint_bytes(config, s), 2 * config.num_parameters(mtp=True)
+    s = replace(s, steps=1000, save_every=100)
+    assert disk_bytes(config, replace(s, keep=3)) == (4, 4 * one + exported)
+    assert disk_bytes(config, replace(s, keep=0)) == (10, 10 * one + exported)
+    assert disk_bytes(config, replace(s, keep=3), step=900) == (1, one + exported)
 
 
 def test_the_verdict_looks_at_the_worst_load():
@@ -165,7 +167,7 @@ def test_what_is_printed(capsys):
     speed = float(re.search(r"^tokens/s .* ([\d,]+)$", out, re.M)[1].replace(",", ""))
     step = float(re.search(r"^step .* ([\d.]+) ms$", out, re.M)[1])
     assert speed == pytest.approx(1024 / step * 1000, rel=0.01)
-    assert "run, 0.000102 B tokens" in out and "with --keep 2" in out
+    assert "run, 0.000102 B tokens" in out and "for 1 of them and the exported model" in out
     assert main([*argv, "--gpu-hour", "3"]) == 0
     out = capsys.readouterr().out
     hours = float(re.search(r"^1 B tokens .* ([\d.]+) min$", out, re.M)[1]) / 60

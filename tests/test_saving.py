@@ -86,7 +86,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("moment", [
     (saving, "write_weights"), (saving, "save_tensors"), (ckpt, "checksum"), (ckpt, "make_durable"), (os, "rename"),
-], ids=str)  # fmt: skip
+], ids=lambda moment: moment[1])  # fmt: skip
 @pytest.mark.parametrize("how", ["killed", "full"])
 def test_what_ends_a_save_leaves_the_checkpoint_before(trainer, monkeypatch, moment, how):
     first = trainer.save()
@@ -164,18 +164,19 @@ def test_a_checkpoint_is_good_after_sound_steps():
     assert progress.proven == len(losses) + GOOD_AFTER - 1
 
 
-def test_a_diverged_run_is_repaired_from_the_checkpoint_that_it_names(tmp_path, flags, capsys):
-    argv = [*flags, "--out", str(tmp_path), "--steps", "48", "--save-every", "4", "--keep", "1", "--lr", "1e-3"]
+def test_a_diverged_run_is_repaired_from_the_checkpoint_that_it_names(tmp_path, flags, capsys, monkeypatch):
+    monkeypatch.setattr(saving, "GOOD_AFTER", 6)
+    argv = [*flags, "--out", str(tmp_path), "--steps", "16", "--save-every", "2", "--keep", "1", "--lr", "1e-3"]
     assert main(argv) == 0
-    assert [c.name for c in ckpt.list_checkpoints(tmp_path)] == ["step-000004", "step-000032", "step-000048"]
-    again = ["--resume", str(tmp_path), "--steps", "90"]
+    assert [c.name for c in ckpt.list_checkpoints(tmp_path)] == ["step-000010", "step-000014", "step-000016"]
+    again = ["--resume", str(tmp_path), "--steps", "30"]
     assert main([*again, "--lr", "1e6", "--max-bad-steps", "3", "--clip", "0", "--spike-loss", "2"]) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "the last good checkpoint is" in error
     named = error.split("the last good checkpoint is ")[1].split(": --resume")[0]
-    assert main(["--resume", named, "--lr", "1e-3", "--clip", "1", "--steps", "56"]) == 0
+    assert main(["--resume", named, "--lr", "1e-3", "--clip", "1", "--steps", "18"]) == 0
     last = [json.loads(row) for row in (tmp_path / "metrics.jsonl").read_text().splitlines()][-1]
-    assert last["step"] == 56 and last["main_loss"] < 6 and "skipped" not in last
+    assert last["step"] == 18 and last["main_loss"] < 6 and "skipped" not in last
 
 
 def test_resume_auto_falls_back(tmp_path, flags, capsys):
@@ -190,7 +191,7 @@ def test_resume_auto_falls_back(tmp_path, flags, capsys):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_while_tokenising_leaves_nothing(tmp_path, flags, monkeypatch, number, capsys):
-    genuine = module.gather_tokens
+    genuine = module.open_corpus
 
     def interrupted(*args):
         (tmp_path / "run" / "data").mkdir()
@@ -199,7 +200,7 @@ def test_a_signal_while_tokenising_leaves_nothing(tmp_path, flags, monkeypatch, 
         return genuine(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "gather_tokens", interrupted)
+        patch.setattr(module, "open_corpus", interrupted)
         assert main([*flags, "--out", str(tmp_path / "run"), "--steps", "2"]) == 75
     assert "stopped before the first step" in capsys.readouterr().err and not (tmp_path / "run").exists()
     assert main([*flags, "--out", str(tmp_path / "run"), "--steps", "2"]) == 0
@@ -242,3 +243,13 @@ def test_lines_of_a_full_disk_are_written_later(tmp_path, capsys):
     lines.write(dict(step=4))
     lines.close()
     assert read_lines(tmp_path / "a.jsonl") == [dict(step=n) for n in (1, 2, 3, 4)]
+
+
+def test_a_run_killed_before_its_first_checkpoint_says_how_to_begin_again(tmp_path, flags, capsys):
+    argv = [*flags, "--out", str(tmp_path), "--steps", "1"]
+    (tmp_path / "settings.json").write_text("{}")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / ".tokens.bin.partial").write_bytes(b"x")
+    assert f"--resume auto --out {tmp_path} begins its run again" in one_line_error(argv, capsys)
+    assert main([*argv, "--resume", "auto"]) == 0
+    assert f"--resume {tmp_path} continues a run" in one_line_error(argv, capsys)

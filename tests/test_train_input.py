@@ -35,6 +35,7 @@ NUMBERS = [
     ("--precision fp4", "--precision"), ("--recompute experts", "--precision fp8"), ("--recompute most", "--recompute"),
     ("--nonsense 3", "--nonsense"), ("--weight-decay -0.1", "--weight-decay"), ("--max-bad-steps 0", "--max-bad-steps"),
     ("--balance-rate nan", "--balance-rate"), ("--device tpu", "--device"), ("--threads 1000000000", "--threads"),
+    ("--encoding klingon", "--encoding klingon"),
 ]  # fmt: skip
 
 
@@ -84,6 +85,9 @@ def bad_data(folder, kind):
     if kind == "empty":
         path.write_text("")
         return path, "empty"
+    if kind == "encoding":
+        path.write_bytes("naïve".encode("latin-1"))
+        return path, "x.txt is not utf-8 at byte 2; --encoding"
     if kind == "short":
         path.write_text("too short")
         return path, "too small"
@@ -157,9 +161,9 @@ def bad_data(folder, kind):
 
 
 KINDS = (
-    "missing folder suffix empty short dangling jsonl-malformed jsonl-field jsonl-list jsonl-number jsonl-surrogate "
-    "jsonl-bytes parquet-garbage parquet-column parquet-number bin-alone bin-truncated bin-range bin-vocab bin-eos "
-    "bin-dtype bin-tokens bin-list bin-inf bin-deep jsonl-deep jsonl-digits parquet-latin"
+    "missing folder suffix empty encoding short dangling jsonl-malformed jsonl-field jsonl-list jsonl-number "
+    "jsonl-surrogate jsonl-bytes parquet-garbage parquet-column parquet-number bin-alone bin-truncated bin-range "
+    "bin-vocab bin-eos bin-dtype bin-tokens bin-list bin-inf bin-deep jsonl-deep jsonl-digits parquet-latin"
 ).split()
 
 

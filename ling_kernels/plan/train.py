@@ -64,7 +64,7 @@ def show(options: dict, layout: str | None, gpu_hour: float | None = None) -> in
     if not one_gpu:
         print(*layout_lines(settings, layout, stage, plans), sep="\n")
     print(*time_lines(config, settings, layout, plans, gpu_hour), sep="\n")
-    print(*storage_lines(config, replace(settings, batch=settings.batch * layout.dp)), sep="\n")
+    print(*storage_lines(config, settings, one_gpu), sep="\n")
     return 0
 
 
@@ -174,13 +174,12 @@ def time_lines(
     return ["", *lines, *textwrap.wrap(about, 118)]
 
 
-def storage_lines(config: LingConfig, s: Settings) -> list[str]:
-    """Disk and host memory of the checkpoints."""
-    one, disk = checkpoint_bytes(config, s), disk_bytes(config, s)
-    kept = f"all are kept, {-(-s.steps // s.save_every) if s.save_every else 1} of the run" if disk is None else (
-        f"{format_bytes(disk)} with --keep {s.keep}, one being written and the exported model"
-    )  # fmt: skip
-    return ["", f"{'disk':<12}{format_bytes(one):>10}  a checkpoint, of all GPUs together; {kept}",
+def storage_lines(config: LingConfig, s: Settings, one_gpu: bool) -> list[str]:
+    """Disk and host memory of the checkpoints, of all GPUs together."""
+    one, (number, disk) = checkpoint_bytes(config, s), disk_bytes(config, s)
+    all_of_them = f"{format_bytes(disk)} for {number} of them and the exported model"
+    whose = "a checkpoint" if one_gpu else "a checkpoint of all GPUs together"
+    return ["", f"{'disk':<12}{format_bytes(one):>10}  {whose}; {all_of_them}",
             f"{'host':<12}{format_bytes(one):>10}  at most, while a checkpoint is written"]  # fmt: skip
 
 

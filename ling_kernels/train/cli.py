@@ -26,11 +26,10 @@ from .profiling import StepProfiler
 from .report import SAMPLES, Report, open_lines
 from .saving import NotSaved, last_good
 from .settings import Settings, add_flags, settings_of, to_json
-from .signals import interrupted_by_sigterm, stop_on_signals
+from .signals import STOPPED, interrupted_by_sigterm, stop_on_signals
 from .starts import moe_layers, record_start
 from .trainer import Trainer
 
-STOPPED = 75  # exit code of a run that a signal stopped early: EX_TEMPFAIL of sysexits.h, start it again
 PROMPT = 24  # tokens of a held-out document that the sample continues
 TEMPERATURE = 0.8
 

@@ -25,6 +25,7 @@ from .changes import DATA_FOLDER, changes, new_data_folder, tokens_in
 from .checks import check
 from .optimizer import bytes_per_weight
 from .settings import Settings, from_json, plain_options, settings_of, to_json
+from .sizes import checkpoint_bytes, disk_bytes, layers_and_embeddings
 
 
 @dataclass
@@ -235,28 +236,16 @@ def check_memory(config: LingConfig, settings: Settings, device: torch.device) -
 def check_disk(config: LingConfig, s: Settings, folder: Path, step: int = 0) -> None:
     """Raise InputError where the disk has no room for the checkpoints that the run keeps, one more that is being
     written, and the exported model. Those that are there already count as free: others take their place."""
-    every = s.save_every or s.steps
-    saves = max(-(-s.steps // every) - step // every, 1)
-    number = min(saves, s.keep + 1 if s.keep else saves)
-    in_layers, in_embeddings = layers_and_embeddings(config)
-    options = s.optimizer, s.master, False
-    size = in_layers * bytes_per_weight(*options) + in_embeddings * bytes_per_weight(*options, True)
-    need = number * size + 2 * (in_layers + in_embeddings)
+    (number, need), one = disk_bytes(config, s, step), checkpoint_bytes(config, s)
     while not folder.exists() and folder != folder.parent:
         folder = folder.absolute().parent
     there = sum(file.stat().st_size for c in ckpt.list_checkpoints(folder) for file in c.iterdir())
     free = shutil.disk_usage(folder).free
     if need > free + there:
         raise InputError(
-            f"{number} checkpoints of {size / 1e9:.1f} GB and the model at the end need {need / 1e9:.1f} GB, and the"
+            f"{number} checkpoints of {one / 1e9:.1f} GB and the model at the end need {need / 1e9:.1f} GB, and the"
             f" disk of {folder} has {(free + there) / 1e9:.1f} GB: try a smaller --keep or another --out"
         )
-
-
-def layers_and_embeddings(config: LingConfig) -> tuple[int, int]:
-    """Parameters of all that is not embedding or head; of embedding and head."""
-    embeddings = 2 * config.vocab_size * config.hidden_size
-    return config.num_parameters(mtp=True) - embeddings, embeddings
 
 
 def needed_bytes(config: LingConfig, s: Settings) -> int:

@@ -272,8 +272,10 @@ def settings_of(options: dict, saved: dict | None = None) -> Settings:
     if saved is None:
         return Settings(**(MODEL_DEFAULTS.get(options.get("model"), {}) | options))
     before = from_json(saved)
+    new_data = options.get("data", before.data) != before.data
+    changeable = {*CHANGEABLE_ON_RESUME, *(TEXT_SETTINGS if new_data else ())}
     for name, value in options.items():
-        if name not in CHANGEABLE_ON_RESUME and value != getattr(before, name):
+        if name not in changeable and value != getattr(before, name):
             flag = f"--{name.replace('_', '-')}"
             raise InputError(
                 f"{name} is {getattr(before, name)!r} in the run to resume and {value!r} here: leave {flag} out"

@@ -6,6 +6,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+STOPPED = 75  # exit code of work that a signal stopped early: EX_TEMPFAIL of sysexits.h, start it again
+
 
 @contextmanager
 def interrupted_by_sigterm() -> Iterator[None]:

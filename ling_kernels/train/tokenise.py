@@ -18,11 +18,11 @@ from ..tokenizer import Tokenizer, load_tokenizer
 from .chats import is_chats, write_chats
 from .progress import ReadingProgress
 from .settings import TEXT_SETTINGS, Settings, add_flag
-from .signals import interrupted_by_sigterm
+from .signals import STOPPED, interrupted_by_sigterm
 from .sources import DEFAULTS, Position, TextOptions, cpython_documents, documents, find_files
 from .token_files import DTYPES
 
-# A batch is encoded by all cores, and takes about 30 bytes of memory a character until it is written.
+# A batch is encoded by all cores, and takes about 50 bytes of memory a character until it is written.
 BATCH = (1 << 20) * min(max(os.cpu_count() or 1, 4), 16)  # characters
 BATCH_TEXTS = 1 << 16
 AHEAD = 2  # batches that are encoded while others are read and written
@@ -165,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 about = tokenise(files or None, tokenizer, out, text_options)
     except KeyboardInterrupt:
         print(f"stopped: {out} is not written", file=sys.stderr)
-        return 130
+        return STOPPED
     skipped = f"; {about['empty']:,} without text are skipped" if about["empty"] else ""
     print(f"{out}: {about['tokens']:,} tokens of {about['documents']:,} documents, {about['dtype']}{skipped}")
     return 0
