@@ -3,6 +3,8 @@
 # ruff: noqa: F811 (fixtures are imported)
 import json
 import math
+import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -94,6 +96,18 @@ def test_named_sets_and_mixtures_in_the_command(tmp_path, small, text, capsys, r
     )  # fmt: skip
     assert {k: v for k, v in record.items() if k.startswith("epoch/")} == corpus.epochs(8)
     assert main(["--resume", str(tmp_path / "run"), "--steps", "3"]) == 0
+
+
+def test_the_command_warns_in_one_line(tmp_path, small, text, capsys):
+    data = tmp_path / "few.jsonl"
+    data.write_text("".join(text.read_text().splitlines(True)[:21]))
+    flags = f"--model {small} --data {data} --steps 1 --seq-len 48 --batch 4 --threads 1 --sample-tokens 0"
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        warnings.showwarning = lambda *args: sys.stderr.write(warnings.formatwarning(*args[:4]))
+        assert main([*flags.split(), "--out", str(tmp_path / "run")]) == 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "warning" in line.lower()]
+    assert line.startswith("warning: validation: what is held out has only ")
 
 
 def test_without_holding_out(tmp_path, small, text, capsys, recwarn):
