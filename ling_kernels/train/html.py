@@ -19,8 +19,8 @@ from .monitor import FP8Monitor
 from .plots import recent_load, smooth
 from .report import FP8_FILE, METRICS, OPERANDS, SAMPLES, duration, read_lines
 from .settings import Settings
-from .starts import STARTS
 from .svg import LEVELS, Series, heatmap, line_chart, short
+from .threads import STARTS
 
 FILE = "report.html"
 SPEED_STEPS = 50  # the last steps, over which the tiles average

@@ -26,6 +26,7 @@ from .checks import check
 from .optimizer import bytes_per_weight
 from .settings import Settings, from_json, plain_options, settings_of, to_json
 from .sizes import checkpoint_bytes, disk_bytes, layers_and_embeddings
+from .threads import STARTS, began_elsewhere, free_cores
 
 
 @dataclass
@@ -79,6 +80,8 @@ def resumed_run(resume: str | Path, options: dict, fall_back: bool = False) -> R
     if not ckpt.is_progress(state):
         raise InputError(f"{checkpoint / 'state.json'} is not the state of a run: a value has another type")
     settings = absolute_paths(settings_of(absolute_changes(options), state["settings"]))
+    if "threads" not in options and began_elsewhere(folder / STARTS):
+        settings = replace(settings, threads=None)
     config, _ = model_config(settings, checkpoint)
     check(settings, config)
     if settings.steps < state["step"]:
@@ -100,7 +103,7 @@ def resumed_run(resume: str | Path, options: dict, fall_back: bool = False) -> R
 def choose_device_and_threads(settings: Settings) -> tuple[Settings, tuple[torch.device, str, torch.dtype]]:
     """The settings with the number of CPU threads, which is set; device, its name and the precision."""
     device = choose_device(settings)
-    settings = replace(settings, threads=settings.threads or torch.get_num_threads())
+    settings = replace(settings, threads=settings.threads or min(torch.get_num_threads(), free_cores()))
     torch.set_num_threads(settings.threads)
     return settings, device
 

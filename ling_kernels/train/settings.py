@@ -170,7 +170,7 @@ class Settings:
         "measurements in a row outside its band after which a layer switches to bf16; 0: it is only reported",
         least=0,
     )
-    threads: int | None = flag(None, "CPU threads", least=1, shown="one per core")
+    threads: int | None = flag(None, "CPU threads", least=1, shown="one per core that is idle at the start")
 
     def __post_init__(self):
         for f in fields(self):

@@ -9,9 +9,9 @@ from pathlib import Path
 from .. import __version__
 from ..model import LingConfig
 from .report import open_lines
+from .threads import STARTS
 from .trainer import Trainer
 
-STARTS = "starts.jsonl"
 PACKAGES = "torch", "triton", "numpy", "safetensors", "tokenizers"
 
 
