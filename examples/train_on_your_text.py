@@ -2,7 +2,7 @@
 
     python examples/train_on_your_text.py TEXTS OUT [STEPS]
 
-TEXTS is a .txt, .jsonl or .parquet file, or a folder of them; OUT is a new folder for checkpoints and the model. The
+TEXTS is a text, .jsonl or .parquet file, or a folder of them; OUT is a new folder for checkpoints and the model. The
 command `python -m ling_kernels.train --data TEXTS --out OUT` is the same loop.
 """
 

@@ -95,6 +95,11 @@ def why_not_forced(device: torch.device) -> str | None:
     return reason and f"LING_BACKEND is {_forced}, but {reason}"
 
 
+def forced() -> str | None:
+    """The backend that LING_BACKEND names."""
+    return _forced
+
+
 def strict() -> bool:
     """Whether LING_BACKEND=cuda asked for csrc/ alone: arguments that it does not support raise."""
     return _strict and _forced == "cuda"

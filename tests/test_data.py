@@ -9,8 +9,9 @@ import torch
 
 from ling_kernels.model import Ling
 from ling_kernels.tokenizer import load_tokenizer
-from ling_kernels.train import data, sources
-from ling_kernels.train.data import Documents, Packed, gather_tokens, hold_out, open_tokens, write_tokens
+from ling_kernels.train import data, sources, tokenise
+from ling_kernels.train.data import Documents, Packed, gather_tokens, hold_out, open_tokens
+from ling_kernels.train.tokenise import write_tokens
 from tests.training import tiniest
 
 EOS = 257
@@ -115,7 +116,7 @@ def write_all_kinds(folder):
     (folder / "deep" / "er").mkdir(parents=True)
     table = pyarrow.table({"text": [*TEXTS, None, ""], "other": [1] * (len(TEXTS) + 2)})
     parquet.write_table(table, folder / "deep" / "er" / "c.parquet")
-    assert data.main([str(folder / "b.jsonl"), "--out", str(folder / "z.bin")]) == 0
+    assert tokenise.main([str(folder / "b.jsonl"), "--out", str(folder / "z.bin")]) == 0
     (folder / "ignored.csv").write_text("x")
     (folder / "weights.bin").write_bytes(b"no X.json beside it, so no data")
 
@@ -148,28 +149,30 @@ def test_rows_without_text_are_skipped_counted_and_told(tmp_path, capsys):
     for i, names in enumerate(kinds):
         files = [tmp_path / name for name in names]
         if i < 2:
-            assert [b"".join(d) for d in sources.documents(files)] == [b"a", b"", b"b", b"", b""]
+            assert ["".join(d) for d in sources.documents(files)] == ["a", "", "b", "", ""]
         with pytest.warns(UserWarning, match="^3 rows and files of the data have no text and are skipped$"):
             docs = gather_tokens(files, load_tokenizer(None), 320, tmp_path / f"{i}.cache")
         assert texts_of(docs) == ["a", "b"]
-        assert data.main([*map(str, files), "--out", str(tmp_path / f"{i}.bin")]) == 0
+        assert tokenise.main([*map(str, files), "--out", str(tmp_path / f"{i}.bin")]) == 0
         assert "4 tokens of 2 documents, uint16; 3 without text are skipped\n" in capsys.readouterr().out
         assert json.loads((tmp_path / f"{i}.json").read_text())["empty"] == 3
 
 
 def test_text_streams_in_pieces_of_whole_lines_or_characters(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "PIECE", 7)
-    (tmp_path / "a.txt").write_text(text := "語" * 20 + "\nab\ncd" + "é" * 30)
-    pieces = list(sources.text_pieces(tmp_path / "a.txt"))
-    assert b"".join(pieces).decode() == text and len(pieces) > 10
-    assert all(p.decode() for p in pieces)  # no character is cut
+    monkeypatch.setattr(sources.text, "PIECE", 7)
+    (tmp_path / "a.txt").write_text(content := "語" * 20 + "\nab\ncd" + "é" * 30)
+    (pieces,) = map(list, sources.documents([tmp_path / "a.txt"]))
+    assert "".join(pieces) == content and len(pieces) > 10
+    (tmp_path / "a.txt").write_text("a\nb c d\nefgh\ni")
+    (pieces,) = map(list, sources.documents([tmp_path / "a.txt"]))
+    assert pieces == ["a\n", "b c d\nefgh\n", "i"]
 
 
 def test_the_text_of_cpython():
-    docs = [b"".join(d) for d in sources.cpython_documents()]
-    assert docs == [b"".join(d) for d in sources.cpython_documents()]
-    assert sum(map(len, docs)) > 1_000_000 and any(b"def walk(" in d for d in docs)
-    assert not any(b"build_time_vars" in d[:200] for d in docs)
+    docs = ["".join(d) for d in sources.cpython_documents()]
+    assert docs == ["".join(d) for d in sources.cpython_documents()]
+    assert sum(map(len, docs)) > 1_000_000 and any("def walk(" in d for d in docs)
+    assert not any("build_time_vars" in d[:200] for d in docs)
 
 
 class Wide:
@@ -177,12 +180,12 @@ class Wide:
 
     vocab_size, eos_id = 100_000, 99_999
 
-    def encode_bytes(self, piece: bytes) -> np.ndarray:
-        return np.array([70_000 + len(line) for line in piece.splitlines()], np.uint32)
+    def encode_batch(self, texts, special) -> list[np.ndarray]:
+        return [np.array([70_000 + len(line) for line in text.splitlines()], np.uint32) for text in texts]
 
 
 def test_a_large_vocabulary_takes_32_bits(tmp_path):
-    about = write_tokens([[b"a\nbb\n"], [], [b""], [b"ccc\n"]], Wide(), tmp_path / "x.bin")
+    about = write_tokens([["a\nbb\n"], [], [""], ["ccc\n"]], Wide(), tmp_path / "x.bin")
     assert about == dict(dtype="uint32", eos_id=99_999, vocab_size=100_000, tokens=5, documents=2, empty=2)
     docs = open_tokens([tmp_path / "x.bin"], 100_000, 99_999)
     assert [docs[d].tolist() for d in range(len(docs))] == [[70_001, 70_002, 99_999], [70_003, 99_999]]
@@ -191,7 +194,7 @@ def test_a_large_vocabulary_takes_32_bits(tmp_path):
 
 
 def test_a_bin_file_is_scanned_in_parts(tmp_path, monkeypatch):
-    write_tokens([[b"abc"], [b"defgh"], [b"i"]], load_tokenizer(None), tmp_path / "x.bin")
+    write_tokens([["abc"], ["defgh"], ["i"]], load_tokenizer(None), tmp_path / "x.bin")
     whole = open_tokens([tmp_path / "x.bin"], 320, EOS)
     monkeypatch.setattr(data, "SCAN", 4)  # the second part begins with the first document's end
     parts = open_tokens([tmp_path / "x.bin"], 320, EOS)

@@ -12,7 +12,8 @@ from ling_kernels.model import load_model
 from ling_kernels.train import Trainer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-TESTED = {"own_training_loop", "generate", "transformers_moe", "train_on_your_text"}
+TRAINERS = {"huggingface_trainer": "accelerate", "lightning_module": "lightning"}  # and the package each needs
+TESTED = {"own_training_loop", "generate", "transformers_moe", "train_on_your_text", *TRAINERS}
 
 
 def run(monkeypatch, name: str, *args) -> dict:
@@ -28,6 +29,17 @@ def test_every_example_is_tested():
 def test_own_training_loop(monkeypatch):
     losses = run(monkeypatch, "own_training_loop")["losses"]
     assert losses[0] > 4 and losses[-1] < 1.5  # nats; 4.85 is a uniform guess among 128
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_other_trainers(monkeypatch, tmp_path, name):
+    """The loss falls, and the routers' bias follows the load that they counted."""
+    pytest.importorskip(TRAINERS[name], reason=f"{TRAINERS[name]} is not installed")
+    pytest.importorskip(name.partition("_")[0].replace("huggingface", "transformers"), reason="not installed")
+    monkeypatch.chdir(tmp_path)
+    seen = run(monkeypatch, name)
+    assert seen["losses"][-1] < seen["losses"][0] - 1 and seen["losses"][0] > 4  # 5.77 is a uniform guess among 320
+    assert all(router.expert_bias.any() and not router.counts.any() for router in seen["ling"].routers())
 
 
 def test_generate(monkeypatch, capsys):

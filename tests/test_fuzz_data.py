@@ -9,9 +9,11 @@ import pytest
 from ling_kernels.errors import InputError
 from ling_kernels.tokenizer import load_tokenizer
 from ling_kernels.train import sources
-from ling_kernels.train.data import gather_tokens, open_tokens, write_tokens
+from ling_kernels.train.data import gather_tokens, open_tokens
+from ling_kernels.train.tokenise import write_tokens
 from tests.fuzz import changed, damaged, fuzz, hypothesis, result_or_error, st, values
 from tests.test_data import texts_of
+from tests.test_data_formats import compressed, write_megatron, write_table
 from tests.test_tokenizer import train_bpe
 
 given, example = hypothesis.given, hypothesis.example
@@ -27,7 +29,9 @@ def documents(files, folder, field="text"):
     cache.unlink(missing_ok=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        docs = result_or_error(gather_tokens, files, load_tokenizer(), VOCABULARY, cache, field, kinds=(InputError,))
+        docs = result_or_error(
+            gather_tokens, files, load_tokenizer(), VOCABULARY, cache, sources.TextOptions(field), kinds=(InputError,)
+        )
     assert docs is not None or not cache.with_name(".cache.bin.partial").exists()
     return docs and texts_of(docs)
 
@@ -116,19 +120,20 @@ def test_parquet_of_other_types(tmp_path_factory, data):
 @fuzz(150)
 @given(st.binary(max_size=60) | texts.map(str.encode), st.integers(1, 9), st.sampled_from(["bytes", "bpe"]))
 def test_text_files(tmp_path_factory, bpe, content, piece, kind):
-    """Pieces make up the file and cut no character; the ids spell it."""
-    folder = tmp_path_factory.getbasetemp()
-    (folder / "x.txt").write_bytes(content)
+    """Pieces make up the file, but for a byte order mark, and the ids spell it; a file that is no UTF-8 is refused."""
+    file = tmp_path_factory.getbasetemp() / "x.txt"
+    file.write_bytes(content)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "PIECE", piece)
-        pieces = [*sources.text_pieces(folder / "x.txt")]
-    text = content.decode("utf-8", "replace")
-    assert b"".join(pieces) == content
-    if "\ufffd" not in text:
-        assert "".join(p.decode() for p in pieces) == text
-    tokenizer = load_tokenizer(bpe if kind == "bpe" else None)
-    if "\ufffd" not in text or kind == "bytes":
-        assert tokenizer.decode([int(i) for p in pieces for i in tokenizer.encode_bytes(p)]) == text
+        patch.setattr(sources.text, "PIECE", piece)
+        pieces = result_or_error(lambda: [p for d in sources.documents([file]) for p in d], kinds=(InputError,))
+    try:
+        expected = content.decode().removeprefix("\ufeff")
+    except UnicodeDecodeError:
+        assert pieces is None
+    else:
+        assert "".join(pieces) == expected
+        ids = load_tokenizer(bpe if kind == "bpe" else None).encode_batch(pieces)
+        assert load_tokenizer(bpe if kind == "bpe" else None).decode(np.concatenate([[], *ids])) == expected
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +147,7 @@ def test_token_files(tmp_path_factory, data, rows):
     """A .bin file and the .json beside it, either of which may be changed."""
     folder, tokenizer = tmp_path_factory.getbasetemp(), load_tokenizer()
     file = folder / "x.bin"
-    about = write_tokens([[row.encode()] for row in rows], tokenizer, file)
+    about = write_tokens([[row] for row in rows], tokenizer, file)
     assert texts_of(open_tokens([file], VOCABULARY, tokenizer.eos_id)) == rows
     if data.draw(st.booleans()):
         file.write_bytes(data.draw(damaged(file.read_bytes())))
@@ -154,3 +159,56 @@ def test_token_files(tmp_path_factory, data, rows):
         ids = np.frombuffer(file.read_bytes(), dtype)
         assert np.concatenate([docs[d] for d in range(len(docs))]).tolist() == ids.tolist()
         assert ids.max() < VOCABULARY
+
+
+@fuzz(150)
+@given(st.data(), st.lists(st.lists(st.lists(st.integers(0, 319), max_size=4), max_size=3), min_size=1, max_size=4))
+def test_megatron_files(tmp_path_factory, data, rows):
+    folder, eos = tmp_path_factory.getbasetemp(), load_tokenizer().eos_id
+    file = folder / "m.bin"
+    write_megatron(file, rows)
+    ids = [i for document in rows for sequence in document for i in sequence]
+    for damage in (False, True):
+        if damage:
+            changed_file = data.draw(st.sampled_from([file, file.with_suffix(".idx")]))
+            changed_file.write_bytes(data.draw(damaged(changed_file.read_bytes())))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            docs = result_or_error(open_tokens, [file], VOCABULARY, eos, kinds=(InputError,))
+        assert damage or (docs is not None) == bool(ids)
+        if docs is not None:
+            found = np.concatenate([docs[d] for d in range(len(docs))])
+            assert found.max() < VOCABULARY and len(found) == docs.tokens
+            assert damage or found.tolist() == ids
+
+
+@fuzz(100)
+@given(st.data(), st.lists(texts | st.none(), max_size=6), st.sampled_from(["stream", "file"]))
+def test_damaged_arrow(tmp_path_factory, data, rows, kind):
+    """Offsets of a damaged file point anywhere: they are checked before they are followed."""
+    file = tmp_path_factory.getbasetemp() / "x.arrow"
+    write_table(str(file), rows or [""], kind)
+    file.write_bytes(data.draw(damaged(file.read_bytes())))
+    documents([file], tmp_path_factory.getbasetemp())
+
+
+@fuzz(100)
+@given(st.data(), texts, st.sampled_from(["gz", "zst"]))
+def test_compressed_text(tmp_path_factory, data, content, kind):
+    file = tmp_path_factory.getbasetemp() / f"x.txt.{kind}"
+    file.write_bytes(compressed(kind, content.encode()))
+    assert documents([file], file.parent) == expected([content.removeprefix("\ufeff")])
+    file.write_bytes(data.draw(damaged(file.read_bytes())))
+    documents([file], file.parent)
+
+
+@fuzz(150)
+@given(st.lists(texts, max_size=5), st.sampled_from(["\n\n", "<|endoftext|>", "#"]), st.integers(1, 9))
+def test_separators(tmp_path_factory, parts, separator, piece):
+    file = tmp_path_factory.getbasetemp() / "s.txt"
+    file.write_bytes(separator.join(parts).encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources.text, "PIECE", piece)
+        found = ["".join(d) for d in sources.documents([file], sources.TextOptions(separator=separator))]
+    whole = separator.join(parts).removeprefix("\ufeff")
+    assert found == [part for part in whole.split(separator) if part and not part.isspace()]

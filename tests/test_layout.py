@@ -124,10 +124,10 @@ def test_rows_of_the_exchange(precision, worst):
             moe(x)[0].sum().backward()
     S = T * k
     R = ep * T * min(k, WHOLE.num_experts // ep) if worst else S
-    weights = [4 * R] if precision == "fp8" else []  # of the rows, fp32
+    weights = [4 * S, 4 * R] if precision == "fp8" else []  # of the rows, fp32
     back = [4 * S] if precision == "fp8" else []
     there, here = 2 * S * H, 2 * R * H  # bf16
-    assert sorted(seen) == sorted([there, here, *weights, there, here, *back, there])
+    assert sorted(seen) == sorted([there, here, *weights, here, there, here, *back, there])
     assert x.grad.shape == x.shape and moe.experts.down.grad.shape == (2, H, WHOLE.moe_intermediate_size)
 
 

@@ -1,16 +1,22 @@
 """The references of the attention ops against torch's attention and against one another."""
 
+import importlib
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from ling_kernels import attention, attention_decode, qk_norm_attention, qk_norm_rope
+from ling_kernels.backend import force
 from ling_kernels.op import E4M3
+from ling_kernels.ops.attention import attention_ref
+from ling_kernels.ops.attention_cpu import attention_cpu_bwd, attention_cpu_fwd
 from ling_kernels.ops.attention_decode import KVCache, append
 from ling_kernels.ops.rope_tables import rope_tables
 from tests.cases import DEVICE, Rand, cache_of, cu_seqlens, decode_args
 from tests.test_ops import same_bits as equal_bits
 
+attention_file = importlib.import_module("ling_kernels.ops.attention")
 FP64, BF16 = torch.float64, torch.bfloat16
 
 
@@ -48,6 +54,32 @@ def test_attention_is_sdpa_of_every_sequence(lens_q, lens_k, causal):
     assert not lse.requires_grad and lse.dtype == FP64
     scores = q[-1][:, 1] @ k[-1][:, 0].mT * 0.3  # head 1 of the last sequence; of causal rows the last sees every key
     torch.testing.assert_close(lse[1, -1], scores[-1].logsumexp(0))
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="torch's kernel on a CPU")
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("Hq, Hkv, D", [(4, 2, 32), (3, 3, 5), (8, 1, 128)])
+def test_torchs_kernel_has_the_references_values(monkeypatch, Hq, Hkv, D, causal):
+    """In fp32 on a CPU, for views that lie apart too; LING_BACKEND=torch runs the reference itself."""
+    lens = (1, 9, 0, 130, 64)
+    wide = Rand(torch.float32, 3)(sum(lens), Hq + 2 * Hkv, 2 * D)
+    q, k, v = wide[..., ::2].split([Hq, Hkv, Hkv], 1)
+    calls = []
+    monkeypatch.setattr(attention_file, "attention_cpu_fwd", lambda *a: calls.append(attention_cpu_fwd(*a)))
+    monkeypatch.setattr(attention_file, "attention_cpu_bwd", lambda *a: calls.append(attention_cpu_bwd(*a)))
+    cotangent = torch.randn(sum(lens), Hq, D)
+    results = []
+    for fn in (attention, attention_ref):
+        out, lse = fn(q, k, v, cu_seqlens(lens), None, causal, 0.3)
+        results.append([out, lse, torch.autograd.grad(out, wide, cotangent, retain_graph=True)[0]])
+        assert len(calls) == 2
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=5e-6 * want.abs().max().item())
+    with force("torch"):
+        attention(q, k, v, cu_seqlens(lens), None, causal, 0.3)
+    attention(*(x.bfloat16() for x in (q, k, v)), cu_seqlens(lens))
+    attention(q, k, v, cu_seqlens(lens), cu_seqlens(lens))
+    assert len(calls) == 2
 
 
 def test_attention_gradient_matches_numerical_differentiation():

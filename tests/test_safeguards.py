@@ -266,7 +266,17 @@ def test_spikes():
     assert spike([16.9, 1.9], rows, (2.0, 2.0)) is None  # the median is 8.5
     assert spike([17.1, 1.9], rows, (2.0, 2.0)) == "loss 2.01 times the median of 16 steps"
     assert spike([17.1, 1.9], rows, (None, 2.0)) is None
+    assert spike([17.1, 1.9], rows, (0, 2.0)) is None
     assert spike([1.0, 2.5], rows, (2.0, 2.0)) == "gradient norm 2.5 times the median of 16 steps"
+    small = [[x / 100 for x in row] for row in rows]  # as of text that is learnt by heart
+    assert spike([0.9, 0.9], small, (2.0, 2.0)) is None
+    assert spike([1.1, 0.9], small, (2.0, 2.0)) == "loss 12.9 times the median of 16 steps"
+
+
+def test_spikes_are_skipped_unless_told_otherwise():
+    assert Settings().spikes == (10, 30)
+    assert Settings(step_in_backward=True).spikes == (10, 0) and Settings(spike_loss=0, spike_norm=0).spikes == (0, 0)
+    assert Settings(spike_loss=3, spike_norm=4).spikes == (3, 4)
 
 
 @pytest.mark.parametrize("what, light", [("spike_loss", False), ("spike_norm", False), ("spike_loss", True)])
@@ -283,7 +293,7 @@ def test_a_spike_is_skipped(tmp_path, text, what, light):
     assert spiked["spike"].startswith(name) and spiked["spike"].endswith("times the median of 32 steps")
     assert all(map(torch.equal, before, snapshot(model, optimizer)))
     assert spiked["skipped"] == progress.skipped == progress.bad == 1 and progress.recent == recent
-    taken = step(replace(settings, **{what: None}))
+    taken = step(replace(settings, **{what: 0}))
     assert "skipped" not in taken and progress.bad == 0 and len(progress.recent) == WINDOW
     assert progress.recent[-1] == [taken["loss"], taken["grad_norm"]]
 

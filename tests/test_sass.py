@@ -7,7 +7,7 @@ import pytest
 
 from tests.sass import predict
 from tests.sass.__main__ import main
-from tests.sass.clocks import differences, rows_of
+from tests.sass.clocks import differences, rows_of, within
 from tests.sass.decode import global_bytes, parse, registers, tensor_clocks, width
 from tests.sass.flow import Flow
 from tests.sass.hazards import highest_registers, touched_in_flight
@@ -148,6 +148,18 @@ def test_blocks_of_an_option_can_be_closed():
     listing = "@P0 BRA `(.b)\nSTG.E.64 [R2.64], R0\n.b:\nSTG.E [R2.64], R0\nEXIT"
     assert "STG.E.64" in [i.opcode for i in Flow(code(listing)).whole()]
     assert "STG.E.64" not in [i.opcode for i in Flow(code(listing), without=r"STG\.E\.64").whole()]
+
+
+def test_blocks_of_a_source_line_can_be_closed():
+    listing = code("@P0 BRA `(.b)\nLDG.E R1, [R2.64]\n.b:\nLDG.E R0, [R2.64]\nEXIT")
+    listing = [i._replace(line=f"a.cu:{n}") for n, i in enumerate(listing, 1)]
+    assert len(Flow(listing, without=r"LDG\S* (?:b.cu:2|a.cu:1)$").whole()) == 4
+    assert [i.line for i in Flow(listing, without=r"LDG\S* (?:b.cu:4|a.cu:2)$").whole()] == [
+        f"a.cu:{n}" for n in (1, 3, 4)
+    ]
+    assert re.fullmatch(r"LDG\\S\* \(\?:attention_decode\\\.cuh:\d+\)\$", within("LDG", "int further(int b)"))
+    with pytest.raises(ValueError, match="no line of csrc/"):
+        within("LDG", "no such text")
 
 
 def test_a_region_is_from_the_last_start_to_the_last_end():

@@ -19,9 +19,9 @@ from ling_kernels.tokenizer import load_tokenizer
 from ling_kernels.train import checkpoint as ckpt
 from ling_kernels.train import prepare
 from ling_kernels.train.__main__ import main
-from ling_kernels.train.data import write_tokens
 from ling_kernels.train.report import open_lines, read_lines
 from ling_kernels.train.settings import Settings
+from ling_kernels.train.tokenise import write_tokens
 from tests.training import flags, one_line_error, small, text, tiniest, uninterrupted  # noqa: F401
 
 NUMBERS = [
@@ -35,6 +35,7 @@ NUMBERS = [
     ("--precision fp4", "--precision"), ("--recompute experts", "--precision fp8"), ("--recompute most", "--recompute"),
     ("--nonsense 3", "--nonsense"), ("--weight-decay -0.1", "--weight-decay"), ("--max-bad-steps 0", "--max-bad-steps"),
     ("--balance-rate nan", "--balance-rate"), ("--device tpu", "--device"), ("--threads 1000000000", "--threads"),
+    ("--encoding klingon", "--encoding klingon"),
 ]  # fmt: skip
 
 
@@ -71,7 +72,7 @@ def bad_data(folder, kind):
     """A source that cannot be trained on, and a part of its error message."""
     path = folder / {"jsonl": "x.jsonl", "parquet": "x.parquet", "bin": "x.bin"}.get(kind.split("-")[0], "x.txt")
     if kind.startswith("bin"):
-        write_tokens([[b"some text, " * 50]] * 30, load_tokenizer(None), path)
+        write_tokens([["some text, " * 50]] * 30, load_tokenizer(None), path)
         about = json.loads(path.with_suffix(".json").read_text())
     if kind == "missing":
         return folder / "nowhere", "nowhere"
@@ -84,6 +85,9 @@ def bad_data(folder, kind):
     if kind == "empty":
         path.write_text("")
         return path, "empty"
+    if kind == "encoding":
+        path.write_bytes("naïve".encode("latin-1"))
+        return path, "x.txt is not utf-8 at byte 2; --encoding"
     if kind == "short":
         path.write_text("too short")
         return path, "too small"
@@ -107,7 +111,7 @@ def bad_data(folder, kind):
         return path, "not valid Unicode"
     if kind == "jsonl-bytes":
         path.write_bytes(b'{"text": "\xff\xfe"}\n')
-        return path, "line 1"
+        return path, "x.jsonl is not utf-8 at byte 10; --encoding names its encoding"
     if kind == "jsonl-deep":
         path.write_text('{"text": "fine"}\n' + "[" * 100_000 + "\n")
         return path, "x.jsonl, line 2: not JSON"
@@ -157,9 +161,9 @@ def bad_data(folder, kind):
 
 
 KINDS = (
-    "missing folder suffix empty short dangling jsonl-malformed jsonl-field jsonl-list jsonl-number jsonl-surrogate "
-    "jsonl-bytes parquet-garbage parquet-column parquet-number bin-alone bin-truncated bin-range bin-vocab bin-eos "
-    "bin-dtype bin-tokens bin-list bin-inf bin-deep jsonl-deep jsonl-digits parquet-latin"
+    "missing folder suffix empty encoding short dangling jsonl-malformed jsonl-field jsonl-list jsonl-number "
+    "jsonl-surrogate jsonl-bytes parquet-garbage parquet-column parquet-number bin-alone bin-truncated bin-range "
+    "bin-vocab bin-eos bin-dtype bin-tokens bin-list bin-inf bin-deep jsonl-deep jsonl-digits parquet-latin"
 ).split()
 
 
@@ -183,9 +187,6 @@ def bad_model(folder, kind):
     if kind == "no config":
         (folder / "config.json").unlink()
         return folder, "config.json"
-    if kind == "no weights":
-        weights.unlink()
-        return folder, "model.safetensors"
     if kind == "truncated":
         weights.write_bytes(weights.read_bytes()[:5000])
         return folder, "model.safetensors"
@@ -202,7 +203,7 @@ def bad_model(folder, kind):
     return folder, {"shape": "by config.json it should be", "divide": "num_experts 9"}[kind]
 
 
-@pytest.mark.parametrize("kind", ["unknown", "no config", "no weights", "truncated", "key", "shape", "divide"])
+@pytest.mark.parametrize("kind", ["unknown", "no config", "truncated", "key", "shape", "divide"])
 def test_a_bad_model(tmp_path, text, kind, capsys):
     (tmp_path / "model").mkdir()
     model, says = bad_model(tmp_path / "model", kind)
@@ -266,7 +267,7 @@ def test_the_default_folder_is_always_new(tmp_path, monkeypatch):
 
 
 def test_resume_auto_takes_the_newest_run_of_the_model(tmp_path, monkeypatch):
-    """By the settings.json of each run and by time, not by the folders' names."""
+    """By the settings.json of each run and by the time in its checkpoint, not by the folders' names."""
     monkeypatch.chdir(tmp_path)
 
     def make(name, model, newest, checkpoint=True):
@@ -275,12 +276,15 @@ def test_resume_auto_takes_the_newest_run_of_the_model(tmp_path, monkeypatch):
         (run / "settings.json").write_text(json.dumps(dict(model=model)))
         if checkpoint:
             (run / "checkpoints" / "step-000001").mkdir(parents=True)
-            os.utime(run / "checkpoints" / "step-000001", (newest, newest))
+            state = run / "checkpoints" / "step-000001" / "state.json"
+            state.write_text(json.dumps(dict(time=newest)) if newest != 150 else "{")
+            os.utime(state.parent, (150, 150))  # of a checkpoint without a time
 
     make("tiny-20260101-000000-2", "tiny", 50)
     make("tiny-20260101-000000-10", "tiny", 100)
     make("tiny-large-20270101", str(tmp_path / "tiny-large"), 200)
     make("mine", "tiny", 150)
+    make("tiny-20270101-000000", "tiny", 1e11)  # the clock was wrong
     make("tiny-20280101", "tiny", 0, checkpoint=False)
     (tmp_path / "runs" / "broken").mkdir()
     (tmp_path / "runs" / "broken" / "settings.json").write_text("{")
@@ -298,7 +302,13 @@ def test_a_bad_resume(tmp_path, flags, uninterrupted, small, capsys):
     assert "no checkpoint" in one_line_error(["--resume", str(tmp_path)], capsys)
     resume = ["--resume", str(uninterrupted)]
     assert "one of the two" in one_line_error([*resume, "--out", str(tmp_path / "x")], capsys)
-    for flag, value in (("--lr", "1"), ("--seq-len", "32"), ("--batch", "4"), ("--model", "tiny"), ("--seed", "1")):
+    for flag, value in (
+        ("--holdout", "5"),
+        ("--seq-len", "32"),
+        ("--optimizer", "muon"),
+        ("--model", "tiny"),
+        ("--seed", "1"),
+    ):
         error = one_line_error([*resume, flag, value], capsys)
         assert flag in error and flag.strip("-").replace("-", "_") in error
     assert "has done 14 already" in one_line_error([*resume, "--steps", "13"], capsys)

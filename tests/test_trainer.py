@@ -44,7 +44,7 @@ def test_a_custom_loop_has_the_bits_of_the_command(tmp_path, flags, uninterrupte
     trainer = Trainer.resume(tmp_path / "run", eval_every=0)
     assert trainer.progress.step == 8 and trainer.settings.eval_every == 0
     records += [trainer.step() for _ in range(6)]
-    records[-1]["val_loss"] = trainer.evaluate()
+    records[-1] |= trainer.validate()
     wanted = metrics_of(uninterrupted)
     assert len(wanted) == 14
     for got, want in zip(records, wanted, strict=True):

@@ -33,7 +33,8 @@ from ling_kernels.train.monitor import METRICS, FP8Monitor
 from ling_kernels.train.optimizer import adamw
 from ling_kernels.train.prepare import deterministic
 from ling_kernels.train.settings import Settings
-from ling_kernels.train.trainer import Progress, evaluate, train_step, validation_batches
+from ling_kernels.train.trainer import Progress, train_step
+from ling_kernels.train.validation import evaluate, validation_batches
 
 RESULTS = Path(__file__).parent / "results/fp8"
 PAGE = Path(__file__).parents[2] / "docs/fp8.md"
@@ -88,7 +89,7 @@ def run(config: LingConfig, settings: Settings, precision: str, weights: Path, n
         if progress.step % 100 == 0:
             print(f"  step {progress.step}  loss {mean(losses[-100:]):.4f}", flush=True)
     seconds = (time.process_time() - start) / settings.steps
-    val_loss = evaluate(model, validation_batches(held_out, settings), dtype)
+    val_loss = evaluate(model, validation_batches([held_out], settings), dtype)
     about = dict(data=about, skipped=progress.skipped, cpu_seconds_per_step=round(seconds, 4))
     return about | dict(val_loss=val_loss, losses=losses)
 
@@ -137,7 +138,7 @@ def operands(config: LingConfig, state: dict, batches: list) -> dict[str, dict[s
     model = new_model(config, "fp8", 0)
     model.load_state_dict(state)
     watch, seen = FP8Monitor(model, 1), defaultdict(list)
-    for number, (ids, cu_seqlens) in enumerate(batches, 1):
+    for number, (ids, cu_seqlens, _) in enumerate(batches, 1):
         with watch.measuring(number) as record, torch.autocast("cpu", torch.bfloat16):
             model(ids, labels=ids, cu_seqlens=cu_seqlens, logits=False).loss.backward()
         for layer, values in record["layers"].items():
@@ -164,7 +165,7 @@ def layer_errors(config: LingConfig, state: dict, batch) -> dict[str, dict[str, 
     for name, module in truth.named_modules():
         if isinstance(module, MoE | MLP) or isinstance(truth.get_submodule(name.rpartition(".")[0]), Attention):
             module.register_forward_hook(lambda module, args, out, name=name: watch_one(seen, name, args[0], out))
-    ids, cu_seqlens = batch
+    ids, cu_seqlens, _ = batch
     truth(ids, labels=ids, cu_seqlens=cu_seqlens, logits=False).loss.backward()
     errors = {}
     for name, (x, dy) in seen.items():

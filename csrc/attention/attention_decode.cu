@@ -22,22 +22,28 @@ template <int kPer> __device__ int stored_at(int row, int d) {
 }
 
 // Combines the warps' results for the block's rows of a sequence, and stores them. The log-sum-exp of the scores is in
-// base 2, like the scores.
+// base 2, like the scores. A warp takes every 4th row, a lane 4 columns.
 template <int kPer> __device__ void combine_warps(const Shared& shared, float* partial, float* lse_log2, int rows) {
-    const int d = threadIdx.x;
-    for (int r = 0; r < rows; r++) {
-        float largest = -INFINITY, total = 0, sum = 0;
+    const int lane = threadIdx.x % 32;
+    for (int r = threadIdx.x / 32; r < rows; r += kWarps) {
+        float largest = -INFINITY, total = 0;
+        Vec<4> sum = {};
 #pragma unroll
         for (int w = 0; w < kWarps; w++) largest = fmaxf(largest, shared.largest[w][r]);
         const float base = largest == -INFINITY ? 0.f : largest;
 #pragma unroll
         for (int w = 0; w < kWarps; w++) {
             const float weight = exp2_approx(shared.largest[w][r] - base);
+            const Vec<4> out = load<4>(&shared.outs[w][r][stored_at<kPer>(r, lane * 4)]);
             total += weight * shared.total[w][r];
-            sum += weight * shared.outs[w][r][stored_at<kPer>(r, d)];
+#pragma unroll
+            for (int i = 0; i < 4; i++) sum[i] += weight * out[i];
         }
-        partial[r * kD + d] = total == 0 ? 0.f : sum / total;
-        if (d == 0) lse_log2[r] = total == 0 ? -INFINITY : largest + log2f(total);
+        const float inverse = reciprocal(total);  // at least 1
+#pragma unroll
+        for (int i = 0; i < 4; i++) sum[i] = total == 0 ? 0.f : sum[i] * inverse;
+        store(partial + r * kD + lane * 4, sum);
+        if (lane == 0) lse_log2[r] = total == 0 ? -INFINITY : largest + log2f(total);
     }
 }
 
@@ -49,28 +55,59 @@ struct Result {
     int counter;  // the first of W * Hkv * tiles of rows
 };
 
-// Called by a whole block: combines what the blocks of runs first .. stop - 1 found for rows r0 .. of sequence b and KV
-// head h, in this order, and stores the result; without a run it is 0. A warp takes every 4th row, which is one head; a
-// lane has 4 columns.
+// Called by a warp: stores row r of sequence b and KV head h, which is one head. A lane has 4 columns.
 template <typename T>
-__device__ void combine_runs(const Result& to, const float* partial, const float* lse_log2, const Cache& cache, int b,
-                             int h, int r0, int n, int G, int first, int stop) {
+__device__ void store_result(const Result& to, const float (&x)[4], int Hkv, int b, int h, int r, int n,
+                             const Divisor& G) {
     static_assert(kD == kBlock);
-    const int lane = threadIdx.x % 32, R = n * G, rows = cache.Hkv * R, heads = cache.Hkv * G;
+    const int lane = threadIdx.x % 32, head = h * G.value() + G.remainder(r), heads = Hkv * G.value();
+    const int64_t token = int64_t{b} * n + G.quotient(r);
+    const unsigned mine[2] = {pack<T>(x[0], x[1]), pack<T>(x[2], x[3])};
+    alignas(16) T y[1][8];  // lane l < 16 stores columns 8 l to 8 l + 7, which lanes 2 l and 2 l + 1 have
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        reinterpret_cast<unsigned*>(y[0])[i] = __shfl_sync(~0u, mine[i % 2], lane % 16 * 2 + i / 2);
+    if (lane < 16)
+        *reinterpret_cast<uint4*>(static_cast<T*>(to.out) + (token * heads + head) * kD + lane * 8) =
+            *reinterpret_cast<const uint4*>(y[0]);
+    if (to.out_q) store_rows<false>(y, token, lane < 16, head, to.out_q, to.out_scale, heads * kD, to.ld_scale);
+}
+
+// Called by a whole block: the result of a sequence without keys, for rows r0 ..
+template <typename T>
+__device__ void store_zeros(const Result& to, int Hkv, int b, int h, int r0, int n, const Divisor& G) {
+    const int lane = threadIdx.x % 16, heads = Hkv * G.value();
+#pragma unroll 1
+    for (int r = r0 + threadIdx.x / 16; r < min(r0 + kRows, n * G.value()); r += kThreads / 16) {
+        const int head = h * G.value() + G.remainder(r);
+        const int64_t token = int64_t{b} * n + G.quotient(r), at = (token * heads + head) * kD + lane * 8;
+        *reinterpret_cast<uint4*>(static_cast<T*>(to.out) + at) = {};
+        if (to.out_q) *reinterpret_cast<uint2*>(to.out_q + at) = {};
+        if (to.out_q && lane == 0) to.out_scale[head * to.ld_scale + token] = block_scale(0, false);
+    }
+}
+
+// Called by a whole block: combines what the blocks of runs first .. stop - 1 found for rows r0 .. of sequence b and KV
+// head h, in this order, and stores the result. A warp takes every 4th row.
+template <typename T>
+__device__ void combine_runs(const Result& to, const float* partial, const float* lse_log2, int Hkv, int b, int h,
+                             int r0, int n, const Divisor& G, int first, int stop) {
+    const int lane = threadIdx.x % 32, R = n * G.value(), rows = Hkv * R;
     for (int r = r0 + threadIdx.x / 32; r < min(r0 + kRows, R); r += kWarps) {
         float largest = -INFINITY, total = 0, sum[4] = {};
         for (int begin = first; begin < stop; begin += 32) {
-            const int64_t at = int64_t{begin + b} * rows + h * R + r;
+            const int at = (begin + b) * rows + h * R + r;
             const float lse = begin + lane < stop ? lse_log2[at + lane * rows] : -INFINITY;  // lane l: of run begin + l
-            Vec<4> pieces[32] = {};                                                          // all in flight
+            const float* from = partial + int64_t{at} * kD + lane * 4;
+            Vec<4> pieces[32] = {};  // all in flight
 #pragma unroll
-            for (int p = 0; p < 32; p++)
-                if (begin + p < stop) pieces[p] = load<4>(partial + (at + p * rows) * kD + lane * 4);
+            for (int p = 0; p < 32; p++, from += rows * kD)
+                if (begin + p < stop) pieces[p] = load<4>(from);
             float larger = fmaxf(largest, lse);
             for (int d = 16; d; d /= 2) larger = fmaxf(larger, __shfl_xor_sync(~0u, larger, d));
             const float base = larger == -INFINITY ? 0.f : larger, shrink = exp2_approx(largest - base),
                         weight = exp2_approx(lse - base);
-            largest = larger, total = total * shrink + weight;
+            largest = larger, total = total * shrink + warp_sum(weight);
 #pragma unroll
             for (float& x : sum) x *= shrink;
 #pragma unroll
@@ -80,16 +117,10 @@ __device__ void combine_runs(const Result& to, const float* partial, const float
                 for (int i = 0; i < 4; i++) sum[i] += p_weight * pieces[p][i];
             }
         }
-        total = warp_sum(total);
-        alignas(16) T y[1][8];  // lane l < 16 stores columns 8 l to 8 l + 7, which lanes 2 l and 2 l + 1 have
-        for (int i = 0; i < 8; i++)
-            y[0][i] = static_cast<T>(__shfl_sync(~0u, total == 0 ? 0.f : sum[i % 4] / total, lane % 16 * 2 + i / 4));
-        const int64_t token = int64_t{b} * n + r / G;
-        const int head = h * G + r % G;
-        if (lane < 16)
-            *reinterpret_cast<uint4*>(static_cast<T*>(to.out) + (token * heads + head) * kD + lane * 8) =
-                *reinterpret_cast<const uint4*>(y[0]);
-        if (to.out_q) store_rows<false>(y, token, lane < 16, head, to.out_q, to.out_scale, heads * kD, to.ld_scale);
+        const float inverse = reciprocal(total);  // at least 1
+#pragma unroll
+        for (float& x : sum) x = total == 0 ? 0.f : x * inverse;
+        store_result<T>(to, sum, Hkv, b, h, r, n, G);
     }
 }
 
@@ -99,47 +130,61 @@ __device__ void combine_runs(const Result& to, const float* partial, const float
 template <typename T, typename C, bool kAppends>
 __global__ void __launch_bounds__(kThreads, 2)
     attention_decode_kernel(const T* q, NewTokens tokens, Cache cache, Result to, float* partial, float* lse_log2,
-                            int n, int G, float scale_log2) {
+                            int n, Divisor G, float scale_log2) {
     __shared__ Shared shared;
     __shared__ std::conditional_t<kAppends, Fresh<T, C>, char> fresh;
     launch_dependents();
     wait_for_previous();
-    const int all = cache.tiles_before(cache.B), share = cache.share(all), R = n * G, r0 = blockIdx.z * kRows;
-    for (int b = blockIdx.x; b < cache.B; b += cache.W) {
-        LING_DEVICE_CHECK(cache.lengths[b] == cache.used(b));
-        if (!cache.tiles(b)) combine_runs<T>(to, partial, lse_log2, cache, b, blockIdx.y, r0, n, G, 0, 0);
+    std::conditional_t<kAppends, Weights<T>, NewTokens> weights(tokens);
+    const Runs runs(cache);
+    const int share = runs.share, R = n * G.value(), r0 = blockIdx.z * kRows, head = blockIdx.y;
+    for (int b = blockIdx.x; b < cache.B; b += cache.W.value()) {
+        const int length = runs.length_of(b);
+        LING_DEVICE_CHECK(length == cache.used(length));
+        if (!runs.tiles(length)) store_zeros<T>(to, cache.Hkv, b, head, r0, n, G);
     }
     int tile = blockIdx.x * share;
-    if (tile >= all) return;
-    const int stop = min(tile + share, all);
+    if (tile >= runs.all) return;
+    const int stop = min(tile + share, runs.all);
     int seq, begin;
-    cache.find(tile, seq, begin);
+    runs.find(tile, seq, begin);
     Warp<T, C, kAppends> me{cache};
     constexpr int kPer = decltype(me)::kPer;
     if constexpr (kAppends) me.fresh = &fresh;
-    me.head = blockIdx.y;
+    me.head = head;
     for (; tile < stop; seq++) {
         LING_DEVICE_CHECK(seq < cache.B && tile >= begin);
-        const int end = begin + cache.tiles(seq), length = cache.lengths[seq];
+        const int length = runs.length_of(seq), end = begin + runs.tiles(length);
         if (tile < end) {
-            me.seq = seq, me.used = cache.used(seq);
+            me.seq = seq, me.used = cache.used(length);
             me.first = (tile - begin) * kTile, me.stop = min((min(stop, end) - begin) * kTile, me.used);
             me.cached = kAppends ? min(length - n, me.used) : me.used;
-            me.start();
+            me.lane_page = me.load_page(0);
             if constexpr (kAppends) {
-                prepare(fresh, tokens, cache, seq, me.head, me.first, me.stop, n, G, r0);
+                const Preparation<T, C> prepare{
+                    tokens, cache, seq, head, me.first, me.stop, n, r0, min(R - r0, kRows), length - n, G, weights};
+                for (int base = 0; base < prepare.jobs(); base += prepare.kAtOnce) {
+                    const auto row = prepare.load_row(base);
+                    if (base == 0) me.start();
+                    prepare.finish(row, base, fresh);
+                }
                 __syncthreads();
+            } else {
+                me.start();
             }
             const T* row[2] = {};
             int last[2];
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                const int r = r0 + me.g + 8 * i;
+                const int r = r0 + me.g + 8 * i, token = G.quotient(r);
                 if constexpr (kAppends) row[i] = r < R ? fresh.q[r - r0] : nullptr;
-                else if (r < R) row[i] = q + ((int64_t{seq} * n + r / G) * (cache.Hkv * G) + me.head * G + r % G) * kD;
-                last[i] = min(length - n + r / G, me.used - 1);
+                else if (r < R)
+                    row[i] =
+                        q +
+                        ((int64_t{seq} * n + token) * (cache.Hkv * G.value()) + head * G.value() + G.remainder(r)) * kD;
+                last[i] = min(length - n + token, me.used - 1);
             }
-            me.shown = min(length - n + r0 / G + 1, me.used);
+            me.shown = min(length - n + G.quotient(r0) + 1, me.used);
             me.run(row[0], row[1], last, scale_log2);
 #pragma unroll
             for (int i = 0; i < 2; i++) {
@@ -156,13 +201,13 @@ __global__ void __launch_bounds__(kThreads, 2)
                     }
             }
             __syncthreads();
-            const int64_t at = (int64_t{blockIdx.x + seq} * cache.Hkv + me.head) * R + r0;
+            const int64_t at = (int64_t{blockIdx.x + seq} * cache.Hkv + head) * R + r0;
             combine_warps<kPer>(shared, partial + at * kD, lse_log2 + at, min(R - r0, kRows));
             // Only one sequence goes on in the next run, so that the sequence's first run names the counter.
-            const int first = begin / share, runs = (end - 1) / share + 1 - first;
-            unsigned* const counter = counters + to.counter + (first * cache.Hkv + me.head) * gridDim.z + blockIdx.z;
-            if (is_last(counter, runs))
-                combine_runs<T>(to, partial, lse_log2, cache, seq, me.head, r0, n, G, first, first + runs);
+            const int first = begin / share, last_run = (end - 1) / share;
+            unsigned* const counter = counters + to.counter + (first * cache.Hkv + head) * gridDim.z + blockIdx.z;
+            if (is_last(counter, last_run - first + 1))
+                combine_runs<T>(to, partial, lse_log2, cache.Hkv, seq, head, r0, n, G, first, last_run + 1);
         }
         begin = end, tile = min(stop, end);
     }
@@ -192,23 +237,15 @@ void run(cudaStream_t stream, const Tensor& q, const NewTokens* tokens, const Te
     LING_CHECK(lse_log2.is(DType::f32, {W + B, Hkv, n * G}) && lse_log2.contiguous());
     LING_CHECK(max_pages * page_size < 1 << 30 && B * (ceil_div<int64_t>(max_pages * page_size, kTile) + 1) < 1 << 30);
     LING_CHECK(W + B < 1ll << 31 && Hq * n < 1 << 16 && num_pages * page_size < 1ll << 31);
+    LING_CHECK((W + B) * Hq * n < 1ll << 31 && B * n * (Hq + 2 * Hkv) < 1ll << 31 && B * max_pages < 1ll << 31);
     LING_CHECK(!out_q.ndim || (out_q.is(DType::e4m3, {B * n, Hq * kD}) && out_q.contiguous() && out_q.aligned()));
     LING_CHECK(!out_q.ndim || (out_scale.is(DType::f32, {B * n, Hq}) && (B * n == 1 || out_scale.stride[0] == 1)));
     LING_CHECK(num_pages > 0 && page_size > 0 && max_pages > 0);
     LING_CHECK(q.aligned() && k.aligned() && v.aligned() && out.aligned() && partial.aligned());
     const auto num = [](int64_t x) { return static_cast<int>(x); };
-    const Cache cache{k.data,
-                      v.data,
-                      k_scale.ptr<float>(),
-                      v_scale.ptr<float>(),
-                      block_table.ptr<int>(),
-                      lengths.ptr<int>(),
-                      num(B),
-                      num(W),
-                      num(Hkv),
-                      num(num_pages),
-                      num(page_size),
-                      num(max_pages)};
+    const Cache cache{
+        k.data, v.data,   k_scale.ptr<float>(), v_scale.ptr<float>(), block_table.ptr<int>(), lengths.ptr<int>(),
+        num(B), num(Hkv), num(num_pages),       num(max_pages),       Divisor(page_size),     Divisor(W)};
     const dim3 grid(W, Hkv, ceil_div<int64_t>(n * G, kRows));
     // With one run each sequence belongs to one block, which counts nothing.
     const int counter = W > 1 ? counter_of(stream, num(W * Hkv * grid.z)) : 0;
@@ -217,7 +254,7 @@ void run(cudaStream_t stream, const Tensor& q, const NewTokens* tokens, const Te
         const auto attend = [&]<typename C, bool kAppends>() {
             launch<attention_decode_kernel<T, C, kAppends>, kOverlaps>(
                 grid, kThreads, 0, stream, q.ptr<T>(), tokens ? *tokens : NewTokens{}, cache, result,
-                partial.ptr<float>(), lse_log2.ptr<float>(), num(n), num(G), scale * 1.4426950408889634f);
+                partial.ptr<float>(), lse_log2.ptr<float>(), num(n), Divisor(G), scale * 1.4426950408889634f);
         };
         const auto attend_to = [&]<typename C>(C) {
             tokens ? attend.template operator()<C, true>() : attend.template operator()<C, false>();

@@ -15,31 +15,47 @@ struct Cache {
     const void *k, *v;
     const float *k_scale, *v_scale;
     const int *table, *lengths;
-    int B, W, Hkv, num_pages, page_size, max_pages;  // page_size in tokens; max_pages: columns of the table
+    int B, Hkv, num_pages, max_pages;  // max_pages: columns of the table
+    Divisor page_size, W;              // in tokens; number of runs
 
-    __device__ int used(int b) const { return min(max(lengths[b], 0), max_pages * page_size); }
-    __device__ int tiles(int b) const { return ceil_div(used(b), kTile); }
-    // Tiles of a run. This and the following functions are called by a whole warp.
-    __device__ int share(int all) const { return max(ceil_div(all, W), 1); }
-    __device__ int tiles_before(int end) const {
-        int sum = 0;
-        for (int b = threadIdx.x % 32; b < end; b += 32) sum += tiles(b);
-        return __reduce_add_sync(~0u, sum);
+    __device__ int used(int length) const { return min(max(length, 0), max_pages * page_size.value()); }
+    __device__ int page_of(int seq, int key) const { return table[seq * max_pages + page_size.quotient(key)]; }
+};
+
+// The tiles of keys of all sequences. Each of W blocks has an equal run of them. A warp holds the first 32 lengths, so
+// that a batch of at most 32 waits for memory once. All functions are called by a whole warp.
+struct Runs {
+    const Cache& cache;
+    const int lane = threadIdx.x % 32;
+    int length;  // of sequence `lane`; 0 past the last one
+    int end;     // of the tiles of sequences 0 .. lane, if there are so many
+    int all, share;
+
+    __device__ explicit Runs(const Cache& cache) : cache(cache) {
+        length = lane < cache.B ? cache.lengths[lane] : 0;
+        end = sum_to(tiles(length));
+        all = __shfl_sync(~0u, end, min(cache.B, 32) - 1);
+        for (int b = 32; b < cache.B; b += 32) all += __reduce_add_sync(~0u, tiles(further(b + lane)));
+        share = max(cache.W.quotient(all + cache.W.value() - 1), 1);
+    }
+    __device__ int tiles(int length) const { return ceil_div(cache.used(length), kTile); }
+    __device__ int further(int b) const { return b < cache.B ? cache.lengths[b] : 0; }
+    __device__ int length_of(int b) const { return b < 32 ? __shfl_sync(~0u, length, b) : further(b); }
+    // The sum of x over lanes up to this one, for lanes that have a sequence
+    __device__ int sum_to(int x) const {
+        for (int d = 1; d < min(cache.B, 32); d *= 2) {
+            const int lower = __shfl_up_sync(~0u, x, d);
+            if (lane >= d) x += lower;
+        }
+        return x;
     }
     // The sequence of tile `first`, which must exist, and the number of its first tile
     __device__ void find(int first, int& seq, int& begin) const {
-        const int lane = threadIdx.x % 32;
         seq = begin = 0;
-        for (int b = 0; b < B; b += 32) {
-            int end = b + lane < B ? tiles(b + lane) : 0;
-            for (int d = 1; d < 32; d *= 2) {
-                const int lower = __shfl_up_sync(~0u, end, d);
-                if (lane >= d) end += lower;
-            }
-            const int ended = __popc(__ballot_sync(~0u, begin + end <= first));
-            const int skipped = __shfl_sync(~0u, end, max(ended - 1, 0));
-            seq = b + ended;
-            begin += ended ? skipped : 0;
+        for (int ends = end;; ends = begin + sum_to(tiles(further(seq + lane)))) {
+            const int ended = __popc(__ballot_sync(~0u, seq + lane < cache.B && ends <= first));
+            if (ended) begin = __shfl_sync(~0u, ends, ended - 1);
+            seq += ended;
             if (ended < 32) return;
         }
     }
@@ -56,10 +72,6 @@ template <typename T, typename C> struct Fresh {
     alignas(16) T q[kRows][kD];
     alignas(16) C cells[2][kMostNew][kD];  // keys, values
     float scales[2][kMostNew];
-    int begin, n;  // position of the first new token in the sequence
-
-    // Index of a key of the sequence among the new tokens, or -1
-    __device__ int index(int key) const { return key >= begin && key < begin + n ? key - begin : -1; }
 };
 
 // Pairs of elements of two chunks of C, as operands of products of F
@@ -98,7 +110,7 @@ template <typename T, typename C, bool kAppends> struct Warp {
     const Fresh<T, C>* fresh;
     const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4, warp = threadIdx.x / 32;
     int seq, head, first, stop, used;  // keys of the block's run
-    int cached;                        // keys before this one are in the cache, and are no new tokens
+    int cached;                        // keys before this one are in the cache; from here to `used` they are new tokens
     int shown;                         // keys before this one are seen by all rows
     unsigned q[8][4];
     float scale_log2[2];                              // of the lane's two rows of products of q and keys
@@ -107,8 +119,8 @@ template <typename T, typename C, bool kAppends> struct Warp {
     int value_exponent;  // of the largest scale of a value so far, plus 127; P and o are in units of that power of two
     float largest[2], total[2], o[16][4];
     int lane_cell;    // lane l: the first cell of step l of the current group of 32 steps
+    int lane_page;    // lane l: the page of step l of the next group
     int steps, cell;  // of this warp; the first cell of the next step to load
-    bool loaded;      // the first step is on its way
 
     __device__ int key(int step) const { return first + (step * kWarps + warp) * kStep; }
 
@@ -147,65 +159,87 @@ template <typename T, typename C, bool kAppends> struct Warp {
         }
     }
 
-    // The cell of the step's first key; the 16 lie in one page.
+    // The page of the lane's step of the group that begins with step `group`
+    __device__ int load_page(int group) const {
+        const int lane_key = key(group + lane);
+        return lane_key < stop ? cache.page_of(seq, lane_key) : 0;
+    }
+
+    // The cell of the step's first key; the 16 lie in one page. Called for one step after another.
     __device__ int locate(int step) {
         if (step % 32 == 0) {
-            const int lane_key = key(step + lane);
-            int page = lane_key < stop ? cache.table[int64_t{seq} * cache.max_pages + lane_key / cache.page_size] : 0;
-            LING_DEVICE_CHECK(page >= 0 && page < cache.num_pages);
-            page = min(max(page, 0), cache.num_pages - 1);
-            lane_cell = page * cache.page_size + lane_key % cache.page_size;
+            LING_DEVICE_CHECK(lane_page >= 0 && lane_page < cache.num_pages);
+            const int page = min(max(lane_page, 0), cache.num_pages - 1);
+            lane_cell = page * cache.page_size.value() + cache.page_size.remainder(key(step + lane));
+            lane_page = load_page(step + 32);
         }
         return __shfl_sync(~0u, lane_cell, step % 32);
     }
 
-    // Whether the step's keys are all in the cache; else some are new or past the end.
-    __device__ bool is_plain(int step) const { return key(step) + kStep <= cached; }
-    template <typename F> __device__ void if_plain(int step, F&& f) {
-        if (is_plain(step)) f(std::true_type{});
-        else f(std::false_type{});
+    // The row of key (kind 0) or value (kind 1) number `index` after a cell
+    __device__ const C* row_of(int kind, int cell, int index) const {
+        const C* const of_head = static_cast<const C*>(kind ? cache.v : cache.k) + head * kD;
+        return of_head + int64_t{cell + index} * (cache.Hkv * kD);
     }
+    __device__ static int value_index(int i, int c) { return 8 * (i / 2) + 2 * c + i % 2; }
 
-    // The row of key (kind 0) or value (kind 1) number `index` of a step
-    template <bool kPlain> __device__ const C* row_of(int kind, int step, int cell, int index) const {
-        if constexpr (kAppends && !kPlain)
-            if (const int i = fresh->index(key(step) + index); i >= 0) return fresh->cells[kind][i];
-        return static_cast<const C*>(kind ? cache.v : cache.k) + (int64_t{cell + index} * cache.Hkv + head) * kD;
-    }
-
-    // Keys past the sequence's end lie inside the page and their scores are masked. Values there are loaded as 0, as
-    // their P is 0 and 0 times NaN is NaN.
+    // Neither new tokens, which other blocks may be writing, nor cells past the end are read.
     __device__ void load_keys(int step, int cell) {
-        if_plain(step, [&](auto plain) {
+        const int limit = cached - key(step);
 #pragma unroll
-            for (int t = 0; t < 2; t++) {
-                const C* row = row_of<plain>(0, step, cell, 8 * t + g) + c * kPer;
+        for (int t = 0; t < 2; t++) {
+            const C* row = row_of(0, cell, 8 * t + g) + c * kPer;
+            if (8 * t + g < limit)
 #pragma unroll
                 for (int j = 0; j < kKeyChunks; j++) ks[t][j] = *reinterpret_cast<const uint4*>(row + j * 4 * kPer);
-            }
-            if constexpr (kFp8) {
-                const int kind = lane / kStep, index = lane % kStep;
-                const float* from = (kind ? cache.v_scale : cache.k_scale) + int64_t{cell + index} * cache.Hkv + head;
-                if constexpr (kAppends && !plain)
-                    if (const int new_one = fresh->index(key(step) + index); new_one >= 0)
-                        from = &fresh->scales[kind][new_one];
-                scales = plain || key(step) + index < used ? *from : 0.f;
-            }
-        });
+        }
+        if constexpr (kFp8) {
+            const int kind = lane / kStep, index = lane % kStep;
+            const float* from = (kind ? cache.v_scale : cache.k_scale) + int64_t{cell + index} * cache.Hkv + head;
+            if (index < limit) scales = *from;
+        }
     }
     __device__ void load_values(int step, int cell) {
-        if_plain(step, [&](auto plain) {
+        const int limit = cached - key(step);
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const int index = 8 * (i / 2) + 2 * c + i % 2;
-                const C* row = row_of<plain>(1, step, cell, index) + g * kPer;
+        for (int i = 0; i < 4; i++) {
+            const int index = value_index(i, c);
+            const C* row = row_of(1, cell, index) + g * kPer;
+            if (index < limit)
 #pragma unroll
                 for (int j = 0; j < kValueChunks; j++)
-                    vs[i / 2][i % 2][j] = plain || key(step) + index < used
-                                              ? *reinterpret_cast<const uint4*>(row + j * 8 * kPer)
-                                              : uint4{};
-            }
-        });
+                    vs[i / 2][i % 2][j] = *reinterpret_cast<const uint4*>(row + j * 8 * kPer);
+        }
+    }
+
+    // Takes what a step has besides cells: new tokens, and zeros past the end, as P is 0 there and 0 times NaN is NaN.
+    __device__ void complete(int step) {
+        const int limit = cached - key(step), end = used - key(step);
+        if (limit >= kStep) return;
+        const auto is_new = [&](int index) { return kAppends && index >= limit && index < end; };
+#pragma unroll
+        for (int t = 0; t < 2; t++)
+            if (const int index = 8 * t + g; is_new(index))
+#pragma unroll
+                for (int j = 0; j < kKeyChunks; j++)
+                    ks[t][j] = *reinterpret_cast<const uint4*>(fresh->cells[0][index - limit] + (4 * j + c) * kPer);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int index = value_index(i, c);
+            uint4(&value)[kValueChunks] = vs[i / 2][i % 2];
+            if (is_new(index))
+#pragma unroll
+                for (int j = 0; j < kValueChunks; j++)
+                    value[j] = *reinterpret_cast<const uint4*>(fresh->cells[1][index - limit] + (8 * j + g) * kPer);
+            else if (index >= end)
+#pragma unroll
+                for (uint4& chunk : value) chunk = {};
+        }
+        if constexpr (kFp8) {
+            const int index = lane % kStep;
+            if (is_new(index)) scales = fresh->scales[lane / kStep][index - limit];
+            else if (index >= end) scales = 0;
+        }
     }
 
     // The scale of the lane's key (kind 0) or value (kind 1) 8t + 2c + i of the step
@@ -285,12 +319,22 @@ template <typename T, typename C, bool kAppends> struct Warp {
         }
     }
 
-    // Loads the first step, unless it holds tokens that are not prepared yet.
+    // Loads the first step; called after lane_page = load_page(0).
     __device__ void start() {
         steps = max(ceil_div(stop - key(0), kTile), 0);
-        if (steps) cell = locate(0);
-        loaded = steps && (!kAppends || is_plain(0));
-        if (loaded) load_keys(0, cell), load_values(0, cell);
+#pragma unroll
+        for (auto& key : ks)
+#pragma unroll
+            for (uint4& chunk : key) chunk = {};
+#pragma unroll
+        for (auto& pair : vs)
+#pragma unroll
+            for (auto& value : pair)
+#pragma unroll
+                for (uint4& chunk : value) chunk = {};
+        scales = 0;
+        cell = locate(0), load_keys(0, cell),
+        load_values(0, cell);  // nothing without steps: then key(0) is past the end
     }
 
     // row0, row1: queries of the lane's rows, or null. scale: of their products with keys, in base 2
@@ -301,11 +345,11 @@ template <typename T, typename C, bool kAppends> struct Warp {
         for (auto& tile : o) tile[0] = tile[1] = tile[2] = tile[3] = 0;
         value_exponent = 1;
         load_queries(row0, row1);
-        if (steps && !loaded) load_keys(0, cell), load_values(0, cell);
         if constexpr (std::is_same_v<T, Factor>) scale_log2[0] = scale_log2[1] = scale;
         else convert_queries(scale);
         for (int step = 0; step < steps; step++) {
             float s[2][4], v_scale[2][2], unit = 1;
+            complete(step);
             scores(s);
             if constexpr (kFp8) unit = value_scales(v_scale);
             const bool more = step + 1 < steps;

@@ -7,8 +7,7 @@
 //     Stream<kFp8, kDepth> stream(shared memory of this warp);
 //     for (i < kDepth) stream.push(address of step i), or stream.push() without such a step
 //     for (each step) {
-//         const auto step = stream.take();
-//         const auto part = multiply<kFp8>(step, row g of x, from the step's K on);
+//         add_product(sum, stream.take(), x, step's number);
 //         stream.push(address of the step kDepth later), or stream.push()
 //     }
 #pragma once
@@ -121,6 +120,16 @@ template <bool kFp8> __device__ Part multiply(const Step& step, const uint8_t* x
                    b.pair[i + 1]);
     }
     return part;
+}
+
+// sum += step k of the weight times all rows of x, scaled. Columns past x's rows hold numbers without a meaning.
+template <bool kFp8> __device__ void add_product(float (&sum)[4], const Step& step, const Operand<kFp8>& x, int k) {
+    const int last = x.rows - 1, n0 = min(lane_column(), last), n1 = min(lane_column() + 1, last);
+    const Part part = multiply<kFp8>(step, x.row(min(lane_row(), last)) + k * kStep);
+    float scale[2] = {1, 1};
+    if constexpr (kFp8) scale[0] = x.scale[k * x.rows + n0], scale[1] = x.scale[k * x.rows + n1];
+#pragma unroll
+    for (int i = 0; i < 4; i++) sum[i] += part.v[i] * (scale[i % 2] * (i < 2 ? step.upper_scale : step.lower_scale));
 }
 
 }  // namespace ling::few_rows

@@ -77,8 +77,6 @@ template <bool kFp8, typename Stage> __device__ void multiply_rows(const Product
     for (int i = 0; i < kDepth; i++) push();
     stage(x);
     __syncthreads();
-    const uint8_t* const row = x.row(min(g, p.M - 1));
-    const int m0 = min(c, p.M - 1), m1 = min(c + 1, p.M - 1);  // columns past M are ignored
 
     int buffer = 0;
     // All warps of a block run the same number of iterations, since tiles belong to the block.
@@ -86,13 +84,7 @@ template <bool kFp8, typename Stage> __device__ void multiply_rows(const Product
         const int line = (tile * kWarps + warp) / p.split * kLines;
         float sum[4] = {};
         for (int k = from; line < p.N && k < to; k++) {
-            const Step step = stream.take();
-            const Part part = multiply<kFp8>(step, row + k * kStep);
-            float scale[2] = {1, 1};
-            if constexpr (kFp8) scale[0] = x.scale[k * p.M + m0], scale[1] = x.scale[k * p.M + m1];
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-                sum[i] += part.v[i] * (scale[i % 2] * (i < 2 ? step.upper_scale : step.lower_scale));
+            add_product(sum, stream.take(), x, k);
             push();
         }
         float* const warp_sums = shared.sums[buffer][warp];

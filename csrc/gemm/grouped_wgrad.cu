@@ -23,7 +23,7 @@ __device__ void load_tokens(Shared<Bf16>& s, const Problem& p) {
         s.full[stage].arrive_and_expect(Bf16::kABytes + Bf16::kBBytes);
         for (int i = 0; i < 2; i++) load_tile(s.a[stage] + i * Bf16::kBox, p.a, s.full[stage], t.m + 64 * i, row);
         for (int i = 0; i < 4; i++)
-            load_shared(s, t, i / 2, s.b[stage] + i * Bf16::kBox, p.b, stage, t.n + 64 * i, row);
+            load_weight_box(s, t, i / 2, s.b[stage] + i * Bf16::kBox, p.b, stage, t.n + 64 * i, row);
     });
 }
 

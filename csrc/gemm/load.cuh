@@ -7,8 +7,8 @@ namespace ling::gemm_fp8 {
 // A box of half h of the weights: for both blocks of a pair, if they have the same weights and the half is this
 // block's.
 template <typename V>
-__device__ void load_shared(Shared<V>& s, const Tile& t, unsigned h, void* to, const TensorMap& map, int stage,
-                            int column, int row) {
+__device__ void load_weight_box(Shared<V>& s, const Tile& t, unsigned h, void* to, const TensorMap& map, int stage,
+                                int column, int row) {
     if (!V::kPairs || !t.joint) load_tile(to, map, s.full[stage], column, row);
     else if (h == cluster_rank()) load_tile_to_both(to, map, s.full[stage], column, row);
 }
@@ -20,7 +20,7 @@ template <typename V> __device__ void load_weights(Shared<V>& s, const Problem& 
         uint8_t* to = s.b[stage] + h * 128 * 128;
         const int row = t.n + h * up;
         if (V::kTransposed) load_tile(to, p.b, s.raw[stage], row, group_row + k * 128);
-        else load_shared(s, t, h, to, p.b, stage, k * 128, group_row + row);
+        else load_weight_box(s, t, h, to, p.b, stage, k * 128, group_row + row);
         if (V::kRowScales) load_tile(s.b_scale[stage] + h * 128, p.b_scale, s.full[stage], row, k);
     }
 }

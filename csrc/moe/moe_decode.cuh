@@ -247,20 +247,13 @@ template <bool kFp8, int kDepth>
 __device__ void up(Feed<kFp8, kDepth>& feed, const Partials& partials, const Operand<kFp8>& x, int slots) {
     const Problem& p = feed.p;
     const Jobs& jobs = feed.jobs;
-    const int at_once = partials.at_once, n0 = min(lane_column(), p.T - 1), n1 = min(lane_column() + 1, p.T - 1);
-    const uint8_t* x_row = x.row(min(lane_row(), p.T - 1));
+    const int at_once = partials.at_once;
     for (int first = blockIdx.x; first < feed.up_units; first += at_once * gridDim.x) {
         const int rounds = min(at_once, ceil_div<int>(feed.up_units - first, gridDim.x));
         for (int r = 0; r < rounds; r++) {
             float sum[4] = {};
             for (int k = feed.warp; k < feed.up_steps; k += kWarps) {
-                const Step step = feed.stream.take();
-                const Part part = multiply<kFp8>(step, x_row + k * kStep);
-                float scale[2] = {1, 1};
-                if constexpr (kFp8) scale[0] = x.scale[k * p.T + n0], scale[1] = x.scale[k * p.T + n1];
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-                    sum[i] += part.v[i] * (scale[i % 2] * (i < 2 ? step.upper_scale : step.lower_scale));
+                add_product(sum, feed.stream.take(), x, k);
                 feed.push();
             }
             partials.store(r, sum);

@@ -5,13 +5,11 @@ slice of [E, N, K]), so loading, saving and comparing all use `named_views`. Loa
 and one tensor, besides the pages of a shard that the system maps.
 """
 
-import json
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,14 +19,10 @@ from ..files import atomic_write, user_path
 from ..nn.fp8 import Fp8Linear, fits, to_fp8
 from ..nn.fp8_inference import SCALES, quantize_for_inference_
 from ..op import E4M3
-from ..ops.quantize import dequantize, quantize_weight
+from ..ops.quantize import quantize_weight
 from .config import PRESETS, LingConfig
 from .transformer import Ling
-
-WIDE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # types of weights without a scale
-WIDE_NAMES = [str(dtype).removeprefix("torch.") for dtype in WIDE]
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-WEIGHT_FILES = r"model(-\d{5,}-of-\d{5,})?\.safetensors|model\.safetensors\.index\.json"  # names that save_model uses
+from .weight_files import SHARD_BYTES, WIDE, WIDE_NAMES, WeightReader, dequantized, stored_dtype, write_weights
 
 
 def named_views(model: Ling) -> Iterator[tuple[str, Tensor]]:
@@ -106,46 +100,39 @@ def load_model(
             model.lm_head = Fp8Linear.of(model.lm_head)
         quantize_for_inference_(model)
     used = set[str]()
-    with torch.no_grad(), _Shards(folder) as shards:
-        files = _files(folder, shards)
-        _check_shapes(folder, model, files, shards)
-        if (single := folder / SINGLE).is_file() and single not in files.values():
-            raise InputError(f"{folder} has {SINGLE} and {INDEX} of other files: remove the one that is out of date")
+    with torch.no_grad(), WeightReader(folder) as reader:
+        _check_shapes(model, reader)
+        reader.refuse_two_checkpoints()
         model = model.to_empty(device=device)
         model.reset_buffers()
         views = dict(named_views(model))
         expected = [key for key in views if not key.endswith(SCALES)]
-        for key in sorted(expected, key=lambda k: str(files[k])):  # shard by shard
-            view, tensor = views[key], shards.read(files[key], key)
-            if tensor.dtype not in WIDE and (tensor.dtype != E4M3 or tensor.ndim != 2):
-                kind = f"{tensor.dtype}{list(tensor.shape)}".removeprefix("torch.")
-                raise InputError(f"{files[key]}: {key} is {kind}; supported are {', '.join(WIDE_NAMES)}, and matrices"
-                                 " of float8_e4m3fn with a scale per 128x128 block")  # fmt: skip
-            scale = _scale(shards, files, key, tensor) if tensor.dtype == E4M3 else None
+        for key in sorted(expected, key=lambda k: str(reader.files[k])):  # shard by shard
+            view, (tensor, scale) = views[key], reader.read(key)
             used.update((key, key + SCALES) if scale is not None else (key,))
             if view.dtype == E4M3:
                 q, scale = (tensor, scale) if scale is not None else quantize_weight(tensor.to(view.device, dtype))
                 view.view(torch.uint8).copy_(q.view(torch.uint8))
                 views[key + SCALES].copy_(scale)
             else:
-                view.copy_(tensor if scale is None else _dequantized(tensor, scale))
-        in_shards = {key: path for path in sorted({*files.values()}) for key in shards.keys(path)}
-    _check_unused(folder, in_shards | files, used)  # an index need not name all
+                view.copy_(tensor if scale is None else dequantized(tensor, scale))
+        in_shards = {key: path for path in sorted({*reader.files.values()}) for key in reader.keys(path)}
+    _check_unused(folder, in_shards | reader.files, used)  # an index need not name all
     return model.eval()
 
 
-def _check_shapes(folder: Path, model: Ling, files: dict[str, Path], shards: "_Shards") -> None:
+def _check_shapes(model: Ling, reader: WeightReader) -> None:
     """Raise InputError where the files lack a weight of a model on the meta device, or hold it in another shape: before
     memory is allocated, since a wrong config.json may ask for any amount.
     """
     for key, view in named_views(model):
         if key.endswith(SCALES):
             continue
-        if key not in files:
-            raise InputError(f"{folder}: the checkpoint has no {key}")
-        shape = shards.shape(files[key], key)
+        if key not in reader.files:
+            raise InputError(f"{reader.folder}: the checkpoint has no {key}")
+        shape = reader.shape(key)
         if shape != list(view.shape):
-            raise InputError(f"{files[key]}: {key} is {shape}, by config.json it should be {list(view.shape)}")
+            raise InputError(f"{reader.files[key]}: {key} is {shape}, by config.json it should be {list(view.shape)}")
 
 
 def _check_unused(folder: Path, files: dict[str, Path], used: set[str]) -> None:
@@ -164,89 +151,8 @@ def _check_unused(folder: Path, files: dict[str, Path], used: set[str]) -> None:
         warnings.warn(f"{folder}: {len(unused)} tensors are not used, the first is {unused[0]}", stacklevel=3)
 
 
-def _scale(shards: "_Shards", files: dict[str, Path], key: str, q: Tensor) -> Tensor:
-    """Read the scales of the block-FP8 weight q [N, K]: [ceil(N/128), ceil(K/128)] fp32."""
-    scale_key = key + SCALES
-    if scale_key not in files:
-        raise InputError(f"{files[key]}: {key} is FP8 and the checkpoint has no {scale_key}")
-    scale = shards.read(files[scale_key], scale_key)
-    N, K = q.shape
-    if scale.shape != (-(-N // 128), -(-K // 128)):
-        raise InputError(f"{files[scale_key]}: {scale_key} is {list(scale.shape)} for {key} {list(q.shape)}")
-    if not scale.is_floating_point() or not bool(scale.float().isfinite().all()):
-        raise InputError(f"{files[scale_key]}: {scale_key} is {scale.dtype}, it must hold finite floats")
-    return scale.float()
-
-
-def _dequantized(q: Tensor, scale: Tensor) -> Tensor:
-    """q [N, K] of any size -> [N, K] fp32."""
-    N, K = q.shape
-    padded = torch.zeros(scale.shape[0] * 128, scale.shape[1] * 128)
-    padded[:N, :K] = q.float()
-    return dequantize(padded, scale)[:N, :K]
-
-
-def _files(folder: Path, shards: "_Shards") -> dict[str, Path]:
-    """Map every key of a checkpoint to its file."""
-    index, single = folder / INDEX, folder / SINGLE
-    if not index.is_file():
-        if single.is_file():
-            return dict.fromkeys(shards.keys(single), single)
-        raise InputError(f"{folder} has neither {SINGLE} nor {INDEX}")
-    try:
-        return {k: folder / v for k, v in json.loads(index.read_text())["weight_map"].items()}
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise InputError(f"{index} is damaged: {error!r}") from None
-
-
-class _Shards:
-    """Read tensors of several files, with one file open at a time; errors name the file."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.path: Path | None = None
-        self.file: Any = None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.path = self.file = None
-
-    def open(self, path: Path):
-        from safetensors import SafetensorError, safe_open
-
-        if path != self.path:
-            self.path = self.file = None
-            try:
-                self.file = safe_open(path, "pt")
-            except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: torch cannot map the file
-                raise InputError(f"cannot read {path}: {error}") from None
-            self.path = path
-        return self.file
-
-    def keys(self, path: Path) -> list[str]:
-        return list(self.open(path).keys())
-
-    def shape(self, path: Path, key: str) -> list[int]:
-        return self.get(path, key, lambda file: file.get_slice(key).get_shape())
-
-    def read(self, path: Path, key: str) -> Tensor:
-        return self.get(path, key, lambda file: file.get_tensor(key))
-
-    def get(self, path: Path, key: str, of: Callable):
-        from safetensors import SafetensorError
-
-        try:
-            return of(self.open(path))
-        except (SafetensorError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"{path}: {key} cannot be read: {error!r}") from None  # e.g. a type that torch lacks
-
-
 def save_model(
-    model: Ling, folder: str | Path, dtype: torch.dtype = torch.bfloat16, max_shard_bytes: int = 10 << 30
+    model: Ling, folder: str | Path, dtype: torch.dtype = torch.bfloat16, max_shard_bytes: int = SHARD_BYTES
 ) -> None:
     """Write config.json and the weights under official keys, in dtype; expert biases in fp32, FP8 weights unchanged.
 
@@ -254,43 +160,17 @@ def save_model(
     the folder (model.safetensors, model-00001-of-00002.safetensors) are removed, others are kept. Raises InputError if
     the folder cannot be written.
     """
-    from safetensors.torch import save_file
+    folder, views = Path(folder), dict(named_views(model))
+    types = {key: stored_dtype(key, view.dtype, dtype) for key, view in views.items()}
 
-    folder = Path(folder)
-    shards, size = [{}], 0
-    for key, view in named_views(model):
-        bytes_ = view.numel() * stored_dtype(key, view, dtype).itemsize
-        if shards[-1] and size + bytes_ > max_shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][key] = view
-        size += bytes_
-    names = [SINGLE] if len(shards) == 1 else [f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-                                               for i in range(1, len(shards) + 1)]  # fmt: skip
-    weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-    index = json.dumps({"metadata": {"format": "pt"}, "weight_map": weight_map}, indent=2)
+    def on_cpu(keys: list[str]) -> dict[str, Tensor]:
+        return {k: views[k].detach().to("cpu", types[k]).contiguous() for k in keys}
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, shard in zip(names, shards, strict=True):
-            tensors = {k: v.detach().to("cpu", stored_dtype(k, v, dtype)).contiguous() for k, v in shard.items()}
-            with atomic_write(folder / name, durable=True) as path:
-                save_file(tensors, path, metadata={"format": "pt"})
-                path.chmod(0o644)  # safetensors creates files with mode 0600
-        if len(shards) > 1:
-            with atomic_write(folder / INDEX, durable=True) as path:
-                path.write_text(index)
-        current = {*names, INDEX} if len(shards) > 1 else {*names}
-        for path in [*folder.iterdir()]:
-            if path.name not in current and re.fullmatch(WEIGHT_FILES, path.name):
-                path.unlink(missing_ok=True)
+        sizes = {key: view.numel() * types[key].itemsize for key, view in views.items()}
+        write_weights(folder, sizes, on_cpu, max_shard_bytes)
         with atomic_write(folder / "config.json", durable=True) as path:
-            model.config.to_json(path, fp8=any(key.endswith(SCALES) for key in weight_map), dtype=dtype)
+            model.config.to_json(path, fp8=any(key.endswith(SCALES) for key in views), dtype=dtype)
     except OSError as error:
         raise InputError(f"cannot write the checkpoint to {folder}: {error}") from None
-
-
-def stored_dtype(key: str, view: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """The type of a tensor in a checkpoint whose weights are dtype."""
-    if key.endswith(("expert_bias", SCALES)):
-        return torch.float32
-    return E4M3 if view.dtype == E4M3 else dtype

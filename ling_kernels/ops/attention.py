@@ -24,10 +24,12 @@ from ..op import (
     use_reference,
     values_on_host,
 )
+from .attention_cpu import attention_cpu_bwd, attention_cpu_fwd, sdpa_fits
 from .attention_kernels import attention_dkv_kernel, attention_dq_kernel, attention_fwd_kernel
 from .gemm_fp8 import launch_with_scratch
 from .triton_import import triton
 
+KERNELS, REFERENCE, SDPA = "kernels", "reference", "sdpa"  # implementations of `Attention`
 BLOCK_M = 128  # queries at a time in the reference: bounds the memory of scores, and skips keys that none of them sees
 
 
@@ -65,10 +67,10 @@ def attention(
         expect(len(cu_seqlens_k) == len(cu_seqlens_q), "as many bounds of k as of q", cu_seqlens_q, cu_seqlens_k)
     q, k, v = autocast(q, k, v)
     if use_reference("attention", q):
-        return attention_ref(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, scale)
+        return attention_torch(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, scale)
     q, k, v, cu_seqlens_q = map(Tensor.contiguous, (q, k, v, cu_seqlens_q))
     cu_seqlens_k = None if cu_seqlens_k is None else cu_seqlens_k.contiguous()
-    return Attention.apply(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, default_scale(q, scale), True)
+    return Attention.apply(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, default_scale(q, scale), KERNELS)
 
 
 def expect_bounds(cu_seqlens: Tensor, T: int, device: torch.device) -> None:
@@ -82,7 +84,13 @@ def expect_bounds(cu_seqlens: Tensor, T: int, device: torch.device) -> None:
 
 def attention_ref(q, k, v, cu_seqlens_q, cu_seqlens_k=None, causal=True, scale=None):
     """A loop over sequences, for which the host reads cu_seqlens: on a GPU each call waits for that copy."""
-    return Attention.apply(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, default_scale(q, scale), False)
+    return Attention.apply(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, default_scale(q, scale), REFERENCE)
+
+
+def attention_torch(q, k, v, cu_seqlens_q, cu_seqlens_k=None, causal=True, scale=None):
+    """`attention_ref`, by torch's own kernel where that gives the same values."""
+    implementation = SDPA if sdpa_fits(q, cu_seqlens_k) else REFERENCE
+    return Attention.apply(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, default_scale(q, scale), implementation)
 
 
 def default_scale(q: Tensor, scale: float | None) -> float:
@@ -91,16 +99,18 @@ def default_scale(q: Tensor, scale: float | None) -> float:
 
 class Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, cu_q, cu_k, causal, scale, kernels):
+    def forward(ctx, q, k, v, cu_q, cu_k, causal, scale, implementation):
         out, lse = empty_outputs(q)
         if not len(k):
             out.zero_(), lse.fill_(-torch.inf)
-        elif kernels:
+        elif implementation == KERNELS:
             attention_fwd(q, k, v, cu_q, cu_k, out, lse, causal, scale, None, None, None, None, 0.0)
+        elif implementation == SDPA:
+            attention_cpu_fwd(q, k, v, cu_q, out, lse, causal, scale)
         else:
             attention_ref_fwd(q, k, v, cu_q, cu_k, out, lse, causal, scale)
         ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k)
-        ctx.causal, ctx.scale, ctx.kernels = causal, scale, kernels
+        ctx.causal, ctx.scale, ctx.implementation = causal, scale, implementation
         ctx.mark_non_differentiable(lse)
         return out, lse
 
@@ -109,7 +119,7 @@ class Attention(torch.autograd.Function):
     def backward(ctx, dout, _):
         q, k, v, out, lse, cu_q, cu_k = ctx.saved_tensors
         return *attention_backward(
-            dout, q, k, v, out, lse, cu_q, cu_k, ctx.causal, ctx.scale, ctx.kernels
+            dout, q, k, v, out, lse, cu_q, cu_k, ctx.causal, ctx.scale, ctx.implementation
         ), *[None] * 5  # fmt: skip
 
 
@@ -120,15 +130,17 @@ def empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
     return out, torch.empty(q.shape[1], q.shape[0], dtype=dtype, device=q.device)
 
 
-def attention_backward(dout, q, k, v, out, lse, cu_q, cu_k, causal, scale, kernels=True) -> list[Tensor]:
+def attention_backward(dout, q, k, v, out, lse, cu_q, cu_k, causal, scale, implementation=KERNELS) -> list[Tensor]:
     """dq, dk and dv, contiguous."""
     if not (len(q) and len(k)):
         return [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
     grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
     dout = dout.contiguous()
-    if kernels:
+    if implementation == KERNELS:
         scratch = torch.empty(2, q.shape[1], round_up(len(q), 4), dtype=torch.float32, device=q.device)
         attention_bwd(dout, q, k, v, out, lse, cu_q, cu_k, *grads, causal, scale, scratch)
+    elif implementation == SDPA:
+        attention_cpu_bwd(dout, q, k, v, out, lse, cu_q, *grads, causal, scale)
     else:
         attention_ref_bwd(dout, q, k, v, out, lse, cu_q, cu_k, *grads, causal, scale)
     return grads

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from ..op import autocast, expect, first_derivative_only, use_reference
-from .attention import attention_backward, attention_fwd, attention_ref, default_scale, empty_outputs, expect_bounds
+from .attention import (
+    attention_backward,
+    attention_fwd,
+    attention_ref,
+    attention_torch,
+    default_scale,
+    empty_outputs,
+    expect_bounds,
+)
 from .qk_norm_rope import (
     expect_heads,
     qk_norm_rope_backward,
@@ -46,7 +54,8 @@ def qk_norm_attention(
     scale = default_scale(qkv, scale)
     args = qkv, q_weight, k_weight, cos, sin, positions, num_kv_heads, cu_seqlens, causal, scale, eps
     if use_reference("qk_norm_attention", qkv, q_weight, k_weight):
-        return qk_norm_attention_ref(*args)
+        q, k, v = qk_norm_rope_ref(qkv, q_weight, k_weight, cos, sin, positions, num_kv_heads, eps)
+        return attention_torch(q, k, v, cu_seqlens, None, causal, scale)
     return QKNormAttention.apply(*args)
 
 

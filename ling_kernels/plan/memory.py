@@ -30,10 +30,11 @@ OUTPUTS = {"quantize_weight_fwd": "FP8 weights", "transpose_fp8_fwd": "FP8 weigh
 @dataclass
 class MemoryPlan:
     """Bytes of each kind. peak_bytes: live together at the step's peak. kept_bytes: live at the end of a forward, for
-    its backward."""
+    its backward. gradients: the most bytes of them at any moment."""
 
     peak_bytes: dict[str, int]
     kept_bytes: dict[str, int]
+    gradients: int = 0
 
     @property
     def peak(self) -> int:
@@ -74,7 +75,8 @@ def plan_memory(model: nn.Module, s: Settings, rank: Rank = SINGLE_GPU) -> Memor
                     shard.grad = p.grad[: len(shard)]  # a view, no copy
             optimizer.step()
     kinds = (*KINDS, *LAYOUT_KINDS)
-    return MemoryPlan(*({kind: counts[kind] for kind in kinds} for counts in (tracker.at_peak, kept)))
+    at_peak, kept = ({kind: counts[kind] for kind in kinds} for counts in (tracker.at_peak, kept))
+    return MemoryPlan(at_peak, kept, tracker.most["gradients"])
 
 
 class MemoryTracker(TorchDispatchMode):
@@ -83,7 +85,7 @@ class MemoryTracker(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.entries = {}  # storage: [bytes, kind, time of allocation]
-        self.now, self.at_peak = Counter(), Counter()
+        self.now, self.at_peak, self.most = Counter(), Counter(), Counter()  # most: of kinds that `mark` names
         self.peak, self.clock, self.peak_clock = 0, 0, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -134,6 +136,7 @@ class MemoryTracker(TorchDispatchMode):
             counts[entry[1]] -= entry[0]
             counts[kind] += entry[0]
         entry[1] = kind
+        self.most[kind] = max(self.most[kind], self.now[kind])
 
 
 def launcher_bytes(func, args: tuple) -> int:

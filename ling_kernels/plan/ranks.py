@@ -14,9 +14,7 @@ from ..model import Ling, LingConfig
 from ..model.packing import pack
 from ..model.transformer import LingOutput
 from ..nn import BatchLayout, Experts, MoE
-from ..ops.dispatch import Plan, dispatch
-from ..ops.permute import permute
-from ..ops.unpermute import unpermute
+from ..parallel import exchange
 from ..parallel.layout import Layout
 
 
@@ -123,44 +121,21 @@ class AllToAll(torch.autograd.Function):
         return dx, None, None
 
 
-class ReceivedPlan(Plan):
-    """The plan of received rows, with the sender's plan and the routing weights that `combine` applies."""
+class ExpertParallel(exchange.AllToAll):
+    """The exchange of a MoE layer with 1 / ep of its experts on this GPU, without other GPUs: sizes are those of an
+    even load, where this GPU receives as many rows as it sends, or of the worst one."""
 
-    sent: Plan
-    weights: Tensor | None
-
-
-class ExpertParallel:
-    """The exchange of a MoE layer with 1 / ep of its experts on this GPU. Each choice's row goes to its expert's GPU in
-    the activations' precision and comes back. With an even load this GPU receives as many rows as it sends;
-    `received` has the worst load."""
-
-    local = False
     mark = staticmethod(lambda t: None)  # called with every buffer of the exchange
 
     def __init__(self, moe: MoE, ep: int, worst_load: bool):
-        self.ep, self.worst_load = ep, worst_load
+        self.moe, self.ep, self.worst_load = moe, ep, worst_load
         self.num_experts = len(moe.experts.gate_up)  # on this GPU
-        self.moe = [moe]  # its experts may become FP8 later; a list, because an exchange is not a module
 
-    def received(self, tokens: int, topk: int) -> int:
-        """Rows that this GPU receives when each GPU has so many tokens."""
-        return self.ep * tokens * min(topk, self.num_experts) if self.worst_load else tokens * topk
+    def received(self, experts: Tensor, counts: Tensor):
+        tokens, topk = experts.shape
+        R = self.ep * tokens * min(topk, self.num_experts) if self.worst_load else tokens * topk
+        return experts.new_empty(R, 1), counts.new_empty(self.num_experts), ([tokens * topk], [R])
 
-    def dispatch(self, x: Tensor, weights: Tensor, experts: Tensor, counts: Tensor):
-        sent = dispatch(experts, counts)
-        R = self.received(*experts.shape)
-        rows = permute(x, sent)
+    def send(self, rows: Tensor, sizes: tuple[list[int], list[int]]) -> Tensor:
         self.mark(rows)
-        rows = AllToAll.apply(rows, R, self.mark)
-        plan = ReceivedPlan(*dispatch(experts.new_empty(R, 1), counts.new_empty(self.num_experts)))
-        plan.sent, plan.weights = sent, weights
-        if self.moe[0].experts.fold_weights:
-            row_weights = weights.flatten()[sent.source.long()][:, None]
-            weights, plan.weights = AllToAll.apply(row_weights, R, self.mark), None
-        else:
-            weights = None
-        return rows, plan, weights
-
-    def combine(self, y: Tensor, plan: ReceivedPlan) -> Tensor:
-        return unpermute(AllToAll.apply(y, len(plan.sent.source), self.mark), plan.sent, plan.weights)
+        return AllToAll.apply(rows, sum(sizes[1]), self.mark)

@@ -1,9 +1,11 @@
-"""python -m ling_kernels.plan train: the GPU memory that a training run takes, predicted without a GPU.
+"""python -m ling_kernels.plan train: memory, time and disk that a training run takes, predicted without a GPU.
 
 Takes the flags of `python -m ling_kernels.train`, whose --plan is an alias. With --layout it plans one GPU of many, the
-one that holds most; the trainer itself uses one GPU. docs/fp8.md explains the table.
+one that holds most; the trainer itself uses one GPU. docs/training.md explains the tables.
 """
 
+import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -21,9 +23,12 @@ from ..train.models import model_config
 from ..train.optimizer import to_masters
 from ..train.scaling import with_defaults
 from ..train.settings import Settings, add_flags, settings_of
+from ..train.sizes import checkpoint_bytes, disk_bytes
 from ..train.trainer import apply_fp8_and_recompute
+from .decode_time import EFFICIENCY
 from .memory import KINDS, LAYOUT_KINDS, RESERVE, MemoryPlan, plan_memory
 from .ranks import SINGLE_GPU, Rank
+from .train_time import BF16_SHARE, LAUNCH, step_seconds
 
 FP8_BYTES = 1 + 4 / BLOCK  # of an element: its code, and its share of an fp32 scale for each 128
 
@@ -32,13 +37,19 @@ FP8_BYTES = 1 + 4 / BLOCK  # of an element: its code, and its share of an fp32 s
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser("python -m ling_kernels.plan train", description=__doc__.partition(": ")[2].split("\n\n")[0])
     add_layout_flag(parser)
+    parser.add_argument(
+        "--gpu-hour", type=float, metavar="PRICE", help="price of an hour of one GPU, for a line of costs"
+    )
     add_flags(parser)
     options = vars(parser.parse_args(argv))
-    return show(options, options.pop("layout"))
+    return show(options, options.pop("layout"), options.pop("gpu_hour"))
 
 
-def show(options: dict, layout: str | None) -> int:
-    """Print the plan of a new run. options: the flags given, by setting; layout: the value of --layout."""
+def show(options: dict, layout: str | None, gpu_hour: float | None = None) -> int:
+    """Print the plan of a new run. options: the flags given, by setting; layout: the value of --layout; gpu_hour: the
+    price of an hour of one GPU."""
+    if gpu_hour is not None and not 0 < gpu_hour < math.inf:
+        raise InputError(f"--gpu-hour {gpu_hour}: a price is more than 0")
     layout = Layout() if layout is None else Layout.parse(layout)
     settings = settings_of(options)
     config, weights = model_config(settings)
@@ -49,9 +60,13 @@ def show(options: dict, layout: str | None) -> int:
     print(f"Memory of a step: {settings.model}, {config.num_parameters(mtp=True):,} parameters, {where}")
     plans = {stage: plan_training(config, settings, Rank(layout, stage)) for stage in layout.distinct_stages(config)}
     stage = max(plans, key=lambda stage: plans[stage].peak)
-    print(*table(plans[stage], settings, layout.part(config, stage), Rank(layout, stage)), sep="\n")
+    part, rank = layout.part(config, stage), Rank(layout, stage)
+    worst = plan_training(config, settings, replace(rank, worst_load=True)).peak if layout.ep > 1 else None
+    print(*table(plans[stage], settings, part, rank, worst), sep="\n")
     if not one_gpu:
-        print(*layout_lines(config, settings, layout, stage, plans), sep="\n")
+        print(*layout_lines(settings, layout, stage, plans), sep="\n")
+    print(*time_lines(config, settings, layout, plans, gpu_hour), sep="\n")
+    print(*storage_lines(config, settings, one_gpu), sep="\n")
     return 0
 
 
@@ -84,42 +99,108 @@ def plan_training(config: LingConfig, settings: Settings, rank: Rank = SINGLE_GP
         return plan_memory(model.train(), settings, rank)
 
 
-def table(plan: MemoryPlan, s: Settings, config: LingConfig, rank: Rank) -> list[str]:
-    """The lines of the table; s and config are the rank's."""
+def table(plan: MemoryPlan, s: Settings, config: LingConfig, rank: Rank, worst: int | None = None) -> list[str]:
+    """The lines of the table; s and config are the rank's. worst: the peak if the experts' load is uneven."""
+    later = not plan.peak_bytes["gradients"] and plan.gradients
     comments = dict(
         weights=f"{s.master} masters; norms, routers and their biases fp32",
-        gradients="of the masters' precision" + ", each used in the backward" * s.step_in_backward,
+        gradients=f"none yet at the peak; {format_bytes(plan.gradients)} later" if later else
+        "of the masters' precision" + ", each used in the backward" * s.step_in_backward,
         optimizer=s.optimizer,
         loss="logits of 1024 tokens at a time, gradients of head and last hidden states",
-        activations=f"recompute {s.recompute}; {format_bytes(plan.kept_bytes['activations'])} kept for the backward,"
-        f" {format_bytes(padding(s, config, rank))} of it the padding of column-wise copies",
+        activations=f"recompute {s.recompute}",
         gathered="weights of the layer that computes and of the next; embedding, head and norm all the time",
         reduced="a layer's gradients on their way to the GPUs that keep them",
         exchange="rows to and from the experts of a layer",
-    ) | {"FP8 weights": s.fp8_weights}  # fmt: skip
+    ) | {"FP8 weights": s.fp8_weights if s.precision == "fp8" else "none: no --precision fp8"}  # fmt: skip
     kinds = [*KINDS, *(kind for kind in LAYOUT_KINDS if plan.peak_bytes[kind])]
     rows = [f"{kind:<12}{format_bytes(plan.peak_bytes[kind]):>10}  {comments[kind]}" for kind in kinds]
-    need = plan.peak + RESERVE
+    rows.append(f"{'peak':<12}{format_bytes(plan.peak):>10}  the sum; besides, {format_bytes(RESERVE)} for CUDA and"
+                " fragments")  # fmt: skip
+    kept, padded = plan.kept_bytes["activations"], padding(s, config, rank)
+    more = f"; {format_bytes(padded)} of it pads column-wise copies" if padded else ""
+    rows.append(f"{'kept':<12}{format_bytes(kept):>10}  activations between forward and backward, at another moment"
+                + more)  # fmt: skip
+    if worst is not None:
+        rows.append(f"{'worst':<12}{format_bytes(worst):>10}  the peak if every token takes all the experts that it can"
+                    " from this GPU")  # fmt: skip
     fits = ", ".join(
-        f"{g.name} ({g.memory / 1e9:.0f} GB) {'yes' if need <= g.memory else 'no'}" for g in HOPPER.values()
+        f"{g.name} ({g.memory / 1e9:.0f} GB) {verdict(plan.peak, worst, g.memory)}" for g in HOPPER.values()
     )
-    rows.append(f"{'peak':<12}{format_bytes(plan.peak):>10}  besides, {format_bytes(RESERVE)} for CUDA and fragments")
     return [*rows, f"{'fits':<12}  {fits}"]
 
 
-def layout_lines(
-    config: LingConfig, s: Settings, layout: Layout, stage: int, plans: dict[int, MemoryPlan]
+def verdict(peak: float, worst: float | None, memory: float) -> str:
+    """Whether a plan fits a GPU, also with the load of experts at its most uneven."""
+    if peak + RESERVE > memory:
+        return "no"
+    return "with even experts only" if worst and worst + RESERVE > memory else "yes"
+
+
+def time_lines(
+    config: LingConfig, s: Settings, layout: Layout, plans: dict[int, MemoryPlan], gpu_hour: float | None
 ) -> list[str]:
-    """The peaks of the other stages, the peak with an uneven load of experts, and that the trainer uses one GPU."""
+    """Step time, speed, MFU, days and cost on each GPU; s.batch is the rows of one GPU."""
+    tokens, gpus = s.batch * layout.dp * s.seq_len, layout.dp * layout.pp
+    rows = [("time", *HOPPER)]
+    seconds = [
+        max(step_seconds(layout.part(config, i), s, Rank(layout, i), plan.peak_bytes, gpu) for i, plan in plans.items())
+        for gpu in HOPPER.values()
+    ]
+    mfu = [config.flops_per_token(s.seq_len) * tokens / t / gpus / gpu.bf16
+           for t, gpu in zip(seconds, HOPPER.values(), strict=True)]  # fmt: skip
+    billion = [t / tokens * 1e9 for t in seconds]
+    rows += [
+        ("step", *(span(t) for t in seconds)),
+        ("tokens/s", *(f"{tokens / t:,.0f}" for t in seconds)),
+        ("MFU", *(f"{100 * m:.1f} %" for m in mfu)),
+        (f"run, {tokens * s.steps / 1e9:.3g} B tokens", *(span(t * s.steps) for t in seconds)),
+        ("1 B tokens", *(span(t) for t in billion)),
+    ]
+    if gpu_hour:
+        rows.append(("cost of 1 B tokens", *(f"{t / 3600 * gpus * gpu_hour:,.2f}" for t in billion)))
+    lines = ["".join([f"{row[0]:<22}", *(f"{cell:>14}" for cell in row[1:])]) for row in rows]
+    fp8 = "; FP8 products at the shares that their machine code allows (docs/kernels-predicted.md)" * (
+        s.precision == "fp8"
+    )
+    about = (
+        f"Prediction, nothing of it measured: products in bf16 at {BF16_SHARE:.0%} of the peak (assumed){fp8}; memory"
+        f" at {EFFICIENCY:.0%} (assumed); a kernel takes {LAUNCH * 1e6:g} us or more (assumed); experts' load is even."
+        " A real step is slower."
+    )
+    if s.precision == "fp32":
+        about += " fp32 is planned as bf16."
+    if gpus > 1:
+        about += " Messages between GPUs are not hidden: 450 GB/s within 8 GPUs, 50 GB/s beyond (assumed)."
+    about += " MFU is of the bf16 peak, as the trainer prints it."
+    return ["", *lines, *textwrap.wrap(about, 118)]
+
+
+def storage_lines(config: LingConfig, s: Settings, one_gpu: bool) -> list[str]:
+    """Disk and host memory of the checkpoints, of all GPUs together."""
+    one, (number, disk) = checkpoint_bytes(config, s), disk_bytes(config, s)
+    all_of_them = f"{format_bytes(disk)} for {number} of them and the exported model"
+    whose = "a checkpoint" if one_gpu else "a checkpoint of all GPUs together"
+    return ["", f"{'disk':<12}{format_bytes(one):>10}  {whose}; {all_of_them}",
+            f"{'host':<12}{format_bytes(one):>10}  at most, while a checkpoint is written"]  # fmt: skip
+
+
+def span(seconds: float) -> str:
+    """A time in the unit that suits it."""
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min"), (1, "s")):
+        if seconds >= size:
+            return f"{seconds / size:,.4g} {unit}" if seconds / size < 1000 else f"{seconds / size:,.0f} {unit}"
+    return f"{1000 * seconds:.3g} ms"
+
+
+def layout_lines(s: Settings, layout: Layout, stage: int, plans: dict[int, MemoryPlan]) -> list[str]:
+    """The peaks of the other stages, and that the trainer uses one GPU."""
     lines, number = [], s.batch // (s.micro_batch or s.batch)
     if layout.pp > 1:
         stages = ", ".join(
             f"{i + 1} {format_bytes(plan.peak)} ({layout.in_flight(i, number)} in flight)" for i, plan in plans.items()
         )
         lines.append(f"{'stages':<12}  {stages}; this is stage {stage + 1}; equal ones have fewer in flight")
-    if layout.ep > 1:
-        worst = format_bytes(plan_training(config, s, Rank(layout, stage, worst_load=True)).peak)
-        lines.append(f"{'experts':<12}  with an even load; {worst} if every token takes all it can from this GPU")
     return [*lines, f"{'planned':<12}  this package trains on one GPU"]
 
 
@@ -146,4 +227,4 @@ def padding_bytes(config: LingConfig, rows: int, recompute: str = "none", wgrad:
 
 
 def format_bytes(n: float) -> str:
-    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
+    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB" if n else "0"

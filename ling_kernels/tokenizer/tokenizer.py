@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..chat import ChatText, render_chat
+from ..chat import ChatText, render_answers, render_chat
 from ..errors import InputError
 from ..files import atomic_write, read_json, user_path
 from .byte_level import SPECIAL_TOKENS, TOKEN_BYTES, byte_settings, byte_tokenizer_json
@@ -87,10 +87,7 @@ class Tokenizer:
             control = self.control_tokens
             pieces = ([control[part]] if own else self._encode_content(part) for part, own in text.parts)
             return [i for piece in pieces for i in piece]
-        try:
-            data = text.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(f"the text is not valid Unicode at character {error.start}: {error.reason}") from None
+        data = utf8(text)
         if self.backend is not None:
             with _ENCODING, reporting("tokenizer.json cannot encode this text"):
                 self.backend.encode_special_tokens = not special
@@ -113,12 +110,17 @@ class Tokenizer:
         pattern = "|".join(f"(?<={re.escape(n[0])})(?={re.escape(n[1:])})" for n in cut if n not in special)
         return [i for piece in (re.split(pattern, text) if pattern else [text]) for i in self.encode(piece)]
 
-    def encode_bytes(self, data: bytes) -> np.ndarray:
-        """Ids of UTF-8 data as uint8, uint16 or uint32; the byte-level tokenizer returns any data unchanged."""
+    def encode_batch(self, texts: Sequence[str], special: bool = False) -> list[np.ndarray]:
+        """Ids of each text as `encode` gives them, in uint8, uint16 or uint32; tokenizers works on all cores."""
+        if self.backend is None and not special:
+            return [np.frombuffer(utf8(text), np.uint8) for text in texts]
+        dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
         if self.backend is None:
-            return np.frombuffer(data, np.uint8)
-        ids = self.encode(data.decode("utf-8", "replace"))
-        return np.array(ids, np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
+            return [np.array(self.encode(text, special), dtype) for text in texts]
+        with _ENCODING, reporting("tokenizer.json cannot encode the texts"):
+            self.backend.encode_special_tokens = not special
+            encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, dtype) for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids, special tokens by name. Invalid UTF-8 becomes U+FFFD; ids outside the vocabulary are skipped."""
@@ -137,6 +139,24 @@ class Tokenizer:
             raise InputError("the tokenizer has no chat template (chat_template in tokenizer_config.json)")
         tokens = {key: self._token(key) for key in self.settings if key.endswith("_token")}
         return render_chat(self.chat_template, messages, self.control_tokens, tokens, add_generation_prompt)
+
+    def encode_answers(
+        self, messages: Sequence[dict], tools: Sequence[dict] | None = None
+    ) -> tuple[list[int], list[tuple[int, int, int]]]:
+        """Ids of a rendered conversation, and for each message of role assistant (its index, first, stop): the ids
+        first to stop are what a model writes, with the token that ends its turn."""
+        if self.chat_template is None:
+            raise InputError("the tokenizer has no chat template (chat_template in tokenizer_config.json)")
+        tokens = {key: self._token(key) for key in self.settings if key.endswith("_token")}
+        parts, answers = render_answers(self.chat_template, messages, self.control_tokens, tokens, tools)
+        ids: list[int] = []
+        at = {0: 0}  # number of ids by number of characters
+        characters = 0
+        for part in parts:
+            ids += self.encode(part, special=True)
+            characters += len(part)
+            at[characters] = len(ids)
+        return ids, [(a.message, at[a.start], at[a.end]) for a in answers]
 
     def save(self, path: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json into the folder `path`, each atomically."""
@@ -230,6 +250,13 @@ def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
     with reporting(f"{file} is not a tokenizer.json that tokenizers can read"):
         backend = tokenizers.Tokenizer.from_file(str(file))
     return Tokenizer(backend, settings)
+
+
+def utf8(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"the text is not valid Unicode at character {error.start}: {error.reason}") from None
 
 
 @contextmanager

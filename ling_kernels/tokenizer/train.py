@@ -12,7 +12,12 @@ from typing import Any
 
 from ..errors import InputError, Parser, command
 from ..files import user_path
-from ..train.sources import documents, find_files  # this file is a command, so it may look above its room
+from ..train.sources import (  # this file is a command, so it may look above its room
+    DEFAULTS,
+    TextOptions,
+    documents,
+    find_files,
+)
 from .byte_level import SPECIAL_TOKENS, byte_settings, byte_tokenizer_json
 from .tokenizer import Tokenizer
 
@@ -57,17 +62,13 @@ def train_tokenizer(texts: Iterable[str], vocab: int = 32768) -> Tokenizer:
     return Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(content)), byte_settings())
 
 
-def texts_of(data: Sequence[str], text_field: str = "text") -> Iterator[str]:
+def texts_of(data: Sequence[str], options: TextOptions = DEFAULTS) -> Iterator[str]:
     """The text of data files, in pieces of about a megabyte. Raises InputError for data that is not text."""
     files = find_files(data)
     if tokens := [path for path in files if path.suffix == ".bin"]:
         raise InputError(f"{tokens[0]} holds tokens, not text")
-    for document in documents(files, text_field):
-        for piece in document:
-            try:
-                yield piece.decode()
-            except UnicodeDecodeError as error:
-                raise InputError(f"the data is not UTF-8: {error.reason} in {piece[error.start :][:20]!r}") from None
+    for document in documents(files, options):
+        yield from document
 
 
 @command
@@ -79,13 +80,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--vocab", type=int, default=32768, metavar="N", help="tokens, special ones too (default: 32768)"
     )
     parser.add_argument("--text-field", default="text", help="field or column that holds the text (default: text)")
+    parser.add_argument("--encoding", default="utf-8", help="of the text (default: utf-8)")
     args = parser.parse_args(argv)
+    options = TextOptions(args.text_field, args.encoding)
     if not args.out:
         raise InputError("--out is empty: name a folder")
     file = user_path(args.out) / "tokenizer.json"
     if file.exists():
         raise InputError(f"{file} exists already: give another --out")
-    tokenizer = train_tokenizer(texts_of(args.data, args.text_field), args.vocab)
+    tokenizer = train_tokenizer(texts_of(args.data, options), args.vocab)
     tokenizer.save(file.parent)
     few = f", as no pair of them occurs twice: --vocab {args.vocab} needs more text" * (
         tokenizer.vocab_size < args.vocab

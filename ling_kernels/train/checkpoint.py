@@ -1,18 +1,20 @@
 """Checkpoints: RUN/checkpoints/step-000123/ with everything that a run needs to continue bit for bit.
 
-    config.json, model.safetensors   the weights in fp32 under official keys
+    config.json, model.safetensors   the weights in the precision of the masters, under official keys
     tokenizer.json, tokenizer_config.json   so that the folder is a complete model
     optimizer.safetensors            the optimizer's state, by parameter
     rng.safetensors                  the states of torch's random number generators
-    state.json                       progress and settings of the run, size and checksum of the files above
+    state.json                       progress and settings of the run, time of writing (s since 1970), size and
+                             checksum of the files above
 
-A checkpoint is written under another name, synced to the disk and renamed: it is complete or absent.
+saving.py writes them.
 """
 
 import json
 import os
 import re
 import shutil
+import time
 import zlib
 from pathlib import Path
 
@@ -21,9 +23,8 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..files import user_path
-from ..model import save_model
 from ..model.config_json import is_integer
-from ..tokenizer import Tokenizer
+from .changes import DATA_FOLDER, are_changes, is_data_folder
 
 READ_BYTES = 1 << 24
 
@@ -40,37 +41,6 @@ def list_checkpoints(run: Path) -> list[Path]:
 
 def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
-
-
-def save_checkpoint(
-    run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, tokenizer: Tokenizer, state: dict, keep: int
-) -> Path:
-    """Write the checkpoint of state["step"], then remove all but the last `keep` (0: keep all). Returns its folder."""
-    from safetensors.torch import save_file
-
-    final = checkpoint_folder(run, state["step"])
-    partial = final.with_name(f".{final.name}.partial")
-    try:
-        clear_leftovers(run)
-        partial.mkdir(parents=True)
-        save_model(model, partial, dtype=torch.float32)
-        tokenizer.save(partial)
-        save_file(optimizer_tensors(model, optimizer), partial / "optimizer.safetensors")
-        save_file(random_states(), partial / "rng.safetensors")
-        files = {p.name: [p.stat().st_size, checksum(p)] for p in sorted(partial.iterdir())}
-        (partial / "state.json").write_text(json.dumps(state | {"files": files}, indent=2) + "\n")
-        for path in [*partial.iterdir(), partial]:
-            make_durable(path)
-        if final.exists():  # damaged, or from before the run went back
-            remove(final)
-        os.rename(partial, final)
-        make_durable(final.parent)
-        for old in list_checkpoints(run)[:-keep] if keep else ():
-            if old != final:
-                remove(old)
-    except OSError as error:
-        raise InputError(f"cannot write the checkpoint {final}: {error.strerror or error}") from None
-    return final
 
 
 def clear_leftovers(run: Path) -> None:
@@ -103,12 +73,9 @@ def checksum(path: Path) -> int:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state by the parameter's name: the tensors themselves."""
     names = {p: name for name, p in model.named_parameters()}
-    return {
-        f"{names[p]}.{key}": value.detach().cpu().contiguous()
-        for p, moments in optimizer.state.items()
-        for key, value in moments.items()
-    }
+    return {f"{names[p]}.{key}": value for p, moments in optimizer.state.items() for key, value in moments.items()}
 
 
 def random_states() -> dict[str, Tensor]:
@@ -141,6 +108,28 @@ def read_state(checkpoint: Path) -> dict:
     raise InputError(f"the checkpoint {checkpoint} is damaged: {damage}; {offer}")
 
 
+def last_sound(checkpoint: Path) -> Path:
+    """The checkpoint, or where it is damaged the latest intact one before it, with a line that says so; the checkpoint
+    itself where there is none."""
+    if (damage := damage_of(checkpoint)) is None:
+        return checkpoint
+    earlier = [c for c in list_checkpoints(checkpoint.parent.parent) if step_of(c) < step_of(checkpoint)]
+    sound = next((c for c in reversed(earlier) if damage_of(c) is None), None)
+    if sound is None:
+        return checkpoint
+    print(f"the checkpoint {checkpoint} is damaged: {damage}; resuming from {sound.name}")
+    return sound
+
+
+def age_key(checkpoint: Path) -> tuple[bool, float, int]:
+    """Larger for a newer checkpoint: by the time in its state.json, or else that of its folder."""
+    try:
+        written = float(json.loads((checkpoint / "state.json").read_text())["time"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        written = checkpoint.stat().st_mtime
+    return written <= time.time(), written, step_of(checkpoint)
+
+
 def damage_of(checkpoint: Path) -> str | None:
     """Describe damage to a checkpoint; None where every file is intact."""
     try:
@@ -162,10 +151,16 @@ def damage_of(checkpoint: Path) -> str | None:
 
 def is_progress(state: dict) -> bool:
     """Whether a state.json has a position and settings, in the types of the trainer's Progress."""
-    counts = [state.get(name, 0) for name in ("step", "sequences", "tokens", "bad", "skipped")]
+    counts = [
+        state.get(name, 0)
+        for name in ("step", "sequences", "tokens", "bad", "skipped", "data_start", "sound", "proven")
+    ]
     recent, in_bf16 = state.get("recent", []), state.get("in_bf16", [])
     return (
         all(is_integer(n) and n >= 0 for n in counts)
+        and state.get("data_start", 0) <= state.get("sequences", 0)
+        and is_data_folder(state.get("data_folder", DATA_FOLDER))
+        and are_changes(state.get("changes", []))
         and isinstance(state["settings"], dict)
         and isinstance(recent, list)
         and all(isinstance(pair, list) and [type(x) for x in pair] == [float, float] for pair in recent)

@@ -5,6 +5,7 @@ from dataclasses import fields
 
 from ..errors import InputError
 from ..model import LingConfig
+from .loggers import installed
 from .settings import Settings
 
 MAX_THREADS = 4096  # OpenMP ends the process where it cannot start them
@@ -23,8 +24,11 @@ def check(s: Settings, config: LingConfig) -> None:
         if not (math.isfinite(value) and value >= least and value > above):
             bound = f"at least {least}" if "least" in f.metadata else f"more than {above}"
             raise InputError(f"--{name} {value}: it must be {bound}")
+    _ = s.text_options  # checks them
     if s.seq_len > config.max_positions:
         raise InputError(f"--seq-len {s.seq_len} is longer than the {config.max_positions} positions of {s.model}")
+    if s.holdout == 1 or (s.holdout == 0 and not s.val_data):
+        raise InputError(f"--holdout {s.holdout}: it must be at least 2, or 0 with --val-data")
     micro = s.micro_batch or 1
     if s.batch % micro:
         raise InputError(f"--batch {s.batch} is not a multiple of --micro-batch {micro}")
@@ -34,10 +38,18 @@ def check(s: Settings, config: LingConfig) -> None:
         raise InputError("--master bf16 needs --optimizer adamw8bit or muon: adamw rounds to nearest and stalls")
     if s.master == "bf16" and s.precision not in ("bf16", "fp8"):
         raise InputError("--master bf16 needs --precision bf16 or fp8")
+    for option, factor in (("--spike-loss", s.spike_loss), ("--spike-norm", s.spike_norm)):
+        if factor and factor <= 1:
+            raise InputError(f"{option} {factor}: it must be more than 1, or 0 for never")
+    check_decay(s)
     if s.step_in_backward:
         check_step_in_backward(s)
     if s.fp8_fallback and not s.fp8_watch:
         raise InputError(f"--fp8-fallback {s.fp8_fallback} needs measurements: give --fp8-watch")
+    if s.sample_every and not s.sample_tokens:
+        raise InputError(f"--sample-every {s.sample_every} needs samples: --sample-tokens is 0")
+    if s.wandb and not installed("wandb"):
+        raise InputError(f"--wandb {s.wandb}: the package wandb is not installed (pip install wandb)")
     if s.threads and s.threads > MAX_THREADS:
         raise InputError(f"--threads {s.threads} is more than {MAX_THREADS}")
     if s.seed >= 1 << 63:
@@ -45,6 +57,16 @@ def check(s: Settings, config: LingConfig) -> None:
     if s.ramp and not (0 < s.ramp[0] <= s.batch and s.ramp[0] % micro == 0):
         raise InputError(f"--batch-ramp {s.batch_ramp}: START must lie between 1 and --batch {s.batch}"
                          f" and be a multiple of --micro-batch {micro}")  # fmt: skip
+
+
+def check_decay(s: Settings) -> None:
+    if s.decay == "none" and (s.decay_steps or s.min_lr):
+        option = f"--decay-steps {s.decay_steps}" if s.decay_steps else f"--min-lr {s.min_lr}"
+        raise InputError(f"{option} needs a decay: give --decay linear, 1-sqrt or cosine")
+    if s.decay_steps and s.warmup + s.decay_steps > s.steps:
+        raise InputError(f"--decay-steps {s.decay_steps} and --warmup {s.warmup} are more than --steps {s.steps}")
+    if s.min_lr > s.lr:
+        raise InputError(f"--min-lr {s.min_lr} is more than --lr {s.lr}")
 
 
 def check_step_in_backward(s: Settings) -> None:

@@ -3,13 +3,13 @@
 import argparse
 import os
 import shlex
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ..errors import Diverged, InputError, Parser, command
@@ -17,11 +17,17 @@ from ..model import Ling
 from ..model.sample import sampler
 from ..tokenizer import TextStream, Tokenizer
 from . import checkpoint as ckpt
+from .changes import described
 from .data import Documents
+from .html import write_html
 from .plots import draw
 from .prepare import deterministic, latest_run, new_run, resumed_run
-from .report import Report
-from .settings import Settings, add_flags, settings_of
+from .profiling import StepProfiler
+from .report import SAMPLES, Report, open_lines
+from .saving import NotSaved, last_good
+from .settings import Settings, add_flags, settings_of, to_json
+from .signals import STOPPED, interrupted_by_sigterm, stop_on_signals
+from .starts import moe_layers, record_start
 from .trainer import Trainer
 
 PROMPT = 24  # tokens of a held-out document that the sample continues
@@ -41,15 +47,29 @@ def main(argv: Sequence[str] | None, planner) -> int:
             return planner.show(options, layout)
         if layout is not None:
             raise InputError(f"--layout {layout} is for --plan: training is on one GPU")
-        with deterministic():
+        with deterministic(), interrupted_by_sigterm(), one_line_warnings():
             return run(options, planner)
     except KeyboardInterrupt:
         print("stopped before the first step; nothing was trained", file=sys.stderr)
-        return 130
+        return STOPPED
+    except NotSaved as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except torch.OutOfMemoryError as error:
         why = str(error).split(". ")[0]
         print(f"error: the GPU's memory is full, a smaller --micro-batch needs less: {why}", file=sys.stderr)
         return 1
+
+
+@contextmanager
+def one_line_warnings() -> Iterator[None]:
+    """Within it a warning is a line without its place in the source."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *place, **more: f"warning: {message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def parser() -> Parser:
@@ -80,94 +100,133 @@ def run(options: dict, planner) -> int:
     trainer = open_run(options)
     for path in trainer.superseded:
         print(f"a later checkpoint is kept as {path.name}")
+    for change in trainer.changes:
+        print(described(change))
     print_header(trainer)
     s = trainer.settings
-    report = Report(trainer.folder, trainer.progress.step, s.steps, s.log_every)
+    record_start(trainer)
+    report = Report(trainer.folder, trainer.progress.step, s.steps, s.log_every, s.wandb, to_json(s))
     try:
         stopped = train(trainer, report)
     except Diverged as error:
-        last = ckpt.list_checkpoints(trainer.folder)
-        back = f"the last checkpoint is {last[-1]}" if last else "there is no checkpoint yet"
-        print(f"error: {error}; a lower --lr may help; {back}", file=sys.stderr)
+        print(f"error: {error}; {way_back(trainer)}", file=sys.stderr)
         return 1
     finally:
         report.close()
+        write_page(trainer.folder)
     if stopped:
         print(f"stopped by {stopped} after step {trainer.progress.step}; continue with")
         print(f"    {python('train')} --resume {shlex.quote(shown(trainer.folder))}")
-        return 0
-    finish_run(trainer, planner)
+        return STOPPED
+    try:
+        finish_run(trainer, planner)
+    except KeyboardInterrupt:
+        print(f"stopped while writing the results; --resume {shown(trainer.folder)} writes them", file=sys.stderr)
+        return STOPPED
     return 0
+
+
+def way_back(trainer: Trainer) -> str:
+    """What may repair a run that has diverged."""
+    with suppress(NotSaved):
+        trainer.writer.wait()
+    found = {ckpt.step_of(c): c for c in ckpt.list_checkpoints(trainer.folder)}
+    good = last_good(sorted(found), trainer.progress.proven)
+    if good is None:
+        last = f" (the last is {found[max(found)]})" if found else ""
+        return f"no checkpoint is known to be good{last}: begin again with a lower --lr or a longer --warmup"
+    lower = f"--lr {trainer.settings.lr / 4:.2g}"
+    return f"the last good checkpoint is {found[good]}: --resume it with a lower rate, such as {lower}, or --clip 0.5"
 
 
 def open_run(options: dict) -> Trainer:
     """The run that the flags name, new or to be resumed."""
-    out, resume, restart = options.pop("out"), options.pop("resume"), False
+    out, resume, restart, fall_back = options.pop("out"), options.pop("resume"), False, False
     if resume == "":
         raise InputError("--resume is empty: name a run, or auto")
     if resume == "auto":
         resume = latest_run(out, settings_of(options).model)
-        restart, out = out is not None and resume is None, None if resume else out
+        restart, out, fall_back = out is not None and resume is None, None if resume else out, True
     if resume and out:
         raise InputError("--out is for a new run and --resume for an existing one: give one of the two")
-    return Trainer.of(resumed_run(resume, options) if resume else new_run(settings_of(options), out, restart))
+    if resume:
+        return Trainer.of(resumed_run(resume, options, fall_back))
+    return Trainer.of(new_run(settings_of(options), out, restart))
 
 
 def train(trainer: Trainer, report: Report) -> str | None:
     """Train up to settings.steps with validations and checkpoints. Returns the name of the signal that stopped it, if
-    one did; a checkpoint is written then too. Raises Diverged."""
+    one did; a checkpoint is written then too. Raises Diverged, and NotSaved where the last checkpoint cannot be
+    written; at another one training goes on, and tries again at the next."""
     s, progress = trainer.settings, trainer.progress
-    saved = progress.step
+    saved: int | None = progress.step
+    profiler = StepProfiler(trainer.folder / "profile", progress.step, s.profile, s.steps, trainer.device)
+
+    @contextmanager
+    def going_on() -> Iterator[None]:
+        """A checkpoint that cannot be written is one line: the disk may have room at the next."""
+        nonlocal saved
+        try:
+            yield
+        except NotSaved as error:
+            saved = None
+            report.say(f"warning: {error}; training goes on, and tries again at the next checkpoint")
 
     def save() -> None:
         nonlocal saved
         report.expert_load(progress.step)
-        trainer.save()
-        saved = progress.step
+        with going_on():
+            trainer.writer.wait()
+        with going_on():
+            trainer.save(wait=False)
+            saved = progress.step
 
     with stop_on_signals() as received:
         while progress.step < s.steps and not received:
+            profiler.begin(progress.step + 1)
             try:
                 record = trainer.step()
             except Diverged as error:
                 report.step(error.record, trainer.details)
                 raise
+            profiled = profiler.end(progress.step)
             validating = progress.step == s.steps or due(progress.step, s.eval_every)
             if validating:
-                record["val_loss"] = trainer.evaluate()
+                record |= trainer.validate()
             report.step(record, trainer.details)
+            for line in profiled:
+                report.say(line)
+            with going_on():
+                trainer.writer.poll()
+            if due(progress.step, s.sample_every) and progress.step < s.steps:  # the last sample is finish_run's
+                report.sample(progress.step, *sample(trainer.model, trainer.tokenizer, trainer.held_out, s))
             if due(progress.step, s.save_every):
                 save()
             elif validating:
                 report.expert_load(progress.step)
+            if validating and progress.step < s.steps:  # the last is finish_run's
+                write_page(trainer.folder, report.say)
+        for line in profiler.stop(progress.step):
+            report.say(line)
+        with going_on():
+            trainer.writer.wait()
         if progress.step != saved:
-            save()
+            report.expert_load(progress.step)
+            trainer.save()
     return received[0] if received else None
+
+
+def write_page(run: Path, say: Callable[[str], None] = print) -> Path | None:
+    """Write report.html; a line where that fails, as training matters more."""
+    try:
+        return write_html(run)
+    except InputError as error:
+        say(f"warning: {error}")
+        return None
 
 
 def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-@contextmanager
-def stop_on_signals() -> Iterator[list[str]]:
-    """Yields a list that gets the name of the first SIGINT or SIGTERM. A second signal ends the process at once."""
-    received = []
-
-    def on_first(number, frame):
-        received.append(signal.Signals(number).name)
-        for s in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(s, signal.SIG_DFL)
-
-    if threading.current_thread() is not threading.main_thread():  # Python handles signals only there
-        yield received
-        return
-    before = {s: signal.signal(s, on_first) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
 
 
 def print_header(trainer: Trainer) -> None:
@@ -179,46 +238,64 @@ def print_header(trainer: Trainer) -> None:
         f"data       {training.tokens:,} tokens of {len(training):,} documents,"
         f" {held_out.tokens:,} of {len(held_out):,} held out"
     )
+    for text in trainer.corpus.lines():
+        print(text)
     print(f"device     {trainer.device_name}, {str(trainer.precision)[6:]}, {peak}")
     print(f"run        {shown(trainer.folder)}, steps {trainer.progress.step + 1} to {s.steps}")
     print(*trainer.notes, sep="\n", end="\n" if trainer.notes else "", flush=True)
 
 
 def finish_run(trainer: Trainer, planner) -> None:
-    """Export the model, draw the plots, generate a sample, and print where everything is."""
+    """Export the model, draw the plots, generate a sample, and print where everything is. Raises NotSaved."""
     folder, config = trainer.folder, trainer.config
     if trainer.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(trainer.device)
         planned = planner.plan_training(config, trainer.settings).peak
         print(f"memory     {peak / 1e9:.2f} GB at the peak, {planned / 1e9:.2f} planned")
-    trainer.export(folder / "model")
-    layers = [f"layer {i}" for i in range(config.first_k_dense_replace, config.num_hidden_layers)]
-    plots = draw(folder, [*layers, *(f"MTP {k}" for k in range(1, config.num_nextn_predict_layers + 1))])
+    try:
+        trainer.export(folder / "model")
+    except InputError as error:
+        raise NotSaved(f"{error}; the weights are in {ckpt.list_checkpoints(folder)[-1]}") from None
+    try:
+        plots, no_plots = draw(folder, moe_layers(config)), "matplotlib is missing (pip install ling_kernels[train])"
+    except OSError as error:
+        plots, no_plots = [], str(error)
     if trainer.settings.sample_tokens:
         prompt, text = sample(trainer.model, trainer.tokenizer, trainer.held_out, trainer.settings)
+        with open_lines(folder / SAMPLES, trainer.progress.step - 1) as file:
+            file.write(dict(step=trainer.progress.step, prompt=prompt, text=text))
         print(f"\nA sample that continues {prompt!r}:\n{text}\n")
     print(f"checkpoint {shown(ckpt.list_checkpoints(folder)[-1])}")
     print(f"model      {shown(folder / 'model')}")
+    if page := write_page(folder):
+        print(f"report     {shown(page)}")
     for path in plots:
         print(f"plot       {shown(path)}")
     if not plots:
-        print("plot       none: matplotlib is missing (pip install ling_kernels[train])")
+        print(f"plot       none: {no_plots}")
     print(f"\n{python('generate')} --model {shlex.quote(shown(folder / 'model'))} --prompt 'The '")
 
 
 def sample(model: Ling, tokenizer: Tokenizer, held_out: Documents, settings: Settings) -> tuple[str, str]:
-    """The beginning of a held-out document, and the model's continuation. Without any text held out it continues the
-    end token."""
-    starts = ([int(i) for i in held_out[d][:PROMPT] if i != tokenizer.eos_id] for d in range(len(held_out)))
+    """The beginning of a held-out document, and the model's continuation; both depend on the weights and the settings
+    alone. Without any text held out it continues the end token."""
+    starts = ([int(i) for i in beginning(held_out, d) if i != tokenizer.eos_id] for d in range(len(held_out)))
     prompt = next(filter(None, starts), [tokenizer.eos_id])
     ids = torch.tensor([prompt], device=next(model.parameters()).device)
     new = min(settings.sample_tokens, model.config.max_positions - len(prompt))
     choose = sampler(temperature=TEMPERATURE, seed=settings.seed)
+    training = model.training
     model.eval()
     tokens = [int(t) for t in model.stream(ids, new, choose=choose, eos_token_id=tokenizer.eos_id)]
+    model.train(training)
     prompt, tokens = ([t for t in ids if t != tokenizer.eos_id] for ids in (prompt, tokens))
     text = TextStream(tokenizer, prompt)
     return tokenizer.decode(prompt), "".join(map(text.add, tokens)) + text.end()
+
+
+def beginning(held_out: Documents, d: int) -> np.ndarray:
+    """The first ids of a text; of a chat those before its first answer."""
+    return held_out[d][: int(held_out.trained(d).argmax()) if held_out.masks else PROMPT]
 
 
 def python(module: str) -> str:

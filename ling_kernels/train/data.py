@@ -1,8 +1,7 @@
-"""Tokens on disk, and packing: an endless stream of rows that depends on documents, seed and row number alone.
+"""Documents of token ids, and packing: an endless stream of rows that depends on documents, seed and row number alone.
 
-Text is tokenised once into a memory-mapped .bin file of little-endian uint16 or uint32 ids, each document followed by
-the end token. Beside X.bin, X.json gives dtype, eos_id and vocab_size. `python -m ling_kernels.train.data SOURCES
---out X.bin` writes such a file.
+Text is tokenised once into a .bin file (tokenise.py), which is memory-mapped. `python -m ling_kernels.train.data
+SOURCES --out X.bin` writes such a file.
 
 An epoch is all documents in a shuffled order; epochs follow one another without a gap. This stream is cut into pieces
 of seq_len tokens, the rows, which are shuffled again within blocks of an epoch (at most a million rows), so that
@@ -10,13 +9,12 @@ neighbours in a document are not neighbours in a batch.
 """
 
 import functools
-import json
-import os
 import sys
 import warnings
 import zlib
+from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,12 +22,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import InputError, Parser, command
-from ..files import atomic_write, user_path
-from ..tokenizer import Tokenizer, load_tokenizer
-from .sources import cpython_documents, documents, find_files, reading
+from ..errors import InputError
+from ..model.packing import IGNORE
+from ..tokenizer import Tokenizer
+from .chats import LAST, TRAINED, mask_of
+from .sources import DEFAULTS, TextOptions, find_files, reading
+from .token_files import map_tokens
+from .tokenise import tokenise
 
-DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 SCAN = 1 << 24  # ids read at a time
 BLOCK = 1 << 20  # most rows in a block
 ROWS, DOCUMENTS = 0, 1  # kinds of shuffles
@@ -44,13 +44,14 @@ class Documents:
     start: np.ndarray  # [n] int64
     end: np.ndarray  # [n] int64
     checksum: int  # of all ids: a resumed run compares it
+    masks: list[np.ndarray] = field(default_factory=list)  # of chats, as arrays: 1 where a token is trained on
 
     def __len__(self) -> int:
         return len(self.start)
 
     @property
     def tokens(self) -> int:
-        return int((self.end - self.start).sum())
+        return int(self.lengths.sum())
 
     def take(self, keep: np.ndarray) -> "Documents":
         return replace(self, which=self.which[keep], start=self.start[keep], end=self.end[keep])
@@ -58,66 +59,95 @@ class Documents:
     def __getitem__(self, d: int) -> np.ndarray:
         return self.arrays[self.which[d]][self.start[d] : self.end[d]]
 
+    @property
+    def lengths(self) -> np.ndarray:
+        return self.end - self.start
+
+    def trained(self, d: int) -> np.ndarray:
+        """1 where a token of document d, of a chat, is trained on."""
+        return self.masks[self.which[d]][self.start[d] : self.end[d]] & TRAINED
+
+
+class Piece(NamedTuple):
+    """Tokens of one document in a row."""
+
+    ids: np.ndarray
+    trained: np.ndarray | None = None  # 1 where a token is trained on; None: everywhere
+
 
 class Batch(NamedTuple):
     ids: Tensor  # [rows, seq_len] int64
     cu_seqlens: Tensor  # [n + 1] int32: where documents and rows start in the flattened ids
+    masked: Tensor | None = None  # [rows, seq_len] int64: the ids, -100 where a token is not trained on
+
+    @property
+    def labels(self) -> Tensor:
+        return self.ids if self.masked is None else self.masked
+
+    def to(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """ids, labels and cu_seqlens on the device."""
+        ids, cu_seqlens = (t.to(device, non_blocking=True) for t in (self.ids, self.cu_seqlens))
+        return ids, ids if self.masked is None else self.masked.to(device, non_blocking=True), cu_seqlens
 
     def targets(self, ahead: int = 1) -> int:
-        """Number of positions with a token `ahead` positions later in the same document and row."""
-        return int((self.cu_seqlens.diff() - ahead).clamp(min=0).sum())
+        """Number of positions with a token `ahead` positions later in the same document and row, of those that are
+        trained on."""
+        if self.masked is None:
+            return int((self.cu_seqlens.diff() - ahead).clamp(min=0).sum())
+        return len(self.target_ids(ahead))
+
+    def target_ids(self, ahead: int = 1) -> Tensor:
+        """The tokens that are predicted from `ahead` positions earlier, [targets(ahead)]."""
+        labels, starts = self.labels.flatten(), self.cu_seqlens.long()
+        position = (
+            torch.arange(len(labels)) - starts[torch.searchsorted(starts, torch.arange(len(labels)), right=True) - 1]
+        )
+        return labels[(position >= ahead) & (labels != IGNORE)]
 
 
-def write_tokens(documents: Iterable[Iterable[bytes]], tokenizer: Tokenizer, out: Path) -> dict:
-    """Tokenise documents into `out` and its .json; both appear complete or not at all. Returns the content of the
-    .json.
-
-    documents: each an iterable of UTF-8 pieces; those without text are skipped and counted as `empty`. Raises
-    InputError where the files cannot be written.
-    """
-    name = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-    eos = np.array([tokenizer.eos_id], DTYPES[name]).tobytes()
-    count = number = empty = 0
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        # The inner context ends first: the .json is renamed before the data.
-        with atomic_write(out) as tokens, atomic_write(out.with_suffix(".json")) as sidecar:
-            with open(tokens, "wb") as file:
-                for document in documents:
-                    before = count
-                    for piece in document:
-                        ids = tokenizer.encode_bytes(piece)
-                        file.write(ids.astype(DTYPES[name]).tobytes())
-                        count += len(ids)
-                    if count > before:
-                        file.write(eos)
-                        count, number = count + 1, number + 1
-                    else:
-                        empty += 1
-                file.flush()
-                os.fsync(file.fileno())
-            about = dict(dtype=name, eos_id=tokenizer.eos_id, vocab_size=tokenizer.vocab_size)
-            about |= dict(tokens=count, documents=number, empty=empty)
-            sidecar.write_text(json.dumps(about) + "\n")
-    except OSError as error:
-        raise InputError(f"cannot write {out}: {error.strerror or error}") from None
-    return about
+def batch_of(rows: Iterable[Sequence[Piece]], number: int, seq_len: int) -> Batch:
+    """A batch of `number` rows from their pieces. A row that they do not fill is padded: a document of its own, without
+    labels."""
+    ids = np.empty((number, seq_len), np.int64)  # first, as a batch that memory cannot hold fails here
+    trained: np.ndarray | None = None
+    starts = []
+    for i, pieces in enumerate(rows):
+        filled = 0
+        for piece in pieces:
+            starts.append(i * seq_len + filled)
+            stop = filled + len(piece.ids)
+            ids[i, filled:stop] = piece.ids
+            if piece.trained is not None:
+                trained = np.ones(ids.shape, bool) if trained is None else trained
+                trained[i, filled:stop] = piece.trained
+            filled = stop
+        if filled < seq_len:
+            starts.append(i * seq_len + filled)
+            trained = np.ones(ids.shape, bool) if trained is None else trained
+            ids[i, filled:], trained[i, filled:] = ids[i, filled - 1], False
+    starts.append(ids.size)
+    masked = None if trained is None else torch.from_numpy(np.where(trained, ids, IGNORE))
+    return Batch(torch.from_numpy(ids), torch.tensor(starts, dtype=torch.int32), masked)
 
 
 def open_tokens(files: Sequence[Path], vocab_size: int, eos_id: int) -> Documents:
     """Map .bin files, find the documents in them and check every id. Raises InputError for damaged or foreign files."""
     arrays, which, start, end, checksum = [], [], [], [], 0
     for path in files:
-        ids = map_tokens(path, vocab_size, eos_id)
-        stops = []
+        ids, boundaries = map_tokens(path, vocab_size, eos_id)
+        stops, checksum = [boundaries], zlib.crc32(boundaries.tobytes(), checksum)
         with reading(path):
             for first in range(0, len(ids), SCAN):
                 part = np.array(ids[first : first + SCAN])
-                if (largest := int(part.max())) >= vocab_size:
-                    raise InputError(f"{path} holds the token {largest}, but the model's vocabulary has {vocab_size}")
+                for found in (int(part.max()), int(part.min())):
+                    if not 0 <= found < vocab_size:
+                        raise InputError(f"{path} holds the token {found}, but the model's vocabulary has {vocab_size}")
                 checksum = zlib.crc32(part, checksum)
                 stops.append(np.flatnonzero(part == eos_id) + first + 1)
         ends = np.concatenate(stops)
+        if len(boundaries):
+            warn_of_missing_ends(path, ids[boundaries - 1] != eos_id, eos_id)
+            ends = np.unique(ends)
         if not len(ends) or ends[-1] != len(ids):  # the last document has no end token
             ends = np.append(ends, len(ids))
         end.append(ends)
@@ -127,37 +157,47 @@ def open_tokens(files: Sequence[Path], vocab_size: int, eos_id: int) -> Document
     return Documents(arrays, np.concatenate(which), np.concatenate(start), np.concatenate(end), checksum)
 
 
-def map_tokens(path: Path, vocab_size: int, eos_id: int) -> np.ndarray:
-    sidecar = path.with_suffix(".json")
-    try:
-        about = json.loads(sidecar.read_text())
-        dtype, file_eos, file_vocab = DTYPES[about["dtype"]], int(about["eos_id"]), int(about["vocab_size"])
-        tokens = int(about["tokens"]) if "tokens" in about else None
-    except OSError as error:
-        raise InputError(f"{path} needs {sidecar.name} beside it: {error.strerror or error}") from None
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise InputError(f"{sidecar} must give dtype (uint16 or uint32), eos_id and vocab_size, and tokens as a number:"
-                         f" {error!r}") from None  # fmt: skip
-    if file_vocab > vocab_size:
-        raise InputError(
-            f"{path} was written with a tokenizer of {file_vocab} tokens, more than the model's {vocab_size}"
-        )
-    if file_eos != eos_id:
-        raise InputError(
-            f"{path} ends documents with token {file_eos}, the tokenizer uses {eos_id}: give --tokenizer the one"
-            " that wrote it"
-        )
-    with reading(path):
-        size = path.stat().st_size
-        if size == 0:
-            raise InputError(f"{path} holds no tokens")
-        if size % dtype.itemsize or tokens not in (None, size // dtype.itemsize):
-            raise InputError(f"{path} is truncated: {size} bytes, but {sidecar.name} says {tokens} ids")
-        return np.memmap(path, dtype, "r")
+def warn_of_missing_ends(path: Path, missing: np.ndarray, eos_id: int) -> None:
+    if missing.any():
+        number = f"{int(missing.sum()):,} of {len(missing):,} documents in {path} do"
+        warnings.warn(f"{number} not end with the end token {eos_id}: from them no model learns to stop", stacklevel=2)
+
+
+def open_chats(files: Sequence[Path], vocab_size: int, eos_id: int) -> Documents:
+    """Map token files of conversations and check every id. Raises InputError for damaged or foreign files."""
+    arrays, masks, which, start, end, checksum = [], [], [], [], [], 0
+    for path in files:
+        (ids, _), beside = map_tokens(path, vocab_size, eos_id), mask_of(path)
+        with reading(beside):
+            mask = np.fromfile(beside, np.uint8)
+        if len(mask) != len(ids) or mask.max() > (TRAINED | LAST) or not mask[-1] & LAST:
+            raise InputError(f"{beside} is damaged: it must have a byte of 0 to 3 for each of {len(ids)} tokens")
+        with reading(path):
+            content = np.array(ids)
+        if (largest := int(content.max())) >= vocab_size:
+            raise InputError(f"{path} holds the token {largest}, but the model's vocabulary has {vocab_size}")
+        checksum = zlib.crc32(mask, zlib.crc32(content, checksum))
+        ends = np.flatnonzero(mask & LAST) + 1
+        end.append(ends)
+        start.append(np.append(0, ends[:-1]))
+        which.append(np.full(len(ends), len(arrays), np.int32))
+        arrays.append(ids)
+        masks.append(mask)
+    return Documents(arrays, np.concatenate(which), np.concatenate(start), np.concatenate(end), checksum, masks)
+
+
+def cut(docs: Documents, seq_len: int) -> tuple[Documents, int]:
+    """The conversations with at most seq_len tokens each, their first, and how many were longer."""
+    longer = docs.lengths > seq_len
+    return replace(docs, end=np.where(longer, docs.start + seq_len, docs.end)), int(longer.sum())
 
 
 def gather_tokens(
-    data: Sequence[str | Path] | None, tokenizer: Tokenizer, vocab_size: int, cache: Path, text_field: str = "text"
+    data: Sequence[str | Path] | None,
+    tokenizer: Tokenizer,
+    vocab_size: int,
+    cache: Path,
+    options: TextOptions = DEFAULTS,
 ) -> Documents:
     """All documents of `data` (None: CPython's text). Text is tokenised into `cache`; .bin files are mapped in place.
 
@@ -166,7 +206,7 @@ def gather_tokens(
     files = None if data is None else find_files(data, texts_may_be_gone=cache.is_file())
     text = None if files is None else [p for p in files if p.suffix != ".bin"]
     if (text is None or text) and not cache.is_file():
-        about = write_tokens(cpython_documents() if text is None else documents(text, text_field), tokenizer, cache)
+        about = tokenise(text, tokenizer, cache, options)
         if text and about["empty"] and about["documents"]:
             warnings.warn(f"{about['empty']:,} rows and files of the data have no text and are skipped", stacklevel=2)
     mapped = [p for p in files or () if p.suffix == ".bin"]
@@ -178,23 +218,44 @@ def gather_tokens(
 
 
 def hold_out(docs: Documents, every: int) -> tuple[Documents, Documents]:
-    """Split into documents to train on and to validate on: every `every`-th document, or with fewer documents the last
-    1/every of the longest one."""
+    """Split into documents to train on and to validate on: every `every`-th document; with fewer documents the last
+    1/every of the longest one, or the last one of chats, which are never cut."""
     n = np.arange(len(docs))
-    if len(docs) >= every:
-        held_out = n % every == every - 1
+    if len(docs) >= every or (docs.masks and len(docs) > 1):
+        held_out = n % every == every - 1 if len(docs) >= every else n == len(docs) - 1
         return docs.take(~held_out), docs.take(held_out)
-    longest = int((docs.end - docs.start).argmax())
-    if len(docs[longest]) < 2 * every:
-        raise InputError(f"the data is too small to hold out 1/{every} for validation: {docs.tokens} tokens")
+    longest = int(docs.lengths.argmax())
+    if docs.masks or len(docs[longest]) < 2 * every:
+        size = "one conversation" if docs.masks else f"{docs.tokens} tokens"
+        raise InputError(f"the data is too small to hold out 1/{every} for validation: {size}")
     cut = int(docs.end[longest] - len(docs[longest]) // every)
     train = replace(docs, end=np.where(n == longest, cut, docs.end))
     return train, replace(docs.take(n == longest), start=np.array([cut]))
 
 
+def join(parts: Sequence[Documents]) -> Documents:
+    """The documents of several parts, without their masks."""
+    if len(parts) == 1:
+        return parts[0]
+    arrays = [array for part in parts for array in part.arrays]
+    first = np.cumsum([0, *(len(part.arrays) for part in parts)])
+    which = np.concatenate([part.which + n for part, n in zip(parts, first, strict=False)]).astype(np.int32)
+    start, end = (np.concatenate([getattr(part, name) for part in parts]) for name in ("start", "end"))
+    checksum = zlib.crc32(np.array([part.checksum for part in parts], "<u4"))
+    return Documents(arrays, which, start, end, checksum)
+
+
 def describe(docs: Documents) -> dict:
     """Size and checksum of the data, which a checkpoint keeps and a resumed run compares."""
     return dict(tokens=docs.tokens, documents=len(docs), checksum=docs.checksum)
+
+
+def order_of(size: int, seed: int | None, number: int) -> np.ndarray:
+    """A permutation of `size` things, another one for each number; None: as they are."""
+    if seed is None:
+        return np.arange(size)
+    # numpy guarantees the raw bits of Philox in all versions, but not the result of permutation().
+    return np.argsort(np.random.Philox(key=[seed, number]).random_raw(size), kind="stable")
 
 
 class Packed:
@@ -206,21 +267,26 @@ class Packed:
         self.block = min(max(self.per_epoch // seq_len, 1), BLOCK)  # rows in a block
         self._shuffle = functools.lru_cache(maxsize=4)(self._permutation)  # a block spans two epochs of documents
 
+    @property
+    def rows_per_epoch(self) -> float:
+        return self.per_epoch / self.seq_len
+
     def batch(self, rows: Sequence[int]) -> Batch:
         """The rows with these numbers. The result depends on nothing else: no state is kept between calls."""
-        ids = np.empty((len(rows), self.seq_len), np.int64)
-        starts = []
-        for i, row in enumerate(rows):
-            block, within = divmod(row, self.block)
-            piece = block * self.block + int(self._shuffle(ROWS, block)[within])
-            filled = 0
-            while filled < self.seq_len:
-                starts.append(i * self.seq_len + filled)
-                run = self._run(piece * self.seq_len + filled)[: self.seq_len - filled]
-                ids[i, filled : filled + len(run)] = run
-                filled += len(run)
-        starts.append(ids.size)
-        return Batch(torch.from_numpy(ids), torch.tensor(starts, dtype=torch.int32))
+        return batch_of(map(self.row, rows), len(rows), self.seq_len)
+
+    def row(self, number: int) -> list[Piece]:
+        block, within = divmod(number, self.block)
+        first = (block * self.block + int(self._shuffle(ROWS, block)[within])) * self.seq_len
+        return self.pieces(first, first + self.seq_len)
+
+    def pieces(self, first: int, stop: int) -> list[Piece]:
+        """The stream from position `first` to `stop`."""
+        pieces = []
+        while first < stop:
+            pieces.append(Piece(self._run(first)[: stop - first]))
+            first += len(pieces[-1].ids)
+        return pieces
 
     def _run(self, position: int) -> np.ndarray:
         """The stream from `position` to the end of the document there."""
@@ -232,37 +298,63 @@ class Packed:
 
     def _permutation(self, kind: int, number: int):
         """The order of the rows of block `number`; or the order of epoch `number`'s documents, and their ends."""
-        size = self.block if kind == ROWS else len(self.docs)
-        if self.seed is None:
-            order = np.arange(size)
+        order = order_of(self.block if kind == ROWS else len(self.docs), self.seed, 2 * number + kind)
+        return order if kind == ROWS else (order, np.cumsum(self.docs.lengths[order]))
+
+
+class PackedWhole:
+    """Rows of whole documents: chats, which a row never divides. Documents that share a row are chosen once, by best
+    fit; each epoch has all rows, in a shuffled order of its own. Longer documents than seq_len are an error of the
+    caller."""
+
+    def __init__(self, docs: Documents, seq_len: int, seed: int | None):
+        self.docs, self.seq_len, self.seed = docs, seq_len, seed
+        self.filled = best_fit(docs.lengths, seq_len)
+        self._order = functools.lru_cache(maxsize=2)(lambda epoch: order_of(len(self.filled), seed, epoch))
+
+    @property
+    def rows_per_epoch(self) -> float:
+        return len(self.filled)
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        """The rows with these numbers. The result depends on nothing else: no state is kept between calls."""
+        return batch_of(map(self.row, rows), len(rows), self.seq_len)
+
+    def row(self, number: int) -> list[Piece]:
+        epoch, within = divmod(number, len(self.filled))
+        return [Piece(self.docs[d], self.docs.trained(d)) for d in self.filled[self._order(epoch)[within]]]
+
+
+def packed_rows(docs: Documents, seq_len: int, seed: int | None) -> Packed | PackedWhole:
+    return (PackedWhole if docs.masks else Packed)(docs, seq_len, seed)
+
+
+def best_fit(lengths: np.ndarray, size: int) -> list[list[int]]:
+    """Divide things of these lengths into rows of at most `size`: the longest first, each into the fullest row that has
+    room for it, or a new one. Ties are broken by number, so that the result is always the same."""
+    rows: list[list[int]] = []
+    by_room: dict[int, list[int]] = {}  # rows by the room that is left
+    rooms: list[int] = []  # the keys of by_room that have rows, in order
+    for d in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[d])
+        i = bisect_left(rooms, length)
+        if i < len(rooms):
+            room = rooms[i]
+            row = by_room[room].pop()
+            if not by_room[room]:
+                del rooms[i]
         else:
-            # numpy guarantees the raw bits of Philox in all versions, but not the result of permutation().
-            bits = np.random.Philox(key=[self.seed, 2 * number + kind])
-            order = np.argsort(bits.random_raw(size), kind="stable")
-        return order if kind == ROWS else (order, np.cumsum((self.docs.end - self.docs.start)[order]))
-
-
-@command
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser("python -m ling_kernels.train.data", description="Tokenise text into a .bin file.")
-    parser.add_argument("sources", nargs="*", help=".txt, .jsonl, .parquet, or folders of them (default: CPython's)")
-    parser.add_argument("--out", required=True, help="the .bin file to write; its .json is put beside it")
-    parser.add_argument("--tokenizer", help="a tokenizer.json or its folder (default: byte-level)")
-    parser.add_argument("--text-field", default="text", help="field or column with the text (default: %(default)s)")
-    args = parser.parse_args(argv)
-    out = user_path(args.out)
-    if out.suffix != ".bin":
-        raise InputError(f"--out {out} must end in .bin")
-    if out.exists():
-        raise InputError(f"{out} exists; it is not overwritten")
-    tokenizer = load_tokenizer(args.tokenizer)
-    files = find_files(args.sources)
-    if binary := [p for p in files if p.suffix == ".bin"]:
-        raise InputError(f"{binary[0]} is tokenised already")
-    about = write_tokens(documents(files, args.text_field) if files else cpython_documents(), tokenizer, out)
-    skipped = f"; {about['empty']:,} without text are skipped" if about["empty"] else ""
-    print(f"{out}: {about['tokens']:,} tokens of {about['documents']:,} documents, {about['dtype']}{skipped}")
+            room, row = size, len(rows)
+            rows.append([])
+        rows[row].append(d)
+        left = room - length
+        if not by_room.setdefault(left, []):
+            insort(rooms, left)
+        by_room[left].append(row)
+    return rows
 
 
 if __name__ == "__main__":
+    from .tokenise import main
+
     sys.exit(main())

@@ -32,6 +32,8 @@ FP8 = Fp8Linear, Fp8MLP, Fp8Experts
 BANDS = {"x": (0.008, 0.0035), "dy": (0.010, 0.0035), "dyt": (0.16, 0.10)}
 OWN_BAND_SAMPLES, OWN_BAND_FACTOR, OWN_BAND_FLOOR = 3, 3.0, (0.008, 0.0035)
 WINDOW, MIN_STEPS = 32, 16  # a spike: compared with the median of the last WINDOW steps; at least MIN_STEPS
+# Text that is learnt by heart has losses near 0, of which ten times the median is still no harm.
+NO_SPIKE = 1.0  # a loss (nats) or gradient norm up to it is never a spike
 
 
 class OutOfRange(NamedTuple):
@@ -266,7 +268,8 @@ def spike(values: list[float], recent: list[list[float]], limits: tuple[float | 
     """Describe a spike: a step's loss or gradient norm above its limit times the median of recent steps. None where
     there is no spike, and with fewer than MIN_STEPS recent steps.
 
-    values: loss and gradient norm of the step; recent: the same of steps not skipped; limits: factor for each, or None.
+    values: loss and gradient norm of the step; recent: the same of steps not skipped; limits: factor for each; None or
+    0: never.
     """
     for i, (name, ceiling) in enumerate(zip(("loss", "gradient norm"), ceilings(recent, limits), strict=True)):
         if values[i] > ceiling:
@@ -280,4 +283,4 @@ def ceilings(recent: list[list[float]], limits: tuple[float | None, float | None
     if len(recent) < MIN_STEPS:
         return [inf, inf]
     columns = zip(*recent, strict=True)
-    return [inf if n is None else n * median(column) for n, column in zip(limits, columns, strict=True)]
+    return [max(n * median(column), NO_SPIKE) if n else inf for n, column in zip(limits, columns, strict=True)]

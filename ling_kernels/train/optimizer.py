@@ -1,4 +1,4 @@
-"""Optimizers and schedules: AdamW with Ling 2.0's betas (0.9, 0.95) and weight decay on matrices, 8-bit AdamW, and
+"""Optimizers: AdamW with Ling 2.0's betas (0.9, 0.95) and weight decay on matrices, 8-bit AdamW, and
 Muon.
 
 Each is one torch.optim.Optimizer whose `step` never waits for the device. As with torch's fused optimizers, two
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw as adamw_functional
 
-from ..errors import InputError
 from ..nn.fp8_cache import cache_of
 from ..ops.adamw_8bit import Moments, adamw_8bit, round_stochastically, rounding_keys, seeds
 from ..ops.grad_norm import grad_norm
@@ -306,26 +305,3 @@ def clipped_step(optimizer: torch.optim.Optimizer, lr: float, norm: Tensor, limi
     optimizer.grad_scale = ((norm + 1e-6) / limit).clamp(min=1) if limit else None
     optimizer.found_inf = (~take_step).float()
     optimizer.step()
-
-
-def learning_rate(step: int, lr: float, warmup: int) -> float:
-    """Linear warm-up that reaches lr at step `warmup`, then constant. Steps count from 1."""
-    return lr * min(1.0, step / warmup) if warmup else lr
-
-
-def rows_at(step: int, batch: int, ramp: tuple[int, int] | None, multiple: int) -> int:
-    """Rows of a step, counted from 1. ramp: (rows of the first step, steps until `batch` rows), linear between, in
-    multiples of `multiple`."""
-    if ramp is None:
-        return batch
-    start, steps = ramp
-    more = (batch - start) * min(step - 1, steps) // steps
-    return start + more // multiple * multiple
-
-
-def parse_ramp(text: str) -> tuple[int, int]:
-    """Read "START:STEPS". Raises InputError for anything else."""
-    start, colon, steps = text.partition(":")
-    if not (colon and start.isdecimal() and steps.isdecimal() and int(steps) > 0):
-        raise InputError(f"--batch-ramp {text!r} is not START:STEPS, two whole numbers")
-    return int(start), int(steps)

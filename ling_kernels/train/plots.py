@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import numpy as np
+
 from .report import FP8_FILE, METRICS, OPERANDS, read_lines
 
 TRAIN, VALID, GREY = "#2a6fbb", "#d1495b", "#8a8f98"  # colours
@@ -48,12 +50,9 @@ def draw_loss(metrics: list[dict], path: Path) -> Path:
 
 def draw_load(metrics: list[dict], load: list[dict], layers: list[str], path: Path) -> Path:
     """Above: tokens of each expert over its layer's mean, at the end of the run. Below: the imbalance by step."""
-    import numpy as np
     from matplotlib import pyplot as plt
 
-    last = load[-1]["step"]
-    recent = [row for row in load if row["step"] > last * (1 - LAST)] or load[-1:]
-    counts = np.sum([row["counts"] for row in recent], axis=0, dtype=np.float64)
+    counts, first, last = recent_load(load)
     share = counts / np.maximum(counts.mean(1, keepdims=True), 1)
     rows, columns = share.shape
     height = min(max(0.34 * rows, 1.2), 12)
@@ -63,7 +62,7 @@ def draw_load(metrics: list[dict], load: list[dict], layers: list[str], path: Pa
     image = top.imshow(share, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2, interpolation="nearest")
     top.set_yticks(range(rows), layers)
     top.set(xlabel="expert")
-    steps = f"steps {recent[0]['first']} to {last}"
+    steps = f"steps {first} to {last}"
     top.set_title(f"tokens per expert over the layer's mean, {steps}", loc="left", fontsize=10)
     figure.colorbar(image, ax=top, ticks=[0, 0.5, 1, 1.5, 2], pad=0.01).ax.set_yticklabels(
         ["0", "0.5", "1", "1.5", "2 or more"]
@@ -82,9 +81,15 @@ def draw_load(metrics: list[dict], load: list[dict], layers: list[str], path: Pa
     return finish(figure, [bottom], path)
 
 
+def recent_load(load: list[dict]) -> tuple[np.ndarray, int, int]:
+    """[MoE layers, experts] tokens over the last steps of the run; the first and the last of these steps."""
+    last = load[-1]["step"]
+    recent = [row for row in load if row["step"] > last * (1 - LAST)] or load[-1:]
+    return np.sum([row["counts"] for row in recent], axis=0, dtype=np.float64), recent[0]["first"], last
+
+
 def draw_fp8(measured: list[dict], path: Path) -> Path:
     """Layers against steps: underflow above, distortion below, a column for each operand; grey: not measured."""
-    import numpy as np
     from matplotlib import pyplot as plt
     from matplotlib.colors import LogNorm
 

@@ -20,11 +20,14 @@ from ..model import LingConfig
 from ..model.config import PRESETS
 from ..tokenizer import Tokenizer, load_tokenizer
 from . import checkpoint as ckpt
+from .changes import DATA_FOLDER, changes, new_data_folder, tokens_in
 from .checks import check
 from .models import fits_vocabulary, model_config, model_name, own_tokenizer, with_end_token
 from .optimizer import bytes_per_weight
 from .scaling import with_defaults
 from .settings import Settings, from_json, plain_options, settings_of, to_json
+from .sizes import checkpoint_bytes, disk_bytes, layers_and_embeddings
+from .threads import STARTS, began_elsewhere, free_cores
 
 
 @dataclass
@@ -41,10 +44,11 @@ class Run:
     lock: FolderLock  # of the folder
     new_folder: bool  # created for this run
     tokens: Path  # tokenised text, in the folder
-    had_tokens: bool  # the file was there before
+    had_tokens: bool  # it or one beside it was there before
     weights: Path | None = None  # folder of the model to start from; None: random weights
     checkpoint: Path | None = None  # to resume from
     state: dict | None = None  # the checkpoint's state.json
+    changes: list[dict] = field(default_factory=list)  # of the settings, since that checkpoint
     notes: list[str] = field(default_factory=list)  # lines about the settings, for the user
 
 
@@ -59,6 +63,7 @@ def new_run(settings: Settings, out: str | Path | None = None, restart: bool = F
     fits_vocabulary(tokenizer, config, settings, weights)
     config, end = with_end_token(config, tokenizer, weights)
     check_memory(config, settings, device[0])
+    check_disk(config, settings, user_path(out) if out else Path("runs"))
     folder, new = make_folder(out, settings.model, restart)
     lock = lock_folder(folder)
     run = Run(settings, config, tokenizer, *device, folder, lock, new, *tokens_of(folder), weights)
@@ -66,16 +71,21 @@ def new_run(settings: Settings, out: str | Path | None = None, restart: bool = F
     return write_settings(run)
 
 
-def resumed_run(resume: str | Path, changes: dict) -> Run:
-    """Prepare to resume from a run's latest checkpoint, or from a checkpoint; changes: settings to change."""
+def resumed_run(resume: str | Path, options: dict, fall_back: bool = False) -> Run:
+    """Prepare to resume from a run's latest checkpoint, or from a checkpoint; options: settings to change. fall_back:
+    from the latest one that is not damaged, saying so."""
     folder, checkpoint = ckpt.locate(str(resume))
     lock = lock_folder(folder)
+    if fall_back:
+        checkpoint = ckpt.last_sound(checkpoint)
     state = ckpt.read_state(checkpoint)
     if missing := {"settings", "step", "data"} - state.keys():
         raise InputError(f"{checkpoint / 'state.json'} has no {', '.join(sorted(missing))}")
     if not ckpt.is_progress(state):
         raise InputError(f"{checkpoint / 'state.json'} is not the state of a run: a value has another type")
-    settings = absolute_paths(settings_of(absolute_changes(changes), state["settings"]))
+    settings = absolute_paths(settings_of(absolute_changes(options), state["settings"]))
+    if "threads" not in options and began_elsewhere(folder / STARTS):
+        settings = replace(settings, threads=None)
     config, _ = model_config(settings, checkpoint)
     check(settings, config)
     if settings.steps < state["step"]:
@@ -84,14 +94,20 @@ def resumed_run(resume: str | Path, changes: dict) -> Run:
     tokenizer = load_tokenizer(checkpoint)
     fits_vocabulary(tokenizer, config, settings)
     check_memory(config, settings, device[0])
-    run = Run(settings, config, tokenizer, *device, folder, lock, False, *tokens_of(folder), None, checkpoint, state)
+    check_disk(config, settings, folder, state["step"])
+    changed = changes(from_json(state["settings"]), settings, state["step"])
+    tokens = tokens_of(folder, data_folder := state.get("data_folder", DATA_FOLDER))
+    if any(change["setting"] == "data" for change in changed):
+        tokens = tokens_in(folder, new_data_folder(state["step"], data_folder)), False
+        shutil.rmtree(tokens[0].parent, ignore_errors=True)  # of a continuation that was given up
+    run = Run(settings, config, tokenizer, *device, folder, lock, False, *tokens, None, checkpoint, state, changed)
     return write_settings(run)
 
 
 def choose_device_and_threads(settings: Settings) -> tuple[Settings, tuple[torch.device, str, torch.dtype]]:
     """The settings with the number of CPU threads, which is set; device, its name and the precision."""
     device = choose_device(settings)
-    settings = replace(settings, threads=settings.threads or torch.get_num_threads())
+    settings = replace(settings, threads=settings.threads or min(torch.get_num_threads(), free_cores()))
     torch.set_num_threads(settings.threads)
     return settings, device
 
@@ -105,18 +121,18 @@ def write_settings(run: Run) -> Run:
     return run
 
 
-def tokens_of(folder: Path) -> tuple[Path, bool]:
-    path = folder / "data" / "tokens.bin"
-    return path, path.exists()
+def tokens_of(folder: Path, data_folder: str = DATA_FOLDER) -> tuple[Path, bool]:
+    path = tokens_in(folder, data_folder)
+    return path, any(path.parent.glob("*.bin"))
 
 
-def absolute_changes(changes: dict) -> dict:
+def absolute_changes(options: dict) -> dict:
     """Settings with absolute paths, so that a run can be resumed from another working directory."""
-    return {name: absolute(name, value) for name, value in plain_options(changes).items()}
+    return {name: absolute(name, value) for name, value in plain_options(options).items()}
 
 
 def absolute_paths(settings: Settings) -> Settings:
-    names = ("data", "tokenizer", "model")
+    names = ("data", "val_data", "tokenizer", "model")
     return replace(settings, **{name: absolute(name, getattr(settings, name)) for name in names})
 
 
@@ -125,6 +141,9 @@ def absolute(name: str, value):
         return None
     if name == "data":
         return tuple(map(os.path.abspath, value))
+    if name == "val_data":
+        parts = [source.partition("=") for source in value]
+        return tuple(f"{name}={os.path.abspath(path)}" if path else name for name, _, path in parts)
     if name == "tokenizer" or (name == "model" and value not in PRESETS and os.path.exists(value)):
         return os.path.abspath(value)
     return value
@@ -187,9 +206,24 @@ def check_memory(config: LingConfig, settings: Settings, device: torch.device) -
         )
 
 
+def check_disk(config: LingConfig, s: Settings, folder: Path, step: int = 0) -> None:
+    """Raise InputError where the disk has no room for the checkpoints that the run keeps, one more that is being
+    written, and the exported model. Those that are there already count as free: others take their place."""
+    (number, need), one = disk_bytes(config, s, step), checkpoint_bytes(config, s)
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.absolute().parent
+    there = sum(file.stat().st_size for c in ckpt.list_checkpoints(folder) for file in c.iterdir())
+    free = shutil.disk_usage(folder).free
+    if need > free + there:
+        raise InputError(
+            f"{number} checkpoints of {one / 1e9:.1f} GB and the model at the end need {need / 1e9:.1f} GB, and the"
+            f" disk of {folder} has {(free + there) / 1e9:.1f} GB: try a smaller --keep or another --out"
+        )
+
+
 def needed_bytes(config: LingConfig, s: Settings) -> int:
     """Bytes of weights, gradients and optimizer, and of FP8 weights that are kept."""
-    in_layers = config.num_parameters(mtp=True) - (in_embeddings := 2 * config.vocab_size * config.hidden_size)
+    in_layers, in_embeddings = layers_and_embeddings(config)
     options = s.optimizer, s.master, not s.step_in_backward
     fp8_copy = 1 if s.precision == "fp8" and s.fp8_weights == "kept" else 0
     return in_layers * (bytes_per_weight(*options) + fp8_copy) + in_embeddings * bytes_per_weight(*options, True)
@@ -197,11 +231,11 @@ def needed_bytes(config: LingConfig, s: Settings) -> int:
 
 def latest_run(out: Path | None, model: str) -> Path | None:
     """The run that --resume auto resumes, if there is one with a checkpoint: `out`, or of the runs of `model` in runs/
-    the one with the newest checkpoint."""
+    the one with the newest checkpoint, by the times in them. A time in the future is older than any other."""
     model = absolute("model", model)
     runs = [out] if out else [path.parent for path in Path("runs").glob("*/settings.json") if model_of(path) == model]
     newest = {run: checkpoints[-1] for run in runs if (checkpoints := ckpt.list_checkpoints(run))}
-    return max(newest, key=lambda run: newest[run].stat().st_mtime_ns, default=None)
+    return max(newest, key=lambda run: ckpt.age_key(newest[run]), default=None)
 
 
 def model_of(path: Path) -> str | None:
@@ -229,7 +263,9 @@ def make_folder(out: str | Path | None, model: str, restart: bool) -> tuple[Path
         if any(path.name != LOCK for path in folder.iterdir()) and not (
             restart and (folder / "settings.json").is_file()
         ):
-            raise InputError(f"--out {folder} is not empty; --resume {folder} continues a run")
+            begun = (folder / "settings.json").is_file() and not ckpt.list_checkpoints(folder)
+            how = f"auto --out {folder} begins its run again" if begun else f"{folder} continues a run"
+            raise InputError(f"--out {folder} is not empty; --resume {how}")
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise InputError(f"cannot write to {folder}: {error.strerror or error}") from None
@@ -239,8 +275,8 @@ def make_folder(out: str | Path | None, model: str, restart: bool) -> tuple[Path
 def discard(run: Run) -> None:
     """Remove the files of a run that turns out to be impossible before its first step."""
     if not run.had_tokens and run.tokens.parent.is_dir():
-        run.tokens.unlink(missing_ok=True)
-        run.tokens.with_suffix(".json").unlink(missing_ok=True)
+        for path in [*run.tokens.parent.glob("*.bin"), *run.tokens.parent.glob("*.json")]:
+            path.unlink()
     if not run.checkpoint:
         (run.folder / "settings.json").unlink()
         run.lock.remove()

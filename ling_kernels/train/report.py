@@ -1,8 +1,10 @@
-"""Reports of a run: metrics.jsonl, expert_load.jsonl, fp8.jsonl, TensorBoard, a progress bar or lines."""
+"""Reports of a run: metrics.jsonl, expert_load.jsonl, fp8.jsonl, samples.jsonl, a progress bar or lines."""
 
 import json
 import math
 import sys
+from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,8 +13,11 @@ import torch
 from ..errors import InputError
 from ..files import atomic_write
 from ..model.config_json import is_integer
+from .loggers import open_loggers
+from .validation import validation_line
 
-FP8_FILE = "fp8.jsonl"
+FP8_FILE, SAMPLES = "fp8.jsonl", "samples.jsonl"
+SHOWN = 160  # characters of a sample that are printed during training
 METRICS, OPERANDS = ("underflow", "distortion"), ("x", "w", "dy", "xt", "dyt")  # of fp8.jsonl, see monitor.py
 
 
@@ -29,15 +34,23 @@ class Details:
 
 class Report:
     """Writes the files in the run's folder and prints. Lines of steps after `since`, from a run that went on further,
-    are cut off."""
+    are cut off.
 
-    def __init__(self, run: Path, since: int, steps: int, log_every: int):
-        self.run, self.steps, self.log_every = run, steps, log_every
+    A printed line has means over the steps since the line before, at most `log_every` of them; the files have each
+    step. wandb: its project; settings: what it shows as the run's configuration.
+    """
+
+    def __init__(
+        self, run: Path, since: int, steps: int, log_every: int, wandb: str | None = None, settings: dict | None = None
+    ):
+        self.run, self.since, self.steps, self.log_every = run, since, steps, log_every
         self.metrics = open_lines(run / "metrics.jsonl", since)
         self.load = open_lines(run / "expert_load.jsonl", since)
         self.fp8 = open_lines(run / FP8_FILE, since) if (run / FP8_FILE).exists() else None
-        self.board = tensorboard(run, since)
+        self.samples = open_lines(run / SAMPLES, since) if (run / SAMPLES).exists() else None
         self.bar = progress_bar(since, steps)
+        self.loggers = open_loggers(run, since, wandb, settings or {}, self.say)
+        self.interval: deque[tuple[dict, float]] = deque(maxlen=log_every)  # records and seconds since the last line
         self.seconds: float | None = None  # of a step, smoothed
         self.counts, self.counted = None, since  # tokens of each MoE layer and expert after step `counted`
 
@@ -49,35 +62,34 @@ class Report:
 
     def step(self, record: dict, details: Details) -> None:
         """Report one step."""
-        write_line(self.metrics, {k: finite(v) for k, v in record.items()})
-        if self.board is not None:
-            for name, value in record.items():
-                if name != "step" and isinstance(value, int | float) and math.isfinite(value):
-                    self.board.add_scalar(name, value, record["step"])
+        self.metrics.write({k: finite(v) for k, v in record.items()})
+        self.loggers.step(record)
         if (counts := details.expert_counts) is not None:
             self.counts = counts if self.counts is None else self.counts + counts
         self.seconds = details.seconds if self.seconds is None else 0.9 * self.seconds + 0.1 * details.seconds
+        self.interval.append((record, details.seconds))
         self.show(record)
         if details.fp8:
             self.measurement(details)
 
     def show(self, record: dict) -> None:
-        step, loss = record["step"], record["loss"]
-        speed = f"{record['tokens_per_s']:,.0f} tok/s  MFU {100 * record['mfu']:.1f} %"
+        step, mean = record["step"], means(self.interval)
+        speed = f"{mean['tokens_per_s']:,.0f} tok/s  MFU {100 * mean['mfu']:.1f} %"
         if self.bar is not None:
-            self.bar.set_postfix_str(f"loss {loss:.3f}, {speed}", refresh=False)
+            self.bar.set_postfix_str(f"loss {mean['loss']:.3f}, {speed}", refresh=False)
             self.bar.update(step - self.bar.n)
-        elif step % self.log_every == 0 or step == self.steps:
+        elif step % self.log_every == 0 or step in (self.since + 1, self.steps):
             self.say(
-                f"step {step:>{len(str(self.steps))}}/{self.steps}  loss {loss:.4f}"
-                f"  next token {record['main_loss']:.4f}  lr {record['lr']:.1e}  grad norm {record['grad_norm']:.2f}"
+                f"step {step:>{len(str(self.steps))}}/{self.steps}  loss {mean['loss']:.4f}"
+                f"  next token {mean['main_loss']:.4f}  lr {record['lr']:.1e}  grad norm {mean['grad_norm']:.2f}"
                 f"  {speed}  eta {duration(self.seconds * (self.steps - step))}"
             )
+            self.interval.clear()
         if "val_loss" in record:
-            self.say(f"step {step}: validation loss {record['val_loss']:.4f} nats per token")
+            self.say(f"step {step}: {validation_line(record)}")
         if "skipped" in record:
             self.say(
-                f"step {step} skipped, nothing was changed: loss {loss}, gradient norm {record['grad_norm']}"
+                f"step {step} skipped, nothing was changed: loss {record['loss']}, gradient norm {record['grad_norm']}"
                 f" ({record['skipped']} skipped in all)" + (f"; {record['spike']}" if "spike" in record else "")
             )
 
@@ -87,7 +99,7 @@ class Report:
         step = details.fp8["step"]
         if self.fp8 is None:
             self.fp8 = open_lines(self.run / FP8_FILE, step)
-        write_line(self.fp8, details.fp8)
+        self.fp8.write(details.fp8)
         for layer in dict.fromkeys(out.layer for out in details.out_of_range):
             found = [out for out in details.out_of_range if out.layer == layer]
             more = f", {len(found) - 1} more" if len(found) > 1 else ""
@@ -95,31 +107,84 @@ class Report:
         for name in details.switched:
             self.say(f"step {step}: {name} switches to bf16")
 
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        """Keep a sample, and print its beginning."""
+        if self.samples is None:
+            self.samples = open_lines(self.run / SAMPLES, step - 1)
+        self.samples.write(dict(step=step, prompt=prompt, text=text))
+        self.loggers.text(step, "sample", prompt + text)
+        line = " ".join((prompt + text).split())
+        self.say(f"step {step}: sample: {line[:SHOWN]}{'...' * (len(line) > SHOWN)}")
+
     def expert_load(self, step: int) -> None:
         """Write the experts' load since the last such line. Call it before a checkpoint, so that a resumed run loses
         none."""
         if self.counts is not None:
-            write_line(self.load, dict(first=self.counted + 1, step=step, counts=self.counts.tolist()))
+            self.load.write(dict(first=self.counted + 1, step=step, counts=self.counts.tolist()))
         self.counts, self.counted = None, step
 
     def close(self) -> None:
         self.metrics.close()
         self.load.close()
-        if self.fp8 is not None:
-            self.fp8.close()
-        if self.board is not None:
-            self.board.close()
+        for file in (self.fp8, self.samples):
+            if file is not None:
+                file.close()
+        self.loggers.close()
         if self.bar is not None:
             self.bar.close()
 
 
-def open_lines(path: Path, since: int):
+def means(interval: Iterable[tuple[dict, float]]) -> dict[str, float]:
+    """Means over records and their seconds: of speed and MFU over the time, of the losses and the gradient norm over
+    the steps that were not skipped, where there are any."""
+    rows = [*interval]
+    seconds = sum(s for _, s in rows)
+    sound = [r for r, _ in rows if "skipped" not in r] or [r for r, _ in rows]
+    mean = {k: sum(r[k] for r in sound) / len(sound) for k in ("loss", "main_loss", "grad_norm")}
+    return mean | {k: sum(r[k] * s for r, s in rows) / seconds for k in ("tokens_per_s", "mfu")}
+
+
+class Lines:
+    """A file of JSON lines to append to. Lines that cannot be written, as on a full disk, are kept until they can."""
+
+    def __init__(self, path: Path):
+        self.path, self.file = path, open(path, "ab", buffering=0)
+        self.unwritten, self.failed = b"", False
+
+    def write(self, record: dict) -> None:
+        self.unwritten += (json.dumps(record) + "\n").encode()
+        self.flush()
+
+    def flush(self) -> None:
+        try:
+            while self.unwritten:
+                self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
+            self.failed = False
+        except OSError as error:
+            if not self.failed:
+                print(
+                    f"warning: cannot write {self.path}: {error.strerror}; its lines are kept until it can", flush=True
+                )
+            self.failed = True
+
+    def close(self) -> None:
+        self.flush()
+        self.file.close()
+
+    def __enter__(self) -> "Lines":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def open_lines(path: Path, since: int) -> Lines:
     """Open a file of JSON lines to append to. Keeps the lines of steps up to `since`; drops those that are damaged."""
     kept = [json.dumps(row) + "\n" for row in read_lines(path) if row["step"] <= since]
     try:
         with atomic_write(path) as partial:
             partial.write_text("".join(kept))
-        return open(path, "a", buffering=1)  # whole lines reach the file at once
+        return Lines(path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}") from None
 
@@ -139,24 +204,9 @@ def read_lines(path: Path) -> list[dict]:
     return rows
 
 
-def write_line(file, record: dict) -> None:
-    try:
-        file.write(json.dumps(record) + "\n")
-    except OSError as error:
-        raise InputError(f"cannot write {file.name}: {error.strerror}") from None
-
-
 def finite(value):
     """None instead of NaN and infinity, which JSON lacks."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def tensorboard(run: Path, since: int):
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(run / "tensorboard", purge_step=since + 1)
 
 
 def progress_bar(since: int, steps: int):

@@ -82,8 +82,10 @@ def with_defaults(s: Settings, config: LingConfig, trained: bool) -> tuple[Setti
         f" batch {s.batch} rows{micro_batch} ({sources['batch']})"
     ]
     if trained and s.lr > peak:
-        lines.append(f"warning    lr {s.lr:g} is above {peak:.2e}, the peak of Ling's scaling law for this model: trained"
-                     " weights may be lost")  # fmt: skip
+        lines.append(
+            f"warning    lr {s.lr:g} is above {peak:.2e}, the peak of Ling's scaling law for its size: trained weights"
+            " may be lost"
+        )
     return s, lines
 
 

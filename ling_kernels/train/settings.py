@@ -20,8 +20,11 @@ import numpy as np
 
 from ..errors import InputError
 from ..nn.fp8 import RECOMPUTE, TRANSPOSED, WEIGHTS, WGRAD
-from .optimizer import MASTERS, OPTIMIZERS, parse_ramp
+from .optimizer import MASTERS, OPTIMIZERS
+from .schedule import DECAYS, decay_length, parse_ramp
+from .sources.options import TextOptions
 
+TEXT_SETTINGS = [f.name for f in fields(TextOptions)]
 RECIPES = {
     path.stem: json.loads(path.read_text()) for path in sorted((Path(__file__).parents[1] / "recipes").glob("*.json"))
 }
@@ -35,6 +38,8 @@ SIZES = dict(
     topk="num_experts_per_tok", groups="n_group", top_groups="topk_group", moe_intermediate="moe_intermediate_size",
     positions="max_position_embeddings",
 )  # fmt: skip
+
+SPIKE_LOSS, SPIKE_NORM = 10, 30  # in 3 runs of tiny the highest of a normal step are 1.4 and 4.4 times the median
 
 
 def flag(default, help: str, **options):
@@ -78,13 +83,34 @@ class Settings:
         shown="the model's; auto for tiny, where the tokenizer has more, and with sizes of one's own",
     )  # fmt: skip
     data: tuple[str, ...] | None = flag(
-        None, ".txt, .jsonl, .parquet, .bin files or folders of them", nargs="+", shown="the text that ships in CPython"
+        None,
+        "text files, .json, .jsonl, .parquet, .arrow, .bin, or folders of them; .gz and .zst too; or"
+        " PATH=WEIGHT for each, its share of the rows",
+        nargs="+",
+        shown="the text that ships in CPython",
     )
     tokenizer: str | None = flag(
         None, "a Hugging Face tokenizer.json or its folder", shown="the one in the model's directory, else byte-level"
     )
-    text_field: str = flag("text", "field of .jsonl and column of .parquet that holds the text")
-    holdout: int = flag(20, "every N-th document is kept for validation and never trained on", least=2)
+    text_field: str = flag("text", "field of .json and .jsonl, column of .parquet and .arrow, that holds the text")
+    encoding: str = flag("utf-8", "encoding of text files, .json and .jsonl, for example gb18030, latin-1 or utf-16")
+    separator: str | None = flag(
+        None, "text that ends a document inside text files; \\n and \\t in it are line end and tab",
+        shown="a file is one document",
+    )  # fmt: skip
+    special_tokens: bool = flag(
+        False, "names of the tokenizer's special tokens in the data's text become these tokens",
+        action=argparse.BooleanOptionalAction, shown="off, they are plain text",
+    )  # fmt: skip
+    holdout: int = flag(
+        20, "every N-th document is kept for validation and never trained on; 0: none, with --val-data", least=0
+    )
+    val_data: tuple[str, ...] | None = flag(
+        None, "NAME=PATH, further data to validate on: its loss is val_loss/NAME", nargs="+", shown="none"
+    )
+    train_on: str = flag(
+        "assistant", "in chats: train on the answers of the role assistant, or on all", choices=("assistant", "all")
+    )
 
     steps: int = flag(600, "optimizer steps of the whole run", least=1)
     seq_len: int = flag(256, "tokens in a row", least=2)
@@ -109,11 +135,20 @@ class Settings:
         " stochastically",
         choices=MASTERS,
     )  # fmt: skip
-    lr: float | None = flag(None, "learning rate after the warm-up; it stays constant", above=0,
-                             shown="the recipe's, or by the model's size")  # fmt: skip
+    lr: float | None = flag(
+        None, "learning rate after the warm-up", above=0, shown="the recipe's, or by the model's size"
+    )
     warmup: int | None = flag(
         None, "steps over which the learning rate rises to --lr", least=0, shown="the recipe's, or by --steps"
     )
+    decay: str = flag(
+        "none", "how the learning rate falls at the end of the run; none: it stays at --lr", choices=("none", *DECAYS)
+    )
+    decay_steps: int | None = flag(
+        None, "steps of the decay, the last of the run", least=1,
+        shown="all after the warm-up; for 1-sqrt a fifth of --steps",
+    )  # fmt: skip
+    min_lr: float = flag(0.0, "learning rate at the end of the decay", least=0)
     weight_decay: float = flag(0.1, "on matrices and embeddings, not on norms", least=0)
     clip: float = flag(1.0, "gradient norm above which gradients are scaled down; 0: never", least=0)
     z_loss: float = flag(3.5e-6, "coefficient of the router's z-loss", least=0)
@@ -123,17 +158,27 @@ class Settings:
     eval_every: int = flag(100, "steps between validations; 0: only at the end", least=0)
     eval_rows: int = flag(64, "rows of a validation, always the same, evenly spaced", least=1)
     save_every: int = flag(200, "steps between checkpoints; 0: only at the end", least=0)
-    keep: int = flag(2, "number of latest checkpoints to keep; 0: all", least=0)
+    keep: int = flag(
+        2, "number of latest checkpoints to keep, besides the last good one and the next that may be; 0: all", least=0
+    )
+    keep_every: int = flag(0, "keep the checkpoints of every N-th step for ever; 0: none", least=0)
     log_every: int = flag(10, "steps between lines where stderr is not a terminal", least=1)
     max_bad_steps: int = flag(5, "stop after this many skipped steps in a row", least=1)
     spike_loss: float | None = flag(
         None,
-        "skip a step whose loss is more than X times the median of the last 32 that were not skipped",
-        above=1,
-        shown="never",
+        "skip a step whose loss is more than X times the median of the last 32 that were not skipped; 0: never",
+        least=0, shown=SPIKE_LOSS,
+    )  # fmt: skip
+    spike_norm: float | None = flag(
+        None, "the same for the gradient norm", least=0, shown=f"{SPIKE_NORM}, or 0 with --step-in-backward"
     )
-    spike_norm: float | None = flag(None, "the same for the gradient norm", above=1, shown="never")
     sample_tokens: int = flag(200, "length of the sample at the end; 0: none", least=0)
+    sample_every: int = flag(0, "steps between samples during training, of the same prompt; 0: none", least=0)
+    profile: int = flag(
+        0, "steps to profile after 3 others: a trace, a table and on a GPU a memory snapshot in RUN/profile; 0: none",
+        least=0,
+    )  # fmt: skip
+    wandb: str | None = flag(None, "log to this project of wandb, too; TensorBoard needs no flag", shown="no wandb")
     device: str = flag("auto", "auto uses a GPU where torch finds one", choices=("auto", "cpu", "cuda"))
     precision: str = flag(
         "auto",
@@ -161,7 +206,7 @@ class Settings:
         "measurements in a row outside its band after which a layer switches to bf16; 0: it is only reported",
         least=0,
     )
-    threads: int | None = flag(None, "CPU threads", least=1, shown="one per core")
+    threads: int | None = flag(None, "CPU threads", least=1, shown="one per core that is idle at the start")
 
     def __post_init__(self):
         for f in fields(self):
@@ -178,8 +223,28 @@ class Settings:
         return {} if own_sizes else MODEL_DEFAULTS.get(self.model, {})
 
     @property
+    def text_options(self) -> TextOptions:
+        return TextOptions(**{name: getattr(self, name) for name in TEXT_SETTINGS})
+
+    @property
     def ramp(self) -> tuple[int, int] | None:
         return parse_ramp(self.batch_ramp) if self.batch_ramp else None
+
+    @property
+    def spikes(self) -> tuple[float, float]:
+        """The factors of loss and gradient norm above which a step is a spike; 0: never."""
+        loss, norm = self.spike_loss, self.spike_norm
+        norm = (0 if self.step_in_backward else SPIKE_NORM) if norm is None else norm
+        return SPIKE_LOSS if loss is None else loss, norm
+
+    @property
+    def schedule(self) -> dict:
+        """The arguments of schedule.learning_rate."""
+        decay_steps = decay_length(self.decay, self.decay_steps, self.warmup, self.steps)
+        return dict(
+            lr=self.lr, warmup=self.warmup, decay=self.decay, decay_steps=decay_steps, min_lr=self.min_lr,
+            steps=self.steps,
+        )  # fmt: skip
 
 
 def plain(f: Field, value: Any) -> Any:
@@ -218,9 +283,11 @@ def vocabulary(value: Any) -> int | str:
 
 FIELDS = {f.name: f for f in fields(Settings)}
 
-# Settings that a resumed run may change.
+# Settings that a resumed run may change; changes.py keeps a record of them.
 CHANGEABLE_ON_RESUME = {
-    "steps", "eval_every", "save_every", "keep", "log_every", "max_bad_steps", "sample_tokens", "device", "threads",
+    "data", "batch", "micro_batch", "lr", "warmup", "decay", "decay_steps", "min_lr", "weight_decay", "clip", "z_loss",
+    "balance_rate", "steps", "eval_every", "save_every", "keep", "keep_every", "log_every", "max_bad_steps",
+    "sample_tokens", "sample_every", "profile", "wandb", "device", "threads",
     "precision", "master", "recompute", "fp8_weights", "fp8_wgrad", "fp8_transposed", "fp8_scales", "fp8_watch",
     "fp8_fallback", "spike_loss", "spike_norm", "step_in_backward",
 }  # fmt: skip
@@ -235,13 +302,17 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help=f"a recipe's settings, for the flags that are not given: {presets}",
     )  # fmt: skip
     for f in fields(Settings):
-        options = {k: v for k, v in f.metadata.items() if k not in ("least", "above", "shown")}
-        default = f.metadata.get("shown", f.default)
-        options["help"] = f"{options['help']} (default: {default})"
-        if "choices" not in options and "action" not in options:
-            options["type"] = next((kind for kind in (int, float) if f.type in (kind, kind | None)), str)
-            options["metavar"] = {int: "N", float: "X"}.get(options["type"], f.name.upper())
-        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **options)
+        add_flag(parser, f)
+
+
+def add_flag(parser: argparse.ArgumentParser, f: Field) -> None:
+    options = {k: v for k, v in f.metadata.items() if k not in ("least", "above", "shown")}
+    default = f.metadata.get("shown", f.default)
+    options["help"] = f"{options['help']} (default: {default})"
+    if "choices" not in options and "action" not in options:
+        options["type"] = next((kind for kind in (int, float) if f.type in (kind, kind | None)), str)
+        options["metavar"] = {int: "N", float: "X"}.get(options["type"], f.name.upper())
+    parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **options)
 
 
 def as_flags(values: dict) -> str:
@@ -258,8 +329,11 @@ def settings_of(options: dict, saved: dict | None = None) -> Settings:
     if saved is None:
         return Settings(**(Settings(**options).recipe() | options))
     before = from_json(saved)
+    options = {name: value for name, value in options.items() if value is not None or name not in BY_SIZE}
+    new_data = options.get("data", before.data) != before.data
+    changeable = {*CHANGEABLE_ON_RESUME, *(TEXT_SETTINGS if new_data else ())}
     for name, value in options.items():
-        if name not in CHANGEABLE_ON_RESUME and value != getattr(before, name):
+        if name not in changeable and value != getattr(before, name):
             flag = f"--{name.replace('_', '-')}"
             raise InputError(
                 f"{name} is {getattr(before, name)!r} in the run to resume and {value!r} here: leave {flag} out"

@@ -5,6 +5,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from math import isfinite
 from pathlib import Path
 
@@ -16,12 +17,17 @@ from ..model import Ling, load_model, save_model
 from ..nn.fp8 import to_fp8
 from ..ops.grad_norm import grad_norm
 from . import checkpoint as ckpt
-from .data import Documents, Packed, describe, gather_tokens, hold_out
+from .changes import DATA_FOLDER
+from .corpus import open_corpus
+from .mixture import Rows
 from .monitor import WINDOW, FP8Monitor, ceilings, spike, to_bf16
-from .optimizer import StepInBackward, clipped_step, learning_rate, make_optimizer, rows_at, to_masters
+from .optimizer import StepInBackward, clipped_step, make_optimizer, to_masters
 from .prepare import Run, deterministic, discard, new_run, peak_flops, resumed_run
 from .report import FP8_FILE, Details, read_lines
+from .saving import Writer, count_sound, kept, room_for_copy, size_of, snapshot, write
+from .schedule import learning_rate, rows_at
 from .settings import Settings, named_as_in_python, to_json
+from .validation import bytes_of_tokens, measure
 
 
 @dataclass
@@ -33,8 +39,18 @@ class Progress:
     tokens: int = 0
     bad: int = 0  # skipped steps in a row
     skipped: int = 0  # skipped steps in all
+    data_start: int = 0  # the value of `sequences` when the present data began
+    data_folder: str = DATA_FOLDER  # of the run: where the present data's tokens are
+    changes: list[dict] = field(default_factory=list)  # of the settings, see changes.py
+    sound: int = 0  # sound steps in a row, see saving.py
+    proven: int = 0  # checkpoints up to this step are good
     recent: list[list[float]] = field(default_factory=list)  # loss and gradient norm of the last steps not skipped
     in_bf16: list[str] = field(default_factory=list)  # FP8 layers that the monitor has switched to bf16
+
+    @property
+    def row(self) -> int:
+        """The next row of the present data."""
+        return self.sequences - self.data_start
 
 
 class Trainer:
@@ -86,10 +102,12 @@ class Trainer:
     def resume(cls, run: str | Path, **changes) -> "Trainer":
         """Continue a run from its latest checkpoint, or from the checkpoint folder that `run` names.
 
-        changes: settings with a new value, of those that do not make it another run (settings.CHANGEABLE_ON_RESUME).
+        changes: settings with a new value, of those that do not make it another run (settings.CHANGEABLE_ON_RESUME);
+        those that differ are listed in the attribute `changes`, and kept in progress.changes with the step. New data
+        is read from its beginning.
         Later checkpoints are renamed to superseded-..., and listed in the attribute `superseded`. Raises InputError
-        for a run without checkpoint, a damaged checkpoint, data other than the run's, and other changes. Texts that are
-        gone since are no error, as the run's folder has their tokens.
+        for a run without checkpoint, a damaged checkpoint, .bin files that have changed, and other changes. Texts that
+        are gone since are no error, as the run's folder has their tokens.
         """
         with named_as_in_python():
             return cls.of(resumed_run(run, changes))
@@ -105,13 +123,14 @@ class Trainer:
         s = self.settings = run.settings
         self.config, self.tokenizer, self.folder, self.lock = run.config, run.tokenizer, run.folder, run.lock
         self.device, self.device_name, self.precision = run.device, run.device_name, run.precision
-        self.progress, self.details, self.superseded = Progress(), Details(), []
+        self.progress, self.details, self.superseded, self.writer = Progress(), Details(), [], Writer()
+        self.changes, new_data = run.changes, any(change["setting"] == "data" for change in run.changes)
         with deterministic():
             try:
-                docs = gather_tokens(s.data, self.tokenizer, self.config.vocab_size, run.tokens, s.text_field)
-                self.training, self.held_out = hold_out(docs, s.holdout)
-                self.data = describe(docs)
-                if run.state and run.state["data"] != self.data:
+                self.corpus = open_corpus(s, self.tokenizer, self.config.vocab_size, run.tokens)
+                self.training, self.held_out = self.corpus.training, self.corpus.held_out
+                self.data = self.corpus.about
+                if run.state and not new_data and run.state["data"] != self.data:
                     raise InputError(f"data: {self.data} is not what the run began with, {run.state['data']}")
                 self.model = make_model(run)
                 self.notes = [*run.notes, *apply_fp8_and_recompute(self.model, s)]
@@ -126,10 +145,14 @@ class Trainer:
                     raise InputError(f"{run.checkpoint / 'state.json'}: in_bf16 names no layer: {min(unknown)}")
                 for name in self.progress.in_bf16:
                     to_bf16(self.model, name)
+                self.progress.changes += run.changes
+                if new_data:  # its losses may be of another size
+                    self.progress.data_start, self.progress.recent = self.progress.sequences, []
+                    self.progress.data_folder = run.tokens.parent.name
                 self.superseded = ckpt.set_aside_later(self.folder, run.checkpoint)
             self.peak, self.peak_source = peak_flops(self.device, self.precision)
-        self.packed = Packed(self.training, s.seq_len, s.seed)
-        self.validation = validation_batches(self.held_out, s)
+        self.rows = self.corpus.rows
+        self.bytes_of_tokens = bytes_of_tokens(self.tokenizer)
         self.in_backward = StepInBackward(self.model, self.optimizer) if s.step_in_backward else None
         earlier = [row for row in read_lines(self.folder / FP8_FILE) if row["step"] <= self.progress.step]
         self.monitor = FP8Monitor(self.model, s.fp8_watch, s.fp8_fallback, earlier)
@@ -140,7 +163,7 @@ class Trainer:
         step, tokens (so far), lr; loss, main_loss, mtp_loss, z_loss in nats per token; grad_norm; load_violation_max
         and load_violation_mean (busiest expert over the mean, minus 1, over the MoE layers); tokens_per_s; mfu (of
         the peak); for a step that was skipped also `skipped` (their number so far), and `spike` where that was the
-        reason.
+        reason; for a mixture also epoch/NAME, the passes through each source so far.
 
         A step is skipped, nothing changing but the position in the data, where its loss or gradient is not finite or a
         spike. Raises Diverged after max_bad_steps of them in a row; the trainer can still be saved then, with the
@@ -152,11 +175,12 @@ class Trainer:
             raise InputError(f"all {s.steps} steps are done: save, and Trainer.resume({str(self.folder)!r}, steps=N)")
         with deterministic(), self.monitor.measuring(progress.step + 1) as measured:
             record, counts = train_step(
-                self.model, self.optimizer, self.packed, s, progress, self.precision, self.in_backward
+                self.model, self.optimizer, self.rows, s, progress, self.precision, self.in_backward
             )
         seconds = time.perf_counter() - start
         record["tokens_per_s"] = record.pop("step_tokens") / seconds
         record["mfu"] = self.config.flops_per_token(s.seq_len) * record["tokens_per_s"] / self.peak
+        record |= self.corpus.epochs(progress.row)
         self.details = Details(seconds, counts, measured)
         if measured:
             self.details.out_of_range = self.monitor.update(measured)
@@ -164,22 +188,41 @@ class Trainer:
             for name in self.details.switched:
                 to_bf16(self.model, name)
                 progress.in_bf16.append(name)
+        count_sound(progress, None if progress.bad else record["main_loss"], self.config.vocab_size)
         if progress.bad >= s.max_bad_steps:
-            raise Diverged(f"no finite loss and gradient in {progress.bad} steps up to {progress.step}", record)
+            raise Diverged(f"no sound loss and gradient in {progress.bad} steps up to {progress.step}", record)
         return record
 
     def evaluate(self) -> float:
         """Mean loss of the next token over the held-out rows, in nats."""
+        return self.validate()["val_loss"]
+
+    def validate(self) -> dict:
+        """val_loss, the mean loss of the next token in nats, and val_bpb, in bits per byte, of the held-out rows; and
+        val_loss/NAME and val_bpb/NAME of each set of val_data and each source of a mixture."""
         with deterministic():
-            return evaluate(self.model, self.validation, self.precision)
+            return measure(self.model, self.corpus.validation, self.bytes_of_tokens, self.precision)
 
-    def save(self) -> Path:
-        """Write a checkpoint of the steps done so far and remove all but the last `settings.keep`; returns its folder.
+    def save(self, wait: bool = True) -> Path:
+        """Write a checkpoint of the steps done so far, and remove others as `settings.keep` says; returns its folder.
 
-        A checkpoint appears whole or not at all. Raises InputError where it cannot be written.
+        A checkpoint appears whole or not at all. wait=False returns as soon as the tensors are copied to the host, and
+        a thread writes them: `writer.wait()` waits for it. Where the host has no memory for a copy, this waits. Raises
+        NotSaved (an InputError) where a checkpoint cannot be written; for the one of a thread, the next `save`,
+        `writer.poll()` or `writer.wait()` raises it.
         """
-        state = asdict(self.progress) | dict(settings=to_json(self.settings), data=self.data, torch=torch.__version__)
-        return ckpt.save_checkpoint(self.folder, self.model, self.optimizer, self.tokenizer, state, self.settings.keep)
+        self.writer.wait()
+        s, proven = self.settings, self.progress.proven
+        state = asdict(self.progress) | dict(settings=to_json(s), data=self.data, torch=torch.__version__)
+        wait = wait or not room_for_copy(size_of(self.model, self.optimizer))
+        tensors = snapshot(self.model, self.optimizer, copy=not wait)
+        keep = partial(kept, keep=s.keep, keep_every=s.keep_every, proven=proven)
+        job = partial(write, self.folder, tensors, self.tokenizer, state, keep)
+        if wait:
+            job()
+        else:
+            self.writer.start(job)
+        return ckpt.checkpoint_folder(self.folder, self.progress.step)
 
     def export(self, folder: str | Path) -> None:
         """Write the model in bf16 and its tokenizer as a Hugging Face folder."""
@@ -224,7 +267,7 @@ def apply_fp8_and_recompute(model: Ling, s: Settings) -> list[str]:
 def train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    packed: Packed,
+    packed: Rows,
     settings: Settings,
     progress: Progress,
     precision: torch.dtype,
@@ -238,16 +281,16 @@ def train_step(
     device = next(model.parameters()).device
     step = progress.step + 1
     rows = rows_at(step, settings.batch, settings.ramp, settings.micro_batch or 1)
-    lr = learning_rate(step, settings.lr, settings.warmup)
+    lr = learning_rate(step, **settings.schedule)
     optimizer.zero_grad()
-    limits = settings.spike_loss, settings.spike_norm
+    limits = settings.spikes
     highest_loss, highest_norm = ceilings(progress.recent, limits)
 
     def usable(loss: torch.Tensor) -> torch.Tensor:
         return loss.isfinite() & (loss.double() <= highest_loss)
 
     begin = None if in_backward is None else lambda loss: in_backward.begin(lr, usable(loss))
-    losses = accumulate_gradients(model, packed, progress.sequences, rows, settings, device, precision, begin)
+    losses = accumulate_gradients(model, packed, progress.row, rows, settings, device, precision, begin)
     if in_backward is None:
         norm = grad_norm([p.grad for p in model.parameters() if p.grad is not None])
         take_step = usable(losses[0]) & norm.isfinite() & (norm.double() <= highest_norm)
@@ -279,7 +322,7 @@ def train_step(
 
 
 def accumulate_gradients(
-    model: nn.Module, packed: Packed, first: int, rows: int, settings: Settings, device: torch.device,
+    model: nn.Module, packed: Rows, first: int, rows: int, settings: Settings, device: torch.device,
     precision: torch.dtype, begin: Callable[[torch.Tensor], None] | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Forward and backward of `rows` rows from row `first` on, in micro batches -> [4] fp64: loss, main, MTP, z-loss.
@@ -293,11 +336,11 @@ def accumulate_gradients(
     targets = [sum(b.targets(1 + k) for b in batches) for k in range(1 + len(model.mtp))]
     total = torch.zeros(4, device=device, dtype=torch.float64)
     for batch in batches:
-        ids, cu_seqlens = (t.to(device, non_blocking=True) for t in batch)
+        ids, labels, cu_seqlens = batch.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
             out = model(
                 ids,
-                labels=ids,
+                labels=labels,
                 cu_seqlens=cu_seqlens,
                 logits=False,
                 z_loss=settings.z_loss * len(ids) / rows,
@@ -309,30 +352,3 @@ def accumulate_gradients(
         mtp = out.mtp_loss if out.mtp_loss is not None else total.new_zeros(())
         total += torch.stack([x.detach().double() for x in (out.loss, out.main_loss, mtp, out.z_loss)])
     return total
-
-
-def validation_batches(held_out: Documents, settings: Settings) -> list:
-    """Batches of at most eval_rows rows of the held-out documents, evenly spaced, always the same."""
-    available = max(held_out.tokens // settings.seq_len, 1)
-    number = min(settings.eval_rows, available)
-    rows = [i * available // number for i in range(number)]
-    size = settings.micro_batch or settings.batch
-    packed = Packed(held_out, settings.seq_len, None)
-    return [packed.batch(rows[i : i + size]) for i in range(0, number, size)]
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, batches: list, precision: torch.dtype) -> float:
-    """Mean main loss over the batches' targets, in nats."""
-    device = next(model.parameters()).device
-    model.eval()
-    total, targets = torch.zeros((), device=device, dtype=torch.float64), 0
-    for batch in batches:
-        ids, cu_seqlens = (t.to(device, non_blocking=True) for t in batch)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
-            out = model(ids, labels=ids, cu_seqlens=cu_seqlens, logits=False)
-        count = batch.targets()
-        total += out.main_loss.double() * count
-        targets += count
-    model.train()
-    return float(total) / max(targets, 1)

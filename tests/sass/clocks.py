@@ -16,6 +16,7 @@ from tests.sass.hazards import highest_registers, touched_in_flight
 from tests.sass.regions import between, loops, segments, whole
 from tests.sass.walk import walk
 
+CSRC = Path(__file__).parents[2] / "csrc"
 MARGIN, SMALL = 0.05, 8  # a budget is kept if no count is above it by more than a share, or by more than a few
 
 
@@ -37,8 +38,23 @@ REGIONS = [
     Region("bf16 epilogue, accumulating", WIDE + r"Output\)0", "QGMMA", "STG.E.128", without="STG.E.64"),
     Region("fp32 epilogue, accumulating", WIDE + r"Output\)0", "QGMMA", "STG.E.64", without="STG.E.128|LDG.E.U16"),
 ]
+
+
+def within(opcode: str, text: str) -> str:
+    """For `without`: the opcode, in lines of csrc/ that hold the text."""
+    files = [p for p in sorted(CSRC.rglob("*")) if p.suffix in (".cu", ".cuh")]
+    lines = [f"{p.name}:{n}" for p in files for n, line in enumerate(p.read_text().splitlines(), 1) if text in line]
+    if not lines:
+        raise ValueError(f"no line of csrc/ holds {text!r}")
+    return rf"{opcode}\S* (?:{'|'.join(map(re.escape, lines))})$"
+
+
 # Of kernels with options: opcodes that only the options have. The rows of the kernel and its loops are without them.
-OPTIONS = {r"gemm_fp8_kernel<|grouped_wgrad_bf16_kernel$": "STG.E.64"}  # fp32 results
+OPTIONS = {
+    r"gemm_fp8_kernel<|grouped_wgrad_bf16_kernel$": "STG.E.64",  # fp32 results
+    # More than 32 sequences, or some without keys
+    r"attention_decode_kernel<": "|".join([within("LDG", "int further(int b)"), within("STG", "to.out) + at) = {}")]),
+}
 SHORT = 32  # loops of fewer instructions have no row
 
 

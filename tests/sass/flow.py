@@ -22,7 +22,7 @@ class Loop(NamedTuple):
 class Flow:
     """The control flow of a kernel. A block is a number; `blocks[b]` are its instructions.
 
-    without: blocks with an opcode that this regular expression matches are closed, e.g. those of an option.
+    without: blocks with an "OPCODE FILE:LINE" that this regular expression matches are closed, e.g. those of an option.
     """
 
     def __init__(self, code: list[Instruction], without: str = "(?!)"):
@@ -34,7 +34,9 @@ class Flow:
                 self.blocks.append([])
             self.blocks[-1].append(i)
         self.at = {block[0].address: b for b, block in enumerate(self.blocks)}
-        closed = {b for b, block in enumerate(self.blocks) if any(re.match(without, i.opcode) for i in block)}
+        closed = {
+            b for b, block in enumerate(self.blocks) if any(re.match(without, f"{i.opcode} {i.line}") for i in block)
+        }
         self.next: Edges = [[n for n in self.successors(b) if n not in closed] for b in range(len(self.blocks))]
         self.reached = {*postorder(self.next, 0)}
         self.onward: Edges = [[*e] for e in self.next]

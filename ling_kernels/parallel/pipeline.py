@@ -1,0 +1,227 @@
+"""A pipeline of unequal stages on torch.distributed.pipelining, with the layouts of pipeline_layout.py.
+
+A stage passes on its hidden states [T, H] and the losses so far [3], main, MTP and z-loss, so that every stage adds its
+routers' z-loss, and losses may be computed in several stages. All ranks have all micro batches. The embedding (E and
+m) and the head (several L) may be on several ranks, which then add up its gradient.
+
+torch's schedules run the stages; nothing else here depends on torch's private names.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage, schedules
+
+from ..errors import InputError
+from ..model import Ling
+from ..model.packing import IGNORE, Batch, pack, shift
+from ..nn import BatchLayout
+from ..ops.grad_norm import grad_norm
+from ..ops.linear_cross_entropy import linear_cross_entropy
+from .pipeline_layout import PipelineLayout
+
+SCHEDULES = ("Interleaved1F1B", "LoopedBFS", "1F1B", "GPipe")  # the last two have one stage a rank
+LOSSES = ("main_loss", "mtp_loss", "z_loss")
+
+
+class MicroBatch(NamedTuple):
+    ids: Tensor  # [rows, seq_len] int64
+    cu_seqlens: Tensor  # [documents + 1] int32: where documents start in the flattened ids
+    labels: Tensor | None = None  # [rows, seq_len] int64, not shifted; None: ids
+
+
+class Work(NamedTuple):
+    """What the stages of this rank work on in a step."""
+
+    micro_batches: Sequence[MicroBatch]
+    target_counts: Sequence[float]  # divisors of the summed losses: main, each MTP layer's
+    z_loss: float | None
+    losses: dict[int, Tensor]  # by micro batch, [3] fp32; filled by the last stage
+
+
+class Stage(nn.Module):
+    """The units of one stage, which are modules of a whole model. `work` is set before each step."""
+
+    work: Work
+
+    def __init__(self, model: Ling, layout: PipelineLayout, stage: int, residual: torch.dtype):
+        super().__init__()
+        self.residual = residual  # type of the hidden states between stages
+        self.model = [model]  # a list, so that the model does not become this module's child
+        self.units = layout.units(stage)
+        before, every = "".join(layout.stages[:stage]), "".join(layout.stages)
+        self.normed = "m" in before or "L" in before  # the hidden state has been through the final norm
+        self.one_loss_each, self.mtp_layers = every.count("L") > 1, every.count("m")
+
+    def forward(self, *inputs: Tensor, index: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """inputs: what the stage before returned, for the first stage its number of the micro batch. index [1]: that
+        number. Returns hidden states [T, H] and the losses so far [3]; the last stage the loss [1] alone."""
+        model, work, number = self.model[0], self.work, int(index)
+        ids, cu_seqlens, labels = work.micro_batches[number]
+        batch = pack(ids, None, cu_seqlens, model.config.max_positions)
+        rows = BatchLayout(model.cos, model.sin, batch.positions, batch.cu_seqlens)
+        *hidden, losses = inputs
+        if ("E", 0) in self.units:  # a leaf with gradient, since every stage's outputs have one
+            losses = torch.zeros(3, dtype=torch.float32, device=ids.device, requires_grad=True)
+        normed = self.normed
+        for unit, i in self.units:
+            z = None
+            if unit == "E":
+                hidden = [model.word_embeddings(batch.ids)]
+            elif unit == "t":
+                hidden[0], z = model.layers[i](hidden[0], rows, None, work.z_loss)
+            elif not normed:
+                hidden[0], normed = model.norm(hidden[0]), True
+            if unit == "m":
+                x, z = model.mtp[i](model.next_embeddings(batch, i + 1), hidden[-1], rows, work.z_loss)
+                hidden.append(x)
+            elif unit == "L":
+                number_here = 1 if self.one_loss_each else len(hidden)
+                targets = batch.ids if labels is None else labels.flatten()
+                for k in range(i, i + number_here):
+                    losses = losses + self.loss(hidden.pop(0), targets, batch, k)
+            if z is not None:
+                losses = losses + torch.nn.functional.pad(z.float()[None], (2, 0))
+        if hidden:
+            return (*(h.to(self.residual) for h in hidden), losses) if self.units else tuple(t.clone() for t in inputs)
+        work.losses[number] = losses.detach()
+        return (losses * losses.new_tensor([1, model.config.mtp_loss_scaling_factor, 1])).sum()[None]
+
+    def loss(self, x: Tensor, labels: Tensor, batch: Batch, k: int) -> Tensor:
+        """The k-th loss of hidden states x [T, H], 0 the next token's: its share of the global loss, at its place in
+        [3]."""
+        targets = shift(labels, batch, k + 1, fill=IGNORE)
+        total = linear_cross_entropy(x, self.model[0].lm_head.weight, targets, reduction="sum")
+        share = total / max(self.work.target_counts[k], 1) / (self.mtp_layers if k else 1)
+        return torch.nn.functional.pad(share[None], (1, 1) if k else (0, 2))
+
+
+class Pipeline:
+    """A model's stages of this rank, and the schedule that runs them.
+
+        layout = PipelineLayout.parse("Et|tt|t|mL")
+        pipeline = Pipeline(model, layout, "Interleaved1F1B", micro_batches=8, rows=(1, 4096))
+        record = pipeline.step(batches, target_counts)  # forward, backward; then clip, and step the optimizer
+
+    Args:
+      model: the whole model, equal on all ranks. In place, modules that this rank has no unit of become None, so that
+        its parameters keep their names; make the optimizer afterwards.
+      schedule: one of SCHEDULES; the last two need as many stages as ranks.
+      micro_batches: of a step. torch's Interleaved1F1B wants a multiple of the ranks.
+      rows: (rows, seq_len) of each micro batch, whose sizes are fixed since buffers are made once.
+      group: the ranks of the pipeline; default: all.
+
+    Raises InputError for a layout that is not the model's or does not fit the ranks.
+    """
+
+    def __init__(
+        self, model: Ling, layout: PipelineLayout, schedule: str, micro_batches: int, rows: tuple[int, int],
+        group: dist.ProcessGroup | None = None,
+    ):  # fmt: skip
+        layout.check(model.config)
+        if schedule not in SCHEDULES:
+            raise InputError(f"--schedule {schedule}: it must be one of {', '.join(SCHEDULES)}")
+        self.model, self.layout, self.group = model, layout, group or dist.group.WORLD
+        self.size, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
+        self.ranks, self.micro_batches = layout.ranks(self.size), micro_batches
+        single = schedule in ("1F1B", "GPipe")
+        if single and len(self.ranks) != self.size:
+            raise InputError(f"--schedule {schedule} needs one stage a rank: {len(self.ranks)} on {self.size} ranks")
+        device = model.lm_head.weight.device
+        self.residual = model.word_embeddings.weight.dtype
+        self.shared = self.shared_groups()
+        mine = [s for s, r in enumerate(self.ranks) if r == self.rank]
+        self.stages = {s: Stage(model, layout, s, self.residual) for s in mine}
+        self.keep_own_units()
+        parts = [self.torch_stage(s, stage, rows[0] * rows[1], device) for s, stage in self.stages.items()]
+        make = schedules.get_schedule_class(schedule)
+        self.schedule = make(parts[0] if single else parts, micro_batches, loss_fn=loss_of, scale_grads=False)
+
+    def torch_stage(self, s: int, stage: Stage, T: int, device: torch.device) -> PipelineStage:
+        """Sizes are given: else the runtime finds them by a forward on memory of any values, which counts tokens."""
+
+        def sent(s: int) -> tuple[Tensor, ...]:
+            hidden = (T, self.model.config.hidden_size)
+            states = [torch.empty(hidden, dtype=self.residual) for _ in range(self.layout.hidden_states(s))]
+            return tuple(t.requires_grad_() for t in (*states, torch.empty(3)))
+
+        last = len(self.ranks) - 1
+        with torch.device("meta"):
+            inputs = sent(s - 1) if s else (torch.empty(1, dtype=torch.int64),)
+            outputs = sent(s) if s < last else (torch.empty(1, requires_grad=True),)
+        return PipelineStage(stage, s, last + 1, device, inputs, outputs, group=self.group)
+
+    def shared_groups(self) -> dict[str, dist.ProcessGroup]:
+        """A process group for each weight that several ranks hold. All ranks of the pipeline make them together."""
+        mtp = self.model.config.num_nextn_predict_layers > 0
+        units = {"word_embeddings.weight": "Em" if mtp else "E", "lm_head.weight": "L"}
+        groups = {}
+        for name, letters in units.items():
+            holders = self.layout.holders(letters, self.ranks)
+            if len(holders) > 1:
+                members = [dist.get_global_rank(self.group, r) for r in holders]
+                group = dist.new_group(members)
+                if self.rank in holders:
+                    groups[name] = group
+        return groups
+
+    def keep_own_units(self) -> None:
+        """Set the modules of other ranks' units to None, under their names."""
+        model, mine = self.model, {unit for stage in self.stages.values() for unit in stage.units}
+        letters = {letter for letter, _ in mine}
+        if not letters & {"E", "m"}:
+            model.word_embeddings = None
+        if "L" not in letters:
+            model.lm_head = None
+        if not any(not stage.normed and {u for u, _ in stage.units} & {"m", "L"} for stage in self.stages.values()):
+            model.norm = None
+        for letter, modules in (("t", model.layers), ("m", model.mtp)):
+            for i in range(len(modules)):
+                if (letter, i) not in mine:
+                    modules[i] = None
+
+    def step(
+        self, micro_batches: Sequence[MicroBatch], target_counts: Sequence[float], z_loss: float | None = None
+    ) -> dict[str, float] | None:
+        """Forward and backward of a global batch, gradients added to `grad`. Every rank passes all micro batches.
+
+        target_counts: divisors of the summed main loss and of each MTP layer's, over the global batch. z_loss: its
+        coefficient, for one micro batch. Returns the losses on the rank of the last stage, None elsewhere.
+        """
+        if len(micro_batches) != self.micro_batches:
+            raise InputError(f"{len(micro_batches)} micro batches, the schedule has {self.micro_batches}")
+        work = Work(micro_batches, target_counts, z_loss, {})
+        for stage in self.stages.values():
+            stage.work = work
+        number = torch.arange(self.micro_batches)
+        last, is_first = len(self.ranks) - 1 in self.stages, 0 in self.stages
+        self.schedule.step(
+            *((number,) if is_first else ()), index=number, target=number if last else None, return_outputs=False
+        )
+        for name, group in self.shared.items():
+            p = self.model.get_parameter(name)
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            dist.all_reduce(p.grad, group=group)
+        if not last:
+            return None
+        values = torch.stack([work.losses[i] for i in range(self.micro_batches)]).sum(0)
+        record = dict(zip(LOSSES, values.tolist(), strict=True))
+        scale = self.model.config.mtp_loss_scaling_factor
+        return dict(loss=record["main_loss"] + scale * record["mtp_loss"] + record["z_loss"], **record)
+
+    def global_norm(self) -> Tensor:
+        """The norm of all gradients, a scalar that is equal on every rank; a weight that several hold counts once."""
+        twice = {n for n, group in self.shared.items() if dist.get_group_rank(group, dist.get_rank()) > 0}
+        grads = [p.grad for n, p in self.model.named_parameters() if p.grad is not None and n not in twice]
+        squares = grad_norm(grads).square()
+        dist.all_reduce(squares, group=self.group)
+        return squares.sqrt()
+
+
+def loss_of(output: Tensor, target: Tensor) -> Tensor:
+    """The last stage's output is its loss, which has seen its targets."""
+    return output.sum()

@@ -1,0 +1,178 @@
+"""Predicted time of a training step: its products and passes over memory, one after another. Nothing here is measured.
+
+A product takes as long as its FLOPs at a share of the data sheet's rate, or as its bytes at EFFICIENCY of the data
+sheet's bandwidth, whichever is longer, and at least LAUNCH; everything else as its bytes. Left out: the start and end
+of each kernel, the host's own work, power limits, other programs. So a real step is slower.
+"""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from ..gpu import Gpu
+from ..model import LingConfig
+from ..nn.fp8 import FP8_ROWS
+from ..train.settings import Settings
+from .decode_time import EFFICIENCY
+from .ranks import Rank
+
+# Shares of the peak that the machine code of csrc/ allows on an H200: docs/kernels-predicted.md, which a test compares.
+# Other Hopper GPUs get the same shares.
+FP8_SHARES = dict(up=0.78, down=0.65, dgrad=0.59, wgrad=0.72, dense=0.85)
+ATTENTION_SHARES = dict(forward=0.91, backward=0.59)
+BF16_SHARE = 0.7  # of products in bf16, for which there is no such count; assumed
+LAUNCH = 10e-6  # s, from one kernel to the next, as Python launches them; assumed
+NODE = 8  # GPUs that NVLink connects
+LINKS = {True: 450e9, False: 50e9}  # bytes/s of a GPU within a node (NVLink) and beyond (400 Gbit/s); assumed
+
+
+class Work(NamedTuple):
+    """A kernel, or several that take their time together."""
+
+    name: str
+    flops: float  # 0: a pass over memory
+    bytes: float
+    precision: str = "bf16"
+    share: float = BF16_SHARE  # of the peak
+
+    def seconds(self, gpu: Gpu) -> float:
+        products = self.flops / (gpu.rate(self.precision) * self.share)
+        return max(products, self.bytes / (gpu.bandwidth * EFFICIENCY), LAUNCH)
+
+
+class Pass(NamedTuple):
+    """What a micro batch does in one part of the model; backward holds what it computes once more."""
+
+    forward: list[Work]
+    backward: list[Work]
+
+
+def product(
+    name: str, rows: float, out: int, inner: int, groups: int = 1, fp8: bool = False, wgrad: bool | None = None,
+    forward: str = "dense", grad_bytes: int = 4,
+) -> Pass:  # fmt: skip
+    """y [rows, out] = x [rows, inner] w [groups, out, inner]^T and its gradients, dw added to what is there.
+
+    fp8: precision of forward and dgrad; wgrad: of dw, as fp8 if None.
+    """
+    flops, weights = 2.0 * rows * out * inner, groups * out * inner
+    wgrad = fp8 if wgrad is None else wgrad
+
+    def work(kind: str, in_fp8: bool, share: str, read: float, written: float) -> Work:
+        size = (1 if in_fp8 else 2) * read + written
+        rate = FP8_SHARES[share] if in_fp8 else BF16_SHARE
+        return Work(f"{name} {kind}", flops, size, "fp8" if in_fp8 else "bf16", rate)
+
+    return Pass(
+        [work("forward", fp8, forward, rows * inner + weights, 2 * rows * out)],
+        [
+            work("dgrad", fp8, "dgrad", rows * out + weights, 2 * rows * inner),
+            work("wgrad", wgrad, "wgrad", rows * (out + inner), 2 * grad_bytes * weights),
+        ],
+    )
+
+
+def layer(c: LingConfig, s: Settings, tokens: int, moe: bool, groups: int) -> Pass:
+    """A layer over a micro batch of `tokens`; groups: experts on this GPU."""
+    H, D, k = c.hidden_size, c.head_dim, c.num_experts_per_tok
+    heads, kv = c.num_attention_heads, c.num_key_value_heads
+    fp8, master = s.precision == "fp8", 4 if s.master == "fp32" else 2
+    wgrad = fp8 and (s.fp8_wgrad == "fp8" or (s.fp8_wgrad == "auto" and tokens * k / groups >= FP8_ROWS))
+    dense: dict[str, Any] = dict(fp8=fp8, wgrad=fp8 and s.fp8_wgrad != "bf16", grad_bytes=master)
+    attention = 2.0 * tokens * heads * D * s.seq_len  # both products, causal
+    qkv = (heads + 2 * kv) * D
+    parts = [
+        product("query_key_value", tokens, qkv, H, **dense),
+        Pass(
+            [Work("attention forward", attention, 2 * tokens * (qkv + heads * D), share=ATTENTION_SHARES["forward"])],
+            [Work("attention backward", 2.5 * attention, 4 * tokens * (qkv + heads * D),
+                  share=ATTENTION_SHARES["backward"])],
+        ),
+        product("dense", tokens, H, heads * D, **dense),
+    ]  # fmt: skip
+    mlps = [(c.num_shared_experts * c.moe_intermediate_size, tokens)] if moe else [(c.intermediate_size, tokens)]
+    for F, rows in mlps:
+        parts += [product("MLP up", rows, 2 * F, H, **dense), product("MLP down", rows, H, F, **dense)]
+    passes = 10 * H + 2 * (heads + kv) * D + 3 * mlps[0][0], 12 * H + 3 * (heads + kv) * D + 5 * mlps[0][0]
+    outputs = qkv + H + 2 * mlps[0][0] + H  # dy of the products, which FP8 quantises along both directions
+    if moe:
+        F, rows, experts = c.moe_intermediate_size, tokens * k, dense | dict(wgrad=wgrad)
+        parts += [
+            product("router", tokens, c.num_experts, H),
+            product("experts up", rows, 2 * F, H, groups, forward="up", **experts),
+            product("experts down", rows, H, F, groups, forward="down", **experts),
+        ]
+        passes = passes[0] + 2 * (k + 1) * H + 3 * k * F, passes[1] + 2 * (k + 1) * H + 5 * k * F
+        outputs += k * (2 * F + H)
+    weights = sum(n * (out * inner) for n, out, inner in shapes(c, moe, groups))
+    quantise = (master + 1) * weights if fp8 and s.fp8_weights == "each_forward" else 0
+    forward = [w for p in parts for w in p.forward] + [Work("element-wise", 0, 2 * tokens * passes[0] + quantise)]
+    backward = [w for p in parts for w in p.backward]
+    backward.append(Work("element-wise", 0, 2 * tokens * passes[1] + (4 * tokens * outputs if fp8 else 0)))
+    again = dict(full=forward, experts=[w for w in forward if w.name in ("experts up forward", "element-wise")],
+                 norm_act=forward[-1:], none=[])  # fmt: skip
+    return Pass(forward, [*again[s.recompute], *backward])
+
+
+def shapes(c: LingConfig, moe: bool, groups: int) -> list[tuple[int, int, int]]:
+    """(number, out, inner) of the matrices of a layer that FP8 quantises."""
+    H, D, heads, kv = c.hidden_size, c.head_dim, c.num_attention_heads, c.num_key_value_heads
+    F, S = c.moe_intermediate_size, c.num_shared_experts * c.moe_intermediate_size if moe else c.intermediate_size
+    experts = [(groups, 3 * F, H)] if moe else []
+    return [(1, (heads + 2 * kv) * D, H), (1, H, heads * D), (1, 3 * S, H), *experts]
+
+
+def micro_batch(c: LingConfig, s: Settings, rank: Rank) -> list[Work]:
+    """Forward and backward of a micro batch on one GPU; c: the configuration of its stage."""
+    tokens, layout = (s.micro_batch or s.batch) * s.seq_len, rank.layout
+    groups, dense, mtp = c.num_experts // layout.ep, c.first_k_dense_replace, c.num_nextn_predict_layers
+    passes = [layer(c, s, tokens, False, groups)] * dense
+    passes += [layer(c, s, tokens, True, groups)] * (c.num_hidden_layers - dense + mtp)
+    master = 4 if s.master == "fp32" else 2
+    passes += [product("eh_proj", tokens, c.hidden_size, 2 * c.hidden_size, grad_bytes=master)] * mtp
+    if rank.stage == layout.pp - 1:  # logits: written, read for the loss, their gradient written and read twice
+        head = product("lm_head", tokens, c.vocab_size, c.hidden_size, grad_bytes=master)
+        passes += [Pass(head.forward, [*head.backward, Work("loss", 0, 10.0 * tokens * c.vocab_size)])] * (1 + mtp)
+    return [w for p in passes for w in (*p.forward, *p.backward)]
+
+
+def once(s: Settings, peak: dict[str, int]) -> list[Work]:
+    """What a step does once: the optimizer reads gradients, reads and writes weights and state. peak: the plan's bytes
+    of one GPU."""
+    master = 4 if s.master == "fp32" else 2
+    moments = dict(adamw=8, adamw8bit=2, muon=master)[s.optimizer]
+    state = peak["optimizer"]
+    kept = peak["FP8 weights"] if s.precision == "fp8" and s.fp8_weights == "kept" else 0
+    return [Work("optimizer", 0, 2 * state + 3 * master * state / moments + kept)]
+
+
+def transfers(c: LingConfig, s: Settings, rank: Rank, peak: dict[str, int]) -> tuple[float, float]:
+    """Seconds between GPUs for a micro batch, and once for a step; nothing of it hidden behind computing.
+
+    Rows go to experts and back in the forward, and so do their gradients. Gradients are summed once for a step (an
+    all-reduce moves them twice), with zero=3 after each micro batch, for which weights come twice, too.
+    """
+    layout, tokens = rank.layout, (s.micro_batch or s.batch) * s.seq_len
+    layers = c.num_hidden_layers - c.first_k_dense_replace + c.num_nextn_predict_layers
+    rows = 4 * 2.0 * c.num_experts_per_tok * tokens * c.hidden_size * layers * (layout.ep - 1) / layout.ep
+    exchange, link = rows / LINKS[layout.ep <= NODE], LINKS[layout.dp <= NODE]
+    copies = layout.dp // layout.ep  # of an expert's weights
+    master = 4 if s.master == "fp32" else 2
+    experts = layers * (c.num_experts // layout.ep) * 3 * c.moe_intermediate_size * c.hidden_size * master
+    if layout.zero == 3:
+        others = layout.dp * max(peak["weights"] - experts / copies, 0)
+    else:
+        others = max(peak["weights"] - experts, 0)
+    once_around = (others * (layout.dp - 1) / layout.dp + experts * (copies - 1) / copies) / link
+    return (exchange + 3 * once_around, 0.0) if layout.zero == 3 else (exchange, 2 * once_around)
+
+
+def step_seconds(c: LingConfig, s: Settings, rank: Rank, peak: dict[str, int], gpu: Gpu) -> float:
+    """Seconds of a step: micro batches one after another, and for pipeline stages the time that they wait."""
+    number = s.batch // (s.micro_batch or s.batch)
+    each, at_end = transfers(c, s, rank, peak)
+    each += total(micro_batch(c, s, rank), gpu)
+    return (number + rank.layout.pp - 1) * each + total(once(s, peak), gpu) + at_end
+
+
+def total(works: Iterable[Work], gpu: Gpu) -> float:
+    return sum(work.seconds(gpu) for work in works)

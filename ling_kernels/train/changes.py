@@ -1,0 +1,44 @@
+"""What a resumed run may change of its settings, and the record of what it has changed.
+
+A change counts from the checkpoint on that the run resumes from. New data is read from its beginning, in an order of
+its own; rows are counted on, and the data of earlier steps stays in the run's folder, so that one may go back.
+"""
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+from .settings import Settings
+
+DATA_FOLDER = "data"  # of a run: the tokens that it began with
+
+
+def changes(before: Settings, after: Settings, step: int) -> list[dict]:
+    """The settings that differ: for each the last step before the change, the name, the old and the new value."""
+    pairs = [(f.name, getattr(before, f.name), getattr(after, f.name)) for f in fields(Settings)]
+    return [dict(step=step, setting=name, old=old, new=new) for name, old, new in pairs if old != new]
+
+
+def described(change: dict) -> str:
+    old, new = (" ".join(map(str, v)) if isinstance(v, list | tuple) else v for v in (change["old"], change["new"]))
+    return f"changed    {change['setting'].replace('_', '-')}: {old} up to step {change['step']}, now {new}"
+
+
+def are_changes(value) -> bool:
+    """Whether a value of state.json is such a record."""
+    keys = {"step", "setting", "old", "new"}
+    return isinstance(value, list) and all(isinstance(change, dict) and change.keys() == keys for change in value)
+
+
+def new_data_folder(step: int, present: str) -> str:
+    """The folder of data that begins after a step; `present` is that of the data before."""
+    name = f"{DATA_FOLDER}-{step:06d}"
+    return new_data_folder(step + 1, present) if name == present else name
+
+
+def is_data_folder(name) -> bool:
+    return isinstance(name, str) and re.fullmatch(rf"{DATA_FOLDER}(-\d+)?", name) is not None
+
+
+def tokens_in(run: Path, data_folder: str) -> Path:
+    return run / data_folder / "tokens.bin"

@@ -1,0 +1,207 @@
+"""python -m ling_kernels.train.merge: one model from several checkpoints of a run, in place of a learning-rate decay.
+
+Ling-2.0 trains at a constant rate and then merges its last checkpoints (WSM, warm-up, stable, merge; arXiv 2507.17634).
+With t_0 .. t_k the checkpoints, oldest first, and g_i the change from t_{i-1} to t_i,
+
+    c_0 t_0 + ... + c_k t_k = t_0 + w_1 g_1 + ... + w_k g_k,    w_i = c_i + ... + c_k:
+
+the merge is the model of a run whose updates decayed from 1 to 0 as w_1 >= ... >= w_k does, if the updates themselves
+had stayed the same. So a decay gives the weights: c_0 = 1 - w_1, c_j = w_j - w_{j+1}, c_k = w_k.
+"""
+
+import argparse
+import itertools
+import math
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError, Parser, command
+from ..files import atomic_write, user_path
+from ..model import Ling, LingConfig, named_views
+from ..model.weight_files import WeightReader, stored_dtype, write_weights
+from ..nn.fp8 import to_fp8
+from ..nn.fp8_inference import SCALES, quantize_for_inference_
+from ..op import E4M3
+from ..ops.quantize import quantize_weight
+from .checkpoint import list_checkpoints, step_of
+from .report import read_lines
+from .schedule import DECAYS
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.bfloat16}
+SHARD_BYTES = 2 << 30  # of an output file, which is in memory as a whole
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+
+
+def decay_weights(decay: Sequence[float]) -> list[float]:
+    """Weights c_0 .. c_k of k + 1 checkpoints from the decay w_1 .. w_k of the updates between them (WSM, equation 3).
+
+    Raises InputError unless 1 >= w_1 >= ... >= w_k >= 0.
+    """
+    w = [1.0, *map(float, decay), 0.0]
+    if not all(math.isfinite(x) for x in w) or any(a < b for a, b in itertools.pairwise(w)):
+        raise InputError(f"a decay falls from at most 1 to at least 0: {list(decay)}")
+    return [a - b for a, b in itertools.pairwise(w)]
+
+
+def named_weights(decay: str, number: int) -> list[float]:
+    """Weights of `number` checkpoints for a decay of DECAYS, whose value is taken after each i of `number` equal parts.
+
+    A linear decay thus gives the mean, as in the paper. The paper takes 1-sqrt at i / (number - 1), where it leaves the
+    last checkpoint out.
+    """
+    if decay not in DECAYS:
+        raise InputError(f"decay {decay!r}: it must be one of {', '.join(DECAYS)}")
+    return decay_weights([DECAYS[decay](i / number) for i in range(1, number)])
+
+
+def merge(checkpoints: Sequence[str | Path], weights: Sequence[float], out: str | Path, dtype: str = "bf16") -> None:
+    """Write the weighted sum of checkpoint folders of one model to the new folder `out`.
+
+    checkpoints: in the order of `weights`, whose sum is 1. Block-FP8 weights are dequantised. Sums are taken in fp64,
+    one tensor at a time, so memory holds one output file (2 GiB). dtype: bf16, fp32, or fp8, which quantises linear
+    layers, MLPs and experts to block-FP8. config.json and the tokenizer are those of the last checkpoint. The folder
+    appears whole or not at all. Raises InputError for checkpoints of different models.
+    """
+    folders, out = [user_path(c) for c in checkpoints], user_path(out)
+    if len(folders) != len(weights) or not folders:
+        raise InputError(f"{len(folders)} checkpoints and {len(weights)} weights")
+    if not all(math.isfinite(c) for c in weights) or abs(sum(weights) - 1) > 1e-6:
+        raise InputError(f"the weights add up to {sum(weights):g}, not to 1: {list(weights)}")
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r}: it must be one of {', '.join(DTYPES)}")
+    if out.exists():
+        raise InputError(f"{out} exists; it is not overwritten")
+    config = same_config(folders)
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        write_merged(folders, weights, partial, config, dtype)
+        for name in TOKENIZER_FILES:
+            if (folders[-1] / name).is_file():
+                shutil.copyfile(folders[-1] / name, partial / name)
+        partial.rename(out)
+    except OSError as error:
+        raise InputError(f"cannot write {out}: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def same_config(folders: Sequence[Path]) -> LingConfig:
+    """The last folder's configuration. Raises InputError where another folder is of another model."""
+    configs = []
+    for folder in folders:
+        if not (folder / "config.json").is_file():
+            raise InputError(f"{folder} is not a checkpoint: it has no config.json")
+        configs.append(LingConfig.from_json(folder / "config.json"))
+    for folder, config in zip(folders, configs, strict=True):
+        if config != configs[-1]:
+            raise InputError(f"{folder} and {folders[-1]} are not of one model: their config.json differ")
+    return configs[-1]
+
+
+def write_merged(folders: Sequence[Path], weights: Sequence[float], out: Path, config: LingConfig, dtype: str) -> None:
+    fp8 = dtype == "fp8"
+    with torch.device("meta"):
+        model = Ling(config)
+    if fp8:
+        to_fp8(model)
+        quantize_for_inference_(model)
+    views = dict(named_views(model))
+    types = {key: stored_dtype(key, view.dtype, DTYPES[dtype]) for key, view in views.items()}
+    readers = [WeightReader(folder) for folder in folders]
+    for reader in readers:
+        reader.refuse_two_checkpoints()
+
+    def merged(keys: list[str]) -> dict[str, Tensor]:
+        tensors = {}
+        for key in keys:
+            total = weighted_sum(readers, weights, key, list(views[key].shape))
+            if types[key] == E4M3:
+                tensors[key], tensors[key + SCALES] = quantize_weight(total.float())
+            else:
+                tensors[key] = total.to(types[key])
+        return tensors
+
+    sizes = {}
+    for key, view in views.items():  # a weight and its scales must come into one file
+        if not key.endswith(SCALES):
+            scales = views.get(key + SCALES)
+            sizes[key] = view.numel() * types[key].itemsize + (0 if scales is None else 4 * scales.numel())
+    write_weights(out, sizes, merged, SHARD_BYTES)
+    with atomic_write(out / "config.json", durable=True) as path:
+        config.to_json(path, fp8=any(kind == E4M3 for kind in types.values()), dtype=DTYPES[dtype])
+
+
+def weighted_sum(readers: Sequence[WeightReader], weights: Sequence[float], key: str, shape: list[int]) -> Tensor:
+    total = torch.zeros(shape, dtype=torch.float64)
+    for reader, c in zip(readers, weights, strict=True):
+        if key not in reader.files:
+            raise InputError(f"{reader.folder}: the checkpoint has no {key}")
+        if (found := reader.shape(key)) != shape:
+            raise InputError(f"{reader.files[key]}: {key} is {found}, by config.json it should be {shape}")
+        total += c * reader.wide(key).double()
+    return total
+
+
+def chosen(run: Path, last: int | None, best: int | None) -> list[Path]:
+    """The last N checkpoints of a run, or the N with the lowest validation loss, oldest first; all by default."""
+    found = list_checkpoints(run)
+    if not found:
+        raise InputError(f"{run} holds no checkpoints")
+    number = last or best or len(found)
+    if number > len(found):
+        raise InputError(f"{run} holds {len(found)} checkpoints, {number} are asked for")
+    if not best:
+        return found[-number:]
+    losses = {row["step"]: row["val_loss"] for row in read_lines(run / "metrics.jsonl") if row.get("val_loss")}
+    if missing := [c.name for c in found if step_of(c) not in losses]:
+        raise InputError(f"{run}/metrics.jsonl has no validation loss for {', '.join(missing)}: --eval-every and"
+                         " --save-every were not the same")  # fmt: skip
+    return sorted(sorted(found, key=lambda c: losses[step_of(c)])[:number], key=step_of)
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser("python -m ling_kernels.train.merge", description="Merge checkpoints of one model into another.")
+    parser.add_argument(
+        "checkpoints", nargs="+", help="a run, for its checkpoints; or checkpoint folders, oldest first"
+    )
+    parser.add_argument("--out", required=True, help="the model's folder, which must not exist")
+    parser.add_argument("--last", type=count, metavar="N", help="of a run, the last N (default: all)")
+    parser.add_argument("--best", type=count, metavar="N", help="of a run, the N with the lowest validation loss")
+    parser.add_argument(
+        "--decay", choices=DECAYS, help="the decay that the merge stands for (default: linear, the mean)"
+    )
+    parser.add_argument("--weights", type=float, nargs="+", metavar="X", help="one for each checkpoint, in their order")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the weights (default: %(default)s)")
+    args = parser.parse_args(argv)
+    if args.decay and args.weights:
+        raise InputError("--decay and --weights both say how much each checkpoint counts: give one")
+    if args.last and args.best:
+        raise InputError("--last and --best both choose checkpoints: give one")
+    folders = [user_path(c) for c in args.checkpoints]
+    if len(folders) == 1 and (folders[0] / "checkpoints").is_dir():
+        folders = chosen(folders[0], args.last, args.best)
+    elif args.last or args.best:
+        raise InputError("--last and --best choose from a run: name its folder alone")
+    weights = args.weights or named_weights(args.decay or "linear", len(folders))
+    merge(folders, weights, args.out, args.dtype)
+    print(f"{args.out}: {len(folders)} checkpoints")
+    for folder, c in zip(folders, weights, strict=True):
+        print(f"  {c:.4f}  {folder}")
+
+
+def count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of checkpoints")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""Documents from files: text and source files, .json, .jsonl, .parquet, .arrow, compressed ones, folders of these, or
+the text that ships with CPython.
+
+A document is an iterable of pieces of text of about a megabyte, cut at line ends, so that a file of any size streams.
+"""
+
+import sysconfig
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from ...errors import InputError
+from .find import SUFFIXES, find_files, kind_of
+from .options import DEFAULTS, Position, TextOptions
+from .rows import json_documents, jsonl_documents
+from .tables import arrow_documents, parquet_documents
+from .text import reading, text_documents
+
+__all__ = [
+    "DEFAULTS", "SUFFIXES", "Position", "TextOptions", "cpython_documents", "documents", "find_files", "reading",
+]  # fmt: skip
+
+ROWS = {
+    ".json": json_documents, ".jsonl": jsonl_documents, ".parquet": parquet_documents, ".arrow": arrow_documents,
+}  # fmt: skip
+
+
+def documents(
+    files: Sequence[Path], options: TextOptions = DEFAULTS, position: Position | None = None
+) -> Iterator[Iterable[str]]:
+    """The documents of files: each text file, or each of its parts between separators; each text of a .json file, line
+    of a .jsonl file, and row of a .parquet or .arrow file, where null is an empty text.
+
+    Each is to be read before the next one. `position` follows the reading. Raises InputError for files that cannot be
+    read.
+    """
+    position = Position() if position is None else position
+    for path in files:
+        size = path.stat().st_size if path.is_file() else 0
+        yield from ROWS.get(kind_of(path), text_documents)(path, options, position)
+        position.file_is_done(size)
+
+
+def cpython_documents() -> Iterator[Iterable[str]]:
+    """English prose and Python source from CPython: the topics of help(), then the top-level modules of the standard
+    library. The same for every installation of one Python version."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:  # some distributions leave it out
+        topics = {}
+    modules = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    modules = [m for m in modules if not m.name.startswith("_sysconfigdata")]  # a table of how Python was built
+    if not topics and not modules:
+        raise InputError("this Python ships neither pydoc_data.topics nor the sources of its library; give --data")
+    yield from ([topics[name]] for name in sorted(topics))
+    yield from documents(modules)

@@ -1,0 +1,171 @@
+"""Tokenise text into a .bin file, on all cores; the command `python -m ling_kernels.train.data`."""
+
+import json
+import os
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ..errors import InputError, Parser, command
+from ..files import atomic_write, user_path
+from ..tokenizer import Tokenizer, load_tokenizer
+from .chats import is_chats, write_chats
+from .progress import ReadingProgress
+from .settings import TEXT_SETTINGS, Settings, add_flag
+from .signals import STOPPED, interrupted_by_sigterm
+from .sources import DEFAULTS, Position, TextOptions, cpython_documents, documents, find_files
+from .token_files import DTYPES
+
+# A batch is encoded by all cores, and takes about 50 bytes of memory a character until it is written.
+BATCH = (1 << 20) * min(max(os.cpu_count() or 1, 4), 16)  # characters
+BATCH_TEXTS = 1 << 16
+AHEAD = 2  # batches that are encoded while others are read and written
+
+
+class TextBatch(NamedTuple):
+    texts: list[str]
+    ends: list[int]  # for each document that ends in the batch, the number of texts up to there
+
+
+def tokenise(files: Sequence[Path] | None, tokenizer: Tokenizer, out: Path, options: TextOptions = DEFAULTS) -> dict:
+    """Tokenise the documents in `files` (None: CPython's text) into `out` with a progress bar; see write_tokens."""
+    position = Position()
+    found = cpython_documents() if files is None else documents(files, options, position)
+    with ReadingProgress(position, files or ()) as progress:
+        return write_tokens(found, tokenizer, out, options.special_tokens, progress)
+
+
+def write_tokens(
+    documents: Iterable[Iterable[str]],
+    tokenizer: Tokenizer,
+    out: Path,
+    special_tokens: bool = False,
+    progress: ReadingProgress | None = None,
+) -> dict:
+    """Tokenise documents into `out` and its .json; both appear complete or not at all. Returns the content of the
+    .json.
+
+    documents: each an iterable of pieces of text; those without text are skipped and counted as `empty`. Each ends with
+    the end token. special_tokens: names of special tokens in the text become these tokens; the end token ends a
+    document then. Raises InputError where the files cannot be written.
+    """
+    name = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+    about: dict = dict(
+        dtype=name, eos_id=tokenizer.eos_id, vocab_size=tokenizer.vocab_size, tokens=0, documents=0, empty=0
+    )
+    open_document = False  # its last id is written and is no end token
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        # The inner context ends first: the .json is renamed before the data.
+        with atomic_write(out) as tokens, atomic_write(out.with_suffix(".json")) as sidecar:
+            with open(tokens, "wb") as file:
+                for ids, ends in encoded(batches(documents), tokenizer, special_tokens):
+                    written, open_document, empty = with_end_tokens(ids, ends, tokenizer.eos_id, open_document)
+                    file.write(written.astype(DTYPES[name]).tobytes())
+                    about["tokens"] += len(written)
+                    about["documents"] += int((written == tokenizer.eos_id).sum())
+                    about["empty"] += empty
+                    if progress:
+                        progress.show(about["tokens"])
+                file.flush()
+                os.fsync(file.fileno())
+            sidecar.write_text(json.dumps(about) + "\n")
+    except OSError as error:
+        raise InputError(f"cannot write {out}: {error.strerror or error}") from None
+    return about
+
+
+def batches(documents: Iterable[Iterable[str]]) -> Iterator[TextBatch]:
+    texts, ends, size = [], [], 0
+    for document in documents:
+        for text in filter(None, document):
+            if size >= BATCH or len(texts) >= BATCH_TEXTS:
+                yield TextBatch(texts, ends)
+                texts, ends, size = [], [], 0
+            texts.append(text)
+            size += len(text)
+        ends.append(len(texts))
+    yield TextBatch(texts, ends)
+
+
+def encoded(
+    batches: Iterable[TextBatch], tokenizer: Tokenizer, special: bool
+) -> Iterator[tuple[list[np.ndarray], list[int]]]:
+    """(ids of each text, ends) of each batch, in order."""
+    waiting: deque = deque()
+    with ThreadPoolExecutor(AHEAD) as pool:
+        for texts, ends in batches:
+            if len(waiting) == AHEAD:
+                result, its_ends = waiting.popleft()
+                yield result.result(), its_ends
+            waiting.append((pool.submit(tokenizer.encode_batch, texts, special), ends))
+        for result, its_ends in waiting:
+            yield result.result(), its_ends
+
+
+def with_end_tokens(
+    ids: list[np.ndarray], ends: list[int], eos: int, open_document: bool
+) -> tuple[np.ndarray, bool, int]:
+    """The ids of a batch with the end tokens that they lack; whether they end inside a document; the number of
+    documents without text. open_document: whether the batch begins inside one."""
+    end_token, parts, first, empty = np.array([eos], np.uint32), [], 0, 0
+    begun = open_document
+    for end in [*ends, None]:
+        for part in ids[first:end]:
+            if len(part):
+                parts.append(part)
+                begun, open_document = True, part[-1] != eos
+        if end is None:
+            break
+        if open_document:
+            parts.append(end_token)
+        empty += not begun
+        begun, open_document, first = False, False, end
+    return (np.concatenate(parts) if parts else end_token[:0]), open_document, empty
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser("python -m ling_kernels.train.data", description="Tokenise text into a .bin file.")
+    parser.add_argument(
+        "sources", nargs="*",
+        help="text files, .json, .jsonl, .parquet, .arrow, or folders of them; .gz and .zst too (default: CPython's)",
+    )  # fmt: skip
+    parser.add_argument("--out", required=True, help="the .bin file to write; its .json is put beside it")
+    parser.add_argument("--tokenizer", help="a tokenizer.json or its folder (default: byte-level)")
+    for f in fields(Settings):
+        if f.name in (*TEXT_SETTINGS, "train_on"):
+            add_flag(parser, f)
+    options = vars(parser.parse_args(argv))
+    sources, out, tokenizer = options.pop("sources"), user_path(options.pop("out")), options.pop("tokenizer")
+    if out.suffix != ".bin":
+        raise InputError(f"--out {out} must end in .bin")
+    if out.exists():
+        raise InputError(f"{out} exists; it is not overwritten")
+    settings = Settings(**options)
+    text_options, train_on = settings.text_options, settings.train_on
+    tokenizer = load_tokenizer(tokenizer)
+    files = find_files(sources)
+    if binary := [p for p in files if p.suffix == ".bin"]:
+        raise InputError(f"{binary[0]} is tokenised already")
+    chats = [p for p in files if is_chats(p, text_options.text_field)]
+    if chats and len(chats) < len(files):
+        raise InputError(f"{chats[0]} has chats and {min({*files} - {*chats})} has texts: write a file for each kind")
+    try:
+        with interrupted_by_sigterm():
+            if chats:
+                about = write_chats(files, tokenizer, out, train_on)
+            else:
+                about = tokenise(files or None, tokenizer, out, text_options)
+    except KeyboardInterrupt:
+        print(f"stopped: {out} is not written", file=sys.stderr)
+        return STOPPED
+    skipped = f"; {about['empty']:,} without text are skipped" if about["empty"] else ""
+    print(f"{out}: {about['tokens']:,} tokens of {about['documents']:,} documents, {about['dtype']}{skipped}")
+    return 0

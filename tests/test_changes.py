@@ -1,0 +1,106 @@
+"""What a resumed run changes: settings of the optimizer, the schedule and the data, and the record of it."""
+
+# ruff: noqa: F811 (fixtures are imported)
+import json
+
+import pytest
+import torch
+
+from ling_kernels.errors import InputError
+from ling_kernels.train import Settings, Trainer
+from ling_kernels.train import checkpoint as ckpt
+from ling_kernels.train.__main__ import main
+from tests.training import one_line_error, small, text  # noqa: F401
+
+
+@pytest.fixture
+def settings(small, text):
+    return Settings(
+        model=small, data=text, steps=8, seq_len=32, batch=2, eval_rows=1, sample_tokens=0, threads=1, lr=2e-3, warmup=2
+    )
+
+
+def run_of(settings, folder, steps):
+    trainer = Trainer(settings, folder)
+    for _ in range(steps):
+        trainer.step()
+    return trainer.save()
+
+
+def rows_of(trainer, steps=1):
+    """The numbers of the rows that the next steps take."""
+    rows, batch = [], trainer.rows.batch
+    trainer.rows.batch = lambda numbers: (rows.extend(numbers), batch(numbers))[1]
+    for _ in range(steps):
+        trainer.step()
+    return rows
+
+
+CHANGES = dict(
+    lr=1e-4, warmup=0, decay="linear", decay_steps=3, min_lr=1e-5, weight_decay=0.3, clip=0.5, z_loss=0.1,
+    balance_rate=0.02, batch=3, micro_batch=1,
+)  # fmt: skip
+
+
+def test_changes_take_effect_and_are_recorded(tmp_path, settings):
+    run_of(settings, tmp_path / "run", 3)
+    trainer = Trainer.resume(tmp_path / "run", steps=8, **CHANGES)
+    assert {c["setting"]: (c["step"], c["old"], c["new"]) for c in trainer.changes} == {
+        name: (3, getattr(settings, name), new) for name, new in CHANGES.items()
+    }
+    assert rows_of(trainer, 3) == list(range(6, 15))  # rows go on where they were
+    assert [g["weight_decay"] for g in trainer.optimizer.param_groups] == [0.3, 0.0]
+    assert trainer.optimizer.param_groups[0]["lr"] == 1e-4  # step 6 is the first of the decay
+    assert trainer.step()["lr"] == pytest.approx(1e-5 + 9e-5 * 2 / 3)
+    checkpoint = trainer.save()
+    again = Trainer.resume(tmp_path / "run", lr=2e-4)
+    assert len(again.progress.changes) == len(CHANGES) + 1 and len(again.changes) == 1
+    assert json.loads((checkpoint / "state.json").read_text())["changes"] == trainer.progress.changes
+    assert json.loads((tmp_path / "run" / "settings.json").read_text())["lr"] == 2e-4
+
+
+def test_a_resume_that_changes_nothing_records_nothing(tmp_path, settings):
+    run_of(settings, tmp_path / "run", 1)
+    trainer = Trainer.resume(tmp_path / "run", lr=settings.lr, data=settings.data)
+    assert trainer.changes == trainer.progress.changes == [] and trainer.progress.data_folder == "data"
+
+
+def test_other_data_is_read_from_its_beginning(tmp_path, settings, capsys):
+    first = run_of(settings, tmp_path / "run", 2)
+    (tmp_path / "other.txt").write_text("another text to learn, in one document\n" * 60)
+    trainer = Trainer.resume(tmp_path / "run", data=tmp_path / "other.txt")
+    trainer.progress.recent = [*trainer.progress.recent]
+    assert trainer.progress.recent == [] and trainer.progress.sequences == 4
+    assert rows_of(trainer, 2) == [0, 1, 2, 3] and trainer.progress.sequences == 8
+    trainer.save()
+    trainer.step()
+    resumed = Trainer.resume(tmp_path / "run")  # the new data is that of the run
+    assert rows_of(resumed) == [4, 5] and resumed.training.tokens < 2500
+    assert all(map(torch.equal, trainer.model.parameters(), resumed.model.parameters()))
+    back = Trainer.resume(first)  # and the old data is still there
+    assert back.progress.row == 4 and rows_of(back) == [4, 5] and back.training.tokens > 2500
+    assert main(["--resume", str(tmp_path / "run" / "checkpoints" / "step-000002"), "--steps", "3", "--data",
+                 str(tmp_path / "other.txt"), "--lr", "1e-3"]) == 0  # fmt: skip
+    shown = capsys.readouterr().out
+    assert "changed    lr: 0.002 up to step 2, now 0.001" in shown and "other.txt" in shown
+
+
+def test_data_that_cannot_be_read_leaves_the_run_as_it_was(tmp_path, settings, capsys):
+    run_of(settings, tmp_path / "run", 2)
+    (tmp_path / "short.txt").write_text("short")
+    error = one_line_error(["--resume", str(tmp_path / "run"), "--data", str(tmp_path / "short.txt")], capsys)
+    assert "too small" in error and not (tmp_path / "run" / "data-000002").exists()
+    assert Trainer.resume(tmp_path / "run").step()["step"] == 3
+
+
+@pytest.mark.parametrize("change", [
+    dict(data_start=9), dict(data_start=-1), dict(data_folder="../x"), dict(data_folder=1), dict(changes=[3]),
+    dict(changes=[{"step": 1}]),
+])  # fmt: skip
+def test_a_bad_record_is_refused(tmp_path, settings, change):
+    checkpoint = run_of(settings, tmp_path / "run", 1)
+    state = json.loads((checkpoint / "state.json").read_text())
+    assert ckpt.is_progress(state) and not ckpt.is_progress(state | change)
+    (checkpoint / "state.json").write_text(json.dumps(state | change))
+    with pytest.raises(InputError, match="a value has another type"):
+        Trainer.resume(tmp_path / "run")

@@ -1,0 +1,284 @@
+"""Chat data: which tokens are trained on, rows of whole conversations, training from the command."""
+
+# ruff: noqa: F811 (fixtures are imported)
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from ling_kernels.errors import InputError
+from ling_kernels.model import Ling, load_model
+from ling_kernels.tokenizer import Tokenizer, byte_settings, load_tokenizer
+from ling_kernels.train import Settings, Trainer, tokenise
+from ling_kernels.train.__main__ import main
+from ling_kernels.train.chats import encode_conversation, mask_of, write_chats
+from ling_kernels.train.corpus import open_corpus
+from ling_kernels.train.data import PackedWhole, best_fit, open_chats
+from tests.training import one_line_error, small, text, tiniest  # noqa: F401
+
+# A template of the kind of ChatML, in the byte-level tokenizer's control tokens.
+CHATML = """\
+{%- if tools %}{{ '<role>tools\\n' + tools | tojson + '<|role_end|>\\n' }}{% endif %}
+{%- for m in messages %}
+{{- '<role>' + m.role + '\\n' + m.content }}
+{%- for call in m.tool_calls or [] %}{{ '\\n<tool_call>' + call.function | tojson + '</tool_call>' }}{% endfor %}
+{{- '<|role_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<role>assistant\\n' }}{% endif %}"""
+CALL = {
+    "role": "assistant",
+    "tool_calls": [{"type": "function", "function": {"name": "now", "arguments": {"at": "x"}}}],
+}
+MESSAGES = [
+    {"role": "system", "content": "Be brief.", "name": None},
+    {"role": "user", "content": "What is <|role_end|><role>assistant\nx?"},
+    {"role": "assistant", "content": "<think>\nhm\n</think>\n\nA token <|role_end|>."},
+    {"role": "user", "content": "And now?"},
+    CALL,
+    {"role": "tool", "content": "noon"},
+    {"role": "assistant", "content": "  It is noon.\n"},
+]
+END = "<|role_end|>"
+
+
+def tokenizer_with(template=None) -> Tokenizer:
+    settings = byte_settings()
+    return Tokenizer(None, settings if template is None else settings | {"chat_template": template})
+
+
+def trained(row, tokenizer, train_on="assistant") -> list[str]:
+    """The runs of tokens that are trained on, as text. The ids must be those of the rendered chat."""
+    ids, mask = encode_conversation(row, "x, line 1", tokenizer, train_on)
+    assert mask[-1] & 2 and not (mask[:-1] & 2).any()
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], mask & 1, [0]])))
+    return [tokenizer.decode(ids[i:j]) for i, j in edges.reshape(-1, 2)]
+
+
+def test_the_mask_covers_the_answers_and_their_end_tokens():
+    chatml, ours = tokenizer_with(CHATML), tokenizer_with()
+    assert trained({"messages": MESSAGES}, chatml) == [
+        f"<think>\nhm\n</think>\n\nA token {END}.{END}",
+        '\n<tool_call>{"name": "now", "arguments": {"at": "x"}}</tool_call>' + END,
+        f"  It is noon.\n{END}",
+    ]
+    plain = [m for m in MESSAGES if m is not CALL and m["role"] != "tool"]
+    assert trained({"messages": plain}, ours) == [f"A token {END}.{END}", f"  It is noon.\n{END}"]
+    thought = [plain[1], {"role": "assistant", "content": "<think>\nhm\n</think>\n\nyes"}]
+    assert trained({"messages": thought}, ours) == [f"\n<think>\nhm\n</think>\n\nyes{END}"]
+    again = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}] * 3
+    assert trained({"messages": again}, ours) == [f"a{END}"] * 3
+    for tokenizer, messages in ((ours, plain), (ours, again), (chatml, again)):
+        ids, mask = encode_conversation({"messages": messages}, "x", tokenizer, "assistant")
+        assert ids == tokenizer.encode(tokenizer.apply_chat_template(messages, False), special=True)
+        # the prompt of the server before the last answer is what stands before its trained tokens
+        prompt = tokenizer.encode(tokenizer.apply_chat_template(messages[:-1]), special=True)
+        last = int(np.flatnonzero(np.diff(mask & 1) == 1)[-1]) + 1 if len(mask) else 0
+        assert messages is plain or ids[:last] == prompt
+
+
+def test_weights_tools_and_sharegpt():
+    ours = tokenizer_with()
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0},
+                {"role": "user", "content": "c"}, {"role": "assistant", "content": "d", "train": True},
+                {"role": "user", "content": "e"}, {"role": "assistant", "content": "f", "train": False}]  # fmt: skip
+    assert trained({"messages": messages}, ours) == [f"d{END}"]
+    (first, last) = trained({"messages": messages}, ours, "all")
+    assert first.endswith("</role>") and last.startswith(f"<role>HUMAN</role>c{END}<role>ASSISTANT</role>d{END}")
+    share = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+    assert trained(share, ours) == [f"b{END}"]
+    ids, _ = encode_conversation(
+        {"messages": again_with("x"), "tools": [{"name": "f"}]}, "x", tokenizer_with(CHATML), "all"
+    )
+    assert tokenizer_with().decode(ids).startswith('<role>tools\n[{"name": "f"}]')
+
+
+def again_with(answer):
+    return [{"role": "user", "content": "q"}, {"role": "assistant", "content": answer}]
+
+
+@pytest.mark.parametrize("row, message", [
+    ({"messages": [{"role": "user", "content": "a"}]}, "no message has the role assistant"),
+    ({"messages": [{"role": "assistant", "content": "a", "weight": 0}]}, "every message has weight 0"),
+    ({"messages": [*again_with("a"), {"role": "narrator", "content": "b"}]}, "not narrator"),
+    ({"messages": []}, "no conversation"),
+    ({"messages": "hello"}, "no conversation"),
+    ({"messages": [{"content": "a"}]}, "message 1 has no role"),
+    ({"messages": [{"role": "assistant"}]}, "message 1, of assistant, has no content"),
+    ({"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]}, "weight of a message is 0 or 1"),
+    ({"messages": again_with("a"), "tools": "{"}, "tools is text that is not JSON"),
+])  # fmt: skip
+def test_errors_name_file_and_line(row, message, tmp_path):
+    file = tmp_path / "c.jsonl"
+    file.write_text(json.dumps({"messages": again_with("ok")}) + "\n" + json.dumps(row) + "\n")
+    with pytest.raises(InputError, match=rf"c.jsonl, line 2: .*{message}"):
+        write_chats([file], load_tokenizer(None), tmp_path / "x.bin", "assistant")
+    assert [p.name for p in tmp_path.iterdir()] == ["c.jsonl"]
+
+
+def test_a_template_without_end_token_is_refused():
+    bare = tokenizer_with("{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}")
+    with pytest.raises(InputError, match="x: the chat template writes no control token after an answer"):
+        encode_conversation({"messages": again_with("a")}, "x", bare, "assistant")
+
+
+def chats_file(folder, rng, number=60):
+    """Questions and answers of different lengths."""
+    rows = []
+    for i in range(number):
+        a, b = (" ".join(rng.choice(["tile", "warp", "bank", "row"], n)) for n in rng.integers(1, 7, 2))
+        rows.append({"messages": again_with(f"{i} {a} {b}")})
+    file = folder / "chats.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def test_rows_have_whole_conversations(tmp_path):
+    file, tokenizer = chats_file(tmp_path, np.random.default_rng(0)), load_tokenizer(None)
+    write_chats([file], tokenizer, tmp_path / "x.bin", "assistant")
+    docs = open_chats([tmp_path / "x.bin"], 320, tokenizer.eos_id)
+    packed = PackedWhole(docs, 300, seed=5)
+    rows = int(packed.rows_per_epoch)
+    for epoch in (0, 1):
+        batch = packed.batch(range(epoch * rows, (epoch + 1) * rows))
+        bounds = batch.cu_seqlens.tolist()
+        flat, labels = batch.ids.flatten(), batch.labels.flatten()
+        seen = []
+        for start, stop in zip(bounds, bounds[1:], strict=False):
+            if flat[start] == tokenizer.vocab["<role>"]:
+                seen.append(tokenizer.decode(flat[start:stop]))
+                kept = labels[start:stop] != -100
+                assert tokenizer.decode(flat[start:stop][kept]) == seen[-1].split("<role>ASSISTANT</role>")[1]
+            else:  # padding
+                assert stop % 300 == 0 and (labels[start:stop] == -100).all()
+        assert sorted(seen) == sorted(tokenizer.decode(docs[d]) for d in range(60))
+        # targets are those that torch counts after the shift within documents
+        for ahead in (1, 2):
+            wanted = sum(
+                int((labels[a + ahead : b] != -100).sum())
+                for a, b in zip(bounds, bounds[1:], strict=False)
+                if b > a + ahead
+            )
+            assert batch.targets(ahead) == wanted > 0
+    assert not torch.equal(packed.batch(range(rows)).ids, packed.batch(range(rows, 2 * rows)).ids)
+    assert torch.equal(packed.batch([3]).ids[0], PackedWhole(docs, 300, seed=5).batch([1, 3]).ids[1])
+    assert sum(map(len, best_fit(docs.lengths, 300))) == 60 and docs.lengths.sum() / 300 > 0.9 * rows
+
+
+def test_the_loss_of_packed_chats_is_that_of_each_conversation_alone(tmp_path):
+    tokenizer = load_tokenizer(None)
+    write_chats([chats_file(tmp_path, np.random.default_rng(1), 4)], tokenizer, tmp_path / "x.bin", "assistant")
+    docs = open_chats([tmp_path / "x.bin"], 320, tokenizer.eos_id)
+    batch = PackedWhole(docs, 400, 0).batch([0])
+    model = Ling(tiniest())
+    model.init_weights(torch.Generator().manual_seed(0))
+    together = model(batch.ids, labels=batch.labels, cu_seqlens=batch.cu_seqlens)
+    main_loss, mtp_loss, main_targets, mtp_targets = 0.0, 0.0, 0, 0
+    for d in range(len(docs)):
+        ids = torch.tensor(docs[d].astype(np.int64))[None]
+        labels = torch.where(torch.tensor(docs.trained(d))[None] == 1, ids, -100)
+        alone = model(ids, labels=labels)
+        n, m = int((labels[0, 1:] != -100).sum()), int((labels[0, 2:] != -100).sum())
+        main_loss, mtp_loss = main_loss + alone.main_loss * n, mtp_loss + alone.mtp_loss * m
+        main_targets, mtp_targets = main_targets + n, mtp_targets + m
+    assert (batch.targets(), batch.targets(2)) == (main_targets, mtp_targets)
+    torch.testing.assert_close(together.main_loss, main_loss / main_targets, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(together.mtp_loss, mtp_loss / mtp_targets, rtol=1e-5, atol=1e-6)
+
+
+def test_a_damaged_mask_is_one_line(tmp_path):
+    tokenizer = load_tokenizer(None)
+    write_chats([chats_file(tmp_path, np.random.default_rng(0), 5)], tokenizer, tmp_path / "x.bin", "assistant")
+    whole = open_chats([tmp_path / "x.bin"], 320, tokenizer.eos_id)
+    mask = bytearray(mask_of(tmp_path / "x.bin").read_bytes())
+    mask[0] ^= 1
+    mask_of(tmp_path / "x.bin").write_bytes(mask)
+    assert open_chats([tmp_path / "x.bin"], 320, tokenizer.eos_id).checksum != whole.checksum
+    for damage in (mask[:-1], mask[:-1] + b"\0", b"\4" + mask[1:]):
+        mask_of(tmp_path / "x.bin").write_bytes(damage)
+        with pytest.raises(InputError, match="x.mask.bin is damaged"):
+            open_chats([tmp_path / "x.bin"], 320, tokenizer.eos_id)
+    mask_of(tmp_path / "x.bin").unlink()
+    with pytest.raises(InputError, match="x.mask.bin"):
+        open_chats([tmp_path / "x.bin"], 320, tokenizer.eos_id)
+
+
+def test_texts_and_chats_in_one_mixture(tmp_path, text):
+    chats = chats_file(tmp_path, np.random.default_rng(0))
+    tokenizer = load_tokenizer(None)
+    both = Settings(data=(str(text), str(chats)), seq_len=128, eval_rows=4)
+    corpus = open_corpus(both, tokenizer, 320, tmp_path / "a" / "tokens.bin")
+    assert [bool(docs.masks) for docs in corpus.sources[0].training] == [False, True]
+    rows = corpus.rows.batch(range(40))
+    masked = (rows.labels == -100).any(1)
+    assert 0 < masked.sum() < 40
+    weighted = Settings(data=(f"{text}=1", f"{chats}=3"), seq_len=128, eval_rows=4)
+    with pytest.warns(UserWarning, match="has only"):
+        corpus = open_corpus(weighted, tokenizer, 320, tmp_path / "b" / "tokens.bin")
+    masked = (corpus.rows.batch(range(40)).labels == -100).any(1)
+    assert masked.sum() == 30 and [s.name for s in corpus.sources] == ["text.jsonl", "chats.jsonl"]
+    with pytest.warns(UserWarning, match="60 of 60 conversations are longer than --seq-len 48"):
+        open_corpus(Settings(data=(str(chats),), seq_len=48), tokenizer, 320, tmp_path / "c" / "tokens.bin")
+
+
+def test_sft_by_command(tmp_path, small, capsys):
+    """Train on chats from a model's folder, resume it to the same bits, and let the export answer."""
+    chats = chats_file(tmp_path, np.random.default_rng(2))
+    flags = f"--model {small} --data {chats} --seq-len 128 --batch 4 --micro-batch 2 --warmup 2 --lr 1e-2 --eval-rows 4"
+    flags += " --threads 1 --sample-tokens 8 --seed 1"
+    run, other = tmp_path / "run", tmp_path / "other"
+    assert main([*flags.split(), "--steps", "24", "--out", str(run)]) == 0
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    first, last = (np.mean([line["main_loss"] for line in part]) for part in (lines[:4], lines[-4:]))
+    assert last < 0.8 * first and np.isfinite(lines[-1]["val_bpb"])
+    assert main([*flags.split(), "--steps", "10", "--out", str(other)]) == 0
+    chats.unlink()  # the run's folder has the tokens
+    trainer = Trainer.resume(other, steps=24)
+    for line in lines[10:13]:
+        record = trainer.step()
+        assert [record[k] for k in ("loss", "grad_norm")] == [line[k] for k in ("loss", "grad_norm")]
+    model, tokenizer = load_model(run / "model"), load_tokenizer(run / "model")
+    prompt = tokenizer.encode(tokenizer.apply_chat_template([{"role": "user", "content": "q"}]), special=True)
+    answer = model.generate(torch.tensor([prompt]), 12)[0, len(prompt) :]
+    assert tokenizer.decode(answer).strip()
+
+
+def test_a_token_file_of_chats(tmp_path, text, capsys):
+    """The command that tokenises writes ids and mask, and the trainer takes them as it takes the rows."""
+    chats, out = chats_file(tmp_path, np.random.default_rng(0)), tmp_path / "data" / "x.bin"
+    assert tokenise.main([str(chats), "--out", str(out)]) == 0
+    assert json.loads(out.with_suffix(".json").read_text())["chats"] is True
+    from_rows, from_file = (
+        open_corpus(Settings(data=(str(data),), seq_len=128), load_tokenizer(None), 320, tmp_path / name / "tokens.bin")
+        for data, name in ((chats, "a"), (out.parent, "b"))
+    )
+    assert from_rows.about == from_file.about
+    one, two = (corpus.rows.batch(range(9)) for corpus in (from_rows, from_file))
+    assert torch.equal(one.ids, two.ids) and torch.equal(one.labels, two.labels)
+    assert tokenise.main([str(chats), str(text), "--out", str(tmp_path / "y.bin")]) == 2
+    assert "write a file for each kind" in capsys.readouterr().err
+
+
+def test_parquet_rows_are_those_of_jsonl(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    rows = [{"messages": [*again_with(f"a{i}"), {"role": "user", "content": "x"}]} for i in range(5)]
+    rows[2]["messages"] += [{"role": "assistant", "content": "y", "weight": 0}]  # null in the other rows
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "c.parquet")
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for kind in ("parquet", "jsonl"):
+        write_chats([tmp_path / f"c.{kind}"], load_tokenizer(None), tmp_path / f"{kind}.bin", "assistant")
+    for suffix in (".bin", ".mask.bin"):
+        assert (tmp_path / f"parquet{suffix}").read_bytes() == (tmp_path / f"jsonl{suffix}").read_bytes()
+
+
+def test_errors_of_the_command(tmp_path, small, capsys):
+    file = tmp_path / "c.jsonl"
+    file.write_text(json.dumps({"messages": [{"role": "user", "content": "a"}]}) + "\n")
+    flags = ["--model", str(small), "--data", str(file), "--seq-len", "64", "--out", str(tmp_path / "run")]
+    assert "c.jsonl, line 1: no message has the role assistant" in one_line_error(flags, capsys)
+    assert not (tmp_path / "run").exists()
+    file.write_text(json.dumps({"messages": again_with("b")}) + "\n")
+    assert "one conversation" in one_line_error(flags, capsys)
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,135 @@
+"""Expert parallelism on two processes against one with all experts: rows, gradients, norms, clipped steps, balance."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as processes
+
+from ling_kernels.errors import InputError
+from ling_kernels.model import Ling
+from ling_kernels.nn import MLP, Experts, Local, MoE, Router
+from ling_kernels.nn.fp8 import to_fp8
+from ling_kernels.parallel.exchange import (
+    expert_parameters,
+    global_norm,
+    shard_experts_,
+    sum_counts_,
+    sum_gradients_,
+)
+from tests.training import tiniest
+
+WORLD, T, E, H, F, TOPK = 2, 24, 8, 128, 128, 3
+CLIP = 0.05
+
+
+def grouped(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder / 'store'}", rank=rank, world_size=WORLD)
+    try:
+        for check in (layers_agree, a_model_trains_as_on_one_process, experts_that_do_not_divide):
+            check(rank, dist.group.WORLD)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_two_processes_equal_one(tmp_path):
+    processes.spawn(grouped, (tmp_path,), nprocs=WORLD)
+
+
+def layer(fold: bool, fp8: bool, dtype: torch.dtype) -> MoE:
+    torch.manual_seed(0)
+    moe = MoE(Router(H, E, num_groups=4, group_topk=2, topk=TOPK), Experts(E, H, F, fold), MLP(H, F)).to(dtype)
+    if fp8:
+        to_fp8(moe)
+    return moe
+
+
+def choices(kind: str, rank: int) -> torch.Tensor | None:
+    """Experts of this rank's tokens, None for the router's own: all on one rank; none here; choices left out."""
+    torch.manual_seed(7 + rank)
+    experts = torch.rand(T, E).argsort(1)[:, :TOPK].int()
+    if kind == "one rank":
+        return torch.rand(T, E // WORLD).argsort(1)[:, :TOPK].int()
+    if kind == "no tokens":
+        return torch.full_like(experts, -1) if rank else experts
+    if kind == "some left out":
+        experts[::3] = -1
+        return experts
+    return None
+
+
+def layers_agree(rank, group):
+    for fold, fp8 in ((False, False), (True, False), (True, True)):
+        for kind in ("own", "one rank", "no tokens", "some left out"):
+            moe = layer(fold, fp8, torch.bfloat16)
+            shared = copy.deepcopy(moe)
+            shard_experts_(shared, group)
+            assert isinstance(moe.exchange, Local) and len(shared.experts.gate_up) == E // WORLD
+            torch.manual_seed(100 + rank)
+            x, dy = torch.randn(2, T, H).bfloat16()
+            experts = choices(kind, rank)
+            results = []
+            for m in (moe, shared):
+                inputs = x.clone().requires_grad_()
+                y, z = m(inputs, 0.1, experts)
+                ((y.float() * dy.float()).sum() + z).backward()
+                results.append([y, inputs.grad, m.router.weight.grad])
+            for (i, want), got in zip(enumerate(results[0]), results[1], strict=True):
+                assert torch.equal(want, got), (fold, fp8, kind, i)
+            for name in ("gate_up", "down"):  # one process that had both ranks' tokens: the sum of its two gradients
+                total = getattr(moe.experts, name).grad.float()
+                dist.all_reduce(total, group=group)
+                mine = total.chunk(WORLD)[rank]
+                got = getattr(shared.experts, name).grad.float()
+                torch.testing.assert_close(got, mine, rtol=0.02, atol=0.01 * total.abs().max().item())
+
+
+def a_model_trains_as_on_one_process(rank, group):
+    """Three clipped steps. The other process's experts get gradients many times larger, so that a norm without them,
+    or one that counts dense gradients twice, clips otherwise."""
+    alone = Ling(replace(tiniest(), num_nextn_predict_layers=1))
+    alone.init_weights(torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for p in expert_parameters(alone):
+            p[E // WORLD :] *= 8
+    shared = copy.deepcopy(alone.train())
+    shard_experts_(shared, group)
+    optimizers = [torch.optim.AdamW(m.parameters(), 1e-2) for m in (alone, shared)]
+    g = torch.Generator().manual_seed(5)
+    for _ in range(3):
+        ids = torch.randint(0, alone.config.vocab_size, (WORLD, 40), generator=g)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        sum(alone(row, labels=row).loss / WORLD for row in ids.split(1)).backward()
+        want = torch.nn.utils.clip_grad_norm_(alone.parameters(), CLIP)
+        (shared(ids[rank : rank + 1], labels=ids[rank : rank + 1]).loss / WORLD).backward()
+        sum_gradients_(shared, group)
+        norm = global_norm(shared, group)
+        torch.testing.assert_close(norm, want, rtol=1e-5, atol=0)
+        assert norm > 2 * CLIP
+        for p in shared.parameters():
+            p.grad *= CLIP / norm
+        for optimizer in optimizers:
+            optimizer.step()
+        sum_counts_(shared, group)
+        for model in (alone, shared):
+            model.balance_(0.01)
+    experts = {id(p) for p in expert_parameters(shared)}
+    for (name, p), q in zip(alone.named_parameters(), shared.parameters(), strict=True):
+        mine = p.chunk(WORLD)[rank] if id(q) in experts else p
+        torch.testing.assert_close(q, mine, rtol=1e-4, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
+        if id(q) not in experts:
+            first = q.detach().clone()
+            dist.broadcast(first, 0, group=group)
+            assert torch.equal(first, q), name
+    for a, b in zip(alone.routers(), shared.routers(), strict=True):
+        assert torch.equal(a.expert_bias, b.expert_bias) and a.expert_bias.abs().sum() > 0
+
+
+def experts_that_do_not_divide(rank, group):
+    moe = MoE(Router(H, 9, num_groups=3, group_topk=1, topk=2), Experts(9, H, F), None)
+    with pytest.raises(InputError, match="has 9 experts, which 2 ranks cannot share equally"):
+        shard_experts_(moe, group)

@@ -1,0 +1,144 @@
+"""Merging checkpoints: weights against the formula of WSM, sums against the tensors, mistakes in one line."""
+
+import math
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ling_kernels.errors import InputError
+from ling_kernels.model import Ling, LingConfig, load_model, named_views, save_model
+from ling_kernels.train import merge as merging
+from ling_kernels.train.merge import decay_weights, merge, named_weights
+
+CONFIG = LingConfig.tiny()
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """Three folders of one model with different random weights, in fp32; the second in two files."""
+    run = tmp_path_factory.mktemp("run")
+    folders = []
+    for i in range(3):
+        model = Ling(CONFIG)
+        model.init_weights(torch.Generator().manual_seed(i))
+        for router in model.routers():
+            router.expert_bias.normal_(generator=torch.Generator().manual_seed(i))
+        folders.append(run / "checkpoints" / f"step-{100 * (i + 1):06d}")
+        save_model(model, folders[-1], torch.float32, **(dict(max_shard_bytes=5 << 20) if i == 1 else {}))
+    (folders[-1] / "tokenizer.json").write_text("{}")
+    return folders
+
+
+def weights_of(folder, dtype=torch.float32):
+    return {key: view.detach() for key, view in named_views(load_model(folder, dtype))}
+
+
+@pytest.mark.parametrize("number", [1, 2, 5, 32])
+@pytest.mark.parametrize("decay", merging.DECAYS)
+def test_weights_stand_for_a_decay(decay, number):
+    """With constant updates g_i the merge is the run whose update i is scaled by the decay."""
+    c = named_weights(decay, number)
+    assert len(c) == number and math.isclose(sum(c), 1) and min(c) >= 0
+    g = torch.randn(number - 1, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(number))
+    path = torch.cat([torch.zeros(1, 7, dtype=torch.float64), g.cumsum(0)])
+    decayed = sum(merging.DECAYS[decay](i / number) * g[i - 1] for i in range(1, number))
+    torch.testing.assert_close(
+        torch.tensor(c, dtype=torch.float64) @ path, decayed + torch.zeros(7, dtype=torch.float64)
+    )
+
+
+def test_a_linear_decay_is_the_mean():
+    torch.testing.assert_close(torch.tensor(named_weights("linear", 8)), torch.full((8,), 0.125))
+
+
+@pytest.mark.parametrize("decay", [[1.1], [0.5, 0.6], [0.5, -0.1], [math.nan]])
+def test_what_is_no_decay(decay):
+    with pytest.raises(InputError, match="a decay falls"):
+        decay_weights(decay)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_merge_is_the_weighted_sum(checkpoints, tmp_path, dtype, monkeypatch):
+    monkeypatch.setattr(merging, "SHARD_BYTES", 3 << 20)  # several files
+    c = [0.5, 0.2, 0.3]
+    merge(checkpoints, c, tmp_path / "out", dtype)
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
+    assert (tmp_path / "out/tokenizer.json").read_text() == "{}"
+    got, parts = weights_of(tmp_path / "out"), [weights_of(folder) for folder in checkpoints]
+    for key, value in got.items():
+        expected = sum(x * part[key].double() for x, part in zip(c, parts, strict=True))
+        exact = torch.float32 if key.endswith("expert_bias") else merging.DTYPES[dtype]
+        assert torch.equal(value, expected.to(exact).float()), key
+
+
+def test_merging_in_fp8(tmp_path):
+    """FP8 checkpoints are dequantised, and an FP8 merge is the quantised merge."""
+    model = Ling(replace(CONFIG, moe_intermediate_size=128, num_hidden_layers=2, num_nextn_predict_layers=0))
+    model.init_weights(torch.Generator().manual_seed(0))
+    save_model(model, tmp_path / "a", torch.float32)
+    merge([tmp_path / "a"], [1.0], tmp_path / "fp8", "fp8")
+    merge([tmp_path / "a", tmp_path / "fp8"], [0.5, 0.5], tmp_path / "both", "fp32")
+    exact, rounded, both = (weights_of(tmp_path / name) for name in ("a", "fp8", "both"))
+    key = "model.layers.1.mlp.experts.0.gate_proj.weight"
+    assert not torch.equal(exact[key], rounded[key])
+    for key in exact:
+        torch.testing.assert_close(both[key], (exact[key] + rounded[key]) / 2, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(rounded[key], exact[key], rtol=0.07, atol=1e-3)
+    load_model(tmp_path / "fp8", fp8=True)
+
+
+def mistakes(checkpoints, tmp_path):
+    other, lacking = tmp_path / "other", tmp_path / "lacking"
+    save_model(Ling(replace(CONFIG, num_hidden_layers=2)), other)
+    shutil.copytree(checkpoints[0], lacking)
+    (lacking / "model.safetensors").unlink()
+    a, b, _ = map(str, checkpoints)
+    run = str(checkpoints[0].parents[1])
+    (tmp_path / "empty/checkpoints").mkdir(parents=True)
+    return {
+        "do not add up": ([a, b, "--weights", "0.5", "0.6"], "add up to 1.1, not to 1"),
+        "too few": ([a, b, "--weights", "1"], "2 checkpoints and 1 weights"),
+        "both": ([a, "--weights", "1", "--decay", "linear"], "give one"),
+        "not a run": ([a, b, "--last", "1"], "choose from a run"),
+        "more than there are": ([run, "--last", "9"], "holds 3 checkpoints, 9 are asked for"),
+        "none": ([str(tmp_path / "empty")], "holds no checkpoints"),
+        "no losses": ([run, "--best", "2"], "no validation loss for step-000100"),
+        "another model": ([a, str(other)], "are not of one model"),
+        "no weights": ([str(lacking), a], "neither model.safetensors nor"),
+        "nothing there": ([str(tmp_path / "absent")], "it has no config.json"),
+        "no number": ([run, "--last", "0"], "'0' is no number of checkpoints"),
+    }
+
+
+def test_mistakes_are_one_line_and_leave_nothing(checkpoints, tmp_path, capsys):
+    for flags, message in mistakes(checkpoints, tmp_path).values():
+        out = tmp_path / "merged"
+        with pytest.raises(SystemExit) as stop:
+            raise SystemExit(merging.main([*flags, "--out", str(out)]))
+        error = capsys.readouterr().err.strip()
+        assert stop.value.code == 2 and message in error.splitlines()[-1], (flags, error)
+        assert not out.exists() and not list(tmp_path.glob(".merged*"))
+
+
+def test_the_best_of_a_run(checkpoints, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(checkpoints[0].parents[1], run)
+    losses = {100: 2.0, 200: 3.0, 300: 2.5}
+    lines = [f'{{"step": {step}, "val_loss": {loss}}}\n' for step, loss in losses.items()]
+    (run / "metrics.jsonl").write_text("".join(lines))
+    assert not merging.main([str(run), "--best", "2", "--out", str(tmp_path / "best"), "--dtype", "fp32"])
+    assert "step-000100" in (printed := capsys.readouterr().out) and "step-000200" not in printed
+    a, c, got = (weights_of(f) for f in (checkpoints[0], checkpoints[2], tmp_path / "best"))
+    assert all(torch.equal(got[key], ((a[key].double() + c[key].double()) / 2).float()) for key in got)
+
+
+def test_a_merge_that_is_interrupted_leaves_nothing(checkpoints, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(merging, "weighted_sum", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        merge(checkpoints, [0.5, 0.25, 0.25], tmp_path / "out")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,116 @@
+"""Pipelines of unequal stages on two processes against one: losses, gradients, norms, the counts of experts."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as processes
+
+from ling_kernels.errors import InputError
+from ling_kernels.model import Ling
+from ling_kernels.parallel.pipeline import MicroBatch, Pipeline
+from ling_kernels.parallel.pipeline_layout import PipelineLayout
+from tests.training import tiniest
+
+WORLD, ROWS, LENGTH, MICRO = 2, 2, 24, 4
+CONFIG = replace(tiniest(), num_hidden_layers=4, num_nextn_predict_layers=1, vocab_size=64)
+Z = 1e-2
+LAYOUTS = {  # schedule, layout, MTP layers
+    "uneven, with an empty stage": ("Interleaved1F1B", "Et|ttt||mL", 1),
+    "MTP and each loss apart": ("Interleaved1F1B", "Ettt|t|m|LL", 1),
+    "losses on two ranks": ("LoopedBFS", "E|tttt|mL|L", 1),
+    "two MTP layers": ("Interleaved1F1B", "Ett|ttm|m|L", 2),
+    "no MTP": ("1F1B", "Et|tttL", 0),
+    "one stage each": ("GPipe", "Ett|ttmL", 1),
+}
+
+
+def grouped(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder / 'store'}", rank=rank, world_size=WORLD)
+    try:
+        for name in LAYOUTS:
+            a_pipeline_equals_one_process(name, rank)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_two_processes_equal_one(tmp_path):
+    processes.spawn(grouped, (tmp_path,), nprocs=WORLD)
+
+
+def batches() -> list[MicroBatch]:
+    g = torch.Generator().manual_seed(3)
+    found = []
+    for i in range(MICRO):
+        ids = torch.randint(0, CONFIG.vocab_size, (ROWS, LENGTH), generator=g)
+        labels = ids.clone()
+        labels[0, : 3 * i] = -100
+        ends = [0, 5 + i, LENGTH, LENGTH + 11 + i, 2 * LENGTH]
+        found.append(MicroBatch(ids, torch.tensor(ends, dtype=torch.int32), labels))
+    return found
+
+
+def a_pipeline_equals_one_process(name, rank):
+    schedule, layout, mtp = LAYOUTS[name]
+    alone = Ling(replace(CONFIG, num_nextn_predict_layers=mtp)).train()
+    alone.init_weights(torch.Generator().manual_seed(0))
+    model = copy.deepcopy(alone)
+    counts = [150.0, 140.0, 130.0][: 1 + mtp]
+    totals = torch.zeros(4)
+    for ids, cu_seqlens, labels in batches():
+        out = alone(ids, labels, cu_seqlens=cu_seqlens, logits=False, z_loss=Z, target_counts=counts)
+        out.loss.backward()
+        zero = torch.zeros(())
+        totals += torch.stack([out.loss, out.main_loss, out.mtp_loss if mtp else zero, out.z_loss]).detach()
+    pipeline = Pipeline(model, PipelineLayout.parse(layout), schedule, MICRO, (ROWS, LENGTH))
+    record = pipeline.step(batches(), counts, Z)
+    if record is not None:
+        assert rank == WORLD - 1
+        torch.testing.assert_close(torch.tensor([*record.values()]), totals, rtol=1e-5, atol=1e-6)
+    want = dict(alone.named_parameters())
+    names = [n for n, _ in model.named_parameters()]
+    seen = [None] * WORLD
+    dist.all_gather_object(seen, names)
+    assert {*seen[0], *seen[1]} == {*want} and len(names) < len(want), name
+    for n, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, want[n].grad, rtol=1e-4, atol=1e-7, msg=lambda m, n=n: f"{name}, {n}: {m}")
+    norm = torch.nn.utils.clip_grad_norm_(alone.parameters(), 1e9)
+    torch.testing.assert_close(pipeline.global_norm(), norm, rtol=1e-5, atol=0)
+    counted = {n: b for n, b in alone.named_buffers() if n.endswith("counts")}
+    for n, b in model.named_buffers():
+        if n.endswith("counts"):
+            assert torch.equal(b, counted[n]) and b.sum() > 0, (name, n)
+
+
+def test_layouts_are_megatrons():
+    layout = PipelineLayout.parse("Et*3|(tt|)*8,m|L")
+    assert layout.stages == ("Ettt", *["tt"] * 8, "m", "L")
+    assert PipelineLayout.parse("E|(t|)*3,m|m||L").stages == ("E", "t", "t", "t", "m", "m", "", "L")
+    assert str(PipelineLayout.parse("Ett|tmL")) == "Ett|tmL"
+    layout.check(replace(CONFIG, num_hidden_layers=19))
+    assert layout.units(1) == [("t", 3), ("t", 4)] and layout.hidden_states(9) == 2
+    split = PipelineLayout.parse("Et|m|L|L")
+    assert [split.hidden_states(s) for s in range(3)] == [1, 2, 1]
+    assert split.ranks(2) == [0, 1, 0, 1] and split.ranks(2, v_shape=True) == [0, 1, 1, 0]
+    assert split.holders("L", [0, 1, 0, 1]) == [0, 1] and split.holders("Em", [0, 1, 0, 1]) == [0, 1]
+
+
+@pytest.mark.parametrize("text, message", [
+    ("Et|x", "'x' is none of"), ("Et*|L", r"'\*' is none of"), ("(t)*99999|(t)*99999", "more than 100000 units"),
+    ("Ettt|mL", "3 t, but the model has 4 layers"), ("EttttL", "0 m, but the model has 1 MTP layers"),
+    ("tttt|mL", "0 E, but"), ("Etttt|mLLL", "3 L; there is 1 or 2"), ("Ettmtt|L", "the order is E"),
+    ("Etttt|mL|", "the last one L"), ("", "0 E, but"),
+])  # fmt: skip
+def test_wrong_layouts_are_one_line(text, message):
+    with pytest.raises(InputError, match=message):
+        PipelineLayout.parse(text).check(CONFIG)
+
+
+def test_layouts_that_do_not_fit_the_ranks():
+    layout = PipelineLayout.parse("Et|t|tL")
+    for fits in (dict(ranks=2), dict(ranks=3, v_shape=True)):
+        with pytest.raises(InputError, match="3 stages on"):
+            layout.ranks(**fits)

@@ -1,0 +1,255 @@
+"""Checkpoints: written whole or not at all, in a thread or not; which of them stay; what a full disk costs."""
+
+# ruff: noqa: F811 (fixtures are imported)
+import errno
+import json
+import os
+import shutil
+import signal
+import threading
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ling_kernels.train import Settings, Trainer, prepare, saving
+from ling_kernels.train import checkpoint as ckpt
+from ling_kernels.train import trainer as module
+from ling_kernels.train.__main__ import main
+from ling_kernels.train.report import open_lines, read_lines
+from ling_kernels.train.saving import GOOD_AFTER, NotSaved, count_sound, kept, last_good
+from tests.training import flags, one_line_error, small, text, tiniest, uninterrupted  # noqa: F401
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.fixture
+def settings(small, text):
+    return Settings(
+        model=small, data=text, steps=9, seq_len=32, batch=2, eval_rows=1, sample_tokens=0, threads=1, keep=1
+    )
+
+
+@pytest.fixture
+def trainer(tmp_path, settings):
+    trainer = Trainer(settings, tmp_path / "run")
+    trainer.step()
+    return trainer
+
+
+def contents(checkpoint):
+    files = {p.name: p.read_bytes() for p in checkpoint.iterdir()}
+    state = json.loads(files.pop("state.json"))
+    return files, {k: v for k, v in state.items() if k != "time"}
+
+
+def names(run):
+    return sorted(p.name for p in (run / "checkpoints").iterdir())
+
+
+def test_a_thread_writes_the_same_bytes(trainer, monkeypatch):
+    """Of the step at which it was called, although later steps change the tensors before it writes."""
+    expected = contents(trainer.save())
+    go_on, genuine = threading.Event(), saving.write_files
+    monkeypatch.setattr(saving, "write_files", lambda *args: (go_on.wait(60), genuine(*args)))
+    checkpoint = trainer.save(wait=False)
+    trainer.step()
+    go_on.set()
+    trainer.writer.wait()
+    assert contents(checkpoint) == expected
+
+
+def test_without_memory_for_a_copy_the_caller_waits(trainer, monkeypatch):
+    monkeypatch.setattr(module, "room_for_copy", lambda needed: needed < 0)
+    checkpoint = trainer.save(wait=False)
+    assert trainer.writer.thread is None and ckpt.damage_of(checkpoint) is None
+    assert not saving.room_for_copy(1 << 60) and saving.room_for_copy(1 << 10)
+
+
+def test_masters_are_saved_in_their_precision(tmp_path, settings):
+    trainer = Trainer(
+        Settings(**settings.__dict__ | dict(master="bf16", optimizer="adamw8bit", precision="bf16")), tmp_path / "run"
+    )
+    trainer.step()
+    saved = load_file(trainer.save() / "model.safetensors")
+    types = {key: t.dtype for key, t in saved.items()}
+    assert types["lm_head.weight"] == torch.bfloat16 and types["model.norm.weight"] == torch.float32
+    assert {t for k, t in types.items() if k.endswith(("gate.weight", "expert_bias"))} == {torch.float32}
+    resumed = Trainer.resume(tmp_path / "run")
+    assert all(map(torch.equal, trainer.model.parameters(), resumed.model.parameters()))
+    assert trainer.step()["loss"] == resumed.step()["loss"]
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("moment", [
+    (saving, "write_weights"), (saving, "save_tensors"), (ckpt, "checksum"), (ckpt, "make_durable"), (os, "rename"),
+], ids=lambda moment: moment[1])  # fmt: skip
+@pytest.mark.parametrize("how", ["killed", "full"])
+def test_what_ends_a_save_leaves_the_checkpoint_before(trainer, monkeypatch, moment, how):
+    first = trainer.save()
+    trainer.step()
+    with monkeypatch.context() as patch:
+
+        def fail(*_, **__):
+            raise Killed if how == "killed" else FULL
+
+        patch.setattr(*moment, fail)
+        with pytest.raises(Killed if how == "killed" else NotSaved, match=None if how == "killed" else "No space left"):
+            trainer.save()
+    if how == "full":
+        assert names(trainer.folder) == ["step-000001"]  # nothing half-written fills the disk
+    assert ckpt.locate(str(trainer.folder)) == (trainer.folder, first) and ckpt.read_state(first)["step"] == 1
+    trainer.step()
+    trainer.save()
+    assert names(trainer.folder) == ["step-000001", "step-000003"]  # the first may become good; no leftovers
+
+
+@pytest.mark.parametrize("at", [3, 6])
+def test_a_full_disk_is_one_line_and_the_next_save_tries_again(tmp_path, flags, uninterrupted, monkeypatch, at, capsys):
+    genuine, run = saving.save_tensors, tmp_path / "run"
+    full = lambda path: f"step-{at:06d}" in str(path)  # noqa: E731
+
+    def save_tensors(tensors, path):
+        path.write_bytes(b"x" * 1000)
+        if full(path):
+            raise OSError("Error while serializing: I/O error: No space left on device (os error 28)")
+        genuine(tensors, path)
+
+    monkeypatch.setattr(saving, "save_tensors", save_tensors)
+    code = main([*flags, "--out", str(run), "--steps", "6", "--save-every", "3", "--keep", "0"])
+    out, err = capsys.readouterr()
+    if at == 3:
+        assert code == 0 and err == "" and names(run) == ["step-000006"]
+        assert out.count("cannot write the checkpoint") == 1
+    else:  # the last one is tried twice
+        assert code == 1 and err.count("\n") == 1 and "No space left" in err and names(run) == ["step-000003"]
+    monkeypatch.undo()
+    assert main(["--resume", str(run), "--steps", "14", "--keep", "1"]) == 0
+    last = [load_file(ckpt.list_checkpoints(r)[-1] / "model.safetensors") for r in (run, uninterrupted)]
+    assert all(torch.equal(last[0][k], last[1][k]) for k in last[0])
+
+
+def test_the_exported_model_that_cannot_be_written_is_one_line(tmp_path, flags, monkeypatch, capsys):
+    (tmp_path / "run").mkdir()
+    monkeypatch.setattr(module, "save_model", lambda *_: (_ for _ in ()).throw(saving.InputError("cannot write: full")))
+    assert main([*flags, "--out", str(tmp_path / "run"), "--steps", "1"]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "cannot write: full; the weights are in " in error and "step-000001" in error
+
+
+def test_which_checkpoints_stay():
+    steps = list(range(10, 101, 10))
+    assert kept(steps, 0, 0, 0) == set(steps)
+    assert kept(steps, 2, 0, 85) == {80, 90, 100}  # 80 is the last good one, 90 the next that may be
+    assert kept(steps, 2, 0, 200) == {90, 100}
+    assert kept(steps, 1, 40, 55) == {40, 50, 60, 80, 100}
+    assert kept(steps, 1, 0, 0) == {10, 100}
+    assert kept([7], 3, 0, 0) == {7}
+    assert last_good(steps, 55) == 50 and last_good(steps, 9) is None
+
+
+def test_a_checkpoint_is_good_after_sound_steps():
+    progress = module.Progress()
+    losses = [5.0] * GOOD_AFTER + [None] + [5.0] * (GOOD_AFTER - 1) + [12.0, 5.0]
+    proven = []
+    for progress.step, loss in enumerate(losses, 1):  # noqa: B020
+        count_sound(progress, loss, 320)  # ln(320) = 5.77
+        proven.append(progress.proven)
+    assert set(proven) == {0} and progress.sound == 1
+    for progress.step in range(len(losses) + 1, len(losses) + 2 * GOOD_AFTER):
+        count_sound(progress, 5.0, 320)
+    assert progress.proven == len(losses) + GOOD_AFTER - 1
+
+
+def test_a_diverged_run_is_repaired_from_the_checkpoint_that_it_names(tmp_path, flags, capsys, monkeypatch):
+    monkeypatch.setattr(saving, "GOOD_AFTER", 6)
+    argv = [*flags, "--out", str(tmp_path), "--steps", "16", "--save-every", "2", "--keep", "1", "--lr", "1e-3"]
+    assert main(argv) == 0
+    assert [c.name for c in ckpt.list_checkpoints(tmp_path)] == ["step-000010", "step-000014", "step-000016"]
+    again = ["--resume", str(tmp_path), "--steps", "30"]
+    assert main([*again, "--lr", "1e6", "--max-bad-steps", "3", "--clip", "0", "--spike-loss", "2"]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "the last good checkpoint is" in error
+    named = error.split("the last good checkpoint is ")[1].split(": --resume")[0]
+    assert main(["--resume", named, "--lr", "1e-3", "--clip", "1", "--steps", "18"]) == 0
+    last = [json.loads(row) for row in (tmp_path / "metrics.jsonl").read_text().splitlines()][-1]
+    assert last["step"] == 18 and last["main_loss"] < 6 and "skipped" not in last
+
+
+def test_resume_auto_falls_back(tmp_path, flags, capsys):
+    assert main([*flags, "--out", str(tmp_path), "--steps", "4", "--save-every", "2"]) == 0
+    (tmp_path / "checkpoints" / "step-000004" / "optimizer.safetensors").write_bytes(b"x")
+    one_line_error(["--resume", str(tmp_path), "--steps", "5"], capsys)
+    assert main(["--resume", "auto", "--out", str(tmp_path), "--steps", "5"]) == 0
+    out = capsys.readouterr().out
+    assert "step-000004 is damaged: optimizer.safetensors has" in out and "resuming from step-000002" in out
+    assert names(tmp_path) == ["step-000002", "step-000004", "step-000005", "superseded-step-000004"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_tokenising_leaves_nothing(tmp_path, flags, monkeypatch, number, capsys):
+    genuine = module.open_corpus
+
+    def interrupted(*args):
+        (tmp_path / "run" / "data").mkdir()
+        (tmp_path / "run" / "data" / "tokens.bin").write_bytes(b"x")
+        signal.raise_signal(number)
+        return genuine(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "open_corpus", interrupted)
+        assert main([*flags, "--out", str(tmp_path / "run"), "--steps", "2"]) == 75
+    assert "stopped before the first step" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert main([*flags, "--out", str(tmp_path / "run"), "--steps", "2"]) == 0
+
+
+def test_a_disk_without_room_is_one_line_before_the_run(tmp_path, flags, monkeypatch, capsys):
+    """The small model has 66,464 parameters of 12 bytes in a checkpoint, and 2 in the exported model."""
+    argv = [*flags, "--out", str(tmp_path / "run"), "--steps", "9", "--save-every", "3", "--keep", "1"]
+    for free, fits in ((26 * 66464, True), (26 * 66464 - 1, False)):
+        usage = shutil.disk_usage(tmp_path)._replace(free=free)
+        monkeypatch.setattr(prepare.shutil, "disk_usage", lambda path, usage=usage: usage)
+        if fits:
+            prepare.check_disk(tiniest(), Settings(steps=9, save_every=3, keep=1), tmp_path)
+        else:
+            assert "2 checkpoints of 0.0 GB" in one_line_error(argv, capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_lines_of_a_full_disk_are_written_later(tmp_path, capsys):
+    lines = open_lines(tmp_path / "a.jsonl", 0)
+
+    class Full:
+        room = 5
+
+        def write(self, content):
+            if not self.room:
+                raise FULL
+            return genuine.write(content[: self.room])
+
+        def close(self):
+            genuine.close()
+
+    genuine, lines.file = lines.file, Full()
+    lines.write(dict(step=1))
+    lines.file.room = 0
+    lines.write(dict(step=2))
+    lines.write(dict(step=3))
+    assert capsys.readouterr().out.count("No space left on device; its lines are kept") == 1
+    lines.file.room = 7
+    lines.write(dict(step=4))
+    lines.close()
+    assert read_lines(tmp_path / "a.jsonl") == [dict(step=n) for n in (1, 2, 3, 4)]
+
+
+def test_a_run_killed_before_its_first_checkpoint_says_how_to_begin_again(tmp_path, flags, capsys):
+    argv = [*flags, "--out", str(tmp_path), "--steps", "1"]
+    (tmp_path / "settings.json").write_text("{}")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / ".tokens.bin.partial").write_bytes(b"x")
+    assert f"--resume auto --out {tmp_path} begins its run again" in one_line_error(argv, capsys)
+    assert main([*argv, "--resume", "auto"]) == 0
+    assert f"--resume {tmp_path} continues a run" in one_line_error(argv, capsys)
