@@ -16,7 +16,7 @@ from tests.training import one_line_error, small, text  # noqa: F401
 @pytest.fixture
 def settings(small, text):
     return Settings(
-        model=small, data=text, steps=8, seq_len=32, batch=2, eval_rows=1, sample_tokens=0, threads=1, warmup=2
+        model=small, data=text, steps=8, seq_len=32, batch=2, eval_rows=1, sample_tokens=0, threads=1, lr=2e-3, warmup=2
     )
 
 

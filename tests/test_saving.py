@@ -123,7 +123,7 @@ def test_a_full_disk_is_one_line_and_the_next_save_tries_again(tmp_path, flags, 
     out, err = capsys.readouterr()
     if at == 3:
         assert code == 0 and err == "" and names(run) == ["step-000006"]
-        assert out.count("cannot write the checkpoint") == out.count("warning") == 1
+        assert out.count("cannot write the checkpoint") == 1
     else:  # the last one is tried twice
         assert code == 1 and err.count("\n") == 1 and "No space left" in err and names(run) == ["step-000003"]
     monkeypatch.undo()

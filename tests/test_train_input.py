@@ -187,9 +187,6 @@ def bad_model(folder, kind):
     if kind == "no config":
         (folder / "config.json").unlink()
         return folder, "config.json"
-    if kind == "no weights":
-        weights.unlink()
-        return folder, "model.safetensors"
     if kind == "truncated":
         weights.write_bytes(weights.read_bytes()[:5000])
         return folder, "model.safetensors"
@@ -206,7 +203,7 @@ def bad_model(folder, kind):
     return folder, {"shape": "by config.json it should be", "divide": "num_experts 9"}[kind]
 
 
-@pytest.mark.parametrize("kind", ["unknown", "no config", "no weights", "truncated", "key", "shape", "divide"])
+@pytest.mark.parametrize("kind", ["unknown", "no config", "truncated", "key", "shape", "divide"])
 def test_a_bad_model(tmp_path, text, kind, capsys):
     (tmp_path / "model").mkdir()
     model, says = bad_model(tmp_path / "model", kind)

@@ -19,8 +19,9 @@ from ..ops.quantize import BLOCK, padded_slots
 from ..parallel.layout import Layout
 from ..train.checks import check
 from ..train.cli import add_layout_flag
+from ..train.models import model_config
 from ..train.optimizer import to_masters
-from ..train.prepare import model_config
+from ..train.scaling import with_defaults
 from ..train.settings import Settings, add_flags, settings_of
 from ..train.sizes import checkpoint_bytes, disk_bytes
 from ..train.trainer import apply_fp8_and_recompute
@@ -51,7 +52,8 @@ def show(options: dict, layout: str | None, gpu_hour: float | None = None) -> in
         raise InputError(f"--gpu-hour {gpu_hour}: a price is more than 0")
     layout = Layout() if layout is None else Layout.parse(layout)
     settings = settings_of(options)
-    config, _ = model_config(settings)
+    config, weights = model_config(settings)
+    settings, _ = with_defaults(settings, config, trained=weights is not None)
     check(settings, config)
     settings, one_gpu = rank_settings(layout, settings, config), layout == Layout()
     where = "on one GPU" if one_gpu else f"on the fullest of {layout.dp * layout.pp} GPUs: {layout}"

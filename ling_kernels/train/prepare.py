@@ -7,9 +7,8 @@ import shutil
 import tempfile
 import time
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -17,13 +16,15 @@ from ..backend import why_not_forced
 from ..errors import InputError
 from ..files import LOCK, FolderLock, lock_folder, user_path
 from ..gpu import find_gpu
-from ..model import LingConfig, resolve_model
+from ..model import LingConfig
 from ..model.config import PRESETS
 from ..tokenizer import Tokenizer, load_tokenizer
 from . import checkpoint as ckpt
 from .changes import DATA_FOLDER, changes, new_data_folder, tokens_in
 from .checks import check
+from .models import fits_vocabulary, model_config, model_name, own_tokenizer, with_end_token
 from .optimizer import bytes_per_weight
+from .scaling import with_defaults
 from .settings import Settings, from_json, plain_options, settings_of, to_json
 from .sizes import checkpoint_bytes, disk_bytes, layers_and_embeddings
 from .threads import STARTS, began_elsewhere, free_cores
@@ -48,23 +49,26 @@ class Run:
     checkpoint: Path | None = None  # to resume from
     state: dict | None = None  # the checkpoint's state.json
     changes: list[dict] = field(default_factory=list)  # of the settings, since that checkpoint
+    notes: list[str] = field(default_factory=list)  # lines about the settings, for the user
 
 
 def new_run(settings: Settings, out: str | Path | None = None, restart: bool = False) -> Run:
     """Prepare a new run in the folder `out` (default: runs/MODEL-DATE-TIME)."""
     settings = absolute_paths(settings)
     config, weights = model_config(settings)
+    settings, notes = with_defaults(settings, config, trained=weights is not None)
     check(settings, config)
     settings, device = choose_device_and_threads(settings)
-    tokenizer = load_tokenizer(settings.tokenizer or own_tokenizer(weights))
-    fits_vocabulary(tokenizer, config, settings)
-    if not weights:
-        config = replace(config, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.eos_id)
+    tokenizer = load_tokenizer(settings.tokenizer or own_tokenizer(settings.model))
+    fits_vocabulary(tokenizer, config, settings, weights)
+    config, end = with_end_token(config, tokenizer, weights)
     check_memory(config, settings, device[0])
     check_disk(config, settings, user_path(out) if out else Path("runs"))
     folder, new = make_folder(out, settings.model, restart)
     lock = lock_folder(folder)
-    return write_settings(Run(settings, config, tokenizer, *device, folder, lock, new, *tokens_of(folder), weights))
+    run = Run(settings, config, tokenizer, *device, folder, lock, new, *tokens_of(folder), weights)
+    run.notes = [*notes, *end]
+    return write_settings(run)
 
 
 def resumed_run(resume: str | Path, options: dict, fall_back: bool = False) -> Run:
@@ -140,43 +144,9 @@ def absolute(name: str, value):
     if name == "val_data":
         parts = [source.partition("=") for source in value]
         return tuple(f"{name}={os.path.abspath(path)}" if path else name for name, _, path in parts)
-    if name == "tokenizer" or (name == "model" and value not in PRESETS and os.path.isdir(value)):
+    if name == "tokenizer" or (name == "model" and value not in PRESETS and os.path.exists(value)):
         return os.path.abspath(value)
     return value
-
-
-def model_config(settings: Settings, checkpoint: Path | None = None) -> tuple[LingConfig, Path | None]:
-    """The model's configuration, and the folder with the weights to start from if there is one.
-
-    For a checkpoint, its own configuration. Raises InputError where the model preset has changed since.
-    """
-    mtp: dict[str, Any] = {} if settings.mtp is None else dict(num_nextn_predict_layers=settings.mtp)
-    if checkpoint is None:
-        config, weights = resolve_model(settings.model)
-        if weights and mtp:
-            raise InputError(f"--mtp {settings.mtp}: {weights} says itself how many MTP layers it has")
-        return replace(config, **mtp), weights
-    config = LingConfig.from_json(checkpoint / "config.json")
-    if not os.path.isabs(settings.model):
-        preset = replace(LingConfig.preset(settings.model), **mtp)
-        for f in fields(config):
-            saved, now = getattr(config, f.name), getattr(preset, f.name)
-            if f.compare and not f.name.endswith("token_id") and saved != now:
-                raise InputError(
-                    f"{f.name} is {saved} in {checkpoint} and {now} in {settings.model}: not the same model"
-                )
-    return config, None
-
-
-def own_tokenizer(weights: Path | None) -> Path | None:
-    return weights if weights and (weights / "tokenizer.json").is_file() else None
-
-
-def fits_vocabulary(tokenizer: Tokenizer, config: LingConfig, settings: Settings) -> None:
-    if tokenizer.vocab_size > config.vocab_size:
-        raise InputError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, more than the {config.vocab_size} of {settings.model}"
-        )
 
 
 def choose_device(settings: Settings) -> tuple[torch.device, str, torch.dtype]:
@@ -279,7 +249,7 @@ def model_of(path: Path) -> str | None:
 def make_folder(out: str | Path | None, model: str, restart: bool) -> tuple[Path, bool]:
     """An empty folder that can be written, and whether it is new. Raises InputError for a folder that holds anything,
     except, with `restart`, a run that stopped before its first checkpoint."""
-    folder = user_path(out) if out else Path("runs") / f"{os.path.basename(model)}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = user_path(out) if out else Path("runs") / f"{model_name(model)}-{time.strftime('%Y%m%d-%H%M%S')}"
     if out is None:
         number, plain = 2, folder
         while folder.exists():

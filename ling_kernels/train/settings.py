@@ -30,6 +30,14 @@ RECIPES = {
 }
 MODEL_DEFAULTS = {r["default_for"]: r["settings"] for r in RECIPES.values() if "default_for" in r}
 PRESETS = {name: r["settings"] for name, r in RECIPES.items() if "default_for" not in r}
+BY_SIZE = ("lr", "warmup", "batch")  # settings that follow the model's size where no recipe gives them
+# The settings that change a size of a model with random weights, with the field of its config.json.
+SIZES = dict(
+    layers="num_hidden_layers", dense_layers="first_k_dense_replace", hidden="hidden_size", heads="num_attention_heads",
+    kv_heads="num_key_value_heads", head_dim="head_dim", intermediate="intermediate_size", experts="num_experts",
+    topk="num_experts_per_tok", groups="n_group", top_groups="topk_group", moe_intermediate="moe_intermediate_size",
+    positions="max_position_embeddings",
+)  # fmt: skip
 
 SPIKE_LOSS, SPIKE_NORM = 10, 30  # in 3 runs of tiny the highest of a normal step are 1.4 and 4.4 times the median
 
@@ -44,12 +52,36 @@ def flag(default, help: str, **options):
 class Settings:
     """Settings of a run, named as the flags of `python -m ling_kernels.train` (see --help) with _ for -.
 
-    The defaults suit tiny; other models' are in recipes/. Paths may be Path objects, and numbers numpy's. Raises
-    InputError for a value of another type; `Trainer` checks bounds, and settings against one another.
+    lr, warmup and batch come from the recipe of a preset (recipes/), and for other models from their size (scaling.py).
+    Paths may be Path objects, and numbers numpy's. Raises InputError for a value of another type; `Trainer` checks
+    bounds, and settings against one another.
     """
 
-    model: str = flag("tiny", "tiny, mini, flash or 1t (random weights), or a checkpoint directory (its weights)")
-    mtp: int | None = flag(None, "MTP layers of a model with random weights", least=0, shown="the preset's")
+    model: str = flag(
+        "tiny",
+        "tiny, mini, flash or 1t, a config.json or a folder with one (random weights), or a model's folder (its"
+        " weights)",
+    )
+    mtp: int | None = flag(None, "MTP layers of a model with random weights", least=0, shown="the model's")
+    layers: int | None = flag(None, "of a model with random weights, as all sizes here", least=1, shown="the model's")
+    dense_layers: int | None = flag(None, "layers without experts at the beginning", least=0, shown="follows --layers")
+    hidden: int | None = flag(None, "hidden size", least=1, shown="the model's")
+    heads: int | None = flag(None, "attention heads", least=1, shown="follows --hidden")
+    kv_heads: int | None = flag(None, "heads of keys and values", least=1, shown="follows --heads")
+    head_dim: int | None = flag(None, "size of a head", least=1, shown="follows --hidden and --heads")
+    intermediate: int | None = flag(None, "size of the dense layers' MLP", least=1, shown="follows --hidden")
+    experts: int | None = flag(None, "routed experts of a layer", least=1, shown="the model's")
+    topk: int | None = flag(None, "experts of a token", least=1, shown="the model's")
+    groups: int | None = flag(None, "groups of experts", least=1, shown="follows --experts")
+    top_groups: int | None = flag(None, "groups that are open to a token", least=1, shown="follows --groups")
+    moe_intermediate: int | None = flag(None, "size of an expert", least=1, shown="follows --hidden")
+    positions: int | None = flag(None, "longest sequence", least=2, shown="the model's")
+    vocab: int | str | None = flag(
+        None,
+        "size of the vocabulary of a model with random weights; auto: the tokenizer's, rounded up to a multiple of 128",
+        least=1,
+        shown="the model's; auto for tiny, where the tokenizer has more, and with sizes of one's own",
+    )  # fmt: skip
     data: tuple[str, ...] | None = flag(
         None,
         "text files, .json, .jsonl, .parquet, .arrow, .bin, or folders of them; .gz and .zst too; or"
@@ -82,7 +114,7 @@ class Settings:
 
     steps: int = flag(600, "optimizer steps of the whole run", least=1)
     seq_len: int = flag(256, "tokens in a row", least=2)
-    batch: int = flag(4, "rows in a step", least=1)
+    batch: int | None = flag(None, "rows in a step", least=1, shown="the recipe's, or by the model's size")
     micro_batch: int | None = flag(None, "rows in a forward pass; gradients add up", least=1, shown="the whole batch")
     batch_ramp: str | None = flag(
         None, "START:STEPS, begin with START rows a step and reach --batch after STEPS steps", shown="no ramp"
@@ -103,8 +135,12 @@ class Settings:
         " stochastically",
         choices=MASTERS,
     )  # fmt: skip
-    lr: float = flag(2e-3, "learning rate after the warm-up", above=0)
-    warmup: int = flag(40, "steps over which the learning rate rises to --lr", least=0)
+    lr: float | None = flag(
+        None, "learning rate after the warm-up", above=0, shown="the recipe's, or by the model's size"
+    )
+    warmup: int | None = flag(
+        None, "steps over which the learning rate rises to --lr", least=0, shown="the recipe's, or by --steps"
+    )
     decay: str = flag(
         "none", "how the learning rate falls at the end of the run; none: it stays at --lr", choices=("none", *DECAYS)
     )
@@ -175,8 +211,16 @@ class Settings:
     def __post_init__(self):
         for f in fields(self):
             object.__setattr__(self, f.name, plain(f, getattr(self, f.name)))
+        for name in BY_SIZE:
+            if getattr(self, name) is None and name in self.recipe():
+                object.__setattr__(self, name, plain(FIELDS[name], self.recipe()[name]))
         if self.fp8_transposed == "per_step":  # the old name, for one version
             object.__setattr__(self, "fp8_transposed", "kept")
+
+    def recipe(self) -> dict:
+        """The settings that the preset as it is begins with; none for other sizes and other models."""
+        own_sizes = any(getattr(self, name) is not None for name in SIZES)
+        return {} if own_sizes else MODEL_DEFAULTS.get(self.model, {})
 
     @property
     def text_options(self) -> TextOptions:
@@ -207,6 +251,8 @@ def plain(f: Field, value: Any) -> Any:
     """A setting's value in the type of its field. Raises InputError for a value that has none."""
     if value is None and f.default is None:
         return None
+    if f.name == "vocab":
+        return vocabulary(value)
     kind = next(kind for kind in (bool, int, float, str, tuple[str, ...]) if f.type in (kind, kind | None))
     is_bool = isinstance(value, bool | np.bool_)
     if kind is bool and is_bool:
@@ -225,6 +271,17 @@ def plain(f: Field, value: Any) -> Any:
     names = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
     raise InputError(f"{f.name} {value!r}: it must be {names.get(kind, 'a path or several')}")
 
+
+def vocabulary(value: Any) -> int | str:
+    """The setting vocab: a number, or auto."""
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)
+    if value == "auto" or (isinstance(value, str) and value.isascii() and value.isdecimal()):
+        return value if value == "auto" else int(value)
+    raise InputError(f"--vocab {value!r}: it must be auto or a whole number")
+
+
+FIELDS = {f.name: f for f in fields(Settings)}
 
 # Settings that a resumed run may change; changes.py keeps a record of them.
 CHANGEABLE_ON_RESUME = {
@@ -270,8 +327,9 @@ def settings_of(options: dict, saved: dict | None = None) -> Settings:
     if options.get("fp8_transposed") == "per_step":
         print("warning: --fp8-transposed per_step is deprecated and means kept", file=sys.stderr)
     if saved is None:
-        return Settings(**(MODEL_DEFAULTS.get(options.get("model"), {}) | options))
+        return Settings(**(Settings(**options).recipe() | options))
     before = from_json(saved)
+    options = {name: value for name, value in options.items() if value is not None or name not in BY_SIZE}
     new_data = options.get("data", before.data) != before.data
     changeable = {*CHANGEABLE_ON_RESUME, *(TEXT_SETTINGS if new_data else ())}
     for name, value in options.items():

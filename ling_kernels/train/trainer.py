@@ -82,7 +82,8 @@ class Trainer:
 
     Attributes: settings, config (LingConfig), tokenizer, device, precision (torch.dtype of autocast), folder, model
     (Ling, fp32 or bf16 weights, in training mode), optimizer, progress (`Progress`), training and held_out
-    (`Documents`), details (`Details` of the last step), notes (lines about FP8 layers).
+    (`Documents`), details (`Details` of the last step), notes (lines for the user, about
+    settings and FP8 layers).
 
     Raises InputError (a ValueError) for settings, data or a folder that cannot work, before anything is written, and
     for a folder that another process trains in.
@@ -132,7 +133,7 @@ class Trainer:
                 if run.state and not new_data and run.state["data"] != self.data:
                     raise InputError(f"data: {self.data} is not what the run began with, {run.state['data']}")
                 self.model = make_model(run)
-                self.notes = apply_fp8_and_recompute(self.model, s)
+                self.notes = [*run.notes, *apply_fp8_and_recompute(self.model, s)]
             except BaseException:  # also Ctrl-C
                 discard(run)
                 raise
@@ -234,6 +235,7 @@ def make_model(run: Run) -> Ling:
     s = run.settings
     if run.checkpoint or run.weights:
         model = load_model(run.checkpoint or run.weights, dtype=torch.float32, device=run.device)
+        model.config = run.config  # its end token may be the tokenizer's
     else:
         model = Ling(run.config)
         model.init_weights(torch.Generator().manual_seed(s.seed))  # on the CPU: the same on every device

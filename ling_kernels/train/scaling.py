@@ -1,0 +1,95 @@
+"""Ling's scaling laws, and the defaults of learning rate, warm-up and batch that follow from a model's size.
+
+The laws are of "Towards Greater Leverage: Scaling Laws for Efficient Mixture-of-Experts Language Models", arXiv
+2507.17702, section 3.1, fitted between 3e17 and 3e20 FLOPs. C is the compute of a run: FLOPs per token (forward and
+backward, without MTP) times tokens. With the 20e12 tokens of Ling-2.0 they give the peak learning rates and batches of
+its models (arXiv 2510.22115, table 1) within 2 % and 9 %.
+"""
+
+from dataclasses import replace
+
+from ..model import LingConfig
+from .settings import Settings
+
+SMALLEST_FIT = 3e17  # FLOPs of the smallest runs behind the laws
+LING_TOKENS = 20e12  # of Ling-2.0's pre-training
+CONTINUED = 0.1  # of the peak, for trained weights: 3e-5 for mini in Ling-V2's scripts of continued pre-training
+WARMUP = 2000  # steps of Ling-2.0's warm-up
+WARMUP_SHARE = 1 / 15  # of a shorter run
+FORWARD_TOKENS = 16384  # tokens of a forward pass, up to which a batch is not divided
+
+
+def peak_lr(compute: float) -> float:
+    """The best learning rate of AdamW for a run of `compute` FLOPs. Below the range of the fit that of its smallest
+    runs, because the law's rise towards smaller ones is untested."""
+    return 1.1576 * max(compute, SMALLEST_FIT) ** -0.1529
+
+
+def batch_tokens(compute: float) -> float:
+    """Tokens in the best batch for a run of `compute` FLOPs."""
+    return 0.0694 * compute**0.3644
+
+
+def batch_tokens_in(flops_per_token: float, steps: int) -> float:
+    """Tokens in the best batch for a run of that many steps, B = batch_tokens(flops_per_token * steps * B)."""
+    return batch_tokens(flops_per_token * steps) ** (1 / (1 - 0.3644))
+
+
+def warmup_steps(steps: int) -> int:
+    return min(WARMUP, round(WARMUP_SHARE * steps))
+
+
+def flops_per_token(config: LingConfig, seq_len: int) -> float:
+    """FLOPs per token as the laws count them."""
+    return replace(config, num_nextn_predict_layers=0).flops_per_token(seq_len)
+
+
+def trained_peak_lr(config: LingConfig, seq_len: int) -> float:
+    """The peak with which Ling-2.0 would have trained a model of this shape."""
+    return peak_lr(flops_per_token(config, seq_len) * LING_TOKENS)
+
+
+def with_defaults(s: Settings, config: LingConfig, trained: bool) -> tuple[Settings, list[str]]:
+    """The settings with lr, warm-up and batch, and lines that say where each comes from.
+
+    trained: the run continues a model's weights. `Settings` has the values of a preset's recipe already.
+    """
+    steps, seq_len, micro = max(1, s.steps), max(1, s.seq_len), max(1, s.micro_batch or 1)
+    flops, recipe = flops_per_token(config, seq_len), s.recipe()
+    sources = {
+        name: "recipe" if recipe.get(name) == getattr(s, name) else "given" for name in ("lr", "warmup", "batch")
+    }
+    chosen: dict = {}
+    if s.batch is None:
+        rows = batch_tokens_in(flops, steps) / seq_len
+        chosen["batch"] = micro * max(1, round(rows / micro))
+        if s.micro_batch is None and not s.step_in_backward:
+            chosen["micro_batch"] = forward_rows(chosen["batch"], seq_len)
+        sources["batch"] = "Ling's scaling law"
+    if s.warmup is None:
+        chosen["warmup"], sources["warmup"] = warmup_steps(steps), f"{WARMUP}, or 1/15 of a shorter run"
+    peak = trained_peak_lr(config, seq_len)
+    if s.lr is None and trained:
+        chosen["lr"] = float(f"{CONTINUED * peak:.2e}")
+        sources["lr"] = "a tenth of the peak of Ling's scaling law, as the weights are trained"
+    elif s.lr is None:
+        compute = flops * steps * seq_len * max(1, chosen.get("batch") or s.batch)
+        chosen["lr"], sources["lr"] = float(f"{peak_lr(compute):.2e}"), "Ling's scaling law"
+    s = replace(s, **chosen)
+    micro_batch = f", {s.micro_batch} at a time" if s.micro_batch else ""
+    lines = [
+        f"schedule   lr {s.lr:g} ({sources['lr']}), warm-up {s.warmup} steps ({sources['warmup']}),"
+        f" batch {s.batch} rows{micro_batch} ({sources['batch']})"
+    ]
+    if trained and s.lr > peak:
+        lines.append(
+            f"warning    lr {s.lr:g} is above {peak:.2e}, the peak of Ling's scaling law for its size: trained weights"
+            " may be lost"
+        )
+    return s, lines
+
+
+def forward_rows(batch: int, seq_len: int) -> int | None:
+    """Rows of a forward pass of about FORWARD_TOKENS tokens that divide the batch; None: all of them."""
+    most = max(1, FORWARD_TOKENS // seq_len)
+    return None if batch <= most else max(rows for rows in range(1, most + 1) if batch % rows == 0)
