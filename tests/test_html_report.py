@@ -64,7 +64,8 @@ def folder(tmp_path):
         row = dict(step=step, loss=loss, main_loss=loss, mtp_loss=loss + 1, grad_norm=90.0 if step == 250 else 1.0,
                    load_violation_max=1.0, load_violation_mean=0.5, lr=1e-3, tokens=1000 * step,
                    tokens_per_s=4000.0, mfu=0.25)  # fmt: skip
-        rows.append(row | (dict(val_loss=loss) if step % 100 == 0 else {}))
+        validated = {"val_loss": loss, "val_bpb": loss / 3, "val_loss/web<": loss, "val_loss/code": loss + 1}
+        rows.append(row | (validated if step % 100 == 0 else {}))
     rows[299] |= dict(main_loss=None, grad_norm=None, skipped=1)
     write(run, "metrics.jsonl", rows)
     counts = rng.integers(1, 9, (3, 8))
@@ -100,7 +101,7 @@ def test_everything_is_in_one_file(folder):
 def test_curves_are_the_files_numbers(folder):
     page = Page(write_html(folder).read_text())
     charts = [json.loads(attrs["data-chart"]) for tag, attrs in page.tags if "data-chart" in attrs]
-    assert len(charts) == 8
+    assert len(charts) == 9
     training, validation = charts[0]["series"]
     assert validation["x"] == [100, 200, 300, 400, 500] and training["x"][-1] == 500
     assert len(training["x"]) == svg.POINTS
@@ -108,6 +109,12 @@ def test_curves_are_the_files_numbers(folder):
     for tag, attrs in page.tags:
         if tag == "polyline":
             assert re.fullmatch(r"(-?[\d.]+,-?[\d.]+ ?)+", attrs["points"]), attrs["points"][:80]
+
+
+def test_every_validation_set_has_a_line(folder):
+    text = [data for _, data in Page(write_html(folder).read_text()).texts]
+    assert "Validation of each set" in text and "web<" in text and "code" in text
+    assert text.count("validation, bits per byte") == 1
 
 
 def test_a_spike_does_not_flatten_the_curve(folder):
@@ -188,5 +195,5 @@ def test_a_browser_opens_it(folder):
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert dom.returncode == 0 and picture.read_bytes()[:4] == b"\x89PNG", dom.stderr[-500:]
-    assert dom.stdout.count('class="tip"') == dom.stdout.count("data-chart=") == 8
+    assert dom.stdout.count('class="tip"') == dom.stdout.count("data-chart=") == 9
     assert "stop()" not in "".join(re.findall(r"<script>(.*?)</script>", dom.stdout, re.S))

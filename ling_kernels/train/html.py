@@ -23,6 +23,7 @@ from .svg import LEVELS, Series, heatmap, line_chart, short
 from .threads import STARTS
 
 FILE = "report.html"
+VAL_NAMED = "val_loss/"  # before the name of a validation set, in metrics.jsonl
 SPEED_STEPS = 50  # the last steps, over which the tiles average
 SAMPLES_SHOWN, LAYERS_SHOWN = 20, 12  # the others are folded, or left out
 HERE = Path(__file__).parent
@@ -88,6 +89,8 @@ def heading(run: Path, metrics: list[dict], settings: dict, starts: list[dict]) 
     if validations:
         best = min(validations, key=lambda m: m["val_loss"])
         tiles.append((f"validation, step {validations[-1]['step']:,}", f"{validations[-1]['val_loss']:.4f}"))
+        if validations[-1].get("val_bpb") is not None:
+            tiles.append(("validation, bits per byte", f"{validations[-1]['val_bpb']:.4f}"))
         if best is not validations[-1]:
             tiles.append((f"best validation, step {best['step']:,}", f"{best['val_loss']:.4f}"))
     if speed:
@@ -129,6 +132,13 @@ def curves(metrics: list[dict]) -> Iterable[str]:
         *smoothed("mean of layers", "load_violation_mean", "s1"),
     ]
     yield line_chart("Imbalance of experts", "busiest / mean - 1", imbalance, from_zero=True)
+    names = dict.fromkeys(name for m in metrics for name in m if name.startswith(VAL_NAMED))
+    if names:
+        sets = [
+            Series(name.removeprefix(VAL_NAMED), f"s{i % 5 + 1} dots", steps, column(name))
+            for i, name in enumerate(names)
+        ]
+        yield line_chart("Validation of each set", "nats", sets, settled=True)
     others = smoothed("MTP", "mtp_loss", "s1")
     yield line_chart("Loss of MTP", "nats", others, settled=True) if any(m.get("mtp_loss") for m in metrics) else ""
 
