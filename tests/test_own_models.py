@@ -27,6 +27,7 @@ def test_a_config_alone_has_random_weights(tmp_path, text):
     for model in (tmp_path, tmp_path / "config.json"):
         assert sizes(str(model)) == tiniest()
     trainer = Trainer(Settings(model=tmp_path / "config.json", data=text, steps=1, seq_len=32), tmp_path / "run")
+    assert trainer.notes[0].startswith("weights    random")
     trainer.step()
     trainer.save()
     trainer.export(tmp_path / "model")

@@ -68,6 +68,8 @@ def new_run(settings: Settings, out: str | Path | None = None, restart: bool = F
     lock = lock_folder(folder)
     run = Run(settings, config, tokenizer, *device, folder, lock, new, *tokens_of(folder), weights)
     run.notes = [*notes, *end]
+    if not weights and settings.model not in PRESETS:
+        run.notes.insert(0, f"weights    random, as there are none in {settings.model}")
     return write_settings(run)
 
 
