@@ -122,7 +122,7 @@ def loop_over_experts(moe: nn.Module) -> tuple[Callable, list[Tensor]]:
         return F.linear(F.silu(gate) * up, w2)
 
     def call(x):
-        weights, chosen, counts = route(F.linear(x.float(), router.float()), bias)[:3]
+        weights, chosen, counts = route(F.linear(x.float(), router.float()), bias, **moe.router.limits)[:3]
         y = torch.zeros_like(x, dtype=torch.float32)
         for e, n in enumerate(counts.tolist()):
             if n:

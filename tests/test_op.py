@@ -28,7 +28,8 @@ def nothing_reported():
 
 
 def route_args(E=256, dtype=torch.float32):
-    return torch.randn(3, E, dtype=dtype, requires_grad=True), torch.randn(E, dtype=dtype)
+    logits, bias = torch.randn(3, E, dtype=dtype, requires_grad=True), torch.randn(E, dtype=dtype)
+    return logits, bias, None, 8, 4, 8, 2.5  # sizes that csrc/ is compiled for, where E is 256
 
 
 def test_explain_on_a_cpu():

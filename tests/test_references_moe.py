@@ -234,6 +234,14 @@ def test_moe_against_a_loop_over_tokens(dtype, tolerance, masked):
         assert (n - t).abs().max() <= tolerance * t.abs().max()
 
 
+def test_moe_neither_groups_nor_scales_unless_told():
+    x, router_w, bias, *weights, _ = moe_problem(FP64)
+    y, _ = moe(x, router_w, bias, *weights, topk=4)
+    want = moe_per_token(x, router_w, bias, *weights, None, None, (1, 1, 4), 1.0)
+    assert (y - want).abs().max() <= 1e-12 * want.abs().max()
+    assert torch.equal(y, moe(x, router_w, bias, *weights, None, None, 1, 1, 4, 1.0)[0])
+
+
 def test_moe_in_fp8_is_near_and_decode_is_the_same():
     args = moe_problem(BF16, T=8, E=8, H=128, F=128, Fs=128)
     sizes = dict(num_groups=4, group_topk=2, topk=3)
@@ -266,9 +274,10 @@ def test_moe_under_autocast():
 @pytest.mark.skipif(_C is None, reason="no _C")
 def test_moe_with_every_kernel_there_is():
     args = moe_problem(FP32, T=5, E=256, H=8, F=2)
-    want = moe(*args)
+    sizes = dict(num_groups=8, group_topk=4, topk=8, scale=2.5)  # csrc/ is compiled for these
+    want = moe(*args, **sizes)
     with force("cuda"):
-        got = moe(*args)
+        got = moe(*args, **sizes)
     assert torch.equal(got[1], want[1]) and torch.allclose(got[0], want[0], rtol=1e-4, atol=1e-5)
 
 

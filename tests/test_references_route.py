@@ -13,6 +13,8 @@ from ling_kernels.ops.route import route, scores
 FP64, rand = torch.float64, torch.randn
 BACKENDS = ["torch", "triton", pytest.param("cuda", marks=pytest.mark.skipif(_C is None, reason="no _C"))]
 
+LING = dict(num_groups=8, group_topk=4, topk=8, scale=2.5)  # which csrc/ is compiled for
+
 
 @pytest.fixture(autouse=True)
 def seed():
@@ -69,7 +71,7 @@ class TestRoute:
         """Weights are ratios of scores: `scores` in fp64 is the truth, for any score function."""
         logits, g = (rand(9, 256) + offset).requires_grad_(), rand(9, 8)
         with force(backend):
-            weights, experts, _ = route(logits, torch.zeros(256))
+            weights, experts, _ = route(logits, torch.zeros(256), **LING)
             (got,) = torch.autograd.grad(weights, logits, g)
         exact = logits.detach().double().requires_grad_()
         s = scores(exact).gather(1, experts.long())
@@ -92,7 +94,7 @@ class TestRoute:
         """dlogits = scale m s (1 - s) / z (g - sum(s g m) / z), with m the chosen experts and z = sum(s m) + 1e-20."""
         logits, bias, g = rand(9, 256).requires_grad_(), rand(256) / 10, rand(9, 8)
         with force(backend):
-            weights, experts, _ = route(logits, bias)
+            weights, experts, _ = route(logits, bias, **LING)
         (got,) = torch.autograd.grad(weights, logits, g)
         s = logits.detach().double().sigmoid()
         m = torch.zeros(9, 256, dtype=FP64).scatter(1, experts.long(), 1)
@@ -104,8 +106,8 @@ class TestRoute:
     def test_z_loss(self, backend):
         logits = rand(9, 256).requires_grad_()
         with force(backend):
-            *_, z = route(logits, torch.zeros(256), z_loss=0.25)
-            *_, empty = route(logits[:0], torch.zeros(256), z_loss=0.25)
+            *_, z = route(logits, torch.zeros(256), z_loss=0.25, **LING)
+            *_, empty = route(logits[:0], torch.zeros(256), z_loss=0.25, **LING)
         x = logits.detach().double().numpy()
         lse = np.log(np.exp(x).sum(1))
         assert z.item() == pytest.approx(0.25 * (lse**2).mean(), rel=1e-6) and empty == 0

@@ -13,7 +13,7 @@ from .norm import Fp32Buffers
 class Router(Fp32Buffers):
     """weight [E, H]; expert_bias [E] fp32, for selection only; counts [E] int32, tokens per expert since `balance_`."""
 
-    def __init__(self, hidden_size, num_experts, num_groups=8, group_topk=4, topk=8, scale=2.5):
+    def __init__(self, hidden_size, num_experts, num_groups=1, group_topk=1, topk=8, scale=1.0):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         nn.init.normal_(self.weight, std=0.02)

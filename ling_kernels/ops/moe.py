@@ -33,10 +33,10 @@ def moe(
     w_down: Weight,
     shared: tuple[Weight, Weight] | None = None,
     mask: Tensor | None = None,
-    num_groups: int = 8,
-    group_topk: int = 4,
+    num_groups: int = 1,
+    group_topk: int = 1,
     topk: int = 8,
-    scale: float = 2.5,
+    scale: float = 1.0,
     z_loss: float | None = None,
     experts: Tensor | None = None,
 ) -> tuple[Tensor, ...]:

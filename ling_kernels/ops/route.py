@@ -22,10 +22,10 @@ def route(
     logits: Tensor,
     bias: Tensor,
     mask: Tensor | None = None,
-    num_groups: int = 8,
-    group_topk: int = 4,
+    num_groups: int = 1,
+    group_topk: int = 1,
     topk: int = 8,
-    scale: float = 2.5,
+    scale: float = 1.0,
     z_loss: float | None = None,
     experts: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
@@ -75,7 +75,7 @@ def valid_choices(experts: Tensor, E: int) -> bool:
     return bool(torch.where(highest < 0, lowest == -1, (lowest >= 0) & (highest < E) & distinct).all())
 
 
-def route_ref(logits, bias, mask=None, num_groups=8, group_topk=4, topk=8, scale=2.5, z_loss=None, experts=None):
+def route_ref(logits, bias, mask=None, num_groups=1, group_topk=1, topk=8, scale=1.0, z_loss=None, experts=None):
     T, E = logits.shape
     padding = mask
     if experts is not None:
