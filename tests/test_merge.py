@@ -102,9 +102,9 @@ def mistakes(checkpoints, tmp_path):
         "too few": ([a, b, "--weights", "1"], "2 checkpoints and 1 weights"),
         "both": ([a, "--weights", "1", "--decay", "linear"], "give one"),
         "not a run": ([a, b, "--last", "1"], "choose from a run"),
-        "more than there are": ([run, "--last", "9"], "holds 3 checkpoints, 9 are asked for"),
+        "more than there are": ([run, "--last", "9"], "holds 3 checkpoints; 9 are asked for"),
         "none": ([str(tmp_path / "empty")], "holds no checkpoints"),
-        "no losses": ([run, "--best", "2"], "no validation loss for step-000100"),
+        "no losses": ([run, "--best", "2"], "holds 0 checkpoints with a validation loss"),
         "another model": ([a, str(other)], "are not of one model"),
         "no weights": ([str(lacking), a], "neither model.safetensors nor"),
         "nothing there": ([str(tmp_path / "absent")], "it has no config.json"),
@@ -125,7 +125,7 @@ def test_mistakes_are_one_line_and_leave_nothing(checkpoints, tmp_path, capsys):
 def test_the_best_of_a_run(checkpoints, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(checkpoints[0].parents[1], run)
-    losses = {100: 2.0, 200: 3.0, 300: 2.5}
+    losses = {100: 2.0, 200: 3.0, 250: 1.0, 300: 2.5}
     lines = [f'{{"step": {step}, "val_loss": {loss}}}\n' for step, loss in losses.items()]
     (run / "metrics.jsonl").write_text("".join(lines))
     assert not merging.main([str(run), "--best", "2", "--out", str(tmp_path / "best"), "--dtype", "fp32"])

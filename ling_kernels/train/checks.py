@@ -64,7 +64,10 @@ def check_decay(s: Settings) -> None:
         option = f"--decay-steps {s.decay_steps}" if s.decay_steps else f"--min-lr {s.min_lr}"
         raise InputError(f"{option} needs a decay: give --decay linear, 1-sqrt or cosine")
     if s.decay_steps and s.warmup + s.decay_steps > s.steps:
-        raise InputError(f"--decay-steps {s.decay_steps} and --warmup {s.warmup} are more than --steps {s.steps}")
+        raise InputError(
+            f"--decay-steps {s.decay_steps} and --warmup {s.warmup} are more than --steps {s.steps}:"
+            " give fewer steps of decay or warm-up"
+        )
     if s.min_lr > s.lr:
         raise InputError(f"--min-lr {s.min_lr} is more than --lr {s.lr}")
 

@@ -81,7 +81,9 @@ def parser() -> Parser:
         help="a run, to continue from its latest checkpoint; or one of its checkpoints; or auto: the run in --out, or"
         " else the latest of the model, or a new one where there is none (default: a new run)",
     )
-    flags.add_argument("--plan", action="store_true", help="print the GPU memory that the run takes, and stop")
+    flags.add_argument(
+        "--plan", action="store_true", help="print the memory, time and disk that the run takes, and stop"
+    )
     add_layout_flag(flags)
     add_flags(flags)
     return flags

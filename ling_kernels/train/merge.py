@@ -154,15 +154,15 @@ def chosen(run: Path, last: int | None, best: int | None) -> list[Path]:
     found = list_checkpoints(run)
     if not found:
         raise InputError(f"{run} holds no checkpoints")
+    losses = {row["step"]: row["val_loss"] for row in read_lines(run / "metrics.jsonl") if row.get("val_loss")}
+    if best:
+        found = [c for c in found if step_of(c) in losses]
     number = last or best or len(found)
     if number > len(found):
-        raise InputError(f"{run} holds {len(found)} checkpoints, {number} are asked for")
+        validated = " with a validation loss: --eval-every says at which steps there is one" if best else ""
+        raise InputError(f"{run} holds {len(found)} checkpoints{validated}; {number} are asked for")
     if not best:
         return found[-number:]
-    losses = {row["step"]: row["val_loss"] for row in read_lines(run / "metrics.jsonl") if row.get("val_loss")}
-    if missing := [c.name for c in found if step_of(c) not in losses]:
-        raise InputError(f"{run}/metrics.jsonl has no validation loss for {', '.join(missing)}: --eval-every and"
-                         " --save-every were not the same")  # fmt: skip
     return sorted(sorted(found, key=lambda c: losses[step_of(c)])[:number], key=step_of)
 
 

@@ -112,7 +112,7 @@ class Settings:
         "assistant", "in chats: train on the answers of the role assistant, or on all", choices=("assistant", "all")
     )
 
-    steps: int = flag(600, "optimizer steps of the whole run", least=1)
+    steps: int = flag(600, "optimizer steps of the whole run", least=1, shown="the recipe's, or else 600")
     seq_len: int = flag(256, "tokens in a row", least=2)
     batch: int | None = flag(None, "rows in a step", least=1, shown="the recipe's, or by the model's size")
     micro_batch: int | None = flag(None, "rows in a forward pass; gradients add up", least=1, shown="the whole batch")
