@@ -228,6 +228,7 @@ def test_sft_by_command(tmp_path, small, capsys):
     flags += " --threads 1 --sample-tokens 8 --seed 1"
     run, other = tmp_path / "run", tmp_path / "other"
     assert main([*flags.split(), "--steps", "24", "--out", str(run)]) == 0
+    assert "--chat --prompt" in capsys.readouterr().out
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     first, last = (np.mean([line["main_loss"] for line in part]) for part in (lines[:4], lines[-4:]))
     assert last < 0.8 * first and np.isfinite(lines[-1]["val_bpb"])

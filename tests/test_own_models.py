@@ -109,6 +109,8 @@ def test_defaults_and_where_they_come_from(small, capsys):
     trained, lines = with_defaults(Settings(model=small), tiniest(), True)
     peak = trained_peak_lr(tiniest(), 256)
     assert trained.lr == pytest.approx(0.1 * peak, rel=0.01) and len(lines) == 1
+    _, lines = with_defaults(Settings(**Settings().recipe() | dict(steps=20)), LingConfig.tiny(), False)
+    assert lines[1].endswith("the warm-up of 40 steps is longer than the run of 20")
     _, lines = with_defaults(Settings(model=small, lr=2 * peak), tiniest(), True)
     assert "is above" in lines[1]
     mini, _ = with_defaults(Settings(model="mini", **Settings(model="mini").recipe()), LingConfig.mini(), False)

@@ -275,7 +275,8 @@ def finish_run(trainer: Trainer, planner) -> None:
         print(f"plot       {shown(path)}")
     if not plots:
         print(f"plot       none: {no_plots}")
-    print(f"\n{python('generate')} --model {shlex.quote(shown(folder / 'model'))} --prompt 'The '")
+    prompt = "--chat --prompt 'Hello'" if trainer.held_out.masks else "--prompt 'The '"
+    print(f"\n{python('generate')} --model {shlex.quote(shown(folder / 'model'))} {prompt}")
 
 
 def sample(model: Ling, tokenizer: Tokenizer, held_out: Documents, settings: Settings) -> tuple[str, str]:

@@ -81,6 +81,8 @@ def with_defaults(s: Settings, config: LingConfig, trained: bool) -> tuple[Setti
         f"schedule   lr {s.lr:g} ({sources['lr']}), warm-up {s.warmup} steps ({sources['warmup']}),"
         f" batch {s.batch} rows{micro_batch} ({sources['batch']})"
     ]
+    if s.warmup > s.steps:
+        lines.append(f"warning    the warm-up of {s.warmup} steps is longer than the run of {s.steps}")
     if trained and s.lr > peak:
         lines.append(
             f"warning    lr {s.lr:g} is above {peak:.2e}, the peak of Ling's scaling law for its size: trained weights"
