@@ -217,7 +217,9 @@ def test_texts_and_chats_in_one_mixture(tmp_path, text):
         corpus = open_corpus(weighted, tokenizer, 320, tmp_path / "b" / "tokens.bin")
     masked = (corpus.rows.batch(range(40)).labels == -100).any(1)
     assert masked.sum() == 30 and [s.name for s in corpus.sources] == ["text.jsonl", "chats.jsonl"]
-    with pytest.warns(UserWarning, match="60 of 60 conversations are longer than --seq-len 48"):
+    with pytest.warns(UserWarning, match=r"\d+ of 60 conversations are longer than --seq-len 100"):
+        open_corpus(Settings(data=(str(chats),), seq_len=100), tokenizer, 320, tmp_path / "c" / "tokens.bin")
+    with pytest.raises(InputError, match="no conversation has a token to train on within --seq-len 48"):
         open_corpus(Settings(data=(str(chats),), seq_len=48), tokenizer, 320, tmp_path / "c" / "tokens.bin")
 
 

@@ -100,6 +100,8 @@ def test_written_config_is_read_again(tmp_path):
     config = replace(config, other=dict(attention_dropout=0.0))
     config.to_json(tmp_path / "config.json")
     assert LingConfig.from_json(tmp_path / "config.json") == config
+    LingConfig.from_json(tmp_path / "config.json").to_json(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == (tmp_path / "config.json").read_bytes()
     (tmp_path / "config.json").write_text(
         json.dumps(BASE | dict(rope_theta=5e5) | dict(rope_parameters=dict(rope_theta=5e5)))
     )

@@ -49,6 +49,7 @@ def test_the_ramp_of_rows():
     ("--decay wsd", "--decay: invalid choice"), ("--decay-steps 5", "--decay-steps 5 needs a decay"),
     ("--min-lr 1e-5", "--min-lr 1e-05 needs a decay"), ("--decay linear --min-lr 1", "more than --lr"),
     ("--decay linear --warmup 3 --steps 9 --decay-steps 7", "more than --steps 9"), ("--min-lr nan", "--min-lr"),
+    ("--decay cosine --warmup 9 --steps 9", "--decay cosine has no step after --warmup 9 of --steps 9"),
 ])  # fmt: skip
 def test_a_bad_schedule_is_one_line(tmp_path, small, text, flags, says, capsys):
     argv = f"--model {small} --data {text} --out {tmp_path / 'run'} --seq-len 32 {flags}"

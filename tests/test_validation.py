@@ -60,6 +60,9 @@ def test_bits_per_byte():
     assert record["val_bpb"] == record["val_bpb/a"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
     assert record["val_loss"] == pytest.approx(nats / sum(len(i) - 1 for i in ids), rel=1e-5)
     assert model.training and evaluate(model, batches, torch.float32) == record["val_loss/a"]
+    empty = ValidationSet("b", validation_batches([documents_of(1)], Settings(seq_len=64, batch=4)), 0.5)
+    sets = [ValidationSet("a", batches, 0.5), empty]
+    assert measure(model, sets, bytes_of_tokens(tokenizer), torch.float32) == record  # nothing to predict, left out
 
 
 def test_bytes_of_a_bpe_vocabulary(tmp_path):

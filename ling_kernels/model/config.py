@@ -188,8 +188,10 @@ class LingConfig:
     def to_json(self, path: str | Path, fp8: bool = False, dtype: torch.dtype = torch.bfloat16) -> None:
         """Write an official config.json. dtype: of the checkpoint's weights; fp8 marks them as block-FP8."""
         fields = dataclasses.asdict(self)
-        other = {k: v for k, v in fields.pop("other").items() if k != "quantization_config"}
+        other = fields.pop("other")
         types = {k: str(dtype).removeprefix("torch.") for k in ("torch_dtype", "dtype") if k in {"torch_dtype", *other}}
+        # Types come last also where they were read from a file: a resumed run writes the same bytes.
+        other = {k: v for k, v in other.items() if k not in {"quantization_config", *types}}
         quantized = {"quantization_config": BLOCK_FP8} if fp8 else {}
         content = OFFICIAL_FIELDS | other | fields | types | quantized
         Path(path).write_text(json.dumps(content, indent=2) + "\n")

@@ -68,6 +68,9 @@ def check_decay(s: Settings) -> None:
             f"--decay-steps {s.decay_steps} and --warmup {s.warmup} are more than --steps {s.steps}:"
             " give fewer steps of decay or warm-up"
         )
+    if s.decay != "none" and s.warmup >= s.steps:
+        raise InputError(f"--decay {s.decay} has no step after --warmup {s.warmup} of --steps {s.steps}: give a shorter"
+                         " --warmup")  # fmt: skip
     if s.min_lr > s.lr:
         raise InputError(f"--min-lr {s.min_lr} is more than --lr {s.lr}")
 

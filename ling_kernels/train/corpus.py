@@ -102,6 +102,9 @@ def open_source(
         return [gather_tokens(data, tokenizer, vocab_size, cache, options)]
     docs, longer = cut(open_chats(mapped, vocab_size, tokenizer.eos_id), settings.seq_len)
     if longer:
+        if not any(docs.trained(d)[1:].any() for d in range(len(docs))):
+            raise InputError(f"no conversation has a token to train on within --seq-len {settings.seq_len}: its answers"
+                             " begin later")  # fmt: skip
         warnings.warn(f"{longer:,} of {len(docs):,} conversations are longer than --seq-len {settings.seq_len} and lose"
                       " their ends", stacklevel=2)  # fmt: skip
     texts = [str(path) for path in files if path not in chats]

@@ -100,8 +100,10 @@ def bytes_of_tokens(tokenizer: Tokenizer) -> torch.Tensor:
 
 def measure(model: nn.Module, sets: Sequence[ValidationSet], sizes: torch.Tensor, precision: torch.dtype) -> dict:
     """Validate on each set -> val_loss in nats per token, val_bpb in bits per byte, and with /NAME those of the named
-    sets. val_loss and val_bpb are means of the sets by their shares."""
-    record: dict[str, float] = {"val_loss": 0.0, "val_bpb": 0.0}
+    sets. val_loss and val_bpb are means of the sets by their shares; a set without a token to predict is left out."""
+    sets = [s for s in sets if s.targets]
+    total = sum(s.share for s in sets)
+    record: dict[str, float] = dict.fromkeys(("val_loss", "val_bpb"), 0.0 if total else math.nan)
     for s in sets:
         loss = evaluate(model, s.batches, precision)
         targets = torch.cat([batch.target_ids() for batch in s.batches])
@@ -110,8 +112,8 @@ def measure(model: nn.Module, sets: Sequence[ValidationSet], sizes: torch.Tensor
         if s.name is not None:
             record |= {f"val_loss/{s.name}": loss, f"val_bpb/{s.name}": bpb}
         if s.share:
-            record["val_loss"] += s.share * loss
-            record["val_bpb"] += s.share * bpb
+            record["val_loss"] += s.share / total * loss
+            record["val_bpb"] += s.share / total * bpb
     return record
 
 
