@@ -178,7 +178,9 @@ def test_errors(tmp_path, capsys):
     for argv, says in (([str(tmp_path)], "no steps"), ([str(tmp_path / "none")], "no folder")):
         assert html_command(argv) == 2
         assert says in capsys.readouterr().err
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "tokens": 4}\n{"step": 2, "tok')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2}\n{"step": 1, "tokens": 4}\n{"step": 2, "tok')
+    for name in ("expert_load.jsonl", "fp8.jsonl"):
+        (tmp_path / name).write_text('{"step": 1}\n')
     assert Page(write_html(tmp_path).read_text()).text("h2") == ["Curves"]  # a file of another loop, cut short
 
 

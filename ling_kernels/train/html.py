@@ -34,7 +34,7 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inli
 def write_html(run: Path) -> Path:
     """Write RUN/report.html, whole or not at all. Raises InputError where the run has no steps yet or the folder cannot
     be written."""
-    metrics = read_lines(run / "metrics.jsonl")
+    metrics = rows_of(run / "metrics.jsonl", "tokens")
     if not metrics:
         raise InputError(f"{run} has no steps in metrics.jsonl, so there is nothing to report")
     settings = read_json(run / "settings.json") if (run / "settings.json").is_file() else {}
@@ -42,8 +42,8 @@ def write_html(run: Path) -> Path:
     sections = [
         heading(run, metrics, settings, starts),
         section("Curves", f'<div class="charts">{"".join(curves(metrics))}</div>'),
-        section("Load of the experts", load(read_lines(run / "expert_load.jsonl"), starts)),
-        section("FP8", fp8(read_lines(run / FP8_FILE))),
+        section("Load of the experts", load(rows_of(run / "expert_load.jsonl", "first", "counts"), starts)),
+        section("FP8", fp8(rows_of(run / FP8_FILE, "layers"))),
         section("Samples", samples(read_lines(run / SAMPLES))),
         section("Settings", settings_table(settings, starts)),
         section("Starts", starts_table(starts)),
@@ -61,6 +61,11 @@ def write_html(run: Path) -> Path:
     except OSError as error:
         raise InputError(f"cannot write {run / FILE}: {error.strerror or error}") from None
     return run / FILE
+
+
+def rows_of(path: Path, *needed: str) -> list[dict]:
+    """The lines of a file that have these fields: another loop may have written others."""
+    return [row for row in read_lines(path) if all(name in row for name in needed)]
 
 
 def section(title: str, content: str) -> str:
