@@ -5,6 +5,8 @@ follow the routing, no row is dropped or padded, and its result comes back the s
 once a layer and forward.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -147,7 +149,12 @@ def global_norm(model: nn.Module, group: dist.ProcessGroup) -> Tensor:
     count, and each other parameter once."""
     experts = expert_parameters(model)
     grads = [(p in experts, p.grad) for p in model.parameters() if p.grad is not None]
-    dense, mine = (grad_norm([g for is_expert, g in grads if is_expert == kind]) for kind in (False, True))
-    squares = mine.square().to(dense.device)
+    dense = grad_norm([g for is_expert, g in grads if not is_expert])
+    return (dense.square() + sum_of_squares([g for is_expert, g in grads if is_expert], dense.device, group)).sqrt()
+
+
+def sum_of_squares(grads: Sequence[Tensor], device: torch.device, group: dist.ProcessGroup) -> Tensor:
+    """The sum over all ranks' gradients of their squares, a scalar on `device`; a rank may have none."""
+    squares = grad_norm(grads).square().to(device)
     dist.all_reduce(squares, group=group)
-    return (dense.square() + squares).sqrt()
+    return squares

@@ -19,8 +19,8 @@ from ..errors import InputError
 from ..model import Ling
 from ..model.packing import IGNORE, Batch, pack, shift
 from ..nn import BatchLayout
-from ..ops.grad_norm import grad_norm
 from ..ops.linear_cross_entropy import linear_cross_entropy
+from .exchange import sum_of_squares
 from .pipeline_layout import PipelineLayout
 
 SCHEDULES = ("Interleaved1F1B", "LoopedBFS", "1F1B", "GPipe")  # the last two have one stage a rank
@@ -130,7 +130,7 @@ class Pipeline:
         single = schedule in ("1F1B", "GPipe")
         if single and len(self.ranks) != self.size:
             raise InputError(f"--schedule {schedule} needs one stage a rank: {len(self.ranks)} on {self.size} ranks")
-        device = model.lm_head.weight.device
+        self.device = device = model.lm_head.weight.device
         self.residual = model.word_embeddings.weight.dtype
         self.shared = self.shared_groups()
         mine = [s for s, r in enumerate(self.ranks) if r == self.rank]
@@ -217,9 +217,7 @@ class Pipeline:
         """The norm of all gradients, a scalar that is equal on every rank; a weight that several hold counts once."""
         twice = {n for n, group in self.shared.items() if dist.get_group_rank(group, dist.get_rank()) > 0}
         grads = [p.grad for n, p in self.model.named_parameters() if p.grad is not None and n not in twice]
-        squares = grad_norm(grads).square()
-        dist.all_reduce(squares, group=self.group)
-        return squares.sqrt()
+        return sum_of_squares(grads, self.device, self.group).sqrt()
 
 
 def loss_of(output: Tensor, target: Tensor) -> Tensor:

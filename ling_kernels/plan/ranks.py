@@ -104,7 +104,7 @@ class StageInput(nn.Module):
         return torch.empty(len(ids), w.shape[1], dtype=w.dtype, requires_grad=True)
 
 
-class AllToAll(torch.autograd.Function):
+class EmptyBuffers(torch.autograd.Function):
     """x [S, ...] -> received [R, ...]; the gradient goes back. Both are empty buffers, reported to `mark`."""
 
     @staticmethod
@@ -138,4 +138,4 @@ class ExpertParallel(exchange.AllToAll):
 
     def send(self, rows: Tensor, sizes: tuple[list[int], list[int]]) -> Tensor:
         self.mark(rows)
-        return AllToAll.apply(rows, sum(sizes[1]), self.mark)
+        return EmptyBuffers.apply(rows, sum(sizes[1]), self.mark)
