@@ -1,6 +1,7 @@
 """Atomic file writes (a file is complete or absent, also after a crash), JSON objects in files, locks of folders."""
 
 import json
+import math
 import os
 import weakref
 from collections.abc import Iterator
@@ -101,3 +102,8 @@ def lock_folder(folder: Path) -> FolderLock:
     if lock is None:
         lock = _locks[str(folder / LOCK)] = FolderLock(folder)
     return lock
+
+
+def finite(value):
+    """None instead of NaN and infinity, which JSON lacks."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -10,11 +10,12 @@ import torch
 from ling_kernels.errors import InputError
 from ling_kernels.model import Ling, load_model
 from ling_kernels.tokenizer import Tokenizer, byte_settings, load_tokenizer
-from ling_kernels.train import Settings, Trainer, tokenise
+from ling_kernels.train import Settings, Trainer
 from ling_kernels.train.__main__ import main
-from ling_kernels.train.chats import encode_conversation, mask_of, write_chats
 from ling_kernels.train.corpus import open_corpus
 from ling_kernels.train.data import PackedWhole, best_fit, open_chats
+from ling_kernels.train.data import __main__ as command
+from ling_kernels.train.data.chats import encode_conversation, mask_of, write_chats
 from tests.training import one_line_error, small, text, tiniest  # noqa: F401
 
 # A template of the kind of ChatML, in the byte-level tokenizer's control tokens.
@@ -249,7 +250,7 @@ def test_sft_by_command(tmp_path, small, capsys):
 def test_a_token_file_of_chats(tmp_path, text, capsys):
     """The command that tokenises writes ids and mask, and the trainer takes them as it takes the rows."""
     chats, out = chats_file(tmp_path, np.random.default_rng(0)), tmp_path / "data" / "x.bin"
-    assert tokenise.main([str(chats), "--out", str(out)]) == 0
+    assert command.main([str(chats), "--out", str(out)]) == 0
     assert json.loads(out.with_suffix(".json").read_text())["chats"] is True
     from_rows, from_file = (
         open_corpus(Settings(data=(str(data),), seq_len=128), load_tokenizer(None), 320, tmp_path / name / "tokens.bin")
@@ -258,7 +259,7 @@ def test_a_token_file_of_chats(tmp_path, text, capsys):
     assert from_rows.about == from_file.about
     one, two = (corpus.rows.batch(range(9)) for corpus in (from_rows, from_file))
     assert torch.equal(one.ids, two.ids) and torch.equal(one.labels, two.labels)
-    assert tokenise.main([str(chats), str(text), "--out", str(tmp_path / "y.bin")]) == 2
+    assert command.main([str(chats), str(text), "--out", str(tmp_path / "y.bin")]) == 2
     assert "write a file for each kind" in capsys.readouterr().err
 
 

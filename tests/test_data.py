@@ -9,9 +9,9 @@ import torch
 
 from ling_kernels.model import Ling
 from ling_kernels.tokenizer import load_tokenizer
-from ling_kernels.train import data, sources, tokenise
-from ling_kernels.train.data import Documents, Packed, gather_tokens, hold_out, open_tokens
-from ling_kernels.train.tokenise import write_tokens
+from ling_kernels.train.data import Documents, Packed, documents, gather_tokens, hold_out, open_tokens, sources
+from ling_kernels.train.data import __main__ as command
+from ling_kernels.train.data.tokenise import write_tokens
 from tests.training import tiniest
 
 EOS = 257
@@ -116,7 +116,7 @@ def write_all_kinds(folder):
     (folder / "deep" / "er").mkdir(parents=True)
     table = pyarrow.table({"text": [*TEXTS, None, ""], "other": [1] * (len(TEXTS) + 2)})
     parquet.write_table(table, folder / "deep" / "er" / "c.parquet")
-    assert tokenise.main([str(folder / "b.jsonl"), "--out", str(folder / "z.bin")]) == 0
+    assert command.main([str(folder / "b.jsonl"), "--out", str(folder / "z.bin")]) == 0
     (folder / "ignored.csv").write_text("x")
     (folder / "weights.bin").write_bytes(b"no X.json beside it, so no data")
 
@@ -153,7 +153,7 @@ def test_rows_without_text_are_skipped_counted_and_told(tmp_path, capsys):
         with pytest.warns(UserWarning, match="^3 rows and files of the data have no text and are skipped$"):
             docs = gather_tokens(files, load_tokenizer(None), 320, tmp_path / f"{i}.cache")
         assert texts_of(docs) == ["a", "b"]
-        assert tokenise.main([*map(str, files), "--out", str(tmp_path / f"{i}.bin")]) == 0
+        assert command.main([*map(str, files), "--out", str(tmp_path / f"{i}.bin")]) == 0
         assert "4 tokens of 2 documents, uint16; 3 without text are skipped\n" in capsys.readouterr().out
         assert json.loads((tmp_path / f"{i}.json").read_text())["empty"] == 3
 
@@ -196,7 +196,7 @@ def test_a_large_vocabulary_takes_32_bits(tmp_path):
 def test_a_bin_file_is_scanned_in_parts(tmp_path, monkeypatch):
     write_tokens([["abc"], ["defgh"], ["i"]], load_tokenizer(None), tmp_path / "x.bin")
     whole = open_tokens([tmp_path / "x.bin"], 320, EOS)
-    monkeypatch.setattr(data, "SCAN", 4)  # the second part begins with the first document's end
+    monkeypatch.setattr(documents, "SCAN", 4)  # the second part begins with the first document's end
     parts = open_tokens([tmp_path / "x.bin"], 320, EOS)
     assert texts_of(parts) == texts_of(whole) == ["abc", "defgh", "i"] and parts.checksum == whole.checksum
 

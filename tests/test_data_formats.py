@@ -10,11 +10,11 @@ import pytest
 
 from ling_kernels.errors import InputError
 from ling_kernels.tokenizer import load_tokenizer
-from ling_kernels.train import sources
-from ling_kernels.train.data import gather_tokens, open_tokens
+from ling_kernels.train.data import gather_tokens, open_tokens, sources
+from ling_kernels.train.data.__main__ import main
+from ling_kernels.train.data.sources import TextOptions, find_files
+from ling_kernels.train.data.tokenise import write_tokens
 from ling_kernels.train.settings import Settings, settings_of, to_json
-from ling_kernels.train.sources import TextOptions, find_files
-from ling_kernels.train.tokenise import main, write_tokens
 
 TEXTS = ["To be, or not to be.\n", "naïve Ωmega 語\n", "x" * 30]
 
@@ -233,8 +233,8 @@ def test_batches_give_the_ids_of_one_text_at_a_time(tmp_path, monkeypatch, bpe, 
         expected += ids + [tokenizer.eos_id] * (ids[-1:] not in ([], [tokenizer.eos_id]))
         empty += not ids
     for batch, texts in ((1, 1 << 16), (40, 3), (1 << 20, 1 << 16)):
-        monkeypatch.setattr("ling_kernels.train.tokenise.BATCH", batch)
-        monkeypatch.setattr("ling_kernels.train.tokenise.BATCH_TEXTS", texts)
+        monkeypatch.setattr("ling_kernels.train.data.tokenise.BATCH", batch)
+        monkeypatch.setattr("ling_kernels.train.data.tokenise.BATCH_TEXTS", texts)
         about = write_tokens(docs, tokenizer, tmp_path / "x.bin", special)
         assert np.fromfile(tmp_path / "x.bin", np.uint16).tolist() == expected
         assert (about["tokens"], about["empty"]) == (len(expected), empty) and empty
@@ -259,14 +259,14 @@ def test_a_signal_while_tokenising_leaves_nothing(tmp_path, monkeypatch, name):
         signal.raise_signal(signal.Signals[name])
         yield ["late"]
 
-    monkeypatch.setattr("ling_kernels.train.tokenise.cpython_documents", texts)
+    monkeypatch.setattr("ling_kernels.train.data.tokenise.cpython_documents", texts)
     before = signal.getsignal(signal.SIGTERM)
     assert main(["--out", str(tmp_path / "x.bin")]) == 75
     assert [*tmp_path.iterdir()] == [] and signal.getsignal(signal.SIGTERM) is before
 
 
 def test_progress_is_a_line_where_stderr_is_no_terminal(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("ling_kernels.train.progress.SECONDS", 0)
+    monkeypatch.setattr("ling_kernels.train.data.progress.SECONDS", 0)
     (tmp_path / "x.txt").write_text("a" * 3_000_000)
     assert main([str(tmp_path / "x.txt"), "--out", str(tmp_path / "x.bin")]) == 0
     assert "tokenising: 3 of 3 MB" in capsys.readouterr().err

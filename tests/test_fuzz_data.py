@@ -8,9 +8,8 @@ import pytest
 
 from ling_kernels.errors import InputError
 from ling_kernels.tokenizer import load_tokenizer
-from ling_kernels.train import sources
-from ling_kernels.train.data import gather_tokens, open_tokens
-from ling_kernels.train.tokenise import write_tokens
+from ling_kernels.train.data import gather_tokens, open_tokens, sources
+from ling_kernels.train.data.tokenise import write_tokens
 from tests.fuzz import changed, damaged, fuzz, hypothesis, result_or_error, st, values
 from tests.test_data import texts_of
 from tests.test_data_formats import compressed, write_megatron, write_table

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from ling_kernels.errors import InputError
-from ling_kernels.train import cli, svg
+from ling_kernels.train import cli
 from ling_kernels.train.__main__ import main
-from ling_kernels.train.html import main as html_command
-from ling_kernels.train.html import write_html
+from ling_kernels.train.report import svg
+from ling_kernels.train.report.__main__ import main as report_command
+from ling_kernels.train.report.page import write_html
 from tests.training import flags, one_line_error, small, text, uninterrupted  # noqa: F401
 
 VOID = {"meta", "link", "br", "img", "path", "circle", "polyline", "rect"}
@@ -162,7 +163,7 @@ def test_a_run_writes_its_page(tmp_path, flags, capsys):
     assert starts[0]["layers"] == ["layer 1", "MTP 1"] and "MTP 1" in page.text("text")
     (run / "report.html").unlink()
     capsys.readouterr()
-    assert html_command([str(run)]) == 0 and (run / "report.html").is_file()
+    assert report_command([str(run)]) == 0 and (run / "report.html").is_file()
 
 
 def test_a_page_that_cannot_be_written_does_not_stop_training(tmp_path, flags, monkeypatch, capsys):
@@ -176,7 +177,7 @@ def test_a_page_that_cannot_be_written_does_not_stop_training(tmp_path, flags, m
 
 def test_errors(tmp_path, capsys):
     for argv, says in (([str(tmp_path)], "no steps"), ([str(tmp_path / "none")], "no folder")):
-        assert html_command(argv) == 2
+        assert report_command(argv) == 2
         assert says in capsys.readouterr().err
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2}\n{"step": 1, "tokens": 4}\n{"step": 2, "tok')
     for name in ("expert_load.jsonl", "fp8.jsonl"):

@@ -9,7 +9,7 @@ import torch
 
 from ling_kernels.errors import InputError
 from ling_kernels.train.data import Packed
-from ling_kernels.train.mixture import PERIOD, Mixture, parse_sources, schedule, shares_of
+from ling_kernels.train.data.mixture import PERIOD, Mixture, parse_sources, schedule, shares_of
 from tests.test_data import documents_of
 
 

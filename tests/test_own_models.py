@@ -10,7 +10,7 @@ from ling_kernels.errors import InputError
 from ling_kernels.model import LingConfig, load_model
 from ling_kernels.tokenizer import load_tokenizer
 from ling_kernels.train import Settings, Trainer
-from ling_kernels.train.models import initial_config
+from ling_kernels.train.prepare.models import initial_config
 from ling_kernels.train.scaling import batch_tokens, flops_per_token, peak_lr, trained_peak_lr, with_defaults
 from tests.training import one_line_error, small, text, tiniest  # noqa: F401
 

@@ -20,7 +20,8 @@ from ling_kernels.plan.train import plan_training
 from ling_kernels.train import checkpoint as ckpt
 from ling_kernels.train.__main__ import main
 from ling_kernels.train.optimizer import make_optimizer, to_masters
-from ling_kernels.train.prepare import needed_bytes, refuse_without_fp8
+from ling_kernels.train.prepare.device import refuse_without_fp8
+from ling_kernels.train.prepare.room import needed_bytes
 from ling_kernels.train.settings import Settings, settings_of
 from ling_kernels.train.trainer import apply_fp8_and_recompute
 from tests.test_fp8_training import WHOLE, kept_bytes, metrics_of, training, whole  # noqa: F401

@@ -16,8 +16,8 @@ from ling_kernels.plan.ranks import SINGLE_GPU, Rank
 from ling_kernels.plan.train import span, verdict
 from ling_kernels.plan.train_time import Work, layer, micro_batch, once, product, step_seconds, transfers
 from ling_kernels.train.optimizer import make_optimizer, to_masters
+from ling_kernels.train.prepare.sizes import checkpoint_bytes, disk_bytes
 from ling_kernels.train.settings import Settings
-from ling_kernels.train.sizes import checkpoint_bytes, disk_bytes
 
 GPU = Gpu("test", 1e9, 1e9, 1e12, 2e12, 1, 1e9)
 TINY = replace(LingConfig.tiny(), num_nextn_predict_layers=0)

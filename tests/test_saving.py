@@ -12,10 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ling_kernels.train import Settings, Trainer, prepare, saving
+from ling_kernels.train import Settings, Trainer, saving
 from ling_kernels.train import checkpoint as ckpt
 from ling_kernels.train import trainer as module
 from ling_kernels.train.__main__ import main
+from ling_kernels.train.prepare import room
 from ling_kernels.train.report import open_lines, read_lines
 from ling_kernels.train.saving import GOOD_AFTER, NotSaved, count_sound, kept, last_good
 from tests.training import flags, one_line_error, small, text, tiniest, uninterrupted  # noqa: F401
@@ -211,9 +212,9 @@ def test_a_disk_without_room_is_one_line_before_the_run(tmp_path, flags, monkeyp
     argv = [*flags, "--out", str(tmp_path / "run"), "--steps", "9", "--save-every", "3", "--keep", "1"]
     for free, fits in ((26 * 66464, True), (26 * 66464 - 1, False)):
         usage = shutil.disk_usage(tmp_path)._replace(free=free)
-        monkeypatch.setattr(prepare.shutil, "disk_usage", lambda path, usage=usage: usage)
+        monkeypatch.setattr(room.shutil, "disk_usage", lambda path, usage=usage: usage)
         if fits:
-            prepare.check_disk(tiniest(), Settings(steps=9, save_every=3, keep=1), tmp_path)
+            room.check_disk(tiniest(), Settings(steps=9, save_every=3, keep=1), tmp_path)
         else:
             assert "2 checkpoints of 0.0 GB" in one_line_error(argv, capsys)
     assert not (tmp_path / "run").exists()

@@ -10,9 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ling_kernels.train import loggers
 from ling_kernels.train.__main__ import main
-from ling_kernels.train.report import Details, Report, read_lines
+from ling_kernels.train.report import Details, Report, loggers, read_lines
 from tests.test_train import SPEED, metrics_of
 from tests.training import flags, one_line_error, small, text, uninterrupted  # noqa: F401
 
@@ -113,7 +112,7 @@ def test_wandb(tmp_path, flags, monkeypatch, capsys):
 
     wandb = types.SimpleNamespace(init=init, Html=lambda text, inject: text)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    monkeypatch.setattr("ling_kernels.train.checks.installed", lambda package: True)
+    monkeypatch.setattr("ling_kernels.train.prepare.checks.installed", lambda package: True)
     argv = [*flags, "--out", str(tmp_path), "--steps", "2", "--wandb", "ling", "--sample-every", "1"]
     assert main(argv) == 0
     assert main(["--resume", str(tmp_path), "--steps", "3"]) == 0  # the project is the run's

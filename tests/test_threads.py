@@ -7,7 +7,8 @@ import os
 import pytest
 import torch
 
-from ling_kernels.train import Settings, Trainer, threads
+from ling_kernels.train import Settings, Trainer
+from ling_kernels.train.prepare import threads
 from tests.training import small, text  # noqa: F401
 
 CORES = {0, 1, 2, 3}
@@ -54,7 +55,7 @@ def test_a_resumed_run_keeps_its_threads_unless_the_machine_has_other_cores(tmp_
     before, run = torch.get_num_threads(), tmp_path / "run"
     try:
         torch.set_num_threads(4)
-        monkeypatch.setattr("ling_kernels.train.prepare.free_cores", lambda: 3)
+        monkeypatch.setattr("ling_kernels.train.prepare.run.free_cores", lambda: 3)
         rows = dict(seq_len=32, batch=2, eval_rows=1, sample_tokens=0)
         trainer = Trainer(Settings(model=small, data=text, steps=1, threads=2, **rows), run)
         trainer.step()

@@ -16,14 +16,17 @@ from safetensors.torch import load_file
 from ling_kernels.model import Ling, load_model, save_model
 from ling_kernels.tokenizer import load_tokenizer
 from ling_kernels.train import checkpoint as ckpt
-from ling_kernels.train import cli, prepare, report
+from ling_kernels.train import cli
 from ling_kernels.train import trainer as steps
 from ling_kernels.train.__main__ import main
-from ling_kernels.train.checks import check
 from ling_kernels.train.data import Packed, open_tokens
+from ling_kernels.train.data.tokenise import write_tokens
 from ling_kernels.train.optimizer import adamw
+from ling_kernels.train.prepare import device as prepare
+from ling_kernels.train.prepare.checks import check
+from ling_kernels.train.prepare.models import model_config
+from ling_kernels.train.report import report
 from ling_kernels.train.settings import RECIPES, Settings, settings_of
-from ling_kernels.train.tokenise import write_tokens
 from tests.training import flags, one_line_error, small, text, tiniest, uninterrupted  # noqa: F401
 
 SPEED = {"tokens_per_s", "mfu"}  # may differ between equal runs
@@ -312,7 +315,7 @@ def test_recipes_are_settings(name):
     assert recipe.keys() - {"default_for"} == {"about", "settings"} and recipe["about"]
     settings = settings_of(dict(model=recipe["default_for"]) if "default_for" in recipe else dict(preset=name))
     assert {k: getattr(settings, k) for k in recipe["settings"]} == recipe["settings"]
-    check(settings, prepare.model_config(settings)[0])
+    check(settings, model_config(settings)[0])
 
 
 def test_per_step_means_kept(capsys):

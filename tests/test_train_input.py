@@ -17,11 +17,13 @@ from ling_kernels.model import Ling, save_model
 from ling_kernels.model.config import PRESETS
 from ling_kernels.tokenizer import load_tokenizer
 from ling_kernels.train import checkpoint as ckpt
-from ling_kernels.train import prepare
 from ling_kernels.train.__main__ import main
+from ling_kernels.train.data.tokenise import write_tokens
+from ling_kernels.train.prepare import room
+from ling_kernels.train.prepare import run as prepare
+from ling_kernels.train.prepare.models import model_config
 from ling_kernels.train.report import open_lines, read_lines
 from ling_kernels.train.settings import Settings
-from ling_kernels.train.tokenise import write_tokens
 from tests.training import flags, one_line_error, small, text, tiniest, uninterrupted  # noqa: F401
 
 NUMBERS = [
@@ -371,11 +373,11 @@ def test_resuming_with_other_data_or_another_preset(tmp_path, small, capsys, mon
     assert main(["--resume", str(run), "--steps", "4"]) == 0  # the refused tokens were not kept
     monkeypatch.setitem(PRESETS, "tiny", lambda: replace(tiniest(), hidden_size=128))
     with pytest.raises(ValueError, match="hidden_size is 32 .* 128 in tiny"):
-        prepare.model_config(Settings(model="tiny"), ckpt.list_checkpoints(run)[-1])
+        model_config(Settings(model="tiny"), ckpt.list_checkpoints(run)[-1])
 
 
 def test_a_model_that_exceeds_memory_is_refused(tmp_path, text, capsys, monkeypatch):
-    monkeypatch.setattr(prepare.os, "sysconf", lambda name: 1 << 12)  # 16 MiB
+    monkeypatch.setattr(room.os, "sysconf", lambda name: 1 << 12)  # 16 MiB
     error = one_line_error(["--model", "tiny", "--data", str(text), "--out", str(tmp_path / "run")], capsys)
     assert "does not fit" in error and not (tmp_path / "run").exists()
     if not torch.cuda.is_available():

@@ -17,13 +17,13 @@ from ..model import LingConfig
 from ..nn.fp8 import FP8_ROWS
 from ..ops.quantize import BLOCK, padded_slots
 from ..parallel.layout import Layout
-from ..train.checks import check
 from ..train.cli import add_layout_flag
-from ..train.models import model_config
 from ..train.optimizer import to_masters
+from ..train.prepare.checks import check
+from ..train.prepare.models import model_config
+from ..train.prepare.sizes import checkpoint_bytes, disk_bytes
 from ..train.scaling import with_defaults
 from ..train.settings import Settings, add_flags, settings_of
-from ..train.sizes import checkpoint_bytes, disk_bytes
 from ..train.trainer import apply_fp8_and_recompute
 from .decode_time import EFFICIENCY
 from .memory import KINDS, LAYOUT_KINDS, RESERVE, MemoryPlan, plan_memory

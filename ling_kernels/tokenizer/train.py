@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import InputError, Parser, command
 from ..files import user_path
-from ..train.sources import (  # this file is a command, so it may look above its room
+from ..train.data.sources import (  # this file is a command, so it may look above its room
     DEFAULTS,
     TextOptions,
     documents,

@@ -19,11 +19,11 @@ from ..tokenizer import TextStream, Tokenizer
 from . import checkpoint as ckpt
 from .changes import described
 from .data import Documents
-from .html import write_html
-from .plots import draw
 from .prepare import deterministic, latest_run, new_run, resumed_run
 from .profiling import StepProfiler
 from .report import SAMPLES, Report, open_lines
+from .report.page import write_html
+from .report.plots import draw
 from .saving import NotSaved, last_good
 from .settings import Settings, add_flags, settings_of, to_json
 from .signals import STOPPED, interrupted_by_sigterm, stop_on_signals

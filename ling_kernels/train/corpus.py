@@ -8,11 +8,11 @@ from pathlib import Path
 
 from ..errors import InputError
 from ..tokenizer import Tokenizer
-from .chats import is_chats, write_chats
 from .data import Documents, cut, describe, gather_tokens, hold_out, join, open_chats, packed_rows
-from .mixture import Mixture, Rows, parse_sources, shares_of
+from .data.chats import is_chats, write_chats
+from .data.mixture import Mixture, Rows, parse_sources, shares_of
+from .data.sources import find_files
 from .settings import Settings
-from .sources import find_files
 from .validation import ValidationSet, split_name, validation_set
 
 

@@ -18,17 +18,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..files import finite
 from ..nn import MLP, Experts
 from ..nn.fp8 import Fp8Experts, Fp8Linear, Fp8MLP
 from ..nn.fp8_cache import forget_cache
 from ..ops.quantize import BLOCK, dequantize, quantize, quantize_weight
 from ..ops.swiglu import swiglu, swiglu_backward
-from .report import METRICS, finite
 
 FP8 = Fp8Linear, Fp8MLP, Fp8Experts
 # Highest values that the paper's figure 16 shows for Ling-mini over 20 T tokens. The paper has none for w and xt: the
 # limit of a layer is OWN_BAND_FACTOR times the highest of its first OWN_BAND_SAMPLES measurements, and at least
 # OWN_BAND_FLOOR.
+METRICS, OPERANDS = ("underflow", "distortion"), ("x", "w", "dy", "xt", "dyt")  # of fp8.jsonl
 BANDS = {"x": (0.008, 0.0035), "dy": (0.010, 0.0035), "dyt": (0.16, 0.10)}
 OWN_BAND_SAMPLES, OWN_BAND_FACTOR, OWN_BAND_FLOOR = 3, 3.0, (0.008, 0.0035)
 WINDOW, MIN_STEPS = 32, 16  # a spike: compared with the median of the last WINDOW steps; at least MIN_STEPS

@@ -20,9 +20,9 @@ import numpy as np
 
 from ..errors import InputError
 from ..nn.fp8 import RECOMPUTE, TRANSPOSED, WEIGHTS, WGRAD
+from .data.sources.options import TextOptions
 from .optimizer import MASTERS, OPTIMIZERS
 from .schedule import DECAYS, decay_length, parse_ramp
-from .sources.options import TextOptions
 
 TEXT_SETTINGS = [f.name for f in fields(TextOptions)]
 RECIPES = {

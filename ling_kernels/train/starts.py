@@ -8,8 +8,8 @@ from pathlib import Path
 
 from .. import __version__
 from ..model import LingConfig
+from .prepare.threads import STARTS
 from .report import open_lines
-from .threads import STARTS
 from .trainer import Trainer
 
 PACKAGES = "torch", "triton", "numpy", "safetensors", "tokenizers"

@@ -19,7 +19,7 @@ from ..ops.grad_norm import grad_norm
 from . import checkpoint as ckpt
 from .changes import DATA_FOLDER
 from .corpus import open_corpus
-from .mixture import Rows
+from .data.mixture import Rows
 from .monitor import WINDOW, FP8Monitor, ceilings, spike, to_bf16
 from .optimizer import StepInBackward, clipped_step, make_optimizer, to_masters
 from .prepare import Run, deterministic, discard, new_run, peak_flops, resumed_run

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..errors import InputError, one_line
-from ..files import atomic_write
+from ...errors import InputError, one_line
+from ...files import atomic_write
 
 WANDB_ID = "wandb_id"  # a file in the run's folder, so that a resumed run adds to the same curves
 

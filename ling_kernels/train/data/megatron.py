@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import InputError
+from ...errors import InputError
 from .sources import reading
 
 MAGIC = b"MMIDIDX\x00\x00"

@@ -1,25 +1,20 @@
-"""Tokenise text into a .bin file, on all cores; the command `python -m ling_kernels.train.data`."""
+"""Tokenise text into a .bin file, on all cores."""
 
 import json
 import os
-import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from ..errors import InputError, Parser, command
-from ..files import atomic_write, user_path
-from ..tokenizer import Tokenizer, load_tokenizer
-from .chats import is_chats, write_chats
+from ...errors import InputError
+from ...files import atomic_write
+from ...tokenizer import Tokenizer
 from .progress import ReadingProgress
-from .settings import TEXT_SETTINGS, Settings, add_flag
-from .signals import STOPPED, interrupted_by_sigterm
-from .sources import DEFAULTS, Position, TextOptions, cpython_documents, documents, find_files
+from .sources import DEFAULTS, Position, TextOptions, cpython_documents, documents
 from .token_files import DTYPES
 
 # A batch is encoded by all cores, and takes about 50 bytes of memory a character until it is written.
@@ -128,44 +123,3 @@ def with_end_tokens(
         empty += not begun
         begun, open_document, first = False, False, end
     return (np.concatenate(parts) if parts else end_token[:0]), open_document, empty
-
-
-@command
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser("python -m ling_kernels.train.data", description="Tokenise text into a .bin file.")
-    parser.add_argument(
-        "sources", nargs="*",
-        help="text files, .json, .jsonl, .parquet, .arrow, or folders of them; .gz and .zst too (default: CPython's)",
-    )  # fmt: skip
-    parser.add_argument("--out", required=True, help="the .bin file to write; its .json is put beside it")
-    parser.add_argument("--tokenizer", help="a tokenizer.json or its folder (default: byte-level)")
-    for f in fields(Settings):
-        if f.name in (*TEXT_SETTINGS, "train_on"):
-            add_flag(parser, f)
-    options = vars(parser.parse_args(argv))
-    sources, out, tokenizer = options.pop("sources"), user_path(options.pop("out")), options.pop("tokenizer")
-    if out.suffix != ".bin":
-        raise InputError(f"--out {out} must end in .bin")
-    if out.exists():
-        raise InputError(f"{out} exists; it is not overwritten")
-    settings = Settings(**options)
-    text_options, train_on = settings.text_options, settings.train_on
-    tokenizer = load_tokenizer(tokenizer)
-    files = find_files(sources)
-    if binary := [p for p in files if p.suffix == ".bin"]:
-        raise InputError(f"{binary[0]} is tokenised already")
-    chats = [p for p in files if is_chats(p, text_options.text_field)]
-    if chats and len(chats) < len(files):
-        raise InputError(f"{chats[0]} has chats and {min({*files} - {*chats})} has texts: write a file for each kind")
-    try:
-        with interrupted_by_sigterm():
-            if chats:
-                about = write_chats(files, tokenizer, out, train_on)
-            else:
-                about = tokenise(files or None, tokenizer, out, text_options)
-    except KeyboardInterrupt:
-        print(f"stopped: {out} is not written", file=sys.stderr)
-        return STOPPED
-    skipped = f"; {about['empty']:,} without text are skipped" if about["empty"] else ""
-    print(f"{out}: {about['tokens']:,} tokens of {about['documents']:,} documents, {about['dtype']}{skipped}")
-    return 0

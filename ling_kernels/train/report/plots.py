@@ -4,7 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .report import FP8_FILE, METRICS, OPERANDS, read_lines
+from ..monitor import METRICS, OPERANDS
+from .lines import read_lines
+from .report import FP8_FILE
 
 TRAIN, VALID, GREY = "#2a6fbb", "#d1495b", "#8a8f98"  # colours
 LAST = 0.1  # share of the run, at its end, whose load the heatmap shows

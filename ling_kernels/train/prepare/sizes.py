@@ -1,8 +1,8 @@
 """Bytes of a run's checkpoints, which the check before a run and the plan count alike."""
 
-from ..model import LingConfig
-from .optimizer import bytes_per_weight
-from .settings import Settings
+from ...model import LingConfig
+from ..optimizer import bytes_per_weight
+from ..settings import Settings
 
 
 def layers_and_embeddings(config: LingConfig) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import BinaryIO
 
-from ...errors import InputError
+from ....errors import InputError
 from .options import Position, TextOptions
 
 PIECE = 1 << 20  # bytes read at a time, and characters above which a document is cut at a line end

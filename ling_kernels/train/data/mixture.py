@@ -14,8 +14,8 @@ from typing import Protocol
 
 import numpy as np
 
-from ..errors import InputError
-from .data import Batch, Piece, batch_of
+from ...errors import InputError
+from .packing import Batch, Piece, batch_of
 
 PERIOD = 1 << 16  # most rows in a period; finer weights are rounded to it
 

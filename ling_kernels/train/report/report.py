@@ -1,7 +1,5 @@
 """Reports of a run: metrics.jsonl, expert_load.jsonl, fp8.jsonl, samples.jsonl, a progress bar or lines."""
 
-import json
-import math
 import sys
 from collections import deque
 from collections.abc import Iterable
@@ -10,15 +8,13 @@ from pathlib import Path
 
 import torch
 
-from ..errors import InputError
-from ..files import atomic_write
-from ..model.config_json import is_integer
+from ...files import finite
+from ..validation import validation_line
+from .lines import open_lines
 from .loggers import open_loggers
-from .validation import validation_line
 
 FP8_FILE, SAMPLES = "fp8.jsonl", "samples.jsonl"
 SHOWN = 160  # characters of a sample that are printed during training
-METRICS, OPERANDS = ("underflow", "distortion"), ("x", "w", "dy", "xt", "dyt")  # of fp8.jsonl, see monitor.py
 
 
 @dataclass
@@ -142,71 +138,6 @@ def means(interval: Iterable[tuple[dict, float]]) -> dict[str, float]:
     sound = [r for r, _ in rows if "skipped" not in r] or [r for r, _ in rows]
     mean = {k: sum(r[k] for r in sound) / len(sound) for k in ("loss", "main_loss", "grad_norm")}
     return mean | {k: sum(r[k] * s for r, s in rows) / seconds for k in ("tokens_per_s", "mfu")}
-
-
-class Lines:
-    """A file of JSON lines to append to. Lines that cannot be written, as on a full disk, are kept until they can."""
-
-    def __init__(self, path: Path):
-        self.path, self.file = path, open(path, "ab", buffering=0)
-        self.unwritten, self.failed = b"", False
-
-    def write(self, record: dict) -> None:
-        self.unwritten += (json.dumps(record) + "\n").encode()
-        self.flush()
-
-    def flush(self) -> None:
-        try:
-            while self.unwritten:
-                self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
-            self.failed = False
-        except OSError as error:
-            if not self.failed:
-                print(
-                    f"warning: cannot write {self.path}: {error.strerror}; its lines are kept until it can", flush=True
-                )
-            self.failed = True
-
-    def close(self) -> None:
-        self.flush()
-        self.file.close()
-
-    def __enter__(self) -> "Lines":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
-
-
-def open_lines(path: Path, since: int) -> Lines:
-    """Open a file of JSON lines to append to. Keeps the lines of steps up to `since`; drops those that are damaged."""
-    kept = [json.dumps(row) + "\n" for row in read_lines(path) if row["step"] <= since]
-    try:
-        with atomic_write(path) as partial:
-            partial.write_text("".join(kept))
-        return Lines(path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from None
-
-
-def read_lines(path: Path) -> list[dict]:
-    """The records of a file of JSON lines, each with its step. Leaves out damaged lines, such as an incomplete last one
-    of a process that was killed."""
-    rows = []
-    if path.is_file():
-        for line in path.read_bytes().splitlines():
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(row, dict) and is_integer(row.get("step")):
-                rows.append(row)
-    return rows
-
-
-def finite(value):
-    """None instead of NaN and infinity, which JSON lacks."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def progress_bar(since: int, steps: int):

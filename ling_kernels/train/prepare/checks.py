@@ -3,10 +3,10 @@
 import math
 from dataclasses import fields
 
-from ..errors import InputError
-from ..model import LingConfig
-from .loggers import installed
-from .settings import Settings
+from ...errors import InputError
+from ...model import LingConfig
+from ..report.loggers import installed
+from ..settings import Settings
 
 MAX_THREADS = 4096  # OpenMP ends the process where it cannot start them
 

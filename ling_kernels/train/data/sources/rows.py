@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from ...errors import InputError
+from ....errors import InputError
 from .options import Position, TextOptions
 from .text import text_chunks
 

@@ -1,6 +1,6 @@
 """Small SVG drawings for report.html: line charts and a heatmap, coloured by the page's CSS classes.
 
-Nothing here needs a script to be read; html.py's script adds the values under the pointer, from `data-chart`.
+Nothing here needs a script to be read; page.js adds the values under the pointer, from `data-chart`.
 """
 
 import json

@@ -1,10 +1,9 @@
-"""report.html of a run, one file that needs nothing else: python -m ling_kernels.train.html RUN writes it again.
+"""report.html of a run, one file that needs nothing else: python -m ling_kernels.train.report RUN writes it again.
 
 Curves, load of the experts, health of FP8, samples, settings, starts of the process. All of it comes from the files in
 the run's folder, so that runs of any age, also those of a loop of one's own with a `Report`, have one.
 """
 
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from html import escape
@@ -13,14 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import InputError, Parser, command
-from ..files import atomic_write, read_json
-from .monitor import FP8Monitor
+from ...errors import InputError
+from ...files import atomic_write, read_json
+from ..monitor import METRICS, OPERANDS, FP8Monitor
+from ..prepare.threads import STARTS
+from ..settings import Settings
+from .lines import read_lines
 from .plots import recent_load, smooth
-from .report import FP8_FILE, METRICS, OPERANDS, SAMPLES, duration, read_lines
-from .settings import Settings
+from .report import FP8_FILE, SAMPLES, duration
 from .svg import LEVELS, Series, heatmap, line_chart, short
-from .threads import STARTS
 
 FILE = "report.html"
 VAL_NAMED = "val_loss/"  # before the name of a validation set, in metrics.jsonl
@@ -256,18 +256,3 @@ def in_words(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value))
     return "" if value is None else str(value)
-
-
-@command
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser("python -m ling_kernels.train.html", description="Write a run's report.html again.")
-    parser.add_argument("run", type=Path, help="the folder of a run")
-    run = parser.parse_args(argv).run
-    if not run.is_dir():
-        raise InputError(f"{run} is no folder")
-    print(write_html(run.resolve()))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

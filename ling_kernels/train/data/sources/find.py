@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ...errors import InputError
-from ...files import read_json, user_path
+from ....errors import InputError
+from ....files import read_json, user_path
 
 TEXT = (
     ".txt",

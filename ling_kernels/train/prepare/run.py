@@ -6,27 +6,25 @@ import os
 import shutil
 import tempfile
 import time
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from ..backend import why_not_forced
-from ..errors import InputError
-from ..files import LOCK, FolderLock, lock_folder, user_path
-from ..gpu import find_gpu
-from ..model import LingConfig
-from ..model.config import PRESETS
-from ..tokenizer import Tokenizer, load_tokenizer
-from . import checkpoint as ckpt
-from .changes import DATA_FOLDER, changes, new_data_folder, tokens_in
+from ...errors import InputError
+from ...files import LOCK, FolderLock, lock_folder, user_path
+from ...model import LingConfig
+from ...model.config import PRESETS
+from ...tokenizer import Tokenizer, load_tokenizer
+from .. import checkpoint as ckpt
+from ..changes import DATA_FOLDER, changes, new_data_folder, tokens_in
+from ..scaling import with_defaults
+from ..settings import Settings, from_json, plain_options, settings_of, to_json
 from .checks import check
+from .device import choose_device
 from .models import fits_vocabulary, model_config, model_name, own_tokenizer, with_end_token
-from .optimizer import bytes_per_weight
-from .scaling import with_defaults
-from .settings import Settings, from_json, plain_options, settings_of, to_json
-from .sizes import checkpoint_bytes, disk_bytes, layers_and_embeddings
+from .room import check_disk, check_memory
 from .threads import STARTS, began_elsewhere, free_cores
 
 
@@ -151,86 +149,6 @@ def absolute(name: str, value):
     return value
 
 
-def choose_device(settings: Settings) -> tuple[torch.device, str, torch.dtype]:
-    """Device, its name, and the precision of autocast (fp32: none)."""
-    gpu = torch.cuda.is_available()
-    if settings.device == "cuda" and not gpu:
-        raise InputError("--device cuda: torch finds no GPU here; --device cpu or auto trains on the CPU")
-    use = gpu and settings.device != "cpu"
-    if reason := why_not_forced(torch.device("cuda" if use else "cpu")):
-        raise InputError(reason)
-    if settings.precision == "fp8" and use:
-        refuse_without_fp8(
-            torch.cuda.get_device_name(), torch.cuda.get_device_capability(), os.environ.get("LING_BACKEND")
-        )
-    # auto is bf16 on GPUs alone: most CPUs are slower in bf16 than in fp32
-    bf16 = settings.precision in ("bf16", "fp8") or (settings.precision == "auto" and use)
-    name = torch.cuda.get_device_name() if use else "CPU"
-    return torch.device("cuda" if use else "cpu"), name, torch.bfloat16 if bf16 else torch.float32
-
-
-def refuse_without_fp8(gpu: str, capability: tuple[int, int], backend: str | None) -> None:
-    """Raise InputError for a GPU whose tensor cores lack FP8, unless the torch references are forced."""
-    if capability < (8, 9) and backend != "torch":
-        raise InputError(
-            f"--precision fp8: {gpu} has no FP8 (compute capability {'.'.join(map(str, capability))}, FP8 needs"
-            " 8.9 or more); --precision bf16 trains on it, and LING_BACKEND=torch emulates FP8, slowly"
-        )
-
-
-@contextmanager
-def deterministic():
-    """Equal runs give equal bits. Otherwise sums into one row run in any order, also on a CPU's threads."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, when it is first used
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # it only helps to find bugs, and takes time
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = fill
-
-
-def check_memory(config: LingConfig, settings: Settings, device: torch.device) -> None:
-    """Raise InputError where weights and optimizer alone exceed the device's memory."""
-    weights, need = config.num_parameters(mtp=True), needed_bytes(config, settings)
-    if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory
-    else:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if need > memory:
-        raise InputError(
-            f"{settings.model} does not fit: training {weights / 1e9:.1f} B parameters takes {need / 1e9:.0f} GB for"
-            f" weights and optimizer, the device has {memory / 1e9:.0f} GB;"
-            " python -m ling_kernels.plan train shows what takes it"
-        )
-
-
-def check_disk(config: LingConfig, s: Settings, folder: Path, step: int = 0) -> None:
-    """Raise InputError where the disk has no room for the checkpoints that the run keeps, one more that is being
-    written, and the exported model. Those that are there already count as free: others take their place."""
-    (number, need), one = disk_bytes(config, s, step), checkpoint_bytes(config, s)
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.absolute().parent
-    there = sum(file.stat().st_size for c in ckpt.list_checkpoints(folder) for file in c.iterdir())
-    free = shutil.disk_usage(folder).free
-    if need > free + there:
-        raise InputError(
-            f"{number} checkpoints of {one / 1e9:.1f} GB and the model at the end need {need / 1e9:.1f} GB, and the"
-            f" disk of {folder} has {(free + there) / 1e9:.1f} GB: try a smaller --keep or another --out"
-        )
-
-
-def needed_bytes(config: LingConfig, s: Settings) -> int:
-    """Bytes of weights, gradients and optimizer, and of FP8 weights that are kept."""
-    in_layers, in_embeddings = layers_and_embeddings(config)
-    options = s.optimizer, s.master, not s.step_in_backward
-    fp8_copy = 1 if s.precision == "fp8" and s.fp8_weights == "kept" else 0
-    return in_layers * (bytes_per_weight(*options) + fp8_copy) + in_embeddings * bytes_per_weight(*options, True)
-
-
 def latest_run(out: Path | None, model: str) -> Path | None:
     """The run that --resume auto resumes, if there is one with a checkpoint: `out`, or of the runs of `model` in runs/
     the one with the newest checkpoint, by the times in them. A time in the future is older than any other."""
@@ -286,27 +204,3 @@ def discard(run: Run) -> None:
         run.tokens.parent.rmdir()
     if run.new_folder:
         shutil.rmtree(run.folder)
-
-
-def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """Peak FLOP/s for the MFU, and its source: the data sheet for Hopper in bf16, otherwise a matrix product timed
-    now."""
-    if device.type == "cuda" and dtype == torch.bfloat16 and (gpu := find_gpu(torch.cuda.get_device_name(device))):
-        return gpu.bf16, f"{gpu.name} bf16 dense"
-    size, label = (8192, "GPU") if device.type == "cuda" else (1024, f"{torch.get_num_threads()} CPU threads")
-    return measured_flops(device, dtype, size), f"measured, {label}, {str(dtype)[6:]}"
-
-
-def measured_flops(device: torch.device, dtype: torch.dtype, size: int, repeats: int = 5) -> float:
-    """FLOP/s of the fastest of `repeats` products [size, size] x [size, size]."""
-    # Random data, since a GPU multiplies constants faster; an own generator, since the run's state must not change.
-    g = torch.Generator(device).manual_seed(0)
-    a, b = (torch.randn(size, size, generator=g, device=device, dtype=dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(repeats + 1):  # the first warms up and is never the fastest
-        start = time.perf_counter()
-        a @ b
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best

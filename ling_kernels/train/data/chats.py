@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import InputError
-from ..files import atomic_write
-from ..tokenizer import Tokenizer
+from ...errors import InputError
+from ...files import atomic_write
+from ...tokenizer import Tokenizer
 from .sources import reading
 from .token_files import DTYPES
 

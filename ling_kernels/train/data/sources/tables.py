@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ...errors import InputError
+from ....errors import InputError
 from .options import Position, TextOptions
 from .rows import checked
 from .text import reading

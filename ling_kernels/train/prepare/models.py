@@ -8,12 +8,12 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
-from ..files import user_path
-from ..model import LingConfig, resolve_model
-from ..model.config import PRESETS
-from ..tokenizer import Tokenizer, load_tokenizer
-from .settings import SIZES, Settings
+from ...errors import InputError
+from ...files import user_path
+from ...model import LingConfig, resolve_model
+from ...model.config import PRESETS
+from ...tokenizer import Tokenizer, load_tokenizer
+from ..settings import SIZES, Settings
 
 WEIGHT_FILES = ("*.safetensors*", "*.bin", "*.pt", "*.pth", "*.gguf")
 VOCABULARY = 128  # --vocab auto gives a multiple: FP8 blocks and tiles of lm_head and cross entropy have 128 columns

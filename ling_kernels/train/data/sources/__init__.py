@@ -8,7 +8,7 @@ import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from ...errors import InputError
+from ....errors import InputError
 from .find import SUFFIXES, find_files, kind_of
 from .options import DEFAULTS, Position, TextOptions
 from .rows import json_documents, jsonl_documents
