@@ -4,7 +4,9 @@ With p = softmax(logits) and one-hot targets y: dlogits = (p - y) / tokens, dx =
 tokens counts the targets that are not ignored.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,32 +76,52 @@ def linear_cross_entropy_ref_fwd(
     by_chunks(x, w, targets, loss, dx, dw, ignore_index, mean, chunk, False)
 
 
+class Products(NamedTuple):
+    """Products of rows [T, H] and the weight w [V, H], with fp32 sums and results."""
+
+    mm: Callable[[Tensor, Tensor], Tensor]
+    w: Tensor
+    narrow: bool  # factors stay bf16, where torch.mm can give fp32 sums of those
+
+    @classmethod
+    def of(cls, x: Tensor, w: Tensor, kernels: bool) -> "Products":
+        if kernels and x.dtype == w.dtype == torch.bfloat16 and mm_gives_fp32(x):
+            return cls(partial(torch.mm, out_dtype=torch.float32), w, True)
+        return cls(torch.mm, upcast(w), False)
+
+    def rows(self, x: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+        """x [T, H] as a factor, 0 where the target is ignored."""
+        return without_ignored(x if self.narrow else upcast(x), targets, ignore_index)
+
+    def add_(self, total: Tensor, a: Tensor, b: Tensor) -> None:
+        """total += a b."""
+        if self.narrow:
+            total += self.mm(a, b)
+        else:
+            total.addmm_(a, b)
+
+
 def by_chunks(x, w, targets, loss, dx, dw, ignore_index, mean, chunk, kernels) -> None:
-    # Products have fp32 sums and results; where torch.mm can give those of bf16 factors, the factors stay bf16.
-    narrow = kernels and x.dtype == w.dtype == torch.bfloat16 and mm_gives_fp32(x)
-    mm = partial(torch.mm, out_dtype=torch.float32) if narrow else torch.mm
-    x, w = (x, w) if narrow else (upcast(x), upcast(w))
+    products = Products.of(x, w, kernels)
     wants_dx, wants_dw = dx.ndim == 2, dw.ndim == 2
     wide_dw = torch.zeros_like(w, dtype=loss.dtype) if wants_dw else None
     losses = loss.new_empty(len(x))
     tokens = count_targets(targets, ignore_index) if mean else None
     for rows in map(slice, range(0, len(x), chunk), range(chunk, len(x) + chunk, chunk)):
         target, lse = targets[rows], torch.empty_like(losses[rows])
-        xs = without_ignored(x[rows], target, ignore_index)
+        xs = products.rows(x[rows], target, ignore_index)
         with torch.autocast(x.device.type, enabled=False):
-            logits = mm(xs, w.T)
+            logits = products.mm(xs, products.w.T)
             if kernels:
-                dlogits = torch.empty_like(logits, dtype=x.dtype) if narrow else logits
+                dlogits = torch.empty_like(logits, dtype=x.dtype) if products.narrow else logits
                 dlogits = dlogits if wants_dx or wants_dw else None
                 cross_entropy_fwd(logits, target, tokens, losses[rows], lse, dlogits, ignore_index)
             else:
                 losses[rows], dlogits = loss_and_gradient(logits, target, tokens, ignore_index)
             if wants_dx:
-                dx[rows] = mm(dlogits, w)
-            if wants_dw and narrow:
-                wide_dw += mm(dlogits.T, xs)
-            elif wants_dw:
-                wide_dw.addmm_(dlogits.T, xs)
+                dx[rows] = products.mm(dlogits, products.w)
+            if wants_dw:
+                products.add_(wide_dw, dlogits.T, xs)
     loss.copy_(losses.sum() if tokens is None else losses.sum() / tokens)
     if wants_dw:
         dw.copy_(wide_dw)

@@ -19,7 +19,7 @@ from ..errors import InputError
 from ..model import Ling
 from ..model.packing import IGNORE, Batch, pack, shift
 from ..nn import BatchLayout
-from ..ops.linear_cross_entropy import linear_cross_entropy
+from ..nn.linear import head_loss
 from .exchange import sum_of_squares
 from .pipeline_layout import PipelineLayout
 
@@ -94,7 +94,7 @@ class Stage(nn.Module):
         """The k-th loss of hidden states x [T, H], 0 the next token's: its share of the global loss, at its place in
         [3]."""
         targets = shift(labels, batch, k + 1, fill=IGNORE)
-        total = linear_cross_entropy(x, self.model[0].lm_head.weight, targets, reduction="sum")
+        total = head_loss(self.model[0].lm_head, x, targets)
         share = total / max(self.work.target_counts[k], 1) / (self.mtp_layers if k else 1)
         return torch.nn.functional.pad(share[None], (1, 1) if k else (0, 2))
 
