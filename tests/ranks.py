@@ -1,5 +1,6 @@
 """Processes that form a group on gloo, for tests of ling_kernels.parallel."""
 
+from contextlib import contextmanager
 from multiprocessing import set_forkserver_preload
 
 import torch
@@ -22,6 +23,16 @@ def in_group(rank, world, folder, checks):
 def run(folder, checks, world: int = 2) -> None:
     """Run check(rank, group) for each of `checks` in `world` processes."""
     processes.start_processes(in_group, (world, folder, checks), nprocs=world, start_method="forkserver")
+
+
+@contextmanager
+def group_of_one(folder):
+    """A group of this process alone, for kernels on the virtual GPU, which this process has."""
+    dist.init_process_group("gloo", f"file://{folder / 'store'}", rank=0, world_size=1)
+    try:
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
 
 
 def summed(t: torch.Tensor, group) -> torch.Tensor:

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from ling_kernels.backend import force
 from ling_kernels.errors import InputError
 from ling_kernels.model import Ling
 from ling_kernels.nn.fp8 import to_fp8
@@ -13,7 +14,8 @@ from ling_kernels.ops.attention import attention
 from ling_kernels.parallel.context import ChooseRows, SharedAttention, context_parallel_
 from ling_kernels.parallel.exchange import global_norm, shard_experts_, sum_counts_, sum_gradients_
 from ling_kernels.parallel.vocabulary import shard_vocabulary_
-from tests.ranks import run, summed
+from tests.cases import DEVICE, runs
+from tests.ranks import group_of_one, run, summed
 from tests.training import tiniest
 
 WORLD, B, L = 2, 2, 24
@@ -24,6 +26,20 @@ BOUNDS = [0, 5, 31, 32, 36, 48]
 
 def test_two_processes_equal_one(tmp_path):
     run(tmp_path, [rows_are_shared_out, attention_agrees, models_agree, misuse_is_one_line], WORLD)
+
+
+@pytest.mark.skipif(DEVICE == "cuda" or not runs("triton"), reason="for the virtual GPU")
+def test_kernels_give_the_references_values(tmp_path):
+    """Two pieces on one process: sequences without queries in a piece have keys there all the same."""
+    cu, q, k, v, dout = bounds([0, 3, 14, 16, 20]), *(torch.randn(20, h, 16) for h in (2, 1, 1, 2))
+    results = []
+    with group_of_one(tmp_path) as group, force("triton"):
+        for run_ in (lambda *heads: attention(*heads, cu)[0], lambda *heads: SharedAttention.apply(*heads, cu, group)):
+            heads = [t.clone().requires_grad_() for t in (q, k, v)]
+            out = run_(*heads)
+            results.append([out, *torch.autograd.grad(out, heads, dout)])
+    for want, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 def bounds(ends=BOUNDS):

@@ -1,6 +1,7 @@
 """Embedding and head divided by vocabulary over two processes, against one with all rows: losses, gradients, steps."""
 
 import copy
+import sys
 from dataclasses import replace
 
 import pytest
@@ -8,12 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ling_kernels.backend import force
 from ling_kernels.errors import InputError
 from ling_kernels.model import Ling
 from ling_kernels.ops.linear_cross_entropy import linear_cross_entropy
 from ling_kernels.parallel.exchange import global_norm, shard_experts_, sum_gradients_
 from ling_kernels.parallel.vocabulary import VocabularyEmbedding, shard_vocabulary_, vocabulary_cross_entropy
-from tests.ranks import run, summed
+from tests.cases import DEVICE, runs
+from tests.ranks import group_of_one, run, summed
 from tests.training import tiniest
 
 WORLD, V, H = 2, 96, 24
@@ -24,6 +27,26 @@ def test_two_processes_equal_one(tmp_path):
     checks = [losses_agree, rows_that_do_not_count, embeddings_agree, logits_agree, a_model_trains_as_on_one_process,
               misuse_is_one_line]  # fmt: skip
     run(tmp_path, checks, WORLD)
+
+
+@pytest.mark.skipif(DEVICE == "cuda" or not runs("triton"), reason="for the virtual GPU")
+@pytest.mark.parametrize("narrow", [False, True])
+def test_kernels_give_the_references_values(tmp_path, monkeypatch, narrow):
+    """narrow: the products of bf16 of a GPU, for which torch.mm lacks out_dtype on a CPU."""
+    x, w, targets = inputs(0, 11, torch.bfloat16 if narrow else torch.float32)
+    if narrow:
+        mm, file = torch.mm, sys.modules[linear_cross_entropy.__module__]
+        monkeypatch.setattr(file, "mm_gives_fp32", lambda x: True)
+        monkeypatch.setattr(torch, "mm", lambda a, b, out_dtype: mm(a.float(), b.float()))
+    with group_of_one(tmp_path) as group, force("triton"):
+        want, got = (
+            linear_cross_entropy(x, w, targets, reduction="sum"),
+            vocabulary_cross_entropy(x, w, targets, group, chunk=4),
+        )
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
+        grads = [torch.autograd.grad(loss, (x, w)) for loss in (want, got)]
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-2 if narrow else 1e-5, atol=1e-2 if narrow else 1e-6)
 
 
 def inputs(rank, T, dtype, requires_grad=True):
