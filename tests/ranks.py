@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
 
-set_forkserver_preload(["tests.training"])  # imported once, not by every process
+set_forkserver_preload(["tests.training", "ling_kernels.parallel.pipeline"])  # imported once, not by every process
 
 
 def in_group(rank, world, folder, checks):

@@ -169,6 +169,11 @@ class Ling(Fp32Buffers):
             states.append(h)
         return h, z
 
+    def pack(self, input_ids: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> Batch:
+        """The batch of `forward`'s arguments, with the rows of this device where several share it."""
+        batch = pack(input_ids, attention_mask, cu_seqlens, self.config.max_positions)
+        return batch if self.choose_rows is None else self.choose_rows(batch)
+
     def next_embeddings(self, batch: Batch, ahead: int) -> Tensor:
         """[T, H], or of this device's rows alone: embeddings of the tokens `ahead` in the same document; past its end
         token 0's, without gradient."""
@@ -205,14 +210,12 @@ class Ling(Fp32Buffers):
         Raises ValueError for mismatched shapes and types, for a mask of other values, and for sequences longer than
         config.max_positions.
         """
-        batch = pack(input_ids, attention_mask, cu_seqlens, self.config.max_positions)
+        batch = self.pack(input_ids, attention_mask, cu_seqlens)
         expect(labels is None or (labels.shape == input_ids.shape and labels.dtype == torch.int64),
                "labels as input_ids, int64", labels, input_ids)  # fmt: skip
         expect(target_counts is None or len(target_counts) >= 1 + len(self.mtp),
                "target_counts of the main loss and of each MTP layer", target_counts)  # fmt: skip
-        if self.choose_rows is not None:
-            batch = self.choose_rows(batch)
-            z_loss = None if z_loss is None else z_loss * batch.share  # a mean over this device's rows
+        z_loss = None if z_loss is None else z_loss * batch.share  # of a mean over this device's rows
         layout = BatchLayout(self.cos, self.sin, batch.here(batch.positions), batch.cu_seqlens)
         states = [] if output_hidden_states else None
         h, z = self.backbone(batch.here(batch.ids), layout, z_loss=z_loss, states=states)
