@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from ling_kernels.errors import InputError
+from ling_kernels.generate.cli import stop_token_ids
 from ling_kernels.model import Ling, load_model
 from ling_kernels.tokenizer import Tokenizer, byte_settings, load_tokenizer
-from ling_kernels.train import Settings, Trainer
+from ling_kernels.train import Settings, Trainer, cli
 from ling_kernels.train.__main__ import main
 from ling_kernels.train.corpus import open_corpus
 from ling_kernels.train.data import PackedWhole, best_fit, open_chats
@@ -288,6 +289,23 @@ def test_sft_by_command(tmp_path, small, capsys):
     prompt = tokenizer.encode(tokenizer.apply_chat_template([{"role": "user", "content": "q"}]), special=True)
     answer = model.generate(torch.tensor([prompt]), 12)[0, len(prompt) :]
     assert tokenizer.decode(answer).strip()
+
+
+@pytest.mark.parametrize("end", ["<|role_end|>", "<|endoftext|>", "</role>"])
+def test_a_sample_ends_with_its_turn(tmp_path, monkeypatch, end):
+    """Also where the chat template ends answers with another token than Ling's."""
+    template = CHATML.replace("<|role_end|>", "</role>") if end == "</role>" else None
+    tokenizer = tokenizer_with(template)
+    write_chats([chats_file(tmp_path, np.random.default_rng(0), 3)], tokenizer, tmp_path / "x.bin", "assistant")
+    held_out = open_chats([tmp_path / "x.bin"], 320, tokenizer.eos_id)
+    answer = iter([*b"tile", tokenizer.vocab[end], *b"past it"])
+    monkeypatch.setattr(cli, "sampler", lambda **options: lambda logits, ids: torch.tensor([next(answer)]))
+    model = Ling(tiniest())
+    model.init_weights(torch.Generator().manual_seed(0))
+    prompt, text = cli.sample(model, tokenizer, held_out, Settings(sample_tokens=9))
+    assert text == "tile" and prompt.endswith("<role>ASSISTANT</role>" if template is None else "<role>assistant\n")
+    (tmp_path / "generation_config.json").write_text("{}")
+    assert tokenizer.vocab[end] in stop_token_ids(model.config, tokenizer, tmp_path)
 
 
 def test_a_token_file_of_chats(tmp_path, text, capsys):

@@ -157,10 +157,13 @@ class Tokenizer:
             at[characters] = len(ids)
         return ids, [(a.message, at[a.start], at[a.end]) for a in answers]
 
-    def answer_end(self) -> int:
-        """The token with which the chat template ends an answer. Raises InputError if there is none."""
-        template, tokens = self._chat_format()
-        return self.control_tokens[end_of_answers(template, self.control_tokens, tokens)]
+    def ends(self) -> set[int]:
+        """The tokens that end a text: the end token, and where a chat template can be rendered that of its answers."""
+        try:
+            template, tokens = self._chat_format()
+            return {self.eos_id, self.control_tokens[end_of_answers(template, self.control_tokens, tokens)]}
+        except InputError:  # no template, one that ends answers with no token, or no jinja2
+            return {self.eos_id}
 
     def _chat_format(self) -> tuple[str, dict]:
         """The chat template, and the tokens that it may name."""
