@@ -280,18 +280,18 @@ def finish_run(trainer: Trainer, planner) -> None:
 
 
 def sample(model: Ling, tokenizer: Tokenizer, held_out: Documents, settings: Settings) -> tuple[str, str]:
-    """The beginning of a held-out document, and the model's continuation; both depend on the weights and the settings
-    alone. Without any text held out it continues the end token."""
+    """The beginning of a held-out document, and the model's continuation up to a token that ends a text or an answer;
+    both depend on the weights and the settings alone. Without any text held out it continues the end token."""
     starts = ([int(i) for i in beginning(held_out, d) if i != tokenizer.eos_id] for d in range(len(held_out)))
     prompt = next(filter(None, starts), [tokenizer.eos_id])
     ids = torch.tensor([prompt], device=next(model.parameters()).device)
     new = min(settings.sample_tokens, model.config.max_positions - len(prompt))
     choose = sampler(temperature=TEMPERATURE, seed=settings.seed)
-    training = model.training
+    ends, training = tokenizer.ends(), model.training
     model.eval()
-    tokens = [int(t) for t in model.stream(ids, new, choose=choose, eos_token_id=tokenizer.eos_id)]
+    tokens = [int(t) for t in model.stream(ids, new, choose=choose, eos_token_id=ends)]
     model.train(training)
-    prompt, tokens = ([t for t in ids if t != tokenizer.eos_id] for ids in (prompt, tokens))
+    prompt, tokens = [t for t in prompt if t != tokenizer.eos_id], [t for t in tokens if t not in ends]
     text = TextStream(tokenizer, prompt)
     return tokenizer.decode(prompt), "".join(map(text.add, tokens)) + text.end()
 

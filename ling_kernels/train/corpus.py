@@ -9,7 +9,7 @@ from pathlib import Path
 from ..errors import InputError
 from ..tokenizer import Tokenizer
 from .data import Documents, cut, describe, gather_tokens, hold_out, join, open_chats, packed_rows
-from .data.chats import is_chats, write_chats
+from .data.chats import chats_and_texts, write_chats
 from .data.mixture import Mixture, Rows, parse_sources, shares_of
 from .data.sources import find_files
 from .settings import Settings
@@ -92,10 +92,10 @@ def open_source(
     gather_tokens, an existing file is used as it is."""
     options, chat_cache = settings.text_options, cache.with_stem(f"{cache.stem}-chats")
     files = find_files(data, texts_may_be_gone=chat_cache.is_file() or cache.is_file()) if data is not None else []
-    chats = [path for path in files if is_chats(path, settings.text_field)]
+    chats, texts = chats_and_texts(files, options)
     rows, mapped = ([p for p in chats if (p.suffix == ".bin") == binary] for binary in (False, True))
     if rows and not chat_cache.is_file():
-        write_chats(rows, tokenizer, chat_cache, settings.train_on)
+        write_chats(rows, tokenizer, chat_cache, settings.train_on, options)
     if chat_cache.is_file():
         mapped.insert(0, chat_cache)
     if not mapped:
@@ -107,7 +107,6 @@ def open_source(
                              " begin later")  # fmt: skip
         warnings.warn(f"{longer:,} of {len(docs):,} conversations are longer than --seq-len {settings.seq_len} and lose"
                       " their ends", stacklevel=2)  # fmt: skip
-    texts = [str(path) for path in files if path not in chats]
     if texts or cache.is_file():
         return [gather_tokens(texts, tokenizer, vocab_size, cache, options), docs]
     return [docs]
