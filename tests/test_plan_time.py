@@ -16,7 +16,7 @@ from ling_kernels.plan.ranks import SINGLE_GPU, Rank
 from ling_kernels.plan.train import span, verdict
 from ling_kernels.plan.train_time import Work, layer, micro_batch, once, product, step_seconds, transfers
 from ling_kernels.train.optimizer import make_optimizer, to_masters
-from ling_kernels.train.prepare.sizes import checkpoint_bytes, disk_bytes
+from ling_kernels.train.prepare.sizes import checkpoint_bytes, checkpoints_at_once, disk_bytes
 from ling_kernels.train.settings import Settings
 
 GPU = Gpu("test", 1e9, 1e9, 1e12, 2e12, 1, 1e9)
@@ -137,9 +137,9 @@ def test_checkpoint_bytes_are_those_of_real_tensors(optimizer, master):
     assert checkpoint_bytes(config, s) == pytest.approx(weights + state, rel=0.03)
     one, exported = checkpoint_bytes(config, s), 2 * config.num_parameters(mtp=True)
     s = replace(s, steps=1000, save_every=100)
-    assert disk_bytes(config, replace(s, keep=3)) == (4, 4 * one + exported)
-    assert disk_bytes(config, replace(s, keep=0)) == (10, 10 * one + exported)
-    assert disk_bytes(config, replace(s, keep=3), step=900) == (1, one + exported)
+    assert disk_bytes(config, s, 4) == 4 * one + exported
+    assert checkpoints_at_once(replace(s, keep=3)) == (4, 6) and checkpoints_at_once(replace(s, keep=0)) == (10, 10)
+    assert checkpoints_at_once(replace(s, keep=3), step=900) == (1, 1)
 
 
 def test_the_verdict_looks_at_the_worst_load():
@@ -167,7 +167,7 @@ def test_what_is_printed(capsys):
     speed = float(re.search(r"^tokens/s .* ([\d,]+)$", out, re.M)[1].replace(",", ""))
     step = float(re.search(r"^step .* ([\d.]+) ms$", out, re.M)[1])
     assert speed == pytest.approx(1024 / step * 1000, rel=0.01)
-    assert "run, 0.000102 B tokens" in out and "for 1 of them and the exported model" in out
+    assert "run, 0.000102 B tokens" in out and "for 1 at once and the exported model" in out
     assert main([*argv, "--gpu-hour", "3"]) == 0
     out = capsys.readouterr().out
     hours = float(re.search(r"^1 B tokens .* ([\d.]+) min$", out, re.M)[1]) / 60

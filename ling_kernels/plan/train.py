@@ -12,6 +12,7 @@ from dataclasses import replace
 from torch._subclasses import FakeTensorMode
 
 from ..errors import InputError, Parser, command
+from ..files import format_bytes
 from ..gpu import HOPPER
 from ..model import LingConfig
 from ..nn.fp8 import FP8_ROWS
@@ -21,7 +22,7 @@ from ..train.cli import add_layout_flag
 from ..train.optimizer import to_masters
 from ..train.prepare.checks import check
 from ..train.prepare.models import model_config
-from ..train.prepare.sizes import checkpoint_bytes, disk_bytes
+from ..train.prepare.sizes import checkpoint_bytes, checkpoints_at_once, disk_bytes
 from ..train.scaling import with_defaults
 from ..train.settings import Settings, add_flags, settings_of
 from ..train.trainer import apply_fp8_and_recompute
@@ -178,8 +179,10 @@ def time_lines(
 
 def storage_lines(config: LingConfig, s: Settings, one_gpu: bool) -> list[str]:
     """Disk and host memory of the checkpoints, of all GPUs together."""
-    one, (number, disk) = checkpoint_bytes(config, s), disk_bytes(config, s)
-    all_of_them = f"{format_bytes(disk)} for {number} of them and the exported model"
+    one, (usual, most) = checkpoint_bytes(config, s), checkpoints_at_once(s)
+    all_of_them = f"{format_bytes(disk_bytes(config, s, usual))} for {usual} at once and the exported model"
+    if most > usual:
+        all_of_them += f"; for {most}, as after a stop, {format_bytes(disk_bytes(config, s, most))}"
     whose = "a checkpoint" if one_gpu else "a checkpoint of all GPUs together"
     return ["", f"{'disk':<12}{format_bytes(one):>10}  {whose}; {all_of_them}",
             f"{'host':<12}{format_bytes(one):>10}  at most, while a checkpoint is written"]  # fmt: skip
@@ -224,7 +227,3 @@ def padding_bytes(config: LingConfig, rows: int, recompute: str = "none", wgrad:
         return 0
     padded = padded_slots(rows, config.num_experts // ep)
     return FP8_BYTES * (padded - rows) * (config.hidden_size + config.moe_intermediate_size)
-
-
-def format_bytes(n: float) -> str:
-    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB" if n else "0"

@@ -178,14 +178,19 @@ def make_folder(out: str | Path | None, model: str, restart: bool) -> tuple[Path
     new = not folder.exists()
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--out {folder} is a file")
+    ckpt.expect_folder(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(path.name != LOCK for path in folder.iterdir()) and not (
             restart and (folder / "settings.json").is_file()
         ):
-            begun = (folder / "settings.json").is_file() and not ckpt.list_checkpoints(folder)
-            how = f"auto --out {folder} begins its run again" if begun else f"{folder} continues a run"
-            raise InputError(f"--out {folder} is not empty; --resume {how}")
+            if ckpt.list_checkpoints(folder):
+                remedy = f"--resume {folder} continues its run"
+            elif (folder / "settings.json").is_file():
+                remedy = f"--resume auto --out {folder} begins its run again"
+            else:
+                remedy = "name a new folder"
+            raise InputError(f"--out {folder} is not empty: {remedy}")
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise InputError(f"cannot write to {folder}: {error.strerror or error}") from None
