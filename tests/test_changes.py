@@ -59,6 +59,32 @@ def test_changes_take_effect_and_are_recorded(tmp_path, settings):
     assert json.loads((tmp_path / "run" / "settings.json").read_text())["lr"] == 2e-4
 
 
+def test_a_resumed_run_says_its_schedule(tmp_path, settings, capsys):
+    """And changes in words: what None stands for in the help, on and off."""
+    run_of(settings, tmp_path / "run", 3)
+    argv = [
+        "--resume",
+        str(tmp_path / "run"),
+        "--steps",
+        "6",
+        "--micro-batch",
+        "1",
+        "--step-in-backward",
+        "--batch",
+        "1",
+    ]
+    argv += ["--clip", "0", "--decay", "linear", "--decay-steps", "2", "--min-lr", "1e-4"]
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    assert (
+        out.count("\nschedule   lr 0.002, warm-up 2 steps, linear decay to 0.0001 over the last 2; batch 1 rows of 32")
+        == 1
+    )
+    assert "changed    micro-batch: the whole batch up to step 3, now 1" in out and "None" not in out
+    assert "changed    step-in-backward: off up to step 3, now on" in out
+    assert "<td>the whole batch</td><td>1</td>" in (tmp_path / "run" / "report.html").read_text()
+
+
 def test_a_resume_that_changes_nothing_records_nothing(tmp_path, settings):
     run_of(settings, tmp_path / "run", 1)
     trainer = Trainer.resume(tmp_path / "run", lr=settings.lr, data=settings.data)

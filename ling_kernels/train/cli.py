@@ -4,7 +4,6 @@ import argparse
 import os
 import shlex
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -47,7 +46,7 @@ def main(argv: Sequence[str] | None, planner) -> int:
             return planner.show(options, layout)
         if layout is not None:
             raise InputError(f"--layout {layout} is for --plan: training is on one GPU")
-        with deterministic(), interrupted_by_sigterm(), one_line_warnings():
+        with deterministic(), interrupted_by_sigterm():
             return run(options, planner)
     except KeyboardInterrupt:
         print("stopped before the first step; nothing was trained", file=sys.stderr)
@@ -59,17 +58,6 @@ def main(argv: Sequence[str] | None, planner) -> int:
         why = str(error).split(". ")[0]
         print(f"error: the GPU's memory is full, a smaller --micro-batch needs less: {why}", file=sys.stderr)
         return 1
-
-
-@contextmanager
-def one_line_warnings() -> Iterator[None]:
-    """Within it a warning is a line without its place in the source."""
-    before = warnings.formatwarning
-    warnings.formatwarning = lambda message, *place, **more: f"warning: {message}\n"
-    try:
-        yield
-    finally:
-        warnings.formatwarning = before
 
 
 def parser() -> Parser:

@@ -1,12 +1,11 @@
 """The data of a run: the sources that it trains on, their mixture, and the sets that it validates on."""
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-from ..errors import InputError
+from ..errors import InputError, warn
 from ..tokenizer import Tokenizer
 from .data import Documents, cut, describe, gather_tokens, hold_out, join, open_chats, packed_rows
 from .data.chats import is_chats, write_chats
@@ -105,8 +104,8 @@ def open_source(
         if not any(docs.trained(d)[1:].any() for d in range(len(docs))):
             raise InputError(f"no conversation has a token to train on within --seq-len {settings.seq_len}: its answers"
                              " begin later")  # fmt: skip
-        warnings.warn(f"{longer:,} of {len(docs):,} conversations are longer than --seq-len {settings.seq_len} and lose"
-                      " their ends", stacklevel=2)  # fmt: skip
+        warn(f"{longer:,} of {len(docs):,} conversations are longer than --seq-len {settings.seq_len} and lose"
+                      " their ends")  # fmt: skip
     texts = [str(path) for path in files if path not in chats]
     if texts or cache.is_file():
         return [gather_tokens(texts, tokenizer, vocab_size, cache, options), docs]

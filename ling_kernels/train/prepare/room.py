@@ -3,12 +3,11 @@
 import errno
 import os
 import shutil
-import warnings
 from pathlib import Path
 
 import torch
 
-from ...errors import InputError
+from ...errors import InputError, warn
 from ...files import format_bytes
 from ...model import LingConfig
 from .. import checkpoint as ckpt
@@ -51,8 +50,8 @@ def check_disk(config: LingConfig, s: Settings, folder: Path, step: int = 0) -> 
     if (least := disk_bytes(config, s, usual)) > free:
         raise InputError(f"{usual} checkpoints {one} need {format_bytes(least)}, and {has}: try a smaller --keep or"
                          " another --out")  # fmt: skip
-    warnings.warn(f"after a stop or unsound steps there may be {most} checkpoints {one}, which need"
-                  f" {format_bytes(need)}, and {has}", stacklevel=2)  # fmt: skip
+    warn(f"after a stop or unsound steps there may be {most} checkpoints {one}, which need"
+                  f" {format_bytes(need)}, and {has}")  # fmt: skip
 
 
 def why_read_only(folder: Path) -> str:

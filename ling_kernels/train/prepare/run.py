@@ -19,7 +19,7 @@ from ...model.config import PRESETS
 from ...tokenizer import Tokenizer, load_tokenizer
 from .. import checkpoint as ckpt
 from ..changes import DATA_FOLDER, changes, new_data_folder, tokens_in
-from ..scaling import with_defaults
+from ..scaling import schedule_line, with_defaults
 from ..settings import Settings, from_json, plain_options, settings_of, to_json
 from .checks import check
 from .device import choose_device
@@ -101,6 +101,7 @@ def resumed_run(resume: str | Path, options: dict, fall_back: bool = False) -> R
         tokens = tokens_in(folder, new_data_folder(state["step"], data_folder)), False
         shutil.rmtree(tokens[0].parent, ignore_errors=True)  # of a continuation that was given up
     run = Run(settings, config, tokenizer, *device, folder, lock, False, *tokens, None, checkpoint, state, changed)
+    run.notes = [schedule_line(settings)]
     return write_settings(run)
 
 
@@ -133,7 +134,9 @@ def absolute_changes(options: dict) -> dict:
 
 def absolute_paths(settings: Settings) -> Settings:
     names = ("data", "val_data", "tokenizer", "model")
-    return replace(settings, **{name: absolute(name, getattr(settings, name)) for name in names})
+    found = replace(settings, **{name: absolute(name, getattr(settings, name)) for name in names})
+    object.__setattr__(found, "from_recipe", settings.from_recipe)
+    return found
 
 
 def absolute(name: str, value):
