@@ -62,7 +62,7 @@ class Trainer:
         while trainer.progress.step < trainer.settings.steps:
             record = trainer.step()
             if record["step"] % 50 == 0:
-                print(record["step"], record["loss"], trainer.evaluate())
+                print(record["step"], record["loss"], trainer.evaluate()["val_loss"])
                 trainer.save()
         trainer.export("runs/mine/model")
         trainer = Trainer.resume("runs/mine", steps=400)  # later, perhaps in another process
@@ -193,11 +193,7 @@ class Trainer:
             raise Diverged(f"no sound loss and gradient in {progress.bad} steps up to {progress.step}", record)
         return record
 
-    def evaluate(self) -> float:
-        """Mean loss of the next token over the held-out rows, in nats."""
-        return self.validate()["val_loss"]
-
-    def validate(self) -> dict:
+    def evaluate(self) -> dict[str, float]:
         """val_loss, the mean loss of the next token in nats, and val_bpb, in bits per byte, of the held-out rows; and
         val_loss/NAME and val_bpb/NAME of each set of val_data and each source of a mixture."""
         with deterministic():
