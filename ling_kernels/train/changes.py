@@ -5,6 +5,7 @@ its own; rows are counted on, and the data of earlier steps stays in the run's f
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -17,6 +18,11 @@ def changes(before: Settings, after: Settings, step: int) -> list[dict]:
     """The settings that differ: for each the last step before the change, the name, the old and the new value."""
     pairs = [(f.name, getattr(before, f.name), getattr(after, f.name)) for f in fields(Settings)]
     return [dict(step=step, setting=name, old=old, new=new) for name, old, new in pairs if old != new]
+
+
+def first_value(name: str, record: Sequence[dict], now):
+    """A setting's value when the run began; now: its present one."""
+    return next((change["old"] for change in record if change["setting"] == name), now)
 
 
 def described(change: dict) -> str:

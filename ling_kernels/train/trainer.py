@@ -17,7 +17,7 @@ from ..model import Ling, load_model, save_model
 from ..nn.fp8 import to_fp8
 from ..ops.grad_norm import grad_norm
 from . import checkpoint as ckpt
-from .changes import DATA_FOLDER
+from .changes import DATA_FOLDER, first_value
 from .corpus import open_corpus
 from .data.mixture import Rows
 from .monitor import WINDOW, FP8Monitor, ceilings, spike, to_bf16
@@ -127,7 +127,9 @@ class Trainer:
         self.changes, new_data = run.changes, any(change["setting"] == "data" for change in run.changes)
         with deterministic():
             try:
-                self.corpus = open_corpus(s, self.tokenizer, self.config.vocab_size, run.tokens)
+                record = [*(run.state or {}).get("changes", []), *run.changes]
+                first = first_value("val_data", record, s.val_data) or ()
+                self.corpus = open_corpus(s, self.tokenizer, self.config.vocab_size, run.tokens, first)
                 self.training, self.held_out = self.corpus.training, self.corpus.held_out
                 self.data = self.corpus.about
                 if run.state and not new_data and run.state["data"] != self.data:
