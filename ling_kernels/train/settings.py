@@ -206,7 +206,9 @@ class Settings:
         "measurements in a row outside its band after which a layer switches to bf16; 0: it is only reported",
         least=0,
     )
-    threads: int | None = flag(None, "CPU threads", least=1, shown="one per core that is idle at the start")
+    threads: int | None = flag(
+        None, "CPU threads", least=1, shown="one per core that is idle at the start, or 1 if that is faster"
+    )
 
     from_recipe = frozenset[str]()  # of BY_SIZE those that were not given; no field: `replace` forgets it
 

@@ -48,6 +48,7 @@ class Run:
     state: dict | None = None  # the checkpoint's state.json
     changes: list[dict] = field(default_factory=list)  # of the settings, since that checkpoint
     notes: list[str] = field(default_factory=list)  # lines about the settings, for the user
+    try_threads: bool = False  # their number is not given, and one may be faster
 
 
 def new_run(settings: Settings, out: str | Path | None = None, restart: bool = False) -> Run:
@@ -56,6 +57,7 @@ def new_run(settings: Settings, out: str | Path | None = None, restart: bool = F
     config, weights = model_config(settings)
     settings, notes = with_defaults(settings, config, trained=weights is not None)
     check(settings, config)
+    any_threads = settings.threads is None
     settings, device = choose_device_and_threads(settings)
     tokenizer = load_tokenizer(settings.tokenizer or own_tokenizer(settings.model))
     fits_vocabulary(tokenizer, config, settings, weights)
@@ -65,6 +67,7 @@ def new_run(settings: Settings, out: str | Path | None = None, restart: bool = F
     folder, new = make_folder(out, settings.model, restart)
     lock = lock_folder(folder)
     run = Run(settings, config, tokenizer, *device, folder, lock, new, *tokens_of(folder), weights)
+    run.try_threads = any_threads and device[0].type == "cpu" and not settings.step_in_backward
     run.notes = [*notes, *end]
     if not weights and settings.model not in PRESETS:
         run.notes.insert(0, f"weights    random, as there are none in {settings.model}")
