@@ -4,7 +4,6 @@ import argparse
 import os
 import shlex
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,7 +19,7 @@ from . import checkpoint as ckpt
 from .changes import described
 from .data import Documents
 from .prepare import deterministic, latest_run, new_run, resumed_run
-from .profiling import StepProfiler
+from .profiling import StepProfiler, recorded
 from .report import SAMPLES, Report, open_lines
 from .report.page import write_html
 from .report.plots import draw
@@ -47,7 +46,7 @@ def main(argv: Sequence[str] | None, planner) -> int:
             return planner.show(options, layout)
         if layout is not None:
             raise InputError(f"--layout {layout} is for --plan: training is on one GPU")
-        with deterministic(), interrupted_by_sigterm(), one_line_warnings():
+        with deterministic(), interrupted_by_sigterm():
             return run(options, planner)
     except KeyboardInterrupt:
         print("stopped before the first step; nothing was trained", file=sys.stderr)
@@ -59,17 +58,6 @@ def main(argv: Sequence[str] | None, planner) -> int:
         why = str(error).split(". ")[0]
         print(f"error: the GPU's memory is full, a smaller --micro-batch needs less: {why}", file=sys.stderr)
         return 1
-
-
-@contextmanager
-def one_line_warnings() -> Iterator[None]:
-    """Within it a warning is a line without its place in the source."""
-    before = warnings.formatwarning
-    warnings.formatwarning = lambda message, *place, **more: f"warning: {message}\n"
-    try:
-        yield
-    finally:
-        warnings.formatwarning = before
 
 
 def parser() -> Parser:
@@ -162,7 +150,7 @@ def train(trainer: Trainer, report: Report) -> str | None:
     written; at another one training goes on, and tries again at the next."""
     s, progress = trainer.settings, trainer.progress
     saved: int | None = progress.step
-    profiler = StepProfiler(trainer.folder / "profile", progress.step, s.profile, s.steps, trainer.device)
+    profiler = profiler_of(trainer, report)
 
     @contextmanager
     def going_on() -> Iterator[None]:
@@ -194,7 +182,7 @@ def train(trainer: Trainer, report: Report) -> str | None:
             profiled = profiler.end(progress.step)
             validating = progress.step == s.steps or due(progress.step, s.eval_every)
             if validating:
-                record |= trainer.validate()
+                record |= trainer.evaluate()
             report.step(record, trainer.details)
             for line in profiled:
                 report.say(line)
@@ -216,6 +204,16 @@ def train(trainer: Trainer, report: Report) -> str | None:
             report.expert_load(progress.step)
             trainer.save()
     return received[0] if received else None
+
+
+def profiler_of(trainer: Trainer, report: Report) -> StepProfiler:
+    """Records --profile's steps once in a run, and again where a resumed run changes their number."""
+    s, folder, number = trainer.settings, trainer.folder / "profile", trainer.settings.profile
+    changed = any(change["setting"] == "profile" for change in trainer.changes)
+    if number and not changed and (steps := recorded(folder)):
+        report.say(f"profile    {steps} was recorded before, in {shown(folder)}; another --profile N records again")
+        number = 0
+    return StepProfiler(folder, trainer.progress.step, number, s.steps, trainer.device)
 
 
 def write_page(run: Path, say: Callable[[str], None] = print) -> Path | None:

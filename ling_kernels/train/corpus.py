@@ -1,12 +1,12 @@
 """The data of a run: the sources that it trains on, their mixture, and the sets that it validates on."""
 
-import warnings
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-from ..errors import InputError
+from ..errors import InputError, warn
 from ..tokenizer import Tokenizer
 from .data import Documents, cut, describe, gather_tokens, hold_out, join, open_chats, packed_rows
 from .data.chats import chats_and_texts, write_chats
@@ -59,8 +59,11 @@ class Corpus:
         return lines + [f"validation {v.name}: {v.targets:,} tokens to predict" for v in named]
 
 
-def open_corpus(settings: Settings, tokenizer: Tokenizer, vocab_size: int, cache: Path) -> Corpus:
-    """Open the run's data; text is tokenised into files beside `cache`. Raises InputError."""
+def open_corpus(
+    settings: Settings, tokenizer: Tokenizer, vocab_size: int, cache: Path, first_val_data: Sequence[str] | None = None
+) -> Corpus:
+    """Open the run's data; text is tokenised into files beside `cache`. first_val_data: the setting val_data with which
+    the run began, where a resumed run has changed it. Raises InputError."""
 
     def opened(data: Sequence[str] | None, stem: str) -> list[Documents]:
         return open_source(data, tokenizer, vocab_size, cache.with_stem(stem), settings)
@@ -78,11 +81,22 @@ def open_corpus(settings: Settings, tokenizer: Tokenizer, vocab_size: int, cache
         for name, docs, share in zip(names, parts, shares, strict=True)
     ]
     rows = Mixture([s.rows for s in sources], shares) if len(sources) > 1 else sources[0].rows
-    named = {name: opened([path], f"validation-{name}") for name, path in named_sets(settings.val_data or (), names)}
+    first = (settings.val_data if first_val_data is None else first_val_data) or ()
+    named = {
+        name: opened([path], validation_stem(name, path, first))
+        for name, path in named_sets(settings.val_data or (), names)
+    }
     held_out = [docs for s in sources for docs in s.held_out] or next(iter(named.values()))
     about = describe(join([docs for part in parts for docs in part]))
     training = join([docs for s in sources for docs in s.training])
     return Corpus(sources, rows, validation_sets(sources, named, settings), training, join(held_out), about)
+
+
+def validation_stem(name: str, path: str, first: Sequence[str]) -> str:
+    """The name of a set's token file. Sets of a resumed run have their path's checksum in it: the name may have stood
+    for another path before, and the run may go back to that checkpoint."""
+    stem = f"validation-{name}"
+    return stem if f"{name}={path}" in first else f"{stem}-{zlib.crc32(path.encode(errors='surrogateescape')):08x}"
 
 
 def open_source(
@@ -105,8 +119,8 @@ def open_source(
         if not any(docs.trained(d)[1:].any() for d in range(len(docs))):
             raise InputError(f"no conversation has a token to train on within --seq-len {settings.seq_len}: its answers"
                              " begin later")  # fmt: skip
-        warnings.warn(f"{longer:,} of {len(docs):,} conversations are longer than --seq-len {settings.seq_len} and lose"
-                      " their ends", stacklevel=2)  # fmt: skip
+        warn(f"{longer:,} of {len(docs):,} conversations are longer than --seq-len {settings.seq_len} and lose"
+                      " their ends")  # fmt: skip
     if texts or cache.is_file():
         return [gather_tokens(texts, tokenizer, vocab_size, cache, options), docs]
     return [docs]

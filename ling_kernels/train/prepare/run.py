@@ -19,7 +19,7 @@ from ...model.config import PRESETS
 from ...tokenizer import Tokenizer, load_tokenizer
 from .. import checkpoint as ckpt
 from ..changes import DATA_FOLDER, changes, new_data_folder, tokens_in
-from ..scaling import with_defaults
+from ..scaling import schedule_line, with_defaults
 from ..settings import Settings, from_json, plain_options, settings_of, to_json
 from .checks import check
 from .device import choose_device
@@ -48,6 +48,7 @@ class Run:
     state: dict | None = None  # the checkpoint's state.json
     changes: list[dict] = field(default_factory=list)  # of the settings, since that checkpoint
     notes: list[str] = field(default_factory=list)  # lines about the settings, for the user
+    try_threads: bool = False  # their number is not given, and one may be faster
 
 
 def new_run(settings: Settings, out: str | Path | None = None, restart: bool = False) -> Run:
@@ -56,6 +57,7 @@ def new_run(settings: Settings, out: str | Path | None = None, restart: bool = F
     config, weights = model_config(settings)
     settings, notes = with_defaults(settings, config, trained=weights is not None)
     check(settings, config)
+    any_threads = settings.threads is None
     settings, device = choose_device_and_threads(settings)
     tokenizer = load_tokenizer(settings.tokenizer or own_tokenizer(settings.model))
     fits_vocabulary(tokenizer, config, settings, weights)
@@ -65,6 +67,7 @@ def new_run(settings: Settings, out: str | Path | None = None, restart: bool = F
     folder, new = make_folder(out, settings.model, restart)
     lock = lock_folder(folder)
     run = Run(settings, config, tokenizer, *device, folder, lock, new, *tokens_of(folder), weights)
+    run.try_threads = any_threads and device[0].type == "cpu" and not settings.step_in_backward
     run.notes = [*notes, *end]
     if not weights and settings.model not in PRESETS:
         run.notes.insert(0, f"weights    random, as there are none in {settings.model}")
@@ -101,6 +104,7 @@ def resumed_run(resume: str | Path, options: dict, fall_back: bool = False) -> R
         tokens = tokens_in(folder, new_data_folder(state["step"], data_folder)), False
         shutil.rmtree(tokens[0].parent, ignore_errors=True)  # of a continuation that was given up
     run = Run(settings, config, tokenizer, *device, folder, lock, False, *tokens, None, checkpoint, state, changed)
+    run.notes = [schedule_line(settings)]
     return write_settings(run)
 
 
@@ -133,7 +137,9 @@ def absolute_changes(options: dict) -> dict:
 
 def absolute_paths(settings: Settings) -> Settings:
     names = ("data", "val_data", "tokenizer", "model")
-    return replace(settings, **{name: absolute(name, getattr(settings, name)) for name in names})
+    found = replace(settings, **{name: absolute(name, getattr(settings, name)) for name in names})
+    object.__setattr__(found, "from_recipe", settings.from_recipe)
+    return found
 
 
 def absolute(name: str, value):
@@ -178,14 +184,19 @@ def make_folder(out: str | Path | None, model: str, restart: bool) -> tuple[Path
     new = not folder.exists()
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--out {folder} is a file")
+    ckpt.expect_folder(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(path.name != LOCK for path in folder.iterdir()) and not (
             restart and (folder / "settings.json").is_file()
         ):
-            begun = (folder / "settings.json").is_file() and not ckpt.list_checkpoints(folder)
-            how = f"auto --out {folder} begins its run again" if begun else f"{folder} continues a run"
-            raise InputError(f"--out {folder} is not empty; --resume {how}")
+            if ckpt.list_checkpoints(folder):
+                remedy = f"--resume {folder} continues its run"
+            elif (folder / "settings.json").is_file():
+                remedy = f"--resume auto --out {folder} begins its run again"
+            else:
+                remedy = "name a new folder"
+            raise InputError(f"--out {folder} is not empty: {remedy}")
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise InputError(f"cannot write to {folder}: {error.strerror or error}") from None
