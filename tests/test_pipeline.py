@@ -12,7 +12,8 @@ from ling_kernels.errors import InputError
 from ling_kernels.model import Ling
 from ling_kernels.parallel.pipeline import MicroBatch, Pipeline
 from ling_kernels.parallel.pipeline_layout import PipelineLayout
-from ling_kernels.parallel.schedules import Action
+from ling_kernels.parallel.schedules import Action, schedule_order, step_text
+from ling_kernels.plan.simulate import Times, simulate
 from tests.training import tiniest
 
 WORLD, ROWS, LENGTH, MICRO = 2, 2, 24, 4
@@ -84,7 +85,15 @@ def a_pipeline_equals_one_process(name, rank):
         zero = torch.zeros(())
         totals += torch.stack([out.loss, out.main_loss, out.mtp_loss if mtp else zero, out.z_loss]).detach()
     pipeline = Pipeline(model, PipelineLayout.parse(layout), schedule, MICRO, (ROWS, LENGTH))
+    forwards = []
+    for s, stage in pipeline.stages.items():
+        stage.register_forward_hook(lambda m, a, kw, out, s=s: forwards.append((s, int(kw["index"]))), with_kwargs=True)
     record = pipeline.step(batches(), counts, Z)
+    order = schedule if isinstance(schedule, list) else schedule_order(schedule, WORLD, len(pipeline.ranks), MICRO)
+    steps = [event.step for event in simulate(order, [Times(1, 1, 1)] * len(pipeline.ranks)).events[rank]]
+    assert forwards == [a[1:] for step in steps for a in step if a.kind == "F"]  # what ran is what is simulated
+    run = [str(a) for a in pipeline.schedule.pipeline_order_with_comms[rank] if a.is_compute_op]
+    assert run == [step_text(step) for step in steps]
     if record is not None:
         assert rank == pipeline.ranks[-1]
         torch.testing.assert_close(torch.tensor([*record.values()]), totals, rtol=1e-5, atol=1e-6)

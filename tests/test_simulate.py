@@ -35,10 +35,11 @@ def test_the_halves_of_a_backward():
 
 def test_an_overlap_hides_the_shorter_of_both():
     alone, both = order("0F0 0B0 0F1 0B1"), order("0F0 (0F1;0B0)OVERLAP_F_B 0B1")
-    times = [Times(2, 3, 1, exchange=1.5)]
+    times = [Times(2, 3, 1, exchange=1.5, exchange_back=1.5)]
     assert simulate(alone, times).seconds == 2 * (2 + 4 + 3)
     assert simulate(both, times).seconds == 3.5 + 6 + 5.5  # computing 6 hides 3 of exchange
-    assert simulate(both, [Times(1, 1, 1, exchange=4)]).seconds == 5 + 8 + 6
+    assert simulate(both, times, overlap=False).seconds == simulate(alone, times).seconds
+    assert simulate(both, [Times(1, 1, 1, exchange=4, exchange_back=4)]).seconds == 5 + 8 + 6
 
 
 @pytest.mark.parametrize("p", [2, 4, 5])
@@ -76,7 +77,7 @@ def test_gpipe_and_breadth_first():
 
 def test_overlap_of_a_whole_schedule_is_never_slower():
     plain = schedule_order("Interleaved1F1B", 4, 8, 16)
-    times = [Times(1, 1, 1, exchange=0.4)] * 8
+    times = [Times(1, 1, 1, exchange=0.4, exchange_back=0.4)] * 8
     assert simulate(overlapped(plain), times).seconds < simulate(plain, times).seconds
 
 

@@ -19,19 +19,22 @@ class Times(NamedTuple):
     forward: float
     input_gradient: float
     weight_gradient: float
-    exchange: float = 0.0  # rows to and from experts on other GPUs, in the forward, and as long in the backward
+    exchange: float = 0.0  # of rows with experts on other GPUs, in the forward
+    exchange_back: float = 0.0  # in the backward, with the input's gradient
 
     def __add__(self, other: "Times") -> "Times":  # type: ignore[override]
         return Times(*(a + b for a, b in zip(self, other, strict=True)))
 
     def of(self, kind: str) -> float:
         """Of F, B, I or W, by itself."""
-        exchange = 0 if kind == "W" else self.exchange
-        return self.computing(kind) + exchange
+        return self.computing(kind) + self.sending(kind)
 
     def computing(self, kind: str) -> float:
-        forward, input_gradient, weight_gradient, _ = self
+        forward, input_gradient, weight_gradient, *_ = self
         return dict(F=forward, I=input_gradient, W=weight_gradient, B=input_gradient + weight_gradient)[kind]
+
+    def sending(self, kind: str) -> float:
+        return dict(F=self.exchange, I=self.exchange_back, W=0.0, B=self.exchange_back)[kind]
 
     @property
     def total(self) -> float:
@@ -75,11 +78,12 @@ class Timeline:
         return most
 
 
-def simulate(order: Order, times: Sequence[Times], transfer: float = 0.0) -> Timeline:
+def simulate(order: Order, times: Sequence[Times], transfer: float = 0.0, overlap: bool = True) -> Timeline:
     """Run an order. times: of each stage; transfer: of a stage's results to another rank.
 
     A forward and a backward that overlap take their computing together, or their exchanges where these are longer:
-    each hides the other's. Raises InputError for an order that stops.
+    each hides the other's. Without `overlap` they run one after the other, as torch's runtime runs them by default.
+    Raises InputError for an order that stops.
     """
     rank_of = {a.stage: r for r, row in enumerate(order) for step in row for a in step}
     events: list[list[Event]] = [[] for _ in order]
@@ -95,7 +99,7 @@ def simulate(order: Order, times: Sequence[Times], transfer: float = 0.0) -> Tim
                 if begin is None:
                     break
                 begin = max(begin, free[r])
-                free[r] = end = begin + duration(step, times)
+                free[r] = end = begin + duration(step, times, overlap)
                 for a in step:
                     done[gives(a)] = end
                 events[r].append(Event(begin, end, step))
@@ -118,8 +122,7 @@ def arrival(step: Step, rank: int, rank_of: dict, done: dict, transfer: float, s
     return latest
 
 
-def duration(step: Step, times: Sequence[Times]) -> float:
-    if len(step) == 1:
-        return times[step[0].stage].of(step[0].kind)
+def duration(step: Step, times: Sequence[Times], overlap: bool) -> float:
     computing = sum(times[a.stage].computing(a.kind) for a in step)
-    return max(computing, sum(times[a.stage].exchange for a in step))
+    sending = sum(times[a.stage].sending(a.kind) for a in step)
+    return max(computing, sending) if overlap and len(step) > 1 else computing + sending
