@@ -361,7 +361,7 @@ def _compiled(template: str):
         from jinja2.ext import Extension
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError:
-        raise InputError("a chat template needs jinja2: pip install ling_kernels[train]") from None
+        raise InputError("a chat template needs jinja2: pip install '.[train]'") from None
 
     class Generation(Extension):
         """{% generation %} ... {% endgeneration %} marks an answer for training; it renders as it is."""

@@ -259,7 +259,7 @@ def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
     try:
         import tokenizers
     except ImportError:
-        raise InputError(f"{file} needs the package tokenizers: pip install ling_kernels[train]") from None
+        raise InputError(f"{file} needs the package tokenizers: pip install '.[train]'") from None
     with reporting(f"{file} is not a tokenizer.json that tokenizers can read"):
         backend = tokenizers.Tokenizer.from_file(str(file))
     return Tokenizer(backend, settings)

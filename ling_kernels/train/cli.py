@@ -257,7 +257,7 @@ def finish_run(trainer: Trainer, planner) -> None:
     except InputError as error:
         raise NotSaved(f"{error}; the weights are in {ckpt.list_checkpoints(folder)[-1]}") from None
     try:
-        plots, no_plots = draw(folder, moe_layers(config)), "matplotlib is missing (pip install ling_kernels[train])"
+        plots, no_plots = draw(folder, moe_layers(config)), "matplotlib is missing (pip install '.[train]')"
     except OSError as error:
         plots, no_plots = [], str(error)
     if trainer.settings.sample_tokens:

@@ -17,7 +17,7 @@ def importing_pyarrow(path: Path):
     try:
         import pyarrow
     except ImportError:
-        raise InputError(f"{path} needs the package pyarrow: pip install ling_kernels[train]") from None
+        raise InputError(f"{path} needs the package pyarrow: pip install '.[train]'") from None
     try:
         with reading(path):
             yield pyarrow
