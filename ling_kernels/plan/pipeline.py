@@ -130,7 +130,8 @@ def solve(problem: Problem, options: argparse.Namespace) -> list[Result]:
     wanted = [(schedule, stages) for schedule, stages in wanted if name in (None, schedule)]
     if not wanted:
         raise InputError(f"--schedule {name} has another number of stages a rank than --vpp {options.vpp}")
-    return search(problem, wanted, options.losses_together, options.tries)
+    tail = problem.atoms.count("L") if options.losses_together else 1
+    return search(problem, wanted, tail, options.tries)
 
 
 def by_time(problem: Problem, layout: PipelineLayout, names: list[str]) -> list[Result]:
