@@ -15,9 +15,10 @@ from ..model import LingConfig
 from ..parallel.layout import Layout
 from ..parallel.pipeline_layout import PipelineLayout
 from ..parallel.schedules import read_csv, write_csv
+from ..train.flags import add_flags
 from ..train.prepare.models import model_config
 from ..train.scaling import with_defaults
-from ..train.settings import Settings, add_flags, settings_of
+from ..train.settings import Settings, settings_of
 from .search import CHOICES, TRIES, Problem, Result, candidates, search
 from .timeline import draw
 from .train import format_bytes, span
