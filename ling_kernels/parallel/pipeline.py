@@ -4,26 +4,31 @@ A stage passes on its hidden states [T, H] and the losses so far [3], main, MTP 
 routers' z-loss, and losses may be computed in several stages. All ranks have all micro batches. The embedding (E and
 m) and the head (several L) may be on several ranks, which then add up its gradient.
 
-torch's schedules run the stages; nothing else here depends on torch's private names.
+torch's runtime runs the stages in the order of schedules.py. Where that splits the backward, the weight gradients of
+linear layers and experts are computed later; all others belong to the first part.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage, schedules
+from torch.distributed.pipelining import PipelineStage
 
 from ..errors import InputError
 from ..model import Ling
 from ..model.packing import IGNORE, Batch, pack, shift
 from ..nn import BatchLayout
+from ..ops.deferred import deferring
 from ..ops.linear_cross_entropy import linear_cross_entropy
+from .deferred import defer_linear_
 from .exchange import sum_of_squares
 from .pipeline_layout import PipelineLayout
+from .schedules import Order, check, is_split, schedule_order, step_text
+from .torch_schedules import make_schedule
 
-SCHEDULES = ("Interleaved1F1B", "LoopedBFS", "1F1B", "GPipe")  # the last two have one stage a rank
 LOSSES = ("main_loss", "mtp_loss", "z_loss")
 
 
@@ -127,39 +132,43 @@ class Pipeline:
     Args:
       model: the whole model, equal on all ranks. In place, modules that this rank has no unit of become None, so that
         its parameters keep their names; make the optimizer afterwards.
-      schedule: one of SCHEDULES; the last two need as many stages as ranks.
+      schedule: a name among schedules.SCHEDULES, or an order of actions, which also says where the stages are.
       micro_batches: of a step. torch's Interleaved1F1B wants a multiple of the ranks.
       rows: (rows, seq_len) of each micro batch, whose sizes are fixed since buffers are made once.
       group: the ranks of the pipeline; default: all.
       precision: of autocast; fp32: none.
       device: where the model will be when it runs; default: where it is.
 
-    Raises InputError for a layout that is not the model's or does not fit the ranks.
+    Raises InputError for a layout that is not the model's, and for a schedule that does not fit it and the ranks.
     """
 
     def __init__(
-        self, model: Ling, layout: PipelineLayout, schedule: str, micro_batches: int, rows: tuple[int, int],
-        group: dist.ProcessGroup | None = None, precision: torch.dtype = torch.float32,
+        self, model: Ling, layout: PipelineLayout, schedule: str | Order, micro_batches: int,
+        rows: tuple[int, int], group: dist.ProcessGroup | None = None, precision: torch.dtype = torch.float32,
         device: torch.device | None = None,
     ):  # fmt: skip
         layout.check(model.config)
-        if schedule not in SCHEDULES:
-            raise InputError(f"--schedule {schedule}: it must be one of {', '.join(SCHEDULES)}")
         self.model, self.layout, self.group = model, layout, group or dist.group.WORLD
         self.size, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
-        self.ranks, self.micro_batches = layout.ranks(self.size), micro_batches
-        single = schedule in ("1F1B", "GPipe")
-        if single and len(self.ranks) != self.size:
-            raise InputError(f"--schedule {schedule} needs one stage a rank: {len(self.ranks)} on {self.size} ranks")
+        number = len(layout.stages)
+        if isinstance(schedule, str):
+            schedule = schedule_order(schedule, self.size, number, micro_batches)
+        self.ranks, self.micro_batches = check(schedule, self.size, number, micro_batches), micro_batches
         self.device = device = device or model.lm_head.weight.device
         self.residual = model.word_embeddings.weight.dtype
         self.shared = self.shared_groups()
         mine = [s for s, r in enumerate(self.ranks) if r == self.rank]
         self.stages = {s: Stage(model, layout, s, self.residual, precision) for s in mine}
         self.keep_own_units()
+        self.later: list[Callable[[], None]] = []  # weight gradients of the backward that has just run
+        self.split = is_split(schedule)
+        if self.split:
+            for module in (*model.layers, *model.mtp):
+                if module is not None:
+                    defer_linear_(module)
         parts = [self.torch_stage(s, stage, rows[0] * rows[1], device) for s, stage in self.stages.items()]
-        make = schedules.get_schedule_class(schedule)
-        self.schedule = make(parts[0] if single else parts, micro_batches, loss_fn=loss_of, scale_grads=False)
+        actions = [[step_text(step) for step in row] for row in schedule]
+        self.schedule = make_schedule(parts, actions, micro_batches, loss_of)
 
     def torch_stage(self, s: int, stage: Stage, T: int, device: torch.device) -> PipelineStage:
         """Sizes are given: else the runtime finds them by a forward on memory of any values, which counts tokens."""
@@ -173,7 +182,18 @@ class Pipeline:
         with torch.device("meta"):
             inputs = sent(s - 1) if s else (torch.empty(1, dtype=torch.int64),)
             outputs = sent(s) if s < last else (torch.empty(1, requires_grad=True),)
-        return PipelineStage(stage, s, last + 1, device, inputs, outputs, group=self.group)
+        builder = self.take_later if self.split else None
+        return PipelineStage(stage, s, last + 1, device, inputs, outputs, group=self.group, dw_builder=builder)
+
+    def take_later(self) -> Callable[[], None]:
+        """The weight gradients that are queued, as torch's runtime asks for them after each backward."""
+        taken, self.later[:] = [*self.later], []
+
+        def run() -> None:
+            for gradient in taken:
+                gradient()
+
+        return run
 
     def shared_groups(self) -> dict[str, dist.ProcessGroup]:
         """A process group for each weight that several ranks hold. All ranks of the pipeline make them together."""
@@ -219,9 +239,10 @@ class Pipeline:
             stage.work = work
         number = torch.arange(self.micro_batches)
         last, is_first = len(self.ranks) - 1 in self.stages, 0 in self.stages
-        self.schedule.step(
-            *((number,) if is_first else ()), index=number, target=number if last else None, return_outputs=False
-        )
+        with deferring(self.later) if self.split else nullcontext():
+            self.schedule.step(
+                *((number,) if is_first else ()), index=number, target=number if last else None, return_outputs=False
+            )
         for name, group in self.shared.items():
             p = self.model.get_parameter(name)
             if p.grad is None:

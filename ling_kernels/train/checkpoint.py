@@ -34,6 +34,13 @@ def checkpoint_folder(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:06d}"
 
 
+def expect_folder(run: Path) -> None:
+    """Raise InputError where RUN/checkpoints is something else than a folder."""
+    path = run / "checkpoints"
+    if os.path.lexists(path) and not path.is_dir():
+        raise InputError(f"{path} is not a folder, so {run} can have no checkpoints: move it away")
+
+
 def list_checkpoints(run: Path) -> list[Path]:
     """Oldest first, by step."""
     found = [p for p in (run / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
@@ -92,7 +99,8 @@ def locate(resume: str) -> tuple[Path, Path]:
     if re.fullmatch(r"step-\d+", path.name) and path.parent.name == "checkpoints" and path.is_dir():
         return path.parent.parent, path
     if not path.is_dir():
-        raise InputError(f"there is no run to resume at {resume}")
+        raise InputError(f"there is no run to resume at {resume}" + (", it is a file" if path.exists() else ""))
+    expect_folder(path)
     checkpoints = list_checkpoints(path)
     if not checkpoints:
         raise InputError(f"{resume} holds no checkpoint to resume from")

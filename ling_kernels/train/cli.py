@@ -22,7 +22,7 @@ from .changes import described
 from .data import Documents
 from .prepare import deterministic, latest_run, new_run, resumed_run
 from .prepare.checks import stages_of
-from .profiling import StepProfiler
+from .profiling import StepProfiler, recorded
 from .report import SAMPLES, NoReport, Report, open_lines
 from .report.page import write_html
 from .report.plots import draw
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None, planner) -> int:
             return planner.show(options, layout)
         if layout is not None:
             raise InputError(f"--layout {layout} is for --plan: give --dp, --ep and --pp")
-        with deterministic(), interrupted_by_sigterm(), one_line_warnings(), processes() as everyone:
+        with deterministic(), interrupted_by_sigterm(), processes() as everyone:
             return run(options, planner, everyone)
     except KeyboardInterrupt:
         print("stopped before the first step; nothing was trained", file=sys.stderr)
@@ -80,17 +80,6 @@ def processes() -> Iterator[Ranks]:
             print(f"error: {rank} waited in vain for another: {one_line(str(error))}", file=sys.stderr)
             os._exit(1)  # the groups cannot be taken down in order, as others wait in them
     stop()
-
-
-@contextmanager
-def one_line_warnings() -> Iterator[None]:
-    """Within it a warning is a line without its place in the source."""
-    before = warnings.formatwarning
-    warnings.formatwarning = lambda message, *place, **more: f"warning: {message}\n"
-    try:
-        yield
-    finally:
-        warnings.formatwarning = before
 
 
 def parser() -> Parser:
@@ -191,7 +180,7 @@ def train(trainer: Trainer, report: Report | NoReport) -> str | None:
     written; at another one training goes on, and tries again at the next."""
     s, progress = trainer.settings, trainer.progress
     saved: int | None = progress.step
-    profiler = StepProfiler(trainer.folder / "profile", progress.step, s.profile, s.steps, trainer.device)
+    profiler = profiler_of(trainer, report)
 
     @contextmanager
     def going_on() -> Iterator[None]:
@@ -223,7 +212,7 @@ def train(trainer: Trainer, report: Report | NoReport) -> str | None:
             profiled = profiler.end(progress.step)
             validating = progress.step == s.steps or due(progress.step, s.eval_every)
             if validating:
-                record |= trainer.validate()
+                record |= trainer.evaluate()
             report.step(record, trainer.details)
             for line in profiled:
                 report.say(line)
@@ -246,6 +235,16 @@ def train(trainer: Trainer, report: Report | NoReport) -> str | None:
             report.expert_load(progress.step)
             trainer.save()
     return next(filter(None, trainer.ranks.exchange(received[0] if received else None)), None)
+
+
+def profiler_of(trainer: Trainer, report: Report | NoReport) -> StepProfiler:
+    """Records --profile's steps of rank 0 once in a run, and again where a resumed run changes their number."""
+    s, folder, number = trainer.settings, trainer.folder / "profile", trainer.settings.profile * trainer.ranks.first
+    changed = any(change["setting"] == "profile" for change in trainer.changes)
+    if number and not changed and (steps := recorded(folder)):
+        report.say(f"profile    {steps} was recorded before, in {shown(folder)}; another --profile N records again")
+        number = 0
+    return StepProfiler(folder, trainer.progress.step, number, s.steps, trainer.device)
 
 
 def write_page(run: Path, say: Callable[[str], None] = print) -> Path | None:
@@ -295,7 +294,7 @@ def finish_run(trainer: Trainer, planner) -> None:
     if not trainer.ranks.first:
         return
     try:
-        plots, no_plots = draw(folder, moe_layers(config)), "matplotlib is missing (pip install ling_kernels[train])"
+        plots, no_plots = draw(folder, moe_layers(config)), "matplotlib is missing (pip install '.[train]')"
     except OSError as error:
         plots, no_plots = [], str(error)
     if text:
@@ -325,8 +324,8 @@ def sampled(trainer: Trainer) -> tuple[str, str] | None:
 def sample(
     model: Ling, tokenizer: Tokenizer, held_out: Documents, settings: Settings, ranks: Ranks | None = None
 ) -> tuple[str, str]:
-    """The beginning of a held-out document, and the model's continuation; both depend on the weights and the settings
-    alone. Without any text held out it continues the end token."""
+    """The beginning of a held-out document, and the model's continuation up to a token that ends a text or an answer;
+    both depend on the weights and the settings alone. Without any text held out it continues the end token."""
     starts = ([int(i) for i in beginning(held_out, d) if i != tokenizer.eos_id] for d in range(len(held_out)))
     prompt = next(filter(None, starts), [tokenizer.eos_id])
     ids = torch.tensor([prompt], device=next(model.parameters()).device)
@@ -336,11 +335,11 @@ def sample(
     def agreed(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         return ranks.from_first(lambda: choose(logits, ids))
 
-    training = model.training
+    ends, training = tokenizer.ends(), model.training
     model.eval()
-    tokens = [int(t) for t in model.stream(ids, new, choose=agreed, eos_token_id=tokenizer.eos_id)]
+    tokens = [int(t) for t in model.stream(ids, new, choose=agreed, eos_token_id=ends)]
     model.train(training)
-    prompt, tokens = ([t for t in ids if t != tokenizer.eos_id] for ids in (prompt, tokens))
+    prompt, tokens = [t for t in prompt if t != tokenizer.eos_id], [t for t in tokens if t not in ends]
     text = TextStream(tokenizer, prompt)
     return tokenizer.decode(prompt), "".join(map(text.add, tokens)) + text.end()
 

@@ -221,14 +221,19 @@ class Settings:
         "measurements in a row outside its band after which a layer switches to bf16; 0: it is only reported",
         least=0,
     )
-    threads: int | None = flag(None, "CPU threads", least=1, shown="one per core that is idle at the start")
+    threads: int | None = flag(
+        None, "CPU threads", least=1, shown="one per core that is idle at the start, or 1 if that is faster"
+    )
+
+    from_recipe = frozenset[str]()  # of BY_SIZE those that were not given; no field: `replace` forgets it
 
     def __post_init__(self):
         for f in fields(self):
             object.__setattr__(self, f.name, plain(f, getattr(self, f.name)))
-        for name in BY_SIZE:
-            if getattr(self, name) is None and name in self.recipe():
-                object.__setattr__(self, name, plain(FIELDS[name], self.recipe()[name]))
+        names = frozenset(name for name in BY_SIZE if getattr(self, name) is None and name in self.recipe())
+        object.__setattr__(self, "from_recipe", names)
+        for name in names:
+            object.__setattr__(self, name, plain(FIELDS[name], self.recipe()[name]))
         if self.fp8_transposed == "per_step":  # the old name, for one version
             object.__setattr__(self, "fp8_transposed", "kept")
 
@@ -302,11 +307,21 @@ FIELDS = {f.name: f for f in fields(Settings)}
 CHANGEABLE_ON_RESUME = {
     "data", "batch", "micro_batch", "lr", "warmup", "decay", "decay_steps", "min_lr", "weight_decay", "clip", "z_loss",
     "balance_rate", "steps", "eval_every", "save_every", "keep", "keep_every", "log_every", "max_bad_steps",
-    "sample_tokens", "sample_every", "profile", "wandb", "device", "threads", "dp", "ep", "pp",
-    "pipeline", "dist_timeout",
+    "sample_tokens", "sample_every", "profile", "wandb", "device", "threads", "val_data", "eval_rows",
+    "dp", "ep", "pp", "pipeline", "dist_timeout",
     "precision", "master", "recompute", "fp8_weights", "fp8_wgrad", "fp8_transposed", "fp8_scales", "fp8_watch",
     "fp8_fallback", "spike_loss", "spike_norm", "step_in_backward",
 }  # fmt: skip
+
+# Why a run keeps others. Those about the data change together with it: new data is read from its beginning.
+WHY_WITH_DATA = dict(
+    {name: "the run's texts are tokenised with it" for name in TEXT_SETTINGS},
+    holdout="it decides which documents are trained on", train_on="the run's chats are tokenised with it",
+)  # fmt: skip
+WHY_KEPT = WHY_WITH_DATA | dict(
+    seq_len="the run's position is a number of rows of that length", seed="the order of the data follows from it",
+    optimizer="another one has other states",
+)  # fmt: skip
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -343,17 +358,18 @@ def settings_of(options: dict, saved: dict | None = None) -> Settings:
     if options.get("fp8_transposed") == "per_step":
         print("warning: --fp8-transposed per_step is deprecated and means kept", file=sys.stderr)
     if saved is None:
-        return Settings(**(Settings(**options).recipe() | options))
+        recipe = {k: v for k, v in Settings(**options).recipe().items() if k not in BY_SIZE}
+        return Settings(**(recipe | options))
     before = from_json(saved)
     options = {name: value for name, value in options.items() if value is not None or name not in BY_SIZE}
     new_data = options.get("data", before.data) != before.data
-    changeable = {*CHANGEABLE_ON_RESUME, *(TEXT_SETTINGS if new_data else ())}
+    changeable = {*CHANGEABLE_ON_RESUME, *(WHY_WITH_DATA if new_data else ())}
     for name, value in options.items():
         if name not in changeable and value != getattr(before, name):
-            flag = f"--{name.replace('_', '-')}"
-            raise InputError(
-                f"{name} is {getattr(before, name)!r} in the run to resume and {value!r} here: leave {flag} out"
-            )
+            flag, why = f"--{name.replace('_', '-')}", WHY_KEPT.get(name, "it belongs to the run's weights")
+            remedy = "change it together with --data, or " if name in WHY_WITH_DATA else ""
+            raise InputError(f"{name} is {getattr(before, name)!r} in the run to resume and {value!r} here, but {why}:"
+                             f" {remedy}leave {flag} out")  # fmt: skip
     if options.get("pp", before.pp) != before.pp:  # the layout is of the old number of processes
         options.setdefault("pipeline", None)
     after = replace(before, **options)

@@ -4,7 +4,7 @@ import os
 import re
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from math import isfinite
 from pathlib import Path
@@ -19,13 +19,15 @@ from ..parallel.pipeline import LOSSES, MicroBatch, Pipeline
 from ..parallel.ranks import Ranks
 from ..parallel.shares import Shares
 from . import checkpoint as ckpt
-from .changes import DATA_FOLDER
+from .changes import DATA_FOLDER, first_value
 from .corpus import open_corpus
 from .data.mixture import Rows
 from .monitor import WINDOW, FP8Monitor, ceilings, spike, to_bf16
 from .optimizer import StepInBackward, clipped_step, make_optimizer, to_masters
 from .prepare import Run, deterministic, discard, new_run, peak_flops, resumed_run
 from .prepare.checks import stages_of
+from .prepare.run import write_settings
+from .prepare.threads import faster_threads
 from .report import FP8_FILE, Details, read_lines
 from .saving import Writer, count_sound, kept, room_for_copy, size_of, snapshot, write
 from .schedule import learning_rate, rows_at
@@ -65,7 +67,7 @@ class Trainer:
         while trainer.progress.step < trainer.settings.steps:
             record = trainer.step()
             if record["step"] % 50 == 0:
-                print(record["step"], record["loss"], trainer.evaluate())
+                print(record["step"], record["loss"], trainer.evaluate()["val_loss"])
                 trainer.save()
         trainer.export("runs/mine/model")
         trainer = Trainer.resume("runs/mine", steps=400)  # later, perhaps in another process
@@ -131,8 +133,10 @@ class Trainer:
         self.changes, new_data = run.changes, any(change["setting"] == "data" for change in run.changes)
         with deterministic():
             try:
+                record = [*(run.state or {}).get("changes", []), *run.changes]
+                first = first_value("val_data", record, s.val_data) or ()
                 self.corpus = ranks.in_turn(
-                    lambda: open_corpus(s, self.tokenizer, self.config.vocab_size, run.tokens, ranks.dp)
+                    lambda: open_corpus(s, self.tokenizer, self.config.vocab_size, run.tokens, first, ranks.dp)
                 )
                 self.training, self.held_out = self.corpus.training, self.corpus.held_out
                 self.data = self.corpus.about
@@ -143,6 +147,8 @@ class Trainer:
                 self.notes = [*run.notes, *apply_fp8_and_recompute(self.model, s)]
                 self.shares = Shares(self.model, ranks, partial(make_pipeline, self.model, run))
                 self.model.to(self.device)
+                if run.try_threads:
+                    s = self.settings = self._with_faster_threads(run)
             except BaseException:  # also Ctrl-C
                 discard(run)
                 raise
@@ -165,6 +171,21 @@ class Trainer:
         self.in_backward = StepInBackward(self.model, self.optimizer) if s.step_in_backward else None
         earlier = [row for row in read_lines(self.folder / FP8_FILE) if row["step"] <= self.progress.step]
         self.monitor = FP8Monitor(self.model, s.fp8_watch, s.fp8_fallback, earlier)
+
+    def _with_faster_threads(self, run: Run) -> Settings:
+        """The settings with 1 thread where that is faster in a trial, which leaves the model as it was."""
+        s, model = run.settings, self.model
+        rows = s.micro_batch or s.batch
+
+        def one_pass() -> None:
+            accumulate_gradients(model, self.corpus.rows, 0, rows, s, self.device, self.precision)
+            model.zero_grad()
+            model.balance_(0.0)  # clears the counts
+
+        threads, line = faster_threads(one_pass, s.threads, s.steps * s.batch // rows)
+        run.settings = replace(s, threads=threads)
+        self.notes += [line] if line else []
+        return write_settings(run).settings
 
     def step(self) -> dict:
         """Train on the next global batch and return its record, the line of metrics.jsonl:
@@ -203,11 +224,7 @@ class Trainer:
             raise Diverged(f"no sound loss and gradient in {progress.bad} steps up to {progress.step}", record)
         return record
 
-    def evaluate(self) -> float:
-        """Mean loss of the next token over the held-out rows, in nats."""
-        return self.validate()["val_loss"]
-
-    def validate(self) -> dict:
+    def evaluate(self) -> dict[str, float]:
         """val_loss, the mean loss of the next token in nats, and val_bpb, in bits per byte, of the held-out rows; and
         val_loss/NAME and val_bpb/NAME of each set of val_data and each source of a mixture."""
         with deterministic():

@@ -9,14 +9,13 @@ with different tokenizers. The definition is that of The Pile (arXiv 2101.00027,
 import json
 import math
 import re
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from ..errors import InputError
+from ..errors import InputError, warn
 from ..parallel.pipeline import MicroBatch
 from ..parallel.ranks import Ranks
 from ..parallel.shares import Shares
@@ -46,8 +45,8 @@ def validation_set(
     found = ValidationSet(name, validation_batches(parts, settings, dp), share)
     if (targets := found.targets) < FEW:
         which = "what is held out" if name is None else name
-        warnings.warn(f"validation: {which} has only {targets} tokens to predict; the loss of fewer than {FEW:,} says"
-                      " little", stacklevel=2)  # fmt: skip
+        warn(f"validation: {which} has only {targets} tokens to predict; the loss of fewer than {FEW:,} says"
+                      " little")  # fmt: skip
     return found
 
 

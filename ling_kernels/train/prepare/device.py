@@ -59,7 +59,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     now."""
     if device.type == "cuda" and dtype == torch.bfloat16 and (gpu := find_gpu(torch.cuda.get_device_name(device))):
         return gpu.bf16, f"{gpu.name} bf16 dense"
-    size, label = (8192, "GPU") if device.type == "cuda" else (1024, f"{torch.get_num_threads()} CPU threads")
+    threads = torch.get_num_threads()
+    size, label = (8192, "GPU") if device.type == "cuda" else (1024, f"{threads} CPU thread{'s' * (threads > 1)}")
     return measured_flops(device, dtype, size), f"measured, {label}, {str(dtype)[6:]}"
 
 

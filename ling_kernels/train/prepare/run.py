@@ -21,7 +21,7 @@ from ...parallel.ranks import Ranks, start
 from ...tokenizer import Tokenizer, load_tokenizer
 from .. import checkpoint as ckpt
 from ..changes import DATA_FOLDER, changes, new_data_folder, tokens_in
-from ..scaling import with_defaults
+from ..scaling import schedule_line, with_defaults
 from ..settings import Settings, from_json, plain_options, settings_of, to_json
 from .checks import check, check_parallel
 from .device import choose_device
@@ -50,6 +50,7 @@ class Run:
     state: dict | None = None  # the checkpoint's state.json
     changes: list[dict] = field(default_factory=list)  # of the settings, since that checkpoint
     notes: list[str] = field(default_factory=list)  # lines about the settings, for the user
+    try_threads: bool = False  # their number is not given, and one may be faster
     ranks: Ranks = field(default_factory=Ranks)
 
 
@@ -59,7 +60,7 @@ def new_run(settings: Settings, out: str | Path | None = None, restart: bool = F
     config, weights = model_config(settings)
     settings, notes = with_defaults(settings, config, trained=weights is not None)
     check(settings, config)
-    ranks = arrange(settings, config)
+    ranks, any_threads = arrange(settings, config), settings.threads is None
     settings, device = choose_device_and_threads(settings, ranks)
     tokenizer = load_tokenizer(settings.tokenizer or own_tokenizer(settings.model))
     fits_vocabulary(tokenizer, config, settings, weights)
@@ -70,6 +71,7 @@ def new_run(settings: Settings, out: str | Path | None = None, restart: bool = F
     with ranks.agreed():
         lock = lock_folder(folder) if ranks.first else None
     run = Run(settings, config, tokenizer, *device, folder, lock, new, *tokens_of(folder), weights, ranks=ranks)
+    run.try_threads = any_threads and device[0].type == "cpu" and not settings.step_in_backward and ranks.size == 1
     run.notes = [*notes, *end]
     if not weights and settings.model not in PRESETS:
         run.notes.insert(0, f"weights    random, as there are none in {settings.model}")
@@ -113,6 +115,7 @@ def resumed_run(resume: str | Path, options: dict, fall_back: bool = False) -> R
         settings, config, tokenizer, *device, folder, lock, False, *tokens, None, checkpoint, state, changed,
         ranks=ranks,
     )  # fmt: skip
+    run.notes = [schedule_line(settings)]
     return write_settings(run)
 
 
@@ -160,7 +163,9 @@ def absolute_changes(options: dict) -> dict:
 
 def absolute_paths(settings: Settings) -> Settings:
     names = ("data", "val_data", "tokenizer", "model")
-    return replace(settings, **{name: absolute(name, getattr(settings, name)) for name in names})
+    found = replace(settings, **{name: absolute(name, getattr(settings, name)) for name in names})
+    object.__setattr__(found, "from_recipe", settings.from_recipe)
+    return found
 
 
 def absolute(name: str, value):
@@ -205,14 +210,19 @@ def make_folder(out: str | Path | None, model: str, restart: bool) -> tuple[Path
     new = not folder.exists()
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--out {folder} is a file")
+    ckpt.expect_folder(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(path.name != LOCK for path in folder.iterdir()) and not (
             restart and (folder / "settings.json").is_file()
         ):
-            begun = (folder / "settings.json").is_file() and not ckpt.list_checkpoints(folder)
-            how = f"auto --out {folder} begins its run again" if begun else f"{folder} continues a run"
-            raise InputError(f"--out {folder} is not empty; --resume {how}")
+            if ckpt.list_checkpoints(folder):
+                remedy = f"--resume {folder} continues its run"
+            elif (folder / "settings.json").is_file():
+                remedy = f"--resume auto --out {folder} begins its run again"
+            else:
+                remedy = "name a new folder"
+            raise InputError(f"--out {folder} is not empty: {remedy}")
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise InputError(f"cannot write to {folder}: {error.strerror or error}") from None
