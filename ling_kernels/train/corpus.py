@@ -60,10 +60,18 @@ class Corpus:
 
 
 def open_corpus(
-    settings: Settings, tokenizer: Tokenizer, vocab_size: int, cache: Path, first_val_data: Sequence[str] | None = None
+    settings: Settings,
+    tokenizer: Tokenizer,
+    vocab_size: int,
+    cache: Path,
+    first_val_data: Sequence[str] | None = None,
+    dp: int = 1,
 ) -> Corpus:
-    """Open the run's data; text is tokenised into files beside `cache`. first_val_data: the setting val_data with which
-    the run began, where a resumed run has changed it. Raises InputError."""
+    """Open the run's data; text is tokenised into files beside `cache`. Raises InputError.
+
+    first_val_data: the setting val_data with which the run began, where a resumed run has changed it. dp: processes
+    that share a step's rows, of which none takes more at once in a validation than in a step.
+    """
 
     def opened(data: Sequence[str] | None, stem: str) -> list[Documents]:
         return open_source(data, tokenizer, vocab_size, cache.with_stem(stem), settings)
@@ -89,7 +97,7 @@ def open_corpus(
     held_out = [docs for s in sources for docs in s.held_out] or next(iter(named.values()))
     about = describe(join([docs for part in parts for docs in part]))
     training = join([docs for s in sources for docs in s.training])
-    return Corpus(sources, rows, validation_sets(sources, named, settings), training, join(held_out), about)
+    return Corpus(sources, rows, validation_sets(sources, named, settings, dp), training, join(held_out), about)
 
 
 def validation_stem(name: str, path: str, first: Sequence[str]) -> str:
@@ -139,17 +147,17 @@ def rows_of(parts: list[Documents], settings: Settings) -> Rows:
 
 
 def validation_sets(
-    sources: list[Source], named: dict[str, list[Documents]], settings: Settings
+    sources: list[Source], named: dict[str, list[Documents]], settings: Settings, dp: int
 ) -> list[ValidationSet]:
     """What each source has held out, and the named sets. val_loss is the mixture's, or without any held-out document
     the first named set's."""
     sets = [
-        validation_set(s.name if len(sources) > 1 else None, s.held_out, settings, s.share)
+        validation_set(s.name if len(sources) > 1 else None, s.held_out, settings, s.share, dp)
         for s in sources
         if s.held_out
     ]
     for name, docs in named.items():
-        sets.append(validation_set(name, docs, settings, 0.0 if sets else 1.0))
+        sets.append(validation_set(name, docs, settings, 0.0 if sets else 1.0, dp))
     return sets
 
 
