@@ -7,14 +7,13 @@ and one tensor, besides the pages of a shard that the system maps.
 
 import os
 import re
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, warn
 from ..files import atomic_write, user_path
 from ..nn.fp8 import Fp8Linear, fits, to_fp8
 from ..nn.fp8_inference import SCALES, quantize_for_inference_
@@ -148,7 +147,7 @@ def _check_unused(folder: Path, files: dict[str, Path], used: set[str]) -> None:
         if module in modules or ("scale" in name and module in parents):
             raise InputError(f"{files[key]}: {key} is not used, and the weights beside it would be wrong without it")
     if unused:
-        warnings.warn(f"{folder}: {len(unused)} tensors are not used, the first is {unused[0]}", stacklevel=3)
+        warn(f"{folder}: {len(unused)} tensors are not used, the first is {unused[0]}")
 
 
 def save_model(
