@@ -79,11 +79,11 @@ def test_a_resumed_run_says_its_schedule(tmp_path, settings, capsys):
     assert main(argv) == 0
     out = capsys.readouterr().out
     assert (
-        out.count("\nschedule   lr 0.002, warm-up 2 steps, linear decay to 0.0001 over the last 2; batch 1 rows of 32")
+        out.count("\nschedule   lr 0.002, warm-up 2 steps, linear decay to 0.0001 over the last 2; batch 1 row of 32")
         == 1
     )
-    assert "changed    micro-batch: the whole batch up to step 3, now 1" in out and "None" not in out
-    assert "changed    step-in-backward: off up to step 3, now on" in out
+    assert "changed    micro-batch: 1 from step 4 on; before: the whole batch\n" in out and "None" not in out
+    assert "changed    step-in-backward: on from step 4 on; before: off\n" in out
     assert "<td>the whole batch</td><td>1</td>" in (tmp_path / "run" / "report.html").read_text()
 
 
@@ -110,7 +110,7 @@ def test_other_data_is_read_from_its_beginning(tmp_path, settings, capsys):
     assert main(["--resume", str(tmp_path / "run" / "checkpoints" / "step-000002"), "--steps", "3", "--data",
                  str(tmp_path / "other.txt"), "--lr", "1e-3"]) == 0  # fmt: skip
     shown = capsys.readouterr().out
-    assert "changed    lr: 0.002 up to step 2, now 0.001" in shown and "other.txt" in shown
+    assert "changed    lr: 0.001 from step 3 on; before: 0.002\n" in shown and "other.txt" in shown
 
 
 def test_validation_sets_may_change(tmp_path, settings):

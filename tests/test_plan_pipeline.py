@@ -64,7 +64,7 @@ def test_the_search_finds_the_best_of_all_layouts(schedule):
     best = min(problem.score(cuts, schedule) for cuts in every)
     found = search(problem, [(schedule, 3)], tries=150)[0]
     assert found.timeline.seconds == best
-    together = search(problem, [(schedule, 3)], losses_together=True, tries=150)[0]
+    together = search(problem, [(schedule, 3)], tail=2, tries=150)[0]
     assert together.layout.stages[-1].endswith("L") and "L" not in "".join(together.layout.stages[:-1])
 
 

@@ -19,10 +19,10 @@ from torch.distributed.pipelining import PipelineStage
 
 from ..errors import InputError
 from ..model import Ling
-from ..model.packing import IGNORE, Batch, pack, shift
+from ..model.packing import IGNORE, Batch, shift
 from ..nn import BatchLayout
+from ..nn.linear import head_loss
 from ..ops.deferred import deferring
-from ..ops.linear_cross_entropy import linear_cross_entropy
 from .deferred import defer_linear_
 from .exchange import sum_of_squares
 from .pipeline_layout import PipelineLayout
@@ -84,8 +84,9 @@ class Stage(nn.Module):
         """`forward` in the precision of the caller."""
         model, work, number = self.model[0], self.work, int(index)
         ids, cu_seqlens, labels = work.micro_batches[number]
-        batch = pack(ids, None, cu_seqlens, model.config.max_positions)
-        rows = BatchLayout(model.cos, model.sin, batch.positions, batch.cu_seqlens)
+        batch = model.pack(ids, None, cu_seqlens)
+        rows = BatchLayout(model.cos, model.sin, batch.here(batch.positions), batch.cu_seqlens)
+        z_loss = None if work.z_loss is None else work.z_loss * batch.share
         *hidden, losses = inputs
         if ("E", 0) in self.units:  # a leaf with gradient, since every stage's outputs have one
             losses = torch.zeros(3, dtype=torch.float32, device=ids.device, requires_grad=True)
@@ -93,13 +94,13 @@ class Stage(nn.Module):
         for unit, i in self.units:
             z = None
             if unit == "E":
-                hidden = [model.word_embeddings(batch.ids)]
+                hidden = [model.word_embeddings(batch.here(batch.ids))]
             elif unit == "t":
-                hidden[0], z = model.layers[i](hidden[0], rows, None, work.z_loss)
+                hidden[0], z = model.layers[i](hidden[0], rows, None, z_loss)
             elif not normed:
                 hidden[0], normed = model.norm(hidden[0]), True
             if unit == "m":
-                x, z = model.mtp[i](model.next_embeddings(batch, i + 1), hidden[-1], rows, work.z_loss)
+                x, z = model.mtp[i](model.next_embeddings(batch, i + 1), hidden[-1], rows, z_loss)
                 hidden.append(x)
             elif unit == "L":
                 number_here = 1 if self.one_loss_each else len(hidden)
@@ -116,8 +117,8 @@ class Stage(nn.Module):
     def loss(self, x: Tensor, labels: Tensor, batch: Batch, k: int) -> Tensor:
         """The k-th loss of hidden states x [T, H], 0 the next token's: its share of the global loss, at its place in
         [3]."""
-        targets = shift(labels, batch, k + 1, fill=IGNORE)
-        total = linear_cross_entropy(x, self.model[0].lm_head.weight, targets, reduction="sum")
+        targets = batch.here(shift(labels, batch, k + 1, fill=IGNORE))
+        total = head_loss(self.model[0].lm_head, x, targets)
         share = total / max(self.work.target_counts[k], 1) / (self.mtp_layers if k else 1)
         return torch.nn.functional.pad(share[None], (1, 1) if k else (0, 2))
 
@@ -166,7 +167,7 @@ class Pipeline:
             for module in (*model.layers, *model.mtp):
                 if module is not None:
                     defer_linear_(module)
-        parts = [self.torch_stage(s, stage, rows[0] * rows[1], device) for s, stage in self.stages.items()]
+        parts = [self.torch_stage(s, stage, rows_here(model, rows), device) for s, stage in self.stages.items()]
         actions = [[step_text(step) for step in row] for row in schedule]
         self.schedule = make_schedule(parts, actions, micro_batches, loss_of)
 
@@ -295,6 +296,12 @@ class Pipeline:
         twice = self.held_before()
         grads = [p.grad for n, p in self.model.named_parameters() if p.grad is not None and n not in twice]
         return sum_of_squares(grads, self.device, self.group).sqrt()
+
+
+def rows_here(model: Ling, rows: tuple[int, int]) -> int:
+    """How many rows of a micro batch this rank computes: fewer than all where ranks share them."""
+    batch = model.pack(torch.zeros(rows, dtype=torch.int64), None, torch.tensor([0, rows[0] * rows[1]]).int())
+    return len(batch.here(batch.positions))
 
 
 def loss_of(output: Tensor, target: Tensor) -> Tensor:

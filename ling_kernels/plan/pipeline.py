@@ -15,9 +15,10 @@ from ..model import LingConfig
 from ..parallel.layout import Layout
 from ..parallel.pipeline_layout import PipelineLayout
 from ..parallel.schedules import read_csv, write_csv
+from ..train.flags import add_flags
 from ..train.prepare.models import model_config
 from ..train.scaling import with_defaults
-from ..train.settings import Settings, add_flags, settings_of
+from ..train.settings import Settings, settings_of
 from .search import CHOICES, TRIES, Problem, Result, candidates, search
 from .timeline import draw
 from .train import format_bytes, span
@@ -130,7 +131,8 @@ def solve(problem: Problem, options: argparse.Namespace) -> list[Result]:
     wanted = [(schedule, stages) for schedule, stages in wanted if name in (None, schedule)]
     if not wanted:
         raise InputError(f"--schedule {name} has another number of stages a rank than --vpp {options.vpp}")
-    return search(problem, wanted, options.losses_together, options.tries)
+    tail = problem.atoms.count("L") if options.losses_together else 1
+    return search(problem, wanted, tail, options.tries)
 
 
 def by_time(problem: Problem, layout: PipelineLayout, names: list[str]) -> list[Result]:

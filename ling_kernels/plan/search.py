@@ -3,8 +3,9 @@
 import math
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from itertools import accumulate, combinations_with_replacement
 from typing import NamedTuple
 
 from ..errors import InputError
@@ -21,6 +22,9 @@ from .units import Unit, rank_parameters, stage_units
 CHOICES = (*(name for name in SCHEDULES if name not in ("LoopedBFS", "GPipe")), "greedy")
 TRIES = 400
 SEARCH_ROUNDS = 3  # a layout is searched with this many micro batches a rank
+
+
+known_order = lru_cache(schedule_order)  # torch takes long to make one
 
 
 class Usage(NamedTuple):
@@ -80,10 +84,10 @@ class Problem:
     def order(self, layout: PipelineLayout, schedule: str) -> Order:
         stages, pp = len(layout.stages), self.gpus.pp
         if schedule != "greedy":
-            return schedule_order(schedule, pp, stages, self.micro_batches)
+            return known_order(schedule, pp, stages, self.micro_batches)
         units = stage_units(layout, self.config, self.units)
         times, kept = [u.times for u in units], [u.kept for u in units]
-        usual = schedule_order("1F1B" if stages == pp else "Interleaved1F1B", pp, stages, self.micro_batches)
+        usual = known_order("1F1B" if stages == pp else "Interleaved1F1B", pp, stages, self.micro_batches)
         timeline = simulate(usual, times, self.transfer)
         limit = [timeline.peak(r, kept) for r in range(pp)]  # no more memory than the usual schedule takes
         return greedy_order([s % pp for s in range(stages)], times, self.micro_batches, kept, limit, self.transfer)
@@ -113,17 +117,13 @@ class Problem:
             stages[-1] = stages[-1].rstrip("L") + "L"
         return PipelineLayout(tuple(stages))
 
-    def search_layout(self, schedule: str, stages: int, losses_together: bool, tries: int = TRIES) -> PipelineLayout:
-        """The best layout found for a schedule by moving cuts of the units, one or several together; the same for the
-        same numbers. losses_together: all L in the last stage, as in Megatron's own layouts."""
-        small = Problem(
-            self.config, self.settings, self.units, self.gpus, min(self.micro_batches, SEARCH_ROUNDS * self.gpus.pp),
-            self.transfer, self.memory, self.overlap,
-        )  # fmt: skip
-        last = len(self.atoms) - (self.atoms.count("L") if losses_together else 1)
-        cuts = small.even_cuts(stages, last)
-        score = current = small.score(cuts, schedule)
-        best, found, chance = cuts, score, random.Random(0)
+    def search_layout(self, schedule: str, stages: int, tail: int = 1, tries: int = TRIES) -> PipelineLayout:
+        """The best layout found for a schedule: from even ones, by moving cuts of the units, one or several together;
+        the same for the same numbers. tail: the last stage holds at least so many of the last units."""
+        small = replace(self, micro_batches=min(self.micro_batches, SEARCH_ROUNDS * self.gpus.pp))
+        last = len(self.atoms) - tail
+        score, cuts = min((small.score(cuts, schedule), cuts) for cuts in small.even_cuts(schedule, stages, tail))
+        current, best, found, chance = score, cuts, score, random.Random(0)
         for i in range(tries):
             moved = move(cuts, last, chance)
             if moved is None:
@@ -140,27 +140,44 @@ class Problem:
         """Seconds of a step, ten times as many and more where the memory is too small. Infinite without a simulation
         where the fullest rank alone takes longer than at_most."""
         layout = self.layout(cuts)
-        pp = self.gpus.pp
-        place = layout.ranks(pp, schedule in V_SHAPED)
-        load = [0.0] * pp
-        for rank, unit in zip(place, stage_units(layout, self.config, self.units), strict=True):
+        place, units = self.place(schedule, len(layout.stages)), stage_units(layout, self.config, self.units)
+        load = [0.0] * self.gpus.pp
+        for rank, unit in zip(place, units, strict=True):
             load[rank] += unit.times.total * self.micro_batches
         if max(load) > at_most:
             return math.inf
-        result = self.evaluate(layout, schedule)
-        over = result.peak / self.memory
-        return result.timeline.seconds * (1.0 if over <= 1 else 10 * over**4)
+        timeline = simulate(self.order(layout, schedule), [u.times for u in units], self.transfer, self.overlap)
+        over = max(u.bytes for u in self.usage(layout, place, units, timeline)) / self.memory
+        return timeline.seconds * (1.0 if over <= 1 else 10 * over**4)
 
-    def even_cuts(self, stages: int, last: int) -> tuple[int, ...]:
-        """Cuts into stages of about equal time."""
-        weights = [self.units[a].times.total for a in self.atoms]
-        whole, cuts, i, done = sum(weights), [], 0, 0.0
-        for s in range(1, stages):
-            while i < last and done + weights[i] / 2 <= whole * s / stages:
-                done += weights[i]
-                i += 1
-            cuts.append(min(max(i, 1), last))
-        return tuple(cuts)
+    def place(self, schedule: str, stages: int) -> list[int]:
+        """The rank of each stage."""
+        return [min(s, stages - 1 - s) if schedule in V_SHAPED else s % self.gpus.pp for s in range(stages)]
+
+    def even_cuts(self, schedule: str, stages: int, tail: int) -> set[tuple[int, ...]]:
+        """Cuts into stages whose ranks have about equal work: the last units divided in each way over the last stages,
+        and the layers where there is least."""
+        c, place = self.config, self.place(schedule, stages)
+        layers, found = "d" * c.first_k_dense_replace + "t" * (c.num_hidden_layers - c.first_k_dense_replace), set()
+        ends = self.atoms[1 + len(layers) :]
+        parts = min(len(ends), stages)
+        for inner in combinations_with_replacement(range(len(ends) - min(tail, len(ends)) + 1), parts - 1):
+            bounds = [0, *inner, len(ends)]
+            lengths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+            load = [0.0] * self.gpus.pp
+            for s, a, b in zip(range(stages - parts, stages), bounds, bounds[1:], strict=False):
+                load[place[s]] += sum(self.units[letter].times.total for letter in ends[a:b])
+            counts = [0] * stages
+            room = range(stages - parts + next(i for i, n in enumerate(lengths) if n) + 1)  # up to the first of them
+            for letter in layers:
+                s = min(room, key=lambda s: (load[place[s]], counts[s], s))
+                counts[s] += 1
+                load[place[s]] += self.units[letter].times.total
+            sizes = [n + (s == 0) for s, n in enumerate(counts)]
+            for s, n in zip(range(stages - parts, stages), lengths, strict=True):
+                sizes[s] += n
+            found.add(tuple(accumulate(sizes[:-1])))
+        return found
 
 
 def move(cuts: tuple[int, ...], last: int, chance: random.Random) -> tuple[int, ...] | None:
@@ -186,15 +203,13 @@ def candidates(pp: int, per_rank: Iterable[int]) -> list[tuple[str, int]]:
     return found
 
 
-def search(
-    problem: Problem, wanted: list[tuple[str, int]], losses_together: bool = False, tries: int = TRIES
-) -> list[Result]:
-    """The best layout of each schedule, the shortest step that fits the memory first. Raises InputError where no
-    schedule can have these numbers."""
+def search(problem: Problem, wanted: list[tuple[str, int]], tail: int = 1, tries: int = TRIES) -> list[Result]:
+    """The best layout of each schedule, the shortest step that fits the memory first; tail: of search_layout. Raises
+    InputError where no schedule can have these numbers."""
     results, errors = [], []
     for name, stages in wanted:
         try:
-            layout = problem.search_layout(name, stages, losses_together, tries)
+            layout = problem.search_layout(name, stages, tail, tries)
             results.append(problem.evaluate(layout, name))
         except InputError as error:
             errors.append(error)

@@ -19,12 +19,13 @@ from ..nn.fp8 import FP8_ROWS
 from ..ops.quantize import BLOCK, padded_slots
 from ..parallel.layout import Layout
 from ..train.cli import add_layout_flag
+from ..train.flags import add_flags
 from ..train.optimizer import to_masters
 from ..train.prepare.checks import check
 from ..train.prepare.models import model_config
 from ..train.prepare.sizes import checkpoint_bytes, checkpoints_at_once, disk_bytes
 from ..train.scaling import with_defaults
-from ..train.settings import Settings, add_flags, settings_of
+from ..train.settings import Settings, settings_of
 from ..train.trainer import apply_fp8_and_recompute
 from .decode_time import EFFICIENCY
 from .memory import KINDS, LAYOUT_KINDS, RESERVE, MemoryPlan, plan_memory
@@ -38,7 +39,8 @@ FP8_BYTES = 1 + 4 / BLOCK  # of an element: its code, and its share of an fp32 s
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser("python -m ling_kernels.plan train", description=__doc__.partition(": ")[2].split("\n\n")[0])
+    about = __doc__.partition(": ")[2].split("\n\n")[0]
+    parser = Parser("python -m ling_kernels.plan train", usage="%(prog)s [flags]", description=about)
     add_layout_flag(parser)
     parser.add_argument(
         "--gpu-hour", type=float, metavar="PRICE", help="price of an hour of one GPU, for a line of costs"

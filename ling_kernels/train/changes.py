@@ -28,7 +28,7 @@ def first_value(name: str, record: Sequence[dict], now):
 def described(change: dict) -> str:
     name = change["setting"]
     old, new = (in_words(name, change[which]) for which in ("old", "new"))
-    return f"changed    {name.replace('_', '-')}: {old} up to step {change['step']}, now {new}"
+    return f"changed    {name.replace('_', '-')}: {new} from step {change['step'] + 1} on; before: {old}"
 
 
 def in_words(name: str, value) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..errors import Diverged, InputError, Parser, command, one_line
+from ..errors import Diverged, InputError, Parser, command, counted, one_line
 from ..model import Ling
 from ..model.sample import sampler
 from ..parallel.ranks import Ranks, is_lost_rank, start, stop
@@ -20,6 +20,7 @@ from ..tokenizer import TextStream, Tokenizer
 from . import checkpoint as ckpt
 from .changes import described
 from .data import Documents
+from .flags import add_flags, as_flags
 from .prepare import deterministic, latest_run, new_run, resumed_run
 from .prepare.checks import stages_of
 from .profiling import StepProfiler, recorded
@@ -27,7 +28,7 @@ from .report import SAMPLES, NoReport, Report, open_lines
 from .report.page import write_html
 from .report.plots import draw
 from .saving import NotSaved, last_good
-from .settings import Settings, add_flags, settings_of, to_json
+from .settings import SIZES, Settings, settings_of, to_json
 from .signals import STOPPED, interrupted_by_sigterm, stop_on_signals
 from .starts import moe_layers, record_start
 from .trainer import Trainer
@@ -83,8 +84,12 @@ def processes() -> Iterator[Ranks]:
 
 
 def parser() -> Parser:
-    flags = Parser("python -m ling_kernels.train", description="Train a Ling-2.0 model on one device.")
-    flags.add_argument("--out", type=Path, help="folder of a new run (default: runs/MODEL-DATE-TIME)")
+    flags = Parser(
+        "python -m ling_kernels.train", usage="%(prog)s [flags]",
+        description="Train a Ling-2.0 model on one GPU or CPU. Without flags it trains tiny on the text that ships in"
+        " CPython, in minutes. docs/training.md has examples and explains what happens.",
+    )  # fmt: skip
+    flags.add_argument("--out", type=Path, metavar="RUN", help="folder of a new run (default: runs/MODEL-DATE-TIME)")
     flags.add_argument(
         "--resume",
         metavar="RUN",
@@ -264,14 +269,15 @@ def print_header(trainer: Trainer) -> None:
     s, training, held_out = trainer.settings, trainer.training, trainer.held_out
     total, active = trainer.config.num_parameters(mtp=True), trainer.config.num_active_parameters()
     ranks, peak = trainer.ranks, f"{trainer.peak / 1e12:.4g} TFLOP/s ({trainer.peak_source})"
-    print(f"model      {s.model}: {total:,} parameters, {active:,} active in a token")
+    sizes = as_flags({name: value for name in SIZES if (value := getattr(s, name)) is not None})
+    print(f"model      {' '.join([s.model, sizes]).strip()}: {total:,} parameters, {active:,} active in a token")
     print(
-        f"data       {training.tokens:,} tokens of {len(training):,} documents,"
-        f" {held_out.tokens:,} of {len(held_out):,} held out"
+        f"data       {training.tokens:,} tokens of {counted(len(training), 'document')} to train on,"
+        f" {held_out.tokens:,} of {counted(len(held_out), 'document')} to validate on"
     )
     for text in trainer.corpus.lines():
         print(text)
-    print(f"device     {trainer.device_name}, {str(trainer.precision)[6:]}, {peak}")
+    print(f"device     {trainer.device_name}, {str(trainer.precision)[6:]}, peak {peak}")
     if ranks.size > 1:
         pipelines = f", {ranks.pp} the layers, {stages_of(s, trainer.config)}" if ranks.pp > 1 else ""
         print(f"processes  {ranks.size}: {ranks.dp} divide the rows, groups of {ranks.ep} the experts{pipelines}")
@@ -311,7 +317,8 @@ def finish_run(trainer: Trainer, planner) -> None:
     if not plots:
         print(f"plot       none: {no_plots}")
     prompt = "--chat --prompt 'Hello'" if trainer.held_out.masks else "--prompt 'The '"
-    print(f"\n{python('generate')} --model {shlex.quote(shown(folder / 'model'))} {prompt}")
+    print("\nThe model continues a text with")
+    print(f"    {python('generate')} --model {shlex.quote(shown(folder / 'model'))} {prompt}")
 
 
 def sampled(trainer: Trainer) -> tuple[str, str] | None:

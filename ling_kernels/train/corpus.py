@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-from ..errors import InputError, warn
+from ..errors import InputError, counted, warn
 from ..tokenizer import Tokenizer
 from .data import Documents, cut, describe, gather_tokens, hold_out, join, open_chats, packed_rows
 from .data.chats import chats_and_texts, write_chats
@@ -53,7 +53,7 @@ class Corpus:
             tokens, number = sum(docs.tokens for docs in s.training), sum(map(len, s.training))
             lines.append(
                 f"source     {s.name}: {100 * s.share:.4g} % of the rows, {s.rows.rows_per_epoch:,.0f} rows an epoch,"
-                f" {tokens:,} tokens of {number:,} documents"
+                f" {tokens:,} tokens of {counted(number, 'document')}"
             )
         named = [v for v in self.validation if v.name is not None and v.name not in {s.name for s in self.sources}]
         return lines + [f"validation {v.name}: {v.targets:,} tokens to predict" for v in named]
@@ -127,8 +127,8 @@ def open_source(
         if not any(docs.trained(d)[1:].any() for d in range(len(docs))):
             raise InputError(f"no conversation has a token to train on within --seq-len {settings.seq_len}: its answers"
                              " begin later")  # fmt: skip
-        warn(f"{longer:,} of {len(docs):,} conversations are longer than --seq-len {settings.seq_len} and lose"
-                      " their ends")  # fmt: skip
+        warn(f"{longer:,} of {len(docs):,} conversations are longer than --seq-len {settings.seq_len}: they lose their"
+             " ends")  # fmt: skip
     if texts or cache.is_file():
         return [gather_tokens(texts, tokenizer, vocab_size, cache, options), docs]
     return [docs]

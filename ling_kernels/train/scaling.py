@@ -9,6 +9,7 @@ its models (arXiv 2510.22115, table 1) within 2 % and 9 %.
 from collections.abc import Mapping
 from dataclasses import replace
 
+from ..errors import counted
 from ..model import LingConfig
 from .settings import BY_SIZE, Settings
 
@@ -94,8 +95,8 @@ def schedule_line(s: Settings, sources: Mapping[str, str] | None = None) -> str:
         decay = f"{s.decay} decay to {s.min_lr:g} over the last {s.schedule['decay_steps']}"
     micro_batch = f", {s.micro_batch} at a time" if s.micro_batch else ""
     return (
-        f"schedule   lr {s.lr:g}{lr}, warm-up {s.warmup} steps{warmup}, {decay}; batch {s.batch} rows of"
-        f" {s.seq_len} tokens{micro_batch}{batch}"
+        f"schedule   lr {s.lr:g}{lr}, warm-up {counted(s.warmup, 'step')}{warmup}, {decay};"
+        f" batch {counted(s.batch, 'row')} of {s.seq_len} tokens{micro_batch}{batch}"
     )
 
 

@@ -45,8 +45,10 @@ def validation_set(
     found = ValidationSet(name, validation_batches(parts, settings, dp), share)
     if (targets := found.targets) < FEW:
         which = "what is held out" if name is None else name
-        warn(f"validation: {which} has only {targets} tokens to predict; the loss of fewer than {FEW:,} says"
-                      " little")  # fmt: skip
+        some = sum(len(batch.ids) for batch in found.batches) == settings.eval_rows
+        rows = f" in --eval-rows {settings.eval_rows}" if some else ""
+        few = f"the loss of fewer than {FEW:,} says little"
+        warn(f"validation: {which} has only {targets} tokens to predict{rows}; {few}")
     return found
 
 

@@ -7,7 +7,8 @@ from dataclasses import fields
 from ...errors import InputError, Parser, command
 from ...files import user_path
 from ...tokenizer import load_tokenizer
-from ..settings import TEXT_SETTINGS, Settings, add_flag
+from ..flags import add_flag
+from ..settings import TEXT_SETTINGS, Settings
 from ..signals import STOPPED, interrupted_by_sigterm
 from .chats import chats_and_texts, write_chats
 from .sources import find_files
@@ -25,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokenizer", help="a tokenizer.json or its folder (default: byte-level)")
     for f in fields(Settings):
         if f.name in (*TEXT_SETTINGS, "train_on"):
-            add_flag(parser, f)
+            add_flag(parser.add_argument, f)
     options = vars(parser.parse_args(argv))
     sources, out, tokenizer = options.pop("sources"), user_path(options.pop("out")), options.pop("tokenizer")
     if out.suffix != ".bin":
