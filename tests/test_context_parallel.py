@@ -25,7 +25,9 @@ BOUNDS = [0, 5, 31, 32, 36, 48]
 
 
 def test_two_processes_equal_one(tmp_path):
-    run(tmp_path, [rows_are_shared_out, attention_agrees, models_agree, misuse_is_one_line], WORLD)
+    run(
+        tmp_path, [rows_are_shared_out, attention_agrees, models_agree, padded_batches_agree, misuse_is_one_line], WORLD
+    )
 
 
 @pytest.mark.skipif(DEVICE == "cuda" or not runs("triton"), reason="for the virtual GPU")
@@ -117,6 +119,24 @@ def models_agree(rank, group):
             with torch.no_grad():
                 want, part = (m.eval()(ids, cu_seqlens=bounds()).logits for m in (alone, model))
             torch.testing.assert_close(summed(part, group), want, rtol=1e-4, atol=1e-5)
+
+
+def padded_batches_agree(rank, group):
+    """Rows are those without padding, on either side of a sequence."""
+    alone = Ling(CONFIG).train()
+    alone.init_weights(torch.Generator().manual_seed(0))
+    model = copy.deepcopy(alone)
+    context_parallel_(model, group)
+    ids = torch.randint(0, 64, (B, L), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    mask[0, :3], mask[1, -5:] = 0, 0
+    want, got = (m(ids, ids, mask) for m in (alone, model))
+    torch.testing.assert_close(summed(got.loss, group), want.loss.detach(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(summed(got.logits, group), want.logits.detach(), rtol=1e-4, atol=1e-5)
+    got.loss.backward(), want.loss.backward()
+    sum_gradients_(model, group)
+    for p, q in zip(alone.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-4, atol=1e-6)
 
 
 def misuse_is_one_line(rank, group):

@@ -171,3 +171,7 @@ def misuse_is_one_line(rank, group):
         (loss * (1 + rank)).backward()
     with pytest.raises(ValueError, match="targets in 0..95 or -100"):
         vocabulary_cross_entropy(x, w.detach().chunk(WORLD)[rank], targets + V, group)
+    embedding = VocabularyEmbedding(nn.Parameter(w.detach()), group)
+    for ids in (torch.tensor([V]), torch.tensor([3, -1])):
+        with pytest.raises(ValueError, match="ids in 0..95"):
+            embedding(ids)

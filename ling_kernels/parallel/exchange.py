@@ -112,12 +112,12 @@ class ByNodes:
         token, to = source // self.nodes, source[:, None] % self.nodes
         chosen = node[token] == to  # which choices of a row are on the node to which it goes
         there = torch.where(chosen, experts[token] - to * number, -1).int()
-        weights = permute(weights, crossing)[: len(source)].where(chosen, 0)
+        weights = permute(weights, crossing)
         rows = send_rows(x, crossing, sizes, self.between, self.fp8)
         here, weights = (Send.apply(t, *sizes, self.between) for t in (there, weights))
-        counts = counts.new_zeros(number + 1)
-        counts.scatter_add_(0, here.flatten().long() + 1, torch.ones_like(here).flatten())
-        rows, plan, weights = self.inside.dispatch(rows, weights, here, counts[1:])
+        counts = counts.new_zeros(number + 1)  # the last: choices that are not on this node
+        counts.scatter_add_(0, here.where(here >= 0, number).flatten().long(), torch.ones_like(here).flatten())
+        rows, plan, weights = self.inside.dispatch(rows, weights, here, counts[:number])
         plan.crossing = crossing, sizes
         return rows, plan, weights
 

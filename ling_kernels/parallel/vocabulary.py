@@ -32,6 +32,9 @@ class VocabularyEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """ids [...] of any tokens -> [..., H]. Sizes of what ranks send are read on the host, once a call."""
         n, V = dist.get_world_size(self.group), len(self.weight)
+        if values_on_host(ids):
+            wrong = ids[(ids < 0) | (ids >= n * V)]
+            expect(len(wrong) == 0, f"ids in 0..{n * V - 1}", wrong[:4].tolist())
         owner = ids.flatten().long() // V
         order = owner.argsort(stable=True)
         to = torch.bincount(owner, minlength=n)
@@ -55,7 +58,7 @@ class VocabularyHead(LossLinear):
     def forward(self, x: Tensor, norm: nn.Module | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """x [T, H] -> all logits [T, V] of this rank's rows. Ranks may have different T."""
         n, T = dist.get_world_size(self.group), len(x)
-        x = equal_rows(x if norm is None else norm(x), 0, self.group)
+        x = filled(x if norm is None else norm(x), most_rows(T, x.device, self.group))
         parts = nn.functional.linear(Gather.apply(x, self.group), self.weight)
         sizes = [len(x)] * n
         columns = Send.apply(parts if dtype is None else parts.to(dtype), sizes, sizes, self.group)
@@ -82,8 +85,8 @@ def vocabulary_cross_entropy(
     expect(x.ndim == w.ndim == 2 and x.shape[1] == w.shape[1] and x.is_floating_point(), "x [T, H] and w [V, H]", x, w)
     expect_targets(targets, len(x), len(w) * dist.get_world_size(group), ignore_index)
     x, w = autocast(x, w)
-    targets = equal_rows(targets, ignore_index, group)
-    x = nn.functional.pad(x, (0, 0, 0, len(targets) - len(x)))
+    rows = most_rows(len(x), x.device, group)
+    x, targets = filled(x, rows), filled(targets, rows, ignore_index)
     kernels = not use_reference("linear_cross_entropy", x, w)
     # Ranks must agree: one that needs no gradient of its rows computes the others' all the same.
     wanted = torch.is_grad_enabled()
@@ -159,10 +162,10 @@ def gradient(logits, targets, ignored, lse, ignore_index, kernels, narrow) -> Te
     return p.masked_fill_(ignored[:, None], 0)
 
 
-def equal_rows(rows: Tensor, fill: float, group: dist.ProcessGroup) -> Tensor:
-    """rows [T, ...] -> as many as the rank with the most has, filled up."""
-    missing = most_rows(len(rows), rows.device, group) - len(rows)
-    return nn.functional.pad(rows, (0, 0) * (rows.ndim - 1) + (0, missing), value=fill) if missing else rows
+def filled(x: Tensor, rows: int, value: float = 0) -> Tensor:
+    """x [T, ...] -> [rows, ...], T <= rows: ranks show each other equally many."""
+    missing = rows - len(x)
+    return nn.functional.pad(x, (0, 0) * (x.ndim - 1) + (0, missing), value=value) if missing else x
 
 
 def part(weight: nn.Parameter, group: dist.ProcessGroup) -> nn.Parameter:
