@@ -59,8 +59,11 @@ JOBS = {  # further flags of the runs, and of one process that they equal: as "d
     "pp": ("--pp 2 --micro-batch 2", ""),
     "pp of uneven stages, with ep": ("--pp 2 --ep 2 --pipeline Et|t|m|LL --micro-batch 2", ""),
     "8 bits": ("--optimizer adamw8bit --precision bf16 --master bf16 --steps 2",) * 2,
-    "muon": ("--optimizer muon --steps 2",) * 2,
-    "experts of 8 bits": ("--optimizer adamw8bit --ep 2 --steps 2", "--optimizer adamw8bit --steps 2"),
+    "muon, random weights": ("--optimizer muon --steps 2 --model CONFIG",) * 2,
+    "experts of 8 bits": (
+        "--optimizer adamw8bit --ep 2 --steps 2 --model CONFIG",
+        "--optimizer adamw8bit --steps 2 --model CONFIG",
+    ),
 }
 REFUSED = {  # flags of rank 0, of rank 1, the line
     "world": ("--dp 3", "--dp 3", "--dp 3 times --pp 1 are 3 processes, and there are 2: start them with torchrun"),
@@ -130,25 +133,25 @@ def processes_of(name: str) -> int:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, plain):
+def runs(tmp_path_factory, plain, small):
     """The folder of all runs, with the results of the jobs of two processes."""
     folder = tmp_path_factory.mktemp("cluster")
+
+    def run(flags: str, name: str) -> list[str]:
+        return [*plain, *flags.replace("CONFIG", str(small / "config.json")).split(), "--out", str(folder / name)]
+
     for name, (_, flags) in JOBS.items():
         if flags or name == "dp":
-            assert command([*plain, *flags.split(), "--out", str(folder / f"{name} alone")])[0] == 0
+            assert command(run(flags, f"{name} alone"))[0] == 0
     half = folder / "resumed by four"
     shutil.copytree(folder / "dp alone", half)
     shutil.rmtree(half / "checkpoints" / "step-000004")
     same = lambda argv, ranks=2: [argv] * ranks  # noqa: E731
-    jobs = [
-        (name, same([*plain, *flags.split(), "--out", str(folder / name)], processes_of(name)))
-        for name, (flags, _) in JOBS.items()
-    ]
+    jobs = [(name, same(run(flags, name), processes_of(name))) for name, (flags, _) in JOBS.items()]
     jobs.append(("resumed", same(["--resume", str(half), *"--ep 2 --pp 2 --micro-batch 2".split()], MOST)))
     for name, (first, second, _) in REFUSED.items():
-        argv = [[*plain, *flags.split(), "--out", str(folder / "refused")] for flags in (first, second)]
-        jobs.append((name, argv))
-    jobs.append(("silent", same([*plain, "--out", str(folder / "silent"), "--dist-timeout", "3"])))
+        jobs.append((name, [run(flags, "refused") for flags in (first, second)]))
+    jobs.append(("silent", same(run("--dist-timeout 3", "silent"))))
     processes.spawn(work, (jobs, folder, free_ports(len(jobs))), nprocs=MOST)
     return folder
 

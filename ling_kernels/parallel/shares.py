@@ -7,6 +7,7 @@ also Muon, which needs whole matrices, and 8-bit AdamW, whose blocks and random 
 """
 
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,8 @@ from ..ops.grad_norm import grad_norm
 from .exchange import expert_parameters, shard_experts_, sum_counts_
 from .pipeline import Pipeline
 from .ranks import Ranks
+
+Parts = TypeVar("Parts", Tensor, list[str])
 
 
 class Shares:
@@ -126,6 +129,13 @@ class Shares:
             if name in owned:
                 yield f"{OPTIMIZER}{key}", self.part_number(name) if t.ndim else 0, t
 
+    def my_part(self, name: str, whole: Parts) -> Parts:
+        """This rank's rows of a whole parameter, or its items of a list that has equally many for each row."""
+        if name not in self.divided:
+            return whole
+        number = len(whole) // self.ranks.ep
+        return whole[self.ranks.expert_part * number : (self.ranks.expert_part + 1) * number]
+
     def part_number(self, name: str) -> int:
         return self.ranks.expert_part if name in self.divided else 0
 
@@ -145,11 +155,11 @@ class Shares:
         name = key.rpartition(".")[0]
         if name not in self.group or not self.owns(name):
             return None
-        if name not in self.divided or not value.ndim:
+        if not value.ndim:
             return value
-        if len(value) % self.ranks.ep:  # 8-bit moments have a scale for 256 elements, which may be of two experts
+        if name in self.divided and len(value) % self.ranks.ep:  # 8-bit moments: a scale may be of two experts
             raise InputError(f"the optimizer's {key} cannot be divided over --ep {self.ranks.ep}")
-        return value.chunk(self.ranks.ep)[self.ranks.expert_part].clone()
+        return self.my_part(name, value).clone()
 
 
 OPTIMIZER = "optimizer:"

@@ -10,7 +10,8 @@ from .settings import PRESETS, Settings
 # The first setting of each group of the help.
 GROUPS = dict(
     model="model", data="data", steps="batches, optimizer, learning rate",
-    eval_every="validation, checkpoints, what is shown", dp="several GPUs", device="device, precision, memory",
+    eval_every="validation, checkpoints, what is shown", dp="several GPUs, a process for each, by torchrun",
+    device="device, precision, memory",
 )  # fmt: skip
 
 

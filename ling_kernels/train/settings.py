@@ -199,7 +199,7 @@ class Settings:
         None,
         "the pipeline's stages, as Megatron writes them: E embedding, t layer, m MTP layer, L head and losses, |"
         " between stages, x*n and (...)*n; each process takes every --pp-th stage",
-        shown="equally many layers in each",
+        shown="equally many layers in each", metavar="LAYOUT",
     )  # fmt: skip
     dist_timeout: float | None = flag(
         None, "seconds that a process waits for another in a step", above=0, shown="torch's: 600 on GPUs, else 1800"

@@ -1,7 +1,6 @@
 """The trainer: one global batch after the other on one device, validation, checkpoints, resuming bit for bit."""
 
 import os
-import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -13,19 +12,18 @@ import torch
 from torch import nn
 
 from ..errors import Diverged, InputError
-from ..model import Ling, load_model, save_model
-from ..nn.fp8 import to_fp8
-from ..parallel.pipeline import LOSSES, MicroBatch, Pipeline
+from ..model import save_model
+from ..parallel.pipeline import LOSSES, MicroBatch
 from ..parallel.ranks import Ranks
 from ..parallel.shares import Shares
 from . import checkpoint as ckpt
+from .building import apply_fp8_and_recompute, make_model
 from .changes import DATA_FOLDER, first_value
 from .corpus import open_corpus
 from .data.mixture import Rows
 from .monitor import WINDOW, FP8Monitor, ceilings, spike, to_bf16
-from .optimizer import StepInBackward, clipped_step, make_optimizer, to_masters
+from .optimizer import StepInBackward, clipped_step, make_optimizer
 from .prepare import Run, deterministic, discard, new_run, peak_flops, resumed_run
-from .prepare.checks import stages_of
 from .prepare.run import write_settings
 from .prepare.threads import faster_threads
 from .report import FP8_FILE, Details, read_lines
@@ -143,10 +141,8 @@ class Trainer:
                 ranks.compare(the_data=self.data)
                 if run.state and not new_data and run.state["data"] != self.data:
                     raise InputError(f"data: {self.data} is not what the run began with, {run.state['data']}")
-                self.model = make_model(run)
+                self.model, self.shares = make_model(run)
                 self.notes = [*run.notes, *apply_fp8_and_recompute(self.model, s)]
-                self.shares = Shares(self.model, ranks, partial(make_pipeline, self.model, run))
-                self.model.to(self.device)
                 if run.try_threads:
                     s = self.settings = self._with_faster_threads(run)
             except BaseException:  # also Ctrl-C
@@ -244,8 +240,9 @@ class Trainer:
         whole = self.shares.whole(ckpt.optimizer_tensors(self.model, self.optimizer))
         if whole is None:
             return folder
-        wait = wait or not room_for_copy(size_of(*whole))
-        tensors = snapshot(*whole, copy=not wait)
+        gathered = self.ranks.size > 1  # copies, which no step changes
+        wait = wait or not (gathered or room_for_copy(size_of(*whole)))
+        tensors = snapshot(*whole, copy=not wait and not gathered)
         keep = partial(kept, keep=s.keep, keep_every=s.keep_every, proven=proven)
         job = partial(write, self.folder, tensors, self.tokenizer, state, keep)
         if wait:
@@ -259,54 +256,6 @@ class Trainer:
         if whole := self.shares.whole({}):
             save_model(whole[0], Path(folder))
             self.tokenizer.save(Path(folder))
-
-
-def make_model(run: Run) -> Ling:
-    """The model with its master weights, in training mode: from the checkpoint, the model's folder, or random."""
-    s = run.settings
-    if run.checkpoint or run.weights:
-        device = run.device if run.ranks.size == 1 else "cpu"  # of several, each takes its part to its GPU
-        model = load_model(run.checkpoint or run.weights, dtype=torch.float32, device=device)
-        model.config = run.config  # its end token may be the tokenizer's
-    else:
-        model = Ling(run.config)
-        model.init_weights(torch.Generator().manual_seed(s.seed))  # on the CPU: the same on every device
-        to_masters(model, s.master)  # in bf16 the model takes half of the GPU's memory
-    to_masters(model, s.master)
-    torch.manual_seed(s.seed)
-    return model.train()
-
-
-def make_pipeline(model: Ling, run: Run) -> Pipeline | None:
-    """This process's stages of the model, in place; None without --pp."""
-    s, ranks = run.settings, run.ranks
-    if ranks.stages is None:
-        return None
-    layout = stages_of(s, run.config)
-    schedule = "1F1B" if len(layout.stages) == ranks.pp else "Interleaved1F1B"
-    micro = s.micro_batch or s.batch // ranks.dp
-    return Pipeline(
-        model, layout, schedule, s.batch // ranks.dp // micro, (micro, s.seq_len), ranks.stages, run.precision,
-        run.device,
-    )  # fmt: skip
-
-
-def apply_fp8_and_recompute(model: Ling, s: Settings) -> list[str]:
-    """Replace layers by FP8 ones and switch recomputation on, as the settings say; returns lines that describe it."""
-    notes = []
-    if s.precision == "fp8":
-        replaced, left = to_fp8(
-            model, s.recompute, wgrad=s.fp8_wgrad, transposed=s.fp8_transposed, weights=s.fp8_weights,
-            pow2=s.fp8_scales == "pow2",
-        )  # fmt: skip
-        kinds = dict.fromkeys(re.sub(r"\b\d+\.", "*.", name) for name in left)
-        rest = f"; in bf16, because sizes are not multiples of 128: {'; '.join(kinds)}" if left else ""
-        notes.append(f"fp8        {len(replaced)} of {len(replaced) + len(left)} layers{rest}")
-    elif s.fp8_watch:
-        notes.append("fp8        none of the layers: --fp8-watch has nothing to measure")
-    if s.recompute == "full":
-        model.recompute_()
-    return notes
 
 
 def train_step(

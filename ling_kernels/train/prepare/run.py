@@ -134,8 +134,9 @@ def choose_device_and_threads(
 ) -> tuple[Settings, tuple[torch.device, str, torch.dtype]]:
     """The settings with the number of CPU threads, which is set; device, its name and the precision."""
     device = choose_device(settings)
-    free = ranks.from_first(lambda: min(torch.get_num_threads(), free_cores()))
-    settings = replace(settings, threads=settings.threads or free)
+    if settings.threads is None:
+        free = ranks.from_first(lambda: min(torch.get_num_threads(), free_cores()))
+        settings = replace(settings, threads=free)
     torch.set_num_threads(settings.threads)
     return settings, device
 
