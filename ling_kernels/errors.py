@@ -25,6 +25,10 @@ class InputError(LingError, ValueError):
         super().__init__(one_line(message))
 
 
+class OtherRank(InputError):
+    """Bad input in a run of several processes, which another of them reports."""
+
+
 def one_line(message: str) -> str:
     """The message without line breaks and, as it may quote any value, without the middle of a long one and without
     lone surrogates, which no file or response can hold."""
@@ -112,6 +116,8 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
             with one_line_warnings():
                 check_environment()
                 return main(*args, **kwargs) or 0
+        except OtherRank:
+            return 2
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2

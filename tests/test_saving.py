@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -70,9 +71,7 @@ def test_without_memory_for_a_copy_the_caller_waits(trainer, monkeypatch):
 
 
 def test_masters_are_saved_in_their_precision(tmp_path, settings):
-    trainer = Trainer(
-        Settings(**settings.__dict__ | dict(master="bf16", optimizer="adamw8bit", precision="bf16")), tmp_path / "run"
-    )
+    trainer = Trainer(replace(settings, master="bf16", optimizer="adamw8bit", precision="bf16"), tmp_path / "run")
     trainer.step()
     saved = load_file(trainer.save() / "model.safetensors")
     types = {key: t.dtype for key, t in saved.items()}

@@ -1,7 +1,7 @@
 """python -m ling_kernels.plan train: memory, time and disk that a training run takes, predicted without a GPU.
 
 Takes the flags of `python -m ling_kernels.train`, whose --plan is an alias. With --layout it plans one GPU of many, the
-one that holds most; the trainer itself uses one GPU. docs/training.md explains the tables.
+one that holds most. docs/training.md explains the tables.
 """
 
 import math

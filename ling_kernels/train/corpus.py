@@ -9,7 +9,7 @@ from pathlib import Path
 from ..errors import InputError, counted, warn
 from ..tokenizer import Tokenizer
 from .data import Documents, cut, describe, gather_tokens, hold_out, join, open_chats, packed_rows
-from .data.chats import is_chats, write_chats
+from .data.chats import chats_and_texts, write_chats
 from .data.mixture import Mixture, Rows, parse_sources, shares_of
 from .data.sources import find_files
 from .settings import Settings
@@ -60,10 +60,18 @@ class Corpus:
 
 
 def open_corpus(
-    settings: Settings, tokenizer: Tokenizer, vocab_size: int, cache: Path, first_val_data: Sequence[str] | None = None
+    settings: Settings,
+    tokenizer: Tokenizer,
+    vocab_size: int,
+    cache: Path,
+    first_val_data: Sequence[str] | None = None,
+    dp: int = 1,
 ) -> Corpus:
-    """Open the run's data; text is tokenised into files beside `cache`. first_val_data: the setting val_data with which
-    the run began, where a resumed run has changed it. Raises InputError."""
+    """Open the run's data; text is tokenised into files beside `cache`. Raises InputError.
+
+    first_val_data: the setting val_data with which the run began, where a resumed run has changed it. dp: processes
+    that share a step's rows, of which none takes more at once in a validation than in a step.
+    """
 
     def opened(data: Sequence[str] | None, stem: str) -> list[Documents]:
         return open_source(data, tokenizer, vocab_size, cache.with_stem(stem), settings)
@@ -89,7 +97,7 @@ def open_corpus(
     held_out = [docs for s in sources for docs in s.held_out] or next(iter(named.values()))
     about = describe(join([docs for part in parts for docs in part]))
     training = join([docs for s in sources for docs in s.training])
-    return Corpus(sources, rows, validation_sets(sources, named, settings), training, join(held_out), about)
+    return Corpus(sources, rows, validation_sets(sources, named, settings, dp), training, join(held_out), about)
 
 
 def validation_stem(name: str, path: str, first: Sequence[str]) -> str:
@@ -106,10 +114,10 @@ def open_source(
     gather_tokens, an existing file is used as it is."""
     options, chat_cache = settings.text_options, cache.with_stem(f"{cache.stem}-chats")
     files = find_files(data, texts_may_be_gone=chat_cache.is_file() or cache.is_file()) if data is not None else []
-    chats = [path for path in files if is_chats(path, settings.text_field)]
+    chats, texts = chats_and_texts(files, options)
     rows, mapped = ([p for p in chats if (p.suffix == ".bin") == binary] for binary in (False, True))
     if rows and not chat_cache.is_file():
-        write_chats(rows, tokenizer, chat_cache, settings.train_on)
+        write_chats(rows, tokenizer, chat_cache, settings.train_on, options)
     if chat_cache.is_file():
         mapped.insert(0, chat_cache)
     if not mapped:
@@ -121,7 +129,6 @@ def open_source(
                              " begin later")  # fmt: skip
         warn(f"{longer:,} of {len(docs):,} conversations are longer than --seq-len {settings.seq_len}: they lose their"
              " ends")  # fmt: skip
-    texts = [str(path) for path in files if path not in chats]
     if texts or cache.is_file():
         return [gather_tokens(texts, tokenizer, vocab_size, cache, options), docs]
     return [docs]
@@ -140,17 +147,17 @@ def rows_of(parts: list[Documents], settings: Settings) -> Rows:
 
 
 def validation_sets(
-    sources: list[Source], named: dict[str, list[Documents]], settings: Settings
+    sources: list[Source], named: dict[str, list[Documents]], settings: Settings, dp: int
 ) -> list[ValidationSet]:
     """What each source has held out, and the named sets. val_loss is the mixture's, or without any held-out document
     the first named set's."""
     sets = [
-        validation_set(s.name if len(sources) > 1 else None, s.held_out, settings, s.share)
+        validation_set(s.name if len(sources) > 1 else None, s.held_out, settings, s.share, dp)
         for s in sources
         if s.held_out
     ]
     for name, docs in named.items():
-        sets.append(validation_set(name, docs, settings, 0.0 if sets else 1.0))
+        sets.append(validation_set(name, docs, settings, 0.0 if sets else 1.0, dp))
     return sets
 
 

@@ -189,6 +189,21 @@ class Settings:
     )  # fmt: skip
     wandb: str | None = flag(None, "log to this project of wandb, too; TensorBoard needs no flag", shown="no wandb",
                              metavar="PROJECT")  # fmt: skip
+    dp: int | None = flag(
+        None, "data-parallel processes, started by torchrun, which divide the rows of a step", least=1,
+        shown="all processes over --pp",
+    )  # fmt: skip
+    ep: int = flag(1, "processes among the data-parallel ones that divide the experts of each layer", least=1)
+    pp: int = flag(1, "processes that divide the layers, a pipeline; --dp times --pp is their number", least=1)
+    pipeline: str | None = flag(
+        None,
+        "the pipeline's stages, as Megatron writes them: E embedding, t layer, m MTP layer, L head and losses, |"
+        " between stages, x*n and (...)*n; each process takes every --pp-th stage",
+        shown="equally many layers in each",
+    )  # fmt: skip
+    dist_timeout: float | None = flag(
+        None, "seconds that a process waits for another in a step", above=0, shown="torch's: 600 on GPUs, else 1800"
+    )
     device: str = flag("auto", "auto uses a GPU where torch finds one", choices=("auto", "cpu", "cuda"))
     precision: str = flag(
         "auto",
@@ -300,6 +315,7 @@ CHANGEABLE_ON_RESUME = {
     "data", "batch", "micro_batch", "lr", "warmup", "decay", "decay_steps", "min_lr", "weight_decay", "clip", "z_loss",
     "balance_rate", "steps", "eval_every", "save_every", "keep", "keep_every", "log_every", "max_bad_steps",
     "sample_tokens", "sample_every", "profile", "wandb", "device", "threads", "val_data", "eval_rows",
+    "dp", "ep", "pp", "pipeline", "dist_timeout",
     "precision", "master", "recompute", "fp8_weights", "fp8_wgrad", "fp8_transposed", "fp8_scales", "fp8_watch",
     "fp8_fallback", "spike_loss", "spike_norm", "step_in_backward",
 }  # fmt: skip
@@ -334,6 +350,8 @@ def settings_of(options: dict, saved: dict | None = None) -> Settings:
             remedy = "change it together with --data, or " if name in WHY_WITH_DATA else ""
             raise InputError(f"{name} is {getattr(before, name)!r} in the run to resume and {value!r} here, but {why}:"
                              f" {remedy}leave {flag} out")  # fmt: skip
+    if options.get("pp", before.pp) != before.pp:  # the layout is of the old number of processes
+        options.setdefault("pipeline", None)
     after = replace(before, **options)
     if after.optimizer == "muon" and after.master != before.master:
         raise InputError(f"--master {after.master}: the run has {before.master}, with which muon keeps other states")

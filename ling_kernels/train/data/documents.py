@@ -126,14 +126,14 @@ def gather_tokens(
     files = None if data is None else find_files(data, texts_may_be_gone=cache.is_file())
     text = None if files is None else [p for p in files if p.suffix != ".bin"]
     if (text is None or text) and not cache.is_file():
-        about = tokenise(text, tokenizer, cache, options)
+        about = tokenise(text, tokenizer, cache, options, may_be_empty=len(text or ()) < len(files or ()))
         if text and about["empty"] and about["documents"]:
             warn(f"{about['empty']:,} rows and files of the data have no text and are skipped")
     mapped = [p for p in files or () if p.suffix == ".bin"]
     if cache.is_file() and cache.stat().st_size:
         mapped.insert(0, cache)
     if not mapped:
-        raise InputError(f"the data is empty: no text in {', '.join(map(str, data))}")
+        raise InputError(f"the data is empty: no text in {', '.join(map(str, data or ()))}")
     return open_tokens(mapped, vocab_size, tokenizer.eos_id)
 
 

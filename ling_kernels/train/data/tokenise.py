@@ -28,12 +28,22 @@ class TextBatch(NamedTuple):
     ends: list[int]  # for each document that ends in the batch, the number of texts up to there
 
 
-def tokenise(files: Sequence[Path] | None, tokenizer: Tokenizer, out: Path, options: TextOptions = DEFAULTS) -> dict:
-    """Tokenise the documents in `files` (None: CPython's text) into `out` with a progress bar; see write_tokens."""
+def tokenise(
+    files: Sequence[Path] | None,
+    tokenizer: Tokenizer,
+    out: Path,
+    options: TextOptions = DEFAULTS,
+    may_be_empty: bool = False,
+) -> dict:
+    """Tokenise the documents in `files` (None: CPython's text) into `out` with a progress bar; see write_tokens. Raises
+    InputError for files without any text, unless they may be empty."""
     position = Position()
     found = cpython_documents() if files is None else documents(files, options, position)
+
+    names = "Python's library" if files is None else ", ".join(map(str, files))
+    fault = None if may_be_empty else f"the data is empty: no text in {names}"
     with ReadingProgress(position, files or ()) as progress:
-        return write_tokens(found, tokenizer, out, options.special_tokens, progress)
+        return write_tokens(found, tokenizer, out, options.special_tokens, progress, fault)
 
 
 def write_tokens(
@@ -42,13 +52,15 @@ def write_tokens(
     out: Path,
     special_tokens: bool = False,
     progress: ReadingProgress | None = None,
+    fault_if_empty: str | None = None,
 ) -> dict:
     """Tokenise documents into `out` and its .json; both appear complete or not at all. Returns the content of the
     .json.
 
     documents: each an iterable of pieces of text; those without text are skipped and counted as `empty`. Each ends with
     the end token. special_tokens: names of special tokens in the text become these tokens; the end token ends a
-    document then. Raises InputError where the files cannot be written.
+    document then. fault_if_empty: what the InputError says if there is no text at all; None writes empty files then.
+    Raises InputError where the files cannot be written.
     """
     name = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     about: dict = dict(
@@ -70,6 +82,8 @@ def write_tokens(
                         progress.show(about["tokens"])
                 file.flush()
                 os.fsync(file.fileno())
+            if fault_if_empty and not about["tokens"]:
+                raise InputError(fault_if_empty)
             sidecar.write_text(json.dumps(about) + "\n")
     except OSError as error:
         raise InputError(f"cannot write {out}: {error.strerror or error}") from None

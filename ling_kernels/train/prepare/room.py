@@ -10,15 +10,18 @@ import torch
 from ...errors import InputError, warn
 from ...files import format_bytes
 from ...model import LingConfig
+from ...parallel.ranks import Ranks
 from .. import checkpoint as ckpt
 from ..optimizer import bytes_per_weight
 from ..settings import Settings
 from .sizes import checkpoint_bytes, checkpoints_at_once, disk_bytes, layers_and_embeddings
 
 
-def check_memory(config: LingConfig, settings: Settings, device: torch.device) -> None:
-    """Raise InputError where weights and optimizer alone exceed the device's memory."""
+def check_memory(config: LingConfig, settings: Settings, device: torch.device, ranks: Ranks | None = None) -> None:
+    """Raise InputError where weights and optimizer of one process alone exceed the device's memory."""
     weights, need = config.num_parameters(mtp=True), needed_bytes(config, settings)
+    if ranks and ranks.size > 1:  # each keeps its share of the optimizer's state; experts are most of the weights
+        need = need // ranks.ep // ranks.pp
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
     else:

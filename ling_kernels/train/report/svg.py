@@ -124,7 +124,7 @@ def thin(steps: Sequence[float], values: Sequence[float], extremes: bool) -> tup
 
 def nice_ticks(low: float, high: float, number: int = 5) -> list[float]:
     """About `number` round values from at most `low` to at least `high`, in steps of 1, 2 or 5 times a power of 10."""
-    if high <= low:
+    if high - low <= 1e-9 * max(abs(low), abs(high)):
         margin = abs(low) / 2 or 1.0
         low, high = (low - margin if low else 0.0), low + margin
     rough = (high - low) / (number - 1)
