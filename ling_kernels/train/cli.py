@@ -241,7 +241,9 @@ def print_header(trainer: Trainer) -> None:
     for text in trainer.corpus.lines():
         print(text)
     print(f"device     {trainer.device_name}, {str(trainer.precision)[6:]}, {peak}")
-    print(f"run        {shown(trainer.folder)}, steps {trainer.progress.step + 1} to {s.steps}")
+    done = trainer.progress.step
+    steps = f"steps {done + 1} to {s.steps}" if done < s.steps else f"all {s.steps} steps are done: --steps N goes on"
+    print(f"run        {shown(trainer.folder)}, {steps}")
     print(*trainer.notes, sep="\n", end="\n" if trainer.notes else "", flush=True)
 
 
