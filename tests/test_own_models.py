@@ -103,9 +103,8 @@ def test_the_laws_give_the_published_settings(name, published_lr, published_batc
 def test_defaults_and_where_they_come_from(small, capsys):
     tiny, lines = with_defaults(settings_of({}), LingConfig.tiny(), False)
     assert (tiny.lr, tiny.warmup, tiny.batch) == (2e-3, 40, 4) and lines[0].count("(recipe)") == 3
-    same, lines = with_defaults(
-        settings_of(dict(lr=2e-3, batch=4)), LingConfig.tiny(), False
-    )  # the recipe's, but given
+    given = dict(lr=2e-3, batch=4)  # the values of the recipe
+    same, lines = with_defaults(settings_of(given), LingConfig.tiny(), False, given)
     assert same == tiny and lines[0].count("(given)") == 2 and "warm-up 40 steps (recipe)" in lines[0]
     bigger = replace(LingConfig.tiny(), hidden_size=256)
     own, lines = with_defaults(Settings(hidden=256, batch=8), bigger, False)

@@ -38,18 +38,26 @@ def pipelines_agree(rank, group):
         model = copy.deepcopy(alone)
         every = batches(0) if by_rows else batches(0) + batches(1)
         counts = [len(every) * (ROWS * LENGTH - 3.0)]
-        want = torch.zeros(())
+        want, sums = torch.zeros(()), []
         for ids, cu_seqlens, _ in every:
             out = alone(ids, ids, cu_seqlens=cu_seqlens, logits=False, z_loss=Z, target_counts=counts)
             out.loss.backward()
             want += out.loss.detach()
+            sums.append(out.main_loss.detach() * counts[0])
         if by_rows:
             context_parallel_(model, share)
         shard_vocabulary_(model, share)
         shard_experts_(model, share)
         layout = PipelineLayout.parse("Et|tL")
         pipeline = Pipeline(model, layout, "GPipe", MICRO, (ROWS, LENGTH), group=mesh["pp"].get_group())
-        record = pipeline.step(batches(0 if by_rows else rank % SHARE), counts, Z)
+        mine = 0 if by_rows else rank % SHARE
+        found = pipeline.evaluate(batches(mine))
+        if rank >= SHARE:
+            found = summed(found, share) if by_rows else found.float()
+            torch.testing.assert_close(found, torch.stack(sums[mine * MICRO :][:MICRO]), rtol=1e-5, atol=0)
+        for router in model.routers():
+            router.counts.zero_()
+        record = pipeline.step(batches(mine), counts, Z)
         assert (record is not None) == (rank >= SHARE)
         if record is not None:
             torch.testing.assert_close(summed(torch.tensor(record["loss"]), share), want, rtol=1e-5, atol=0)

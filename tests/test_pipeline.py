@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as processes
 
 from ling_kernels.errors import InputError
 from ling_kernels.model import Ling
@@ -14,6 +13,7 @@ from ling_kernels.parallel.pipeline import MicroBatch, Pipeline
 from ling_kernels.parallel.pipeline_layout import PipelineLayout
 from ling_kernels.parallel.schedules import Action, schedule_order, step_text
 from ling_kernels.plan.simulate import Times, simulate
+from tests.ranks import run
 from tests.training import tiniest
 
 WORLD, ROWS, LENGTH, MICRO = 2, 2, 24, 4
@@ -46,18 +46,13 @@ LAYOUTS = {  # schedule, layout, MTP layers
 }
 
 
-def grouped(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder / 'store'}", rank=rank, world_size=WORLD)
-    try:
-        for name in LAYOUTS:
-            a_pipeline_equals_one_process(name, rank)
-    finally:
-        dist.destroy_process_group()
+def pipelines_agree(rank, group):
+    for name in LAYOUTS:
+        a_pipeline_equals_one_process(name, rank)
 
 
 def test_two_processes_equal_one(tmp_path):
-    processes.spawn(grouped, (tmp_path,), nprocs=WORLD)
+    run(tmp_path, [pipelines_agree], WORLD)
 
 
 def batches() -> list[MicroBatch]:

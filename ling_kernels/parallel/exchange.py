@@ -62,15 +62,18 @@ class AllToAll:
         owners, received, sizes = self.received(experts, counts)
         plan = ReceivedPlan(*dispatch(owners, received))
         plan.sent, plan.sizes, plan.weights = sent, sizes, weights
-        rows = send_rows(x, sent, sizes, self.group, self.fp8)
+        rows = send_rows(x, sent, sizes, self.group, True) if self.fp8 else self.send(permute(x, sent), sizes)
         if not self.moe.experts.fold_weights:
             return rows, plan, None
         plan.weights = None
-        return rows, plan, Send.apply(weights.flatten()[sent.source.long()][:, None], *sizes, self.group)
+        return rows, plan, self.send(weights.flatten()[sent.source.long()][:, None], sizes)
 
     def combine(self, y: Tensor, plan: ReceivedPlan) -> Tensor:
         there, here = plan.sizes
-        return unpermute(with_unrouted(Send.apply(y, here, there, self.group), plan.sent), plan.sent, plan.weights)
+        return unpermute(with_unrouted(self.send(y, (here, there)), plan.sent), plan.sent, plan.weights)
+
+    def send(self, rows: Tensor, sizes: Sizes) -> Tensor:
+        return Send.apply(rows, *sizes, self.group)
 
     def received(self, experts: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Sizes]:
         """Which rows come here: each one's expert [R, 1] int32, counts [E / ep] int32, and rows to and from each rank.

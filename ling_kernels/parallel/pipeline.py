@@ -267,7 +267,7 @@ class Pipeline:
             for s, stage in self.stages.items():
                 stage.work = work
                 if not sent:
-                    sent = self.received(s, ids.numel())
+                    sent = self.received(s, rows_here(self.model, ids.shape))
                 sent = stage(*sent, index=torch.tensor([number]))
                 if s == len(self.ranks) - 1:
                     totals[number] = work.losses[number][0]
@@ -298,7 +298,7 @@ class Pipeline:
         return sum_of_squares(grads, self.device, self.group).sqrt()
 
 
-def rows_here(model: Ling, rows: tuple[int, int]) -> int:
+def rows_here(model: Ling, rows: Sequence[int]) -> int:
     """How many rows of a micro batch this rank computes: fewer than all where ranks share them."""
     batch = model.pack(torch.zeros(rows, dtype=torch.int64), None, torch.tensor([0, rows[0] * rows[1]]).int())
     return len(batch.here(batch.positions))

@@ -18,7 +18,7 @@ from ..errors import InputError
 from ..nn.linear import LossLinear
 from ..op import autocast, expect, first_derivative_only, upcast, use_reference, values_on_host
 from ..ops.cross_entropy import cross_entropy_bwd, cross_entropy_fwd, expect_targets
-from ..ops.linear_cross_entropy import Products
+from ..ops.linear_cross_entropy import Products, chunks
 from .collectives import Gather, Send, gather, most_rows, scatter_sum
 
 
@@ -102,9 +102,7 @@ class VocabularyCrossEntropy(torch.autograd.Function):
         wide_dw = torch.zeros_like(w, dtype=dtype) if wanted else w.new_empty(0)
         dx = torch.empty_like(x) if wanted else x.new_empty(0)
         total = torch.zeros((), dtype=dtype, device=x.device)
-        step = max(chunk // n, 1)
-        for first in range(0, len(x), step):
-            rows = slice(first, min(first + step, len(x)))
+        for rows in chunks(len(x), max(chunk // n, 1)):
             target = gather(targets[rows], group)
             ignored = target == ignore_index
             xs = products.rows(gather(x[rows], group), target, ignore_index)

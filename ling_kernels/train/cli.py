@@ -180,7 +180,7 @@ def open_run(options: dict, everyone: Ranks) -> Trainer:
         raise InputError("--out is for a new run and --resume for an existing one: give one of the two")
     if resume:
         return Trainer.of(resumed_run(resume, options, fall_back))
-    return Trainer.of(new_run(settings_of(options), out, restart))
+    return Trainer.of(new_run(settings_of(options), out, restart, given=options))
 
 
 def train(trainer: Trainer, report: Report | NoReport) -> str | None:

@@ -1,7 +1,7 @@
 """The flags of `python -m ling_kernels.train`, one for each setting, in groups."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import Field, fields
 from typing import Any
 
@@ -15,9 +15,9 @@ GROUPS = dict(
 )  # fmt: skip
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add --preset and one flag per setting. Flags that are not given are absent from the result: a resumed run keeps
-    its own values for them."""
+def add_flags(parser: argparse.ArgumentParser, without: Collection[str] = ()) -> None:
+    """Add --preset and one flag per setting, but for those of `without`. Flags that are not given are absent from the
+    result: a resumed run keeps its own values for them."""
     presets = "; ".join(f"{name}: {as_flags(values)}" for name, values in PRESETS.items())
     parser.add_argument(
         "--preset", choices=PRESETS, default=argparse.SUPPRESS,
@@ -27,7 +27,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     for f in fields(Settings):
         if f.name in GROUPS:
             add_argument = parser.add_argument_group(GROUPS[f.name]).add_argument
-        add_flag(add_argument, f)
+        if f.name not in without:
+            add_flag(add_argument, f)
 
 
 def add_flag(add_argument: Callable[..., Any], f: Field) -> None:

@@ -6,7 +6,7 @@ backward, without MTP) times tokens. With the 20e12 tokens of Ling-2.0 they give
 its models (arXiv 2510.22115, table 1) within 2 % and 9 %.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from ..errors import counted
@@ -51,14 +51,18 @@ def trained_peak_lr(config: LingConfig, seq_len: int) -> float:
     return peak_lr(flops_per_token(config, seq_len) * LING_TOKENS)
 
 
-def with_defaults(s: Settings, config: LingConfig, trained: bool) -> tuple[Settings, list[str]]:
+def with_defaults(
+    s: Settings, config: LingConfig, trained: bool, given: Collection[str] = ()
+) -> tuple[Settings, list[str]]:
     """The settings with lr, warm-up and batch, and lines that say where each comes from.
 
-    trained: the run continues a model's weights. `Settings` has the values of a preset's recipe already.
+    trained: the run continues a model's weights. given: settings that the user gave; of others with the value of a
+    preset's recipe, which `Settings` has already, the recipe is named.
     """
     steps, seq_len, micro = max(1, s.steps), max(1, s.seq_len), max(1, s.micro_batch or 1)
-    flops = flops_per_token(config, seq_len)
-    sources = {name: "recipe" if name in s.from_recipe else "given" for name in BY_SIZE}
+    flops, recipe = flops_per_token(config, seq_len), s.recipe()
+    of_recipe = {name for name in BY_SIZE if name not in given and recipe.get(name) == getattr(s, name)}
+    sources = {name: "recipe" if name in of_recipe else "given" for name in BY_SIZE}
     chosen: dict = {}
     if s.batch is None:
         rows = batch_tokens_in(flops, steps) / seq_len

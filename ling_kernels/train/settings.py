@@ -235,15 +235,12 @@ class Settings:
         None, "CPU threads", least=1, shown="one per core that is idle at the start, or 1 if that is faster"
     )
 
-    from_recipe = frozenset[str]()  # of BY_SIZE those that were not given; no field: `replace` forgets it
-
     def __post_init__(self):
         for f in fields(self):
             object.__setattr__(self, f.name, plain(f, getattr(self, f.name)))
-        names = frozenset(name for name in BY_SIZE if getattr(self, name) is None and name in self.recipe())
-        object.__setattr__(self, "from_recipe", names)
-        for name in names:
-            object.__setattr__(self, name, plain(FIELDS[name], self.recipe()[name]))
+        for name in BY_SIZE:
+            if getattr(self, name) is None and name in self.recipe():
+                object.__setattr__(self, name, plain(FIELDS[name], self.recipe()[name]))
         if self.fp8_transposed == "per_step":  # the old name, for one version
             object.__setattr__(self, "fp8_transposed", "kept")
 
@@ -342,8 +339,7 @@ def settings_of(options: dict, saved: dict | None = None) -> Settings:
     if options.get("fp8_transposed") == "per_step":
         print("warning: --fp8-transposed per_step is deprecated and means kept", file=sys.stderr)
     if saved is None:
-        recipe = {k: v for k, v in Settings(**options).recipe().items() if k not in BY_SIZE}
-        return Settings(**(recipe | options))
+        return Settings(**(Settings(**options).recipe() | options))
     before = from_json(saved)
     options = {name: value for name, value in options.items() if value is not None or name not in BY_SIZE}
     new_data = options.get("data", before.data) != before.data

@@ -1,5 +1,7 @@
 """Tokenise text into a .bin file, on all cores."""
 
+import functools
+import itertools
 import json
 import os
 from collections import deque
@@ -13,6 +15,7 @@ import numpy as np
 from ...errors import InputError
 from ...files import atomic_write
 from ...tokenizer import Tokenizer
+from ...tokenizer.words import word_encoder
 from .progress import ReadingProgress
 from .sources import DEFAULTS, Position, TextOptions, cpython_documents, documents
 from .token_files import DTYPES
@@ -21,6 +24,7 @@ from .token_files import DTYPES
 BATCH = (1 << 20) * min(max(os.cpu_count() or 1, 4), 16)  # characters
 BATCH_TEXTS = 1 << 16
 AHEAD = 2  # batches that are encoded while others are read and written
+MANY = 1 << 20  # characters, for which a memory of words is worth the second it takes to make
 
 
 class TextBatch(NamedTuple):
@@ -104,16 +108,19 @@ def batches(documents: Iterable[Iterable[str]]) -> Iterator[TextBatch]:
 
 
 def encoded(
-    batches: Iterable[TextBatch], tokenizer: Tokenizer, special: bool
+    batches: Iterator[TextBatch], tokenizer: Tokenizer, special: bool
 ) -> Iterator[tuple[list[np.ndarray], list[int]]]:
     """(ids of each text, ends) of each batch, in order."""
     waiting: deque = deque()
+    first = next(batches)
+    by_words = word_encoder(tokenizer) if not special and sum(map(len, first.texts)) >= MANY else None
+    encode = by_words.encode_batch if by_words else functools.partial(tokenizer.encode_batch, special=special)
     with ThreadPoolExecutor(AHEAD) as pool:
-        for texts, ends in batches:
+        for texts, ends in itertools.chain([first], batches):
             if len(waiting) == AHEAD:
                 result, its_ends = waiting.popleft()
                 yield result.result(), its_ends
-            waiting.append((pool.submit(tokenizer.encode_batch, texts, special), ends))
+            waiting.append((pool.submit(encode, texts), ends))
         for result, its_ends in waiting:
             yield result.result(), its_ends
 

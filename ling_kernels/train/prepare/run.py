@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -54,11 +55,14 @@ class Run:
     ranks: Ranks = field(default_factory=Ranks)
 
 
-def new_run(settings: Settings, out: str | Path | None = None, restart: bool = False) -> Run:
-    """Prepare a new run in the folder `out` (default: runs/MODEL-DATE-TIME)."""
+def new_run(
+    settings: Settings, out: str | Path | None = None, restart: bool = False, given: Collection[str] = ()
+) -> Run:
+    """Prepare a new run in the folder `out` (default: runs/MODEL-DATE-TIME). given: settings that are flags, where that
+    is known."""
     settings = absolute_paths(settings)
     config, weights = model_config(settings)
-    settings, notes = with_defaults(settings, config, trained=weights is not None)
+    settings, notes = with_defaults(settings, config, trained=weights is not None, given=given)
     check(settings, config)
     ranks, any_threads = arrange(settings, config), settings.threads is None
     settings, device = choose_device_and_threads(settings, ranks)
@@ -164,9 +168,7 @@ def absolute_changes(options: dict) -> dict:
 
 def absolute_paths(settings: Settings) -> Settings:
     names = ("data", "val_data", "tokenizer", "model")
-    found = replace(settings, **{name: absolute(name, getattr(settings, name)) for name in names})
-    object.__setattr__(found, "from_recipe", settings.from_recipe)
-    return found
+    return replace(settings, **{name: absolute(name, getattr(settings, name)) for name in names})
 
 
 def absolute(name: str, value):
