@@ -121,13 +121,9 @@ def run(options: dict, planner, everyone: Ranks) -> int:
     for change in trainer.changes:
         print(described(change))
     print_header(trainer)
-    s = trainer.settings
     record_start(trainer)
-    report = (
-        Report(trainer.folder, trainer.progress.step, s.steps, s.log_every, s.wandb, to_json(s))
-        if everyone.first
-        else NoReport()
-    )
+    with everyone.agreed():
+        report = report_of(trainer)
     try:
         stopped = train(trainer, report)
     except Diverged as error:
@@ -148,6 +144,14 @@ def run(options: dict, planner, everyone: Ranks) -> int:
         print(f"stopped while writing the results; --resume {shown(trainer.folder)} writes them", file=sys.stderr)
         return STOPPED
     return 0
+
+
+def report_of(trainer: Trainer) -> Report | NoReport:
+    """Rank 0 writes and prints. Raises InputError where wandb cannot begin."""
+    s = trainer.settings
+    if not trainer.ranks.first:
+        return NoReport()
+    return Report(trainer.folder, trainer.progress.step, s.steps, s.log_every, s.wandb, to_json(s))
 
 
 def way_back(trainer: Trainer) -> str:

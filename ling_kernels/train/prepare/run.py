@@ -85,8 +85,8 @@ def new_run(
 def resumed_run(resume: str | Path, options: dict, fall_back: bool = False) -> Run:
     """Prepare to resume from a run's latest checkpoint, or from a checkpoint; options: settings to change. fall_back:
     from the latest one that is not damaged, saying so."""
-    folder, checkpoint = ckpt.locate(str(resume))
     everyone = start()
+    folder, checkpoint = everyone.from_first(lambda: ckpt.locate(str(resume)))
     with everyone.agreed():
         lock = lock_folder(folder) if everyone.first else None
     if fall_back:
