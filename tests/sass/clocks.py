@@ -31,7 +31,7 @@ class Region(NamedTuple):
     least: bool = False
 
 
-WIDE = r"gemm_fp8_kernel<Variant<0, .*"  # tiles of 128 x 256
+WIDE = r"gemm_fp8_kernel<Variant<(?:0|128), .*"  # tiles of 128 x 256
 REGIONS = [
     Region("SwiGLU epilogue", WIDE + r"Output\)1", "QGMMA", "STS", least=True),
     Region("bf16 epilogue", WIDE + r"Output\)0", "QGMMA", "STG.E.128", without="STG.E.64", least=True),
