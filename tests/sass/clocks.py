@@ -49,6 +49,13 @@ def within(opcode: str, text: str) -> str:
     return rf"{opcode}\S* (?:{'|'.join(map(re.escape, lines))})$"
 
 
+# Kernels of a decode step that do what they can before the preceding one has ended. A warp copies rows or their scales.
+REGIONS += [
+    Region("after the kernel ahead", r"rms_norm_router_kernel<bfloat16, bfloat16, 1>", "ACQBULK", "EXIT"),
+    Region("after the kernel ahead", r"gemm_fp8_few_rows_kernel<false>", "ACQBULK", "EXIT",
+           without=within("LDG", "= a_scale[m +")),
+]  # fmt: skip
+
 # Of kernels with options: opcodes that only the options have. The rows of the kernel and its loops are without them.
 OPTIONS = {
     r"gemm_fp8_kernel<|grouped_wgrad_bf16_kernel$": "STG.E.64",  # fp32 results
