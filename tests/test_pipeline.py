@@ -6,17 +6,32 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as processes
 
 from ling_kernels.errors import InputError
 from ling_kernels.model import Ling
 from ling_kernels.parallel.pipeline import MicroBatch, Pipeline
 from ling_kernels.parallel.pipeline_layout import PipelineLayout
+from ling_kernels.parallel.schedules import Action, schedule_order, step_text
+from ling_kernels.plan.simulate import Times, simulate
+from tests.ranks import run
 from tests.training import tiniest
 
 WORLD, ROWS, LENGTH, MICRO = 2, 2, 24, 4
 CONFIG = replace(tiniest(), num_hidden_layers=4, num_nextn_predict_layers=1, vocab_size=64)
 Z = 1e-2
+
+
+def own_order():
+    """Five stages on two ranks, three of them on rank 0; weights' gradients at the end."""
+    place = [0, 1, 0, 1, 0]
+    rows = [[], []]
+    for kind, stages in (("F", range(5)), ("I", range(4, -1, -1)), ("W", range(5))):
+        for i in range(MICRO):
+            for s in stages:
+                rows[place[s]].append((Action(kind, s, i),))
+    return rows
+
+
 LAYOUTS = {  # schedule, layout, MTP layers
     "uneven, with an empty stage": ("Interleaved1F1B", "Et|ttt||mL", 1),
     "MTP and each loss apart": ("Interleaved1F1B", "Ettt|t|m|LL", 1),
@@ -24,21 +39,20 @@ LAYOUTS = {  # schedule, layout, MTP layers
     "two MTP layers": ("Interleaved1F1B", "Ett|ttm|m|L", 2),
     "no MTP": ("1F1B", "Et|tttL", 0),
     "one stage each": ("GPipe", "Ett|ttmL", 1),
+    "zero bubble": ("InterleavedZeroBubble", "Et||tttm|L", 1),
+    "zero bubble in a V": ("ZBVZeroBubble", "Et|tt|tmL|L", 1),
+    "forward and backward at once": ("DualPipeV", "Et|t|tt|mL", 1),
+    "an order of one's own": (own_order(), "E|tt|tt|m|L", 1),
 }
 
 
-def grouped(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder / 'store'}", rank=rank, world_size=WORLD)
-    try:
-        for name in LAYOUTS:
-            a_pipeline_equals_one_process(name, rank)
-    finally:
-        dist.destroy_process_group()
+def pipelines_agree(rank, group):
+    for name in LAYOUTS:
+        a_pipeline_equals_one_process(name, rank)
 
 
 def test_two_processes_equal_one(tmp_path):
-    processes.spawn(grouped, (tmp_path,), nprocs=WORLD)
+    run(tmp_path, [pipelines_agree], WORLD)
 
 
 def batches() -> list[MicroBatch]:
@@ -66,9 +80,17 @@ def a_pipeline_equals_one_process(name, rank):
         zero = torch.zeros(())
         totals += torch.stack([out.loss, out.main_loss, out.mtp_loss if mtp else zero, out.z_loss]).detach()
     pipeline = Pipeline(model, PipelineLayout.parse(layout), schedule, MICRO, (ROWS, LENGTH))
+    forwards = []
+    for s, stage in pipeline.stages.items():
+        stage.register_forward_hook(lambda m, a, kw, out, s=s: forwards.append((s, int(kw["index"]))), with_kwargs=True)
     record = pipeline.step(batches(), counts, Z)
+    order = schedule if isinstance(schedule, list) else schedule_order(schedule, WORLD, len(pipeline.ranks), MICRO)
+    steps = [event.step for event in simulate(order, [Times(1, 1, 1)] * len(pipeline.ranks)).events[rank]]
+    assert forwards == [a[1:] for step in steps for a in step if a.kind == "F"]  # what ran is what is simulated
+    run = [str(a) for a in pipeline.schedule.pipeline_order_with_comms[rank] if a.is_compute_op]
+    assert run == [step_text(step) for step in steps]
     if record is not None:
-        assert rank == WORLD - 1
+        assert rank == pipeline.ranks[-1]
         torch.testing.assert_close(torch.tensor([*record.values()]), totals, rtol=1e-5, atol=1e-6)
     want = dict(alone.named_parameters())
     names = [n for n, _ in model.named_parameters()]

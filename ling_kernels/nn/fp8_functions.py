@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..op import first_derivative_only
+from ..ops.deferred import now_or_later
 from ..ops.dispatch import Plan
 from ..ops.gemm_fp8 import gemm_fp8
 from ..ops.grouped_gemm_fp8 import grouped_gemm_fp8
@@ -124,10 +125,10 @@ class Fp8LinearFunction(torch.autograd.Function):
         dx = dnorm = dw = None
         if ctx.needs_input_grad[0] or ctx.eps is not None:
             dx = input_gradient(rows, w, None, ctx.x_dtype)
-        if ctx.wgrad == "fp8":
-            dw = weight_gradient(columns, x, None, ctx.w_dtype, w.main_grad)
-        elif ctx.wgrad == "bf16":
-            dw = weight_gradient(dy.contiguous(), x[0], None, ctx.w_dtype, w.main_grad)
+        if ctx.wgrad is not None:
+            factors = (columns, x) if ctx.wgrad == "fp8" else (dy.contiguous(), x[0])
+            number = 1 if ctx.eps is None else 2  # of w among the tensors
+            dw = now_or_later(ctx, number, lambda: weight_gradient(*factors, None, ctx.w_dtype, w.main_grad))
         if ctx.eps is not None:
             dx, dnorm = torch.autograd.grad(normed, inputs, dx)
         return dx, dnorm, dw, *[None] * ctx.num_others
@@ -175,7 +176,11 @@ class FeedForward(torch.autograd.Function):
         gate_up = ctx.fp8[0]._replace(q=gate_up_q, scale=gate_up_scale)
         down = ctx.fp8[1]._replace(q=down_q, scale=down_scale)
         p = row_weights(weights, plan)
-        fp8, dtype, pow2, w_dtype = ctx.wgrad == "fp8", ctx.dtype, ctx.pow2, ctx.w_dtype
+        fp8, dtype, pow2 = ctx.wgrad == "fp8", ctx.dtype, ctx.pow2
+
+        def later(weight: int, dy, x, main_grad):
+            number = 1 + (weights is not None) + weight  # of gate_up, 0, or down, 1, among the tensors
+            return now_or_later(ctx, number, lambda: weight_gradient(dy, x, plan, ctx.w_dtype, main_grad))
 
         x_columns, a_columns = columns[:2], columns[2:]
         if x is not None and (h is None or fp8):
@@ -189,15 +194,15 @@ class FeedForward(torch.autograd.Function):
         d_gate_up = d_down = None
         if fp8:
             a_columns = a_columns or swiglu(h, p, True, True, plan, pow2)[2:]
-            d_down = weight_gradient(dy_columns, a_columns, plan, w_dtype, down.main_grad)
+            d_down = later(1, dy_columns, a_columns, down.main_grad)
             (*dh, dh_columns, dh_columns_scale), dp = swiglu_backward(da, h, p, True, True, plan, pow2)
-            d_gate_up = weight_gradient((dh_columns, dh_columns_scale), x_columns, plan, w_dtype, gate_up.main_grad)
+            d_gate_up = later(0, (dh_columns, dh_columns_scale), x_columns, gate_up.main_grad)
         elif ctx.wgrad == "bf16":
             dy, x = dout.to(dtype), x.to(dtype)
             dy, x = (dy.contiguous(), x) if plan is None else (permute(dy, plan), permute(x, plan))
-            d_down = weight_gradient(dy, swiglu(h, p), plan, w_dtype, down.main_grad)
+            d_down = later(1, dy, swiglu(h, p), down.main_grad)
             dh, dp = swiglu_backward(da, h, p)
-            d_gate_up = weight_gradient(dh, x, plan, w_dtype, gate_up.main_grad)
+            d_gate_up = later(0, dh, x, gate_up.main_grad)
             dh = quantize(dh, pow2=pow2)
         else:
             dh, dp = swiglu_backward(da, h, p, True, False, None, pow2)

@@ -14,6 +14,7 @@ from ..op import (
     upcast,
     use_reference,
 )
+from .deferred import now_or_later
 from .dispatch import expect_offsets
 from .gemm_fp8 import find_group, launch_with_scratch, tile_position, tma_compatible
 from .grouped_wgrad import grouped_wgrad
@@ -58,8 +59,7 @@ class GroupedGemm(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             da = grouped_product(dy, b.mT, offsets, True)
         if ctx.needs_input_grad[1]:
-            db = torch.empty_like(b, memory_format=torch.contiguous_format)
-            grouped_wgrad(dy, a, offsets, db)
+            db = now_or_later(ctx, 1, lambda: grouped_wgrad(dy, a, offsets, dtype=b.dtype))
         return da, db, None
 
 
@@ -91,7 +91,9 @@ def grouped_gemm_ref_fwd(a: Tensor, b: Tensor, offsets: Tensor, y: Tensor) -> No
     bounds = offsets.tolist()
     with torch.autocast(a.device.type, enabled=False):
         for e, (lo, hi) in enumerate(zip(bounds, bounds[1:], strict=False)):
-            if lo < hi:
+            if lo < hi and y.dtype == upcast(y).dtype:
+                torch.mm(a[lo:hi], b[e].T, out=y[lo:hi])
+            elif lo < hi:
                 y[lo:hi] = upcast(a[lo:hi]) @ upcast(b[e]).T
     y[bounds[-1] :] = 0
 

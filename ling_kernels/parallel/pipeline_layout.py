@@ -33,6 +33,17 @@ class PipelineLayout:
             raise InputError(f"--pipeline {text}: {wrong!r} is none of E, t, m, L, |, ( ) and *n")
         return cls(tuple(plain.split("|")))
 
+    @classmethod
+    def even(cls, config: LingConfig, stages: int) -> "PipelineLayout":
+        """Layers in equal numbers, as far as they go; the first stages have the fewer ones, as embedding and head are
+        not counted. Raises InputError for fewer layers than stages."""
+        layers = config.num_hidden_layers
+        if layers < stages:
+            raise InputError(f"--pp {stages}: the model has only {layers} layers; give --pipeline")
+        parts = ["t" * ((s + 1) * layers // stages - s * layers // stages) for s in range(stages)]
+        parts[0], parts[-1] = "E" + parts[0], parts[-1] + "m" * config.num_nextn_predict_layers + "L"
+        return cls(tuple(parts))
+
     def __str__(self) -> str:
         return "|".join(self.stages)
 

@@ -1,12 +1,13 @@
-"""python -m ling_kernels.plan train|decode: memory of a training run, or bytes and tokens/s of a decode step."""
+"""python -m ling_kernels.plan train|pipeline|decode: memory and time of a training run, the layout of a pipeline, or
+bytes and tokens/s of a decode step."""
 
 import sys
 from collections.abc import Sequence
 
 from ..errors import Parser, command
-from . import decode, train
+from . import decode, pipeline, train
 
-COMMANDS = {"train": train.main, "decode": decode.main}
+COMMANDS = {"train": train.main, "pipeline": pipeline.main, "decode": decode.main}
 
 
 @command

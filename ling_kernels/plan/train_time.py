@@ -121,17 +121,25 @@ def shapes(c: LingConfig, moe: bool, groups: int) -> list[tuple[int, int, int]]:
     return [(1, (heads + 2 * kv) * D, H), (1, H, heads * D), (1, 3 * S, H), *experts]
 
 
+def unit(c: LingConfig, s: Settings, kind: str, groups: int) -> Pass:
+    """A micro batch in d, a dense layer; t, a MoE layer; m, an MTP layer; L, the head and one loss. groups: experts of
+    a layer on this GPU."""
+    tokens, master = (s.micro_batch or s.batch) * s.seq_len, 4 if s.master == "fp32" else 2
+    if kind == "L":  # logits: written, read for the loss, their gradient written and read twice
+        head = product("lm_head", tokens, c.vocab_size, c.hidden_size, grad_bytes=master)
+        return Pass(head.forward, [*head.backward, Work("loss", 0, 10.0 * tokens * c.vocab_size)])
+    parts = [layer(c, s, tokens, kind != "d", groups)]
+    if kind == "m":
+        parts.append(product("eh_proj", tokens, c.hidden_size, 2 * c.hidden_size, grad_bytes=master))
+    return Pass([w for p in parts for w in p.forward], [w for p in parts for w in p.backward])
+
+
 def micro_batch(c: LingConfig, s: Settings, rank: Rank) -> list[Work]:
     """Forward and backward of a micro batch on one GPU; c: the configuration of its stage."""
-    tokens, layout = (s.micro_batch or s.batch) * s.seq_len, rank.layout
-    groups, dense, mtp = c.num_experts // layout.ep, c.first_k_dense_replace, c.num_nextn_predict_layers
-    passes = [layer(c, s, tokens, False, groups)] * dense
-    passes += [layer(c, s, tokens, True, groups)] * (c.num_hidden_layers - dense + mtp)
-    master = 4 if s.master == "fp32" else 2
-    passes += [product("eh_proj", tokens, c.hidden_size, 2 * c.hidden_size, grad_bytes=master)] * mtp
-    if rank.stage == layout.pp - 1:  # logits: written, read for the loss, their gradient written and read twice
-        head = product("lm_head", tokens, c.vocab_size, c.hidden_size, grad_bytes=master)
-        passes += [Pass(head.forward, [*head.backward, Work("loss", 0, 10.0 * tokens * c.vocab_size)])] * (1 + mtp)
+    groups, dense, mtp = c.num_experts // rank.layout.ep, c.first_k_dense_replace, c.num_nextn_predict_layers
+    losses = 1 + mtp if rank.stage == rank.layout.pp - 1 else 0
+    numbers = dict(d=dense, t=c.num_hidden_layers - dense, m=mtp, L=losses)
+    passes = [p for kind, n in numbers.items() for p in [unit(c, s, kind, groups)] * n]
     return [w for p in passes for w in (*p.forward, *p.backward)]
 
 
@@ -145,16 +153,23 @@ def once(s: Settings, peak: dict[str, int]) -> list[Work]:
     return [Work("optimizer", 0, 2 * state + 3 * master * state / moments + kept)]
 
 
+def exchange_seconds(c: LingConfig, s: Settings, ep: int) -> tuple[float, float]:
+    """Seconds that the rows of a micro batch travel for one MoE layer, in its forward and in its backward: to the
+    experts and back, and so do their gradients. Recomputing the whole layer sends the rows again."""
+    rows = 2.0 * c.num_experts_per_tok * (s.micro_batch or s.batch) * s.seq_len * c.hidden_size * (ep - 1) / ep
+    both_ways = 2 * rows / LINKS[ep <= NODE]
+    return both_ways, both_ways * (2 if s.recompute == "full" else 1)
+
+
 def transfers(c: LingConfig, s: Settings, rank: Rank, peak: dict[str, int]) -> tuple[float, float]:
     """Seconds between GPUs for a micro batch, and once for a step; nothing of it hidden behind computing.
 
-    Rows go to experts and back in the forward, and so do their gradients. Gradients are summed once for a step (an
+    Gradients are summed once for a step (an
     all-reduce moves them twice), with zero=3 after each micro batch, for which weights come twice, too.
     """
-    layout, tokens = rank.layout, (s.micro_batch or s.batch) * s.seq_len
+    layout = rank.layout
     layers = c.num_hidden_layers - c.first_k_dense_replace + c.num_nextn_predict_layers
-    rows = 4 * 2.0 * c.num_experts_per_tok * tokens * c.hidden_size * layers * (layout.ep - 1) / layout.ep
-    exchange, link = rows / LINKS[layout.ep <= NODE], LINKS[layout.dp <= NODE]
+    exchange, link = layers * sum(exchange_seconds(c, s, layout.ep)), LINKS[layout.dp <= NODE]
     copies = layout.dp // layout.ep  # of an expert's weights
     master = 4 if s.master == "fp32" else 2
     experts = layers * (c.num_experts // layout.ep) * 3 * c.moe_intermediate_size * c.hidden_size * master

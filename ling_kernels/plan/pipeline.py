@@ -1,0 +1,215 @@
+"""python -m ling_kernels.plan pipeline: where a pipeline's bubbles and bytes are, and the layout and schedule for it.
+
+Takes the flags of `python -m ling_kernels.train` besides those of the pipeline. Times are those of `plan train`, a
+roofline; the step is simulated. --pipeline and --schedule say what to simulate; what is not given is searched for.
+"""
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ..errors import InputError, Parser, command
+from ..gpu import HOPPER, VARIANTS
+from ..model import LingConfig
+from ..parallel.layout import Layout
+from ..parallel.pipeline_layout import PipelineLayout
+from ..parallel.schedules import read_csv, write_csv
+from ..train.flags import add_flags
+from ..train.prepare.models import model_config
+from ..train.scaling import with_defaults
+from ..train.settings import settings_of
+from .search import CHOICES, TRIES, Problem, Result, candidates, search
+from .timeline import draw
+from .train import format_bytes, span
+from .train_time import NODE
+from .units import letters, predicted_units, transfer_seconds
+
+GPUS = {gpu.name: gpu for gpu in (*HOPPER.values(), *VARIANTS)}
+MOST_ACTIONS = 1_000_000  # of a simulated step: some 10 s
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    args = vars(parser().parse_args(argv))
+    own = {name: args.pop(name) for name in OWN}
+    options = argparse.Namespace(**own)
+    problem = make_problem(args, options)
+    results = solve(problem, options)
+    best = results[0]
+    print(*report(problem, options, best), sep="\n")
+    if len(results) > 1:
+        print(*others(problem, results), sep="\n")
+    if options.csv:
+        try:
+            write_csv(best.order, options.csv)
+        except OSError as error:
+            raise InputError(f"--csv {options.csv}: {error}") from None
+    if options.png:
+        draw({f"{best.schedule}, {best.layout}: {span(best.timeline.seconds)}": best.timeline}, options.png)
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    found = Parser("python -m ling_kernels.plan pipeline", description=__doc__.partition(": ")[2].split("\n\n")[0])
+    found.add_argument("--pp", type=int, required=True, metavar="N", help="ranks of the pipeline")
+    found.add_argument("--vpp", type=int, metavar="N", help="stages of each rank (default: 1 and 2 are tried)")
+    found.add_argument("--dp", type=int, metavar="N", help="data-parallel GPUs, which share --batch (default: --ep)")
+    found.add_argument("--ep", type=int, default=1, metavar="N", help="of them, GPUs that share experts (default: 1)")
+    found.add_argument("--zero", type=int, default=0, choices=(0, 1), help="1: the optimizer's state is shared out")
+    found.add_argument("--pipeline", metavar="LAYOUT", help="a layout such as Et|tt|tmL (default: a search)")
+    found.add_argument("--schedule", metavar="NAME|FILE", help=f"{', '.join(CHOICES)}, or a CSV (default: the best)")
+    found.add_argument("--gpu", default="H200", choices=GPUS, help="(default: H200)")
+    found.add_argument("--memory", type=float, metavar="GB", help="of a GPU (default: the GPU's)")
+    found.add_argument(
+        "--losses-together", action="store_true", help="all losses in the last stage, as Megatron's layouts have them"
+    )
+    found.add_argument(
+        "--overlap", action="store_true",
+        help="a forward and a backward that a schedule puts together hide each other's exchange; this package's runtime"
+        " runs them one after the other",
+    )  # fmt: skip
+    found.add_argument("--tries", type=int, default=TRIES, metavar="N", help=f"moves of a search (default: {TRIES})")
+    found.add_argument("--csv", metavar="FILE", help="write the order of actions for torch and torchtitan")
+    found.add_argument("--png", metavar="FILE", help="write a picture of the step")
+    add_flags(found, without=(*OWN, "dist_timeout"))
+    return found
+
+
+OWN = ("pp", "vpp", "dp", "ep", "zero", "pipeline", "schedule", "gpu", "memory", "losses_together", "overlap", "tries",
+       "csv", "png")  # fmt: skip
+
+
+def make_problem(flags: dict, options: argparse.Namespace) -> Problem:
+    """The model, its units and the micro batches. Raises InputError for numbers that do not fit."""
+    for name in ("pp", "vpp", "dp", "ep", "tries"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise InputError(f"--{name} {value}: it must be at least 1")
+    if options.memory is not None and not 0 < options.memory < math.inf:
+        raise InputError(f"--memory {options.memory}: GB of a GPU, more than 0")
+    settings = settings_of(flags)
+    config, weights = model_config(settings)
+    settings, _ = with_defaults(settings, config, trained=weights is not None)
+    gpus = Layout(options.dp or options.ep, options.ep, options.pp, options.zero)
+    micro = settings.micro_batch or 1
+    if settings.batch % (gpus.dp * micro):
+        raise InputError(f"--batch {settings.batch} is not a multiple of --dp {gpus.dp} x --micro-batch {micro}")
+    Layout(gpus.dp, gpus.ep).check(config, settings.model)
+    gpu, number = GPUS[options.gpu], settings.batch // (gpus.dp * micro)
+    if 6 * options.pp * (options.vpp or 2) * number > MOST_ACTIONS:
+        raise InputError(f"--batch {settings.batch} on --dp {gpus.dp} is {number} micro batches, too many to simulate")
+    settings = replace(settings, micro_batch=micro)
+    units = predicted_units(config, settings, gpu, options.ep)
+    near = options.pp * gpus.dp <= NODE
+    memory = options.memory * 1e9 if options.memory else gpu.memory
+    return Problem(
+        config, settings, units, gpus, number, transfer_seconds(config, settings, near), memory, options.overlap
+    )
+
+
+def solve(problem: Problem, options: argparse.Namespace) -> list[Result]:
+    """The plans asked for, the best first."""
+    pp, name = options.pp, options.schedule
+    if name is not None and name not in CHOICES and not Path(name).exists():
+        raise InputError(f"--schedule {name}: it must be one of {', '.join(CHOICES)}, or a file")
+    order = read_csv(name) if name is not None and name not in CHOICES else None
+    if options.pipeline is not None:
+        layout = PipelineLayout.parse(options.pipeline)
+        layout.check(problem.config, problem.settings.model)
+        stages = len(layout.stages)
+        if options.vpp and stages != pp * options.vpp:
+            raise InputError(f"--pipeline {layout}: {stages} stages are not --pp {pp} x --vpp {options.vpp}")
+        if name is not None:
+            return [problem.evaluate(layout, name, order)]
+        if stages % pp:
+            raise InputError(f"--pipeline {layout}: {stages} stages on {pp} ranks; each rank takes equally many")
+        wanted = candidates(pp, [stages // pp])
+        return by_time(problem, layout, [name for name, _ in wanted])
+    if order is not None:
+        raise InputError(f"--schedule {name}: an order from a file needs its --pipeline")
+    wanted = candidates(pp, [options.vpp] if options.vpp else [1, 2])
+    wanted = [(schedule, stages) for schedule, stages in wanted if name in (None, schedule)]
+    if not wanted:
+        raise InputError(f"--schedule {name} has another number of stages a rank than --vpp {options.vpp}")
+    tail = problem.atoms.count("L") if options.losses_together else 1
+    return search(problem, wanted, tail, options.tries)
+
+
+def by_time(problem: Problem, layout: PipelineLayout, names: list[str]) -> list[Result]:
+    """One layout under each schedule that can have it."""
+    results, errors = [], []
+    for name in names:
+        try:
+            results.append(problem.evaluate(layout, name))
+        except InputError as error:
+            errors.append(error)
+    if not results:
+        raise errors[0]
+    return sorted(results, key=lambda r: (r.peak > problem.memory, r.timeline.seconds))
+
+
+def mfu(problem: Problem, seconds: float, gpu: str) -> float:
+    s = problem.settings
+    tokens = problem.micro_batches * s.micro_batch * s.seq_len
+    return problem.config.flops_per_token(s.seq_len) * tokens / seconds / problem.gpus.pp / GPUS[gpu].bf16
+
+
+def report(problem: Problem, options: argparse.Namespace, best: Result) -> list[str]:
+    s, gpus, timeline = problem.settings, problem.gpus, best.timeline
+    share = mfu(problem, timeline.seconds, options.gpu)
+    fits = "fits" if best.peak <= problem.memory else "does not fit"
+    size, idle = (
+        f"{problem.config.num_parameters(mtp=True):,} parameters",
+        f"{100 * timeline.bubble():.1f} % of it idle",
+    )
+    lines = [
+        f"Pipeline of {s.model}, {size}: {gpus.pp} ranks x {gpus.dp} GPUs ({options.gpu}), ep {gpus.ep};",
+        f"{problem.micro_batches} micro batches of {s.micro_batch} x {s.seq_len} tokens. Predicted, nothing measured.",
+        "",
+        f"layout    {best.layout}",
+        f"schedule  {best.schedule}",
+        f"step      {span(timeline.seconds)}, {idle}; MFU {100 * share:.1f} %; without optimizer and sums over dp",
+        f"memory    {format_bytes(best.peak)} on the fullest rank, with 6 GB for CUDA: {fits}"
+        f" {format_bytes(problem.memory)}",
+        "",
+        f"{'rank':<6}{'parameters':>16}{'state':>12}{'activations':>13}{'idle':>8}  stages",
+    ]  # fmt: skip
+    for rank, usage in enumerate(best.usage):
+        stages = ", ".join(
+            f"{s} {best.layout.stages[s] or 'empty'}" for s, r in enumerate(best.ranks) if r == rank
+        )  # fmt: skip
+        lines.append(
+            f"{rank:<6}{usage.parameters:>16,}{format_bytes(usage.state):>12}{format_bytes(usage.activations):>13}"
+            f"{100 * timeline.bubble(rank):>6.1f} %  {stages}"
+        )
+    return lines + unit_lines(problem)
+
+
+def unit_lines(problem: Problem) -> list[str]:
+    """What the simulation takes each unit for."""
+    lines = ["", f"{'unit, ms':<14}{'forward':>9}{'input':>9}{'weights':>9}{'exchange':>9}{'kept':>11}"]
+    names = dict(E="E embedding", d="t, dense", t="t, MoE", m="m MTP", L="L, each loss")
+    for kind, unit in problem.units.items():
+        if kind in letters_of(problem.config):
+            t = unit.times
+            cells = (t.forward, t.input_gradient, t.weight_gradient, t.exchange + t.exchange_back)
+            row = "".join(f"{1000 * x:>9.2f}" for x in cells)
+            lines.append(f"{names[kind]:<14}{row}{format_bytes(unit.kept):>11}")
+    return lines
+
+
+def letters_of(config: LingConfig) -> set[str]:
+    mtp = config.num_nextn_predict_layers
+    whole = PipelineLayout(("E" + "t" * config.num_hidden_layers + "m" * mtp + "L",))
+    return set(letters(whole, config)[0])
+
+
+def others(problem: Problem, results: list[Result]) -> list[str]:
+    lines = ["", f"{'tried':<24}{'step':>10}{'idle':>8}{'memory':>11}  layout"]
+    for r in results:
+        lines.append(
+            f"{r.schedule:<24}{span(r.timeline.seconds):>10}{100 * r.timeline.bubble():>6.1f} %"
+            f"{format_bytes(r.peak):>11}{' ' if r.peak <= problem.memory else '*'} {r.layout}"
+        )  # fmt: skip
+    return lines + ["* more than there is"] * any(r.peak > problem.memory for r in results)

@@ -1,0 +1,46 @@
+"""A picture of a pipeline's step: what each rank does when. Needs matplotlib."""
+
+from pathlib import Path
+
+from ..errors import InputError
+from .simulate import Timeline
+
+COLOURS = dict(F="#8ecae6", B="#a3d9a5", I="#ffd166", W="#f4a6a6")
+NAMES = dict(F="forward", B="backward", I="gradient of the input", W="gradients of weights")
+
+
+def draw(timelines: dict[str, Timeline], path: str | Path) -> None:
+    """Write a PNG with one picture above the other, on one scale of time; the keys are their titles.
+
+    Raises InputError where matplotlib is missing or the file cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError("--png needs matplotlib: pip install matplotlib") from None
+    heights = [len(t.events) for t in timelines.values()]
+    figure = Figure(figsize=(14, 0.28 * sum(heights) + 0.9 * len(heights) + 0.6), layout="constrained")
+    axes: list = [*figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]]
+    for ax, (title, timeline) in zip(axes, timelines.items(), strict=True):
+        for rank, events in enumerate(timeline.events):
+            for begin, end, step in events:
+                for i, action in enumerate(step):  # an overlap: one above the other
+                    height = 0.9 / len(step)
+                    ax.broken_barh(
+                        [(begin, end - begin)], (rank - 0.45 + i * height, height), facecolors=COLOURS[action.kind],
+                        edgecolor="white", linewidth=0.2,
+                    )  # fmt: skip
+        ax.set_title(title, loc="left", fontsize=10)
+        ax.set_ylim(len(timeline.events) - 0.5, -0.5)
+        ax.set_yticks(range(len(timeline.events)))
+        ax.set_ylabel("rank")
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[-1].set_xlabel("seconds")
+    axes[-1].set_xlim(0, max(t.seconds for t in timelines.values()))
+    seen = {a.kind for t in timelines.values() for row in t.events for e in row for a in e.step}
+    handles = [axes[0].barh(0, 0, color=COLOURS[k], label=NAMES[k]) for k in COLOURS if k in seen]
+    figure.legend(handles=handles, loc="outside lower right", ncols=len(handles), frameon=False, fontsize=9)
+    try:
+        figure.savefig(path, dpi=110, metadata={"Software": None})
+    except (OSError, ValueError) as error:
+        raise InputError(f"--png {path}: {error}") from None

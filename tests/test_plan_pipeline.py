@@ -1,0 +1,131 @@
+"""`plan pipeline`: units against the model and `plan train`, the search against all layouts, files, bad input."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+
+from ling_kernels.gpu import Gpu
+from ling_kernels.model import LingConfig
+from ling_kernels.parallel.layout import Layout
+from ling_kernels.parallel.pipeline_layout import PipelineLayout
+from ling_kernels.parallel.schedules import check, read_csv, schedule_order
+from ling_kernels.plan.__main__ import main
+from ling_kernels.plan.greedy import greedy_order
+from ling_kernels.plan.memory import RESERVE
+from ling_kernels.plan.ranks import SINGLE_GPU
+from ling_kernels.plan.search import Problem, candidates, search
+from ling_kernels.plan.simulate import Times, simulate
+from ling_kernels.plan.train import plan_training
+from ling_kernels.plan.train_time import micro_batch, total
+from ling_kernels.plan.units import Unit, letters, predicted_units, rank_parameters, stage_units
+from ling_kernels.train.settings import Settings
+
+GPU = Gpu("test", 1e9, 1e9, 1e12, 2e12, 1, 1e9)
+TINY = replace(LingConfig.tiny(), num_nextn_predict_layers=1)
+SETTINGS = Settings(batch=2, micro_batch=2, seq_len=32, mtp=1, precision="bf16")
+
+
+def times_problem(times, pp, micro_batches, memory=1e30):
+    """A model of t layers, whose units take these times."""
+    units = {k: Unit(Times(*times.get(k, (0, 0, 0))), 0, 0, 1e6) for k in "EdtmL"}
+    config = replace(TINY, num_hidden_layers=6, first_k_dense_replace=1)
+    return Problem(config, SETTINGS, units, Layout(pp=pp), micro_batches, 0.0, memory)
+
+
+def test_units_are_the_models_and_plan_trains():
+    units = predicted_units(TINY, SETTINGS, GPU, 1)
+    layout = PipelineLayout(("E" + "t" * TINY.num_hidden_layers + "mL",))
+    ((plain, experts),) = rank_parameters(layout, [0], stage_units(layout, TINY, units), TINY)
+    assert plain + experts == TINY.num_parameters(mtp=True)
+    (whole,) = stage_units(layout, TINY, units)
+    assert whole.times.total == pytest.approx(total(micro_batch(TINY, SETTINGS, SINGLE_GPU), GPU))
+    assert units["L"].times.of("B") == 0 < units["L"].times.forward and units["E"].times.total == 0
+    kept = plan_training(TINY, SETTINGS).kept_bytes
+    assert whole.kept == pytest.approx(kept["activations"] + kept["loss"], rel=0.02)
+
+
+def test_parameters_of_ranks():
+    """The embedding is beside m, too; a head of two losses on one rank is one."""
+    units = predicted_units(TINY, SETTINGS, GPU, 1)
+    layout, V = PipelineLayout.parse("Et|tt|tm|L|L"), TINY.vocab_size * TINY.hidden_size
+    assert letters(layout, TINY) == ["Ed", "tt", "tm", "L", "L"]
+    rows = rank_parameters(layout, [0, 1, 2, 1, 2], stage_units(layout, TINY, units), TINY)
+    assert sum(map(sum, rows)) == TINY.num_parameters(mtp=True) + 2 * V
+    one = rank_parameters(layout, [0, 1, 2, 0, 0], stage_units(layout, TINY, units), TINY)
+    assert sum(map(sum, one)) == TINY.num_parameters(mtp=True) + V
+
+
+@pytest.mark.parametrize("schedule", ["1F1B", "greedy"])
+def test_the_search_finds_the_best_of_all_layouts(schedule):
+    problem = times_problem(dict(d=(1, 1, 1), t=(2, 2, 2), m=(3, 3, 2), L=(4, 0, 0)), 3, 6)
+    last = len(problem.atoms) - 1
+    every = itertools.combinations_with_replacement(range(1, last + 1), 2)
+    best = min(problem.score(cuts, schedule) for cuts in every)
+    found = search(problem, [(schedule, 3)], tries=150)[0]
+    assert found.timeline.seconds == best
+    together = search(problem, [(schedule, 3)], tail=2, tries=150)[0]
+    assert together.layout.stages[-1].endswith("L") and "L" not in "".join(together.layout.stages[:-1])
+
+
+def test_memory_is_kept():
+    """1F1B has two micro batches of five units in flight on rank 0: where 10 are too much, the layout is another."""
+    free = times_problem(dict(t=(1, 1, 1), d=(1, 1, 1), m=(1, 1, 1), L=(1, 0, 0)), 2, 8)
+    fastest = search(free, [("1F1B", 2)], tries=60)[0]
+    assert str(fastest.layout) == "Etttt|ttmL" and (fastest.peak - RESERVE) // 1e6 == 10
+    (less,) = search(replace(free, memory=RESERVE + 9e6), [("1F1B", 2)], tries=60)
+    assert str(less.layout) == "Ettt|tttmL" and (less.peak - RESERVE) // 1e6 == 8
+    assert less.timeline.seconds > fastest.timeline.seconds
+    several = search(replace(free, memory=RESERVE + 9e6), candidates(2, [1]), tries=60)
+    assert [r.peak <= RESERVE + 9e6 for r in several] == sorted(
+        (r.peak <= RESERVE + 9e6 for r in several), reverse=True
+    )
+
+
+def test_greedy_orders_are_complete_and_keep_the_limit():
+    ranks, times = [0, 1, 2, 0, 1, 2], [Times(1, 1, 1), Times(2, 2, 1), *[Times(1, 1, 1)] * 3, Times(3, 1, 0)]
+    usual = simulate(schedule_order("Interleaved1F1B", 3, 6, 9), times, 0.1)
+    kept = [1.0, 2.0, 1.0, 1.0, 3.0, 1.0]
+    limit = [1.5 * usual.peak(r, kept) for r in range(3)]
+    order = greedy_order(ranks, times, 9, kept, limit, transfer=0.1)
+    assert check(order, 3, 6, 9) == ranks
+    line = simulate(order, times, 0.1)
+    assert all(line.peak(r, kept) <= limit[r] for r in range(3)) and line.seconds < usual.seconds
+
+
+def test_the_command(tmp_path, capsys):
+    csv, png = tmp_path / "order.csv", tmp_path / "step.png"
+    flags = "pipeline --model tiny --mtp 1 --batch 8 --micro-batch 2 --seq-len 32 --precision bf16 --pp 2".split()
+    assert main([*flags, "--tries", "20", "--csv", str(csv), "--png", str(png)]) == 0
+    out = capsys.readouterr().out
+    layout = next(line.split()[1] for line in out.splitlines() if line.startswith("layout"))
+    schedule = next(line.split()[1] for line in out.splitlines() if line.startswith("schedule"))
+    assert "Predicted, nothing measured" in out and "tried" in out and png.read_bytes()[:4] == b"\x89PNG"
+    order = read_csv(csv)
+    check(order, 2, layout.count("|") + 1, 4)
+    assert main([*flags, "--pipeline", layout, "--schedule", str(csv)]) == 0
+    again = capsys.readouterr().out
+    wanted = [line for line in out.splitlines() if line.startswith(("step", "memory"))]
+    assert all(line in again for line in wanted) and f"schedule  {csv}" in again and schedule
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--pp 0", "--pp 0: it must be at least 1"), ("", "the following arguments are required: --pp"),
+    ("--pp 2 --tries 0", "--tries 0"), ("--pp 2 --memory 0", "--memory 0.0"),
+    ("--pp 2 --dp 3", "not a multiple of --dp 3"),
+    ("--pp 2 --ep 3 --batch 12", "are not a multiple of ep 3"), ("--pp 2 --dp 4 --ep 8", "not a multiple of ep 8"),
+    ("--pp 2 --pipeline Et|L", "has 4 layers"), ("--pp 2 --pipeline Et|x", "'x' is none of"),
+    ("--pp 2 --pipeline Et|t|ttmL --mtp 1", "3 stages on 2 ranks"), ("--pp 2 --schedule zb", "or a file"),
+    ("--pp 2 --vpp 1 --pipeline Et|t|t|tmL --mtp 1", "4 stages are not --pp 2 x --vpp 1"),
+    ("--pp 2 --schedule 1F1B --vpp 2", "has another number of stages"),
+    ("--pp 2 --schedule DualPipeV --batch 2", "at least as many microbatches"),
+    ("--pp 2 --batch 4000000 --micro-batch 1", "too many to simulate"), ("--pp 2 --gpu A100", "invalid choice"),
+    ("--pp 9 --vpp 1 --schedule 1F1B --batch 18 --csv /no/folder/x", "--csv /no/folder/x"),
+])  # fmt: skip
+def test_bad_input_is_one_line(flags, message, capsys):
+    given = "--tries 2" if "--tries" not in flags else ""
+    batch = "" if "--batch" in flags else "--batch 8"
+    micro = "" if "--micro" in flags else "--micro-batch 2"
+    code = main(["pipeline", *f"--model tiny --seq-len 32 {micro} {batch} {given} {flags}".split()])
+    error = capsys.readouterr().err
+    assert code == 2 and message in error and error.count("\n") == 1
