@@ -179,8 +179,9 @@ def report(problem: Problem, options: argparse.Namespace, best: Result) -> list[
         stages = ", ".join(
             f"{s} {best.layout.stages[s] or 'empty'}" for s, r in enumerate(best.ranks) if r == rank
         )  # fmt: skip
+        number = usage.plain + usage.experts
         lines.append(
-            f"{rank:<6}{usage.parameters:>16,}{format_bytes(usage.state):>12}{format_bytes(usage.activations):>13}"
+            f"{rank:<6}{number:>16,}{format_bytes(usage.state):>12}{format_bytes(usage.activations):>13}"
             f"{100 * timeline.bubble(rank):>6.1f} %  {stages}"
         )
     return lines + unit_lines(problem)
