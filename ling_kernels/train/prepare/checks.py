@@ -7,8 +7,8 @@ from ...errors import InputError
 from ...model import LingConfig
 from ...ops.adamw_8bit import BLOCK
 from ...parallel.pipeline_layout import PipelineLayout
-from ...parallel.schedules import placement
 from ...parallel.ranks import Ranks
+from ...parallel.schedules import placement
 from ..report.loggers import installed
 from ..settings import Settings
 
