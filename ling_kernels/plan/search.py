@@ -2,9 +2,9 @@
 
 import math
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from itertools import accumulate, combinations_with_replacement
 from typing import NamedTuple
 
@@ -204,11 +204,20 @@ def candidates(pp: int, per_rank: Iterable[int]) -> list[tuple[str, int]]:
 def search(problem: Problem, wanted: list[tuple[str, int]], tail: int = 1, tries: int = TRIES) -> list[Result]:
     """The best layout of each schedule, the shortest step that fits the memory first; tail: of search_layout. Raises
     InputError where no schedule can have these numbers."""
+
+    def searched(name: str, stages: int) -> Result:
+        return problem.evaluate(problem.search_layout(name, stages, tail, tries), name)
+
+    return ranked(problem, [partial(searched, *pair) for pair in wanted])
+
+
+def ranked(problem: Problem, plans: Iterable[Callable[[], Result]]) -> list[Result]:
+    """The results of those plans that can be, what fits the memory first, then the shortest step. Raises the first
+    plan's InputError where none can."""
     results, errors = [], []
-    for name, stages in wanted:
+    for plan in plans:
         try:
-            layout = problem.search_layout(name, stages, tail, tries)
-            results.append(problem.evaluate(layout, name))
+            results.append(plan())
         except InputError as error:
             errors.append(error)
     if not results:
