@@ -283,3 +283,8 @@ def test_even_layouts():
     config = replace(tiniest(), num_hidden_layers=7, num_nextn_predict_layers=1)
     assert str(PipelineLayout.even(config, 3)) == "Ett|tt|tttmL"
     PipelineLayout.even(config, 7).check(config)
+
+
+def test_a_plan_of_the_same_flags(capsys):
+    assert main("--plan --dp 4 --ep 2 --batch 8 --seq-len 32 --steps 2".split()) == 0
+    assert "on the fullest of 4 GPUs: dp=4, ep=2, pp=1, zero=1" in capsys.readouterr().out

@@ -1,7 +1,7 @@
 """python -m ling_kernels.plan train: memory, time and disk that a training run takes, predicted without a GPU.
 
-Takes the flags of `python -m ling_kernels.train`, whose --plan is an alias. With --layout it plans one GPU of many, the
-one that holds most. docs/training.md explains the tables.
+Takes the flags of `python -m ling_kernels.train`, whose --plan is an alias. With --dp, --ep and --pp, or --layout, it
+plans one GPU of many, the one that holds most. docs/training.md explains the tables.
 """
 
 import math
@@ -55,8 +55,8 @@ def show(options: dict, layout: str | None, gpu_hour: float | None = None) -> in
     price of an hour of one GPU."""
     if gpu_hour is not None and not 0 < gpu_hour < math.inf:
         raise InputError(f"--gpu-hour {gpu_hour}: a price is more than 0")
-    layout = Layout() if layout is None else Layout.parse(layout)
     settings = settings_of(options)
+    layout = layout_of(settings) if layout is None else Layout.parse(layout)
     config, weights = model_config(settings)
     settings, _ = with_defaults(settings, config, trained=weights is not None)
     check(settings, config)
@@ -74,6 +74,12 @@ def show(options: dict, layout: str | None, gpu_hour: float | None = None) -> in
     print(*time_lines(config, settings, layout, plans, worst, gpu_hour), sep="\n")
     print(*storage_lines(config, settings, one_gpu), sep="\n")
     return 0
+
+
+def layout_of(s: Settings) -> Layout:
+    """The layout of the trainer's own flags; --dp that is not given is taken to be --ep."""
+    ranks = Layout(s.dp or s.ep, s.ep, s.pp)
+    return ranks if ranks == Layout() else replace(ranks, zero=1)
 
 
 def rank_settings(layout: Layout, s: Settings, config: LingConfig) -> Settings:

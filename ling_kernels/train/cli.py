@@ -121,13 +121,9 @@ def run(options: dict, planner, everyone: Ranks) -> int:
     for change in trainer.changes:
         print(described(change))
     print_header(trainer)
-    s = trainer.settings
     record_start(trainer)
-    report = (
-        Report(trainer.folder, trainer.progress.step, s.steps, s.log_every, s.wandb, to_json(s))
-        if everyone.first
-        else NoReport()
-    )
+    with everyone.agreed():
+        report = report_of(trainer)
     try:
         stopped = train(trainer, report)
     except Diverged as error:
@@ -148,6 +144,14 @@ def run(options: dict, planner, everyone: Ranks) -> int:
         print(f"stopped while writing the results; --resume {shown(trainer.folder)} writes them", file=sys.stderr)
         return STOPPED
     return 0
+
+
+def report_of(trainer: Trainer) -> Report | NoReport:
+    """Rank 0 writes and prints. Raises InputError where wandb cannot begin."""
+    s = trainer.settings
+    if not trainer.ranks.first:
+        return NoReport()
+    return Report(trainer.folder, trainer.progress.step, s.steps, s.log_every, s.wandb, to_json(s))
 
 
 def way_back(trainer: Trainer) -> str:
@@ -281,7 +285,9 @@ def print_header(trainer: Trainer) -> None:
     if ranks.size > 1:
         pipelines = f", {ranks.pp} the layers, {stages_of(s, trainer.config)}" if ranks.pp > 1 else ""
         print(f"processes  {ranks.size}: {ranks.dp} divide the rows, groups of {ranks.ep} the experts{pipelines}")
-    print(f"run        {shown(trainer.folder)}, steps {trainer.progress.step + 1} to {s.steps}")
+    done = trainer.progress.step
+    steps = f"steps {done + 1} to {s.steps}" if done < s.steps else f"all {s.steps} steps are done: --steps N goes on"
+    print(f"run        {shown(trainer.folder)}, {steps}")
     print(*trainer.notes, sep="\n", end="\n" if trainer.notes else "", flush=True)
 
 
