@@ -203,3 +203,8 @@ def test_a_run_that_begins_again_has_the_data_that_it_is_given(tmp_path, setting
     assert Trainer(settings, run, restart=True).training.tokens == first
     (tmp_path / "other.txt").write_text("other words\n" * 200)
     assert Trainer(replace(settings, data=(str(tmp_path / "other.txt"),)), run, restart=True).training.tokens < 2401
+
+
+def test_a_weight_without_a_path_is_no_data(tmp_path, settings):
+    with pytest.raises(InputError, match="no data at =1"):
+        Trainer(replace(settings, data=("=1",)), tmp_path / "run")

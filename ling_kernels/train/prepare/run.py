@@ -212,7 +212,8 @@ def absolute(name: str, value):
     if value is None:
         return None
     if name == "data":
-        return tuple(map(os.path.abspath, value))
+        # A weight without a path would become one of the present folder.
+        return tuple(s if s.startswith("=") and not os.path.exists(s) else os.path.abspath(s) for s in value)
     if name == "val_data":
         parts = [source.partition("=") for source in value]
         return tuple(f"{name}={os.path.abspath(path)}" if path else name for name, _, path in parts)
