@@ -179,17 +179,31 @@ template <int kRegs> __device__ void wgmma_bf16(float (&d)[kRegs], uint64_t da, 
     }
 }
 
-// d [64, 128] (+)= A [64, 16] B in bf16, B [16, 128] with the contraction outermost. The A fragment has the
-// layout of the result fragment, two bf16 per register: a[0] row r, a[1] row r + 8, columns 2q and 2q + 1; a[2], a[3]
-// the same rows, 8 columns to the right.
+// The A fragment of the next two: a[0] row r, a[1] row r + 8, the 4 bytes of columns at 4q; a[2], a[3] the same rows,
+// 16 bytes to the right.
+#define LING_WGMMA_REGISTERS(type, d_text, a_text, b, p, flags, outs)                                          \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" p ", 0;\nwgmma.mma_async.sync.aligned." type " {" d_text \
+                 "}, {" a_text "}, %" b ", p, 1, 1" flags ";\n}"                                               \
+                 : outs                                                                                        \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(db), "r"(static_cast<int>(accumulate)))
+
+// d [64, 128] (+)= A [64, 16] B in bf16, B [16, 128] with the contraction outermost.
 __device__ inline void wgmma_bf16_registers(float (&d)[64], const unsigned (&a)[4], uint64_t db, bool accumulate) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" LING_D64
-        "}, {%64, %65, %66, %67}, %68, p, 1, 1, 1;\n}"
-        : LING_OUT64(0)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(db), "r"(static_cast<int>(accumulate)));
+    LING_WGMMA_REGISTERS("m64n128k16.f32.bf16.bf16", LING_D64, "%64, %65, %66, %67", "68", "69", ", 1", LING_OUT64(0));
 }
 
+// d [64, 2 kRegs] (+)= A [64, 32] B [2 kRegs, 32]^T in e4m3
+template <int kRegs>
+__device__ void wgmma_fp8_registers(float (&d)[kRegs], const unsigned (&a)[4], uint64_t db, bool accumulate) {
+    if constexpr (kRegs == 64)
+        LING_WGMMA_REGISTERS("m64n128k32.f32.e4m3.e4m3", LING_D64, "%64, %65, %66, %67", "68", "69", "", LING_OUT64(0));
+    else {
+        static_assert(kRegs == 32);
+        LING_WGMMA_REGISTERS("m64n64k32.f32.e4m3.e4m3", LING_D32, "%32, %33, %34, %35", "36", "37", "", LING_OUT32(0));
+    }
+}
+
+#undef LING_WGMMA_REGISTERS
 #undef LING_WGMMA
 #undef LING_D64
 #undef LING_D32
@@ -267,10 +281,54 @@ template <int kSteps> __device__ void round_to_bf16(unsigned (&a)[kSteps][4], co
     for (int i = 0; i < 4 * kSteps; i++) a[i / 4][i % 4] = pack_bf16(d[2 * i], d[2 * i + 1]);
 }
 
+// Global memory, if `exists`, by a predicate: where many accesses follow each other the compiler likes to branch around
+// each. Otherwise x stays as it is.
+#define LING_IF(condition, access) "{\n.reg .pred p;\nsetp.ne.b32 p, " condition ", 0;\n@p " access ";\n}"
+__device__ inline void load_if(bool exists, const void* from, uint16_t& x) {
+    asm volatile(LING_IF("%1", "ld.global.b16 %0, [%2]") : "+h"(x) : "r"(int{exists}), "l"(from) : "memory");
+}
+__device__ inline void load_if(bool exists, const void* from, unsigned& x) {
+    asm volatile(LING_IF("%1", "ld.global.b32 %0, [%2]") : "+r"(x) : "r"(int{exists}), "l"(from) : "memory");
+}
+__device__ inline void load_if(bool exists, const void* from, uint2& x) {
+    asm volatile(LING_IF("%2", "ld.global.v2.b32 {%0, %1}, [%3]")
+                 : "+r"(x.x), "+r"(x.y)
+                 : "r"(int{exists}), "l"(from)
+                 : "memory");
+}
+__device__ inline void store_if(bool exists, void* to, unsigned x) {
+    asm volatile(LING_IF("%0", "st.global.b32 [%1], %2")::"r"(int{exists}), "l"(to), "r"(x) : "memory");
+}
+__device__ inline void store_if(bool exists, void* to, uint2 x) {
+    asm volatile(LING_IF("%0", "st.global.v2.b32 [%1], {%2, %3}")::"r"(int{exists}), "l"(to), "r"(x.x), "r"(x.y)
+                 : "memory");
+}
+__device__ inline void store_if(bool exists, void* to, uint4 x) {
+    asm volatile(LING_IF("%0", "st.global.v4.b32 [%1], {%2, %3, %4, %5}")::"r"(int{exists}), "l"(to), "r"(x.x),
+                 "r"(x.y), "r"(x.z), "r"(x.w)
+                 : "memory");
+}
+#undef LING_IF
+
+// Copies kLines staged lines of 64 bf16 to the first rows of y, which are y_row elements apart; 8 of kThreads threads
+// copy a line. Only `rows` rows of y exist, and groups of 8 columns that start below `columns`. All is loaded before it
+// is stored, without a branch, so that latencies of shared memory overlap.
+template <int kLines, int kThreads>
+__device__ void store_lines(const uint8_t* lines, bf16* y, int64_t y_row, int rows, int columns) {
+    constexpr int kStep = kThreads / 8;
+    const int line = threadIdx.x % kThreads / 8, chunk = threadIdx.x % 8, left = chunk * 8 < columns ? rows - line : 0;
+    uint4 chunks[kLines / kStep];
+#pragma unroll
+    for (int i = 0; i < kLines / kStep; i++)
+        chunks[i] = *reinterpret_cast<const uint4*>(lines + swizzled(i * kStep + line, chunk));
+    bf16* const to = y + line * y_row + chunk * 8;
+#pragma unroll
+    for (int i = 0; i < kLines / kStep; i++) store_if(i * kStep < left, to + i * kStep * y_row, chunks[i]);
+}
+
 // Stores 64 columns (a thread's d[0 .. 31]) of a warp's 16 rows of results as bf16, through 16 lines of 128 bytes in
-// shared memory. to(row) returns the address of the row's first column, or null. Only groups of 8 columns that start
-// below `columns` are written.
-template <typename F> __device__ void store_rows(uint8_t* lines, const float* d, int columns, F&& to) {
+// shared memory; the rest as store_lines.
+__device__ inline void store_rows(uint8_t* lines, const float* d, bf16* y, int64_t y_row, int rows, int columns) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int j = 0; j < 32; j += 8) {  // 16 columns: the upper 8 rows and the lower, of 8 columns and the next 8
@@ -280,14 +338,7 @@ template <typename F> __device__ void store_rows(uint8_t* lines, const float* d,
         store_matrices(lines + swizzled(lane % 16, j / 4 + lane / 16), r);
     }
     __syncwarp();
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const int row = 4 * i + lane / 8, chunk = lane % 8;
-        bf16* const begin = to(row);
-        if (begin && chunk * 8 < columns)
-            *reinterpret_cast<uint4*>(begin + chunk * 8) =
-                *reinterpret_cast<const uint4*>(lines + swizzled(row, chunk));
-    }
+    store_lines<16, 32>(lines, y, y_row, rows, columns);
     __syncwarp();
 }
 

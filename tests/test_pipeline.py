@@ -116,7 +116,6 @@ def test_layouts_are_megatrons():
     assert layout.units(1) == [("t", 3), ("t", 4)] and layout.hidden_states(9) == 2
     split = PipelineLayout.parse("Et|m|L|L")
     assert [split.hidden_states(s) for s in range(3)] == [1, 2, 1]
-    assert split.ranks(2) == [0, 1, 0, 1] and split.ranks(2, v_shape=True) == [0, 1, 1, 0]
     assert split.holders("L", [0, 1, 0, 1]) == [0, 1] and split.holders("Em", [0, 1, 0, 1]) == [0, 1]
 
 
@@ -129,10 +128,3 @@ def test_layouts_are_megatrons():
 def test_wrong_layouts_are_one_line(text, message):
     with pytest.raises(InputError, match=message):
         PipelineLayout.parse(text).check(CONFIG)
-
-
-def test_layouts_that_do_not_fit_the_ranks():
-    layout = PipelineLayout.parse("Et|t|tL")
-    for fits in (dict(ranks=2), dict(ranks=3, v_shape=True)):
-        with pytest.raises(InputError, match="3 stages on"):
-            layout.ranks(**fits)

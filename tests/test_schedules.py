@@ -19,6 +19,7 @@ from ling_kernels.parallel.schedules import (
     is_split,
     overlapped,
     parse_step,
+    placement,
     read_csv,
     schedule_order,
     step_text,
@@ -47,7 +48,7 @@ def test_every_order_is_complete(name):
     stages = 3 if name in ("1F1B", "GPipe") else 6
     order = schedule_order(name, 3, stages, 6)
     place = [0, 1, 2, 2, 1, 0] if name in V_SHAPED else [s % 3 for s in range(stages)]
-    assert check(order, 3, stages, 6) == place
+    assert check(order, 3, stages, 6) == placement(name, 3, stages) == place
     assert is_split(order) == (name in ("InterleavedZeroBubble", *V_SHAPED))
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ling_kernels.train import Settings, Trainer
-from ling_kernels.train import trainer as module
+from ling_kernels.train.prepare import run as run_module
 from ling_kernels.train.prepare import threads
 from tests.test_train import SPEED
 from tests.training import small, text  # noqa: F401
@@ -95,7 +95,7 @@ def test_a_trial_changes_nothing(tmp_path, small, text, monkeypatch, precision):
         torch.set_num_threads(1)
         return 1, "threads    1"
 
-    monkeypatch.setattr(module, "faster_threads", one_is_faster)
+    monkeypatch.setattr(run_module, "faster_threads", one_is_faster)
     settings = Settings(
         model=small, data=text, steps=4, seq_len=32, batch=4, micro_batch=2, eval_rows=1, precision=precision
     )

@@ -95,6 +95,8 @@ def test_errors(tmp_path, flags, uninterrupted, monkeypatch):
         Trainer(settings, 3)
     with pytest.raises(InputError, match="seed is 0 in the run to resume and 1 here"):
         Trainer.resume(uninterrupted, seed=1)
+    with pytest.raises(InputError, match="layers is not given in the run to resume and 3 here"):
+        Trainer.resume(uninterrupted, layers=3)
     with pytest.raises(InputError, match="no setting stepz"):
         Trainer.resume(uninterrupted, stepz=20)
     with pytest.raises(InputError, match="no checkpoint"):

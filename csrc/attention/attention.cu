@@ -282,11 +282,9 @@ template <bool kNorm> __device__ void attend(Shared& s, const Problem& p) {
         }
 #pragma unroll
         for (int part = 0; part < 2; part++)
-            store_rows(s.staging[warp], out + 32 * part, 64, [&](int i) -> bf16* {
-                const int m = 16 * warp + i;
-                if (m >= t.rows) return nullptr;
-                return p.out + (t.first + m) * p.out_row + t.head * kD + 64 * part;
-            });
+            store_rows(s.staging[warp], out + 32 * part,
+                       p.out + (t.first + 16 * warp) * p.out_row + t.head * kD + 64 * part, p.out_row,
+                       t.rows - 16 * warp, 64);
     });
 }
 

@@ -190,10 +190,8 @@ template <bool kKeys> __device__ void differentiate(Shared& s, const Problem& p,
     const auto store = [&](const float (&d)[64], bf16* out, int64_t out_row) {
 #pragma unroll
         for (int part = 0; part < 2; part++)
-            store_rows(s.staging[warp], d + 32 * part, 64, [&](int i) -> bf16* {
-                const int m = 16 * warp + i;
-                return m < t.rows ? out + (t.first + m) * out_row + t.head * kD + 64 * part : nullptr;
-            });
+            store_rows(s.staging[warp], d + 32 * part, out + (t.first + 16 * warp) * out_row + t.head * kD + 64 * part,
+                       out_row, t.rows - 16 * warp, 64);
     };
     store(sum, kKeys ? p.dk : p.dq, kKeys ? p.dk_row : p.dq_row);
     if (kKeys) store(sum2, p.dv, p.dv_row);

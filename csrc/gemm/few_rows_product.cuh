@@ -21,8 +21,8 @@ struct Product {
     int scale_n, scale_k;
     void* d;
     int64_t ldd;
-    bool fp32, accumulate;
-    int M, N, K, split;  // warps that share 16 rows of the weight: 1, 2, 4 or 8
+    bool fp32;
+    int M, N, K, split;  // log2 of the warps that share 16 rows of the weight: 0 to 3
 };
 
 // Position of a warp: its 16 rows of the weight, and the index of the step of K.
@@ -40,9 +40,8 @@ template <bool kFp8> __device__ void copy_rows(const Operand<kFp8>& to, const ui
     for (int at = threadIdx.x % 32 * 16; at < bytes; at += kVectors * kWarpBytes) {
         uint4 v[kVectors];
 #pragma unroll
-        for (int i = 0; i < kVectors; i++)
-            if (const int n = at + i * kWarpBytes; n < bytes)
-                v[i] = *reinterpret_cast<const uint4*>(from + m * pitch + n);
+        for (int i = 0; i < kVectors; i++)  // without a condition for each, which would delay the last ones
+            v[i] = *reinterpret_cast<const uint4*>(from + m * pitch + min(at + i * kWarpBytes, bytes - 16));
 #pragma unroll
         for (int i = 0; i < kVectors; i++)
             if (const int n = at + i * kWarpBytes; n < bytes)
@@ -50,18 +49,18 @@ template <bool kFp8> __device__ void copy_rows(const Operand<kFp8>& to, const ui
     }
 }
 
-// A block's tile is 8 / split times 16 rows of the weight. `split` warps share 16 rows, each with a part of K; their
-// sums are added in the order of K. stage(x): waits for the preceding kernel and fills x, while the weight's first
-// steps arrive.
-template <bool kFp8, typename Stage> __device__ void multiply_rows(const Product& p, Stage&& stage) {
+// A block's tile is 8 / 2^split times 16 rows of the weight. 2^split warps share 16 rows, each with a part of K; their
+// sums are added in the order of K, and with kAdds to d. stage(x): waits for the preceding kernel and fills x, while
+// the weight's first steps arrive.
+template <bool kFp8, bool kAdds, typename Stage> __device__ void multiply_rows(const Product& p, Stage&& stage) {
     Shared<kFp8>& shared = *dynamic_shared<Shared<kFp8>>();
     const Operand<kFp8> x(reinterpret_cast<uint8_t*>(&shared + 1), p.M, p.K);
-    const int warp = threadIdx.x / 32, steps = p.K * x.kSize / kStep, part_of_k = warp % p.split, g = lane_row(),
-              c = lane_column();
-    const int from = part_of_k * steps / p.split,
-              to = (part_of_k + 1) * steps / p.split;  // steps of this warp's part of K
-    const int stride = gridDim.x * (kWarps / p.split) * kLines;
-    const int start = (blockIdx.x * kWarps + warp) / p.split * kLines;
+    const int warp = threadIdx.x / 32, steps = p.K * x.kSize / kStep, sharing = 1 << p.split,
+              part_of_k = warp & (sharing - 1), g = lane_row(), c = lane_column();
+    const int from = part_of_k * steps >> p.split,
+              to = (part_of_k + 1) * steps >> p.split;  // steps of this warp's part of K
+    const int stride = gridDim.x * (kWarps >> p.split) * kLines;
+    const int start = (blockIdx.x * kWarps + warp >> p.split) * kLines;
 
     Stream<kFp8, kDepth> stream(shared.ring[warp]);
     Cursor ahead{start, from};
@@ -80,8 +79,8 @@ template <bool kFp8, typename Stage> __device__ void multiply_rows(const Product
 
     int buffer = 0;
     // All warps of a block run the same number of iterations, since tiles belong to the block.
-    for (int tile = blockIdx.x; tile * (kWarps / p.split) * kLines < p.N; tile += gridDim.x, buffer ^= 1) {
-        const int line = (tile * kWarps + warp) / p.split * kLines;
+    for (int tile = blockIdx.x; tile * (kWarps >> p.split) * kLines < p.N; tile += gridDim.x, buffer ^= 1) {
+        const int line = (tile * kWarps + warp >> p.split) * kLines;
         float sum[4] = {};
         for (int k = from; line < p.N && k < to; k++) {
             add_product(sum, stream.take(), x, k);
@@ -90,19 +89,19 @@ template <bool kFp8, typename Stage> __device__ void multiply_rows(const Product
         float* const warp_sums = shared.sums[buffer][warp];
         warp_sums[c * kPitch + g] = sum[0], warp_sums[(c + 1) * kPitch + g] = sum[1];
         warp_sums[c * kPitch + g + 8] = sum[2], warp_sums[(c + 1) * kPitch + g + 8] = sum[3];
-        if (p.split == 1) __syncwarp();
+        if (p.split == 0) __syncwarp();
         else __syncthreads();
-        for (int i = part_of_k * 32 + threadIdx.x % 32; i < kLines * p.M && line < p.N; i += 32 * p.split) {
+        for (int i = part_of_k * 32 + threadIdx.x % 32; i < kLines * p.M && line < p.N; i += 32 * sharing) {
             const int m = i / kLines, n = i % kLines;
             float y = 0;
-            for (int w = 0; w < p.split; w++) y += shared.sums[buffer][warp - part_of_k + w][m * kPitch + n];
+            for (int w = 0; w < sharing; w++) y += shared.sums[buffer][warp - part_of_k + w][m * kPitch + n];
             const int64_t index = m * p.ldd + line + n;
             if (p.fp32) {
                 float* d = static_cast<float*>(p.d) + index;
-                *d = p.accumulate ? *d + y : y;
+                *d = kAdds ? *d + y : y;
             } else {
                 bf16* d = static_cast<bf16*>(p.d) + index;
-                *d = static_cast<bf16>(p.accumulate ? static_cast<float>(*d) + y : y);
+                *d = static_cast<bf16>(kAdds ? static_cast<float>(*d) + y : y);
             }
         }
     }
@@ -116,9 +115,10 @@ template <bool kFp8> size_t shared_bytes(int64_t M, int64_t K) {
 // that a row's result has the same bits in every batch.
 template <bool kFp8> int divide(Product& p) {
     const int sms = multiprocessors(), lines = p.N / kLines, steps = p.K * Operand<kFp8>::kSize / kStep;
-    for (p.split = 1; p.split < kWarps && p.split < steps && lines * p.split < kWarps * sms;) p.split *= 2;
+    const auto shared_by = [&] { return 1 << p.split; };
+    for (p.split = 0; shared_by() < std::min(kWarps, steps) && lines * shared_by() < kWarps * sms;) p.split++;
     const int at_once = 2 * (shared_bytes<kFp8>(p.M, p.K) + 1024) <= 228 << 10 ? kSms * sms : sms;
-    return std::min(ceil_div(lines * p.split, kWarps), at_once);
+    return std::min(ceil_div(lines * shared_by(), kWarps), at_once);
 }
 
 }  // namespace ling::few_rows

@@ -7,10 +7,10 @@ namespace {
 using namespace few_rows;
 
 // Reads of a wait for the preceding kernel, reads of the weight do not.
-__global__ void __launch_bounds__(kThreads, kSms)
+template <bool kAdds> __global__ void __launch_bounds__(kThreads, kSms)
     gemm_fp8_few_rows_kernel(const Product p, const uint8_t* a, int64_t lda, const float* a_scale, int a_scale_k) {
     launch_dependents();
-    multiply_rows<true>(p, [&](const Operand<true>& x) {
+    multiply_rows<true, kAdds>(p, [&](const Operand<true>& x) {
         wait_for_previous();
         copy_rows(x, a, lda, p.K);
         const int m = kWarps - 1 - threadIdx.x / 32;  // up to 4 rows, not the warps that wait for the codes
@@ -31,12 +31,15 @@ void gemm_fp8_few_rows(cudaStream_t stream, Tensor a, Tensor a_scale, Tensor b, 
     Product p{};
     p.w = b.ptr<uint8_t>(), p.pitch = b.stride[0];
     p.w_scale = b_scale.ptr<float>(), p.scale_n = b_scale.stride[0], p.scale_k = b_scale.stride[1];
-    p.d = d.data, p.ldd = d.stride[0], p.fp32 = d.dtype == DType::f32, p.accumulate = accumulate;
+    p.d = d.data, p.ldd = d.stride[0], p.fp32 = d.dtype == DType::f32;
     p.M = M, p.N = N, p.K = K;
     const int blocks = divide<true>(p);
-    launch<gemm_fp8_few_rows_kernel, kOverlapsInGraphs>(blocks, kThreads, shared_bytes<true>(M, K), stream, p,
-                                                        a.ptr<uint8_t>(), a.stride[0], a_scale.ptr<float>(),
-                                                        static_cast<int>(a_scale.stride[1]));
+    const auto start = [&]<bool kAdds>() {
+        launch<gemm_fp8_few_rows_kernel<kAdds>, kOverlapsInGraphs>(
+            blocks, kThreads, shared_bytes<true>(M, K), stream, p, a.ptr<uint8_t>(), a.stride[0], a_scale.ptr<float>(),
+            static_cast<int>(a_scale.stride[1]));
+    };
+    accumulate ? start.operator()<true>() : start.operator()<false>();
 }
 
 }  // namespace ling

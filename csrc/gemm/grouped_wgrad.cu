@@ -64,9 +64,7 @@ __device__ void multiply_tokens(Shared<Bf16>& s, const Problem& p) {
         }
         if (!t.k_units) free_stage(s, p, t, ring.stage), ring.next();
         if (!busy) continue;
-        if (p.fp32) finish_in_place<Bf16, float>(p, t, sum);
-        else if (p.accumulate) finish_in_place<Bf16, bf16>(p, t, sum);
-        if (!p.fp32) write_rows(s, p, t, sum);
+        finish(s, p, t, sum);
     }
 }
 

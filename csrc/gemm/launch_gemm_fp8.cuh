@@ -78,7 +78,7 @@ inline void launch_transposed(cudaStream_t stream, const Problem& p, int rows, c
         launch_gemm_fp8<Variant<64, 1, kScales, Output::plain, Tokens::tiles, kOver, Weights::transposed>>(
             stream, p, a, a_scale, b, {});
     else
-        launch_gemm_fp8<Variant<0, 2, kScales, Output::plain, Tokens::tiles, kOver, Weights::transposed>>(
+        launch_gemm_fp8<Variant<128, 2, kScales, Output::plain, Tokens::tiles, kOver, Weights::transposed>>(
             stream, p, a, a_scale, b, {});
 }
 

@@ -1,4 +1,4 @@
-// How the FP8 GEMM's loading warpgroup fills the stages: tiles by TMA, gathered tokens, weights that are transposed.
+// How the FP8 GEMM's loading warpgroup fills the stages: tiles by TMA, gathered tokens.
 #pragma once
 #include "gemm/tiles.cuh"
 
@@ -18,10 +18,10 @@ template <typename V> __device__ void load_weights(Shared<V>& s, const Problem& 
 #pragma unroll
     for (int h = 0; h < V::kHalves; h++) {
         uint8_t* to = s.b[stage] + h * 128 * 128;
-        const int row = t.n + h * up;
-        if (V::kTransposed) load_tile(to, p.b, s.raw[stage], row, group_row + k * 128);
-        else load_weight_box(s, t, h, to, p.b, stage, k * 128, group_row + row);
-        if (V::kRowScales) load_tile(s.b_scale[stage] + h * 128, p.b_scale, s.full[stage], row, k);
+        const int n = t.n + h * up;
+        if (V::kTransposed) load_weight_box(s, t, h, to, p.b, stage, n, group_row + k * 128);
+        else load_weight_box(s, t, h, to, p.b, stage, k * 128, group_row + n);
+        if (V::kRowScales) load_tile(s.b_scale[stage] + h * 128, p.b_scale, s.full[stage], n, k);
     }
 }
 
@@ -163,71 +163,6 @@ template <typename V> __device__ void load_gathered(Shared<V>& s, const Problem&
     }
     wait_copies<0>();
     while (open) publish();
-    end_tiles(s, ring);
-}
-
-// One warpgroup transposes the 128 x 128 bytes of a tile in place. Its warps load all of the tile before one stores.
-// Each load covers 16 lines of 2 chunks. The order of lines and chunks avoids bank conflicts.
-__device__ inline void transpose_tile(uint8_t* tile) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, matrix = lane / 8, i = lane % 8;
-    const bool left = lane % 4 < 2, upper = lane / 4 < 4;        // part that this lane holds
-    const auto chunk = [](int j) { return j % 2 + j / 2 * 4; };  // the other chunk is 2 further
-    unsigned r[8][4];
-#pragma unroll
-    for (int j = 0; j < 8; j++) {
-        const int n = (2 * warp + j / 4) * 16 + i / 2 * 4 + i % 2 + matrix % 2 * 2;
-        load_transposed(r[j], tile + swizzled(n, chunk(j % 4) ^ ((i < 4) == (matrix < 2) ? 0 : 2)));
-    }
-    named_barrier(3, 128);
-#pragma unroll
-    for (int j = 0; j < 8; j++) {
-        unsigned out[4];
-#pragma unroll
-        for (int c = 0; c < 2; c++) {  // the chunks
-            const bool first = left == (c == 0);
-            const unsigned low = first ? r[j][0] : r[j][2], high = first ? r[j][1] : r[j][3];
-            const unsigned even = __byte_perm(low, high, 0x6420), odd = __byte_perm(low, high, 0x7531);
-            out[2 * c] = upper ? even : odd, out[2 * c + 1] = upper ? odd : even;
-        }
-        const int line = (chunk(j % 4) + matrix / 2 * 2) * 16 + 2 * i + ((matrix % 2 == 1) == (i < 4));
-        store_matrices(tile + swizzled(line, 2 * warp + j / 4), out);
-    }
-}
-
-// For weights [K, N]. A stage's weights are transposed kAhead steps after its loads began.
-template <typename V> __device__ void load_and_transpose(Shared<V>& s, const Problem& p) {
-    constexpr int kAhead = 2;
-    Ring<V::kStages> ring, ready;
-    BlockScales<V> scales;
-    int tile = blockIdx.x, k = 0, open = 0, k_units;
-    const auto find = [&] {
-        Tile t;
-        const bool more = find_tile(s, p, tile, t);
-        keep_tile(s, t);
-        k_units = t.k_units;
-        return more;
-    };
-    for (bool more = find(); more || open;) {
-        if (more && open < kAhead) {
-            if (threadIdx.x < kConsumers + 32)
-                load_step(s, p, s.loading, ring, k, scales, [&] {
-                    s.full[ring.stage].arrive_and_expect(V::kTokenBytes);
-                    s.raw[ring.stage].arrive_and_expect(V::kBBytes);
-                    load_tokens(s, p, s.loading, ring.stage, k);
-                    load_weights(s, p, s.loading, ring.stage, k);
-                });
-            ring.next(), open++;
-            if (++k == k_units) k = 0, tile += gridDim.x, more = find();
-            continue;
-        }
-        s.raw[ready.stage].wait(ready.parity);
-        __syncwarp();
-#pragma unroll 1
-        for (int h = 0; h < V::kHalves; h++) transpose_tile(s.b[ready.stage] + h * 128 * 128);
-        fence_async();
-        s.full[ready.stage].arrive();
-        ready.next(), open--;
-    }
     end_tiles(s, ring);
 }
 

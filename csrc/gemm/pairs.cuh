@@ -5,13 +5,15 @@
 
 namespace ling::gemm_fp8 {
 
-// Arrive at the same barrier of block 0 or 1 of the pair.
+// Arrive at the same barrier of block 0 or 1 of the pair. The release has the scope of a block, as in CUTLASS: what
+// must come before are reads, which are complete. One of a cluster would first wait for all of the warp's stores of
+// results.
 __device__ inline void arrive_at(Barrier& barrier, unsigned block) {
     asm volatile(
         "{\n"
         ".reg .b32 there;\n"
         "mapa.shared::cluster.u32 there, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
         "}" ::"r"(shared_address(&barrier)),
         "r"(block)
         : "memory");

@@ -5,49 +5,64 @@
 
 namespace ling::gemm_fp8 {
 
-// With accumulate, add y, of T, to the sums. Store results of fp32: 4 lanes hold 32 bytes of a row.
-template <typename V, typename T>
-__device__ void finish_in_place(const Problem& p, const Tile& t, float (&sum)[V::kHalves][V::kRegs]) {
-    constexpr bool kFp32 = dtype_of<T> == DType::f32;
-    constexpr int kBatch = V::kRegs < 32 ? V::kRegs : 32;  // results whose old values load at once
-    constexpr int kNeighbours = V::kSwap ? 1 : 2;          // results of a thread that are neighbours in y
-    const Place place;
+// f(j, exists, place in y) for each of the thread's results first + j of half h, j < kBatch; for neighbours once.
+template <typename V, typename T, typename F>
+__device__ void each_result(const Problem& p, const Tile& t, int h, int first, F&& f) {
+    const Place<V> place;
     const int row = 64 * place.warpgroup + place.row;
     const int m = V::kSwap ? place.column : row, n = V::kSwap ? row : place.column;  // of the thread's first result
     const int rows = t.rows - m, columns = p.N - t.n - n;                            // that exist from there on
     T* const y = static_cast<T*>(p.y) + t.group * p.y_g + (t.m + m) * p.y_m + t.n + n;
 #pragma unroll
-    for (int i = 0; i < V::kHalves * V::kRegs; i += kBatch) {
-        float* const d = sum[i / V::kRegs] + i % V::kRegs;
-        const auto each = [&](auto&& f) {
+    for (int j = 0; j < V::kBatch; j++) {
+        if (V::kNeighbours == 2 && (j & V::kNext)) continue;
+        const int r = first + j, down = (r & 2) / 2 * V::kBelow, right = r / 4 * 8 + (r & 1);
+        const int dm = V::kSwap ? right : down, dn = h * 128 + (V::kSwap ? down : right);
+        f(j, dm < rows && dn < columns, y + dm * p.y_m + dn);
+    }
+}
+
+// Add y, of T, to a batch of sums d, if `adds`; else -0, which changes none. By adding always, results are new numbers,
+// whose place in registers does not bind that of the sums in the main loop.
+template <typename V, typename T>
+__device__ void add_old(const Problem& p, const Tile& t, int h, int first, bool adds, float* d) {
+    constexpr bool kFp32 = dtype_of<T> == DType::f32;
+    unsigned old[V::kBatch];  // not yet converted: nothing waits for a load before all have started
 #pragma unroll
-            for (int j = 0; j < kBatch; j += kNeighbours) {
-                const int r = i % V::kRegs + j, down = (r & 2) * 4, right = r / 4 * 8 + (r & 1);
-                const int dm = V::kSwap ? right : down, dn = i / V::kRegs * 128 + (V::kSwap ? down : right);
-                if (dm < rows && dn < columns) f(j, y + dm * p.y_m + dn);
-            }
-        };
-        if (p.accumulate) {
-            unsigned old[kBatch] = {};  // not yet converted: nothing waits for a load before all have started
-            each([&](int j, const T* from) {
-                if constexpr (kFp32 && V::kSwap) old[j] = *reinterpret_cast<const unsigned*>(from);
-                else if constexpr (kFp32) {
-                    const uint2 two = *reinterpret_cast<const uint2*>(from);
-                    old[j] = two.x, old[j + 1] = two.y;
-                } else if constexpr (V::kSwap) old[j] = *reinterpret_cast<const uint16_t*>(from);
-                else old[j] = *reinterpret_cast<const unsigned*>(from);
-            });
+    for (int j = 0; j < V::kBatch; j++) old[j] = kFp32 ? 0x80000000 : 0x80008000;
+    if (adds)
+        each_result<V, T>(p, t, h, first, [&](int j, bool exists, const T* from) {
+            if constexpr (kFp32 && V::kNeighbours == 2) {
+                uint2 two{old[j], old[j + V::kNext]};
+                load_if(exists, from, two);
+                old[j] = two.x, old[j + V::kNext] = two.y;
+            } else if constexpr (!kFp32 && V::kNeighbours == 1) {
+                uint16_t one = old[j];
+                load_if(exists, from, one);
+                old[j] = one;
+            } else load_if(exists, from, old[j]);
+        });
 #pragma unroll
-            for (int j = 0; j < kBatch; j++) {
-                const unsigned word = kFp32 || j % kNeighbours == 0 ? old[j] : old[j - 1];
-                d[j] += __uint_as_float(kFp32 ? word : j % kNeighbours ? word & 0xffff0000 : word << 16);
-            }
-        }
-        if constexpr (kFp32)
-            each([&](int j, float* to) {
-                if constexpr (V::kSwap) *to = d[j];
-                else *reinterpret_cast<float2*>(to) = {d[j], d[j + 1]};
-            });
+    for (int j = 0; j < V::kBatch; j++) {
+        const bool second = V::kNeighbours == 2 && (j & V::kNext);
+        const unsigned word = !kFp32 && second ? old[j - V::kNext] : old[j];
+        d[j] += __uint_as_float(kFp32 ? word : second ? word & 0xffff0000 : word << 16);
+    }
+}
+
+// Store results of fp32, with accumulate added to y: 4 lanes hold 32 bytes of a row.
+template <typename V>
+__device__ void write_fp32(const Problem& p, const Tile& t, float (&sum)[V::kHalves][V::kRegs]) {
+#pragma unroll
+    for (int i = 0; i < V::kHalves * V::kRegs; i += V::kBatch) {
+        const int h = i / V::kRegs, first = i % V::kRegs;
+        float* const d = sum[h] + first;
+        add_old<V, float>(p, t, h, first, p.accumulate, d);
+        each_result<V, float>(p, t, h, first, [&](int j, bool exists, float* to) {
+            const unsigned one = __float_as_uint(d[j]);
+            if constexpr (V::kNeighbours == 1) store_if(exists, to, one);
+            else store_if(exists, to, uint2{one, __float_as_uint(d[j + V::kNext])});
+        });
     }
 }
 
@@ -57,9 +72,9 @@ __device__ inline void store_chunk(const uint8_t* lines, int line, int chunk, ui
 }
 
 // Tokens are the rows of the warpgroup's product; each warp owns 16 of them.
-template <typename V>
-__device__ void write_rows(Shared<V>& s, const Problem& p, const Tile& t, const float (&sum)[V::kHalves][V::kRegs]) {
-    const Place place;
+template <typename V, bool kAdds>
+__device__ void write_rows(Shared<V>& s, const Problem& p, const Tile& t, float (&sum)[V::kHalves][V::kRegs]) {
+    const Place<V> place;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, line = lane / 4, first = 16 * warp;
     uint8_t* lines = s.staging + warp * 16 * 128;
     if constexpr (V::kSwiglu) {
@@ -94,14 +109,12 @@ __device__ void write_rows(Shared<V>& s, const Problem& p, const Tile& t, const 
         }
         __syncwarp();
     } else {
+        bf16* const y = static_cast<bf16*>(p.y) + t.group * p.y_g + (t.m + first) * p.y_m + t.n;
 #pragma unroll
         for (int part = 0; part < 2 * V::kHalves; part++) {  // 64 columns each
-            const int n = t.n + 64 * part;
-            if (n >= p.N) break;
-            store_rows(lines, sum[part / 2] + part % 2 * 32, p.N - n, [&](int row) -> bf16* {
-                if (first + row >= t.rows) return nullptr;
-                return static_cast<bf16*>(p.y) + t.group * p.y_g + (t.m + first + row) * p.y_m + n;
-            });
+            float* const d = sum[part / 2] + part % 2 * 32;
+            if (kAdds) add_old<V, bf16>(p, t, part / 2, part % 2 * 32, true, d);
+            store_rows(lines, d, y + 64 * part, p.y_m, t.rows - first, p.N - t.n - 64 * part);
         }
     }
 }
@@ -120,9 +133,9 @@ template <int n, int N> __device__ int larger_half(unsigned (&a)[N], int mask) {
 }
 
 // Tokens are the columns of the product. Staging lines are tokens; one warpgroup fills a line, or both for FP8.
-template <typename V>
-__device__ void write_columns(Shared<V>& s, const Problem& p, const Tile& t, const float (&sum)[V::kHalves][V::kRegs]) {
-    const Place place;
+template <typename V, bool kAdds>
+__device__ void write_columns(Shared<V>& s, const Problem& p, const Tile& t, float (&sum)[V::kHalves][V::kRegs]) {
+    const Place<V> place;
     const int thread = threadIdx.x;
     if constexpr (V::kSwiglu) {
         unsigned* const largest = reinterpret_cast<unsigned*>(s.staging + V::kBlockM * 128);
@@ -166,24 +179,39 @@ __device__ void write_columns(Shared<V>& s, const Problem& p, const Tile& t, con
             store_chunk(s.staging, i / 8, i % 8, static_cast<uint8_t*>(p.y) + (t.m + i / 8) * p.y_m + t.n);
         named_barrier(1, kConsumers);
     } else {
-        uint8_t* lines = s.staging + place.warpgroup * kStaging / 2;
+        constexpr int kLines = V::kBlockM < 64 ? V::kBlockM : 64;  // tokens that are staged at a time
+        uint8_t* const lines = s.staging + place.warpgroup * kStaging / 2;
+        bf16* const y = static_cast<bf16*>(p.y) + t.m * p.y_m + t.n + 64 * place.warpgroup;
 #pragma unroll
-        for (int h = 0; h < V::kHalves; h++) {
-            const int n = t.n + 128 * h + 64 * place.warpgroup;
+        for (int part = 0; part < V::kHalves * V::kBlockM / kLines; part++) {
+            const int n = part * kLines / V::kBlockM * 128, m = part * kLines % V::kBlockM;
+            float* const d = sum[n / 128] + m / 2;
+            if (kAdds) add_old<V, bf16>(p, t, n / 128, m / 2, true, d);
 #pragma unroll
-            for (int i = 0; i < V::kRegs; i++) {
-                const int token = i / 4 * 8 + place.column + i % 2, row = place.row + (i & 2) * 4;
-                *reinterpret_cast<bf16*>(lines + swizzled(token, row / 8) + row % 8 * 2) =
-                    __float2bfloat16_rn(sum[h][i]);
+            for (int i = 0; i < kLines / 2; i++) {
+                const int token = i / 4 * 8 + place.column + i % 2, row = place.row + (i & 2) / 2 * V::kBelow;
+                uint8_t* const to = lines + swizzled(token, row / 8) + row % 8 * 2;
+                if constexpr (!V::kTransposed) *reinterpret_cast<bf16*>(to) = __float2bfloat16_rn(d[i]);
+                else if (!(i & 2)) *reinterpret_cast<unsigned*>(to) = pack_bf16(d[i], d[i + 2]);
             }
             named_barrier(1 + place.warpgroup, 128);
-            for (int i = thread % 128; i < t.rows * 8; i += 128)
-                if (n + i % 8 * 8 < p.N)
-                    store_chunk(lines, i / 8, i % 8,
-                                reinterpret_cast<uint8_t*>(static_cast<bf16*>(p.y) + (t.m + i / 8) * p.y_m + n));
+            store_lines<kLines, 128>(lines, y + m * p.y_m + n, p.y_m, t.rows - m, p.N - t.n - 64 * place.warpgroup - n);
             named_barrier(1 + place.warpgroup, 128);
         }
     }
+}
+
+// Write a tile. Plain bf16 has a path of its own: where it meets another one, sums are moved between registers.
+template <typename V>
+__device__ void finish(Shared<V>& s, const Problem& p, const Tile& t, float (&sum)[V::kHalves][V::kRegs]) {
+    const auto write = [&]<bool kAdds>() {
+        if constexpr (V::kSwap) write_columns<V, kAdds>(s, p, t, sum);
+        else write_rows<V, kAdds>(s, p, t, sum);
+    };
+    if constexpr (V::kSwiglu) write.template operator()<false>();
+    else if (p.fp32) write_fp32<V>(p, t, sum);
+    else if (p.accumulate) write.template operator()<true>();
+    else write.template operator()<false>();
 }
 
 }  // namespace ling::gemm_fp8

@@ -13,7 +13,7 @@ enum class Scales { blocks, rows };     // weight scales per 128 x 128, or per 1
 enum class Output { plain, swiglu };    // swiglu: the halves of a tile are gate and up, and y is quantised
 enum class Tokens { tiles, gathered };  // loaded by TMA, or row by row through `source`
 enum class Contraction { all, group };  // group (wgrad): groups divide the contraction, not the rows; y is [G, M, N]
-enum class Weights { by_rows, transposed };  // transposed: [K, N] in memory; the loading warpgroup transposes tiles
+enum class Weights { by_rows, transposed };  // transposed: [K, N] in memory, transposed on the way to registers
 
 // kTokens 0: the tokens are wgmma's M operand, 128 per tile. Otherwise kTokens of them are its N operand and the
 // weights are M, since wgmma's smallest M is 64 and its smallest N 8. A tile has kHalves times 128 rows of the weights.
@@ -25,12 +25,16 @@ struct Variant {
     static constexpr bool kRowScales = kScales == Scales::rows, kSwiglu = kOutput == Output::swiglu;
     static constexpr bool kGather = kLoad == Tokens::gathered, kWgrad = kOver == Contraction::group;
     static constexpr bool kTransposed = kWeights == Weights::transposed, kBlockScales = !kRowScales;
-    // May run with Problem::pairs. Transposed weights are bound by shared memory; of a plain product with row scales
-    // registers would spill.
-    static constexpr bool kPairs = !kSwap && !kTransposed && (kBlockScales || kWgrad);
+    // May run with Problem::pairs. Of a plain product with row scales registers would spill.
+    static constexpr bool kPairs = kBlockM == 128 && (kBlockScales || kWgrad);
     static constexpr int kUnit = 128;                       // elements of K per scale
     static constexpr int kStageUnits = 1;                   // units of a stage
     static constexpr int kRegs = kSwap ? kTokens / 2 : 64;  // results of one product in a thread
+    // Rows of the product from a thread's upper results down to its lower ones: as wgmma has them, or neighbours
+    static constexpr int kBelow = kTransposed ? 1 : 8;
+    // How many of a thread's results are neighbours in y, and how far the second one is from the first
+    static constexpr int kNeighbours = kSwap && !kTransposed ? 1 : 2, kNext = kTransposed ? 2 : 1;
+    static constexpr int kBatch = kRegs < 32 ? kRegs : 32;  // results whose old values load at once
 
     static constexpr int kABytes = kBlockM * 128, kBBytes = kBlockN * 128;
     static constexpr int kAScaleBytes = kBlockM * 4 > 128 ? kBlockM * 4 : 128,
@@ -62,8 +66,8 @@ template <typename V> struct Shared {
     int tiles[kMaxGroups + 1], first[kMaxGroups + 1], rows[kMaxGroups + 1];
     int warp_sums[kThreads / 32];
     Tile tile[V::kStages];  // that begins in this stage
-    Tile loading;           // by a loader of four warps
-    Barrier full[V::kStages], empty[V::kStages], raw[V::kTransposed ? V::kStages : 1];
+    Tile loading;           // by the loader of four warps
+    Barrier full[V::kStages], empty[V::kStages];
 };
 
 struct Problem {
@@ -135,12 +139,12 @@ __device__ void free_stage(Shared<V>& s, const Problem& p, const Tile& t, int st
     } else release(s.empty[stage], last);
 }
 
-// The results of a thread in its warpgroup's product [64, ..]: rows `row` and row + 8, and two of each 8 columns.
-struct Place {
+// The results of a thread in its warpgroup's product [64, ..]: rows `row` and row + kBelow, and two of each 8 columns.
+template <typename V> struct Place {
     int warpgroup, row, column;
     __device__ Place()
         : warpgroup(threadIdx.x / 128),
-          row(threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4),
+          row(threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4 * (V::kTransposed ? 2 : 1)),
           column(threadIdx.x % 4 * 2) {}
 };
 

@@ -6,12 +6,14 @@
 namespace ling {
 namespace {
 
-// A row belongs to `warps` warps of a block and stays in their registers, kVectors vectors of 8 elements in a lane:
-// vector i of a lane is vector i * 32 * warps + lane of the row. Half a warp has 128 columns, one FP8 scale.
+// A row belongs to `warps` warps of a block, a power of two, and stays in their registers, kVectors vectors of 8
+// elements in a lane: vector i of a lane is vector i * 32 * warps + lane of the row. Half a warp has 128 columns, one
+// FP8 scale.
 constexpr int kMaxN = 8192, kRowThreads = 256, kRowVectors = 4;
 
 template <int kVectors> __device__ int column_of(int i, int warps) {
-    return 8 * (32 * (i * warps + static_cast<int>(threadIdx.x) / 32 % warps) + static_cast<int>(threadIdx.x) % 32);
+    const int thread = threadIdx.x;
+    return 8 * (32 * (i * warps + (thread / 32 & (warps - 1))) + thread % 32);
 }
 
 inline int warps_of(int64_t N, int vectors) {
@@ -28,7 +30,7 @@ __device__ inline float row_sum(float x, int warps, float (&part)[32]) {
     if (threadIdx.x % 32 == 0) part[warp] = x;
     __syncthreads();
     float sum = 0;
-    for (int i = warp / warps * warps; i < (warp / warps + 1) * warps; i++) sum += part[i];
+    for (int i = 0; i < warps; i++) sum += part[(warp & -warps) + i];
     return sum;
 }
 

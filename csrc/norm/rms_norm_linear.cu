@@ -28,9 +28,9 @@ template <bool kFp8> __device__ void stage_normed(const Operand<kFp8>& to, const
             g[i] = in.fp32_norm ? load<8>(static_cast<const float*>(in.norm) + n)
                                 : load<8>(static_cast<const bf16*>(in.norm) + n);
     wait_for_previous();
-    const int at_once = kWarps / in.warps;
-    for (int first = 0, parity = 0; first < to.rows; first += at_once, parity ^= 1) {
-        const int m = first + threadIdx.x / 32 / in.warps;
+    const int shift = __ffs(in.warps) - 1;
+    for (int first = 0, parity = 0; first < to.rows; first += kWarps >> shift, parity ^= 1) {
+        const int m = first + (threadIdx.x / 32 >> shift);
         const auto inside = [&](int n) { return m < to.rows && n < K; };
         Vec<8> v[kRowVectors] = {};
 #pragma unroll
@@ -62,7 +62,7 @@ template <bool kFp8> __device__ void stage_normed(const Operand<kFp8>& to, const
 template <bool kFp8> __global__ void __launch_bounds__(kThreads, kSms)
     rms_norm_linear_kernel(const Product p, const Rows in) {
     launch_dependents();
-    multiply_rows<kFp8>(p, [&](const Operand<kFp8>& x) {
+    multiply_rows<kFp8, false>(p, [&](const Operand<kFp8>& x) {
         if (kFp8 || in.norm) return stage_normed(x, in, p.K);
         wait_for_previous();
         copy_rows(x, reinterpret_cast<const uint8_t*>(in.x), in.ldx * sizeof(bf16), p.K * x.kSize);

@@ -52,16 +52,17 @@ __global__ void __launch_bounds__(std::min(2048 / kRows, kMaxThreads), 1)
     wait_for_previous();
 
     for (int first = 0; first < T; first += kRows) {
-        Vec<kVec> v[kRows] = {};
+        Vec<kVec> v[kRows] = {}, only = {};  // the residual of an only row: it loads together with x
         float sums[kRows], dots[kRows * kExperts];
         const auto inside = [&](int i) { return first + i < T && n < H; };
+        if (kRows == 1 && residual && inside(0)) only = load<kVec>(residual + first * ldr + n);
 #pragma unroll
         for (int i = 0; i < kRows; i++)
             if (inside(i)) v[i] = load<kVec>(x + (first + i) * ldx + n);
 #pragma unroll
         for (int i = 0; i < kRows; i++) {
             if (residual && inside(i)) {
-                const auto r = load<kVec>(residual + (first + i) * ldr + n);
+                const auto r = kRows == 1 ? only : load<kVec>(residual + (first + i) * ldr + n);
 #pragma unroll
                 for (int j = 0; j < kVec; j++) v[i][j] = static_cast<float>(static_cast<R>(v[i][j] + r[j]));
             }

@@ -78,17 +78,6 @@ class PipelineLayout:
         before = "".join(self.stages[: stage + 1])
         return 1 + before.count("m") - before.count("L")
 
-    def ranks(self, ranks: int, v_shape: bool = False) -> list[int]:
-        """The rank of each stage: in turn, or v_shape there and back, which the schedules ZBV and DualPipeV need.
-
-        Raises InputError where the ranks would have different numbers of stages.
-        """
-        number = len(self.stages)
-        if number % ranks or (v_shape and number != 2 * ranks):
-            need = f"this schedule needs {2 * ranks}" if v_shape else "each rank takes equally many"
-            raise InputError(f"--pipeline {self}: {number} stages on {ranks} ranks; {need}")
-        return [min(s, number - 1 - s) if v_shape else s % ranks for s in range(number)]
-
     def holders(self, units: str, ranks: Sequence[int]) -> list[int]:
         """The ranks that hold any unit of these letters, ascending. ranks: the rank of each stage."""
         return sorted({r for stage, r in zip(self.stages, ranks, strict=True) if set(stage) & set(units)})

@@ -57,6 +57,11 @@ def schedule_order(name: str, ranks: int, stages: int, micro_batches: int) -> Or
     return [[parse_step(text) for text in row] for row in texts]
 
 
+def placement(name: str, ranks: int, stages: int) -> list[int]:
+    """The rank of each stage in one of SCHEDULES: in turn, or in a V there and back."""
+    return [min(s, stages - 1 - s) if name in V_SHAPED else s % ranks for s in range(stages)]
+
+
 def one_stage(rank: int, warm_up: int, micro_batches: int) -> list[Step]:
     """Forwards of the warm-up, then a forward and a backward by turns, then the backwards that are left."""
     warm_up = min(warm_up, micro_batches)

@@ -1,7 +1,9 @@
 """Predicted time of a decode step for one text: its kernels one after another, as docs/serving.md lists them.
 
 A kernel takes as long as memory needs for its bytes, or as one warp needs on its way through it, and then the next one
-begins. Nothing here is measured.
+begins. Products of few rows and the router prepare while the kernel ahead runs, beside which an SM has room for them
+(registers: not for the next layer's first kernel beside moe_decode); their way begins where they have waited for it.
+Nothing here is measured.
 """
 
 from ..gpu import Gpu
@@ -10,13 +12,13 @@ from ..model import LingConfig
 EFFICIENCY = 0.85  # of the data sheet's bandwidth that a kernel reaches; assumed
 GAP = 0.7e-6  # s from the end of a kernel to the next one's first useful instruction, in a CUDA graph with programmatic
 # dependent launch; assumed
-CLOCKS = {  # of one warp, each loop once: "whole" in docs/kernels-clocks.md, for one row
-    "rms_norm_linear_kernel<true>": 4850,
-    "rms_norm_linear_kernel<false>": 3970,
-    "gemm_fp8_few_rows_kernel": 4640,
+CLOCKS = {  # of one warp, each loop once: "after the kernel ahead" or "whole" in docs/kernels-clocks.md, for one row
+    "rms_norm_linear_kernel<true>": 3690,
+    "rms_norm_linear_kernel<false>": 2780,
+    "gemm_fp8_few_rows_kernel<false>": 1730,
     "attention_decode_kernel<bfloat16, bfloat16, true>": 7970,
     "attention_decode_kernel<bfloat16, unsigned char, true>": 9280,
-    "rms_norm_router_kernel<bfloat16, bfloat16, 1>": 3760,
+    "rms_norm_router_kernel<bfloat16, bfloat16, 1>": 1710,
     "moe_decode_kernel<true, 4, Router<256, 8, 4, 8>>": 9700,
     "moe_decode_kernel<false, 4, Router<256, 8, 4, 8>>": 9690,
 }
@@ -31,7 +33,7 @@ def kernels(
     fp8, L, dense = weights == "fp8", c.num_hidden_layers, c.first_k_dense_replace
     moes = L - dense
     linear = {kind: CLOCKS[f"rms_norm_linear_kernel<{str(kind == 'fp8').lower()}>"] for kind in ("bf16", "fp8")}
-    output = CLOCKS["gemm_fp8_few_rows_kernel"] if fp8 else linear["bf16"]
+    output = CLOCKS["gemm_fp8_few_rows_kernel<false>"] if fp8 else linear["bf16"]
     cells = "unsigned char" if cache == "fp8" else "bfloat16"
     heads = c.num_attention_heads + 2 * c.num_key_value_heads
     qkv = parts["attention"] * heads / (heads + c.num_attention_heads)

@@ -8,6 +8,7 @@ import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from ..errors import InputError, Parser, command
@@ -20,7 +21,7 @@ from ..train.flags import add_flags
 from ..train.prepare.models import model_config
 from ..train.scaling import with_defaults
 from ..train.settings import settings_of
-from .search import CHOICES, TRIES, Problem, Result, candidates, search
+from .search import CHOICES, TRIES, Problem, Result, candidates, ranked, search
 from .timeline import draw
 from .train import format_bytes, span
 from .train_time import NODE
@@ -125,7 +126,7 @@ def solve(problem: Problem, options: argparse.Namespace) -> list[Result]:
         if stages % pp:
             raise InputError(f"--pipeline {layout}: {stages} stages on {pp} ranks; each rank takes equally many")
         wanted = candidates(pp, [stages // pp])
-        return by_time(problem, layout, [name for name, _ in wanted])
+        return ranked(problem, [partial(problem.evaluate, layout, name) for name, _ in wanted])
     if order is not None:
         raise InputError(f"--schedule {name}: an order from a file needs its --pipeline")
     wanted = candidates(pp, [options.vpp] if options.vpp else [1, 2])
@@ -134,19 +135,6 @@ def solve(problem: Problem, options: argparse.Namespace) -> list[Result]:
         raise InputError(f"--schedule {name} has another number of stages a rank than --vpp {options.vpp}")
     tail = problem.atoms.count("L") if options.losses_together else 1
     return search(problem, wanted, tail, options.tries)
-
-
-def by_time(problem: Problem, layout: PipelineLayout, names: list[str]) -> list[Result]:
-    """One layout under each schedule that can have it."""
-    results, errors = [], []
-    for name in names:
-        try:
-            results.append(problem.evaluate(layout, name))
-        except InputError as error:
-            errors.append(error)
-    if not results:
-        raise errors[0]
-    return sorted(results, key=lambda r: (r.peak > problem.memory, r.timeline.seconds))
 
 
 def mfu(problem: Problem, seconds: float, gpu: str) -> float:
@@ -179,8 +167,9 @@ def report(problem: Problem, options: argparse.Namespace, best: Result) -> list[
         stages = ", ".join(
             f"{s} {best.layout.stages[s] or 'empty'}" for s, r in enumerate(best.ranks) if r == rank
         )  # fmt: skip
+        number = usage.plain + usage.experts
         lines.append(
-            f"{rank:<6}{usage.parameters:>16,}{format_bytes(usage.state):>12}{format_bytes(usage.activations):>13}"
+            f"{rank:<6}{number:>16,}{format_bytes(usage.state):>12}{format_bytes(usage.activations):>13}"
             f"{100 * timeline.bubble(rank):>6.1f} %  {stages}"
         )
     return lines + unit_lines(problem)

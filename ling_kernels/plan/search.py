@@ -2,9 +2,9 @@
 
 import math
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from itertools import accumulate, combinations_with_replacement
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from ..errors import InputError
 from ..model import LingConfig
 from ..parallel.layout import Layout
 from ..parallel.pipeline_layout import PipelineLayout
-from ..parallel.schedules import ONE_STAGE, SCHEDULES, V_SHAPED, Order, check, schedule_order
+from ..parallel.schedules import ONE_STAGE, SCHEDULES, V_SHAPED, Order, check, placement, schedule_order
 from ..train.settings import Settings
 from .greedy import greedy_order
 from .memory import RESERVE
@@ -28,9 +28,10 @@ known_order = lru_cache(schedule_order)  # torch takes long to make one
 
 
 class Usage(NamedTuple):
-    """Of one rank, in bytes."""
+    """Of one GPU of a rank: numbers of parameters, then bytes."""
 
-    parameters: int
+    plain: int  # parameters without experts
+    experts: int  # those of experts
     state: float  # weights, gradients, the optimizer's state
     activations: float  # at their peak
 
@@ -95,7 +96,7 @@ class Problem:
     def usage(self, layout, ranks: Sequence[int], units: list[Unit], timeline: Timeline) -> list[Usage]:
         kept, table = [u.kept for u in units], rank_parameters(layout, ranks, units, self.config)
         return [
-            Usage(plain + experts, self.state(plain, experts), timeline.peak(rank, kept))
+            Usage(plain, experts, self.state(plain, experts), timeline.peak(rank, kept))
             for rank, (plain, experts) in enumerate(table)
         ]
 
@@ -140,7 +141,8 @@ class Problem:
         """Seconds of a step, ten times as many and more where the memory is too small. Infinite without a simulation
         where the fullest rank alone takes longer than at_most."""
         layout = self.layout(cuts)
-        place, units = self.place(schedule, len(layout.stages)), stage_units(layout, self.config, self.units)
+        place = placement(schedule, self.gpus.pp, len(layout.stages))
+        units = stage_units(layout, self.config, self.units)
         load = [0.0] * self.gpus.pp
         for rank, unit in zip(place, units, strict=True):
             load[rank] += unit.times.total * self.micro_batches
@@ -150,14 +152,10 @@ class Problem:
         over = max(u.bytes for u in self.usage(layout, place, units, timeline)) / self.memory
         return timeline.seconds * (1.0 if over <= 1 else 10 * over**4)
 
-    def place(self, schedule: str, stages: int) -> list[int]:
-        """The rank of each stage."""
-        return [min(s, stages - 1 - s) if schedule in V_SHAPED else s % self.gpus.pp for s in range(stages)]
-
     def even_cuts(self, schedule: str, stages: int, tail: int) -> set[tuple[int, ...]]:
         """Cuts into stages whose ranks have about equal work: the last units divided in each way over the last stages,
         and the layers where there is least."""
-        c, place = self.config, self.place(schedule, stages)
+        c, place = self.config, placement(schedule, self.gpus.pp, stages)
         layers, found = "d" * c.first_k_dense_replace + "t" * (c.num_hidden_layers - c.first_k_dense_replace), set()
         ends = self.atoms[1 + len(layers) :]
         parts = min(len(ends), stages)
@@ -206,11 +204,20 @@ def candidates(pp: int, per_rank: Iterable[int]) -> list[tuple[str, int]]:
 def search(problem: Problem, wanted: list[tuple[str, int]], tail: int = 1, tries: int = TRIES) -> list[Result]:
     """The best layout of each schedule, the shortest step that fits the memory first; tail: of search_layout. Raises
     InputError where no schedule can have these numbers."""
+
+    def searched(name: str, stages: int) -> Result:
+        return problem.evaluate(problem.search_layout(name, stages, tail, tries), name)
+
+    return ranked(problem, [partial(searched, *pair) for pair in wanted])
+
+
+def ranked(problem: Problem, plans: Iterable[Callable[[], Result]]) -> list[Result]:
+    """The results of those plans that can be, what fits the memory first, then the shortest step. Raises the first
+    plan's InputError where none can."""
     results, errors = [], []
-    for name, stages in wanted:
+    for plan in plans:
         try:
-            layout = problem.search_layout(name, stages, tail, tries)
-            results.append(problem.evaluate(layout, name))
+            results.append(plan())
         except InputError as error:
             errors.append(error)
     if not results:

@@ -1,5 +1,6 @@
 """A picture of a pipeline's step: what each rank does when. Needs matplotlib."""
 
+from collections import defaultdict
 from pathlib import Path
 
 from ..errors import InputError
@@ -22,14 +23,16 @@ def draw(timelines: dict[str, Timeline], path: str | Path) -> None:
     figure = Figure(figsize=(14, 0.28 * sum(heights) + 0.9 * len(heights) + 0.6), layout="constrained")
     axes: list = [*figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]]
     for ax, (title, timeline) in zip(axes, timelines.items(), strict=True):
+        bars = defaultdict(list)  # by rank, kind, its number in an overlap, and the number of actions there
         for rank, events in enumerate(timeline.events):
             for begin, end, step in events:
-                for i, action in enumerate(step):  # an overlap: one above the other
-                    height = 0.9 / len(step)
-                    ax.broken_barh(
-                        [(begin, end - begin)], (rank - 0.45 + i * height, height), facecolors=COLOURS[action.kind],
-                        edgecolor="white", linewidth=0.2,
-                    )  # fmt: skip
+                for i, action in enumerate(step):
+                    bars[rank, action.kind, i, len(step)].append((begin, end - begin))
+        for (rank, kind, i, number), spans in bars.items():
+            height = 0.9 / number  # an overlap: one above the other
+            ax.broken_barh(
+                spans, (rank - 0.45 + i * height, height), facecolors=COLOURS[kind], edgecolor="white", linewidth=0.2
+            )
         ax.set_title(title, loc="left", fontsize=10)
         ax.set_ylim(len(timeline.events) - 0.5, -0.5)
         ax.set_yticks(range(len(timeline.events)))

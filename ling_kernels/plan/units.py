@@ -17,7 +17,7 @@ from ..train.settings import Settings
 from .ranks import Rank
 from .simulate import Times
 from .train import plan_training
-from .train_time import LINKS, exchange_seconds, total, unit
+from .train_time import LINKS, Pass, exchange_seconds, total, unit
 
 NOTHING = Times(0.0, 0.0, 0.0)
 
@@ -50,12 +50,16 @@ def predicted_units(c: LingConfig, s: Settings, gpu: Gpu, ep: int) -> dict[str, 
 
 
 def unit_times(c: LingConfig, s: Settings, kind: str, gpu: Gpu, ep: int) -> Times:
-    forward, backward = unit(c, s, kind, c.num_experts // ep)
-    weights = total((w for w in backward if w.name.endswith("wgrad")), gpu)
-    rest = total((w for w in backward if not w.name.endswith("wgrad")), gpu)
+    exchange = exchange_seconds(c, s, ep) if kind in "tm" else (0.0, 0.0)
+    return times_of(unit(c, s, kind, c.num_experts // ep), kind, gpu, exchange)
+
+
+def times_of(work: Pass, kind: str, gpu: Gpu, exchange: tuple[float, float]) -> Times:
+    weights = total((w for w in work.backward if w.name.endswith("wgrad")), gpu)
+    rest = total((w for w in work.backward if not w.name.endswith("wgrad")), gpu)
     if kind == "L":
-        return Times(total(forward, gpu) + rest + weights, 0.0, 0.0)
-    return Times(total(forward, gpu), rest, weights, *(exchange_seconds(c, s, ep) if kind in "tm" else (0.0, 0.0)))
+        return Times(total(work.forward, gpu) + rest + weights, 0.0, 0.0)
+    return Times(total(work.forward, gpu), rest, weights, *exchange)
 
 
 def parameters(c: LingConfig, kind: str) -> int:

@@ -285,7 +285,9 @@ def print_header(trainer: Trainer) -> None:
     if ranks.size > 1:
         pipelines = f", {ranks.pp} the layers, {stages_of(s, trainer.config)}" if ranks.pp > 1 else ""
         print(f"processes  {ranks.size}: {ranks.dp} divide the rows, groups of {ranks.ep} the experts{pipelines}")
-    print(f"run        {shown(trainer.folder)}, steps {trainer.progress.step + 1} to {s.steps}")
+    done = trainer.progress.step
+    steps = f"steps {done + 1} to {s.steps}" if done < s.steps else f"all {s.steps} steps are done: --steps N goes on"
+    print(f"run        {shown(trainer.folder)}, {steps}")
     print(*trainer.notes, sep="\n", end="\n" if trainer.notes else "", flush=True)
 
 

@@ -348,7 +348,8 @@ def settings_of(options: dict, saved: dict | None = None) -> Settings:
         if name not in changeable and value != getattr(before, name):
             flag, why = f"--{name.replace('_', '-')}", WHY_KEPT.get(name, "it belongs to the run's weights")
             remedy = "change it together with --data, or " if name in WHY_WITH_DATA else ""
-            raise InputError(f"{name} is {getattr(before, name)!r} in the run to resume and {value!r} here, but {why}:"
+            old = "not given" if getattr(before, name) is None else repr(getattr(before, name))
+            raise InputError(f"{name} is {old} in the run to resume and {value!r} here, but {why}:"
                              f" {remedy}leave {flag} out")  # fmt: skip
     if options.get("pp", before.pp) != before.pp:  # the layout is of the old number of processes
         options.setdefault("pipeline", None)

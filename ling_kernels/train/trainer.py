@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from math import isfinite
 from pathlib import Path
@@ -24,8 +24,7 @@ from .data.mixture import Rows
 from .monitor import WINDOW, FP8Monitor, ceilings, spike, to_bf16
 from .optimizer import StepInBackward, clipped_step, make_optimizer
 from .prepare import Run, deterministic, discard, new_run, peak_flops, resumed_run
-from .prepare.run import write_settings
-from .prepare.threads import faster_threads
+from .prepare.run import with_faster_threads
 from .report import FP8_FILE, Details, read_lines
 from .saving import Writer, count_sound, kept, room_for_copy, size_of, snapshot, write
 from .schedule import learning_rate, rows_at
@@ -142,9 +141,10 @@ class Trainer:
                 if run.state and not new_data and run.state["data"] != self.data:
                     raise InputError(f"data: {self.data} is not what the run began with, {run.state['data']}")
                 self.model, self.shares = make_model(run)
-                self.notes = [*run.notes, *apply_fp8_and_recompute(self.model, s)]
-                if run.try_threads:
-                    s = self.settings = self._with_faster_threads(run)
+                notes = apply_fp8_and_recompute(self.model, s)
+                s = self.settings = with_faster_threads(run, self.model, lambda rows: accumulate_gradients(
+                    self.model, self.corpus.rows, 0, rows, s, self.device, self.precision))  # fmt: skip
+                self.notes = [*run.notes, *notes]
             except BaseException:  # also Ctrl-C
                 discard(run)
                 raise
@@ -167,21 +167,6 @@ class Trainer:
         self.in_backward = StepInBackward(self.model, self.optimizer) if s.step_in_backward else None
         earlier = [row for row in read_lines(self.folder / FP8_FILE) if row["step"] <= self.progress.step]
         self.monitor = FP8Monitor(self.model, s.fp8_watch, s.fp8_fallback, earlier)
-
-    def _with_faster_threads(self, run: Run) -> Settings:
-        """The settings with 1 thread where that is faster in a trial, which leaves the model as it was."""
-        s, model = run.settings, self.model
-        rows = s.micro_batch or s.batch
-
-        def one_pass() -> None:
-            accumulate_gradients(model, self.corpus.rows, 0, rows, s, self.device, self.precision)
-            model.zero_grad()
-            model.balance_(0.0)  # clears the counts
-
-        threads, line = faster_threads(one_pass, s.threads, s.steps * s.batch // rows)
-        run.settings = replace(s, threads=threads)
-        self.notes += [line] if line else []
-        return write_settings(run).settings
 
     def step(self) -> dict:
         """Train on the next global batch and return its record, the line of metrics.jsonl:

@@ -14,7 +14,8 @@ extern "C" __global__ void layouts(int64_t* out) {
     }
     out += 2 * kBox;
     if (threadIdx.x == 0) out[0] = operand(nullptr), out[1] = operand(nullptr, kBox);
-    const gemm_fp8::Place place;
+    using namespace gemm_fp8;
+    const Place<Variant<0, 2, Scales::blocks, Output::plain, Tokens::tiles, Contraction::all>> place;
     for (int i = 0; i < 64; i++)
         out[2 + 64 * threadIdx.x + i] = place.row + (i & 2) * 4 + 64 * (i / 4 * 8 + place.column + (i & 1));
 }

@@ -31,7 +31,7 @@ class Region(NamedTuple):
     least: bool = False
 
 
-WIDE = r"gemm_fp8_kernel<Variant<0, .*"  # tiles of 128 x 256
+WIDE = r"gemm_fp8_kernel<Variant<(?:0|128), .*"  # tiles of 128 x 256
 REGIONS = [
     Region("SwiGLU epilogue", WIDE + r"Output\)1", "QGMMA", "STS", least=True),
     Region("bf16 epilogue", WIDE + r"Output\)0", "QGMMA", "STG.E.128", without="STG.E.64", least=True),
@@ -48,6 +48,13 @@ def within(opcode: str, text: str) -> str:
         raise ValueError(f"no line of csrc/ holds {text!r}")
     return rf"{opcode}\S* (?:{'|'.join(map(re.escape, lines))})$"
 
+
+# Kernels of a decode step that do what they can before the preceding one has ended. A warp copies rows or their scales.
+REGIONS += [
+    Region("after the kernel ahead", r"rms_norm_router_kernel<bfloat16, bfloat16, 1>", "ACQBULK", "EXIT"),
+    Region("after the kernel ahead", r"gemm_fp8_few_rows_kernel<false>", "ACQBULK", "EXIT",
+           without=within("LDG", "= a_scale[m +")),
+]  # fmt: skip
 
 # Of kernels with options: opcodes that only the options have. The rows of the kernel and its loops are without them.
 OPTIONS = {

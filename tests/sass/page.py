@@ -39,9 +39,10 @@ source line, with the instructions. The tables are budgets: a test compares them
 A row is a kernel from start to end ("whole"), or a loop, called after its work: products (wgmma), mma (mma.sync), tiles
 (TMA loads), copies (cp.async), loads, stores; "around": with another one within. "After a wait": the longest section
 from a wait for wgmma to the next issue; "before the first issue" and "after the last wait": what a tile costs besides
-its products. `attention_decode_kernel` is walked for at most 32 sequences, all with keys. Loops of fewer than {short}
-instructions are left out, here also kernels of f16 and f32. Nothing spills. No register is beyond setmaxnreg's limit.
-Nothing uses a wgmma's sums between its issue and the wait for it, or writes its operand A.
+its products. "After the kernel ahead": from the wait for the preceding kernel. `attention_decode_kernel` is walked for
+at most 32 sequences, all with keys. Loops of fewer than {short} instructions are left out, here also kernels of f16 and
+f32. Nothing spills. No register is beyond setmaxnreg's limit. Nothing uses a wgmma's sums between its issue and the
+wait for it, or writes its operand A.
 
 | latency of | clocks | from |
 |---|---|---|

@@ -21,7 +21,7 @@ waits for memory that is busy, the first tiles of a launch, and power.
 A tile of 128 x 256 of the FP8 products: two warpgroups share the tensor cores, and shared memory if that is slower.
 Blocks that are pairs load half of the weights each; L2 is assumed to give an SM {l2} bytes a clock.
 While one is in its epilogue (e clocks, from its last wait to its next issue) the other multiplies alone, at its pace of
-c clocks for 128 of K. With s clocks for 128 of K when both multiply, a tile takes 2 e + s (K / 128 - e / c) clocks.
+c clocks for 128 of K. With s clocks for 128 of K when both multiply, c or more, a tile takes 2 e + s (K / 128 - e / c).
 Weights, rows and results pass memory once.
 
 {gemm}
@@ -65,7 +65,6 @@ class Product(NamedTuple):
     K: int
     out: float  # bytes of a result
     published: str
-    transposed: bool = False
 
     def seconds(self, clocks: Clocks) -> dict[str, float]:
         """{bound: seconds}: by the SMs, and by memory."""
@@ -73,8 +72,8 @@ class Product(NamedTuple):
         alone = clocks(name, "products")["clocks"] + clocks(name, "products")["tensor"]
         epilogue = sum(clocks(name, f"around products: {part}")["clocks"]
                        for part in ("before the first issue", "after the last wait"))  # fmt: skip
-        shared, l2 = (208 << 10, 48 << 10) if self.transposed else (144 << 10, 32 << 10)  # bytes; pairs share weights
-        step = max(128 * 256 * 128 / MACS, shared / SHARED, l2 / L2)
+        shared, l2 = 144 << 10, 32 << 10  # bytes for 128 of K: docs/kernels.md; pairs share weights
+        step = max(128 * 256 * 128 / MACS, shared / SHARED, l2 / L2, alone)
         tile = 2 * epilogue + step * max(self.K / 128 - epilogue / alone, 0)
         tiles = self.E * -(-self.rows // 128) * self.N / 256
         read = self.E * (self.N + self.rows) * self.K
@@ -87,13 +86,13 @@ class Product(NamedTuple):
 def products() -> list[Product]:
     plain, fused = "0, 2, (Scales)0, (Output)0, (Tokens)0", "0, 2, (Scales)0, (Output)1, (Tokens)0"
     ends = ", (Contraction)0, (Weights)0"
+    transposed = "128, 2, (Scales)0, (Output)0, (Tokens)0, (Contraction)0, (Weights)1"
     wgrad = "0, 2, (Scales)1, (Output)0, (Tokens)0, (Contraction)1, (Weights)0"
     return [
         Product("gate and up with SwiGLU", fused + ends, 256, ROWS, 1024, 2048, 0.5,
                 "DeepGEMM, K 2048, no SwiGLU: 61 to 64%"),
         Product("down", plain + ends, 256, ROWS, 2048, 512, 2, "DeepGEMM, one matrix, K 512: 47%"),
-        Product("dgrad of gate and up, weights as stored", plain + ", (Contraction)0, (Weights)1", 256, ROWS, 2048,
-                1024, 2, "nothing", True),
+        Product("dgrad of gate and up, weights as stored", transposed, 256, ROWS, 2048, 1024, 2, "nothing"),
         Product("wgrad of gate and up, fp32", wgrad, 256, 1024, 2048, ROWS, 4, "DeepGEMM, k 4096 to 8192: 41 to 53%"),
         Product("one matrix, 4096 x 7168 x 16384", plain + ends, 1, 4096, 7168, 16384, 2, "DeepGEMM: 75 to 78%"),
     ]  # fmt: skip

@@ -32,7 +32,8 @@ def map_tokens(path: Path, vocab_size: int, eos_id: int) -> tuple[np.ndarray, np
                          f" {error!r}") from None  # fmt: skip
     if file_vocab > vocab_size:
         raise InputError(
-            f"{path} was written with a tokenizer of {file_vocab} tokens, more than the model's {vocab_size}"
+            f"{path} was written with a tokenizer of {file_vocab} tokens, more than the model's {vocab_size}:"
+            " give --tokenizer the one that wrote it, and a model whose vocabulary holds it"
         )
     if file_eos != eos_id:
         raise InputError(

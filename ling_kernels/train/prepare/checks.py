@@ -8,6 +8,7 @@ from ...model import LingConfig
 from ...ops.adamw_8bit import BLOCK
 from ...parallel.pipeline_layout import PipelineLayout
 from ...parallel.ranks import Ranks
+from ...parallel.schedules import placement
 from ..report.loggers import installed
 from ..settings import Settings
 
@@ -90,7 +91,11 @@ def check_pipeline(s: Settings, config: LingConfig, ranks: Ranks) -> None:
     """Raise InputError for a layout that is not the model's, and for rows that cannot fill the pipeline."""
     layout = stages_of(s, config)
     layout.check(config, s.model)
-    numbers = layout.ranks(ranks.pp)
+    if len(layout.stages) % ranks.pp:
+        raise InputError(
+            f"--pipeline {layout}: {len(layout.stages)} stages on {ranks.pp} ranks; each rank takes equally many"
+        )
+    numbers = placement("Interleaved1F1B", ranks.pp, len(layout.stages))
     for rank in range(ranks.pp):
         if not any(set(stage) & {"t", "m"} for stage, r in zip(layout.stages, numbers, strict=True) if r == rank):
             raise InputError(f"--pipeline {layout}: process {rank} of --pp {ranks.pp} has no layer")
