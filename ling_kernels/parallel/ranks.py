@@ -21,13 +21,15 @@ from torch import Tensor
 from ..errors import InputError, OtherRank
 
 T = TypeVar("T")
-# Waiting for rank 0 to tokenise takes as long as it takes; a rank that dies meanwhile is seen at once, by torchrun.
-PREPARATION = timedelta(days=7)
+# Outside a step ranks wait for rank 0 to tokenise or to write a checkpoint, however long that takes. One that dies
+# meanwhile is seen at once, by torchrun.
+PATIENCE = timedelta(days=1)
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """dp, ep, pp: their numbers of ranks. The groups are of this rank, None where they hold it alone."""
+    """dp, ep, pp: their numbers of ranks. The groups are of this rank, None where they hold it alone; they are for the
+    work of a step, and what ranks agree on goes over torch's default group, which is patient."""
 
     rank: int = 0
     size: int = 1
@@ -91,7 +93,7 @@ class Ranks:
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, (error, value), group=self.world)
+        dist.all_gather_object(found, (error, value))
         wrong = [(rank, message) for rank, (message, _) in enumerate(found) if message is not None]
         if wrong:
             rank, message = wrong[0]
@@ -147,7 +149,7 @@ class Ranks:
         if self.size == 1:
             return value
         flag = torch.tensor([value], dtype=torch.int32)
-        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.world)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag)
 
     def share(self, items: list[T]) -> list[T]:
@@ -192,13 +194,13 @@ def start() -> Ranks:
     if gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
-        store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=PREPARATION))
+        store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=PATIENCE))
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
             # torchrun keeps its store over restarts on one machine, with the addresses of the processes before. With
             # several machines each counts its own restarts: docs/scale-out.md names the variable for a new store.
             store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
         backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
-        dist.init_process_group(backend, timeout=PREPARATION, store=store, rank=rank, world_size=size)
+        dist.init_process_group(backend, timeout=PATIENCE, store=store, rank=rank, world_size=size)
     return Ranks(rank, size, dp=size, world=dist.group.WORLD)
 
 
