@@ -28,7 +28,7 @@ def results_file() -> Path:
 
 def main() -> int:
     if importlib.util.find_spec("pytest_benchmark") is None:
-        raise InputError("pytest-benchmark is not installed: pip install 'ling_kernels[dev]'")
+        raise InputError("pytest-benchmark is not installed: pip install '.[dev]'")
     quick, arguments = "--quick" in sys.argv, [a for a in sys.argv[1:] if a != "--quick"]
     selection = [a for a in arguments if not a.startswith("--commit")]
     out = report.ROOT / "build/bench.json" if selection else results_file()

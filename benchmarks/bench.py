@@ -144,30 +144,45 @@ def bench_layer(benchmark, T, name, by):
     )  # fmt: skip
 
 
-def bench_train_step(benchmark):
-    """Forward, backward and AdamW: two layers of Ling-mini with its head on a GPU, the tiny model elsewhere."""
+# `tiny` is what `make train` trains. transformers has no MTP layer, so the two that are compared have none.
+STEPS = [("tiny", "ours"), ("tiny without MTP", "ours"), ("tiny without MTP", "transformers")]
+STEPS = [("two layers of mini", "ours")] if GPU else STEPS
+
+
+@pytest.mark.parametrize("name, by", STEPS, ids=lambda v: v.replace(" ", "-"))
+def bench_train_step(benchmark, name, by):
+    """Forward, backward and AdamW; `error` is the distance of the first loss from ours, relative."""
+    pytest.importorskip("transformers") if by == "transformers" else None
     config, batch, length = LingConfig.tiny(), 4, 256
     if GPU:
         config, batch, length = dataclasses.replace(LingConfig.mini(), num_hidden_layers=2), 2, 4096
+    if name.endswith("without MTP"):
+        config = dataclasses.replace(config, num_nextn_predict_layers=0)
+    torch.manual_seed(0)
     with torch.device(DEVICE):
         model = Ling(config)
         ids = torch.randint(0, 256, (batch, length))
     model.init_weights()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    wanted = model(ids, labels=ids, logits=False).loss.item() if by != "ours" else None
+    trained = model if by == "ours" else models.transformers_model(model)
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-4, fused=True)
 
     def step():
         optimizer.zero_grad()
         with torch.autocast(DEVICE, torch.bfloat16, enabled=GPU):
-            model(ids, labels=ids, logits=False).loss.backward()
+            out = model(ids, labels=ids, logits=False) if by == "ours" else trained(ids, labels=ids)
+            out.loss.backward()
         optimizer.step()
-        model.balance_(1e-3)
+        model.balance_(1e-3) if by == "ours" else None
+        return out.loss
 
-    benchmark.group = "training step"
-    benchmark.pedantic(step, warmup_rounds=2, rounds=10 if GPU else 5)
+    error = None if wanted is None else abs(step().item() / wanted - 1)
+    benchmark.group = f"training step, {name}"
+    benchmark.pedantic(step, warmup_rounds=2, rounds=20)
     seconds, flops = benchmark.stats.stats.median, config.flops_per_token(length) * batch * length
     rate, source = peak_flops(torch.device(DEVICE), DTYPE)
     benchmark.extra_info.update(
-        step=f"training, {'two layers of mini' if GPU else 'tiny'}, {batch} x {length} tokens", peak=source,
+        step=f"training, {name}, {batch} x {length} tokens", by=by, peak=source, error=error,
         tokens_per_s=batch * length / seconds, mfu=flops / seconds / rate,
     )  # fmt: skip
 

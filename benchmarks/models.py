@@ -157,3 +157,63 @@ def transformers_moe(moe: nn.Module) -> tuple[Callable, list[Tensor]]:
     theirs.load_state_dict(weights, assign=True)
     theirs.eval()
     return lambda x: theirs(x[None])[0], []
+
+
+def transformers_model(ling: Ling) -> nn.Module:
+    """A copy of a model without MTP layers as transformers' Glm4Moe, whose layers compute the same, with torch's
+    scaled_dot_product_attention and grouped_mm; run with 5.24."""
+    from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
+
+    c = ling.config
+    config = Glm4MoeConfig(
+        vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
+        num_hidden_layers=c.num_hidden_layers, num_attention_heads=c.num_attention_heads,
+        num_key_value_heads=c.num_key_value_heads, head_dim=c.head_dim, moe_intermediate_size=c.moe_intermediate_size,
+        n_routed_experts=c.num_experts, num_experts_per_tok=c.num_experts_per_tok, n_group=c.n_group,
+        topk_group=c.topk_group, n_shared_experts=c.num_shared_experts, routed_scaling_factor=c.routed_scaling_factor,
+        first_k_dense_replace=c.first_k_dense_replace, use_qk_norm=c.use_qk_norm, rms_norm_eps=c.rms_norm_eps,
+        rope_parameters=dict(
+            rope_type="default", rope_theta=c.rope_theta, partial_rotary_factor=c.partial_rotary_factor
+        ),
+        max_position_embeddings=c.max_position_embeddings, pad_token_id=None, use_cache=False,
+        attn_implementation="sdpa", experts_implementation="grouped_mm",
+    )  # fmt: skip
+    theirs = Glm4MoeForCausalLM(config).to(ling.lm_head.weight)
+    theirs.load_state_dict({key: w.detach().clone() for key, w in as_glm(ling).items()})
+    return theirs
+
+
+def as_glm(ling: Ling) -> dict[str, Tensor]:
+    """The weights under the names of Glm4Moe."""
+
+    def halves(name: str, w: Tensor) -> dict[str, Tensor]:
+        gate, up = w.chunk(2)
+        return {f"{name}.gate_proj.weight": gate, f"{name}.up_proj.weight": up}
+
+    out = {"model.embed_tokens.weight": ling.word_embeddings.weight, "model.norm.weight": ling.norm.weight}
+    out["lm_head.weight"] = ling.lm_head.weight
+    c = ling.config
+    kv = c.num_key_value_heads * c.head_dim
+    for i, layer in enumerate(ling.layers):
+        name, attention, mlp = f"model.layers.{i}", layer.attention, layer.mlp
+        q, k, v = attention.query_key_value.weight.split([c.num_attention_heads * c.head_dim, kv, kv])
+        out |= {
+            f"{name}.input_layernorm.weight": layer.input_layernorm.weight,
+            f"{name}.post_attention_layernorm.weight": layer.post_attention_layernorm.weight,
+            f"{name}.self_attn.q_proj.weight": q, f"{name}.self_attn.k_proj.weight": k,
+            f"{name}.self_attn.v_proj.weight": v, f"{name}.self_attn.o_proj.weight": attention.dense.weight,
+            f"{name}.self_attn.q_norm.weight": attention.query_layernorm,
+            f"{name}.self_attn.k_norm.weight": attention.key_layernorm,
+        }  # fmt: skip
+        if i < c.first_k_dense_replace:
+            out |= halves(f"{name}.mlp", mlp.gate_up.weight) | {f"{name}.mlp.down_proj.weight": mlp.down.weight}
+            continue
+        shared = mlp.shared_experts
+        out |= halves(f"{name}.mlp.shared_experts", shared.gate_up.weight) | {
+            f"{name}.mlp.shared_experts.down_proj.weight": shared.down.weight,
+            f"{name}.mlp.gate.weight": mlp.router.weight,
+            f"{name}.mlp.gate.e_score_correction_bias": mlp.router.expert_bias,
+            f"{name}.mlp.experts.gate_up_proj": mlp.experts.gate_up,
+            f"{name}.mlp.experts.down_proj": mlp.experts.down,
+        }  # fmt: skip
+    return out

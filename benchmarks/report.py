@@ -156,8 +156,10 @@ def of_layers(run: Run) -> list[str]:
 
 
 def of_steps(run: Run) -> list[str]:
-    lines = [f"- {r['step'].capitalize()}: {r['us'] / 1e3:,.1f} ms, {r['tokens_per_s']:,.0f} tokens/s, "
-             f"MFU {r['mfu']:.1%} of {r['peak']}." for r in run.of("step")]  # fmt: skip
+    ours = {r["step"]: r["min_us"] for r in run.of("step") if r["by"] == "ours"}
+    lines = [f"- {r['step'].capitalize()}, {r['by']}: {r['us'] / 1e3:,.1f} ms (least over ours "
+             f"{r['min_us'] / ours[r['step']]:.2f}x), {r['tokens_per_s']:,.0f} tokens/s, MFU {r['mfu']:.1%} of "
+             f"{r['peak']}." for r in run.of("step")]  # fmt: skip
     for r in run.of("decode"):
         more = f", {share(r, run.gpu)} of the limit" if run.gpu else ""
         more += f", {r['kernels_per_layer']:.1f} kernels a layer" if r["kernels_per_layer"] else ""

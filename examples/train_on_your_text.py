@@ -17,12 +17,12 @@ texts, out = sys.argv[1:3]
 steps = int(sys.argv[3]) if len(sys.argv) > 3 else 200
 
 trainer = Trainer(Settings(data=(texts,), steps=steps, seq_len=64, batch=4, warmup=5, eval_rows=8, holdout=4), out=out)
-start = trainer.evaluate()
+start = trainer.evaluate()["val_loss"]
 while trainer.progress.step < trainer.settings.steps:
     record = trainer.step()
     if record["step"] % 10 == 0:
         print(f"step {record['step']}: loss {record['loss']:.3f}, {record['tokens_per_s']:,.0f} tokens/s")
-end = trainer.evaluate()
+end = trainer.evaluate()["val_loss"]
 print(f"held-out loss {start:.3f} -> {end:.3f} nats per token")
 trainer.save()  # Trainer.resume(out, steps=400) continues from here, bit for bit
 trainer.export(f"{out}/model")  # a Hugging Face folder

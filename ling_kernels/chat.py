@@ -178,6 +178,13 @@ def _rendered(template, messages, names, tokens, add_generation_prompt, tools) -
         return _render(template, context | dict(messages=messages), tokens, now, None)
 
     shown = plain(messages)
+    for name, less in _without(template, messages, tools):
+        try:
+            left_out = _render(template, context | less, tokens, now, None) == shown
+        except InputError:  # it cannot do without
+            continue
+        if left_out:
+            raise InputError(f"the chat template leaves out {name}")
     if not stand_ins.needed:
         return _Rendered(shown, shown, stand_ins, plain)
     for thoughts in (False, True):  # True: templates may handle an answer's <think> block as text that has it
@@ -197,6 +204,17 @@ def _rendered(template, messages, names, tokens, add_generation_prompt, tools) -
         return _Rendered(shown, shown, stand_ins, plain)
     inside = ", ".join(stand_ins.inside)
     raise InputError(f"the chat template cannot render messages with these control tokens inside: {inside}")
+
+
+def _without(template: str, messages: Sequence[dict], tools: Any) -> Iterator[tuple[str, dict]]:
+    """(name, what to render without it) of the tools, tool calls and thoughts that the template does not name."""
+    if tools and "tools" not in template:
+        yield "the tools", dict(messages=messages, tools=None)
+    for field in ("tool_calls", "reasoning_content"):
+        for i, message in enumerate(messages if field not in template else ()):
+            if message.get(field):
+                rest = {k: v for k, v in message.items() if k != field}
+                yield f"{field} of message {i + 1}", dict(messages=[*messages[:i], rest, *messages[i + 1 :]])
 
 
 def _with_parts(rendered: _Rendered) -> ChatText:
@@ -280,6 +298,11 @@ def _answers(rendered: _Rendered, messages: Sequence[dict], roles: list[int], pr
     return answers
 
 
+def end_of_answers(template: str, names: Iterable[str], tokens: Mapping[str, Any]) -> str:
+    """The control token that ends an assistant's turn. Raises InputError if there is none."""
+    return _turn(template, tuple(names), tuple(tokens.items()))[1]
+
+
 @functools.lru_cache(maxsize=16)
 def _turn(template: str, names: tuple[str, ...], its_tokens: tuple[tuple[str, Any], ...]) -> tuple[str, str]:
     """The generation prompt, and the control token that ends an assistant's turn."""
@@ -338,7 +361,7 @@ def _compiled(template: str):
         from jinja2.ext import Extension
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError:
-        raise InputError("a chat template needs jinja2: pip install ling_kernels[train]") from None
+        raise InputError("a chat template needs jinja2: pip install '.[train]'") from None
 
     class Generation(Extension):
         """{% generation %} ... {% endgeneration %} marks an answer for training; it renders as it is."""

@@ -8,7 +8,9 @@ import functools
 import operator
 import os
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -23,11 +25,20 @@ class InputError(LingError, ValueError):
         super().__init__(one_line(message))
 
 
+class OtherRank(InputError):
+    """Bad input in a run of several processes, which another of them reports."""
+
+
 def one_line(message: str) -> str:
     """The message without line breaks and, as it may quote any value, without the middle of a long one and without
     lone surrogates, which no file or response can hold."""
     line = " ".join(message.split()).encode(errors="backslashreplace").decode()
     return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
+
+
+def counted(number: int, noun: str) -> str:
+    """1 row, 2 rows."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 LONGEST = 800  # characters of a message
@@ -42,6 +53,25 @@ def integer(name: str, value: Any, least: int) -> int:
     if number < least:
         raise InputError(f"{name} is {number}; it must be at least {least}")
     return number
+
+
+def warn(message: str) -> None:
+    """Warn at the line outside the package that led here, as a line of the package tells its user nothing."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
+
+
+@contextmanager
+def one_line_warnings() -> Iterator[None]:
+    """Within it a warning, of whatever package, is a line without its place in the source."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *place, **more: f"warning: {one_line(str(message))}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 class Busy(LingError):
@@ -77,13 +107,17 @@ def check_environment() -> None:
 
 
 def command(main: Callable[..., int | None]) -> Callable[..., int]:
-    """main() of a command line: an InputError, or too little memory, becomes `error: ...` on stderr and exit code 2."""
+    """main() of a command line: an InputError, or too little memory, becomes `error: ...` on stderr and exit code 2; a
+    warning becomes a line `warning: ...`."""
 
     @functools.wraps(main)
     def run(*args, **kwargs) -> int:
         try:
-            check_environment()
-            return main(*args, **kwargs) or 0
+            with one_line_warnings():
+                check_environment()
+                return main(*args, **kwargs) or 0
+        except OtherRank:
+            return 2
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2

@@ -104,6 +104,14 @@ def lock_folder(folder: Path) -> FolderLock:
     return lock
 
 
+def format_bytes(n: float) -> str:
+    """A number of bytes in the unit that suits it: 0, 12.5 kB, 3.1 MB, 72.20 GB."""
+    for size, unit, digits in ((1e9, "GB", 2), (1e6, "MB", 1)):
+        if n >= size:
+            return f"{n / size:.{digits}f} {unit}"
+    return f"{n / 1e3:.1f} kB" if n else "0"
+
+
 def finite(value):
     """None instead of NaN and infinity, which JSON lacks."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

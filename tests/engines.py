@@ -7,6 +7,7 @@ import torch
 
 from ling_kernels.generate import Engine
 from ling_kernels.generate.graphs import CudaGraphs
+from ling_kernels.generate.logprobs import MOST
 from tests.test_model import expected, load
 
 NO_STOP = dict(stop_token_ids=())
@@ -48,7 +49,8 @@ class Memory:
     """A HostBuffer where a copy is complete at once."""
 
     def __init__(self, forward):
-        self.tokens, self.copied = torch.full((forward.padding_lane, 2 + forward.draft), -7), self
+        n = 1 + forward.draft
+        self.output, self.copied = torch.full((forward.padding_lane * (1 + n + n * (1 + 2 * MOST)),), -7), self
 
     def record(self):
         pass

@@ -2,6 +2,8 @@
 
 # ruff: noqa: F811 (fixtures are imported)
 import json
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -59,6 +61,32 @@ def test_changes_take_effect_and_are_recorded(tmp_path, settings):
     assert json.loads((tmp_path / "run" / "settings.json").read_text())["lr"] == 2e-4
 
 
+def test_a_resumed_run_says_its_schedule(tmp_path, settings, capsys):
+    """And changes in words: what None stands for in the help, on and off."""
+    run_of(settings, tmp_path / "run", 3)
+    argv = [
+        "--resume",
+        str(tmp_path / "run"),
+        "--steps",
+        "6",
+        "--micro-batch",
+        "1",
+        "--step-in-backward",
+        "--batch",
+        "1",
+    ]
+    argv += ["--clip", "0", "--decay", "linear", "--decay-steps", "2", "--min-lr", "1e-4"]
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    assert (
+        out.count("\nschedule   lr 0.002, warm-up 2 steps, linear decay to 0.0001 over the last 2; batch 1 row of 32")
+        == 1
+    )
+    assert "changed    micro-batch: 1 from step 4 on; before: the whole batch\n" in out and "None" not in out
+    assert "changed    step-in-backward: on from step 4 on; before: off\n" in out
+    assert "<td>the whole batch</td><td>1</td>" in (tmp_path / "run" / "report.html").read_text()
+
+
 def test_a_resume_that_changes_nothing_records_nothing(tmp_path, settings):
     run_of(settings, tmp_path / "run", 1)
     trainer = Trainer.resume(tmp_path / "run", lr=settings.lr, data=settings.data)
@@ -82,7 +110,52 @@ def test_other_data_is_read_from_its_beginning(tmp_path, settings, capsys):
     assert main(["--resume", str(tmp_path / "run" / "checkpoints" / "step-000002"), "--steps", "3", "--data",
                  str(tmp_path / "other.txt"), "--lr", "1e-3"]) == 0  # fmt: skip
     shown = capsys.readouterr().out
-    assert "changed    lr: 0.002 up to step 2, now 0.001" in shown and "other.txt" in shown
+    assert "changed    lr: 0.001 from step 3 on; before: 0.002\n" in shown and "other.txt" in shown
+
+
+def test_validation_sets_may_change(tmp_path, settings):
+    """They change no bit of the training; a name may stand for another text, and the run may go back to the first."""
+    paths = [tmp_path / f"{i}.txt" for i in range(3)]
+    for i, path in enumerate(paths):
+        path.write_text("a tile of tokens, an expert or two " * (30 + i) + "x" * i)
+    settings = replace(settings, val_data=(f"a={paths[0]}",))
+    first = run_of(settings, tmp_path / "run", 2)
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    plain = Trainer.resume(tmp_path / "run")
+    expected = plain.evaluate(), [plain.step() for _ in range(2)]
+    changed = Trainer.resume(tmp_path / "other", val_data=(f"a={paths[1]}", f"b={paths[2]}"), eval_rows=2)
+    assert changed.evaluate().keys() == {"val_loss", "val_bpb", "val_loss/a", "val_bpb/a", "val_loss/b", "val_bpb/b"}
+    assert changed.evaluate()["val_loss/a"] != expected[0]["val_loss/a"]
+    losses = [changed.step() for _ in range(2)]
+    assert [r["loss"] for r in losses] == [r["loss"] for r in expected[1]]
+    assert {c["setting"] for c in changed.changes} == {"val_data", "eval_rows"}
+    changed.save()
+    for path in paths:
+        path.unlink()  # the run has the tokens
+    again = Trainer.resume(tmp_path / "other")
+    assert again.evaluate() == changed.evaluate()
+    none = Trainer.resume(tmp_path / "other", val_data=None)
+    assert none.evaluate().keys() == {"val_loss", "val_bpb"}
+    back = Trainer.resume(tmp_path / "other" / "checkpoints" / first.name)
+    assert back.evaluate() == expected[0]
+
+
+def test_what_decides_on_the_training_documents_changes_with_the_data_alone(tmp_path, settings, capsys):
+    """holdout, the roles trained on, how text is read; the refusal says why."""
+    run_of(settings, tmp_path / "run", 2)
+    resume = ["--resume", str(tmp_path / "run")]
+    for flag, value, why in (
+        ("--holdout", "5", "it decides which documents are trained on: change it together with --data, or leave"),
+        ("--train-on", "all", "chats are tokenised with it: change it together with --data"),
+        ("--separator", "x", "texts are tokenised with it: change it together with --data"),
+        ("--seq-len", "16", "rows of that length: leave --seq-len out"), ("--seed", "3", "the order of the data"),
+        ("--optimizer", "muon", "other states"), ("--mtp", "0", "the run's weights: leave --mtp out"),
+    ):  # fmt: skip
+        assert why in one_line_error([*resume, flag, value], capsys), flag
+    (tmp_path / "other.txt").write_text("\n\n".join(f"another text to learn, document {i}" * 9 for i in range(20)))
+    trainer = Trainer.resume(tmp_path / "run", data=tmp_path / "other.txt", separator="\n\n", holdout=4, train_on="all")
+    assert len(trainer.training) == 15 and len(trainer.held_out) == 5
+    trainer.step()
 
 
 def test_data_that_cannot_be_read_leaves_the_run_as_it_was(tmp_path, settings, capsys):

@@ -1,6 +1,7 @@
 """Chat data: which tokens are trained on, rows of whole conversations, training from the command."""
 
 # ruff: noqa: F811 (fixtures are imported)
+import gzip
 import json
 
 import numpy as np
@@ -8,9 +9,10 @@ import pytest
 import torch
 
 from ling_kernels.errors import InputError
+from ling_kernels.generate.cli import stop_token_ids
 from ling_kernels.model import Ling, load_model
 from ling_kernels.tokenizer import Tokenizer, byte_settings, load_tokenizer
-from ling_kernels.train import Settings, Trainer
+from ling_kernels.train import Settings, Trainer, cli
 from ling_kernels.train.__main__ import main
 from ling_kernels.train.corpus import open_corpus
 from ling_kernels.train.data import PackedWhole, best_fit, open_chats
@@ -94,6 +96,41 @@ def test_weights_tools_and_sharegpt():
     assert tokenizer_with().decode(ids).startswith('<role>tools\n[{"name": "f"}]')
 
 
+def test_the_mask_covers_thoughts_and_calls_of_the_built_in_template():
+    ours = tokenizer_with()
+    call = '<tool_call>\n{"name": "now", "arguments": {"at": "x"}}\n</tool_call>'
+    said = [dict(role="user", content="When?"), CALL | {"content": None, "reasoning_content": "<role>"},
+            dict(role="tool", content="noon"), dict(role="assistant", content="Noon.")]  # fmt: skip
+    parts = [f"\n<think>\n<role>\n</think>\n\n{call}{END}", f"Noon.{END}"]
+    assert trained({"messages": said, "tools": [{"name": "now"}]}, ours) == parts
+    assert trained({"messages": [*said, MESSAGES[1]]}, ours) == [f"{call}{END}", f"Noon.{END}"]  # an earlier turn
+    ids, _ = encode_conversation({"messages": said, "tools": '[{"name": "now"}]'}, "x", ours, "assistant")
+    assert ids == ours.encode(ours.apply_chat_template(said, False, [{"name": "now"}]), special=True)
+    plain = tokenizer_with("{% for m in messages %}{{ m.role + m.content }}<|role_end|>{% endfor %}")
+    with pytest.raises(InputError, match="x, line 1: the chat template leaves out tool_calls of message 2"):
+        trained({"messages": said}, plain)
+
+
+def test_calls_of_sharegpt_and_of_openais_older_form():
+    call = {"name": "now", "arguments": {"at": "x"}}
+    turns = [("system", "S"), ("human", "When?"), ("function_call", json.dumps(call)), ("observation", "noon"),
+             ("gpt", "Noon.")]  # fmt: skip
+    share = {"conversations": [{"from": role, "value": value} for role, value in turns], "tools": "[]"}
+    beside = {"conversations": share["conversations"][1:], "system": "S"}
+    older = {"messages": [dict(role="system", content="S"), dict(role="user", content="When?"),
+                          dict(role="assistant", content=None, function_call=call),
+                          dict(role="function", content="noon"), dict(role="assistant", content="Noon.")]}  # fmt: skip
+    ours = tokenizer_with()
+    ids = [encode_conversation(row, "x", ours, "assistant")[0] for row in (share, beside, older)]
+    assert ids[0] == ids[1] == ids[2] and ours.decode(ids[0]).startswith("<role>SYSTEM</role>S\ndetailed")
+    assert trained(share, ours) == [
+        '<tool_call>\n{"name": "now", "arguments": {"at": "x"}}\n</tool_call>' + END, f"Noon.{END}",
+    ]  # fmt: skip
+    two = {"conversations": [*share["conversations"][:2], {"from": "function_call", "value": json.dumps([call, call])}]}
+    (calls,) = trained(two, ours)
+    assert calls.count("<tool_call>") == 2
+
+
 def again_with(answer):
     return [{"role": "user", "content": "q"}, {"role": "assistant", "content": answer}]
 
@@ -108,6 +145,13 @@ def again_with(answer):
     ({"messages": [{"role": "assistant"}]}, "message 1, of assistant, has no content"),
     ({"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]}, "weight of a message is 0 or 1"),
     ({"messages": again_with("a"), "tools": "{"}, "tools is text that is not JSON"),
+    (["a"], "it is not an object"),
+    ({"messages": [MESSAGES[1], *again_with("a")]}, "messages 1 and 2 are both of role user: the roles must alternate"),
+    ({"messages": [*again_with("a"), CALL]}, "messages 2 and 3 are both of role assistant"),
+    ({"messages": [{"role": "tool", "content": "1"}, *again_with("a")]}, "message 1 is a tool's result after none"),
+    ({"conversations": [{"from": "function_call", "value": "now()"}]}, "of function_call, is text that is not"),
+    ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}]}, "1: a tool call has a"),
+    ({"messages": [{"role": "assistant", "content": "a", "reasoning_content": 1}]}, "reasoning_content is not text"),
 ])  # fmt: skip
 def test_errors_name_file_and_line(row, message, tmp_path):
     file = tmp_path / "c.jsonl"
@@ -247,6 +291,23 @@ def test_sft_by_command(tmp_path, small, capsys):
     assert tokenizer.decode(answer).strip()
 
 
+@pytest.mark.parametrize("end", ["<|role_end|>", "<|endoftext|>", "</role>"])
+def test_a_sample_ends_with_its_turn(tmp_path, monkeypatch, end):
+    """Also where the chat template ends answers with another token than Ling's."""
+    template = CHATML.replace("<|role_end|>", "</role>") if end == "</role>" else None
+    tokenizer = tokenizer_with(template)
+    write_chats([chats_file(tmp_path, np.random.default_rng(0), 3)], tokenizer, tmp_path / "x.bin", "assistant")
+    held_out = open_chats([tmp_path / "x.bin"], 320, tokenizer.eos_id)
+    answer = iter([*b"tile", tokenizer.vocab[end], *b"past it"])
+    monkeypatch.setattr(cli, "sampler", lambda **options: lambda logits, ids: torch.tensor([next(answer)]))
+    model = Ling(tiniest())
+    model.init_weights(torch.Generator().manual_seed(0))
+    prompt, text = cli.sample(model, tokenizer, held_out, Settings(sample_tokens=9))
+    assert text == "tile" and prompt.endswith("<role>ASSISTANT</role>" if template is None else "<role>assistant\n")
+    (tmp_path / "generation_config.json").write_text("{}")
+    assert tokenizer.vocab[end] in stop_token_ids(model.config, tokenizer, tmp_path)
+
+
 def test_a_token_file_of_chats(tmp_path, text, capsys):
     """The command that tokenises writes ids and mask, and the trainer takes them as it takes the rows."""
     chats, out = chats_file(tmp_path, np.random.default_rng(0)), tmp_path / "data" / "x.bin"
@@ -263,18 +324,39 @@ def test_a_token_file_of_chats(tmp_path, text, capsys):
     assert "write a file for each kind" in capsys.readouterr().err
 
 
-def test_parquet_rows_are_those_of_jsonl(tmp_path):
+def test_every_kind_of_file_gives_the_same_conversations(tmp_path, capsys):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
     rows = [{"messages": [*again_with(f"a{i}"), {"role": "user", "content": "x"}]} for i in range(5)]
     rows[2]["messages"] += [{"role": "assistant", "content": "y", "weight": 0}]  # null in the other rows
+    table = pyarrow.Table.from_pylist(rows)
+    parquet.write_table(table, tmp_path / "c.parquet")
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "c.jsonl").write_text(lines)
+    (tmp_path / "c.json").write_text(json.dumps(rows))
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "c.jsonl.zst").write_bytes(pyarrow.compress(lines.encode(), "zstd", asbytes=True))
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    for name in ("data-0.arrow", "cache-1.arrow"):  # as Hugging Face datasets save them
+        with pyarrow.OSFile(str(saved / name), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table)
+    (saved / "state.json").write_text('{"_data_files": [{"filename": "data-0.arrow"}]}')
+    (tmp_path / "wide.jsonl").write_text(lines, encoding="utf-16")
+    kinds = ["c.jsonl", "c.parquet", "c.json", "c.jsonl.gz", "c.jsonl.zst", "saved", "saved/data-0.arrow", "wide.jsonl"]
+    for i, kind in enumerate(kinds):
+        more = ["--encoding", "utf-16"] if kind == "wide.jsonl" else []
+        assert command.main([str(tmp_path / kind), "--out", str(tmp_path / f"{i}.bin"), *more]) == 0
+        for suffix in (".bin", ".mask.bin", ".json"):
+            assert (tmp_path / f"{i}{suffix}").read_bytes() == (tmp_path / f"0{suffix}").read_bytes(), kind
+    capsys.readouterr()
+    rows[3]["messages"] = []
+    (tmp_path / "c.json").write_text(json.dumps(rows))
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "c.parquet")
-    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for kind in ("parquet", "jsonl"):
-        write_chats([tmp_path / f"c.{kind}"], load_tokenizer(None), tmp_path / f"{kind}.bin", "assistant")
-    for suffix in (".bin", ".mask.bin"):
-        assert (tmp_path / f"parquet{suffix}").read_bytes() == (tmp_path / f"jsonl{suffix}").read_bytes()
+    for kind, at in (("json", "element 4"), ("parquet", "row 4")):
+        assert command.main([str(tmp_path / f"c.{kind}"), "--out", str(tmp_path / "y.bin")]) == 2
+        assert f"c.{kind}, {at}: no conversation" in capsys.readouterr().err and not (tmp_path / "y.bin").exists()
 
 
 def test_errors_of_the_command(tmp_path, small, capsys):

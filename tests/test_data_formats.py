@@ -142,6 +142,14 @@ def test_compressed_files(tmp_path, kind):
         find_files([tmp_path / f"a.parquet.{kind}"])
 
 
+@pytest.mark.parametrize("name", ["x.txt", "x.jsonl", "x.json", "x.txt.gz", "x.jsonl.gz", "x.txt.zst", "x.parquet"])
+def test_data_without_text_leaves_nothing(tmp_path, capsys, name):
+    (tmp_path / name).write_bytes(b"")
+    assert main([str(tmp_path / name), "--out", str(tmp_path / "o" / "x.bin")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert name in line and not [*tmp_path.glob("o/*")]
+
+
 def test_json(tmp_path):
     file = tmp_path / "x.json"
     for content, expected in (
@@ -165,7 +173,7 @@ def test_arrow(tmp_path, kind):
     assert read(file) == [*TEXTS, "", ""]
     with pytest.raises(InputError, match="no column 'body', only n, text"):
         read(file, text_field="body")
-    with pytest.raises(InputError, match="row 1: the column 'n' is not text but int"):
+    with pytest.raises(InputError, match="row 1: the field 'n' is not text but int"):
         read(file, text_field="n")
     for content in (b"", b"ARROW1", b"nothing of the kind", file.read_bytes()[:300]):
         file.write_bytes(content)

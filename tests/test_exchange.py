@@ -80,6 +80,48 @@ def test_an_exchange_equals_local_experts(fold, fp8):
             torch.testing.assert_close(g.float(), w.float(), rtol=0.02, atol=0.01 * w.float().abs().max().item())
 
 
+def test_the_shared_expert_runs_beside_the_exchange(monkeypatch):
+    """On a second stream of a GPU, from before the dispatch: each stream waits where it reads what the other wrote, and
+    memory that both use is marked. Streams are recorded here, not run."""
+    events, names = [], {}
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            events.append(f"{self.name} waits for {other.name}")
+
+        def __enter__(self):
+            events.append(f"on {self.name}")
+
+        def __exit__(self, *_):
+            events.append(f"off {self.name}")
+
+    first, second = Stream("first"), Stream("second")
+    monkeypatch.setattr("ling_kernels.nn.beside.second_stream", lambda x: second)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: first)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(
+        torch.Tensor, "record_stream", lambda t, stream: events.append(f"{names[id(t)]} in {stream.name}")
+    )
+    moe, x = layer(False, False), torch.randn(T, H).bfloat16()
+    want, _ = moe(x)
+    assert not events  # local experts: nothing to run beside
+
+    def shared(module, inputs, y):
+        events.append("shared expert")
+        names.update({id(inputs[0]): "x", id(y): "y"})
+
+    moe.exchange = exchange = Shuffled(moe.experts)
+    moe.shared_experts.register_forward_hook(shared)
+    dispatch = exchange.dispatch
+    monkeypatch.setattr(exchange, "dispatch", lambda *args: events.append("dispatch") or dispatch(*args))
+    assert torch.equal(moe(x)[0], want)
+    assert events == ["second waits for first", "on second", "shared expert", "off second", "x in second", "dispatch",
+                      "first waits for second", "y in first"]  # fmt: skip
+
+
 def test_weights_folded_or_not_differ_by_rounding_only():
     x = torch.randn(T, H)
     a, b = (layer(fold, False, torch.float32) for fold in (False, True))

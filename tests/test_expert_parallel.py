@@ -1,12 +1,12 @@
 """Expert parallelism on two processes against one with all experts: rows, gradients, norms, clipped steps, balance."""
 
 import copy
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as processes
 
 from ling_kernels.errors import InputError
 from ling_kernels.model import Ling
@@ -19,31 +19,23 @@ from ling_kernels.parallel.exchange import (
     sum_counts_,
     sum_gradients_,
 )
+from tests.ranks import run
 from tests.training import tiniest
 
 WORLD, T, E, H, F, TOPK = 2, 24, 8, 128, 128, 3
 CLIP = 0.05
 
 
-def grouped(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder / 'store'}", rank=rank, world_size=WORLD)
-    try:
-        for check in (layers_agree, a_model_trains_as_on_one_process, experts_that_do_not_divide):
-            check(rank, dist.group.WORLD)
-    finally:
-        dist.destroy_process_group()
-
-
 def test_two_processes_equal_one(tmp_path):
-    processes.spawn(grouped, (tmp_path,), nprocs=WORLD)
+    checks = [layers_agree, fp8_rows_keep_the_bits, a_model_trains_as_on_one_process, experts_that_do_not_divide]
+    run(tmp_path, checks, WORLD)
 
 
-def layer(fold: bool, fp8: bool, dtype: torch.dtype) -> MoE:
+def layer(fold: bool, fp8: bool, dtype: torch.dtype, **options) -> MoE:
     torch.manual_seed(0)
     moe = MoE(Router(H, E, num_groups=4, group_topk=2, topk=TOPK), Experts(E, H, F, fold), MLP(H, F)).to(dtype)
     if fp8:
-        to_fp8(moe)
+        to_fp8(moe, **options)
     return moe
 
 
@@ -85,6 +77,57 @@ def layers_agree(rank, group):
                 mine = total.chunk(WORLD)[rank]
                 got = getattr(shared.experts, name).grad.float()
                 torch.testing.assert_close(got, mine, rtol=0.02, atol=0.01 * total.abs().max().item())
+
+
+def fp8_rows_keep_the_bits(rank, group):
+    """Rows that travel in FP8 are quantised once: where scales are powers of two, their experts find the same numbers.
+    A row and the scales of its 128-element blocks take H + H / 32 bytes, instead of 2 H."""
+    for kind in ("own", "one rank", "no tokens", "some left out"):
+        moe = layer(True, True, torch.bfloat16, pow2=True, wgrad="bf16")
+        shared = copy.deepcopy(moe)
+        shard_experts_(shared, group, "fp8")
+        torch.manual_seed(100 + rank)
+        x, dy = torch.randn(2, T, H).bfloat16()
+        x *= torch.logspace(-3, 3, T)[:, None]  # scales of many sizes
+        experts = choices(kind, rank)
+        results = []
+        with recorded_bytes() as sent:
+            for m in (moe, shared):
+                inputs = x.clone().requires_grad_()
+                y, z = m(inputs, 0.1, experts)
+                ((y.float() * dy.float()).sum() + z).backward()
+                results.append([y, inputs.grad, m.router.weight.grad])
+        for (i, want), got in zip(enumerate(results[0]), results[1], strict=True):
+            assert torch.equal(want, got), (kind, i)
+        rows = int((experts >= 0).sum()) if experts is not None else T * TOPK
+        counts, codes, scales, weights, results_back, *gradients = sent
+        assert (codes, scales, weights) == (rows * H, rows * H // 32, rows * 4)
+        for name in ("gate_up", "down"):
+            total = getattr(moe.experts, name).grad.float()
+            dist.all_reduce(total, group=group)
+            mine = total.chunk(WORLD)[rank]
+            got = getattr(shared.experts, name).grad.float()
+            assert (got - mine).norm() <= 0.03 * mine.norm(), name  # of rows rounded to 4 significant bits
+    moe = layer(True, True, torch.bfloat16)
+    shard_experts_(moe, group, "fp8")
+    with pytest.raises(InputError, match="FP8 experts with scales that are powers of two"):
+        moe(x)
+    with pytest.raises(InputError, match="exchange 'int8': it must be one of bf16, fp8"):
+        shard_experts_(moe, group, "int8")
+
+
+@contextmanager
+def recorded_bytes():
+    """The bytes of what this process gives to each all-to-all."""
+    sent, all_to_all = [], dist.all_to_all_single
+
+    def record(out, rows, *sizes, group=None):
+        sent.append(rows.numel() * rows.element_size())
+        return all_to_all(out, rows, *sizes, group=group)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_to_all_single", record)
+        yield sent
 
 
 def a_model_trains_as_on_one_process(rank, group):

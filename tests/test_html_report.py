@@ -13,7 +13,7 @@ import pytest
 from ling_kernels.errors import InputError
 from ling_kernels.train import cli
 from ling_kernels.train.__main__ import main
-from ling_kernels.train.report import svg
+from ling_kernels.train.report import plots, svg
 from ling_kernels.train.report.__main__ import main as report_command
 from ling_kernels.train.report.page import write_html
 from tests.training import flags, one_line_error, small, text, uninterrupted  # noqa: F401
@@ -122,6 +122,40 @@ def test_a_spike_does_not_flatten_the_curve(folder):
     """The axis of the gradient norm ends near the smoothed curve's highest value, not at the spike of 90."""
     labels = re.search(r"<b>Gradient norm</b>.*?</figure>", write_html(folder).read_text(), re.S)[0]
     assert max(float(v) for v in re.findall(r'text-anchor="end">([\d.]+)</text>', labels)) <= 20
+
+
+@pytest.mark.parametrize("steps", [1, 12, 400])
+def test_the_first_points_of_a_short_run_are_shown(steps):
+    """Of a longer one the first SETTLING of the steps are cut off above."""
+    at, loss = range(1, steps + 1), [10 / n for n in range(1, steps + 1)]
+    faint, line = svg.Series("t", "s1 faint", at, loss), svg.Series("t", "s1", at, [min(y, 4) for y in loss])
+    chart = svg.line_chart("loss", "", [faint, line, svg.Series("v", "s2 dots", [1], [3.0])], settled=True)
+    left, top, width, height = (float(re.search(rf'class="inside" .*?{n}="([\d.]+)"', chart)[1])
+                                for n in ("x", "y", "width", "height"))  # fmt: skip
+    for points in re.findall(r'points="(.*?)"', chart):
+        x, y = map(float, points.split()[0].split(","))
+        assert left <= x <= left + width and (top <= y <= top + height) == (steps < 200)
+    for x in re.findall(r'cx="([\d.]+)"', chart):
+        assert float(x) - 3 >= left and float(x) + 3 <= left + width  # the whole dot
+
+
+@pytest.mark.parametrize("steps", [1, 12, 30])
+def test_plots_of_a_short_run(tmp_path, monkeypatch, steps):
+    """A line of one point needs a dot; ticks are whole steps, and every point is within the axes."""
+    pytest.importorskip("matplotlib")
+    drawn, genuine = [], plots.finish
+    monkeypatch.setattr(plots, "finish", lambda *args: (drawn.append(args[1][0]), genuine(*args))[1])
+    rows = [dict(step=n, main_loss=9 / n, tokens=n, load_violation_max=1.0, load_violation_mean=0.5)
+            for n in range(1, steps + 1)]  # fmt: skip
+    write(tmp_path, "metrics.jsonl", rows)
+    write(tmp_path, "expert_load.jsonl", [dict(first=1, step=steps, counts=[[1, 2]])])
+    assert len(plots.draw(tmp_path, ["layer 1"])) == 2
+    for axes in drawn:
+        (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+        assert all(tick == int(tick) for tick in axes.get_xticks())
+        for line in axes.get_lines():
+            assert (line.get_marker() == ".") == (steps <= plots.FEW)
+            assert all(left < x < right and low < y < high for x, y in zip(*line.get_data(), strict=True))
 
 
 def test_thinning_keeps_ends_and_extremes():

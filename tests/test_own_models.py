@@ -12,6 +12,7 @@ from ling_kernels.tokenizer import load_tokenizer
 from ling_kernels.train import Settings, Trainer
 from ling_kernels.train.prepare.models import initial_config
 from ling_kernels.train.scaling import batch_tokens, flops_per_token, peak_lr, trained_peak_lr, with_defaults
+from ling_kernels.train.settings import settings_of
 from tests.training import one_line_error, small, text, tiniest  # noqa: F401
 
 
@@ -100,16 +101,19 @@ def test_the_laws_give_the_published_settings(name, published_lr, published_batc
 
 
 def test_defaults_and_where_they_come_from(small, capsys):
-    tiny, lines = with_defaults(Settings(**Settings().recipe()), LingConfig.tiny(), False)
+    tiny, lines = with_defaults(settings_of({}), LingConfig.tiny(), False)
     assert (tiny.lr, tiny.warmup, tiny.batch) == (2e-3, 40, 4) and lines[0].count("(recipe)") == 3
+    given = dict(lr=2e-3, batch=4)  # the values of the recipe
+    same, lines = with_defaults(settings_of(given), LingConfig.tiny(), False, given)
+    assert same == tiny and lines[0].count("(given)") == 2 and "warm-up 40 steps (recipe)" in lines[0]
     bigger = replace(LingConfig.tiny(), hidden_size=256)
     own, lines = with_defaults(Settings(hidden=256, batch=8), bigger, False)
-    assert own.batch == 8 and "batch 8 rows (given)" in lines[0] and "(Ling's scaling law)" in lines[0]
+    assert own.batch == 8 and "batch 8 rows of 256 tokens (given)" in lines[0] and "(Ling's scaling law)" in lines[0]
     assert 0 < own.lr < 0.01 and own.warmup == 40
     trained, lines = with_defaults(Settings(model=small), tiniest(), True)
     peak = trained_peak_lr(tiniest(), 256)
     assert trained.lr == pytest.approx(0.1 * peak, rel=0.01) and len(lines) == 1
-    _, lines = with_defaults(Settings(**Settings().recipe() | dict(steps=20)), LingConfig.tiny(), False)
+    _, lines = with_defaults(settings_of(dict(steps=20)), LingConfig.tiny(), False)
     assert lines[1].endswith("the warm-up of 40 steps is longer than the run of 20")
     _, lines = with_defaults(Settings(model=small, lr=2 * peak), tiniest(), True)
     assert "is above" in lines[1]

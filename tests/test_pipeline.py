@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as processes
 
 from ling_kernels.errors import InputError
 from ling_kernels.model import Ling
@@ -14,6 +13,7 @@ from ling_kernels.parallel.pipeline import MicroBatch, Pipeline
 from ling_kernels.parallel.pipeline_layout import PipelineLayout
 from ling_kernels.parallel.schedules import Action, schedule_order, step_text
 from ling_kernels.plan.simulate import Times, simulate
+from tests.ranks import run
 from tests.training import tiniest
 
 WORLD, ROWS, LENGTH, MICRO = 2, 2, 24, 4
@@ -46,18 +46,13 @@ LAYOUTS = {  # schedule, layout, MTP layers
 }
 
 
-def grouped(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder / 'store'}", rank=rank, world_size=WORLD)
-    try:
-        for name in LAYOUTS:
-            a_pipeline_equals_one_process(name, rank)
-    finally:
-        dist.destroy_process_group()
+def pipelines_agree(rank, group):
+    for name in LAYOUTS:
+        a_pipeline_equals_one_process(name, rank)
 
 
 def test_two_processes_equal_one(tmp_path):
-    processes.spawn(grouped, (tmp_path,), nprocs=WORLD)
+    run(tmp_path, [pipelines_agree], WORLD)
 
 
 def batches() -> list[MicroBatch]:
@@ -121,6 +116,7 @@ def test_layouts_are_megatrons():
     assert layout.units(1) == [("t", 3), ("t", 4)] and layout.hidden_states(9) == 2
     split = PipelineLayout.parse("Et|m|L|L")
     assert [split.hidden_states(s) for s in range(3)] == [1, 2, 1]
+    assert split.ranks(2) == [0, 1, 0, 1]
     assert split.holders("L", [0, 1, 0, 1]) == [0, 1] and split.holders("Em", [0, 1, 0, 1]) == [0, 1]
 
 
@@ -133,3 +129,8 @@ def test_layouts_are_megatrons():
 def test_wrong_layouts_are_one_line(text, message):
     with pytest.raises(InputError, match=message):
         PipelineLayout.parse(text).check(CONFIG)
+
+
+def test_layouts_that_do_not_fit_the_ranks():
+    with pytest.raises(InputError, match="3 stages on 2 ranks"):
+        PipelineLayout.parse("Et|t|tL").ranks(2)

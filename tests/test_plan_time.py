@@ -9,6 +9,7 @@ import pytest
 from ling_kernels.gpu import Gpu
 from ling_kernels.model import Ling, LingConfig
 from ling_kernels.parallel.layout import Layout
+from ling_kernels.plan import train as plan
 from ling_kernels.plan import train_time as time
 from ling_kernels.plan.__main__ import main
 from ling_kernels.plan.memory import RESERVE
@@ -16,7 +17,7 @@ from ling_kernels.plan.ranks import SINGLE_GPU, Rank
 from ling_kernels.plan.train import span, verdict
 from ling_kernels.plan.train_time import Work, layer, micro_batch, once, product, step_seconds, transfers
 from ling_kernels.train.optimizer import make_optimizer, to_masters
-from ling_kernels.train.prepare.sizes import checkpoint_bytes, disk_bytes
+from ling_kernels.train.prepare.sizes import checkpoint_bytes, checkpoints_at_once, disk_bytes
 from ling_kernels.train.settings import Settings
 
 GPU = Gpu("test", 1e9, 1e9, 1e12, 2e12, 1, 1e9)
@@ -137,9 +138,9 @@ def test_checkpoint_bytes_are_those_of_real_tensors(optimizer, master):
     assert checkpoint_bytes(config, s) == pytest.approx(weights + state, rel=0.03)
     one, exported = checkpoint_bytes(config, s), 2 * config.num_parameters(mtp=True)
     s = replace(s, steps=1000, save_every=100)
-    assert disk_bytes(config, replace(s, keep=3)) == (4, 4 * one + exported)
-    assert disk_bytes(config, replace(s, keep=0)) == (10, 10 * one + exported)
-    assert disk_bytes(config, replace(s, keep=3), step=900) == (1, one + exported)
+    assert disk_bytes(config, s, 4) == 4 * one + exported
+    assert checkpoints_at_once(replace(s, keep=3)) == (4, 6) and checkpoints_at_once(replace(s, keep=0)) == (10, 10)
+    assert checkpoints_at_once(replace(s, keep=3), step=900) == (1, 1)
 
 
 def test_the_verdict_looks_at_the_worst_load():
@@ -162,17 +163,32 @@ def test_what_is_printed(capsys):
     assert main(argv) == 0
     out = capsys.readouterr().out
     assert "none yet at the peak; 8.8 MB later" in out and "0.0 MB" not in out and "cost" not in out
-    peak, kept = (float(re.search(rf"^{n} +([\d.]+) MB", out, re.M)[1]) for n in ("peak", "kept"))
-    assert kept < peak and re.search(r"^time +H20 +H100 +H200$", out, re.M) and "nothing of it measured" in out
+    peak, saved = (float(re.search(rf"^{n} +([\d.]+) MB", out, re.M)[1]) for n in ("peak", "saved"))
+    assert saved < peak and re.search(r"^time +H20 +H100 +H200$", out, re.M) and "nothing of it measured" in out
     speed = float(re.search(r"^tokens/s .* ([\d,]+)$", out, re.M)[1].replace(",", ""))
     step = float(re.search(r"^step .* ([\d.]+) ms$", out, re.M)[1])
     assert speed == pytest.approx(1024 / step * 1000, rel=0.01)
-    assert "run, 0.000102 B tokens" in out and "for 1 of them and the exported model" in out
+    assert "batch         1,024 tokens a step: 4 rows of 256\n" in out
+    assert "run, 0.000102 B tokens" in out and "for 1 at once and the exported model" in out
     assert main([*argv, "--gpu-hour", "3"]) == 0
     out = capsys.readouterr().out
     hours = float(re.search(r"^1 B tokens .* ([\d.]+) min$", out, re.M)[1]) / 60
     assert float(re.search(r"^cost of 1 B tokens .* ([\d.]+)$", out, re.M)[1]) == pytest.approx(3 * hours, abs=0.01)
     assert "a price is more than 0" in one_line_plan(["train", "--gpu-hour", "0"], capsys)
+
+
+def test_times_of_gpus_that_have_the_memory(capsys, monkeypatch):
+    """Two of three, and none; the words for FP8 weights are no names of settings."""
+    argv = "train --model tiny --batch 4 --precision fp8 --fp8-weights kept".split()
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    assert "quantised once a step, then kept" in out and re.search(r"^time +H20 +H100 +H200$", out, re.M)
+    peak = float(re.search(r"^peak +([\d.]+) MB", out, re.M)[1]) * 1e6
+    for small, times in (({"H100"}, r"^time +H20 +H200\nstep( +[\d.]+ m?s){2}$"), ({*plan.HOPPER}, "^time +none: ")):
+        few = {n: g._replace(memory=peak) if n in small else g for n, g in plan.HOPPER.items()}
+        monkeypatch.setattr(plan, "HOPPER", few)
+        assert main(argv) == 0
+        assert re.search(times, capsys.readouterr().out, re.M)
 
 
 def one_line_plan(argv, capsys) -> str:
@@ -186,4 +202,5 @@ def test_uneven_experts_in_the_printed_verdict(capsys):
     out = capsys.readouterr().out
     even, worst = (float(re.search(rf"^{n} +([\d.]+) GB", out, re.M)[1]) for n in ("peak", "worst"))
     assert worst > even and "H100 (80 GB) with even experts only, H200 (141 GB) yes" in out
+    assert "batch         262,144 tokens a step: 64 rows of 4,096, 8 for each of 8 data parallel GPUs, 2 in a" in out
     assert "450 GB/s within 8 GPUs" in " ".join(out.split())

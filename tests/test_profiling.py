@@ -17,16 +17,18 @@ def test_profiles_of_a_run_and_of_the_run_that_resumes_it(tmp_path, flags, unint
     run = tmp_path / "run"
     assert main([*flags, "--out", str(run), "--steps", "6", "--profile", "2"]) == 0
     assert "profile of steps 4 to 5 in" in capsys.readouterr().out
+    assert main(["--resume", str(run), "--steps", "9", "--profile", "2"]) == 0  # recorded already
+    assert "steps-000004-000005 was recorded before" in capsys.readouterr().out
     assert main(["--resume", str(run), "--steps", "14", "--profile", "1"]) == 0
     names = sorted(path.name for path in (run / "profile").iterdir())
-    assert names == ["steps-000004-000005.json", "steps-000004-000005.txt", "steps-000010-000010.json",
-                     "steps-000010-000010.txt"]  # fmt: skip
+    assert names == ["steps-000004-000005.json", "steps-000004-000005.txt", "steps-000013-000013.json",
+                     "steps-000013-000013.txt"]  # fmt: skip
     events = json.loads((run / "profile" / names[0]).read_text())["traceEvents"]
     assert {"aten::mm", "AttentionBackward"} <= {e.get("name") for e in events}
     table = (run / "profile" / names[1]).read_text()
     assert "aten::mm" in table and "Self CPU" in table
     for got, want in zip(metrics_of(run), metrics_of(uninterrupted), strict=True):
-        assert all(got[k] == want[k] for k in want.keys() - SPEED)  # got has a validation after step 6 besides
+        assert all(got[k] == want[k] for k in want.keys() - SPEED)  # got has validations after steps 6 and 9
 
 
 @pytest.mark.parametrize(

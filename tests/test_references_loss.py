@@ -1,5 +1,7 @@
 """The references of the loss and optimizer ops against torch's own, in fp64 where that is the truth."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -8,7 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ling_kernels import adamw_8bit, cross_entropy, grad_norm, linear_cross_entropy
 from ling_kernels.backend import force
 from ling_kernels.ops.adamw_8bit import Moments, adamw_8bit_state, dequantize_moment, dynamic_map, quantize_moment
-from ling_kernels.ops.linear_cross_entropy import linear_cross_entropy_fwd
+from ling_kernels.ops.linear_cross_entropy import (
+    linear_cross_entropy_fwd,
+    linear_cross_entropy_rows_bwd,
+    linear_cross_entropy_rows_fwd,
+)
 from tests.cases import DEVICE, Rand, runs, targets_of
 
 FP32, FP64, BF16 = torch.float32, torch.float64, torch.bfloat16
@@ -28,7 +34,7 @@ def test_cross_entropy_is_torchs(reduction, ignore_index):
     torch.testing.assert_close(*(torch.autograd.grad(x, logits, weight)[0] for x in (got, want)))
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("chunk", [1, 8, 37, 1000])
 def test_linear_cross_entropy_is_torchs(reduction, chunk):
     rand = Rand(FP64)
@@ -36,23 +42,28 @@ def test_linear_cross_entropy_is_torchs(reduction, chunk):
     got = 3 * linear_cross_entropy(x, w, targets, -7, reduction, chunk)
     want = 3 * F.cross_entropy(x @ w.T, targets, ignore_index=-7, reduction=reduction)
     torch.testing.assert_close(got, want)
-    for g, t in zip(*(torch.autograd.grad(loss, (x, w)) for loss in (got, want)), strict=True):
+    weight = torch.linspace(-1, 2, got.numel(), device=DEVICE, dtype=FP64).view_as(got)  # of each row, for none
+    for g, t in zip(*(torch.autograd.grad(loss, (x, w), weight) for loss in (got, want)), strict=True):
         torch.testing.assert_close(g, t)
 
 
 def test_linear_cross_entropy_gradient():
     rand = Rand(FP64)
     x, w, targets = rand(5, 3), rand(4, 3), torch.tensor([0, 3, -100, 1, 1], device=DEVICE)
-    assert torch.autograd.gradcheck(lambda x, w: linear_cross_entropy(x, w, targets, chunk=2), (x, w))
+    for reduction in ("mean", "none"):
+        loss = partial(linear_cross_entropy, targets=targets, reduction=reduction, chunk=2)
+        assert torch.autograd.gradcheck(loss, (x, w))
 
 
 @pytest.mark.parametrize("wanted", ["x", "w"])
-def test_linear_cross_entropy_with_one_gradient(wanted):
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_linear_cross_entropy_with_one_gradient(reduction, wanted):
     rand = Rand(FP32)
     x, w, targets = rand(9, 6), rand(11, 6), targets_of(rand, 9, 11)
-    want = torch.autograd.grad(linear_cross_entropy(x, w, targets, -7), x if wanted == "x" else w)
+    loss = lambda x, w: linear_cross_entropy(x, w, targets, -7, reduction).square().sum()  # noqa: E731
+    want = torch.autograd.grad(loss(x, w), x if wanted == "x" else w)
     x, w = (x, w.detach()) if wanted == "x" else (x.detach(), w)
-    got = torch.autograd.grad(linear_cross_entropy(x, w, targets, -7), x if wanted == "x" else w)
+    got = torch.autograd.grad(loss(x, w), x if wanted == "x" else w)
     assert torch.equal(*got, *want)
 
 
@@ -77,15 +88,20 @@ def test_logits_never_exist_whole():
         linear_cross_entropy_fwd.__wrapped__(x, w, targets, loss, dx, dw, -7, True, 32)
     assert largest.elements == 32 * 300
     torch.testing.assert_close(loss, F.cross_entropy(x @ w.T, targets, ignore_index=-7))
+    losses, lse = torch.empty(512, device=DEVICE), torch.empty(512, device=DEVICE)
+    with Largest() as largest:
+        linear_cross_entropy_rows_fwd.__wrapped__(x, w, targets, losses, lse, -7, 32)
+        linear_cross_entropy_rows_bwd.__wrapped__(x, w, targets, lse, torch.ones_like(lse), dx, dw, -7, 32)
+    assert largest.elements == 32 * 300
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_loss_of_ignored_tokens_only(reduction):
     rand = Rand(FP32)
     x, w, targets = rand(5, 8), rand(9, 8), torch.full((5,), -100, device=DEVICE)
     for loss in (cross_entropy(x, targets, -100, reduction), linear_cross_entropy(x, w, targets, -100, reduction)):
-        assert loss == 0 and loss.dtype == FP32
-        grads = torch.autograd.grad(loss, (x, w), allow_unused=True)
+        assert loss.eq(0).all() and loss.dtype == FP32
+        grads = torch.autograd.grad(loss.sum(), (x, w), allow_unused=True)
         assert all(g is None or (g == 0).all() for g in grads)
 
 
@@ -286,7 +302,7 @@ def wrong_calls():
     yield "fp64 beside fp32", linear_cross_entropy, (logits.double(), w, small)
     yield "no classes", linear_cross_entropy, (logits, w[:0], small)
     yield "targets", linear_cross_entropy, (logits, w, small[:3])
-    yield "none", linear_cross_entropy, (logits, w, small, -100, "none")
+    yield "reduction", linear_cross_entropy, (logits, w, small, -100, "max")
     yield "chunk", linear_cross_entropy, (logits, w, small, -100, "mean", 0)
     if DEVICE == "cpu":
         yield "target V", cross_entropy, (logits, targets + 1)

@@ -127,6 +127,23 @@ def test_a_diverged_run_can_be_saved_and_goes_on(tmp_path, settings, monkeypatch
     assert all(map(torch.equal, trainer.model.parameters(), resumed.model.parameters()))
 
 
+def test_a_file_in_the_place_of_a_folder_is_one_line(tmp_path, small, text, capsys):
+    """Nothing is trained for checkpoints that cannot be written."""
+    argv = ["--model", str(small), "--data", str(text), "--seq-len", "32", "--steps", "1", "--threads", "1"]
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "settings.json").write_text("{}")
+    (run / "checkpoints").write_text("a file")
+    for resume in (["--resume", "auto", "--out", str(run)], ["--resume", str(run)], ["--out", str(run)]):
+        assert f"{run / 'checkpoints'} is not a folder" in one_line_error([*argv, *resume], capsys)
+    assert {p.name for p in run.iterdir()} <= {"settings.json", "checkpoints", ".lock"}
+    file = tmp_path / "file"
+    file.write_text("a file")
+    assert f"--out {file} is a file" in one_line_error([*argv, "--resume", "auto", "--out", str(file)], capsys)
+    assert "it is a file" in one_line_error([*argv, "--resume", str(file)], capsys)
+    assert f"{tmp_path} is not empty: name a new folder" in one_line_error([*argv, "--out", str(tmp_path)], capsys)
+
+
 def test_settings_take_paths_and_numpys_numbers(tmp_path):
     s = Settings(model=tmp_path, data=Path("a.txt"), tokenizer=Path("t"), steps=np.int32(3), lr=np.float32(0.5),
                  step_in_backward=np.bool_(True), mtp=np.int64(1), clip=0)  # fmt: skip

@@ -4,9 +4,11 @@
 import errno
 import json
 import os
+import random
 import shutil
 import signal
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from ling_kernels.train import checkpoint as ckpt
 from ling_kernels.train import trainer as module
 from ling_kernels.train.__main__ import main
 from ling_kernels.train.prepare import room
+from ling_kernels.train.prepare.sizes import checkpoints_at_once
 from ling_kernels.train.report import open_lines, read_lines
 from ling_kernels.train.saving import GOOD_AFTER, NotSaved, count_sound, kept, last_good
 from tests.training import flags, one_line_error, small, text, tiniest, uninterrupted  # noqa: F401
@@ -68,9 +71,7 @@ def test_without_memory_for_a_copy_the_caller_waits(trainer, monkeypatch):
 
 
 def test_masters_are_saved_in_their_precision(tmp_path, settings):
-    trainer = Trainer(
-        Settings(**settings.__dict__ | dict(master="bf16", optimizer="adamw8bit", precision="bf16")), tmp_path / "run"
-    )
+    trainer = Trainer(replace(settings, master="bf16", optimizer="adamw8bit", precision="bf16"), tmp_path / "run")
     trainer.step()
     saved = load_file(trainer.save() / "model.safetensors")
     types = {key: t.dtype for key, t in saved.items()}
@@ -209,15 +210,67 @@ def test_a_signal_while_tokenising_leaves_nothing(tmp_path, flags, monkeypatch, 
 
 def test_a_disk_without_room_is_one_line_before_the_run(tmp_path, flags, monkeypatch, capsys):
     """The small model has 66,464 parameters of 12 bytes in a checkpoint, and 2 in the exported model."""
-    argv = [*flags, "--out", str(tmp_path / "run"), "--steps", "9", "--save-every", "3", "--keep", "1"]
-    for free, fits in ((26 * 66464, True), (26 * 66464 - 1, False)):
-        usage = shutil.disk_usage(tmp_path)._replace(free=free)
-        monkeypatch.setattr(room.shutil, "disk_usage", lambda path, usage=usage: usage)
-        if fits:
-            room.check_disk(tiniest(), Settings(steps=9, save_every=3, keep=1), tmp_path)
-        else:
-            assert "2 checkpoints of 0.0 GB" in one_line_error(argv, capsys)
+    argv = [*flags, "--out", str(tmp_path / "run"), "--steps", "200", "--save-every", "50", "--keep", "2"]
+    s = Settings(steps=200, save_every=50, keep=2)
+    usage, free = shutil.disk_usage(tmp_path), 0
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: usage._replace(free=free))
+    free = (4 * 12 + 2) * 66464  # all four, in whatever order
+    room.check_disk(tiniest(), s, tmp_path)
+    free = (3 * 12 + 2) * 66464
+    with pytest.warns(UserWarning, match="there may be 4 checkpoints of 797.6 kB .* need 3.3 MB, .* has 2.5 MB"):
+        room.check_disk(tiniest(), s, tmp_path)
+    free -= 1
+    assert "3 checkpoints of 797.6 kB and the model at the end need 2.5 MB" in one_line_error(argv, capsys)
+    usage = usage._replace(total=0)  # a tmpfs without a limit
+    room.check_disk(tiniest(), s, tmp_path)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert f"cannot write to {tmp_path}: Permission denied" in one_line_error(argv, capsys)
+    flags_of = type("statvfs", (), dict(f_flag=os.ST_RDONLY))
+    monkeypatch.setattr(os, "statvfs", lambda path: flags_of)
+    assert f"cannot write to {tmp_path}: Read-only file system" in one_line_error(argv, capsys)
     assert not (tmp_path / "run").exists()
+
+
+def checkpoints_of(saves, keep, keep_every, proven):
+    """The most checkpoints at once, where a save at step `saves` finds proven(step) good."""
+    there, most = [], 0
+    for step in saves:
+        most = max(most, len(there) + 1)
+        there = sorted(kept([*there, step], keep, keep_every, proven(step)))
+    return most
+
+
+@pytest.mark.parametrize("every", [1, 7, 10, 16, 20, 31, 32, 40, 200])
+@pytest.mark.parametrize("keep", [0, 1, 2, 3, 5])
+@pytest.mark.parametrize("keep_every", [0, 3])
+def test_the_disk_check_counts_what_there_is(every, keep, keep_every):
+    """Against a run that saves: of sound steps; of any steps, stopped at any of them."""
+    steps, rng = max(30 * every, 100) + 1, random.Random(every)
+    s = Settings(steps=steps, save_every=every, keep=keep, keep_every=keep_every * every)
+    saves = [*range(every, steps, every), steps]
+    usual, most = checkpoints_at_once(s)
+    sound = checkpoints_of(saves, keep, s.keep_every, lambda step: max(step - GOOD_AFTER, 0))
+    assert sound <= usual <= sound + bool(keep_every) * min(keep + 3, 5)
+    if not keep_every:
+        assert usual == sound
+    worst = 0
+    for _ in range(300):
+        stops = rng.sample(range(1, steps), rng.randrange(3))
+        good = sorted(rng.choices(range(steps), k=3))
+        proven = lambda step, good=good: max((g for g in good if g <= step - GOOD_AFTER), default=0)  # noqa: E731
+        worst = max(worst, checkpoints_of(sorted({*saves, *stops}), keep, s.keep_every, proven))
+    assert worst <= most + (2 if keep == 0 else 0)  # a stop adds one for ever with --keep 0
+    if not keep_every and keep and every > 1:
+        assert worst == most
+
+
+def test_the_disk_check_of_a_resumed_run():
+    s = Settings(steps=400, save_every=100, keep=2)
+    assert checkpoints_at_once(s, 210, [100, 200, 210]) == (4, 5)
+    assert checkpoints_at_once(s, 400, [300, 400]) == (2, 2)  # nothing is left to save
+    many = [*range(10, 210, 10)]
+    assert checkpoints_at_once(s, 200, many) == (21, 21)  # they are removed after the next one is written
+    assert checkpoints_at_once(Settings(steps=400, save_every=100, keep=0), 200, [100, 200]) == (4, 4)
 
 
 def test_lines_of_a_full_disk_are_written_later(tmp_path, capsys):
@@ -253,4 +306,4 @@ def test_a_run_killed_before_its_first_checkpoint_says_how_to_begin_again(tmp_pa
     (tmp_path / "data" / ".tokens.bin.partial").write_bytes(b"x")
     assert f"--resume auto --out {tmp_path} begins its run again" in one_line_error(argv, capsys)
     assert main([*argv, "--resume", "auto"]) == 0
-    assert f"--resume {tmp_path} continues a run" in one_line_error(argv, capsys)
+    assert f"--resume {tmp_path} continues its run" in one_line_error(argv, capsys)

@@ -5,13 +5,18 @@ import json
 import re
 import sys
 import types
+import warnings
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from ling_kernels.errors import command, warn
+from ling_kernels.train import Settings
 from ling_kernels.train.__main__ import main
 from ling_kernels.train.report import Details, Report, loggers, read_lines
+from ling_kernels.train.validation import validation_set
+from tests.test_data import documents_of
 from tests.test_train import SPEED, metrics_of
 from tests.training import flags, one_line_error, small, text, uninterrupted  # noqa: F401
 
@@ -40,6 +45,28 @@ def test_a_line_has_means_over_its_interval(tmp_path, capsys):
     assert "loss 9.0000" in lines[2] and " 70 tok/s  MFU 0.7 %" in lines[2]
     kept = read_lines(tmp_path / "metrics.jsonl")  # each step's own
     assert [m["tokens_per_s"] for m in kept] == [50, 100, 500, 200, 70] and kept[2]["loss"] is None
+
+
+def test_a_warning_of_a_command_is_one_line(tmp_path, capsys):
+    """Of this package or of another, without file and line in it."""
+
+    @command
+    def main():
+        warnings.warn("two\nlines", stacklevel=1)
+        warn("of ling_kernels")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda *args: sys.stderr.write(warnings.formatwarning(*args))  # pytest has another
+        assert main() == 0
+    assert capsys.readouterr().err == "warning: two lines\nwarning: of ling_kernels\n"
+
+
+def test_a_warning_in_python_names_the_users_line():
+    """Not the package's, however deep it comes from."""
+    with pytest.warns(UserWarning, match="only 8 tokens") as caught:
+        validation_set(None, [documents_of(9)], Settings(seq_len=16))
+    assert caught[0].filename == __file__
 
 
 def test_a_single_bad_interval_is_shown(tmp_path, capsys):

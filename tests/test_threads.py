@@ -3,12 +3,15 @@
 # ruff: noqa: F811 (fixtures are imported)
 import json
 import os
+from dataclasses import replace
 
 import pytest
 import torch
 
 from ling_kernels.train import Settings, Trainer
+from ling_kernels.train import trainer as module
 from ling_kernels.train.prepare import threads
+from tests.test_train import SPEED
 from tests.training import small, text  # noqa: F401
 
 CORES = {0, 1, 2, 3}
@@ -49,6 +52,68 @@ def test_quota(tmp_path, files, want):
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     assert threads.quota(tmp_path) == want
+
+
+@pytest.mark.parametrize(
+    "seconds, number, passes, chosen, tried",
+    [
+        ({1: 0.025, 2: 0.02}, 2, 600, 2, [2, 2, 1, 2, 1]),
+        ({1: 0.02, 2: 0.03}, 2, 600, 1, [2, 2, 1, 2, 1]),
+        ({1: 0.08, 2: 0.04}, 2, 600, 2, [2, 2, 1]),  # hopeless
+        ({1: 0.02, 2: 0.03}, 2, 69, 2, []),  # a short run
+        ({1: 0.2, 2: 0.3}, 2, 600, 2, [2]),  # 7 passes of 0.3 s are more than 2 s and than 1 % of the run
+        ({1: 0.2, 2: 0.3}, 2, 800, 1, [2, 2, 1, 2, 1]),  # 7 of 800 passes are less
+        ({1: 0.2, 64: 0.02}, 64, 6000, 64, [64]),  # one thread may take 64 times as long
+        ({1: 0.02}, 1, 600, 1, []),
+    ],
+)
+def test_the_trial_of_one_thread(monkeypatch, seconds, number, passes, chosen, tried):
+    clock, seen, now = [0.0], [], []
+    monkeypatch.setattr(torch, "set_num_threads", now.append)
+    monkeypatch.setattr(threads.time, "perf_counter", lambda: clock[0])
+
+    def one_pass():
+        seen.append(now[-1])
+        clock[0] += seconds[now[-1]] * (1 + (len(seen) == 1))  # the first is slower
+
+    found, line = threads.faster_threads(one_pass, number, passes)
+    assert (found, seen) == (chosen, tried) and (not now or now[-1] == chosen)
+    assert (line is not None) == (len(tried) > 1)
+    if seconds == {1: 0.02, 2: 0.03} and tried:
+        assert line == "threads    1, faster than 2 in a trial: 20 ms a forward and backward against 30"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp8"])
+def test_a_trial_changes_nothing(tmp_path, small, text, monkeypatch, precision):
+    """The run has the bits of one with that number given; a resumed run keeps it, without a trial."""
+    monkeypatch.setattr("ling_kernels.train.prepare.run.free_cores", lambda: 2)
+    monkeypatch.setattr(threads, "SHORT", 0)
+    before, trials, genuine = torch.get_num_threads(), [], threads.faster_threads
+
+    def one_is_faster(one_pass, number, passes):
+        trials.append(genuine(one_pass, number, passes))
+        torch.set_num_threads(1)
+        return 1, "threads    1"
+
+    monkeypatch.setattr(module, "faster_threads", one_is_faster)
+    settings = Settings(
+        model=small, data=text, steps=4, seq_len=32, batch=4, micro_batch=2, eval_rows=1, precision=precision
+    )
+    try:
+        torch.set_num_threads(2)
+        tried = Trainer(settings, tmp_path / "tried")
+        assert tried.settings.threads == 1 and "threads    1" in tried.notes and len(trials) == 1
+        assert json.loads((tmp_path / "tried" / "settings.json").read_text())["threads"] == 1
+        given = Trainer(replace(settings, threads=1), tmp_path / "given")
+        for _ in range(2):
+            one, two = tried.step(), given.step()
+            assert {k: one[k] for k in one.keys() - SPEED} == {k: two[k] for k in two.keys() - SPEED}
+        assert all(map(torch.equal, tried.model.state_dict().values(), given.model.state_dict().values()))
+        tried.save()
+        torch.set_num_threads(2)
+        assert Trainer.resume(tmp_path / "tried").settings.threads == 1 and len(trials) == 1
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_resumed_run_keeps_its_threads_unless_the_machine_has_other_cores(tmp_path, small, text, monkeypatch):

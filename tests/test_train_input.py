@@ -3,6 +3,7 @@
 # ruff: noqa: F811 (fixtures are imported)
 import json
 import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from ling_kernels.tokenizer import load_tokenizer
 from ling_kernels.train import checkpoint as ckpt
 from ling_kernels.train.__main__ import main
 from ling_kernels.train.data.tokenise import write_tokens
+from ling_kernels.train.flags import GROUPS
 from ling_kernels.train.prepare import room
 from ling_kernels.train.prepare import run as prepare
 from ling_kernels.train.prepare.models import model_config
@@ -390,5 +392,7 @@ def test_help_names_every_flag_and_default(capsys):
     shown = " ".join(capsys.readouterr().out.split())
     assert end.value.code == 0
     for f in Settings.__dataclass_fields__:
-        assert f"--{f.replace('_', '-')} " in shown
+        assert re.search(rf"--{f.replace('_', '-')}[ ,]", shown)
     assert shown.count("(default: ") == len(Settings.__dataclass_fields__) + 3 and "(default: 3.5e-06)" in shown
+    assert shown.startswith("usage: python -m ling_kernels.train [flags] Train") and "--data PATH [PATH ...]" in shown
+    assert [name for name in GROUPS.values() if f" {name}: --" in shown] == [*GROUPS.values()]

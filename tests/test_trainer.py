@@ -36,7 +36,7 @@ def test_a_custom_loop_has_the_bits_of_the_command(tmp_path, flags, uninterrupte
     """14 steps: 8, a checkpoint, then 6 in another trainer that resumes; the command's run was never interrupted."""
     trainer = Trainer(settings_from(flags, steps=14), tmp_path / "run")
     records = [trainer.step() for _ in range(8)]
-    trainer.evaluate()
+    assert trainer.evaluate().keys() == {"val_loss", "val_bpb"}
     checkpoint = trainer.save()
     assert checkpoint == tmp_path / "run" / "checkpoints" / "step-000008"
     for _ in range(2):  # steps after the checkpoint, which the resumed run takes again
@@ -44,7 +44,7 @@ def test_a_custom_loop_has_the_bits_of_the_command(tmp_path, flags, uninterrupte
     trainer = Trainer.resume(tmp_path / "run", eval_every=0)
     assert trainer.progress.step == 8 and trainer.settings.eval_every == 0
     records += [trainer.step() for _ in range(6)]
-    records[-1] |= trainer.validate()
+    records[-1] |= trainer.evaluate()
     wanted = metrics_of(uninterrupted)
     assert len(wanted) == 14
     for got, want in zip(records, wanted, strict=True):

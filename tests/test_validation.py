@@ -76,6 +76,8 @@ def test_bytes_of_a_bpe_vocabulary(tmp_path):
 def test_a_small_set_is_said_to_be_small():
     with pytest.warns(UserWarning, match="what is held out has only 8 tokens to predict"):
         validation_set(None, [documents_of(9)], Settings(seq_len=16))
+    with pytest.warns(UserWarning, match="data has only 30 tokens to predict in --eval-rows 2; the loss"):
+        validation_set("data", [documents_of(99)], Settings(seq_len=16, eval_rows=2))
 
 
 def test_named_sets_and_mixtures_in_the_command(tmp_path, small, text, capsys, recwarn):

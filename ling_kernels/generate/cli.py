@@ -147,14 +147,14 @@ def max_new_tokens(requested: int | None, prompt: int, positions: int) -> int:
 
 
 def stop_token_ids(config: LingConfig, tokenizer: Tokenizer, folder: Path) -> set[int]:
-    """The end tokens of config.json, generation_config.json, the tokenizer, and Ling's chat format."""
+    """The end tokens of config.json, generation_config.json, the tokenizer and its template, and Ling's chat format."""
     file = folder / "generation_config.json"
     more = read_json(file).get("eos_token_id") if file.is_file() else None
     more = more if isinstance(more, list) else [] if more is None else [more]
     if not all(is_integer(token) for token in more):
         raise InputError(f"{file}: eos_token_id is {more}, neither an integer nor a list of them")
     turn = tokenizer.vocab.get("<|role_end|>", tokenizer.eos_id)
-    return {*config.eos_token_ids, tokenizer.eos_id, turn, *more}
+    return {*config.eos_token_ids, *tokenizer.ends(), turn, *more}
 
 
 def add_model_flags(parser: Parser) -> None:

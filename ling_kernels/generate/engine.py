@@ -29,6 +29,7 @@ from ..model.decode import empty_caches
 from ..model.sample import BAD_LOGITS, Sampling, SamplingMode
 from .cache import PagePool, page_bytes
 from .forward import Chunk, Forward, PendingTokens
+from .logprobs import MOST, read_scores
 from .scheduler import DRAFT_SLACK, Request, Scheduler, Work, max_sequence_tokens
 
 SHARE = 0.9  # part of a GPU's free memory, after the weights, for the KV cache
@@ -105,13 +106,18 @@ class Engine:
         stop_token_ids: Iterable[int] | None = None,
         timeout: float | None = None,
         ends: Iterable[int] | None = None,
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
     ) -> Request:
         """Queue a request; its new_tokens grow with every `step`.
 
         max_new_tokens: default 256, or the rest of the model's positions. stop_token_ids: tokens that end the sequence,
         default the configuration's eos_token_id; `ends` is its old name, for one version. timeout: seconds from now,
-        after which the request finishes with the tokens it has. Raises InputError for a prompt that is empty, too long
-        or has ids outside the vocabulary, and Busy if the queue is full.
+        after which the request finishes with the tokens it has. logprobs: 0 to 20, the number of likeliest tokens that
+        the request's `logprobs` name beside each new token's; prompt_logprobs likewise, for its `prompt_logprobs` of
+        the prompt's tokens after the first, none of which then comes from the prefix cache. They are the model's
+        log-probabilities, before temperature, truncation and penalties. Raises InputError for a prompt that is empty,
+        too long or has ids outside the vocabulary, and Busy if the queue is full.
         """
         prompt = token_list("a prompt", prompt)
         positions, vocabulary = max_sequence_tokens(self.config.max_positions, self.draft), self.config.vocab_size
@@ -134,7 +140,12 @@ class Engine:
         stop_token_ids = self.config.eos_token_ids if stop_token_ids is None else stop_token_ids
         stop_token_ids = frozenset(token_list("stop_token_ids", stop_token_ids))
         deadline = float("inf") if timeout is None else time.monotonic() + timeout
-        request = Request(prompt, sampling or Sampling(), max_new_tokens, stop_token_ids, deadline)
+        for name, wanted in (("logprobs", logprobs), ("prompt_logprobs", prompt_logprobs)):
+            if wanted is not None and integer(name, wanted, 0) > MOST:
+                raise InputError(f"{name} is {wanted}; it must be at most {MOST}")
+        request = Request(
+            prompt, sampling or Sampling(), max_new_tokens, stop_token_ids, deadline, logprobs, prompt_logprobs
+        )
         self.scheduler.submit(request)
         return request
 
@@ -205,11 +216,18 @@ class Engine:
         pending, self.pending = self.pending, None
         if pending is None:
             return
+        for request, start, scores in pending.prompts:
+            known = len(request.prompt_logprobs) - start  # a preempted request prefills its prompt again
+            tokens = request.prompt[start + 1 : start + 1 + len(scores)]
+            new = read_scores(scores.cpu(), tokens, request.num_prompt_logprobs)[max(known, 0) :]
+            request.prompt_logprobs += new if known >= 0 else []
         with self.fail_on_error(pending.requests):
-            for request, tokens in zip(pending.requests, pending.tokens(), strict=True):
+            for i, (request, tokens) in enumerate(zip(pending.requests, pending.tokens(), strict=True)):
                 request.passes_in_flight -= 1
                 if not request.finished:
                     self.accept(request, tokens)
+                    added = len(request.new_tokens) - len(request.logprobs)
+                    request.logprobs += pending.logprobs(i, tokens[:added])
 
     @contextmanager
     def fail_on_error(self, requests: Iterable[Request]) -> Iterator[None]:
@@ -311,6 +329,10 @@ class Engine:
 
         An error of one request cancels the others and is raised.
         """
+        return [request.new_tokens for request in self.finish(prompts, **options)]
+
+    def finish(self, prompts: Iterable[Sequence[int]], **options) -> list[Request]:
+        """`generate`, with the finished requests themselves: tokens, reasons, log-probabilities."""
         if isinstance(prompts, str) or not isinstance(prompts, Iterable):
             raise InputError(f"prompts are lists of token ids, not {prompts!r}")
         requests = []
@@ -327,7 +349,13 @@ class Engine:
             for request in requests:
                 if not request.finished:
                     self.cancel(request)
-        return [request.new_tokens for request in requests]
+        return requests
+
+    def score(self, prompts: Iterable[Sequence[int]]) -> list[list[float]]:
+        """The model's log-probability of each prompt's tokens after the first, in natural logarithms."""
+        return [
+            [t.logprob for t in r.prompt_logprobs] for r in self.finish(prompts, max_new_tokens=1, prompt_logprobs=0)
+        ]
 
     @property
     def guessed(self) -> int:

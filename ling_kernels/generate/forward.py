@@ -24,7 +24,7 @@ next tokens into them, so the next pass can be launched before the host has thes
 chunks of other requests. A pass without chunks needs no data from the host, and on a GPU is a CUDA graph.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -39,7 +39,10 @@ from ..ops.attention_decode import KVCache
 from ..ops.decode_inputs import decode_inputs
 from ..ops.sample import sample
 from .graphs import CudaGraphs
+from .logprobs import MOST, TokenLogprob, read_scores, score
 from .scheduler import Request
+
+SCORED_ROWS = 256  # of a prompt, whose logits exist at a time
 
 
 class Chunk(NamedTuple):
@@ -50,21 +53,39 @@ class Chunk(NamedTuple):
     rows: int
 
 
+class PromptRows(NamedTuple):
+    """Scores of a request's tokens start + 1, start + 2, ..., from the rows that prefill the tokens before them."""
+
+    request: Request
+    start: int
+    scores: Tensor  # [rows, 1 + 2 K] int64, see logprobs.score
+
+
 class HostBuffer:
     """Pinned memory for the output of one pass, and the event after the last copy into it."""
 
     def __init__(self, lanes: int, columns: int):
-        self.tokens = torch.empty(lanes, columns, dtype=torch.int64, pin_memory=True)
+        self.output = torch.empty(lanes * columns, dtype=torch.int64, pin_memory=True)
         self.copied = torch.cuda.Event()
 
 
 class PendingTokens:
-    """The output of a decode pass [B, 2 + draft], being copied to the host; buffer: None where it lies there."""
+    """The output of a pass, being copied to the host; buffer: None where it lies there.
 
-    def __init__(self, requests: Sequence[Request], output: Tensor, buffer: HostBuffer | None):
-        self.requests, self.output, self.copied = requests, output, None
+    output [B, 2 + draft], as Forward.compute gives it; a pass of mode.scored has 1 + draft scores behind it.
+    """
+
+    def __init__(
+        self,
+        requests: Sequence[Request],
+        output: Tensor,
+        draft: int,
+        buffer: HostBuffer | None,
+        prompts: list[PromptRows],
+    ):
+        self.requests, self.output, self.draft, self.copied, self.prompts = requests, output, draft, None, prompts
         if buffer is not None:
-            self.output, self.copied = buffer.tokens[: len(output)], buffer.copied
+            self.output, self.copied = buffer.output[: output.numel()].view(output.shape), buffer.copied
             self.output.copy_(output, non_blocking=True)
             self.copied.record()
 
@@ -72,7 +93,16 @@ class PendingTokens:
         """For each request its next token after each accepted draft token; waits for the copy."""
         if self.copied is not None:
             self.copied.synchronize()
-        return [tokens[: accepted + 1] for *tokens, accepted in self.output.tolist()]
+        output = self.output[:, : 2 + self.draft].tolist()
+        return [tokens[: accepted + 1] for *tokens, accepted in output]
+
+    def logprobs(self, i: int, tokens: list[int]) -> list[TokenLogprob]:
+        """Of the first tokens of request i, after `tokens`; none where it wants none."""
+        alternatives = self.requests[i].num_logprobs
+        if alternatives is None:
+            return []
+        scores = self.output[i, 2 + self.draft :].view(1 + self.draft, -1)
+        return read_scores(scores[: len(tokens)], tokens, alternatives)
 
 
 class Forward:
@@ -102,7 +132,8 @@ class Forward:
         graphs = on_gpu and c.use_qk_norm
         self.graphs = CudaGraphs(self.compute, self.padding_lane, lanes, self.device) if graphs else None
         # A pass is launched before the last one's tokens are read, so that two passes use buffers, in turn.
-        self.buffers = [HostBuffer(lanes, 2 + draft) if on_gpu else None for _ in range(2)]
+        columns = 2 + draft + (1 + draft) * (1 + 2 * min(MOST, c.vocab_size))
+        self.buffers = [HostBuffer(lanes, columns) if on_gpu else None for _ in range(2)]
 
     def fill_lane(self, request: Request) -> None:
         """Copy an admitted request's tokens and sampling parameters to its lane."""
@@ -118,16 +149,17 @@ class Forward:
     def __call__(self, decoding: Sequence[Request], chunks: Sequence[Chunk]) -> PendingTokens | None:
         """Launch a pass; None if nothing is decoded. Does not synchronise with the device."""
         self.update_block_tables([*decoding, *(chunk.request for chunk in chunks)])
-        lanes, mode = [r.lane for r in decoding], SamplingMode.of(r.sampling for r in decoding)
+        lanes, scored = [r.lane for r in decoding], any(r.num_logprobs is not None for r in decoding)
+        mode, prompts = SamplingMode.of((r.sampling for r in decoding), scored), []
         if self.graphs is not None and not chunks:
             output = self.graphs(lanes, mode)
         else:
             width = max((len(r.pages) for r in decoding), default=0)
-            output = self.compute(self.to_device(np.array(lanes, np.int64)), mode, width, chunks)
-        if not decoding:
+            output = self.compute(self.to_device(np.array(lanes, np.int64)), mode, width, chunks, prompts)
+        if not decoding and not prompts:
             return None
         self.buffers.append(self.buffers.pop(0))
-        return PendingTokens(decoding, output, self.buffers[-1])
+        return PendingTokens(decoding, output, self.draft, self.buffers[-1], prompts)
 
     def update_block_tables(self, requests: Sequence[Request]) -> None:
         """Copy the numbers of newly allocated pages."""
@@ -139,11 +171,17 @@ class Forward:
             r.pages_on_device = len(r.pages)
 
     def compute(
-        self, lanes: Tensor, mode: SamplingMode, width: int | None = None, chunks: Sequence[Chunk] = ()
+        self,
+        lanes: Tensor,
+        mode: SamplingMode,
+        width: int | None = None,
+        chunks: Sequence[Chunk] = (),
+        prompts: list[PromptRows] | None = None,
     ) -> Tensor:
         """lanes [B] int64 -> [B, 2 + draft] int64: the token after each row, and the number of accepted draft tokens.
 
-        width: columns of the block tables that these lanes use; None: all.
+        With mode.scored a row's score (logprobs.score) is behind them, for each row. width: columns of the block tables
+        that these lanes use; None: all. prompts: a list for the scores of chunks whose requests want them.
         """
         n, B, m = 1 + self.draft, len(lanes), self.model
         width = self.block_tables.shape[1] if width is None else width
@@ -158,13 +196,15 @@ class Forward:
             x = torch.cat([x, self.embedded(self.token_ids.view(-1)[inputs])])
         h, _ = m.backbone(None, layout, self.caches, norm=self.mtp_cache is not None, x=x)
         output = self.next_tokens(h[: B * n], lanes, positions, mode) if B else positions.new_empty(0, n + 1)
+        if prompts is not None and any(c.request.needs_prompt_rows for c in chunks):
+            prompts += self.prompt_rows(h[B * n :], self.token_ids.view(-1)[inputs + 1].long(), chunks)
         if self.mtp_cache is not None:
-            (mtp,), tokens = m.mtp[:1], output[:, :-1].flatten()
+            (mtp,), tokens = m.mtp[:1], output[:, :n].flatten()
             if chunks:
                 tokens = torch.cat([tokens, self.token_ids.view(-1)[inputs + 1]])
             x, _ = mtp(self.embedded(tokens), h, layout, cache=self.mtp_cache)
             if B:
-                last_accepted = torch.arange(B, device=self.device) * n + output[:, -1]
+                last_accepted = torch.arange(B, device=self.device) * n + output[:, n]
                 self.mtp_drafts(mtp, lanes, x[last_accepted], block_table)
         return output
 
@@ -174,9 +214,23 @@ class Forward:
         h [B n, H], normed where the MTP layer reads it too. -1 marks NaN logits; Engine.accept turns it into an error.
         """
         logits, rows = self.model.logits(h, norm=self.mtp_cache is None), positions.flatten()
-        tokens = sample(logits, self.sampling, mode, lanes, rows, self.token_ids, self.seeds).view(positions.shape)
+        tokens = sample(logits, self.sampling, mode[:3], lanes, rows, self.token_ids, self.seeds).view(positions.shape)
         lookup = self.draft > 0 and self.mtp_cache is None
-        return accept_tokens(tokens, lanes, positions, self.token_ids, self.lengths, lookup)
+        output = accept_tokens(tokens, lanes, positions, self.token_ids, self.lengths, lookup)
+        if not mode.scored:
+            return output
+        return torch.cat([output, score(logits, tokens.flatten()).view(len(lanes), -1)], 1)
+
+    def prompt_rows(self, h: Tensor, next_tokens: Tensor, chunks: Sequence[Chunk]) -> Iterator[PromptRows]:
+        """h [T, H] of the chunks' rows, normed where the MTP layer reads it too; next_tokens [T]."""
+        first = 0
+        for request, start, rows in chunks:
+            wanted = min(rows, len(request.prompt) - 1 - start)  # a preempted request prefills its new tokens too
+            for i in range(0, wanted if request.needs_prompt_rows else 0, SCORED_ROWS):
+                part = slice(first + i, first + min(i + SCORED_ROWS, wanted))
+                logits = self.model.logits(h[part], norm=self.mtp_cache is None)
+                yield PromptRows(request, start + i, score(logits, next_tokens[part]))
+            first += rows
 
     def embedded(self, tokens: Tensor) -> Tensor:
         """tokens [T], of which a negative one counts as 0 -> [T, H]."""

@@ -19,6 +19,7 @@ from typing import NamedTuple
 from ..errors import Busy, InputError
 from ..model.sample import Sampling
 from .cache import PagePool, hash_page
+from .logprobs import TokenLogprob
 
 DRAFT_SLACK = 3  # spare cache slots and positions per draft token, for rows computed past a sequence's end
 
@@ -40,6 +41,8 @@ class Request:
     max_new_tokens: int
     stop_token_ids: frozenset[int]  # they end the sequence and are not part of it
     deadline: float = float("inf")  # by time.monotonic()
+    num_logprobs: int | None = None  # alternatives of each new token; None: no log-probabilities
+    num_prompt_logprobs: int | None = None  # of each prompt token but the first
 
     tokens: list[int] = field(default_factory=list)  # prompt, and the new tokens that the host has
     computed: int = 0  # tokens with keys and values in the cache
@@ -49,6 +52,8 @@ class Request:
     cancelled: bool = False  # the next step finishes it
     finished: str | None = None
     error: Exception | None = None
+    logprobs: list[TokenLogprob] = field(default_factory=list)  # of the new tokens
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # of the prompt's tokens after the first
     pages: list[int] = field(default_factory=list)
     lane: int | None = None  # its row of the device state while it runs
     pages_on_device: int = 0  # leading pages already in the lane's block table
@@ -57,6 +62,11 @@ class Request:
     def __post_init__(self):
         self.tokens = list(self.prompt)
         self.seed = secrets.randbits(63) if self.sampling.seed is None else self.sampling.seed
+
+    @property
+    def needs_prompt_rows(self) -> bool:
+        """Whether the log-probabilities of its prompt are incomplete: then no row of the prompt may be left out."""
+        return self.num_prompt_logprobs is not None and len(self.prompt_logprobs) < len(self.prompt) - 1
 
     @property
     def uncomputed(self) -> int:
@@ -185,6 +195,7 @@ class Scheduler:
         """Give it a lane and the cached pages of its prefix, if the pages suffice for its tokens and one decode."""
         self.hash_pages(request)
         reusable = (len(request.tokens) - 1) // self.pages.size  # the last token must be computed
+        reusable = 0 if request.needs_prompt_rows else reusable
         request.pages = self.pages.share_prefix(request.page_hashes[:reusable])
         slots = self.slots_needed(request, Work(0, True)) + 1
         if self.pages.needed(slots) - len(request.pages) > self.pages.available:

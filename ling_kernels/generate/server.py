@@ -23,7 +23,7 @@ try:
     from .completions import INTERNAL_ERROR, Service, complete, error_response
     from .protocol import ChatCompletionRequest, CompletionRequest
 except ImportError as error:
-    raise SystemExit(f"error: {error}: pip install ling_kernels[server]") from None
+    raise SystemExit(f"error: {error}: pip install '.[server]'") from None
 
 from ..errors import Busy, InputError, Parser, command
 from ..model import load_model

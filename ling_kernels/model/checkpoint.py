@@ -7,14 +7,13 @@ and one tensor, besides the pages of a shard that the system maps.
 
 import os
 import re
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, warn
 from ..files import atomic_write, user_path
 from ..nn.fp8 import Fp8Linear, fits, to_fp8
 from ..nn.fp8_inference import SCALES, quantize_for_inference_
@@ -33,19 +32,19 @@ def named_views(model: Ling) -> Iterator[tuple[str, Tensor]]:
     for prefix, module in layers:
         for name, p in [*module.named_parameters(), *module.named_buffers()]:
             if not name.endswith("counts"):
-                yield from _official_views(f"{prefix}.{name.removeprefix('layer.')}", p)
+                yield from official_views(f"{prefix}.{name.removeprefix('layer.')}", p)
     yield "model.norm.weight", model.norm.weight
     for name, p in [*model.lm_head.named_parameters(), *model.lm_head.named_buffers()]:
         yield f"lm_head.{name}", p
 
 
-def _official_views(name: str, p: Tensor) -> Iterator[tuple[str, Tensor]]:
+def official_views(name: str, p: Tensor) -> Iterator[tuple[str, Tensor]]:
     """Yield the official keys and views of one of our parameters."""
     name = re.sub(r"attention\.(query|key)_layernorm$", r"attention.\1_layernorm.weight", name)
     name = name.replace("mlp.router.", "mlp.gate.")
     if match := re.fullmatch(rf"(.*\.experts)\.(gate_up|down)({SCALES})?", name):
         for e in range(len(p)):
-            yield from _official_views(f"{match[1]}.{e}.{match[2]}.weight{match[3] or ''}", p[e])
+            yield from official_views(f"{match[1]}.{e}.{match[2]}.weight{match[3] or ''}", p[e])
     elif ".gate_up.weight" in name:
         for half, view in zip(("gate_proj", "up_proj"), p.chunk(2), strict=True):
             yield name.replace("gate_up", half), view
@@ -101,7 +100,7 @@ def load_model(
         quantize_for_inference_(model)
     used = set[str]()
     with torch.no_grad(), WeightReader(folder) as reader:
-        _check_shapes(model, reader)
+        check_shapes(model, reader)
         reader.refuse_two_checkpoints()
         model = model.to_empty(device=device)
         model.reset_buffers()
@@ -116,12 +115,11 @@ def load_model(
                 views[key + SCALES].copy_(scale)
             else:
                 view.copy_(tensor if scale is None else dequantized(tensor, scale))
-        in_shards = {key: path for path in sorted({*reader.files.values()}) for key in reader.keys(path)}
-    _check_unused(folder, in_shards | reader.files, used)  # an index need not name all
+        check_unused(folder, reader, used)
     return model.eval()
 
 
-def _check_shapes(model: Ling, reader: WeightReader) -> None:
+def check_shapes(model: Ling, reader: WeightReader) -> None:
     """Raise InputError where the files lack a weight of a model on the meta device, or hold it in another shape: before
     memory is allocated, since a wrong config.json may ask for any amount.
     """
@@ -135,11 +133,13 @@ def _check_shapes(model: Ling, reader: WeightReader) -> None:
             raise InputError(f"{reader.files[key]}: {key} is {shape}, by config.json it should be {list(view.shape)}")
 
 
-def _check_unused(folder: Path, files: dict[str, Path], used: set[str]) -> None:
+def check_unused(folder: Path, reader: WeightReader, used: set[str]) -> None:
     """Warn about tensors that are not used. Raise InputError if one changes what a used tensor means.
 
     These are the other tensors of a module whose weight is used (a bias, a scale), and scales of a module around it.
     """
+    in_shards = {key: path for path in sorted({*reader.files.values()}) for key in reader.keys(path)}
+    files = in_shards | reader.files  # an index need not name all
     unused = [key for key in files if key not in used]
     modules = {key.rpartition(".")[0] for key in used}
     parents = {module[:end] for module in modules for end, letter in enumerate(module) if letter == "."}
@@ -148,7 +148,7 @@ def _check_unused(folder: Path, files: dict[str, Path], used: set[str]) -> None:
         if module in modules or ("scale" in name and module in parents):
             raise InputError(f"{files[key]}: {key} is not used, and the weights beside it would be wrong without it")
     if unused:
-        warnings.warn(f"{folder}: {len(unused)} tensors are not used, the first is {unused[0]}", stacklevel=3)
+        warn(f"{folder}: {len(unused)} tensors are not used, the first is {unused[0]}")
 
 
 def save_model(

@@ -20,6 +20,16 @@ class Batch(NamedTuple):
     positions: Tensor  # [T] int64, from 0 in each document
     cu_seqlens: Tensor  # [documents + 1] int32
     indices: Tensor | None  # [T] index of each row in the flattened [B * L] batch; None: no padding, the same rows
+    rows: Tensor | None = None  # [T'] the rows that this device computes, where several share a batch; None: all
+
+    def here(self, x: Tensor) -> Tensor:
+        """x [T] of all rows -> of those that this device computes."""
+        return x if self.rows is None else x[self.rows]
+
+    @property
+    def share(self) -> float:
+        """This device's share of the rows."""
+        return 1.0 if self.rows is None else len(self.rows) / max(len(self.ids), 1)
 
 
 def pack(input_ids: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, max_positions: int) -> Batch:
@@ -60,10 +70,11 @@ def is_padding_mask(mask: Tensor) -> bool:
 
 
 def unpack(x: Tensor, batch: Batch, shape: tuple[int, int]) -> Tensor:
-    """x [T, N] -> [B, L, N], zeros at padding."""
-    if batch.indices is None:
+    """x [T, N] -> [B, L, N], zeros at padding. x may be [T', N]: zeros where another device computes a row."""
+    indices = batch.rows if batch.indices is None else batch.here(batch.indices)
+    if indices is None:
         return x.view(*shape, x.shape[1])
-    rows = x.new_zeros(shape[0] * shape[1], x.shape[1]).index_copy(0, batch.indices, x)
+    rows = x.new_zeros(shape[0] * shape[1], x.shape[1]).index_copy(0, indices, x)
     return rows.view(*shape, x.shape[1])
 
 

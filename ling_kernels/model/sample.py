@@ -57,14 +57,16 @@ class SamplingMode(NamedTuple):
     random: bool  # a temperature above 0
     truncated: bool  # top-k or top-p
     penalised: bool  # a repetition penalty
+    scored: bool = False  # log-probabilities are wanted
 
     @classmethod
-    def of(cls, sampling: Iterable[Sampling]) -> "SamplingMode":
+    def of(cls, sampling: Iterable[Sampling], scored: bool = False) -> "SamplingMode":
         sampling = list(sampling)
         return cls(
             any(s.temperature > 0 for s in sampling),
             any(s.top_k or s.top_p < 1 for s in sampling),
             any(s.repetition_penalty != 1 for s in sampling),
+            scored,
         )
 
 
@@ -101,7 +103,7 @@ def sampler(**options) -> Callable[[Tensor, Tensor], Tensor]:
         seeds = torch.randint((1 << 63) - 1, (B,), generator=generator).to(device)
         lanes, positions = torch.arange(B, device=device), torch.full((B,), ids.shape[1] - 1, device=device)
         parameters = SamplingTensors.of([sampling] * B, V, device)
-        tokens = sample(logits, parameters, mode, lanes, positions, ids.int(), seeds)
+        tokens = sample(logits, parameters, mode[:3], lanes, positions, ids.int(), seeds)
         if bool((tokens < 0).any()):  # waits for the device, as the caller does anyway to show the text
             raise InputError(BAD_LOGITS)
         return tokens

@@ -6,6 +6,7 @@ A batch is packed into T rows without padding: everything between embedding and 
 documents never attend to each other. Shapes: B batch, L length, T rows, H hidden, V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,12 +14,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..nn import MLP, Attention, BatchLayout, Experts, MoE, RMSNorm, Router
-from ..nn.linear import norm_linear
+from ..nn.linear import head_loss, norm_linear
 from ..nn.norm import Fp32Buffers
 from ..op import expect
 from ..ops.attention_decode import KVCache
 from ..ops.cross_entropy import cross_entropy
-from ..ops.linear_cross_entropy import linear_cross_entropy
 from ..ops.rope_tables import rope_tables
 from .config import LingConfig
 from .decode import generate, stream
@@ -86,7 +86,13 @@ class Layer(nn.Module):
 
 
 class Ling(Fp32Buffers):
-    """A model on one device. Parameters have the default dtype; `init_weights` initialises them."""
+    """A model on one device. Parameters have the default dtype; `init_weights` initialises them.
+
+    choose_rows: where several devices share a batch, takes a Batch and returns it with the `rows` of this device. Then
+    losses are this device's share of the batch's.
+    """
+
+    choose_rows: Callable[[Batch], Batch] | None = None
 
     def __init__(self, config: LingConfig):
         super().__init__()
@@ -163,9 +169,15 @@ class Ling(Fp32Buffers):
             states.append(h)
         return h, z
 
+    def pack(self, input_ids: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> Batch:
+        """The batch of `forward`'s arguments, with the rows of this device where several share it."""
+        batch = pack(input_ids, attention_mask, cu_seqlens, self.config.max_positions)
+        return batch if self.choose_rows is None else self.choose_rows(batch)
+
     def next_embeddings(self, batch: Batch, ahead: int) -> Tensor:
-        """[T, H]: embeddings of the tokens `ahead` in the same document; past its end token 0's, without gradient."""
-        ids = shift(batch.ids, batch, ahead, fill=-1)
+        """[T, H], or of this device's rows alone: embeddings of the tokens `ahead` in the same document; past its end
+        token 0's, without gradient."""
+        ids = batch.here(shift(batch.ids, batch, ahead, fill=-1))
         x = self.word_embeddings(ids.clamp(min=0))
         return torch.where(ids[:, None] < 0, x.detach(), x)
 
@@ -198,14 +210,15 @@ class Ling(Fp32Buffers):
         Raises ValueError for mismatched shapes and types, for a mask of other values, and for sequences longer than
         config.max_positions.
         """
-        batch = pack(input_ids, attention_mask, cu_seqlens, self.config.max_positions)
+        batch = self.pack(input_ids, attention_mask, cu_seqlens)
         expect(labels is None or (labels.shape == input_ids.shape and labels.dtype == torch.int64),
                "labels as input_ids, int64", labels, input_ids)  # fmt: skip
         expect(target_counts is None or len(target_counts) >= 1 + len(self.mtp),
                "target_counts of the main loss and of each MTP layer", target_counts)  # fmt: skip
-        layout = BatchLayout(self.cos, self.sin, batch.positions, batch.cu_seqlens)
+        z_loss = None if z_loss is None else z_loss * batch.share  # of a mean over this device's rows
+        layout = BatchLayout(self.cos, self.sin, batch.here(batch.positions), batch.cu_seqlens)
         states = [] if output_hidden_states else None
-        h, z = self.backbone(batch.ids, layout, z_loss=z_loss, states=states)
+        h, z = self.backbone(batch.here(batch.ids), layout, z_loss=z_loss, states=states)
 
         head_inputs = [h]  # inputs of lm_head: the model's output, then each MTP layer's
         for k, mtp in enumerate(self.mtp, 1):
@@ -218,13 +231,14 @@ class Ling(Fp32Buffers):
             flat = labels.flatten() if batch.indices is None else labels.flatten()[batch.indices]
             losses = []
             for k, x in enumerate(head_inputs):
-                targets = shift(flat, batch, k + 1, fill=IGNORE)
+                all_targets = shift(flat, batch, k + 1, fill=IGNORE)
+                targets = batch.here(all_targets)
                 total = (
                     cross_entropy(all_logits[k], targets, reduction="sum")
                     if logits
-                    else linear_cross_entropy(x, self.lm_head.weight, targets, reduction="sum")
+                    else head_loss(self.lm_head, x, targets)
                 )
-                count = (targets != IGNORE).sum() if target_counts is None else target_counts[k]
+                count = (all_targets != IGNORE).sum() if target_counts is None else target_counts[k]
                 losses.append(total / torch.as_tensor(count, device=total.device).clamp(min=1))
             out.loss = out.main_loss = losses[0]
             if len(losses) > 1:

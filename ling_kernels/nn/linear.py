@@ -1,8 +1,9 @@
-"""The protocol of a linear layer that takes over work of its neighbours: the norm before it, and FP8 rows."""
+"""The protocol of a linear layer that takes over work of its neighbours: the norm before it, FP8 rows, the loss."""
 
 import torch
 from torch import Tensor, nn
 
+from ..ops.linear_cross_entropy import linear_cross_entropy
 from ..ops.rms_norm_linear import ROWS, rms_norm_linear
 from .norm import RMSNorm
 
@@ -21,6 +22,21 @@ class FusedLinear(nn.Linear):
     def forward_fp8(self, rows: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
         """rows (x_q [M, K] e4m3, x_scale [M, K/128]) -> [M, N] in dtype."""
         raise NotImplementedError
+
+
+class LossLinear(FusedLinear):
+    """A head that computes the loss itself, as one whose weight is divided over several devices must."""
+
+    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """x [T, H], targets [T] -> the summed cross entropy of its logits, as `head_loss`."""
+        raise NotImplementedError
+
+
+def head_loss(head: nn.Module, x: Tensor, targets: Tensor) -> Tensor:
+    """The summed cross entropy of head(x), x [T, H], without all logits in memory; targets [T] int64, -100: ignored."""
+    if isinstance(head, LossLinear):
+        return head.loss(x, targets)
+    return linear_cross_entropy(x, head.weight, targets, reduction="sum")
 
 
 def norm_linear(linear: nn.Module, x: Tensor, norm: RMSNorm | None, dtype: torch.dtype | None = None) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..op import expect
 from ..ops.moe_decode import ROWS, moe_decode
+from .beside import beside
 from .exchange import Exchange, Local
 from .experts import Experts
 from .mlp import MLP
@@ -40,10 +41,13 @@ class MoE(nn.Module):
         experts [T, topk] int32 forces the choice of experts, as `route` does.
         """
         weights, experts, counts, z = self.router(x, z_loss, experts)
+        shared = None  # rows that travel leave time for the shared expert
+        if self.shared_experts is not None and not self.exchange.local:
+            shared = beside(self.shared_experts, x)
         rows, plan, weights = self.exchange.dispatch(x, weights, experts, counts)
         y = self.exchange.combine(self.experts(rows, plan, weights), plan)
         if self.shared_experts is not None:
-            y = y + self.shared_experts(x)
+            y = y + (self.shared_experts(x) if shared is None else shared())
         return y, z
 
     def decode(self, x: Tensor, residual: Tensor, norm: RMSNorm) -> Tensor | None:

@@ -91,7 +91,9 @@ def grouped_gemm_ref_fwd(a: Tensor, b: Tensor, offsets: Tensor, y: Tensor) -> No
     bounds = offsets.tolist()
     with torch.autocast(a.device.type, enabled=False):
         for e, (lo, hi) in enumerate(zip(bounds, bounds[1:], strict=False)):
-            if lo < hi:
+            if lo < hi and y.dtype == upcast(y).dtype:
+                torch.mm(a[lo:hi], b[e].T, out=y[lo:hi])
+            elif lo < hi:
                 y[lo:hi] = upcast(a[lo:hi]) @ upcast(b[e]).T
     y[bounds[-1] :] = 0
 

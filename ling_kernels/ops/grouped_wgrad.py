@@ -93,8 +93,12 @@ def grouped_wgrad_ref(
     if out is None:
         dw = torch.stack([of_expert(e) for e in range(len(bounds) - 1)])
         return dw if dw.dtype == torch.float64 else dw.to(dtype)
+    wide = dy.dtype == x.dtype == out.dtype == upcast(out).dtype and not accumulate
     for e, w in enumerate(out):  # one at a time: all experts' gradients are large
-        w.copy_(upcast(w) + of_expert(e) if accumulate else of_expert(e))
+        if wide:
+            torch.mm(dy[bounds[e] : bounds[e + 1]].T, x[bounds[e] : bounds[e + 1]], out=w)
+        else:
+            w.copy_(upcast(w) + of_expert(e) if accumulate else of_expert(e))
     return out
 
 

@@ -57,7 +57,7 @@ class PermuteRef(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, offsets, slot, source, padded_offsets):
         ctx.save_for_backward(slot)
-        return x[source.long() // slot.shape[1]]
+        return x.index_select(0, source // slot.shape[1])
 
     @staticmethod
     def backward(ctx, dy):

@@ -10,21 +10,30 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import InputError
 from ..nn import Experts, MoE
+from ..op import E4M3, first_derivative_only
 from ..ops.dispatch import Plan, dispatch
 from ..ops.grad_norm import grad_norm
-from ..ops.permute import permute
+from ..ops.permute import permute, permute_quantize
+from ..ops.quantize import BLOCK
 from ..ops.unpermute import unpermute
+from .collectives import Send
+from .vocabulary import VocabularyEmbedding, VocabularyHead
+
+EXCHANGES = ("bf16", "fp8")  # how rows travel to their experts: as they are, or in FP8
+Sizes = tuple[list[int], list[int]]  # rows sent to, and received from, each rank
 
 
 class ReceivedPlan(Plan):
     """The plan of the rows received: R tokens with one choice each. The attributes are what `combine` needs."""
 
     sent: Plan  # of the tokens here
-    sizes: tuple[list[int], list[int]]  # rows sent to, and received from, each rank
+    sizes: Sizes
     weights: Tensor | None  # routing weights [T, topk] that are applied after the rows have come back
+    crossing: tuple[Plan, Sizes]  # of the rows between nodes, by `ByNodes`
 
 
 class AllToAll:
@@ -32,22 +41,28 @@ class AllToAll:
 
     moe: the layer, with this rank's experts; it may become FP8 later. Results and gradients have the bits of one
     process with all experts, except that gradients of weights sum rows in the order of their ranks.
+
+    fp8: rows travel to their experts in FP8, gradients and results as they are. This needs FP8 experts whose scales are
+    powers of two: those quantise the received rows to the same numbers again, so that results and gradients of the
+    inputs keep the bits of one process. Weight gradients are of the rows that were received, rounded to FP8.
     """
 
     local = False
 
-    def __init__(self, moe: MoE, group: dist.ProcessGroup):
-        self.moe, self.group = moe, group
+    def __init__(self, moe: MoE, group: dist.ProcessGroup, fp8: bool = False):
+        self.moe, self.group, self.fp8 = moe, group, fp8
         self.ep = dist.get_world_size(group)
 
     def dispatch(
         self, x: Tensor, weights: Tensor, experts: Tensor, counts: Tensor
     ) -> tuple[Tensor, ReceivedPlan, Tensor | None]:
         sent = dispatch(experts, counts)
+        if self.fp8:
+            expect_pow2(self.moe.experts)
         owners, received, sizes = self.received(experts, counts)
         plan = ReceivedPlan(*dispatch(owners, received))
         plan.sent, plan.sizes, plan.weights = sent, sizes, weights
-        rows = self.send(permute(x, sent), sizes)
+        rows = send_rows(x, sent, sizes, self.group, True) if self.fp8 else self.send(permute(x, sent), sizes)
         if not self.moe.experts.fold_weights:
             return rows, plan, None
         plan.weights = None
@@ -55,55 +70,131 @@ class AllToAll:
 
     def combine(self, y: Tensor, plan: ReceivedPlan) -> Tensor:
         there, here = plan.sizes
-        y = self.send(y, (here, there))
-        if unrouted := len(plan.sent.source) - len(y):  # choices that are not routed have rows at the end, never read
-            y = nn.functional.pad(y, (0, 0, 0, unrouted))
-        return unpermute(y, plan.sent, plan.weights)
+        return unpermute(with_unrouted(self.send(y, (here, there)), plan.sent), plan.sent, plan.weights)
 
-    def received(self, experts: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, tuple[list[int], list[int]]]:
+    def send(self, rows: Tensor, sizes: Sizes) -> Tensor:
+        return Send.apply(rows, *sizes, self.group)
+
+    def received(self, experts: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Sizes]:
         """Which rows come here: each one's expert [R, 1] int32, counts [E / ep] int32, and rows to and from each rank.
 
         Rows arrive by rank, and by expert within a rank.
         """
-        mine = counts.view(self.ep, -1)
-        theirs = torch.empty_like(mine)
-        dist.all_to_all_single(theirs, mine, group=self.group)
-        owner = torch.arange(mine.shape[1], dtype=torch.int32, device=counts.device).repeat(self.ep)
-        to, from_ = torch.stack([mine.sum(1), theirs.sum(1)]).tolist()
-        owners = owner.repeat_interleave(theirs.flatten(), output_size=sum(from_))
-        return owners[:, None], theirs.sum(0).int(), (to, from_)
-
-    def send(self, rows: Tensor, sizes: tuple[list[int], list[int]]) -> Tensor:
-        """rows [S, ...] -> [R, ...], sizes as `received` gives them; rows past their sum stay here."""
-        return Send.apply(rows, *sizes, self.group)
+        theirs, sizes = exchanged(counts.view(self.ep, -1), self.group)
+        owner = torch.arange(theirs.shape[1], dtype=torch.int32, device=counts.device).repeat(self.ep)
+        owners = owner.repeat_interleave(theirs.flatten(), output_size=sum(sizes[1]))
+        return owners[:, None], theirs.sum(0).int(), sizes
 
 
-class Send(torch.autograd.Function):
-    """An all-to-all with given sizes; the gradient takes the way back."""
+class ByNodes:
+    """The exchange in two stages, for ranks on several nodes: a token crosses to a node once, whatever the number of
+    its experts there, and is spread inside that node. Ling's group limit lets a token choose experts of at most 4 of 8
+    groups.
+
+    mesh: nodes x ranks of a node; rank l of node i holds the experts of part i x (ranks of a node) + l, and exchanges
+    rows with the ranks l of the other nodes. Rows arrive as by `AllToAll` over all ranks. Their results are summed in
+    each node first, and these sums rounded to the rows' type: once more than by `AllToAll`. fp8: as there.
+    """
+
+    local = False
+
+    def __init__(self, moe: MoE, mesh: DeviceMesh, fp8: bool = False):
+        self.nodes, self.between, self.fp8 = mesh.size(0), mesh.get_group(0), fp8
+        self.inside = AllToAll(moe, mesh.get_group(1), fp8)
+
+    def dispatch(
+        self, x: Tensor, weights: Tensor, experts: Tensor, counts: Tensor
+    ) -> tuple[Tensor, ReceivedPlan, Tensor | None]:
+        number = len(counts) // self.nodes  # of experts of a node
+        node = experts.div(number, rounding_mode="floor")  # -1 stays -1
+        every = torch.arange(self.nodes, dtype=torch.int32, device=x.device)
+        crosses = (node[:, :, None] == every).any(1)  # [T, nodes]
+        crossing = dispatch(torch.where(crosses, every, -1), crosses.sum(0, dtype=torch.int32))
+        _, sizes = exchanged(crosses.sum(0, dtype=torch.int32)[:, None], self.between)
+        source = crossing.source[: sum(sizes[0])].long()
+        token, to = source // self.nodes, source[:, None] % self.nodes
+        chosen = node[token] == to  # which choices of a row are on the node to which it goes
+        there = torch.where(chosen, experts[token] - to * number, -1).int()
+        weights = permute(weights, crossing)
+        rows = send_rows(x, crossing, sizes, self.between, self.fp8)
+        here, weights = (Send.apply(t, *sizes, self.between) for t in (there, weights))
+        counts = counts.new_zeros(number + 1)  # the last: choices that are not on this node
+        counts.scatter_add_(0, here.where(here >= 0, number).flatten().long(), torch.ones_like(here).flatten())
+        rows, plan, weights = self.inside.dispatch(rows, weights, here, counts[:number])
+        plan.crossing = crossing, sizes
+        return rows, plan, weights
+
+    def combine(self, y: Tensor, plan: ReceivedPlan) -> Tensor:
+        crossing, (there, here) = plan.crossing
+        rows = Send.apply(self.inside.combine(y, plan), here, there, self.between)
+        return unpermute(with_unrouted(rows, crossing), crossing)
+
+
+def send_rows(x: Tensor, plan: Plan, sizes: Sizes, group: dist.ProcessGroup, fp8: bool) -> Tensor:
+    """x [T, H] -> the rows [R, H] that arrive here when every rank sends those of its plan."""
+    return SendFp8.apply(x, *plan, sizes, group) if fp8 else Send.apply(permute(x, plan), *sizes, group)
+
+
+class SendFp8(torch.autograd.Function):
+    """`send_rows` in FP8, H + H / 32 bytes a row: e4m3 and its fp32 scales, powers of two.
+
+    Returns rows [R, H] in x's dtype, in which code times scale is exact. The gradient returns as it is.
+    """
 
     @staticmethod
-    def forward(ctx, rows: Tensor, to: list[int], from_: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.to, ctx.from_, ctx.group, ctx.length = to, from_, group, len(rows)
-        out = rows.new_empty(sum(from_), *rows.shape[1:])
-        dist.all_to_all_single(out, rows[: sum(to)].contiguous(), from_, to, group=group)
-        return out
+    def forward(ctx, x: Tensor, offsets, slot, source, padded_offsets, sizes: Sizes, group: dist.ProcessGroup):
+        plan = Plan(offsets, slot, source, padded_offsets)
+        ctx.save_for_backward(*plan)
+        ctx.sizes, ctx.group = sizes, group
+        q, scale = permute_quantize(x, plan, pow2=True)
+        # torch's collectives on CPUs do not know float8
+        q, scale = (Send.apply(t.contiguous(), *sizes, group) for t in (q.view(torch.uint8), scale))
+        return (q.view(E4M3).to(x.dtype).unflatten(1, (-1, BLOCK)) * scale.to(x.dtype)[..., None]).flatten(1)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):  # type: ignore[override]
-        out = gradient.new_zeros(ctx.length, *gradient.shape[1:])
-        part = out[: sum(ctx.to)]
-        dist.all_to_all_single(part, gradient.contiguous(), ctx.to, ctx.from_, group=ctx.group)
-        return out, None, None, None
+    @first_derivative_only
+    def backward(ctx, gradient: Tensor):
+        plan = Plan(*ctx.saved_tensors)
+        there, here = ctx.sizes
+        return unpermute(with_unrouted(Send.apply(gradient, here, there, ctx.group), plan), plan), *[None] * 6
 
 
-def shard_experts_(model: nn.Module, group: dist.ProcessGroup) -> None:
-    """Keep this rank's experts of every MoE layer of `model`, in place, and exchange rows over `group`.
+def expect_pow2(experts: nn.Module) -> None:
+    fp8 = getattr(experts, "fp8", None)
+    if fp8 is None or not fp8.pow2:
+        raise InputError("rows can travel in FP8 to FP8 experts with scales that are powers of two (pow2) alone")
+
+
+def exchanged(counts: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Sizes]:
+    """counts [ep, n] of this rank's rows for each rank -> those of each rank's rows for this one, and their sums."""
+    theirs = torch.empty_like(counts)
+    dist.all_to_all_single(theirs, counts, group=group)
+    to, from_ = torch.stack([counts.sum(1), theirs.sum(1)]).tolist()
+    return theirs, (to, from_)
+
+
+def with_unrouted(rows: Tensor, plan: Plan) -> Tensor:
+    """rows [routed choices, H] -> [S, H]: choices that are not routed have rows at the end, which are never read."""
+    unrouted = len(plan.source) - len(rows)
+    return nn.functional.pad(rows, (0, 0, 0, unrouted)) if unrouted else rows
+
+
+def shard_experts_(model: nn.Module, group: dist.ProcessGroup | DeviceMesh, exchange: str = "bf16") -> None:
+    """Keep this rank's experts of every MoE layer of `model`, in place, and exchange rows over `group`: a process
+    group, or a mesh of nodes x ranks of a node, for the exchange `ByNodes`.
 
     Every rank must have the same weights before. Rank r of ep keeps experts r E / ep up to (r + 1) E / ep; router, bias
-    and counts stay those of all experts. Call it before an optimizer is made, and before or after `to_fp8`. Raises
-    InputError where ep does not divide the experts.
+    and counts stay those of all experts. Call it before an optimizer is made, and before or after `to_fp8`. exchange:
+    "fp8" sends rows to their experts in FP8, see `AllToAll`. Raises InputError where ep does not divide the experts;
+    the forward raises it for "fp8" with other experts than FP8 ones with pow2 scales.
     """
-    ep, rank = dist.get_world_size(group), dist.get_rank(group)
+    if exchange not in EXCHANGES:
+        raise InputError(f"exchange {exchange!r}: it must be one of {', '.join(EXCHANGES)}")
+    if isinstance(group, DeviceMesh):
+        ep, rank = group.size(), dist.get_rank(group.get_group(0)) * group.size(1) + dist.get_rank(group.get_group(1))
+    else:
+        ep, rank = dist.get_world_size(group), dist.get_rank(group)
+    kind = ByNodes if isinstance(group, DeviceMesh) else AllToAll
     for name, moe in model.named_modules():
         if not isinstance(moe, MoE):
             continue
@@ -115,22 +206,30 @@ def shard_experts_(model: nn.Module, group: dist.ProcessGroup) -> None:
             p = getattr(moe.experts, weight)
             part = p.detach()[first : first + number // ep].clone()
             setattr(moe.experts, weight, nn.Parameter(part, requires_grad=p.requires_grad))
-        moe.exchange = AllToAll(moe, group)  # type: ignore[assignment]
+        moe.exchange = kind(moe, group, exchange == "fp8")  # type: ignore[assignment]
 
 
 def expert_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """The parameters that differ from rank to rank under expert parallelism."""
+    """The parameters of all experts."""
     return {p for m in model.modules() if isinstance(m, Experts) for p in m.parameters()}
 
 
+def divided_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """The parameters that differ from rank to rank: of experts that are divided, and of a divided vocabulary."""
+    parts = [m for m in model.modules() if isinstance(m, VocabularyEmbedding | VocabularyHead)]
+    layers = [m for m in model.modules() if isinstance(m, MoE) and not m.exchange.local]
+    return {p for part in parts for p in part.parameters()}.union(*map(expert_parameters, layers))
+
+
 def sum_gradients_(model: nn.Module, group: dist.ProcessGroup) -> None:
-    """Add up the gradients that every rank has a part of: all but the experts', which have seen all ranks' tokens.
+    """Add up the gradients that every rank has a part of: all but those of parameters that are divided over `group`,
+    which have seen all ranks' tokens.
 
     The loss of each rank must be its tokens' share of the global loss: their sum over the number of all tokens.
     """
-    experts = expert_parameters(model)
+    divided = divided_parameters(model)
     for p in model.parameters():
-        if p not in experts and p.requires_grad:
+        if p not in divided and p.requires_grad:
             if p.grad is None:  # this rank had no token for it
                 p.grad = torch.zeros_like(p)
             dist.all_reduce(p.grad, group=group)
@@ -145,12 +244,12 @@ def sum_counts_(model: nn.Module, group: dist.ProcessGroup) -> None:
 
 
 def global_norm(model: nn.Module, group: dist.ProcessGroup) -> Tensor:
-    """The norm of all gradients after `sum_gradients_`, a scalar that is equal on every rank: experts of all ranks
-    count, and each other parameter once."""
-    experts = expert_parameters(model)
-    grads = [(p in experts, p.grad) for p in model.parameters() if p.grad is not None]
-    dense = grad_norm([g for is_expert, g in grads if not is_expert])
-    return (dense.square() + sum_of_squares([g for is_expert, g in grads if is_expert], dense.device, group)).sqrt()
+    """The norm of all gradients after `sum_gradients_`, a scalar that is equal on every rank: the parts of all
+    ranks count, and each other parameter once."""
+    divided = divided_parameters(model)
+    grads = [(p in divided, p.grad) for p in model.parameters() if p.grad is not None]
+    dense = grad_norm([g for is_divided, g in grads if not is_divided])
+    return (dense.square() + sum_of_squares([g for is_divided, g in grads if is_divided], dense.device, group)).sqrt()
 
 
 def sum_of_squares(grads: Sequence[Tensor], device: torch.device, group: dist.ProcessGroup) -> Tensor:

@@ -10,7 +10,7 @@ linear layers and experts are computed later; all others belong to the first par
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -19,10 +19,10 @@ from torch.distributed.pipelining import PipelineStage
 
 from ..errors import InputError
 from ..model import Ling
-from ..model.packing import IGNORE, Batch, pack, shift
+from ..model.packing import IGNORE, Batch, shift
 from ..nn import BatchLayout
+from ..nn.linear import head_loss
 from ..ops.deferred import deferring
-from ..ops.linear_cross_entropy import linear_cross_entropy
 from .deferred import defer_linear_
 from .exchange import sum_of_squares
 from .pipeline_layout import PipelineLayout
@@ -36,6 +36,19 @@ class MicroBatch(NamedTuple):
     ids: Tensor  # [rows, seq_len] int64
     cu_seqlens: Tensor  # [documents + 1] int32: where documents start in the flattened ids
     labels: Tensor | None = None  # [rows, seq_len] int64, not shifted; None: ids
+
+    @classmethod
+    def of(cls, batch: "HasTensors", device: torch.device) -> "MicroBatch":
+        ids, labels, cu_seqlens = batch.to(device)
+        return cls(ids, cu_seqlens, labels)
+
+
+class HasTensors(Protocol):
+    """A batch of the trainer."""
+
+    def to(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """ids, labels and cu_seqlens on the device."""
+        ...
 
 
 class Work(NamedTuple):
@@ -52,9 +65,9 @@ class Stage(nn.Module):
 
     work: Work
 
-    def __init__(self, model: Ling, layout: PipelineLayout, stage: int, residual: torch.dtype):
+    def __init__(self, model: Ling, layout: PipelineLayout, stage: int, residual: torch.dtype, precision: torch.dtype):
         super().__init__()
-        self.residual = residual  # type of the hidden states between stages
+        self.residual, self.precision = residual, precision  # of the hidden states between stages; of autocast
         self.model = [model]  # a list, so that the model does not become this module's child
         self.units = layout.units(stage)
         before, every = "".join(layout.stages[:stage]), "".join(layout.stages)
@@ -64,10 +77,16 @@ class Stage(nn.Module):
     def forward(self, *inputs: Tensor, index: Tensor) -> Tensor | tuple[Tensor, ...]:
         """inputs: what the stage before returned, for the first stage its number of the micro batch. index [1]: that
         number. Returns hidden states [T, H] and the losses so far [3]; the last stage the loss [1] alone."""
+        with torch.autocast(self.model[0].cos.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16):
+            return self.compute(*inputs, index=index)
+
+    def compute(self, *inputs: Tensor, index: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """`forward` in the precision of the caller."""
         model, work, number = self.model[0], self.work, int(index)
         ids, cu_seqlens, labels = work.micro_batches[number]
-        batch = pack(ids, None, cu_seqlens, model.config.max_positions)
-        rows = BatchLayout(model.cos, model.sin, batch.positions, batch.cu_seqlens)
+        batch = model.pack(ids, None, cu_seqlens)
+        rows = BatchLayout(model.cos, model.sin, batch.here(batch.positions), batch.cu_seqlens)
+        z_loss = None if work.z_loss is None else work.z_loss * batch.share
         *hidden, losses = inputs
         if ("E", 0) in self.units:  # a leaf with gradient, since every stage's outputs have one
             losses = torch.zeros(3, dtype=torch.float32, device=ids.device, requires_grad=True)
@@ -75,13 +94,13 @@ class Stage(nn.Module):
         for unit, i in self.units:
             z = None
             if unit == "E":
-                hidden = [model.word_embeddings(batch.ids)]
+                hidden = [model.word_embeddings(batch.here(batch.ids))]
             elif unit == "t":
-                hidden[0], z = model.layers[i](hidden[0], rows, None, work.z_loss)
+                hidden[0], z = model.layers[i](hidden[0], rows, None, z_loss)
             elif not normed:
                 hidden[0], normed = model.norm(hidden[0]), True
             if unit == "m":
-                x, z = model.mtp[i](model.next_embeddings(batch, i + 1), hidden[-1], rows, work.z_loss)
+                x, z = model.mtp[i](model.next_embeddings(batch, i + 1), hidden[-1], rows, z_loss)
                 hidden.append(x)
             elif unit == "L":
                 number_here = 1 if self.one_loss_each else len(hidden)
@@ -98,8 +117,8 @@ class Stage(nn.Module):
     def loss(self, x: Tensor, labels: Tensor, batch: Batch, k: int) -> Tensor:
         """The k-th loss of hidden states x [T, H], 0 the next token's: its share of the global loss, at its place in
         [3]."""
-        targets = shift(labels, batch, k + 1, fill=IGNORE)
-        total = linear_cross_entropy(x, self.model[0].lm_head.weight, targets, reduction="sum")
+        targets = batch.here(shift(labels, batch, k + 1, fill=IGNORE))
+        total = head_loss(self.model[0].lm_head, x, targets)
         share = total / max(self.work.target_counts[k], 1) / (self.mtp_layers if k else 1)
         return torch.nn.functional.pad(share[None], (1, 1) if k else (0, 2))
 
@@ -118,13 +137,16 @@ class Pipeline:
       micro_batches: of a step. torch's Interleaved1F1B wants a multiple of the ranks.
       rows: (rows, seq_len) of each micro batch, whose sizes are fixed since buffers are made once.
       group: the ranks of the pipeline; default: all.
+      precision: of autocast; fp32: none.
+      device: where the model will be when it runs; default: where it is.
 
     Raises InputError for a layout that is not the model's, and for a schedule that does not fit it and the ranks.
     """
 
     def __init__(
         self, model: Ling, layout: PipelineLayout, schedule: str | Order, micro_batches: int,
-        rows: tuple[int, int], group: dist.ProcessGroup | None = None,
+        rows: tuple[int, int], group: dist.ProcessGroup | None = None, precision: torch.dtype = torch.float32,
+        device: torch.device | None = None,
     ):  # fmt: skip
         layout.check(model.config)
         self.model, self.layout, self.group = model, layout, group or dist.group.WORLD
@@ -133,11 +155,11 @@ class Pipeline:
         if isinstance(schedule, str):
             schedule = schedule_order(schedule, self.size, number, micro_batches)
         self.ranks, self.micro_batches = check(schedule, self.size, number, micro_batches), micro_batches
-        self.device = device = model.lm_head.weight.device
+        self.device = device = device or model.lm_head.weight.device
         self.residual = model.word_embeddings.weight.dtype
         self.shared = self.shared_groups()
         mine = [s for s, r in enumerate(self.ranks) if r == self.rank]
-        self.stages = {s: Stage(model, layout, s, self.residual) for s in mine}
+        self.stages = {s: Stage(model, layout, s, self.residual, precision) for s in mine}
         self.keep_own_units()
         self.later: list[Callable[[], None]] = []  # weight gradients of the backward that has just run
         self.split = is_split(schedule)
@@ -145,7 +167,7 @@ class Pipeline:
             for module in (*model.layers, *model.mtp):
                 if module is not None:
                     defer_linear_(module)
-        parts = [self.torch_stage(s, stage, rows[0] * rows[1], device) for s, stage in self.stages.items()]
+        parts = [self.torch_stage(s, stage, rows_here(model, rows), device) for s, stage in self.stages.items()]
         actions = [[step_text(step) for step in row] for row in schedule]
         self.schedule = make_schedule(parts, actions, micro_batches, loss_of)
 
@@ -183,7 +205,7 @@ class Pipeline:
             holders = self.layout.holders(letters, self.ranks)
             if len(holders) > 1:
                 members = [dist.get_global_rank(self.group, r) for r in holders]
-                group = dist.new_group(members)
+                group = dist.new_group(members, use_local_synchronization=True)  # other pipelines make their own
                 if self.rank in holders:
                     groups[name] = group
         return groups
@@ -234,11 +256,52 @@ class Pipeline:
         scale = self.model.config.mtp_loss_scaling_factor
         return dict(loss=record["main_loss"] + scale * record["mtp_loss"] + record["z_loss"], **record)
 
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
+        """The summed main loss of each micro batch, of any rows, [micro batches] fp64: zeros but on the last stage's
+        rank. Forward only, one after the other; every rank passes all micro batches."""
+        work = Work(micro_batches, [1.0] * (1 + self.model.config.num_nextn_predict_layers), None, {})
+        totals = torch.zeros(len(micro_batches), dtype=torch.float64, device=self.device)
+        for number, (ids, _, _) in enumerate(micro_batches):
+            sent: tuple[Tensor, ...] = (torch.tensor([number]),) if 0 in self.stages else ()
+            for s, stage in self.stages.items():
+                stage.work = work
+                if not sent:
+                    sent = self.received(s, rows_here(self.model, ids.shape))
+                sent = stage(*sent, index=torch.tensor([number]))
+                if s == len(self.ranks) - 1:
+                    totals[number] = work.losses[number][0]
+                elif self.ranks[s + 1] != self.rank:
+                    for t in sent:
+                        dist.send(t.contiguous(), group=self.group, group_dst=self.ranks[s + 1])
+                    sent = ()
+        return totals
+
+    def received(self, s: int, T: int) -> tuple[Tensor, ...]:
+        """What stage s gets from the one before, on another rank."""
+        hidden = (T, self.model.config.hidden_size)
+        like = dict(device=self.device)
+        states = [torch.empty(hidden, dtype=self.residual, **like) for _ in range(self.layout.hidden_states(s - 1))]
+        tensors = (*states, torch.empty(3, **like))
+        for t in tensors:
+            dist.recv(t, group=self.group, group_src=self.ranks[s - 1])
+        return tensors
+
+    def held_before(self) -> set[str]:
+        """Names of the weights here that a rank before this one holds too."""
+        return {n for n, group in self.shared.items() if dist.get_group_rank(group, dist.get_rank()) > 0}
+
     def global_norm(self) -> Tensor:
         """The norm of all gradients, a scalar that is equal on every rank; a weight that several hold counts once."""
-        twice = {n for n, group in self.shared.items() if dist.get_group_rank(group, dist.get_rank()) > 0}
+        twice = self.held_before()
         grads = [p.grad for n, p in self.model.named_parameters() if p.grad is not None and n not in twice]
         return sum_of_squares(grads, self.device, self.group).sqrt()
+
+
+def rows_here(model: Ling, rows: Sequence[int]) -> int:
+    """How many rows of a micro batch this rank computes: fewer than all where ranks share them."""
+    batch = model.pack(torch.zeros(rows, dtype=torch.int64), None, torch.tensor([0, rows[0] * rows[1]]).int())
+    return len(batch.here(batch.positions))
 
 
 def loss_of(output: Tensor, target: Tensor) -> Tensor:

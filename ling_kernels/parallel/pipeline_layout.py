@@ -33,6 +33,17 @@ class PipelineLayout:
             raise InputError(f"--pipeline {text}: {wrong!r} is none of E, t, m, L, |, ( ) and *n")
         return cls(tuple(plain.split("|")))
 
+    @classmethod
+    def even(cls, config: LingConfig, stages: int) -> "PipelineLayout":
+        """Layers in equal numbers, as far as they go; the first stages have the fewer ones, as embedding and head are
+        not counted. Raises InputError for fewer layers than stages."""
+        layers = config.num_hidden_layers
+        if layers < stages:
+            raise InputError(f"--pp {stages}: the model has only {layers} layers; give --pipeline")
+        parts = ["t" * ((s + 1) * layers // stages - s * layers // stages) for s in range(stages)]
+        parts[0], parts[-1] = "E" + parts[0], parts[-1] + "m" * config.num_nextn_predict_layers + "L"
+        return cls(tuple(parts))
+
     def __str__(self) -> str:
         return "|".join(self.stages)
 
@@ -66,6 +77,13 @@ class PipelineLayout:
         less those whose loss is done."""
         before = "".join(self.stages[: stage + 1])
         return 1 + before.count("m") - before.count("L")
+
+    def ranks(self, ranks: int) -> list[int]:
+        """The rank of each stage, in turn. Raises InputError where the ranks would have different numbers of stages."""
+        number = len(self.stages)
+        if number % ranks:
+            raise InputError(f"--pipeline {self}: {number} stages on {ranks} ranks; each rank takes equally many")
+        return [s % ranks for s in range(number)]
 
     def holders(self, units: str, ranks: Sequence[int]) -> list[int]:
         """The ranks that hold any unit of these letters, ascending. ranks: the rank of each stage."""

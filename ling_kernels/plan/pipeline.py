@@ -7,20 +7,23 @@ roofline; the step is simulated. --pipeline and --schedule say what to simulate;
 import argparse
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ..errors import InputError, Parser, command
+from ..files import format_bytes
 from ..gpu import HOPPER, VARIANTS
 from ..model import LingConfig
 from ..parallel.layout import Layout
 from ..parallel.pipeline_layout import PipelineLayout
 from ..parallel.schedules import read_csv, write_csv
+from ..train.flags import add_flags
 from ..train.prepare.models import model_config
 from ..train.scaling import with_defaults
-from ..train.settings import Settings, add_flags, settings_of
+from ..train.settings import settings_of
 from .search import CHOICES, TRIES, Problem, Result, candidates, search
 from .timeline import draw
-from .train import format_bytes, span
+from .train import span
 from .train_time import NODE
 from .units import letters, predicted_units, transfer_seconds
 
@@ -71,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--tries", type=int, default=TRIES, metavar="N", help=f"moves of a search (default: {TRIES})")
     found.add_argument("--csv", metavar="FILE", help="write the order of actions for torch and torchtitan")
     found.add_argument("--png", metavar="FILE", help="write a picture of the step")
-    add_flags(found)
+    add_flags(found, without=(*OWN, "dist_timeout"))
     return found
 
 
@@ -97,7 +100,7 @@ def make_problem(flags: dict, options: argparse.Namespace) -> Problem:
     gpu, number = GPUS[options.gpu], settings.batch // (gpus.dp * micro)
     if 6 * options.pp * (options.vpp or 2) * number > MOST_ACTIONS:
         raise InputError(f"--batch {settings.batch} on --dp {gpus.dp} is {number} micro batches, too many to simulate")
-    settings = Settings(**(vars(settings) | dict(micro_batch=micro)))
+    settings = replace(settings, micro_batch=micro)
     units = predicted_units(config, settings, gpu, options.ep)
     near = options.pp * gpus.dp <= NODE
     memory = options.memory * 1e9 if options.memory else gpu.memory
@@ -120,8 +123,7 @@ def solve(problem: Problem, options: argparse.Namespace) -> list[Result]:
             raise InputError(f"--pipeline {layout}: {stages} stages are not --pp {pp} x --vpp {options.vpp}")
         if name is not None:
             return [problem.evaluate(layout, name, order)]
-        if stages % pp:
-            raise InputError(f"--pipeline {layout}: {stages} stages on {pp} ranks; each rank takes equally many")
+        layout.ranks(pp)
         wanted = candidates(pp, [stages // pp])
         return by_time(problem, layout, [name for name, _ in wanted])
     if order is not None:

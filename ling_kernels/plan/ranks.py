@@ -125,6 +125,7 @@ class ExpertParallel(exchange.AllToAll):
     """The exchange of a MoE layer with 1 / ep of its experts on this GPU, without other GPUs: sizes are those of an
     even load, where this GPU receives as many rows as it sends, or of the worst one."""
 
+    fp8 = False
     mark = staticmethod(lambda t: None)  # called with every buffer of the exchange
 
     def __init__(self, moe: MoE, ep: int, worst_load: bool):

@@ -1,7 +1,7 @@
 """python -m ling_kernels.plan train: memory, time and disk that a training run takes, predicted without a GPU.
 
 Takes the flags of `python -m ling_kernels.train`, whose --plan is an alias. With --layout it plans one GPU of many, the
-one that holds most; the trainer itself uses one GPU. docs/training.md explains the tables.
+one that holds most. docs/training.md explains the tables.
 """
 
 import math
@@ -12,30 +12,35 @@ from dataclasses import replace
 from torch._subclasses import FakeTensorMode
 
 from ..errors import InputError, Parser, command
+from ..files import format_bytes
 from ..gpu import HOPPER
 from ..model import LingConfig
 from ..nn.fp8 import FP8_ROWS
 from ..ops.quantize import BLOCK, padded_slots
 from ..parallel.layout import Layout
 from ..train.cli import add_layout_flag
+from ..train.flags import add_flags
 from ..train.optimizer import to_masters
 from ..train.prepare.checks import check
 from ..train.prepare.models import model_config
-from ..train.prepare.sizes import checkpoint_bytes, disk_bytes
+from ..train.prepare.sizes import checkpoint_bytes, checkpoints_at_once, disk_bytes
 from ..train.scaling import with_defaults
-from ..train.settings import Settings, add_flags, settings_of
+from ..train.settings import Settings, settings_of
 from ..train.trainer import apply_fp8_and_recompute
 from .decode_time import EFFICIENCY
 from .memory import KINDS, LAYOUT_KINDS, RESERVE, MemoryPlan, plan_memory
 from .ranks import SINGLE_GPU, Rank
 from .train_time import BF16_SHARE, LAUNCH, step_seconds
 
+FP8_WEIGHTS = dict(kept="quantised once a step, then kept",
+                   each_forward="quantised in each forward, until its backward")  # fmt: skip
 FP8_BYTES = 1 + 4 / BLOCK  # of an element: its code, and its share of an fp32 scale for each 128
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser("python -m ling_kernels.plan train", description=__doc__.partition(": ")[2].split("\n\n")[0])
+    about = __doc__.partition(": ")[2].split("\n\n")[0]
+    parser = Parser("python -m ling_kernels.plan train", usage="%(prog)s [flags]", description=about)
     add_layout_flag(parser)
     parser.add_argument(
         "--gpu-hour", type=float, metavar="PRICE", help="price of an hour of one GPU, for a line of costs"
@@ -58,6 +63,7 @@ def show(options: dict, layout: str | None, gpu_hour: float | None = None) -> in
     settings, one_gpu = rank_settings(layout, settings, config), layout == Layout()
     where = "on one GPU" if one_gpu else f"on the fullest of {layout.dp * layout.pp} GPUs: {layout}"
     print(f"Memory of a step: {settings.model}, {config.num_parameters(mtp=True):,} parameters, {where}")
+    print(batch_line(settings, layout))
     plans = {stage: plan_training(config, settings, Rank(layout, stage)) for stage in layout.distinct_stages(config)}
     stage = max(plans, key=lambda stage: plans[stage].peak)
     part, rank = layout.part(config, stage), Rank(layout, stage)
@@ -65,7 +71,7 @@ def show(options: dict, layout: str | None, gpu_hour: float | None = None) -> in
     print(*table(plans[stage], settings, part, rank, worst), sep="\n")
     if not one_gpu:
         print(*layout_lines(settings, layout, stage, plans), sep="\n")
-    print(*time_lines(config, settings, layout, plans, gpu_hour), sep="\n")
+    print(*time_lines(config, settings, layout, plans, worst, gpu_hour), sep="\n")
     print(*storage_lines(config, settings, one_gpu), sep="\n")
     return 0
 
@@ -112,15 +118,15 @@ def table(plan: MemoryPlan, s: Settings, config: LingConfig, rank: Rank, worst: 
         gathered="weights of the layer that computes and of the next; embedding, head and norm all the time",
         reduced="a layer's gradients on their way to the GPUs that keep them",
         exchange="rows to and from the experts of a layer",
-    ) | {"FP8 weights": s.fp8_weights if s.precision == "fp8" else "none: no --precision fp8"}  # fmt: skip
+    ) | {"FP8 weights": FP8_WEIGHTS[s.fp8_weights] if s.precision == "fp8" else "none: no --precision fp8"}  # fmt: skip
     kinds = [*KINDS, *(kind for kind in LAYOUT_KINDS if plan.peak_bytes[kind])]
     rows = [f"{kind:<12}{format_bytes(plan.peak_bytes[kind]):>10}  {comments[kind]}" for kind in kinds]
     rows.append(f"{'peak':<12}{format_bytes(plan.peak):>10}  the sum; besides, {format_bytes(RESERVE)} for CUDA and"
                 " fragments")  # fmt: skip
     kept, padded = plan.kept_bytes["activations"], padding(s, config, rank)
     more = f"; {format_bytes(padded)} of it pads column-wise copies" if padded else ""
-    rows.append(f"{'kept':<12}{format_bytes(kept):>10}  activations between forward and backward, at another moment"
-                + more)  # fmt: skip
+    rows.append(f"{'saved':<12}{format_bytes(kept):>10}  activations for the backward, where a forward has ended: not"
+                f" at the peak{more}")  # fmt: skip
     if worst is not None:
         rows.append(f"{'worst':<12}{format_bytes(worst):>10}  the peak if every token takes all the experts that it can"
                     " from this GPU")  # fmt: skip
@@ -128,6 +134,14 @@ def table(plan: MemoryPlan, s: Settings, config: LingConfig, rank: Rank, worst: 
         f"{g.name} ({g.memory / 1e9:.0f} GB) {verdict(plan.peak, worst, g.memory)}" for g in HOPPER.values()
     )
     return [*rows, f"{'fits':<12}  {fits}"]
+
+
+def batch_line(s: Settings, layout: Layout) -> str:
+    """The tokens of a step, and its rows; s.batch is the rows of one GPU."""
+    rows, micro = s.batch * layout.dp, s.micro_batch or s.batch
+    share = f", {s.batch} for each of {layout.dp} data parallel GPUs" if layout.dp > 1 else ""
+    passes = f", {micro} in a forward pass" if micro < s.batch else ""
+    return f"{'batch':<12}  {rows * s.seq_len:,} tokens a step: {rows} rows of {s.seq_len:,}{share}{passes}"
 
 
 def verdict(peak: float, worst: float | None, memory: float) -> str:
@@ -138,17 +152,25 @@ def verdict(peak: float, worst: float | None, memory: float) -> str:
 
 
 def time_lines(
-    config: LingConfig, s: Settings, layout: Layout, plans: dict[int, MemoryPlan], gpu_hour: float | None
-) -> list[str]:
-    """Step time, speed, MFU, days and cost on each GPU; s.batch is the rows of one GPU."""
+    config: LingConfig, s: Settings, layout: Layout, plans: dict[int, MemoryPlan], worst: int | None,
+    gpu_hour: float | None,
+) -> list[str]:  # fmt: skip
+    """Step time, speed, MFU, days and cost on each GPU that the plan fits; s.batch is the rows of one GPU."""
     tokens, gpus = s.batch * layout.dp * s.seq_len, layout.dp * layout.pp
-    rows = [("time", *HOPPER)]
+    peak = max(plan.peak for plan in plans.values())
+    fitting = [gpu for gpu in HOPPER.values() if verdict(peak, worst, gpu.memory) != "no"]
+    if not fitting:
+        return [
+            "",
+            f"{'time':<12}  none: these GPUs do not have the memory (docs/fp8.md lists the options that need less)",
+        ]
+    rows = [("time", *(gpu.name for gpu in fitting))]
     seconds = [
         max(step_seconds(layout.part(config, i), s, Rank(layout, i), plan.peak_bytes, gpu) for i, plan in plans.items())
-        for gpu in HOPPER.values()
+        for gpu in fitting
     ]
     mfu = [config.flops_per_token(s.seq_len) * tokens / t / gpus / gpu.bf16
-           for t, gpu in zip(seconds, HOPPER.values(), strict=True)]  # fmt: skip
+           for t, gpu in zip(seconds, fitting, strict=True)]  # fmt: skip
     billion = [t / tokens * 1e9 for t in seconds]
     rows += [
         ("step", *(span(t) for t in seconds)),
@@ -178,8 +200,10 @@ def time_lines(
 
 def storage_lines(config: LingConfig, s: Settings, one_gpu: bool) -> list[str]:
     """Disk and host memory of the checkpoints, of all GPUs together."""
-    one, (number, disk) = checkpoint_bytes(config, s), disk_bytes(config, s)
-    all_of_them = f"{format_bytes(disk)} for {number} of them and the exported model"
+    one, (usual, most) = checkpoint_bytes(config, s), checkpoints_at_once(s)
+    all_of_them = f"{format_bytes(disk_bytes(config, s, usual))} for {usual} at once and the exported model"
+    if most > usual:
+        all_of_them += f"; for {most}, as after a stop, {format_bytes(disk_bytes(config, s, most))}"
     whose = "a checkpoint" if one_gpu else "a checkpoint of all GPUs together"
     return ["", f"{'disk':<12}{format_bytes(one):>10}  {whose}; {all_of_them}",
             f"{'host':<12}{format_bytes(one):>10}  at most, while a checkpoint is written"]  # fmt: skip
@@ -224,7 +248,3 @@ def padding_bytes(config: LingConfig, rows: int, recompute: str = "none", wgrad:
         return 0
     padded = padded_slots(rows, config.num_experts // ep)
     return FP8_BYTES * (padded - rows) * (config.hidden_size + config.moe_intermediate_size)
-
-
-def format_bytes(n: float) -> str:
-    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB" if n else "0"

@@ -10,15 +10,29 @@ SPECIAL_TOKENS = (
 )
 TOKEN_BYTES = [bytes([i]) for i in range(256)] + [name.encode() for name in SPECIAL_TOKENS]  # by id
 
-# Ling's chat format: the system turn is always present and sets the thinking mode; each turn ends with <|role_end|>;
-# consecutive tool results share one turn; the assistant's <think> block is kept only after the last user message.
+# Ling's chat format, as published with Ling-mini-2.0: the system turn is always present, shows the tools and sets the
+# thinking mode; each turn ends with <|role_end|>; consecutive tool results share one turn; a thought, of
+# reasoning_content or of a <think> block, is kept only after the last message that a user has written.
 CHAT_TEMPLATE = """\
 {%- set last = namespace(user=messages|length - 1) %}
 {%- for message in messages %}
-    {%- if message.role == 'user' %}{% set last.user = loop.index0 %}{% endif %}
+    {%- if message.role == 'user' %}
+        {%- set text = message.content %}
+        {%- if not (text.startswith('<tool_response>') and text.endswith('</tool_response>')) %}
+            {%- set last.user = loop.index0 %}
+        {%- endif %}
+    {%- endif %}
 {%- endfor %}
 {{- '<role>SYSTEM</role>' }}
 {%- if messages[0].role == 'system' %}{{ messages[0].content + '\\n' }}{% endif %}
+{%- if tools %}
+    {{- '# Tools\\n\\nYou may call one or more functions to assist with the user query.\\n\\nYou are provided with'
+        ' function signatures within <tools></tools> XML tags:\\n<tools>' }}
+    {%- for tool in tools %}{{ '\\n' + tool | tojson }}{% endfor %}
+    {{- '\\n</tools>\\n\\nFor each function call, return a json object with function name and arguments within'
+        ' <tool_call></tool_call> XML tags:\\n<tool_call>\\n{"name": <function-name>, "arguments": <args-json-object>}'
+        '\\n</tool_call>\\n' }}
+{%- endif %}
 {{- 'detailed thinking off<|role_end|>' }}
 {%- for message in messages %}
     {%- if message.role == 'user' %}
@@ -26,11 +40,27 @@ CHAT_TEMPLATE = """\
     {%- elif message.role == 'system' %}
         {%- if not loop.first %}{{ '<role>SYSTEM</role>' + message.content + '<|role_end|>' }}{% endif %}
     {%- elif message.role == 'assistant' %}
-        {%- set thought, end, answer = message.content.rpartition('</think>') %}
-        {%- set thought = thought.split('<think>')[-1].strip('\\n') %}
+        {%- set answer, calls = message.content, message.tool_calls or [] %}
+        {%- if calls and (answer is undefined or answer is none) %}{% set answer = '' %}{% endif %}
+        {%- set thought = message.reasoning_content %}
+        {%- if thought is not string and '</think>' in answer %}
+            {%- set thought = answer.split('</think>')[0].split('<think>')[-1].strip('\\n') %}
+            {%- set answer = answer.split('</think>')[-1].lstrip('\\n') %}
+        {%- endif %}
         {{- '<role>ASSISTANT</role>' }}
-        {%- if thought and loop.index0 > last.user %}{{ '\\n<think>\\n' + thought + '\\n</think>\\n\\n' }}{% endif %}
-        {{- (answer.lstrip('\\n') if end else answer) + '<|role_end|>' }}
+        {%- if thought and loop.index0 > last.user %}
+            {{- '\\n<think>\\n' + thought.strip('\\n') + '\\n</think>\\n\\n' + answer.lstrip('\\n') }}
+        {%- else %}
+            {{- '' + answer }}
+        {%- endif %}
+        {%- for call in calls %}
+            {%- set call = call.function or call %}
+            {%- if answer or not loop.first %}{{ '\\n' }}{% endif %}
+            {{- '<tool_call>\\n{"name": "' + call.name + '", "arguments": ' }}
+            {{- call.arguments if call.arguments is string else call.arguments | tojson }}
+            {{- '}\\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|role_end|>' }}
     {%- elif message.role == 'tool' %}
         {%- if loop.previtem is undefined or loop.previtem.role != 'tool' %}{{ '<role>OBSERVATION</role>' }}{% endif %}
         {{- '\\n<tool_response>\\n' + message.content + '\\n</tool_response>' }}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..chat import ChatText, render_answers, render_chat
+from ..chat import ChatText, end_of_answers, render_answers, render_chat
 from ..errors import InputError
 from ..files import atomic_write, read_json, user_path
 from .byte_level import SPECIAL_TOKENS, TOKEN_BYTES, byte_settings, byte_tokenizer_json
@@ -130,25 +130,24 @@ class Tokenizer:
                 return self.backend.decode(ids, skip_special_tokens=False)
         return b"".join(TOKEN_BYTES[i] for i in ids).decode("utf-8", "replace")
 
-    def apply_chat_template(self, messages: Sequence[dict], add_generation_prompt: bool = True) -> ChatText:
+    def apply_chat_template(
+        self, messages: Sequence[dict], add_generation_prompt: bool = True, tools: Sequence[dict] | None = None
+    ) -> ChatText:
         """Render the conversation [{"role": ..., "content": ...}, ...] as text; encode it with special=True.
 
-        The text knows which control tokens are the template's; those inside a message are encoded as text.
+        tools: descriptions of functions that an answer may call. The text knows which control tokens are the
+        template's; those inside a message are encoded as text. Raises InputError for what the template cannot render.
         """
-        if self.chat_template is None:
-            raise InputError("the tokenizer has no chat template (chat_template in tokenizer_config.json)")
-        tokens = {key: self._token(key) for key in self.settings if key.endswith("_token")}
-        return render_chat(self.chat_template, messages, self.control_tokens, tokens, add_generation_prompt)
+        template, tokens = self._chat_format()
+        return render_chat(template, messages, self.control_tokens, tokens, add_generation_prompt, tools)
 
     def encode_answers(
         self, messages: Sequence[dict], tools: Sequence[dict] | None = None
     ) -> tuple[list[int], list[tuple[int, int, int]]]:
         """Ids of a rendered conversation, and for each message of role assistant (its index, first, stop): the ids
         first to stop are what a model writes, with the token that ends its turn."""
-        if self.chat_template is None:
-            raise InputError("the tokenizer has no chat template (chat_template in tokenizer_config.json)")
-        tokens = {key: self._token(key) for key in self.settings if key.endswith("_token")}
-        parts, answers = render_answers(self.chat_template, messages, self.control_tokens, tokens, tools)
+        template, tokens = self._chat_format()
+        parts, answers = render_answers(template, messages, self.control_tokens, tokens, tools)
         ids: list[int] = []
         at = {0: 0}  # number of ids by number of characters
         characters = 0
@@ -157,6 +156,20 @@ class Tokenizer:
             characters += len(part)
             at[characters] = len(ids)
         return ids, [(a.message, at[a.start], at[a.end]) for a in answers]
+
+    def ends(self) -> set[int]:
+        """The tokens that end a text: the end token, and where a chat template can be rendered that of its answers."""
+        try:
+            template, tokens = self._chat_format()
+            return {self.eos_id, self.control_tokens[end_of_answers(template, self.control_tokens, tokens)]}
+        except InputError:  # no template, one that ends answers with no token, or no jinja2
+            return {self.eos_id}
+
+    def _chat_format(self) -> tuple[str, dict]:
+        """The chat template, and the tokens that it may name."""
+        if self.chat_template is None:
+            raise InputError("the tokenizer has no chat template (chat_template in tokenizer_config.json)")
+        return self.chat_template, {key: self._token(key) for key in self.settings if key.endswith("_token")}
 
     def save(self, path: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json into the folder `path`, each atomically."""
@@ -246,7 +259,7 @@ def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
     try:
         import tokenizers
     except ImportError:
-        raise InputError(f"{file} needs the package tokenizers: pip install ling_kernels[train]") from None
+        raise InputError(f"{file} needs the package tokenizers: pip install '.[train]'") from None
     with reporting(f"{file} is not a tokenizer.json that tokenizers can read"):
         backend = tokenizers.Tokenizer.from_file(str(file))
     return Tokenizer(backend, settings)

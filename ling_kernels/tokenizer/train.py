@@ -41,7 +41,7 @@ def train_tokenizer(texts: Iterable[str], vocab: int = 32768) -> Tokenizer:
     try:
         import tokenizers
     except ImportError:
-        raise InputError("training a tokenizer needs the package tokenizers: pip install ling_kernels[train]") from None
+        raise InputError("training a tokenizer needs the package tokenizers: pip install '.[train]'") from None
     split = {"type": "Split", "pattern": {"Regex": SPLIT}, "behavior": "Isolated", "invert": False}
     content: dict[str, Any] = byte_tokenizer_json()
     content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, content["pre_tokenizer"]]}

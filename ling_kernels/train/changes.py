@@ -5,10 +5,11 @@ its own; rows are counted on, and the data of earlier steps stays in the run's f
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from .settings import Settings
+from .settings import FIELDS, Settings
 
 DATA_FOLDER = "data"  # of a run: the tokens that it began with
 
@@ -19,9 +20,24 @@ def changes(before: Settings, after: Settings, step: int) -> list[dict]:
     return [dict(step=step, setting=name, old=old, new=new) for name, old, new in pairs if old != new]
 
 
+def first_value(name: str, record: Sequence[dict], now):
+    """A setting's value when the run began; now: its present one."""
+    return next((change["old"] for change in record if change["setting"] == name), now)
+
+
 def described(change: dict) -> str:
-    old, new = (" ".join(map(str, v)) if isinstance(v, list | tuple) else v for v in (change["old"], change["new"]))
-    return f"changed    {change['setting'].replace('_', '-')}: {old} up to step {change['step']}, now {new}"
+    name = change["setting"]
+    old, new = (in_words(name, change[which]) for which in ("old", "new"))
+    return f"changed    {name.replace('_', '-')}: {new} from step {change['step'] + 1} on; before: {old}"
+
+
+def in_words(name: str, value) -> str:
+    """A setting's value as the help has it: what None stands for, on and off."""
+    if value is None:
+        return str(FIELDS[name].metadata.get("shown", "none")) if name in FIELDS else "none"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def are_changes(value) -> bool:

@@ -16,6 +16,7 @@ import re
 import shutil
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -31,6 +32,13 @@ READ_BYTES = 1 << 24
 
 def checkpoint_folder(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:06d}"
+
+
+def expect_folder(run: Path) -> None:
+    """Raise InputError where RUN/checkpoints is something else than a folder."""
+    path = run / "checkpoints"
+    if os.path.lexists(path) and not path.is_dir():
+        raise InputError(f"{path} is not a folder, so {run} can have no checkpoints: move it away")
 
 
 def list_checkpoints(run: Path) -> list[Path]:
@@ -91,7 +99,8 @@ def locate(resume: str) -> tuple[Path, Path]:
     if re.fullmatch(r"step-\d+", path.name) and path.parent.name == "checkpoints" and path.is_dir():
         return path.parent.parent, path
     if not path.is_dir():
-        raise InputError(f"there is no run to resume at {resume}")
+        raise InputError(f"there is no run to resume at {resume}" + (", it is a file" if path.exists() else ""))
+    expect_folder(path)
     checkpoints = list_checkpoints(path)
     if not checkpoints:
         raise InputError(f"{resume} holds no checkpoint to resume from")
@@ -169,14 +178,25 @@ def is_progress(state: dict) -> bool:
     )
 
 
-def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Load the optimizer's state and the random number generators'. The model must have the checkpoint's weights."""
+def restore(
+    checkpoint: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    part_of: Callable[[str, Tensor], Tensor | None],
+) -> None:
+    """Load the optimizer's state and the random number generators'. The model must have the checkpoint's weights.
+
+    part_of: of a state's key and value, what this process keeps of the value; None: nothing.
+    """
+    from safetensors import safe_open
     from safetensors.torch import load_file
 
     named = dict(model.named_parameters())
-    for key, value in load_file(checkpoint / "optimizer.safetensors").items():
-        name, _, part = key.rpartition(".")
-        optimizer.state[named[name]][part] = value.to(named[name].device)
+    with safe_open(checkpoint / "optimizer.safetensors", "pt") as file:
+        for key in file.keys():  # noqa: SIM118 (it is no dict)
+            name, _, part = key.rpartition(".")
+            if (value := part_of(key, file.get_tensor(key))) is not None:
+                optimizer.state[named[name]][part] = value.to(named[name].device)
     states = load_file(checkpoint / "rng.safetensors")
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():

@@ -6,26 +6,29 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ..errors import Diverged, InputError, Parser, command
+from ..errors import Diverged, InputError, Parser, command, counted, one_line
 from ..model import Ling
 from ..model.sample import sampler
+from ..parallel.ranks import Ranks, is_lost_rank, start, stop
 from ..tokenizer import TextStream, Tokenizer
 from . import checkpoint as ckpt
 from .changes import described
 from .data import Documents
+from .flags import add_flags, as_flags
 from .prepare import deterministic, latest_run, new_run, resumed_run
-from .profiling import StepProfiler
-from .report import SAMPLES, Report, open_lines
+from .prepare.checks import stages_of
+from .profiling import StepProfiler, recorded
+from .report import SAMPLES, NoReport, Report, open_lines
 from .report.page import write_html
 from .report.plots import draw
 from .saving import NotSaved, last_good
-from .settings import Settings, add_flags, settings_of, to_json
+from .settings import SIZES, Settings, settings_of, to_json
 from .signals import STOPPED, interrupted_by_sigterm, stop_on_signals
 from .starts import moe_layers, record_start
 from .trainer import Trainer
@@ -46,9 +49,9 @@ def main(argv: Sequence[str] | None, planner) -> int:
             options.pop("out")
             return planner.show(options, layout)
         if layout is not None:
-            raise InputError(f"--layout {layout} is for --plan: training is on one GPU")
-        with deterministic(), interrupted_by_sigterm(), one_line_warnings():
-            return run(options, planner)
+            raise InputError(f"--layout {layout} is for --plan: give --dp, --ep and --pp")
+        with deterministic(), interrupted_by_sigterm(), processes() as everyone:
+            return run(options, planner, everyone)
     except KeyboardInterrupt:
         print("stopped before the first step; nothing was trained", file=sys.stderr)
         return STOPPED
@@ -62,19 +65,31 @@ def main(argv: Sequence[str] | None, planner) -> int:
 
 
 @contextmanager
-def one_line_warnings() -> Iterator[None]:
-    """Within it a warning is a line without its place in the source."""
-    before = warnings.formatwarning
-    warnings.formatwarning = lambda message, *place, **more: f"warning: {message}\n"
-    try:
-        yield
-    finally:
-        warnings.formatwarning = before
+def processes() -> Iterator[Ranks]:
+    """The processes that torchrun started; only rank 0 prints inside, but for errors."""
+    everyone = start()
+    with ExitStack() as quiet:
+        if not everyone.first:
+            quiet.enter_context(redirect_stdout(quiet.enter_context(open(os.devnull, "w"))))
+            quiet.enter_context(warnings.catch_warnings(action="ignore"))
+        try:
+            yield everyone
+        except RuntimeError as error:
+            if not is_lost_rank(error):
+                raise
+            rank = f"rank {everyone.rank} of {everyone.size}"
+            print(f"error: {rank} waited in vain for another: {one_line(str(error))}", file=sys.stderr)
+            os._exit(1)  # the groups cannot be taken down in order, as others wait in them
+    stop()
 
 
 def parser() -> Parser:
-    flags = Parser("python -m ling_kernels.train", description="Train a Ling-2.0 model on one device.")
-    flags.add_argument("--out", type=Path, help="folder of a new run (default: runs/MODEL-DATE-TIME)")
+    flags = Parser(
+        "python -m ling_kernels.train", usage="%(prog)s [flags]",
+        description="Train a Ling-2.0 model on one GPU or CPU. Without flags it trains tiny on the text that ships in"
+        " CPython, in minutes. docs/training.md has examples and explains what happens.",
+    )  # fmt: skip
+    flags.add_argument("--out", type=Path, metavar="RUN", help="folder of a new run (default: runs/MODEL-DATE-TIME)")
     flags.add_argument(
         "--resume",
         metavar="RUN",
@@ -98,8 +113,9 @@ def add_layout_flag(flags: argparse.ArgumentParser) -> None:
     )
 
 
-def run(options: dict, planner) -> int:
-    trainer = open_run(options)
+def run(options: dict, planner, everyone: Ranks) -> int:
+    with everyone.agreed():
+        trainer = open_run(options, everyone)
     for path in trainer.superseded:
         print(f"a later checkpoint is kept as {path.name}")
     for change in trainer.changes:
@@ -107,15 +123,21 @@ def run(options: dict, planner) -> int:
     print_header(trainer)
     s = trainer.settings
     record_start(trainer)
-    report = Report(trainer.folder, trainer.progress.step, s.steps, s.log_every, s.wandb, to_json(s))
+    report = (
+        Report(trainer.folder, trainer.progress.step, s.steps, s.log_every, s.wandb, to_json(s))
+        if everyone.first
+        else NoReport()
+    )
     try:
         stopped = train(trainer, report)
     except Diverged as error:
-        print(f"error: {error}; {way_back(trainer)}", file=sys.stderr)
+        if everyone.first:
+            print(f"error: {error}; {way_back(trainer)}", file=sys.stderr)
         return 1
     finally:
         report.close()
-        write_page(trainer.folder)
+        if everyone.first:
+            write_page(trainer.folder)
     if stopped:
         print(f"stopped by {stopped} after step {trainer.progress.step}; continue with")
         print(f"    {python('train')} --resume {shlex.quote(shown(trainer.folder))}")
@@ -141,28 +163,29 @@ def way_back(trainer: Trainer) -> str:
     return f"the last good checkpoint is {found[good]}: --resume it with a lower rate, such as {lower}, or --clip 0.5"
 
 
-def open_run(options: dict) -> Trainer:
+def open_run(options: dict, everyone: Ranks) -> Trainer:
     """The run that the flags name, new or to be resumed."""
     out, resume, restart, fall_back = options.pop("out"), options.pop("resume"), False, False
     if resume == "":
         raise InputError("--resume is empty: name a run, or auto")
     if resume == "auto":
-        resume = latest_run(out, settings_of(options).model)
+        model = settings_of(options).model
+        resume = everyone.from_first(lambda: latest_run(out, model))
         restart, out, fall_back = out is not None and resume is None, None if resume else out, True
     if resume and out:
         raise InputError("--out is for a new run and --resume for an existing one: give one of the two")
     if resume:
         return Trainer.of(resumed_run(resume, options, fall_back))
-    return Trainer.of(new_run(settings_of(options), out, restart))
+    return Trainer.of(new_run(settings_of(options), out, restart, given=options))
 
 
-def train(trainer: Trainer, report: Report) -> str | None:
+def train(trainer: Trainer, report: Report | NoReport) -> str | None:
     """Train up to settings.steps with validations and checkpoints. Returns the name of the signal that stopped it, if
     one did; a checkpoint is written then too. Raises Diverged, and NotSaved where the last checkpoint cannot be
     written; at another one training goes on, and tries again at the next."""
     s, progress = trainer.settings, trainer.progress
     saved: int | None = progress.step
-    profiler = StepProfiler(trainer.folder / "profile", progress.step, s.profile, s.steps, trainer.device)
+    profiler = profiler_of(trainer, report)
 
     @contextmanager
     def going_on() -> Iterator[None]:
@@ -184,7 +207,7 @@ def train(trainer: Trainer, report: Report) -> str | None:
             saved = progress.step
 
     with stop_on_signals() as received:
-        while progress.step < s.steps and not received:
+        while progress.step < s.steps and not trainer.ranks.any(bool(received)):
             profiler.begin(progress.step + 1)
             try:
                 record = trainer.step()
@@ -194,28 +217,39 @@ def train(trainer: Trainer, report: Report) -> str | None:
             profiled = profiler.end(progress.step)
             validating = progress.step == s.steps or due(progress.step, s.eval_every)
             if validating:
-                record |= trainer.validate()
+                record |= trainer.evaluate()
             report.step(record, trainer.details)
             for line in profiled:
                 report.say(line)
             with going_on():
                 trainer.writer.poll()
             if due(progress.step, s.sample_every) and progress.step < s.steps:  # the last sample is finish_run's
-                report.sample(progress.step, *sample(trainer.model, trainer.tokenizer, trainer.held_out, s))
+                if text := sampled(trainer):
+                    report.sample(progress.step, *text)
             if due(progress.step, s.save_every):
                 save()
             elif validating:
                 report.expert_load(progress.step)
-            if validating and progress.step < s.steps:  # the last is finish_run's
+            if validating and progress.step < s.steps and trainer.ranks.first:  # the last is finish_run's
                 write_page(trainer.folder, report.say)
         for line in profiler.stop(progress.step):
             report.say(line)
         with going_on():
             trainer.writer.wait()
-        if progress.step != saved:
+        if trainer.ranks.any(progress.step != saved):
             report.expert_load(progress.step)
             trainer.save()
-    return received[0] if received else None
+    return next(filter(None, trainer.ranks.exchange(received[0] if received else None)), None)
+
+
+def profiler_of(trainer: Trainer, report: Report | NoReport) -> StepProfiler:
+    """Records --profile's steps of rank 0 once in a run, and again where a resumed run changes their number."""
+    s, folder, number = trainer.settings, trainer.folder / "profile", trainer.settings.profile * trainer.ranks.first
+    changed = any(change["setting"] == "profile" for change in trainer.changes)
+    if number and not changed and (steps := recorded(folder)):
+        report.say(f"profile    {steps} was recorded before, in {shown(folder)}; another --profile N records again")
+        number = 0
+    return StepProfiler(folder, trainer.progress.step, number, s.steps, trainer.device)
 
 
 def write_page(run: Path, say: Callable[[str], None] = print) -> Path | None:
@@ -233,16 +267,20 @@ def due(step: int, every: int) -> bool:
 
 def print_header(trainer: Trainer) -> None:
     s, training, held_out = trainer.settings, trainer.training, trainer.held_out
-    total, active = sum(p.numel() for p in trainer.model.parameters()), trainer.config.num_active_parameters()
-    peak = f"{trainer.peak / 1e12:.4g} TFLOP/s ({trainer.peak_source})"
-    print(f"model      {s.model}: {total:,} parameters, {active:,} active in a token")
+    total, active = trainer.config.num_parameters(mtp=True), trainer.config.num_active_parameters()
+    ranks, peak = trainer.ranks, f"{trainer.peak / 1e12:.4g} TFLOP/s ({trainer.peak_source})"
+    sizes = as_flags({name: value for name in SIZES if (value := getattr(s, name)) is not None})
+    print(f"model      {' '.join([s.model, sizes]).strip()}: {total:,} parameters, {active:,} active in a token")
     print(
-        f"data       {training.tokens:,} tokens of {len(training):,} documents,"
-        f" {held_out.tokens:,} of {len(held_out):,} held out"
+        f"data       {training.tokens:,} tokens of {counted(len(training), 'document')} to train on,"
+        f" {held_out.tokens:,} of {counted(len(held_out), 'document')} to validate on"
     )
     for text in trainer.corpus.lines():
         print(text)
-    print(f"device     {trainer.device_name}, {str(trainer.precision)[6:]}, {peak}")
+    print(f"device     {trainer.device_name}, {str(trainer.precision)[6:]}, peak {peak}")
+    if ranks.size > 1:
+        pipelines = f", {ranks.pp} the layers, {stages_of(s, trainer.config)}" if ranks.pp > 1 else ""
+        print(f"processes  {ranks.size}: {ranks.dp} divide the rows, groups of {ranks.ep} the experts{pipelines}")
     print(f"run        {shown(trainer.folder)}, steps {trainer.progress.step + 1} to {s.steps}")
     print(*trainer.notes, sep="\n", end="\n" if trainer.notes else "", flush=True)
 
@@ -252,18 +290,21 @@ def finish_run(trainer: Trainer, planner) -> None:
     folder, config = trainer.folder, trainer.config
     if trainer.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(trainer.device)
-        planned = planner.plan_training(config, trainer.settings).peak
-        print(f"memory     {peak / 1e9:.2f} GB at the peak, {planned / 1e9:.2f} planned")
+        planned = planner.plan_training(config, trainer.settings).peak if trainer.ranks.size == 1 else None
+        print(f"memory     {peak / 1e9:.2f} GB at the peak" + (f", {planned / 1e9:.2f} planned" if planned else ""))
     try:
         trainer.export(folder / "model")
     except InputError as error:
         raise NotSaved(f"{error}; the weights are in {ckpt.list_checkpoints(folder)[-1]}") from None
+    text = sampled(trainer)
+    if not trainer.ranks.first:
+        return
     try:
-        plots, no_plots = draw(folder, moe_layers(config)), "matplotlib is missing (pip install ling_kernels[train])"
+        plots, no_plots = draw(folder, moe_layers(config)), "matplotlib is missing (pip install '.[train]')"
     except OSError as error:
         plots, no_plots = [], str(error)
-    if trainer.settings.sample_tokens:
-        prompt, text = sample(trainer.model, trainer.tokenizer, trainer.held_out, trainer.settings)
+    if text:
+        prompt, text = text
         with open_lines(folder / SAMPLES, trainer.progress.step - 1) as file:
             file.write(dict(step=trainer.progress.step, prompt=prompt, text=text))
         print(f"\nA sample that continues {prompt!r}:\n{text}\n")
@@ -276,22 +317,36 @@ def finish_run(trainer: Trainer, planner) -> None:
     if not plots:
         print(f"plot       none: {no_plots}")
     prompt = "--chat --prompt 'Hello'" if trainer.held_out.masks else "--prompt 'The '"
-    print(f"\n{python('generate')} --model {shlex.quote(shown(folder / 'model'))} {prompt}")
+    print("\nThe model continues a text with")
+    print(f"    {python('generate')} --model {shlex.quote(shown(folder / 'model'))} {prompt}")
 
 
-def sample(model: Ling, tokenizer: Tokenizer, held_out: Documents, settings: Settings) -> tuple[str, str]:
-    """The beginning of a held-out document, and the model's continuation; both depend on the weights and the settings
-    alone. Without any text held out it continues the end token."""
+def sampled(trainer: Trainer) -> tuple[str, str] | None:
+    """`sample`, in which every rank takes part with its experts; None with --sample-tokens 0 and for a pipeline."""
+    if not trainer.settings.sample_tokens or trainer.ranks.pp > 1:
+        return None
+    return sample(trainer.model, trainer.tokenizer, trainer.held_out, trainer.settings, trainer.ranks)
+
+
+def sample(
+    model: Ling, tokenizer: Tokenizer, held_out: Documents, settings: Settings, ranks: Ranks | None = None
+) -> tuple[str, str]:
+    """The beginning of a held-out document, and the model's continuation up to a token that ends a text or an answer;
+    both depend on the weights and the settings alone. Without any text held out it continues the end token."""
     starts = ([int(i) for i in beginning(held_out, d) if i != tokenizer.eos_id] for d in range(len(held_out)))
     prompt = next(filter(None, starts), [tokenizer.eos_id])
     ids = torch.tensor([prompt], device=next(model.parameters()).device)
     new = min(settings.sample_tokens, model.config.max_positions - len(prompt))
-    choose = sampler(temperature=TEMPERATURE, seed=settings.seed)
-    training = model.training
+    choose, ranks = sampler(temperature=TEMPERATURE, seed=settings.seed), ranks or Ranks()
+
+    def agreed(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        return ranks.from_first(lambda: choose(logits, ids))
+
+    ends, training = tokenizer.ends(), model.training
     model.eval()
-    tokens = [int(t) for t in model.stream(ids, new, choose=choose, eos_token_id=tokenizer.eos_id)]
+    tokens = [int(t) for t in model.stream(ids, new, choose=agreed, eos_token_id=ends)]
     model.train(training)
-    prompt, tokens = ([t for t in ids if t != tokenizer.eos_id] for ids in (prompt, tokens))
+    prompt, tokens = [t for t in prompt if t != tokenizer.eos_id], [t for t in tokens if t not in ends]
     text = TextStream(tokenizer, prompt)
     return tokenizer.decode(prompt), "".join(map(text.add, tokens)) + text.end()
 

@@ -1,15 +1,15 @@
 """The data of a run: the sources that it trains on, their mixture, and the sets that it validates on."""
 
-import warnings
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-from ..errors import InputError
+from ..errors import InputError, counted, warn
 from ..tokenizer import Tokenizer
 from .data import Documents, cut, describe, gather_tokens, hold_out, join, open_chats, packed_rows
-from .data.chats import is_chats, write_chats
+from .data.chats import chats_and_texts, write_chats
 from .data.mixture import Mixture, Rows, parse_sources, shares_of
 from .data.sources import find_files
 from .settings import Settings
@@ -53,14 +53,25 @@ class Corpus:
             tokens, number = sum(docs.tokens for docs in s.training), sum(map(len, s.training))
             lines.append(
                 f"source     {s.name}: {100 * s.share:.4g} % of the rows, {s.rows.rows_per_epoch:,.0f} rows an epoch,"
-                f" {tokens:,} tokens of {number:,} documents"
+                f" {tokens:,} tokens of {counted(number, 'document')}"
             )
         named = [v for v in self.validation if v.name is not None and v.name not in {s.name for s in self.sources}]
         return lines + [f"validation {v.name}: {v.targets:,} tokens to predict" for v in named]
 
 
-def open_corpus(settings: Settings, tokenizer: Tokenizer, vocab_size: int, cache: Path) -> Corpus:
-    """Open the run's data; text is tokenised into files beside `cache`. Raises InputError."""
+def open_corpus(
+    settings: Settings,
+    tokenizer: Tokenizer,
+    vocab_size: int,
+    cache: Path,
+    first_val_data: Sequence[str] | None = None,
+    dp: int = 1,
+) -> Corpus:
+    """Open the run's data; text is tokenised into files beside `cache`. Raises InputError.
+
+    first_val_data: the setting val_data with which the run began, where a resumed run has changed it. dp: processes
+    that share a step's rows, of which none takes more at once in a validation than in a step.
+    """
 
     def opened(data: Sequence[str] | None, stem: str) -> list[Documents]:
         return open_source(data, tokenizer, vocab_size, cache.with_stem(stem), settings)
@@ -78,11 +89,22 @@ def open_corpus(settings: Settings, tokenizer: Tokenizer, vocab_size: int, cache
         for name, docs, share in zip(names, parts, shares, strict=True)
     ]
     rows = Mixture([s.rows for s in sources], shares) if len(sources) > 1 else sources[0].rows
-    named = {name: opened([path], f"validation-{name}") for name, path in named_sets(settings.val_data or (), names)}
+    first = (settings.val_data if first_val_data is None else first_val_data) or ()
+    named = {
+        name: opened([path], validation_stem(name, path, first))
+        for name, path in named_sets(settings.val_data or (), names)
+    }
     held_out = [docs for s in sources for docs in s.held_out] or next(iter(named.values()))
     about = describe(join([docs for part in parts for docs in part]))
     training = join([docs for s in sources for docs in s.training])
-    return Corpus(sources, rows, validation_sets(sources, named, settings), training, join(held_out), about)
+    return Corpus(sources, rows, validation_sets(sources, named, settings, dp), training, join(held_out), about)
+
+
+def validation_stem(name: str, path: str, first: Sequence[str]) -> str:
+    """The name of a set's token file. Sets of a resumed run have their path's checksum in it: the name may have stood
+    for another path before, and the run may go back to that checkpoint."""
+    stem = f"validation-{name}"
+    return stem if f"{name}={path}" in first else f"{stem}-{zlib.crc32(path.encode(errors='surrogateescape')):08x}"
 
 
 def open_source(
@@ -92,10 +114,10 @@ def open_source(
     gather_tokens, an existing file is used as it is."""
     options, chat_cache = settings.text_options, cache.with_stem(f"{cache.stem}-chats")
     files = find_files(data, texts_may_be_gone=chat_cache.is_file() or cache.is_file()) if data is not None else []
-    chats = [path for path in files if is_chats(path, settings.text_field)]
+    chats, texts = chats_and_texts(files, options)
     rows, mapped = ([p for p in chats if (p.suffix == ".bin") == binary] for binary in (False, True))
     if rows and not chat_cache.is_file():
-        write_chats(rows, tokenizer, chat_cache, settings.train_on)
+        write_chats(rows, tokenizer, chat_cache, settings.train_on, options)
     if chat_cache.is_file():
         mapped.insert(0, chat_cache)
     if not mapped:
@@ -105,9 +127,8 @@ def open_source(
         if not any(docs.trained(d)[1:].any() for d in range(len(docs))):
             raise InputError(f"no conversation has a token to train on within --seq-len {settings.seq_len}: its answers"
                              " begin later")  # fmt: skip
-        warnings.warn(f"{longer:,} of {len(docs):,} conversations are longer than --seq-len {settings.seq_len} and lose"
-                      " their ends", stacklevel=2)  # fmt: skip
-    texts = [str(path) for path in files if path not in chats]
+        warn(f"{longer:,} of {len(docs):,} conversations are longer than --seq-len {settings.seq_len}: they lose their"
+             " ends")  # fmt: skip
     if texts or cache.is_file():
         return [gather_tokens(texts, tokenizer, vocab_size, cache, options), docs]
     return [docs]
@@ -126,17 +147,17 @@ def rows_of(parts: list[Documents], settings: Settings) -> Rows:
 
 
 def validation_sets(
-    sources: list[Source], named: dict[str, list[Documents]], settings: Settings
+    sources: list[Source], named: dict[str, list[Documents]], settings: Settings, dp: int
 ) -> list[ValidationSet]:
     """What each source has held out, and the named sets. val_loss is the mixture's, or without any held-out document
     the first named set's."""
     sets = [
-        validation_set(s.name if len(sources) > 1 else None, s.held_out, settings, s.share)
+        validation_set(s.name if len(sources) > 1 else None, s.held_out, settings, s.share, dp)
         for s in sources
         if s.held_out
     ]
     for name, docs in named.items():
-        sets.append(validation_set(name, docs, settings, 0.0 if sets else 1.0))
+        sets.append(validation_set(name, docs, settings, 0.0 if sets else 1.0, dp))
     return sets
 
 

@@ -14,6 +14,11 @@ TOP = 40  # ops in the table
 MEMORY_EVENTS = 100_000  # kept for the snapshot
 
 
+def recorded(folder: Path) -> str | None:
+    """The last steps whose profile is in the folder, as its files name them."""
+    return max((path.stem for path in folder.glob("steps-*.txt")), default=None)
+
+
 class StepProfiler:
     """Records steps `first` to `last` of a process whose first `since` steps are done; call begin and end around
     each."""

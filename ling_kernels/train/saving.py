@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from math import log
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from ..errors import InputError, one_line
@@ -42,20 +41,20 @@ class Snapshot:
     random: dict[str, Tensor]
 
 
-def snapshot(model: Ling, optimizer: torch.optim.Optimizer, copy: bool) -> Snapshot:
-    """The tensors themselves, or copies of them on the host, which later steps do not change."""
+def snapshot(model: Ling, moments: dict[str, Tensor], copy: bool) -> Snapshot:
+    """The tensors themselves, or copies of them on the host, which later steps do not change. moments: the optimizer's
+    state, as `checkpoint.optimizer_tensors` gives it."""
 
     def on_host(t: Tensor) -> Tensor:
         return t.detach().to("cpu", copy=True).contiguous() if copy else t.detach()
 
     weights = {key: on_host(view) for key, view in named_views(model)}
-    moments = {key: on_host(t) for key, t in ckpt.optimizer_tensors(model, optimizer).items()}
-    return Snapshot(model.config, weights, moments, ckpt.random_states())
+    return Snapshot(model.config, weights, {k: on_host(t) for k, t in moments.items()}, ckpt.random_states())
 
 
-def size_of(model: Ling, optimizer: torch.optim.Optimizer) -> int:
+def size_of(model: Ling, moments: dict[str, Tensor]) -> int:
     """Bytes of a checkpoint's tensors."""
-    tensors = [t for _, t in named_views(model)] + [*ckpt.optimizer_tensors(model, optimizer).values()]
+    tensors = [t for _, t in named_views(model)] + [*moments.values()]
     return sum(t.numel() * t.itemsize for t in tensors)
 
 

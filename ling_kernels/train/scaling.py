@@ -6,10 +6,12 @@ backward, without MTP) times tokens. With the 20e12 tokens of Ling-2.0 they give
 its models (arXiv 2510.22115, table 1) within 2 % and 9 %.
 """
 
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
+from ..errors import counted
 from ..model import LingConfig
-from .settings import Settings
+from .settings import BY_SIZE, Settings
 
 SMALLEST_FIT = 3e17  # FLOPs of the smallest runs behind the laws
 LING_TOKENS = 20e12  # of Ling-2.0's pre-training
@@ -49,16 +51,18 @@ def trained_peak_lr(config: LingConfig, seq_len: int) -> float:
     return peak_lr(flops_per_token(config, seq_len) * LING_TOKENS)
 
 
-def with_defaults(s: Settings, config: LingConfig, trained: bool) -> tuple[Settings, list[str]]:
+def with_defaults(
+    s: Settings, config: LingConfig, trained: bool, given: Collection[str] = ()
+) -> tuple[Settings, list[str]]:
     """The settings with lr, warm-up and batch, and lines that say where each comes from.
 
-    trained: the run continues a model's weights. `Settings` has the values of a preset's recipe already.
+    trained: the run continues a model's weights. given: settings that the user gave; of others with the value of a
+    preset's recipe, which `Settings` has already, the recipe is named.
     """
     steps, seq_len, micro = max(1, s.steps), max(1, s.seq_len), max(1, s.micro_batch or 1)
     flops, recipe = flops_per_token(config, seq_len), s.recipe()
-    sources = {
-        name: "recipe" if recipe.get(name) == getattr(s, name) else "given" for name in ("lr", "warmup", "batch")
-    }
+    of_recipe = {name for name in BY_SIZE if name not in given and recipe.get(name) == getattr(s, name)}
+    sources = {name: "recipe" if name in of_recipe else "given" for name in BY_SIZE}
     chosen: dict = {}
     if s.batch is None:
         rows = batch_tokens_in(flops, steps) / seq_len
@@ -76,11 +80,7 @@ def with_defaults(s: Settings, config: LingConfig, trained: bool) -> tuple[Setti
         compute = flops * steps * seq_len * max(1, chosen.get("batch") or s.batch)
         chosen["lr"], sources["lr"] = float(f"{peak_lr(compute):.2e}"), "Ling's scaling law"
     s = replace(s, **chosen)
-    micro_batch = f", {s.micro_batch} at a time" if s.micro_batch else ""
-    lines = [
-        f"schedule   lr {s.lr:g} ({sources['lr']}), warm-up {s.warmup} steps ({sources['warmup']}),"
-        f" batch {s.batch} rows{micro_batch} ({sources['batch']})"
-    ]
+    lines = [schedule_line(s, sources)]
     if s.warmup > s.steps:
         lines.append(f"warning    the warm-up of {s.warmup} steps is longer than the run of {s.steps}")
     if trained and s.lr > peak:
@@ -89,6 +89,19 @@ def with_defaults(s: Settings, config: LingConfig, trained: bool) -> tuple[Setti
             " may be lost"
         )
     return s, lines
+
+
+def schedule_line(s: Settings, sources: Mapping[str, str] | None = None) -> str:
+    """What a run does with its learning rate and its batch. sources: where lr, warmup and batch come from."""
+    lr, warmup, batch = (f" ({sources[name]})" if sources else "" for name in BY_SIZE)
+    decay = "no decay"
+    if s.decay != "none":
+        decay = f"{s.decay} decay to {s.min_lr:g} over the last {s.schedule['decay_steps']}"
+    micro_batch = f", {s.micro_batch} at a time" if s.micro_batch else ""
+    return (
+        f"schedule   lr {s.lr:g}{lr}, warm-up {counted(s.warmup, 'step')}{warmup}, {decay};"
+        f" batch {counted(s.batch, 'row')} of {s.seq_len} tokens{micro_batch}{batch}"
+    )
 
 
 def forward_rows(batch: int, seq_len: int) -> int | None:

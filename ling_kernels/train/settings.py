@@ -63,7 +63,7 @@ class Settings:
         " weights)",
     )
     mtp: int | None = flag(None, "MTP layers of a model with random weights", least=0, shown="the model's")
-    layers: int | None = flag(None, "of a model with random weights, as all sizes here", least=1, shown="the model's")
+    layers: int | None = flag(None, "layers; this and other sizes are for random weights", least=1, shown="the model's")
     dense_layers: int | None = flag(None, "layers without experts at the beginning", least=0, shown="follows --layers")
     hidden: int | None = flag(None, "hidden size", least=1, shown="the model's")
     heads: int | None = flag(None, "attention heads", least=1, shown="follows --hidden")
@@ -71,16 +71,18 @@ class Settings:
     head_dim: int | None = flag(None, "size of a head", least=1, shown="follows --hidden and --heads")
     intermediate: int | None = flag(None, "size of the dense layers' MLP", least=1, shown="follows --hidden")
     experts: int | None = flag(None, "routed experts of a layer", least=1, shown="the model's")
-    topk: int | None = flag(None, "experts of a token", least=1, shown="the model's")
-    groups: int | None = flag(None, "groups of experts", least=1, shown="follows --experts")
-    top_groups: int | None = flag(None, "groups that are open to a token", least=1, shown="follows --groups")
-    moe_intermediate: int | None = flag(None, "size of an expert", least=1, shown="follows --hidden")
-    positions: int | None = flag(None, "longest sequence", least=2, shown="the model's")
+    topk: int | None = flag(None, "experts that a token goes to", least=1, shown="the model's")
+    groups: int | None = flag(
+        None, "groups of experts, of which a token chooses some", least=1, shown="follows --experts"
+    )
+    top_groups: int | None = flag(None, "groups that a token chooses", least=1, shown="follows --groups")
+    moe_intermediate: int | None = flag(None, "size of an expert's MLP", least=1, shown="follows --hidden")
+    positions: int | None = flag(None, "tokens of the longest sequence", least=2, shown="the model's")
     vocab: int | str | None = flag(
         None,
         "size of the vocabulary of a model with random weights; auto: the tokenizer's, rounded up to a multiple of 128",
         least=1,
-        shown="the model's; auto for tiny, where the tokenizer has more, and with sizes of one's own",
+        shown="the model's; auto for tiny, where the tokenizer has more, and with sizes of one's own", metavar="N|auto",
     )  # fmt: skip
     data: tuple[str, ...] | None = flag(
         None,
@@ -88,9 +90,13 @@ class Settings:
         " PATH=WEIGHT for each, its share of the rows",
         nargs="+",
         shown="the text that ships in CPython",
+        metavar="PATH",
     )
     tokenizer: str | None = flag(
-        None, "a Hugging Face tokenizer.json or its folder", shown="the one in the model's directory, else byte-level"
+        None,
+        "a Hugging Face tokenizer.json or its folder",
+        metavar="PATH",
+        shown="the one in the model's directory, else byte-level",
     )
     text_field: str = flag("text", "field of .json and .jsonl, column of .parquet and .arrow, that holds the text")
     encoding: str = flag("utf-8", "encoding of text files, .json and .jsonl, for example gb18030, latin-1 or utf-16")
@@ -106,18 +112,21 @@ class Settings:
         20, "every N-th document is kept for validation and never trained on; 0: none, with --val-data", least=0
     )
     val_data: tuple[str, ...] | None = flag(
-        None, "NAME=PATH, further data to validate on: its loss is val_loss/NAME", nargs="+", shown="none"
+        None, "further data to validate on, as val_loss/NAME", nargs="+", shown="none", metavar="NAME=PATH"
     )
     train_on: str = flag(
         "assistant", "in chats: train on the answers of the role assistant, or on all", choices=("assistant", "all")
     )
 
     steps: int = flag(600, "optimizer steps of the whole run", least=1, shown="the recipe's, or else 600")
-    seq_len: int = flag(256, "tokens in a row", least=2)
+    seq_len: int = flag(256, "tokens in a row", least=2, shown="the recipe's, or else 256")
     batch: int | None = flag(None, "rows in a step", least=1, shown="the recipe's, or by the model's size")
     micro_batch: int | None = flag(None, "rows in a forward pass; gradients add up", least=1, shown="the whole batch")
     batch_ramp: str | None = flag(
-        None, "START:STEPS, begin with START rows a step and reach --batch after STEPS steps", shown="no ramp"
+        None,
+        "begin with START rows a step and reach --batch after STEPS steps",
+        shown="no ramp",
+        metavar="START:STEPS",
     )
     step_in_backward: bool = flag(
         False,
@@ -159,10 +168,10 @@ class Settings:
     eval_rows: int = flag(64, "rows of a validation, always the same, evenly spaced", least=1)
     save_every: int = flag(200, "steps between checkpoints; 0: only at the end", least=0)
     keep: int = flag(
-        2, "number of latest checkpoints to keep, besides the last good one and the next that may be; 0: all", least=0
+        2, "latest checkpoints to keep, besides the last that is known to be good and the one after it; 0: all", least=0
     )
     keep_every: int = flag(0, "keep the checkpoints of every N-th step for ever; 0: none", least=0)
-    log_every: int = flag(10, "steps between lines where stderr is not a terminal", least=1)
+    log_every: int = flag(10, "steps between lines; on a terminal a progress bar takes their place", least=1)
     max_bad_steps: int = flag(5, "stop after this many skipped steps in a row", least=1)
     spike_loss: float | None = flag(
         None,
@@ -172,13 +181,29 @@ class Settings:
     spike_norm: float | None = flag(
         None, "the same for the gradient norm", least=0, shown=f"{SPIKE_NORM}, or 0 with --step-in-backward"
     )
-    sample_tokens: int = flag(200, "length of the sample at the end; 0: none", least=0)
+    sample_tokens: int = flag(200, "tokens of a sample; 0: none, not at the end either", least=0)
     sample_every: int = flag(0, "steps between samples during training, of the same prompt; 0: none", least=0)
     profile: int = flag(
         0, "steps to profile after 3 others: a trace, a table and on a GPU a memory snapshot in RUN/profile; 0: none",
         least=0,
     )  # fmt: skip
-    wandb: str | None = flag(None, "log to this project of wandb, too; TensorBoard needs no flag", shown="no wandb")
+    wandb: str | None = flag(None, "log to this project of wandb, too; TensorBoard needs no flag", shown="no wandb",
+                             metavar="PROJECT")  # fmt: skip
+    dp: int | None = flag(
+        None, "data-parallel processes, started by torchrun, which divide the rows of a step", least=1,
+        shown="all processes over --pp",
+    )  # fmt: skip
+    ep: int = flag(1, "processes among the data-parallel ones that divide the experts of each layer", least=1)
+    pp: int = flag(1, "processes that divide the layers, a pipeline; --dp times --pp is their number", least=1)
+    pipeline: str | None = flag(
+        None,
+        "the pipeline's stages, as Megatron writes them: E embedding, t layer, m MTP layer, L head and losses, |"
+        " between stages, x*n and (...)*n; each process takes every --pp-th stage",
+        shown="equally many layers in each", metavar="LAYOUT",
+    )  # fmt: skip
+    dist_timeout: float | None = flag(
+        None, "seconds that a process waits for another in a step", above=0, shown="torch's: 600 on GPUs, else 1800"
+    )
     device: str = flag("auto", "auto uses a GPU where torch finds one", choices=("auto", "cpu", "cuda"))
     precision: str = flag(
         "auto",
@@ -206,7 +231,9 @@ class Settings:
         "measurements in a row outside its band after which a layer switches to bf16; 0: it is only reported",
         least=0,
     )
-    threads: int | None = flag(None, "CPU threads", least=1, shown="one per core that is idle at the start")
+    threads: int | None = flag(
+        None, "CPU threads", least=1, shown="one per core that is idle at the start, or 1 if that is faster"
+    )
 
     def __post_init__(self):
         for f in fields(self):
@@ -287,36 +314,21 @@ FIELDS = {f.name: f for f in fields(Settings)}
 CHANGEABLE_ON_RESUME = {
     "data", "batch", "micro_batch", "lr", "warmup", "decay", "decay_steps", "min_lr", "weight_decay", "clip", "z_loss",
     "balance_rate", "steps", "eval_every", "save_every", "keep", "keep_every", "log_every", "max_bad_steps",
-    "sample_tokens", "sample_every", "profile", "wandb", "device", "threads",
+    "sample_tokens", "sample_every", "profile", "wandb", "device", "threads", "val_data", "eval_rows",
+    "dp", "ep", "pp", "pipeline", "dist_timeout",
     "precision", "master", "recompute", "fp8_weights", "fp8_wgrad", "fp8_transposed", "fp8_scales", "fp8_watch",
     "fp8_fallback", "spike_loss", "spike_norm", "step_in_backward",
 }  # fmt: skip
 
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add --preset and one flag per setting. Flags that are not given are absent from the result: a resumed run keeps
-    its own values for them."""
-    presets = "; ".join(f"{name}: {as_flags(values)}" for name, values in PRESETS.items())
-    parser.add_argument(
-        "--preset", choices=PRESETS, default=argparse.SUPPRESS,
-        help=f"a recipe's settings, for the flags that are not given: {presets}",
-    )  # fmt: skip
-    for f in fields(Settings):
-        add_flag(parser, f)
-
-
-def add_flag(parser: argparse.ArgumentParser, f: Field) -> None:
-    options = {k: v for k, v in f.metadata.items() if k not in ("least", "above", "shown")}
-    default = f.metadata.get("shown", f.default)
-    options["help"] = f"{options['help']} (default: {default})"
-    if "choices" not in options and "action" not in options:
-        options["type"] = next((kind for kind in (int, float) if f.type in (kind, kind | None)), str)
-        options["metavar"] = {int: "N", float: "X"}.get(options["type"], f.name.upper())
-    parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **options)
-
-
-def as_flags(values: dict) -> str:
-    return " ".join(f"--{k.replace('_', '-')} {v}" for k, v in values.items())
+# Why a run keeps others. Those about the data change together with it: new data is read from its beginning.
+WHY_WITH_DATA = dict(
+    {name: "the run's texts are tokenised with it" for name in TEXT_SETTINGS},
+    holdout="it decides which documents are trained on", train_on="the run's chats are tokenised with it",
+)  # fmt: skip
+WHY_KEPT = WHY_WITH_DATA | dict(
+    seq_len="the run's position is a number of rows of that length", seed="the order of the data follows from it",
+    optimizer="another one has other states",
+)  # fmt: skip
 
 
 def settings_of(options: dict, saved: dict | None = None) -> Settings:
@@ -331,13 +343,15 @@ def settings_of(options: dict, saved: dict | None = None) -> Settings:
     before = from_json(saved)
     options = {name: value for name, value in options.items() if value is not None or name not in BY_SIZE}
     new_data = options.get("data", before.data) != before.data
-    changeable = {*CHANGEABLE_ON_RESUME, *(TEXT_SETTINGS if new_data else ())}
+    changeable = {*CHANGEABLE_ON_RESUME, *(WHY_WITH_DATA if new_data else ())}
     for name, value in options.items():
         if name not in changeable and value != getattr(before, name):
-            flag = f"--{name.replace('_', '-')}"
-            raise InputError(
-                f"{name} is {getattr(before, name)!r} in the run to resume and {value!r} here: leave {flag} out"
-            )
+            flag, why = f"--{name.replace('_', '-')}", WHY_KEPT.get(name, "it belongs to the run's weights")
+            remedy = "change it together with --data, or " if name in WHY_WITH_DATA else ""
+            raise InputError(f"{name} is {getattr(before, name)!r} in the run to resume and {value!r} here, but {why}:"
+                             f" {remedy}leave {flag} out")  # fmt: skip
+    if options.get("pp", before.pp) != before.pp:  # the layout is of the old number of processes
+        options.setdefault("pipeline", None)
     after = replace(before, **options)
     if after.optimizer == "muon" and after.master != before.master:
         raise InputError(f"--master {after.master}: the run has {before.master}, with which muon keeps other states")

@@ -17,11 +17,12 @@ PACKAGES = "torch", "triton", "numpy", "safetensors", "tokenizers"
 
 def record_start(trainer: Trainer) -> None:
     """Append a line. Its step is the last one done before; lines of later steps, of a run that went on further, go."""
-    model = trainer.model
+    if not trainer.ranks.first:
+        return
     line = dict(
         step=trainer.progress.step, date=time.strftime("%Y-%m-%d %H:%M:%S %Z"), device=trainer.device_name,
         precision=str(trainer.precision)[6:], peak_flops=trainer.peak, peak_source=trainer.peak_source,
-        parameters=sum(p.numel() for p in model.parameters()), active=trainer.config.num_active_parameters(),
+        parameters=trainer.config.num_parameters(mtp=True), active=trainer.config.num_active_parameters(),
         layers=moe_layers(trainer.config), training_tokens=trainer.training.tokens, held_out=trainer.held_out.tokens,
         versions=dict(ling_kernels=__version__, python=platform.python_version()) | versions(),
         system=platform.platform(), cores=os.cpu_count(), changes=trainer.progress.changes,

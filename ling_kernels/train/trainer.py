@@ -1,10 +1,9 @@
 """The trainer: one global batch after the other on one device, validation, checkpoints, resuming bit for bit."""
 
 import os
-import re
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from math import isfinite
 from pathlib import Path
@@ -13,16 +12,20 @@ import torch
 from torch import nn
 
 from ..errors import Diverged, InputError
-from ..model import Ling, load_model, save_model
-from ..nn.fp8 import to_fp8
-from ..ops.grad_norm import grad_norm
+from ..model import save_model
+from ..parallel.pipeline import LOSSES, MicroBatch
+from ..parallel.ranks import Ranks
+from ..parallel.shares import Shares
 from . import checkpoint as ckpt
-from .changes import DATA_FOLDER
+from .building import apply_fp8_and_recompute, make_model
+from .changes import DATA_FOLDER, first_value
 from .corpus import open_corpus
 from .data.mixture import Rows
 from .monitor import WINDOW, FP8Monitor, ceilings, spike, to_bf16
-from .optimizer import StepInBackward, clipped_step, make_optimizer, to_masters
+from .optimizer import StepInBackward, clipped_step, make_optimizer
 from .prepare import Run, deterministic, discard, new_run, peak_flops, resumed_run
+from .prepare.run import write_settings
+from .prepare.threads import faster_threads
 from .report import FP8_FILE, Details, read_lines
 from .saving import Writer, count_sound, kept, room_for_copy, size_of, snapshot, write
 from .schedule import learning_rate, rows_at
@@ -62,7 +65,7 @@ class Trainer:
         while trainer.progress.step < trainer.settings.steps:
             record = trainer.step()
             if record["step"] % 50 == 0:
-                print(record["step"], record["loss"], trainer.evaluate())
+                print(record["step"], record["loss"], trainer.evaluate()["val_loss"])
                 trainer.save()
         trainer.export("runs/mine/model")
         trainer = Trainer.resume("runs/mine", steps=400)  # later, perhaps in another process
@@ -124,22 +127,30 @@ class Trainer:
         self.config, self.tokenizer, self.folder, self.lock = run.config, run.tokenizer, run.folder, run.lock
         self.device, self.device_name, self.precision = run.device, run.device_name, run.precision
         self.progress, self.details, self.superseded, self.writer = Progress(), Details(), [], Writer()
+        ranks = self.ranks = run.ranks
         self.changes, new_data = run.changes, any(change["setting"] == "data" for change in run.changes)
         with deterministic():
             try:
-                self.corpus = open_corpus(s, self.tokenizer, self.config.vocab_size, run.tokens)
+                record = [*(run.state or {}).get("changes", []), *run.changes]
+                first = first_value("val_data", record, s.val_data) or ()
+                self.corpus = ranks.in_turn(
+                    lambda: open_corpus(s, self.tokenizer, self.config.vocab_size, run.tokens, first, ranks.dp)
+                )
                 self.training, self.held_out = self.corpus.training, self.corpus.held_out
                 self.data = self.corpus.about
+                ranks.compare(the_data=self.data)
                 if run.state and not new_data and run.state["data"] != self.data:
                     raise InputError(f"data: {self.data} is not what the run began with, {run.state['data']}")
-                self.model = make_model(run)
+                self.model, self.shares = make_model(run)
                 self.notes = [*run.notes, *apply_fp8_and_recompute(self.model, s)]
+                if run.try_threads:
+                    s = self.settings = self._with_faster_threads(run)
             except BaseException:  # also Ctrl-C
                 discard(run)
                 raise
             self.optimizer = make_optimizer(self.model, s.optimizer, s.lr, s.weight_decay, s.seed)
             if run.checkpoint:
-                ckpt.restore(run.checkpoint, self.model, self.optimizer)
+                ckpt.restore(run.checkpoint, self.model, self.optimizer, self.shares.part)
                 self.progress = Progress(**{n: run.state[n] for n in asdict(self.progress) if n in run.state})
                 if unknown := {*self.progress.in_bf16} - {name for name, _ in self.model.named_modules()}:
                     raise InputError(f"{run.checkpoint / 'state.json'}: in_bf16 names no layer: {min(unknown)}")
@@ -149,13 +160,28 @@ class Trainer:
                 if new_data:  # its losses may be of another size
                     self.progress.data_start, self.progress.recent = self.progress.sequences, []
                     self.progress.data_folder = run.tokens.parent.name
-                self.superseded = ckpt.set_aside_later(self.folder, run.checkpoint)
+                self.superseded = ranks.from_first(lambda: ckpt.set_aside_later(self.folder, run.checkpoint))
             self.peak, self.peak_source = peak_flops(self.device, self.precision)
         self.rows = self.corpus.rows
         self.bytes_of_tokens = bytes_of_tokens(self.tokenizer)
         self.in_backward = StepInBackward(self.model, self.optimizer) if s.step_in_backward else None
         earlier = [row for row in read_lines(self.folder / FP8_FILE) if row["step"] <= self.progress.step]
         self.monitor = FP8Monitor(self.model, s.fp8_watch, s.fp8_fallback, earlier)
+
+    def _with_faster_threads(self, run: Run) -> Settings:
+        """The settings with 1 thread where that is faster in a trial, which leaves the model as it was."""
+        s, model = run.settings, self.model
+        rows = s.micro_batch or s.batch
+
+        def one_pass() -> None:
+            accumulate_gradients(model, self.corpus.rows, 0, rows, s, self.device, self.precision)
+            model.zero_grad()
+            model.balance_(0.0)  # clears the counts
+
+        threads, line = faster_threads(one_pass, s.threads, s.steps * s.batch // rows)
+        run.settings = replace(s, threads=threads)
+        self.notes += [line] if line else []
+        return write_settings(run).settings
 
     def step(self) -> dict:
         """Train on the next global batch and return its record, the line of metrics.jsonl:
@@ -175,14 +201,15 @@ class Trainer:
             raise InputError(f"all {s.steps} steps are done: save, and Trainer.resume({str(self.folder)!r}, steps=N)")
         with deterministic(), self.monitor.measuring(progress.step + 1) as measured:
             record, counts = train_step(
-                self.model, self.optimizer, self.rows, s, progress, self.precision, self.in_backward
+                self.model, self.optimizer, self.rows, s, progress, self.precision, self.in_backward, self.shares
             )
         seconds = time.perf_counter() - start
         record["tokens_per_s"] = record.pop("step_tokens") / seconds
-        record["mfu"] = self.config.flops_per_token(s.seq_len) * record["tokens_per_s"] / self.peak
+        record["mfu"] = self.config.flops_per_token(s.seq_len) * record["tokens_per_s"] / (self.peak * self.ranks.size)
         record |= self.corpus.epochs(progress.row)
         self.details = Details(seconds, counts, measured)
         if measured:
+            measured = self.details.fp8 = self.ranks.from_first(lambda: measured)  # layers switch on all ranks alike
             self.details.out_of_range = self.monitor.update(measured)
             self.details.switched = self.monitor.layers_to_disable()
             for name in self.details.switched:
@@ -193,15 +220,11 @@ class Trainer:
             raise Diverged(f"no sound loss and gradient in {progress.bad} steps up to {progress.step}", record)
         return record
 
-    def evaluate(self) -> float:
-        """Mean loss of the next token over the held-out rows, in nats."""
-        return self.validate()["val_loss"]
-
-    def validate(self) -> dict:
+    def evaluate(self) -> dict[str, float]:
         """val_loss, the mean loss of the next token in nats, and val_bpb, in bits per byte, of the held-out rows; and
         val_loss/NAME and val_bpb/NAME of each set of val_data and each source of a mixture."""
         with deterministic():
-            return measure(self.model, self.corpus.validation, self.bytes_of_tokens, self.precision)
+            return measure(self.model, self.corpus.validation, self.bytes_of_tokens, self.precision, self.shares)
 
     def save(self, wait: bool = True) -> Path:
         """Write a checkpoint of the steps done so far, and remove others as `settings.keep` says; returns its folder.
@@ -212,56 +235,27 @@ class Trainer:
         `writer.poll()` or `writer.wait()` raises it.
         """
         self.writer.wait()
-        s, proven = self.settings, self.progress.proven
+        s, proven, folder = self.settings, self.progress.proven, ckpt.checkpoint_folder(self.folder, self.progress.step)
         state = asdict(self.progress) | dict(settings=to_json(s), data=self.data, torch=torch.__version__)
-        wait = wait or not room_for_copy(size_of(self.model, self.optimizer))
-        tensors = snapshot(self.model, self.optimizer, copy=not wait)
+        whole = self.shares.whole(ckpt.optimizer_tensors(self.model, self.optimizer))
+        if whole is None:
+            return folder
+        gathered = self.ranks.size > 1  # copies, which no step changes
+        wait = wait or not (gathered or room_for_copy(size_of(*whole)))
+        tensors = snapshot(*whole, copy=not wait and not gathered)
         keep = partial(kept, keep=s.keep, keep_every=s.keep_every, proven=proven)
         job = partial(write, self.folder, tensors, self.tokenizer, state, keep)
         if wait:
             job()
         else:
             self.writer.start(job)
-        return ckpt.checkpoint_folder(self.folder, self.progress.step)
+        return folder
 
     def export(self, folder: str | Path) -> None:
         """Write the model in bf16 and its tokenizer as a Hugging Face folder."""
-        save_model(self.model, Path(folder))
-        self.tokenizer.save(Path(folder))
-
-
-def make_model(run: Run) -> Ling:
-    """The model with its master weights, in training mode: from the checkpoint, the model's folder, or random."""
-    s = run.settings
-    if run.checkpoint or run.weights:
-        model = load_model(run.checkpoint or run.weights, dtype=torch.float32, device=run.device)
-        model.config = run.config  # its end token may be the tokenizer's
-    else:
-        model = Ling(run.config)
-        model.init_weights(torch.Generator().manual_seed(s.seed))  # on the CPU: the same on every device
-        to_masters(model, s.master)  # in bf16 the model takes half of the GPU's memory
-        model.to(run.device)
-    to_masters(model, s.master)
-    torch.manual_seed(s.seed)
-    return model.train()
-
-
-def apply_fp8_and_recompute(model: Ling, s: Settings) -> list[str]:
-    """Replace layers by FP8 ones and switch recomputation on, as the settings say; returns lines that describe it."""
-    notes = []
-    if s.precision == "fp8":
-        replaced, left = to_fp8(
-            model, s.recompute, wgrad=s.fp8_wgrad, transposed=s.fp8_transposed, weights=s.fp8_weights,
-            pow2=s.fp8_scales == "pow2",
-        )  # fmt: skip
-        kinds = dict.fromkeys(re.sub(r"\b\d+\.", "*.", name) for name in left)
-        rest = f"; in bf16, because sizes are not multiples of 128: {'; '.join(kinds)}" if left else ""
-        notes.append(f"fp8        {len(replaced)} of {len(replaced) + len(left)} layers{rest}")
-    elif s.fp8_watch:
-        notes.append("fp8        none of the layers: --fp8-watch has nothing to measure")
-    if s.recompute == "full":
-        model.recompute_()
-    return notes
+        if whole := self.shares.whole({}):
+            save_model(whole[0], Path(folder))
+            self.tokenizer.save(Path(folder))
 
 
 def train_step(
@@ -272,15 +266,16 @@ def train_step(
     progress: Progress,
     precision: torch.dtype,
     in_backward: StepInBackward | None = None,
+    shares: Shares | None = None,
 ) -> tuple[dict, torch.Tensor | None]:
     """One global batch: the exact sum of its micro batches' gradients, one step of the optimizer and of the balancing.
 
     Returns the step's record, and the tokens of each MoE layer and expert (int64). The host waits for the device once,
     for the record. Whether to skip the step is decided on the device, and from the same numbers again on the host.
     """
-    device = next(model.parameters()).device
-    step = progress.step + 1
-    rows = rows_at(step, settings.batch, settings.ramp, settings.micro_batch or 1)
+    device, shares = next(model.parameters()).device, shares or Shares(model, Ranks())
+    ranks, step = shares.ranks, progress.step + 1
+    rows = rows_at(step, settings.batch, settings.ramp, ranks.dp * (settings.micro_batch or 1))
     lr = learning_rate(step, **settings.schedule)
     optimizer.zero_grad()
     limits = settings.spikes
@@ -290,16 +285,17 @@ def train_step(
         return loss.isfinite() & (loss.double() <= highest_loss)
 
     begin = None if in_backward is None else lambda loss: in_backward.begin(lr, usable(loss))
-    losses = accumulate_gradients(model, packed, progress.row, rows, settings, device, precision, begin)
+    losses = accumulate_gradients(model, packed, progress.row, rows, settings, device, precision, begin, shares)
+    counts = shares.sum_counts_()
     if in_backward is None:
-        norm = grad_norm([p.grad for p in model.parameters() if p.grad is not None])
+        shares.sum_gradients_()
+        norm = shares.norm()
         take_step = usable(losses[0]) & norm.isfinite() & (norm.double() <= highest_norm)
         clipped_step(optimizer, lr, norm, settings.clip, take_step)
+        shares.spread_weights_()
     else:
         norm = in_backward.norm()
-    routed = bool(model.routers())
-    counts = model.expert_counts().long() if routed else None
-    violation = counts.amax(1) / counts.double().mean(1) - 1 if routed else torch.zeros(1, device=device)
+    violation = torch.zeros(1, device=device) if counts is None else counts.amax(1) / counts.double().mean(1) - 1
     measured = torch.stack([*losses, norm, violation.amax(), violation.mean()]).tolist()
     names = ("loss", "main_loss", "mtp_loss", "z_loss", "grad_norm", "load_violation_max", "load_violation_mean")
     record = dict(zip(names, measured, strict=True))
@@ -323,18 +319,27 @@ def train_step(
 
 def accumulate_gradients(
     model: nn.Module, packed: Rows, first: int, rows: int, settings: Settings, device: torch.device,
-    precision: torch.dtype, begin: Callable[[torch.Tensor], None] | None = None,
+    precision: torch.dtype, begin: Callable[[torch.Tensor], None] | None = None, shares: Shares | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """Forward and backward of `rows` rows from row `first` on, in micro batches -> [4] fp64: loss, main, MTP, z-loss.
+    """Forward and backward of `rows` rows from row `first` on, in micro batches, which the data-parallel ranks share
+    -> [4] fp64 of all rows: loss, main, MTP, z-loss.
 
     begin is called with the loss before its backward; it needs a single micro batch. Every sum of losses is divided
     by the global batch's number of targets, and the z-loss, a mean over tokens, is weighted by a micro batch's share
     of the rows: any division into micro batches gives the same gradient.
     """
-    micro = settings.micro_batch or rows
-    batches = [packed.batch(range(first + i, first + min(i + micro, rows))) for i in range(0, rows, micro)]
-    targets = [sum(b.targets(1 + k) for b in batches) for k in range(1 + len(model.mtp))]
+    ranks, pipeline = (shares.ranks, shares.pipeline) if shares else (Ranks(), None)
+    micro = settings.micro_batch or rows // ranks.dp
+    parts = ranks.share([range(first + i, first + min(i + micro, rows)) for i in range(0, rows, micro)])
+    batches = [packed.batch(part) for part in parts]
+    here = [sum(b.targets(1 + k) for b in batches) for k in range(1 + len(model.mtp))]
+    targets = ranks.sum_(torch.tensor(here)).tolist()
     total = torch.zeros(4, device=device, dtype=torch.float64)
+    if pipeline is not None:
+        losses = pipeline.step([MicroBatch.of(b, device) for b in batches], targets, settings.z_loss * micro / rows)
+        if losses is not None:  # on the last stage's rank
+            total += torch.tensor([losses[name] for name in ("loss", *LOSSES)], device=device)
+        return ranks.sum_(total, stages=True)
     for batch in batches:
         ids, labels, cu_seqlens = batch.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
@@ -351,4 +356,4 @@ def accumulate_gradients(
         out.loss.backward()
         mtp = out.mtp_loss if out.mtp_loss is not None else total.new_zeros(())
         total += torch.stack([x.detach().double() for x in (out.loss, out.main_loss, mtp, out.z_loss)])
-    return total
+    return ranks.sum_(total)

@@ -9,14 +9,16 @@ with different tokenizers. The definition is that of The Pile (arXiv 2101.00027,
 import json
 import math
 import re
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from ..errors import InputError
+from ..errors import InputError, warn
+from ..parallel.pipeline import MicroBatch
+from ..parallel.ranks import Ranks
+from ..parallel.shares import Shares
 from ..tokenizer import Tokenizer
 from .data import Batch, Documents, Packed, PackedWhole, batch_of, packed_rows
 from .settings import Settings
@@ -37,21 +39,23 @@ class ValidationSet:
 
 
 def validation_set(
-    name: str | None, parts: Sequence[Documents], settings: Settings, share: float = 0.0
+    name: str | None, parts: Sequence[Documents], settings: Settings, share: float = 0.0, dp: int = 1
 ) -> ValidationSet:
     """At most eval_rows rows of the documents. Warns of a set that is very small."""
-    found = ValidationSet(name, validation_batches(parts, settings), share)
+    found = ValidationSet(name, validation_batches(parts, settings, dp), share)
     if (targets := found.targets) < FEW:
         which = "what is held out" if name is None else name
-        warnings.warn(f"validation: {which} has only {targets} tokens to predict; the loss of fewer than {FEW:,} says"
-                      " little", stacklevel=2)  # fmt: skip
+        some = sum(len(batch.ids) for batch in found.batches) == settings.eval_rows
+        rows = f" in --eval-rows {settings.eval_rows}" if some else ""
+        few = f"the loss of fewer than {FEW:,} says little"
+        warn(f"validation: {which} has only {targets} tokens to predict{rows}; {few}")
     return found
 
 
-def validation_batches(parts: Sequence[Documents], settings: Settings) -> list[Batch]:
+def validation_batches(parts: Sequence[Documents], settings: Settings, dp: int = 1) -> list[Batch]:
     """Batches of at most eval_rows rows of the documents, evenly spaced, always the same. No row comes twice: a set of
     fewer rows is taken whole, its last row padded."""
-    length, most, size = settings.seq_len, settings.eval_rows, settings.micro_batch or settings.batch
+    length, most, size = settings.seq_len, settings.eval_rows, settings.micro_batch or settings.batch // dp
     rows: list[tuple[Packed | PackedWhole, int]] = []
     for docs in parts:
         packed = packed_rows(docs, length, None)
@@ -98,14 +102,17 @@ def bytes_of_tokens(tokenizer: Tokenizer) -> torch.Tensor:
     return sizes
 
 
-def measure(model: nn.Module, sets: Sequence[ValidationSet], sizes: torch.Tensor, precision: torch.dtype) -> dict:
+def measure(
+    model: nn.Module, sets: Sequence[ValidationSet], sizes: torch.Tensor, precision: torch.dtype,
+    shares: Shares | None = None,
+) -> dict:  # fmt: skip
     """Validate on each set -> val_loss in nats per token, val_bpb in bits per byte, and with /NAME those of the named
     sets. val_loss and val_bpb are means of the sets by their shares; a set without a token to predict is left out."""
     sets = [s for s in sets if s.targets]
     total = sum(s.share for s in sets)
     record: dict[str, float] = dict.fromkeys(("val_loss", "val_bpb"), 0.0 if total else math.nan)
     for s in sets:
-        loss = evaluate(model, s.batches, precision)
+        loss = evaluate(model, s.batches, precision, shares)
         targets = torch.cat([batch.target_ids() for batch in s.batches])
         size = int(sizes[targets[targets < len(sizes)]].sum())
         bpb = loss * len(targets) / (math.log(2) * size) if size else math.nan
@@ -128,17 +135,23 @@ def validation_line(record: dict) -> str:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Sequence[Batch], precision: torch.dtype) -> float:
-    """Mean main loss over the batches' targets, in nats."""
+def evaluate(model: nn.Module, batches: Sequence[Batch], precision: torch.dtype, shares: Shares | None = None) -> float:
+    """Mean main loss over the batches' targets, in nats. Data-parallel ranks take the batches in turn."""
     device = next(model.parameters()).device
+    ranks, pipeline = (shares.ranks, shares.pipeline) if shares else (Ranks(), None)
     model.eval()
-    total, targets = torch.zeros((), device=device, dtype=torch.float64), 0
-    for batch in batches:
+    total = torch.zeros((), device=device, dtype=torch.float64)
+    mine = range(ranks.replica, len(batches) + ranks.replica, ranks.dp)
+    if pipeline is not None:
+        micro = [MicroBatch.of(batches[min(i, len(batches) - 1)], device) for i in mine]
+        for i, loss in zip(mine, pipeline.evaluate(micro), strict=True):
+            total += loss * (i < len(batches))
+    for i in mine if pipeline is None else ():
+        batch = batches[min(i, len(batches) - 1)]  # where none is left a rank runs the last without counting it:
         ids, labels, cu_seqlens = batch.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
-            out = model(ids, labels=labels, cu_seqlens=cu_seqlens, logits=False)
-        count = batch.targets()
-        total += out.main_loss.double() * count
-        targets += count
+            out = model(ids, labels=labels, cu_seqlens=cu_seqlens, logits=False)  # others need the experts here
+        if i < len(batches):
+            total += out.main_loss.double() * batch.targets()
     model.train()
-    return float(total) / max(targets, 1)
+    return float(ranks.sum_(total, stages=True)) / max(sum(batch.targets() for batch in batches), 1)

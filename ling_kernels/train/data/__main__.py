@@ -7,9 +7,10 @@ from dataclasses import fields
 from ...errors import InputError, Parser, command
 from ...files import user_path
 from ...tokenizer import load_tokenizer
-from ..settings import TEXT_SETTINGS, Settings, add_flag
+from ..flags import add_flag
+from ..settings import TEXT_SETTINGS, Settings
 from ..signals import STOPPED, interrupted_by_sigterm
-from .chats import is_chats, write_chats
+from .chats import chats_and_texts, write_chats
 from .sources import find_files
 from .tokenise import tokenise
 
@@ -25,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokenizer", help="a tokenizer.json or its folder (default: byte-level)")
     for f in fields(Settings):
         if f.name in (*TEXT_SETTINGS, "train_on"):
-            add_flag(parser, f)
+            add_flag(parser.add_argument, f)
     options = vars(parser.parse_args(argv))
     sources, out, tokenizer = options.pop("sources"), user_path(options.pop("out")), options.pop("tokenizer")
     if out.suffix != ".bin":
@@ -38,15 +39,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     files = find_files(sources)
     if binary := [p for p in files if p.suffix == ".bin"]:
         raise InputError(f"{binary[0]} is tokenised already")
-    chats = [p for p in files if is_chats(p, text_options.text_field)]
-    if chats and len(chats) < len(files):
-        raise InputError(f"{chats[0]} has chats and {min({*files} - {*chats})} has texts: write a file for each kind")
+    chats, texts = chats_and_texts(files, text_options)
+    if chats and texts:
+        raise InputError(f"{chats[0]} has chats and {texts[0]} has texts: write a file for each kind")
     try:
         with interrupted_by_sigterm():
             if chats:
-                about = write_chats(files, tokenizer, out, train_on)
+                about = write_chats(chats, tokenizer, out, train_on, text_options)
             else:
-                about = tokenise(files or None, tokenizer, out, text_options)
+                about = tokenise(texts or None, tokenizer, out, text_options)
     except KeyboardInterrupt:
         print(f"stopped: {out} is not written", file=sys.stderr)
         return STOPPED

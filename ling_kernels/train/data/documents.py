@@ -1,6 +1,5 @@
 """Documents of token ids. Text is tokenised once into a .bin file (tokenise.py), which is memory-mapped."""
 
-import warnings
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ...errors import InputError
+from ...errors import InputError, warn
 from ...tokenizer import Tokenizer
 from .chats import LAST, TRAINED, mask_of
 from .sources import DEFAULTS, TextOptions, find_files, reading
@@ -81,7 +80,7 @@ def open_tokens(files: Sequence[Path], vocab_size: int, eos_id: int) -> Document
 def warn_of_missing_ends(path: Path, missing: np.ndarray, eos_id: int) -> None:
     if missing.any():
         number = f"{int(missing.sum()):,} of {len(missing):,} documents in {path} do"
-        warnings.warn(f"{number} not end with the end token {eos_id}: from them no model learns to stop", stacklevel=2)
+        warn(f"{number} not end with the end token {eos_id}: from them no model learns to stop")
 
 
 def open_chats(files: Sequence[Path], vocab_size: int, eos_id: int) -> Documents:
@@ -127,14 +126,14 @@ def gather_tokens(
     files = None if data is None else find_files(data, texts_may_be_gone=cache.is_file())
     text = None if files is None else [p for p in files if p.suffix != ".bin"]
     if (text is None or text) and not cache.is_file():
-        about = tokenise(text, tokenizer, cache, options)
+        about = tokenise(text, tokenizer, cache, options, may_be_empty=len(text or ()) < len(files or ()))
         if text and about["empty"] and about["documents"]:
-            warnings.warn(f"{about['empty']:,} rows and files of the data have no text and are skipped", stacklevel=2)
+            warn(f"{about['empty']:,} rows and files of the data have no text and are skipped")
     mapped = [p for p in files or () if p.suffix == ".bin"]
     if cache.is_file() and cache.stat().st_size:
         mapped.insert(0, cache)
     if not mapped:
-        raise InputError(f"the data is empty: no text in {', '.join(map(str, data))}")
+        raise InputError(f"the data is empty: no text in {', '.join(map(str, data or ()))}")
     return open_tokens(mapped, vocab_size, tokenizer.eos_id)
 
 

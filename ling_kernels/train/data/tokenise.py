@@ -1,5 +1,7 @@
 """Tokenise text into a .bin file, on all cores."""
 
+import functools
+import itertools
 import json
 import os
 from collections import deque
@@ -13,6 +15,7 @@ import numpy as np
 from ...errors import InputError
 from ...files import atomic_write
 from ...tokenizer import Tokenizer
+from ...tokenizer.words import word_encoder
 from .progress import ReadingProgress
 from .sources import DEFAULTS, Position, TextOptions, cpython_documents, documents
 from .token_files import DTYPES
@@ -21,6 +24,7 @@ from .token_files import DTYPES
 BATCH = (1 << 20) * min(max(os.cpu_count() or 1, 4), 16)  # characters
 BATCH_TEXTS = 1 << 16
 AHEAD = 2  # batches that are encoded while others are read and written
+MANY = 1 << 20  # characters, for which a memory of words is worth the second it takes to make
 
 
 class TextBatch(NamedTuple):
@@ -28,12 +32,22 @@ class TextBatch(NamedTuple):
     ends: list[int]  # for each document that ends in the batch, the number of texts up to there
 
 
-def tokenise(files: Sequence[Path] | None, tokenizer: Tokenizer, out: Path, options: TextOptions = DEFAULTS) -> dict:
-    """Tokenise the documents in `files` (None: CPython's text) into `out` with a progress bar; see write_tokens."""
+def tokenise(
+    files: Sequence[Path] | None,
+    tokenizer: Tokenizer,
+    out: Path,
+    options: TextOptions = DEFAULTS,
+    may_be_empty: bool = False,
+) -> dict:
+    """Tokenise the documents in `files` (None: CPython's text) into `out` with a progress bar; see write_tokens. Raises
+    InputError for files without any text, unless they may be empty."""
     position = Position()
     found = cpython_documents() if files is None else documents(files, options, position)
+
+    names = "Python's library" if files is None else ", ".join(map(str, files))
+    fault = None if may_be_empty else f"the data is empty: no text in {names}"
     with ReadingProgress(position, files or ()) as progress:
-        return write_tokens(found, tokenizer, out, options.special_tokens, progress)
+        return write_tokens(found, tokenizer, out, options.special_tokens, progress, fault)
 
 
 def write_tokens(
@@ -42,13 +56,15 @@ def write_tokens(
     out: Path,
     special_tokens: bool = False,
     progress: ReadingProgress | None = None,
+    fault_if_empty: str | None = None,
 ) -> dict:
     """Tokenise documents into `out` and its .json; both appear complete or not at all. Returns the content of the
     .json.
 
     documents: each an iterable of pieces of text; those without text are skipped and counted as `empty`. Each ends with
     the end token. special_tokens: names of special tokens in the text become these tokens; the end token ends a
-    document then. Raises InputError where the files cannot be written.
+    document then. fault_if_empty: what the InputError says if there is no text at all; None writes empty files then.
+    Raises InputError where the files cannot be written.
     """
     name = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     about: dict = dict(
@@ -70,6 +86,8 @@ def write_tokens(
                         progress.show(about["tokens"])
                 file.flush()
                 os.fsync(file.fileno())
+            if fault_if_empty and not about["tokens"]:
+                raise InputError(fault_if_empty)
             sidecar.write_text(json.dumps(about) + "\n")
     except OSError as error:
         raise InputError(f"cannot write {out}: {error.strerror or error}") from None
@@ -90,16 +108,19 @@ def batches(documents: Iterable[Iterable[str]]) -> Iterator[TextBatch]:
 
 
 def encoded(
-    batches: Iterable[TextBatch], tokenizer: Tokenizer, special: bool
+    batches: Iterator[TextBatch], tokenizer: Tokenizer, special: bool
 ) -> Iterator[tuple[list[np.ndarray], list[int]]]:
     """(ids of each text, ends) of each batch, in order."""
     waiting: deque = deque()
+    first = next(batches)
+    by_words = word_encoder(tokenizer) if not special and sum(map(len, first.texts)) >= MANY else None
+    encode = by_words.encode_batch if by_words else functools.partial(tokenizer.encode_batch, special=special)
     with ThreadPoolExecutor(AHEAD) as pool:
-        for texts, ends in batches:
+        for texts, ends in itertools.chain([first], batches):
             if len(waiting) == AHEAD:
                 result, its_ends = waiting.popleft()
                 yield result.result(), its_ends
-            waiting.append((pool.submit(tokenizer.encode_batch, texts, special), ends))
+            waiting.append((pool.submit(encode, texts), ends))
         for result, its_ends in waiting:
             yield result.result(), its_ends
 

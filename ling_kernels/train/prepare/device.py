@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 
 from ...backend import why_not_forced
-from ...errors import InputError
+from ...errors import InputError, counted
 from ...gpu import find_gpu
 from ..settings import Settings
 
@@ -59,8 +59,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     now."""
     if device.type == "cuda" and dtype == torch.bfloat16 and (gpu := find_gpu(torch.cuda.get_device_name(device))):
         return gpu.bf16, f"{gpu.name} bf16 dense"
-    size, label = (8192, "GPU") if device.type == "cuda" else (1024, f"{torch.get_num_threads()} CPU threads")
-    return measured_flops(device, dtype, size), f"measured, {label}, {str(dtype)[6:]}"
+    size, label = (8192, "") if device.type == "cuda" else (1024, f" with {counted(torch.get_num_threads(), 'thread')}")
+    return measured_flops(device, dtype, size), f"measured{label}"
 
 
 def measured_flops(device: torch.device, dtype: torch.dtype, size: int, repeats: int = 5) -> float:

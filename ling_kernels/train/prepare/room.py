@@ -1,47 +1,67 @@
 """Whether weights, optimizer and checkpoints fit into the device's memory and onto the disk."""
 
+import errno
 import os
 import shutil
 from pathlib import Path
 
 import torch
 
-from ...errors import InputError
+from ...errors import InputError, warn
+from ...files import format_bytes
 from ...model import LingConfig
+from ...parallel.ranks import Ranks
 from .. import checkpoint as ckpt
 from ..optimizer import bytes_per_weight
 from ..settings import Settings
-from .sizes import checkpoint_bytes, disk_bytes, layers_and_embeddings
+from .sizes import checkpoint_bytes, checkpoints_at_once, disk_bytes, layers_and_embeddings
 
 
-def check_memory(config: LingConfig, settings: Settings, device: torch.device) -> None:
-    """Raise InputError where weights and optimizer alone exceed the device's memory."""
+def check_memory(config: LingConfig, settings: Settings, device: torch.device, ranks: Ranks | None = None) -> None:
+    """Raise InputError where weights and optimizer of one process alone exceed the device's memory."""
     weights, need = config.num_parameters(mtp=True), needed_bytes(config, settings)
+    if ranks and ranks.size > 1:  # each keeps its share of the optimizer's state; experts are most of the weights
+        need = need // ranks.ep // ranks.pp
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
     else:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if need > memory:
         raise InputError(
-            f"{settings.model} does not fit: training {weights / 1e9:.1f} B parameters takes {need / 1e9:.0f} GB for"
-            f" weights and optimizer, the device has {memory / 1e9:.0f} GB;"
+            f"{settings.model} does not fit: training {weights:,} parameters takes {format_bytes(need)} for"
+            f" weights and optimizer, the device has {format_bytes(memory)};"
             " python -m ling_kernels.plan train shows what takes it"
         )
 
 
 def check_disk(config: LingConfig, s: Settings, folder: Path, step: int = 0) -> None:
-    """Raise InputError where the disk has no room for the checkpoints that the run keeps, one more that is being
-    written, and the exported model. Those that are there already count as free: others take their place."""
-    (number, need), one = disk_bytes(config, s, step), checkpoint_bytes(config, s)
+    """Raise InputError where the disk cannot be written, or has no room for the checkpoints that a run of sound steps
+    has at once and the exported model; warn where it has none for as many as there can be. The run's own up to `step`
+    count as free: they are among these."""
+    own = [c for c in ckpt.list_checkpoints(folder) if ckpt.step_of(c) <= step]
     while not folder.exists() and folder != folder.parent:
         folder = folder.absolute().parent
-    there = sum(file.stat().st_size for c in ckpt.list_checkpoints(folder) for file in c.iterdir())
-    free = shutil.disk_usage(folder).free
-    if need > free + there:
-        raise InputError(
-            f"{number} checkpoints of {one / 1e9:.1f} GB and the model at the end need {need / 1e9:.1f} GB, and the"
-            f" disk of {folder} has {(free + there) / 1e9:.1f} GB: try a smaller --keep or another --out"
-        )
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"cannot write to {folder}: {why_read_only(folder)}")
+    disk = shutil.disk_usage(folder)
+    free = disk.free + sum(file.stat().st_size for c in own for file in c.glob("*"))
+    usual, most = checkpoints_at_once(s, step, [ckpt.step_of(c) for c in own])
+    if not disk.total or (need := disk_bytes(config, s, most)) <= free:  # a tmpfs without a limit says 0
+        return
+    has = f"the disk of {folder} has {format_bytes(free)}"
+    one = f"of {format_bytes(checkpoint_bytes(config, s))} and the model at the end"
+    if (least := disk_bytes(config, s, usual)) > free:
+        raise InputError(f"{usual} checkpoints {one} need {format_bytes(least)}, and {has}: try a smaller --keep or"
+                         " another --out")  # fmt: skip
+    warn(f"after a stop or unsound steps there may be {most} checkpoints {one}, which need"
+                  f" {format_bytes(need)}, and {has}")  # fmt: skip
+
+
+def why_read_only(folder: Path) -> str:
+    """Why a folder cannot be written."""
+    if hasattr(os, "statvfs") and os.statvfs(folder).f_flag & os.ST_RDONLY:
+        return os.strerror(errno.EROFS)
+    return os.strerror(errno.EACCES)
 
 
 def needed_bytes(config: LingConfig, s: Settings) -> int:

@@ -6,22 +6,25 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
+from ... import __version__
 from ...errors import InputError
 from ...files import LOCK, FolderLock, lock_folder, user_path
 from ...model import LingConfig
 from ...model.config import PRESETS
+from ...parallel.ranks import Ranks, start
 from ...tokenizer import Tokenizer, load_tokenizer
 from .. import checkpoint as ckpt
 from ..changes import DATA_FOLDER, changes, new_data_folder, tokens_in
-from ..scaling import with_defaults
+from ..scaling import schedule_line, with_defaults
 from ..settings import Settings, from_json, plain_options, settings_of, to_json
-from .checks import check
+from .checks import check, check_parallel
 from .device import choose_device
 from .models import fits_vocabulary, model_config, model_name, own_tokenizer, with_end_token
 from .room import check_disk, check_memory
@@ -39,7 +42,7 @@ class Run:
     device_name: str
     precision: torch.dtype
     folder: Path
-    lock: FolderLock  # of the folder
+    lock: FolderLock | None  # of the folder, which rank 0 holds
     new_folder: bool  # created for this run
     tokens: Path  # tokenised text, in the folder
     had_tokens: bool  # it or one beside it was there before
@@ -48,23 +51,31 @@ class Run:
     state: dict | None = None  # the checkpoint's state.json
     changes: list[dict] = field(default_factory=list)  # of the settings, since that checkpoint
     notes: list[str] = field(default_factory=list)  # lines about the settings, for the user
+    try_threads: bool = False  # their number is not given, and one may be faster
+    ranks: Ranks = field(default_factory=Ranks)
 
 
-def new_run(settings: Settings, out: str | Path | None = None, restart: bool = False) -> Run:
-    """Prepare a new run in the folder `out` (default: runs/MODEL-DATE-TIME)."""
+def new_run(
+    settings: Settings, out: str | Path | None = None, restart: bool = False, given: Collection[str] = ()
+) -> Run:
+    """Prepare a new run in the folder `out` (default: runs/MODEL-DATE-TIME). given: settings that are flags, where that
+    is known."""
     settings = absolute_paths(settings)
     config, weights = model_config(settings)
-    settings, notes = with_defaults(settings, config, trained=weights is not None)
+    settings, notes = with_defaults(settings, config, trained=weights is not None, given=given)
     check(settings, config)
-    settings, device = choose_device_and_threads(settings)
+    ranks, any_threads = arrange(settings, config), settings.threads is None
+    settings, device = choose_device_and_threads(settings, ranks)
     tokenizer = load_tokenizer(settings.tokenizer or own_tokenizer(settings.model))
     fits_vocabulary(tokenizer, config, settings, weights)
     config, end = with_end_token(config, tokenizer, weights)
-    check_memory(config, settings, device[0])
+    check_memory(config, settings, device[0], ranks)
     check_disk(config, settings, user_path(out) if out else Path("runs"))
-    folder, new = make_folder(out, settings.model, restart)
-    lock = lock_folder(folder)
-    run = Run(settings, config, tokenizer, *device, folder, lock, new, *tokens_of(folder), weights)
+    folder, new = ranks.from_first(lambda: make_folder(out, settings.model, restart))
+    with ranks.agreed():
+        lock = lock_folder(folder) if ranks.first else None
+    run = Run(settings, config, tokenizer, *device, folder, lock, new, *tokens_of(folder), weights, ranks=ranks)
+    run.try_threads = any_threads and device[0].type == "cpu" and not settings.step_in_backward and ranks.size == 1
     run.notes = [*notes, *end]
     if not weights and settings.model not in PRESETS:
         run.notes.insert(0, f"weights    random, as there are none in {settings.model}")
@@ -75,10 +86,12 @@ def resumed_run(resume: str | Path, options: dict, fall_back: bool = False) -> R
     """Prepare to resume from a run's latest checkpoint, or from a checkpoint; options: settings to change. fall_back:
     from the latest one that is not damaged, saying so."""
     folder, checkpoint = ckpt.locate(str(resume))
-    lock = lock_folder(folder)
+    everyone = start()
+    with everyone.agreed():
+        lock = lock_folder(folder) if everyone.first else None
     if fall_back:
-        checkpoint = ckpt.last_sound(checkpoint)
-    state = ckpt.read_state(checkpoint)
+        checkpoint = everyone.from_first(lambda: ckpt.last_sound(checkpoint))
+    state = everyone.from_first(lambda: ckpt.read_state(checkpoint))
     if missing := {"settings", "step", "data"} - state.keys():
         raise InputError(f"{checkpoint / 'state.json'} has no {', '.join(sorted(missing))}")
     if not ckpt.is_progress(state):
@@ -88,36 +101,58 @@ def resumed_run(resume: str | Path, options: dict, fall_back: bool = False) -> R
         settings = replace(settings, threads=None)
     config, _ = model_config(settings, checkpoint)
     check(settings, config)
+    ranks = arrange(settings, config)
     if settings.steps < state["step"]:
         raise InputError(f"--steps {settings.steps}: {checkpoint} has done {state['step']} already")
-    settings, device = choose_device_and_threads(settings)
+    settings, device = choose_device_and_threads(settings, ranks)
     tokenizer = load_tokenizer(checkpoint)
     fits_vocabulary(tokenizer, config, settings)
-    check_memory(config, settings, device[0])
+    check_memory(config, settings, device[0], ranks)
     check_disk(config, settings, folder, state["step"])
     changed = changes(from_json(state["settings"]), settings, state["step"])
     tokens = tokens_of(folder, data_folder := state.get("data_folder", DATA_FOLDER))
     if any(change["setting"] == "data" for change in changed):
         tokens = tokens_in(folder, new_data_folder(state["step"], data_folder)), False
-        shutil.rmtree(tokens[0].parent, ignore_errors=True)  # of a continuation that was given up
-    run = Run(settings, config, tokenizer, *device, folder, lock, False, *tokens, None, checkpoint, state, changed)
+        if ranks.first:
+            shutil.rmtree(tokens[0].parent, ignore_errors=True)  # of a continuation that was given up
+    run = Run(
+        settings, config, tokenizer, *device, folder, lock, False, *tokens, None, checkpoint, state, changed,
+        ranks=ranks,
+    )  # fmt: skip
+    run.notes = [schedule_line(settings)]
     return write_settings(run)
 
 
-def choose_device_and_threads(settings: Settings) -> tuple[Settings, tuple[torch.device, str, torch.dtype]]:
+def arrange(settings: Settings, config: LingConfig) -> Ranks:
+    """The processes in the arrangement of the settings, which are the same in each, as are the versions."""
+    everyone = start()
+    everyone.compare(version_of_torch=torch.__version__, version_of_ling_kernels=__version__)
+    everyone.compare(**{f"the_setting_{name}": value for name, value in to_json(settings).items()})
+    ranks = everyone.arranged(settings.dp, settings.ep, settings.pp, settings.dist_timeout)
+    check_parallel(settings, config, ranks)
+    return ranks
+
+
+def choose_device_and_threads(
+    settings: Settings, ranks: Ranks
+) -> tuple[Settings, tuple[torch.device, str, torch.dtype]]:
     """The settings with the number of CPU threads, which is set; device, its name and the precision."""
     device = choose_device(settings)
-    settings = replace(settings, threads=settings.threads or min(torch.get_num_threads(), free_cores()))
+    if settings.threads is None:
+        free = ranks.from_first(lambda: min(torch.get_num_threads(), free_cores()))
+        settings = replace(settings, threads=free)
     torch.set_num_threads(settings.threads)
     return settings, device
 
 
 def write_settings(run: Run) -> Run:
     file = run.folder / "settings.json"
-    try:
-        file.write_text(json.dumps(to_json(run.settings), indent=2) + "\n")
-    except OSError as error:
-        raise InputError(f"cannot write {file}: {error.strerror}") from None
+    with run.ranks.agreed():
+        try:
+            if run.ranks.first:
+                file.write_text(json.dumps(to_json(run.settings), indent=2) + "\n")
+        except OSError as error:
+            raise InputError(f"cannot write {file}: {error.strerror}") from None
     return run
 
 
@@ -178,14 +213,19 @@ def make_folder(out: str | Path | None, model: str, restart: bool) -> tuple[Path
     new = not folder.exists()
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--out {folder} is a file")
+    ckpt.expect_folder(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(path.name != LOCK for path in folder.iterdir()) and not (
             restart and (folder / "settings.json").is_file()
         ):
-            begun = (folder / "settings.json").is_file() and not ckpt.list_checkpoints(folder)
-            how = f"auto --out {folder} begins its run again" if begun else f"{folder} continues a run"
-            raise InputError(f"--out {folder} is not empty; --resume {how}")
+            if ckpt.list_checkpoints(folder):
+                remedy = f"--resume {folder} continues its run"
+            elif (folder / "settings.json").is_file():
+                remedy = f"--resume auto --out {folder} begins its run again"
+            else:
+                remedy = "name a new folder"
+            raise InputError(f"--out {folder} is not empty: {remedy}")
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise InputError(f"cannot write to {folder}: {error.strerror or error}") from None
@@ -194,12 +234,15 @@ def make_folder(out: str | Path | None, model: str, restart: bool) -> tuple[Path
 
 def discard(run: Run) -> None:
     """Remove the files of a run that turns out to be impossible before its first step."""
+    if not run.ranks.first:
+        return
     if not run.had_tokens and run.tokens.parent.is_dir():
         for path in [*run.tokens.parent.glob("*.bin"), *run.tokens.parent.glob("*.json")]:
             path.unlink()
     if not run.checkpoint:
         (run.folder / "settings.json").unlink()
-        run.lock.remove()
+        if run.lock:
+            run.lock.remove()
     with suppress(OSError):  # not empty, so it was there before
         run.tokens.parent.rmdir()
     if run.new_folder:

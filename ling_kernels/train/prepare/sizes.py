@@ -1,7 +1,11 @@
 """Bytes of a run's checkpoints, which the check before a run and the plan count alike."""
 
+import math
+from collections.abc import Sequence
+
 from ...model import LingConfig
 from ..optimizer import bytes_per_weight
+from ..saving import GOOD_AFTER
 from ..settings import Settings
 
 
@@ -18,10 +22,30 @@ def checkpoint_bytes(config: LingConfig, s: Settings) -> int:
     return in_layers * bytes_per_weight(*options) + in_embeddings * bytes_per_weight(*options, True)
 
 
-def disk_bytes(config: LingConfig, s: Settings, step: int = 0) -> tuple[int, int]:
-    """The most checkpoints that a run has at once after `step`: those that it keeps and the one that is being written;
-    bytes of these and of the model that is exported in bf16 at the end."""
+def checkpoints_at_once(s: Settings, step: int = 0, there: Sequence[int] = ()) -> tuple[int, int]:
+    """How many checkpoints a run has at once after `step`, one of them being written: a run of sound steps that is
+    never stopped; any run. there: the steps of those that it has already.
+
+    saving.kept says which stay: --keep's last, those for ever, the last good one and the first after it. The last good
+    one is GOOD_AFTER steps back in a run of sound steps, further where steps were unsound; a run that was stopped has a
+    checkpoint out of turn.
+    """
     every = s.save_every or s.steps
-    saves = max(-(-s.steps // every) - step // every, 1)
-    number = min(saves, s.keep + 1 if s.keep else saves)
-    return number, number * checkpoint_bytes(config, s) + 2 * config.num_parameters(mtp=True)
+    later = max(-(-s.steps // every) - step // every, 0 if there else 1)
+    total, next_one = len(there) + later, len(there) + min(later, 1)  # others are removed after the next one is written
+    if not s.keep:
+        return total, total
+    forever = 0
+    if s.keep_every:
+        both = math.lcm(every, s.keep_every)
+        last = s.steps % every > 0 and s.steps % s.keep_every == 0
+        forever = s.steps // both - step // both + last + sum(n % s.keep_every == 0 for n in there)
+    back = -(-GOOD_AFTER // every) + 1  # checkpoints up to the last good one
+    stay = s.keep if s.keep >= back else min(back, s.keep + 2)
+    usual, most = min(total, forever + stay + 1), min(total, forever + s.keep + 3)
+    return max(usual, next_one), max(most, next_one)
+
+
+def disk_bytes(config: LingConfig, s: Settings, number: int) -> int:
+    """Bytes of so many checkpoints, and of the model that is exported in bf16 at the end."""
+    return number * checkpoint_bytes(config, s) + 2 * config.num_parameters(mtp=True)

@@ -4,6 +4,6 @@
 """
 
 from .lines import Lines, open_lines, read_lines
-from .report import FP8_FILE, SAMPLES, Details, Report, duration
+from .report import FP8_FILE, SAMPLES, Details, NoReport, Report, duration
 
-__all__ = ["FP8_FILE", "SAMPLES", "Details", "Lines", "Report", "duration", "open_lines", "read_lines"]
+__all__ = ["FP8_FILE", "SAMPLES", "Details", "Lines", "NoReport", "Report", "duration", "open_lines", "read_lines"]

@@ -14,6 +14,7 @@ import numpy as np
 
 from ...errors import InputError
 from ...files import atomic_write, read_json
+from ..changes import in_words
 from ..monitor import METRICS, OPERANDS, FP8Monitor
 from ..prepare.threads import STARTS
 from ..settings import Settings
@@ -230,7 +231,9 @@ def settings_table(settings: dict, starts: list[dict]) -> str:
     if settings:
         out += "</div>"
     record = starts[-1].get("changes", []) if starts else []
-    changes = [(f"{c['step']:,}", c["setting"], c["old"], c["new"]) for c in record]
+    changes = [
+        (f"{c['step']:,}", c["setting"], *(in_words(c["setting"], c[w]) for w in ("old", "new"))) for c in record
+    ]
     if changes:
         out += f'<div class="card">{table(("changed after step", "setting", "before", "since"), changes)}</div>'
     return out
@@ -248,11 +251,11 @@ def starts_table(starts: list[dict]) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    body = "".join(f"<tr>{''.join(f'<td>{escape(in_words(v))}</td>' for v in row)}</tr>" for row in rows)
+    body = "".join(f"<tr>{''.join(f'<td>{escape(as_text(v))}</td>' for v in row)}</tr>" for row in rows)
     return f"<table><tr>{''.join(f'<th>{escape(h)}</th>' for h in head)}</tr>{body}</table>"
 
 
-def in_words(value: Any) -> str:
+def as_text(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value))
     return "" if value is None else str(value)

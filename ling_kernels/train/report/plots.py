@@ -9,6 +9,7 @@ from .lines import read_lines
 from .report import FP8_FILE
 
 TRAIN, VALID, GREY = "#2a6fbb", "#d1495b", "#8a8f98"  # colours
+FEW = 20  # steps: so few have dots, as a line of one point shows nothing
 LAST = 0.1  # share of the run, at its end, whose load the heatmap shows
 
 
@@ -39,8 +40,8 @@ def draw_loss(metrics: list[dict], path: Path) -> Path:
     losses = [m["main_loss"] for m in metrics]
     validation = [(m["step"], m["val_loss"]) for m in metrics if m.get("val_loss") is not None]
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    axes.plot(steps, losses, color=TRAIN, alpha=0.3, linewidth=0.8, label="training, each step")
-    axes.plot(steps, smooth(losses), color=TRAIN, linewidth=1.6, label="training, smoothed")
+    axes.plot(steps, losses, **dots(steps), color=TRAIN, alpha=0.3, linewidth=0.8, label="training, each step")
+    axes.plot(steps, smooth(losses), **dots(steps), color=TRAIN, linewidth=1.6, label="training, smoothed")
     if validation:
         axes.plot(*zip(*validation, strict=True), "o-", color=VALID, markersize=4, linewidth=1.4, label="validation")
         step, value = validation[-1]
@@ -77,8 +78,8 @@ def draw_load(metrics: list[dict], load: list[dict], layers: list[str], path: Pa
         ("load_violation_mean", TRAIN, "mean of layers"),
     ):
         values = [m[key] for m in metrics if key in m]
-        bottom.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
-        bottom.plot(steps, smooth(values), color=color, linewidth=1.6, label=label)
+        bottom.plot(steps, values, **dots(steps), color=color, alpha=0.25, linewidth=0.8)
+        bottom.plot(steps, smooth(values), **dots(steps), color=color, linewidth=1.6, label=label)
     bottom.set(xlabel="step", ylabel="busiest expert / mean - 1", xlim=(0, None), ylim=(0, None))
     return finish(figure, [bottom], path)
 
@@ -130,6 +131,11 @@ def smooth(values: list[float], keep: float = 0.9) -> list[float]:
     return out
 
 
+def dots(steps: list[int]) -> dict:
+    """Options of a line, which has dots where it has few points."""
+    return dict(marker=".", markersize=5) if len(steps) <= FEW else {}
+
+
 def finish(figure, with_legend: list, path: Path) -> Path:
     from matplotlib import pyplot as plt
 
@@ -137,6 +143,7 @@ def finish(figure, with_legend: list, path: Path) -> Path:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.legend(frameon=False, fontsize=9)
+        axes.xaxis.get_major_locator().set_params(integer=True)  # there is no half a step
     figure.savefig(path, dpi=130)
     plt.close(figure)
     return path

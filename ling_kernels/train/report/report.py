@@ -130,6 +130,15 @@ class Report:
             self.bar.close()
 
 
+class NoReport:
+    """The report of a process that writes and prints nothing."""
+
+    def nothing(self, *args: object) -> None:
+        pass
+
+    say = step = sample = expert_load = close = nothing
+
+
 def means(interval: Iterable[tuple[dict, float]]) -> dict[str, float]:
     """Means over records and their seconds: of speed and MFU over the time, of the losses and the gradient norm over
     the steps that were not skipped, where there are any."""

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 WIDTH, HEIGHT = 560, 250  # of a chart, in its own units; the page scales it
 LEFT, RIGHT, TOP, BOTTOM = 54, 14, 10, 34  # margins
-SETTLING = 0.05  # of the steps
+SETTLING, SHORT = 0.05, 200  # of the steps; a run of fewer steps is shown whole
+MARGIN = 4  # around the drawing area, so that dots on its edge are whole
 POINTS = 360  # drawn of a series at most: more cannot be told apart
 LEVELS = 9  # colours of a heatmap; the middle one is 1
 
@@ -28,15 +29,18 @@ class Series(NamedTuple):
 
 def line_chart(title: str, unit: str, series: list[Series], from_zero: bool = False, settled: bool = False) -> str:
     """A figure with the lines over the steps. Faint ones are cut off where they leave the range of the others, so that
-    one spike does not flatten the rest; settled: so are the first SETTLING of the steps, where a loss is high."""
+    one spike does not flatten the rest; settled: so are the first SETTLING of the steps, where a loss is high. Of less
+    than SHORT steps nothing is cut off."""
     series = [s._replace(steps=xs, values=ys) for s in series for xs, ys in [clean(s.steps, s.values)] if xs]
     if not series:
         return ""
     ruling = [s for s in series if "faint" not in s.style] or series
     x0, x1 = min(s.steps[0] for s in series), max(s.steps[-1] for s in series)
+    short_run = x1 - x0 < SHORT
+    begin = x0 + SETTLING * (x1 - x0) if settled and not short_run else x0
     x1 = x1 if x1 > x0 else x0 + 1
-    begin = x0 + SETTLING * (x1 - x0) if settled else x0
-    ranged = [y for s in ruling for x, y in zip(s.steps, s.values, strict=True) if x >= begin] or [*ruling[0].values]
+    within = series if short_run else ruling
+    ranged = [y for s in within for x, y in zip(s.steps, s.values, strict=True) if x >= begin] or [*ruling[0].values]
     ticks = nice_ticks(0.0 if from_zero else min(ranged), max(ranged))
     y0, y1 = ticks[0], ticks[-1]
 
@@ -53,7 +57,8 @@ def line_chart(title: str, unit: str, series: list[Series], from_zero: bool = Fa
         if x0 <= tick <= x1 and tick == int(tick):
             x = at(tick, y0).split(",")[0]
             parts.append(f'<text x="{x}" y="{HEIGHT - 18}" text-anchor="middle">{short(tick)}</text>')
-    box = f"{LEFT} {TOP - 1} {WIDTH - LEFT - RIGHT} {HEIGHT - TOP - BOTTOM + 2}"
+    box = (f"{LEFT - MARGIN} {TOP - MARGIN} {WIDTH - LEFT - RIGHT + 2 * MARGIN}"
+           f" {HEIGHT - TOP - BOTTOM + 2 * MARGIN}")  # fmt: skip
     x, y, width, height = box.split()
     lines, shown = [], []
     for s in series:
@@ -119,7 +124,7 @@ def thin(steps: Sequence[float], values: Sequence[float], extremes: bool) -> tup
 
 def nice_ticks(low: float, high: float, number: int = 5) -> list[float]:
     """About `number` round values from at most `low` to at least `high`, in steps of 1, 2 or 5 times a power of 10."""
-    if high <= low:
+    if high - low <= 1e-9 * max(abs(low), abs(high)):
         margin = abs(low) / 2 or 1.0
         low, high = (low - margin if low else 0.0), low + margin
     rough = (high - low) / (number - 1)

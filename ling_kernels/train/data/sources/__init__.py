@@ -1,27 +1,44 @@
-"""Documents from files: text and source files, .json, .jsonl, .parquet, .arrow, compressed ones, folders of these, or
-the text that ships with CPython.
+"""Documents and rows from files: text and source files, .json, .jsonl, .parquet, .arrow, compressed ones, folders of
+these, or the text that ships with CPython.
 
 A document is an iterable of pieces of text of about a megabyte, cut at line ends, so that a file of any size streams.
 """
 
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from ....errors import InputError
 from .find import SUFFIXES, find_files, kind_of
 from .options import DEFAULTS, Position, TextOptions
-from .rows import json_documents, jsonl_documents
-from .tables import arrow_documents, parquet_documents
+from .rows import field_of, json_rows, jsonl_rows
+from .tables import arrow_rows, parquet_rows
 from .text import reading, text_documents
 
 __all__ = [
-    "DEFAULTS", "SUFFIXES", "Position", "TextOptions", "cpython_documents", "documents", "find_files", "reading",
+    "DEFAULTS", "SUFFIXES", "Position", "TextOptions", "cpython_documents", "documents", "find_files", "has_rows",
+    "reading", "rows",
 ]  # fmt: skip
 
-ROWS = {
-    ".json": json_documents, ".jsonl": jsonl_documents, ".parquet": parquet_documents, ".arrow": arrow_documents,
+ROWS: dict[str, Callable[..., Iterator[tuple[str, Any]]]] = {
+    ".json": json_rows, ".jsonl": jsonl_rows, ".parquet": parquet_rows, ".arrow": arrow_rows,
 }  # fmt: skip
+
+
+def has_rows(path: Path) -> bool:
+    return kind_of(path) in ROWS
+
+
+def rows(
+    path: Path, options: TextOptions, position: Position | None = None, columns: Sequence[str] | None = None
+) -> Iterator[tuple[str, Any]]:
+    """(where it is, row) of a .json, .jsonl, .parquet or .arrow file, or of a compressed one. A row of a table is a
+    dict of the `columns`, by default of all; one of JSON is any value, as it is.
+
+    Raises InputError for files that cannot be read and for columns that are not there.
+    """
+    return ROWS[kind_of(path)](path, options, Position() if position is None else position, columns)
 
 
 def documents(
@@ -36,7 +53,11 @@ def documents(
     position = Position() if position is None else position
     for path in files:
         size = path.stat().st_size if path.is_file() else 0
-        yield from ROWS.get(kind_of(path), text_documents)(path, options, position)
+        if has_rows(path):
+            field = options.text_field
+            yield from ([field_of(row, field, source)] for source, row in rows(path, options, position, [field]))
+        else:
+            yield from text_documents(path, options, position)
         position.file_is_done(size)
 
 

@@ -1,33 +1,37 @@
-"""Texts in .json and .jsonl files."""
+"""Rows of .json and .jsonl files, and the texts in rows."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from ....errors import InputError
 from .options import Position, TextOptions
 from .text import text_chunks
 
 
-def jsonl_documents(path: Path, options: TextOptions, position: Position) -> Iterator[list[str]]:
-    """The field of each line's object; empty lines are skipped."""
+def jsonl_rows(
+    path: Path, options: TextOptions, position: Position, columns: Sequence[str] | None = None
+) -> Iterator[tuple[str, Any]]:
+    """Each line's value; empty lines are skipped."""
     for number, line in enumerate(lines(text_chunks(path, options.encoding, position)), 1):
         line = line.removeprefix("\ufeff")  # files with byte order marks may have been put together
         if line.strip(" \t\r\v\f"):
             source = f"{path}, line {number}"
-            yield [field_of(parsed(line, source), options.text_field, source)]
+            yield source, parsed(line, source)
 
 
-def json_documents(path: Path, options: TextOptions, position: Position) -> Iterator[list[str]]:
-    """The field of an object, or of each object of an array, whose texts are documents too. The file is read whole."""
+def json_rows(
+    path: Path, options: TextOptions, position: Position, columns: Sequence[str] | None = None
+) -> Iterator[tuple[str, Any]]:
+    """The value, or each element of an array, where a text or null is the text of a row. The file is read whole."""
     content = parsed("".join(text_chunks(path, options.encoding, position)), str(path))
     if not isinstance(content, list):
-        yield [field_of(content, options.text_field, str(path))]
+        yield str(path), content
         return
     for number, row in enumerate(content, 1):
-        source = f"{path}, element {number}"
         is_text = row is None or isinstance(row, str)
-        yield [checked(row, source) if is_text else field_of(row, options.text_field, source)]
+        yield f"{path}, element {number}", {options.text_field: row} if is_text else row
 
 
 def lines(chunks: Iterator[str]) -> Iterator[str]:

@@ -1,13 +1,14 @@
-"""Texts in columns of .parquet files and of .arrow files, as Hugging Face datasets save them."""
+"""Rows of .parquet files and of .arrow files, as Hugging Face datasets save them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from ....errors import InputError
 from .options import Position, TextOptions
-from .rows import checked
 from .text import reading
+
+BATCH_ROWS = 256  # that are Python objects at a time
 
 
 @contextmanager
@@ -16,7 +17,7 @@ def importing_pyarrow(path: Path):
     try:
         import pyarrow
     except ImportError:
-        raise InputError(f"{path} needs the package pyarrow: pip install ling_kernels[train]") from None
+        raise InputError(f"{path} needs the package pyarrow: pip install '.[train]'") from None
     try:
         with reading(path):
             yield pyarrow
@@ -24,20 +25,24 @@ def importing_pyarrow(path: Path):
         raise InputError(f"cannot read {path}: {error}") from None
 
 
-def parquet_documents(path: Path, options: TextOptions, position: Position) -> Iterator[list[str]]:
+def parquet_rows(
+    path: Path, options: TextOptions, position: Position, columns: Sequence[str] | None = None
+) -> Iterator[tuple[str, dict]]:
     with importing_pyarrow(path):
         from pyarrow import parquet
 
         with parquet.ParquetFile(path) as file:
-            field = column_of(file.schema_arrow, options.text_field, path)
+            check_columns(file.schema_arrow, columns, path)
             size, rows, row = path.stat().st_size, file.metadata.num_rows, 0
-            for batch in file.iter_batches(batch_size=1024, columns=[field]):
-                yield from texts(batch.column(0), row, field, path)
+            for batch in file.iter_batches(BATCH_ROWS, columns=columns):
+                yield from numbered(batch, row, path)
                 row += len(batch)
                 position.within = size * row // rows
 
 
-def arrow_documents(path: Path, options: TextOptions, position: Position) -> Iterator[list[str]]:
+def arrow_rows(
+    path: Path, options: TextOptions, position: Position, columns: Sequence[str] | None = None
+) -> Iterator[tuple[str, dict]]:
     """Rows of an IPC stream, which Hugging Face datasets write, or of an IPC file."""
     with importing_pyarrow(path) as pyarrow, open(path, "rb") as file:
         is_file = file.read(6) == b"ARROW1"
@@ -47,21 +52,25 @@ def arrow_documents(path: Path, options: TextOptions, position: Position) -> Ite
             batches = map(table.get_batch, range(table.num_record_batches))
         else:
             batches = table = pyarrow.ipc.open_stream(file)
-        field, row = column_of(table.schema, options.text_field, path), 0
+        check_columns(table.schema, columns, path)
+        row = 0
         for batch in batches:
             batch.validate(full=True)  # offsets of a damaged file may point anywhere
-            yield from texts(batch.column(field), row, field, path)
+            for first in range(0, len(batch), BATCH_ROWS):
+                part = batch.slice(first, BATCH_ROWS)
+                yield from numbered(part.select(columns) if columns else part, row + first, path)
             row += len(batch)
             position.within = file.tell()
 
 
-def column_of(schema, field: str, path: Path) -> str:
-    if field not in schema.names:
-        raise InputError(f"{path} has no column {field!r}, only {', '.join(schema.names)}; --text-field names another")
-    return field
+def check_columns(schema, columns: Sequence[str] | None, path: Path) -> None:
+    for name in columns or ():
+        if name not in schema.names:
+            has = ", ".join(schema.names)
+            raise InputError(f"{path} has no column {name!r}, only {has}; --text-field names another")
 
 
-def texts(column, row: int, field: str, path: Path) -> Iterator[list[str]]:
-    """The texts of a column whose first row has `row` rows before it."""
-    for number, text in enumerate(column.to_pylist(), row + 1):
-        yield [checked(text, f"{path}, row {number}: the column {field!r}")]
+def numbered(batch, row: int, path: Path) -> Iterator[tuple[str, dict]]:
+    """(where it is, row) of the rows of a batch that has `row` rows before it."""
+    for number, content in enumerate(batch.to_pylist(), row + 1):
+        yield f"{path}, row {number}", content

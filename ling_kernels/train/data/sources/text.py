@@ -38,7 +38,7 @@ def opened(path: Path, file: BinaryIO) -> Iterator[BinaryIO]:
         try:
             import pyarrow
         except ImportError:
-            raise InputError(f"{path} needs the package pyarrow: pip install ling_kernels[train]") from None
+            raise InputError(f"{path} needs the package pyarrow: pip install '.[train]'") from None
         with pyarrow.CompressedInputStream(pyarrow.PythonFile(file, mode="r"), "zstd") as content:
             yield content
     else:

@@ -1,0 +1,64 @@
+"""Gathering, summing and sending rows over a process group, all of whose ranks call them together."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..op import upcast
+
+# Their names since torch 2.13, which warns of the old ones.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def gather(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """rows [T, ...] of each of n ranks, of one T -> [n T, ...] in order of rank."""
+    out = rows.new_empty(dist.get_world_size(group) * len(rows), *rows.shape[1:])
+    all_gather(out, rows.contiguous(), group=group)
+    return out
+
+
+def scatter_sum(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """rows [n T, ...], a summand from every rank -> this rank's [T, ...] of the sum, which is taken in fp32."""
+    wide = upcast(rows).contiguous()
+    out = wide.new_empty(len(rows) // dist.get_world_size(group), *rows.shape[1:])
+    reduce_scatter(out, wide, group=group)
+    return out.to(rows.dtype)
+
+
+class Gather(torch.autograd.Function):
+    """`gather`, whose gradient is `scatter_sum`."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return gather(rows, group)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):  # type: ignore[override]
+        return scatter_sum(gradient, ctx.group), None
+
+
+class Send(torch.autograd.Function):
+    """An all-to-all with given sizes; the gradient takes the way back."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, to: list[int], from_: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.to, ctx.from_, ctx.group, ctx.length = to, from_, group, len(rows)
+        out = rows.new_empty(sum(from_), *rows.shape[1:])
+        dist.all_to_all_single(out, rows[: sum(to)].contiguous(), from_, to, group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):  # type: ignore[override]
+        out = gradient.new_zeros(ctx.length, *gradient.shape[1:])
+        part = out[: sum(ctx.to)]
+        dist.all_to_all_single(part, gradient.contiguous(), ctx.to, ctx.from_, group=ctx.group)
+        return out, None, None, None
+
+
+def most_rows(rows: int, device: torch.device, group: dist.ProcessGroup) -> int:
+    """The largest number of rows that a rank has; the host waits for it."""
+    number = torch.tensor([rows], device=device)
+    dist.all_reduce(number, dist.ReduceOp.MAX, group=group)
+    return int(number)

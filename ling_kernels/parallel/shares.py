@@ -1,0 +1,206 @@
+"""The share of a model that each rank trains: its experts, and the parameters whose optimizer state it keeps.
+
+Data-parallel ranks hold the same weights. Each parameter has an owner among the ranks that hold it: gradients are
+summed on the owner, which alone keeps the optimizer's state and steps, and sends the new weights to the others (ZeRO
+stage 1, arXiv 1910.02054, by whole parameters). As no parameter is cut, every optimizer gives the bits of one process,
+also Muon, which needs whole matrices, and 8-bit AdamW, whose blocks and random bits follow a parameter.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..model import Ling, LingConfig
+from ..nn import Router
+from ..ops.grad_norm import grad_norm
+from .exchange import expert_parameters, shard_experts_, sum_counts_
+from .pipeline import Pipeline
+from .ranks import Ranks
+
+Parts = TypeVar("Parts", Tensor, list[str])
+
+
+class Shares:
+    """Divides `model`, whole and equal on all ranks, in place; make its optimizer afterwards.
+
+    Methods are called by every rank together. With one process they do nothing, and `norm` is the plain norm.
+    """
+
+    def __init__(self, model: Ling, ranks: Ranks, pipeline: Callable[[], Pipeline] | None = None):
+        self.model, self.ranks, self.config = model, ranks, model.config
+        self.names = [name for name, _ in model.named_parameters()]
+        self.routers = [name for name, module in model.named_modules() if isinstance(module, Router)]
+        if ranks.experts is not None:
+            shard_experts_(model, ranks.experts)
+        self.pipeline = pipeline() if pipeline else None
+        self.counted_elsewhere = self.pipeline.held_before() if self.pipeline else set()
+        divided = expert_parameters(model) if ranks.ep > 1 else set()
+        self.divided = {name for name, p in model.named_parameters() if p in divided}
+        # By name, as a parameter may become another object on its way to a GPU: its group, its owner's rank there.
+        self.group: dict[str, dist.ProcessGroup | None] = {}
+        self.owner: dict[str, int] = {}
+        loads = {group: [0] * dist.get_world_size(group) for group in (ranks.replicas, ranks.twins) if group}
+        for name, p in model.named_parameters():
+            group = self.group[name] = ranks.twins if name in self.divided else ranks.replicas
+            load = loads[group] if group else [0]
+            # Stages that hold the same weight have its owner at the same place, so that its sums have the same order.
+            several = SEVERAL.index(name) % ranks.dp if ranks.pp > 1 and name in SEVERAL else None
+            self.owner[name] = load.index(min(load)) if several is None else several
+            load[self.owner[name]] += p.numel()
+
+    def owns(self, name: str) -> bool:
+        group = self.group[name]
+        return group is None or dist.get_rank(group) == self.owner[name]
+
+    def shared(self) -> list[tuple[nn.Parameter, int, dist.ProcessGroup]]:
+        """Parameters that other ranks hold too, with the owner's rank among all and the group."""
+        found = ((p, self.group[name], self.owner[name]) for name, p in self.model.named_parameters())
+        return [(p, dist.get_global_rank(group, owner), group) for p, group, owner in found if group is not None]
+
+    def sum_gradients_(self) -> None:
+        """Add up every gradient on its owner; the others' are freed. The loss of each rank must be its tokens' share
+        of the global loss."""
+        shared = [(p, owner, group) for p, owner, group in self.shared() if p.requires_grad]
+        for p, _, _ in shared:
+            if p.grad is None:  # this rank had no token for it
+                p.grad = torch.zeros_like(p)
+        wait([dist.reduce(p.grad, owner, group=group, async_op=True) for p, owner, group in shared])
+        for p, owner, _ in shared:
+            if owner != self.ranks.rank:
+                p.grad = None
+
+    def norm(self) -> Tensor:
+        """The norm of all gradients after `sum_gradients_`, a scalar that is equal on every rank."""
+        named = [(name, p.grad) for name, p in self.model.named_parameters() if name not in self.counted_elsewhere]
+        mine = [name for name, grad in named if grad is not None]
+        grads = [grad for _, grad in named if grad is not None]
+        if self.ranks.world is None:
+            return grad_norm(grads)
+        device = next(self.model.parameters()).device
+        # Squares of fp32 norms are exact in fp64, and so are their roots: parameters with one owner count with the bits
+        # that they have in one process.
+        squares = torch.zeros(len(self.names), dtype=torch.float64, device=device)
+        if mine:
+            index = {name: i for i, name in enumerate(self.names)}
+            norms = torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32))
+            squares[[index[name] for name in mine]] = norms.double().square()
+        dist.all_reduce(squares, group=self.ranks.world)
+        return torch.linalg.vector_norm(squares.sqrt().float())
+
+    @torch.no_grad()
+    def spread_weights_(self) -> None:
+        """Send each parameter from its owner, which has stepped it, to the others."""
+        shared = self.shared()
+        wait([dist.broadcast(p.detach(), owner, group=group, async_op=True) for p, owner, group in shared])
+        torch.autograd.graph.increment_version([p for p, _, _ in shared])  # FP8 copies of them are stale
+
+    def sum_counts_(self) -> Tensor | None:
+        """Add up the routers' counts of tokens over the global batch. Returns those of the whole model's layers,
+        [MoE layers, E] int64, on every rank; None without MoE layers."""
+        if self.ranks.replicas is not None:
+            sum_counts_(self.model, self.ranks.replicas)
+        if not self.routers:
+            return None
+        if self.ranks.stages is None:
+            return self.model.expert_counts().long()
+        here = {name: module for name, module in self.model.named_modules() if isinstance(module, Router)}
+        none = torch.zeros(self.config.num_experts, dtype=torch.int64, device=next(self.model.parameters()).device)
+        counts = torch.stack([here[name].counts.long() if name in here else none for name in self.routers])
+        dist.all_reduce(counts, group=self.ranks.stages)
+        return counts
+
+    def pieces(self, optimizer_tensors: dict[str, Tensor]) -> Iterator[tuple[str, int, Tensor]]:
+        """Name, part number and tensor of all that this rank owns of the weights, the experts' biases and the
+        optimizer's tensors, which are named NAME.KEY."""
+        owned = {n for n, _ in self.model.named_parameters() if self.owns(n)} - self.counted_elsewhere
+        for name, p in self.model.named_parameters():
+            if name in owned:
+                yield name, self.part_number(name), p.detach()
+        if self.ranks.replica == 0:
+            for name, b in self.model.named_buffers():
+                if name.endswith("expert_bias"):
+                    yield name, 0, b
+        for key, t in optimizer_tensors.items():
+            name = key.rpartition(".")[0]
+            if name in owned:
+                yield f"{OPTIMIZER}{key}", self.part_number(name) if t.ndim else 0, t
+
+    def my_part(self, name: str, whole: Parts) -> Parts:
+        """This rank's rows of a whole parameter, or its items of a list that has equally many for each row."""
+        if name not in self.divided:
+            return whole
+        number = len(whole) // self.ranks.ep
+        return whole[self.ranks.expert_part * number : (self.ranks.expert_part + 1) * number]
+
+    def part_number(self, name: str) -> int:
+        return self.ranks.expert_part if name in self.divided else 0
+
+    def whole(self, optimizer_tensors: dict[str, Tensor]) -> tuple[Ling, dict[str, Tensor]] | None:
+        """The whole model and the optimizer's tensors: on rank 0, in its host's memory; None on other ranks. With one
+        process its own."""
+        if self.ranks.world is None:
+            return self.model, optimizer_tensors
+        found = gathered([*self.pieces(optimizer_tensors)], self.ranks)
+        if found is None:
+            return None
+        moments = {key.removeprefix(OPTIMIZER): found.pop(key) for key in [*found] if key.startswith(OPTIMIZER)}
+        return assembled(self.config, found), moments
+
+    def part(self, key: str, value: Tensor) -> Tensor | None:
+        """What this rank keeps of the optimizer's whole tensor NAME.KEY; None where it keeps nothing of it."""
+        name = key.rpartition(".")[0]
+        if name not in self.group or not self.owns(name):
+            return None
+        if not value.ndim:
+            return value
+        if name in self.divided and len(value) % self.ranks.ep:  # 8-bit moments: a scale may be of two experts
+            raise InputError(f"the optimizer's {key} cannot be divided over --ep {self.ranks.ep}")
+        return self.my_part(name, value).clone()
+
+
+OPTIMIZER = "optimizer:"
+SEVERAL = ("word_embeddings.weight", "lm_head.weight")  # weights that several stages may hold
+
+
+def wait(works: list) -> None:
+    for work in works:
+        work.wait()
+
+
+def assembled(config: LingConfig, tensors: dict[str, Tensor]) -> Ling:
+    """A model on the CPU whose weights are these tensors."""
+    with torch.device("meta"):
+        model = Ling(config)
+    state = model.state_dict()
+    model.load_state_dict({name: tensors[name] for name in state}, assign=True)
+    return model
+
+
+def gathered(pieces: list[tuple[str, int, Tensor]], ranks: Ranks) -> dict[str, Tensor] | None:
+    """The whole tensors on the host of rank 0, each the concatenation of its parts along dimension 0; None elsewhere.
+
+    pieces: of this rank, (name, number of the part, tensor). One tensor travels at a time.
+    """
+    described = [(name, part, t.shape, t.dtype, t.device.type) for name, part, t in pieces]
+    everything = ranks.exchange(described)
+    if not ranks.first:
+        for _, _, t in pieces:
+            dist.send(t.contiguous(), 0, group=ranks.world)
+        return None
+    parts: dict[str, dict[int, Tensor]] = {}
+    for rank, theirs in enumerate(everything):
+        for i, (name, part, shape, dtype, device) in enumerate(theirs):
+            if rank == 0:
+                t = pieces[i][2].to("cpu", copy=True)
+            else:
+                t = torch.empty(shape, dtype=dtype, device=device)
+                dist.recv(t, rank, group=ranks.world)
+            parts.setdefault(name, {})[part] = t.cpu()
+    return {
+        name: torch.cat([found[i] for i in sorted(found)]) if len(found) > 1 else found[0]
+        for name, found in parts.items()
+    }

@@ -1,0 +1,153 @@
+"""Losses of reinforcement learning over the log-probabilities of tokens: one formula, with GRPO, LPO, GSPO as cases.
+
+    J = sum over units u of  weight_u min(r_u A, clip(r_u, 1 - low, 1 + high) A),     loss = -J
+    r_u = exp(mean over the tokens of u of log pi - log pi_old)
+
+A unit is a token, a sentence or a whole response; A is the advantage of its response. Its weight is the number of its
+tokens over those of all responses (average="tokens") or over those of its response and the number of responses
+(average="responses"). A unit without tokens, and a response without any, counts for nothing.
+
+    GRPO (arXiv 2402.03300)   level="token",    average="responses"
+    DAPO (arXiv 2503.14476)   level="token",    average="tokens"
+    GSPO (arXiv 2507.18071)   level="sequence", average="responses"
+    LPO  (arXiv 2510.22115)   level="sentence", average="tokens", clip=0.03
+
+`logp` comes without logits of the whole batch in memory from ling_kernels.linear_cross_entropy:
+
+    logp = -linear_cross_entropy(hidden, lm_head, targets, reduction="none")
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+
+LEVELS = ("token", "sentence", "sequence")
+AVERAGES = ("tokens", "responses")
+# Ranges of a token's probability in training over that in the rollout: of Ring-1T as its users give them, and narrower.
+ICEPOP = {"ring": (0.5, 5.0), "narrow": (0.5, 2.0)}
+
+
+class PolicyLoss(NamedTuple):
+    loss: Tensor  # scalar fp32, with the gradient
+    clipped: Tensor  # share of the weight whose ratio is clipped, without gradient
+    ratio: Tensor  # weighted mean of the ratios, without gradient
+    kl: Tensor  # weighted mean of the tokens' divergence from the reference model; 0 without one
+
+
+def policy_loss(
+    logp: Tensor,
+    old_logp: Tensor,
+    advantages: Tensor,
+    lengths: Tensor,
+    level: str = "token",
+    average: str = "tokens",
+    clip: float | tuple[float, float] = 0.2,
+    sentences: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    reference_logp: Tensor | None = None,
+    kl: float = 0.0,
+) -> PolicyLoss:
+    """The loss of n responses whose tokens lie one response after the other.
+
+    logp, old_logp [T] fp32: log-probabilities of the responses' tokens by the trained policy (with gradient) and by the
+    one that wrote them. advantages [n], lengths [n] int64 with sum T. sentences [K] int64: lengths of the sentences, in
+    order, none across two responses (`sentence_lengths` gives them); for level "sentence". clip: one width, or below
+    and above. token_weights [T] >= 0 (`icepop` gives them): a token's share in the weight of its unit; one of 0 is left
+    out, of its unit's ratio too. reference_logp [T] and kl: kl times the mean of exp(d) - d - 1, d = reference - logp,
+    is added. Raises InputError for what does not fit.
+    """
+    low, high = clip if isinstance(clip, tuple) else (clip, clip)
+    check(logp, old_logp, advantages, lengths, level, average, sentences, token_weights, reference_logp, kl)
+    tokens = torch.ones_like(logp) if token_weights is None else token_weights.detach().to(logp.dtype)
+    of_response = torch.repeat_interleave(
+        torch.arange(len(lengths), device=logp.device), lengths, output_size=len(logp)
+    )
+    weights = tokens * token_shares(tokens, of_response, lengths, average)
+    change = (logp - old_logp.detach()).masked_fill(tokens == 0, 0)
+    advantage = advantages.detach().to(logp.dtype)[of_response]
+    if level != "token":
+        units = lengths if level == "sequence" else sentences
+        counted = sums((tokens > 0).to(logp.dtype), units)
+        change = sums(change, units) / counted.clamp(min=1)
+        first = units.cumsum(0) - units
+        owner = torch.searchsorted(lengths.cumsum(0), first, right=True).clamp(max=len(lengths) - 1)
+        weights, advantage = sums(weights, units), advantages.detach().to(logp.dtype)[owner]
+    ratio = change.exp()
+    clipped = ratio.clamp(1 - low, 1 + high)
+    gain = torch.minimum(ratio * advantage, clipped * advantage)
+    loss = -(weights * gain).sum()
+    with torch.no_grad():
+        total = weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
+        share = (weights * (clipped * advantage < ratio * advantage)).sum() / total
+        mean_ratio = (weights * ratio).sum() / total
+    divergence = logp.new_zeros(())
+    if reference_logp is not None:
+        d = (reference_logp.detach() - logp).masked_fill(tokens == 0, 0)
+        divergence = ((d.exp() - d - 1) * tokens * token_shares(tokens, of_response, lengths, average)).sum()
+        loss = loss + kl * divergence
+    return PolicyLoss(loss, share, mean_ratio, divergence.detach())
+
+
+def token_shares(tokens: Tensor, of_response: Tensor, lengths: Tensor, average: str) -> Tensor:
+    """What a token of weight 1 counts: 1 over all tokens, or over those of its response and the responses' number.
+
+    Tokens of weight 0 are counted too: they are part of the batch, and leaving one out must not raise the others.
+    """
+    if average == "tokens":
+        return torch.full_like(tokens, 1 / max(len(tokens), 1))
+    return 1 / (lengths.clamp(min=1)[of_response].to(tokens.dtype) * max(len(lengths), 1))
+
+
+def sums(x: Tensor, lengths: Tensor) -> Tensor:
+    """x [T] -> its sums over neighbours, [len(lengths)]; in order, hence the same each time."""
+    return torch.segment_reduce(x, "sum", lengths=lengths, initial=0)
+
+
+def icepop(train_logp: Tensor, rollout_logp: Tensor, limits: str | tuple[float, float] = "ring") -> Tensor:
+    """Token weights against the mismatch of trainer and rollout engine: k inside the limits, otherwise 0.
+
+    train_logp, rollout_logp [T] of the same policy and tokens by the two; k = exp(train - rollout). limits: below and
+    above, or a name of ICEPOP. Without gradient. (IcePop, in Ring-1T's report "Every Step Evolves".)
+    """
+    if isinstance(limits, str) and limits not in ICEPOP:
+        raise InputError(f"limits is one of {', '.join(ICEPOP)} or two numbers; not {limits!r}")
+    low, high = ICEPOP[limits] if isinstance(limits, str) else limits
+    k = (train_logp - rollout_logp).detach().exp()
+    return torch.where((k >= low) & (k <= high), k, torch.zeros_like(k))
+
+
+def group_advantages(rewards: Tensor, eps: float = 1e-6) -> Tensor:
+    """rewards [groups, G] -> (reward - mean) / std of each group, [groups, G] fp32; 0 where all rewards are equal."""
+    if rewards.ndim != 2 or rewards.shape[1] < 2:
+        raise InputError(f"rewards [groups, G] with G of at least 2; got {[*rewards.shape]}")
+    rewards = rewards.float()
+    centred = rewards - rewards.mean(1, keepdim=True)
+    std = centred.square().mean(1, keepdim=True).sqrt()
+    return torch.where(std > eps, centred / std.clamp(min=eps), torch.zeros_like(centred))
+
+
+def check(logp, old_logp, advantages, lengths, level, average, sentences, token_weights, reference_logp, kl) -> None:
+    if level not in LEVELS:
+        raise InputError(f"level is one of {', '.join(LEVELS)}; not {level!r}")
+    if average not in AVERAGES:
+        raise InputError(f"average is one of {', '.join(AVERAGES)}; not {average!r}")
+    rows = dict(logp=logp, old_logp=old_logp, token_weights=token_weights, reference_logp=reference_logp)
+    for name, t in rows.items():
+        if t is not None and t.shape != logp.shape[:1]:
+            raise InputError(f"{name} has shape {[*t.shape]}; logp has {[*logp.shape]}, one number for each token")
+    if lengths.ndim != 1 or advantages.shape != lengths.shape:
+        raise InputError(f"advantages {[*advantages.shape]} and lengths {[*lengths.shape]} are one for each response")
+    if (sentences is None) != (level != "sentence"):
+        raise InputError("level 'sentence', and it alone, takes sentences")
+    if (reference_logp is None) != (kl == 0):
+        raise InputError("kl and reference_logp go together")
+    for name, of in (("lengths", lengths), ("sentences", sentences)):
+        if of is not None and of.device.type == "cpu" and int(of.sum()) != len(logp):
+            raise InputError(f"{name} add up to {int(of.sum())}, and there are {len(logp)} tokens")
+    if sentences is not None and sentences.device.type == "cpu":
+        ends = set(sentences.cumsum(0).tolist())
+        if crossed := [e for e in lengths.cumsum(0).tolist() if e and e not in ends]:
+            raise InputError(f"a sentence crosses the end of a response, at token {crossed[0]}")

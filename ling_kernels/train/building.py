@@ -1,0 +1,74 @@
+"""The model of a run: its weights, the part of it that this process trains, FP8 layers, recomputation."""
+
+import re
+from functools import partial
+
+import torch
+
+from ..model import Ling, load_model
+from ..nn.fp8 import to_fp8
+from ..parallel.parts import draw_weights_, give_memory_, read_weights_, whole_on_meta
+from ..parallel.pipeline import Pipeline
+from ..parallel.shares import Shares
+from .optimizer import to_masters
+from .prepare import Run
+from .prepare.checks import stages_of
+from .settings import Settings
+
+
+def make_model(run: Run) -> tuple[Ling, Shares]:
+    """The model with its master weights, in training mode, and what this process trains of it: from the checkpoint, the
+    model's folder, or random."""
+    s, ranks, folder = run.settings, run.ranks, run.checkpoint or run.weights
+    if ranks.size > 1:
+        model = whole_on_meta(run.config)
+        to_masters(model, s.master)
+        shares = Shares(model, ranks, partial(make_pipeline, model, run) if ranks.pp > 1 else None)
+        give_memory_(model, run.device)
+        if folder:
+            read_weights_(shares, folder)
+        else:
+            draw_weights_(shares, s.seed)
+    else:
+        if folder:
+            model = load_model(folder, dtype=torch.float32, device=run.device)
+            model.config = run.config  # its end token may be the tokenizer's
+        else:
+            model = Ling(run.config)
+            model.init_weights(torch.Generator().manual_seed(s.seed))  # on the CPU: the same on every device
+            to_masters(model, s.master)  # in bf16 the model takes half of the GPU's memory
+            model.to(run.device)
+        to_masters(model, s.master)
+        shares = Shares(model, ranks)
+    torch.manual_seed(s.seed)
+    return model.train(), shares
+
+
+def make_pipeline(model: Ling, run: Run) -> Pipeline:
+    """This process's stages of the model, in place."""
+    s, ranks = run.settings, run.ranks
+    layout = stages_of(s, run.config)
+    schedule = "1F1B" if len(layout.stages) == ranks.pp else "Interleaved1F1B"
+    micro = s.micro_batch or s.batch // ranks.dp
+    return Pipeline(
+        model, layout, schedule, s.batch // ranks.dp // micro, (micro, s.seq_len), ranks.stages, run.precision,
+        run.device,
+    )  # fmt: skip
+
+
+def apply_fp8_and_recompute(model: Ling, s: Settings) -> list[str]:
+    """Replace layers by FP8 ones and switch recomputation on, as the settings say; returns lines that describe it."""
+    notes = []
+    if s.precision == "fp8":
+        replaced, left = to_fp8(
+            model, s.recompute, wgrad=s.fp8_wgrad, transposed=s.fp8_transposed, weights=s.fp8_weights,
+            pow2=s.fp8_scales == "pow2",
+        )  # fmt: skip
+        kinds = dict.fromkeys(re.sub(r"\b\d+\.", "*.", name) for name in left)
+        rest = f"; in bf16, because sizes are not multiples of 128: {'; '.join(kinds)}" if left else ""
+        notes.append(f"fp8        {len(replaced)} of {len(replaced) + len(left)} layers{rest}")
+    elif s.fp8_watch:
+        notes.append("fp8        none of the layers: --fp8-watch has nothing to measure")
+    if s.recompute == "full":
+        model.recompute_()
+    return notes

@@ -1,0 +1,285 @@
+"""The training command on two and four processes against one: losses, updates, checkpoints, resuming, refusals, a rank
+that stops."""
+
+# ruff: noqa: F811 (fixtures are imported)
+import contextlib
+import functools
+import io
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as processes
+from safetensors.torch import load_file
+
+from ling_kernels.errors import InputError
+from ling_kernels.model import Ling, save_model
+from ling_kernels.parallel.pipeline_layout import PipelineLayout
+from ling_kernels.parallel.ranks import Ranks, check_sizes
+from ling_kernels.train import Trainer, cli
+from ling_kernels.train import checkpoint as ckpt
+from ling_kernels.train.__main__ import main
+from ling_kernels.train.prepare.checks import check_parallel
+from ling_kernels.train.settings import Settings
+from tests.training import text, tiniest  # noqa: F401
+
+MOST = 4  # processes; most runs have two
+SPEED = {"tokens_per_s", "mfu"}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A model with an MTP layer."""
+    model = Ling(replace(tiniest(), num_nextn_predict_layers=1))
+    model.init_weights(torch.Generator().manual_seed(0))
+    save_model(model, folder := tmp_path_factory.mktemp("small"), dtype=torch.float32)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain(small, text):
+    """Flags of a run with clipping, MTP, balancing, checkpoints and validations, in two micro batches."""
+    data = f"--model {small} --data {text} --seq-len 48 --batch 8 --micro-batch 4 --eval-rows 12 --threads 1"
+    rest = "--lr 3e-3 --warmup 4 --clip 0.5 --balance-rate 0.01 --sample-tokens 4 --log-every 1"
+    return [*data.split(), *rest.split(), *"--steps 4 --save-every 2 --eval-every 2 --keep 0".split()]
+
+
+JOBS = {  # further flags of the runs, and of one process that they equal: as "dp alone" without
+    "dp": ("", ""),
+    "ep": ("--ep 2", ""),
+    "pp": ("--pp 2 --micro-batch 2", ""),
+    "pp of uneven stages, with ep": ("--pp 2 --ep 2 --pipeline Et|t|m|LL --micro-batch 2", ""),
+    "8 bits": ("--optimizer adamw8bit --precision bf16 --master bf16 --steps 2",) * 2,
+    "muon, random weights": ("--optimizer muon --steps 2 --model CONFIG",) * 2,
+    "experts of 8 bits": (
+        "--optimizer adamw8bit --ep 2 --steps 2 --model CONFIG",
+        "--optimizer adamw8bit --steps 2 --model CONFIG",
+    ),
+}
+REFUSED = {  # flags of rank 0, of rank 1, the line
+    "world": ("--dp 3", "--dp 3", "--dp 3 times --pp 1 are 3 processes, and there are 2: start them with torchrun"),
+    "settings": ("", "--lr 1e-3", "rank 1 has the setting lr 0.001, rank 0 0.003"),
+    "one rank's": ("", "--seq-len 1", "rank 1: --seq-len 1: it must be at least 2"),
+}
+
+
+def command(argv: list[str]) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of the command."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings(action="ignore"):
+        code = main(argv)
+    return code, out.getvalue(), err.getvalue()
+
+
+def free_ports(number: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(number)]
+    for s in sockets:
+        s.bind(("127.0.0.1", 0))
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+def work(rank, jobs, results, ports):
+    """Run the jobs, (name, argv of each rank) each."""
+    torch.set_num_threads(1)
+    cli.draw = lambda *args: []  # plots take seconds
+    for (name, argv), port in zip(jobs, ports, strict=True):
+        if rank >= len(argv):
+            continue
+        os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(len(argv)), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
+        os.environ["MASTER_PORT"] = str(port)
+        run = functools.partial(stop_answering, rank, results) if name == "silent" else command
+        (results / f"{name}.{rank}").write_text(json.dumps(run(argv[rank])))
+
+
+def stop_answering(rank: int, results: Path, argv: list[str]) -> tuple[int, str]:
+    """Rank 1 waits in its second step until rank 0 has reported. Exit code and stderr of rank 0, which leaves without
+    Python's clean-up."""
+    step, reported = Trainer.step, results / "reported"
+
+    def slow(trainer):
+        if rank == 1 and trainer.progress.step == 1:
+            while not reported.exists():
+                time.sleep(0.1)
+            os._exit(0)
+        return step(trainer)
+
+    def leave(code):
+        reported.touch()
+        raise SystemExit(code)
+
+    Trainer.step, stderr = slow, io.StringIO()
+    if rank == 0:
+        os._exit = leave
+    with contextlib.redirect_stderr(stderr), pytest.raises(SystemExit) as left:
+        main(argv)
+    return left.value.code, stderr.getvalue()
+
+
+def processes_of(name: str) -> int:
+    flags = JOBS[name][0]
+    return 4 if "--pp" in flags and "--ep" in flags else 2
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, plain, small):
+    """The folder of all runs, with the results of the jobs of two processes."""
+    folder = tmp_path_factory.mktemp("cluster")
+
+    def run(flags: str, name: str) -> list[str]:
+        return [*plain, *flags.replace("CONFIG", str(small / "config.json")).split(), "--out", str(folder / name)]
+
+    for name, (_, flags) in JOBS.items():
+        if flags or name == "dp":
+            assert command(run(flags, f"{name} alone"))[0] == 0
+    half = folder / "resumed by four"
+    shutil.copytree(folder / "dp alone", half)
+    shutil.rmtree(half / "checkpoints" / "step-000004")
+    same = lambda argv, ranks=2: [argv] * ranks  # noqa: E731
+    jobs = [(name, same(run(flags, name), processes_of(name))) for name, (flags, _) in JOBS.items()]
+    jobs.append(("resumed", same(["--resume", str(half), *"--ep 2 --pp 2 --micro-batch 2".split()], MOST)))
+    for name, (first, second, _) in REFUSED.items():
+        jobs.append((name, [run(flags, "refused") for flags in (first, second)]))
+    jobs.append(("silent", same(run("--dist-timeout 3", "silent"))))
+    processes.spawn(work, (jobs, folder, free_ports(len(jobs))), nprocs=MOST)
+    return folder
+
+
+def metrics_of(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def agree(a: Path, b: Path, rtol: float, atol: float) -> None:
+    """Assert that metrics, and the last checkpoints, are equal: to the bit where both bounds are 0."""
+    one, two = ([{k: v for k, v in r.items() if k not in SPEED} for r in metrics_of(run)] for run in (a, b))
+    assert [r["step"] for r in one] == [r["step"] for r in two]
+    for x, y in zip(one, two, strict=True):
+        assert x == pytest.approx(y, rel=rtol, abs=0)
+    last = [ckpt.list_checkpoints(run)[-1] for run in (a, b)]
+    assert last[0].name == last[1].name
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        x, y = (load_file(c / file) for c in last)
+        assert x.keys() == y.keys()
+        for name in x:
+            if x[name].dtype == torch.uint8 and rtol:  # codes of moments: neighbours
+                assert (x[name].int() - y[name].int()).abs().max() <= 1, name
+            else:
+                torch.testing.assert_close(x[name], y[name], rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_several_processes_equal_one(runs, name):
+    """Data parallel: the bits of one process that has a micro batch for each rank. Experts sum the rows of all ranks in
+    one product, so that their gradients differ by rounding; so do a pipeline's, whose norm has other sums."""
+    results = [json.loads((runs / f"{name}.{rank}").read_text()) for rank in range(processes_of(name))]
+    assert not any(code for code, _, _ in results), results
+    assert f"processes  {len(results)}:" in results[0][1] and not any(out for _, out, _ in results[1:])
+    alone = runs / f"{name if JOBS[name][1] or name == 'dp' else 'dp'} alone"
+    assert all(m["grad_norm"] > 0.5 for m in metrics_of(alone))  # clipped
+    agree(runs / name, alone, *((1e-4, 2e-6) if {"--ep", "--pp"} & {*JOBS[name][0].split()} else (0, 0)))
+
+
+def test_resumed_by_four_and_by_one(runs):
+    """A run of one process goes on with four, one of two with one: the same rows, the same weights."""
+    assert json.loads((runs / "resumed.0").read_text())[0] == 0
+    agree(runs / "resumed by four", runs / "dp alone", 1e-4, 2e-6)
+    for name, bounds in (("dp", (0, 0)), ("pp of uneven stages, with ep", (1e-4, 2e-6))):
+        half = runs / f"{name} resumed by one"
+        shutil.copytree(runs / name, half)
+        shutil.rmtree(half / "checkpoints" / "step-000004")
+        assert command(["--resume", str(half), *"--ep 1 --pp 1 --micro-batch 4".split()])[0] == 0
+        agree(half, runs / "dp alone", *bounds)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals_are_one_line_of_rank_0(runs, name):
+    (code, _, error), other = (json.loads((runs / f"{name}.{rank}").read_text()) for rank in range(2))
+    assert code == 2 and error.startswith(f"error: {REFUSED[name][2]}") and error.count("\n") == 1, error
+    assert other == [2, "", ""]
+    assert not (runs / "refused").exists()
+
+
+def test_a_rank_that_stops_is_reported(runs):
+    code, error = json.loads((runs / "silent.0").read_text())
+    assert code == 1 and error.splitlines()[-1].startswith("error: rank 0 of 2 waited in vain for another: "), error
+
+
+def test_restart_after_a_killed_rank(runs, plain, tmp_path):
+    """torchrun starts both again, and --resume auto goes on from the last checkpoint, to the same bits."""
+    (tmp_path / "killed.py").write_text(
+        "import os, signal, sys\n"
+        "from ling_kernels.train import Trainer\n"
+        "from ling_kernels.train.__main__ import main\n"
+        "step = Trainer.step\n"
+        "def killed(trainer):\n"
+        "    first = os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'\n"
+        "    if first and trainer.ranks.rank == 1 and trainer.progress.step == 3:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return step(trainer)\n"
+        "Trainer.step = killed\n"
+        "sys.exit(main())\n"
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
+    argv = [*torchrun, "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", str(tmp_path / "killed.py")]
+    run = tmp_path / "run"
+    environment = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(Path(__file__).parents[1]))
+    done = subprocess.run(
+        [*argv, *plain, "--out", str(run), "--resume", "auto"],
+        env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "steps 1 to 4" in done.stdout and "steps 3 to 4" in done.stdout
+    agree(run, runs / "dp alone", 0, 0)
+
+
+def test_sizes_that_do_not_fit():
+    for size, dp, ep, pp in ((1, 2, 1, 1), (4, 2, 1, 1), (4, 3, 1, 2)):
+        with pytest.raises(InputError, match="processes"):
+            check_sizes(size, dp, ep, pp)
+    with pytest.raises(InputError, match="--ep 3 does not divide the 4"):
+        check_sizes(4, 4, 3, 1)
+    with pytest.raises(InputError, match="--ep 2 does not divide the 1"):
+        Ranks().arranged(None, 2, 1)
+
+
+@pytest.mark.parametrize("ranks, settings, message", [
+    (dict(dp=2, ep=3), {}, "--ep 3 does not divide the 8 experts"),
+    (dict(dp=2), dict(micro_batch=8), "--batch 8 is not a multiple of --dp 2 times --micro-batch 8"),
+    (dict(dp=2), dict(batch_ramp="3:4"), "--batch-ramp 3:4: START is not a multiple of --dp 2"),
+    (dict(dp=2), dict(step_in_backward=True), "--step-in-backward is for one process"),
+    (dict(dp=1), dict(pipeline="Et|tmL"), "--pipeline Et|tmL needs --pp"),
+    (dict(pp=2), dict(pipeline="Et|tL"), "--pipeline Et|tL: 0 m, but"),
+    (dict(pp=2), dict(pipeline="Et|x"), "--pipeline Et|x: 'x' is none of"),
+    (dict(pp=2), dict(pipeline="Ett||mL"), "--pipeline Ett||mL: 3 stages on 2 ranks"),
+    (dict(pp=2), dict(pipeline="Ettm|L"), "--pipeline Ettm|L: process 1 of --pp 2 has no layer"),
+    (dict(pp=4), {}, "--pp 4: the model has only 2 layers; give --pipeline"),
+    (dict(pp=2), dict(micro_batch=8), "--batch 8 is 1 micro batches for each of 1 pipelines, and --pp 2 needs"),
+    (dict(pp=2), dict(fp8_watch=2, micro_batch=1), "--fp8-watch 2 is for runs without --pp"),
+    (dict(dp=2, ep=2), dict(optimizer="adamw8bit"), "--optimizer adamw8bit: the experts of one of --ep 2 processes"),
+])  # fmt: skip
+def test_what_cannot_be_divided(ranks, settings, message):
+    sizes = dict(dp=1, ep=1, pp=1) | ranks
+    config = replace(tiniest(), num_nextn_predict_layers=1)
+    if settings.get("optimizer"):
+        config = replace(config, moe_intermediate_size=1)
+    with pytest.raises(InputError) as error:
+        s = Settings(batch=8, pp=sizes["pp"], **settings)
+        check_parallel(s, config, Ranks(size=sizes["dp"] * sizes["pp"], **sizes))
+    assert str(error.value).startswith(message)
+
+
+def test_even_layouts():
+    config = replace(tiniest(), num_hidden_layers=7, num_nextn_predict_layers=1)
+    assert str(PipelineLayout.even(config, 3)) == "Ett|tt|tttmL"
+    PipelineLayout.even(config, 7).check(config)

@@ -1,0 +1,73 @@
+"""Pipelines of two ranks, of which two share the vocabulary or every batch's rows, against one process."""
+
+import copy
+from dataclasses import replace
+
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+
+from ling_kernels.model import Ling
+from ling_kernels.parallel.context import context_parallel_
+from ling_kernels.parallel.exchange import shard_experts_, sum_counts_, sum_gradients_
+from ling_kernels.parallel.pipeline import MicroBatch, Pipeline
+from ling_kernels.parallel.pipeline_layout import PipelineLayout
+from ling_kernels.parallel.vocabulary import shard_vocabulary_
+from tests.ranks import run, summed
+from tests.training import tiniest
+
+WORLD, SHARE, ROWS, LENGTH, MICRO, Z = 4, 2, 2, 12, 2, 1e-2
+CONFIG = replace(tiniest(), num_nextn_predict_layers=0, vocab_size=64)
+
+
+def test_four_processes_equal_one(tmp_path):
+    run(tmp_path, [pipelines_agree], WORLD)
+
+
+def batches(which: int) -> list[MicroBatch]:
+    g = torch.Generator().manual_seed(which)
+    ids = [torch.randint(0, CONFIG.vocab_size, (ROWS, LENGTH), generator=g) for _ in range(MICRO)]
+    return [MicroBatch(i, torch.tensor([0, 5 + which, 17, ROWS * LENGTH], dtype=torch.int32)) for i in ids]
+
+
+def pipelines_agree(rank, group):
+    mesh = init_device_mesh("cpu", (WORLD // SHARE, SHARE), mesh_dim_names=("pp", "share"))
+    share = mesh["share"].get_group()
+    for by_rows in (False, True):
+        alone = Ling(CONFIG).train()
+        alone.init_weights(torch.Generator().manual_seed(0))
+        model = copy.deepcopy(alone)
+        every = batches(0) if by_rows else batches(0) + batches(1)
+        counts = [len(every) * (ROWS * LENGTH - 3.0)]
+        want, sums = torch.zeros(()), []
+        for ids, cu_seqlens, _ in every:
+            out = alone(ids, ids, cu_seqlens=cu_seqlens, logits=False, z_loss=Z, target_counts=counts)
+            out.loss.backward()
+            want += out.loss.detach()
+            sums.append(out.main_loss.detach() * counts[0])
+        if by_rows:
+            context_parallel_(model, share)
+        shard_vocabulary_(model, share)
+        shard_experts_(model, share)
+        layout = PipelineLayout.parse("Et|tL")
+        pipeline = Pipeline(model, layout, "GPipe", MICRO, (ROWS, LENGTH), group=mesh["pp"].get_group())
+        mine = 0 if by_rows else rank % SHARE
+        found = pipeline.evaluate(batches(mine))
+        if rank >= SHARE:
+            found = summed(found, share) if by_rows else found.float()
+            torch.testing.assert_close(found, torch.stack(sums[mine * MICRO :][:MICRO]), rtol=1e-5, atol=0)
+        for router in model.routers():
+            router.counts.zero_()
+        record = pipeline.step(batches(mine), counts, Z)
+        assert (record is not None) == (rank >= SHARE)
+        if record is not None:
+            torch.testing.assert_close(summed(torch.tensor(record["loss"]), share), want, rtol=1e-5, atol=0)
+        sum_gradients_(model, share)
+        sum_counts_(model, share)
+        whole = dict(alone.named_parameters())
+        for n, p in model.named_parameters():
+            grad = whole[n].grad
+            grad = grad.chunk(SHARE)[rank % SHARE] if len(p) < len(grad) else grad
+            torch.testing.assert_close(p.grad, grad, rtol=1e-4, atol=1e-7, msg=lambda m, at=(by_rows, n): f"{at}: {m}")
+        counted = dict(alone.named_buffers())
+        for n, b in model.named_buffers():
+            assert not n.endswith("counts") or torch.equal(b, counted[n]), n
