@@ -172,10 +172,11 @@ def test_thinning_keeps_ends_and_extremes():
 @pytest.mark.parametrize(
     "low, high, ticks",
     [(0, 1, [0, 0.5, 1]), (0, 10, [0, 5, 10]), (1.9, 3.1, [1.5, 2, 2.5, 3, 3.5]), (0, 3e-4, [0, 1e-4, 2e-4, 3e-4]),
-     (2, 2, [1, 1.5, 2, 2.5, 3]), (0, 0, [0, 0.5, 1])],
+     (2, 2, [1, 1.5, 2, 2.5, 3]), (0, 0, [0, 0.5, 1]), (0, 4e-22, [0, 1e-22, 2e-22, 3e-22, 4e-22]),
+     (5.77934551239, 5.77934551240, [2, 4, 6, 8, 10])],
 )  # fmt: skip
 def test_ticks(low, high, ticks):
-    assert svg.nice_ticks(low, high) == pytest.approx(ticks)
+    assert svg.nice_ticks(low, high) == pytest.approx(ticks, abs=0)
 
 
 def test_short_numbers():

@@ -157,7 +157,7 @@ def test_settings_take_paths_and_numpys_numbers(tmp_path):
     ("data", 3, "data 3: it must be a path or several"), ("data", [1], "a path or several"),
     ("data", b"x", "a path or several"), ("model", 3, "model 3: it must be text"), ("model", None, "text"),
     ("steps", "3", "steps '3': it must be a whole number"), ("steps", np.float64(2), "a whole number"),
-    ("steps", True, "a whole number"), ("lr", "1", "lr '1': it must be a number"), ("lr", np.bool_(True), "a number"),
+    ("steps", True, "a whole number"), ("warmup", 10**30, "at most 63 bits"), ("lr", "1", "lr '1': it must be a number"), ("lr", np.bool_(True), "a number"),
     ("step_in_backward", 1, "step_in_backward 1: it must be True or False"), ("optimizer", 8, "text"),
     ("spike_loss", "x", "a number"), ("batch_ramp", 4, "text"),
     ("data", "", "a path or several"), ("data", ["a", ""], "a path or several"), ("model", "", "text"),

@@ -132,7 +132,8 @@ def nice_ticks(low: float, high: float, number: int = 5) -> list[float]:
     factors = [1, 2, 5, 10]
     step = power * factors[min(bisect_left(factors, rough / power * (1 - 1e-9)), 3)]
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(i * step, 12) if step < 1 else i * step for i in range(first, max(last, first + 1) + 1)]
+    digits = 12 - math.floor(math.log10(step))
+    return [round(i * step, digits) if step < 1 else i * step for i in range(first, max(last, first + 1) + 1)]
 
 
 def short(value: float) -> str:
