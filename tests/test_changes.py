@@ -177,3 +177,34 @@ def test_a_bad_record_is_refused(tmp_path, settings, change):
     (checkpoint / "state.json").write_text(json.dumps(state | change))
     with pytest.raises(InputError, match="a value has another type"):
         Trainer.resume(tmp_path / "run")
+
+
+def test_new_data_that_fails_leaves_that_of_later_checkpoints(tmp_path, settings, text):
+    start, run = run_of(settings, tmp_path / "run", 2), tmp_path / "run"
+    shutil.copy(text, tmp_path / "other.jsonl")
+    trainer = Trainer.resume(start, data=str(tmp_path / "other.jsonl"))
+    trainer.step()
+    trainer.save()
+    del trainer
+    (tmp_path / "other.jsonl").unlink()
+    (tmp_path / "empty.txt").touch()
+    before = (run / "settings.json").read_bytes()
+    with pytest.raises(InputError, match="empty"):
+        Trainer.resume(start, data=str(tmp_path / "empty.txt"))
+    assert (run / "settings.json").read_bytes() == before
+    assert Trainer.resume(run).progress.step == 3
+    again = Trainer.resume(start, data=str(text.parent))  # the superseded checkpoint keeps its data
+    assert again.progress.data_folder == "data-000003" and (run / "data-000002/tokens.bin").is_file()
+
+
+def test_a_run_that_begins_again_has_the_data_that_it_is_given(tmp_path, settings):
+    run = tmp_path / "run"
+    first = Trainer(settings, run).training.tokens
+    assert Trainer(settings, run, restart=True).training.tokens == first
+    (tmp_path / "other.txt").write_text("other words\n" * 200)
+    assert Trainer(replace(settings, data=(str(tmp_path / "other.txt"),)), run, restart=True).training.tokens < 2401
+
+
+def test_a_weight_without_a_path_is_no_data(tmp_path, settings):
+    with pytest.raises(InputError, match="no data at =1"):
+        Trainer(replace(settings, data=("=1",)), tmp_path / "run")

@@ -368,3 +368,61 @@ def test_errors_of_the_command(tmp_path, small, capsys):
     file.write_text(json.dumps({"messages": again_with("b")}) + "\n")
     assert "one conversation" in one_line_error(flags, capsys)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_fields_that_only_other_rows_have_are_no_part_of_a_conversation(tmp_path, kind, capsys):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    def row(name, arguments):
+        tool = {"type": "function", "function": {"name": name, "parameters": {"properties": arguments}}}
+        call = {"role": "assistant", "tool_calls": [{"function": {"name": name, "arguments": arguments}}]}
+        return {"messages": [{"role": "user", "content": "Go."}, call], "tools": [tool]}
+
+    rows = [row("f", {"x": "1"}), row("g", {"y": 2})]
+    table = pa.Table.from_pylist(rows).append_column("at", pa.array([1, 2], pa.timestamp("ns")))  # no Python object
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if kind == "parquet":
+        parquet.write_table(table, tmp_path / "rows.parquet")
+    else:
+        with pa.ipc.new_stream(tmp_path / "rows.arrow", table.schema) as writer:
+            writer.write_table(table)
+    for name in ("jsonl", kind):
+        assert command.main([str(tmp_path / f"rows.{name}"), "--out", str(tmp_path / f"{name}.bin")]) == 0
+    assert (tmp_path / "jsonl.bin").read_bytes() == (tmp_path / f"{kind}.bin").read_bytes()
+    assert (tmp_path / "jsonl.mask.bin").read_bytes() == (tmp_path / f"{kind}.mask.bin").read_bytes()
+
+
+def test_conversations_whose_answers_begin_too_late_are_left_out(tmp_path, recwarn):
+    answer, lines = {"role": "assistant", "content": "Yes."}, []
+    for length in (5, 200, 6, 300, 7):
+        lines.append(json.dumps({"messages": [{"role": "user", "content": "x" * length}, answer]}))
+    (tmp_path / "chats.jsonl").write_text("\n".join(lines))
+    settings = Settings(data=str(tmp_path / "chats.jsonl"), seq_len=80, batch=1, eval_rows=1)
+    corpus = open_corpus(settings, load_tokenizer(None), 320, tmp_path / "tokens.bin")
+    assert len(corpus.training) + len(corpus.held_out) == 3
+    assert any(
+        "2 of 5 conversations are longer" in str(w.message) and "2 of them are" in str(w.message) for w in recwarn
+    )
+    assert all(corpus.rows.batch([i]).targets() for i in range(4))
+
+
+def test_files_beside_the_tokens_are_not_overwritten(tmp_path, capsys):
+    data, content = tmp_path / "data.json", json.dumps([{"text": "words " * 50}])
+    data.write_text(content)
+    assert command.main([str(data), "--out", str(tmp_path / "data.bin")]) == 2
+    assert "data.json exists" in capsys.readouterr().err
+    assert data.read_text() == content and [p.name for p in tmp_path.iterdir()] == ["data.json"]
+    (tmp_path / "x.mask.bin").touch()
+    assert command.main([str(data), "--out", str(tmp_path / "x.bin")]) == 2
+    assert "x.mask.bin exists" in capsys.readouterr().err
+    assert command.main([str(data), "--out", str(tmp_path / "y.bin")]) == 0
+    (tmp_path / "y.bin").unlink()  # as after kill -9 between the two
+    assert command.main([str(data), "--out", str(tmp_path / "y.bin")]) == 0
+
+
+def test_the_file_of_a_set_is_not_that_of_anothers_chats(tmp_path, small, text, capsys):
+    flags = ["--model", str(small), "--data", str(text), "--seq-len", "48", "--out", str(tmp_path / "run")]
+    flags += ["--val-data", f"x={text}", f"x-chats={text}"]
+    assert "beside x no set can be x-chats" in one_line_error(flags, capsys)

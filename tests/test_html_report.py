@@ -234,3 +234,25 @@ def test_a_browser_opens_it(folder):
     assert dom.returncode == 0 and picture.read_bytes()[:4] == b"\x89PNG", dom.stderr[-500:]
     assert dom.stdout.count('class="tip"') == dom.stdout.count("data-chart=") == 9
     assert "stop()" not in "".join(re.findall(r"<script>(.*?)</script>", dom.stdout, re.S))
+
+
+@pytest.mark.parametrize(
+    "name, line",
+    [
+        ("starts.jsonl", '{"step": 0}'), ("metrics.jsonl", '{"step": 99, "tokens": "x"}'),
+        ("expert_load.jsonl", '{"step": 99, "first": 1, "counts": [[1], [1, 2]]}'),
+        ("fp8.jsonl", '{"step": 99, "layers": [1]}'),
+    ],
+)  # fmt: skip
+def test_a_line_of_another_form_is_one_line(tmp_path, uninterrupted, capsys, name, line):
+    shutil.copytree(uninterrupted, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    with open(tmp_path / "run" / name, "a") as file:
+        file.write(line + "\n")
+    assert report_command([str(tmp_path / "run")]) == 2
+    assert "cannot report" in capsys.readouterr().err
+
+
+def test_a_sample_that_is_no_unicode(tmp_path, uninterrupted):
+    shutil.copytree(uninterrupted, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    (tmp_path / "run/samples.jsonl").write_text('{"step": 1, "text": "\\ud800"}\n')
+    assert "\\ud800" in write_html(tmp_path / "run").read_text()

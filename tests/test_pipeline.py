@@ -116,6 +116,7 @@ def test_layouts_are_megatrons():
     assert layout.units(1) == [("t", 3), ("t", 4)] and layout.hidden_states(9) == 2
     split = PipelineLayout.parse("Et|m|L|L")
     assert [split.hidden_states(s) for s in range(3)] == [1, 2, 1]
+    assert split.ranks(2) == [0, 1, 0, 1]
     assert split.holders("L", [0, 1, 0, 1]) == [0, 1] and split.holders("Em", [0, 1, 0, 1]) == [0, 1]
 
 
@@ -128,3 +129,8 @@ def test_layouts_are_megatrons():
 def test_wrong_layouts_are_one_line(text, message):
     with pytest.raises(InputError, match=message):
         PipelineLayout.parse(text).check(CONFIG)
+
+
+def test_layouts_that_do_not_fit_the_ranks():
+    with pytest.raises(InputError, match="3 stages on 2 ranks"):
+        PipelineLayout.parse("Et|t|tL").ranks(2)

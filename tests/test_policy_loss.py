@@ -171,6 +171,26 @@ def test_what_does_not_fit(batch, change, message):
         policy_loss(**options)
 
 
+@pytest.mark.parametrize("clip", [-0.1, float("nan"), (0.2,), (0.2, -0.1), (0.1, 0.2, 0.3), "a", None])
+def test_clips_that_are_none(clip):
+    logp, one = torch.zeros(2), torch.ones(1)
+    with pytest.raises(InputError, match="clip is"):
+        policy_loss(logp, logp, one, torch.tensor([2]), clip=clip)
+
+
+@pytest.mark.parametrize("lengths, message", [([3, -1], "below 0"), ([1.0, 1.0], "not int64")])
+def test_lengths_that_are_none(lengths, message):
+    with pytest.raises(InputError, match=message):
+        policy_loss(torch.zeros(2), torch.zeros(2), torch.ones(2), torch.tensor(lengths))
+
+
+def test_a_reward_that_is_no_number_is_seen():
+    assert group_advantages(torch.tensor([[float("nan"), 1.0], [1.0, 0.0]])).isnan().tolist() == [
+        [True] * 2,
+        [False] * 2,
+    ]
+
+
 def test_no_tokens():
     none = torch.zeros(0, requires_grad=True)
     lengths = torch.zeros(2, dtype=torch.int64)

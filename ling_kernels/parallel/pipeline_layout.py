@@ -78,6 +78,13 @@ class PipelineLayout:
         before = "".join(self.stages[: stage + 1])
         return 1 + before.count("m") - before.count("L")
 
+    def ranks(self, ranks: int) -> list[int]:
+        """The rank of each stage, in turn. Raises InputError where the ranks would have different numbers of stages."""
+        number = len(self.stages)
+        if number % ranks:
+            raise InputError(f"--pipeline {self}: {number} stages on {ranks} ranks; each rank takes equally many")
+        return [s % ranks for s in range(number)]
+
     def holders(self, units: str, ranks: Sequence[int]) -> list[int]:
         """The ranks that hold any unit of these letters, ascending. ranks: the rank of each stage."""
         return sorted({r for stage, r in zip(self.stages, ranks, strict=True) if set(stage) & set(units)})

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from ..errors import InputError, Parser, command
+from ..files import format_bytes
 from ..gpu import HOPPER, VARIANTS
 from ..model import LingConfig
 from ..parallel.layout import Layout
@@ -23,7 +24,7 @@ from ..train.scaling import with_defaults
 from ..train.settings import settings_of
 from .search import CHOICES, TRIES, Problem, Result, candidates, ranked, search
 from .timeline import draw
-from .train import format_bytes, span
+from .train import span
 from .train_time import NODE
 from .units import letters, predicted_units, transfer_seconds
 
@@ -123,8 +124,7 @@ def solve(problem: Problem, options: argparse.Namespace) -> list[Result]:
             raise InputError(f"--pipeline {layout}: {stages} stages are not --pp {pp} x --vpp {options.vpp}")
         if name is not None:
             return [problem.evaluate(layout, name, order)]
-        if stages % pp:
-            raise InputError(f"--pipeline {layout}: {stages} stages on {pp} ranks; each rank takes equally many")
+        layout.ranks(pp)
         wanted = candidates(pp, [stages // pp])
         return ranked(problem, [partial(problem.evaluate, layout, name) for name, _ in wanted])
     if order is not None:

@@ -20,7 +20,7 @@ from .simulate import Timeline, simulate
 from .units import Unit, rank_parameters, stage_units
 
 CHOICES = (*(name for name in SCHEDULES if name not in ("LoopedBFS", "GPipe")), "greedy")
-TRIES = 400
+TRIES = 150
 SEARCH_ROUNDS = 3  # a layout is searched with this many micro batches a rank
 
 

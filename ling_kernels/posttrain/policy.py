@@ -17,7 +17,7 @@ tokens over those of all responses (average="tokens") or over those of its respo
     logp = -linear_cross_entropy(hidden, lm_head, targets, reduction="none")
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ def policy_loss(
     out, of its unit's ratio too. reference_logp [T] and kl: kl times the mean of exp(d) - d - 1, d = reference - logp,
     is added. Raises InputError for what does not fit.
     """
-    low, high = clip if isinstance(clip, tuple) else (clip, clip)
+    low, high = widths(clip)
     check(logp, old_logp, advantages, lengths, level, average, sentences, token_weights, reference_logp, kl)
     tokens = torch.ones_like(logp) if token_weights is None else token_weights.detach().to(logp.dtype)
     of_response = torch.repeat_interleave(
@@ -120,13 +120,22 @@ def icepop(train_logp: Tensor, rollout_logp: Tensor, limits: str | tuple[float, 
 
 
 def group_advantages(rewards: Tensor, eps: float = 1e-6) -> Tensor:
-    """rewards [groups, G] -> (reward - mean) / std of each group, [groups, G] fp32; 0 where all rewards are equal."""
+    """rewards [groups, G] -> (reward - mean) / std of each group, [groups, G] fp32; 0 where all rewards are equal, NaN
+    where one is."""
     if rewards.ndim != 2 or rewards.shape[1] < 2:
         raise InputError(f"rewards [groups, G] with G of at least 2; got {[*rewards.shape]}")
     rewards = rewards.float()
     centred = rewards - rewards.mean(1, keepdim=True)
     std = centred.square().mean(1, keepdim=True).sqrt()
-    return torch.where(std > eps, centred / std.clamp(min=eps), torch.zeros_like(centred))
+    return torch.where(std <= eps, torch.zeros_like(centred), centred / std.clamp(min=eps))
+
+
+def widths(clip: Any) -> tuple[float, float]:
+    """The widths of a clip, below and above 1."""
+    pair = tuple(clip) if isinstance(clip, tuple | list) else (clip, clip)
+    if len(pair) != 2 or not all(isinstance(width, int | float) and width >= 0 for width in pair):  # NaN is not >= 0
+        raise InputError(f"clip is a number of at least 0, or two of them; not {clip!r}")
+    return pair
 
 
 def check(logp, old_logp, advantages, lengths, level, average, sentences, token_weights, reference_logp, kl) -> None:
@@ -145,7 +154,13 @@ def check(logp, old_logp, advantages, lengths, level, average, sentences, token_
     if (reference_logp is None) != (kl == 0):
         raise InputError("kl and reference_logp go together")
     for name, of in (("lengths", lengths), ("sentences", sentences)):
-        if of is not None and of.device.type == "cpu" and int(of.sum()) != len(logp):
+        if of is None:
+            continue
+        if of.dtype not in (torch.int64, torch.int32):
+            raise InputError(f"{name} are {of.dtype}, not int64")
+        if of.device.type == "cpu" and (of < 0).any():
+            raise InputError(f"{name} have {int(of.min())}, which is below 0")
+        if of.device.type == "cpu" and int(of.sum()) != len(logp):
             raise InputError(f"{name} add up to {int(of.sum())}, and there are {len(logp)} tokens")
     if sentences is not None and sentences.device.type == "cpu":
         ends = set(sentences.cumsum(0).tolist())

@@ -5,7 +5,7 @@ its own; rows are counted on, and the data of earlier steps stays in the run's f
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -46,10 +46,10 @@ def are_changes(value) -> bool:
     return isinstance(value, list) and all(isinstance(change, dict) and change.keys() == keys for change in value)
 
 
-def new_data_folder(step: int, present: str) -> str:
-    """The folder of data that begins after a step; `present` is that of the data before."""
+def new_data_folder(step: int, taken: Collection[str]) -> str:
+    """The folder of data that begins after a step; `taken` are those of the data before and of later checkpoints."""
     name = f"{DATA_FOLDER}-{step:06d}"
-    return new_data_folder(step + 1, present) if name == present else name
+    return new_data_folder(step + 1, taken) if name in taken else name
 
 
 def is_data_folder(name) -> bool:

@@ -17,6 +17,7 @@ import shutil
 import time
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -55,6 +56,15 @@ def clear_leftovers(run: Path) -> None:
     """Remove checkpoints that a killed process left half-written or half-removed."""
     for path in (run / "checkpoints").glob(".step-*"):
         shutil.rmtree(path)
+
+
+def data_folders(run: Path) -> set[str]:
+    """The folders of data of the run's checkpoints, superseded ones too; that of a damaged state.json is unknown."""
+    found = set()
+    for path in (run / "checkpoints").glob("*/state.json"):
+        with suppress(OSError, ValueError, AttributeError, RecursionError):
+            found.add(json.loads(path.read_text()).get("data_folder", DATA_FOLDER))
+    return {name for name in found if is_data_folder(name)}
 
 
 def remove(checkpoint: Path) -> None:

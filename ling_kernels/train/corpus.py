@@ -122,13 +122,14 @@ def open_source(
         mapped.insert(0, chat_cache)
     if not mapped:
         return [gather_tokens(data, tokenizer, vocab_size, cache, options)]
-    docs, longer = cut(open_chats(mapped, vocab_size, tokenizer.eos_id), settings.seq_len)
+    docs, longer, empty = cut(open_chats(mapped, vocab_size, tokenizer.eos_id), settings.seq_len)
     if longer:
-        if not any(docs.trained(d)[1:].any() for d in range(len(docs))):
+        if not len(docs):
             raise InputError(f"no conversation has a token to train on within --seq-len {settings.seq_len}: its answers"
                              " begin later")  # fmt: skip
-        warn(f"{longer:,} of {len(docs):,} conversations are longer than --seq-len {settings.seq_len}: they lose their"
-             " ends")  # fmt: skip
+        left_out = f"; {empty:,} of them are left out, as their answers begin later" if empty else ""
+        warn(f"{longer:,} of {len(docs) + empty:,} conversations are longer than --seq-len {settings.seq_len}: they"
+             f" lose their ends{left_out}")  # fmt: skip
     if texts or cache.is_file():
         return [gather_tokens(texts, tokenizer, vocab_size, cache, options), docs]
     return [docs]
@@ -167,6 +168,11 @@ def named_sets(val_data: Sequence[str], taken: Sequence[str]) -> list[tuple[str,
     names = [*taken, *(name for name, _ in found)]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise InputError(f"--val-data: two sets have the name {twice}")
+    for name, _ in found:
+        for file in (f"{name}-chats", f"{name}-chats.mask"):
+            if file in names[len(taken) :]:
+                raise InputError(f"--val-data: beside {name} no set can be {file}, as its file may be that of the chats"
+                                 f" of {name}: choose another name")  # fmt: skip
     return found
 
 

@@ -1,16 +1,18 @@
 """python -m ling_kernels.train.data SOURCES --out X.bin: tokenise text or chats into a .bin file."""
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 
 from ...errors import InputError, Parser, command
-from ...files import user_path
+from ...files import read_json, user_path
 from ...tokenizer import load_tokenizer
 from ..flags import add_flag
 from ..settings import TEXT_SETTINGS, Settings
 from ..signals import STOPPED, interrupted_by_sigterm
-from .chats import chats_and_texts, write_chats
+from .chats import chats_and_texts, mask_of, write_chats
 from .sources import find_files
 from .tokenise import tokenise
 
@@ -33,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise InputError(f"--out {out} must end in .bin")
     if out.exists():
         raise InputError(f"{out} exists; it is not overwritten")
+    check_beside(out)
     settings = Settings(**options)
     text_options, train_on = settings.text_options, settings.train_on
     tokenizer = load_tokenizer(tokenizer)
@@ -54,6 +57,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     skipped = f"; {about['empty']:,} without text are skipped" if about["empty"] else ""
     print(f"{out}: {about['tokens']:,} tokens of {about['documents']:,} documents, {about['dtype']}{skipped}")
     return 0
+
+
+def check_beside(out: Path) -> None:
+    """Raise InputError where a file of another kind has a name that one beside `out` would get, as data.json has where
+    its tokens go to data.bin. Files that a killed process left without `out` are written again."""
+    about = out.with_suffix(".json")
+    if os.path.lexists(about) and not is_about_tokens(about):
+        raise InputError(f"{about} exists; it is not overwritten, and would be beside {out}: name another --out")
+    if os.path.lexists(mask_of(out)) and not about.exists():
+        raise InputError(f"{mask_of(out)} exists; it is not overwritten, and may be beside {out}: name another --out")
+
+
+def is_about_tokens(path: Path) -> bool:
+    try:
+        return {"dtype", "eos_id", "vocab_size"} <= read_json(path).keys()
+    except InputError:
+        return False
 
 
 if __name__ == "__main__":

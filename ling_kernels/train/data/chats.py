@@ -17,7 +17,7 @@ import numpy as np
 from ...errors import InputError
 from ...files import atomic_write
 from ...tokenizer import Tokenizer
-from .conversations import FIELDS, conversation
+from .conversations import COLUMNS, FIELDS, conversation
 from .progress import ReadingProgress
 from .sources import DEFAULTS, Position, TextOptions, has_rows, rows
 from .token_files import DTYPES
@@ -40,7 +40,9 @@ def is_chats(path: Path, options: TextOptions) -> bool:
     try:
         if path.suffix == ".bin":
             return json.loads(path.with_suffix(".json").read_text()).get("chats") is True
-        first = next((row for _, row in rows(path, options)), None) if has_rows(path) else None
+        columns = [*COLUMNS, *{options.text_field} - {*COLUMNS}]
+        found = rows(path, options, columns=columns, any_of=True) if has_rows(path) else iter(())
+        first = next((row for _, row in found), None)
     except (InputError, OSError, ValueError, AttributeError, RecursionError):
         return False  # whoever reads the file next says what is wrong with it
     return isinstance(first, dict) and options.text_field not in first and not first.keys().isdisjoint(FIELDS)
@@ -92,7 +94,7 @@ def write_chats(
             with atomic_write(out.with_suffix(".json")) as sidecar, ReadingProgress(position, files) as progress:
                 with open(ids_file, "wb") as one, open(mask_file, "wb") as two:
                     for path in files:
-                        for source, row in rows(path, options, position):
+                        for source, row in rows(path, options, position, COLUMNS, any_of=True):
                             ids, mask = encode_conversation(row, source, tokenizer, train_on)
                             one.write(np.array(ids, DTYPES[name]).tobytes())
                             two.write(mask.tobytes())

@@ -6,6 +6,7 @@ from typing import Any
 from ...errors import InputError
 
 FIELDS = ("messages", "conversations")
+COLUMNS = (*FIELDS, "system", "tools")  # of a row, that are read
 ROLES = {  # of ShareGPT, and OpenAI's older name of a tool
     "human": "user", "gpt": "assistant", "function_call": "assistant", "function_response": "tool",
     "observation": "tool", "function": "tool",

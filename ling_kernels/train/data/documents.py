@@ -106,10 +106,14 @@ def open_chats(files: Sequence[Path], vocab_size: int, eos_id: int) -> Documents
     return Documents(arrays, np.concatenate(which), np.concatenate(start), np.concatenate(end), checksum, masks)
 
 
-def cut(docs: Documents, seq_len: int) -> tuple[Documents, int]:
-    """The conversations with at most seq_len tokens each, their first, and how many were longer."""
+def cut(docs: Documents, seq_len: int) -> tuple[Documents, int, int]:
+    """The conversations with at most seq_len tokens each, their first, without those whose answers begin later; how
+    many were longer, and how many of these are left out."""
     longer = docs.lengths > seq_len
-    return replace(docs, end=np.where(longer, docs.start + seq_len, docs.end)), int(longer.sum())
+    docs = replace(docs, end=np.where(longer, docs.start + seq_len, docs.end))
+    # The first token of a row is not predicted.
+    empty = [d for d in np.flatnonzero(longer).tolist() if not docs.trained(d)[1:].any()]
+    return docs.take(np.delete(np.arange(len(docs)), empty)) if empty else docs, int(longer.sum()), len(empty)
 
 
 def gather_tokens(

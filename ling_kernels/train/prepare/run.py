@@ -23,7 +23,7 @@ from ...tokenizer import Tokenizer, load_tokenizer
 from .. import checkpoint as ckpt
 from ..changes import DATA_FOLDER, changes, new_data_folder, tokens_in
 from ..scaling import schedule_line, with_defaults
-from ..settings import Settings, from_json, plain_options, settings_of, to_json
+from ..settings import TEXT_SETTINGS, Settings, from_json, plain_options, settings_of, to_json
 from .checks import check, check_parallel
 from .device import choose_device
 from .models import fits_vocabulary, model_config, model_name, own_tokenizer, with_end_token
@@ -51,6 +51,7 @@ class Run:
     state: dict | None = None  # the checkpoint's state.json
     changes: list[dict] = field(default_factory=list)  # of the settings, since that checkpoint
     notes: list[str] = field(default_factory=list)  # lines about the settings, for the user
+    settings_before: bytes | None = None  # settings.json of the run to resume, before this process wrote it
     try_threads: bool = False  # their number is not given, and one may be faster
     ranks: Ranks = field(default_factory=Ranks)
 
@@ -74,6 +75,8 @@ def new_run(
     folder, new = ranks.from_first(lambda: make_folder(out, settings.model, restart))
     with ranks.agreed():
         lock = lock_folder(folder) if ranks.first else None
+        if restart and ranks.first:
+            forget_other_tokens(folder, settings)
     run = Run(settings, config, tokenizer, *device, folder, lock, new, *tokens_of(folder), weights, ranks=ranks)
     run.try_threads = any_threads and device[0].type == "cpu" and not settings.step_in_backward and ranks.size == 1
     run.notes = [*notes, *end]
@@ -112,14 +115,16 @@ def resumed_run(resume: str | Path, options: dict, fall_back: bool = False) -> R
     changed = changes(from_json(state["settings"]), settings, state["step"])
     tokens = tokens_of(folder, data_folder := state.get("data_folder", DATA_FOLDER))
     if any(change["setting"] == "data" for change in changed):
-        tokens = tokens_in(folder, new_data_folder(state["step"], data_folder)), False
+        tokens = tokens_in(folder, new_data_folder(state["step"], {data_folder, *ckpt.data_folders(folder)})), False
         if ranks.first:
-            shutil.rmtree(tokens[0].parent, ignore_errors=True)  # of a continuation that was given up
+            shutil.rmtree(tokens[0].parent, ignore_errors=True)  # of a continuation that has no checkpoint
     run = Run(
         settings, config, tokenizer, *device, folder, lock, False, *tokens, None, checkpoint, state, changed,
         ranks=ranks,
     )  # fmt: skip
     run.notes = [schedule_line(settings)]
+    with suppress(OSError):
+        run.settings_before = (folder / "settings.json").read_bytes()
     return write_settings(run)
 
 
@@ -180,6 +185,19 @@ def tokens_of(folder: Path, data_folder: str = DATA_FOLDER) -> tuple[Path, bool]
     return path, any(path.parent.glob("*.bin"))
 
 
+def forget_other_tokens(folder: Path, settings: Settings) -> None:
+    """Remove the tokens in the folder of a run that begins again, unless they are of the same data."""
+    names = ("data", "val_data", "tokenizer", "model", "train_on", *TEXT_SETTINGS)
+    with suppress(OSError, ValueError, TypeError, AttributeError, RecursionError):
+        before = from_json(json.loads((folder / "settings.json").read_text()))
+        if all(getattr(before, name) == getattr(settings, name) for name in names):
+            return
+    for kind in ("tokens", "validation"):
+        for suffix in ("bin", "json"):
+            for path in (folder / DATA_FOLDER).glob(f"{kind}*.{suffix}"):
+                path.unlink()
+
+
 def absolute_changes(options: dict) -> dict:
     """Settings with absolute paths, so that a run can be resumed from another working directory."""
     return {name: absolute(name, value) for name, value in plain_options(options).items()}
@@ -194,7 +212,8 @@ def absolute(name: str, value):
     if value is None:
         return None
     if name == "data":
-        return tuple(map(os.path.abspath, value))
+        # A weight without a path would become one of the present folder.
+        return tuple(s if s.startswith("=") and not os.path.exists(s) else os.path.abspath(s) for s in value)
     if name == "val_data":
         parts = [source.partition("=") for source in value]
         return tuple(f"{name}={os.path.abspath(path)}" if path else name for name, _, path in parts)
@@ -258,7 +277,10 @@ def discard(run: Run) -> None:
     if not run.had_tokens and run.tokens.parent.is_dir():
         for path in [*run.tokens.parent.glob("*.bin"), *run.tokens.parent.glob("*.json")]:
             path.unlink()
-    if not run.checkpoint:
+    if run.settings_before is not None:
+        with suppress(OSError):
+            (run.folder / "settings.json").write_bytes(run.settings_before)
+    elif not run.checkpoint:
         (run.folder / "settings.json").unlink()
         if run.lock:
             run.lock.remove()

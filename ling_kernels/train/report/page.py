@@ -40,15 +40,19 @@ def write_html(run: Path) -> Path:
         raise InputError(f"{run} has no steps in metrics.jsonl, so there is nothing to report")
     settings = read_json(run / "settings.json") if (run / "settings.json").is_file() else {}
     starts = read_lines(run / STARTS)
-    sections = [
-        heading(run, metrics, settings, starts),
-        section("Curves", f'<div class="charts">{"".join(curves(metrics))}</div>'),
-        section("Load of the experts", load(rows_of(run / "expert_load.jsonl", "first", "counts"), starts)),
-        section("FP8", fp8(rows_of(run / FP8_FILE, "layers"))),
-        section("Samples", samples(read_lines(run / SAMPLES))),
-        section("Settings", settings_table(settings, starts)),
-        section("Starts", starts_table(starts)),
-    ]
+    try:
+        sections = [
+            heading(run, metrics, settings, starts),
+            section("Curves", f'<div class="charts">{"".join(curves(metrics))}</div>'),
+            section("Load of the experts", load(rows_of(run / "expert_load.jsonl", "first", "counts"), starts)),
+            section("FP8", fp8(rows_of(run / FP8_FILE, "layers"))),
+            section("Samples", samples(read_lines(run / SAMPLES))),
+            section("Settings", settings_table(settings, starts)),
+            section("Starts", starts_table(starts)),
+        ]
+    except (TypeError, ValueError, AttributeError, LookupError, OverflowError) as error:
+        raise InputError(f"cannot report {run}: a value in its files is of another type, or is missing: {error!r}"
+                         ) from None  # fmt: skip
     text = (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(run.name)}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -58,7 +62,7 @@ def write_html(run: Path) -> Path:
     )
     try:
         with atomic_write(run / FILE) as partial:
-            partial.write_text(text, encoding="utf-8")
+            partial.write_bytes(text.encode(errors="backslashreplace"))  # a sample of another loop may be no Unicode
     except OSError as error:
         raise InputError(f"cannot write {run / FILE}: {error.strerror or error}") from None
     return run / FILE

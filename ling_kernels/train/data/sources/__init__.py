@@ -31,14 +31,19 @@ def has_rows(path: Path) -> bool:
 
 
 def rows(
-    path: Path, options: TextOptions, position: Position | None = None, columns: Sequence[str] | None = None
+    path: Path,
+    options: TextOptions,
+    position: Position | None = None,
+    columns: Sequence[str] | None = None,
+    any_of: bool = False,
 ) -> Iterator[tuple[str, Any]]:
     """(where it is, row) of a .json, .jsonl, .parquet or .arrow file, or of a compressed one. A row of a table is a
-    dict of the `columns`, by default of all; one of JSON is any value, as it is.
+    dict of the `columns`, by default of all, with any_of of those that are there, and objects in it have no fields of
+    null; one of JSON is any value, as it is.
 
     Raises InputError for files that cannot be read and for columns that are not there.
     """
-    return ROWS[kind_of(path)](path, options, Position() if position is None else position, columns)
+    return ROWS[kind_of(path)](path, options, Position() if position is None else position, columns, any_of)
 
 
 def documents(

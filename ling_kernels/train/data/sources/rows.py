@@ -11,7 +11,7 @@ from .text import text_chunks
 
 
 def jsonl_rows(
-    path: Path, options: TextOptions, position: Position, columns: Sequence[str] | None = None
+    path: Path, options: TextOptions, position: Position, columns: Sequence[str] | None = None, any_of: bool = False
 ) -> Iterator[tuple[str, Any]]:
     """Each line's value; empty lines are skipped."""
     for number, line in enumerate(lines(text_chunks(path, options.encoding, position)), 1):
@@ -22,7 +22,7 @@ def jsonl_rows(
 
 
 def json_rows(
-    path: Path, options: TextOptions, position: Position, columns: Sequence[str] | None = None
+    path: Path, options: TextOptions, position: Position, columns: Sequence[str] | None = None, any_of: bool = False
 ) -> Iterator[tuple[str, Any]]:
     """The value, or each element of an array, where a text or null is the text of a row. The file is read whole."""
     content = parsed("".join(text_chunks(path, options.encoding, position)), str(path))

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from ....errors import InputError
 from .options import Position, TextOptions
@@ -21,18 +22,21 @@ def importing_pyarrow(path: Path):
     try:
         with reading(path):
             yield pyarrow
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:  # the latter for a text that is not UTF-8
+    except InputError:
+        raise
+    # The latter: a text that is not UTF-8, a time that Python has no object for, a column that comes twice.
+    except (pyarrow.ArrowException, ValueError, OverflowError, KeyError) as error:
         raise InputError(f"cannot read {path}: {error}") from None
 
 
 def parquet_rows(
-    path: Path, options: TextOptions, position: Position, columns: Sequence[str] | None = None
+    path: Path, options: TextOptions, position: Position, columns: Sequence[str] | None = None, any_of: bool = False
 ) -> Iterator[tuple[str, dict]]:
     with importing_pyarrow(path):
         from pyarrow import parquet
 
         with parquet.ParquetFile(path) as file:
-            check_columns(file.schema_arrow, columns, path)
+            columns = check_columns(file.schema_arrow, columns, path, any_of)
             size, rows, row = path.stat().st_size, file.metadata.num_rows, 0
             for batch in file.iter_batches(BATCH_ROWS, columns=columns):
                 yield from numbered(batch, row, path)
@@ -41,7 +45,7 @@ def parquet_rows(
 
 
 def arrow_rows(
-    path: Path, options: TextOptions, position: Position, columns: Sequence[str] | None = None
+    path: Path, options: TextOptions, position: Position, columns: Sequence[str] | None = None, any_of: bool = False
 ) -> Iterator[tuple[str, dict]]:
     """Rows of an IPC stream, which Hugging Face datasets write, or of an IPC file."""
     with importing_pyarrow(path) as pyarrow, open(path, "rb") as file:
@@ -52,25 +56,38 @@ def arrow_rows(
             batches = map(table.get_batch, range(table.num_record_batches))
         else:
             batches = table = pyarrow.ipc.open_stream(file)
-        check_columns(table.schema, columns, path)
+        columns = check_columns(table.schema, columns, path, any_of)
         row = 0
         for batch in batches:
             batch.validate(full=True)  # offsets of a damaged file may point anywhere
             for first in range(0, len(batch), BATCH_ROWS):
                 part = batch.slice(first, BATCH_ROWS)
-                yield from numbered(part.select(columns) if columns else part, row + first, path)
+                yield from numbered(part if columns is None else part.select(columns), row + first, path)
             row += len(batch)
             position.within = file.tell()
 
 
-def check_columns(schema, columns: Sequence[str] | None, path: Path) -> None:
-    for name in columns or ():
+def check_columns(schema, columns: Sequence[str] | None, path: Path, any_of: bool) -> list[str] | None:
+    """The columns to read; any_of: those of them that are there."""
+    if columns is None:
+        return None
+    if any_of:
+        return [name for name in columns if name in schema.names]
+    for name in columns:
         if name not in schema.names:
             has = ", ".join(schema.names)
             raise InputError(f"{path} has no column {name!r}, only {has}; --text-field names another")
+    return list(columns)
 
 
 def numbered(batch, row: int, path: Path) -> Iterator[tuple[str, dict]]:
     """(where it is, row) of the rows of a batch that has `row` rows before it."""
     for number, content in enumerate(batch.to_pylist(), row + 1):
-        yield f"{path}, row {number}", content
+        yield f"{path}, row {number}", {name: without_nulls(value) for name, value in content.items()}
+
+
+def without_nulls(value: Any) -> Any:
+    """A value without the null fields of objects in it: each object of a column has every field of any other."""
+    if isinstance(value, dict):
+        return {name: without_nulls(v) for name, v in value.items() if v is not None}
+    return [without_nulls(v) for v in value] if isinstance(value, list) else value
