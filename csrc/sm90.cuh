@@ -102,10 +102,16 @@ template <int kPending> __device__ void wait_copies() {
 
 // Four matrices of 8 lines of 16 bytes, i.e. 8 x 8 elements of 2 bytes; lane l passes the address of line l % 8 of
 // matrix l / 8. r[i] holds two elements (line, column) of matrix i:
-//     load_transposed   low half (2 (l % 4), l / 4)    high half (2 (l % 4) + 1, l / 4)
-//     store_matrices    low half (l / 4, 2 (l % 4))    high half (l / 4, 2 (l % 4) + 1)
+//     load_transposed                  low half (2 (l % 4), l / 4)    high half (2 (l % 4) + 1, l / 4)
+//     load_matrices, store_matrices    low half (l / 4, 2 (l % 4))    high half (l / 4, 2 (l % 4) + 1)
 __device__ inline void load_transposed(unsigned (&r)[4], const void* line) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared::cta.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(line))
+                 : "memory");
+}
+__device__ inline void load_matrices(unsigned (&r)[4], const void* line) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared::cta.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                  : "r"(shared_address(line))
                  : "memory");

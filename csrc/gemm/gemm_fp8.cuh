@@ -31,6 +31,13 @@ __device__ inline void load_fragments(unsigned (&a)[4][4], const uint8_t* weight
     }
 }
 
+// The A fragments of a stage's 64 tokens for the same 4 products; a warp has 16 of them.
+__device__ inline void load_rows(unsigned (&a)[4][4], const uint8_t* tokens) {
+    const int lane = threadIdx.x % 32, line = threadIdx.x % 128 / 32 * 16 + lane % 16;
+#pragma unroll
+    for (int step = 0; step < 4; step++) load_matrices(a[step], tokens + swizzled(line, 2 * step + lane / 16));
+}
+
 // sum[h] += the products of one stage with their scales. Scales are read while a product runs, as many as there are
 // registers for, so that the stage is free when its last product is complete.
 template <typename V>
@@ -45,6 +52,8 @@ __device__ void multiply(Shared<V>& s, const Problem& p, const Tile& t, int stag
     const float* x_scale = s.a_scale[stage];
     const float upper = x_scale[V::kSwap ? 0 : 64 * place.warpgroup + place.row];
     const float lower = x_scale[V::kSwap ? 0 : 64 * place.warpgroup + place.row + 8];
+    unsigned fragments[4][4];
+    if constexpr (V::kTokenFragments) load_rows(fragments, s.a[stage] + 64 * 128 * place.warpgroup);
 #pragma unroll
     for (int h = 0; h < V::kHalves; h++) {
         if (h && !all_halves) break;
@@ -61,12 +70,12 @@ __device__ void multiply(Shared<V>& s, const Problem& p, const Tile& t, int stag
         read_scales(0, kEarly);
         float part[V::kRegs];
         const uint64_t first = operand(V::kSwap ? w : x), second = operand(V::kSwap ? x : w);
-        unsigned fragments[4][4];
         if constexpr (V::kTransposed) load_fragments(fragments, tile, threadIdx.x / 32);
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < 4; k++) {
-            if constexpr (V::kTransposed) wgmma_fp8_registers(part, fragments[k], second + 2 * k, k > 0);
+            if constexpr (V::kTransposed || V::kTokenFragments)
+                wgmma_fp8_registers(part, fragments[k], second + 2 * k, k > 0);
             else wgmma_fp8(part, first + 2 * k, second + 2 * k, k > 0);
         }
         wgmma_commit();

@@ -27,6 +27,8 @@ struct Variant {
     static constexpr bool kTransposed = kWeights == Weights::transposed, kBlockScales = !kRowScales;
     // May run with Problem::pairs. Of a plain product with row scales registers would spill.
     static constexpr bool kPairs = kBlockM == 128 && (kBlockScales || kWgrad);
+    // Tokens come to wgmma from registers, once for both halves. Row scales and gathering leave too few registers.
+    static constexpr bool kTokenFragments = !kSwap && kBlockScales && !kGather;
     static constexpr int kUnit = 128;                       // elements of K per scale
     static constexpr int kStageUnits = 1;                   // units of a stage
     static constexpr int kRegs = kSwap ? kTokens / 2 : 64;  // results of one product in a thread

@@ -65,6 +65,7 @@ class Product(NamedTuple):
     K: int
     out: float  # bytes of a result
     published: str
+    shared: int = 144 << 10  # bytes that 128 of K take through shared memory: docs/kernels.md
 
     def seconds(self, clocks: Clocks) -> dict[str, float]:
         """{bound: seconds}: by the SMs, and by memory."""
@@ -72,8 +73,8 @@ class Product(NamedTuple):
         alone = clocks(name, "products")["clocks"] + clocks(name, "products")["tensor"]
         epilogue = sum(clocks(name, f"around products: {part}")["clocks"]
                        for part in ("before the first issue", "after the last wait"))  # fmt: skip
-        shared, l2 = 144 << 10, 32 << 10  # bytes for 128 of K: docs/kernels.md; pairs share weights
-        step = max(128 * 256 * 128 / MACS, shared / SHARED, l2 / L2, alone)
+        l2 = 32 << 10  # bytes for 128 of K: pairs share weights
+        step = max(128 * 256 * 128 / MACS, self.shared / SHARED, l2 / L2, alone)
         tile = 2 * epilogue + step * max(self.K / 128 - epilogue / alone, 0)
         tiles = self.E * -(-self.rows // 128) * self.N / 256
         read = self.E * (self.N + self.rows) * self.K
@@ -87,14 +88,16 @@ def products() -> list[Product]:
     plain, fused = "0, 2, (Scales)0, (Output)0, (Tokens)0", "0, 2, (Scales)0, (Output)1, (Tokens)0"
     ends = ", (Contraction)0, (Weights)0"
     transposed = "128, 2, (Scales)0, (Output)0, (Tokens)0, (Contraction)0, (Weights)1"
+    tokens = 128 << 10  # tokens in registers
     wgrad = "0, 2, (Scales)1, (Output)0, (Tokens)0, (Contraction)1, (Weights)0"
     return [
         Product("gate and up with SwiGLU", fused + ends, 256, ROWS, 1024, 2048, 0.5,
-                "DeepGEMM, K 2048, no SwiGLU: 61 to 64%"),
-        Product("down", plain + ends, 256, ROWS, 2048, 512, 2, "DeepGEMM, one matrix, K 512: 47%"),
+                "DeepGEMM, K 2048, no SwiGLU: 61 to 64%", tokens),
+        Product("down", plain + ends, 256, ROWS, 2048, 512, 2, "DeepGEMM, one matrix, K 512: 47%", tokens),
         Product("dgrad of gate and up, weights as stored", transposed, 256, ROWS, 2048, 1024, 2, "nothing"),
         Product("wgrad of gate and up, fp32", wgrad, 256, 1024, 2048, ROWS, 4, "DeepGEMM, k 4096 to 8192: 41 to 53%"),
-        Product("one matrix, 4096 x 7168 x 16384", plain + ends, 1, 4096, 7168, 16384, 2, "DeepGEMM: 75 to 78%"),
+        Product("one matrix, 4096 x 7168 x 16384", plain + ends, 1, 4096, 7168, 16384, 2, "DeepGEMM: 75 to 78%",
+                tokens),
     ]  # fmt: skip
 
 
