@@ -134,6 +134,8 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* st
 
 cudaError_t cudaFuncSetAttribute(const void* stub, cudaFuncAttribute what, int value) {
     if (what == cudaFuncAttributeNonPortableClusterSizeAllowed) return cudaSuccess;
+    if (what == cudaFuncAttributePreferredSharedMemoryCarveout)  // a hint
+        return -1 <= value && value <= 100 ? cudaSuccess : cudaErrorInvalidValue;
     if (what != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaErrorNotSupported;
     if (value < 0 || static_cast<size_t>(value) > kBlockShared) return cudaErrorInvalidValue;
     functions()[stub].dynamic = value;
