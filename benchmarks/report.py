@@ -89,8 +89,8 @@ class Run:
 
 
 def runs(results: Path = RESULTS) -> list[Run]:
-    """GPUs first. The tables of kernels' resources, clocks and counters lie in the same folder and are no runs."""
-    tables = ("resources", "clocks", "counters")
+    """GPUs first. Tables and plans lie in the same folder and are no runs."""
+    tables = ("resources", "clocks", "counters", "scale_out_plans")
     found = [Run(path) for path in sorted(results.glob("*.json")) if not path.name.startswith(tables)]
     return sorted(found, key=lambda run: run.gpu is None)
 

@@ -143,6 +143,6 @@ def test_a_decode_pass(draft, sampling, monkeypatch):
     # The layers round differently, which may change a token: what follows must be right for these logits.
     token_ids, lengths = before[:2]
     positions = lengths[lanes, None] - 1 + torch.arange(1 + draft, device=DEVICE)
-    tokens = sample_ref(near, forward.sampling, mode, lanes, positions.flatten(), token_ids, forward.seeds)
+    tokens = sample_ref(near, forward.sampling, mode[:3], lanes, positions.flatten(), token_ids, forward.seeds)
     output = accept_tokens_ref(tokens.view(2, -1), lanes, positions, token_ids, lengths, draft > 0)
     assert torch.equal(got, output) and all(map(torch.equal, written[:2], (token_ids, lengths)))

@@ -36,7 +36,7 @@ def test_a_product_by_hand():
     assert dgrad.bytes == 2 * 3 * 5 + 2 * 70 + 2 * 3 * 7
     assert wgrad.bytes == 2 * 3 * (5 + 7) + 2 * 4 * 70
     (f8,), (d8, w16) = product("p", 3, 5, 7, fp8=True, wgrad=False, forward="up", grad_bytes=2)
-    assert f8 == Work("p forward", 210.0, 3 * 7 + 35 + 2 * 15, "fp8", 0.78) and d8.precision == "fp8"
+    assert f8 == Work("p forward", 210.0, 3 * 7 + 35 + 2 * 15, "fp8", time.FP8_SHARES["up"]) and d8.precision == "fp8"
     assert w16.precision == "bf16" and w16.share == time.BF16_SHARE and w16.bytes == 2 * 36 + 2 * 2 * 35
 
 

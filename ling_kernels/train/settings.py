@@ -286,7 +286,7 @@ def plain(f: Field, value: Any) -> Any:
         return bool(value)
     if kind is int and isinstance(value, Integral) and not is_bool:
         if abs(int(value)) >= 1 << 63:  # such numbers turn up as nan and 0 in floating point
-            raise InputError(f"{f.name} {value}: it must have at most 63 bits")
+            raise InputError(f"--{f.name.replace('_', '-')} {value}: it must have at most 63 bits")
         return int(value)
     if kind is float and isinstance(value, Real) and not is_bool:
         return value if type(value) in (int, float) else float(value)
