@@ -152,14 +152,14 @@ def of_layers(run: Run) -> list[str]:
         return []
     head = "layer | pass | by | median, ms | least over ours | tokens/s | MFU | error"
     return [*table(head, cells), "Error: of the result, or of x's gradient, against the loop over experts, relative. "
-            f"MFU of {rows[0]['peak']}.", ""]  # fmt: skip
+            f"MFU of the peak, {rows[0]['peak']}.", ""]  # fmt: skip
 
 
 def of_steps(run: Run) -> list[str]:
     ours = {r["step"]: r["min_us"] for r in run.of("step") if r["by"] == "ours"}
-    lines = [f"- {r['step'].capitalize()}, {r['by']}: {r['us'] / 1e3:,.1f} ms (least over ours "
+    lines = [f"- {r['step'][0].upper()}{r['step'][1:]}, {r['by']}: {r['us'] / 1e3:,.1f} ms (least over ours "
              f"{r['min_us'] / ours[r['step']]:.2f}x), {r['tokens_per_s']:,.0f} tokens/s, MFU {r['mfu']:.1%} of "
-             f"{r['peak']}." for r in run.of("step")]  # fmt: skip
+             f"the peak, {r['peak']}." for r in run.of("step")]  # fmt: skip
     for r in run.of("decode"):
         more = f", {share(r, run.gpu)} of the limit" if run.gpu else ""
         more += f", {r['kernels_per_layer']:.1f} kernels a layer" if r["kernels_per_layer"] else ""
