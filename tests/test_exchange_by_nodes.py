@@ -7,7 +7,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from ling_kernels.parallel import exchange
 from tests.ranks import run, summed
-from tests.test_expert_parallel import E, H, T, choices, layer
+from tests.test_expert_parallel import E, H, T, choices, layer, results_of
 
 WORLD, NODES = 4, 2
 
@@ -31,12 +31,7 @@ def layers_agree(rank, group):
             torch.manual_seed(100 + rank)
             x, dy = torch.randn(2, T, H).to(dtype)
             experts = choices(kind, rank)
-            results = []
-            for m in (moe, shared):
-                inputs = x.clone().requires_grad_()
-                y, z = m(inputs, 0.1, experts)
-                ((y.float() * dy.float()).sum() + z).backward()
-                results.append([y, inputs.grad, m.router.weight.grad])
+            results = [results_of(m, x, dy, experts) for m in (moe, shared)]
             for (i, want), got in zip(enumerate(results[0]), results[1], strict=True):
                 atol = tolerance * want.abs().max().item()
                 torch.testing.assert_close(

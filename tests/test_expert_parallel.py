@@ -53,6 +53,14 @@ def choices(kind: str, rank: int) -> torch.Tensor | None:
     return None
 
 
+def results_of(moe: MoE, x: torch.Tensor, dy: torch.Tensor, experts: torch.Tensor | None) -> list[torch.Tensor]:
+    """The layer's output, and the gradients of its input and router."""
+    x = x.clone().requires_grad_()
+    y, z = moe(x, 0.1, experts)
+    ((y.float() * dy.float()).sum() + z).backward()
+    return [y, x.grad, moe.router.weight.grad]
+
+
 def layers_agree(rank, group):
     for fold, fp8 in ((False, False), (True, False), (True, True)):
         for kind in ("own", "one rank", "no tokens", "some left out"):
@@ -63,12 +71,7 @@ def layers_agree(rank, group):
             torch.manual_seed(100 + rank)
             x, dy = torch.randn(2, T, H).bfloat16()
             experts = choices(kind, rank)
-            results = []
-            for m in (moe, shared):
-                inputs = x.clone().requires_grad_()
-                y, z = m(inputs, 0.1, experts)
-                ((y.float() * dy.float()).sum() + z).backward()
-                results.append([y, inputs.grad, m.router.weight.grad])
+            results = [results_of(m, x, dy, experts) for m in (moe, shared)]
             for (i, want), got in zip(enumerate(results[0]), results[1], strict=True):
                 assert torch.equal(want, got), (fold, fp8, kind, i)
             for name in ("gate_up", "down"):  # one process that had both ranks' tokens: the sum of its two gradients
@@ -90,13 +93,8 @@ def fp8_rows_keep_the_bits(rank, group):
         x, dy = torch.randn(2, T, H).bfloat16()
         x *= torch.logspace(-3, 3, T)[:, None]  # scales of many sizes
         experts = choices(kind, rank)
-        results = []
         with recorded_bytes() as sent:
-            for m in (moe, shared):
-                inputs = x.clone().requires_grad_()
-                y, z = m(inputs, 0.1, experts)
-                ((y.float() * dy.float()).sum() + z).backward()
-                results.append([y, inputs.grad, m.router.weight.grad])
+            results = [results_of(m, x, dy, experts) for m in (moe, shared)]
         for (i, want), got in zip(enumerate(results[0]), results[1], strict=True):
             assert torch.equal(want, got), (kind, i)
         rows = int((experts >= 0).sum()) if experts is not None else T * TOPK

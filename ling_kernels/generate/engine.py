@@ -225,9 +225,10 @@ class Engine:
             for i, (request, tokens) in enumerate(zip(pending.requests, pending.tokens(), strict=True)):
                 request.passes_in_flight -= 1
                 if not request.finished:
+                    before = request.num_new_tokens
                     self.accept(request, tokens)
-                    added = len(request.new_tokens) - len(request.logprobs)
-                    request.logprobs += pending.logprobs(i, tokens[:added])
+                    if request.num_logprobs is not None:
+                        request.logprobs += pending.logprobs(i, tokens[: request.num_new_tokens - before])
 
     @contextmanager
     def fail_on_error(self, requests: Iterable[Request]) -> Iterator[None]:

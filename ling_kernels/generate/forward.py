@@ -97,12 +97,9 @@ class PendingTokens:
         return [tokens[: accepted + 1] for *tokens, accepted in output]
 
     def logprobs(self, i: int, tokens: list[int]) -> list[TokenLogprob]:
-        """Of the first tokens of request i, after `tokens`; none where it wants none."""
-        alternatives = self.requests[i].num_logprobs
-        if alternatives is None:
-            return []
+        """Of the first tokens of request i, which wants them; after `tokens`."""
         scores = self.output[i, 2 + self.draft :].view(1 + self.draft, -1)
-        return read_scores(scores[: len(tokens)], tokens, alternatives)
+        return read_scores(scores[: len(tokens)], tokens, self.requests[i].num_logprobs)
 
 
 class Forward:

@@ -62,20 +62,17 @@ def policy_loss(
     low, high = widths(clip)
     check(logp, old_logp, advantages, lengths, level, average, sentences, token_weights, reference_logp, kl)
     tokens = torch.ones_like(logp) if token_weights is None else token_weights.detach().to(logp.dtype)
-    of_response = torch.repeat_interleave(
-        torch.arange(len(lengths), device=logp.device), lengths, output_size=len(logp)
-    )
-    weights = tokens * token_shares(tokens, of_response, lengths, average)
+    owner = torch.repeat_interleave(torch.arange(len(lengths), device=logp.device), lengths, output_size=len(logp))
+    weights = of_tokens = tokens * token_shares(tokens, owner, lengths, average)
     change = (logp - old_logp.detach()).masked_fill(tokens == 0, 0)
-    advantage = advantages.detach().to(logp.dtype)[of_response]
     if level != "token":
         units = lengths if level == "sequence" else sentences
         counted = sums((tokens > 0).to(logp.dtype), units)
         change = sums(change, units) / counted.clamp(min=1)
         first = units.cumsum(0) - units
         owner = torch.searchsorted(lengths.cumsum(0), first, right=True).clamp(max=len(lengths) - 1)
-        weights, advantage = sums(weights, units), advantages.detach().to(logp.dtype)[owner]
-    ratio = change.exp()
+        weights = sums(of_tokens, units)
+    ratio, advantage = change.exp(), advantages.detach().to(logp.dtype)[owner]
     clipped = ratio.clamp(1 - low, 1 + high)
     gain = torch.minimum(ratio * advantage, clipped * advantage)
     loss = -(weights * gain).sum()
@@ -86,7 +83,7 @@ def policy_loss(
     divergence = logp.new_zeros(())
     if reference_logp is not None:
         d = (reference_logp.detach() - logp).masked_fill(tokens == 0, 0)
-        divergence = ((d.exp() - d - 1) * tokens * token_shares(tokens, of_response, lengths, average)).sum()
+        divergence = ((d.exp() - d - 1) * of_tokens).sum()
         loss = loss + kl * divergence
     return PolicyLoss(loss, share, mean_ratio, divergence.detach())
 
