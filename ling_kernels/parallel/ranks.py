@@ -41,6 +41,8 @@ class Ranks:
     experts: dist.ProcessGroup | None = field(default=None, repr=False)  # the ep ranks that share a layer's experts
     twins: dist.ProcessGroup | None = field(default=None, repr=False)  # the dp / ep ranks that hold the same experts
     stages: dist.ProcessGroup | None = field(default=None, repr=False)  # the pp ranks of this rank's rows
+    writers: dist.ProcessGroup | None = field(default=None, repr=False)  # all, for the threads that write checkpoints
+    talk: dist.ProcessGroup | None = field(default=None, repr=False)  # over which ranks agree; None: torch's default
 
     @property
     def first(self) -> bool:
@@ -85,7 +87,12 @@ class Ranks:
             experts=mine([stage[i : i + ep] for stage in by_stage for i in range(0, dp, ep)]),
             twins=mine([stage[i::ep] for stage in by_stage for i in range(ep)]),
             stages=mine([list(range(d, self.size, dp)) for d in range(dp)]),
+            writers=dist.new_group(timeout=PATIENCE, backend="gloo"),
         )  # fmt: skip
+
+    def in_thread(self) -> "Ranks":
+        """These ranks for a thread, whose messages do not mix with those of the main one; they stay on the hosts."""
+        return replace(self, talk=self.writers)
 
     def exchange(self, value: T, error: str | None = None) -> list[T]:
         """Every rank's value, by rank. Where any rank has an error, all raise InputError: rank 0 with the first rank's
@@ -93,7 +100,7 @@ class Ranks:
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, (error, value))
+        dist.all_gather_object(found, (error, value), group=self.talk)
         wrong = [(rank, message) for rank, (message, _) in enumerate(found) if message is not None]
         if wrong:
             rank, message = wrong[0]

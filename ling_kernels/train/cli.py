@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..errors import Diverged, InputError, Parser, command, counted, one_line
+from ..errors import Diverged, InputError, OtherRank, Parser, command, counted, one_line
 from ..model import Ling
 from ..model.sample import sampler
 from ..parallel.ranks import Ranks, is_lost_rank, start, stop
@@ -27,7 +27,7 @@ from .profiling import StepProfiler, recorded
 from .report import SAMPLES, NoReport, Report, open_lines
 from .report.page import write_html
 from .report.plots import draw
-from .saving import NotSaved, last_good
+from .saving import NotSaved, OtherNotSaved, last_good
 from .settings import SIZES, Settings, settings_of, to_json
 from .signals import STOPPED, interrupted_by_sigterm, stop_on_signals
 from .starts import moe_layers, record_start
@@ -56,7 +56,8 @@ def main(argv: Sequence[str] | None, planner) -> int:
         print("stopped before the first step; nothing was trained", file=sys.stderr)
         return STOPPED
     except NotSaved as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not isinstance(error, OtherRank):
+            print(f"error: {error}", file=sys.stderr)
         return 1
     except torch.OutOfMemoryError as error:
         why = str(error).split(". ")[0]
@@ -127,8 +128,9 @@ def run(options: dict, planner, everyone: Ranks) -> int:
     try:
         stopped = train(trainer, report)
     except Diverged as error:
+        way = way_back(trainer)
         if everyone.first:
-            print(f"error: {error}; {way_back(trainer)}", file=sys.stderr)
+            print(f"error: {error}; {way}", file=sys.stderr)
         return 1
     finally:
         report.close()
@@ -301,7 +303,8 @@ def finish_run(trainer: Trainer, planner) -> None:
     try:
         trainer.export(folder / "model")
     except InputError as error:
-        raise NotSaved(f"{error}; the weights are in {ckpt.list_checkpoints(folder)[-1]}") from None
+        kind = OtherNotSaved if isinstance(error, OtherRank) else NotSaved
+        raise kind(f"{error}; the weights are in {ckpt.list_checkpoints(folder)[-1]}") from None
     text = sampled(trainer)
     if not trainer.ranks.first:
         return
