@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ..errors import Diverged, InputError, Parser, command, counted, one_line
+from ..errors import Diverged, InputError, OtherRank, Parser, command, counted, one_line
 from ..parallel.ranks import Ranks, is_lost_rank, start, stop
 from . import checkpoint as ckpt
 from .changes import described
@@ -23,7 +23,7 @@ from .report import SAMPLES, NoReport, Report, open_lines
 from .report.page import write_html
 from .report.plots import draw
 from .sampling import sampled
-from .saving import NotSaved, last_good
+from .saving import NotSaved, OtherNotSaved, last_good
 from .settings import SIZES, Settings, settings_of, to_json
 from .signals import STOPPED, interrupted_by_sigterm, stop_on_signals
 from .starts import moe_layers, record_start
@@ -49,7 +49,8 @@ def main(argv: Sequence[str] | None, planner) -> int:
         print("stopped before the first step; nothing was trained", file=sys.stderr)
         return STOPPED
     except NotSaved as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not isinstance(error, OtherRank):
+            print(f"error: {error}", file=sys.stderr)
         return 1
     except torch.OutOfMemoryError as error:
         why = str(error).split(". ")[0]
@@ -120,8 +121,9 @@ def run(options: dict, planner, everyone: Ranks) -> int:
     try:
         stopped = train(trainer, report)
     except Diverged as error:
+        way = way_back(trainer)
         if everyone.first:
-            print(f"error: {error}; {way_back(trainer)}", file=sys.stderr)
+            print(f"error: {error}; {way}", file=sys.stderr)
         return 1
     finally:
         report.close()
@@ -306,7 +308,8 @@ def finish_run(trainer: Trainer, planner) -> None:
     try:
         trainer.export(folder / "model")
     except InputError as error:
-        raise NotSaved(f"{error}; the weights are in {ckpt.list_checkpoints(folder)[-1]}") from None
+        kind = OtherNotSaved if isinstance(error, OtherRank) else NotSaved
+        raise kind(f"{error}; the weights are in {ckpt.list_checkpoints(folder)[-1]}") from None
     text = sampled(trainer)
     if not trainer.ranks.first:
         return

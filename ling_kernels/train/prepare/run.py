@@ -94,8 +94,8 @@ def resumed_run(resume: str | Path, options: dict, fall_back: bool = False) -> R
     with everyone.agreed():
         lock = lock_folder(folder) if everyone.first else None
     if fall_back:
-        checkpoint = everyone.from_first(lambda: ckpt.last_sound(checkpoint))
-    state = everyone.from_first(lambda: ckpt.read_state(checkpoint))
+        checkpoint = ckpt.last_sound(checkpoint, everyone)
+    state = ckpt.read_state(checkpoint, everyone)
     if missing := {"settings", "step", "data"} - state.keys():
         raise InputError(f"{checkpoint / 'state.json'} has no {', '.join(sorted(missing))}")
     if not ckpt.is_progress(state):
