@@ -22,13 +22,14 @@ from ...parallel.ranks import Ranks, start
 from ...tokenizer import Tokenizer, load_tokenizer
 from .. import checkpoint as ckpt
 from ..changes import DATA_FOLDER, changes, new_data_folder, tokens_in
+from ..data.cores import free_cores
 from ..scaling import schedule_line, with_defaults
 from ..settings import TEXT_SETTINGS, Settings, from_json, plain_options, settings_of, to_json
 from .checks import check, check_parallel
 from .device import choose_device
 from .models import fits_vocabulary, model_config, model_name, own_tokenizer, with_end_token
 from .room import check_disk, check_memory
-from .threads import STARTS, began_elsewhere, faster_threads, free_cores
+from .threads import STARTS, began_elsewhere, faster_threads
 
 
 @dataclass
