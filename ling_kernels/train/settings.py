@@ -124,7 +124,7 @@ class Settings:
     micro_batch: int | None = flag(None, "rows in a forward pass; gradients add up", least=1, shown="the whole batch")
     batch_ramp: str | None = flag(
         None,
-        "begin with START rows a step and reach --batch after STEPS steps",
+        "begin with START rows a step and reach --batch after STEPS steps of the run",
         shown="no ramp",
         metavar="START:STEPS",
     )
@@ -314,9 +314,9 @@ FIELDS = {f.name: f for f in fields(Settings)}
 
 # Settings that a resumed run may change; changes.py keeps a record of them.
 CHANGEABLE_ON_RESUME = {
-    "data", "batch", "micro_batch", "lr", "warmup", "decay", "decay_steps", "min_lr", "weight_decay", "clip", "z_loss",
-    "balance_rate", "steps", "eval_every", "save_every", "keep", "keep_every", "log_every", "max_bad_steps",
-    "sample_tokens", "sample_every", "profile", "wandb", "device", "threads", "val_data", "eval_rows",
+    "data", "batch", "batch_ramp", "micro_batch", "lr", "warmup", "decay", "decay_steps", "min_lr", "weight_decay",
+    "clip", "z_loss", "balance_rate", "steps", "eval_every", "save_every", "keep", "keep_every", "log_every",
+    "max_bad_steps", "sample_tokens", "sample_every", "profile", "wandb", "device", "threads", "val_data", "eval_rows",
     "dp", "ep", "pp", "pipeline", "dist_timeout",
     "precision", "master", "recompute", "fp8_weights", "fp8_wgrad", "fp8_transposed", "fp8_scales", "fp8_watch",
     "fp8_fallback", "spike_loss", "spike_norm", "step_in_backward",

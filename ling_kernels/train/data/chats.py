@@ -22,7 +22,7 @@ from ...tokenizer import Tokenizer
 from .conversations import COLUMNS, FIELDS, conversation
 from .processes import in_order
 from .progress import ReadingProgress
-from .sources import DEFAULTS, Position, TextOptions, has_rows, rows
+from .sources import DEFAULTS, Position, TextOptions, first_fields, rows
 from .token_files import DTYPES
 
 TRAINED, LAST = 1, 2  # bits of a mask
@@ -40,16 +40,14 @@ def chats_and_texts(files: Sequence[Path], options: TextOptions = DEFAULTS) -> t
 
 
 def is_chats(path: Path, options: TextOptions) -> bool:
-    """Whether a file has conversations: a token file of them, or by its first row."""
+    """Whether a file has conversations: a token file of them, or by its columns or its first row."""
     try:
         if path.suffix == ".bin":
             return json.loads(path.with_suffix(".json").read_text()).get("chats") is True
-        columns = [*COLUMNS, *{options.text_field} - {*COLUMNS}]
-        found = rows(path, options, columns=columns, any_of=True) if has_rows(path) else iter(())
-        first = next((row for _, row in found), None)
+        found = first_fields(path, options)
     except (InputError, OSError, ValueError, AttributeError, RecursionError):
         return False  # whoever reads the file next says what is wrong with it
-    return isinstance(first, dict) and options.text_field not in first and not first.keys().isdisjoint(FIELDS)
+    return options.text_field not in found and not {*FIELDS}.isdisjoint(found)
 
 
 def is_trained(message: dict, source: str) -> bool:

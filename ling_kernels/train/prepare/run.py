@@ -72,7 +72,7 @@ def new_run(
     fits_vocabulary(tokenizer, config, settings, weights)
     config, end = with_end_token(config, tokenizer, weights)
     check_memory(config, settings, device[0], ranks)
-    check_disk(config, settings, user_path(out) if out else Path("runs"))
+    check_disk(config, settings, Path("runs") if out is None else user_path(out))
     folder, new = ranks.from_first(lambda: make_folder(out, settings.model, restart))
     with ranks.agreed():
         lock = lock_folder(folder) if ranks.first else None
@@ -243,7 +243,7 @@ def model_of(path: Path) -> str | None:
 def make_folder(out: str | Path | None, model: str, restart: bool) -> tuple[Path, bool]:
     """An empty folder that can be written, and whether it is new. Raises InputError for a folder that holds anything,
     except, with `restart`, a run that stopped before its first checkpoint."""
-    folder = user_path(out) if out else Path("runs") / f"{model_name(model)}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path("runs") / f"{model_name(model)}-{time.strftime('%Y%m%d-%H%M%S')}" if out is None else user_path(out)
     if out is None:
         number, plain = 2, folder
         while folder.exists():
