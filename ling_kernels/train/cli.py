@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from ..errors import Diverged, InputError, OtherRank, Parser, command, counted, one_line
+from ..files import user_path
 from ..parallel.ranks import Ranks, is_lost_rank, start, stop
 from . import checkpoint as ckpt
 from .changes import described
@@ -83,7 +84,7 @@ def parser() -> Parser:
         description="Train a Ling-2.0 model on one GPU or CPU. Without flags it trains tiny on the text that ships in"
         " CPython, in minutes. docs/training.md has examples and explains what happens.",
     )  # fmt: skip
-    flags.add_argument("--out", type=Path, metavar="RUN", help="folder of a new run (default: runs/MODEL-DATE-TIME)")
+    flags.add_argument("--out", metavar="RUN", help="folder of a new run (default: runs/MODEL-DATE-TIME)")
     flags.add_argument(
         "--resume",
         metavar="RUN",
@@ -167,6 +168,8 @@ def open_run(options: dict, everyone: Ranks) -> Trainer:
     out, resume, restart, fall_back = options.pop("out"), options.pop("resume"), False, False
     if resume == "":
         raise InputError("--resume is empty: name a run, or auto")
+    if out is not None:
+        out = user_path(out, "--out")
     if resume == "auto":
         model = settings_of(options).model
         resume = everyone.from_first(lambda: latest_run(out, model))
