@@ -43,6 +43,8 @@ class Request:
     deadline: float = float("inf")  # by time.monotonic()
     num_logprobs: int | None = None  # alternatives of each new token; None: no log-probabilities
     num_prompt_logprobs: int | None = None  # of each prompt token but the first
+    keep_stop: bool = False  # the stop token that ends the sequence is the last of its tokens
+    policy_version: int = 0  # of the weights that it is computed with, see Engine.new_weights
 
     tokens: list[int] = field(default_factory=list)  # prompt, and the new tokens that the host has
     computed: int = 0  # tokens with keys and values in the cache

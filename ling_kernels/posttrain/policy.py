@@ -29,6 +29,14 @@ AVERAGES = ("tokens", "responses")
 # Ranges of a token's probability in training over that in the rollout: of Ring-1T as its users give them, and narrower.
 ICEPOP = {"ring": (0.5, 5.0), "narrow": (0.5, 2.0)}
 
+# What policy_loss takes for each method of the table above; DAPO's and GSPO's clips are their papers'.
+METHODS: dict[str, dict[str, Any]] = dict(
+    grpo=dict(level="token", average="responses", clip=0.2),
+    dapo=dict(level="token", average="tokens", clip=(0.2, 0.28)),
+    gspo=dict(level="sequence", average="responses", clip=(3e-4, 4e-4)),
+    lpo=dict(level="sentence", average="tokens", clip=0.03),
+)
+
 
 class PolicyLoss(NamedTuple):
     loss: Tensor  # scalar fp32, with the gradient
