@@ -29,6 +29,7 @@ from ..model.decode import empty_caches
 from ..model.sample import BAD_LOGITS, Sampling, SamplingMode
 from .cache import PagePool, page_bytes
 from .forward import Chunk, Forward, PendingTokens
+from .health import PassRecord
 from .logprobs import MOST, read_scores
 from .scheduler import DRAFT_SLACK, Request, Scheduler, Work, max_sequence_tokens
 
@@ -95,6 +96,7 @@ class Engine:
         self.scheduler = Scheduler(self.pages, max_running, max_rows, max_waiting, draft)
         self.overlap = self.device.type == "cuda"  # on a CPU a pass is complete when it has been launched
         self.pending: PendingTokens | None = None  # of the last pass, until `collect`
+        self.record = PassRecord()
         self.step_task: asyncio.Task | None = None
         self.lock = threading.Lock()  # no RLock: garbage collection during a step may cancel a stream, see `cancel`
 
@@ -108,6 +110,8 @@ class Engine:
         ends: Iterable[int] | None = None,
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
+        client: str = "",
+        priority: int = 0,
     ) -> Request:
         """Queue a request; its new_tokens grow with every `step`.
 
@@ -116,8 +120,9 @@ class Engine:
         after which the request finishes with the tokens it has. logprobs: 0 to 20, the number of likeliest tokens that
         the request's `logprobs` name beside each new token's; prompt_logprobs likewise, for its `prompt_logprobs` of
         the prompt's tokens after the first, none of which then comes from the prefix cache. They are the model's
-        log-probabilities, before temperature, truncation and penalties. Raises InputError for a prompt that is empty,
-        too long or has ids outside the vocabulary, and Busy if the queue is full.
+        log-probabilities, before temperature, truncation and penalties. client: whoever has the fewest running requests
+        is next; among a client's requests the smallest priority. Raises InputError for a prompt that is empty, too long
+        or has ids outside the vocabulary, and Busy if the queue is full.
         """
         prompt = token_list("a prompt", prompt)
         positions, vocabulary = max_sequence_tokens(self.config.max_positions, self.draft), self.config.vocab_size
@@ -144,8 +149,9 @@ class Engine:
             if wanted is not None and integer(name, wanted, 0) > MOST:
                 raise InputError(f"{name} is {wanted}; it must be at most {MOST}")
         request = Request(
-            prompt, sampling or Sampling(), max_new_tokens, stop_token_ids, deadline, logprobs, prompt_logprobs
-        )
+            prompt, sampling or Sampling(), max_new_tokens, stop_token_ids, deadline, logprobs, prompt_logprobs, client,
+            integer("priority", priority, -(1 << 63)),
+        )  # fmt: skip
         self.scheduler.submit(request)
         return request
 
@@ -173,7 +179,7 @@ class Engine:
     def run_pass(self) -> bool:
         """`step` for a caller that holds the lock: schedule, launch the next pass, collect the last one's tokens."""
         try:
-            with self.use_device():
+            with self.record.running(), self.use_device():
                 had_pending = self.pending is not None
                 if had_pending and self.scheduler.may_preempt:
                     self.collect()
@@ -225,10 +231,10 @@ class Engine:
             for i, (request, tokens) in enumerate(zip(pending.requests, pending.tokens(), strict=True)):
                 request.passes_in_flight -= 1
                 if not request.finished:
-                    before = request.num_new_tokens
+                    if request.num_logprobs is not None:  # before the tokens, which another thread may read at once
+                        request.logprobs += pending.logprobs(i, tokens)
                     self.accept(request, tokens)
-                    if request.num_logprobs is not None:
-                        request.logprobs += pending.logprobs(i, tokens[: request.num_new_tokens - before])
+                    del request.logprobs[request.num_new_tokens :]  # of an end token, and of tokens after it
 
     @contextmanager
     def fail_on_error(self, requests: Iterable[Request]) -> Iterator[None]:
@@ -236,6 +242,7 @@ class Engine:
         try:
             yield
         except Exception as error:
+            self.record.fail(error)
             for request in [*requests]:
                 self.scheduler.finish(request, "error", error)
 
@@ -250,6 +257,7 @@ class Engine:
             used += 1
             if token < 0:
                 reason, error = "error", InputError(BAD_LOGITS)
+                self.record.fail(error)
             elif token in request.stop_token_ids:
                 reason = "stop"
             else:
@@ -258,6 +266,8 @@ class Engine:
                     reason = "length"
             if reason:
                 break
+        if error is None:
+            self.record.succeed()
         self.scheduler.advance(request, used)
         if reason:
             self.scheduler.finish(request, reason, error)
