@@ -28,6 +28,7 @@ from ..model.decode import empty_caches
 from ..model.sample import BAD_LOGITS, Sampling, SamplingMode
 from .cache import PagePool, memory_of, page_bytes
 from .forward import Chunk, Forward, PendingTokens
+from .health import PassRecord
 from .logprobs import MOST, read_scores
 from .scheduler import DRAFT_SLACK, Request, Scheduler, Work, max_sequence_tokens
 from .weights import take_weights
@@ -95,6 +96,7 @@ class Engine:
         self.scheduler = Scheduler(self.pages, max_running, max_rows, max_waiting, draft)
         self.overlap = self.device.type == "cuda"  # on a CPU a pass is complete when it has been launched
         self.pending: PendingTokens | None = None  # of the last pass, until `collect`
+        self.record = PassRecord()
         self.step_task: asyncio.Task | None = None
         self.policy_version = 0  # how often the weights have changed
         self.lock = threading.Lock()  # no RLock: garbage collection during a step may cancel a stream, see `cancel`
@@ -110,6 +112,8 @@ class Engine:
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
         keep_stop: bool = False,
+        client: str = "",
+        priority: int = 0,
     ) -> Request:
         """Queue a request; its new_tokens grow with every `step`.
 
@@ -119,8 +123,9 @@ class Engine:
         the request's `logprobs` name beside each new token's; prompt_logprobs likewise, for its `prompt_logprobs` of
         the prompt's tokens after the first, none of which then comes from the prefix cache. They are the model's
         log-probabilities, before temperature, truncation and penalties. keep_stop: the stop token is the last of the
-        new tokens, instead of being left out. Raises InputError for a prompt that is empty,
-        too long or has ids outside the vocabulary, and Busy if the queue is full.
+        new tokens, instead of being left out. client: whoever has the fewest running requests is next; among a client's
+        requests the smallest priority. Raises InputError for a prompt that is empty, too long or has ids outside the
+        vocabulary, and Busy if the queue is full.
         """
         prompt = token_list("a prompt", prompt)
         positions, vocabulary = max_sequence_tokens(self.config.max_positions, self.draft), self.config.vocab_size
@@ -148,7 +153,7 @@ class Engine:
                 raise InputError(f"{name} is {wanted}; it must be at most {MOST}")
         request = Request(
             prompt, sampling or Sampling(), max_new_tokens, stop_token_ids, deadline, logprobs, prompt_logprobs,
-            keep_stop, self.policy_version,
+            keep_stop, self.policy_version, client, integer("priority", priority, -(1 << 63)),
         )  # fmt: skip
         self.scheduler.submit(request)
         return request
@@ -188,7 +193,7 @@ class Engine:
     def run_pass(self) -> bool:
         """`step` for a caller that holds the lock: schedule, launch the next pass, collect the last one's tokens."""
         try:
-            with self.use_device():
+            with self.record.running(), self.use_device():
                 had_pending = self.pending is not None
                 if had_pending and self.scheduler.may_preempt:
                     self.collect()
@@ -240,10 +245,10 @@ class Engine:
             for i, (request, tokens) in enumerate(zip(pending.requests, pending.tokens(), strict=True)):
                 request.passes_in_flight -= 1
                 if not request.finished:
-                    before = request.num_new_tokens
+                    if request.num_logprobs is not None:  # before the tokens, which another thread may read at once
+                        request.logprobs += pending.logprobs(i, tokens)
                     self.accept(request, tokens)
-                    if request.num_logprobs is not None:
-                        request.logprobs += pending.logprobs(i, tokens[: request.num_new_tokens - before])
+                    del request.logprobs[request.num_new_tokens :]  # of an end token, and of tokens after it
 
     @contextmanager
     def fail_on_error(self, requests: Iterable[Request]) -> Iterator[None]:
@@ -251,6 +256,7 @@ class Engine:
         try:
             yield
         except Exception as error:
+            self.record.fail(error)
             for request in [*requests]:
                 self.scheduler.finish(request, "error", error)
 
@@ -265,6 +271,7 @@ class Engine:
             used += 1
             if token < 0:
                 reason, error = "error", InputError(BAD_LOGITS)
+                self.record.fail(error)
                 break
             reason = "stop" if token in request.stop_token_ids else None
             if reason is None or request.keep_stop:
@@ -272,6 +279,8 @@ class Engine:
                 reason = reason or ("length" if request.num_new_tokens == request.max_new_tokens else None)
             if reason:
                 break
+        if error is None:
+            self.record.succeed()
         self.scheduler.advance(request, used)
         if reason:
             self.scheduler.finish(request, reason, error)
