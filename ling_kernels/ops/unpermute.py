@@ -84,12 +84,11 @@ class UnpermuteRef(torch.autograd.Function):
         dy, dweights = upcast(dout.index_select(0, source // topk)), None
         if weights is not None and ctx.needs_input_grad[1]:
             dots = torch.linalg.vecdot(upcast(y), dy)  # an unowned row's may be NaN; no slot names it
-            dweights = rows_of(dots[:, None], slot.flatten(), True).view(slot.shape)
+            dweights = rows_of(dots[:, None], slot.flatten(), slots_lost(slot) is not None).view(slot.shape)
         if weights is not None:
-            dy = dy * weights.flatten()[source][:, None]
-        unowned = torch.arange(S, device=y.device) >= offsets[-1]
-        if not values_on_host(unowned) or bool(unowned.any()):
-            dy = clear_rows(dy, unowned)
+            dy = dy * weights.flatten().index_select(0, source)[:, None]
+        if not values_on_host(offsets) or int(offsets[-1]) < S:
+            dy = clear_rows(dy, torch.arange(S, device=y.device) >= offsets[-1])
         return dy.to(y.dtype), dweights, None, None, None
 
 
