@@ -36,9 +36,10 @@ def sum_choices(y: Tensor, slot: Tensor, weights: Tensor | None = None) -> Tenso
     if lost is not None and weights is not None:
         weights = weights.masked_fill(lost, 0)
     total = None
-    for k in range(slot.shape[1]):
-        row = rows_of(y, slot[:, k], lost is not None)
-        row = row if weights is None else row.mul_(weights[:, k, None])
+    scales = [None] * slot.shape[1] if weights is None else weights[..., None].unbind(1)
+    for of_k, scale in zip(slot.unbind(1), scales, strict=True):
+        row = rows_of(y, of_k, lost is not None)
+        row = row if scale is None else row.mul_(scale)
         total = row if total is None else total.add_(row)
     return total.to(y.dtype)
 
