@@ -190,30 +190,40 @@ def bench_train_step(benchmark, name, by):
 # Decoding and serving with random weights of the real shapes.
 
 MODELS = [("mini", "bf16"), ("mini", "fp8"), ("flash", "fp8")] if GPU else [("tiny", "fp32")]
-BATCHES, CONTEXTS, NEW = ([1, 8, 64], [0, 4096], 64) if GPU else ([1, 8], [0, 256], 16)
+BATCHES, CONTEXTS, NEW = ([1, 8, 64], [0, 4096], 64) if GPU else ([1, 8, 64], [0, 256], 16)
 WARM = 8  # decode steps before those that are timed
 
 
+@pytest.mark.parametrize("by", ["ours"] if GPU else ["ours", "transformers"])
 @pytest.mark.parametrize("context", CONTEXTS)
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("model, precision", MODELS)
-def bench_decode(benchmark, model, precision, batch, context):
-    """Decode steps of a batch of texts, without their prompts; `bytes` are those that a step reads."""
+def bench_decode(benchmark, model, precision, batch, context, by):
+    """Decode steps of a batch of texts, without their prompts; `bytes` are those that a step reads. transformers' are
+    those of its model and cache, without `generate` around them."""
+    pytest.importorskip("transformers") if by == "transformers" else None
     weights, ling = "fp8" if precision == "fp8" else "bf16", models.random_model(model, precision)
     held = held_bytes(ling.config, batch, context + NEW, weights)
     if GPU and gpus(held, torch.cuda.get_device_properties(0).total_memory) > 1:
         pytest.skip("needs more memory than this GPU has")
     benchmark.group = f"decode {model} {precision}"
-    engine, requests = start(ling, models.prompts(ling.config.vocab_size, batch, max(context, 1)))
-    benchmark.pedantic(engine.step, rounds=4, iterations=NEW // 4)  # the steps of a round overlap on host and GPU
-    kernels = count_kernels(engine.step) / ling.config.num_hidden_layers if GPU else None
+    texts = models.prompts(ling.config.vocab_size, batch, max(context, 1))
+    if by == "ours":
+        engine, requests = start(ling, texts)
+        step = engine.step
+    else:
+        step, requests = models.transformers_decode(ling, texts), []
+        for _ in range(WARM):
+            step()
+    benchmark.pedantic(step, rounds=4, iterations=NEW // 4)  # the steps of a round overlap on host and GPU
+    kernels = count_kernels(step) / ling.config.num_hidden_layers if GPU else None
     if any(r.finished is not None for r in requests):
         raise RuntimeError("a text ended and left the batch")
-    used = models.experts_used(ling, [r.tokens for r in requests])
+    used = models.experts_used(ling, [r.tokens for r in requests] or texts)
     read = step_bytes(ling.config, batch, context + WARM + NEW // 2, weights, met=used)
     benchmark.extra_info.update(
-        decode=f"{model} {precision}, {batch} texts of {context} tokens", kernels_per_layer=kernels, experts_used=used,
-        tokens_per_s=batch / benchmark.stats.stats.median, flops=0, precision="bf16",
+        decode=f"{model} {precision}, {batch} texts of {context} tokens", by=by, kernels_per_layer=kernels,
+        experts_used=used, tokens_per_s=batch / benchmark.stats.stats.median, flops=0, precision="bf16",
         bytes=int(sum(read.values()) * (2 if precision == "fp32" else 1)),
     )  # fmt: skip
 
@@ -221,7 +231,7 @@ def bench_decode(benchmark, model, precision, batch, context):
 def start(ling: Ling, prompts: list[list[int]]) -> tuple[Engine, list]:
     """An engine that has read the prompts and taken WARM steps, and requests too long to end while they are timed."""
     gc.collect()  # the last engine and its cache
-    new = NEW + 2 * WARM
+    new = NEW + 2 * WARM + 4 * len(prompts)  # while prompts are read, in several passes, the first texts go on
     engine = Engine(ling, cache_tokens=len(prompts) * (len(prompts[0]) + new + 64), max_running=len(prompts))
     requests = [engine.submit(p, max_new_tokens=new, stop_token_ids=()) for p in prompts]
     while not all(r.num_new_tokens for r in requests):

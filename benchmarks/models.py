@@ -183,6 +183,22 @@ def transformers_model(ling: Ling) -> nn.Module:
     return theirs
 
 
+def transformers_decode(ling: Ling, texts: list[list[int]]) -> Callable[[], None]:
+    """A greedy decode step of `transformers_model` with transformers' own cache; the first call reads the texts."""
+    from transformers import DynamicCache
+
+    theirs = transformers_model(ling).eval()
+    ids, cache = torch.tensor(texts, device=DEVICE), DynamicCache(config=theirs.config)
+
+    @torch.inference_mode()
+    def step() -> None:
+        nonlocal ids
+        logits = theirs(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        ids = logits[:, -1:].argmax(-1)
+
+    return step
+
+
 def as_glm(ling: Ling) -> dict[str, Tensor]:
     """The weights under the names of Glm4Moe."""
 

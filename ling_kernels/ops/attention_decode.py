@@ -72,13 +72,20 @@ def attention_decode_ref(q, cache, block_table, lengths, scale):
     B, n, Hq, D = q.shape
     num_blocks, block_size, Hkv, _ = cache.k.shape
     N = block_table.shape[1] * block_size
+    if B and values_on_host(lengths):  # cells past the longest sequence need not be read
+        N = min(N, int(lengths.max()))
     if not (B and N and num_blocks):
         return torch.zeros_like(q)
-    pages = block_table.long().clamp(0, num_blocks - 1)  # entries past a sequence's length may hold anything
+    pages = block_table[:, : -(-N // block_size)].long()
+    pages = pages.clamp(0, num_blocks - 1)  # entries past a sequence's length may hold anything
     key = torch.arange(N, device=q.device)
-    unused = (key >= lengths[:, None])[:, :, None, None]  # [B, N, 1, 1]; their P is 0, but 0 * NaN is NaN
-    k = read_cells(cache.k, cache.k_scale, pages, upcast(q).dtype).flatten(1, 2)  # [B, N, Hkv, D]
-    v = read_cells(cache.v, cache.v_scale, pages, upcast(q).dtype).flatten(1, 2).masked_fill(unused, 0)
+    k, v = (
+        read_cells(cells, scales, pages, upcast(q).dtype).flatten(1, 2)[:, :N]  # [B, N, Hkv, D]
+        for cells, scales in ((cache.k, cache.k_scale), (cache.v, cache.v_scale))
+    )
+    if not values_on_host(lengths) or int(lengths.min()) < N:
+        unused = (key >= lengths[:, None])[:, :, None, None]  # their P is 0, but 0 * NaN is NaN
+        v = v.masked_fill(unused, 0)
     token = torch.arange(n, device=q.device).repeat_interleave(Hq // Hkv)
     hidden = key > (lengths[:, None] - n + token)[:, :, None]  # [B, n * G, N]
     rows = upcast(q).view(B, n, Hkv, -1, D).transpose(1, 2).flatten(2, 3)  # [B, Hkv, n * G, D]

@@ -118,6 +118,8 @@ def append_some(
 ) -> None:  # fmt: skip
     """`append` of the rows whose slot is not negative. An op, because a compiler does not know their number."""
     real = slots >= 0
+    if bool(real.all()):
+        real = slice(None)  # on a CPU a mask costs more than the rows
     append(KVCache(k_cache, v_cache, k_scale, v_scale), k[real], v[real], slots[real])
 
 
