@@ -137,6 +137,8 @@ def read_optimizer(folder: Path, shares: Shares) -> Iterator[tuple[str, str, Ten
                 shape = reader.shape(name)
                 box = whole_box(shape) if dim is None else replaced(shape, dim, bounds)
                 parts.setdefault(key, []).append((name, box))
+        if owned and reader.files and not parts:
+            raise InputError(f"{folder}: the optimizer's state is of other parameters than the model's")
         for key, found in parts.items():
             name, _, kind = key.rpartition(".")
             yield name, kind, assembled(reader, key, found, shares.part_of(name), shares.official[name].shape)
