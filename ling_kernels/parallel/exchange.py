@@ -21,6 +21,7 @@ from ..ops.permute import permute, permute_quantize
 from ..ops.quantize import BLOCK
 from ..ops.unpermute import unpermute
 from .collectives import Send
+from .tensor import TensorAttention, TensorMLP
 from .vocabulary import VocabularyEmbedding, VocabularyHead
 
 EXCHANGES = ("bf16", "fp8")  # how rows travel to their experts: as they are, or in FP8
@@ -51,7 +52,7 @@ class AllToAll:
 
     def __init__(self, moe: MoE, group: dist.ProcessGroup, fp8: bool = False):
         self.moe, self.group, self.fp8 = moe, group, fp8
-        self.ep = dist.get_world_size(group)
+        self.ep, self.ranks = dist.get_world_size(group), dist.get_process_group_ranks(group)
 
     def dispatch(
         self, x: Tensor, weights: Tensor, experts: Tensor, counts: Tensor
@@ -100,6 +101,7 @@ class ByNodes:
 
     def __init__(self, moe: MoE, mesh: DeviceMesh, fp8: bool = False):
         self.nodes, self.between, self.fp8 = mesh.size(0), mesh.get_group(0), fp8
+        self.ranks: list[int] = mesh.mesh.flatten().tolist()
         self.inside = AllToAll(moe, mesh.get_group(1), fp8)
 
     def dispatch(
@@ -214,22 +216,31 @@ def expert_parameters(model: nn.Module) -> set[nn.Parameter]:
     return {p for m in model.modules() if isinstance(m, Experts) for p in m.parameters()}
 
 
-def divided_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """The parameters that differ from rank to rank: of experts that are divided, and of a divided vocabulary."""
-    parts = [m for m in model.modules() if isinstance(m, VocabularyEmbedding | VocabularyHead)]
-    layers = [m for m in model.modules() if isinstance(m, MoE) and not m.exchange.local]
-    return {p for part in parts for p in part.parameters()}.union(*map(expert_parameters, layers))
+def divided_over(model: nn.Module) -> dict[nn.Parameter, list[int]]:
+    """The parameters of which ranks hold different parts, each with those ranks: of divided experts, of a divided
+    vocabulary, of tensor-parallel layers."""
+    found: dict[nn.Parameter, list[int]] = {}
+    for m in model.modules():
+        if isinstance(m, MoE) and not m.exchange.local:
+            found |= dict.fromkeys(expert_parameters(m), m.exchange.ranks)  # type: ignore[attr-defined]
+        elif isinstance(m, VocabularyEmbedding | VocabularyHead):
+            found[m.weight] = dist.get_process_group_ranks(m.group)
+        elif isinstance(m, TensorAttention | TensorMLP):
+            linears = [child for child in m.children() if isinstance(child, nn.Linear)]
+            found |= dict.fromkeys([p for child in linears for p in child.parameters()], m.share.ranks)
+    return found
 
 
 def sum_gradients_(model: nn.Module, group: dist.ProcessGroup) -> None:
-    """Add up the gradients that every rank has a part of: all but those of parameters that are divided over `group`,
-    which have seen all ranks' tokens.
+    """Add up the gradients that every rank of `group` has a part of: all but those of parameters that are divided over
+    ranks of it, which have seen their tokens.
 
-    The loss of each rank must be its tokens' share of the global loss: their sum over the number of all tokens.
+    The loss of each rank must be its tokens' share of the global loss: their sum over the number of all tokens. With
+    several groups call it for each: tensor-parallel weights are summed over data-parallel ranks alone.
     """
-    divided = divided_parameters(model)
+    divided, others = divided_over(model), {*dist.get_process_group_ranks(group)} - {dist.get_rank()}
     for p in model.parameters():
-        if p not in divided and p.requires_grad:
+        if p.requires_grad and others.isdisjoint(divided.get(p, ())):
             if p.grad is None:  # this rank had no token for it
                 p.grad = torch.zeros_like(p)
             dist.all_reduce(p.grad, group=group)
@@ -244,12 +255,20 @@ def sum_counts_(model: nn.Module, group: dist.ProcessGroup) -> None:
 
 
 def global_norm(model: nn.Module, group: dist.ProcessGroup) -> Tensor:
-    """The norm of all gradients after `sum_gradients_`, a scalar that is equal on every rank: the parts of all
-    ranks count, and each other parameter once."""
-    divided = divided_parameters(model)
-    grads = [(p in divided, p.grad) for p in model.parameters() if p.grad is not None]
-    dense = grad_norm([g for is_divided, g in grads if not is_divided])
-    return (dense.square() + sum_of_squares([g for is_divided, g in grads if is_divided], dense.device, group)).sqrt()
+    """The norm of all gradients after `sum_gradients_`, a scalar that is equal on every rank of `group`: each parameter
+    counts once, with all its parts. Those are on ranks of `group`, which may hold several copies."""
+    divided, size = divided_over(model), dist.get_world_size(group)
+    grads: dict[int, list[Tensor]] = {0: []}  # by the number of parts
+    for p in model.parameters():
+        if p.grad is not None:
+            grads.setdefault(len(divided.get(p, ())), []).append(p.grad)
+    device = next(model.parameters()).device
+    whole = grad_norm(grads.pop(0)).square().to(device)
+    parts = torch.zeros_like(whole)
+    for number, of_parts in grads.items():
+        parts += grad_norm(of_parts).square() * (number / size)
+    dist.all_reduce(parts, group=group)
+    return (whole + parts).sqrt()
 
 
 def sum_of_squares(grads: Sequence[Tensor], device: torch.device, group: dist.ProcessGroup) -> Tensor:
