@@ -104,6 +104,7 @@ VERSIONS = [SimpleNamespace(topk_idx_t=torch.int64, ElasticBuffer=ElasticBuffer,
 
 
 def without_deep_ep(rank, group):
+    sys.modules["deep_ep"] = None
     with pytest.raises(InputError, match="deep_ep .* cannot be imported"):
         deep_ep(group, H, TOPK, T)
 
