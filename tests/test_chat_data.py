@@ -12,7 +12,7 @@ from ling_kernels.errors import InputError
 from ling_kernels.generate.cli import stop_token_ids
 from ling_kernels.model import Ling, load_model
 from ling_kernels.tokenizer import Tokenizer, byte_settings, load_tokenizer
-from ling_kernels.train import Settings, Trainer, cli
+from ling_kernels.train import Settings, Trainer, sampling
 from ling_kernels.train.__main__ import main
 from ling_kernels.train.corpus import open_corpus
 from ling_kernels.train.data import PackedWhole, best_fit, open_chats
@@ -299,10 +299,10 @@ def test_a_sample_ends_with_its_turn(tmp_path, monkeypatch, end):
     write_chats([chats_file(tmp_path, np.random.default_rng(0), 3)], tokenizer, tmp_path / "x.bin", "assistant")
     held_out = open_chats([tmp_path / "x.bin"], 320, tokenizer.eos_id)
     answer = iter([*b"tile", tokenizer.vocab[end], *b"past it"])
-    monkeypatch.setattr(cli, "sampler", lambda **options: lambda logits, ids: torch.tensor([next(answer)]))
+    monkeypatch.setattr(sampling, "sampler", lambda **options: lambda logits, ids: torch.tensor([next(answer)]))
     model = Ling(tiniest())
     model.init_weights(torch.Generator().manual_seed(0))
-    prompt, text = cli.sample(model, tokenizer, held_out, Settings(sample_tokens=9))
+    prompt, text = sampling.sample(model, tokenizer, held_out, Settings(sample_tokens=9))
     assert text == "tile" and prompt.endswith("<role>ASSISTANT</role>" if template is None else "<role>assistant\n")
     (tmp_path / "generation_config.json").write_text("{}")
     assert tokenizer.vocab[end] in stop_token_ids(model.config, tokenizer, tmp_path)

@@ -46,11 +46,11 @@ class DeepEP:
     local = False
 
     def __init__(self, buffer: "Elastic", group: dist.ProcessGroup):
-        self.buffer, self.ranks = buffer, dist.get_process_group_ranks(group)
+        self.buffer, self.ep = buffer, dist.get_world_size(group)
 
     def dispatch(self, x: Tensor, weights: Tensor, experts: Tensor, counts: Tensor) -> tuple[Tensor, Plan, Tensor]:
         rows, here, weights, handle = Dispatch.apply(x.bfloat16(), weights, experts, len(counts), self.buffer)
-        plan = ReceivedPlan(*dispatch(here, counts_here(here, len(counts) // len(self.ranks))))
+        plan = ReceivedPlan(*dispatch(here, counts_here(here, len(counts) // self.ep)))
         plan.handle = handle
         return rows.to(x.dtype), plan, weights
 

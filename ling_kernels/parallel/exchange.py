@@ -5,7 +5,7 @@ follow the routing, no row is dropped or padded, and its result comes back the s
 once a layer and forward.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -16,13 +16,10 @@ from ..errors import InputError
 from ..nn import Exchange, Experts, MoE
 from ..op import E4M3, first_derivative_only
 from ..ops.dispatch import Plan, dispatch
-from ..ops.grad_norm import grad_norm
 from ..ops.permute import permute, permute_quantize
 from ..ops.quantize import BLOCK
 from ..ops.unpermute import unpermute
 from .collectives import Send
-from .tensor import TensorAttention, TensorMLP
-from .vocabulary import VocabularyEmbedding, VocabularyHead
 
 EXCHANGES = ("bf16", "fp8")  # how rows travel to their experts: as they are, or in FP8
 Sizes = tuple[list[int], list[int]]  # rows sent to, and received from, each rank
@@ -52,7 +49,7 @@ class AllToAll:
 
     def __init__(self, moe: MoE, group: dist.ProcessGroup, fp8: bool = False):
         self.moe, self.group, self.fp8 = moe, group, fp8
-        self.ep, self.ranks = dist.get_world_size(group), dist.get_process_group_ranks(group)
+        self.ep = dist.get_world_size(group)
 
     def dispatch(
         self, x: Tensor, weights: Tensor, experts: Tensor, counts: Tensor
@@ -63,7 +60,7 @@ class AllToAll:
         owners, received, sizes = self.received(experts, counts)
         plan = ReceivedPlan(*dispatch(owners, received))
         plan.sent, plan.sizes, plan.weights = sent, sizes, weights
-        rows = send_rows(x, sent, sizes, self.group, True) if self.fp8 else self.send(permute(x, sent), sizes)
+        rows = SendFp8.apply(x, *sent, sizes, self.group) if self.fp8 else self.send(permute(x, sent), sizes)
         if not self.moe.experts.fold_weights:
             return rows, plan, None
         plan.weights = None
@@ -101,7 +98,6 @@ class ByNodes:
 
     def __init__(self, moe: MoE, mesh: DeviceMesh, fp8: bool = False):
         self.nodes, self.between, self.fp8 = mesh.size(0), mesh.get_group(0), fp8
-        self.ranks: list[int] = mesh.mesh.flatten().tolist()
         self.inside = AllToAll(moe, mesh.get_group(1), fp8)
 
     def dispatch(
@@ -118,7 +114,11 @@ class ByNodes:
         chosen = node[token] == to  # which choices of a row are on the node to which it goes
         there = torch.where(chosen, experts[token] - to * number, -1).int()
         weights = permute(weights, crossing)
-        rows = send_rows(x, crossing, sizes, self.between, self.fp8)
+        rows = (
+            SendFp8.apply(x, *crossing, sizes, self.between)
+            if self.fp8
+            else Send.apply(permute(x, crossing), *sizes, self.between)
+        )
         here, weights = (Send.apply(t, *sizes, self.between) for t in (there, weights))
         rows, plan, weights = self.inside.dispatch(rows, weights, here, counts_here(here, number))
         plan.crossing = crossing, sizes
@@ -138,15 +138,11 @@ def counts_here(experts: Tensor, number: int) -> Tensor:
     return counts.scatter_add_(0, chosen, torch.ones_like(chosen, dtype=torch.int32))[:number]
 
 
-def send_rows(x: Tensor, plan: Plan, sizes: Sizes, group: dist.ProcessGroup, fp8: bool) -> Tensor:
-    """x [T, H] -> the rows [R, H] that arrive here when every rank sends those of its plan."""
-    return SendFp8.apply(x, *plan, sizes, group) if fp8 else Send.apply(permute(x, plan), *sizes, group)
-
-
 class SendFp8(torch.autograd.Function):
-    """`send_rows` in FP8, H + H / 32 bytes a row: e4m3 and its fp32 scales, powers of two.
+    """x [T, H] -> the rows [R, H] that arrive here when every rank sends those of its plan, in FP8: H + H / 32 bytes a
+    row, e4m3 and its fp32 scales, powers of two.
 
-    Returns rows [R, H] in x's dtype, in which code times scale is exact. The gradient returns as it is.
+    Rows have x's dtype, in which code times scale is exact. The gradient returns as it is.
     """
 
     @staticmethod
@@ -224,65 +220,3 @@ def shard_experts_(
 def expert_parameters(model: nn.Module) -> set[nn.Parameter]:
     """The parameters of all experts."""
     return {p for m in model.modules() if isinstance(m, Experts) for p in m.parameters()}
-
-
-def divided_over(model: nn.Module) -> dict[nn.Parameter, list[int]]:
-    """The parameters of which ranks hold different parts, each with those ranks: of divided experts, of a divided
-    vocabulary, of tensor-parallel layers."""
-    found: dict[nn.Parameter, list[int]] = {}
-    for m in model.modules():
-        if isinstance(m, MoE) and not m.exchange.local:
-            found |= dict.fromkeys(expert_parameters(m), m.exchange.ranks)  # type: ignore[attr-defined]
-        elif isinstance(m, VocabularyEmbedding | VocabularyHead):
-            found[m.weight] = dist.get_process_group_ranks(m.group)
-        elif isinstance(m, TensorAttention | TensorMLP):
-            linears = [child for child in m.children() if isinstance(child, nn.Linear)]
-            found |= dict.fromkeys([p for child in linears for p in child.parameters()], m.share.ranks)
-    return found
-
-
-def sum_gradients_(model: nn.Module, group: dist.ProcessGroup) -> None:
-    """Add up the gradients that every rank of `group` has a part of: all but those of parameters that are divided over
-    ranks of it, which have seen their tokens.
-
-    The loss of each rank must be its tokens' share of the global loss: their sum over the number of all tokens. With
-    several groups call it for each: tensor-parallel weights are summed over data-parallel ranks alone.
-    """
-    divided, others = divided_over(model), {*dist.get_process_group_ranks(group)} - {dist.get_rank()}
-    for p in model.parameters():
-        if p.requires_grad and others.isdisjoint(divided.get(p, ())):
-            if p.grad is None:  # this rank had no token for it
-                p.grad = torch.zeros_like(p)
-            dist.all_reduce(p.grad, group=group)
-
-
-def sum_counts_(model: nn.Module, group: dist.ProcessGroup) -> None:
-    """Add up the routers' counts of tokens, so that `balance_` sees the global batch and moves all ranks' biases
-    alike."""
-    for moe in model.modules():
-        if isinstance(moe, MoE):
-            dist.all_reduce(moe.router.counts, group=group)
-
-
-def global_norm(model: nn.Module, group: dist.ProcessGroup) -> Tensor:
-    """The norm of all gradients after `sum_gradients_`, a scalar that is equal on every rank of `group`: each parameter
-    counts once, with all its parts. Those are on ranks of `group`, which may hold several copies."""
-    divided, size = divided_over(model), dist.get_world_size(group)
-    grads: dict[int, list[Tensor]] = {0: []}  # by the number of parts
-    for p in model.parameters():
-        if p.grad is not None:
-            grads.setdefault(len(divided.get(p, ())), []).append(p.grad)
-    device = next(model.parameters()).device
-    whole = grad_norm(grads.pop(0)).square().to(device)
-    parts = torch.zeros_like(whole)
-    for number, of_parts in grads.items():
-        parts += grad_norm(of_parts).square() * (number / size)
-    dist.all_reduce(parts, group=group)
-    return (whole + parts).sqrt()
-
-
-def sum_of_squares(grads: Sequence[Tensor], device: torch.device, group: dist.ProcessGroup) -> Tensor:
-    """The sum over all ranks' gradients of their squares, a scalar on `device`; a rank may have none."""
-    squares = grad_norm(grads).square().to(device)
-    dist.all_reduce(squares, group=group)
-    return squares

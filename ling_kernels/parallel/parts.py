@@ -56,6 +56,9 @@ def read_weights_(shares: Shares, folder: Path) -> None:
         check_shapes(whole, reader)
         reader.refuse_two_checkpoints()
         for name, t in held(shares.model):
+            if len(keys[name]) == 1 or name in shares.cuts:
+                t.copy_(shares.my_part(name, torch.cat([reader.wide(key) for key in keys[name]])))
+                continue
             mine = shares.my_part(name, keys[name])
             for key, (_, view) in zip(mine, official_views(name, t), strict=True):
                 view.copy_(reader.wide(key))

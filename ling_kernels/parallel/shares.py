@@ -1,6 +1,7 @@
-"""The share of a model that each rank trains: its experts, and the parameters whose optimizer state it keeps.
+"""The share of a model that each rank trains: its heads, experts, rows of the vocabulary, stages of a pipeline, and the
+parameters whose optimizer state it keeps. Also the sums over ranks that a step needs.
 
-Data-parallel ranks hold the same weights. Each parameter has an owner among the ranks that hold it: gradients are
+Replicas hold the same weights. Each parameter has an owner among the ranks that hold it: gradients are
 summed on the owner, which alone keeps the optimizer's state and steps, and sends the new weights to the others (ZeRO
 stage 1, arXiv 1910.02054, by whole parameters). As no parameter is cut, every optimizer gives the bits of one process,
 also Muon, which needs whole matrices, and 8-bit AdamW, whose blocks and random bits follow a parameter.
@@ -15,40 +16,69 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..model import Ling, LingConfig
-from ..nn import Router
+from ..nn import Exchange, MoE, Router
 from ..ops.grad_norm import grad_norm
-from .exchange import expert_parameters, shard_experts_, sum_counts_
+from .context import context_parallel_
+from .exchange import expert_parameters, shard_experts_
 from .pipeline import Pipeline
-from .ranks import Ranks
+from .ranks import Division, Ranks
+from .tensor import Cut, tensor_parallel_
+from .vocabulary import shard_vocabulary_
 
 Parts = TypeVar("Parts", Tensor, list[str])
 
 
 class Shares:
-    """Divides `model`, whole and equal on all ranks, in place; make its optimizer afterwards.
+    """Divides `model`, whole and equal on all ranks, in place, as `ranks` say; make its optimizer afterwards.
 
-    Methods are called by every rank together. With one process they do nothing, and `norm` is the plain norm.
+        shares = Shares(model, ranks)
+        loss.backward()  # each rank's loss is its tokens' share of the global loss
+        shares.sum_gradients_()
+        norm = shares.norm()  # then clip, and step the optimizer: parameters of other owners have no gradient
+        shares.spread_weights_()
+        shares.sum_counts_()  # so that balance_ sees the global batch
+
+    pipeline: makes the pipeline of the divided model, in place. exchange: see `shard_experts_`. Methods are called by
+    every rank together. With one process they do nothing, and `norm` is the plain norm.
     """
 
-    def __init__(self, model: Ling, ranks: Ranks, pipeline: Callable[[], Pipeline] | None = None):
+    def __init__(
+        self,
+        model: Ling,
+        ranks: Ranks,
+        pipeline: Callable[[], Pipeline] | None = None,
+        exchange: str | Callable[[MoE], Exchange] = "bf16",
+    ):
         self.model, self.ranks, self.config = model, ranks, model.config
         self.names = [name for name, _ in model.named_parameters()]
+        self.modules = {name for name, _ in model.named_modules()}
         self.routers = [name for name, module in model.named_modules() if isinstance(module, Router)]
-        if ranks.experts is not None:
-            shard_experts_(model, ranks.experts)
+        # By name, as a parameter may become another object on its way to a GPU: how it is divided, the group of those
+        # that hold it too, its owner's rank there.
+        self.divided: dict[str, Division] = {}
+        if ranks.context is not None:
+            context_parallel_(model, ranks.context)
+        self.cuts: dict[str, Cut] = {}  # of weights that are not divided along rows alone
+        if ranks.tensor.group is not None:
+            self.cuts = tensor_parallel_(model, ranks.tensor.group)
+            self.divided |= dict.fromkeys(self.cuts, ranks.tensor)
+        if ranks.experts.group is not None:
+            shard_experts_(model, ranks.nodes or ranks.experts.group, exchange)
+            experts = expert_parameters(model)
+            self.divided |= {name: ranks.experts for name, p in model.named_parameters() if p in experts}
+        if ranks.vocabulary.group is not None:
+            shard_vocabulary_(model, ranks.vocabulary.group)
+            self.divided |= dict.fromkeys(VOCABULARY, ranks.vocabulary)
         self.pipeline = pipeline() if pipeline else None
         self.counted_elsewhere = self.pipeline.held_before() if self.pipeline else set()
-        divided = expert_parameters(model) if ranks.ep > 1 else set()
-        self.divided = {name for name, p in model.named_parameters() if p in divided}
-        # By name, as a parameter may become another object on its way to a GPU: its group, its owner's rank there.
         self.group: dict[str, dist.ProcessGroup | None] = {}
         self.owner: dict[str, int] = {}
-        loads = {group: [0] * dist.get_world_size(group) for group in (ranks.replicas, ranks.twins) if group}
+        loads: dict[dist.ProcessGroup | None, list[int]] = {}
         for name, p in model.named_parameters():
-            group = self.group[name] = ranks.twins if name in self.divided else ranks.replicas
-            load = loads[group] if group else [0]
+            group = self.group[name] = self.divided[name].twins if name in self.divided else ranks.replicas
+            load = loads.setdefault(group, [0] * (dist.get_world_size(group) if group else 1))
             # Stages that hold the same weight have its owner at the same place, so that its sums have the same order.
-            several = SEVERAL.index(name) % ranks.dp if ranks.pp > 1 and name in SEVERAL else None
+            several = VOCABULARY.index(name) % len(load) if ranks.pp > 1 and name in VOCABULARY else None
             self.owner[name] = load.index(min(load)) if several is None else several
             load[self.owner[name]] += p.numel()
 
@@ -99,10 +129,11 @@ class Shares:
         torch.autograd.graph.increment_version([p for p, _, _ in shared])  # FP8 copies of them are stale
 
     def sum_counts_(self) -> Tensor | None:
-        """Add up the routers' counts of tokens over the global batch. Returns those of the whole model's layers,
-        [MoE layers, E] int64, on every rank; None without MoE layers."""
+        """Add up the routers' counts of tokens over the global batch, so that `balance_` moves all ranks' biases alike.
+        Returns those of the whole model's layers, [MoE layers, E] int64, on every rank; None without MoE layers."""
         if self.ranks.replicas is not None:
-            sum_counts_(self.model, self.ranks.replicas)
+            for router in self.model.routers():
+                dist.all_reduce(router.counts, group=self.ranks.replicas)
         if not self.routers:
             return None
         if self.ranks.stages is None:
@@ -133,18 +164,25 @@ class Shares:
         """This rank's rows of a whole parameter, or its items of a list that has equally many for each row."""
         if name not in self.divided:
             return whole
-        number = len(whole) // self.ranks.ep
-        return whole[self.ranks.expert_part * number : (self.ranks.expert_part + 1) * number]
+        if name in self.cuts:
+            return self.cuts[name].part(whole, self.divided[name].number, self.part_number(name))  # type: ignore
+        number, part = len(whole) // self.divided[name].number, self.part_number(name)
+        return whole[part * number : (part + 1) * number]
+
+    def cut_of(self, name: str) -> Cut | None:
+        """Of a weight, or of an optimizer's tensor of it."""
+        key = name.removeprefix(OPTIMIZER)
+        return self.cuts.get(name if key == name else key.rpartition(".")[0])
 
     def part_number(self, name: str) -> int:
-        return self.ranks.expert_part if name in self.divided else 0
+        return self.divided[name].part if name in self.divided else 0
 
     def whole(self, optimizer_tensors: dict[str, Tensor]) -> tuple[Ling, dict[str, Tensor]] | None:
         """The whole model and the optimizer's tensors: on rank 0, in its host's memory; None on other ranks. With one
         process its own."""
         if self.ranks.world is None:
             return self.model, optimizer_tensors
-        found = gathered([*self.pieces(optimizer_tensors)], self.ranks)
+        found = gathered([*self.pieces(optimizer_tensors)], self.ranks, self.cut_of)
         if found is None:
             return None
         moments = {key.removeprefix(OPTIMIZER): found.pop(key) for key in [*found] if key.startswith(OPTIMIZER)}
@@ -157,13 +195,15 @@ class Shares:
             return None
         if not value.ndim:
             return value
-        if name in self.divided and len(value) % self.ranks.ep:  # 8-bit moments: a scale may be of two experts
-            raise InputError(f"the optimizer's {key} cannot be divided over --ep {self.ranks.ep}")
+        if (
+            name in self.divided and name not in self.cuts and len(value) % (number := self.divided[name].number)
+        ):  # scales of 8-bit moments
+            raise InputError(f"the optimizer's {key} cannot be divided over {number} processes")
         return self.my_part(name, value).clone()
 
 
 OPTIMIZER = "optimizer:"
-SEVERAL = ("word_embeddings.weight", "lm_head.weight")  # weights that several stages may hold
+VOCABULARY = ("word_embeddings.weight", "lm_head.weight")  # which several stages of a pipeline may hold
 
 
 def wait(works: list) -> None:
@@ -180,8 +220,11 @@ def assembled(config: LingConfig, tensors: dict[str, Tensor]) -> Ling:
     return model
 
 
-def gathered(pieces: list[tuple[str, int, Tensor]], ranks: Ranks) -> dict[str, Tensor] | None:
-    """The whole tensors on the host of rank 0, each the concatenation of its parts along dimension 0; None elsewhere.
+def gathered(
+    pieces: list[tuple[str, int, Tensor]], ranks: Ranks, cut_of: Callable[[str], Cut | None]
+) -> dict[str, Tensor] | None:
+    """The whole tensors on the host of rank 0, each the concatenation of its parts along dimension 0, or as `cut_of`
+    says by name; None elsewhere.
 
     pieces: of this rank, (name, number of the part, tensor). One tensor travels at a time.
     """
@@ -201,6 +244,10 @@ def gathered(pieces: list[tuple[str, int, Tensor]], ranks: Ranks) -> dict[str, T
                 dist.recv(t, rank, group=ranks.world)
             parts.setdefault(name, {})[part] = t.cpu()
     return {
-        name: torch.cat([found[i] for i in sorted(found)]) if len(found) > 1 else found[0]
+        name: joined([found[i] for i in sorted(found)], cut_of(name)) if len(found) > 1 else found[0]
         for name, found in parts.items()
     }
+
+
+def joined(parts: list[Tensor], cut: Cut | None) -> Tensor:
+    return torch.cat(parts) if cut is None else cut.whole(parts)

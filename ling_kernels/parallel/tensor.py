@@ -7,7 +7,7 @@ the rank that keeps it. This is Megatron's tensor parallelism with sequence para
 form, equal rows on every rank and all-reduces, moves the same bytes, and has two kinds of whole parameters: a norm's
 gradient is complete on each rank, a QK norm's or a router's is not, or is counted n times. Here ranks have different
 tokens, as with data or context parallelism, so that one rule holds: gradients of whole parameters add up
-(`exchange.sum_gradients_`); and experts and vocabulary can be divided over the same ranks as they are.
+(`Shares.sum_gradients_`); and experts and vocabulary can be divided over the same ranks as they are.
 """
 
 from typing import NamedTuple
@@ -46,13 +46,18 @@ class Cut(NamedTuple):
         pieces = [whole.narrow(self.dimension, begin, end - begin) for begin, end in self.ranges(n, rank)]
         return torch.cat(pieces, self.dimension)
 
+    def whole(self, parts: list[Tensor]) -> Tensor:
+        """The weight of which ranks in this order have the parts."""
+        blocks = zip(*(p.split([b // len(parts) for b in self.blocks], self.dimension) for p in parts), strict=True)
+        return torch.cat([piece for block in blocks for piece in block], self.dimension)
+
 
 def tensor_parallel_(model: nn.Module, group: dist.ProcessGroup) -> dict[str, Cut]:
     """Divide the rows of every batch of a Ling model, its attention heads and MLPs over the ranks of `group`, in place.
 
     All ranks pass the same batches to `model`, and have the same weights before. Losses are then a rank's share: the
     sum over the group is the loss of one process. Gradients of whole parameters add up to its gradients
-    (`exchange.sum_gradients_`), and so do the routers' counts. Logits and hidden states are zeros in other ranks' rows.
+    (`Shares.sum_gradients_`), and so do the routers' counts. Logits and hidden states are zeros in other ranks' rows.
 
     Returns by name how each weight is divided: query_key_value by heads, dense by its columns, gate_up by the rows of
     gate and of up, down by its columns. All others stay whole; routed experts and the vocabulary have functions of
@@ -103,7 +108,6 @@ class ShareRows:
     def __init__(self, group: dist.ProcessGroup, before):
         self.group, self.before = group, before  # before: chooses the rows that these ranks share, or None
         self.n, self.rank = dist.get_world_size(group), dist.get_rank(group)
-        self.ranks = dist.get_process_group_ranks(group)
         self.gathered = WeakIdKeyDictionary()
 
     def __call__(self, batch: Batch) -> Batch:

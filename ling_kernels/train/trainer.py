@@ -21,7 +21,7 @@ from .building import apply_fp8_and_recompute, make_model
 from .changes import DATA_FOLDER, first_value
 from .corpus import open_corpus
 from .data.mixture import Rows
-from .monitor import WINDOW, FP8Monitor, ceilings, spike, to_bf16
+from .monitor import WINDOW, FP8Monitor, ceilings, joined, spike, to_bf16
 from .optimizer import StepInBackward, clipped_step, make_optimizer
 from .prepare import Run, deterministic, discard, new_run, peak_flops, resumed_run
 from .prepare.run import with_faster_threads
@@ -152,7 +152,7 @@ class Trainer:
             if run.checkpoint:
                 ckpt.restore(run.checkpoint, self.model, self.optimizer, self.shares.part)
                 self.progress = Progress(**{n: run.state[n] for n in asdict(self.progress) if n in run.state})
-                if unknown := {*self.progress.in_bf16} - {name for name, _ in self.model.named_modules()}:
+                if unknown := {*self.progress.in_bf16} - self.shares.modules:
                     raise InputError(f"{run.checkpoint / 'state.json'}: in_bf16 names no layer: {min(unknown)}")
                 for name in self.progress.in_bf16:
                     to_bf16(self.model, name)
@@ -193,17 +193,24 @@ class Trainer:
         record["mfu"] = self.config.flops_per_token(s.seq_len) * record["tokens_per_s"] / (self.peak * self.ranks.size)
         record |= self.corpus.epochs(progress.row)
         self.details = Details(seconds, counts, measured)
-        if measured:
-            measured = self.details.fp8 = self.ranks.from_first(lambda: measured)  # layers switch on all ranks alike
-            self.details.out_of_range = self.monitor.update(measured)
-            self.details.switched = self.monitor.layers_to_disable()
-            for name in self.details.switched:
-                to_bf16(self.model, name)
-                progress.in_bf16.append(name)
+        if s.fp8_watch and progress.step % s.fp8_watch == 0:
+            self.take_in(measured)
         count_sound(progress, None if progress.bad else record["main_loss"], self.config.vocab_size)
         if progress.bad >= s.max_bad_steps:
             raise Diverged(f"no sound loss and gradient in {progress.bad} steps up to {progress.step}", record)
         return record
+
+    def take_in(self, measured: dict) -> None:
+        """FP8's error in this step; of each stage's layers by its first rank, so that layers switch on all alike."""
+        measured = joined(self.ranks.of_stages(measured))
+        if not measured:
+            return
+        self.details.fp8, self.details.out_of_range = measured, self.monitor.update(measured)
+        switched = self.ranks.of_stages(self.monitor.layers_to_disable())
+        self.details.switched = [name for names in switched for name in names]
+        for name in self.details.switched:
+            to_bf16(self.model, name)
+            self.progress.in_bf16.append(name)
 
     def evaluate(self) -> dict[str, float]:
         """val_loss, the mean loss of the next token in nats, and val_bpb, in bits per byte, of the held-out rows; and
@@ -260,8 +267,8 @@ def train_step(
     """
     device, shares = next(model.parameters()).device, shares or Shares(model, Ranks())
     ranks, step = shares.ranks, progress.step + 1
-    rows = rows_at(step, settings.batch, settings.ramp, ranks.dp * (settings.micro_batch or 1))
-    lr = learning_rate(step, **settings.schedule)
+    rows = rows_at(step, settings.batch, settings.ramp, ranks.dp * ranks.pp * (settings.micro_batch or 1))
+    lr = learning_rate(step, **settings.lr_schedule)
     optimizer.zero_grad()
     limits = settings.spikes
     highest_loss, highest_norm = ceilings(progress.recent, limits)
@@ -318,7 +325,7 @@ def accumulate_gradients(
     parts = ranks.share([range(first + i, first + min(i + micro, rows)) for i in range(0, rows, micro)])
     batches = [packed.batch(part) for part in parts]
     here = [sum(b.targets(1 + k) for b in batches) for k in range(1 + len(model.mtp))]
-    targets = ranks.sum_(torch.tensor(here)).tolist()
+    targets = (ranks.sum_(torch.tensor(here)) // ranks.sharing).tolist()  # ranks that share sequences count the same
     total = torch.zeros(4, device=device, dtype=torch.float64)
     if pipeline is not None:
         losses = pipeline.step([MicroBatch.of(b, device) for b in batches], targets, settings.z_loss * micro / rows)

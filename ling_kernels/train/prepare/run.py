@@ -24,7 +24,8 @@ from .. import checkpoint as ckpt
 from ..changes import DATA_FOLDER, changes, new_data_folder, tokens_in
 from ..scaling import schedule_line, with_defaults
 from ..settings import TEXT_SETTINGS, Settings, from_json, plain_options, settings_of, to_json
-from .checks import check, check_parallel
+from .checks import check
+from .checks_parallel import check_parallel
 from .device import choose_device
 from .models import fits_vocabulary, model_config, model_name, own_tokenizer, with_end_token
 from .room import check_disk, check_memory
@@ -133,8 +134,12 @@ def arrange(settings: Settings, config: LingConfig) -> Ranks:
     everyone = start()
     everyone.compare(version_of_torch=torch.__version__, version_of_ling_kernels=__version__)
     everyone.compare(**{f"the_setting_{name}": value for name, value in to_json(settings).items()})
-    ranks = everyone.arranged(settings.dp, settings.ep, settings.pp, settings.dist_timeout)
-    check_parallel(settings, config, ranks)
+    s = settings
+    if s.exchange_by_nodes:
+        everyone.compare(processes_of_its_machine=os.environ.get("LOCAL_WORLD_SIZE"))
+    ranks = everyone.arranged(s.dp, s.ep, s.pp, s.cp, s.vocab_parallel, s.exchange_by_nodes, s.dist_timeout, s.tp)
+    with ranks.agreed():
+        check_parallel(s, config, ranks)
     return ranks
 
 
@@ -204,7 +209,7 @@ def absolute_changes(options: dict) -> dict:
 
 
 def absolute_paths(settings: Settings) -> Settings:
-    names = ("data", "val_data", "tokenizer", "model")
+    names = ("data", "val_data", "tokenizer", "model", "schedule")
     return replace(settings, **{name: absolute(name, getattr(settings, name)) for name in names})
 
 
@@ -217,6 +222,8 @@ def absolute(name: str, value):
     if name == "val_data":
         parts = [source.partition("=") for source in value]
         return tuple(f"{name}={os.path.abspath(path)}" if path else name for name, _, path in parts)
+    if name == "schedule" and value.endswith(".csv"):
+        return os.path.abspath(value)
     if name == "tokenizer" or (name == "model" and value not in PRESETS and os.path.exists(value)):
         return os.path.abspath(value)
     return value
