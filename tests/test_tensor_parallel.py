@@ -11,7 +11,7 @@ from ling_kernels.model import Ling
 from ling_kernels.nn.fp8 import to_fp8
 from ling_kernels.parallel.exchange import expert_parameters
 from ling_kernels.parallel.shares import Shares
-from ling_kernels.parallel.tensor import Cut, TensorContextAttention, TensorFp8MLP, tensor_parallel_
+from ling_kernels.parallel.tensor import TensorContextAttention, TensorFp8MLP, blocks_part, tensor_parallel_
 from tests.ranks import ranks_of, run, summed
 from tests.training import tiniest
 
@@ -29,13 +29,12 @@ def test_four_processes_equal_one(tmp_path):
     run(tmp_path, [with_other_tokens_beside, with_longer_context], 4)
 
 
-def test_cuts():
+def test_parts():
     """qkv [q0 q1 q2 q3 | k0 k1 | v0 v1] of heads of two rows."""
-    cut = Cut(0, (8, 4, 4))
-    assert cut.ranges(2, 1) == [(4, 8), (10, 12), (14, 16)]
-    assert cut.part(torch.arange(16), 2, 0).tolist() == [0, 1, 2, 3, 8, 9, 12, 13]
-    assert cut.whole([cut.part(torch.arange(16), 2, rank) for rank in range(2)]).tolist() == [*range(16)]
-    assert Cut(1, (4,)).part(torch.arange(8).view(2, 4), 4, 3).tolist() == [[3], [7]]
+    part = blocks_part(0, (8, 4, 4), 2, 1)
+    assert part.ranges == ((4, 8), (10, 12), (14, 16))
+    assert blocks_part(0, (8, 4, 4), 2, 0).take(torch.arange(16)).tolist() == [0, 1, 2, 3, 8, 9, 12, 13]
+    assert blocks_part(1, (4,), 4, 3).take(torch.arange(8).view(2, 4)).tolist() == [[3], [7]]
 
 
 def made(config=CONFIG, dtype=torch.float32) -> tuple[Ling, Ling]:
@@ -89,7 +88,7 @@ def agree(alone, model, shares, data=1):
             if q.grad is not None:
                 q.grad *= CLIP / norm
                 atol = 1e-5 * p.grad.abs().max().item()
-                expected = shares.my_part(name, p.grad)
+                expected = shares.part_of(name).take(p.grad)
                 torch.testing.assert_close(q.grad, expected, rtol=1e-4, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
         for optimizer in optimizers:
             optimizer.step()
@@ -99,7 +98,7 @@ def agree(alone, model, shares, data=1):
         for m in (alone, model):
             m.balance_(0.01)
     for (name, p), q in zip(alone.named_parameters(), model.parameters(), strict=True):
-        expected = shares.my_part(name, p.detach())
+        expected = shares.part_of(name).take(p.detach())
         torch.testing.assert_close(q.detach(), expected, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
@@ -137,7 +136,7 @@ def rounded_products_agree(rank, group):
         shares.sum_gradients_()
         for (name, p), q in zip(alone.named_parameters(), model.parameters(), strict=True):
             if shares.owns(name):
-                want = shares.my_part(name, p.grad)
+                want = shares.part_of(name).take(p.grad)
                 error = ((q.grad - want).norm() / want.norm()).item()
                 assert error < (1e-5 if fp8 else 0.04), (fp8, name, error)
 

@@ -61,6 +61,8 @@ class Ranks:
     )  # the cp ranks with the same heads that share sequences
     stages: dist.ProcessGroup | None = field(default=None, repr=False)  # the pp ranks of this rank's tokens
     nodes: DeviceMesh | None = field(default=None, repr=False)  # the ranks of `experts`, as nodes x ranks of a node
+    writers: dist.ProcessGroup | None = field(default=None, repr=False)  # all, for the threads that write checkpoints
+    talk: dist.ProcessGroup | None = field(default=None, repr=False)  # over which ranks agree; None: torch's default
 
     @property
     def first(self) -> bool:
@@ -144,7 +146,12 @@ class Ranks:
             context=mine([ranks[t::tp] for ranks in neighbours(cp * tp) for t in range(tp)]),
             stages=mine([list(range(i, self.size, n)) for i in range(n)]),
             nodes=nodes,
+            writers=dist.new_group(timeout=PATIENCE, backend="gloo"),
         )  # fmt: skip
+
+    def in_thread(self) -> "Ranks":
+        """These ranks for a thread, whose messages do not mix with those of the main one; they stay on the hosts."""
+        return replace(self, talk=self.writers)
 
     def exchange(self, value: T, error: str | None = None) -> list[T]:
         """Every rank's value, by rank. Where any rank has an error, all raise InputError: rank 0 with the first rank's
@@ -152,7 +159,7 @@ class Ranks:
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, (error, value))
+        dist.all_gather_object(found, (error, value), group=self.talk)
         wrong = [(rank, message) for rank, (message, _) in enumerate(found) if message is not None]
         if wrong:
             rank, message = wrong[0]

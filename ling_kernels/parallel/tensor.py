@@ -10,8 +10,6 @@ tokens, as with data or context parallelism, so that one rule holds: gradients o
 (`Shares.sum_gradients_`); and experts and vocabulary can be divided over the same ranks as they are.
 """
 
-from typing import NamedTuple
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -23,82 +21,68 @@ from ..nn import MLP, Attention, BatchLayout, RMSNorm
 from ..nn.fp8 import KINDS, Fp8MLP
 from ..op import autocast
 from ..ops.attention_decode import KVCache
+from .boxes import Part
 from .collectives import Gather, ScatterSum, gather
 from .context import ContextAttention
 
 
-class Cut(NamedTuple):
-    """How a weight is divided: `dimension` consists of blocks of these sizes, and each block is divided equally."""
-
-    dimension: int
-    blocks: tuple[int, ...]
-
-    def ranges(self, n: int, rank: int) -> list[tuple[int, int]]:
-        """Begin and end along the dimension of the pieces of the whole weight that rank `rank` of n holds, in order."""
-        found, begin = [], 0
-        for size in self.blocks:
-            found.append((begin + rank * size // n, begin + (rank + 1) * size // n))
-            begin += size
-        return found
-
-    def part(self, whole: Tensor, n: int, rank: int) -> Tensor:
-        """A copy of a rank's part."""
-        pieces = [whole.narrow(self.dimension, begin, end - begin) for begin, end in self.ranges(n, rank)]
-        return torch.cat(pieces, self.dimension)
-
-    def whole(self, parts: list[Tensor]) -> Tensor:
-        """The weight of which ranks in this order have the parts."""
-        blocks = zip(*(p.split([b // len(parts) for b in self.blocks], self.dimension) for p in parts), strict=True)
-        return torch.cat([piece for block in blocks for piece in block], self.dimension)
+def blocks_part(dim: int, blocks: tuple[int, ...], n: int, rank: int) -> Part:
+    """Rank `rank`'s part of a dimension of blocks with these sizes, of which n ranks divide each equally."""
+    ranges, begin = [], 0
+    for size in blocks:
+        ranges.append((begin + rank * size // n, begin + (rank + 1) * size // n))
+        begin += size
+    return Part(dim, tuple(ranges))
 
 
-def tensor_parallel_(model: nn.Module, group: dist.ProcessGroup) -> dict[str, Cut]:
+def tensor_parallel_(model: nn.Module, group: dist.ProcessGroup) -> dict[str, Part]:
     """Divide the rows of every batch of a Ling model, its attention heads and MLPs over the ranks of `group`, in place.
 
     All ranks pass the same batches to `model`, and have the same weights before. Losses are then a rank's share: the
     sum over the group is the loss of one process. Gradients of whole parameters add up to its gradients
     (`Shares.sum_gradients_`), and so do the routers' counts. Logits and hidden states are zeros in other ranks' rows.
 
-    Returns by name how each weight is divided: query_key_value by heads, dense by its columns, gate_up by the rows of
-    gate and of up, down by its columns. All others stay whole; routed experts and the vocabulary have functions of
-    their own. Call it after `context_parallel_`, and before `to_fp8` and the optimizer. Raises InputError where n does
-    not divide the heads, or a size of an MLP; the forward raises it for a number of rows that n does not divide, and
-    for decoding with a cache.
+    Returns by name this rank's part of each weight that is divided: query_key_value by heads, dense by its columns,
+    gate_up by the rows of gate and of up, down by its columns. All others stay whole; routed experts and the vocabulary
+    have functions of their own. Call it after `context_parallel_`, and before `to_fp8` and the optimizer. Raises
+    InputError where n does not divide the heads, or a size of an MLP; the forward raises it for a number of rows that n
+    does not divide, and for decoding with a cache.
     """
     share = ShareRows(group, model.choose_rows)
-    modules = [(name, m, cuts_of(name, m, share.n)) for name, m in model.named_modules() if type(m) in CLASSES]
-    for _, module, cuts in modules:
-        for weight, cut in cuts.items():
-            keep_part_(getattr(module, weight), cut, share)
+    modules = [(name, m, parts_of(name, m, share)) for name, m in model.named_modules() if type(m) in CLASSES]
+    for _, module, parts in modules:
+        for weight, part in parts.items():
+            keep_part_(getattr(module, weight), part)
         if isinstance(module, Attention):
             module.num_kv_heads //= share.n
         module.__class__ = CLASSES[type(module)]  # of the same parameters, which keep their names
         module.share = share
     model.choose_rows = share  # type: ignore[assignment]
-    return {f"{name}.{weight}.weight": cut for name, _, cuts in modules for weight, cut in cuts.items()}
+    return {f"{name}.{weight}.weight": part for name, _, parts in modules for weight, part in parts.items()}
 
 
-def cuts_of(name: str, module: nn.Module, n: int) -> dict[str, Cut]:
+def parts_of(name: str, module: nn.Module, share: "ShareRows") -> dict[str, Part]:
     """Of the linear layers of an attention or an MLP. Raises InputError where n does not divide it."""
+    n, rank = share.n, share.rank
     if isinstance(module, Attention):
         columns, keys = module.dense.in_features, module.num_kv_heads * module.head_dim
         counts = {"query heads": columns // module.head_dim, "key heads": module.num_kv_heads}
-        cuts = dict(query_key_value=Cut(0, (columns, keys, keys)), dense=Cut(1, (columns,)))
+        blocks, names = (columns, keys, keys), ("query_key_value", "dense")
     else:
         columns = module.down.in_features  # type: ignore[union-attr]
         counts = {"intermediate columns": columns}
-        cuts = dict(gate_up=Cut(0, (columns, columns)), down=Cut(1, (columns,)))
+        blocks, names = (columns, columns), ("gate_up", "down")
     for what, number in counts.items():
         if number % n:
             raise InputError(f"{name} has {number} {what}, which {n} ranks cannot share equally")
-    return cuts
+    return dict(zip(names, (blocks_part(0, blocks, n, rank), blocks_part(1, (columns,), n, rank)), strict=True))
 
 
-def keep_part_(linear: nn.Linear, cut: Cut, share: "ShareRows") -> None:
+def keep_part_(linear: nn.Linear, part: Part) -> None:
     if type(linear) is not nn.Linear or linear.bias is not None:
         raise InputError(f"tensor parallelism divides plain linear layers, before to_fp8; not {linear}")
     w = linear.weight
-    linear.weight = nn.Parameter(cut.part(w.detach(), share.n, share.rank), requires_grad=w.requires_grad)
+    linear.weight = nn.Parameter(part.take(w.detach()), requires_grad=w.requires_grad)
     linear.out_features, linear.in_features = linear.weight.shape
 
 
