@@ -294,6 +294,8 @@ def divided(s: Settings, trainer: Trainer) -> Iterator[str]:
     yield f"{ranks.dp} divide the rows, groups of {ranks.experts.number} the experts"
     if ranks.vocabulary.number > 1:
         yield f"of {ranks.vocabulary.number} the vocabulary"
+    if ranks.tensor.number > 1:
+        yield f"of {ranks.tensor.number} heads, MLPs and tokens"
     if ranks.cp > 1:
         yield f"of {ranks.cp} the tokens of a row"
     if ranks.pp > 1:

@@ -138,7 +138,7 @@ def arrange(settings: Settings, config: LingConfig) -> Ranks:
     s = settings
     if s.exchange_by_nodes:
         everyone.compare(processes_of_its_machine=os.environ.get("LOCAL_WORLD_SIZE"))
-    ranks = everyone.arranged(s.dp, s.ep, s.pp, s.cp, s.vocab_parallel, s.exchange_by_nodes, s.dist_timeout)
+    ranks = everyone.arranged(s.dp, s.ep, s.pp, s.cp, s.vocab_parallel, s.exchange_by_nodes, s.dist_timeout, s.tp)
     with ranks.agreed():
         check_parallel(s, config, ranks)
     return ranks
