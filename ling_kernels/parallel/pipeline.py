@@ -204,6 +204,10 @@ class Pipeline:
         builder = self.take_later if self.split else None
         return PipelineStage(stage, s, last + 1, device, inputs, outputs, group=self.group, dw_builder=builder)
 
+    def stages_here(self) -> str:
+        """The units of this rank's stages."""
+        return ", ".join(self.layout.stages[s] or "empty" for s in self.stages)
+
     def take_later(self) -> Callable[[], None]:
         """The weight gradients that are queued, as torch's runtime asks for them after each backward."""
         taken, self.later[:] = [*self.later], []
