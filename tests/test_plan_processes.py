@@ -1,7 +1,10 @@
 """What a plan says that each process holds, against processes that have trained a step; the lines of the command."""
 
+import re
+import shlex
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,20 +69,11 @@ def test_a_fake_group_has_sizes_alone():
     assert not dist.is_initialized()
 
 
-def test_the_command(capsys):
-    flags = (
-        "train --model 1t --mtp 1 --dp 16 --ep 16 --pp 4 --vocab-parallel 8 --batch 512 --micro-batch 1 --seq-len 4096"
-    )
-    pipeline = ["--pipeline", "Et*19|t*21|t*20|t*20,mL"]
-    assert main([*flags.split(), *pipeline]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "Processes of 1t, 1,012,927,893,760 parameters"
-    assert lines[1].startswith("processes     64: dp 16 x cp 1 x pp 4; of dp x cp, 16 divide the experts, 8 the")
-    rows = [line.split() for line in lines[3:7]]
-    assert [row[-1] for row in rows] == ["E" + "t" * 19, "t" * 21, "t" * 20, "t" * 20 + "mL"]
-    assert [row[:3] for row in rows] == [[f"{i}", "to", f"{i + 15}"] for i in range(0, 64, 16)]
-    divided = 16 * (80 - 4) * 256 // 16 * 3 * 8192 * 2048  # experts: on 16 processes each a part, MTP's besides
-    assert sum(int(row[3].replace(",", "")) for row in rows) * 16 > divided
+def test_the_command_prints_what_the_docs_show(capsys):
+    page = (Path(__file__).parents[1] / "docs" / "scale-out.md").read_text()
+    command, shown = re.search(r"\$ python -m ling_kernels.plan (train .*?[^\\])\n(.*?)```", page, re.S).groups()
+    assert main(shlex.split(command.replace("\\\n", ""))) == 0
+    assert capsys.readouterr().out.startswith(shown)
 
 
 @pytest.mark.parametrize("flags, message", [

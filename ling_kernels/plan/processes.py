@@ -72,13 +72,15 @@ def process_lines(config: LingConfig, s: Settings) -> list[str]:
     lines = [
         f"{'processes':<12}  {len(held)}: dp {number // s.cp} x cp {s.cp} x pp {s.pp}; of dp x cp, {s.ep} divide the"
         f" experts, {s.vocab_parallel} the vocabulary",
-        f"{'rank':<12}{'parameters':>18}{'weights':>12}{'gradients':>12}{'optimizer':>24}{'  stages' * (s.pp > 1)}",
+        f"{'rank':<12}{'parameters':>18}{'weights':>12}{'gradients':>12}{'optimizer':>24}{'most in all':>13}"
+        + "  stages" * (s.pp > 1),
     ]
     for stage in range(s.pp):
         of_stage = held[stage * number : (stage + 1) * number]
         first, states = of_stage[0], sorted(h.optimizer for h in of_stage)
         optimizer = " to ".join(dict.fromkeys(format_bytes(n) for n in (states[0], states[-1])))
         name = f"{stage * number}" + f" to {(stage + 1) * number - 1}" * (number > 1)
-        sizes = f"{format_bytes(first.weights):>12}{format_bytes(first.gradients):>12}{optimizer:>24}"
+        most = format_bytes(first.weights + first.gradients + states[-1])
+        sizes = f"{format_bytes(first.weights):>12}{format_bytes(first.gradients):>12}{optimizer:>24}{most:>13}"
         lines.append(f"{name:<12}{first.parameters:>18,}{sizes}  {first.stages}".rstrip())
     return lines
