@@ -26,8 +26,8 @@ RESULTS = Path(__file__).parent / "results/rl.json"
 PAGE = Path(__file__).parents[2] / "docs/posttraining.md"
 PICTURE = PAGE.with_name("posttraining-rl.png")
 SEEDS = (0, 1, 2)
-START_STEPS = dict(sorting=250, arithmetic=600)  # of the trainer: few, so that the answers are often wrong
-LR = 1e-4
+START_STEPS = dict(sorting=500, arithmetic=500)  # of the trainer: few, so that the answers are often wrong
+LR = 2e-4
 KEPT = ("reward", "answer_tokens", "undecided", "clipped", "mismatch_max", "grad_norm")
 
 
@@ -89,7 +89,7 @@ def draw(runs: Sequence[dict], path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.studies.rl", description=__doc__.split("\n\n")[0])
     parser.add_argument("--plot", action="store_true", help="draw the picture and the table again")
-    parser.add_argument("--steps", type=int, default=60, metavar="N", help="steps of each run (60)")
+    parser.add_argument("--steps", type=int, default=40, metavar="N", help="steps of each run (40)")
     flags = parser.parse_args(argv)
     torch.set_num_threads(1)
     if not flags.plot:
