@@ -87,6 +87,7 @@ JOBS = {
         "--optimizer adamw8bit --steps 2 --model CONFIG",
     ),
 }
+FP8 = "--model FP8 --precision fp8 --fp8-scales pow2 --fp8-watch 1 --micro-batch 2 --steps 2"
 REFUSED = {  # flags of rank 0, of rank 1, the line
     "world": ("--dp 3", "--dp 3", "--dp 3 times --pp 1 are 3 processes, and there are 2: start them with torchrun"),
     "settings": ("", "--lr 1e-3", "rank 1 has the setting lr 0.001, rank 0 0.003"),
@@ -160,20 +161,24 @@ def runs(tmp_path_factory, plain, small):
     folder = tmp_path_factory.mktemp("cluster")
 
     def run(flags: str, name: str) -> list[str]:
-        files = dict(CONFIG=small / "config.json", ORDER=folder / "order.csv")
+        files = dict(CONFIG=small / "config.json", FP8=folder / "fp8.json", ORDER=folder / "order.csv")
         given = [str(files.get(word, word)) for word in flags.split()]
         return [*plain, *given, "--out", str(folder / name)]
 
+    sizes = dict(hidden_size=128, intermediate_size=128, moe_intermediate_size=128, head_dim=64)
+    replace(tiniest(), num_nextn_predict_layers=1, **sizes).to_json(folder / "fp8.json")
     write_csv(schedule_order("InterleavedZeroBubble", 2, 4, 4), folder / "order.csv")
 
     for name, (_, flags) in JOBS.items():
         if flags or name == "dp":
             assert command(run(flags, f"{name} alone"))[0] == 0
+    assert command(run(FP8, "fp8 alone"))[0] == 0
     half = folder / "resumed by four"
     shutil.copytree(folder / "dp alone", half)
     shutil.rmtree(half / "checkpoints" / "step-000004")
     same = lambda argv, ranks=2: [argv] * ranks  # noqa: E731
     jobs = [(name, same(run(flags, name), processes_of(name))) for name, (flags, _) in JOBS.items()]
+    jobs.append(("fp8", same(run(f"{FP8} --pp 2 --ep 2 --exchange fp8", "fp8"), MOST)))
     resume = "--ep 2 --tp 2 --vocab-parallel 2 --pp 2 --micro-batch 2"
     jobs.append(("resumed", same(["--resume", str(half), *resume.split()], MOST)))
     for name, (first, second, _) in REFUSED.items():
@@ -219,6 +224,21 @@ def test_several_processes_equal_one(runs, name):
     agree(runs / name, alone, *((0, 0) if exact else (1e-4, 5e-5 if coarse else 2e-6)))
     samples = [(run / "samples.jsonl").read_text() for run in (runs / name, alone)]
     assert samples[0] == samples[1] and '"text"' in samples[0]
+
+
+def test_rows_in_fp8_and_its_errors_in_every_stage(runs):
+    """Experts get the numbers that one process gives them; their weights' gradients are of rounded rows. FP8's errors
+    are measured in each stage's first micro batch, of experts those of the first rank."""
+    assert json.loads((runs / "fp8.0").read_text())[0] == 0
+    for one, two in zip(*(metrics_of(runs / name) for name in ("fp8", "fp8 alone")), strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-3)
+        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=2e-2)
+    one, two = (json.loads((runs / name / "fp8.jsonl").read_text().splitlines()[0]) for name in ("fp8", "fp8 alone"))
+    assert one["layers"].keys() == two["layers"].keys() and len(one["layers"]) > 8
+    for layer, operands in two["layers"].items():
+        for operand, values in operands.items():
+            if ".experts" not in layer:
+                assert one["layers"][layer][operand] == pytest.approx(values, rel=0.1, abs=1e-4), (layer, operand)
 
 
 def test_resumed_by_four_and_by_one(runs):

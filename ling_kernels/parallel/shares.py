@@ -86,9 +86,12 @@ class Shares:
         """The parameters and experts' biases of the whole model."""
         return official_keys(self.config)
 
-    def owns(self, name: str) -> bool:
-        group = self.group[name]
-        return group is None or dist.get_rank(group) == self.owner[name]
+    def owns(self, name: str, replica: int | None = None) -> bool:
+        """Whether this rank, or another replica of its stage, has the parameter's sums and optimizer state, for what it
+        holds of it."""
+        replica = self.ranks.replica if replica is None else replica
+        number = self.divided[name].number if name in self.divided else 1
+        return replica // number == self.owner[name]
 
     def shared(self) -> list[tuple[nn.Parameter, int, dist.ProcessGroup]]:
         """Parameters that other ranks hold too, with the owner's rank among all and the group."""

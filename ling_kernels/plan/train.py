@@ -29,6 +29,7 @@ from ..train.settings import Settings, settings_of
 from ..train.trainer import apply_fp8_and_recompute
 from .decode_time import EFFICIENCY
 from .memory import KINDS, LAYOUT_KINDS, RESERVE, MemoryPlan, plan_memory
+from .processes import process_lines, processes_of
 from .ranks import SINGLE_GPU, Rank
 from .train_time import BF16_SHARE, LAUNCH, step_seconds
 
@@ -56,10 +57,18 @@ def show(options: dict, layout: str | None, gpu_hour: float | None = None) -> in
     if gpu_hour is not None and not 0 < gpu_hour < math.inf:
         raise InputError(f"--gpu-hour {gpu_hour}: a price is more than 0")
     settings = settings_of(options)
-    layout = layout_of(settings) if layout is None else Layout.parse(layout)
+    given, layout = layout, layout_of(settings) if layout is None else Layout.parse(layout)
     config, weights = model_config(settings)
     settings, _ = with_defaults(settings, config, trained=weights is not None)
     check(settings, config)
+    if given is None and processes_of(settings) > 1:
+        print(f"Processes of {settings.model}, {config.num_parameters(mtp=True):,} parameters")
+        print(*process_lines(config, settings), "", sep="\n")
+        if settings.cp > 1 or settings.vocab_parallel > 1 or settings.pipeline or config.num_hidden_layers % layout.pp:
+            print("Time, and memory of activations, are predicted for layers in equal numbers, whole rows and a whole"
+                  " vocabulary alone;\npython -m ling_kernels.plan pipeline predicts them for any stages.")  # fmt: skip
+            print(*storage_lines(config, settings, False), sep="\n")
+            return 0
     settings, one_gpu = rank_settings(layout, settings, config), layout == Layout()
     where = "on one GPU" if one_gpu else f"on the fullest of {layout.dp * layout.pp} GPUs: {layout}"
     print(f"Memory of a step: {settings.model}, {config.num_parameters(mtp=True):,} parameters, {where}")
@@ -224,14 +233,14 @@ def span(seconds: float) -> str:
 
 
 def layout_lines(s: Settings, layout: Layout, stage: int, plans: dict[int, MemoryPlan]) -> list[str]:
-    """The peaks of the other stages, and that the trainer uses one GPU."""
+    """The peaks of the other stages."""
     lines, number = [], s.batch // (s.micro_batch or s.batch)
     if layout.pp > 1:
         stages = ", ".join(
             f"{i + 1} {format_bytes(plan.peak)} ({layout.in_flight(i, number)} in flight)" for i, plan in plans.items()
         )
         lines.append(f"{'stages':<12}  {stages}; this is stage {stage + 1}; equal ones have fewer in flight")
-    return [*lines, f"{'planned':<12}  this package trains on one GPU"]
+    return lines
 
 
 def padding(s: Settings, config: LingConfig, rank: Rank) -> float:

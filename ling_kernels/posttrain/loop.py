@@ -4,6 +4,7 @@ One step: the engine gets the weights and writes `samples` answers to each of `p
 them in processes of their own; `updates` optimizer steps follow, each over its share of the problems.
 """
 
+import argparse
 import copy
 import json
 import time
@@ -60,6 +61,10 @@ class LoopSettings:
     icepop: str = flag(
         "none", "leaves out tokens that trainer and engine rate too differently: 0.5 to 5 times, or 0.5 to 2",
         choices=("none", *ICEPOP),
+    )  # fmt: skip
+    replay_routing: bool = flag(
+        False, "the trainer takes the experts that the engine chose, with weights of its own",
+        action=argparse.BooleanOptionalAction, shown="off",
     )  # fmt: skip
     evo_cot: float | None = flag(None, "Evo-CoT's reward, with this weight of the length", least=0, shown="off")
     kl: float = flag(0.0, "weight of the divergence from the model at the start", least=0)
@@ -163,7 +168,10 @@ class Loop:
         actor = self.model if shared else copy.deepcopy(self.model).to(self.precision)
         answers = s.prompts * s.samples
         room = min(self.model.config.max_positions, PROMPT + s.new_tokens)
-        self.engine = Engine(actor, cache_tokens=answers * room, max_running=answers, max_rows=max(answers, 2048))
+        self.engine = Engine(
+            actor, cache_tokens=answers * room, max_running=answers, max_rows=max(answers, 2048),
+            record_routing=s.replay_routing,
+        )  # fmt: skip
         self.reference = None
         if s.kl:
             self.reference = load_model(source, dtype=torch.float32, device=self.device).requires_grad_(False)
