@@ -245,14 +245,13 @@ def test_resumed_by_four_and_by_one(runs):
     """A run of one process goes on with four, one of two with one: the same rows, the same weights."""
     assert json.loads((runs / "resumed.0").read_text())[0] == 0
     agree(runs / "resumed by four", runs / "dp alone", 1e-4, 2e-6)
-    others = ("pp of uneven stages, with ep", "pp in the order of a file, with cp and vocabulary")
+    others = ("pp of uneven stages, with ep", "pp in the order of a file, with cp and vocabulary", "tp, with pp")
     for name, bounds in (("dp", (0, 0)), *((other, (1e-4, 2e-6)) for other in others)):
         half = runs / f"{name} resumed by one"
         shutil.copytree(runs / name, half)
         shutil.rmtree(half / "checkpoints" / "step-000004")
-        assert (
-            command(["--resume", str(half), *"--ep 1 --pp 1 --cp 1 --vocab-parallel 1 --micro-batch 4".split()])[0] == 0
-        )
+        one = "--ep 1 --pp 1 --cp 1 --tp 1 --vocab-parallel 1 --micro-batch 4"
+        assert command(["--resume", str(half), *one.split()])[0] == 0
         agree(half, runs / "dp alone", *bounds)
 
 

@@ -67,7 +67,11 @@ def show(options: dict, layout: str | None, gpu_hour: float | None = None) -> in
         host = max(h.written for h in held)
         print(f"Processes of {settings.model}, {config.num_parameters(mtp=True):,} parameters")
         print(*process_lines(held, settings), "", sep="\n")
-        if settings.cp > 1 or settings.vocab_parallel > 1 or settings.pipeline or config.num_hidden_layers % layout.pp:
+        if (
+            settings.cp * settings.tp * settings.vocab_parallel > 1
+            or settings.pipeline
+            or config.num_hidden_layers % layout.pp
+        ):
             print("Time, and memory of activations, are predicted for layers in equal numbers, whole rows and a whole"
                   " vocabulary alone;\npython -m ling_kernels.plan pipeline predicts them for any stages.")  # fmt: skip
             print(*storage_lines(config, settings, False, host), sep="\n")

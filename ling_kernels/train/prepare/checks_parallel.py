@@ -10,6 +10,11 @@ from ...parallel.schedules import Order, check, placement, read_csv, schedule_or
 from ..settings import Settings
 
 
+def mesh_of(s: Settings) -> dict:
+    """How `Ranks.arranged` arranges the processes."""
+    return dict(dp=s.dp, ep=s.ep, pp=s.pp, cp=s.cp, vocab=s.vocab_parallel, tp=s.tp)
+
+
 def check_parallel(s: Settings, config: LingConfig, ranks: Ranks) -> None:
     """Raise InputError where the processes cannot divide the work of a step and the model equally."""
     ep, cp = ranks.experts.number, ranks.cp
