@@ -19,7 +19,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from ling_kernels.errors import InputError
 from ling_kernels.model import Ling, save_model
@@ -33,7 +32,7 @@ from ling_kernels.train.__main__ import main
 from ling_kernels.train.prepare.checks_parallel import check_parallel
 from ling_kernels.train.settings import Settings
 from tests.ranks import start
-from tests.training import text, tiniest  # noqa: F401
+from tests.training import text, tiniest, whole_tensors  # noqa: F401
 
 MOST = 4  # processes; most runs have two
 SPEED = {"tokens_per_s", "mfu"}
@@ -199,8 +198,8 @@ def agree(a: Path, b: Path, rtol: float, atol: float) -> None:
         assert x == pytest.approx(y, rel=rtol, abs=0)
     last = [ckpt.list_checkpoints(run)[-1] for run in (a, b)]
     assert last[0].name == last[1].name
-    for file in ("model.safetensors", "optimizer.safetensors"):
-        x, y = (load_file(c / file) for c in last)
+    for stem in ("model", "optimizer"):
+        x, y = (whole_tensors(c, stem) for c in last)
         assert x.keys() == y.keys()
         for name in x:
             if x[name].dtype == torch.uint8 and rtol:  # codes of moments: neighbours

@@ -56,6 +56,8 @@ class Ranks:
     context: dist.ProcessGroup | None = field(default=None, repr=False)  # the cp ranks that share sequences
     stages: dist.ProcessGroup | None = field(default=None, repr=False)  # the pp ranks of this rank's tokens
     nodes: DeviceMesh | None = field(default=None, repr=False)  # the ranks of `experts`, as nodes x ranks of a node
+    writers: dist.ProcessGroup | None = field(default=None, repr=False)  # all, for the threads that write checkpoints
+    talk: dist.ProcessGroup | None = field(default=None, repr=False)  # over which ranks agree; None: torch's default
 
     @property
     def first(self) -> bool:
@@ -112,6 +114,7 @@ class Ranks:
             twins = [stage[i::number] for stage in by_stage for i in range(number)]
             return Division(number, self.rank % n % number, mine(neighbours(number)), mine(twins))
 
+        on_hosts = "fake" if dist.get_backend() == "fake" else "gloo"  # fake: processes of a plan, which is one
         nodes = None
         if by_nodes:
             crossing = [ranks[i::local] for ranks in neighbours(ep) for i in range(local)]
@@ -129,7 +132,12 @@ class Ranks:
             context=mine(neighbours(cp)),
             stages=mine([list(range(i, self.size, n)) for i in range(n)]),
             nodes=nodes,
+            writers=dist.new_group(timeout=PATIENCE, backend=on_hosts),
         )  # fmt: skip
+
+    def in_thread(self) -> "Ranks":
+        """These ranks for a thread, whose messages do not mix with those of the main one; they stay on the hosts."""
+        return replace(self, talk=self.writers)
 
     def exchange(self, value: T, error: str | None = None) -> list[T]:
         """Every rank's value, by rank. Where any rank has an error, all raise InputError: rank 0 with the first rank's
@@ -137,7 +145,7 @@ class Ranks:
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, (error, value))
+        dist.all_gather_object(found, (error, value), group=self.talk)
         wrong = [(rank, message) for rank, (message, _) in enumerate(found) if message is not None]
         if wrong:
             rank, message = wrong[0]

@@ -7,24 +7,23 @@ stage 1, arXiv 1910.02054, by whole parameters). As no parameter is cut, every o
 also Muon, which needs whole matrices, and 8-bit AdamW, whose blocks and random bits follow a parameter.
 """
 
-from collections.abc import Callable, Iterator
-from typing import TypeVar
+from collections.abc import Callable
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..errors import InputError
-from ..model import Ling, LingConfig
+from ..model import Ling
 from ..nn import Router
 from ..ops.grad_norm import grad_norm
+from .boxes import EVERYTHING, Part, equal_part
 from .context import context_parallel_
 from .exchange import expert_parameters, shard_experts_
+from .official import Parameter, official_keys
 from .pipeline import Pipeline
 from .ranks import Division, Ranks
 from .vocabulary import shard_vocabulary_
-
-Parts = TypeVar("Parts", Tensor, list[str])
 
 
 class Shares:
@@ -72,6 +71,11 @@ class Shares:
             several = VOCABULARY.index(name) % len(load) if ranks.pp > 1 and name in VOCABULARY else None
             self.owner[name] = load.index(min(load)) if several is None else several
             load[self.owner[name]] += p.numel()
+
+    @cached_property
+    def official(self) -> dict[str, Parameter]:
+        """The parameters and experts' biases of the whole model."""
+        return official_keys(self.config)
 
     def owns(self, name: str, replica: int | None = None) -> bool:
         """Whether this rank, or another replica of its stage, has the parameter's sums and optimizer state, for what it
@@ -138,94 +142,24 @@ class Shares:
         dist.all_reduce(counts, group=self.ranks.stages)
         return counts
 
-    def pieces(self, optimizer_tensors: dict[str, Tensor]) -> Iterator[tuple[str, int, Tensor]]:
-        """Name, part number and tensor of all that this rank owns of the weights, the experts' biases and the
-        optimizer's tensors, which are named NAME.KEY."""
-        owned = {n for n, _ in self.model.named_parameters() if self.owns(n)} - self.counted_elsewhere
-        for name, p in self.model.named_parameters():
-            if name in owned:
-                yield name, self.part_number(name), p.detach()
-        if self.ranks.replica == 0:
-            for name, b in self.model.named_buffers():
-                if name.endswith("expert_bias"):
-                    yield name, 0, b
-        for key, t in optimizer_tensors.items():
-            name = key.rpartition(".")[0]
-            if name in owned:
-                yield f"{OPTIMIZER}{key}", self.part_number(name) if t.ndim else 0, t
-
-    def my_part(self, name: str, whole: Parts) -> Parts:
-        """This rank's rows of a whole parameter, or its items of a list that has equally many for each row."""
+    def part_of(self, name: str) -> Part:
+        """Which part of a whole parameter or experts' bias this rank holds."""
         if name not in self.divided:
-            return whole
-        number, part = len(whole) // self.divided[name].number, self.part_number(name)
-        return whole[part * number : (part + 1) * number]
+            return EVERYTHING
+        division = self.divided[name]
+        return equal_part(division.part, division.number, self.official[name].shape[0])
 
-    def part_number(self, name: str) -> int:
-        return self.divided[name].part if name in self.divided else 0
-
-    def whole(self, optimizer_tensors: dict[str, Tensor]) -> tuple[Ling, dict[str, Tensor]] | None:
-        """The whole model and the optimizer's tensors: on rank 0, in its host's memory; None on other ranks. With one
-        process its own."""
-        if self.ranks.world is None:
-            return self.model, optimizer_tensors
-        found = gathered([*self.pieces(optimizer_tensors)], self.ranks)
-        if found is None:
-            return None
-        moments = {key.removeprefix(OPTIMIZER): found.pop(key) for key in [*found] if key.startswith(OPTIMIZER)}
-        return assembled(self.config, found), moments
-
-    def part(self, key: str, value: Tensor) -> Tensor | None:
-        """What this rank keeps of the optimizer's whole tensor NAME.KEY; None where it keeps nothing of it."""
-        name = key.rpartition(".")[0]
-        if name not in self.group or not self.owns(name):
-            return None
-        if not value.ndim:
-            return value
-        if name in self.divided and len(value) % (number := self.divided[name].number):  # scales of 8-bit moments
-            raise InputError(f"the optimizer's {key} cannot be divided over {number} processes")
-        return self.my_part(name, value).clone()
+    def owned(self) -> set[str]:
+        """Names of the parameters and experts' biases that this rank writes to a checkpoint: those whose optimizer
+        state it keeps, once of those that several stages hold; biases, which are whole and equal, on the first."""
+        biases = [name for name, _ in self.model.named_buffers() if name.endswith("expert_bias")]
+        names = {name for name, _ in self.model.named_parameters() if self.owns(name)} - self.counted_elsewhere
+        return names.union(biases if self.ranks.replica == 0 else [])
 
 
-OPTIMIZER = "optimizer:"
 VOCABULARY = ("word_embeddings.weight", "lm_head.weight")  # which several stages of a pipeline may hold
 
 
 def wait(works: list) -> None:
     for work in works:
         work.wait()
-
-
-def assembled(config: LingConfig, tensors: dict[str, Tensor]) -> Ling:
-    """A model on the CPU whose weights are these tensors."""
-    with torch.device("meta"):
-        model = Ling(config)
-    state = model.state_dict()
-    model.load_state_dict({name: tensors[name] for name in state}, assign=True)
-    return model
-
-
-def gathered(pieces: list[tuple[str, int, Tensor]], ranks: Ranks) -> dict[str, Tensor] | None:
-    """The whole tensors on the host of rank 0, each the concatenation of its parts along dimension 0; None elsewhere.
-
-    pieces: of this rank, (name, number of the part, tensor). One tensor travels at a time.
-    """
-    described = [(name, part, t.shape, t.dtype, t.device.type) for name, part, t in pieces]
-    everything = ranks.exchange(described)
-    if not ranks.first:
-        for _, _, t in pieces:
-            dist.send(t.contiguous(), 0, group=ranks.world)
-        return None
-    parts: dict[str, dict[int, Tensor]] = {}
-    for rank, theirs in enumerate(everything):
-        for i, (name, part, shape, dtype, device) in enumerate(theirs):
-            if rank == 0:
-                t = pieces[i][2].to("cpu", copy=True)
-            else:
-                t = torch.empty(shape, dtype=dtype, device=device)
-                dist.recv(t, rank, group=ranks.world)
-            parts.setdefault(name, {})[part] = t.cpu()
-    return {
-        name: torch.cat([found[i] for i in sorted(found)]) if len(found) > 1 else found[0]
-        for name, found in parts.items()
-    }

@@ -7,7 +7,8 @@ import torch
 
 from ..model import Ling, load_model
 from ..nn.fp8 import to_fp8
-from ..parallel.parts import draw_weights_, give_memory_, read_weights_, whole_on_meta
+from ..parallel.official import whole_on_meta
+from ..parallel.parts import draw_weights_, give_memory_, read_weights_
 from ..parallel.pipeline import Pipeline
 from ..parallel.ranks import Ranks
 from ..parallel.shares import Shares

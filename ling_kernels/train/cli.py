@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from ..errors import Diverged, InputError, Parser, command, counted, one_line
+from ..errors import Diverged, InputError, OtherRank, Parser, command, counted, one_line
+from ..files import user_path
 from ..parallel.ranks import Ranks, is_lost_rank, start, stop
 from . import checkpoint as ckpt
 from .changes import described
@@ -23,7 +24,7 @@ from .report import SAMPLES, NoReport, Report, open_lines
 from .report.page import write_html
 from .report.plots import draw
 from .sampling import sampled
-from .saving import NotSaved, last_good
+from .saving import NotSaved, OtherNotSaved, last_good
 from .settings import SIZES, Settings, settings_of, to_json
 from .signals import STOPPED, interrupted_by_sigterm, stop_on_signals
 from .starts import moe_layers, record_start
@@ -49,7 +50,8 @@ def main(argv: Sequence[str] | None, planner) -> int:
         print("stopped before the first step; nothing was trained", file=sys.stderr)
         return STOPPED
     except NotSaved as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not isinstance(error, OtherRank):
+            print(f"error: {error}", file=sys.stderr)
         return 1
     except torch.OutOfMemoryError as error:
         why = str(error).split(". ")[0]
@@ -82,7 +84,7 @@ def parser() -> Parser:
         description="Train a Ling-2.0 model on one GPU or CPU. Without flags it trains tiny on the text that ships in"
         " CPython, in minutes. docs/training.md has examples and explains what happens.",
     )  # fmt: skip
-    flags.add_argument("--out", type=Path, metavar="RUN", help="folder of a new run (default: runs/MODEL-DATE-TIME)")
+    flags.add_argument("--out", metavar="RUN", help="folder of a new run (default: runs/MODEL-DATE-TIME)")
     flags.add_argument(
         "--resume",
         metavar="RUN",
@@ -120,8 +122,9 @@ def run(options: dict, planner, everyone: Ranks) -> int:
     try:
         stopped = train(trainer, report)
     except Diverged as error:
+        way = way_back(trainer)
         if everyone.first:
-            print(f"error: {error}; {way_back(trainer)}", file=sys.stderr)
+            print(f"error: {error}; {way}", file=sys.stderr)
         return 1
     finally:
         report.close()
@@ -165,6 +168,8 @@ def open_run(options: dict, everyone: Ranks) -> Trainer:
     out, resume, restart, fall_back = options.pop("out"), options.pop("resume"), False, False
     if resume == "":
         raise InputError("--resume is empty: name a run, or auto")
+    if out is not None:
+        out = user_path(out, "--out")
     if resume == "auto":
         model = settings_of(options).model
         resume = everyone.from_first(lambda: latest_run(out, model))
@@ -306,7 +311,8 @@ def finish_run(trainer: Trainer, planner) -> None:
     try:
         trainer.export(folder / "model")
     except InputError as error:
-        raise NotSaved(f"{error}; the weights are in {ckpt.list_checkpoints(folder)[-1]}") from None
+        kind = OtherNotSaved if isinstance(error, OtherRank) else NotSaved
+        raise kind(f"{error}; the weights are in {ckpt.list_checkpoints(folder)[-1]}") from None
     text = sampled(trainer)
     if not trainer.ranks.first:
         return

@@ -126,7 +126,7 @@ class Settings:
     micro_batch: int | None = flag(None, "rows in a forward pass; gradients add up", least=1, shown="the whole batch")
     batch_ramp: str | None = flag(
         None,
-        "begin with START rows a step and reach --batch after STEPS steps",
+        "begin with START rows a step and reach --batch after STEPS steps of the run",
         shown="no ramp",
         metavar="START:STEPS",
     )
@@ -332,12 +332,12 @@ FIELDS = {f.name: f for f in fields(Settings)}
 
 # Settings that a resumed run may change; changes.py keeps a record of them.
 CHANGEABLE_ON_RESUME = {
-    "data", "batch", "micro_batch", "lr", "warmup", "decay", "decay_steps", "min_lr", "weight_decay", "clip", "z_loss",
-    "balance_rate", "steps", "eval_every", "save_every", "keep", "keep_every", "log_every", "max_bad_steps",
-    "sample_tokens", "sample_every", "profile", "wandb", "device", "threads", "val_data", "eval_rows",
-    "dp", "ep", "exchange", "exchange_by_nodes", "cp", "vocab_parallel", "pp", "pipeline", "schedule", "dist_timeout",
-    "precision", "master", "recompute", "fp8_weights", "fp8_wgrad", "fp8_transposed", "fp8_scales", "fp8_watch",
-    "fp8_fallback", "spike_loss", "spike_norm", "step_in_backward",
+    "data", "batch", "batch_ramp", "micro_batch", "lr", "warmup", "decay", "decay_steps", "min_lr", "weight_decay",
+    "clip", "z_loss", "balance_rate", "steps", "eval_every", "save_every", "keep", "keep_every", "log_every",
+    "max_bad_steps", "sample_tokens", "sample_every", "profile", "wandb", "device", "threads", "val_data",
+    "eval_rows", "dp", "ep", "exchange", "exchange_by_nodes", "cp", "vocab_parallel", "pp", "pipeline", "schedule",
+    "dist_timeout", "precision", "master", "recompute", "fp8_weights", "fp8_wgrad", "fp8_transposed", "fp8_scales",
+    "fp8_watch", "fp8_fallback", "spike_loss", "spike_norm", "step_in_backward",
 }  # fmt: skip
 
 # Why a run keeps others. Those about the data change together with it: new data is read from its beginning.

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from ..errors import Diverged, InputError
-from ..model import save_model
 from ..parallel.pipeline import LOSSES, MicroBatch
 from ..parallel.ranks import Ranks
 from ..parallel.shares import Shares
@@ -26,7 +25,7 @@ from .optimizer import StepInBackward, clipped_step, make_optimizer
 from .prepare import Run, deterministic, discard, new_run, peak_flops, resumed_run
 from .prepare.run import with_faster_threads
 from .report import FP8_FILE, Details, read_lines
-from .saving import Writer, count_sound, kept, room_for_copy, size_of, snapshot, write
+from .saving import Writer, count_sound, export, kept, snapshot, write
 from .schedule import learning_rate, rows_at
 from .settings import Settings, named_as_in_python, to_json
 from .validation import bytes_of_tokens, measure
@@ -150,7 +149,7 @@ class Trainer:
                 raise
             self.optimizer = make_optimizer(self.model, s.optimizer, s.lr, s.weight_decay, s.seed)
             if run.checkpoint:
-                ckpt.restore(run.checkpoint, self.model, self.optimizer, self.shares.part)
+                ckpt.restore(run.checkpoint, self.shares, self.optimizer)
                 self.progress = Progress(**{n: run.state[n] for n in asdict(self.progress) if n in run.state})
                 if unknown := {*self.progress.in_bf16} - self.shares.modules:
                     raise InputError(f"{run.checkpoint / 'state.json'}: in_bf16 names no layer: {min(unknown)}")
@@ -229,14 +228,10 @@ class Trainer:
         self.writer.wait()
         s, proven, folder = self.settings, self.progress.proven, ckpt.checkpoint_folder(self.folder, self.progress.step)
         state = asdict(self.progress) | dict(settings=to_json(s), data=self.data, torch=torch.__version__)
-        whole = self.shares.whole(ckpt.optimizer_tensors(self.model, self.optimizer))
-        if whole is None:
-            return folder
-        gathered = self.ranks.size > 1  # copies, which no step changes
-        wait = wait or not (gathered or room_for_copy(size_of(*whole)))
-        tensors = snapshot(*whole, copy=not wait and not gathered)
+        moments = ckpt.optimizer_tensors(self.model, self.optimizer)
+        tensors, wait = snapshot(self.shares, moments, wait)
         keep = partial(kept, keep=s.keep, keep_every=s.keep_every, proven=proven)
-        job = partial(write, self.folder, tensors, self.tokenizer, state, keep)
+        job = partial(write, self.folder, tensors, self.tokenizer, state, keep, self.ranks.in_thread())
         if wait:
             job()
         else:
@@ -245,9 +240,7 @@ class Trainer:
 
     def export(self, folder: str | Path) -> None:
         """Write the model in bf16 and its tokenizer as a Hugging Face folder."""
-        if whole := self.shares.whole({}):
-            save_model(whole[0], Path(folder))
-            self.tokenizer.save(Path(folder))
+        export(Path(folder), self.shares, self.tokenizer)
 
 
 def train_step(
