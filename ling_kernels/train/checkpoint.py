@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..errors import InputError, one_line
 from ..files import user_path
 from ..model.config_json import is_integer
 from ..parallel.checkpoints import read_optimizer
@@ -57,7 +57,7 @@ def step_of(checkpoint: Path) -> int:
 def clear_leftovers(run: Path) -> None:
     """Remove checkpoints that a killed process left half-written or half-removed."""
     for path in (run / "checkpoints").glob(".step-*"):
-        shutil.rmtree(path)
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def data_folders(run: Path) -> set[str]:
@@ -218,15 +218,20 @@ def is_progress(state: dict) -> bool:
 def restore(checkpoint: Path, shares: Shares, optimizer: torch.optim.Optimizer) -> None:
     """Load this process's part of the optimizer's state, and the random number generators'. The model must have the
     checkpoint's weights."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     named = dict(shares.model.named_parameters())
     for name, key, value in read_optimizer(checkpoint, shares):
         optimizer.state[named[name]][key] = value.to(named[name].device)
-    states = load_file(checkpoint / "rng.safetensors")
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
+    file = checkpoint / "rng.safetensors"
+    try:
+        states = load_file(file)
+        torch.set_rng_state(states["cpu"])
+        if "cuda" in states and torch.cuda.is_available():
+            torch.cuda.set_rng_state(states["cuda"])
+    except (OSError, SafetensorError, KeyError, TypeError, RuntimeError) as error:
+        raise InputError(f"{file} holds no states of random number generators: {one_line(str(error))}") from None
 
 
 def set_aside_later(run: Path, checkpoint: Path) -> list[Path]:

@@ -197,7 +197,10 @@ def train(trainer: Trainer, report: Report | NoReport) -> str | None:
             yield
         except NotSaved as error:
             saved = None
-            report.say(f"warning: {error}; training goes on, and tries again at the next checkpoint")
+            then = (
+                "training goes on, and tries again at the next checkpoint" if progress.step < s.steps else "once more"
+            )
+            report.say(f"warning: {error}; {then}")
 
     def save() -> None:
         nonlocal saved
