@@ -24,6 +24,7 @@ from .flags import add_flags, as_flags
 from .prepare import deterministic, latest_run, new_run, resumed_run
 from .prepare.checks import stages_of
 from .profiling import StepProfiler, recorded
+from .recipe import run_recipe, table
 from .report import SAMPLES, NoReport, Report, open_lines
 from .report.page import write_html
 from .report.plots import draw
@@ -42,7 +43,11 @@ def main(argv: Sequence[str] | None, planner) -> int:
     """planner: the module ling_kernels.plan.train, for --plan. It is above this room and comes as an argument."""
     try:
         options = vars(parser().parse_args(argv))
-        layout = options.pop("layout")
+        layout, recipe, sources = options.pop("layout"), options.pop("recipe"), options.pop("source")
+        if sources and not recipe:
+            raise InputError("--source is for --recipe: without one, --data gives the data")
+        if recipe:
+            return staged(recipe, sources or [], options, planner)
         if options.pop("plan"):
             if options.pop("resume"):
                 raise InputError("--plan is for a new run: leave --resume out")
@@ -62,6 +67,18 @@ def main(argv: Sequence[str] | None, planner) -> int:
         why = str(error).split(". ")[0]
         print(f"error: the GPU's memory is full, a smaller --micro-batch needs less: {why}", file=sys.stderr)
         return 1
+
+
+def staged(recipe: str, sources: list[str], options: dict, planner) -> int:
+    """A recipe of several stages: --plan shows them; otherwise each stage that is not complete is a run."""
+    out, plan, resume = (options.pop(name) for name in ("out", "plan", "resume"))
+    if resume:
+        raise InputError("--resume is not for a recipe: the same command goes on where it was stopped")
+    if plan:
+        print(*table(recipe, options), sep="\n")
+        return 0
+    with deterministic(), interrupted_by_sigterm(), processes() as everyone:
+        return run_recipe(recipe, sources, out, options, lambda stage: run(stage, planner, everyone), everyone)
 
 
 @contextmanager
@@ -98,6 +115,14 @@ def parser() -> Parser:
     )
     flags.add_argument(
         "--plan", action="store_true", help="print the memory, time and disk that the run takes, and stop"
+    )
+    flags.add_argument(
+        "--recipe", metavar="NAME",
+        help="train the stages of a recipe one after the other: tiny, mini, flash, 1t, or a folder of stages; other"
+        " flags are for all stages; with --plan, show them (default: one run)",
+    )  # fmt: skip
+    flags.add_argument(
+        "--source", nargs="+", metavar="NAME=PATH", help="the data of a recipe's sources (default: tiny has small ones)"
     )
     add_layout_flag(flags)
     add_flags(flags)
