@@ -1,8 +1,8 @@
 """The command `python -m ling_kernels.train`: check the flags, train with reports and checkpoints, show the results."""
 
-import argparse
 import os
 import shlex
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..errors import Diverged, InputError, Parser, command, counted, one_line
+from ..errors import Diverged, InputError, command, counted, one_line
 from ..model import Ling
 from ..model.sample import sampler
 from ..parallel.ranks import Ranks, is_lost_rank, start, stop
@@ -20,7 +20,7 @@ from ..tokenizer import TextStream, Tokenizer
 from . import checkpoint as ckpt
 from .changes import described
 from .data import Documents
-from .flags import add_flags, as_flags
+from .flags import as_flags, parser
 from .prepare import deterministic, latest_run, new_run, resumed_run
 from .prepare.checks import stages_of
 from .profiling import StepProfiler, recorded
@@ -98,44 +98,6 @@ def processes() -> Iterator[Ranks]:
             print(f"error: {rank} waited in vain for another: {one_line(str(error))}", file=sys.stderr)
             os._exit(1)  # the groups cannot be taken down in order, as others wait in them
     stop()
-
-
-def parser() -> Parser:
-    flags = Parser(
-        "python -m ling_kernels.train", usage="%(prog)s [flags]",
-        description="Train a Ling-2.0 model on one GPU or CPU. Without flags it trains tiny on the text that ships in"
-        " CPython, in minutes. docs/training.md has examples and explains what happens.",
-    )  # fmt: skip
-    flags.add_argument("--out", type=Path, metavar="RUN", help="folder of a new run (default: runs/MODEL-DATE-TIME)")
-    flags.add_argument(
-        "--resume",
-        metavar="RUN",
-        help="a run, to continue from its latest checkpoint; or one of its checkpoints; or auto: the run in --out, or"
-        " else the latest of the model, or a new one where there is none (default: a new run)",
-    )
-    flags.add_argument(
-        "--plan", action="store_true", help="print the memory, time and disk that the run takes, and stop"
-    )
-    flags.add_argument(
-        "--recipe", metavar="NAME",
-        help="train the stages of a recipe one after the other: tiny, mini, flash, 1t, or a folder of stages; other"
-        " flags are for all stages; with --plan, show them (default: one run)",
-    )  # fmt: skip
-    flags.add_argument(
-        "--source", nargs="+", metavar="NAME=PATH", help="the data of a recipe's sources (default: tiny has small ones)"
-    )
-    add_layout_flag(flags)
-    add_flags(flags)
-    return flags
-
-
-def add_layout_flag(flags: argparse.ArgumentParser) -> None:
-    flags.add_argument(
-        "--layout",
-        metavar="dp=N,ep=N,pp=N,zero=N",
-        help="plan for one of dp times pp GPUs: dp data parallel, groups of ep among them sharing the experts, pp"
-        " pipeline stages, zero 0 to 3 for what is sharded (default: one GPU)",
-    )
 
 
 def run(options: dict, planner, everyone: Ranks) -> int:
@@ -325,6 +287,9 @@ def finish_run(trainer: Trainer, planner) -> None:
         print(f"memory     {peak / 1e9:.2f} GB at the peak" + (f", {planned / 1e9:.2f} planned" if planned else ""))
     try:
         trainer.export(folder / "model")
+        if merged := trainer.merge.complete and trainer.ranks.first:
+            shutil.rmtree(folder / "merged", ignore_errors=True)  # of a run that went back
+            trainer.merge.write(folder / "merged", config, trainer.tokenizer)
     except InputError as error:
         raise NotSaved(f"{error}; the weights are in {ckpt.list_checkpoints(folder)[-1]}") from None
     text = sampled(trainer)
@@ -341,6 +306,8 @@ def finish_run(trainer: Trainer, planner) -> None:
         print(f"\nA sample that continues {prompt!r}:\n{text}\n")
     print(f"checkpoint {shown(ckpt.list_checkpoints(folder)[-1])}")
     print(f"model      {shown(folder / 'model')}")
+    if merged:
+        print(f"merged     {shown(folder / 'merged')}, {counted(len(trainer.merge.plan), 'step')}")
     if page := write_page(folder):
         print(f"report     {shown(page)}")
     for path in plots:

@@ -23,6 +23,7 @@ from ..model.weight_files import SHARD_BYTES, save_tensors, write_weights
 from ..tokenizer import Tokenizer
 from . import checkpoint as ckpt
 
+MERGE_FILE = "merge.safetensors"
 GOOD_AFTER = 32  # sound steps in a row after a checkpoint that show that it is good
 UNSOUND = 2  # a loss of so many times that of a uniform guess, ln(vocabulary), is not sound
 
@@ -39,17 +40,19 @@ class Snapshot:
     weights: dict[str, Tensor]  # by official key
     optimizer: dict[str, Tensor]
     random: dict[str, Tensor]
+    merged: dict[str, Tensor]  # the running merge, if there is one
 
 
-def snapshot(model: Ling, moments: dict[str, Tensor], copy: bool) -> Snapshot:
+def snapshot(model: Ling, moments: dict[str, Tensor], copy: bool, merged: dict[str, Tensor] | None = None) -> Snapshot:
     """The tensors themselves, or copies of them on the host, which later steps do not change. moments: the optimizer's
-    state, as `checkpoint.optimizer_tensors` gives it."""
+    state, as `checkpoint.optimizer_tensors` gives it. merged: tensors on the host that no step changes."""
 
     def on_host(t: Tensor) -> Tensor:
         return t.detach().to("cpu", copy=True).contiguous() if copy else t.detach()
 
     weights = {key: on_host(view) for key, view in named_views(model)}
-    return Snapshot(model.config, weights, {k: on_host(t) for k, t in moments.items()}, ckpt.random_states())
+    return Snapshot(model.config, weights, {k: on_host(t) for k, t in moments.items()}, ckpt.random_states(),
+                    merged or {})  # fmt: skip
 
 
 def size_of(model: Ling, moments: dict[str, Tensor]) -> int:
@@ -109,6 +112,8 @@ def write_files(folder: Path, tensors: Snapshot, tokenizer: Tokenizer) -> None:
     tokenizer.save(folder)
     save_tensors(on_host(tensors.optimizer), folder / "optimizer.safetensors")
     save_tensors(tensors.random, folder / "rng.safetensors")
+    if tensors.merged:
+        save_tensors(tensors.merged, folder / MERGE_FILE)
 
 
 class Writer:

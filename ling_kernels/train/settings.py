@@ -161,6 +161,15 @@ class Settings:
         shown="all after the warm-up; for 1-sqrt a fifth of --steps",
     )  # fmt: skip
     min_lr: float = flag(0.0, "learning rate at the end of the decay", least=0)
+    merge_last: int = flag(
+        0, "keep a running merge of the weights of N of the last steps, --merge-every apart, and write it at the end;"
+        " 0: none", least=0,
+    )  # fmt: skip
+    merge_every: int = flag(10, "steps between the weights that are merged", least=1)
+    merge_weights: str = flag(
+        "mean", "how much each counts, by the decay that it stands for: mean, 1-sqrt, cosine, ema:X, or numbers with"
+        " commas between them, oldest first", metavar="NAME",
+    )  # fmt: skip
     weight_decay: float = flag(0.1, "on matrices and embeddings, not on norms", least=0)
     clip: float = flag(1.0, "gradient norm above which gradients are scaled down; 0: never", least=0)
     z_loss: float = flag(3.5e-6, "coefficient of the router's z-loss", least=0)
@@ -281,12 +290,12 @@ FIELDS = {f.name: f for f in fields(Settings)}
 
 # Settings that a resumed run may change; changes.py keeps a record of them.
 CHANGEABLE_ON_RESUME = {
-    "data", "batch", "micro_batch", "lr", "warmup", "decay", "decay_steps", "min_lr", "weight_decay", "clip", "z_loss",
-    "balance_rate", "steps", "eval_every", "save_every", "keep", "keep_every", "log_every", "max_bad_steps",
-    "sample_tokens", "sample_every", "profile", "wandb", "device", "threads", "val_data", "eval_rows",
-    "dp", "ep", "pp", "pipeline", "dist_timeout",
-    "precision", "master", "recompute", "fp8_weights", "fp8_wgrad", "fp8_transposed", "fp8_scales", "fp8_watch",
-    "fp8_fallback", "spike_loss", "spike_norm", "step_in_backward",
+    "data", "batch", "micro_batch", "lr", "warmup", "decay", "decay_steps", "min_lr", "merge_last", "merge_every",
+    "merge_weights", "weight_decay", "clip", "z_loss", "balance_rate", "steps", "eval_every", "save_every", "keep",
+    "keep_every", "log_every", "max_bad_steps", "sample_tokens", "sample_every", "profile", "wandb", "device",
+    "threads", "val_data", "eval_rows", "dp", "ep", "pp", "pipeline", "dist_timeout", "precision", "master",
+    "recompute", "fp8_weights", "fp8_wgrad", "fp8_transposed", "fp8_scales", "fp8_watch", "fp8_fallback",
+    "spike_loss", "spike_norm", "step_in_backward",
 }  # fmt: skip
 
 # Why a run keeps others. Those about the data change together with it: new data is read from its beginning.
