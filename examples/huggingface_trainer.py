@@ -1,6 +1,6 @@
 """Train a Ling model with the Trainer of transformers.
 
-    pip install transformers accelerate
+    pip install '.[examples]'
     python examples/huggingface_trainer.py
 
 The Trainer wants a module whose forward returns a dict, and knows nothing of the routers: the wrapper and the callback
@@ -9,7 +9,12 @@ below are all that is missing. `lr_scheduler_type`, `bf16`, gradient accumulatio
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+
+try:
+    import accelerate  # noqa: F401 (the Trainer needs it)
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: this example needs the package {error.name}: pip install '.[examples]'") from None
 
 from ling_kernels.model import Ling, LingConfig
 

@@ -1,11 +1,15 @@
 """Train a Ling model with Lightning.
 
-pip install lightning
+pip install '.[examples]'
 python examples/lightning_module.py
 """
 
-import lightning
 import torch
+
+try:
+    import lightning
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: this example needs the package {error.name}: pip install '.[examples]'") from None
 
 from ling_kernels.model import Ling, LingConfig
 

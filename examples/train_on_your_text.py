@@ -3,7 +3,8 @@
     python examples/train_on_your_text.py TEXTS OUT [STEPS]
 
 TEXTS is a text, .jsonl or .parquet file, or a folder of them; OUT is a new folder for checkpoints and the model. The
-command `python -m ling_kernels.train --data TEXTS --out OUT` is the same loop.
+command `python -m ling_kernels.train --data TEXTS --out OUT` is the same loop with checkpoints on the way and a
+`Report` (ling_kernels.train.report), which writes metrics.jsonl and report.html.
 """
 
 import sys

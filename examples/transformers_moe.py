@@ -1,6 +1,6 @@
 """Replace the MoE blocks of a transformers model by ling_kernels.nn.MoE, with the same parameters.
 
-    pip install transformers
+    pip install '.[examples]'
     python examples/transformers_moe.py
 
 DeepSeek-V3 routes as Ling-2.0 does: sigmoid scores, a bias that only selects, the best groups, normalised weights. So
@@ -9,8 +9,12 @@ its blocks need no conversion: the parameters move over as they are. Another mod
 
 import torch
 from torch import Tensor, nn
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
+
+try:
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: this example needs the package {error.name}: pip install '.[examples]'") from None
 
 from ling_kernels.nn import MLP, Experts, MoE, Router
 

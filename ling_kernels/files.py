@@ -36,12 +36,13 @@ def atomic_write(path: Path, durable: bool = False) -> Iterator[Path]:
         raise
 
 
-def user_path(path: str | Path) -> Path:
-    """A path that a user names, which need not exist. Raises InputError for a name that no file can have."""
+def user_path(path: str | Path, name: str = "a path") -> Path:
+    """A path that a user names, which need not exist. Raises InputError for a name that no file can have. name: of the
+    flag."""
     if not isinstance(path, str | os.PathLike):
         raise InputError(f"{path!r} is no path of a file")
     if not os.fspath(path):
-        raise InputError("a path is empty")
+        raise InputError(f"{name} is empty")
     try:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError, PermissionError):

@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
 
+from ling_kernels.parallel.ranks import Ranks
+
 set_forkserver_preload(["tests.training", "ling_kernels.parallel.pipeline"])  # imported once, not by every process
 
 
@@ -22,7 +24,18 @@ def in_group(rank, world, folder, checks):
 
 def run(folder, checks, world: int = 2) -> None:
     """Run check(rank, group) for each of `checks` in `world` processes."""
-    processes.start_processes(in_group, (world, folder, checks), nprocs=world, start_method="forkserver")
+    start(in_group, (world, folder, checks), world)
+
+
+def start(work, arguments: tuple, world: int) -> None:
+    """Run work(rank, *arguments) in `world` processes, which may form groups."""
+    processes.start_processes(work, arguments, nprocs=world, start_method="forkserver")
+
+
+def ranks_of(group) -> Ranks:
+    """All ranks of a group, to be arranged."""
+    size = dist.get_world_size(group)
+    return Ranks(dist.get_rank(group), size, dp=size, world=group)
 
 
 @contextmanager

@@ -87,6 +87,19 @@ def test_a_resumed_run_says_its_schedule(tmp_path, settings, capsys):
     assert "<td>the whole batch</td><td>1</td>" in (tmp_path / "run" / "report.html").read_text()
 
 
+def test_a_batch_ramp_may_change(tmp_path, settings):
+    """It counts from the run's first step, also where it begins later; START equal to the batch ends it."""
+    run_of(replace(settings, batch=4, batch_ramp="2:4"), tmp_path / "run", 2)
+    trainer = Trainer.resume(tmp_path / "run", batch=8, batch_ramp="2:6")
+    found = [(c["setting"], c["old"], c["new"]) for c in trainer.changes]
+    assert found == [("batch", 4, 8), ("batch_ramp", "2:4", "2:6")]
+    assert [len(rows_of(trainer)) for _ in range(5)] == [4, 5, 6, 7, 8]
+    trainer = Trainer.resume(tmp_path / "run", batch_ramp="4:1")
+    assert len(rows_of(trainer)) == 4 and trainer.progress.row == 8
+    with pytest.raises(InputError, match="START must lie between 1 and batch 1"):
+        Trainer.resume(tmp_path / "run", batch=1)
+
+
 def test_a_resume_that_changes_nothing_records_nothing(tmp_path, settings):
     run_of(settings, tmp_path / "run", 1)
     trainer = Trainer.resume(tmp_path / "run", lr=settings.lr, data=settings.data)

@@ -12,7 +12,7 @@ from ling_kernels.errors import InputError
 from ling_kernels.generate.cli import stop_token_ids
 from ling_kernels.model import Ling, load_model
 from ling_kernels.tokenizer import Tokenizer, byte_settings, load_tokenizer
-from ling_kernels.train import Settings, Trainer, cli
+from ling_kernels.train import Settings, Trainer, sampling
 from ling_kernels.train.__main__ import main
 from ling_kernels.train.corpus import open_corpus
 from ling_kernels.train.data import PackedWhole, best_fit, open_chats
@@ -152,6 +152,13 @@ def again_with(answer):
     ({"conversations": [{"from": "function_call", "value": "now()"}]}, "of function_call, is text that is not"),
     ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}]}, "1: a tool call has a"),
     ({"messages": [{"role": "assistant", "content": "a", "reasoning_content": 1}]}, "reasoning_content is not text"),
+    ({"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "x"}]}]}, "arguments of f is text"),
+    ({"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "[1]"}]}]}, "of another kind than"),
+    ({"messages": [MESSAGES[1] | {"tool_calls": CALL["tool_calls"]}, *again_with("a")[1:]]}, "of user, has tool calls"),
+    ({"messages": again_with("a"), "tools": [1, 2]}, "tools are not a list of objects"),
+    ({"messages": again_with("a"), "tools": '{"name": "f"}'}, "tools are not a list of objects"),
+    ({"messages": again_with("a"), "tools": 7}, "tools are not a list of objects"),
+    ({"conversations": [{"from": "gpt", "value": "a"}], "system": 3}, "system is int, not text"),
 ])  # fmt: skip
 def test_errors_name_file_and_line(row, message, tmp_path):
     file = tmp_path / "c.jsonl"
@@ -268,6 +275,37 @@ def test_texts_and_chats_in_one_mixture(tmp_path, text):
         open_corpus(Settings(data=(str(chats),), seq_len=48), tokenizer, 320, tmp_path / "c" / "tokens.bin")
 
 
+def test_a_damaged_table_of_chats_is_said_to_be_damaged(tmp_path, capsys):
+    """By its columns it has chats, also where its first row cannot be read."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    table = pyarrow.Table.from_pylist([{"messages": again_with(f"answer {i}")} for i in range(50)])
+    parquet.write_table(table, tmp_path / "c.parquet")
+    with pyarrow.ipc.new_file(tmp_path / "c.arrow", table.schema) as writer:
+        writer.write_table(table)
+    for kind, first in (("parquet", 4), ("arrow", 400)):
+        file = tmp_path / f"c.{kind}"
+        content = bytearray(file.read_bytes())
+        content[first : first + 400] = b"\xff" * 400
+        file.write_bytes(content)
+        assert command.main([str(file), "--out", str(tmp_path / "x.bin")]) == 2
+        assert f"error: cannot read {file}: " in (err := capsys.readouterr().err) and "column 'text'" not in err
+
+
+def test_the_tokens_that_are_trained_on(tmp_path):
+    """Also of some of several files' conversations."""
+    rng, tokenizer = np.random.default_rng(3), load_tokenizer(None)
+    files = []
+    for name in "ab":
+        files.append(tmp_path / f"{name}.bin")
+        write_chats([chats_file(tmp_path, rng, 20)], tokenizer, files[-1], "assistant")
+    docs = open_chats(files, 320, tokenizer.eos_id)
+    for part in (docs, docs.take(np.arange(40) % 3 == 1), docs.take(np.arange(40) < 2), docs.take(np.zeros(40, bool))):
+        assert part.trained_tokens == sum(int(part.trained(d).sum()) for d in range(len(part))) <= part.tokens
+    assert 0 < docs.trained_tokens < docs.tokens
+
+
 def test_sft_by_command(tmp_path, small, capsys):
     """Train on chats from a model's folder, resume it to the same bits, and let the export answer."""
     chats = chats_file(tmp_path, np.random.default_rng(2))
@@ -275,7 +313,10 @@ def test_sft_by_command(tmp_path, small, capsys):
     flags += " --threads 1 --sample-tokens 8 --seed 1"
     run, other = tmp_path / "run", tmp_path / "other"
     assert main([*flags.split(), "--steps", "24", "--out", str(run)]) == 0
-    assert "--chat --prompt" in capsys.readouterr().out
+    assert "--chat --prompt" in (out := capsys.readouterr().out)
+    training = Trainer.resume(run).corpus.sources[0].training[0]
+    counted = f"{training.trained_tokens:,} of their {training.tokens:,} tokens"
+    assert f"chats      {len(training)} conversations to train on: {counted} (" in out
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     first, last = (np.mean([line["main_loss"] for line in part]) for part in (lines[:4], lines[-4:]))
     assert last < 0.8 * first and np.isfinite(lines[-1]["val_bpb"])
@@ -299,10 +340,10 @@ def test_a_sample_ends_with_its_turn(tmp_path, monkeypatch, end):
     write_chats([chats_file(tmp_path, np.random.default_rng(0), 3)], tokenizer, tmp_path / "x.bin", "assistant")
     held_out = open_chats([tmp_path / "x.bin"], 320, tokenizer.eos_id)
     answer = iter([*b"tile", tokenizer.vocab[end], *b"past it"])
-    monkeypatch.setattr(cli, "sampler", lambda **options: lambda logits, ids: torch.tensor([next(answer)]))
+    monkeypatch.setattr(sampling, "sampler", lambda **options: lambda logits, ids: torch.tensor([next(answer)]))
     model = Ling(tiniest())
     model.init_weights(torch.Generator().manual_seed(0))
-    prompt, text = cli.sample(model, tokenizer, held_out, Settings(sample_tokens=9))
+    prompt, text = sampling.sample(model, tokenizer, held_out, Settings(sample_tokens=9))
     assert text == "tile" and prompt.endswith("<role>ASSISTANT</role>" if template is None else "<role>assistant\n")
     (tmp_path / "generation_config.json").write_text("{}")
     assert tokenizer.vocab[end] in stop_token_ids(model.config, tokenizer, tmp_path)

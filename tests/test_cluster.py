@@ -6,6 +6,7 @@ import contextlib
 import functools
 import io
 import json
+import math
 import os
 import shutil
 import socket
@@ -18,20 +19,20 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as processes
-from safetensors.torch import load_file
 
 from ling_kernels.errors import InputError
 from ling_kernels.model import Ling, save_model
 from ling_kernels.parallel.exchange import expert_parameters
 from ling_kernels.parallel.pipeline_layout import PipelineLayout
-from ling_kernels.parallel.ranks import Ranks, check_sizes
+from ling_kernels.parallel.ranks import Division, Ranks, check_sizes
+from ling_kernels.parallel.schedules import schedule_order, write_csv
 from ling_kernels.train import Trainer, cli
 from ling_kernels.train import checkpoint as ckpt
 from ling_kernels.train.__main__ import main
-from ling_kernels.train.prepare.checks import check_parallel
+from ling_kernels.train.prepare.checks_parallel import check_parallel
 from ling_kernels.train.settings import Settings
-from tests.training import text, tiniest  # noqa: F401
+from tests.ranks import start
+from tests.training import text, tiniest, whole_tensors  # noqa: F401
 
 MOST = 4  # processes; most runs have two
 SPEED = {"tokens_per_s", "mfu"}
@@ -64,6 +65,19 @@ JOBS = {  # further flags of the runs, and of one process that they equal: as "d
     "ep in two groups": ("--dp 4 --ep 2 --micro-batch 2", ""),
     "pp": ("--pp 2 --micro-batch 2", ""),
     "pp of uneven stages, with ep": ("--pp 2 --ep 2 --pipeline Et|t|m|LL --micro-batch 2", ""),
+    "cp and vocabulary": ("--cp 2 --vocab-parallel 2", ""),
+    "by nodes, with cp and vocabulary": (
+        "--dp 2 --cp 2 --ep 4 --exchange-by-nodes --vocab-parallel 2",
+        "",
+    ),
+    "pp in the order of a file, with cp and vocabulary": (
+        "--pp 2 --cp 2 --vocab-parallel 2 --pipeline Et|t|m|LL --schedule ORDER --micro-batch 2",
+        "",
+    ),
+    "zero bubble in a V, with a ramp": (
+        "--pp 2 --pipeline Et||t|mL --schedule ZBVZeroBubble --batch-ramp 4:3 --micro-batch 1",
+        "--batch-ramp 4:3 --micro-batch 2",
+    ),
     "8 bits": ("--optimizer adamw8bit --precision bf16 --master bf16 --steps 2",) * 2,
     "muon, random weights": ("--optimizer muon --steps 2 --model CONFIG",) * 2,
     "experts of 8 bits": (
@@ -104,7 +118,7 @@ def work(rank, jobs, results, ports):
         if rank >= len(argv):
             continue
         os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(len(argv)), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
-        os.environ["MASTER_PORT"] = str(port)
+        os.environ |= dict(MASTER_PORT=str(port), LOCAL_WORLD_SIZE="2")
         run = functools.partial(stop_answering, rank, results) if name == "silent" else command
         (results / f"{name}.{rank}").write_text(json.dumps(run(argv[rank])))
 
@@ -135,7 +149,7 @@ def stop_answering(rank: int, results: Path, argv: list[str]) -> tuple[int, str]
 
 def processes_of(name: str) -> int:
     flags = JOBS[name][0]
-    return 4 if "--dp 4" in flags or ("--pp" in flags and "--ep" in flags) else 2
+    return 4 if "--dp 4" in flags or sum(flag in flags for flag in ("--pp", "--cp", "--ep")) > 1 else 2
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +158,11 @@ def runs(tmp_path_factory, plain, small):
     folder = tmp_path_factory.mktemp("cluster")
 
     def run(flags: str, name: str) -> list[str]:
-        return [*plain, *flags.replace("CONFIG", str(small / "config.json")).split(), "--out", str(folder / name)]
+        files = dict(CONFIG=small / "config.json", ORDER=folder / "order.csv")
+        given = [str(files.get(word, word)) for word in flags.split()]
+        return [*plain, *given, "--out", str(folder / name)]
+
+    write_csv(schedule_order("InterleavedZeroBubble", 2, 4, 4), folder / "order.csv")
 
     for name, (_, flags) in JOBS.items():
         if flags or name == "dp":
@@ -154,11 +172,12 @@ def runs(tmp_path_factory, plain, small):
     shutil.rmtree(half / "checkpoints" / "step-000004")
     same = lambda argv, ranks=2: [argv] * ranks  # noqa: E731
     jobs = [(name, same(run(flags, name), processes_of(name))) for name, (flags, _) in JOBS.items()]
-    jobs.append(("resumed", same(["--resume", str(half), *"--ep 2 --pp 2 --micro-batch 2".split()], MOST)))
+    resume = "--ep 2 --cp 2 --vocab-parallel 2 --pp 2 --micro-batch 2"
+    jobs.append(("resumed", same(["--resume", str(half), *resume.split()], MOST)))
     for name, (first, second, _) in REFUSED.items():
         jobs.append((name, [run(flags, "refused") for flags in (first, second)]))
     jobs.append(("silent", same(run("--dist-timeout 3", "silent"))))
-    processes.spawn(work, (jobs, folder, free_ports(len(jobs))), nprocs=MOST)
+    start(work, (jobs, folder, free_ports(len(jobs))), MOST)
     return folder
 
 
@@ -174,8 +193,8 @@ def agree(a: Path, b: Path, rtol: float, atol: float) -> None:
         assert x == pytest.approx(y, rel=rtol, abs=0)
     last = [ckpt.list_checkpoints(run)[-1] for run in (a, b)]
     assert last[0].name == last[1].name
-    for file in ("model.safetensors", "optimizer.safetensors"):
-        x, y = (load_file(c / file) for c in last)
+    for stem in ("model", "optimizer"):
+        x, y = (whole_tensors(c, stem) for c in last)
         assert x.keys() == y.keys()
         for name in x:
             if x[name].dtype == torch.uint8 and rtol:  # codes of moments: neighbours
@@ -193,18 +212,23 @@ def test_several_processes_equal_one(runs, name):
     assert f"processes  {len(results)}:" in results[0][1] and not any(out for _, out, _ in results[1:])
     alone = runs / f"{name if JOBS[name][1] or name == 'dp' else 'dp'} alone"
     assert all(m["grad_norm"] > 0.5 for m in metrics_of(alone))  # clipped
-    agree(runs / name, alone, *((1e-4, 2e-6) if {"--ep", "--pp"} & {*JOBS[name][0].split()} else (0, 0)))
+    agree(runs / name, alone, *((1e-4, 2e-6) if {"--ep", "--pp", "--cp"} & {*JOBS[name][0].split()} else (0, 0)))
+    samples = [(run / "samples.jsonl").read_text() for run in (runs / name, alone)]
+    assert samples[0] == samples[1] and '"text"' in samples[0]
 
 
 def test_resumed_by_four_and_by_one(runs):
     """A run of one process goes on with four, one of two with one: the same rows, the same weights."""
     assert json.loads((runs / "resumed.0").read_text())[0] == 0
     agree(runs / "resumed by four", runs / "dp alone", 1e-4, 2e-6)
-    for name, bounds in (("dp", (0, 0)), ("pp of uneven stages, with ep", (1e-4, 2e-6))):
+    others = ("pp of uneven stages, with ep", "pp in the order of a file, with cp and vocabulary")
+    for name, bounds in (("dp", (0, 0)), *((other, (1e-4, 2e-6)) for other in others)):
         half = runs / f"{name} resumed by one"
         shutil.copytree(runs / name, half)
         shutil.rmtree(half / "checkpoints" / "step-000004")
-        assert command(["--resume", str(half), *"--ep 1 --pp 1 --micro-batch 4".split()])[0] == 0
+        assert (
+            command(["--resume", str(half), *"--ep 1 --pp 1 --cp 1 --vocab-parallel 1 --micro-batch 4".split()])[0] == 0
+        )
         agree(half, runs / "dp alone", *bounds)
 
 
@@ -256,11 +280,27 @@ def test_sizes_that_do_not_fit():
     with pytest.raises(InputError, match="--ep 3 does not divide the 4"):
         check_sizes(4, 4, 3, 1)
     with pytest.raises(InputError, match="--ep 2 does not divide the 1"):
-        Ranks().arranged(None, 2, 1)
+        Ranks().arranged(ep=2)
+    with pytest.raises(InputError, match="--dp 1 times --pp 2 times --cp 3 are 6 processes, and there are 4"):
+        check_sizes(4, 1, 1, 2, cp=3)
+    with pytest.raises(InputError, match="--vocab-parallel 3 does not divide the 4 processes of --dp and --cp"):
+        check_sizes(4, 2, 1, 1, cp=2, vocab=3)
+    with pytest.raises(InputError, match="--exchange-by-nodes: --ep 2 are not all processes of two or more machines"):
+        Ranks(size=4, dp=4).arranged(ep=2, by_nodes=True)
 
 
 @pytest.mark.parametrize("ranks, settings, message", [
     (dict(dp=2, ep=3), {}, "--ep 3 does not divide the 8 experts"),
+    (dict(dp=2, vocab=3), {}, "--vocab-parallel 3 does not divide the vocabulary of"),
+    (dict(cp=5), {}, "--seq-len 256 is not a multiple of 10, twice --cp 5"),
+    (dict(), dict(schedule="GPipe"), "--schedule GPipe needs --pp"),
+    (dict(pp=2), dict(schedule="GPipes", micro_batch=1), "--schedule GPipes: it must be one of Interleaved1F1B, "),
+    (dict(pp=2), dict(schedule="DualPipeV", micro_batch=1), "--schedule DualPipeV: 2 stages on 2 ranks; it needs two"),
+    (dict(pp=2), dict(schedule="no.csv", micro_batch=1), "--schedule no.csv: "),
+    (dict(), dict(exchange="fp8"), "--exchange fp8 needs --ep"),
+    (dict(dp=2, ep=2), dict(exchange="fp8"), "--exchange fp8 needs --precision fp8 --fp8-scales pow2"),
+    (dict(dp=2, ep=2), dict(exchange="fp8", precision="fp8", fp8_scales="pow2"), "--exchange fp8 needs experts in FP8"),
+    (dict(pp=2), dict(micro_batch=1, batch_ramp="3:2"), "--batch-ramp 3:2 is 3 micro batches for each of 1 pipelines"),
     (dict(dp=2), dict(micro_batch=8), "--batch 8 is not a multiple of --dp 2 times --micro-batch 8"),
     (dict(dp=2), dict(batch_ramp="3:4"), "--batch-ramp 3:4: START is not a multiple of --dp 2"),
     (dict(dp=2), dict(step_in_backward=True), "--step-in-backward is for one process"),
@@ -271,17 +311,17 @@ def test_sizes_that_do_not_fit():
     (dict(pp=2), dict(pipeline="Ettm|L"), "--pipeline Ettm|L: process 1 of --pp 2 has no layer"),
     (dict(pp=4), {}, "--pp 4: the model has only 2 layers; give --pipeline"),
     (dict(pp=2), dict(micro_batch=8), "--batch 8 is 1 micro batches for each of 1 pipelines, and --pp 2 needs"),
-    (dict(pp=2), dict(fp8_watch=2, micro_batch=1), "--fp8-watch 2 is for runs without --pp"),
     (dict(dp=2, ep=2), dict(optimizer="adamw8bit"), "--optimizer adamw8bit: the experts of one of --ep 2 processes"),
 ])  # fmt: skip
 def test_what_cannot_be_divided(ranks, settings, message):
-    sizes = dict(dp=1, ep=1, pp=1) | ranks
+    sizes = dict(dp=1, pp=1, cp=1) | ranks
+    divided = dict(experts=Division(sizes.pop("ep", 1)), vocabulary=Division(sizes.pop("vocab", 1)))
     config = replace(tiniest(), num_nextn_predict_layers=1)
     if settings.get("optimizer"):
         config = replace(config, moe_intermediate_size=1)
     with pytest.raises(InputError) as error:
         s = Settings(batch=8, pp=sizes["pp"], **settings)
-        check_parallel(s, config, Ranks(size=sizes["dp"] * sizes["pp"], **sizes))
+        check_parallel(s, config, Ranks(size=math.prod(sizes.values()), **sizes, **divided))
     assert str(error.value).startswith(message)
 
 

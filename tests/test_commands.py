@@ -14,7 +14,8 @@ from ling_kernels.model import LingConfig
 from ling_kernels.plan import decode, kernels
 from tests.test_package import CLEAN, ROOT
 
-MODULES = ["info", "plan", "train", "train.data", "train.report", "generate", "generate.server", "generate.plan"]
+MODULES = ["info", "plan", "train", "train.data", "train.report", "generate", "generate.server", "generate.plan",
+           "posttrain.rl"]  # fmt: skip
 
 
 def run(*args: str, **env: str) -> subprocess.CompletedProcess:

@@ -12,10 +12,9 @@ from ling_kernels.model import Ling
 from ling_kernels.nn.fp8 import to_fp8
 from ling_kernels.ops.attention import attention
 from ling_kernels.parallel.context import ChooseRows, SharedAttention, context_parallel_
-from ling_kernels.parallel.exchange import global_norm, shard_experts_, sum_counts_, sum_gradients_
-from ling_kernels.parallel.vocabulary import shard_vocabulary_
+from ling_kernels.parallel.shares import Shares
 from tests.cases import DEVICE, runs
-from tests.ranks import group_of_one, run, summed
+from tests.ranks import group_of_one, ranks_of, run, summed
 from tests.training import tiniest
 
 WORLD, B, L = 2, 2, 24
@@ -89,10 +88,9 @@ def models_agree(rank, group):
         alone = Ling(config).train()
         alone.init_weights(torch.Generator().manual_seed(0))
         model = copy.deepcopy(alone)
-        context_parallel_(model, group)
+        number = WORLD if divide else 1
+        shares = Shares(model, ranks_of(group).arranged(cp=WORLD, ep=number, vocab=number))
         if divide:
-            shard_experts_(model, group)
-            shard_vocabulary_(model, group)
             model.recompute_()
         if fp8:
             to_fp8(alone, wgrad="bf16"), to_fp8(model, wgrad="bf16")
@@ -105,11 +103,14 @@ def models_agree(rank, group):
         for name in ("loss", "main_loss", "mtp_loss", "z_loss"):
             want, share = (getattr(out, name) for out in outs)
             torch.testing.assert_close(summed(share, group), want, rtol=1e-5, atol=0, msg=lambda m, n=name: f"{n}: {m}")
-        sum_gradients_(model, group)
-        sum_counts_(model, group)
+        shares.sum_gradients_()
+        shares.sum_counts_()
         norm = torch.nn.utils.clip_grad_norm_(alone.parameters(), 1e9)
-        torch.testing.assert_close(global_norm(model, group), norm, rtol=1e-4, atol=0)
+        torch.testing.assert_close(shares.norm(), norm, rtol=1e-4, atol=0)
         for (name, p), q in zip(alone.named_parameters(), model.parameters(), strict=True):
+            if q.grad is None:
+                assert not shares.owns(name)
+                continue
             want = p.grad.chunk(WORLD)[rank] if len(q) < len(p) else p.grad
             atol = (1e-2 if fp8 else 1e-5) * want.abs().max().item()
             torch.testing.assert_close(q.grad, want, rtol=1e-4, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
@@ -126,7 +127,7 @@ def padded_batches_agree(rank, group):
     alone = Ling(CONFIG).train()
     alone.init_weights(torch.Generator().manual_seed(0))
     model = copy.deepcopy(alone)
-    context_parallel_(model, group)
+    shares = Shares(model, ranks_of(group).arranged(cp=WORLD))
     ids = torch.randint(0, 64, (B, L), generator=torch.Generator().manual_seed(3))
     mask = torch.ones_like(ids)
     mask[0, :3], mask[1, -5:] = 0, 0
@@ -134,9 +135,11 @@ def padded_batches_agree(rank, group):
     torch.testing.assert_close(summed(got.loss, group), want.loss.detach(), rtol=1e-5, atol=0)
     torch.testing.assert_close(summed(got.logits, group), want.logits.detach(), rtol=1e-4, atol=1e-5)
     got.loss.backward(), want.loss.backward()
-    sum_gradients_(model, group)
-    for p, q in zip(alone.parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(q.grad, p.grad, rtol=1e-4, atol=1e-6)
+    shares.sum_gradients_()
+    for (name, p), q in zip(alone.named_parameters(), model.parameters(), strict=True):
+        assert shares.owns(name) == (q.grad is not None)
+        if shares.owns(name):
+            torch.testing.assert_close(q.grad, p.grad, rtol=1e-4, atol=1e-6)
 
 
 def misuse_is_one_line(rank, group):

@@ -178,7 +178,7 @@ def test_the_text_of_cpython():
 class Wide:
     """A tokenizer of one token per line, with a vocabulary that does not fit 16 bits."""
 
-    vocab_size, eos_id = 100_000, 99_999
+    backend, vocab_size, eos_id = None, 100_000, 99_999
 
     def encode_batch(self, texts, special) -> list[np.ndarray]:
         return [np.array([70_000 + len(line) for line in text.splitlines()], np.uint32) for text in texts]

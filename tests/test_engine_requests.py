@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from ling_kernels.errors import InputError
+from ling_kernels.errors import Busy, InputError
 from ling_kernels.generate import Engine
 from tests.engines import NO_STOP, drain, engine, load, make_engine, references  # noqa: F401
 
@@ -191,3 +191,35 @@ def test_invalid_engines(options, message):
 def test_an_engine_of_a_path():
     with pytest.raises(InputError, match="load_model returns"):
         Engine("runs/mine/model")
+
+
+def test_clients_share_an_engine(engine):
+    """Who has the fewest running requests is next, then the smallest priority, then the first."""
+    e = engine(max_running=2, max_waiting=500)
+    many = [e.submit([3, 4], max_new_tokens=2, stop_token_ids=(), client="many") for _ in range(400)]
+    one = e.submit([5, 6], max_new_tokens=2, stop_token_ids=(), client="one")
+    urgent = e.submit([5, 7], max_new_tokens=2, stop_token_ids=(), client="many", priority=-1)
+    while not (one.finished and urgent.finished):
+        e.step()
+    assert sum(request.finished is not None for request in many) <= 8
+    for request in many:
+        e.cancel(request)
+
+
+def test_a_client_cannot_fill_the_queue_for_others(engine):
+    e = engine(max_running=1, max_waiting=10)
+    waiting = [e.submit([3], client="many") for _ in range(10)]
+    with pytest.raises(Busy):
+        e.submit([3], client="many")
+    waiting += [e.submit([3], client="one") for _ in range(5)]
+    with pytest.raises(Busy):
+        e.submit([3], client="one")
+    for i in range(3, 8):  # an equal part for each of i clients, and never more than twice the queue
+        for _ in range(10 // i):
+            if e.scheduler.queued < 20:
+                waiting.append(e.submit([3], client=f"client {i}"))
+    with pytest.raises(Busy):
+        e.submit([3], client="last")
+    assert e.scheduler.queued == 20
+    for request in waiting:
+        e.cancel(request)

@@ -4,6 +4,7 @@ import json
 import runpy
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -40,6 +41,16 @@ def test_other_trainers(monkeypatch, tmp_path, name):
     seen = run(monkeypatch, name)
     assert seen["losses"][-1] < seen["losses"][0] - 1 and seen["losses"][0] > 4  # 5.77 is a uniform guess among 320
     assert all(router.expert_bias.any() and not router.counts.any() for router in seen["ling"].routers())
+
+
+@pytest.mark.parametrize("name", [*TRAINERS, "transformers_moe"])
+def test_a_missing_package_is_one_line(monkeypatch, name):
+    package = "lightning" if name == "lightning_module" else "transformers"
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setitem(sys.modules, "accelerate", ModuleType("accelerate"))
+    with pytest.raises(SystemExit, match=rf"needs the package {package}: pip install '.\[examples\]'$"):
+        run(monkeypatch, name)
+    assert "examples = [" in (EXAMPLES.parent / "pyproject.toml").read_text()
 
 
 def test_generate(monkeypatch, capsys):

@@ -14,12 +14,10 @@ from ling_kernels.nn import MLP, Experts, Local, MoE, Router
 from ling_kernels.nn.fp8 import to_fp8
 from ling_kernels.parallel.exchange import (
     expert_parameters,
-    global_norm,
     shard_experts_,
-    sum_counts_,
-    sum_gradients_,
 )
-from tests.ranks import run
+from ling_kernels.parallel.shares import Shares
+from tests.ranks import ranks_of, run
 from tests.training import tiniest
 
 WORLD, T, E, H, F, TOPK = 2, 24, 8, 128, 128, 3
@@ -137,7 +135,7 @@ def a_model_trains_as_on_one_process(rank, group):
         for p in expert_parameters(alone):
             p[E // WORLD :] *= 8
     shared = copy.deepcopy(alone.train())
-    shard_experts_(shared, group)
+    shares = Shares(shared, ranks_of(group).arranged(ep=WORLD))
     optimizers = [torch.optim.AdamW(m.parameters(), 1e-2) for m in (alone, shared)]
     g = torch.Generator().manual_seed(5)
     for _ in range(3):
@@ -147,15 +145,17 @@ def a_model_trains_as_on_one_process(rank, group):
         sum(alone(row, labels=row).loss / WORLD for row in ids.split(1)).backward()
         want = torch.nn.utils.clip_grad_norm_(alone.parameters(), CLIP)
         (shared(ids[rank : rank + 1], labels=ids[rank : rank + 1]).loss / WORLD).backward()
-        sum_gradients_(shared, group)
-        norm = global_norm(shared, group)
+        shares.sum_gradients_()
+        norm = shares.norm()
         torch.testing.assert_close(norm, want, rtol=1e-5, atol=0)
         assert norm > 2 * CLIP
         for p in shared.parameters():
-            p.grad *= CLIP / norm
+            if p.grad is not None:
+                p.grad *= CLIP / norm
         for optimizer in optimizers:
             optimizer.step()
-        sum_counts_(shared, group)
+        shares.spread_weights_()
+        shares.sum_counts_()
         for model in (alone, shared):
             model.balance_(0.01)
     experts = {id(p) for p in expert_parameters(shared)}

@@ -3,7 +3,7 @@
 # ruff: noqa: F811 (fixtures are imported)
 import json
 
-from ling_kernels.generate.protocol import IGNORED, UNSUPPORTED
+from ling_kernels.generate.server.protocol import IGNORED, UNSUPPORTED
 from tests.fuzz import changed, damaged, fuzz, hypothesis, is_clear, st, values
 from tests.speller import EOS, NEXT, ROLE_END
 from tests.test_server import call, checkpoint, events, shared  # noqa: F401
@@ -12,12 +12,13 @@ given, example = hypothesis.given, hypothesis.example
 FULL = dict(
     model="speller", prompt=[[97], [98, 99]], max_tokens=3, temperature=0, top_p=0.9, top_k=3, min_p=0.1,
     repetition_penalty=1.0, seed=1, n=1, stop=["zz"], stream=False, stream_options={"include_usage": True},
-    ignore_eos=False, echo=False,
+    ignore_eos=False, echo=False, logprobs=2, stop_token_ids=[3], priority=1,
 )  # fmt: skip
-CHAT = {k: v for k, v in FULL.items() if k not in ("prompt", "echo")} | dict(
+CHAT = {k: v for k, v in FULL.items() if k not in ("prompt", "echo", "logprobs")} | dict(
     messages=[dict(role="system", content="S"), dict(role="user", content=[dict(type="text", text="Hi")], name="bob"),
               dict(role="assistant", content="XYZ", refusal=None, tool_calls=[]), dict(role="user", content="?")],
-    max_completion_tokens=2,
+    max_completion_tokens=2, logprobs=True, top_logprobs=1, tools=[dict(type="function", function=dict(name="f"))],
+    tool_choice="auto", continue_final_message=False, add_generation_prompt=True,
 )  # fmt: skip
 PATHS = {"/v1/completions": FULL, "/v1/chat/completions": CHAT}
 JSON = {"content-type": "application/json"}
@@ -27,8 +28,9 @@ FIELDS = sorted({*FULL, *CHAT, *UNSUPPORTED, *IGNORED, "suffix", "x"})
 def check_error(response) -> None:
     assert 400 <= response.status_code < 500, response.text
     error = response.json()["error"]
-    assert error["code"] == response.status_code and is_clear(error["message"]), error
-    assert error["type"] == "invalid_request_error" and (error["param"] is None or isinstance(error["param"], str))
+    assert is_clear(error["message"]), error
+    assert error["type"] == "invalid_request_error" and (error["code"] is None or isinstance(error["code"], str))
+    assert error["param"] is None or isinstance(error["param"], str)
 
 
 def check_answer(shared, path, response) -> None:

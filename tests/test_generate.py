@@ -1,6 +1,7 @@
 """Streamed text, stop strings, and the command line."""
 
 import io
+import json
 import os
 import signal
 import subprocess
@@ -112,6 +113,25 @@ def test_special_tokens_are_those_of_the_chat_template(checkpoint, monkeypatch):
     assert prompts[0] == [*b"<role>"]
     turns = [ROLE_END, ROLE, *b"HUMAN", END_OF_ROLE, *b"<role>", ROLE_END, ROLE, *b"ASSISTANT", END_OF_ROLE]
     assert prompts[1][-len(turns) :] == turns, "a user's text is not parsed in a chat either"
+
+
+def test_tools(checkpoint, monkeypatch, tmp_path, generate):
+    prompts, file = [], tmp_path / "tools.json"
+    tools = [{"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}}]
+    file.write_text(json.dumps(tools))
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "stream", lambda engine, ids, **_: prompts.append(ids) or iter(()))
+        patch.setattr(cli, "max_sequence_tokens", lambda *_: 10_000)
+        assert generate("--prompt", "Hi", "--chat", "--tools", str(file))[0] == 0
+    tokenizer = load_tokenizer(checkpoint)
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tools=tools)
+    assert prompts[0] == tokenizer.encode(text, special=True) and '"name": "now"' in text
+    one_line(*generate("--prompt", "a", "--tools", str(file)), "--tools needs --chat")
+    one_line(*generate("--prompt", "a", "--chat", "--tools", ""), "--tools is empty")
+    one_line(*generate("--prompt", "a", "--chat", "--tools", str(tmp_path / "no")), "not readable JSON")
+    for wrong in ("{", "{}", "[]", "[1]", "[{}]"):
+        file.write_text(wrong)
+        one_line(*generate("--prompt", "a", "--chat", "--tools", str(file)), f"--tools {file}: it is not")
 
 
 def test_output_is_streamed(checkpoint, monkeypatch):

@@ -2,17 +2,15 @@
 
 import copy
 from dataclasses import replace
+from functools import partial
 
 import torch
-from torch.distributed.device_mesh import init_device_mesh
 
 from ling_kernels.model import Ling
-from ling_kernels.parallel.context import context_parallel_
-from ling_kernels.parallel.exchange import shard_experts_, sum_counts_, sum_gradients_
 from ling_kernels.parallel.pipeline import MicroBatch, Pipeline
 from ling_kernels.parallel.pipeline_layout import PipelineLayout
-from ling_kernels.parallel.vocabulary import shard_vocabulary_
-from tests.ranks import run, summed
+from ling_kernels.parallel.shares import Shares
+from tests.ranks import ranks_of, run, summed
 from tests.training import tiniest
 
 WORLD, SHARE, ROWS, LENGTH, MICRO, Z = 4, 2, 2, 12, 2, 1e-2
@@ -30,8 +28,6 @@ def batches(which: int) -> list[MicroBatch]:
 
 
 def pipelines_agree(rank, group):
-    mesh = init_device_mesh("cpu", (WORLD // SHARE, SHARE), mesh_dim_names=("pp", "share"))
-    share = mesh["share"].get_group()
     for by_rows in (False, True):
         alone = Ling(CONFIG).train()
         alone.init_weights(torch.Generator().manual_seed(0))
@@ -44,12 +40,11 @@ def pipelines_agree(rank, group):
             out.loss.backward()
             want += out.loss.detach()
             sums.append(out.main_loss.detach() * counts[0])
-        if by_rows:
-            context_parallel_(model, share)
-        shard_vocabulary_(model, share)
-        shard_experts_(model, share)
-        layout = PipelineLayout.parse("Et|tL")
-        pipeline = Pipeline(model, layout, "GPipe", MICRO, (ROWS, LENGTH), group=mesh["pp"].get_group())
+        ranks = ranks_of(group).arranged(ep=SHARE, vocab=SHARE, cp=SHARE if by_rows else 1, pp=WORLD // SHARE)
+        share, layout = ranks.replicas, PipelineLayout.parse("Et|tL")
+        make = partial(Pipeline, model, layout, "GPipe", MICRO, (ROWS, LENGTH), group=ranks.stages)
+        shares = Shares(model, ranks, make)
+        pipeline = shares.pipeline
         mine = 0 if by_rows else rank % SHARE
         found = pipeline.evaluate(batches(mine))
         if rank >= SHARE:
@@ -61,10 +56,16 @@ def pipelines_agree(rank, group):
         assert (record is not None) == (rank >= SHARE)
         if record is not None:
             torch.testing.assert_close(summed(torch.tensor(record["loss"]), share), want, rtol=1e-5, atol=0)
-        sum_gradients_(model, share)
-        sum_counts_(model, share)
+        shares.sum_gradients_()
+        shares.sum_counts_()
+        torch.testing.assert_close(
+            shares.norm(), torch.nn.utils.clip_grad_norm_(alone.parameters(), 1e9), rtol=1e-5, atol=0
+        )
         whole = dict(alone.named_parameters())
         for n, p in model.named_parameters():
+            assert shares.owns(n) == (p.grad is not None)
+            if p.grad is None:
+                continue
             grad = whole[n].grad
             grad = grad.chunk(SHARE)[rank % SHARE] if len(p) < len(grad) else grad
             torch.testing.assert_close(p.grad, grad, rtol=1e-4, atol=1e-7, msg=lambda m, at=(by_rows, n): f"{at}: {m}")

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from ling_kernels.model import Ling
 from ling_kernels.parallel.pipeline import MicroBatch, Pipeline
 from ling_kernels.parallel.pipeline_layout import PipelineLayout
 from ling_kernels.parallel.schedules import Action, schedule_order, step_text
+from ling_kernels.parallel.shares import Shares
 from ling_kernels.plan.simulate import Times, simulate
-from tests.ranks import run
+from tests.ranks import ranks_of, run
 from tests.training import tiniest
 
 WORLD, ROWS, LENGTH, MICRO = 2, 2, 24, 4
@@ -79,7 +81,9 @@ def a_pipeline_equals_one_process(name, rank):
         out.loss.backward()
         zero = torch.zeros(())
         totals += torch.stack([out.loss, out.main_loss, out.mtp_loss if mtp else zero, out.z_loss]).detach()
-    pipeline = Pipeline(model, PipelineLayout.parse(layout), schedule, MICRO, (ROWS, LENGTH))
+    make = partial(Pipeline, model, PipelineLayout.parse(layout), schedule, MICRO, (ROWS, LENGTH))
+    shares = Shares(model, ranks_of(dist.group.WORLD).arranged(pp=WORLD), make)
+    pipeline = shares.pipeline
     forwards = []
     for s, stage in pipeline.stages.items():
         stage.register_forward_hook(lambda m, a, kw, out, s=s: forwards.append((s, int(kw["index"]))), with_kwargs=True)
@@ -100,7 +104,7 @@ def a_pipeline_equals_one_process(name, rank):
     for n, p in model.named_parameters():
         torch.testing.assert_close(p.grad, want[n].grad, rtol=1e-4, atol=1e-7, msg=lambda m, n=n: f"{name}, {n}: {m}")
     norm = torch.nn.utils.clip_grad_norm_(alone.parameters(), 1e9)
-    torch.testing.assert_close(pipeline.global_norm(), norm, rtol=1e-5, atol=0)
+    torch.testing.assert_close(shares.norm(), norm, rtol=1e-5, atol=0)
     counted = {n: b for n, b in alone.named_buffers() if n.endswith("counts")}
     for n, b in model.named_buffers():
         if n.endswith("counts"):

@@ -132,6 +132,13 @@ def test_icepop():
     assert icepop(train, rollout, (0.0, 1.0)).tolist() == pytest.approx([0.1, 0, 0.5, 0, 0], abs=1e-5)
     with pytest.raises(InputError, match="ring, narrow"):
         icepop(train, rollout, "paper")
+    for limits in (3, (1,), (2.0, 1.0), ("a", "b"), (0.0, float("nan"))):
+        with pytest.raises(InputError, match="limits are two numbers"):
+            icepop(train, rollout, limits)
+    with pytest.raises(InputError, match="of one shape"):
+        icepop(train, rollout[1:])
+    with pytest.raises(InputError, match="not a tensor"):
+        icepop([0.0], rollout)
 
 
 def test_advantages_of_groups():
@@ -140,6 +147,8 @@ def test_advantages_of_groups():
     torch.testing.assert_close(got[2], torch.tensor([2**0.5, -(2**0.5), 0, 0]))
     with pytest.raises(InputError, match="at least 2"):
         group_advantages(torch.ones(3, 1))
+    with pytest.raises(InputError, match="not a tensor"):
+        group_advantages([[1.0, 0.0]])
 
 
 def test_from_hidden_rows(batch):
@@ -162,6 +171,14 @@ def test_from_hidden_rows(batch):
      (dict(level="sentence"), "takes sentences"), (dict(sentences=torch.ones(16)), "takes sentences"),
      (dict(lengths=torch.tensor([5, 1, 7, 4])), "add up to 17"), (dict(kl=0.1), "go together"),
      (dict(advantages=torch.ones(3)), "one for each response"), (dict(old_logp=torch.zeros(15)), "old_logp has shape"),
+     (dict(old_logp=[0.0] * 16), "old_logp is list, not a tensor"), (dict(logp=None), "logp is NoneType"),
+     (dict(logp=torch.tensor(0.0), old_logp=torch.tensor(0.0)), "one number for each token"),
+     (dict(old_logp=torch.zeros(16, dtype=torch.int64)), "old_logp is torch.int64"),
+     (dict(advantages=torch.tensor([1, float("nan"), 0, 0])), "advantages have nan"),
+     (dict(advantages=torch.ones(4, device="meta")), "advantages is on meta, logp on cpu"),
+     (dict(token_weights=-torch.ones(16)), "token_weights have a number that is negative"),
+     (dict(kl=float("nan")), "kl is a number"), (dict(kl="0"), "kl is a number"),
+     (dict(level="sentence", sentences=torch.tensor([[16]])), "sentences have shape"),
      (dict(level="sentence", sentences=torch.tensor([2, 4, 10])), "crosses the end of a response, at token 5")],
 )  # fmt: skip
 def test_what_does_not_fit(batch, change, message):

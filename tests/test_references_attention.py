@@ -61,7 +61,7 @@ def test_attention_is_sdpa_of_every_sequence(lens_q, lens_k, causal):
 @pytest.mark.parametrize("Hq, Hkv, D", [(4, 2, 32), (3, 3, 5), (8, 1, 128)])
 def test_torchs_kernel_has_the_references_values(monkeypatch, Hq, Hkv, D, causal):
     """In fp32 on a CPU, for views that lie apart too; LING_BACKEND=torch runs the reference itself."""
-    lens = (1, 9, 0, 130, 64)
+    lens = (1, 9, 0, 130, 256, 256)
     wide = Rand(torch.float32, 3)(sum(lens), Hq + 2 * Hkv, 2 * D)
     q, k, v = wide[..., ::2].split([Hq, Hkv, Hkv], 1)
     calls = []

@@ -1,5 +1,6 @@
 """The routed layer's references against independent ones: Python loops per token and per expert, numpy, fp64."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -143,6 +144,21 @@ def test_grouped_gemm():
         y = grouped_gemm(a.float(), b.float(), offsets)
     want = torch.stack([b[1 if s < 3 else 3].bfloat16().double() @ a[s].bfloat16().double() for s in range(9)])
     assert y.dtype == BF16 and torch.equal(y[:9], want.float().bfloat16())
+
+
+@pytest.mark.parametrize("first, N, calls", [(0, 8, 3), (0, 6, 1), (2, 8, 0)], ids=["whole", "odd", "a gap before"])
+def test_torchs_grouped_mm_has_the_references_bits(monkeypatch, first, N, calls):
+    """It runs for rows on 16 bytes that begin at row 0; LING_BACKEND=torch runs the reference."""
+    offsets, ran, grouped_mm = torch.tensor([first, 3, 3, 9], dtype=torch.int32), [], torch.nn.functional.grouped_mm
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", lambda *a, **k: ran.append(a) or grouped_mm(*a, **k))
+    a, b, g = poison(rand(11, 12), offsets).requires_grad_(), rand(3, N, 12).requires_grad_(), rand(11, N)
+    results = []
+    for backend in (None, "torch"):
+        with force(backend) if backend else nullcontext():
+            y = grouped_gemm(a, b, offsets)
+            da, db = torch.autograd.grad(y, (a, b), g)
+            results.append([y[first:9], da[first:], db])
+    assert all(map(torch.equal, *results)) and len(ran) == calls
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32])

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ling_kernels.parallel import checkpoints
 from ling_kernels.train import Settings, Trainer, saving
 from ling_kernels.train import checkpoint as ckpt
 from ling_kernels.train import trainer as module
@@ -55,7 +56,7 @@ def test_a_thread_writes_the_same_bytes(trainer, monkeypatch):
     """Of the step at which it was called, although later steps change the tensors before it writes."""
     expected = contents(trainer.save())
     go_on, genuine = threading.Event(), saving.write_files
-    monkeypatch.setattr(saving, "write_files", lambda *args: (go_on.wait(60), genuine(*args)))
+    monkeypatch.setattr(saving, "write_files", lambda *args: (go_on.wait(60), genuine(*args))[1])
     checkpoint = trainer.save(wait=False)
     trainer.step()
     go_on.set()
@@ -64,8 +65,9 @@ def test_a_thread_writes_the_same_bytes(trainer, monkeypatch):
 
 
 def test_without_memory_for_a_copy_the_caller_waits(trainer, monkeypatch):
-    monkeypatch.setattr(module, "room_for_copy", lambda needed: needed < 0)
-    checkpoint = trainer.save(wait=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "room_for_copy", lambda needed: needed < 0)
+        checkpoint = trainer.save(wait=False)
     assert trainer.writer.thread is None and ckpt.damage_of(checkpoint) is None
     assert not saving.room_for_copy(1 << 60) and saving.room_for_copy(1 << 10)
 
@@ -87,8 +89,8 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("moment", [
-    (saving, "write_weights"), (saving, "save_tensors"), (ckpt, "checksum"), (ckpt, "make_durable"), (os, "rename"),
-], ids=lambda moment: moment[1])  # fmt: skip
+    (checkpoints, "save_tensors"), (saving, "save_tensors"), (ckpt, "checksum"), (ckpt, "make_durable"), (os, "rename"),
+], ids=lambda moment: f"{moment[0].__name__.rpartition('.')[2]}.{moment[1]}")  # fmt: skip
 @pytest.mark.parametrize("how", ["killed", "full"])
 def test_what_ends_a_save_leaves_the_checkpoint_before(trainer, monkeypatch, moment, how):
     first = trainer.save()
@@ -136,7 +138,7 @@ def test_a_full_disk_is_one_line_and_the_next_save_tries_again(tmp_path, flags, 
 
 def test_the_exported_model_that_cannot_be_written_is_one_line(tmp_path, flags, monkeypatch, capsys):
     (tmp_path / "run").mkdir()
-    monkeypatch.setattr(module, "save_model", lambda *_: (_ for _ in ()).throw(saving.InputError("cannot write: full")))
+    monkeypatch.setattr(saving, "save_model", lambda *_: (_ for _ in ()).throw(saving.InputError("cannot write: full")))
     assert main([*flags, "--out", str(tmp_path / "run"), "--steps", "1"]) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "cannot write: full; the weights are in " in error and "step-000001" in error

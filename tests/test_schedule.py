@@ -12,7 +12,7 @@ from tests.training import one_line_error, small, text  # noqa: F401
 
 def rates(steps=10, **settings):
     s = Settings(steps=steps, **dict(lr=1.0, warmup=0) | settings)
-    return [learning_rate(step, **s.schedule) for step in range(1, steps + 1)]
+    return [learning_rate(step, **s.lr_schedule) for step in range(1, steps + 1)]
 
 
 def test_warm_up_then_constant():

@@ -6,6 +6,7 @@ import re
 import sys
 import types
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -162,3 +163,15 @@ def test_wandb_that_is_not_installed(tmp_path, flags, monkeypatch, capsys):
     error = one_line_error([*flags, "--out", str(tmp_path / "run"), "--wandb", "ling"], capsys)
     assert "pip install wandb" in error and not (tmp_path / "run").exists()
     assert "--sample-tokens is 0" in one_line_error([*flags, "--sample-every", "2", "--sample-tokens", "0"], capsys)
+
+
+def test_the_pages_loop_of_ones_own_writes_the_files(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+    (code,) = [block.partition("```")[0] for block in page.split("```python\n")[1:] if "Report(" in block]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("a text to learn, in one document\n" * 500)
+    exec(code.replace('data="texts", steps=20', 'data="texts", steps=2, seq_len=32, batch=1, sample_tokens=0'), {})
+    run = tmp_path / "runs" / "mine"
+    assert len(read_lines(run / "metrics.jsonl")) == 2 and len(read_lines(run / "expert_load.jsonl")) == 1
+    assert "</html>" in (run / "report.html").read_text() and (run / "checkpoints" / "step-000002").is_dir()

@@ -19,8 +19,9 @@ httpx = pytest.importorskip("httpx")
 pytest.importorskip("fastapi")
 uvicorn = pytest.importorskip("uvicorn")
 
-from ling_kernels.generate.protocol import CompletionRequest  # noqa: E402
-from ling_kernels.generate.server import Service, make_app  # noqa: E402
+from ling_kernels.generate.server.app import make_app  # noqa: E402
+from ling_kernels.generate.server.protocol import CompletionRequest  # noqa: E402
+from ling_kernels.generate.server.service import Service  # noqa: E402
 
 BODY = dict(model="speller", prompt="a", temperature=0, max_tokens=3)
 
@@ -193,9 +194,9 @@ def test_a_seed_gives_the_same_text(shared):
     (dict(prompt=[10**9]), 400, "1000000000"),
     (dict(prompt=None), 400, "prompt"),
     (dict(prompt="a\ud800"), 400, "Unicode"),
-    (dict(max_tokens=0), 400, "max_tokens"),
+    (dict(max_tokens=-1), 400, "max_tokens"),
     (dict(max_tokens="3"), 400, "max_tokens"),
-    (dict(max_tokens=200), 400, "positions"),
+    (dict(max_tokens=200), 400, "maximum context length is 200 tokens"),
     (dict(temperature=-1), 400, "temperature"),
     (dict(temperature="0.5"), 400, "temperature"),
     (dict(temperature=float("nan")), 400, "temperature"),
@@ -210,7 +211,7 @@ def test_a_seed_gives_the_same_text(shared):
     (dict(stop=""), 400, "stop"),
     (dict(stop=[1]), 400, "stop"),
     (dict(stream="yes"), 400, "stream"),
-    (dict(logprobs=0), 400, "logprobs"),
+    (dict(logprobs=21), 400, "logprobs"),
     (dict(best_of=2), 400, "best_of"),
     (dict(frequency_penalty=0.5), 400, "frequency_penalty"),
     (dict(suffix="z"), 400, "suffix"),
@@ -221,7 +222,7 @@ def test_invalid_bodies(shared, fields, status, message):
     body = json.dumps(BODY | fields)
     response = call(shared, "/v1/completions", content=body, headers={"content-type": "application/json"})
     assert response.status_code == status and message in response.json()["error"]["message"]
-    assert response.json()["error"]["code"] == status
+    assert response.json()["error"]["type"] == "invalid_request_error"
     assert shared.engine.scheduler.queued == 0, "no request is left"
 
 
@@ -229,6 +230,8 @@ def test_invalid_bodies(shared, fields, status, message):
     [], [dict(role="user")], [dict(role="pope", content="a")], "a", [dict(role="user", content=[])],
     [dict(role="user", content=[dict(type="image_url", image_url=dict(url="x"))])],
     [dict(role="assistant", content="", tool_calls=[dict(id="1")])],
+    [dict(role="assistant", content="", tool_calls=[dict(function=dict(name="f", arguments="{"))])],
+    [dict(role="user", content="x", tool_calls=[dict(function=dict(name="f", arguments={}))])],
 ])  # fmt: skip
 def test_invalid_chats(shared, messages):
     response = call(shared, "/v1/chat/completions", dict(model="speller", messages=messages))
@@ -239,22 +242,27 @@ def test_malformed_bodies(shared):
     for body, status in ((b"{", 400), (b"[]", 400), (b"\xff", 400), (b" " * (shared.max_body + 1), 413)):
         assert call(shared, "/v1/completions", content=body).status_code == status
 
-    for length, status in (("", 411), ("x", 411), ("9" * 5000, 413), ("²", 411)):
+    for length, status in (("", 400), ("x", 400), ("9" * 5000, 413), ("²", 400)):
         for path, content in (("/v1/models", None), ("/v1/completions", b"{}")):
             options = dict(content=content) if content else {}
             response = call(shared, path, headers={"content-length": length.encode("latin-1")}, **options)
-            assert response.status_code == response.json()["error"]["code"] == status
+            assert response.status_code == status and response.json()["error"]["message"]
 
-    async def unknown_length():
-        yield b"{}"
+    async def unknown_length(content):
+        yield content[:5]
+        yield content[5:]
 
-    assert call(shared, "/v1/completions", content=unknown_length()).status_code == 411
+    body, typed = json.dumps(BODY).encode(), {"content-type": "application/json"}
+    for content, status in ((body, 200), (b"{" * (shared.max_body + 1), 413)):
+        assert call(shared, "/v1/completions", content=unknown_length(content), headers=typed).status_code == status
+    both = typed | {"content-length": "5", "transfer-encoding": "chunked"}
+    assert call(shared, "/v1/completions", content=unknown_length(body), headers=both).status_code == 400
     for response, status in (
         (call(shared, "/v1/nothing"), 404), (call(shared, "/v1/completions"), 405),
         (call(shared, "/v1/models/gpt"), 404), (call(shared, "/v1/completions", content=b"[" * 100_000,
                                                      headers={"content-type": "application/json"}), 400),
     ):  # fmt: skip
-        assert response.status_code == status and response.json()["error"]["code"] == status
+        assert response.status_code == status and response.json()["error"]["message"]
     assert "application/json" in call(shared, "/v1/completions", content=b"{}").json()["error"]["message"]
     odd = b'{"model": "speller", "messages": [{"role": "\\ud800", "content": "x"}]}'
     response = call(shared, "/v1/chat/completions", content=odd, headers={"content-type": "application/json"})
@@ -280,7 +288,7 @@ def test_model_errors_are_server_errors(checkpoint, monkeypatch, caplog, error, 
         response = call(fresh, "/v1/completions", BODY | dict(stream=stream))
     fault = json.loads(response.text.split("data: ")[-1])["error"]
     assert response.status_code == (200 if stream else 500) and "[DONE]" not in response.text
-    assert fault["code"] == 500 and message in fault["message"] and "secret" not in response.text
+    assert fault["type"] == "server_error" and message in fault["message"] and "secret" not in response.text
     assert fresh.metrics.finished == {"error": 1}
     assert call(fresh, "/v1/completions", BODY).json()["choices"][0]["text"] == "bcd"
 
@@ -306,17 +314,18 @@ def test_a_client_that_disconnects_before_the_first_event(checkpoint):
 
 def test_a_tiny_temperature_is_greedy():
     body = CompletionRequest(model="m", prompt="a", temperature=1e-42, top_k=5, seed=7)
-    assert body.sampling(1) == Sampling(seed=8)
-    assert CompletionRequest(model="m", prompt="a", temperature=0.1, top_k=-1).sampling(0) == Sampling(0.1)
+    assert body.sampling(1, {}) == Sampling(seed=8)
+    assert CompletionRequest(model="m", prompt="a", temperature=0.1, top_k=-1).sampling(0, {}) == Sampling(0.1)
 
 
 def test_key(checkpoint):
-    locked = service(checkpoint, key="secret")
+    locked = service(checkpoint, keys=frozenset({"secret", "other"}))
     for headers, status in (
         ({}, 401),
         ({"authorization": "Bearer no"}, 401),
         ({"authorization": "secret"}, 401),
         ({"authorization": "bearer secret"}, 200),
+        ({"authorization": "Bearer other"}, 200),
     ):
         assert call(locked, "/v1/completions", BODY, headers=headers).status_code == status
         assert call(locked, "/v1/models", headers=headers).status_code == status
@@ -329,7 +338,7 @@ def test_limits(checkpoint):
     busy = call(small, "/v1/completions", BODY | dict(n=2))
     assert busy.status_code == 429 and busy.headers["retry-after"]
     assert call(small, "/v1/completions", BODY).status_code == 503, "the timeout is 0 s"
-    assert '"code": 503' in call(small, "/v1/completions", BODY | dict(stream=True)).text
+    assert "server_error" in call(small, "/v1/completions", BODY | dict(stream=True)).text
     assert not small.engine.step() and small.engine.scheduler.queued == 0
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ling_kernels.train import Settings, Trainer
+from ling_kernels.train.data import cores
 from ling_kernels.train.prepare import run as run_module
 from ling_kernels.train.prepare import threads
 from tests.test_train import SPEED
@@ -24,17 +25,17 @@ def test_free_cores(monkeypatch, idle, limit, want):
     """idle: of 400 ticks of four cores."""
     readings = iter([(1000, 5000), (1000 + idle, 5400)])
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: CORES, raising=False)
-    monkeypatch.setattr(threads, "idle_and_total", lambda cores: next(readings))
-    monkeypatch.setattr(threads, "quota", lambda: limit)
-    monkeypatch.setattr(threads, "SECONDS", 0)
-    assert threads.free_cores() == want
+    monkeypatch.setattr(cores, "idle_and_total", lambda allowed: next(readings))
+    monkeypatch.setattr(cores, "quota", lambda: limit)
+    monkeypatch.setattr(cores, "SECONDS", 0)
+    assert cores.free_cores() == want
 
 
 def test_free_cores_without_proc(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: CORES, raising=False)
-    monkeypatch.setattr(threads, "idle_and_total", lambda cores: ())
-    monkeypatch.setattr(threads, "quota", lambda: float("inf"))
-    assert threads.free_cores() == 4
+    monkeypatch.setattr(cores, "idle_and_total", lambda allowed: ())
+    monkeypatch.setattr(cores, "quota", lambda: float("inf"))
+    assert cores.free_cores() == 4
 
 
 @pytest.mark.parametrize(
@@ -51,7 +52,7 @@ def test_quota(tmp_path, files, want):
     (tmp_path / "cpu").mkdir()
     for name, content in files.items():
         (tmp_path / name).write_text(content)
-    assert threads.quota(tmp_path) == want
+    assert cores.quota(tmp_path) == want
 
 
 @pytest.mark.parametrize(

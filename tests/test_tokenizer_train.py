@@ -10,7 +10,7 @@ from ling_kernels.errors import InputError
 from ling_kernels.tokenizer import SPECIAL_TOKENS, Tokenizer, load_tokenizer
 
 tokenizers = pytest.importorskip("tokenizers")
-from ling_kernels.tokenizer.train import main, train_tokenizer  # noqa: E402
+from ling_kernels.tokenizer.train import main, texts_of, train_tokenizer  # noqa: E402
 
 PROSE = (
     "The cat sat on the mat; the cats' 2025 mats weren't 19,999 mats.\n\n\tनमस्ते दुनिया, 日本語 and naïve café.\n" * 40
@@ -93,7 +93,7 @@ def test_little_data_gives_fewer_tokens(tmp_path, capsys):
 @pytest.mark.parametrize("flags, message", [
     ("missing.txt --out out", "no data at"), ("a.txt", "--out"), ("a.txt --out out --vocab 268", "alone are 269"),
     ("a.txt --out out --vocab many", "--vocab"), ("t.bin --out out", "holds tokens"),
-    ("a.txt --out a.txt", "cannot write"),
+    ("a.txt --out a.txt", "cannot write"), ("a.txt --out=", "--out is empty"),
     ("latin.txt --out out", "not"), ("a.txt --out there", "exists already"),
 ])  # fmt: skip
 def test_bad_input_is_one_line(tmp_path, flags, message, capsys, monkeypatch):
@@ -106,6 +106,20 @@ def test_bad_input_is_one_line(tmp_path, flags, message, capsys, monkeypatch):
     assert main(flags.split()) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and message in error and not (tmp_path / "out").exists()
+
+
+def test_chats_give_the_text_of_their_messages(tmp_path, capsys):
+    call = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"x": "tiletile"}}]}
+    rows = [[{"role": "user", "content": "warpwarp"}, call], [{"role": "assistant", "content": "bank"}]]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps({"messages": m}) + "\n" for m in rows))
+    (tmp_path / "a.txt").write_text("a text")
+    texts = [*texts_of([str(tmp_path / "c.jsonl"), str(tmp_path / "a.txt")])]
+    assert "".join(texts[:-6]) == "a text" and texts[-6:] == ["warpwarp", "", "function", "f", "tiletile", "bank"]
+    assert main([str(tmp_path / "c.jsonl"), "--out", str(tmp_path / "out")]) == 0
+    assert {"tile", "warp"} <= load_tokenizer(tmp_path / "out").vocab.keys()
+    (tmp_path / "c.jsonl").write_text('{"messages": 1}')
+    assert main([str(tmp_path / "c.jsonl"), "--out", str(tmp_path / "other")]) == 2
+    assert "c.jsonl, line 1: no conversation" in capsys.readouterr().err
 
 
 def test_without_tokenizers_it_says_so(monkeypatch):

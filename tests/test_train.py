@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from ling_kernels.model import Ling, load_model, save_model
 from ling_kernels.tokenizer import load_tokenizer
 from ling_kernels.train import checkpoint as ckpt
-from ling_kernels.train import cli
+from ling_kernels.train import sampling
 from ling_kernels.train import trainer as steps
 from ling_kernels.train.__main__ import main
 from ling_kernels.train.data import Packed, open_tokens
@@ -305,7 +305,7 @@ def test_sample_without_held_out_text(tmp_path, small, text):
         np.array(ids, np.uint16).tofile(tmp_path / "t.bin")
         (tmp_path / "t.json").write_text(json.dumps(dict(dtype="uint16", eos_id=end, vocab_size=320)))
         docs = open_tokens([tmp_path / "t.bin"], 320, end)
-        start, continuation = cli.sample(model, tokenizer, docs, settings)
+        start, continuation = sampling.sample(model, tokenizer, docs, settings)
         assert start == prompt and isinstance(continuation, str)
 
 

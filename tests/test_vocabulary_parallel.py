@@ -13,10 +13,10 @@ from ling_kernels.backend import force
 from ling_kernels.errors import InputError
 from ling_kernels.model import Ling
 from ling_kernels.ops.linear_cross_entropy import linear_cross_entropy
-from ling_kernels.parallel.exchange import global_norm, shard_experts_, sum_gradients_
+from ling_kernels.parallel.shares import Shares
 from ling_kernels.parallel.vocabulary import VocabularyEmbedding, shard_vocabulary_, vocabulary_cross_entropy
 from tests.cases import DEVICE, runs
-from tests.ranks import group_of_one, run, summed
+from tests.ranks import group_of_one, ranks_of, run, summed
 from tests.training import tiniest
 
 WORLD, V, H = 2, 96, 24
@@ -126,8 +126,7 @@ def a_model_trains_as_on_one_process(rank, group):
     alone = Ling(CONFIG).train()
     alone.init_weights(torch.Generator().manual_seed(0))
     shared = copy.deepcopy(alone)
-    shard_experts_(shared, group)
-    shard_vocabulary_(shared, group)
+    shares = Shares(shared, ranks_of(group).arranged(ep=WORLD, vocab=WORLD))
     optimizers = [torch.optim.AdamW(m.parameters(), 1e-2) for m in (alone, shared)]
     g = torch.Generator().manual_seed(5)
     for _ in range(3):
@@ -148,13 +147,15 @@ def a_model_trains_as_on_one_process(rank, group):
                 sums += torch.stack([out.main_loss, out.mtp_loss, out.z_loss]).detach()
             losses.append(sums)
         torch.testing.assert_close(summed(losses[1], group), losses[0], rtol=1e-5, atol=0)
-        sum_gradients_(shared, group)
-        norm = global_norm(shared, group)
+        shares.sum_gradients_()
+        norm = shares.norm()
         torch.testing.assert_close(norm, torch.nn.utils.clip_grad_norm_(alone.parameters(), 0.05), rtol=1e-5, atol=0)
         for p in shared.parameters():
-            p.grad *= 0.05 / norm
+            if p.grad is not None:
+                p.grad *= 0.05 / norm
         for optimizer in optimizers:
             optimizer.step()
+        shares.spread_weights_()
     for (name, p), q in zip(alone.named_parameters(), shared.parameters(), strict=True):
         mine = p.chunk(WORLD)[rank] if len(q) < len(p) else p
         divided = name.startswith(("word_embeddings", "lm_head")) or ".experts." in name

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from ling_kernels.model import Ling, LingConfig, save_model
+from ling_kernels.model.weight_files import WeightReader
+from ling_kernels.parallel.checkpoints import parsed
 from ling_kernels.train.__main__ import main
 
 
@@ -59,6 +61,21 @@ def uninterrupted(tmp_path_factory, small, text):
     run = tmp_path_factory.mktemp("uninterrupted")
     assert main([*small_run(small, text), "--out", str(run), "--steps", "14", "--save-every", "4"]) == 0
     return run
+
+
+def whole_tensors(checkpoint, stem: str) -> dict[str, torch.Tensor]:
+    """The tensors "model" or "optimizer" of a checkpoint, of however many processes, by key."""
+    parts: dict[str, list] = {}
+    with WeightReader(checkpoint, stem) as reader:
+        for name in reader.files:
+            key, dim, bounds = parsed(name)
+            parts.setdefault(key, []).append((bounds, dim, reader.part(name, ())))
+    return {
+        key: found[0][2]
+        if len(found) == 1
+        else torch.cat([t for *_, t in sorted(found, key=lambda f: f[0])], found[0][1])
+        for key, found in parts.items()
+    }
 
 
 def one_line_error(argv, capsys) -> str:

@@ -6,6 +6,7 @@ allocated after the free ones, least recently released first.
 """
 
 import hashlib
+import os
 from array import array
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
@@ -59,6 +60,13 @@ class PagePool:
         if page_hash not in self.page_of_hash and page not in self.hash_of_page:
             self.page_of_hash[page_hash], self.hash_of_page[page] = page, page_hash
 
+    def forget(self) -> None:
+        """Free the pages that are cached without users, whose content is of no use any more."""
+        for page in self.evictable:
+            del self.page_of_hash[self.hash_of_page.pop(page)]
+        self.free.extend(self.evictable)
+        self.evictable.clear()
+
     def release(self, pages: Iterable[int]) -> None:
         """Drop a reference to each page of a sequence, in its order: the end is evicted before the beginning."""
         for page in reversed(list(pages)):
@@ -79,3 +87,10 @@ def page_bytes(config, layers: int, size: int, dtype: torch.dtype) -> int:
     """Bytes of a page: keys and values of all layers, in FP8 with an fp32 scale per token and head."""
     per_head = config.head_dim * dtype.itemsize + (4 if dtype == torch.float8_e4m3fn else 0)
     return 2 * layers * size * config.num_key_value_heads * per_head
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of a GPU's memory, or of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,6 +1,7 @@
 """python -m ling_kernels.generate --model DIR --prompt "...": stream text from a checkpoint."""
 
 import argparse
+import json
 import os
 import re
 import sys
@@ -11,7 +12,7 @@ import torch
 
 from ..backend import why_not_forced
 from ..errors import InputError, Parser, command
-from ..files import read_json
+from ..files import read_json, user_path
 from ..model import LingConfig, load_model, resolve_model
 from ..model.config_json import is_integer
 from ..model.sample import Sampling
@@ -28,6 +29,7 @@ def arguments() -> Parser:
     add("--prompt", required=True, metavar="TEXT", help="text to continue; - reads it from standard input")
     add("--chat", action="store_true", help="apply the tokenizer's chat template: the prompt is a user message")
     add("--system", metavar="TEXT", help="system message, with --chat")
+    add("--tools", metavar="FILE", help="JSON list of the tools that an answer may call, with --chat")
     add("--max-new-tokens", type=int, metavar="N", help="default 256, or the rest of the model's positions")
     add("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
     add("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest tokens up to probability P")
@@ -124,11 +126,23 @@ def read_prompt(args: argparse.Namespace, tokenizer: Tokenizer) -> tuple[str, li
             raise InputError(f"standard input is not UTF-8: {error}") from None
     if args.chat:
         system = [] if args.system is None else [{"role": "system", "content": args.system}]
-        prompt = tokenizer.apply_chat_template([*system, {"role": "user", "content": prompt}])
-    elif args.system is not None:
-        raise InputError("--system needs --chat")
+        tools = None if args.tools is None else read_tools(user_path(args.tools, "--tools"))
+        prompt = tokenizer.apply_chat_template([*system, {"role": "user", "content": prompt}], tools=tools)
+    elif args.system is not None or args.tools is not None:
+        raise InputError(f"--{'tools' if args.system is None else 'system'} needs --chat")
     ids = tokenizer.encode(prompt, special=args.chat)
     return prompt, ids or [tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id]
+
+
+def read_tools(file: Path) -> list[dict]:
+    """The descriptions of tools in a JSON file. Raises InputError."""
+    try:
+        tools = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"--tools {file}: it is not readable JSON: {error}") from None
+    if not (isinstance(tools, list) and tools and all(isinstance(tool, dict) and tool for tool in tools)):
+        raise InputError(f"--tools {file}: it is not a list of objects, each the description of a tool")
+    return tools
 
 
 def max_new_tokens(requested: int | None, prompt: int, positions: int) -> int:

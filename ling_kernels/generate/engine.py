@@ -15,7 +15,6 @@ forward.py lists the calls of a decode step.
 
 import asyncio
 import operator
-import os
 import threading
 import time
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
@@ -27,10 +26,12 @@ from ..errors import InputError, integer
 from ..model import Ling
 from ..model.decode import empty_caches
 from ..model.sample import BAD_LOGITS, Sampling, SamplingMode
-from .cache import PagePool, page_bytes
+from .cache import PagePool, memory_of, page_bytes
 from .forward import Chunk, Forward, PendingTokens
+from .health import PassRecord
 from .logprobs import MOST, read_scores
 from .scheduler import DRAFT_SLACK, Request, Scheduler, Work, max_sequence_tokens
+from .weights import take_weights
 
 SHARE = 0.9  # part of a GPU's free memory, after the weights, for the KV cache
 CPU_CACHE_BYTES = 1 << 30
@@ -95,7 +96,9 @@ class Engine:
         self.scheduler = Scheduler(self.pages, max_running, max_rows, max_waiting, draft)
         self.overlap = self.device.type == "cuda"  # on a CPU a pass is complete when it has been launched
         self.pending: PendingTokens | None = None  # of the last pass, until `collect`
+        self.record = PassRecord()
         self.step_task: asyncio.Task | None = None
+        self.policy_version = 0  # how often the weights have changed
         self.lock = threading.Lock()  # no RLock: garbage collection during a step may cancel a stream, see `cancel`
 
     def submit(
@@ -108,6 +111,9 @@ class Engine:
         ends: Iterable[int] | None = None,
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
+        keep_stop: bool = False,
+        client: str = "",
+        priority: int = 0,
     ) -> Request:
         """Queue a request; its new_tokens grow with every `step`.
 
@@ -116,8 +122,10 @@ class Engine:
         after which the request finishes with the tokens it has. logprobs: 0 to 20, the number of likeliest tokens that
         the request's `logprobs` name beside each new token's; prompt_logprobs likewise, for its `prompt_logprobs` of
         the prompt's tokens after the first, none of which then comes from the prefix cache. They are the model's
-        log-probabilities, before temperature, truncation and penalties. Raises InputError for a prompt that is empty,
-        too long or has ids outside the vocabulary, and Busy if the queue is full.
+        log-probabilities, before temperature, truncation and penalties. keep_stop: the stop token is the last of the
+        new tokens, instead of being left out. client: whoever has the fewest running requests is next; among a client's
+        requests the smallest priority. Raises InputError for a prompt that is empty, too long or has ids outside the
+        vocabulary, and Busy if the queue is full.
         """
         prompt = token_list("a prompt", prompt)
         positions, vocabulary = max_sequence_tokens(self.config.max_positions, self.draft), self.config.vocab_size
@@ -144,8 +152,9 @@ class Engine:
             if wanted is not None and integer(name, wanted, 0) > MOST:
                 raise InputError(f"{name} is {wanted}; it must be at most {MOST}")
         request = Request(
-            prompt, sampling or Sampling(), max_new_tokens, stop_token_ids, deadline, logprobs, prompt_logprobs
-        )
+            prompt, sampling or Sampling(), max_new_tokens, stop_token_ids, deadline, logprobs, prompt_logprobs,
+            keep_stop, self.policy_version, client, integer("priority", priority, -(1 << 63)),
+        )  # fmt: skip
         self.scheduler.submit(request)
         return request
 
@@ -157,6 +166,17 @@ class Engine:
                 self.scheduler.sweep()
             finally:
                 self.lock.release()
+
+    def new_weights(self, model: torch.nn.Module | None = None) -> int:
+        """Say that the model's weights have changed, or copy `model`'s into them in place; returns the policy version.
+
+        Cached prefixes are forgotten, as their keys and values are of the weights before. Requests name the version
+        that computes them as `policy_version`. Raises InputError where requests are unfinished, as one of several
+        policies would have no meaning, and for a model of other tensors.
+        """
+        with self.lock, self.use_device():
+            take_weights(self, model)
+        return self.policy_version
 
     def warm_up(self) -> None:
         """Capture the CUDA graphs of common sampling modes now, instead of when a request first needs them."""
@@ -173,7 +193,7 @@ class Engine:
     def run_pass(self) -> bool:
         """`step` for a caller that holds the lock: schedule, launch the next pass, collect the last one's tokens."""
         try:
-            with self.use_device():
+            with self.record.running(), self.use_device():
                 had_pending = self.pending is not None
                 if had_pending and self.scheduler.may_preempt:
                     self.collect()
@@ -225,10 +245,10 @@ class Engine:
             for i, (request, tokens) in enumerate(zip(pending.requests, pending.tokens(), strict=True)):
                 request.passes_in_flight -= 1
                 if not request.finished:
-                    before = request.num_new_tokens
+                    if request.num_logprobs is not None:  # before the tokens, which another thread may read at once
+                        request.logprobs += pending.logprobs(i, tokens)
                     self.accept(request, tokens)
-                    if request.num_logprobs is not None:
-                        request.logprobs += pending.logprobs(i, tokens[: request.num_new_tokens - before])
+                    del request.logprobs[request.num_new_tokens :]  # of an end token, and of tokens after it
 
     @contextmanager
     def fail_on_error(self, requests: Iterable[Request]) -> Iterator[None]:
@@ -236,6 +256,7 @@ class Engine:
         try:
             yield
         except Exception as error:
+            self.record.fail(error)
             for request in [*requests]:
                 self.scheduler.finish(request, "error", error)
 
@@ -250,14 +271,16 @@ class Engine:
             used += 1
             if token < 0:
                 reason, error = "error", InputError(BAD_LOGITS)
-            elif token in request.stop_token_ids:
-                reason = "stop"
-            else:
+                self.record.fail(error)
+                break
+            reason = "stop" if token in request.stop_token_ids else None
+            if reason is None or request.keep_stop:
                 request.tokens.append(token)
-                if request.num_new_tokens == request.max_new_tokens:
-                    reason = "length"
+                reason = reason or ("length" if request.num_new_tokens == request.max_new_tokens else None)
             if reason:
                 break
+        if error is None:
+            self.record.succeed()
         self.scheduler.advance(request, used)
         if reason:
             self.scheduler.finish(request, reason, error)
@@ -375,13 +398,6 @@ def token_list(name: str, tokens: Iterable[int]) -> list[int]:
         return [operator.index(token) for token in tokens]
     except TypeError:
         raise InputError(f"{name} must be token ids, which a tokenizer encodes, not {tokens!r}") from None
-
-
-def memory_of(device: torch.device) -> int:
-    """Bytes of a GPU's memory, or of the machine's."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def raise_error(request: Request) -> None:

@@ -2,9 +2,10 @@
 
 A running request holds pages; the first `computed` of its tokens have keys and values in them. A pass decodes
 every request with only its last token uncomputed; the pass's remaining rows prefill the other requests, oldest first,
-in chunks. The last prompt token is decoded in the pass of the last chunk. Waiting requests are admitted in order, once
-the cache has room for them; requests with the same prefix share pages. When the pages run out, the youngest request is
-preempted: it releases its pages and waits at the head of the queue.
+in chunks. The last prompt token is decoded in the pass of the last chunk. Of the waiting requests the next is one of
+the client with the fewest running ones; it is admitted once the cache has room for it. Requests with the same prefix
+share pages. When the pages run out, the youngest request is preempted: it releases its pages and waits at the head of
+the queue.
 
 On a GPU the next pass is scheduled before the host has the tokens of the last one. Then a request counts with the
 longest length it can have by now, and is not scheduled beyond max_new_tokens.
@@ -12,7 +13,7 @@ longest length it can have by now, and is not scheduled beyond max_new_tokens.
 
 import secrets
 import time
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -43,9 +44,15 @@ class Request:
     deadline: float = float("inf")  # by time.monotonic()
     num_logprobs: int | None = None  # alternatives of each new token; None: no log-probabilities
     num_prompt_logprobs: int | None = None  # of each prompt token but the first
+    keep_stop: bool = False  # the stop token that ends the sequence is the last of its tokens
+    policy_version: int = 0  # of the weights that it is computed with, see Engine.new_weights
+    client: str = ""  # who shares the engine fairly with others
+    priority: int = 0  # the smallest of a client's waiting requests is next
 
     tokens: list[int] = field(default_factory=list)  # prompt, and the new tokens that the host has
     computed: int = 0  # tokens with keys and values in the cache
+    submitted: float = field(default_factory=time.monotonic)
+    admitted: float | None = None  # time of the first admission
     cached_tokens: int | None = None  # prompt tokens found in the prefix cache at the first admission
     passes_in_flight: int = 0  # passes that decode it and whose tokens the host does not have yet
     has_drafts: bool = False  # the next pass verifies draft tokens
@@ -119,13 +126,20 @@ class Scheduler:
             raise InputError(
                 f"the request needs up to {total} tokens; the cache holds {self.pages.count * self.pages.size}"
             )
-        if self.full:
-            raise Busy(f"the queue is full: {self.max_waiting} requests are waiting")
+        if self.full and not self.below_share(request.client):
+            raise Busy(f"the queue is full: {self.queued} requests are waiting")
         self.submitted.append(request)
 
     @property
     def full(self) -> bool:
         return self.queued >= self.max_waiting
+
+    def below_share(self, client: str) -> bool:
+        """Whether a client may wait although the queue is full: it has less than an equal part of it, because others
+        filled it. Such requests make it at most twice as long."""
+        waiting = Counter(r.client for r in [*self.submitted, *self.waiting])
+        share = self.max_waiting // len({*waiting, client})
+        return waiting[client] < share and self.queued < 2 * self.max_waiting
 
     @property
     def queued(self) -> int:
@@ -140,12 +154,19 @@ class Scheduler:
         for request in sorted(self.running, key=lambda r: r.uncomputed > 1):  # decodes first; stable: oldest first
             if request.lane is not None:  # not preempted by an older request
                 self.schedule_request(request, scheduled)
-        while self.waiting and self.free_rows and self.lanes and self.admit(self.waiting[0]):
-            request = self.waiting.popleft()
+        while self.waiting and self.free_rows and self.lanes and self.admit(request := self.next_waiting()):
+            self.waiting.remove(request)
             self.running.append(request)
             if not self.schedule_request(request, scheduled):
                 break
         return scheduled
+
+    def next_waiting(self) -> Request:
+        """A preempted request, or the first of the client with the fewest running requests."""
+        if self.waiting[0].admitted is not None:
+            return self.waiting[0]
+        running = Counter(r.client for r in self.running)
+        return min(self.waiting, key=lambda r: (running[r.client], r.priority))
 
     def schedule_request(self, request: Request, scheduled: dict[Request, Work]) -> bool:
         """Add as much of its work as the free rows allow; False if it was preempted instead."""
@@ -203,6 +224,7 @@ class Scheduler:
             return False
         request.computed = len(request.pages) * self.pages.size
         request.cached_tokens = request.computed if request.cached_tokens is None else request.cached_tokens
+        request.admitted = time.monotonic() if request.admitted is None else request.admitted
         request.lane = self.lanes.popleft()
         return True
 

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from ..ops.quantize import dequantize
 
 WIDE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # types of weights without a scale
 WIDE_NAMES = [str(dtype).removeprefix("torch.") for dtype in WIDE]
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 WEIGHT_FILES = r"model(-\d{5,}-of-\d{5,})?\.safetensors|model\.safetensors\.index\.json"  # names that we write
 SHARD_BYTES = 10 << 30
 
@@ -28,8 +27,8 @@ class WeightReader:
     files: the file of every key that the index, or the only file, names.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, stem: str = "model"):
+        self.folder, self.single, self.index = folder, folder / f"{stem}.safetensors", folder / index_name(stem)
         self.path: Path | None = None
         self.file: Any = None
         self.files = self._files()
@@ -41,11 +40,11 @@ class WeightReader:
         self.path = self.file = None
 
     def _files(self) -> dict[str, Path]:
-        index, single = self.folder / INDEX, self.folder / SINGLE
+        index, single = self.index, self.single
         if not index.is_file():
             if single.is_file():
                 return dict.fromkeys(self.keys(single), single)
-            raise InputError(f"{self.folder} has neither {SINGLE} nor {INDEX}")
+            raise InputError(f"{self.folder} has neither {single.name} nor {index.name}")
         try:
             return {k: self.folder / v for k, v in json.loads(index.read_text())["weight_map"].items()}
         except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
@@ -53,11 +52,9 @@ class WeightReader:
 
     def refuse_two_checkpoints(self) -> None:
         """Raise InputError for an index beside a single file that it does not name: one of them is out of date."""
-        single = self.folder / SINGLE
-        if single.is_file() and single not in self.files.values():
-            raise InputError(
-                f"{self.folder} has {SINGLE} and {INDEX} of other files: remove the one that is out of date"
-            )
+        if self.single.is_file() and self.single not in self.files.values():
+            names = f"{self.single.name} and {self.index.name}"
+            raise InputError(f"{self.folder} has {names} of other files: remove the one that is out of date")
 
     def open(self, path: Path):
         from safetensors import SafetensorError, safe_open
@@ -80,16 +77,30 @@ class WeightReader:
     def read(self, key: str) -> tuple[Tensor, Tensor | None]:
         """A tensor, and for a weight in block-FP8 its scales [ceil(N/128), ceil(K/128)] fp32."""
         tensor = self._get(key, lambda file: file.get_tensor(key))
+        self._expect_type(key, tensor)
+        return tensor, self._scale(key, tensor) if tensor.dtype == E4M3 else None
+
+    def wide(self, key: str, box: Sequence[tuple[int, int]] = ()) -> Tensor:
+        """A tensor without scales: block-FP8 dequantised to fp32. box: from and to in each dimension; the rest is not
+        read, but for block-FP8."""
+        slices = tuple(slice(*bounds) for bounds in box)
+        if box:
+            tensor = self.part(key, slices)
+            self._expect_type(key, tensor)
+            if tensor.dtype != E4M3:
+                return tensor
+        tensor, scale = self.read(key)
+        return tensor if scale is None else dequantized(tensor, scale)[slices]
+
+    def part(self, key: str, slices: tuple[slice, ...]) -> Tensor:
+        """A box of a tensor of any type; without slices a scalar."""
+        return self._get(key, lambda file: file.get_slice(key)[slices] if slices else file.get_tensor(key))
+
+    def _expect_type(self, key: str, tensor: Tensor) -> None:
         if tensor.dtype not in WIDE and (tensor.dtype != E4M3 or tensor.ndim != 2):
             kind = f"{tensor.dtype}{list(tensor.shape)}".removeprefix("torch.")
             raise InputError(f"{self.files[key]}: {key} is {kind}; supported are {', '.join(WIDE_NAMES)}, and matrices"
                              " of float8_e4m3fn with a scale per 128x128 block")  # fmt: skip
-        return tensor, self._scale(key, tensor) if tensor.dtype == E4M3 else None
-
-    def wide(self, key: str) -> Tensor:
-        """A tensor without scales: block-FP8 dequantised to fp32."""
-        tensor, scale = self.read(key)
-        return tensor if scale is None else dequantized(tensor, scale)
 
     def _scale(self, key: str, q: Tensor) -> Tensor:
         scale_key = key + SCALES
@@ -132,15 +143,8 @@ def write_weights(
     shard_bytes unless a tensor is larger; returns contiguous tensors on the CPU, by key, and may add others such as
     scales. Raises OSError.
     """
-    shards, size = [[]], 0
-    for key, bytes_ in sizes.items():
-        if shards[-1] and size + bytes_ > shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(key)
-        size += bytes_
-    names = [SINGLE] if len(shards) == 1 else [f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-                                               for i in range(1, len(shards) + 1)]  # fmt: skip
+    shards = shards_of(sizes, shard_bytes) or [[]]
+    names = file_names("model", len(shards))
     weight_map = {}
     for name, shard in zip(names, shards, strict=True):
         content = tensors(shard)
@@ -148,12 +152,48 @@ def write_weights(
         with atomic_write(folder / name, durable=True) as path:
             save_tensors(content, path)
     if len(shards) > 1:
-        with atomic_write(folder / INDEX, durable=True) as path:
-            path.write_text(json.dumps({"metadata": {"format": "pt"}, "weight_map": weight_map}, indent=2))
-    current = {*names, INDEX} if len(shards) > 1 else {*names}
+        names.append(write_index(folder, "model", weight_map))
+    remove_weights(folder, names)
+
+
+def remove_weights(folder: Path, but: Collection[str]) -> None:
+    """Remove the weight files in a folder but those with these names."""
     for path in [*folder.iterdir()]:
-        if path.name not in current and re.fullmatch(WEIGHT_FILES, path.name):
+        if path.name not in but and re.fullmatch(WEIGHT_FILES, path.name):
             path.unlink(missing_ok=True)
+
+
+def shards_of(sizes: dict[str, int], shard_bytes: int | None) -> list[list[str]]:
+    """Keys in the files' order, divided so that each file has at most shard_bytes, unless a tensor is larger; None:
+    one file."""
+    shards: list[list[str]] = []
+    size = 0
+    for key, bytes_ in sizes.items():
+        if not shards or (shard_bytes is not None and size + bytes_ > shard_bytes):
+            shards.append([])
+            size = 0
+        shards[-1].append(key)
+        size += bytes_
+    return shards
+
+
+def file_names(stem: str, number: int) -> list[str]:
+    """Names of so many .safetensors files of one checkpoint."""
+    if number == 1:
+        return [f"{stem}.safetensors"]
+    return [f"{stem}-{i:05d}-of-{number:05d}.safetensors" for i in range(1, number + 1)]
+
+
+def index_name(stem: str) -> str:
+    return f"{stem}.safetensors.index.json"
+
+
+def write_index(folder: Path, stem: str, weight_map: dict[str, str]) -> str:
+    """Write which file holds which key, atomically; returns the index's name. Raises OSError."""
+    name = index_name(stem)
+    with atomic_write(folder / name, durable=True) as path:
+        path.write_text(json.dumps({"metadata": {"format": "pt"}, "weight_map": weight_map}, indent=2))
+    return name
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:

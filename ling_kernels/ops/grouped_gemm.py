@@ -17,7 +17,7 @@ from ..op import (
 from .deferred import now_or_later
 from .dispatch import expect_offsets
 from .gemm_fp8 import find_group, launch_with_scratch, tile_position, tma_compatible
-from .grouped_wgrad import grouped_wgrad
+from .grouped_wgrad import grouped_mm_on_cpu, grouped_wgrad
 from .triton_import import tl, triton
 
 
@@ -65,6 +65,10 @@ class GroupedGemm(torch.autograd.Function):
 
 def grouped_product(a: Tensor, b: Tensor, offsets: Tensor, zero_rest: bool = False) -> Tensor:
     """zero_rest: the rows of no expert become 0; otherwise they may stay as they were in memory."""
+    if grouped_mm_on_cpu(offsets, a, b if b.stride(-1) == 1 else b.mT):
+        y = torch.nn.functional.grouped_mm(a, b.mT, offs=offsets[1:])
+        y[int(offsets[-1]) :] = 0
+        return y
     if use_reference("grouped_gemm", a, b):
         y = a.new_empty(len(a), b.shape[1])
         grouped_gemm_ref_fwd(a, b, offsets, y)
@@ -91,9 +95,7 @@ def grouped_gemm_ref_fwd(a: Tensor, b: Tensor, offsets: Tensor, y: Tensor) -> No
     bounds = offsets.tolist()
     with torch.autocast(a.device.type, enabled=False):
         for e, (lo, hi) in enumerate(zip(bounds, bounds[1:], strict=False)):
-            if lo < hi and y.dtype == upcast(y).dtype:
-                torch.mm(a[lo:hi], b[e].T, out=y[lo:hi])
-            elif lo < hi:
+            if lo < hi:
                 y[lo:hi] = upcast(a[lo:hi]) @ upcast(b[e]).T
     y[bounds[-1] :] = 0
 

@@ -21,6 +21,7 @@ from .attention import (
 )
 from .qk_norm_rope import (
     expect_heads,
+    normed_and_rotated,
     qk_norm_rope_backward,
     qk_norm_rope_forward,
     qk_norm_rope_fwd,
@@ -54,7 +55,7 @@ def qk_norm_attention(
     scale = default_scale(qkv, scale)
     args = qkv, q_weight, k_weight, cos, sin, positions, num_kv_heads, cu_seqlens, causal, scale, eps
     if use_reference("qk_norm_attention", qkv, q_weight, k_weight):
-        q, k, v = qk_norm_rope_ref(qkv, q_weight, k_weight, cos, sin, positions, num_kv_heads, eps)
+        q, k, v = normed_and_rotated(qkv, q_weight, k_weight, cos, sin, positions, num_kv_heads, eps)
         return attention_torch(q, k, v, cu_seqlens, None, causal, scale)
     return QKNormAttention.apply(*args)
 

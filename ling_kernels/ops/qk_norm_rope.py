@@ -86,14 +86,21 @@ def expect_norm(qkv, q_weight, k_weight, cos, sin) -> None:
 
 
 def qk_norm_rope_ref(qkv, q_weight, k_weight, cos, sin, positions, num_kv_heads, eps=1e-6, cache=None, slots=None):
-    num_heads = qkv.shape[1] - 2 * num_kv_heads
-    q, k, v = qkv.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
-    cos, sin = (table[positions.long()][:, None] for table in (cos, sin))  # [T, 1, R/2]
-    q, k = (rotate(head_norm(x, w, eps), cos, sin).to(qkv.dtype) for x, w in ((q, q_weight), (k, k_weight)))
-    v = v.contiguous()
+    q, k, v = normed_and_rotated(qkv, q_weight, k_weight, cos, sin, positions, num_kv_heads, eps)
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     if cache is not None:
         append(cache, k, v, slots)
     return q, k, v
+
+
+def normed_and_rotated(qkv, q_weight, k_weight, cos, sin, positions, num_kv_heads, eps) -> tuple[Tensor, ...]:
+    """q, k and v as heads of wider rows. The heads of q and k take each step together, for half the operations."""
+    num_q, D = qkv.shape[1] - 2 * num_kv_heads, qkv.shape[2]
+    qk, v = qkv.split([num_q + num_kv_heads, num_kv_heads], dim=1)
+    w = torch.cat([q_weight.expand(num_q, D), k_weight.expand(num_kv_heads, D)])
+    cos, sin = (table[positions.long()][:, None] for table in (cos, sin))  # [T, 1, R/2]
+    qk = rotate(head_norm(qk, w, eps), cos, sin).to(qkv.dtype)
+    return *qk.split([num_q, num_kv_heads], dim=1), v
 
 
 def head_norm(x: Tensor, w: Tensor, eps: float) -> Tensor:

@@ -27,7 +27,7 @@ def context_parallel_(model: nn.Module, group: dist.ProcessGroup) -> None:
     """Divide the rows of every batch of a Ling model over the ranks of `group`, in place; weights stay as they are.
 
     All ranks pass the same batches to `model`. Losses are then a rank's share: the sum over the group is the loss of
-    one process, and gradients add up to its gradients (`exchange.sum_gradients_`); so do the routers' counts. Logits
+    one process, and gradients add up to its gradients (`Shares.sum_gradients_`); so do the routers' counts. Logits
     and hidden states are zeros in other ranks' rows. Call it before or after `to_fp8`. The forward raises InputError
     for a number of rows that 2 n does not divide, and for decoding with a cache.
     """

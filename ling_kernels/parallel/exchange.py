@@ -5,8 +5,6 @@ follow the routing, no row is dropped or padded, and its result comes back the s
 once a layer and forward.
 """
 
-from collections.abc import Sequence
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -16,12 +14,10 @@ from ..errors import InputError
 from ..nn import Experts, MoE
 from ..op import E4M3, first_derivative_only
 from ..ops.dispatch import Plan, dispatch
-from ..ops.grad_norm import grad_norm
 from ..ops.permute import permute, permute_quantize
 from ..ops.quantize import BLOCK
 from ..ops.unpermute import unpermute
 from .collectives import Send
-from .vocabulary import VocabularyEmbedding, VocabularyHead
 
 EXCHANGES = ("bf16", "fp8")  # how rows travel to their experts: as they are, or in FP8
 Sizes = tuple[list[int], list[int]]  # rows sent to, and received from, each rank
@@ -62,7 +58,7 @@ class AllToAll:
         owners, received, sizes = self.received(experts, counts)
         plan = ReceivedPlan(*dispatch(owners, received))
         plan.sent, plan.sizes, plan.weights = sent, sizes, weights
-        rows = send_rows(x, sent, sizes, self.group, True) if self.fp8 else self.send(permute(x, sent), sizes)
+        rows = SendFp8.apply(x, *sent, sizes, self.group) if self.fp8 else self.send(permute(x, sent), sizes)
         if not self.moe.experts.fold_weights:
             return rows, plan, None
         plan.weights = None
@@ -116,7 +112,11 @@ class ByNodes:
         chosen = node[token] == to  # which choices of a row are on the node to which it goes
         there = torch.where(chosen, experts[token] - to * number, -1).int()
         weights = permute(weights, crossing)
-        rows = send_rows(x, crossing, sizes, self.between, self.fp8)
+        rows = (
+            SendFp8.apply(x, *crossing, sizes, self.between)
+            if self.fp8
+            else Send.apply(permute(x, crossing), *sizes, self.between)
+        )
         here, weights = (Send.apply(t, *sizes, self.between) for t in (there, weights))
         counts = counts.new_zeros(number + 1)  # the last: choices that are not on this node
         counts.scatter_add_(0, here.where(here >= 0, number).flatten().long(), torch.ones_like(here).flatten())
@@ -130,15 +130,11 @@ class ByNodes:
         return unpermute(with_unrouted(rows, crossing), crossing)
 
 
-def send_rows(x: Tensor, plan: Plan, sizes: Sizes, group: dist.ProcessGroup, fp8: bool) -> Tensor:
-    """x [T, H] -> the rows [R, H] that arrive here when every rank sends those of its plan."""
-    return SendFp8.apply(x, *plan, sizes, group) if fp8 else Send.apply(permute(x, plan), *sizes, group)
-
-
 class SendFp8(torch.autograd.Function):
-    """`send_rows` in FP8, H + H / 32 bytes a row: e4m3 and its fp32 scales, powers of two.
+    """x [T, H] -> the rows [R, H] that arrive here when every rank sends those of its plan, in FP8: H + H / 32 bytes a
+    row, e4m3 and its fp32 scales, powers of two.
 
-    Returns rows [R, H] in x's dtype, in which code times scale is exact. The gradient returns as it is.
+    Rows have x's dtype, in which code times scale is exact. The gradient returns as it is.
     """
 
     @staticmethod
@@ -212,48 +208,3 @@ def shard_experts_(model: nn.Module, group: dist.ProcessGroup | DeviceMesh, exch
 def expert_parameters(model: nn.Module) -> set[nn.Parameter]:
     """The parameters of all experts."""
     return {p for m in model.modules() if isinstance(m, Experts) for p in m.parameters()}
-
-
-def divided_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """The parameters that differ from rank to rank: of experts that are divided, and of a divided vocabulary."""
-    parts = [m for m in model.modules() if isinstance(m, VocabularyEmbedding | VocabularyHead)]
-    layers = [m for m in model.modules() if isinstance(m, MoE) and not m.exchange.local]
-    return {p for part in parts for p in part.parameters()}.union(*map(expert_parameters, layers))
-
-
-def sum_gradients_(model: nn.Module, group: dist.ProcessGroup) -> None:
-    """Add up the gradients that every rank has a part of: all but those of parameters that are divided over `group`,
-    which have seen all ranks' tokens.
-
-    The loss of each rank must be its tokens' share of the global loss: their sum over the number of all tokens.
-    """
-    divided = divided_parameters(model)
-    for p in model.parameters():
-        if p not in divided and p.requires_grad:
-            if p.grad is None:  # this rank had no token for it
-                p.grad = torch.zeros_like(p)
-            dist.all_reduce(p.grad, group=group)
-
-
-def sum_counts_(model: nn.Module, group: dist.ProcessGroup) -> None:
-    """Add up the routers' counts of tokens, so that `balance_` sees the global batch and moves all ranks' biases
-    alike."""
-    for moe in model.modules():
-        if isinstance(moe, MoE):
-            dist.all_reduce(moe.router.counts, group=group)
-
-
-def global_norm(model: nn.Module, group: dist.ProcessGroup) -> Tensor:
-    """The norm of all gradients after `sum_gradients_`, a scalar that is equal on every rank: the parts of all
-    ranks count, and each other parameter once."""
-    divided = divided_parameters(model)
-    grads = [(p in divided, p.grad) for p in model.parameters() if p.grad is not None]
-    dense = grad_norm([g for is_divided, g in grads if not is_divided])
-    return (dense.square() + sum_of_squares([g for is_divided, g in grads if is_divided], dense.device, group)).sqrt()
-
-
-def sum_of_squares(grads: Sequence[Tensor], device: torch.device, group: dist.ProcessGroup) -> Tensor:
-    """The sum over all ranks' gradients of their squares, a scalar on `device`; a rank may have none."""
-    squares = grad_norm(grads).square().to(device)
-    dist.all_reduce(squares, group=group)
-    return squares

@@ -3,23 +3,21 @@
 The model begins on the meta device, without memory, and is divided there; so no process ever holds the whole.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..model import Ling, LingConfig
-from ..model.checkpoint import check_shapes, check_unused, named_views, official_views
+from ..model import Ling
+from ..model.checkpoint import check_shapes, check_unused
 from ..model.weight_files import WeightReader
 from ..nn.fp8_inference import SCALES
 from ..ops.rope_tables import rope_tables
+from .boxes import Box, as_box, overlap, within
+from .official import Official, whole_on_meta
 from .shares import Shares
-
-
-def whole_on_meta(config: LingConfig) -> Ling:
-    with torch.device("meta"):
-        return Ling(config)
 
 
 def give_memory_(model: Ling, device: torch.device) -> None:
@@ -37,31 +35,44 @@ def held(model: Ling) -> Iterator[tuple[str, Tensor]]:
     yield from ((name, b) for name, b in model.named_buffers() if name.endswith("expert_bias"))
 
 
-def official_keys(whole: Ling) -> dict[str, list[str]]:
-    """The official keys of each parameter and experts' bias of a whole model, in the order of its memory."""
-    names = {id(t): name for name, t in [*whole.named_parameters(), *whole.named_buffers()]}
-    keys: dict[str, list[str]] = {}
-    for key, view in named_views(whole):
-        base = view if view._base is None else view._base
-        keys.setdefault(names[id(base)], []).append(key)
-    return keys
+class Piece(NamedTuple):
+    """What this rank holds of the tensor of an official key."""
+
+    official: Official
+    box: Box  # of the key's tensor
+    tensor: Tensor  # a view of the parameter
+
+    @property
+    def is_whole(self) -> bool:
+        return self.tensor.shape == self.official.shape
+
+
+def pieces(shares: Shares, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[Piece]:
+    """The official tensors in parameters and experts' biases of this rank, which are given by name."""
+    for name, t in tensors:
+        whole = shares.official[name]
+        for mine, held_at in shares.part_of(name).boxes(whole.shape):
+            for official in whole.keys:
+                if both := overlap(mine, official.box):
+                    experts = len(both) - official.ndim
+                    view = t[within(both, mine, held_at)][(0,) * experts]
+                    box = as_box(within(both, official.box))[experts:]
+                    yield Piece(official, box, view)
 
 
 @torch.no_grad()
 def read_weights_(shares: Shares, folder: Path) -> None:
-    """Read this process's part of a checkpoint directory. Raises InputError as `load_model` does."""
-    whole = whole_on_meta(shares.config)
-    keys = official_keys(whole)
+    """Read this process's part of a checkpoint directory, and no more of it. Raises InputError as `load_model` does."""
+    wanted = [*pieces(shares, held(shares.model))]
     with WeightReader(folder) as reader:
-        check_shapes(whole, reader)
         reader.refuse_two_checkpoints()
-        for name, t in held(shares.model):
-            mine = shares.my_part(name, keys[name])
-            for key, (_, view) in zip(mine, official_views(name, t), strict=True):
-                view.copy_(reader.wide(key))
-        used = {key for of_one in keys.values() for key in of_one}
-        scales = {key + SCALES for key in used} & reader.files.keys()
-        check_unused(folder, reader, used | scales)
+        check_shapes({piece.official.key: piece.official.shape for piece in wanted}, reader)
+        for piece in sorted(wanted, key=lambda piece: str(reader.files[piece.official.key])):  # one file at a time
+            piece.tensor.copy_(reader.wide(piece.official.key, piece.box))
+        if shares.ranks.first:
+            used = {official.key for parameter in shares.official.values() for official in parameter.keys}
+            scales = {key + SCALES for key in used} & reader.files.keys()
+            check_unused(folder, reader, used | scales)
 
 
 @torch.no_grad()
@@ -74,7 +85,7 @@ def draw_weights_(shares: Shares, seed: int) -> None:
         else:
             drawn = torch.ones(p.shape)
         if name in mine:
-            mine[name].copy_(shares.my_part(name, drawn))
+            mine[name].copy_(shares.part_of(name).take(drawn))
     for name, t in mine.items():
         if name.endswith("expert_bias"):
             t.zero_()

@@ -17,14 +17,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 
-from ..errors import InputError
 from ..model import Ling
-from ..model.packing import IGNORE, Batch, shift
+from ..model.packing import IGNORE, Batch, shift, unpack
 from ..nn import BatchLayout
 from ..nn.linear import head_loss
 from ..ops.deferred import deferring
 from .deferred import defer_linear_
-from .exchange import sum_of_squares
 from .pipeline_layout import PipelineLayout
 from .schedules import Order, check, is_split, schedule_order, step_text
 from .torch_schedules import make_schedule
@@ -58,6 +56,7 @@ class Work(NamedTuple):
     target_counts: Sequence[float]  # divisors of the summed losses: main, each MTP layer's
     z_loss: float | None
     losses: dict[int, Tensor]  # by micro batch, [3] fp32; filled by the last stage
+    logits: list[Tensor] | None = None  # instead of losses, [rows, seq_len, V] fp32; filled where the first loss is
 
 
 class Stage(nn.Module):
@@ -117,9 +116,13 @@ class Stage(nn.Module):
     def loss(self, x: Tensor, labels: Tensor, batch: Batch, k: int) -> Tensor:
         """The k-th loss of hidden states x [T, H], 0 the next token's: its share of the global loss, at its place in
         [3]."""
-        targets = batch.here(shift(labels, batch, k + 1, fill=IGNORE))
-        total = head_loss(self.model[0].lm_head, x, targets)
-        share = total / max(self.work.target_counts[k], 1) / (self.mtp_layers if k else 1)
+        model, work = self.model[0], self.work
+        if work.logits is not None:
+            if k == 0:
+                work.logits.append(unpack(model.logits(x), batch, work.micro_batches[0].ids.shape))
+            return x.new_zeros(3, dtype=torch.float32)
+        total = head_loss(model.lm_head, x, batch.here(shift(labels, batch, k + 1, fill=IGNORE)))
+        share = total / max(work.target_counts[k], 1) / (self.mtp_layers if k else 1)
         return torch.nn.functional.pad(share[None], (1, 1) if k else (0, 2))
 
 
@@ -134,7 +137,8 @@ class Pipeline:
       model: the whole model, equal on all ranks. In place, modules that this rank has no unit of become None, so that
         its parameters keep their names; make the optimizer afterwards.
       schedule: a name among schedules.SCHEDULES, or an order of actions, which also says where the stages are.
-      micro_batches: of a step. torch's Interleaved1F1B wants a multiple of the ranks.
+      micro_batches: of a step; another step may have another number, but for an order of actions. torch's
+        Interleaved1F1B wants a multiple of the ranks.
       rows: (rows, seq_len) of each micro batch, whose sizes are fixed since buffers are made once.
       group: the ranks of the pipeline; default: all.
       precision: of autocast; fp32: none.
@@ -151,25 +155,39 @@ class Pipeline:
         layout.check(model.config)
         self.model, self.layout, self.group = model, layout, group or dist.group.WORLD
         self.size, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
-        number = len(layout.stages)
-        if isinstance(schedule, str):
-            schedule = schedule_order(schedule, self.size, number, micro_batches)
-        self.ranks, self.micro_batches = check(schedule, self.size, number, micro_batches), micro_batches
-        self.device = device = device or model.lm_head.weight.device
+        self.order_or_name, self.rows = schedule, rows
+        order, self.ranks = self.order(micro_batches)
+        self.device = device or model.lm_head.weight.device
         self.residual = model.word_embeddings.weight.dtype
         self.shared = self.shared_groups()
         mine = [s for s, r in enumerate(self.ranks) if r == self.rank]
         self.stages = {s: Stage(model, layout, s, self.residual, precision) for s in mine}
         self.keep_own_units()
         self.later: list[Callable[[], None]] = []  # weight gradients of the backward that has just run
-        self.split = is_split(schedule)
+        self.split = is_split(order)
         if self.split:
             for module in (*model.layers, *model.mtp):
                 if module is not None:
                     defer_linear_(module)
-        parts = [self.torch_stage(s, stage, rows_here(model, rows), device) for s, stage in self.stages.items()]
-        actions = [[step_text(step) for step in row] for row in schedule]
+        self.micro_batches = 0
+        self.prepare(micro_batches)
+
+    def order(self, micro_batches: int) -> tuple[Order, list[int]]:
+        """The order of so many micro batches, and the rank of each stage."""
+        order, stages = self.order_or_name, len(self.layout.stages)
+        if isinstance(order, str):
+            order = schedule_order(order, self.size, stages, micro_batches)
+        return order, check(order, self.size, stages, micro_batches)
+
+    def prepare(self, micro_batches: int) -> None:
+        """Make torch's schedule for so many micro batches, where the last one was for another number."""
+        if micro_batches == self.micro_batches:
+            return
+        actions = [[step_text(step) for step in row] for row in self.order(micro_batches)[0]]
+        T = rows_here(self.model, self.rows)
+        parts = [self.torch_stage(s, stage, T, self.device) for s, stage in self.stages.items()]
         self.schedule = make_schedule(parts, actions, micro_batches, loss_of)
+        self.micro_batches = micro_batches
 
     def torch_stage(self, s: int, stage: Stage, T: int, device: torch.device) -> PipelineStage:
         """Sizes are given: else the runtime finds them by a forward on memory of any values, which counts tokens."""
@@ -233,8 +251,7 @@ class Pipeline:
         target_counts: divisors of the summed main loss and of each MTP layer's, over the global batch. z_loss: its
         coefficient, for one micro batch. Returns the losses on the rank of the last stage, None elsewhere.
         """
-        if len(micro_batches) != self.micro_batches:
-            raise InputError(f"{len(micro_batches)} micro batches, the schedule has {self.micro_batches}")
+        self.prepare(len(micro_batches))
         work = Work(micro_batches, target_counts, z_loss, {})
         for stage in self.stages.values():
             stage.work = work
@@ -262,20 +279,33 @@ class Pipeline:
         rank. Forward only, one after the other; every rank passes all micro batches."""
         work = Work(micro_batches, [1.0] * (1 + self.model.config.num_nextn_predict_layers), None, {})
         totals = torch.zeros(len(micro_batches), dtype=torch.float64, device=self.device)
-        for number, (ids, _, _) in enumerate(micro_batches):
+        self.forward(work)
+        for number, losses in work.losses.items():
+            totals[number] = losses[0]
+        return totals
+
+    @torch.no_grad()
+    def logits(self, ids: Tensor) -> Tensor:
+        """Logits [1, n, V] fp32 of a text, ids [1, n]: zeros where another rank has the rows, or the head of the first
+        loss. Every rank calls it."""
+        batch = MicroBatch(ids, torch.tensor([0, ids.shape[1]], dtype=torch.int32, device=self.device))
+        logits: list[Tensor] = []
+        self.forward(Work([batch], [], None, {}, logits))
+        return logits[0] if logits else ids.new_zeros(*ids.shape, self.model.config.vocab_size, dtype=torch.float32)
+
+    def forward(self, work: Work) -> None:
+        """The forwards of all micro batches, which may be of any rows, one after the other."""
+        for number, (ids, _, _) in enumerate(work.micro_batches):
             sent: tuple[Tensor, ...] = (torch.tensor([number]),) if 0 in self.stages else ()
             for s, stage in self.stages.items():
                 stage.work = work
                 if not sent:
                     sent = self.received(s, rows_here(self.model, ids.shape))
                 sent = stage(*sent, index=torch.tensor([number]))
-                if s == len(self.ranks) - 1:
-                    totals[number] = work.losses[number][0]
-                elif self.ranks[s + 1] != self.rank:
+                if s < len(self.ranks) - 1 and self.ranks[s + 1] != self.rank:
                     for t in sent:
                         dist.send(t.contiguous(), group=self.group, group_dst=self.ranks[s + 1])
                     sent = ()
-        return totals
 
     def received(self, s: int, T: int) -> tuple[Tensor, ...]:
         """What stage s gets from the one before, on another rank."""
@@ -290,12 +320,6 @@ class Pipeline:
     def held_before(self) -> set[str]:
         """Names of the weights here that a rank before this one holds too."""
         return {n for n, group in self.shared.items() if dist.get_group_rank(group, dist.get_rank()) > 0}
-
-    def global_norm(self) -> Tensor:
-        """The norm of all gradients, a scalar that is equal on every rank; a weight that several hold counts once."""
-        twice = self.held_before()
-        grads = [p.grad for n, p in self.model.named_parameters() if p.grad is not None and n not in twice]
-        return sum_of_squares(grads, self.device, self.group).sqrt()
 
 
 def rows_here(model: Ling, rows: Sequence[int]) -> int:

@@ -1,10 +1,12 @@
 """The processes that torchrun started, how they share the work, and how they agree.
 
-    rank = stage * dp + d      d of 0..dp-1: ranks of a stage take different rows of the batch
-                               d % ep: the experts that it holds; ranks with equal d % ep hold the same
+    rank = (stage * dp + d) * cp + c    d of 0..dp-1: takes its own sequences of the batch
+                                        c of 0..cp-1: takes its own tokens of these sequences
 
-So the ranks that exchange rows of experts are neighbours, and with ep up to the GPUs of a node in one node. A `Ranks()`
-without processes is one process: every method then returns at once what it was given.
+The dp x cp ranks of a stage are replicas: what is not divided they hold alike. Among them ep neighbours divide the
+experts, and vocab neighbours the rows of embedding and head. So ranks that exchange much are neighbours, and up to the
+GPUs of a node in one node. A `Ranks()` without processes is one process: every method then returns at once what it was
+given.
 """
 
 import os
@@ -17,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import InputError, OtherRank
 
@@ -27,20 +30,34 @@ PATIENCE = timedelta(days=1)
 
 
 @dataclass(frozen=True)
+class Division:
+    """Weights of which each of `number` ranks holds a part. Groups are None where they hold this rank alone."""
+
+    number: int = 1
+    part: int = 0  # this rank's
+    group: dist.ProcessGroup | None = field(default=None, repr=False)  # the ranks with the other parts
+    twins: dist.ProcessGroup | None = field(default=None, repr=False)  # the ranks with the same part
+
+
+@dataclass(frozen=True)
 class Ranks:
-    """dp, ep, pp: their numbers of ranks. The groups are of this rank, None where they hold it alone; they are for the
+    """dp, cp, pp: their numbers of ranks. The groups are of this rank, None where they hold it alone; they are for the
     work of a step, and what ranks agree on goes over torch's default group, which is patient."""
 
     rank: int = 0
     size: int = 1
     dp: int = 1
-    ep: int = 1
+    cp: int = 1
     pp: int = 1
+    experts: Division = Division()
+    vocabulary: Division = Division()
     world: dist.ProcessGroup | None = field(default=None, repr=False)
-    replicas: dist.ProcessGroup | None = field(default=None, repr=False)  # the dp ranks of this stage
-    experts: dist.ProcessGroup | None = field(default=None, repr=False)  # the ep ranks that share a layer's experts
-    twins: dist.ProcessGroup | None = field(default=None, repr=False)  # the dp / ep ranks that hold the same experts
-    stages: dist.ProcessGroup | None = field(default=None, repr=False)  # the pp ranks of this rank's rows
+    replicas: dist.ProcessGroup | None = field(default=None, repr=False)  # the dp x cp ranks of this stage
+    context: dist.ProcessGroup | None = field(default=None, repr=False)  # the cp ranks that share sequences
+    stages: dist.ProcessGroup | None = field(default=None, repr=False)  # the pp ranks of this rank's tokens
+    nodes: DeviceMesh | None = field(default=None, repr=False)  # the ranks of `experts`, as nodes x ranks of a node
+    writers: dist.ProcessGroup | None = field(default=None, repr=False)  # all, for the threads that write checkpoints
+    talk: dist.ProcessGroup | None = field(default=None, repr=False)  # over which ranks agree; None: torch's default
 
     @property
     def first(self) -> bool:
@@ -49,24 +66,35 @@ class Ranks:
 
     @property
     def stage(self) -> int:
-        return self.rank // self.dp
+        return self.rank // (self.dp * self.cp)
 
     @property
     def replica(self) -> int:
-        return self.rank % self.dp
+        """This rank's number among the replicas of its stage."""
+        return self.rank % (self.dp * self.cp)
 
     @property
-    def expert_part(self) -> int:
-        return self.replica % self.ep
+    def sequences(self) -> int:
+        """This rank's number among the dp that take their own sequences."""
+        return self.replica // self.cp
 
-    def arranged(self, dp: int | None, ep: int, pp: int, timeout: float | None = None) -> "Ranks":
-        """These processes as dp x pp, groups of ep among the dp ranks; dp None: as many as there are.
+    def arranged(
+        self, dp: int | None = None, ep: int = 1, pp: int = 1, cp: int = 1, vocab: int = 1, by_nodes: bool = False,
+        timeout: float | None = None,
+    ) -> "Ranks":  # fmt: skip
+        """These processes as pp x dp x cp, where ep of dp x cp divide the experts and `vocab` of them the vocabulary;
+        dp None: as many as there are.
 
-        timeout: seconds that a rank waits for another during training, None for torch's. Every rank calls it. Raises
-        InputError where the numbers do not fit the processes.
+        by_nodes: make the mesh of nodes that the ranks of `experts` are on. timeout: seconds that a rank waits for
+        another during training, None for torch's. Every rank calls it. Raises InputError where the numbers do not fit
+        the processes.
         """
-        dp = max(self.size // pp, 1) if dp is None else dp
-        check_sizes(self.size, dp, ep, pp)
+        dp = max(self.size // (pp * cp), 1) if dp is None else dp
+        check_sizes(self.size, dp, ep, pp, cp, vocab)
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
+        if by_nodes and (ep <= local or ep % local):
+            raise InputError(f"--exchange-by-nodes: --ep {ep} are not all processes of two or more machines, each with"
+                             f" {local}")  # fmt: skip
         if self.size == 1:
             return self
         limit = None if timeout is None else timedelta(seconds=timeout)
@@ -76,16 +104,39 @@ class Ranks:
             made = {tuple(g): dist.new_group(g, timeout=limit) for g in groups if len(g) > 1}
             return next((group for members, group in made.items() if self.rank in members), None)
 
-        by_stage = [list(range(s * dp, (s + 1) * dp)) for s in range(pp)]
+        n = dp * cp
+        by_stage = [list(range(s * n, (s + 1) * n)) for s in range(pp)]
+
+        def neighbours(number: int, among: list[list[int]] = by_stage) -> list[list[int]]:
+            return [ranks[i : i + number] for ranks in among for i in range(0, len(ranks), number)]
+
+        def divided(number: int) -> Division:
+            twins = [stage[i::number] for stage in by_stage for i in range(number)]
+            return Division(number, self.rank % n % number, mine(neighbours(number)), mine(twins))
+
+        nodes = None
+        if by_nodes:
+            crossing = [ranks[i::local] for ranks in neighbours(ep) for i in range(local)]
+            groups = [mine(crossing), mine(neighbours(local))]
+            first = self.rank // ep * ep
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            members = torch.arange(first, first + ep).view(-1, local)
+            nodes = DeviceMesh.from_group(groups, device, members, mesh_dim_names=("nodes", "ranks"))  # type: ignore[arg-type]
         return replace(
             self,
-            dp=dp, ep=ep, pp=pp,
+            dp=dp, cp=cp, pp=pp,
+            experts=divided(ep), vocabulary=divided(vocab),
             world=mine([list(range(self.size))]),
             replicas=mine(by_stage),
-            experts=mine([stage[i : i + ep] for stage in by_stage for i in range(0, dp, ep)]),
-            twins=mine([stage[i::ep] for stage in by_stage for i in range(ep)]),
-            stages=mine([list(range(d, self.size, dp)) for d in range(dp)]),
+            context=mine(neighbours(cp)),
+            stages=mine([list(range(i, self.size, n)) for i in range(n)]),
+            nodes=nodes,
+            writers=dist.new_group(timeout=PATIENCE, backend="gloo"),
         )  # fmt: skip
+
+    def in_thread(self) -> "Ranks":
+        """These ranks for a thread, whose messages do not mix with those of the main one; they stay on the hosts."""
+        return replace(self, talk=self.writers)
 
     def exchange(self, value: T, error: str | None = None) -> list[T]:
         """Every rank's value, by rank. Where any rank has an error, all raise InputError: rank 0 with the first rank's
@@ -93,7 +144,7 @@ class Ranks:
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, (error, value))
+        dist.all_gather_object(found, (error, value), group=self.talk)
         wrong = [(rank, message) for rank, (message, _) in enumerate(found) if message is not None]
         if wrong:
             rank, message = wrong[0]
@@ -135,6 +186,10 @@ class Ranks:
                 break
         return value  # type: ignore[return-value]
 
+    def of_stages(self, value: T) -> list[T]:
+        """The value of the first rank of each stage."""
+        return self.exchange(value)[:: self.dp * self.cp]
+
     def compare(self, **values: Any) -> None:
         """Raise InputError, naming the rank, where a value is not the same on every rank."""
         found = self.exchange(values)
@@ -155,10 +210,10 @@ class Ranks:
     def share(self, items: list[T]) -> list[T]:
         """This rank's of the items that the dp ranks divide equally, neighbours on one rank."""
         number = len(items) // self.dp
-        return items[self.replica * number : (self.replica + 1) * number]
+        return items[self.sequences * number : (self.sequences + 1) * number]
 
     def sum_(self, t: Tensor, stages: bool = False) -> Tensor:
-        """Add up a tensor over the dp ranks, in place; over all ranks where `stages` have parts of it too."""
+        """Add up a tensor over the replicas, in place; over all ranks where `stages` have parts of it too."""
         if (group := self.world if stages else self.replicas) is not None:
             dist.all_reduce(t, group=group)
         return t
@@ -174,15 +229,18 @@ def is_agreed(error: InputError) -> bool:
     return getattr(error, "on_all_ranks", False)
 
 
-def check_sizes(size: int, dp: int, ep: int, pp: int) -> None:
-    """Raise InputError where dp x pp are not the processes, and where ep does not divide dp."""
-    if dp * pp != size:
+def check_sizes(size: int, dp: int, ep: int, pp: int, cp: int = 1, vocab: int = 1) -> None:
+    """Raise InputError where dp x cp x pp are not the processes, and where ep or vocab does not divide dp x cp."""
+    if dp * cp * pp != size:
+        numbers = f"--dp {dp} times --pp {pp}" + f" times --cp {cp}" * (cp > 1)
         raise InputError(
-            f"--dp {dp} times --pp {pp} are {dp * pp} processes, and there {'is' if size == 1 else 'are'} {size}:"
+            f"{numbers} are {dp * cp * pp} processes, and there {'is' if size == 1 else 'are'} {size}:"
             f" start them with torchrun, --nproc-per-node times --nnodes"
         )
-    if dp % ep:
-        raise InputError(f"--ep {ep} does not divide the {dp} data-parallel ranks, which share the experts")
+    for flag, number, what in (("--ep", ep, "experts"), ("--vocab-parallel", vocab, "vocabulary")):
+        if dp * cp % number:
+            raise InputError(f"{flag} {number} does not divide the {dp * cp} processes of --dp{' and --cp' * (cp > 1)}"
+                             f", which share the {what}")  # fmt: skip
 
 
 def start() -> Ranks:

@@ -1,56 +1,81 @@
-"""The share of a model that each rank trains: its experts, and the parameters whose optimizer state it keeps.
+"""The share of a model that each rank trains: its experts, rows of the vocabulary, stages of a pipeline, and the
+parameters whose optimizer state it keeps. Also the sums over ranks that a step needs.
 
-Data-parallel ranks hold the same weights. Each parameter has an owner among the ranks that hold it: gradients are
+Replicas hold the same weights. Each parameter has an owner among the ranks that hold it: gradients are
 summed on the owner, which alone keeps the optimizer's state and steps, and sends the new weights to the others (ZeRO
 stage 1, arXiv 1910.02054, by whole parameters). As no parameter is cut, every optimizer gives the bits of one process,
 also Muon, which needs whole matrices, and 8-bit AdamW, whose blocks and random bits follow a parameter.
 """
 
-from collections.abc import Callable, Iterator
-from typing import TypeVar
+from collections.abc import Callable
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..errors import InputError
-from ..model import Ling, LingConfig
+from ..model import Ling
 from ..nn import Router
 from ..ops.grad_norm import grad_norm
-from .exchange import expert_parameters, shard_experts_, sum_counts_
+from .boxes import EVERYTHING, Part, equal_part
+from .context import context_parallel_
+from .exchange import expert_parameters, shard_experts_
+from .official import Parameter, official_keys
 from .pipeline import Pipeline
-from .ranks import Ranks
-
-Parts = TypeVar("Parts", Tensor, list[str])
+from .ranks import Division, Ranks
+from .vocabulary import shard_vocabulary_
 
 
 class Shares:
-    """Divides `model`, whole and equal on all ranks, in place; make its optimizer afterwards.
+    """Divides `model`, whole and equal on all ranks, in place, as `ranks` say; make its optimizer afterwards.
 
-    Methods are called by every rank together. With one process they do nothing, and `norm` is the plain norm.
+        shares = Shares(model, ranks)
+        loss.backward()  # each rank's loss is its tokens' share of the global loss
+        shares.sum_gradients_()
+        norm = shares.norm()  # then clip, and step the optimizer: parameters of other owners have no gradient
+        shares.spread_weights_()
+        shares.sum_counts_()  # so that balance_ sees the global batch
+
+    pipeline: makes the pipeline of the divided model, in place. exchange: see `shard_experts_`. Methods are called by
+    every rank together. With one process they do nothing, and `norm` is the plain norm.
     """
 
-    def __init__(self, model: Ling, ranks: Ranks, pipeline: Callable[[], Pipeline] | None = None):
+    def __init__(
+        self, model: Ling, ranks: Ranks, pipeline: Callable[[], Pipeline] | None = None, exchange: str = "bf16"
+    ):
         self.model, self.ranks, self.config = model, ranks, model.config
         self.names = [name for name, _ in model.named_parameters()]
+        self.modules = {name for name, _ in model.named_modules()}
         self.routers = [name for name, module in model.named_modules() if isinstance(module, Router)]
-        if ranks.experts is not None:
-            shard_experts_(model, ranks.experts)
+        # By name, as a parameter may become another object on its way to a GPU: how it is divided, the group of those
+        # that hold it too, its owner's rank there.
+        self.divided: dict[str, Division] = {}
+        if ranks.context is not None:
+            context_parallel_(model, ranks.context)
+        if ranks.experts.group is not None:
+            shard_experts_(model, ranks.nodes or ranks.experts.group, exchange)
+            experts = expert_parameters(model)
+            self.divided |= {name: ranks.experts for name, p in model.named_parameters() if p in experts}
+        if ranks.vocabulary.group is not None:
+            shard_vocabulary_(model, ranks.vocabulary.group)
+            self.divided |= dict.fromkeys(VOCABULARY, ranks.vocabulary)
         self.pipeline = pipeline() if pipeline else None
         self.counted_elsewhere = self.pipeline.held_before() if self.pipeline else set()
-        divided = expert_parameters(model) if ranks.ep > 1 else set()
-        self.divided = {name for name, p in model.named_parameters() if p in divided}
-        # By name, as a parameter may become another object on its way to a GPU: its group, its owner's rank there.
         self.group: dict[str, dist.ProcessGroup | None] = {}
         self.owner: dict[str, int] = {}
-        loads = {group: [0] * dist.get_world_size(group) for group in (ranks.replicas, ranks.twins) if group}
+        loads: dict[dist.ProcessGroup | None, list[int]] = {}
         for name, p in model.named_parameters():
-            group = self.group[name] = ranks.twins if name in self.divided else ranks.replicas
-            load = loads[group] if group else [0]
+            group = self.group[name] = self.divided[name].twins if name in self.divided else ranks.replicas
+            load = loads.setdefault(group, [0] * (dist.get_world_size(group) if group else 1))
             # Stages that hold the same weight have its owner at the same place, so that its sums have the same order.
-            several = SEVERAL.index(name) % ranks.dp if ranks.pp > 1 and name in SEVERAL else None
+            several = VOCABULARY.index(name) % len(load) if ranks.pp > 1 and name in VOCABULARY else None
             self.owner[name] = load.index(min(load)) if several is None else several
             load[self.owner[name]] += p.numel()
+
+    @cached_property
+    def official(self) -> dict[str, Parameter]:
+        """The parameters and experts' biases of the whole model."""
+        return official_keys(self.config)
 
     def owns(self, name: str) -> bool:
         group = self.group[name]
@@ -99,10 +124,11 @@ class Shares:
         torch.autograd.graph.increment_version([p for p, _, _ in shared])  # FP8 copies of them are stale
 
     def sum_counts_(self) -> Tensor | None:
-        """Add up the routers' counts of tokens over the global batch. Returns those of the whole model's layers,
-        [MoE layers, E] int64, on every rank; None without MoE layers."""
+        """Add up the routers' counts of tokens over the global batch, so that `balance_` moves all ranks' biases alike.
+        Returns those of the whole model's layers, [MoE layers, E] int64, on every rank; None without MoE layers."""
         if self.ranks.replicas is not None:
-            sum_counts_(self.model, self.ranks.replicas)
+            for router in self.model.routers():
+                dist.all_reduce(router.counts, group=self.ranks.replicas)
         if not self.routers:
             return None
         if self.ranks.stages is None:
@@ -113,94 +139,24 @@ class Shares:
         dist.all_reduce(counts, group=self.ranks.stages)
         return counts
 
-    def pieces(self, optimizer_tensors: dict[str, Tensor]) -> Iterator[tuple[str, int, Tensor]]:
-        """Name, part number and tensor of all that this rank owns of the weights, the experts' biases and the
-        optimizer's tensors, which are named NAME.KEY."""
-        owned = {n for n, _ in self.model.named_parameters() if self.owns(n)} - self.counted_elsewhere
-        for name, p in self.model.named_parameters():
-            if name in owned:
-                yield name, self.part_number(name), p.detach()
-        if self.ranks.replica == 0:
-            for name, b in self.model.named_buffers():
-                if name.endswith("expert_bias"):
-                    yield name, 0, b
-        for key, t in optimizer_tensors.items():
-            name = key.rpartition(".")[0]
-            if name in owned:
-                yield f"{OPTIMIZER}{key}", self.part_number(name) if t.ndim else 0, t
-
-    def my_part(self, name: str, whole: Parts) -> Parts:
-        """This rank's rows of a whole parameter, or its items of a list that has equally many for each row."""
+    def part_of(self, name: str) -> Part:
+        """Which part of a whole parameter or experts' bias this rank holds."""
         if name not in self.divided:
-            return whole
-        number = len(whole) // self.ranks.ep
-        return whole[self.ranks.expert_part * number : (self.ranks.expert_part + 1) * number]
+            return EVERYTHING
+        division = self.divided[name]
+        return equal_part(division.part, division.number, self.official[name].shape[0])
 
-    def part_number(self, name: str) -> int:
-        return self.ranks.expert_part if name in self.divided else 0
-
-    def whole(self, optimizer_tensors: dict[str, Tensor]) -> tuple[Ling, dict[str, Tensor]] | None:
-        """The whole model and the optimizer's tensors: on rank 0, in its host's memory; None on other ranks. With one
-        process its own."""
-        if self.ranks.world is None:
-            return self.model, optimizer_tensors
-        found = gathered([*self.pieces(optimizer_tensors)], self.ranks)
-        if found is None:
-            return None
-        moments = {key.removeprefix(OPTIMIZER): found.pop(key) for key in [*found] if key.startswith(OPTIMIZER)}
-        return assembled(self.config, found), moments
-
-    def part(self, key: str, value: Tensor) -> Tensor | None:
-        """What this rank keeps of the optimizer's whole tensor NAME.KEY; None where it keeps nothing of it."""
-        name = key.rpartition(".")[0]
-        if name not in self.group or not self.owns(name):
-            return None
-        if not value.ndim:
-            return value
-        if name in self.divided and len(value) % self.ranks.ep:  # 8-bit moments: a scale may be of two experts
-            raise InputError(f"the optimizer's {key} cannot be divided over --ep {self.ranks.ep}")
-        return self.my_part(name, value).clone()
+    def owned(self) -> set[str]:
+        """Names of the parameters and experts' biases that this rank writes to a checkpoint: those whose optimizer
+        state it keeps, once of those that several stages hold; biases, which are whole and equal, on the first."""
+        biases = [name for name, _ in self.model.named_buffers() if name.endswith("expert_bias")]
+        names = {name for name, _ in self.model.named_parameters() if self.owns(name)} - self.counted_elsewhere
+        return names.union(biases if self.ranks.replica == 0 else [])
 
 
-OPTIMIZER = "optimizer:"
-SEVERAL = ("word_embeddings.weight", "lm_head.weight")  # weights that several stages may hold
+VOCABULARY = ("word_embeddings.weight", "lm_head.weight")  # which several stages of a pipeline may hold
 
 
 def wait(works: list) -> None:
     for work in works:
         work.wait()
-
-
-def assembled(config: LingConfig, tensors: dict[str, Tensor]) -> Ling:
-    """A model on the CPU whose weights are these tensors."""
-    with torch.device("meta"):
-        model = Ling(config)
-    state = model.state_dict()
-    model.load_state_dict({name: tensors[name] for name in state}, assign=True)
-    return model
-
-
-def gathered(pieces: list[tuple[str, int, Tensor]], ranks: Ranks) -> dict[str, Tensor] | None:
-    """The whole tensors on the host of rank 0, each the concatenation of its parts along dimension 0; None elsewhere.
-
-    pieces: of this rank, (name, number of the part, tensor). One tensor travels at a time.
-    """
-    described = [(name, part, t.shape, t.dtype, t.device.type) for name, part, t in pieces]
-    everything = ranks.exchange(described)
-    if not ranks.first:
-        for _, _, t in pieces:
-            dist.send(t.contiguous(), 0, group=ranks.world)
-        return None
-    parts: dict[str, dict[int, Tensor]] = {}
-    for rank, theirs in enumerate(everything):
-        for i, (name, part, shape, dtype, device) in enumerate(theirs):
-            if rank == 0:
-                t = pieces[i][2].to("cpu", copy=True)
-            else:
-                t = torch.empty(shape, dtype=dtype, device=device)
-                dist.recv(t, rank, group=ranks.world)
-            parts.setdefault(name, {})[part] = t.cpu()
-    return {
-        name: torch.cat([found[i] for i in sorted(found)]) if len(found) > 1 else found[0]
-        for name, found in parts.items()
-    }

@@ -75,12 +75,13 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--tries", type=int, default=TRIES, metavar="N", help=f"moves of a search (default: {TRIES})")
     found.add_argument("--csv", metavar="FILE", help="write the order of actions for torch and torchtitan")
     found.add_argument("--png", metavar="FILE", help="write a picture of the step")
-    add_flags(found, without=(*OWN, "dist_timeout"))
+    add_flags(found, without=(*OWN, *NOT_PLANNED))
     return found
 
 
 OWN = ("pp", "vpp", "dp", "ep", "zero", "pipeline", "schedule", "gpu", "memory", "losses_together", "overlap", "tries",
        "csv", "png")  # fmt: skip
+NOT_PLANNED = ("cp", "vocab_parallel", "exchange", "exchange_by_nodes", "dist_timeout")
 
 
 def make_problem(flags: dict, options: argparse.Namespace) -> Problem:

@@ -1,10 +1,51 @@
-"""Objectives of post-training that any trainer can call: policy losses, sentences, rewards."""
+"""Post-training: policy losses, sentences and rewards that any trainer can call, and a loop that trains with them.
 
-from .policy import AVERAGES, ICEPOP, LEVELS, PolicyLoss, group_advantages, icepop, policy_loss
-from .rewards import apex_eval, bradley_terry, evo_cot_rewards, length_rewards, pass_at_k, win_rates
-from .sentences import PAUSES, sentence_lengths
+The import is light: torch is loaded at the first use of a name, so that processes of reward functions start at once.
+"""
 
-__all__ = [
-    "AVERAGES", "ICEPOP", "LEVELS", "PAUSES", "PolicyLoss", "apex_eval", "bradley_terry", "evo_cot_rewards",
-    "group_advantages", "icepop", "length_rewards", "pass_at_k", "policy_loss", "sentence_lengths", "win_rates",
-]  # fmt: skip
+import importlib
+from typing import TYPE_CHECKING
+
+EXPORTS = dict(
+    loop=("Loop", "LoopSettings"),
+    policy=("AVERAGES", "ICEPOP", "LEVELS", "METHODS", "PolicyLoss", "group_advantages", "icepop", "policy_loss"),
+    reward_processes=("RewardProcesses", "Score"),
+    rewards=("apex_eval", "bradley_terry", "evo_cot_rewards", "length_rewards", "pass_at_k", "win_rates"),
+    sentences=("PAUSES", "sentence_lengths"),
+    tasks=("TASKS", "Problem", "exact"),
+)
+FILES = {name: file for file, names in EXPORTS.items() for name in names}
+
+__all__ = sorted(FILES)
+
+if TYPE_CHECKING:
+    from .loop import Loop as Loop
+    from .loop import LoopSettings as LoopSettings
+    from .policy import AVERAGES as AVERAGES
+    from .policy import ICEPOP as ICEPOP
+    from .policy import LEVELS as LEVELS
+    from .policy import METHODS as METHODS
+    from .policy import PolicyLoss as PolicyLoss
+    from .policy import group_advantages as group_advantages
+    from .policy import icepop as icepop
+    from .policy import policy_loss as policy_loss
+    from .reward_processes import RewardProcesses as RewardProcesses
+    from .reward_processes import Score as Score
+    from .rewards import apex_eval as apex_eval
+    from .rewards import bradley_terry as bradley_terry
+    from .rewards import evo_cot_rewards as evo_cot_rewards
+    from .rewards import length_rewards as length_rewards
+    from .rewards import pass_at_k as pass_at_k
+    from .rewards import win_rates as win_rates
+    from .sentences import PAUSES as PAUSES
+    from .sentences import sentence_lengths as sentence_lengths
+    from .tasks import TASKS as TASKS
+    from .tasks import Problem as Problem
+    from .tasks import exact as exact
+else:
+
+    def __getattr__(name: str):
+        if name not in FILES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = globals()[name] = getattr(importlib.import_module(f".{FILES[name]}", __name__), name)
+        return value

@@ -29,6 +29,14 @@ AVERAGES = ("tokens", "responses")
 # Ranges of a token's probability in training over that in the rollout: of Ring-1T as its users give them, and narrower.
 ICEPOP = {"ring": (0.5, 5.0), "narrow": (0.5, 2.0)}
 
+# What policy_loss takes for each method of the table above; DAPO's and GSPO's clips are their papers'.
+METHODS: dict[str, dict[str, Any]] = dict(
+    grpo=dict(level="token", average="responses", clip=0.2),
+    dapo=dict(level="token", average="tokens", clip=(0.2, 0.28)),
+    gspo=dict(level="sequence", average="responses", clip=(3e-4, 4e-4)),
+    lpo=dict(level="sentence", average="tokens", clip=0.03),
+)
+
 
 class PolicyLoss(NamedTuple):
     loss: Tensor  # scalar fp32, with the gradient
@@ -111,14 +119,26 @@ def icepop(train_logp: Tensor, rollout_logp: Tensor, limits: str | tuple[float, 
     """
     if isinstance(limits, str) and limits not in ICEPOP:
         raise InputError(f"limits is one of {', '.join(ICEPOP)} or two numbers; not {limits!r}")
-    low, high = ICEPOP[limits] if isinstance(limits, str) else limits
+    low, high = ICEPOP[limits] if isinstance(limits, str) else icepop_limits(limits)
+    check_tensors(train_logp, dict(train_logp=train_logp, rollout_logp=rollout_logp))
+    if train_logp.shape != rollout_logp.shape:
+        raise InputError(f"train_logp {[*train_logp.shape]} and rollout_logp {[*rollout_logp.shape]} are of one shape")
     k = (train_logp - rollout_logp).detach().exp()
     return torch.where((k >= low) & (k <= high), k, torch.zeros_like(k))
+
+
+def icepop_limits(limits: Any) -> tuple[float, float]:
+    pair = tuple(limits) if isinstance(limits, tuple | list) else ()
+    if len(pair) != 2 or not all(isinstance(limit, int | float) for limit in pair) or not pair[0] <= pair[1]:
+        raise InputError(f"limits are two numbers, below and above; not {limits!r}")
+    return pair
 
 
 def group_advantages(rewards: Tensor, eps: float = 1e-6) -> Tensor:
     """rewards [groups, G] -> (reward - mean) / std of each group, [groups, G] fp32; 0 where all rewards are equal, NaN
     where one is."""
+    if not isinstance(rewards, Tensor):
+        raise InputError(f"rewards are {type(rewards).__name__}, not a tensor")
     if rewards.ndim != 2 or rewards.shape[1] < 2:
         raise InputError(f"rewards [groups, G] with G of at least 2; got {[*rewards.shape]}")
     rewards = rewards.float()
@@ -135,30 +155,52 @@ def widths(clip: Any) -> tuple[float, float]:
     return pair
 
 
+def check_tensors(logp: Any, given: dict[str, Any]) -> None:
+    for name, t in given.items():
+        if t is None and name in ("token_weights", "reference_logp", "sentences"):
+            continue
+        if not isinstance(t, Tensor):
+            raise InputError(f"{name} is {type(t).__name__}, not a tensor")
+        if t.device != logp.device:
+            raise InputError(f"{name} is on {t.device}, logp on {logp.device}")
+
+
 def check(logp, old_logp, advantages, lengths, level, average, sentences, token_weights, reference_logp, kl) -> None:
     if level not in LEVELS:
         raise InputError(f"level is one of {', '.join(LEVELS)}; not {level!r}")
     if average not in AVERAGES:
         raise InputError(f"average is one of {', '.join(AVERAGES)}; not {average!r}")
     rows = dict(logp=logp, old_logp=old_logp, token_weights=token_weights, reference_logp=reference_logp)
+    check_tensors(logp, rows | dict(advantages=advantages, lengths=lengths, sentences=sentences))
     for name, t in rows.items():
-        if t is not None and t.shape != logp.shape[:1]:
+        if t is not None and (t.ndim != 1 or t.shape != logp.shape):
             raise InputError(f"{name} has shape {[*t.shape]}; logp has {[*logp.shape]}, one number for each token")
+        if t is not None and not t.is_floating_point():
+            raise InputError(f"{name} is {t.dtype}, not of floating-point numbers")
     if lengths.ndim != 1 or advantages.shape != lengths.shape:
         raise InputError(f"advantages {[*advantages.shape]} and lengths {[*lengths.shape]} are one for each response")
     if (sentences is None) != (level != "sentence"):
         raise InputError("level 'sentence', and it alone, takes sentences")
+    if not isinstance(kl, int | float) or not 0 <= kl < float("inf"):
+        raise InputError(f"kl is a number of at least 0; not {kl!r}")
     if (reference_logp is None) != (kl == 0):
         raise InputError("kl and reference_logp go together")
     for name, of in (("lengths", lengths), ("sentences", sentences)):
         if of is None:
             continue
+        if of.ndim != 1:
+            raise InputError(f"{name} have shape {[*of.shape]}, not one dimension")
         if of.dtype not in (torch.int64, torch.int32):
             raise InputError(f"{name} are {of.dtype}, not int64")
         if of.device.type == "cpu" and (of < 0).any():
             raise InputError(f"{name} have {int(of.min())}, which is below 0")
         if of.device.type == "cpu" and int(of.sum()) != len(logp):
             raise InputError(f"{name} add up to {int(of.sum())}, and there are {len(logp)} tokens")
+    if logp.device.type == "cpu":  # elsewhere the host would wait for the values
+        if not advantages.isfinite().all():
+            raise InputError(f"advantages have {advantages[~advantages.isfinite()][0].item()}: is a reward not finite?")
+        if token_weights is not None and not ((token_weights >= 0) & token_weights.isfinite()).all():
+            raise InputError("token_weights have a number that is negative or not finite")
     if sentences is not None and sentences.device.type == "cpu":
         ends = set(sentences.cumsum(0).tolist())
         if crossed := [e for e in lengths.cumsum(0).tolist() if e and e not in ends]:

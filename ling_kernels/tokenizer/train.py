@@ -12,12 +12,9 @@ from typing import Any
 
 from ..errors import InputError, Parser, command
 from ..files import user_path
-from ..train.data.sources import (  # this file is a command, so it may look above its room
-    DEFAULTS,
-    TextOptions,
-    documents,
-    find_files,
-)
+from ..train.data.chats import chats_and_texts  # this file is a command, so it may look above its room
+from ..train.data.conversations import COLUMNS, conversation, message_texts
+from ..train.data.sources import DEFAULTS, TextOptions, documents, find_files, rows
 from .byte_level import SPECIAL_TOKENS, byte_settings, byte_tokenizer_json
 from .tokenizer import Tokenizer
 
@@ -63,18 +60,23 @@ def train_tokenizer(texts: Iterable[str], vocab: int = 32768) -> Tokenizer:
 
 
 def texts_of(data: Sequence[str], options: TextOptions = DEFAULTS) -> Iterator[str]:
-    """The text of data files, in pieces of about a megabyte. Raises InputError for data that is not text."""
+    """The text of data files, of chats that of their messages, in pieces of about a megabyte. Raises InputError for
+    data that is not text."""
     files = find_files(data)
     if tokens := [path for path in files if path.suffix == ".bin"]:
         raise InputError(f"{tokens[0]} holds tokens, not text")
-    for document in documents(files, options):
+    chats, texts = chats_and_texts(files, options)
+    for document in documents(texts, options):
         yield from document
+    for path in chats:
+        for source, row in rows(path, options, columns=COLUMNS, any_of=True):
+            yield from message_texts(conversation(row, source)[0])
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser("python -m ling_kernels.tokenizer.train", description="Train a byte-level BPE tokenizer.")
-    parser.add_argument("data", nargs="+", help="files of text, as for the trainer's --data, or folders of them")
+    parser.add_argument("data", nargs="+", help="files of text or chats, as for --data of the trainer, or folders")
     parser.add_argument("--out", required=True, help="folder for tokenizer.json and tokenizer_config.json")
     parser.add_argument(
         "--vocab", type=int, default=32768, metavar="N", help="tokens, special ones too (default: 32768)"
@@ -83,9 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--encoding", default="utf-8", help="of the text (default: utf-8)")
     args = parser.parse_args(argv)
     options = TextOptions(args.text_field, args.encoding)
-    if not args.out:
-        raise InputError("--out is empty: name a folder")
-    file = user_path(args.out) / "tokenizer.json"
+    file = user_path(args.out, "--out") / "tokenizer.json"
     if file.exists():
         raise InputError(f"{file} exists already: give another --out")
     tokenizer = train_tokenizer(texts_of(args.data, options), args.vocab)

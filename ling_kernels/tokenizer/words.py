@@ -57,6 +57,14 @@ class WordEncoder:
         self.characters: np.ndarray
         self._forget()
 
+    def __getstate__(self) -> dict:
+        """For pickle, with the words so far."""
+        with self.lock:
+            return vars(self) | {"lock": None}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state, lock=threading.Lock())
+
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of each text. Raises InputError for text that is not valid Unicode."""
         known = [self._can_cut(text) for text in texts]

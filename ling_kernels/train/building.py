@@ -7,12 +7,13 @@ import torch
 
 from ..model import Ling, load_model
 from ..nn.fp8 import to_fp8
-from ..parallel.parts import draw_weights_, give_memory_, read_weights_, whole_on_meta
+from ..parallel.official import whole_on_meta
+from ..parallel.parts import draw_weights_, give_memory_, read_weights_
 from ..parallel.pipeline import Pipeline
 from ..parallel.shares import Shares
 from .optimizer import to_masters
 from .prepare import Run
-from .prepare.checks import stages_of
+from .prepare.checks_parallel import schedule_of, stages_of
 from .settings import Settings
 
 
@@ -23,7 +24,8 @@ def make_model(run: Run) -> tuple[Ling, Shares]:
     if ranks.size > 1:
         model = whole_on_meta(run.config)
         to_masters(model, s.master)
-        shares = Shares(model, ranks, partial(make_pipeline, model, run) if ranks.pp > 1 else None)
+        pipeline = partial(make_pipeline, model, run) if ranks.pp > 1 else None
+        shares = Shares(model, ranks, pipeline, s.exchange)
         give_memory_(model, run.device)
         if folder:
             read_weights_(shares, folder)
@@ -49,11 +51,10 @@ def make_pipeline(model: Ling, run: Run) -> Pipeline:
     """This process's stages of the model, in place."""
     s, ranks = run.settings, run.ranks
     layout = stages_of(s, run.config)
-    schedule = "1F1B" if len(layout.stages) == ranks.pp else "Interleaved1F1B"
     micro = s.micro_batch or s.batch // ranks.dp
     return Pipeline(
-        model, layout, schedule, s.batch // ranks.dp // micro, (micro, s.seq_len), ranks.stages, run.precision,
-        run.device,
+        model, layout, schedule_of(s, layout), s.batch // ranks.dp // micro, (micro, s.seq_len), ranks.stages,
+        run.precision, run.device,
     )  # fmt: skip
 
 

@@ -17,7 +17,6 @@ import re
 import shutil
 import time
 import zlib
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -27,6 +26,9 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..files import user_path
 from ..model.config_json import is_integer
+from ..parallel.checkpoints import read_optimizer
+from ..parallel.ranks import Ranks
+from ..parallel.shares import Shares
 from .changes import DATA_FOLDER, are_changes, is_data_folder
 
 READ_BYTES = 1 << 24
@@ -118,27 +120,33 @@ def locate(resume: str) -> tuple[Path, Path]:
     return path, checkpoints[-1]
 
 
-def read_state(checkpoint: Path) -> dict:
-    """Read state.json. Raises InputError for a damaged checkpoint, naming the latest intact one before it."""
-    if (damage := damage_of(checkpoint)) is None:
-        return json.loads((checkpoint / "state.json").read_text())
-    run = checkpoint.parent.parent
-    earlier = [c for c in list_checkpoints(run) if step_of(c) < step_of(checkpoint) and damage_of(c) is None]
-    offer = f"continue from the one before it with --resume {earlier[-1]}" if earlier else "there is no earlier one"
+def read_state(checkpoint: Path, ranks: Ranks | None = None) -> dict:
+    """Read state.json. Raises InputError for a damaged checkpoint, naming the latest intact one before it. Every
+    process calls it, and reads a share of the files."""
+    ranks = ranks or Ranks()
+    if (damage := damage_of(checkpoint, ranks)) is None:
+        return ranks.from_first(lambda: json.loads((checkpoint / "state.json").read_text()))
+    sound = sound_before(checkpoint, ranks)
+    offer = f"continue from the one before it with --resume {sound}" if sound else "there is no earlier one"
     raise InputError(f"the checkpoint {checkpoint} is damaged: {damage}; {offer}")
 
 
-def last_sound(checkpoint: Path) -> Path:
+def last_sound(checkpoint: Path, ranks: Ranks | None = None) -> Path:
     """The checkpoint, or where it is damaged the latest intact one before it, with a line that says so; the checkpoint
     itself where there is none."""
-    if (damage := damage_of(checkpoint)) is None:
+    ranks = ranks or Ranks()
+    if (damage := damage_of(checkpoint, ranks)) is None or (sound := sound_before(checkpoint, ranks)) is None:
         return checkpoint
-    earlier = [c for c in list_checkpoints(checkpoint.parent.parent) if step_of(c) < step_of(checkpoint)]
-    sound = next((c for c in reversed(earlier) if damage_of(c) is None), None)
-    if sound is None:
-        return checkpoint
-    print(f"the checkpoint {checkpoint} is damaged: {damage}; resuming from {sound.name}")
+    if ranks.first:
+        print(f"the checkpoint {checkpoint} is damaged: {damage}; resuming from {sound.name}")
     return sound
+
+
+def sound_before(checkpoint: Path, ranks: Ranks) -> Path | None:
+    """The latest intact checkpoint before this one."""
+    found = ranks.from_first(lambda: list_checkpoints(checkpoint.parent.parent))
+    earlier = (c for c in reversed(found) if step_of(c) < step_of(checkpoint))
+    return next((c for c in earlier if damage_of(c, ranks) is None), None)
 
 
 def age_key(checkpoint: Path) -> tuple[bool, float, int]:
@@ -150,21 +158,40 @@ def age_key(checkpoint: Path) -> tuple[bool, float, int]:
     return written <= time.time(), written, step_of(checkpoint)
 
 
-def damage_of(checkpoint: Path) -> str | None:
-    """Describe damage to a checkpoint; None where every file is intact."""
+def damage_of(checkpoint: Path, ranks: Ranks | None = None) -> str | None:
+    """Describe damage to a checkpoint; None where every file is intact. Every process reads a share of the files."""
+    ranks = ranks or Ranks()
+    listed = ranks.from_first(lambda: listed_files(checkpoint))
+    if isinstance(listed, str):
+        return listed
+    mine = listed[ranks.rank :: ranks.size]
+    return next(filter(None, ranks.exchange(next(filter(None, (damage_to(checkpoint, *f) for f in mine)), None))), None)
+
+
+def listed_files(checkpoint: Path) -> list[tuple[str, int, int]] | str:
+    """Name, size and checksum of every file, or why they are not known."""
     try:
         files = json.loads((checkpoint / "state.json").read_text())["files"].items()
-        for name, (size, crc) in files:
-            path = checkpoint / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != size:
-                return f"{name} has {path.stat().st_size} of {size} bytes"
-            if checksum(path) != crc:
-                return f"the checksum of {name} is wrong"
+        return [(name, size, crc) for name, (size, crc) in files]
     except OSError as error:
         return f"{error.filename or checkpoint}: {error.strerror}"
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return "state.json is not readable"
+
+
+def damage_to(checkpoint: Path, name: str, size: int, crc: int) -> str | None:
+    """Describe damage to a file of a checkpoint."""
+    try:
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} of {size} bytes"
+        if checksum(path) != crc:
+            return f"the checksum of {name} is wrong"
+    except OSError as error:
+        return f"{error.filename or checkpoint}: {error.strerror}"
+    except (ValueError, TypeError):
         return "state.json is not readable"
     return None
 
@@ -191,25 +218,14 @@ def is_progress(state: dict) -> bool:
     )
 
 
-def restore(
-    checkpoint: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    part_of: Callable[[str, Tensor], Tensor | None],
-) -> None:
-    """Load the optimizer's state and the random number generators'. The model must have the checkpoint's weights.
-
-    part_of: of a state's key and value, what this process keeps of the value; None: nothing.
-    """
-    from safetensors import safe_open
+def restore(checkpoint: Path, shares: Shares, optimizer: torch.optim.Optimizer) -> None:
+    """Load this process's part of the optimizer's state, and the random number generators'. The model must have the
+    checkpoint's weights."""
     from safetensors.torch import load_file
 
-    named = dict(model.named_parameters())
-    with safe_open(checkpoint / "optimizer.safetensors", "pt") as file:
-        for key in file.keys():  # noqa: SIM118 (it is no dict)
-            name, _, part = key.rpartition(".")
-            if (value := part_of(key, file.get_tensor(key))) is not None:
-                optimizer.state[named[name]][part] = value.to(named[name].device)
+    named = dict(shares.model.named_parameters())
+    for name, key, value in read_optimizer(checkpoint, shares):
+        optimizer.state[named[name]][key] = value.to(named[name].device)
     states = load_file(checkpoint / "rng.safetensors")
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():

@@ -9,33 +9,27 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from ..errors import Diverged, InputError, command, counted, one_line
-from ..model import Ling
-from ..model.sample import sampler
+from ..errors import Diverged, InputError, OtherRank, command, counted, one_line
+from ..files import user_path
 from ..parallel.ranks import Ranks, is_lost_rank, start, stop
-from ..tokenizer import TextStream, Tokenizer
 from . import checkpoint as ckpt
 from .changes import described
-from .data import Documents
 from .flags import as_flags, parser
 from .prepare import deterministic, latest_run, new_run, resumed_run
-from .prepare.checks import stages_of
+from .prepare.checks_parallel import schedule_of, stages_of
 from .profiling import StepProfiler, recorded
 from .recipe import run_recipe, table
 from .report import SAMPLES, NoReport, Report, open_lines
 from .report.page import write_html
 from .report.plots import draw
-from .saving import NotSaved, last_good
+from .sampling import sampled
+from .saving import NotSaved, OtherNotSaved, last_good
 from .settings import SIZES, Settings, settings_of, to_json
 from .signals import STOPPED, interrupted_by_sigterm, stop_on_signals
 from .starts import moe_layers, record_start
 from .trainer import Trainer
-
-PROMPT = 24  # tokens of a held-out document that the sample continues
-TEMPERATURE = 0.8
 
 
 @command
@@ -61,7 +55,8 @@ def main(argv: Sequence[str] | None, planner) -> int:
         print("stopped before the first step; nothing was trained", file=sys.stderr)
         return STOPPED
     except NotSaved as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not isinstance(error, OtherRank):
+            print(f"error: {error}", file=sys.stderr)
         return 1
     except torch.OutOfMemoryError as error:
         why = str(error).split(". ")[0]
@@ -114,8 +109,9 @@ def run(options: dict, planner, everyone: Ranks) -> int:
     try:
         stopped = train(trainer, report)
     except Diverged as error:
+        way = way_back(trainer)
         if everyone.first:
-            print(f"error: {error}; {way_back(trainer)}", file=sys.stderr)
+            print(f"error: {error}; {way}", file=sys.stderr)
         return 1
     finally:
         report.close()
@@ -159,6 +155,8 @@ def open_run(options: dict, everyone: Ranks) -> Trainer:
     out, resume, restart, fall_back = options.pop("out"), options.pop("resume"), False, False
     if resume == "":
         raise InputError("--resume is empty: name a run, or auto")
+    if out is not None:
+        out = user_path(out, "--out")
     if resume == "auto":
         model = settings_of(options).model
         resume = everyone.from_first(lambda: latest_run(out, model))
@@ -270,12 +268,24 @@ def print_header(trainer: Trainer) -> None:
         print(text)
     print(f"device     {trainer.device_name}, {str(trainer.precision)[6:]}, peak {peak}")
     if ranks.size > 1:
-        pipelines = f", {ranks.pp} the layers, {stages_of(s, trainer.config)}" if ranks.pp > 1 else ""
-        print(f"processes  {ranks.size}: {ranks.dp} divide the rows, groups of {ranks.ep} the experts{pipelines}")
+        print(f"processes  {ranks.size}: {', '.join(divided(s, trainer))}")
     done = trainer.progress.step
     steps = f"steps {done + 1} to {s.steps}" if done < s.steps else f"all {s.steps} steps are done: --steps N goes on"
     print(f"run        {shown(trainer.folder)}, {steps}")
     print(*trainer.notes, sep="\n", end="\n" if trainer.notes else "", flush=True)
+
+
+def divided(s: Settings, trainer: Trainer) -> Iterator[str]:
+    """What the processes divide."""
+    ranks = trainer.ranks
+    yield f"{ranks.dp} divide the rows, groups of {ranks.experts.number} the experts"
+    if ranks.vocabulary.number > 1:
+        yield f"of {ranks.vocabulary.number} the vocabulary"
+    if ranks.cp > 1:
+        yield f"of {ranks.cp} the tokens of a row"
+    if ranks.pp > 1:
+        layout = stages_of(s, trainer.config)
+        yield f"{ranks.pp} the layers, {layout}, in the order {s.schedule or schedule_of(s, layout)}"
 
 
 def finish_run(trainer: Trainer, planner) -> None:
@@ -291,7 +301,8 @@ def finish_run(trainer: Trainer, planner) -> None:
             shutil.rmtree(folder / "merged", ignore_errors=True)  # of a run that went back
             trainer.merge.write(folder / "merged", config, trainer.tokenizer)
     except InputError as error:
-        raise NotSaved(f"{error}; the weights are in {ckpt.list_checkpoints(folder)[-1]}") from None
+        kind = OtherNotSaved if isinstance(error, OtherRank) else NotSaved
+        raise kind(f"{error}; the weights are in {ckpt.list_checkpoints(folder)[-1]}") from None
     text = sampled(trainer)
     if not trainer.ranks.first:
         return
@@ -317,41 +328,6 @@ def finish_run(trainer: Trainer, planner) -> None:
     prompt = "--chat --prompt 'Hello'" if trainer.held_out.masks else "--prompt 'The '"
     print("\nThe model continues a text with")
     print(f"    {python('generate')} --model {shlex.quote(shown(folder / 'model'))} {prompt}")
-
-
-def sampled(trainer: Trainer) -> tuple[str, str] | None:
-    """`sample`, in which every rank takes part with its experts; None with --sample-tokens 0 and for a pipeline."""
-    if not trainer.settings.sample_tokens or trainer.ranks.pp > 1:
-        return None
-    return sample(trainer.model, trainer.tokenizer, trainer.held_out, trainer.settings, trainer.ranks)
-
-
-def sample(
-    model: Ling, tokenizer: Tokenizer, held_out: Documents, settings: Settings, ranks: Ranks | None = None
-) -> tuple[str, str]:
-    """The beginning of a held-out document, and the model's continuation up to a token that ends a text or an answer;
-    both depend on the weights and the settings alone. Without any text held out it continues the end token."""
-    starts = ([int(i) for i in beginning(held_out, d) if i != tokenizer.eos_id] for d in range(len(held_out)))
-    prompt = next(filter(None, starts), [tokenizer.eos_id])
-    ids = torch.tensor([prompt], device=next(model.parameters()).device)
-    new = min(settings.sample_tokens, model.config.max_positions - len(prompt))
-    choose, ranks = sampler(temperature=TEMPERATURE, seed=settings.seed), ranks or Ranks()
-
-    def agreed(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        return ranks.from_first(lambda: choose(logits, ids))
-
-    ends, training = tokenizer.ends(), model.training
-    model.eval()
-    tokens = [int(t) for t in model.stream(ids, new, choose=agreed, eos_token_id=ends)]
-    model.train(training)
-    prompt, tokens = [t for t in prompt if t != tokenizer.eos_id], [t for t in tokens if t not in ends]
-    text = TextStream(tokenizer, prompt)
-    return tokenizer.decode(prompt), "".join(map(text.add, tokens)) + text.end()
-
-
-def beginning(held_out: Documents, d: int) -> np.ndarray:
-    """The first ids of a text; of a chat those before its first answer."""
-    return held_out[d][: int(held_out.trained(d).argmax()) if held_out.masks else PROMPT]
 
 
 def python(module: str) -> str:

@@ -47,8 +47,14 @@ class Corpus:
         return {f"epoch/{s.name}": n for s, n in zip(self.sources, self.rows.epochs(rows), strict=True)}
 
     def lines(self) -> list[str]:
-        """What the start of a run says about a mixture and the named validation sets."""
+        """What the start of a run says about a mixture, chats and the named validation sets."""
         lines = []
+        if chats := [docs for s in self.sources for docs in s.training if docs.masks]:
+            tokens, trained = (sum(getattr(docs, n) for docs in chats) for n in ("tokens", "trained_tokens"))
+            lines.append(
+                f"chats      {counted(sum(map(len, chats)), 'conversation')} to train on: {trained:,} of their"
+                f" {tokens:,} tokens ({100 * trained / tokens:.3g} %) count in the loss"
+            )
         for s in self.sources if self.mixed else ():
             tokens, number = sum(docs.tokens for docs in s.training), sum(map(len, s.training))
             lines.append(

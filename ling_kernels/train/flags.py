@@ -3,7 +3,6 @@
 import argparse
 from collections.abc import Callable, Collection
 from dataclasses import Field, fields
-from pathlib import Path
 from typing import Any
 
 from ..errors import Parser
@@ -23,7 +22,7 @@ def parser() -> Parser:
         description="Train a Ling-2.0 model on one GPU or CPU. Without flags it trains tiny on the text that ships in"
         " CPython, in minutes. docs/training.md has examples and explains what happens.",
     )  # fmt: skip
-    flags.add_argument("--out", type=Path, metavar="RUN", help="folder of a new run (default: runs/MODEL-DATE-TIME)")
+    flags.add_argument("--out", metavar="RUN", help="folder of a new run (default: runs/MODEL-DATE-TIME)")
     flags.add_argument(
         "--resume",
         metavar="RUN",

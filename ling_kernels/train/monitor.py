@@ -120,6 +120,13 @@ class FP8Monitor:
         return list(dict.fromkeys(name for name in self.modules() for layer in layers if is_in(layer, name)))
 
 
+def joined(records: Iterable[dict]) -> dict:
+    """One record of the layers of several; empty where none has any."""
+    found = [record for record in records if record]
+    layers = {layer: operands for record in found for layer, operands in record["layers"].items()}
+    return dict(step=found[0]["step"], layers=layers) if found else {}
+
+
 def is_in(layer: str, module: str) -> bool:
     return layer == module or layer in (f"{module}.gate_up", f"{module}.down")
 
@@ -244,8 +251,8 @@ def fp8_errors(x: Tensor, back: Tensor) -> Tensor:
 
 def to_bf16(model: nn.Module, name: str) -> None:
     """Undo `to_fp8` for the model's module `name`, in place, with the same parameters. Other modules are left alone."""
-    old = model.get_submodule(name)
-    if not isinstance(old, FP8):  # the run was resumed in bf16
+    old = dict(model.named_modules()).get(name)
+    if not isinstance(old, FP8):  # the run was resumed in bf16, or the layer is on another rank
         return
     with torch.device("meta"):
         if isinstance(old, Fp8Linear):

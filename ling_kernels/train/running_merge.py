@@ -3,7 +3,8 @@
 The weights c_j and the steps are known beforehand: `merge_last` steps, `merge_every` apart, the last of them the run's
 last. So the sum of c_j t_j is added up as the run goes on, in fp64 on the host and in the order of
 `python -m ling_kernels.train.merge`, whose bits it has. It takes 8 bytes a weight there and in each checkpoint from its
-first step on. Other settings on resuming begin a new sum; one whose first step is past cannot be made any more.
+first step on, and is for one process. Other settings on resuming begin a new sum; one whose first step is past cannot
+be made any more.
 """
 
 from collections.abc import Iterable
@@ -55,15 +56,14 @@ class RunningMerge:
     def complete(self) -> bool:
         return bool(self.plan) and len(self.taken) == len(self.plan)
 
-    def restore(self, checkpoint: Path, taken: list[list[float]], step: int, first: bool = True) -> str | None:
-        """Take up the sum of a checkpoint after `step`; returns a line for the user where it is of another plan. Only
-        the first of several processes holds the sum."""
+    def restore(self, checkpoint: Path, taken: list[list[float]], step: int) -> str | None:
+        """Take up the sum of a checkpoint after `step`; returns a line for the user where it is of another plan."""
         wanted = [[s, c] for s, c in self.plan.items() if s <= step]
         if taken == wanted:
             if taken:
                 from safetensors.torch import load_file
 
-                self.total = load_file(checkpoint / MERGE_FILE) if first else {}
+                self.total = load_file(checkpoint / MERGE_FILE)
                 self.taken = [list(pair) for pair in taken]
             return None
         if wanted:

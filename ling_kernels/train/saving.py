@@ -10,16 +10,19 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import log
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from ..errors import InputError, one_line
-from ..model import Ling, LingConfig
-from ..model.checkpoint import named_views
-from ..model.weight_files import SHARD_BYTES, save_tensors, write_weights
+from ..errors import InputError, OtherRank
+from ..model import LingConfig, save_model
+from ..model.weight_files import SHARD_BYTES, remove_weights, save_tensors
+from ..parallel.checkpoints import OwnPart, collect_, failing_together, own_part, write_files
+from ..parallel.ranks import Ranks
+from ..parallel.shares import Shares
 from ..tokenizer import Tokenizer
 from . import checkpoint as ckpt
 
@@ -32,88 +35,150 @@ class NotSaved(InputError):
     """A checkpoint could not be written."""
 
 
+class OtherNotSaved(NotSaved, OtherRank):
+    """The same, on a process other than rank 0, which reports it."""
+
+
+def not_saved(what: str, error: InputError) -> NotSaved:
+    return (OtherNotSaved if isinstance(error, OtherRank) else NotSaved)(f"cannot write {what}: {error}")
+
+
 @dataclass
 class Snapshot:
-    """What a checkpoint holds of the model and the optimizer, in the precision in which they are trained."""
+    """What this process writes of a checkpoint, in the precision in which it is trained."""
 
     config: LingConfig
-    weights: dict[str, Tensor]  # by official key
-    optimizer: dict[str, Tensor]
+    part: OwnPart
     random: dict[str, Tensor]
-    merged: dict[str, Tensor]  # the running merge, if there is one
+    merged: dict[str, Tensor] = field(default_factory=dict)  # the running merge, which no step changes
 
 
-def snapshot(model: Ling, moments: dict[str, Tensor], copy: bool, merged: dict[str, Tensor] | None = None) -> Snapshot:
-    """The tensors themselves, or copies of them on the host, which later steps do not change. moments: the optimizer's
-    state, as `checkpoint.optimizer_tensors` gives it. merged: tensors on the host that no step changes."""
+def snapshot(shares: Shares, moments: dict[str, Tensor], wait: bool) -> tuple[Snapshot, bool]:
+    """The tensors themselves where the caller waits for the write; otherwise copies on the host, which later steps do
+    not change, or the tensors where there is no memory for copies: True then, as the caller must wait.
 
-    def on_host(t: Tensor) -> Tensor:
-        return t.detach().to("cpu", copy=True).contiguous() if copy else t.detach()
-
-    weights = {key: on_host(view) for key, view in named_views(model)}
-    return Snapshot(model.config, weights, {k: on_host(t) for k, t in moments.items()}, ckpt.random_states(),
-                    merged or {})  # fmt: skip
-
-
-def size_of(model: Ling, moments: dict[str, Tensor]) -> int:
-    """Bytes of a checkpoint's tensors."""
-    tensors = [t for _, t in named_views(model)] + [*moments.values()]
-    return sum(t.numel() * t.itemsize for t in tensors)
+    moments: the optimizer's state, as `checkpoint.optimizer_tensors` gives it.
+    """
+    part = own_part(shares, moments)
+    wait = wait or not room_for_copy(part.bytes())
+    return Snapshot(shares.config, part if wait else part.on_host(), ckpt.random_states()), wait
 
 
 def room_for_copy(needed: int) -> bool:
-    """Whether the host has memory for a copy of `needed` bytes beside the file that is being written."""
+    """Whether the host has memory for a copy of `needed` bytes, by each of its processes, beside the file that is being
+    written."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's, of this machine
     try:
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(lines["MemAvailable"].split()[0]) << 10 > needed + min(needed, SHARD_BYTES)
+        free = int(lines["MemAvailable"].split()[0]) << 10
+        return free > processes * (needed + min(needed, SHARD_BYTES))
     except (OSError, KeyError, ValueError):  # not Linux
         return True
 
 
 def write(
-    run: Path, tensors: Snapshot, tokenizer: Tokenizer, state: dict, keep: Callable[[list[int]], set[int]]
+    run: Path,
+    tensors: Snapshot,
+    tokenizer: Tokenizer,
+    state: dict,
+    keep: Callable[[list[int]], set[int]],
+    ranks: Ranks,
 ) -> None:
-    """Write the checkpoint of state["step"] and remove those whose steps are not in keep(all steps).
+    """Write the checkpoint of state["step"] and remove those whose steps are not in keep(all steps). Every process
+    calls it; rank 0 completes the checkpoint when all have written their files.
 
-    Raises NotSaved, having removed what was written.
+    Raises NotSaved on all processes where one failed; what was written is removed.
     """
     final = ckpt.checkpoint_folder(run, state["step"])
     partial = final.with_name(f".{final.name}.partial")
     try:
-        ckpt.clear_leftovers(run)
-        partial.mkdir(parents=True)
-        write_files(partial, tensors, tokenizer)
-        files = {p.name: [p.stat().st_size, ckpt.checksum(p)] for p in sorted(partial.iterdir())}
-        state = state | dict(time=time.time(), files=files)
-        (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-        for path in [*partial.iterdir(), partial]:
-            ckpt.make_durable(path)
-        if final.exists():  # damaged, or from before the run went back
-            ckpt.remove(final)
-        os.rename(partial, final)
-        ckpt.make_durable(final.parent)
-        found = {ckpt.step_of(c): c for c in ckpt.list_checkpoints(run)}
-        for step in found.keys() - keep(sorted(found)) - {state["step"]}:
-            ckpt.remove(found[step])
-    except (OSError, InputError, MemoryError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        why = getattr(error, "strerror", None) or one_line(str(error)) or type(error).__name__
-        raise NotSaved(f"cannot write the checkpoint {final}: {why}") from None
+        with failing_together(ranks):
+            if ranks.first:
+                ckpt.clear_leftovers(run)
+                partial.mkdir(parents=True)
+        with failing_together(ranks):
+            if not partial.is_dir():
+                raise InputError(f"{partial.parent} is not on a file system that all machines share")
+        collect_(tensors.part, ranks)
+        names = write_files(partial, tensors.part, ranks)
+        with failing_together(ranks):
+            if ranks.first:
+                names += write_rest(partial, tensors, tokenizer)
+            files = {name: [(partial / name).stat().st_size, ckpt.checksum(partial / name)] for name in names}
+            for name in names:
+                ckpt.make_durable(partial / name)
+        everyone = ranks.exchange(files)
+        with failing_together(ranks):
+            if ranks.first:
+                all_files = {name: found for theirs in everyone for name, found in theirs.items()}
+                complete(run, partial, final, state | dict(time=time.time(), files=all_files))
+                remove_others(run, state["step"], keep)
+    except InputError as error:
+        if ranks.first:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise not_saved(f"the checkpoint {final}", error) from None
 
 
-def write_files(folder: Path, tensors: Snapshot, tokenizer: Tokenizer) -> None:
-    def on_host(named: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {key: t.cpu().contiguous() for key, t in named.items()}
-
-    weights = tensors.weights
-    sizes = {key: t.numel() * t.itemsize for key, t in weights.items()}
-    write_weights(folder, sizes, lambda keys: on_host({key: weights[key] for key in keys}), SHARD_BYTES)
-    tensors.config.to_json(folder / "config.json", fp8=False, dtype=next(iter(weights.values())).dtype)
+def write_rest(folder: Path, tensors: Snapshot, tokenizer: Tokenizer) -> list[str]:
+    """Rank 0's own files but its tensors; returns their names."""
+    there = {*folder.iterdir()}
+    dtype = next(iter(tensors.part.weights.values())).dtype
+    tensors.config.to_json(folder / "config.json", fp8=False, dtype=dtype)
     tokenizer.save(folder)
-    save_tensors(on_host(tensors.optimizer), folder / "optimizer.safetensors")
     save_tensors(tensors.random, folder / "rng.safetensors")
     if tensors.merged:
         save_tensors(tensors.merged, folder / MERGE_FILE)
+    return sorted(path.name for path in {*folder.iterdir()} - there)
+
+
+def complete(run: Path, partial: Path, final: Path, state: dict) -> None:
+    """The last file, and the checkpoint's name."""
+    (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+    for path in (partial / "state.json", partial):
+        ckpt.make_durable(path)
+    if final.exists():  # damaged, or from before the run went back
+        ckpt.remove(final)
+    os.rename(partial, final)
+    ckpt.make_durable(final.parent)
+
+
+def remove_others(run: Path, step: int, keep: Callable[[list[int]], set[int]]) -> None:
+    found = {ckpt.step_of(c): c for c in ckpt.list_checkpoints(run)}
+    for other in found.keys() - keep(sorted(found)) - {step}:
+        ckpt.remove(found[other])
+
+
+def export(folder: Path, shares: Shares, tokenizer: Tokenizer) -> None:
+    """Write the model in bf16 and its tokenizer as a Hugging Face folder, each process its part. Raises InputError on
+    all processes where one failed."""
+    ranks = shares.ranks
+    if ranks.size == 1:
+        save_model(shares.model, folder)
+        tokenizer.save(folder)
+        return
+    partial = folder.with_name(f".{folder.name}.partial")
+    try:
+        with failing_together(ranks):
+            if ranks.first:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+        part = own_part(shares, {}).on_host(torch.bfloat16)
+        collect_(part, ranks)
+        names = ranks.exchange(write_files(partial, part, ranks, optimizer=False))
+        with failing_together(ranks):
+            if ranks.first:
+                shares.config.to_json(partial / "config.json", fp8=False, dtype=torch.bfloat16)
+                tokenizer.save(partial)
+                folder.mkdir(exist_ok=True)
+                for path in sorted(partial.iterdir()):
+                    ckpt.make_durable(path)
+                    os.replace(path, folder / path.name)
+                remove_weights(folder, [name for theirs in names for name in theirs])
+                partial.rmdir()
+    except InputError as error:
+        if ranks.first:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise type(error)(f"cannot write the checkpoint to {folder}: {error}") from None
 
 
 class Writer:

@@ -129,7 +129,7 @@ def schedule_line(s: Settings, sources: Mapping[str, str] | None = None) -> str:
     lr, warmup, batch = (f" ({sources[name]})" if sources else "" for name in BY_SIZE)
     decay = "no decay"
     if s.decay != "none":
-        decay = f"{s.decay} decay to {s.min_lr:g} over the last {s.schedule['decay_steps']}"
+        decay = f"{s.decay} decay to {s.min_lr:g} over the last {s.lr_schedule['decay_steps']}"
     micro_batch = f", {s.micro_batch} at a time" if s.micro_batch else ""
     return (
         f"schedule   lr {s.lr:g}{lr}, warm-up {counted(s.warmup, 'step')}{warmup}, {decay};"

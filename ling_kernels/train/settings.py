@@ -15,6 +15,8 @@ from pathlib import Path
 
 from ..errors import InputError
 from ..nn.fp8 import RECOMPUTE, TRANSPOSED, WEIGHTS, WGRAD
+from ..parallel.exchange import EXCHANGES
+from ..parallel.schedules import SCHEDULES
 from .data.sources.options import TextOptions
 from .optimizer import MASTERS, OPTIMIZERS
 from .schedule import DECAYS, decay_length, parse_ramp
@@ -127,7 +129,7 @@ class Settings:
     micro_batch: int | None = flag(None, "rows in a forward pass; gradients add up", least=1, shown="the whole batch")
     batch_ramp: str | None = flag(
         None,
-        "begin with START rows a step and reach --batch after STEPS steps",
+        "begin with START rows a step and reach --batch after STEPS steps of the run",
         shown="no ramp",
         metavar="START:STEPS",
     )
@@ -203,15 +205,31 @@ class Settings:
                              metavar="PROJECT")  # fmt: skip
     dp: int | None = flag(
         None, "data-parallel processes, started by torchrun, which divide the rows of a step", least=1,
-        shown="all processes over --pp",
+        shown="all processes over --pp and --cp",
     )  # fmt: skip
-    ep: int = flag(1, "processes among the data-parallel ones that divide the experts of each layer", least=1)
-    pp: int = flag(1, "processes that divide the layers, a pipeline; --dp times --pp is their number", least=1)
+    ep: int = flag(1, "processes among those of --dp and --cp that divide the experts of each layer", least=1)
+    exchange: str = flag(
+        "bf16", "how rows travel to the experts of other processes: as they are, or in FP8, which needs --precision fp8"
+        " --fp8-scales pow2", choices=EXCHANGES,
+    )  # fmt: skip
+    exchange_by_nodes: bool = flag(
+        False, "send a token to a machine once, whatever the number of its experts there: for an --ep of all processes"
+        " of several machines", action=argparse.BooleanOptionalAction, shown="off",
+    )  # fmt: skip
+    cp: int = flag(1, "processes that divide the tokens of each row, for long rows (context parallel)", least=1)
+    vocab_parallel: int = flag(
+        1, "processes among those of --dp and --cp that divide the rows of embedding and head", least=1
+    )
+    pp: int = flag(1, "processes that divide the layers, a pipeline; --dp x --cp x --pp is their number", least=1)
     pipeline: str | None = flag(
         None,
         "the pipeline's stages, as Megatron writes them: E embedding, t layer, m MTP layer, L head and losses, |"
         " between stages, x*n and (...)*n; each process takes every --pp-th stage",
         shown="equally many layers in each", metavar="LAYOUT",
+    )  # fmt: skip
+    schedule: str | None = flag(
+        None, f"the order of the pipeline's work: {', '.join(SCHEDULES)}, or a .csv file of actions as torch and"
+        " torchtitan read it", shown="1F1B, or Interleaved1F1B with several stages a process", metavar="NAME|FILE.csv",
     )  # fmt: skip
     dist_timeout: float | None = flag(
         None, "seconds that a process waits for another in a step", above=0, shown="torch's: 600 on GPUs, else 1800"
@@ -277,7 +295,7 @@ class Settings:
         return SPIKE_LOSS if loss is None else loss, norm
 
     @property
-    def schedule(self) -> dict:
+    def lr_schedule(self) -> dict:
         """The arguments of schedule.learning_rate."""
         decay_steps = decay_length(self.decay, self.decay_steps, self.warmup, self.steps)
         return dict(
@@ -290,12 +308,13 @@ FIELDS = {f.name: f for f in fields(Settings)}
 
 # Settings that a resumed run may change; changes.py keeps a record of them.
 CHANGEABLE_ON_RESUME = {
-    "data", "batch", "micro_batch", "lr", "warmup", "decay", "decay_steps", "min_lr", "merge_last", "merge_every",
-    "merge_weights", "weight_decay", "clip", "z_loss", "balance_rate", "steps", "eval_every", "save_every", "keep",
-    "keep_every", "log_every", "max_bad_steps", "sample_tokens", "sample_every", "profile", "wandb", "device",
-    "threads", "val_data", "eval_rows", "dp", "ep", "pp", "pipeline", "dist_timeout", "precision", "master",
-    "recompute", "fp8_weights", "fp8_wgrad", "fp8_transposed", "fp8_scales", "fp8_watch", "fp8_fallback",
-    "spike_loss", "spike_norm", "step_in_backward",
+    "data", "batch", "batch_ramp", "micro_batch", "lr", "warmup", "decay", "decay_steps", "min_lr", "merge_last",
+    "merge_every", "merge_weights", "weight_decay", "clip", "z_loss", "balance_rate", "steps", "eval_every",
+    "save_every", "keep", "keep_every", "log_every", "max_bad_steps", "sample_tokens", "sample_every", "profile",
+    "wandb", "device", "threads", "val_data", "eval_rows", "dp", "ep", "exchange", "exchange_by_nodes", "cp",
+    "vocab_parallel", "pp", "pipeline", "schedule", "dist_timeout", "precision", "master", "recompute",
+    "fp8_weights", "fp8_wgrad", "fp8_transposed", "fp8_scales", "fp8_watch", "fp8_fallback", "spike_loss",
+    "spike_norm", "step_in_backward",
 }  # fmt: skip
 
 # Why a run keeps others. Those about the data change together with it: new data is read from its beginning.
@@ -331,6 +350,7 @@ def settings_of(options: dict, saved: dict | None = None) -> Settings:
                              f" {remedy}leave {flag} out")  # fmt: skip
     if options.get("pp", before.pp) != before.pp:  # the layout is of the old number of processes
         options.setdefault("pipeline", None)
+        options.setdefault("schedule", None)
     after = replace(before, **options)
     if after.optimizer == "muon" and after.master != before.master:
         raise InputError(f"--master {after.master}: the run has {before.master}, with which muon keeps other states")

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import Diverged, InputError
-from ..model import named_views, save_model
+from ..model import named_views
 from ..parallel.pipeline import LOSSES, MicroBatch
 from ..parallel.ranks import Ranks
 from ..parallel.shares import Shares
@@ -21,13 +21,13 @@ from .building import apply_fp8_and_recompute, make_model
 from .changes import DATA_FOLDER, first_value
 from .corpus import open_corpus
 from .data.mixture import Rows
-from .monitor import WINDOW, FP8Monitor, ceilings, spike, to_bf16
+from .monitor import WINDOW, FP8Monitor, ceilings, joined, spike, to_bf16
 from .optimizer import StepInBackward, clipped_step, make_optimizer
 from .prepare import Run, deterministic, discard, new_run, peak_flops, resumed_run
 from .prepare.run import with_faster_threads
 from .report import FP8_FILE, Details, read_lines
 from .running_merge import RunningMerge
-from .saving import Writer, count_sound, kept, room_for_copy, size_of, snapshot, write
+from .saving import Writer, count_sound, export, kept, snapshot, write
 from .schedule import learning_rate, rows_at
 from .settings import Settings, named_as_in_python, to_json
 from .validation import bytes_of_tokens, measure
@@ -153,14 +153,14 @@ class Trainer:
             self.merge = RunningMerge(s)
             self.optimizer = make_optimizer(self.model, s.optimizer, s.lr, s.weight_decay, s.seed)
             if run.checkpoint:
-                ckpt.restore(run.checkpoint, self.model, self.optimizer, self.shares.part)
+                ckpt.restore(run.checkpoint, self.shares, self.optimizer)
                 self.progress = Progress(**{n: run.state[n] for n in asdict(self.progress) if n in run.state})
-                if unknown := {*self.progress.in_bf16} - {name for name, _ in self.model.named_modules()}:
+                if unknown := {*self.progress.in_bf16} - self.shares.modules:
                     raise InputError(f"{run.checkpoint / 'state.json'}: in_bf16 names no layer: {min(unknown)}")
                 for name in self.progress.in_bf16:
                     to_bf16(self.model, name)
                 self.progress.changes += run.changes
-                if line := self.merge.restore(run.checkpoint, self.progress.merged, self.progress.step, ranks.first):
+                if line := self.merge.restore(run.checkpoint, self.progress.merged, self.progress.step):
                     self.notes.append(line)
                 if new_data:  # its losses may be of another size
                     self.progress.data_start, self.progress.recent = self.progress.sequences, []
@@ -198,20 +198,26 @@ class Trainer:
         record["mfu"] = self.config.flops_per_token(s.seq_len) * record["tokens_per_s"] / (self.peak * self.ranks.size)
         record |= self.corpus.epochs(progress.row)
         self.details = Details(seconds, counts, measured)
-        if measured:
-            measured = self.details.fp8 = self.ranks.from_first(lambda: measured)  # layers switch on all ranks alike
-            self.details.out_of_range = self.monitor.update(measured)
-            self.details.switched = self.monitor.layers_to_disable()
-            for name in self.details.switched:
-                to_bf16(self.model, name)
-                progress.in_bf16.append(name)
+        if s.fp8_watch and progress.step % s.fp8_watch == 0:
+            self.take_in(measured)
         if self.merge.due(progress.step):
-            whole = self.shares.whole({})  # on rank 0
-            self.merge.add(progress.step, named_views(whole[0]) if whole else ())
+            self.merge.add(progress.step, named_views(self.model))
         count_sound(progress, None if progress.bad else record["main_loss"], self.config.vocab_size)
         if progress.bad >= s.max_bad_steps:
             raise Diverged(f"no sound loss and gradient in {progress.bad} steps up to {progress.step}", record)
         return record
+
+    def take_in(self, measured: dict) -> None:
+        """FP8's error in this step; of each stage's layers by its first rank, so that layers switch on all alike."""
+        measured = joined(self.ranks.of_stages(measured))
+        if not measured:
+            return
+        self.details.fp8, self.details.out_of_range = measured, self.monitor.update(measured)
+        switched = self.ranks.of_stages(self.monitor.layers_to_disable())
+        self.details.switched = [name for names in switched for name in names]
+        for name in self.details.switched:
+            to_bf16(self.model, name)
+            self.progress.in_bf16.append(name)
 
     def evaluate(self) -> dict[str, float]:
         """val_loss, the mean loss of the next token in nats, and val_bpb, in bits per byte, of the held-out rows; and
@@ -231,14 +237,11 @@ class Trainer:
         s, proven, folder = self.settings, self.progress.proven, ckpt.checkpoint_folder(self.folder, self.progress.step)
         self.progress.merged = self.merge.taken
         state = asdict(self.progress) | dict(settings=to_json(s), data=self.data, torch=torch.__version__)
-        whole = self.shares.whole(ckpt.optimizer_tensors(self.model, self.optimizer))
-        if whole is None:
-            return folder
-        gathered = self.ranks.size > 1  # copies, which no step changes
-        wait = wait or not (gathered or room_for_copy(size_of(*whole)))
-        tensors = snapshot(*whole, copy=not wait and not gathered, merged=dict(self.merge.total))
+        moments = ckpt.optimizer_tensors(self.model, self.optimizer)
+        tensors, wait = snapshot(self.shares, moments, wait)
+        tensors.merged = dict(self.merge.total)
         keep = partial(kept, keep=s.keep, keep_every=s.keep_every, proven=proven)
-        job = partial(write, self.folder, tensors, self.tokenizer, state, keep)
+        job = partial(write, self.folder, tensors, self.tokenizer, state, keep, self.ranks.in_thread())
         if wait:
             job()
         else:
@@ -247,9 +250,7 @@ class Trainer:
 
     def export(self, folder: str | Path) -> None:
         """Write the model in bf16 and its tokenizer as a Hugging Face folder."""
-        if whole := self.shares.whole({}):
-            save_model(whole[0], Path(folder))
-            self.tokenizer.save(Path(folder))
+        export(Path(folder), self.shares, self.tokenizer)
 
 
 def train_step(
@@ -269,8 +270,8 @@ def train_step(
     """
     device, shares = next(model.parameters()).device, shares or Shares(model, Ranks())
     ranks, step = shares.ranks, progress.step + 1
-    rows = rows_at(step, settings.batch, settings.ramp, ranks.dp * (settings.micro_batch or 1))
-    lr = learning_rate(step, **settings.schedule)
+    rows = rows_at(step, settings.batch, settings.ramp, ranks.dp * ranks.pp * (settings.micro_batch or 1))
+    lr = learning_rate(step, **settings.lr_schedule)
     optimizer.zero_grad()
     limits = settings.spikes
     highest_loss, highest_norm = ceilings(progress.recent, limits)
@@ -327,7 +328,7 @@ def accumulate_gradients(
     parts = ranks.share([range(first + i, first + min(i + micro, rows)) for i in range(0, rows, micro)])
     batches = [packed.batch(part) for part in parts]
     here = [sum(b.targets(1 + k) for b in batches) for k in range(1 + len(model.mtp))]
-    targets = ranks.sum_(torch.tensor(here)).tolist()
+    targets = (ranks.sum_(torch.tensor(here)) // ranks.cp).tolist()  # ranks that share sequences count the same
     total = torch.zeros(4, device=device, dtype=torch.float64)
     if pipeline is not None:
         losses = pipeline.step([MicroBatch.of(b, device) for b in batches], targets, settings.z_loss * micro / rows)

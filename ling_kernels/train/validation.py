@@ -141,7 +141,7 @@ def evaluate(model: nn.Module, batches: Sequence[Batch], precision: torch.dtype,
     ranks, pipeline = (shares.ranks, shares.pipeline) if shares else (Ranks(), None)
     model.eval()
     total = torch.zeros((), device=device, dtype=torch.float64)
-    mine = range(ranks.replica, len(batches) + ranks.replica, ranks.dp)
+    mine = range(ranks.sequences, len(batches) + ranks.sequences, ranks.dp)
     if pipeline is not None:
         micro = [MicroBatch.of(batches[min(i, len(batches) - 1)], device) for i in mine]
         for i, loss in zip(mine, pipeline.evaluate(micro), strict=True):

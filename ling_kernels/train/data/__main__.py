@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if f.name in (*TEXT_SETTINGS, "train_on"):
             add_flag(parser.add_argument, f)
     options = vars(parser.parse_args(argv))
-    sources, out, tokenizer = options.pop("sources"), user_path(options.pop("out")), options.pop("tokenizer")
+    sources, out, tokenizer = options.pop("sources"), user_path(options.pop("out"), "--out"), options.pop("tokenizer")
     if out.suffix != ".bin":
         raise InputError(f"--out {out} must end in .bin")
     if out.exists():

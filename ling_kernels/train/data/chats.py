@@ -6,9 +6,11 @@ ids in X.bin, X.mask.bin has a byte for each: bit 0 is set where the token is tr
 conversation. X.json says "chats": true.
 """
 
+import functools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,13 @@ from ...errors import InputError
 from ...files import atomic_write
 from ...tokenizer import Tokenizer
 from .conversations import COLUMNS, FIELDS, conversation
+from .processes import in_order
 from .progress import ReadingProgress
-from .sources import DEFAULTS, Position, TextOptions, has_rows, rows
+from .sources import DEFAULTS, Position, TextOptions, first_fields, rows
 from .token_files import DTYPES
 
 TRAINED, LAST = 1, 2  # bits of a mask
+BATCH, BATCH_BYTES = 256, 1 << 20  # rows, and about the bytes of a file, that are encoded together
 
 
 def mask_of(path: Path) -> Path:
@@ -36,16 +40,14 @@ def chats_and_texts(files: Sequence[Path], options: TextOptions = DEFAULTS) -> t
 
 
 def is_chats(path: Path, options: TextOptions) -> bool:
-    """Whether a file has conversations: a token file of them, or by its first row."""
+    """Whether a file has conversations: a token file of them, or by its columns or its first row."""
     try:
         if path.suffix == ".bin":
             return json.loads(path.with_suffix(".json").read_text()).get("chats") is True
-        columns = [*COLUMNS, *{options.text_field} - {*COLUMNS}]
-        found = rows(path, options, columns=columns, any_of=True) if has_rows(path) else iter(())
-        first = next((row for _, row in found), None)
+        found = first_fields(path, options)
     except (InputError, OSError, ValueError, AttributeError, RecursionError):
         return False  # whoever reads the file next says what is wrong with it
-    return isinstance(first, dict) and options.text_field not in first and not first.keys().isdisjoint(FIELDS)
+    return options.text_field not in found and not {*FIELDS}.isdisjoint(found)
 
 
 def is_trained(message: dict, source: str) -> bool:
@@ -76,6 +78,28 @@ def encode_conversation(row: Any, source: str, tokenizer: Tokenizer, train_on: s
     return ids, mask
 
 
+def encode_conversations(
+    rows: Sequence[tuple[str, Any]], tokenizer: Tokenizer, train_on: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and mask of (source, row) of several conversations, put together."""
+    ids, masks = zip(*(encode_conversation(row, source, tokenizer, train_on) for source, row in rows), strict=True)
+    return np.array([i for part in ids for i in part], np.uint32), np.concatenate(masks)
+
+
+def batches(files: Sequence[Path], options: TextOptions, position: Position) -> Iterator[list[tuple[str, Any]]]:
+    batch: list[tuple[str, Any]] = []
+    begin = 0
+    for path in files:
+        for found in rows(path, options, position, COLUMNS, any_of=True):
+            batch.append(found)
+            if len(batch) == BATCH or position.bytes - begin > BATCH_BYTES:
+                yield batch
+                batch, begin = [], position.bytes
+        position.file_is_done(path.stat().st_size)
+    if batch:
+        yield batch
+
+
 def write_chats(
     files: Sequence[Path], tokenizer: Tokenizer, out: Path, train_on: str, options: TextOptions = DEFAULTS
 ) -> dict:
@@ -87,22 +111,21 @@ def write_chats(
     )
     about |= dict(tokens=0, trained=0, documents=0, empty=0)
     position = Position()
+    encode = functools.partial(encode_conversations, tokenizer=tokenizer, train_on=train_on)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         # The inner context ends first: the ids appear last.
         with atomic_write(out) as ids_file, atomic_write(mask_of(out)) as mask_file:
             with atomic_write(out.with_suffix(".json")) as sidecar, ReadingProgress(position, files) as progress:
-                with open(ids_file, "wb") as one, open(mask_file, "wb") as two:
-                    for path in files:
-                        for source, row in rows(path, options, position, COLUMNS, any_of=True):
-                            ids, mask = encode_conversation(row, source, tokenizer, train_on)
-                            one.write(np.array(ids, DTYPES[name]).tobytes())
-                            two.write(mask.tobytes())
-                            about["tokens"] += len(ids)
-                            about["trained"] += int((mask & TRAINED).sum())
-                            about["documents"] += 1
-                            progress.show(about["tokens"])
-                        position.file_is_done(path.stat().st_size)
+                found = in_order(encode, batches(files, options, position))
+                with open(ids_file, "wb") as one, open(mask_file, "wb") as two, closing(found):
+                    for ids, mask in found:
+                        one.write(ids.astype(DTYPES[name]).tobytes())
+                        two.write(mask.tobytes())
+                        about["tokens"] += len(ids)
+                        about["trained"] += int((mask & TRAINED).sum())
+                        about["documents"] += int((mask & LAST > 0).sum())
+                        progress.show(about["tokens"])
                     for file in (one, two):
                         file.flush()
                         os.fsync(file.fileno())

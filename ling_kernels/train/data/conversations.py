@@ -1,6 +1,7 @@
 """A row of chat data as the messages and tools that a chat template takes."""
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from ...errors import InputError
@@ -24,14 +25,20 @@ def conversation(row: Any, source: str) -> tuple[list[dict], list | None]:
     found = [message_of(given, f"{source}: message {number}") for number, given in enumerate(messages, 1)]
     check_turns([message["role"] for message in found], source)
     system = row.get("system")  # beside ShareGPT's conversations
-    if isinstance(system, str) and system and found[0]["role"] != "system":
+    if not isinstance(system, str | None):
+        raise InputError(f"{source}: system is {type(system).__name__}, not text")
+    if system and found[0]["role"] != "system":
         found.insert(0, dict(role="system", content=system))
-    tools = row.get("tools")
+    return found, tools_of(row.get("tools"), f"{source}: tools") or None
+
+
+def tools_of(tools: Any, what: str) -> list[dict]:
+    """Descriptions of tools from a list of objects or its JSON; none from null or an empty text. Raises InputError."""
     if isinstance(tools, str) and tools.strip():
-        tools = parsed(tools, f"{source}: tools")
-    if tools and not isinstance(tools, list):
-        raise InputError(f"{source}: tools is {type(tools).__name__}, not a list")
-    return found, tools or None
+        tools = parsed(tools, what)
+    if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) and tool for tool in tools)):
+        raise InputError(f"{what} are not a list of objects, each the description of one")
+    return tools if isinstance(tools, list) else []
 
 
 def message_of(given: dict, source: str) -> dict:
@@ -51,6 +58,8 @@ def message_of(given: dict, source: str) -> dict:
     if "tool_calls" in message and not message["tool_calls"]:
         del message["tool_calls"]
     if "tool_calls" in message:
+        if ROLES.get(role, role) != "assistant":
+            raise InputError(f"{source}, of {role}, has tool calls, which only role assistant has")
         message["tool_calls"] = calls_of(message["tool_calls"], source)
     elif content is None:
         raise InputError(f"{source}, of {role}, has no content")
@@ -67,8 +76,27 @@ def calls_of(calls: Any, source: str) -> list[dict]:
         named = isinstance(inner, dict) and isinstance(inner.get("name"), str) and inner["name"]
         if not (named and isinstance(inner.get("arguments"), dict | str)):
             raise InputError(f"{source}: a tool call has a name, and arguments that are an object or its JSON")
+        if isinstance(arguments := inner["arguments"], str) and not isinstance(
+            parsed(arguments, f"{source}: the arguments of {inner['name']}"), dict
+        ):
+            raise InputError(f"{source}: the arguments of {inner['name']} are JSON of another kind than an object")
         found.append(call if inner is not call else dict(type="function", function=call))
     return found
+
+
+def message_texts(messages: list[dict]) -> Iterator[str]:
+    """The text in messages: of their content, thoughts and calls."""
+
+    def texts(value: Any) -> Iterator[str]:
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, dict | list):
+            for part in value.values() if isinstance(value, dict) else value:
+                yield from texts(part)
+
+    for message in messages:
+        for name in ("content", "reasoning_content", "tool_calls"):
+            yield from texts(message.get(name))
 
 
 def check_turns(roles: list[str], source: str) -> None:

@@ -35,6 +35,17 @@ class Documents:
     def tokens(self) -> int:
         return int(self.lengths.sum())
 
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens of chats that are trained on."""
+        total = 0
+        for i, mask in enumerate(self.masks):
+            here = self.which == i
+            bounds = np.stack([self.start[here], self.end[here]], 1).ravel()
+            trained = np.append(mask & TRAINED, 0)  # so that a bound may be the mask's end
+            total += int(np.add.reduceat(trained, bounds, dtype=np.int64)[::2].sum()) if len(bounds) else 0
+        return total
+
     def take(self, keep: np.ndarray) -> "Documents":
         return replace(self, which=self.which[keep], start=self.start[keep], end=self.end[keep])
 

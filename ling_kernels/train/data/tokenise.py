@@ -1,12 +1,11 @@
-"""Tokenise text into a .bin file, on all cores."""
+"""Tokenise text into a .bin file, on all free cores."""
 
 import functools
 import itertools
 import json
 import os
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,14 +15,13 @@ from ...errors import InputError
 from ...files import atomic_write
 from ...tokenizer import Tokenizer
 from ...tokenizer.words import word_encoder
+from .processes import in_order
 from .progress import ReadingProgress
 from .sources import DEFAULTS, Position, TextOptions, cpython_documents, documents
 from .token_files import DTYPES
 
-# A batch is encoded by all cores, and takes about 50 bytes of memory a character until it is written.
-BATCH = (1 << 20) * min(max(os.cpu_count() or 1, 4), 16)  # characters
-BATCH_TEXTS = 1 << 16
-AHEAD = 2  # batches that are encoded while others are read and written
+BATCH = 1 << 19  # characters, at most 1.5 million with a piece of a document; each takes 50 bytes until it is encoded
+BATCH_TEXTS = 1 << 14
 MANY = 1 << 20  # characters, for which a memory of words is worth the second it takes to make
 
 
@@ -75,8 +73,9 @@ def write_tokens(
         out.parent.mkdir(parents=True, exist_ok=True)
         # The inner context ends first: the .json is renamed before the data.
         with atomic_write(out) as tokens, atomic_write(out.with_suffix(".json")) as sidecar:
-            with open(tokens, "wb") as file:
-                for ids, ends in encoded(batches(documents), tokenizer, special_tokens):
+            found = encoded(batches(documents), tokenizer, special_tokens)
+            with open(tokens, "wb") as file, closing(found):
+                for ids, ends in found:
                     written, open_document, empty = with_end_tokens(ids, ends, tokenizer.eos_id, open_document)
                     file.write(written.astype(DTYPES[name]).tobytes())
                     about["tokens"] += len(written)
@@ -109,20 +108,18 @@ def batches(documents: Iterable[Iterable[str]]) -> Iterator[TextBatch]:
 
 def encoded(
     batches: Iterator[TextBatch], tokenizer: Tokenizer, special: bool
-) -> Iterator[tuple[list[np.ndarray], list[int]]]:
+) -> Generator[tuple[list[np.ndarray], list[int]], None, None]:
     """(ids of each text, ends) of each batch, in order."""
-    waiting: deque = deque()
-    first = next(batches)
-    by_words = word_encoder(tokenizer) if not special and sum(map(len, first.texts)) >= MANY else None
+    first = [*itertools.islice(batches, 2)]
+    many = sum(len(text) for batch in first for text in batch.texts) >= MANY
+    by_words = word_encoder(tokenizer) if many and not special else None
     encode = by_words.encode_batch if by_words else functools.partial(tokenizer.encode_batch, special=special)
-    with ThreadPoolExecutor(AHEAD) as pool:
-        for texts, ends in itertools.chain([first], batches):
-            if len(waiting) == AHEAD:
-                result, its_ends = waiting.popleft()
-                yield result.result(), its_ends
-            waiting.append((pool.submit(encode, texts), ends))
-        for result, its_ends in waiting:
-            yield result.result(), its_ends
+    alone = tokenizer.backend is None and not special  # bytes take less time than their way to another process
+    yield from in_order(functools.partial(encode_batch, encode), itertools.chain(first, batches), alone)
+
+
+def encode_batch(encode: Callable, batch: TextBatch) -> tuple[list[np.ndarray], list[int]]:
+    return encode(batch.texts), batch.ends
 
 
 def with_end_tokens(

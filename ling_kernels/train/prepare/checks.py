@@ -5,10 +5,6 @@ from dataclasses import fields
 
 from ...errors import InputError
 from ...model import LingConfig
-from ...ops.adamw_8bit import BLOCK
-from ...parallel.pipeline_layout import PipelineLayout
-from ...parallel.ranks import Ranks
-from ...parallel.schedules import placement
 from ..report.loggers import installed
 from ..running_merge import planned
 from ..settings import Settings
@@ -63,56 +59,6 @@ def check(s: Settings, config: LingConfig) -> None:
     if s.ramp and not (0 < s.ramp[0] <= s.batch and s.ramp[0] % micro == 0):
         raise InputError(f"--batch-ramp {s.batch_ramp}: START must lie between 1 and --batch {s.batch}"
                          f" and be a multiple of --micro-batch {micro}")  # fmt: skip
-
-
-def check_parallel(s: Settings, config: LingConfig, ranks: Ranks) -> None:
-    """Raise InputError where the processes cannot divide the rows of a step and the experts equally."""
-    if config.num_experts % ranks.ep:
-        raise InputError(f"--ep {ranks.ep} does not divide the {config.num_experts} experts of {s.model}")
-    if s.pipeline is not None and ranks.pp == 1:
-        raise InputError(f"--pipeline {s.pipeline} needs --pp, the number of processes that share its stages")
-    if ranks.size == 1:
-        return
-    if s.step_in_backward:
-        raise InputError("--step-in-backward is for one process: several add up their gradients first")
-    rows = ranks.dp * (s.micro_batch or 1)
-    each = f"--dp {ranks.dp}" + (f" times --micro-batch {s.micro_batch}" if s.micro_batch else "")
-    if s.batch % rows:
-        raise InputError(f"--batch {s.batch} is not a multiple of {each}: every process takes equally many rows")
-    if s.ramp and s.ramp[0] % rows:
-        raise InputError(f"--batch-ramp {s.batch_ramp}: START is not a multiple of {each}")
-    if ranks.pp > 1:
-        check_pipeline(s, config, ranks)
-    expert = config.hidden_size * config.moe_intermediate_size * config.num_experts // ranks.ep
-    if ranks.ep > 1 and s.optimizer != "adamw" and expert % BLOCK:
-        raise InputError(f"--optimizer {s.optimizer}: the experts of one of --ep {ranks.ep} processes are no multiple"
-                         f" of {BLOCK} weights, which share a scale")  # fmt: skip
-
-
-def check_pipeline(s: Settings, config: LingConfig, ranks: Ranks) -> None:
-    """Raise InputError for a layout that is not the model's, and for rows that cannot fill the pipeline."""
-    layout = stages_of(s, config)
-    layout.check(config, s.model)
-    if len(layout.stages) % ranks.pp:
-        raise InputError(
-            f"--pipeline {layout}: {len(layout.stages)} stages on {ranks.pp} ranks; each rank takes equally many"
-        )
-    numbers = placement("Interleaved1F1B", ranks.pp, len(layout.stages))
-    for rank in range(ranks.pp):
-        if not any(set(stage) & {"t", "m"} for stage, r in zip(layout.stages, numbers, strict=True) if r == rank):
-            raise InputError(f"--pipeline {layout}: process {rank} of --pp {ranks.pp} has no layer")
-    micro = s.batch // ranks.dp // (s.micro_batch or s.batch // ranks.dp)
-    if micro % ranks.pp:
-        raise InputError(f"--batch {s.batch} is {micro} micro batches for each of {ranks.dp} pipelines, and --pp"
-                         f" {ranks.pp} needs a multiple of {ranks.pp}: give a smaller --micro-batch")  # fmt: skip
-    for option, given in (("--batch-ramp", s.batch_ramp), ("--fp8-watch", s.fp8_watch)):
-        if given:
-            raise InputError(f"{option} {given} is for runs without --pp")
-
-
-def stages_of(s: Settings, config: LingConfig) -> PipelineLayout:
-    """The layout of --pipeline, or the default of --pp."""
-    return PipelineLayout.parse(s.pipeline) if s.pipeline else PipelineLayout.even(config, s.pp)
 
 
 def check_decay(s: Settings) -> None:

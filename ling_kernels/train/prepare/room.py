@@ -21,7 +21,7 @@ def check_memory(config: LingConfig, settings: Settings, device: torch.device, r
     """Raise InputError where weights and optimizer of one process alone exceed the device's memory."""
     weights, need = config.num_parameters(mtp=True), needed_bytes(config, settings)
     if ranks and ranks.size > 1:  # each keeps its share of the optimizer's state; experts are most of the weights
-        need = need // ranks.ep // ranks.pp
+        need = need // max(ranks.experts.number, ranks.vocabulary.number) // ranks.pp
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
     else:

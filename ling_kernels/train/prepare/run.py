@@ -22,13 +22,15 @@ from ...parallel.ranks import Ranks, start
 from ...tokenizer import Tokenizer, load_tokenizer
 from .. import checkpoint as ckpt
 from ..changes import DATA_FOLDER, changes, new_data_folder, tokens_in
+from ..data.cores import free_cores
 from ..scaling import schedule_line, with_defaults
 from ..settings import TEXT_SETTINGS, Settings, from_json, plain_options, settings_of, to_json
-from .checks import check, check_parallel
+from .checks import check
+from .checks_parallel import check_parallel
 from .device import choose_device
 from .models import fits_vocabulary, model_config, model_name, own_tokenizer, with_end_token
 from .room import check_disk, check_memory
-from .threads import STARTS, began_elsewhere, faster_threads, free_cores
+from .threads import STARTS, began_elsewhere, faster_threads
 
 
 @dataclass
@@ -71,7 +73,7 @@ def new_run(
     fits_vocabulary(tokenizer, config, settings, weights)
     config, end = with_end_token(config, tokenizer, weights)
     check_memory(config, settings, device[0], ranks)
-    check_disk(config, settings, user_path(out) if out else Path("runs"))
+    check_disk(config, settings, Path("runs") if out is None else user_path(out))
     folder, new = ranks.from_first(lambda: make_folder(out, settings.model, restart))
     with ranks.agreed():
         lock = lock_folder(folder) if ranks.first else None
@@ -93,8 +95,8 @@ def resumed_run(resume: str | Path, options: dict, fall_back: bool = False) -> R
     with everyone.agreed():
         lock = lock_folder(folder) if everyone.first else None
     if fall_back:
-        checkpoint = everyone.from_first(lambda: ckpt.last_sound(checkpoint))
-    state = everyone.from_first(lambda: ckpt.read_state(checkpoint))
+        checkpoint = ckpt.last_sound(checkpoint, everyone)
+    state = ckpt.read_state(checkpoint, everyone)
     if missing := {"settings", "step", "data"} - state.keys():
         raise InputError(f"{checkpoint / 'state.json'} has no {', '.join(sorted(missing))}")
     if not ckpt.is_progress(state):
@@ -133,8 +135,12 @@ def arrange(settings: Settings, config: LingConfig) -> Ranks:
     everyone = start()
     everyone.compare(version_of_torch=torch.__version__, version_of_ling_kernels=__version__)
     everyone.compare(**{f"the_setting_{name}": value for name, value in to_json(settings).items()})
-    ranks = everyone.arranged(settings.dp, settings.ep, settings.pp, settings.dist_timeout)
-    check_parallel(settings, config, ranks)
+    s = settings
+    if s.exchange_by_nodes:
+        everyone.compare(processes_of_its_machine=os.environ.get("LOCAL_WORLD_SIZE"))
+    ranks = everyone.arranged(s.dp, s.ep, s.pp, s.cp, s.vocab_parallel, s.exchange_by_nodes, s.dist_timeout)
+    with ranks.agreed():
+        check_parallel(s, config, ranks)
     return ranks
 
 
@@ -204,7 +210,7 @@ def absolute_changes(options: dict) -> dict:
 
 
 def absolute_paths(settings: Settings) -> Settings:
-    names = ("data", "val_data", "tokenizer", "model")
+    names = ("data", "val_data", "tokenizer", "model", "schedule")
     return replace(settings, **{name: absolute(name, getattr(settings, name)) for name in names})
 
 
@@ -217,6 +223,8 @@ def absolute(name: str, value):
     if name == "val_data":
         parts = [source.partition("=") for source in value]
         return tuple(f"{name}={os.path.abspath(path)}" if path else name for name, _, path in parts)
+    if name == "schedule" and value.endswith(".csv"):
+        return os.path.abspath(value)
     if name == "tokenizer" or (name == "model" and value not in PRESETS and os.path.exists(value)):
         return os.path.abspath(value)
     return value
@@ -242,7 +250,7 @@ def model_of(path: Path) -> str | None:
 def make_folder(out: str | Path | None, model: str, restart: bool) -> tuple[Path, bool]:
     """An empty folder that can be written, and whether it is new. Raises InputError for a folder that holds anything,
     except, with `restart`, a run that stopped before its first checkpoint."""
-    folder = user_path(out) if out else Path("runs") / f"{model_name(model)}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path("runs") / f"{model_name(model)}-{time.strftime('%Y%m%d-%H%M%S')}" if out is None else user_path(out)
     if out is None:
         number, plain = 2, folder
         while folder.exists():

@@ -131,6 +131,7 @@ def curves(metrics: list[dict]) -> Iterable[str]:
         return [Series(label, f"{style} faint", at, values), Series(label, style, at, smooth([*values]))]
 
     validation = Series("validation", "s2 dots", steps, column("val_loss"))
+    yield line_chart("Reward", "mean of a step", smoothed("reward", "reward", "s1"))  # of reinforcement learning
     yield line_chart(
         "Loss of the next token", "nats", [*smoothed("training", "main_loss", "s1"), validation], settled=True
     )

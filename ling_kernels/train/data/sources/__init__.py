@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from ....errors import InputError
-from .find import SUFFIXES, find_files, kind_of
+from .find import SUFFIXES, TABLES, find_files, kind_of
 from .options import DEFAULTS, Position, TextOptions
 from .rows import field_of, json_rows, jsonl_rows
-from .tables import arrow_rows, parquet_rows
+from .tables import arrow_rows, column_names, parquet_rows
 from .text import reading, text_documents
 
 __all__ = [
-    "DEFAULTS", "SUFFIXES", "Position", "TextOptions", "cpython_documents", "documents", "find_files", "has_rows",
-    "reading", "rows",
+    "DEFAULTS", "SUFFIXES", "Position", "TextOptions", "cpython_documents", "documents", "find_files",
+    "first_fields", "has_rows", "reading", "rows",
 ]  # fmt: skip
 
 ROWS: dict[str, Callable[..., Iterator[tuple[str, Any]]]] = {
@@ -28,6 +28,15 @@ ROWS: dict[str, Callable[..., Iterator[tuple[str, Any]]]] = {
 
 def has_rows(path: Path) -> bool:
     return kind_of(path) in ROWS
+
+
+def first_fields(path: Path, options: TextOptions) -> list[str]:
+    """The columns of a table, or the fields of the first row of .json and .jsonl, if that is an object; [] for text.
+    Raises InputError for files that cannot be read."""
+    if path.suffix in TABLES:
+        return column_names(path)
+    first = next((row for _, row in rows(path, options)), None) if has_rows(path) else None
+    return [*first] if isinstance(first, dict) else []
 
 
 def rows(

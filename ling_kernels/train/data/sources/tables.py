@@ -49,22 +49,34 @@ def arrow_rows(
 ) -> Iterator[tuple[str, dict]]:
     """Rows of an IPC stream, which Hugging Face datasets write, or of an IPC file."""
     with importing_pyarrow(path) as pyarrow, open(path, "rb") as file:
-        is_file = file.read(6) == b"ARROW1"
-        file.seek(0)
-        if is_file:
-            table = pyarrow.ipc.open_file(file)
-            batches = map(table.get_batch, range(table.num_record_batches))
-        else:
-            batches = table = pyarrow.ipc.open_stream(file)
+        table = arrow_table(pyarrow, file)
+        of_file = getattr(table, "num_record_batches", None)  # a stream does not know it
         columns = check_columns(table.schema, columns, path, any_of)
         row = 0
-        for batch in batches:
+        for batch in table if of_file is None else map(table.get_batch, range(of_file)):
             batch.validate(full=True)  # offsets of a damaged file may point anywhere
             for first in range(0, len(batch), BATCH_ROWS):
                 part = batch.slice(first, BATCH_ROWS)
                 yield from numbered(part if columns is None else part.select(columns), row + first, path)
             row += len(batch)
             position.within = file.tell()
+
+
+def arrow_table(pyarrow, file):
+    """The reader of an IPC file, or of an IPC stream."""
+    is_file = file.read(6) == b"ARROW1"
+    file.seek(0)
+    return pyarrow.ipc.open_file(file) if is_file else pyarrow.ipc.open_stream(file)
+
+
+def column_names(path: Path) -> list[str]:
+    """Of a .parquet or .arrow file, whose rows may be damaged."""
+    with importing_pyarrow(path) as pyarrow, open(path, "rb") as file:
+        if path.suffix == ".arrow":
+            return arrow_table(pyarrow, file).schema.names
+        from pyarrow import parquet
+
+        return parquet.read_schema(file).names
 
 
 def check_columns(schema, columns: Sequence[str] | None, path: Path, any_of: bool) -> list[str] | None:

@@ -5,10 +5,13 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import accumulate
 
-from .engine import Engine
+from ..engine import Engine
 
 FORMAT = "text/plain; version=0.0.4; charset=utf-8"
 BUCKETS_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+
+
+Row = tuple[str, str, str, list[tuple[str, float]]]  # name, kind, description, (labels or suffix, value)
 
 
 class Histogram:
@@ -34,18 +37,32 @@ class Metrics:
         self.finished = Counter()  # requests by finish reason
         self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
         self.time_to_first_token, self.time_between_tokens, self.request_time = Histogram(), Histogram(), Histogram()
+        self.queue_time, self.pass_time = Histogram(), Histogram()
 
-    def text(self, engine: Engine) -> str:
-        return "".join(f"{line}\n" for line in self.lines(engine))
+    def text(self, engine: Engine | None) -> str:
+        """engine: None while the model is loading."""
+        rows = [*self.of_requests(), *(self.of_engine(engine) if engine else ())]
+        return "".join(f"{line}\n" for row in rows for line in lines(*row))
 
-    def lines(self, engine: Engine) -> Iterator[str]:
-        pages, queue = engine.pages, engine.scheduler
-        for name, kind, description, samples in (
+    def of_requests(self) -> Iterator[Row]:
+        yield from (
             ("http_responses_total", "counter", "HTTP responses by status", labelled("status", self.responses)),
             ("requests_total", "counter", "finished requests by finish reason", labelled("reason", self.finished)),
             ("prompt_tokens_total", "counter", "prompt tokens", [("", self.prompt_tokens)]),
             ("cached_prompt_tokens_total", "counter", "prompt tokens from the cache", [("", self.cached_tokens)]),
             ("generated_tokens_total", "counter", "generated tokens", [("", self.generated_tokens)]),
+            ("time_to_first_token_seconds", "histogram", "from the call to a request's first token",
+             self.time_to_first_token.samples()),
+            ("time_between_tokens_seconds", "histogram", "between two tokens of a request",
+             self.time_between_tokens.samples()),
+            ("request_seconds", "histogram", "from the call to a request's end", self.request_time.samples()),
+            ("queue_seconds", "histogram", "from the call to the first pass", self.queue_time.samples()),
+            ("pass_seconds", "histogram", "a forward pass of the engine", self.pass_time.samples()),
+        )  # fmt: skip
+
+    def of_engine(self, engine: Engine) -> Iterator[Row]:
+        pages, queue, record = engine.pages, engine.scheduler, engine.record
+        yield from (
             ("drafted_tokens_total", "counter", "draft tokens verified", [("", engine.drafted)]),
             ("accepted_tokens_total", "counter", "draft tokens accepted", [("", engine.accepted)]),
             ("running_requests", "gauge", "requests in the batch", [("", len(queue.running))]),
@@ -53,15 +70,16 @@ class Metrics:
             ("waiting_requests_limit", "gauge", "queue length at which requests get 429", [("", queue.max_waiting)]),
             ("cache_pages", "gauge", "pages of the KV cache", [("", pages.count)]),
             ("cache_pages_available", "gauge", "pages without a running request", [("", pages.available)]),
-            ("time_to_first_token_seconds", "histogram", "from the call to a request's first token",
-             self.time_to_first_token.samples()),
-            ("time_between_tokens_seconds", "histogram", "between two tokens of a request",
-             self.time_between_tokens.samples()),
-            ("request_seconds", "histogram", "from the call to a request's end", self.request_time.samples()),
-        ):  # fmt: skip
-            yield f"# HELP ling_{name} {description}"
-            yield f"# TYPE ling_{name} {kind}"
-            yield from (f"ling_{name}{label} {value}" for label, value in samples)
+            ("failed_passes", "gauge", "failed passes in a row", [("", record.failures)]),
+            ("running_pass_seconds", "gauge", "since the running pass began", [("", record.stuck_for())]),
+        )  # fmt: skip
+
+
+def lines(name: str, kind: str, description: str, samples: list[tuple[str, float]]) -> Iterator[str]:
+    """A metric in the text format."""
+    yield f"# HELP ling_{name} {description}"
+    yield f"# TYPE ling_{name} {kind}"
+    yield from (f"ling_{name}{label} {value}" for label, value in samples)
 
 
 def labelled(label: str, counts: Counter) -> list[tuple[str, int]]:

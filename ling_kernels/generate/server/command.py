@@ -1,0 +1,243 @@
+"""The server's command: flags, loading, running until a signal."""
+
+import argparse
+import os
+import socket
+import ssl
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+try:
+    from .app import make_app
+    from .connections import Server
+    from .protocol import SAMPLING
+    from .service import Service
+except ImportError as error:
+    raise SystemExit(f"error: {error}: pip install '.[server]'") from None
+
+from ...errors import InputError, Parser, command
+from ...files import read_json, user_path
+from ...model import load_model
+from ...model.sample import Sampling
+from ...tokenizer import Tokenizer
+from ..cli import add_model_flags, find_tokenizer, load_options, resolve_checkpoint, stop_token_ids
+from ..engine import Engine
+
+KEY_VARIABLE = "LING_API_KEY"
+
+
+def arguments() -> Parser:
+    parser = Parser("python -m ling_kernels.generate.server", description="An OpenAI-compatible server.")
+    add_model_flags(parser)
+    add = parser.add_argument
+    add("--name", help="model name for clients (default: the folder's name)")
+    add("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    add("--port", type=int, default=8000, help="default: 8000; 0 takes a free one")
+    add(
+        "--key",
+        metavar="SECRET",
+        action="append",
+        default=[],
+        help=f"require `Authorization: Bearer SECRET`; repeatable; {KEY_VARIABLE} holds one without showing it in ps",
+    )
+    add("--key-file", metavar="FILE", help="keys, one in a line")
+    add(
+        "--allow-origin",
+        metavar="URL",
+        action="append",
+        default=[],
+        help="web pages that may call the server (CORS); repeatable; *: all",
+    )
+    add("--tls-cert", metavar="FILE", help="certificate chain, PEM, with --tls-key")
+    add("--tls-key", metavar="FILE", help="private key of --tls-cert, PEM")
+    add("--max-tokens", type=int, metavar="N", help="limit per request (default: the model's positions)")
+    add("--max-body", type=int, default=1 << 20, metavar="BYTES", help="limit of a request body (default: 1 MiB)")
+    add("--max-running", type=int, default=64, metavar="N", help="requests in a batch (default: 64)")
+    add("--max-waiting", type=int, default=1024, metavar="N", help="requests in the queue (default: 1024)")
+    add("--timeout", type=float, metavar="SECONDS", help="limit per request (default: none)")
+    add(
+        "--client-timeout",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="limit for a client to send a request, and to read what is sent to it (default: 60)",
+    )
+    add("--limit-concurrency", type=int, metavar="N", help="connections, above which calls get 503 (default: no limit)")
+    add(
+        "--grace",
+        type=float,
+        default=30.0,
+        metavar="SECONDS",
+        help="time for running requests after SIGTERM (default: 30); a second signal ends the process at once",
+    )
+    add(
+        "--stuck-after",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="a pass that takes longer makes /health fail; after twice as long the process ends (default: 600)",
+    )
+    add("--access-log", action="store_true", help="print a line for each response to standard error")
+    add("--draft", type=int, default=0, metavar="N", help="draft tokens per step (default: 0)")
+    add(
+        "--cache", choices=("auto", "fp8"), default="auto", help="type of keys and values: the model's (default) or FP8"
+    )
+    add("--cache-tokens", type=int, metavar="N", help="capacity of the KV cache (default: the free memory)")
+    return parser
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise InputError for flags out of range."""
+    for name in ("max_tokens", "max_body", "max_running", "max_waiting", "cache_tokens", "limit_concurrency"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+    for name in ("timeout", "client_timeout", "grace", "stuck_after"):
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            raise InputError(f"--{name.replace('_', '-')} is {value}; it must be above 0")
+    if (args.tls_cert is None) != (args.tls_key is None):
+        raise InputError("--tls-cert and --tls-key need each other")
+    for file in (args.tls_cert, args.tls_key):
+        if file is not None and not user_path(file).is_file():
+            raise InputError(f"there is no file {file}")
+
+
+def read_keys(args: argparse.Namespace) -> frozenset[str]:
+    """The keys of flags, file and environment."""
+    keys = [*args.key]
+    if args.key_file is not None:
+        try:
+            lines = user_path(args.key_file).read_text(encoding="utf-8").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--key-file {args.key_file}: {error}") from None
+        keys += [line.strip() for line in lines if line.strip()]
+        if not keys:
+            raise InputError(f"--key-file {args.key_file} has no key")
+    if KEY_VARIABLE in os.environ:
+        keys.append(os.environ[KEY_VARIABLE])
+    for key in keys:
+        if not (key and key.isascii() and key.isprintable() and key == key.strip()):
+            raise InputError("a --key is empty, or has characters other than printable ASCII, which no header can hold")
+    return frozenset(keys)
+
+
+def sampling_defaults(folder: Path) -> dict:
+    """The sampling parameters in the checkpoint's generation_config.json, which vLLM applies too."""
+    file = folder / "generation_config.json"
+    settings = read_json(file) if file.is_file() else {}
+    found = {name: settings[name] for name in SAMPLING if settings.get(name) is not None}
+    try:
+        Sampling(**({"temperature": 1.0} | found))
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
+    return found
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Bind before loading the model, so that a port in use is reported at once."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except (OSError, OverflowError) as error:
+        listener.close()
+        raise InputError(f"cannot listen on {host}, port {port}: {error}") from None
+    return listener
+
+
+def start(args: argparse.Namespace, folder: Path) -> Engine:
+    """Load the model and warm up its engine."""
+    engine = Engine(
+        load_model(folder, **load_options(args)),
+        cache_tokens=args.cache_tokens,
+        cache_dtype=torch.float8_e4m3fn if args.cache == "fp8" else None,
+        max_running=args.max_running,
+        max_rows=max(2048, args.max_running * (1 + args.draft)),
+        max_waiting=args.max_waiting,
+        draft=args.draft,
+    )
+    engine.warm_up()
+    return engine
+
+
+class Loading:
+    """Loads the engine in a thread, while the server already answers /health."""
+
+    def __init__(self, load: Callable[[], Engine], service: Service, url: str):
+        self.load, self.service, self.url = load, service, url
+        self.error: BaseException | None = None
+
+    def start(self) -> None:
+        threading.Thread(target=self.run, daemon=True).start()
+
+    def run(self) -> None:
+        started = time.perf_counter()
+        try:
+            engine = self.load()
+        except BaseException as error:
+            self.error = error
+            return
+        self.service.start(engine)
+        tokens = engine.pages.count * engine.pages.size
+        seconds = time.perf_counter() - started
+        print(f"{self.service.name} at {self.url}, a cache of {tokens} tokens, loaded in {seconds:.1f} s", flush=True)
+
+    def watch(self) -> str | None:
+        """What ends the server."""
+        return "the model could not be loaded" if self.error else self.service.dead
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    args = arguments().parse_args(argv)
+    check(args)
+    keys = read_keys(args)
+    config, folder = resolve_checkpoint(args.model)
+    tokenizer: Tokenizer = find_tokenizer(args.tokenizer, folder, config)
+    service = Service(
+        None, tokenizer, args.name or folder.resolve().name, frozenset(stop_token_ids(config, tokenizer, folder)),
+        keys=keys, max_tokens=args.max_tokens, max_body=args.max_body, timeout=args.timeout,
+        stuck_after=args.stuck_after, sampling_defaults=sampling_defaults(folder), origins=tuple(args.allow_origin),
+        access_log=args.access_log,
+    )  # fmt: skip
+    load_options(args)  # refuses a device that is not there
+    with bind(args.host, args.port) as listener:
+        listener.listen(2048)
+        host = f"[{args.host}]" if ":" in args.host else args.host
+        url = f"http{'s' * bool(args.tls_cert)}://{host}:{listener.getsockname()[1]}/v1"
+        print(
+            f"loading {size(folder)} from {folder}; {url.removesuffix('/v1')}/health says when it is ready",
+            file=sys.stderr,
+            flush=True,
+        )
+        loading = Loading(lambda: start(args, folder), service, url)
+        try:
+            server = Server(
+                make_app(service), args.grace, args.client_timeout, loading.watch,
+                limit_concurrency=args.limit_concurrency, ssl_certfile=args.tls_cert, ssl_keyfile=args.tls_key,
+            )  # fmt: skip
+            server.config.load()
+            loading.start()
+            server.run(sockets=[listener])
+        except KeyboardInterrupt:  # uvicorn raises it again after its graceful shutdown
+            return 130
+        except ssl.SSLError as error:
+            raise InputError(f"--tls-cert, --tls-key: {error}") from None
+    if isinstance(loading.error, torch.OutOfMemoryError):
+        raise InputError("out of GPU memory; python -m ling_kernels.plan decode shows the memory that a model needs")
+    if loading.error is not None:
+        raise loading.error
+    if server.fault is not None:
+        print(f"error: {server.fault}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def size(folder: Path) -> str:
+    return f"{sum(file.stat().st_size for file in folder.glob('*.safetensors')) / 1e9:.2f} GB"

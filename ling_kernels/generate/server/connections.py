@@ -1,0 +1,105 @@
+"""uvicorn with limits on slow clients, and a shutdown that ends.
+
+The one file that uses what uvicorn does not document: `H11Protocol.conn` and `transport`, `Server.handle_exit` and
+`on_tick`. tests/test_server_connections.py fails where a version changes them.
+"""
+
+import asyncio
+import os
+import socket
+import sys
+import threading
+from collections.abc import Callable
+
+import h11
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+READING = (h11.IDLE, h11.SEND_BODY)  # states of a client that has not sent its whole request
+EXIT_SLACK = 5.0  # seconds beyond --grace
+
+
+def connection_class(seconds: float) -> type[H11Protocol]:
+    """Connections that are cut where a client takes longer than `seconds` to send a request, or to read anything of an
+    answer that waits for it. Between requests uvicorn's own limit of 5 s holds."""
+
+    class Connection(H11Protocol):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            super().connection_made(transport)  # type: ignore[arg-type]
+            self.timers: dict[str, asyncio.TimerHandle] = {}
+            self.start_timer("request")
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if self.conn.their_state in READING and not self.transport.is_closing():
+                self.start_timer("request")
+            else:
+                self.stop_timer("request")
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self.start_timer("answer")
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            self.stop_timer("answer")
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            for name in [*self.timers]:
+                self.stop_timer(name)
+            super().connection_lost(exc)
+
+        def start_timer(self, name: str) -> None:
+            """A timer that runs goes on, whatever trickles in."""
+            if name not in self.timers:
+                self.timers[name] = self.loop.call_later(seconds, self.transport.abort)
+
+        def stop_timer(self, name: str) -> None:
+            if name in self.timers:
+                self.timers.pop(name).cancel()
+
+    return Connection
+
+
+class Server(uvicorn.Server):
+    """`watch` is called ten times a second; what it returns ends the server with that line and exit code 1."""
+
+    def __init__(self, app, grace: float, client_timeout: float, watch: Callable[[], str | None], **options):
+        super().__init__(
+            uvicorn.Config(
+                app, http=connection_class(client_timeout), ws="none", log_level="warning",
+                timeout_graceful_shutdown=max(1, round(grace)), **options,
+            )
+        )  # fmt: skip
+        self.grace, self.watch = grace, watch
+        self.fault: str | None = None
+        self.deadline: threading.Timer | None = None
+
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        try:
+            super().run(sockets)
+        finally:
+            if self.deadline is not None:
+                self.deadline.cancel()
+
+    async def on_tick(self, counter: int) -> bool:
+        fault = self.watch()
+        if fault is not None:
+            self.fault = fault
+            self.exit_later(1)
+            return True
+        return await super().on_tick(counter)
+
+    def handle_exit(self, sig, frame) -> None:
+        """The first signal finishes what runs, within the grace; a second one ends the process at once."""
+        if self.should_exit:
+            sys.stderr.flush()
+            os._exit(128 + sig)
+        super().handle_exit(sig, frame)
+        self.exit_later(128 + sig)
+
+    def exit_later(self, code: int) -> None:
+        """End the process after the grace, also where a pass of the engine does not return."""
+        self.deadline = threading.Timer(self.grace + EXIT_SLACK, os._exit, [code])
+        self.deadline.daemon = True
+        self.deadline.start()

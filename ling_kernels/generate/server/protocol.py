@@ -1,0 +1,279 @@
+"""Request bodies of the OpenAI API, and the vLLM extensions, that the server accepts.
+
+null means absent. Fields that the server does not implement are accepted with their neutral value (a penalty of 0, no
+schema), which clients send by default, and refused with any other, so that no option is silently ignored.
+"""
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr, model_validator
+
+from ...errors import InputError
+from ...model.sample import Sampling
+from ...tokenizer import Tokenizer
+from ..logprobs import MOST
+
+MAX_CHOICES = 16  # per call
+MAX_PROMPTS = 128  # per call: LangChain sends 20, lm-eval what its batch size says
+MAX_STOP_STRINGS, MAX_STOP_CHARACTERS = 16, 1000  # each character of them costs time at every token
+MIN_TEMPERATURE = 1e-5  # below it sampling is greedy: fp32 logits divided by it could overflow
+
+# Fields that are not implemented, with their neutral values.
+UNSUPPORTED: dict[str, list] = {
+    "best_of": [1], "frequency_penalty": [0, 0.0], "function_call": ["none", "auto"], "functions": [[]],
+    "logit_bias": [{}], "min_tokens": [0], "modalities": [["text"]], "presence_penalty": [0, 0.0],
+    "response_format": [{"type": "text"}], "skip_special_tokens": [False], "suffix": [""],
+}  # fmt: skip
+# Fields that do not affect the generated text.
+IGNORED = {
+    "metadata", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_retention", "safety_identifier",
+    "service_tier", "store", "user",
+}  # fmt: skip
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # generation_config.json may have them
+
+
+class StrictModel(BaseModel):
+    """Refuses unknown fields; null fields take their default."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def drop_nulls(cls, body):
+        return {k: v for k, v in body.items() if v is not None} if isinstance(body, dict) else body
+
+
+class StreamOptions(StrictModel):
+    include_usage: StrictBool = False
+    continuous_usage_stats: StrictBool = False  # vLLM's: the counts so far in every event
+    include_obfuscation: StrictBool = False  # OpenAI's padding against traffic analysis; the server adds none
+
+
+class CompletionBase(StrictModel):
+    """Fields of both endpoints."""
+
+    model: StrictStr
+    temperature: StrictFloat = 1.0
+    top_p: StrictFloat = 1.0
+    top_k: StrictInt = 0  # -1 also means all tokens, as in vLLM
+    min_p: StrictFloat = 0.0
+    repetition_penalty: Annotated[StrictFloat, Field(ge=0.01, le=100)] = 1.0
+    seed: Annotated[StrictInt, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
+    n: Annotated[StrictInt, Field(ge=1, le=MAX_CHOICES)] = 1
+    stop: StrictStr | list[StrictStr] = []
+    stop_token_ids: Annotated[list[StrictInt], Field(max_length=256)] = []
+    stream: StrictBool = False
+    stream_options: StreamOptions = StreamOptions()
+    ignore_eos: StrictBool = False
+    priority: Annotated[StrictInt, Field(ge=-(1 << 31), lt=1 << 31)] = 0  # vLLM's: the smallest is next
+
+    @model_validator(mode="before")
+    @classmethod
+    def drop_unsupported(cls, body):
+        if not isinstance(body, dict):
+            return body
+        for name, neutral_values in UNSUPPORTED.items():
+            value = body.get(name)
+            if value is not None and not any(type(value) is type(v) and value == v for v in neutral_values):
+                raise InputError(f"{name} {shown(value)} is not supported: leave {name} out")
+        return {k: v for k, v in body.items() if k not in UNSUPPORTED and k not in IGNORED}
+
+    def sampling(self, choice: int, defaults: dict) -> Sampling:
+        """Sampling parameters of the choice with that index: each choice has its own seed. defaults: of SAMPLING,
+        for fields that the body leaves out."""
+        given = {k: defaults.get(k, getattr(self, k)) if k not in self.model_fields_set else getattr(self, k)
+                 for k in SAMPLING}  # fmt: skip
+        given["seed"] = None if self.seed is None else (self.seed + choice) % (1 << 63)
+        if 0 <= given["temperature"] < MIN_TEMPERATURE:
+            return Sampling(repetition_penalty=given["repetition_penalty"], seed=given["seed"])
+        return Sampling(**given | dict(top_k=max(given["top_k"], 0) if given["top_k"] == -1 else given["top_k"]))
+
+    def stop_strings(self) -> list[str]:
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop
+        if len(stop) > MAX_STOP_STRINGS:
+            raise InputError(f"stop has {len(stop)} strings; it may have at most {MAX_STOP_STRINGS}")
+        if "" in stop:
+            raise InputError("stop has an empty string")
+        if max(map(len, stop), default=0) > MAX_STOP_CHARACTERS:
+            raise InputError(f"stop has a string of more than {MAX_STOP_CHARACTERS} characters")
+        return stop
+
+
+class CompletionRequest(CompletionBase):
+    prompt: StrictStr | Annotated[list[StrictStr] | list[StrictInt] | list[list[StrictInt]], Field(min_length=1)]
+    max_tokens: Annotated[StrictInt, Field(ge=0)] | None = None
+    echo: StrictBool = False
+    logprobs: Annotated[StrictInt, Field(ge=0, le=MOST)] | None = None
+
+    def prompts(self, tokenizer: Tokenizer) -> list[list[int]]:
+        """Token ids of every prompt."""
+        is_batch = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
+        if is_batch and len(self.prompt) > MAX_PROMPTS:
+            raise InputError(f"prompt has {len(self.prompt)} texts; it may have at most {MAX_PROMPTS}")
+        return [tokenizer.encode(p) if isinstance(p, str) else p for p in (self.prompt if is_batch else [self.prompt])]
+
+    def max_new_tokens(self) -> tuple[int | None, int | None]:
+        """(requested number or None, default number); a default of None is the rest of the model's positions. A
+        request for the log-probabilities of its prompt alone still generates a token, which is not shown."""
+        return None if self.max_tokens is None else max(1, self.max_tokens), 16
+
+    @property
+    def shows_answer(self) -> bool:
+        return self.max_tokens != 0
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+
+class ContentPart(StrictModel):
+    """A part of a message's content; `ChatMessage.as_template_input` refuses types other than text."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    type: StrictStr
+    text: StrictStr = ""
+
+
+class FunctionCall(StrictModel):
+    name: Annotated[StrictStr, Field(min_length=1)]
+    arguments: StrictStr | dict[str, Any]
+
+
+class ToolCall(StrictModel):
+    function: FunctionCall
+    id: StrictStr = ""
+    type: Literal["function"] = "function"
+    index: StrictInt = 0
+
+
+class FunctionTool(StrictModel):
+    """A function that the model may call; everything in it is shown to the model."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: Literal["function"]
+    function: dict[str, Any]
+
+    @model_validator(mode="after")
+    def check_name(self):
+        if not (isinstance(self.function.get("name"), str) and self.function["name"]):
+            raise InputError("a tool's function has no name")
+        return self
+
+
+class ChatMessage(StrictModel):
+    """A message as clients send it; they return the server's answers with all fields, also the empty ones."""
+
+    role: StrictStr
+    content: StrictStr | Annotated[list[ContentPart], Field(min_length=1)]
+    name: StrictStr = ""
+    tool_call_id: StrictStr = ""  # clients must send it with a tool's result; the template knows results by their order
+    tool_calls: list[ToolCall] = []
+    reasoning_content: StrictStr = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def drop_empty_fields(cls, body):
+        """Empty lists are left out; an answer may come back without content."""
+        if not isinstance(body, dict):
+            return body
+        body = {k: v for k, v in body.items() if k != "annotations" or v}
+        return body | {"content": ""} if body.get("role") == "assistant" and body.get("content") is None else body
+
+    def as_template_input(self) -> dict[str, Any]:
+        """{"role": ..., "content": text} for a chat template, with tool calls and thoughts where there are any."""
+        parts = [ContentPart(type="text", text=self.content)] if isinstance(self.content, str) else self.content
+        if others := {p.type for p in parts} - {"text"}:
+            raise InputError(f"content of type {min(others)!r} is not supported: the model reads text only")
+        if (self.tool_calls or self.reasoning_content) and self.role != "assistant":
+            raise InputError("messages: tool_calls and reasoning_content are of role assistant alone")
+        role = "system" if self.role == "developer" else self.role  # OpenAI's newer name
+        message: dict[str, Any] = {"role": role, "content": "".join(p.text for p in parts)}
+        if self.tool_calls:
+            message["tool_calls"] = [template_call(call) for call in self.tool_calls]
+        return message | ({"reasoning_content": self.reasoning_content} if self.reasoning_content else {})
+
+
+def template_call(call: ToolCall) -> dict[str, Any]:
+    """A call whose arguments are an object, as templates write them; clients send them as JSON text."""
+    arguments = call.function.arguments
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError):
+            arguments = None
+        if not isinstance(arguments, dict):
+            raise InputError(f"messages: the arguments of the call of {call.function.name} are no JSON object")
+    return dict(type="function", function=dict(name=call.function.name, arguments=arguments))
+
+
+class ChatCompletionRequest(CompletionBase):
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    logprobs: StrictBool = False
+    top_logprobs: Annotated[StrictInt, Field(ge=0, le=MOST)] = 0
+    tools: Annotated[list[FunctionTool], Field(max_length=512)] = []
+    tool_choice: Literal["none", "auto"] = "auto"
+    continue_final_message: StrictBool = False  # vLLM's: the answer goes on with the last message
+    add_generation_prompt: StrictBool = True
+    echo: Literal[False] = False
+    shows_answer: Literal[True] = True
+
+    def prompts(self, tokenizer: Tokenizer) -> list[list[int]]:
+        """Token ids of the rendered conversation, as a list of one."""
+        messages = [m.as_template_input() for m in self.messages]
+        tools = [tool.model_dump() for tool in self.tools] if self.parses_calls else None
+        if not self.continue_final_message:
+            text = tokenizer.apply_chat_template(messages, self.add_generation_prompt, tools)
+            return [tokenizer.encode(text, special=True)]
+        last = messages.pop()
+        if last["role"] != "assistant" or self.messages[-1].tool_calls:
+            raise InputError("continue_final_message needs a last message of role assistant without tool calls")
+        text = tokenizer.apply_chat_template(messages, True, tools) if messages else ""
+        return [tokenizer.encode(text, special=True) + tokenizer.encode(last["content"])]
+
+    @property
+    def parses_calls(self) -> bool:
+        return bool(self.tools) and self.tool_choice == "auto"
+
+    def max_new_tokens(self) -> tuple[int | None, int | None]:
+        """(requested number or None, None): the default is the rest of the model's positions."""
+        return self.max_completion_tokens or self.max_tokens, None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        if self.top_logprobs and not self.logprobs:
+            raise InputError("top_logprobs needs logprobs true")
+        return self.top_logprobs if self.logprobs else None
+
+
+class TokenizeRequest(StrictModel):
+    """A prompt, or messages as the chat endpoint takes them."""
+
+    model: StrictStr | None = None
+    prompt: StrictStr | None = None
+    messages: list[ChatMessage] = []
+    add_generation_prompt: StrictBool = True
+    add_special_tokens: StrictBool = True  # the model's prompts have none
+
+    def ids(self, tokenizer: Tokenizer) -> list[int]:
+        if (self.prompt is None) == (not self.messages):
+            raise InputError("give either prompt or messages")
+        if self.prompt is not None:
+            return tokenizer.encode(self.prompt)
+        text = tokenizer.apply_chat_template([m.as_template_input() for m in self.messages], self.add_generation_prompt)
+        return tokenizer.encode(text, special=True)
+
+
+class DetokenizeRequest(StrictModel):
+    model: StrictStr | None = None
+    tokens: list[StrictInt]
+
+
+def shown(value: Any) -> str:
+    """A value in a message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,125 @@
+"""What the endpoints share: the engine, the tokenizer, limits, metrics; and OpenAI's error object."""
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from ...errors import InputError, one_line
+from ...tokenizer import Tokenizer
+from ..engine import Engine
+from ..scheduler import max_sequence_tokens
+from .metrics import Metrics
+
+Result = TypeVar("Result")
+
+INTERNAL_ERROR = "internal server error; the server's log has the details"
+# OpenAI's words for a status, by which clients classify errors
+CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
+TYPES = {401: "authentication_error", 429: "rate_limit_error"}
+
+
+@dataclass
+class Service:
+    """State and limits shared by the endpoints. `engine` is None while the model is loading."""
+
+    engine: Engine | None
+    tokenizer: Tokenizer
+    name: str  # the model's
+    stop_token_ids: frozenset[int]
+    keys: frozenset[str] = frozenset()  # one of them is required as `Authorization: Bearer KEY`; none: no key is
+    max_tokens: int | None = None  # per request
+    max_body: int = 1 << 20  # bytes
+    timeout: float | None = None  # seconds per request
+    stuck_after: float = 600.0  # seconds of a pass; the first of a shape may compile kernels
+    sampling_defaults: dict = field(
+        default_factory=dict
+    )  # of generation_config.json: fields of a body that leaves them
+    origins: tuple[str, ...] = ()  # web pages that may call the server; "*": all
+    access_log: bool = False
+    metrics: Metrics = field(default_factory=Metrics)
+    created: int = field(default_factory=lambda: int(time.time()))
+    # Apart from the threads of the engine's passes, which a long prompt must not keep waiting.
+    threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "tokenizer"))
+
+    async def in_thread(self, function: Callable[..., Result], *args) -> Result:
+        """The result of a function that takes time: of a megabyte of text, a tokenizer takes a second."""
+        return await asyncio.get_running_loop().run_in_executor(self.threads, function, *args)
+
+    def start(self, engine: Engine) -> None:
+        """Serve with this engine, which has been loaded."""
+        engine.record.on_pass = self.metrics.pass_time.add
+        self.engine = engine
+
+    @property
+    def fault(self) -> str | None:
+        """Why the server cannot serve now, in one line; None while it can."""
+        if self.engine is None:
+            return "loading"
+        seconds = self.engine.record.stuck_for()
+        if seconds > self.stuck_after:
+            return f"a pass has been running for {seconds:.0f} s"
+        return self.engine.record.fault
+
+    @property
+    def dead(self) -> str | None:
+        """Why the process should end, in one line; None while it should not."""
+        if self.engine is None:
+            return None
+        record = self.engine.record
+        if record.dead or record.stuck_for() > 2 * self.stuck_after:
+            return f"the engine cannot go on: {self.fault}"
+        return None
+
+    @property
+    def max_sequence(self) -> int:
+        """Most tokens of prompt and answer together."""
+        capacity = min(self.engine.config.max_positions, self.engine.pages.count * self.engine.pages.size)
+        return max_sequence_tokens(capacity, self.engine.draft)
+
+    def max_new_tokens(self, requested: int | None, default: int | None, prompt: int) -> int:
+        """New tokens of a request after `prompt` tokens. `requested` must fit; a default is reduced to fit."""
+        limit, most = self.max_sequence, self.max_tokens
+        if prompt + (requested or 1) > limit:
+            asked = f"{prompt + (requested or 0)} tokens ({prompt} of the prompt, {requested or 0} of the completion)"
+            raise ContextTooLong(
+                f"This model's maximum context length is {limit} tokens. However, you asked for {asked}"
+            )
+        if requested is not None:
+            if most is not None and requested > most:
+                raise InputError(f"max_tokens {requested} exceeds this server's limit: at most {most}")
+            return requested
+        return max(1, min(n for n in (default, most, limit - prompt) if n is not None))
+
+    def model_card(self) -> dict:
+        card = {"id": self.name, "object": "model", "created": self.created, "owned_by": "ling_kernels"}
+        return card | ({"max_model_len": self.engine.config.max_positions} if self.engine else {})
+
+    def require_model(self, name: str) -> None:
+        if name != self.name:
+            raise HTTPException(404, f"the model {name!r} does not exist; this server has {self.name!r}")
+
+
+class ContextTooLong(InputError):
+    """Prompt and answer do not fit into the model's positions; in OpenAI's words, which clients look for."""
+
+
+def error_response(
+    status: int,
+    message: str,
+    headers: Mapping[str, str] | None = None,
+    param: str | None = None,
+    code: str | None = None,
+) -> JSONResponse:
+    return JSONResponse({"error": error_object(status, message, param, code)}, status, headers)
+
+
+def error_object(status: int, message: str, param: str | None = None, code: str | None = None) -> dict:
+    """OpenAI's error object."""
+    kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return {"message": one_line(message), "type": kind, "param": param, "code": code or CODES.get(status)}

@@ -1,0 +1,241 @@
+"""Checkpoints that every process writes its own part of: no process ever holds more.
+
+The files are those of a published model, `model-00002-of-00008.safetensors` and an index, and as many of the
+optimizer's, `optimizer-...`. A process writes the parameters whose optimizer state it keeps, and the moments of these.
+An official key is whole in one file: where several processes hold parts of it (rows of an embedding), one of them
+collects these. A moment of which a process has a part is saved under a name that says which, NAME.KEY[0:64] for rows,
+NAME.KEY[:,0:64] for columns, so that it loads wherever a process holds other rows.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..errors import InputError
+from ..model.weight_files import (
+    SHARD_BYTES,
+    WeightReader,
+    file_names,
+    save_tensors,
+    shards_of,
+    stored_dtype,
+    write_index,
+)
+from ..ops.adamw_8bit import BLOCK
+from .boxes import Box, Part, overlap, replaced, size, whole_box, within
+from .parts import Piece, held, pieces
+from .ranks import Ranks
+from .shares import Shares
+
+MODEL, OPTIMIZER = "model", "optimizer"  # stems of files
+
+
+@dataclass
+class OwnPart:
+    """What a process writes of a checkpoint."""
+
+    weights: dict[str, Tensor] = field(default_factory=dict)  # by official key
+    pieces: list[Piece] = field(default_factory=list)  # of keys of which other processes hold the rest
+    optimizer: dict[str, Tensor] = field(default_factory=dict)
+    keys: list[str] = field(default_factory=list)  # all official keys of the whole model, sorted
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from self.weights.values()
+        yield from (piece.tensor for piece in self.pieces)
+        yield from self.optimizer.values()
+
+    def bytes(self) -> int:
+        return sum(t.numel() * t.itemsize for t in self.tensors())
+
+    def on_host(self, dtype: torch.dtype | None = None) -> "OwnPart":
+        """Copies on the host, which later steps do not change. dtype: of the weights; None: their own."""
+
+        def copy(key: str, t: Tensor) -> Tensor:
+            kind = None if dtype is None else stored_dtype(key, t.dtype, dtype)
+            return t.to("cpu", kind, copy=True).contiguous()
+
+        return OwnPart(
+            {key: copy(key, t) for key, t in self.weights.items()},
+            [piece._replace(tensor=copy(piece.official.key, piece.tensor)) for piece in self.pieces],
+            {key: t.to("cpu", copy=True).contiguous() for key, t in self.optimizer.items()},
+            self.keys,
+        )
+
+
+def own_part(shares: Shares, moments: dict[str, Tensor]) -> OwnPart:
+    """The tensors themselves that this process writes. moments: the optimizer's state, named NAME.KEY."""
+    owned = shares.owned()
+    mine = {name: t for name, t in held(shares.model) if name in owned}
+    part = OwnPart(keys=sorted(official.key for p in shares.official.values() for official in p.keys))
+    for piece in pieces(shares, ((name, mine[name]) for name in shares.official if name in mine)):
+        if piece.is_whole:
+            part.weights[piece.official.key] = piece.tensor
+        else:
+            part.pieces.append(piece)
+    for key, t in moments.items():
+        name = key.rpartition(".")[0]
+        if name in owned:
+            part.optimizer |= named_parts(key, t.detach(), shares.part_of(name), shares.official[name].shape)
+    return part
+
+
+def named_parts(key: str, t: Tensor, part: Part, shape: torch.Size) -> dict[str, Tensor]:
+    """The optimizer's tensor of a part of a parameter, by names that say which rows or columns of the whole one it is.
+
+    t: a scalar, equal for all parts; with the parameter's shape; or a vector with a number for every, or every 256,
+    elements. shape: of the whole parameter.
+    """
+    if not part.ranges:
+        return {key: t}
+    if not t.ndim:
+        return {key: t} if part.ranges[0][0] == 0 else {}
+    local = [stop - start for start, stop in part.boxes(shape)[-1][1]]
+    local[part.dim] = sum(stop - start for start, stop in part.ranges)
+    if list(t.shape) != local:
+        part = flattened(key, part, shape, math.prod(local), len(t))
+    found, start = {}, 0
+    for a, b in part.ranges:
+        found[f"{key}[{':,' * part.dim}{a}:{b}]"] = t.narrow(part.dim, start, b - a)
+        start += b - a
+    return found
+
+
+def flattened(key: str, part: Part, shape: torch.Size, elements: int, numbers: int) -> Part:
+    """The part of a vector that has so many numbers for so many elements. Raises InputError where a number is of
+    elements of several parts."""
+    unit = 1 if elements == numbers else BLOCK
+    flat = part.flattened(shape, unit) if elements == numbers * unit else None
+    if flat is None:
+        raise InputError(f"the optimizer's {key} cannot be divided: a scale is of several processes' weights")
+    return flat
+
+
+def parsed(name: str) -> tuple[str, int | None, tuple[int, int]]:
+    """NAME.KEY and, of a part, its dimension and range there."""
+    match = re.fullmatch(r"(.+?)(?:\[((?::,)*)(\d+):(\d+)\])?", name)
+    assert match
+    key, columns, start, stop = match.groups()
+    return (key, None, (0, 0)) if start is None else (key, len(columns) // 2, (int(start), int(stop)))
+
+
+def read_optimizer(folder: Path, shares: Shares) -> Iterator[tuple[str, str, Tensor]]:
+    """(parameter, key, tensor) of the optimizer's state that this process keeps; no more is read."""
+    owned = {name: p for name, p in shares.model.named_parameters() if shares.owns(name)}
+    with WeightReader(folder, OPTIMIZER) as reader:
+        parts: dict[str, list[tuple[str, Box]]] = {}
+        for name in sorted(reader.files, key=lambda name: str(reader.files[name])):
+            key, dim, bounds = parsed(name)
+            if key.rpartition(".")[0] in owned:
+                shape = reader.shape(name)
+                box = whole_box(shape) if dim is None else replaced(shape, dim, bounds)
+                parts.setdefault(key, []).append((name, box))
+        for key, found in parts.items():
+            name, _, kind = key.rpartition(".")
+            yield name, kind, assembled(reader, key, found, shares.part_of(name), shares.official[name].shape)
+
+
+def assembled(
+    reader: WeightReader, key: str, saved: list[tuple[str, Box]], part: Part, shape: torch.Size
+) -> Tensor:  # fmt: skip
+    """This process's part of the optimizer's tensor `key`. saved: names in the files, and boxes of the whole tensor.
+    shape: of the whole parameter."""
+    whole = [max(bounds) for bounds in zip(*([stop for _, stop in box] for _, box in saved), strict=True)]
+    if part.ranges and whole and whole != list(shape):
+        part = flattened(key, part, shape, shape.numel(), whole[0] if len(whole) == 1 else 0)
+    boxes = part.boxes(whole) if whole else [((), ())]
+    extent = [max(bounds) for bounds in zip(*([stop for _, stop in here] for _, here in boxes), strict=True)]
+    t, filled = None, 0
+    for name, box in saved:
+        for mine, here in boxes:
+            if (both := overlap(mine, box)) is not None:
+                values = reader.part(name, within(both, box))
+                t = values.new_empty(extent) if t is None else t
+                t[within(both, mine, here)] = values
+                filled += size(both)
+    if t is None or filled != t.numel():
+        raise InputError(f"{reader.folder}: the checkpoint has {filled} of the numbers of the optimizer's {key}")
+    return t
+
+
+def collect_(part: OwnPart, ranks: Ranks) -> None:
+    """Bring the pieces of each key together in `weights` of one process that holds one, in turn, in place. Every
+    process calls it, with tensors on the host."""
+    offered = ranks.exchange([(p.official.key, p.box, p.official.shape) for p in part.pieces])
+    if not any(offered):
+        return
+    found: dict[str, list[tuple[int, Box, tuple[int, ...]]]] = {}
+    for rank, theirs in enumerate(offered):
+        for key, box, shape in theirs:
+            found.setdefault(key, []).append((rank, box, shape))
+    mine = {(piece.official.key, piece.box): piece.tensor.cpu().contiguous() for piece in part.pieces}
+    for number, (key, boxes) in enumerate(sorted(found.items())):
+        holders = sorted({rank for rank, _, _ in boxes})
+        writer, shape = holders[number % len(holders)], boxes[0][2]
+        if sum(size(box) for _, box, _ in boxes) != math.prod(shape):
+            raise InputError(f"the processes do not hold all of {key}")
+        if writer == ranks.rank:
+            dtype = next(t.dtype for (of, _), t in mine.items() if of == key)
+            part.weights[key] = whole = torch.empty(shape, dtype=dtype)
+        for rank, box, _ in boxes:
+            if rank == ranks.rank != writer:
+                dist.send(mine[key, box], writer, group=ranks.talk)
+            elif writer == ranks.rank:
+                if rank != writer:
+                    mine[key, box] = torch.empty([stop - start for start, stop in box], dtype=dtype)
+                    dist.recv(mine[key, box], rank, group=ranks.talk)
+                whole[within(box, whole_box(shape))] = mine.pop((key, box))
+    part.pieces = []
+
+
+def write_files(folder: Path, part: OwnPart, ranks: Ranks, optimizer: bool = True) -> list[str]:
+    """Write this process's files into a folder that is there, rank 0 also the indices; returns their names. Every
+    process calls it. Raises InputError on all of them where one cannot write."""
+    tensors = {MODEL: part.weights, OPTIMIZER: part.optimizer}
+    shards = {MODEL: shards_of(sizes(part.weights), SHARD_BYTES)}
+    if optimizer:
+        shards[OPTIMIZER] = shards_of(sizes(part.optimizer), SHARD_BYTES if ranks.size > 1 else None)
+        if ranks.first and not shards[OPTIMIZER]:  # before the first step
+            shards[OPTIMIZER].append([])
+    numbers = ranks.exchange({stem: len(found) for stem, found in shards.items()})
+    written: dict[str, dict[str, list[str]]] = {stem: {} for stem in shards}  # keys of each file
+    with failing_together(ranks):
+        for stem, found in shards.items():
+            names = file_names(stem, sum(n[stem] for n in numbers))
+            first = sum(n[stem] for n in numbers[: ranks.rank])
+            for name, keys in zip(names[first:], found):  # noqa: B905 (the names after them are of other ranks)
+                save_tensors({key: tensors[stem][key].cpu().contiguous() for key in keys}, folder / name)
+                written[stem][name] = keys
+    names = [name for files in written.values() for name in files]
+    everyone = ranks.exchange(written)
+    with failing_together(ranks):
+        for stem in shards if ranks.first else ():
+            whole = [(key, name) for theirs in everyone for name, keys in theirs[stem].items() for key in keys]
+            times = Counter(key for key, _ in whole)
+            if stem == MODEL and times != Counter(part.keys):
+                wrong = min(key for key in {*times, *part.keys} if times[key] != 1)
+                raise InputError(f"{times[wrong]} processes write {wrong}: it must be one")
+            if sum(n[stem] for n in numbers) > 1:
+                names.append(write_index(folder, stem, dict(whole)))
+    return names
+
+
+def sizes(tensors: dict[str, Tensor]) -> dict[str, int]:
+    return {key: t.numel() * t.itemsize for key, t in tensors.items()}
+
+
+@contextmanager
+def failing_together(ranks: Ranks) -> Iterator[None]:
+    """An error of writing on one process becomes an InputError of all, with the reason."""
+    with ranks.agreed():
+        try:
+            yield
+        except (OSError, MemoryError) as error:
+            raise InputError(getattr(error, "strerror", None) or str(error) or type(error).__name__) from None

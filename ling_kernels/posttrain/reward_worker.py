@@ -1,0 +1,39 @@
+"""What a process of `RewardProcesses` runs: a line of JSON with arguments in, a line of JSON with the reward out.
+
+The first line names the parent's module path, the module and the function. Started by its file name, so that nothing
+but the reward function's module is imported.
+"""
+
+import importlib
+import json
+import os
+import sys
+from functools import reduce
+from typing import Any
+
+
+def main() -> None:
+    # The function may read and print: its stdin is empty, and what it prints goes to stderr.
+    calls, results = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)
+
+    def answer(**fields) -> None:
+        results.write(json.dumps(fields) + "\n")
+        results.flush()
+
+    sys.path[:], module, name = json.loads(calls.readline())
+    try:
+        function: Any = reduce(getattr, name.split("."), importlib.import_module(module))
+    except Exception as error:
+        return answer(failure=f"{type(error).__name__}: {error}")
+    answer(ready=True)
+    for line in calls:
+        try:
+            answer(value=float(function(*json.loads(line))))
+        except Exception as error:
+            answer(failure=f"{type(error).__name__}: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""Answers of a policy by the serving engine, and their log-probabilities by the trainer: the two ends of a loop."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..generate import Engine
+from ..model import Ling
+from ..model.sample import Sampling
+from ..nn import BatchLayout
+from ..ops.linear_cross_entropy import linear_cross_entropy
+
+
+@dataclass
+class Answer:
+    """One answer of a rollout. logprobs [len(ids)] are the engine's, in natural logarithms, at temperature 1."""
+
+    prompt: list[int]
+    ids: list[int]  # with the token that ends it, where it has ended by itself
+    logprobs: list[float]
+    finished: str  # stop or length
+    policy_version: int  # of the engine's weights
+
+
+def rollout(
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    samples: int,
+    new_tokens: int,
+    temperature: float = 1.0,
+    seed: int | None = None,
+    ends: Iterable[int] | None = None,
+) -> list[Answer]:
+    """`samples` answers to each prompt of token ids, those to one prompt one after the other.
+
+    seed: answer i takes seed + i, and depends on it and the weights alone (up to rounding); None: new ones each time.
+    ends: tokens that end an answer, default the model's. Raises InputError as `Engine.submit`.
+    """
+    requests = []
+    for i in range(len(prompts) * samples):
+        sampling = Sampling(temperature, seed=None if seed is None else seed + i)
+        while engine.scheduler.full:
+            engine.step()
+        requests.append(
+            engine.submit(prompts[i // samples], sampling, new_tokens, ends, logprobs=0, keep_stop=True)
+        )  # fmt: skip
+    while not all(r.finished for r in requests):
+        engine.step()
+    for r in requests:
+        if r.error is not None:
+            raise r.error
+    return [Answer(r.prompt, r.new_tokens, [t.logprob for t in r.logprobs], r.finished, r.policy_version)
+            for r in requests]  # fmt: skip
+
+
+def answer_logp(model: Ling, answers: Sequence[Answer]) -> Tensor:
+    """[T] fp32, with gradient: the model's log-probabilities of the answers' tokens, one answer after the other.
+
+    All answers are one packed batch, and logits exist of 1,024 tokens at a time. The last token of an answer is no
+    input, as in the engine. Raises InputError for an answer without tokens.
+    """
+    if not all(a.ids for a in answers):
+        raise InputError("an answer has no tokens")
+    device, inputs, rows, first = model.lm_head.weight.device, [], [], 0
+    for a in answers:
+        tokens = [*a.prompt, *a.ids[:-1]]
+        inputs.append(torch.tensor(tokens))
+        rows.append(torch.arange(first + len(a.prompt) - 1, first + len(tokens)))
+        first += len(tokens)
+    bounds = torch.tensor([0, *(len(t) for t in inputs)]).cumsum(0).int().to(device)
+    targets = torch.tensor([t for a in answers for t in a.ids], device=device)
+    batch = model.pack(torch.cat(inputs)[None].to(device), None, bounds)
+    layout = BatchLayout(model.cos, model.sin, batch.positions, batch.cu_seqlens)
+    h, _ = model.backbone(batch.ids, layout)
+    return -linear_cross_entropy(h[torch.cat(rows).to(device)], model.lm_head.weight, targets, reduction="none")

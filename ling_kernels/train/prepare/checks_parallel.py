@@ -1,0 +1,95 @@
+"""Checks of what several processes divide: rows, tokens, experts, vocabulary, layers."""
+
+from ...errors import InputError
+from ...model import LingConfig
+from ...ops.adamw_8bit import BLOCK
+from ...ops.quantize import BLOCK as FP8_BLOCK
+from ...parallel.pipeline_layout import PipelineLayout
+from ...parallel.ranks import Ranks
+from ...parallel.schedules import Order, check, placement, read_csv, schedule_order
+from ..settings import Settings
+
+
+def check_parallel(s: Settings, config: LingConfig, ranks: Ranks) -> None:
+    """Raise InputError where the processes cannot divide the work of a step and the model equally."""
+    ep, cp = ranks.experts.number, ranks.cp
+    if config.num_experts % ep:
+        raise InputError(f"--ep {ep} does not divide the {config.num_experts} experts of {s.model}")
+    if config.vocab_size % ranks.vocabulary.number:
+        raise InputError(f"--vocab-parallel {ranks.vocabulary.number} does not divide the vocabulary of"
+                         f" {config.vocab_size} tokens")  # fmt: skip
+    if s.seq_len % (2 * cp) and cp > 1:
+        raise InputError(f"--seq-len {s.seq_len} is not a multiple of {2 * cp}, twice --cp {cp}")
+    for option, given in (("--pipeline", s.pipeline), ("--schedule", s.schedule)):
+        if given is not None and ranks.pp == 1:
+            raise InputError(f"{option} {given} needs --pp, the number of processes that share the stages")
+    if s.exchange == "fp8":
+        check_fp8_exchange(s, config, ep)
+    if ranks.size == 1:
+        return
+    if s.merge_last:
+        raise InputError("--merge-last is for one process: keep checkpoints, and merge them with train.merge")
+    if s.step_in_backward:
+        raise InputError("--step-in-backward is for one process: several add up their gradients first")
+    rows = ranks.dp * (s.micro_batch or 1)
+    each = f"--dp {ranks.dp}" + (f" times --micro-batch {s.micro_batch}" if s.micro_batch else "")
+    if s.batch % rows:
+        raise InputError(f"--batch {s.batch} is not a multiple of {each}: every process takes equally many rows")
+    if s.ramp and s.ramp[0] % rows:
+        raise InputError(f"--batch-ramp {s.batch_ramp}: START is not a multiple of {each}")
+    if ranks.pp > 1:
+        check_pipeline(s, config, ranks)
+    expert = config.hidden_size * config.moe_intermediate_size * config.num_experts // ep
+    if ep > 1 and s.optimizer != "adamw" and expert % BLOCK:
+        raise InputError(f"--optimizer {s.optimizer}: the experts of one of --ep {ep} processes are no multiple"
+                         f" of {BLOCK} weights, which share a scale")  # fmt: skip
+
+
+def check_fp8_exchange(s: Settings, config: LingConfig, ep: int) -> None:
+    if ep == 1:
+        raise InputError("--exchange fp8 needs --ep, the number of processes that share the experts")
+    if s.precision != "fp8" or s.fp8_scales != "pow2":
+        raise InputError("--exchange fp8 needs --precision fp8 --fp8-scales pow2, so that experts quantise alike")
+    for name in ("hidden_size", "moe_intermediate_size"):
+        if getattr(config, name) % FP8_BLOCK:
+            raise InputError(f"--exchange fp8 needs experts in FP8, and {name} {getattr(config, name)} of {s.model} is"
+                             f" not a multiple of {FP8_BLOCK}")  # fmt: skip
+
+
+def check_pipeline(s: Settings, config: LingConfig, ranks: Ranks) -> None:
+    """Raise InputError for a layout that is not the model's, and for rows that cannot fill the pipeline."""
+    layout, pp = stages_of(s, config), ranks.pp
+    layout.check(config, s.model)
+    stages, schedule = len(layout.stages), schedule_of(s, layout)
+    numbers = [batch // ranks.dp // (s.micro_batch or batch // ranks.dp) for batch in (s.batch, *(s.ramp or ())[:1])]
+    if isinstance(schedule, str):
+        if stages % pp:
+            raise InputError(f"--pipeline {layout}: {stages} stages on {pp} ranks; each rank takes equally many")
+        schedule_order(schedule, pp, stages, 2 * pp)  # the name, and whether it takes these stages
+        place = placement(schedule, pp, stages)
+    else:
+        place = check(schedule, pp, stages, numbers[0], str(s.schedule))
+        if s.ramp:
+            raise InputError(f"--batch-ramp {s.batch_ramp}: the order of {s.schedule} is for one number of micro"
+                             " batches")  # fmt: skip
+    for rank in range(pp):
+        if not any(set(stage) & {"t", "m"} for stage, r in zip(layout.stages, place, strict=True) if r == rank):
+            raise InputError(f"--pipeline {layout}: process {rank} of --pp {pp} has no layer")
+    for rows, number in zip((f"--batch {s.batch}", f"--batch-ramp {s.batch_ramp}"), numbers, strict=False):
+        if isinstance(schedule, str) and number % pp:
+            raise InputError(f"{rows} is {number} micro batches for each of {ranks.dp} pipelines, and --pp {pp} needs a"
+                             f" multiple of {pp}: give a smaller --micro-batch")  # fmt: skip
+        if isinstance(schedule, str):
+            check(schedule_order(schedule, pp, stages, number), pp, stages, number, schedule)
+
+
+def stages_of(s: Settings, config: LingConfig) -> PipelineLayout:
+    """The layout of --pipeline, or the default of --pp."""
+    return PipelineLayout.parse(s.pipeline) if s.pipeline else PipelineLayout.even(config, s.pp)
+
+
+def schedule_of(s: Settings, layout: PipelineLayout) -> str | Order:
+    """The name of --schedule or the order in its file, or the default."""
+    if s.schedule is not None:
+        return read_csv(s.schedule) if s.schedule.endswith(".csv") else s.schedule
+    return "1F1B" if len(layout.stages) == s.pp else "Interleaved1F1B"

@@ -1,0 +1,30 @@
+"""Reward functions of tests: a module without torch, which a process imports in no time."""
+
+import math
+import os
+import sys
+import time
+
+
+def count_spread(response: str, answer: str) -> float:
+    """Any text gets another reward, so that every group has a signal."""
+    return (sum(map(ord, response)) % 97) / 97
+
+
+def hang_at_hang(response: str, answer: str) -> float:
+    time.sleep(600 if answer == "hang" else 0)
+    return count_spread(response, answer)
+
+
+def misbehave(kind: str, value: float) -> float:
+    print("a reward may print")
+    if kind == "hang":
+        time.sleep(600)
+    if kind == "die":
+        os._exit(3)
+    if kind == "raise":
+        raise KeyError("answer")
+    if kind == "nan":
+        return math.nan
+    assert sys.stdin.read() == "" or kind != "read"
+    return value

@@ -1,0 +1,274 @@
+"""What clients of the server ask for beside text: log-probabilities, tools, thoughts, counts, token ids."""
+
+# ruff: noqa: F811 (fixtures are imported)
+import json
+import random
+
+import pytest
+import torch
+
+pytest.importorskip("fastapi")
+
+from ling_kernels.generate.server import answers  # noqa: E402
+from ling_kernels.generate.server.answers import ChatWriter, Piece  # noqa: E402
+from ling_kernels.generate.server.command import sampling_defaults  # noqa: E402
+from ling_kernels.generate.server.protocol import ChatCompletionRequest  # noqa: E402
+from ling_kernels.generate.server.text_parts import TextParts  # noqa: E402
+from ling_kernels.model.sample import Sampling  # noqa: E402
+from tests.speller import speller  # noqa: E402
+from tests.test_server import BODY, call, checkpoint, events, service, shared  # noqa: E402, F401
+
+CHAT = dict(model="speller", messages=[dict(role="user", content="Hi")], temperature=0)
+CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": [2]}}\n</tool_call>'
+TOOLS = [dict(type="function", function=dict(name="add", parameters={}))]
+
+
+@pytest.fixture(scope="module")
+def roomy(tmp_path_factory):
+    """A server whose model has positions for a prompt with tools."""
+    return service(speller(tmp_path_factory.mktemp("roomy") / "speller", positions=1000))
+
+
+def test_logprobs_of_a_completion(shared):
+    """They are the engine's, for the new tokens and for an echoed prompt, whose first token has none."""
+    prompt = [ord(c) for c in "abx"]
+    scores = shared.engine.score([prompt])[0]
+    body = BODY | dict(prompt=prompt, echo=True, logprobs=2)
+    answer = call(shared, "/v1/completions", body).json()["choices"][0]
+    found = answer["logprobs"]
+    assert answer["text"] == "abxyz" and found["tokens"] == [*"abxyz"] and found["text_offset"] == [0, 1, 2, 3, 4]
+    assert found["token_logprobs"][0] is found["top_logprobs"][0] is None
+    assert found["token_logprobs"][1:3] == pytest.approx(scores)
+    assert max(found["top_logprobs"][3], key=found["top_logprobs"][3].get) == "y"
+    assert found["top_logprobs"][1]["b"] == found["token_logprobs"][1]
+    assert all(2 <= len(top) <= 3 for top in found["top_logprobs"][1:])
+    streamed = [e["choices"][0] for e in events(call(shared, "/v1/completions", body | dict(stream=True)).text)]
+    parts = [e["logprobs"] for e in streamed if e["logprobs"]]
+    assert {name: sum((part[name] for part in parts), []) for name in found} == found
+    assert "".join(e["text"] for e in streamed) == "abxyz"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_scores_of_prompts_alone(shared, stream):
+    """max_tokens 0 with echo gives the prompt's log-probabilities, and no new token."""
+    prompts = [[ord(c) for c in text] for text in ("abc", "kx")]
+    body = BODY | dict(prompt=prompts, echo=True, logprobs=1, max_tokens=0, stream=stream)
+    response = call(shared, "/v1/completions", body)
+    if stream:
+        choices = {e["choices"][0]["index"]: e["choices"][0] for e in events(response.text) if e["choices"][0]["text"]}
+    else:
+        choices = {c["index"]: c for c in response.json()["choices"]}
+        assert response.json()["usage"]["completion_tokens"] == 0
+    for i, scores in enumerate(shared.engine.score(prompts)):
+        assert choices[i]["text"] == ("abc", "kx")[i]
+        assert choices[i]["logprobs"]["token_logprobs"][1:] == pytest.approx(scores)
+
+
+def test_logprobs_of_a_chat(shared):
+    body = CHAT | dict(logprobs=True, top_logprobs=3)
+    content = call(shared, "/v1/chat/completions", body).json()["choices"][0]["logprobs"]["content"]
+    assert [c["token"] for c in content] == [*"XYZ"] and [c["bytes"] for c in content] == [[88], [89], [90]]
+    for entry in content:
+        top = [t["logprob"] for t in entry["top_logprobs"]]
+        assert len(top) == 3 and top == sorted(top, reverse=True) and entry["logprob"] == top[0] < 0
+    streamed = events(call(shared, "/v1/chat/completions", body | dict(stream=True)).text)
+    parts = [e["choices"][0]["logprobs"] for e in streamed if e["choices"][0]["logprobs"]]
+    assert [c for part in parts for c in part["content"]] == content
+    plain = call(shared, "/v1/chat/completions", CHAT | dict(logprobs=True)).json()["choices"][0]["logprobs"]
+    assert [c["top_logprobs"] for c in plain["content"]] == [[], [], []]
+    refused = call(shared, "/v1/chat/completions", CHAT | dict(top_logprobs=1))
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "top_logprobs"
+
+
+def test_counts_in_every_event(shared):
+    options = dict(include_usage=True, continuous_usage_stats=True)
+    found = events(call(shared, "/v1/completions", BODY | dict(stream=True, stream_options=options)).text)
+    counts = [e["usage"]["completion_tokens"] for e in found]
+    assert counts == sorted(counts) and counts[-1] == 3 and all(e["usage"]["prompt_tokens"] == 1 for e in found)
+
+
+def test_stop_token_ids(shared):
+    answer = call(shared, "/v1/completions", BODY | dict(max_tokens=9, stop_token_ids=[ord("e"), ord("q")])).json()
+    assert answer["choices"][0]["text"] == "bcd" and answer["choices"][0]["finish_reason"] == "stop"
+
+
+def test_a_call_of_many_prompts(shared):
+    answer = call(shared, "/v1/completions", BODY | dict(prompt=["a"] * 100)).json()
+    assert [c["text"] for c in answer["choices"]] == ["bcd"] * 100
+    assert call(shared, "/v1/completions", BODY | dict(prompt=["a"] * 129)).status_code == 400
+
+
+def test_token_ids(shared):
+    tokens = call(shared, "/tokenize", dict(prompt="ab")).json()
+    assert tokens == dict(count=2, max_model_len=200, tokens=[97, 98])
+    assert call(shared, "/detokenize", dict(tokens=[97, 98])).json() == dict(prompt="ab")
+    chat = call(shared, "/tokenize", dict(messages=CHAT["messages"])).json()["tokens"]
+    text = shared.tokenizer.apply_chat_template(CHAT["messages"])
+    assert chat == shared.tokenizer.encode(text, special=True)
+    for body in ({}, dict(prompt="a", messages=CHAT["messages"]), dict(prompt="a", model="gpt"), dict(prompt=3)):
+        assert call(shared, "/tokenize", body).status_code in (400, 404)
+
+
+def test_errors_in_words_that_clients_know(shared):
+    for body, param, code in (
+        (dict(max_tokens=200), "max_tokens", "context_length_exceeded"),
+        (dict(prompt="a" * 300), "max_tokens", "context_length_exceeded"),
+        (dict(model="gpt"), "model", "model_not_found"), (dict(temperature=-1.0), "temperature", None),
+        (dict(top_p=0.0, temperature=1.0), "top_p", None), (dict(logit_bias={"3": 1}), "logit_bias", None),
+        (dict(stop=["a"] * 17), "stop", None), (dict(stop="a" * 1001), "stop", None),
+        (dict(priority="high"), "priority", None),
+    ):  # fmt: skip
+        error = call(shared, "/v1/completions", BODY | body).json()["error"]
+        assert (error["param"], error["code"]) == (param, code), error
+    too_long = call(shared, "/v1/completions", BODY | dict(suffix="x" * 5000)).json()["error"]["message"]
+    assert len(too_long) < 200, "a value is not quoted whole"
+
+
+def test_the_prompt_of_tools_and_calls(roomy, monkeypatch):
+    """Tools, calls and thoughts reach the template; arguments as an object, although clients send JSON."""
+    prompts = []
+    monkeypatch.setattr(roomy.engine, "submit", lambda prompt, *_, **__: prompts.append(prompt) or 1 / 0)
+    call_sent = dict(id="c1", type="function", function=dict(name="add", arguments='{"a": 1}'))
+    messages = [dict(role="user", content="x"), dict(role="assistant", content=None, tool_calls=[call_sent]),
+                dict(role="tool", content="7", tool_call_id="c1")]  # fmt: skip
+    call(roomy, "/v1/chat/completions", dict(model="speller", messages=messages, tools=TOOLS))
+    shown = [messages[0], dict(role="assistant", content="",
+                               tool_calls=[dict(type="function", function=dict(name="add", arguments={"a": 1}))]),
+             dict(role="tool", content="7")]  # fmt: skip
+    text = roomy.tokenizer.apply_chat_template(shown, tools=TOOLS)
+    assert '{"name": "add", "arguments": {"a": 1}}' in text and prompts[0] == roomy.tokenizer.encode(text, True)
+    call(roomy, "/v1/chat/completions", dict(model="speller", messages=messages, tools=TOOLS, tool_choice="none"))
+    text = roomy.tokenizer.apply_chat_template(shown)
+    assert "<tools>" not in text and prompts[1] == roomy.tokenizer.encode(text, True)
+    goes_on = [messages[0], dict(role="assistant", content="so")]
+    call(roomy, "/v1/chat/completions", dict(model="speller", messages=goes_on, continue_final_message=True))
+    begun = roomy.tokenizer.encode(roomy.tokenizer.apply_chat_template(messages[:1]), True)
+    assert prompts[2] == [*begun, ord("s"), ord("o")]
+    wrong = dict(model="speller", messages=messages[:1], continue_final_message=True)
+    assert call(roomy, "/v1/chat/completions", wrong).status_code == 400
+
+
+TEXTS = [
+    ("plain < text", "plain < text", "", []),
+    (CALL, "", "", [("add", {"a": 1, "b": [2]})]),
+    (f"Wait.\n{CALL}\n{CALL}", "Wait.", "", [("add", {"a": 1, "b": [2]})] * 2),
+    (f"\n<think>\nhm <tool\n</think>\n\nSo:\n{CALL}", "So:", "hm <tool", [("add", {"a": 1, "b": [2]})]),
+    ("<think>\nno end", "", "no end", []),
+    ("<tool_call>\nnot JSON\n</tool_call> b", "<tool_call>\nnot JSON\n</tool_call> b", "", []),
+    ("<tool_call>\n{", "<tool_call>\n{", "", []),
+    ('<tool_call>{"name": 3}</tool_call>', '<tool_call>{"name": 3}</tool_call>', "", []),
+    ("a <think> b", "a <think> b", "", []),
+    ("a</think>b<tool_cal", "a</think>b<tool_cal", "", []),
+]
+
+
+@pytest.mark.parametrize("text, content, thought, calls", TEXTS)
+def test_parts_of_an_answer(text, content, thought, calls):
+    """However the text is cut into pieces."""
+    cuts = random.Random(0)
+    for pieces in ([text], [*text], *([text[:n], text[n:]] for n in cuts.sample(range(len(text)), min(9, len(text))))):
+        split, parts = TextParts(calls=True), []
+        for piece in pieces:
+            parts += split.add(piece)
+        parts += split.end()
+        assert "".join(p.text for p in parts if p.kind == "content") == content, pieces
+        assert "".join(p.text for p in parts if p.kind == "reasoning") == thought
+        assert [(p.call["name"], json.loads(p.call["arguments"])) for p in parts if p.call] == calls
+
+
+def test_without_tools_a_call_is_text_and_a_thought_may_have_begun_in_the_prompt():
+    split = TextParts(thinking=True)
+    parts = split.add(f"hm\n</think>\n\n{CALL}") + split.end()
+    assert [p for p in parts if p.text] == [("reasoning", "hm", None), ("content", CALL, None)]
+
+
+def test_calls_in_answers(roomy, monkeypatch):
+    """A whole answer and the sum of a stream's deltas hold the same calls; the reason is tool_calls."""
+    text = f"<think>\nadd\n</think>\n\nSo\n{CALL}"
+
+    async def pieces(choices):
+        for letter in text:
+            yield 0, Piece(letter, [])
+        choices[0].finish_reason = "stop"
+        yield 0, None
+
+    monkeypatch.setattr(answers, "merge_streams", pieces)
+    body = CHAT | dict(tools=TOOLS)
+    (choice,) = call(roomy, "/v1/chat/completions", body).json()["choices"]
+    (made,) = choice["message"]["tool_calls"]
+    assert choice["finish_reason"] == "tool_calls" and choice["message"]["content"] == "So"
+    assert choice["message"]["reasoning_content"] == "add" and made["id"].startswith("call_")
+    assert made["function"]["name"] == "add" and json.loads(made["function"]["arguments"]) == {"a": 1, "b": [2]}
+    streamed = [e["choices"][0] for e in events(call(roomy, "/v1/chat/completions", body | dict(stream=True)).text)]
+    deltas = [c["delta"] for c in streamed]
+    assert "".join(d.get("content", "") for d in deltas) == "So"
+    assert "".join(d.get("reasoning_content", "") for d in deltas) == "add"
+    (found,) = [d["tool_calls"][0] for d in deltas if "tool_calls" in d]
+    assert found["function"] == made["function"] and found["index"] == 0
+    assert streamed[-1]["finish_reason"] == "tool_calls"
+
+
+def test_a_writer_looks_for_an_open_thought_in_the_prompt(shared):
+    request = shared.engine.submit(shared.tokenizer.encode("<think>", special=True), max_new_tokens=1)
+    shared.engine.cancel(request)
+    body = ChatCompletionRequest(**CHAT)
+    writer = ChatWriter(answers.Choice(shared, request, [], True), body)
+    assert writer.piece(Piece("a</think>b", []))["delta"] == {"reasoning_content": "a", "content": "b"}
+
+
+def test_defaults_of_generation_config(checkpoint, tmp_path):
+    file = tmp_path / "generation_config.json"
+    file.write_text(json.dumps(dict(temperature=0.7, top_p=0.9, eos_token_id=3, do_sample=True)))
+    defaults = sampling_defaults(tmp_path)
+    assert defaults == dict(temperature=0.7, top_p=0.9) and sampling_defaults(tmp_path / "none") == {}
+    with_defaults = service(checkpoint, sampling_defaults=defaults)
+    taken = []
+    with_defaults.engine.submit = lambda prompt, sampling, *_, **__: taken.append(sampling) or 1 / 0
+    for more in ({}, dict(top_p=0.5), dict(temperature=0)):
+        call(with_defaults, "/v1/completions", dict(model="speller", prompt="a", seed=1) | more)
+    assert taken == [Sampling(0.7, top_p=0.9, seed=1), Sampling(0.7, top_p=0.5, seed=1), Sampling(seed=1)]
+    file.write_text('{"temperature": -1}')
+    with pytest.raises(ValueError, match="generation_config.json: temperature"):
+        sampling_defaults(tmp_path)
+
+
+def test_web_pages_may_call_where_they_are_allowed(checkpoint):
+    head = {"origin": "http://page", "access-control-request-method": "POST"}
+    open_to = service(checkpoint, origins=("http://page",), keys=frozenset({"k"}))
+    plain = service(checkpoint)
+    assert call(plain, "/v1/models", headers=head).headers.get("access-control-allow-origin") is None
+    answer = call(open_to, "/v1/models", headers=head | {"authorization": "Bearer k"})
+    assert answer.headers["access-control-allow-origin"] == "http://page" and answer.status_code == 200
+
+
+def test_request_ids(shared):
+    given = call(shared, "/v1/models", headers={"x-request-id": "my-id.7"})
+    assert given.headers["x-request-id"] == "my-id.7"
+    for odd in ("a b", "x" * 200, ""):
+        assert call(shared, "/v1/models", headers={"x-request-id": odd}).headers["x-request-id"] not in (odd, "")
+
+
+def test_the_log_has_a_line_for_each_response(checkpoint, capsys):
+    logged = service(checkpoint, access_log=True, keys=frozenset({"secret"}))
+    call(logged, "/v1/models", headers={"authorization": "Bearer secret", "x-request-id": "id-1"})
+    call(logged, "/v1/models")
+    first, second = capsys.readouterr().err.splitlines()
+    assert " key-" in first and "GET /v1/models 200" in first and first.endswith("id-1") and "secret" not in first
+    assert "GET /v1/models 401" in second
+
+
+def test_counters_move_while_a_request_runs(checkpoint):
+    import asyncio
+
+    fresh = service(checkpoint)
+
+    async def run():
+        request = fresh.engine.submit([97], max_new_tokens=20, stop_token_ids=())
+        stream = answers.Choice(fresh, request, [], True).stream()
+        for _ in range(5):
+            await anext(stream)
+        assert fresh.metrics.generated_tokens == 5
+        await stream.aclose()
+
+    asyncio.run(run())
+    assert torch.is_tensor(fresh.engine.model.lm_head.weight)

@@ -1,0 +1,161 @@
+"""Clients on sockets that are slow, half-open or hostile, and the end of a server beside them."""
+
+# ruff: noqa: F811 (fixtures are imported)
+import contextlib
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+
+from ling_kernels.generate.server.app import make_app  # noqa: E402
+from ling_kernels.generate.server.connections import Server  # noqa: E402
+from tests.test_server import BODY, checkpoint, httpx, service  # noqa: E402, F401
+
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+LONG = 300.0  # seconds that no test waits for
+
+
+@contextlib.contextmanager
+def running(service, client_timeout=LONG, **options):
+    """A server in a thread."""
+    server = Server(make_app(service), LONG, client_timeout, lambda: None, **options)
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # of its connections too
+    listener.bind(("127.0.0.1", 0))
+    listener.listen(100)
+    thread = threading.Thread(target=server.run, args=[[listener]])
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield server
+    finally:
+        server.should_exit = server.force_exit = True
+        thread.join()
+
+
+def port_of(server: Server) -> int:
+    return server.servers[0].sockets[0].getsockname()[1]
+
+
+def connect(port: int, data: bytes = b"") -> socket.socket:
+    client = socket.create_connection(("127.0.0.1", port), timeout=LONG)
+    client.sendall(data)
+    return client
+
+
+def read_all(client: socket.socket) -> bytes:
+    data = b""
+    with contextlib.suppress(ConnectionResetError):
+        while piece := client.recv(1 << 16):
+            data += piece
+    return data
+
+
+def test_bodies_are_counted_and_a_wrong_key_is_refused_before_one_is_read(checkpoint):
+    """With both lengths, without a length, and with a wrong one."""
+    locked = service(checkpoint, keys=frozenset({"k"}), max_body=1000)
+    key = b"Authorization: Bearer k\r\n"
+    body = json.dumps(BODY).encode()
+    chunk = b"%x\r\n%b\r\n" % (len(body), body)
+    with running(locked) as server:
+        port = port_of(server)
+        for head, status in (
+            (key + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n", 400),
+            (b"Transfer-Encoding: chunked\r\n\r\n", 401),
+            (b"Content-Length: 900\r\n\r\n", 401),
+            (key + b"Content-Length: 1001\r\n\r\n", 413),
+            (key + b"Transfer-Encoding: chunked\r\n\r\n" + b"3e8\r\n" + b"x" * 1000 + b"\r\n1\r\nx\r\n", 413),
+            (key + b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n" + chunk + b"0\r\n\r\n", 200),
+        ):
+            with connect(port, HEAD + head) as client:  # no body, or not all of it: the answer comes without it
+                answer = read_all(client)
+                assert answer.startswith(b"HTTP/1.1 %d " % status), answer
+        assert b"bcd" in answer
+
+
+def test_slow_clients_are_cut_off_and_others_are_not(checkpoint):
+    """A connection without a request, half a head, a head that trickles in, half a body."""
+    with running(service(checkpoint), client_timeout=1.0) as server:
+        port, started = port_of(server), time.monotonic()
+        slow = [connect(port), connect(port, HEAD[:20]), connect(port, HEAD + b"Content-Length: 50\r\n\r\n{")]
+        trickle = connect(port, HEAD[:5])
+        while trickle is not None and time.monotonic() - started < LONG:
+            time.sleep(0.2)
+            try:
+                trickle.sendall(b"x")
+            except OSError:
+                trickle.close()
+                trickle = None
+        assert trickle is None, "bytes that trickle in do not keep a connection"
+        for client in slow:
+            assert read_all(client) == b""
+            client.close()
+        answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=BODY, timeout=LONG)
+        assert answer.json()["choices"][0]["text"] == "bcd"
+
+
+def test_a_client_that_does_not_read_is_cut_off(checkpoint):
+    body = json.dumps(BODY | dict(max_tokens=40, n=16, stream=True, ignore_eos=True, logprobs=20)).encode()
+    with running(service(checkpoint), client_timeout=1.0) as server, socket.socket() as client:
+        port = port_of(server)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.settimeout(LONG)
+        client.connect(("127.0.0.1", port))
+        client.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        deadline = time.monotonic() + LONG
+        while not server.server_state.connections:
+            time.sleep(0.01)
+        while server.server_state.connections and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert time.monotonic() < deadline
+        assert b"[DONE]" not in read_all(client)
+
+
+def test_a_limit_of_connections(checkpoint):
+    with running(service(checkpoint), limit_concurrency=2) as server:
+        port = port_of(server)
+        with connect(port), connect(port):
+            time.sleep(0.2)
+            assert httpx.get(f"http://127.0.0.1:{port}/health", timeout=LONG).status_code == 503
+        time.sleep(0.2)
+        assert httpx.get(f"http://127.0.0.1:{port}/health", timeout=LONG).status_code == 200
+
+
+@contextlib.contextmanager
+def command(checkpoint, *flags):
+    """The server's command in a process, and its port."""
+    args = [sys.executable, "-m", "ling_kernels.generate.server", "--model", checkpoint, "--port", "0", *flags]
+    with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process, int(process.stdout.readline().split()[2].split(":")[2].partition("/")[0])
+        finally:
+            process.kill()
+
+
+def test_sigterm_ends_within_the_grace_beside_half_a_body(checkpoint):
+    with command(checkpoint, "--grace", "1") as (process, port):
+        with connect(port, HEAD + b"Content-Length: 50\r\n\r\n{"):
+            time.sleep(0.5)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(LONG) == -signal.SIGTERM
+            assert "Traceback" not in process.stderr.read()
+
+
+def test_a_second_signal_ends_at_once(checkpoint):
+    with command(checkpoint, "--grace", "600") as (process, port):
+        with connect(port, HEAD + b"Content-Length: 50\r\n\r\n{"):
+            time.sleep(0.5)
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.5)
+            assert process.poll() is None, "the grace is not over"
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(LONG) == 128 + signal.SIGTERM

@@ -1,0 +1,100 @@
+"""/health follows the engine, and the process ends with an engine that cannot go on."""
+
+# ruff: noqa: F811 (fixtures are imported)
+import time
+
+import pytest
+import torch
+
+pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+
+from ling_kernels.errors import InputError  # noqa: E402
+from ling_kernels.generate.health import FAILURES  # noqa: E402
+from ling_kernels.generate.server import command  # noqa: E402
+from tests.test_server import BODY, call, checkpoint, service  # noqa: E402, F401
+
+
+def health(service) -> tuple[int, str]:
+    response = call(service, "/health")
+    assert call(service, "/live").status_code == 200
+    return response.status_code, response.json()["status"]
+
+
+def fail(error):
+    def backbone(*_, **__):
+        raise error
+
+    return backbone
+
+
+def test_passes_that_fail_in_a_row(checkpoint, monkeypatch):
+    fresh = service(checkpoint)
+    assert health(fresh) == (200, "ok")
+    with monkeypatch.context() as patch:
+        patch.setattr(fresh.engine.model, "backbone", fail(RuntimeError("no kernel")))
+        for n in range(FAILURES):
+            assert health(fresh) == (200, "ok"), f"{n} failures may be of the requests"
+            assert call(fresh, "/v1/completions", BODY).status_code == 500
+        assert health(fresh) == (503, f"the last {FAILURES} passes failed: no kernel") and fresh.dead is None
+    assert call(fresh, "/v1/completions", BODY).status_code == 200
+    assert health(fresh) == (200, "ok"), "a good pass heals"
+
+
+def test_a_model_of_nan(checkpoint):
+    fresh = service(checkpoint)
+    with torch.no_grad():
+        fresh.engine.model.lm_head.weight.fill_(float("nan"))
+    for _ in range(FAILURES):
+        assert call(fresh, "/v1/completions", BODY).status_code == 500
+    status, text = health(fresh)
+    assert status == 503 and "NaN" in text
+
+
+def test_a_cuda_error_is_the_end(checkpoint, monkeypatch):
+    fresh = service(checkpoint)
+    monkeypatch.setattr(
+        fresh.engine.model, "backbone", fail(torch.AcceleratorError("CUDA error: an illegal memory access", 700))
+    )
+    call(fresh, "/v1/completions", BODY)
+    assert health(fresh)[0] == 503 and "illegal memory access" in fresh.dead
+
+
+def test_a_pass_that_does_not_return(checkpoint):
+    fresh = service(checkpoint, stuck_after=100.0)
+    record = fresh.engine.record
+    record.started = time.monotonic() - 50
+    assert health(fresh) == (200, "ok")
+    record.started -= 100
+    assert health(fresh)[0] == 503 and "has been running" in health(fresh)[1] and fresh.dead is None
+    record.started -= 100
+    assert "has been running" in fresh.dead
+
+
+def test_a_model_that_loads(checkpoint):
+    fresh = service(checkpoint)
+    engine, fresh.engine = fresh.engine, None
+    assert health(fresh) == (503, "loading") and "queue" in call(fresh, "/metrics").text
+    assert call(fresh, "/v1/completions", BODY).status_code == 503
+    fresh.start(engine)
+    assert health(fresh) == (200, "ok") and call(fresh, "/v1/completions", BODY).status_code == 200
+    assert "ling_pass_seconds_count 0" not in call(fresh, "/metrics").text
+
+
+@pytest.mark.parametrize("error, code, message", [
+    (InputError("no such shard"), 2, "error: no such shard"), (None, 1, "error: the engine cannot go on"),
+])  # fmt: skip
+def test_the_process_ends(checkpoint, monkeypatch, capsys, error, code, message):
+    """With a model that cannot be loaded, and with an engine that cannot go on."""
+    start = command.start
+
+    def broken(*args):
+        if error is not None:
+            raise error
+        engine = start(*args)
+        engine.record.fail(torch.AcceleratorError("CUDA error: an illegal memory access", 700))
+        return engine
+
+    monkeypatch.setattr(command, "start", broken)
+    assert command.main(["--model", checkpoint, "--port", "0"]) == code
+    assert message in capsys.readouterr().err
