@@ -3,6 +3,7 @@
     config.json, model.safetensors   the weights in the precision of the masters, under official keys
     tokenizer.json, tokenizer_config.json   so that the folder is a complete model
     optimizer.safetensors            the optimizer's state, by parameter
+    merge.safetensors                the running merge, where there is one
     rng.safetensors                  the states of torch's random number generators
     state.json                       progress and settings of the run, time of writing (s since 1970), size and
                              checksum of the files above
@@ -201,7 +202,7 @@ def is_progress(state: dict) -> bool:
         state.get(name, 0)
         for name in ("step", "sequences", "tokens", "bad", "skipped", "data_start", "sound", "proven")
     ]
-    recent, in_bf16 = state.get("recent", []), state.get("in_bf16", [])
+    recent, in_bf16, merged = (state.get(name, []) for name in ("recent", "in_bf16", "merged"))
     return (
         all(is_integer(n) and n >= 0 for n in counts)
         and state.get("data_start", 0) <= state.get("sequences", 0)
@@ -210,6 +211,8 @@ def is_progress(state: dict) -> bool:
         and isinstance(state["settings"], dict)
         and isinstance(recent, list)
         and all(isinstance(pair, list) and [type(x) for x in pair] == [float, float] for pair in recent)
+        and isinstance(merged, list)
+        and all(isinstance(pair, list) and [type(x) for x in pair] == [int, float] for pair in merged)
         and isinstance(in_bf16, list)
         and all(isinstance(name, str) for name in in_bf16)
     )
