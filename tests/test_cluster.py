@@ -42,7 +42,7 @@ SPEED = {"tokens_per_s", "mfu"}
 def small(tmp_path_factory):
     """A model with an MTP layer. The second half of the experts, which another rank holds, has gradients many times
     larger, so that a norm that misses or repeats a rank's experts clips otherwise."""
-    model = Ling(replace(tiniest(), num_nextn_predict_layers=1))
+    model = Ling(replace(tiniest(), num_nextn_predict_layers=1, num_attention_heads=4, num_key_value_heads=2))
     model.init_weights(torch.Generator().manual_seed(0))
     with torch.no_grad():
         for p in expert_parameters(model):
@@ -59,13 +59,15 @@ def plain(small, text):
     return [*data.split(), *rest.split(), *"--steps 4 --save-every 2 --eval-every 2 --keep 0".split()]
 
 
-JOBS = {  # further flags of the runs, and of one process that they equal: as "dp alone" without
+JOBS = {
     "dp": ("", ""),
     "ep": ("--ep 2", ""),
     "ep in two groups": ("--dp 4 --ep 2 --micro-batch 2", ""),
     "pp": ("--pp 2 --micro-batch 2", ""),
     "pp of uneven stages, with ep": ("--pp 2 --ep 2 --pipeline Et|t|m|LL --micro-batch 2", ""),
     "cp and vocabulary": ("--cp 2 --vocab-parallel 2", ""),
+    "tp, with cp, experts and vocabulary": ("--tp 2 --cp 2 --ep 4 --vocab-parallel 2", ""),
+    "tp, with pp": ("--tp 2 --pp 2 --pipeline Et|t|m|LL --micro-batch 2", ""),
     "by nodes, with cp and vocabulary": (
         "--dp 2 --cp 2 --ep 4 --exchange-by-nodes --vocab-parallel 2",
         "",
@@ -157,7 +159,7 @@ def stop_answering(rank: int, results: Path, argv: list[str]) -> tuple[int, str]
 
 def processes_of(name: str) -> int:
     flags = JOBS[name][0]
-    return 4 if "--dp 4" in flags or sum(flag in flags for flag in ("--pp", "--cp", "--ep")) > 1 else 2
+    return 4 if "--dp 4" in flags or sum(flag in flags for flag in ("--pp", "--cp", "--tp", "--ep")) > 1 else 2
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +186,7 @@ def runs(tmp_path_factory, plain, small):
     same = lambda argv, ranks=2: [argv] * ranks  # noqa: E731
     jobs = [(name, same(run(flags, name), processes_of(name))) for name, (flags, _) in JOBS.items()]
     jobs.append(("fp8", same(run(f"{FP8} --pp 2 --ep 2 --exchange fp8", "fp8"), MOST)))
-    resume = "--ep 2 --cp 2 --vocab-parallel 2 --pp 2 --micro-batch 2"
+    resume = "--ep 2 --tp 2 --vocab-parallel 2 --pp 2 --micro-batch 2"
     jobs.append(("resumed", same(["--resume", str(half), *resume.split()], MOST)))
     for name, (first, second, _) in REFUSED.items():
         jobs.append((name, [run(flags, "refused") for flags in (first, second)]))
@@ -224,7 +226,9 @@ def test_several_processes_equal_one(runs, name):
     assert f"processes  {len(results)}:" in results[0][1] and not any(out for _, out, _ in results[1:])
     alone = runs / f"{name if JOBS[name][1] or name == 'dp' else 'dp'} alone"
     assert all(m["grad_norm"] > 0.5 for m in metrics_of(alone))  # clipped
-    agree(runs / name, alone, *((1e-4, 2e-6) if {"--ep", "--pp", "--cp"} & {*JOBS[name][0].split()} else (0, 0)))
+    exact = not {"--ep", "--pp", "--cp", "--tp"} & {*JOBS[name][0].split()}
+    coarse = "adamw8bit" in JOBS[name][0]  # rounding may give a moment a neighbouring code, 1 % of a step away
+    agree(runs / name, alone, *((0, 0) if exact else (1e-4, 5e-5 if coarse else 2e-6)))
     samples = [(run / "samples.jsonl").read_text() for run in (runs / name, alone)]
     assert samples[0] == samples[1] and '"text"' in samples[0]
 
@@ -250,14 +254,13 @@ def test_resumed_by_four_and_by_one(runs):
     """A run of one process goes on with four, one of two with one: the same rows, the same weights."""
     assert json.loads((runs / "resumed.0").read_text())[0] == 0
     agree(runs / "resumed by four", runs / "dp alone", 1e-4, 2e-6)
-    others = ("pp of uneven stages, with ep", "pp in the order of a file, with cp and vocabulary")
+    others = ("pp of uneven stages, with ep", "pp in the order of a file, with cp and vocabulary", "tp, with pp")
     for name, bounds in (("dp", (0, 0)), *((other, (1e-4, 2e-6)) for other in others)):
         half = runs / f"{name} resumed by one"
         shutil.copytree(runs / name, half)
         shutil.rmtree(half / "checkpoints" / "step-000004")
-        assert (
-            command(["--resume", str(half), *"--ep 1 --pp 1 --cp 1 --vocab-parallel 1 --micro-batch 4".split()])[0] == 0
-        )
+        one = "--ep 1 --pp 1 --cp 1 --tp 1 --vocab-parallel 1 --micro-batch 4"
+        assert command(["--resume", str(half), *one.split()])[0] == 0
         agree(half, runs / "dp alone", *bounds)
 
 
@@ -277,13 +280,14 @@ def test_a_rank_that_stops_is_reported(runs):
 def test_restart_after_a_killed_rank(runs, plain, tmp_path):
     """torchrun starts both again, and --resume auto goes on from the last checkpoint, to the same bits."""
     (tmp_path / "killed.py").write_text(
-        "import os, signal, sys\n"
+        "import os, signal, sys, time\n"
         "from ling_kernels.train import Trainer\n"
         "from ling_kernels.train.__main__ import main\n"
         "step = Trainer.step\n"
         "def killed(trainer):\n"
         "    first = os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'\n"
         "    if first and trainer.ranks.rank == 1 and trainer.progress.step == 3:\n"
+        "        while not (trainer.folder / 'checkpoints' / 'step-000002').exists(): time.sleep(0.01)\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return step(trainer)\n"
         "Trainer.step = killed\n"
@@ -321,7 +325,10 @@ def test_sizes_that_do_not_fit():
 @pytest.mark.parametrize("ranks, settings, message", [
     (dict(dp=2, ep=3), {}, "--ep 3 does not divide the 8 experts"),
     (dict(dp=2, vocab=3), {}, "--vocab-parallel 3 does not divide the vocabulary of"),
-    (dict(cp=5), {}, "--seq-len 256 is not a multiple of 10, twice --cp 5"),
+    (dict(cp=5), {}, "--seq-len 256 is not a multiple of 10, for --cp 5 to divide"),
+    (dict(cp=2, tp=3), {}, "--seq-len 256 is not a multiple of 12, for --cp 2 and --tp 3 to"),
+    (dict(tp=2), {}, "--tp 2 does not divide num_key_value_heads 1"),
+    (dict(tp=2), dict(optimizer="muon"), "--optimizer muon with --tp"),
     (dict(), dict(schedule="GPipe"), "--schedule GPipe needs --pp"),
     (dict(pp=2), dict(schedule="GPipes", micro_batch=1), "--schedule GPipes: it must be one of Interleaved1F1B, "),
     (dict(pp=2), dict(schedule="DualPipeV", micro_batch=1), "--schedule DualPipeV: 2 stages on 2 ranks; it needs two"),
@@ -344,7 +351,8 @@ def test_sizes_that_do_not_fit():
 ])  # fmt: skip
 def test_what_cannot_be_divided(ranks, settings, message):
     sizes = dict(dp=1, pp=1, cp=1) | ranks
-    divided = dict(experts=Division(sizes.pop("ep", 1)), vocabulary=Division(sizes.pop("vocab", 1)))
+    kinds = dict(experts="ep", vocabulary="vocab", tensor="tp")
+    divided = {kind: Division(sizes.pop(flag, 1)) for kind, flag in kinds.items()}
     config = replace(tiniest(), num_nextn_predict_layers=1)
     if settings.get("optimizer"):
         config = replace(config, moe_intermediate_size=1)

@@ -24,7 +24,7 @@ from ling_kernels.parallel.official import whole_on_meta
 from ling_kernels.parallel.parts import give_memory_, read_weights_
 from ling_kernels.parallel.pipeline import Pipeline
 from ling_kernels.parallel.pipeline_layout import PipelineLayout
-from ling_kernels.parallel.ranks import Ranks
+from ling_kernels.parallel.ranks import Division, Ranks
 from ling_kernels.parallel.shares import Shares
 from ling_kernels.tokenizer import load_tokenizer
 from ling_kernels.train import checkpoint as ckpt
@@ -104,11 +104,12 @@ def cut_(shares: Shares, cuts: dict[str, Part]) -> None:
             module, _, weight = name.rpartition(".")
             part = nn.Parameter(cuts[name].take(p.detach()).clone())
             setattr(shares.model.get_submodule(module), weight, part)
-            shares.group[name] = None
+            shares.group[name], shares.owner[name] = None, 0
+            shares.divided[name] = Division(shares.ranks.size, shares.ranks.rank)
 
 
-def ranks_of(rank: int, world: int, dp: int | None = None, ep: int = 1, pp: int = 1) -> Ranks:
-    return Ranks(rank, world, dp=world, world=dist.group.WORLD).arranged(dp, ep, pp)
+def ranks_of(rank: int, world: int, **sizes: int) -> Ranks:
+    return Ranks(rank, world, dp=world, world=dist.group.WORLD).arranged(**sizes)
 
 
 def contents(checkpoint) -> dict[str, torch.Tensor]:
@@ -143,10 +144,10 @@ def alone(tmp_path_factory):
 
 
 WAYS = [  # optimizer, how four processes share the model
-    ("adamw", dict(dp=4, ep=2)),
+    ("adamw", dict(dp=2, cp=2, ep=2, vocab=4)),
     ("adamw8bit", dict(dp=4, ep=4)),
     ("muon", dict(dp=4)),
-    ("adamw", dict(dp=2, ep=2, pp=2, layout="Ett|mLL")),
+    ("adamw", dict(dp=2, ep=2, pp=2, vocab=2, layout="Ett|mLL")),
 ]
 
 
@@ -167,7 +168,7 @@ def by_four(alone, folder, rank, group):
         for n, t in ckpt.optimizer_tensors(loaded.shares.model, loaded.optimizer).items():
             assert torch.equal(before.pop(n), t), n
         assert not before
-        Run(ranks_of(rank, 4, 4, 1), kind, folder=saved).save(run / "again")
+        Run(ranks_of(rank, 4), kind, folder=saved).save(run / "again")
 
 
 def test_four_processes_write_and_read_the_checkpoint_of_one(alone, tmp_path):

@@ -11,22 +11,26 @@ import torch
 import torch.distributed as dist
 
 from ling_kernels.model import Ling
+from ling_kernels.parallel.checkpoints import own_part
 from ling_kernels.parallel.fake_group import fake_processes
 from ling_kernels.parallel.shares import Shares
 from ling_kernels.plan.__main__ import main
 from ling_kernels.plan.processes import Held, held_by_processes
 from ling_kernels.train.building import make_pipeline
+from ling_kernels.train.checkpoint import optimizer_tensors
 from ling_kernels.train.optimizer import make_optimizer, to_masters
+from ling_kernels.train.prepare.checks_parallel import mesh_of
 from ling_kernels.train.settings import Settings
 from tests.ranks import ranks_of, run
 from tests.training import tiniest
 
 WORLD = 4
-CONFIG = replace(tiniest(), num_nextn_predict_layers=1)
+CONFIG = replace(tiniest(), num_nextn_predict_layers=1, num_attention_heads=4, num_key_value_heads=2)
 RUNS = [
     dict(dp=4, ep=2, vocab_parallel=4, optimizer="muon"),
     dict(dp=1, cp=2, ep=2, vocab_parallel=2, pp=2, pipeline="Et|t|m|LL", optimizer="adamw8bit", master="bf16",
          precision="bf16"),
+    dict(tp=2, ep=4, vocab_parallel=4),
 ]  # fmt: skip
 
 
@@ -42,7 +46,7 @@ def settings(given: dict) -> Settings:
 
 def holds(s: Settings, plan: list[Held], rank, group):
     """After gradients of a backward in which every rank has used all that it holds, their sums and the optimizer."""
-    ranks, model = ranks_of(group).arranged(s.dp, s.ep, s.pp, s.cp, s.vocab_parallel), Ling(CONFIG)
+    ranks, model = ranks_of(group).arranged(**mesh_of(s)), Ling(CONFIG)
     model.init_weights()
     to_masters(model, s.master)
     make = partial(make_pipeline, model, s, ranks, torch.float32, torch.device("cpu"))
@@ -56,8 +60,11 @@ def holds(s: Settings, plan: list[Held], rank, group):
     optimizer.step()
     state = sum(t.nbytes for values in optimizer.state.values() for t in values.values())
     weights = sum(p.nbytes for p in parameters)
-    found = Held(sum(p.numel() for p in parameters), weights, gradients, state)
+    part = own_part(shares, optimizer_tensors(model, optimizer))
+    found = Held(sum(p.numel() for p in parameters), weights, gradients, state, plan[rank].written)
     assert found == plan[rank]._replace(stages=""), (rank, s)
+    steps = 4 * len(shares.divided)  # a scalar of each, which one of those that have parts writes
+    assert plan[rank].written - steps <= part.bytes() <= plan[rank].written, (rank, s)
 
 
 def test_a_fake_group_has_sizes_alone():

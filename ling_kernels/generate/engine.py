@@ -48,6 +48,9 @@ class Engine:
     max_running: requests per pass; max_rows: rows per pass, prefill and decode; max_waiting: length of the queue.
     draft: draft tokens per sequence and pass, proposed by the MTP layer, or without one by prompt lookup, and verified
       in the next pass. Output does not depend on draft (up to rounding). So far `accepted` of `drafted` were right.
+    record_routing: keep every token's experts in the M MoE layers (not MTP's) beside its keys and values. A request
+      that ends by itself then has `routing` [n, M, topk] on the device, uint8 up to 256 experts, else int16, of its n
+      tokens that were inputs: all, but for a new one at the end. Decode passes do without `moe_decode`.
     Raises InputError for values out of range.
     """
 
@@ -61,6 +64,7 @@ class Engine:
         max_rows: int = 2048,
         max_waiting: int = 1024,
         draft: int = 0,
+        record_routing: bool = False,
     ):
         if not isinstance(model, torch.nn.Module):
             raise InputError(f"the model is a {type(model).__name__}, not a Ling, which load_model returns")
@@ -91,14 +95,14 @@ class Engine:
             raise InputError(f"too little memory for a KV cache of {page_size} tokens, {bytes_per_page} bytes")
         self.pages = PagePool(pages, page_size)
         caches = empty_caches(self.config, layers, pages, page_size, dtype, self.device)
-        self.forward = Forward(model, caches, page_size, max_running, draft)
+        self.forward = Forward(model, caches, page_size, max_running, draft, record_routing)
         self.draft, self.drafted, self.accepted = draft, 0, 0
         self.scheduler = Scheduler(self.pages, max_running, max_rows, max_waiting, draft)
         self.overlap = self.device.type == "cuda"  # on a CPU a pass is complete when it has been launched
         self.pending: PendingTokens | None = None  # of the last pass, until `collect`
         self.record = PassRecord()
         self.step_task: asyncio.Task | None = None
-        self.policy_version = 0  # how often the weights have changed
+        self.policy_version = 0  # see `new_weights`
         self.lock = threading.Lock()  # no RLock: garbage collection during a step may cancel a stream, see `cancel`
 
     def submit(
@@ -144,16 +148,15 @@ class Engine:
                              f" {self.config.max_positions} positions{less}")  # fmt: skip
         if unknown := [t for t in prompt if not 0 <= t < vocabulary]:
             raise InputError(f"token {unknown[0]} is outside the model's vocabulary of {vocabulary}")
-        stop_token_ids = ends if stop_token_ids is None else stop_token_ids
-        stop_token_ids = self.config.eos_token_ids if stop_token_ids is None else stop_token_ids
-        stop_token_ids = frozenset(token_list("stop_token_ids", stop_token_ids))
+        stop = ends if stop_token_ids is None else stop_token_ids
+        stop = frozenset(token_list("stop_token_ids", self.config.eos_token_ids if stop is None else stop))
         deadline = float("inf") if timeout is None else time.monotonic() + timeout
         for name, wanted in (("logprobs", logprobs), ("prompt_logprobs", prompt_logprobs)):
             if wanted is not None and integer(name, wanted, 0) > MOST:
                 raise InputError(f"{name} is {wanted}; it must be at most {MOST}")
         request = Request(
-            prompt, sampling or Sampling(), max_new_tokens, stop_token_ids, deadline, logprobs, prompt_logprobs,
-            keep_stop, self.policy_version, client, integer("priority", priority, -(1 << 63)),
+            prompt, sampling or Sampling(), max_new_tokens, stop, deadline, logprobs, prompt_logprobs, keep_stop,
+            self.policy_version, client, integer("priority", priority, -(1 << 63)),
         )  # fmt: skip
         self.scheduler.submit(request)
         return request
@@ -283,6 +286,7 @@ class Engine:
             self.record.succeed()
         self.scheduler.advance(request, used)
         if reason:
+            request.routing = self.forward.routing_of(request)
             self.scheduler.finish(request, reason, error)
 
     def stream(self, prompt: Sequence[int], **options) -> Iterator[int]:

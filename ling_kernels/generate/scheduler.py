@@ -17,6 +17,8 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from torch import Tensor
+
 from ..errors import Busy, InputError
 from ..model.sample import Sampling
 from .cache import PagePool, hash_page
@@ -61,6 +63,7 @@ class Request:
     error: Exception | None = None
     logprobs: list[TokenLogprob] = field(default_factory=list)  # of the new tokens
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # of the prompt's tokens after the first
+    routing: Tensor | None = None  # of an engine that records it, when it has finished, see Engine
     pages: list[int] = field(default_factory=list)
     lane: int | None = None  # its row of the device state while it runs
     pages_on_device: int = 0  # leading pages already in the lane's block table

@@ -14,7 +14,7 @@ from ..parallel.fake_group import fake_processes
 from ..parallel.shares import Shares
 from ..train.building import make_pipeline
 from ..train.optimizer import make_optimizer, to_masters
-from ..train.prepare.checks_parallel import check_parallel
+from ..train.prepare.checks_parallel import check_parallel, mesh_of
 from ..train.settings import Settings
 
 
@@ -25,12 +25,13 @@ class Held(NamedTuple):
     weights: int  # the masters
     gradients: int  # after a backward, before they are summed on their owners
     optimizer: int  # the state of the parameters that it owns
+    written: int  # of a checkpoint, which its host holds while it is written
     stages: str = ""  # of a pipeline, their units
 
 
 def processes_of(s: Settings) -> int:
     """Number of processes of the flags. --dp that is not given is the least that --ep and --vocab-parallel need."""
-    return (s.dp or -(-max(s.ep, s.vocab_parallel) // s.cp)) * s.cp * s.pp
+    return (s.dp or -(-max(s.ep, s.vocab_parallel) // (s.cp * s.tp))) * s.cp * s.tp * s.pp
 
 
 def held_by_processes(config: LingConfig, s: Settings) -> list[Held]:
@@ -40,18 +41,20 @@ def held_by_processes(config: LingConfig, s: Settings) -> list[Held]:
     found: list[Held] = []
     for stage in range(s.pp):
         with fake_processes(size, stage * size // s.pp) as everyone, FakeTensorMode():
-            ranks = everyone.arranged(s.dp, s.ep, s.pp, s.cp, s.vocab_parallel)
+            ranks = everyone.arranged(**mesh_of(s))
             check_parallel(s, config, ranks)
             model = Ling(config)
             to_masters(model, s.master)
             make = partial(make_pipeline, model, s, ranks, torch.float32, torch.device("cpu"))
             shares = Shares(model, ranks, make if s.pp > 1 else None, s.exchange)
             states, weights = state_bytes(model, s), [*model.parameters()]
+            tensors = dict(model.named_parameters()) | dict(model.named_buffers())
         units = shares.pipeline.stages_here() if shares.pipeline else ""
         size_of = sum(p.nbytes for p in weights)
-        for replica in range(ranks.dp * ranks.cp):
+        for replica in range(ranks.dp * ranks.sharing):
             owned = sum(states[name] for name in states if shares.owns(name, replica))
-            found.append(Held(sum(p.numel() for p in weights), size_of, size_of, owned, units))
+            written = sum(tensors[name].nbytes + states.get(name, 0) for name in shares.owned(replica))
+            found.append(Held(sum(p.numel() for p in weights), size_of, size_of, owned, written, units))
     return found
 
 
@@ -65,13 +68,12 @@ def state_bytes(model: Ling, s: Settings) -> dict[str, int]:
     return {name: sum(t.nbytes for t in optimizer.state[p].values()) for name, p in model.named_parameters()}
 
 
-def process_lines(config: LingConfig, s: Settings) -> list[str]:
-    """The mesh, and a line for the processes of each stage."""
-    held = held_by_processes(config, s)
+def process_lines(held: list[Held], s: Settings) -> list[str]:
+    """The mesh, and a line for the processes of each stage. held: of every process."""
     number = len(held) // s.pp
     lines = [
-        f"{'processes':<12}  {len(held)}: dp {number // s.cp} x cp {s.cp} x pp {s.pp}; of dp x cp, {s.ep} divide the"
-        f" experts, {s.vocab_parallel} the vocabulary",
+        f"{'processes':<12}  {len(held)}: dp {number // (s.cp * s.tp)} x cp {s.cp} x tp {s.tp} x pp {s.pp}; of a"
+        f" stage's {number}, {s.ep} divide the experts, {s.vocab_parallel} the vocabulary",
         f"{'rank':<12}{'parameters':>18}{'weights':>12}{'gradients':>12}{'optimizer':>24}{'most in all':>13}"
         + "  stages" * (s.pp > 1),
     ]
