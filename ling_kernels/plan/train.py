@@ -18,8 +18,7 @@ from ..model import LingConfig
 from ..nn.fp8 import FP8_ROWS
 from ..ops.quantize import BLOCK, padded_slots
 from ..parallel.layout import Layout
-from ..train.cli import add_layout_flag
-from ..train.flags import add_flags
+from ..train.flags import add_flags, add_layout_flag
 from ..train.optimizer import to_masters
 from ..train.prepare.checks import check
 from ..train.prepare.models import model_config
