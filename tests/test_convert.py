@@ -47,6 +47,14 @@ def test_there_and_back(checkpoint, tmp_path, capsys):
     assert capsys.readouterr().out.count("parameters") == 2
 
 
+def test_torch_reads_a_checkpoint_as_it_is(checkpoint):
+    """By its reader of published folders, which torchtitan's --checkpoint.initial_load_in_hf takes."""
+    whole = whole_tensors(checkpoint, "model")
+    read = {key: torch.empty_like(t) for key, t in whole.items()}
+    dcp.load(read, storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
+    assert all(torch.equal(t, read[key]) for key, t in whole.items())
+
+
 def megatron(config, model) -> dict[str, torch.Tensor]:
     """The model under Megatron-core's names, the vocabulary filled up, the heads of a key together."""
     heads, groups, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim

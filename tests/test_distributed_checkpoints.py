@@ -236,7 +236,8 @@ def test_parts_of_rows_and_columns_and_failing_writers(alone, tmp_path):
 
 
 def in_a_thread(ranks, alone, folder, rank):
-    """Training goes on while rank 1 has not begun to write, and what it changes is not written."""
+    """Training goes on while rank 1 has not begun to write, and what it changes is not written. Where one process has
+    no memory for a copy, all wait."""
     run, writer, go_on = Run(ranks, folder=alone["adamw"]), saving.Writer(), threading.Event()
     genuine = checkpoints.save_tensors
     if rank == 1:
@@ -245,6 +246,9 @@ def in_a_thread(ranks, alone, folder, rank):
     for seed in range(3):
         run.step(seed)
     assert not (folder / "checkpoints" / "step-000003").exists() and writer.thread.is_alive()
+    genuine_room, saving.room_for_copy = saving.room_for_copy, lambda needed: rank == 0
+    assert saving.snapshot(run.shares, {}, wait=False)[1]
+    saving.room_for_copy = genuine_room
     go_on.set()
     writer.wait()
     checkpoints.save_tensors = genuine
