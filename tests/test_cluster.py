@@ -271,13 +271,14 @@ def test_a_rank_that_stops_is_reported(runs):
 def test_restart_after_a_killed_rank(runs, plain, tmp_path):
     """torchrun starts both again, and --resume auto goes on from the last checkpoint, to the same bits."""
     (tmp_path / "killed.py").write_text(
-        "import os, signal, sys\n"
+        "import os, signal, sys, time\n"
         "from ling_kernels.train import Trainer\n"
         "from ling_kernels.train.__main__ import main\n"
         "step = Trainer.step\n"
         "def killed(trainer):\n"
         "    first = os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'\n"
         "    if first and trainer.ranks.rank == 1 and trainer.progress.step == 3:\n"
+        "        while not (trainer.folder / 'checkpoints' / 'step-000002').exists(): time.sleep(0.01)\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return step(trainer)\n"
         "Trainer.step = killed\n"

@@ -24,7 +24,7 @@ from ling_kernels.parallel.official import whole_on_meta
 from ling_kernels.parallel.parts import give_memory_, read_weights_
 from ling_kernels.parallel.pipeline import Pipeline
 from ling_kernels.parallel.pipeline_layout import PipelineLayout
-from ling_kernels.parallel.ranks import Ranks
+from ling_kernels.parallel.ranks import Division, Ranks
 from ling_kernels.parallel.shares import Shares
 from ling_kernels.tokenizer import load_tokenizer
 from ling_kernels.train import checkpoint as ckpt
@@ -104,7 +104,8 @@ def cut_(shares: Shares, cuts: dict[str, Part]) -> None:
             module, _, weight = name.rpartition(".")
             part = nn.Parameter(cuts[name].take(p.detach()).clone())
             setattr(shares.model.get_submodule(module), weight, part)
-            shares.group[name] = None
+            shares.group[name], shares.owner[name] = None, 0
+            shares.divided[name] = Division(shares.ranks.size, shares.ranks.rank)
 
 
 def ranks_of(rank: int, world: int, **sizes: int) -> Ranks:

@@ -11,11 +11,13 @@ import torch
 import torch.distributed as dist
 
 from ling_kernels.model import Ling
+from ling_kernels.parallel.checkpoints import own_part
 from ling_kernels.parallel.fake_group import fake_processes
 from ling_kernels.parallel.shares import Shares
 from ling_kernels.plan.__main__ import main
 from ling_kernels.plan.processes import Held, held_by_processes
 from ling_kernels.train.building import make_pipeline
+from ling_kernels.train.checkpoint import optimizer_tensors
 from ling_kernels.train.optimizer import make_optimizer, to_masters
 from ling_kernels.train.prepare.checks_parallel import mesh_of
 from ling_kernels.train.settings import Settings
@@ -58,8 +60,11 @@ def holds(s: Settings, plan: list[Held], rank, group):
     optimizer.step()
     state = sum(t.nbytes for values in optimizer.state.values() for t in values.values())
     weights = sum(p.nbytes for p in parameters)
-    found = Held(sum(p.numel() for p in parameters), weights, gradients, state)
+    part = own_part(shares, optimizer_tensors(model, optimizer))
+    found = Held(sum(p.numel() for p in parameters), weights, gradients, state, plan[rank].written)
     assert found == plan[rank]._replace(stages=""), (rank, s)
+    steps = 4 * len(shares.divided)  # a scalar of each, which one of those that have parts writes
+    assert plan[rank].written - steps <= part.bytes() <= plan[rank].written, (rank, s)
 
 
 def test_a_fake_group_has_sizes_alone():

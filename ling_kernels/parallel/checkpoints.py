@@ -138,7 +138,10 @@ def read_optimizer(folder: Path, shares: Shares) -> Iterator[tuple[str, str, Ten
     """(parameter, key, tensor) of the optimizer's state that this process keeps; no more is read."""
     owned = {name for name, _ in shares.model.named_parameters() if shares.owns(name)}
     with WeightReader(folder, OPTIMIZER) as reader:
-        for key, saved in saved_moments(reader, owned).items():
+        found = saved_moments(reader, owned)
+        if owned and reader.files and not found:
+            raise InputError(f"{folder}: the optimizer's state is of other parameters than the model's")
+        for key, saved in found.items():
             name, _, kind = key.rpartition(".")
             yield name, kind, moment(reader, key, saved, shares)
 

@@ -129,6 +129,7 @@ class Ranks:
             twins = [stage[i::number] for stage in by_stage for i in range(number)]
             return Division(number, self.rank % n % number, mine(neighbours(number)), mine(twins))
 
+        on_hosts = "fake" if dist.get_backend() == "fake" else "gloo"  # fake: processes of a plan, which is one
         nodes = None
         if by_nodes:
             crossing = [ranks[i::local] for ranks in neighbours(ep) for i in range(local)]
@@ -146,7 +147,7 @@ class Ranks:
             context=mine([ranks[t::tp] for ranks in neighbours(cp * tp) for t in range(tp)]),
             stages=mine([list(range(i, self.size, n)) for i in range(n)]),
             nodes=nodes,
-            writers=dist.new_group(timeout=PATIENCE, backend="fake" if dist.get_backend() == "fake" else "gloo"),
+            writers=dist.new_group(timeout=PATIENCE, backend=on_hosts),
         )  # fmt: skip
 
     def in_thread(self) -> "Ranks":

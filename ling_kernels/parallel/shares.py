@@ -160,12 +160,14 @@ class Shares:
         division = self.divided[name]
         return equal_part(division.part, division.number, self.official[name].shape[0])
 
-    def owned(self) -> set[str]:
-        """Names of the parameters and experts' biases that this rank writes to a checkpoint: those whose optimizer
-        state it keeps, once of those that several stages hold; biases, which are whole and equal, on the first."""
+    def owned(self, replica: int | None = None) -> set[str]:
+        """Names of the parameters and experts' biases that this rank, or another replica of its stage, writes to a
+        checkpoint: those whose optimizer state it keeps, once of those that several stages hold; biases, which are
+        whole and equal, on the first."""
+        replica = self.ranks.replica if replica is None else replica
         biases = [name for name, _ in self.model.named_buffers() if name.endswith("expert_bias")]
-        names = {name for name, _ in self.model.named_parameters() if self.owns(name)} - self.counted_elsewhere
-        return names.union(biases if self.ranks.replica == 0 else [])
+        names = {name for name, _ in self.model.named_parameters() if self.owns(name, replica)}
+        return (names - self.counted_elsewhere).union(biases if replica == 0 else [])
 
 
 VOCABULARY = ("word_embeddings.weight", "lm_head.weight")  # which several stages of a pipeline may hold

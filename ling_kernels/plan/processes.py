@@ -25,6 +25,7 @@ class Held(NamedTuple):
     weights: int  # the masters
     gradients: int  # after a backward, before they are summed on their owners
     optimizer: int  # the state of the parameters that it owns
+    written: int  # of a checkpoint, which its host holds while it is written
     stages: str = ""  # of a pipeline, their units
 
 
@@ -47,11 +48,13 @@ def held_by_processes(config: LingConfig, s: Settings) -> list[Held]:
             make = partial(make_pipeline, model, s, ranks, torch.float32, torch.device("cpu"))
             shares = Shares(model, ranks, make if s.pp > 1 else None, s.exchange)
             states, weights = state_bytes(model, s), [*model.parameters()]
+            tensors = dict(model.named_parameters()) | dict(model.named_buffers())
         units = shares.pipeline.stages_here() if shares.pipeline else ""
         size_of = sum(p.nbytes for p in weights)
         for replica in range(ranks.dp * ranks.sharing):
             owned = sum(states[name] for name in states if shares.owns(name, replica))
-            found.append(Held(sum(p.numel() for p in weights), size_of, size_of, owned, units))
+            written = sum(tensors[name].nbytes + states.get(name, 0) for name in shares.owned(replica))
+            found.append(Held(sum(p.numel() for p in weights), size_of, size_of, owned, written, units))
     return found
 
 
@@ -65,9 +68,8 @@ def state_bytes(model: Ling, s: Settings) -> dict[str, int]:
     return {name: sum(t.nbytes for t in optimizer.state[p].values()) for name, p in model.named_parameters()}
 
 
-def process_lines(config: LingConfig, s: Settings) -> list[str]:
-    """The mesh, and a line for the processes of each stage."""
-    held = held_by_processes(config, s)
+def process_lines(held: list[Held], s: Settings) -> list[str]:
+    """The mesh, and a line for the processes of each stage. held: of every process."""
     number = len(held) // s.pp
     lines = [
         f"{'processes':<12}  {len(held)}: dp {number // (s.cp * s.tp)} x cp {s.cp} x tp {s.tp} x pp {s.pp}; of a"

@@ -18,8 +18,7 @@ from ..model import LingConfig
 from ..nn.fp8 import FP8_ROWS
 from ..ops.quantize import BLOCK, padded_slots
 from ..parallel.layout import Layout
-from ..train.cli import add_layout_flag
-from ..train.flags import add_flags
+from ..train.flags import add_flags, add_layout_flag
 from ..train.optimizer import to_masters
 from ..train.prepare.checks import check
 from ..train.prepare.models import model_config
@@ -29,7 +28,7 @@ from ..train.settings import Settings, settings_of
 from ..train.trainer import apply_fp8_and_recompute
 from .decode_time import EFFICIENCY
 from .memory import KINDS, LAYOUT_KINDS, RESERVE, MemoryPlan, plan_memory
-from .processes import process_lines, processes_of
+from .processes import held_by_processes, process_lines, processes_of
 from .ranks import SINGLE_GPU, Rank
 from .train_time import BF16_SHARE, LAUNCH, step_seconds
 
@@ -61,9 +60,12 @@ def show(options: dict, layout: str | None, gpu_hour: float | None = None) -> in
     config, weights = model_config(settings)
     settings, _ = with_defaults(settings, config, trained=weights is not None)
     check(settings, config)
+    host = checkpoint_bytes(config, settings) // (layout.dp * layout.pp)
     if given is None and processes_of(settings) > 1:
+        held = held_by_processes(config, settings)
+        host = max(h.written for h in held)
         print(f"Processes of {settings.model}, {config.num_parameters(mtp=True):,} parameters")
-        print(*process_lines(config, settings), "", sep="\n")
+        print(*process_lines(held, settings), "", sep="\n")
         if (
             settings.cp * settings.tp * settings.vocab_parallel > 1
             or settings.pipeline
@@ -71,7 +73,7 @@ def show(options: dict, layout: str | None, gpu_hour: float | None = None) -> in
         ):
             print("Time, and memory of activations, are predicted for layers in equal numbers, whole rows and a whole"
                   " vocabulary alone;\npython -m ling_kernels.plan pipeline predicts them for any stages.")  # fmt: skip
-            print(*storage_lines(config, settings, False), sep="\n")
+            print(*storage_lines(config, settings, False, host), sep="\n")
             return 0
     settings, one_gpu = rank_settings(layout, settings, config), layout == Layout()
     where = "on one GPU" if one_gpu else f"on the fullest of {layout.dp * layout.pp} GPUs: {layout}"
@@ -85,7 +87,7 @@ def show(options: dict, layout: str | None, gpu_hour: float | None = None) -> in
     if not one_gpu:
         print(*layout_lines(settings, layout, stage, plans), sep="\n")
     print(*time_lines(config, settings, layout, plans, worst, gpu_hour), sep="\n")
-    print(*storage_lines(config, settings, one_gpu), sep="\n")
+    print(*storage_lines(config, settings, one_gpu, host), sep="\n")
     return 0
 
 
@@ -217,15 +219,16 @@ def time_lines(
     return ["", *lines, *textwrap.wrap(about, 118)]
 
 
-def storage_lines(config: LingConfig, s: Settings, one_gpu: bool) -> list[str]:
-    """Disk and host memory of the checkpoints, of all GPUs together."""
+def storage_lines(config: LingConfig, s: Settings, one_gpu: bool, host: int) -> list[str]:
+    """Disk and host memory of the checkpoints. host: of one process, which holds its part of them."""
     one, (usual, most) = checkpoint_bytes(config, s), checkpoints_at_once(s)
     all_of_them = f"{format_bytes(disk_bytes(config, s, usual))} for {usual} at once and the exported model"
     if most > usual:
         all_of_them += f"; for {most}, as after a stop, {format_bytes(disk_bytes(config, s, most))}"
+    part = "" if one_gpu else " for the part of a process"
     whose = "a checkpoint" if one_gpu else "a checkpoint of all GPUs together"
     return ["", f"{'disk':<12}{format_bytes(one):>10}  {whose}; {all_of_them}",
-            f"{'host':<12}{format_bytes(one):>10}  at most, while a checkpoint is written"]  # fmt: skip
+            f"{'host':<12}{format_bytes(host):>10}  at most{part}, while a checkpoint is written"]  # fmt: skip
 
 
 def span(seconds: float) -> str:

@@ -23,6 +23,7 @@ from ..errors import Diverged, InputError
 from ..files import lock_folder
 from ..generate import Engine
 from ..model import Ling, load_model, save_model
+from ..nn.batch_invariant import batch_invariant_
 from ..ops.grad_norm import grad_norm
 from ..parallel.ranks import Ranks
 from ..parallel.shares import Shares
@@ -64,6 +65,10 @@ class LoopSettings:
     )  # fmt: skip
     replay_routing: bool = flag(
         False, "the trainer takes the experts that the engine chose, with weights of its own",
+        action=argparse.BooleanOptionalAction, shown="off",
+    )  # fmt: skip
+    batch_invariant: bool = flag(
+        False, "engine and trainer agree to the bit, whatever the batch; on a CPU in fp32, and slower",
         action=argparse.BooleanOptionalAction, shown="off",
     )  # fmt: skip
     evo_cot: float | None = flag(None, "Evo-CoT's reward, with this weight of the length", least=0, shown="off")
@@ -163,6 +168,8 @@ class Loop:
         self.device, self.device_name, self.precision = choose_device(Settings(device=s.device, precision=s.precision))
         self.tokenizer = load_tokenizer(folder)
         self.model = load_model(folder, dtype=torch.float32, device=self.device).train()
+        if s.batch_invariant:
+            batch_invariant_(self.model)
         self.shares = Shares(self.model, Ranks())  # of one process
         shared = self.precision == torch.float32
         actor = self.model if shared else copy.deepcopy(self.model).to(self.precision)

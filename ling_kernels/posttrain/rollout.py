@@ -5,12 +5,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..errors import InputError
 from ..generate import Engine
 from ..model import Ling
+from ..model.packing import IGNORE
 from ..model.sample import Sampling
 from ..nn import BatchLayout
+from ..nn.batch_invariant import ROWS, PinnedLinear
 from ..ops.linear_cross_entropy import linear_cross_entropy
 
 
@@ -82,4 +85,7 @@ def answer_logp(model: Ling, answers: Sequence[Answer]) -> Tensor:
         experts = torch.cat([a.routing for a in answers])[None].to(device)  # type: ignore[misc]
         layout = layout._replace(experts=model.forced(experts, batch.ids[None], batch))
     h, _ = model.backbone(batch.ids, layout)
-    return -linear_cross_entropy(h[torch.cat(rows).to(device)], model.lm_head.weight, targets, reduction="none")
+    h, T = h[torch.cat(rows).to(device)], len(targets)
+    if isinstance(model.lm_head, PinnedLinear):  # no chunk of few rows
+        h, targets = pad(h, (0, 0, 0, -T % ROWS)), pad(targets, (0, -T % ROWS), value=IGNORE)
+    return -linear_cross_entropy(h, model.lm_head.weight, targets, reduction="none")[:T]

@@ -35,7 +35,8 @@ def make_model(run: Run) -> tuple[Ling, Shares]:
     else:
         if folder:
             model = load_model(folder, dtype=torch.float32, device=run.device)
-            model.config = run.config  # its end token may be the tokenizer's
+            model.config = run.config  # its end token may be the tokenizer's, its rotary base the settings'
+            model.reset_buffers()
         else:
             model = Ling(run.config)
             model.init_weights(torch.Generator().manual_seed(s.seed))  # on the CPU: the same on every device

@@ -3,6 +3,7 @@
     config.json, model.safetensors   the weights in the precision of the masters, under official keys
     tokenizer.json, tokenizer_config.json   so that the folder is a complete model
     optimizer.safetensors            the optimizer's state, by parameter
+    merge.safetensors                the running merge, where there is one
     rng.safetensors                  the states of torch's random number generators
     state.json                       progress and settings of the run, time of writing (s since 1970), size and
                              checksum of the files above
@@ -22,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..errors import InputError, one_line
 from ..files import user_path
 from ..model.config_json import is_integer
 from ..parallel.checkpoints import read_optimizer
@@ -57,7 +58,7 @@ def step_of(checkpoint: Path) -> int:
 def clear_leftovers(run: Path) -> None:
     """Remove checkpoints that a killed process left half-written or half-removed."""
     for path in (run / "checkpoints").glob(".step-*"):
-        shutil.rmtree(path)
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def data_folders(run: Path) -> set[str]:
@@ -201,7 +202,7 @@ def is_progress(state: dict) -> bool:
         state.get(name, 0)
         for name in ("step", "sequences", "tokens", "bad", "skipped", "data_start", "sound", "proven")
     ]
-    recent, in_bf16 = state.get("recent", []), state.get("in_bf16", [])
+    recent, in_bf16, merged = (state.get(name, []) for name in ("recent", "in_bf16", "merged"))
     return (
         all(is_integer(n) and n >= 0 for n in counts)
         and state.get("data_start", 0) <= state.get("sequences", 0)
@@ -210,6 +211,8 @@ def is_progress(state: dict) -> bool:
         and isinstance(state["settings"], dict)
         and isinstance(recent, list)
         and all(isinstance(pair, list) and [type(x) for x in pair] == [float, float] for pair in recent)
+        and isinstance(merged, list)
+        and all(isinstance(pair, list) and [type(x) for x in pair] == [int, float] for pair in merged)
         and isinstance(in_bf16, list)
         and all(isinstance(name, str) for name in in_bf16)
     )
@@ -218,15 +221,20 @@ def is_progress(state: dict) -> bool:
 def restore(checkpoint: Path, shares: Shares, optimizer: torch.optim.Optimizer) -> None:
     """Load this process's part of the optimizer's state, and the random number generators'. The model must have the
     checkpoint's weights."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     named = dict(shares.model.named_parameters())
     for name, key, value in read_optimizer(checkpoint, shares):
         optimizer.state[named[name]][key] = value.to(named[name].device)
-    states = load_file(checkpoint / "rng.safetensors")
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
+    file = checkpoint / "rng.safetensors"
+    try:
+        states = load_file(file)
+        torch.set_rng_state(states["cpu"])
+        if "cuda" in states and torch.cuda.is_available():
+            torch.cuda.set_rng_state(states["cuda"])
+    except (OSError, SafetensorError, KeyError, TypeError, RuntimeError) as error:
+        raise InputError(f"{file} holds no states of random number generators: {one_line(str(error))}") from None
 
 
 def set_aside_later(run: Path, checkpoint: Path) -> list[Path]:

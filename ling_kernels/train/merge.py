@@ -14,7 +14,8 @@ import itertools
 import math
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -49,14 +50,35 @@ def decay_weights(decay: Sequence[float]) -> list[float]:
 
 
 def named_weights(decay: str, number: int) -> list[float]:
-    """Weights of `number` checkpoints for a decay of DECAYS, whose value is taken after each i of `number` equal parts.
+    """Weights of `number` checkpoints for a decay, oldest first.
 
-    A linear decay thus gives the mean, as in the paper. The paper takes 1-sqrt at i / (number - 1), where it leaves the
-    last checkpoint out.
+    decay: of DECAYS, whose value is taken after each i of `number` equal parts. A linear decay thus gives the mean, as
+    in the paper, so `mean` is its other name. The paper takes 1-sqrt at i / (number - 1), where it leaves the last
+    checkpoint out. `ema:X` is the moving average m = (1 - X) m + X t from m = t_0 on. Numbers with commas between them
+    are the weights themselves. Raises InputError for anything else, and for numbers that do not add up to 1.
     """
-    if decay not in DECAYS:
-        raise InputError(f"decay {decay!r}: it must be one of {', '.join(DECAYS)}")
-    return decay_weights([DECAYS[decay](i / number) for i in range(1, number)])
+    name, colon, value = decay.partition(":")
+    decay = "linear" if decay == "mean" else decay
+    if decay in DECAYS:
+        return decay_weights([DECAYS[decay](i / number) for i in range(1, number)])
+    try:
+        if name == "ema" and colon and 0 < (x := float(value)) < 1:
+            return [(1 - x) ** (number - 1), *(x * (1 - x) ** (number - 1 - j) for j in range(1, number))]
+        weights = [] if name == "ema" else [float(text) for text in decay.split(",")]
+    except ValueError:
+        weights = []
+    if not weights:
+        raise InputError(f"decay {decay!r}: it must be mean, {', '.join(DECAYS)}, ema:X with X between 0 and 1, or"
+                         " the weights with commas between them")  # fmt: skip
+    check_weights(weights, number)
+    return weights
+
+
+def check_weights(weights: Sequence[float], number: int) -> None:
+    if number != len(weights) or not number:
+        raise InputError(f"{number} checkpoints and {len(weights)} weights")
+    if not all(math.isfinite(c) for c in weights) or abs(sum(weights) - 1) > 1e-6:
+        raise InputError(f"the weights add up to {sum(weights):g}, not to 1: {list(weights)}")
 
 
 def merge(checkpoints: Sequence[str | Path], weights: Sequence[float], out: str | Path, dtype: str = "bf16") -> None:
@@ -67,24 +89,32 @@ def merge(checkpoints: Sequence[str | Path], weights: Sequence[float], out: str 
     layers, MLPs and experts to block-FP8. config.json and the tokenizer are those of the last checkpoint. The folder
     appears whole or not at all. Raises InputError for checkpoints of different models.
     """
-    folders, out = [user_path(c) for c in checkpoints], user_path(out)
-    if len(folders) != len(weights) or not folders:
-        raise InputError(f"{len(folders)} checkpoints and {len(weights)} weights")
-    if not all(math.isfinite(c) for c in weights) or abs(sum(weights) - 1) > 1e-6:
-        raise InputError(f"the weights add up to {sum(weights):g}, not to 1: {list(weights)}")
+    folders = [user_path(c) for c in checkpoints]
+    check_weights(weights, len(folders))
+    with new_folder(out, dtype) as partial:
+        config = same_config(folders)
+        readers = [WeightReader(folder) for folder in folders]
+        for reader in readers:
+            reader.refuse_two_checkpoints()
+        write_sum(partial, config, dtype, lambda key, shape: weighted_sum(readers, weights, key, shape))
+        for name in TOKENIZER_FILES:
+            if (folders[-1] / name).is_file():
+                shutil.copyfile(folders[-1] / name, partial / name)
+
+
+@contextmanager
+def new_folder(out: str | Path, dtype: str) -> Iterator[Path]:
+    """A folder to write a merged model to, which becomes the new folder `out` at the end, or is removed."""
+    out = user_path(out)
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r}: it must be one of {', '.join(DTYPES)}")
     if out.exists():
         raise InputError(f"{out} exists; it is not overwritten")
-    config = same_config(folders)
     partial = out.with_name(f".{out.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        write_merged(folders, weights, partial, config, dtype)
-        for name in TOKENIZER_FILES:
-            if (folders[-1] / name).is_file():
-                shutil.copyfile(folders[-1] / name, partial / name)
+        yield partial
         partial.rename(out)
     except OSError as error:
         raise InputError(f"cannot write {out}: {error.strerror or error}") from None
@@ -105,7 +135,8 @@ def same_config(folders: Sequence[Path]) -> LingConfig:
     return configs[-1]
 
 
-def write_merged(folders: Sequence[Path], weights: Sequence[float], out: Path, config: LingConfig, dtype: str) -> None:
+def write_sum(out: Path, config: LingConfig, dtype: str, total_of: Callable[[str, list[int]], Tensor]) -> None:
+    """Write config.json and weights. total_of: the merged fp64 tensor of an official key and its shape."""
     fp8 = dtype == "fp8"
     with torch.device("meta"):
         model = Ling(config)
@@ -114,14 +145,11 @@ def write_merged(folders: Sequence[Path], weights: Sequence[float], out: Path, c
         quantize_for_inference_(model)
     views = dict(named_views(model))
     types = {key: stored_dtype(key, view.dtype, DTYPES[dtype]) for key, view in views.items()}
-    readers = [WeightReader(folder) for folder in folders]
-    for reader in readers:
-        reader.refuse_two_checkpoints()
 
     def merged(keys: list[str]) -> dict[str, Tensor]:
         tensors = {}
         for key in keys:
-            total = weighted_sum(readers, weights, key, list(views[key].shape))
+            total = total_of(key, list(views[key].shape))
             if types[key] == E4M3:
                 tensors[key], tensors[key + SCALES] = quantize_weight(total.float())
             else:
@@ -176,7 +204,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--last", type=count, metavar="N", help="of a run, the last N (default: all)")
     parser.add_argument("--best", type=count, metavar="N", help="of a run, the N with the lowest validation loss")
     parser.add_argument(
-        "--decay", choices=DECAYS, help="the decay that the merge stands for (default: linear, the mean)"
+        "--decay",
+        metavar="NAME",
+        help=f"the decay that the merge stands for: {', '.join(DECAYS)}, or ema:X, a moving average with the share X"
+        " of the newest (default: linear, the mean)",
     )
     parser.add_argument("--weights", type=float, nargs="+", metavar="X", help="one for each checkpoint, in their order")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the weights (default: %(default)s)")

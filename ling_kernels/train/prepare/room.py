@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ...errors import InputError, warn
+from ...errors import InputError, counted, warn
 from ...files import format_bytes
 from ...model import LingConfig
 from ...parallel.ranks import Ranks
@@ -51,8 +51,8 @@ def check_disk(config: LingConfig, s: Settings, folder: Path, step: int = 0) -> 
     has = f"the disk of {folder} has {format_bytes(free)}"
     one = f"of {format_bytes(checkpoint_bytes(config, s))} and the model at the end"
     if (least := disk_bytes(config, s, usual)) > free:
-        raise InputError(f"{usual} checkpoints {one} need {format_bytes(least)}, and {has}: try a smaller --keep or"
-                         " another --out")  # fmt: skip
+        number = counted(usual, "checkpoint")
+        raise InputError(f"{number} {one} need {format_bytes(least)}, and {has}: try a smaller --keep or another --out")
     warn(f"after a stop or unsound steps there may be {most} checkpoints {one}, which need"
                   f" {format_bytes(need)}, and {has}")  # fmt: skip
 

@@ -16,10 +16,12 @@ def layers_and_embeddings(config: LingConfig) -> tuple[int, int]:
 
 
 def checkpoint_bytes(config: LingConfig, s: Settings) -> int:
-    """Bytes of one checkpoint: weights in the masters' precision and the optimizer's state; the rest is small."""
+    """Bytes of one checkpoint: weights in the masters' precision, the optimizer's state, the running merge in fp64; the
+    rest is small."""
     in_layers, in_embeddings = layers_and_embeddings(config)
     options = s.optimizer, s.master, False
-    return in_layers * bytes_per_weight(*options) + in_embeddings * bytes_per_weight(*options, True)
+    merge = 8 * (in_layers + in_embeddings) if s.merge_last else 0
+    return in_layers * bytes_per_weight(*options) + in_embeddings * bytes_per_weight(*options, True) + merge
 
 
 def checkpoints_at_once(s: Settings, step: int = 0, there: Sequence[int] = ()) -> tuple[int, int]:
