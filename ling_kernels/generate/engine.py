@@ -14,10 +14,9 @@ forward.py lists the calls of a decode step.
 """
 
 import asyncio
-import operator
 import threading
 import time
-from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -30,7 +29,7 @@ from .cache import PagePool, memory_of, page_bytes
 from .forward import Chunk, Forward, PendingTokens
 from .health import PassRecord
 from .logprobs import MOST, read_scores
-from .scheduler import DRAFT_SLACK, Request, Scheduler, Work, max_sequence_tokens
+from .scheduler import DRAFT_SLACK, Request, Scheduler, Work, max_sequence_tokens, token_list
 from .weights import take_weights
 
 SHARE = 0.9  # part of a GPU's free memory, after the weights, for the KV cache
@@ -170,12 +169,11 @@ class Engine:
             finally:
                 self.lock.release()
 
-    def new_weights(self, model: torch.nn.Module | None = None) -> int:
-        """Say that the model's weights have changed, or copy `model`'s into them in place; returns the policy version.
+    def new_weights(self, model: torch.nn.Module | Mapping[str, torch.Tensor] | None = None) -> int:
+        """Say that the weights have changed, or copy a model's, or tensors by official key, into them in place; returns
+        the policy version, which later requests name. Cached prefixes are forgotten.
 
-        Cached prefixes are forgotten, as their keys and values are of the weights before. Requests name the version
-        that computes them as `policy_version`. Raises InputError where requests are unfinished, as one of several
-        policies would have no meaning, and for a model of other tensors.
+        Raises InputError where requests are unfinished, and for tensors of another model.
         """
         with self.lock, self.use_device():
             take_weights(self, model)
@@ -394,14 +392,6 @@ class Engine:
     def right(self) -> int:
         """The old name of `accepted`, for one version."""
         return self.accepted
-
-
-def token_list(name: str, tokens: Iterable[int]) -> list[int]:
-    """Token ids as ints. Raises InputError for text and for numbers that are not whole."""
-    try:
-        return [operator.index(token) for token in tokens]
-    except TypeError:
-        raise InputError(f"{name} must be token ids, which a tokenizer encodes, not {tokens!r}") from None
 
 
 def raise_error(request: Request) -> None:
