@@ -111,7 +111,6 @@ class Engine:
         max_new_tokens: int | None = None,
         stop_token_ids: Iterable[int] | None = None,
         timeout: float | None = None,
-        ends: Iterable[int] | None = None,
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
         keep_stop: bool = False,
@@ -121,8 +120,7 @@ class Engine:
         """Queue a request; its new_tokens grow with every `step`.
 
         max_new_tokens: default 256, or the rest of the model's positions. stop_token_ids: tokens that end the sequence,
-        default the configuration's eos_token_id; `ends` is its old name, for one version. timeout: seconds from now,
-        after which the request finishes with the tokens it has. logprobs: 0 to 20, the number of likeliest tokens that
+        default the configuration's eos_token_id. timeout: seconds from now, after which the request finishes with the tokens it has. logprobs: 0 to 20, the number of likeliest tokens that
         the request's `logprobs` name beside each new token's; prompt_logprobs likewise, for its `prompt_logprobs` of
         the prompt's tokens after the first, none of which then comes from the prefix cache. They are the model's
         log-probabilities, before temperature, truncation and penalties. keep_stop: the stop token is the last of the
@@ -147,8 +145,8 @@ class Engine:
                              f" {self.config.max_positions} positions{less}")  # fmt: skip
         if unknown := [t for t in prompt if not 0 <= t < vocabulary]:
             raise InputError(f"token {unknown[0]} is outside the model's vocabulary of {vocabulary}")
-        stop = ends if stop_token_ids is None else stop_token_ids
-        stop = frozenset(token_list("stop_token_ids", self.config.eos_token_ids if stop is None else stop))
+        stop = self.config.eos_token_ids if stop_token_ids is None else stop_token_ids
+        stop = frozenset(token_list("stop_token_ids", stop))
         deadline = float("inf") if timeout is None else time.monotonic() + timeout
         for name, wanted in (("logprobs", logprobs), ("prompt_logprobs", prompt_logprobs)):
             if wanted is not None and integer(name, wanted, 0) > MOST:
@@ -382,16 +380,6 @@ class Engine:
         return [
             [t.logprob for t in r.prompt_logprobs] for r in self.finish(prompts, max_new_tokens=1, prompt_logprobs=0)
         ]
-
-    @property
-    def guessed(self) -> int:
-        """The old name of `drafted`, for one version."""
-        return self.drafted
-
-    @property
-    def right(self) -> int:
-        """The old name of `accepted`, for one version."""
-        return self.accepted
 
 
 def raise_error(request: Request) -> None:

@@ -97,19 +97,6 @@ class Request:
     def num_new_tokens(self) -> int:
         return len(self.tokens) - len(self.prompt)
 
-    @property
-    def written(self) -> int:
-        """The old name of num_new_tokens, for one version."""
-        return self.num_new_tokens
-
-
-def token_list(name: str, tokens: Iterable[int]) -> list[int]:
-    """Token ids as ints. Raises InputError for text and for numbers that are not whole."""
-    try:
-        return [operator.index(token) for token in tokens]
-    except TypeError:
-        raise InputError(f"{name} must be token ids, which a tokenizer encodes, not {tokens!r}") from None
-
 
 class Work(NamedTuple):
     """One request's part of a pass."""
