@@ -98,6 +98,14 @@ class Request:
         return len(self.tokens) - len(self.prompt)
 
 
+def token_list(name: str, tokens: Iterable[int]) -> list[int]:
+    """Token ids as ints. Raises InputError for text and for numbers that are not whole."""
+    try:
+        return [operator.index(token) for token in tokens]
+    except TypeError:
+        raise InputError(f"{name} must be token ids, which a tokenizer encodes, not {tokens!r}") from None
+
+
 class Work(NamedTuple):
     """One request's part of a pass."""
 
