@@ -120,13 +120,14 @@ class Engine:
         """Queue a request; its new_tokens grow with every `step`.
 
         max_new_tokens: default 256, or the rest of the model's positions. stop_token_ids: tokens that end the sequence,
-        default the configuration's eos_token_id. timeout: seconds from now, after which the request finishes with the tokens it has. logprobs: 0 to 20, the number of likeliest tokens that
-        the request's `logprobs` name beside each new token's; prompt_logprobs likewise, for its `prompt_logprobs` of
-        the prompt's tokens after the first, none of which then comes from the prefix cache. They are the model's
-        log-probabilities, before temperature, truncation and penalties. keep_stop: the stop token is the last of the
-        new tokens, instead of being left out. client: whoever has the fewest running requests is next; among a client's
-        requests the smallest priority. Raises InputError for a prompt that is empty, too long or has ids outside the
-        vocabulary, and Busy if the queue is full.
+        default the configuration's eos_token_id. timeout: seconds from now, after which the request finishes with the
+        tokens it has. logprobs: 0 to 20, the number of likeliest tokens that the request's `logprobs` name beside each
+        new token's; prompt_logprobs likewise, for its `prompt_logprobs` of the prompt's tokens after the first, none of
+        which then comes from the prefix cache. They are the model's log-probabilities, before temperature, truncation
+        and penalties. keep_stop: the stop token is the last of the new tokens, instead of being left out. client:
+        whoever has the fewest running requests is next; among a client's requests the smallest priority. Raises
+        InputError for a prompt that is empty, too long or has ids outside the vocabulary, and Busy if the queue is
+        full.
         """
         prompt = token_list("a prompt", prompt)
         positions, vocabulary = max_sequence_tokens(self.config.max_positions, self.draft), self.config.vocab_size
