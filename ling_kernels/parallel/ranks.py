@@ -56,9 +56,7 @@ class Ranks:
     vocabulary: Division = Division()
     world: dist.ProcessGroup | None = field(default=None, repr=False)
     replicas: dist.ProcessGroup | None = field(default=None, repr=False)  # the dp x cp x tp ranks of this stage
-    context: dist.ProcessGroup | None = field(
-        default=None, repr=False
-    )  # the cp ranks with the same heads that share sequences
+    context: dist.ProcessGroup | None = field(default=None, repr=False)  # the cp ranks of one part of heads and rows
     stages: dist.ProcessGroup | None = field(default=None, repr=False)  # the pp ranks of this rank's tokens
     nodes: DeviceMesh | None = field(default=None, repr=False)  # the ranks of `experts`, as nodes x ranks of a node
     writers: dist.ProcessGroup | None = field(default=None, repr=False)  # all, for the threads that write checkpoints
