@@ -30,6 +30,8 @@ from ling_kernels.tokenizer import load_tokenizer
 from ling_kernels.train import checkpoint as ckpt
 from ling_kernels.train import saving
 from ling_kernels.train.optimizer import make_optimizer, to_masters
+from ling_kernels.train.prepare import room
+from ling_kernels.train.settings import Settings
 from tests.ranks import run
 from tests.training import tiniest
 
@@ -310,3 +312,11 @@ def test_what_cannot_be_written_or_read(alone, tmp_path):
         checkpoints.flattened("w.m_scale", equal_part(0, 2, 3), torch.Size((3, 256)), 384, 2)
     assert checkpoints.parsed("a.b.m") == ("a.b.m", None, (0, 0))
     assert checkpoints.parsed("a.b.m[:,3:5]") == ("a.b.m", 1, (3, 5))
+
+
+def test_memory_of_a_process_without_the_state_that_others_keep():
+    """AdamW in fp32: 8 bytes of weight and gradient, 8 of state that four processes share."""
+    n, ranks = CONFIG.num_parameters(mtp=True), Ranks(size=4, dp=4)
+    assert room.least_bytes(CONFIG, Settings(), Ranks()) == 16 * n
+    assert room.least_bytes(CONFIG, Settings(), ranks) == 10 * n
+    assert room.least_bytes(CONFIG, Settings(), replace(ranks, experts=Division(2))) == 6 * n
