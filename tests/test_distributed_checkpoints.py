@@ -188,6 +188,8 @@ def check_official(checkpoint, alone):
     index = json.loads((checkpoint / "model.safetensors.index.json").read_text())["weight_map"]
     assert {*index.values()} == {f"model-{i:05d}-of-00004.safetensors" for i in range(1, 5)}
     assert len([*checkpoint.glob("optimizer-*-of-00004.safetensors")]) == 4
+    of_one = json.loads((alone / "model.safetensors.index.json").read_text())["weight_map"]
+    assert {*of_one.values()} == {"model.safetensors"}  # and not the optimizer's file, which is in the folder too
     with safe_open(alone / "model.safetensors", "pt") as one:
         assert index.keys() == {*one.keys()}
         for key, name in index.items():
