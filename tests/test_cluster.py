@@ -26,7 +26,7 @@ from ling_kernels.parallel.exchange import expert_parameters
 from ling_kernels.parallel.pipeline_layout import PipelineLayout
 from ling_kernels.parallel.ranks import Division, Ranks, check_sizes
 from ling_kernels.parallel.schedules import schedule_order, write_csv
-from ling_kernels.train import Trainer, cli
+from ling_kernels.train import Trainer, cli, monitor
 from ling_kernels.train import checkpoint as ckpt
 from ling_kernels.train.__main__ import main
 from ling_kernels.train.prepare.checks_parallel import check_parallel
@@ -73,7 +73,7 @@ JOBS = {
         "",
     ),
     "pp in the order of a file, with cp and vocabulary": (
-        "--pp 2 --cp 2 --vocab-parallel 2 --pipeline Et|t|m|LL --schedule ORDER --micro-batch 2",
+        "--pp 2 --cp 2 --vocab-parallel 2 --pipeline E|t|t|mLL --schedule ORDER --micro-batch 2",
         "",
     ),
     "zero bubble in a V, with a ramp": (
@@ -87,7 +87,7 @@ JOBS = {
         "--optimizer adamw8bit --steps 2 --model CONFIG",
     ),
 }
-FP8 = "--model FP8 --precision fp8 --fp8-scales pow2 --fp8-watch 1 --micro-batch 2 --steps 2"
+FP8 = "--model FP8 --precision fp8 --fp8-scales pow2 --fp8-watch 1 --fp8-fallback 1 --micro-batch 2 --steps 2"
 REFUSED = {  # flags of rank 0, of rank 1, the line
     "world": ("--dp 3", "--dp 3", "--dp 3 times --pp 1 are 3 processes, and there are 2: start them with torchrun"),
     "settings": ("", "--lr 1e-3", "rank 1 has the setting lr 0.001, rank 0 0.003"),
@@ -122,8 +122,15 @@ def work(rank, jobs, results, ports):
             continue
         os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(len(argv)), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
         os.environ |= dict(MASTER_PORT=str(port), LOCAL_WORLD_SIZE="2")
-        run = functools.partial(stop_answering, rank, results) if name == "silent" else command
+        run = dict(silent=functools.partial(stop_answering, rank, results), fp8=no_band).get(name, command)
         (results / f"{name}.{rank}").write_text(json.dumps(run(argv[rank])))
+
+
+def no_band(argv: list[str]) -> tuple[int, str, str]:
+    """`command`, where every FP8 layer is outside its band, so that all switch to bf16 after a step."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(monitor, "BANDS", dict.fromkeys(monitor.OPERANDS, (0.0, 0.0)))
+        return command(argv)
 
 
 def stop_answering(rank: int, results: Path, argv: list[str]) -> tuple[int, str]:
@@ -172,7 +179,7 @@ def runs(tmp_path_factory, plain, small):
     for name, (_, flags) in JOBS.items():
         if flags or name == "dp":
             assert command(run(flags, f"{name} alone"))[0] == 0
-    assert command(run(FP8, "fp8 alone"))[0] == 0
+    assert no_band(run(FP8, "fp8 alone"))[0] == 0
     half = folder / "resumed by four"
     shutil.copytree(folder / "dp alone", half)
     shutil.rmtree(half / "checkpoints" / "step-000004")
@@ -228,13 +235,15 @@ def test_several_processes_equal_one(runs, name):
 
 def test_rows_in_fp8_and_its_errors_in_every_stage(runs):
     """Experts get the numbers that one process gives them; their weights' gradients are of rounded rows. FP8's errors
-    are measured in each stage's first micro batch, of experts those of the first rank."""
+    are measured in each stage's first micro batch, of experts those of the first rank; layers of all stages switch."""
     assert json.loads((runs / "fp8.0").read_text())[0] == 0
     for one, two in zip(*(metrics_of(runs / name) for name in ("fp8", "fp8 alone")), strict=True):
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-3)
         assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=2e-2)
     one, two = (json.loads((runs / name / "fp8.jsonl").read_text().splitlines()[0]) for name in ("fp8", "fp8 alone"))
     assert one["layers"].keys() == two["layers"].keys() and len(one["layers"]) > 8
+    states = [ckpt.read_state(ckpt.list_checkpoints(runs / name)[-1]) for name in ("fp8", "fp8 alone")]
+    assert sorted(states[0]["in_bf16"]) == sorted(states[1]["in_bf16"]) and len(states[0]["in_bf16"]) > 8
     for layer, operands in two["layers"].items():
         for operand, values in operands.items():
             if ".experts" not in layer:

@@ -11,7 +11,8 @@ from ling_kernels.model import Ling
 from ling_kernels.nn.fp8 import to_fp8
 from ling_kernels.parallel.exchange import expert_parameters
 from ling_kernels.parallel.shares import Shares
-from ling_kernels.parallel.tensor import TensorContextAttention, TensorFp8MLP, blocks_part, tensor_parallel_
+from ling_kernels.parallel.tensor import TensorContextAttention, TensorFp8MLP, TensorMLP, blocks_part, tensor_parallel_
+from ling_kernels.train.monitor import to_bf16
 from tests.ranks import ranks_of, run, summed
 from tests.training import tiniest
 
@@ -125,7 +126,9 @@ def rounded_products_agree(rank, group):
         if fp8:
             replaced = [to_fp8(m, wgrad="bf16")[0] for m in (alone, model)]
             assert replaced[0] and len(replaced[0]) == len(replaced[1])
-            assert isinstance(model.layers[1].mlp, TensorFp8MLP)
+            for m in (alone, model):
+                to_bf16(m, "layers.0.mlp")
+            assert isinstance(model.layers[1].mlp, TensorFp8MLP) and type(model.layers[0].mlp) is TensorMLP
         losses, (ids, labels) = [], batch(0)
         for m in (alone, model):
             with torch.autocast("cpu", torch.bfloat16, enabled=not fp8):

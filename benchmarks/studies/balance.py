@@ -29,7 +29,7 @@ from ling_kernels.train import Settings, Trainer
 RESULTS = Path(__file__).parent / "results/balance.json"
 PLOT = Path(__file__).parents[2] / "docs/recipe-balance.png"
 SEEDS = (0, 1, 2)
-STEPS, LAST, RATE = 150, 50, 1e-3
+STEPS, LAST, RATE = 150, 50, 1e-2
 
 
 def settings(seed: int, steps: int) -> Settings:
@@ -86,7 +86,7 @@ def study(rule: str, seed: int, folder: Path, steps: int = STEPS) -> dict:
         worst.append(record["load_violation_max"])
         mean.append(record["load_violation_mean"])
         if trainer.progress.step > steps - LAST:
-            load = load + trainer.details.counts
+            load = load + trainer.details.expert_counts
     share = load / load.double().mean(1, keepdim=True)
     trainer.lock.close()
     return dict(rule=rule, seed=seed, worst=worst, mean=mean, val_loss=trainer.evaluate()["val_loss"],

@@ -14,10 +14,9 @@ forward.py lists the calls of a decode step.
 """
 
 import asyncio
-import operator
 import threading
 import time
-from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -30,7 +29,7 @@ from .cache import PagePool, memory_of, page_bytes
 from .forward import Chunk, Forward, PendingTokens
 from .health import PassRecord
 from .logprobs import MOST, read_scores
-from .scheduler import DRAFT_SLACK, Request, Scheduler, Work, max_sequence_tokens
+from .scheduler import DRAFT_SLACK, Request, Scheduler, Work, max_sequence_tokens, token_list
 from .weights import take_weights
 
 SHARE = 0.9  # part of a GPU's free memory, after the weights, for the KV cache
@@ -112,7 +111,6 @@ class Engine:
         max_new_tokens: int | None = None,
         stop_token_ids: Iterable[int] | None = None,
         timeout: float | None = None,
-        ends: Iterable[int] | None = None,
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
         keep_stop: bool = False,
@@ -122,14 +120,14 @@ class Engine:
         """Queue a request; its new_tokens grow with every `step`.
 
         max_new_tokens: default 256, or the rest of the model's positions. stop_token_ids: tokens that end the sequence,
-        default the configuration's eos_token_id; `ends` is its old name, for one version. timeout: seconds from now,
-        after which the request finishes with the tokens it has. logprobs: 0 to 20, the number of likeliest tokens that
-        the request's `logprobs` name beside each new token's; prompt_logprobs likewise, for its `prompt_logprobs` of
-        the prompt's tokens after the first, none of which then comes from the prefix cache. They are the model's
-        log-probabilities, before temperature, truncation and penalties. keep_stop: the stop token is the last of the
-        new tokens, instead of being left out. client: whoever has the fewest running requests is next; among a client's
-        requests the smallest priority. Raises InputError for a prompt that is empty, too long or has ids outside the
-        vocabulary, and Busy if the queue is full.
+        default the configuration's eos_token_id. timeout: seconds from now, after which the request finishes with the
+        tokens it has. logprobs: 0 to 20, the number of likeliest tokens that the request's `logprobs` name beside each
+        new token's; prompt_logprobs likewise, for its `prompt_logprobs` of the prompt's tokens after the first, none of
+        which then comes from the prefix cache. They are the model's log-probabilities, before temperature, truncation
+        and penalties. keep_stop: the stop token is the last of the new tokens, instead of being left out. client:
+        whoever has the fewest running requests is next; among a client's requests the smallest priority. Raises
+        InputError for a prompt that is empty, too long or has ids outside the vocabulary, and Busy if the queue is
+        full.
         """
         prompt = token_list("a prompt", prompt)
         positions, vocabulary = max_sequence_tokens(self.config.max_positions, self.draft), self.config.vocab_size
@@ -148,8 +146,8 @@ class Engine:
                              f" {self.config.max_positions} positions{less}")  # fmt: skip
         if unknown := [t for t in prompt if not 0 <= t < vocabulary]:
             raise InputError(f"token {unknown[0]} is outside the model's vocabulary of {vocabulary}")
-        stop = ends if stop_token_ids is None else stop_token_ids
-        stop = frozenset(token_list("stop_token_ids", self.config.eos_token_ids if stop is None else stop))
+        stop = self.config.eos_token_ids if stop_token_ids is None else stop_token_ids
+        stop = frozenset(token_list("stop_token_ids", stop))
         deadline = float("inf") if timeout is None else time.monotonic() + timeout
         for name, wanted in (("logprobs", logprobs), ("prompt_logprobs", prompt_logprobs)):
             if wanted is not None and integer(name, wanted, 0) > MOST:
@@ -170,12 +168,11 @@ class Engine:
             finally:
                 self.lock.release()
 
-    def new_weights(self, model: torch.nn.Module | None = None) -> int:
-        """Say that the model's weights have changed, or copy `model`'s into them in place; returns the policy version.
+    def new_weights(self, model: torch.nn.Module | Mapping[str, torch.Tensor] | None = None) -> int:
+        """Say that the weights have changed, or copy a model's, or tensors by official key, into them in place; returns
+        the policy version, which later requests name. Cached prefixes are forgotten.
 
-        Cached prefixes are forgotten, as their keys and values are of the weights before. Requests name the version
-        that computes them as `policy_version`. Raises InputError where requests are unfinished, as one of several
-        policies would have no meaning, and for a model of other tensors.
+        Raises InputError where requests are unfinished, and for tensors of another model.
         """
         with self.lock, self.use_device():
             take_weights(self, model)
@@ -384,24 +381,6 @@ class Engine:
         return [
             [t.logprob for t in r.prompt_logprobs] for r in self.finish(prompts, max_new_tokens=1, prompt_logprobs=0)
         ]
-
-    @property
-    def guessed(self) -> int:
-        """The old name of `drafted`, for one version."""
-        return self.drafted
-
-    @property
-    def right(self) -> int:
-        """The old name of `accepted`, for one version."""
-        return self.accepted
-
-
-def token_list(name: str, tokens: Iterable[int]) -> list[int]:
-    """Token ids as ints. Raises InputError for text and for numbers that are not whole."""
-    try:
-        return [operator.index(token) for token in tokens]
-    except TypeError:
-        raise InputError(f"{name} must be token ids, which a tokenizer encodes, not {tokens!r}") from None
 
 
 def raise_error(request: Request) -> None:

@@ -36,9 +36,10 @@ def sum_choices(y: Tensor, slot: Tensor, weights: Tensor | None = None) -> Tenso
     if lost is not None and weights is not None:
         weights = weights.masked_fill(lost, 0)
     total = None
-    for k in range(slot.shape[1]):
-        row = rows_of(y, slot[:, k], lost is not None)
-        row = row if weights is None else row.mul_(weights[:, k, None])
+    scales = [None] * slot.shape[1] if weights is None else weights[..., None].unbind(1)
+    for of_k, scale in zip(slot.unbind(1), scales, strict=True):
+        row = rows_of(y, of_k, lost is not None)
+        row = row if scale is None else row.mul_(scale)
         total = row if total is None else total.add_(row)
     return total.to(y.dtype)
 
@@ -84,12 +85,11 @@ class UnpermuteRef(torch.autograd.Function):
         dy, dweights = upcast(dout.index_select(0, source // topk)), None
         if weights is not None and ctx.needs_input_grad[1]:
             dots = torch.linalg.vecdot(upcast(y), dy)  # an unowned row's may be NaN; no slot names it
-            dweights = rows_of(dots[:, None], slot.flatten(), True).view(slot.shape)
+            dweights = rows_of(dots[:, None], slot.flatten(), slots_lost(slot) is not None).view(slot.shape)
         if weights is not None:
-            dy = dy * weights.flatten()[source][:, None]
-        unowned = torch.arange(S, device=y.device) >= offsets[-1]
-        if not values_on_host(unowned) or bool(unowned.any()):
-            dy = clear_rows(dy, unowned)
+            dy = dy * weights.flatten().index_select(0, source)[:, None]
+        if not values_on_host(offsets) or int(offsets[-1]) < S:
+            dy = clear_rows(dy, torch.arange(S, device=y.device) >= offsets[-1])
         return dy.to(y.dtype), dweights, None, None, None
 
 

@@ -4,6 +4,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .turns import turns
+
 # Its name since torch 2.13, which warns of the old one.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -60,15 +62,25 @@ class Send(torch.autograd.Function):
     def forward(ctx, rows: Tensor, to: list[int], from_: list[int], group: dist.ProcessGroup) -> Tensor:
         ctx.to, ctx.from_, ctx.group, ctx.length = to, from_, group, len(rows)
         out = rows.new_empty(sum(from_), *rows.shape[1:])
-        dist.all_to_all_single(out, rows[: sum(to)].contiguous(), from_, to, group=group)
+        all_to_all(out, rows[: sum(to)].contiguous(), from_, to, group)
         return out
 
     @staticmethod
     def backward(ctx, gradient: Tensor):  # type: ignore[override]
         out = gradient.new_zeros(ctx.length, *gradient.shape[1:])
         part = out[: sum(ctx.to)]
-        dist.all_to_all_single(part, gradient.contiguous(), ctx.to, ctx.from_, group=ctx.group)
+        all_to_all(part, gradient.contiguous(), ctx.to, ctx.from_, ctx.group)
         return out, None, None, None
+
+
+def all_to_all(out: Tensor, rows: Tensor, from_: list[int], to: list[int], group: dist.ProcessGroup) -> None:
+    """Rows to every rank and from it; of a forward and a backward that take turns the other one computes meanwhile."""
+    if (both := turns()) is None:
+        dist.all_to_all_single(out, rows, from_, to, group=group)
+        return
+    under_way = dist.all_to_all_single(out, rows, from_, to, group=group, async_op=True)
+    both.hand_over()
+    under_way.wait()
 
 
 def most_rows(rows: int, device: torch.device, group: dist.ProcessGroup) -> int:

@@ -40,8 +40,8 @@ class AllToAll:
     moe: the layer, with this rank's experts; it may become FP8 later. Results and gradients have the bits of one
     process with all experts, except that gradients of weights sum rows in the order of their ranks.
 
-    fp8: rows travel to their experts in FP8, gradients and results as they are. This needs FP8 experts whose scales are
-    powers of two: those quantise the received rows to the same numbers again, so that results and gradients of the
+    fp8: rows travel to FP8 experts in FP8, gradients and results as they are. The experts' scales must be powers of
+    two: those quantise the received rows to the same numbers again, so that results and gradients of the
     inputs keep the bits of one process. Weight gradients are of the rows that were received, rounded to FP8.
     """
 
@@ -55,12 +55,11 @@ class AllToAll:
         self, x: Tensor, weights: Tensor, experts: Tensor, counts: Tensor
     ) -> tuple[Tensor, ReceivedPlan, Tensor | None]:
         sent = dispatch(experts, counts)
-        if self.fp8:
-            expect_pow2(self.moe.experts)
+        in_fp8 = self.fp8 and takes_fp8_rows(self.moe.experts)
         owners, received, sizes = self.received(experts, counts)
         plan = ReceivedPlan(*dispatch(owners, received))
         plan.sent, plan.sizes, plan.weights = sent, sizes, weights
-        rows = SendFp8.apply(x, *sent, sizes, self.group) if self.fp8 else self.send(permute(x, sent), sizes)
+        rows = SendFp8.apply(x, *sent, sizes, self.group) if in_fp8 else self.send(permute(x, sent), sizes)
         if not self.moe.experts.fold_weights:
             return rows, plan, None
         plan.weights = None
@@ -116,7 +115,7 @@ class ByNodes:
         weights = permute(weights, crossing)
         rows = (
             SendFp8.apply(x, *crossing, sizes, self.between)
-            if self.fp8
+            if self.fp8 and takes_fp8_rows(self.inside.moe.experts)
             else Send.apply(permute(x, crossing), *sizes, self.between)
         )
         here, weights = (Send.apply(t, *sizes, self.between) for t in (there, weights))
@@ -163,10 +162,13 @@ class SendFp8(torch.autograd.Function):
         return unpermute(with_unrouted(Send.apply(gradient, here, there, ctx.group), plan), plan), *[None] * 6
 
 
-def expect_pow2(experts: nn.Module) -> None:
+def takes_fp8_rows(experts: nn.Module) -> bool:
+    """Whether rows can travel to them in FP8: not to bf16 experts, to which a layer may have switched. Raises
+    InputError for FP8 experts with scales of any value."""
     fp8 = getattr(experts, "fp8", None)
-    if fp8 is None or not fp8.pow2:
+    if fp8 is not None and not fp8.pow2:
         raise InputError("rows can travel in FP8 to FP8 experts with scales that are powers of two (pow2) alone")
+    return fp8 is not None
 
 
 def exchanged(counts: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Sizes]:
@@ -193,7 +195,7 @@ def shard_experts_(
     and counts stay those of all experts. Call it before an optimizer is made, and before or after `to_fp8`. exchange:
     "fp8" sends rows to their experts in FP8, see `AllToAll`; a function makes another exchange for a layer, as the one
     that `deep_ep.deep_ep` returns. Raises InputError where ep does not divide the experts; the forward raises it for
-    "fp8" with other experts than FP8 ones with pow2 scales.
+    "fp8" and FP8 experts without pow2 scales.
     """
     if isinstance(exchange, str) and exchange not in EXCHANGES:
         raise InputError(f"exchange {exchange!r}: it must be one of {', '.join(EXCHANGES)}")

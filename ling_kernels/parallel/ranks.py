@@ -115,9 +115,11 @@ class Ranks:
         limit = None if timeout is None else timedelta(seconds=timeout)
 
         def mine(groups: list[list[int]]) -> dist.ProcessGroup | None:
-            """Every rank makes every group, in the same order, as torch asks."""
-            made = {tuple(g): dist.new_group(g, timeout=limit) for g in groups if len(g) > 1}
-            return next((group for members, group in made.items() if self.rank in members), None)
+            """This rank's one of the groups, which only its members make: there are many in a large job."""
+            members = next(g for g in groups if self.rank in g)
+            if len(members) == 1:
+                return None
+            return dist.new_group(members, timeout=limit, use_local_synchronization=True)
 
         n = dp * cp * tp
         by_stage = [list(range(s * n, (s + 1) * n)) for s in range(pp)]

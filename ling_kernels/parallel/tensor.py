@@ -150,6 +150,11 @@ class TensorFp8MLP(TensorMLP, Fp8MLP):
         new.share = mlp.share
         return new
 
+    def plain(self) -> MLP:
+        new = super().plain()
+        new.__class__, new.share = TensorMLP, self.share
+        return new
+
 
 CLASSES = {Attention: TensorAttention, ContextAttention: TensorContextAttention, MLP: TensorMLP}
 KINDS[TensorMLP] = TensorFp8MLP  # what to_fp8 makes of it

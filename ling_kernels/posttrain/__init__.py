@@ -11,6 +11,8 @@ EXPORTS = dict(
     policy=("AVERAGES", "ICEPOP", "LEVELS", "METHODS", "PolicyLoss", "group_advantages", "icepop", "policy_loss"),
     reward_processes=("RewardProcesses", "Score"),
     rewards=("apex_eval", "bradley_terry", "evo_cot_rewards", "length_rewards", "pass_at_k", "win_rates"),
+    rollout=("Answer", "answer_logp"),
+    rollout_function=("RolloutFunction",),
     sentences=("PAUSES", "sentence_lengths"),
     tasks=("TASKS", "Problem", "exact"),
 )
@@ -37,6 +39,9 @@ if TYPE_CHECKING:
     from .rewards import length_rewards as length_rewards
     from .rewards import pass_at_k as pass_at_k
     from .rewards import win_rates as win_rates
+    from .rollout import Answer as Answer
+    from .rollout import answer_logp as answer_logp
+    from .rollout_function import RolloutFunction as RolloutFunction
     from .sentences import PAUSES as PAUSES
     from .sentences import sentence_lengths as sentence_lengths
     from .tasks import TASKS as TASKS

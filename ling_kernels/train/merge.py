@@ -110,6 +110,8 @@ def new_folder(out: str | Path, dtype: str) -> Iterator[Path]:
         raise InputError(f"dtype {dtype!r}: it must be one of {', '.join(DTYPES)}")
     if out.exists():
         raise InputError(f"{out} exists; it is not overwritten")
+    if out.absolute().parent.name == "checkpoints":
+        raise InputError(f"{out} would be taken for a checkpoint of its run: name a folder elsewhere")
     partial = out.with_name(f".{out.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -174,6 +176,8 @@ def weighted_sum(readers: Sequence[WeightReader], weights: Sequence[float], key:
         if (found := reader.shape(key)) != shape:
             raise InputError(f"{reader.files[key]}: {key} is {found}, by config.json it should be {shape}")
         total += c * reader.wide(key).double()
+    if not total.isfinite().all():
+        raise InputError(f"{key} of the merged model has values that are not finite: a checkpoint has diverged")
     return total
 
 
@@ -222,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif args.last or args.best:
         raise InputError("--last and --best choose from a run: name its folder alone")
     weights = args.weights or named_weights(args.decay or "linear", len(folders))
-    merge(folders, weights, args.out, args.dtype)
+    merge(folders, weights, user_path(args.out, "--out"), args.dtype)
     print(f"{args.out}: {len(folders)} checkpoints")
     for folder, c in zip(folders, weights, strict=True):
         print(f"  {c:.4f}  {folder}")

@@ -75,4 +75,4 @@ def needed_bytes(config: LingConfig, s: Settings) -> int:
     in_layers, in_embeddings = layers_and_embeddings(config)
     options = s.optimizer, s.master, not s.step_in_backward
     fp8_copy = 1 if s.precision == "fp8" and s.fp8_weights == "kept" else 0
-    return in_layers * (bytes_per_weight(*options) + fp8_copy) + in_embeddings * bytes_per_weight(*options, True)
+    return round(in_layers * (bytes_per_weight(*options) + fp8_copy) + in_embeddings * bytes_per_weight(*options, True))
