@@ -2,7 +2,8 @@
 
     config.json, model.safetensors   the weights in the precision of the masters, under official keys
     tokenizer.json, tokenizer_config.json   so that the folder is a complete model
-    optimizer.safetensors            the optimizer's state, by parameter
+    model.safetensors.index.json     which files hold the weights; of several processes each writes its own
+    optimizer.safetensors            the optimizer's state, by parameter; of several processes files and an index
     merge.safetensors                the running merge, where there is one
     rng.safetensors                  the states of torch's random number generators
     state.json                       progress and settings of the run, time of writing (s since 1970), size and
