@@ -60,7 +60,7 @@ def rows(runs: Sequence[dict]) -> str:
     for run in runs:
         first, last, spread = quarters(run)
         lines.append((run["task"], run["seed"], f"{first:.3f}", f"{last:.3f}", f"{spread:.3f}",
-                      f"{(last - first) / spread:.1f}"))  # fmt: skip
+                      f"{(last - first) / spread:.2f}"))  # fmt: skip
     return "\n" + "\n".join(table(head, lines))
 
 
