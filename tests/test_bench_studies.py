@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.report import cut
-from benchmarks.studies import cache, fp8
+from benchmarks.studies import cache, fp8, rl
 from tests.test_model import DATA, expected, load
 
 
@@ -72,3 +72,14 @@ def test_pages_show_the_results():
     assert fp8.tables(*fp8.load(fp8.RESULTS)) == cut(fp8.PAGE.read_text(), "study_fp8")[1]
     found = json.loads(cache.RESULTS.read_text())
     assert cache.block(found) == cut(cache.PAGE_OF_RESULTS.read_text(), "study_cache")[1]
+
+
+def test_the_page_of_reinforcement_learning_has_its_results():
+    runs = json.loads(rl.RESULTS.read_text())["runs"]
+    assert [(r["task"], r["seed"]) for r in runs] == [(task, seed) for task in rl.START_STEPS for seed in rl.SEEDS]
+    assert rl.rows(runs) == cut(rl.PAGE.read_text(), "rl-study")[1]
+    for run in runs:
+        first, last, spread = rl.quarters(run)
+        assert last - first > spread > 0, (run["task"], run["seed"])
+    four = dict(steps=[dict(reward=r) for r in (0, 1, 9, 9, 9, 9, 5, 7)])
+    assert rl.quarters(four) == (0.5, 6, pytest.approx(2**0.5))
