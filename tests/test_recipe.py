@@ -184,6 +184,7 @@ def test_mistakes_of_recipes(small_recipe, finished, tmp_path, capsys):
         "--resume is not for a recipe": ["--recipe", "tiny", "--resume", "x"],
         "--source is for --recipe": ["--source", "a=b"],
         "of other stages or sources": ["--recipe", "tiny", "--out", str(finished)],
+        "is of other stages or sources": command(small_recipe, finished, "--source", "one=a.jsonl", "two=b.jsonl"),
         "no run of a recipe": ["--recipe", "tiny", "--out", str(small_recipe)],
     }
     monkey = tmp_path / "cwd"

@@ -153,15 +153,14 @@ def begin(recipe: str, stages: Sequence[Stage], given: Sequence[str], folder: Pa
         if not file.is_file() and any(p.name != "sources" for p in folder.iterdir()):
             raise InputError(f"--out {folder} is not empty, and no run of a recipe: name a new folder")
         names, before = [stage.name for stage in stages], read_json(file) if file.is_file() else {}
-        other = InputError(f"{file} is of other stages or sources: name a new folder with --out")
-        if before and before.get("stages") != names:
-            raise other
-        sources = sources_of(recipe, stages, given, folder)
-        state = dict(stages=names, sources=sources, done={})
+        if before and not (
+            before.get("stages") == names
+            and (not given or before.get("sources") == sources_of(recipe, stages, given, folder))
+        ):
+            raise InputError(f"{file} is of other stages or sources: name a new folder with --out")
         if before:
-            if before.get("sources") != sources:
-                raise other
             return before
+        state = dict(stages=names, sources=sources_of(recipe, stages, given, folder), done={})
         write_state(folder, state)
     except OSError as error:
         raise InputError(f"cannot write to {folder}: {error.strerror or error}") from None
