@@ -148,6 +148,7 @@ def test_a_killed_recipe_goes_on_in_the_right_stage(small_recipe, finished, tmp_
     state = json.loads((out / "recipe.json").read_text())
     assert list(state["done"]) == ["1-first"] and (out / "2-longer/checkpoints/step-000002").is_dir()
 
+    out = out.rename(tmp_path / "moved")
     monkeypatch.setattr(recipes, "extended", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(command(small_recipe, out))

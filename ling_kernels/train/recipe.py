@@ -194,7 +194,8 @@ def run_recipe(
         if stage.name not in state["done"]:
             print(f"\nstage      {stage.name}, {number + 1} of {len(stages)}: {stage.about}", flush=True)
             if stage.sources:
-                values = stage.with_flags(options, not number) | ({"model": model} if model else {})
+                begun = bool(list_checkpoints(folder / stage.name))  # its weights are there, and may have moved
+                values = stage.with_flags(options, not number) | ({"model": model} if model and not begun else {})
                 values["data"] = tuple(f"{state['sources'][name]}={share}" for name, share in stage.sources.items())
                 if code := train_stage(values | dict(out=folder / stage.name, resume="auto")):
                     print(f"stage {stage.name} is not complete: the same command goes on with it")
