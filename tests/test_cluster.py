@@ -68,7 +68,10 @@ JOBS = {
     "pp of uneven stages, with ep": ("--pp 2 --ep 2 --pipeline Et|t|m|LL --micro-batch 2", ""),
     "cp and vocabulary": ("--cp 2 --vocab-parallel 2", ""),
     "tp, with cp, experts and vocabulary": ("--tp 2 --cp 2 --ep 4 --vocab-parallel 2", ""),
-    "tp, with pp": ("--tp 2 --pp 2 --pipeline Et|t|m|LL --micro-batch 2", ""),
+    "tp, with pp of deferred weight gradients": (
+        "--tp 2 --pp 2 --pipeline Et|t|m|LL --schedule InterleavedZeroBubble --micro-batch 2",
+        "",
+    ),
     "by nodes, with cp and vocabulary": (
         "--dp 2 --cp 2 --ep 4 --exchange-by-nodes --vocab-parallel 2",
         "",
@@ -256,7 +259,11 @@ def test_resumed_by_four_and_by_one(runs):
     """A run of one process goes on with four, one of two with one: the same rows, the same weights."""
     assert json.loads((runs / "resumed.0").read_text())[0] == 0
     agree(runs / "resumed by four", runs / "dp alone", 1e-4, 2e-6)
-    others = ("pp of uneven stages, with ep", "pp in the order of a file, with cp and vocabulary", "tp, with pp")
+    others = (
+        "pp of uneven stages, with ep",
+        "pp in the order of a file, with cp and vocabulary",
+        "tp, with pp of deferred weight gradients",
+    )
     for name, bounds in (("dp", (0, 0)), *((other, (1e-4, 2e-6)) for other in others)):
         half = runs / f"{name} resumed by one"
         shutil.copytree(runs / name, half)

@@ -30,6 +30,8 @@ from ling_kernels.tokenizer import load_tokenizer
 from ling_kernels.train import checkpoint as ckpt
 from ling_kernels.train import saving
 from ling_kernels.train.optimizer import make_optimizer, to_masters
+from ling_kernels.train.prepare import room
+from ling_kernels.train.settings import Settings
 from tests.ranks import run
 from tests.training import tiniest
 
@@ -186,6 +188,8 @@ def check_official(checkpoint, alone):
     index = json.loads((checkpoint / "model.safetensors.index.json").read_text())["weight_map"]
     assert {*index.values()} == {f"model-{i:05d}-of-00004.safetensors" for i in range(1, 5)}
     assert len([*checkpoint.glob("optimizer-*-of-00004.safetensors")]) == 4
+    of_one = json.loads((alone / "model.safetensors.index.json").read_text())["weight_map"]
+    assert {*of_one.values()} == {"model.safetensors"}  # and not the optimizer's file, which is in the folder too
     with safe_open(alone / "model.safetensors", "pt") as one:
         assert index.keys() == {*one.keys()}
         for key, name in index.items():
@@ -310,3 +314,11 @@ def test_what_cannot_be_written_or_read(alone, tmp_path):
         checkpoints.flattened("w.m_scale", equal_part(0, 2, 3), torch.Size((3, 256)), 384, 2)
     assert checkpoints.parsed("a.b.m") == ("a.b.m", None, (0, 0))
     assert checkpoints.parsed("a.b.m[:,3:5]") == ("a.b.m", 1, (3, 5))
+
+
+def test_memory_of_a_process_without_the_state_that_others_keep():
+    """AdamW in fp32: 8 bytes of weight and gradient, 8 of state that four processes share."""
+    n, ranks = CONFIG.num_parameters(mtp=True), Ranks(size=4, dp=4)
+    assert room.least_bytes(CONFIG, Settings(), Ranks()) == 16 * n
+    assert room.least_bytes(CONFIG, Settings(), ranks) == 10 * n
+    assert room.least_bytes(CONFIG, Settings(), replace(ranks, experts=Division(2))) == 6 * n

@@ -123,14 +123,19 @@ def test_a_small_recipe(finished):
     assert all(torch.equal(a, b) for a, b in zip(merged.parameters(), last.parameters(), strict=True))
 
 
-def test_the_next_stage_trains_with_its_own_rotary_base(finished):
+def test_the_next_stage_trains_with_its_own_rotary_base(finished, small_recipe, tmp_path):
     """The tables of a model that begins from weights are those of the settings, not of the weights' config.json."""
+    from ling_kernels.ops.rope_tables import rope_tables
     from ling_kernels.train import Trainer
 
-    trainer = Trainer.resume(finished / "2-longer")
-    other = load_model(finished / "1-first/checkpoints/step-000004", torch.float32)
-    assert trainer.config.rope_theta == 50000 and trainer.model.cos.shape == other.cos.shape
-    assert not torch.equal(trainer.model.cos, other.cos)
+    weights = finished / "1-first/checkpoints/step-000004"
+    s = Settings(model=weights, rope_theta=50000.0, yarn=2.0, data=(small_recipe / "one.jsonl",), seq_len=32, batch=2,
+                 steps=1, eval_rows=2, threads=1)  # fmt: skip
+    trainer = Trainer(s, tmp_path / "run")
+    c = trainer.config
+    assert c.rope_theta == 50000 and c.max_positions == 2 * 96
+    cos, sin = rope_tables(c.max_positions, c.rotary_dim, 50000.0, c.rope_scaling, torch.device("cpu"))
+    assert torch.equal(trainer.model.cos, cos) and torch.equal(trainer.model.sin, sin)
 
 
 def test_a_killed_recipe_goes_on_in_the_right_stage(small_recipe, finished, tmp_path, monkeypatch, capsys):
@@ -148,6 +153,7 @@ def test_a_killed_recipe_goes_on_in_the_right_stage(small_recipe, finished, tmp_
     state = json.loads((out / "recipe.json").read_text())
     assert list(state["done"]) == ["1-first"] and (out / "2-longer/checkpoints/step-000002").is_dir()
 
+    out = out.rename(tmp_path / "moved")
     monkeypatch.setattr(recipes, "extended", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(command(small_recipe, out))
@@ -184,6 +190,7 @@ def test_mistakes_of_recipes(small_recipe, finished, tmp_path, capsys):
         "--resume is not for a recipe": ["--recipe", "tiny", "--resume", "x"],
         "--source is for --recipe": ["--source", "a=b"],
         "of other stages or sources": ["--recipe", "tiny", "--out", str(finished)],
+        "is of other stages or sources": command(small_recipe, finished, "--source", "one=a.jsonl", "two=b.jsonl"),
         "no run of a recipe": ["--recipe", "tiny", "--out", str(small_recipe)],
     }
     monkey = tmp_path / "cwd"

@@ -59,28 +59,39 @@ def test_it_is_trls_rollout_func(tmp_path, policy, monkeypatch):
     pytest.importorskip("trl")
     pytest.importorskip("datasets")
     from datasets import Dataset
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
-    from transformers.modeling_outputs import CausalLMOutput
+    from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+    from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
     from trl import GRPOConfig, GRPOTrainer
 
     class Config(PretrainedConfig):
         model_type = "ling_of_a_test"
 
-    class Policy(PreTrainedModel):
-        config_class = Config
+    class Backbone(torch.nn.Module):
+        def __init__(self, ling):
+            super().__init__()
+            self.ling = ling
+
+        def forward(self, input_ids, attention_mask=None, **_):
+            out = self.ling(input_ids, attention_mask=attention_mask, logits=False, output_hidden_states=True)
+            return BaseModelOutput(last_hidden_state=out.hidden_states[len(self.ling.layers)])
+
+    class Policy(PreTrainedModel, GenerationMixin):
+        config_class, base_model_prefix = Config, "backbone"
 
         def __init__(self, config, ling=None):
             super().__init__(config)
-            self.ling = ling
+            self.backbone = Backbone(ling)
             self.post_init()
 
         def _init_weights(self, module):
             pass
 
-        def forward(self, input_ids, attention_mask=None, logits_to_keep=0, **_):
-            return CausalLMOutput(
-                logits=self.ling(input_ids, attention_mask=attention_mask).logits[:, -logits_to_keep:]
-            )
+        def get_output_embeddings(self):
+            return self.backbone.ling.lm_head
+
+        def forward(self, input_ids, attention_mask=None, **_):
+            h = self.backbone(input_ids, attention_mask).last_hidden_state
+            return CausalLMOutput(logits=self.backbone.ling.lm_head(h))
 
     Tokenizer().save(tmp_path)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path)

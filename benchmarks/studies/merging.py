@@ -9,6 +9,7 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from benchmarks.studies import origin
 from ling_kernels.errors import command
@@ -26,7 +27,7 @@ WEIGHTS = ("mean", "1-sqrt", "ema:0.2")
 
 
 def settings(seed: int, **more) -> Settings:
-    common = dict(
+    common: dict[str, Any] = dict(
         model="tiny", mtp=0, layers=2, hidden=48, experts=8, topk=2, seq_len=64, batch=8, lr=4e-3, warmup=20,
         steps=STEPS, eval_rows=128, threads=1, seed=seed, keep=0,
     )  # fmt: skip

@@ -60,7 +60,7 @@ def rows(runs: Sequence[dict]) -> str:
     for run in runs:
         first, last, spread = quarters(run)
         lines.append((run["task"], run["seed"], f"{first:.3f}", f"{last:.3f}", f"{spread:.3f}",
-                      f"{(last - first) / spread:.1f}"))  # fmt: skip
+                      f"{(last - first) / spread:.2f}"))  # fmt: skip
     return "\n" + "\n".join(table(head, lines))
 
 
@@ -71,16 +71,20 @@ def draw(runs: Sequence[dict], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     tasks = [*dict.fromkeys(run["task"] for run in runs)]
-    figure, grid = plt.subplots(1, len(tasks), figsize=(4.6 * len(tasks), 3.2), layout="constrained", squeeze=False)
-    for axes, task in zip(grid[0], tasks, strict=True):
+    size = (4.6 * len(tasks), 5.6)
+    figure, grid = plt.subplots(2, len(tasks), figsize=size, layout="constrained", squeeze=False, sharex=True)
+    for column, task in zip(grid.T, tasks, strict=True):
         for run, color in zip([r for r in runs if r["task"] == task], ("#2a6fbb", "#d1495b", "#3a9a5f"), strict=False):
-            rewards = [step["reward"] for step in run["steps"]]
-            axes.plot(range(1, len(rewards) + 1), rewards, color=color, linewidth=1.2, label=f"seed {run['seed']}")
-        axes.set(xlabel="step", ylabel="mean reward", ylim=(0, 1))
-        axes.set_title(task, loc="left", fontsize=10)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25, linewidth=0.6)
-        axes.legend(frameon=False, fontsize=9)
+            for axes, name in zip(column, ("reward", "mismatch_max"), strict=True):
+                values = [step[name] for step in run["steps"]]
+                axes.plot(range(1, len(values) + 1), values, color=color, linewidth=1.2, label=f"seed {run['seed']}")
+        column[0].set(ylabel="mean reward", ylim=(0, 1))
+        column[1].set(xlabel="step", ylabel="largest |trainer - engine|, nats", yscale="log")
+        column[0].set_title(task, loc="left", fontsize=10)
+        column[0].legend(frameon=False, fontsize=9)
+        for axes in column:
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.grid(alpha=0.25, linewidth=0.6)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

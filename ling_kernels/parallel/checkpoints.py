@@ -236,7 +236,8 @@ def write_files(folder: Path, part: OwnPart, ranks: Ranks, optimizer: bool = Tru
             if stem == MODEL and times != Counter(part.keys):
                 wrong = min(key for key in {*times, *part.keys} if times[key] != 1)
                 raise InputError(f"{times[wrong]} processes write {wrong}: it must be one")
-            if sum(n[stem] for n in numbers) > 1:
+            # vLLM and SGLang read every .safetensors file of a folder without an index, also the optimizer's.
+            if sum(n[stem] for n in numbers) > 1 or (stem == MODEL and optimizer):
                 names.append(write_index(folder, stem, dict(whole)))
     return names
 

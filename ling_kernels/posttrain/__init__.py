@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 EXPORTS = dict(
     loop=("Loop", "LoopSettings"),
     policy=("AVERAGES", "ICEPOP", "LEVELS", "METHODS", "PolicyLoss", "group_advantages", "icepop", "policy_loss"),
+    preference=("PreferenceLoss", "preference_loss"),
     reward_processes=("RewardProcesses", "Score"),
     rewards=("apex_eval", "bradley_terry", "evo_cot_rewards", "length_rewards", "pass_at_k", "win_rates"),
     rollout=("Answer", "answer_logp"),
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from .policy import group_advantages as group_advantages
     from .policy import icepop as icepop
     from .policy import policy_loss as policy_loss
+    from .preference import PreferenceLoss as PreferenceLoss
+    from .preference import preference_loss as preference_loss
     from .reward_processes import RewardProcesses as RewardProcesses
     from .reward_processes import Score as Score
     from .rewards import apex_eval as apex_eval

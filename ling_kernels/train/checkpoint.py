@@ -2,7 +2,8 @@
 
     config.json, model.safetensors   the weights in the precision of the masters, under official keys
     tokenizer.json, tokenizer_config.json   so that the folder is a complete model
-    optimizer.safetensors            the optimizer's state, by parameter
+    model.safetensors.index.json     which files hold the weights; of several processes each writes its own
+    optimizer.safetensors            the optimizer's state, by parameter; of several processes files and an index
     merge.safetensors                the running merge, where there is one
     rng.safetensors                  the states of torch's random number generators
     state.json                       progress and settings of the run, time of writing (s since 1970), size and
@@ -17,7 +18,8 @@ import re
 import shutil
 import time
 import zlib
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -97,6 +99,27 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     """The optimizer's state by the parameter's name: the tensors themselves."""
     names = {p: name for name, p in model.named_parameters()}
     return {f"{names[p]}.{key}": value for p, moments in optimizer.state.items() for key, value in moments.items()}
+
+
+@contextmanager
+def new_folder(out: str | Path) -> Iterator[Path]:
+    """A folder beside `out` to write a model to, which appears as `out` when all is written. Raises InputError where
+    that cannot be, and where it would be taken for a checkpoint of a run."""
+    out = user_path(out)
+    if out.exists():
+        raise InputError(f"{out} exists; it is not overwritten")
+    if out.absolute().parent.name == "checkpoints":
+        raise InputError(f"{out} would be taken for a checkpoint of its run: name a folder elsewhere")
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        partial.rename(out)
+    except OSError as error:
+        raise InputError(f"cannot write {out}: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def random_states() -> dict[str, Tensor]:

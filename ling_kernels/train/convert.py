@@ -7,7 +7,6 @@ torchtitan and of torch's FSDP2 examples; from Megatron-core's DCP too.
 A tensor has the bits that it had. Memory holds one output file (10 GB) and one parameter.
 """
 
-import shutil
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -29,6 +28,7 @@ from ..parallel.official import Parameter, official_keys, whole_on_meta
 from ..parallel.ranks import Ranks
 from ..parallel.shares import Shares
 from ..tokenizer import load_tokenizer
+from .checkpoint import new_folder
 from .dcp_names import Source, moment_of, source_of
 
 STATE = "optimizer.state."
@@ -163,24 +163,6 @@ def quiet() -> Iterator[None]:
     """Without torch's warning that there is one process."""
     with warnings.catch_warnings(action="ignore"):
         yield
-
-
-@contextmanager
-def new_folder(out: str | Path) -> Iterator[Path]:
-    """A folder beside `out` to write to, which appears as `out` when all is written."""
-    out = user_path(out)
-    if out.exists():
-        raise InputError(f"{out} exists; it is not overwritten")
-    path = out.with_name(f".{out.name}.partial")
-    try:
-        shutil.rmtree(path, ignore_errors=True)
-        path.mkdir(parents=True)
-        yield path
-        path.rename(out)
-    except OSError as error:
-        raise InputError(f"cannot write {out}: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 @command

@@ -14,8 +14,7 @@ import itertools
 import math
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -29,7 +28,7 @@ from ..nn.fp8 import to_fp8
 from ..nn.fp8_inference import SCALES, quantize_for_inference_
 from ..op import E4M3
 from ..ops.quantize import quantize_weight
-from .checkpoint import list_checkpoints, step_of
+from .checkpoint import list_checkpoints, new_folder, step_of
 from .report import read_lines
 from .schedule import DECAYS
 
@@ -91,7 +90,7 @@ def merge(checkpoints: Sequence[str | Path], weights: Sequence[float], out: str 
     """
     folders = [user_path(c) for c in checkpoints]
     check_weights(weights, len(folders))
-    with new_folder(out, dtype) as partial:
+    with new_folder(out) as partial:
         config = same_config(folders)
         readers = [WeightReader(folder) for folder in folders]
         for reader in readers:
@@ -100,28 +99,6 @@ def merge(checkpoints: Sequence[str | Path], weights: Sequence[float], out: str 
         for name in TOKENIZER_FILES:
             if (folders[-1] / name).is_file():
                 shutil.copyfile(folders[-1] / name, partial / name)
-
-
-@contextmanager
-def new_folder(out: str | Path, dtype: str) -> Iterator[Path]:
-    """A folder to write a merged model to, which becomes the new folder `out` at the end, or is removed."""
-    out = user_path(out)
-    if dtype not in DTYPES:
-        raise InputError(f"dtype {dtype!r}: it must be one of {', '.join(DTYPES)}")
-    if out.exists():
-        raise InputError(f"{out} exists; it is not overwritten")
-    if out.absolute().parent.name == "checkpoints":
-        raise InputError(f"{out} would be taken for a checkpoint of its run: name a folder elsewhere")
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        partial.rename(out)
-    except OSError as error:
-        raise InputError(f"cannot write {out}: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def same_config(folders: Sequence[Path]) -> LingConfig:
@@ -139,6 +116,8 @@ def same_config(folders: Sequence[Path]) -> LingConfig:
 
 def write_sum(out: Path, config: LingConfig, dtype: str, total_of: Callable[[str, list[int]], Tensor]) -> None:
     """Write config.json and weights. total_of: the merged fp64 tensor of an official key and its shape."""
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r}: it must be one of {', '.join(DTYPES)}")
     fp8 = dtype == "fp8"
     with torch.device("meta"):
         model = Ling(config)

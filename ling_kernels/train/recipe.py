@@ -153,15 +153,14 @@ def begin(recipe: str, stages: Sequence[Stage], given: Sequence[str], folder: Pa
         if not file.is_file() and any(p.name != "sources" for p in folder.iterdir()):
             raise InputError(f"--out {folder} is not empty, and no run of a recipe: name a new folder")
         names, before = [stage.name for stage in stages], read_json(file) if file.is_file() else {}
-        other = InputError(f"{file} is of other stages or sources: name a new folder with --out")
-        if before and before.get("stages") != names:
-            raise other
-        sources = sources_of(recipe, stages, given, folder)
-        state = dict(stages=names, sources=sources, done={})
+        if before and not (
+            before.get("stages") == names
+            and (not given or before.get("sources") == sources_of(recipe, stages, given, folder))
+        ):
+            raise InputError(f"{file} is of other stages or sources: name a new folder with --out")
         if before:
-            if before.get("sources") != sources:
-                raise other
             return before
+        state = dict(stages=names, sources=sources_of(recipe, stages, given, folder), done={})
         write_state(folder, state)
     except OSError as error:
         raise InputError(f"cannot write to {folder}: {error.strerror or error}") from None
@@ -195,7 +194,8 @@ def run_recipe(
         if stage.name not in state["done"]:
             print(f"\nstage      {stage.name}, {number + 1} of {len(stages)}: {stage.about}", flush=True)
             if stage.sources:
-                values = stage.with_flags(options, not number) | ({"model": model} if model else {})
+                begun = bool(list_checkpoints(folder / stage.name))  # its weights are there, and may have moved
+                values = stage.with_flags(options, not number) | ({"model": model} if model and not begun else {})
                 values["data"] = tuple(f"{state['sources'][name]}={share}" for name, share in stage.sources.items())
                 if code := train_stage(values | dict(out=folder / stage.name, resume="auto")):
                     print(f"stage {stage.name} is not complete: the same command goes on with it")
