@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.report import cut
-from benchmarks.studies import cache, fp8
+from benchmarks.studies import cache, fp8, rl
 from tests.test_model import DATA, expected, load
 
 
@@ -113,3 +113,14 @@ def test_a_short_study_of_merging(tmp_path, monkeypatch):
     losses = merging.study(0, tmp_path, steps=6)
     assert losses.keys() == {"last", "mean, 2", "1-sqrt, 2", "ema:0.2, 2", "decayed"}
     assert len({*losses.values()}) == 5 and all(0 < loss < 7 for loss in losses.values())
+
+
+def test_the_page_of_reinforcement_learning_has_its_results():
+    runs = json.loads(rl.RESULTS.read_text())["runs"]
+    assert [(r["task"], r["seed"]) for r in runs] == [(task, seed) for task in rl.START_STEPS for seed in rl.SEEDS]
+    assert rl.rows(runs) == cut(rl.PAGE.read_text(), "rl-study")[1]
+    for run in runs:
+        first, last, spread = rl.quarters(run)
+        assert last - first > spread > 0, (run["task"], run["seed"])
+    four = dict(steps=[dict(reward=r) for r in (0, 1, 9, 9, 9, 9, 5, 7)])
+    assert rl.quarters(four) == (0.5, 6, pytest.approx(2**0.5))

@@ -38,7 +38,7 @@ def dispatch(experts: Tensor, counts: Tensor) -> Plan:
     ints = experts.dtype == counts.dtype == torch.int32
     expect(experts.ndim == 2 and counts.ndim == 1 and ints, "experts [T, topk] and counts [E], int32", experts, counts)
     if values_on_host(experts):
-        fits = bool((experts < len(counts)).all()) and torch.equal(counts_of(experts, len(counts)), counts)
+        fits = torch.equal(counts_of(experts, len(counts)), counts)
         expect(fits, "experts below E, and counts[e] the number of times that e occurs", experts, counts)
     if use_reference("dispatch", experts):
         return dispatch_ref(experts, counts)
@@ -74,28 +74,24 @@ def expect_offsets(offsets: Tensor, num_experts: int, S: int) -> None:
 
 
 def dispatch_ref(experts, counts):
-    flat = experts.flatten().long()
+    flat = experts.flatten()
     routed = flat >= 0
     key = torch.where(routed, flat, len(counts))  # choices that are not routed here go last
     source = key.argsort(stable=True)
-    slot = torch.empty_like(source).scatter_(0, source, torch.arange(len(source), device=source.device))
+    slot = torch.empty_like(flat).scatter_(0, source, torch.arange(len(flat), dtype=flat.dtype, device=flat.device))
     slot = torch.where(routed, slot, -1).view_as(experts)
-    return Plan(
-        exclusive_sum(counts),
-        slot.int(),
-        source.int(),
-        exclusive_sum((counts + PAD - 1) // PAD * PAD),
-    )
+    return Plan(exclusive_sum(counts), slot, source.int(), exclusive_sum((counts + PAD - 1) // PAD * PAD))
 
 
 def counts_of(experts: Tensor, num_experts: int) -> Tensor:
-    """[E] int32: how often each of the experts below num_experts occurs; negative ones do not count."""
-    return torch.bincount(experts[experts >= 0], minlength=num_experts).int()
+    """[E] int32: how often each expert occurs; negative ones do not count. Longer if one is not below num_experts."""
+    return torch.bincount(experts.flatten().clamp(min=-1) + 1, minlength=num_experts + 1)[1:].int()
 
 
 def exclusive_sum(counts: Tensor) -> Tensor:
     """[E] -> [E + 1] int32, starting at 0."""
-    return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
+    ends = counts.cumsum(0, dtype=torch.int32)
+    return torch.cat([ends.new_zeros(1), ends])
 
 
 def unsupported(experts, counts, *others) -> str | None:

@@ -67,7 +67,8 @@ def grouped_product(a: Tensor, b: Tensor, offsets: Tensor, zero_rest: bool = Fal
     """zero_rest: the rows of no expert become 0; otherwise they may stay as they were in memory."""
     if grouped_mm_on_cpu(offsets, a, b if b.stride(-1) == 1 else b.mT):
         y = torch.nn.functional.grouped_mm(a, b.mT, offs=offsets[1:])
-        y[int(offsets[-1]) :] = 0
+        if (rows := int(offsets[-1])) < len(y):
+            y[rows:] = 0
         return y
     if use_reference("grouped_gemm", a, b):
         y = a.new_empty(len(a), b.shape[1])

@@ -258,9 +258,10 @@ def loss_and_gradient(
     logits: Tensor, targets: Tensor, tokens: Tensor | None, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
     """Rows' loss, and the gradient of their sum / tokens."""
-    ignored = (targets == ignore_index)[:, None]
-    target = targets[:, None].masked_fill(ignored, 0)
+    ignored = targets == ignore_index
+    target = targets.masked_fill(ignored, 0)[:, None]
     log_p = logits.log_softmax(-1)
-    losses = -log_p.gather(1, target).masked_fill(ignored, 0)[:, 0]
+    losses = -log_p.gather(1, target)[:, 0].masked_fill(ignored, 0)
     dlogits = log_p.exp_().scatter_add_(1, target, log_p.new_full(target.shape, -1))
-    return losses, dlogits.div_(1 if tokens is None else tokens).masked_fill_(ignored, 0)
+    divisors = torch.where(ignored, torch.inf, 1 if tokens is None else tokens)  # by rows: a mask of all is slower
+    return losses, dlogits.div_(divisors[:, None])

@@ -87,15 +87,17 @@ def route_ref(logits, bias, mask=None, num_groups=1, group_topk=1, topk=8, scale
         experts = best_experts(scores(logits.detach()), bias, num_groups, group_topk, topk)
     if padding is not None:
         experts = experts.masked_fill(~padding[:, None], -1)
-    routed = experts >= 0
     # Scores of the chosen alone: a NaN that is not chosen has the gradient 0.
-    w = scores(logits.gather(1, experts.clamp(min=0).long())).masked_fill(~routed, 0)
+    w = scores(logits.gather(1, experts.clamp(min=0).long() if mask is not None else experts))
+    slots = experts.flatten()
+    if mask is not None:
+        w = w.masked_fill(experts < 0, 0)
+        slots = slots.long() % (E + 1)  # -1 % (E + 1) is E
     weights = w * scale if experts.shape[1] == 1 else w / (w.sum(-1, keepdim=True) + 1e-20) * scale
     counts = torch.zeros(E + 1, dtype=torch.int32, device=logits.device)
-    chosen = experts.flatten().long()
-    counts = counts.index_add(0, chosen % (E + 1), torch.ones_like(chosen, dtype=torch.int32))[:E]  # -1 % (E+1) is E
+    counts = counts.index_add(0, slots, torch.ones_like(slots, dtype=torch.int32))[:E]
     out = weights, experts.int(), counts
-    return out if z_loss is None else (*out, mean_square_lse(logits, routed[:, 0], z_loss))
+    return out if z_loss is None else (*out, mean_square_lse(logits, experts[:, 0] >= 0, z_loss))
 
 
 def scores(logits: Tensor) -> Tensor:
@@ -109,9 +111,10 @@ def best_experts(s: Tensor, bias: Tensor, num_groups: int, group_topk: int, topk
     T, E = s.shape
     b = (s + bias).nan_to_num(nan=-1e30)  # a NaN loses against every number
     groups = b.view(T, num_groups, E // num_groups)
-    group_score = groups.sort(-1, descending=True).values[..., :2].sum(-1)
-    keep = torch.zeros_like(group_score, dtype=torch.bool).scatter_(1, lowest_first(group_score, group_topk), True)
-    return lowest_first(groups.masked_fill(~keep[..., None], -torch.inf).flatten(1), topk)
+    group_score = groups.topk(min(2, E // num_groups)).values.sum(-1)
+    losers = lowest_first(group_score, num_groups)[:, group_topk:]
+    drop = torch.zeros_like(group_score, dtype=torch.bool).scatter_(1, losers, True)
+    return lowest_first(groups.masked_fill(drop[..., None], -torch.inf).flatten(1), topk)
 
 
 def mean_square_lse(logits: Tensor, routed: Tensor, coefficient: float) -> Tensor:

@@ -6,7 +6,7 @@ out[t] = sum over k of weights[t, k] * y[slot[t, k]]
 import torch
 from torch import Tensor
 
-from ..op import expect, first_derivative_only, multiprocessors, op, upcast, use_reference
+from ..op import expect, first_derivative_only, multiprocessors, op, upcast, use_reference, values_on_host
 from .dispatch import Plan, expect_plan
 from .triton_import import tl, triton
 
@@ -32,17 +32,30 @@ def unpermute_ref(y, plan, weights=None):
 
 def sum_choices(y: Tensor, slot: Tensor, weights: Tensor | None = None) -> Tensor:
     """The definition of unpermute, on slot [T, topk]."""
-    total = upcast(y).new_zeros(len(slot), y.shape[1])
-    for k in range(slot.shape[1]):
-        row = rows_of(y, slot[:, k])
-        total += row if weights is None else row.mul_(weights[:, k].masked_fill(slot[:, k] < 0, 0)[:, None])
+    lost = slots_lost(slot)
+    if lost is not None and weights is not None:
+        weights = weights.masked_fill(lost, 0)
+    total = None
+    scales = [None] * slot.shape[1] if weights is None else weights[..., None].unbind(1)
+    for of_k, scale in zip(slot.unbind(1), scales, strict=True):
+        row = rows_of(y, of_k, lost is not None)
+        row = row if scale is None else row.mul_(scale)
+        total = row if total is None else total.add_(row)
     return total.to(y.dtype)
 
 
-def rows_of(y: Tensor, slot: Tensor) -> Tensor:
+def slots_lost(slot: Tensor) -> Tensor | None:
+    """Where slots are -1; None where the host sees that there are none, as on one device without padding."""
+    lost = slot < 0
+    return lost if not values_on_host(slot) or bool(lost.any()) else None
+
+
+def rows_of(y: Tensor, slot: Tensor, some_lost: bool) -> Tensor:
     """A copy of y[slot] in fp32 (fp64 stays), with zeros for slot -1."""
     if not len(y):
         return upcast(y).new_zeros(len(slot), y.shape[1])
+    if not some_lost:
+        return upcast(y.index_select(0, slot))
     return clear_rows(upcast(y.index_select(0, slot.clamp(min=0))), slot < 0)
 
 
@@ -71,12 +84,13 @@ class UnpermuteRef(torch.autograd.Function):
         S, topk = len(source), slot.shape[1]
         dy, dweights = upcast(dout.index_select(0, source // topk)), None
         if weights is not None and ctx.needs_input_grad[1]:
-            dots = torch.einsum("sh,sh->s", upcast(y), dy)  # an unowned row's may be NaN; no slot names it
-            dweights = rows_of(dots[:, None], slot.flatten()).view(slot.shape)
+            dots = torch.linalg.vecdot(upcast(y), dy)  # an unowned row's may be NaN; no slot names it
+            dweights = rows_of(dots[:, None], slot.flatten(), slots_lost(slot) is not None).view(slot.shape)
         if weights is not None:
-            dy = dy * weights.flatten()[source][:, None]
-        unowned = torch.arange(S, device=y.device) >= offsets[-1]
-        return clear_rows(dy, unowned).to(y.dtype), dweights, None, None, None
+            dy = dy * weights.flatten().index_select(0, source)[:, None]
+        if not values_on_host(offsets) or int(offsets[-1]) < S:
+            dy = clear_rows(dy, torch.arange(S, device=y.device) >= offsets[-1])
+        return dy.to(y.dtype), dweights, None, None, None
 
 
 class Unpermute(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""The share of a model that each rank trains: its experts, rows of the vocabulary, stages of a pipeline, and the
+"""The share of a model that each rank trains: its heads, experts, rows of the vocabulary, stages of a pipeline, and the
 parameters whose optimizer state it keeps. Also the sums over ranks that a step needs.
 
 Replicas hold the same weights. Each parameter has an owner among the ranks that hold it: gradients are
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..model import Ling
-from ..nn import Router
+from ..nn import Exchange, MoE, Router
 from ..ops.grad_norm import grad_norm
 from .boxes import EVERYTHING, Part, equal_part
 from .context import context_parallel_
@@ -23,6 +23,7 @@ from .exchange import expert_parameters, shard_experts_
 from .official import Parameter, official_keys
 from .pipeline import Pipeline
 from .ranks import Division, Ranks
+from .tensor import tensor_parallel_
 from .vocabulary import shard_vocabulary_
 
 
@@ -41,7 +42,11 @@ class Shares:
     """
 
     def __init__(
-        self, model: Ling, ranks: Ranks, pipeline: Callable[[], Pipeline] | None = None, exchange: str = "bf16"
+        self,
+        model: Ling,
+        ranks: Ranks,
+        pipeline: Callable[[], Pipeline] | None = None,
+        exchange: str | Callable[[MoE], Exchange] = "bf16",
     ):
         self.model, self.ranks, self.config = model, ranks, model.config
         self.names = [name for name, _ in model.named_parameters()]
@@ -52,6 +57,10 @@ class Shares:
         self.divided: dict[str, Division] = {}
         if ranks.context is not None:
             context_parallel_(model, ranks.context)
+        self.cuts: dict[str, Part] = {}  # this rank's parts of weights that tensor parallelism divides
+        if ranks.tensor.group is not None:
+            self.cuts = tensor_parallel_(model, ranks.tensor.group)
+            self.divided |= dict.fromkeys(self.cuts, ranks.tensor)
         if ranks.experts.group is not None:
             shard_experts_(model, ranks.nodes or ranks.experts.group, exchange)
             experts = expert_parameters(model)
@@ -77,9 +86,12 @@ class Shares:
         """The parameters and experts' biases of the whole model."""
         return official_keys(self.config)
 
-    def owns(self, name: str) -> bool:
-        group = self.group[name]
-        return group is None or dist.get_rank(group) == self.owner[name]
+    def owns(self, name: str, replica: int | None = None) -> bool:
+        """Whether this rank, or another replica of its stage, has the parameter's sums and optimizer state, for what it
+        holds of it."""
+        replica = self.ranks.replica if replica is None else replica
+        number = self.divided[name].number if name in self.divided else 1
+        return replica // number == self.owner[name]
 
     def shared(self) -> list[tuple[nn.Parameter, int, dist.ProcessGroup]]:
         """Parameters that other ranks hold too, with the owner's rank among all and the group."""
@@ -143,15 +155,19 @@ class Shares:
         """Which part of a whole parameter or experts' bias this rank holds."""
         if name not in self.divided:
             return EVERYTHING
+        if name in self.cuts:
+            return self.cuts[name]
         division = self.divided[name]
         return equal_part(division.part, division.number, self.official[name].shape[0])
 
-    def owned(self) -> set[str]:
-        """Names of the parameters and experts' biases that this rank writes to a checkpoint: those whose optimizer
-        state it keeps, once of those that several stages hold; biases, which are whole and equal, on the first."""
+    def owned(self, replica: int | None = None) -> set[str]:
+        """Names of the parameters and experts' biases that this rank, or another replica of its stage, writes to a
+        checkpoint: those whose optimizer state it keeps, once of those that several stages hold; biases, which are
+        whole and equal, on the first."""
+        replica = self.ranks.replica if replica is None else replica
         biases = [name for name, _ in self.model.named_buffers() if name.endswith("expert_bias")]
-        names = {name for name, _ in self.model.named_parameters() if self.owns(name)} - self.counted_elsewhere
-        return names.union(biases if self.ranks.replica == 0 else [])
+        names = {name for name, _ in self.model.named_parameters() if self.owns(name, replica)}
+        return (names - self.counted_elsewhere).union(biases if replica == 0 else [])
 
 
 VOCABULARY = ("word_embeddings.weight", "lm_head.weight")  # which several stages of a pipeline may hold

@@ -184,7 +184,10 @@ def train(trainer: Trainer, report: Report | NoReport) -> str | None:
             yield
         except NotSaved as error:
             saved = None
-            report.say(f"warning: {error}; training goes on, and tries again at the next checkpoint")
+            then = (
+                "training goes on, and tries again at the next checkpoint" if progress.step < s.steps else "once more"
+            )
+            report.say(f"warning: {error}; {then}")
 
     def save() -> None:
         nonlocal saved
@@ -278,11 +281,10 @@ def print_header(trainer: Trainer) -> None:
 def divided(s: Settings, trainer: Trainer) -> Iterator[str]:
     """What the processes divide."""
     ranks = trainer.ranks
-    yield f"{ranks.dp} divide the rows, groups of {ranks.experts.number} the experts"
-    if ranks.vocabulary.number > 1:
-        yield f"of {ranks.vocabulary.number} the vocabulary"
-    if ranks.cp > 1:
-        yield f"of {ranks.cp} the tokens of a row"
+    yield f"{ranks.dp} divide the rows"
+    divisions = (ranks.experts, "the experts"), (ranks.vocabulary, "the vocabulary"), (ranks.tensor, "heads and MLPs")
+    groups = [(division.number, what) for division, what in divisions] + [(ranks.cp, "the tokens of a row")]
+    yield from (f"groups of {number} {what}" for number, what in groups if number > 1)
     if ranks.pp > 1:
         layout = stages_of(s, trainer.config)
         yield f"{ranks.pp} the layers, {layout}, in the order {s.schedule or schedule_of(s, layout)}"

@@ -14,8 +14,7 @@ import itertools
 import math
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -29,7 +28,7 @@ from ..nn.fp8 import to_fp8
 from ..nn.fp8_inference import SCALES, quantize_for_inference_
 from ..op import E4M3
 from ..ops.quantize import quantize_weight
-from .checkpoint import list_checkpoints, step_of
+from .checkpoint import list_checkpoints, new_folder, step_of
 from .report import read_lines
 from .schedule import DECAYS
 
@@ -91,7 +90,7 @@ def merge(checkpoints: Sequence[str | Path], weights: Sequence[float], out: str 
     """
     folders = [user_path(c) for c in checkpoints]
     check_weights(weights, len(folders))
-    with new_folder(out, dtype) as partial:
+    with new_folder(out) as partial:
         config = same_config(folders)
         readers = [WeightReader(folder) for folder in folders]
         for reader in readers:
@@ -100,26 +99,6 @@ def merge(checkpoints: Sequence[str | Path], weights: Sequence[float], out: str 
         for name in TOKENIZER_FILES:
             if (folders[-1] / name).is_file():
                 shutil.copyfile(folders[-1] / name, partial / name)
-
-
-@contextmanager
-def new_folder(out: str | Path, dtype: str) -> Iterator[Path]:
-    """A folder to write a merged model to, which becomes the new folder `out` at the end, or is removed."""
-    out = user_path(out)
-    if dtype not in DTYPES:
-        raise InputError(f"dtype {dtype!r}: it must be one of {', '.join(DTYPES)}")
-    if out.exists():
-        raise InputError(f"{out} exists; it is not overwritten")
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        partial.rename(out)
-    except OSError as error:
-        raise InputError(f"cannot write {out}: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def same_config(folders: Sequence[Path]) -> LingConfig:
@@ -137,6 +116,8 @@ def same_config(folders: Sequence[Path]) -> LingConfig:
 
 def write_sum(out: Path, config: LingConfig, dtype: str, total_of: Callable[[str, list[int]], Tensor]) -> None:
     """Write config.json and weights. total_of: the merged fp64 tensor of an official key and its shape."""
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r}: it must be one of {', '.join(DTYPES)}")
     fp8 = dtype == "fp8"
     with torch.device("meta"):
         model = Ling(config)
@@ -174,6 +155,8 @@ def weighted_sum(readers: Sequence[WeightReader], weights: Sequence[float], key:
         if (found := reader.shape(key)) != shape:
             raise InputError(f"{reader.files[key]}: {key} is {found}, by config.json it should be {shape}")
         total += c * reader.wide(key).double()
+    if not total.isfinite().all():
+        raise InputError(f"{key} of the merged model has values that are not finite: a checkpoint has diverged")
     return total
 
 
@@ -222,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif args.last or args.best:
         raise InputError("--last and --best choose from a run: name its folder alone")
     weights = args.weights or named_weights(args.decay or "linear", len(folders))
-    merge(folders, weights, args.out, args.dtype)
+    merge(folders, weights, user_path(args.out, "--out"), args.dtype)
     print(f"{args.out}: {len(folders)} checkpoints")
     for folder, c in zip(folders, weights, strict=True):
         print(f"  {c:.4f}  {folder}")

@@ -16,7 +16,8 @@ from torch import Tensor
 from ..errors import InputError
 from ..model import LingConfig
 from ..tokenizer import Tokenizer
-from .merge import named_weights, new_folder, write_sum
+from .checkpoint import new_folder
+from .merge import named_weights, write_sum
 from .saving import MERGE_FILE
 from .settings import Settings
 
@@ -75,6 +76,6 @@ class RunningMerge:
         complete."""
         if not self.complete:
             raise InputError(f"{len(self.taken)} of {len(self.plan)} weights are merged so far: there is no merge yet")
-        with new_folder(out, dtype) as partial:
+        with new_folder(out) as partial:
             write_sum(partial, config, dtype, lambda key, shape: self.total[key])
             tokenizer.save(partial)

@@ -55,12 +55,12 @@ class Snapshot:
 
 def snapshot(shares: Shares, moments: dict[str, Tensor], wait: bool) -> tuple[Snapshot, bool]:
     """The tensors themselves where the caller waits for the write; otherwise copies on the host, which later steps do
-    not change, or the tensors where there is no memory for copies: True then, as the caller must wait.
+    not change, or the tensors where a process has no memory for copies: True then, as all must wait for the write.
 
     moments: the optimizer's state, as `checkpoint.optimizer_tensors` gives it.
     """
     part = own_part(shares, moments)
-    wait = wait or not room_for_copy(part.bytes())
+    wait = shares.ranks.any(wait or not room_for_copy(part.bytes()))
     return Snapshot(shares.config, part if wait else part.on_host(), ckpt.random_states()), wait
 
 

@@ -205,9 +205,9 @@ class Settings:
                              metavar="PROJECT")  # fmt: skip
     dp: int | None = flag(
         None, "data-parallel processes, started by torchrun, which divide the rows of a step", least=1,
-        shown="all processes over --pp and --cp",
+        shown="all processes over --pp, --cp and --tp",
     )  # fmt: skip
-    ep: int = flag(1, "processes among those of --dp and --cp that divide the experts of each layer", least=1)
+    ep: int = flag(1, "processes among those of --dp, --cp and --tp that divide the experts of each layer", least=1)
     exchange: str = flag(
         "bf16", "how rows travel to the experts of other processes: as they are, or in FP8, which needs --precision fp8"
         " --fp8-scales pow2", choices=EXCHANGES,
@@ -218,9 +218,12 @@ class Settings:
     )  # fmt: skip
     cp: int = flag(1, "processes that divide the tokens of each row, for long rows (context parallel)", least=1)
     vocab_parallel: int = flag(
-        1, "processes among those of --dp and --cp that divide the rows of embedding and head", least=1
+        1, "processes among those of --dp, --cp and --tp that divide the rows of embedding and head", least=1
     )
-    pp: int = flag(1, "processes that divide the layers, a pipeline; --dp x --cp x --pp is their number", least=1)
+    tp: int = flag(1, "processes that divide heads, MLPs and the tokens of each row (tensor parallel)", least=1)
+    pp: int = flag(
+        1, "processes that divide the layers, a pipeline; --dp x --cp x --tp x --pp is their number", least=1
+    )
     pipeline: str | None = flag(
         None,
         "the pipeline's stages, as Megatron writes them: E embedding, t layer, m MTP layer, L head and losses, |"
@@ -312,7 +315,7 @@ CHANGEABLE_ON_RESUME = {
     "merge_every", "merge_weights", "weight_decay", "clip", "z_loss", "balance_rate", "steps", "eval_every",
     "save_every", "keep", "keep_every", "log_every", "max_bad_steps", "sample_tokens", "sample_every", "profile",
     "wandb", "device", "threads", "val_data", "eval_rows", "dp", "ep", "exchange", "exchange_by_nodes", "cp",
-    "vocab_parallel", "pp", "pipeline", "schedule", "dist_timeout", "precision", "master", "recompute",
+    "tp", "vocab_parallel", "pp", "pipeline", "schedule", "dist_timeout", "precision", "master", "recompute",
     "fp8_weights", "fp8_wgrad", "fp8_transposed", "fp8_scales", "fp8_watch", "fp8_fallback", "spike_loss",
     "spike_norm", "step_in_backward",
 }  # fmt: skip

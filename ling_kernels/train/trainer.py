@@ -328,7 +328,7 @@ def accumulate_gradients(
     parts = ranks.share([range(first + i, first + min(i + micro, rows)) for i in range(0, rows, micro)])
     batches = [packed.batch(part) for part in parts]
     here = [sum(b.targets(1 + k) for b in batches) for k in range(1 + len(model.mtp))]
-    targets = (ranks.sum_(torch.tensor(here)) // ranks.cp).tolist()  # ranks that share sequences count the same
+    targets = (ranks.sum_(torch.tensor(here)) // ranks.sharing).tolist()  # ranks that share sequences count the same
     total = torch.zeros(4, device=device, dtype=torch.float64)
     if pipeline is not None:
         losses = pipeline.step([MicroBatch.of(b, device) for b in batches], targets, settings.z_loss * micro / rows)
