@@ -87,6 +87,9 @@ def test_the_command_prints_what_the_docs_show(capsys):
     ("--dp 2 --ep 3", "--ep 3 does not divide the 2 processes of --dp"),
     ("--pp 2 --schedule Late", "--schedule Late: it must be one of"),
     ("--cp 3 --seq-len 64", "--seq-len 64 is not a multiple of 6"),
+    ("--pipeline Et|tL", "--pipeline Et|tL needs --pp"),
+    ("--exchange fp8", "--exchange fp8 needs --ep"),
+    ("--layout dp=2 --pp 2 --vocab-parallel 2", "--layout dp=2 takes the place of --vocab-parallel 2, --pp 2: give"),
 ])  # fmt: skip
 def test_bad_input_is_one_line(flags, message, capsys):
     assert main(["train", "--batch", "8", "--micro-batch", "1", *flags.split()]) == 2

@@ -18,9 +18,11 @@ from ..model import LingConfig
 from ..nn.fp8 import FP8_ROWS
 from ..ops.quantize import BLOCK, padded_slots
 from ..parallel.layout import Layout
+from ..parallel.ranks import Ranks
 from ..train.flags import add_flags, add_layout_flag
 from ..train.optimizer import to_masters
 from ..train.prepare.checks import check
+from ..train.prepare.checks_parallel import check_parallel
 from ..train.prepare.models import model_config
 from ..train.prepare.sizes import checkpoint_bytes, checkpoints_at_once, disk_bytes
 from ..train.scaling import with_defaults
@@ -60,6 +62,7 @@ def show(options: dict, layout: str | None, gpu_hour: float | None = None) -> in
     config, weights = model_config(settings)
     settings, _ = with_defaults(settings, config, trained=weights is not None)
     check(settings, config)
+    check_division(given, settings, config)
     host = checkpoint_bytes(config, settings) // (layout.dp * layout.pp)
     if given is None and processes_of(settings) > 1:
         held = held_by_processes(config, settings)
@@ -89,6 +92,19 @@ def show(options: dict, layout: str | None, gpu_hour: float | None = None) -> in
     print(*time_lines(config, settings, layout, plans, worst, gpu_hour), sep="\n")
     print(*storage_lines(config, settings, one_gpu, host), sep="\n")
     return 0
+
+
+def check_division(layout: str | None, s: Settings, config: LingConfig) -> None:
+    """Raise InputError for flags of several processes that --layout would leave out, or that one process cannot have;
+    those of several are checked where they are divided."""
+    if layout is None:
+        if processes_of(s) == 1:
+            check_parallel(s, config, Ranks())
+        return
+    names = ("dp", "cp", "tp", "ep", "vocab_parallel", "pp", "pipeline", "schedule")
+    given = [f"--{name.replace('_', '-')} {value}" for name in names if (value := getattr(s, name)) not in (None, 1)]
+    if given:
+        raise InputError(f"--layout {layout} takes the place of {', '.join(given)}: give one of the two")
 
 
 def layout_of(s: Settings) -> Layout:
