@@ -116,6 +116,6 @@ def make_app(service: Service) -> ASGIApp:
     if service.origins:
         return CORSMiddleware(
             guarded, allow_origins=service.origins, allow_methods=["*"], allow_headers=["*"],
-            expose_headers=["X-Request-Id"],
+            expose_headers=["X-Request-Id", "Retry-After"],
         )  # fmt: skip
     return guarded
