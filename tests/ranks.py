@@ -9,7 +9,7 @@ import torch.multiprocessing as processes
 
 from ling_kernels.parallel.ranks import Ranks
 
-set_forkserver_preload(["tests.training", "ling_kernels.parallel.pipeline"])  # imported once, not by every process
+set_forkserver_preload(["tests.training", "torch.distributed.pipelining"])  # imported once, not by every process
 
 
 def in_group(rank, world, folder, checks):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.report import cut
-from benchmarks.studies import cache, fp8
+from benchmarks.studies import cache, fp8, rl
 from tests.test_model import DATA, expected, load
 
 
@@ -72,3 +72,55 @@ def test_pages_show_the_results():
     assert fp8.tables(*fp8.load(fp8.RESULTS)) == cut(fp8.PAGE.read_text(), "study_fp8")[1]
     found = json.loads(cache.RESULTS.read_text())
     assert cache.block(found) == cut(cache.PAGE_OF_RESULTS.read_text(), "study_cache")[1]
+
+
+def test_rules_of_balancing():
+    """Quantile balancing gives an even load at once; the sign rule moves by its rate, with a mean of 0 or without."""
+    from benchmarks.studies import balance
+    from ling_kernels.nn import Router
+
+    generator = torch.Generator().manual_seed(0)
+    router = Router(8, 16, topk=4)
+    scores = (torch.randn(4096, 16, generator=generator) + 2 * torch.arange(16) / 16).sigmoid()
+
+    def load(bias):
+        return (scores + bias).topk(4).indices.flatten().bincount(minlength=16)
+
+    router.counts.copy_(load(router.expert_bias))
+    even = router.counts.double().mean()
+    assert router.counts.max() > 1.5 * even
+    for _ in range(8):
+        router.expert_bias.copy_(balance.quantile(router, scores))
+    assert load(router.expert_bias).max() < 1.05 * even and router.expert_bias.mean().abs() < 1e-6
+    router.expert_bias.zero_()
+    plain, centred = balance.sign(router, scores), balance.zero_mean(router, scores)
+    assert plain.abs().max() == pytest.approx(balance.RATE) and centred.mean().abs() < 1e-8
+    torch.testing.assert_close(plain - plain.mean(), centred)
+    assert (plain[router.counts > even] < 0).all()
+
+
+def test_a_short_study_of_merging(tmp_path, monkeypatch):
+    from benchmarks.studies import merging
+    from ling_kernels.train.prepare import device
+
+    monkeypatch.setattr(device, "measured_flops", lambda *_: 1e10)
+    (tmp_path / "text.jsonl").write_text("".join(f'{{"text": "words and {i} more words"}}\n' for i in range(300)))
+    before = merging.settings
+    monkeypatch.setattr(merging, "NUMBERS", (2,))
+    monkeypatch.setattr(merging, "EVERY", 2)
+    short = dict(data=(tmp_path / "text.jsonl",), hidden=16, seq_len=32, batch=2, warmup=1, eval_rows=4)
+    monkeypatch.setattr(merging, "settings", lambda seed, **more: before(seed, **short | more))
+    losses = merging.study(0, tmp_path, steps=6)
+    assert losses.keys() == {"last", "mean, 2", "1-sqrt, 2", "ema:0.2, 2", "decayed"}
+    assert len({*losses.values()}) == 5 and all(0 < loss < 7 for loss in losses.values())
+
+
+def test_the_page_of_reinforcement_learning_has_its_results():
+    runs = json.loads(rl.RESULTS.read_text())["runs"]
+    assert [(r["task"], r["seed"]) for r in runs] == [(task, seed) for task in rl.START_STEPS for seed in rl.SEEDS]
+    assert rl.rows(runs) == cut(rl.PAGE.read_text(), "rl-study")[1]
+    for run in runs:
+        first, last, spread = rl.quarters(run)
+        assert last - first > spread > 0, (run["task"], run["seed"])
+    four = dict(steps=[dict(reward=r) for r in (0, 1, 9, 9, 9, 9, 5, 7)])
+    assert rl.quarters(four) == (0.5, 6, pytest.approx(2**0.5))

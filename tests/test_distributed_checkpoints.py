@@ -24,12 +24,14 @@ from ling_kernels.parallel.official import whole_on_meta
 from ling_kernels.parallel.parts import give_memory_, read_weights_
 from ling_kernels.parallel.pipeline import Pipeline
 from ling_kernels.parallel.pipeline_layout import PipelineLayout
-from ling_kernels.parallel.ranks import Ranks
+from ling_kernels.parallel.ranks import Division, Ranks
 from ling_kernels.parallel.shares import Shares
 from ling_kernels.tokenizer import load_tokenizer
 from ling_kernels.train import checkpoint as ckpt
 from ling_kernels.train import saving
 from ling_kernels.train.optimizer import make_optimizer, to_masters
+from ling_kernels.train.prepare import room
+from ling_kernels.train.settings import Settings
 from tests.ranks import run
 from tests.training import tiniest
 
@@ -104,11 +106,12 @@ def cut_(shares: Shares, cuts: dict[str, Part]) -> None:
             module, _, weight = name.rpartition(".")
             part = nn.Parameter(cuts[name].take(p.detach()).clone())
             setattr(shares.model.get_submodule(module), weight, part)
-            shares.group[name] = None
+            shares.group[name], shares.owner[name] = None, 0
+            shares.divided[name] = Division(shares.ranks.size, shares.ranks.rank)
 
 
-def ranks_of(rank: int, world: int, dp: int | None = None, ep: int = 1, pp: int = 1) -> Ranks:
-    return Ranks(rank, world, dp=world, world=dist.group.WORLD).arranged(dp, ep, pp)
+def ranks_of(rank: int, world: int, **sizes: int) -> Ranks:
+    return Ranks(rank, world, dp=world, world=dist.group.WORLD).arranged(**sizes)
 
 
 def contents(checkpoint) -> dict[str, torch.Tensor]:
@@ -143,10 +146,10 @@ def alone(tmp_path_factory):
 
 
 WAYS = [  # optimizer, how four processes share the model
-    ("adamw", dict(dp=4, ep=2)),
+    ("adamw", dict(dp=2, cp=2, ep=2, vocab=4)),
     ("adamw8bit", dict(dp=4, ep=4)),
     ("muon", dict(dp=4)),
-    ("adamw", dict(dp=2, ep=2, pp=2, layout="Ett|mLL")),
+    ("adamw", dict(dp=2, ep=2, pp=2, vocab=2, layout="Ett|mLL")),
 ]
 
 
@@ -167,7 +170,7 @@ def by_four(alone, folder, rank, group):
         for n, t in ckpt.optimizer_tensors(loaded.shares.model, loaded.optimizer).items():
             assert torch.equal(before.pop(n), t), n
         assert not before
-        Run(ranks_of(rank, 4, 4, 1), kind, folder=saved).save(run / "again")
+        Run(ranks_of(rank, 4), kind, folder=saved).save(run / "again")
 
 
 def test_four_processes_write_and_read_the_checkpoint_of_one(alone, tmp_path):
@@ -185,6 +188,8 @@ def check_official(checkpoint, alone):
     index = json.loads((checkpoint / "model.safetensors.index.json").read_text())["weight_map"]
     assert {*index.values()} == {f"model-{i:05d}-of-00004.safetensors" for i in range(1, 5)}
     assert len([*checkpoint.glob("optimizer-*-of-00004.safetensors")]) == 4
+    of_one = json.loads((alone / "model.safetensors.index.json").read_text())["weight_map"]
+    assert {*of_one.values()} == {"model.safetensors"}  # and not the optimizer's file, which is in the folder too
     with safe_open(alone / "model.safetensors", "pt") as one:
         assert index.keys() == {*one.keys()}
         for key, name in index.items():
@@ -235,7 +240,8 @@ def test_parts_of_rows_and_columns_and_failing_writers(alone, tmp_path):
 
 
 def in_a_thread(ranks, alone, folder, rank):
-    """Training goes on while rank 1 has not begun to write, and what it changes is not written."""
+    """Training goes on while rank 1 has not begun to write, and what it changes is not written. Where one process has
+    no memory for a copy, all wait."""
     run, writer, go_on = Run(ranks, folder=alone["adamw"]), saving.Writer(), threading.Event()
     genuine = checkpoints.save_tensors
     if rank == 1:
@@ -244,6 +250,9 @@ def in_a_thread(ranks, alone, folder, rank):
     for seed in range(3):
         run.step(seed)
     assert not (folder / "checkpoints" / "step-000003").exists() and writer.thread.is_alive()
+    genuine_room, saving.room_for_copy = saving.room_for_copy, lambda needed: rank == 0
+    assert saving.snapshot(run.shares, {}, wait=False)[1]
+    saving.room_for_copy = genuine_room
     go_on.set()
     writer.wait()
     checkpoints.save_tensors = genuine
@@ -305,3 +314,11 @@ def test_what_cannot_be_written_or_read(alone, tmp_path):
         checkpoints.flattened("w.m_scale", equal_part(0, 2, 3), torch.Size((3, 256)), 384, 2)
     assert checkpoints.parsed("a.b.m") == ("a.b.m", None, (0, 0))
     assert checkpoints.parsed("a.b.m[:,3:5]") == ("a.b.m", 1, (3, 5))
+
+
+def test_memory_of_a_process_without_the_state_that_others_keep():
+    """AdamW in fp32: 8 bytes of weight and gradient, 8 of state that four processes share."""
+    n, ranks = CONFIG.num_parameters(mtp=True), Ranks(size=4, dp=4)
+    assert room.least_bytes(CONFIG, Settings(), Ranks()) == 16 * n
+    assert room.least_bytes(CONFIG, Settings(), ranks) == 10 * n
+    assert room.least_bytes(CONFIG, Settings(), replace(ranks, experts=Division(2))) == 6 * n

@@ -64,15 +64,6 @@ print(outputs == [new, new])
     assert subprocess.check_output(command, cwd=Path(__file__).parents[1], text=True, timeout=600) == "True\n"
 
 
-def test_old_names(engine):
-    """ends=, written, guessed and right work for one version."""
-    e, (prompt, new) = engine(draft=1), references()[0]
-    request = e.submit(prompt, max_new_tokens=len(new), ends=[new[3]])
-    drain(e)
-    assert request.new_tokens == new[: new.index(new[3])] and request.written == len(request.new_tokens)
-    assert (e.guessed, e.right) == (e.drafted, e.accepted) and e.drafted > 0
-
-
 def test_timeout(engine):
     e = engine()
     assert list(e.stream(references()[0][0], max_new_tokens=5, timeout=0.0)) == []

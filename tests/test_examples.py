@@ -4,7 +4,7 @@ import json
 import runpy
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from ling_kernels.train import Trainer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TRAINERS = {"huggingface_trainer": "accelerate", "lightning_module": "lightning"}  # and the package each needs
-TESTED = {"own_training_loop", "generate", "transformers_moe", "train_on_your_text", *TRAINERS}
+TESTED = {"own_training_loop", "generate", "transformers_moe", "train_on_your_text", "ray_train", *TRAINERS}
 
 
 def run(monkeypatch, name: str, *args) -> dict:
@@ -86,3 +86,39 @@ def test_train_on_your_text(monkeypatch, tmp_path, capsys):
     weights = load_model(tmp_path / "out" / "model", dtype=torch.float32).word_embeddings.weight
     torch.testing.assert_close(weights, seen["trainer"].model.word_embeddings.weight, rtol=1e-2, atol=1e-4)  # as bf16
     assert Trainer.resume(tmp_path / "out").progress.step == 20
+
+
+def test_ray_train(monkeypatch, tmp_path):
+    """With a stand-in for Ray that has one worker in this process."""
+    given = {}
+
+    class TorchTrainer:
+        def __init__(self, work, **settings):
+            given.update(settings, work=work)
+
+        def fit(self):
+            given["work"](given["train_loop_config"])
+
+    numbers = dict(get_world_rank=0, get_world_size=1, get_local_rank=0, get_local_world_size=1)
+    context = SimpleNamespace(**{name: lambda value=value: value for name, value in numbers.items()})
+    train = dict.fromkeys(("FailureConfig", "RunConfig", "ScalingConfig"), dict) | dict(get_context=lambda: context)
+    modules = {
+        "ray": dict(init=lambda **_: None, cluster_resources=lambda: {"CPU": 1.0}, __version__="stand-in"),
+        "ray.train": train,
+        "ray.train.torch": dict(TorchConfig=dict, TorchTrainer=TorchTrainer),
+    }
+    for name, content in modules.items():
+        monkeypatch.setitem(sys.modules, name, module := ModuleType(name))
+        vars(module).update(content)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "another launcher's")
+    (texts := tmp_path / "texts").mkdir()
+    for name in "abcd":
+        (texts / f"{name}.txt").write_text("A router sends tokens to experts. " * 40)
+    flags = f"--model tiny --data {texts} --holdout 2 --steps 1 --seq-len 16 --batch 1 --sample-tokens 0 --threads 1"
+    run(monkeypatch, "ray_train", 1, *flags.split(), "--out", tmp_path / "out")
+    assert given["scaling_config"] == dict(num_workers=1, use_gpu=False) and given["torch_config"]["backend"] == "gloo"
+    assert given["train_loop_config"]["flags"][-2:] == ["--resume", "auto"]
+    assert Trainer.resume(tmp_path / "out").progress.step == 1
+    with pytest.raises(RuntimeError, match="exit code 2"):
+        run(monkeypatch, "ray_train", 1, *flags.split(), "--out", tmp_path / "other", "--ep", 3)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from ling_kernels.errors import InputError
 from ling_kernels.model import Ling, LingConfig, load_model, named_views, save_model
@@ -96,6 +97,11 @@ def mistakes(checkpoints, tmp_path):
     (lacking / "model.safetensors").unlink()
     a, b, _ = map(str, checkpoints)
     run = str(checkpoints[0].parents[1])
+    diverged = tmp_path / "diverged"
+    shutil.copytree(checkpoints[0], diverged)
+    tensors = load_file(diverged / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * float("nan")
+    save_file(tensors, diverged / "model.safetensors")
     (tmp_path / "empty/checkpoints").mkdir(parents=True)
     return {
         "do not add up": ([a, b, "--weights", "0.5", "0.6"], "add up to 1.1, not to 1"),
@@ -109,6 +115,9 @@ def mistakes(checkpoints, tmp_path):
         "no weights": ([str(lacking), a], "neither model.safetensors nor"),
         "nothing there": ([str(tmp_path / "absent")], "it has no config.json"),
         "no number": ([run, "--last", "0"], "'0' is no number of checkpoints"),
+        "diverged": ([a, str(diverged)], "model.norm.weight of the merged model has values that are not finite"),
+        "among checkpoints": ([a, "--out", str(tmp_path / "run/checkpoints/step-000099")], "taken for a checkpoint"),
+        "no name": ([a, "--out", ""], "--out is empty"),
     }
 
 
@@ -116,7 +125,7 @@ def test_mistakes_are_one_line_and_leave_nothing(checkpoints, tmp_path, capsys):
     for flags, message in mistakes(checkpoints, tmp_path).values():
         out = tmp_path / "merged"
         with pytest.raises(SystemExit) as stop:
-            raise SystemExit(merging.main([*flags, "--out", str(out)]))
+            raise SystemExit(merging.main(["--out", str(out), *flags]))
         error = capsys.readouterr().err.strip()
         assert stop.value.code == 2 and message in error.splitlines()[-1], (flags, error)
         assert not out.exists() and not list(tmp_path.glob(".merged*"))

@@ -1,6 +1,7 @@
 """The folder of a run: who may use it, what it can lose, and where a run ends."""
 
 # ruff: noqa: F811 (fixtures are imported)
+import json
 import os
 import shutil
 import signal
@@ -15,6 +16,7 @@ import torch
 from ling_kernels.errors import Diverged, InputError
 from ling_kernels.files import lock_folder
 from ling_kernels.train import Settings, Trainer
+from ling_kernels.train import checkpoint as ckpt
 from ling_kernels.train import trainer as module
 from ling_kernels.train.settings import from_json, to_json
 from tests.training import one_line_error, small, text  # noqa: F401
@@ -188,3 +190,28 @@ def test_errors_name_settings_as_their_caller_does(tmp_path, settings, small, te
         assert "--" not in message and [*changes][-1] in message
         argv = ["--model", str(small), "--data", str(text), "--out", str(tmp_path / "command"), "--seq-len", "32"]
         assert flags.split()[-2] in one_line_error([*argv, *flags.split()], capsys)
+
+
+@pytest.mark.parametrize("name, content, says", [
+    ("optimizer.safetensors", None, "neither optimizer.safetensors nor"),
+    ("optimizer.safetensors", b"\1\0\0", "header too small"),
+    ("optimizer.safetensors", "rng.safetensors", "of other parameters than the model's"),
+    ("rng.safetensors", None, "no states of random number generators"),
+    ("rng.safetensors", "optimizer.safetensors", "no states of random number generators: 'cpu'"),
+    ("model.safetensors", b"", "cannot read"),
+    ("config.json", b"{", "not readable JSON"),
+    ("tokenizer.json", None, "there is no tokenizer"),
+])  # fmt: skip
+def test_a_checkpoint_that_was_changed_is_one_line(tmp_path, settings, capsys, name, content, says):
+    """Also where state.json has the checksums of the changed files. content: bytes, a file's, or none."""
+    run_of(settings, tmp_path / "run")
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    content = (checkpoint / content).read_bytes() if isinstance(content, str) else content
+    (checkpoint / name).unlink()
+    if content is not None:
+        (checkpoint / name).write_bytes(content)
+    assert "is damaged: " in one_line_error(["--resume", str(tmp_path / "run")], capsys)
+    state = json.loads((checkpoint / "state.json").read_text())
+    state["files"] = {p.name: [p.stat().st_size, ckpt.checksum(p)] for p in checkpoint.iterdir() if p.suffix != ".json"}
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    assert says in one_line_error(["--resume", str(tmp_path / "run")], capsys)

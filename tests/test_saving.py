@@ -136,6 +136,23 @@ def test_a_full_disk_is_one_line_and_the_next_save_tries_again(tmp_path, flags, 
     assert all(torch.equal(last[0][k], last[1][k]) for k in last[0])
 
 
+def test_files_that_the_system_refuses_to_write(tmp_path, flags, capsys):
+    """By a limit of their size, which the libraries that write them meet as they meet a full disk."""
+    resource = pytest.importorskip("resource")
+    run, limits = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
+    argv = [*flags, "--out", str(run), "--steps", "4", "--save-every", "2", "--eval-every", "2"]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        code = main(argv)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    out, err = capsys.readouterr()
+    assert code == 1 and err.count("File too large") == err.count("\n") == 1
+    assert out.count("File too large") == 2 and out.count("; training goes on") == 1 and names(run) == []
+    (run / "checkpoints" / ".step-000002.partial").write_text("no folder")
+    assert main([*argv, "--resume", "auto"]) == 0 and names(run) == ["step-000002", "step-000004"]
+
+
 def test_the_exported_model_that_cannot_be_written_is_one_line(tmp_path, flags, monkeypatch, capsys):
     (tmp_path / "run").mkdir()
     monkeypatch.setattr(saving, "save_model", lambda *_: (_ for _ in ()).throw(saving.InputError("cannot write: full")))
@@ -289,6 +306,9 @@ def test_lines_of_a_full_disk_are_written_later(tmp_path, capsys):
         def close(self):
             genuine.close()
 
+        def fileno(self):
+            return genuine.fileno()
+
     genuine, lines.file = lines.file, Full()
     lines.write(dict(step=1))
     lines.file.room = 0
@@ -299,6 +319,23 @@ def test_lines_of_a_full_disk_are_written_later(tmp_path, capsys):
     lines.write(dict(step=4))
     lines.close()
     assert read_lines(tmp_path / "a.jsonl") == [dict(step=n) for n in (1, 2, 3, 4)]
+
+
+def test_a_run_whose_folder_is_removed_goes_on(tmp_path, flags, monkeypatch, capsys):
+    """In a new one, with what comes after; resumed it has the bits of the first steps too."""
+    run, step = tmp_path / "run", Trainer.step
+
+    def removing(trainer):
+        if trainer.progress.step == 3:
+            shutil.rmtree(run)
+        return step(trainer)
+
+    monkeypatch.setattr(Trainer, "step", removing)
+    assert main([*flags, "--out", str(run), "--steps", "6", "--save-every", "2", "--eval-every", "6"]) == 0
+    assert f"warning: {run / 'metrics.jsonl'} was removed" in capsys.readouterr().out
+    assert [row["step"] for row in read_lines(run / "metrics.jsonl")] == [4, 5, 6]
+    assert names(run) == ["step-000004", "step-000006"] and "</html>" in (run / "report.html").read_text()
+    assert main(["--resume", str(run), "--steps", "7"]) == 0
 
 
 def test_a_run_killed_before_its_first_checkpoint_says_how_to_begin_again(tmp_path, flags, capsys):

@@ -36,7 +36,8 @@ def test_logprobs_of_a_completion(shared):
     body = BODY | dict(prompt=prompt, echo=True, logprobs=2)
     answer = call(shared, "/v1/completions", body).json()["choices"][0]
     found = answer["logprobs"]
-    assert answer["text"] == "abxyz" and found["tokens"] == [*"abxyz"] and found["text_offset"] == [0, 1, 2, 3, 4]
+    assert answer["text"] == "abxyz" and found["tokens"] == [*"abxyz", "<|endoftext|>"]
+    assert found["text_offset"] == [*range(6)]
     assert found["token_logprobs"][0] is found["top_logprobs"][0] is None
     assert found["token_logprobs"][1:3] == pytest.approx(scores)
     assert max(found["top_logprobs"][3], key=found["top_logprobs"][3].get) == "y"
@@ -46,6 +47,24 @@ def test_logprobs_of_a_completion(shared):
     parts = [e["logprobs"] for e in streamed if e["logprobs"]]
     assert {name: sum((part[name] for part in parts), []) for name in found} == found
     assert "".join(e["text"] for e in streamed) == "abxyz"
+
+
+@pytest.mark.parametrize("draft", [0, 2])
+def test_the_end_token_has_a_log_probability(checkpoint, draft):
+    """lm-eval echoes a prompt with one new token, whose log-probability it leaves out: also where that is the end."""
+    drafting = service(checkpoint, dict(draft=draft))
+    for text, new, count in (("wxyz", 1, 0), ("wxy", 9, 1), ("wxy", 1, 1)):
+        body = BODY | dict(prompt=text, max_tokens=new, echo=True, logprobs=1)
+        answer = call(drafting, "/v1/completions", body).json()
+        (choice,) = answer["choices"]
+        found, end = choice["logprobs"], new > count
+        assert choice["text"] == text + "z" * count and answer["usage"]["completion_tokens"] == count
+        assert found["tokens"] == [*choice["text"], *["<|endoftext|>"] * end]
+        assert choice["finish_reason"] == ("stop" if end else "length")
+        scores = drafting.engine.score([[*text.encode()]])[0]
+        assert found["token_logprobs"][1 : len(text)] == pytest.approx(scores)
+    streamed = events(call(drafting, "/v1/completions", BODY | dict(prompt="y", logprobs=1, stream=True)).text)
+    assert "".join(e["choices"][0]["text"] for e in streamed) == "z"
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -102,6 +121,9 @@ def test_token_ids(shared):
     tokens = call(shared, "/tokenize", dict(prompt="ab")).json()
     assert tokens == dict(count=2, max_model_len=200, tokens=[97, 98])
     assert call(shared, "/detokenize", dict(tokens=[97, 98])).json() == dict(prompt="ab")
+    for unknown in (-1, 320, 1 << 70):
+        error = call(shared, "/detokenize", dict(tokens=[97, unknown]))
+        assert error.status_code == 400 and error.json()["error"]["param"] == "tokens"
     chat = call(shared, "/tokenize", dict(messages=CHAT["messages"])).json()["tokens"]
     text = shared.tokenizer.apply_chat_template(CHAT["messages"])
     assert chat == shared.tokenizer.encode(text, special=True)
@@ -144,8 +166,10 @@ def test_the_prompt_of_tools_and_calls(roomy, monkeypatch):
     call(roomy, "/v1/chat/completions", dict(model="speller", messages=goes_on, continue_final_message=True))
     begun = roomy.tokenizer.encode(roomy.tokenizer.apply_chat_template(messages[:1]), True)
     assert prompts[2] == [*begun, ord("s"), ord("o")]
-    wrong = dict(model="speller", messages=messages[:1], continue_final_message=True)
-    assert call(roomy, "/v1/chat/completions", wrong).status_code == 400
+    thought = dict(role="assistant", content="a", reasoning_content="b")
+    for wrong in (messages[:1], goes_on[1:], [messages[0], messages[1]], [messages[0], thought]):
+        body = dict(model="speller", messages=wrong, continue_final_message=True)
+        assert call(roomy, "/v1/chat/completions", body).status_code == 400
 
 
 TEXTS = [

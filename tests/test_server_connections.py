@@ -83,10 +83,13 @@ def test_bodies_are_counted_and_a_wrong_key_is_refused_before_one_is_read(checkp
 
 
 def test_slow_clients_are_cut_off_and_others_are_not(checkpoint):
-    """A connection without a request, half a head, a head that trickles in, half a body."""
+    """A connection without a request, half a head, a head that trickles in, half a body, also after a request."""
+    body = json.dumps(BODY).encode()
+    request = HEAD + b"Content-Length: %d\r\n\r\n" % len(body)
     with running(service(checkpoint), client_timeout=1.0) as server:
         port, started = port_of(server), time.monotonic()
         slow = [connect(port), connect(port, HEAD[:20]), connect(port, HEAD + b"Content-Length: 50\r\n\r\n{")]
+        pipelined = connect(port, request + body + request + body[:-1])
         trickle = connect(port, HEAD[:5])
         while trickle is not None and time.monotonic() - started < LONG:
             time.sleep(0.2)
@@ -99,6 +102,8 @@ def test_slow_clients_are_cut_off_and_others_are_not(checkpoint):
         for client in slow:
             assert read_all(client) == b""
             client.close()
+        with pipelined:
+            assert read_all(pipelined).count(b"bcd") == 1
         answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=BODY, timeout=LONG)
         assert answer.json()["choices"][0]["text"] == "bcd"
 

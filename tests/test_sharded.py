@@ -1,10 +1,10 @@
 """8-bit AdamW and FP8 layers with parameters that FSDP2 shards over two processes."""
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as processes
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -13,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from ling_kernels.model import Ling
 from ling_kernels.nn.fp8 import to_fp8
 from ling_kernels.train.optimizer import AdamW8bit, make_optimizer
+from tests.ranks import group_of_one, run
 from tests.test_fp8_training import WHOLE
 from tests.training import train
 
@@ -22,19 +23,8 @@ CONFIG = replace(
 )  # fmt: skip
 
 
-def grouped(tests, rank, world, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{folder / f'store{world}'}", rank=rank, world_size=world)
-    try:
-        mesh = init_device_mesh("cpu", (world,))
-        for test in tests:
-            test(folder, mesh)
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-def in_two(rank, folder):
-    grouped([compare_with_one, round_at_random], rank, 2, folder)
+def on_mesh(test, folder, rank, group):
+    test(folder, init_device_mesh("cpu", (group.size(),)))
 
 
 def fp8_model(mesh=None, **options):
@@ -126,8 +116,10 @@ def round_at_random(folder, mesh):
 
 def test_two_processes_and_then_one(tmp_path):
     """A state that two processes have saved continues in one."""
-    processes.spawn(in_two, (tmp_path,), nprocs=2)
-    grouped([go_on_in_one], 0, 1, tmp_path)
+    run(tmp_path, [partial(on_mesh, test, tmp_path) for test in (compare_with_one, round_at_random)])
+    (tmp_path / "store").unlink(missing_ok=True)
+    with group_of_one(tmp_path):
+        go_on_in_one(tmp_path, init_device_mesh("cpu", (1,)))
 
 
 def test_state_dict_keeps_its_precisions():

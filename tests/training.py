@@ -79,7 +79,12 @@ def whole_tensors(checkpoint, stem: str) -> dict[str, torch.Tensor]:
 
 
 def one_line_error(argv, capsys) -> str:
-    """Assert that main returns 2 with one line on stderr; returns the line."""
+    """Assert that the trainer's command returns 2 with one line on stderr; returns the line."""
+    return one_line_main(main, argv, capsys)
+
+
+def one_line_main(main, argv, capsys) -> str:
+    """The same of another command."""
     assert main(argv) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and len(error) > 20, error

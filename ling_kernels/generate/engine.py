@@ -14,10 +14,9 @@ forward.py lists the calls of a decode step.
 """
 
 import asyncio
-import operator
 import threading
 import time
-from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -30,7 +29,7 @@ from .cache import PagePool, memory_of, page_bytes
 from .forward import Chunk, Forward, PendingTokens
 from .health import PassRecord
 from .logprobs import MOST, read_scores
-from .scheduler import DRAFT_SLACK, Request, Scheduler, Work, max_sequence_tokens
+from .scheduler import DRAFT_SLACK, Request, Scheduler, Work, max_sequence_tokens, token_list
 from .weights import take_weights
 
 SHARE = 0.9  # part of a GPU's free memory, after the weights, for the KV cache
@@ -48,6 +47,9 @@ class Engine:
     max_running: requests per pass; max_rows: rows per pass, prefill and decode; max_waiting: length of the queue.
     draft: draft tokens per sequence and pass, proposed by the MTP layer, or without one by prompt lookup, and verified
       in the next pass. Output does not depend on draft (up to rounding). So far `accepted` of `drafted` were right.
+    record_routing: keep every token's experts in the M MoE layers (not MTP's) beside its keys and values. A request
+      that ends by itself then has `routing` [n, M, topk] on the device, uint8 up to 256 experts, else int16, of its n
+      tokens that were inputs: all, but for a new one at the end. Decode passes do without `moe_decode`.
     Raises InputError for values out of range.
     """
 
@@ -61,6 +63,7 @@ class Engine:
         max_rows: int = 2048,
         max_waiting: int = 1024,
         draft: int = 0,
+        record_routing: bool = False,
     ):
         if not isinstance(model, torch.nn.Module):
             raise InputError(f"the model is a {type(model).__name__}, not a Ling, which load_model returns")
@@ -91,14 +94,14 @@ class Engine:
             raise InputError(f"too little memory for a KV cache of {page_size} tokens, {bytes_per_page} bytes")
         self.pages = PagePool(pages, page_size)
         caches = empty_caches(self.config, layers, pages, page_size, dtype, self.device)
-        self.forward = Forward(model, caches, page_size, max_running, draft)
+        self.forward = Forward(model, caches, page_size, max_running, draft, record_routing)
         self.draft, self.drafted, self.accepted = draft, 0, 0
         self.scheduler = Scheduler(self.pages, max_running, max_rows, max_waiting, draft)
         self.overlap = self.device.type == "cuda"  # on a CPU a pass is complete when it has been launched
         self.pending: PendingTokens | None = None  # of the last pass, until `collect`
         self.record = PassRecord()
         self.step_task: asyncio.Task | None = None
-        self.policy_version = 0  # how often the weights have changed
+        self.policy_version = 0  # see `new_weights`
         self.lock = threading.Lock()  # no RLock: garbage collection during a step may cancel a stream, see `cancel`
 
     def submit(
@@ -108,7 +111,6 @@ class Engine:
         max_new_tokens: int | None = None,
         stop_token_ids: Iterable[int] | None = None,
         timeout: float | None = None,
-        ends: Iterable[int] | None = None,
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
         keep_stop: bool = False,
@@ -118,14 +120,14 @@ class Engine:
         """Queue a request; its new_tokens grow with every `step`.
 
         max_new_tokens: default 256, or the rest of the model's positions. stop_token_ids: tokens that end the sequence,
-        default the configuration's eos_token_id; `ends` is its old name, for one version. timeout: seconds from now,
-        after which the request finishes with the tokens it has. logprobs: 0 to 20, the number of likeliest tokens that
-        the request's `logprobs` name beside each new token's; prompt_logprobs likewise, for its `prompt_logprobs` of
-        the prompt's tokens after the first, none of which then comes from the prefix cache. They are the model's
-        log-probabilities, before temperature, truncation and penalties. keep_stop: the stop token is the last of the
-        new tokens, instead of being left out. client: whoever has the fewest running requests is next; among a client's
-        requests the smallest priority. Raises InputError for a prompt that is empty, too long or has ids outside the
-        vocabulary, and Busy if the queue is full.
+        default the configuration's eos_token_id. timeout: seconds from now, after which the request finishes with the
+        tokens it has. logprobs: 0 to 20, the number of likeliest tokens that the request's `logprobs` name beside each
+        new token's; prompt_logprobs likewise, for its `prompt_logprobs` of the prompt's tokens after the first, none of
+        which then comes from the prefix cache. They are the model's log-probabilities, before temperature, truncation
+        and penalties. keep_stop: the stop token is the last of the new tokens, instead of being left out. client:
+        whoever has the fewest running requests is next; among a client's requests the smallest priority. Raises
+        InputError for a prompt that is empty, too long or has ids outside the vocabulary, and Busy if the queue is
+        full.
         """
         prompt = token_list("a prompt", prompt)
         positions, vocabulary = max_sequence_tokens(self.config.max_positions, self.draft), self.config.vocab_size
@@ -144,16 +146,15 @@ class Engine:
                              f" {self.config.max_positions} positions{less}")  # fmt: skip
         if unknown := [t for t in prompt if not 0 <= t < vocabulary]:
             raise InputError(f"token {unknown[0]} is outside the model's vocabulary of {vocabulary}")
-        stop_token_ids = ends if stop_token_ids is None else stop_token_ids
-        stop_token_ids = self.config.eos_token_ids if stop_token_ids is None else stop_token_ids
-        stop_token_ids = frozenset(token_list("stop_token_ids", stop_token_ids))
+        stop = self.config.eos_token_ids if stop_token_ids is None else stop_token_ids
+        stop = frozenset(token_list("stop_token_ids", stop))
         deadline = float("inf") if timeout is None else time.monotonic() + timeout
         for name, wanted in (("logprobs", logprobs), ("prompt_logprobs", prompt_logprobs)):
             if wanted is not None and integer(name, wanted, 0) > MOST:
                 raise InputError(f"{name} is {wanted}; it must be at most {MOST}")
         request = Request(
-            prompt, sampling or Sampling(), max_new_tokens, stop_token_ids, deadline, logprobs, prompt_logprobs,
-            keep_stop, self.policy_version, client, integer("priority", priority, -(1 << 63)),
+            prompt, sampling or Sampling(), max_new_tokens, stop, deadline, logprobs, prompt_logprobs, keep_stop,
+            self.policy_version, client, integer("priority", priority, -(1 << 63)),
         )  # fmt: skip
         self.scheduler.submit(request)
         return request
@@ -167,12 +168,11 @@ class Engine:
             finally:
                 self.lock.release()
 
-    def new_weights(self, model: torch.nn.Module | None = None) -> int:
-        """Say that the model's weights have changed, or copy `model`'s into them in place; returns the policy version.
+    def new_weights(self, model: torch.nn.Module | Mapping[str, torch.Tensor] | None = None) -> int:
+        """Say that the weights have changed, or copy a model's, or tensors by official key, into them in place; returns
+        the policy version, which later requests name. Cached prefixes are forgotten.
 
-        Cached prefixes are forgotten, as their keys and values are of the weights before. Requests name the version
-        that computes them as `policy_version`. Raises InputError where requests are unfinished, as one of several
-        policies would have no meaning, and for a model of other tensors.
+        Raises InputError where requests are unfinished, and for tensors of another model.
         """
         with self.lock, self.use_device():
             take_weights(self, model)
@@ -283,6 +283,7 @@ class Engine:
             self.record.succeed()
         self.scheduler.advance(request, used)
         if reason:
+            request.routing = self.forward.routing_of(request)
             self.scheduler.finish(request, reason, error)
 
     def stream(self, prompt: Sequence[int], **options) -> Iterator[int]:
@@ -380,24 +381,6 @@ class Engine:
         return [
             [t.logprob for t in r.prompt_logprobs] for r in self.finish(prompts, max_new_tokens=1, prompt_logprobs=0)
         ]
-
-    @property
-    def guessed(self) -> int:
-        """The old name of `drafted`, for one version."""
-        return self.drafted
-
-    @property
-    def right(self) -> int:
-        """The old name of `accepted`, for one version."""
-        return self.accepted
-
-
-def token_list(name: str, tokens: Iterable[int]) -> list[int]:
-    """Token ids as ints. Raises InputError for text and for numbers that are not whole."""
-    try:
-        return [operator.index(token) for token in tokens]
-    except TypeError:
-        raise InputError(f"{name} must be token ids, which a tokenizer encodes, not {tokens!r}") from None
 
 
 def raise_error(request: Request) -> None:

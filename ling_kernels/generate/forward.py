@@ -108,11 +108,19 @@ class Forward:
     Shapes: B lanes, n = 1 + draft rows per lane, P token ids per lane, T rows of the pass.
     """
 
-    def __init__(self, model: Ling, caches: list[KVCache], page_size: int, lanes: int, draft: int):
+    def __init__(
+        self, model: Ling, caches: list[KVCache], page_size: int, lanes: int, draft: int, record_routing: bool = False
+    ):
         c, self.device = model.config, model.word_embeddings.weight.device
         self.model, self.page_size, self.draft = model, page_size, draft
         layers = len(model.layers)
         self.caches, self.mtp_cache = caches[:layers], caches[layers] if len(caches) > layers else None
+        # [M, cells + 1, topk]: the experts of the token of each cell of the cache; the last is for rows of no sequence.
+        self.routing: Tensor | None = None
+        if record_routing:
+            moe, cells = layers - c.first_k_dense_replace, caches[0].k.shape[0] * page_size
+            dtype = torch.uint8 if c.num_experts <= 256 else torch.int16
+            self.routing = torch.zeros(moe, cells + 1, c.num_experts_per_tok, dtype=dtype, device=self.device)
         self.padding_lane = lanes  # an extra lane of length 0 pads a graph's batch
 
         def per_lane(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -191,7 +199,8 @@ class Forward:
         if chunks:
             layout, inputs = self.with_chunks(layout, chunks)
             x = torch.cat([x, self.embedded(self.token_ids.view(-1)[inputs])])
-        h, _ = m.backbone(None, layout, self.caches, norm=self.mtp_cache is not None, x=x)
+        recorded = layout if self.routing is None else self.recorded(layout, bool(chunks))
+        h, _ = m.backbone(None, recorded, self.caches, norm=self.mtp_cache is not None, x=x)
         output = self.next_tokens(h[: B * n], lanes, positions, mode) if B else positions.new_empty(0, n + 1)
         if prompts is not None and any(c.request.needs_prompt_rows for c in chunks):
             prompts += self.prompt_rows(h[B * n :], self.token_ids.view(-1)[inputs + 1].long(), chunks)
@@ -240,6 +249,22 @@ class Forward:
             slots = self.decode_slots(block_table, positions)
         rows = positions.numel()
         return BatchLayout(m.cos, m.sin, positions.flatten(), self.no_chunks, slots, rows, block_table, lengths)
+
+    def recorded(self, layout: BatchLayout, with_chunks: bool) -> BatchLayout:
+        """The layout with the cells where the rows' experts are written."""
+        cells = layout.slots
+        if not with_chunks:  # a graph's padding lanes have length 0 and no cells
+            positions = layout.positions.view(len(layout.lengths), -1)
+            cells = self.decode_slots(layout.block_table, positions).view_as(positions)
+            cells = cells.masked_fill(layout.lengths[:, None] == 0, self.routing.shape[1] - 1).flatten()
+        return layout._replace(record=self.routing, record_cells=cells)
+
+    def routing_of(self, request: Request) -> Tensor | None:
+        """[n, M, topk]: the experts of the request's tokens that are in the cache; None without a record."""
+        if self.routing is None:
+            return None
+        cells = self.to_device(self.slots(request, np.arange(min(request.computed, len(request.tokens)))))
+        return self.routing[:, cells].transpose(0, 1).contiguous()
 
     def decode_slots(self, block_table: Tensor, positions: Tensor) -> Tensor:
         """Cache slots [B n] of decode rows."""

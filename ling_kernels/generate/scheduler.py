@@ -11,11 +11,15 @@ On a GPU the next pass is scheduled before the host has the tokens of the last o
 longest length it can have by now, and is not scheduled beyond max_new_tokens.
 """
 
+import operator
 import secrets
 import time
 from collections import Counter, deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
+
+from torch import Tensor
 
 from ..errors import Busy, InputError
 from ..model.sample import Sampling
@@ -61,6 +65,7 @@ class Request:
     error: Exception | None = None
     logprobs: list[TokenLogprob] = field(default_factory=list)  # of the new tokens
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # of the prompt's tokens after the first
+    routing: Tensor | None = None  # of an engine that records it, when it has finished, see Engine
     pages: list[int] = field(default_factory=list)
     lane: int | None = None  # its row of the device state while it runs
     pages_on_device: int = 0  # leading pages already in the lane's block table
@@ -92,10 +97,13 @@ class Request:
     def num_new_tokens(self) -> int:
         return len(self.tokens) - len(self.prompt)
 
-    @property
-    def written(self) -> int:
-        """The old name of num_new_tokens, for one version."""
-        return self.num_new_tokens
+
+def token_list(name: str, tokens: Iterable[int]) -> list[int]:
+    """Token ids as ints. Raises InputError for text and for numbers that are not whole."""
+    try:
+        return [operator.index(token) for token in tokens]
+    except TypeError:
+        raise InputError(f"{name} must be token ids, which a tokenizer encodes, not {tokens!r}") from None
 
 
 class Work(NamedTuple):

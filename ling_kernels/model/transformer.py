@@ -74,14 +74,15 @@ class Layer(nn.Module):
     def compute(self, x: Tensor, layout: BatchLayout, cache: KVCache | None, z_loss: float | None):
         """`forward` without activation checkpointing. A decode pass uses the fused MoE op if it is supported."""
         attended = self.attention(x, layout, cache, self.input_layernorm)
-        if cache is not None and isinstance(self.mlp, MoE):
+        if cache is not None and isinstance(self.mlp, MoE) and layout.record is None:  # moe_decode keeps its choice
             y = self.mlp.decode(attended, x, self.post_attention_layernorm)
             if y is not None:
                 return y, None
         h, x = self.post_attention_layernorm(attended, residual=x)
         if isinstance(self.mlp, MLP):
             return x + self.mlp(h), None
-        y, z = self.mlp(h, z_loss)
+        record = None if layout.record is None else (layout.record, layout.record_cells)
+        y, z = self.mlp(h, z_loss, layout.experts, record)
         return x + y, z
 
 
@@ -159,10 +160,11 @@ class Ling(Fp32Buffers):
         states: a list to append the hidden states to, in the order of LingOutput.hidden_states.
         """
         x, z = self.word_embeddings(ids) if x is None else x, None
-        for layer, cache in zip(self.layers, caches or [None] * len(self.layers), strict=True):
+        dense = self.config.first_k_dense_replace
+        for i, (layer, cache) in enumerate(zip(self.layers, caches or [None] * len(self.layers), strict=True)):
             if states is not None:
                 states.append(x)
-            x, layer_z = layer(x, layout, cache, z_loss)
+            x, layer_z = layer(x, layout.of_moe(i - dense) if i >= dense else layout, cache, z_loss)
             z = _add(z, layer_z)
         h = self.norm(x) if norm else x
         if states is not None:
@@ -181,6 +183,18 @@ class Ling(Fp32Buffers):
         x = self.word_embeddings(ids.clamp(min=0))
         return torch.where(ids[:, None] < 0, x.detach(), x)
 
+    def forced(self, experts: Tensor | None, input_ids: Tensor, batch: Batch) -> Tensor | None:
+        """experts [B, L, M, topk] of `forward` -> [M, T, topk] int32 of this device's rows."""
+        if experts is None:
+            return None
+        moe, topk = len(self.layers) - self.config.first_k_dense_replace, self.config.num_experts_per_tok
+        shapes = [(*input_ids.shape, n, topk) for n in (moe, moe + len(self.mtp))]
+        contract = f"experts [B, L, M, {topk}] of integers, M {moe} or {moe + len(self.mtp)}"
+        expect(experts.shape in shapes and not experts.is_floating_point(), contract, experts, input_ids)
+        rows = experts.flatten(0, 1)
+        rows = batch.here(rows if batch.indices is None else rows[batch.indices])
+        return rows.transpose(0, 1).to(torch.int32).contiguous()
+
     def logits(self, h: Tensor, norm: bool = False) -> Tensor:
         """h [T, H] -> [T, V] fp32, fp64 for a model in fp64. norm: h has not been through the final norm."""
         dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
@@ -196,6 +210,7 @@ class Ling(Fp32Buffers):
         logits: bool = True,
         z_loss: float | None = None,
         target_counts: list[Tensor | float] | None = None,
+        experts: Tensor | None = None,
     ) -> LingOutput:
         """input_ids [B, L] int64 -> LingOutput.
 
@@ -207,6 +222,8 @@ class Ling(Fp32Buffers):
         z_loss: coefficient of the routers' z-loss.
         target_counts: divisors of the summed main loss and of each MTP layer's loss; default: this batch's number of
           targets.
+        experts: [B, L, M, topk] of integers, the experts of each token in the M MoE layers, or in those of the MTP
+          layers too: forced, as `route` does, where a rollout's routing is replayed.
         Raises ValueError for mismatched shapes and types, for a mask of other values, and for sequences longer than
         config.max_positions.
         """
@@ -217,12 +234,14 @@ class Ling(Fp32Buffers):
                "target_counts of the main loss and of each MTP layer", target_counts)  # fmt: skip
         z_loss = None if z_loss is None else z_loss * batch.share  # of a mean over this device's rows
         layout = BatchLayout(self.cos, self.sin, batch.here(batch.positions), batch.cu_seqlens)
+        layout = layout._replace(experts=self.forced(experts, input_ids, batch))
         states = [] if output_hidden_states else None
         h, z = self.backbone(batch.here(batch.ids), layout, z_loss=z_loss, states=states)
 
         head_inputs = [h]  # inputs of lm_head: the model's output, then each MTP layer's
         for k, mtp in enumerate(self.mtp, 1):
-            x, mtp_z = mtp(self.next_embeddings(batch, k), head_inputs[-1], layout, z_loss)
+            of_mtp = layout.of_moe(len(self.layers) - self.config.first_k_dense_replace + k - 1)
+            x, mtp_z = mtp(self.next_embeddings(batch, k), head_inputs[-1], of_mtp, z_loss)
             head_inputs.append(x)
             z = _add(z, mtp_z)
         out = LingOutput()

@@ -135,16 +135,18 @@ def dequantized(q: Tensor, scale: Tensor) -> Tensor:
 
 
 def write_weights(
-    folder: Path, sizes: dict[str, int], tensors: Callable[[list[str]], dict[str, Tensor]], shard_bytes: int
-) -> None:
-    """Write the weight files of a checkpoint, each atomically, and remove those of an earlier one in the folder.
+    folder: Path, sizes: dict[str, int], tensors: Callable[[list[str]], dict[str, Tensor]], shard_bytes: int,
+    stem: str = "model",
+) -> None:  # fmt: skip
+    """Write the weight files of a checkpoint, each atomically, and remove those of an earlier one in the folder. stem:
+    of their names.
 
     sizes: the bytes of every key, in the files' order. tensors: called with the keys of one file at a time, at most
     shard_bytes unless a tensor is larger; returns contiguous tensors on the CPU, by key, and may add others such as
     scales. Raises OSError.
     """
     shards = shards_of(sizes, shard_bytes) or [[]]
-    names = file_names("model", len(shards))
+    names = file_names(stem, len(shards))
     weight_map = {}
     for name, shard in zip(names, shards, strict=True):
         content = tensors(shard)
@@ -152,8 +154,9 @@ def write_weights(
         with atomic_write(folder / name, durable=True) as path:
             save_tensors(content, path)
     if len(shards) > 1:
-        names.append(write_index(folder, "model", weight_map))
-    remove_weights(folder, names)
+        names.append(write_index(folder, stem, weight_map))
+    if stem == "model":
+        remove_weights(folder, names)
 
 
 def remove_weights(folder: Path, but: Collection[str]) -> None:

@@ -33,6 +33,17 @@ class BatchLayout(NamedTuple):
     lengths: Tensor | None = None  # [B] int32, new rows included
     context: Tensor | None = None  # [Tk] cache slots of all keys of cu_seqlens' sequences, new rows included
     cu_seqlens_k: Tensor | None = None  # cu_seqlens of context
+    # of MoE layers, for the whole model with their number M in front:
+    experts: Tensor | None = None  # [T, topk] int32: a given choice of experts, as `route` takes it
+    record: Tensor | None = None  # [cells, topk] of integers, where each row's choice is written
+    record_cells: Tensor | None = None  # [T] int64: the cell of each row
+
+    def of_moe(self, i: int) -> "BatchLayout":
+        """The layout for the MoE layer i, of a layout for the whole model."""
+        if self.experts is None and self.record is None:
+            return self
+        experts = None if self.experts is None or i >= len(self.experts) else self.experts[i]
+        return self._replace(experts=experts, record=None if self.record is None else self.record[i])
 
 
 Rows = BatchLayout  # its name up to version 0.1

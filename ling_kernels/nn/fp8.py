@@ -165,6 +165,11 @@ class Fp8MLP(MLP):
         new.gate_up, new.down = mlp.gate_up, mlp.down
         return new.train(mlp.training)
 
+    def plain(self) -> MLP:
+        """The MLP of these sizes that is not FP8, without memory."""
+        with torch.device("meta"):
+            return MLP(*self.down.weight.shape)
+
     def forward(self, x: Tensor) -> Tensor:
         """x [T, H] -> [T, H]."""
         weights = self.gate_up.weight, self.down.weight

@@ -34,13 +34,17 @@ class MoE(nn.Module):
         super().__setattr__(name, value)
 
     def forward(
-        self, x: Tensor, z_loss: float | None = None, experts: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+        self, x: Tensor, z_loss: float | None = None, experts: Tensor | None = None,
+        record: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """x [T, H] -> y [T, H] and the router's z-loss, None without a coefficient.
 
-        experts [T, topk] int32 forces the choice of experts, as `route` does.
+        experts [T, topk] int32 forces the choice of experts, as `route` does. record: a tensor [cells, topk] of
+        integers, and the cells [T] in which the rows' choices are written.
         """
         weights, experts, counts, z = self.router(x, z_loss, experts)
+        if record is not None:
+            record[0][record[1]] = experts.to(record[0].dtype)
         shared = None  # rows that travel leave time for the shared expert
         if self.shared_experts is not None and not self.exchange.local:
             shared = beside(self.shared_experts, x)

@@ -28,12 +28,18 @@ class Router(Fp32Buffers):
 
         experts forces the choice of experts, as `route` does; the weights still come from x.
         """
-        logits = router_gemm(routed_rows(x, experts), self.weight)
-        bias = self.expert_bias.to(logits.dtype)  # fp32, but for a model in fp64
-        weights, experts, counts, *z = route(logits, bias, z_loss=z_loss, experts=experts, **self.limits)
+        weights, experts, counts, *z = self.choose(routed_rows(x, experts), z_loss, experts)
         if self.training and torch.is_grad_enabled() and (torch.compiler.is_compiling() or not recomputing()):
             self.counts += counts
         return weights, experts, counts, z[0] if z else None
+
+    def choose(
+        self, x: Tensor, z_loss: float | None, experts: Tensor | None, mask: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """What `route` returns for the logits of x [T, H]; mask [T]: False for padding."""
+        logits = router_gemm(x, self.weight)
+        bias = self.expert_bias.to(logits.dtype)  # fp32, but for a model in fp64
+        return route(logits, bias, mask, z_loss=z_loss, experts=experts, **self.limits)
 
     @torch.no_grad()
     def balance_(self, rate: float) -> None:

@@ -3,7 +3,7 @@
 A box is a part of a tensor that is contiguous in each dimension: from and to, for every dimension.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -79,6 +79,11 @@ def within(inner: Box, outer: Box, held: Box | None = None) -> tuple[slice, ...]
 
 def as_box(slices: Sequence[slice]) -> Box:
     return tuple((s.start, s.stop) for s in slices)
+
+
+def shape_of(boxes: Iterable[Box]) -> torch.Size:
+    """The shape of a tensor that these boxes fill."""
+    return torch.Size([max(stops) for stops in zip(*([stop for _, stop in box] for box in boxes), strict=True)])
 
 
 def size(box: Box) -> int:

@@ -10,10 +10,11 @@ NAME.KEY[:,0:64] for columns, so that it loads wherever a process holds other ro
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -30,7 +31,7 @@ from ..model.weight_files import (
     write_index,
 )
 from ..ops.adamw_8bit import BLOCK
-from .boxes import Box, Part, overlap, replaced, size, whole_box, within
+from .boxes import Box, Part, overlap, replaced, shape_of, size, whole_box, within
 from .parts import Piece, held, pieces
 from .ranks import Ranks
 from .shares import Shares
@@ -126,38 +127,51 @@ def parsed(name: str) -> tuple[str, int | None, tuple[int, int]]:
     return (key, None, (0, 0)) if start is None else (key, len(columns) // 2, (int(start), int(stop)))
 
 
+class Saved(NamedTuple):
+    """A part of one of the optimizer's tensors in a file."""
+
+    name: str
+    box: Box  # of the whole tensor
+
+
 def read_optimizer(folder: Path, shares: Shares) -> Iterator[tuple[str, str, Tensor]]:
     """(parameter, key, tensor) of the optimizer's state that this process keeps; no more is read."""
-    owned = {name: p for name, p in shares.model.named_parameters() if shares.owns(name)}
+    owned = {name for name, _ in shares.model.named_parameters() if shares.owns(name)}
     with WeightReader(folder, OPTIMIZER) as reader:
-        parts: dict[str, list[tuple[str, Box]]] = {}
-        for name in sorted(reader.files, key=lambda name: str(reader.files[name])):
-            key, dim, bounds = parsed(name)
-            if key.rpartition(".")[0] in owned:
-                shape = reader.shape(name)
-                box = whole_box(shape) if dim is None else replaced(shape, dim, bounds)
-                parts.setdefault(key, []).append((name, box))
-        for key, found in parts.items():
+        found = saved_moments(reader, owned)
+        if owned and reader.files and not found:
+            raise InputError(f"{folder}: the optimizer's state is of other parameters than the model's")
+        for key, saved in found.items():
             name, _, kind = key.rpartition(".")
-            yield name, kind, assembled(reader, key, found, shares.part_of(name), shares.official[name].shape)
+            yield name, kind, moment(reader, key, saved, shares)
 
 
-def assembled(
-    reader: WeightReader, key: str, saved: list[tuple[str, Box]], part: Part, shape: torch.Size
-) -> Tensor:  # fmt: skip
-    """This process's part of the optimizer's tensor `key`. saved: names in the files, and boxes of the whole tensor.
-    shape: of the whole parameter."""
-    whole = [max(bounds) for bounds in zip(*([stop for _, stop in box] for _, box in saved), strict=True)]
-    if part.ranges and whole and whole != list(shape):
+def saved_moments(reader: WeightReader, parameters: Collection[str]) -> dict[str, list[Saved]]:
+    """The parts in the files of each of the optimizer's tensors NAME.KEY of these parameters."""
+    found: dict[str, list[Saved]] = {}
+    for name in sorted(reader.files, key=lambda name: str(reader.files[name])):
+        key, dim, bounds = parsed(name)
+        if key.rpartition(".")[0] in parameters:
+            shape = reader.shape(name)
+            box = whole_box(shape) if dim is None else replaced(shape, dim, bounds)
+            found.setdefault(key, []).append(Saved(name, box))
+    return found
+
+
+def moment(reader: WeightReader, key: str, saved: list[Saved], shares: Shares) -> Tensor:
+    """This process's part of the optimizer's tensor NAME.KEY."""
+    name = key.rpartition(".")[0]
+    part, shape = shares.part_of(name), shares.official[name].shape
+    whole = shape_of(s.box for s in saved)
+    if part.ranges and whole and whole != shape:
         part = flattened(key, part, shape, shape.numel(), whole[0] if len(whole) == 1 else 0)
     boxes = part.boxes(whole) if whole else [((), ())]
-    extent = [max(bounds) for bounds in zip(*([stop for _, stop in here] for _, here in boxes), strict=True)]
     t, filled = None, 0
-    for name, box in saved:
+    for file_key, box in saved:
         for mine, here in boxes:
             if (both := overlap(mine, box)) is not None:
-                values = reader.part(name, within(both, box))
-                t = values.new_empty(extent) if t is None else t
+                values = reader.part(file_key, within(both, box))
+                t = values.new_empty(shape_of(here for _, here in boxes)) if t is None else t
                 t[within(both, mine, here)] = values
                 filled += size(both)
     if t is None or filled != t.numel():
@@ -222,7 +236,8 @@ def write_files(folder: Path, part: OwnPart, ranks: Ranks, optimizer: bool = Tru
             if stem == MODEL and times != Counter(part.keys):
                 wrong = min(key for key in {*times, *part.keys} if times[key] != 1)
                 raise InputError(f"{times[wrong]} processes write {wrong}: it must be one")
-            if sum(n[stem] for n in numbers) > 1:
+            # vLLM and SGLang read every .safetensors file of a folder without an index, also the optimizer's.
+            if sum(n[stem] for n in numbers) > 1 or (stem == MODEL and optimizer):
                 names.append(write_index(folder, stem, dict(whole)))
     return names
 

@@ -4,11 +4,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..op import upcast
+from .turns import turns
 
-# Their names since torch 2.13, which warns of the old ones.
+# Its name since torch 2.13, which warns of the old one.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def gather(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -19,11 +18,15 @@ def gather(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def scatter_sum(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """rows [n T, ...], a summand from every rank -> this rank's [T, ...] of the sum, which is taken in fp32."""
-    wide = upcast(rows).contiguous()
-    out = wide.new_empty(len(rows) // dist.get_world_size(group), *rows.shape[1:])
-    reduce_scatter(out, wide, group=group)
-    return out.to(rows.dtype)
+    """rows [n T, ...], a summand from every rank -> this rank's [T, ...] of the sum.
+
+    Summands travel as they are, and are added here in fp32 and in order of rank, whatever the backend's algorithm.
+    """
+    theirs = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    dist.all_to_all_single(theirs, rows.contiguous(), group=group)
+    n = dist.get_world_size(group)
+    theirs = theirs.unflatten(0, (n, len(rows) // n))
+    return theirs.sum(0, dtype=torch.promote_types(rows.dtype, torch.float32)).to(rows.dtype)
 
 
 class Gather(torch.autograd.Function):
@@ -39,6 +42,19 @@ class Gather(torch.autograd.Function):
         return scatter_sum(gradient, ctx.group), None
 
 
+class ScatterSum(torch.autograd.Function):
+    """`scatter_sum`, whose gradient is `gather`."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return scatter_sum(rows, group)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):  # type: ignore[override]
+        return gather(gradient, ctx.group), None
+
+
 class Send(torch.autograd.Function):
     """An all-to-all with given sizes; the gradient takes the way back."""
 
@@ -46,15 +62,25 @@ class Send(torch.autograd.Function):
     def forward(ctx, rows: Tensor, to: list[int], from_: list[int], group: dist.ProcessGroup) -> Tensor:
         ctx.to, ctx.from_, ctx.group, ctx.length = to, from_, group, len(rows)
         out = rows.new_empty(sum(from_), *rows.shape[1:])
-        dist.all_to_all_single(out, rows[: sum(to)].contiguous(), from_, to, group=group)
+        all_to_all(out, rows[: sum(to)].contiguous(), from_, to, group)
         return out
 
     @staticmethod
     def backward(ctx, gradient: Tensor):  # type: ignore[override]
         out = gradient.new_zeros(ctx.length, *gradient.shape[1:])
         part = out[: sum(ctx.to)]
-        dist.all_to_all_single(part, gradient.contiguous(), ctx.to, ctx.from_, group=ctx.group)
+        all_to_all(part, gradient.contiguous(), ctx.to, ctx.from_, ctx.group)
         return out, None, None, None
+
+
+def all_to_all(out: Tensor, rows: Tensor, from_: list[int], to: list[int], group: dist.ProcessGroup) -> None:
+    """Rows to every rank and from it; of a forward and a backward that take turns the other one computes meanwhile."""
+    if (both := turns()) is None:
+        dist.all_to_all_single(out, rows, from_, to, group=group)
+        return
+    under_way = dist.all_to_all_single(out, rows, from_, to, group=group, async_op=True)
+    both.hand_over()
+    under_way.wait()
 
 
 def most_rows(rows: int, device: torch.device, group: dist.ProcessGroup) -> int:

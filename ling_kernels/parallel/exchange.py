@@ -5,13 +5,15 @@ follow the routing, no row is dropped or padded, and its result comes back the s
 once a layer and forward.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import InputError
-from ..nn import Experts, MoE
+from ..nn import Exchange, Experts, MoE
 from ..op import E4M3, first_derivative_only
 from ..ops.dispatch import Plan, dispatch
 from ..ops.permute import permute, permute_quantize
@@ -38,8 +40,8 @@ class AllToAll:
     moe: the layer, with this rank's experts; it may become FP8 later. Results and gradients have the bits of one
     process with all experts, except that gradients of weights sum rows in the order of their ranks.
 
-    fp8: rows travel to their experts in FP8, gradients and results as they are. This needs FP8 experts whose scales are
-    powers of two: those quantise the received rows to the same numbers again, so that results and gradients of the
+    fp8: rows travel to FP8 experts in FP8, gradients and results as they are. The experts' scales must be powers of
+    two: those quantise the received rows to the same numbers again, so that results and gradients of the
     inputs keep the bits of one process. Weight gradients are of the rows that were received, rounded to FP8.
     """
 
@@ -53,12 +55,11 @@ class AllToAll:
         self, x: Tensor, weights: Tensor, experts: Tensor, counts: Tensor
     ) -> tuple[Tensor, ReceivedPlan, Tensor | None]:
         sent = dispatch(experts, counts)
-        if self.fp8:
-            expect_pow2(self.moe.experts)
+        in_fp8 = self.fp8 and takes_fp8_rows(self.moe.experts)
         owners, received, sizes = self.received(experts, counts)
         plan = ReceivedPlan(*dispatch(owners, received))
         plan.sent, plan.sizes, plan.weights = sent, sizes, weights
-        rows = SendFp8.apply(x, *sent, sizes, self.group) if self.fp8 else self.send(permute(x, sent), sizes)
+        rows = SendFp8.apply(x, *sent, sizes, self.group) if in_fp8 else self.send(permute(x, sent), sizes)
         if not self.moe.experts.fold_weights:
             return rows, plan, None
         plan.weights = None
@@ -114,13 +115,11 @@ class ByNodes:
         weights = permute(weights, crossing)
         rows = (
             SendFp8.apply(x, *crossing, sizes, self.between)
-            if self.fp8
+            if self.fp8 and takes_fp8_rows(self.inside.moe.experts)
             else Send.apply(permute(x, crossing), *sizes, self.between)
         )
         here, weights = (Send.apply(t, *sizes, self.between) for t in (there, weights))
-        counts = counts.new_zeros(number + 1)  # the last: choices that are not on this node
-        counts.scatter_add_(0, here.where(here >= 0, number).flatten().long(), torch.ones_like(here).flatten())
-        rows, plan, weights = self.inside.dispatch(rows, weights, here, counts[:number])
+        rows, plan, weights = self.inside.dispatch(rows, weights, here, counts_here(here, number))
         plan.crossing = crossing, sizes
         return rows, plan, weights
 
@@ -128,6 +127,14 @@ class ByNodes:
         crossing, (there, here) = plan.crossing
         rows = Send.apply(self.inside.combine(y, plan), here, there, self.between)
         return unpermute(with_unrouted(rows, crossing), crossing)
+
+
+def counts_here(experts: Tensor, number: int) -> Tensor:
+    """How often each of experts 0 to number - 1 was chosen, [number] int32; -1 are choices of experts elsewhere. The
+    host does not wait."""
+    counts = experts.new_zeros(number + 1, dtype=torch.int32)  # the last: choices of experts elsewhere
+    chosen = experts.where(experts >= 0, number).flatten().long()
+    return counts.scatter_add_(0, chosen, torch.ones_like(chosen, dtype=torch.int32))[:number]
 
 
 class SendFp8(torch.autograd.Function):
@@ -155,10 +162,13 @@ class SendFp8(torch.autograd.Function):
         return unpermute(with_unrouted(Send.apply(gradient, here, there, ctx.group), plan), plan), *[None] * 6
 
 
-def expect_pow2(experts: nn.Module) -> None:
+def takes_fp8_rows(experts: nn.Module) -> bool:
+    """Whether rows can travel to them in FP8: not to bf16 experts, to which a layer may have switched. Raises
+    InputError for FP8 experts with scales of any value."""
     fp8 = getattr(experts, "fp8", None)
-    if fp8 is None or not fp8.pow2:
+    if fp8 is not None and not fp8.pow2:
         raise InputError("rows can travel in FP8 to FP8 experts with scales that are powers of two (pow2) alone")
+    return fp8 is not None
 
 
 def exchanged(counts: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Sizes]:
@@ -175,16 +185,19 @@ def with_unrouted(rows: Tensor, plan: Plan) -> Tensor:
     return nn.functional.pad(rows, (0, 0, 0, unrouted)) if unrouted else rows
 
 
-def shard_experts_(model: nn.Module, group: dist.ProcessGroup | DeviceMesh, exchange: str = "bf16") -> None:
+def shard_experts_(
+    model: nn.Module, group: dist.ProcessGroup | DeviceMesh, exchange: str | Callable[[MoE], Exchange] = "bf16"
+) -> None:
     """Keep this rank's experts of every MoE layer of `model`, in place, and exchange rows over `group`: a process
     group, or a mesh of nodes x ranks of a node, for the exchange `ByNodes`.
 
     Every rank must have the same weights before. Rank r of ep keeps experts r E / ep up to (r + 1) E / ep; router, bias
     and counts stay those of all experts. Call it before an optimizer is made, and before or after `to_fp8`. exchange:
-    "fp8" sends rows to their experts in FP8, see `AllToAll`. Raises InputError where ep does not divide the experts;
-    the forward raises it for "fp8" with other experts than FP8 ones with pow2 scales.
+    "fp8" sends rows to their experts in FP8, see `AllToAll`; a function makes another exchange for a layer, as the one
+    that `deep_ep.deep_ep` returns. Raises InputError where ep does not divide the experts; the forward raises it for
+    "fp8" and FP8 experts without pow2 scales.
     """
-    if exchange not in EXCHANGES:
+    if isinstance(exchange, str) and exchange not in EXCHANGES:
         raise InputError(f"exchange {exchange!r}: it must be one of {', '.join(EXCHANGES)}")
     if isinstance(group, DeviceMesh):
         ep, rank = group.size(), dist.get_rank(group.get_group(0)) * group.size(1) + dist.get_rank(group.get_group(1))
@@ -202,7 +215,8 @@ def shard_experts_(model: nn.Module, group: dist.ProcessGroup | DeviceMesh, exch
             p = getattr(moe.experts, weight)
             part = p.detach()[first : first + number // ep].clone()
             setattr(moe.experts, weight, nn.Parameter(part, requires_grad=p.requires_grad))
-        moe.exchange = kind(moe, group, exchange == "fp8")  # type: ignore[assignment]
+        made = exchange(moe) if callable(exchange) else kind(moe, group, exchange == "fp8")  # type: ignore[arg-type]
+        moe.exchange = made  # type: ignore[assignment]
 
 
 def expert_parameters(model: nn.Module) -> set[nn.Parameter]:

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..model import Ling, LingConfig
 from ..model.checkpoint import named_views
@@ -19,6 +20,11 @@ class Official(NamedTuple):
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(stop - start for start, stop in self.box[len(self.box) - self.ndim :])
+
+    def of(self, whole: Tensor) -> Tensor:
+        """The key's tensor as a view of the whole parameter."""
+        slices = tuple(slice(*bounds) for bounds in self.box)
+        return whole[slices][(0,) * (len(slices) - self.ndim)]
 
 
 class Parameter(NamedTuple):

@@ -10,12 +10,11 @@ linear layers and experts are computed later; all others belong to the first par
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage
 
 from ..model import Ling
 from ..model.packing import IGNORE, Batch, shift, unpack
@@ -26,6 +25,9 @@ from .deferred import defer_linear_
 from .pipeline_layout import PipelineLayout
 from .schedules import Order, check, is_split, schedule_order, step_text
 from .torch_schedules import make_schedule
+
+if TYPE_CHECKING:
+    from torch.distributed.pipelining import PipelineStage
 
 LOSSES = ("main_loss", "mtp_loss", "z_loss")
 
@@ -189,8 +191,9 @@ class Pipeline:
         self.schedule = make_schedule(parts, actions, micro_batches, loss_of)
         self.micro_batches = micro_batches
 
-    def torch_stage(self, s: int, stage: Stage, T: int, device: torch.device) -> PipelineStage:
+    def torch_stage(self, s: int, stage: Stage, T: int, device: torch.device) -> "PipelineStage":
         """Sizes are given: else the runtime finds them by a forward on memory of any values, which counts tokens."""
+        from torch.distributed.pipelining import PipelineStage
 
         def sent(s: int) -> tuple[Tensor, ...]:
             hidden = (T, self.model.config.hidden_size)
@@ -203,6 +206,10 @@ class Pipeline:
             outputs = sent(s) if s < last else (torch.empty(1, requires_grad=True),)
         builder = self.take_later if self.split else None
         return PipelineStage(stage, s, last + 1, device, inputs, outputs, group=self.group, dw_builder=builder)
+
+    def stages_here(self) -> str:
+        """The units of this rank's stages."""
+        return ", ".join(self.layout.stages[s] or "empty" for s in self.stages)
 
     def take_later(self) -> Callable[[], None]:
         """The weight gradients that are queued, as torch's runtime asks for them after each backward."""

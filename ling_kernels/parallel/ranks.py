@@ -1,14 +1,16 @@
 """The processes that torchrun started, how they share the work, and how they agree.
 
-    rank = (stage * dp + d) * cp + c    d of 0..dp-1: takes its own sequences of the batch
-                                        c of 0..cp-1: takes its own tokens of these sequences
+    rank = ((stage * dp + d) * cp + c) * tp + t    d of 0..dp-1: takes its own sequences of the batch
+                                                   c of 0..cp-1: takes its own tokens of these sequences
+                                                   t of 0..tp-1: its own of those, and its own heads
 
-The dp x cp ranks of a stage are replicas: what is not divided they hold alike. Among them ep neighbours divide the
-experts, and vocab neighbours the rows of embedding and head. So ranks that exchange much are neighbours, and up to the
-GPUs of a node in one node. A `Ranks()` without processes is one process: every method then returns at once what it was
-given.
+The dp x cp x tp ranks of a stage are replicas: what is not divided they hold alike. Among them ep neighbours divide
+the experts, and vocab neighbours the rows of embedding and head. So ranks that exchange much are neighbours, and up to
+the GPUs of a node in one node. A `Ranks()` without processes is one process: every method then returns at once what it
+was given.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -49,11 +51,12 @@ class Ranks:
     dp: int = 1
     cp: int = 1
     pp: int = 1
+    tensor: Division = Division()  # of the weights of attention and MLPs; its group also shares sequences
     experts: Division = Division()
     vocabulary: Division = Division()
     world: dist.ProcessGroup | None = field(default=None, repr=False)
-    replicas: dist.ProcessGroup | None = field(default=None, repr=False)  # the dp x cp ranks of this stage
-    context: dist.ProcessGroup | None = field(default=None, repr=False)  # the cp ranks that share sequences
+    replicas: dist.ProcessGroup | None = field(default=None, repr=False)  # the dp x cp x tp ranks of this stage
+    context: dist.ProcessGroup | None = field(default=None, repr=False)  # the cp ranks of one part of heads and rows
     stages: dist.ProcessGroup | None = field(default=None, repr=False)  # the pp ranks of this rank's tokens
     nodes: DeviceMesh | None = field(default=None, repr=False)  # the ranks of `experts`, as nodes x ranks of a node
     writers: dist.ProcessGroup | None = field(default=None, repr=False)  # all, for the threads that write checkpoints
@@ -66,31 +69,41 @@ class Ranks:
 
     @property
     def stage(self) -> int:
-        return self.rank // (self.dp * self.cp)
+        return self.rank // (self.dp * self.sharing)
 
     @property
     def replica(self) -> int:
         """This rank's number among the replicas of its stage."""
-        return self.rank % (self.dp * self.cp)
+        return self.rank % (self.dp * self.sharing)
 
     @property
     def sequences(self) -> int:
         """This rank's number among the dp that take their own sequences."""
-        return self.replica // self.cp
+        return self.replica // self.sharing
+
+    @property
+    def sharing(self) -> int:
+        """How many ranks of a stage share the tokens of the same sequences."""
+        return self.cp * self.tensor.number
+
+    @property
+    def tokens_multiple(self) -> int:
+        """What divides a number of tokens that these ranks can share."""
+        return self.cp * math.lcm(2, self.tensor.number) if self.cp > 1 else self.tensor.number
 
     def arranged(
         self, dp: int | None = None, ep: int = 1, pp: int = 1, cp: int = 1, vocab: int = 1, by_nodes: bool = False,
-        timeout: float | None = None,
+        timeout: float | None = None, tp: int = 1,
     ) -> "Ranks":  # fmt: skip
-        """These processes as pp x dp x cp, where ep of dp x cp divide the experts and `vocab` of them the vocabulary;
-        dp None: as many as there are.
+        """These processes as pp x dp x cp x tp, where ep of dp x cp x tp divide the experts and `vocab` of them the
+        vocabulary; dp None: as many as there are.
 
         by_nodes: make the mesh of nodes that the ranks of `experts` are on. timeout: seconds that a rank waits for
         another during training, None for torch's. Every rank calls it. Raises InputError where the numbers do not fit
         the processes.
         """
-        dp = max(self.size // (pp * cp), 1) if dp is None else dp
-        check_sizes(self.size, dp, ep, pp, cp, vocab)
+        dp = max(self.size // (pp * cp * tp), 1) if dp is None else dp
+        check_sizes(self.size, dp, ep, pp, cp, vocab, tp)
         local = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
         if by_nodes and (ep <= local or ep % local):
             raise InputError(f"--exchange-by-nodes: --ep {ep} are not all processes of two or more machines, each with"
@@ -100,11 +113,13 @@ class Ranks:
         limit = None if timeout is None else timedelta(seconds=timeout)
 
         def mine(groups: list[list[int]]) -> dist.ProcessGroup | None:
-            """Every rank makes every group, in the same order, as torch asks."""
-            made = {tuple(g): dist.new_group(g, timeout=limit) for g in groups if len(g) > 1}
-            return next((group for members, group in made.items() if self.rank in members), None)
+            """This rank's one of the groups, which only its members make: there are many in a large job."""
+            members = next(g for g in groups if self.rank in g)
+            if len(members) == 1:
+                return None
+            return dist.new_group(members, timeout=limit, use_local_synchronization=True)
 
-        n = dp * cp
+        n = dp * cp * tp
         by_stage = [list(range(s * n, (s + 1) * n)) for s in range(pp)]
 
         def neighbours(number: int, among: list[list[int]] = by_stage) -> list[list[int]]:
@@ -114,6 +129,7 @@ class Ranks:
             twins = [stage[i::number] for stage in by_stage for i in range(number)]
             return Division(number, self.rank % n % number, mine(neighbours(number)), mine(twins))
 
+        on_hosts = "fake" if dist.get_backend() == "fake" else "gloo"  # fake: processes of a plan, which is one
         nodes = None
         if by_nodes:
             crossing = [ranks[i::local] for ranks in neighbours(ep) for i in range(local)]
@@ -125,13 +141,13 @@ class Ranks:
         return replace(
             self,
             dp=dp, cp=cp, pp=pp,
-            experts=divided(ep), vocabulary=divided(vocab),
+            tensor=divided(tp), experts=divided(ep), vocabulary=divided(vocab),
             world=mine([list(range(self.size))]),
             replicas=mine(by_stage),
-            context=mine(neighbours(cp)),
+            context=mine([ranks[t::tp] for ranks in neighbours(cp * tp) for t in range(tp)]),
             stages=mine([list(range(i, self.size, n)) for i in range(n)]),
             nodes=nodes,
-            writers=dist.new_group(timeout=PATIENCE, backend="gloo"),
+            writers=dist.new_group(timeout=PATIENCE, backend=on_hosts),
         )  # fmt: skip
 
     def in_thread(self) -> "Ranks":
@@ -188,7 +204,7 @@ class Ranks:
 
     def of_stages(self, value: T) -> list[T]:
         """The value of the first rank of each stage."""
-        return self.exchange(value)[:: self.dp * self.cp]
+        return self.exchange(value)[:: self.dp * self.sharing]
 
     def compare(self, **values: Any) -> None:
         """Raise InputError, naming the rank, where a value is not the same on every rank."""
@@ -229,18 +245,20 @@ def is_agreed(error: InputError) -> bool:
     return getattr(error, "on_all_ranks", False)
 
 
-def check_sizes(size: int, dp: int, ep: int, pp: int, cp: int = 1, vocab: int = 1) -> None:
-    """Raise InputError where dp x cp x pp are not the processes, and where ep or vocab does not divide dp x cp."""
-    if dp * cp * pp != size:
-        numbers = f"--dp {dp} times --pp {pp}" + f" times --cp {cp}" * (cp > 1)
+def check_sizes(size: int, dp: int, ep: int, pp: int, cp: int = 1, vocab: int = 1, tp: int = 1) -> None:
+    """Raise InputError where dp x cp x tp x pp are not the processes, and where ep or vocab does not divide the
+    processes of a stage."""
+    n, sharing = dp * cp * tp, {"--cp": cp, "--tp": tp}
+    if n * pp != size:
+        numbers = f"--dp {dp} times --pp {pp}" + "".join(f" times {f} {v}" for f, v in sharing.items() if v > 1)
         raise InputError(
-            f"{numbers} are {dp * cp * pp} processes, and there {'is' if size == 1 else 'are'} {size}:"
+            f"{numbers} are {n * pp} processes, and there {'is' if size == 1 else 'are'} {size}:"
             f" start them with torchrun, --nproc-per-node times --nnodes"
         )
+    flags = " and ".join(["--dp", *(f for f, v in sharing.items() if v > 1)])
     for flag, number, what in (("--ep", ep, "experts"), ("--vocab-parallel", vocab, "vocabulary")):
-        if dp * cp % number:
-            raise InputError(f"{flag} {number} does not divide the {dp * cp} processes of --dp{' and --cp' * (cp > 1)}"
-                             f", which share the {what}")  # fmt: skip
+        if n % number:
+            raise InputError(f"{flag} {number} does not divide the {n} processes of {flags}, which share the {what}")
 
 
 def start() -> Ranks:

@@ -1,4 +1,4 @@
-"""The share of a model that each rank trains: its experts, rows of the vocabulary, stages of a pipeline, and the
+"""The share of a model that each rank trains: its heads, experts, rows of the vocabulary, stages of a pipeline, and the
 parameters whose optimizer state it keeps. Also the sums over ranks that a step needs.
 
 Replicas hold the same weights. Each parameter has an owner among the ranks that hold it: gradients are
@@ -7,15 +7,17 @@ stage 1, arXiv 1910.02054, by whole parameters). As no parameter is cut, every o
 also Muon, which needs whole matrices, and 8-bit AdamW, whose blocks and random bits follow a parameter.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..model import Ling
-from ..nn import Router
+from ..nn import Exchange, MoE, Router
 from ..ops.grad_norm import grad_norm
 from .boxes import EVERYTHING, Part, equal_part
 from .context import context_parallel_
@@ -23,6 +25,7 @@ from .exchange import expert_parameters, shard_experts_
 from .official import Parameter, official_keys
 from .pipeline import Pipeline
 from .ranks import Division, Ranks
+from .tensor import tensor_parallel_
 from .vocabulary import shard_vocabulary_
 
 
@@ -41,7 +44,11 @@ class Shares:
     """
 
     def __init__(
-        self, model: Ling, ranks: Ranks, pipeline: Callable[[], Pipeline] | None = None, exchange: str = "bf16"
+        self,
+        model: Ling,
+        ranks: Ranks,
+        pipeline: Callable[[], Pipeline] | None = None,
+        exchange: str | Callable[[MoE], Exchange] = "bf16",
     ):
         self.model, self.ranks, self.config = model, ranks, model.config
         self.names = [name for name, _ in model.named_parameters()]
@@ -50,8 +57,13 @@ class Shares:
         # By name, as a parameter may become another object on its way to a GPU: how it is divided, the group of those
         # that hold it too, its owner's rank there.
         self.divided: dict[str, Division] = {}
+        self.begun: list[tuple[nn.Parameter, int, Any]] = []  # sums under way: of what, on which rank
         if ranks.context is not None:
             context_parallel_(model, ranks.context)
+        self.cuts: dict[str, Part] = {}  # this rank's parts of weights that tensor parallelism divides
+        if ranks.tensor.group is not None:
+            self.cuts = tensor_parallel_(model, ranks.tensor.group)
+            self.divided |= dict.fromkeys(self.cuts, ranks.tensor)
         if ranks.experts.group is not None:
             shard_experts_(model, ranks.nodes or ranks.experts.group, exchange)
             experts = expert_parameters(model)
@@ -77,26 +89,58 @@ class Shares:
         """The parameters and experts' biases of the whole model."""
         return official_keys(self.config)
 
-    def owns(self, name: str) -> bool:
-        group = self.group[name]
-        return group is None or dist.get_rank(group) == self.owner[name]
+    def owns(self, name: str, replica: int | None = None) -> bool:
+        """Whether this rank, or another replica of its stage, has the parameter's sums and optimizer state, for what it
+        holds of it."""
+        replica = self.ranks.replica if replica is None else replica
+        number = self.divided[name].number if name in self.divided else 1
+        return replica // number == self.owner[name]
 
     def shared(self) -> list[tuple[nn.Parameter, int, dist.ProcessGroup]]:
         """Parameters that other ranks hold too, with the owner's rank among all and the group."""
         found = ((p, self.group[name], self.owner[name]) for name, p in self.model.named_parameters())
         return [(p, dist.get_global_rank(group, owner), group) for p, group, owner in found if group is not None]
 
+    @contextmanager
+    def sums_in_backward(self) -> Iterator[None]:
+        """Around the last backward of a step: the sum of a gradient begins once the gradient is complete, while the
+        backward goes on; `sum_gradients_` waits for them. Sums begin in one order on all ranks, that in which gradients
+        are completed roughly, and all of them before this ends, so that no other message comes between them."""
+        waiting, complete = self.to_sum(), set()
+
+        def on_complete(p: Tensor) -> None:
+            complete.add(id(p))
+            while waiting and id(waiting[0][0]) in complete:
+                self.begin_sum(*waiting.pop(0))
+
+        hooks = [p.register_post_accumulate_grad_hook(on_complete) for p, _, _ in waiting]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for shared in waiting:
+            self.begin_sum(*shared)
+
+    def to_sum(self) -> list[tuple[nn.Parameter, int, dist.ProcessGroup]]:
+        return [shared for shared in self.shared() if shared[0].requires_grad][::-1]
+
+    def begin_sum(self, p: nn.Parameter, owner: int, group: dist.ProcessGroup) -> None:
+        if p.grad is None:  # this rank had no token for it
+            p.grad = torch.zeros_like(p)
+        self.begun.append((p, owner, dist.reduce(p.grad, owner, group=group, async_op=True)))
+
     def sum_gradients_(self) -> None:
         """Add up every gradient on its owner; the others' are freed. The loss of each rank must be its tokens' share
         of the global loss."""
-        shared = [(p, owner, group) for p, owner, group in self.shared() if p.requires_grad]
-        for p, _, _ in shared:
-            if p.grad is None:  # this rank had no token for it
-                p.grad = torch.zeros_like(p)
-        wait([dist.reduce(p.grad, owner, group=group, async_op=True) for p, owner, group in shared])
-        for p, owner, _ in shared:
+        if not self.begun:
+            for shared in self.to_sum():
+                self.begin_sum(*shared)
+        wait([work for _, _, work in self.begun])
+        for p, owner, _ in self.begun:
             if owner != self.ranks.rank:
                 p.grad = None
+        self.begun.clear()
 
     def norm(self) -> Tensor:
         """The norm of all gradients after `sum_gradients_`, a scalar that is equal on every rank."""
@@ -143,15 +187,19 @@ class Shares:
         """Which part of a whole parameter or experts' bias this rank holds."""
         if name not in self.divided:
             return EVERYTHING
+        if name in self.cuts:
+            return self.cuts[name]
         division = self.divided[name]
         return equal_part(division.part, division.number, self.official[name].shape[0])
 
-    def owned(self) -> set[str]:
-        """Names of the parameters and experts' biases that this rank writes to a checkpoint: those whose optimizer
-        state it keeps, once of those that several stages hold; biases, which are whole and equal, on the first."""
+    def owned(self, replica: int | None = None) -> set[str]:
+        """Names of the parameters and experts' biases that this rank, or another replica of its stage, writes to a
+        checkpoint: those whose optimizer state it keeps, once of those that several stages hold; biases, which are
+        whole and equal, on the first."""
+        replica = self.ranks.replica if replica is None else replica
         biases = [name for name, _ in self.model.named_buffers() if name.endswith("expert_bias")]
-        names = {name for name, _ in self.model.named_parameters() if self.owns(name)} - self.counted_elsewhere
-        return names.union(biases if self.ranks.replica == 0 else [])
+        names = {name for name, _ in self.model.named_parameters() if self.owns(name, replica)}
+        return (names - self.counted_elsewhere).union(biases if replica == 0 else [])
 
 
 VOCABULARY = ("word_embeddings.weight", "lm_head.weight")  # which several stages of a pipeline may hold

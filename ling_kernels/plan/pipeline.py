@@ -81,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
 
 OWN = ("pp", "vpp", "dp", "ep", "zero", "pipeline", "schedule", "gpu", "memory", "losses_together", "overlap", "tries",
        "csv", "png")  # fmt: skip
-NOT_PLANNED = ("cp", "vocab_parallel", "exchange", "exchange_by_nodes", "dist_timeout")
+NOT_PLANNED = ("cp", "tp", "vocab_parallel", "exchange", "exchange_by_nodes", "dist_timeout")
 
 
 def make_problem(flags: dict, options: argparse.Namespace) -> Problem:

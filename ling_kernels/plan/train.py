@@ -18,10 +18,11 @@ from ..model import LingConfig
 from ..nn.fp8 import FP8_ROWS
 from ..ops.quantize import BLOCK, padded_slots
 from ..parallel.layout import Layout
-from ..train.cli import add_layout_flag
-from ..train.flags import add_flags
+from ..parallel.ranks import Ranks
+from ..train.flags import add_flags, add_layout_flag
 from ..train.optimizer import to_masters
 from ..train.prepare.checks import check
+from ..train.prepare.checks_parallel import check_parallel
 from ..train.prepare.models import model_config
 from ..train.prepare.sizes import checkpoint_bytes, checkpoints_at_once, disk_bytes
 from ..train.scaling import with_defaults
@@ -29,6 +30,7 @@ from ..train.settings import Settings, settings_of
 from ..train.trainer import apply_fp8_and_recompute
 from .decode_time import EFFICIENCY
 from .memory import KINDS, LAYOUT_KINDS, RESERVE, MemoryPlan, plan_memory
+from .processes import held_by_processes, process_lines, processes_of
 from .ranks import SINGLE_GPU, Rank
 from .train_time import BF16_SHARE, LAUNCH, step_seconds
 
@@ -56,10 +58,26 @@ def show(options: dict, layout: str | None, gpu_hour: float | None = None) -> in
     if gpu_hour is not None and not 0 < gpu_hour < math.inf:
         raise InputError(f"--gpu-hour {gpu_hour}: a price is more than 0")
     settings = settings_of(options)
-    layout = layout_of(settings) if layout is None else Layout.parse(layout)
+    given, layout = layout, layout_of(settings) if layout is None else Layout.parse(layout)
     config, weights = model_config(settings)
     settings, _ = with_defaults(settings, config, trained=weights is not None)
     check(settings, config)
+    check_division(given, settings, config)
+    host = checkpoint_bytes(config, settings) // (layout.dp * layout.pp)
+    if given is None and processes_of(settings) > 1:
+        held = held_by_processes(config, settings)
+        host = max(h.written for h in held)
+        print(f"Processes of {settings.model}, {config.num_parameters(mtp=True):,} parameters")
+        print(*process_lines(held, settings), "", sep="\n")
+        if (
+            settings.cp * settings.tp * settings.vocab_parallel > 1
+            or settings.pipeline
+            or config.num_hidden_layers % layout.pp
+        ):
+            print("Time, and memory of activations, are predicted for layers in equal numbers, whole rows and a whole"
+                  " vocabulary alone;\npython -m ling_kernels.plan pipeline predicts them for any stages.")  # fmt: skip
+            print(*storage_lines(config, settings, False, host), sep="\n")
+            return 0
     settings, one_gpu = rank_settings(layout, settings, config), layout == Layout()
     where = "on one GPU" if one_gpu else f"on the fullest of {layout.dp * layout.pp} GPUs: {layout}"
     print(f"Memory of a step: {settings.model}, {config.num_parameters(mtp=True):,} parameters, {where}")
@@ -72,8 +90,21 @@ def show(options: dict, layout: str | None, gpu_hour: float | None = None) -> in
     if not one_gpu:
         print(*layout_lines(settings, layout, stage, plans), sep="\n")
     print(*time_lines(config, settings, layout, plans, worst, gpu_hour), sep="\n")
-    print(*storage_lines(config, settings, one_gpu), sep="\n")
+    print(*storage_lines(config, settings, one_gpu, host), sep="\n")
     return 0
+
+
+def check_division(layout: str | None, s: Settings, config: LingConfig) -> None:
+    """Raise InputError for flags of several processes that --layout would leave out, or that one process cannot have;
+    those of several are checked where they are divided."""
+    if layout is None:
+        if processes_of(s) == 1:
+            check_parallel(s, config, Ranks())
+        return
+    names = ("dp", "cp", "tp", "ep", "vocab_parallel", "pp", "pipeline", "schedule")
+    given = [f"--{name.replace('_', '-')} {value}" for name in names if (value := getattr(s, name)) not in (None, 1)]
+    if given:
+        raise InputError(f"--layout {layout} takes the place of {', '.join(given)}: give one of the two")
 
 
 def layout_of(s: Settings) -> Layout:
@@ -204,15 +235,16 @@ def time_lines(
     return ["", *lines, *textwrap.wrap(about, 118)]
 
 
-def storage_lines(config: LingConfig, s: Settings, one_gpu: bool) -> list[str]:
-    """Disk and host memory of the checkpoints, of all GPUs together."""
+def storage_lines(config: LingConfig, s: Settings, one_gpu: bool, host: int) -> list[str]:
+    """Disk and host memory of the checkpoints. host: of one process, which holds its part of them."""
     one, (usual, most) = checkpoint_bytes(config, s), checkpoints_at_once(s)
     all_of_them = f"{format_bytes(disk_bytes(config, s, usual))} for {usual} at once and the exported model"
     if most > usual:
         all_of_them += f"; for {most}, as after a stop, {format_bytes(disk_bytes(config, s, most))}"
+    part = "" if one_gpu else " for the part of a process"
     whose = "a checkpoint" if one_gpu else "a checkpoint of all GPUs together"
     return ["", f"{'disk':<12}{format_bytes(one):>10}  {whose}; {all_of_them}",
-            f"{'host':<12}{format_bytes(one):>10}  at most, while a checkpoint is written"]  # fmt: skip
+            f"{'host':<12}{format_bytes(host):>10}  at most{part}, while a checkpoint is written"]  # fmt: skip
 
 
 def span(seconds: float) -> str:
@@ -224,14 +256,14 @@ def span(seconds: float) -> str:
 
 
 def layout_lines(s: Settings, layout: Layout, stage: int, plans: dict[int, MemoryPlan]) -> list[str]:
-    """The peaks of the other stages, and that the trainer uses one GPU."""
+    """The peaks of the other stages."""
     lines, number = [], s.batch // (s.micro_batch or s.batch)
     if layout.pp > 1:
         stages = ", ".join(
             f"{i + 1} {format_bytes(plan.peak)} ({layout.in_flight(i, number)} in flight)" for i, plan in plans.items()
         )
         lines.append(f"{'stages':<12}  {stages}; this is stage {stage + 1}; equal ones have fewer in flight")
-    return [*lines, f"{'planned':<12}  this package trains on one GPU"]
+    return lines
 
 
 def padding(s: Settings, config: LingConfig, rank: Rank) -> float:

@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING
 EXPORTS = dict(
     loop=("Loop", "LoopSettings"),
     policy=("AVERAGES", "ICEPOP", "LEVELS", "METHODS", "PolicyLoss", "group_advantages", "icepop", "policy_loss"),
+    preference=("PreferenceLoss", "preference_loss"),
     reward_processes=("RewardProcesses", "Score"),
     rewards=("apex_eval", "bradley_terry", "evo_cot_rewards", "length_rewards", "pass_at_k", "win_rates"),
+    rollout=("Answer", "answer_logp"),
+    rollout_function=("RolloutFunction",),
     sentences=("PAUSES", "sentence_lengths"),
     tasks=("TASKS", "Problem", "exact"),
 )
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
     from .policy import group_advantages as group_advantages
     from .policy import icepop as icepop
     from .policy import policy_loss as policy_loss
+    from .preference import PreferenceLoss as PreferenceLoss
+    from .preference import preference_loss as preference_loss
     from .reward_processes import RewardProcesses as RewardProcesses
     from .reward_processes import Score as Score
     from .rewards import apex_eval as apex_eval
@@ -37,6 +42,9 @@ if TYPE_CHECKING:
     from .rewards import length_rewards as length_rewards
     from .rewards import pass_at_k as pass_at_k
     from .rewards import win_rates as win_rates
+    from .rollout import Answer as Answer
+    from .rollout import answer_logp as answer_logp
+    from .rollout_function import RolloutFunction as RolloutFunction
     from .sentences import PAUSES as PAUSES
     from .sentences import sentence_lengths as sentence_lengths
     from .tasks import TASKS as TASKS

@@ -4,6 +4,7 @@ One step: the engine gets the weights and writes `samples` answers to each of `p
 them in processes of their own; `updates` optimizer steps follow, each over its share of the problems.
 """
 
+import argparse
 import copy
 import json
 import time
@@ -22,6 +23,7 @@ from ..errors import Diverged, InputError
 from ..files import lock_folder
 from ..generate import Engine
 from ..model import Ling, load_model, save_model
+from ..nn.batch_invariant import batch_invariant_
 from ..ops.grad_norm import grad_norm
 from ..parallel.ranks import Ranks
 from ..parallel.shares import Shares
@@ -56,10 +58,18 @@ class LoopSettings:
     samples: int = flag(8, "answers to each problem, a group", least=2)
     updates: int = flag(2, "optimizer steps of a step, each over its share of the problems", least=1)
     new_tokens: int = flag(40, "tokens of an answer at most", least=1)
-    temperature: float = flag(1.0, "of the answers", above=0)
+    temperature: float = flag(1.0, "of the answers; losses are of the policy at temperature 1", above=0)
     icepop: str = flag(
         "none", "leaves out tokens that trainer and engine rate too differently: 0.5 to 5 times, or 0.5 to 2",
         choices=("none", *ICEPOP),
+    )  # fmt: skip
+    replay_routing: bool = flag(
+        False, "the trainer takes the experts that the engine chose, with weights of its own",
+        action=argparse.BooleanOptionalAction, shown="off",
+    )  # fmt: skip
+    batch_invariant: bool = flag(
+        False, "engine and trainer agree to the bit, whatever the batch; on a CPU in fp32, and slower",
+        action=argparse.BooleanOptionalAction, shown="off",
     )  # fmt: skip
     evo_cot: float | None = flag(None, "Evo-CoT's reward, with this weight of the length", least=0, shown="off")
     kl: float = flag(0.0, "weight of the divergence from the model at the start", least=0)
@@ -158,12 +168,17 @@ class Loop:
         self.device, self.device_name, self.precision = choose_device(Settings(device=s.device, precision=s.precision))
         self.tokenizer = load_tokenizer(folder)
         self.model = load_model(folder, dtype=torch.float32, device=self.device).train()
+        if s.batch_invariant:
+            batch_invariant_(self.model)
         self.shares = Shares(self.model, Ranks())  # of one process
         shared = self.precision == torch.float32
         actor = self.model if shared else copy.deepcopy(self.model).to(self.precision)
         answers = s.prompts * s.samples
         room = min(self.model.config.max_positions, PROMPT + s.new_tokens)
-        self.engine = Engine(actor, cache_tokens=answers * room, max_running=answers, max_rows=max(answers, 2048))
+        self.engine = Engine(
+            actor, cache_tokens=answers * room, max_running=answers, max_rows=max(answers, 2048),
+            record_routing=s.replay_routing,
+        )  # fmt: skip
         self.reference = None
         if s.kl:
             self.reference = load_model(source, dtype=torch.float32, device=self.device).requires_grad_(False)

@@ -5,12 +5,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..errors import InputError
 from ..generate import Engine
 from ..model import Ling
+from ..model.packing import IGNORE
 from ..model.sample import Sampling
 from ..nn import BatchLayout
+from ..nn.batch_invariant import ROWS, PinnedLinear
 from ..ops.linear_cross_entropy import linear_cross_entropy
 
 
@@ -23,6 +26,7 @@ class Answer:
     logprobs: list[float]
     finished: str  # stop or length
     policy_version: int  # of the engine's weights
+    routing: Tensor | None = None  # [prompt + ids - 1, M, topk]: the inputs' experts, where the engine records them
 
 
 def rollout(
@@ -52,15 +56,18 @@ def rollout(
     for r in requests:
         if r.error is not None:
             raise r.error
-    return [Answer(r.prompt, r.new_tokens, [t.logprob for t in r.logprobs], r.finished, r.policy_version)
-            for r in requests]  # fmt: skip
+    return [
+        Answer(r.prompt, r.new_tokens, [t.logprob for t in r.logprobs], r.finished, r.policy_version, r.routing)
+        for r in requests
+    ]
 
 
 def answer_logp(model: Ling, answers: Sequence[Answer]) -> Tensor:
     """[T] fp32, with gradient: the model's log-probabilities of the answers' tokens, one answer after the other.
 
     All answers are one packed batch, and logits exist of 1,024 tokens at a time. The last token of an answer is no
-    input, as in the engine. Raises InputError for an answer without tokens.
+    input, as in the engine. Where all answers have their routing, it is replayed: those experts compute, with weights
+    from the model's own logits. Raises InputError for an answer without tokens.
     """
     if not all(a.ids for a in answers):
         raise InputError("an answer has no tokens")
@@ -74,5 +81,11 @@ def answer_logp(model: Ling, answers: Sequence[Answer]) -> Tensor:
     targets = torch.tensor([t for a in answers for t in a.ids], device=device)
     batch = model.pack(torch.cat(inputs)[None].to(device), None, bounds)
     layout = BatchLayout(model.cos, model.sin, batch.positions, batch.cu_seqlens)
+    if answers and all(a.routing is not None for a in answers):
+        experts = torch.cat([a.routing for a in answers])[None].to(device)  # type: ignore[misc]
+        layout = layout._replace(experts=model.forced(experts, batch.ids[None], batch))
     h, _ = model.backbone(batch.ids, layout)
-    return -linear_cross_entropy(h[torch.cat(rows).to(device)], model.lm_head.weight, targets, reduction="none")
+    h, T = h[torch.cat(rows).to(device)], len(targets)
+    if isinstance(model.lm_head, PinnedLinear):  # no chunk of few rows
+        h, targets = pad(h, (0, 0, 0, -T % ROWS)), pad(targets, (0, -T % ROWS), value=IGNORE)
+    return -linear_cross_entropy(h, model.lm_head.weight, targets, reduction="none")[:T]

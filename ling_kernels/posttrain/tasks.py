@@ -15,11 +15,9 @@ class Problem(NamedTuple):
 
 
 def arithmetic(random: Random) -> Problem:
-    """The sum of two numbers below 100, by its tens and ones: "27+58" -> "7+8=15; 20+50=70. 85"."""
-    a, b = random.randrange(100), random.randrange(100)
-    (tens_a, ones_a), (tens_b, ones_b) = divmod(a, 10), divmod(b, 10)
-    tens = f"{10 * tens_a}+{10 * tens_b}={10 * (tens_a + tens_b)}"
-    return Problem(f"{a}+{b}", f"{a + b}", f"{ones_a}+{ones_b}={ones_a + ones_b}; {tens}. {a + b}")
+    """The sum of three digits, one after the other: "3+8+5" -> "3+8=11; 11+5=16. 16"."""
+    a, b, c = (random.randrange(10) for _ in range(3))
+    return Problem(f"{a}+{b}+{c}", f"{a + b + c}", f"{a}+{b}={a + b}; {a + b}+{c}={a + b + c}. {a + b + c}")
 
 
 def sorting(random: Random) -> Problem:

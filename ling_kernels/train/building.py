@@ -10,6 +10,7 @@ from ..nn.fp8 import to_fp8
 from ..parallel.official import whole_on_meta
 from ..parallel.parts import draw_weights_, give_memory_, read_weights_
 from ..parallel.pipeline import Pipeline
+from ..parallel.ranks import Ranks
 from ..parallel.shares import Shares
 from .optimizer import to_masters
 from .prepare import Run
@@ -24,7 +25,7 @@ def make_model(run: Run) -> tuple[Ling, Shares]:
     if ranks.size > 1:
         model = whole_on_meta(run.config)
         to_masters(model, s.master)
-        pipeline = partial(make_pipeline, model, run) if ranks.pp > 1 else None
+        pipeline = partial(make_pipeline, model, s, ranks, run.precision, run.device) if ranks.pp > 1 else None
         shares = Shares(model, ranks, pipeline, s.exchange)
         give_memory_(model, run.device)
         if folder:
@@ -34,7 +35,8 @@ def make_model(run: Run) -> tuple[Ling, Shares]:
     else:
         if folder:
             model = load_model(folder, dtype=torch.float32, device=run.device)
-            model.config = run.config  # its end token may be the tokenizer's
+            model.config = run.config  # its end token may be the tokenizer's, its rotary base the settings'
+            model.reset_buffers()
         else:
             model = Ling(run.config)
             model.init_weights(torch.Generator().manual_seed(s.seed))  # on the CPU: the same on every device
@@ -46,14 +48,13 @@ def make_model(run: Run) -> tuple[Ling, Shares]:
     return model.train(), shares
 
 
-def make_pipeline(model: Ling, run: Run) -> Pipeline:
+def make_pipeline(model: Ling, s: Settings, ranks: Ranks, precision: torch.dtype, device: torch.device) -> Pipeline:
     """This process's stages of the model, in place."""
-    s, ranks = run.settings, run.ranks
-    layout = stages_of(s, run.config)
+    layout = stages_of(s, model.config)
     micro = s.micro_batch or s.batch // ranks.dp
     return Pipeline(
         model, layout, schedule_of(s, layout), s.batch // ranks.dp // micro, (micro, s.seq_len), ranks.stages,
-        run.precision, run.device,
+        precision, device,
     )  # fmt: skip
 
 

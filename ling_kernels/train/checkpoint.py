@@ -2,7 +2,9 @@
 
     config.json, model.safetensors   the weights in the precision of the masters, under official keys
     tokenizer.json, tokenizer_config.json   so that the folder is a complete model
-    optimizer.safetensors            the optimizer's state, by parameter
+    model.safetensors.index.json     which files hold the weights; of several processes each writes its own
+    optimizer.safetensors            the optimizer's state, by parameter; of several processes files and an index
+    merge.safetensors                the running merge, where there is one
     rng.safetensors                  the states of torch's random number generators
     state.json                       progress and settings of the run, time of writing (s since 1970), size and
                              checksum of the files above
@@ -16,13 +18,14 @@ import re
 import shutil
 import time
 import zlib
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..errors import InputError, one_line
 from ..files import user_path
 from ..model.config_json import is_integer
 from ..parallel.checkpoints import read_optimizer
@@ -57,7 +60,7 @@ def step_of(checkpoint: Path) -> int:
 def clear_leftovers(run: Path) -> None:
     """Remove checkpoints that a killed process left half-written or half-removed."""
     for path in (run / "checkpoints").glob(".step-*"):
-        shutil.rmtree(path)
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def data_folders(run: Path) -> set[str]:
@@ -96,6 +99,27 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     """The optimizer's state by the parameter's name: the tensors themselves."""
     names = {p: name for name, p in model.named_parameters()}
     return {f"{names[p]}.{key}": value for p, moments in optimizer.state.items() for key, value in moments.items()}
+
+
+@contextmanager
+def new_folder(out: str | Path) -> Iterator[Path]:
+    """A folder beside `out` to write a model to, which appears as `out` when all is written. Raises InputError where
+    that cannot be, and where it would be taken for a checkpoint of a run."""
+    out = user_path(out)
+    if out.exists():
+        raise InputError(f"{out} exists; it is not overwritten")
+    if out.absolute().parent.name == "checkpoints":
+        raise InputError(f"{out} would be taken for a checkpoint of its run: name a folder elsewhere")
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        partial.rename(out)
+    except OSError as error:
+        raise InputError(f"cannot write {out}: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def random_states() -> dict[str, Tensor]:
@@ -201,7 +225,7 @@ def is_progress(state: dict) -> bool:
         state.get(name, 0)
         for name in ("step", "sequences", "tokens", "bad", "skipped", "data_start", "sound", "proven")
     ]
-    recent, in_bf16 = state.get("recent", []), state.get("in_bf16", [])
+    recent, in_bf16, merged = (state.get(name, []) for name in ("recent", "in_bf16", "merged"))
     return (
         all(is_integer(n) and n >= 0 for n in counts)
         and state.get("data_start", 0) <= state.get("sequences", 0)
@@ -210,6 +234,8 @@ def is_progress(state: dict) -> bool:
         and isinstance(state["settings"], dict)
         and isinstance(recent, list)
         and all(isinstance(pair, list) and [type(x) for x in pair] == [float, float] for pair in recent)
+        and isinstance(merged, list)
+        and all(isinstance(pair, list) and [type(x) for x in pair] == [int, float] for pair in merged)
         and isinstance(in_bf16, list)
         and all(isinstance(name, str) for name in in_bf16)
     )
@@ -218,15 +244,20 @@ def is_progress(state: dict) -> bool:
 def restore(checkpoint: Path, shares: Shares, optimizer: torch.optim.Optimizer) -> None:
     """Load this process's part of the optimizer's state, and the random number generators'. The model must have the
     checkpoint's weights."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     named = dict(shares.model.named_parameters())
     for name, key, value in read_optimizer(checkpoint, shares):
         optimizer.state[named[name]][key] = value.to(named[name].device)
-    states = load_file(checkpoint / "rng.safetensors")
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
+    file = checkpoint / "rng.safetensors"
+    try:
+        states = load_file(file)
+        torch.set_rng_state(states["cpu"])
+        if "cuda" in states and torch.cuda.is_available():
+            torch.cuda.set_rng_state(states["cuda"])
+    except (OSError, SafetensorError, KeyError, TypeError, RuntimeError) as error:
+        raise InputError(f"{file} holds no states of random number generators: {one_line(str(error))}") from None
 
 
 def set_aside_later(run: Path, checkpoint: Path) -> list[Path]:

@@ -1,8 +1,8 @@
 """The command `python -m ling_kernels.train`: check the flags, train with reports and checkpoints, show the results."""
 
-import argparse
 import os
 import shlex
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -11,15 +11,16 @@ from pathlib import Path
 
 import torch
 
-from ..errors import Diverged, InputError, OtherRank, Parser, command, counted, one_line
+from ..errors import Diverged, InputError, OtherRank, command, counted, one_line
 from ..files import user_path
 from ..parallel.ranks import Ranks, is_lost_rank, start, stop
 from . import checkpoint as ckpt
 from .changes import described
-from .flags import add_flags, as_flags
+from .flags import as_flags, parser
 from .prepare import deterministic, latest_run, new_run, resumed_run
 from .prepare.checks_parallel import schedule_of, stages_of
 from .profiling import StepProfiler, recorded
+from .recipe import run_recipe, table
 from .report import SAMPLES, NoReport, Report, open_lines
 from .report.page import write_html
 from .report.plots import draw
@@ -36,7 +37,11 @@ def main(argv: Sequence[str] | None, planner) -> int:
     """planner: the module ling_kernels.plan.train, for --plan. It is above this room and comes as an argument."""
     try:
         options = vars(parser().parse_args(argv))
-        layout = options.pop("layout")
+        layout, recipe, sources = options.pop("layout"), options.pop("recipe"), options.pop("source")
+        if sources and not recipe:
+            raise InputError("--source is for --recipe: without one, --data gives the data")
+        if recipe:
+            return staged(recipe, sources or [], options, planner)
         if options.pop("plan"):
             if options.pop("resume"):
                 raise InputError("--plan is for a new run: leave --resume out")
@@ -59,6 +64,18 @@ def main(argv: Sequence[str] | None, planner) -> int:
         return 1
 
 
+def staged(recipe: str, sources: list[str], options: dict, planner) -> int:
+    """A recipe of several stages: --plan shows them; otherwise each stage that is not complete is a run."""
+    out, plan, resume = (options.pop(name) for name in ("out", "plan", "resume"))
+    if resume:
+        raise InputError("--resume is not for a recipe: the same command goes on where it was stopped")
+    if plan:
+        print(*table(recipe, options), sep="\n")
+        return 0
+    with deterministic(), interrupted_by_sigterm(), processes() as everyone:
+        return run_recipe(recipe, sources, out, options, lambda stage: run(stage, planner, everyone), everyone)
+
+
 @contextmanager
 def processes() -> Iterator[Ranks]:
     """The processes that torchrun started; only rank 0 prints inside, but for errors."""
@@ -76,36 +93,6 @@ def processes() -> Iterator[Ranks]:
             print(f"error: {rank} waited in vain for another: {one_line(str(error))}", file=sys.stderr)
             os._exit(1)  # the groups cannot be taken down in order, as others wait in them
     stop()
-
-
-def parser() -> Parser:
-    flags = Parser(
-        "python -m ling_kernels.train", usage="%(prog)s [flags]",
-        description="Train a Ling-2.0 model on one GPU or CPU. Without flags it trains tiny on the text that ships in"
-        " CPython, in minutes. docs/training.md has examples and explains what happens.",
-    )  # fmt: skip
-    flags.add_argument("--out", metavar="RUN", help="folder of a new run (default: runs/MODEL-DATE-TIME)")
-    flags.add_argument(
-        "--resume",
-        metavar="RUN",
-        help="a run, to continue from its latest checkpoint; or one of its checkpoints; or auto: the run in --out, or"
-        " else the latest of the model, or a new one where there is none (default: a new run)",
-    )
-    flags.add_argument(
-        "--plan", action="store_true", help="print the memory, time and disk that the run takes, and stop"
-    )
-    add_layout_flag(flags)
-    add_flags(flags)
-    return flags
-
-
-def add_layout_flag(flags: argparse.ArgumentParser) -> None:
-    flags.add_argument(
-        "--layout",
-        metavar="dp=N,ep=N,pp=N,zero=N",
-        help="plan for one of dp times pp GPUs: dp data parallel, groups of ep among them sharing the experts, pp"
-        " pipeline stages, zero 0 to 3 for what is sharded (default: one GPU)",
-    )
 
 
 def run(options: dict, planner, everyone: Ranks) -> int:
@@ -197,7 +184,10 @@ def train(trainer: Trainer, report: Report | NoReport) -> str | None:
             yield
         except NotSaved as error:
             saved = None
-            report.say(f"warning: {error}; training goes on, and tries again at the next checkpoint")
+            then = (
+                "training goes on, and tries again at the next checkpoint" if progress.step < s.steps else "once more"
+            )
+            report.say(f"warning: {error}; {then}")
 
     def save() -> None:
         nonlocal saved
@@ -291,11 +281,10 @@ def print_header(trainer: Trainer) -> None:
 def divided(s: Settings, trainer: Trainer) -> Iterator[str]:
     """What the processes divide."""
     ranks = trainer.ranks
-    yield f"{ranks.dp} divide the rows, groups of {ranks.experts.number} the experts"
-    if ranks.vocabulary.number > 1:
-        yield f"of {ranks.vocabulary.number} the vocabulary"
-    if ranks.cp > 1:
-        yield f"of {ranks.cp} the tokens of a row"
+    yield f"{ranks.dp} divide the rows"
+    divisions = (ranks.experts, "the experts"), (ranks.vocabulary, "the vocabulary"), (ranks.tensor, "heads and MLPs")
+    groups = [(division.number, what) for division, what in divisions] + [(ranks.cp, "the tokens of a row")]
+    yield from (f"groups of {number} {what}" for number, what in groups if number > 1)
     if ranks.pp > 1:
         layout = stages_of(s, trainer.config)
         yield f"{ranks.pp} the layers, {layout}, in the order {s.schedule or schedule_of(s, layout)}"
@@ -310,6 +299,9 @@ def finish_run(trainer: Trainer, planner) -> None:
         print(f"memory     {peak / 1e9:.2f} GB at the peak" + (f", {planned / 1e9:.2f} planned" if planned else ""))
     try:
         trainer.export(folder / "model")
+        if merged := trainer.merge.complete and trainer.ranks.first:
+            shutil.rmtree(folder / "merged", ignore_errors=True)  # of a run that went back
+            trainer.merge.write(folder / "merged", config, trainer.tokenizer)
     except InputError as error:
         kind = OtherNotSaved if isinstance(error, OtherRank) else NotSaved
         raise kind(f"{error}; the weights are in {ckpt.list_checkpoints(folder)[-1]}") from None
@@ -327,6 +319,8 @@ def finish_run(trainer: Trainer, planner) -> None:
         print(f"\nA sample that continues {prompt!r}:\n{text}\n")
     print(f"checkpoint {shown(ckpt.list_checkpoints(folder)[-1])}")
     print(f"model      {shown(folder / 'model')}")
+    if merged:
+        print(f"merged     {shown(folder / 'merged')}, {counted(len(trainer.merge.plan), 'step')}")
     if page := write_page(folder):
         print(f"report     {shown(page)}")
     for path in plots:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection
 from dataclasses import Field, fields
 from typing import Any
 
+from ..errors import Parser
 from .settings import PRESETS, Settings
 
 # The first setting of each group of the help.
@@ -13,6 +14,44 @@ GROUPS = dict(
     eval_every="validation, checkpoints, what is shown", dp="several GPUs, a process for each, by torchrun",
     device="device, precision, memory",
 )  # fmt: skip
+
+
+def parser() -> Parser:
+    flags = Parser(
+        "python -m ling_kernels.train", usage="%(prog)s [flags]",
+        description="Train a Ling-2.0 model on one GPU or CPU. Without flags it trains tiny on the text that ships in"
+        " CPython, in minutes. docs/training.md has examples and explains what happens.",
+    )  # fmt: skip
+    flags.add_argument("--out", metavar="RUN", help="folder of a new run (default: runs/MODEL-DATE-TIME)")
+    flags.add_argument(
+        "--resume",
+        metavar="RUN",
+        help="a run, to continue from its latest checkpoint; or one of its checkpoints; or auto: the run in --out, or"
+        " else the latest of the model, or a new one where there is none (default: a new run)",
+    )
+    flags.add_argument(
+        "--plan", action="store_true", help="print the memory, time and disk that the run takes, and stop"
+    )
+    flags.add_argument(
+        "--recipe", metavar="NAME",
+        help="train the stages of a recipe one after the other: tiny, mini, flash, 1t, or a folder of stages; other"
+        " flags are for all stages; with --plan, show them (default: one run)",
+    )  # fmt: skip
+    flags.add_argument(
+        "--source", nargs="+", metavar="NAME=PATH", help="the data of a recipe's sources (default: tiny has small ones)"
+    )
+    add_layout_flag(flags)
+    add_flags(flags)
+    return flags
+
+
+def add_layout_flag(flags: argparse.ArgumentParser) -> None:
+    flags.add_argument(
+        "--layout",
+        metavar="dp=N,ep=N,pp=N,zero=N",
+        help="plan for one of dp times pp GPUs: dp data parallel, groups of ep among them sharing the experts, pp"
+        " pipeline stages, zero 0 to 3 for what is sharded (default: one GPU)",
+    )
 
 
 def add_flags(parser: argparse.ArgumentParser, without: Collection[str] = ()) -> None:

@@ -14,7 +14,7 @@ import itertools
 import math
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -28,7 +28,7 @@ from ..nn.fp8 import to_fp8
 from ..nn.fp8_inference import SCALES, quantize_for_inference_
 from ..op import E4M3
 from ..ops.quantize import quantize_weight
-from .checkpoint import list_checkpoints, step_of
+from .checkpoint import list_checkpoints, new_folder, step_of
 from .report import read_lines
 from .schedule import DECAYS
 
@@ -49,14 +49,35 @@ def decay_weights(decay: Sequence[float]) -> list[float]:
 
 
 def named_weights(decay: str, number: int) -> list[float]:
-    """Weights of `number` checkpoints for a decay of DECAYS, whose value is taken after each i of `number` equal parts.
+    """Weights of `number` checkpoints for a decay, oldest first.
 
-    A linear decay thus gives the mean, as in the paper. The paper takes 1-sqrt at i / (number - 1), where it leaves the
-    last checkpoint out.
+    decay: of DECAYS, whose value is taken after each i of `number` equal parts. A linear decay thus gives the mean, as
+    in the paper, so `mean` is its other name. The paper takes 1-sqrt at i / (number - 1), where it leaves the last
+    checkpoint out. `ema:X` is the moving average m = (1 - X) m + X t from m = t_0 on. Numbers with commas between them
+    are the weights themselves. Raises InputError for anything else, and for numbers that do not add up to 1.
     """
-    if decay not in DECAYS:
-        raise InputError(f"decay {decay!r}: it must be one of {', '.join(DECAYS)}")
-    return decay_weights([DECAYS[decay](i / number) for i in range(1, number)])
+    name, colon, value = decay.partition(":")
+    decay = "linear" if decay == "mean" else decay
+    if decay in DECAYS:
+        return decay_weights([DECAYS[decay](i / number) for i in range(1, number)])
+    try:
+        if name == "ema" and colon and 0 < (x := float(value)) < 1:
+            return [(1 - x) ** (number - 1), *(x * (1 - x) ** (number - 1 - j) for j in range(1, number))]
+        weights = [] if name == "ema" else [float(text) for text in decay.split(",")]
+    except ValueError:
+        weights = []
+    if not weights:
+        raise InputError(f"decay {decay!r}: it must be mean, {', '.join(DECAYS)}, ema:X with X between 0 and 1, or"
+                         " the weights with commas between them")  # fmt: skip
+    check_weights(weights, number)
+    return weights
+
+
+def check_weights(weights: Sequence[float], number: int) -> None:
+    if number != len(weights) or not number:
+        raise InputError(f"{number} checkpoints and {len(weights)} weights")
+    if not all(math.isfinite(c) for c in weights) or abs(sum(weights) - 1) > 1e-6:
+        raise InputError(f"the weights add up to {sum(weights):g}, not to 1: {list(weights)}")
 
 
 def merge(checkpoints: Sequence[str | Path], weights: Sequence[float], out: str | Path, dtype: str = "bf16") -> None:
@@ -67,29 +88,17 @@ def merge(checkpoints: Sequence[str | Path], weights: Sequence[float], out: str 
     layers, MLPs and experts to block-FP8. config.json and the tokenizer are those of the last checkpoint. The folder
     appears whole or not at all. Raises InputError for checkpoints of different models.
     """
-    folders, out = [user_path(c) for c in checkpoints], user_path(out)
-    if len(folders) != len(weights) or not folders:
-        raise InputError(f"{len(folders)} checkpoints and {len(weights)} weights")
-    if not all(math.isfinite(c) for c in weights) or abs(sum(weights) - 1) > 1e-6:
-        raise InputError(f"the weights add up to {sum(weights):g}, not to 1: {list(weights)}")
-    if dtype not in DTYPES:
-        raise InputError(f"dtype {dtype!r}: it must be one of {', '.join(DTYPES)}")
-    if out.exists():
-        raise InputError(f"{out} exists; it is not overwritten")
-    config = same_config(folders)
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        write_merged(folders, weights, partial, config, dtype)
+    folders = [user_path(c) for c in checkpoints]
+    check_weights(weights, len(folders))
+    with new_folder(out) as partial:
+        config = same_config(folders)
+        readers = [WeightReader(folder) for folder in folders]
+        for reader in readers:
+            reader.refuse_two_checkpoints()
+        write_sum(partial, config, dtype, lambda key, shape: weighted_sum(readers, weights, key, shape))
         for name in TOKENIZER_FILES:
             if (folders[-1] / name).is_file():
                 shutil.copyfile(folders[-1] / name, partial / name)
-        partial.rename(out)
-    except OSError as error:
-        raise InputError(f"cannot write {out}: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def same_config(folders: Sequence[Path]) -> LingConfig:
@@ -105,7 +114,10 @@ def same_config(folders: Sequence[Path]) -> LingConfig:
     return configs[-1]
 
 
-def write_merged(folders: Sequence[Path], weights: Sequence[float], out: Path, config: LingConfig, dtype: str) -> None:
+def write_sum(out: Path, config: LingConfig, dtype: str, total_of: Callable[[str, list[int]], Tensor]) -> None:
+    """Write config.json and weights. total_of: the merged fp64 tensor of an official key and its shape."""
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r}: it must be one of {', '.join(DTYPES)}")
     fp8 = dtype == "fp8"
     with torch.device("meta"):
         model = Ling(config)
@@ -114,14 +126,11 @@ def write_merged(folders: Sequence[Path], weights: Sequence[float], out: Path, c
         quantize_for_inference_(model)
     views = dict(named_views(model))
     types = {key: stored_dtype(key, view.dtype, DTYPES[dtype]) for key, view in views.items()}
-    readers = [WeightReader(folder) for folder in folders]
-    for reader in readers:
-        reader.refuse_two_checkpoints()
 
     def merged(keys: list[str]) -> dict[str, Tensor]:
         tensors = {}
         for key in keys:
-            total = weighted_sum(readers, weights, key, list(views[key].shape))
+            total = total_of(key, list(views[key].shape))
             if types[key] == E4M3:
                 tensors[key], tensors[key + SCALES] = quantize_weight(total.float())
             else:
@@ -146,6 +155,8 @@ def weighted_sum(readers: Sequence[WeightReader], weights: Sequence[float], key:
         if (found := reader.shape(key)) != shape:
             raise InputError(f"{reader.files[key]}: {key} is {found}, by config.json it should be {shape}")
         total += c * reader.wide(key).double()
+    if not total.isfinite().all():
+        raise InputError(f"{key} of the merged model has values that are not finite: a checkpoint has diverged")
     return total
 
 
@@ -176,7 +187,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--last", type=count, metavar="N", help="of a run, the last N (default: all)")
     parser.add_argument("--best", type=count, metavar="N", help="of a run, the N with the lowest validation loss")
     parser.add_argument(
-        "--decay", choices=DECAYS, help="the decay that the merge stands for (default: linear, the mean)"
+        "--decay",
+        metavar="NAME",
+        help=f"the decay that the merge stands for: {', '.join(DECAYS)}, or ema:X, a moving average with the share X"
+        " of the newest (default: linear, the mean)",
     )
     parser.add_argument("--weights", type=float, nargs="+", metavar="X", help="one for each checkpoint, in their order")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the weights (default: %(default)s)")
@@ -191,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif args.last or args.best:
         raise InputError("--last and --best choose from a run: name its folder alone")
     weights = args.weights or named_weights(args.decay or "linear", len(folders))
-    merge(folders, weights, args.out, args.dtype)
+    merge(folders, weights, user_path(args.out, "--out"), args.dtype)
     print(f"{args.out}: {len(folders)} checkpoints")
     for folder, c in zip(folders, weights, strict=True):
         print(f"  {c:.4f}  {folder}")

@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from math import inf
 from statistics import median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..files import finite
-from ..nn import MLP, Experts
+from ..nn import Experts
 from ..nn.fp8 import Fp8Experts, Fp8Linear, Fp8MLP
 from ..nn.fp8_cache import forget_cache
 from ..ops.quantize import BLOCK, dequantize, quantize, quantize_weight
@@ -254,22 +254,18 @@ def to_bf16(model: nn.Module, name: str) -> None:
     old = dict(model.named_modules()).get(name)
     if not isinstance(old, FP8):  # the run was resumed in bf16, or the layer is on another rank
         return
+    new: nn.Module
     with torch.device("meta"):
         if isinstance(old, Fp8Linear):
             new = nn.Linear(old.in_features, old.out_features, bias=False)
         else:
-            kind: Any = MLP if isinstance(old, Fp8MLP) else Experts
-            new = kind(*sizes(old))
+            new = old.plain() if isinstance(old, Fp8MLP) else Experts(*old.down.shape)
     for part, p in old.named_parameters():
         forget_cache(p)
         owner, _, attribute = part.rpartition(".")
         setattr(new.get_submodule(owner), attribute, p)
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, new.train(old.training))
-
-
-def sizes(module: Fp8MLP | Fp8Experts) -> tuple[int, ...]:
-    return tuple((module.down if isinstance(module, Fp8Experts) else module.down.weight).shape)
 
 
 def spike(values: list[float], recent: list[list[float]], limits: tuple[float | None, float | None]) -> str | None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw as adamw_functional
 
 from ..nn.fp8_cache import cache_of
-from ..ops.adamw_8bit import Moments, adamw_8bit, round_stochastically, rounding_keys, seeds
+from ..ops.adamw_8bit import BLOCK, Moments, adamw_8bit, round_stochastically, rounding_keys, seeds
 from ..ops.grad_norm import grad_norm
 from ..parallel.sharded import adamw_8bit_moments, is_sharded, local, shard_index
 
@@ -288,10 +288,10 @@ class StepInBackward:
         return grad_norm([norm for norm in self.norms.values() if norm is not None])
 
 
-def bytes_per_weight(kind: str, master: str, gradients: bool = True, embedding: bool = False) -> int:
+def bytes_per_weight(kind: str, master: str, gradients: bool = True, embedding: bool = False) -> float:
     """Bytes for each element of a matrix, or of embedding and head: weight, gradient and optimizer state."""
     size = 4 if master == "fp32" else 2
-    moments = dict(adamw=8, adamw8bit=2, muon=size)[kind]
+    moments = dict(adamw=8, adamw8bit=2 * (1 + 4 / BLOCK), muon=size)[kind]  # codes and their share of a scale
     return (1 + gradients) * size + (8 if embedding else moments)  # both moments of `embeddings` are fp32
 
 

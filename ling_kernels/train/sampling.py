@@ -37,7 +37,7 @@ def sample(
     starts = ([int(i) for i in beginning(held_out, d) if i != tokenizer.eos_id] for d in range(len(held_out)))
     prompt = next(filter(None, starts), [tokenizer.eos_id])
     ids, ranks = torch.tensor([prompt], device=next(model.parameters()).device), shares.ranks if shares else Ranks()
-    longest = model.config.max_positions // (2 * ranks.cp) * 2 * ranks.cp
+    longest = model.config.max_positions // ranks.tokens_multiple * ranks.tokens_multiple
     new = min(settings.sample_tokens, longest - len(prompt))
     choose = sampler(temperature=TEMPERATURE, seed=settings.seed)
 
@@ -46,7 +46,7 @@ def sample(
 
     ends, training = tokenizer.ends(), model.training
     model.eval()
-    if shares is not None and (ranks.pp > 1 or ranks.cp > 1):
+    if shares is not None and (ranks.pp > 1 or ranks.sharing > 1):
         tokens = [*without_cache(shares, ids, new, agreed, ends)]
     else:
         tokens = [int(t) for t in model.stream(ids, new, choose=agreed, eos_token_id=ends)]
@@ -65,7 +65,7 @@ def beginning(held_out: Documents, d: int) -> np.ndarray:
 def without_cache(shares: Shares, ids: Tensor, new: int, choose, ends) -> Iterator[int]:
     """`Ling.stream` of ids [1, n] for a model whose layers or rows are divided over ranks, which keep no keys and
     values: every token takes a forward of the whole text. All ranks call it."""
-    ranks, multiple = shares.ranks, 2 * shares.ranks.cp
+    ranks, multiple = shares.ranks, shares.ranks.tokens_multiple
     for _ in range(new):
         n = ids.shape[1]
         padded = torch.nn.functional.pad(ids, (0, -n % multiple))  # no row sees what is after it

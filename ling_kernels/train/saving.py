@@ -10,7 +10,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import log
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from ..parallel.shares import Shares
 from ..tokenizer import Tokenizer
 from . import checkpoint as ckpt
 
+MERGE_FILE = "merge.safetensors"
 GOOD_AFTER = 32  # sound steps in a row after a checkpoint that show that it is good
 UNSOUND = 2  # a loss of so many times that of a uniform guess, ln(vocabulary), is not sound
 
@@ -49,16 +50,17 @@ class Snapshot:
     config: LingConfig
     part: OwnPart
     random: dict[str, Tensor]
+    merged: dict[str, Tensor] = field(default_factory=dict)  # the running merge, which no step changes
 
 
 def snapshot(shares: Shares, moments: dict[str, Tensor], wait: bool) -> tuple[Snapshot, bool]:
     """The tensors themselves where the caller waits for the write; otherwise copies on the host, which later steps do
-    not change, or the tensors where there is no memory for copies: True then, as the caller must wait.
+    not change, or the tensors where a process has no memory for copies: True then, as all must wait for the write.
 
     moments: the optimizer's state, as `checkpoint.optimizer_tensors` gives it.
     """
     part = own_part(shares, moments)
-    wait = wait or not room_for_copy(part.bytes())
+    wait = shares.ranks.any(wait or not room_for_copy(part.bytes()))
     return Snapshot(shares.config, part if wait else part.on_host(), ckpt.random_states()), wait
 
 
@@ -124,6 +126,8 @@ def write_rest(folder: Path, tensors: Snapshot, tokenizer: Tokenizer) -> list[st
     tensors.config.to_json(folder / "config.json", fp8=False, dtype=dtype)
     tokenizer.save(folder)
     save_tensors(tensors.random, folder / "rng.safetensors")
+    if tensors.merged:
+        save_tensors(tensors.merged, folder / MERGE_FILE)
     return sorted(path.name for path in {*folder.iterdir()} - there)
 
 

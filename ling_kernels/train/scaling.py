@@ -6,6 +6,7 @@ backward, without MTP) times tokens. With the 20e12 tokens of Ling-2.0 they give
 its models (arXiv 2510.22115, table 1) within 2 % and 9 %.
 """
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
@@ -35,6 +36,38 @@ def batch_tokens(compute: float) -> float:
 def batch_tokens_in(flops_per_token: float, steps: int) -> float:
     """Tokens in the best batch for a run of that many steps, B = batch_tokens(flops_per_token * steps * B)."""
     return batch_tokens(flops_per_token * steps) ** (1 / (1 - 0.3644))
+
+
+def compute_of_lr(lr: float) -> float:
+    """The compute in FLOPs for which a learning rate is the best."""
+    return (lr / 1.1576) ** (-1 / 0.1529)
+
+
+def best_flops_per_token(compute: float) -> float:
+    """The FLOPs per token of the best MoE model for a run of `compute` FLOPs; the rest are best_tokens."""
+    return 0.1915 * compute**0.5095
+
+
+def best_tokens(compute: float) -> float:
+    return 5.2232 * compute**0.4905
+
+
+def compute_of_model(flops: float) -> float:
+    """The compute for which a model of so many FLOPs per token is the best."""
+    return (flops / 0.1915) ** (1 / 0.5095)
+
+
+def efficiency_leverage(activation: float, granularity: float, compute: float) -> float:
+    """How many times the compute a dense model needs for the loss of an MoE model (section 4, equation of EL).
+
+    activation: activated experts over all, shared ones included. granularity: 2 hidden / expert size. The logarithms
+    are of base 10 of the compute and of base 2 of the granularity, which the paper does not say; they give its value of
+    about 7 for Ling-mini-beta and its best granularity of about 11.
+    """
+    a, d, gamma, beta, start, most = 1.23, -7.61e-2, 1.67e-2, -1.17e-1, 1.63e-2, 5.28e16
+    saturated = 1 / (1 / (activation + 1 / (1 / start - 1 / most)) + 1 / most)
+    g = math.log2(granularity)
+    return saturated ** (a + d * math.log10(compute) + gamma * g * g + beta * g)
 
 
 def warmup_steps(steps: int) -> int:

@@ -6,17 +6,12 @@ these settings. A recipe without it is a choice of --preset.
 
 import argparse
 import json
-import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import Field, asdict, dataclass, field, fields, replace
-from numbers import Integral, Real
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from ..errors import InputError
 from ..nn.fp8 import RECOMPUTE, TRANSPOSED, WEIGHTS, WGRAD
@@ -25,6 +20,7 @@ from ..parallel.schedules import SCHEDULES
 from .data.sources.options import TextOptions
 from .optimizer import MASTERS, OPTIMIZERS
 from .schedule import DECAYS, decay_length, parse_ramp
+from .values import plain
 
 TEXT_SETTINGS = [f.name for f in fields(TextOptions)]
 RECIPES = {
@@ -80,6 +76,13 @@ class Settings:
     top_groups: int | None = flag(None, "groups that a token chooses", least=1, shown="follows --groups")
     moe_intermediate: int | None = flag(None, "size of an expert's MLP", least=1, shown="follows --hidden")
     positions: int | None = flag(None, "tokens of the longest sequence", least=2, shown="the model's")
+    rope_theta: float | None = flag(
+        None, "base of the rotary positions, also of a trained model", above=1, shown="the model's"
+    )
+    yarn: float | None = flag(
+        None, "factor by which YaRN extends the model's positions, also a trained model's", above=1,
+        shown="the model's",
+    )  # fmt: skip
     vocab: int | str | None = flag(
         None,
         "size of the vocabulary of a model with random weights; auto: the tokenizer's, rounded up to a multiple of 128",
@@ -160,6 +163,15 @@ class Settings:
         shown="all after the warm-up; for 1-sqrt a fifth of --steps",
     )  # fmt: skip
     min_lr: float = flag(0.0, "learning rate at the end of the decay", least=0)
+    merge_last: int = flag(
+        0, "keep a running merge of the weights of N of the last steps, --merge-every apart, and write it at the end;"
+        " 0: none", least=0,
+    )  # fmt: skip
+    merge_every: int = flag(10, "steps between the weights that are merged", least=1)
+    merge_weights: str = flag(
+        "mean", "how much each counts, by the decay that it stands for: mean, 1-sqrt, cosine, ema:X, or numbers with"
+        " commas between them, oldest first", metavar="NAME",
+    )  # fmt: skip
     weight_decay: float = flag(0.1, "on matrices and embeddings, not on norms", least=0)
     clip: float = flag(1.0, "gradient norm above which gradients are scaled down; 0: never", least=0)
     z_loss: float = flag(3.5e-6, "coefficient of the router's z-loss", least=0)
@@ -193,9 +205,9 @@ class Settings:
                              metavar="PROJECT")  # fmt: skip
     dp: int | None = flag(
         None, "data-parallel processes, started by torchrun, which divide the rows of a step", least=1,
-        shown="all processes over --pp and --cp",
+        shown="all processes over --pp, --cp and --tp",
     )  # fmt: skip
-    ep: int = flag(1, "processes among those of --dp and --cp that divide the experts of each layer", least=1)
+    ep: int = flag(1, "processes among those of --dp, --cp and --tp that divide the experts of each layer", least=1)
     exchange: str = flag(
         "bf16", "how rows travel to the experts of other processes: as they are, or in FP8, which needs --precision fp8"
         " --fp8-scales pow2", choices=EXCHANGES,
@@ -206,9 +218,12 @@ class Settings:
     )  # fmt: skip
     cp: int = flag(1, "processes that divide the tokens of each row, for long rows (context parallel)", least=1)
     vocab_parallel: int = flag(
-        1, "processes among those of --dp and --cp that divide the rows of embedding and head", least=1
+        1, "processes among those of --dp, --cp and --tp that divide the rows of embedding and head", least=1
     )
-    pp: int = flag(1, "processes that divide the layers, a pipeline; --dp x --cp x --pp is their number", least=1)
+    tp: int = flag(1, "processes that divide heads, MLPs and the tokens of each row (tensor parallel)", least=1)
+    pp: int = flag(
+        1, "processes that divide the layers, a pipeline; --dp x --cp x --tp x --pp is their number", least=1
+    )
     pipeline: str | None = flag(
         None,
         "the pipeline's stages, as Megatron writes them: E embedding, t layer, m MTP layer, L head and losses, |"
@@ -292,52 +307,17 @@ class Settings:
         )  # fmt: skip
 
 
-def plain(f: Field, value: Any) -> Any:
-    """A setting's value in the type of its field. Raises InputError for a value that has none."""
-    if value is None and f.default is None:
-        return None
-    if f.name == "vocab":
-        return vocabulary(value)
-    kind = next(kind for kind in (bool, int, float, str, tuple[str, ...]) if f.type in (kind, kind | None))
-    is_bool = isinstance(value, bool | np.bool_)
-    if kind is bool and is_bool:
-        return bool(value)
-    if kind is int and isinstance(value, Integral) and not is_bool:
-        if abs(int(value)) >= 1 << 63:  # such numbers turn up as nan and 0 in floating point
-            raise InputError(f"--{f.name.replace('_', '-')} {value}: it must have at most 63 bits")
-        return int(value)
-    if kind is float and isinstance(value, Real) and not is_bool:
-        return value if type(value) in (int, float) else float(value)
-    if kind is str and isinstance(value, str | os.PathLike) and os.fspath(value):
-        return os.fspath(value)
-    if kind == tuple[str, ...]:
-        values = (value,) if isinstance(value, str | os.PathLike) else value
-        values = tuple(values) if isinstance(values, Iterable) and not isinstance(values, bytes) else (None,)
-        if all(isinstance(v, str | os.PathLike) and os.fspath(v) for v in values):  # "" would be the current folder
-            return tuple(map(os.fspath, values))
-    names = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
-    raise InputError(f"{f.name} {value!r}: it must be {names.get(kind, 'a path or several')}")
-
-
-def vocabulary(value: Any) -> int | str:
-    """The setting vocab: a number, or auto."""
-    if isinstance(value, Integral) and not isinstance(value, bool):
-        return int(value)
-    if value == "auto" or (isinstance(value, str) and value.isascii() and value.isdecimal()):
-        return value if value == "auto" else int(value)
-    raise InputError(f"--vocab {value!r}: it must be auto or a whole number")
-
-
 FIELDS = {f.name: f for f in fields(Settings)}
 
 # Settings that a resumed run may change; changes.py keeps a record of them.
 CHANGEABLE_ON_RESUME = {
-    "data", "batch", "batch_ramp", "micro_batch", "lr", "warmup", "decay", "decay_steps", "min_lr", "weight_decay",
-    "clip", "z_loss", "balance_rate", "steps", "eval_every", "save_every", "keep", "keep_every", "log_every",
-    "max_bad_steps", "sample_tokens", "sample_every", "profile", "wandb", "device", "threads", "val_data",
-    "eval_rows", "dp", "ep", "exchange", "exchange_by_nodes", "cp", "vocab_parallel", "pp", "pipeline", "schedule",
-    "dist_timeout", "precision", "master", "recompute", "fp8_weights", "fp8_wgrad", "fp8_transposed", "fp8_scales",
-    "fp8_watch", "fp8_fallback", "spike_loss", "spike_norm", "step_in_backward",
+    "data", "batch", "batch_ramp", "micro_batch", "lr", "warmup", "decay", "decay_steps", "min_lr", "merge_last",
+    "merge_every", "merge_weights", "weight_decay", "clip", "z_loss", "balance_rate", "steps", "eval_every",
+    "save_every", "keep", "keep_every", "log_every", "max_bad_steps", "sample_tokens", "sample_every", "profile",
+    "wandb", "device", "threads", "val_data", "eval_rows", "dp", "ep", "exchange", "exchange_by_nodes", "cp",
+    "tp", "vocab_parallel", "pp", "pipeline", "schedule", "dist_timeout", "precision", "master", "recompute",
+    "fp8_weights", "fp8_wgrad", "fp8_transposed", "fp8_scales", "fp8_watch", "fp8_fallback", "spike_loss",
+    "spike_norm", "step_in_backward",
 }  # fmt: skip
 
 # Why a run keeps others. Those about the data change together with it: new data is read from its beginning.

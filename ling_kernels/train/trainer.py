@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from math import isfinite
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from ..errors import Diverged, InputError
+from ..model import named_views
 from ..parallel.pipeline import LOSSES, MicroBatch
 from ..parallel.ranks import Ranks
 from ..parallel.shares import Shares
@@ -25,6 +27,7 @@ from .optimizer import StepInBackward, clipped_step, make_optimizer
 from .prepare import Run, deterministic, discard, new_run, peak_flops, resumed_run
 from .prepare.run import with_faster_threads
 from .report import FP8_FILE, Details, read_lines
+from .running_merge import RunningMerge
 from .saving import Writer, count_sound, export, kept, snapshot, write
 from .schedule import learning_rate, rows_at
 from .settings import Settings, named_as_in_python, to_json
@@ -47,6 +50,7 @@ class Progress:
     proven: int = 0  # checkpoints up to this step are good
     recent: list[list[float]] = field(default_factory=list)  # loss and gradient norm of the last steps not skipped
     in_bf16: list[str] = field(default_factory=list)  # FP8 layers that the monitor has switched to bf16
+    merged: list[list[float]] = field(default_factory=list)  # steps and weights of the running merge so far
 
     @property
     def row(self) -> int:
@@ -147,6 +151,7 @@ class Trainer:
             except BaseException:  # also Ctrl-C
                 discard(run)
                 raise
+            self.merge = RunningMerge(s)
             self.optimizer = make_optimizer(self.model, s.optimizer, s.lr, s.weight_decay, s.seed)
             if run.checkpoint:
                 ckpt.restore(run.checkpoint, self.shares, self.optimizer)
@@ -156,6 +161,8 @@ class Trainer:
                 for name in self.progress.in_bf16:
                     to_bf16(self.model, name)
                 self.progress.changes += run.changes
+                if line := self.merge.restore(run.checkpoint, self.progress.merged, self.progress.step):
+                    self.notes.append(line)
                 if new_data:  # its losses may be of another size
                     self.progress.data_start, self.progress.recent = self.progress.sequences, []
                     self.progress.data_folder = run.tokens.parent.name
@@ -194,6 +201,8 @@ class Trainer:
         self.details = Details(seconds, counts, measured)
         if s.fp8_watch and progress.step % s.fp8_watch == 0:
             self.take_in(measured)
+        if self.merge.due(progress.step):
+            self.merge.add(progress.step, named_views(self.model))
         count_sound(progress, None if progress.bad else record["main_loss"], self.config.vocab_size)
         if progress.bad >= s.max_bad_steps:
             raise Diverged(f"no sound loss and gradient in {progress.bad} steps up to {progress.step}", record)
@@ -227,9 +236,11 @@ class Trainer:
         """
         self.writer.wait()
         s, proven, folder = self.settings, self.progress.proven, ckpt.checkpoint_folder(self.folder, self.progress.step)
+        self.progress.merged = self.merge.taken
         state = asdict(self.progress) | dict(settings=to_json(s), data=self.data, torch=torch.__version__)
         moments = ckpt.optimizer_tensors(self.model, self.optimizer)
         tensors, wait = snapshot(self.shares, moments, wait)
+        tensors.merged = dict(self.merge.total)
         keep = partial(kept, keep=s.keep, keep_every=s.keep_every, proven=proven)
         job = partial(write, self.folder, tensors, self.tokenizer, state, keep, self.ranks.in_thread())
         if wait:
@@ -318,14 +329,14 @@ def accumulate_gradients(
     parts = ranks.share([range(first + i, first + min(i + micro, rows)) for i in range(0, rows, micro)])
     batches = [packed.batch(part) for part in parts]
     here = [sum(b.targets(1 + k) for b in batches) for k in range(1 + len(model.mtp))]
-    targets = (ranks.sum_(torch.tensor(here)) // ranks.cp).tolist()  # ranks that share sequences count the same
+    targets = (ranks.sum_(torch.tensor(here)) // ranks.sharing).tolist()  # ranks that share sequences count the same
     total = torch.zeros(4, device=device, dtype=torch.float64)
     if pipeline is not None:
         losses = pipeline.step([MicroBatch.of(b, device) for b in batches], targets, settings.z_loss * micro / rows)
         if losses is not None:  # on the last stage's rank
             total += torch.tensor([losses[name] for name in ("loss", *LOSSES)], device=device)
         return ranks.sum_(total, stages=True)
-    for batch in batches:
+    for i, batch in enumerate(batches, 1):
         ids, labels, cu_seqlens = batch.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
             out = model(
@@ -338,7 +349,8 @@ def accumulate_gradients(
             )
         if begin is not None:
             begin(out.loss.detach())
-        out.loss.backward()
+        with shares.sums_in_backward() if shares and i == len(batches) else nullcontext():
+            out.loss.backward()
         mtp = out.mtp_loss if out.mtp_loss is not None else total.new_zeros(())
         total += torch.stack([x.detach().double() for x in (out.loss, out.main_loss, mtp, out.z_loss)])
     return ranks.sum_(total)

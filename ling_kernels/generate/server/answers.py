@@ -61,7 +61,8 @@ class Choice:
                 last, count = now, count + 1
                 metrics.generated_tokens += 1
                 if self.shows_answer:
-                    piece = Piece(text.add(token), request.logprobs[count - 1 : count])
+                    shown = "" if self.is_end(token) else text.add(token)
+                    piece = Piece(shown, request.logprobs[count - 1 : count])
                     if piece.text or piece.logprobs:
                         yield piece
                 if text.found:
@@ -69,6 +70,8 @@ class Choice:
             if self.shows_answer and (rest := text.end()):
                 yield Piece(rest, [])
             self.finish_reason = "stop" if text.found else request.finished
+            if not self.shows_answer and self.finish_reason == "stop":  # by the token that is not shown
+                self.finish_reason = "length"
         except InputError as error:  # NaN logits: an error of the model, not of the call
             raise HTTPException(500, str(error)) from None
         finally:
@@ -82,9 +85,18 @@ class Choice:
     def cached_tokens(self) -> int:
         return self.request.cached_tokens or 0
 
+    def is_end(self, token: int) -> bool:
+        """Whether it is the end token, which completions with log-probabilities keep: it has one, but no text. lm-eval
+        takes the last for that of a new token and leaves it out."""
+        return self.request.keep_stop and token in self.request.stop_token_ids
+
     @property
     def num_new_tokens(self) -> int:
-        return self.request.num_new_tokens if self.shows_answer else 0
+        """Those with text: the counts do not depend on logprobs."""
+        request = self.request
+        if not self.shows_answer:
+            return 0
+        return request.num_new_tokens - (request.num_new_tokens > 0 and self.is_end(request.tokens[-1]))
 
     def cancel(self) -> None:
         if self.service.engine is not None:
@@ -103,6 +115,7 @@ async def complete(service: Service, body: Body, http_request: HttpRequest, obje
     requested, default = body.max_new_tokens()
     options: dict = dict(
         stop_token_ids=ends, timeout=service.timeout, logprobs=scored, prompt_logprobs=scored if body.echo else None,
+        keep_stop=scored is not None and object_type == "text_completion",
         client=http_request.state.client, priority=body.priority,
     )  # fmt: skip
     try:

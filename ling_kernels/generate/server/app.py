@@ -15,7 +15,7 @@ from .metrics import FORMAT
 from .protocol import UNSUPPORTED, ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from .service import INTERNAL_ERROR, ContextTooLong, Service, error_response
 
-FIELDS = {*CompletionRequest.model_fields, *ChatCompletionRequest.model_fields}
+FIELDS = {*CompletionRequest.model_fields, *ChatCompletionRequest.model_fields, *DetokenizeRequest.model_fields}
 
 
 def validation_error_response(error: RequestValidationError) -> JSONResponse:
@@ -97,7 +97,7 @@ def make_app(service: Service) -> ASGIApp:
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeRequest):
         service.require_model(service.name if body.model is None else body.model)
-        return {"prompt": await service.in_thread(service.tokenizer.decode, body.tokens)}
+        return {"prompt": await service.in_thread(body.text, service.tokenizer, service.vocabulary)}
 
     @app.api_route("/health", methods=["GET", "HEAD"])
     async def health():
@@ -116,6 +116,6 @@ def make_app(service: Service) -> ASGIApp:
     if service.origins:
         return CORSMiddleware(
             guarded, allow_origins=service.origins, allow_methods=["*"], allow_headers=["*"],
-            expose_headers=["X-Request-Id"],
+            expose_headers=["X-Request-Id", "Retry-After"],
         )  # fmt: skip
     return guarded

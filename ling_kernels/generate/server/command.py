@@ -3,7 +3,6 @@
 import argparse
 import os
 import socket
-import ssl
 import sys
 import threading
 import time
@@ -103,9 +102,11 @@ def check(args: argparse.Namespace) -> None:
             raise InputError(f"--{name.replace('_', '-')} is {value}; it must be above 0")
     if (args.tls_cert is None) != (args.tls_key is None):
         raise InputError("--tls-cert and --tls-key need each other")
-    for file in (args.tls_cert, args.tls_key):
-        if file is not None and not user_path(file).is_file():
-            raise InputError(f"there is no file {file}")
+    for name in ("tls_cert", "tls_key"):
+        if (file := getattr(args, name)) is not None:
+            setattr(args, name, user_path(file))
+            if not user_path(file).is_file():
+                raise InputError(f"there is no file {file}")
 
 
 def read_keys(args: argparse.Namespace) -> frozenset[str]:
@@ -222,13 +223,14 @@ def main(argv: list[str] | None = None) -> int:
                 make_app(service), args.grace, args.client_timeout, loading.watch,
                 limit_concurrency=args.limit_concurrency, ssl_certfile=args.tls_cert, ssl_keyfile=args.tls_key,
             )  # fmt: skip
-            server.config.load()
+            try:
+                server.config.load()
+            except OSError as error:  # ssl.SSLError too
+                raise InputError(f"--tls-cert, --tls-key: {error}") from None
             loading.start()
             server.run(sockets=[listener])
         except KeyboardInterrupt:  # uvicorn raises it again after its graceful shutdown
             return 130
-        except ssl.SSLError as error:
-            raise InputError(f"--tls-cert, --tls-key: {error}") from None
     if isinstance(loading.error, torch.OutOfMemoryError):
         raise InputError("out of GPU memory; python -m ling_kernels.plan decode shows the memory that a model needs")
     if loading.error is not None:

@@ -1,7 +1,7 @@
 """uvicorn with limits on slow clients, and a shutdown that ends.
 
-The one file that uses what uvicorn does not document: `H11Protocol.conn` and `transport`, `Server.handle_exit` and
-`on_tick`. tests/test_server_connections.py fails where a version changes them.
+The one file that uses what uvicorn does not document: `H11Protocol.conn`, `transport` and `on_response_complete`,
+`Server.handle_exit` and `on_tick`. tests/test_server_connections.py fails where a version changes them.
 """
 
 import asyncio
@@ -35,6 +35,11 @@ def connection_class(seconds: float) -> type[H11Protocol]:
                 self.start_timer("request")
             else:
                 self.stop_timer("request")
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            if self.conn.their_state is h11.SEND_BODY:  # of a next request that came with the last one
+                self.start_timer("request")
 
         def pause_writing(self) -> None:
             super().pause_writing()

@@ -230,9 +230,11 @@ class ChatCompletionRequest(CompletionBase):
             text = tokenizer.apply_chat_template(messages, self.add_generation_prompt, tools)
             return [tokenizer.encode(text, special=True)]
         last = messages.pop()
-        if last["role"] != "assistant" or self.messages[-1].tool_calls:
-            raise InputError("continue_final_message needs a last message of role assistant without tool calls")
-        text = tokenizer.apply_chat_template(messages, True, tools) if messages else ""
+        if not messages or last.keys() != {"role", "content"} or last["role"] != "assistant":
+            raise InputError(
+                "continue_final_message needs a last message of role assistant, with content alone, after another one"
+            )
+        text = tokenizer.apply_chat_template(messages, True, tools)
         return [tokenizer.encode(text, special=True) + tokenizer.encode(last["content"])]
 
     @property
@@ -271,6 +273,11 @@ class TokenizeRequest(StrictModel):
 class DetokenizeRequest(StrictModel):
     model: StrictStr | None = None
     tokens: list[StrictInt]
+
+    def text(self, tokenizer: Tokenizer, vocabulary: int) -> str:
+        if unknown := [t for t in self.tokens if not 0 <= t < vocabulary]:
+            raise InputError(f"tokens: {shown(unknown[0])} is outside the vocabulary of {vocabulary}")
+        return tokenizer.decode(self.tokens)
 
 
 def shown(value: Any) -> str:

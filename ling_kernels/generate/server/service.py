@@ -77,6 +77,11 @@ class Service:
         return None
 
     @property
+    def vocabulary(self) -> int:
+        """Token ids are below it; a model's rows may be more than its tokenizer's tokens."""
+        return self.engine.config.vocab_size if self.engine else self.tokenizer.vocab_size
+
+    @property
     def max_sequence(self) -> int:
         """Most tokens of prompt and answer together."""
         capacity = min(self.engine.config.max_positions, self.engine.pages.count * self.engine.pages.size)

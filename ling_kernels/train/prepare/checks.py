@@ -6,6 +6,7 @@ from dataclasses import fields
 from ...errors import InputError
 from ...model import LingConfig
 from ..report.loggers import installed
+from ..running_merge import planned
 from ..settings import Settings
 
 MAX_THREADS = 4096  # OpenMP ends the process where it cannot start them
@@ -42,6 +43,7 @@ def check(s: Settings, config: LingConfig) -> None:
         if factor and factor <= 1:
             raise InputError(f"{option} {factor}: it must be more than 1, or 0 for never")
     check_decay(s)
+    planned(s)  # checks the running merge
     if s.step_in_backward:
         check_step_in_backward(s)
     if s.fp8_fallback and not s.fp8_watch:

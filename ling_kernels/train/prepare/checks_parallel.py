@@ -10,6 +10,11 @@ from ...parallel.schedules import Order, check, placement, read_csv, schedule_or
 from ..settings import Settings
 
 
+def mesh_of(s: Settings) -> dict:
+    """How `Ranks.arranged` arranges the processes."""
+    return dict(dp=s.dp, ep=s.ep, pp=s.pp, cp=s.cp, vocab=s.vocab_parallel, tp=s.tp)
+
+
 def check_parallel(s: Settings, config: LingConfig, ranks: Ranks) -> None:
     """Raise InputError where the processes cannot divide the work of a step and the model equally."""
     ep, cp = ranks.experts.number, ranks.cp
@@ -18,8 +23,12 @@ def check_parallel(s: Settings, config: LingConfig, ranks: Ranks) -> None:
     if config.vocab_size % ranks.vocabulary.number:
         raise InputError(f"--vocab-parallel {ranks.vocabulary.number} does not divide the vocabulary of"
                          f" {config.vocab_size} tokens")  # fmt: skip
-    if s.seq_len % (2 * cp) and cp > 1:
-        raise InputError(f"--seq-len {s.seq_len} is not a multiple of {2 * cp}, twice --cp {cp}")
+    if s.seq_len % ranks.tokens_multiple:
+        flags = " and ".join(f"{flag} {n}" for flag, n in (("--cp", cp), ("--tp", ranks.tensor.number)) if n > 1)
+        raise InputError(f"--seq-len {s.seq_len} is not a multiple of {ranks.tokens_multiple}, for {flags} to divide a"
+                         " row's tokens equally")  # fmt: skip
+    if ranks.tensor.number > 1:
+        check_tensor(s, config, ranks.tensor.number)
     for option, given in (("--pipeline", s.pipeline), ("--schedule", s.schedule)):
         if given is not None and ranks.pp == 1:
             raise InputError(f"{option} {given} needs --pp, the number of processes that share the stages")
@@ -27,6 +36,8 @@ def check_parallel(s: Settings, config: LingConfig, ranks: Ranks) -> None:
         check_fp8_exchange(s, config, ep)
     if ranks.size == 1:
         return
+    if s.merge_last:
+        raise InputError("--merge-last is for one process: keep checkpoints, and merge them with train.merge")
     if s.step_in_backward:
         raise InputError("--step-in-backward is for one process: several add up their gradients first")
     rows = ranks.dp * (s.micro_batch or 1)
@@ -41,6 +52,20 @@ def check_parallel(s: Settings, config: LingConfig, ranks: Ranks) -> None:
     if ep > 1 and s.optimizer != "adamw" and expert % BLOCK:
         raise InputError(f"--optimizer {s.optimizer}: the experts of one of --ep {ep} processes are no multiple"
                          f" of {BLOCK} weights, which share a scale")  # fmt: skip
+
+
+def check_tensor(s: Settings, config: LingConfig, tp: int) -> None:
+    if s.optimizer != "adamw":
+        raise InputError(f"--optimizer {s.optimizer} with --tp: its state is of whole matrices, which --tp divides by"
+                         " columns; use adamw")  # fmt: skip
+    sizes = dict(num_attention_heads=config.num_attention_heads, num_key_value_heads=config.num_key_value_heads)
+    if config.first_k_dense_replace:
+        sizes["intermediate_size"] = config.intermediate_size
+    if config.num_shared_experts:
+        sizes["moe_intermediate_size x num_shared_experts"] = config.moe_intermediate_size * config.num_shared_experts
+    for name, size in sizes.items():
+        if size % tp:
+            raise InputError(f"--tp {tp} does not divide {name} {size} of {s.model}")
 
 
 def check_fp8_exchange(s: Settings, config: LingConfig, ep: int) -> None:

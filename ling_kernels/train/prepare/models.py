@@ -47,7 +47,7 @@ def initial_config(s: Settings, vocabulary: int | None = None) -> tuple[LingConf
     if weights:
         for name, value in given.items():
             raise InputError(f"{flag_of(name)} {value}: {weights} has weights, which fix the model's sizes")
-        return config, weights
+        return with_positions(config, s), weights
     if s.mtp is not None:
         config = replace(config, num_nextn_predict_layers=s.mtp)
     if sizes:
@@ -59,7 +59,19 @@ def initial_config(s: Settings, vocabulary: int | None = None) -> tuple[LingConf
             config = replace(config, vocab_size=vocabulary or VOCABULARY * ceil(size / VOCABULARY))
     elif isinstance(s.vocab, int):
         config = replace(config, vocab_size=s.vocab)
-    return config, None
+    return with_positions(config, s), None
+
+
+def with_positions(config: LingConfig, s: Settings) -> LingConfig:
+    """The configuration with the rotary base and the YaRN scaling of the settings, which change no weight."""
+    if s.rope_theta is not None:
+        config = replace(config, rope_theta=s.rope_theta)
+    if s.yarn is not None:
+        if config.rope_scaling:
+            raise InputError(f"--yarn {s.yarn:g}: {s.model} has YaRN already, {config.rope_scaling['factor']:g}")
+        scaling = dict(type="yarn", factor=s.yarn, original_max_position_embeddings=config.max_position_embeddings)
+        config = replace(config, rope_scaling=scaling)
+    return config
 
 
 def find_model(model: str) -> tuple[LingConfig, Path | None]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ...errors import InputError, warn
+from ...errors import InputError, counted, warn
 from ...files import format_bytes
 from ...model import LingConfig
 from ...parallel.ranks import Ranks
@@ -19,9 +19,7 @@ from .sizes import checkpoint_bytes, checkpoints_at_once, disk_bytes, layers_and
 
 def check_memory(config: LingConfig, settings: Settings, device: torch.device, ranks: Ranks | None = None) -> None:
     """Raise InputError where weights and optimizer of one process alone exceed the device's memory."""
-    weights, need = config.num_parameters(mtp=True), needed_bytes(config, settings)
-    if ranks and ranks.size > 1:  # each keeps its share of the optimizer's state; experts are most of the weights
-        need = need // max(ranks.experts.number, ranks.vocabulary.number) // ranks.pp
+    weights, need = config.num_parameters(mtp=True), least_bytes(config, settings, ranks or Ranks())
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
     else:
@@ -32,6 +30,14 @@ def check_memory(config: LingConfig, settings: Settings, device: torch.device, r
             f" weights and optimizer, the device has {format_bytes(memory)};"
             " python -m ling_kernels.plan train shows what takes it"
         )
+
+
+def least_bytes(config: LingConfig, s: Settings, ranks: Ranks) -> int:
+    """Bytes of weights, gradients and optimizer that a process has at least: its share of the optimizer's state, and of
+    the rest as if what divides most divided all."""
+    state = checkpoint_bytes(config, s) - config.num_parameters(mtp=True) * (4 if s.master == "fp32" else 2)
+    most = max(ranks.experts.number, ranks.vocabulary.number, ranks.tensor.number)
+    return (needed_bytes(config, s) - state) // most // ranks.pp + state // ranks.size
 
 
 def check_disk(config: LingConfig, s: Settings, folder: Path, step: int = 0) -> None:
@@ -51,8 +57,8 @@ def check_disk(config: LingConfig, s: Settings, folder: Path, step: int = 0) -> 
     has = f"the disk of {folder} has {format_bytes(free)}"
     one = f"of {format_bytes(checkpoint_bytes(config, s))} and the model at the end"
     if (least := disk_bytes(config, s, usual)) > free:
-        raise InputError(f"{usual} checkpoints {one} need {format_bytes(least)}, and {has}: try a smaller --keep or"
-                         " another --out")  # fmt: skip
+        number = counted(usual, "checkpoint")
+        raise InputError(f"{number} {one} need {format_bytes(least)}, and {has}: try a smaller --keep or another --out")
     warn(f"after a stop or unsound steps there may be {most} checkpoints {one}, which need"
                   f" {format_bytes(need)}, and {has}")  # fmt: skip
 
@@ -69,4 +75,4 @@ def needed_bytes(config: LingConfig, s: Settings) -> int:
     in_layers, in_embeddings = layers_and_embeddings(config)
     options = s.optimizer, s.master, not s.step_in_backward
     fp8_copy = 1 if s.precision == "fp8" and s.fp8_weights == "kept" else 0
-    return in_layers * (bytes_per_weight(*options) + fp8_copy) + in_embeddings * bytes_per_weight(*options, True)
+    return round(in_layers * (bytes_per_weight(*options) + fp8_copy) + in_embeddings * bytes_per_weight(*options, True))

@@ -26,7 +26,7 @@ from ..data.cores import free_cores
 from ..scaling import schedule_line, with_defaults
 from ..settings import TEXT_SETTINGS, Settings, from_json, plain_options, settings_of, to_json
 from .checks import check
-from .checks_parallel import check_parallel
+from .checks_parallel import check_parallel, mesh_of
 from .device import choose_device
 from .models import fits_vocabulary, model_config, model_name, own_tokenizer, with_end_token
 from .room import check_disk, check_memory
@@ -138,7 +138,7 @@ def arrange(settings: Settings, config: LingConfig) -> Ranks:
     s = settings
     if s.exchange_by_nodes:
         everyone.compare(processes_of_its_machine=os.environ.get("LOCAL_WORLD_SIZE"))
-    ranks = everyone.arranged(s.dp, s.ep, s.pp, s.cp, s.vocab_parallel, s.exchange_by_nodes, s.dist_timeout)
+    ranks = everyone.arranged(**mesh_of(s), by_nodes=s.exchange_by_nodes, timeout=s.dist_timeout)
     with ranks.agreed():
         check_parallel(s, config, ranks)
     return ranks

@@ -16,10 +16,14 @@ def layers_and_embeddings(config: LingConfig) -> tuple[int, int]:
 
 
 def checkpoint_bytes(config: LingConfig, s: Settings) -> int:
-    """Bytes of one checkpoint: weights in the masters' precision and the optimizer's state; the rest is small."""
+    """Bytes of one checkpoint: weights in the masters' precision, the optimizer's state, the running merge in fp64; the
+    rest is small."""
     in_layers, in_embeddings = layers_and_embeddings(config)
     options = s.optimizer, s.master, False
-    return in_layers * bytes_per_weight(*options) + in_embeddings * bytes_per_weight(*options, True)
+    moe_layers = config.num_hidden_layers - config.first_k_dense_replace + config.num_nextn_predict_layers
+    routers = moe_layers * config.num_experts * config.hidden_size * (0 if s.master == "fp32" else 2)  # fp32 always
+    matrices = in_layers * bytes_per_weight(*options) + in_embeddings * bytes_per_weight(*options, True)
+    return round(matrices) + routers + (8 * (in_layers + in_embeddings) if s.merge_last else 0)
 
 
 def checkpoints_at_once(s: Settings, step: int = 0, there: Sequence[int] = ()) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """Files of JSON lines, as metrics.jsonl: appended to by a run, read by whoever wants its figures."""
 
 import json
+import os
 from pathlib import Path
 
 from ...errors import InputError
@@ -9,7 +10,8 @@ from ...model.config_json import is_integer
 
 
 class Lines:
-    """A file of JSON lines to append to. Lines that cannot be written, as on a full disk, are kept until they can."""
+    """A file of JSON lines to append to. Lines that cannot be written, as on a full disk, are kept until they can. A
+    file that is removed meanwhile begins again."""
 
     def __init__(self, path: Path):
         self.path, self.file = path, open(path, "ab", buffering=0)
@@ -21,6 +23,8 @@ class Lines:
 
     def flush(self) -> None:
         try:
+            if not (os.fstat(self.file.fileno()).st_nlink or self.path.exists()):
+                self._begin_again()
             while self.unwritten:
                 self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
             self.failed = False
@@ -30,6 +34,13 @@ class Lines:
                     f"warning: cannot write {self.path}: {error.strerror}; its lines are kept until it can", flush=True
                 )
             self.failed = True
+
+    def _begin_again(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(self.path, "ab", buffering=0)
+        self.file.close()
+        self.file = file
+        print(f"warning: {self.path} was removed, with its lines so far; it begins again", flush=True)
 
     def close(self) -> None:
         self.flush()

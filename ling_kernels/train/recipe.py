@@ -1,0 +1,260 @@
+"""Recipes of several stages: python -m ling_kernels.train --recipe NAME trains them one after the other.
+
+A recipe is a folder of files, recipes/NAME/1-pretrain.json and so on, in the order of their names:
+
+    about      what the stage is
+    settings   the trainer's settings, by name; those that are not given are the trainer's defaults
+    sources    {name: share of the rows}, which add up to 1; a stage without them is not trained, it only writes the
+               model with another rotary base or YaRN
+    merge      {"best" or "last": N, "decay": name}: the stage's result is the merge of these checkpoints
+    needles    lengths of the needle retrieval of the stage's model
+
+Each stage is an ordinary run in OUT/STAGE, which begins from the weights of the one before, with new moments of the
+optimizer. OUT/recipe.json says which stages are complete, so the same command goes on where it was stopped.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from ..errors import InputError
+from ..files import atomic_write, read_json, user_path
+from ..model import LingConfig
+from ..parallel.ranks import Ranks
+from .checkpoint import list_checkpoints, step_of
+from .data.toy import write_toy_sources
+from .merge import chosen, merge, named_weights
+from .needle import check_needles, needle_line
+from .prepare.models import with_positions
+from .report import read_lines
+from .schedule import DECAYS, rows_at
+from .settings import SIZES, Settings, plain_options
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+STATE = "recipe.json"
+TOY = "tiny"  # the recipe that has sources of its own
+KEYS = {"about", "settings", "sources", "merge", "needles"}
+POSITIONS = {"rope_theta", "yarn"}  # settings of a stage that is not trained
+FIRST_ONLY = {*SIZES, "model", "mtp", "vocab", "tokenizer"}  # of the flags that stand for all stages
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    about: str
+    settings: dict
+    sources: dict[str, float] = field(default_factory=dict)
+    merge: dict = field(default_factory=dict)
+    needles: list[int] = field(default_factory=list)
+
+    def with_flags(self, options: dict, first: bool) -> dict:
+        """The stage's settings under the flags that the user gave for all stages."""
+        return self.settings | {k: v for k, v in options.items() if first or k not in FIRST_ONLY}
+
+
+def load_stages(recipe: str) -> list[Stage]:
+    """The stages of a recipe of the package, or of a folder. Raises InputError for files that are no stages."""
+    known = sorted(p.name for p in RECIPES.iterdir() if p.is_dir())
+    folder = RECIPES / recipe if recipe in known else user_path(recipe)
+    files = sorted(folder.glob("*.json")) if folder.is_dir() else []
+    if not files:
+        raise InputError(f"--recipe {recipe}: it must be {', '.join(known)}, or a folder of stages, NUMBER-NAME.json")
+    return [read_stage(path) for path in files]
+
+
+def read_stage(path: Path) -> Stage:
+    content = read_json(path)
+    if unknown := content.keys() - KEYS:
+        raise InputError(f"{path}: a stage has no {', '.join(sorted(unknown))}; it has {', '.join(sorted(KEYS))}")
+    stage = Stage(path.stem, **{"about": "", "settings": {}} | content)
+    try:
+        plain_options(stage.settings)
+        check_stage(stage)
+    except (InputError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: {error}") from None
+    return stage
+
+
+def check_stage(stage: Stage) -> None:
+    """Raise InputError for what no stage can have."""
+    if stage.sources:
+        if not all(isinstance(w, int | float) and w > 0 for w in stage.sources.values()):
+            raise InputError(f"the shares of the sources must be more than 0: {stage.sources}")
+        if abs(sum(stage.sources.values()) - 1) > 1e-6:
+            raise InputError(f"the shares of the sources add up to {sum(stage.sources.values()):g}, not to 1")
+        if taken := stage.settings.keys() & {"data", "preset"}:
+            raise InputError(f"{min(taken)} is not for a stage: its data are the sources")
+    elif others := stage.settings.keys() - POSITIONS:
+        raise InputError(f"a stage without sources is not trained, so {min(others)} has no effect")
+    elif stage.merge:
+        raise InputError("a stage without sources has no checkpoints to merge")
+    if stage.merge:
+        counts = stage.merge.keys() & {"best", "last"}
+        right = len(counts) == 1 and stage.merge.keys() <= {"best", "last", "decay"}
+        if not right or stage.merge.get("decay", "linear") not in DECAYS:
+            raise InputError(f"merge is {stage.merge}: it must be best or last, a number, and decay, one of"
+                             f" {', '.join(DECAYS)}")  # fmt: skip
+
+
+def stage_tokens(settings: Settings) -> int:
+    """Tokens of a run, with the ramp of its batch."""
+    ramp = settings.ramp
+    steps = min(ramp[1], settings.steps) if ramp else 0
+    batch = settings.batch or 1
+    rows = sum(rows_at(step, batch, ramp, settings.micro_batch or 1) for step in range(1, steps + 1))
+    return (rows + (settings.steps - steps) * batch) * settings.seq_len
+
+
+def table(recipe: str, options: dict) -> list[str]:
+    """A recipe's stages as lines."""
+    lines = []
+    for number, stage in enumerate(load_stages(recipe)):
+        lines.append(f"{stage.name}: {stage.about}")
+        if stage.sources:
+            values = stage.with_flags(options, not number)
+            s = Settings(**values)
+            mixture = " ".join(f"{name} {share:g}" for name, share in stage.sources.items())
+            batch, lr = s.batch or "a batch by size", s.lr or "by size"
+            lines.append(f"    {s.steps:,} steps of {batch} x {s.seq_len:,}, lr {lr}, {stage_tokens(s):,} tokens")
+            lines.append(f"    of {mixture}")
+        else:
+            lines.append(f"    not trained: {stage.settings}")
+    return lines
+
+
+def sources_of(recipe: str, stages: Sequence[Stage], given: Sequence[str], folder: Path) -> dict[str, str]:
+    """The absolute path of each source. Raises InputError where a stage's has none, or a name is of no source."""
+    names = list(dict.fromkeys(name for stage in stages for name in stage.sources))
+    paths = {}
+    for text in given:
+        name, equals, path = text.partition("=")
+        if not equals or not path or name not in names:
+            raise InputError(f"--source {text}: it must be NAME=PATH, with NAME one of {', '.join(names)}")
+        paths[name] = str(user_path(path).absolute())
+    missing = [name for name in names if name not in paths]
+    if missing and recipe == TOY:
+        return {name: str(path) for name, path in write_toy_sources(folder / "sources").items()} | paths
+    if missing:
+        stage = next(stage for stage in stages if set(stage.sources) & set(missing))
+        remedy = " ".join(f"{name}=FOLDER" for name in missing)
+        raise InputError(f"--recipe {recipe} has no data for {', '.join(missing)}, the first of them in stage"
+                         f" {stage.name}: give --source {remedy}")  # fmt: skip
+    return paths
+
+
+def begin(recipe: str, stages: Sequence[Stage], given: Sequence[str], folder: Path) -> dict:
+    """What recipe.json holds: the stages, where each source is, and the model of each complete stage."""
+    file = folder / STATE
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not file.is_file() and any(p.name != "sources" for p in folder.iterdir()):
+            raise InputError(f"--out {folder} is not empty, and no run of a recipe: name a new folder")
+        names, before = [stage.name for stage in stages], read_json(file) if file.is_file() else {}
+        if before and not (
+            before.get("stages") == names
+            and (not given or before.get("sources") == sources_of(recipe, stages, given, folder))
+        ):
+            raise InputError(f"{file} is of other stages or sources: name a new folder with --out")
+        if before:
+            return before
+        state = dict(stages=names, sources=sources_of(recipe, stages, given, folder), done={})
+        write_state(folder, state)
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror or error}") from None
+    return state
+
+
+def write_state(folder: Path, state: dict) -> None:
+    with atomic_write(folder / STATE, durable=True) as partial:
+        partial.write_text(json.dumps(state, indent=2) + "\n")
+
+
+def run_recipe(
+    recipe: str, given: Sequence[str], out: Path | None, options: dict, train_stage: Callable[[dict], int],
+    everyone: Ranks,
+) -> int:  # fmt: skip
+    """Train the stages that are not complete; returns 0, or the exit code of the stage that stopped.
+
+    given: NAME=PATH of sources. options: flags for all stages, sizes for the first. train_stage: the command with its
+    options, which returns its exit code.
+    """
+    stages = load_stages(recipe)
+    for name in ("data", "preset"):
+        if name in options:
+            raise InputError(
+                f"--{name} is not for a recipe: --source gives the data, and the stages' files the settings"
+            )
+    folder = (user_path(out) if out else Path("runs") / f"recipe-{Path(recipe).name}").absolute()
+    state = everyone.from_first(lambda: begin(recipe, stages, given, folder))
+    model: str | None = None
+    for number, stage in enumerate(stages):
+        if stage.name not in state["done"]:
+            print(f"\nstage      {stage.name}, {number + 1} of {len(stages)}: {stage.about}", flush=True)
+            if stage.sources:
+                begun = bool(list_checkpoints(folder / stage.name))  # its weights are there, and may have moved
+                values = stage.with_flags(options, not number) | ({"model": model} if model and not begun else {})
+                values["data"] = tuple(f"{state['sources'][name]}={share}" for name, share in stage.sources.items())
+                if code := train_stage(values | dict(out=folder / stage.name, resume="auto")):
+                    print(f"stage {stage.name} is not complete: the same command goes on with it")
+                    return code
+            state = everyone.from_first(partial(complete, stage, model, folder, state))
+        model = str(folder / state["done"][stage.name])
+    print(*summary(folder, stages), f"model      {model}", sep="\n")
+    return 0
+
+
+def complete(stage: Stage, before: str | None, folder: Path, state: dict) -> dict:
+    """Write the stage's model, check it, and note that the stage is complete."""
+    run = folder / stage.name
+    if not stage.sources:
+        model = extended(stage, before, run / "model")
+    elif stage.merge:
+        model = merged(stage, run)
+    else:
+        model = list_checkpoints(run)[-1]  # the weights in the precision of the masters
+    state = state | {"done": state["done"] | {stage.name: str(model.relative_to(folder))}}
+    if stage.needles:
+        rows = check_needles(model, stage.needles)
+        print(*map(needle_line, rows), sep="\n")
+        state["needles"] = state.get("needles", {}) | {stage.name: rows}
+    write_state(folder, state)
+    return state
+
+
+def merged(stage: Stage, run: Path) -> Path:
+    """RUN/merged, of at most as many checkpoints as the stage says."""
+    out = run / "merged"
+    if not out.is_dir():
+        best, last = stage.merge.get("best"), stage.merge.get("last")
+        losses = {row["step"] for row in read_lines(run / "metrics.jsonl") if row.get("val_loss")}
+        there = sum(not best or step_of(c) in losses for c in list_checkpoints(run))
+        folders = chosen(run, last and min(last, there), best and min(best, there))
+        merge(folders, named_weights(stage.merge.get("decay", "linear"), len(folders)), out, "fp32")
+        print(f"merged     {len(folders)} checkpoints, steps {', '.join(str(step_of(c)) for c in folders)}")
+    return out
+
+
+def extended(stage: Stage, before: str | None, out: Path) -> Path:
+    """The model of the stage before with the rotary base and YaRN of this one."""
+    if before is None:
+        raise InputError(f"stage {stage.name} has no sources and no stage before it")
+    shutil.rmtree(out, ignore_errors=True)  # of a process that was killed
+    config = with_positions(
+        LingConfig.from_json(Path(before) / "config.json"), Settings(model=before, **stage.settings)
+    )
+    merge([before], [1.0], out, "bf16")
+    config.to_json(out / "config.json")
+    return out
+
+
+def summary(folder: Path, stages: Sequence[Stage]) -> list[str]:
+    lines = [""]
+    for stage in stages:
+        losses = [row for row in read_lines(folder / stage.name / "metrics.jsonl") if row.get("val_loss")]
+        if losses:
+            lines.append(f"{stage.name:<20} step {losses[-1]['step']:,}: {losses[-1]['val_loss']:.4f} nats of what its"
+                         " sources held out")  # fmt: skip
+    return lines

@@ -1,0 +1,144 @@
+"""The running merge of the last steps: the bits of merging stored checkpoints, resumed runs, weights, mistakes."""
+
+# ruff: noqa: F811 (fixtures are imported)
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from ling_kernels.errors import InputError
+from ling_kernels.model import load_model, named_views
+from ling_kernels.train import Settings, Trainer
+from ling_kernels.train.merge import decay_weights, merge, named_weights
+from ling_kernels.train.prepare import device
+from ling_kernels.train.running_merge import RunningMerge, planned
+from tests.training import one_line_error, small, text  # noqa: F401
+
+PLAN = dict(merge_last=3, merge_every=3, merge_weights="1-sqrt")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_start():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device, "measured_flops", lambda *_: 1e10)
+        yield
+
+
+def settings(small, text, **more):
+    return Settings(
+        model=str(small), data=(str(text),), seq_len=32, batch=2, lr=3e-3, warmup=2, steps=9, eval_rows=2, threads=1,
+        keep=0, **PLAN | more,
+    )  # fmt: skip
+
+
+def finish(trainer):
+    while trainer.progress.step < trainer.settings.steps:
+        trainer.step()
+        if trainer.progress.step % 3 == 0:
+            trainer.save()
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def run(small, text, tmp_path_factory):
+    return finish(Trainer(settings(small, text), tmp_path_factory.mktemp("merging") / "run"))
+
+
+def weights_of(folder, dtype=torch.float32):
+    return {key: view.detach() for key, view in named_views(load_model(folder, dtype))}
+
+
+def test_it_has_the_bits_of_merging_stored_checkpoints(run, tmp_path):
+    assert planned(run.settings) == dict(zip((3, 6, 9), named_weights("1-sqrt", 3), strict=True))
+    stored = [run.folder / "checkpoints" / f"step-{step:06d}" for step in (3, 6, 9)]
+    for dtype in ("fp32", "bf16"):
+        merge(stored, named_weights("1-sqrt", 3), tmp_path / f"stored-{dtype}", dtype)
+        run.merge.write(tmp_path / f"running-{dtype}", run.config, run.tokenizer, dtype)
+        a, b = (weights_of(tmp_path / f"{name}-{dtype}") for name in ("stored", "running"))
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    last = weights_of(stored[-1])
+    assert not torch.equal(a["lm_head.weight"], last["lm_head.weight"])
+
+
+def test_a_resumed_run_merges_the_same(run, small, text, tmp_path):
+    for stop in (6, 7):  # after one that is merged, between two
+        folder = tmp_path / f"run-{stop}"
+        trainer = Trainer(settings(small, text), folder)
+        for _ in range(stop):
+            trainer.step()
+        trainer.save()
+        trainer.lock.close()
+        again = finish(Trainer.resume(folder))
+        assert again.merge.taken == run.merge.taken and again.merge.complete
+        assert all(torch.equal(again.merge.total[key], run.merge.total[key]) for key in run.merge.total)
+
+
+def test_a_save_in_a_thread_holds_the_sum_of_its_step(small, text, tmp_path):
+    trainer = Trainer(settings(small, text), tmp_path / "run")
+    for _ in range(3):
+        trainer.step()
+    before = dict(trainer.merge.total)
+    copies = {key: t.clone() for key, t in before.items()}
+    trainer.save(wait=False)
+    for _ in range(3):
+        trainer.step()
+    assert all(torch.equal(before[key], copies[key]) for key in before)  # the thread's tensors are not changed
+    trainer.writer.wait()
+    state = json.loads((tmp_path / "run/checkpoints/step-000003/state.json").read_text())
+    assert state["merged"] == trainer.merge.taken[:1] and "merge.safetensors" in state["files"]
+
+
+def test_other_settings_begin_another_merge(run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run.folder, folder, ignore=shutil.ignore_patterns(".lock"))
+    longer = Trainer.resume(folder / "checkpoints/step-000006", steps=15)
+    assert "begins anew" in longer.notes[-1] and list(longer.merge.plan) == [9, 12, 15] and not longer.merge.taken
+    longer.lock.close()
+    late = Trainer.resume(folder / "checkpoints/step-000006", steps=12, merge_every=4)
+    assert "it would begin with step 4, and step 6 is done" in late.notes[-1]
+    for _ in range(2):
+        late.step()
+    assert not late.merge.taken and not late.merge.complete
+    with pytest.raises(InputError, match="0 of 3 weights are merged so far"):
+        late.merge.write(tmp_path / "none", late.config, late.tokenizer)
+    late.lock.close()
+    none = Trainer.resume(folder / "checkpoints/step-000006", merge_last=0)
+    assert not none.merge.plan and not any("merge" in note for note in none.notes)
+
+
+def test_an_old_checkpoint_has_no_merge():
+    merging = RunningMerge(Settings(steps=9, **PLAN))
+    assert merging.restore("unused", [], 2) is None and merging.due(3) and not merging.due(6)
+
+
+@pytest.mark.parametrize("x", [0.1, 0.5])
+def test_a_moving_average(x):
+    """ema:X has the weights of the recursion, and of a decay of the updates."""
+    path = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    average = path[0]
+    for t in path[1:]:
+        average = (1 - x) * average + x * t
+    c = named_weights(f"ema:{x}", 6)
+    torch.testing.assert_close(torch.tensor(c, dtype=torch.float64) @ path, average)
+    torch.testing.assert_close(c, decay_weights([sum(c[i:]) for i in range(1, 6)]))
+
+
+def test_weights_by_name():
+    assert named_weights("mean", 4) == named_weights("linear", 4) == pytest.approx([0.25] * 4)
+    assert named_weights("0.2,0.3,0.5", 3) == [0.2, 0.3, 0.5]
+    for name, number in (("ema", 3), ("ema:1", 3), ("ema:x", 3), ("half", 3), ("0.5,0.6", 2), ("0.5,0.5", 3)):
+        with pytest.raises(InputError, match="it must be mean|add up to|checkpoints and 2 weights"):
+            named_weights(name, number)
+
+
+def test_mistakes(small, text, tmp_path, capsys):
+    for flags, message in {
+        "--merge-last 5 --steps 20": "begins before the first of --steps 20",
+        "--merge-last 2 --merge-weights sum": "it must be mean",
+        "--merge-last 2 --merge-weights 0.7,0.7": "add up to 1.4",
+        "--merge-last 2 --merge-every 0": "it must be at least 1",
+    }.items():
+        argv = ["--data", str(text), *flags.split(), "--out", str(tmp_path / "run")]
+        assert message in one_line_error(argv, capsys), flags

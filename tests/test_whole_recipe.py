@@ -1,0 +1,71 @@
+"""python -m ling_kernels.posttrain.recipe: from random weights to answers of a rewarded model, at the smallest size."""
+
+# ruff: noqa: F811 (fixtures are imported)
+
+import json
+
+import pytest
+
+from ling_kernels.posttrain import recipe as whole
+from ling_kernels.posttrain.rl import main as rl
+from ling_kernels.posttrain.tasks import exact
+from ling_kernels.train.__main__ import main as train
+from tests.test_recipe import SIZES, small_recipe, without_plots  # noqa: F401
+
+
+@pytest.fixture(scope="module")
+def here(small_recipe, tmp_path_factory):
+    """A finished run, whose commands are run in this process, and the commands."""
+    ran, out = [], tmp_path_factory.mktemp("whole") / "out"
+
+    def execute(module, flags):
+        ran.append(module)
+        return {"train": train, "posttrain.rl": rl}[module](list(flags))
+
+    sources = [f"{name}={small_recipe / f'{name}.jsonl'}" for name in ("one", "two")]
+    argv = [str(small_recipe / "stages"), "--source", *sources, "--sft-steps", "2", "--rl-steps", "1",
+            "--problems", "4", "--out", str(out), "--", *SIZES.split()]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(whole, "execute", execute)
+        assert whole.main(argv) == 0
+    return out, ran, argv
+
+
+def test_everything(here):
+    out, ran, _ = here
+    assert ran == ["train", "train", "posttrain.rl"]
+    found = json.loads((out / "results.json").read_text())
+    assert found["exact_match"].keys() == {"pretrain", "sft", "lpo"} and len(found["rewards"]) == 1
+    assert found["nats"].keys() == {"1-first", "2-longer", "sft"} and all(0 < x < 7 for x in found["nats"].values())
+    assert [row["length"] for row in found["needles"]["3-yarn"]] == [64]
+    assert (out / "recipe.png").stat().st_size > 1000
+    settings = json.loads((out / "sft/settings.json").read_text())
+    assert settings["model"].endswith("3-yarn/model") and settings["balance_rate"] == 0
+
+
+def test_what_is_complete_is_not_done_again(here, monkeypatch, capsys):
+    out, _, argv = here
+    again = []
+    monkeypatch.setattr(whole, "execute", lambda module, flags: again.append(module) or 0)
+    assert whole.main(argv) == 0 and again == ["train"]  # the recipe itself finds its stages complete
+    assert "exact match" in capsys.readouterr().out
+    monkeypatch.setattr(whole, "execute", lambda module, flags: 75)
+    assert whole.main(argv) == 75
+
+
+def test_exact_match_counts_right_answers(here, monkeypatch):
+    from ling_kernels.posttrain import evaluate
+
+    share, rows = evaluate.exact_match(here[0] / "sft/model", "sorting", problems=6)
+    assert share == sum(exact(text, answer) for _, text, answer in rows) / 6
+    assert len({prompt for prompt, _, _ in rows}) > 1
+    monkeypatch.setattr(evaluate, "exact", lambda text, answer: 1.0)
+    assert evaluate.exact_match(here[0] / "sft/model", "sorting", problems=6)[0] == 1
+
+
+def test_mistakes(capsys, tmp_path):
+    for argv, message in ((["huge"], "--recipe huge"), (["tiny", "--rl-steps", "0"], "--rl-steps 0"),
+                          (["tiny", "--task", "chess"], "invalid choice")):  # fmt: skip
+        assert whole.main([*argv, "--out", str(tmp_path / "out")]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
