@@ -107,4 +107,6 @@ def test_models_that_cannot_be_pinned():
     to_fp8(m)
     with pytest.raises(InputError, match="cannot pin layers.0.attention"):
         batch_invariant_(m)
+    with pytest.raises(InputError, match="layers.0.attention, which has no QK norm"):
+        batch_invariant_(Ling(replace(LingConfig.tiny(), use_qk_norm=False)))
     assert ROWS >= 4

@@ -74,6 +74,17 @@ def test_pages_show_the_results():
     assert cache.block(found) == cut(cache.PAGE_OF_RESULTS.read_text(), "study_cache")[1]
 
 
+def test_the_page_of_reinforcement_learning_has_its_results():
+    runs = json.loads(rl.RESULTS.read_text())["runs"]
+    assert [(r["task"], r["seed"]) for r in runs] == [(task, seed) for task in rl.START_STEPS for seed in rl.SEEDS]
+    assert rl.rows(runs) == cut(rl.PAGE.read_text(), "rl-study")[1]
+    for run in runs:
+        first, last, spread = rl.quarters(run)
+        assert last - first > spread > 0, (run["task"], run["seed"])
+    four = dict(steps=[dict(reward=r) for r in (0, 1, 9, 9, 9, 9, 5, 7)])
+    assert rl.quarters(four) == (0.5, 6, pytest.approx(2**0.5))
+
+
 def test_rules_of_balancing():
     """Quantile balancing gives an even load at once; the sign rule moves by its rate, with a mean of 0 or without."""
     from benchmarks.studies import balance
@@ -113,14 +124,3 @@ def test_a_short_study_of_merging(tmp_path, monkeypatch):
     losses = merging.study(0, tmp_path, steps=6)
     assert losses.keys() == {"last", "mean, 2", "1-sqrt, 2", "ema:0.2, 2", "decayed"}
     assert len({*losses.values()}) == 5 and all(0 < loss < 7 for loss in losses.values())
-
-
-def test_the_page_of_reinforcement_learning_has_its_results():
-    runs = json.loads(rl.RESULTS.read_text())["runs"]
-    assert [(r["task"], r["seed"]) for r in runs] == [(task, seed) for task in rl.START_STEPS for seed in rl.SEEDS]
-    assert rl.rows(runs) == cut(rl.PAGE.read_text(), "rl-study")[1]
-    for run in runs:
-        first, last, spread = rl.quarters(run)
-        assert last - first > spread > 0, (run["task"], run["seed"])
-    four = dict(steps=[dict(reward=r) for r in (0, 1, 9, 9, 9, 9, 5, 7)])
-    assert rl.quarters(four) == (0.5, 6, pytest.approx(2**0.5))

@@ -144,7 +144,10 @@ def a_model_trains_as_on_one_process(rank, group):
             optimizer.zero_grad()
         sum(alone(row, labels=row).loss / WORLD for row in ids.split(1)).backward()
         want = torch.nn.utils.clip_grad_norm_(alone.parameters(), CLIP)
-        (shared(ids[rank : rank + 1], labels=ids[rank : rank + 1]).loss / WORLD).backward()
+        loss = shared(ids[rank : rank + 1], labels=ids[rank : rank + 1]).loss / WORLD
+        with shares.sums_in_backward():
+            loss.backward()
+            assert len(shares.begun) > len(shares.to_sum()) // 2  # the rest follows where this ends
         shares.sum_gradients_()
         norm = shares.norm()
         torch.testing.assert_close(norm, want, rtol=1e-5, atol=0)

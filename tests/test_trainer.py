@@ -20,8 +20,8 @@ from tests.training import flags, small, text, uninterrupted  # noqa: F401
 
 def settings_from(flags, **changes) -> Settings:
     options = vars(cli.parser().parse_args(flags))
-    return replace(settings_of({k: v for k, v in options.items() if k not in ("out", "resume", "plan", "layout")}),
-                   **changes)  # fmt: skip
+    no_settings = ("out", "resume", "plan", "layout", "recipe", "source")
+    return replace(settings_of({k: v for k, v in options.items() if k not in no_settings}), **changes)
 
 
 def equal_checkpoints(one, two) -> bool:

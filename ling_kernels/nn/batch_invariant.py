@@ -34,11 +34,13 @@ KEYS = 64  # of a tile of attention
 
 def batch_invariant_(model: nn.Module) -> None:
     """Pin the modules of a model in place; parameters, names and hooks stay. Raises InputError for a model on a GPU or
-    in another precision, and for linear layers and experts of other kinds, as FP8's."""
+    in another precision, without QK norm, and for linear layers and experts of other kinds, as FP8's."""
     for name, p in model.named_parameters():
         if p.device.type != "cpu" or p.dtype not in (torch.float32, torch.float64):
             raise InputError(f"batch_invariant is for fp32 on a CPU: {name} is {p.dtype} on {p.device}")
     for name, module in model.named_modules():
+        if isinstance(module, Attention) and module.query_layernorm is None:
+            raise InputError(f"batch_invariant cannot pin {name}, which has no QK norm")
         if type(module) in PINNED:
             module.__class__ = PINNED[type(module)]
         elif isinstance(module, (*PINNED,)) and type(module) not in PINNED.values():

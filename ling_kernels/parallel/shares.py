@@ -7,8 +7,10 @@ stage 1, arXiv 1910.02054, by whole parameters). As no parameter is cut, every o
 also Muon, which needs whole matrices, and 8-bit AdamW, whose blocks and random bits follow a parameter.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -55,6 +57,7 @@ class Shares:
         # By name, as a parameter may become another object on its way to a GPU: how it is divided, the group of those
         # that hold it too, its owner's rank there.
         self.divided: dict[str, Division] = {}
+        self.begun: list[tuple[nn.Parameter, int, Any]] = []  # sums under way: of what, on which rank
         if ranks.context is not None:
             context_parallel_(model, ranks.context)
         self.cuts: dict[str, Part] = {}  # this rank's parts of weights that tensor parallelism divides
@@ -98,17 +101,46 @@ class Shares:
         found = ((p, self.group[name], self.owner[name]) for name, p in self.model.named_parameters())
         return [(p, dist.get_global_rank(group, owner), group) for p, group, owner in found if group is not None]
 
+    @contextmanager
+    def sums_in_backward(self) -> Iterator[None]:
+        """Around the last backward of a step: the sum of a gradient begins once the gradient is complete, while the
+        backward goes on; `sum_gradients_` waits for them. Sums begin in one order on all ranks, that in which gradients
+        are completed roughly, and all of them before this ends, so that no other message comes between them."""
+        waiting, complete = self.to_sum(), set()
+
+        def on_complete(p: Tensor) -> None:
+            complete.add(id(p))
+            while waiting and id(waiting[0][0]) in complete:
+                self.begin_sum(*waiting.pop(0))
+
+        hooks = [p.register_post_accumulate_grad_hook(on_complete) for p, _, _ in waiting]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for shared in waiting:
+            self.begin_sum(*shared)
+
+    def to_sum(self) -> list[tuple[nn.Parameter, int, dist.ProcessGroup]]:
+        return [shared for shared in self.shared() if shared[0].requires_grad][::-1]
+
+    def begin_sum(self, p: nn.Parameter, owner: int, group: dist.ProcessGroup) -> None:
+        if p.grad is None:  # this rank had no token for it
+            p.grad = torch.zeros_like(p)
+        self.begun.append((p, owner, dist.reduce(p.grad, owner, group=group, async_op=True)))
+
     def sum_gradients_(self) -> None:
         """Add up every gradient on its owner; the others' are freed. The loss of each rank must be its tokens' share
         of the global loss."""
-        shared = [(p, owner, group) for p, owner, group in self.shared() if p.requires_grad]
-        for p, _, _ in shared:
-            if p.grad is None:  # this rank had no token for it
-                p.grad = torch.zeros_like(p)
-        wait([dist.reduce(p.grad, owner, group=group, async_op=True) for p, owner, group in shared])
-        for p, owner, _ in shared:
+        if not self.begun:
+            for shared in self.to_sum():
+                self.begin_sum(*shared)
+        wait([work for _, _, work in self.begun])
+        for p, owner, _ in self.begun:
             if owner != self.ranks.rank:
                 p.grad = None
+        self.begun.clear()
 
     def norm(self) -> Tensor:
         """The norm of all gradients after `sum_gradients_`, a scalar that is equal on every rank."""

@@ -58,7 +58,7 @@ class LoopSettings:
     samples: int = flag(8, "answers to each problem, a group", least=2)
     updates: int = flag(2, "optimizer steps of a step, each over its share of the problems", least=1)
     new_tokens: int = flag(40, "tokens of an answer at most", least=1)
-    temperature: float = flag(1.0, "of the answers", above=0)
+    temperature: float = flag(1.0, "of the answers; losses are of the policy at temperature 1", above=0)
     icepop: str = flag(
         "none", "leaves out tokens that trainer and engine rate too differently: 0.5 to 5 times, or 0.5 to 2",
         choices=("none", *ICEPOP),

@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         " begins with a tiny one that is taught the task's format first. docs/posttraining.md explains it.",
     )  # fmt: skip
     parser.add_argument("--model", metavar="FOLDER", help="a model's folder to start from (default: a tiny one)")
-    parser.add_argument("--start-steps", type=int, default=300, metavar="N", help="steps that teach the tiny one (300)")
+    parser.add_argument("--start-steps", type=int, default=500, metavar="N", help="steps that teach the tiny one (500)")
     parser.add_argument("--out", metavar="RUN", help="folder of a new run (default: runs/rl-DATE-TIME)")
     parser.add_argument(
         "--resume", metavar="RUN", help="a run or a checkpoint to continue; with --steps for more steps"

@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from math import isfinite
@@ -335,7 +336,7 @@ def accumulate_gradients(
         if losses is not None:  # on the last stage's rank
             total += torch.tensor([losses[name] for name in ("loss", *LOSSES)], device=device)
         return ranks.sum_(total, stages=True)
-    for batch in batches:
+    for i, batch in enumerate(batches, 1):
         ids, labels, cu_seqlens = batch.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
             out = model(
@@ -348,7 +349,8 @@ def accumulate_gradients(
             )
         if begin is not None:
             begin(out.loss.detach())
-        out.loss.backward()
+        with shares.sums_in_backward() if shares and i == len(batches) else nullcontext():
+            out.loss.backward()
         mtp = out.mtp_loss if out.mtp_loss is not None else total.new_zeros(())
         total += torch.stack([x.detach().double() for x in (out.loss, out.main_loss, mtp, out.z_loss)])
     return ranks.sum_(total)
