@@ -126,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags.add_argument("recipe", help="of python -m ling_kernels.train --recipe: tiny, or a folder of stages")
     flags.add_argument("--source", nargs="+", metavar="NAME=PATH", help="the data of its sources (default: tiny's own)")
     flags.add_argument("--task", choices=TASKS, default="sorting", help="the toy task (default: sorting)")
-    flags.add_argument("--sft-steps", type=int, default=300, metavar="N", help="steps of fine-tuning (default: 300)")
+    flags.add_argument("--sft-steps", type=int, default=400, metavar="N", help="steps of fine-tuning (default: 400)")
     flags.add_argument("--rl-steps", type=int, default=30, metavar="N", help="steps of LPO (default: 30)")
     flags.add_argument("--problems", type=int, default=64, metavar="N", help="of the exact match (default: 64)")
     flags.add_argument("--out", metavar="OUT", help="folder of everything (default: runs/everything-NAME)")
