@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from ling_kernels.errors import Diverged, InputError
 from ling_kernels.files import lock_folder
@@ -215,3 +216,32 @@ def test_a_checkpoint_that_was_changed_is_one_line(tmp_path, settings, capsys, n
     state["files"] = {p.name: [p.stat().st_size, ckpt.checksum(p)] for p in checkpoint.iterdir() if p.suffix != ".json"}
     (checkpoint / "state.json").write_text(json.dumps(state))
     assert says in one_line_error(["--resume", str(tmp_path / "run")], capsys)
+
+
+@pytest.mark.parametrize("key, shape", [("exp_avg", [3]), ("exp_avg_sq", []), ("step", [2])])
+def test_moments_of_another_shape_are_one_line(tmp_path, settings, capsys, key, shape):
+    """torch's fused AdamW reads past the end of such a tensor."""
+    run_of(settings, tmp_path / "run")
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    tensors = load_file(file := checkpoint / "optimizer.safetensors")
+    name = next(name for name in tensors if name.endswith(f"weight.{key}"))
+    save_file(tensors | {name: torch.ones(shape)}, file)
+    state = json.loads((checkpoint / "state.json").read_text())
+    state["files"][file.name] = [file.stat().st_size, ckpt.checksum(file)]
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    line = one_line_error(["--resume", str(tmp_path / "run"), "--steps", "9"], capsys)
+    assert f"the optimizer's {name} is {shape}, the parameter [" in line
+
+
+def test_numbers_of_processes_that_the_run_has(tmp_path, settings, capsys):
+    """A resumed run that other processes cannot divide says which numbers are not of the command line."""
+    run_of(settings, tmp_path / "run")
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    state = json.loads((checkpoint / "state.json").read_text())
+    state["settings"] |= dict(ep=2, dp=4)
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    resume = ["--resume", str(tmp_path / "run"), "--steps", "9"]
+    assert one_line_error(resume, capsys).endswith("; the run to resume has --dp 4: give other numbers\n")
+    line = one_line_error([*resume, "--dp", "1"], capsys)
+    assert line.endswith("; the run to resume has --ep 2: give other numbers\n")
+    assert "the run to resume has" not in one_line_error([*resume, "--dp", "1", "--ep", "3"], capsys)

@@ -163,6 +163,8 @@ def moment(reader: WeightReader, key: str, saved: list[Saved], shares: Shares) -
     name = key.rpartition(".")[0]
     part, shape = shares.part_of(name), shares.official[name].shape
     whole = shape_of(s.box for s in saved)
+    if not is_state_of(shape, key, whole):
+        raise InputError(f"{reader.folder}: the optimizer's {key} is {list(whole)}, the parameter {list(shape)}")
     if part.ranges and whole and whole != shape:
         part = flattened(key, part, shape, shape.numel(), whole[0] if len(whole) == 1 else 0)
     boxes = part.boxes(whole) if whole else [((), ())]
@@ -177,6 +179,13 @@ def moment(reader: WeightReader, key: str, saved: list[Saved], shares: Shares) -
     if t is None or filled != t.numel():
         raise InputError(f"{reader.folder}: the checkpoint has {filled} of the numbers of the optimizer's {key}")
     return t
+
+
+def is_state_of(shape: torch.Size, key: str, whole: tuple[int, ...]) -> bool:
+    """Whether the optimizer's tensor NAME.KEY of a parameter can have the shape `whole`: kernels trust it."""
+    if key.endswith(".step"):
+        return whole == ()
+    return whole == tuple(shape) or whole in {(shape.numel(),), (-(-shape.numel() // BLOCK),)}
 
 
 def collect_(part: OwnPart, ranks: Ranks) -> None:

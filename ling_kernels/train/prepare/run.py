@@ -106,7 +106,11 @@ def resumed_run(resume: str | Path, options: dict, fall_back: bool = False) -> R
         settings = replace(settings, threads=None)
     config, _ = model_config(settings, checkpoint)
     check(settings, config)
-    ranks = arrange(settings, config)
+    try:
+        ranks = arrange(settings, config)
+    except InputError as error:
+        error.args = (str(error) + kept_division(settings, options, str(error)),)
+        raise
     if settings.steps < state["step"]:
         raise InputError(f"--steps {settings.steps}: {checkpoint} has done {state['step']} already")
     settings, device = choose_device_and_threads(settings, ranks)
@@ -142,6 +146,14 @@ def arrange(settings: Settings, config: LingConfig) -> Ranks:
     with ranks.agreed():
         check_parallel(s, config, ranks)
     return ranks
+
+
+def kept_division(settings: Settings, options: dict, error: str) -> str:
+    """The end of an error's line where it names numbers of processes that are those of the run to resume, not given."""
+    names = [name for name in ("dp", "cp", "tp", "ep", "vocab_parallel", "pp") if options.get(name) is None]
+    flags = {f"--{name.replace('_', '-')}": getattr(settings, name) for name in names}
+    kept = [f"{flag} {n}" for flag, n in flags.items() if n not in (None, 1) and f"{flag} {n} " in error]
+    return f"; the run to resume has {' and '.join(kept)}: give other numbers" if kept else ""
 
 
 def choose_device_and_threads(
