@@ -253,6 +253,11 @@ def test_defaults_of_generation_config(checkpoint, tmp_path):
     for more in ({}, dict(top_p=0.5), dict(temperature=0)):
         call(with_defaults, "/v1/completions", dict(model="speller", prompt="a", seed=1) | more)
     assert taken == [Sampling(0.7, top_p=0.9, seed=1), Sampling(0.7, top_p=0.5, seed=1), Sampling(seed=1)]
+    for greedy in (dict(temperature=0.0, top_p=0.9), dict(temperature=0, top_k=-1)):
+        file.write_text(json.dumps(greedy))
+        with_defaults.sampling_defaults = sampling_defaults(tmp_path)
+        call(with_defaults, "/v1/completions", dict(model="speller", prompt="a", seed=1))
+        assert taken.pop() == Sampling(seed=1)
     file.write_text('{"temperature": -1}')
     with pytest.raises(ValueError, match="generation_config.json: temperature"):
         sampling_defaults(tmp_path)
