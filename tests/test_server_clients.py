@@ -1,6 +1,7 @@
 """What clients of the server ask for beside text: log-probabilities, tools, thoughts, counts, token ids."""
 
 # ruff: noqa: F811 (fixtures are imported)
+import asyncio
 import json
 import random
 
@@ -11,12 +12,13 @@ pytest.importorskip("fastapi")
 
 from ling_kernels.generate.server import answers  # noqa: E402
 from ling_kernels.generate.server.answers import ChatWriter, Piece  # noqa: E402
+from ling_kernels.generate.server.app import make_app  # noqa: E402
 from ling_kernels.generate.server.command import sampling_defaults  # noqa: E402
 from ling_kernels.generate.server.protocol import ChatCompletionRequest  # noqa: E402
 from ling_kernels.generate.server.text_parts import TextParts  # noqa: E402
 from ling_kernels.model.sample import Sampling  # noqa: E402
 from tests.speller import speller  # noqa: E402
-from tests.test_server import BODY, call, checkpoint, events, service, shared  # noqa: E402, F401
+from tests.test_server import BODY, call, checkpoint, events, httpx, service, shared  # noqa: E402, F401
 
 CHAT = dict(model="speller", messages=[dict(role="user", content="Hi")], temperature=0)
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": [2]}}\n</tool_call>'
@@ -251,6 +253,11 @@ def test_defaults_of_generation_config(checkpoint, tmp_path):
     for more in ({}, dict(top_p=0.5), dict(temperature=0)):
         call(with_defaults, "/v1/completions", dict(model="speller", prompt="a", seed=1) | more)
     assert taken == [Sampling(0.7, top_p=0.9, seed=1), Sampling(0.7, top_p=0.5, seed=1), Sampling(seed=1)]
+    for greedy in (dict(temperature=0.0, top_p=0.9), dict(temperature=0, top_k=-1)):
+        file.write_text(json.dumps(greedy))
+        with_defaults.sampling_defaults = sampling_defaults(tmp_path)
+        call(with_defaults, "/v1/completions", dict(model="speller", prompt="a", seed=1))
+        assert taken.pop() == Sampling(seed=1)
     file.write_text('{"temperature": -1}')
     with pytest.raises(ValueError, match="generation_config.json: temperature"):
         sampling_defaults(tmp_path)
@@ -263,6 +270,24 @@ def test_web_pages_may_call_where_they_are_allowed(checkpoint):
     assert call(plain, "/v1/models", headers=head).headers.get("access-control-allow-origin") is None
     answer = call(open_to, "/v1/models", headers=head | {"authorization": "Bearer k"})
     assert answer.headers["access-control-allow-origin"] == "http://page" and answer.status_code == 200
+    refused = call(open_to, "/v1/completions", BODY, headers=head)
+    assert refused.headers["access-control-allow-origin"] == "http://page" and refused.status_code == 401
+    assert "Retry-After" in refused.headers["access-control-expose-headers"]
+
+
+def test_a_web_page_asks_before_it_sends_a_key(checkpoint):
+    """The browser's preflight has no key; of another page it is refused."""
+    guarded = make_app(service(checkpoint, origins=("http://page",), keys=frozenset({"k"})))
+
+    async def ask(origin: str):
+        head = {"origin": origin, "access-control-request-method": "POST",
+                "access-control-request-headers": "authorization,content-type"}  # fmt: skip
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(guarded), base_url="http://test") as client:
+            return await client.options("/v1/completions", headers=head)
+
+    allowed, other = asyncio.run(ask("http://page")), asyncio.run(ask("http://other"))
+    assert allowed.status_code == 200 and "authorization" in allowed.headers["access-control-allow-headers"]
+    assert other.status_code == 400 and "access-control-allow-origin" not in other.headers
 
 
 def test_request_ids(shared):
@@ -282,8 +307,6 @@ def test_the_log_has_a_line_for_each_response(checkpoint, capsys):
 
 
 def test_counters_move_while_a_request_runs(checkpoint):
-    import asyncio
-
     fresh = service(checkpoint)
 
     async def run():

@@ -29,6 +29,14 @@ def test_invalid_arguments(capsys, args, message):
     assert message in capsys.readouterr().err
 
 
+def test_unreadable_tls_files(checkpoint, capsys, tmp_path):
+    (tmp_path / "pem").write_text("x")
+    for file, message in ((tmp_path / "pem", "--tls-cert, --tls-key: "), (tmp_path / "none", "there is no file")):
+        flags = ["--tls-cert", str(file), "--tls-key", str(file)]
+        assert main(["--model", checkpoint, "--port", "0", *flags]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_a_port_in_use(checkpoint, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert main(["--model", checkpoint, "--port", str(taken.getsockname()[1])]) == 2

@@ -133,8 +133,13 @@ def sampling_defaults(folder: Path) -> dict:
     file = folder / "generation_config.json"
     settings = read_json(file) if file.is_file() else {}
     found = {name: settings[name] for name in SAMPLING if settings.get(name) is not None}
+    checked = {"temperature": 1.0} | found
+    if checked["temperature"] == 0:  # greedy: as in a body, what restricts random sampling has no effect
+        checked["temperature"] = 1.0
+    if checked.get("top_k") == -1:  # all tokens, as in a body
+        checked["top_k"] = 0
     try:
-        Sampling(**({"temperature": 1.0} | found))
+        Sampling(**checked)
     except InputError as error:
         raise InputError(f"{file}: {error}") from None
     return found

@@ -1,0 +1,80 @@
+"""The server with the clients that people use, each where its package is installed: openai, litellm, lm-eval."""
+
+# ruff: noqa: F811 (fixtures are imported)
+import pytest
+
+pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+
+from tests.speller import speller  # noqa: E402
+from tests.test_server import service  # noqa: E402
+from tests.test_server_connections import port_of, running  # noqa: E402
+
+CHAT = dict(model="speller", messages=[dict(role="user", content="Hi")], temperature=0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return speller(tmp_path_factory.mktemp("packages") / "speller", positions=1000)
+
+
+@pytest.fixture(scope="module")
+def locked(folder):
+    """A server with a key, and its URL."""
+    served = service(folder, keys=frozenset({"k"}))
+    with running(served) as server:
+        yield served, f"http://127.0.0.1:{port_of(server)}/v1"
+
+
+def test_openai(locked):
+    openai = pytest.importorskip("openai")
+    client = openai.OpenAI(base_url=locked[1], api_key="k", max_retries=0)
+    assert [model.id for model in client.models.list()] == ["speller"]
+    choice = client.chat.completions.create(**CHAT, logprobs=True, top_logprobs=2).choices[0]
+    assert choice.message.content == "XYZ" and [c.token for c in choice.logprobs.content] == [*"XYZ"]
+    tools = [dict(type="function", function=dict(name="f", parameters={}))]
+    with client.chat.completions.stream(**CHAT, tools=tools) as stream:
+        assert [*stream] and stream.get_final_completion().choices[0].message.content == "XYZ"
+    completion = client.completions.create(model="speller", prompt="ab", max_tokens=1, temperature=0, logprobs=1)
+    assert completion.choices[0].text == "c" and completion.choices[0].logprobs.tokens == ["c"]
+    with pytest.raises(openai.BadRequestError, match="maximum context length") as caught:
+        client.chat.completions.create(**CHAT, max_tokens=3000)
+    assert caught.value.code == "context_length_exceeded" and caught.value.param == "max_tokens"
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(**CHAT | dict(model="x"))
+    with pytest.raises(openai.AuthenticationError):
+        client.with_options(api_key="wrong").models.list()
+
+
+def test_litellm(locked, monkeypatch):
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else its import asks the network
+    litellm = pytest.importorskip("litellm")
+    litellm.suppress_debug_info = True
+    for provider in ("openai", "hosted_vllm"):
+        options = CHAT | dict(model=f"{provider}/speller", api_base=locked[1], api_key="k", num_retries=0)
+        assert litellm.completion(**options).choices[0].message.content == "XYZ"
+        pieces = litellm.completion(**options, stream=True)
+        assert "".join(e.choices[0].delta.content or "" for e in pieces) == "XYZ"
+        with pytest.raises(litellm.ContextWindowExceededError):
+            litellm.completion(**options, max_tokens=3000)
+
+
+@pytest.mark.parametrize("ids", [False, True])
+def test_lm_eval(locked, folder, monkeypatch, ids):
+    """Log-likelihoods are the engine's, also where the model would end after the continuation."""
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    pytest.importorskip("transformers")  # which lm-eval's clients need for the tokenizer
+    models = pytest.importorskip("lm_eval.models.openai_completions")
+    instances = pytest.importorskip("lm_eval.api.instance")
+    served, url = locked
+    model = models.LocalCompletionsAPI(
+        base_url=f"{url}/completions", model="speller", tokenizer=folder, max_length=999, batch_size=2,
+        tokenized_requests=ids,
+    )  # fmt: skip
+    pairs = [("ab", "cd"), ("wx", "yz"), ("ab", "zz"), ("a", "q"), ("x", "yz")]
+    found = model.loglikelihood([instances.Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)])
+    scores = served.engine.score([[*"".join(pair).encode()] for pair in pairs])
+    expected = [sum(score[len(pair[0]) - 1 :]) for pair, score in zip(pairs, scores, strict=True)]
+    assert [total for total, _ in found] == pytest.approx(expected, rel=1e-4)
+    assert [greedy for _, greedy in found] == [True, True, False, False, True]
