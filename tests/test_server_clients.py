@@ -290,6 +290,14 @@ def test_a_web_page_asks_before_it_sends_a_key(checkpoint):
     assert other.status_code == 400 and "access-control-allow-origin" not in other.headers
 
 
+def test_a_thought_that_the_prompt_has_opened(shared):
+    """Of a tokenizer to which <think> is seven tokens."""
+    messages = [*CHAT["messages"], dict(role="assistant", content="<think>")]
+    body = CHAT | dict(messages=messages, continue_final_message=True, max_tokens=8, ignore_eos=True)
+    message = call(shared, "/v1/chat/completions", body).json()["choices"][0]["message"]
+    assert message["reasoning_content"] and message["content"] == ""
+
+
 def test_request_ids(shared):
     given = call(shared, "/v1/models", headers={"x-request-id": "my-id.7"})
     assert given.headers["x-request-id"] == "my-id.7"

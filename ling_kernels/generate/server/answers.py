@@ -205,7 +205,7 @@ class ChatWriter:
     def __init__(self, choice: Choice, body: ChatCompletionRequest):
         self.choice = choice
         tokenizer = choice.service.tokenizer
-        end_of_prompt = tokenizer.decode(choice.request.prompt[-4:]).rstrip()
+        end_of_prompt = tokenizer.decode(choice.request.prompt[-16:]).rstrip()  # <think> may be 7 tokens
         self.parts = TextParts(end_of_prompt.endswith(THINK), body.parses_calls)
         self.logprobs = ChatLogprobs(tokenizer) if body.logprobs else None
         self.calls = 0
