@@ -37,8 +37,9 @@ def one_line(message: str) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """1 row, 2 rows."""
-    return f"{number:,} {noun}{'s' * (number != 1)}"
+    """1 row, 2 rows, 2 batches, 2 processes."""
+    ending = "es" if noun.endswith(("s", "ch")) else "s"
+    return f"{number:,} {noun}{ending * (number != 1)}"
 
 
 LONGEST = 800  # characters of a message

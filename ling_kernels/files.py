@@ -52,6 +52,19 @@ def user_path(path: str | Path, name: str = "a path") -> Path:
     return Path(path)
 
 
+def check_output(path: str | Path, name: str) -> Path:
+    """The path of a file that a command will write after long work. Raises InputError where it cannot, as far as can be
+    seen without writing. name: of the flag."""
+    file = user_path(path, name)
+    if file.is_dir():
+        raise InputError(f"{name} {path}: it is a folder")
+    if not file.parent.is_dir():
+        raise InputError(f"{name} {path}: there is no folder {file.parent}")
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise InputError(f"{name} {path}: it cannot be written")
+    return file
+
+
 def read_json(file: Path) -> dict:
     """The JSON object in a file. Raises InputError if there is none."""
     try:

@@ -96,6 +96,8 @@ REFUSED = {  # flags of rank 0, of rank 1, the line
     "world": ("--dp 3", "--dp 3", "--dp 3 times --pp 1 are 3 processes, and there are 2: start them with torchrun"),
     "settings": ("", "--lr 1e-3", "rank 1 has the setting lr 0.001, rank 0 0.003"),
     "one rank's": ("", "--seq-len 1", "rank 1: --seq-len 1: it must be at least 2"),
+    "resume": ("", "--resume auto", "rank 1 has --resume auto, rank 0 None"),
+    "folders": ("", "", "rank 1 has --out /"),
 }
 
 
@@ -194,7 +196,8 @@ def runs(tmp_path_factory, plain, small):
     resume = "--ep 2 --tp 2 --vocab-parallel 2 --pp 2 --micro-batch 2"
     jobs.append(("resumed", same(["--resume", str(half), *resume.split()], MOST)))
     for name, (first, second, _) in REFUSED.items():
-        jobs.append((name, [run(flags, "refused") for flags in (first, second)]))
+        other = "refused, too" if name == "folders" else "refused"
+        jobs.append((name, [run(first, "refused"), run(second, other)]))
     jobs.append(("silent", same(run("--dist-timeout 3", "silent"))))
     start(work, (jobs, folder, free_ports(len(jobs))), MOST)
     return folder
@@ -278,7 +281,7 @@ def test_refusals_are_one_line_of_rank_0(runs, name):
     (code, _, error), other = (json.loads((runs / f"{name}.{rank}").read_text()) for rank in range(2))
     assert code == 2 and error.startswith(f"error: {REFUSED[name][2]}") and error.count("\n") == 1, error
     assert other == [2, "", ""]
-    assert not (runs / "refused").exists()
+    assert not (runs / "refused").exists() and not (runs / "refused, too").exists()
 
 
 def test_a_rank_that_stops_is_reported(runs):
@@ -345,7 +348,7 @@ def test_sizes_that_do_not_fit():
     (dict(), dict(exchange="fp8"), "--exchange fp8 needs --ep"),
     (dict(dp=2, ep=2), dict(exchange="fp8"), "--exchange fp8 needs --precision fp8 --fp8-scales pow2"),
     (dict(dp=2, ep=2), dict(exchange="fp8", precision="fp8", fp8_scales="pow2"), "--exchange fp8 needs experts in FP8"),
-    (dict(pp=2), dict(micro_batch=1, batch_ramp="3:2"), "--batch-ramp 3:2 is 3 micro batches for each of 1 pipelines"),
+    (dict(pp=2), dict(micro_batch=1, batch_ramp="3:2"), "--batch-ramp 3:2 gives each pipeline 3 micro batches"),
     (dict(dp=2), dict(micro_batch=8), "--batch 8 is not a multiple of --dp 2 times --micro-batch 8"),
     (dict(dp=2), dict(batch_ramp="3:4"), "--batch-ramp 3:4: START is not a multiple of --dp 2"),
     (dict(dp=2), dict(step_in_backward=True), "--step-in-backward is for one process"),
@@ -355,7 +358,7 @@ def test_sizes_that_do_not_fit():
     (dict(pp=2), dict(pipeline="Ett||mL"), "--pipeline Ett||mL: 3 stages on 2 ranks"),
     (dict(pp=2), dict(pipeline="Ettm|L"), "--pipeline Ettm|L: process 1 of --pp 2 has no layer"),
     (dict(pp=4), {}, "--pp 4: the model has only 2 layers; give --pipeline"),
-    (dict(pp=2), dict(micro_batch=8), "--batch 8 is 1 micro batches for each of 1 pipelines, and --pp 2 needs"),
+    (dict(pp=2), dict(micro_batch=8), "--batch 8 gives each pipeline 1 micro batch, and --pp 2 needs"),
     (dict(dp=2, ep=2), dict(optimizer="adamw8bit"), "--optimizer adamw8bit: the experts of one of --ep 2 processes"),
 ])  # fmt: skip
 def test_what_cannot_be_divided(ranks, settings, message):
@@ -377,6 +380,9 @@ def test_even_layouts():
     PipelineLayout.even(config, 7).check(config)
 
 
-def test_a_plan_of_the_same_flags(capsys):
+def test_a_plan_of_the_same_flags(capsys, monkeypatch):
     assert main("--plan --dp 4 --ep 2 --batch 8 --seq-len 32 --steps 2".split()) == 0
     assert "on the fullest of 4 GPUs: dp=4, ep=2, pp=1, zero=1" in capsys.readouterr().out
+    monkeypatch.setenv("RANK", "1")  # under torchrun rank 0 alone prints it
+    assert main("--plan --model tiny --dp 4".split()) == 0
+    assert capsys.readouterr() == ("", "")

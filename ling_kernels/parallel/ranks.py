@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..errors import InputError, OtherRank
+from ..errors import InputError, OtherRank, counted
 
 T = TypeVar("T")
 # Outside a step ranks wait for rank 0 to tokenise or to write a checkpoint, however long that takes. One that dies
@@ -252,18 +252,26 @@ def check_sizes(size: int, dp: int, ep: int, pp: int, cp: int = 1, vocab: int = 
     if n * pp != size:
         numbers = f"--dp {dp} times --pp {pp}" + "".join(f" times {f} {v}" for f, v in sharing.items() if v > 1)
         raise InputError(
-            f"{numbers} are {n * pp} processes, and there {'is' if size == 1 else 'are'} {size}:"
+            f"{numbers} are {counted(n * pp, 'process')}, and there {'is' if size == 1 else 'are'} {size}:"
             f" start them with torchrun, --nproc-per-node times --nnodes"
         )
     flags = " and ".join(["--dp", *(f for f, v in sharing.items() if v > 1)])
     for flag, number, what in (("--ep", ep, "experts"), ("--vocab-parallel", vocab, "vocabulary")):
         if n % number:
-            raise InputError(f"{flag} {number} does not divide the {n} processes of {flags}, which share the {what}")
+            raise InputError(
+                f"{flag} {number} does not divide the {counted(n, 'process')} of {flags}: groups of {number} share the"
+                f" {what}"
+            )
+
+
+def rank_of_torchrun() -> int:
+    """This process's number among those that torchrun started."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def start() -> Ranks:
     """The processes that torchrun started, or this one alone. Each takes the GPU of its number on its machine."""
-    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    size, rank = int(os.environ.get("WORLD_SIZE", "1")), rank_of_torchrun()
     if size == 1:
         return Ranks()
     gpu = torch.cuda.is_available()

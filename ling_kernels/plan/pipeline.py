@@ -11,8 +11,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from ..errors import InputError, Parser, command
-from ..files import format_bytes
+from ..errors import InputError, Parser, command, counted
+from ..files import check_output, format_bytes
 from ..gpu import HOPPER, VARIANTS
 from ..model import LingConfig
 from ..parallel.layout import Layout
@@ -23,7 +23,7 @@ from ..train.prepare.models import model_config
 from ..train.scaling import with_defaults
 from ..train.settings import settings_of
 from .search import CHOICES, TRIES, Problem, Result, candidates, ranked, search
-from .timeline import draw
+from .timeline import draw, find_matplotlib
 from .train import span
 from .train_time import NODE
 from .units import letters, predicted_units, transfer_seconds
@@ -37,6 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = vars(parser().parse_args(argv))
     own = {name: args.pop(name) for name in OWN}
     options = argparse.Namespace(**own)
+    for name in ("csv", "png"):
+        if getattr(options, name) is not None:
+            check_output(getattr(options, name), f"--{name}")
+    if options.png is not None:
+        find_matplotlib()
     problem = make_problem(args, options)
     results = solve(problem, options)
     best = results[0]
@@ -152,9 +157,11 @@ def report(problem: Problem, options: argparse.Namespace, best: Result) -> list[
         f"{problem.config.num_parameters(mtp=True):,} parameters",
         f"{100 * timeline.bubble():.1f} % of it idle",
     )
+    ranks = f"{counted(gpus.pp, 'rank')} x {counted(gpus.dp, 'GPU')}"
+    micro_batches = counted(problem.micro_batches, "micro batch")
     lines = [
-        f"Pipeline of {s.model}, {size}: {gpus.pp} ranks x {gpus.dp} GPUs ({options.gpu}), ep {gpus.ep};",
-        f"{problem.micro_batches} micro batches of {s.micro_batch} x {s.seq_len} tokens. Predicted, nothing measured.",
+        f"Pipeline of {s.model}, {size}: {ranks} ({options.gpu}), ep {gpus.ep};",
+        f"{micro_batches} of {s.micro_batch} x {s.seq_len} tokens. Predicted, nothing measured.",
         "",
         f"layout    {best.layout}",
         f"schedule  {best.schedule}",

@@ -10,15 +10,21 @@ COLOURS = dict(F="#8ecae6", B="#a3d9a5", I="#ffd166", W="#f4a6a6")
 NAMES = dict(F="forward", B="backward", I="gradient of the input", W="gradients of weights")
 
 
+def find_matplotlib() -> type:
+    """matplotlib's Figure. Raises InputError where it is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError("--png needs matplotlib: pip install matplotlib") from None
+    return Figure
+
+
 def draw(timelines: dict[str, Timeline], path: str | Path) -> None:
     """Write a PNG with one picture above the other, on one scale of time; the keys are their titles.
 
     Raises InputError where matplotlib is missing or the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError("--png needs matplotlib: pip install matplotlib") from None
+    Figure = find_matplotlib()
     heights = [len(t.events) for t in timelines.values()]
     figure = Figure(figsize=(14, 0.28 * sum(heights) + 0.9 * len(heights) + 0.6), layout="constrained")
     axes: list = [*figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]]
@@ -44,6 +50,6 @@ def draw(timelines: dict[str, Timeline], path: str | Path) -> None:
     handles = [axes[0].barh(0, 0, color=COLOURS[k], label=NAMES[k]) for k in COLOURS if k in seen]
     figure.legend(handles=handles, loc="outside lower right", ncols=len(handles), frameon=False, fontsize=9)
     try:
-        figure.savefig(path, dpi=110, metadata={"Software": None})
+        figure.savefig(path, format="png", dpi=110, metadata={"Software": None})
     except (OSError, ValueError) as error:
         raise InputError(f"--png {path}: {error}") from None

@@ -13,7 +13,7 @@ import torch
 
 from ..errors import Diverged, InputError, OtherRank, command, counted, one_line
 from ..files import user_path
-from ..parallel.ranks import Ranks, is_lost_rank, start, stop
+from ..parallel.ranks import Ranks, is_lost_rank, rank_of_torchrun, start, stop
 from . import checkpoint as ckpt
 from .changes import described
 from .flags import as_flags, parser
@@ -40,6 +40,8 @@ def main(argv: Sequence[str] | None, planner) -> int:
         layout, recipe, sources = options.pop("layout"), options.pop("recipe"), options.pop("source")
         if sources and not recipe:
             raise InputError("--source is for --recipe: without one, --data gives the data")
+        if options["plan"] and rank_of_torchrun():
+            return 0  # rank 0 prints the plan
         if recipe:
             return staged(recipe, sources or [], options, planner)
         if options.pop("plan"):
@@ -157,6 +159,7 @@ def open_run(options: dict, everyone: Ranks) -> Trainer:
         raise InputError("--resume is empty: name a run, or auto")
     if out is not None:
         out = user_path(out, "--out")
+    everyone.compare(**{"--out": out, "--resume": resume})
     if resume == "auto":
         model = settings_of(options).model
         resume = everyone.from_first(lambda: latest_run(out, model))

@@ -1,6 +1,6 @@
 """Checks of what several processes divide: rows, tokens, experts, vocabulary, layers."""
 
-from ...errors import InputError
+from ...errors import InputError, counted
 from ...model import LingConfig
 from ...ops.adamw_8bit import BLOCK
 from ...ops.quantize import BLOCK as FP8_BLOCK
@@ -100,7 +100,7 @@ def check_pipeline(s: Settings, config: LingConfig, ranks: Ranks) -> None:
             raise InputError(f"--pipeline {layout}: process {rank} of --pp {pp} has no layer")
     for rows, number in zip((f"--batch {s.batch}", f"--batch-ramp {s.batch_ramp}"), numbers, strict=False):
         if isinstance(schedule, str) and number % pp:
-            raise InputError(f"{rows} is {number} micro batches for each of {ranks.dp} pipelines, and --pp {pp} needs a"
+            raise InputError(f"{rows} gives each pipeline {counted(number, 'micro batch')}, and --pp {pp} needs a"
                              f" multiple of {pp}: give a smaller --micro-batch")  # fmt: skip
         if isinstance(schedule, str):
             check(schedule_order(schedule, pp, stages, number), pp, stages, number, schedule)
