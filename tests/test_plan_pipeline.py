@@ -1,6 +1,7 @@
 """`plan pipeline`: units against the model and `plan train`, the search against all layouts, files, bad input."""
 
 import itertools
+import json
 from dataclasses import replace
 
 import pytest
@@ -110,6 +111,19 @@ def test_the_command(tmp_path, capsys):
     assert all(line in again for line in wanted) and f"schedule  {csv}" in again and schedule
 
 
+def test_modules_for_torchtitan(tmp_path, capsys):
+    assert PipelineLayout.parse("Et|tt||tmmL").modules() == [
+        ["tok_embeddings", "layers.0"], ["layers.1", "layers.2"], [],
+        ["layers.3", "mtp_layers.0", "tok_embeddings", "mtp_layers.1", "norm", "lm_head"],
+    ]  # fmt: skip
+    assert PipelineLayout.parse("EtmL").modules() == [["tok_embeddings", "layers.0", "mtp_layers.0", "norm", "lm_head"]]
+    file = tmp_path / "modules.json"
+    flags = f"pipeline --model tiny --mtp 1 --batch 8 --micro-batch 2 --seq-len 32 --pp 2 --tries 5 --modules {file}"
+    assert main(flags.split()) == 0
+    layout = next(line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("layout"))
+    assert json.loads(file.read_text()) == PipelineLayout.parse(layout).modules()
+
+
 @pytest.mark.parametrize("flags, message", [
     ("--pp 0", "--pp 0: it must be at least 1"), ("", "the following arguments are required: --pp"),
     ("--pp 2 --tries 0", "--tries 0"), ("--pp 2 --memory 0", "--memory 0.0"),
@@ -123,6 +137,7 @@ def test_the_command(tmp_path, capsys):
     ("--pp 2 --batch 4000000 --micro-batch 1", "too many to simulate"), ("--pp 2 --gpu A100", "invalid choice"),
     ("--pp 2 --csv /no/folder/x", "--csv /no/folder/x: there is no folder"),
     ("--pp 2 --png /", "--png /: it is a folder"),
+    ("--pp 2 --mtp 1 --pipeline Ettt|t|m|LL --modules x", "--modules: torchtitan has all of m and L in the last"),
     ("--pp 2 --csv ./", "--csv ./: it is a folder"),
 ])  # fmt: skip
 def test_bad_input_is_one_line(flags, message, capsys, monkeypatch):

@@ -89,6 +89,22 @@ class PipelineLayout:
         """The ranks that hold any unit of these letters, ascending. ranks: the rank of each stage."""
         return sorted({r for stage, r in zip(self.stages, ranks, strict=True) if set(stage) & set(units)})
 
+    def modules(self) -> list[list[str]]:
+        """The modules of each stage under torchtitan's names, for its pipeline_parallel_module_fqns_per_model_part.
+
+        Raises InputError for MTP layers or losses before the last stage, where torchtitan wants them.
+        """
+        if any(set(stage) & {"m", "L"} for stage in self.stages[:-1]):
+            raise InputError(f"--modules: torchtitan has all of m and L in the last stage, unlike {self}")
+        names = dict(
+            E=["tok_embeddings"], t=["layers.{}"], m=["mtp_layers.{}", "tok_embeddings"], L=["norm", "lm_head"]
+        )
+        found = []
+        for stage in range(len(self.stages)):
+            listed = [name.format(i) for unit, i in self.units(stage) for name in names[unit]]
+            found.append([*dict.fromkeys(listed)])
+        return found
+
 
 def expand(text: str) -> str:
     """Replace x*n and (...)*n by n copies."""

@@ -5,6 +5,7 @@ roofline; the step is simulated. --pipeline and --schedule say what to simulate;
 """
 
 import argparse
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = vars(parser().parse_args(argv))
     own = {name: args.pop(name) for name in OWN}
     options = argparse.Namespace(**own)
-    for name in ("csv", "png"):
+    for name in ("csv", "modules", "png"):
         if getattr(options, name) is not None:
             check_output(getattr(options, name), f"--{name}")
     if options.png is not None:
@@ -53,9 +54,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             write_csv(best.order, options.csv)
         except OSError as error:
             raise InputError(f"--csv {options.csv}: {error}") from None
+    if options.modules:
+        write(options.modules, json.dumps(best.layout.modules(), indent=1) + "\n")
     if options.png:
         draw({f"{best.schedule}, {best.layout}: {span(best.timeline.seconds)}": best.timeline}, options.png)
     return 0
+
+
+def write(path: str, text: str) -> None:
+    try:
+        Path(path).write_text(text)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from None
 
 
 def parser() -> argparse.ArgumentParser:
@@ -79,13 +89,18 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     found.add_argument("--tries", type=int, default=TRIES, metavar="N", help=f"moves of a search (default: {TRIES})")
     found.add_argument("--csv", metavar="FILE", help="write the order of actions for torch and torchtitan")
+    found.add_argument(
+        "--modules", metavar="FILE",
+        help="write the modules of each stage, JSON for torchtitan, which has MTP layers and losses in the last stage,"
+        " as the layout has then",
+    )  # fmt: skip
     found.add_argument("--png", metavar="FILE", help="write a picture of the step")
     add_flags(found, without=(*OWN, *NOT_PLANNED))
     return found
 
 
 OWN = ("pp", "vpp", "dp", "ep", "zero", "pipeline", "schedule", "gpu", "memory", "losses_together", "overlap", "tries",
-       "csv", "png")  # fmt: skip
+       "csv", "modules", "png")  # fmt: skip
 NOT_PLANNED = ("cp", "tp", "vocab_parallel", "exchange", "exchange_by_nodes", "dist_timeout")
 
 
@@ -126,6 +141,8 @@ def solve(problem: Problem, options: argparse.Namespace) -> list[Result]:
         layout = PipelineLayout.parse(options.pipeline)
         layout.check(problem.config, problem.settings.model)
         stages = len(layout.stages)
+        if options.modules:
+            layout.modules()  # raises InputError where there are none
         if options.vpp and stages != pp * options.vpp:
             raise InputError(f"--pipeline {layout}: {stages} stages are not --pp {pp} x --vpp {options.vpp}")
         if name is not None:
@@ -139,7 +156,8 @@ def solve(problem: Problem, options: argparse.Namespace) -> list[Result]:
     wanted = [(schedule, stages) for schedule, stages in wanted if name in (None, schedule)]
     if not wanted:
         raise InputError(f"--schedule {name} has another number of stages a rank than --vpp {options.vpp}")
-    tail = problem.atoms.count("L") if options.losses_together else 1
+    losses, mtp = problem.atoms.count("L"), problem.atoms.count("m")
+    tail = losses + mtp if options.modules else losses if options.losses_together else 1
     return search(problem, wanted, tail, options.tries)
 
 
