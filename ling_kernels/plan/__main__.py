@@ -1,16 +1,16 @@
-"""python -m ling_kernels.plan train|pipeline|decode|ladder|interval: memory and time of a training run, the layout of a
-pipeline, bytes and tokens/s of a decode step, the loss of a model from a ladder of smaller ones that it trains, or the
-time between two checkpoints."""
+"""python -m ling_kernels.plan train|pipeline|units|decode|ladder|interval: memory and time of a training run, the
+layout of a pipeline, the times of its units, bytes and tokens/s of a decode step, the loss of a model from a ladder of
+smaller ones that it trains, or the time between two checkpoints."""
 
 import sys
 from collections.abc import Sequence
 
 from ..errors import Parser, command
-from . import decode, interval, ladder, pipeline, train
+from . import decode, interval, ladder, measured, pipeline, train
 
 COMMANDS = {
-    "train": train.main, "pipeline": pipeline.main, "decode": decode.main, "ladder": ladder.main,
-    "interval": interval.main,
+    "train": train.main, "pipeline": pipeline.main, "units": measured.main, "decode": decode.main,
+    "ladder": ladder.main, "interval": interval.main,
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..errors import InputError, Parser, command, counted
 from ..files import check_output, format_bytes
-from ..gpu import HOPPER, VARIANTS
+from ..gpu import HOPPER, VARIANTS, find_gpu
 from ..model import LingConfig
 from ..parallel.layout import Layout
 from ..parallel.pipeline_layout import PipelineLayout
@@ -23,11 +23,12 @@ from ..train.flags import add_flags
 from ..train.prepare.models import model_config
 from ..train.scaling import with_defaults
 from ..train.settings import settings_of
+from .measured import read_units
 from .search import CHOICES, TRIES, Problem, Result, candidates, ranked, search
 from .timeline import draw, find_matplotlib
 from .train import span
 from .train_time import NODE
-from .units import letters, predicted_units, transfer_seconds
+from .units import letters, predicted_units, transfer_seconds, with_measured
 
 GPUS = {gpu.name: gpu for gpu in (*HOPPER.values(), *VARIANTS)}
 MOST_ACTIONS = 1_000_000  # of a simulated step: some 10 s
@@ -80,6 +81,10 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--gpu", default="H200", choices=GPUS, help="(default: H200)")
     found.add_argument("--memory", type=float, metavar="GB", help="of a GPU (default: the GPU's)")
     found.add_argument(
+        "--profile-units", metavar="FILE",
+        help="measured times of the units, by `plan units` with the same flags (default: predicted)",
+    )  # fmt: skip
+    found.add_argument(
         "--losses-together", action="store_true", help="all losses in the last stage, as Megatron's layouts have them"
     )
     found.add_argument(
@@ -99,8 +104,8 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
-OWN = ("pp", "vpp", "dp", "ep", "zero", "pipeline", "schedule", "gpu", "memory", "losses_together", "overlap", "tries",
-       "csv", "modules", "png")  # fmt: skip
+OWN = ("pp", "vpp", "dp", "ep", "zero", "pipeline", "schedule", "gpu", "memory", "profile_units", "losses_together",
+       "overlap", "tries", "csv", "modules", "png")  # fmt: skip
 NOT_PLANNED = ("cp", "tp", "vocab_parallel", "exchange", "exchange_by_nodes", "dist_timeout")
 
 
@@ -124,10 +129,22 @@ def make_problem(flags: dict, options: argparse.Namespace) -> Problem:
         raise InputError(f"--batch {settings.batch} on --dp {gpus.dp} is {number} micro batches, too many to simulate")
     settings = replace(settings, micro_batch=micro)
     units = predicted_units(config, settings, gpu, options.ep)
+    measured_on = ""
+    if options.profile_units is not None:
+        measured, measured_on = read_units(options.profile_units, config, settings, options.ep, letters_of(config))
+        units = with_measured(units, measured)
     near = options.pp * gpus.dp <= NODE
     memory = options.memory * 1e9 if options.memory else gpu.memory
     return Problem(
-        config, settings, units, gpus, number, transfer_seconds(config, settings, near), memory, options.overlap
+        config,
+        settings,
+        units,
+        gpus,
+        number,
+        transfer_seconds(config, settings, near),
+        memory,
+        measured_on,
+        options.overlap,
     )
 
 
@@ -169,8 +186,13 @@ def mfu(problem: Problem, seconds: float, gpu: str) -> float:
 
 def report(problem: Problem, options: argparse.Namespace, best: Result) -> list[str]:
     s, gpus, timeline = problem.settings, problem.gpus, best.timeline
-    share = mfu(problem, timeline.seconds, options.gpu)
+    share = f"; MFU {100 * mfu(problem, timeline.seconds, options.gpu):.1f} %"
+    if problem.measured_on and find_gpu(problem.measured_on.partition(",")[0]) != GPUS[options.gpu]:
+        share = ""  # times of another device
     fits = "fits" if best.peak <= problem.memory else "does not fit"
+    source = "Predicted, nothing measured."
+    if problem.measured_on:
+        source = f"Units measured on {problem.measured_on}; the rest predicted."
     size, idle = (
         f"{problem.config.num_parameters(mtp=True):,} parameters",
         f"{100 * timeline.bubble():.1f} % of it idle",
@@ -179,11 +201,11 @@ def report(problem: Problem, options: argparse.Namespace, best: Result) -> list[
     micro_batches = counted(problem.micro_batches, "micro batch")
     lines = [
         f"Pipeline of {s.model}, {size}: {ranks} ({options.gpu}), ep {gpus.ep};",
-        f"{micro_batches} of {s.micro_batch} x {s.seq_len} tokens. Predicted, nothing measured.",
+        f"{micro_batches} of {s.micro_batch} x {s.seq_len} tokens. {source}",
         "",
         f"layout    {best.layout}",
         f"schedule  {best.schedule}",
-        f"step      {span(timeline.seconds)}, {idle}; MFU {100 * share:.1f} %; without optimizer and sums over dp",
+        f"step      {span(timeline.seconds)}, {idle}{share}; without optimizer and sums over dp",
         f"memory    {format_bytes(best.peak)} on the fullest rank, with 6 GB for CUDA: {fits}"
         f" {format_bytes(problem.memory)}",
         "",

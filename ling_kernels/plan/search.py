@@ -65,6 +65,7 @@ class Problem:
     micro_batches: int
     transfer: float
     memory: float = math.inf  # bytes of a GPU
+    measured_on: str = ""  # where the units' times were measured; else they are predicted
     overlap: bool = False  # whether a forward and a backward really run at once
 
     @cached_property

@@ -49,6 +49,15 @@ def predicted_units(c: LingConfig, s: Settings, gpu: Gpu, ep: int) -> dict[str, 
     return found
 
 
+def with_measured(units: dict[str, Unit], measured: dict[str, Times]) -> dict[str, Unit]:
+    """The units with measured times, but for what they send, which stays predicted."""
+    found = dict(units)
+    for kind, seconds in measured.items():
+        sending = units[kind].times[3:]
+        found[kind] = units[kind]._replace(times=Times(*seconds[:3], *sending))
+    return found
+
+
 def unit_times(c: LingConfig, s: Settings, kind: str, gpu: Gpu, ep: int) -> Times:
     exchange = exchange_seconds(c, s, ep) if kind in "tm" else (0.0, 0.0)
     return times_of(unit(c, s, kind, c.num_experts // ep), kind, gpu, exchange)
