@@ -43,6 +43,7 @@ LAYOUTS = {  # schedule, layout, MTP layers
     "one stage each": ("GPipe", "Ett|ttmL", 1),
     "zero bubble": ("InterleavedZeroBubble", "Et||tttm|L", 1),
     "zero bubble in a V": ("ZBVZeroBubble", "Et|tt|tmL|L", 1),
+    "a rank with MTP alone": ("ZBVZeroBubble", "Etttt|m||L", 1),
     "forward and backward at once": ("DualPipeV", "Et|t|tt|mL", 1),
     "an order of one's own": (own_order(), "E|tt|tt|m|L", 1),
 }
@@ -64,6 +65,8 @@ def batches() -> list[MicroBatch]:
         ids = torch.randint(0, CONFIG.vocab_size, (ROWS, LENGTH), generator=g)
         labels = ids.clone()
         labels[0, : 3 * i] = -100
+        if i == 2:
+            labels[:] = -100  # a micro batch without targets, whose routers have a loss all the same
         ends = [0, 5 + i, LENGTH, LENGTH + 11 + i, 2 * LENGTH]
         found.append(MicroBatch(ids, torch.tensor(ends, dtype=torch.int32), labels))
     return found
