@@ -32,6 +32,7 @@ KINDS = {
     "bf16": dict(precision="bf16", optimizer="muon", master="bf16"),
     "fp8": dict(precision="fp8", recompute="norm_act"),
     "lightest": dict(precision="fp8", fp8_weights="kept", master="bf16", optimizer="adamw8bit", recompute="experts"),
+    "MTP": dict(precision="bf16", recompute_mtp=True),
     "full": dict(precision="fp8", recompute="full", optimizer="adamw8bit"),
 }
 

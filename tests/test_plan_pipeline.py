@@ -19,7 +19,7 @@ from ling_kernels.plan.ranks import SINGLE_GPU
 from ling_kernels.plan.search import Problem, candidates, search
 from ling_kernels.plan.simulate import Times, simulate
 from ling_kernels.plan.train import plan_training
-from ling_kernels.plan.train_time import micro_batch, total
+from ling_kernels.plan.train_time import micro_batch, total, unit
 from ling_kernels.plan.units import Unit, letters, predicted_units, rank_parameters, stage_units
 from ling_kernels.train.settings import Settings
 
@@ -45,6 +45,18 @@ def test_units_are_the_models_and_plan_trains():
     assert units["L"].times.of("B") == 0 < units["L"].times.forward and units["E"].times.total == 0
     kept = plan_training(TINY, SETTINGS).kept_bytes
     assert whole.kept == pytest.approx(kept["activations"] + kept["loss"], rel=0.02)
+
+
+def test_recomputed_mtp_layers():
+    """Less is kept of them alone, and their forward comes again."""
+    s = replace(SETTINGS, recompute_mtp=True)
+    for ep in (1, 2):
+        (before, t, m), (after, t2, m2) = ((units, units["t"], units["m"]) for units in (
+            predicted_units(TINY, SETTINGS, GPU, ep), predicted_units(TINY, s, GPU, ep)))  # fmt: skip
+        assert after == before | dict(m=m2) and t2 == t and m2.kept < m.kept - t.kept / 2
+        forward = total(unit(TINY, s, "t", TINY.num_experts // ep).forward, GPU)
+        assert m2.times.input_gradient == pytest.approx(m.times.input_gradient + forward)
+        assert m2.times.exchange_back == ep * m.times.exchange_back
 
 
 def test_parameters_of_ranks():

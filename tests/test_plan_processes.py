@@ -89,6 +89,7 @@ def test_the_command_prints_what_the_docs_show(capsys):
     ("--cp 3 --seq-len 64", "--seq-len 64 is not a multiple of 6"),
     ("--pipeline Et|tL", "--pipeline Et|tL needs --pp"),
     ("--exchange fp8", "--exchange fp8 needs --ep"),
+    ("--mtp 0 --recompute-mtp", "--recompute-mtp: tiny has no MTP layers"),
     ("--layout dp=2 --pp 2 --vocab-parallel 2", "--layout dp=2 takes the place of --vocab-parallel 2, --pp 2: give"),
 ])  # fmt: skip
 def test_bad_input_is_one_line(flags, message, capsys):

@@ -103,7 +103,7 @@ def test_wrong_files(text, tmp_path):
         read_csv(tmp_path / "missing.csv")
 
 
-@pytest.mark.parametrize("kind", ["fp32", "autocast", "fp8", "fp8 bf16 wgrad", "main_grad", "recompute"])
+@pytest.mark.parametrize("kind", ["fp32", "autocast", "fp8", "fp8 bf16 wgrad", "main_grad", "recompute", "MTP again"])
 def test_deferred_weight_gradients_are_the_same(kind):
     """The backward leaves out the large matrices; run later, they arrive once, to the bit."""
     fp8 = kind.startswith(("fp8", "main"))
@@ -116,6 +116,11 @@ def test_deferred_weight_gradients_are_the_same(kind):
         assert replaced and not left
     if kind == "recompute":
         model.recompute_()
+    if kind == "MTP again":
+        model.recompute_(mtp_only=True)
+        assert [layer.recompute for layer in (*model.layers, model.mtp[0].layer)] == [False] * len(model.layers) + [
+            True
+        ]
     ids = torch.randint(0, 64, (2, 24), generator=torch.Generator().manual_seed(1))
 
     def backward():

@@ -138,9 +138,9 @@ class Ling(Fp32Buffers):
         for router in self.routers():
             router.balance_(rate)
 
-    def recompute_(self) -> None:
-        """Turn on activation checkpointing of every layer (not of lm_head)."""
-        for layer in self.modules():
+    def recompute_(self, mtp_only: bool = False) -> None:
+        """Turn on activation checkpointing of every layer (not of lm_head), or of those of MTP alone."""
+        for layer in (self.mtp if mtp_only else self).modules():
             if isinstance(layer, Layer):
                 layer.recompute = True
 

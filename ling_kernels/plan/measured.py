@@ -43,8 +43,8 @@ NOT_UNITS = ("dp", "pp", "pipeline", "schedule", "cp", "tp", "vocab_parallel", "
 ANY_VALUE = ("num_hidden_layers", "first_k_dense_replace", "num_nextn_predict_layers", "mtp_loss_scaling_factor",
              "rms_norm_eps", "rope_theta", "rope_scaling", "max_position_embeddings", "initializer_range",
              "pad_token_id", "eos_token_id", "routed_scaling_factor", "other")  # fmt: skip
-SETTINGS = ("micro_batch", "seq_len", "precision", "master", "recompute", "fp8_wgrad", "fp8_weights", "fp8_transposed",
-            "fp8_scales")  # fmt: skip
+SETTINGS = ("micro_batch", "seq_len", "precision", "master", "recompute", "recompute_mtp", "fp8_wgrad", "fp8_weights",
+            "fp8_transposed", "fp8_scales")  # fmt: skip
 
 
 @command

@@ -151,7 +151,7 @@ def table(plan: MemoryPlan, s: Settings, config: LingConfig, rank: Rank, worst: 
         "of the masters' precision" + ", each used in the backward" * s.step_in_backward,
         optimizer=s.optimizer,
         loss="logits of 1024 tokens at a time, gradients of head and last hidden states",
-        activations=f"recompute {s.recompute}",
+        activations=f"recompute {s.recompute}" + ", of MTP layers full" * s.recompute_mtp,
         gathered="weights of the layer that computes and of the next; embedding, head and norm all the time",
         reduced="a layer's gradients on their way to the GPUs that keep them",
         exchange="rows to and from the experts of a layer",
@@ -273,7 +273,8 @@ def padding(s: Settings, config: LingConfig, rank: Rank) -> float:
     micro, ep = s.micro_batch or s.batch, rank.layout.ep
     rows = config.num_experts_per_tok * s.seq_len * micro
     wgrad = "bf16" if s.fp8_wgrad == "auto" and rows // (config.num_experts // ep) < FP8_ROWS else s.fp8_wgrad
-    layers = config.num_hidden_layers - config.first_k_dense_replace + config.num_nextn_predict_layers
+    mtp = 0 if s.recompute_mtp else config.num_nextn_predict_layers
+    layers = config.num_hidden_layers - config.first_k_dense_replace + mtp
     return rank.in_flight(s.batch // micro) * layers * padding_bytes(config, rows, s.recompute, wgrad, ep)
 
 

@@ -130,6 +130,8 @@ def unit(c: LingConfig, s: Settings, kind: str, groups: int) -> Pass:
         return Pass(head.forward, [*head.backward, Work("loss", 0, 10.0 * tokens * c.vocab_size)])
     parts = [layer(c, s, tokens, kind != "d", groups)]
     if kind == "m":
+        if s.recompute_mtp and s.recompute != "full":
+            parts.append(Pass([], parts[0].forward))
         parts.append(product("eh_proj", tokens, c.hidden_size, 2 * c.hidden_size, grad_bytes=master))
     return Pass([w for p in parts for w in p.forward], [w for p in parts for w in p.backward])
 
@@ -153,12 +155,13 @@ def once(s: Settings, peak: dict[str, int]) -> list[Work]:
     return [Work("optimizer", 0, 2 * state + 3 * master * state / moments + kept)]
 
 
-def exchange_seconds(c: LingConfig, s: Settings, ep: int) -> tuple[float, float]:
+def exchange_seconds(c: LingConfig, s: Settings, ep: int, mtp: bool = False) -> tuple[float, float]:
     """Seconds that the rows of a micro batch travel for one MoE layer, in its forward and in its backward: to the
-    experts and back, and so do their gradients. Recomputing the whole layer sends the rows again."""
+    experts and back, and so do their gradients. Recomputing the whole layer sends the rows again. mtp: of an MTP layer.
+    """
     rows = 2.0 * c.num_experts_per_tok * (s.micro_batch or s.batch) * s.seq_len * c.hidden_size * (ep - 1) / ep
     both_ways = 2 * rows / LINKS[ep <= NODE]
-    return both_ways, both_ways * (2 if s.recompute == "full" else 1)
+    return both_ways, both_ways * (2 if s.recompute == "full" or (mtp and s.recompute_mtp) else 1)
 
 
 def transfers(c: LingConfig, s: Settings, rank: Rank, peak: dict[str, int]) -> tuple[float, float]:
@@ -168,8 +171,9 @@ def transfers(c: LingConfig, s: Settings, rank: Rank, peak: dict[str, int]) -> t
     all-reduce moves them twice), with zero=3 after each micro batch, for which weights come twice, too.
     """
     layout = rank.layout
-    layers = c.num_hidden_layers - c.first_k_dense_replace + c.num_nextn_predict_layers
-    exchange, link = layers * sum(exchange_seconds(c, s, layout.ep)), LINKS[layout.dp <= NODE]
+    layers, mtp = c.num_hidden_layers - c.first_k_dense_replace, c.num_nextn_predict_layers
+    exchange = layers * sum(exchange_seconds(c, s, layout.ep)) + mtp * sum(exchange_seconds(c, s, layout.ep, True))
+    layers, link = layers + mtp, LINKS[layout.dp <= NODE]
     copies = layout.dp // layout.ep  # of an expert's weights
     master = 4 if s.master == "fp32" else 2
     experts = layers * (c.num_experts // layout.ep) * 3 * c.moe_intermediate_size * c.hidden_size * master

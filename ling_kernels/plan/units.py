@@ -59,7 +59,7 @@ def with_measured(units: dict[str, Unit], measured: dict[str, Times]) -> dict[st
 
 
 def unit_times(c: LingConfig, s: Settings, kind: str, gpu: Gpu, ep: int) -> Times:
-    exchange = exchange_seconds(c, s, ep) if kind in "tm" else (0.0, 0.0)
+    exchange = exchange_seconds(c, s, ep, kind == "m") if kind in "tm" else (0.0, 0.0)
     return times_of(unit(c, s, kind, c.num_experts // ep), kind, gpu, exchange)
 
 

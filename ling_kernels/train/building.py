@@ -73,4 +73,6 @@ def apply_fp8_and_recompute(model: Ling, s: Settings) -> list[str]:
         notes.append("fp8        none of the layers: --fp8-watch has nothing to measure")
     if s.recompute == "full":
         model.recompute_()
+    elif s.recompute_mtp:
+        model.recompute_(mtp_only=True)
     return notes

@@ -249,6 +249,10 @@ class Settings:
         " layers. norm_act and experts need --precision fp8",
         choices=RECOMPUTE,
     )
+    recompute_mtp: bool = flag(
+        False, "recompute whole MTP layers too, whatever --recompute says of the others: a pipeline's last stage, with"
+        " MTP and the head, keeps the most of a micro batch", action="store_true",
+    )  # fmt: skip
     fp8_wgrad: str = flag(
         "auto", "precision of weight gradients' products; auto is bf16 for experts with few rows", choices=WGRAD
     )
@@ -316,8 +320,8 @@ CHANGEABLE_ON_RESUME = {
     "save_every", "keep", "keep_every", "log_every", "max_bad_steps", "sample_tokens", "sample_every", "profile",
     "wandb", "device", "threads", "val_data", "eval_rows", "dp", "ep", "exchange", "exchange_by_nodes", "cp",
     "tp", "vocab_parallel", "pp", "pipeline", "schedule", "dist_timeout", "precision", "master", "recompute",
-    "fp8_weights", "fp8_wgrad", "fp8_transposed", "fp8_scales", "fp8_watch", "fp8_fallback", "spike_loss",
-    "spike_norm", "step_in_backward",
+    "recompute_mtp", "fp8_weights", "fp8_wgrad", "fp8_transposed", "fp8_scales", "fp8_watch", "fp8_fallback",
+    "spike_loss", "spike_norm", "step_in_backward",
 }  # fmt: skip
 
 # Why a run keeps others. Those about the data change together with it: new data is read from its beginning.

@@ -35,6 +35,8 @@ def check(s: Settings, config: LingConfig) -> None:
         raise InputError(f"--batch {s.batch} is not a multiple of --micro-batch {micro}")
     if s.recompute in ("norm_act", "experts") and s.precision != "fp8":
         raise InputError(f"--recompute {s.recompute} needs --precision fp8; none and full work with any")
+    if s.recompute_mtp and not config.num_nextn_predict_layers:
+        raise InputError(f"--recompute-mtp: {s.model} has no MTP layers; --mtp adds some to a new model")
     if s.master == "bf16" and s.optimizer == "adamw":
         raise InputError("--master bf16 needs --optimizer adamw8bit or muon: adamw rounds to nearest and stalls")
     if s.master == "bf16" and s.precision not in ("bf16", "fp8"):
