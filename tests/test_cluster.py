@@ -69,7 +69,7 @@ JOBS = {
     "cp and vocabulary": ("--cp 2 --vocab-parallel 2", ""),
     "tp, with cp, experts and vocabulary": ("--tp 2 --cp 2 --ep 4 --vocab-parallel 2", ""),
     "tp, with pp of deferred weight gradients": (
-        "--tp 2 --pp 2 --pipeline Et|t|m|LL --schedule InterleavedZeroBubble --micro-batch 2",
+        "--tp 2 --pp 2 --pipeline Et|t|m|LL --schedule InterleavedZeroBubble --micro-batch 2 --recompute-mtp",
         "",
     ),
     "by nodes, with cp and vocabulary": (
