@@ -125,14 +125,41 @@ def test_a_client_that_does_not_read_is_cut_off(checkpoint):
         assert b"[DONE]" not in read_all(client)
 
 
-def test_a_limit_of_connections(checkpoint):
-    with running(service(checkpoint), limit_concurrency=2) as server:
+def test_a_limit_of_calls(checkpoint):
+    """Above it calls get 503, and /health answers; a call without its body counts."""
+    with running(service(checkpoint, limit_concurrency=2)) as server:
         port = port_of(server)
-        with connect(port), connect(port):
-            time.sleep(0.2)
-            assert httpx.get(f"http://127.0.0.1:{port}/health", timeout=LONG).status_code == 503
-        time.sleep(0.2)
-        assert httpx.get(f"http://127.0.0.1:{port}/health", timeout=LONG).status_code == 200
+        url = f"http://127.0.0.1:{port}"
+        with (
+            connect(port, HEAD + b"Content-Length: 50\r\n\r\n{"),
+            connect(port, HEAD + b"Content-Length: 50\r\n\r\n{"),
+        ):
+            while (refused := httpx.post(f"{url}/v1/completions", json=BODY, timeout=LONG)).status_code != 503:
+                time.sleep(0.05)
+            assert refused.json()["error"]["message"] == "the server has its limit of 2 calls"
+            assert httpx.get(f"{url}/health", timeout=LONG).status_code == 200
+        while httpx.post(f"{url}/v1/completions", json=BODY, timeout=LONG).status_code != 200:
+            time.sleep(0.05)
+
+
+def test_a_client_that_leaves_while_it_waits(checkpoint):
+    """Its request ends although it has no token yet."""
+    fresh = service(checkpoint, dict(max_running=1))
+    with running(fresh) as server:
+        body = json.dumps(BODY).encode()
+        first = fresh.engine.submit([97], max_new_tokens=150, stop_token_ids=())  # nobody runs its passes
+        fresh.engine.step()
+        real, fresh.engine.step = fresh.engine.step, lambda: time.sleep(0.05) or True
+        with connect(port_of(server), HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body):
+            while not fresh.engine.scheduler.queued:
+                time.sleep(0.01)
+        while not fresh.metrics.responses[499]:
+            time.sleep(0.05)
+        fresh.engine.step = real
+        fresh.engine.cancel(first)
+        while fresh.engine.step():
+            pass
+        assert fresh.engine.scheduler.queued == 0 and fresh.metrics.finished["cancelled"] == 1
 
 
 @contextlib.contextmanager

@@ -253,17 +253,29 @@ def writer(choice: Choice, body: Body) -> CompletionWriter | ChatWriter:
     return CompletionWriter(choice, body) if isinstance(body, CompletionRequest) else ChatWriter(choice, body)
 
 
+async def disconnected(http_request: HttpRequest) -> None:
+    """Return when the client has left, also while its requests wait."""
+    while (await http_request.receive())["type"] != "http.disconnect":
+        pass
+
+
 async def full_response(choices: list[Choice], body: Body, object_type: str, header: dict, http_request: HttpRequest):
     """The complete JSON object; cancels the requests if the client disconnects."""
     found: list[list[Piece]] = [[] for _ in choices]
-    pieces = merge_streams(choices)
-    try:
-        async for i, piece in pieces:
+
+    async def collect() -> None:
+        async for i, piece in merge_streams(choices):
             found[i] += [] if piece is None else [piece]
-            if await http_request.is_disconnected():
-                return error_response(499, "the client closed the connection")
+
+    tasks = [asyncio.create_task(collect()), asyncio.create_task(disconnected(http_request))]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not tasks[0].done():
+            return error_response(499, "the client closed the connection")
+        tasks[0].result()
     finally:
-        await pieces.aclose()
+        for task in tasks:
+            task.cancel()
         for choice in choices:
             choice.cancel()
     contents = []

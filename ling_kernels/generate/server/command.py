@@ -66,7 +66,7 @@ def arguments() -> Parser:
         metavar="SECONDS",
         help="limit for a client to send a request, and to read what is sent to it (default: 60)",
     )
-    add("--limit-concurrency", type=int, metavar="N", help="connections, above which calls get 503 (default: no limit)")
+    add("--limit-concurrency", type=int, metavar="N", help="calls at once; more get 503 (default: no limit)")
     add(
         "--grace",
         type=float,
@@ -208,7 +208,8 @@ def main(argv: list[str] | None = None) -> int:
     tokenizer: Tokenizer = find_tokenizer(args.tokenizer, folder, config)
     service = Service(
         None, tokenizer, args.name or folder.resolve().name, frozenset(stop_token_ids(config, tokenizer, folder)),
-        keys=keys, max_tokens=args.max_tokens, max_body=args.max_body, timeout=args.timeout,
+        keys=keys, max_tokens=args.max_tokens, max_body=args.max_body,
+        limit_concurrency=args.limit_concurrency, timeout=args.timeout,
         stuck_after=args.stuck_after, sampling_defaults=sampling_defaults(folder), origins=tuple(args.allow_origin),
         access_log=args.access_log,
     )  # fmt: skip
@@ -226,7 +227,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             server = Server(
                 make_app(service), args.grace, args.client_timeout, loading.watch,
-                limit_concurrency=args.limit_concurrency, ssl_certfile=args.tls_cert, ssl_keyfile=args.tls_key,
+                ssl_certfile=args.tls_cert, ssl_keyfile=args.tls_key,
             )  # fmt: skip
             try:
                 server.config.load()

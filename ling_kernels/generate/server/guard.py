@@ -25,6 +25,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, service: Service):
         self.app, self.service = app, service
+        self.calls = 0  # of /v1/, that have no whole answer yet
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -40,7 +41,9 @@ class Guard:
                 message["headers"] = [*message.get("headers", []), (b"x-request-id", state["id"].encode())]
             await send(message)
 
+        number = int(scope["path"].startswith("/v1/"))
         try:
+            self.calls += number
             answer = self.refusal(scope, headers)
             if answer is None:
                 body = await read_body(receive, self.service.max_body)
@@ -55,6 +58,7 @@ class Guard:
         except asyncio.CancelledError:  # the grace of a shutdown is over: uvicorn says so, a traceback says no more
             status = 499
         finally:
+            self.calls -= number
             self.service.metrics.responses[status] += 1
             if self.service.access_log:
                 seconds = time.perf_counter() - started
@@ -77,6 +81,9 @@ class Guard:
             return error_response(400, "Content-Length is not a number", CLOSE)
         if len(length) > 18 or int(length) > self.service.max_body:
             return too_large(self.service.max_body)
+        limit = self.service.limit_concurrency
+        if limit is not None and self.calls > limit and scope["path"].startswith("/v1/"):
+            return error_response(503, f"the server has its limit of {limit} calls", {"Retry-After": "1"} | CLOSE)
         if self.service.engine is None and scope["path"].startswith("/v1/"):
             return error_response(503, "the model is loading", {"Retry-After": "5"} | CLOSE)
         return None

@@ -35,6 +35,7 @@ class Service:
     keys: frozenset[str] = frozenset()  # one of them is required as `Authorization: Bearer KEY`; none: no key is
     max_tokens: int | None = None  # per request
     max_body: int = 1 << 20  # bytes
+    limit_concurrency: int | None = None  # calls of /v1/ at once
     timeout: float | None = None  # seconds per request
     stuck_after: float = 600.0  # seconds of a pass; the first of a shape may compile kernels
     sampling_defaults: dict = field(
