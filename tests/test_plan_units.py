@@ -82,5 +82,10 @@ def test_a_wrong_file_is_one_line(change, flags, message, measured, tmp_path, ca
 def test_paths_that_cannot_be_used(tmp_path, capsys):
     code, _, error = plan(tmp_path / "none.json", capsys)
     assert code == 2 and "cannot read" in error and error.count("\n") == 1
-    assert main(["units", *FLAGS, "--out", str(tmp_path)]) == 2
-    assert "it is a folder" in capsys.readouterr().err
+    for flags, message in (
+        ([], "it is a folder"),
+        (["--out", "x", "--ep", "3"], "--ep 3 does not divide the 16 experts"),
+    ):
+        assert main(["units", *FLAGS, "--out", str(tmp_path), *flags]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1

@@ -23,7 +23,6 @@ from ..nn.linear import head_loss
 from ..ops.deferred import deferring
 from ..parallel.deferred import defer_linear_
 from ..parallel.exchange import AllToAll, Sizes
-from ..parallel.layout import Layout
 from ..parallel.official import whole_on_meta
 from ..train.building import apply_fp8_and_recompute
 from ..train.flags import add_flags
@@ -59,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     ep, micro = settings.ep, settings.micro_batch or 1
     settings = replace(settings, micro_batch=micro, batch=micro)
     check(settings, config)
-    Layout(ep, ep).check(config, settings.model)
+    if config.num_experts % ep:
+        raise InputError(f"--ep {ep} does not divide the {config.num_experts} experts of {settings.model}")
     device, name, precision = choose_device(settings)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
