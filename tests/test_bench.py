@@ -112,7 +112,7 @@ def test_ops_and_steps_run_as_they_are_timed(tmp_path):
     assert {op for op, _ in ops} == {c.op.__name__ for c in CASES} and ("rms_norm", "backward") in ops
     assert all(r["bytes"] > 0 and r["stats"]["median"] > 0 and r["group"] for r in rows.values() if "case" in r)
     assert rows["route"]["launches"] == 1 < rows["moe"]["launches"] and rows["route"]["ratio"] > 0
-    assert rows["tiny-fp32-8-256"]["experts_used"] > 1 and rows["tiny-fp32-8-256"]["bytes"] > 1e6
+    assert rows["tiny-fp32-8-256-ours"]["experts_used"] > 1 and rows["tiny-fp32-8-256-ours"]["bytes"] > 1e6
     serve = next(r for r in rows.values() if "serve" in r)
     assert 0 < serve["first_p50_ms"] <= serve["first_p99_ms"] and serve["tokens_per_s"] > serve["requests_per_s"]
     (tmp_path / "rows.json").rename(tmp_path / "cpu.json")

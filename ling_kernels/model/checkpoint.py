@@ -7,7 +7,7 @@ and one tensor, besides the pages of a shard that the system maps.
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -100,7 +100,7 @@ def load_model(
         quantize_for_inference_(model)
     used = set[str]()
     with torch.no_grad(), WeightReader(folder) as reader:
-        check_shapes({key: view.shape for key, view in named_views(model) if not key.endswith(SCALES)}, reader)
+        check_shapes(((key, view.shape) for key, view in named_views(model) if not key.endswith(SCALES)), reader)
         reader.refuse_two_checkpoints()
         model = model.to_empty(device=device)
         model.reset_buffers()
@@ -119,15 +119,17 @@ def load_model(
     return model.eval()
 
 
-def check_shapes(shapes: Mapping[str, Sequence[int]], reader: WeightReader) -> None:
+def check_shapes(shapes: Iterable[tuple[str, Sequence[int]]], reader: WeightReader) -> None:
     """Raise InputError where the files lack a key, or hold it in another shape: before memory is allocated, since a
-    wrong config.json may ask for any amount."""
-    if missing := next((key for key in shapes if key not in reader.files), None):
-        raise InputError(f"{reader.folder}: the checkpoint has no {missing}")
-    for key in sorted(shapes, key=lambda key: str(reader.files[key])):  # a file is opened once
-        shape, expected = reader.shape(key), list(shapes[key])
-        if shape != expected:
-            raise InputError(f"{reader.files[key]}: {key} is {shape}, by config.json it should be {expected}")
+    wrong config.json may ask for any amount. shapes: (key, shape); no more are taken than the files have keys."""
+    expected = {}
+    for key, shape in shapes:
+        if key not in reader.files:
+            raise InputError(f"{reader.folder}: the checkpoint has no {key}")
+        expected[key] = list(shape)
+    for key in sorted(expected, key=lambda key: str(reader.files[key])):  # a file is opened once
+        if (shape := reader.shape(key)) != expected[key]:
+            raise InputError(f"{reader.files[key]}: {key} is {shape}, by config.json it should be {expected[key]}")
 
 
 def check_unused(folder: Path, reader: WeightReader, used: set[str]) -> None:

@@ -66,7 +66,7 @@ def read_weights_(shares: Shares, folder: Path) -> None:
     wanted = [*pieces(shares, held(shares.model))]
     with WeightReader(folder) as reader:
         reader.refuse_two_checkpoints()
-        check_shapes({piece.official.key: piece.official.shape for piece in wanted}, reader)
+        check_shapes(((piece.official.key, piece.official.shape) for piece in wanted), reader)
         for piece in sorted(wanted, key=lambda piece: str(reader.files[piece.official.key])):  # one file at a time
             piece.tensor.copy_(reader.wide(piece.official.key, piece.box))
         if shares.ranks.first:

@@ -44,7 +44,7 @@ def to_dcp(checkpoint: str | Path, out: str | Path) -> tuple[int, int]:
     official = shares.official
     with ExitStack() as stack:
         weights = stack.enter_context(WeightReader(folder))
-        check_shapes({key.key: key.shape for parameter in official.values() for key in parameter.keys}, weights)
+        check_shapes(((key.key, key.shape) for parameter in official.values() for key in parameter.keys), weights)
         tensors = {name: like(weights.wide(p.keys[0].key), p.shape) for name, p in official.items()}
         read = {name: partial(whole_weight, weights, parameter) for name, parameter in official.items()}
         if any(folder.glob(f"{OPTIMIZER}.safetensors*")):
