@@ -10,6 +10,7 @@ import ling_kernels.nn.moe
 from ling_kernels.backend import _C, force
 from ling_kernels.model import Ling, LingConfig
 from ling_kernels.model.transformer import Layer
+from ling_kernels.nn.attention import BatchLayout
 from ling_kernels.nn.fp8 import to_fp8
 from ling_kernels.nn.fp8_inference import quantize_for_inference_
 from ling_kernels.ops.moe import moe
@@ -26,6 +27,7 @@ if missing():
     pytest.skip(f"csrc/ needs {missing()} to run on the virtual GPU", allow_module_level=True)
 
 BF16, FP32 = torch.bfloat16, torch.float32
+NO_LAYOUT = BatchLayout(None, None, None, None)  # where nothing attends
 FEW, MANY = (16, 4, 2, 4), (256, 8, 4, 8)  # experts, groups, groups kept, experts kept
 
 
@@ -210,7 +212,7 @@ def test_a_decode_layer_ends_in_two_launches(kind, monkeypatch):
 
     def run(backend, rows, cache=cache):
         with force(backend):
-            return layer(x[:rows], None, cache)[0]
+            return layer(x[:rows], NO_LAYOUT, cache)[0]
 
     with torch.no_grad():
         for T in (1, 8):
@@ -230,14 +232,14 @@ def test_which_layers_decode(monkeypatch):
     monkeypatch.setattr(ling_kernels.nn.moe, "moe_decode", lambda x, *_, **options: (calls.append(len(x)), x)[1])
     x, cache = Rand(BF16).data(9, 128), object()
     with torch.no_grad():
-        layer(x[:8], None, cache), layer(x[:1], None, cache)
+        layer(x[:8], NO_LAYOUT, cache), layer(x[:1], NO_LAYOUT, cache)
         assert calls == [8, 1]
-        layer(x, None, cache), layer(x[:2], None), layer(x[:0], None, cache)
+        layer(x, NO_LAYOUT, cache), layer(x[:2], NO_LAYOUT), layer(x[:0], NO_LAYOUT, cache)
         local = layer.mlp.exchange
         layer.mlp.exchange = SimpleNamespace(dispatch=local.dispatch, combine=local.combine, local=False)
-        layer(x[:2], None, cache)
+        layer(x[:2], NO_LAYOUT, cache)
     layer.mlp.exchange = local
-    layer(x[:2], None, cache)
+    layer(x[:2], NO_LAYOUT, cache)
     assert calls == [8, 1]
 
 
