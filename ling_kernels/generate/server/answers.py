@@ -99,8 +99,7 @@ class Choice:
         return request.num_new_tokens - (request.num_new_tokens > 0 and self.is_end(request.tokens[-1]))
 
     def cancel(self) -> None:
-        if self.service.engine is not None:
-            self.service.engine.cancel(self.request)
+        self.service.engine.cancel(self.request)
 
 
 async def complete(service: Service, body: Body, http_request: HttpRequest, object_type: str):

@@ -38,9 +38,7 @@ class Service:
     limit_concurrency: int | None = None  # calls of /v1/ at once
     timeout: float | None = None  # seconds per request
     stuck_after: float = 600.0  # seconds of a pass; the first of a shape may compile kernels
-    sampling_defaults: dict = field(
-        default_factory=dict
-    )  # of generation_config.json: fields of a body that leaves them
+    sampling_defaults: dict = field(default_factory=dict)  # of generation_config.json, for what a body leaves out
     origins: tuple[str, ...] = ()  # web pages that may call the server; "*": all
     access_log: bool = False
     metrics: Metrics = field(default_factory=Metrics)
