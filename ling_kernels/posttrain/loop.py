@@ -35,6 +35,7 @@ from ..train.prepare.run import make_folder
 from ..train.saving import kept, snapshot, write
 from ..train.schedule import learning_rate
 from ..train.settings import Settings, flag
+from ..train.values import in_bounds
 from .policy import ICEPOP, METHODS, PolicyLoss, group_advantages, icepop, policy_loss
 from .reward_processes import RewardProcesses, Score
 from .rewards import evo_cot_rewards
@@ -92,8 +93,7 @@ class LoopSettings:
             name = "--" + f.name.replace("_", "-")
             if "choices" in limits and value not in limits["choices"]:
                 raise InputError(f"{name} {value!r}: it must be one of {', '.join(limits['choices'])}")
-            if isinstance(value, int | float) and not (isfinite(value) and value >= limits.get("least", value)
-                                                       and value > limits.get("above", value - 1)):  # fmt: skip
+            if not in_bounds(f, value):
                 bound = f"at least {limits['least']}" if "least" in limits else f"above {limits['above']}"
                 raise InputError(f"{name} {value}: it must be {bound}")
         if self.prompts % self.updates:

@@ -1,5 +1,6 @@
 """A setting's value in the type of its field: what flags, Python, JSON and recipes give becomes one type."""
 
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import Field
@@ -36,6 +37,14 @@ def plain(f: Field, value: Any) -> Any:
             return tuple(map(os.fspath, values))
     names = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
     raise InputError(f"{f.name} {value!r}: it must be {names.get(kind, 'a path or several')}")
+
+
+def in_bounds(f: Field, value: Any) -> bool:
+    """Whether a number is finite and within the bounds of its field, `least` and `above`; other values have none."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return True
+    least, above = f.metadata.get("least", -math.inf), f.metadata.get("above", -math.inf)
+    return math.isfinite(value) and value >= least and value > above
 
 
 def vocabulary(value: Any) -> int | str:

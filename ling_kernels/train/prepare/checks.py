@@ -8,6 +8,7 @@ from ...model import LingConfig
 from ..report.loggers import installed
 from ..running_merge import planned
 from ..settings import Settings
+from ..values import in_bounds
 
 MAX_THREADS = 4096  # OpenMP ends the process where it cannot start them
 
@@ -19,11 +20,11 @@ def check(s: Settings, config: LingConfig) -> None:
         choices = f.metadata.get("choices")
         if choices and value not in choices:
             raise InputError(f"--{name} {value}: it must be one of {', '.join(choices)}")
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            continue
-        least, above = f.metadata.get("least", -math.inf), f.metadata.get("above", -math.inf)
-        if not (math.isfinite(value) and value >= least and value > above):
-            bound = f"at least {least}" if "least" in f.metadata else f"more than {above}"
+        if not in_bounds(f, value):
+            bounds = f.metadata
+            bound = (
+                f"at least {bounds['least']}" if "least" in bounds else f"more than {bounds.get('above', -math.inf)}"
+            )
             raise InputError(f"--{name} {value}: it must be {bound}")
     _ = s.text_options  # checks them
     if s.seq_len > config.max_positions:
