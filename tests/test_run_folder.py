@@ -43,6 +43,7 @@ def run_of(settings, folder) -> Trainer:
     trainer = Trainer(settings, folder)
     trainer.step()
     trainer.save()
+    trainer.writer.wait()
     return trainer
 
 
