@@ -21,7 +21,9 @@ def test_its_tables_name_what_there_is():
         "linghe": "linghe",
     }
     for title, module in sections.items():
-        table = PAGE.split(f"\n## {title} ")[1].split("\n## ")[0].split("|---|---|---|---|\n")[1].split("\n\n")[0]
-        names = [name for row in table.splitlines() for name in re.findall(r"`([\w.]+)`", row.split("|")[1])]
-        value = importlib.import_module(f"ling_kernels.integrations.{module}")
-        assert names and all(hasattr(value, name.split(".")[0]) for name in names)
+        tables = PAGE.split(f"\n## {title} ")[1].split("\n## ")[0].split("|---|---|---|---|\n")[1:]
+        for table, file in zip(tables, (module, f"{module}_block"), strict=False):
+            rows = table.split("\n\n")[0].splitlines()
+            names = [name for row in rows for name in re.findall(r"`([\w.]+)`", row.split("|")[1])]
+            value = importlib.import_module(f"ling_kernels.integrations.{file}")
+            assert names and all(hasattr(value, name.split(".")[0]) for name in names)
