@@ -9,6 +9,7 @@ from ling_kernels.integrations.deep_gemm import (
     k_grouped_fp8_gemm_nt_contiguous,
     m_grouped_fp8_gemm_nt_contiguous,
     m_grouped_fp8_gemm_nt_masked,
+    offsets_of_rows,
 )
 from tests.cases import BF16, FP32, Rand
 
@@ -90,6 +91,12 @@ def test_m_grouped_contiguous(name, alignment, psum):
     owned = ids >= 0
     want = (wide(a)[owned, None] @ wide(b)[ids[owned].long()].mT)[:, 0]
     close(d[owned], want)
+
+
+def test_padding_at_the_end_is_not_computed():
+    ids = torch.tensor([-1, 0, 0, -1, 2, -1, -1], dtype=torch.int32)
+    assert offsets_of_rows(ids, 4).tolist() == [0, 4, 4, 5, 5]
+    assert offsets_of_rows(ids[:1], 2).tolist() == offsets_of_rows(ids[:0], 2).tolist() == [0, 0, 0]
 
 
 def test_no_rows_and_all_padding():

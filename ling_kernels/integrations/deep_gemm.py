@@ -68,7 +68,10 @@ def m_grouped_fp8_gemm_nt_contiguous(
     shape = (E,) if use_psum_layout else (M,)
     expect(grouped_layout.shape == shape and grouped_layout.dtype == torch.int32, f"grouped_layout {list(shape)} int32",
            grouped_layout)  # fmt: skip
-    offsets = offsets_of_ends(grouped_layout) if use_psum_layout else offsets_of_rows(grouped_layout, E)
+    if use_psum_layout:  # the gap before an expert's rows is computed with them
+        offsets = torch.cat([grouped_layout.new_zeros(1), grouped_layout])
+    else:
+        offsets = offsets_of_rows(grouped_layout, E)
     grouped_gemm_fp8(*a, *b, offsets, out=d)
 
 
@@ -162,12 +165,6 @@ def offsets_of_rows(experts: Tensor, E: int) -> Tensor:
     end = torch.where(routed, row + 1, 0).amax() if len(experts) else row.new_zeros(())
     of_expert = torch.arange(E + 1, dtype=torch.int32, device=experts.device)
     return torch.searchsorted(expert, of_expert, out_int32=True).minimum(end.int())
-
-
-def offsets_of_ends(ends: Tensor) -> Tensor:
-    """ends [E] int32 of experts that start at multiples of 128 -> [E + 1] int32: gaps go to the expert before them."""
-    starts = (ends[:-1] + 127) // 128 * 128
-    return torch.cat([ends.new_zeros(1), starts, ends[-1:]])
 
 
 def one_matrix(flat: Tensor, rows: int, ks: list[int]) -> Tensor:
