@@ -1,4 +1,4 @@
-"""The tiny checkpoints of the official model in tests/data, as a user of transformers has them, and what it computes."""
+"""The tiny checkpoints of tests/data as a user of transformers has them, and what the official model computes."""
 
 import json
 import shutil

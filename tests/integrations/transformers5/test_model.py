@@ -175,8 +175,7 @@ def test_loads_what_ling_kernels_saved(official, tmp_path):
 
 def test_bf16_keeps_the_bias_and_the_rotation_in_fp32(official):
     _, folder, _, _ = official
-    model = load(folder, dtype=torch.bfloat16)
-    for model in (model, load(folder).bfloat16()):
+    for model in (load(folder, dtype=torch.bfloat16), load(folder).bfloat16()):
         biases = [b for name, b in model.named_buffers() if name.endswith(("expert_bias", "inv_freq"))]
         assert {b.dtype for b in biases} == {torch.float32} and len(biases) > 1
         assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
