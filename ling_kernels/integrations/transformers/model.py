@@ -246,17 +246,14 @@ class LingModel(LingPreTrainedModel):
     ) -> list[tuple[Tensor, Tensor]]:  # fmt: skip
         """hidden [B, L, H] of `forward` -> of each MTP layer its hidden state, and [1 or B, L] whether it has a target.
 
-        The k-th layer gets the embeddings of the tokens k later in the document, and past its end token 0's, without
-        gradient.
+        The k-th layer gets the embeddings of the tokens k later in the row. At a document's end these are not its own:
+        there is no target, nor does a position that has one attend there.
         """
         x = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         mask, rope, position_ids, kwargs = self.prepare(x, attention_mask, position_ids, None, kwargs)
-        end = self.word_embeddings(torch.zeros((), dtype=torch.long, device=x.device)).detach()
         states = []
         for k, layer in enumerate(self.layers[self.config.num_hidden_layers :], 1):
-            inside = same_document(position_ids, k, attention_mask)
-            later = torch.where(inside[..., None], pad(x, (0, 0, 0, k))[:, k:], end)
-            hidden = layer(hidden, mask, rope, next_embeddings=later, **kwargs)
+            hidden = layer(hidden, mask, rope, next_embeddings=pad(x, (0, 0, 0, k))[:, k:], **kwargs)
             states.append((hidden, same_document(position_ids, k + 1, attention_mask)))
         return states
 
@@ -313,7 +310,6 @@ class LingForCausalLM(LingPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
-        shift_labels: Tensor | None = None,
         **kwargs: Any,
     ) -> LingOutputWithPast:
         """labels [B, L] int64, not shifted, -100 ignored (or shift_labels, shifted) -> the loss; else logits [B, L, V].
@@ -321,11 +317,13 @@ class LingForCausalLM(LingPreTrainedModel, GenerationMixin):
         loss: the main one, plus mtp_loss_scaling_factor times the mean over the MTP layers, whose targets stay inside a
         document. In training no logits are stored, and none are returned.
         """
+        targets = kwargs.pop("shift_labels", None)  # in no signature: the Trainer would take it for a second label
         outputs = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, **kwargs
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+            past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
         )  # fmt: skip
         hidden, loss, mtp_loss = outputs.last_hidden_state, None, None
-        targets = shifted(labels) if shift_labels is None and labels is not None else shift_labels
+        targets = shifted(labels) if targets is None and labels is not None else targets
         if targets is not None:
             loss = causal_loss(self.lm_head, hidden, targets, num_items_in_batch)
         if targets is not None and self.config.num_nextn_predict_layers:
