@@ -11,6 +11,7 @@ from ...model.config_json import config_fields
 from .functions import NAME
 
 FIELDS = {f.name: f.default for f in dataclasses.fields(LingConfig) if f.name != "other"}
+OURS = {"LingForCausalLM", "LingModel"}  # classes that transformers writes into a configuration
 
 
 class LingHfConfig(PreTrainedConfig):
@@ -31,11 +32,8 @@ class LingHfConfig(PreTrainedConfig):
     rope_scaling = None  # as published: transformers has a property here, for rope_parameters
 
     def __post_init__(self, **kwargs: Any):
-        given = kwargs | {name: getattr(self, name) for name in ("architectures",) if getattr(self, name)}
-        content = {k: v for k, v in given.items() if not k.startswith("_")}
-        if content.get("architectures") == ["LingForCausalLM"]:
-            del content["architectures"]
-        ling = LingConfig(**config_fields({"model_type": self.model_type, **content}, FIELDS))
+        names = None if set(self.architectures or []) <= OURS else self.architectures
+        ling = LingConfig(**config_fields({"model_type": self.model_type, **kwargs, "architectures": names}, FIELDS))
         used = {*FIELDS, "rope_parameters", "rotary_dim"}
         rest = dict(hidden_act="silu", use_cache=True) | {k: v for k, v in kwargs.items() if k not in used}
         rest.setdefault("attn_implementation", NAME)
@@ -52,8 +50,9 @@ class LingHfConfig(PreTrainedConfig):
         except InputError as error:
             raise InputError(f"LingHfConfig: {error}") from None
 
-    def to_dict(self) -> dict[str, Any]:
-        content = super().to_dict() | OFFICIAL_FIELDS
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The content of config.json."""
+        content = super().to_diff_dict() | OFFICIAL_FIELDS
         if content.get("dtype") is not None:
             content["torch_dtype"] = content["dtype"]  # the name that transformers 4 reads
         return content
