@@ -1,6 +1,7 @@
 """Megatron's own GPTModel against the same model with our parts, on one rank."""
 
 import importlib
+import sys
 
 import pytest
 import torch
@@ -258,3 +259,23 @@ def test_other_experts_are_refused(megatron, changes, message):
 def test_unknown_part(megatron):
     with pytest.raises(InputError, match="no part 'norm'; parts are experts, "):
         megatron.apply(["norm"])
+
+
+def test_command(megatron, tmp_path, capsys, monkeypatch):
+    from ling_kernels.integrations.megatron.__main__ import main
+
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import sys\n"
+        "from megatron.core.models.gpt.gpt_model import GPTModel\n"
+        "print(sys.argv[1:], sys.path[0], GPTModel._postprocess.__wrapped__.__name__, GPTModel.__init__.__code__)\n"
+    )
+    monkeypatch.setattr("sys.path", [*sys.path])
+    monkeypatch.setattr("sys.argv", [])
+    assert main(["--parts", "loss,router", str(script), "--fp8", "--lr", "1"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"['--fp8', '--lr', '1'] {tmp_path} _postprocess") and "gpt_model.py" in out
+    assert main([str(tmp_path / "none.py")]) == 2
+    assert capsys.readouterr().err == f"error: no script {tmp_path}/none.py\n"
+    assert main(["--parts", "norm", str(script)]) == 2
+    assert "no part 'norm'" in capsys.readouterr().err
