@@ -15,12 +15,14 @@ from ..versions import require
 
 require("megatron.core", "megatron-core", ">=0.16,<0.20")
 
-from megatron.core.transformer.attention import SelfAttention  # noqa: E402
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules  # noqa: E402
+from megatron.core.transformer.mlp import MLPSubmodules  # noqa: E402
 from megatron.core.transformer.moe.moe_layer import MoESubmodules  # noqa: E402
 
 from . import loss, permutation, routing  # noqa: E402
 from .attention import Attention  # noqa: E402
 from .experts import Experts, Fp8Experts  # noqa: E402
+from .linear import KINDS  # noqa: E402
 
 __all__ = ["PARTS", "Attention", "Experts", "Fp8Experts", "apply", "replaced", "undo"]
 
@@ -56,7 +58,8 @@ _stock: list[tuple[Any, str, Any]] = []  # what `undo` puts back: owner, name, v
 def apply(parts: Collection[str] = PARTS, fp8: bool = False) -> None:
     """Replace these parts in this process, for every GPTModel that is built from now on.
 
-    parts: of PARTS. fp8: experts whose products are in FP8. A second call starts from Megatron's own again. Raises
+    parts: of PARTS. fp8: products of experts, and of Megatron's own linear layers in attention and MLPs, are in block
+    FP8; the head, the router and MTP's projection stay. A second call starts from Megatron's own again. Raises
     InputError for another name; building a model raises it for a configuration that our experts do not have.
     """
     unknown = sorted(set(parts) - set(PARTS))
@@ -67,7 +70,7 @@ def apply(parts: Collection[str] = PARTS, fp8: bool = False) -> None:
         for owner, name, make in FUNCTIONS.get(part, []):
             put(found(owner), name, make)
     modules = [part for part in MODULES if part in parts]
-    if modules:
+    if modules or fp8:
         put(found(GPT), "__init__", lambda stock: with_modules(stock, modules, fp8))
 
 
@@ -105,17 +108,21 @@ def with_modules(stock: Callable, parts: Collection[str], fp8: bool) -> Callable
 
 
 def replaced(spec: Any, parts: Collection[str] = MODULES, fp8: bool = False) -> Any:
-    """A copy of a specification (ModuleSpec, TransformerBlockSubmodules, ...) with our experts and attention in it."""
+    """A copy of a specification (ModuleSpec, TransformerBlockSubmodules, ...) with our modules in it."""
     again = partial(replaced, parts=parts, fp8=fp8)
     if spec is SelfAttention and "attention" in parts:
         return Attention
-    if isinstance(spec, MoESubmodules) and "experts" in parts:
-        return dataclasses.replace(spec, experts=Fp8Experts if fp8 else Experts)
     if isinstance(spec, partial):
         return partial(again(spec.func), *map(again, spec.args), **{k: again(v) for k, v in spec.keywords.items()})
     if isinstance(spec, list | tuple):
         return type(spec)(map(again, spec))
     if dataclasses.is_dataclass(spec) and not isinstance(spec, type):
-        fields = [field.name for field in dataclasses.fields(spec) if field.init]
-        return dataclasses.replace(spec, **{name: again(getattr(spec, name)) for name in fields})
+        fields = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec) if field.init}
+        if isinstance(spec, MoESubmodules) and "experts" in parts:
+            fields["experts"] = Fp8Experts if fp8 else Experts
+        if fp8 and isinstance(spec, SelfAttentionSubmodules | MLPSubmodules):
+            fields = {
+                name: KINDS.get(value, value) if isinstance(value, type) else value for name, value in fields.items()
+            }
+        return dataclasses.replace(spec, **{name: again(value) for name, value in fields.items()})
     return spec

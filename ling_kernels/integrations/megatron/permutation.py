@@ -22,10 +22,10 @@ def permute_tokens(stock: Callable) -> Callable:
     aligned = "align_size" in inspect.signature(stock).parameters  # since 0.17: two results more
 
     @wraps(stock)
-    def permuted(tokens: Tensor, routing_map: Tensor, probs: Tensor | None = None, *args, drop_and_pad=False, **others):
+    def permuted(tokens: Tensor, routing_map: Tensor, probs: Tensor | None = None, *args, **others):
         choices = getattr(routing_map, CHOICES, None)
-        if choices is None or drop_and_pad or others.get("align_size"):
-            return stock(tokens, routing_map, probs, *args, drop_and_pad=drop_and_pad, **others)
+        if choices is None or others.get("align_size"):
+            return stock(tokens, routing_map, probs, *args, **others)
         experts, counts = choices
         plan = dispatch(experts, counts)
         weights = None

@@ -159,6 +159,24 @@ def test_recorded_routes_are_replayed(megatron, one_rank):
     RouterReplay.clear_global_router_replay_instances()
 
 
+def test_chunks(megatron):
+    """Chunks of rows, some of them empty, in another order; between ranks the dispatchers sort by expert like this."""
+    dispatchers = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    sizes, order = torch.tensor([3, 0, 5, 1, 0, 4]), torch.tensor([2, 5, 1, 0, 4, 3])
+    rows, probs = torch.randn(13, 8, requires_grad=True), torch.rand(13, requires_grad=True)
+
+    def results():
+        x, p = dispatchers.sort_chunks_by_idxs(rows, sizes, order, probs=probs)
+        weight = torch.arange(13.0)
+        return x, p, *torch.autograd.grad((x * weight[:, None]).sum() + (p * weight).sum(), (rows, probs))
+
+    theirs = results()
+    megatron.apply()
+    for ours, stock in zip(results(), theirs, strict=True):
+        assert torch.equal(ours, stock)
+    assert dispatchers.sort_chunks_by_idxs(rows, sizes, order)[1] is None
+
+
 def test_late_weight_gradients(megatron, stock):
     """With delay_wgrad_compute they come in backward_dw, and hooks of the data parallelism follow them."""
     theirs, _, gradients = stock
@@ -203,8 +221,28 @@ def test_fp8_experts(megatron, one_rank):
         assert 1e-3 < (ours - theirs).norm() / theirs.norm() < 0.1
     assert not results[1][3][1].any()
 
+
+def test_fp8_model(megatron):
+    """Experts, attention and MLPs in FP8, near Megatron's model in fp32; the head, the router and MTP's projection are
+    not, nor are layers whose sizes do not fit."""
+    from ling_kernels.integrations.megatron.linear import Fp8Product
+
+    sizes = dict(hidden_size=128, ffn_hidden_size=256, moe_ffn_hidden_size=128, moe_shared_expert_intermediate_size=128,
+                 num_attention_heads=8, num_query_groups=4)  # fmt: skip
+    theirs = cpu.model(cpu.config(**sizes))
+    loss, gradients = cpu.step(theirs, cpu.batch())
     megatron.apply(fp8=True)
-    assert sum(isinstance(m, megatron.Fp8Experts) for m in cpu.model(config).modules()) == 3
+    ours = cpu.model(theirs.config)
+    ours.load_state_dict(theirs.state_dict())
+    our_loss, our_gradients = cpu.step(ours, cpu.batch())
+    assert our_loss == pytest.approx(loss, rel=1e-2) and our_loss != loss
+    names = [name for name, module in ours.named_modules() if isinstance(module, Fp8Product)]
+    assert len(names) == 4 * 4 and all("linear_" in name for name in names)  # of four layers, MTP's with them
+    assert sum(isinstance(module, megatron.Fp8Experts) for module in ours.modules()) == 3
+    for name in ("decoder.layers.0.mlp.linear_fc1.weight", "decoder.layers.0.self_attention.linear_qkv.weight"):
+        assert (our_gradients[name] - gradients[name]).norm() < 0.3 * gradients[name].norm()
+    plain = cpu.config(moe_ffn_hidden_size=128, hidden_size=128)
+    assert cpu.step(cpu.model(plain), cpu.batch())[0] > 0  # its dense MLP has 64 columns
     with pytest.raises(InputError, match="multiples of 128, not 32 and 16"):
         cpu.model(cpu.config())
 
