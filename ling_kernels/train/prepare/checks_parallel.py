@@ -36,6 +36,8 @@ def check_parallel(s: Settings, config: LingConfig, ranks: Ranks) -> None:
         check_fp8_exchange(s, config, ep)
     if ranks.size == 1:
         return
+    if s.lora_rank and (divided := next((f for f in ("tp", "pp") if getattr(s, f) > 1), None)):
+        raise InputError(f"--{divided} with --lora-rank: adapters are of whole matrices of all layers; use --dp, --ep")
     if s.merge_last:
         raise InputError("--merge-last is for one process: keep checkpoints, and merge them with train.merge")
     if s.step_in_backward:
