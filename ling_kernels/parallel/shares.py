@@ -51,7 +51,7 @@ class Shares:
         exchange: str | Callable[[MoE], Exchange] = "bf16",
     ):
         self.model, self.ranks, self.config = model, ranks, model.config
-        self.names = [name for name, _ in model.named_parameters()]
+        self.names = [name for name, _ in model.named_parameters()]  # of the whole model's trained ones
         self.modules = {name for name, _ in model.named_modules()}
         self.routers = [name for name, module in model.named_modules() if isinstance(module, Router)]
         # By name, as a parameter may become another object on its way to a GPU: how it is divided, the group of those
@@ -90,9 +90,8 @@ class Shares:
 
     def add_adapters_(self, keys: dict[str, Parameter]) -> None:
         """Take in adapters (adapters.py), which the model has. keys: of the whole model's, by name."""
-        self.adapters = {*keys}
+        self.adapters, self.names = {*keys}, [*keys]
         self.official.update(keys)
-        self.names += keys
         if self.ranks.experts.group is not None:
             of_experts = expert_parameters(self.model)
             named = {name for name, p in self.model.named_parameters() if p in of_experts}
