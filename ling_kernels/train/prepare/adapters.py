@@ -14,7 +14,7 @@ from .models import weights_in
 SAMPLED = 1 << 20  # bytes at the beginning and at the end of a file of weights that tell it from others
 
 
-def layers_of(s: Settings) -> list[str]:
+def layers_of(s) -> list[str]:
     """The layers of --lora-on. Raises InputError for others."""
     layers = [name.strip() for name in s.lora_on.split(",")]
     if wrong := [name for name in layers if name not in ON]:
@@ -22,17 +22,14 @@ def layers_of(s: Settings) -> list[str]:
     return [name for name in ON if name in layers]
 
 
-def alpha_of(s: Settings) -> float:
+def alpha_of(s) -> float:
     return 2.0 * s.lora_rank if s.lora_alpha is None else s.lora_alpha
 
 
 def check_adapters(s: Settings) -> None:
     """Raise InputError for settings that contradict --lora-rank, or that need it."""
-    layers_of(s)
+    check_needs_rank(s)
     if not s.lora_rank:
-        for name in ("lora_alpha", "lora_on"):
-            if getattr(s, name) != FIELDS[name].default:
-                raise InputError(f"--{name.replace('_', '-')} {getattr(s, name)} needs --lora-rank")
         return
     with_rank = f"with --lora-rank {s.lora_rank}"
     if s.recompute in ("norm_act", "experts"):
@@ -43,21 +40,30 @@ def check_adapters(s: Settings) -> None:
         raise InputError(f"--fp8-watch {with_rank}: it measures layers that are trained")
 
 
+def check_needs_rank(s) -> None:
+    """Raise InputError for settings of adapters without --lora-rank, and for layers that are none. s: any settings that
+    have these."""
+    layers_of(s)
+    for name in ("lora_alpha", "lora_on"):
+        if not s.lora_rank and getattr(s, name) != FIELDS[name].default:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(s, name)} needs --lora-rank")
+
+
 def adapter_parameters(config: LingConfig, s: Settings) -> int:
     """Number of the adapters' parameters of the whole model."""
     return sum(p.shape.numel() for p in adapter_keys(config, s.lora_rank, layers_of(s)).values())
 
 
-def base_model(s: Settings, state: dict | None = None) -> tuple[Path, dict[str, list[int]]]:
+def base_model(model: str, rank: int, state: dict | None = None) -> tuple[Path, dict[str, list[int]]]:
     """The folder of the weights that the adapters are for, and what tells them from others. state: of the checkpoint to
     resume from. Raises InputError where there are none, and where they have changed since."""
-    folder = user_path(s.model, "--model")
+    folder = user_path(model, "--model")
     if not weights_in(folder):
         gone = "which a run with adapters reads when it is resumed" if state else "and adapters are for trained ones"
-        raise InputError(f"--lora-rank {s.lora_rank}: there are no weights in {s.model}, {gone}: give a model's folder")
+        raise InputError(f"--lora-rank {rank}: there are no weights in {model}, {gone}: give a model's folder")
     found = {path.name: fingerprint(path) for path in sorted(folder.glob("*.safetensors"))}
     if state and state.get("base") != found:
-        raise InputError(f"the weights in {s.model} are not those that the run's adapters are for: they have changed")
+        raise InputError(f"the weights in {model} are not those that the run's adapters are for: they have changed")
     return folder, found
 
 

@@ -67,7 +67,7 @@ def new_run(
     is known."""
     settings = absolute_paths(settings)
     config, weights = model_config(settings)
-    base = base_model(settings)[1] if settings.lora_rank else {}
+    base = base_model(settings.model, settings.lora_rank)[1] if settings.lora_rank else {}
     settings, notes = with_defaults(settings, config, trained=weights is not None, given=given)
     check(settings, config)
     ranks, any_threads = arrange(settings, config), settings.threads is None
@@ -110,7 +110,9 @@ def resumed_run(resume: str | Path, options: dict, fall_back: bool = False) -> R
         settings = replace(settings, threads=None)
     config, _ = model_config(settings, checkpoint)
     check(settings, config)
-    weights, base = base_model(settings, state) if settings.lora_rank else (None, {})
+    weights, base = None, {}
+    if settings.lora_rank:
+        weights, base = base_model(settings.model, settings.lora_rank, state)
     try:
         ranks = arrange(settings, config)
     except InputError as error:
