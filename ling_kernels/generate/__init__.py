@@ -3,7 +3,7 @@
 from ..errors import Busy
 from ..model.sample import Sampling, sampler
 from .engine import Engine
-from .scheduler import Request
+from .request import Request
 from .text import stream_text
 
 __all__ = ["Busy", "Engine", "Request", "Sampling", "sampler", "stream_text"]

@@ -12,8 +12,8 @@ A decode step, from the API down to the kernels:
               Layer.compute, per layer:      attention(norm(x)), then the MLP or MoE
                 Attention.forward            nn/attention.py -> ops/qk_norm_attention_decode.py
                 MoE.decode                   nn/moe.py -> ops/moe_decode.py; MoE.forward above 8 rows
-            Forward.next_tokens              final norm and lm_head; ops/sample.py; ops/accept_tokens.py, which writes
-            Forward.mtp_drafts               the next draft tokens of an MTP layer
+            Forward.next_tokens              final norm and lm_head; edits.py; ops/sample.py; ops/accept_tokens.py
+            Forward.mtp_drafts               writes the next draft tokens of an MTP layer
       Engine.collect -> Engine.accept        reads the tokens of the previous pass, finishes requests
 
 docs/serving.md lists the kernels of a layer and of a pass; tests/test_decode_layer.py counts them.
@@ -38,9 +38,10 @@ from ..ops.accept_tokens import accept_tokens
 from ..ops.attention_decode import KVCache
 from ..ops.decode_inputs import decode_inputs
 from ..ops.sample import sample
+from .edits import Edits
 from .graphs import CudaGraphs
 from .logprobs import MOST, TokenLogprob, read_scores, score
-from .scheduler import Request
+from .request import Request
 
 SCORED_ROWS = 256  # of a prompt, whose logits exist at a time
 
@@ -131,6 +132,7 @@ class Forward:
         self.block_tables = per_lane(-(-c.max_positions // page_size), dtype=torch.int32)
         self.seeds = per_lane(dtype=torch.int64)
         self.sampling = SamplingTensors.of([Sampling()] * (lanes + 1), c.vocab_size, self.device)
+        self.edits: Edits | None = None  # until a request needs them
         self.no_chunks = torch.zeros(1, dtype=torch.int32, device=self.device)  # cu_seqlens of no sequence
         # Only qk_norm_attention_decode skips the cache write of a lane of length 0.
         on_gpu = self.device.type == "cuda"
@@ -149,13 +151,18 @@ class Forward:
         parameters = SamplingTensors.of([request.sampling], self.model.config.vocab_size)
         for of_lanes, of_request in zip(self.sampling, parameters, strict=True):
             of_lanes[lane] = of_request.item()
+        if request.edits and self.edits is None:
+            self.edits = Edits(len(self.lengths), self.device)
+        if self.edits is not None:
+            self.edits.fill(request)
 
     @torch.inference_mode()
     def __call__(self, decoding: Sequence[Request], chunks: Sequence[Chunk]) -> PendingTokens | None:
         """Launch a pass; None if nothing is decoded. Does not synchronise with the device."""
         self.update_block_tables([*decoding, *(chunk.request for chunk in chunks)])
         lanes, scored = [r.lane for r in decoding], any(r.num_logprobs is not None for r in decoding)
-        mode, prompts = SamplingMode.of((r.sampling for r in decoding), scored), []
+        edited = any(r.edits for r in decoding)
+        mode, prompts = SamplingMode.of((r.sampling for r in decoding), scored, edited), []
         if self.graphs is not None and not chunks:
             output = self.graphs(lanes, mode)
         else:
@@ -220,7 +227,8 @@ class Forward:
         h [B n, H], normed where the MTP layer reads it too. -1 marks NaN logits; Engine.accept turns it into an error.
         """
         logits, rows = self.model.logits(h, norm=self.mtp_cache is None), positions.flatten()
-        tokens = sample(logits, self.sampling, mode[:3], lanes, rows, self.token_ids, self.seeds).view(positions.shape)
+        edited = self.edits(logits, lanes, rows, self.token_ids) if mode.edited else logits
+        tokens = sample(edited, self.sampling, mode[:3], lanes, rows, self.token_ids, self.seeds).view(positions.shape)
         lookup = self.draft > 0 and self.mtp_cache is None
         output = accept_tokens(tokens, lanes, positions, self.token_ids, self.lengths, lookup)
         if not mode.scored:

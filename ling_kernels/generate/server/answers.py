@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 
 from ...errors import InputError
 from ..logprobs import TokenLogprob
-from ..scheduler import Request
+from ..request import Request
 from ..text import StoppedText
 from .logprobs import ChatLogprobs, CompletionLogprobs
 from .protocol import MAX_CHOICES, ChatCompletionRequest, CompletionRequest
@@ -40,6 +40,7 @@ class Choice:
     request: Request
     stop: list[str]
     shows_answer: bool
+    hidden: frozenset[int] = frozenset()  # tokens that have no text
     finish_reason: str | None = None
     submitted: float = field(default_factory=time.perf_counter)
 
@@ -61,7 +62,7 @@ class Choice:
                 last, count = now, count + 1
                 metrics.generated_tokens += 1
                 if self.shows_answer:
-                    shown = "" if self.is_end(token) else text.add(token)
+                    shown = "" if token in self.hidden or self.is_end(token) else text.add(token)
                     piece = Piece(shown, request.logprobs[count - 1 : count])
                     if piece.text or piece.logprobs:
                         yield piece
@@ -110,20 +111,23 @@ async def complete(service: Service, body: Body, http_request: HttpRequest, obje
     if body.n > 1 and len(prompts) * body.n > MAX_CHOICES:
         raise InputError(f"n = {body.n} for {len(prompts)} prompts gives more than {MAX_CHOICES} choices")
     choices = []
+    hidden = frozenset(service.tokenizer.control_tokens.values()) if body.skip_special_tokens else frozenset()
     ends = frozenset(body.stop_token_ids) | (frozenset() if body.ignore_eos else service.stop_token_ids)
     requested, default = body.max_new_tokens()
     options: dict = dict(
         stop_token_ids=ends, timeout=service.timeout, logprobs=scored, prompt_logprobs=scored if body.echo else None,
         keep_stop=scored is not None and object_type == "text_completion",
-        client=http_request.state.client, priority=body.priority,
+        client=http_request.state.client, priority=body.priority, min_new_tokens=body.min_tokens,
     )  # fmt: skip
     try:
         for prompt in prompts:
             new_tokens = service.max_new_tokens(requested, default, len(prompt))
+            if body.min_tokens > new_tokens:
+                raise InputError(f"min_tokens is {body.min_tokens}; it must be at most max_tokens, {new_tokens}")
             for i in range(body.n):
                 sampling = body.sampling(i, service.sampling_defaults)
                 request = service.engine.submit(prompt, sampling, new_tokens, **options)
-                choices.append(Choice(service, request, stop, body.shows_answer))
+                choices.append(Choice(service, request, stop, body.shows_answer, hidden))
                 service.metrics.prompt_tokens += len(prompt)
     except Exception:  # Busy or InputError of a later choice
         for choice in choices:

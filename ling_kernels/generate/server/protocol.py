@@ -21,9 +21,8 @@ MIN_TEMPERATURE = 1e-5  # below it sampling is greedy: fp32 logits divided by it
 
 # Fields that are not implemented, with their neutral values.
 UNSUPPORTED: dict[str, list] = {
-    "best_of": [1], "frequency_penalty": [0, 0.0], "function_call": ["none", "auto"], "functions": [[]],
-    "logit_bias": [{}], "min_tokens": [0], "modalities": [["text"]], "presence_penalty": [0, 0.0],
-    "response_format": [{"type": "text"}], "skip_special_tokens": [False], "suffix": [""],
+    "best_of": [1], "function_call": ["none", "auto"], "functions": [[]], "modalities": [["text"]],
+    "response_format": [{"type": "text"}], "suffix": [""],
 }  # fmt: skip
 # Fields that do not affect the generated text.
 IGNORED = {
@@ -59,6 +58,9 @@ class CompletionBase(StrictModel):
     top_k: StrictInt = 0  # -1 also means all tokens, as in vLLM
     min_p: StrictFloat = 0.0
     repetition_penalty: Annotated[StrictFloat, Field(ge=0.01, le=100)] = 1.0
+    presence_penalty: Annotated[StrictFloat, Field(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[StrictFloat, Field(ge=-2, le=2)] = 0.0
+    logit_bias: dict[StrictStr, StrictFloat] = {}
     seed: Annotated[StrictInt, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
     n: Annotated[StrictInt, Field(ge=1, le=MAX_CHOICES)] = 1
     stop: StrictStr | list[StrictStr] = []
@@ -66,6 +68,8 @@ class CompletionBase(StrictModel):
     stream: StrictBool = False
     stream_options: StreamOptions = StreamOptions()
     ignore_eos: StrictBool = False
+    min_tokens: Annotated[StrictInt, Field(ge=0)] = 0
+    skip_special_tokens: StrictBool = False
     priority: Annotated[StrictInt, Field(ge=-(1 << 31), lt=1 << 31)] = 0  # vLLM's: the smallest is next
 
     @model_validator(mode="before")
@@ -84,10 +88,21 @@ class CompletionBase(StrictModel):
         for fields that the body leaves out."""
         given = {k: defaults.get(k, getattr(self, k)) if k not in self.model_fields_set else getattr(self, k)
                  for k in SAMPLING}  # fmt: skip
-        given["seed"] = None if self.seed is None else (self.seed + choice) % (1 << 63)
+        others: dict[str, Any] = dict(
+            seed=None if self.seed is None else (self.seed + choice) % (1 << 63),
+            presence_penalty=self.presence_penalty, frequency_penalty=self.frequency_penalty, logit_bias=self.biases(),
+        )  # fmt: skip
         if 0 <= given["temperature"] < MIN_TEMPERATURE:
-            return Sampling(repetition_penalty=given["repetition_penalty"], seed=given["seed"])
-        return Sampling(**given | dict(top_k=max(given["top_k"], 0) if given["top_k"] == -1 else given["top_k"]))
+            given = {"repetition_penalty": given["repetition_penalty"]}
+        elif given["top_k"] == -1:
+            given["top_k"] = 0
+        return Sampling(**given, **others)
+
+    def biases(self) -> dict[int, float]:
+        """logit_bias by token id."""
+        if odd := [name for name in self.logit_bias if not (name.isascii() and name.isdecimal() and len(name) < 10)]:
+            raise InputError(f"logit_bias has {shown(odd[0])}, which is no token id")
+        return {int(name): bias for name, bias in self.logit_bias.items()}
 
     def stop_strings(self) -> list[str]:
         stop = [self.stop] if isinstance(self.stop, str) else self.stop

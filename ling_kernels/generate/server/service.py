@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from ...errors import InputError, one_line
 from ...tokenizer import Tokenizer
 from ..engine import Engine
-from ..scheduler import max_sequence_tokens
+from ..request import max_sequence_tokens
 from .metrics import Metrics
 
 Result = TypeVar("Result")
