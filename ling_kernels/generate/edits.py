@@ -2,14 +2,18 @@
 
 bias b_t of a token, while it holds: l_t -> l_t + b_t; -inf for the end tokens until there are enough new tokens
 penalties of the c_t times that a token occurs among the new tokens: l_t -> l_t - frequency c_t - presence [c_t > 0]
+a grammar's mask (grammar.py): l_t -> -inf for tokens that may not come
 
-A repetition penalty (ops/sample.py) comes after them. Every row of a draft has the counts of the tokens before it, so
-that drafts change no output. A pass none of whose requests wants edits has none of this.
+A repetition penalty (ops/sample.py) comes after them. Every row of a draft has the counts and the mask of the tokens
+before it, so that drafts change no output. A pass none of whose requests wants an edit has none of it.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from .grammar import mask_bytes
 from .request import MOST_BIASES, Request
 
 FOREVER = 1 << 62
@@ -62,3 +66,32 @@ class Edits:
         counts = torch.zeros_like(logits).scatter_add(1, torch.where(new, ids, 0), new.float())
         presence, frequency = self.penalties[rows].unsqueeze(-1).unbind(1)
         return logits - frequency * counts - presence * (counts > 0)
+
+
+class Masks:
+    """The tokens that the grammars of requests allow, for every lane and row; a lane without a grammar allows all."""
+
+    def __init__(self, lanes: int, rows: int, vocabulary: int, device: torch.device):
+        self.guided: set[int] = set()  # lanes with a grammar
+        self.allowed = torch.full((lanes, rows, mask_bytes(vocabulary)), 255, dtype=torch.uint8, device=device)
+
+    def fill(self, request: Request) -> None:
+        """Open a lane for a request with or without a grammar."""
+        lane = request.lane
+        if request.guide is not None:
+            self.guided.add(lane)
+        elif lane in self.guided:
+            self.guided.remove(lane)
+            self.allowed[lane] = 255
+
+    def write(self, requests: Sequence[Request]) -> None:
+        """Wait for the masks of requests with grammars, and copy them to their lanes."""
+        for request in requests:
+            self.allowed[request.lane].copy_(request.guide.wait(), non_blocking=True)
+
+    def __call__(self, logits: Tensor, lanes: Tensor) -> Tensor:
+        """logits [R, V], lanes [B] of R / B rows each -> logits with -inf for tokens that are not allowed."""
+        R, V = logits.shape
+        shifts = torch.arange(8, dtype=torch.uint8, device=logits.device)
+        bits = self.allowed[lanes].view(R, -1, 1) >> shifts & 1
+        return logits.masked_fill(bits.view(R, -1)[:, :V] == 0, -float("inf"))

@@ -26,9 +26,10 @@ from ..model.decode import empty_caches
 from ..model.sample import BAD_LOGITS, Sampling, SamplingMode
 from .cache import PagePool, memory_of, page_bytes
 from .forward import Chunk, Forward, PendingTokens
+from .grammar import Grammar
 from .health import PassRecord
 from .logprobs import read_scores
-from .request import DRAFT_SLACK, Request, new_request
+from .request import DRAFT_SLACK, Request, add_guide, new_request
 from .scheduler import Scheduler, Work
 from .weights import take_weights
 
@@ -114,6 +115,7 @@ class Engine:
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
         min_new_tokens: int = 0,
+        grammar: Grammar | None = None,
         keep_stop: bool = False,
         client: str = "",
         priority: int = 0,
@@ -125,7 +127,8 @@ class Engine:
         after which the request finishes with the tokens it has. logprobs: 0 to 20, the number of likeliest tokens that
         the request's `logprobs` name beside each new token's; prompt_logprobs likewise, for its `prompt_logprobs` of
         the prompt's tokens after the first, none of which then comes from the prefix cache. They are the model's
-        log-probabilities, before temperature, truncation and penalties. keep_stop: the stop token is the last of the
+        log-probabilities, before temperature, truncation, penalties and masks. grammar: the only texts that may come,
+        see grammar.py; the request ends where nothing can follow. keep_stop: the stop token is the last of the
         new tokens, instead of being left out. client: whoever has the fewest running requests is next; among a
         client's requests the smallest priority. Raises InputError for a prompt that is empty, too long or has ids
         outside the vocabulary, and Busy if the queue is full.
@@ -135,6 +138,7 @@ class Engine:
             num_logprobs=logprobs, num_prompt_logprobs=prompt_logprobs, min_new_tokens=min_new_tokens,
             keep_stop=keep_stop, policy_version=self.policy_version, client=client, priority=priority,
         )  # fmt: skip
+        add_guide(request, grammar, self.config.vocab_size, 1 + self.draft, self.device.type == "cuda")
         self.scheduler.submit(request)
         return request
 
@@ -226,7 +230,7 @@ class Engine:
                 if not request.finished:
                     if request.num_logprobs is not None:  # before the tokens, which another thread may read at once
                         request.logprobs += pending.logprobs(i, tokens)
-                    self.accept(request, tokens)
+                    self.accept(request, tokens, pending.drafts(i))
                     del request.logprobs[request.num_new_tokens :]  # of an end token, and of tokens after it
 
     @contextmanager
@@ -239,8 +243,9 @@ class Engine:
             for request in [*requests]:
                 self.scheduler.finish(request, "error", error)
 
-    def accept(self, request: Request, tokens: list[int]) -> None:
-        """Append a pass's tokens (accepted draft tokens, then a new one) up to a stop token or max_new_tokens."""
+    def accept(self, request: Request, tokens: list[int], drafts: list[int]) -> None:
+        """Append a pass's tokens (accepted draft tokens, then a new one) up to a stop token or max_new_tokens. drafts:
+        those that the next pass verifies, of a request with a grammar."""
         if request.has_drafts:
             self.drafted, self.accepted = self.drafted + self.draft, self.accepted + len(tokens) - 1
         request.has_drafts = self.draft > 0
@@ -253,11 +258,18 @@ class Engine:
                 self.record.fail(error)
                 break
             reason = "stop" if token in request.stop_token_ids else None
+            guide = request.guide if reason is None else None
+            if guide is not None and not guide.accept(token):
+                reason, error = "error", InputError(guide.fault)
+                break
             if reason is None or request.keep_stop:
                 request.tokens.append(token)
+                reason = "stop" if guide is not None and guide.complete else reason
                 reason = reason or ("length" if request.num_new_tokens == request.max_new_tokens else None)
             if reason:
                 break
+        if request.guide is not None and not reason:
+            request.guide.prepare(drafts)
         if error is None:
             self.record.succeed()
         self.scheduler.advance(request, used)

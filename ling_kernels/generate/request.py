@@ -11,6 +11,7 @@ from torch import Tensor
 from ..errors import InputError, integer
 from ..model.config import LingConfig
 from ..model.sample import Sampling
+from .grammar import Grammar, Guide
 from .logprobs import MOST, TokenLogprob
 
 MOST_BIASES = 512  # tokens of a request whose logits are biased; end tokens count where min_new_tokens holds them off
@@ -54,6 +55,7 @@ class Request:
     error: Exception | None = None
     logprobs: list[TokenLogprob] = field(default_factory=list)  # of the new tokens
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # of the prompt's tokens after the first
+    guide: Guide | None = None  # of its grammar
     routing: Tensor | None = None  # of an engine that records it, when it has finished, see Engine
     pages: list[int] = field(default_factory=list)
     lane: int | None = None  # its row of the device state while it runs
@@ -138,6 +140,19 @@ def new_request(
     integer("priority", request.priority, -(1 << 63))
     check_edits(request, vocabulary)
     return request
+
+
+def add_guide(request: Request, grammar: Grammar | None, vocabulary: int, rows: int, pin: bool) -> None:
+    """Let a grammar say which tokens may come, in passes of so many rows of the request. Raises InputError."""
+    if grammar is None:
+        return
+    if not isinstance(grammar, Grammar):
+        raise InputError(f"grammar is {grammar!r:.80}; it must be a Grammar, which Grammars makes")
+    if grammar.vocabulary != vocabulary:
+        raise InputError(f"the grammar is for {grammar.vocabulary} tokens, the model has {vocabulary}")
+    if not request.stop_token_ids or request.min_new_tokens:
+        raise InputError("a grammar decides where its text ends: it needs a stop token, and no min_new_tokens")
+    request.guide = Guide(grammar, rows, request.stop_token_ids, pin)
 
 
 def check_edits(request: Request, vocabulary: int) -> None:

@@ -106,7 +106,10 @@ class Scheduler:
         return work.prefill + work.decode * (1 + self.draft)
 
     def may_decode(self, request: Request) -> bool:
-        """Whether it can still be below max_new_tokens: every pass in flight gives at least one token."""
+        """Whether it can still be below max_new_tokens: every pass in flight gives at least one token. A grammar's mask
+        needs that token, so that such a request waits for its last pass."""
+        if request.guide is not None and request.passes_in_flight:
+            return False
         return request.num_new_tokens + request.passes_in_flight < request.max_new_tokens
 
     def slots_needed(self, request: Request, work: Work) -> int:

@@ -81,16 +81,16 @@ class SamplingMode(NamedTuple):
     penalised: bool  # a repetition penalty
     scored: bool = False  # log-probabilities are wanted
     edited: bool = False  # logits are edited before
+    guided: bool = False  # a grammar allows some tokens only
 
     @classmethod
-    def of(cls, sampling: Iterable[Sampling], scored: bool = False, edited: bool = False) -> "SamplingMode":
+    def of(cls, sampling: Iterable[Sampling], **others: bool) -> "SamplingMode":
         sampling = list(sampling)
         return cls(
             any(s.temperature > 0 for s in sampling),
             any(s.top_k or s.top_p < 1 for s in sampling),
             any(s.repetition_penalty != 1 for s in sampling),
-            scored,
-            edited,
+            **others,
         )
 
 
