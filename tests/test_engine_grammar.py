@@ -150,7 +150,7 @@ def test_a_grammar_ends_only_where_it_may(grammars):
 
 def test_lark_and_a_grammar_inside_another(grammars):
     lark = grammars.lark('start: "<" NAME ">"\nNAME: /[a-c]{1,4}/')
-    outer = grammars.inside('start: "[" @inner "]"', grammars.regex("x{3}"))
+    outer = grammars.around('start: "[" @inner "]"', {"inner": grammars.regex("x{3}")})
     first, second = make().finish([[5]], sampling=Sampling(), max_new_tokens=20, stop_token_ids=[EOS], grammar=lark) + (
         make().finish([[5]], sampling=Sampling(), max_new_tokens=20, stop_token_ids=[EOS], grammar=outer)
     )

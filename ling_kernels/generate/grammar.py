@@ -38,7 +38,7 @@ class Grammars:
             from llguidance import LLMatcher, LLTokenizer
         except ImportError:
             raise InputError(MISSING) from None
-        backend, self.end = tokenizer.backend, tokenizer.eos_id
+        backend, self.vocab, self.end = tokenizer.backend, tokenizer.vocab, tokenizer.eos_id
         text = json.dumps(byte_tokenizer_json()) if backend is None else backend.to_str()
         try:
             self.tokens = LLTokenizer(text, n_vocab=vocabulary, eos_token=self.end)
@@ -75,10 +75,18 @@ class Grammars:
             raise InputError(f"the choices are {texts!r:.80}; they must be texts")
         return self.lark("start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in texts))
 
-    def inside(self, start: str, grammar: "Grammar") -> "Grammar":
-        """A Lark grammar around another, which it calls @inner."""
-        inner = [part | {"name": "inner"} for part in json.loads(grammar.source)["grammars"]]
-        return self.compiled(json.dumps({"grammars": [{"name": "outer", "lark_grammar": start}, *inner]}))
+    def around(self, lark: str, inner: dict[str, "Grammar"]) -> "Grammar":
+        """A Lark grammar around others, which it calls @name."""
+        parts = []
+        for name, grammar in inner.items():
+            first, *rest = json.loads(grammar.source)["grammars"]
+            parts += [first | {"name": name}, *rest]
+        return self.compiled(json.dumps({"grammars": [{"lark_grammar": lark}, *parts]}))
+
+    def token(self, name: str) -> str:
+        """In a Lark grammar: the control token of this name, or its text where the tokenizer has none."""
+        token = self.vocab.get(name)
+        return json.dumps(name) if token is None or not self.tokens.is_special_token(token) else f"<[{token}]>"
 
     def _grammar(self, source, definition) -> "Grammar":
         try:
