@@ -19,11 +19,11 @@ CHAT = {k: v for k, v in FULL.items() if k not in ("prompt", "echo", "logprobs")
     messages=[dict(role="system", content="S"), dict(role="user", content=[dict(type="text", text="Hi")], name="bob"),
               dict(role="assistant", content="XYZ", refusal=None, tool_calls=[]), dict(role="user", content="?")],
     max_completion_tokens=2, logprobs=True, top_logprobs=1, tools=[dict(type="function", function=dict(name="f"))],
-    tool_choice="auto", response_format=dict(type="json_object"), continue_final_message=False, add_generation_prompt=True,
+    tool_choice="auto", continue_final_message=False, add_generation_prompt=True,
 )  # fmt: skip
 PATHS = {"/v1/completions": FULL, "/v1/chat/completions": CHAT}
 JSON = {"content-type": "application/json"}
-FIELDS = sorted({*FULL, *CHAT, *UNSUPPORTED, *IGNORED, "suffix", "x"})
+FIELDS = sorted({*FULL, *CHAT, *UNSUPPORTED, *IGNORED, "response_format", "structured_outputs", "x"})
 
 
 def check_error(response) -> None:
