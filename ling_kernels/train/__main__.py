@@ -12,6 +12,7 @@ if __name__ == "__main__":
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
+from ..host_memory import keep_freed_memory  # noqa: E402
 from ..plan import train as planner  # noqa: E402 (above this room: only a __main__, which nothing imports, may do so)
 from . import cli  # noqa: E402
 
@@ -21,4 +22,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     sys.exit(main())
