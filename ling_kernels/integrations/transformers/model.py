@@ -1,7 +1,7 @@
 """Ling-2.0 as a model of transformers 5.
 
-Modules have the published names, so that a checkpoint needs no renaming: gate and up projections are joined, experts
-stacked, and no more. Shapes: B batch, L length of the new tokens, H hidden, V vocabulary.
+Modules have the published names, so that a checkpoint needs no renaming; only the experts are stacked.
+Shapes: B batch, L length of the new tokens, H hidden, V vocabulary.
 """
 
 from dataclasses import dataclass
@@ -21,10 +21,11 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from ...errors import InputError
-from ...nn import MLP, RMSNorm, Router
+from ...nn import RMSNorm, Router
 from ...nn.norm import Fp32Buffers
 from ...ops.qk_norm_rope import qk_norm_rope
 from ...ops.rope_tables import rope_frequencies
+from ...ops.swiglu import swiglu
 from .config import LingHfConfig
 from .functions import NAME
 from .loss import IGNORE, causal_loss, shifted
@@ -90,6 +91,19 @@ class LingAttention(nn.Module):
         return self.dense(out.flatten(2)), probabilities
 
 
+class LingMLP(nn.Module):
+    """down_proj(silu(gate_proj(x)) * up_proj(x)). The layers stay apart, as adapters and sharded loading want them."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(swiglu(torch.cat([self.gate_proj(x), self.up_proj(x)], -1)))
+
+
 class LingMoE(nn.Module):
     """Router, experts by the chosen experts function, and the shared expert."""
 
@@ -101,7 +115,7 @@ class LingMoE(nn.Module):
         )
         self.experts = Glm4MoeExperts(config)
         size = c.moe_intermediate_size * c.num_shared_experts
-        self.shared_experts = MLP(c.hidden_size, size) if size else None
+        self.shared_experts = LingMLP(c.hidden_size, size) if size else None
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, L, H] -> [B, L, H]."""
@@ -120,7 +134,7 @@ class LingLayer(GradientCheckpointingLayer):
         self.attention = LingAttention(config, layer_idx)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         dense = layer_idx < config.first_k_dense_replace
-        self.mlp = MLP(config.hidden_size, config.intermediate_size) if dense else LingMoE(config)
+        self.mlp = LingMLP(config.hidden_size, config.intermediate_size) if dense else LingMoE(config)
 
     def forward(self, x: Tensor, mask: Any, rope: Rope, past_key_values: Any = None, **kwargs: Any) -> Tensor:
         attended, _ = self.attention(self.input_layernorm(x), mask, rope, past_key_values, **kwargs)
@@ -290,6 +304,7 @@ class LingForCausalLM(LingPreTrainedModel, GenerationMixin):
     """Ling-2.0 with its head, loading and saving the published checkpoints."""
 
     _tied_weights_keys = None
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: LingHfConfig):
         super().__init__(config)
