@@ -14,6 +14,7 @@ from .patch import patch, unpatch  # noqa: E402
 __all__ = ["NATIVE", "patch", "unpatch"]
 
 if NATIVE:
+    require("transformers", "transformers", ">=5.14,<6")
     from .balance import Balance
     from .config import LingHfConfig
     from .functions import register
