@@ -259,9 +259,11 @@ def test_balance_keeps_the_mean(megatron):
 
 
 def test_undo(megatron):
+    from ling_kernels.integrations.megatron import patch
+
     def functions():
-        names = [*megatron.FUNCTIONS.values(), [(megatron.GPT, "__init__", None)]]
-        return [getattr(megatron.found(owner), name) for part in names for owner, name, _ in part]
+        names = [*patch.FUNCTIONS.values(), [(patch.GPT, "__init__", None)]]
+        return [getattr(patch.found(owner), name) for part in names for owner, name, _ in part]
 
     before = functions()
     megatron.apply()
