@@ -23,11 +23,13 @@ from .linear import KINDS  # noqa: E402
 
 PARTS = ("experts", "attention", "router", "permutation", "loss", "balance")
 MODULES = ("experts", "attention")  # replaced in the specification from which a model is built
-GPT, LANGUAGE, MOE = (
+GPT, HYBRID, LANGUAGE, MOE = (
     "megatron.core.models.gpt.gpt_model:GPTModel",
+    "megatron.core.models.hybrid.hybrid_model:HybridModel",
     "megatron.core.models.common.language_module.language_module:LanguageModule",
     "megatron.core.transformer.moe",
 )
+MODELS = {GPT: ("transformer_layer_spec", "mtp_block_spec"), HYBRID: ("hybrid_stack_spec",)}  # their specifications
 # Functions, by the name under which their caller finds them: of a module, or of a class as module:class.
 FUNCTIONS: dict[str, list[tuple[str, str, Callable[[Callable], Callable]]]] = {
     "router": [
@@ -41,6 +43,7 @@ FUNCTIONS: dict[str, list[tuple[str, str, Callable[[Callable], Callable]]]] = {
     ],
     "loss": [
         (GPT, "_postprocess", loss.postprocess),
+        (HYBRID, "forward", loss.postprocess),
         (LANGUAGE, "compute_language_model_loss", loss.language_model_loss),
     ],
     "balance": [
@@ -51,7 +54,7 @@ _stock: list[tuple[Any, str, Any]] = []  # what `undo` puts back: owner, name, v
 
 
 def apply(parts: Collection[str] = PARTS, fp8: bool = False) -> None:
-    """Replace these parts in this process, for every GPTModel that is built from now on.
+    """Replace these parts in this process, for every GPTModel and HybridModel that is built from now on.
 
     parts: of PARTS. fp8: products of experts, and of Megatron's own linear layers in attention and MLPs, are in block
     FP8; the head, the router and MTP's projection stay. A second call starts from Megatron's own again. Raises
@@ -63,10 +66,11 @@ def apply(parts: Collection[str] = PARTS, fp8: bool = False) -> None:
     undo()
     for part in parts:
         for owner, name, make in FUNCTIONS.get(part, []):
-            put(found(owner), name, make)
+            put(owner, name, make)
     modules = [part for part in MODULES if part in parts]
     if modules or fp8:
-        put(found(GPT), "__init__", lambda stock: with_modules(stock, modules, fp8))
+        for model, specs in MODELS.items():
+            put(model, "__init__", partial(with_modules, specs=specs, parts=modules, fp8=fp8))
 
 
 def undo() -> None:
@@ -75,26 +79,35 @@ def undo() -> None:
         setattr(*_stock.pop())
 
 
-def put(owner: Any, name: str, make: Callable[[Callable], Callable]) -> None:
+def put(path: str, name: str, make: Callable[[Callable], Callable]) -> None:
+    owner = found(path)
+    if owner is None:
+        return
     stock = getattr(owner, name)
     _stock.append((owner, name, stock))
     setattr(owner, name, make(stock))
 
 
-def found(owner: str) -> Any:
-    module, _, of = owner.partition(":")
-    imported = importlib.import_module(module)
+def found(path: str) -> Any:
+    """A module or a class; None for HybridModel in a version without it."""
+    module, _, of = path.partition(":")
+    try:
+        imported = importlib.import_module(module)
+    except ModuleNotFoundError:
+        if path == HYBRID:
+            return None
+        raise
     return getattr(imported, of) if of else imported
 
 
-def with_modules(stock: Callable, parts: Collection[str], fp8: bool) -> Callable:
-    """GPTModel.__init__ with replaced specifications."""
+def with_modules(stock: Callable, specs: Collection[str], parts: Collection[str], fp8: bool) -> Callable:
+    """A model's __init__ with replaced specifications."""
     arguments = signature(stock)
 
     @wraps(stock)
     def __init__(*args, **kwargs) -> None:
         given = arguments.bind(*args, **kwargs)
-        for name in ("transformer_layer_spec", "mtp_block_spec"):
+        for name in specs:
             if name in given.arguments:
                 given.arguments[name] = replaced(given.arguments[name], parts, fp8)
         stock(*given.args, **given.kwargs)
