@@ -141,6 +141,10 @@ class Learner:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16):
             return answer_logp(model, answers)
 
+    def step(self) -> dict:
+        """The next step; returns its record."""
+        raise NotImplementedError
+
     def update(self, out: NamedTuple, number: int) -> tuple[dict, bool]:
         """Backward of out.loss and step `number` of the optimizer, which changes nothing where loss or gradient is not
         finite. Returns the fields of `out`, which are scalars, with grad_norm; whether the step was taken."""
