@@ -18,6 +18,7 @@ import threading
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -319,7 +320,7 @@ def choices(
         prompts = [*prompts]
         if len(prompts) != len(sampling):
             raise InputError(f"there are {len(prompts)} prompts, but {len(sampling)} in sampling")
-        pairs = zip(prompts, sampling, strict=True)
+        pairs: Iterable[tuple[Sequence[int], Any]] = zip(prompts, sampling, strict=True)
     else:
         pairs = ((prompt, sampling) for prompt in prompts)
     for prompt, of_prompt in pairs:
