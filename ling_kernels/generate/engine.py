@@ -31,7 +31,7 @@ from .forward import Forward
 from .grammar import Grammar
 from .health import PassRecord
 from .passes import Passes
-from .request import DRAFT_SLACK, Request, add_guide, new_request
+from .request import DRAFT_SLACK, Request, add_guide, max_sequence_tokens, new_request
 from .scheduler import Scheduler
 from .weights import take_weights
 
@@ -165,6 +165,12 @@ class Engine(Passes):
         with self.lock, self.use_device():
             take_weights(self, model)
         return self.policy_version
+
+    @property
+    def max_sequence(self) -> int:
+        """Most tokens of a prompt and its new ones together."""
+        capacity = min(self.config.max_positions, self.pages.count * self.pages.size)
+        return max_sequence_tokens(capacity, self.draft)
 
     def close(self) -> None:
         """Cancel all requests, and free the cache and the graphs. Closing again has no effect."""

@@ -24,6 +24,22 @@ def stream_text(
     yield text.end()
 
 
+def keep(tokens: Iterable[int], into: list[int]) -> Iterator[int]:
+    """Yield the tokens, and append them to a list."""
+    for token in tokens:
+        into.append(token)
+        yield token
+
+
+def repeats(tokens: Sequence[int]) -> bool:
+    """Whether the text ends with the same part of up to 32 tokens four times, or with a shorter one for 16 tokens."""
+    for n in range(1, 33):
+        times = max(4, -(-16 // n))
+        if len(tokens) >= n * times and [*tokens[-n * times :]] == [*tokens[-n:]] * times:
+            return True
+    return False
+
+
 class Text(NamedTuple):
     """A generated text: up to a stop string, whose tokens are among its tokens."""
 
