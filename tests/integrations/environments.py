@@ -30,7 +30,10 @@ ENVIRONMENTS = {
     "titan": ["--no-deps torchtitan==0.3.0"],
     "hub": ["kernels==0.17.2"],
     "lm_eval": ["lm_eval==0.4.13", "transformers==5.23.0", "accelerate==1.15.0"],
-    "clients": ["openai==3.57.0", "litellm==1.110.2"],
+    "clients": [
+        *("openai==3.57.0", "litellm==1.110.2", "langchain-openai==1.7.4", "llm==0.36", "guidellm==0.8.1"),
+        *("lm_eval==0.4.13", "transformers==5.23.0"),
+    ],
 }
 
 AT_ONCE = 2  # environments: what two cores and 24 GB of memory allow

@@ -29,6 +29,11 @@ class LingHfConfig(PreTrainedConfig):
         "layers.*.mlp.experts.down_proj": "grouped_gemm",
         "layers.*.mlp.experts": "ep_dispatch_experts",
     }
+    base_model_fsdp_plan = {
+        "word_embeddings": "free_full_weight",
+        "layers.*": "free_full_weight",
+        "norm": "keep_full_weight",
+    }
     rope_scaling = None  # as published: transformers has a property here, for rope_parameters
 
     def __post_init__(self, **kwargs: Any):
