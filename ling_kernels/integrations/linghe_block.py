@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..op import expect, first_derivative_only, round_up
-from ..ops.dispatch import PAD, Plan, exclusive_sum
+from ..ops.dispatch import PAD, plan_of_counts
 from ..ops.quantize import quantize
 from ..ops.rms_norm import rms_norm
 from ..ops.swiglu import swiglu, swiglu_backward
@@ -160,12 +160,6 @@ def fp8_tensor(
 def one_after_another(x: Tensor, ends: list[int], counts: list[int]) -> Tensor:
     """x [K, M] -> flat: for each expert the matrix of its columns ends[e] - counts[e] : ends[e]."""
     return torch.cat([x[:, end - n : end].reshape(-1) for end, n in zip(ends, counts, strict=True)])
-
-
-def plan_of_counts(counts: Tensor, num_rows: int) -> Plan:
-    """A plan of rows that are sorted by expert already, counts [E] of each."""
-    row = torch.arange(num_rows, dtype=torch.int32, device=counts.device)
-    return Plan(exclusive_sum(counts), row[:, None], row, exclusive_sum((counts + PAD - 1) // PAD * PAD))
 
 
 def padded_rows(tokens, routing_map, counts: Tensor, listed: list[int]) -> tuple[Tensor, Tensor]:

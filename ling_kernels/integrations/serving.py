@@ -6,11 +6,10 @@ The engines have Ling's own layouts: w13 [E, 2F, H], the gate's rows first, w2 [
 import importlib.util
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from ..errors import warn
-from ..ops.dispatch import counts_here, dispatch
+from ..ops.dispatch import dispatch_here
 from ..ops.moe import expert_mlp
 from ..ops.route import route
 
@@ -35,8 +34,7 @@ def fp8_experts(
 
     Numbers outside 0..E-1 are of experts elsewhere: no row is read for them. Rows of x are quantised in 1 x 128 blocks.
     """
-    here = torch.where(experts < len(w13), experts, -1).clamp(min=-1).int()
-    plan = dispatch(here, counts_here(here, len(w13)))
+    plan = dispatch_here(experts, len(w13))
     return expert_mlp(x, plan, weights.float(), (w13, w13_scale), (w2, w2_scale))
 
 

@@ -51,6 +51,13 @@ def dispatch(experts: Tensor, counts: Tensor) -> Plan:
     return plan
 
 
+def dispatch_here(experts: Tensor, num_experts: int) -> Plan:
+    """The plan for experts [T, topk] of any integer dtype; numbers outside 0..num_experts-1 are of experts elsewhere,
+    or of none, and are not routed. The host does not wait."""
+    here = torch.where((experts >= 0) & (experts < num_experts), experts, -1).int()
+    return dispatch(here, counts_here(here, num_experts))
+
+
 def expect_plan(plan: Plan, T: int | None = None, S: int | None = None) -> None:
     """Check the shapes and dtypes of a plan, of T tokens or of S rows where these are given."""
     offsets, slot, source, padded_offsets = plan
@@ -80,7 +87,13 @@ def dispatch_ref(experts, counts):
     source = key.argsort(stable=True)
     slot = torch.empty_like(flat).scatter_(0, source, torch.arange(len(flat), dtype=flat.dtype, device=flat.device))
     slot = torch.where(routed, slot, -1).view_as(experts)
-    return Plan(exclusive_sum(counts), slot, source.int(), exclusive_sum((counts + PAD - 1) // PAD * PAD))
+    return Plan(exclusive_sum(counts), slot, source.int(), padded_sum(counts))
+
+
+def plan_of_counts(counts: Tensor, num_rows: int) -> Plan:
+    """The plan of rows that are sorted by expert already, counts [E] int of each; every row is a token's one choice."""
+    row = torch.arange(num_rows, dtype=torch.int32, device=counts.device)
+    return Plan(exclusive_sum(counts), row[:, None], row, padded_sum(counts))
 
 
 def counts_of(experts: Tensor, num_experts: int) -> Tensor:
@@ -100,6 +113,11 @@ def exclusive_sum(counts: Tensor) -> Tensor:
     """[E] -> [E + 1] int32, starting at 0."""
     ends = counts.cumsum(0, dtype=torch.int32)
     return torch.cat([ends.new_zeros(1), ends])
+
+
+def padded_sum(counts: Tensor) -> Tensor:
+    """`exclusive_sum` of counts that are rounded up to multiples of PAD."""
+    return exclusive_sum((counts + PAD - 1) // PAD * PAD)
 
 
 def unsupported(experts, counts, *others) -> str | None:

@@ -4,10 +4,9 @@ They have no state and no constructor. The annotations say which members a modul
 references run.
 """
 
-import torch
 from torch import Tensor, nn
 
-from ...ops.dispatch import Plan, counts_here, dispatch
+from ...ops.dispatch import Plan, dispatch_here
 from ...ops.moe import expert_mlp
 from ...ops.permute import permute
 from ...ops.quantize import quantize
@@ -61,7 +60,7 @@ class Experts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         x, topk = hidden_states.flatten(0, -2), top_k_index.shape[-1]
-        plan = plan_of(top_k_index.reshape(-1, topk), len(self.gate_up_proj))
+        plan = dispatch_here(top_k_index.reshape(-1, topk), len(self.gate_up_proj))
         y = expert_mlp(x, plan, top_k_weights.reshape(-1, topk).float(), self.gate_up_proj, self.down_proj)
         return y.view_as(hidden_states)
 
@@ -72,7 +71,7 @@ class Permute(nn.Module):
     can_torch_compile: bool = True
 
     def forward(self, x: Tensor, experts: Tensor, num_experts: int) -> tuple[Tensor, Plan]:
-        plan = plan_of(experts, num_experts)
+        plan = dispatch_here(experts, num_experts)
         return permute(x, plan), plan
 
 
@@ -93,9 +92,3 @@ class Quantize(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return quantize(x)
-
-
-def plan_of(experts: Tensor, num_experts: int) -> Plan:
-    """The dispatch plan of experts [T, topk]; indices outside 0..num_experts-1 are routed nowhere."""
-    here = torch.where((experts >= 0) & (experts < num_experts), experts, -1).int()
-    return dispatch(here, counts_here(here, num_experts))

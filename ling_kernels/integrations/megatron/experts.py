@@ -18,7 +18,7 @@ from ...errors import InputError
 from ...nn.fp8 import Fp8Weights, fits
 from ...nn.fp8_functions import FeedForward, product_dtype
 from ...ops.deferred import deferring
-from ...ops.dispatch import PAD, Plan, exclusive_sum
+from ...ops.dispatch import exclusive_sum, plan_of_counts
 from ...ops.grouped_gemm import GroupedGemm
 from ...ops.swiglu import swiglu
 
@@ -125,8 +125,7 @@ class Fp8Experts(Experts):
         self.fp8 = Fp8Weights(2)
 
     def product(self, x: Tensor, counts: Tensor, weights: Tensor) -> Tensor:
-        row = torch.arange(len(x), dtype=torch.int32, device=x.device)  # every row is a token with one choice
-        plan = Plan(exclusive_sum(counts), row[:, None], row, exclusive_sum((counts + PAD - 1) // PAD * PAD))
+        plan = plan_of_counts(counts, len(x))
         # Views: gradients go through autograd, whose hooks Megatron needs, and not to `main_grad`.
         w = self.weight1.view_as(self.weight1), self.weight2.view_as(self.weight2)
         wgrad = self.fp8.wgrad_for(*w, rows=len(x) // self.num_local_experts)

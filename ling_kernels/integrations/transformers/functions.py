@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...errors import InputError
 from ...op import upcast
 from ...ops.attention import attention
-from ...ops.dispatch import dispatch
+from ...ops.dispatch import dispatch_here
 from ...ops.moe import expert_mlp
 from ...ops.rms_norm import rms_norm
 
@@ -32,18 +32,9 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     """
     refuse_experts(self)
     gate_up, down = self.gate_up_proj, self.down_proj
-    E = len(gate_up)
-    experts = top_k_index.to(torch.int32)
-    experts = torch.where((experts >= 0) & (experts < E), experts, -1)
     x = hidden_states if torch.is_autocast_enabled(hidden_states.device.type) else hidden_states.to(gate_up.dtype)
-    y = expert_mlp(x, dispatch(experts, expert_counts(experts, E)), upcast(top_k_weights), gate_up, down)
+    y = expert_mlp(x, dispatch_here(top_k_index, len(gate_up)), upcast(top_k_weights), gate_up, down)
     return y.to(hidden_states.dtype)
-
-
-def expert_counts(experts: Tensor, num_experts: int) -> Tensor:
-    """[E] int32: how often each expert occurs, -1 left out. The host does not wait, as it does in torch.bincount."""
-    index = experts.flatten().long() + 1
-    return experts.new_zeros(num_experts + 1).scatter_add_(0, index, torch.ones_like(index, dtype=torch.int32))[1:]
 
 
 def refuse_experts(module: nn.Module) -> None:
@@ -80,9 +71,10 @@ def attention_forward(
 ) -> tuple[Tensor, None]:
     """query [B, Hq, Lq, D], key and value [B, Hkv, Lk, D] -> out [B, Lq, Hq, D], and None for the probabilities.
 
-    attention_mask: [B, Lk], True at tokens, from `attention_mask_of`; None: no padding. The last Lq of the Lk tokens
-    are the queries'. cu_seq_lens_q [documents + 1], among kwargs: the documents of packed rows. Outputs at padding are
-    0. Raises InputError for masks that are not causal with padding, windows, sinks, soft caps and dropout.
+    attention_mask: [B, Lk], True at tokens, from `attention_mask_of`; None: no padding. In causal attention the last Lq
+    of the Lk tokens are the queries', and outputs at padding are 0; in other attention, which may be that of a decoder
+    to an encoder, the mask is of keys alone. cu_seq_lens_q [documents + 1], among kwargs: the documents of packed rows.
+    Raises InputError for masks that are not causal with padding, windows, sinks, soft caps and dropout.
     """
     refuse_attention(attention_mask, dropout, kwargs)
     B, _, Lq, _ = query.shape
@@ -93,13 +85,16 @@ def attention_forward(
     rows = None
     if documents is not None:
         cu_q, cu_k = documents.int(), kwargs.get("cu_seq_lens_k", documents).int()
-    elif attention_mask is None:
-        cu_k = torch.arange(B + 1, device=q.device, dtype=torch.int32) * Lk
-        cu_q = cu_k if Lq == Lk else torch.arange(B + 1, device=q.device, dtype=torch.int32) * Lq
     else:
+        row = torch.arange(B + 1, device=q.device, dtype=torch.int32)
+        cu_k = row * Lk
+        cu_q = cu_k if Lq == Lk else row * Lq
+    if documents is None and attention_mask is not None:
         rows_k, cu_k = tokens_of(attention_mask)
-        rows, cu_q = (rows_k, cu_k) if Lq == Lk else tokens_of(attention_mask[:, Lk - Lq :])
-        q, k, v = q[rows], k[rows_k], v[rows_k]
+        k, v = k[rows_k], v[rows_k]
+        if causal:
+            rows, cu_q = (rows_k, cu_k) if Lq == Lk else tokens_of(attention_mask[:, Lk - Lq :])
+            q = q[rows]
     out, _ = attention(q, k, v, cu_q, None if cu_k is cu_q else cu_k, causal, scaling)
     if rows is not None:
         out = out.new_zeros(B * Lq, *out.shape[1:]).index_copy(0, rows, out)
@@ -154,8 +149,11 @@ def attention_mask_of(
         raise InputError("ling_kernels has no attention kernel for this mask, which is not causal with padding (it has"
                          " a window, or documents packed by position_ids alone); use another"
                          " attn_implementation")  # fmt: skip
-    if isinstance(q_offset, Tensor) or kv_offset or kv_length != q_offset + q_length:
-        raise InputError("ling_kernels has no attention kernel for a cache of a fixed length; use a dynamic cache or"
+    if name == "bidirectional_mask_function":  # perhaps of a decoder that attends to an encoder: any number of queries
+        pass
+    elif isinstance(q_offset, Tensor) or kv_offset or kv_length != q_offset + q_length:
+        raise InputError(f"ling_kernels has no attention kernel for {q_length} new tokens and {kv_length} positions (a"
+                         " cache of a fixed length, or an attention_mask of another one); use a dynamic cache or"
                          " another attn_implementation")  # fmt: skip
     if attention_mask is None:
         return None

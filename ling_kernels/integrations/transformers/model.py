@@ -81,7 +81,7 @@ class LingAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """x [B, L, H] -> [B, L, H], and the probabilities where the chosen function returns them."""
         B, L, _ = x.shape
-        qkv = self.query_key_value(x).view(B * L, -1, self.head_dim)
+        qkv = self.query_key_value(x).flatten(0, 1).unflatten(-1, (-1, self.head_dim))
         norms = self.query_layernorm.weight, self.key_layernorm.weight
         rows = qk_norm_rope(qkv, *norms, *rope, self.num_kv_heads, eps=self.query_layernorm.eps)
         q, k, v = (t.unflatten(0, (B, L)).transpose(1, 2) for t in rows)
@@ -197,7 +197,9 @@ class LingModel(LingPreTrainedModel):
     def __init__(self, config: LingHfConfig):
         super().__init__(config)
         if not config.use_qk_norm:
-            raise InputError("use_qk_norm is False: this class has no kernel for it; ling_kernels.load_model reads it")
+            raise InputError(
+                "use_qk_norm is False: this class has no kernel for it; ling_kernels.model.load_model reads it"
+            )
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         layers, mtp = config.num_hidden_layers, config.num_nextn_predict_layers
         kinds = [LingDecoderLayer] * layers + [LingMTPLayer] * mtp

@@ -8,7 +8,6 @@ forward for each kind of its modules (remote.py).
 import functools
 import sys
 from collections.abc import Callable
-from types import MethodType
 from typing import Any, TypeVar
 
 import torch
@@ -43,11 +42,13 @@ def patch(model: Patched) -> Patched:
     loading, and again after moving it to another device or dtype, or each forward copies them. Raises InputError where
     the configuration asks for a formula that no kernel computes, and where nothing would be replaced.
     """
+    expect_model(model)
     return patch_class(model) if isinstance(model, type) else patch_model(model)
 
 
 def unpatch(model: Patched) -> Patched:
     """Undo `patch`, of a model or of a class, and return it. Instances of the class made meanwhile stay patched."""
+    expect_model(model)
     before = model.__dict__.get(BEFORE)
     if before is None:
         raise InputError(f"{getattr(model, '__name__', type(model).__name__)} is not patched")
@@ -55,8 +56,12 @@ def unpatch(model: Patched) -> Patched:
         model.__init__ = before  # type: ignore[misc]
         delattr(model, BEFORE)
         return model
-    for module, attribute, forward in before["modules"]:
-        delattr(module, attribute) if forward is None else setattr(module, attribute, forward)
+    for module, forward in before["modules"]:
+        attribute = forward_name(module)
+        if forward is None and attribute == "forward":
+            delattr(module, attribute)
+        else:
+            setattr(module, attribute, type(module).forward.__get__(module) if forward is None else forward)
     for name, value in (before["implementations"] or {}).items():
         getattr(model, f"set_{name}_implementation")(value)
     del model.__dict__[BEFORE]
@@ -68,18 +73,33 @@ def patch_model(model: Any) -> Any:
     before = model.__dict__.get(BEFORE) or dict(modules=[], implementations=None)
     if before["implementations"] is None and hasattr(model, "set_experts_implementation"):  # version 5
         before["implementations"] = set_implementations(model)
+    patched = {id(module) for module, _ in before["modules"]}
     for module in model.modules():
         if type(module).__name__ == f"{OFFICIAL}SparseMoeBlock":
             lay_out(module.experts)
         forward = replacement(module)
-        attribute = "_old_forward" if hasattr(module, "_hf_hook") else "forward"  # accelerate's hooks stay around it
-        if forward is not None and getattr(module.__dict__.get(attribute), "__func__", None) is None:
-            before["modules"].append((module, attribute, module.__dict__.get(attribute)))
-            setattr(module, attribute, MethodType(forward, module))
+        if forward is not None and id(module) not in patched:
+            attribute = forward_name(module)
+            before["modules"].append((module, module.__dict__.get(attribute)))
+            # Neither a method, which pickle would look for in the module's class, nor without the signature there.
+            bound = functools.partial(forward, module)
+            setattr(module, attribute, functools.update_wrapper(bound, type(module).forward.__get__(module)))
     if not before["modules"] and not before["implementations"]:
         raise InputError(f"{type(model).__name__} has no module that ling_kernels replaces")
     model.__dict__[BEFORE] = before
     return model
+
+
+def expect_model(model: Any) -> None:
+    if not (issubclass(model, PreTrainedModel) if isinstance(model, type) else isinstance(model, PreTrainedModel)):
+        kind = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise InputError(f"{kind} is no PreTrainedModel of transformers; of a wrapped model (PEFT, torch.compile, DDP),"
+                         " patch the model inside")  # fmt: skip
+
+
+def forward_name(module: nn.Module) -> str:
+    """The attribute of a module's forward, around which accelerate's hooks stay."""
+    return "_old_forward" if hasattr(module, "_hf_hook") else "forward"
 
 
 def patch_class(kind: Any) -> Any:
@@ -129,7 +149,7 @@ def replacement(module: nn.Module) -> Callable[..., Any] | None:
     kind: Any = type(module)
     name = kind.__name__
     if name in LOSSES:
-        return fused_loss_forward(kind.forward)
+        return fused_loss_forward
     if name.startswith(OFFICIAL) and name.removeprefix(OFFICIAL) in KINDS:
         return KINDS[name.removeprefix(OFFICIAL)]
     return rms_norm_forward if name.endswith("RMSNorm") and is_rms_norm(kind) else None
@@ -152,36 +172,31 @@ def is_rms_norm(kind: Any) -> bool:
         return isinstance(y, Tensor) and torch.allclose(y, rms_norm_ref(x, weight, None, 0.1), atol=1e-5)
 
 
-def fused_loss_forward(original: Callable[..., Any]) -> Callable[..., Any]:
+def fused_loss_forward(self, *args, labels=None, **kwargs):
     """The forward of a language model, which in training computes the loss without logits and returns none.
 
     MTP losses of the official code keep its targets, which at the end of each row but the last are the next row's.
     """
-
-    @functools.wraps(original)
-    def forward(self, *args, labels=None, **kwargs):
-        config = self.config
-        plain = labels is not None and len(args) < 2 and kwargs.get("return_dict", True) is not False
-        fits = self.training and plain and head_fits(self.lm_head, config.hidden_size)
-        if not fits or kwargs.get("output_router_logits", getattr(config, "output_router_logits", False)):
-            return original(self, *args, labels=labels, **kwargs)
-        items, targets = kwargs.pop("num_items_in_batch", None), kwargs.pop("shift_labels", None)
-        kwargs.pop("logits_to_keep", None)
-        outputs = self.model(*args, **kwargs)
-        targets = shifted(labels) if targets is None else targets
-        loss = causal_loss(self.lm_head, outputs.last_hidden_state, targets, items)
-        output = getattr(sys.modules[type(self).__module__], "MoEV2CausalLMOutputWithPast", MoeCausalLMOutputWithPast)
-        names = (CACHE, "hidden_states", "attentions")
-        result = output(**{name: outputs.get(name) for name in names})
-        mtp = getattr(outputs, "mtp_hidden_states", None) or []
-        losses = []
-        for k, hidden in enumerate(mtp, 1):
-            flat = pad(shifted(labels, k).flatten(), (0, 1), value=IGNORE)[1:]
-            losses.append(causal_loss(self.lm_head, hidden, flat, items))
-            loss = loss + config.mtp_loss_scaling_factor * losses[-1]
-        if losses:
-            result["mtp_loss"] = losses
-        result["loss"] = loss
-        return result
-
-    return forward
+    config = self.config
+    plain = labels is not None and len(args) < 2 and kwargs.get("return_dict", True) is not False
+    fits = self.training and plain and head_fits(self.lm_head, config.hidden_size)
+    if not fits or kwargs.get("output_router_logits", getattr(config, "output_router_logits", False)):
+        return type(self).forward(self, *args, labels=labels, **kwargs)
+    items, targets = kwargs.pop("num_items_in_batch", None), kwargs.pop("shift_labels", None)
+    kwargs.pop("logits_to_keep", None)
+    outputs = self.model(*args, **kwargs)
+    targets = shifted(labels) if targets is None else targets
+    loss = causal_loss(self.lm_head, outputs.last_hidden_state, targets, items)
+    output = getattr(sys.modules[type(self).__module__], "MoEV2CausalLMOutputWithPast", MoeCausalLMOutputWithPast)
+    names = (CACHE, "hidden_states", "attentions")
+    result = output(**{name: outputs.get(name) for name in names})
+    mtp = getattr(outputs, "mtp_hidden_states", None) or []
+    losses = []
+    for k, hidden in enumerate(mtp, 1):
+        flat = pad(shifted(labels, k).flatten(), (0, 1), value=IGNORE)[1:]
+        losses.append(causal_loss(self.lm_head, hidden, flat, items))
+        loss = loss + config.mtp_loss_scaling_factor * losses[-1]
+    if losses:
+        result["mtp_loss"] = losses
+    result["loss"] = loss
+    return result

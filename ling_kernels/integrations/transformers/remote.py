@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...ops.dispatch import dispatch
+from ...ops.dispatch import dispatch_here
 from ...ops.moe import expert_mlp
 from ...ops.qk_norm_rope import qk_norm_rope
 from ...ops.route import route
 from ...ops.router_gemm import router_gemm
-from .functions import attention_forward, expert_counts
+from .functions import attention_forward
 
 
 def gate_forward(self: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -35,8 +35,7 @@ def block_forward(self: nn.Module, hidden_states: Tensor) -> tuple[Tensor, tuple
     shape = hidden_states.shape[:2]
     experts, weights, logits = self.gate(hidden_states)
     gate_up, down = expert_weights(self.experts)
-    choices = experts.to(torch.int32)
-    plan = dispatch(choices, expert_counts(choices, len(gate_up)))
+    plan = dispatch_here(experts, len(gate_up))
     y = expert_mlp(hidden_states.flatten(0, 1), plan, weights, gate_up, down).view_as(hidden_states)
     if self.config.num_shared_experts is not None:
         y = y + self.shared_experts(hidden_states)
@@ -60,7 +59,7 @@ def bailing_attention_forward(
             self, hidden_states, attention_mask, position_ids, past_key_value, True, use_cache, position_embeddings
         )
     B, L, _ = hidden_states.shape
-    qkv = self.query_key_value(hidden_states).view(B * L, -1, self.head_dim)
+    qkv = self.query_key_value(hidden_states).flatten(0, 1).unflatten(-1, (-1, self.head_dim))
     cos, sin = (t[..., : t.shape[-1] // 2].flatten(0, 1).float() for t in position_embeddings)
     rows = torch.arange(len(cos), device=qkv.device, dtype=torch.int32).repeat(B * L // len(cos))
     q, k, v = qk_norm_rope(
