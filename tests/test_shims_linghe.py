@@ -107,6 +107,12 @@ def test_packed_qk_norm_half_rope(size, rank):
     check_qkv("torch", FP32, qkv, lambda t: t, freqs[positions], call, H, h, D)
 
 
+def test_no_rows():
+    heads, w = 4 * 16, torch.ones(16)
+    q, k, v = qk_norm_half_rope(torch.empty(5, 0, heads), w, w, angles(5, 16), H=2, h=1)
+    assert q.shape == (0, 5, 2, 16) and k.shape == v.shape == (0, 5, 1, 16)
+
+
 def test_mscale_scales_the_rotated_half():
     rand, cu = Rand(FP32), torch.tensor([0, 6], dtype=torch.int32)
     qkv, w, freqs = rand.data(6, 4 * 16), rand.data(16), angles(6, 16)

@@ -204,6 +204,7 @@ def test_refused():
         (lambda: moe_unpermute(x, row_id_map, restore_shape=(T + 1, H)), "restore_shape"),
         (lambda: moe_unpermute(x, row_id_map, x), "merging_probs"),
         (lambda: moe_unpermute(x, row_id_map.long()), "row_id_map"),
+        (lambda: moe_unpermute(x[:1], row_id_map), "rows that inp has"),
         (lambda: moe_permute_with_probs(x, x, chosen), "probs"),
         (lambda: moe_permute(x, chosen[:3]), "routing_map"),
         (lambda: fused_topk_with_score_function(**route | dict(logits=logits.double())), "not fp64"),

@@ -93,7 +93,7 @@ def qk_norm_half_rope(
     heads = heads.index_select(-2, query_heads_first(H, h, qkv.device)).view(-1, H + 2 * h, D)
     cos, sin = angles.cos() * mscale, angles.sin() * mscale
     q, k, v = qk_norm_rope(heads, q_norm_weight, k_norm_weight, cos, sin, positions, h, eps)
-    return tuple(t.view(*shape, -1, D) for t in (q, k, v))
+    return tuple(t.unflatten(0, shape) for t in (q, k, v))
 
 
 def query_heads_first(H: int, h: int, device: torch.device) -> Tensor:

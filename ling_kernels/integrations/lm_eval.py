@@ -19,12 +19,18 @@ from ..generate.cli import find_tokenizer, load_options, resolve_checkpoint, sto
 from ..generate.engine import raise_error
 from ..generate.text import StoppedText
 from ..model import load_model
-from .versions import require
+from .versions import MissingPackage, require
 
-api, registry, utils, model_utils = (
-    require(f"lm_eval.{module}", "lm_eval", ">=0.4.11")
-    for module in ("api.model", "api.registry", "utils", "models.utils")
-)
+try:
+    api, registry, utils, model_utils = (
+        require(f"lm_eval.{module}", "lm_eval", ">=0.4.11")
+        for module in ("api.model", "api.registry", "utils", "models.utils")
+    )
+except MissingPackage as error:
+    if __name__ != "__main__":
+        raise
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
 TemplateLM: Any = api.TemplateLM
 PRECISIONS = ("auto", "fp32", "bf16", "fp8")
 SAMPLING = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty"}  # of gen_kwargs, as in Sampling
@@ -149,7 +155,9 @@ class LingLM(TemplateLM):
         give the continuation). What is longer than the model loses tokens on the left."""
         if (longest := max((len(ids) for _, _, ids in requests), default=0)) > self.max_length:
             raise InputError(f"a continuation of {longest} tokens exceeds the model's {self.max_length} positions")
-        prompts = [(context + continuation)[-self.max_length - 1 :] for _, context, continuation in requests]
+        # lm_eval moves the spaces at a context's end into the continuation, which may leave no context.
+        whole = [(context or [self.prefix_token_id]) + continuation for _, context, continuation in requests]
+        prompts = [ids[-self.max_length - 1 :] for ids in whole]
         options = dict(max_new_tokens=1, prompt_logprobs=1)
         results: list[Any] = [None] * len(requests)
         bar = progress(self.serve((prompt, [], options) for prompt in prompts), "loglikelihood", prompts, disable_tqdm)

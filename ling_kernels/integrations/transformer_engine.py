@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..op import E4M3, expect, first_derivative_only, use_reference
+from ..op import E4M3, expect, first_derivative_only, use_reference, values_on_host
 from ..ops.dispatch import dispatch
 from ..ops.route import route
 from ..ops.unpermute import gather_sum, sum_choices
@@ -63,6 +63,8 @@ def moe_unpermute(
     expect(weights is None or weights.shape == row_id_map.shape, "merging_probs [T, E]", weights, row_id_map)
     shape = (len(row_id_map), inp.shape[1])
     expect(restore_shape is None or tuple(restore_shape) == shape, f"restore_shape {shape}", restore_shape)
+    if values_on_host(row_id_map):
+        expect(bool((row_id_map < len(inp)).all()), "row_id_map of rows that inp has", inp, row_id_map)
     return Unpermute.apply(inp, weights if weights is None else weights.float(), row_id_map)
 
 
