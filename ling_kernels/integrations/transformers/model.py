@@ -167,6 +167,7 @@ class LingPreTrainedModel(PreTrainedModel):
     config_class = LingHfConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
+    _input_embed_layer = "word_embeddings"
     _no_split_modules = ["LingDecoderLayer", "LingMTPLayer"]
     _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = _supports_sdpa = _supports_flex_attn = _supports_attention_backend = True
@@ -206,12 +207,6 @@ class LingModel(LingPreTrainedModel):
         self.rotary_emb = LingRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.word_embeddings
-
-    def set_input_embeddings(self, value: nn.Embedding):
-        self.word_embeddings = value
 
     def prepare(
         self, x: Tensor, attention_mask: Any, position_ids: Tensor | None, cache: Any, kwargs: dict[str, Any]
