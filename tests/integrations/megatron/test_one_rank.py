@@ -204,24 +204,24 @@ def test_chunks(megatron):
 
 
 def test_late_weight_gradients(megatron, stock):
-    """With delay_wgrad_compute they come in backward_dw, and hooks of the data parallelism follow them."""
+    """With delay_wgrad_compute they come in backward_dw, from where Megatron's data parallelism takes them."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
     theirs, _, gradients = stock
     megatron.apply()
     config = cpu.config()
     config.delay_wgrad_compute = True
     ours = cpu.model(config)
     ours.load_state_dict(theirs.state_dict())
+    parallel = DistributedDataParallel(config, DistributedDataParallelConfig(delay_wgrad_compute=True), ours)
+    cpu.backward(parallel, cpu.batch())
     layers = [module for module in ours.modules() if isinstance(module, megatron.Experts)]
-    seen = []
-    for layer in layers:
-        layer.register_wgrad_accumulation_and_reduce_hooks(lambda layer=layer: seen.append(layer.weight1.grad))
-        assert layer.weight1.skip_backward_post_hook
-    cpu.backward(ours, cpu.batch())
-    assert len(layers) == 3 and all(p.grad is None for layer in layers for p in layer.parameters())
+    late = [p for layer in layers for p in layer.parameters()]
+    assert len(late) == 6 and not any(p.main_grad.any() for p in late)
     for layer in layers:
         layer.backward_dw()
-    assert len(seen) == 3 and None not in seen
-    cpu.close(cpu.gradients(ours), gradients, 1e-5)
+    assert all(p.grad is None for p in ours.parameters())
+    cpu.close(cpu.by_stock_names((name, p.main_grad) for name, p in ours.named_parameters()), gradients, 1e-5)
 
 
 def test_fp8_experts(megatron, one_rank):
