@@ -248,6 +248,20 @@ def test_fp8_experts(megatron, one_rank):
     assert not results[1][3][1].any()
 
 
+def test_a_rank_without_rows(megatron, one_rank):
+    """Its experts' gradients are 0, and not missing: other ranks wait for them."""
+    from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+
+    config = cpu.config(hidden_size=128, moe_ffn_hidden_size=128)
+    for kind in (megatron.Experts, megatron.Fp8Experts):
+        experts = kind(4, config, pg_collection=get_default_pg_collection())
+        x = torch.randn(0, 128, requires_grad=True)
+        y, _ = experts(x, torch.zeros(4, dtype=torch.long), torch.rand(0))
+        y.sum().backward()
+        assert y.shape == x.grad.shape == (0, 128)
+        assert all(p.grad is not None and not p.grad.any() for p in experts.parameters())
+
+
 def test_fp8_model(megatron):
     """Experts, attention and MLPs in FP8, near Megatron's model in fp32; the head, the router and MTP's projection are
     not, nor are layers whose sizes do not fit."""
