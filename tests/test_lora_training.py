@@ -69,6 +69,11 @@ def test_a_run_learns_writes_little_and_exports_merged_weights(run, small):
     assert not factors and changed == 3 * 2 + 3 + 2 * 3 + 2 * 8 * 3
 
 
+def test_a_checkpoint_of_adapters_is_no_model(run):
+    with pytest.raises(InputError, match="it holds adapters alone, and the folder model of their run has them merged"):
+        load_model(run / "checkpoints" / "step-000012")
+
+
 def test_the_adapter_is_written_as_peft_reads_it(run, small):
     config = json.loads((run / "adapter" / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA" and config["r"] == 4 and config["lora_alpha"] == 8
