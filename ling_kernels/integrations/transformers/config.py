@@ -49,7 +49,8 @@ class LingHfConfig(PreTrainedConfig):
 
     def ling(self) -> LingConfig:
         """The checked LingConfig of the fields as they are now."""
-        content = {k: v for k, v in vars(self).items() if not k.startswith("_") and k != "architectures"}
+        theirs = ("architectures", "quantization_config")  # transformers has put objects of its own there
+        content = {k: v for k, v in vars(self).items() if not k.startswith("_") and k not in theirs}
         try:
             return LingConfig(**config_fields(content, FIELDS))
         except InputError as error:

@@ -276,6 +276,24 @@ def test_fp8_model(megatron):
         cpu.model(cpu.config())
 
 
+@pytest.mark.parametrize("fp8", [False, True])
+def test_bf16_model(megatron, fp8):
+    """As Megatron's mixed precision has it: weights and activations in bf16, the balance bias in fp32."""
+    from megatron.core.transformer.module import Float16Module
+
+    config = cpu.config(bf16=True, params_dtype=torch.bfloat16, hidden_size=128, moe_ffn_hidden_size=128)
+    theirs = Float16Module(config, cpu.model(config))
+    loss, _ = cpu.step(theirs, cpu.batch())
+    megatron.apply(fp8=fp8)
+    ours = Float16Module(config, cpu.model(config))
+    ours.load_state_dict(theirs.state_dict())
+    our_loss, gradients = cpu.step(ours, cpu.batch())
+    assert our_loss == pytest.approx(loss, rel=5e-3)
+    assert {g.dtype for g in gradients.values() if g is not None} == {torch.bfloat16}
+    biases = [bias for name, bias in ours.named_buffers() if name.endswith("expert_bias")]
+    assert len(biases) == 3 and all(bias.dtype == torch.float32 for bias in biases)
+
+
 def test_balance_keeps_the_mean(megatron):
     functions = importlib.import_module("megatron.core.distributed.finalize_model_grads")
     tokens, bias = torch.tensor([[5.0, 1, 0, 2], [4, 4, 0, 0]]), torch.randn(2, 4)

@@ -41,12 +41,12 @@ def arguments(folder, **kwargs):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_trainer(tmp_path, recompute):
+@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"bf16": True}], ids=str)
+def test_trainer(tmp_path, options):
     rows = [dict(input_ids=row, labels=row) for row in text()]
     model = build()
     trainer = Trainer(
-        model, arguments(tmp_path, gradient_accumulation_steps=2, gradient_checkpointing=recompute), train_dataset=rows,
+        model, arguments(tmp_path, gradient_accumulation_steps=2, **options), train_dataset=rows,
         eval_dataset=rows, callbacks=[Balance(0.01)],
     )  # fmt: skip
     trainer.train()
