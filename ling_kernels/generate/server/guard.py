@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .service import Limits, error_response
 
-OPEN_PATHS = {"/", "/health", "/live", "/metrics"}  # without a key
+OPEN_PATHS = {"/", "/health", "/live", "/metrics", "/status"}  # without a key
 CLOSE = {"Connection": "close"}  # the rest of a refused body is not read
 
 
