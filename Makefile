@@ -1,6 +1,8 @@
 # make train   set up, then train a small Ling-2.0            make lint    the checks that CI runs before the tests
 # make install only set up, with everything for development   make clean   remove everything that make wrote
 # make test    set up, then run the tests; FAST=1: the fast ones, 3 minutes on two cores, for use while working
+# make test-integrations run the tests of ling_kernels inside other libraries, in virtual environments kept in ~/.cache;
+#              ENV="lm_eval hub": only these
 # make fuzz    try random files, requests and arguments of ops for MINUTES=10; `make test` tries the same few in every run
 # make cutlass build the optional ling_kernels._cutlass: CUTLASS's grouped FP8 GEMM (minutes, 4 GB of memory a file)
 # make tables  write docs/kernels-{resources*,clocks,predicted,counters}.md: registers, shared memory, clocks and counters
@@ -33,7 +35,7 @@ CSRC := CMakeLists.txt $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc tests/gpu tests/cuda \
 	-type f \( -name '*.cu*' -o -name '*.h' -o -name '*.cpp' \) -print)
 
-.PHONY: help train test fuzz lint install cutlass tables clean gpu gpu-pack bench
+.PHONY: help train test test-integrations fuzz lint install cutlass tables clean gpu gpu-pack bench
 .DEFAULT_GOAL := help
 
 help:
@@ -44,6 +46,9 @@ train: $(VENV)/.train
 
 test: $(VENV)/.dev
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -p no:benchmark -n auto --maxprocesses 4 $(if $(FAST),-m "not slow") $(ARGS)
+
+test-integrations: $(VENV)/.dev
+	@$(PY) -m tests.integrations.environments $(ENV) -- $(ARGS)
 
 # One seed after another, until the time is over or a test fails, which prints how to repeat it.
 fuzz: $(VENV)/.dev

@@ -7,6 +7,7 @@ import subprocess
 import torch
 
 from benchmarks import peers
+from ling_kernels.train.prepare.device import keep_freed_memory
 
 CLOCKS = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
 
@@ -18,6 +19,11 @@ def pytest_addoption(parser):
         help="each op at its benchmark shape, also over Ling's grid, or (the only one without a GPU) at a test's shape",
     )  # fmt: skip
     group.addoption("--commit", help="the tree's commit, for a copy without git history")
+
+
+def pytest_configure():
+    if not torch.cuda.is_available():
+        keep_freed_memory()  # as the trainer's command does, for both sides
 
 
 def clocks() -> dict[str, str]:
