@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from random import Random
 
 import pytest
@@ -210,6 +211,40 @@ def test_the_command(tmp_path, random_model, capsys):
         error = capsys.readouterr().err
         assert error.startswith("error: ") and error.count("\n") == 1 and text in error, error
     assert not (tmp_path / "new").exists()
+
+
+def test_a_run_without_a_checkpoint_begins_again(tmp_path, random_model, capsys):
+    options = dict(BRIEF, steps=2)
+    run = LoopSettings(**options), random_model, tmp_path / "run", letters, count_spread
+    stopped = Loop(*run)
+    first = stopped.step()
+    stopped.close()
+    stopped.lock.remove()
+    with pytest.raises(InputError, match=r"--resume \S*run begins its run again"):
+        Loop(*run)
+    again = Loop.resume(tmp_path / "run", problems=letters, reward=count_spread)
+    timed, record = ("seconds", "tokens_per_s"), again.step()
+    again.close()
+    assert {k: v for k, v in first.items() if k not in timed} == {k: v for k, v in record.items() if k not in timed}
+    assert again.settings == run[0] and again.folder == (tmp_path / "run").resolve()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/settings.json").write_text('{"model": "tiny", "data": ["x"]}')
+    assert main(["--resume", str(tmp_path / "other")]) == 2
+    assert "settings that this version does not know" in capsys.readouterr().err
+
+
+def test_the_start_of_the_command_begins_again_unless_it_is_complete(tmp_path, capsys):
+    def stop(line):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_start(tmp_path / "run-start", TASKS["sorting"], 2, say=stop)
+    flags = ["--out", str(tmp_path / "run"), "--start-steps", "2", "--steps", "1", "--prompts", "2", "--samples", "2"]
+    assert main(flags) == 0
+    shutil.rmtree(tmp_path / "run")
+    capsys.readouterr()
+    assert main(flags) == 2
+    assert "run-start is complete: --model" in capsys.readouterr().err
 
 
 def test_a_trainers_run_is_no_loop(tmp_path, random_model):

@@ -3,6 +3,7 @@
 # ruff: noqa: F811 (fixtures are imported)
 
 import json
+import shutil
 
 import pytest
 
@@ -51,6 +52,25 @@ def test_what_is_complete_is_not_done_again(here, monkeypatch, capsys):
     assert "exact match" in capsys.readouterr().out
     monkeypatch.setattr(whole, "execute", lambda module, flags: 75)
     assert whole.main(argv) == 75
+    for flag, value in (("--task", "arithmetic"), ("--sft-steps", "3"), ("--rl-steps", "2")):
+        assert whole.main([*argv[: argv.index("--")], flag, value, "--", *SIZES.split()]) == 2
+        assert "name a new folder with --out" in capsys.readouterr().err
+
+
+def test_a_part_that_is_killed_before_its_first_checkpoint_begins_again(here, monkeypatch, tmp_path):
+    """Reinforcement learning, whose command is given the folder of the run that has only its settings."""
+    source, _, argv = here
+    out = tmp_path / "out"
+    shutil.copytree(source, out)
+    for path in ("lpo/model", "lpo/checkpoints"):
+        shutil.rmtree(out / path)
+    with open(out / "lpo/metrics.jsonl", "w") as file:
+        file.write('{"step": 1, "reward": 9}\n{"step": 2')
+    monkeypatch.setattr(whole, "execute", lambda module, flags: {"train": train, "posttrain.rl": rl}[module](flags))
+    monkeypatch.setattr(whole, "exact_match", lambda *_: (0.0, [("a", "b", "c")]))
+    assert whole.main([str(out) if a == str(source) else a for a in argv]) == 0
+    first, again = (json.loads((folder / "results.json").read_text()) for folder in (source, out))
+    assert first["rewards"] == again["rewards"]
 
 
 def test_exact_match_counts_right_answers(here, monkeypatch):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import Diverged, InputError
-from ..files import lock_folder
+from ..files import atomic_write, lock_folder, read_json, user_path
 from ..generate import Engine
 from ..model import Ling, load_model, save_model
 from ..nn.batch_invariant import batch_invariant_
@@ -43,6 +43,7 @@ from .rollout import Answer, answer_logp, rollout
 from .sentences import sentence_lengths
 from .tasks import TASKS, Problem, exact
 
+SETTINGS = "settings.json"
 PROMPT = 256  # tokens for which the engine's cache has room in each answer; with longer prompts fewer run at once
 RIGHT = 0.5  # a reward above counts as correct
 MAX_BAD = 5  # skipped updates in a row that stop the run
@@ -129,7 +130,7 @@ class Loop:
     ):
         source = str(Path(model).absolute())
         self._begin(settings, Path(model), source, problems, reward)
-        self.folder, _ = make_folder(out, source, restart=False)
+        self.folder, _ = make_folder(out, source, restart=False, again="--resume")
         self.lock = lock_folder(self.folder)
         self._write_settings()
 
@@ -141,24 +142,31 @@ class Loop:
         problems: Callable[[Random], Problem] | None = None,
         reward: Callable[..., float] | str = exact,
     ) -> "Loop":
-        """Continue a run from its latest checkpoint, or from the checkpoint that `run` names, with more `steps`."""
-        folder, checkpoint = ckpt.locate(str(run))
-        state = ckpt.read_state(checkpoint)
+        """Continue a run from its latest checkpoint, or from the checkpoint that `run` names, with more `steps`. A run
+        that stopped before its first checkpoint begins again."""
+        path = user_path(run)
+        if (path / SETTINGS).is_file() and not ckpt.list_checkpoints(path):
+            folder, checkpoint, saved = path.resolve(), None, read_json(path / SETTINGS)
+            state = dict(loop=saved, source=saved.pop("model", ""), step=0)
+        else:
+            folder, checkpoint = ckpt.locate(str(run))
+            state = ckpt.read_state(checkpoint)
         if not isinstance(state.get("loop"), dict):
             raise InputError(f"{checkpoint} is no checkpoint of a loop of reinforcement learning")
         try:
             settings = LoopSettings(**state["loop"] | ({} if steps is None else dict(steps=steps)))
         except TypeError as error:
-            raise InputError(f"{checkpoint}: settings that this version does not know: {error}") from None
+            raise InputError(f"{checkpoint or path}: settings that this version does not know: {error}") from None
         if settings.steps < state["step"]:
             raise InputError(f"--steps {settings.steps}: {checkpoint} has done {state['step']} already")
         loop = cls.__new__(cls)
-        loop._begin(settings, checkpoint, state["source"], problems, reward)
+        loop._begin(settings, checkpoint or user_path(state["source"]), state["source"], problems, reward)
         loop.folder, loop.lock = folder, lock_folder(folder)
-        ckpt.restore(checkpoint, loop.shares, loop.optimizer)
-        loop.step_done, loop.tokens, loop.bad = state["step"], state["tokens"], state["bad"]
-        loop.engine.policy_version = state["step"]
-        ckpt.set_aside_later(folder, checkpoint)
+        if checkpoint:
+            ckpt.restore(checkpoint, loop.shares, loop.optimizer)
+            loop.step_done, loop.tokens, loop.bad = state["step"], state["tokens"], state["bad"]
+            loop.engine.policy_version = state["step"]
+            ckpt.set_aside_later(folder, checkpoint)
         loop._write_settings()
         return loop
 
@@ -188,7 +196,8 @@ class Loop:
         self.step_done = self.tokens = self.bad = 0
 
     def _write_settings(self) -> None:
-        (self.folder / "settings.json").write_text(json.dumps(asdict(self.settings) | dict(model=self.source)) + "\n")
+        with atomic_write(self.folder / SETTINGS) as path:
+            path.write_text(json.dumps(asdict(self.settings) | dict(model=self.source)) + "\n")
 
     def step(self) -> dict:
         """One step; returns its record, the line of metrics.jsonl:

@@ -20,13 +20,13 @@ from random import Random
 
 from ..errors import InputError, Parser, command
 from ..files import atomic_write, read_json, user_path
-from ..train.checkpoint import list_checkpoints
 from ..train.recipe import STATE, load_stages
 from ..train.report import read_lines
 from .evaluate import exact_match
 from .tasks import TASKS
 
 EXAMPLES = 4000  # chats of the fine-tuning
+FLAGS = "flags.json"  # in OUT: those that its parts depend on
 
 
 def execute(module: str, flags: Sequence[str]) -> int:
@@ -45,6 +45,18 @@ def write_chats(path: Path, task: str) -> None:
                 file.write(json.dumps(dict(messages=roles)) + "\n")
 
 
+def check_flags(out: Path, args) -> None:
+    """Raise InputError where OUT was begun with other flags, which its complete parts would not know of."""
+    now = {name: getattr(args, name) for name in ("recipe", "task", "sft_steps", "rl_steps")}
+    before = read_json(out / FLAGS) if (out / FLAGS).is_file() else now
+    for name, value in now.items():
+        if before.get(name) != value:
+            raise InputError(f"{out} was begun with {name.replace('_', ' ')} {before.get(name)}, not {value}: name a new"
+                             " folder with --out")  # fmt: skip
+    with atomic_write(out / FLAGS) as partial:
+        partial.write_text(json.dumps(now) + "\n")
+
+
 def parts(out: Path, args) -> list[tuple[str, str, list[str]]]:
     """(name, module, flags) of the commands, as they are to be run now."""
     state = read_json(out / "pretrain" / STATE) if (out / "pretrain" / STATE).is_file() else {"done": {}}
@@ -52,7 +64,7 @@ def parts(out: Path, args) -> list[tuple[str, str, list[str]]]:
     sources = ["--source", *args.source] if args.source else []
     sft = f"--seq-len 128 --batch 4 --lr 1e-3 --warmup 10 --balance-rate 0 --eval-rows 16 --steps {args.sft_steps}"
     rl = f"--task {args.task} --method lpo --steps {args.rl_steps} --save-every 5"
-    again = list_checkpoints(out / "lpo")
+    again = (out / "lpo" / "settings.json").is_file()
     return [
         ("pretrain", "train", ["--recipe", args.recipe, *sources, "--out", str(out / "pretrain"), *args.train_flags]),
         ("sft", "train", ["--model", str(base), "--data", str(out / "chats.jsonl"), *sft.split(), "--resume", "auto",
@@ -141,6 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = user_path(args.out or f"runs/everything-{Path(args.recipe).name}").absolute()
     try:
         out.mkdir(parents=True, exist_ok=True)
+        check_flags(out, args)
         write_chats(out / "chats.jsonl", args.task)
     except OSError as error:
         raise InputError(f"cannot write to {out}: {error.strerror or error}") from None

@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise InputError(f"--start-steps {start_steps}: it must be at least 1")
         start = out.with_name(f"{out.name}-start")
         if model is None and out.exists() and any(out.iterdir()):
-            raise InputError(f"--out {out} is not empty: name a new folder")
+            raise InputError(f"--out {out} is not empty: name a new folder, or --resume {out}")
         loop = Loop(
             settings, model or make_start(start, TASKS[settings.task], start_steps, settings.seed, say=print), out
         )
