@@ -51,8 +51,8 @@ def check_flags(out: Path, args) -> None:
     before = read_json(out / FLAGS) if (out / FLAGS).is_file() else now
     for name, value in now.items():
         if before.get(name) != value:
-            raise InputError(f"{out} was begun with {name.replace('_', ' ')} {before.get(name)}, not {value}: name a new"
-                             " folder with --out")  # fmt: skip
+            what = name.replace("_", " ")
+            raise InputError(f"{out} was begun with {what} {before.get(name)}, not {value}: name a new folder with --out")
     with atomic_write(out / FLAGS) as partial:
         partial.write_text(json.dumps(now) + "\n")
 

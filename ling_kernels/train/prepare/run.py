@@ -263,8 +263,8 @@ def make_folder(
     out: str | Path | None, model: str, restart: bool, again: str = "--resume auto --out"
 ) -> tuple[Path, bool]:
     """An empty folder that can be written, and whether it is new. Raises InputError for a folder that holds anything,
-    except, with `restart`, a run that stopped before its first checkpoint. again: the flags that begin such a run again,
-    for the message."""
+    except, with `restart`, a run that stopped before its first checkpoint. again: the flags that begin such a run
+    again, for the message."""
     folder = Path("runs") / f"{model_name(model)}-{time.strftime('%Y%m%d-%H%M%S')}" if out is None else user_path(out)
     if out is None:
         number, plain = 2, folder
