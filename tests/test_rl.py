@@ -5,6 +5,7 @@ import json
 import shutil
 from random import Random
 
+import numpy as np
 import pytest
 import torch
 
@@ -203,7 +204,7 @@ def test_the_command(tmp_path, random_model, capsys):
     for wrong, text in [
         (["--method", "ppo"], "invalid choice"), (["--resume", str(run), "--lr", "1"], "goes with --steps alone"),
         (["--samples", "1"], "must be at least 2"), (["--prompts", "3"], "does not divide --prompts 3"),
-        (["--temperature", "nan"], "must be above 0"), (["--resume", str(tmp_path)], "no checkpoint"),
+        (["--temperature", "nan"], "must be more than 0"), (["--resume", str(tmp_path)], "no checkpoint"),
         (["--out", str(run)], "is not empty"), (["--resume", str(run), "--steps", "1"], "has done 3 already"),
         (["--model", str(tmp_path / "none"), "--out", str(tmp_path / "new")], "none"),
     ]:  # fmt: skip
@@ -233,7 +234,9 @@ def test_a_run_without_a_checkpoint_begins_again(tmp_path, random_model, capsys)
     assert "settings that this version does not know" in capsys.readouterr().err
 
 
-def test_the_start_of_the_command_begins_again_unless_it_is_complete(tmp_path, capsys):
+def test_the_start_of_the_command_begins_again_unless_it_is_complete(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("ling_kernels.posttrain.start.EXAMPLES", 60)
+
     def stop(line):
         raise KeyboardInterrupt
 
@@ -245,6 +248,13 @@ def test_the_start_of_the_command_begins_again_unless_it_is_complete(tmp_path, c
     capsys.readouterr()
     assert main(flags) == 2
     assert "run-start is complete: --model" in capsys.readouterr().err
+
+
+def test_settings_of_other_types_are_one_line():
+    assert LoopSettings(samples=np.int64(3)).samples == 3
+    for name, value in (("prompts", "4"), ("samples", 2.0), ("task", 3), ("lr", "x"), ("replay_routing", 1)):
+        with pytest.raises(InputError, match=f"{name} .*: it must be"):
+            LoopSettings(**{name: value})
 
 
 def test_a_trainers_run_is_no_loop(tmp_path, random_model):

@@ -54,7 +54,7 @@ def test_what_is_complete_is_not_done_again(here, monkeypatch, capsys):
     assert whole.main(argv) == 75
     for flag, value in (("--task", "arithmetic"), ("--sft-steps", "3"), ("--rl-steps", "2")):
         assert whole.main([*argv[: argv.index("--")], flag, value, "--", *SIZES.split()]) == 2
-        assert "name a new folder with --out" in capsys.readouterr().err
+        assert "give another --out" in capsys.readouterr().err
 
 
 def test_a_part_that_is_killed_before_its_first_checkpoint_begins_again(here, monkeypatch, tmp_path):

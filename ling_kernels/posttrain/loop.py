@@ -35,7 +35,7 @@ from ..train.prepare.run import make_folder
 from ..train.saving import kept, snapshot, write
 from ..train.schedule import learning_rate
 from ..train.settings import Settings, flag
-from ..train.values import in_bounds
+from ..train.values import check_bounds, plain
 from .policy import ICEPOP, METHODS, PolicyLoss, group_advantages, icepop, policy_loss
 from .reward_processes import RewardProcesses, Score
 from .rewards import evo_cot_rewards
@@ -90,13 +90,8 @@ class LoopSettings:
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            value, limits = getattr(self, f.name), f.metadata
-            name = "--" + f.name.replace("_", "-")
-            if "choices" in limits and value not in limits["choices"]:
-                raise InputError(f"{name} {value!r}: it must be one of {', '.join(limits['choices'])}")
-            if not in_bounds(f, value):
-                bound = f"at least {limits['least']}" if "least" in limits else f"above {limits['above']}"
-                raise InputError(f"{name} {value}: it must be {bound}")
+            object.__setattr__(self, f.name, plain(f, getattr(self, f.name)))
+        check_bounds(self)
         if self.prompts % self.updates:
             raise InputError(f"--updates {self.updates} does not divide --prompts {self.prompts}")
 

@@ -52,7 +52,7 @@ def check_flags(out: Path, args) -> None:
     for name, value in now.items():
         if before.get(name) != value:
             what = name.replace("_", " ")
-            raise InputError(f"{out} was begun with {what} {before.get(name)}, not {value}: name a new folder with --out")
+            raise InputError(f"{out} was begun with {what} {before.get(name)}, not {value}: give another --out")
     with atomic_write(out / FLAGS) as partial:
         partial.write_text(json.dumps(now) + "\n")
 
