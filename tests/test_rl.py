@@ -250,6 +250,29 @@ def test_the_start_of_the_command_begins_again_unless_it_is_complete(tmp_path, c
     assert "run-start is complete: --model" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("problem", ["sort 1", None, ("a", "b", "c"), Problem(None, "x", "x"), Problem("a", {1}, "x")])
+def test_problems_that_are_none(tmp_path, random_model, problem):
+    loop = Loop(LoopSettings(steps=1, **BRIEF), random_model, tmp_path / "run", lambda _: problem, count_spread)
+    with pytest.raises(InputError, match="not a Problem with a text|what JSON holds"):
+        loop.step()
+    loop.close()
+
+
+def test_a_prompt_beyond_the_positions_leaves_the_engine_free(tmp_path, random_model):
+    lengths = iter([1, 5000, 1, 1])
+    loop = Loop(LoopSettings(steps=1, **BRIEF), random_model, tmp_path / "run",
+                lambda _: Problem("a" * next(lengths), "x", "x"), count_spread)  # fmt: skip
+    with pytest.raises(InputError, match="exceed the model's"):
+        loop.step()
+    assert loop.step()["step"] == 1
+    loop.close()
+
+
+def test_batch_invariant_is_for_fp32(tmp_path, random_model):
+    with pytest.raises(InputError, match="--batch-invariant is for --precision fp32"):
+        Loop(LoopSettings(batch_invariant=True, precision="bf16", device="cpu"), random_model, tmp_path / "run")
+
+
 def test_settings_of_other_types_are_one_line():
     assert LoopSettings(samples=np.int64(3)).samples == 3
     for name, value in (("prompts", "4"), ("samples", 2.0), ("task", 3), ("lr", "x"), ("replay_routing", 1)):

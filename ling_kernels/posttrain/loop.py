@@ -172,6 +172,8 @@ class Loop:
         self.tokenizer = load_tokenizer(folder)
         self.model = load_model(folder, dtype=torch.float32, device=self.device).train()
         if s.batch_invariant:
+            if self.precision != torch.float32:
+                raise InputError("--batch-invariant is for --precision fp32")
             batch_invariant_(self.model)
         self.shares = Shares(self.model, Ranks())  # of one process
         shared = self.precision == torch.float32
@@ -235,7 +237,11 @@ class Loop:
     def draw(self) -> list[Problem]:
         """The problems of the next step, which follow from seed and step."""
         random = Random(f"{self.settings.seed} {self.step_done}")
-        return [self.problems(random) for _ in range(self.settings.prompts)]
+        drawn = [self.problems(random) for _ in range(self.settings.prompts)]
+        for p in drawn:
+            if not isinstance(p, Problem) or not isinstance(p.prompt, str):
+                raise InputError(f"problems gave {p!r}, not a Problem with a text for its prompt")
+        return drawn
 
     def answer(self, problems: Sequence[Problem]) -> list[Answer]:
         """The engine's answers, with the weights as they are now."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..errors import InputError
-from ..generate import Engine
+from ..generate import Engine, Request
 from ..model import Ling
 from ..model.packing import IGNORE
 from ..model.sample import Sampling
@@ -43,16 +43,21 @@ def rollout(
     seed: answer i takes seed + i, and depends on it and the weights alone (up to rounding); None: new ones each time.
     ends: tokens that end an answer, default the model's. Raises InputError as `Engine.submit`.
     """
-    requests = []
-    for i in range(len(prompts) * samples):
-        sampling = Sampling(temperature, seed=None if seed is None else seed + i)
-        while engine.scheduler.full:
+    requests: list[Request] = []
+    try:
+        for i in range(len(prompts) * samples):
+            sampling = Sampling(temperature, seed=None if seed is None else seed + i)
+            while engine.scheduler.full:
+                engine.step()
+            requests.append(
+                engine.submit(prompts[i // samples], sampling, new_tokens, ends, logprobs=0, keep_stop=True)
+            )  # fmt: skip
+        while not all(r.finished for r in requests):
             engine.step()
-        requests.append(
-            engine.submit(prompts[i // samples], sampling, new_tokens, ends, logprobs=0, keep_stop=True)
-        )  # fmt: skip
-    while not all(r.finished for r in requests):
-        engine.step()
+    except BaseException:
+        for r in requests:  # unfinished ones would keep the engine from new weights
+            engine.cancel(r)
+        raise
     for r in requests:
         if r.error is not None:
             raise r.error
