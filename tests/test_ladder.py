@@ -47,6 +47,24 @@ def test_efficiency_leverage():
     assert scaling.efficiency_leverage(0.031, 12, 1e22) > scaling.efficiency_leverage(0.25, 12, 1e22)
 
 
+LAWS = (scaling.peak_lr, scaling.batch_tokens, scaling.compute_of_lr, scaling.best_flops_per_token, scaling.best_tokens,
+        scaling.compute_of_model)  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf"), "1", None])
+def test_numbers_for_which_no_law_holds(value):
+    for law in LAWS:
+        with pytest.raises(InputError, match="is a number above 0"):
+            law(value)
+    for i in range(3):
+        numbers = [0.031, 12, 1e22]
+        numbers[i] = value
+        with pytest.raises(InputError, match="is a number above 0"):
+            scaling.efficiency_leverage(*numbers)
+    with pytest.raises(InputError, match="at most 1"):
+        scaling.efficiency_leverage(1.5, 12, 1e22)
+
+
 @pytest.mark.parametrize("law", [PowerLaw(1.5, 40, 0.12), PowerLaw(0.0, 20, 0.05), PowerLaw(2.0, 3e3, 0.25)])
 def test_a_known_law_is_recovered(law):
     compute = np.geomspace(1e17, 1e20, 8)
