@@ -15,7 +15,7 @@ from ling_kernels.model import load_model
 from ling_kernels.model.sample import Sampling
 from ling_kernels.posttrain import TASKS, Loop, LoopSettings, Problem, exact
 from ling_kernels.posttrain.rl import main
-from ling_kernels.posttrain.rollout import answer_logp, rollout
+from ling_kernels.posttrain.rollout import Answer, answer_logp, rollout
 from ling_kernels.posttrain.start import make_start
 from ling_kernels.tokenizer import Tokenizer
 from tests.engines import drain, make_engine, model, references
@@ -285,6 +285,15 @@ def test_a_trainers_run_is_no_loop(tmp_path, random_model):
     (tmp_path / "checkpoints/step-000001/state.json").write_text('{"files": {}, "settings": {}, "step": 1}')
     with pytest.raises(InputError, match="no checkpoint of a loop"):
         Loop.resume(tmp_path)
+
+
+def test_answers_without_a_prompt_or_tokens():
+    answers = [Answer([5], [6, 7], [], "stop", 0), Answer([], [6, 7], [], "stop", 0)]
+    for wrong, text in ((answers, "no prompt"), ([Answer([5], [], [], "stop", 0)], "no tokens"), ([], "no answers")):
+        with pytest.raises(InputError, match=text):  # the first token would get the row of the answer before it
+            answer_logp(model(), wrong)
+    with pytest.raises(InputError, match="samples is 0"):
+        rollout(make_engine(), [[5]], 0, 4)
 
 
 def test_sampling_is_at_the_loops_temperature(random_model):

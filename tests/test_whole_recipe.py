@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 
+from ling_kernels.errors import InputError
 from ling_kernels.posttrain import recipe as whole
 from ling_kernels.posttrain.rl import main as rl
 from ling_kernels.posttrain.tasks import exact
@@ -79,6 +80,9 @@ def test_exact_match_counts_right_answers(here, monkeypatch):
     share, rows = evaluate.exact_match(here[0] / "sft/model", "sorting", problems=6)
     assert share == sum(exact(text, answer) for _, text, answer in rows) / 6
     assert len({prompt for prompt, _, _ in rows}) > 1
+    for task, problems in (("chess", 4), ("sorting", 0)):
+        with pytest.raises(InputError, match="at least 1, of arithmetic, sorting"):
+            evaluate.exact_match(here[0] / "sft/model", task, problems)
     monkeypatch.setattr(evaluate, "exact", lambda text, answer: 1.0)
     assert evaluate.exact_match(here[0] / "sft/model", "sorting", problems=6)[0] == 1
 

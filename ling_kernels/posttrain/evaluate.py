@@ -5,6 +5,7 @@ from random import Random
 
 import torch
 
+from ..errors import InputError
 from ..generate import Engine
 from ..model import load_model
 from ..tokenizer import load_tokenizer
@@ -17,7 +18,10 @@ def exact_match(
     """The share of right answers of a model's folder, and (prompt, the model's answer, the right one) of each problem.
 
     The problems follow from task and seed, of which no loop with a smaller seed draws the same. Weights are fp32.
+    Raises InputError for another task, and for no problems.
     """
+    if task not in TASKS or problems < 1:
+        raise InputError(f"{problems} problems of {task!r}: it must be at least 1, of {', '.join(TASKS)}")
     random = Random(f"evaluation {task} {seed}")
     drawn = [TASKS[task](random) for _ in range(problems)]
     model, tokenizer = load_model(folder, torch.float32).eval(), load_tokenizer(folder)

@@ -43,6 +43,8 @@ def rollout(
     seed: answer i takes seed + i, and depends on it and the weights alone (up to rounding); None: new ones each time.
     ends: tokens that end an answer, default the model's. Raises InputError as `Engine.submit`.
     """
+    if samples < 1:
+        raise InputError(f"samples is {samples}; it must be at least 1")
     requests: list[Request] = []
     try:
         for i in range(len(prompts) * samples):
@@ -72,10 +74,14 @@ def answer_logp(model: Ling, answers: Sequence[Answer]) -> Tensor:
 
     All answers are one packed batch, and logits exist of 1,024 tokens at a time. The last token of an answer is no
     input, as in the engine. Where all answers have their routing, it is replayed: those experts compute, with weights
-    from the model's own logits. Raises InputError for an answer without tokens.
+    from the model's own logits. Raises InputError for no answers, and for one without tokens or without a prompt, which
+    predicts its first.
     """
-    if not all(a.ids for a in answers):
-        raise InputError("an answer has no tokens")
+    if not answers:
+        raise InputError("there are no answers")
+    for a in answers:
+        if not a.ids or not a.prompt:
+            raise InputError(f"an answer has no {'tokens' if a.prompt else 'prompt'}")
     device, inputs, rows, first = model.lm_head.weight.device, [], [], 0
     for a in answers:
         tokens = [*a.prompt, *a.ids[:-1]]
@@ -86,7 +92,7 @@ def answer_logp(model: Ling, answers: Sequence[Answer]) -> Tensor:
     targets = torch.tensor([t for a in answers for t in a.ids], device=device)
     batch = model.pack(torch.cat(inputs)[None].to(device), None, bounds)
     layout = BatchLayout(model.cos, model.sin, batch.positions, batch.cu_seqlens)
-    if answers and all(a.routing is not None for a in answers):
+    if all(a.routing is not None for a in answers):
         experts = torch.cat([a.routing for a in answers])[None].to(device)  # type: ignore[misc]
         layout = layout._replace(experts=model.forced(experts, batch.ids[None], batch))
     h, _ = model.backbone(batch.ids, layout)
