@@ -4,6 +4,7 @@
 # make test-integrations run the tests of ling_kernels inside other libraries, in virtual environments kept in ~/.cache;
 #              ENV="lm_eval hub": only these
 # make fuzz    try random files, requests and arguments of ops for MINUTES=10; `make test` tries the same few in every run
+# make hub     write the Triton kernels as a repository of the Hugging Face Hub into HUB=build/hub
 # make cutlass build the optional ling_kernels._cutlass: CUTLASS's grouped FP8 GEMM (minutes, 4 GB of memory a file)
 # make tables  write docs/kernels-{resources*,clocks,predicted,counters}.md: registers, shared memory, clocks and counters
 #              of every kernel, as it is built for Hopper, and the rates that follow
@@ -23,6 +24,7 @@ TRITON ?= triton==3.8.0
 CUTLASS ?= nvidia-cutlass==4.2.0.0
 ARGS ?=
 MINUTES ?= 10
+HUB ?= build/hub
 export LING_CUTLASS ?= 0
 
 VENV := .venv
@@ -35,7 +37,7 @@ CSRC := CMakeLists.txt $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc tests/gpu tests/cuda \
 	-type f \( -name '*.cu*' -o -name '*.h' -o -name '*.cpp' \) -print)
 
-.PHONY: help train test test-integrations fuzz lint install cutlass tables clean gpu gpu-pack bench
+.PHONY: help train test test-integrations fuzz lint install hub cutlass tables clean gpu gpu-pack bench
 .DEFAULT_GOAL := help
 
 help:
@@ -64,6 +66,9 @@ lint: $(VENV)/.dev
 	@$(PY) -m mypy
 
 install: $(VENV)/.dev
+
+hub: $(VENV)/.dev
+	@$(PY) -m ling_kernels.integrations.hub $(HUB)
 
 # Only the headers of nvidia-cutlass are used: its dependencies are not installed.
 cutlass: $(VENV)/.dev

@@ -7,7 +7,7 @@ import subprocess
 import torch
 
 from benchmarks import peers
-from ling_kernels.train.prepare.device import keep_freed_memory
+from ling_kernels.host_memory import keep_freed_memory
 
 CLOCKS = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
 
@@ -22,8 +22,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure():
-    if not torch.cuda.is_available():
-        keep_freed_memory()  # as the trainer's command does, for both sides
+    keep_freed_memory()  # as our commands do; for peers too
 
 
 def clocks() -> dict[str, str]:

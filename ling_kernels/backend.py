@@ -19,6 +19,7 @@ except ImportError as error:
         _C_missing = "ling_kernels._C is not built: there was no nvcc on PATH, or LING_CUDA=0"
 
 BACKENDS = ("torch", "triton", "cuda")
+EXPECTS_C = __package__ == "ling_kernels"  # the Hub kernel has the Triton half of these files alone
 
 _forced = os.environ.get("LING_BACKEND") or None
 _strict = _forced is not None
@@ -48,7 +49,7 @@ def kernels_on(device: int) -> str:
         _kernels_on[device] = "cuda" if reason is None else "torch" if no_triton else "triton"
         if reason and no_triton:
             warnings.warn(f"no kernel runs: {no_triton}, and {reason}; the torch references run", stacklevel=3)
-        elif reason and (_C is not None or torch.cuda.get_device_properties(device).major == 9):
+        elif reason and EXPECTS_C and (_C is not None or torch.cuda.get_device_properties(device).major == 9):
             warnings.warn(f"backend cuda is off: {reason}; Triton runs", stacklevel=3)
     return _kernels_on[device]
 

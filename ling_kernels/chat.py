@@ -236,6 +236,21 @@ class Answer(NamedTuple):
     end: int
 
 
+def with_thinking(template: str, thinking: bool) -> tuple[str, dict[str, bool]]:
+    """The template whose chats ask for thoughts, or for an answer at once, and what it may use besides the tokens.
+
+    A template with the variable `enable_thinking` is left alone; in Ling's published ones the words of the system turn,
+    "detailed thinking off", are changed. Raises InputError for others.
+    """
+    if "enable_thinking" in template:
+        return template, dict(enable_thinking=thinking)
+    words = r"(detailed thinking |thinking_option\s*=\s*['\"])(?:on|off)\b"
+    changed, times = re.subn(words, rf"\g<1>{'on' if thinking else 'off'}", template)
+    if not times:
+        raise InputError('the chat template has no mode of thinking: neither enable_thinking nor "detailed thinking"')
+    return changed, {}
+
+
 def render_answers(
     template: str,
     messages: Sequence[dict],

@@ -22,6 +22,7 @@ from . import backend as backends
 from .errors import InputError, one_line
 
 E4M3 = torch.float8_e4m3fn
+NAMESPACE = "ling" if __package__ == "ling_kernels" else __package__  # the Hub kernel is a second copy of these files
 KERNEL_FLOATS = (torch.float32, torch.bfloat16, torch.float16, E4M3)  # no kernel takes other floating-point numbers
 
 
@@ -54,7 +55,7 @@ def op(*writes: str, cuda: Callable[..., str | None] | bool = False, runs: str =
                     raise InputError(reason) from None
                 raise
 
-        registered = torch.library.custom_op(f"ling::{name}", launch, mutates_args=writes)
+        registered = torch.library.custom_op(f"{NAMESPACE}::{name}", launch, mutates_args=writes)
         registered.register_fake(lambda *args: None)
 
         @functools.wraps(fn)

@@ -50,7 +50,7 @@ class Memory:
 
     def __init__(self, forward):
         n = 1 + forward.draft
-        self.output, self.copied = torch.full((forward.padding_lane * (1 + n + n * (1 + 2 * MOST)),), -7), self
+        self.output, self.copied = torch.full((forward.padding_lane * (2 * n + n * (1 + 2 * MOST)),), -7), self
 
     def record(self):
         pass

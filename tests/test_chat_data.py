@@ -467,3 +467,48 @@ def test_the_file_of_a_set_is_not_that_of_anothers_chats(tmp_path, small, text, 
     flags = ["--model", str(small), "--data", str(text), "--seq-len", "48", "--out", str(tmp_path / "run")]
     flags += ["--val-data", f"x={text}", f"x-chats={text}"]
     assert "beside x no set can be x-chats" in one_line_error(flags, capsys)
+
+
+PAIR = [dict(role="user", content="2+2?"), dict(role="assistant", content="4", reasoning_content="two twos")]
+
+
+@pytest.mark.parametrize("template", [
+    None,
+    byte_settings()["chat_template"].replace("' + ('on' if enable_thinking else 'off') + '", "off"),
+    "{% set thinking_option = 'off' %}"
+    + byte_settings()["chat_template"].replace("('on' if enable_thinking else 'off')", "thinking_option"),
+], ids=["variable", "words", "option"])  # fmt: skip
+def test_rows_have_the_system_prompt_of_their_mode_of_thinking(template):
+    tokenizer = tokenizer_with(template)
+    assert template is None or "enable_thinking" not in template
+    asked = f"<|role_end|><role>HUMAN</role>2+2?{END}<role>ASSISTANT</role>"
+    short, long = f"4{END}", f"\n<think>\ntwo twos\n</think>\n\n4{END}"
+    for mode, words, answer in (
+        ("on", "on", long), (True, "on", long), ("off", "off", short), (False, "off", short), (None, "off", long),
+    ):  # fmt: skip
+        row = dict(messages=PAIR, thinking=mode)
+        ids, _ = encode_conversation(row, "x", tokenizer, "assistant")
+        assert tokenizer.decode(ids) == f"<role>SYSTEM</role>detailed thinking {words}{asked}{answer}"
+        assert trained(row, tokenizer) == [answer]
+    text = tokenizer.apply_chat_template(PAIR[:1], thinking=True)
+    assert text == f"<role>SYSTEM</role>detailed thinking on{asked}"
+    assert tokenizer.apply_chat_template(PAIR[:1]) == text.replace("thinking on", "thinking off")
+
+
+@pytest.mark.parametrize("thinking, template, message", [
+    ("maybe", None, 'x: thinking is "maybe", and not on, off, true or false'),
+    (1, None, "x: thinking is 1, and"), ([], None, r"x: thinking is \[\], and"),
+    ("on", CHATML, "x: the chat template has no mode of thinking"),
+])  # fmt: skip
+def test_modes_of_thinking_that_there_are_not(thinking, template, message):
+    plain = [dict(role=m["role"], content=m["content"]) for m in PAIR]
+    with pytest.raises(InputError, match=message):
+        encode_conversation(dict(messages=plain, thinking=thinking), "x", tokenizer_with(template), "assistant")
+
+
+def test_the_mode_of_thinking_is_read_from_files(tmp_path):
+    file = tmp_path / "chats.jsonl"
+    file.write_text("".join(json.dumps(dict(messages=PAIR, thinking=mode)) + "\n" for mode in ("on", "off")))
+    write_chats([file], load_tokenizer(None), tmp_path / "x.bin", "assistant")
+    text = load_tokenizer(None).decode(np.fromfile(tmp_path / "x.bin", np.uint16))
+    assert text.count("detailed thinking on") == text.count("detailed thinking off") == text.count("two twos") == 1

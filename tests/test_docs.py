@@ -14,7 +14,7 @@ from ling_kernels.backend import force
 from tests.cases import DEVICE, runs
 
 ROOT = Path(__file__).parents[1]
-PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "docs/integrations").glob("*.md")]
 
 
 def without_code(text: str) -> str:
@@ -96,6 +96,11 @@ def test_links_lead_somewhere(page):
 def test_the_map_has_every_page():
     linked = re.findall(r"\]\(([\w-]+\.md)\)", (ROOT / "docs/index.md").read_text())
     assert sorted(linked) == sorted(p.name for p in (ROOT / "docs").glob("*.md") if p.name != "index.md")
+
+
+def test_the_list_of_integrations_has_every_page():
+    linked = re.findall(r"\]\(integrations/([\w-]+\.md)\)", (ROOT / "docs/integrations.md").read_text())
+    assert sorted(linked) == sorted(p.name for p in (ROOT / "docs/integrations").glob("*.md"))
 
 
 def test_a_contributors_table_has_the_rooms_in_order():

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ling_kernels.backend import force
 from ling_kernels.generate import Engine
+from ling_kernels.generate.edits import Edits, Masks
 from ling_kernels.generate.graphs import batch_sizes
 from ling_kernels.model import Ling
 from ling_kernels.model.sample import SamplingMode
@@ -54,10 +55,13 @@ def test_a_decode_pass_does_not_synchronise(name, fp8):
             to_fp8(m)
             quantize_for_inference_(m)
         e = Engine(m, page_size=4, cache_tokens=400, max_running=4, draft=2)
-        for mode in (SamplingMode(*bits) for bits in itertools.product((False, True), repeat=3)):
+        e.forward.edits, e.forward.masks = Edits(5, e.device), Masks(5, 3, config.vocab_size, e.device)
+        bits = itertools.product((False, True), repeat=4)
+        modes = (SamplingMode(*others, edited=edited, guided=edited) for *others, edited in bits)
+        for mode in modes:
             lanes = torch.zeros(2, dtype=torch.int64)
             with NoHostData():
                 output = e.forward.compute(lanes, mode)
-            assert output.shape == (2, 4)
+            assert output.shape == (2, 6 if mode.guided else 4)
         with pytest.raises(RuntimeError):
             output.tolist()

@@ -13,6 +13,7 @@ FULL = dict(
     model="speller", prompt=[[97], [98, 99]], max_tokens=3, temperature=0, top_p=0.9, top_k=3, min_p=0.1,
     repetition_penalty=1.0, seed=1, n=1, stop=["zz"], stream=False, stream_options={"include_usage": True},
     ignore_eos=False, echo=False, logprobs=2, stop_token_ids=[3], priority=1,
+    presence_penalty=0.5, frequency_penalty=0.5, logit_bias={"98": 1.0}, min_tokens=1, skip_special_tokens=True,
 )  # fmt: skip
 CHAT = {k: v for k, v in FULL.items() if k not in ("prompt", "echo", "logprobs")} | dict(
     messages=[dict(role="system", content="S"), dict(role="user", content=[dict(type="text", text="Hi")], name="bob"),
@@ -22,7 +23,7 @@ CHAT = {k: v for k, v in FULL.items() if k not in ("prompt", "echo", "logprobs")
 )  # fmt: skip
 PATHS = {"/v1/completions": FULL, "/v1/chat/completions": CHAT}
 JSON = {"content-type": "application/json"}
-FIELDS = sorted({*FULL, *CHAT, *UNSUPPORTED, *IGNORED, "suffix", "x"})
+FIELDS = sorted({*FULL, *CHAT, *UNSUPPORTED, *IGNORED, "response_format", "structured_outputs", "x"})
 
 
 def check_error(response) -> None:

@@ -138,7 +138,8 @@ def test_errors_in_words_that_clients_know(shared):
         (dict(max_tokens=200), "max_tokens", "context_length_exceeded"),
         (dict(prompt="a" * 300), "max_tokens", "context_length_exceeded"),
         (dict(model="gpt"), "model", "model_not_found"), (dict(temperature=-1.0), "temperature", None),
-        (dict(top_p=0.0, temperature=1.0), "top_p", None), (dict(logit_bias={"3": 1}), "logit_bias", None),
+        (dict(top_p=0.0, temperature=1.0), "top_p", None), (dict(logit_bias={"3": 101}), "logit_bias", None),
+        (dict(min_tokens=9), "min_tokens", None),
         (dict(stop=["a"] * 17), "stop", None), (dict(stop="a" * 1001), "stop", None),
         (dict(priority="high"), "priority", None),
     ):  # fmt: skip

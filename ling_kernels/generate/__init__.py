@@ -3,7 +3,8 @@
 from ..errors import Busy
 from ..model.sample import Sampling, sampler
 from .engine import Engine
-from .scheduler import Request
+from .grammar import Grammars
+from .request import Request
 from .text import stream_text
 
-__all__ = ["Busy", "Engine", "Request", "Sampling", "sampler", "stream_text"]
+__all__ = ["Busy", "Engine", "Grammars", "Request", "Sampling", "sampler", "stream_text"]

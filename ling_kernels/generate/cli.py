@@ -18,7 +18,7 @@ from ..model.config_json import is_integer
 from ..model.sample import Sampling
 from ..tokenizer import Tokenizer, load_tokenizer
 from .engine import Engine
-from .scheduler import max_sequence_tokens
+from .request import max_sequence_tokens
 from .text import stream_text
 
 

@@ -15,7 +15,6 @@ forward.py lists the calls of a decode step.
 
 import asyncio
 import threading
-import time
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -27,9 +26,11 @@ from ..model.decode import empty_caches
 from ..model.sample import BAD_LOGITS, Sampling, SamplingMode
 from .cache import PagePool, memory_of, page_bytes
 from .forward import Chunk, Forward, PendingTokens
+from .grammar import Grammar
 from .health import PassRecord
-from .logprobs import MOST, read_scores
-from .scheduler import DRAFT_SLACK, Request, Scheduler, Work, max_sequence_tokens, token_list
+from .logprobs import read_scores
+from .request import DRAFT_SLACK, Request, add_guide, new_request
+from .scheduler import Scheduler, Work
 from .weights import take_weights
 
 SHARE = 0.9  # part of a GPU's free memory, after the weights, for the KV cache
@@ -113,6 +114,8 @@ class Engine:
         timeout: float | None = None,
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
+        min_new_tokens: int = 0,
+        grammar: Grammar | None = None,
         keep_stop: bool = False,
         client: str = "",
         priority: int = 0,
@@ -120,42 +123,22 @@ class Engine:
         """Queue a request; its new_tokens grow with every `step`.
 
         max_new_tokens: default 256, or the rest of the model's positions. stop_token_ids: tokens that end the sequence,
-        default the configuration's eos_token_id. timeout: seconds from now, after which the request finishes with the
-        tokens it has. logprobs: 0 to 20, the number of likeliest tokens that the request's `logprobs` name beside each
-        new token's; prompt_logprobs likewise, for its `prompt_logprobs` of the prompt's tokens after the first, none of
-        which then comes from the prefix cache. They are the model's log-probabilities, before temperature, truncation
-        and penalties. keep_stop: the stop token is the last of the new tokens, instead of being left out. client:
-        whoever has the fewest running requests is next; among a client's requests the smallest priority. Raises
-        InputError for a prompt that is empty, too long or has ids outside the vocabulary, and Busy if the queue is
-        full.
+        default the configuration's eos_token_id; before min_new_tokens there are none. timeout: seconds from now,
+        after which the request finishes with the tokens it has. logprobs: 0 to 20, the number of likeliest tokens that
+        the request's `logprobs` name beside each new token's; prompt_logprobs likewise, for its `prompt_logprobs` of
+        the prompt's tokens after the first, none of which then comes from the prefix cache. They are the model's
+        log-probabilities, before temperature, truncation, penalties and masks. grammar: the only texts that may come,
+        see grammar.py; the request ends where nothing can follow. keep_stop: the stop token is the last of the
+        new tokens, instead of being left out. client: whoever has the fewest running requests is next; among a
+        client's requests the smallest priority. Raises InputError for a prompt that is empty, too long or has ids
+        outside the vocabulary, and Busy if the queue is full.
         """
-        prompt = token_list("a prompt", prompt)
-        positions, vocabulary = max_sequence_tokens(self.config.max_positions, self.draft), self.config.vocab_size
-        if max_new_tokens is None:
-            max_new_tokens = max(1, min(256, positions - len(prompt)))
-        if not prompt:
-            raise InputError("a request needs a prompt of at least one token")
-        max_new_tokens = integer("max_new_tokens", max_new_tokens, 1)
-        if not isinstance(sampling, Sampling | None):
-            raise InputError(f"sampling is {sampling!r}; it must be a Sampling")
-        if timeout is not None and not (isinstance(timeout, int | float) and timeout == timeout):
-            raise InputError(f"timeout is {timeout!r}; it must be a number of seconds")
-        if len(prompt) + max_new_tokens > positions:
-            less = f", minus {DRAFT_SLACK} per draft token" if self.draft else ""
-            raise InputError(f"{len(prompt)} prompt tokens and {max_new_tokens} new tokens exceed the model's"
-                             f" {self.config.max_positions} positions{less}")  # fmt: skip
-        if unknown := [t for t in prompt if not 0 <= t < vocabulary]:
-            raise InputError(f"token {unknown[0]} is outside the model's vocabulary of {vocabulary}")
-        stop = self.config.eos_token_ids if stop_token_ids is None else stop_token_ids
-        stop = frozenset(token_list("stop_token_ids", stop))
-        deadline = float("inf") if timeout is None else time.monotonic() + timeout
-        for name, wanted in (("logprobs", logprobs), ("prompt_logprobs", prompt_logprobs)):
-            if wanted is not None and integer(name, wanted, 0) > MOST:
-                raise InputError(f"{name} is {wanted}; it must be at most {MOST}")
-        request = Request(
-            prompt, sampling or Sampling(), max_new_tokens, stop, deadline, logprobs, prompt_logprobs, keep_stop,
-            self.policy_version, client, integer("priority", priority, -(1 << 63)),
+        request = new_request(
+            self.config, self.draft, prompt, sampling, max_new_tokens, stop_token_ids, timeout,
+            num_logprobs=logprobs, num_prompt_logprobs=prompt_logprobs, min_new_tokens=min_new_tokens,
+            keep_stop=keep_stop, policy_version=self.policy_version, client=client, priority=priority,
         )  # fmt: skip
+        add_guide(request, grammar, self.config.vocab_size, 1 + self.draft, self.device.type == "cuda")
         self.scheduler.submit(request)
         return request
 
@@ -247,7 +230,7 @@ class Engine:
                 if not request.finished:
                     if request.num_logprobs is not None:  # before the tokens, which another thread may read at once
                         request.logprobs += pending.logprobs(i, tokens)
-                    self.accept(request, tokens)
+                    self.accept(request, tokens, pending.drafts(i))
                     del request.logprobs[request.num_new_tokens :]  # of an end token, and of tokens after it
 
     @contextmanager
@@ -260,8 +243,9 @@ class Engine:
             for request in [*requests]:
                 self.scheduler.finish(request, "error", error)
 
-    def accept(self, request: Request, tokens: list[int]) -> None:
-        """Append a pass's tokens (accepted draft tokens, then a new one) up to a stop token or max_new_tokens."""
+    def accept(self, request: Request, tokens: list[int], drafts: list[int]) -> None:
+        """Append a pass's tokens (accepted draft tokens, then a new one) up to a stop token or max_new_tokens. drafts:
+        those that the next pass verifies, of a request with a grammar."""
         if request.has_drafts:
             self.drafted, self.accepted = self.drafted + self.draft, self.accepted + len(tokens) - 1
         request.has_drafts = self.draft > 0
@@ -274,11 +258,18 @@ class Engine:
                 self.record.fail(error)
                 break
             reason = "stop" if token in request.stop_token_ids else None
+            guide = request.guide if reason is None else None
+            if guide is not None and not guide.accept(token):
+                reason, error = "error", InputError(guide.fault)
+                break
             if reason is None or request.keep_stop:
                 request.tokens.append(token)
+                reason = "stop" if guide is not None and guide.complete else reason
                 reason = reason or ("length" if request.num_new_tokens == request.max_new_tokens else None)
             if reason:
                 break
+        if request.guide is not None and not reason:
+            request.guide.prepare(drafts)
         if error is None:
             self.record.succeed()
         self.scheduler.advance(request, used)

@@ -12,8 +12,8 @@ A decode step, from the API down to the kernels:
               Layer.compute, per layer:      attention(norm(x)), then the MLP or MoE
                 Attention.forward            nn/attention.py -> ops/qk_norm_attention_decode.py
                 MoE.decode                   nn/moe.py -> ops/moe_decode.py; MoE.forward above 8 rows
-            Forward.next_tokens              final norm and lm_head; ops/sample.py; ops/accept_tokens.py, which writes
-            Forward.mtp_drafts               the next draft tokens of an MTP layer
+            Forward.next_tokens              final norm and lm_head; edits.py; ops/sample.py; ops/accept_tokens.py
+            Forward.mtp_drafts               writes the next draft tokens of an MTP layer
       Engine.collect -> Engine.accept        reads the tokens of the previous pass, finishes requests
 
 docs/serving.md lists the kernels of a layer and of a pass; tests/test_decode_layer.py counts them.
@@ -38,9 +38,10 @@ from ..ops.accept_tokens import accept_tokens
 from ..ops.attention_decode import KVCache
 from ..ops.decode_inputs import decode_inputs
 from ..ops.sample import sample
+from .edits import Edits, Masks
 from .graphs import CudaGraphs
 from .logprobs import MOST, TokenLogprob, read_scores, score
-from .scheduler import Request
+from .request import Request
 
 SCORED_ROWS = 256  # of a prompt, whose logits exist at a time
 
@@ -72,7 +73,7 @@ class HostBuffer:
 class PendingTokens:
     """The output of a pass, being copied to the host; buffer: None where it lies there.
 
-    output [B, 2 + draft], as Forward.compute gives it; a pass of mode.scored has 1 + draft scores behind it.
+    output [B, 2 + draft + ...], as Forward.compute gives it.
     """
 
     def __init__(
@@ -98,8 +99,14 @@ class PendingTokens:
 
     def logprobs(self, i: int, tokens: list[int]) -> list[TokenLogprob]:
         """Of the first tokens of request i, which wants them; after `tokens`."""
-        scores = self.output[i, 2 + self.draft :].view(1 + self.draft, -1)
+        drafts = self.draft * any(r.guide is not None for r in self.requests)  # columns of them
+        scores = self.output[i, 2 + self.draft : self.output.shape[1] - drafts].view(1 + self.draft, -1)
         return read_scores(scores[: len(tokens)], tokens, self.requests[i].num_logprobs)
+
+    def drafts(self, i: int) -> list[int]:
+        """The next draft tokens of request i; after `tokens`. Without a grammar the host need not know them."""
+        guided = self.draft and self.requests[i].guide is not None
+        return self.output[i, -self.draft :].tolist() if guided else []
 
 
 class Forward:
@@ -131,13 +138,15 @@ class Forward:
         self.block_tables = per_lane(-(-c.max_positions // page_size), dtype=torch.int32)
         self.seeds = per_lane(dtype=torch.int64)
         self.sampling = SamplingTensors.of([Sampling()] * (lanes + 1), c.vocab_size, self.device)
+        self.edits: Edits | None = None  # until a request needs them
+        self.masks: Masks | None = None
         self.no_chunks = torch.zeros(1, dtype=torch.int32, device=self.device)  # cu_seqlens of no sequence
         # Only qk_norm_attention_decode skips the cache write of a lane of length 0.
         on_gpu = self.device.type == "cuda"
         graphs = on_gpu and c.use_qk_norm
         self.graphs = CudaGraphs(self.compute, self.padding_lane, lanes, self.device) if graphs else None
         # A pass is launched before the last one's tokens are read, so that two passes use buffers, in turn.
-        columns = 2 + draft + (1 + draft) * (1 + 2 * min(MOST, c.vocab_size))
+        columns = 2 + 2 * draft + (1 + draft) * (1 + 2 * min(MOST, c.vocab_size))
         self.buffers = [HostBuffer(lanes, columns) if on_gpu else None for _ in range(2)]
 
     def fill_lane(self, request: Request) -> None:
@@ -149,18 +158,35 @@ class Forward:
         parameters = SamplingTensors.of([request.sampling], self.model.config.vocab_size)
         for of_lanes, of_request in zip(self.sampling, parameters, strict=True):
             of_lanes[lane] = of_request.item()
+        if request.edits and self.edits is None:
+            self.edits = Edits(len(self.lengths), self.device)
+        if self.edits is not None:
+            self.edits.fill(request)
+        if request.guide is not None:
+            if self.masks is None:
+                self.masks = Masks(len(self.lengths), 1 + self.draft, self.model.config.vocab_size, self.device)
+            # No draft tokens that the host does not know: its masks are for those of the request's last pass.
+            self.token_ids[lane, len(tokens) : len(tokens) + self.draft] = -1
+        if self.masks is not None:
+            self.masks.fill(request)
 
     @torch.inference_mode()
     def __call__(self, decoding: Sequence[Request], chunks: Sequence[Chunk]) -> PendingTokens | None:
         """Launch a pass; None if nothing is decoded. Does not synchronise with the device."""
         self.update_block_tables([*decoding, *(chunk.request for chunk in chunks)])
-        lanes, scored = [r.lane for r in decoding], any(r.num_logprobs is not None for r in decoding)
-        mode, prompts = SamplingMode.of((r.sampling for r in decoding), scored), []
+        lanes, guided, prompts = [r.lane for r in decoding], [r for r in decoding if r.guide is not None], []
+        mode = SamplingMode.of(
+            (r.sampling for r in decoding), scored=any(r.num_logprobs is not None for r in decoding),
+            edited=any(r.edits for r in decoding), guided=bool(guided),
+        )  # fmt: skip
         if self.graphs is not None and not chunks:
+            if guided:
+                self.masks.write(guided)
             output = self.graphs(lanes, mode)
         else:
             width = max((len(r.pages) for r in decoding), default=0)
-            output = self.compute(self.to_device(np.array(lanes, np.int64)), mode, width, chunks, prompts)
+            inputs = self.to_device(np.array(lanes, np.int64))
+            output = self.compute(inputs, mode, width, chunks, prompts, guided)
         if not decoding and not prompts:
             return None
         self.buffers.append(self.buffers.pop(0))
@@ -182,11 +208,13 @@ class Forward:
         width: int | None = None,
         chunks: Sequence[Chunk] = (),
         prompts: list[PromptRows] | None = None,
+        guided: Sequence[Request] = (),
     ) -> Tensor:
         """lanes [B] int64 -> [B, 2 + draft] int64: the token after each row, and the number of accepted draft tokens.
 
-        With mode.scored a row's score (logprobs.score) is behind them, for each row. width: columns of the block tables
-        that these lanes use; None: all. prompts: a list for the scores of chunks whose requests want them.
+        With mode.scored a row's score (logprobs.score) is behind them, for each row; with mode.guided the next draft
+        tokens are behind all. width: columns of the block tables that these lanes use; None: all. prompts: a list for
+        the scores of chunks whose requests want them. guided: requests whose masks are not in their lanes yet.
         """
         n, B, m = 1 + self.draft, len(lanes), self.model
         width = self.block_tables.shape[1] if width is None else width
@@ -201,6 +229,8 @@ class Forward:
             x = torch.cat([x, self.embedded(self.token_ids.view(-1)[inputs])])
         recorded = layout if self.routing is None else self.recorded(layout, bool(chunks))
         h, _ = m.backbone(None, recorded, self.caches, norm=self.mtp_cache is not None, x=x)
+        if guided:
+            self.masks.write(guided)
         output = self.next_tokens(h[: B * n], lanes, positions, mode) if B else positions.new_empty(0, n + 1)
         if prompts is not None and any(c.request.needs_prompt_rows for c in chunks):
             prompts += self.prompt_rows(h[B * n :], self.token_ids.view(-1)[inputs + 1].long(), chunks)
@@ -212,6 +242,9 @@ class Forward:
             if B:
                 last_accepted = torch.arange(B, device=self.device) * n + output[:, n]
                 self.mtp_drafts(mtp, lanes, x[last_accepted], block_table)
+        if mode.guided:
+            columns = self.lengths[lanes, None] + torch.arange(self.draft, device=self.device)
+            output = torch.cat([output, self.token_ids[lanes[:, None], columns].long()], 1)
         return output
 
     def next_tokens(self, h: Tensor, lanes: Tensor, positions: Tensor, mode: SamplingMode) -> Tensor:
@@ -220,7 +253,9 @@ class Forward:
         h [B n, H], normed where the MTP layer reads it too. -1 marks NaN logits; Engine.accept turns it into an error.
         """
         logits, rows = self.model.logits(h, norm=self.mtp_cache is None), positions.flatten()
-        tokens = sample(logits, self.sampling, mode[:3], lanes, rows, self.token_ids, self.seeds).view(positions.shape)
+        edited = self.edits(logits, lanes, rows, self.token_ids) if mode.edited else logits
+        edited = self.masks(edited, lanes) if mode.guided else edited
+        tokens = sample(edited, self.sampling, mode[:3], lanes, rows, self.token_ids, self.seeds).view(positions.shape)
         lookup = self.draft > 0 and self.mtp_cache is None
         output = accept_tokens(tokens, lanes, positions, self.token_ids, self.lengths, lookup)
         if not mode.scored:

@@ -11,99 +11,13 @@ On a GPU the next pass is scheduled before the host has the tokens of the last o
 longest length it can have by now, and is not scheduled beyond max_new_tokens.
 """
 
-import operator
-import secrets
 import time
 from collections import Counter, deque
-from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from torch import Tensor
-
 from ..errors import Busy, InputError
-from ..model.sample import Sampling
 from .cache import PagePool, hash_page
-from .logprobs import TokenLogprob
-
-DRAFT_SLACK = 3  # spare cache slots and positions per draft token, for rows computed past a sequence's end
-
-
-def max_sequence_tokens(capacity: int, draft: int) -> int:
-    """Longest prompt and output together in `capacity` cache slots or model positions."""
-    return capacity - DRAFT_SLACK * draft
-
-
-@dataclass(eq=False)
-class Request:
-    """One sequence: what was submitted, and its progress.
-
-    finished is None while it is queued or running, then the finish reason: stop, length, cancelled, timeout or error.
-    """
-
-    prompt: list[int]
-    sampling: Sampling
-    max_new_tokens: int
-    stop_token_ids: frozenset[int]  # they end the sequence and are not part of it
-    deadline: float = float("inf")  # by time.monotonic()
-    num_logprobs: int | None = None  # alternatives of each new token; None: no log-probabilities
-    num_prompt_logprobs: int | None = None  # of each prompt token but the first
-    keep_stop: bool = False  # the stop token that ends the sequence is the last of its tokens
-    policy_version: int = 0  # of the weights that it is computed with, see Engine.new_weights
-    client: str = ""  # who shares the engine fairly with others
-    priority: int = 0  # the smallest of a client's waiting requests is next
-
-    tokens: list[int] = field(default_factory=list)  # prompt, and the new tokens that the host has
-    computed: int = 0  # tokens with keys and values in the cache
-    submitted: float = field(default_factory=time.monotonic)
-    admitted: float | None = None  # time of the first admission
-    cached_tokens: int | None = None  # prompt tokens found in the prefix cache at the first admission
-    passes_in_flight: int = 0  # passes that decode it and whose tokens the host does not have yet
-    has_drafts: bool = False  # the next pass verifies draft tokens
-    cancelled: bool = False  # the next step finishes it
-    finished: str | None = None
-    error: Exception | None = None
-    logprobs: list[TokenLogprob] = field(default_factory=list)  # of the new tokens
-    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # of the prompt's tokens after the first
-    routing: Tensor | None = None  # of an engine that records it, when it has finished, see Engine
-    pages: list[int] = field(default_factory=list)
-    lane: int | None = None  # its row of the device state while it runs
-    pages_on_device: int = 0  # leading pages already in the lane's block table
-    page_hashes: list[bytes] = field(default_factory=list)  # of the full pages of tokens
-
-    def __post_init__(self):
-        self.tokens = list(self.prompt)
-        self.seed = secrets.randbits(63) if self.sampling.seed is None else self.sampling.seed
-
-    @property
-    def needs_prompt_rows(self) -> bool:
-        """Whether the log-probabilities of its prompt are incomplete: then no row of the prompt may be left out."""
-        return self.num_prompt_logprobs is not None and len(self.prompt_logprobs) < len(self.prompt) - 1
-
-    @property
-    def uncomputed(self) -> int:
-        """Tokens without keys and values; 1 if the request only has to decode."""
-        return len(self.tokens) - self.computed
-
-    @property
-    def new_tokens(self) -> list[int]:
-        return self.new_tokens_from(0)
-
-    def new_tokens_from(self, start: int) -> list[int]:
-        """The new tokens without the first `start`."""
-        return self.tokens[len(self.prompt) + start :]
-
-    @property
-    def num_new_tokens(self) -> int:
-        return len(self.tokens) - len(self.prompt)
-
-
-def token_list(name: str, tokens: Iterable[int]) -> list[int]:
-    """Token ids as ints. Raises InputError for text and for numbers that are not whole."""
-    try:
-        return [operator.index(token) for token in tokens]
-    except TypeError:
-        raise InputError(f"{name} must be token ids, which a tokenizer encodes, not {tokens!r}") from None
+from .request import DRAFT_SLACK, Request
 
 
 class Work(NamedTuple):
@@ -192,7 +106,10 @@ class Scheduler:
         return work.prefill + work.decode * (1 + self.draft)
 
     def may_decode(self, request: Request) -> bool:
-        """Whether it can still be below max_new_tokens: every pass in flight gives at least one token."""
+        """Whether it can still be below max_new_tokens: every pass in flight gives at least one token. A grammar's mask
+        needs that token, so that such a request waits for its last pass."""
+        if request.guide is not None and request.passes_in_flight:
+            return False
         return request.num_new_tokens + request.passes_in_flight < request.max_new_tokens
 
     def slots_needed(self, request: Request, work: Work) -> int:

@@ -17,6 +17,7 @@ from ..errors import InputError, warn
 from ..files import atomic_write, user_path
 from ..nn.fp8 import Fp8Linear, fits, to_fp8
 from ..nn.fp8_inference import SCALES, quantize_for_inference_
+from ..nn.lora import adapters
 from ..op import E4M3
 from ..ops.quantize import quantize_weight
 from .config import PRESETS, LingConfig
@@ -25,13 +26,13 @@ from .weight_files import SHARD_BYTES, WIDE, WIDE_NAMES, WeightReader, dequantiz
 
 
 def named_views(model: Ling) -> Iterator[tuple[str, Tensor]]:
-    """Yield (official key, view) of every weight, its FP8 scales, and the expert biases."""
+    """Yield (official key, view) of every weight, its FP8 scales, and the expert biases; adapters are left out."""
     layers = [(f"model.layers.{i}", layer) for i, layer in enumerate(model.layers)]
     layers += [(f"model.layers.{len(model.layers) + k}", mtp) for k, mtp in enumerate(model.mtp)]
     yield "model.word_embeddings.weight", model.word_embeddings.weight
     for prefix, module in layers:
         for name, p in [*module.named_parameters(), *module.named_buffers()]:
-            if not name.endswith("counts"):
+            if not name.endswith("counts") and "adapter." not in name:
                 yield from official_views(f"{prefix}.{name.removeprefix('layer.')}", p)
     yield "model.norm.weight", model.norm.weight
     for name, p in [*model.lm_head.named_parameters(), *model.lm_head.named_buffers()]:
@@ -157,8 +158,10 @@ def save_model(
 
     Every file is written atomically: shards, then the index, then config.json. Weight files of an earlier checkpoint in
     the folder (model.safetensors, model-00001-of-00002.safetensors) are removed, others are kept. Raises InputError if
-    the folder cannot be written.
+    the folder cannot be written, and for a model with adapters.
     """
+    if adapters(model):
+        raise InputError("the model has adapters: nn.merge_adapters_ adds them to its weights")
     folder, views = Path(folder), dict(named_views(model))
     types = {key: stored_dtype(key, view.dtype, dtype) for key, view in views.items()}
 

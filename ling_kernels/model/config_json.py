@@ -17,7 +17,7 @@ ASSUMED: dict[str, tuple] = {
     "router_dtype": ("fp32", "float32"), "norm_topk_prob": (True,), "moe_router_enable_expert_bias": (True,),
     "use_rmsnorm": (True,), "norm_head": (False,), "tie_word_embeddings": (False,),
     "use_bias": (False,), "use_qkv_bias": (False,), "attention_bias": (False,), "mlp_bias": (False,),
-    "use_sliding_window": (False,), "rope_interleave": (False,),
+    "use_sliding_window": (False,), "rope_interleave": (False,), "swiglu_limit": (None,), "swiglu_limits": (None,),
     "attention_dropout": (0,), "embedding_dropout": (0,), "output_dropout": (0,),
 }  # fmt: skip
 BLOCK_FP8 = dict(activation_scheme="dynamic", fmt="e4m3", quant_method="fp8", weight_block_size=[128, 128])

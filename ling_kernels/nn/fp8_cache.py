@@ -34,7 +34,7 @@ def version_of(w: Tensor) -> tuple | None:
         return None
     if w not in _numbers:
         _numbers[w] = next(_next_number)
-    return _numbers[w], _steps, w._version, w.device
+    return _numbers[w], _steps * w.requires_grad, w._version, w.device  # no optimizer changes a frozen one
 
 
 def reusable(pair: tuple[Tensor, Tensor] | None, w: Tensor) -> bool:

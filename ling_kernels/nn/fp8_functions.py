@@ -215,6 +215,35 @@ class FeedForward(torch.autograd.Function):
         return dx.to(ctx.x_dtype), dweights, d_gate_up, d_down, *[None] * ctx.num_others
 
 
+class FrozenProduct(torch.autograd.Function):
+    """x W^T in FP8 for a weight without gradient; with offsets, each expert's rows times its own weight.
+
+    With `activate` of swiglu(x, p) instead, which is quantised before it is rounded, as `FeedForward` does.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, p: Tensor | None, activate: bool, offsets: Tensor | None, *others):
+        """others: the fields of w's Fp8Weight, pow2 and the product's dtype. Gradients go to x and p."""
+        fp8, (pow2, dtype) = Fp8Weight(*others[:FIELDS]), others[FIELDS:]
+        rows = swiglu(x, p, quantize=True, pow2=pow2) if activate else quantize(x, pow2=pow2)
+        ctx.save_for_backward(offsets, *fp8.pair, *((x, p) if activate else ()))
+        ctx.fp8, ctx.x_dtype, ctx.num_others = fp8._replace(q=None, scale=None), x.dtype, len(others)
+        ctx.pow2, ctx.activate = pow2, activate
+        return product(rows, fp8.pair, offsets, dtype)
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx, dy):
+        offsets, q, scale, *activated = ctx.saved_tensors
+        dx = dp = None
+        if any(ctx.needs_input_grad[:2]):
+            w = ctx.fp8._replace(q=q, scale=scale)
+            dx = input_gradient(quantize(dy.contiguous(), pow2=ctx.pow2), w, offsets, ctx.x_dtype)
+            if ctx.activate:
+                dx, dp = swiglu_backward(dx, *activated)
+        return dx, dp, None, None, *[None] * ctx.num_others
+
+
 def row_weights(weights: Tensor | None, plan: Plan | None) -> Tensor | None:
     """weights [T, topk] in the order of the plan's rows, [S]."""
     return None if weights is None or plan is None else weights.flatten()[plan.source.long()]

@@ -11,6 +11,7 @@ last of its programs.
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from .attention import attend, block_d
 from .attention_decode_kernels import attention_decode_combine_kernel, attention_decode_kernel
 from .quantize import quantize_blocks
 from .triton_import import triton
+from .unpermute import clear_rows
 
 TILE = 64  # keys that a program has at least, except with fp32
 
@@ -71,35 +73,40 @@ def attention_decode(
 def attention_decode_ref(q, cache, block_table, lengths, scale):
     B, n, Hq, D = q.shape
     num_blocks, block_size, Hkv, _ = cache.k.shape
-    N = block_table.shape[1] * block_size
-    if B and values_on_host(lengths):  # cells past the longest sequence need not be read
-        N = min(N, int(lengths.max()))
-    if not (B and N and num_blocks):
+    columns = block_table.shape[1]
+    if B and values_on_host(lengths):  # pages past the longest sequence need not be read
+        columns = min(columns, -(-int(lengths.max()) // block_size))
+    if not (B and columns and block_size and num_blocks):
         return torch.zeros_like(q)
-    pages = block_table[:, : -(-N // block_size)].long()
-    pages = pages.clamp(0, num_blocks - 1)  # entries past a sequence's length may hold anything
-    key = torch.arange(N, device=q.device)
+    pages, N = block_table[:, :columns].clamp(0, num_blocks - 1), columns * block_size  # those at the end: anything
     k, v = (
-        read_cells(cells, scales, pages, upcast(q).dtype).flatten(1, 2)[:, :N]  # [B, N, Hkv, D]
+        read_cells(cells, scales, pages, upcast(q).dtype)  # [B, columns, block_size, Hkv, D]
         for cells, scales in ((cache.k, cache.k_scale), (cache.v, cache.v_scale))
     )
-    if not values_on_host(lengths) or int(lengths.min()) < N:
-        unused = (key >= lengths[:, None])[:, :, None, None]  # their P is 0, but 0 * NaN is NaN
-        v = v.masked_fill(unused, 0)
-    token = torch.arange(n, device=q.device).repeat_interleave(Hq // Hkv)
-    hidden = key > (lengths[:, None] - n + token)[:, :, None]  # [B, n * G, N]
+    ends = lengths[:, None] - torch.arange(n - 1, -1, -1, device=q.device)  # [B, n]: how many keys each token sees
+    hidden = torch.arange(N, device=q.device) >= ends[..., None]  # [B, n, N]
+    clear_rows(v.view(B * N, -1), hidden[:, -1].flatten())  # what no token sees: P is 0 there, but 0 * NaN is NaN
+    # A product with a transposed view would copy it element by element.
+    k, v = (x.view(B, N, Hkv, D).transpose(1, 2).contiguous() for x in (k, v))
+    if n > 1:
+        hidden = hidden.repeat_interleave(Hq // Hkv, 1)
     rows = upcast(q).view(B, n, Hkv, -1, D).transpose(1, 2).flatten(2, 3)  # [B, Hkv, n * G, D]
     with torch.autocast(q.device.type, enabled=False):
-        out, _ = attend(rows, k.transpose(1, 2), v.transpose(1, 2), hidden[:, None], scale, q.dtype)
+        out, _ = attend(rows, k, v, hidden[:, None], scale, q.dtype)
     return out.view(B, Hkv, n, -1, D).transpose(1, 2).reshape(q.shape).to(q.dtype)
 
 
 def read_cells(cells: Tensor, scale: Tensor | None, index: Tensor, dtype: torch.dtype) -> Tensor:
     """cells[index] in dtype, dequantised if there is a scale."""
     if scale is None:
-        return cells[index].to(dtype)
-    x = cells.view(torch.uint8)[index].view(E4M3).to(torch.promote_types(dtype, torch.float32))
-    return (x * scale[index][..., None]).to(dtype)
+        return rows_at(cells, index).to(dtype)
+    x = rows_at(cells.view(torch.uint8), index).view(E4M3).to(torch.promote_types(dtype, torch.float32))
+    return (x * rows_at(scale, index)[..., None]).to(dtype)
+
+
+def rows_at(x: Tensor, index: Tensor) -> Tensor:
+    """x[index]. On a CPU index_select copies whole rows, and indexing element by element."""
+    return x.index_select(0, index.flatten()).view(*index.shape, *x.shape[1:])
 
 
 def append(cache: KVCache, k: Tensor, v: Tensor, slots: Tensor) -> None:
@@ -110,6 +117,11 @@ def append(cache: KVCache, k: Tensor, v: Tensor, slots: Tensor) -> None:
     """
     expect(k.ndim == 3 and k.shape == v.shape, "k and v [T, Hkv, D]", k, v)
     expect_slots(cache, slots, *k.shape)
+    write(cache, k, v, slots)
+
+
+def write(cache: KVCache, k: Tensor, v: Tensor, slots: Tensor) -> None:
+    """`append` of what has been checked."""
     for x, cells, scales in ((k, cache.k, cache.k_scale), (v, cache.v, cache.v_scale)):
         x = x.detach()
         if scales is None:
@@ -156,11 +168,15 @@ def expect_table(block_table: Tensor, lengths: Tensor, q: Tensor, cache: KVCache
     expect(ints and fits, "block_table [B, max_blocks] and lengths [B], int32", block_table, lengths, q)
     if not values_on_host(lengths):
         return
-    num_blocks, block_size = cache.k.shape[:2]
-    fits = (lengths >= 0) & (lengths <= block_table.shape[1] * block_size)
-    expect(bool(fits.all()), "lengths that block_table holds", lengths.tolist(), block_table, block_size)
-    used = block_table[torch.arange(block_table.shape[1]) * block_size < lengths[:, None]]
-    expect(bool(((used >= 0) & (used < num_blocks)).all()), f"pages in 0..{num_blocks - 1}", used.tolist())
+    (num_blocks, block_size), columns = cache.k.shape[:2], block_table.shape[1]
+    table, ends = block_table.numpy(), lengths.numpy()  # on few numbers numpy takes a fifth of torch's time
+    if not table.size:
+        return expect(not ends.any(), "lengths that block_table holds", lengths, block_table)
+    fits = ends.min() >= 0 and ends.max() <= columns * block_size
+    expect(fits, "lengths that block_table holds", ends, block_table, block_size)
+    if table.min() < 0 or table.max() >= num_blocks:  # columns past a sequence's end may hold anything
+        used = table[np.arange(columns) * block_size < ends[:, None]]
+        expect(((0 <= used) & (used < num_blocks)).all(), f"pages in 0..{num_blocks - 1}", used.tolist())
 
 
 def scratch(out: Tensor, cache: KVCache, block_table: Tensor, appends: bool = False) -> tuple[Tensor, Tensor]:

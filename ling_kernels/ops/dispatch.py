@@ -88,6 +88,14 @@ def counts_of(experts: Tensor, num_experts: int) -> Tensor:
     return torch.bincount(experts.flatten().clamp(min=-1) + 1, minlength=num_experts + 1)[1:].int()
 
 
+def counts_here(experts: Tensor, number: int) -> Tensor:
+    """How often each of experts 0 to number - 1 was chosen, [number] int32; -1 are choices of experts elsewhere. The
+    host does not wait."""
+    counts = experts.new_zeros(number + 1, dtype=torch.int32)  # the last: choices of experts elsewhere
+    chosen = experts.where(experts >= 0, number).flatten().long()
+    return counts.scatter_add_(0, chosen, torch.ones_like(chosen, dtype=torch.int32))[:number]
+
+
 def exclusive_sum(counts: Tensor) -> Tensor:
     """[E] -> [E + 1] int32, starting at 0."""
     ends = counts.cumsum(0, dtype=torch.int32)

@@ -31,6 +31,7 @@ def grouped_gemm_fp8(
     swiglu: bool = False,
     dtype: torch.dtype = torch.bfloat16,
     transposed: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """a [S, K] e4m3, a_scale [S, K/128], b [E, N, K] e4m3, b_scale [E, N/128, K/128], offsets [E + 1] int32 -> [S, N].
 
@@ -39,6 +40,7 @@ def grouped_gemm_fp8(
     rounded in between; dtype is then ignored.
     transposed, without these: b is [E, K, N] and b_scale [E, K/128, N/128], weights as the forward pass has them, and
     the result is a b[e], as its backward pass wants it. csrc/ transposes the tiles it has loaded; Triton a whole copy.
+    out [S, N] bf16 or fp32, without swiglu: the result is written to it and returned; dtype is then ignored.
     Rows past offsets[E] are undefined. Not differentiable. Raises ValueError for operands that do not fit.
     Backend torch reads the offsets on the host.
     """
@@ -51,9 +53,11 @@ def grouped_gemm_fp8(
         expect_plan(gather, T=len(a))
     expect(not swiglu or b.shape[1] % 256 == 0, "N % 256 == 0 for swiglu", b)
     expect_offsets(offsets, len(b), len(a) if gather is None else len(gather.source))
-    if use_reference("grouped_gemm_fp8", a, a_scale, b_scale, unsupported=no_columns(a)):
-        return grouped_gemm_fp8_ref(a, a_scale, b, b_scale, offsets, gather, swiglu, dtype, transposed)
     S, N = len(a) if gather is None else len(gather.source), bt.shape[1]
+    expect(out is None or not swiglu, "out without swiglu", out, swiglu)
+    expect_out(out, (S, N))
+    if use_reference("grouped_gemm_fp8", a, a_scale, b_scale, out, unsupported=no_columns(a)):
+        return grouped_gemm_fp8_ref(a, a_scale, b, b_scale, offsets, gather, swiglu, dtype, transposed, out)
     a, b, source, topk = row_major(a), b.contiguous(), None, 1
     if gather is None:
         a_scale = column_major(a_scale)
@@ -63,13 +67,13 @@ def grouped_gemm_fp8(
         y = torch.empty(S, N // 2, dtype=E4M3, device=a.device)
         y_scale = a_scale.new_empty(N // 2 // BLOCK, round_up(S, 4)).T[:S]
     else:
-        y, y_scale = torch.empty(S, N, dtype=dtype, device=a.device), None
+        y, y_scale = torch.empty(S, N, dtype=dtype, device=a.device) if out is None else out, None
     grouped_gemm_fp8_fwd(a, a_scale, b, b_scale, offsets, source, topk, y, y_scale, transposed)
     return (y, y_scale) if swiglu else y
 
 
 def grouped_gemm_fp8_ref(
-    a, a_scale, b, b_scale, offsets, gather=None, swiglu=False, dtype=torch.bfloat16, transposed=False
+    a, a_scale, b, b_scale, offsets, gather=None, swiglu=False, dtype=torch.bfloat16, transposed=False, out=None
 ):
     if transposed:
         b, b_scale = b.mT, b_scale.mT
@@ -80,6 +84,8 @@ def grouped_gemm_fp8_ref(
     grouped_gemm_fp8_ref_fwd(a, a_scale, b, b_scale, offsets, y)
     if swiglu:
         return swiglu_ref(y, quantize=True)
+    if out is not None:
+        return out.copy_(y)
     return y if y.dtype == torch.float64 else y.to(dtype)
 
 
@@ -118,13 +124,26 @@ def grouped_gemm_fp8_fwd(
     launch_gemm_fp8(a, a_scale, b, b_scale, y, y_scale, offsets, source=source, topk=topk)
 
 
+def expect_out(out: Tensor | None, shape: tuple[int, ...]) -> None:
+    """Check a tensor that the caller gives for the result."""
+    fits = out is None or (out.shape == shape and out.dtype in (torch.bfloat16, torch.float32) and out.is_contiguous())
+    expect(fits, f"out {list(shape)}, bf16 or fp32, contiguous", out)
+
+
 def grouped_gemm_fp8_masked(
-    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, counts: Tensor, dtype: torch.dtype = torch.bfloat16
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    counts: Tensor,
+    dtype: torch.dtype = torch.bfloat16,
+    out: Tensor | None = None,
 ) -> Tensor:
     """a [E, max_m, K] e4m3, a_scale [E, max_m, K/128], b [E, N, K], b_scale [E, N/128, K/128] -> [E, max_m, N].
 
     Expert e owns the first counts[e] rows of its slab, counts [E] int32 on the device; the others are not read and
     undefined in the result. The layout of low-latency expert parallelism and of decode graphs. Not differentiable.
+    out [E, max_m, N] bf16 or fp32: the result is written to it and returned; dtype is then ignored.
     Raises ValueError for operands that do not fit.
     """
     expect_fp8(a, a_scale, b, b_scale)
@@ -132,18 +151,21 @@ def grouped_gemm_fp8_masked(
     expect(counts.shape == (len(b),) and counts.dtype == torch.int32, "counts [E] int32", counts, b)
     if values_on_host(counts):
         expect(bool(((counts >= 0) & (counts <= a.shape[1])).all()), "counts between 0 and max_m", counts, a)
-    if use_reference("grouped_gemm_fp8_masked", a, a_scale, b_scale, unsupported=no_columns(a)):
-        return grouped_gemm_fp8_masked_ref(a, a_scale, b, b_scale, counts, dtype)
-    y = torch.empty(*a.shape[:2], b.shape[1], dtype=dtype, device=a.device)
+    expect_out(out, (*a.shape[:2], b.shape[1]))
+    if use_reference("grouped_gemm_fp8_masked", a, a_scale, b_scale, out, unsupported=no_columns(a)):
+        return grouped_gemm_fp8_masked_ref(a, a_scale, b, b_scale, counts, dtype, out)
+    y = torch.empty(*a.shape[:2], b.shape[1], dtype=dtype, device=a.device) if out is None else out
     a_scale = column_major(a_scale.flatten(0, 1)).unflatten(0, a.shape[:2])
     grouped_gemm_fp8_masked_fwd(a.contiguous(), a_scale, b.contiguous(), b_scale, counts, y)
     return y
 
 
-def grouped_gemm_fp8_masked_ref(a, a_scale, b, b_scale, counts, dtype=torch.bfloat16):
+def grouped_gemm_fp8_masked_ref(a, a_scale, b, b_scale, counts, dtype=torch.bfloat16, out=None):
     y = scaled_product(a, a_scale, b, b_scale)
     other = torch.arange(a.shape[1], device=a.device) >= counts[:, None]
     y = y.masked_fill(other[..., None], 0)
+    if out is not None:
+        return out.copy_(y)
     return y if y.dtype == torch.float64 else y.to(dtype)
 
 

@@ -112,9 +112,7 @@ def expert_mlp(
     expect_plan(plan, T=len(x))
     fits = weights is None or (weights.shape == plan.slot.shape and weights.dtype in (torch.float32, torch.float64))
     expect(fits, "weights [T, topk] fp32", weights, plan.slot)
-    folded = None
-    if fold_weights and weights is not None:  # a choice not routed here has no gradient, whatever its row holds
-        folded = weights.masked_fill(plan.slot < 0, 0).flatten()[plan.source.long()]
+    folded = weights_of_rows(weights, plan) if fold_weights else None
     if isinstance(w_gate_up, tuple):
         # The GEMM gathers its rows of x. Without folded weights it writes only the quantised SwiGLU.
         x_q, x_scale = quantize(x)
@@ -125,6 +123,14 @@ def expert_mlp(
         h = grouped_gemm(permute(x, plan), w_gate_up, plan.offsets)
         h = grouped_gemm(swiglu(h, folded), w_down, plan.offsets)
     return unpermute(h, plan, None if fold_weights else weights)
+
+
+def weights_of_rows(weights: Tensor | None, plan: Plan) -> Tensor | None:
+    """weights [T, topk] in the order of the plan's rows, [S], with their gradient."""
+    if weights is None:
+        return None
+    # a choice not routed here has no gradient, whatever its row holds
+    return weights.masked_fill(plan.slot < 0, 0).flatten()[plan.source.long()]
 
 
 def linear(x: Tensor, w: Weight) -> Tensor:

@@ -11,13 +11,13 @@ from torch import Tensor
 from ..op import E4M3, expect, op, use_reference, values_on_host
 from .attention_decode import (
     KVCache,
-    append,
     attention_decode_ref,
     expect_cache,
     expect_table,
     launch_decode,
     scratch,
     unsupported_cache,
+    write,
 )
 from .qk_norm_rope import expect_norm, qk_norm_rope_ref, unsupported_heads
 from .quantize import BLOCK, empty_fp8, quantize_ref
@@ -99,12 +99,16 @@ def qk_norm_attention_decode_ref(
 def attend_and_append(qkv, q_weight, k_weight, cos, sin, cache, block_table, lengths, scale, eps):
     B, n, _, D = qkv.shape
     num_blocks, block_size, Hkv, _ = cache.k.shape
-    position = lengths[:, None] - n + torch.arange(n, device=qkv.device)  # [B, n]
+    position = lengths[:, None] + torch.arange(-n, 0, device=qkv.device)  # [B, n]
     q, k, v = qk_norm_rope_ref(
         qkv.flatten(0, 1), q_weight, k_weight, cos, sin, position.flatten().clamp(min=0), Hkv, eps
     )
-    page = block_table.gather(1, (position // block_size).clamp(0, block_table.shape[1] - 1)).long()
-    real = (position >= 0) & (position < block_table.shape[1] * block_size) & (page >= 0) & (page < num_blocks)
+    column = position // block_size
+    page = block_table.gather(1, column.clamp(0, block_table.shape[1] - 1)).long()
+    if values_on_host(lengths):  # whose table has been checked
+        real = position >= 0
+    else:
+        real = (position >= 0) & (column < block_table.shape[1]) & (page >= 0) & (page < num_blocks)
     slots = torch.where(real, page * block_size + position % block_size, -1)
     append_some(k, v, slots.flatten(), *cache)
     scale = D**-0.5 if scale is None else scale
@@ -116,11 +120,11 @@ def append_some(
     k: Tensor, v: Tensor, slots: Tensor,
     k_cache: Tensor, v_cache: Tensor, k_scale: Tensor | None, v_scale: Tensor | None,
 ) -> None:  # fmt: skip
-    """`append` of the rows whose slot is not negative. An op, because a compiler does not know their number."""
+    """`write` of the rows whose slot is not negative. An op, because a compiler does not know their number."""
     real = slots >= 0
-    if bool(real.all()):
-        real = slice(None)  # on a CPU a mask costs more than the rows
-    append(KVCache(k_cache, v_cache, k_scale, v_scale), k[real], v[real], slots[real])
+    if not bool(real.all()):  # on a CPU a mask costs more than the rows
+        k, v, slots = k[real], v[real], slots[real]
+    write(KVCache(k_cache, v_cache, k_scale, v_scale), k, v, slots)
 
 
 def unsupported(

@@ -10,7 +10,7 @@ NAME.KEY[:,0:64] for columns, so that it loads wherever a process holds other ro
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +36,7 @@ from .parts import Piece, held, pieces
 from .ranks import Ranks
 from .shares import Shares
 
-MODEL, OPTIMIZER = "model", "optimizer"  # stems of files
+MODEL, OPTIMIZER, ADAPTER = "model", "optimizer", "adapter_model"  # stems of files; the last is peft's
 
 
 @dataclass
@@ -46,7 +46,8 @@ class OwnPart:
     weights: dict[str, Tensor] = field(default_factory=dict)  # by official key
     pieces: list[Piece] = field(default_factory=list)  # of keys of which other processes hold the rest
     optimizer: dict[str, Tensor] = field(default_factory=dict)
-    keys: list[str] = field(default_factory=list)  # all official keys of the whole model, sorted
+    keys: list[str] = field(default_factory=list)  # of all weights that all processes write, sorted
+    stem: str = MODEL  # of the weights' files
 
     def tensors(self) -> Iterator[Tensor]:
         yield from self.weights.values()
@@ -56,27 +57,36 @@ class OwnPart:
     def bytes(self) -> int:
         return sum(t.numel() * t.itemsize for t in self.tensors())
 
-    def on_host(self, dtype: torch.dtype | None = None) -> "OwnPart":
-        """Copies on the host, which later steps do not change. dtype: of the weights; None: their own."""
+    def on_host(
+        self, dtype: torch.dtype | None = None, change: Callable[[str, Tensor], Tensor] | None = None
+    ) -> "OwnPart":
+        """Copies on the host, which later steps do not change. dtype: of the weights; None: their own. change: of a key
+        and its whole tensor, makes the one to write."""
 
         def copy(key: str, t: Tensor) -> Tensor:
             kind = None if dtype is None else stored_dtype(key, t.dtype, dtype)
             return t.to("cpu", kind, copy=True).contiguous()
 
         return OwnPart(
-            {key: copy(key, t) for key, t in self.weights.items()},
+            {key: copy(key, change(key, t) if change else t) for key, t in self.weights.items()},
             [piece._replace(tensor=copy(piece.official.key, piece.tensor)) for piece in self.pieces],
             {key: t.to("cpu", copy=True).contiguous() for key, t in self.optimizer.items()},
             self.keys,
+            self.stem,
         )
 
 
-def own_part(shares: Shares, moments: dict[str, Tensor]) -> OwnPart:
-    """The tensors themselves that this process writes. moments: the optimizer's state, named NAME.KEY."""
-    owned = shares.owned()
+def own_part(shares: Shares, moments: dict[str, Tensor], base: bool = False) -> OwnPart:
+    """The tensors themselves that this process writes: of a model with adapters these alone, as no others change; base:
+    the weights beside them. moments: the optimizer's state, named NAME.KEY."""
+    owned, of_adapters = shares.owned(), bool(shares.adapters) and not base
     mine = {name: t for name, t in held(shares.model) if name in owned}
-    part = OwnPart(keys=sorted(official.key for p in shares.official.values() for official in p.keys))
-    for piece in pieces(shares, ((name, mine[name]) for name in shares.official if name in mine)):
+    names = [name for name in shares.official if (name in shares.adapters) == of_adapters]
+    keys = sorted(official.key for name in names for official in shares.official[name].keys)
+    part = OwnPart(keys=keys, stem=ADAPTER if of_adapters else MODEL)
+    for piece in pieces(shares, ((name, mine[name]) for name in names if name in mine)):
+        if of_adapters:  # a file does not take one tensor under the keys of gate and up
+            piece = piece._replace(tensor=piece.tensor.clone())
         if piece.is_whole:
             part.weights[piece.official.key] = piece.tensor
         else:
@@ -221,8 +231,8 @@ def collect_(part: OwnPart, ranks: Ranks) -> None:
 def write_files(folder: Path, part: OwnPart, ranks: Ranks, optimizer: bool = True) -> list[str]:
     """Write this process's files into a folder that is there, rank 0 also the indices; returns their names. Every
     process calls it. Raises InputError on all of them where one cannot write."""
-    tensors = {MODEL: part.weights, OPTIMIZER: part.optimizer}
-    shards = {MODEL: shards_of(sizes(part.weights), SHARD_BYTES)}
+    tensors = {part.stem: part.weights, OPTIMIZER: part.optimizer}
+    shards = {part.stem: shards_of(sizes(part.weights), SHARD_BYTES)}
     if optimizer:
         shards[OPTIMIZER] = shards_of(sizes(part.optimizer), SHARD_BYTES if ranks.size > 1 else None)
         if ranks.first and not shards[OPTIMIZER]:  # before the first step
@@ -242,7 +252,7 @@ def write_files(folder: Path, part: OwnPart, ranks: Ranks, optimizer: bool = Tru
         for stem in shards if ranks.first else ():
             whole = [(key, name) for theirs in everyone for name, keys in theirs[stem].items() for key in keys]
             times = Counter(key for key, _ in whole)
-            if stem == MODEL and times != Counter(part.keys):
+            if stem == part.stem and times != Counter(part.keys):
                 wrong = min(key for key in {*times, *part.keys} if times[key] != 1)
                 raise InputError(f"{times[wrong]} processes write {wrong}: it must be one")
             # vLLM and SGLang read every .safetensors file of a folder without an index, also the optimizer's.

@@ -17,8 +17,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..nn import MoE
 from ..op import first_derivative_only
-from ..ops.dispatch import Plan, dispatch
-from .exchange import counts_here
+from ..ops.dispatch import Plan, counts_here, dispatch
 
 
 def deep_ep(group: dist.ProcessGroup, hidden: int, topk: int, tokens: int) -> Callable[[MoE], "DeepEP"]:

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..errors import InputError
 from ..nn import Exchange, Experts, MoE
 from ..op import E4M3, first_derivative_only
-from ..ops.dispatch import Plan, dispatch
+from ..ops.dispatch import Plan, counts_here, dispatch
 from ..ops.permute import permute, permute_quantize
 from ..ops.quantize import BLOCK
 from ..ops.unpermute import unpermute
@@ -127,14 +127,6 @@ class ByNodes:
         crossing, (there, here) = plan.crossing
         rows = Send.apply(self.inside.combine(y, plan), here, there, self.between)
         return unpermute(with_unrouted(rows, crossing), crossing)
-
-
-def counts_here(experts: Tensor, number: int) -> Tensor:
-    """How often each of experts 0 to number - 1 was chosen, [number] int32; -1 are choices of experts elsewhere. The
-    host does not wait."""
-    counts = experts.new_zeros(number + 1, dtype=torch.int32)  # the last: choices of experts elsewhere
-    chosen = experts.where(experts >= 0, number).flatten().long()
-    return counts.scatter_add_(0, chosen, torch.ones_like(chosen, dtype=torch.int32))[:number]
 
 
 class SendFp8(torch.autograd.Function):

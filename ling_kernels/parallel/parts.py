@@ -66,13 +66,18 @@ def read_weights_(shares: Shares, folder: Path) -> None:
     wanted = [*pieces(shares, held(shares.model))]
     with WeightReader(folder) as reader:
         reader.refuse_two_checkpoints()
-        check_shapes(((piece.official.key, piece.official.shape) for piece in wanted), reader)
-        for piece in sorted(wanted, key=lambda piece: str(reader.files[piece.official.key])):  # one file at a time
-            piece.tensor.copy_(reader.wide(piece.official.key, piece.box))
+        read_pieces_(reader, wanted)
         if shares.ranks.first:
             used = {official.key for parameter in shares.official.values() for official in parameter.keys}
             scales = {key + SCALES for key in used} & reader.files.keys()
             check_unused(folder, reader, used | scales)
+
+
+@torch.no_grad()
+def read_pieces_(reader: WeightReader, wanted: list[Piece]) -> None:
+    check_shapes(((piece.official.key, piece.official.shape) for piece in wanted), reader)
+    for piece in sorted(wanted, key=lambda piece: str(reader.files[piece.official.key])):  # one file at a time
+        piece.tensor.copy_(reader.wide(piece.official.key, piece.box))
 
 
 @torch.no_grad()

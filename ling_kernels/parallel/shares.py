@@ -51,7 +51,7 @@ class Shares:
         exchange: str | Callable[[MoE], Exchange] = "bf16",
     ):
         self.model, self.ranks, self.config = model, ranks, model.config
-        self.names = [name for name, _ in model.named_parameters()]
+        self.names = [name for name, _ in model.named_parameters()]  # of the whole model's trained ones
         self.modules = {name for name, _ in model.named_modules()}
         self.routers = [name for name, module in model.named_modules() if isinstance(module, Router)]
         # By name, as a parameter may become another object on its way to a GPU: how it is divided, the group of those
@@ -73,16 +73,30 @@ class Shares:
             self.divided |= dict.fromkeys(VOCABULARY, ranks.vocabulary)
         self.pipeline = pipeline() if pipeline else None
         self.counted_elsewhere = self.pipeline.held_before() if self.pipeline else set()
+        self.adapters: set[str] = set()  # of the whole model: nothing else is trained where there are any
+        self.choose_owners()
+
+    def choose_owners(self) -> None:
+        ranks, loads = self.ranks, dict[dist.ProcessGroup | None, list[int]]()
         self.group: dict[str, dist.ProcessGroup | None] = {}
         self.owner: dict[str, int] = {}
-        loads: dict[dist.ProcessGroup | None, list[int]] = {}
-        for name, p in model.named_parameters():
+        for name, p in self.model.named_parameters():
             group = self.group[name] = self.divided[name].twins if name in self.divided else ranks.replicas
             load = loads.setdefault(group, [0] * (dist.get_world_size(group) if group else 1))
             # Stages that hold the same weight have its owner at the same place, so that its sums have the same order.
             several = VOCABULARY.index(name) % len(load) if ranks.pp > 1 and name in VOCABULARY else None
             self.owner[name] = load.index(min(load)) if several is None else several
             load[self.owner[name]] += p.numel()
+
+    def add_adapters_(self, keys: dict[str, Parameter]) -> None:
+        """Take in adapters (adapters.py), which the model has. keys: of the whole model's, by name."""
+        self.adapters, self.names = {*keys}, [*keys]
+        self.official.update(keys)
+        if self.ranks.experts.group is not None:
+            of_experts = expert_parameters(self.model)
+            named = {name for name, p in self.model.named_parameters() if p in of_experts}
+            self.divided |= dict.fromkeys(named, self.ranks.experts)
+        self.choose_owners()
 
     @cached_property
     def official(self) -> dict[str, Parameter]:
@@ -97,8 +111,9 @@ class Shares:
         return replica // number == self.owner[name]
 
     def shared(self) -> list[tuple[nn.Parameter, int, dist.ProcessGroup]]:
-        """Parameters that other ranks hold too, with the owner's rank among all and the group."""
-        found = ((p, self.group[name], self.owner[name]) for name, p in self.model.named_parameters())
+        """Trained parameters that other ranks hold too, with the owner's rank among all and the group."""
+        named = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+        found = ((p, self.group[name], self.owner[name]) for name, p in named)
         return [(p, dist.get_global_rank(group, owner), group) for p, group, owner in found if group is not None]
 
     @contextmanager
@@ -123,7 +138,7 @@ class Shares:
             self.begin_sum(*shared)
 
     def to_sum(self) -> list[tuple[nn.Parameter, int, dist.ProcessGroup]]:
-        return [shared for shared in self.shared() if shared[0].requires_grad][::-1]
+        return self.shared()[::-1]
 
     def begin_sum(self, p: nn.Parameter, owner: int, group: dist.ProcessGroup) -> None:
         if p.grad is None:  # this rank had no token for it

@@ -59,6 +59,8 @@ def show(options: dict, layout: str | None, gpu_hour: float | None = None) -> in
         raise InputError(f"--gpu-hour {gpu_hour}: a price is more than 0")
     settings = settings_of(options)
     given, layout = layout, layout_of(settings) if layout is None else Layout.parse(layout)
+    if settings.lora_rank:
+        raise InputError(f"a plan does not know adapters: leave --lora-rank {settings.lora_rank} out")
     config, weights = model_config(settings)
     settings, _ = with_defaults(settings, config, trained=weights is not None)
     check(settings, config)

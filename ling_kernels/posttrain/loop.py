@@ -6,13 +6,10 @@ them in processes of their own; `updates` optimizer steps follow, each over its 
 
 import argparse
 import copy
-import json
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
-from functools import partial
-from math import isfinite
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
@@ -20,42 +17,28 @@ import torch
 from torch import Tensor
 
 from ..errors import Diverged, InputError
-from ..files import atomic_write, lock_folder, read_json, user_path
 from ..generate import Engine
-from ..model import Ling, load_model, save_model
 from ..nn.batch_invariant import batch_invariant_
-from ..ops.grad_norm import grad_norm
-from ..parallel.ranks import Ranks
-from ..parallel.shares import Shares
-from ..tokenizer import load_tokenizer
-from ..train import checkpoint as ckpt
-from ..train.optimizer import OPTIMIZERS, clipped_step, make_optimizer
-from ..train.prepare.device import choose_device, deterministic
-from ..train.prepare.run import make_folder
-from ..train.saving import kept, snapshot, write
-from ..train.schedule import learning_rate
-from ..train.settings import Settings, flag
-from ..train.values import check_bounds, plain
+from ..train.prepare.device import deterministic
+from ..train.settings import flag
+from .learner import MAX_BAD, Learner, LearnerSettings
 from .policy import ICEPOP, METHODS, PolicyLoss, group_advantages, icepop, policy_loss
 from .reward_processes import RewardProcesses, Score
 from .rewards import evo_cot_rewards
-from .rollout import Answer, answer_logp, rollout
+from .rollout import Answer, rollout
 from .sentences import sentence_lengths
 from .tasks import TASKS, Problem, exact
 
-SETTINGS = "settings.json"
 PROMPT = 256  # tokens for which the engine's cache has room in each answer; with longer prompts fewer run at once
 RIGHT = 0.5  # a reward above counts as correct
-MAX_BAD = 5  # skipped updates in a row that stop the run
 
 
 @dataclass(frozen=True)
-class LoopSettings:
+class LoopSettings(LearnerSettings):
     """Settings of a loop, named as the flags of `python -m ling_kernels.posttrain.rl`."""
 
     task: str = flag("sorting", "where the problems come from", choices=tuple(TASKS))
     method: str = flag("lpo", "the policy loss", choices=tuple(METHODS))
-    steps: int = flag(100, "steps of the whole run: answers, rewards and updates", least=1)
     prompts: int = flag(16, "problems of a step", least=1)
     samples: int = flag(8, "answers to each problem, a group", least=2)
     updates: int = flag(2, "optimizer steps of a step, each over its share of the problems", least=1)
@@ -75,28 +58,18 @@ class LoopSettings:
     )  # fmt: skip
     evo_cot: float | None = flag(None, "Evo-CoT's reward, with this weight of the length", least=0, shown="off")
     kl: float = flag(0.0, "weight of the divergence from the model at the start", least=0)
-    optimizer: str = flag("adamw", "the trainer's", choices=OPTIMIZERS)
-    lr: float = flag(2e-4, "learning rate", above=0)
-    warmup: int = flag(5, "updates until the learning rate is reached", least=0)
-    weight_decay: float = flag(0.0, "on matrices and embeddings", least=0)
-    clip: float = flag(1.0, "gradient norm above which gradients are scaled down; 0: never", least=0)
     reward_timeout: float = flag(5.0, "seconds after which a reward function counts as failed", above=0)
     reward_processes: int = flag(2, "processes that compute rewards", least=1)
-    seed: int = flag(0, "seed of problems and answers", least=0)
-    save_every: int = flag(50, "steps between checkpoints; 0: only at the end", least=0)
-    keep: int = flag(2, "checkpoints to keep; 0: all", least=0)
-    device: str = flag("auto", "auto uses a GPU where torch finds one", choices=("auto", "cpu", "cuda"))
-    precision: str = flag("auto", "bf16 on a GPU, fp32 on a CPU, unless given", choices=("auto", "fp32", "bf16"))
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            object.__setattr__(self, f.name, plain(f, getattr(self, f.name)))
-        check_bounds(self)
+        super().__post_init__()
         if self.prompts % self.updates:
             raise InputError(f"--updates {self.updates} does not divide --prompts {self.prompts}")
+        if self.batch_invariant and self.lora_rank:
+            raise InputError(f"--batch-invariant with --lora-rank {self.lora_rank}: adapters' products are not pinned")
 
 
-class Loop:
+class Loop(Learner):
     """Trains a model on problems that a function can judge; `python -m ling_kernels.posttrain.rl` is a loop over it.
 
         loop = Loop(LoopSettings(task="arithmetic", steps=100), "runs/start/model", out="runs/mine")
@@ -115,6 +88,8 @@ class Loop:
     Raises InputError for what cannot work, before anything is written.
     """
 
+    kind, key, about = LoopSettings, "loop", "a loop of reinforcement learning"
+
     def __init__(
         self,
         settings: LoopSettings,
@@ -123,11 +98,8 @@ class Loop:
         problems: Callable[[Random], Problem] | None = None,
         reward: Callable[..., float] | str = exact,
     ):
-        source = str(Path(model).absolute())
-        self._begin(settings, Path(model), source, problems, reward)
-        self.folder, _ = make_folder(out, source, restart=False, again="--resume")
-        self.lock = lock_folder(self.folder)
-        self._write_settings()
+        self._begin(settings, Path(model), str(Path(model).absolute()), problems=problems, reward=reward)
+        self._new_folder(out)
 
     @classmethod
     def resume(
@@ -139,43 +111,18 @@ class Loop:
     ) -> "Loop":
         """Continue a run from its latest checkpoint, or from the checkpoint that `run` names, with more `steps`. A run
         that stopped before its first checkpoint begins again."""
-        path = user_path(run)
-        if (path / SETTINGS).is_file() and not ckpt.list_checkpoints(path):
-            folder, checkpoint, saved = path.resolve(), None, read_json(path / SETTINGS)
-            state = dict(loop=saved, source=saved.pop("model", ""), step=0)
-        else:
-            folder, checkpoint = ckpt.locate(str(run))
-            state = ckpt.read_state(checkpoint)
-        if not isinstance(state.get("loop"), dict):
-            raise InputError(f"{checkpoint} is no checkpoint of a loop of reinforcement learning")
-        try:
-            settings = LoopSettings(**state["loop"] | ({} if steps is None else dict(steps=steps)))
-        except TypeError as error:
-            raise InputError(f"{checkpoint or path}: settings that this version does not know: {error}") from None
-        if settings.steps < state["step"]:
-            raise InputError(f"--steps {settings.steps}: {checkpoint} has done {state['step']} already")
-        loop = cls.__new__(cls)
-        loop._begin(settings, checkpoint or user_path(state["source"]), state["source"], problems, reward)
-        loop.folder, loop.lock = folder, lock_folder(folder)
-        if checkpoint:
-            ckpt.restore(checkpoint, loop.shares, loop.optimizer)
-            loop.step_done, loop.tokens, loop.bad = state["step"], state["tokens"], state["bad"]
-            loop.engine.policy_version = state["step"]
-            ckpt.set_aside_later(folder, checkpoint)
-        loop._write_settings()
+        loop = cls._resumed(run, steps, problems=problems, reward=reward)
+        loop.engine.policy_version = loop.step_done
         return loop
 
-    def _begin(self, settings: LoopSettings, folder: Path, source: str, problems, reward) -> None:
-        s = self.settings = settings
-        self.source, self.problems = source, problems or TASKS[s.task]
-        self.device, self.device_name, self.precision = choose_device(Settings(device=s.device, precision=s.precision))
-        self.tokenizer = load_tokenizer(folder)
-        self.model = load_model(folder, dtype=torch.float32, device=self.device).train()
+    def _begin(self, settings, folder, source, state=None, problems=None, reward=exact) -> None:
+        super()._begin(settings, folder, source, state)
+        s = self.settings
+        self.problems = problems or TASKS[s.task]
         if s.batch_invariant:
             if self.precision != torch.float32:
                 raise InputError("--batch-invariant is for --precision fp32")
             batch_invariant_(self.model)
-        self.shares = Shares(self.model, Ranks())  # of one process
         shared = self.precision == torch.float32
         actor = self.model if shared else copy.deepcopy(self.model).to(self.precision)
         answers = s.prompts * s.samples
@@ -184,17 +131,9 @@ class Loop:
             actor, cache_tokens=answers * room, max_running=answers, max_rows=max(answers, 2048),
             record_routing=s.replay_routing,
         )  # fmt: skip
-        self.reference = None
-        if s.kl:
-            self.reference = load_model(source, dtype=torch.float32, device=self.device).requires_grad_(False)
-        self.optimizer = make_optimizer(self.model, s.optimizer, s.lr, s.weight_decay, s.seed)
+        self.make_reference(bool(s.kl))
         self.rewards = RewardProcesses(reward, s.reward_processes, s.reward_timeout)
         self.ends = sorted(self.tokenizer.ends())
-        self.step_done = self.tokens = self.bad = 0
-
-    def _write_settings(self) -> None:
-        with atomic_write(self.folder / SETTINGS) as path:
-            path.write_text(json.dumps(asdict(self.settings) | dict(model=self.source)) + "\n")
 
     def step(self) -> dict:
         """One step; returns its record, the line of metrics.jsonl:
@@ -217,7 +156,7 @@ class Loop:
             advantages = group_advantages(self.rewards_of(answers, scores)).flatten()
             with torch.no_grad():
                 old = self.logp(self.model, answers)
-                reference = None if self.reference is None else self.logp(self.reference, answers)
+                reference = self.reference_logp(answers) if s.kl else None
             engine_logp = torch.tensor([p for a in answers for p in a.logprobs], device=self.device)
             weights = None if s.icepop == "none" else icepop(old, engine_logp, s.icepop)
             learned = self.learn(answers, advantages, old, weights, reference)
@@ -273,10 +212,6 @@ class Loop:
                 [value > RIGHT for value in values[g]], s.evo_cot)]  # fmt: skip
         return torch.tensor(values, device=self.device).view(-1, s.samples)
 
-    def logp(self, model: Ling, answers: Sequence[Answer]) -> Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16):
-            return answer_logp(model, answers)
-
     def learn(
         self, answers: Sequence[Answer], advantages: Tensor, old: Tensor, weights: Tensor | None, ref: Tensor | None
     ) -> dict:
@@ -286,18 +221,10 @@ class Loop:
         for i in range(s.updates):
             part = slice(i * share, (i + 1) * share)
             tokens = slice(at, at := at + sum(len(a.ids) for a in answers[part]))
-            update = self.step_done * s.updates + i + 1
-            lr = learning_rate(update, s.lr, s.warmup)
-            self.optimizer.zero_grad()
             out = self.loss(answers[part], advantages[part], old[tokens], *(
                 None if t is None else t[tokens] for t in (weights, ref)))  # fmt: skip
-            out.loss.backward()
-            self.model.balance_(0.0)  # the biases of the experts stay as they are
-            norm = grad_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-            clipped_step(self.optimizer, lr, norm, s.clip, out.loss.detach().isfinite() & norm.isfinite())
-            measured = dict(zip((*PolicyLoss._fields, "grad_norm"), torch.stack([*out, norm]).tolist(), strict=True))
-            sound = isfinite(measured["loss"]) and isfinite(measured["grad_norm"])
-            self.bad, skipped = 0 if sound else self.bad + 1, skipped + (not sound)
+            measured, sound = self.update(out, self.step_done * s.updates + i + 1)
+            lr, skipped = measured.pop("lr"), skipped + (not sound)
             done.update({name: value / s.updates for name, value in measured.items()})
         return dict(done) | dict(lr=lr) | (dict(skipped=skipped) if skipped else {})
 
@@ -327,20 +254,6 @@ class Loop:
             answer_tokens=sum(len(a.ids) for a in answers) / n, cut=sum(a.finished == "length" for a in answers) / n,
             **{f"failed/{kind}": number for kind, number in sorted(failed.items())},
         )  # fmt: skip
-
-    def save(self) -> Path:
-        """Write a checkpoint of the steps done so far; returns its folder. Raises NotSaved."""
-        state = dict(step=self.step_done, tokens=self.tokens, bad=self.bad, loop=asdict(self.settings))
-        state |= dict(source=self.source, torch=torch.__version__)
-        tensors, _ = snapshot(self.shares, ckpt.optimizer_tensors(self.model, self.optimizer), wait=True)
-        keep = partial(kept, keep=self.settings.keep, keep_every=0, proven=self.step_done)
-        write(self.folder, tensors, self.tokenizer, state, keep, self.shares.ranks)
-        return ckpt.checkpoint_folder(self.folder, self.step_done)
-
-    def export(self, folder: str | Path) -> None:
-        """Write the model in bf16 and its tokenizer as a Hugging Face folder."""
-        save_model(self.model, Path(folder))
-        self.tokenizer.save(Path(folder))
 
     def close(self) -> None:
         """End the processes of the rewards."""

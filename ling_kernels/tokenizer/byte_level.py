@@ -11,8 +11,9 @@ SPECIAL_TOKENS = (
 TOKEN_BYTES = [bytes([i]) for i in range(256)] + [name.encode() for name in SPECIAL_TOKENS]  # by id
 
 # Ling's chat format, as published with Ling-mini-2.0: the system turn is always present, shows the tools and sets the
-# thinking mode; each turn ends with <|role_end|>; consecutive tool results share one turn; a thought, of
-# reasoning_content or of a <think> block, is kept only after the last message that a user has written.
+# thinking mode, which is off there and a variable here; each turn ends with <|role_end|>; consecutive tool results
+# share one turn; a thought, of reasoning_content or of a <think> block, is kept only after the last message that a user
+# has written.
 CHAT_TEMPLATE = """\
 {%- set last = namespace(user=messages|length - 1) %}
 {%- for message in messages %}
@@ -33,7 +34,7 @@ CHAT_TEMPLATE = """\
         ' <tool_call></tool_call> XML tags:\\n<tool_call>\\n{"name": <function-name>, "arguments": <args-json-object>}'
         '\\n</tool_call>\\n' }}
 {%- endif %}
-{{- 'detailed thinking off<|role_end|>' }}
+{{- 'detailed thinking ' + ('on' if enable_thinking else 'off') + '<|role_end|>' }}
 {%- for message in messages %}
     {%- if message.role == 'user' %}
         {{- '<role>HUMAN</role>' + message.content + '<|role_end|>' }}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..chat import ChatText, end_of_answers, render_answers, render_chat
+from ..chat import ChatText, end_of_answers, render_answers, render_chat, with_thinking
 from ..errors import InputError
 from ..files import atomic_write, read_json, user_path
 from .byte_level import SPECIAL_TOKENS, TOKEN_BYTES, byte_settings, byte_tokenizer_json
@@ -131,22 +131,24 @@ class Tokenizer:
         return b"".join(TOKEN_BYTES[i] for i in ids).decode("utf-8", "replace")
 
     def apply_chat_template(
-        self, messages: Sequence[dict], add_generation_prompt: bool = True, tools: Sequence[dict] | None = None
-    ) -> ChatText:
+        self, messages: Sequence[dict], add_generation_prompt: bool = True, tools: Sequence[dict] | None = None,
+        thinking: bool | None = None,
+    ) -> ChatText:  # fmt: skip
         """Render the conversation [{"role": ..., "content": ...}, ...] as text; encode it with special=True.
 
-        tools: descriptions of functions that an answer may call. The text knows which control tokens are the
+        tools: descriptions of functions that an answer may call. thinking: whether the answer is to begin with a
+        thought, where the template has these modes; None: as it is. The text knows which control tokens are the
         template's; those inside a message are encoded as text. Raises InputError for what the template cannot render.
         """
-        template, tokens = self._chat_format()
+        template, tokens = self._chat_format(thinking)
         return render_chat(template, messages, self.control_tokens, tokens, add_generation_prompt, tools)
 
     def encode_answers(
-        self, messages: Sequence[dict], tools: Sequence[dict] | None = None
+        self, messages: Sequence[dict], tools: Sequence[dict] | None = None, thinking: bool | None = None
     ) -> tuple[list[int], list[tuple[int, int, int]]]:
         """Ids of a rendered conversation, and for each message of role assistant (its index, first, stop): the ids
         first to stop are what a model writes, with the token that ends its turn."""
-        template, tokens = self._chat_format()
+        template, tokens = self._chat_format(thinking)
         parts, answers = render_answers(template, messages, self.control_tokens, tokens, tools)
         ids: list[int] = []
         at = {0: 0}  # number of ids by number of characters
@@ -165,11 +167,15 @@ class Tokenizer:
         except InputError:  # no template, one that ends answers with no token, or no jinja2
             return {self.eos_id}
 
-    def _chat_format(self) -> tuple[str, dict]:
-        """The chat template, and the tokens that it may name."""
+    def _chat_format(self, thinking: bool | None = None) -> tuple[str, dict]:
+        """The chat template, and the tokens and other variables that it may name."""
         if self.chat_template is None:
             raise InputError("the tokenizer has no chat template (chat_template in tokenizer_config.json)")
-        return self.chat_template, {key: self._token(key) for key in self.settings if key.endswith("_token")}
+        tokens: dict = {key: self._token(key) for key in self.settings if key.endswith("_token")}
+        if thinking is None:
+            return self.chat_template, tokens
+        template, mode = with_thinking(self.chat_template, thinking)
+        return template, tokens | mode
 
     def save(self, path: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json into the folder `path`, each atomically."""

@@ -12,11 +12,9 @@ if __name__ == "__main__":
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-import torch  # noqa: E402
-
+from ..host_memory import keep_freed_memory  # noqa: E402
 from ..plan import train as planner  # noqa: E402 (above this room: only a __main__, which nothing imports, may do so)
 from . import cli  # noqa: E402
-from .prepare.device import keep_freed_memory  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,6 +22,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    if not torch.cuda.is_available():  # beside a GPU the host's memory is for checkpoints, a copy at a time
-        keep_freed_memory()
+    keep_freed_memory()
     sys.exit(main())

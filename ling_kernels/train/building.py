@@ -22,6 +22,8 @@ def make_model(run: Run) -> tuple[Ling, Shares]:
     """The model with its master weights, in training mode, and what this process trains of it: from the checkpoint, the
     model's folder, or random."""
     s, ranks, folder = run.settings, run.ranks, run.checkpoint or run.weights
+    if s.lora_rank:  # a checkpoint has the adapters alone
+        folder = run.weights
     if ranks.size > 1:
         model = whole_on_meta(run.config)
         to_masters(model, s.master)

@@ -2,6 +2,7 @@
 
     config.json, model.safetensors   the weights in the precision of the masters, under official keys
     tokenizer.json, tokenizer_config.json   so that the folder is a complete model
+    adapter_model.safetensors        in place of these, of a run with --lora-rank, in peft's format and fp32
     model.safetensors.index.json     which files hold the weights; of several processes each writes its own
     optimizer.safetensors            the optimizer's state, by parameter; of several processes files and an index
     merge.safetensors                the running merge, where there is one
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from ..errors import InputError, one_line
 from ..files import user_path
 from ..model.config_json import is_integer
+from ..parallel.adapters import read_adapters_
 from ..parallel.checkpoints import read_optimizer
 from ..parallel.ranks import Ranks
 from ..parallel.shares import Shares
@@ -242,11 +244,13 @@ def is_progress(state: dict) -> bool:
 
 
 def restore(checkpoint: Path, shares: Shares, optimizer: torch.optim.Optimizer) -> None:
-    """Load this process's part of the optimizer's state, and the random number generators'. The model must have the
-    checkpoint's weights."""
+    """Load this process's part of the optimizer's state, of adapters if there are any, and the random number
+    generators'. The model must have the checkpoint's weights, or those that the adapters are for."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    if shares.adapters:
+        read_adapters_(shares, checkpoint)
     named = dict(shares.model.named_parameters())
     for name, key, value in read_optimizer(checkpoint, shares):
         optimizer.state[named[name]][key] = value.to(named[name].device)

@@ -13,11 +13,13 @@ import torch
 
 from ..errors import Diverged, InputError, OtherRank, command, counted, one_line
 from ..files import user_path
+from ..parallel.adapters import write_adapter
 from ..parallel.ranks import Ranks, is_lost_rank, rank_of_torchrun, start, stop
 from . import checkpoint as ckpt
 from .changes import described
 from .flags import as_flags, parser
 from .prepare import deterministic, latest_run, new_run, resumed_run
+from .prepare.adapters import alpha_of
 from .prepare.checks_parallel import schedule_of, stages_of
 from .profiling import StepProfiler, recorded
 from .recipe import run_recipe, table
@@ -298,10 +300,14 @@ def finish_run(trainer: Trainer, planner) -> None:
     folder, config = trainer.folder, trainer.config
     if trainer.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(trainer.device)
-        planned = planner.plan_training(config, trainer.settings).peak if trainer.ranks.size == 1 else None
+        known = trainer.ranks.size == 1 and not trainer.settings.lora_rank
+        planned = planner.plan_training(config, trainer.settings).peak if known else None
         print(f"memory     {peak / 1e9:.2f} GB at the peak" + (f", {planned / 1e9:.2f} planned" if planned else ""))
     try:
         trainer.export(folder / "model")
+        if trainer.settings.lora_rank and trainer.ranks.first:
+            s, last = trainer.settings, ckpt.list_checkpoints(folder)[-1]
+            write_adapter(last, folder / "adapter", s.model, s.lora_rank, alpha_of(s))
         if merged := trainer.merge.complete and trainer.ranks.first:
             shutil.rmtree(folder / "merged", ignore_errors=True)  # of a run that went back
             trainer.merge.write(folder / "merged", config, trainer.tokenizer)
@@ -322,6 +328,8 @@ def finish_run(trainer: Trainer, planner) -> None:
         print(f"\nA sample that continues {prompt!r}:\n{text}\n")
     print(f"checkpoint {shown(ckpt.list_checkpoints(folder)[-1])}")
     print(f"model      {shown(folder / 'model')}")
+    if trainer.settings.lora_rank:
+        print(f"adapter    {shown(folder / 'adapter')}, in peft's format")
     if merged:
         print(f"merged     {shown(folder / 'merged')}, {counted(len(trainer.merge.plan), 'step')}")
     if page := write_page(folder):

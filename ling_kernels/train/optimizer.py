@@ -28,7 +28,7 @@ CHUNK = 1 << 22  # elements that Muon holds in fp32 at a time, at least one matr
 
 
 def make_optimizer(model: nn.Module, kind: str, lr: float, weight_decay: float, seed: int = 0) -> torch.optim.Optimizer:
-    """An optimizer of a kind in OPTIMIZERS over all parameters. seed is for stochastic rounding."""
+    """An optimizer of a kind in OPTIMIZERS over all parameters that are not frozen. seed is for stochastic rounding."""
     if kind == "adamw":
         return adamw(model, lr, weight_decay)
     if kind == "adamw8bit":
@@ -43,7 +43,7 @@ def adamw(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW
 
 
 def by_decay(parameters, weight_decay: float) -> list[dict]:
-    parameters = list(parameters)
+    parameters = [p for p in parameters if p.requires_grad]
     return [
         dict(params=[p for p in parameters if p.ndim >= 2], weight_decay=weight_decay),
         dict(params=[p for p in parameters if p.ndim < 2], weight_decay=0.0),
@@ -193,7 +193,7 @@ class MuonAdamW(DeviceOptimizer):
     copied = "adamw", "seeds"
 
     def __init__(self, model: nn.Module, lr: float, weight_decay: float, seed: int = 0):
-        named = dict(model.named_parameters())
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         others = ("word_embeddings.weight", "lm_head.weight", "router.weight")
         hidden = [p for name, p in named.items() if p.ndim >= 2 and not name.endswith(others)]
         for_muon = {id(p) for p in hidden}
@@ -263,7 +263,7 @@ class StepInBackward:
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer):
         self.optimizer = optimizer
-        self.norms: dict[nn.Parameter, Tensor | None] = dict.fromkeys(model.parameters())
+        self.norms: dict[nn.Parameter, Tensor | None] = dict.fromkeys(p for p in model.parameters() if p.requires_grad)
         self.stopped: Tensor | None = None
         method = weakref.WeakMethod(self.on_gradient)  # a hook must not keep this alive
         hooks = [p.register_post_accumulate_grad_hook(lambda p: method()(p)) for p in self.norms]

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..errors import InputError, OtherRank
 from ..model import LingConfig, save_model
 from ..model.weight_files import SHARD_BYTES, remove_weights, save_tensors
+from ..parallel.adapters import merging
 from ..parallel.checkpoints import OwnPart, collect_, failing_together, own_part, write_files
 from ..parallel.ranks import Ranks
 from ..parallel.shares import Shares
@@ -122,7 +123,7 @@ def write(
 def write_rest(folder: Path, tensors: Snapshot, tokenizer: Tokenizer) -> list[str]:
     """Rank 0's own files but its tensors; returns their names."""
     there = {*folder.iterdir()}
-    dtype = next(iter(tensors.part.weights.values())).dtype
+    dtype = next((t.dtype for t in tensors.part.weights.values()), torch.float32)
     tensors.config.to_json(folder / "config.json", fp8=False, dtype=dtype)
     tokenizer.save(folder)
     save_tensors(tensors.random, folder / "rng.safetensors")
@@ -149,10 +150,10 @@ def remove_others(run: Path, step: int, keep: Callable[[list[int]], set[int]]) -
 
 
 def export(folder: Path, shares: Shares, tokenizer: Tokenizer) -> None:
-    """Write the model in bf16 and its tokenizer as a Hugging Face folder, each process its part. Raises InputError on
-    all processes where one failed."""
+    """Write the model in bf16, adapters added to the weights, and its tokenizer as a Hugging Face folder, each process
+    its part. Raises InputError on all processes where one failed."""
     ranks = shares.ranks
-    if ranks.size == 1:
+    if ranks.size == 1 and not shares.adapters:
         save_model(shares.model, folder)
         tokenizer.save(folder)
         return
@@ -162,7 +163,7 @@ def export(folder: Path, shares: Shares, tokenizer: Tokenizer) -> None:
             if ranks.first:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
-        part = own_part(shares, {}).on_host(torch.bfloat16)
+        part = own_part(shares, {}, base=True).on_host(torch.bfloat16, merging(shares))
         collect_(part, ranks)
         names = ranks.exchange(write_files(partial, part, ranks, optimizer=False))
         with failing_together(ranks):

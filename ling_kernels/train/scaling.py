@@ -18,6 +18,7 @@ from .settings import BY_SIZE, Settings
 SMALLEST_FIT = 3e17  # FLOPs of the smallest runs behind the laws
 LING_TOKENS = 20e12  # of Ling-2.0's pre-training
 CONTINUED = 0.1  # of the peak, for trained weights: 3e-5 for mini in Ling-V2's scripts of continued pre-training
+ADAPTERS = 10  # times the rate of all weights, as adapters want it (Schulman et al., "LoRA Without Regret", 2025)
 WARMUP = 2000  # steps of Ling-2.0's warm-up
 WARMUP_SHARE = 1 / 15  # of a shorter run
 FORWARD_TOKENS = 16384  # tokens of a forward pass, up to which a batch is not divided
@@ -116,7 +117,9 @@ def with_defaults(
     if s.warmup is None:
         chosen["warmup"], sources["warmup"] = warmup_steps(steps), f"{WARMUP}, or 1/15 of a shorter run"
     peak = trained_peak_lr(config, seq_len)
-    if s.lr is None and trained:
+    if s.lr is None and s.lora_rank:
+        chosen["lr"], sources["lr"] = float(f"{ADAPTERS * CONTINUED * peak:.2e}"), "ten times that of all weights"
+    elif s.lr is None and trained:
         chosen["lr"] = float(f"{CONTINUED * peak:.2e}")
         sources["lr"] = "a tenth of the peak of Ling's scaling law, as the weights are trained"
     elif s.lr is None:
@@ -126,7 +129,7 @@ def with_defaults(
     lines = [schedule_line(s, sources)]
     if s.warmup > s.steps:
         lines.append(f"warning    the warm-up of {s.warmup} steps is longer than the run of {s.steps}")
-    if trained and s.lr > peak:
+    if trained and s.lr > peak and not s.lora_rank:
         lines.append(
             f"warning    lr {s.lr:g} is above {peak:.2e}, the peak of Ling's scaling law for its size: trained weights"
             " may be lost"

@@ -123,6 +123,10 @@ class Settings:
         "assistant", "in chats: train on the answers of the role assistant, or on all", choices=("assistant", "all")
     )
 
+    lora_rank: int = flag(0, "train adapters of this rank (LoRA) over --model's weights; 0: all weights", least=0)
+    lora_alpha: float | None = flag(None, "their product counts this over the rank", above=0, shown="twice the rank")
+    lora_on: str = flag("attention,mlp,experts", "layers that get adapters; mlp: dense and shared", metavar="LAYERS")
+
     steps: int = flag(600, "optimizer steps of the whole run", least=1, shown="the recipe's, or else 600")
     seq_len: int = flag(256, "tokens in a row", least=2, shown="the recipe's, or else 256")
     batch: int | None = flag(None, "rows in a step", least=1, shown="the recipe's, or by the model's size")

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..errors import Diverged, InputError
 from ..model import named_views
+from ..parallel.adapters import adapt_
 from ..parallel.pipeline import LOSSES, MicroBatch
 from ..parallel.ranks import Ranks
 from ..parallel.shares import Shares
@@ -25,6 +26,7 @@ from .data.mixture import Rows
 from .monitor import WINDOW, FP8Monitor, ceilings, joined, spike, to_bf16
 from .optimizer import StepInBackward, clipped_step, make_optimizer
 from .prepare import Run, deterministic, discard, new_run, peak_flops, resumed_run
+from .prepare.adapters import alpha_of, layers_of
 from .prepare.run import with_faster_threads
 from .report import FP8_FILE, Details, read_lines
 from .running_merge import RunningMerge
@@ -130,6 +132,7 @@ class Trainer:
         self.device, self.device_name, self.precision = run.device, run.device_name, run.precision
         self.progress, self.details, self.superseded, self.writer = Progress(), Details(), [], Writer()
         ranks = self.ranks = run.ranks
+        self.base = run.base
         self.changes, new_data = run.changes, any(change["setting"] == "data" for change in run.changes)
         with deterministic():
             try:
@@ -145,6 +148,8 @@ class Trainer:
                     raise InputError(f"data: {self.data} is not what the run began with, {run.state['data']}")
                 self.model, self.shares = make_model(run)
                 notes = apply_fp8_and_recompute(self.model, s)
+                if s.lora_rank:
+                    notes.append(adapt_(self.shares, s.lora_rank, alpha_of(s), layers_of(s), s.seed))
                 s = self.settings = with_faster_threads(run, self.model, lambda rows: accumulate_gradients(
                     self.model, self.corpus.rows, 0, rows, s, self.device, self.precision))  # fmt: skip
                 self.notes = [*run.notes, *notes]
@@ -238,6 +243,7 @@ class Trainer:
         s, proven, folder = self.settings, self.progress.proven, ckpt.checkpoint_folder(self.folder, self.progress.step)
         self.progress.merged = self.merge.taken
         state = asdict(self.progress) | dict(settings=to_json(s), data=self.data, torch=torch.__version__)
+        state |= dict(base=self.base) if s.lora_rank else {}
         moments = ckpt.optimizer_tensors(self.model, self.optimizer)
         tensors, wait = snapshot(self.shares, moments, wait)
         tensors.merged = dict(self.merge.total)
@@ -250,7 +256,7 @@ class Trainer:
         return folder
 
     def export(self, folder: str | Path) -> None:
-        """Write the model in bf16 and its tokenizer as a Hugging Face folder."""
+        """Write the model in bf16, adapters merged, and its tokenizer as a Hugging Face folder."""
         export(Path(folder), self.shares, self.tokenizer)
 
 
@@ -302,7 +308,8 @@ def train_step(
     taken = finite and jump is None
     if taken:
         progress.recent = [*progress.recent[1 - WINDOW :], loss_and_norm]
-    model.balance_(settings.balance_rate if taken else 0.0)  # 0 keeps the bias and clears the counts
+    # 0 keeps the bias and clears the counts
+    model.balance_(settings.balance_rate if taken and not settings.lora_rank else 0.0)
     progress.step = step
     progress.sequences += rows
     progress.tokens += rows * settings.seq_len

@@ -36,6 +36,7 @@ NVCC = (
     "-O3 -DNDEBUG -std=c++20 --expt-relaxed-constexpr -lineinfo -gencode arch=compute_90a,code=compute_90a -keep -c "
     "-Xcompiler=-fPIC,-fvisibility=hidden"
 ).split()
+LIMITED_API = "0x030A0000"  # of CMakeLists.txt
 CXX = "-std=c++20 -O1 -fPIC -fvisibility=hidden -Wall -Wextra -Werror -DLING_DEVICE=kDLCPU".split()
 
 
@@ -166,17 +167,20 @@ def run(*command) -> None:
 
 
 def compile_module(name: str, debug: str) -> tuple[Path, list[Path]]:
-    """A module: the library that Python loads, and its PTX. `_cutlass_setup` is what `_cutlass` has without CUTLASS."""
+    """A module: the library that Python loads, and its PTX. `_cutlass_setup` is what `_cutlass` has without CUTLASS,
+    `_C_limited` is `_C` by Python's limited API."""
     cutlass = CSRC / "gemm/cutlass"
-    sources, bindings = {
-        "_C": ([f for f in sorted(CSRC.rglob("*.cu")) if f.parent != cutlass], CSRC / "bindings.cpp"),
+    own = [f for f in sorted(CSRC.rglob("*.cu")) if f.parent != cutlass]
+    sources, bindings, *defines = {
+        "_C": (own, CSRC / "bindings.cpp"),
+        "_C_limited": (own, CSRC / "bindings.cpp", f"-DPy_LIMITED_API={LIMITED_API}"),
         "_cutlass": (sorted(cutlass.glob("*.cu")), cutlass / "bindings.cpp"),
         "_cutlass_setup": ([cutlass / "setup.cu"], HERE / "cutlass_setup.cpp"),
     }[name]
     with ThreadPoolExecutor(1 if name == "_cutlass" else os.cpu_count()) as pool:  # 4 GB a file of CUTLASS's
         compiled = list(pool.map(lambda f: compile_cuda(f, f.parent.name == debug), sources))
     objects = [o for o, _ in compiled] + [
-        compile_cpp(bindings, "-DLING_MODULE=_C_gpu"),
+        compile_cpp(bindings, "-DLING_MODULE=_C_gpu", *defines),
         compile_cpp(HERE / "runtime.cpp"),
     ]
     key = " ".join(o.name for o in objects)

@@ -2,7 +2,7 @@
 #include "bindings.h"
 #include "gemm/cutlass/groups.h"
 
-PYBIND11_MODULE(LING_MODULE, m) {
+LING_BINDINGS(m) {
     def(m, "grouped_gemm_fp8_setup", ling::grouped_gemm_fp8_setup);
-    m.def("grouped_gemm_fp8_workspace", ling::grouped_gemm_fp8_workspace);
+    def(m, "grouped_gemm_fp8_workspace", ling::grouped_gemm_fp8_workspace);
 }

@@ -25,10 +25,11 @@ TESTS = Path(__file__).parent
 ENVIRONMENTS = {
     "transformers5": ["transformers==5.23.0", "accelerate==1.15.0"],
     "transformers4": ["transformers==4.56.2", "accelerate==1.15.0"],
-    "megatron": ["--no-deps --ignore-requires-python megatron-core==0.19.2"],
+    "megatron": ["einops==0.8.1", "psutil==7.2.2", "--no-deps --ignore-requires-python megatron-core==0.19.2"],
+    "megatron16": ["einops==0.8.1", "psutil==7.2.2", "--no-deps megatron-core==0.16.1"],
     "titan": ["--no-deps torchtitan==0.3.0"],
     "hub": ["kernels==0.17.2"],
-    "lm_eval": ["lm_eval==0.4.13", "transformers==5.23.0"],
+    "lm_eval": ["lm_eval==0.4.13", "transformers==5.23.0", "accelerate==1.15.0"],
     "clients": ["openai==3.57.0", "litellm==1.110.2"],
 }
 

@@ -6,7 +6,7 @@
 #define LING_MODULE _cutlass
 #endif
 
-PYBIND11_MODULE(LING_MODULE, m) {
+LING_BINDINGS(m) {
     def(m, "grouped_gemm_fp8", ling::grouped_gemm_fp8);
-    m.def("grouped_gemm_fp8_workspace", ling::grouped_gemm_fp8_workspace);
+    def(m, "grouped_gemm_fp8_workspace", ling::grouped_gemm_fp8_workspace);
 }

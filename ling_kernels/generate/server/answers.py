@@ -14,13 +14,16 @@ from fastapi.responses import StreamingResponse
 from starlette.exceptions import HTTPException
 
 from ...errors import InputError
+from ...tokenizer import Tokenizer
+from ..grammar import Grammar
 from ..logprobs import TokenLogprob
-from ..scheduler import Request
+from ..request import Request
 from ..text import StoppedText
 from .logprobs import ChatLogprobs, CompletionLogprobs
 from .protocol import MAX_CHOICES, ChatCompletionRequest, CompletionRequest
 from .service import INTERNAL_ERROR, Service, error_object, error_response
-from .text_parts import THINK, Part, TextParts
+from .structured import after_thought
+from .text_parts import TAGS, THINK, Part, TextParts
 
 Body = CompletionRequest | ChatCompletionRequest
 
@@ -40,6 +43,7 @@ class Choice:
     request: Request
     stop: list[str]
     shows_answer: bool
+    hidden: frozenset[int] = frozenset()  # tokens that have no text
     finish_reason: str | None = None
     submitted: float = field(default_factory=time.perf_counter)
 
@@ -61,7 +65,7 @@ class Choice:
                 last, count = now, count + 1
                 metrics.generated_tokens += 1
                 if self.shows_answer:
-                    shown = "" if self.is_end(token) else text.add(token)
+                    shown = "" if token in self.hidden or self.is_end(token) else text.add(token)
                     piece = Piece(shown, request.logprobs[count - 1 : count])
                     if piece.text or piece.logprobs:
                         yield piece
@@ -109,21 +113,27 @@ async def complete(service: Service, body: Body, http_request: HttpRequest, obje
     prompts = await service.in_thread(body.prompts, service.tokenizer)
     if body.n > 1 and len(prompts) * body.n > MAX_CHOICES:
         raise InputError(f"n = {body.n} for {len(prompts)} prompts gives more than {MAX_CHOICES} choices")
-    choices = []
+    choices, grammar = [], None
+    hidden = hidden_tokens(service.tokenizer) if body.skip_special_tokens else frozenset()
+    if body.structured:
+        grammar = await service.in_thread(structure, service, body, prompts)
     ends = frozenset(body.stop_token_ids) | (frozenset() if body.ignore_eos else service.stop_token_ids)
     requested, default = body.max_new_tokens()
     options: dict = dict(
         stop_token_ids=ends, timeout=service.timeout, logprobs=scored, prompt_logprobs=scored if body.echo else None,
         keep_stop=scored is not None and object_type == "text_completion",
-        client=http_request.state.client, priority=body.priority,
+        client=http_request.state.client, priority=body.priority, min_new_tokens=body.min_tokens,
+        grammar=grammar,
     )  # fmt: skip
     try:
         for prompt in prompts:
             new_tokens = service.max_new_tokens(requested, default, len(prompt))
+            if body.min_tokens > new_tokens:
+                raise InputError(f"min_tokens is {body.min_tokens}; it must be at most max_tokens, {new_tokens}")
             for i in range(body.n):
                 sampling = body.sampling(i, service.sampling_defaults)
                 request = service.engine.submit(prompt, sampling, new_tokens, **options)
-                choices.append(Choice(service, request, stop, body.shows_answer))
+                choices.append(Choice(service, request, stop, body.shows_answer, hidden))
                 service.metrics.prompt_tokens += len(prompt)
     except Exception:  # Busy or InputError of a later choice
         for choice in choices:
@@ -134,6 +144,23 @@ async def complete(service: Service, body: Body, http_request: HttpRequest, obje
     if body.stream:
         return EventStream(choices, body, object_type, header)
     return await full_response(choices, body, object_type, header, http_request)
+
+
+def hidden_tokens(tokenizer: Tokenizer) -> frozenset[int]:
+    """The control tokens, without those by which an answer is divided into its parts."""
+    return frozenset(token for name, token in tokenizer.control_tokens.items() if name not in TAGS)
+
+
+def structure(service: Service, body: Body, prompts: list[list[int]]) -> Grammar:
+    """The grammar of a structured answer, behind a thought that the prompt of a chat has opened."""
+    grammar = body.grammar(service.grammars)
+    if isinstance(body, ChatCompletionRequest) and opens_thought(service.tokenizer, prompts[0]):
+        return after_thought(service.grammars(), grammar)
+    return grammar
+
+
+def opens_thought(tokenizer: Tokenizer, prompt: list[int]) -> bool:
+    return tokenizer.decode(prompt[-16:]).rstrip().endswith(THINK)  # it may be 7 tokens
 
 
 def usage(choices: list[Choice], n: int) -> dict:
@@ -204,8 +231,7 @@ class ChatWriter:
     def __init__(self, choice: Choice, body: ChatCompletionRequest):
         self.choice = choice
         tokenizer = choice.service.tokenizer
-        end_of_prompt = tokenizer.decode(choice.request.prompt[-16:]).rstrip()  # <think> may be 7 tokens
-        self.parts = TextParts(end_of_prompt.endswith(THINK), body.parses_calls)
+        self.parts = TextParts(opens_thought(tokenizer, choice.request.prompt), body.parses_calls)
         self.logprobs = ChatLogprobs(tokenizer) if body.logprobs else None
         self.calls = 0
 

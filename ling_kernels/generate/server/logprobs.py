@@ -2,7 +2,7 @@
 
 from ...tokenizer import Tokenizer
 from ..logprobs import TokenLogprob
-from ..scheduler import Request
+from ..request import Request
 
 FIELDS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
 

@@ -5,14 +5,18 @@ schema), which clients send by default, and refused with any other, so that no o
 """
 
 import json
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr, model_validator
+from pydantic import ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr, model_validator
 
 from ...errors import InputError
 from ...model.sample import Sampling
 from ...tokenizer import Tokenizer
+from ..grammar import Grammar, Grammars
 from ..logprobs import MOST
+from .body import StrictModel, shown
+from .structured import ResponseFormat, StructuredOutputs, ToolChoice, call_grammar, naming
 
 MAX_CHOICES = 16  # per call
 MAX_PROMPTS = 128  # per call: LangChain sends 20, lm-eval what its batch size says
@@ -21,9 +25,8 @@ MIN_TEMPERATURE = 1e-5  # below it sampling is greedy: fp32 logits divided by it
 
 # Fields that are not implemented, with their neutral values.
 UNSUPPORTED: dict[str, list] = {
-    "best_of": [1], "frequency_penalty": [0, 0.0], "function_call": ["none", "auto"], "functions": [[]],
-    "logit_bias": [{}], "min_tokens": [0], "modalities": [["text"]], "presence_penalty": [0, 0.0],
-    "response_format": [{"type": "text"}], "skip_special_tokens": [False], "suffix": [""],
+    "best_of": [1], "function_call": ["none", "auto"], "functions": [[]], "modalities": [["text"]],
+    "suffix": [""],
 }  # fmt: skip
 # Fields that do not affect the generated text.
 IGNORED = {
@@ -31,17 +34,6 @@ IGNORED = {
     "service_tier", "store", "user",
 }  # fmt: skip
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # generation_config.json may have them
-
-
-class StrictModel(BaseModel):
-    """Refuses unknown fields; null fields take their default."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    @model_validator(mode="before")
-    @classmethod
-    def drop_nulls(cls, body):
-        return {k: v for k, v in body.items() if v is not None} if isinstance(body, dict) else body
 
 
 class StreamOptions(StrictModel):
@@ -59,6 +51,9 @@ class CompletionBase(StrictModel):
     top_k: StrictInt = 0  # -1 also means all tokens, as in vLLM
     min_p: StrictFloat = 0.0
     repetition_penalty: Annotated[StrictFloat, Field(ge=0.01, le=100)] = 1.0
+    presence_penalty: Annotated[StrictFloat, Field(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[StrictFloat, Field(ge=-2, le=2)] = 0.0
+    logit_bias: dict[StrictStr, StrictFloat] = {}
     seed: Annotated[StrictInt, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
     n: Annotated[StrictInt, Field(ge=1, le=MAX_CHOICES)] = 1
     stop: StrictStr | list[StrictStr] = []
@@ -66,6 +61,10 @@ class CompletionBase(StrictModel):
     stream: StrictBool = False
     stream_options: StreamOptions = StreamOptions()
     ignore_eos: StrictBool = False
+    min_tokens: Annotated[StrictInt, Field(ge=0)] = 0
+    skip_special_tokens: StrictBool = False
+    response_format: ResponseFormat = ResponseFormat(type="text")
+    structured_outputs: StructuredOutputs | None = None
     priority: Annotated[StrictInt, Field(ge=-(1 << 31), lt=1 << 31)] = 0  # vLLM's: the smallest is next
 
     @model_validator(mode="before")
@@ -84,10 +83,38 @@ class CompletionBase(StrictModel):
         for fields that the body leaves out."""
         given = {k: defaults.get(k, getattr(self, k)) if k not in self.model_fields_set else getattr(self, k)
                  for k in SAMPLING}  # fmt: skip
-        given["seed"] = None if self.seed is None else (self.seed + choice) % (1 << 63)
+        others: dict[str, Any] = dict(
+            seed=None if self.seed is None else (self.seed + choice) % (1 << 63),
+            presence_penalty=self.presence_penalty, frequency_penalty=self.frequency_penalty, logit_bias=self.biases(),
+        )  # fmt: skip
         if 0 <= given["temperature"] < MIN_TEMPERATURE:
-            return Sampling(repetition_penalty=given["repetition_penalty"], seed=given["seed"])
-        return Sampling(**given | dict(top_k=max(given["top_k"], 0) if given["top_k"] == -1 else given["top_k"]))
+            given = {"repetition_penalty": given["repetition_penalty"]}
+        elif given["top_k"] == -1:
+            given["top_k"] = 0
+        return Sampling(**given, **others)
+
+    def biases(self) -> dict[int, float]:
+        """logit_bias by token id."""
+        if odd := [name for name in self.logit_bias if not (name.isascii() and name.isdecimal() and len(name) < 10)]:
+            raise InputError(f"logit_bias has {shown(odd[0])}, which is no token id")
+        return {int(name): bias for name, bias in self.logit_bias.items()}
+
+    @property
+    def structured(self) -> bool:
+        return self.response_format.type != "text" or self.structured_outputs is not None
+
+    def grammar(self, grammars: Callable[[], Grammars]) -> Grammar:
+        """The grammar of a structured answer. Raises InputError that names the field."""
+        kind, schema = self.response_format.type, self.response_format.json_schema
+        if kind != "text" and self.structured_outputs is not None:
+            raise InputError("response_format and structured_outputs: give one of them")
+        field = "structured_outputs" if kind == "text" else "response_format"
+        if self.ignore_eos or self.min_tokens:
+            raise InputError(f"{field} says where an answer ends: leave ignore_eos and min_tokens out")
+        with naming(field):
+            if self.structured_outputs is not None:
+                return self.structured_outputs.read(grammars())
+            return grammars().json(None if schema is None else schema.schema_)
 
     def stop_strings(self) -> list[str]:
         stop = [self.stop] if isinstance(self.stop, str) else self.stop
@@ -216,7 +243,7 @@ class ChatCompletionRequest(CompletionBase):
     logprobs: StrictBool = False
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=MOST)] = 0
     tools: Annotated[list[FunctionTool], Field(max_length=512)] = []
-    tool_choice: Literal["none", "auto"] = "auto"
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice = "auto"
     continue_final_message: StrictBool = False  # vLLM's: the answer goes on with the last message
     add_generation_prompt: StrictBool = True
     echo: Literal[False] = False
@@ -239,7 +266,27 @@ class ChatCompletionRequest(CompletionBase):
 
     @property
     def parses_calls(self) -> bool:
-        return bool(self.tools) and self.tool_choice == "auto"
+        return bool(self.tools) and self.tool_choice != "none"
+
+    @property
+    def structured(self) -> bool:
+        return super().structured or self.tool_choice not in ("none", "auto")
+
+    def grammar(self, grammars: Callable[[], Grammars]) -> Grammar:
+        choice = self.tool_choice
+        if super().structured and self.parses_calls:
+            raise InputError("response_format and structured_outputs allow no calls: leave tools out")
+        if choice in ("none", "auto"):
+            return super().grammar(grammars)
+        if self.ignore_eos or self.min_tokens:
+            raise InputError("tool_choice says where an answer ends: leave ignore_eos and min_tokens out")
+        functions = [tool.function for tool in self.tools]
+        if isinstance(choice, ToolChoice):
+            functions = [f for f in functions if f["name"] == choice.function.name]
+        if not functions:
+            raise InputError("tool_choice: tools has no such function")
+        with naming("tool_choice"):
+            return call_grammar(grammars(), functions, choice == "required")
 
     def max_new_tokens(self) -> tuple[int | None, int | None]:
         """(requested number or None, None): the default is the rest of the model's positions."""
@@ -278,9 +325,3 @@ class DetokenizeRequest(StrictModel):
         if unknown := [t for t in self.tokens if not 0 <= t < vocabulary]:
             raise InputError(f"tokens: {shown(unknown[0])} is outside the vocabulary of {vocabulary}")
         return tokenizer.decode(self.tokens)
-
-
-def shown(value: Any) -> str:
-    """A value in a message, cut where it is long."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

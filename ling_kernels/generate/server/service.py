@@ -1,6 +1,7 @@
 """What the endpoints share: the engine, the tokenizer, limits, metrics; and OpenAI's error object."""
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,8 @@ from starlette.exceptions import HTTPException
 from ...errors import InputError, one_line
 from ...tokenizer import Tokenizer
 from ..engine import Engine
-from ..scheduler import max_sequence_tokens
+from ..grammar import Grammars
+from ..request import max_sequence_tokens
 from .metrics import Metrics
 
 Result = TypeVar("Result")
@@ -41,10 +43,20 @@ class Service:
     sampling_defaults: dict = field(default_factory=dict)  # of generation_config.json, for what a body leaves out
     origins: tuple[str, ...] = ()  # web pages that may call the server; "*": all
     access_log: bool = False
+    _grammars: Grammars | None = None
     metrics: Metrics = field(default_factory=Metrics)
     created: int = field(default_factory=lambda: int(time.time()))
     # Apart from the threads of the engine's passes, which a long prompt must not keep waiting.
     threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "tokenizer"))
+
+    grammar_lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def grammars(self) -> Grammars:
+        """Made at the first use. Raises InputError where llguidance is missing."""
+        with self.grammar_lock:
+            if self._grammars is None:
+                self._grammars = Grammars(self.tokenizer, self.vocabulary)
+            return self._grammars
 
     async def in_thread(self, function: Callable[..., Result], *args) -> Result:
         """The result of a function that takes time: of a megabyte of text, a tokenizer takes a second."""

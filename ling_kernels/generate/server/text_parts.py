@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 THINK, END_THINK, CALL, END_CALL = "<think>", "</think>", "<tool_call>", "</tool_call>"
 
+TAGS = (THINK, END_THINK, CALL, END_CALL)
+
 
 class Part(NamedTuple):
     kind: str  # content, reasoning or call

@@ -1,9 +1,9 @@
 """Chat data: conversations as ids, and which of them are trained on.
 
 A conversation is a row with `messages` (objects with role and content, as OpenAI has them) or `conversations` (with
-from and value, as ShareGPT has them), and optionally `tools`. The chat template of the tokenizer renders it. Beside the
-ids in X.bin, X.mask.bin has a byte for each: bit 0 is set where the token is trained on, bit 1 at the last token of a
-conversation. X.json says "chats": true.
+from and value, as ShareGPT has them), and optionally `tools` and `thinking`. The chat template of the tokenizer renders
+it. Beside the ids in X.bin, X.mask.bin has a byte for each: bit 0 is set where the token is trained on, bit 1 at the
+last token of a conversation. X.json says "chats": true.
 """
 
 import functools
@@ -19,7 +19,7 @@ import numpy as np
 from ...errors import InputError
 from ...files import atomic_write
 from ...tokenizer import Tokenizer
-from .conversations import COLUMNS, FIELDS, conversation
+from .conversations import COLUMNS, FIELDS, conversation, thinking_of
 from .processes import in_order
 from .progress import ReadingProgress
 from .sources import DEFAULTS, Position, TextOptions, first_fields, rows
@@ -62,11 +62,14 @@ def encode_conversation(row: Any, source: str, tokenizer: Tokenizer, train_on: s
     """Ids and mask of a conversation. Raises InputError, naming its source, for one that the template refuses and for
     one without anything to train on."""
     messages, tools = conversation(row, source)
+    thinking = thinking_of(row, source)
+    if thinking is False:  # the same answer without its thought
+        messages = [{k: v for k, v in m.items() if k != "reasoning_content"} for m in messages]
     trained = [is_trained(message, source) for message in messages]
     if train_on == "assistant" and not any(m["role"] == "assistant" for m in messages):
         raise InputError(f"{source}: no message has the role assistant, so there is nothing to train on")
     try:
-        ids, answers = tokenizer.encode_answers(messages, tools)
+        ids, answers = tokenizer.encode_answers(messages, tools, thinking)
     except InputError as error:
         raise InputError(f"{source}: {error}") from None
     mask = np.full(len(ids), TRAINED if train_on == "all" else 0, np.uint8)

@@ -7,7 +7,7 @@ from typing import Any
 from ...errors import InputError
 
 FIELDS = ("messages", "conversations")
-COLUMNS = (*FIELDS, "system", "tools")  # of a row, that are read
+COLUMNS = (*FIELDS, "system", "tools", "thinking")  # of a row, that are read
 ROLES = {  # of ShareGPT, and OpenAI's older name of a tool
     "human": "user", "gpt": "assistant", "function_call": "assistant", "function_response": "tool",
     "observation": "tool", "function": "tool",
@@ -30,6 +30,16 @@ def conversation(row: Any, source: str) -> tuple[list[dict], list | None]:
     if system and found[0]["role"] != "system":
         found.insert(0, dict(role="system", content=system))
     return found, tools_of(row.get("tools"), f"{source}: tools") or None
+
+
+def thinking_of(row: dict, source: str) -> bool | None:
+    """Whether a row's answers are to begin with thoughts, by its `thinking`; None where it does not say. Raises
+    InputError."""
+    modes = {True: True, False: False, "on": True, "off": False, None: None}
+    value = row.get("thinking")
+    if not isinstance(value, bool | str | None) or value not in modes:
+        raise InputError(f"{source}: thinking is {json.dumps(value)}, and not on, off, true or false")
+    return modes[value]
 
 
 def tools_of(tools: Any, what: str) -> list[dict]:

@@ -6,6 +6,7 @@ from ..report.loggers import installed
 from ..running_merge import planned
 from ..settings import Settings
 from ..values import check_bounds
+from .adapters import check_adapters
 
 MAX_THREADS = 4096  # OpenMP ends the process where it cannot start them
 
@@ -25,7 +26,7 @@ def check(s: Settings, config: LingConfig) -> None:
         raise InputError(f"--recompute {s.recompute} needs --precision fp8; none and full work with any")
     if s.recompute_mtp and not config.num_nextn_predict_layers:
         raise InputError(f"--recompute-mtp: {s.model} has no MTP layers; --mtp adds some to a new model")
-    if s.master == "bf16" and s.optimizer == "adamw":
+    if s.master == "bf16" and s.optimizer == "adamw" and not s.lora_rank:  # adapters are fp32
         raise InputError("--master bf16 needs --optimizer adamw8bit or muon: adamw rounds to nearest and stalls")
     if s.master == "bf16" and s.precision not in ("bf16", "fp8"):
         raise InputError("--master bf16 needs --precision bf16 or fp8")
@@ -33,6 +34,7 @@ def check(s: Settings, config: LingConfig) -> None:
         if factor and factor <= 1:
             raise InputError(f"{option} {factor}: it must be more than 1, or 0 for never")
     check_decay(s)
+    check_adapters(s)
     planned(s)  # checks the running merge
     if s.step_in_backward:
         check_step_in_backward(s)

@@ -18,6 +18,8 @@ def mesh_of(s: Settings) -> dict:
 def check_parallel(s: Settings, config: LingConfig, ranks: Ranks) -> None:
     """Raise InputError where the processes cannot divide the work of a step and the model equally."""
     ep, cp = ranks.experts.number, ranks.cp
+    if s.lora_rank and (divided := next((f for f in ("tp", "pp") if getattr(s, f) > 1), None)):
+        raise InputError(f"--{divided} with --lora-rank: adapters are of whole matrices of all layers; use --dp, --ep")
     if config.num_experts % ep:
         raise InputError(f"--ep {ep} does not divide the {config.num_experts} experts of {s.model}")
     if config.vocab_size % ranks.vocabulary.number:

@@ -1,8 +1,6 @@
-"""The device of a run: its choice, its precision, its peak FLOP/s, deterministic results, a CPU's heap."""
+"""The device of a run: its choice, its precision, its peak FLOP/s, deterministic results."""
 
-import ctypes
 import os
-import sys
 import time
 from contextlib import contextmanager
 
@@ -54,17 +52,6 @@ def deterministic():
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         torch.utils.deterministic.fill_uninitialized_memory = fill
-
-
-def keep_freed_memory() -> None:
-    """Let this process keep the memory that it frees, for its next tensors. By default glibc maps each tensor of 32 MiB
-    or more anew, and the kernel clears its pages again: a third of the time of an MoE layer on a CPU, whose gradient of
-    all experts is one such tensor. Nothing happens under another C library."""
-    if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        return
-    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
-    libc.mallopt(M_MMAP_MAX, 0)
-    libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:

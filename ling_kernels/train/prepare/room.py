@@ -14,6 +14,7 @@ from ...parallel.ranks import Ranks
 from .. import checkpoint as ckpt
 from ..optimizer import bytes_per_weight
 from ..settings import Settings
+from .adapters import adapter_parameters
 from .sizes import checkpoint_bytes, checkpoints_at_once, disk_bytes, layers_and_embeddings
 
 
@@ -35,6 +36,8 @@ def check_memory(config: LingConfig, settings: Settings, device: torch.device, r
 def least_bytes(config: LingConfig, s: Settings, ranks: Ranks) -> int:
     """Bytes of weights, gradients and optimizer that a process has at least: its share of the optimizer's state, and of
     the rest as if what divides most divided all."""
+    if s.lora_rank:
+        return needed_bytes(config, s) // ranks.experts.number
     state = checkpoint_bytes(config, s) - config.num_parameters(mtp=True) * (4 if s.master == "fp32" else 2)
     most = max(ranks.experts.number, ranks.vocabulary.number, ranks.tensor.number)
     return (needed_bytes(config, s) - state) // most // ranks.pp + state // ranks.size
@@ -75,4 +78,8 @@ def needed_bytes(config: LingConfig, s: Settings) -> int:
     in_layers, in_embeddings = layers_and_embeddings(config)
     options = s.optimizer, s.master, not s.step_in_backward
     fp8_copy = 1 if s.precision == "fp8" and s.fp8_weights == "kept" else 0
+    if s.lora_rank:
+        trained = adapter_parameters(config, s) * bytes_per_weight(s.optimizer, "fp32")
+        frozen = 2 if s.master == "bf16" else 4
+        return round(trained + (in_layers + in_embeddings) * frozen + in_layers * fp8_copy)
     return round(in_layers * (bytes_per_weight(*options) + fp8_copy) + in_embeddings * bytes_per_weight(*options, True))

@@ -25,6 +25,7 @@ from ..changes import DATA_FOLDER, changes, new_data_folder, tokens_in
 from ..data.cores import free_cores
 from ..scaling import schedule_line, with_defaults
 from ..settings import TEXT_SETTINGS, Settings, from_json, plain_options, settings_of, to_json
+from .adapters import base_model
 from .checks import check
 from .checks_parallel import check_parallel, mesh_of
 from .device import choose_device
@@ -56,6 +57,7 @@ class Run:
     settings_before: bytes | None = None  # settings.json of the run to resume, before this process wrote it
     try_threads: bool = False  # their number is not given, and one may be faster
     ranks: Ranks = field(default_factory=Ranks)
+    base: dict[str, list[int]] = field(default_factory=dict)  # of adapters: what tells `weights` from others
 
 
 def new_run(
@@ -65,6 +67,7 @@ def new_run(
     is known."""
     settings = absolute_paths(settings)
     config, weights = model_config(settings)
+    base = base_model(settings.model, settings.lora_rank)[1] if settings.lora_rank else {}
     settings, notes = with_defaults(settings, config, trained=weights is not None, given=given)
     check(settings, config)
     ranks, any_threads = arrange(settings, config), settings.threads is None
@@ -80,6 +83,7 @@ def new_run(
         if restart and ranks.first:
             forget_other_tokens(folder, settings)
     run = Run(settings, config, tokenizer, *device, folder, lock, new, *tokens_of(folder), weights, ranks=ranks)
+    run.base = base
     run.try_threads = any_threads and device[0].type == "cpu" and not settings.step_in_backward and ranks.size == 1
     run.notes = [*notes, *end]
     if not weights and settings.model not in PRESETS:
@@ -106,6 +110,9 @@ def resumed_run(resume: str | Path, options: dict, fall_back: bool = False) -> R
         settings = replace(settings, threads=None)
     config, _ = model_config(settings, checkpoint)
     check(settings, config)
+    weights, base = None, {}
+    if settings.lora_rank:
+        weights, base = base_model(settings.model, settings.lora_rank, state)
     try:
         ranks = arrange(settings, config)
     except InputError as error:
@@ -125,8 +132,8 @@ def resumed_run(resume: str | Path, options: dict, fall_back: bool = False) -> R
         if ranks.first:
             shutil.rmtree(tokens[0].parent, ignore_errors=True)  # of a continuation that has no checkpoint
     run = Run(
-        settings, config, tokenizer, *device, folder, lock, False, *tokens, None, checkpoint, state, changed,
-        ranks=ranks,
+        settings, config, tokenizer, *device, folder, lock, False, *tokens, weights, checkpoint, state, changed,
+        ranks=ranks, base=base,
     )  # fmt: skip
     run.notes = [schedule_line(settings)]
     with suppress(OSError):

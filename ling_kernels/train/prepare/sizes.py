@@ -7,6 +7,7 @@ from ...model import LingConfig
 from ..optimizer import bytes_per_weight
 from ..saving import GOOD_AFTER
 from ..settings import Settings
+from .adapters import adapter_parameters
 
 
 def layers_and_embeddings(config: LingConfig) -> tuple[int, int]:
@@ -17,7 +18,9 @@ def layers_and_embeddings(config: LingConfig) -> tuple[int, int]:
 
 def checkpoint_bytes(config: LingConfig, s: Settings) -> int:
     """Bytes of one checkpoint: weights in the masters' precision, the optimizer's state, the running merge in fp64; the
-    rest is small."""
+    rest is small. Of adapters: theirs and their optimizer's state."""
+    if s.lora_rank:
+        return round(adapter_parameters(config, s) * bytes_per_weight(s.optimizer, "fp32", False))
     in_layers, in_embeddings = layers_and_embeddings(config)
     options = s.optimizer, s.master, False
     moe_layers = config.num_hidden_layers - config.first_k_dense_replace + config.num_nextn_predict_layers

@@ -1,0 +1,99 @@
+"""Adapters (nn/lora.py) of a model of one or several processes: their keys in peft's format, files, merged weights."""
+
+import json
+import shutil
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..model import LingConfig
+from ..model.weight_files import WeightReader, save_tensors
+from ..nn.lora import adapted, adapters, drawn, lora_
+from .checkpoints import ADAPTER
+from .official import Official, Parameter, official_keys, whole_on_meta
+from .parts import held, pieces, read_pieces_
+from .shares import Shares
+
+PREFIX = "base_model.model."  # of peft's keys, before the key of the module
+
+
+def adapter_keys(config: LingConfig, rank: int, on: Collection[str]) -> dict[str, Parameter]:
+    """The adapters' parameters of a whole model, by name. As peft's adapters are of the published modules, the A of
+    gate and up, which is one here, has two keys."""
+    whole = whole_on_meta(config)
+    lora_(whole, rank, on=on)
+    official, names = official_keys(config), {id(p): name for name, p in whole.named_parameters()}
+    found = {}
+    for name, (_, weight) in adapted(whole, on).items():
+        keys = official[names[id(weight)]].keys
+        *E, N, K = weight.shape
+        boxes = dict(a=lambda box, K=K: ((0, rank), (0, K)), b=lambda box: (box[-2], (0, rank)))
+        for which, box_of in boxes.items():
+            module = [(PREFIX + k.key.removesuffix("weight"), k.box) for k in keys]
+            parts = [Official(f"{m}lora_{which.upper()}.weight", (*box[:-2], *box_of(box)), 2) for m, box in module]
+            found[f"{name}.{which}"] = Parameter(torch.Size([*E, *((rank, K) if which == "a" else (N, rank))]), parts)
+    return found
+
+
+def adapt_(shares: Shares, rank: int, alpha: float, on: Collection[str], seed: int) -> str:
+    """Give this process's part of the model its part of the adapters; returns a line about them. Make the optimizer
+    afterwards. Raises InputError as `lora_`."""
+    keys, model = adapter_keys(shares.config, rank, on), shares.model
+    lora_(model, rank, alpha, on, seed)
+    shares.add_adapters_(keys)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name in keys and name.endswith(".a"):
+                p.copy_(shares.part_of(name).take(drawn(name, keys[name].shape, seed)))
+    trained, total = sum(p.shape.numel() for p in keys.values()), shares.config.num_parameters(mtp=True)
+    return (f"lora       {trained:,} parameters to train beside {total:,} ({trained / total:.2%}): rank {rank}, alpha"
+            f" {alpha:g}, on {', '.join(on)}")  # fmt: skip
+
+
+def read_adapters_(shares: Shares, folder: Path) -> None:
+    """Read this process's part of the adapters of a checkpoint. Raises InputError for others."""
+    wanted = pieces(shares, ((name, t) for name, t in held(shares.model) if name in shares.adapters))
+    with WeightReader(folder, ADAPTER) as reader:
+        read_pieces_(reader, [*wanted])
+
+
+def merging(shares: Shares) -> Callable[[str, Tensor], Tensor]:
+    """A function of an official key and its weight, whole and of this process, that adds the adapter's product to it in
+    fp32; a weight without adapter stays as it is."""
+    factors: dict[str, dict[str, Tensor]] = {}
+    for piece in pieces(shares, ((name, t) for name, t in held(shares.model) if name in shares.adapters)):
+        module, _, which = piece.official.key.removeprefix(PREFIX).rpartition(".lora_")
+        factors.setdefault(f"{module}.weight", {})[which[0]] = piece.tensor
+    scale = next((adapter.scale for adapter in adapters(shares.model).values()), 0.0)
+
+    def merged(key: str, weight: Tensor) -> Tensor:
+        if key not in factors:
+            return weight
+        return weight.float() + scale * (factors[key]["B"] @ factors[key]["A"])
+
+    return merged
+
+
+def write_adapter(checkpoint: Path, out: Path, base: str, rank: int, alpha: float) -> None:
+    """Write the adapters of a checkpoint as peft reads them, fp32, in place of a folder `out` that is there. base: the
+    model that they are for. Raises InputError where it cannot be written."""
+    partial = out.with_name(f".{out.name}.partial")
+    with WeightReader(checkpoint, ADAPTER) as reader:
+        tensors = {key: reader.wide(key) for key in sorted(reader.files, key=lambda key: str(reader.files[key]))}
+    modules = {key.removeprefix(PREFIX).rpartition(".lora_")[0].rpartition(".")[2] for key in tensors}
+    about = dict(
+        peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=base, r=rank, lora_alpha=alpha,
+        target_modules=sorted(modules), lora_dropout=0.0, bias="none", fan_in_fan_out=False, inference_mode=True,
+    )  # fmt: skip
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        save_tensors(tensors, partial / f"{ADAPTER}.safetensors")
+        (partial / "adapter_config.json").write_text(json.dumps(about, indent=2) + "\n")
+        shutil.rmtree(out, ignore_errors=True)
+        partial.rename(out)
+    except OSError as error:
+        raise InputError(f"cannot write {out}: {error.strerror or error}") from None
