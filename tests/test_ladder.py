@@ -133,7 +133,7 @@ def test_a_small_ladder(tmp_path, capsys, monkeypatch):
     assert json.loads((tmp_path / "out/ladder.json").read_text())["runs"] == runs
     capsys.readouterr()
     assert main([*argv, "--lr", "2e-2"]) == 2
-    assert "has runs of hidden 8 with lr 0.01, not 0.02: give another --out" in capsys.readouterr().err
+    assert "holds hidden 8 with lr 0.01, not 0.02: name another --out" in capsys.readouterr().err
     monkeypatch.setattr(ladder, "train_rung", lambda rung, seed, folder: 1.0)
     more = [*argv[:5], "40", *argv[5:]]  # hidden 40 is one more
     assert main(more) == 0 and main(argv) == 0
@@ -141,18 +141,13 @@ def test_a_small_ladder(tmp_path, capsys, monkeypatch):
     assert again["result"] == result and len(again["runs"]) == 5, "the law of a ladder has its own rungs alone"
 
 
-def test_a_ladder_that_is_stopped_in_its_first_run_knows_its_settings(tmp_path, monkeypatch, capsys):
-    rungs = ladder.plan_ladder(
-        dict(model="tiny", mtp=0, layers=2, experts=4, topk=1, groups=1, heads=2), [8, 16, 24, 32]
-    )
+def test_a_ladder_that_is_stopped_in_its_first_run_knows_its_settings(tmp_path, monkeypatch):
+    options = dict(model="tiny", mtp=0, layers=2, experts=4, topk=1, groups=1, heads=2)
     monkeypatch.setattr(ladder, "train_rung", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        ladder.train_ladder(rungs, [0], tmp_path, False)
-    others = ladder.plan_ladder(
-        dict(model="tiny", mtp=0, layers=2, experts=8, topk=1, groups=1, heads=2), [8, 16, 24, 48]
-    )
+        ladder.train_ladder(ladder.plan_ladder(options, [8, 16, 24, 32]), [0], tmp_path, False)
     with pytest.raises(InputError, match="hidden 8 with experts 4, not 8"):
-        ladder.train_ladder(others, [0], tmp_path, False)
+        ladder.train_ladder(ladder.plan_ladder(options | dict(experts=8), [8, 16, 24, 48]), [0], tmp_path, False)
 
 
 def test_mistakes(capsys, tmp_path):

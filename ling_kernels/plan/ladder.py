@@ -112,9 +112,7 @@ def settings_there(rungs: Sequence[Rung], before: dict[str, dict], out: Path) ->
     for hidden in now.keys() & before.keys():
         for name, value in now[hidden].items():
             if name not in FREE and (old := before[hidden].get(name, value)) != value:
-                raise InputError(
-                    f"{out} has runs of hidden {hidden} with {name} {old}, not {value}: give another --out"
-                )
+                raise InputError(f"{out} holds hidden {hidden} with {name} {old}, not {value}: name another --out")
     return before | now
 
 
