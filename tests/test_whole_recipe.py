@@ -4,6 +4,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -85,6 +86,35 @@ def test_exact_match_counts_right_answers(here, monkeypatch):
             evaluate.exact_match(here[0] / "sft/model", task, problems)
     monkeypatch.setattr(evaluate, "exact", lambda text, answer: 1.0)
     assert evaluate.exact_match(here[0] / "sft/model", "sorting", problems=6)[0] == 1
+
+
+def test_figures_of_lm_eval(here, monkeypatch, capsys):
+    """Its command runs for each model, and its newest results are among the recipe's. (tests/integrations/lm_eval runs
+    the harness itself.)"""
+    out, _, argv = here
+    ran = []
+
+    def execute(module, flags):
+        ran.append((module, flags))
+        if module == "integrations.lm_eval":
+            folder = Path(flags[flags.index("--output_path") + 1]) / "model"
+            folder.mkdir(parents=True, exist_ok=True)
+            for day, value in ((1, 0.9), (2, 0.25)):
+                row = {"alias": "toy", "acc,none": value, "acc_stderr,none": 0.1, "perplexity,none": 3.0}
+                (folder / f"results_2026-11-0{day}.json").write_text(json.dumps(dict(results=dict(toy=row))))
+        return 0
+
+    monkeypatch.setattr(whole, "execute", execute)
+    argv = [*argv[: argv.index("--")], "--lm-eval", "--tasks toy --limit 3", "--", *SIZES.split()]
+    monkeypatch.setattr(whole, "find_spec", lambda name: None)
+    assert whole.main(argv) == 2 and "lm_eval is not installed" in capsys.readouterr().err
+    monkeypatch.setattr(whole, "find_spec", lambda name: name)
+    assert whole.main(argv) == 0
+    found = json.loads((out / "results.json").read_text())["lm_eval"]
+    assert found == dict.fromkeys(("pretrain", "sft", "lpo"), dict(toy=dict(acc=0.25, perplexity=3.0)))
+    assert "toy acc 0.2500, after lpo" in capsys.readouterr().out
+    assert [flags[1] for module, flags in ran if "lm_eval" in module][2] == f"pretrained={out / 'lpo/model'}"
+    assert ran[-1][1][-4:] == ["--tasks", "toy", "--limit", "3"]
 
 
 def test_mistakes(capsys, tmp_path):

@@ -1,5 +1,6 @@
-"""Exact match of a toy task: the share of problems whose greedy answer, by the engine, is right."""
+"""Exact match of a toy task: the share of problems whose greedy answer, by the engine, is right. Figures of lm_eval."""
 
+import json
 from pathlib import Path
 from random import Random
 
@@ -36,3 +37,16 @@ def exact_match(
     texts = [tokenizer.decode([t for t in ids if t not in ends]) for ids in answers]
     rows = [(p.prompt, text, p.answer) for p, text in zip(drawn, texts, strict=True)]
     return sum(exact(text, answer) for _, text, answer in rows) / problems, rows
+
+
+def lm_eval_figures(folder: Path) -> dict[str, dict[str, float]]:
+    """The metrics of each task, without their errors, of the newest results that lm_eval wrote below its
+    --output_path. Raises InputError where there are none."""
+    files = sorted(folder.rglob("results_*.json"), key=lambda path: path.name)
+    if not files:
+        raise InputError(f"lm_eval has written no results to {folder}")
+    return {
+        task: {name.removesuffix(",none"): value for name, value in row.items()
+               if isinstance(value, float) and "stderr" not in name}
+        for task, row in json.loads(files[-1].read_text())["results"].items()
+    }  # fmt: skip
