@@ -11,6 +11,8 @@
 # make gpu     on a machine with a Hopper GPU: STAGE=1 build, test, sanitizers, four minutes; STAGE=2 benchmark, five minutes.
 #              It installs nothing and uses PYTHON as it is. ARGS=--commit=ID names the commit in a copy without git history.
 # make gpu-pack compile csrc/ here for such a machine, into build/gpu-pack; make gpu then only links it
+# make wheels  write wheels into dist/, without csrc/, with it, and with it for every Python from 3.10 on, and try each in a
+#              fresh environment. ARGS=--pure: only the first
 # make bench   benchmark ops, peers, layers, decoding and the host into benchmarks/results/ and docs/performance.md (a CPU
 #              has no ops and peers). QUICK=1: at most 8 minutes on a GPU. ARGS="-k rms_norm": a selection
 #
@@ -37,7 +39,7 @@ CSRC := CMakeLists.txt $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc tests/gpu tests/cuda \
 	-type f \( -name '*.cu*' -o -name '*.h' -o -name '*.cpp' \) -print)
 
-.PHONY: help train test test-integrations fuzz lint install hub cutlass tables clean gpu gpu-pack bench
+.PHONY: help train test test-integrations fuzz lint install hub wheels cutlass tables clean gpu gpu-pack bench
 .DEFAULT_GOAL := help
 
 help:
@@ -82,6 +84,9 @@ tables: $(VENV)/.dev
 build/triton-3.6: $(VENV)/.dev
 	@echo "[make] triton==3.6.0 in $@"
 	@rm -rf $@ && $(PIP) --no-deps --target $@ triton==3.6.0
+
+wheels: $(VENV)/.dev
+	@$(PY) .ci/wheels.py $(ARGS)
 
 gpu:
 	@$(OUTER) -m tests.on_gpu $(if $(STAGE),--stage $(STAGE)) $(ARGS)

@@ -117,6 +117,7 @@ REFUSED = [
         sliding_window=128, use_sliding_window=True, tie_word_embeddings=True, router_dtype="bf16",
         layer_types=["full_attention", "sliding_attention"], architectures=["LlamaForCausalLM"], norm_head=True,
         moe_shared_expert_intermediate_size=64, attention_dropout=0.1, scoring_func="softmax",
+        swiglu_limit=7.0, swiglu_limits=[7.0, None],
     ).items()),
     *(dict(quantization_config=value) for value in (
         dict(quant_method="gptq", bits=4), dict(quant_method="fp8", weight_block_size=[64, 64]), {}, "fp8",

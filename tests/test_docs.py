@@ -73,7 +73,7 @@ def test_the_tests_that_a_page_names_exist(page):
 def test_the_tests_of_faults_exist():
     """Every row names a file, and tests that are in it; a name alone is in the file named before it."""
     for row in (ROOT / "docs/faults.md").read_text().split("|---|---|---|\n")[1].splitlines():
-        names, file = re.findall(r"`(?:tests/(\w+)\.py::)?(test_\w+)`", row), ""
+        names, file = re.findall(r"`(?:tests/([\w/]+)\.py::)?(test_\w+)`", row), ""
         assert names, row
         for module, test in names:
             file = module or file

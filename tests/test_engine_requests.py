@@ -3,9 +3,11 @@
 # ruff: noqa: F811 (a fixture is imported)
 import asyncio
 import gc
+import pickle
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ import pytest
 import torch
 
 from ling_kernels.errors import Busy, InputError
-from ling_kernels.generate import Engine
+from ling_kernels.generate import Engine, Sampling
 from tests.engines import NO_STOP, drain, engine, load, make_engine, references  # noqa: F401
 
 
@@ -35,10 +37,9 @@ def test_closing_a_stream_cancels(engine):
 
 
 @pytest.mark.parametrize("leave", ["drop", "close"])
-@pytest.mark.parametrize("follow", [False, True])
-def test_dropping_a_stream_before_its_first_token_cancels(engine, leave, follow):
-    e, options = engine(), dict(max_new_tokens=50, **NO_STOP)
-    stream = e.follow(e.submit([1, 2], **options)) if follow else e.stream([1, 2], **options)
+def test_dropping_a_stream_before_its_first_token_cancels(engine, leave):
+    e = engine()
+    stream = e.follow(e.submit([1, 2], max_new_tokens=50, **NO_STOP))
     (request,) = e.scheduler.submitted
     if leave == "close":
         stream.close()
@@ -47,6 +48,53 @@ def test_dropping_a_stream_before_its_first_token_cancels(engine, leave, follow)
         gc.collect()
     assert not e.step() and request.finished == "cancelled" and request.new_tokens == []
     drain(e)
+
+
+def test_a_stream_costs_nothing_until_it_starts(engine):
+    (prompt, new), e = references()[0], engine()
+    stream = e.stream(prompt, max_new_tokens=3, **NO_STOP)
+    assert not e.step() and not e.scheduler.queued
+    assert list(stream) == new[:3]
+    with pytest.raises(InputError, match="at least one token"):
+        next(e.stream([]))
+
+
+def test_each_prompt_has_its_sampling_and_n_texts(engine):
+    prompt, options = references()[0][0], dict(max_new_tokens=5, **NO_STOP)
+    samplings = [Sampling(1.0, seed=3), None, Sampling(1.0, logit_bias={7: 100})]
+    requests = engine().finish([prompt] * 3, sampling=samplings, n=2, logprobs=0, **options)
+    seeded = [make_engine().generate([prompt], sampling=Sampling(1.0, seed=s), **options)[0] for s in (3, 4)]
+    greedy = references()[0][1][:5]
+    assert [r.new_tokens for r in requests] == [*seeded, greedy, greedy, [7] * 5, [7] * 5]
+    assert all(r.finished == "length" and len(r.logprobs) == 5 for r in requests)
+    for wrong, message in ((dict(sampling=samplings[:2]), "3 prompts, but 2"), (dict(n=0), "n is 0"),
+                           (dict(sampling={}), "must be a Sampling"), (dict(client=[]), "client")):  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            engine().finish([prompt] * 3, **wrong)
+
+
+def test_close(engine):
+    """Requests end, also in the pass that runs; the memory is free; nothing more is taken."""
+    with engine() as e:
+        memory = weakref.ref(e.forward.caches[0].k)
+        first, second = (e.submit(references()[0][0], max_new_tokens=9, **NO_STOP) for _ in range(2))
+        e.step()
+        e.step()
+    gc.collect()
+    assert first.finished == second.finished == "cancelled" and memory() is None
+    assert e.pages.available == e.pages.count and not e.step()
+    e.close()
+    with pytest.raises(InputError, match="closed"):
+        e.submit([1])
+    with pytest.raises(InputError, match="another process"):
+        pickle.dumps(e)
+
+    async def run():
+        async with engine() as e:
+            async for _ in e.astream(references()[0][0], max_new_tokens=9, **NO_STOP):
+                return e
+
+    assert asyncio.run(run()).closed
 
 
 def test_optimised_python():

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ling_kernels.generate import Engine, cli, stream_text
+from ling_kernels.errors import InputError
+from ling_kernels.generate import Engine, Sampling, cli, generate_texts, stream_text
 from ling_kernels.generate.text import StopStrings
 from ling_kernels.model import load_model
 from ling_kernels.tokenizer import load_tokenizer
@@ -32,6 +33,21 @@ def generate(checkpoint, capsys):
         return code, *capsys.readouterr()
 
     return run
+
+
+def test_texts_with_reasons(checkpoint):
+    engine, tokenizer = Engine(load_model(checkpoint, torch.float32), max_waiting=2), load_tokenizer()
+    options = dict(max_new_tokens=4, stop_token_ids=[EOS], logprobs=0)
+    texts = generate_texts(engine, tokenizer, ["a", [ord("x")], "h"], stop=["kl", "zz"], **options)
+    assert [(t.text, t.finish_reason) for t in texts] == [("bcde", "length"), ("yz", "stop"), ("ij", "stop")]
+    assert [[p.token for p in t.logprobs] for t in texts] == [t.tokens for t in texts]
+    assert texts[2].tokens == [*b"ijkl"] and not engine.step()
+    two = generate_texts(
+        engine, tokenizer, ["a", "m"], sampling=[Sampling(logit_bias={98: -100}), None], n=2, **options
+    )
+    assert [t.text for t in two[2:]] == ["nopq"] * 2 and two[0] == two[1] != texts[0]
+    with pytest.raises(InputError, match="list of them"):
+        generate_texts(engine, tokenizer, "a")
 
 
 @pytest.mark.parametrize("stop, pieces, shown", [

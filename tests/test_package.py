@@ -282,6 +282,37 @@ def test_a_wheel_with_nvcc_holds_the_modules(tree, builder, setting, headers):
     assert f"-DCUTLASS_INCLUDE_DIR={f'{tree}/cutlass' if headers else ''}" in configured
 
 
+def test_a_wheel_for_every_python_holds_one_module(tree, builder):
+    made = 'mkdir -p "$2/limited"; echo built > "$2/limited/_C.abi3.so"; echo "$4" > target; exit; }'
+    program(tree / "bin/cmake", CMAKE.replace("build=$2;", f"{made}\n[ 0 = 1 ] && {{ build=$2;"))
+    result = build(
+        tree, "build_wheel", PYBIND11, **builder, LING_LIMITED_API="1", CUTLASS_INCLUDE_DIR=f"{tree}/cutlass"
+    )
+    assert result.returncode == 0, result.stderr
+    (wheel,) = (tree / "dist").glob("*.whl")
+    assert "-cp310-abi3-linux_" in wheel.name and (tree / "target").read_text() == "_C_limited\n"
+    modules = [n for n in zipfile.ZipFile(wheel).namelist() if n.endswith(".so")]
+    assert modules == ["ling_kernels/_C.abi3.so"]
+
+
+def test_make_wheels_tries_what_it_builds(tree):
+    """In a fresh environment, outside of the source tree. --pure: no compiler."""
+    shutil.copytree(ROOT / ".ci", tree / ".ci")
+    stale = tree / "build/lib/ling_kernels/stale.py"
+    stale.parent.mkdir(parents=True)
+    stale.touch()
+    result = python(".ci/wheels.py", "--pure", cwd=tree)
+    assert result.returncode == 0, result.stderr
+    (wheel,) = (tree / "dist").glob("*.whl")
+    assert f"[wheels] {wheel.name}" in result.stdout and f"torch {torch.__version__} without _C" in result.stdout
+    assert "ling_kernels/stale.py" not in zipfile.ZipFile(wheel).namelist()
+
+
+def test_make_wheels_without_nvcc_says_so(tree):
+    result = python(str(ROOT / ".ci/wheels.py"), cwd=tree, PATH=str(tree))
+    assert result.returncode == 2 and result.stderr.startswith("error: the wheels with _C need nvcc"), result.stderr
+
+
 @pytest.mark.parametrize(
     "env", [dict(CUTLASS_INCLUDE_DIR="nowhere"), dict(LING_CUTLASS="1")], ids=lambda env: [*env][0]
 )

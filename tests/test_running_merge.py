@@ -4,17 +4,21 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 
 from ling_kernels.errors import InputError
-from ling_kernels.model import load_model, named_views
+from ling_kernels.model import Ling, load_model, named_views, save_model
+from ling_kernels.tokenizer import load_tokenizer
 from ling_kernels.train import Settings, Trainer
 from ling_kernels.train.merge import decay_weights, merge, named_weights
 from ling_kernels.train.prepare import device
 from ling_kernels.train.running_merge import RunningMerge, planned
-from tests.training import one_line_error, small, text  # noqa: F401
+from tests.ranks import start
+from tests.test_cluster import free_ports, work
+from tests.training import one_line_error, small, text, tiniest  # noqa: F401
 
 PLAN = dict(merge_last=3, merge_every=3, merge_weights="1-sqrt")
 
@@ -27,10 +31,10 @@ def quick_start():
 
 
 def settings(small, text, **more):
-    return Settings(
+    return Settings(**dict(
         model=str(small), data=(str(text),), seq_len=32, batch=2, lr=3e-3, warmup=2, steps=9, eval_rows=2, threads=1,
-        keep=0, **PLAN | more,
-    )  # fmt: skip
+        keep=0, **PLAN,
+    ) | more)  # fmt: skip
 
 
 def finish(trainer):
@@ -55,7 +59,8 @@ def test_it_has_the_bits_of_merging_stored_checkpoints(run, tmp_path):
     stored = [run.folder / "checkpoints" / f"step-{step:06d}" for step in (3, 6, 9)]
     for dtype in ("fp32", "bf16"):
         merge(stored, named_weights("1-sqrt", 3), tmp_path / f"stored-{dtype}", dtype)
-        run.merge.write(tmp_path / f"running-{dtype}", run.config, run.tokenizer, dtype)
+        kind = dict(fp32=torch.float32, bf16=torch.bfloat16)[dtype]
+        run.merge.write(tmp_path / f"running-{dtype}", run.shares, run.tokenizer, kind)
         a, b = (weights_of(tmp_path / f"{name}-{dtype}") for name in ("stored", "running"))
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
     last = weights_of(stored[-1])
@@ -72,22 +77,63 @@ def test_a_resumed_run_merges_the_same(run, small, text, tmp_path):
         trainer.lock.close()
         again = finish(Trainer.resume(folder))
         assert again.merge.taken == run.merge.taken and again.merge.complete
-        assert all(torch.equal(again.merge.total[key], run.merge.total[key]) for key in run.merge.total)
+        assert all(torch.equal(a.tensor, b.tensor) for a, b in zip(again.merge.total, run.merge.total, strict=True))
 
 
 def test_a_save_in_a_thread_holds_the_sum_of_its_step(small, text, tmp_path):
     trainer = Trainer(settings(small, text), tmp_path / "run")
     for _ in range(3):
         trainer.step()
-    before = dict(trainer.merge.total)
-    copies = {key: t.clone() for key, t in before.items()}
+    before = [piece.tensor for piece in trainer.merge.total]
+    copies = [t.clone() for t in before]
     trainer.save(wait=False)
     for _ in range(3):
         trainer.step()
-    assert all(torch.equal(before[key], copies[key]) for key in before)  # the thread's tensors are not changed
+    assert all(map(torch.equal, before, copies))  # the thread's tensors are not changed
     trainer.writer.wait()
     state = json.loads((tmp_path / "run/checkpoints/step-000003/state.json").read_text())
     assert state["merged"] == trainer.merge.taken[:1] and "merge.safetensors" in state["files"]
+
+
+JOBS = {
+    "dp": "", "experts and vocabulary": "--ep 2 --vocab-parallel 2", "tensor parallel": "--tp 2",
+    "a pipeline": "--pp 2 --micro-batch 1",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def several(text, tmp_path_factory):
+    """Runs of two processes, and one of one process that two resume in the middle of the merge."""
+    folder = tmp_path_factory.mktemp("several")
+    model = Ling(replace(tiniest(), num_attention_heads=4, num_key_value_heads=2))
+    model.init_weights(torch.Generator().manual_seed(0))
+    save_model(model, folder / "model", dtype=torch.float32)
+    plan = "--merge-last 3 --merge-every 1 --merge-weights 1-sqrt --steps 3 --save-every 1 --keep 0"
+    flags = f"--model {folder / 'model'} --data {text} --seq-len 32 --batch 4 --lr 3e-3 --warmup 1 --eval-rows 2"
+    run = [*flags.split(), *plan.split(), "--threads", "1", "--sample-tokens", "0"]
+    more = dict(batch=4, steps=3, merge_every=1, warmup=1, save_every=1, sample_tokens=0)
+    alone = Trainer(settings(folder / "model", text, **more), folder / "resumed")
+    for _ in range(2):
+        alone.step()
+        alone.save()
+    alone.lock.close()
+    jobs = [(name, [[*run, *more.split(), "--out", str(folder / name)]] * 2) for name, more in JOBS.items()]
+    jobs.append(("resumed", [["--resume", str(folder / "resumed"), "--ep", "2", "--vocab-parallel", "2"]] * 2))
+    start(work, (jobs, folder, free_ports(len(jobs))), 2)
+    return folder
+
+
+@pytest.mark.parametrize("name", [*JOBS, "resumed"])
+def test_two_processes_merge_the_bits_of_their_stored_checkpoints(several, name, tmp_path):
+    results = [json.loads((several / f"{name}.{rank}").read_text()) for rank in range(2)]
+    assert not any(code for code, _, _ in results) and "3 steps" in results[0][1], results
+    run = several / name
+    stored = [run / "checkpoints" / f"step-00000{step}" for step in (1, 2, 3)]
+    merge(stored, named_weights("1-sqrt", 3), tmp_path / "stored", "bf16")
+    a, b, last = (weights_of(folder) for folder in (tmp_path / "stored", run / "merged", run / "model"))
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    assert sum(not torch.equal(b[key], last[key]) for key in b) > len(b) / 2
+    assert load_tokenizer(run / "merged").vocab_size == load_tokenizer(None).vocab_size
 
 
 def test_other_settings_begin_another_merge(run, tmp_path):
@@ -102,7 +148,7 @@ def test_other_settings_begin_another_merge(run, tmp_path):
         late.step()
     assert not late.merge.taken and not late.merge.complete
     with pytest.raises(InputError, match="0 of 3 weights are merged so far"):
-        late.merge.write(tmp_path / "none", late.config, late.tokenizer)
+        late.merge.write(tmp_path / "none", late.shares, late.tokenizer)
     late.lock.close()
     none = Trainer.resume(folder / "checkpoints/step-000006", merge_last=0)
     assert not none.merge.plan and not any("merge" in note for note in none.notes)
@@ -110,7 +156,7 @@ def test_other_settings_begin_another_merge(run, tmp_path):
 
 def test_an_old_checkpoint_has_no_merge():
     merging = RunningMerge(Settings(steps=9, **PLAN))
-    assert merging.restore("unused", [], 2) is None and merging.due(3) and not merging.due(6)
+    assert merging.restore("unused", [], 2, None) is None and merging.due(3) and not merging.due(6)
 
 
 @pytest.mark.parametrize("x", [0.1, 0.5])

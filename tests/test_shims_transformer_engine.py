@@ -152,6 +152,28 @@ def test_router_permute_experts_unpermute():
         torch.testing.assert_close(ours, t.grad, rtol=1e-4, atol=1e-4)
 
 
+def layer(x, logits):
+    probs, routed = fused_topk_with_score_function(logits, 4, False, 4, 2, 2.5, "sigmoid", None)
+    rows, weights, row_id_map = moe_permute_with_probs(x, probs, routed, 4 * len(x))
+    return moe_unpermute(rows * weights[:, None], row_id_map)
+
+
+def test_no_tokens_and_no_routed_tokens():
+    x, logits, chosen = torch.randn(0, 8, requires_grad=True), torch.randn(0, 16), torch.zeros(5, 4, dtype=torch.bool)
+    layer(x, logits).sum().backward()
+    assert x.grad.shape == (0, 8)
+    rows, row_id_map = moe_permute(torch.randn(5, 8), chosen)
+    assert rows.shape == (0, 8) and torch.equal(moe_unpermute(rows, row_id_map), torch.zeros(5, 8))
+
+
+def test_compiles():
+    rand = Rand(FP32)
+    x, logits = rand(5, 8), rand(5, 16)
+    torch.autograd.backward(layer(x, logits).sum())
+    got = torch.autograd.grad(torch.compile(layer, backend="aot_eager", fullgraph=True)(x, logits).sum(), [x, logits])
+    assert torch.equal(got[0], x.grad) and torch.equal(got[1], logits.grad)
+
+
 def probs_of(logits):
     return reference_topk(logits, 4, 4, 2, 2.5, None)[0]
 

@@ -11,10 +11,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.studies import origin
 from ling_kernels.errors import command
 from ling_kernels.files import atomic_write
-from ling_kernels.model import load_model, named_views
+from ling_kernels.model import load_model
+from ling_kernels.parallel.checkpoints import own_pieces
 from ling_kernels.train import Settings, Trainer
 from ling_kernels.train.merge import named_weights
 from ling_kernels.train.running_merge import RunningMerge
@@ -48,13 +51,13 @@ def study(seed: int, folder: Path, steps: int = STEPS) -> dict[str, float]:
         step = trainer.progress.step
         for merging in merges.values():
             if merging.due(step):
-                merging.add(step, named_views(trainer.model))
+                merging.add(step, own_pieces(trainer.shares))
         if step == steps - window:
             trainer.save()
     losses = {"last": trainer.evaluate()["val_loss"]}
     for (name, n), merging in merges.items():
         out = folder / f"{name.replace(':', '-')}-{n}"
-        merging.write(out, trainer.config, trainer.tokenizer, "fp32")
+        merging.write(out, trainer.shares, trainer.tokenizer, torch.float32)
         trainer.model.load_state_dict(load_model(out, dtype=next(trainer.model.parameters()).dtype).state_dict())
         losses[f"{name}, {n}"] = trainer.evaluate()["val_loss"]
     trainer.lock.close()

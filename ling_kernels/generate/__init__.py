@@ -5,6 +5,8 @@ from ..model.sample import Sampling, sampler
 from .engine import Engine
 from .grammar import Grammars
 from .request import Request
-from .text import stream_text
+from .text import Text, generate_texts, stream_text
 
-__all__ = ["Busy", "Engine", "Grammars", "Request", "Sampling", "sampler", "stream_text"]
+__all__ = [
+    "Busy", "Engine", "Grammars", "Request", "Sampling", "Text", "generate_texts", "sampler", "stream_text",
+]  # fmt: skip

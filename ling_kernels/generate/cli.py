@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from ..model.sample import Sampling
 from ..tokenizer import Tokenizer, load_tokenizer
 from .engine import Engine
 from .request import max_sequence_tokens
-from .text import stream_text
+from .text import keep, repeats, stream_text
 
 
 def arguments() -> Parser:
@@ -31,12 +32,7 @@ def arguments() -> Parser:
     add("--system", metavar="TEXT", help="system message, with --chat")
     add("--tools", metavar="FILE", help="JSON list of the tools that an answer may call, with --chat")
     add("--max-new-tokens", type=int, metavar="N", help="default 256, or the rest of the model's positions")
-    add("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
-    add("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest tokens up to probability P")
-    add("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens")
-    add("--min-p", type=float, default=0.0, metavar="P", help="sample from tokens P times as likely as the likeliest")
-    add("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1 makes earlier tokens less likely")
-    add("--seed", type=int, metavar="N", help="seed of the sampling, for reproducible text")
+    add_sampling_flags(parser)
     add("--stop", action="append", default=[], metavar="TEXT", help="stop string; the text ends before it; repeatable")
     add("--ignore-eos", action="store_true", help="continue after an end token")
     add("--echo", action=argparse.BooleanOptionalAction, default=False, help="print the prompt first")
@@ -48,10 +44,14 @@ def arguments() -> Parser:
 @command
 def main(argv: list[str] | None = None) -> int:
     args = arguments().parse_args(argv)
-    # The terminal may lack some characters.
-    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+    return to_terminal(lambda: run(args))
+
+
+def to_terminal(run: Callable[[], None]) -> int:
+    """Run what writes text to standard output; returns the exit code of how it ended."""
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # the terminal may lack some characters
     try:
-        run(args)
+        run()
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.seed)
+    sampling = sampling_of(args)
     config, folder = resolve_checkpoint(args.model)
     if "" in args.stop:
         raise InputError("--stop is empty")
@@ -80,13 +80,15 @@ def run(args: argparse.Namespace) -> None:
 
     if args.echo:
         write(prompt)
-    times, last = [time.perf_counter()], ""
-    for piece in stream_text(tokens, tokenizer, args.stop, ids):
+    times, last, new_ids = [time.perf_counter()], "", []
+    for piece in stream_text(keep(tokens, new_ids), tokenizer, args.stop, ids):
         times.append(time.perf_counter())
         write(piece)
         last = piece or last
     if not last.endswith("\n"):
         write("\n")
+    if args.temperature == 0 and repeats(new_ids):
+        print("the text repeats itself: try --temperature 0.7, or --repetition-penalty 1.1", file=sys.stderr)
     if args.stats:
         start, *after = times
         count = len(after) - 1  # tokens; the last piece is text that was held back
@@ -169,6 +171,21 @@ def stop_token_ids(config: LingConfig, tokenizer: Tokenizer, folder: Path) -> se
         raise InputError(f"{file}: eos_token_id is {more}, neither an integer nor a list of them")
     turn = tokenizer.vocab.get("<|role_end|>", tokenizer.eos_id)
     return {*config.eos_token_ids, *tokenizer.ends(), turn, *more}
+
+
+def add_sampling_flags(parser: Parser) -> None:
+    """Add the flags that `sampling_of` reads."""
+    add = parser.add_argument
+    add("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
+    add("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest tokens up to probability P")
+    add("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens")
+    add("--min-p", type=float, default=0.0, metavar="P", help="sample from tokens P times as likely as the likeliest")
+    add("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1 makes earlier tokens less likely")
+    add("--seed", type=int, metavar="N", help="seed of the sampling, for reproducible text")
+
+
+def sampling_of(args: argparse.Namespace) -> Sampling:
+    return Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.seed)
 
 
 def add_model_flags(parser: Parser) -> None:

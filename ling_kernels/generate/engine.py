@@ -17,20 +17,22 @@ import asyncio
 import threading
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
 
 import torch
 
 from ..errors import InputError, integer
 from ..model import Ling
 from ..model.decode import empty_caches
-from ..model.sample import BAD_LOGITS, Sampling, SamplingMode
+from ..model.sample import Sampling, SamplingMode
 from .cache import PagePool, memory_of, page_bytes
-from .forward import Chunk, Forward, PendingTokens
+from .forward import Forward
 from .grammar import Grammar
 from .health import PassRecord
-from .logprobs import read_scores
-from .request import DRAFT_SLACK, Request, add_guide, new_request
-from .scheduler import Scheduler, Work
+from .passes import Passes
+from .request import DRAFT_SLACK, Request, add_guide, max_sequence_tokens, new_request
+from .scheduler import Scheduler
 from .weights import take_weights
 
 SHARE = 0.9  # part of a GPU's free memory, after the weights, for the KV cache
@@ -39,7 +41,7 @@ MAX_RUNNING = 1 << 16  # each has a row of a block table
 MAX_ROWS = 8  # per sequence, limit of attention_decode
 
 
-class Engine:
+class Engine(Passes):
     """Serves a model, in eval mode, on the model's device.
 
     cache_tokens: capacity of the KV cache, without draft tokens; default: 90 % of a GPU's free memory, 1 GiB on a CPU,
@@ -99,9 +101,10 @@ class Engine:
         self.draft, self.drafted, self.accepted = draft, 0, 0
         self.scheduler = Scheduler(self.pages, max_running, max_rows, max_waiting, draft)
         self.overlap = self.device.type == "cuda"  # on a CPU a pass is complete when it has been launched
-        self.pending: PendingTokens | None = None  # of the last pass, until `collect`
+        self.pending = None
         self.record = PassRecord()
         self.step_task: asyncio.Task | None = None
+        self.closed = False
         self.policy_version = 0  # see `new_weights`
         self.lock = threading.Lock()  # no RLock: garbage collection during a step may cancel a stream, see `cancel`
 
@@ -133,6 +136,8 @@ class Engine:
         client's requests the smallest priority. Raises InputError for a prompt that is empty, too long or has ids
         outside the vocabulary, and Busy if the queue is full.
         """
+        if self.closed:
+            raise InputError("the engine is closed")
         request = new_request(
             self.config, self.draft, prompt, sampling, max_new_tokens, stop_token_ids, timeout,
             num_logprobs=logprobs, num_prompt_logprobs=prompt_logprobs, min_new_tokens=min_new_tokens,
@@ -161,6 +166,40 @@ class Engine:
             take_weights(self, model)
         return self.policy_version
 
+    @property
+    def max_sequence(self) -> int:
+        """Most tokens of a prompt and its new ones together."""
+        capacity = min(self.config.max_positions, self.pages.count * self.pages.size)
+        return max_sequence_tokens(capacity, self.draft)
+
+    def close(self) -> None:
+        """Cancel all requests, and free the cache and the graphs. Closing again has no effect."""
+        with self.lock:
+            if self.closed:
+                return
+            self.closed = True
+            with self.use_device():
+                self.collect()
+            for request in [*self.scheduler.submitted, *self.scheduler.waiting, *self.scheduler.running]:
+                request.cancelled = True
+            self.scheduler.sweep()
+            del self.forward
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    async def __aenter__(self) -> "Engine":
+        return self
+
+    async def __aexit__(self, *_) -> None:
+        await asyncio.to_thread(self.close)  # a pass may be running
+
+    def __reduce__(self):
+        raise InputError("an engine cannot go to another process: load the model and make one there")
+
     def warm_up(self) -> None:
         """Capture the CUDA graphs of common sampling modes now, instead of when a request first needs them."""
         if self.forward.graphs is not None:
@@ -168,121 +207,12 @@ class Engine:
             with self.lock, self.use_device(), torch.inference_mode():
                 self.forward.graphs.prepare(greedy, random, SamplingMode(True, True, False))
 
-    def step(self) -> bool:
-        """Run one forward pass; False if there was nothing to do."""
-        with self.lock:
-            return self.run_pass()
-
-    def run_pass(self) -> bool:
-        """`step` for a caller that holds the lock: schedule, launch the next pass, collect the last one's tokens."""
-        try:
-            with self.record.running(), self.use_device():
-                had_pending = self.pending is not None
-                if had_pending and self.scheduler.may_preempt:
-                    self.collect()
-                scheduled, pending = self.scheduler.schedule(), None
-                if scheduled:
-                    with self.fail_on_error(scheduled):
-                        pending = self.launch(scheduled)
-                self.collect()
-                self.pending = pending
-                if not self.overlap:
-                    self.collect()
-                self.scheduler.sweep()  # requests cancelled during the pass
-                return bool(scheduled or had_pending)
-        except BaseException:  # Ctrl-C between any two lines: lanes may be ahead of the host's state
-            self.pending = None
-            for request in [*self.scheduler.running]:
-                self.scheduler.finish(request, "error", RuntimeError("a step of the engine was interrupted"))
-            raise
-
-    def use_device(self) -> torch.cuda.device:
-        """Make the model's GPU current in the calling thread; no effect on a CPU."""
-        return torch.cuda.device_of(self.model.word_embeddings.weight)
-
-    def launch(self, scheduled: dict[Request, Work]) -> PendingTokens | None:
-        """Launch a pass, and update the requests as far as is known without its tokens."""
-        for request in scheduled:
-            if request.pages_on_device == 0:  # the lane is not filled yet
-                self.forward.fill_lane(request)
-        decoding = [r for r, work in scheduled.items() if work.decode]
-        chunks = [Chunk(r, r.computed, work.prefill) for r, work in scheduled.items() if work.prefill]
-        pending = self.forward(decoding, chunks)
-        for request, _, rows in chunks:
-            self.scheduler.advance(request, rows)
-        for request in decoding:
-            request.passes_in_flight += 1
-        return pending
-
-    def collect(self) -> None:
-        """Wait for the tokens of the pending pass and give them to its requests."""
-        pending, self.pending = self.pending, None
-        if pending is None:
-            return
-        for request, start, scores in pending.prompts:
-            known = len(request.prompt_logprobs) - start  # a preempted request prefills its prompt again
-            tokens = request.prompt[start + 1 : start + 1 + len(scores)]
-            new = read_scores(scores.cpu(), tokens, request.num_prompt_logprobs)[max(known, 0) :]
-            request.prompt_logprobs += new if known >= 0 else []
-        with self.fail_on_error(pending.requests):
-            for i, (request, tokens) in enumerate(zip(pending.requests, pending.tokens(), strict=True)):
-                request.passes_in_flight -= 1
-                if not request.finished:
-                    if request.num_logprobs is not None:  # before the tokens, which another thread may read at once
-                        request.logprobs += pending.logprobs(i, tokens)
-                    self.accept(request, tokens, pending.drafts(i))
-                    del request.logprobs[request.num_new_tokens :]  # of an end token, and of tokens after it
-
-    @contextmanager
-    def fail_on_error(self, requests: Iterable[Request]) -> Iterator[None]:
-        """An exception finishes these requests: only their part of the cache is undefined."""
-        try:
-            yield
-        except Exception as error:
-            self.record.fail(error)
-            for request in [*requests]:
-                self.scheduler.finish(request, "error", error)
-
-    def accept(self, request: Request, tokens: list[int], drafts: list[int]) -> None:
-        """Append a pass's tokens (accepted draft tokens, then a new one) up to a stop token or max_new_tokens. drafts:
-        those that the next pass verifies, of a request with a grammar."""
-        if request.has_drafts:
-            self.drafted, self.accepted = self.drafted + self.draft, self.accepted + len(tokens) - 1
-        request.has_drafts = self.draft > 0
-        reason = error = None
-        used = 0
-        for token in tokens:
-            used += 1
-            if token < 0:
-                reason, error = "error", InputError(BAD_LOGITS)
-                self.record.fail(error)
-                break
-            reason = "stop" if token in request.stop_token_ids else None
-            guide = request.guide if reason is None else None
-            if guide is not None and not guide.accept(token):
-                reason, error = "error", InputError(guide.fault)
-                break
-            if reason is None or request.keep_stop:
-                request.tokens.append(token)
-                reason = "stop" if guide is not None and guide.complete else reason
-                reason = reason or ("length" if request.num_new_tokens == request.max_new_tokens else None)
-            if reason:
-                break
-        if request.guide is not None and not reason:
-            request.guide.prepare(drafts)
-        if error is None:
-            self.record.succeed()
-        self.scheduler.advance(request, used)
-        if reason:
-            request.routing = self.forward.routing_of(request)
-            self.scheduler.finish(request, reason, error)
-
     def stream(self, prompt: Sequence[int], **options) -> Iterator[int]:
-        """Submit a request and yield its new tokens; options as in `submit`.
+        """Submit a request when iteration starts, and yield its new tokens; options as in `submit`.
 
-        Closing or dropping the iterator cancels the request, also before its first token.
+        Closing or dropping the iterator cancels the request.
         """
-        return self.follow(self.submit(prompt, **options))
+        yield from self.follow(self.submit(prompt, **options))
 
     def follow(self, request: Request) -> Iterator[int]:
         """Yield the new tokens of a submitted request, as `stream`; raises the request's error."""
@@ -341,37 +271,74 @@ class Engine:
         return request.num_new_tokens > sent
 
     def generate(self, prompts: Iterable[Sequence[int]], **options) -> list[list[int]]:
-        """The new tokens of every prompt; options as in `submit`. Prompts beyond max_waiting are submitted later.
-
-        An error of one request cancels the others and is raised.
-        """
+        """The new tokens of every prompt; options as in `finish`."""
         return [request.new_tokens for request in self.finish(prompts, **options)]
 
-    def finish(self, prompts: Iterable[Sequence[int]], **options) -> list[Request]:
-        """`generate`, with the finished requests themselves: tokens, reasons, log-probabilities."""
-        if isinstance(prompts, str) or not isinstance(prompts, Iterable):
-            raise InputError(f"prompts are lists of token ids, not {prompts!r}")
-        requests = []
-        try:
-            for prompt in prompts:
-                while self.scheduler.full:
-                    self.step()
-                requests.append(self.submit(prompt, **options))
+    def finish(
+        self,
+        prompts: Iterable[Sequence[int]],
+        sampling: Sampling | Sequence[Sampling | None] | None = None,
+        n: int = 1,
+        **options,
+    ) -> list[Request]:
+        """Finished requests of every prompt, which have its new tokens, finish reason and log-probabilities.
+
+        sampling: of all prompts, or one for each. n: requests of each prompt, next to each other, with the seeds seed,
+        seed + 1, ...; other options as in `submit`. Prompts beyond max_waiting are submitted later. An error of one
+        request cancels the others and is raised.
+        """
+        with self.submitted(prompts, sampling, n, **options) as requests:
             for request in requests:
                 while self.wait_for_tokens(request, request.num_new_tokens):
                     pass
                 raise_error(request)
+        return requests
+
+    @contextmanager
+    def submitted(self, prompts, sampling=None, n: int = 1, **options) -> Iterator[list[Request]]:
+        """Submit requests as `finish` does; in the end those that have not finished are cancelled."""
+        if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+            raise InputError(f"prompts are lists of token ids, not {prompts!r}")
+        requests: list[Request] = []
+        try:
+            for prompt, choice in choices(prompts, sampling, integer("n", n, 1)):
+                while self.scheduler.full:
+                    self.step()
+                requests.append(self.submit(prompt, choice, **options))
+            yield requests
         finally:
             for request in requests:
                 if not request.finished:
                     self.cancel(request)
-        return requests
 
     def score(self, prompts: Iterable[Sequence[int]]) -> list[list[float]]:
         """The model's log-probability of each prompt's tokens after the first, in natural logarithms."""
         return [
             [t.logprob for t in r.prompt_logprobs] for r in self.finish(prompts, max_new_tokens=1, prompt_logprobs=0)
         ]
+
+
+def choices(
+    prompts: Iterable[Sequence[int]], sampling: Sampling | Sequence[Sampling | None] | None, n: int
+) -> Iterator[tuple[Sequence[int], Sampling | None]]:
+    """Each prompt n times, with its sampling parameters. Raises InputError where their numbers differ."""
+    if isinstance(sampling, list | tuple):
+        prompts = [*prompts]
+        if len(prompts) != len(sampling):
+            raise InputError(f"there are {len(prompts)} prompts, but {len(sampling)} in sampling")
+        pairs: Iterable[tuple[Sequence[int], Any]] = zip(prompts, sampling, strict=True)
+    else:
+        pairs = ((prompt, sampling) for prompt in prompts)
+    for prompt, of_prompt in pairs:
+        for k in range(n):
+            yield prompt, of_choice(of_prompt, k)
+
+
+def of_choice(sampling: Sampling | None, k: int) -> Sampling | None:
+    """Sampling parameters of a prompt's text k, which has a seed of its own."""
+    if k == 0 or not isinstance(sampling, Sampling) or sampling.seed is None:
+        return sampling
+    return replace(sampling, seed=(sampling.seed + k) % (1 << 63))
 
 
 def raise_error(request: Request) -> None:

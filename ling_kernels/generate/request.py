@@ -138,6 +138,8 @@ def new_request(
         if wanted is not None and integer(name, wanted, 0) > MOST:
             raise InputError(f"{name} is {wanted}; it must be at most {MOST}")
     integer("priority", request.priority, -(1 << 63))
+    if not isinstance(request.client, str):
+        raise InputError(f"client is {request.client!r}; it must be text")
     check_edits(request, vocabulary)
     return request
 

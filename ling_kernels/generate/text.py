@@ -1,8 +1,12 @@
 """Incremental text of a generated sequence: complete characters only, cut at stop strings."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
+from ..errors import InputError
 from ..tokenizer import TextStream, Tokenizer
+from .engine import Engine
+from .logprobs import TokenLogprob
 
 
 def stream_text(
@@ -18,6 +22,57 @@ def stream_text(
         if text.found:
             break
     yield text.end()
+
+
+def keep(tokens: Iterable[int], into: list[int]) -> Iterator[int]:
+    """Yield the tokens, and append them to a list."""
+    for token in tokens:
+        into.append(token)
+        yield token
+
+
+def repeats(tokens: Sequence[int]) -> bool:
+    """Whether the text ends with the same part of up to 32 tokens four times, or with a shorter one for 16 tokens."""
+    for n in range(1, 33):
+        times = max(4, -(-16 // n))
+        if len(tokens) >= n * times and [*tokens[-n * times :]] == [*tokens[-n:]] * times:
+            return True
+    return False
+
+
+class Text(NamedTuple):
+    """A generated text: up to a stop string, whose tokens are among its tokens."""
+
+    text: str
+    tokens: list[int]
+    finish_reason: str  # stop, length, timeout or cancelled
+    logprobs: list[TokenLogprob]  # of the tokens, where wanted
+
+
+def generate_texts(
+    engine: Engine, tokenizer: Tokenizer, prompts: Iterable[str | Sequence[int]], stop: Sequence[str] = (), **options
+) -> list[Text]:
+    """Texts that continue the prompts, with the options of Engine.finish: also `n`, and `sampling` for each prompt.
+
+    stop: strings that end a text, which is without them. Raises InputError as Engine.submit.
+    """
+    if isinstance(prompts, str):
+        raise InputError("prompts is a text; it must be a list of them")
+    ids = [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    found = []
+    with engine.submitted(ids, **options) as requests:
+        for request in requests:
+            text, pieces, count = StoppedText(tokenizer, stop, request.prompt), [], 0
+            for token in engine.follow(request):
+                count += 1
+                pieces.append(text.add(token))
+                if text.found:
+                    engine.cancel(request)
+                    break
+            reason = "stop" if text.found else request.finished
+            logprobs = request.logprobs[:count]
+            found.append(Text("".join(pieces) + text.end(), request.new_tokens[:count], reason, logprobs))
+    return found
 
 
 class StoppedText:

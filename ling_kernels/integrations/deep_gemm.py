@@ -137,7 +137,7 @@ def chosen_recipe(recipe, recipe_a, recipe_b, *supported: tuple[int, int, int]) 
 
 
 def expect_scales(b: Fp8, rows: int, ndim: int) -> None:
-    """Check that b [(E,) N, K] has one fp32 scale for so many rows: with N = 1 the op could not tell."""
+    """Check that b [(E,) N, K] has the recipe's scales: one in fp32 for so many rows and 128 columns."""
     data, scale = b
     fits = data.ndim == ndim == scale.ndim and scale.shape[-2] * rows == data.shape[-2] and scale.dtype == torch.float32
     expect(fits, f"b {'[E, N, K]' if ndim == 3 else '[N, K]'} with an fp32 scale per {rows} x 128", data, scale)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..op import expect, first_derivative_only, round_up
-from ..ops.dispatch import Plan
+from ..ops.dispatch import PAD, Plan, exclusive_sum
 from ..ops.quantize import quantize
 from ..ops.rms_norm import rms_norm
 from ..ops.swiglu import swiglu, swiglu_backward
@@ -138,11 +138,11 @@ def fp8_tensor(
         ends = torch.tensor(counts).cumsum(0).tolist()
         scale = one_after_another(scale.T, ends, counts).view(rows, -1)
         if columns:
-            padded = torch.tensor([round_up(n, 128) for n in counts]).cumsum(0).tolist()
+            padded = torch.tensor([round_up(n, PAD) for n in counts]).cumsum(0).tolist()
             starts = [0, *padded]
             lasts = [start + n for start, n in zip(starts, counts, strict=False)]
             data = one_after_another(columns[0], lasts, counts).view(rows, K)
-            column_scale = columns[1].T[: starts[-1] // 128]
+            column_scale = columns[1].T[: starts[-1] // PAD]
     return cls(
         shape=shape,
         dtype=source.dtype,
@@ -162,12 +162,10 @@ def one_after_another(x: Tensor, ends: list[int], counts: list[int]) -> Tensor:
     return torch.cat([x[:, end - n : end].reshape(-1) for end, n in zip(ends, counts, strict=True)])
 
 
-def plan_of_counts(counts: list[int], device: torch.device) -> Plan:
-    """A plan of rows that are sorted by expert already."""
-    runs = torch.tensor([counts, [round_up(n, 128) for n in counts]], device=device)
-    offsets = torch.nn.functional.pad(runs.cumsum(1), (1, 0)).int()
-    rows = torch.arange(sum(counts), dtype=torch.int32, device=device)
-    return Plan(offsets[0], rows[:, None], rows, offsets[1])
+def plan_of_counts(counts: Tensor, num_rows: int) -> Plan:
+    """A plan of rows that are sorted by expert already, counts [E] of each."""
+    row = torch.arange(num_rows, dtype=torch.int32, device=counts.device)
+    return Plan(exclusive_sum(counts), row[:, None], row, exclusive_sum((counts + PAD - 1) // PAD * PAD))
 
 
 def padded_rows(tokens, routing_map, counts: Tensor, listed: list[int]) -> tuple[Tensor, Tensor]:
@@ -199,7 +197,7 @@ def gathered(x: Tensor, slot: Tensor, choice: Tensor, fp8: tuple | None) -> Tens
     if fp8 is None:
         return rows
     cls, quantizer, counts = fp8
-    plan = plan_of_counts(counts, x.device)
+    plan = plan_of_counts(torch.tensor(counts, device=x.device), len(rows))
     codes = quantize(rows, columns=True, plan=plan, pow2=quantizer.force_pow_2_scales)
     return fp8_tensor(cls, quantizer, rows.shape, x, codes, counts)
 
@@ -251,7 +249,7 @@ class BlockSilu(torch.autograd.Function):
 class BlockWeightedSilu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weights, counts, splits, quantizer, grad_quantizer, cls, columns):
-        plan = plan_of_counts(splits, x.device)
+        plan = plan_of_counts(counts, len(x))
         ctx.save_for_backward(x, weights)
         ctx.fp8 = cls, grad_quantizer, splits, plan
         pow2 = quantizer.force_pow_2_scales

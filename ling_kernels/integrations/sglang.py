@@ -69,10 +69,11 @@ def experts(dispatch_output: Any, quant_info: Any, config: Any) -> Tensor:
     return fp8_experts(dispatch_output.hidden_states, q.w13_weight, q.w13_scale, q.w2_weight, q.w2_scale, scaled, ids)
 
 
-def create_runner(stock, method: Any, layer: Any, config: Any) -> None:
+def create_runner(stock, method: Any, layer: Any, moe_runner_config: Any) -> None:
     """Around Fp8MoEMethod.create_moe_runner."""
     if not asked_for():
-        return stock(method, layer, config)
+        return stock(method, layer, moe_runner_config)
+    config = moe_runner_config
     other = ("apply_router_weight_on_input", "no_combine", "gemm1_alpha", "gemm1_clamp_limit", "swiglu_limit")
     wrong = [name for name in other if getattr(config, name, None)]
     if not method.block_quant or list(method.weight_block_size) != [128, 128]:

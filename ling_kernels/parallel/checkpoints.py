@@ -10,7 +10,7 @@ NAME.KEY[:,0:64] for columns, so that it loads wherever a process holds other ro
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +36,8 @@ from .parts import Piece, held, pieces
 from .ranks import Ranks
 from .shares import Shares
 
-MODEL, OPTIMIZER, ADAPTER = "model", "optimizer", "adapter_model"  # stems of files; the last is peft's
+MODEL, OPTIMIZER, MERGE = "model", "optimizer", "merge"  # stems of files
+ADAPTER = "adapter_model"  # peft's
 
 
 @dataclass
@@ -79,23 +80,35 @@ class OwnPart:
 def own_part(shares: Shares, moments: dict[str, Tensor], base: bool = False) -> OwnPart:
     """The tensors themselves that this process writes: of a model with adapters these alone, as no others change; base:
     the weights beside them. moments: the optimizer's state, named NAME.KEY."""
-    owned, of_adapters = shares.owned(), bool(shares.adapters) and not base
-    mine = {name: t for name, t in held(shares.model) if name in owned}
-    names = [name for name in shares.official if (name in shares.adapters) == of_adapters]
-    keys = sorted(official.key for name in names for official in shares.official[name].keys)
-    part = OwnPart(keys=keys, stem=ADAPTER if of_adapters else MODEL)
-    for piece in pieces(shares, ((name, mine[name]) for name in names if name in mine)):
-        if of_adapters:  # a file does not take one tensor under the keys of gate and up
-            piece = piece._replace(tensor=piece.tensor.clone())
-        if piece.is_whole:
-            part.weights[piece.official.key] = piece.tensor
-        else:
-            part.pieces.append(piece)
+    of_adapters, owned = bool(shares.adapters) and not base, shares.owned()
+    found = own_pieces(shares, of_adapters)
+    if of_adapters:  # a file does not take one tensor under the keys of gate and up
+        found = [piece._replace(tensor=piece.tensor.clone()) for piece in found]
+    part = part_of_pieces(shares, found, ADAPTER if of_adapters else MODEL)
     for key, t in moments.items():
         name = key.rpartition(".")[0]
         if name in owned:
             part.optimizer |= named_parts(key, t.detach(), shares.part_of(name), shares.official[name].shape)
     return part
+
+
+def own_pieces(shares: Shares, of_adapters: bool = False) -> list[Piece]:
+    """The tensors themselves of the official keys, or of adapters, that this process writes, or its parts of them."""
+    owned = shares.owned()
+    mine = {name: t for name, t in held(shares.model) if name in owned}
+    names = [name for name in shares.official if name in mine and (name in shares.adapters) == of_adapters]
+    return [*pieces(shares, ((name, mine[name]) for name in names))]
+
+
+def part_of_pieces(shares: Shares, found: Iterable[Piece], stem: str) -> OwnPart:
+    """What this process writes of weights, or of other tensors of the same keys and shapes, in files of this stem."""
+    of_adapters, found = stem == ADAPTER, [*found]
+    named = ((name, p) for name, p in shares.official.items() if (name in shares.adapters) == of_adapters)
+    return OwnPart(
+        {piece.official.key: piece.tensor for piece in found if piece.is_whole},
+        [piece for piece in found if not piece.is_whole],
+        keys=sorted(official.key for _, p in named for official in p.keys), stem=stem,
+    )  # fmt: skip
 
 
 def named_parts(key: str, t: Tensor, part: Part, shape: torch.Size) -> dict[str, Tensor]:

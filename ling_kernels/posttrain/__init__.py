@@ -1,4 +1,4 @@
-"""Post-training: policy losses, sentences and rewards that any trainer can call, and a loop that trains with them.
+"""Post-training: policy losses, sentences and rewards that any trainer can call, and two that train with them.
 
 The import is light: torch is loaded at the first use of a name, so that processes of reward functions start at once.
 """
@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 EXPORTS = dict(
+    dpo=("Dpo", "DpoSettings"),
     loop=("Loop", "LoopSettings"),
     policy=("AVERAGES", "ICEPOP", "LEVELS", "METHODS", "PolicyLoss", "group_advantages", "icepop", "policy_loss"),
     preference=("PreferenceLoss", "preference_loss"),
@@ -22,6 +23,8 @@ FILES = {name: file for file, names in EXPORTS.items() for name in names}
 __all__ = sorted(FILES)
 
 if TYPE_CHECKING:
+    from .dpo import Dpo as Dpo
+    from .dpo import DpoSettings as DpoSettings
     from .loop import Loop as Loop
     from .loop import LoopSettings as LoopSettings
     from .policy import AVERAGES as AVERAGES

@@ -61,7 +61,8 @@ class LearnerSettings:
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            object.__setattr__(self, f.name, plain(f, getattr(self, f.name)))
+            if (value := getattr(self, f.name)) is not f.default:
+                object.__setattr__(self, f.name, plain(f, value))
         check_bounds(self)
         check_needs_rank(self)
 
@@ -146,6 +147,10 @@ class Learner:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16):
             return answer_logp(model, answers)
 
+    def step(self) -> dict:
+        """The next step; returns its record."""
+        raise NotImplementedError
+
     def update(self, out: NamedTuple, number: int) -> tuple[dict, bool]:
         """Backward of out.loss and step `number` of the optimizer, which changes nothing where loss or gradient is not
         finite. Returns the fields of `out`, which are scalars, with grad_norm; whether the step was taken."""
@@ -161,10 +166,15 @@ class Learner:
         self.bad = 0 if sound else self.bad + 1
         return measured | dict(lr=lr), sound
 
+    def _state(self) -> dict:
+        """What a subclass adds to a checkpoint's state.json."""
+        return {}
+
     def save(self) -> Path:
         """Write a checkpoint of the steps done so far; returns its folder. Raises NotSaved."""
         state = {"step": self.step_done, "tokens": self.tokens, "bad": self.bad, self.key: asdict(self.settings)}
         state |= dict(source=self.source, torch=torch.__version__) | (dict(base=self.base) if self.base else {})
+        state |= self._state()
         tensors, _ = snapshot(self.shares, ckpt.optimizer_tensors(self.model, self.optimizer), wait=True)
         keep = partial(kept, keep=self.settings.keep, keep_every=0, proven=self.step_done)
         write(self.folder, tensors, self.tokenizer, state, keep, self.shares.ranks)

@@ -176,7 +176,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name != "pretrain" and (out / name / "model" / "config.json").is_file():
             continue
         if code := execute(module, its_flags):
-            print(f"{name} is not complete: the same command goes on with it", file=sys.stderr)
+            if code != 2:  # bad input, which the same command has again
+                print(f"{name} is not complete: the same command goes on with it", file=sys.stderr)
             return code
     found = results(out, args.task, args.problems)
     for name, folder in models_of(out).items() if args.lm_eval else ():

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..chat import ChatText, end_of_answers, render_answers, render_chat, with_thinking
+from ..chat_template import ChatText, end_of_answers, render_answers, render_chat, with_thinking
 from ..errors import InputError
 from ..files import atomic_write, read_json, user_path
 from .byte_level import SPECIAL_TOKENS, TOKEN_BYTES, byte_settings, byte_tokenizer_json

@@ -5,7 +5,7 @@
     adapter_model.safetensors        in place of these, of a run with --lora-rank, in peft's format and fp32
     model.safetensors.index.json     which files hold the weights; of several processes each writes its own
     optimizer.safetensors            the optimizer's state, by parameter; of several processes files and an index
-    merge.safetensors                the running merge, where there is one
+    merge.safetensors                the running merge, where there is one; of several processes files and an index
     rng.safetensors                  the states of torch's random number generators
     state.json                       progress and settings of the run, time of writing (s since 1970), size and
                              checksum of the files above

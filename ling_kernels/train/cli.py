@@ -2,7 +2,6 @@
 
 import os
 import shlex
-import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -308,9 +307,8 @@ def finish_run(trainer: Trainer, planner) -> None:
         if trainer.settings.lora_rank and trainer.ranks.first:
             s, last = trainer.settings, ckpt.list_checkpoints(folder)[-1]
             write_adapter(last, folder / "adapter", s.model, s.lora_rank, alpha_of(s))
-        if merged := trainer.merge.complete and trainer.ranks.first:
-            shutil.rmtree(folder / "merged", ignore_errors=True)  # of a run that went back
-            trainer.merge.write(folder / "merged", config, trainer.tokenizer)
+        if merged := trainer.merge.complete:
+            trainer.merge.write(folder / "merged", trainer.shares, trainer.tokenizer)
     except InputError as error:
         kind = OtherNotSaved if isinstance(error, OtherRank) else NotSaved
         raise kind(f"{error}; the weights are in {ckpt.list_checkpoints(folder)[-1]}") from None

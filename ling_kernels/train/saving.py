@@ -10,7 +10,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import log
 from pathlib import Path
 
@@ -27,7 +27,6 @@ from ..parallel.shares import Shares
 from ..tokenizer import Tokenizer
 from . import checkpoint as ckpt
 
-MERGE_FILE = "merge.safetensors"
 GOOD_AFTER = 32  # sound steps in a row after a checkpoint that show that it is good
 UNSOUND = 2  # a loss of so many times that of a uniform guess, ln(vocabulary), is not sound
 
@@ -51,7 +50,7 @@ class Snapshot:
     config: LingConfig
     part: OwnPart
     random: dict[str, Tensor]
-    merged: dict[str, Tensor] = field(default_factory=dict)  # the running merge, which no step changes
+    merged: OwnPart | None = None  # the running merge, which no step changes
 
 
 def snapshot(shares: Shares, moments: dict[str, Tensor], wait: bool) -> tuple[Snapshot, bool]:
@@ -102,6 +101,9 @@ def write(
                 raise InputError(f"{partial.parent} is not on a file system that all machines share")
         collect_(tensors.part, ranks)
         names = write_files(partial, tensors.part, ranks)
+        if tensors.merged is not None:
+            collect_(tensors.merged, ranks)
+            names += write_files(partial, tensors.merged, ranks, optimizer=False)
         with failing_together(ranks):
             if ranks.first:
                 names += write_rest(partial, tensors, tokenizer)
@@ -127,8 +129,6 @@ def write_rest(folder: Path, tensors: Snapshot, tokenizer: Tokenizer) -> list[st
     tensors.config.to_json(folder / "config.json", fp8=False, dtype=dtype)
     tokenizer.save(folder)
     save_tensors(tensors.random, folder / "rng.safetensors")
-    if tensors.merged:
-        save_tensors(tensors.merged, folder / MERGE_FILE)
     return sorted(path.name for path in {*folder.iterdir()} - there)
 
 
@@ -152,23 +152,27 @@ def remove_others(run: Path, step: int, keep: Callable[[list[int]], set[int]]) -
 def export(folder: Path, shares: Shares, tokenizer: Tokenizer) -> None:
     """Write the model in bf16, adapters added to the weights, and its tokenizer as a Hugging Face folder, each process
     its part. Raises InputError on all processes where one failed."""
-    ranks = shares.ranks
-    if ranks.size == 1 and not shares.adapters:
+    if shares.ranks.size == 1 and not shares.adapters:
         save_model(shares.model, folder)
         tokenizer.save(folder)
         return
+    export_part(folder, own_part(shares, {}, base=True).on_host(torch.bfloat16, merging(shares)), shares, tokenizer)
+
+
+def export_part(folder: Path, part: OwnPart, shares: Shares, tokenizer: Tokenizer, dtype=torch.bfloat16) -> None:
+    """The same with other weights, which are on the host in dtype; each process's part."""
+    ranks = shares.ranks
     partial = folder.with_name(f".{folder.name}.partial")
     try:
         with failing_together(ranks):
             if ranks.first:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
-        part = own_part(shares, {}, base=True).on_host(torch.bfloat16, merging(shares))
         collect_(part, ranks)
         names = ranks.exchange(write_files(partial, part, ranks, optimizer=False))
         with failing_together(ranks):
             if ranks.first:
-                shares.config.to_json(partial / "config.json", fp8=False, dtype=torch.bfloat16)
+                shares.config.to_json(partial / "config.json", fp8=False, dtype=dtype)
                 tokenizer.save(partial)
                 folder.mkdir(exist_ok=True)
                 for path in sorted(partial.iterdir()):

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from ..errors import Diverged, InputError
-from ..model import named_views
 from ..parallel.adapters import adapt_
+from ..parallel.checkpoints import own_pieces
 from ..parallel.pipeline import LOSSES, MicroBatch
 from ..parallel.ranks import Ranks
 from ..parallel.shares import Shares
@@ -166,7 +166,7 @@ class Trainer:
                 for name in self.progress.in_bf16:
                     to_bf16(self.model, name)
                 self.progress.changes += run.changes
-                if line := self.merge.restore(run.checkpoint, self.progress.merged, self.progress.step):
+                if line := self.merge.restore(run.checkpoint, self.progress.merged, self.progress.step, self.shares):
                     self.notes.append(line)
                 if new_data:  # its losses may be of another size
                     self.progress.data_start, self.progress.recent = self.progress.sequences, []
@@ -207,7 +207,7 @@ class Trainer:
         if s.fp8_watch and progress.step % s.fp8_watch == 0:
             self.take_in(measured)
         if self.merge.due(progress.step):
-            self.merge.add(progress.step, named_views(self.model))
+            self.merge.add(progress.step, own_pieces(self.shares))
         count_sound(progress, None if progress.bad else record["main_loss"], self.config.vocab_size)
         if progress.bad >= s.max_bad_steps:
             raise Diverged(f"no sound loss and gradient in {progress.bad} steps up to {progress.step}", record)
@@ -246,7 +246,7 @@ class Trainer:
         state |= dict(base=self.base) if s.lora_rank else {}
         moments = ckpt.optimizer_tensors(self.model, self.optimizer)
         tensors, wait = snapshot(self.shares, moments, wait)
-        tensors.merged = dict(self.merge.total)
+        tensors.merged = self.merge.part(self.shares)
         keep = partial(kept, keep=s.keep, keep_every=s.keep_every, proven=proven)
         job = partial(write, self.folder, tensors, self.tokenizer, state, keep, self.ranks.in_thread())
         if wait:

@@ -27,10 +27,13 @@ ENVIRONMENTS = {
     "transformers4": ["transformers==4.56.2", "accelerate==1.15.0"],
     "megatron": ["einops==0.8.1", "psutil==7.2.2", "--no-deps --ignore-requires-python megatron-core==0.19.2"],
     "megatron16": ["einops==0.8.1", "psutil==7.2.2", "--no-deps megatron-core==0.16.1"],
-    "titan": ["--no-deps torchtitan==0.3.0"],
+    "titan": ["tyro==1.0.16", "einops==0.8.1", "--no-deps torchtitan==0.3.0 spmd_types==0.2.3"],
     "hub": ["kernels==0.17.2"],
     "lm_eval": ["lm_eval==0.4.13", "transformers==5.23.0", "accelerate==1.15.0"],
-    "clients": ["openai==3.57.0", "litellm==1.110.2"],
+    "clients": [
+        *("openai==3.57.0", "litellm==1.110.2", "langchain-openai==1.7.4", "llm==0.36", "guidellm==0.8.1"),
+        *("lm_eval==0.4.13", "transformers==5.23.0"),
+    ],
 }
 
 AT_ONCE = 2  # environments: what two cores and 24 GB of memory allow

@@ -15,7 +15,6 @@ from ...errors import InputError, one_line
 from ...tokenizer import Tokenizer
 from ..engine import Engine
 from ..grammar import Grammars
-from ..request import max_sequence_tokens
 from .metrics import Metrics
 
 Result = TypeVar("Result")
@@ -92,15 +91,9 @@ class Service:
         """Token ids are below it; a model's rows may be more than its tokenizer's tokens."""
         return self.engine.config.vocab_size if self.engine else self.tokenizer.vocab_size
 
-    @property
-    def max_sequence(self) -> int:
-        """Most tokens of prompt and answer together."""
-        capacity = min(self.engine.config.max_positions, self.engine.pages.count * self.engine.pages.size)
-        return max_sequence_tokens(capacity, self.engine.draft)
-
     def max_new_tokens(self, requested: int | None, default: int | None, prompt: int) -> int:
         """New tokens of a request after `prompt` tokens. `requested` must fit; a default is reduced to fit."""
-        limit, most = self.max_sequence, self.max_tokens
+        limit, most = self.engine.max_sequence, self.max_tokens
         if prompt + (requested or 1) > limit:
             asked = f"{prompt + (requested or 0)} tokens ({prompt} of the prompt, {requested or 0} of the completion)"
             raise ContextTooLong(

@@ -7,7 +7,7 @@ references run.
 import torch
 from torch import Tensor, nn
 
-from ...ops.dispatch import Plan, dispatch
+from ...ops.dispatch import Plan, counts_here, dispatch
 from ...ops.moe import expert_mlp
 from ...ops.permute import permute
 from ...ops.quantize import quantize
@@ -96,10 +96,6 @@ class Quantize(nn.Module):
 
 
 def plan_of(experts: Tensor, num_experts: int) -> Plan:
-    """The dispatch plan of experts [T, topk]; indices outside 0..num_experts-1 are routed nowhere. The host waits for
-    nothing."""
-    here = (experts >= 0) & (experts < num_experts)
-    experts = experts.where(here, num_experts).int()
-    ones = torch.ones_like(experts).flatten()
-    counts = ones.new_zeros(num_experts + 1).index_add(0, experts.flatten(), ones)[:-1]
-    return dispatch(experts.where(here, -1), counts)
+    """The dispatch plan of experts [T, topk]; indices outside 0..num_experts-1 are routed nowhere."""
+    here = torch.where((experts >= 0) & (experts < num_experts), experts, -1).int()
+    return dispatch(here, counts_here(here, num_experts))

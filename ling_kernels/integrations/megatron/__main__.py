@@ -13,10 +13,11 @@ from ...errors import InputError, Parser, command
 
 
 @command
-def main(argv: Sequence[str] | None = None) -> None:
+def prepare(argv: Sequence[str] | None = None) -> None:
+    """Apply our parts, and give the script its arguments."""
     parser = Parser("python -m ling_kernels.integrations.megatron", description="Run a script with our parts.")
     parser.add_argument("--parts", help="of experts,attention,router,permutation,loss,balance; all by default")
-    parser.add_argument("--fp8", action="store_true", help="products of experts in FP8")
+    parser.add_argument("--fp8", action="store_true", help="products of experts and linear layers in FP8")
     parser.add_argument("script", help="such as pretrain_gpt.py, and its flags after it")
     parser.add_argument("flags", nargs=argparse.REMAINDER)
     args = parser.parse_args(argv)
@@ -27,7 +28,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     apply(PARTS if args.parts is None else args.parts.split(","), args.fp8)
     sys.argv = [args.script, *args.flags]
     sys.path[0] = str(Path(args.script).resolve().parent)  # as `python SCRIPT` has it
-    runpy.run_path(args.script, run_name="__main__")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    code = prepare(argv)
+    if not code:  # outside `prepare`: the script's errors and warnings are its own
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    return code
 
 
 if __name__ == "__main__":

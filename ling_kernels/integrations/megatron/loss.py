@@ -1,4 +1,4 @@
-"""The losses of Megatron-core's GPTModel, MTP's too, without logits in memory, by the op `linear_cross_entropy`.
+"""The losses of Megatron-core's models, MTP's too, without logits in memory, by the op `linear_cross_entropy`.
 
 Where the model has labels, its output layer returns `Rows` in the place of logits, and the function that makes losses
 of logits takes them.
@@ -35,7 +35,7 @@ class Rows(NamedTuple):
 
 
 def postprocess(stock: Callable) -> Callable:
-    """For GPTModel._postprocess."""
+    """For GPTModel._postprocess and HybridModel.forward."""
     arguments = signature(stock)
 
     @wraps(stock)

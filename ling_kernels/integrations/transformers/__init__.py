@@ -6,14 +6,15 @@ ling_transformers.patch(model)  # a model of another class, or of the official c
 
 from ..versions import require
 
-_transformers = require("transformers", "transformers", ">=4.52,<6")
-NATIVE = int(_transformers.__version__.partition(".")[0]) >= 5  # version 4 has neither the registries nor the mappings
+require("transformers", "transformers", ">=4.52,<6")
 
+from .names import NATIVE  # noqa: E402
 from .patch import patch, unpatch  # noqa: E402
 
 __all__ = ["NATIVE", "patch", "unpatch"]
 
 if NATIVE:
+    require("transformers", "transformers", ">=5.14,<6")
     from .balance import Balance
     from .config import LingHfConfig
     from .functions import register

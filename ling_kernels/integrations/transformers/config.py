@@ -29,6 +29,11 @@ class LingHfConfig(PreTrainedConfig):
         "layers.*.mlp.experts.down_proj": "grouped_gemm",
         "layers.*.mlp.experts": "ep_dispatch_experts",
     }
+    base_model_fsdp_plan = {
+        "word_embeddings": "free_full_weight",
+        "layers.*": "free_full_weight",
+        "norm": "keep_full_weight",
+    }
     rope_scaling = None  # as published: transformers has a property here, for rope_parameters
 
     def __post_init__(self, **kwargs: Any):
@@ -44,7 +49,8 @@ class LingHfConfig(PreTrainedConfig):
 
     def ling(self) -> LingConfig:
         """The checked LingConfig of the fields as they are now."""
-        content = {k: v for k, v in vars(self).items() if not k.startswith("_") and k != "architectures"}
+        theirs = ("architectures", "quantization_config")  # transformers has put objects of its own there
+        content = {k: v for k, v in vars(self).items() if not k.startswith("_") and k not in theirs}
         try:
             return LingConfig(**config_fields(content, FIELDS))
         except InputError as error:

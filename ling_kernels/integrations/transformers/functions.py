@@ -128,7 +128,7 @@ def refuse_attention(mask: Tensor | None, dropout: float, kwargs: dict[str, Any]
         wrong.append(f"dropout {dropout}")
     if mask is not None and mask.ndim != 2:
         wrong.append(f"a mask of {mask.ndim} dimensions")
-    if kwargs.get("cache") is not None:
+    if type(kwargs.get("cache")).__name__ == "PagedAttentionCache":
         wrong.append("a paged cache")
     if wrong:
         raise InputError(f"ling_kernels has no attention kernel for {', '.join(wrong)}; use another"

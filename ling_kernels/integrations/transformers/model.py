@@ -1,7 +1,7 @@
 """Ling-2.0 as a model of transformers 5.
 
-Modules have the published names, so that a checkpoint needs no renaming: gate and up projections are joined, experts
-stacked, and no more. Shapes: B batch, L length of the new tokens, H hidden, V vocabulary.
+Modules have the published names, so that a checkpoint needs no renaming; only the experts are stacked.
+Shapes: B batch, L length of the new tokens, H hidden, V vocabulary.
 """
 
 from dataclasses import dataclass
@@ -15,19 +15,21 @@ from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeExperts, eager_attention_forward
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from ...errors import InputError
-from ...nn import MLP, RMSNorm, Router
+from ...nn import RMSNorm, Router
 from ...nn.norm import Fp32Buffers
 from ...ops.qk_norm_rope import qk_norm_rope
 from ...ops.rope_tables import rope_frequencies
+from ...ops.swiglu import swiglu
 from .config import LingHfConfig
 from .functions import NAME
 from .loss import IGNORE, causal_loss, shifted
+from .names import CACHE
 
 
 class Rope(NamedTuple):
@@ -75,7 +77,7 @@ class LingAttention(nn.Module):
         self.dense = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
 
     def forward(
-        self, x: Tensor, mask: Any, rope: Rope, past_key_values: Any = None, **kwargs: Any
+        self, x: Tensor, mask: Any, rope: Rope, cache: Any = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """x [B, L, H] -> [B, L, H], and the probabilities where the chosen function returns them."""
         B, L, _ = x.shape
@@ -83,11 +85,24 @@ class LingAttention(nn.Module):
         norms = self.query_layernorm.weight, self.key_layernorm.weight
         rows = qk_norm_rope(qkv, *norms, *rope, self.num_kv_heads, eps=self.query_layernorm.eps)
         q, k, v = (t.unflatten(0, (B, L)).transpose(1, 2) for t in rows)
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
         function = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         out, probabilities = function(self, q, k, v, mask, scaling=self.head_dim**-0.5, dropout=0.0, **kwargs)
         return self.dense(out.flatten(2)), probabilities
+
+
+class LingMLP(nn.Module):
+    """down_proj(silu(gate_proj(x)) * up_proj(x)). The layers stay apart, as adapters and sharded loading want them."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(swiglu(torch.cat([self.gate_proj(x), self.up_proj(x)], -1)))
 
 
 class LingMoE(nn.Module):
@@ -101,7 +116,7 @@ class LingMoE(nn.Module):
         )
         self.experts = Glm4MoeExperts(config)
         size = c.moe_intermediate_size * c.num_shared_experts
-        self.shared_experts = MLP(c.hidden_size, size) if size else None
+        self.shared_experts = LingMLP(c.hidden_size, size) if size else None
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, L, H] -> [B, L, H]."""
@@ -120,10 +135,10 @@ class LingLayer(GradientCheckpointingLayer):
         self.attention = LingAttention(config, layer_idx)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         dense = layer_idx < config.first_k_dense_replace
-        self.mlp = MLP(config.hidden_size, config.intermediate_size) if dense else LingMoE(config)
+        self.mlp = LingMLP(config.hidden_size, config.intermediate_size) if dense else LingMoE(config)
 
-    def forward(self, x: Tensor, mask: Any, rope: Rope, past_key_values: Any = None, **kwargs: Any) -> Tensor:
-        attended, _ = self.attention(self.input_layernorm(x), mask, rope, past_key_values, **kwargs)
+    def forward(self, x: Tensor, mask: Any, rope: Rope, cache: Any = None, **kwargs: Any) -> Tensor:
+        attended, _ = self.attention(self.input_layernorm(x), mask, rope, cache, **kwargs)
         h, x = self.post_attention_layernorm(attended, residual=x)
         return x + self.mlp(h)
 
@@ -153,7 +168,7 @@ class LingPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["LingDecoderLayer", "LingMTPLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = _supports_sdpa = _supports_flex_attn = _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": LingDecoderLayer, "attentions": LingAttention}
     _keep_in_fp32_modules_strict = ["expert_bias"]
@@ -212,9 +227,8 @@ class LingModel(LingPreTrainedModel):
             documents = packed(given, x) if documents is None else documents
             return None, rope, position_ids, kwargs | {"cu_seq_lens_q": documents}
         mask = create_causal_mask(
-            config=self.config, inputs_embeds=x, attention_mask=attention_mask, past_key_values=cache,
-            position_ids=given,
-        )  # fmt: skip
+            config=self.config, inputs_embeds=x, attention_mask=attention_mask, position_ids=given, **{CACHE: cache}
+        )
         return mask, rope, position_ids, kwargs
 
     @merge_with_config_defaults
@@ -232,13 +246,14 @@ class LingModel(LingPreTrainedModel):
         """input_ids or inputs_embeds -> last_hidden_state [B, L, H], after the final norm, and the cache."""
         if (input_ids is None) == (inputs_embeds is None):
             raise InputError("give either input_ids or inputs_embeds")
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        cache = kwargs.pop("cache", None) if past_key_values is None else past_key_values
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         x = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        mask, rope, _, kwargs = self.prepare(x, attention_mask, position_ids, past_key_values, kwargs)
+        mask, rope, _, kwargs = self.prepare(x, attention_mask, position_ids, cache, kwargs)
         for layer in self.layers[: self.config.num_hidden_layers]:
-            x = layer(x, mask, rope, past_key_values=past_key_values, **kwargs)
-        return MoeModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
+            x = layer(x, mask, rope, cache=cache, **kwargs)
+        return MoeModelOutputWithPast(last_hidden_state=self.norm(x), **{CACHE: cache})
 
     def mtp(
         self, hidden: Tensor, input_ids: Tensor | None, inputs_embeds: Tensor | None, attention_mask: Any,
@@ -290,6 +305,7 @@ class LingForCausalLM(LingPreTrainedModel, GenerationMixin):
     """Ling-2.0 with its head, loading and saving the published checkpoints."""
 
     _tied_weights_keys = None
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: LingHfConfig):
         super().__init__(config)
@@ -315,7 +331,8 @@ class LingForCausalLM(LingPreTrainedModel, GenerationMixin):
         """labels [B, L] int64, not shifted, -100 ignored (or shift_labels, shifted) -> the loss; else logits [B, L, V].
 
         loss: the main one, plus mtp_loss_scaling_factor times the mean over the MTP layers, whose targets stay inside a
-        document. In training no logits are stored, and none are returned.
+        document. In training no logits are stored, and none are returned. logits_to_keep: the last so many, 0 for all,
+        or the indices of some.
         """
         targets = kwargs.pop("shift_labels", None)  # in no signature: the Trainer would take it for a second label
         outputs = self.model(
@@ -336,8 +353,9 @@ class LingForCausalLM(LingPreTrainedModel, GenerationMixin):
             loss = loss + self.config.mtp_loss_scaling_factor * mtp_loss
         logits = None
         if targets is None or not self.training:
-            logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
+            rows = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden[:, rows])
         return LingOutputWithPast(
-            loss=loss, logits=logits, mtp_loss=mtp_loss, past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states, attentions=outputs.attentions,
+            loss=loss, logits=logits, mtp_loss=mtp_loss, hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions, **{CACHE: outputs[CACHE] if CACHE in outputs else None},
         )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
 from .config import LingHfConfig
 from .model import LingForCausalLM, LingModel
@@ -17,21 +17,11 @@ def register_model() -> None:
     register_checkpoint_conversion_mapping(name, conversions(), overwrite=True)
 
 
-def conversions() -> list[WeightConverter | WeightRenaming]:
-    """Published keys on the left, the model's on the right: the joins that `named_views` of model/checkpoint.py has as
-    views, and the names that follow."""
-    joined = [
-        WeightConverter([f"{mlp}.gate_proj.weight", f"{mlp}.up_proj.weight"], f"{mlp}.gate_up.weight", [Concatenate(0)])
-        for mlp in ("mlp", "mlp.shared_experts")
-    ]
-    renamed = [
-        WeightRenaming(rf"{mlp}.down_proj.weight", f"{mlp}.down.weight") for mlp in ("mlp", "mlp.shared_experts")
-    ]
+def conversions() -> list[WeightConverter]:
+    """Published keys, and those of the model, which differ for the routed experts alone: theirs are stacked."""
     experts = "mlp.experts.*."
     return [
         WeightConverter([f"{experts}gate_proj.weight", f"{experts}up_proj.weight"], "mlp.experts.gate_up_proj",
                         [MergeModulelist(0), Concatenate(1)]),
         WeightConverter(f"{experts}down_proj.weight", "mlp.experts.down_proj", [MergeModulelist(0)]),
-        *joined,
-        *renamed,
     ]  # fmt: skip

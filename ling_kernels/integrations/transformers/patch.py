@@ -23,6 +23,7 @@ from ...model.config_json import config_fields
 from ...ops.rms_norm import rms_norm_ref
 from .functions import NAME, refuse_experts, rms_norm_forward
 from .loss import IGNORE, causal_loss, head_fits, shifted
+from .names import CACHE
 from .remote import bailing_attention_forward, block_forward, gate_forward, lay_out
 
 Patched = TypeVar("Patched")  # a PreTrainedModel, or a class of them
@@ -170,8 +171,8 @@ def fused_loss_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         targets = shifted(labels) if targets is None else targets
         loss = causal_loss(self.lm_head, outputs.last_hidden_state, targets, items)
         output = getattr(sys.modules[type(self).__module__], "MoEV2CausalLMOutputWithPast", MoeCausalLMOutputWithPast)
-        result = output(past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states,
-                        attentions=outputs.attentions)  # fmt: skip
+        names = (CACHE, "hidden_states", "attentions")
+        result = output(**{name: outputs.get(name) for name in names})
         mtp = getattr(outputs, "mtp_hidden_states", None) or []
         losses = []
         for k, hidden in enumerate(mtp, 1):

@@ -38,8 +38,6 @@ def check_parallel(s: Settings, config: LingConfig, ranks: Ranks) -> None:
         check_fp8_exchange(s, config, ep)
     if ranks.size == 1:
         return
-    if s.merge_last:
-        raise InputError("--merge-last is for one process: keep checkpoints, and merge them with train.merge")
     if s.step_in_backward:
         raise InputError("--step-in-backward is for one process: several add up their gradients first")
     rows = ranks.dp * (s.micro_batch or 1)

@@ -74,8 +74,8 @@ def config(ep: int = 1, mtp: int = 1, **changes):
     return TransformerConfig(**options | changes)
 
 
-def model(config):
-    """A GPTModel with Ling's rotation of half of a head, whose norms and biases are not what they are at the start."""
+def model(config, tied: bool = False):
+    """A GPTModel with Ling's rotation of half of a head."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
 
@@ -84,17 +84,51 @@ def model(config):
     mtp = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False) if config.mtp_num_layers else None
     made = GPTModel(
         config=config, transformer_layer_spec=spec, mtp_block_spec=mtp, vocab_size=96, max_sequence_length=64,
-        share_embeddings_and_output_weights=False, position_embedding_type="rope", rotary_percent=0.5,
+        share_embeddings_and_output_weights=tied, position_embedding_type="rope", rotary_percent=0.5,
     )  # fmt: skip
+    return lively(made)
+
+
+def hybrid_model(config):
+    """A HybridModel of attention, MLP and MoE layers. Its last norm is Transformer Engine's, here torch's."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
+    from megatron.core.models.hybrid import hybrid_block
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+    from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+    def layer(**submodules):
+        return ModuleSpec(module=TransformerLayer, submodules=TransformerLayerSubmodules(**submodules))
+
+    hybrid_block.TENorm = WrappedTorchNorm
+    dense, moe = (get_gpt_layer_local_submodules(n, qk_layernorm=True, normalization="RMSNorm") for n in (None, 16))
+    norm = moe.pre_mlp_layernorm
+    attention = layer(input_layernorm=norm, self_attention=dense.self_attention, self_attn_bda=dense.self_attn_bda)
+    layers = hybrid_block.HybridStackSubmodules(
+        attention_layer=attention,
+        mlp_layer=layer(pre_mlp_layernorm=norm, mlp=dense.mlp, mlp_bda=dense.mlp_bda),
+        moe_layer=layer(pre_mlp_layernorm=norm, mlp=moe.mlp, mlp_bda=moe.mlp_bda),
+    )
+    torch.manual_seed(0)
+    made = HybridModel(
+        config=config, hybrid_stack_spec=ModuleSpec(module=hybrid_block.HybridStack, submodules=layers), vocab_size=96,
+        max_sequence_length=64, hybrid_layer_pattern="*-*E*E", position_embedding_type="rope", rotary_percent=0.5,
+    )  # fmt: skip
+    return lively(made)
+
+
+def lively(model):
+    """Norms and biases that are not what they are at the start, and router scores that are not all near 0.5."""
     torch.manual_seed(1)
-    for name, t in [*made.named_parameters(), *made.named_buffers()]:
+    for name, t in [*model.named_parameters(), *model.named_buffers()]:
         if "norm" in name:
             t.data += 0.2 * torch.randn_like(t)
         if name.endswith("expert_bias"):
             t += 0.1 * torch.randn_like(t)
         if name.endswith("router.weight"):
-            t.data *= 20  # scores that are not all near 0.5
-    return made
+            t.data *= 20
+    return model
 
 
 def batch(seed: int = 0, rows: int = 2, length: int = 12) -> dict:

@@ -108,6 +108,32 @@ def test_other_configurations(megatron, changes):
     cpu.close(our_gradients, gradients, 1e-5)
 
 
+def test_tied_head(megatron):
+    theirs = cpu.model(cpu.config(), tied=True)
+    loss, gradients = cpu.step(theirs, cpu.batch())
+    megatron.apply()
+    ours = cpu.model(cpu.config(), tied=True)
+    ours.load_state_dict(theirs.state_dict())
+    our_loss, our_gradients = cpu.step(ours, cpu.batch())
+    assert our_loss == pytest.approx(loss, rel=1e-6)
+    cpu.close(our_gradients, gradients, 1e-5)
+
+
+def test_hybrid_model(megatron, monkeypatch):
+    pytest.importorskip("megatron.core.models.hybrid")
+    config = cpu.config(mtp=0, num_layers=6, moe_layer_freq=1, moe_z_loss_coeff=None)  # its log counts four layers
+    theirs = cpu.hybrid_model(config)
+    loss, gradients = cpu.step(theirs, cpu.batch())
+    calls = [counted(monkeypatch, op) for ops in OPS.values() for op in ops]
+    megatron.apply()
+    ours = cpu.hybrid_model(config)
+    ours.load_state_dict(theirs.state_dict())
+    our_loss, our_gradients = cpu.step(ours, cpu.batch())
+    assert our_loss == pytest.approx(loss, rel=1e-6)
+    cpu.close(our_gradients, gradients, 1e-5)
+    assert all(calls) and len(gradients) > 90
+
+
 def test_yarn(megatron):
     """Megatron rotates by stretched angles and multiplies cos and sin by a factor."""
     yarn = dict(
@@ -234,7 +260,10 @@ def test_fp8_model(megatron):
     megatron.apply(fp8=True)
     ours = cpu.model(theirs.config)
     ours.load_state_dict(theirs.state_dict())
+    for p in ours.parameters():  # as under Megatron's data parallelism, whose hooks add gradients to it
+        p.main_grad = torch.zeros_like(p)
     our_loss, our_gradients = cpu.step(ours, cpu.batch())
+    assert not any(p.main_grad.any() for p in ours.parameters())
     assert our_loss == pytest.approx(loss, rel=1e-2) and our_loss != loss
     names = [name for name, module in ours.named_modules() if isinstance(module, Fp8Product)]
     assert len(names) == 4 * 4 and all("linear_" in name for name in names)  # of four layers, MTP's with them
@@ -245,6 +274,24 @@ def test_fp8_model(megatron):
     assert cpu.step(cpu.model(plain), cpu.batch())[0] > 0  # its dense MLP has 64 columns
     with pytest.raises(InputError, match="multiples of 128, not 32 and 16"):
         cpu.model(cpu.config())
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_bf16_model(megatron, fp8):
+    """As Megatron's mixed precision has it: weights and activations in bf16, the balance bias in fp32."""
+    from megatron.core.transformer.module import Float16Module
+
+    config = cpu.config(bf16=True, params_dtype=torch.bfloat16, hidden_size=128, moe_ffn_hidden_size=128)
+    theirs = Float16Module(config, cpu.model(config))
+    loss, _ = cpu.step(theirs, cpu.batch())
+    megatron.apply(fp8=fp8)
+    ours = Float16Module(config, cpu.model(config))
+    ours.load_state_dict(theirs.state_dict())
+    our_loss, gradients = cpu.step(ours, cpu.batch())
+    assert our_loss == pytest.approx(loss, rel=5e-3)
+    assert {g.dtype for g in gradients.values() if g is not None} == {torch.bfloat16}
+    biases = [bias for name, bias in ours.named_buffers() if name.endswith("expert_bias")]
+    assert len(biases) == 3 and all(bias.dtype == torch.float32 for bias in biases)
 
 
 def test_balance_keeps_the_mean(megatron):
@@ -259,15 +306,22 @@ def test_balance_keeps_the_mean(megatron):
 
 
 def test_undo(megatron):
+    from ling_kernels.integrations.megatron import patch
+
     def functions():
-        names = [*megatron.FUNCTIONS.values(), [(megatron.GPT, "__init__", None)]]
-        return [getattr(megatron.found(owner), name) for part in names for owner, name, _ in part]
+        names = [*patch.FUNCTIONS.values(), [(model, "__init__", None) for model in patch.MODELS]]
+        owners = [(patch.found(path), name) for part in names for path, name, _ in part]
+        return [getattr(owner, name) for owner, name in owners if owner is not None]
 
     before = functions()
     megatron.apply()
     assert all(a is not b for a, b in zip(before, functions(), strict=True))
     megatron.apply(["loss"])  # a second call replaces the first
-    assert sum(a is not b for a, b in zip(before, functions(), strict=True)) == 2
+    changed = [a.__qualname__ for a, b in zip(before, functions(), strict=True) if a is not b]
+    assert {*changed} - {"HybridModel.forward"} == {
+        "GPTModel._postprocess",
+        "LanguageModule.compute_language_model_loss",
+    }
     megatron.undo()
     assert all(a is b for a, b in zip(before, functions(), strict=True))
     assert not any(isinstance(module, megatron.Experts) for module in cpu.model(cpu.config()).modules())

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from ling_kernels.model import LingConfig, load_model
+from ling_kernels.train.convert import from_dcp
 from tests import ranks
 from tests.integrations.megatron import cpu
 
@@ -107,3 +109,21 @@ def test_training_and_checkpoints(tmp_path, megatron):
         loaded(models[-1], tmp_path / ("theirs" if parts else "ours"))
     cpu.same_weights(*models)
     assert models[0].decoder.layers[1].mlp.experts.local_experts[15].linear_fc1.weight.std() > 0.01
+    same_logits(models[0], tmp_path)
+
+
+def same_logits(megatron_model, folder: Path) -> None:
+    """A checkpoint of Megatron, converted to the official keys, is a Ling with Megatron's logits."""
+    config = LingConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, num_experts=16, num_experts_per_tok=4, n_group=4, topk_group=2,
+        moe_intermediate_size=16, num_nextn_predict_layers=1, rope_theta=10000.0, max_position_embeddings=64,
+        pad_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    config.to_json(folder / "config.json")
+    from_dcp(folder / "ours", folder / "official", str(folder / "config.json"))
+    ling = load_model(folder / "official", dtype=torch.float32).eval()
+    batch = cpu.batch() | dict(labels=None, loss_mask=None)
+    with torch.no_grad():
+        logits = ling(batch["input_ids"]).logits
+        torch.testing.assert_close(logits, megatron_model.eval()(**batch), rtol=1e-4, atol=1e-5)

@@ -2,6 +2,7 @@
 
 import copy
 import os
+from functools import partial
 from multiprocessing import set_forkserver_preload
 
 import pytest
@@ -10,9 +11,10 @@ import torch.distributed as dist
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.utils import DistributedType
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers.distributed import DistributedConfig
 
 from ling_kernels.integrations.transformers import Balance, LingForCausalLM, LingHfConfig
-from tests.integrations.official import TOLERANCE
+from tests.integrations.official import TOLERANCE, checkpoint, expected
 from tests.ranks import run
 
 CONFIG = LingHfConfig(
@@ -39,12 +41,12 @@ def arguments(folder, **kwargs):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_trainer(tmp_path, recompute):
+@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"bf16": True}], ids=str)
+def test_trainer(tmp_path, options):
     rows = [dict(input_ids=row, labels=row) for row in text()]
     model = build()
     trainer = Trainer(
-        model, arguments(tmp_path, gradient_accumulation_steps=2, gradient_checkpointing=recompute), train_dataset=rows,
+        model, arguments(tmp_path, gradient_accumulation_steps=2, **options), train_dataset=rows,
         eval_dataset=rows, callbacks=[Balance(0.01)],
     )  # fmt: skip
     trainer.train()
@@ -70,12 +72,17 @@ def steps(model, optimizer, rows, accelerator=None):
     return torch.stack(losses)
 
 
-def in_two_processes(rank, group):
+def as_started(rank):
+    """What torchrun tells a process."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
+
+
+def accelerate_fsdp2(rank, group):
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, auto_wrap_policy="transformer_based_wrap", reshard_after_forward=True,
         cpu_ram_efficient_loading=False,
     )  # fmt: skip
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
+    as_started(rank)
     accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
     accelerator.state.distributed_type = DistributedType.FSDP  # which accelerate chooses on a GPU only
     accelerator.state.fsdp_plugin = plugin
@@ -90,6 +97,27 @@ def in_two_processes(rank, group):
     assert losses[2] < losses[0]
 
 
-def test_fsdp2(tmp_path):
+def expert_parallel(folder, rank, group):
+    """FSDP2 and expert parallelism of transformers itself: each rank has half of the experts and one row."""
+    as_started(rank)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, distributed_config=DistributedConfig(fsdp_size=2, ep_size=2)
+    ).train()
+    assert model.model.layers[1].mlp.experts.gate_up_proj.to_local().shape[0] == 8
+    want = expected("base")
+    ids = want["input_ids"][rank : rank + 1]
+    with torch.no_grad():
+        logits = model.eval()(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(logits, want["logits"][rank : rank + 1], **TOLERANCE)
+    alone = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for m, rows in ((model.train(), ids), (alone.train(), want["input_ids"])):
+        m(input_ids=rows, labels=rows).loss.backward()
+    for (name, a), (_, b) in zip(model.named_parameters(), alone.named_parameters(), strict=True):
+        torch.testing.assert_close(a.grad.full_tensor(), b.grad, **TOLERANCE, msg=name)
+
+
+def test_two_processes(tmp_path):
     set_forkserver_preload([__name__])  # imported once, not by each process
-    run(tmp_path, [in_two_processes])
+    folder = tmp_path / "base"
+    folder.mkdir()
+    run(tmp_path, [accelerate_fsdp2, partial(expert_parallel, checkpoint("base", folder))])

@@ -1,14 +1,20 @@
-"""The server with the clients that people use, each where its package is installed: openai, litellm, lm-eval."""
+"""The server with the clients that people use."""
 
 # ruff: noqa: F811 (fixtures are imported)
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import langchain_openai
+import openai
 import pytest
+from lm_eval.api.instance import Instance
+from lm_eval.models.openai_completions import LocalCompletionsAPI
 
-pytest.importorskip("fastapi")
-pytest.importorskip("uvicorn")
-
-from tests.speller import speller  # noqa: E402
-from tests.test_server import service  # noqa: E402
-from tests.test_server_connections import port_of, running  # noqa: E402
+from tests.speller import speller
+from tests.test_server import service
+from tests.test_server_connections import port_of, running
 
 CHAT = dict(model="speller", messages=[dict(role="user", content="Hi")], temperature=0)
 
@@ -27,7 +33,6 @@ def locked(folder):
 
 
 def test_openai(locked):
-    openai = pytest.importorskip("openai")
     client = openai.OpenAI(base_url=locked[1], api_key="k", max_retries=0)
     assert [model.id for model in client.models.list()] == ["speller"]
     choice = client.chat.completions.create(**CHAT, logprobs=True, top_logprobs=2).choices[0]
@@ -48,7 +53,8 @@ def test_openai(locked):
 
 def test_litellm(locked, monkeypatch):
     monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else its import asks the network
-    litellm = pytest.importorskip("litellm")
+    import litellm
+
     litellm.suppress_debug_info = True
     for provider in ("openai", "hosted_vllm"):
         options = CHAT | dict(model=f"{provider}/speller", api_base=locked[1], api_key="k", num_retries=0)
@@ -63,18 +69,51 @@ def test_litellm(locked, monkeypatch):
 def test_lm_eval(locked, folder, monkeypatch, ids):
     """Log-likelihoods are the engine's, also where the model would end after the continuation."""
     monkeypatch.setenv("OPENAI_API_KEY", "k")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    pytest.importorskip("transformers")  # which lm-eval's clients need for the tokenizer
-    models = pytest.importorskip("lm_eval.models.openai_completions")
-    instances = pytest.importorskip("lm_eval.api.instance")
     served, url = locked
-    model = models.LocalCompletionsAPI(
+    model = LocalCompletionsAPI(
         base_url=f"{url}/completions", model="speller", tokenizer=folder, max_length=999, batch_size=2,
         tokenized_requests=ids,
     )  # fmt: skip
     pairs = [("ab", "cd"), ("wx", "yz"), ("ab", "zz"), ("a", "q"), ("x", "yz")]
-    found = model.loglikelihood([instances.Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)])
+    found = model.loglikelihood([Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)])
     scores = served.engine.score([[*"".join(pair).encode()] for pair in pairs])
     expected = [sum(score[len(pair[0]) - 1 :]) for pair, score in zip(pairs, scores, strict=True)]
     assert [total for total, _ in found] == pytest.approx(expected, rel=1e-4)
     assert [greedy for _, greedy in found] == [True, True, False, False, True]
+
+
+def test_langchain(locked):
+    chat = langchain_openai.ChatOpenAI(model="speller", base_url=locked[1], api_key="k", temperature=0, max_retries=0)
+    assert chat.invoke("Hi").content == "XYZ" and "".join(part.content for part in chat.stream("Hi")) == "XYZ"
+    assert (
+        chat.bind_tools([dict(type="function", function=dict(name="f", parameters={}))]).invoke("Hi").content == "XYZ"
+    )
+    assert [answer.content for answer in chat.batch(["Hi", "Ho"])] == ["XYZ", "XYZ"]
+
+
+def test_llm(locked, tmp_path):
+    """The command `llm` of the package of that name."""
+    name = tmp_path / "extra-openai-models.yaml"
+    name.write_text(f"- model_id: mine\n  model_name: speller\n  api_base: {locked[1]}\n  api_key_name: mine\n")
+    command = [sys.executable, "-m", "llm", "-m", "mine", "--key", "k", "-o", "temperature", "0", "Hi"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env={"LLM_USER_PATH": str(tmp_path)})
+    assert result.stdout.strip() == "XYZ", result.stderr
+
+
+def test_guidellm(folder, tmp_path):
+    """A load of eight requests, four at a time; it sends no key."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(dict(prompt=text)) + "\n" for text in ("ab", "wx", "a", "kl") * 2))
+    report = tmp_path / "report.json"
+    with running(service(folder)) as server:
+        flags = {
+            "--backend": f"kind=openai_http,target=http://127.0.0.1:{port_of(server)},model=speller",
+            "--profile": "kind=concurrent,streams=4", "--constraint": "kind=max_requests,count=8",
+            "--tokenizer": f"kind=hf_auto,model={folder}", "--data": f"kind=json_file,path={prompts}",
+            "--output": f"kind=json,path={report}",
+        }  # fmt: skip
+        command = [Path(sys.executable).with_name("guidellm"), "run", *sum(flags.items(), ()), "--disable-console"]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
+    assert result.returncode == 0, result.stderr[-3000:]
+    requests = json.loads(report.read_text())["benchmarks"][0]["requests"]
+    assert len(requests["successful"]) == 8 and not requests["errored"]
