@@ -205,7 +205,10 @@ def test_the_command(tmp_path, random_model, capsys):
         (["--method", "ppo"], "invalid choice"), (["--resume", str(run), "--lr", "1"], "goes with --steps alone"),
         (["--samples", "1"], "must be at least 2"), (["--prompts", "3"], "does not divide --prompts 3"),
         (["--temperature", "nan"], "must be more than 0"), (["--resume", str(tmp_path)], "no checkpoint"),
-        (["--out", str(run)], "is not empty"), (["--resume", str(run), "--steps", "1"], "has done 3 already"),
+        (["--out", str(run)], "not an empty folder"), (["--out", str(run / "report.html")], "not an empty folder"),
+        (["--out", "/proc/x"], "cannot write /proc/x-start.jsonl"), (["--out", ""], "--out is empty"),
+        (["--model", str(random_model), "--new-tokens", "9999", "--out", str(tmp_path / "new")], "--new-tokens 9999: the"),
+        (["--resume", str(run), "--steps", "1"], "has done 3 already"),
         (["--model", str(tmp_path / "none"), "--out", str(tmp_path / "new")], "none"),
     ]:  # fmt: skip
         assert main(wrong) == 2, wrong

@@ -119,6 +119,8 @@ class Loop(Learner):
         super()._begin(settings, folder, source, state)
         s = self.settings
         self.problems = problems or TASKS[s.task]
+        if s.new_tokens >= self.model.config.max_positions:
+            raise InputError(f"--new-tokens {s.new_tokens}: the model has {self.model.config.max_positions} positions")
         if s.batch_invariant:
             if self.precision != torch.float32:
                 raise InputError("--batch-invariant is for --precision fp32")

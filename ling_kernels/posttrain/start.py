@@ -31,8 +31,11 @@ def make_start(
     chats = [dict(messages=[dict(role="user", content=p.prompt), dict(role="assistant", content=p.demonstration)])
              for p in problems]  # fmt: skip
     data = folder.parent / f"{folder.name}.jsonl"
-    data.parent.mkdir(parents=True, exist_ok=True)
-    data.write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    try:
+        data.parent.mkdir(parents=True, exist_ok=True)
+        data.write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    except OSError as error:
+        raise InputError(f"cannot write {data}: {error.strerror or error}") from None
     settings = Settings(
         **SIZES, data=(str(data),), steps=steps, seq_len=256, batch=2, lr=LR, warmup=min(20, steps), seed=seed,
         eval_rows=8,
