@@ -207,7 +207,7 @@ def test_the_command(tmp_path, random_model, capsys):
         (["--temperature", "nan"], "must be more than 0"), (["--resume", str(tmp_path)], "no checkpoint"),
         (["--out", str(run)], "not an empty folder"), (["--out", str(run / "report.html")], "not an empty folder"),
         (["--out", "/proc/x"], "cannot write /proc/x-start.jsonl"), (["--out", ""], "--out is empty"),
-        (["--model", str(random_model), "--new-tokens", "9999", "--out", str(tmp_path / "new")], "--new-tokens 9999: the"),
+        (["--model", str(random_model), "--new-tokens", "9999", "--out", str(tmp_path / "new")], "--new-tokens 9999"),
         (["--resume", str(run), "--steps", "1"], "has done 3 already"),
         (["--model", str(tmp_path / "none"), "--out", str(tmp_path / "new")], "none"),
     ]:  # fmt: skip
