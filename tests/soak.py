@@ -154,7 +154,7 @@ def draw_plot(samples: list[dict], file: Path) -> None:
     }
     for axes, (name, values) in zip(figure.subplots(len(curves), 1, sharex=True), curves.items(), strict=True):
         axes.plot(minutes, values, linewidth=1)
-        axes.set(title=name, ylim=(0, None))
+        axes.set(title=name, ylim=(0, 1.1 * max(values) or 1))
     axes.set_xlabel("minutes")
     figure.savefig(file, dpi=100)
 
