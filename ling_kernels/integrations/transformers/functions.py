@@ -97,8 +97,8 @@ def attention_forward(
         cu_k = torch.arange(B + 1, device=q.device, dtype=torch.int32) * Lk
         cu_q = cu_k if Lq == Lk else torch.arange(B + 1, device=q.device, dtype=torch.int32) * Lq
     else:
-        rows_k, cu_k = tokens_of(attention_mask)
-        rows, cu_q = (rows_k, cu_k) if Lq == Lk else tokens_of(attention_mask[:, Lk - Lq :])
+        rows_k, cu_k = tokens_of(attention_mask, Lk)
+        rows, cu_q = tokens_of(attention_mask, Lq)
         q, k, v = q[rows], k[rows_k], v[rows_k]
     out, _ = attention(q, k, v, cu_q, None if cu_k is cu_q else cu_k, causal, scaling)
     if rows is not None:
@@ -106,17 +106,17 @@ def attention_forward(
     return out.unflatten(0, (B, Lq)), None
 
 
-def tokens_of(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """mask [B, L] bool -> the indices of its tokens in the flattened batch, and cu_seqlens [B + 1] int32.
+def tokens_of(mask: Tensor, last: int) -> tuple[Tensor, Tensor]:
+    """mask [B, L] bool -> the indices of the tokens in its flattened last columns, and cu_seqlens [B + 1] int32.
 
-    They are kept at the mask, which all layers of a forward share: the host waits for the GPU once.
+    They are kept at the mask, which all layers of a forward share: the host waits for the GPU once, not in each.
     """
-    kept = getattr(mask, "tokens_of_ling_kernels", None)
-    if kept is None:
-        lengths = mask.sum(-1).cumsum(0)
-        kept = mask.flatten().nonzero().flatten(), nn.functional.pad(lengths, (1, 0)).int()
-        mask.tokens_of_ling_kernels = kept  # type: ignore[attr-defined]
-    return kept
+    kept = vars(mask).setdefault("tokens_of_ling_kernels", {})
+    if last not in kept:
+        columns = mask[:, mask.shape[1] - last :]
+        bounds = nn.functional.pad(columns.sum(-1).cumsum(0), (1, 0)).int()
+        kept[last] = columns.flatten().nonzero().flatten(), bounds
+    return kept[last]
 
 
 def refuse_attention(mask: Tensor | None, dropout: float, kwargs: dict[str, Any]) -> None:

@@ -167,6 +167,7 @@ class LingPreTrainedModel(PreTrainedModel):
     config_class = LingHfConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
+    _input_embed_layer = "word_embeddings"
     _no_split_modules = ["LingDecoderLayer", "LingMTPLayer"]
     _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = _supports_sdpa = _supports_flex_attn = _supports_attention_backend = True
@@ -207,27 +208,22 @@ class LingModel(LingPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.word_embeddings
-
-    def set_input_embeddings(self, value: nn.Embedding):
-        self.word_embeddings = value
-
     def prepare(
         self, x: Tensor, attention_mask: Any, position_ids: Tensor | None, cache: Any, kwargs: dict[str, Any]
     ) -> tuple[Any, Rope, Tensor, dict[str, Any]]:
         """The mask, rotation and position ids of embeddings x [B, L, H]; kwargs with the documents of packed rows."""
-        given = position_ids
+        given, past = position_ids, 0 if cache is None else cache.get_seq_length()
         if position_ids is None:
-            past = 0 if cache is None else cache.get_seq_length()
             position_ids = torch.arange(past, past + x.shape[1], device=x.device)[None]
         rope = self.rotary_emb(position_ids, len(x))
-        if self.config._attn_implementation == NAME and cache is None and attention_mask is None:
-            documents = kwargs.get("cu_seq_lens_q")
-            documents = packed(given, x) if documents is None else documents
+        documents = kwargs.get("cu_seq_lens_q")
+        if documents is None and attention_mask is None and isinstance(past, int) and past == 0:
+            documents = packed(given, x)
+        if documents is not None and self.config._attn_implementation == NAME:
             return None, rope, position_ids, kwargs | {"cu_seq_lens_q": documents}
+        known = {CACHE: cache if documents is None else None}  # with a cache transformers looks for no documents
         mask = create_causal_mask(
-            config=self.config, inputs_embeds=x, attention_mask=attention_mask, position_ids=given, **{CACHE: cache}
+            config=self.config, inputs_embeds=x, attention_mask=attention_mask, position_ids=given, **known
         )
         return mask, rope, position_ids, kwargs
 
