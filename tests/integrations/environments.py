@@ -28,6 +28,10 @@ ENVIRONMENTS = {
     "megatron": ["einops==0.8.1", "psutil==7.2.2", "--no-deps --ignore-requires-python megatron-core==0.19.2"],
     "megatron16": ["einops==0.8.1", "psutil==7.2.2", "--no-deps megatron-core==0.16.1"],
     "titan": ["tyro==1.0.16", "einops==0.8.1", "--no-deps torchtitan==0.3.0 spmd_types==0.2.3"],
+    "trainers": [
+        *("transformers==5.23.0", "einops==0.8.1", "accelerate==1.15.0"),
+        "--no-deps llamafactory==0.9.5 nemo-automodel==0.7.0",
+    ],
     "hub": ["kernels==0.17.2"],
     "lm_eval": ["lm_eval==0.4.13", "transformers==5.23.0", "accelerate==1.15.0"],
     "clients": [
