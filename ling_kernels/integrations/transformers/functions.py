@@ -81,9 +81,9 @@ def attention_forward(
     """query [B, Hq, Lq, D], key and value [B, Hkv, Lk, D] -> out [B, Lq, Hq, D], and None for the probabilities.
 
     attention_mask: [B, Lk], True at tokens, from `attention_mask_of`; None: no padding. The last Lq of the Lk tokens
-    are the queries'. Documents packed in rows come as cu_seq_lens_q [documents + 1], or by position_ids [1 or B, L] that
-    start anew. Outputs at padding are 0. Raises InputError for masks that are not causal with padding, windows, sinks,
-    soft caps and dropout.
+    are the queries'. Documents packed in rows come as cu_seq_lens_q [documents + 1], or by position_ids [1 or B, L]
+    that start anew. Outputs at padding are 0. Raises InputError for masks that are not causal with padding, windows,
+    sinks, soft caps and dropout.
     """
     refuse_attention(attention_mask, dropout, kwargs)
     B, _, Lq, _ = query.shape
