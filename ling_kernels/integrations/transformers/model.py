@@ -172,7 +172,6 @@ class LingPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = _supports_sdpa = _supports_flex_attn = _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": LingDecoderLayer, "attentions": LingAttention}
-    _keep_in_fp32_modules_strict = ["expert_bias"]
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:

@@ -213,8 +213,11 @@ def test_a_patched_class_patches_its_models():
 
 
 def test_what_no_kernel_computes_is_refused_by_patch():
-    oss = GptOssForCausalLM(GptOssConfig(**SIZES, num_local_experts=4))
-    with pytest.raises(InputError):
+    oss = GptOssForCausalLM(GptOssConfig(**SIZES, num_local_experts=4, sliding_window=None))
+    with pytest.raises(InputError, match="swiglu_limit 7.0"):
+        patch(oss)
+    oss.config.swiglu_limit = 0.0  # the experts are as they were
+    with pytest.raises(InputError, match="has_bias True, is_transposed True, is_concatenated False"):
         patch(oss)
     windowed = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=4))
     with pytest.raises(InputError, match="sliding_window 4"):
