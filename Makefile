@@ -4,6 +4,7 @@
 # make test-integrations run the tests of ling_kernels inside other libraries, in virtual environments kept in ~/.cache;
 #              ONLY="lm_eval hub": only these
 # make fuzz    try random files, requests and arguments of ops for MINUTES=10; `make test` tries the same few in every run
+# make soak    let clients of many kinds use a server for an hour, or MINUTES=5: build/soak/soak.png shows its memory and load
 # make hub     write the Triton kernels as a repository of the Hugging Face Hub into HUB=build/hub
 # make cutlass build the optional ling_kernels._cutlass: CUTLASS's grouped FP8 GEMM (minutes, 4 GB of memory a file)
 # make tables  write docs/kernels-{resources*,clocks,predicted,counters}.md: registers, shared memory, clocks and counters
@@ -40,7 +41,7 @@ CSRC := CMakeLists.txt $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc tests/gpu tests/cuda \
 	-type f \( -name '*.cu*' -o -name '*.h' -o -name '*.cpp' \) -print)
 
-.PHONY: help train test test-integrations fuzz lint install hub wheels cutlass tables clean gpu gpu-pack bench
+.PHONY: help train test test-integrations fuzz soak lint install hub wheels cutlass tables clean gpu gpu-pack bench
 .DEFAULT_GOAL := help
 
 help:
@@ -61,6 +62,9 @@ fuzz: $(VENV)/.dev
 	seed=$$(od -An -N4 -tu4 /dev/urandom | tr -d ' ') && echo "[make] --hypothesis-seed=$$seed" && OMP_NUM_THREADS=1 \
 	$(PY) -m pytest -p no:benchmark -n auto --maxprocesses 4 --hypothesis-seed=$$seed tests/test_fuzz_*.py $(ARGS) \
 	|| exit 1; done
+
+soak: $(VENV)/.dev
+	@OMP_NUM_THREADS=1 $(PY) -m tests.soak $(if $(filter command line,$(origin MINUTES)),--minutes $(MINUTES)) $(ARGS)
 
 lint: $(VENV)/.dev
 	@ruff check

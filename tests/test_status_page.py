@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("fastapi")
 uvicorn = pytest.importorskip("uvicorn")
 from ling_kernels.generate.server.app import make_app  # noqa: E402
+from ling_kernels.generate.server.replicas import with_label  # noqa: E402
 from tests.speller import speller  # noqa: E402
 from tests.test_server import BODY, call, service  # noqa: E402
 
@@ -42,10 +43,17 @@ def test_the_page(shared):
         assert f"\nling_{name} " in metrics, name
 
 
-def test_a_browser_shows_it(shared, tmp_path):
+@pytest.mark.parametrize("replicas", [0, 2])
+def test_a_browser_shows_it(shared, tmp_path, monkeypatch, replicas):
+    """Of several replicas it shows the sums."""
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser is None:
         pytest.skip("no Chromium here: the page is checked, but not in a browser")
+    text = shared.metrics.text(shared.engine)
+    if replicas:
+        samples = [line for line in text.splitlines() if not line.startswith("#")]
+        text = "".join(f"{with_label(line, number)}\n" for line in samples for number in range(replicas))
+        monkeypatch.setattr(shared.metrics, "text", lambda engine: text)
     server = uvicorn.Server(uvicorn.Config(make_app(shared), port=0, log_level="error"))
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -63,6 +71,7 @@ def test_a_browser_shows_it(shared, tmp_path):
         thread.join(240)
     assert re.search(r'<div id="health"[^>]*class="good"[^>]*>working<', shown), shown[-3000:]
     values = {name: value for value, name in re.findall(r"<b>([^<]*)</b><span>([^<]*)</span>", shown)}
-    assert values["waiting requests"] == "0 of 1024" and values["tokens since the start"] == "3"
+    assert values["waiting requests"] == f"0 of {1024 * (replicas or 1)}"
+    assert values["tokens since the start"] == str(3 * (replicas or 1))
     body = shown.split("<script>")[0]
     assert body.count("<polyline") == 4 and "NaN" not in body and "undefined" not in body
