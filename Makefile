@@ -2,7 +2,7 @@
 # make install only set up, with everything for development   make clean   remove everything that make wrote
 # make test    set up, then run the tests; FAST=1: the fast ones, 3 minutes on two cores, for use while working
 # make test-integrations run the tests of ling_kernels inside other libraries, in virtual environments kept in ~/.cache;
-#              ENV="lm_eval hub": only these
+#              ONLY="lm_eval hub": only these
 # make fuzz    try random files, requests and arguments of ops for MINUTES=10; `make test` tries the same few in every run
 # make soak    let clients of many kinds use a server for an hour, or MINUTES=5: build/soak/soak.png shows its memory and load
 # make hub     write the Triton kernels as a repository of the Hugging Face Hub into HUB=build/hub
@@ -26,6 +26,7 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton==3.8.0
 CUTLASS ?= nvidia-cutlass==4.2.0.0
 ARGS ?=
+ONLY ?=
 MINUTES ?= 10
 HUB ?= build/hub
 export LING_CUTLASS ?= 0
@@ -53,7 +54,7 @@ test: $(VENV)/.dev
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -p no:benchmark -n auto --maxprocesses 4 $(if $(FAST),-m "not slow") $(ARGS)
 
 test-integrations: $(VENV)/.dev
-	@$(PY) -m tests.integrations.environments $(ENV) -- $(ARGS)
+	@$(PY) -m tests.integrations.environments $(ONLY) -- $(ARGS)
 
 # One seed after another, until the time is over or a test fails, which prints how to repeat it.
 fuzz: $(VENV)/.dev

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from ling_kernels.errors import InputError
 from ling_kernels.model import Ling, load_model, named_views, save_model
-from ling_kernels.train import Settings, Trainer
+from ling_kernels.train import Settings, Trainer, cli
 from ling_kernels.train.__main__ import main
 from ling_kernels.train.prepare import device
 from tests.ranks import start
@@ -24,6 +24,7 @@ from tests.training import flags, one_line_error, small, text, whole_tensors  # 
 def quick_start():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(device, "measured_flops", lambda *_: 1e10)
+        patch.setattr(cli, "draw", lambda *_: [])  # plots take seconds
         yield
 
 

@@ -143,9 +143,11 @@ def test_mistakes_are_one_line_and_leave_nothing(checkpoints, tmp_path, capsys):
 def test_the_best_of_a_run(checkpoints, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(checkpoints[0].parents[1], run)
-    losses = {100: 2.0, 200: 3.0, 250: 1.0, 300: 2.5}
+    losses = {100: 2.0, 200: "NaN", 250: 1.0, 300: 2.5}  # a loss that is not finite is not the best
     lines = [f'{{"step": {step}, "val_loss": {loss}}}\n' for step, loss in losses.items()]
     (run / "metrics.jsonl").write_text("".join(lines))
+    assert merging.main([str(run), "--best", "3", "--out", str(tmp_path / "three")]) == 2
+    assert "holds 2 checkpoints with a validation loss" in capsys.readouterr().err
     assert not merging.main([str(run), "--best", "2", "--out", str(tmp_path / "best"), "--dtype", "fp32"])
     assert "step-000100" in (printed := capsys.readouterr().out) and "step-000200" not in printed
     a, c, got = (weights_of(f) for f in (checkpoints[0], checkpoints[2], tmp_path / "best"))

@@ -109,7 +109,7 @@ def settings_there(rungs: Sequence[Rung], before: dict[str, dict], out: Path) ->
     """The settings of the rungs in OUT by hidden size, with those of new ones. Raises InputError where a rung that is
     there has others: its runs are not those that are asked for."""
     now = {str(rung.hidden): to_json(rung.settings) for rung in rungs}
-    for hidden in now.keys() & before.keys():
+    for hidden in filter(before.__contains__, now):
         for name, value in now[hidden].items():
             if name not in FREE and (old := before[hidden].get(name, value)) != value:
                 raise InputError(f"{out} holds hidden {hidden} with {name} {old}, not {value}: name another --out")

@@ -166,12 +166,18 @@ def weighted_sum(readers: Sequence[WeightReader], weights: Sequence[float], key:
     return total
 
 
+def validations(run: Path) -> dict[int, float]:
+    """The validation losses of a run by step, those that are finite."""
+    rows = ((row["step"], row.get("val_loss")) for row in read_lines(run / "metrics.jsonl"))
+    return {step: loss for step, loss in rows if loss is not None and math.isfinite(loss)}
+
+
 def chosen(run: Path, last: int | None, best: int | None) -> list[Path]:
     """The last N checkpoints of a run, or the N with the lowest validation loss, oldest first; all by default."""
     found = list_checkpoints(run)
     if not found:
         raise InputError(f"{run} holds no checkpoints")
-    losses = {row["step"]: row["val_loss"] for row in read_lines(run / "metrics.jsonl") if row.get("val_loss")}
+    losses = validations(run)
     if best:
         found = [c for c in found if step_of(c) in losses]
     number = last or best or len(found)

@@ -26,7 +26,7 @@ from ..model import LingConfig
 from ..parallel.ranks import Ranks
 from .checkpoint import list_checkpoints, step_of
 from .data.toy import write_toy_sources
-from .merge import chosen, merge, named_weights
+from .merge import chosen, merge, named_weights, validations
 from .needle import check_needles, needle_line
 from .prepare.checks import check
 from .prepare.models import initial_config, with_positions
@@ -273,7 +273,7 @@ def merged(stage: Stage, run: Path) -> Path:
     out = run / "merged"
     if not out.is_dir():
         best, last = stage.merge.get("best"), stage.merge.get("last")
-        losses = {row["step"] for row in read_lines(run / "metrics.jsonl") if row.get("val_loss")}
+        losses = validations(run)
         there = sum(not best or step_of(c) in losses for c in list_checkpoints(run))
         folders = chosen(run, last and min(last, there), best and min(best, there))
         merge(folders, named_weights(stage.merge.get("decay", "linear"), len(folders)), out, "fp32")

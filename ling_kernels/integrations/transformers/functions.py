@@ -81,16 +81,18 @@ def attention_forward(
     """query [B, Hq, Lq, D], key and value [B, Hkv, Lk, D] -> out [B, Lq, Hq, D], and None for the probabilities.
 
     attention_mask: [B, Lk], True at tokens, from `attention_mask_of`; None: no padding. The last Lq of the Lk tokens
-    are the queries'. cu_seq_lens_q [documents + 1], among kwargs: the documents of packed rows. Outputs at padding are
-    0. Raises InputError for masks that are not causal with padding, windows, sinks, soft caps and dropout.
+    are the queries'. Documents packed in rows come as cu_seq_lens_q [documents + 1], or by position_ids [1 or B, L]
+    that start anew. Outputs at padding are 0. Raises InputError for masks that are not causal with padding, windows,
+    sinks, soft caps and dropout.
     """
     refuse_attention(attention_mask, dropout, kwargs)
     B, _, Lq, _ = query.shape
     Lk = key.shape[2]
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # [B L, heads, D]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    documents = kwargs.get("cu_seq_lens_q")
-    rows = None
+    documents, rows = kwargs.get("cu_seq_lens_q"), None
+    if documents is None and attention_mask is None and Lq == Lk:
+        documents = documents_of(kwargs.get("position_ids"), B)
     if documents is not None:
         cu_q, cu_k = documents.int(), kwargs.get("cu_seq_lens_k", documents).int()
     elif attention_mask is None:
@@ -117,6 +119,28 @@ def tokens_of(mask: Tensor, last: int) -> tuple[Tensor, Tensor]:
         bounds = nn.functional.pad(columns.sum(-1).cumsum(0), (1, 0)).int()
         kept[last] = columns.flatten().nonzero().flatten(), bounds
     return kept[last]
+
+
+def documents_of(position_ids: Tensor | None, batch_size: int) -> Tensor | None:
+    """position_ids [1 or B, L] -> cu_seqlens [documents + 1] int32, where they start anew inside of a row; else None.
+
+    It is kept at position_ids, which all layers share: the host waits for the GPU once.
+    """
+    if not isinstance(position_ids, Tensor) or position_ids.ndim != 2 or position_ids.shape[1] < 2:
+        return None
+    kept = vars(position_ids)
+    if "documents_of_ling_kernels" not in kept:
+        starts = ~nn.functional.pad(same_document(position_ids, 1)[:, :-1], (1, 0)).expand(batch_size, -1).flatten()
+        bounds = starts.nonzero().flatten()
+        one_each = len(bounds) == batch_size
+        bounds = None if one_each else nn.functional.pad(bounds, (0, 1), value=len(starts)).int()
+        kept["documents_of_ling_kernels"] = bounds
+    return kept["documents_of_ling_kernels"]
+
+
+def same_document(position_ids: Tensor, ahead: int) -> Tensor:
+    """position_ids [1 or B, L] -> whether a token and the one `ahead` later in its row belong to the same document."""
+    return nn.functional.pad(position_ids, (0, ahead), value=-1)[:, ahead:] == position_ids + ahead
 
 
 def refuse_attention(mask: Tensor | None, dropout: float, kwargs: dict[str, Any]) -> None:

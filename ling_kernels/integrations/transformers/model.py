@@ -27,7 +27,7 @@ from ...ops.qk_norm_rope import qk_norm_rope
 from ...ops.rope_tables import rope_frequencies
 from ...ops.swiglu import swiglu
 from .config import LingHfConfig
-from .functions import NAME
+from .functions import NAME, documents_of, same_document
 from .loss import IGNORE, causal_loss, shifted
 from .names import CACHE
 
@@ -172,7 +172,6 @@ class LingPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = _supports_sdpa = _supports_flex_attn = _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": LingDecoderLayer, "attentions": LingAttention}
-    _keep_in_fp32_modules_strict = ["expert_bias"]
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -218,7 +217,7 @@ class LingModel(LingPreTrainedModel):
         rope = self.rotary_emb(position_ids, len(x))
         documents = kwargs.get("cu_seq_lens_q")
         if documents is None and attention_mask is None and isinstance(past, int) and past == 0:
-            documents = packed(given, x)
+            documents = documents_of(given, len(x))
         if documents is not None and self.config._attn_implementation == NAME:
             return None, rope, position_ids, kwargs | {"cu_seq_lens_q": documents}
         known = {CACHE: cache if documents is None else None}  # with a cache transformers looks for no documents
@@ -265,29 +264,20 @@ class LingModel(LingPreTrainedModel):
         states = []
         for k, layer in enumerate(self.layers[self.config.num_hidden_layers :], 1):
             hidden = layer(hidden, mask, rope, next_embeddings=pad(x, (0, 0, 0, k))[:, k:], **kwargs)
-            states.append((hidden, same_document(position_ids, k + 1, attention_mask)))
+            states.append((hidden, has_target(position_ids, k + 1, attention_mask)))
         return states
 
 
-def same_document(position_ids: Tensor, ahead: int, attention_mask: Any = None) -> Tensor:
-    """position_ids [1 or B, L] -> whether a token, and the one `ahead` later in its row, belong to the same document.
+def has_target(position_ids: Tensor, ahead: int, attention_mask: Any) -> Tensor:
+    """[1 or B, L]: whether a token, and the one `ahead` later in its row, are tokens of the same document.
 
-    attention_mask [B, L]: 0 at padding.
+    position_ids [1 or B, L]; attention_mask [B, L]: 0 at padding.
     """
-    same = pad(position_ids, (0, ahead), value=-1)[:, ahead:] == position_ids + ahead
+    same = same_document(position_ids, ahead)
     if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
         mask = attention_mask.bool()
         same = same & mask & pad(mask, (0, ahead))[:, ahead:]
     return same
-
-
-def packed(position_ids: Tensor | None, x: Tensor) -> Tensor | None:
-    """cu_seqlens [documents + 1] int32 of rows whose position ids start anew inside; None where none does."""
-    if position_ids is None or position_ids.ndim != 2:
-        return None
-    starts = ~pad(same_document(position_ids, 1)[:, :-1], (1, 0)).expand(x.shape[:2]).flatten()
-    bounds = starts.nonzero().flatten()  # the host waits for the GPU
-    return None if len(bounds) == len(x) else pad(bounds, (0, 1), value=len(starts)).int()
 
 
 @dataclass

@@ -182,6 +182,8 @@ def test_bf16_keeps_the_bias_and_the_rotation_in_fp32(official):
     for model in (load(folder, dtype=torch.bfloat16), load(folder).bfloat16()):
         biases = [b for name, b in model.named_buffers() if name.endswith(("expert_bias", "inv_freq"))]
         assert {b.dtype for b in biases} == {torch.float32} and len(biases) > 1
+        key = "model.layers.1.mlp.gate.expert_bias"
+        assert torch.equal(model.get_buffer(key), load_file(folder / "model.safetensors")[key])
         assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
