@@ -2,8 +2,9 @@
 # make install only set up, with everything for development   make clean   remove everything that make wrote
 # make test    set up, then run the tests; FAST=1: the fast ones, 3 minutes on two cores, for use while working
 # make test-integrations run the tests of ling_kernels inside other libraries, in virtual environments kept in ~/.cache;
-#              ENV="lm_eval hub": only these
+#              ONLY="lm_eval hub": only these
 # make fuzz    try random files, requests and arguments of ops for MINUTES=10; `make test` tries the same few in every run
+# make soak    let clients of many kinds use a server for an hour, or MINUTES=5: build/soak/soak.png shows its memory and load
 # make hub     write the Triton kernels as a repository of the Hugging Face Hub into HUB=build/hub
 # make cutlass build the optional ling_kernels._cutlass: CUTLASS's grouped FP8 GEMM (minutes, 4 GB of memory a file)
 # make tables  write docs/kernels-{resources*,clocks,predicted,counters}.md: registers, shared memory, clocks and counters
@@ -25,6 +26,7 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton==3.8.0
 CUTLASS ?= nvidia-cutlass==4.2.0.0
 ARGS ?=
+ONLY ?=
 MINUTES ?= 10
 HUB ?= build/hub
 export LING_CUTLASS ?= 0
@@ -39,7 +41,7 @@ CSRC := CMakeLists.txt $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc tests/gpu tests/cuda \
 	-type f \( -name '*.cu*' -o -name '*.h' -o -name '*.cpp' \) -print)
 
-.PHONY: help train test test-integrations fuzz lint install hub wheels cutlass tables clean gpu gpu-pack bench
+.PHONY: help train test test-integrations fuzz soak lint install hub wheels cutlass tables clean gpu gpu-pack bench
 .DEFAULT_GOAL := help
 
 help:
@@ -52,7 +54,7 @@ test: $(VENV)/.dev
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -p no:benchmark -n auto --maxprocesses 4 $(if $(FAST),-m "not slow") $(ARGS)
 
 test-integrations: $(VENV)/.dev
-	@$(PY) -m tests.integrations.environments $(ENV) -- $(ARGS)
+	@$(PY) -m tests.integrations.environments $(ONLY) -- $(ARGS)
 
 # One seed after another, until the time is over or a test fails, which prints how to repeat it.
 fuzz: $(VENV)/.dev
@@ -60,6 +62,9 @@ fuzz: $(VENV)/.dev
 	seed=$$(od -An -N4 -tu4 /dev/urandom | tr -d ' ') && echo "[make] --hypothesis-seed=$$seed" && OMP_NUM_THREADS=1 \
 	$(PY) -m pytest -p no:benchmark -n auto --maxprocesses 4 --hypothesis-seed=$$seed tests/test_fuzz_*.py $(ARGS) \
 	|| exit 1; done
+
+soak: $(VENV)/.dev
+	@OMP_NUM_THREADS=1 $(PY) -m tests.soak $(if $(filter command line,$(origin MINUTES)),--minutes $(MINUTES)) $(ARGS)
 
 lint: $(VENV)/.dev
 	@ruff check

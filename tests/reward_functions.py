@@ -16,6 +16,11 @@ def hang_at_hang(response: str, answer: str) -> float:
     return count_spread(response, answer)
 
 
+class Wordless(Exception):
+    def __str__(self) -> str:
+        raise ValueError("no words")
+
+
 def misbehave(kind: str, value: float) -> float:
     print("a reward may print")
     if kind == "hang":
@@ -24,6 +29,12 @@ def misbehave(kind: str, value: float) -> float:
         os._exit(3)
     if kind == "raise":
         raise KeyError("answer")
+    if kind == "interrupt":
+        raise KeyboardInterrupt
+    if kind == "wordless":
+        raise Wordless
+    if kind == "huge":
+        return 1e39
     if kind == "nan":
         return math.nan
     assert sys.stdin.read() == "" or kind != "read"

@@ -105,7 +105,7 @@ def test_the_command(start, data, tmp_path, capsys):
     capsys.readouterr()
     for wrong, text in [
         (["--data", str(tmp_path / "none.jsonl")], "none.jsonl"), (["--data", str(tmp_path)], "pairs are rows of a"),
-        (["--beta", "0"], "--beta 0.0: it must be above 0"), (["--label-smoothing", "0.5"], "it must be below 0.5"),
+        (["--beta", "0"], "--beta 0.0: it must be more than 0"), (["--label-smoothing", "0.5"], "it must be below 0.5"),
         (["--lora-alpha", "3"], "needs --lora-rank"), (["--max-tokens", "3"], "no pair of answers within 3 tokens"),
         (["--data", str(tmp_path / "same.jsonl")], "are the same answer"),
         (["--data", str(tmp_path / "other.jsonl")], "messages 1 and 2 are both of role user"),

@@ -1,7 +1,9 @@
 """What the integrations share, without their libraries: versions, and the environments of tests/integrations."""
 
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -86,6 +88,17 @@ def test_every_folder_of_tests_has_an_environment():
 def test_an_environment_is_known_by_its_pins():
     one = environments.digest(["transformers==5.23.0"])
     assert one == environments.digest(["transformers==5.23.0"]) != environments.digest(["transformers==5.24.0"])
+
+
+def test_environments_that_nothing_uses_are_deleted(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name, age in (("old", environments.KEEP + 60), ("new", 60)):
+        marker = tmp_path / "ling_kernels/environments" / name / "complete"
+        marker.parent.mkdir(parents=True)
+        marker.touch()
+        os.utime(marker, (time.time() - age,) * 2)
+    environments.prune()
+    assert [path.name for path in (tmp_path / "ling_kernels/environments").iterdir()] == ["new"]
 
 
 def test_without_a_registry_one_line_says_so(tmp_path, monkeypatch):

@@ -47,6 +47,24 @@ def test_efficiency_leverage():
     assert scaling.efficiency_leverage(0.031, 12, 1e22) > scaling.efficiency_leverage(0.25, 12, 1e22)
 
 
+LAWS = (scaling.peak_lr, scaling.batch_tokens, scaling.compute_of_lr, scaling.best_flops_per_token, scaling.best_tokens,
+        scaling.compute_of_model)  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf"), "1", None])
+def test_numbers_for_which_no_law_holds(value):
+    for law in LAWS:
+        with pytest.raises(InputError, match="is a number above 0"):
+            law(value)
+    for i in range(3):
+        numbers = [0.031, 12, 1e22]
+        numbers[i] = value
+        with pytest.raises(InputError, match="is a number above 0"):
+            scaling.efficiency_leverage(*numbers)
+    with pytest.raises(InputError, match="at most 1"):
+        scaling.efficiency_leverage(1.5, 12, 1e22)
+
+
 @pytest.mark.parametrize("law", [PowerLaw(1.5, 40, 0.12), PowerLaw(0.0, 20, 0.05), PowerLaw(2.0, 3e3, 0.25)])
 def test_a_known_law_is_recovered(law):
     compute = np.geomspace(1e17, 1e20, 8)
@@ -111,7 +129,25 @@ def test_a_small_ladder(tmp_path, capsys, monkeypatch):
     assert result["measured"] == runs[-1]["loss"]
     assert result["error"] == pytest.approx(result["predicted"] / runs[-1]["loss"] - 1)
     monkeypatch.setattr(ladder, "train_rung", lambda *_: 1 / 0)
-    assert main(argv) == 0 and (tmp_path / "out/ladder.png").stat().st_size > 1000
+    assert main([*argv, "--save-every", "3"]) == 0 and (tmp_path / "out/ladder.png").stat().st_size > 1000
+    assert json.loads((tmp_path / "out/ladder.json").read_text())["runs"] == runs
+    capsys.readouterr()
+    assert main([*argv, "--lr", "2e-2"]) == 2
+    assert "holds hidden 8 with lr 0.01, not 0.02: name another --out" in capsys.readouterr().err
+    monkeypatch.setattr(ladder, "train_rung", lambda rung, seed, folder: 1.0)
+    more = [*argv[:5], "40", *argv[5:]]  # hidden 40 is one more
+    assert main(more) == 0 and main(argv) == 0
+    again = json.loads((tmp_path / "out/ladder.json").read_text())
+    assert again["result"] == result and len(again["runs"]) == 5, "the law of a ladder has its own rungs alone"
+
+
+def test_a_ladder_that_is_stopped_in_its_first_run_knows_its_settings(tmp_path, monkeypatch):
+    options = dict(model="tiny", mtp=0, layers=2, experts=4, topk=1, groups=1, heads=2)
+    monkeypatch.setattr(ladder, "train_rung", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        ladder.train_ladder(ladder.plan_ladder(options, [8, 16, 24, 32]), [0], tmp_path, False)
+    with pytest.raises(InputError, match="hidden 8 with experts 4, not 8"):
+        ladder.train_ladder(ladder.plan_ladder(options | dict(experts=8), [8, 16, 24, 48]), [0], tmp_path, False)
 
 
 def test_mistakes(capsys, tmp_path):
@@ -120,6 +156,8 @@ def test_mistakes(capsys, tmp_path):
         "--hidden 16 24 32 32": "four different sizes",
         "--hidden 16 24 32 48 --share 0": "must be more than 0",
         f"--hidden 16 24 32 48 {SIZES}": "--out is missing",
+        f"--hidden 16 24 32 48 {SIZES} --seeds 1 1": "different numbers of at least 0",
+        f"--hidden 16 24 32 48 {SIZES} --seeds -1": "different numbers of at least 0",
     }.items():
         assert main(["ladder", *flags.split()]) == 2
         error = capsys.readouterr().err

@@ -10,12 +10,13 @@ import torch
 from safetensors.torch import load_file
 
 from ling_kernels.errors import InputError
-from ling_kernels.model import load_model, named_views, save_model
-from ling_kernels.train import Settings, Trainer
+from ling_kernels.model import Ling, load_model, named_views, save_model
+from ling_kernels.train import Settings, Trainer, cli
 from ling_kernels.train.__main__ import main
 from ling_kernels.train.prepare import device
 from tests.ranks import start
 from tests.test_cluster import free_ports, work
+from tests.test_lora import wide
 from tests.training import flags, one_line_error, small, text, whole_tensors  # noqa: F401
 
 
@@ -23,6 +24,7 @@ from tests.training import flags, one_line_error, small, text, whole_tensors  # 
 def quick_start():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(device, "measured_flops", lambda *_: 1e10)
+        patch.setattr(cli, "draw", lambda *_: [])  # plots take seconds
         yield
 
 
@@ -69,6 +71,11 @@ def test_a_run_learns_writes_little_and_exports_merged_weights(run, small):
     assert not factors and changed == 3 * 2 + 3 + 2 * 3 + 2 * 8 * 3
 
 
+def test_a_checkpoint_of_adapters_is_no_model(run):
+    with pytest.raises(InputError, match="it holds adapters alone, and the folder model of their run has them merged"):
+        load_model(run / "checkpoints" / "step-000012")
+
+
 def test_the_adapter_is_written_as_peft_reads_it(run, small):
     config = json.loads((run / "adapter" / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA" and config["r"] == 4 and config["lora_alpha"] == 8
@@ -102,19 +109,42 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_not_interrupted(small, text,
     assert {*resumed.optimizer.state} == of_adapters
 
 
-def test_fp8(text, tmp_path):
-    from ling_kernels.model import Ling
-    from tests.test_lora import wide
-
+@pytest.fixture(scope="module")
+def wide_model(tmp_path_factory):
     model = Ling(wide())
     model.init_weights(torch.Generator().manual_seed(0))
-    save_model(model, tmp_path / "model")
-    options = dict(precision="fp8", fp8_weights="kept", master="bf16", steps=4)
-    trainer = Trainer(settings(tmp_path / "model", text, **options), tmp_path / "run")
-    losses = finish(trainer)
+    save_model(model, folder := tmp_path_factory.mktemp("wide") / "model")
+    return folder
+
+
+@pytest.mark.parametrize("weights", ["kept", "only"])
+def test_fp8(wide_model, text, tmp_path, weights):
+    """only: what is not FP8 is bf16, and the weights that are exported are the model's, not their FP8."""
+    options = dict(precision="fp8", fp8_weights=weights, master="bf16", steps=4)
+    trainer = Trainer(settings(wide_model, text, **options), tmp_path / "run")
+    kinds = {p.dtype for name, p in trainer.model.named_parameters() if name.endswith(("down", "gate_up.weight"))}
+    assert kinds == {torch.float8_e4m3fn if weights == "only" else torch.bfloat16}
+    losses = finish(trainer, 2)
+    trainer.save()
+    losses += finish(trainer)
     assert losses[-1] < losses[0]
     trainer.export(tmp_path / "merged")
-    assert not torch.equal(*(load_model(tmp_path / f).layers[0].attention.dense.weight for f in ("model", "merged")))
+    found = [load_model(f, torch.float32) for f in (wide_model, tmp_path / "merged")]
+    before, after = (m.layers[1].mlp.experts.down.detach() for m in found)
+    adapter = trainer.model.layers[1].mlp.experts.down_adapter
+    assert adapter.delta().abs().max() > 0
+    assert torch.equal(after, (before + adapter.delta()).bfloat16().float())
+    trainer.lock.close()
+    resumed = Trainer.resume(tmp_path / "run")
+    assert finish(resumed) == losses[2:]
+
+
+def test_fp8_alone_learns_what_fp8_beside_bf16_does(wide_model, text, tmp_path):
+    found = []
+    for weights in ("kept", "only"):
+        options = dict(precision="fp8", fp8_weights=weights, master="bf16", steps=4)
+        found.append(finish(Trainer(settings(wide_model, text, **options), tmp_path / weights)))
+    assert found[0] == pytest.approx(found[1], rel=2e-3)
 
 
 def test_the_model_must_be_there_and_unchanged(small, text, tmp_path):
@@ -143,6 +173,7 @@ def test_the_model_must_be_there_and_unchanged(small, text, tmp_path):
     (["--lora-rank", "4", "--merge-last", "2"], "the weights to merge do not change"),
     (["--lora-rank", "4", "--fp8-watch", "2"], "it measures layers that are trained"),
     (["--lora-rank", "4", "--model", "tiny"], "there are no weights in tiny"),
+    (["--fp8-weights", "only", "--precision", "fp8"], "--fp8-weights only needs --lora-rank, --precision fp8"),
     (["--lora-rank", "4", "--plan"], "a plan does not know adapters"),
 ])  # fmt: skip
 def test_mistakes(flags, tmp_path, capsys, wrong, message):

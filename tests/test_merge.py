@@ -54,10 +54,16 @@ def test_a_linear_decay_is_the_mean():
     torch.testing.assert_close(torch.tensor(named_weights("linear", 8)), torch.full((8,), 0.125))
 
 
-@pytest.mark.parametrize("decay", [[1.1], [0.5, 0.6], [0.5, -0.1], [math.nan]])
+@pytest.mark.parametrize("decay", [[1.1], [0.5, 0.6], [0.5, -0.1], [math.nan], ["0.5"], "0.5"])
 def test_what_is_no_decay(decay):
     with pytest.raises(InputError, match="a decay falls"):
         decay_weights(decay)
+
+
+@pytest.mark.parametrize("decay", ["mean", "1-sqrt", "ema:0.3", "1"])
+def test_no_checkpoints_have_no_weights(decay):
+    with pytest.raises(InputError, match="at least 1 checkpoint; got 0"):
+        named_weights(decay, 0)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -103,6 +109,8 @@ def mistakes(checkpoints, tmp_path):
     tensors["model.norm.weight"] = tensors["model.norm.weight"] * float("nan")
     save_file(tensors, diverged / "model.safetensors")
     (tmp_path / "empty/checkpoints").mkdir(parents=True)
+    (tmp_path / "dcp").mkdir()
+    (tmp_path / "dcp/.metadata").touch()
     return {
         "do not add up": ([a, b, "--weights", "0.5", "0.6"], "add up to 1.1, not to 1"),
         "too few": ([a, b, "--weights", "1"], "2 checkpoints and 1 weights"),
@@ -113,6 +121,7 @@ def mistakes(checkpoints, tmp_path):
         "no losses": ([run, "--best", "2"], "holds 0 checkpoints with a validation loss"),
         "another model": ([a, str(other)], "are not of one model"),
         "no weights": ([str(lacking), a], "neither model.safetensors nor"),
+        "of torch": ([str(tmp_path / "dcp")], "train.convert from-dcp makes a model's folder of it"),
         "nothing there": ([str(tmp_path / "absent")], "it has no config.json"),
         "no number": ([run, "--last", "0"], "'0' is no number of checkpoints"),
         "diverged": ([a, str(diverged)], "model.norm.weight of the merged model has values that are not finite"),
@@ -134,9 +143,11 @@ def test_mistakes_are_one_line_and_leave_nothing(checkpoints, tmp_path, capsys):
 def test_the_best_of_a_run(checkpoints, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(checkpoints[0].parents[1], run)
-    losses = {100: 2.0, 200: 3.0, 250: 1.0, 300: 2.5}
+    losses = {100: 2.0, 200: "NaN", 250: 1.0, 300: 2.5}  # a loss that is not finite is not the best
     lines = [f'{{"step": {step}, "val_loss": {loss}}}\n' for step, loss in losses.items()]
     (run / "metrics.jsonl").write_text("".join(lines))
+    assert merging.main([str(run), "--best", "3", "--out", str(tmp_path / "three")]) == 2
+    assert "holds 2 checkpoints with a validation loss" in capsys.readouterr().err
     assert not merging.main([str(run), "--best", "2", "--out", str(tmp_path / "best"), "--dtype", "fp32"])
     assert "step-000100" in (printed := capsys.readouterr().out) and "step-000200" not in printed
     a, c, got = (weights_of(f) for f in (checkpoints[0], checkpoints[2], tmp_path / "best"))

@@ -24,7 +24,10 @@ def test_four_processes_equal_one(tmp_path):
 def batches(which: int) -> list[MicroBatch]:
     g = torch.Generator().manual_seed(which)
     ids = [torch.randint(0, CONFIG.vocab_size, (ROWS, LENGTH), generator=g) for _ in range(MICRO)]
-    return [MicroBatch(i, torch.tensor([0, 5 + which, 17, ROWS * LENGTH], dtype=torch.int32)) for i in ids]
+    scores = torch.rand(MICRO, ROWS, LENGTH, CONFIG.num_hidden_layers - 1, CONFIG.num_experts, generator=g)
+    experts = scores.topk(CONFIG.num_experts_per_tok).indices  # replayed
+    ends = torch.tensor([0, 5 + which, 17, ROWS * LENGTH], dtype=torch.int32)
+    return [MicroBatch(i, ends, experts=e) for i, e in zip(ids, experts, strict=True)]
 
 
 def pipelines_agree(rank, group):
@@ -35,8 +38,9 @@ def pipelines_agree(rank, group):
         every = batches(0) if by_rows else batches(0) + batches(1)
         counts = [len(every) * (ROWS * LENGTH - 3.0)]
         want, sums = torch.zeros(()), []
-        for ids, cu_seqlens, _ in every:
-            out = alone(ids, ids, cu_seqlens=cu_seqlens, logits=False, z_loss=Z, target_counts=counts)
+        for ids, cu_seqlens, _, experts in every:
+            options = dict(cu_seqlens=cu_seqlens, logits=False, z_loss=Z, target_counts=counts)
+            out = alone(ids, ids, **options, experts=experts)
             out.loss.backward()
             want += out.loss.detach()
             sums.append(out.main_loss.detach() * counts[0])

@@ -58,7 +58,8 @@ def test_two_processes_equal_one(tmp_path):
     run(tmp_path, [pipelines_agree], WORLD)
 
 
-def batches() -> list[MicroBatch]:
+def batches(mtp: int) -> list[MicroBatch]:
+    """One of them with a choice of experts that is replayed, where there are MTP layers also for these."""
     g = torch.Generator().manual_seed(3)
     found = []
     for i in range(MICRO):
@@ -68,7 +69,9 @@ def batches() -> list[MicroBatch]:
         if i == 2:
             labels[:] = -100  # a micro batch without targets, whose routers have a loss all the same
         ends = [0, 5 + i, LENGTH, LENGTH + 11 + i, 2 * LENGTH]
-        found.append(MicroBatch(ids, torch.tensor(ends, dtype=torch.int32), labels))
+        scores = torch.rand(ROWS, LENGTH, CONFIG.num_hidden_layers - 1 + mtp, CONFIG.num_experts, generator=g)
+        experts = scores.topk(CONFIG.num_experts_per_tok).indices.to(torch.uint8) if i == 1 else None
+        found.append(MicroBatch(ids, torch.tensor(ends, dtype=torch.int32), labels, experts))
     return found
 
 
@@ -79,8 +82,9 @@ def a_pipeline_equals_one_process(name, rank):
     model = copy.deepcopy(alone)
     counts = [150.0, 140.0, 130.0][: 1 + mtp]
     totals = torch.zeros(4)
-    for ids, cu_seqlens, labels in batches():
-        out = alone(ids, labels, cu_seqlens=cu_seqlens, logits=False, z_loss=Z, target_counts=counts)
+    for ids, cu_seqlens, labels, experts in batches(mtp):
+        options = dict(cu_seqlens=cu_seqlens, logits=False, z_loss=Z, target_counts=counts)
+        out = alone(ids, labels, **options, experts=experts)
         out.loss.backward()
         zero = torch.zeros(())
         totals += torch.stack([out.loss, out.main_loss, out.mtp_loss if mtp else zero, out.z_loss]).detach()
@@ -90,7 +94,7 @@ def a_pipeline_equals_one_process(name, rank):
     forwards = []
     for s, stage in pipeline.stages.items():
         stage.register_forward_hook(lambda m, a, kw, out, s=s: forwards.append((s, int(kw["index"]))), with_kwargs=True)
-    record = pipeline.step(batches(), counts, Z)
+    record = pipeline.step(batches(mtp), counts, Z)
     order = schedule if isinstance(schedule, list) else schedule_order(schedule, WORLD, len(pipeline.ranks), MICRO)
     steps = [event.step for event in simulate(order, [Times(1, 1, 1)] * len(pipeline.ranks)).events[rank]]
     assert forwards == [a[1:] for step in steps for a in step if a.kind == "F"]  # what ran is what is simulated

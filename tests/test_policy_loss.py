@@ -87,6 +87,40 @@ def test_clipped_units_have_no_gradient():
     assert loss.clipped == 0.5
 
 
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_ratios_that_overflow(level):
+    """A clipped unit, and one without an advantage, has no gradient, not 0 x inf; one that is not clipped is inf."""
+    logp = torch.tensor([-1.0, -1.0, -2.0], requires_grad=True)
+    old, lengths = torch.tensor([-300.0, -math.inf, -2.5]), torch.ones(3, dtype=torch.int64)
+    out = policy_loss(logp, old, torch.tensor([2.0, 0.0, -1.0]), lengths, level)
+    torch.testing.assert_close(out.loss, torch.tensor(-(2.0 * 1.2 - math.exp(0.5)) / 3))
+    (grad,) = torch.autograd.grad(out.loss, logp)
+    torch.testing.assert_close(grad, torch.tensor([0.0, 0.0, math.exp(0.5) / 3]))
+    assert policy_loss(logp, old, torch.tensor([-1.0, 0.0, 1.0]), lengths, level).loss == math.inf
+
+
+@pytest.mark.parametrize("level", ["token", "sentence", "sequence"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_with_in_fp32(level, dtype):
+    g = torch.Generator().manual_seed(0)
+    old = -torch.rand(3000, generator=g)
+    logp, old = (old + 0.1 * torch.randn(3000, generator=g)).to(dtype), old.to(dtype)
+    rest = torch.tensor([1.0, -1.0]), torch.tensor([1000, 2000]), level
+    options = dict(sentences=torch.tensor([400, 600, 2000]) if level == "sentence" else None)
+    got, want = (policy_loss(a, b, *rest, **options) for a, b in ((logp, old), (logp.double(), old.double())))
+    assert got.loss.dtype == torch.float32
+    torch.testing.assert_close(got.loss.double(), want.loss, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("level", ["token", "sentence", "sequence"])
+def test_no_responses(level):
+    nothing = torch.zeros(0, requires_grad=True)
+    none = torch.zeros(0, dtype=torch.int64)
+    loss = policy_loss(nothing, nothing, nothing, none, level, sentences=none if level == "sentence" else None).loss
+    loss.backward()
+    assert loss == 0
+
+
 def test_weights_of_tokens(batch):
     """A token of weight 0 counts for nothing, even NaN, and the others keep their share."""
     logp, old, advantages, lengths = batch
@@ -145,6 +179,9 @@ def test_advantages_of_groups():
     got = group_advantages(torch.tensor([[1.0, 0, 0, 1], [2, 2, 2, 2], [3, 1, 2, 2]]))
     assert got[0].tolist() == [1, -1, -1, 1] and got[1].eq(0).all()
     torch.testing.assert_close(got[2], torch.tensor([2**0.5, -(2**0.5), 0, 0]))
+    for reward, n in ((1000.1, 7), (123456.7, 6), (-1 / 3, 7)):  # in fp32 their mean may be another number
+        assert group_advantages(torch.full((2, n), reward)).eq(0).all()
+    assert group_advantages(torch.tensor([[1e25, -1e25]])).tolist() == [[1, -1]]
     with pytest.raises(InputError, match="at least 2"):
         group_advantages(torch.ones(3, 1))
     with pytest.raises(InputError, match="not a tensor"):

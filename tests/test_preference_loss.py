@@ -66,6 +66,8 @@ def test_a_step_makes_the_chosen_answer_likelier():
 @pytest.mark.parametrize("wrong, text", [
     (dict(lengths=torch.tensor([8, 9, 0])), "a chosen and a rejected"),
     (dict(lengths=torch.tensor([8, 8])), "17 tokens"),
+    (dict(logp=[0.0]), "logp is list, not a tensor"), (dict(lengths=[8, 9]), "lengths is list, not a tensor"),
+    (dict(beta=float("inf")), "beta is above 0"), (dict(beta="x"), "beta is above 0"),
     (dict(beta=0.0), "beta is above 0"), (dict(label_smoothing=0.5), "below 0.5"),
     (dict(reference_logp=torch.zeros(3)), "one for each token"), (dict(lengths=torch.tensor([8.5, 8.5])), "int64"),
 ])  # fmt: skip
@@ -73,3 +75,13 @@ def test_what_does_not_fit(batch, wrong, text):
     arguments = dict(zip(("logp", "reference_logp", "lengths"), batch, strict=True)) | wrong
     with pytest.raises(InputError, match=text):
         preference_loss(**arguments)
+
+
+def test_half_precision_identical_and_empty_answers(batch):
+    logp, reference, lengths = batch
+    halves = logp.detach().bfloat16(), reference.bfloat16()
+    got, want = preference_loss(*halves, lengths), preference_loss(*(t.double() for t in halves), lengths)
+    torch.testing.assert_close(got.loss.double(), want.loss)
+    same = preference_loss(torch.tensor([-1.0, -1.0]), torch.tensor([-2.0, -2.0]), torch.tensor([1, 1]))
+    empty = preference_loss(torch.tensor([-1.0]), torch.tensor([-2.0]), torch.tensor([1, 0]), beta=0.5)
+    assert same.margin == 0 and same.accuracy == 0 and empty.margin == 0.5 and empty.accuracy == 1

@@ -180,10 +180,28 @@ def test_mistakes_of_recipes(small_recipe, finished, tmp_path, capsys):
         "merge is": dict(settings={}, sources=dict(a=1), merge=dict(best=3, last=2)),
         "no checkpoints to merge": dict(settings={}, merge=dict(best=3)),
         "data is not for a stage": dict(settings=dict(data="x"), sources=dict(a=1)),
+        "the first stage has no sources": dict(settings=dict(yarn=2.0)),
+        "settings is [], not an object": dict(settings=[], sources=dict(a=1)),
+        "about is 3, not text": dict(about=3, sources=dict(a=1)),
+        "needles is '32', not a list": dict(needles="32", sources=dict(a=1)),
+        "-1 is none": dict(needles=[-1], sources=dict(a=1)),
+        "has no =": dict(settings={}, sources={"a=b": 1}),
+        "must be more than 0: {'a': True}": dict(settings={}, sources=dict(a=True)),
+    } | {
+        f"merge is {merge}": dict(settings={}, sources=dict(a=1), merge=merge)
+        for merge in (
+            dict(best=0),
+            dict(last=-1),
+            dict(best="x"),
+            dict(best=True),
+            dict(last=1.5),
+            dict(last=2, decay="up"),
+        )
     }
     for message, content in wrong.items():
         (folder / "1.json").write_text(json.dumps(content))
         assert message in one_line_error(["--recipe", str(folder)], capsys), message
+    a = small_recipe / "one.jsonl"
     flags = {
         "must be 1t, flash, mini, tiny, or a folder": ["--recipe", "small"],
         "mini has no data for general, math": ["--recipe", "mini", "--source", "code=."],
@@ -192,15 +210,40 @@ def test_mistakes_of_recipes(small_recipe, finished, tmp_path, capsys):
         "--resume is not for a recipe": ["--recipe", "tiny", "--resume", "x"],
         "--source is for --recipe": ["--source", "a=b"],
         "of other stages or sources": ["--recipe", "tiny", "--out", str(finished)],
-        "is of other stages or sources": command(small_recipe, finished, "--source", "one=a.jsonl", "two=b.jsonl"),
+        "is of other stages or sources": command(small_recipe, finished, "--source", f"one={a}", f"two={a}"),
         "no run of a recipe": ["--recipe", "tiny", "--out", str(small_recipe)],
+        "two=none: there is no none": command(small_recipe, tmp_path / "cwd", "--source", "two=none"),
     }
     monkey = tmp_path / "cwd"
     for message, argv in flags.items():
         argv = argv if "--out" in argv else [*argv, "--out", str(monkey)]
         assert message in one_line_error(argv, capsys), message
+    assert not monkey.exists()
     with pytest.raises(InputError, match="has YaRN already"):
         model_config(Settings(model=str(finished / "3-yarn/model"), yarn=2.0))
+
+
+def test_mistakes_of_later_stages_are_found_before_the_first(small_recipe, tmp_path, capsys):
+    stages = sorted((small_recipe / "stages").glob("*.json"))
+    for number, message, change in (
+        (1, "stage 2-longer: --steps -1: it must be at least 1", dict(steps=-1)),
+        (1, "stage 2-longer: --seq-len 97 is longer than the 96 positions", dict(seq_len=97)),
+        (1, "layers is for the first stage", dict(layers=2)),
+        (1, "stage 2-longer: merge is of 2 checkpoints, and keep 1 keeps fewer", dict(keep=1)),
+        (2, "stage 3-yarn: --yarn 0.0: it must be more than", dict(yarn=0.0)),
+        (2, "stage 3-yarn: needles of 400 tokens are longer than the model's 384", dict(needles=[400])),
+    ):
+        folder = tmp_path / f"{number} {message[-12:]}"
+        folder.mkdir()
+        for path in stages:
+            content = json.loads(path.read_text())
+            if path == stages[number]:
+                (content if "needles" in change else content["settings"]).update(change)
+            (folder / path.name).write_text(json.dumps(content))
+        for more in ([], ["--plan"]):
+            argv = command(small_recipe, tmp_path / "out", *more)
+            assert message in one_line_error(["--recipe", str(folder), *argv[2:]], capsys), message
+    assert not (tmp_path / "out").exists()
 
 
 def test_needles():

@@ -24,6 +24,27 @@ def test_each_fault_costs_its_answer_alone(capfd):
     assert "a reward may print" in capfd.readouterr().err
 
 
+def test_rewards_that_fp32_does_not_hold_and_errors_without_words():
+    with RewardProcesses(misbehave, processes=2, timeout=60) as rewards:
+        scores = rewards([("huge", 0.0), ("wordless", 0.0), ("interrupt", 0.0), ("interrupt", 0.0), ("good", 4.0)])
+    assert [s.failure for s in scores] == ["not a number", "raised", "died", "died", None]
+    assert scores[1].message == "Wordless" and [s.message for s in scores[2:4]] == ["exit code -2"] * 2  # not a kill
+
+
+def test_calls_that_are_given_up_do_not_answer_the_next(monkeypatch):
+    with RewardProcesses(misbehave, processes=2, timeout=60) as rewards:
+        with pytest.raises(InputError, match="what JSON holds: Object of type set"):
+            rewards([("good", 1.0), ("good", {2.0})])
+
+        def interrupted(*_):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(rewards, "until_deadline", interrupted)
+            rewards([("good", 1.0)])
+        assert [s.value for s in rewards([("good", 2.0), ("good", 3.0)])] == [2, 3]
+
+
 def test_long_answers_and_dead_processes_between_calls():
     with RewardProcesses(exact, processes=1, timeout=30) as rewards:
         text = "é" * 300_000

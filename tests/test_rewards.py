@@ -28,6 +28,12 @@ def test_evo_cot():
     assert got == pytest.approx([1 + 0.1, 1 - 0.5, -0.1 + 0.7])
     with pytest.raises(InputError, match="one for each response"):
         evo_cot_rewards(texts, [1, 2, 3], right[:2], 0.2)
+    for alpha in (float("nan"), -1, None):
+        with pytest.raises(InputError, match="alpha is a number of at least 0"):
+            evo_cot_rewards(texts, [1, 2, 3], right, alpha)
+    for length in (float("nan"), -1, None):
+        with pytest.raises(InputError, match="numbers of tokens"):
+            length_rewards([1, length], [True, True])
 
 
 def test_arena():
@@ -40,8 +46,14 @@ def test_arena():
     for arena in (win_rates, bradley_terry):
         with pytest.raises(InputError, match="at least 2"):
             arena([1], better)
-        with pytest.raises(InputError, match="between 0 and 1"):
-            arena([1, 2], lambda a, b: 2)
+        for result in (2, -0.1, float("nan"), None, "better", (1, 0), [], 1j):
+            with pytest.raises(InputError, match="between 0 and 1"):
+                arena([1, 2], lambda a, b, result=result: result)
+        with pytest.raises(KeyError):  # the judge's own error is not hidden
+            arena([1, 2], lambda a, b: {}[a])
+    for prior in (0, float("nan"), float("inf"), "1"):
+        with pytest.raises(InputError, match="prior is a number above 0"):
+            bradley_terry([1, 2], better, prior=prior)
 
 
 def test_strengths_are_recovered_from_their_probabilities():
@@ -54,7 +66,7 @@ def test_pass_at_k():
     for n, c, k in ((5, 2, 1), (5, 2, 3), (6, 0, 2), (6, 6, 1), (7, 3, 5)):
         draws = [*combinations([i < c for i in range(n)], k)]
         assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, draws)) / len(draws))
-    for wrong in ((5, 6, 1), (5, 2, 6), (5, 2, 0)):
+    for wrong in ((5, 6, 1), (5, 2, 6), (5, 2, 0), (5.5, 2, 3)):
         with pytest.raises(InputError, match="correct"):
             pass_at_k(*wrong)
 

@@ -2,8 +2,10 @@
 
 import copy
 import json
+import shutil
 from random import Random
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,7 +15,7 @@ from ling_kernels.model import load_model
 from ling_kernels.model.sample import Sampling
 from ling_kernels.posttrain import TASKS, Loop, LoopSettings, Problem, exact
 from ling_kernels.posttrain.rl import main
-from ling_kernels.posttrain.rollout import answer_logp, rollout
+from ling_kernels.posttrain.rollout import Answer, answer_logp, rollout
 from ling_kernels.posttrain.start import make_start
 from ling_kernels.tokenizer import Tokenizer
 from tests.engines import drain, make_engine, model, references
@@ -202,8 +204,11 @@ def test_the_command(tmp_path, random_model, capsys):
     for wrong, text in [
         (["--method", "ppo"], "invalid choice"), (["--resume", str(run), "--lr", "1"], "goes with --steps alone"),
         (["--samples", "1"], "must be at least 2"), (["--prompts", "3"], "does not divide --prompts 3"),
-        (["--temperature", "nan"], "must be above 0"), (["--resume", str(tmp_path)], "no checkpoint"),
-        (["--out", str(run)], "is not empty"), (["--resume", str(run), "--steps", "1"], "has done 3 already"),
+        (["--temperature", "nan"], "must be more than 0"), (["--resume", str(tmp_path)], "no checkpoint"),
+        (["--out", str(run)], "not an empty folder"), (["--out", str(run / "report.html")], "not an empty folder"),
+        (["--out", "/proc/x"], "cannot write /proc/x-start.jsonl"), (["--out", ""], "--out is empty"),
+        (["--model", str(random_model), "--new-tokens", "9999", "--out", str(tmp_path / "new")], "--new-tokens 9999"),
+        (["--resume", str(run), "--steps", "1"], "has done 3 already"),
         (["--model", str(tmp_path / "none"), "--out", str(tmp_path / "new")], "none"),
     ]:  # fmt: skip
         assert main(wrong) == 2, wrong
@@ -212,11 +217,86 @@ def test_the_command(tmp_path, random_model, capsys):
     assert not (tmp_path / "new").exists()
 
 
+def test_a_run_without_a_checkpoint_begins_again(tmp_path, random_model, capsys):
+    options = dict(BRIEF, steps=2)
+    run = LoopSettings(**options), random_model, tmp_path / "run", letters, count_spread
+    stopped = Loop(*run)
+    first = stopped.step()
+    stopped.close()
+    stopped.lock.remove()
+    with pytest.raises(InputError, match=r"--resume \S*run begins its run again"):
+        Loop(*run)
+    again = Loop.resume(tmp_path / "run", problems=letters, reward=count_spread)
+    timed, record = ("seconds", "tokens_per_s"), again.step()
+    again.close()
+    assert {k: v for k, v in first.items() if k not in timed} == {k: v for k, v in record.items() if k not in timed}
+    assert again.settings == run[0] and again.folder == (tmp_path / "run").resolve()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/settings.json").write_text('{"model": "tiny", "data": ["x"]}')
+    assert main(["--resume", str(tmp_path / "other")]) == 2
+    assert "settings that this version does not know" in capsys.readouterr().err
+
+
+def test_the_start_of_the_command_begins_again_unless_it_is_complete(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("ling_kernels.posttrain.start.EXAMPLES", 60)
+
+    def stop(line):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_start(tmp_path / "run-start", TASKS["sorting"], 2, say=stop)
+    flags = ["--out", str(tmp_path / "run"), "--start-steps", "2", "--steps", "1", "--prompts", "2", "--samples", "2"]
+    assert main(flags) == 0
+    shutil.rmtree(tmp_path / "run")
+    capsys.readouterr()
+    assert main(flags) == 2
+    assert "run-start is complete: --model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("problem", ["sort 1", None, ("a", "b", "c"), Problem(None, "x", "x"), Problem("a", {1}, "x")])
+def test_problems_that_are_none(tmp_path, random_model, problem):
+    loop = Loop(LoopSettings(steps=1, **BRIEF), random_model, tmp_path / "run", lambda _: problem, count_spread)
+    with pytest.raises(InputError, match="not a Problem with a text|what JSON holds"):
+        loop.step()
+    loop.close()
+
+
+def test_a_prompt_beyond_the_positions_leaves_the_engine_free(tmp_path, random_model):
+    lengths = iter([1, 5000, 1, 1])
+    loop = Loop(LoopSettings(steps=1, **BRIEF), random_model, tmp_path / "run",
+                lambda _: Problem("a" * next(lengths), "x", "x"), count_spread)  # fmt: skip
+    with pytest.raises(InputError, match="exceed the model's"):
+        loop.step()
+    assert loop.step()["step"] == 1
+    loop.close()
+
+
+def test_batch_invariant_is_for_fp32(tmp_path, random_model):
+    with pytest.raises(InputError, match="--batch-invariant is for --precision fp32"):
+        Loop(LoopSettings(batch_invariant=True, precision="bf16", device="cpu"), random_model, tmp_path / "run")
+
+
+def test_settings_of_other_types_are_one_line():
+    assert LoopSettings(samples=np.int64(3)).samples == 3
+    for name, value in (("prompts", "4"), ("samples", 2.0), ("task", 3), ("lr", "x"), ("replay_routing", 1)):
+        with pytest.raises(InputError, match=f"{name} .*: it must be"):
+            LoopSettings(**{name: value})
+
+
 def test_a_trainers_run_is_no_loop(tmp_path, random_model):
     (tmp_path / "checkpoints/step-000001").mkdir(parents=True)
     (tmp_path / "checkpoints/step-000001/state.json").write_text('{"files": {}, "settings": {}, "step": 1}')
     with pytest.raises(InputError, match="no checkpoint of a loop"):
         Loop.resume(tmp_path)
+
+
+def test_answers_without_a_prompt_or_tokens():
+    answers = [Answer([5], [6, 7], [], "stop", 0), Answer([], [6, 7], [], "stop", 0)]
+    for wrong, text in ((answers, "no prompt"), ([Answer([5], [], [], "stop", 0)], "no tokens"), ([], "no answers")):
+        with pytest.raises(InputError, match=text):  # the first token would get the row of the answer before it
+            answer_logp(model(), wrong)
+    with pytest.raises(InputError, match="samples is 0"):
+        rollout(make_engine(), [[5]], 0, 4)
 
 
 def test_sampling_is_at_the_loops_temperature(random_model):

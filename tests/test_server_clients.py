@@ -165,6 +165,14 @@ def test_the_prompt_of_tools_and_calls(roomy, monkeypatch):
     call(roomy, "/v1/chat/completions", dict(model="speller", messages=messages, tools=TOOLS, tool_choice="none"))
     text = roomy.tokenizer.apply_chat_template(shown)
     assert "<tools>" not in text and prompts[1] == roomy.tokenizer.encode(text, True)
+    for thinking in (True, False):
+        options = dict(chat_template_kwargs=dict(enable_thinking=thinking))
+        call(roomy, "/v1/chat/completions", dict(model="speller", messages=messages[:1], **options))
+        text = roomy.tokenizer.apply_chat_template(messages[:1], thinking=thinking)
+        assert prompts.pop() == roomy.tokenizer.encode(text, True) and f"thinking {'on' if thinking else 'off'}" in text
+    wrong = dict(chat_template_kwargs=dict(thoughts=True))
+    error = call(roomy, "/v1/chat/completions", dict(model="speller", messages=messages[:1], **wrong))
+    assert error.status_code == 400 and error.json()["error"]["param"] == "chat_template_kwargs.thoughts"
     goes_on = [messages[0], dict(role="assistant", content="so")]
     call(roomy, "/v1/chat/completions", dict(model="speller", messages=goes_on, continue_final_message=True))
     begun = roomy.tokenizer.encode(roomy.tokenizer.apply_chat_template(messages[:1]), True)

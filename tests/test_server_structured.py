@@ -109,6 +109,19 @@ def test_a_thought_may_come_first(shared, monkeypatch, special):
         assert re.fullmatch("[0-9]{3}", message["content"]) and reason == "stop"
 
 
+@pytest.mark.parametrize("thinks", [True, False])
+def test_a_thought_that_the_body_allows(shared, thinks):
+    """Ling's prompts do not open it."""
+    begin, end = (str(shared.tokenizer.vocab[name]) for name in ("<think>", "</think>"))
+    bias = {"10": -100.0} | ({begin: 100.0, end: 90.0} if thinks else {begin: -100.0})
+    body = CHAT | dict(structured_outputs=dict(regex="[0-9]{3}"), chat_template_kwargs=dict(enable_thinking=True))
+    response = post(shared, body | dict(logit_bias=bias))
+    assert response.status_code == 200, response.text
+    message = response.json()["choices"][0]["message"]
+    assert re.fullmatch("[0-9]{3}", message["content"])
+    assert response.json()["usage"]["completion_tokens"] == (5 if thinks else 3)
+
+
 def of(schema) -> dict:
     return dict(type="json_schema", json_schema=dict(name="x", schema=schema))
 

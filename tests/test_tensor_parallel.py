@@ -62,6 +62,13 @@ def bounds():
     return torch.tensor(BOUNDS, dtype=torch.int32)
 
 
+def replayed(config, ids):
+    """A choice of experts for every token and layer, which follows from the ids."""
+    g = torch.Generator().manual_seed(int(ids.sum()))
+    layers = config.num_hidden_layers - config.first_k_dense_replace
+    return torch.rand(*ids.shape, layers, config.num_experts, generator=g).topk(config.num_experts_per_tok).indices
+
+
 def agree(alone, model, shares, data=1):
     """Three clipped steps of SGD, which sees the scale of gradients: losses, norms, gradients and weights of both.
 
@@ -75,7 +82,8 @@ def agree(alone, model, shares, data=1):
             m.zero_grad()
             losses.append(torch.zeros(()))
             for ids, labels in mine:
-                out = m(ids, labels, cu_seqlens=bounds(), logits=False, z_loss=Z, target_counts=counts)
+                options = dict(cu_seqlens=bounds(), logits=False, z_loss=Z, target_counts=counts)
+                out = m(ids, labels, **options, experts=replayed(m.config, ids) if step == 1 else None)
                 out.loss.backward()
                 losses[-1] += out.loss.detach()
         torch.testing.assert_close(summed(losses[1], shares.ranks.world), losses[0], rtol=1e-5, atol=0)

@@ -3,9 +3,12 @@
 # ruff: noqa: F811 (fixtures are imported)
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
+from ling_kernels.errors import InputError
 from ling_kernels.posttrain import recipe as whole
 from ling_kernels.posttrain.rl import main as rl
 from ling_kernels.posttrain.tasks import exact
@@ -51,6 +54,25 @@ def test_what_is_complete_is_not_done_again(here, monkeypatch, capsys):
     assert "exact match" in capsys.readouterr().out
     monkeypatch.setattr(whole, "execute", lambda module, flags: 75)
     assert whole.main(argv) == 75
+    for flag, value in (("--task", "arithmetic"), ("--sft-steps", "3"), ("--rl-steps", "2")):
+        assert whole.main([*argv[: argv.index("--")], flag, value, "--", *SIZES.split()]) == 2
+        assert "give another --out" in capsys.readouterr().err
+
+
+def test_a_part_that_is_killed_before_its_first_checkpoint_begins_again(here, monkeypatch, tmp_path):
+    """Reinforcement learning, whose command is given the folder of the run that has only its settings."""
+    source, _, argv = here
+    out = tmp_path / "out"
+    shutil.copytree(source, out)
+    for path in ("lpo/model", "lpo/checkpoints"):
+        shutil.rmtree(out / path)
+    with open(out / "lpo/metrics.jsonl", "w") as file:
+        file.write('{"step": 1, "reward": 9}\n{"step": 2')
+    monkeypatch.setattr(whole, "execute", lambda module, flags: {"train": train, "posttrain.rl": rl}[module](flags))
+    monkeypatch.setattr(whole, "exact_match", lambda *_: (0.0, [("a", "b", "c")]))
+    assert whole.main([str(out) if a == str(source) else a for a in argv]) == 0
+    first, again = (json.loads((folder / "results.json").read_text()) for folder in (source, out))
+    assert first["rewards"] == again["rewards"]
 
 
 def test_exact_match_counts_right_answers(here, monkeypatch):
@@ -59,8 +81,40 @@ def test_exact_match_counts_right_answers(here, monkeypatch):
     share, rows = evaluate.exact_match(here[0] / "sft/model", "sorting", problems=6)
     assert share == sum(exact(text, answer) for _, text, answer in rows) / 6
     assert len({prompt for prompt, _, _ in rows}) > 1
+    for task, problems in (("chess", 4), ("sorting", 0)):
+        with pytest.raises(InputError, match="at least 1, of arithmetic, sorting"):
+            evaluate.exact_match(here[0] / "sft/model", task, problems)
     monkeypatch.setattr(evaluate, "exact", lambda text, answer: 1.0)
     assert evaluate.exact_match(here[0] / "sft/model", "sorting", problems=6)[0] == 1
+
+
+def test_figures_of_lm_eval(here, monkeypatch, capsys):
+    """Its command runs for each model, and its newest results are among the recipe's. (tests/integrations/lm_eval runs
+    the harness itself.)"""
+    out, _, argv = here
+    ran = []
+
+    def execute(module, flags):
+        ran.append((module, flags))
+        if module == "integrations.lm_eval":
+            folder = Path(flags[flags.index("--output_path") + 1]) / "model"
+            folder.mkdir(parents=True, exist_ok=True)
+            for day, value in ((1, 0.9), (2, 0.25)):
+                row = {"alias": "toy", "acc,none": value, "acc_stderr,none": 0.1, "perplexity,none": 3.0}
+                (folder / f"results_2026-11-0{day}.json").write_text(json.dumps(dict(results=dict(toy=row))))
+        return 0
+
+    monkeypatch.setattr(whole, "execute", execute)
+    argv = [*argv[: argv.index("--")], "--lm-eval", "--tasks toy --limit 3", "--", *SIZES.split()]
+    monkeypatch.setattr(whole, "find_spec", lambda name: None)
+    assert whole.main(argv) == 2 and "lm_eval is not installed" in capsys.readouterr().err
+    monkeypatch.setattr(whole, "find_spec", lambda name: name)
+    assert whole.main(argv) == 0
+    found = json.loads((out / "results.json").read_text())["lm_eval"]
+    assert found == dict.fromkeys(("pretrain", "sft", "lpo"), dict(toy=dict(acc=0.25, perplexity=3.0)))
+    assert "toy acc 0.2500, after lpo" in capsys.readouterr().out
+    assert [flags[1] for module, flags in ran if "lm_eval" in module][2] == f"pretrained={out / 'lpo/model'}"
+    assert ran[-1][1][-4:] == ["--tasks", "toy", "--limit", "3"]
 
 
 def test_mistakes(capsys, tmp_path):

@@ -21,7 +21,7 @@ from ..tokenizer import Tokenizer, byte_tokenizer_json
 
 MISSING = "structured output needs the package llguidance: pip install '.[structured]'"
 # Between the parts of a JSON text. Any amount of it would let a model write blanks without end.
-WHITESPACE = r"( |\n {0,40})"
+WHITESPACE = r"( |\n {0,20})"
 GRAMMARS = 64  # that are kept
 WORKERS = ThreadPoolExecutor(4, "grammar")  # threads start when there is work
 

@@ -44,7 +44,10 @@ class WeightReader:
         if not index.is_file():
             if single.is_file():
                 return dict.fromkeys(self.keys(single), single)
-            raise InputError(f"{self.folder} has neither {single.name} nor {index.name}")
+            why = ""
+            if any(self.folder.glob("adapter_model*.safetensors")):
+                why = ": it holds adapters alone, and the folder model of their run has them merged"
+            raise InputError(f"{self.folder} has neither {single.name} nor {index.name}{why}")
         try:
             return {k: self.folder / v for k, v in json.loads(index.read_text())["weight_map"].items()}
         except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:

@@ -72,7 +72,7 @@ def merging(shares: Shares) -> Callable[[str, Tensor], Tensor]:
     def merged(key: str, weight: Tensor) -> Tensor:
         if key not in factors:
             return weight
-        return weight.float() + scale * (factors[key]["B"] @ factors[key]["A"])
+        return weight.float() + (scale * (factors[key]["B"] @ factors[key]["A"])).to(weight.device)
 
     return merged
 

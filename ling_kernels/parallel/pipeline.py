@@ -36,6 +36,7 @@ class MicroBatch(NamedTuple):
     ids: Tensor  # [rows, seq_len] int64
     cu_seqlens: Tensor  # [documents + 1] int32: where documents start in the flattened ids
     labels: Tensor | None = None  # [rows, seq_len] int64, not shifted; None: ids
+    experts: Tensor | None = None  # [rows, seq_len, M, topk] of integers: a choice that is replayed, as `Ling` takes it
 
     @classmethod
     def of(cls, batch: "HasTensors", device: torch.device) -> "MicroBatch":
@@ -84,9 +85,10 @@ class Stage(nn.Module):
     def compute(self, *inputs: Tensor, index: Tensor) -> Tensor | tuple[Tensor, ...]:
         """`forward` in the precision of the caller."""
         model, work, number = self.model[0], self.work, int(index)
-        ids, cu_seqlens, labels = work.micro_batches[number]
+        ids, cu_seqlens, labels, experts = work.micro_batches[number]
         batch = model.pack(ids, None, cu_seqlens)
         rows = BatchLayout(model.cos, model.sin, batch.here(batch.positions), batch.cu_seqlens)
+        rows, dense = rows._replace(experts=model.forced(experts, ids, batch)), model.config.first_k_dense_replace
         z_loss = None if work.z_loss is None else work.z_loss * batch.share
         *hidden, losses = inputs
         if ("E", 0) in self.units:  # a leaf with gradient, since every stage's outputs have one
@@ -97,11 +99,13 @@ class Stage(nn.Module):
             if unit == "E":
                 hidden = [model.word_embeddings(batch.here(batch.ids))]
             elif unit == "t":
-                hidden[0], z = model.layers[i](hidden[0], rows, None, z_loss)
+                of_layer = rows if i < dense else rows.of_moe(i - dense)
+                hidden[0], z = model.layers[i](hidden[0], of_layer, None, z_loss)
             elif not normed:
                 hidden[0], normed = model.norm(hidden[0]), True
             if unit == "m":
-                x, z = model.mtp[i](model.next_embeddings(batch, i + 1), hidden[-1], rows, z_loss)
+                of_mtp = rows.of_moe(len(model.layers) - dense + i)
+                x, z = model.mtp[i](model.next_embeddings(batch, i + 1), hidden[-1], of_mtp, z_loss)
                 hidden.append(x)
             elif unit == "L":
                 number_here = 1 if self.one_loss_each else len(hidden)
@@ -302,7 +306,7 @@ class Pipeline:
 
     def forward(self, work: Work) -> None:
         """The forwards of all micro batches, which may be of any rows, one after the other."""
-        for number, (ids, _, _) in enumerate(work.micro_batches):
+        for number, (ids, *_) in enumerate(work.micro_batches):
             sent: tuple[Tensor, ...] = (torch.tensor([number]),) if 0 in self.stages else ()
             for s, stage in self.stages.items():
                 stage.work = work

@@ -15,16 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import InputError, Parser, command
-from ..files import atomic_write, user_path
+from ..files import atomic_write, read_json, user_path
 from ..train import Trainer, scaling
 from ..train.checkpoint import list_checkpoints
 from ..train.flags import add_flags
 from ..train.prepare.models import model_config
-from ..train.settings import Settings, settings_of
+from ..train.settings import Settings, settings_of, to_json
 from .power_law import PowerLaw, predict
 
 FILE = "ladder.json"
 SHARE = 0.9  # of the interval
+FREE = {"threads", "save_every", "keep", "keep_every", "log_every"}  # settings that change no loss
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,9 @@ def train_rung(rung: Rung, seed: int, folder: Path) -> float:
 
 def train_ladder(rungs: Sequence[Rung], seeds: Sequence[int], out: Path, held_out: bool) -> list[dict]:
     """Train what OUT/ladder.json does not have yet: rows of hidden, seed, compute and loss."""
-    file = out / FILE
-    rows = json.loads(file.read_text())["runs"] if file.is_file() else []
+    before = read_json(out / FILE) if (out / FILE).is_file() else {}
+    rows, settings = before.get("runs", []), settings_there(rungs, before.get("settings", {}), out)
+    write(out, rows, dict(settings=settings))
     done = {(row["hidden"], row["seed"]) for row in rows}
     for rung in rungs if held_out else rungs[:-1]:
         for seed in seeds:
@@ -98,15 +100,27 @@ def train_ladder(rungs: Sequence[Rung], seeds: Sequence[int], out: Path, held_ou
                 loss = train_rung(rung, seed, out / f"hidden-{rung.hidden}-seed-{seed}")
                 rows.append(dict(hidden=rung.hidden, seed=seed, compute=rung.compute, tokens=rung.tokens, loss=loss))
                 print(f"hidden {rung.hidden}, seed {seed}: {loss:.4f} nats", flush=True)
-                write(out, rows)
-    return rows
+                write(out, rows, dict(settings=settings))
+    asked = {(rung.hidden, seed) for rung in rungs for seed in seeds}
+    return [row for row in rows if (row["hidden"], row["seed"]) in asked]
 
 
-def write(out: Path, rows: list[dict], more: dict | None = None) -> None:
+def settings_there(rungs: Sequence[Rung], before: dict[str, dict], out: Path) -> dict[str, dict]:
+    """The settings of the rungs in OUT by hidden size, with those of new ones. Raises InputError where a rung that is
+    there has others: its runs are not those that are asked for."""
+    now = {str(rung.hidden): to_json(rung.settings) for rung in rungs}
+    for hidden in filter(before.__contains__, now):
+        for name, value in now[hidden].items():
+            if name not in FREE and (old := before[hidden].get(name, value)) != value:
+                raise InputError(f"{out} holds hidden {hidden} with {name} {old}, not {value}: name another --out")
+    return before | now
+
+
+def write(out: Path, rows: list[dict], more: dict) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         with atomic_write(out / FILE) as partial:
-            partial.write_text(json.dumps((more or {}) | dict(runs=rows), indent=1) + "\n")
+            partial.write_text(json.dumps(more | dict(runs=rows), indent=1) + "\n")
     except OSError as error:
         raise InputError(f"cannot write {out / FILE}: {error.strerror or error}") from None
 
@@ -185,12 +199,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(*table(rungs, own["seeds"]), sep="\n", flush=True)
     if own["plan"]:
         return 0
+    if len(set(own["seeds"])) != len(own["seeds"]) or min(own["seeds"]) < 0:
+        raise InputError(f"--seeds {' '.join(map(str, own['seeds']))}: they are different numbers of at least 0")
     if own["out"] is None:
         raise InputError("--out is missing: name a folder for the runs, or give --plan")
     out = user_path(own["out"])
     rows = train_ladder(rungs, own["seeds"], out, own["held_out"])
     result = conclude(rungs, rows)
-    write(out, rows, dict(result=result))
+    there = read_json(out / FILE)
+    write(out, there["runs"], there | dict(result=result))
     print(*lines_of(result), sep="\n")
     if draw(rows, result, out / "ladder.png"):
         print(f"plot {out / 'ladder.png'}")

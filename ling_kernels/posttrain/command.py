@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import Diverged, InputError, Parser
+from ..files import user_path
 from ..train.flags import add_flag
 from ..train.report import open_lines
 from ..train.report.page import write_html
@@ -52,7 +53,9 @@ def resumed(kind: Any, run: str, options: dict, others: Any) -> Any:
 
 
 def new_out(out: str | None, module: str) -> Path:
-    return Path(out or f"runs/{module}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if out is not None:
+        return user_path(out, "--out")
+    return Path(f"runs/{module}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
 def run(learner: Learner, module: str, what: str, line: Callable[[dict, int], str]) -> int:

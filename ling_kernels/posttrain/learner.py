@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..files import lock_folder
+from ..files import atomic_write, lock_folder, read_json, user_path
 from ..model import Ling, load_model
 from ..nn.lora import without_adapters
 from ..ops.grad_norm import grad_norm
@@ -28,9 +28,10 @@ from ..train.prepare.run import make_folder
 from ..train.saving import export, kept, snapshot, write
 from ..train.schedule import learning_rate
 from ..train.settings import FIELDS, Settings, flag
-from ..train.values import in_bounds
+from ..train.values import check_bounds, plain
 from .rollout import Answer, answer_logp
 
+SETTINGS = "settings.json"
 MAX_BAD = 5  # skipped updates in a row that stop the run
 
 
@@ -60,13 +61,9 @@ class LearnerSettings:
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            value, limits = getattr(self, f.name), f.metadata
-            name = "--" + f.name.replace("_", "-")
-            if "choices" in limits and value not in limits["choices"]:
-                raise InputError(f"{name} {value!r}: it must be one of {', '.join(limits['choices'])}")
-            if not in_bounds(f, value):
-                bound = f"at least {limits['least']}" if "least" in limits else f"above {limits['above']}"
-                raise InputError(f"{name} {value}: it must be {bound}")
+            if (value := getattr(self, f.name)) is not f.default:
+                object.__setattr__(self, f.name, plain(f, value))
+        check_bounds(self)
         check_needs_rank(self)
 
 
@@ -94,34 +91,43 @@ class Learner:
         self.step_done = self.tokens = self.bad = 0
 
     def _new_folder(self, out: str | Path) -> None:
-        self.folder, _ = make_folder(out, self.source, restart=False)
+        self.folder, _ = make_folder(out, self.source, restart=False, again="--resume")
         self.lock = lock_folder(self.folder)
         self._write_settings()
 
     @classmethod
     def _resumed(cls, run: str | Path, steps: int | None, **begin):
-        """One that continues from a run's latest checkpoint, or from the checkpoint that `run` names."""
-        folder, checkpoint = ckpt.locate(str(run))
-        state = ckpt.read_state(checkpoint)
+        """One that continues from a run's latest checkpoint, or from the checkpoint that `run` names; from its first
+        step on where it stopped before its first checkpoint."""
+        path, checkpoint = user_path(run), None
+        if (path / SETTINGS).is_file() and not ckpt.list_checkpoints(path):
+            folder, saved = path.resolve(), read_json(path / SETTINGS)
+            state = {"source": saved.pop("model", ""), "step": 0, cls.key: saved}
+        else:
+            folder, checkpoint = ckpt.locate(str(run))
+            state = ckpt.read_state(checkpoint)
         if not isinstance(state.get(cls.key), dict):
             raise InputError(f"{checkpoint} is no checkpoint of {cls.about}")
         try:
             settings = cls.kind(**state[cls.key] | ({} if steps is None else dict(steps=steps)))
         except TypeError as error:
-            raise InputError(f"{checkpoint}: settings that this version does not know: {error}") from None
+            raise InputError(f"{checkpoint or path}: settings that this version does not know: {error}") from None
         if settings.steps < state["step"]:
             raise InputError(f"--steps {settings.steps}: {checkpoint} has done {state['step']} already")
         learner = cls.__new__(cls)
-        learner._begin(settings, checkpoint, state["source"], state, **begin)
+        weights, known = (checkpoint, state) if checkpoint else (user_path(state["source"]), None)
+        learner._begin(settings, weights, state["source"], known, **begin)
         learner.folder, learner.lock = folder, lock_folder(folder)
-        ckpt.restore(checkpoint, learner.shares, learner.optimizer)
-        learner.step_done, learner.tokens, learner.bad = state["step"], state["tokens"], state["bad"]
-        ckpt.set_aside_later(folder, checkpoint)
+        if checkpoint:
+            ckpt.restore(checkpoint, learner.shares, learner.optimizer)
+            learner.step_done, learner.tokens, learner.bad = state["step"], state["tokens"], state["bad"]
+            ckpt.set_aside_later(folder, checkpoint)
         learner._write_settings()
         return learner
 
     def _write_settings(self) -> None:
-        (self.folder / "settings.json").write_text(json.dumps(asdict(self.settings) | dict(model=self.source)) + "\n")
+        with atomic_write(self.folder / SETTINGS) as path:
+            path.write_text(json.dumps(asdict(self.settings) | dict(model=self.source)) + "\n")
 
     def make_reference(self, wanted: bool = True) -> None:
         """Keep the model of the beginning: a copy, or the model without its adapters."""

@@ -109,7 +109,8 @@ class Loop(Learner):
         problems: Callable[[Random], Problem] | None = None,
         reward: Callable[..., float] | str = exact,
     ) -> "Loop":
-        """Continue a run from its latest checkpoint, or from the checkpoint that `run` names, with more `steps`."""
+        """Continue a run from its latest checkpoint, or from the checkpoint that `run` names, with more `steps`. A run
+        that stopped before its first checkpoint begins again."""
         loop = cls._resumed(run, steps, problems=problems, reward=reward)
         loop.engine.policy_version = loop.step_done
         return loop
@@ -118,7 +119,11 @@ class Loop(Learner):
         super()._begin(settings, folder, source, state)
         s = self.settings
         self.problems = problems or TASKS[s.task]
+        if s.new_tokens >= self.model.config.max_positions:
+            raise InputError(f"--new-tokens {s.new_tokens}: the model has {self.model.config.max_positions} positions")
         if s.batch_invariant:
+            if self.precision != torch.float32:
+                raise InputError("--batch-invariant is for --precision fp32")
             batch_invariant_(self.model)
         shared = self.precision == torch.float32
         actor = self.model if shared else copy.deepcopy(self.model).to(self.precision)
@@ -173,7 +178,11 @@ class Loop(Learner):
     def draw(self) -> list[Problem]:
         """The problems of the next step, which follow from seed and step."""
         random = Random(f"{self.settings.seed} {self.step_done}")
-        return [self.problems(random) for _ in range(self.settings.prompts)]
+        drawn = [self.problems(random) for _ in range(self.settings.prompts)]
+        for p in drawn:
+            if not isinstance(p, Problem) or not isinstance(p.prompt, str):
+                raise InputError(f"problems gave {p!r}, not a Problem with a text for its prompt")
+        return drawn
 
     def answer(self, problems: Sequence[Problem]) -> list[Answer]:
         """The engine's answers, with the weights as they are now."""

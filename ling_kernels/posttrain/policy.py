@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..op import upcast
 
 LEVELS = ("token", "sentence", "sequence")
 AVERAGES = ("tokens", "responses")
@@ -60,15 +61,16 @@ def policy_loss(
 ) -> PolicyLoss:
     """The loss of n responses whose tokens lie one response after the other.
 
-    logp, old_logp [T] fp32: log-probabilities of the responses' tokens by the trained policy (with gradient) and by the
-    one that wrote them. advantages [n], lengths [n] int64 with sum T. sentences [K] int64: lengths of the sentences, in
-    order, none across two responses (`sentence_lengths` gives them); for level "sentence". clip: one width, or below
-    and above. token_weights [T] >= 0 (`icepop` gives them): a token's share in the weight of its unit; one of 0 is left
-    out, of its unit's ratio too. reference_logp [T] and kl: kl times the mean of exp(d) - d - 1, d = reference - logp,
-    is added. Raises InputError for what does not fit.
+    logp, old_logp [T] fp32 (others are computed with in fp32): log-probabilities of the responses' tokens by the
+    trained policy (with gradient) and by the one that wrote them. advantages [n], lengths [n] int64 with sum T.
+    sentences [K] int64: lengths of the sentences, in order, none across two responses (`sentence_lengths` gives them);
+    for level "sentence". clip: one width, or below and above. token_weights [T] >= 0 (`icepop` gives them): a token's
+    share in the weight of its unit; one of 0 is left out, of its unit's ratio too. reference_logp [T] and kl: kl times
+    the mean of exp(d) - d - 1, d = reference - logp, is added. Raises InputError for what does not fit.
     """
     low, high = widths(clip)
     check(logp, old_logp, advantages, lengths, level, average, sentences, token_weights, reference_logp, kl)
+    logp, old_logp = upcast(logp), upcast(old_logp)
     tokens = torch.ones_like(logp) if token_weights is None else token_weights.detach().to(logp.dtype)
     owner = torch.repeat_interleave(torch.arange(len(lengths), device=logp.device), lengths, output_size=len(logp))
     weights = of_tokens = tokens * token_shares(tokens, owner, lengths, average)
@@ -81,12 +83,14 @@ def policy_loss(
         owner = torch.searchsorted(lengths.cumsum(0), first, right=True).clamp(max=len(lengths) - 1)
         weights = sums(of_tokens, units)
     ratio, advantage = change.exp(), advantages.detach().to(logp.dtype)[owner]
-    clipped = ratio.clamp(1 - low, 1 + high)
-    gain = torch.minimum(ratio * advantage, clipped * advantage)
-    loss = -(weights * gain).sum()
+    clipped = ratio.detach().clamp(1 - low, 1 + high)
+    cut = clipped * advantage < ratio.detach() * advantage
+    # Where the ratio has no gradient it is left out of the graph: one that overflows would give 0 x inf.
+    live = change.masked_fill(cut | (advantage == 0), 0).exp()
+    loss = -(weights * (torch.where(cut, clipped, live) * advantage)).sum()
     with torch.no_grad():
         total = weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
-        share = (weights * (clipped * advantage < ratio * advantage)).sum() / total
+        share = (weights * cut).sum() / total
         mean_ratio = (weights * ratio).sum() / total
     divergence = logp.new_zeros(())
     if reference_logp is not None:
@@ -108,7 +112,7 @@ def token_shares(tokens: Tensor, of_response: Tensor, lengths: Tensor, average: 
 
 def sums(x: Tensor, lengths: Tensor) -> Tensor:
     """x [T] -> its sums over neighbours, [len(lengths)]; in order, hence the same each time."""
-    return torch.segment_reduce(x, "sum", lengths=lengths, initial=0)
+    return torch.segment_reduce(x, "sum", lengths=lengths, initial=0) if len(lengths) else x[:0]
 
 
 def icepop(train_logp: Tensor, rollout_logp: Tensor, limits: str | tuple[float, float] = "ring") -> Tensor:
@@ -136,15 +140,15 @@ def icepop_limits(limits: Any) -> tuple[float, float]:
 
 def group_advantages(rewards: Tensor, eps: float = 1e-6) -> Tensor:
     """rewards [groups, G] -> (reward - mean) / std of each group, [groups, G] fp32; 0 where all rewards are equal, NaN
-    where one is."""
+    where one is. std is that of the group itself: the mean is over G, not G - 1."""
     if not isinstance(rewards, Tensor):
         raise InputError(f"rewards are {type(rewards).__name__}, not a tensor")
     if rewards.ndim != 2 or rewards.shape[1] < 2:
         raise InputError(f"rewards [groups, G] with G of at least 2; got {[*rewards.shape]}")
-    rewards = rewards.float()
+    rewards = rewards.double()  # in fp32 the mean of equal rewards may be another number than each
     centred = rewards - rewards.mean(1, keepdim=True)
     std = centred.square().mean(1, keepdim=True).sqrt()
-    return torch.where(std <= eps, torch.zeros_like(centred), centred / std.clamp(min=eps))
+    return torch.where(std <= eps, torch.zeros_like(centred), centred / std.clamp(min=eps)).float()
 
 
 def widths(clip: Any) -> tuple[float, float]:

@@ -7,6 +7,7 @@ where log pi of a response is the sum over its tokens. With label smoothing e th
 linear_cross_entropy(..., reduction="none").
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from ..errors import InputError
-from .policy import sums
+from ..op import upcast
+from .policy import check_tensors, sums
 
 
 class PreferenceLoss(NamedTuple):
@@ -28,18 +30,22 @@ def preference_loss(
 ) -> PreferenceLoss:
     """The loss of n pairs, whose 2 n responses lie one after the other, in each pair the chosen one first.
 
-    logp, reference_logp [T] fp32: log-probabilities of the responses' tokens by the trained policy (with gradient) and
-    by the reference model. lengths [2 n] int64 with sum T. Raises InputError for what does not fit.
+    logp, reference_logp [T] fp32 (others are computed with in fp32): log-probabilities of the responses' tokens by the
+    trained policy (with gradient) and by the reference model. lengths [2 n] int64 with sum T. Raises InputError for
+    what does not fit.
     """
+    check_tensors(logp, dict(logp=logp, reference_logp=reference_logp, lengths=lengths))
     if logp.ndim != 1 or logp.shape != reference_logp.shape:
         raise InputError(f"logp {[*logp.shape]} and reference_logp {[*reference_logp.shape]} are one for each token")
     if lengths.ndim != 1 or not len(lengths) or len(lengths) % 2 or lengths.dtype not in (torch.int64, torch.int32):
         raise InputError(f"lengths [2 n] int64, a chosen and a rejected response of each pair; got {lengths.tolist()}")
     if lengths.device.type == "cpu" and (int(lengths.sum()) != len(logp) or int(lengths.min()) < 0):
         raise InputError(f"lengths {lengths.tolist()} are not those of {len(logp)} tokens")
-    if not (beta > 0 and 0 <= label_smoothing < 0.5):
+    if not all(isinstance(x, int | float) for x in (beta, label_smoothing)) or not (
+        0 < beta < math.inf and 0 <= label_smoothing < 0.5
+    ):
         raise InputError(f"beta is above 0 and label_smoothing from 0 to below 0.5; got {beta} and {label_smoothing}")
-    chosen, rejected = sums(logp - reference_logp.detach(), lengths).view(-1, 2).unbind(1)
+    chosen, rejected = sums(upcast(logp) - upcast(reference_logp).detach(), lengths).view(-1, 2).unbind(1)
     m = beta * (chosen - rejected)
     loss = -((1 - label_smoothing) * logsigmoid(m) + label_smoothing * logsigmoid(-m)).mean()
     margin = m.detach()

@@ -8,12 +8,15 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import InputError, one_line
 
 WORKER = Path(__file__).with_name("reward_worker.py")
+LARGEST = 3.4e38  # reward, which is fp32
+EXIT = 1.0  # seconds that a process may take to exit after its last output
 START = 120.0  # seconds in which a process must have imported the function's module
 
 
@@ -39,12 +42,23 @@ class RewardProcesses:
         self.workers: list[Worker | None] = [None] * processes
 
     def __call__(self, calls: Sequence[Sequence[Any]]) -> list[Score]:
-        """The score of each call's arguments, in their order."""
-        scores: list[Score | None] = [None] * len(calls)
-        waiting = deque(range(len(calls)))
+        """The score of each call's arguments, in their order. Raises InputError for arguments that no JSON holds."""
+        try:
+            lines = [line_of(list(call)) for call in calls]
+        except (TypeError, ValueError) as error:
+            raise InputError(f"a reward's arguments are what JSON holds: {error}") from None
+        try:
+            return self.scores(lines)
+        except BaseException:  # KeyboardInterrupt: the answers of these calls must not be taken for those of the next
+            self.close()
+            raise
+
+    def scores(self, lines: Sequence[bytes]) -> list[Score]:
+        scores: list[Score | None] = [None] * len(lines)
+        waiting = deque(range(len(lines)))
         with selectors.DefaultSelector() as selector:
-            for i in range(min(len(self.workers), len(calls))):
-                self.begin(i, waiting, calls, selector)
+            for i in range(min(len(self.workers), len(lines))):
+                self.begin(i, waiting, lines, selector)
             while selector.get_map():
                 keys = [key for key, _ in selector.select(self.until_deadline(selector))]
                 late = [k for k in selector.get_map().values() if k.data[0].deadline <= time.monotonic()]
@@ -57,16 +71,16 @@ class RewardProcesses:
                     scores[number] = score
                     if worker.process.returncode is not None:
                         self.workers[i] = None
-                    self.begin(i, waiting, calls, selector)
+                    self.begin(i, waiting, lines, selector)
         return [score for score in scores if score is not None]
 
-    def begin(self, i: int, waiting: deque[int], calls: Sequence[Sequence[Any]], selector) -> None:
+    def begin(self, i: int, waiting: deque[int], lines: Sequence[bytes], selector) -> None:
         """Give process i the next call, if there is one."""
         if not waiting:
             return
         number = waiting.popleft()
         worker = self.workers[i] = self.workers[i] or Worker(self.module, self.name)
-        worker.send(calls[number], self.timeout)
+        worker.send(lines[number], self.timeout)
         selector.register(worker.process.stdout, selectors.EVENT_READ, (worker, number, i))
 
     def until_deadline(self, selector) -> float:
@@ -75,7 +89,7 @@ class RewardProcesses:
 
     def close(self) -> None:
         for worker in filter(None, self.workers):
-            worker.ended("died")
+            worker.ended("closed")
         self.workers = [None] * len(self.workers)
 
     def __enter__(self) -> "RewardProcesses":
@@ -93,7 +107,7 @@ class Worker:
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
         self.half = b""  # what has come of a line
         self.deadline = math.inf
-        self.write([sys.path, module, name])
+        self.write(line_of([sys.path, module, name]))
         with selectors.DefaultSelector() as selector:
             selector.register(self.process.stdout, selectors.EVENT_READ)
             first = self.read() if selector.select(START) else self.ended("timeout", f"more than {START:.0f} s")
@@ -102,17 +116,17 @@ class Worker:
             why = first.message if first else "it printed something else"
             raise InputError(f"the reward function {module}:{name} cannot be imported: {why}")
 
-    def send(self, arguments: Sequence[Any], timeout: float) -> None:
+    def send(self, line: bytes, timeout: float) -> None:
         try:
-            self.write(list(arguments))
+            self.write(line)
         except BrokenPipeError:
             pass  # it has ended since its last answer, which `read` finds
         self.deadline = time.monotonic() + timeout
 
-    def write(self, content: Any) -> None:
-        line = memoryview((json.dumps(content) + "\n").encode())
-        while line:
-            line = line[self.process.stdin.write(line) :]  # type: ignore[union-attr]
+    def write(self, line: bytes) -> None:
+        rest = memoryview(line)
+        while rest:
+            rest = rest[self.process.stdin.write(rest) :]  # type: ignore[union-attr]
 
     def read(self) -> Score | None:
         """The score that the process has written; None where its line is incomplete."""
@@ -126,15 +140,22 @@ class Worker:
         if "failure" in line:
             return Score(0.0, "raised", one_line(line["failure"]))
         value = line.get("value", 0.0)
-        return Score(value) if math.isfinite(value) else Score(0.0, "not a number", str(value))
+        return Score(value) if abs(value) <= LARGEST else Score(0.0, "not a number", str(value))  # NaN is not either
 
     def ended(self, failure: str, message: str = "") -> Score:
         """End the process, if it has not ended."""
+        if failure == "died":  # it has closed its output, and its exit code says why
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(EXIT)
         self.process.kill()
         code = self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
             pipe.close()  # type: ignore[union-attr]
         return Score(0.0, failure, message or f"exit code {code}")
+
+
+def line_of(content: Any) -> bytes:
+    return (json.dumps(content) + "\n").encode()
 
 
 def import_name(function: Callable[..., float] | str) -> tuple[str, str]:

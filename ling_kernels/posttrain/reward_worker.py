@@ -26,13 +26,20 @@ def main() -> None:
     try:
         function: Any = reduce(getattr, name.split("."), importlib.import_module(module))
     except Exception as error:
-        return answer(failure=f"{type(error).__name__}: {error}")
+        return answer(failure=described(error))
     answer(ready=True)
     for line in calls:
         try:
             answer(value=float(function(*json.loads(line))))
         except Exception as error:
-            answer(failure=f"{type(error).__name__}: {error}")
+            answer(failure=described(error))
+
+
+def described(error: Exception) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # of its own __str__
+        return type(error).__name__
 
 
 if __name__ == "__main__":

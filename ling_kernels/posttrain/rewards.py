@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import combinations
+from numbers import Integral, Real
 from typing import TypeVar
 
 from ..errors import InputError
@@ -17,6 +18,8 @@ def length_rewards(lengths: Sequence[int], correct: Sequence[bool]) -> list[floa
     p(l) = 0.5 - (l - shortest) / (longest - shortest + 1e-9); a wrong response gets min(p, 0). lengths in tokens.
     """
     same_size(lengths, correct, "lengths", "correct")
+    if not all(isinstance(n, Real) and 0 <= n < math.inf for n in lengths):
+        raise InputError(f"lengths are numbers of tokens; got {[*lengths]}")
     shortest, longest = min(lengths), max(lengths)
     p = [0.5 - (n - shortest) / (longest - shortest + 1e-9) for n in lengths]
     return [x if right else min(x, 0.0) for x, right in zip(p, correct, strict=True)]
@@ -33,6 +36,8 @@ def evo_cot_rewards(
     the instant format lacks, and the task's own reward. alpha is larger for easy prompts; the paper gives no value."""
     same_size(responses, correct, "responses", "correct")
     same_size(responses, task if task is not None else responses, "responses", "task")
+    if not (isinstance(alpha, Real) and 0 <= alpha < math.inf):
+        raise InputError(f"alpha is a number of at least 0; got {alpha!r}")
     by_length = length_rewards(lengths, correct)
     formats = [-0.5 if "<think>" in text else 0.0 for text in responses]
     parts = zip(map(float, correct), by_length, formats, task or [0.0] * len(responses), strict=True)
@@ -57,8 +62,8 @@ def bradley_terry(
     Each response also has `prior` wins and as many losses against one of strength 0, which keeps strengths finite where
     one wins or loses all. Fitted by the minorisation of Hunter (2004).
     """
-    if prior <= 0:
-        raise InputError(f"prior must be above 0; got {prior}")
+    if not (isinstance(prior, Real) and 0 < prior < math.inf):
+        raise InputError(f"prior is a number above 0; got {prior!r}")
     wins = round_robin(responses, judge)
     n = len(responses)
     power = [1.0] * n
@@ -78,16 +83,21 @@ def round_robin(responses: Sequence[Response], judge: Callable[[Response, Respon
         raise InputError(f"an arena needs at least 2 responses; got {len(responses)}")
     wins = [[0.0] * len(responses) for _ in responses]
     for i, j in combinations(range(len(responses)), 2):
-        result = float(judge(responses[i], responses[j]))
+        given = judge(responses[i], responses[j])
+        try:
+            result = float(given)
+        except (TypeError, ValueError):
+            result = math.nan
         if not 0 <= result <= 1:
-            raise InputError(f"the judge's result is between 0 and 1; got {result}")
+            raise InputError(f"the judge's result is between 0 and 1; got {given!r}")
         wins[i][j], wins[j][i] = result, 1 - result
     return wins
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
     """The chance that at least one of k samples is correct, unbiased from `correct` of `samples` (arXiv 2107.03374)."""
-    if not 0 <= correct <= samples or not 1 <= k <= samples:
+    whole = all(isinstance(n, Integral) for n in (samples, correct, k))
+    if not whole or not 0 <= correct <= samples or not 1 <= k <= samples:
         raise InputError(f"0 <= correct <= samples and 1 <= k <= samples; got {correct=}, {samples=}, {k=}")
     if samples - correct < k:
         return 1.0

@@ -26,9 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings, out = LoopSettings(**options), new_out(out, "rl")
     if start_steps < 1:
         raise InputError(f"--start-steps {start_steps}: it must be at least 1")
-    if model is None and out.exists() and any(out.iterdir()):
-        raise InputError(f"--out {out} is not empty: name a new folder")
     if model is None:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise InputError(f"--out {out} is not an empty folder: name a new one, or --resume {out}")
         start = out.with_name(f"{out.name}-start")
         model = make_start(start, TASKS[settings.task], start_steps, settings.seed, say=print)
     return run(loop := Loop(settings, model, out), "rl", words(loop), line)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..errors import InputError
-from ..generate import Engine
+from ..generate import Engine, Request
 from ..model import Ling
 from ..model.packing import IGNORE
 from ..model.sample import Sampling
@@ -43,16 +43,23 @@ def rollout(
     seed: answer i takes seed + i, and depends on it and the weights alone (up to rounding); None: new ones each time.
     ends: tokens that end an answer, default the model's. Raises InputError as `Engine.submit`.
     """
-    requests = []
-    for i in range(len(prompts) * samples):
-        sampling = Sampling(temperature, seed=None if seed is None else seed + i)
-        while engine.scheduler.full:
+    if samples < 1:
+        raise InputError(f"samples is {samples}; it must be at least 1")
+    requests: list[Request] = []
+    try:
+        for i in range(len(prompts) * samples):
+            sampling = Sampling(temperature, seed=None if seed is None else seed + i)
+            while engine.scheduler.full:
+                engine.step()
+            requests.append(
+                engine.submit(prompts[i // samples], sampling, new_tokens, ends, logprobs=0, keep_stop=True)
+            )  # fmt: skip
+        while not all(r.finished for r in requests):
             engine.step()
-        requests.append(
-            engine.submit(prompts[i // samples], sampling, new_tokens, ends, logprobs=0, keep_stop=True)
-        )  # fmt: skip
-    while not all(r.finished for r in requests):
-        engine.step()
+    except BaseException:
+        for r in requests:  # unfinished ones would keep the engine from new weights
+            engine.cancel(r)
+        raise
     for r in requests:
         if r.error is not None:
             raise r.error
@@ -67,10 +74,14 @@ def answer_logp(model: Ling, answers: Sequence[Answer]) -> Tensor:
 
     All answers are one packed batch, and logits exist of 1,024 tokens at a time. The last token of an answer is no
     input, as in the engine. Where all answers have their routing, it is replayed: those experts compute, with weights
-    from the model's own logits. Raises InputError for an answer without tokens.
+    from the model's own logits. Raises InputError for no answers, and for one without tokens or without a prompt, which
+    predicts its first.
     """
-    if not all(a.ids for a in answers):
-        raise InputError("an answer has no tokens")
+    if not answers:
+        raise InputError("there are no answers")
+    for a in answers:
+        if not a.ids or not a.prompt:
+            raise InputError(f"an answer has no {'tokens' if a.prompt else 'prompt'}")
     device, inputs, rows, first = model.lm_head.weight.device, [], [], 0
     for a in answers:
         tokens = [*a.prompt, *a.ids[:-1]]
@@ -81,7 +92,7 @@ def answer_logp(model: Ling, answers: Sequence[Answer]) -> Tensor:
     targets = torch.tensor([t for a in answers for t in a.ids], device=device)
     batch = model.pack(torch.cat(inputs)[None].to(device), None, bounds)
     layout = BatchLayout(model.cos, model.sin, batch.positions, batch.cu_seqlens)
-    if answers and all(a.routing is not None for a in answers):
+    if all(a.routing is not None for a in answers):
         experts = torch.cat([a.routing for a in answers])[None].to(device)  # type: ignore[misc]
         layout = layout._replace(experts=model.forced(experts, batch.ids[None], batch))
     h, _ = model.backbone(batch.ids, layout)

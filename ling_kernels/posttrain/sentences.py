@@ -10,8 +10,8 @@ PAUSES = frozenset(".!?;:\n。！？；：…")  # LPO splits at pause punctuati
 def sentence_lengths(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
     """Numbers of tokens of the sentences of one response, in order; they add up to len(ids).
 
-    A sentence ends with the token that completes a pause mark, and with the tokens after it that bring only further
-    marks, quotes, brackets and spaces. Special tokens have no text.
+    A sentence ends with the token that completes a pause mark, whatever else is in it, and with the tokens after it
+    that bring no letter or digit: further marks, quotes, brackets and spaces. Special tokens have no text.
     """
     special = {*tokenizer.control_tokens.values()}
     stream, lengths, current, unread, ended = TextStream(tokenizer), [], 0, 0, False

@@ -6,6 +6,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from ..errors import InputError
 from ..train import Settings, Trainer
 from .tasks import Problem
 
@@ -21,20 +22,25 @@ def make_start(
 ) -> Path:  # fmt: skip
     """Train a tiny model on demonstrations of the problems that `draw` draws; returns the model's folder, FOLDER/model.
 
-    Raises InputError where FOLDER is not new or empty.
+    One that was stopped begins again. Raises InputError where FOLDER holds anything else.
     """
+    if (folder / "model" / "config.json").is_file():
+        raise InputError(f"{folder} is complete: --model {folder / 'model'} begins with it, or name another --out")
     random = Random(f"start {seed}")
     problems = [draw(random) for _ in range(EXAMPLES)]
     chats = [dict(messages=[dict(role="user", content=p.prompt), dict(role="assistant", content=p.demonstration)])
              for p in problems]  # fmt: skip
     data = folder.parent / f"{folder.name}.jsonl"
-    data.parent.mkdir(parents=True, exist_ok=True)
-    data.write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    try:
+        data.parent.mkdir(parents=True, exist_ok=True)
+        data.write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    except OSError as error:
+        raise InputError(f"cannot write {data}: {error.strerror or error}") from None
     settings = Settings(
         **SIZES, data=(str(data),), steps=steps, seq_len=256, batch=2, lr=LR, warmup=min(20, steps), seed=seed,
         eval_rows=8,
     )  # fmt: skip
-    trainer = Trainer(settings, folder)
+    trainer = Trainer(settings, folder, restart=True)
     while trainer.progress.step < steps:
         record = trainer.step()
         if record["step"] % 100 == 0 or record["step"] == steps:

@@ -35,8 +35,10 @@ def make_model(run: Run) -> tuple[Ling, Shares]:
         else:
             draw_weights_(shares, s.seed)
     else:
+        only_fp8 = s.fp8_weights == "only"  # then what is not FP8 is bf16
         if folder:
-            model = load_model(folder, dtype=torch.float32, device=run.device)
+            dtype = torch.bfloat16 if only_fp8 else torch.float32
+            model = load_model(folder, dtype=dtype, device=run.device, fp8=only_fp8)
             model.config = run.config  # its end token may be the tokenizer's, its rotary base the settings'
             model.reset_buffers()
         else:
@@ -44,7 +46,8 @@ def make_model(run: Run) -> tuple[Ling, Shares]:
             model.init_weights(torch.Generator().manual_seed(s.seed))  # on the CPU: the same on every device
             to_masters(model, s.master)  # in bf16 the model takes half of the GPU's memory
             model.to(run.device)
-        to_masters(model, s.master)
+        if not only_fp8:
+            to_masters(model, s.master)
         shares = Shares(model, ranks)
     torch.manual_seed(s.seed)
     return model.train(), shares
@@ -63,7 +66,9 @@ def make_pipeline(model: Ling, s: Settings, ranks: Ranks, precision: torch.dtype
 def apply_fp8_and_recompute(model: Ling, s: Settings) -> list[str]:
     """Replace layers by FP8 ones and switch recomputation on, as the settings say; returns lines that describe it."""
     notes = []
-    if s.precision == "fp8":
+    if s.fp8_weights == "only":
+        notes.append("fp8        the weights of all layers whose sizes are multiples of 128, in memory too")
+    elif s.precision == "fp8":
         replaced, left = to_fp8(
             model, s.recompute, wgrad=s.fp8_wgrad, transposed=s.fp8_transposed, weights=s.fp8_weights,
             pow2=s.fp8_scales == "pow2",

@@ -15,6 +15,7 @@ import math
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from numbers import Real
 from pathlib import Path
 
 import torch
@@ -42,10 +43,10 @@ def decay_weights(decay: Sequence[float]) -> list[float]:
 
     Raises InputError unless 1 >= w_1 >= ... >= w_k >= 0.
     """
-    w = [1.0, *map(float, decay), 0.0]
-    if not all(math.isfinite(x) for x in w) or any(a < b for a, b in itertools.pairwise(w)):
+    w = [1.0, *decay, 0.0]
+    if not all(isinstance(x, Real) and math.isfinite(x) for x in w) or any(a < b for a, b in itertools.pairwise(w)):
         raise InputError(f"a decay falls from at most 1 to at least 0: {list(decay)}")
-    return [a - b for a, b in itertools.pairwise(w)]
+    return [float(a - b) for a, b in itertools.pairwise(w)]
 
 
 def named_weights(decay: str, number: int) -> list[float]:
@@ -56,6 +57,8 @@ def named_weights(decay: str, number: int) -> list[float]:
     checkpoint out. `ema:X` is the moving average m = (1 - X) m + X t from m = t_0 on. Numbers with commas between them
     are the weights themselves. Raises InputError for anything else, and for numbers that do not add up to 1.
     """
+    if number < 1:
+        raise InputError(f"a merge is of at least 1 checkpoint; got {number}")
     name, colon, value = decay.partition(":")
     decay = "linear" if decay == "mean" else decay
     if decay in DECAYS:
@@ -105,6 +108,9 @@ def same_config(folders: Sequence[Path]) -> LingConfig:
     """The last folder's configuration. Raises InputError where another folder is of another model."""
     configs = []
     for folder in folders:
+        if (folder / ".metadata").is_file():
+            raise InputError(f"{folder} is of torch.distributed.checkpoint: python -m ling_kernels.train.convert"
+                             " from-dcp makes a model's folder of it")  # fmt: skip
         if not (folder / "config.json").is_file():
             raise InputError(f"{folder} is not a checkpoint: it has no config.json")
         configs.append(LingConfig.from_json(folder / "config.json"))
@@ -160,12 +166,18 @@ def weighted_sum(readers: Sequence[WeightReader], weights: Sequence[float], key:
     return total
 
 
+def validations(run: Path) -> dict[int, float]:
+    """The validation losses of a run by step, those that are finite."""
+    rows = ((row["step"], row.get("val_loss")) for row in read_lines(run / "metrics.jsonl"))
+    return {step: loss for step, loss in rows if loss is not None and math.isfinite(loss)}
+
+
 def chosen(run: Path, last: int | None, best: int | None) -> list[Path]:
     """The last N checkpoints of a run, or the N with the lowest validation loss, oldest first; all by default."""
     found = list_checkpoints(run)
     if not found:
         raise InputError(f"{run} holds no checkpoints")
-    losses = {row["step"]: row["val_loss"] for row in read_lines(run / "metrics.jsonl") if row.get("val_loss")}
+    losses = validations(run)
     if best:
         found = [c for c in found if step_of(c) in losses]
     number = last or best or len(found)

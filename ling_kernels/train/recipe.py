@@ -26,17 +26,21 @@ from ..model import LingConfig
 from ..parallel.ranks import Ranks
 from .checkpoint import list_checkpoints, step_of
 from .data.toy import write_toy_sources
-from .merge import chosen, merge, named_weights
+from .merge import chosen, merge, named_weights, validations
 from .needle import check_needles, needle_line
-from .prepare.models import with_positions
+from .prepare.checks import check
+from .prepare.models import initial_config, with_positions
 from .report import read_lines
+from .scaling import with_defaults
 from .schedule import DECAYS, rows_at
 from .settings import SIZES, Settings, plain_options
+from .values import check_bounds
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 STATE = "recipe.json"
 TOY = "tiny"  # the recipe that has sources of its own
-KEYS = {"about", "settings", "sources", "merge", "needles"}
+KEYS = {"about": str, "settings": dict, "sources": dict, "merge": dict, "needles": list}
+SHORTEST_NEEDLE = 32  # tokens of a text with a needle and its question
 POSITIONS = {"rope_theta", "yarn"}  # settings of a stage that is not trained
 FIRST_ONLY = {*SIZES, "model", "mtp", "vocab", "tokenizer"}  # of the flags that stand for all stages
 
@@ -62,18 +66,28 @@ def load_stages(recipe: str) -> list[Stage]:
     files = sorted(folder.glob("*.json")) if folder.is_dir() else []
     if not files:
         raise InputError(f"--recipe {recipe}: it must be {', '.join(known)}, or a folder of stages, NUMBER-NAME.json")
-    return [read_stage(path) for path in files]
+    stages = [read_stage(path) for path in files]
+    if not stages[0].sources:
+        raise InputError(f"{files[0]}: the first stage has no sources")
+    for path, stage in zip(files[1:], stages[1:], strict=True):
+        if taken := stage.settings.keys() & FIRST_ONLY:
+            raise InputError(f"{path}: {min(taken)} is for the first stage, whose weights the others have")
+    return stages
 
 
 def read_stage(path: Path) -> Stage:
     content = read_json(path)
-    if unknown := content.keys() - KEYS:
+    if unknown := content.keys() - KEYS.keys():
         raise InputError(f"{path}: a stage has no {', '.join(sorted(unknown))}; it has {', '.join(sorted(KEYS))}")
+    for key, value in content.items():
+        if not isinstance(value, KEYS[key]):
+            kind = {str: "text", dict: "an object", list: "a list"}[KEYS[key]]
+            raise InputError(f"{path}: {key} is {value!r}, not {kind}")
     stage = Stage(path.stem, **{"about": "", "settings": {}} | content)
     try:
         plain_options(stage.settings)
         check_stage(stage)
-    except (InputError, TypeError, AttributeError) as error:
+    except InputError as error:
         raise InputError(f"{path}: {error}") from None
     return stage
 
@@ -81,7 +95,9 @@ def read_stage(path: Path) -> Stage:
 def check_stage(stage: Stage) -> None:
     """Raise InputError for what no stage can have."""
     if stage.sources:
-        if not all(isinstance(w, int | float) and w > 0 for w in stage.sources.values()):
+        if any(not name or "=" in name for name in stage.sources):
+            raise InputError(f"a source's name is not empty and has no =: {', '.join(map(repr, stage.sources))}")
+        if not all(type(w) in (int, float) and w > 0 for w in stage.sources.values()):
             raise InputError(f"the shares of the sources must be more than 0: {stage.sources}")
         if abs(sum(stage.sources.values()) - 1) > 1e-6:
             raise InputError(f"the shares of the sources add up to {sum(stage.sources.values()):g}, not to 1")
@@ -92,11 +108,35 @@ def check_stage(stage: Stage) -> None:
     elif stage.merge:
         raise InputError("a stage without sources has no checkpoints to merge")
     if stage.merge:
-        counts = stage.merge.keys() & {"best", "last"}
+        counts = [stage.merge[key] for key in ("best", "last") if key in stage.merge]
         right = len(counts) == 1 and stage.merge.keys() <= {"best", "last", "decay"}
-        if not right or stage.merge.get("decay", "linear") not in DECAYS:
-            raise InputError(f"merge is {stage.merge}: it must be best or last, a number, and decay, one of"
-                             f" {', '.join(DECAYS)}")  # fmt: skip
+        if not right or type(counts[0]) is not int or counts[0] < 1 or stage.merge.get("decay", "linear") not in DECAYS:
+            raise InputError(f"merge is {stage.merge}: it must be best or last, a number of at least 1, and decay, one"
+                             f" of {', '.join(DECAYS)}")  # fmt: skip
+    for n in stage.needles:
+        if type(n) is not int or n < SHORTEST_NEEDLE:
+            raise InputError(f"needles are lengths of at least {SHORTEST_NEEDLE} tokens; {n!r} is none")
+
+
+def check_settings(stages: Sequence[Stage], options: dict) -> None:
+    """Raise InputError for what a stage would find out only when those before it are trained."""
+    config: LingConfig | None = None
+    for number, stage in enumerate(stages):
+        try:
+            s = Settings(**stage.with_flags(options, not number) if stage.sources else stage.settings)
+            check_bounds(s)
+            config = with_positions(config, s) if config else initial_config(s)[0]
+            if stage.sources:
+                s = with_defaults(s, config, trained=number > 0)[0]
+                check(s, config)
+            merged = stage.merge.get("best") or stage.merge.get("last") or 0
+            if stage.merge and 0 < s.keep < merged:
+                raise InputError(f"merge is of {merged} checkpoints, and keep {s.keep} keeps fewer: 0 keeps all")
+            if stage.needles and max(stage.needles) > config.max_positions:
+                raise InputError(f"needles of {max(stage.needles)} tokens are longer than the model's"
+                                 f" {config.max_positions} positions")  # fmt: skip
+        except InputError as error:
+            raise InputError(f"stage {stage.name}: {error}") from None
 
 
 def stage_tokens(settings: Settings) -> int:
@@ -110,8 +150,9 @@ def stage_tokens(settings: Settings) -> int:
 
 def table(recipe: str, options: dict) -> list[str]:
     """A recipe's stages as lines."""
-    lines = []
-    for number, stage in enumerate(load_stages(recipe)):
+    lines, stages = [], load_stages(recipe)
+    check_settings(stages, options)
+    for number, stage in enumerate(stages):
         lines.append(f"{stage.name}: {stage.about}")
         if stage.sources:
             values = stage.with_flags(options, not number)
@@ -134,6 +175,8 @@ def sources_of(recipe: str, stages: Sequence[Stage], given: Sequence[str], folde
         if not equals or not path or name not in names:
             raise InputError(f"--source {text}: it must be NAME=PATH, with NAME one of {', '.join(names)}")
         paths[name] = str(user_path(path).absolute())
+        if not Path(paths[name]).exists():
+            raise InputError(f"--source {text}: there is no {path}")
     missing = [name for name in names if name not in paths]
     if missing and recipe == TOY:
         return {name: str(path) for name, path in write_toy_sources(folder / "sources").items()} | paths
@@ -145,12 +188,11 @@ def sources_of(recipe: str, stages: Sequence[Stage], given: Sequence[str], folde
     return paths
 
 
-def begin(recipe: str, stages: Sequence[Stage], given: Sequence[str], folder: Path) -> dict:
+def begin(recipe: str, stages: Sequence[Stage], given: Sequence[str], folder: Path, options: dict) -> dict:
     """What recipe.json holds: the stages, where each source is, and the model of each complete stage."""
     file = folder / STATE
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not file.is_file() and any(p.name != "sources" for p in folder.iterdir()):
+        if not file.is_file() and folder.is_dir() and any(p.name != "sources" for p in folder.iterdir()):
             raise InputError(f"--out {folder} is not empty, and no run of a recipe: name a new folder")
         names, before = [stage.name for stage in stages], read_json(file) if file.is_file() else {}
         if before and not (
@@ -160,6 +202,7 @@ def begin(recipe: str, stages: Sequence[Stage], given: Sequence[str], folder: Pa
             raise InputError(f"{file} is of other stages or sources: name a new folder with --out")
         if before:
             return before
+        check_settings(stages, options)
         state = dict(stages=names, sources=sources_of(recipe, stages, given, folder), done={})
         write_state(folder, state)
     except OSError as error:
@@ -168,6 +211,7 @@ def begin(recipe: str, stages: Sequence[Stage], given: Sequence[str], folder: Pa
 
 
 def write_state(folder: Path, state: dict) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / STATE, durable=True) as partial:
         partial.write_text(json.dumps(state, indent=2) + "\n")
 
@@ -188,7 +232,7 @@ def run_recipe(
                 f"--{name} is not for a recipe: --source gives the data, and the stages' files the settings"
             )
     folder = (user_path(out) if out else Path("runs") / f"recipe-{Path(recipe).name}").absolute()
-    state = everyone.from_first(lambda: begin(recipe, stages, given, folder))
+    state = everyone.from_first(lambda: begin(recipe, stages, given, folder, options))
     model: str | None = None
     for number, stage in enumerate(stages):
         if stage.name not in state["done"]:
@@ -210,7 +254,7 @@ def complete(stage: Stage, before: str | None, folder: Path, state: dict) -> dic
     """Write the stage's model, check it, and note that the stage is complete."""
     run = folder / stage.name
     if not stage.sources:
-        model = extended(stage, before, run / "model")
+        model = extended(stage, before or "", run / "model")
     elif stage.merge:
         model = merged(stage, run)
     else:
@@ -229,7 +273,7 @@ def merged(stage: Stage, run: Path) -> Path:
     out = run / "merged"
     if not out.is_dir():
         best, last = stage.merge.get("best"), stage.merge.get("last")
-        losses = {row["step"] for row in read_lines(run / "metrics.jsonl") if row.get("val_loss")}
+        losses = validations(run)
         there = sum(not best or step_of(c) in losses for c in list_checkpoints(run))
         folders = chosen(run, last and min(last, there), best and min(best, there))
         merge(folders, named_weights(stage.merge.get("decay", "linear"), len(folders)), out, "fp32")
@@ -237,10 +281,8 @@ def merged(stage: Stage, run: Path) -> Path:
     return out
 
 
-def extended(stage: Stage, before: str | None, out: Path) -> Path:
+def extended(stage: Stage, before: str, out: Path) -> Path:
     """The model of the stage before with the rotary base and YaRN of this one."""
-    if before is None:
-        raise InputError(f"stage {stage.name} has no sources and no stage before it")
     shutil.rmtree(out, ignore_errors=True)  # of a process that was killed
     config = with_positions(
         LingConfig.from_json(Path(before) / "config.json"), Settings(model=before, **stage.settings)

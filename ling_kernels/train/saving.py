@@ -19,13 +19,14 @@ from torch import Tensor
 
 from ..errors import InputError, OtherRank
 from ..model import LingConfig, save_model
-from ..model.weight_files import SHARD_BYTES, remove_weights, save_tensors
+from ..model.weight_files import SHARD_BYTES, WeightReader, remove_weights, save_tensors
 from ..parallel.adapters import merging
 from ..parallel.checkpoints import OwnPart, collect_, failing_together, own_part, write_files
 from ..parallel.ranks import Ranks
 from ..parallel.shares import Shares
 from ..tokenizer import Tokenizer
 from . import checkpoint as ckpt
+from .merge import write_sum
 
 GOOD_AFTER = 32  # sound steps in a row after a checkpoint that show that it is good
 UNSOUND = 2  # a loss of so many times that of a uniform guess, ln(vocabulary), is not sound
@@ -157,6 +158,18 @@ def export(folder: Path, shares: Shares, tokenizer: Tokenizer) -> None:
         tokenizer.save(folder)
         return
     export_part(folder, own_part(shares, {}, base=True).on_host(torch.bfloat16, merging(shares)), shares, tokenizer)
+
+
+def export_over(base: Path, folder: Path, shares: Shares, tokenizer: Tokenizer) -> None:
+    """The same where this process has the weights in FP8 alone: those of `base`, with the adapters added."""
+    merged = merging(shares)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with WeightReader(base) as reader:
+            write_sum(folder, shares.config, "bf16", lambda key, _: merged(key, reader.wide(key)))
+        tokenizer.save(folder)
+    except OSError as error:
+        raise InputError(f"cannot write {folder}: {error}") from None
 
 
 def export_part(folder: Path, part: OwnPart, shares: Shares, tokenizer: Tokenizer, dtype=torch.bfloat16) -> None:

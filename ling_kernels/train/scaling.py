@@ -9,8 +9,9 @@ its models (arXiv 2510.22115, table 1) within 2 % and 9 %.
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from numbers import Real
 
-from ..errors import counted
+from ..errors import InputError, counted
 from ..model import LingConfig
 from .settings import BY_SIZE, Settings
 
@@ -26,12 +27,12 @@ FORWARD_TOKENS = 16384  # tokens of a forward pass, up to which a batch is not d
 def peak_lr(compute: float) -> float:
     """The best learning rate of AdamW for a run of `compute` FLOPs. Below the range of the fit that of its smallest
     runs, because the law's rise towards smaller ones is untested."""
-    return 1.1576 * max(compute, SMALLEST_FIT) ** -0.1529
+    return 1.1576 * max(positive("compute", compute), SMALLEST_FIT) ** -0.1529
 
 
 def batch_tokens(compute: float) -> float:
     """Tokens in the best batch for a run of `compute` FLOPs."""
-    return 0.0694 * compute**0.3644
+    return 0.0694 * positive("compute", compute) ** 0.3644
 
 
 def batch_tokens_in(flops_per_token: float, steps: int) -> float:
@@ -41,21 +42,21 @@ def batch_tokens_in(flops_per_token: float, steps: int) -> float:
 
 def compute_of_lr(lr: float) -> float:
     """The compute in FLOPs for which a learning rate is the best."""
-    return (lr / 1.1576) ** (-1 / 0.1529)
+    return (positive("lr", lr) / 1.1576) ** (-1 / 0.1529)
 
 
 def best_flops_per_token(compute: float) -> float:
     """The FLOPs per token of the best MoE model for a run of `compute` FLOPs; the rest are best_tokens."""
-    return 0.1915 * compute**0.5095
+    return 0.1915 * positive("compute", compute) ** 0.5095
 
 
 def best_tokens(compute: float) -> float:
-    return 5.2232 * compute**0.4905
+    return 5.2232 * positive("compute", compute) ** 0.4905
 
 
 def compute_of_model(flops: float) -> float:
     """The compute for which a model of so many FLOPs per token is the best."""
-    return (flops / 0.1915) ** (1 / 0.5095)
+    return (positive("flops", flops) / 0.1915) ** (1 / 0.5095)
 
 
 def efficiency_leverage(activation: float, granularity: float, compute: float) -> float:
@@ -65,10 +66,19 @@ def efficiency_leverage(activation: float, granularity: float, compute: float) -
     are of base 10 of the compute and of base 2 of the granularity, which the paper does not say; they give its value of
     about 7 for Ling-mini-beta and its best granularity of about 11.
     """
+    if positive("activation", activation) > 1:
+        raise InputError(f"activation is a share of the experts, at most 1; got {activation}")
     a, d, gamma, beta, start, most = 1.23, -7.61e-2, 1.67e-2, -1.17e-1, 1.63e-2, 5.28e16
     saturated = 1 / (1 / (activation + 1 / (1 / start - 1 / most)) + 1 / most)
-    g = math.log2(granularity)
-    return saturated ** (a + d * math.log10(compute) + gamma * g * g + beta * g)
+    g, digits = math.log2(positive("granularity", granularity)), math.log10(positive("compute", compute))
+    return saturated ** (a + d * digits + gamma * g * g + beta * g)
+
+
+def positive(name: str, value: float) -> float:
+    """The value. Raises InputError unless it is a finite number above 0, for which alone the laws hold."""
+    if not isinstance(value, Real) or not 0 < value < math.inf:
+        raise InputError(f"{name} is a number above 0; got {value!r}")
+    return value
 
 
 def warmup_steps(steps: int) -> int:

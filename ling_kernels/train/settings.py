@@ -260,7 +260,8 @@ class Settings:
     fp8_wgrad: str = flag(
         "auto", "precision of weight gradients' products; auto is bf16 for experts with few rows", choices=WGRAD
     )
-    fp8_weights: str = flag("each_forward", "when weights are quantised to FP8; kept: once a step", choices=WEIGHTS)
+    fp8_weights: str = flag("each_forward", "when weights are quantised to FP8; kept: once a step; only: while they are"
+                            " read, for --lora-rank, in place of others", choices=(*WEIGHTS, "only"))  # fmt: skip
     fp8_transposed: str = flag(
         "direct", "how long transposed FP8 weights are kept; per_step is the old name of kept",
         choices=[*dict.fromkeys((*TRANSPOSED, "per_step"))],

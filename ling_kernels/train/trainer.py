@@ -30,7 +30,7 @@ from .prepare.adapters import alpha_of, layers_of
 from .prepare.run import with_faster_threads
 from .report import FP8_FILE, Details, read_lines
 from .running_merge import RunningMerge
-from .saving import Writer, count_sound, export, kept, snapshot, write
+from .saving import Writer, count_sound, export, export_over, kept, snapshot, write
 from .schedule import learning_rate, rows_at
 from .settings import Settings, named_as_in_python, to_json
 from .validation import bytes_of_tokens, measure
@@ -257,7 +257,10 @@ class Trainer:
 
     def export(self, folder: str | Path) -> None:
         """Write the model in bf16, adapters merged, and its tokenizer as a Hugging Face folder."""
-        export(Path(folder), self.shares, self.tokenizer)
+        if self.settings.fp8_weights == "only":
+            export_over(Path(self.settings.model), Path(folder), self.shares, self.tokenizer)
+        else:
+            export(Path(folder), self.shares, self.tokenizer)
 
 
 def train_step(

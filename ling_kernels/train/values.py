@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import Field
+from dataclasses import Field, fields
 from numbers import Integral, Real
 from typing import Any
 
@@ -45,6 +45,19 @@ def in_bounds(f: Field, value: Any) -> bool:
         return True
     least, above = f.metadata.get("least", -math.inf), f.metadata.get("above", -math.inf)
     return math.isfinite(value) and value >= least and value > above
+
+
+def check_bounds(settings: Any) -> None:
+    """Raise InputError for the first field of a dataclass of settings whose value is not among its choices or not
+    within its bounds."""
+    for f in fields(settings):
+        value, name, limits = getattr(settings, f.name), f.name.replace("_", "-"), f.metadata
+        if limits.get("choices") and value not in limits["choices"]:
+            raise InputError(f"--{name} {value}: it must be one of {', '.join(limits['choices'])}")
+        if not in_bounds(f, value):
+            least = f"at least {limits['least']}" if "least" in limits else ""
+            bound = least or f"more than {limits.get('above', -math.inf)}"
+            raise InputError(f"--{name} {value}: it must be {bound}")
 
 
 def vocabulary(value: Any) -> int | str:

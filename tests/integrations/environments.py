@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 import venv
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,17 +29,34 @@ ENVIRONMENTS = {
     "megatron": ["einops==0.8.1", "psutil==7.2.2", "--no-deps --ignore-requires-python megatron-core==0.19.2"],
     "megatron16": ["einops==0.8.1", "psutil==7.2.2", "--no-deps megatron-core==0.16.1"],
     "titan": ["tyro==1.0.16", "einops==0.8.1", "--no-deps torchtitan==0.3.0 spmd_types==0.2.3"],
+    "trainers": [
+        *("transformers==5.23.0", "einops==0.8.1", "accelerate==1.15.0"),
+        "--no-deps llamafactory==0.9.5 nemo-automodel==0.7.0",
+    ],
     "hub": ["kernels==0.17.2"],
     "lm_eval": ["lm_eval==0.4.13", "transformers==5.23.0", "accelerate==1.15.0"],
     "clients": [
         *("openai==3.57.0", "litellm==1.110.2", "langchain-openai==1.7.4", "llm==0.36", "guidellm==0.8.1"),
-        *("lm_eval==0.4.13", "transformers==5.23.0"),
+        *("lm_eval==0.4.13", "transformers==5.23.0", "llguidance==1.9.1"),
     ],
 }
 
+KEEP = 30 * 24 * 3600  # seconds: an environment that no run has used for so long is deleted
 AT_ONCE = 2  # environments: what two cores and 24 GB of memory allow
 SEEN = os.pathsep.join(path for path in sys.path if path.endswith("site-packages"))  # in order, the venv's first
 VARIABLE = "LING_TEST_PACKAGES"  # folders of packages that an environment sees behind its own
+
+
+def cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ling_kernels/environments"
+
+
+def prune() -> None:
+    """Delete the environments that no run has used for KEEP seconds, of this clone or another."""
+    for marker in cache().glob("*/complete"):
+        if time.time() - marker.stat().st_mtime > KEEP:
+            marker.unlink()  # first: without it the rest is not used
+            shutil.rmtree(marker.parent, ignore_errors=True)
 
 
 def digest(requirements: list[str]) -> str:
@@ -51,13 +69,13 @@ def digest(requirements: list[str]) -> str:
 def make(name: str) -> Path:
     """The Python of an environment, made where there is none. Raises SystemExit with one line where pip fails."""
     requirements = ENVIRONMENTS[name]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ling_kernels/environments"
-    folder = cache / digest(requirements)
+    folder = cache() / digest(requirements)
     python = folder / "bin/python"
-    cache.mkdir(parents=True, exist_ok=True)
-    with open(cache / f"{folder.name}.lock", "w") as lock:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another clone may be making it
         if (folder / "complete").exists():
+            os.utime(folder / "complete")
             return python
         print(f"[integrations] making {name} in {folder}", flush=True)
         shutil.rmtree(folder, ignore_errors=True)
@@ -117,6 +135,7 @@ def main(arguments: list[str]) -> int:
     if unknown := set(names) - set(ENVIRONMENTS):
         raise SystemExit(f"error: no environment {min(unknown)}; there are {', '.join(ENVIRONMENTS)}")
     names = names or [name for name in ENVIRONMENTS if list((TESTS / name).glob("test_*.py"))]
+    prune()
     with ThreadPoolExecutor(AT_ONCE) as pool:
         codes = list(pool.map(lambda name: run(name, flags), names))
     failed = [name for name, code in zip(names, codes, strict=True) if code]

@@ -152,10 +152,12 @@ def hidden_tokens(tokenizer: Tokenizer) -> frozenset[int]:
 
 
 def structure(service: Service, body: Body, prompts: list[list[int]]) -> Grammar:
-    """The grammar of a structured answer, behind a thought that the prompt of a chat has opened."""
+    """The grammar of a structured answer, in a chat behind a thought that the prompt has opened, or the body allows."""
     grammar = body.grammar(service.grammars)
-    if isinstance(body, ChatCompletionRequest) and opens_thought(service.tokenizer, prompts[0]):
-        return after_thought(service.grammars(), grammar)
+    if isinstance(body, ChatCompletionRequest):
+        opened = opens_thought(service.tokenizer, prompts[0])
+        if opened or body.chat_template_kwargs.enable_thinking:
+            return after_thought(service.grammars(), grammar, opened)
     return grammar
 
 

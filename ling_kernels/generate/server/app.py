@@ -1,10 +1,13 @@
 """The ASGI application: endpoints, and errors as OpenAI's error objects."""
 
+import html
+from pathlib import Path
+
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
@@ -15,6 +18,11 @@ from .metrics import FORMAT
 from .protocol import UNSUPPORTED, ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from .service import INTERNAL_ERROR, ContextTooLong, Service, error_response
 
+# The status page reads this server alone, and no other page may show it.
+PAGE_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
+    "frame-ancestors 'none'"
+)
 FIELDS = {*CompletionRequest.model_fields, *ChatCompletionRequest.model_fields, *DetokenizeRequest.model_fields}
 
 
@@ -111,6 +119,13 @@ def make_app(service: Service) -> ASGIApp:
     @app.get("/metrics")
     async def prometheus_metrics():
         return PlainTextResponse(metrics.text(service.engine), media_type=FORMAT)
+
+    page = Path(__file__).with_name("status.html").read_text(encoding="utf-8")
+    page = page.replace("MODEL_NAME", html.escape(service.name))
+
+    @app.get("/status")
+    async def status():
+        return HTMLResponse(page, headers={"Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-store"})
 
     guarded: ASGIApp = Guard(app, service)
     if service.origins:

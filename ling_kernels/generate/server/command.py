@@ -12,9 +12,12 @@ from pathlib import Path
 import torch
 
 try:
+    from starlette.types import ASGIApp
+
     from .app import make_app
     from .connections import Server
     from .protocol import SAMPLING
+    from .replicas import Router, visible_gpus
     from .service import Service
 except ImportError as error:
     raise SystemExit(f"error: {error}: pip install '.[server]'") from None
@@ -87,12 +90,22 @@ def arguments() -> Parser:
         "--cache", choices=("auto", "fp8"), default="auto", help="type of keys and values: the model's (default) or FP8"
     )
     add("--cache-tokens", type=int, metavar="N", help="capacity of the KV cache (default: the free memory)")
+    add("--replicas", type=int, default=1, metavar="N", help="processes with the model, each on a GPU of its own")
+    add("--socket", metavar="PATH", help=argparse.SUPPRESS)  # of a replica
     return parser
 
 
 def check(args: argparse.Namespace) -> None:
     """Raise InputError for flags out of range."""
-    for name in ("max_tokens", "max_body", "max_running", "max_waiting", "cache_tokens", "limit_concurrency"):
+    for name in (
+        "max_tokens",
+        "max_body",
+        "max_running",
+        "max_waiting",
+        "cache_tokens",
+        "limit_concurrency",
+        "replicas",
+    ):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
@@ -145,8 +158,13 @@ def sampling_defaults(folder: Path) -> dict:
     return found
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """Bind before loading the model, so that a port in use is reported at once."""
+def bind(host: str, port: int, path: str | None = None) -> socket.socket:
+    """Bind before loading the model, so that a port in use is reported at once. path: of a Unix socket instead."""
+    if path is not None:
+        listener = socket.socket(socket.AF_UNIX)
+        Path(path).unlink(missing_ok=True)  # of the process before
+        listener.bind(path)
+        return listener
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -201,46 +219,92 @@ class Loading:
 
 @command
 def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
     args = arguments().parse_args(argv)
     check(args)
     keys = read_keys(args)
     config, folder = resolve_checkpoint(args.model)
+    name = args.name or folder.resolve().name
     tokenizer: Tokenizer = find_tokenizer(args.tokenizer, folder, config)
+    limits = dict(keys=keys, max_body=args.max_body, limit_concurrency=args.limit_concurrency)
+    options = load_options(args)  # refuses a device that is not there
+    if args.replicas > 1 and args.socket is None:
+        return route(args, argv, name, dict(access_log=args.access_log, **limits), options["device"] == "cuda")
     service = Service(
-        None, tokenizer, args.name or folder.resolve().name, frozenset(stop_token_ids(config, tokenizer, folder)),
-        keys=keys, max_tokens=args.max_tokens, max_body=args.max_body,
-        limit_concurrency=args.limit_concurrency, timeout=args.timeout,
-        stuck_after=args.stuck_after, sampling_defaults=sampling_defaults(folder), origins=tuple(args.allow_origin),
-        access_log=args.access_log,
+        None, tokenizer, name, frozenset(stop_token_ids(config, tokenizer, folder)),
+        max_tokens=args.max_tokens, timeout=args.timeout, stuck_after=args.stuck_after,
+        sampling_defaults=sampling_defaults(folder), origins=tuple(args.allow_origin),
+        access_log=args.access_log and args.socket is None, **limits,
     )  # fmt: skip
-    load_options(args)  # refuses a device that is not there
-    with bind(args.host, args.port) as listener:
-        listener.listen(2048)
-        host = f"[{args.host}]" if ":" in args.host else args.host
-        url = f"http{'s' * bool(args.tls_cert)}://{host}:{listener.getsockname()[1]}/v1"
-        print(
-            f"loading {size(folder)} from {folder}; {url.removesuffix('/v1')}/health says when it is ready",
-            file=sys.stderr,
-            flush=True,
-        )
+    with bind(args.host, args.port, args.socket) as listener:
+        url = listen(listener, args)
         loading = Loading(lambda: start(args, folder), service, url)
-        try:
-            server = Server(
-                make_app(service), args.grace, args.client_timeout, loading.watch,
-                ssl_certfile=args.tls_cert, ssl_keyfile=args.tls_key,
-            )  # fmt: skip
-            try:
-                server.config.load()
-            except OSError as error:  # ssl.SSLError too
-                raise InputError(f"--tls-cert, --tls-key: {error}") from None
-            loading.start()
-            server.run(sockets=[listener])
-        except KeyboardInterrupt:  # uvicorn raises it again after its graceful shutdown
+        if args.socket is None:
+            about = f"loading {size(folder)} from {folder}; {url.removesuffix('/v1')}/health says when it is ready"
+            print(about, file=sys.stderr, flush=True)
+        server = make_server(make_app(service), args, loading.watch if args.socket is None else with_parent(loading))
+        loading.start()
+        if not run(server, listener):
             return 130
     if isinstance(loading.error, torch.OutOfMemoryError):
         raise InputError("out of GPU memory; python -m ling_kernels.plan decode shows the memory that a model needs")
     if loading.error is not None:
         raise loading.error
+    return ended(server)
+
+
+def route(args: argparse.Namespace, argv: list[str], name: str, limits: dict, on_gpu: bool) -> int:
+    """Run --replicas processes of this command behind a router."""
+    gpus = visible_gpus(args.replicas, torch.cuda.device_count()) if on_gpu else None
+    command = [sys.executable, "-m", "ling_kernels.generate.server", *argv]
+    with bind(args.host, args.port) as listener:
+        url = listen(listener, args)
+        router = Router(args.replicas, command, gpus, **limits)
+        server = make_server(router.app(), args, lambda: router.dead)
+        ready = f"{url.removesuffix('/v1')}/health says when they are ready"
+        print(f"{name} at {url}, {args.replicas} replicas; {ready}", flush=True)
+        if not run(server, listener):
+            return 130
+    return ended(server)
+
+
+def listen(listener: socket.socket, args: argparse.Namespace) -> str:
+    """Listen, and return the URL."""
+    listener.listen(2048)
+    if args.socket is not None:
+        return args.socket
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    return f"http{'s' * bool(args.tls_cert)}://{host}:{listener.getsockname()[1]}/v1"
+
+
+def make_server(app: ASGIApp, args: argparse.Namespace, watch: Callable[[], str | None]) -> Server:
+    """uvicorn with the flags' limits. A replica speaks no TLS, and believes what the router says of a client."""
+    tls = {} if args.socket else dict(ssl_certfile=args.tls_cert, ssl_keyfile=args.tls_key)
+    proxy = dict(forwarded_allow_ips="*") if args.socket else {}
+    server = Server(app, args.grace, args.client_timeout, watch, **tls, **proxy)
+    try:
+        server.config.load()
+    except OSError as error:  # ssl.SSLError too
+        raise InputError(f"--tls-cert, --tls-key: {error}") from None
+    return server
+
+
+def with_parent(loading: Loading) -> Callable[[], str | None]:
+    """`loading.watch` of a replica, which ends with its router, however that ends."""
+    parent = os.getppid()
+    return lambda: loading.watch() or (None if os.getppid() == parent else "the router has ended")
+
+
+def run(server: Server, listener: socket.socket) -> bool:
+    """Serve until a signal; False after Ctrl-C."""
+    try:
+        server.run(sockets=[listener])
+    except KeyboardInterrupt:  # uvicorn raises it again after its graceful shutdown
+        return False
+    return True
+
+
+def ended(server: Server) -> int:
     if server.fault is not None:
         print(f"error: {server.fault}", file=sys.stderr)
         return 1

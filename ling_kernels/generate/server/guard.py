@@ -14,16 +14,16 @@ import time
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .service import Service, error_response
+from .service import Limits, error_response
 
-OPEN_PATHS = {"/", "/health", "/live", "/metrics"}  # without a key
+OPEN_PATHS = {"/", "/health", "/live", "/metrics", "/status"}  # without a key
 CLOSE = {"Connection": "close"}  # the rest of a refused body is not read
 
 
 class Guard:
     """ASGI application around `app`. What it learns of a request is in its scope's state: id and client."""
 
-    def __init__(self, app: ASGIApp, service: Service):
+    def __init__(self, app: ASGIApp, service: Limits):
         self.app, self.service = app, service
         self.calls = 0  # of /v1/, that have no whole answer yet
 
@@ -84,7 +84,7 @@ class Guard:
         limit = self.service.limit_concurrency
         if limit is not None and self.calls > limit and scope["path"].startswith("/v1/"):
             return error_response(503, f"the server has its limit of {limit} calls", {"Retry-After": "1"} | CLOSE)
-        if self.service.engine is None and scope["path"].startswith("/v1/"):
+        if not self.service.loaded and scope["path"].startswith("/v1/"):
             return error_response(503, "the model is loading", {"Retry-After": "5"} | CLOSE)
         return None
 

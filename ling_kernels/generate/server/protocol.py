@@ -236,6 +236,12 @@ def template_call(call: ToolCall) -> dict[str, Any]:
     return dict(type="function", function=dict(name=call.function.name, arguments=arguments))
 
 
+class TemplateOptions(StrictModel):
+    """vLLM's chat_template_kwargs, of which there is one."""
+
+    enable_thinking: StrictBool | None = None  # whether an answer begins with a thought; None: as the template has it
+
+
 class ChatCompletionRequest(CompletionBase):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
@@ -246,6 +252,7 @@ class ChatCompletionRequest(CompletionBase):
     tool_choice: Literal["none", "auto", "required"] | ToolChoice = "auto"
     continue_final_message: StrictBool = False  # vLLM's: the answer goes on with the last message
     add_generation_prompt: StrictBool = True
+    chat_template_kwargs: TemplateOptions = TemplateOptions()
     echo: Literal[False] = False
     shows_answer: Literal[True] = True
 
@@ -253,15 +260,16 @@ class ChatCompletionRequest(CompletionBase):
         """Token ids of the rendered conversation, as a list of one."""
         messages = [m.as_template_input() for m in self.messages]
         tools = [tool.model_dump() for tool in self.tools] if self.parses_calls else None
+        thinking = self.chat_template_kwargs.enable_thinking
         if not self.continue_final_message:
-            text = tokenizer.apply_chat_template(messages, self.add_generation_prompt, tools)
+            text = tokenizer.apply_chat_template(messages, self.add_generation_prompt, tools, thinking)
             return [tokenizer.encode(text, special=True)]
         last = messages.pop()
         if not messages or last.keys() != {"role", "content"} or last["role"] != "assistant":
             raise InputError(
                 "continue_final_message needs a last message of role assistant, with content alone, after another one"
             )
-        text = tokenizer.apply_chat_template(messages, True, tools)
+        text = tokenizer.apply_chat_template(messages, True, tools, thinking)
         return [tokenizer.encode(text, special=True) + tokenizer.encode(last["content"])]
 
     @property

@@ -25,30 +25,45 @@ CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
 TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 
 
+@dataclass(kw_only=True)
+class Limits:
+    """What is checked before a request is looked at, by a server or by a router before several."""
+
+    keys: frozenset[str] = frozenset()  # one of them is required as `Authorization: Bearer KEY`; none: no key is
+    max_body: int = 1 << 20  # bytes
+    limit_concurrency: int | None = None  # calls of /v1/ at once
+    access_log: bool = False
+    metrics: Metrics = field(default_factory=Metrics)
+
+    @property
+    def loaded(self) -> bool:
+        """Whether there is a model to ask."""
+        raise NotImplementedError
+
+
 @dataclass
-class Service:
+class Service(Limits):
     """State and limits shared by the endpoints. `engine` is None while the model is loading."""
 
     engine: Engine | None
     tokenizer: Tokenizer
     name: str  # the model's
     stop_token_ids: frozenset[int]
-    keys: frozenset[str] = frozenset()  # one of them is required as `Authorization: Bearer KEY`; none: no key is
     max_tokens: int | None = None  # per request
-    max_body: int = 1 << 20  # bytes
-    limit_concurrency: int | None = None  # calls of /v1/ at once
     timeout: float | None = None  # seconds per request
     stuck_after: float = 600.0  # seconds of a pass; the first of a shape may compile kernels
     sampling_defaults: dict = field(default_factory=dict)  # of generation_config.json, for what a body leaves out
     origins: tuple[str, ...] = ()  # web pages that may call the server; "*": all
-    access_log: bool = False
     _grammars: Grammars | None = None
-    metrics: Metrics = field(default_factory=Metrics)
     created: int = field(default_factory=lambda: int(time.time()))
     # Apart from the threads of the engine's passes, which a long prompt must not keep waiting.
     threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "tokenizer"))
 
     grammar_lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def loaded(self) -> bool:
+        return self.engine is not None
 
     def grammars(self) -> Grammars:
         """Made at the first use. Raises InputError where llguidance is missing."""

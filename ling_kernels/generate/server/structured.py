@@ -11,7 +11,7 @@ from pydantic import Field, StrictBool, StrictStr, model_validator
 from ...errors import InputError
 from ..grammar import Grammar, Grammars
 from .body import StrictModel
-from .text_parts import CALL, END_CALL, END_THINK
+from .text_parts import CALL, END_CALL, END_THINK, THINK
 
 
 class JsonSchema(StrictModel):
@@ -97,10 +97,13 @@ def call_grammar(grammars: Grammars, functions: Sequence[dict[str, Any]], severa
     return grammars.around(f'start: {start}\ncall: {begin} ({" | ".join(calls)}) "}}\\n" {end}', inner)
 
 
-def after_thought(grammars: Grammars, grammar: Grammar) -> Grammar:
-    """The grammar's text behind a thought that the prompt has opened."""
-    end = grammars.token(END_THINK)
-    if end.startswith("<"):
-        return grammars.around(f'start: THOUGHT? {end} "\\n"{{0,2}} @answer\nTHOUGHT: /(.|\\n)+/', {"answer": grammar})
-    start = f'start: thought "\\n"{{0,2}} @answer\nthought[suffix={end}]: /(.|\\n)*/'
-    return grammars.around(start, {"answer": grammar})
+def after_thought(grammars: Grammars, grammar: Grammar, opened: bool) -> Grammar:
+    """The grammar's text behind a thought: one that the prompt has opened, or one that may come."""
+    begin, end = grammars.token(THINK), grammars.token(END_THINK)
+    if end.startswith("<"):  # a control token, before which any text ends
+        rest, rule = f"TEXT? {end}", "TEXT: /(.|\\n)+/"
+    else:
+        rest, rule = "rest", f"rest[suffix={end}]: /(.|\\n)*/"
+    head, some = ("", "thought") if opened else (f'"\\n"{{0,2}} {begin} ', "thought?")
+    lark = f'start: {some} @answer\nthought: {head}{rest} "\\n"{{0,2}}\n{rule}'
+    return grammars.around(lark, {"answer": grammar})

@@ -73,16 +73,18 @@ def attention_forward(
 
     attention_mask: [B, Lk], True at tokens, from `attention_mask_of`; None: no padding. In causal attention the last Lq
     of the Lk tokens are the queries', and outputs at padding are 0; in other attention, which may be that of a decoder
-    to an encoder, the mask is of keys alone. cu_seq_lens_q [documents + 1], among kwargs: the documents of packed rows.
-    Raises InputError for masks that are not causal with padding, windows, sinks, soft caps and dropout.
+    to an encoder, the mask is of keys alone. Documents packed in rows come as cu_seq_lens_q [documents + 1], or by
+    position_ids [1 or B, L] that start anew. Raises InputError for masks that are not causal with padding, windows,
+    sinks, soft caps and dropout.
     """
     refuse_attention(attention_mask, dropout, kwargs)
     B, _, Lq, _ = query.shape
     Lk = key.shape[2]
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # [B L, heads, D]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    documents = kwargs.get("cu_seq_lens_q")
-    rows = None
+    documents, rows = kwargs.get("cu_seq_lens_q"), None
+    if documents is None and attention_mask is None and Lq == Lk:
+        documents = documents_of(kwargs.get("position_ids"), B)
     if documents is not None:
         cu_q, cu_k = documents.int(), kwargs.get("cu_seq_lens_k", documents).int()
     else:
@@ -90,10 +92,10 @@ def attention_forward(
         cu_k = row * Lk
         cu_q = cu_k if Lq == Lk else row * Lq
     if documents is None and attention_mask is not None:
-        rows_k, cu_k = tokens_of(attention_mask)
+        rows_k, cu_k = tokens_of(attention_mask, Lk)
         k, v = k[rows_k], v[rows_k]
         if causal:
-            rows, cu_q = (rows_k, cu_k) if Lq == Lk else tokens_of(attention_mask[:, Lk - Lq :])
+            rows, cu_q = tokens_of(attention_mask, Lq)
             q = q[rows]
     out, _ = attention(q, k, v, cu_q, None if cu_k is cu_q else cu_k, causal, scaling)
     if rows is not None:
@@ -101,17 +103,39 @@ def attention_forward(
     return out.unflatten(0, (B, Lq)), None
 
 
-def tokens_of(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """mask [B, L] bool -> the indices of its tokens in the flattened batch, and cu_seqlens [B + 1] int32.
+def tokens_of(mask: Tensor, last: int) -> tuple[Tensor, Tensor]:
+    """mask [B, L] bool -> the indices of the tokens in its flattened last columns, and cu_seqlens [B + 1] int32.
 
-    They are kept at the mask, which all layers of a forward share: the host waits for the GPU once.
+    They are kept at the mask, which all layers of a forward share: the host waits for the GPU once, not in each.
     """
-    kept = getattr(mask, "tokens_of_ling_kernels", None)
-    if kept is None:
-        lengths = mask.sum(-1).cumsum(0)
-        kept = mask.flatten().nonzero().flatten(), nn.functional.pad(lengths, (1, 0)).int()
-        mask.tokens_of_ling_kernels = kept  # type: ignore[attr-defined]
-    return kept
+    kept = vars(mask).setdefault("tokens_of_ling_kernels", {})
+    if last not in kept:
+        columns = mask[:, mask.shape[1] - last :]
+        bounds = nn.functional.pad(columns.sum(-1).cumsum(0), (1, 0)).int()
+        kept[last] = columns.flatten().nonzero().flatten(), bounds
+    return kept[last]
+
+
+def documents_of(position_ids: Tensor | None, batch_size: int) -> Tensor | None:
+    """position_ids [1 or B, L] -> cu_seqlens [documents + 1] int32, where they start anew inside of a row; else None.
+
+    It is kept at position_ids, which all layers share: the host waits for the GPU once.
+    """
+    if not isinstance(position_ids, Tensor) or position_ids.ndim != 2 or position_ids.shape[1] < 2:
+        return None
+    kept = vars(position_ids)
+    if "documents_of_ling_kernels" not in kept:
+        starts = ~nn.functional.pad(same_document(position_ids, 1)[:, :-1], (1, 0)).expand(batch_size, -1).flatten()
+        bounds = starts.nonzero().flatten()
+        one_each = len(bounds) == batch_size
+        bounds = None if one_each else nn.functional.pad(bounds, (0, 1), value=len(starts)).int()
+        kept["documents_of_ling_kernels"] = bounds
+    return kept["documents_of_ling_kernels"]
+
+
+def same_document(position_ids: Tensor, ahead: int) -> Tensor:
+    """position_ids [1 or B, L] -> whether a token and the one `ahead` later in its row belong to the same document."""
+    return nn.functional.pad(position_ids, (0, ahead), value=-1)[:, ahead:] == position_ids + ahead
 
 
 def refuse_attention(mask: Tensor | None, dropout: float, kwargs: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ from ...ops.qk_norm_rope import qk_norm_rope
 from ...ops.rope_tables import rope_frequencies
 from ...ops.swiglu import swiglu
 from .config import LingHfConfig
-from .functions import NAME
+from .functions import NAME, documents_of, same_document
 from .loss import IGNORE, causal_loss, shifted
 from .names import CACHE
 
@@ -167,11 +167,11 @@ class LingPreTrainedModel(PreTrainedModel):
     config_class = LingHfConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
+    _input_embed_layer = "word_embeddings"
     _no_split_modules = ["LingDecoderLayer", "LingMTPLayer"]
     _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = _supports_sdpa = _supports_flex_attn = _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": LingDecoderLayer, "attentions": LingAttention}
-    _keep_in_fp32_modules_strict = ["expert_bias"]
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -209,27 +209,22 @@ class LingModel(LingPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.word_embeddings
-
-    def set_input_embeddings(self, value: nn.Embedding):
-        self.word_embeddings = value
-
     def prepare(
         self, x: Tensor, attention_mask: Any, position_ids: Tensor | None, cache: Any, kwargs: dict[str, Any]
     ) -> tuple[Any, Rope, Tensor, dict[str, Any]]:
         """The mask, rotation and position ids of embeddings x [B, L, H]; kwargs with the documents of packed rows."""
-        given = position_ids
+        given, past = position_ids, 0 if cache is None else cache.get_seq_length()
         if position_ids is None:
-            past = 0 if cache is None else cache.get_seq_length()
             position_ids = torch.arange(past, past + x.shape[1], device=x.device)[None]
         rope = self.rotary_emb(position_ids, len(x))
-        if self.config._attn_implementation == NAME and cache is None and attention_mask is None:
-            documents = kwargs.get("cu_seq_lens_q")
-            documents = packed(given, x) if documents is None else documents
+        documents = kwargs.get("cu_seq_lens_q")
+        if documents is None and attention_mask is None and isinstance(past, int) and past == 0:
+            documents = documents_of(given, len(x))
+        if documents is not None and self.config._attn_implementation == NAME:
             return None, rope, position_ids, kwargs | {"cu_seq_lens_q": documents}
+        known = {CACHE: cache if documents is None else None}  # with a cache transformers looks for no documents
         mask = create_causal_mask(
-            config=self.config, inputs_embeds=x, attention_mask=attention_mask, position_ids=given, **{CACHE: cache}
+            config=self.config, inputs_embeds=x, attention_mask=attention_mask, position_ids=given, **known
         )
         return mask, rope, position_ids, kwargs
 
@@ -271,29 +266,20 @@ class LingModel(LingPreTrainedModel):
         states = []
         for k, layer in enumerate(self.layers[self.config.num_hidden_layers :], 1):
             hidden = layer(hidden, mask, rope, next_embeddings=pad(x, (0, 0, 0, k))[:, k:], **kwargs)
-            states.append((hidden, same_document(position_ids, k + 1, attention_mask)))
+            states.append((hidden, has_target(position_ids, k + 1, attention_mask)))
         return states
 
 
-def same_document(position_ids: Tensor, ahead: int, attention_mask: Any = None) -> Tensor:
-    """position_ids [1 or B, L] -> whether a token, and the one `ahead` later in its row, belong to the same document.
+def has_target(position_ids: Tensor, ahead: int, attention_mask: Any) -> Tensor:
+    """[1 or B, L]: whether a token, and the one `ahead` later in its row, are tokens of the same document.
 
-    attention_mask [B, L]: 0 at padding.
+    position_ids [1 or B, L]; attention_mask [B, L]: 0 at padding.
     """
-    same = pad(position_ids, (0, ahead), value=-1)[:, ahead:] == position_ids + ahead
+    same = same_document(position_ids, ahead)
     if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
         mask = attention_mask.bool()
         same = same & mask & pad(mask, (0, ahead))[:, ahead:]
     return same
-
-
-def packed(position_ids: Tensor | None, x: Tensor) -> Tensor | None:
-    """cu_seqlens [documents + 1] int32 of rows whose position ids start anew inside; None where none does."""
-    if position_ids is None or position_ids.ndim != 2:
-        return None
-    starts = ~pad(same_document(position_ids, 1)[:, :-1], (1, 0)).expand(x.shape[:2]).flatten()
-    bounds = starts.nonzero().flatten()  # the host waits for the GPU
-    return None if len(bounds) == len(x) else pad(bounds, (0, 1), value=len(starts)).int()
 
 
 @dataclass

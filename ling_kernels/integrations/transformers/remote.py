@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...nn.linear import is_plain
 from ...ops.dispatch import dispatch_here
 from ...ops.moe import expert_mlp
 from ...ops.qk_norm_rope import qk_norm_rope
@@ -31,7 +32,12 @@ def gate_forward(self: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor
 
 
 def block_forward(self: nn.Module, hidden_states: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """hidden_states [B, L, H] -> [B, L, H], and the router's logits and choices [B, L, ...]."""
+    """hidden_states [B, L, H] -> [B, L, H], and the router's logits and choices [B, L, ...].
+
+    Experts with adapters, or whose weights are quantised, compute by the module's own forward.
+    """
+    if not all(is_plain(linear, nn.Linear) for e in self.experts for linear in (e.gate_proj, e.up_proj, e.down_proj)):
+        return type(self).forward(self, hidden_states)
     shape = hidden_states.shape[:2]
     experts, weights, logits = self.gate(hidden_states)
     gate_up, down = expert_weights(self.experts)

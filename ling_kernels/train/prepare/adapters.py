@@ -6,8 +6,8 @@ from pathlib import Path
 from ...errors import InputError
 from ...files import user_path
 from ...model import LingConfig
-from ...nn.lora import ON
-from ...parallel.adapters import adapter_keys
+from ...nn.lora import ON, lora_
+from ...parallel.official import whole_on_meta
 from ..settings import FIELDS, Settings
 from .models import weights_in
 
@@ -29,6 +29,8 @@ def alpha_of(s) -> float:
 def check_adapters(s: Settings) -> None:
     """Raise InputError for settings that contradict --lora-rank, or that need it."""
     check_needs_rank(s)
+    if s.fp8_weights == "only" and not (s.lora_rank and s.precision == "fp8" and s.fp8_scales == "fp32"):
+        raise InputError("--fp8-weights only needs --lora-rank, --precision fp8 and --fp8-scales fp32")
     if not s.lora_rank:
         return
     with_rank = f"with --lora-rank {s.lora_rank}"
@@ -51,7 +53,9 @@ def check_needs_rank(s) -> None:
 
 def adapter_parameters(config: LingConfig, s: Settings) -> int:
     """Number of the adapters' parameters of the whole model."""
-    return sum(p.shape.numel() for p in adapter_keys(config, s.lora_rank, layers_of(s)).values())
+    whole = whole_on_meta(config)
+    lora_(whole, s.lora_rank, on=layers_of(s))
+    return sum(p.numel() for p in whole.parameters() if p.requires_grad)
 
 
 def base_model(model: str, rank: int, state: dict | None = None) -> tuple[Path, dict[str, list[int]]]:

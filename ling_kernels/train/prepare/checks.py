@@ -1,14 +1,11 @@
 """Checks of a run's settings: bounds of each, contradictions between them, what the model cannot do."""
 
-import math
-from dataclasses import fields
-
 from ...errors import InputError
 from ...model import LingConfig
 from ..report.loggers import installed
 from ..running_merge import planned
 from ..settings import Settings
-from ..values import in_bounds
+from ..values import check_bounds
 from .adapters import check_adapters
 
 MAX_THREADS = 4096  # OpenMP ends the process where it cannot start them
@@ -16,17 +13,7 @@ MAX_THREADS = 4096  # OpenMP ends the process where it cannot start them
 
 def check(s: Settings, config: LingConfig) -> None:
     """Raise InputError for a number out of range and for settings that contradict one another or the model."""
-    for f in fields(s):
-        value, name = getattr(s, f.name), f.name.replace("_", "-")
-        choices = f.metadata.get("choices")
-        if choices and value not in choices:
-            raise InputError(f"--{name} {value}: it must be one of {', '.join(choices)}")
-        if not in_bounds(f, value):
-            bounds = f.metadata
-            bound = (
-                f"at least {bounds['least']}" if "least" in bounds else f"more than {bounds.get('above', -math.inf)}"
-            )
-            raise InputError(f"--{name} {value}: it must be {bound}")
+    check_bounds(s)
     _ = s.text_options  # checks them
     if s.seq_len > config.max_positions:
         raise InputError(f"--seq-len {s.seq_len} is longer than the {config.max_positions} positions of {s.model}")

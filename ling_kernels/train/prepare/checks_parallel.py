@@ -38,6 +38,8 @@ def check_parallel(s: Settings, config: LingConfig, ranks: Ranks) -> None:
         check_fp8_exchange(s, config, ep)
     if ranks.size == 1:
         return
+    if s.fp8_weights == "only":
+        raise InputError("--fp8-weights only is for one process: several divide the weights before they are FP8")
     if s.step_in_backward:
         raise InputError("--step-in-backward is for one process: several add up their gradients first")
     rows = ranks.dp * (s.micro_batch or 1)

@@ -81,5 +81,7 @@ def needed_bytes(config: LingConfig, s: Settings) -> int:
     if s.lora_rank:
         trained = adapter_parameters(config, s) * bytes_per_weight(s.optimizer, "fp32")
         frozen = 2 if s.master == "bf16" else 4
+        if s.fp8_weights == "only":
+            return round(trained + in_layers + 2 * in_embeddings)
         return round(trained + (in_layers + in_embeddings) * frozen + in_layers * fp8_copy)
     return round(in_layers * (bytes_per_weight(*options) + fp8_copy) + in_embeddings * bytes_per_weight(*options, True))

@@ -266,9 +266,12 @@ def model_of(path: Path) -> str | None:
         return None
 
 
-def make_folder(out: str | Path | None, model: str, restart: bool) -> tuple[Path, bool]:
+def make_folder(
+    out: str | Path | None, model: str, restart: bool, again: str = "--resume auto --out"
+) -> tuple[Path, bool]:
     """An empty folder that can be written, and whether it is new. Raises InputError for a folder that holds anything,
-    except, with `restart`, a run that stopped before its first checkpoint."""
+    except, with `restart`, a run that stopped before its first checkpoint. again: the flags that begin such a run
+    again, for the message."""
     folder = Path("runs") / f"{model_name(model)}-{time.strftime('%Y%m%d-%H%M%S')}" if out is None else user_path(out)
     if out is None:
         number, plain = 2, folder
@@ -287,7 +290,7 @@ def make_folder(out: str | Path | None, model: str, restart: bool) -> tuple[Path
             if ckpt.list_checkpoints(folder):
                 remedy = f"--resume {folder} continues its run"
             elif (folder / "settings.json").is_file():
-                remedy = f"--resume auto --out {folder} begins its run again"
+                remedy = f"{again} {folder} begins its run again"
             else:
                 remedy = "name a new folder"
             raise InputError(f"--out {folder} is not empty: {remedy}")

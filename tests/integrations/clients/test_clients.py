@@ -5,9 +5,11 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import langchain_openai
 import openai
+import pydantic
 import pytest
 from lm_eval.api.instance import Instance
 from lm_eval.models.openai_completions import LocalCompletionsAPI
@@ -21,7 +23,7 @@ CHAT = dict(model="speller", messages=[dict(role="user", content="Hi")], tempera
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return speller(tmp_path_factory.mktemp("packages") / "speller", positions=1000)
+    return speller(tmp_path_factory.mktemp("packages") / "speller", positions=2000)
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +53,47 @@ def test_openai(locked):
         client.with_options(api_key="wrong").models.list()
 
 
+DENSE = {str(ord(blank)): -100 for blank in " \n"}  # no blanks: the model has no notion of an end
+
+
+class Answer(pydantic.BaseModel, extra="forbid"):
+    """An answer of two fields."""  # LangChain wants a description
+
+    letter: Literal["a", "b"]
+    count: Literal[1, 2]
+
+
+def test_structured_output_of_openai(locked):
+    client = openai.OpenAI(base_url=locked[1], api_key="k", max_retries=0)
+    parsed = client.chat.completions.parse(**CHAT, response_format=Answer, logit_bias=DENSE).choices[0].message.parsed
+    assert isinstance(parsed, Answer)
+    tool = openai.pydantic_function_tool(Answer)
+    for choice in ("required", dict(type="function", function=dict(name="Answer"))):
+        message = (
+            client.chat.completions.parse(**CHAT, tools=[tool], tool_choice=choice, logit_bias=DENSE).choices[0].message
+        )
+        assert all(isinstance(made.function.parsed_arguments, Answer) for made in message.tool_calls)
+    with pytest.raises(openai.BadRequestError) as caught:
+        wrong = dict(type="json_schema", json_schema=dict(name="x", schema={"not": {}}))
+        client.chat.completions.create(**CHAT, response_format=wrong)
+    assert caught.value.param == "response_format"
+    biased = client.chat.completions.create(
+        **CHAT, logit_bias={ord("X"): -100, ord("q"): 50}, presence_penalty=0.5, max_tokens=1
+    )
+    assert biased.choices[0].message.content == "q"
+
+
+@pytest.mark.parametrize("method", ["json_schema", "function_calling", "json_mode"])
+def test_structured_output_of_langchain(locked, method):
+    chat = langchain_openai.ChatOpenAI(
+        model="speller", base_url=locked[1], api_key="k", temperature=0, max_retries=0, max_tokens=300,
+        logit_bias=DENSE | ({str(ord("}")): 100} if method == "json_mode" else {}),
+    )  # fmt: skip
+    schema = None if method == "json_mode" else Answer
+    found = chat.with_structured_output(schema, method=method).invoke("Hi, answer in JSON")
+    assert isinstance(found, dict if method == "json_mode" else Answer)
+
+
 def test_litellm(locked, monkeypatch):
     monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else its import asks the network
     import litellm
@@ -61,6 +104,8 @@ def test_litellm(locked, monkeypatch):
         assert litellm.completion(**options).choices[0].message.content == "XYZ"
         pieces = litellm.completion(**options, stream=True)
         assert "".join(e.choices[0].delta.content or "" for e in pieces) == "XYZ"
+        parsed = litellm.completion(**options, response_format=Answer, logit_bias=DENSE).choices[0].message.content
+        assert Answer.model_validate_json(parsed)
         with pytest.raises(litellm.ContextWindowExceededError):
             litellm.completion(**options, max_tokens=3000)
 
@@ -94,10 +139,18 @@ def test_langchain(locked):
 def test_llm(locked, tmp_path):
     """The command `llm` of the package of that name."""
     name = tmp_path / "extra-openai-models.yaml"
-    name.write_text(f"- model_id: mine\n  model_name: speller\n  api_base: {locked[1]}\n  api_key_name: mine\n")
+    name.write_text(
+        f"- model_id: mine\n  model_name: speller\n  api_base: {locked[1]}\n"
+        "  api_key_name: mine\n  supports_schema: true\n"
+    )
     command = [sys.executable, "-m", "llm", "-m", "mine", "--key", "k", "-o", "temperature", "0", "Hi"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, env={"LLM_USER_PATH": str(tmp_path)})
     assert result.stdout.strip() == "XYZ", result.stderr
+    schema = ["--schema", json.dumps(Answer.model_json_schema()), "--no-stream"]
+    result = subprocess.run(
+        [*command, *schema], capture_output=True, text=True, timeout=120, env={"LLM_USER_PATH": str(tmp_path)}
+    )
+    assert Answer.model_validate_json(result.stdout), result.stderr
 
 
 def test_guidellm(folder, tmp_path):

@@ -204,24 +204,24 @@ def test_chunks(megatron):
 
 
 def test_late_weight_gradients(megatron, stock):
-    """With delay_wgrad_compute they come in backward_dw, and hooks of the data parallelism follow them."""
+    """With delay_wgrad_compute they come in backward_dw, from where Megatron's data parallelism takes them."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
     theirs, _, gradients = stock
     megatron.apply()
     config = cpu.config()
     config.delay_wgrad_compute = True
     ours = cpu.model(config)
     ours.load_state_dict(theirs.state_dict())
+    parallel = DistributedDataParallel(config, DistributedDataParallelConfig(delay_wgrad_compute=True), ours)
+    cpu.backward(parallel, cpu.batch())
     layers = [module for module in ours.modules() if isinstance(module, megatron.Experts)]
-    seen = []
-    for layer in layers:
-        layer.register_wgrad_accumulation_and_reduce_hooks(lambda layer=layer: seen.append(layer.weight1.grad))
-        assert layer.weight1.skip_backward_post_hook
-    cpu.backward(ours, cpu.batch())
-    assert len(layers) == 3 and all(p.grad is None for layer in layers for p in layer.parameters())
+    late = [p for layer in layers for p in layer.parameters()]
+    assert len(late) == 6 and not any(p.main_grad.any() for p in late)
     for layer in layers:
         layer.backward_dw()
-    assert len(seen) == 3 and None not in seen
-    cpu.close(cpu.gradients(ours), gradients, 1e-5)
+    assert all(p.grad is None for p in ours.parameters())
+    cpu.close(cpu.by_stock_names((name, p.main_grad) for name, p in ours.named_parameters()), gradients, 1e-5)
 
 
 def test_fp8_experts(megatron, one_rank):
@@ -246,6 +246,20 @@ def test_fp8_experts(megatron, one_rank):
     for ours, theirs in zip(*reversed(results), strict=True):
         assert 1e-3 < (ours - theirs).norm() / theirs.norm() < 0.1
     assert not results[1][3][1].any()
+
+
+def test_a_rank_without_rows(megatron, one_rank):
+    """Its experts' gradients are 0, and not missing: other ranks wait for them."""
+    from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+
+    config = cpu.config(hidden_size=128, moe_ffn_hidden_size=128)
+    for kind in (megatron.Experts, megatron.Fp8Experts):
+        experts = kind(4, config, pg_collection=get_default_pg_collection())
+        x = torch.randn(0, 128, requires_grad=True)
+        y, _ = experts(x, torch.zeros(4, dtype=torch.long), torch.rand(0))
+        y.sum().backward()
+        assert y.shape == x.grad.shape == (0, 128)
+        assert all(p.grad is not None and not p.grad.any() for p in experts.parameters())
 
 
 def test_fp8_model(megatron):

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from ling_kernels.errors import InputError
@@ -129,6 +130,22 @@ def test_a_step_of_the_optimizer_reaches_the_experts(folders):
             losses.append(loss.detach())
     assert losses[1] < losses[0] - 0.01
     close(torch.stack(losses[:2]), torch.stack(losses[2:]))
+
+
+def test_an_expert_with_an_adapter_keeps_it(folders):
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    results = []
+    for change in (lambda model: model, patch):
+        model, want = change(load(folders["base"])), expected("base")
+        for expert in model.model.layers[1].mlp.experts:
+            expert.up_proj.__class__ = Doubled
+        with torch.no_grad():
+            results.append(model(input_ids=want["input_ids"], use_cache=False).logits)
+    close(*results, **TOLERANCE)
+    assert (results[0] - want["logits"]).abs().max() > 0.1
 
 
 def test_a_patched_class(folders):

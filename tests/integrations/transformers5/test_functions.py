@@ -180,6 +180,18 @@ def test_a_patched_model_computes_the_same(kind, config):
         unpatch(model)
 
 
+@pytest.mark.parametrize("kind, config", [GLM, QWEN])
+def test_packed_documents_of_a_patched_model(kind, config):
+    """By position ids, in a forward with its default cache. Without one transformers makes a mask, which is refused."""
+    model = patch(build(kind, config)).eval()
+    ids, positions = torch.randint(3, 64, (1, 9)), torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    with torch.no_grad():
+        apart = torch.cat([model(input_ids=part).logits for part in ids.split([4, 5], 1)], 1)
+        close(model(input_ids=ids, position_ids=positions).logits, apart, **TOLERANCE)
+        with pytest.raises(InputError, match="position_ids alone"):
+            model(input_ids=ids, position_ids=positions, use_cache=False)
+
+
 def test_the_loss_in_training_stores_no_logits():
     model = patch(build(*GLM)).train()
     ids = torch.randint(3, 64, (2, 9))
@@ -201,8 +213,11 @@ def test_a_patched_class_patches_its_models():
 
 
 def test_what_no_kernel_computes_is_refused_by_patch():
-    oss = GptOssForCausalLM(GptOssConfig(**SIZES, num_local_experts=4))
-    with pytest.raises(InputError):
+    oss = GptOssForCausalLM(GptOssConfig(**SIZES, num_local_experts=4, sliding_window=None))
+    with pytest.raises(InputError, match="swiglu_limit 7.0"):
+        patch(oss)
+    oss.config.swiglu_limit = 0.0  # the experts are as they were
+    with pytest.raises(InputError, match="has_bias True, is_transposed True, is_concatenated False"):
         patch(oss)
     windowed = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=4))
     with pytest.raises(InputError, match="sliding_window 4"):

@@ -136,18 +136,22 @@ def test_other_implementations_agree(official, name):
     close(a, b, **TOLERANCE)
 
 
-def test_packed_documents(official):
-    """By position ids, and by cu_seq_lens_q."""
-    _, _, model, want = official
+@pytest.mark.parametrize("implementation", ["ling_kernels", "sdpa"])
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_packed_documents(official, implementation, use_cache):
+    """By position ids, and by cu_seq_lens_q; in a model's forward a cache is the default, in training too."""
+    _, folder, _, want = official
+    model = load(folder, attn_implementation=implementation)
     ids = want["input_ids"][:1, :20]
     positions = torch.cat([torch.arange(8), torch.arange(12)])[None]
     with torch.no_grad():
-        packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits
-        bounds = torch.tensor([0, 8, 20], dtype=torch.int32)
-        given = model(input_ids=ids, position_ids=positions, cu_seq_lens_q=bounds, use_cache=False).logits
+        packed = model(input_ids=ids, position_ids=positions, use_cache=use_cache).logits
         apart = torch.cat([model(input_ids=part).logits for part in ids.split([8, 12], 1)], 1)
-    close(packed, apart, **TOLERANCE)
-    close(given, packed)
+        close(packed, apart, **TOLERANCE)
+        if implementation == "ling_kernels":
+            bounds = torch.tensor([0, 8, 20])
+            given = model(input_ids=ids, position_ids=positions, cu_seq_lens_q=bounds, use_cache=use_cache).logits
+            close(given, packed)
 
 
 def test_saves_what_was_published(official, tmp_path):
@@ -178,6 +182,8 @@ def test_bf16_keeps_the_bias_and_the_rotation_in_fp32(official):
     for model in (load(folder, dtype=torch.bfloat16), load(folder).bfloat16()):
         biases = [b for name, b in model.named_buffers() if name.endswith(("expert_bias", "inv_freq"))]
         assert {b.dtype for b in biases} == {torch.float32} and len(biases) > 1
+        key = "model.layers.1.mlp.gate.expert_bias"
+        assert torch.equal(model.get_buffer(key), load_file(folder / "model.safetensors")[key])
         assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
