@@ -104,20 +104,28 @@ def test_a_text_that_repeats_itself():
     assert not repeats([5] * 15) and not repeats([*range(33)] * 4) and not repeats([1, 2, 3] * 3) and not repeats([])
 
 
-def read_until(terminal: int, text: str, seconds: float = 120) -> str:
-    """What a terminal shows up to some text."""
-    shown, end = "", time.monotonic() + seconds
-    while text not in shown:
-        assert time.monotonic() < end, shown
-        if select.select([terminal], [], [], 1)[0]:
-            shown += os.read(terminal, 1000).decode()
-    return shown
+class Terminal:
+    """The near end of a pseudo-terminal."""
+
+    def __init__(self, end: int):
+        self.end, self.unread = end, ""
+
+    def read_until(self, text: str, seconds: float = 120) -> str:
+        """What it shows up to some text; what comes with it is for the next call."""
+        end = time.monotonic() + seconds
+        while text not in self.unread:
+            assert time.monotonic() < end, self.unread
+            if select.select([self.end], [], [], 1)[0]:
+                self.unread += os.read(self.end, 1000).decode()
+        shown, found, self.unread = self.unread.partition(text)
+        return shown + found
 
 
 def test_in_a_terminal(checkpoint, tmp_path):
     """Editing, history of an earlier chat, Ctrl-C in an answer, Ctrl-D."""
     for command in (["Hi"], ["\x1b[A"]):  # the second takes the first one's line from the history
-        terminal, inside = pty.openpty()
+        end, inside = pty.openpty()
+        terminal = Terminal(end)
         env = os.environ | {"XDG_STATE_HOME": str(tmp_path), "OMP_NUM_THREADS": "1", "TERM": "xterm"}
         flags = ["--model", checkpoint]
         process = subprocess.Popen(
@@ -126,15 +134,15 @@ def test_in_a_terminal(checkpoint, tmp_path):
         )  # fmt: skip
         os.close(inside)
         try:
-            assert "/help lists the commands" in read_until(terminal, "> ")
-            os.write(terminal, "".join(command).encode() + b"\n")
-            assert "Hi" in read_until(terminal, "XYZ")
-            read_until(terminal, "> ")
+            assert "/help lists the commands" in terminal.read_until("> ")
+            os.write(end, "".join(command).encode() + b"\n")
+            assert "Hi" in terminal.read_until("XYZ")
+            terminal.read_until("> ")
             process.send_signal(signal.SIGINT)
-            read_until(terminal, "> ")
-            os.write(terminal, b"\x04")
+            terminal.read_until("> ")
+            os.write(end, b"\x04")
             assert process.wait(120) == 0
         finally:
             process.kill()
-            os.close(terminal)
+            os.close(end)
     assert (tmp_path / "ling_kernels" / "chat_history").read_text().count("Hi") >= 1
