@@ -138,6 +138,7 @@ def test_in_a_terminal(checkpoint, tmp_path):
             os.write(end, "".join(command).encode() + b"\n")
             assert "Hi" in terminal.read_until("XYZ")
             terminal.read_until("> ")
+            time.sleep(0.5)  # readline shows the prompt before it waits: a signal between the two waits for a key
             process.send_signal(signal.SIGINT)
             terminal.read_until("> ")
             os.write(end, b"\x04")
