@@ -12,9 +12,17 @@ ROOT = Path(__file__).parents[1]
 HIDE = "import sys; sys.modules['triton'] = None\n"
 IMPORT_ALL = """
 import importlib, pkgutil, ling_kernels
-for m in pkgutil.walk_packages(ling_kernels.__path__, "ling_kernels."):
-    if not m.name.endswith(("._C", "._cutlass", "__main__")):
-        importlib.import_module(m.name)
+SHIMS = ("deep_gemm", "hub", "liger", "linghe", "linghe_block", "transformer_engine", "versions")
+for room in pkgutil.iter_modules(ling_kernels.__path__):
+    path, prefix = [f"{ling_kernels.__path__[0]}/{room.name}"], f"ling_kernels.{room.name}."
+    integrations = room.name == "integrations"  # of which most need a library, and are tested in its environment
+    walk = pkgutil.iter_modules if integrations else pkgutil.walk_packages
+    for m in walk(path, prefix) if room.ispkg else [room]:
+        name = m.name if room.ispkg else f"ling_kernels.{m.name}"
+        if integrations and name.removeprefix(prefix) not in SHIMS:
+            continue
+        if not name.endswith(("._C", "._cutlass", "__main__")):
+            importlib.import_module(name)
 for name in ling_kernels.__all__:
     getattr(ling_kernels, name)
 """
