@@ -178,7 +178,6 @@ def test_gpus(monkeypatch, checkpoint, capsys):
     assert "--replicas is 0" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_processes(checkpoint):
     """One of two is killed within a stream: the stream says so, later requests are answered, and it comes back."""
     with command(checkpoint, "--replicas", "2", "--device", "cpu", "--name", "speller") as (process, port):
