@@ -8,7 +8,8 @@ is the one data flow, for bf16 and FP8 experts, on one device (`Local`) or with 
 import torch
 from torch import Tensor, nn
 
-from ..op import expect
+from ..op import expect, few_calls_on_cpu
+from ..ops.moe_cpu import moe_cpu
 from ..ops.moe_decode import ROWS, moe_decode
 from .beside import beside
 from .exchange import Exchange, Local
@@ -55,18 +56,22 @@ class MoE(nn.Module):
         return y, z
 
     def decode(self, x: Tensor, residual: Tensor, norm: RMSNorm) -> Tensor | None:
-        """x, residual [T, H] -> s + forward(norm(s)), s = x + residual, by the op `moe_decode`.
+        """x, residual [T, H] -> s + forward(norm(s)), s = x + residual, by the op `moe_decode` or on a CPU `moe_cpu`.
 
-        None if `moe_decode` cannot run: more than 8 rows, gradients, an exchange that is not local, or modules replaced
-        by subclasses or adapters. In FP8 too the routing weights are applied after down.
+        None if they cannot run: more than 8 rows (not on a CPU), gradients, an exchange that is not local, or modules
+        replaced by subclasses or adapters. In FP8 too the routing weights are applied after down.
         """
-        if torch.is_grad_enabled() or not 0 < len(x) <= ROWS or not self.exchange.local or x.dtype != residual.dtype:
+        if torch.is_grad_enabled() or not self.exchange.local or x.dtype != residual.dtype or x.shape[0] == 0:
             return None
         parts = [self.experts] if self.shared_experts is None else [self.experts, self.shared_experts]
         weights = [m.decode_weights() if isinstance(m, Experts | MLP) else None for m in parts]
         if None in weights:
             return None
-        return moe_decode(
-            x, self.router.weight, self.router.expert_bias, *weights[0], weights[1] if len(weights) > 1 else None,
-            **self.router.limits, residual=residual, norm=norm.weight, eps=norm.eps,
-        )  # fmt: skip
+        router, shared = self.router, weights[1] if len(weights) > 1 else None
+        args = router.weight, router.expert_bias, *weights[0], shared
+        if few_calls_on_cpu(x, router.weight, *weights[0], *(shared or ())):
+            h, s = norm(x, residual)
+            return s + moe_cpu(h, *args, **router.limits)
+        if x.shape[0] > ROWS:
+            return None
+        return moe_decode(x, *args, **router.limits, residual=residual, norm=norm.weight, eps=norm.eps)

@@ -93,7 +93,7 @@ def route_ref(logits, bias, mask=None, num_groups=1, group_topk=1, topk=8, scale
     if mask is not None:
         w = w.masked_fill(experts < 0, 0)
         slots = slots.long() % (E + 1)  # -1 % (E + 1) is E
-    weights = w * scale if experts.shape[1] == 1 else w / (w.sum(-1, keepdim=True) + 1e-20) * scale
+    weights = weights_of(w, scale)
     counts = torch.zeros(E + 1, dtype=torch.int32, device=logits.device)
     counts = counts.index_add(0, slots, torch.ones_like(slots, dtype=torch.int32))[:E]
     out = weights, experts.int(), counts
@@ -103,6 +103,11 @@ def route_ref(logits, bias, mask=None, num_groups=1, group_topk=1, topk=8, scale
 def scores(logits: Tensor) -> Tensor:
     """The score function, which is defined in three places: here, in route_kernels.py, and in csrc/moe/route.cuh."""
     return logits.sigmoid()
+
+
+def weights_of(s: Tensor, scale: float) -> Tensor:
+    """s [T, topk], the scores of the chosen experts -> their weights."""
+    return s * scale if s.shape[1] == 1 else s / (s.sum(-1, keepdim=True) + 1e-20) * scale
 
 
 @torch.no_grad()
