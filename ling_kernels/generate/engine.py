@@ -97,7 +97,7 @@ class Engine(Passes):
             raise InputError(f"too little memory for a KV cache of {page_size} tokens, {bytes_per_page} bytes")
         self.pages = PagePool(pages, page_size)
         caches = empty_caches(self.config, layers, pages, page_size, dtype, self.device)
-        self.forward = Forward(model, caches, page_size, max_running, draft, record_routing)
+        self.forward = self.make_forward(model, caches, page_size, max_running, draft, record_routing)
         self.draft, self.drafted, self.accepted = draft, 0, 0
         self.scheduler = Scheduler(self.pages, max_running, max_rows, max_waiting, draft)
         self.overlap = self.device.type == "cuda"  # on a CPU a pass is complete when it has been launched
@@ -107,6 +107,9 @@ class Engine(Passes):
         self.closed = False
         self.policy_version = 0  # see `new_weights`
         self.lock = threading.Lock()  # no RLock: garbage collection during a step may cancel a stream, see `cancel`
+
+    def make_forward(self, *arguments) -> Forward:
+        return Forward(*arguments)
 
     def submit(
         self,
