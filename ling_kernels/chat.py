@@ -14,7 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError, Parser, command
+from .commands import Parser, command
+from .errors import InputError
 from .files import atomic_write, user_path
 from .generate import Engine, Sampling, stream_text
 from .generate.cli import (

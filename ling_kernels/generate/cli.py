@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from ..backend import why_not_forced
-from ..errors import InputError, Parser, command
+from ..commands import Parser, command
+from ..errors import InputError
 from ..files import read_json, user_path
 from ..model import LingConfig, load_model, resolve_model
 from ..model.config_json import is_integer

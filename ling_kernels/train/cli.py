@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from ..errors import Diverged, InputError, OtherRank, command, counted, one_line
+from ..commands import command
+from ..errors import Diverged, InputError, OtherRank, counted, one_line
 from ..files import user_path
 from ..parallel.adapters import write_adapter
 from ..parallel.ranks import Ranks, is_lost_rank, rank_of_torchrun, start, stop

@@ -22,7 +22,8 @@ try:
 except ImportError as error:
     raise SystemExit(f"error: {error}: pip install '.[server]'") from None
 
-from ...errors import InputError, Parser, command
+from ...commands import Parser, command
+from ...errors import InputError
 from ...files import read_json, user_path
 from ...model import load_model
 from ...model.sample import Sampling
