@@ -134,9 +134,9 @@ def feed_forward(module, x: Tensor, plan: Plan | None = None, weights: Tensor | 
         h = FrozenProduct.apply(rows, None, False, offsets, *fields[:FIELDS], *options)
         h = h + module.gate_up_adapter(rows, offsets)
         y = FrozenProduct.apply(h, p, True, offsets, *fields[FIELDS:], *options)
-        y = y + module.down_adapter(swiglu(h, p), offsets)
+        y = y + module.down_adapter(swiglu(h, p, plan=plan), offsets)
     else:
-        a = swiglu(base_product(rows, gate_up, offsets) + module.gate_up_adapter(rows, offsets), p)
+        a = swiglu(base_product(rows, gate_up, offsets) + module.gate_up_adapter(rows, offsets), p, plan=plan)
         y = base_product(a, down, offsets) + module.down_adapter(a, offsets)
     return y if plan is None else unpermute(y, plan, None if fold else weights)
 
