@@ -12,10 +12,12 @@ from ling_kernels.backend import force
 from ling_kernels.errors import InputError
 from ling_kernels.model import Ling
 from ling_kernels.parallel import collectives
+from ling_kernels.parallel.deep_ep import plan_of_slabs
 from ling_kernels.parallel.exchange import shard_experts_
 from ling_kernels.parallel.fake_group import fake_processes
 from ling_kernels.parallel.low_latency import low_latency
-from tests.ranks import run
+from tests.cases import DEVICE, runs
+from tests.ranks import group_of_one, run
 from tests.test_expert_parallel import TOPK, E, H, layer, recorded_bytes
 from tests.training import tiniest
 
@@ -160,3 +162,23 @@ def test_the_host_reads_nothing(fp8, sums):
             assert y.shape == x.shape and y.dtype == x.dtype
             with pytest.raises(DataDependentOutputException):
                 uneven(x)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the group is of gloo")
+@pytest.mark.parametrize("backend, fp8", [c for c in (("triton", True), ("cuda", False), ("cuda", True)) if runs(c[0])])
+@torch.no_grad()
+def test_kernels_compute_the_rows_that_came(backend, fp8, tmp_path):
+    """Of buffers whose other rows are NaN: those of the exchange, and slabs of a fixed number of rows for each expert,
+    as masked grouped GEMMs take them."""
+    moe = layer(fp8, fp8, torch.bfloat16)
+    fixed, x = copy.deepcopy(moe), torch.randn(3, H).bfloat16()
+    slabs, counts = torch.full((E, 5, H), torch.nan).bfloat16(), torch.tensor([0, 5, 1, 0, 0, 2, 0, 3]).int()
+    used = torch.arange(5) < counts[:, None]
+    slabs[used] = torch.randn(int(counts.sum()), H).bfloat16()
+    want = moe(x)[0], moe.experts(slabs.flatten(0, 1), plan_of_slabs(counts, 5), None)
+    with group_of_one(tmp_path) as group, force(backend):
+        shard_experts_(fixed, group, low_latency(group, MOST))
+        got = fixed(x)[0], fixed.experts(slabs.flatten(0, 1), plan_of_slabs(counts, 5), None)
+    assert (got[1].abs().sum(1) > 0).equal(used.flatten())
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=0.02, atol=0.02 * w.abs().max().item())

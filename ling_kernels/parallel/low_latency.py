@@ -41,6 +41,14 @@ def low_latency(
     return lambda moe: LowLatency(moe, group, max_tokens, fp8, sums)
 
 
+def expect_decode_pass(x: Tensor, max_tokens: int) -> None:
+    """Raise InputError for more rows of x than max_tokens, and where gradients are enabled."""
+    if torch.is_grad_enabled():
+        raise InputError("the low-latency exchange has no gradients: call the model under torch.no_grad()")
+    if len(x) > max_tokens:
+        raise InputError(f"{len(x)} tokens in a pass, for which the low-latency exchange has {max_tokens} rows")
+
+
 class ReceivedPlan(Plan):
     """The plan of the rows that were received. The attributes are of the tokens here: what `combine` needs."""
 
@@ -69,12 +77,7 @@ class LowLatency:
         """Rows [ep M, H] with topk choices each or, without `sums`, [ep M topk, H] with one; choices of experts
         elsewhere and of rows that hold no token are not routed. Raises InputError for more than max_tokens tokens,
         and where gradients are enabled."""
-        if torch.is_grad_enabled():
-            raise InputError("the low-latency exchange has no gradients: call the model under torch.no_grad()")
-        if len(x) > self.max_tokens:
-            raise InputError(
-                f"{len(x)} tokens in a pass, for which the low-latency exchange has {self.max_tokens} rows"
-            )
+        expect_decode_pass(x, self.max_tokens)
         folded, number = self.moe.experts.fold_weights, len(counts) // self.ep
         rows, theirs, chosen = self.gathered(x, weights, experts)
         here = chosen - self.rank * number
