@@ -24,7 +24,7 @@ class DecodeCells(NamedTuple):
     sin: Tensor  # as cos
     slots: Tensor  # [T] int64: the cell of each row's key and value
     pages: Tensor  # [B C] int64
-    hidden: Tensor  # [B, 1, n G or 1, C page_size] fp32: 0 for the keys that a query sees, otherwise -inf
+    hidden: Tensor  # [B, 1, n G or 1, longest] fp32: 0 for the keys that a query sees, otherwise -inf
 
 
 def decode_cells(
@@ -33,16 +33,18 @@ def decode_cells(
     """cos and sin [P, R/2], block_table [B, max_blocks] int32, lengths [B] int32 with the n new tokens; group: query
     heads of a KV head. Every length is from n to what the table holds."""
     table, ends = block_table.numpy(), lengths.numpy()[:, None]  # for few numbers, in less time than torch
-    columns = np.arange(-(-int(ends.max()) // page_size))
-    pages = np.where(columns * page_size < ends, table[:, : len(columns)], table[:, :1])
+    longest = int(ends.max())
+    first_keys = np.arange(0, longest, page_size)  # of each column
+    pages = np.where(first_keys < ends, table[:, : len(first_keys)], table[:, :1]).astype(np.int64)
     positions = ends + np.arange(-n, 0)  # [B, n]
-    slots = np.take_along_axis(pages, positions // page_size, 1).astype(np.int64) * page_size + positions % page_size
-    seen = np.arange(len(columns) * page_size) <= positions[..., None]  # [B, n, keys]
-    hidden = np.where(seen if n == 1 else seen.repeat(group, 1), np.float32(0), np.float32(-np.inf))
+    slots = pages[np.arange(len(table))[:, None], positions // page_size] * page_size + positions % page_size
+    unseen = np.arange(longest) > positions[..., None]  # [B, n, keys]
+    hidden = np.zeros(unseen.shape, np.float32)
+    hidden[unseen] = -np.inf
     rows = torch.from_numpy(positions.ravel())
     return DecodeCells(
         cos.index_select(0, rows)[:, None], sin.index_select(0, rows)[:, None], torch.from_numpy(slots.ravel()),
-        torch.from_numpy(pages.ravel()), torch.from_numpy(hidden)[:, None],
+        torch.from_numpy(pages.ravel()), torch.from_numpy(hidden if n == 1 else hidden.repeat(group, 1))[:, None],
     )  # fmt: skip
 
 
@@ -53,12 +55,14 @@ def decode_on_cpu(
     (B, n, _, D), Hkv = qkv.shape, cache.k.shape[2]
     q, k, v = norm_and_rotate(qkv.flatten(0, 1), q_weight, k_weight, cells.cos, cells.sin, Hkv, eps)
     write(cache, k, v, cells.slots)
+    longest = cells.hidden.shape[-1]
     keys, values = (
-        x.flatten(1).index_select(0, cells.pages).view(B, -1, Hkv, D).transpose(1, 2) for x in (cache.k, cache.v)
+        x.flatten(1).index_select(0, cells.pages).view(B, -1, Hkv, D)[:, :longest].transpose(1, 2)
+        for x in (cache.k, cache.v)
     )
-    q = q.unflatten(0, (B, n)).unflatten(2, (Hkv, -1)).transpose(1, 2).flatten(2, 3)  # [B, Hkv, n G, D]
-    out = scaled_dot_product_attention(q, keys, values, attn_mask=cells.hidden)
-    return out.unflatten(2, (n, -1)).transpose(1, 2).reshape(B * n, -1)
+    q = q.reshape(B, n, Hkv, -1, D).transpose(1, 2)  # heads that share keys are rows of one product
+    out = scaled_dot_product_attention(q.flatten(2, 3), keys, values, attn_mask=cells.hidden)
+    return out.view(q.shape).transpose(1, 2).reshape(B * n, -1)
 
 
 def clear_pages(caches: Iterable[KVCache], pages: Sequence[int]) -> None:

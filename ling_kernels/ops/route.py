@@ -115,11 +115,12 @@ def best_experts(s: Tensor, bias: Tensor, num_groups: int, group_topk: int, topk
     """s [T, E] scores -> experts [T, topk], the best first: of the group_topk groups whose two best sum highest."""
     T, E = s.shape
     b = (s + bias).nan_to_num(nan=-1e30)  # a NaN loses against every number
-    groups = b.view(T, num_groups, E // num_groups)
-    group_score = groups.topk(min(2, E // num_groups)).values.sum(-1)
-    losers = lowest_first(group_score, num_groups)[:, group_topk:]
-    drop = torch.zeros_like(group_score, dtype=torch.bool).scatter_(1, losers, True)
-    return lowest_first(groups.masked_fill(drop[..., None], -torch.inf).flatten(1), topk)
+    if group_topk < num_groups:
+        groups = b.view(T, num_groups, E // num_groups)
+        group_score = groups.topk(min(2, E // num_groups)).values.sum(-1)
+        losers = lowest_first(group_score, num_groups)[:, group_topk:, None]
+        groups.scatter_(1, losers.expand(-1, -1, E // num_groups), -torch.inf)
+    return lowest_first(b, topk)
 
 
 def mean_square_lse(logits: Tensor, routed: Tensor, coefficient: float) -> Tensor:
