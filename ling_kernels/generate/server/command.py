@@ -25,9 +25,11 @@ except ImportError as error:
 from ...commands import Parser, command
 from ...errors import InputError
 from ...files import read_json, user_path
-from ...model import load_model
+from ...model import LingConfig, load_model
 from ...model.sample import Sampling
+from ...parallel.adapters import adapted_weights, check_base
 from ...tokenizer import Tokenizer
+from ..adapters import AdapterFolder
 from ..cli import add_model_flags, find_tokenizer, load_options, resolve_checkpoint, stop_token_ids
 from ..engine import Engine
 
@@ -39,6 +41,13 @@ def arguments() -> Parser:
     add_model_flags(parser)
     add = parser.add_argument
     add("--name", help="model name for clients (default: the folder's name)")
+    add(
+        "--adapter",
+        metavar="NAME=FOLDER",
+        action="append",
+        default=[],
+        help="an adapter (LoRA) in peft's format, which clients ask for as the model NAME; repeatable",
+    )
     add("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     add("--port", type=int, default=8000, help="default: 8000; 0 takes a free one")
     add(
@@ -176,7 +185,24 @@ def bind(host: str, port: int, path: str | None = None) -> socket.socket:
     return listener
 
 
-def start(args: argparse.Namespace, folder: Path) -> Engine:
+def read_adapters(flags: list[str], name: str, config: LingConfig, folder: Path) -> dict[str, Path]:
+    """The folders of --adapter by name. Raises InputError for those that are not for the model, before it is loaded."""
+    folders: dict[str, Path] = {}
+    for flag in flags:
+        adapter, _, path = flag.partition("=")
+        if not (adapter and path):
+            raise InputError(f"--adapter {flag} is not NAME=FOLDER")
+        if adapter in (name, *folders):
+            raise InputError(f"--adapter {flag}: there is another model {adapter!r}")
+        folders[adapter] = user_path(path, "--adapter")
+    weights = adapted_weights(config) if folders else {}
+    for path in folders.values():
+        AdapterFolder(path, weights)
+        check_base(path, folder)
+    return folders
+
+
+def start(args: argparse.Namespace, folder: Path, adapters: dict[str, Path] | None = None) -> Engine:
     """Load the model and warm up its engine."""
     engine = Engine(
         load_model(folder, **load_options(args)),
@@ -186,6 +212,7 @@ def start(args: argparse.Namespace, folder: Path) -> Engine:
         max_rows=max(2048, args.max_running * (1 + args.draft)),
         max_waiting=args.max_waiting,
         draft=args.draft,
+        adapters=adapters,
     )
     engine.warm_up()
     return engine
@@ -226,20 +253,21 @@ def main(argv: list[str] | None = None) -> int:
     keys = read_keys(args)
     config, folder = resolve_checkpoint(args.model)
     name = args.name or folder.resolve().name
+    adapters = read_adapters(args.adapter, name, config, folder)
     tokenizer: Tokenizer = find_tokenizer(args.tokenizer, folder, config)
     limits = dict(keys=keys, max_body=args.max_body, limit_concurrency=args.limit_concurrency)
     options = load_options(args)  # refuses a device that is not there
     if args.replicas > 1 and args.socket is None:
         return route(args, argv, name, dict(access_log=args.access_log, **limits), options["device"] == "cuda")
     service = Service(
-        None, tokenizer, name, frozenset(stop_token_ids(config, tokenizer, folder)),
+        None, tokenizer, name, frozenset(stop_token_ids(config, tokenizer, folder)), adapters=tuple(adapters),
         max_tokens=args.max_tokens, timeout=args.timeout, stuck_after=args.stuck_after,
         sampling_defaults=sampling_defaults(folder), origins=tuple(args.allow_origin),
         access_log=args.access_log and args.socket is None, **limits,
     )  # fmt: skip
     with bind(args.host, args.port, args.socket) as listener:
         url = listen(listener, args)
-        loading = Loading(lambda: start(args, folder), service, url)
+        loading = Loading(lambda: start(args, folder, adapters), service, url)
         if args.socket is None:
             about = f"loading {size(folder)} from {folder}; {url.removesuffix('/v1')}/health says when it is ready"
             print(about, file=sys.stderr, flush=True)
