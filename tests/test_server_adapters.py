@@ -73,16 +73,17 @@ def test_flags(adapted, checkpoint, capsys, tmp_path):
     folder = adapted[2]["pirate"]
     own = shutil.copytree(folder, tmp_path / "own")
     (own / BASE).write_text(json.dumps(fingerprints(Path(checkpoint)) | {"model.safetensors": [1, 2]}))
+    flag = "--adapter"
     for flags, message in (
-        (["pirate"], "--adapter pirate is not NAME=FOLDER"),
-        (["=x"], "--adapter =x is not NAME=FOLDER"),
-        ([f"a={folder}", f"a={folder}"], "there is another model 'a'"),
-        ([f"speller={folder}"], "there is another model 'speller'"),
-        ([f"a={tmp_path}/missing"], "is no folder"),
-        ([f"a={tmp_path}"], "adapter_config.json"),
-        ([f"a={own}"], f"the adapter {own} is for other weights than those in {checkpoint}"),
+        ([flag, "pirate"], "--adapter pirate is not NAME=FOLDER"),
+        ([flag, "=x"], "--adapter =x is not NAME=FOLDER"),
+        ([flag, f"a={folder}", flag, f"a={folder}"], "there is another model 'a'"),
+        ([flag, f"speller={folder}"], "there is another model 'speller'"),
+        ([flag, f"a={tmp_path}/missing"], "is no folder"),
+        ([flag, f"a={tmp_path}"], "adapter_config.json"),
+        ([flag, f"a={folder}", "--tp", "2"], "--adapter is for a model on one GPU: leave out --tp"),
+        ([flag, f"a={own}"], f"the adapter {own} is for other weights than those in {checkpoint}"),
     ):
-        args = [part for flag in flags for part in ("--adapter", flag)]
-        assert main(["--model", checkpoint, "--port", "0", *args]) == 2
+        assert main(["--model", checkpoint, "--port", "0", *flags]) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1

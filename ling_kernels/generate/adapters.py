@@ -12,11 +12,11 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..files import read_json, user_path
-from ..model import Ling
+from ..model import Ling, LingConfig
 from ..model.weight_files import WeightReader
 from ..nn.adapter_bank import AdapterRows, with_banks
 from ..nn.lora import adapted
-from ..parallel.adapters import PREFIX, adapted_weights, key_of
+from ..parallel.adapters import PREFIX, adapted_weights, check_base, key_of
 from ..parallel.checkpoints import ADAPTER
 from ..parallel.official import Official, Parameter
 
@@ -159,6 +159,24 @@ class Adapters:
         if not isinstance(name, str) or name not in self.named:
             raise InputError(f"there is no adapter {name!r}; there are {', '.join(map(repr, self.named))}")
         return self.named[name]
+
+
+def read_flags(flags: Iterable[str], model: str, config: LingConfig, folder: Path) -> dict[str, Path]:
+    """The folders of flags NAME=FOLDER by name, beside the model of this name and folder. Raises InputError for those
+    that do not fit it, before it is loaded."""
+    folders: dict[str, Path] = {}
+    for flag in flags:
+        name, _, path = flag.partition("=")
+        if not (name and path):
+            raise InputError(f"--adapter {flag} is not NAME=FOLDER")
+        if name in (model, *folders):
+            raise InputError(f"--adapter {flag}: there is another model {name!r}")
+        folders[name] = user_path(path, "--adapter")
+    weights = adapted_weights(config) if folders else {}
+    for path in folders.values():
+        AdapterFolder(path, weights)
+        check_base(path, folder)
+    return folders
 
 
 def stacked(

@@ -102,7 +102,7 @@ class Engine(Passes):
             raise InputError(f"too little memory for a KV cache of {page_size} tokens, {bytes_per_page} bytes")
         self.pages = PagePool(pages, page_size)
         caches = empty_caches(self.config, layers, pages, page_size, dtype, self.device)
-        self.forward = Forward(model, caches, page_size, max_running, draft, record_routing, self.adapters)
+        self.forward = self.make_forward(model, caches, page_size, max_running, draft, record_routing, self.adapters)
         self.draft, self.drafted, self.accepted = draft, 0, 0
         self.scheduler = Scheduler(self.pages, max_running, max_rows, max_waiting, draft)
         self.overlap = self.device.type == "cuda"  # on a CPU a pass is complete when it has been launched
@@ -113,6 +113,9 @@ class Engine(Passes):
         self.policy_version = 0  # see `new_weights`
         self.lock = threading.Lock()  # no RLock: garbage collection during a step may cancel a stream, see `cancel`
 
+    def make_forward(self, *arguments) -> Forward:
+        return Forward(*arguments)
+
     def submit(
         self,
         prompt: Sequence[int],
@@ -122,6 +125,7 @@ class Engine(Passes):
         timeout: float | None = None,
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
+        prompt_logprobs_start: int = 1,
         min_new_tokens: int = 0,
         grammar: Grammar | None = None,
         keep_stop: bool = False,
@@ -135,21 +139,22 @@ class Engine(Passes):
         default the configuration's eos_token_id; before min_new_tokens there are none. timeout: seconds from now,
         after which the request finishes with the tokens it has. logprobs: 0 to 20, the number of likeliest tokens that
         the request's `logprobs` name beside each new token's; prompt_logprobs likewise, for its `prompt_logprobs` of
-        the prompt's tokens after the first, none of which then comes from the prefix cache. They are the model's
-        log-probabilities, before temperature, truncation, penalties and masks. grammar: the only texts that may come,
-        see grammar.py; the request ends where nothing can follow. keep_stop: the stop token is the last of the
-        new tokens, instead of being left out. client: whoever has the fewest running requests is next; among a
-        client's requests the smallest priority. adapter: one of the engine's, by its name; None: the model alone.
-        Raises InputError for a prompt that is empty, too long or has ids outside the vocabulary and for a name without
-        adapter, and Busy if the queue is full.
+        the prompt's tokens from prompt_logprobs_start on: the prefix cache can give the rows of tokens before the one
+        before that, so that many continuations of a context cost it once. They are the model's log-probabilities,
+        before temperature, truncation, penalties and masks. grammar: the only texts that may come, see grammar.py; the
+        request ends where nothing can follow. keep_stop: the stop token is the last of the new tokens, instead of being
+        left out. client: whoever has the fewest running requests is next; among a client's requests the smallest
+        priority. adapter: one of the engine's, by its name; None: the model alone. Raises InputError for a prompt that
+        is empty, too long or has ids outside the vocabulary and for a name without adapter, and Busy if the queue is
+        full.
         """
         if self.closed:
             raise InputError("the engine is closed")
         request = new_request(
             self.config, self.draft, prompt, sampling, max_new_tokens, stop_token_ids, timeout,
-            num_logprobs=logprobs, num_prompt_logprobs=prompt_logprobs, min_new_tokens=min_new_tokens,
-            keep_stop=keep_stop, policy_version=self.policy_version, client=client, priority=priority,
-            adapter=self.adapter(adapter),
+            num_logprobs=logprobs, num_prompt_logprobs=prompt_logprobs, prompt_logprobs_start=prompt_logprobs_start,
+            min_new_tokens=min_new_tokens, keep_stop=keep_stop, policy_version=self.policy_version, client=client,
+            priority=priority, adapter=self.adapter(adapter),
         )  # fmt: skip
         add_guide(request, grammar, self.config.vocab_size, 1 + self.draft, self.device.type == "cuda")
         self.scheduler.submit(request)

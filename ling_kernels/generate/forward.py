@@ -292,7 +292,8 @@ class Forward:
         first = 0
         for request, start, rows in chunks:
             wanted = min(rows, len(request.prompt) - 1 - start)  # a preempted request prefills its new tokens too
-            for i in range(0, wanted if request.needs_prompt_rows else 0, SCORED_ROWS):
+            unwanted = max(0, request.prompt_logprobs_start - 1 - start)
+            for i in range(unwanted, wanted if request.needs_prompt_rows else 0, SCORED_ROWS):
                 part = slice(first + i, first + min(i + SCORED_ROWS, wanted))
                 logits = self.model.logits(h[part], norm=self.mtp_cache is None)
                 yield PromptRows(request, start + i, score(logits, next_tokens[part]))

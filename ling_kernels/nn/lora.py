@@ -134,9 +134,9 @@ def feed_forward(module, x: Tensor, plan: Plan | None = None, weights: Tensor | 
         h = FrozenProduct.apply(rows, None, False, offsets, *fields[:FIELDS], *options)
         h = h + module.gate_up_adapter(rows, plan)
         y = FrozenProduct.apply(h, p, True, offsets, *fields[FIELDS:], *options)
-        y = y + module.down_adapter(swiglu(h, p), plan)
+        y = y + module.down_adapter(swiglu(h, p, plan=plan), plan)
     else:
-        a = swiglu(base_product(rows, gate_up, offsets) + module.gate_up_adapter(rows, plan), p)
+        a = swiglu(base_product(rows, gate_up, offsets) + module.gate_up_adapter(rows, plan), p, plan=plan)
         y = base_product(a, down, offsets) + module.down_adapter(a, plan)
     return y if plan is None else unpermute(y, plan, None if fold else weights)
 

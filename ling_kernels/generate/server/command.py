@@ -25,12 +25,10 @@ except ImportError as error:
 from ...commands import Parser, command
 from ...errors import InputError
 from ...files import read_json, user_path
-from ...model import LingConfig, load_model
 from ...model.sample import Sampling
-from ...parallel.adapters import adapted_weights, check_base
 from ...tokenizer import Tokenizer
-from ..adapters import AdapterFolder
-from ..cli import add_model_flags, find_tokenizer, load_options, resolve_checkpoint, stop_token_ids
+from ..adapters import read_flags
+from ..cli import add_model_flags, find_tokenizer, load_options, make_engine, resolve_checkpoint, stop_token_ids
 from ..engine import Engine
 
 KEY_VARIABLE = "LING_API_KEY"
@@ -100,7 +98,7 @@ def arguments() -> Parser:
         "--cache", choices=("auto", "fp8"), default="auto", help="type of keys and values: the model's (default) or FP8"
     )
     add("--cache-tokens", type=int, metavar="N", help="capacity of the KV cache (default: the free memory)")
-    add("--replicas", type=int, default=1, metavar="N", help="processes with the model, each on a GPU of its own")
+    add("--replicas", type=int, default=1, metavar="N", help="engines, each on GPUs of its own (default: 1)")
     add("--socket", metavar="PATH", help=argparse.SUPPRESS)  # of a replica
     return parser
 
@@ -115,6 +113,7 @@ def check(args: argparse.Namespace) -> None:
         "cache_tokens",
         "limit_concurrency",
         "replicas",
+        "tp",
     ):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -123,6 +122,8 @@ def check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not value > 0:
             raise InputError(f"--{name.replace('_', '-')} is {value}; it must be above 0")
+    if args.adapter and args.tp > 1:
+        raise InputError("--adapter is for a model on one GPU: leave out --tp")
     if (args.tls_cert is None) != (args.tls_key is None):
         raise InputError("--tls-cert and --tls-key need each other")
     for name in ("tls_cert", "tls_key"):
@@ -185,27 +186,11 @@ def bind(host: str, port: int, path: str | None = None) -> socket.socket:
     return listener
 
 
-def read_adapters(flags: list[str], name: str, config: LingConfig, folder: Path) -> dict[str, Path]:
-    """The folders of --adapter by name. Raises InputError for those that are not for the model, before it is loaded."""
-    folders: dict[str, Path] = {}
-    for flag in flags:
-        adapter, _, path = flag.partition("=")
-        if not (adapter and path):
-            raise InputError(f"--adapter {flag} is not NAME=FOLDER")
-        if adapter in (name, *folders):
-            raise InputError(f"--adapter {flag}: there is another model {adapter!r}")
-        folders[adapter] = user_path(path, "--adapter")
-    weights = adapted_weights(config) if folders else {}
-    for path in folders.values():
-        AdapterFolder(path, weights)
-        check_base(path, folder)
-    return folders
-
-
 def start(args: argparse.Namespace, folder: Path, adapters: dict[str, Path] | None = None) -> Engine:
     """Load the model and warm up its engine."""
-    engine = Engine(
-        load_model(folder, **load_options(args)),
+    engine = make_engine(
+        folder,
+        args,
         cache_tokens=args.cache_tokens,
         cache_dtype=torch.float8_e4m3fn if args.cache == "fp8" else None,
         max_running=args.max_running,
@@ -253,7 +238,7 @@ def main(argv: list[str] | None = None) -> int:
     keys = read_keys(args)
     config, folder = resolve_checkpoint(args.model)
     name = args.name or folder.resolve().name
-    adapters = read_adapters(args.adapter, name, config, folder)
+    adapters = read_flags(args.adapter, name, config, folder)
     tokenizer: Tokenizer = find_tokenizer(args.tokenizer, folder, config)
     limits = dict(keys=keys, max_body=args.max_body, limit_concurrency=args.limit_concurrency)
     options = load_options(args)  # refuses a device that is not there
@@ -284,7 +269,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def route(args: argparse.Namespace, argv: list[str], name: str, limits: dict, on_gpu: bool) -> int:
     """Run --replicas processes of this command behind a router."""
-    gpus = visible_gpus(args.replicas, torch.cuda.device_count()) if on_gpu else None
+    gpus = visible_gpus(args.replicas, torch.cuda.device_count(), args.tp) if on_gpu else None
     command = [sys.executable, "-m", "ling_kernels.generate.server", *argv]
     with bind(args.host, args.port) as listener:
         url = listen(listener, args)
