@@ -24,8 +24,9 @@ CONFIG = "adapter_config.json"
 ALIGNED = 8  # ranks are padded to a multiple of it: rows of 16 bytes, which grouped products need
 # Fields of adapter_config.json that change what an adapter computes, with the values of those that are supported.
 PLAIN = dict(
-    peft_type="LORA", bias="none", use_dora=False, fan_in_fan_out=False, lora_bias=False, modules_to_save=None,
-    alpha_pattern=None, layer_replication=None, alora_invocation_tokens=None,
+    peft_type="LORA", bias="none", fan_in_fan_out=False, lora_bias=False, modules_to_save=None, alpha_pattern=None,
+    layer_replication=None, trainable_token_indices=None, use_dora=False, use_qalora=False, use_bdlora=None,
+    alora_invocation_tokens=None, arrow_config=None, kasa_config=None, monteclora_config=None,
 )  # fmt: skip
 
 
