@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from ..backend import why_not_forced
-from ..errors import InputError, Parser, command
+from ..commands import Parser, command
+from ..errors import InputError
 from ..files import read_json, user_path
 from ..model import LingConfig, load_model, resolve_model
 from ..model.config_json import is_integer
@@ -74,8 +75,7 @@ def run(args: argparse.Namespace) -> None:
     positions = max_sequence_tokens(config.max_positions, args.draft)
     new = max_new_tokens(args.max_new_tokens, len(ids), positions)
     stop = () if args.ignore_eos else stop_token_ids(config, tokenizer, folder)
-    model = load_model(folder, **load_options(args))
-    engine = Engine(model, cache_tokens=len(ids) + new, max_running=1, draft=args.draft)
+    engine = make_engine(folder, args, cache_tokens=len(ids) + new, max_running=1, draft=args.draft)
     tokens = engine.stream(ids, sampling=sampling, max_new_tokens=new, stop_token_ids=stop)
 
     if args.echo:
@@ -197,6 +197,18 @@ def add_model_flags(parser: Parser) -> None:
     add("--precision", choices=("auto", "fp32", "bf16", "fp8"), default="auto",
         help="auto: bf16 on a GPU, fp32 on a CPU; fp8: bf16 with FP8 weights in the layers")  # fmt: skip
     add("--fp8-head", action="store_true", help="with --precision fp8: FP8 weights in lm_head too")
+    add("--tp", type=int, default=1, metavar="N", help="divide the model over N GPUs of this machine (default: 1)")
+
+
+def make_engine(folder: Path, args: argparse.Namespace, **options) -> Engine:
+    """An engine over the model that the flags describe; options: Engine's."""
+    if args.tp < 1:
+        raise InputError(f"--tp is {args.tp}; it must be at least 1")
+    if args.tp == 1:
+        return Engine(load_model(folder, **load_options(args)), **options)
+    from .divided import DividedEngine  # it takes torch.distributed
+
+    return DividedEngine(folder, args.tp, load_options(args), **options)
 
 
 def load_options(args: argparse.Namespace) -> dict:

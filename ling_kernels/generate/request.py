@@ -11,6 +11,7 @@ from torch import Tensor
 from ..errors import InputError, integer
 from ..model.config import LingConfig
 from ..model.sample import Sampling
+from .adapters import Adapter
 from .grammar import Grammar, Guide
 from .logprobs import MOST, TokenLogprob
 
@@ -43,6 +44,7 @@ class Request:
     policy_version: int = 0  # of the weights that it is computed with, see Engine.new_weights
     client: str = ""  # who shares the engine fairly with others
     priority: int = 0  # the smallest of a client's waiting requests is next
+    adapter: Adapter | None = None  # over the model's weights
 
     tokens: list[int] = field(default_factory=list)  # prompt, and the new tokens that the host has
     computed: int = 0  # tokens with keys and values in the cache
@@ -79,6 +81,11 @@ class Request:
         held_off = sorted(self.stop_token_ids) if self.min_new_tokens else []
         inf = float("inf")
         return [*((t, b, inf) for t, b in self.sampling.logit_bias), *((t, -inf, until) for t in held_off)]
+
+    @property
+    def prefix_seed(self) -> bytes:
+        """Of the hashes of its pages, which another adapter's request must not share."""
+        return b"" if self.adapter is None else self.adapter.seed
 
     @property
     def needs_prompt_rows(self) -> bool:

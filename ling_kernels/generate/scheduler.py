@@ -201,7 +201,8 @@ class Scheduler:
         """Bring page_hashes up to date with tokens."""
         size, hashes = self.pages.size, request.page_hashes
         for i in range(len(hashes), len(request.tokens) // size):
-            hashes.append(hash_page(hashes[-1] if hashes else b"", request.tokens[i * size : (i + 1) * size]))
+            before = hashes[-1] if hashes else request.prefix_seed
+            hashes.append(hash_page(before, request.tokens[i * size : (i + 1) * size]))
 
     def finish(self, request: Request, reason: str, error: Exception | None = None) -> None:
         """End a request and release its pages; full pages stay in the prefix cache. No effect if it has ended."""

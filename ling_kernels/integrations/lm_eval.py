@@ -13,7 +13,8 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
-from ..errors import InputError, command, integer
+from ..commands import command
+from ..errors import InputError, integer
 from ..generate import Engine, Request, Sampling
 from ..generate.cli import find_tokenizer, load_options, resolve_checkpoint, stop_token_ids
 from ..generate.engine import raise_error

@@ -10,7 +10,8 @@ one.
 import math
 from collections.abc import Sequence
 
-from ..errors import InputError, Parser, command
+from ..commands import Parser, command
+from ..errors import InputError
 from ..generate.engine import SHARE
 from ..gpu import HOPPER
 from ..model import LingConfig, resolve_model

@@ -11,7 +11,8 @@ from dataclasses import replace
 
 from torch._subclasses import FakeTensorMode
 
-from ..errors import InputError, Parser, command
+from ..commands import Parser, command
+from ..errors import InputError
 from ..files import format_bytes
 from ..gpu import HOPPER
 from ..model import LingConfig

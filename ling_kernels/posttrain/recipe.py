@@ -20,7 +20,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from random import Random
 
-from ..errors import InputError, Parser, command
+from ..commands import Parser, command
+from ..errors import InputError
 from ..files import atomic_write, read_json, user_path
 from ..train.recipe import STATE, load_stages, stage_loss
 from ..train.report import read_lines

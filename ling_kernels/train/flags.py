@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection
 from dataclasses import Field, fields
 from typing import Any
 
-from ..errors import Parser
+from ..commands import Parser
 from .settings import PRESETS, Settings
 
 # The first setting of each group of the help.

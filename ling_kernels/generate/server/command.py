@@ -22,12 +22,12 @@ try:
 except ImportError as error:
     raise SystemExit(f"error: {error}: pip install '.[server]'") from None
 
-from ...errors import InputError, Parser, command
+from ...commands import Parser, command
+from ...errors import InputError
 from ...files import read_json, user_path
-from ...model import load_model
 from ...model.sample import Sampling
 from ...tokenizer import Tokenizer
-from ..cli import add_model_flags, find_tokenizer, load_options, resolve_checkpoint, stop_token_ids
+from ..cli import add_model_flags, find_tokenizer, load_options, make_engine, resolve_checkpoint, stop_token_ids
 from ..engine import Engine
 
 KEY_VARIABLE = "LING_API_KEY"
@@ -90,7 +90,7 @@ def arguments() -> Parser:
         "--cache", choices=("auto", "fp8"), default="auto", help="type of keys and values: the model's (default) or FP8"
     )
     add("--cache-tokens", type=int, metavar="N", help="capacity of the KV cache (default: the free memory)")
-    add("--replicas", type=int, default=1, metavar="N", help="processes with the model, each on a GPU of its own")
+    add("--replicas", type=int, default=1, metavar="N", help="engines, each on GPUs of its own (default: 1)")
     add("--socket", metavar="PATH", help=argparse.SUPPRESS)  # of a replica
     return parser
 
@@ -105,6 +105,7 @@ def check(args: argparse.Namespace) -> None:
         "cache_tokens",
         "limit_concurrency",
         "replicas",
+        "tp",
     ):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -177,8 +178,9 @@ def bind(host: str, port: int, path: str | None = None) -> socket.socket:
 
 def start(args: argparse.Namespace, folder: Path) -> Engine:
     """Load the model and warm up its engine."""
-    engine = Engine(
-        load_model(folder, **load_options(args)),
+    engine = make_engine(
+        folder,
+        args,
         cache_tokens=args.cache_tokens,
         cache_dtype=torch.float8_e4m3fn if args.cache == "fp8" else None,
         max_running=args.max_running,
@@ -255,7 +257,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def route(args: argparse.Namespace, argv: list[str], name: str, limits: dict, on_gpu: bool) -> int:
     """Run --replicas processes of this command behind a router."""
-    gpus = visible_gpus(args.replicas, torch.cuda.device_count()) if on_gpu else None
+    gpus = visible_gpus(args.replicas, torch.cuda.device_count(), args.tp) if on_gpu else None
     command = [sys.executable, "-m", "ling_kernels.generate.server", *argv]
     with bind(args.host, args.port) as listener:
         url = listen(listener, args)
