@@ -156,7 +156,8 @@ def structure(service: Service, body: Body, prompts: list[list[int]]) -> Grammar
     grammar = body.grammar(service.grammars)
     if isinstance(body, ChatCompletionRequest):
         opened = opens_thought(service.tokenizer, prompts[0])
-        if opened or body.chat_template_kwargs.enable_thinking:
+        thinking = body.chat_template_kwargs.enable_thinking
+        if opened or (body.free_text if thinking is None else thinking):
             return after_thought(service.grammars(), grammar, opened)
     return grammar
 
@@ -235,7 +236,7 @@ class ChatWriter:
         tokenizer = choice.service.tokenizer
         self.parts = TextParts(opens_thought(tokenizer, choice.request.prompt), body.parses_calls)
         self.logprobs = ChatLogprobs(tokenizer) if body.logprobs else None
-        self.calls = 0
+        self.calls, self.several = 0, body.parallel_tool_calls
 
     def first(self) -> dict | None:
         return {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
@@ -256,7 +257,8 @@ class ChatWriter:
     def delta(self, parts: list[Part]) -> dict:
         content = "".join(part.text for part in parts if part.kind == "content")
         reasoning = "".join(part.text for part in parts if part.kind == "reasoning")
-        calls = [self.call(part.call) for part in parts if part.kind == "call"]
+        calls = [part.call for part in parts if part.kind == "call"]
+        calls = [self.call(call) for call in (calls if self.several else calls[: 1 - self.calls])]
         found = {"content": content, "reasoning_content": reasoning, "tool_calls": calls}
         return {name: value for name, value in found.items() if value}
 
