@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 from dataclasses import replace
+from datetime import timedelta
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from ling_kernels.model import Ling, LingConfig, load_model, save_model
 from ling_kernels.model.checkpoint import named_views
 from ling_kernels.model.weight_files import WeightReader
 from ling_kernels.nn.fp8_inference import SCALES
+from ling_kernels.parallel import decode
 from ling_kernels.parallel.decode import RankShare, part_config
 from tests import ranks  # noqa: F401  (what the fork server imports once)
 from tests.test_model import DATA
@@ -239,6 +241,16 @@ def test_a_failing_pass(monkeypatch):
         with pytest.raises(LostRank, match="rank 1 of 2 has failed: AttributeError"):
             while True:
                 engine.generate([[1, 2]], max_new_tokens=1)
+
+
+def test_a_process_that_does_not_answer(monkeypatch):
+    monkeypatch.setattr(decode, "PATIENCE", timedelta(seconds=1))
+    monkeypatch.setattr(workers, "SEEN_WITHIN", 0.1)
+    with divided_engine(DATA / "base") as engine:
+        os.kill(engine.workers.workers[0].process.process.pid, signal.SIGSTOP)
+        with pytest.raises(LostRank, match="a rank of 2 does not answer"):
+            engine.generate([[1, 2]])
+        monkeypatch.setattr(workers, "KILL_AFTER", 0.1)
 
 
 def test_a_damaged_checkpoint_and_a_process_that_ends_at_once(tmp_path, monkeypatch, capfd):

@@ -155,6 +155,7 @@ def form_group(n: int, rank: int, file: Path, device: torch.device) -> dist.Proc
     backend = "nccl" if device.type == "cuda" else "gloo"
     store = dist.FileStore(str(file), n)
     dist.init_process_group(backend, store=store, rank=rank, world_size=n, timeout=PATIENCE)
+    dist.all_reduce(torch.zeros(1, device=device))  # NCCL takes its memory now, before the cache takes the rest
     return dist.group.WORLD  # type: ignore[return-value]
 
 
