@@ -23,6 +23,7 @@ from ling_kernels.nn.fp8_inference import SCALES
 from ling_kernels.parallel import decode
 from ling_kernels.parallel.decode import RankShare, part_config
 from tests import ranks  # noqa: F401  (what the fork server imports once)
+from tests.speller import speller
 from tests.test_model import DATA
 
 LONG = 300.0  # seconds that no test waits for
@@ -296,7 +297,13 @@ def test_a_killed_rank_0_takes_its_worker_along():
         time.sleep(0.01)
 
 
-def test_flags(capsys):
-    assert main(["--model", str(DATA / "base"), "--tokenizer", "bytes", "--prompt", "x", "--tp", "0"]) == 2
-    assert main(["--model", str(DATA / "base"), "--tokenizer", "bytes", "--prompt", "x", "--tp", "3"]) == 2
-    assert capsys.readouterr().err
+def test_flags(tmp_path, capsys, monkeypatch):
+    """The command's text is that of one process; a number that does not fit is one line, and so is a lost rank."""
+    flags = ["--model", speller(tmp_path), "--device", "cpu", "--prompt", "a", "--max-new-tokens", "3", "--tp"]
+    assert main([*flags, "2"]) == 0 and capsys.readouterr().out == "bcd\n"
+    for number, message in (("0", "--tp is 0; it must be at least 1"), ("3", "3 ranks cannot share the model equally")):
+        assert main([*flags, number]) == 2
+        assert capsys.readouterr().err.startswith(f"error: {message}")
+    monkeypatch.setattr(workers, "start_process", lambda connection, rank: subprocess.Popen(["false"]))
+    assert main([*flags, "2"]) == 1
+    assert capsys.readouterr().err.startswith("error: rank 1 of 2 has ended with exit code 1; ")
