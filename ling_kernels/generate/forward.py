@@ -218,10 +218,7 @@ class Forward:
         """
         n, B, m = 1 + self.draft, len(lanes), self.model
         width = self.block_tables.shape[1] if width is None else width
-        embeddings = m.word_embeddings.weight
-        x, positions, lengths, block_table = decode_inputs(
-            lanes, self.token_ids, self.lengths, self.block_tables, embeddings, n, width
-        )
+        x, positions, lengths, block_table = self.decode_rows(lanes, width)
         positions = positions.view(B, n)
         layout = self.decode_layout(positions, lengths, block_table)
         if chunks:
@@ -246,6 +243,11 @@ class Forward:
             columns = self.lengths[lanes, None] + torch.arange(self.draft, device=self.device)
             output = torch.cat([output, self.token_ids[lanes[:, None], columns].long()], 1)
         return output
+
+    def decode_rows(self, lanes: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What `decode_inputs` gives for the lanes."""
+        state = self.token_ids, self.lengths, self.block_tables, self.model.word_embeddings.weight
+        return decode_inputs(lanes, *state, 1 + self.draft, width)
 
     def next_tokens(self, h: Tensor, lanes: Tensor, positions: Tensor, mode: SamplingMode) -> Tensor:
         """Write the token after each row into its lane; positions [B, n] -> as `compute`.
