@@ -233,10 +233,7 @@ class Forward:
             m = self.adapters.model
             self.adapters.rows.set(self.adapters_of_rows(lanes, n, chunks))
         width = self.block_tables.shape[1] if width is None else width
-        embeddings = m.word_embeddings.weight
-        x, positions, lengths, block_table = decode_inputs(
-            lanes, self.token_ids, self.lengths, self.block_tables, embeddings, n, width
-        )
+        x, positions, lengths, block_table = self.decode_rows(lanes, width)
         positions = positions.view(B, n)
         layout = self.decode_layout(positions, lengths, block_table)
         if chunks:
@@ -271,6 +268,11 @@ class Forward:
             return numbers
         of_chunks = np.repeat(np.array([number_of(c.request) for c in chunks], np.int32), [c.rows for c in chunks])
         return torch.cat([numbers, self.to_device(of_chunks)])
+
+    def decode_rows(self, lanes: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What `decode_inputs` gives for the lanes."""
+        state = self.token_ids, self.lengths, self.block_tables, self.model.word_embeddings.weight
+        return decode_inputs(lanes, *state, 1 + self.draft, width)
 
     def next_tokens(self, h: Tensor, lanes: Tensor, positions: Tensor, mode: SamplingMode) -> Tensor:
         """Write the token after each row into its lane; positions [B, n] -> as `compute`.
