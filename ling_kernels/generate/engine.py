@@ -26,6 +26,7 @@ from ..errors import InputError, integer
 from ..model import Ling
 from ..model.decode import empty_caches
 from ..model.sample import Sampling, SamplingMode
+from ..nn.batch_invariant import batch_invariant_
 from .cache import PagePool, memory_of, page_bytes
 from .forward import Forward
 from .grammar import Grammar
@@ -53,7 +54,9 @@ class Engine(Passes):
     record_routing: keep every token's experts in the M MoE layers (not MTP's) beside its keys and values. A request
       that ends by itself then has `routing` [n, M, topk] on the device, uint8 up to 256 experts, else int16, of its n
       tokens that were inputs: all, but for a new one at the end. Decode passes do without `moe_decode`.
-    Raises InputError for values out of range.
+    batch_invariant: pin the model (nn/batch_invariant.py), so that a request's tokens and log-probabilities have the
+      same bits whatever else runs, and in whatever chunks and drafts it is computed: bf16 on a GPU, fp32 on a CPU.
+    Raises InputError for values out of range, and for a model that cannot be pinned.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class Engine(Passes):
         max_waiting: int = 1024,
         draft: int = 0,
         record_routing: bool = False,
+        batch_invariant: bool = False,
     ):
         if not isinstance(model, torch.nn.Module):
             raise InputError(f"the model is a {type(model).__name__}, not a Ling, which load_model returns")
@@ -80,6 +84,10 @@ class Engine(Passes):
             raise InputError(f"cache_dtype is {cache_dtype!r}, not a torch.dtype")
         if max_running * (1 + draft) > max_rows:
             raise InputError(f"max_rows {max_rows} is less than max_running {max_running} x {1 + draft} rows")
+        if batch_invariant:
+            if cache_dtype not in (None, model.word_embeddings.weight.dtype):
+                raise InputError(f"batch_invariant needs a cache in the model's precision, not in {cache_dtype}")
+            batch_invariant_(model)
         self.model, self.config = model.eval(), model.config
         self.device = model.word_embeddings.weight.device
         dtype = cache_dtype or model.word_embeddings.weight.dtype

@@ -50,15 +50,15 @@ KEYS = 64  # of a tile of attention, on a CPU
 CHUNK = 1024  # rows whose logits exist at a time
 
 
-def batch_invariant_(model: nn.Module) -> None:
-    """Pin the modules of a model in place; parameters, names and hooks stay. Raises InputError for a model in another
-    precision than bf16 on a GPU and fp32 on a CPU, without QK norm, and for linear layers and experts of other kinds,
-    as FP8's."""
+def batch_invariant_(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Pin the modules of a model in place; parameters, names and hooks stay. dtype: that it is computed in, default its
+    parameters'. Raises InputError for another dtype than bf16 on a GPU and fp32 on a CPU, a model without QK norm, and
+    linear layers and experts of other kinds, as FP8's."""
     for name, p in model.named_parameters():
-        on_gpu, cpu_only = p.device.type == "cuda", not kernels_run(p)
-        if p.dtype not in ((torch.float32, torch.float64) if cpu_only else (torch.bfloat16,)) or on_gpu and cpu_only:
+        fits = (torch.bfloat16,) if kernels_run(p) else (torch.float32, torch.float64) if p.device.type == "cpu" else ()
+        if (dtype or p.dtype) not in fits:
             raise InputError(
-                f"batch_invariant is for bf16 on a GPU and fp32 on a CPU: {name} is {p.dtype} on {p.device}"
+                f"batch_invariant is for bf16 on a GPU and fp32 on a CPU: {name} is {dtype or p.dtype} on {p.device}"
             )
     for name, module in model.named_modules():
         if isinstance(module, Attention) and module.query_layernorm is None:
@@ -76,24 +76,25 @@ def kernels_run(x: Tensor) -> bool:
 
 def product(x: Tensor, w: Tensor, dtype: torch.dtype) -> Tensor:
     """x [M, K] w [N, K]^T -> [M, N] in dtype."""
-    if not kernels_run(x):
-        return linear(enough_rows(x), w)[: len(x)].to(dtype)
-    bounds = torch.arange(2, dtype=torch.int32, device=x.device) * len(x)
+    M = len(x)
+    if not kernels_run(x) or M == 0:
+        return linear(enough_rows(x), w)[:M].to(dtype)
+    bounds = torch.arange(0, 2 * M, M, dtype=torch.int32, device=x.device)
     return grouped_gemm(x, w[None], bounds, dtype, batch_invariant=True)
 
 
-def target_logp(head: nn.Module, x: Tensor, targets: Tensor) -> Tensor:
-    """[T] fp32: the log-probabilities of targets [T] by the logits of a pinned head for x [T, H]. CHUNK rows of logits
-    exist at a time; the backward computes them again."""
+def target_logp(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
+    """[T] fp32: the log-probabilities of targets [T] by the logits of x [T, H] and a pinned head's w [V, H]. CHUNK rows
+    of logits exist at a time; the backward computes them again."""
     if not kernels_run(x):
         more = -len(x) % ROWS  # no chunk of few rows
         losses = linear_cross_entropy(
-            pad(x, (0, 0, 0, more)), head.weight, pad(targets, (0, more), value=-100), reduction="none", chunk=CHUNK
+            pad(x, (0, 0, 0, more)), w, pad(targets, (0, more), value=-100), reduction="none", chunk=CHUNK
         )  # fmt: skip
         return -losses[: len(x)]
 
     def losses_of(x: Tensor, targets: Tensor) -> Tensor:
-        return cross_entropy(head(x, None, torch.float32), targets, reduction="none")
+        return cross_entropy(product(x, w, torch.float32), targets, reduction="none")
 
     parts = zip(x.split(CHUNK), targets.split(CHUNK), strict=True)
     return -torch.cat([checkpoint(losses_of, *part, use_reentrant=False) for part in parts])
@@ -158,8 +159,6 @@ class PinnedAttention(Attention):
         self, x: Tensor, layout: BatchLayout, cache: KVCache | None = None, norm: RMSNorm | None = None
     ) -> Tensor:  # fmt: skip
         qkv = self.query_key_value(x, norm).unflatten(-1, (-1, self.head_dim))
-        if cache is not None and layout.slots is None:
-            layout = layout._replace(slots=decode_slots(layout, cache))
         norms = (self.query_layernorm, self.key_layernorm, layout.cos, layout.sin, layout.positions, self.num_kv_heads)
         kernels = kernels_run(x)
         if kernels and cache is not None:  # the kernel takes the slots of lanes without a sequence, which are negative
@@ -200,13 +199,6 @@ def attend_by_tiles(q: Tensor, k: Tensor, v: Tensor, layout: BatchLayout, cache:
                               strict=True):  # fmt: skip
         outs.append(attend(q[first + a : first + b], k[c:d], v[c:d]))
     return torch.cat(outs) if outs else q
-
-
-def decode_slots(layout: BatchLayout, cache: KVCache) -> Tensor:
-    """[T]: the cell of each row of a decode pass; -1 for a lane of length 0."""
-    size, positions = cache.k.shape[1], layout.positions.view(len(layout.lengths), -1)
-    cells = layout.block_table.long().gather(1, positions // size) * size + positions % size
-    return cells.masked_fill(layout.lengths[:, None] == 0, -1).flatten()
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
