@@ -18,14 +18,18 @@ from ling_kernels.model import Ling
 from ling_kernels.model.sample import Sampling
 from ling_kernels.nn import Attention, BatchLayout
 from ling_kernels.nn.batch_invariant import batch_invariant_, product, target_logp
+from ling_kernels.nn.fp8 import Fp8Linear, to_fp8
+from ling_kernels.nn.fp8_inference import quantize_for_inference_
 from ling_kernels.ops.attention import attention
 from ling_kernels.ops.attention_cells import attention_cells
 from ling_kernels.ops.attention_decode import KVCache, attention_decode
 from ling_kernels.ops.cross_entropy import logsumexp
 from ling_kernels.ops.dispatch import dispatch
 from ling_kernels.ops.grouped_gemm import grouped_gemm
+from ling_kernels.ops.grouped_gemm_fp8 import grouped_gemm_fp8
 from ling_kernels.ops.permute import permute
 from ling_kernels.ops.qk_norm_rope import qk_norm_rope
+from ling_kernels.ops.quantize import quantize, quantize_weight
 from ling_kernels.ops.rms_norm import rms_norm
 from ling_kernels.ops.rope_tables import rope_tables
 from ling_kernels.ops.route import route
@@ -68,12 +72,32 @@ def rotated(x: torch.Tensor) -> torch.Tensor:
     return torch.cat([q, k], 1)
 
 
+def fp8_experts(x: torch.Tensor) -> torch.Tensor:
+    """Both products of the experts, the second one to fp32."""
+    chosen, counts = route(x[:, :8].float(), torch.zeros(8, device=DEVICE), None, 1, 1, 2)[1:]
+    plan = dispatch(chosen, counts)
+    first, second = (quantize_weight(rand(8, N, K, seed=N)) for N, K in ((512, 256), (128, 256)))
+    h = grouped_gemm_fp8(*quantize(x), *first, plan.offsets, plan, swiglu=True)
+    return unpermute(grouped_gemm_fp8(*h, *second, plan.offsets, dtype=torch.float32), plan)
+
+
+def fp8_product(x: torch.Tensor) -> torch.Tensor:
+    layer = Fp8Linear(256, 128).bfloat16().to(DEVICE)
+    layer.weight.data.copy_(rand(128, 256, seed=5))
+    quantize_for_inference_(layer)
+    batch_invariant_(layer)
+    return layer(x, None, torch.float32)
+
+
 OPS = {
     "a product": lambda x: product(x, rand(72, 256, seed=1), torch.bfloat16),
     "logits": lambda x: product(x[:, :200], rand(72, 200, seed=1), torch.float32),
     "experts": experts,
     "norm": lambda x: rms_norm(x, torch.ones(256, device=DEVICE), 2 * x)[0],
     "rotation": rotated,
+    "FP8 product": fp8_product,
+    "FP8 experts": fp8_experts,
+    "FP8 norm": lambda x: torch.cat([y.float() for y in rms_norm(x, rand(256), quantize=True)[1:]], 1),
     "logsumexp": lambda x: logsumexp(x.float()),
     "log-probabilities": lambda x: target_logp(x, rand(72, 256, seed=1), x[:, 0].long() % 9 + 9),
 }
@@ -195,13 +219,18 @@ def texts() -> list[list[int]]:
     return [torch.randint(0, 200, (n,), generator=g).tolist() for n in (1, 40, 131, 3, 17)]
 
 
-def served(backend: str, numbers, **options) -> list[tuple[list[int], list[float], list[float]]]:
+def served(backend: str, numbers, fp8=False, **options) -> list[tuple[list[int], list[float], list[float]]]:
     """Of these texts: sampled tokens, their log-probabilities and those of the prompt."""
-    m = Ling(weights(backend).config).to(DEVICE)
-    m.load_state_dict(weights(backend).state_dict())
+    source = weights("cuda" if fp8 else backend)
+    m = Ling(source.config).to(DEVICE)
+    m.load_state_dict(source.state_dict())
+    m.bfloat16()
+    if fp8:
+        to_fp8(m)
+        quantize_for_inference_(m)
     options = dict(cache_tokens=700, page_size=16, max_running=len(numbers), batch_invariant=True) | options
     with force(backend):
-        e = Engine(m.bfloat16(), **options)
+        e = Engine(m, **options)
         if not ON_GPU:
             e.forward.graphs = ReplayedGraphs(
                 e.forward.compute, e.forward.padding_lane, len(e.scheduler.lanes), e.device
@@ -229,6 +258,13 @@ def together(backend: str):
 def test_a_batch_on_a_gpu_changes_no_bit(backend, numbers, options):
     want = dict(zip((0, 3, 1, 4, 2), together(backend), strict=True))
     assert served(backend, numbers, **options) == [want[i] for i in numbers]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_batch_on_a_gpu_changes_no_bit_in_fp8(backend):
+    """Weights of an engine."""
+    want = served(backend, (3, 1, 4), fp8=True)
+    assert served(backend, (1,), fp8=True) == want[1:2]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -8,6 +8,7 @@ on it, op by op):
     attention    `qk_norm_rope`, then one kernel's order of keys: `attention`, and `attention_cells` for cached keys
     experts      the composition alone: `moe_decode` adds in another order
     logits       the same GEMM to fp32; log-probabilities by `cross_entropy`
+    FP8          weights of an engine (quantize_for_inference_): at least ROWS rows, as csrc/ has another kernel for few
 
 On a CPU in fp32 or fp64, with torch's products:
 
@@ -27,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..backend import backend
 from ..errors import InputError
+from ..op import E4M3
 from ..ops.attention import attention
 from ..ops.attention_cells import attention_cells
 from ..ops.attention_decode import KVCache, read
@@ -41,21 +43,23 @@ from ..ops.swiglu import swiglu
 from ..ops.unpermute import unpermute
 from .attention import Attention, BatchLayout
 from .experts import Experts
+from .fp8 import Fp8Experts, Fp8Linear, Fp8MLP
 from .linear import FusedLinear
 from .norm import RMSNorm
 from .router import Router
 
-ROWS = 16  # of a product at least, on a CPU
+ROWS = 16  # of a product at least, on a CPU and in FP8
 KEYS = 64  # of a tile of attention, on a CPU
 CHUNK = 1024  # rows whose logits exist at a time
 
 
 def batch_invariant_(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     """Pin the modules of a model in place; parameters, names and hooks stay. dtype: that it is computed in, default its
-    parameters'. Raises InputError for another dtype than bf16 on a GPU and fp32 on a CPU, a model without QK norm, and
-    linear layers and experts of other kinds, as FP8's."""
+    parameters'. Raises InputError for another dtype than bf16 on a GPU, with FP8 weights or without, and fp32 on a CPU,
+    for a model without QK norm, and for linear layers and experts of other kinds, as those that train in FP8."""
     for name, p in model.named_parameters():
-        fits = (torch.bfloat16,) if kernels_run(p) else (torch.float32, torch.float64) if p.device.type == "cpu" else ()
+        on_cpu = (torch.float32, torch.float64) if p.device.type == "cpu" else ()
+        fits = (torch.bfloat16, E4M3) if kernels_run(p) else on_cpu
         if (dtype or p.dtype) not in fits:
             raise InputError(
                 f"batch_invariant is for bf16 on a GPU and fp32 on a CPU: {name} is {dtype or p.dtype} on {p.device}"
@@ -65,7 +69,11 @@ def batch_invariant_(model: nn.Module, dtype: torch.dtype | None = None) -> None
             raise InputError(f"batch_invariant cannot pin {name}, which has no QK norm")
         if type(module) in PINNED:
             module.__class__ = PINNED[type(module)]
-        elif isinstance(module, (*PINNED,)) and type(module) not in PINNED.values():
+        elif type(module) in PINNED_FP8 and all(p.dtype == E4M3 for p in module.parameters()):
+            module.__class__ = PINNED_FP8[type(module)]
+        elif isinstance(module, (*PINNED, *PINNED_FP8)) and type(module) not in (
+            *PINNED.values(), *PINNED_FP8.values()
+        ):  # fmt: skip
             raise InputError(f"batch_invariant cannot pin {name}, a {type(module).__name__}")
 
 
@@ -154,6 +162,24 @@ def grouped_product(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
     return torch.cat([*parts, x.new_zeros(len(x) - bounds[-1], w.shape[1])])
 
 
+class PinnedFp8Linear(Fp8Linear):
+    def forward(self, x: Tensor, norm: RMSNorm | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        return super().forward(enough_rows(x), norm, dtype)[: len(x)]
+
+
+class PinnedFp8MLP(Fp8MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(enough_rows(x))[: len(x)]
+
+    def decode_weights(self) -> None:
+        return None
+
+
+class PinnedFp8Experts(Fp8Experts):
+    def decode_weights(self) -> None:
+        return None
+
+
 class PinnedAttention(Attention):
     def forward(
         self, x: Tensor, layout: BatchLayout, cache: KVCache | None = None, norm: RMSNorm | None = None
@@ -224,4 +250,5 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (out / total).transpose(0, 1)[:n]
 
 
+PINNED_FP8 = {Fp8Linear: PinnedFp8Linear, Fp8MLP: PinnedFp8MLP, Fp8Experts: PinnedFp8Experts}
 PINNED = {nn.Linear: PinnedLinear, Router: PinnedRouter, Experts: PinnedExperts, Attention: PinnedAttention}
