@@ -5,20 +5,24 @@ what a pass costs; pages of the cache; adapters that do not fit."""
 import json
 import re
 from collections import Counter
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ling_kernels.backend import force
 from ling_kernels.errors import InputError
 from ling_kernels.generate import Engine, Sampling
 from ling_kernels.generate.adapters import AdapterFolder
 from ling_kernels.model import Ling, load_model, named_views, save_model
 from ling_kernels.nn import MoE, lora_
+from ling_kernels.nn.adapter_bank import AdapterBank, AdapterRows
 from ling_kernels.nn.lora import adapted, adapters
+from ling_kernels.ops.dispatch import dispatch_here
 from ling_kernels.parallel.adapters import adapted_weights
+from tests.cases import DEVICE, runs
 from tests.engines import NO_STOP, check, drain, engine, make_engine, model, references  # noqa: F401
 from tests.test_lora import wide
 from tests.test_model import load
@@ -186,6 +190,28 @@ def test_new_weights_keep_the_adapters(made):
     before = e.score([prompt], adapter="all")
     e.new_weights(other)
     assert e.score([prompt], adapter="all") == Engine(other, adapters=folders).score([prompt], adapter="all") != before
+
+
+@pytest.mark.skipif(not runs("triton"), reason="Triton cannot run here")
+def test_kernels_compute_what_the_reference_does():
+    """A linear layer's rows and those of experts, with rows without adapter; more groups than torch's product takes."""
+    g = torch.Generator().manual_seed(0)
+    n, E, T, K, N = 3, 400, 9, 16, 24
+    ids = torch.tensor([2, -1, 0, 0, -1, 1, 2, 0, -1], dtype=torch.int32, device=DEVICE)
+    plan = dispatch_here(torch.randint(E, (T, 2), generator=g).to(DEVICE), E)
+    random = partial(torch.randn, generator=g)
+    x, routed = random(T, K).bfloat16().to(DEVICE), random(2 * T, K).bfloat16().to(DEVICE)
+    factors = [random(n, *e, *s).bfloat16().to(DEVICE) for e in ([], [E]) for s in ((8, K), (N, 8))]
+    found = []
+    for kind in ("torch", "triton"):
+        with force(kind):
+            rows = AdapterRows(n)
+            rows.set(ids)
+            linear, experts = AdapterBank(*factors[:2], rows), AdapterBank(*factors[2:], rows)
+            found.append((linear(x), experts(routed, plan)))
+    for ours, want in zip(*reversed(found), strict=True):
+        torch.testing.assert_close(ours, want, rtol=0.02, atol=0.05)
+    assert found[1][0][ids < 0].eq(0).all() and found[1][1].ne(0).any(1).sum() == 2 * (ids >= 0).sum()
 
 
 @pytest.mark.parametrize("kind", ["bf16", "fp8"])
