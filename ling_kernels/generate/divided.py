@@ -136,6 +136,8 @@ class DividedEngine(Engine):
         config, directory = resolve_model(folder)
         if directory is None:
             raise InputError(f"{folder} is a preset, which has no weights; give a checkpoint directory")
+        if options.get("adapters"):
+            raise InputError("adapters are for a model on one GPU: leave out --tp")
         n = integer("ranks", ranks, 2)
         part_config(config, n)
         refuse_group()

@@ -5,15 +5,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ..errors import InputError
 from ..generate import Engine, Request
 from ..model import Ling
-from ..model.packing import IGNORE
 from ..model.sample import Sampling
 from ..nn import BatchLayout
-from ..nn.batch_invariant import ROWS, PinnedLinear
+from ..nn.batch_invariant import PinnedLinear, target_logp
 from ..ops.linear_cross_entropy import linear_cross_entropy
 
 
@@ -96,7 +94,7 @@ def answer_logp(model: Ling, answers: Sequence[Answer]) -> Tensor:
         experts = torch.cat([a.routing for a in answers])[None].to(device)  # type: ignore[misc]
         layout = layout._replace(experts=model.forced(experts, batch.ids[None], batch))
     h, _ = model.backbone(batch.ids, layout)
-    h, T = h[torch.cat(rows).to(device)], len(targets)
-    if isinstance(model.lm_head, PinnedLinear):  # no chunk of few rows
-        h, targets = pad(h, (0, 0, 0, -T % ROWS)), pad(targets, (0, -T % ROWS), value=IGNORE)
-    return -linear_cross_entropy(h, model.lm_head.weight, targets, reduction="none")[:T]
+    h = h[torch.cat(rows).to(device)]
+    if isinstance(model.lm_head, PinnedLinear):
+        return target_logp(model.lm_head, h, targets)
+    return -linear_cross_entropy(h, model.lm_head.weight, targets, reduction="none")
