@@ -27,6 +27,7 @@ from ..errors import InputError, integer
 from ..model import Ling
 from ..model.decode import empty_caches
 from ..model.sample import Sampling, SamplingMode
+from ..nn.batch_invariant import batch_invariant_
 from .adapters import Adapter, Adapters
 from .cache import PagePool, memory_of, page_bytes
 from .forward import Forward
@@ -56,7 +57,10 @@ class Engine(Passes):
       that ends by itself then has `routing` [n, M, topk] on the device, uint8 up to 256 experts, else int16, of its n
       tokens that were inputs: all, but for a new one at the end. Decode passes do without `moe_decode`.
     adapters: folders of adapters (LoRA) by name, in peft's format, which requests may name; `model` stays as it is.
-    Raises InputError for values out of range, and for adapters that are not for this model.
+    batch_invariant: pin the model (nn/batch_invariant.py), so that a request's tokens and log-probabilities have the
+      same bits whatever else runs, and in whatever chunks and drafts it is computed: bf16 on a GPU, fp32 on a CPU.
+    Raises InputError for values out of range, for adapters that are not for this model, and for a model that cannot be
+    pinned.
     """
 
     def __init__(
@@ -71,6 +75,7 @@ class Engine(Passes):
         draft: int = 0,
         record_routing: bool = False,
         adapters: Mapping[str, str | Path] | None = None,
+        batch_invariant: bool = False,
     ):
         if not isinstance(model, torch.nn.Module):
             raise InputError(f"the model is a {type(model).__name__}, not a Ling, which load_model returns")
@@ -84,6 +89,12 @@ class Engine(Passes):
             raise InputError(f"cache_dtype is {cache_dtype!r}, not a torch.dtype")
         if max_running * (1 + draft) > max_rows:
             raise InputError(f"max_rows {max_rows} is less than max_running {max_running} x {1 + draft} rows")
+        if batch_invariant:
+            if adapters:
+                raise InputError("batch_invariant does not cover adapters: leave out one of the two")
+            if cache_dtype not in (None, model.word_embeddings.weight.dtype):
+                raise InputError(f"batch_invariant needs a cache in the model's precision, not in {cache_dtype}")
+            batch_invariant_(model)
         self.model, self.config = model.eval(), model.config
         self.device = model.word_embeddings.weight.device
         self.adapters = Adapters(self.model, adapters) if adapters else None

@@ -34,6 +34,7 @@ from torch import Tensor
 from ..model import Ling
 from ..model.sample import Sampling, SamplingMode, SamplingTensors
 from ..nn import BatchLayout
+from ..nn.batch_invariant import PinnedLinear
 from ..ops.accept_tokens import accept_tokens
 from ..ops.attention_decode import KVCache
 from ..ops.decode_inputs import decode_inputs
@@ -150,7 +151,8 @@ class Forward:
         self.edits: Edits | None = None  # until a request needs them
         self.masks: Masks | None = None
         self.no_chunks = torch.zeros(1, dtype=torch.int32, device=self.device)  # cu_seqlens of no sequence
-        # Only qk_norm_attention_decode skips the cache write of a lane of length 0.
+        # qk_norm_attention_decode finds the cells of decode rows itself, and writes nothing for a lane of length 0.
+        self.needs_slots = not c.use_qk_norm or isinstance(model.lm_head, PinnedLinear)
         on_gpu = self.device.type == "cuda"
         graphs = on_gpu and c.use_qk_norm
         self.graphs = CudaGraphs(self.compute, self.padding_lane, lanes, self.device) if graphs else None
@@ -233,10 +235,7 @@ class Forward:
             m = self.adapters.model
             self.adapters.rows.set(self.adapters_of_rows(lanes, n, chunks))
         width = self.block_tables.shape[1] if width is None else width
-        embeddings = m.word_embeddings.weight
-        x, positions, lengths, block_table = decode_inputs(
-            lanes, self.token_ids, self.lengths, self.block_tables, embeddings, n, width
-        )
+        x, positions, lengths, block_table = self.decode_rows(lanes, width)
         positions = positions.view(B, n)
         layout = self.decode_layout(positions, lengths, block_table)
         if chunks:
@@ -272,6 +271,11 @@ class Forward:
         of_chunks = np.repeat(np.array([number_of(c.request) for c in chunks], np.int32), [c.rows for c in chunks])
         return torch.cat([numbers, self.to_device(of_chunks)])
 
+    def decode_rows(self, lanes: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What `decode_inputs` gives for the lanes."""
+        state = self.token_ids, self.lengths, self.block_tables, self.model.word_embeddings.weight
+        return decode_inputs(lanes, *state, 1 + self.draft, width)
+
     def next_tokens(self, h: Tensor, lanes: Tensor, positions: Tensor, mode: SamplingMode) -> Tensor:
         """Write the token after each row into its lane; positions [B, n] -> as `compute`.
 
@@ -306,8 +310,9 @@ class Forward:
     def decode_layout(self, positions: Tensor, lengths: Tensor, block_table: Tensor) -> BatchLayout:
         """The attention layout of rows at positions [B, n], with which the lanes have lengths [B]."""
         m, slots = self.model, None
-        if not m.config.use_qk_norm:  # qk_norm_attention_decode needs no slots
-            slots = self.decode_slots(block_table, positions)
+        if self.needs_slots:
+            slots = self.decode_slots(block_table, positions).view_as(positions)
+            slots = slots.masked_fill(lengths[:, None] == 0, -1).flatten()  # a graph's padding lanes write nothing
         rows = positions.numel()
         return BatchLayout(m.cos, m.sin, positions.flatten(), self.no_chunks, slots, rows, block_table, lengths)
 

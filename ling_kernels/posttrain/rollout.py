@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
 from ..errors import InputError
 from ..generate import Engine, Request
@@ -67,6 +68,23 @@ def rollout(
     ]
 
 
+class AnswerLogp(torch.nn.Module):
+    """`answer_logp` as a module's forward, for torch.func.functional_call."""
+
+    def __init__(self, model: Ling):
+        super().__init__()
+        self.model = model
+
+    def forward(self, answers: Sequence[Answer]) -> Tensor:
+        return answer_logp(self.model, answers)
+
+
+def rounded_answer_logp(model: Ling, answers: Sequence[Answer], dtype: torch.dtype) -> Tensor:
+    """`answer_logp` with all weights rounded to dtype, as those of an engine in dtype; gradients go to the weights."""
+    rounded = {f"model.{name}": p.to(dtype) for name, p in model.named_parameters()}
+    return functional_call(AnswerLogp(model), rounded, (answers,))
+
+
 def answer_logp(model: Ling, answers: Sequence[Answer]) -> Tensor:
     """[T] fp32, with gradient: the model's log-probabilities of the answers' tokens, one answer after the other.
 
@@ -96,5 +114,5 @@ def answer_logp(model: Ling, answers: Sequence[Answer]) -> Tensor:
     h, _ = model.backbone(batch.ids, layout)
     h = h[torch.cat(rows).to(device)]
     if isinstance(model.lm_head, PinnedLinear):
-        return target_logp(model.lm_head, h, targets)
+        return target_logp(h, model.lm_head.weight, targets)
     return -linear_cross_entropy(h, model.lm_head.weight, targets, reduction="none")

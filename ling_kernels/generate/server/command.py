@@ -97,6 +97,11 @@ def arguments() -> Parser:
     add(
         "--cache", choices=("auto", "fp8"), default="auto", help="type of keys and values: the model's (default) or FP8"
     )
+    add(
+        "--batch-invariant",
+        action="store_true",
+        help="a text has the same bits whatever else runs: bf16 on a GPU, fp32 on a CPU, and slower",
+    )
     add("--cache-tokens", type=int, metavar="N", help="capacity of the KV cache (default: the free memory)")
     add("--replicas", type=int, default=1, metavar="N", help="engines, each on GPUs of its own (default: 1)")
     add("--socket", metavar="PATH", help=argparse.SUPPRESS)  # of a replica
@@ -198,6 +203,7 @@ def start(args: argparse.Namespace, folder: Path, adapters: dict[str, Path] | No
         max_waiting=args.max_waiting,
         draft=args.draft,
         adapters=adapters,
+        batch_invariant=args.batch_invariant,
     )
     engine.warm_up()
     return engine
