@@ -18,6 +18,7 @@ import threading
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ from .cache import PagePool, memory_of, page_bytes
 from .forward import Forward
 from .grammar import Grammar
 from .health import PassRecord
+from .page_copies import Copies, StreamCopies, page_identity
+from .page_levels import PageLevels, Spill
 from .passes import Passes
 from .request import DRAFT_SLACK, Request, add_guide, max_sequence_tokens, new_request
 from .scheduler import Scheduler
@@ -53,6 +56,8 @@ class Engine(Passes):
     record_routing: keep every token's experts in the M MoE layers (not MTP's) beside its keys and values. A request
       that ends by itself then has `routing` [n, M, topk] on the device, uint8 up to 256 experts, else int16, of its n
       tokens that were inputs: all, but for a new one at the end. Decode passes do without `moe_decode`.
+    spill: where the prefix cache goes on when the device's memory is full, see page_levels.Spill. Prefixes in a folder
+      serve later engines with the same weights. Not with record_routing.
     Raises InputError for values out of range.
     """
 
@@ -67,6 +72,7 @@ class Engine(Passes):
         max_waiting: int = 1024,
         draft: int = 0,
         record_routing: bool = False,
+        spill: Spill | None = None,
     ):
         if not isinstance(model, torch.nn.Module):
             raise InputError(f"the model is a {type(model).__name__}, not a Ling, which load_model returns")
@@ -98,6 +104,12 @@ class Engine(Passes):
         self.pages = PagePool(pages, page_size)
         caches = empty_caches(self.config, layers, pages, page_size, dtype, self.device)
         self.forward = Forward(model, caches, page_size, max_running, draft, record_routing)
+        if spill is not None:
+            if record_routing:
+                raise InputError("record_routing needs all pages on the device: leave out spill")
+            copies, pin = (StreamCopies(caches), True) if self.device.type == "cuda" else (Copies(caches), False)
+            identity = partial(page_identity, model, caches, page_size)
+            self.pages.levels = PageLevels(spill, self.pages, copies, pin, identity)
         self.draft, self.drafted, self.accepted = draft, 0, 0
         self.scheduler = Scheduler(self.pages, max_running, max_rows, max_waiting, draft)
         self.overlap = self.device.type == "cuda"  # on a CPU a pass is complete when it has been launched
@@ -173,7 +185,8 @@ class Engine(Passes):
         return max_sequence_tokens(capacity, self.draft)
 
     def close(self) -> None:
-        """Cancel all requests, and free the cache and the graphs. Closing again has no effect."""
+        """Cancel all requests, write what goes to files, and free the cache and the graphs. Closing again has no
+        effect."""
         with self.lock:
             if self.closed:
                 return
@@ -183,6 +196,10 @@ class Engine(Passes):
             for request in [*self.scheduler.submitted, *self.scheduler.waiting, *self.scheduler.running]:
                 request.cancelled = True
             self.scheduler.sweep()
+            if self.pages.levels is not None:
+                with self.use_device():
+                    self.pages.levels.save_released(all_of_them=True)
+                self.pages.levels.close()
             del self.forward
 
     def __enter__(self) -> "Engine":

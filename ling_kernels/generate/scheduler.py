@@ -40,6 +40,7 @@ class Scheduler:
         self.running: list[Request] = []  # in order of admission
         self.lanes = deque(range(max_running))  # free ones
         self.free_rows = max_rows  # of the pass being scheduled
+        self.held_back = False  # whether a request was left out of it, whose pages are on their way to the device
 
     def submit(self, request: Request) -> None:
         """Queue a request. Raises Busy if the queue is full, InputError if the cache is too small for the request."""
@@ -72,26 +73,42 @@ class Scheduler:
         """Choose the work of the next pass and reserve its pages. If may_preempt, collect the pending pass first."""
         self.sweep()
         scheduled: dict[Request, Work] = {}
-        self.free_rows = self.max_rows
+        self.free_rows, self.held_back = self.max_rows, False
         for request in sorted(self.running, key=lambda r: r.uncomputed > 1):  # decodes first; stable: oldest first
             if request.lane is not None:  # not preempted by an older request
                 self.schedule_request(request, scheduled)
-        while self.waiting and self.free_rows and self.lanes and self.admit(request := self.next_waiting()):
+        while self.free_rows and self.lanes and (request := self.next_waiting()) and self.admit(request):
             self.waiting.remove(request)
             self.running.append(request)
             if not self.schedule_request(request, scheduled):
                 break
         return scheduled
 
-    def next_waiting(self) -> Request:
-        """A preempted request, or the first of the client with the fewest running requests."""
-        if self.waiting[0].admitted is not None:
+    def next_waiting(self) -> Request | None:
+        """A preempted request, or the first of the client with the fewest running requests; not one whose pages are
+        being read from files."""
+        if self.waiting and self.waiting[0].admitted is not None:
             return self.waiting[0]
         running = Counter(r.client for r in self.running)
-        return min(self.waiting, key=lambda r: (running[r.client], r.priority))
+        able = [r for r in self.waiting if r.fetch is None or r.fetch.done]
+        self.held_back |= len(able) < len(self.waiting)
+        while able:
+            request = min(able, key=lambda r: (running[r.client], r.priority))
+            if self.pages.levels is None or request.fetch is not None:
+                return request
+            request.fetch = self.pages.levels.fetch(self.reusable_hashes(request))
+            if request.fetch is None or not request.fetch.done:
+                self.held_back = True
+                if request.fetch is None:  # so many are being read that it has to wait for its turn
+                    return None
+                able.remove(request)
+        return None
 
     def schedule_request(self, request: Request, scheduled: dict[Request, Work]) -> bool:
         """Add as much of its work as the free rows allow; False if it was preempted instead."""
+        if self.pages.levels is not None and not self.pages.levels.loaded(request.pages):
+            self.held_back = True
+            return True
         prefill = min(request.uncomputed - 1, self.free_rows)
         reaches_last = prefill == request.uncomputed - 1 and self.free_rows - prefill > self.draft
         work = Work(prefill, reaches_last and self.may_decode(request))
@@ -139,19 +156,21 @@ class Scheduler:
 
     def admit(self, request: Request) -> bool:
         """Give it a lane and the cached pages of its prefix, if the pages suffice for its tokens and one decode."""
-        self.hash_pages(request)
-        reusable = (len(request.tokens) - 1) // self.pages.size  # the last token must be computed
-        reusable = 0 if request.needs_prompt_rows else reusable
-        request.pages = self.pages.share_prefix(request.page_hashes[:reusable])
-        slots = self.slots_needed(request, Work(0, True)) + 1
-        if self.pages.needed(slots) - len(request.pages) > self.pages.available:
-            self.release(request)
+        hashes = self.reusable_hashes(request)
+        needed = self.pages.needed(self.slots_needed(request, Work(0, True)) + 1)
+        if needed - self.pages.in_use(hashes) > self.pages.available:
             return False
+        request.pages = self.pages.share_prefix(hashes)
         request.computed = len(request.pages) * self.pages.size
         request.cached_tokens = request.computed if request.cached_tokens is None else request.cached_tokens
         request.admitted = time.monotonic() if request.admitted is None else request.admitted
         request.lane = self.lanes.popleft()
         return True
+
+    def reusable_hashes(self, request: Request) -> list[bytes]:
+        """Of the pages that need not be computed; the last token must be."""
+        self.hash_pages(request)
+        return [] if request.needs_prompt_rows else request.page_hashes[: (len(request.tokens) - 1) // self.pages.size]
 
     def reserve_pages(self, request: Request, slots: int, scheduled: dict[Request, Work]) -> bool:
         """Allocate pages for so many slots, preempting the youngest requests; False if it was itself preempted."""
