@@ -67,7 +67,7 @@ class PageLevels:
         self.disk: DiskPages | None = None
         self.unsaved: dict[int, bytes] = {}  # pages without a user whose hash is not in host memory, oldest first
         self.loading: dict[int, tuple[Event, HostPage]] = {}  # pages to which a row is being copied
-        self.hits: Counter[str] = Counter()  # tokens found, by level
+        self.hits: Counter[str] = Counter(device=0, host=0)  # tokens found, by level
         self.skipped = 0  # pages that were not saved or written, because the copies or files before them take longer
         self.changed = threading.Condition()  # of the fetches
         self.reading: dict[bytes, list[Fetch]] = {}  # by the hash of a page whose file is being read
@@ -77,7 +77,10 @@ class PageLevels:
         self.jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()  # of the readers
         self.written: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()  # of the writer
         if spill.folder is not None:
-            self.disk = open_folder(spill.folder, integer("disk", spill.disk, 0), copies.row_bytes)
+            limit = integer("disk", spill.disk, 0)
+            if limit < copies.row_bytes + HEADER.size:
+                raise InputError(f"{limit} bytes of files hold no page of the cache, {copies.row_bytes} bytes")
+            self.disk, self.hits["disk"] = DiskPages(usable_folder(spill.folder), limit), 0
             self.identity = identity()
             for jobs in [*[self.jobs] * READERS, self.written]:
                 threading.Thread(target=work, args=[jobs], daemon=True, name="pages").start()
@@ -271,11 +274,9 @@ class PageLevels:
         self.stop()
 
 
-def open_folder(folder: Path | str, limit: int, row_bytes: int) -> DiskPages:
-    """Raises InputError for a folder that cannot be written, or holds no page."""
+def usable_folder(folder: Path | str) -> Path:
+    """Make the folder. Raises InputError where that fails, or nothing can be written to it."""
     folder = user_path(folder)
-    if limit < row_bytes + HEADER.size:
-        raise InputError(f"{limit} bytes of {folder} hold no page of the cache, {row_bytes} bytes")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
@@ -283,7 +284,7 @@ def open_folder(folder: Path | str, limit: int, row_bytes: int) -> DiskPages:
         probe.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"the cache cannot be kept in {folder}: {error.strerror or error}") from None
-    return DiskPages(folder, limit)
+    return folder
 
 
 def stop(jobs: "queue.SimpleQueue", written: "queue.SimpleQueue") -> None:

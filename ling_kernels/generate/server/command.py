@@ -30,6 +30,7 @@ from ...model.sample import Sampling
 from ...tokenizer import Tokenizer
 from ..cli import add_model_flags, find_tokenizer, load_options, resolve_checkpoint, stop_token_ids
 from ..engine import Engine
+from ..page_levels import Spill, usable_folder
 
 KEY_VARIABLE = "LING_API_KEY"
 
@@ -91,6 +92,9 @@ def arguments() -> Parser:
         "--cache", choices=("auto", "fp8"), default="auto", help="type of keys and values: the model's (default) or FP8"
     )
     add("--cache-tokens", type=int, metavar="N", help="capacity of the KV cache (default: the free memory)")
+    add("--cache-host", type=float, metavar="GB", help="host memory for pages that leave the KV cache (default: none)")
+    add("--cache-disk", metavar="PATH", help="folder for them, which a restarted server reads; needs --cache-host")
+    add("--cache-disk-gb", type=float, default=100.0, metavar="GB", help="limit of its files (default: 100)")
     add("--replicas", type=int, default=1, metavar="N", help="processes with the model, each on a GPU of its own")
     add("--socket", metavar="PATH", help=argparse.SUPPRESS)  # of a replica
     return parser
@@ -110,10 +114,14 @@ def check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
-    for name in ("timeout", "client_timeout", "grace", "stuck_after"):
+    for name in ("timeout", "client_timeout", "grace", "stuck_after", "cache_host", "cache_disk_gb"):
         value = getattr(args, name)
         if value is not None and not value > 0:
             raise InputError(f"--{name.replace('_', '-')} is {value}; it must be above 0")
+    if args.cache_disk is not None:
+        if args.cache_host is None:
+            raise InputError("--cache-disk needs --cache-host, the memory by which its pages come and go")
+        usable_folder(args.cache_disk)
     if (args.tls_cert is None) != (args.tls_key is None):
         raise InputError("--tls-cert and --tls-key need each other")
     for name in ("tls_cert", "tls_key"):
@@ -178,6 +186,9 @@ def bind(host: str, port: int, path: str | None = None) -> socket.socket:
 
 def start(args: argparse.Namespace, folder: Path) -> Engine:
     """Load the model and warm up its engine."""
+    spill = None
+    if args.cache_host is not None:
+        spill = Spill(int(args.cache_host * 1e9), args.cache_disk, int(args.cache_disk_gb * 1e9))
     engine = Engine(
         load_model(folder, **load_options(args)),
         cache_tokens=args.cache_tokens,
@@ -186,6 +197,7 @@ def start(args: argparse.Namespace, folder: Path) -> Engine:
         max_rows=max(2048, args.max_running * (1 + args.draft)),
         max_waiting=args.max_waiting,
         draft=args.draft,
+        spill=spill,
     )
     engine.warm_up()
     return engine
