@@ -60,6 +60,10 @@ class Busy(LingError):
     """The engine's queue is full: try again later."""
 
 
+class LostRank(LingError, RuntimeError):
+    """Another process of an engine that several share has ended, or does not answer: none can go on."""
+
+
 class Diverged(LingError):
     """Training stopped because too many steps in a row were skipped. `record` holds the last step's figures."""
 

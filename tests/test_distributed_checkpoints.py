@@ -149,6 +149,8 @@ WAYS = [  # optimizer, how four processes share the model
     ("adamw", dict(dp=2, cp=2, ep=2, vocab=4)),
     ("adamw8bit", dict(dp=4, ep=4)),
     ("muon", dict(dp=4)),
+    ("adamw8bit", dict(dp=4, ep=2, copies=2)),
+    ("muon", dict(dp=4, copies=4)),
     ("adamw", dict(dp=2, ep=2, pp=2, vocab=2, layout="Ett|mLL")),
 ]
 
@@ -321,4 +323,5 @@ def test_memory_of_a_process_without_the_state_that_others_keep():
     n, ranks = CONFIG.num_parameters(mtp=True), Ranks(size=4, dp=4)
     assert room.least_bytes(CONFIG, Settings(), Ranks()) == 16 * n
     assert room.least_bytes(CONFIG, Settings(), ranks) == 10 * n
+    assert room.least_bytes(CONFIG, Settings(), replace(ranks, copies=2)) == 12 * n
     assert room.least_bytes(CONFIG, Settings(), replace(ranks, experts=Division(2))) == 6 * n

@@ -31,6 +31,8 @@ RUNS = [
     dict(dp=1, cp=2, ep=2, vocab_parallel=2, pp=2, pipeline="Et|t|m|LL", optimizer="adamw8bit", master="bf16",
          precision="bf16"),
     dict(tp=2, ep=4, vocab_parallel=4),
+    dict(dp=4, dp_replicate=2, ep=2, optimizer="adamw8bit"),
+    dict(dp=2, dp_replicate=2, pp=2, pipeline="Et|t|m|LL"),
 ]  # fmt: skip
 
 

@@ -1,9 +1,9 @@
 """Pages of the KV cache on the device: allocation, reference counts, and prefix caching by page hash.
 
 A page is free, in use by one or more requests, or evictable: without users, its content still cached. A full page is
-identified by the hash of all tokens up to its end, so equal hashes mean equal keys and values. Evictable pages are
-allocated after the free ones, least recently released first. What they held then goes on in the levels below, if there
-are any (page_levels.py).
+identified by the hash of its adapter and all tokens up to its end, so equal hashes mean equal keys and values.
+Evictable pages are allocated after the free ones, least recently released first. What they held then goes on in the
+levels below, if there are any (page_levels.py).
 """
 
 import hashlib
@@ -113,7 +113,7 @@ class PagePool:
 
 
 def hash_page(prefix_hash: bytes, tokens: Sequence[int]) -> bytes:
-    """The hash of a page's tokens after the pages whose hash is prefix_hash (b"" for the first page)."""
+    """The hash of a page's tokens after the pages whose hash is prefix_hash (Request.prefix_seed for the first)."""
     return hashlib.blake2b(prefix_hash + array("q", tokens).tobytes(), digest_size=16).digest()
 
 

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..ops.cross_entropy import logsumexp
+
 MOST = 20  # alternatives of a token; a pass computes as many for every row, so that its result has one shape
 
 
@@ -24,7 +26,7 @@ def score(logits: Tensor, tokens: Tensor) -> Tensor:
     logits = logits.float()
     best, top = logits.topk(min(MOST, logits.shape[1]), dim=-1)
     own = logits.gather(1, tokens.clamp(min=0)[:, None])
-    logprobs = torch.cat([own, best], 1) - logits.logsumexp(-1, keepdim=True)
+    logprobs = torch.cat([own, best], 1) - logsumexp(logits)[:, None]
     return torch.cat([logprobs.view(torch.int32).long(), top], 1)
 
 

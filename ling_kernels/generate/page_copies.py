@@ -29,7 +29,9 @@ class Event(Protocol):
 
 
 class Copies:
-    """On a CPU: a copy is complete when the call returns, and there is no event."""
+    """On a CPU: a copy is complete when the call returns, and there is no event. pinned: of the rows' memory."""
+
+    pinned = False
 
     def __init__(self, caches: Sequence[KVCache]):
         tensors = [t for c in caches for t in c if t is not None]
@@ -60,6 +62,8 @@ class StreamCopies(Copies):
     The pages of a call go through one tensor on the device, so that a row is one transfer over the bus. A later pass
     waits only until `save` has read the pages, at the speed of the device's memory.
     """
+
+    pinned = True
 
     def __init__(self, caches: Sequence[KVCache]):
         super().__init__(caches)
@@ -96,11 +100,15 @@ class StreamCopies(Copies):
         torch.cuda.current_stream(self.device).wait_event(event)
 
 
-def page_identity(model: Ling, caches: Sequence[KVCache], page_size: int) -> bytes:
+def copies_of(caches: Sequence[KVCache]) -> Copies:
+    return (StreamCopies if caches[0].k.is_cuda else Copies)(caches)
+
+
+def page_identity(model: Ling, caches: Sequence[KVCache], page_size: int, batch_invariant: bool) -> bytes:
     """16 bytes that differ where pages of the same tokens do: by weights, configuration (RoPE and norms), layers, dtype
-    and page size of the cache, kind of device."""
+    and page size of the cache, kind of device and of kernels."""
     first = caches[0].k
-    about = f"{FORMAT} {model.config!r} {len(caches)} {first.dtype} {page_size} {first.device.type} "
+    about = f"{FORMAT} {model.config!r} {len(caches)} {first.dtype} {page_size} {first.device.type} {batch_invariant} "
     weights = digest_of(sorted(model.state_dict().items()))
     return hashlib.blake2b(about.encode() + weights, digest_size=16).digest()
 

@@ -58,12 +58,12 @@ class Fetch:
 class PageLevels:
     """identity: computes what pages depend on besides their tokens, see page_copies.page_identity."""
 
-    def __init__(self, spill: Spill, pages: PagePool, copies: Copies, pin: bool, identity: Callable[[], bytes]):
+    def __init__(self, spill: Spill, pages: PagePool, copies: Copies, identity: Callable[[], bytes]):
         self.pages, self.copies, self.compute_identity = pages, copies, identity
         rows = integer("host", spill.host, 0) // copies.row_bytes
         if rows < 1:
             raise InputError(f"{spill.host} bytes of host memory hold no page of the cache, {copies.row_bytes} bytes")
-        self.host = HostPages(rows, copies.row_bytes, pin)
+        self.host = HostPages(rows, copies.row_bytes, copies.pinned)
         self.disk: DiskPages | None = None
         self.unsaved: dict[int, bytes] = {}  # pages without a user whose hash is not in host memory, oldest first
         self.loading: dict[int, tuple[Event, HostPage]] = {}  # pages to which a row is being copied
@@ -183,8 +183,7 @@ class PageLevels:
     def fetch(self, hashes: Sequence[bytes]) -> Fetch | None:
         """Begin to read the files of a prefix's pages that are nowhere else; None: later, as too many are being
         read."""
-        wanted = [h for h in hashes if h not in self.pages.page_of_hash and h not in self.host]
-        if self.disk is None or not wanted:
+        if self.disk is None:
             return Fetch(0)
         if any(fetch.unread and fetch.done for fetch in self.fetches):
             self.paused_until = time.monotonic() + PAUSE_SECONDS
@@ -194,6 +193,9 @@ class PageLevels:
             return Fetch(0)
         if len(self.fetches) >= FETCHES:
             return None
+        wanted = [h for h in hashes if h not in self.pages.page_of_hash and h not in self.host]
+        if not wanted:
+            return Fetch(0)
         fetch, identity = Fetch(1), self.identity
         self.fetches.append(fetch)
         self.jobs.put(lambda: self.search(fetch, wanted, identity))

@@ -92,7 +92,7 @@ class Passes:
         if pending is None:
             return
         for request, start, scores in pending.prompts:
-            known = len(request.prompt_logprobs) - start  # a preempted request prefills its prompt again
+            known = request.first_scored_row - start  # a preempted request prefills its prompt again
             tokens = request.prompt[start + 1 : start + 1 + len(scores)]
             new = read_scores(scores.cpu(), tokens, request.num_prompt_logprobs)[max(known, 0) :]
             request.prompt_logprobs += new if known >= 0 else []

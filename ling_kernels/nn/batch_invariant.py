@@ -1,50 +1,111 @@
 """Modules whose results for a row do not depend on the batch, bit for bit: for an engine and a trainer that agree.
 
-What else differs between them on a CPU, and how it is pinned here:
+On a GPU in bf16, with the kernels that are there for any batch (docs/posttraining.md says why their bits do not depend
+on it, op by op):
+
+    products     Triton's grouped GEMM for all, experts or not: cuBLAS, torch's grouped_mm and the kernels for few rows
+                 choose by the number of rows in which order they add
+    attention    `qk_norm_rope`, then one kernel's order of keys: `attention`, and `attention_cells` for cached keys
+    experts      the composition alone: `moe_decode` adds in another order
+    logits       the same GEMM to fp32; log-probabilities by `cross_entropy`
+    FP8          weights of an engine (quantize_for_inference_): at least ROWS rows, as csrc/ has another kernel for few
+
+On a CPU in fp32 or fp64, with torch's products:
 
     products     MKL takes other kernels for fewer than 4 rows: every product has at least ROWS rows
     attention    prefill, decoding and training use three algorithms: here one, over keys in tiles of KEYS
     router       torch adds the topk scores of four rows together, and those of the last rows one by one: ROWS again
     experts      `moe_decode` and the composition add in another order: here the composition alone
 
-Only on a CPU and in fp32 or fp64. A test shows it for the libraries and the CPU that it runs on; MKL promises nothing
-of the kind. Gradients are those of the same formulas, and their bits may depend on the batch.
+A test shows it for the libraries and the CPU that it runs on; MKL promises nothing of the kind. Gradients are those of
+the same formulas, and their bits may depend on the batch.
 """
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
+from torch.utils.checkpoint import checkpoint
 
+from ..backend import backend
 from ..errors import InputError
+from ..op import E4M3
+from ..ops.attention import attention
+from ..ops.attention_cells import attention_cells
 from ..ops.attention_decode import KVCache, read
+from ..ops.cross_entropy import cross_entropy
 from ..ops.dispatch import Plan
+from ..ops.grouped_gemm import grouped_gemm
+from ..ops.linear_cross_entropy import linear_cross_entropy
 from ..ops.permute import permute
-from ..ops.qk_norm_rope import qk_norm_rope
+from ..ops.qk_norm_rope import qk_norm_rope, qk_norm_rope_forward
+from ..ops.route import route
 from ..ops.swiglu import swiglu
 from ..ops.unpermute import unpermute
 from .attention import Attention, BatchLayout
 from .experts import Experts
+from .fp8 import Fp8Experts, Fp8Linear, Fp8MLP
 from .linear import FusedLinear
 from .norm import RMSNorm
 from .router import Router
 
-ROWS = 16  # of a product at least
-KEYS = 64  # of a tile of attention
+ROWS = 16  # of a product at least, on a CPU and in FP8
+KEYS = 64  # of a tile of attention, on a CPU
+CHUNK = 1024  # rows whose logits exist at a time
 
 
-def batch_invariant_(model: nn.Module) -> None:
-    """Pin the modules of a model in place; parameters, names and hooks stay. Raises InputError for a model on a GPU or
-    in another precision, without QK norm, and for linear layers and experts of other kinds, as FP8's."""
+def batch_invariant_(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Pin the modules of a model in place; parameters, names and hooks stay. dtype: that it is computed in, default its
+    parameters'. Raises InputError for another dtype than bf16 on a GPU, with FP8 weights or without, and fp32 on a CPU,
+    for a model without QK norm, and for linear layers and experts of other kinds, as those that train in FP8."""
     for name, p in model.named_parameters():
-        if p.device.type != "cpu" or p.dtype not in (torch.float32, torch.float64):
-            raise InputError(f"batch_invariant is for fp32 on a CPU: {name} is {p.dtype} on {p.device}")
+        on_cpu = (torch.float32, torch.float64) if p.device.type == "cpu" else ()
+        fits = (torch.bfloat16, E4M3) if kernels_run(p) else on_cpu
+        if (dtype or p.dtype) not in fits:
+            raise InputError(
+                f"batch_invariant is for bf16 on a GPU and fp32 on a CPU: {name} is {dtype or p.dtype} on {p.device}"
+            )
     for name, module in model.named_modules():
         if isinstance(module, Attention) and module.query_layernorm is None:
             raise InputError(f"batch_invariant cannot pin {name}, which has no QK norm")
         if type(module) in PINNED:
             module.__class__ = PINNED[type(module)]
-        elif isinstance(module, (*PINNED,)) and type(module) not in PINNED.values():
+        elif type(module) in PINNED_FP8 and all(p.dtype == E4M3 for p in module.parameters()):
+            module.__class__ = PINNED_FP8[type(module)]
+        elif isinstance(module, (*PINNED, *PINNED_FP8)) and type(module) not in (
+            *PINNED.values(), *PINNED_FP8.values()
+        ):  # fmt: skip
             raise InputError(f"batch_invariant cannot pin {name}, a {type(module).__name__}")
+
+
+def kernels_run(x: Tensor) -> bool:
+    """Whether x is on a GPU that runs kernels, or on a CPU that stands for one."""
+    return backend(x) != "torch"
+
+
+def product(x: Tensor, w: Tensor, dtype: torch.dtype) -> Tensor:
+    """x [M, K] w [N, K]^T -> [M, N] in dtype."""
+    M = len(x)
+    if not kernels_run(x) or M == 0:
+        return linear(enough_rows(x), w)[:M].to(dtype)
+    bounds = torch.arange(0, 2 * M, M, dtype=torch.int32, device=x.device)
+    return grouped_gemm(x, w[None], bounds, dtype, batch_invariant=True)
+
+
+def target_logp(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
+    """[T] fp32: the log-probabilities of targets [T] by the logits of x [T, H] and a pinned head's w [V, H]. CHUNK rows
+    of logits exist at a time; the backward computes them again."""
+    if not kernels_run(x):
+        more = -len(x) % ROWS  # no chunk of few rows
+        losses = linear_cross_entropy(
+            pad(x, (0, 0, 0, more)), w, pad(targets, (0, more), value=-100), reduction="none", chunk=CHUNK
+        )  # fmt: skip
+        return -losses[: len(x)]
+
+    def losses_of(x: Tensor, targets: Tensor) -> Tensor:
+        return cross_entropy(product(x, w, torch.float32), targets, reduction="none")
+
+    parts = zip(x.split(CHUNK), targets.split(CHUNK), strict=True)
+    return -torch.cat([checkpoint(losses_of, *part, use_reentrant=False) for part in parts])
 
 
 def enough_rows(x: Tensor) -> Tensor:
@@ -55,7 +116,8 @@ def enough_rows(x: Tensor) -> Tensor:
 class PinnedLinear(FusedLinear):
     def forward(self, x: Tensor, norm: RMSNorm | None = None, dtype: torch.dtype | None = None) -> Tensor:
         x = x if norm is None else norm(x)
-        return linear(enough_rows(x), self.weight, self.bias)[: len(x)].to(x.dtype if dtype is None else dtype)
+        y = product(x, self.weight, x.dtype if dtype is None else dtype)
+        return y if self.bias is None else y + self.bias
 
     def takes_fp8_rows(self) -> bool:
         return False
@@ -65,7 +127,10 @@ class PinnedRouter(Router):
     def choose(
         self, x: Tensor, z_loss: float | None, experts: Tensor | None, mask: Tensor | None = None
     ) -> tuple[Tensor, ...]:
-        """With rows of padding up to a multiple of ROWS, for the product and for the sums over topk."""
+        """On a CPU with rows of padding up to a multiple of ROWS, for the product and for the sums over topk."""
+        if kernels_run(x):
+            logits = product(x, self.weight, torch.float32)
+            return route(logits, self.expert_bias, mask, z_loss=z_loss, experts=experts, **self.limits)
         T, more = len(x), -len(x) % ROWS
         if experts is not None:
             experts = pad(experts, (0, 0, 0, more), value=-1)
@@ -88,11 +153,31 @@ class PinnedExperts(Experts):
 
 
 def grouped_product(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
-    """x [S, K], w [E, N, K] -> [S, N]: the rows offsets[e] to offsets[e + 1] times w[e]; 0 in the rows of no expert."""
+    """x [S, K], w [E, N, K] -> [S, N]: the rows offsets[e] to offsets[e + 1] times w[e]; undefined in others."""
+    if kernels_run(x):
+        return grouped_gemm(x, w, offsets, batch_invariant=True)
     bounds = offsets.tolist()
     parts = [linear(enough_rows(x[a:b]), w[e])[: b - a]
              for e, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False)) if a < b]  # fmt: skip
     return torch.cat([*parts, x.new_zeros(len(x) - bounds[-1], w.shape[1])])
+
+
+class PinnedFp8Linear(Fp8Linear):
+    def forward(self, x: Tensor, norm: RMSNorm | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        return super().forward(enough_rows(x), norm, dtype)[: len(x)]
+
+
+class PinnedFp8MLP(Fp8MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(enough_rows(x))[: len(x)]
+
+    def decode_weights(self) -> None:
+        return None
+
+
+class PinnedFp8Experts(Fp8Experts):
+    def decode_weights(self) -> None:
+        return None
 
 
 class PinnedAttention(Attention):
@@ -100,36 +185,46 @@ class PinnedAttention(Attention):
         self, x: Tensor, layout: BatchLayout, cache: KVCache | None = None, norm: RMSNorm | None = None
     ) -> Tensor:  # fmt: skip
         qkv = self.query_key_value(x, norm).unflatten(-1, (-1, self.head_dim))
-        if cache is not None and layout.slots is None:
-            layout = layout._replace(slots=decode_slots(layout, cache))
-        q, k, v = qk_norm_rope(
-            qkv, self.query_layernorm, self.key_layernorm, layout.cos, layout.sin, layout.positions, self.num_kv_heads,
-            eps=self.eps, cache=cache, slots=layout.slots,
-        )  # fmt: skip
-        outs, first, size = [], 0, 0 if cache is None else cache.k.shape[1]
-        if layout.decoding:
-            n = layout.decoding // len(layout.lengths)
-            for pages, length in zip(layout.block_table, layout.lengths.tolist(), strict=True):
-                at = torch.arange(length, device=x.device)
-                cells = pages.long()[at // size] * size + at % size
-                outs.append(attend(q[first : first + n], *read(cache, cells, q.dtype)))
-                first += n
-        bounds = layout.cu_seqlens.tolist()
-        bounds_k = bounds if layout.cu_seqlens_k is None else layout.cu_seqlens_k.tolist()
-        if layout.context is not None:
-            k, v = read(cache, layout.context, q.dtype)
+        norms = (self.query_layernorm, self.key_layernorm, layout.cos, layout.sin, layout.positions, self.num_kv_heads)
+        kernels = kernels_run(x)
+        if kernels and cache is not None:  # the kernel takes the slots of lanes without a sequence, which are negative
+            q, k, v = qk_norm_rope_forward(qkv, *norms, self.eps, cache.k, cache.v, layout.slots)
         else:
-            k, v = k[first:], v[first:]
-        for (a, b), (c, d) in zip(zip(bounds, bounds[1:], strict=False), zip(bounds_k, bounds_k[1:], strict=False),
-                                  strict=True):  # fmt: skip
-            outs.append(attend(q[first + a : first + b], k[c:d], v[c:d]))
-        return self.dense(torch.cat(outs).flatten(1) if outs else q.flatten(1))
+            q, k, v = qk_norm_rope(qkv, *norms, eps=self.eps, cache=cache, slots=layout.slots)
+        attend = attend_by_kernels if kernels else attend_by_tiles
+        return self.dense(attend(q, k, v, layout, cache).flatten(1))
 
 
-def decode_slots(layout: BatchLayout, cache: KVCache) -> Tensor:
-    """[T]: the cell of each row of a decode pass."""
-    size, positions = cache.k.shape[1], layout.positions.view(len(layout.lengths), -1)
-    return (layout.block_table.long().gather(1, positions // size) * size + positions % size).flatten()
+def attend_by_kernels(q: Tensor, k: Tensor, v: Tensor, layout: BatchLayout, cache: KVCache | None) -> Tensor:
+    outs, first = [], layout.decoding
+    if first:
+        batch = q[:first].unflatten(0, (len(layout.lengths), -1))
+        outs.append(attention_cells(batch, cache, layout.block_table, layout.lengths).flatten(0, 1))
+    if first < len(q) or not outs:
+        k, v = (k[first:], v[first:]) if layout.context is None else read(cache, layout.context, q.dtype)
+        outs.append(attention(q[first:], k, v, layout.cu_seqlens, layout.cu_seqlens_k, batch_invariant=True)[0])
+    return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+def attend_by_tiles(q: Tensor, k: Tensor, v: Tensor, layout: BatchLayout, cache: KVCache | None) -> Tensor:
+    outs, first, size = [], 0, 0 if cache is None else cache.k.shape[1]
+    if layout.decoding:
+        n = layout.decoding // len(layout.lengths)
+        for pages, length in zip(layout.block_table, layout.lengths.tolist(), strict=True):
+            at = torch.arange(length, device=q.device)
+            cells = pages.long()[at // size] * size + at % size
+            outs.append(attend(q[first : first + n], *read(cache, cells, q.dtype)))
+            first += n
+    bounds = layout.cu_seqlens.tolist()
+    bounds_k = bounds if layout.cu_seqlens_k is None else layout.cu_seqlens_k.tolist()
+    if layout.context is not None:
+        k, v = read(cache, layout.context, q.dtype)
+    else:
+        k, v = k[first:], v[first:]
+    for (a, b), (c, d) in zip(zip(bounds, bounds[1:], strict=False), zip(bounds_k, bounds_k[1:], strict=False),
+                              strict=True):  # fmt: skip
+        outs.append(attend(q[first + a : first + b], k[c:d], v[c:d]))
+    return torch.cat(outs) if outs else q
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -155,4 +250,5 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (out / total).transpose(0, 1)[:n]
 
 
+PINNED_FP8 = {Fp8Linear: PinnedFp8Linear, Fp8MLP: PinnedFp8MLP, Fp8Experts: PinnedFp8Experts}
 PINNED = {nn.Linear: PinnedLinear, Router: PinnedRouter, Experts: PinnedExperts, Attention: PinnedAttention}

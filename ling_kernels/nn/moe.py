@@ -54,13 +54,16 @@ class MoE(nn.Module):
             y = y + (self.shared_experts(x) if shared is None else shared())
         return y, z
 
-    def decode(self, x: Tensor, residual: Tensor, norm: RMSNorm) -> Tensor | None:
-        """x, residual [T, H] -> s + forward(norm(s)), s = x + residual, by the op `moe_decode`.
+    def decode(self, x: Tensor, residual: Tensor | None = None, norm: RMSNorm | None = None) -> Tensor | None:
+        """x, residual [T, H] -> s + forward(norm(s)), s = x + residual, by the op `moe_decode`; forward(x) without
+        residual and norm.
 
         None if `moe_decode` cannot run: more than 8 rows, gradients, an exchange that is not local, or modules replaced
         by subclasses or adapters. In FP8 too the routing weights are applied after down.
         """
-        if torch.is_grad_enabled() or not 0 < len(x) <= ROWS or not self.exchange.local or x.dtype != residual.dtype:
+        if torch.is_grad_enabled() or not 0 < len(x) <= ROWS or not self.exchange.local:
+            return None
+        if residual is not None and residual.dtype != x.dtype:
             return None
         parts = [self.experts] if self.shared_experts is None else [self.experts, self.shared_experts]
         weights = [m.decode_weights() if isinstance(m, Experts | MLP) else None for m in parts]
@@ -68,5 +71,5 @@ class MoE(nn.Module):
             return None
         return moe_decode(
             x, self.router.weight, self.router.expert_bias, *weights[0], weights[1] if len(weights) > 1 else None,
-            **self.router.limits, residual=residual, norm=norm.weight, eps=norm.eps,
+            **self.router.limits, residual=residual, **({} if norm is None else dict(norm=norm.weight, eps=norm.eps)),
         )  # fmt: skip

@@ -29,7 +29,8 @@ from .attention_kernels import attention_dkv_kernel, attention_dq_kernel, attent
 from .gemm_fp8 import launch_with_scratch
 from .triton_import import triton
 
-KERNELS, REFERENCE, SDPA = "kernels", "reference", "sdpa"  # implementations of `Attention`
+# Implementations of `Attention`. ONE: Triton's forward whatever csrc/ supports, so that bits do not depend on it
+KERNELS, ONE, REFERENCE, SDPA = "kernels", "one kernel", "reference", "sdpa"
 BLOCK_M = 128  # queries at a time in the reference: bounds the memory of scores, and skips keys that none of them sees
 
 
@@ -41,16 +42,19 @@ def attention(
     cu_seqlens_k: Tensor | None = None,
     causal: bool = True,
     scale: float | None = None,
+    batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """q [Tq, Hq, D], k and v [Tk, Hkv, D] of one dtype -> out [Tq, Hq, D] in that dtype and lse [Hq, Tq] fp32.
 
     Sequence b is rows cu_seqlens_q[b] : cu_seqlens_q[b + 1] of q, and rows cu_seqlens_k[b] : cu_seqlens_k[b + 1] of k
     and v. cu_seqlens [B + 1] are int32, on the device, and ascend from 0 to the number of rows; cu_seqlens_k defaults
     to cu_seqlens_q. Hkv divides Hq; scale is positive and defaults to 1 / sqrt(D). Softmax in fp32. A query that sees
-    no key gives out 0 and lse -inf. Gradient: to q, k and v through out; lse is not differentiable. Raises ValueError
-    for another shape, dtype or device, and on a CPU for cu_seqlens that do not ascend from 0 to the number of rows. On
-    a GPU the host does not read them: with such cu_seqlens Triton's kernels fill out, lse and the gradients with NaN,
-    csrc/ built with LING_DEBUG=1 stops, and csrc/ built without it gives undefined results.
+    no key gives out 0 and lse -inf. batch_invariant: Triton's forward runs on every GPU; a query's bits in bf16 depend
+    on the query and its keys alone, and are those of `attention_cells`. Gradient: to q, k and v through out; lse is not
+    differentiable. Raises ValueError for another shape, dtype or device, and on a CPU for cu_seqlens that do not ascend
+    from 0 to the number of rows. On a GPU the host does not read them: with such cu_seqlens Triton's kernels fill out,
+    lse and the gradients with NaN, csrc/ built with LING_DEBUG=1 stops, and csrc/ built without it gives undefined
+    results.
     """
     if cu_seqlens_k is cu_seqlens_q:
         cu_seqlens_k = None  # torch.compile refuses one tensor in two places of an autograd.Function
@@ -70,7 +74,8 @@ def attention(
         return attention_torch(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, scale)
     q, k, v, cu_seqlens_q = map(Tensor.contiguous, (q, k, v, cu_seqlens_q))
     cu_seqlens_k = None if cu_seqlens_k is None else cu_seqlens_k.contiguous()
-    return Attention.apply(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, default_scale(q, scale), KERNELS)
+    implementation = ONE if batch_invariant else KERNELS
+    return Attention.apply(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, default_scale(q, scale), implementation)
 
 
 def expect_bounds(cu_seqlens: Tensor, T: int, device: torch.device) -> None:
@@ -105,6 +110,8 @@ class Attention(torch.autograd.Function):
             out.zero_(), lse.fill_(-torch.inf)
         elif implementation == KERNELS:
             attention_fwd(q, k, v, cu_q, cu_k, out, lse, causal, scale, None, None, None, None, 0.0)
+        elif implementation == ONE:
+            attention_one_fwd(q, k, v, cu_q, cu_k, out, lse, causal, scale)
         elif implementation == SDPA:
             attention_cpu_fwd(q, k, v, cu_q, out, lse, causal, scale)
         else:
@@ -136,7 +143,7 @@ def attention_backward(dout, q, k, v, out, lse, cu_q, cu_k, causal, scale, imple
         return [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
     grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
     dout = dout.contiguous()
-    if implementation == KERNELS:
+    if implementation in (KERNELS, ONE):
         scratch = torch.empty(2, q.shape[1], round_up(len(q), 4), dtype=torch.float32, device=q.device)
         attention_bwd(dout, q, k, v, out, lse, cu_q, cu_k, *grads, causal, scale, scratch)
     elif implementation == SDPA:
@@ -258,6 +265,19 @@ def attention_fwd(
     positions: Tensor | None, eps: float,
 ) -> None:  # fmt: skip
     """q, k and v may be heads of wider rows, such as qkv's. With q_weight the kernel norms and rotates q first."""
+    launch_fwd(q, k, v, cu_q, cu_k, out, lse, causal, scale, q_weight, cos, sin, positions, eps)
+
+
+@op("out", "lse")
+def attention_one_fwd(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor | None, out: Tensor, lse: Tensor,
+    causal: bool, scale: float,
+) -> None:  # fmt: skip
+    """Never csrc/'s kernel, which has another order of keys and not all head sizes and numbers of sequences."""
+    launch_fwd(q, k, v, cu_q, cu_k, out, lse, causal, scale, None, None, None, None, 0.0)
+
+
+def launch_fwd(q, k, v, cu_q, cu_k, out, lse, causal, scale, q_weight, cos, sin, positions, eps) -> None:
     (Tq, Hq, D), (Tk, Hkv, _), B = q.shape, k.shape, len(cu_q) - 1
     c = config("fwd" if q_weight is None else "fwd_norm", q.dtype, multiprocessors(q.device))
     P, half = (0, 0) if cos is None else cos.shape

@@ -67,6 +67,21 @@ def load_tile(x, first, rows, h, row, D: tl.constexpr, BLOCK: tl.constexpr, BLOC
 
 
 @triton.jit
+def load_keys(
+    x, table, first, rows, h, row, PAGE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    TMA: tl.constexpr,
+):  # fmt: skip
+    """`load_tile` of a `sequence`; with a table, of the pages [PAGE, H, D] of x that it names."""
+    if table is None:
+        return load_tile(x, first, rows, h, row, D, BLOCK, BLOCK_D, TMA)
+    else:
+        r, d = first + tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+        cell = tl.load(table + r // PAGE, mask=r < rows, other=0) * PAGE + r % PAGE
+        offset = cell.to(tl.int64)[:, None] * row + h * D + d[None, :]
+        return tl.load(x + offset, mask=(r < rows)[:, None] & (d < D)[None, :], other=0.0)
+
+
+@triton.jit
 def store_rows(x, value, first, row, rows, h, H, D: tl.constexpr, BLOCK_D: tl.constexpr):
     d = tl.arange(0, BLOCK_D)
     offset = (first + row).to(tl.int64)[:, None] * (H * D) + h * D + d[None, :]
@@ -105,13 +120,17 @@ def norm_and_rotate(
 
 @triton.jit
 def attend_keys(
-    qs, k, v, largest, total, acc, begin, end, m, shift, Lk, g, k_row, v_row, log2_scale,
-    MASKED: tl.constexpr, CAUSAL: tl.constexpr, TMA: tl.constexpr, D: tl.constexpr,
+    qs, k, v, table, largest, total, acc, begin, end, m, shift, Lk, g, k_row, v_row, log2_scale,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, TMA: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The running softmax of a tile of queries over the tiles of keys from `begin` to `end`."""
+    """The running softmax of a tile of queries over the tiles of keys from `begin` to `end`.
+
+    A query's row depends on no other row: tiles of keys that it does not see leave it as it is, and both values of
+    MASKED compute the same. So its bits depend on BLOCK_N, but neither on BLOCK_M nor on the queries beside it.
+    """
     for n0 in range(begin, end, BLOCK_N):
-        ks = load_tile(k, n0, Lk, g, k_row, D, BLOCK_N, BLOCK_D, TMA)
+        ks = load_keys(k, table, n0, Lk, g, k_row, PAGE, D, BLOCK_N, BLOCK_D, TMA)
         s = tl.dot(qs, tl.trans(ks), input_precision="ieee")
         if MASKED:
             n = n0 + tl.arange(0, BLOCK_N)
@@ -124,7 +143,7 @@ def attend_keys(
         p = tl.exp2(s * log2_scale - base[:, None])
         shrink = tl.exp2(largest - base)
         total = total * shrink + tl.sum(p, 1)
-        vs = load_tile(v, n0, Lk, g, v_row, D, BLOCK_N, BLOCK_D, TMA)
+        vs = load_keys(v, table, n0, Lk, g, v_row, PAGE, D, BLOCK_N, BLOCK_D, TMA)
         acc = tl.dot(p.to(vs.dtype), vs, acc * shrink[:, None], input_precision="ieee")
         largest = larger
     return largest, total, acc
@@ -171,12 +190,12 @@ def attention_fwd_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     log2_scale = scale * 1.4426950408889634
     largest, total, acc = attend_keys(
-        qs, K, V, largest, total, acc, 0, unmasked, m, shift, Lk, g, k_row, v_row, log2_scale,
-        False, CAUSAL, TMA, D, BLOCK_N, BLOCK_D,
+        qs, K, V, None, largest, total, acc, 0, unmasked, m, shift, Lk, g, k_row, v_row, log2_scale,
+        False, CAUSAL, TMA, 1, D, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     largest, total, acc = attend_keys(
-        qs, K, V, largest, total, acc, unmasked, last, m, shift, Lk, g, k_row, v_row, log2_scale,
-        True, CAUSAL, TMA, D, BLOCK_N, BLOCK_D,
+        qs, K, V, None, largest, total, acc, unmasked, last, m, shift, Lk, g, k_row, v_row, log2_scale,
+        True, CAUSAL, TMA, 1, D, BLOCK_N, BLOCK_D,
     )  # fmt: skip
 
     store_rows(out, acc / tl.where(total == 0, 1.0, total)[:, None], q0, m, Lq, h, Hq, D, BLOCK_D)

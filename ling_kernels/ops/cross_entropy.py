@@ -34,6 +34,16 @@ def cross_entropy_ref(logits, targets, ignore_index=-100, reduction="mean"):
     return total / count_targets(targets, ignore_index) if reduction == "mean" else total
 
 
+@torch.no_grad()
+def logsumexp(logits: Tensor) -> Tensor:
+    """logits [T, V] -> [T] fp32, to the bits that `cross_entropy` subtracts a target's logit from. No gradient."""
+    if use_reference("cross_entropy", logits):
+        return logits.logsumexp(-1)
+    loss, lse = logits.new_empty(2, len(logits), dtype=torch.float32)
+    cross_entropy_fwd(logits, logits.new_zeros(len(logits), dtype=torch.int64), None, loss, lse, None, -100)
+    return lse
+
+
 def without_ignored(rows: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
     """rows [T, n] with 0 where the target is ignored: a NaN there times a gradient of 0 would be NaN."""
     return rows.masked_fill((targets == ignore_index)[:, None], 0)

@@ -21,73 +21,83 @@ from .grouped_wgrad import grouped_mm_on_cpu, grouped_wgrad
 from .triton_import import tl, triton
 
 
-def grouped_gemm(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
-    """a [S, K], b [E, N, K] of one dtype, offsets [E + 1] int32 -> y [S, N] in that dtype (autocast's where it is on).
+def grouped_gemm(
+    a: Tensor, b: Tensor, offsets: Tensor, dtype: torch.dtype | None = None, batch_invariant: bool = False
+) -> Tensor:
+    """a [S, K], b [E, N, K] of one dtype, offsets [E + 1] int32 -> y [S, N] in dtype, by default theirs (autocast's
+    where it is on).
 
     Expert e owns rows offsets[e] : offsets[e + 1]; empty experts are legal. Rows of y past offsets[E] are undefined and
-    rows of a past it are never read; their gradient is 0. Gradients: to a and b. Raises ValueError for shapes or dtypes
-    that do not fit. Backend torch reads the offsets on the host, as do fp64 operands.
+    rows of a past it are never read; their gradient is 0. batch_invariant: on a GPU Triton's kernel runs, never
+    torch's, so that the bits of a row of bf16 depend on that row and b[e] alone. Gradients: to a and b. Raises
+    ValueError for shapes or dtypes that do not fit. Backend torch reads the offsets on the host, as do fp64 operands.
     """
     a, b = autocast(a, b)
     fits = a.ndim == 2 and b.ndim == 3 and a.shape[1] == b.shape[2] and a.dtype == b.dtype and a.is_floating_point()
     expect(fits, "a [S, K] and b [E, N, K] of one dtype", a, b)
     expect_offsets(offsets, len(b), len(a))
-    return GroupedGemm.apply(a, b, offsets)
+    return GroupedGemm.apply(a, b, offsets, dtype, batch_invariant)
 
 
-def grouped_gemm_ref(a, b, offsets):
+def grouped_gemm_ref(a, b, offsets, dtype=None, batch_invariant=False):
     rows = offsets.diff().tolist()
     # split and unbind: the gradient of an index would be a zero tensor as large as b for every expert
     *groups, rest = a.split([*rows, len(a) - sum(rows)])
     with torch.autocast(a.device.type, enabled=False):
         parts = [upcast(x) @ upcast(w).T for x, w in zip(groups, b.unbind(), strict=True)]
-    return torch.cat([*parts, upcast(a).new_zeros(len(rest), b.shape[1])]).to(a.dtype)
+    return torch.cat([*parts, upcast(a).new_zeros(len(rest), b.shape[1])]).to(dtype or a.dtype)
 
 
 class GroupedGemm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, a, b, offsets):
+    def forward(ctx, a, b, offsets, dtype=None, batch_invariant=False):
         ctx.save_for_backward(a, b, offsets)
-        return grouped_product(a, b, offsets)
+        return grouped_product(a, b, offsets, False, dtype, batch_invariant)
 
     @staticmethod
     @first_derivative_only
     def backward(ctx, dy):
         a, b, offsets = ctx.saved_tensors
-        dy = dy.contiguous()
+        dy = dy.to(a.dtype).contiguous()
         da = db = None
         if ctx.needs_input_grad[0]:
             da = grouped_product(dy, b.mT, offsets, True)
         if ctx.needs_input_grad[1]:
             db = now_or_later(ctx, 1, lambda: grouped_wgrad(dy, a, offsets, dtype=b.dtype))
-        return da, db, None
+        return da, db, None, None, None
 
 
-def grouped_product(a: Tensor, b: Tensor, offsets: Tensor, zero_rest: bool = False) -> Tensor:
+def grouped_product(
+    a: Tensor, b: Tensor, offsets: Tensor, zero_rest: bool = False, dtype: torch.dtype | None = None,
+    batch_invariant: bool = False,
+) -> Tensor:  # fmt: skip
     """zero_rest: the rows of no expert become 0; otherwise they may stay as they were in memory."""
-    if grouped_mm_on_cpu(offsets, a, b if b.stride(-1) == 1 else b.mT):
+    dtype = dtype or a.dtype
+    others = dtype == a.dtype and not batch_invariant  # torch's kernels
+    if others and grouped_mm_on_cpu(offsets, a, b if b.stride(-1) == 1 else b.mT):
         y = torch.nn.functional.grouped_mm(a, b.mT, offs=offsets[1:])
         if (rows := int(offsets[-1])) < len(y):
             y[rows:] = 0
         return y
     if use_reference("grouped_gemm", a, b):
-        y = a.new_empty(len(a), b.shape[1])
+        y = a.new_empty(len(a), b.shape[1], dtype=dtype)
         grouped_gemm_ref_fwd(a, b, offsets, y)
         return y
-    if grouped_mm_runs(a, b):
+    if others and grouped_mm_runs(a, b):
         note_choice("grouped_gemm", "torch.nn.functional.grouped_mm")
         y = torch.nn.functional.grouped_mm(a.contiguous(), b.mT, offs=offsets[1:])
         unowned = torch.arange(len(y), device=y.device) >= offsets[-1]
         return y.masked_fill(unowned[:, None], 0) if zero_rest else y
-    y = a.new_empty(len(a), b.shape[1])
+    y = a.new_empty(len(a), b.shape[1], dtype=dtype)
     grouped_gemm_fwd(a, b, offsets, y, zero_rest)
     return y
 
 
 def grouped_mm_runs(a: Tensor, b: Tensor) -> bool:
-    """Whether torch's grouped_mm runs: bf16 on a GPU, rows of a multiple of 16 bytes, and Triton not asked for."""
+    """Whether torch's grouped_mm runs: bf16 on a GPU, rows of a multiple of 16 bytes, fewer groups than 1024 (torch's
+    GroupMM.cu), and Triton not asked for."""
     fits = a.is_cuda and a.dtype == torch.bfloat16 and a.numel() > 0 and b.shape[1] % 8 == b.shape[2] % 8 == 0
-    return fits and backend(a) != "triton"
+    return fits and len(b) < 1024 and backend(a) != "triton"
 
 
 @op("y", runs="torch")
@@ -121,7 +131,8 @@ def grouped_gemm_fwd(a: Tensor, b: Tensor, offsets: Tensor, y: Tensor, zero_rest
 def config(dtype: torch.dtype, rows: int, tiles: int, tma: bool, sms: int) -> dict:
     """Tiles for experts with `rows` rows on average, on an H200 (132 SMs) or an H20 (78); see gemm_fp8.py's config.
 
-    Without tma, elements are moved one by one, and their addresses fill the registers.
+    Without tma, elements are moved one by one, and their addresses fill the registers. Whatever the tile, an element of
+    a bf16 product is one chain of wgmma over K, 16 elements each, from 0 on: batch_invariant relies on it.
     """
     swap = rows <= 32 and tma and dtype != torch.float32
     block_m, block_n, block_k, warps, stages, per_sm = (  # not measured

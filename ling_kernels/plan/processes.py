@@ -30,8 +30,10 @@ class Held(NamedTuple):
 
 
 def processes_of(s: Settings) -> int:
-    """Number of processes of the flags. --dp that is not given is the least that --ep and --vocab-parallel need."""
-    return (s.dp or -(-max(s.ep, s.vocab_parallel) // (s.cp * s.tp))) * s.cp * s.tp * s.pp
+    """Number of processes of the flags. --dp that is not given is the least that --ep and --vocab-parallel need in each
+    of the copies."""
+    dp = s.dp or s.dp_replicate * -(-max(s.ep, s.vocab_parallel) // (s.cp * s.tp))
+    return dp * s.cp * s.tp * s.pp
 
 
 def held_by_processes(config: LingConfig, s: Settings) -> list[Held]:
@@ -73,7 +75,9 @@ def process_lines(held: list[Held], s: Settings) -> list[str]:
     number = len(held) // s.pp
     lines = [
         f"{'processes':<12}  {len(held)}: dp {number // (s.cp * s.tp)} x cp {s.cp} x tp {s.tp} x pp {s.pp}; of a"
-        f" stage's {number}, {s.ep} divide the experts, {s.vocab_parallel} the vocabulary",
+        f" stage's {number}, {s.ep} divide the experts, {s.vocab_parallel} the vocabulary"
+        + f", {number // s.dp_replicate} the optimizer's state"
+        * (s.dp_replicate > 1),
         f"{'rank':<12}{'parameters':>18}{'weights':>12}{'gradients':>12}{'optimizer':>24}{'most in all':>13}"
         + "  stages" * (s.pp > 1),
     ]

@@ -5,15 +5,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.func import functional_call
 
 from ..errors import InputError
 from ..generate import Engine, Request
 from ..model import Ling
-from ..model.packing import IGNORE
 from ..model.sample import Sampling
 from ..nn import BatchLayout
-from ..nn.batch_invariant import ROWS, PinnedLinear
+from ..nn.batch_invariant import PinnedLinear, target_logp
 from ..ops.linear_cross_entropy import linear_cross_entropy
 
 
@@ -69,6 +68,23 @@ def rollout(
     ]
 
 
+class AnswerLogp(torch.nn.Module):
+    """`answer_logp` as a module's forward, for torch.func.functional_call."""
+
+    def __init__(self, model: Ling):
+        super().__init__()
+        self.model = model
+
+    def forward(self, answers: Sequence[Answer]) -> Tensor:
+        return answer_logp(self.model, answers)
+
+
+def rounded_answer_logp(model: Ling, answers: Sequence[Answer], dtype: torch.dtype) -> Tensor:
+    """`answer_logp` with all weights rounded to dtype, as those of an engine in dtype; gradients go to the weights."""
+    rounded = {f"model.{name}": p.to(dtype) for name, p in model.named_parameters()}
+    return functional_call(AnswerLogp(model), rounded, (answers,))
+
+
 def answer_logp(model: Ling, answers: Sequence[Answer]) -> Tensor:
     """[T] fp32, with gradient: the model's log-probabilities of the answers' tokens, one answer after the other.
 
@@ -96,7 +112,7 @@ def answer_logp(model: Ling, answers: Sequence[Answer]) -> Tensor:
         experts = torch.cat([a.routing for a in answers])[None].to(device)  # type: ignore[misc]
         layout = layout._replace(experts=model.forced(experts, batch.ids[None], batch))
     h, _ = model.backbone(batch.ids, layout)
-    h, T = h[torch.cat(rows).to(device)], len(targets)
-    if isinstance(model.lm_head, PinnedLinear):  # no chunk of few rows
-        h, targets = pad(h, (0, 0, 0, -T % ROWS)), pad(targets, (0, -T % ROWS), value=IGNORE)
-    return -linear_cross_entropy(h, model.lm_head.weight, targets, reduction="none")[:T]
+    h = h[torch.cat(rows).to(device)]
+    if isinstance(model.lm_head, PinnedLinear):
+        return target_logp(h, model.lm_head.weight, targets)
+    return -linear_cross_entropy(h, model.lm_head.weight, targets, reduction="none")

@@ -307,7 +307,7 @@ def finish_run(trainer: Trainer, planner) -> None:
         trainer.export(folder / "model")
         if trainer.settings.lora_rank and trainer.ranks.first:
             s, last = trainer.settings, ckpt.list_checkpoints(folder)[-1]
-            write_adapter(last, folder / "adapter", s.model, s.lora_rank, alpha_of(s))
+            write_adapter(last, folder / "adapter", s.model, s.lora_rank, alpha_of(s), trainer.base)
         if merged := trainer.merge.complete:
             trainer.merge.write(folder / "merged", trainer.shares, trainer.tokenizer)
     except InputError as error:

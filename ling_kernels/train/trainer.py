@@ -23,6 +23,7 @@ from .building import apply_fp8_and_recompute, make_model
 from .changes import DATA_FOLDER, first_value
 from .corpus import open_corpus
 from .data.mixture import Rows
+from .flags import named_as_in_python
 from .monitor import WINDOW, FP8Monitor, ceilings, joined, spike, to_bf16
 from .optimizer import StepInBackward, clipped_step, make_optimizer
 from .prepare import Run, deterministic, discard, new_run, peak_flops, resumed_run
@@ -32,7 +33,7 @@ from .report import FP8_FILE, Details, read_lines
 from .running_merge import RunningMerge
 from .saving import Writer, count_sound, export, export_over, kept, snapshot, write
 from .schedule import learning_rate, rows_at
-from .settings import Settings, named_as_in_python, to_json
+from .settings import Settings, to_json
 from .validation import bytes_of_tokens, measure
 
 

@@ -144,7 +144,7 @@ class LateGemm(GroupedGemm):
     @staticmethod
     def backward(ctx, dy):
         with deferring(ctx.queue):
-            return *GroupedGemm.backward(ctx, dy), None
+            return GroupedGemm.backward(ctx, dy)[:4]
 
 
 class LateFeedForward(FeedForward):

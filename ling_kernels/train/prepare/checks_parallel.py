@@ -12,7 +12,7 @@ from ..settings import Settings
 
 def mesh_of(s: Settings) -> dict:
     """How `Ranks.arranged` arranges the processes."""
-    return dict(dp=s.dp, ep=s.ep, pp=s.pp, cp=s.cp, vocab=s.vocab_parallel, tp=s.tp)
+    return dict(dp=s.dp, ep=s.ep, pp=s.pp, cp=s.cp, vocab=s.vocab_parallel, tp=s.tp, copies=s.dp_replicate)
 
 
 def check_parallel(s: Settings, config: LingConfig, ranks: Ranks) -> None:
