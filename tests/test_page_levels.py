@@ -15,7 +15,8 @@ from ling_kernels.errors import InputError
 from ling_kernels.generate import Engine, Spill, page_levels
 from ling_kernels.generate.page_copies import WORDS, Copies, digest_of
 from ling_kernels.generate.page_disk import HEADER, DiskPages
-from tests.engines import NO_STOP, check, drain, engine, make_engine, model, references  # noqa: F401
+from tests.engines import NO_STOP, check, drain, engine, make_engine, model  # noqa: F401
+from tests.test_engine_adapters import write
 
 ROW = Copies(make_engine(cache_tokens=4).forward.caches).row_bytes  # of a page of 4 tokens
 FILE = ROW + HEADER.size
@@ -394,3 +395,22 @@ def test_bad_bounds(tmp_path):
             make_engine(spill=spill)
     with pytest.raises(InputError, match="record_routing needs all pages on the device"):
         make_engine(spill=Spill(ROW), record_routing=True)
+
+
+def test_an_adapters_pages_are_by_its_content(tmp_path):
+    """A file of an adapter does not serve another of the same name, nor the model alone."""
+    prompts = prompts_of(2)
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for seed, folder in enumerate(folders):
+        write(folder, model(), "query_key_value|dense", 2, seed)
+    found = []
+    for folder, name in [(folders[0], "x"), (folders[1], "x"), (folders[0], "y"), (folders[0], None)]:
+        make = lambda **o: make_engine(adapters={name or "x": folder}, **o)  # noqa: B023, E731
+        with spilling(make, 64, tmp_path / "pages") as e:
+            requests = e.finish(prompts, max_new_tokens=6, adapter=name, **NO_STOP)
+            want = make_engine(adapters={"x": folder}).generate(
+                prompts, max_new_tokens=6, adapter=name and "x", **NO_STOP
+            )
+            assert [r.new_tokens for r in requests] == want
+            found.append([r.cached_tokens for r in requests])
+    assert found == [[0, 0], [0, 0], [16, 16], [0, 0]]
