@@ -1,6 +1,8 @@
 """The ASGI application: endpoints, and errors as OpenAI's error objects."""
 
 import html
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 from fastapi import FastAPI
@@ -51,7 +53,13 @@ def first_field(message: str) -> str | None:
 
 def make_app(service: Service) -> ASGIApp:
     """The ASGI application."""
-    app = FastAPI(title="ling_kernels", docs_url=None, redoc_url=None, openapi_url=None)
+
+    @asynccontextmanager
+    async def lifespan(_) -> AsyncIterator[None]:
+        yield
+        await service.in_thread(service.finish)
+
+    app = FastAPI(title="ling_kernels", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     metrics = service.metrics
 
     @app.exception_handler(RequestValidationError)

@@ -30,6 +30,7 @@ from ...tokenizer import Tokenizer
 from ..adapters import read_flags
 from ..cli import add_model_flags, find_tokenizer, load_options, make_engine, resolve_checkpoint, stop_token_ids
 from ..engine import Engine
+from ..page_levels import Spill, usable_folder
 
 KEY_VARIABLE = "LING_API_KEY"
 
@@ -103,6 +104,9 @@ def arguments() -> Parser:
         help="a text has the same bits whatever else runs: bf16 on a GPU, fp32 on a CPU, and slower",
     )
     add("--cache-tokens", type=int, metavar="N", help="capacity of the KV cache (default: the free memory)")
+    add("--cache-host", type=float, metavar="GB", help="host memory for pages that leave the KV cache (default: none)")
+    add("--cache-disk", metavar="PATH", help="folder for them, which a restarted server reads; needs --cache-host")
+    add("--cache-disk-gb", type=float, default=100.0, metavar="GB", help="limit of its files (default: 100)")
     add("--replicas", type=int, default=1, metavar="N", help="engines, each on GPUs of its own (default: 1)")
     add("--socket", metavar="PATH", help=argparse.SUPPRESS)  # of a replica
     return parser
@@ -123,12 +127,18 @@ def check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
-    for name in ("timeout", "client_timeout", "grace", "stuck_after"):
+    for name in ("timeout", "client_timeout", "grace", "stuck_after", "cache_host", "cache_disk_gb"):
         value = getattr(args, name)
         if value is not None and not value > 0:
             raise InputError(f"--{name.replace('_', '-')} is {value}; it must be above 0")
+    if args.cache_disk is not None:
+        if args.cache_host is None:
+            raise InputError("--cache-disk needs --cache-host, the memory by which its pages come and go")
+        usable_folder(args.cache_disk)
     if args.adapter and args.tp > 1:
         raise InputError("--adapter is for a model on one GPU: leave out --tp")
+    if args.cache_host is not None and args.tp > 1:
+        raise InputError("--cache-host is for a model on one GPU: leave out --tp")
     if (args.tls_cert is None) != (args.tls_key is None):
         raise InputError("--tls-cert and --tls-key need each other")
     for name in ("tls_cert", "tls_key"):
@@ -193,6 +203,9 @@ def bind(host: str, port: int, path: str | None = None) -> socket.socket:
 
 def start(args: argparse.Namespace, folder: Path, adapters: dict[str, Path] | None = None) -> Engine:
     """Load the model and warm up its engine."""
+    spill = None
+    if args.cache_host is not None:
+        spill = Spill(int(args.cache_host * 1e9), args.cache_disk, int(args.cache_disk_gb * 1e9))
     engine = make_engine(
         folder,
         args,
@@ -204,6 +217,7 @@ def start(args: argparse.Namespace, folder: Path, adapters: dict[str, Path] | No
         draft=args.draft,
         adapters=adapters,
         batch_invariant=args.batch_invariant,
+        spill=spill,
     )
     engine.warm_up()
     return engine

@@ -20,6 +20,7 @@ from .metrics import Metrics
 Result = TypeVar("Result")
 
 INTERNAL_ERROR = "internal server error; the server's log has the details"
+FINISH_SECONDS = 5.0  # that the cache's last files may take when the server ends
 # OpenAI's words for a status, by which clients classify errors
 CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
 TYPES = {401: "authentication_error", 429: "rate_limit_error"}
@@ -81,6 +82,12 @@ class Service(Limits):
         """Serve with this engine, which has been loaded."""
         engine.record.on_pass = self.metrics.pass_time.add
         self.engine = engine
+
+    def finish(self) -> None:
+        """At the server's end: wait for the cache's files, not for the engine, which may be stuck."""
+        levels = self.engine.pages.levels if self.engine else None
+        if levels is not None:
+            levels.close(FINISH_SECONDS)
 
     @property
     def fault(self) -> str | None:
