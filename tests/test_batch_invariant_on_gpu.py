@@ -16,7 +16,7 @@ from ling_kernels.errors import InputError
 from ling_kernels.generate import Engine
 from ling_kernels.model import Ling
 from ling_kernels.model.sample import Sampling
-from ling_kernels.nn import Attention, BatchLayout
+from ling_kernels.nn import Attention, BatchLayout, RMSNorm
 from ling_kernels.nn.batch_invariant import batch_invariant_, product, target_logp
 from ling_kernels.nn.fp8 import Fp8Linear, to_fp8
 from ling_kernels.nn.fp8_inference import quantize_for_inference_
@@ -82,11 +82,11 @@ def fp8_experts(x: torch.Tensor) -> torch.Tensor:
 
 
 def fp8_product(x: torch.Tensor) -> torch.Tensor:
-    layer = Fp8Linear(1024, 128).bfloat16().to(DEVICE)
-    layer.weight.data.copy_(rand(128, 1024, seed=5))
+    layer = Fp8Linear(512, 384).bfloat16().to(DEVICE)
+    layer.weight.data.copy_(rand(384, 512, seed=5))
     quantize_for_inference_(layer)
     batch_invariant_(layer)
-    return layer(x.repeat(1, 4), None, torch.float32)
+    return layer(x.repeat(1, 2), RMSNorm(512).to(DEVICE), torch.float32)
 
 
 OPS = {
