@@ -22,6 +22,8 @@ from .lora import KINDS, adapted
 class AdapterRows:
     """The adapters of the rows of a pass, which all banks of a model read."""
 
+    sorted: Plan  # of the rows of experts_plan, by `by_expert`
+
     def __init__(self, number: int):
         self.number = number
 
