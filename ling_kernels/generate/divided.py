@@ -136,8 +136,9 @@ class DividedEngine(Engine):
         config, directory = resolve_model(folder)
         if directory is None:
             raise InputError(f"{folder} is a preset, which has no weights; give a checkpoint directory")
-        if options.get("adapters"):
-            raise InputError("adapters are for a model on one GPU: leave out --tp")
+        for name in ("adapters", "batch_invariant", "spill"):
+            if options.get(name):
+                raise InputError(f"{name} is for a model on one GPU, not for one over {ranks}")
         n = integer("ranks", ranks, 2)
         part_config(config, n)
         refuse_group()
