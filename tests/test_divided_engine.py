@@ -153,6 +153,8 @@ def test_parts_that_are_refused(tmp_path, blocks):
         load_model(folder, fp8=True, share=RankShare(2, 0))
     with pytest.raises(InputError, match="2 ranks cannot share model.layers.0.attention.query_key_value"):
         load_model(saved(LingConfig.tiny(), tmp_path / "tiny"), fp8=True, share=RankShare(2, 0))
+    with pytest.raises(InputError, match="batch_invariant is for a model on one GPU, not for one over 2"):
+        divided.DividedEngine(blocks, 2, FP32, batch_invariant=True)
     with pytest.raises(InputError, match="ranks is 1"):
         divided.DividedEngine(blocks, 1, FP32)
 
