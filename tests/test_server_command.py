@@ -22,11 +22,18 @@ from tests.test_server import BODY, checkpoint, httpx  # noqa: E402, F401
     ([], "--model"), (["--model", "tiny"], "checkpoint folder"), (["--model", "/nowhere"], "/nowhere"),
     (["--model", "tiny", "--max-waiting", "0"], "--max-waiting"),
     (["--model", "tiny", "--timeout", "nan"], "--timeout"),
-    (["--model", "tiny", "--key", ""], "--key"),
+    (["--model", "tiny", "--key", ""], "--key"), (["--model", "tiny", "--key", "sécret"], "printable ASCII"),
+    (["--model", "tiny", "--max-rows", "0"], "--max-rows"),
 ])  # fmt: skip
 def test_invalid_arguments(capsys, args, message):
     assert main(args) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_missing_package_is_named_as_pip_installs_it():
+    code = f"import sys; sys.modules['fastapi'] = None; import runpy; runpy.run_module({server.__name__!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode and "pip install '.[server]'" in done.stderr.splitlines()[-1]
 
 
 def test_unreadable_tls_files(checkpoint, capsys, tmp_path):
