@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from .errors import InputError, OtherRank, one_line
+from .errors import InputError, LostRank, OtherRank, one_line
 
 
 @contextmanager
@@ -47,7 +47,7 @@ def check_environment() -> None:
 
 def command(main: Callable[..., int | None]) -> Callable[..., int]:
     """main() of a command line: an InputError, or too little memory, becomes `error: ...` on stderr and exit code 2; a
-    warning becomes a line `warning: ...`."""
+    warning becomes a line `warning: ...`. A lost rank is `error: ...` and exit code 1."""
 
     @functools.wraps(main)
     def run(*args, **kwargs) -> int:
@@ -60,6 +60,9 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
+        except LostRank as error:
+            print(f"error: {one_line(str(error))}", file=sys.stderr)
+            return 1
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):  # torch's, on a CPU
                 raise

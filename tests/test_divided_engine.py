@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 from dataclasses import replace
+from datetime import timedelta
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -19,8 +20,10 @@ from ling_kernels.model import Ling, LingConfig, load_model, save_model
 from ling_kernels.model.checkpoint import named_views
 from ling_kernels.model.weight_files import WeightReader
 from ling_kernels.nn.fp8_inference import SCALES
+from ling_kernels.parallel import decode
 from ling_kernels.parallel.decode import RankShare, part_config
 from tests import ranks  # noqa: F401  (what the fork server imports once)
+from tests.speller import speller
 from tests.test_model import DATA
 
 LONG = 300.0  # seconds that no test waits for
@@ -122,16 +125,22 @@ def test_parts_of_weights(stored, fp8, request, monkeypatch):
             want = torch.cat([t.chunk(2)[rank] for rank in (0, 1) for t in (q, k, v)])
         dim = next(d for d in range(want.ndim) if first.shape[d] != want.shape[d])
         assert torch.equal(torch.cat([first, second], dim), want), key
-        divided_bytes += 0 if key.endswith(SCALES) else want.nbytes
+        divided_bytes += 0 if key.endswith(SCALES) else stored_bytes(folder, key)
     divided_keys = {key.split(".")[-2] for key in shares[0].parts}
-    assert divided_keys == {"query_key_value", "dense", "gate_proj", "up_proj", "down_proj", "lm_head"}
+    assert divided_keys == {"query_key_value", "dense", "gate_proj", "up_proj", "down_proj", "lm_head",
+                            "word_embeddings"}  # fmt: skip
     if (stored == "blocks_fp8") == fp8:
-        assert sum(read) == divided_bytes + (whole["lm_head.weight"].nbytes if fp8 else 0)
+        assert sum(read) == divided_bytes
+
+
+def stored_bytes(folder, key):
+    with WeightReader(folder) as reader:
+        return reader.read(key)[0].nbytes
 
 
 def test_parts_that_are_refused(tmp_path, blocks):
-    by_3 = replace(sizes_of_128(), num_attention_heads=12, num_key_value_heads=6, intermediate_size=384,
-                   moe_intermediate_size=384, vocab_size=513)  # fmt: skip
+    by_3 = replace(sizes_of_128(), num_attention_heads=12, num_key_value_heads=6, hidden_size=384,
+                   intermediate_size=384, moe_intermediate_size=384, vocab_size=513)  # fmt: skip
     for field, value in (("num_key_value_heads", 4), ("intermediate_size", 256), ("vocab_size", 512)):
         with pytest.raises(InputError, match=f"3 ranks cannot share the model equally: its {field} is {value}"):
             part_config(replace(by_3, **{field: value}), 3)
@@ -241,6 +250,16 @@ def test_a_failing_pass(monkeypatch):
                 engine.generate([[1, 2]], max_new_tokens=1)
 
 
+def test_a_process_that_does_not_answer(monkeypatch):
+    monkeypatch.setattr(decode, "PATIENCE", timedelta(seconds=1))
+    monkeypatch.setattr(workers, "SEEN_WITHIN", 0.1)
+    with divided_engine(DATA / "base") as engine:
+        os.kill(engine.workers.workers[0].process.process.pid, signal.SIGSTOP)
+        with pytest.raises(LostRank, match="a rank of 2 does not answer"):
+            engine.generate([[1, 2]])
+        monkeypatch.setattr(workers, "KILL_AFTER", 0.1)
+
+
 def test_a_damaged_checkpoint_and_a_process_that_ends_at_once(tmp_path, monkeypatch, capfd):
     folder = saved(sizes_of_128(), tmp_path / "damaged")
     os.truncate(folder / "model.safetensors", 1000)
@@ -284,7 +303,13 @@ def test_a_killed_rank_0_takes_its_worker_along():
         time.sleep(0.01)
 
 
-def test_flags(capsys):
-    assert main(["--model", str(DATA / "base"), "--tokenizer", "bytes", "--prompt", "x", "--tp", "0"]) == 2
-    assert main(["--model", str(DATA / "base"), "--tokenizer", "bytes", "--prompt", "x", "--tp", "3"]) == 2
-    assert capsys.readouterr().err
+def test_flags(tmp_path, capsys, monkeypatch):
+    """The command's text is that of one process; a number that does not fit is one line, and so is a lost rank."""
+    flags = ["--model", speller(tmp_path), "--device", "cpu", "--prompt", "a", "--max-new-tokens", "3", "--tp"]
+    assert main([*flags, "2"]) == 0 and capsys.readouterr().out == "bcd\n"
+    for number, message in (("0", "--tp is 0; it must be at least 1"), ("3", "3 ranks cannot share the model equally")):
+        assert main([*flags, number]) == 2
+        assert capsys.readouterr().err.startswith(f"error: {message}")
+    monkeypatch.setattr(workers, "start_process", lambda connection, rank: subprocess.Popen(["false"]))
+    assert main([*flags, "2"]) == 1
+    assert capsys.readouterr().err.startswith("error: rank 1 of 2 has ended with exit code 1; ")

@@ -272,7 +272,7 @@ def test_a_prompt_beyond_the_positions_leaves_the_engine_free(tmp_path, random_m
 
 
 def test_batch_invariant_is_for_fp32(tmp_path, random_model):
-    with pytest.raises(InputError, match="--batch-invariant is for --precision fp32"):
+    with pytest.raises(InputError, match=r"for bf16 on a GPU and fp32 on a CPU: .* is torch.bfloat16 on cpu"):
         Loop(LoopSettings(batch_invariant=True, precision="bf16", device="cpu"), random_model, tmp_path / "run")
 
 

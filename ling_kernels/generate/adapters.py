@@ -12,11 +12,11 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..files import read_json, user_path
-from ..model import Ling
+from ..model import Ling, LingConfig
 from ..model.weight_files import WeightReader
 from ..nn.adapter_bank import AdapterRows, with_banks
 from ..nn.lora import adapted
-from ..parallel.adapters import PREFIX, adapted_weights, key_of
+from ..parallel.adapters import PREFIX, adapted_weights, check_base, key_of
 from ..parallel.checkpoints import ADAPTER
 from ..parallel.official import Official, Parameter
 
@@ -24,8 +24,9 @@ CONFIG = "adapter_config.json"
 ALIGNED = 8  # ranks are padded to a multiple of it: rows of 16 bytes, which grouped products need
 # Fields of adapter_config.json that change what an adapter computes, with the values of those that are supported.
 PLAIN = dict(
-    peft_type="LORA", bias="none", use_dora=False, fan_in_fan_out=False, lora_bias=False, modules_to_save=None,
-    alpha_pattern=None, layer_replication=None, alora_invocation_tokens=None,
+    peft_type="LORA", bias="none", fan_in_fan_out=False, lora_bias=False, modules_to_save=None, alpha_pattern=None,
+    layer_replication=None, trainable_token_indices=None, use_dora=False, use_qalora=False, use_bdlora=None,
+    alora_invocation_tokens=None, arrow_config=None, kasa_config=None, monteclora_config=None,
 )  # fmt: skip
 
 
@@ -159,6 +160,24 @@ class Adapters:
         if not isinstance(name, str) or name not in self.named:
             raise InputError(f"there is no adapter {name!r}; there are {', '.join(map(repr, self.named))}")
         return self.named[name]
+
+
+def read_flags(flags: Iterable[str], model: str, config: LingConfig, folder: Path) -> dict[str, Path]:
+    """The folders of flags NAME=FOLDER by name, beside the model of this name and folder. Raises InputError for those
+    that do not fit it, before it is loaded."""
+    folders: dict[str, Path] = {}
+    for flag in flags:
+        name, _, path = flag.partition("=")
+        if not (name and path):
+            raise InputError(f"--adapter {flag} is not NAME=FOLDER")
+        if name in (model, *folders):
+            raise InputError(f"--adapter {flag}: there is another model {name!r}")
+        folders[name] = user_path(path, "--adapter")
+    weights = adapted_weights(config) if folders else {}
+    for path in folders.values():
+        AdapterFolder(path, weights)
+        check_base(path, folder)
+    return folders
 
 
 def stacked(

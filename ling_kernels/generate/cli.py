@@ -75,13 +75,17 @@ def run(args: argparse.Namespace) -> None:
     positions = max_sequence_tokens(config.max_positions, args.draft)
     new = max_new_tokens(args.max_new_tokens, len(ids), positions)
     stop = () if args.ignore_eos else stop_token_ids(config, tokenizer, folder)
-    engine = make_engine(folder, args, cache_tokens=len(ids) + new, max_running=1, draft=args.draft)
-    tokens = engine.stream(ids, sampling=sampling, max_new_tokens=new, stop_token_ids=stop)
+    options = dict(sampling=sampling, max_new_tokens=new, stop_token_ids=stop)
+    with make_engine(folder, args, cache_tokens=len(ids) + new, max_running=1, draft=args.draft) as engine:
+        if args.echo:
+            write(prompt)
+        write_text(args, engine, tokenizer, ids, options)
 
-    if args.echo:
-        write(prompt)
+
+def write_text(args: argparse.Namespace, engine: Engine, tokenizer: Tokenizer, ids: list[int], options: dict) -> None:
+    """Write the text after a prompt as it comes, then what the flags ask for; options: of `Engine.stream`."""
     times, last, new_ids = [time.perf_counter()], "", []
-    for piece in stream_text(keep(tokens, new_ids), tokenizer, args.stop, ids):
+    for piece in stream_text(keep(engine.stream(ids, **options), new_ids), tokenizer, args.stop, ids):
         times.append(time.perf_counter())
         write(piece)
         last = piece or last

@@ -50,12 +50,24 @@ class Pass(NamedTuple):
     masks: list[tuple[int, Tensor]]  # lane, the masks of its rows
 
 
-class LeadForward(Forward):
-    """Rank 0's part of every pass, which it tells the others before."""
+class DividedForward(Forward):
+    """A rank's part of every pass."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.graphs = None
+
+    def decode_rows(self, lanes: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        columns, *others = super().decode_rows(lanes, width)
+        return self.model.word_embeddings.rows(columns), *others  # type: ignore[return-value]
+
+
+class LeadForward(DividedForward):
+    """Rank 0's part, which tells the others before."""
 
     def __init__(self, workers: Workers, model, caches: list[KVCache], page_size: int, *options):
         super().__init__(model, caches, page_size, *options)
-        self.workers, self.graphs = workers, None
+        self.workers = workers
         pages, dtype = caches[0].k.shape[0], caches[0].k.dtype
         workers.send("serve", (len(caches), pages, page_size, dtype, options))
         workers.receive("serving")
@@ -81,13 +93,12 @@ class LeadForward(Forward):
             raise
 
 
-class FollowForward(Forward):
-    """Another rank's part of every pass."""
+class FollowForward(DividedForward):
+    """Another rank's part."""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
         self.requests: dict[int, Request] = {}  # of each lane
-        self.graphs = None
 
     def fill(self, request: Request) -> None:
         self.requests[request.lane] = request
@@ -125,8 +136,9 @@ class DividedEngine(Engine):
         config, directory = resolve_model(folder)
         if directory is None:
             raise InputError(f"{folder} is a preset, which has no weights; give a checkpoint directory")
-        if options.get("adapters"):
-            raise InputError("adapters are for a model on one GPU: leave out --tp")
+        for name in ("adapters", "batch_invariant", "spill"):
+            if options.get(name):
+                raise InputError(f"{name} is for a model on one GPU, not for one over {ranks}")
         n = integer("ranks", ranks, 2)
         part_config(config, n)
         refuse_group()

@@ -19,6 +19,7 @@ import threading
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 
@@ -28,11 +29,14 @@ from ..errors import InputError, integer
 from ..model import Ling
 from ..model.decode import empty_caches
 from ..model.sample import Sampling, SamplingMode
+from ..nn.batch_invariant import batch_invariant_
 from .adapters import Adapter, Adapters
 from .cache import PagePool, memory_of, page_bytes
 from .forward import Forward
 from .grammar import Grammar
 from .health import PassRecord
+from .page_copies import copies_of, page_identity
+from .page_levels import PageLevels, Spill
 from .passes import Passes
 from .request import DRAFT_SLACK, Request, add_guide, max_sequence_tokens, new_request
 from .scheduler import Scheduler
@@ -57,7 +61,11 @@ class Engine(Passes):
       that ends by itself then has `routing` [n, M, topk] on the device, uint8 up to 256 experts, else int16, of its n
       tokens that were inputs: all, but for a new one at the end. Decode passes do without `moe_decode`.
     adapters: folders of adapters (LoRA) by name, in peft's format, which requests may name; `model` stays as it is.
-    Raises InputError for values out of range, and for adapters that are not for this model.
+    batch_invariant: pin the model (nn/batch_invariant.py), so that a request's tokens and log-probabilities have the
+      same bits whatever else runs, and in whatever chunks and drafts it is computed: bf16 on a GPU, fp32 on a CPU.
+    spill: where the prefix cache goes on when the device's memory is full, see page_levels.py. Not with record_routing.
+    Raises InputError for values out of range, for adapters that are not for this model, and for a model that cannot be
+    pinned.
     """
 
     def __init__(
@@ -72,6 +80,8 @@ class Engine(Passes):
         draft: int = 0,
         record_routing: bool = False,
         adapters: Mapping[str, str | Path] | None = None,
+        batch_invariant: bool = False,
+        spill: Spill | None = None,
     ):
         if not isinstance(model, torch.nn.Module):
             raise InputError(f"the model is a {type(model).__name__}, not a Ling, which load_model returns")
@@ -85,6 +95,12 @@ class Engine(Passes):
             raise InputError(f"cache_dtype is {cache_dtype!r}, not a torch.dtype")
         if max_running * (1 + draft) > max_rows:
             raise InputError(f"max_rows {max_rows} is less than max_running {max_running} x {1 + draft} rows")
+        if batch_invariant:
+            if adapters:
+                raise InputError("batch_invariant does not cover adapters: leave out one of the two")
+            if cache_dtype not in (None, model.word_embeddings.weight.dtype):
+                raise InputError(f"batch_invariant needs a cache in the model's precision, not in {cache_dtype}")
+            batch_invariant_(model)
         self.model, self.config = model.eval(), model.config
         self.device = model.word_embeddings.weight.device
         self.adapters = Adapters(self.model, adapters) if adapters else None
@@ -104,6 +120,11 @@ class Engine(Passes):
         self.pages = PagePool(pages, page_size)
         caches = empty_caches(self.config, layers, pages, page_size, dtype, self.device)
         self.forward = self.make_forward(model, caches, page_size, max_running, draft, record_routing, self.adapters)
+        if spill is not None:
+            if record_routing:
+                raise InputError("record_routing needs all pages on the device: leave out spill")
+            identity = partial(page_identity, self.model, caches, page_size, batch_invariant)
+            self.pages.levels = PageLevels(spill, self.pages, copies_of(caches), identity)
         self.draft, self.drafted, self.accepted = draft, 0, 0
         self.scheduler = Scheduler(self.pages, max_running, max_rows, max_waiting, draft)
         self.overlap = self.device.type == "cuda"  # on a CPU a pass is complete when it has been launched
@@ -197,7 +218,8 @@ class Engine(Passes):
         return max_sequence_tokens(capacity, self.draft)
 
     def close(self) -> None:
-        """Cancel all requests, and free the cache and the graphs. Closing again has no effect."""
+        """Cancel all requests, write what goes to files, and free the cache and the graphs. Closing again has no
+        effect."""
         with self.lock:
             if self.closed:
                 return
@@ -207,6 +229,10 @@ class Engine(Passes):
             for request in [*self.scheduler.submitted, *self.scheduler.waiting, *self.scheduler.running]:
                 request.cancelled = True
             self.scheduler.sweep()
+            if self.pages.levels is not None:
+                with self.use_device():
+                    self.pages.levels.save_released(all_of_them=True)
+                self.pages.levels.close()
             del self.forward
 
     def __enter__(self) -> "Engine":

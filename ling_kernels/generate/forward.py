@@ -34,8 +34,10 @@ from torch import Tensor
 from ..model import Ling
 from ..model.sample import Sampling, SamplingMode, SamplingTensors
 from ..nn import BatchLayout
+from ..nn.batch_invariant import PinnedLinear
 from ..ops.accept_tokens import accept_tokens
 from ..ops.attention_decode import KVCache
+from ..ops.attention_decode_cpu import clear_pages
 from ..ops.decode_inputs import decode_inputs
 from ..ops.sample import sample
 from .adapters import Adapters
@@ -150,7 +152,8 @@ class Forward:
         self.edits: Edits | None = None  # until a request needs them
         self.masks: Masks | None = None
         self.no_chunks = torch.zeros(1, dtype=torch.int32, device=self.device)  # cu_seqlens of no sequence
-        # Only qk_norm_attention_decode skips the cache write of a lane of length 0.
+        # qk_norm_attention_decode finds the cells of decode rows itself, and writes nothing for a lane of length 0.
+        self.needs_slots = not c.use_qk_norm or isinstance(model.lm_head, PinnedLinear)
         on_gpu = self.device.type == "cuda"
         graphs = on_gpu and c.use_qk_norm
         self.graphs = CudaGraphs(self.compute, self.padding_lane, lanes, self.device) if graphs else None
@@ -208,8 +211,12 @@ class Forward:
         """Copy the numbers of newly allocated pages."""
         new = [(r.lane, i, r.pages[i]) for r in requests for i in range(r.pages_on_device, len(r.pages))]
         if new:
-            lane, i, page = self.to_device(np.array(new).T.copy())
-            self.block_tables[lane, i] = page.int()
+            lanes, columns, pages = self.to_device(np.array(new).T.copy())
+            self.block_tables[lanes, columns] = pages.int()
+            if self.device.type == "cpu":
+                computed = {r.lane: r.computed for r in requests}  # those pages are of a cached prefix
+                empty = [page for lane, i, page in new if i * self.page_size >= computed[lane]]
+                clear_pages([*self.caches, *([] if self.mtp_cache is None else [self.mtp_cache])], empty)
         for r in requests:
             r.pages_on_device = len(r.pages)
 
@@ -233,12 +240,9 @@ class Forward:
             m = self.adapters.model
             self.adapters.rows.set(self.adapters_of_rows(lanes, n, chunks))
         width = self.block_tables.shape[1] if width is None else width
-        embeddings = m.word_embeddings.weight
-        x, positions, lengths, block_table = decode_inputs(
-            lanes, self.token_ids, self.lengths, self.block_tables, embeddings, n, width
-        )
+        x, positions, lengths, block_table = self.decode_rows(lanes, width)
         positions = positions.view(B, n)
-        layout = self.decode_layout(positions, lengths, block_table)
+        layout = self.decode_layout(positions, lengths, block_table, alone=not chunks)
         if chunks:
             layout, inputs = self.with_chunks(layout, chunks)
             x = torch.cat([x, self.embedded(self.token_ids.view(-1)[inputs])])
@@ -272,6 +276,11 @@ class Forward:
         of_chunks = np.repeat(np.array([number_of(c.request) for c in chunks], np.int32), [c.rows for c in chunks])
         return torch.cat([numbers, self.to_device(of_chunks)])
 
+    def decode_rows(self, lanes: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What `decode_inputs` gives for the lanes."""
+        state = self.token_ids, self.lengths, self.block_tables, self.model.word_embeddings.weight
+        return decode_inputs(lanes, *state, 1 + self.draft, width)
+
     def next_tokens(self, h: Tensor, lanes: Tensor, positions: Tensor, mode: SamplingMode) -> Tensor:
         """Write the token after each row into its lane; positions [B, n] -> as `compute`.
 
@@ -303,13 +312,20 @@ class Forward:
         """tokens [T], of which a negative one counts as 0 -> [T, H]."""
         return self.model.word_embeddings(tokens.clamp(min=0))
 
-    def decode_layout(self, positions: Tensor, lengths: Tensor, block_table: Tensor) -> BatchLayout:
-        """The attention layout of rows at positions [B, n], with which the lanes have lengths [B]."""
+    def decode_layout(
+        self, positions: Tensor, lengths: Tensor, block_table: Tensor, alone: bool = True
+    ) -> BatchLayout:  # fmt: skip
+        """The attention layout of rows at positions [B, n], with which the lanes have lengths [B]; alone: the pass has
+        no other rows."""
         m, slots = self.model, None
-        if not m.config.use_qk_norm:  # qk_norm_attention_decode needs no slots
-            slots = self.decode_slots(block_table, positions)
-        rows = positions.numel()
-        return BatchLayout(m.cos, m.sin, positions.flatten(), self.no_chunks, slots, rows, block_table, lengths)
+        if self.needs_slots:
+            slots = self.decode_slots(block_table, positions).view_as(positions)
+            slots = slots.masked_fill(lengths[:, None] == 0, -1).flatten()  # a graph's padding lanes write nothing
+        layout = BatchLayout(
+            m.cos, m.sin, positions.flatten(), self.no_chunks, slots, positions.numel(), block_table, lengths
+        )  # fmt: skip
+        group = m.config.num_attention_heads // m.config.num_key_value_heads
+        return layout.with_cells(self.caches[0], group) if alone and slots is None else layout
 
     def recorded(self, layout: BatchLayout, with_chunks: bool) -> BatchLayout:
         """The layout with the cells where the rows' experts are written."""

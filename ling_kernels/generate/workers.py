@@ -15,7 +15,8 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
 
-from ..errors import InputError, LostRank
+from ..errors import InputError, LostRank, one_line
+from ..parallel.ranks import is_lost_rank
 
 KILL_AFTER = 5.0  # seconds that a worker has to end
 SEEN_WITHIN = 5.0  # seconds in which the end of a process is seen after a message to it, or an all-reduce, has failed
@@ -102,8 +103,11 @@ class Workers:
 
     def failed(self, error: BaseException) -> LostRank:
         """What an error of a pass on rank 0 means: another rank may have ended, or waits for this one for ever."""
-        self.noticed.wait(SEEN_WITHIN if isinstance(error, RuntimeError) else 0)
-        return self.lose(f"rank 0 of {self.n} has failed: {error or type(error).__name__}")
+        message = one_line(str(error) or type(error).__name__)
+        if isinstance(error, RuntimeError) and is_lost_rank(error):
+            self.noticed.wait(SEEN_WITHIN)
+            return self.lose(f"a rank of {self.n} does not answer: {message}")
+        return self.lose(f"rank 0 of {self.n} has failed: {message}")
 
     def close(self) -> None:
         """End all."""

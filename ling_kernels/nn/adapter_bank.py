@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..ops.dispatch import Plan, dispatch_here
+from ..ops.dispatch import Plan, counts_here, dispatch, dispatch_here
 from ..ops.grouped_gemm import grouped_gemm
 from ..ops.permute import permute
 from ..ops.unpermute import unpermute
@@ -22,23 +22,31 @@ from .lora import KINDS, adapted
 class AdapterRows:
     """The adapters of the rows of a pass, which all banks of a model read."""
 
+    sorted: Plan  # of the rows of experts_plan, by `by_expert`
+
     def __init__(self, number: int):
         self.number = number
 
     def set(self, ids: Tensor) -> None:
         """ids [T] int32: the adapter of each row of the layers' inputs from now on; -1: none."""
         self.ids, self.plan = ids, dispatch_here(ids[:, None], self.number)
+        self.of_choices: tuple[Tensor, Tensor] | None = None
         self.experts_plan: Plan | None = None
 
     def by_expert(self, plan: Plan) -> Plan:
-        """The plan that sorts the rows of a layer's plan, which are sorted by expert, by adapter and expert."""
-        if self.experts_plan is not plan:  # gate_up and down have the same
-            E = len(plan.offsets) - 1
-            row = torch.arange(len(plan.source), dtype=torch.int32, device=plan.source.device)
-            expert = torch.searchsorted(plan.offsets[1:], row, right=True, out_int32=True)
-            ids = self.ids.index_select(0, plan.source // plan.slot.shape[1])
-            group = torch.where((ids >= 0) & (expert < E), ids * E + expert, -1)
-            self.experts_plan, self.sorted = plan, dispatch_here(group[:, None], self.number * E)
+        """The plan that sorts the rows of a layer's plan, which are sorted by expert, by adapter and expert: group
+        adapter x E + expert."""
+        if self.experts_plan is plan:  # gate_up and down have the same
+            return self.sorted
+        E, topk = len(plan.offsets) - 1, plan.slot.shape[1]
+        if self.of_choices is None:  # the group of expert 0 for each choice, below -E + 1 for none; the rows' numbers
+            first = torch.where(self.ids < 0, -E, self.ids * E).repeat_interleave(topk)
+            self.of_choices = first, torch.arange(len(first), dtype=torch.int32, device=first.device)
+        first, row = self.of_choices
+        # Undefined rows count as the last expert's.
+        expert = torch.searchsorted(plan.offsets[1:-1], row, right=True, out_int32=True)
+        group = (first.index_select(0, plan.source) + expert)[:, None]
+        self.experts_plan, self.sorted = plan, dispatch(group, counts_here(group, self.number * E))
         return self.sorted
 
 

@@ -1,13 +1,13 @@
 """Modules whose results for a row do not depend on the batch, bit for bit: for an engine and a trainer that agree.
 
-On a GPU in bf16, with the kernels that are there for any batch (docs/posttraining.md says why their bits do not depend
-on it, op by op):
+On a GPU in bf16, with kernels whose bits do not depend on the batch (docs/batch-invariant.md, op by op):
 
     products     Triton's grouped GEMM for all, experts or not: cuBLAS, torch's grouped_mm and the kernels for few rows
                  choose by the number of rows in which order they add
     attention    `qk_norm_rope`, then one kernel's order of keys: `attention`, and `attention_cells` for cached keys
     experts      the composition alone: `moe_decode` adds in another order
     logits       the same GEMM to fp32; log-probabilities by `cross_entropy`
+    FP8          weights of an engine (quantize_for_inference_): at least ROWS rows, as csrc/ has another kernel for few
 
 On a CPU in fp32 or fp64, with torch's products:
 
@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..backend import backend
 from ..errors import InputError
+from ..op import E4M3
 from ..ops.attention import attention
 from ..ops.attention_cells import attention_cells
 from ..ops.attention_decode import KVCache, read
@@ -41,31 +42,37 @@ from ..ops.swiglu import swiglu
 from ..ops.unpermute import unpermute
 from .attention import Attention, BatchLayout
 from .experts import Experts
+from .fp8 import Fp8Experts, Fp8Linear, Fp8MLP
 from .linear import FusedLinear
 from .norm import RMSNorm
 from .router import Router
 
-ROWS = 16  # of a product at least, on a CPU
+ROWS = 16  # of a product at least, on a CPU and in FP8
 KEYS = 64  # of a tile of attention, on a CPU
 CHUNK = 1024  # rows whose logits exist at a time
 
 
-def batch_invariant_(model: nn.Module) -> None:
-    """Pin the modules of a model in place; parameters, names and hooks stay. Raises InputError for a model in another
-    precision than bf16 on a GPU and fp32 on a CPU, without QK norm, and for linear layers and experts of other kinds,
-    as FP8's."""
+def batch_invariant_(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Pin the modules of a model in place; parameters, names and hooks stay. dtype: that it is computed in, default its
+    parameters'. Raises InputError for another dtype than bf16 on a GPU, with FP8 weights or without, and fp32 on a CPU,
+    for a model without QK norm, and for linear layers and experts of other kinds, as those that train in FP8."""
     for name, p in model.named_parameters():
-        on_gpu, cpu_only = p.device.type == "cuda", not kernels_run(p)
-        if p.dtype not in ((torch.float32, torch.float64) if cpu_only else (torch.bfloat16,)) or on_gpu and cpu_only:
+        on_cpu = (torch.float32, torch.float64) if p.device.type == "cpu" else ()
+        fits = (torch.bfloat16, E4M3) if kernels_run(p) else on_cpu
+        if (dtype or p.dtype) not in fits:
             raise InputError(
-                f"batch_invariant is for bf16 on a GPU and fp32 on a CPU: {name} is {p.dtype} on {p.device}"
+                f"batch_invariant is for bf16 on a GPU and fp32 on a CPU: {name} is {dtype or p.dtype} on {p.device}"
             )
     for name, module in model.named_modules():
         if isinstance(module, Attention) and module.query_layernorm is None:
             raise InputError(f"batch_invariant cannot pin {name}, which has no QK norm")
         if type(module) in PINNED:
             module.__class__ = PINNED[type(module)]
-        elif isinstance(module, (*PINNED,)) and type(module) not in PINNED.values():
+        elif type(module) in PINNED_FP8 and all(p.dtype == E4M3 for p in module.parameters()):
+            module.__class__ = PINNED_FP8[type(module)]
+        elif isinstance(module, (*PINNED, *PINNED_FP8)) and type(module) not in (
+            *PINNED.values(), *PINNED_FP8.values()
+        ):  # fmt: skip
             raise InputError(f"batch_invariant cannot pin {name}, a {type(module).__name__}")
 
 
@@ -76,24 +83,25 @@ def kernels_run(x: Tensor) -> bool:
 
 def product(x: Tensor, w: Tensor, dtype: torch.dtype) -> Tensor:
     """x [M, K] w [N, K]^T -> [M, N] in dtype."""
-    if not kernels_run(x):
-        return linear(enough_rows(x), w)[: len(x)].to(dtype)
-    bounds = torch.arange(2, dtype=torch.int32, device=x.device) * len(x)
+    M = len(x)
+    if not kernels_run(x) or M == 0:
+        return linear(enough_rows(x), w)[:M].to(dtype)
+    bounds = torch.arange(0, 2 * M, M, dtype=torch.int32, device=x.device)
     return grouped_gemm(x, w[None], bounds, dtype, batch_invariant=True)
 
 
-def target_logp(head: nn.Module, x: Tensor, targets: Tensor) -> Tensor:
-    """[T] fp32: the log-probabilities of targets [T] by the logits of a pinned head for x [T, H]. CHUNK rows of logits
-    exist at a time; the backward computes them again."""
+def target_logp(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
+    """[T] fp32: the log-probabilities of targets [T] by the logits of x [T, H] and a pinned head's w [V, H]. CHUNK rows
+    of logits exist at a time; the backward computes them again."""
     if not kernels_run(x):
         more = -len(x) % ROWS  # no chunk of few rows
         losses = linear_cross_entropy(
-            pad(x, (0, 0, 0, more)), head.weight, pad(targets, (0, more), value=-100), reduction="none", chunk=CHUNK
+            pad(x, (0, 0, 0, more)), w, pad(targets, (0, more), value=-100), reduction="none", chunk=CHUNK
         )  # fmt: skip
         return -losses[: len(x)]
 
     def losses_of(x: Tensor, targets: Tensor) -> Tensor:
-        return cross_entropy(head(x, None, torch.float32), targets, reduction="none")
+        return cross_entropy(product(x, w, torch.float32), targets, reduction="none")
 
     parts = zip(x.split(CHUNK), targets.split(CHUNK), strict=True)
     return -torch.cat([checkpoint(losses_of, *part, use_reentrant=False) for part in parts])
@@ -153,13 +161,29 @@ def grouped_product(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
     return torch.cat([*parts, x.new_zeros(len(x) - bounds[-1], w.shape[1])])
 
 
+class PinnedFp8Linear(Fp8Linear):
+    def forward(self, x: Tensor, norm: RMSNorm | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        return super().forward(enough_rows(x), norm, dtype)[: len(x)]
+
+
+class PinnedFp8MLP(Fp8MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(enough_rows(x))[: len(x)]
+
+    def decode_weights(self) -> None:
+        return None
+
+
+class PinnedFp8Experts(Fp8Experts):
+    def decode_weights(self) -> None:
+        return None
+
+
 class PinnedAttention(Attention):
     def forward(
         self, x: Tensor, layout: BatchLayout, cache: KVCache | None = None, norm: RMSNorm | None = None
     ) -> Tensor:  # fmt: skip
         qkv = self.query_key_value(x, norm).unflatten(-1, (-1, self.head_dim))
-        if cache is not None and layout.slots is None:
-            layout = layout._replace(slots=decode_slots(layout, cache))
         norms = (self.query_layernorm, self.key_layernorm, layout.cos, layout.sin, layout.positions, self.num_kv_heads)
         kernels = kernels_run(x)
         if kernels and cache is not None:  # the kernel takes the slots of lanes without a sequence, which are negative
@@ -202,13 +226,6 @@ def attend_by_tiles(q: Tensor, k: Tensor, v: Tensor, layout: BatchLayout, cache:
     return torch.cat(outs) if outs else q
 
 
-def decode_slots(layout: BatchLayout, cache: KVCache) -> Tensor:
-    """[T]: the cell of each row of a decode pass; -1 for a lane of length 0."""
-    size, positions = cache.k.shape[1], layout.positions.view(len(layout.lengths), -1)
-    cells = layout.block_table.long().gather(1, positions // size) * size + positions % size
-    return cells.masked_fill(layout.lengths[:, None] == 0, -1).flatten()
-
-
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """q [n, Hq, D] of the last n of L tokens, k and v [L, Hkv, D] -> [n, Hq, D], causal.
 
@@ -232,4 +249,5 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (out / total).transpose(0, 1)[:n]
 
 
+PINNED_FP8 = {Fp8Linear: PinnedFp8Linear, Fp8MLP: PinnedFp8MLP, Fp8Experts: PinnedFp8Experts}
 PINNED = {nn.Linear: PinnedLinear, Router: PinnedRouter, Experts: PinnedExperts, Attention: PinnedAttention}

@@ -76,8 +76,8 @@ def load_keys(
         return load_tile(x, first, rows, h, row, D, BLOCK, BLOCK_D, TMA)
     else:
         r, d = first + tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
-        page = tl.load(table + r // PAGE, mask=r < rows, other=0).to(tl.int64)
-        offset = (page * PAGE + r % PAGE)[:, None] * row + h * D + d[None, :]
+        cell = tl.load(table + r // PAGE, mask=r < rows, other=0) * PAGE + r % PAGE
+        offset = cell.to(tl.int64)[:, None] * row + h * D + d[None, :]
         return tl.load(x + offset, mask=(r < rows)[:, None] & (d < D)[None, :], other=0.0)
 
 

@@ -2,8 +2,8 @@
 
 All ranks have the same rows. A rank holds 1/n of the query and key heads, and their cache, and 1/n of the intermediate
 columns of every MLP and expert. What it computes for a row is a summand: after attention and after the MLP or MoE an
-all-reduce adds the ranks' summands. Norms, routers, MTP's projection and the embedding are whole on every rank. The
-head is divided by vocabulary, and its logits are gathered.
+all-reduce adds the ranks' summands. Norms, routers and MTP's projection are whole on every rank. The embedding is
+divided by columns, so that no rank lacks a token, the head by vocabulary; rows and logits are gathered.
 
 Experts are divided by columns, not as whole experts over ranks: a step then reads 1/n of each chosen expert on every
 rank, whatever the router chooses. With whole experts a step of few tokens waits for the rank that has most of them.
@@ -46,7 +46,7 @@ def part_config(config: LingConfig, n: int) -> LingConfig:
         "intermediate_size": config.intermediate_size,
         "moe_intermediate_size": config.moe_intermediate_size,
     }
-    for name, size in (sizes | {"vocab_size": config.vocab_size}).items():
+    for name, size in (sizes | {"vocab_size": config.vocab_size, "hidden_size": config.hidden_size}).items():
         if size % n:
             raise InputError(f"{n} ranks cannot share the model equally: its {name} is {size}")
     return replace(config, **{name: size // n for name, size in sizes.items()})
@@ -61,6 +61,7 @@ class RankShare:
 
     def model(self, config: LingConfig) -> Ling:
         model = Ling(part_config(config, self.n))
+        model.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size // self.n)
         model.lm_head = nn.Linear(config.hidden_size, config.vocab_size // self.n, bias=False)
         return model
 
@@ -96,6 +97,7 @@ def join_(model: Ling, group: dist.ProcessGroup) -> None:
                 module.mlp.register_forward_hook(lambda _, inputs, y: summed(y, group))
             else:
                 module.mlp.__class__, module.mlp.group = SummedMoE, group
+    model.word_embeddings.__class__, model.word_embeddings.group = GatheredEmbedding, group  # type: ignore[assignment]
     model.lm_head = GatheredHead(model.lm_head, group)
 
 
@@ -119,6 +121,20 @@ class SummedMoE(MoE):
         return s + (self(h)[0] if y is None else summed(y, self.group))
 
 
+class GatheredEmbedding(nn.Embedding):
+    """This rank's columns of an embedding [V, H / n], and the rows of all."""
+
+    group: dist.ProcessGroup
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [T] -> [T, H]."""
+        return self.rows(super().forward(ids))
+
+    def rows(self, columns: Tensor) -> Tensor:
+        """This rank's columns of rows [T, H / n] -> [T, H]."""
+        return gathered(columns, self.group)
+
+
 class GatheredHead(FusedLinear):
     """This rank's rows of a head [V / n, H], which may be FP8, and the logits of all."""
 
@@ -128,11 +144,15 @@ class GatheredHead(FusedLinear):
 
     def forward(self, x: Tensor, norm: RMSNorm | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """x [T, H] -> [T, V], the same bits on every rank."""
-        columns = norm_linear(self.part, x, norm, dtype)
-        return gather(columns, self.group).view(-1, *columns.shape).transpose(0, 1).flatten(1)
+        return gathered(norm_linear(self.part, x, norm, dtype), self.group)
 
     def takes_fp8_rows(self) -> bool:
         return False
+
+
+def gathered(columns: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Every rank's columns [T, N / n] -> [T, N]."""
+    return gather(columns, group).view(dist.get_world_size(group), *columns.shape).transpose(0, 1).flatten(1)
 
 
 def summed(y: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -155,6 +175,7 @@ def form_group(n: int, rank: int, file: Path, device: torch.device) -> dist.Proc
     backend = "nccl" if device.type == "cuda" else "gloo"
     store = dist.FileStore(str(file), n)
     dist.init_process_group(backend, store=store, rank=rank, world_size=n, timeout=PATIENCE)
+    dist.all_reduce(torch.zeros(1, device=device))  # NCCL takes its memory now, before the cache takes the rest
     return dist.group.WORLD  # type: ignore[return-value]
 
 

@@ -109,8 +109,9 @@ class LowLatency:
             return scatter_sum(y, self.group)[: len(experts)]
         back = torch.empty_like(y, memory_format=torch.contiguous_format)  # [ep, M, topk, H], of each expert's rank
         dist.all_to_all_single(back, y.contiguous(), group=self.group)
-        number, choice = len(plan.offsets) - 1, torch.arange(experts.numel(), device=y.device)
-        rank = experts.flatten().clamp(min=0).div(number, rounding_mode="floor")
-        rows = back.index_select(0, rank * (len(y) // self.ep) + choice)
-        slot = torch.where(experts >= 0, choice.view_as(experts), -1).int()
-        return unpermute(rows, Plan(plan.offsets, slot, choice.int(), plan.padded_offsets), plan.weights)
+        choice = torch.arange(experts.numel(), dtype=torch.int32, device=y.device).view_as(experts)
+        rank = experts.div(len(plan.offsets) - 1, rounding_mode="floor")  # -1 stays -1
+        places = torch.add(choice, rank, alpha=len(y) // self.ep).clamp(min=0).flatten()
+        slot = choice.masked_fill(experts < 0, -1)
+        chosen = Plan(plan.offsets, slot, choice.flatten(), plan.padded_offsets)
+        return unpermute(back.index_select(0, places), chosen, plan.weights)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..errors import Diverged, InputError
 from ..generate import Engine
+from ..model import Ling
 from ..nn.batch_invariant import batch_invariant_
 from ..train.prepare.device import deterministic
 from ..train.settings import flag
@@ -25,7 +26,7 @@ from .learner import MAX_BAD, Learner, LearnerSettings
 from .policy import ICEPOP, METHODS, PolicyLoss, group_advantages, icepop, policy_loss
 from .reward_processes import RewardProcesses, Score
 from .rewards import evo_cot_rewards
-from .rollout import Answer, rollout
+from .rollout import Answer, rollout, rounded_answer_logp
 from .sentences import sentence_lengths
 from .tasks import TASKS, Problem, exact
 
@@ -53,7 +54,7 @@ class LoopSettings(LearnerSettings):
         action=argparse.BooleanOptionalAction, shown="off",
     )  # fmt: skip
     batch_invariant: bool = flag(
-        False, "engine and trainer agree to the bit, whatever the batch; on a CPU in fp32, and slower",
+        False, "engine and trainer agree to the bit, whatever the batch; in bf16 on a GPU, fp32 on a CPU, and slower",
         action=argparse.BooleanOptionalAction, shown="off",
     )  # fmt: skip
     evo_cot: float | None = flag(None, "Evo-CoT's reward, with this weight of the length", least=0, shown="off")
@@ -122,16 +123,14 @@ class Loop(Learner):
         if s.new_tokens >= self.model.config.max_positions:
             raise InputError(f"--new-tokens {s.new_tokens}: the model has {self.model.config.max_positions} positions")
         if s.batch_invariant:
-            if self.precision != torch.float32:
-                raise InputError("--batch-invariant is for --precision fp32")
-            batch_invariant_(self.model)
+            batch_invariant_(self.model, self.precision)
         shared = self.precision == torch.float32
         actor = self.model if shared else copy.deepcopy(self.model).to(self.precision)
         answers = s.prompts * s.samples
         room = min(self.model.config.max_positions, PROMPT + s.new_tokens)
         self.engine = Engine(
             actor, cache_tokens=answers * room, max_running=answers, max_rows=max(answers, 2048),
-            record_routing=s.replay_routing,
+            record_routing=s.replay_routing, batch_invariant=s.batch_invariant,
         )  # fmt: skip
         self.make_reference(bool(s.kl))
         self.rewards = RewardProcesses(reward, s.reward_processes, s.reward_timeout)
@@ -174,6 +173,11 @@ class Loop(Learner):
         if self.bad >= MAX_BAD:
             raise Diverged(f"no finite loss and gradient in {self.bad} updates up to step {self.step_done}", record)
         return record
+
+    def logp(self, model: Ling, answers: Sequence[Answer]) -> Tensor:
+        if self.settings.batch_invariant and self.precision == torch.bfloat16:  # under autocast the residuals are fp32
+            return rounded_answer_logp(model, answers, self.precision)
+        return super().logp(model, answers)
 
     def draw(self) -> list[Problem]:
         """The problems of the next step, which follow from seed and step."""

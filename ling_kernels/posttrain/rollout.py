@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
 from ..errors import InputError
 from ..generate import Engine, Request
@@ -38,7 +39,8 @@ def rollout(
 ) -> list[Answer]:
     """`samples` answers to each prompt of token ids, those to one prompt one after the other.
 
-    seed: answer i takes seed + i, and depends on it and the weights alone (up to rounding); None: new ones each time.
+    seed: answer i takes seed + i, and depends on it and the weights alone (up to
+    rounding, and with batch_invariant exactly); None: new ones each time.
     ends: tokens that end an answer, default the model's. Raises InputError as `Engine.submit`.
     """
     if samples < 1:
@@ -65,6 +67,23 @@ def rollout(
         Answer(r.prompt, r.new_tokens, [t.logprob for t in r.logprobs], r.finished, r.policy_version, r.routing)
         for r in requests
     ]
+
+
+class AnswerLogp(torch.nn.Module):
+    """`answer_logp` as a module's forward, for torch.func.functional_call."""
+
+    def __init__(self, model: Ling):
+        super().__init__()
+        self.model = model
+
+    def forward(self, answers: Sequence[Answer]) -> Tensor:
+        return answer_logp(self.model, answers)
+
+
+def rounded_answer_logp(model: Ling, answers: Sequence[Answer], dtype: torch.dtype) -> Tensor:
+    """`answer_logp` with all weights rounded to dtype, as those of an engine in dtype; gradients go to the weights."""
+    rounded = {f"model.{name}": p.to(dtype) for name, p in model.named_parameters()}
+    return functional_call(AnswerLogp(model), rounded, (answers,))
 
 
 def answer_logp(model: Ling, answers: Sequence[Answer]) -> Tensor:
@@ -96,5 +115,5 @@ def answer_logp(model: Ling, answers: Sequence[Answer]) -> Tensor:
     h, _ = model.backbone(batch.ids, layout)
     h = h[torch.cat(rows).to(device)]
     if isinstance(model.lm_head, PinnedLinear):
-        return target_logp(model.lm_head, h, targets)
+        return target_logp(h, model.lm_head.weight, targets)
     return -linear_cross_entropy(h, model.lm_head.weight, targets, reduction="none")

@@ -108,7 +108,7 @@ class Choice:
 
 async def complete(service: Service, body: Body, http_request: HttpRequest, object_type: str):
     """The response to a body: an EventStream if body.stream, else a JSON object."""
-    service.require_model(body.model)
+    adapter = service.adapter_of(body.model)
     stop, scored = body.stop_strings(), body.num_logprobs
     prompts = await service.in_thread(body.prompts, service.tokenizer)
     if body.n > 1 and len(prompts) * body.n > MAX_CHOICES:
@@ -123,7 +123,7 @@ async def complete(service: Service, body: Body, http_request: HttpRequest, obje
         stop_token_ids=ends, timeout=service.timeout, logprobs=scored, prompt_logprobs=scored if body.echo else None,
         keep_stop=scored is not None and object_type == "text_completion",
         client=http_request.state.client, priority=body.priority, min_new_tokens=body.min_tokens,
-        grammar=grammar,
+        grammar=grammar, adapter=adapter,
     )  # fmt: skip
     try:
         for prompt in prompts:
@@ -140,7 +140,7 @@ async def complete(service: Service, body: Body, http_request: HttpRequest, obje
             choice.cancel()
         raise
     prefix = "chatcmpl" if isinstance(body, ChatCompletionRequest) else "cmpl"
-    header = {"id": f"{prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": service.name}
+    header = {"id": f"{prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": body.model}
     if body.stream:
         return EventStream(choices, body, object_type, header)
     return await full_response(choices, body, object_type, header, http_request)
