@@ -25,7 +25,8 @@ from tests.test_server_connections import command  # noqa: E402
     ([], "--model"), (["--model", "tiny"], "checkpoint folder"), (["--model", "/nowhere"], "/nowhere"),
     (["--model", "tiny", "--max-waiting", "0"], "--max-waiting"),
     (["--model", "tiny", "--timeout", "nan"], "--timeout"),
-    (["--model", "tiny", "--key", ""], "--key"),
+    (["--model", "tiny", "--key", ""], "--key"), (["--model", "tiny", "--key", "sécret"], "printable ASCII"),
+    (["--model", "tiny", "--max-rows", "0"], "--max-rows"),
     (["--model", "tiny", "--cache-host", "0"], "--cache-host is 0.0; it must be above 0"),
     (["--model", "tiny", "--cache-disk", "/tmp"], "--cache-disk needs --cache-host"),
     (["--model", "tiny", "--cache-host", "1", "--cache-disk", "/dev/null"], "the cache cannot be kept in /dev/null"),
@@ -33,6 +34,12 @@ from tests.test_server_connections import command  # noqa: E402
 def test_invalid_arguments(capsys, args, message):
     assert main(args) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_missing_package_is_named_as_pip_installs_it():
+    code = f"import sys; sys.modules['fastapi'] = None; import runpy; runpy.run_module({server.__name__!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode and "pip install '.[server]'" in done.stderr.splitlines()[-1]
 
 
 def test_unreadable_tls_files(checkpoint, capsys, tmp_path):

@@ -69,6 +69,10 @@ def arguments() -> Parser:
     add("--max-tokens", type=int, metavar="N", help="limit per request (default: the model's positions)")
     add("--max-body", type=int, default=1 << 20, metavar="BYTES", help="limit of a request body (default: 1 MiB)")
     add("--max-running", type=int, default=64, metavar="N", help="requests in a batch (default: 64)")
+    add(
+        "--max-rows", type=int, default=2048, metavar="N",
+        help="tokens of a pass: fewer make long prompts hold up running streams less, and take longer (default: 2048)",
+    )  # fmt: skip
     add("--max-waiting", type=int, default=1024, metavar="N", help="requests in the queue (default: 1024)")
     add("--timeout", type=float, metavar="SECONDS", help="limit per request (default: none)")
     add(
@@ -118,6 +122,7 @@ def check(args: argparse.Namespace) -> None:
         "max_tokens",
         "max_body",
         "max_running",
+        "max_rows",
         "max_waiting",
         "cache_tokens",
         "limit_concurrency",
@@ -211,7 +216,7 @@ def start(args: argparse.Namespace, folder: Path, adapters: dict[str, Path] | No
         cache_tokens=args.cache_tokens,
         cache_dtype=torch.float8_e4m3fn if args.cache == "fp8" else None,
         max_running=args.max_running,
-        max_rows=max(2048, args.max_running * (1 + args.draft)),
+        max_rows=max(args.max_rows, args.max_running * (1 + args.draft)),
         max_waiting=args.max_waiting,
         draft=args.draft,
         adapters=adapters,
