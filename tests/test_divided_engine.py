@@ -303,11 +303,9 @@ def test_a_damaged_checkpoint_and_a_process_that_ends_at_once(tmp_path, monkeypa
 
 
 def test_a_worker_ends_with_rank_0():
-    """Also while it waits for rank 0 in a pass."""
     here, there = get_context("forkserver").Pipe()
     process = Forked(there, 1)
     there.close()
-    assert here.recv() == ("here", None)
     here.close()
     assert process.wait(LONG) == 0
 
