@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from benchmarks import report
-from ling_kernels.errors import InputError, command
+from ling_kernels.commands import command
+from ling_kernels.errors import InputError
 
 
 def results_file() -> Path:

@@ -25,7 +25,8 @@ from tests.pack import nvcc_release
 
 from benchmarks.work import Backward, Point, evaluate, title  # isort: skip
 from ling_kernels.backend import force  # isort: skip
-from ling_kernels.errors import InputError, Parser, command  # isort: skip
+from ling_kernels.commands import Parser, command  # isort: skip
+from ling_kernels.errors import InputError  # isort: skip
 from tests.cases import CASES, Case, args_of  # isort: skip
 
 POINT = Point("mini", 40, 64)  # a pass of 40 tokens; a 64th of the experts

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from benchmarks.work import CASES, Work, fake_work, title
-from ling_kernels.errors import InputError, command
+from ling_kernels.commands import command
+from ling_kernels.errors import InputError
 from ling_kernels.files import atomic_write
 from ling_kernels.gpu import HOPPER, Gpu, find_gpu
 

@@ -14,14 +14,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError, Parser, command
+from .commands import Parser, command
+from .errors import InputError
 from .files import atomic_write, user_path
 from .generate import Engine, Sampling, stream_text
 from .generate.cli import (
     add_model_flags,
     add_sampling_flags,
     find_tokenizer,
-    load_options,
+    make_engine,
     resolve_checkpoint,
     sampling_of,
     stop_token_ids,
@@ -30,7 +31,6 @@ from .generate.cli import (
 )  # fmt: skip
 from .generate.server.text_parts import THINK, Part, TextParts
 from .generate.text import keep, repeats
-from .model import load_model
 from .tokenizer import Tokenizer
 
 HISTORY_LINES = 1000
@@ -271,8 +271,7 @@ def run(args: argparse.Namespace) -> None:
     stop = stop_token_ids(config, tokenizer, folder)
     if args.max_new_tokens is not None and args.max_new_tokens < 1:
         raise InputError(f"--max-new-tokens is {args.max_new_tokens}; it must be at least 1")
-    model = load_model(folder, **load_options(args))
-    with Engine(model, max_running=1, draft=args.draft) as engine:
+    with make_engine(folder, args, max_running=1, draft=args.draft) as engine:
         chat = Chat(engine, tokenizer, stop, sampling, args.system)
         chat.thinking, chat.new_tokens = args.think, args.max_new_tokens
         if sys.stdin.isatty():

@@ -1,8 +1,7 @@
 """Chat templates (Jinja), and which control tokens of a rendered chat are the template's own.
 
-A control token that is spelled out in a message must stay text: otherwise a user's message could open a system turn.
-While a template renders, one letter of every control token, such as < of <role>, is a stand-in character wherever a
-message has it. Whatever the template does to the text, a control token is its own only if it wrote that letter.
+A control token that is spelled out in a message stays text: otherwise a user's message could open a system turn.
+chat_stand_ins.py says how the two are told apart.
 """
 
 import datetime
@@ -10,13 +9,11 @@ import functools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
 from typing import Any, NamedTuple
 
+from .chat_stand_ins import STAND_INS, Content, StandIns, map_text, texts_in
 from .errors import InputError
 
-THOUGHT = ("<think>", "</think>")
-STAND_INS = range(0xF0000, 0x10FFFE)  # private use: no meaning in any text
 STAND_INS_NAME = "stand_ins of this rendering"  # in a template's context, where no template can name it
 
 
@@ -26,118 +23,6 @@ class ChatText(str):
     """
 
     parts: list[tuple[str, bool]] | None = None
-
-
-class StandIns:
-    """A character for one letter of each control token, of those that no message uses.
-
-    needed: whether a message has such a letter. inside: the control tokens that a message spells out.
-    """
-
-    def __init__(self, names: Iterable[str], texts: Sequence[str]):
-        names = sorted(names, key=len, reverse=True)
-        letters = {next((letter for letter in name if not letter.isalnum()), name[0]) for name in names}
-        used = set().union(*texts)
-        free = [*islice((chr(code) for code in STAND_INS if chr(code) not in used), len(letters))]
-        if len(free) < len(letters):
-            raise InputError("the messages use every private character of Unicode, so none can stand for their tokens")
-        self.hidden = str.maketrans(dict(zip(sorted(letters), free, strict=True)))
-        self.shown = {ord(stand_in): chr(letter) for letter, stand_in in self.hidden.items()}
-        self.needed = not letters.isdisjoint(used)
-        self.inside = [name for name in names if any(name in text for text in texts)]
-        self.pattern = re.compile("|".join(map(re.escape, names)) or "(?!)")
-
-    def hide(self, text: str) -> str:
-        return str.translate(text, self.hidden)
-
-    def show(self, text: str) -> str:
-        return str.translate(text, self.shown)
-
-    def tokens(self, text: str) -> list[tuple[int, int]]:
-        """Where the control tokens of a text begin and end."""
-        return [match.span() for match in self.pattern.finditer(text)]
-
-    def content(self, message: Any, thoughts: bool) -> Any:
-        """A message with stand-ins; with `thoughts` the tags of an answer's thought stay as they are."""
-        keep = THOUGHT if thoughts and isinstance(message, Mapping) and message.get("role") == "assistant" else ()
-
-        def hide(text: str) -> Content:
-            hidden = self.hide(text)
-            for name in keep:
-                hidden = hidden.replace(self.hide(name), name)
-            return Content.of(hidden, self)
-
-        return _map_text(message, hide)
-
-
-class Content(str):
-    """Text of a message with stand-ins. Its methods take text as if there were none, so that a template can cut a
-    thought at </think>."""
-
-    _stand_ins: StandIns
-
-    @classmethod
-    def of(cls, text: str, stand_ins: StandIns) -> "Content":
-        content = cls(text)
-        content._stand_ins = stand_ins
-        return content
-
-    def __str__(self) -> str:  # str(content), as in Jinja's filters, keeps the methods below
-        return self
-
-    def __eq__(self, other) -> bool:
-        return str.__eq__(self, self._hidden(other))
-
-    def __ne__(self, other) -> bool:
-        return not self == other
-
-    __hash__ = str.__hash__
-
-    def _hidden(self, value: Any) -> Any:
-        is_text = isinstance(value, str) and not isinstance(value, Content)
-        return self._stand_ins.hide(value) if is_text else value
-
-    def replace(self, old, new, count=-1):
-        """A control token that the template puts in is its own."""
-        return Content.of(str.replace(self, self._hidden(old), new, count), self._stand_ins)
-
-
-def _method(name: str) -> Callable:
-    """str's method with hidden arguments, whose results are Content."""
-    original = getattr(str, name)
-
-    def method(self, *args, **options):
-        args = [tuple(map(self._hidden, a)) if isinstance(a, tuple) else self._hidden(a) for a in args]
-        result = original(self, *args, **{k: self._hidden(v) for k, v in options.items()})
-        if isinstance(result, list | tuple):
-            return type(result)(Content.of(text, self._stand_ins) for text in result)
-        return Content.of(result, self._stand_ins) if isinstance(result, str) else result
-
-    return method
-
-
-for _name in ("strip lstrip rstrip split rsplit splitlines partition rpartition removeprefix removesuffix startswith"
-              " endswith find rfind index rindex count lower upper capitalize title __contains__ __getitem__"
-              ).split():  # fmt: skip
-    setattr(Content, _name, _method(_name))
-
-
-def _map_text(value: Any, change: Callable[[str], str]) -> Any:
-    """value with every text in it changed, also the keys of objects."""
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {_map_text(k, change): _map_text(v, change) for k, v in value.items()}
-    return [_map_text(v, change) for v in value] if isinstance(value, list | tuple) else value
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """Every text in value, also the keys of objects."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for part in [*value.keys(), *value.values()] if isinstance(value, Mapping) else value:
-            yield from _texts(part)
 
 
 class _Rendered(NamedTuple):
@@ -168,7 +53,7 @@ def _rendered(template, messages, names, tokens, add_generation_prompt, tools) -
     if not isinstance(messages, list | tuple) or not all(isinstance(message, Mapping) for message in messages):
         raise InputError("messages are not a list of objects with role and content")
     try:
-        stand_ins = StandIns(names, [*_texts(messages), *_texts(tools)])
+        stand_ins = StandIns(names, [*texts_in(messages), *texts_in(tools)])
     except RecursionError:
         raise InputError("the messages are nested too deep") from None
     now = datetime.datetime.now()
@@ -278,7 +163,7 @@ def render_answers(
 
 def _answers(rendered: _Rendered, messages: Sequence[dict], roles: list[int], prompt: str, end: str) -> list[Answer]:
     hidden, stand_ins = rendered.hidden, rendered.stand_ins
-    taken = {*hidden, *map(chr, stand_ins.shown), *"".join(_texts(messages))}
+    taken = {*hidden, *map(chr, stand_ins.shown), *"".join(texts_in(messages))}
     marks = dict(zip((chr(code) for code in STAND_INS if chr(code) not in taken), roles, strict=False))
     by_message = {i: mark for mark, i in marks.items()}
     marked = [_marked(m, by_message[i]) if i in by_message else m for i, m in enumerate(messages)]
@@ -393,7 +278,7 @@ def _compiled(template: str):
     @pass_context
     def tojson(context, value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
         stand_ins = context.get(STAND_INS_NAME)
-        value = value if stand_ins is None else _map_text(value, lambda text: stand_ins.show(str.__str__(text)))
+        value = value if stand_ins is None else map_text(value, lambda text: stand_ins.show(str.__str__(text)))
         options = dict(ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
         text = json.dumps(value, **options)
         return text if stand_ins is None else Content.of(stand_ins.hide(text), stand_ins)

@@ -1,16 +1,8 @@
-"""The package's errors, and how commands report them: bad input is one line and exit code 2, others keep a traceback.
+"""The package's errors. An op that is called with wrong tensors raises a plain ValueError."""
 
-An op that is called with wrong tensors raises a plain ValueError.
-"""
-
-import argparse
-import functools
 import operator
-import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 
@@ -64,19 +56,12 @@ def warn(message: str) -> None:
     warnings.warn(message, stacklevel=level)
 
 
-@contextmanager
-def one_line_warnings() -> Iterator[None]:
-    """Within it a warning, of whatever package, is a line without its place in the source."""
-    before = warnings.formatwarning
-    warnings.formatwarning = lambda message, *place, **more: f"warning: {one_line(str(message))}\n"
-    try:
-        yield
-    finally:
-        warnings.formatwarning = before
-
-
 class Busy(LingError):
     """The engine's queue is full: try again later."""
+
+
+class LostRank(LingError, RuntimeError):
+    """Another process of an engine that several share has ended, or does not answer: none can go on."""
 
 
 class Diverged(LingError):
@@ -85,47 +70,3 @@ class Diverged(LingError):
     def __init__(self, message: str, record: dict | None = None):
         super().__init__(message)
         self.record = record or {}
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports a flag that argparse refuses like any other bad input, in one line. A flag cannot be abbreviated."""
-
-    def __init__(self, *args, **options):
-        super().__init__(*args, allow_abbrev=False, **options)
-
-    def error(self, message: str):
-        raise InputError(f"{message}; --help lists the flags")
-
-
-def check_environment() -> None:
-    """Raise InputError where LING_BACKEND names no backend, or one that is not built."""
-    if os.environ.get("LING_BACKEND"):
-        try:
-            from .backend import check_forced
-        except (ImportError, OSError):  # no torch: `info` says so, and no other command comes this far
-            return
-        check_forced()
-
-
-def command(main: Callable[..., int | None]) -> Callable[..., int]:
-    """main() of a command line: an InputError, or too little memory, becomes `error: ...` on stderr and exit code 2; a
-    warning becomes a line `warning: ...`."""
-
-    @functools.wraps(main)
-    def run(*args, **kwargs) -> int:
-        try:
-            with one_line_warnings():
-                check_environment()
-                return main(*args, **kwargs) or 0
-        except OtherRank:
-            return 2
-        except InputError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        except (MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):  # torch's, on a CPU
-                raise
-            print(f"error: too little memory: {one_line(str(error))}", file=sys.stderr)
-            return 2
-
-    return run

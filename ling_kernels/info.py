@@ -9,7 +9,7 @@ import warnings
 from pathlib import Path
 
 from . import __version__
-from .errors import Parser, command
+from .commands import Parser, command
 
 
 def package_version(package: str) -> str | None:

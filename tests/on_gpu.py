@@ -24,7 +24,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ling_kernels.errors import InputError, command
+from ling_kernels.commands import command
+from ling_kernels.errors import InputError
 from tests import pack
 
 ROOT = Path(__file__).parents[1]

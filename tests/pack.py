@@ -14,7 +14,8 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from ling_kernels.errors import InputError, command
+from ling_kernels.commands import command
+from ling_kernels.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 PACK = ROOT / "build/gpu-pack"

@@ -9,7 +9,8 @@ import torch.multiprocessing as processes
 
 from ling_kernels.parallel.ranks import Ranks
 
-set_forkserver_preload(["tests.training", "torch.distributed.pipelining"])  # imported once, not by every process
+# Imported once, not by every process.
+set_forkserver_preload(["tests.training", "torch.distributed.pipelining", "ling_kernels.generate.worker"])
 
 
 def in_group(rank, world, folder, checks):

@@ -9,7 +9,7 @@ import pytest
 import ling_kernels
 from ling_kernels import backend, info, ops
 from ling_kernels.backend import force
-from ling_kernels.errors import Parser
+from ling_kernels.commands import Parser
 from ling_kernels.model import LingConfig
 from ling_kernels.plan import decode, kernels
 from tests.test_package import CLEAN, ROOT

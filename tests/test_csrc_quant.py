@@ -136,7 +136,12 @@ def check_swiglu(C):
             near(owned([*fp8], [plan]), owned([*swiglu_ref(x, weights, True, True, plan, pow2)], [plan]))
             fp8 = empty_fp8(x, 2 * T, F, True, False, None)
             C.swiglu_fwd(x, None, y, *fp8, None, None, pow2)
-            near([y, *fp8[:2]], [swiglu_ref(x), *swiglu_ref(x, None, True, pow2=pow2)])
+            want = [swiglu_ref(x), *swiglu_ref(x, None, True, pow2=pow2)]
+            near([y, *fp8[:2]], want)
+            fp8, y = empty_fp8(x, 2 * T, F, True, False, None), torch.full_like(dy, 7)
+            C.swiglu_fwd(x, None, y, *fp8, plan.offsets, None, pow2)
+            near([t[:end] for t in (y, *fp8[:2])], [t[:end] for t in want])
+            assert (y[end:] == 7).all()
             dx, dweights = torch.full_like(x, 7), torch.full_like(weights, 7)
             fp8 = empty_fp8(x, 2 * T, 2 * F, True, False, None)
             C.swiglu_bwd(dy, x, weights, dx, dweights, *fp8, plan.offsets, None, pow2)

@@ -10,14 +10,15 @@ import torch
 import torch.distributed as dist
 
 from ling_kernels.errors import InputError
-from ling_kernels.parallel.deep_ep import deep_ep
+from ling_kernels.parallel.collectives import gather
+from ling_kernels.parallel.deep_ep import deep_ep, deep_ep_low_latency
 from ling_kernels.parallel.exchange import shard_experts_
 from tests.ranks import run
 from tests.test_expert_parallel import TOPK, WORLD, E, H, T, choices, layer, results_of
 
 
 def test_two_processes_equal_one(tmp_path):
-    run(tmp_path, [without_deep_ep, layers_agree], WORLD)
+    run(tmp_path, [without_deep_ep, layers_agree, decode_passes_agree], WORLD)
 
 
 class Buffers:
@@ -105,8 +106,9 @@ VERSIONS = [SimpleNamespace(topk_idx_t=torch.int64, ElasticBuffer=ElasticBuffer,
 
 def without_deep_ep(rank, group):
     sys.modules["deep_ep"] = None
-    with pytest.raises(InputError, match="deep_ep .* cannot be imported"):
-        deep_ep(group, H, TOPK, T)
+    for make in (lambda: deep_ep(group, H, TOPK, T), lambda: deep_ep_low_latency(group, H, E, T)):
+        with pytest.raises(InputError, match="deep_ep .* cannot be imported"):
+            make()
 
 
 def layers_agree(rank, group):
@@ -128,3 +130,63 @@ def layers_agree(rank, group):
                 dist.all_reduce(total, group=group)
                 mine, got = total.chunk(WORLD)[rank], getattr(shared.experts, name).grad.float()
                 assert (got - mine).norm() <= 0.01 * mine.norm(), (fold, fp8, kind, name)
+
+
+class LowLatencyBuffer(Buffers):
+    """Slabs of T rows for each rank and expert; rows of an expert come in any order, and NaN is in all others."""
+
+    @staticmethod
+    def get_low_latency_rdma_size_hint(tokens, hidden, ranks, experts):
+        assert (tokens, hidden, ranks, experts) == (T, H, WORLD, E)
+        return 1 << 20
+
+    def __init__(self, group, num_nvl_bytes, num_rdma_bytes, *, low_latency_mode, num_qps_per_rank):
+        assert (num_nvl_bytes, num_rdma_bytes, low_latency_mode, num_qps_per_rank) == (0, 1 << 20, True, E // WORLD)
+        super().__init__(group)
+
+    def low_latency_dispatch(self, x, topk_idx, tokens, number, *, use_fp8):
+        assert x.dtype == torch.bfloat16 and x.is_contiguous() and topk_idx.dtype == torch.int64
+        assert (tokens, number, use_fp8) == (T, E, False) and topk_idx.shape == (len(x), TOPK) and len(x) <= T
+        x = gather(torch.nn.functional.pad(x, (0, 0, 0, T - len(x))), self.group)
+        chosen = gather(torch.nn.functional.pad(topk_idx, (0, 0, 0, T - len(topk_idx)), value=-1), self.group)
+        here = E // self.n
+        slabs, counts, places = torch.full((here, self.n * T, H), torch.nan).bfloat16(), [], []
+        for e in range(here):
+            of_expert = (chosen == self.rank * here + e).nonzero()
+            of_expert = of_expert[torch.randperm(len(of_expert))]
+            slabs[e, : len(of_expert)] = x[of_expert[:, 0]]
+            counts.append(len(of_expert))
+            places.append(of_expert)
+        return slabs, torch.tensor(counts, dtype=torch.int32), places, "event", None
+
+    def low_latency_combine(self, x, topk_idx, topk_weights, handle):
+        assert x.shape == (E // self.n, self.n * T, H) and x.dtype == torch.bfloat16
+        assert topk_weights.dtype == torch.float32
+        results = torch.zeros(self.n * T, TOPK, H).bfloat16()
+        for slab, places in zip(x, handle, strict=True):
+            results[places[:, 0], places[:, 1]] = slab[: len(places)]
+        back = torch.empty_like(results)
+        dist.all_to_all_single(back, results, group=self.group)
+        back = back.view(self.n, T, TOPK, H).float().sum(0)[: len(topk_idx)]  # all but one rank's are 0
+        return (back * topk_weights[..., None]).sum(1).bfloat16(), "event", None
+
+
+@torch.no_grad()
+def decode_passes_agree(rank, group):
+    """FP8 experts apply the routing weights at another place, which their rounding shows."""
+    sys.modules["deep_ep"] = SimpleNamespace(topk_idx_t=torch.int64, Buffer=LowLatencyBuffer)
+    for fp8 in (False, True):
+        for kind in ("own", "one rank", "no tokens", "some left out"):
+            moe = layer(fp8, fp8, torch.bfloat16)
+            shared = copy.deepcopy(moe)
+            shard_experts_(shared, group, deep_ep_low_latency(group, H, E, T))
+            torch.manual_seed(100 + rank)
+            x, experts = torch.randn(T, H).bfloat16(), choices(kind, rank)
+            if rank and kind == "own":
+                x = x[:0]
+            want, got = (m(x, None, experts)[0].float() for m in (moe, shared))
+            assert (got - want).norm() <= (1e-2 if fp8 else 1e-3) * want.norm(), (fp8, kind)
+    with pytest.raises(InputError, match=f"{T + 1} tokens in a pass"):
+        shared(torch.randn(T + 1, H).bfloat16())
+    with torch.enable_grad(), pytest.raises(InputError, match="has no gradients"):
+        shared(x)

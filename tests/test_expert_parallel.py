@@ -113,16 +113,16 @@ def fp8_rows_keep_the_bits(rank, group):
 
 
 @contextmanager
-def recorded_bytes():
-    """The bytes of what this process gives to each all-to-all."""
-    sent, all_to_all = [], dist.all_to_all_single
+def recorded_bytes(module=dist, name: str = "all_to_all_single"):
+    """The bytes of what this process gives to each all-to-all, or to each call of another collective."""
+    sent, collective = [], getattr(module, name)
 
     def record(out, rows, *sizes, group=None):
         sent.append(rows.numel() * rows.element_size())
-        return all_to_all(out, rows, *sizes, group=group)
+        return collective(out, rows, *sizes, group=group)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dist, "all_to_all_single", record)
+        patch.setattr(module, name, record)
         yield sent
 
 

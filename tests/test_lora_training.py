@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from ling_kernels.errors import InputError
+from ling_kernels.generate import Engine
 from ling_kernels.model import Ling, load_model, named_views, save_model
+from ling_kernels.parallel.adapters import check_base
 from ling_kernels.train import Settings, Trainer, cli
 from ling_kernels.train.__main__ import main
 from ling_kernels.train.prepare import device
@@ -83,6 +85,18 @@ def test_the_adapter_is_written_as_peft_reads_it(run, small):
     ours = load_file(run / "adapter" / "adapter_model.safetensors")
     saved = load_file(run / "checkpoints" / "step-000012" / "adapter_model.safetensors")
     assert ours.keys() == saved.keys() and all(torch.equal(ours[key], saved[key]) for key in ours)
+
+
+def test_an_engine_serves_the_adapter(run, small):
+    """Over the model that it was trained on it computes what the exported model does, up to its rounding to bf16."""
+    check_base(run / "adapter", small)
+    with pytest.raises(InputError, match="is for other weights than those in .*model: see its base.json"):
+        check_base(run / "adapter", run / "model")
+    ids = [[int(t) for t in torch.randint(200, (40,), generator=torch.Generator().manual_seed(i))] for i in range(3)]
+    e = Engine(load_model(small, torch.float32), adapters=dict(learned=run / "adapter"))
+    found, plain = (torch.tensor(e.score(ids, adapter=name)) for name in ("learned", None))
+    want = torch.tensor(Engine(load_model(run / "model", torch.float32)).score(ids))
+    assert (found - want).norm() < 0.05 * (plain - want).norm()
 
 
 @pytest.mark.parametrize("more", [

@@ -70,7 +70,13 @@ def test_plan(capsys):
     assert re.search(r"H100, 3.35 TB/s +needs 2 GPUs$", output, re.M) and re.search(
         r"H200, 4.8 TB/s +744$", output, re.M
     )
+    assert main(["--model", "1t", "--batch", "64", "--weights", "fp8", "--context", "4096", "--tp", "8"]) == 0
+    output = capsys.readouterr().out
+    assert re.search(r"KV cache +10737.4$", output, re.M) and re.search(r"weights +125.6$", output, re.M), output
+    assert re.search(r"H100, 3.35 TB/s +does not fit$", output, re.M) and "Prediction" not in output
     for args, output in (
+        (["--tp", "0"], "--tp is 0"),
+        (["--tp", "8"], "num_key_value_heads is 4"),
         (["--batch", "0"], "--batch"),
         (["--context", "-1"], "--context"),
         (["--cache", "int4"], "int4"),

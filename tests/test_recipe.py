@@ -2,6 +2,7 @@
 
 import gc
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -10,8 +11,8 @@ import torch
 from ling_kernels.errors import InputError
 from ling_kernels.model import LingConfig, load_model
 from ling_kernels.tokenizer import load_tokenizer
+from ling_kernels.train import Trainer, cli
 from ling_kernels.train import checkpoint as ckpt
-from ling_kernels.train import cli
 from ling_kernels.train import recipe as recipes
 from ling_kernels.train.__main__ import main
 from ling_kernels.train.data.toy import KEYS, needle, question, sum_with_thoughts, with_needles
@@ -124,10 +125,26 @@ def test_a_small_recipe(finished):
     assert all(torch.equal(a, b) for a, b in zip(merged.parameters(), last.parameters(), strict=True))
 
 
+def test_the_summary_is_of_the_merged_weights(finished, small_recipe, tmp_path):
+    """By the trainer's own validation, with the merged weights in the place of the last step's."""
+    state, stages = json.loads((finished / "recipe.json").read_text()), load_stages(str(small_recipe / "stages"))
+    run = shutil.copytree(finished / "2-longer", tmp_path / "run")
+    trainer = Trainer.resume(run)
+    last = trainer.evaluate()["val_loss"]
+    trainer.model.load_state_dict(load_model(finished / "2-longer/merged", torch.float32).state_dict())
+    loss = state["validated"]["2-longer"]
+    assert loss == trainer.evaluate()["val_loss"] != last and state["validated"].keys() == {"2-longer"}
+    lines = recipes.summary(finished, stages, state)
+    assert lines[2] == f"{'2-longer':<20} merged: {loss:.4f} nats of what its sources held out; step 6: {last:.4f}"
+    assert lines[1].endswith("nats of what its sources held out") and "step 4:" in lines[1] and len(lines) == 3
+    before = {name: value for name, value in state.items() if name != "validated"}  # or of several processes
+    assert "merged: not measured; step 6" in recipes.summary(finished, stages, before)[2]
+    assert recipes.stage_loss(finished, "2-longer", before) is None
+
+
 def test_the_next_stage_trains_with_its_own_rotary_base(finished, small_recipe, tmp_path):
     """The tables of a model that begins from weights are those of the settings, not of the weights' config.json."""
     from ling_kernels.ops.rope_tables import rope_tables
-    from ling_kernels.train import Trainer
 
     weights = finished / "1-first/checkpoints/step-000004"
     s = Settings(model=weights, rope_theta=50000.0, yarn=2.0, data=(small_recipe / "one.jsonl",), seq_len=32, batch=2,

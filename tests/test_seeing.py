@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ling_kernels.errors import command, warn
+from ling_kernels.commands import command
+from ling_kernels.errors import warn
 from ling_kernels.train import Settings
 from ling_kernels.train.__main__ import main
 from ling_kernels.train.report import Details, Report, loggers, read_lines

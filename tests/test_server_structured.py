@@ -3,13 +3,19 @@
 import json
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("llguidance")
 jsonschema = pytest.importorskip("jsonschema")
 
+from ling_kernels.generate import grammar  # noqa: E402
 from ling_kernels.generate.server import answers  # noqa: E402
+from ling_kernels.generate.server.answers import ChatWriter, Piece  # noqa: E402
+from ling_kernels.generate.server.protocol import ChatCompletionRequest  # noqa: E402
+from ling_kernels.generate.server.structured import call_grammar  # noqa: E402
+from ling_kernels.tokenizer import byte_tokenizer_json  # noqa: E402
 from tests.speller import speller  # noqa: E402
 from tests.test_server import call, events, service  # noqa: E402
 
@@ -25,6 +31,7 @@ TOOLS = [
         "$defs": {"n": {"type": "integer", "minimum": 1, "maximum": 9}}})),
     dict(type="function", function=dict(name="stop it")),
 ]  # fmt: skip
+OF_SCHEMA = dict(response_format=dict(type="json_schema", json_schema=dict(name="x", schema=SCHEMA, strict=True)))
 BAD_TOOL = [dict(type="function", function=dict(name="f", parameters={"type": 3}))]
 
 
@@ -55,8 +62,7 @@ def answer(shared, body):
 
 @pytest.mark.parametrize("body", [TEXT, CHAT], ids=["text", "chat"])
 def test_json(shared, body):
-    of_schema = dict(response_format=dict(type="json_schema", json_schema=dict(name="x", schema=SCHEMA, strict=True)))
-    for more in (of_schema, dict(structured_outputs=dict(json=SCHEMA)),
+    for more in (OF_SCHEMA, dict(structured_outputs=dict(json=SCHEMA)),
                  dict(structured_outputs=dict(json=json.dumps(SCHEMA)))):  # fmt: skip
         got, reason = answer(shared, body | more)
         jsonschema.validate(json.loads(got if isinstance(got, str) else got["content"]), SCHEMA)
@@ -91,6 +97,119 @@ def test_a_call_that_must_come(shared, choice):
             name, arguments = c["function"]["name"], json.loads(c["function"]["arguments"])
             assert name == "stop it" or (name == "add" and 1 <= arguments["a"] <= 9)
         assert calls and (choice == "required" or [c["function"]["name"] for c in calls] == ["add"])
+
+
+def without_tags(shared) -> grammar.Grammars:
+    """Grammars for a tokenizer that has no tokens for tool calls: it spells them."""
+    tokenizer = byte_tokenizer_json()
+    tokenizer["added_tokens"] = [t for t in tokenizer["added_tokens"] if "tool" not in t["content"]]
+    backend = SimpleNamespace(to_str=lambda: json.dumps(tokenizer))
+    vocab = {t["content"]: t["id"] for t in tokenizer["added_tokens"]}
+    return grammar.Grammars(SimpleNamespace(backend=backend, vocab=vocab, eos_id=257), shared.vocabulary)
+
+
+def parts(shared, body) -> tuple[str, list[tuple[str, str]], str]:
+    """(content, calls, finish reason), which a stream has too."""
+    body = body | dict(max_tokens=400)
+    response = post(shared, body)
+    assert response.status_code == 200, response.text
+    choice = response.json()["choices"][0]
+    content = choice["message"]["content"] or ""
+    calls = [call["function"] for call in choice["message"].get("tool_calls", [])]
+    pieces = [p["choices"][0] for p in events(post(shared, body | dict(stream=True)).text)]
+    assert "".join(p["delta"].get("content", "") for p in pieces) == content
+    streamed = [call for p in pieces for call in p["delta"].get("tool_calls", [])]
+    assert [call["function"] for call in streamed] == calls and [c["index"] for c in streamed] == [*range(len(calls))]
+    return content, [(c["name"], json.loads(c["arguments"])) for c in calls], choice["finish_reason"]
+
+
+def strict(tool):
+    return tool | dict(function=tool["function"] | dict(strict=True))
+
+
+@pytest.mark.parametrize("form, letters", [(OF_SCHEMA, False), (dict(structured_outputs=dict(regex="[0-9]{3}")), True)])
+def test_a_form_or_a_call(shared, monkeypatch, form, letters):
+    """Whichever the model prefers; the call's arguments follow the schema where the function is strict."""
+    if letters:
+        monkeypatch.setattr(shared, "_grammars", without_tags(shared))
+    begin = str(ord("<")) if letters else "265"
+    body = CHAT | dict(tools=[strict(TOOLS[0])]) | form
+    content, calls, reason = parts(shared, body | dict(logit_bias=SHORT | {begin: -100.0}))
+    if letters:
+        assert re.fullmatch("[0-9]{3}", content)
+    else:
+        jsonschema.validate(json.loads(content), SCHEMA)
+    assert not calls and reason == "stop"
+    content, calls, reason = parts(shared, body | dict(logit_bias=SHORT | {begin: 100.0}))
+    assert not content and reason == "tool_calls"
+    assert {name for name, _ in calls} == {"add"} and all(1 <= arguments["a"] <= 9 for _, arguments in calls)
+
+
+@pytest.mark.parametrize("choice", ["none", "required", dict(type="function", function=dict(name="add"))])
+def test_a_form_beside_a_choice(shared, choice):
+    """A forced call leaves no text that could have the form; without calls the text has it."""
+    body = CHAT | dict(tools=TOOLS, tool_choice=choice) | OF_SCHEMA
+    content, calls, reason = parts(shared, body)
+    assert bool(calls) == (choice != "none") == (not content) == (reason == "tool_calls")
+
+
+def test_functions_that_are_not_strict(shared):
+    """Where a call is the model's choice their arguments are any object: a schema that none can follow is no error."""
+    tools = [dict(type="function", function=dict(name="f", parameters={"not": {}}))]
+    body = CHAT | dict(tools=tools, response_format=dict(type="json_object"))
+    _, calls, reason = parts(shared, body | dict(logit_bias=SHORT | {"265": 100.0}))
+    assert reason == "tool_calls" and all(isinstance(arguments, dict) for _, arguments in calls)
+    assert parts(shared, CHAT | dict(tools=tools, logit_bias={})) == ("XYZ", [], "stop")
+
+
+def test_strict_calls_in_free_text(shared):
+    body = CHAT | dict(tools=[strict(TOOLS[0]), TOOLS[1]], parallel_tool_calls=False)
+    assert parts(shared, body | dict(logit_bias={})) == ("XYZ", [], "stop")
+    content, ((name, arguments),), reason = parts(shared, body | dict(logit_bias=SHORT | {"265": 100.0, "97": 40.0}))
+    assert content == "" and name == "add" and 1 <= arguments["a"] <= 9 and reason == "tool_calls"
+
+
+def written(name, arguments) -> str:
+    return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
+
+
+ADD, OTHER = written("add", '{"a": 3}'), written("f", '{"b": [1]}')
+FREE, FORM = {True}, {False}  # in a grammar of any text beside calls; of a form
+TEXTS = {
+    "hello": FREE, "": FREE, "< tool_call": FREE, f"text\n{ADD}": FREE, f'{{"name": "ab", "n": 3}}\n{ADD}': FREE,
+    '{"name": "ab", "n": 3}': FREE | FORM, ADD: FREE | FORM, OTHER: FREE | FORM, f"{ADD}\n{OTHER}": FREE | FORM,
+    f"{ADD}{OTHER}": {}, f"{ADD} more": {}, f"text\n{ADD}\nmore": {}, written("add", '{"a": 10}'): {},
+    written("add", '{"b": 1}'): {}, written("f", "3"): {}, written("g", "{}"): {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("letters", [False, True])
+@pytest.mark.parametrize("free", [True, False])
+@pytest.mark.parametrize("several", [True, False])
+def test_texts_of_the_grammars(shared, letters, free, several):
+    grammars = without_tags(shared) if letters else shared.grammars()
+    functions = [strict(TOOLS[0])["function"], dict(name="f", parameters={"not": {}})]
+    found = call_grammar(grammars, functions, several, True if free else grammars.json(SCHEMA))
+    for text, where in TEXTS.items():
+        ids, matcher = shared.tokenizer.encode(text, special=not letters), found.matcher.deep_copy()
+        fits = matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
+        assert fits == (free in where and (several or text.count(ADD) + text.count(OTHER) < 2)), text
+    spelled = [*b"a <tool_call>{"]  # where the tag is a token, letters are no way round the schema
+    assert free is False or found.matcher.deep_copy().try_consume_tokens(spelled) == len(spelled) - 2 + letters
+
+
+def test_at_most_one_call(shared):
+    """Also where no grammar is needed: then later ones are left out."""
+    text = '<tool_call>{"name": "f", "arguments": {}}</tool_call>\n' * 2
+    request = SimpleNamespace(prompt=[97])
+    choice = SimpleNamespace(service=shared, request=request, finish_reason="stop")
+    for several, count in ((True, 2), (False, 1)):
+        body = ChatCompletionRequest(model="m", messages=CHAT["messages"], tools=TOOLS, parallel_tool_calls=several)
+        found, reason = ChatWriter(choice, body).whole([Piece(c, []) for c in text])
+        assert len(found["message"]["tool_calls"]) == count and reason == "tool_calls"
+        writer = ChatWriter(choice, body)
+        deltas = [delta["delta"] for c in text if (delta := writer.piece(Piece(c, [])))]
+        assert len([call for delta in deltas for call in delta.get("tool_calls", [])]) == count
 
 
 @pytest.mark.parametrize("special", [True, False])
@@ -143,7 +262,10 @@ def of(schema) -> dict:
     (TEXT | dict(structured_outputs=dict(regex="a"), response_format=of(SCHEMA)), "response_format", "one of them"),
     (TEXT | dict(response_format=of(SCHEMA), ignore_eos=True), "response_format", "ignore_eos"),
     (TEXT | dict(response_format=of(SCHEMA), min_tokens=3), "response_format", "min_tokens"),
-    (CHAT | dict(response_format=of(SCHEMA), tools=TOOLS), "response_format", "tools"),
+    (CHAT | dict(response_format=of({"not": {}}), tools=TOOLS), "response_format", "not"),
+    (CHAT | dict(tools=[strict(TOOLS[0])], min_tokens=3), "tools", "min_tokens"),
+    (CHAT | dict(tools=[strict(BAD_TOOL[0])]), "tools", "parameters of f"),
+    (CHAT | dict(tools=[dict(type="function", function=dict(name="f", strict=1))]), "tools.0", "neither true nor"),
     (CHAT | dict(tool_choice="required"), "tool_choice", "no such function"),
     (CHAT | dict(tools=TOOLS, tool_choice=dict(type="function", function=dict(name="x"))), "tool_choice", "no such"),
     (CHAT | dict(tools=BAD_TOOL, tool_choice="required"), "tool_choice", "parameters of f"),

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.studies import origin
-from ling_kernels.errors import command
+from ling_kernels.commands import command
 from ling_kernels.files import atomic_write
 from ling_kernels.nn import Router
 from ling_kernels.train import Settings, Trainer

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.studies import origin
-from ling_kernels.errors import command
+from ling_kernels.commands import command
 from ling_kernels.files import atomic_write
 from ling_kernels.model import load_model
 from ling_kernels.parallel.checkpoints import own_pieces

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.report import fill, table
 from benchmarks.studies import origin
-from ling_kernels.errors import command
+from ling_kernels.commands import command
 from ling_kernels.files import atomic_write
 from ling_kernels.posttrain import TASKS, Loop, LoopSettings
 from ling_kernels.posttrain.start import make_start

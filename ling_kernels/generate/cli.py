@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from ..backend import why_not_forced
-from ..errors import InputError, Parser, command
+from ..commands import Parser, command
+from ..errors import InputError
 from ..files import read_json, user_path
 from ..model import LingConfig, load_model, resolve_model
 from ..model.config_json import is_integer
@@ -74,14 +75,17 @@ def run(args: argparse.Namespace) -> None:
     positions = max_sequence_tokens(config.max_positions, args.draft)
     new = max_new_tokens(args.max_new_tokens, len(ids), positions)
     stop = () if args.ignore_eos else stop_token_ids(config, tokenizer, folder)
-    model = load_model(folder, **load_options(args))
-    engine = Engine(model, cache_tokens=len(ids) + new, max_running=1, draft=args.draft)
-    tokens = engine.stream(ids, sampling=sampling, max_new_tokens=new, stop_token_ids=stop)
+    options = dict(sampling=sampling, max_new_tokens=new, stop_token_ids=stop)
+    with make_engine(folder, args, cache_tokens=len(ids) + new, max_running=1, draft=args.draft) as engine:
+        if args.echo:
+            write(prompt)
+        write_text(args, engine, tokenizer, ids, options)
 
-    if args.echo:
-        write(prompt)
+
+def write_text(args: argparse.Namespace, engine: Engine, tokenizer: Tokenizer, ids: list[int], options: dict) -> None:
+    """Write the text after a prompt as it comes, then what the flags ask for; options: of `Engine.stream`."""
     times, last, new_ids = [time.perf_counter()], "", []
-    for piece in stream_text(keep(tokens, new_ids), tokenizer, args.stop, ids):
+    for piece in stream_text(keep(engine.stream(ids, **options), new_ids), tokenizer, args.stop, ids):
         times.append(time.perf_counter())
         write(piece)
         last = piece or last
@@ -197,6 +201,18 @@ def add_model_flags(parser: Parser) -> None:
     add("--precision", choices=("auto", "fp32", "bf16", "fp8"), default="auto",
         help="auto: bf16 on a GPU, fp32 on a CPU; fp8: bf16 with FP8 weights in the layers")  # fmt: skip
     add("--fp8-head", action="store_true", help="with --precision fp8: FP8 weights in lm_head too")
+    add("--tp", type=int, default=1, metavar="N", help="divide the model over N GPUs of this machine (default: 1)")
+
+
+def make_engine(folder: Path, args: argparse.Namespace, **options) -> Engine:
+    """An engine over the model that the flags describe; options: Engine's."""
+    if args.tp < 1:
+        raise InputError(f"--tp is {args.tp}; it must be at least 1")
+    if args.tp == 1:
+        return Engine(load_model(folder, **load_options(args)), **options)
+    from .divided import DividedEngine  # it takes torch.distributed
+
+    return DividedEngine(folder, args.tp, load_options(args), **options)
 
 
 def load_options(args: argparse.Namespace) -> dict:

@@ -18,7 +18,9 @@ import threading
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from itertools import repeat
+from pathlib import Path
 
 import torch
 
@@ -27,10 +29,13 @@ from ..model import Ling
 from ..model.decode import empty_caches
 from ..model.sample import Sampling, SamplingMode
 from ..nn.batch_invariant import batch_invariant_
+from .adapters import Adapter, Adapters
 from .cache import PagePool, memory_of, page_bytes
 from .forward import Forward
 from .grammar import Grammar
 from .health import PassRecord
+from .page_copies import copies_of, page_identity
+from .page_levels import PageLevels, Spill
 from .passes import Passes
 from .request import DRAFT_SLACK, Request, add_guide, max_sequence_tokens, new_request
 from .scheduler import Scheduler
@@ -54,9 +59,12 @@ class Engine(Passes):
     record_routing: keep every token's experts in the M MoE layers (not MTP's) beside its keys and values. A request
       that ends by itself then has `routing` [n, M, topk] on the device, uint8 up to 256 experts, else int16, of its n
       tokens that were inputs: all, but for a new one at the end. Decode passes do without `moe_decode`.
+    adapters: folders of adapters (LoRA) by name, in peft's format, which requests may name; `model` stays as it is.
     batch_invariant: pin the model (nn/batch_invariant.py), so that a request's tokens and log-probabilities have the
       same bits whatever else runs, and in whatever chunks and drafts it is computed: bf16 on a GPU, fp32 on a CPU.
-    Raises InputError for values out of range, and for a model that cannot be pinned.
+    spill: where the prefix cache goes on when the device's memory is full, see page_levels.py. Not with record_routing.
+    Raises InputError for values out of range, for adapters that are not for this model, and for a model that cannot be
+    pinned.
     """
 
     def __init__(
@@ -70,7 +78,9 @@ class Engine(Passes):
         max_waiting: int = 1024,
         draft: int = 0,
         record_routing: bool = False,
+        adapters: Mapping[str, str | Path] | None = None,
         batch_invariant: bool = False,
+        spill: Spill | None = None,
     ):
         if not isinstance(model, torch.nn.Module):
             raise InputError(f"the model is a {type(model).__name__}, not a Ling, which load_model returns")
@@ -85,11 +95,14 @@ class Engine(Passes):
         if max_running * (1 + draft) > max_rows:
             raise InputError(f"max_rows {max_rows} is less than max_running {max_running} x {1 + draft} rows")
         if batch_invariant:
+            if adapters:
+                raise InputError("batch_invariant does not cover adapters: leave out one of the two")
             if cache_dtype not in (None, model.word_embeddings.weight.dtype):
                 raise InputError(f"batch_invariant needs a cache in the model's precision, not in {cache_dtype}")
             batch_invariant_(model)
         self.model, self.config = model.eval(), model.config
         self.device = model.word_embeddings.weight.device
+        self.adapters = Adapters(self.model, adapters) if adapters else None
         dtype = cache_dtype or model.word_embeddings.weight.dtype
         layers = self.config.num_hidden_layers + bool(draft and len(model.mtp))
         bytes_per_page = page_bytes(self.config, layers, page_size, dtype)
@@ -105,7 +118,12 @@ class Engine(Passes):
             raise InputError(f"too little memory for a KV cache of {page_size} tokens, {bytes_per_page} bytes")
         self.pages = PagePool(pages, page_size)
         caches = empty_caches(self.config, layers, pages, page_size, dtype, self.device)
-        self.forward = Forward(model, caches, page_size, max_running, draft, record_routing)
+        self.forward = self.make_forward(model, caches, page_size, max_running, draft, record_routing, self.adapters)
+        if spill is not None:
+            if record_routing:
+                raise InputError("record_routing needs all pages on the device: leave out spill")
+            identity = partial(page_identity, self.model, caches, page_size, batch_invariant)
+            self.pages.levels = PageLevels(spill, self.pages, copies_of(caches), identity)
         self.draft, self.drafted, self.accepted = draft, 0, 0
         self.scheduler = Scheduler(self.pages, max_running, max_rows, max_waiting, draft)
         self.overlap = self.device.type == "cuda"  # on a CPU a pass is complete when it has been launched
@@ -116,6 +134,9 @@ class Engine(Passes):
         self.policy_version = 0  # see `new_weights`
         self.lock = threading.Lock()  # no RLock: garbage collection during a step may cancel a stream, see `cancel`
 
+    def make_forward(self, *arguments) -> Forward:
+        return Forward(*arguments)
+
     def submit(
         self,
         prompt: Sequence[int],
@@ -125,11 +146,13 @@ class Engine(Passes):
         timeout: float | None = None,
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
+        prompt_logprobs_start: int = 1,
         min_new_tokens: int = 0,
         grammar: Grammar | None = None,
         keep_stop: bool = False,
         client: str = "",
         priority: int = 0,
+        adapter: str | None = None,
     ) -> Request:
         """Queue a request; its new_tokens grow with every `step`.
 
@@ -137,23 +160,34 @@ class Engine(Passes):
         default the configuration's eos_token_id; before min_new_tokens there are none. timeout: seconds from now,
         after which the request finishes with the tokens it has. logprobs: 0 to 20, the number of likeliest tokens that
         the request's `logprobs` name beside each new token's; prompt_logprobs likewise, for its `prompt_logprobs` of
-        the prompt's tokens after the first, none of which then comes from the prefix cache. They are the model's
-        log-probabilities, before temperature, truncation, penalties and masks. grammar: the only texts that may come,
-        see grammar.py; the request ends where nothing can follow. keep_stop: the stop token is the last of the
-        new tokens, instead of being left out. client: whoever has the fewest running requests is next; among a
-        client's requests the smallest priority. Raises InputError for a prompt that is empty, too long or has ids
-        outside the vocabulary, and Busy if the queue is full.
+        the prompt's tokens from prompt_logprobs_start on: the prefix cache can give the rows of tokens before the one
+        before that, so that many continuations of a context cost it once. They are the model's log-probabilities,
+        before temperature, truncation, penalties and masks. grammar: the only texts that may come, see grammar.py; the
+        request ends where nothing can follow. keep_stop: the stop token is the last of the new tokens, instead of being
+        left out. client: whoever has the fewest running requests is next; among a client's requests the smallest
+        priority. adapter: one of the engine's, by its name; None: the model alone. Raises InputError for a prompt that
+        is empty, too long or has ids outside the vocabulary and for a name without adapter, and Busy if the queue is
+        full.
         """
         if self.closed:
             raise InputError("the engine is closed")
         request = new_request(
             self.config, self.draft, prompt, sampling, max_new_tokens, stop_token_ids, timeout,
-            num_logprobs=logprobs, num_prompt_logprobs=prompt_logprobs, min_new_tokens=min_new_tokens,
-            keep_stop=keep_stop, policy_version=self.policy_version, client=client, priority=priority,
+            num_logprobs=logprobs, num_prompt_logprobs=prompt_logprobs, prompt_logprobs_start=prompt_logprobs_start,
+            min_new_tokens=min_new_tokens, keep_stop=keep_stop, policy_version=self.policy_version, client=client,
+            priority=priority, adapter=self.adapter(adapter),
         )  # fmt: skip
         add_guide(request, grammar, self.config.vocab_size, 1 + self.draft, self.device.type == "cuda")
         self.scheduler.submit(request)
         return request
+
+    def adapter(self, name: str | None) -> Adapter | None:
+        """The adapter of a name, None of None. Raises InputError for an unknown one."""
+        if self.adapters is not None:
+            return self.adapters.of(name)
+        if name is not None:
+            raise InputError(f"there is no adapter {name!r}: the engine has none")
+        return None
 
     def cancel(self, request: Request) -> None:
         """Finish a request now, or after the running step; no effect if it has finished."""
@@ -181,7 +215,8 @@ class Engine(Passes):
         return max_sequence_tokens(capacity, self.draft)
 
     def close(self) -> None:
-        """Cancel all requests, and free the cache and the graphs. Closing again has no effect."""
+        """Cancel all requests, write what goes to files, and free the cache and the graphs. Closing again has no
+        effect."""
         with self.lock:
             if self.closed:
                 return
@@ -191,6 +226,10 @@ class Engine(Passes):
             for request in [*self.scheduler.submitted, *self.scheduler.waiting, *self.scheduler.running]:
                 request.cancelled = True
             self.scheduler.sweep()
+            if self.pages.levels is not None:
+                with self.use_device():
+                    self.pages.levels.save_released(all_of_them=True)
+                self.pages.levels.close()
             del self.forward
 
     def __enter__(self) -> "Engine":
@@ -211,9 +250,10 @@ class Engine(Passes):
     def warm_up(self) -> None:
         """Capture the CUDA graphs of common sampling modes now, instead of when a request first needs them."""
         if self.forward.graphs is not None:
-            greedy, random = SamplingMode(False, False, False), SamplingMode(True, False, False)
+            modes = [SamplingMode(*steps, False) for steps in ((False, False), (True, False), (True, True))]
+            modes += [mode._replace(adapted=True) for mode in modes if self.adapters is not None]
             with self.lock, self.use_device(), torch.inference_mode():
-                self.forward.graphs.prepare(greedy, random, SamplingMode(True, True, False))
+                self.forward.graphs.prepare(*modes)
 
     def stream(self, prompt: Sequence[int], **options) -> Iterator[int]:
         """Submit a request when iteration starts, and yield its new tokens; options as in `submit`.
@@ -287,15 +327,16 @@ class Engine(Passes):
         prompts: Iterable[Sequence[int]],
         sampling: Sampling | Sequence[Sampling | None] | None = None,
         n: int = 1,
+        adapter: str | Sequence[str | None] | None = None,
         **options,
     ) -> list[Request]:
         """Finished requests of every prompt, which have its new tokens, finish reason and log-probabilities.
 
-        sampling: of all prompts, or one for each. n: requests of each prompt, next to each other, with the seeds seed,
-        seed + 1, ...; other options as in `submit`. Prompts beyond max_waiting are submitted later. An error of one
-        request cancels the others and is raised.
+        sampling, adapter: of all prompts, or one for each. n: requests of each prompt, next to each other, with the
+        seeds seed, seed + 1, ...; other options as in `submit`. Prompts beyond max_waiting are submitted later. An
+        error of one request cancels the others and is raised.
         """
-        with self.submitted(prompts, sampling, n, **options) as requests:
+        with self.submitted(prompts, sampling, n, adapter, **options) as requests:
             for request in requests:
                 while self.wait_for_tokens(request, request.num_new_tokens):
                     pass
@@ -303,43 +344,43 @@ class Engine(Passes):
         return requests
 
     @contextmanager
-    def submitted(self, prompts, sampling=None, n: int = 1, **options) -> Iterator[list[Request]]:
+    def submitted(self, prompts, sampling=None, n: int = 1, adapter=None, **options) -> Iterator[list[Request]]:
         """Submit requests as `finish` does; in the end those that have not finished are cancelled."""
         if isinstance(prompts, str) or not isinstance(prompts, Iterable):
             raise InputError(f"prompts are lists of token ids, not {prompts!r}")
         requests: list[Request] = []
         try:
-            for prompt, choice in choices(prompts, sampling, integer("n", n, 1)):
+            for prompt, choice, its_adapter in choices(prompts, integer("n", n, 1), sampling=sampling, adapter=adapter):
                 while self.scheduler.full:
                     self.step()
-                requests.append(self.submit(prompt, choice, **options))
+                requests.append(self.submit(prompt, choice, adapter=its_adapter, **options))
             yield requests
         finally:
             for request in requests:
                 if not request.finished:
                     self.cancel(request)
 
-    def score(self, prompts: Iterable[Sequence[int]]) -> list[list[float]]:
-        """The model's log-probability of each prompt's tokens after the first, in natural logarithms."""
-        return [
-            [t.logprob for t in r.prompt_logprobs] for r in self.finish(prompts, max_new_tokens=1, prompt_logprobs=0)
-        ]
+    def score(
+        self, prompts: Iterable[Sequence[int]], adapter: str | Sequence[str | None] | None = None
+    ) -> list[list[float]]:
+        """The natural log-probability of each prompt's tokens after the first; adapter as in `finish`."""
+        found = self.finish(prompts, max_new_tokens=1, prompt_logprobs=0, adapter=adapter)
+        return [[t.logprob for t in r.prompt_logprobs] for r in found]
 
 
-def choices(
-    prompts: Iterable[Sequence[int]], sampling: Sampling | Sequence[Sampling | None] | None, n: int
-) -> Iterator[tuple[Sequence[int], Sampling | None]]:
-    """Each prompt n times, with its sampling parameters. Raises InputError where their numbers differ."""
-    if isinstance(sampling, list | tuple):
-        prompts = [*prompts]
-        if len(prompts) != len(sampling):
-            raise InputError(f"there are {len(prompts)} prompts, but {len(sampling)} in sampling")
-        pairs: Iterable[tuple[Sequence[int], Any]] = zip(prompts, sampling, strict=True)
-    else:
-        pairs = ((prompt, sampling) for prompt in prompts)
-    for prompt, of_prompt in pairs:
+def choices(prompts: Iterable[Sequence[int]], n: int, **options) -> Iterator[tuple]:
+    """Each prompt n times, with its value of every option, which is one for all prompts or a list of one for each.
+    Raises InputError where their numbers differ."""
+    lists = {name: value for name, value in options.items() if isinstance(value, list | tuple)}
+    if lists:
+        prompts = known = [*prompts]
+        for name, value in lists.items():
+            if len(known) != len(value):
+                raise InputError(f"there are {len(known)} prompts, but {len(value)} in {name}")
+    values = (value if name in lists else repeat(value) for name, value in options.items())
+    for prompt, sampling, *others in zip(prompts, *values):  # noqa: B905 (repeat has no end)
         for k in range(n):
-            yield prompt, of_choice(of_prompt, k)
+            yield prompt, of_choice(sampling, k), *others
 
 
 def of_choice(sampling: Sampling | None, k: int) -> Sampling | None:

@@ -37,8 +37,10 @@ from ..nn import BatchLayout
 from ..nn.batch_invariant import PinnedLinear
 from ..ops.accept_tokens import accept_tokens
 from ..ops.attention_decode import KVCache
+from ..ops.attention_decode_cpu import clear_pages
 from ..ops.decode_inputs import decode_inputs
 from ..ops.sample import sample
+from .adapters import Adapters
 from .edits import Edits, Masks
 from .graphs import CudaGraphs
 from .logprobs import MOST, TokenLogprob, read_scores, score
@@ -117,10 +119,17 @@ class Forward:
     """
 
     def __init__(
-        self, model: Ling, caches: list[KVCache], page_size: int, lanes: int, draft: int, record_routing: bool = False
+        self,
+        model: Ling,
+        caches: list[KVCache],
+        page_size: int,
+        lanes: int,
+        draft: int,
+        record_routing: bool = False,
+        adapters: Adapters | None = None,
     ):
         c, self.device = model.config, model.word_embeddings.weight.device
-        self.model, self.page_size, self.draft = model, page_size, draft
+        self.model, self.page_size, self.draft, self.adapters = model, page_size, draft, adapters
         layers = len(model.layers)
         self.caches, self.mtp_cache = caches[:layers], caches[layers] if len(caches) > layers else None
         # [M, cells + 1, topk]: the experts of the token of each cell of the cache; the last is for rows of no sequence.
@@ -138,6 +147,7 @@ class Forward:
         self.lengths = per_lane(dtype=torch.int64)  # token ids without drafts
         self.block_tables = per_lane(-(-c.max_positions // page_size), dtype=torch.int32)
         self.seeds = per_lane(dtype=torch.int64)
+        self.adapter_numbers = per_lane(dtype=torch.int32) - 1  # -1: none
         self.sampling = SamplingTensors.of([Sampling()] * (lanes + 1), c.vocab_size, self.device)
         self.edits: Edits | None = None  # until a request needs them
         self.masks: Masks | None = None
@@ -157,6 +167,8 @@ class Forward:
         self.token_ids[lane, : len(tokens)] = self.to_device(tokens)
         self.lengths[lane] = len(tokens)
         self.seeds[lane] = request.seed
+        if self.adapters is not None:
+            self.adapter_numbers[lane] = number_of(request)
         parameters = SamplingTensors.of([request.sampling], self.model.config.vocab_size)
         for of_lanes, of_request in zip(self.sampling, parameters, strict=True):
             of_lanes[lane] = of_request.item()
@@ -180,6 +192,7 @@ class Forward:
         mode = SamplingMode.of(
             (r.sampling for r in decoding), scored=any(r.num_logprobs is not None for r in decoding),
             edited=any(r.edits for r in decoding), guided=bool(guided),
+            adapted=any(r.adapter for r in [*decoding, *(chunk.request for chunk in chunks)]),
         )  # fmt: skip
         if self.graphs is not None and not chunks:
             if guided:
@@ -198,8 +211,12 @@ class Forward:
         """Copy the numbers of newly allocated pages."""
         new = [(r.lane, i, r.pages[i]) for r in requests for i in range(r.pages_on_device, len(r.pages))]
         if new:
-            lane, i, page = self.to_device(np.array(new).T.copy())
-            self.block_tables[lane, i] = page.int()
+            lanes, columns, pages = self.to_device(np.array(new).T.copy())
+            self.block_tables[lanes, columns] = pages.int()
+            if self.device.type == "cpu":
+                computed = {r.lane: r.computed for r in requests}  # those pages are of a cached prefix
+                empty = [page for lane, i, page in new if i * self.page_size >= computed[lane]]
+                clear_pages([*self.caches, *([] if self.mtp_cache is None else [self.mtp_cache])], empty)
         for r in requests:
             r.pages_on_device = len(r.pages)
 
@@ -219,13 +236,13 @@ class Forward:
         the scores of chunks whose requests want them. guided: requests whose masks are not in their lanes yet.
         """
         n, B, m = 1 + self.draft, len(lanes), self.model
+        if mode.adapted:
+            m = self.adapters.model
+            self.adapters.rows.set(self.adapters_of_rows(lanes, n, chunks))
         width = self.block_tables.shape[1] if width is None else width
-        embeddings = m.word_embeddings.weight
-        x, positions, lengths, block_table = decode_inputs(
-            lanes, self.token_ids, self.lengths, self.block_tables, embeddings, n, width
-        )
+        x, positions, lengths, block_table = self.decode_rows(lanes, width)
         positions = positions.view(B, n)
-        layout = self.decode_layout(positions, lengths, block_table)
+        layout = self.decode_layout(positions, lengths, block_table, alone=not chunks)
         if chunks:
             layout, inputs = self.with_chunks(layout, chunks)
             x = torch.cat([x, self.embedded(self.token_ids.view(-1)[inputs])])
@@ -243,11 +260,26 @@ class Forward:
             x, _ = mtp(self.embedded(tokens), h, layout, cache=self.mtp_cache)
             if B:
                 last_accepted = torch.arange(B, device=self.device) * n + output[:, n]
+                if mode.adapted:
+                    self.adapters.rows.set(self.adapter_numbers[lanes])
                 self.mtp_drafts(mtp, lanes, x[last_accepted], block_table)
         if mode.guided:
             columns = self.lengths[lanes, None] + torch.arange(self.draft, device=self.device)
             output = torch.cat([output, self.token_ids[lanes[:, None], columns].long()], 1)
         return output
+
+    def adapters_of_rows(self, lanes: Tensor, n: int, chunks: Sequence[Chunk]) -> Tensor:
+        """[T] int32: the numbers of the adapters of n rows of each lane, then of the chunks' rows; -1: none."""
+        numbers = self.adapter_numbers[lanes].repeat_interleave(n)
+        if not chunks:
+            return numbers
+        of_chunks = np.repeat(np.array([number_of(c.request) for c in chunks], np.int32), [c.rows for c in chunks])
+        return torch.cat([numbers, self.to_device(of_chunks)])
+
+    def decode_rows(self, lanes: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What `decode_inputs` gives for the lanes."""
+        state = self.token_ids, self.lengths, self.block_tables, self.model.word_embeddings.weight
+        return decode_inputs(lanes, *state, 1 + self.draft, width)
 
     def next_tokens(self, h: Tensor, lanes: Tensor, positions: Tensor, mode: SamplingMode) -> Tensor:
         """Write the token after each row into its lane; positions [B, n] -> as `compute`.
@@ -269,7 +301,8 @@ class Forward:
         first = 0
         for request, start, rows in chunks:
             wanted = min(rows, len(request.prompt) - 1 - start)  # a preempted request prefills its new tokens too
-            for i in range(0, wanted if request.needs_prompt_rows else 0, SCORED_ROWS):
+            unwanted = max(0, request.prompt_logprobs_start - 1 - start)
+            for i in range(unwanted, wanted if request.needs_prompt_rows else 0, SCORED_ROWS):
                 part = slice(first + i, first + min(i + SCORED_ROWS, wanted))
                 logits = self.model.logits(h[part], norm=self.mtp_cache is None)
                 yield PromptRows(request, start + i, score(logits, next_tokens[part]))
@@ -279,14 +312,20 @@ class Forward:
         """tokens [T], of which a negative one counts as 0 -> [T, H]."""
         return self.model.word_embeddings(tokens.clamp(min=0))
 
-    def decode_layout(self, positions: Tensor, lengths: Tensor, block_table: Tensor) -> BatchLayout:
-        """The attention layout of rows at positions [B, n], with which the lanes have lengths [B]."""
+    def decode_layout(
+        self, positions: Tensor, lengths: Tensor, block_table: Tensor, alone: bool = True
+    ) -> BatchLayout:  # fmt: skip
+        """The attention layout of rows at positions [B, n], with which the lanes have lengths [B]; alone: the pass has
+        no other rows."""
         m, slots = self.model, None
         if self.needs_slots:
             slots = self.decode_slots(block_table, positions).view_as(positions)
             slots = slots.masked_fill(lengths[:, None] == 0, -1).flatten()  # a graph's padding lanes write nothing
-        rows = positions.numel()
-        return BatchLayout(m.cos, m.sin, positions.flatten(), self.no_chunks, slots, rows, block_table, lengths)
+        layout = BatchLayout(
+            m.cos, m.sin, positions.flatten(), self.no_chunks, slots, positions.numel(), block_table, lengths
+        )  # fmt: skip
+        group = m.config.num_attention_heads // m.config.num_key_value_heads
+        return layout.with_cells(self.caches[0], group) if alone and slots is None else layout
 
     def recorded(self, layout: BatchLayout, with_chunks: bool) -> BatchLayout:
         """The layout with the cells where the rows' experts are written."""
@@ -352,3 +391,7 @@ class Forward:
 
     def to_device(self, x: np.ndarray) -> Tensor:
         return torch.from_numpy(x).to(self.device, non_blocking=True)
+
+
+def number_of(request: Request) -> int:
+    return -1 if request.adapter is None else request.adapter.number

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
-from ..errors import one_line
+from ..errors import LostRank, one_line
 
 FAILURES = 3  # failed passes in a row after which an engine counts as failing
 
@@ -51,5 +51,5 @@ class PassRecord:
 
     @property
     def dead(self) -> bool:
-        """Whether no later pass can succeed: a CUDA error stays until the process ends."""
-        return isinstance(self.error, torch.AcceleratorError) or str(self.error).startswith("CUDA error")
+        """Whether no later pass can succeed: a CUDA error stays until the process ends, and a lost rank is lost."""
+        return isinstance(self.error, torch.AcceleratorError | LostRank) or str(self.error).startswith("CUDA error")

@@ -11,8 +11,10 @@ from torch import Tensor
 from ..errors import InputError, integer
 from ..model.config import LingConfig
 from ..model.sample import Sampling
+from .adapters import Adapter
 from .grammar import Grammar, Guide
 from .logprobs import MOST, TokenLogprob
+from .page_levels import Fetch
 
 MOST_BIASES = 512  # tokens of a request whose logits are biased; end tokens count where min_new_tokens holds them off
 DRAFT_SLACK = 3  # spare cache slots and positions per draft token, for rows computed past a sequence's end
@@ -36,12 +38,14 @@ class Request:
     stop_token_ids: frozenset[int]  # they end the sequence and are not part of it
     deadline: float = float("inf")  # by time.monotonic()
     num_logprobs: int | None = None  # alternatives of each new token; None: no log-probabilities
-    num_prompt_logprobs: int | None = None  # of each prompt token but the first
+    num_prompt_logprobs: int | None = None  # of the prompt's tokens from prompt_logprobs_start on
+    prompt_logprobs_start: int = 1  # the first token has none
     min_new_tokens: int = 0  # no stop token comes before so many
     keep_stop: bool = False  # the stop token that ends the sequence is the last of its tokens
     policy_version: int = 0  # of the weights that it is computed with, see Engine.new_weights
     client: str = ""  # who shares the engine fairly with others
     priority: int = 0  # the smallest of a client's waiting requests is next
+    adapter: Adapter | None = None  # over the model's weights
 
     tokens: list[int] = field(default_factory=list)  # prompt, and the new tokens that the host has
     computed: int = 0  # tokens with keys and values in the cache
@@ -54,13 +58,14 @@ class Request:
     finished: str | None = None
     error: Exception | None = None
     logprobs: list[TokenLogprob] = field(default_factory=list)  # of the new tokens
-    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # of the prompt's tokens after the first
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # of the prompt's tokens from the start on
     guide: Guide | None = None  # of its grammar
     routing: Tensor | None = None  # of an engine that records it, when it has finished, see Engine
     pages: list[int] = field(default_factory=list)
     lane: int | None = None  # its row of the device state while it runs
     pages_on_device: int = 0  # leading pages already in the lane's block table
     page_hashes: list[bytes] = field(default_factory=list)  # of the full pages of tokens
+    fetch: Fetch | None = None  # of its pages' files, before its first admission
 
     def __post_init__(self):
         self.tokens = list(self.prompt)
@@ -80,9 +85,20 @@ class Request:
         return [*((t, b, inf) for t, b in self.sampling.logit_bias), *((t, -inf, until) for t in held_off)]
 
     @property
+    def prefix_seed(self) -> bytes:
+        """Of the hashes of its pages, which another adapter's request must not share."""
+        return b"" if self.adapter is None else self.adapter.seed
+
+    @property
     def needs_prompt_rows(self) -> bool:
-        """Whether the log-probabilities of its prompt are incomplete: then no row of the prompt may be left out."""
-        return self.num_prompt_logprobs is not None and len(self.prompt_logprobs) < len(self.prompt) - 1
+        """Whether the log-probabilities of its prompt are incomplete: then rows from first_scored_row on are needed."""
+        wanted = len(self.prompt) - self.prompt_logprobs_start
+        return self.num_prompt_logprobs is not None and len(self.prompt_logprobs) < wanted
+
+    @property
+    def first_scored_row(self) -> int:
+        """The position of the first prompt token whose row gives a log-probability that is not known yet."""
+        return self.prompt_logprobs_start - 1 + len(self.prompt_logprobs)
 
     @property
     def uncomputed(self) -> int:
@@ -137,6 +153,7 @@ def new_request(
     for name, wanted in (("logprobs", request.num_logprobs), ("prompt_logprobs", request.num_prompt_logprobs)):
         if wanted is not None and integer(name, wanted, 0) > MOST:
             raise InputError(f"{name} is {wanted}; it must be at most {MOST}")
+    check_start(request)
     integer("priority", request.priority, -(1 << 63))
     if not isinstance(request.client, str):
         raise InputError(f"client is {request.client!r}; it must be text")
@@ -155,6 +172,14 @@ def add_guide(request: Request, grammar: Grammar | None, vocabulary: int, rows: 
     if not request.stop_token_ids or request.min_new_tokens:
         raise InputError("a grammar decides where its text ends: it needs a stop token, and no min_new_tokens")
     request.guide = Guide(grammar, rows, request.stop_token_ids, pin)
+
+
+def check_start(request: Request) -> None:
+    start, tokens = integer("prompt_logprobs_start", request.prompt_logprobs_start, 1), len(request.prompt)
+    if start > tokens:
+        raise InputError(f"prompt_logprobs_start is {start}; the prompt has {tokens} tokens")
+    if start > 1 and request.num_prompt_logprobs is None:
+        raise InputError(f"prompt_logprobs_start is {start}: give prompt_logprobs too")
 
 
 def check_edits(request: Request, vocabulary: int) -> None:

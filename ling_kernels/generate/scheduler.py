@@ -4,8 +4,8 @@ A running request holds pages; the first `computed` of its tokens have keys and 
 every request with only its last token uncomputed; the pass's remaining rows prefill the other requests, oldest first,
 in chunks. The last prompt token is decoded in the pass of the last chunk. Of the waiting requests the next is one of
 the client with the fewest running ones; it is admitted once the cache has room for it. Requests with the same prefix
-share pages. When the pages run out, the youngest request is preempted: it releases its pages and waits at the head of
-the queue.
+share pages: one whose next page a running request computes waits until it is there, and others pass it. When the pages
+run out, the youngest request is preempted: it releases its pages and waits at the head of the queue.
 
 On a GPU the next pass is scheduled before the host has the tokens of the last one. Then a request counts with the
 longest length it can have by now, and is not scheduled beyond max_new_tokens.
@@ -40,6 +40,7 @@ class Scheduler:
         self.running: list[Request] = []  # in order of admission
         self.lanes = deque(range(max_running))  # free ones
         self.free_rows = max_rows  # of the pass being scheduled
+        self.held_back = False  # whether a request was left out of it, whose pages are on their way to the device
 
     def submit(self, request: Request) -> None:
         """Queue a request. Raises Busy if the queue is full, InputError if the cache is too small for the request."""
@@ -72,26 +73,66 @@ class Scheduler:
         """Choose the work of the next pass and reserve its pages. If may_preempt, collect the pending pass first."""
         self.sweep()
         scheduled: dict[Request, Work] = {}
-        self.free_rows = self.max_rows
+        self.free_rows, self.held_back = self.max_rows, False
         for request in sorted(self.running, key=lambda r: r.uncomputed > 1):  # decodes first; stable: oldest first
             if request.lane is not None:  # not preempted by an older request
                 self.schedule_request(request, scheduled)
-        while self.waiting and self.free_rows and self.lanes and self.admit(request := self.next_waiting()):
+        computing = {h for r in self.running for h in self.uncomputed_pages(r)} if self.waiting else set()
+        passed: set[Request] = set()  # they wait for one of these pages
+        while self.free_rows and self.lanes and (request := self.next_waiting(passed)):
+            if self.missing_page(request) in computing:
+                passed.add(request)
+                continue
+            if not self.admit(request):
+                break
             self.waiting.remove(request)
             self.running.append(request)
+            computing.update(self.uncomputed_pages(request))
             if not self.schedule_request(request, scheduled):
                 break
         return scheduled
 
-    def next_waiting(self) -> Request:
-        """A preempted request, or the first of the client with the fewest running requests."""
-        if self.waiting[0].admitted is not None:
-            return self.waiting[0]
+    def next_waiting(self, passed: set[Request]) -> Request | None:
+        """A preempted request, or the first of the client with the fewest running requests; without those passed, and
+        those whose pages are being read from files."""
+        waiting = [r for r in self.waiting if r not in passed]
+        if not waiting or waiting[0].admitted is not None:
+            return waiting[0] if waiting else None
         running = Counter(r.client for r in self.running)
-        return min(self.waiting, key=lambda r: (running[r.client], r.priority))
+        return next(filter(self.fetched, sorted(waiting, key=lambda r: (running[r.client], r.priority))), None)
+
+    def fetched(self, request: Request) -> bool:
+        """Whether no file of its prefix is being read, or is to be read; begins to do so."""
+        if self.pages.levels is None:
+            return True
+        if request.fetch is None:
+            request.fetch = self.pages.levels.fetch(self.reusable_pages(request))
+        done = request.fetch is not None and request.fetch.done
+        self.held_back |= not done
+        return done
+
+    def uncomputed_pages(self, request: Request) -> list[bytes]:
+        """The hashes of the full pages of a running request's tokens that are not in the cache."""
+        return request.page_hashes[request.computed // self.pages.size :]
+
+    def reusable_pages(self, request: Request) -> list[bytes]:
+        """The hashes of the pages that may come from the prefix cache."""
+        self.hash_pages(request)
+        first = len(request.tokens) - 1  # the last token must be computed
+        first = min(first, request.first_scored_row) if request.needs_prompt_rows else first
+        return request.page_hashes[: first // self.pages.size]
+
+    def missing_page(self, request: Request) -> bytes | None:
+        """The hash of the first of these pages that the cache does not have."""
+        hashes = self.reusable_pages(request)
+        known = sum(1 for _ in self.pages.prefix(hashes))
+        return hashes[known] if known < len(hashes) else None
 
     def schedule_request(self, request: Request, scheduled: dict[Request, Work]) -> bool:
         """Add as much of its work as the free rows allow; False if it was preempted instead."""
+        if self.pages.levels is not None and not self.pages.levels.loaded(request.pages):
+            self.held_back = True
+            return True
         prefill = min(request.uncomputed - 1, self.free_rows)
         reaches_last = prefill == request.uncomputed - 1 and self.free_rows - prefill > self.draft
         work = Work(prefill, reaches_last and self.may_decode(request))
@@ -139,14 +180,11 @@ class Scheduler:
 
     def admit(self, request: Request) -> bool:
         """Give it a lane and the cached pages of its prefix, if the pages suffice for its tokens and one decode."""
-        self.hash_pages(request)
-        reusable = (len(request.tokens) - 1) // self.pages.size  # the last token must be computed
-        reusable = 0 if request.needs_prompt_rows else reusable
-        request.pages = self.pages.share_prefix(request.page_hashes[:reusable])
-        slots = self.slots_needed(request, Work(0, True)) + 1
-        if self.pages.needed(slots) - len(request.pages) > self.pages.available:
-            self.release(request)
+        hashes = self.reusable_pages(request)
+        needed = self.pages.needed(self.slots_needed(request, Work(0, True)) + 1)
+        if needed - self.pages.in_use(hashes) > self.pages.available:
             return False
+        request.pages = self.pages.share_prefix(hashes)
         request.computed = len(request.pages) * self.pages.size
         request.cached_tokens = request.computed if request.cached_tokens is None else request.cached_tokens
         request.admitted = time.monotonic() if request.admitted is None else request.admitted
@@ -180,7 +218,8 @@ class Scheduler:
         """Bring page_hashes up to date with tokens."""
         size, hashes = self.pages.size, request.page_hashes
         for i in range(len(hashes), len(request.tokens) // size):
-            hashes.append(hash_page(hashes[-1] if hashes else b"", request.tokens[i * size : (i + 1) * size]))
+            before = hashes[-1] if hashes else request.prefix_seed
+            hashes.append(hash_page(before, request.tokens[i * size : (i + 1) * size]))
 
     def finish(self, request: Request, reason: str, error: Exception | None = None) -> None:
         """End a request and release its pages; full pages stay in the prefix cache. No effect if it has ended."""

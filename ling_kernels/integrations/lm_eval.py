@@ -13,7 +13,8 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
-from ..errors import InputError, command, integer
+from ..commands import command
+from ..errors import InputError, integer
 from ..generate import Engine, Request, Sampling
 from ..generate.cli import find_tokenizer, load_options, resolve_checkpoint, stop_token_ids
 from ..generate.engine import raise_error
@@ -158,12 +159,15 @@ class LingLM(TemplateLM):
         # lm_eval moves the spaces at a context's end into the continuation, which may leave no context.
         whole = [(context or [self.prefix_token_id]) + continuation for _, context, continuation in requests]
         prompts = [ids[-self.max_length - 1 :] for ids in whole]
-        options = dict(max_new_tokens=1, prompt_logprobs=1)
+        # The prefix cache gives the context, which several continuations have in common.
+        starts = [len(ids) - len(continuation) for ids, (_, _, continuation) in zip(prompts, requests, strict=True)]
+        submissions = (
+            (ids, [], dict(max_new_tokens=1, prompt_logprobs=1, prompt_logprobs_start=start))
+            for ids, start in zip(prompts, starts, strict=True)
+        )
         results: list[Any] = [None] * len(requests)
-        bar = progress(self.serve((prompt, [], options) for prompt in prompts), "loglikelihood", prompts, disable_tqdm)
-        for job in bar:
-            key, _, continuation = requests[job.index]
-            scores = job.request.prompt_logprobs[len(prompts[job.index]) - 1 - len(continuation) :]
+        for job in progress(self.serve(submissions), "loglikelihood", prompts, disable_tqdm):
+            key, scores = requests[job.index][0], job.request.prompt_logprobs
             greedy = all(score.top[0][0] == score.token for score in scores)
             results[job.index] = sum(score.logprob for score in scores), greedy
             if key is not None:

@@ -7,8 +7,9 @@ and one tensor, besides the pages of a shard that the system maps.
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -67,17 +68,36 @@ def resolve_model(name: str | Path) -> tuple[LingConfig, Path | None]:
     return LingConfig.from_json(folder / "config.json"), folder
 
 
+class Share(Protocol):
+    """The part of a model that one of several processes loads; parallel/decode.py has it."""
+
+    def model(self, config: LingConfig) -> Ling:
+        """A model with the sizes of this part."""
+        ...
+
+    def divide(self, whole: Mapping[str, Tensor], here: Mapping[str, Tensor]) -> None:
+        """Find out which part of each tensor this is. Views by key of the whole model and of `model`'s, without memory.
+        Raises InputError where it would cut a block of FP8."""
+        ...
+
+    def read(self, reader: WeightReader, key: str) -> tuple[Tensor, Tensor | None]:
+        """`reader.read(key)` of this part alone."""
+        ...
+
+
 def load_model(
     folder: str | Path,
     dtype: torch.dtype = torch.bfloat16,
     device: str | torch.device = "cpu",
     fp8: bool = False,
     fp8_head: bool = False,
+    share: Share | None = None,
 ) -> Ling:
     """Load a checkpoint directory as a model in eval mode, with weights in dtype and expert biases in fp32.
 
     fp8=False dequantises block-FP8 weights. fp8=True, for inference, holds linear layers, MLPs and experts whose sizes
     are multiples of 128 in FP8 only, and quantises other checkpoints while reading; fp8_head includes lm_head.
+    share: load a part of the model, and read no other.
     Raises InputError with file and key for tensors that are missing, damaged, of the wrong shape or of a type that is
     not supported, and for tensors that are not used although they belong to a weight, such as a scale or a bias.
     """
@@ -91,24 +111,21 @@ def load_model(
     except (RuntimeError, AssertionError, TypeError) as error:  # which of them depends on how torch was built
         raise InputError(f"torch has no device {device!r}: {error}") from None
     folder = directory
-    with torch.device("meta"):
-        model = Ling(config)
-    model = model.to(dtype)
-    if fp8:
-        to_fp8(model)
-        if fp8_head and fits(model.lm_head.weight):
-            model.lm_head = Fp8Linear.of(model.lm_head)
-        quantize_for_inference_(model)
+    model = whole = on_meta(Ling, config, dtype, fp8, fp8_head)
+    read = WeightReader.read
+    if share is not None:
+        model, read = on_meta(share.model, config, dtype, fp8, fp8_head), share.read
+        share.divide(dict(named_views(whole)), dict(named_views(model)))
     used = set[str]()
     with torch.no_grad(), WeightReader(folder) as reader:
-        check_shapes(((key, view.shape) for key, view in named_views(model) if not key.endswith(SCALES)), reader)
+        check_shapes(((key, view.shape) for key, view in named_views(whole) if not key.endswith(SCALES)), reader)
         reader.refuse_two_checkpoints()
         model = model.to_empty(device=device)
         model.reset_buffers()
         views = dict(named_views(model))
         expected = [key for key in views if not key.endswith(SCALES)]
         for key in sorted(expected, key=lambda k: str(reader.files[k])):  # shard by shard
-            view, (tensor, scale) = views[key], reader.read(key)
+            view, (tensor, scale) = views[key], read(reader, key)
             used.update((key, key + SCALES) if scale is not None else (key,))
             if view.dtype == E4M3:
                 q, scale = (tensor, scale) if scale is not None else quantize_weight(tensor.to(view.device, dtype))
@@ -118,6 +135,20 @@ def load_model(
                 view.copy_(tensor if scale is None else dequantized(tensor, scale))
         check_unused(folder, reader, used)
     return model.eval()
+
+
+def on_meta(
+    make: Callable[[LingConfig], Ling], config: LingConfig, dtype: torch.dtype, fp8: bool, fp8_head: bool
+) -> Ling:
+    """The model that `make` gives for a configuration, as `load_model` fills it, without memory."""
+    with torch.device("meta"):
+        model = make(config).to(dtype)
+    if fp8:
+        to_fp8(model)
+        if fp8_head and fits(model.lm_head.weight):
+            model.lm_head = Fp8Linear.of(model.lm_head)
+        quantize_for_inference_(model)
+    return model
 
 
 def check_shapes(shapes: Iterable[tuple[str, Sequence[int]]], reader: WeightReader) -> None:

@@ -82,6 +82,7 @@ class SamplingMode(NamedTuple):
     scored: bool = False  # log-probabilities are wanted
     edited: bool = False  # logits are edited before
     guided: bool = False  # a grammar allows some tokens only
+    adapted: bool = False  # rows have adapters
 
     @classmethod
     def of(cls, sampling: Iterable[Sampling], **others: bool) -> "SamplingMode":

@@ -13,7 +13,7 @@ from ..errors import InputError
 from ..files import atomic_write
 from ..nn.fp8_inference import SCALES
 from ..op import E4M3
-from ..ops.quantize import dequantize
+from ..ops.quantize import BLOCK, dequantize
 
 WIDE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # types of weights without a scale
 WIDE_NAMES = [str(dtype).removeprefix("torch.") for dtype in WIDE]
@@ -81,7 +81,22 @@ class WeightReader:
         """A tensor, and for a weight in block-FP8 its scales [ceil(N/128), ceil(K/128)] fp32."""
         tensor = self._get(key, lambda file: file.get_tensor(key))
         self._expect_type(key, tensor)
-        return tensor, self._scale(key, tensor) if tensor.dtype == E4M3 else None
+        return tensor, self._scale(key, tensor.shape) if tensor.dtype == E4M3 else None
+
+    def read_ranges(self, key: str, dim: int, ranges: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor | None]:
+        """`read` of these ranges of a dimension, one after the other; the rest is not read, but for block-FP8 whose
+        blocks they cut: that is given in fp32 without scales."""
+        before = (slice(None),) * dim
+        parts = [self.part(key, (*before, slice(*r))) for r in ranges]
+        self._expect_type(key, parts[0])
+        if parts[0].dtype != E4M3:
+            return torch.cat(parts, dim), None
+        if any(bound % BLOCK for r in ranges for bound in r):
+            wide = self.wide(key)
+            return torch.cat([wide[(*before, slice(*r))] for r in ranges], dim), None
+        scale = self._scale(key, self.shape(key))
+        scales = [scale[(*before, slice(a // BLOCK, b // BLOCK))] for a, b in ranges]
+        return torch.cat([p.view(torch.uint8) for p in parts], dim).view(E4M3), torch.cat(scales, dim)
 
     def wide(self, key: str, box: Sequence[tuple[int, int]] = ()) -> Tensor:
         """A tensor without scales: block-FP8 dequantised to fp32. box: from and to in each dimension; the rest is not
@@ -105,14 +120,14 @@ class WeightReader:
             raise InputError(f"{self.files[key]}: {key} is {kind}; supported are {', '.join(WIDE_NAMES)}, and matrices"
                              " of float8_e4m3fn with a scale per 128x128 block")  # fmt: skip
 
-    def _scale(self, key: str, q: Tensor) -> Tensor:
+    def _scale(self, key: str, shape: Sequence[int]) -> Tensor:
         scale_key = key + SCALES
         if scale_key not in self.files:
             raise InputError(f"{self.files[key]}: {key} is FP8 and the checkpoint has no {scale_key}")
         scale = self._get(scale_key, lambda file: file.get_tensor(scale_key))
-        N, K = q.shape
-        if scale.shape != (-(-N // 128), -(-K // 128)):
-            raise InputError(f"{self.files[scale_key]}: {scale_key} is {list(scale.shape)} for {key} {list(q.shape)}")
+        N, K = shape
+        if scale.shape != (-(-N // BLOCK), -(-K // BLOCK)):
+            raise InputError(f"{self.files[scale_key]}: {scale_key} is {list(scale.shape)} for {key} {list(shape)}")
         if not scale.is_floating_point() or not bool(scale.float().isfinite().all()):
             raise InputError(f"{self.files[scale_key]}: {scale_key} is {scale.dtype}, it must hold finite floats")
         return scale.float()

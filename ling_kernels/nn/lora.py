@@ -47,12 +47,12 @@ class Adapter(nn.Module):
         self.b = nn.Parameter(torch.zeros(*E, N, rank, **options))
         self.scale = alpha / rank
 
-    def forward(self, x: Tensor, offsets: Tensor | None = None) -> Tensor:
-        """x [..., K] -> s (x a^T) b^T [..., N]; with offsets, each expert's rows of x [S, K] by its own a and b."""
+    def forward(self, x: Tensor, plan: Plan | None = None) -> Tensor:
+        """x [..., K] -> s (x a^T) b^T [..., N]; with a plan, each expert's rows of x [S, K] by its own a and b."""
         a, b = self.a.to(x.dtype), self.b.to(x.dtype)
-        if offsets is None:
+        if plan is None:
             return linear(linear(x, a) * self.scale, b)
-        return grouped_gemm(grouped_gemm(x, a, offsets) * self.scale, b, offsets)
+        return grouped_gemm(grouped_gemm(x, a, plan.offsets) * self.scale, b, plan.offsets)
 
     def delta(self) -> Tensor:
         """s b a [(E,) N, K], what the adapter adds to the weight."""
@@ -132,12 +132,12 @@ def feed_forward(module, x: Tensor, plan: Plan | None = None, weights: Tensor | 
     if isinstance(module, Fp8MLP | Fp8Experts):
         fields, options = module.fp8.fields(gate_up, down), (module.fp8.pow2, product_dtype(x))
         h = FrozenProduct.apply(rows, None, False, offsets, *fields[:FIELDS], *options)
-        h = h + module.gate_up_adapter(rows, offsets)
+        h = h + module.gate_up_adapter(rows, plan)
         y = FrozenProduct.apply(h, p, True, offsets, *fields[FIELDS:], *options)
-        y = y + module.down_adapter(swiglu(h, p), offsets)
+        y = y + module.down_adapter(swiglu(h, p, plan=plan), plan)
     else:
-        a = swiglu(base_product(rows, gate_up, offsets) + module.gate_up_adapter(rows, offsets), p)
-        y = base_product(a, down, offsets) + module.down_adapter(a, offsets)
+        a = swiglu(base_product(rows, gate_up, offsets) + module.gate_up_adapter(rows, plan), p, plan=plan)
+        y = base_product(a, down, offsets) + module.down_adapter(a, plan)
     return y if plan is None else unpermute(y, plan, None if fold else weights)
 
 

@@ -94,9 +94,10 @@ def grouped_product(
 
 
 def grouped_mm_runs(a: Tensor, b: Tensor) -> bool:
-    """Whether torch's grouped_mm runs: bf16 on a GPU, rows of a multiple of 16 bytes, and Triton not asked for."""
+    """Whether torch's grouped_mm runs: bf16 on a GPU, rows of a multiple of 16 bytes, fewer groups than 1024 (torch's
+    GroupMM.cu), and Triton not asked for."""
     fits = a.is_cuda and a.dtype == torch.bfloat16 and a.numel() > 0 and b.shape[1] % 8 == b.shape[2] % 8 == 0
-    return fits and backend(a) != "triton"
+    return fits and len(b) < 1024 and backend(a) != "triton"
 
 
 @op("y", runs="torch")

@@ -117,11 +117,11 @@ def expert_mlp(
         # The GEMM gathers its rows of x. Without folded weights it writes only the quantised SwiGLU.
         x_q, x_scale = quantize(x)
         product = partial(grouped_gemm_fp8, x_q, x_scale, w_gate_up[0], w_gate_up[1], plan.offsets, plan)
-        h = product(swiglu=True) if folded is None else swiglu(product(dtype=x.dtype), folded, quantize=True)
+        h = product(swiglu=True) if folded is None else swiglu(product(dtype=x.dtype), folded, True, plan=plan)
         h = grouped_gemm_fp8(h[0], h[1], w_down[0], w_down[1], plan.offsets, dtype=x.dtype)
     else:
         h = grouped_gemm(permute(x, plan), w_gate_up, plan.offsets)
-        h = grouped_gemm(swiglu(h, folded), w_down, plan.offsets)
+        h = grouped_gemm(swiglu(h, folded, plan=plan), w_down, plan.offsets)
     return unpermute(h, plan, None if fold_weights else weights)
 
 

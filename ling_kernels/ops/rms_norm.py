@@ -45,9 +45,7 @@ def rms_norm(
 
 def rms_norm_ref(x, w, residual=None, eps=1e-6, quantize=False, columns=False):
     total = x if residual is None else (upcast(x) + upcast(residual)).to(residual.dtype)
-    xw = upcast(total)
-    xhat = xw * (xw.square().mean(-1, keepdim=True) + eps).rsqrt()
-    y = xhat * upcast(w)
+    y = torch.rms_norm(upcast(total), total.shape[-1:], upcast(w), eps)
     out = [y.to(x.dtype)] + ([] if residual is None else [total])
     if quantize or columns:
         out += quantize_ref(y, quantize, columns)

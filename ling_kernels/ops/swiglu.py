@@ -22,7 +22,8 @@ def swiglu(
 
     quantize returns, instead of y, its FP8 rows and scales, y_q [S, F] and y_scale [S, F/128], and with columns also
     its column-wise copy, as `quantize` lays them out for that plan, all taken from y before it is rounded; x must be
-    [S, 2F] with F % 128 == 0. Gradients: of y, to x and weights; FP8 carries none. Raises ValueError for another shape.
+    [S, 2F] with F % 128 == 0. Rows past a plan's last expert are not computed and undefined. Gradients: of y, to x and
+    weights; FP8 carries none. Raises ValueError for another shape.
     """
     expect(x.ndim >= 1 and x.shape[-1] % 2 == 0 and x.is_floating_point(), "x [..., 2F]", x)
     fits = weights is None or (x.ndim == 2 and weights.shape == x.shape[:1])
@@ -34,22 +35,27 @@ def swiglu(
         expect_plan(plan, S=len(x))
     if use_reference("swiglu", x, weights):
         return swiglu_ref(x, weights, quantize, columns, plan, pow2)
+    offsets = plan.offsets if plan else None
     if not quantize:
         rows = x.shape[:-1].numel()  # not -1, which no columns would leave undefined
-        return SwiGLU.apply(x.reshape(rows, x.shape[-1]), weights).view(*x.shape[:-1], x.shape[-1] // 2)
+        return SwiGLU.apply(x.reshape(rows, x.shape[-1]), weights, offsets).view(*x.shape[:-1], x.shape[-1] // 2)
     out = empty_fp8(x, len(x), x.shape[1] // 2, True, columns, plan)
-    plan = (plan.offsets, plan.padded_offsets) if plan and columns else (None, None)
+    padded = plan.padded_offsets if plan and columns else None
     weights = weights if weights is None else weights.detach().contiguous()
-    swiglu_fwd(x.detach().contiguous(), weights, None, *out, *plan, pow2)
+    swiglu_fwd(x.detach().contiguous(), weights, None, *out, offsets, padded, pow2)
     return tuple(t for t in out if t is not None)
 
 
 def swiglu_ref(x, weights=None, quantize=False, columns=False, plan=None, pow2=False):
-    gate, up = upcast(x).chunk(2, -1)
-    y = torch.nn.functional.silu(gate) * up
+    y = silu_product(upcast(x))
     if weights is not None:
         y = y * weights[:, None]
     return quantize_ref(y, True, columns, plan, pow2) if quantize else y.to(x.dtype)
+
+
+def silu_product(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, -1)
+    return torch.nn.functional.silu(gate) * up
 
 
 def swiglu_backward(
@@ -98,17 +104,17 @@ def swiglu_backward_ref(dy, x, weights=None, quantize=False, columns=False, plan
 
 class SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weights):
+    def forward(ctx, x, weights, offsets):
         x, weights = x.contiguous(), weights if weights is None else weights.contiguous()
         y = x.new_empty(len(x), x.shape[1] // 2)
-        swiglu_fwd(x, weights, y, None, None, None, None, None, None, False)
+        swiglu_fwd(x, weights, y, None, None, None, None, offsets, None, False)
         ctx.save_for_backward(x, weights)
         return y
 
     @staticmethod
     @first_derivative_only
     def backward(ctx, dy):
-        return swiglu_backward(dy, *ctx.saved_tensors)
+        return *swiglu_backward(dy, *ctx.saved_tensors), None
 
 
 def unsupported_fwd(x, weights, y, y_q, y_scale, yt_q, *others) -> str | None:

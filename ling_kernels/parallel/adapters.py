@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import zlib
 from collections.abc import Callable, Collection
 from pathlib import Path
 
@@ -9,33 +10,46 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..files import read_json
 from ..model import LingConfig
 from ..model.weight_files import WeightReader, save_tensors
-from ..nn.lora import adapted, adapters, drawn, lora_
+from ..nn.lora import ON, adapted, adapters, drawn, lora_
 from .checkpoints import ADAPTER
 from .official import Official, Parameter, official_keys, whole_on_meta
 from .parts import held, pieces, read_pieces_
 from .shares import Shares
 
 PREFIX = "base_model.model."  # of peft's keys, before the key of the module
+BASE = "base.json"  # beside an adapter: the fingerprints of the files of the model that it is for
+SAMPLED = 1 << 20  # bytes at the beginning and at the end of a file of weights that tell it from others
+
+
+def adapted_weights(config: LingConfig, on: Collection[str] = ON) -> dict[str, Parameter]:
+    """The weights of a whole model that can have adapters, by the adapters' names."""
+    whole, official = whole_on_meta(config), official_keys(config)
+    names = {id(p): name for name, p in whole.named_parameters()}
+    return {name: official[names[id(weight)]] for name, (_, weight) in adapted(whole, on).items()}
 
 
 def adapter_keys(config: LingConfig, rank: int, on: Collection[str]) -> dict[str, Parameter]:
     """The adapters' parameters of a whole model, by name. As peft's adapters are of the published modules, the A of
     gate and up, which is one here, has two keys."""
-    whole = whole_on_meta(config)
-    lora_(whole, rank, on=on)
-    official, names = official_keys(config), {id(p): name for name, p in whole.named_parameters()}
     found = {}
-    for name, (_, weight) in adapted(whole, on).items():
-        keys = official[names[id(weight)]].keys
+    for name, weight in adapted_weights(config, on).items():
         *E, N, K = weight.shape
         boxes = dict(a=lambda box, K=K: ((0, rank), (0, K)), b=lambda box: (box[-2], (0, rank)))
         for which, box_of in boxes.items():
-            module = [(PREFIX + k.key.removesuffix("weight"), k.box) for k in keys]
-            parts = [Official(f"{m}lora_{which.upper()}.weight", (*box[:-2], *box_of(box)), 2) for m, box in module]
+            parts = [
+                Official(key_of(k.key.removesuffix(".weight"), which.upper()), (*k.box[:-2], *box_of(k.box)), 2)
+                for k in weight.keys
+            ]
             found[f"{name}.{which}"] = Parameter(torch.Size([*E, *((rank, K) if which == "a" else (N, rank))]), parts)
     return found
+
+
+def key_of(module: str, which: str) -> str:
+    """peft's key of the A or the B of a published module."""
+    return f"{PREFIX}{module}.lora_{which}.weight"
 
 
 def adapt_(shares: Shares, rank: int, alpha: float, on: Collection[str], seed: int) -> str:
@@ -77,9 +91,11 @@ def merging(shares: Shares) -> Callable[[str, Tensor], Tensor]:
     return merged
 
 
-def write_adapter(checkpoint: Path, out: Path, base: str, rank: int, alpha: float) -> None:
+def write_adapter(
+    checkpoint: Path, out: Path, base: str, rank: int, alpha: float, fingerprints: dict[str, list[int]]
+) -> None:
     """Write the adapters of a checkpoint as peft reads them, fp32, in place of a folder `out` that is there. base: the
-    model that they are for. Raises InputError where it cannot be written."""
+    model that they are for; fingerprints: of its files. Raises InputError where it cannot be written."""
     partial = out.with_name(f".{out.name}.partial")
     with WeightReader(checkpoint, ADAPTER) as reader:
         tensors = {key: reader.wide(key) for key in sorted(reader.files, key=lambda key: str(reader.files[key]))}
@@ -93,7 +109,31 @@ def write_adapter(checkpoint: Path, out: Path, base: str, rank: int, alpha: floa
         partial.mkdir(parents=True)
         save_tensors(tensors, partial / f"{ADAPTER}.safetensors")
         (partial / "adapter_config.json").write_text(json.dumps(about, indent=2) + "\n")
+        (partial / BASE).write_text(json.dumps(fingerprints) + "\n")
         shutil.rmtree(out, ignore_errors=True)
         partial.rename(out)
     except OSError as error:
         raise InputError(f"cannot write {out}: {error.strerror or error}") from None
+
+
+def check_base(adapter: Path, model: Path) -> None:
+    """Raise InputError for the weights in the folder `model` that are not those that the adapter was trained over, as
+    far as its folder says which these are."""
+    if (adapter / BASE).is_file() and read_json(adapter / BASE) != fingerprints(model):
+        raise InputError(f"the adapter {adapter} is for other weights than those in {model}: see its {BASE}")
+
+
+def fingerprints(model: Path) -> dict[str, list[int]]:
+    """What tells the weights in a folder from others: by file, its size and the checksum of a sample of it."""
+    return {path.name: fingerprint(path) for path in sorted(model.glob("*.safetensors"))}
+
+
+def fingerprint(path: Path) -> list[int]:
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            total = zlib.crc32(file.read(SAMPLED))
+            file.seek(max(size - SAMPLED, 0))
+            return [size, zlib.crc32(file.read(SAMPLED), total)]
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None

@@ -88,7 +88,7 @@ def own_part(shares: Shares, moments: dict[str, Tensor], base: bool = False) -> 
     for key, t in moments.items():
         name = key.rpartition(".")[0]
         if name in owned:
-            part.optimizer |= named_parts(key, t.detach(), shares.part_of(name), shares.official[name].shape)
+            part.optimizer |= named_parts(key, t.detach(), shares.state_part_of(name), shares.official[name].shape)
     return part
 
 
@@ -159,7 +159,7 @@ class Saved(NamedTuple):
 
 def read_optimizer(folder: Path, shares: Shares) -> Iterator[tuple[str, str, Tensor]]:
     """(parameter, key, tensor) of the optimizer's state that this process keeps; no more is read."""
-    owned = {name for name, _ in shares.model.named_parameters() if shares.owns(name)}
+    owned = {name for name, _ in shares.model.named_parameters() if shares.steps(name)}
     with WeightReader(folder, OPTIMIZER) as reader:
         found = saved_moments(reader, owned)
         if owned and reader.files and not found:
@@ -184,7 +184,7 @@ def saved_moments(reader: WeightReader, parameters: Collection[str]) -> dict[str
 def moment(reader: WeightReader, key: str, saved: list[Saved], shares: Shares) -> Tensor:
     """This process's part of the optimizer's tensor NAME.KEY."""
     name = key.rpartition(".")[0]
-    part, shape = shares.part_of(name), shares.official[name].shape
+    part, shape = shares.state_part_of(name), shares.official[name].shape
     whole = shape_of(s.box for s in saved)
     if not is_state_of(shape, key, whole):
         raise InputError(f"{reader.folder}: the optimizer's {key} is {list(whole)}, the parameter {list(shape)}")

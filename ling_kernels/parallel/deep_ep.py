@@ -3,7 +3,8 @@
 A row crosses to a rank once, whatever the number of its experts there, and comes with the list of them. The rank's
 experts sum its results, in bf16, and DeepEP adds up the ranks' sums. Backward of a dispatch is a combine over the same
 routes, and the other way round. Rows travel in bf16, whatever the model's type. Of version 2 this uses ElasticBuffer,
-of version 1 Buffer. Written to their documented interfaces; not run on a GPU.
+of version 1 Buffer. Its low-latency mode, for decode passes, is Buffer's in both. Written to their documented
+interfaces; not run on a GPU.
 """
 
 import importlib
@@ -18,6 +19,7 @@ from ..errors import InputError
 from ..nn import MoE
 from ..op import first_derivative_only
 from ..ops.dispatch import Plan, counts_here, dispatch
+from .low_latency import expect_decode_pass
 
 
 def deep_ep(group: dist.ProcessGroup, hidden: int, topk: int, tokens: int) -> Callable[[MoE], "DeepEP"]:
@@ -26,13 +28,29 @@ def deep_ep(group: dist.ProcessGroup, hidden: int, topk: int, tokens: int) -> Ca
     hidden and topk are the model's; tokens: the most that a rank has in a forward, the same number on every rank.
     Raises InputError where DeepEP is not installed.
     """
-    try:
-        package = importlib.import_module("deep_ep")
-    except ImportError as e:
-        raise InputError(f"the package deep_ep (github.com/deepseek-ai/DeepEP) cannot be imported: {e}") from None
+    package = imported()
     kind = Elastic if hasattr(package, "ElasticBuffer") else Legacy
     buffer = kind(package, group, hidden, topk, tokens)
     return lambda moe: DeepEP(buffer, group)
+
+
+def deep_ep_low_latency(
+    group: dist.ProcessGroup, hidden: int, experts: int, max_tokens: int
+) -> Callable[[MoE], "DeepEPLowLatency"]:
+    """As `deep_ep`, by DeepEP's low-latency kernels: for inference, of at most max_tokens tokens a rank and forward,
+    the same number on every rank. hidden and experts are the model's; DeepEP has kernels for some hidden sizes alone.
+    """
+    package, ep = imported(), dist.get_world_size(group)
+    size = package.Buffer.get_low_latency_rdma_size_hint(max_tokens, hidden, ep, experts)
+    buffer = package.Buffer(group, 0, size, low_latency_mode=True, num_qps_per_rank=experts // ep)
+    return lambda moe: DeepEPLowLatency(buffer, package.topk_idx_t, max_tokens)
+
+
+def imported() -> Any:
+    try:
+        return importlib.import_module("deep_ep")
+    except ImportError as e:
+        raise InputError(f"the package deep_ep (github.com/deepseek-ai/DeepEP) cannot be imported: {e}") from None
 
 
 class ReceivedPlan(Plan):
@@ -55,6 +73,37 @@ class DeepEP:
 
     def combine(self, y: Tensor, plan: Plan) -> Tensor:
         return Combine.apply(y.bfloat16(), plan.handle, self.buffer).to(y.dtype)  # type: ignore[attr-defined]
+
+
+class DeepEPLowLatency:
+    """An expert has a slab of ep M rows, M = max_tokens, whose number in use stays on the device: E M 2 H bytes a rank,
+    and E M rows of memory in its experts. Of these they compute those that came: the plan gathers them. DeepEP sums the
+    results with the routing weights in fp32, also of FP8 experts, which else apply them before the down projection."""
+
+    local = False
+
+    def __init__(self, buffer: Any, index: torch.dtype, max_tokens: int):
+        self.buffer, self.index, self.max_tokens = buffer, index, max_tokens
+
+    def dispatch(self, x: Tensor, weights: Tensor, experts: Tensor, counts: Tensor) -> tuple[Tensor, Plan, None]:
+        expect_decode_pass(x, self.max_tokens)
+        experts = experts.to(self.index)
+        rows, received, handle, *_ = self.buffer.low_latency_dispatch(
+            x.bfloat16().contiguous(), experts, self.max_tokens, len(counts), use_fp8=False
+        )
+        plan = ReceivedPlan(*plan_of_slabs(received, rows.shape[1]))
+        plan.handle = experts, weights, handle
+        return rows.flatten(0, 1).to(x.dtype), plan, None
+
+    def combine(self, y: Tensor, plan: Plan) -> Tensor:
+        slabs = y.bfloat16().unflatten(0, (len(plan.offsets) - 1, -1))
+        return self.buffer.low_latency_combine(slabs, *plan.handle)[0].to(y.dtype)  # type: ignore[attr-defined]
+
+
+def plan_of_slabs(counts: Tensor, rows: int) -> Plan:
+    """The plan of slabs [E, rows] of which expert e owns the first counts[e] int32 rows, one choice each."""
+    expert, row = (torch.arange(n, dtype=torch.int32, device=counts.device) for n in (len(counts), rows))
+    return dispatch(torch.where(row < counts[:, None], expert[:, None], -1).view(-1, 1), counts)
 
 
 class Dispatch(torch.autograd.Function):

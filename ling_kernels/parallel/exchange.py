@@ -144,7 +144,7 @@ class SendFp8(torch.autograd.Function):
         q, scale = permute_quantize(x, plan, pow2=True)
         # torch's collectives on CPUs do not know float8
         q, scale = (Send.apply(t.contiguous(), *sizes, group) for t in (q.view(torch.uint8), scale))
-        return (q.view(E4M3).to(x.dtype).unflatten(1, (-1, BLOCK)) * scale.to(x.dtype)[..., None]).flatten(1)
+        return exact_rows(q.view(E4M3), scale, x.dtype)
 
     @staticmethod
     @first_derivative_only
@@ -152,6 +152,11 @@ class SendFp8(torch.autograd.Function):
         plan = Plan(*ctx.saved_tensors)
         there, here = ctx.sizes
         return unpermute(with_unrouted(Send.apply(gradient, here, there, ctx.group), plan), plan), *[None] * 6
+
+
+def exact_rows(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """q [R, H] e4m3, scale [R, H/128], powers of two -> code times scale [R, H], which is exact in dtype."""
+    return (q.to(dtype).unflatten(1, (-1, BLOCK)) * scale.to(dtype)[..., None]).flatten(1)
 
 
 def takes_fp8_rows(experts: nn.Module) -> bool:

@@ -5,9 +5,10 @@
                                                    t of 0..tp-1: its own of those, and its own heads
 
 The dp x cp x tp ranks of a stage are replicas: what is not divided they hold alike. Among them ep neighbours divide
-the experts, and vocab neighbours the rows of embedding and head. So ranks that exchange much are neighbours, and up to
-the GPUs of a node in one node. A `Ranks()` without processes is one process: every method then returns at once what it
-was given.
+the experts, and vocab neighbours the rows of embedding and head. The optimizer's state is divided over all of them, or
+there are several copies of it, each divided over as many neighbours. So ranks that exchange much are neighbours, and up
+to the GPUs of a node in one node. A `Ranks()` without processes is one process: every method then returns at once what
+it was given.
 """
 
 import math
@@ -38,24 +39,28 @@ class Division:
     number: int = 1
     part: int = 0  # this rank's
     group: dist.ProcessGroup | None = field(default=None, repr=False)  # the ranks with the other parts
-    twins: dist.ProcessGroup | None = field(default=None, repr=False)  # the ranks with the same part
+    twins: dist.ProcessGroup | None = field(default=None, repr=False)  # the ranks of a copy with the same part
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """dp, cp, pp: their numbers of ranks. The groups are of this rank, None where they hold it alone; they are for the
-    work of a step, and what ranks agree on goes over torch's default group, which is patient."""
+    """dp, cp, pp: numbers of ranks; copies: of the optimizer's state. The groups are of this rank, None where they
+    hold it alone; they are for the work of a step, and what ranks agree on goes over torch's default group, which is
+    patient."""
 
     rank: int = 0
     size: int = 1
     dp: int = 1
     cp: int = 1
     pp: int = 1
+    copies: int = 1
     tensor: Division = Division()  # of the weights of attention and MLPs; its group also shares sequences
     experts: Division = Division()
     vocabulary: Division = Division()
     world: dist.ProcessGroup | None = field(default=None, repr=False)
     replicas: dist.ProcessGroup | None = field(default=None, repr=False)  # the dp x cp x tp ranks of this stage
+    copy: dist.ProcessGroup | None = field(default=None, repr=False)  # those of them that divide a copy of the state
+    equals: dist.ProcessGroup | None = field(default=None, repr=False)  # those with the same of it, one of each copy
     context: dist.ProcessGroup | None = field(default=None, repr=False)  # the cp ranks of one part of heads and rows
     stages: dist.ProcessGroup | None = field(default=None, repr=False)  # the pp ranks of this rank's tokens
     nodes: DeviceMesh | None = field(default=None, repr=False)  # the ranks of `experts`, as nodes x ranks of a node
@@ -77,6 +82,11 @@ class Ranks:
         return self.rank % (self.dp * self.sharing)
 
     @property
+    def copy_size(self) -> int:
+        """How many replicas divide a copy of the optimizer's state: neighbours."""
+        return self.dp * self.sharing // self.copies
+
+    @property
     def sequences(self) -> int:
         """This rank's number among the dp that take their own sequences."""
         return self.replica // self.sharing
@@ -93,17 +103,17 @@ class Ranks:
 
     def arranged(
         self, dp: int | None = None, ep: int = 1, pp: int = 1, cp: int = 1, vocab: int = 1, by_nodes: bool = False,
-        timeout: float | None = None, tp: int = 1,
+        timeout: float | None = None, tp: int = 1, copies: int = 1,
     ) -> "Ranks":  # fmt: skip
         """These processes as pp x dp x cp x tp, where ep of dp x cp x tp divide the experts and `vocab` of them the
-        vocabulary; dp None: as many as there are.
+        vocabulary, and dp / `copies` x cp x tp the optimizer's state; dp None: as many as there are.
 
         by_nodes: make the mesh of nodes that the ranks of `experts` are on. timeout: seconds that a rank waits for
         another during training, None for torch's. Every rank calls it. Raises InputError where the numbers do not fit
         the processes.
         """
         dp = max(self.size // (pp * cp * tp), 1) if dp is None else dp
-        check_sizes(self.size, dp, ep, pp, cp, vocab, tp)
+        check_sizes(self.size, dp, ep, pp, cp, vocab, tp, copies)
         local = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
         if by_nodes and (ep <= local or ep % local):
             raise InputError(f"--exchange-by-nodes: --ep {ep} are not all processes of two or more machines, each with"
@@ -125,8 +135,10 @@ class Ranks:
         def neighbours(number: int, among: list[list[int]] = by_stage) -> list[list[int]]:
             return [ranks[i : i + number] for ranks in among for i in range(0, len(ranks), number)]
 
+        by_copy = neighbours(n // copies)
+
         def divided(number: int) -> Division:
-            twins = [stage[i::number] for stage in by_stage for i in range(number)]
+            twins = [ranks[i::number] for ranks in by_copy for i in range(number)]
             return Division(number, self.rank % n % number, mine(neighbours(number)), mine(twins))
 
         on_hosts = "fake" if dist.get_backend() == "fake" else "gloo"  # fake: processes of a plan, which is one
@@ -140,10 +152,12 @@ class Ranks:
             nodes = DeviceMesh.from_group(groups, device, members, mesh_dim_names=("nodes", "ranks"))  # type: ignore[arg-type]
         return replace(
             self,
-            dp=dp, cp=cp, pp=pp,
+            dp=dp, cp=cp, pp=pp, copies=copies,
             tensor=divided(tp), experts=divided(ep), vocabulary=divided(vocab),
             world=mine([list(range(self.size))]),
             replicas=mine(by_stage),
+            copy=mine(by_copy),
+            equals=mine([ranks[i :: n // copies] for ranks in by_stage for i in range(n // copies)]),
             context=mine([ranks[t::tp] for ranks in neighbours(cp * tp) for t in range(tp)]),
             stages=mine([list(range(i, self.size, n)) for i in range(n)]),
             nodes=nodes,
@@ -245,9 +259,11 @@ def is_agreed(error: InputError) -> bool:
     return getattr(error, "on_all_ranks", False)
 
 
-def check_sizes(size: int, dp: int, ep: int, pp: int, cp: int = 1, vocab: int = 1, tp: int = 1) -> None:
-    """Raise InputError where dp x cp x tp x pp are not the processes, and where ep or vocab does not divide the
-    processes of a stage."""
+def check_sizes(
+    size: int, dp: int, ep: int, pp: int, cp: int = 1, vocab: int = 1, tp: int = 1, copies: int = 1
+) -> None:  # fmt: skip
+    """Raise InputError where dp x cp x tp x pp are not the processes, where ep or vocab does not divide the processes
+    of a stage, and where these or dp are not multiples for copies of the optimizer's state."""
     n, sharing = dp * cp * tp, {"--cp": cp, "--tp": tp}
     if n * pp != size:
         numbers = f"--dp {dp} times --pp {pp}" + "".join(f" times {f} {v}" for f, v in sharing.items() if v > 1)
@@ -262,6 +278,12 @@ def check_sizes(size: int, dp: int, ep: int, pp: int, cp: int = 1, vocab: int = 
                 f"{flag} {number} does not divide the {counted(n, 'process')} of {flags}: groups of {number} share the"
                 f" {what}"
             )
+        if dp % copies == 0 and n // copies % number:
+            raise InputError(f"{flag} {number} does not divide the {counted(n // copies, 'process')} of each of"
+                             f" --dp-replicate {copies} copies, within which the {what} are divided")  # fmt: skip
+    if dp % copies:
+        raise InputError(f"--dp-replicate {copies} does not divide --dp {dp}: each copy of the optimizer's state is of"
+                         " equally many processes")  # fmt: skip
 
 
 def rank_of_torchrun() -> int:

@@ -5,6 +5,10 @@ Replicas hold the same weights. Each parameter has an owner among the ranks that
 summed on the owner, which alone keeps the optimizer's state and steps, and sends the new weights to the others (ZeRO
 stage 1, arXiv 1910.02054, by whole parameters). As no parameter is cut, every optimizer gives the bits of one process,
 also Muon, which needs whole matrices, and 8-bit AdamW, whose blocks and random bits follow a parameter.
+
+With several copies of the optimizer's state (`Ranks.copies`) a parameter has an owner in each, which are at the same
+number there. Gradients are summed within each copy, then over its owners, by an all-reduce, which gives all of them the
+same bits. They step alike, as random bits follow the parameter, and send weights within their copy alone.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,6 +31,7 @@ from .pipeline import Pipeline
 from .ranks import Division, Ranks
 from .tensor import tensor_parallel_
 from .vocabulary import shard_vocabulary_
+from .whole import Stepped, WholeMatrices
 
 
 class Shares:
@@ -39,7 +44,8 @@ class Shares:
         shares.spread_weights_()
         shares.sum_counts_()  # so that balance_ sees the global batch
 
-    pipeline: makes the pipeline of the divided model, in place. exchange: see `shard_experts_`. Methods are called by
+    pipeline: makes the pipeline of the divided model, in place. exchange: see `shard_experts_`. whole: the optimizer,
+    made of `stepped`, steps whole matrices where tensor parallelism divides them (whole.py). Methods are called by
     every rank together. With one process they do nothing, and `norm` is the plain norm.
     """
 
@@ -49,15 +55,17 @@ class Shares:
         ranks: Ranks,
         pipeline: Callable[[], Pipeline] | None = None,
         exchange: str | Callable[[MoE], Exchange] = "bf16",
+        whole: bool = False,
     ):
-        self.model, self.ranks, self.config = model, ranks, model.config
+        self.model, self.ranks, self.config, self.whole = model, ranks, model.config, whole
         self.names = [name for name, _ in model.named_parameters()]  # of the whole model's trained ones
         self.modules = {name for name, _ in model.named_modules()}
         self.routers = [name for name, module in model.named_modules() if isinstance(module, Router)]
         # By name, as a parameter may become another object on its way to a GPU: how it is divided, the group of those
         # that hold it too, its owner's rank there.
         self.divided: dict[str, Division] = {}
-        self.begun: list[tuple[nn.Parameter, int, Any]] = []  # sums under way: of what, on which rank
+        self.begun: list[tuple[nn.Parameter, int, Any]] = []  # sums in a copy under way: of what, on which rank
+        self.over_copies: list[Any] = []  # and over the copies: of the first of them, None where another rank owns it
         if ranks.context is not None:
             context_parallel_(model, ranks.context)
         self.cuts: dict[str, Part] = {}  # this rank's parts of weights that tensor parallelism divides
@@ -77,16 +85,21 @@ class Shares:
         self.choose_owners()
 
     def choose_owners(self) -> None:
-        ranks, loads = self.ranks, dict[dist.ProcessGroup | None, list[int]]()
+        ranks, loads = self.ranks, dict[tuple[dist.ProcessGroup | None, int], list[int]]()
         self.group: dict[str, dist.ProcessGroup | None] = {}
         self.owner: dict[str, int] = {}
+        self.keeper: dict[str, int] = {}  # of the ranks that own a weight's parts, the one with the whole weight
         for name, p in self.model.named_parameters():
-            group = self.group[name] = self.divided[name].twins if name in self.divided else ranks.replicas
-            load = loads.setdefault(group, [0] * (dist.get_world_size(group) if group else 1))
+            group = self.group[name] = self.divided[name].twins if name in self.divided else ranks.copy
+            keepers = ranks.tensor.number if self.whole and name in self.cuts and p.requires_grad else 1
+            load = loads.setdefault((group, keepers), [0] * keepers * (dist.get_world_size(group) if group else 1))
             # Stages that hold the same weight have its owner at the same place, so that its sums have the same order.
             several = VOCABULARY.index(name) % len(load) if ranks.pp > 1 and name in VOCABULARY else None
-            self.owner[name] = load.index(min(load)) if several is None else several
-            load[self.owner[name]] += p.numel()
+            number = load.index(min(load)) if several is None else several
+            load[number] += p.numel()
+            self.owner[name], keeper = divmod(number, keepers)
+            if keepers > 1:
+                self.keeper[name] = keeper
 
     def add_adapters_(self, keys: dict[str, Parameter]) -> None:
         """Take in adapters (adapters.py), which the model has. keys: of the whole model's, by name."""
@@ -108,13 +121,31 @@ class Shares:
         holds of it."""
         replica = self.ranks.replica if replica is None else replica
         number = self.divided[name].number if name in self.divided else 1
-        return replica // number == self.owner[name]
+        return replica % self.ranks.copy_size // number == self.owner[name]
 
-    def shared(self) -> list[tuple[nn.Parameter, int, dist.ProcessGroup]]:
-        """Trained parameters that other ranks hold too, with the owner's rank among all and the group."""
+    def steps(self, name: str, replica: int | None = None) -> bool:
+        """Whether this rank, or another replica of its stage, has the parameter's optimizer state."""
+        part = (self.ranks.replica if replica is None else replica) % self.ranks.tensor.number
+        return self.owns(name, replica) and self.keeper.get(name, part) == part
+
+    @cached_property
+    def whole_matrices(self) -> WholeMatrices | None:
+        if not self.keeper or self.ranks.tensor.group is None:
+            return None
+        keepers = {name: keeper for name, keeper in self.keeper.items() if self.owns(name)}
+        shapes = {name: self.official[name].shape for name in keepers}
+        return WholeMatrices(self.model, self.ranks.tensor.group, shapes, keepers, self.cuts)
+
+    @property
+    def stepped(self) -> Stepped:
+        """The parameters for the optimizer; asked for the first time when the model has its weights, by every rank."""
+        return Stepped(self.model, self.whole_matrices.wholes if self.whole_matrices else {})
+
+    def trained(self) -> list[tuple[nn.Parameter, int, dist.ProcessGroup | None]]:
+        """Trained parameters, with the owner's rank among all and the group of those in the copy that hold it too."""
         named = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
         found = ((p, self.group[name], self.owner[name]) for name, p in named)
-        return [(p, dist.get_global_rank(group, owner), group) for p, group, owner in found if group is not None]
+        return [(p, dist.get_global_rank(g, owner) if g else self.ranks.rank, g) for p, g, owner in found]
 
     @contextmanager
     def sums_in_backward(self) -> Iterator[None]:
@@ -137,29 +168,47 @@ class Shares:
         for shared in waiting:
             self.begin_sum(*shared)
 
-    def to_sum(self) -> list[tuple[nn.Parameter, int, dist.ProcessGroup]]:
-        return self.shared()[::-1]
+    def to_sum(self) -> list[tuple[nn.Parameter, int, dist.ProcessGroup | None]]:
+        """Parameters whose gradients other ranks have, too."""
+        return [(p, owner, g) for p, owner, g in self.trained()[::-1] if g is not None or self.ranks.copies > 1]
 
-    def begin_sum(self, p: nn.Parameter, owner: int, group: dist.ProcessGroup) -> None:
+    def begin_sum(self, p: nn.Parameter, owner: int, group: dist.ProcessGroup | None) -> None:
         if p.grad is None:  # this rank had no token for it
             p.grad = torch.zeros_like(p)
-        self.begun.append((p, owner, dist.reduce(p.grad, owner, group=group, async_op=True)))
+        work = None if group is None else dist.reduce(p.grad, owner, group=group, async_op=True)
+        self.begun.append((p, owner, work))
+        if self.ranks.copies > 1:
+            self.go_on_over_copies(wait_for=False)
+
+    def go_on_over_copies(self, wait_for: bool) -> None:
+        """Begin the sums over the copies of gradients that are summed in this one, in their order. wait_for: for all.
+        A backward does not wait: the others may still need this rank's rows to complete the gradient."""
+        for p, owner, work in self.begun[len(self.over_copies) :]:
+            if work is not None and not wait_for and not work.is_completed():
+                return
+            wait([work])
+            mine = owner == self.ranks.rank and self.ranks.equals is not None
+            self.over_copies.append(dist.all_reduce(p.grad, group=self.ranks.equals, async_op=True) if mine else None)
 
     def sum_gradients_(self) -> None:
-        """Add up every gradient on its owner; the others' are freed. The loss of each rank must be its tokens' share
-        of the global loss."""
+        """Add up every gradient on its owner, of every copy; the others' are freed. The loss of each rank must be its
+        tokens' share of the global loss."""
         if not self.begun:
             for shared in self.to_sum():
                 self.begin_sum(*shared)
-        wait([work for _, _, work in self.begun])
+        self.go_on_over_copies(wait_for=True)
+        wait(self.over_copies)
         for p, owner, _ in self.begun:
             if owner != self.ranks.rank:
                 p.grad = None
         self.begun.clear()
+        self.over_copies.clear()
+        if self.whole_matrices:
+            self.whole_matrices.gather_gradients_()
 
     def norm(self) -> Tensor:
         """The norm of all gradients after `sum_gradients_`, a scalar that is equal on every rank."""
-        named = [(name, p.grad) for name, p in self.model.named_parameters() if name not in self.counted_elsewhere]
+        named = [(name, p.grad) for name, p in self.stepped.named_parameters() if name not in self.counted_elsewhere]
         mine = [name for name, grad in named if grad is not None]
         grads = [grad for _, grad in named if grad is not None]
         if self.ranks.world is None:
@@ -168,7 +217,7 @@ class Shares:
         # Squares of fp32 norms are exact in fp64, and so are their roots: parameters with one owner count with the bits
         # that they have in one process.
         squares = torch.zeros(len(self.names), dtype=torch.float64, device=device)
-        if mine:
+        if mine and self.ranks.replica < self.ranks.copy_size:  # all copies have the same
             index = {name: i for i, name in enumerate(self.names)}
             norms = torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32))
             squares[[index[name] for name in mine]] = norms.double().square()
@@ -177,8 +226,10 @@ class Shares:
 
     @torch.no_grad()
     def spread_weights_(self) -> None:
-        """Send each parameter from its owner, which has stepped it, to the others."""
-        shared = self.shared()
+        """Send each parameter from its owner, which has stepped it, to the others of the copy."""
+        if self.whole_matrices:
+            self.whole_matrices.scatter_weights_()
+        shared = [(p, owner, group) for p, owner, group in self.trained() if group is not None]
         wait([dist.broadcast(p.detach(), owner, group=group, async_op=True) for p, owner, group in shared])
         torch.autograd.graph.increment_version([p for p, _, _ in shared])  # FP8 copies of them are stale
 
@@ -207,13 +258,19 @@ class Shares:
         division = self.divided[name]
         return equal_part(division.part, division.number, self.official[name].shape[0])
 
+    def state_part_of(self, name: str) -> Part:
+        """Which part of a parameter's optimizer state the rank that steps it has."""
+        return EVERYTHING if name in self.keeper else self.part_of(name)
+
     def owned(self, replica: int | None = None) -> set[str]:
         """Names of the parameters and experts' biases that this rank, or another replica of its stage, writes to a
-        checkpoint: those whose optimizer state it keeps, once of those that several stages hold; biases, which are
-        whole and equal, on the first."""
+        checkpoint: those that it owns, in turn of the copies, and once of those that several stages hold; biases, which
+        are whole and equal, on the first."""
         replica = self.ranks.replica if replica is None else replica
         biases = [name for name, _ in self.model.named_buffers() if name.endswith("expert_bias")]
-        names = {name for name, _ in self.model.named_parameters() if self.owns(name, replica)}
+        named, copies = enumerate(name for name, _ in self.model.named_parameters()), self.ranks.copies
+        of_copy = {name for i, name in named if i % copies == replica // self.ranks.copy_size}
+        names = {name for name in of_copy if self.owns(name, replica)}
         return (names - self.counted_elsewhere).union(biases if replica == 0 else [])
 
 
@@ -222,4 +279,5 @@ VOCABULARY = ("word_embeddings.weight", "lm_head.weight")  # which several stage
 
 def wait(works: list) -> None:
     for work in works:
-        work.wait()
+        if work is not None:
+            work.wait()

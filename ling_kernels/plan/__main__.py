@@ -5,7 +5,7 @@ smaller ones that it trains, or the time between two checkpoints."""
 import sys
 from collections.abc import Sequence
 
-from ..errors import Parser, command
+from ..commands import Parser, command
 from . import decode, interval, ladder, measured, pipeline, train
 
 COMMANDS = {

@@ -3,20 +3,25 @@
 A step writes one token of each of `batch` texts and reads each weight that it needs once. With E experts, of which
 each token takes k at random, it needs E (1 - (1 - k / E)^batch) experts on average. The bytes read from the cache
 grow with the texts. The bound is bytes over bandwidth alone; for one text decode_time.py adds launches and latency.
-Where weights and cache exceed a GPU's memory the table gives the number of GPUs needed; the engine itself runs on
-one.
+With --tp the table is of one of the n GPUs that share the model (parallel/decode.py), without the time of their
+all-reduces. Where weights and cache exceed a GPU's memory it gives the number of GPUs that would hold them.
 """
 
 import math
 from collections.abc import Sequence
 
-from ..errors import InputError, Parser, command
+from ..commands import Parser, command
+from ..errors import InputError
 from ..generate.engine import SHARE
 from ..gpu import HOPPER
 from ..model import LingConfig, resolve_model
+from ..parallel.decode import part_config
 from .decode_time import EFFICIENCY, GAP, PUBLISHED, step_time
 
 BYTES = {"bf16": 2.0, "fp8": 1.0}  # of an element, without scales
+
+
+WHOLE = ("routers", "norms")  # on every GPU that has a part of the model
 
 
 def step_bytes(
@@ -57,6 +62,11 @@ def held_bytes(c: LingConfig, *arguments) -> dict[str, float]:
     return step_bytes(c, *arguments, met=c.num_experts) | {"embedding": 2.0 * c.vocab_size * c.hidden_size}
 
 
+def of_rank(parts: dict[str, float], n: int) -> dict[str, float]:
+    """The bytes of one of n GPUs that divide the model."""
+    return {part: size if part in WHOLE else size / n for part, size in parts.items()}
+
+
 def gpus(held: dict[str, float], memory: float) -> int:
     """Least number of GPUs with `memory` bytes each. The engine leaves a tenth of what the weights leave free."""
     return math.ceil((sum(held.values()) + (1 / SHARE - 1) * held["KV cache"]) / memory)
@@ -78,8 +88,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--weights", choices=kinds, default="bf16", help="of linear layers and experts (default: bf16)")
     add("--head", choices=kinds, default="bf16", help="of lm_head (default: bf16)")
     add("--cache", choices=kinds, default="bf16", help="keys and values (default: bf16)")
+    add("--tp", type=int, default=1, metavar="N", help="GPUs that divide the model (default: 1)")
     args = parser.parse_args(argv)
     config, _ = resolve_model(args.model)
+    if args.tp < 1:
+        raise InputError(f"--tp is {args.tp}; it must be at least 1")
+    part_config(config, args.tp)
     args.context = min(4096, config.max_positions) if args.context is None else args.context
     if min(args.batch) < 1 or args.context < 0:
         raise InputError("--batch must be at least 1, --context at least 0")
@@ -89,8 +103,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             " with YaRN in rope_scaling may have more"
         )
     cases = [(config, b, args.context, args.weights, args.head, args.cache) for b in args.batch]
-    steps, held = [step_bytes(*case) for case in cases], [held_bytes(*case) for case in cases]
-    print(f"A decode step of {args.model} over {args.context} tokens of context: MB that it reads")
+    steps, held = [[of_rank(f(*case), args.tp) for case in cases] for f in (step_bytes, held_bytes)]
+    each = f" on each of {args.tp} GPUs" if args.tp > 1 else ""
+    print(f"A decode step of {args.model} over {args.context} tokens of context: MB that it reads{each}")
     print(f"(weights {args.weights}, lm_head {args.head}, cache {args.cache})\n")
     rows = [("batch", *map(str, args.batch))]
     rows += [(part, *(f"{step[part] / 1e6:.1f}" for step in steps)) for part in steps[0]]
@@ -101,12 +116,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         cells = []
         for step, parts, batch in zip(steps, held, args.batch, strict=True):
             n = gpus(parts, gpu.memory)
-            cells.append(f"{tokens_per_second(step, batch, gpu.bandwidth):.0f}" if n == 1 else f"needs {n} GPUs")
+            needed = f"needs {n} GPUs" if args.tp == 1 else "does not fit"
+            cells.append(f"{tokens_per_second(step, batch, gpu.bandwidth):.0f}" if n == 1 else needed)
         rows.append((f"  {gpu.name}, {gpu.bandwidth / 1e12:g} TB/s", *cells))
     for name, *values in rows:
         print((f"{name:20}" + "".join(f"{v:>15}" for v in values)).rstrip())
     print("\nThe bound is bytes over the data sheet's bandwidth.")
-    print_times(args.model, config, args.context, args.weights, args.head, args.cache)
+    if args.tp == 1:
+        print_times(args.model, config, args.context, args.weights, args.head, args.cache)
     return 0
 
 

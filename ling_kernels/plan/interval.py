@@ -16,7 +16,8 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
-from ..errors import InputError, Parser, command, counted
+from ..commands import Parser, command
+from ..errors import InputError, counted
 
 DAY = 1440  # minutes
 

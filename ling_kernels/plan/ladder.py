@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import InputError, Parser, command
+from ..commands import Parser, command
+from ..errors import InputError
 from ..files import atomic_write, read_json, user_path
 from ..train import Trainer, scaling
 from ..train.checkpoint import list_checkpoints

@@ -15,7 +15,8 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from ..errors import InputError, Parser, command
+from ..commands import Parser, command
+from ..errors import InputError
 from ..files import atomic_write, check_output, read_json
 from ..model import Ling, LingConfig
 from ..nn import BatchLayout, Experts, MoE

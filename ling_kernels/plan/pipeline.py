@@ -12,7 +12,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from ..errors import InputError, Parser, command, counted
+from ..commands import Parser, command
+from ..errors import InputError, counted
 from ..files import check_output, format_bytes
 from ..gpu import HOPPER, VARIANTS, find_gpu
 from ..model import LingConfig

@@ -11,7 +11,8 @@ from dataclasses import replace
 
 from torch._subclasses import FakeTensorMode
 
-from ..errors import InputError, Parser, command
+from ..commands import Parser, command
+from ..errors import InputError
 from ..files import format_bytes
 from ..gpu import HOPPER
 from ..model import LingConfig
@@ -72,12 +73,13 @@ def show(options: dict, layout: str | None, gpu_hour: float | None = None) -> in
         print(f"Processes of {settings.model}, {config.num_parameters(mtp=True):,} parameters")
         print(*process_lines(held, settings), "", sep="\n")
         if (
-            settings.cp * settings.tp * settings.vocab_parallel > 1
+            settings.cp * settings.tp * settings.vocab_parallel * settings.dp_replicate > 1
             or settings.pipeline
             or config.num_hidden_layers % layout.pp
         ):
-            print("Time, and memory of activations, are predicted for layers in equal numbers, whole rows and a whole"
-                  " vocabulary alone;\npython -m ling_kernels.plan pipeline predicts them for any stages.")  # fmt: skip
+            print("Time, and memory of activations, are predicted for layers in equal numbers, whole rows, a whole"
+                  " vocabulary and one copy\nof the state alone; python -m ling_kernels.plan pipeline predicts them for"
+                  " any stages.")  # fmt: skip
             print(*storage_lines(config, settings, False, host), sep="\n")
             return 0
     settings, one_gpu = rank_settings(layout, settings, config), layout == Layout()
@@ -103,7 +105,7 @@ def check_division(layout: str | None, s: Settings, config: LingConfig) -> None:
         if processes_of(s) == 1:
             check_parallel(s, config, Ranks())
         return
-    names = ("dp", "cp", "tp", "ep", "vocab_parallel", "pp", "pipeline", "schedule")
+    names = ("dp", "dp_replicate", "cp", "tp", "ep", "vocab_parallel", "pp", "pipeline", "schedule")
     given = [f"--{name.replace('_', '-')} {value}" for name in names if (value := getattr(s, name)) not in (None, 1)]
     if given:
         raise InputError(f"--layout {layout} takes the place of {', '.join(given)}: give one of the two")

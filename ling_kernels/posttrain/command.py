@@ -8,7 +8,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ..errors import Diverged, InputError, Parser
+from ..commands import Parser
+from ..errors import Diverged, InputError
 from ..files import user_path
 from ..train.flags import add_flag
 from ..train.report import open_lines

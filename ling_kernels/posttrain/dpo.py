@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..errors import Diverged, InputError, command, warn
+from ..commands import command
+from ..errors import Diverged, InputError, warn
 from ..files import user_path
 from ..tokenizer import Tokenizer
 from ..train.data.conversations import conversation, thinking_of

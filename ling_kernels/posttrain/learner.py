@@ -187,7 +187,7 @@ class Learner:
     def export_adapter(self, folder: str | Path) -> None:
         """Write the adapters of the last checkpoint as peft reads them."""
         last, s = ckpt.list_checkpoints(self.folder)[-1], self.settings
-        write_adapter(last, Path(folder), self.source, s.lora_rank, alpha_of(s))
+        write_adapter(last, Path(folder), self.source, s.lora_rank, alpha_of(s), self.base)
 
     def close(self) -> None:
         """End what runs beside this process."""

@@ -20,9 +20,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from random import Random
 
-from ..errors import InputError, Parser, command
+from ..commands import Parser, command
+from ..errors import InputError
 from ..files import atomic_write, read_json, user_path
-from ..train.recipe import STATE, load_stages
+from ..train.recipe import STATE, load_stages, stage_loss
 from ..train.report import read_lines
 from .evaluate import exact_match, lm_eval_figures
 from .tasks import TASKS
@@ -86,11 +87,9 @@ def results(out: Path, task: str, problems: int) -> dict:
     """Numbers of the models after each part."""
     state = read_json(out / "pretrain" / STATE)
     matches = {name: exact_match(folder, task, problems) for name, folder in models_of(out).items()}
-    nats = {}
-    for name in (*state["stages"], "sft"):
-        folder = out / "sft" if name == "sft" else out / "pretrain" / name
-        losses = [row["val_loss"] for row in read_lines(folder / "metrics.jsonl") if row.get("val_loss")]
-        nats |= {name: losses[-1]} if losses else {}
+    losses = {name: stage_loss(out / "pretrain", name, state) for name in state["stages"]}
+    losses["sft"] = stage_loss(out, "sft", {"done": {}})
+    nats = {name: loss for name, loss in losses.items() if loss is not None}
     rewards = [row["reward"] for row in read_lines(out / "lpo/metrics.jsonl")]
     examples = {name: rows[:3] for name, (_, rows) in matches.items()}
     return dict(task=task, problems=problems, nats=nats, needles=state.get("needles", {}), rewards=rewards,
@@ -122,11 +121,12 @@ def draw(out: Path, found: dict) -> bool:
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     left, middle, right = figure.subplots(1, 3, width_ratios=[3, 2, 1])
     start = 0
-    for name in found["nats"]:
+    for name in (*read_json(out / "pretrain" / STATE)["stages"], "sft"):
         folder = out / "sft" if name == "sft" else out / "pretrain" / name
         rows = [row for row in read_lines(folder / "metrics.jsonl") if row.get("main_loss") is not None]
-        left.plot([start + row["step"] for row in rows], [row["main_loss"] for row in rows], lw=0.8, label=name)
-        start += rows[-1]["step"] if rows else 0
+        if rows:
+            left.plot([start + row["step"] for row in rows], [row["main_loss"] for row in rows], lw=0.8, label=name)
+            start += rows[-1]["step"]
     left.set(xlabel="steps of all stages", ylabel="training loss, nats per token")
     left.legend()
     middle.plot(range(1, len(found["rewards"]) + 1), found["rewards"])

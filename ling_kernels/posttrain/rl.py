@@ -3,7 +3,8 @@
 import sys
 from collections.abc import Sequence
 
-from ..errors import InputError, command
+from ..commands import command
+from ..errors import InputError
 from .command import new_out, parser_of, resumed, run
 from .loop import Loop, LoopSettings
 from .start import make_start

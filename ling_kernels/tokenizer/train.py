@@ -10,7 +10,8 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from ..errors import InputError, Parser, command
+from ..commands import Parser, command
+from ..errors import InputError
 from ..files import user_path
 from ..train.data.chats import chats_and_texts  # this file is a command, so it may look above its room
 from ..train.data.conversations import COLUMNS, conversation, message_texts

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from ..errors import Diverged, InputError, OtherRank, command, counted, one_line
+from ..commands import command
+from ..errors import Diverged, InputError, OtherRank, counted, one_line
 from ..files import user_path
 from ..parallel.adapters import write_adapter
 from ..parallel.ranks import Ranks, is_lost_rank, rank_of_torchrun, start, stop
@@ -306,7 +307,7 @@ def finish_run(trainer: Trainer, planner) -> None:
         trainer.export(folder / "model")
         if trainer.settings.lora_rank and trainer.ranks.first:
             s, last = trainer.settings, ckpt.list_checkpoints(folder)[-1]
-            write_adapter(last, folder / "adapter", s.model, s.lora_rank, alpha_of(s))
+            write_adapter(last, folder / "adapter", s.model, s.lora_rank, alpha_of(s), trainer.base)
         if merged := trainer.merge.complete:
             trainer.merge.write(folder / "merged", trainer.shares, trainer.tokenizer)
     except InputError as error:

@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import InputError, Parser, command
+from ..commands import Parser, command
+from ..errors import InputError
 from ..files import user_path
 from ..model import LingConfig, resolve_model
 from ..model.checkpoint import check_shapes

@@ -1,11 +1,14 @@
 """The flags of `python -m ling_kernels.train`, one for each setting, in groups."""
 
 import argparse
-from collections.abc import Callable, Collection
+import re
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import Field, fields
 from typing import Any
 
-from ..errors import Parser
+from ..commands import Parser
+from ..errors import InputError
 from .settings import PRESETS, Settings
 
 # The first setting of each group of the help.
@@ -83,3 +86,14 @@ def add_flag(add_argument: Callable[..., Any], f: Field) -> None:
 
 def as_flags(values: dict) -> str:
     return " ".join(f"--{k.replace('_', '-')} {v}" for k, v in values.items())
+
+
+@contextmanager
+def named_as_in_python() -> Iterator[None]:
+    """Within it, an InputError names settings as Python does: seq_len, where the command has --seq-len."""
+    try:
+        yield
+    except InputError as error:
+        flags = "|".join(f.name.replace("_", "-") for f in fields(Settings))
+        text = re.sub(rf"--({flags}|out|resume)(?![\w-])", lambda match: match[1].replace("-", "_"), str(error))
+        raise InputError(text) from None

@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import InputError, Parser, command
+from ..commands import Parser, command
+from ..errors import InputError
 from ..files import atomic_write, user_path
 from ..model import Ling, LingConfig, named_views
 from ..model.weight_files import WeightReader, stored_dtype, write_weights

@@ -20,24 +20,32 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from ..errors import InputError
 from ..files import atomic_write, read_json, user_path
-from ..model import LingConfig
+from ..model import LingConfig, load_model
 from ..parallel.ranks import Ranks
+from ..tokenizer import load_tokenizer
+from .changes import DATA_FOLDER, first_value
 from .checkpoint import list_checkpoints, step_of
+from .corpus import open_corpus
 from .data.toy import write_toy_sources
 from .merge import chosen, merge, named_weights, validations
 from .needle import check_needles, needle_line
 from .prepare.checks import check
+from .prepare.device import choose_device, deterministic
 from .prepare.models import initial_config, with_positions
-from .report import read_lines
+from .prepare.run import tokens_of
 from .scaling import with_defaults
 from .schedule import DECAYS, rows_at
-from .settings import SIZES, Settings, plain_options
+from .settings import SIZES, Settings, from_json, plain_options
+from .validation import bytes_of_tokens, measure
 from .values import check_bounds
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 STATE = "recipe.json"
+MERGED = "merged"  # folder of a stage's merged weights
 TOY = "tiny"  # the recipe that has sources of its own
 KEYS = {"about": str, "settings": dict, "sources": dict, "merge": dict, "needles": list}
 SHORTEST_NEEDLE = 32  # tokens of a text with a needle and its question
@@ -244,14 +252,15 @@ def run_recipe(
                 if code := train_stage(values | dict(out=folder / stage.name, resume="auto")):
                     print(f"stage {stage.name} is not complete: the same command goes on with it")
                     return code
-            state = everyone.from_first(partial(complete, stage, model, folder, state))
+            state = everyone.from_first(partial(complete, stage, model, folder, state, everyone.size == 1))
         model = str(folder / state["done"][stage.name])
-    print(*summary(folder, stages), f"model      {model}", sep="\n")
+    print(*summary(folder, stages, state), f"model      {model}", sep="\n")
     return 0
 
 
-def complete(stage: Stage, before: str | None, folder: Path, state: dict) -> dict:
-    """Write the stage's model, check it, and note that the stage is complete."""
+def complete(stage: Stage, before: str | None, folder: Path, state: dict, validating: bool) -> dict:
+    """Write the stage's model, check it, and note that the stage is complete. validating: also measure merged weights,
+    by this process alone."""
     run = folder / stage.name
     if not stage.sources:
         model = extended(stage, before or "", run / "model")
@@ -260,6 +269,8 @@ def complete(stage: Stage, before: str | None, folder: Path, state: dict) -> dic
     else:
         model = list_checkpoints(run)[-1]  # the weights in the precision of the masters
     state = state | {"done": state["done"] | {stage.name: str(model.relative_to(folder))}}
+    if stage.merge and validating:
+        state["validated"] = state.get("validated", {}) | {stage.name: validation_loss(run, model)}
     if stage.needles:
         rows = check_needles(model, stage.needles)
         print(*map(needle_line, rows), sep="\n")
@@ -270,7 +281,7 @@ def complete(stage: Stage, before: str | None, folder: Path, state: dict) -> dic
 
 def merged(stage: Stage, run: Path) -> Path:
     """RUN/merged, of at most as many checkpoints as the stage says."""
-    out = run / "merged"
+    out = run / MERGED
     if not out.is_dir():
         best, last = stage.merge.get("best"), stage.merge.get("last")
         losses = validations(run)
@@ -279,6 +290,19 @@ def merged(stage: Stage, run: Path) -> Path:
         merge(folders, named_weights(stage.merge.get("decay", "linear"), len(folders)), out, "fp32")
         print(f"merged     {len(folders)} checkpoints, steps {', '.join(str(step_of(c)) for c in folders)}")
     return out
+
+
+def validation_loss(run: Path, model: Path) -> float:
+    """val_loss of a model, in nats per token, by the rows that a run's last step was validated with, on its device."""
+    state = read_json(list_checkpoints(run)[-1] / "state.json")
+    s = from_json(state["settings"])
+    device, _, precision = choose_device(s)
+    tokenizer, weights = load_tokenizer(model), load_model(model, torch.float32, device)
+    first = first_value("val_data", state.get("changes", []), s.val_data)
+    tokens, _ = tokens_of(run, state.get("data_folder", DATA_FOLDER))
+    with deterministic():
+        sets = open_corpus(s, tokenizer, weights.config.vocab_size, tokens, first).validation
+        return measure(weights, sets, bytes_of_tokens(tokenizer), precision)["val_loss"]
 
 
 def extended(stage: Stage, before: str, out: Path) -> Path:
@@ -292,11 +316,24 @@ def extended(stage: Stage, before: str, out: Path) -> Path:
     return out
 
 
-def summary(folder: Path, stages: Sequence[Stage]) -> list[str]:
+def stage_loss(folder: Path, stage: str, state: dict) -> float | None:
+    """The validation loss of the model that a stage has ended with, where it was measured."""
+    if stage in state.get("validated", {}):
+        return state["validated"][stage]
+    losses = [*validations(folder / stage).values()]
+    return None if state["done"].get(stage, "").endswith(MERGED) or not losses else losses[-1]
+
+
+def summary(folder: Path, stages: Sequence[Stage], state: dict) -> list[str]:
     lines = [""]
     for stage in stages:
-        losses = [row for row in read_lines(folder / stage.name / "metrics.jsonl") if row.get("val_loss")]
+        losses = validations(folder / stage.name)
         if losses:
-            lines.append(f"{stage.name:<20} step {losses[-1]['step']:,}: {losses[-1]['val_loss']:.4f} nats of what its"
-                         " sources held out")  # fmt: skip
+            step, last = [*losses.items()][-1]
+            loss = stage_loss(folder, stage.name, state)
+            text = f"step {step:,}: {last:.4f} nats of what its sources held out"
+            if stage.merge:
+                found = "not measured" if loss is None else f"{loss:.4f} nats of what its sources held out"
+                text = f"merged: {found}; step {step:,}: {last:.4f}"
+            lines.append(f"{stage.name:<20} {text}")
     return lines

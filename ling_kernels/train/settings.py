@@ -6,10 +6,7 @@ these settings. A recipe without it is a choice of --preset.
 
 import argparse
 import json
-import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -211,6 +208,10 @@ class Settings:
         None, "data-parallel processes, started by torchrun, which divide the rows of a step", least=1,
         shown="all processes over --pp, --cp and --tp",
     )  # fmt: skip
+    dp_replicate: int = flag(
+        1, "copies of the optimizer's state, each divided over --dp / N neighbours, such as those of a machine; only"
+        " sums of gradients go from copy to copy", least=1,
+    )  # fmt: skip
     ep: int = flag(1, "processes among those of --dp, --cp and --tp that divide the experts of each layer", least=1)
     exchange: str = flag(
         "bf16", "how rows travel to the experts of other processes: as they are, or in FP8, which needs --precision fp8"
@@ -323,8 +324,8 @@ CHANGEABLE_ON_RESUME = {
     "data", "batch", "batch_ramp", "micro_batch", "lr", "warmup", "decay", "decay_steps", "min_lr", "merge_last",
     "merge_every", "merge_weights", "weight_decay", "clip", "z_loss", "balance_rate", "steps", "eval_every",
     "save_every", "keep", "keep_every", "log_every", "max_bad_steps", "sample_tokens", "sample_every", "profile",
-    "wandb", "device", "threads", "val_data", "eval_rows", "dp", "ep", "exchange", "exchange_by_nodes", "cp",
-    "tp", "vocab_parallel", "pp", "pipeline", "schedule", "dist_timeout", "precision", "master", "recompute",
+    "wandb", "device", "threads", "val_data", "eval_rows", "dp", "dp_replicate", "ep", "exchange", "exchange_by_nodes",
+    "cp", "tp", "vocab_parallel", "pp", "pipeline", "schedule", "dist_timeout", "precision", "master", "recompute",
     "recompute_mtp", "fp8_weights", "fp8_wgrad", "fp8_transposed", "fp8_scales", "fp8_watch", "fp8_fallback",
     "spike_loss", "spike_norm", "step_in_backward",
 }  # fmt: skip
@@ -385,14 +386,3 @@ def from_json(saved: dict) -> Settings:
     if unknown := saved.keys() - {f.name for f in fields(Settings)}:
         raise InputError(f"the run has settings that this version does not know: {', '.join(sorted(unknown))}")
     return Settings(**saved)
-
-
-@contextmanager
-def named_as_in_python() -> Iterator[None]:
-    """Within it, an InputError names settings as Python does: seq_len, where the command has --seq-len."""
-    try:
-        yield
-    except InputError as error:
-        flags = "|".join(f.name.replace("_", "-") for f in fields(Settings))
-        text = re.sub(rf"--({flags}|out|resume)(?![\w-])", lambda match: match[1].replace("-", "_"), str(error))
-        raise InputError(text) from None

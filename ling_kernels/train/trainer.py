@@ -23,6 +23,7 @@ from .building import apply_fp8_and_recompute, make_model
 from .changes import DATA_FOLDER, first_value
 from .corpus import open_corpus
 from .data.mixture import Rows
+from .flags import named_as_in_python
 from .monitor import WINDOW, FP8Monitor, ceilings, joined, spike, to_bf16
 from .optimizer import StepInBackward, clipped_step, make_optimizer
 from .prepare import Run, deterministic, discard, new_run, peak_flops, resumed_run
@@ -32,7 +33,7 @@ from .report import FP8_FILE, Details, read_lines
 from .running_merge import RunningMerge
 from .saving import Writer, count_sound, export, export_over, kept, snapshot, write
 from .schedule import learning_rate, rows_at
-from .settings import Settings, named_as_in_python, to_json
+from .settings import Settings, to_json
 from .validation import bytes_of_tokens, measure
 
 
@@ -157,7 +158,7 @@ class Trainer:
                 discard(run)
                 raise
             self.merge = RunningMerge(s)
-            self.optimizer = make_optimizer(self.model, s.optimizer, s.lr, s.weight_decay, s.seed)
+            self.optimizer = make_optimizer(self.shares.stepped, s.optimizer, s.lr, s.weight_decay, s.seed)
             if run.checkpoint:
                 ckpt.restore(run.checkpoint, self.shares, self.optimizer)
                 self.progress = Progress(**{n: run.state[n] for n in asdict(self.progress) if n in run.state})
@@ -244,7 +245,7 @@ class Trainer:
         self.progress.merged = self.merge.taken
         state = asdict(self.progress) | dict(settings=to_json(s), data=self.data, torch=torch.__version__)
         state |= dict(base=self.base) if s.lora_rank else {}
-        moments = ckpt.optimizer_tensors(self.model, self.optimizer)
+        moments = ckpt.optimizer_tensors(self.shares.stepped, self.optimizer)
         tensors, wait = snapshot(self.shares, moments, wait)
         tensors.merged = self.merge.part(self.shares)
         keep = partial(kept, keep=s.keep, keep_every=s.keep_every, proven=proven)

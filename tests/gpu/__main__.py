@@ -21,7 +21,8 @@ from tests import conftest  # noqa: F401  puts the virtual GPU under ling_kernel
 from tests.gpu import build, triton_driver
 
 from ling_kernels.backend import force  # isort: skip
-from ling_kernels.errors import InputError, Parser, command  # isort: skip
+from ling_kernels.commands import Parser, command  # isort: skip
+from ling_kernels.errors import InputError  # isort: skip
 from ling_kernels.generate import Engine  # isort: skip
 from ling_kernels.model import Ling, LingConfig, save_model  # isort: skip
 from ling_kernels.nn.fp8 import to_fp8  # isort: skip

@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from ling_kernels.errors import InputError, Parser, command
+from ling_kernels.commands import Parser, command
+from ling_kernels.errors import InputError
 from tests import cuobjdump
 from tests.sass.decode import Instruction, kernels
 from tests.sass.flow import Flow

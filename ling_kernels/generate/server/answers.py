@@ -108,7 +108,7 @@ class Choice:
 
 async def complete(service: Service, body: Body, http_request: HttpRequest, object_type: str):
     """The response to a body: an EventStream if body.stream, else a JSON object."""
-    service.require_model(body.model)
+    adapter = service.adapter_of(body.model)
     stop, scored = body.stop_strings(), body.num_logprobs
     prompts = await service.in_thread(body.prompts, service.tokenizer)
     if body.n > 1 and len(prompts) * body.n > MAX_CHOICES:
@@ -123,7 +123,7 @@ async def complete(service: Service, body: Body, http_request: HttpRequest, obje
         stop_token_ids=ends, timeout=service.timeout, logprobs=scored, prompt_logprobs=scored if body.echo else None,
         keep_stop=scored is not None and object_type == "text_completion",
         client=http_request.state.client, priority=body.priority, min_new_tokens=body.min_tokens,
-        grammar=grammar,
+        grammar=grammar, adapter=adapter,
     )  # fmt: skip
     try:
         for prompt in prompts:
@@ -140,7 +140,7 @@ async def complete(service: Service, body: Body, http_request: HttpRequest, obje
             choice.cancel()
         raise
     prefix = "chatcmpl" if isinstance(body, ChatCompletionRequest) else "cmpl"
-    header = {"id": f"{prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": service.name}
+    header = {"id": f"{prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": body.model}
     if body.stream:
         return EventStream(choices, body, object_type, header)
     return await full_response(choices, body, object_type, header, http_request)
@@ -156,7 +156,8 @@ def structure(service: Service, body: Body, prompts: list[list[int]]) -> Grammar
     grammar = body.grammar(service.grammars)
     if isinstance(body, ChatCompletionRequest):
         opened = opens_thought(service.tokenizer, prompts[0])
-        if opened or body.chat_template_kwargs.enable_thinking:
+        thinking = body.chat_template_kwargs.enable_thinking
+        if opened or (body.free_text if thinking is None else thinking):
             return after_thought(service.grammars(), grammar, opened)
     return grammar
 
@@ -235,7 +236,7 @@ class ChatWriter:
         tokenizer = choice.service.tokenizer
         self.parts = TextParts(opens_thought(tokenizer, choice.request.prompt), body.parses_calls)
         self.logprobs = ChatLogprobs(tokenizer) if body.logprobs else None
-        self.calls = 0
+        self.calls, self.several = 0, body.parallel_tool_calls
 
     def first(self) -> dict | None:
         return {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
@@ -256,7 +257,8 @@ class ChatWriter:
     def delta(self, parts: list[Part]) -> dict:
         content = "".join(part.text for part in parts if part.kind == "content")
         reasoning = "".join(part.text for part in parts if part.kind == "reasoning")
-        calls = [self.call(part.call) for part in parts if part.kind == "call"]
+        calls = [part.call for part in parts if part.kind == "call"]
+        calls = [self.call(call) for call in (calls if self.several else calls[: 1 - self.calls])]
         found = {"content": content, "reasoning_content": reasoning, "tool_calls": calls}
         return {name: value for name, value in found.items() if value}
 

@@ -1,6 +1,8 @@
 """The ASGI application: endpoints, and errors as OpenAI's error objects."""
 
 import html
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 from fastapi import FastAPI
@@ -51,7 +53,13 @@ def first_field(message: str) -> str | None:
 
 def make_app(service: Service) -> ASGIApp:
     """The ASGI application."""
-    app = FastAPI(title="ling_kernels", docs_url=None, redoc_url=None, openapi_url=None)
+
+    @asynccontextmanager
+    async def lifespan(_) -> AsyncIterator[None]:
+        yield
+        await service.in_thread(service.finish)
+
+    app = FastAPI(title="ling_kernels", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     metrics = service.metrics
 
     @app.exception_handler(RequestValidationError)
@@ -89,22 +97,21 @@ def make_app(service: Service) -> ASGIApp:
 
     @app.get("/v1/models")
     async def models():
-        return {"object": "list", "data": [service.model_card()]}
+        return {"object": "list", "data": [service.model_card(name) for name in (service.name, *service.adapters)]}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str):
-        service.require_model(name)
-        return service.model_card()
+        return service.model_card(name)
 
     @app.post("/tokenize")
     async def tokenize(body: TokenizeRequest):
-        service.require_model(service.name if body.model is None else body.model)
+        card = service.model_card(service.name if body.model is None else body.model)
         ids = await service.in_thread(body.ids, service.tokenizer)
-        return {"count": len(ids), "max_model_len": service.model_card().get("max_model_len"), "tokens": ids}
+        return {"count": len(ids), "max_model_len": card.get("max_model_len"), "tokens": ids}
 
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeRequest):
-        service.require_model(service.name if body.model is None else body.model)
+        service.model_card(service.name if body.model is None else body.model)
         return {"prompt": await service.in_thread(body.text, service.tokenizer, service.vocabulary)}
 
     @app.api_route("/health", methods=["GET", "HEAD"])

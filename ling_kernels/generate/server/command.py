@@ -22,13 +22,15 @@ try:
 except ImportError as error:
     raise SystemExit(f"error: {error}: pip install '.[server]'") from None
 
-from ...errors import InputError, Parser, command
+from ...commands import Parser, command
+from ...errors import InputError
 from ...files import read_json, user_path
-from ...model import load_model
 from ...model.sample import Sampling
 from ...tokenizer import Tokenizer
-from ..cli import add_model_flags, find_tokenizer, load_options, resolve_checkpoint, stop_token_ids
+from ..adapters import read_flags
+from ..cli import add_model_flags, find_tokenizer, load_options, make_engine, resolve_checkpoint, stop_token_ids
 from ..engine import Engine
+from ..page_levels import Spill, usable_folder
 
 KEY_VARIABLE = "LING_API_KEY"
 
@@ -38,6 +40,13 @@ def arguments() -> Parser:
     add_model_flags(parser)
     add = parser.add_argument
     add("--name", help="model name for clients (default: the folder's name)")
+    add(
+        "--adapter",
+        metavar="NAME=FOLDER",
+        action="append",
+        default=[],
+        help="an adapter (LoRA) in peft's format, which clients ask for as the model NAME; repeatable",
+    )
     add("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     add("--port", type=int, default=8000, help="default: 8000; 0 takes a free one")
     add(
@@ -95,7 +104,10 @@ def arguments() -> Parser:
         help="a text has the same bits whatever else runs: bf16 on a GPU, fp32 on a CPU, and slower",
     )
     add("--cache-tokens", type=int, metavar="N", help="capacity of the KV cache (default: the free memory)")
-    add("--replicas", type=int, default=1, metavar="N", help="processes with the model, each on a GPU of its own")
+    add("--cache-host", type=float, metavar="GB", help="host memory for pages that leave the KV cache (default: none)")
+    add("--cache-disk", metavar="PATH", help="folder for them, which a restarted server reads; needs --cache-host")
+    add("--cache-disk-gb", type=float, default=100.0, metavar="GB", help="limit of its files (default: 100)")
+    add("--replicas", type=int, default=1, metavar="N", help="engines, each on GPUs of its own (default: 1)")
     add("--socket", metavar="PATH", help=argparse.SUPPRESS)  # of a replica
     return parser
 
@@ -110,14 +122,23 @@ def check(args: argparse.Namespace) -> None:
         "cache_tokens",
         "limit_concurrency",
         "replicas",
+        "tp",
     ):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
-    for name in ("timeout", "client_timeout", "grace", "stuck_after"):
+    for name in ("timeout", "client_timeout", "grace", "stuck_after", "cache_host", "cache_disk_gb"):
         value = getattr(args, name)
         if value is not None and not value > 0:
             raise InputError(f"--{name.replace('_', '-')} is {value}; it must be above 0")
+    if args.cache_disk is not None:
+        if args.cache_host is None:
+            raise InputError("--cache-disk needs --cache-host, the memory by which its pages come and go")
+        usable_folder(args.cache_disk)
+    if args.adapter and args.tp > 1:
+        raise InputError("--adapter is for a model on one GPU: leave out --tp")
+    if args.cache_host is not None and args.tp > 1:
+        raise InputError("--cache-host is for a model on one GPU: leave out --tp")
     if (args.tls_cert is None) != (args.tls_key is None):
         raise InputError("--tls-cert and --tls-key need each other")
     for name in ("tls_cert", "tls_key"):
@@ -180,17 +201,23 @@ def bind(host: str, port: int, path: str | None = None) -> socket.socket:
     return listener
 
 
-def start(args: argparse.Namespace, folder: Path) -> Engine:
+def start(args: argparse.Namespace, folder: Path, adapters: dict[str, Path] | None = None) -> Engine:
     """Load the model and warm up its engine."""
-    engine = Engine(
-        load_model(folder, **load_options(args)),
+    spill = None
+    if args.cache_host is not None:
+        spill = Spill(int(args.cache_host * 1e9), args.cache_disk, int(args.cache_disk_gb * 1e9))
+    engine = make_engine(
+        folder,
+        args,
         cache_tokens=args.cache_tokens,
         cache_dtype=torch.float8_e4m3fn if args.cache == "fp8" else None,
         max_running=args.max_running,
         max_rows=max(2048, args.max_running * (1 + args.draft)),
         max_waiting=args.max_waiting,
         draft=args.draft,
+        adapters=adapters,
         batch_invariant=args.batch_invariant,
+        spill=spill,
     )
     engine.warm_up()
     return engine
@@ -231,20 +258,21 @@ def main(argv: list[str] | None = None) -> int:
     keys = read_keys(args)
     config, folder = resolve_checkpoint(args.model)
     name = args.name or folder.resolve().name
+    adapters = read_flags(args.adapter, name, config, folder)
     tokenizer: Tokenizer = find_tokenizer(args.tokenizer, folder, config)
     limits = dict(keys=keys, max_body=args.max_body, limit_concurrency=args.limit_concurrency)
     options = load_options(args)  # refuses a device that is not there
     if args.replicas > 1 and args.socket is None:
         return route(args, argv, name, dict(access_log=args.access_log, **limits), options["device"] == "cuda")
     service = Service(
-        None, tokenizer, name, frozenset(stop_token_ids(config, tokenizer, folder)),
+        None, tokenizer, name, frozenset(stop_token_ids(config, tokenizer, folder)), adapters=tuple(adapters),
         max_tokens=args.max_tokens, timeout=args.timeout, stuck_after=args.stuck_after,
         sampling_defaults=sampling_defaults(folder), origins=tuple(args.allow_origin),
         access_log=args.access_log and args.socket is None, **limits,
     )  # fmt: skip
     with bind(args.host, args.port, args.socket) as listener:
         url = listen(listener, args)
-        loading = Loading(lambda: start(args, folder), service, url)
+        loading = Loading(lambda: start(args, folder, adapters), service, url)
         if args.socket is None:
             about = f"loading {size(folder)} from {folder}; {url.removesuffix('/v1')}/health says when it is ready"
             print(about, file=sys.stderr, flush=True)
@@ -261,7 +289,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def route(args: argparse.Namespace, argv: list[str], name: str, limits: dict, on_gpu: bool) -> int:
     """Run --replicas processes of this command behind a router."""
-    gpus = visible_gpus(args.replicas, torch.cuda.device_count()) if on_gpu else None
+    gpus = visible_gpus(args.replicas, torch.cuda.device_count(), args.tp) if on_gpu else None
     command = [sys.executable, "-m", "ling_kernels.generate.server", *argv]
     with bind(args.host, args.port) as listener:
         url = listen(listener, args)

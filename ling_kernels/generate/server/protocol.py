@@ -30,7 +30,7 @@ UNSUPPORTED: dict[str, list] = {
 }  # fmt: skip
 # Fields that do not affect the generated text.
 IGNORED = {
-    "metadata", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_retention", "safety_identifier",
+    "metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier",
     "service_tier", "store", "user",
 }  # fmt: skip
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # generation_config.json may have them
@@ -187,7 +187,14 @@ class FunctionTool(StrictModel):
     def check_name(self):
         if not (isinstance(self.function.get("name"), str) and self.function["name"]):
             raise InputError("a tool's function has no name")
+        if not isinstance(self.strict, bool):
+            raise InputError(f"strict of the function {self.function['name']:.80} is neither true nor false")
         return self
+
+    @property
+    def strict(self) -> bool:
+        """Whether the arguments of its calls must follow the schema of its parameters."""
+        return self.function.get("strict") or False
 
 
 class ChatMessage(StrictModel):
@@ -250,6 +257,7 @@ class ChatCompletionRequest(CompletionBase):
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=MOST)] = 0
     tools: Annotated[list[FunctionTool], Field(max_length=512)] = []
     tool_choice: Literal["none", "auto", "required"] | ToolChoice = "auto"
+    parallel_tool_calls: StrictBool = True  # else at most one call
     continue_final_message: StrictBool = False  # vLLM's: the answer goes on with the last message
     add_generation_prompt: StrictBool = True
     chat_template_kwargs: TemplateOptions = TemplateOptions()
@@ -277,24 +285,38 @@ class ChatCompletionRequest(CompletionBase):
         return bool(self.tools) and self.tool_choice != "none"
 
     @property
+    def must_call(self) -> bool:
+        return self.tool_choice not in ("none", "auto")
+
+    @property
     def structured(self) -> bool:
-        return super().structured or self.tool_choice not in ("none", "auto")
+        return super().structured or self.must_call or self.strict_calls
+
+    @property
+    def free_text(self) -> bool:
+        """Whether the grammar lets any text come, and says what calls look like."""
+        return not (super().structured or self.must_call)
+
+    @property
+    def strict_calls(self) -> bool:
+        return self.parses_calls and any(tool.strict for tool in self.tools)
 
     def grammar(self, grammars: Callable[[], Grammars]) -> Grammar:
-        choice = self.tool_choice
-        if super().structured and self.parses_calls:
-            raise InputError("response_format and structured_outputs allow no calls: leave tools out")
-        if choice in ("none", "auto"):
-            return super().grammar(grammars)
+        """Of a text that has the form of response_format or structured_outputs, of calls, or of either."""
+        choice, text = self.tool_choice, super().grammar(grammars) if super().structured else None
+        if text is not None and not (self.parses_calls or self.must_call):
+            return text
+        field = "tool_choice" if self.must_call else "tools"
         if self.ignore_eos or self.min_tokens:
-            raise InputError("tool_choice says where an answer ends: leave ignore_eos and min_tokens out")
+            raise InputError(f"{field} says where an answer ends: leave ignore_eos and min_tokens out")
         functions = [tool.function for tool in self.tools]
         if isinstance(choice, ToolChoice):
             functions = [f for f in functions if f["name"] == choice.function.name]
         if not functions:
             raise InputError("tool_choice: tools has no such function")
-        with naming("tool_choice"):
-            return call_grammar(grammars(), functions, choice == "required")
+        several = self.parallel_tool_calls and not isinstance(choice, ToolChoice)
+        with naming(field):
+            return call_grammar(grammars(), functions, several, False if self.must_call else text or True)
 
     def max_new_tokens(self) -> tuple[int | None, int | None]:
         """(requested number or None, None): the default is the rest of the model's positions."""

@@ -265,19 +265,21 @@ def prefixes_of(body: bytes) -> Iterator[int]:
     """Hashes of a prompt's beginnings, the shortest first; the last is of all of it if it is short."""
     try:
         request = json.loads(body)
-        prompt = request.get("messages") or request.get("prompt")
+        prompt, model = request.get("messages") or request.get("prompt"), str(request.get("model"))
     except (ValueError, AttributeError, RecursionError):  # the replica refuses it
         return
     if not prompt:
         return
     text = prompt if isinstance(prompt, str) else json.dumps(prompt)
     for end in range(PREFIX, min(len(text), PREFIX * PREFIXES) + 1, PREFIX):
-        yield hash(text[:end])
+        yield hash((model, text[:end]))  # adapters share no pages
 
 
-def visible_gpus(count: int, available: int) -> list[str]:
-    """Values of CUDA_VISIBLE_DEVICES for `count` processes. Raises InputError where there are fewer GPUs."""
-    if count > available:
-        raise InputError(f"--replicas {count}: torch sees {available} GPUs")
+def visible_gpus(count: int, available: int, each: int = 1) -> list[str]:
+    """Values of CUDA_VISIBLE_DEVICES for `count` engines of `each` GPUs. Raises InputError where there are fewer."""
+    if count * each > available:
+        times = f" times --tp {each}" if each > 1 else ""
+        raise InputError(f"--replicas {count}{times}: torch sees {available} GPUs")
     given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    return given.split(",")[:count] if given else [str(i) for i in range(count)]
+    gpus = given.split(",") if given else [str(i) for i in range(available)]
+    return [",".join(gpus[i * each : (i + 1) * each]) for i in range(count)]

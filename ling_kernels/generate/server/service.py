@@ -20,6 +20,7 @@ from .metrics import Metrics
 Result = TypeVar("Result")
 
 INTERNAL_ERROR = "internal server error; the server's log has the details"
+FINISH_SECONDS = 5.0  # that the cache's last files may take when the server ends
 # OpenAI's words for a status, by which clients classify errors
 CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
 TYPES = {401: "authentication_error", 429: "rate_limit_error"}
@@ -49,6 +50,7 @@ class Service(Limits):
     tokenizer: Tokenizer
     name: str  # the model's
     stop_token_ids: frozenset[int]
+    adapters: tuple[str, ...] = ()  # names of the engine's, each a model for clients
     max_tokens: int | None = None  # per request
     timeout: float | None = None  # seconds per request
     stuck_after: float = 600.0  # seconds of a pass; the first of a shape may compile kernels
@@ -80,6 +82,12 @@ class Service(Limits):
         """Serve with this engine, which has been loaded."""
         engine.record.on_pass = self.metrics.pass_time.add
         self.engine = engine
+
+    def finish(self) -> None:
+        """At the server's end: wait for the cache's files, not for the engine, which may be stuck."""
+        levels = self.engine.pages.levels if self.engine else None
+        if levels is not None:
+            levels.close(FINISH_SECONDS)
 
     @property
     def fault(self) -> str | None:
@@ -120,13 +128,21 @@ class Service(Limits):
             return requested
         return max(1, min(n for n in (default, most, limit - prompt) if n is not None))
 
-    def model_card(self) -> dict:
-        card = {"id": self.name, "object": "model", "created": self.created, "owned_by": "ling_kernels"}
+    def model_card(self, name: str) -> dict:
+        """Of the model or of an adapter, whose parent is the model. Raises HTTPException for another name."""
+        self.adapter_of(name)
+        card = {"id": name, "object": "model", "created": self.created, "owned_by": "ling_kernels"}
+        card |= {"parent": None if name == self.name else self.name}
         return card | ({"max_model_len": self.engine.config.max_positions} if self.engine else {})
 
-    def require_model(self, name: str) -> None:
-        if name != self.name:
-            raise HTTPException(404, f"the model {name!r} does not exist; this server has {self.name!r}")
+    def adapter_of(self, name: str) -> str | None:
+        """The adapter that a body's `model` names; None: the model alone. Raises HTTPException for another name."""
+        if name == self.name:
+            return None
+        if name not in self.adapters:
+            has = ", ".join(map(repr, (self.name, *self.adapters)))
+            raise HTTPException(404, f"the model {name!r} does not exist; this server has {has}")
+        return name
 
 
 class ContextTooLong(InputError):

@@ -84,17 +84,34 @@ def naming(field: str):
         raise InputError(f"{field}: {error}") from None
 
 
-def call_grammar(grammars: Grammars, functions: Sequence[dict[str, Any]], several: bool) -> Grammar:
-    """Calls of these functions, with arguments of their schemas, as Ling writes them; one, or several."""
+def call_grammar(
+    grammars: Grammars, functions: Sequence[dict[str, Any]], several: bool, text: Grammar | bool = False
+) -> Grammar:
+    """Calls of these functions, as Ling writes them: one, or several. Arguments follow the schema of their function.
+
+    text: what may come instead of calls; True: any text, also before them. It is then the model's choice to call, and
+    arguments of a function that is not `strict` are any JSON object.
+    """
     inner, calls = {}, []
     for i, function in enumerate(functions):
+        schema = function.get("parameters") if function.get("strict") or text is False else None
         with naming(f"the parameters of {function['name']:.80}"):
-            inner[f"arguments{i}"] = grammars.json(function.get("parameters") or {"type": "object"})
+            inner[f"arguments{i}"] = grammars.json(schema or {"type": "object"})
         head = f'\n{{"name": {json.dumps(function["name"], ensure_ascii=False)}, "arguments": '
         calls.append(f"{json.dumps(head, ensure_ascii=False)} @arguments{i}")
     begin, end = grammars.token(CALL), grammars.token(END_CALL)
-    start = 'call ("\\n" call)*' if several else "call"
-    return grammars.around(f'start: {start}\ncall: {begin} ({" | ".join(calls)}) "}}\\n" {end}', inner)
+    rest = f'rest: ({" | ".join(calls)}) "}}\\n" {end}'
+    more = f'("\\n" {begin} rest)*' if several else ""
+    start = f"{begin} rest {more}"
+    if isinstance(text, Grammar):
+        start, inner["text"] = f"@text | {start}", text
+    elif text:
+        rest = f"{rest}\nTEXT: /(.|\\n)+/ & ~/(.|\\n)*{CALL}(.|\\n)*/"
+        if begin.startswith("<"):  # a control token, before which any text ends
+            start = f"TEXT? ({start})?"
+        else:
+            start, rest = f"TEXT? | before rest {more}", f"{rest}\nbefore[suffix={begin}]: /(.|\\n)*/"
+    return grammars.around(f"start: {start}\n{rest}", inner)
 
 
 def after_thought(grammars: Grammars, grammar: Grammar, opened: bool) -> Grammar:

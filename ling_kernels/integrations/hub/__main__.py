@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from ...errors import Parser, command
+from ...commands import Parser, command
 from .write import VARIANTS, write
 
 

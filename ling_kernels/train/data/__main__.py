@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from ...errors import InputError, Parser, command
+from ...commands import Parser, command
+from ...errors import InputError
 from ...files import read_json, user_path
 from ...tokenizer import load_tokenizer
 from ..flags import add_flag

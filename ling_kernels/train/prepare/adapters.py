@@ -1,17 +1,15 @@
 """Adapters of a run (--lora-rank): the settings, the model that they are for, their number."""
 
-import zlib
 from pathlib import Path
 
 from ...errors import InputError
 from ...files import user_path
 from ...model import LingConfig
 from ...nn.lora import ON, lora_
+from ...parallel.adapters import fingerprints
 from ...parallel.official import whole_on_meta
 from ..settings import FIELDS, Settings
 from .models import weights_in
-
-SAMPLED = 1 << 20  # bytes at the beginning and at the end of a file of weights that tell it from others
 
 
 def layers_of(s) -> list[str]:
@@ -65,19 +63,7 @@ def base_model(model: str, rank: int, state: dict | None = None) -> tuple[Path, 
     if not weights_in(folder):
         gone = "which a run with adapters reads when it is resumed" if state else "and adapters are for trained ones"
         raise InputError(f"--lora-rank {rank}: there are no weights in {model}, {gone}: give a model's folder")
-    found = {path.name: fingerprint(path) for path in sorted(folder.glob("*.safetensors"))}
+    found = fingerprints(folder)
     if state and state.get("base") != found:
         raise InputError(f"the weights in {model} are not those that the run's adapters are for: they have changed")
     return folder, found
-
-
-def fingerprint(path: Path) -> list[int]:
-    """Size and checksum of a sample of a file."""
-    try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            total = zlib.crc32(file.read(SAMPLED))
-            file.seek(max(size - SAMPLED, 0))
-            return [size, zlib.crc32(file.read(SAMPLED), total)]
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None

@@ -12,7 +12,7 @@ from ..settings import Settings
 
 def mesh_of(s: Settings) -> dict:
     """How `Ranks.arranged` arranges the processes."""
-    return dict(dp=s.dp, ep=s.ep, pp=s.pp, cp=s.cp, vocab=s.vocab_parallel, tp=s.tp)
+    return dict(dp=s.dp, ep=s.ep, pp=s.pp, cp=s.cp, vocab=s.vocab_parallel, tp=s.tp, copies=s.dp_replicate)
 
 
 def check_parallel(s: Settings, config: LingConfig, ranks: Ranks) -> None:
@@ -57,9 +57,6 @@ def check_parallel(s: Settings, config: LingConfig, ranks: Ranks) -> None:
 
 
 def check_tensor(s: Settings, config: LingConfig, tp: int) -> None:
-    if s.optimizer != "adamw":
-        raise InputError(f"--optimizer {s.optimizer} with --tp: its state is of whole matrices, which --tp divides by"
-                         " columns; use adamw")  # fmt: skip
     sizes = dict(num_attention_heads=config.num_attention_heads, num_key_value_heads=config.num_key_value_heads)
     if config.first_k_dense_replace:
         sizes["intermediate_size"] = config.intermediate_size

@@ -40,7 +40,7 @@ def least_bytes(config: LingConfig, s: Settings, ranks: Ranks) -> int:
         return needed_bytes(config, s) // ranks.experts.number
     state = checkpoint_bytes(config, s) - config.num_parameters(mtp=True) * (4 if s.master == "fp32" else 2)
     most = max(ranks.experts.number, ranks.vocabulary.number, ranks.tensor.number)
-    return (needed_bytes(config, s) - state) // most // ranks.pp + state // ranks.size
+    return (needed_bytes(config, s) - state) // most // ranks.pp + state * ranks.copies // ranks.size
 
 
 def check_disk(config: LingConfig, s: Settings, folder: Path, step: int = 0) -> None:

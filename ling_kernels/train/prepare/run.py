@@ -157,7 +157,9 @@ def arrange(settings: Settings, config: LingConfig) -> Ranks:
 
 def kept_division(settings: Settings, options: dict, error: str) -> str:
     """The end of an error's line where it names numbers of processes that are those of the run to resume, not given."""
-    names = [name for name in ("dp", "cp", "tp", "ep", "vocab_parallel", "pp") if options.get(name) is None]
+    names = [
+        name for name in ("dp", "dp_replicate", "cp", "tp", "ep", "vocab_parallel", "pp") if options.get(name) is None
+    ]
     flags = {f"--{name.replace('_', '-')}": getattr(settings, name) for name in names}
     kept = [f"{flag} {n}" for flag, n in flags.items() if n not in (None, 1) and f"{flag} {n} " in error]
     return f"; the run to resume has {' and '.join(kept)}: give other numbers" if kept else ""

@@ -4,7 +4,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...errors import InputError, Parser, command
+from ...commands import Parser, command
+from ...errors import InputError
 from .page import write_html
 
 

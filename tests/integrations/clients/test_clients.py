@@ -11,10 +11,13 @@ import langchain_openai
 import openai
 import pydantic
 import pytest
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.openai_completions import LocalCompletionsAPI
 
+from ling_kernels.model import load_model
 from tests.speller import speller
+from tests.test_engine_adapters import write
 from tests.test_server import service
 from tests.test_server_connections import port_of, running
 
@@ -51,6 +54,19 @@ def test_openai(locked):
         client.chat.completions.create(**CHAT | dict(model="x"))
     with pytest.raises(openai.AuthenticationError):
         client.with_options(api_key="wrong").models.list()
+
+
+def test_adapters_by_openai(folder, tmp_path):
+    """Each is a model, with the model that it changes as its parent."""
+    write(tmp_path / "pirate", load_model(folder, torch.float32), "dense|down_proj", 4, size=1.0)
+    with running(service(folder, dict(adapters=dict(pirate=tmp_path / "pirate")), adapters=("pirate",))) as server:
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port_of(server)}/v1", api_key="none", max_retries=0)
+        assert {m.id: m.parent for m in client.models.list()} == {"speller": None, "pirate": "speller"}
+        texts = [client.chat.completions.create(**CHAT | dict(model=m), max_tokens=3) for m in ("speller", "pirate")]
+        assert texts[0].choices[0].message.content == "XYZ" != texts[1].choices[0].message.content
+        assert texts[1].model == "pirate"
+        with pytest.raises(openai.NotFoundError, match="this server has 'speller', 'pirate'"):
+            client.chat.completions.create(**CHAT | dict(model="x"))
 
 
 DENSE = {str(ord(blank)): -100 for blank in " \n"}  # no blanks: the model has no notion of an end

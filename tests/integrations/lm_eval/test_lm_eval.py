@@ -15,6 +15,7 @@ from lm_eval.tasks import TaskManager
 from transformers import AutoTokenizer, Glm4MoeConfig, Glm4MoeForCausalLM
 
 from ling_kernels.errors import InputError
+from ling_kernels.generate import Engine
 from ling_kernels.integrations import lm_eval
 from ling_kernels.integrations.lm_eval import LingLM
 from ling_kernels.model import Ling, LingConfig, load_model, save_model
@@ -189,6 +190,28 @@ def test_a_context_of_spaces_alone(ours):
     """They are the continuation's first tokens; lm_eval's hf model has no answer then."""
     got, want = ours.loglikelihood(requests("loglikelihood", (" ", "many words"), ("", " many words")))
     assert same(got, want)
+
+
+def test_choices_of_a_question_cost_its_tokens_once(folder, tasks):
+    """The engine prefills a context once, but for the page in which its last token is."""
+    rows = []
+    lm = LingLM(pretrained=str(folder))
+    lm.engine = Engine(lm.engine.model, page_size=4, max_running=8)
+    compute = lm.engine.forward.compute
+
+    def count(lanes, mode, width=None, chunks=(), *rest):
+        rows.append(sum(chunk.rows for chunk in chunks))
+        return compute(lanes, mode, width, chunks, *rest)
+
+    lm.engine.forward.compute = count
+    got = evaluate(lm, tasks, "ling_choice")
+    contexts, ends = [], []
+    for sample in got["samples"]["ling_choice"]:
+        arguments = [request[:2] for request in sample["arguments"]]
+        contexts.append(len(lm.tok_encode(arguments[0][0])))
+        ends += [len(lm.tok_encode(end)) for _, end in arguments]
+    computed = sum(contexts) + sum(ends)
+    assert sum(rows) < computed + 2 * 4 * len(contexts) < 0.8 * (3 * sum(contexts) + sum(ends))
 
 
 def test_more_requests_than_run_at_once(folder, ours):

@@ -1,0 +1,59 @@
+"""A rank of an engine over several processes, which rank 0 starts (workers.py): follows its messages until they end."""
+
+import os
+import queue
+import sys
+import threading
+import traceback
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from ..errors import InputError, one_line
+from ..model.decode import empty_caches
+from .divided import FollowForward, load_part
+
+
+def receive(connection: Connection, messages: queue.SimpleQueue) -> None:
+    """Receive rank 0's messages. Its end is that of this process, which may wait for it in a pass."""
+    with suppress(EOFError, OSError):
+        while (message := connection.recv())[0] != "end":
+            messages.put(message)
+    os._exit(0)
+
+
+def follow(connection: Connection, messages: queue.SimpleQueue, rank: int) -> None:
+    """Load a part, then run what rank 0 runs."""
+    connection.send(("here", None))
+    _, (n, file, threads, folder, load) = messages.get()
+    load["device"] = torch.device("cuda", rank) if torch.device(load["device"]).type == "cuda" else torch.device("cpu")
+    torch.set_num_threads(threads)
+    model = load_part(n, rank, file, folder, load)
+    connection.send(("loaded", None))
+    _, (layers, pages, page_size, dtype, options) = messages.get()
+    caches = empty_caches(model.config, layers, pages, page_size, dtype, load["device"])
+    forward = FollowForward(model, caches, page_size, *options)
+    connection.send(("serving", None))
+    while True:
+        name, content = messages.get()
+        forward.fill(content) if name == "fill" else forward.run(content)
+
+
+def serve(connection: Connection, rank: int) -> int:
+    """Be rank `rank` until rank 0 ends; the exit code after an error, which rank 0 is told."""
+    messages = queue.SimpleQueue[Any]()
+    threading.Thread(target=receive, args=[connection, messages], daemon=True).start()
+    try:
+        follow(connection, messages, rank)
+    except InputError as error:
+        connection.send(("refused", str(error)))
+    except BaseException as error:
+        traceback.print_exc()
+        connection.send(("failed", one_line(f"{type(error).__name__}: {error}")))
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(serve(Connection(int(sys.argv[1])), int(sys.argv[2])))

@@ -1,0 +1,40 @@
+"""python -m ling_kernels.generate.server --tp 2."""
+
+# ruff: noqa: F811 (fixtures are imported)
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+
+from tests.test_server import BODY, checkpoint, httpx  # noqa: E402, F401
+from tests.test_server_connections import LONG, command  # noqa: E402
+
+
+def children(pid: int) -> list[int]:
+    """The processes that any thread of a process has started."""
+    return [
+        int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
+    ]
+
+
+def test_a_server_of_two_processes(checkpoint):
+    """It answers. Its worker is killed within a stream: the stream ends with an error, and the process with code 1."""
+    with command(checkpoint, "--tp", "2", "--device", "cpu", "--name", "speller", "--grace", "60") as (process, port):
+        url = f"http://127.0.0.1:{port}/v1/completions"
+        (worker,) = children(process.pid)
+        assert httpx.post(url, json=BODY, timeout=LONG).json()["choices"][0]["text"] == "bcd"
+        body, events = BODY | dict(max_tokens=180, ignore_eos=True, stream=True, stop=None), []
+        with httpx.stream("POST", url, json=body, timeout=LONG) as response:
+            for line in response.iter_lines():
+                if not events:
+                    os.kill(worker, signal.SIGKILL)
+                events.append(line)
+        assert any('"error"' in line for line in events[-3:]), events[-3:]
+        assert process.wait(LONG) == 1
+        errors = process.stderr.read()
+        assert "rank 1 of 2 has ended with exit code -9; the engine's 2 processes cannot go on" in errors
+        assert errors.splitlines()[-1].startswith("error: the engine cannot go on")
