@@ -17,8 +17,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 READING = (h11.IDLE, h11.SEND_BODY)  # states of a client that has not sent its whole request
 EXIT_SLACK = 5.0  # seconds beyond --grace
-# Seconds that a connection stays open without a request. A client whose pool keeps it longer may send the next request just
-# as it is closed, and gets an error. Pools keep connections 5 s (httpx), 15 (aiohttp), 60 (nginx) and 90 (Go).
+# Seconds that a connection stays open without a request. A client whose pool keeps it longer may send the next request
+# just as it is closed, and gets an error. Pools keep connections 5 s (httpx), 15 (aiohttp), 60 (nginx) and 90 (Go).
 KEEP_ALIVE = 120
 
 
