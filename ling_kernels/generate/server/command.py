@@ -19,6 +19,7 @@ try:
     from .protocol import SAMPLING
     from .replicas import Router, visible_gpus
     from .service import Service
+    from .traces import make_traces
 except ImportError as error:
     raise SystemExit(f"error: {error}: pip install '.[server]'") from None
 
@@ -96,6 +97,11 @@ def arguments() -> Parser:
         default=600.0,
         metavar="SECONDS",
         help="a pass that takes longer makes /health fail; after twice as long the process ends (default: 600)",
+    )
+    add(
+        "--otlp",
+        metavar="URL",
+        help="send traces to this OpenTelemetry collector (default: OTEL_EXPORTER_OTLP_ENDPOINT)",
     )
     add("--access-log", action="store_true", help="print a line for each response to standard error")
     add("--draft", type=int, default=0, metavar="N", help="draft tokens per step (default: 0)")
@@ -266,13 +272,14 @@ def main(argv: list[str] | None = None) -> int:
     tokenizer: Tokenizer = find_tokenizer(args.tokenizer, folder, config)
     limits = dict(keys=keys, max_body=args.max_body, limit_concurrency=args.limit_concurrency)
     options = load_options(args)  # refuses a device that is not there
+    traces = make_traces(args.otlp)
     if args.replicas > 1 and args.socket is None:
         return route(args, argv, name, dict(access_log=args.access_log, **limits), options["device"] == "cuda")
     service = Service(
         None, tokenizer, name, frozenset(stop_token_ids(config, tokenizer, folder)), adapters=tuple(adapters),
         max_tokens=args.max_tokens, timeout=args.timeout, stuck_after=args.stuck_after,
         sampling_defaults=sampling_defaults(folder), origins=tuple(args.allow_origin),
-        access_log=args.access_log and args.socket is None, **limits,
+        access_log=args.access_log and args.socket is None, traces=traces, **limits,
     )  # fmt: skip
     with bind(args.host, args.port, args.socket) as listener:
         url = listen(listener, args)
