@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("fastapi")
 uvicorn = pytest.importorskip("uvicorn")
+from ling_kernels.generate import Spill  # noqa: E402
 from ling_kernels.generate.server.app import make_app  # noqa: E402
 from ling_kernels.generate.server.replicas import with_label  # noqa: E402
 from tests.speller import speller  # noqa: E402
@@ -18,7 +19,9 @@ from tests.test_server import BODY, call, service  # noqa: E402
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
-    return service(speller(tmp_path_factory.mktemp("status") / "speller"), keys=frozenset({"secret"}))
+    spill = Spill(1 << 20, tmp_path_factory.mktemp("pages"), 1 << 20)
+    folder = speller(tmp_path_factory.mktemp("status") / "speller")
+    return service(folder, dict(spill=spill), keys=frozenset({"secret"}))
 
 
 KEY = {"authorization": "Bearer secret"}
@@ -73,5 +76,6 @@ def test_a_browser_shows_it(shared, tmp_path, monkeypatch, replicas):
     values = {name: value for value, name in re.findall(r"<b>([^<]*)</b><span>([^<]*)</span>", shown)}
     assert values["waiting requests"] == f"0 of {1024 * (replicas or 1)}"
     assert values["tokens since the start"] == str(3 * (replicas or 1))
+    assert values["of the cache's files in use"] == values["of prompts from host memory"] == "0 %"
     body = shown.split("<script>")[0]
     assert body.count("<polyline") == 4 and "NaN" not in body and "undefined" not in body

@@ -1,17 +1,22 @@
-"""Pages of the KV cache: allocation, reference counts, and prefix caching by page hash.
+"""Pages of the KV cache on the device: allocation, reference counts, and prefix caching by page hash.
 
 A page is free, in use by one or more requests, or evictable: without users, its content still cached. A full page is
 identified by the hash of its adapter and all tokens up to its end, so equal hashes mean equal keys and values.
-Evictable pages are allocated after the free ones, least recently released first.
+Evictable pages are allocated after the free ones, least recently released first. What they held then goes on in the
+levels below, if there are any (page_levels.py).
 """
 
 import hashlib
 import os
 from array import array
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from .page_levels import PageLevels
 
 
 class PagePool:
@@ -24,6 +29,7 @@ class PagePool:
         self.evictable: OrderedDict[int, None] = OrderedDict()
         self.page_of_hash: dict[bytes, int] = {}
         self.hash_of_page: dict[int, bytes] = {}
+        self.levels: PageLevels | None = None  # below the device
 
     @property
     def available(self) -> int:
@@ -38,21 +44,45 @@ class PagePool:
         """A page without cached content. Raises IndexError if none is available."""
         if self.evictable and not self.free:
             page, _ = self.evictable.popitem(last=False)
+            if self.levels is not None:
+                self.levels.evict(page)
             del self.page_of_hash[self.hash_of_page.pop(page)]
         else:
             page = self.free.popleft()
         self.ref_counts[page] = 1
         return page
 
-    def share_prefix(self, hashes: Iterable[bytes]) -> list[int]:
-        """Add a reference to each cached page, up to the first hash that is not cached."""
-        pages = []
+    def prefix(self, hashes: Iterable[bytes]) -> Iterator[tuple[bytes, int | None]]:
+        """(hash, page) up to the first hash that is not cached; page is None where a lower level has it."""
         for page_hash in hashes:
-            if (page := self.page_of_hash.get(page_hash)) is None:
-                break
-            self.evictable.pop(page, None)
-            self.ref_counts[page] += 1
+            page = self.page_of_hash.get(page_hash)
+            if page is None and (self.levels is None or page_hash not in self.levels.host):
+                return
+            yield page_hash, page
+
+    def in_use(self, hashes: Iterable[bytes]) -> int:
+        """How many of the pages that `share_prefix` would give have a user already."""
+        return sum(page is not None and self.ref_counts[page] > 0 for _, page in self.prefix(hashes))
+
+    def share_prefix(self, hashes: Iterable[bytes]) -> list[int]:
+        """Add a reference to each cached page, up to the first hash that is not cached. Pages of lower levels are
+        copied to available ones; see PageLevels.loaded."""
+        pages, loads = [], []
+        for page_hash, page in self.prefix(hashes):
+            if page is None:
+                held = self.levels.find(page_hash) if self.available else None
+                if held is None:
+                    break
+                page = self.allocate()
+                self.register(page, page_hash)
+                loads.append((page, held))
+            else:
+                self.evictable.pop(page, None)
+                self.ref_counts[page] += 1
             pages.append(page)
+        if self.levels is not None:
+            self.levels.load(loads)
+            self.levels.hits["device"] += (len(pages) - len(loads)) * self.size
         return pages
 
     def register(self, page: int, page_hash: bytes) -> None:
@@ -66,6 +96,8 @@ class PagePool:
             del self.page_of_hash[self.hash_of_page.pop(page)]
         self.free.extend(self.evictable)
         self.evictable.clear()
+        if self.levels is not None:
+            self.levels.forget()
 
     def release(self, pages: Iterable[int]) -> None:
         """Drop a reference to each page of a sequence, in its order: the end is evicted before the beginning."""
@@ -74,6 +106,8 @@ class PagePool:
             if self.ref_counts[page] == 0:
                 if page in self.hash_of_page:
                     self.evictable[page] = None
+                    if self.levels is not None:
+                        self.levels.release(page, self.hash_of_page[page])
                 else:
                     self.free.append(page)
 

@@ -136,7 +136,7 @@ class DividedEngine(Engine):
         config, directory = resolve_model(folder)
         if directory is None:
             raise InputError(f"{folder} is a preset, which has no weights; give a checkpoint directory")
-        for name in ("adapters", "batch_invariant"):
+        for name in ("adapters", "batch_invariant", "spill"):
             if options.get(name):
                 raise InputError(f"{name} is for a model on one GPU, not for one over {ranks}")
         n = integer("ranks", ranks, 2)
@@ -149,10 +149,10 @@ class DividedEngine(Engine):
             device = torch.device("cuda", 0)
         self.workers = Workers(n)
         try:
-            self.workers.receive("here")
             with tempfile.TemporaryDirectory(prefix="ling-") as meeting:
                 file, threads = Path(meeting, "store"), max(1, torch.get_num_threads() // n)
                 self.workers.send("load", (n, file, threads, directory, load))
+                self.workers.receive("here")  # before this rank waits for them in the group
                 model = load_part(n, 0, file, directory, load | dict(device=device))
                 self.workers.receive("loaded")
             super().__init__(model, **options)

@@ -14,10 +14,12 @@ forward.py lists the calls of a decode step.
 """
 
 import asyncio
+import os
 import threading
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 
@@ -33,6 +35,8 @@ from .cache import PagePool, memory_of, page_bytes
 from .forward import Forward
 from .grammar import Grammar
 from .health import PassRecord
+from .page_copies import copies_of, page_identity
+from .page_levels import PageLevels, Spill
 from .passes import Passes
 from .request import DRAFT_SLACK, Request, add_guide, max_sequence_tokens, new_request
 from .scheduler import Scheduler
@@ -59,6 +63,7 @@ class Engine(Passes):
     adapters: folders of adapters (LoRA) by name, in peft's format, which requests may name; `model` stays as it is.
     batch_invariant: pin the model (nn/batch_invariant.py), so that a request's tokens and log-probabilities have the
       same bits whatever else runs, and in whatever chunks and drafts it is computed: bf16 on a GPU, fp32 on a CPU.
+    spill: where the prefix cache goes on when the device's memory is full, see page_levels.py. Not with record_routing.
     Raises InputError for values out of range, for adapters that are not for this model, and for a model that cannot be
     pinned.
     """
@@ -76,6 +81,7 @@ class Engine(Passes):
         record_routing: bool = False,
         adapters: Mapping[str, str | Path] | None = None,
         batch_invariant: bool = False,
+        spill: Spill | None = None,
     ):
         if not isinstance(model, torch.nn.Module):
             raise InputError(f"the model is a {type(model).__name__}, not a Ling, which load_model returns")
@@ -114,13 +120,18 @@ class Engine(Passes):
         self.pages = PagePool(pages, page_size)
         caches = empty_caches(self.config, layers, pages, page_size, dtype, self.device)
         self.forward = self.make_forward(model, caches, page_size, max_running, draft, record_routing, self.adapters)
+        if spill is not None:
+            if record_routing:
+                raise InputError("record_routing needs all pages on the device: leave out spill")
+            identity = partial(page_identity, self.model, caches, page_size, batch_invariant)
+            self.pages.levels = PageLevels(spill, self.pages, copies_of(caches), identity)
         self.draft, self.drafted, self.accepted = draft, 0, 0
         self.scheduler = Scheduler(self.pages, max_running, max_rows, max_waiting, draft)
         self.overlap = self.device.type == "cuda"  # on a CPU a pass is complete when it has been launched
         self.pending = None
         self.record = PassRecord()
         self.step_task: asyncio.Task | None = None
-        self.closed = False
+        self.closed, self.process = False, os.getpid()
         self.policy_version = 0  # see `new_weights`
         self.lock = threading.Lock()  # no RLock: garbage collection during a step may cancel a stream, see `cancel`
 
@@ -161,6 +172,8 @@ class Engine(Passes):
         """
         if self.closed:
             raise InputError("the engine is closed")
+        if os.getpid() != self.process:
+            raise InputError("the engine is of the process that this one was forked from: make one here")
         request = new_request(
             self.config, self.draft, prompt, sampling, max_new_tokens, stop_token_ids, timeout,
             num_logprobs=logprobs, num_prompt_logprobs=prompt_logprobs, prompt_logprobs_start=prompt_logprobs_start,
@@ -205,7 +218,8 @@ class Engine(Passes):
         return max_sequence_tokens(capacity, self.draft)
 
     def close(self) -> None:
-        """Cancel all requests, and free the cache and the graphs. Closing again has no effect."""
+        """Cancel all requests, write what goes to files, and free the cache and the graphs. Closing again has no
+        effect."""
         with self.lock:
             if self.closed:
                 return
@@ -215,6 +229,10 @@ class Engine(Passes):
             for request in [*self.scheduler.submitted, *self.scheduler.waiting, *self.scheduler.running]:
                 request.cancelled = True
             self.scheduler.sweep()
+            if self.pages.levels is not None:
+                with self.use_device():
+                    self.pages.levels.save_released(all_of_them=True)
+                self.pages.levels.close()
             del self.forward
 
     def __enter__(self) -> "Engine":

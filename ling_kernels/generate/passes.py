@@ -9,6 +9,7 @@ import torch
 from ..errors import InputError
 from ..model import Ling
 from ..model.sample import BAD_LOGITS
+from .cache import PagePool
 from .forward import Chunk, Forward, PendingTokens
 from .health import PassRecord
 from .logprobs import read_scores
@@ -22,6 +23,7 @@ class Passes:
     model: Ling
     forward: Forward
     scheduler: Scheduler
+    pages: PagePool
     draft: int
     drafted: int
     accepted: int
@@ -51,12 +53,20 @@ class Passes:
                 if not self.overlap:
                     self.collect()
                 self.scheduler.sweep()  # requests cancelled during the pass
-                return bool(scheduled or had_pending)
+                worked = bool(scheduled or had_pending)
+                return self.after_pass(worked) if self.pages.levels is not None else worked
         except BaseException:  # Ctrl-C between any two lines: lanes may be ahead of the host's state
             self.pending = None
             for request in [*self.scheduler.running]:
                 self.scheduler.finish(request, "error", RuntimeError("a step of the engine was interrupted"))
             raise
+
+    def after_pass(self, worked: bool) -> bool:
+        """What lower levels of the cache need between passes; False if there was nothing to do or to wait for."""
+        self.pages.levels.save_released(all_of_them=not self.scheduler.running)
+        if not worked and self.scheduler.held_back:
+            self.pages.levels.wait()
+        return worked or self.scheduler.held_back
 
     def use_device(self) -> torch.cuda.device:
         """Make the model's GPU current in the calling thread; no effect on a CPU."""

@@ -14,6 +14,7 @@ from ..model.sample import Sampling
 from .adapters import Adapter
 from .grammar import Grammar, Guide
 from .logprobs import MOST, TokenLogprob
+from .page_levels import Fetch
 
 MOST_BIASES = 512  # tokens of a request whose logits are biased; end tokens count where min_new_tokens holds them off
 DRAFT_SLACK = 3  # spare cache slots and positions per draft token, for rows computed past a sequence's end
@@ -64,6 +65,7 @@ class Request:
     lane: int | None = None  # its row of the device state while it runs
     pages_on_device: int = 0  # leading pages already in the lane's block table
     page_hashes: list[bytes] = field(default_factory=list)  # of the full pages of tokens
+    fetch: Fetch | None = None  # of its pages' files, before its first admission
 
     def __post_init__(self):
         self.tokens = list(self.prompt)

@@ -40,6 +40,7 @@ class Scheduler:
         self.running: list[Request] = []  # in order of admission
         self.lanes = deque(range(max_running))  # free ones
         self.free_rows = max_rows  # of the pass being scheduled
+        self.held_back = False  # whether a request was left out of it, whose pages are on their way to the device
 
     def submit(self, request: Request) -> None:
         """Queue a request. Raises Busy if the queue is full, InputError if the cache is too small for the request."""
@@ -72,7 +73,7 @@ class Scheduler:
         """Choose the work of the next pass and reserve its pages. If may_preempt, collect the pending pass first."""
         self.sweep()
         scheduled: dict[Request, Work] = {}
-        self.free_rows = self.max_rows
+        self.free_rows, self.held_back = self.max_rows, False
         for request in sorted(self.running, key=lambda r: r.uncomputed > 1):  # decodes first; stable: oldest first
             if request.lane is not None:  # not preempted by an older request
                 self.schedule_request(request, scheduled)
@@ -92,12 +93,23 @@ class Scheduler:
         return scheduled
 
     def next_waiting(self, passed: set[Request]) -> Request | None:
-        """A preempted request, or the first of the client with the fewest running requests, without those passed."""
+        """A preempted request, or the first of the client with the fewest running requests; without those passed, and
+        those whose pages are being read from files."""
         waiting = [r for r in self.waiting if r not in passed]
         if not waiting or waiting[0].admitted is not None:
             return waiting[0] if waiting else None
         running = Counter(r.client for r in self.running)
-        return min(waiting, key=lambda r: (running[r.client], r.priority))
+        return next(filter(self.fetched, sorted(waiting, key=lambda r: (running[r.client], r.priority))), None)
+
+    def fetched(self, request: Request) -> bool:
+        """Whether no file of its prefix is being read, or is to be read; begins to do so."""
+        if self.pages.levels is None:
+            return True
+        if request.fetch is None:
+            request.fetch = self.pages.levels.fetch(self.reusable_pages(request))
+        done = request.fetch is not None and request.fetch.done
+        self.held_back |= not done
+        return done
 
     def uncomputed_pages(self, request: Request) -> list[bytes]:
         """The hashes of the full pages of a running request's tokens that are not in the cache."""
@@ -112,10 +124,15 @@ class Scheduler:
 
     def missing_page(self, request: Request) -> bytes | None:
         """The hash of the first of these pages that the cache does not have."""
-        return next((h for h in self.reusable_pages(request) if h not in self.pages.page_of_hash), None)
+        hashes = self.reusable_pages(request)
+        known = sum(1 for _ in self.pages.prefix(hashes))
+        return hashes[known] if known < len(hashes) else None
 
     def schedule_request(self, request: Request, scheduled: dict[Request, Work]) -> bool:
         """Add as much of its work as the free rows allow; False if it was preempted instead."""
+        if self.pages.levels is not None and not self.pages.levels.loaded(request.pages):
+            self.held_back = True
+            return True
         prefill = min(request.uncomputed - 1, self.free_rows)
         reaches_last = prefill == request.uncomputed - 1 and self.free_rows - prefill > self.draft
         work = Work(prefill, reaches_last and self.may_decode(request))
@@ -163,11 +180,11 @@ class Scheduler:
 
     def admit(self, request: Request) -> bool:
         """Give it a lane and the cached pages of its prefix, if the pages suffice for its tokens and one decode."""
-        request.pages = self.pages.share_prefix(self.reusable_pages(request))
-        slots = self.slots_needed(request, Work(0, True)) + 1
-        if self.pages.needed(slots) - len(request.pages) > self.pages.available:
-            self.release(request)
+        hashes = self.reusable_pages(request)
+        needed = self.pages.needed(self.slots_needed(request, Work(0, True)) + 1)
+        if needed - self.pages.in_use(hashes) > self.pages.available:
             return False
+        request.pages = self.pages.share_prefix(hashes)
         request.computed = len(request.pages) * self.pages.size
         request.cached_tokens = request.computed if request.cached_tokens is None else request.cached_tokens
         request.admitted = time.monotonic() if request.admitted is None else request.admitted

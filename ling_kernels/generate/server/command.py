@@ -19,6 +19,7 @@ try:
     from .protocol import SAMPLING
     from .replicas import Router, visible_gpus
     from .service import Service
+    from .traces import make_traces
 except ImportError as error:
     raise SystemExit(f"error: {error}: pip install '.[server]'") from None
 
@@ -30,6 +31,7 @@ from ...tokenizer import Tokenizer
 from ..adapters import read_flags
 from ..cli import add_model_flags, find_tokenizer, load_options, make_engine, resolve_checkpoint, stop_token_ids
 from ..engine import Engine
+from ..page_levels import Spill, usable_folder
 
 KEY_VARIABLE = "LING_API_KEY"
 
@@ -68,6 +70,10 @@ def arguments() -> Parser:
     add("--max-tokens", type=int, metavar="N", help="limit per request (default: the model's positions)")
     add("--max-body", type=int, default=1 << 20, metavar="BYTES", help="limit of a request body (default: 1 MiB)")
     add("--max-running", type=int, default=64, metavar="N", help="requests in a batch (default: 64)")
+    add(
+        "--max-rows", type=int, default=2048, metavar="N",
+        help="tokens of a pass: fewer make long prompts hold up running streams less, and take longer (default: 2048)",
+    )  # fmt: skip
     add("--max-waiting", type=int, default=1024, metavar="N", help="requests in the queue (default: 1024)")
     add("--timeout", type=float, metavar="SECONDS", help="limit per request (default: none)")
     add(
@@ -92,6 +98,11 @@ def arguments() -> Parser:
         metavar="SECONDS",
         help="a pass that takes longer makes /health fail; after twice as long the process ends (default: 600)",
     )
+    add(
+        "--otlp",
+        metavar="URL",
+        help="send traces to this OpenTelemetry collector (default: OTEL_EXPORTER_OTLP_ENDPOINT)",
+    )
     add("--access-log", action="store_true", help="print a line for each response to standard error")
     add("--draft", type=int, default=0, metavar="N", help="draft tokens per step (default: 0)")
     add(
@@ -103,6 +114,9 @@ def arguments() -> Parser:
         help="a text has the same bits whatever else runs: bf16 on a GPU, fp32 on a CPU, and slower",
     )
     add("--cache-tokens", type=int, metavar="N", help="capacity of the KV cache (default: the free memory)")
+    add("--cache-host", type=float, metavar="GB", help="host memory for pages that leave the KV cache (default: none)")
+    add("--cache-disk", metavar="PATH", help="folder for them, which a restarted server reads; needs --cache-host")
+    add("--cache-disk-gb", type=float, default=100.0, metavar="GB", help="limit of its files (default: 100)")
     add("--replicas", type=int, default=1, metavar="N", help="engines, each on GPUs of its own (default: 1)")
     add("--socket", metavar="PATH", help=argparse.SUPPRESS)  # of a replica
     return parser
@@ -114,6 +128,7 @@ def check(args: argparse.Namespace) -> None:
         "max_tokens",
         "max_body",
         "max_running",
+        "max_rows",
         "max_waiting",
         "cache_tokens",
         "limit_concurrency",
@@ -123,12 +138,17 @@ def check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
-    for name in ("timeout", "client_timeout", "grace", "stuck_after"):
+    for name in ("timeout", "client_timeout", "grace", "stuck_after", "cache_host", "cache_disk_gb"):
         value = getattr(args, name)
         if value is not None and not value > 0:
             raise InputError(f"--{name.replace('_', '-')} is {value}; it must be above 0")
-    if args.adapter and args.tp > 1:
-        raise InputError("--adapter is for a model on one GPU: leave out --tp")
+    if args.cache_disk is not None:
+        if args.cache_host is None:
+            raise InputError("--cache-disk needs --cache-host, the memory by which its pages come and go")
+        usable_folder(args.cache_disk)
+    for name in ("adapter", "batch_invariant", "cache_host"):
+        if args.tp > 1 and getattr(args, name):
+            raise InputError(f"--{name.replace('_', '-')} is for a model on one GPU: leave out --tp")
     if (args.tls_cert is None) != (args.tls_key is None):
         raise InputError("--tls-cert and --tls-key need each other")
     for name in ("tls_cert", "tls_key"):
@@ -193,17 +213,21 @@ def bind(host: str, port: int, path: str | None = None) -> socket.socket:
 
 def start(args: argparse.Namespace, folder: Path, adapters: dict[str, Path] | None = None) -> Engine:
     """Load the model and warm up its engine."""
+    spill = None
+    if args.cache_host is not None:
+        spill = Spill(int(args.cache_host * 1e9), args.cache_disk, int(args.cache_disk_gb * 1e9))
     engine = make_engine(
         folder,
         args,
         cache_tokens=args.cache_tokens,
         cache_dtype=torch.float8_e4m3fn if args.cache == "fp8" else None,
         max_running=args.max_running,
-        max_rows=max(2048, args.max_running * (1 + args.draft)),
+        max_rows=max(args.max_rows, args.max_running * (1 + args.draft)),
         max_waiting=args.max_waiting,
         draft=args.draft,
         adapters=adapters,
         batch_invariant=args.batch_invariant,
+        spill=spill,
     )
     engine.warm_up()
     return engine
@@ -248,13 +272,14 @@ def main(argv: list[str] | None = None) -> int:
     tokenizer: Tokenizer = find_tokenizer(args.tokenizer, folder, config)
     limits = dict(keys=keys, max_body=args.max_body, limit_concurrency=args.limit_concurrency)
     options = load_options(args)  # refuses a device that is not there
+    traces = make_traces(args.otlp)
     if args.replicas > 1 and args.socket is None:
         return route(args, argv, name, dict(access_log=args.access_log, **limits), options["device"] == "cuda")
     service = Service(
         None, tokenizer, name, frozenset(stop_token_ids(config, tokenizer, folder)), adapters=tuple(adapters),
         max_tokens=args.max_tokens, timeout=args.timeout, stuck_after=args.stuck_after,
         sampling_defaults=sampling_defaults(folder), origins=tuple(args.allow_origin),
-        access_log=args.access_log and args.socket is None, **limits,
+        access_log=args.access_log and args.socket is None, traces=traces, **limits,
     )  # fmt: skip
     with bind(args.host, args.port, args.socket) as listener:
         url = listen(listener, args)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from itertools import accumulate
 
 from ..engine import Engine
+from ..page_levels import PageLevels
 
 FORMAT = "text/plain; version=0.0.4; charset=utf-8"
 BUCKETS_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
@@ -73,6 +74,22 @@ class Metrics:
             ("failed_passes", "gauge", "failed passes in a row", [("", record.failures)]),
             ("running_pass_seconds", "gauge", "since the running pass began", [("", record.stuck_for())]),
         )  # fmt: skip
+        if pages.levels is not None:
+            yield from of_levels(pages.levels)
+
+
+def of_levels(levels: PageLevels) -> Iterator[Row]:
+    """Of the cache's levels below the device; the folder's bytes count all engines' files there."""
+    host, disk = levels.host, levels.disk
+    used, limits = Counter(host=host.used_bytes), Counter(host=host.count * host.row_bytes)
+    if disk is not None:
+        used["disk"], limits["disk"] = disk.bytes, disk.limit
+        yield "cache_damaged_files_total", "counter", "files removed because they were wrong", [("", disk.damaged)]
+        yield "cache_failed_files_total", "counter", "files not read or written, by an error", [("", disk.failed)]
+    yield "cache_hit_tokens_total", "counter", "tokens not computed, by level", labelled("level", levels.hits)
+    yield "cache_level_bytes", "gauge", "bytes of pages, by level", labelled("level", used)
+    yield "cache_level_bytes_limit", "gauge", "limit of these bytes", labelled("level", limits)
+    yield "cache_skipped_pages_total", "counter", "pages not saved, as others were waiting", [("", levels.skipped)]
 
 
 def lines(name: str, kind: str, description: str, samples: list[tuple[str, float]]) -> Iterator[str]:

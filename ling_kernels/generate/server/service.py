@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
@@ -17,9 +17,13 @@ from ..engine import Engine
 from ..grammar import Grammars
 from .metrics import Metrics
 
+if TYPE_CHECKING:
+    from .traces import Traces
+
 Result = TypeVar("Result")
 
 INTERNAL_ERROR = "internal server error; the server's log has the details"
+FINISH_SECONDS = 5.0  # that the cache's last files may take when the server ends
 # OpenAI's words for a status, by which clients classify errors
 CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
 TYPES = {401: "authentication_error", 429: "rate_limit_error"}
@@ -34,6 +38,7 @@ class Limits:
     limit_concurrency: int | None = None  # calls of /v1/ at once
     access_log: bool = False
     metrics: Metrics = field(default_factory=Metrics)
+    traces: "Traces | None" = None
 
     @property
     def loaded(self) -> bool:
@@ -81,6 +86,15 @@ class Service(Limits):
         """Serve with this engine, which has been loaded."""
         engine.record.on_pass = self.metrics.pass_time.add
         self.engine = engine
+
+    def finish(self) -> None:
+        """At the server's end: wait for the last spans and the cache's files, not for the engine, which may be
+        stuck."""
+        if self.traces is not None:
+            self.traces.finish()
+        levels = self.engine.pages.levels if self.engine else None
+        if levels is not None:
+            levels.close(FINISH_SECONDS)
 
     @property
     def fault(self) -> str | None:
