@@ -17,8 +17,8 @@ pytest.importorskip("uvicorn")
 from ling_kernels.generate import Spill  # noqa: E402
 from ling_kernels.generate.server import command as server  # noqa: E402
 from ling_kernels.generate.server.command import main  # noqa: E402
-from ling_kernels.nn.batch_invariant import PinnedLinear  # noqa: E402
 from ling_kernels.generate.server.traces import make_traces  # noqa: E402
+from ling_kernels.nn.batch_invariant import PinnedLinear  # noqa: E402
 from tests.test_server import BODY, call, checkpoint, httpx, service  # noqa: E402, F401
 from tests.test_server_connections import command  # noqa: E402
 
