@@ -18,6 +18,7 @@ from ling_kernels.generate import Spill  # noqa: E402
 from ling_kernels.generate.server import command as server  # noqa: E402
 from ling_kernels.generate.server.command import main  # noqa: E402
 from ling_kernels.generate.server.traces import make_traces  # noqa: E402
+from ling_kernels.nn.batch_invariant import PinnedLinear  # noqa: E402
 from tests.test_server import BODY, call, checkpoint, httpx, service  # noqa: E402, F401
 from tests.test_server_connections import command  # noqa: E402
 
@@ -49,6 +50,12 @@ def test_unreadable_tls_files(checkpoint, capsys, tmp_path):
         flags = ["--tls-cert", str(file), "--tls-key", str(file)]
         assert main(["--model", checkpoint, "--port", "0", *flags]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_batch_invariant_pins_the_model(checkpoint):
+    flags = ["--model", checkpoint, "--cache-tokens", "64", "--max-running", "2", "--batch-invariant"]
+    with server.start(server.arguments().parse_args(flags), Path(checkpoint)) as engine:
+        assert isinstance(engine.model.lm_head, PinnedLinear)
 
 
 def test_a_port_in_use(checkpoint, capsys):
