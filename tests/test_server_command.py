@@ -18,6 +18,7 @@ from ling_kernels.errors import InputError  # noqa: E402
 from ling_kernels.generate import Spill  # noqa: E402
 from ling_kernels.generate.server import command as server  # noqa: E402
 from ling_kernels.generate.server.command import main  # noqa: E402
+from ling_kernels.generate.server.traces import make_traces  # noqa: E402
 from tests.test_server import BODY, call, checkpoint, httpx, service  # noqa: E402, F401
 from tests.test_server_connections import command  # noqa: E402
 
@@ -66,6 +67,18 @@ def test_a_port_in_use(checkpoint, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert main(["--model", checkpoint, "--port", str(taken.getsockname()[1])]) == 2
     assert "cannot listen on 127.0.0.1" in capsys.readouterr().err
+
+
+def test_traces_without_a_package_or_a_url(checkpoint, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "opentelemetry", None)
+    for url, message in [("http://localhost:4318", "pip install '.[telemetry]'"), ("localhost:4317", "is no URL")]:
+        assert main(["--model", checkpoint, "--port", "0", "--otlp", url]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
+    assert make_traces(None) is None and not capsys.readouterr().err
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://localhost:4318")
+    assert make_traces(None) is None, "where all programs have the variable, it is no reason to fail"
+    assert "is set, but opentelemetry is not installed" in capsys.readouterr().err
 
 
 def test_out_of_memory(checkpoint, capsys, monkeypatch):

@@ -26,6 +26,9 @@ WHITESPACE = r"( |\n {0,20})"
 GRAMMARS = 64  # that are kept
 
 
+WORKERS: ThreadPoolExecutor
+
+
 def start_workers() -> None:
     global WORKERS
     WORKERS = ThreadPoolExecutor(4, "grammar")  # its threads start when there is work

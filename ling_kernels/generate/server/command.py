@@ -19,6 +19,7 @@ try:
     from .protocol import SAMPLING
     from .replicas import Router, visible_gpus
     from .service import Service
+    from .traces import make_traces
 except ImportError as error:
     raise SystemExit(f"error: {error}: pip install '.[server]'") from None
 
@@ -97,6 +98,11 @@ def arguments() -> Parser:
         metavar="SECONDS",
         help="a pass that takes longer makes /health fail; after twice as long the process ends (default: 600)",
     )
+    add(
+        "--otlp",
+        metavar="URL",
+        help="send traces to this OpenTelemetry collector (default: OTEL_EXPORTER_OTLP_ENDPOINT)",
+    )
     add("--access-log", action="store_true", help="print a line for each response to standard error")
     add("--draft", type=int, default=0, metavar="N", help="draft tokens per step (default: 0)")
     add(
@@ -140,10 +146,9 @@ def check(args: argparse.Namespace) -> None:
         if args.cache_host is None:
             raise InputError("--cache-disk needs --cache-host, the memory by which its pages come and go")
         usable_folder(args.cache_disk)
-    if args.adapter and args.tp > 1:
-        raise InputError("--adapter is for a model on one GPU: leave out --tp")
-    if args.cache_host is not None and args.tp > 1:
-        raise InputError("--cache-host is for a model on one GPU: leave out --tp")
+    for name in ("adapter", "batch_invariant", "cache_host"):
+        if args.tp > 1 and getattr(args, name):
+            raise InputError(f"--{name.replace('_', '-')} is for a model on one GPU: leave out --tp")
     if (args.tls_cert is None) != (args.tls_key is None):
         raise InputError("--tls-cert and --tls-key need each other")
     for name in ("tls_cert", "tls_key"):
@@ -268,13 +273,14 @@ def main(argv: list[str] | None = None) -> int:
     tokenizer: Tokenizer = find_tokenizer(args.tokenizer, folder, config)
     limits = dict(keys=keys, max_body=args.max_body, limit_concurrency=args.limit_concurrency)
     options = load_options(args)  # refuses a device that is not there
+    traces = make_traces(args.otlp)
     if args.replicas > 1 and args.socket is None:
         return route(args, argv, name, dict(access_log=args.access_log, **limits), options["device"] == "cuda")
     service = Service(
         None, tokenizer, name, frozenset(stop_token_ids(config, tokenizer, folder)), adapters=tuple(adapters),
         max_tokens=args.max_tokens, timeout=args.timeout, stuck_after=args.stuck_after,
         sampling_defaults=sampling_defaults(folder), origins=tuple(args.allow_origin),
-        access_log=args.access_log and args.socket is None, **limits,
+        access_log=args.access_log and args.socket is None, traces=traces, **limits,
     )  # fmt: skip
     with bind(args.host, args.port, args.socket) as listener:
         url = listen(listener, args)
