@@ -14,6 +14,7 @@ import torch
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 
+from ling_kernels.errors import InputError  # noqa: E402
 from ling_kernels.generate import Spill  # noqa: E402
 from ling_kernels.generate.server import command as server  # noqa: E402
 from ling_kernels.generate.server.command import main  # noqa: E402
@@ -42,6 +43,17 @@ def test_a_missing_package_is_named_as_pip_installs_it():
     code = f"import sys; sys.modules['fastapi'] = None; import runpy; runpy.run_module({server.__name__!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode and "pip install '.[server]'" in done.stderr.splitlines()[-1]
+
+
+def test_keys_of_flags_a_file_and_the_environment(tmp_path, monkeypatch):
+    (tmp_path / "keys").write_text("one\n\n two \n")
+    monkeypatch.setenv("LING_API_KEY", "three")
+    flags = ["--key", "four", "--key", "five", "--key-file", str(tmp_path / "keys")]
+    args = server.arguments().parse_args(["--model", "tiny", *flags])
+    assert server.read_keys(args) == {"one", "two", "three", "four", "five"}
+    (tmp_path / "keys").write_text("\n")
+    with pytest.raises(InputError, match="has no key"):
+        server.read_keys(args)
 
 
 def test_unreadable_tls_files(checkpoint, capsys, tmp_path):
