@@ -59,8 +59,10 @@ def decode_on_cpu(
     hidden = cells.hidden if n == 1 else cells.hidden.repeat_interleave(q.shape[3], 2)
     number = max(PART // (cells.keys.shape[1] * Hkv * D), 1)
     parts = [
-        attend_to_cache(*part, cache)
-        for part in zip(*(x.split(number) for x in (q.flatten(2, 3), cells.keys, hidden)), strict=True)
+        attend_to_cache(queries, index, mask, cache)
+        for queries, index, mask in zip(
+            q.flatten(2, 3).split(number), cells.keys.split(number), hidden.split(number), strict=True
+        )
     ]
     out = parts[0] if len(parts) == 1 else torch.cat(parts)
     return out.view(q.shape).transpose(1, 2).reshape(B * n, -1)
