@@ -58,8 +58,12 @@ def decode_on_cpu(
     q = q.reshape(B, n, Hkv, -1, D).transpose(1, 2)  # heads that share keys are rows of one product
     hidden = cells.hidden if n == 1 else cells.hidden.repeat_interleave(q.shape[3], 2)
     number = max(PART // (cells.keys.shape[1] * Hkv * D), 1)
-    split = (x.split(number) for x in (q.flatten(2, 3), cells.keys, hidden))
-    parts = [attend_to_cache(rows, keys, mask, cache) for rows, keys, mask in zip(*split, strict=True)]
+    parts = [
+        attend_to_cache(queries, index, mask, cache)
+        for queries, index, mask in zip(
+            q.flatten(2, 3).split(number), cells.keys.split(number), hidden.split(number), strict=True
+        )
+    ]
     out = parts[0] if len(parts) == 1 else torch.cat(parts)
     return out.view(q.shape).transpose(1, 2).reshape(B * n, -1)
 
