@@ -29,13 +29,13 @@ from ling_kernels.parallel.shares import Shares
 from ling_kernels.tokenizer import load_tokenizer
 from ling_kernels.train import checkpoint as ckpt
 from ling_kernels.train import saving
-from ling_kernels.train.optimizer import make_optimizer, to_masters
+from ling_kernels.train.optimizer import OF_WHOLE, make_optimizer, to_masters
 from ling_kernels.train.prepare import room
 from ling_kernels.train.settings import Settings
 from tests.ranks import run
 from tests.training import tiniest
 
-CONFIG = replace(tiniest(), num_nextn_predict_layers=1, vocab_size=64)
+CONFIG = replace(tiniest(), num_nextn_predict_layers=1, vocab_size=64, num_attention_heads=4, num_key_value_heads=2)
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
@@ -46,30 +46,32 @@ class Run:
         model, masters = whole_on_meta(CONFIG), "bf16" if kind == "muon" else "fp32"
         to_masters(model, masters)
         pipeline = partial(pipeline_of, model, layout, ranks) if layout else None
-        self.shares = shares = Shares(model, ranks, pipeline)
+        self.shares = shares = Shares(model, ranks, pipeline, whole=kind in OF_WHOLE)
         if cuts:
             cut_(shares, cuts)
         give_memory_(model, torch.device("cpu"))
-        self.optimizer = make_optimizer(model, kind, 1e-2, 0.1)
         if folder:
             read_weights_(shares, folder)
+        else:
+            fill_(shares)
+        self.optimizer = make_optimizer(shares.stepped, kind, 1e-2, 0.1)
+        if folder:
             torch.manual_seed(1)
             ckpt.restore(folder, shares, self.optimizer)
         else:
-            fill_(shares)
             self.step(0)
 
     def step(self, seed: int) -> None:
-        for name, p in self.shares.model.named_parameters():
-            if self.shares.owns(name):
+        for name, p in self.shares.stepped.named_parameters():
+            if self.shares.steps(name):
                 g = torch.Generator().manual_seed(seed + sum(name.encode()))
                 whole = torch.randn(self.shares.official[name].shape, generator=g).to(p.dtype)
-                p.grad = self.shares.part_of(name).take(whole).clone()
+                p.grad = self.shares.state_part_of(name).take(whole).clone()
         self.optimizer.step()
         self.shares.spread_weights_()
 
     def job(self, folder, step: int, wait: bool = True):
-        moments = ckpt.optimizer_tensors(self.shares.model, self.optimizer)
+        moments = ckpt.optimizer_tensors(self.shares.stepped, self.optimizer)
         tensors, _ = saving.snapshot(self.shares, moments, wait)
         return partial(
             saving.write, folder, tensors, load_tokenizer(None), dict(step=step), set, self.shares.ranks.in_thread()
@@ -151,6 +153,9 @@ WAYS = [  # optimizer, how four processes share the model
     ("muon", dict(dp=4)),
     ("adamw8bit", dict(dp=4, ep=2, copies=2)),
     ("muon", dict(dp=4, copies=4)),
+    ("muon", dict(dp=2, tp=2)),
+    ("adamw8bit", dict(dp=2, tp=2, copies=2)),
+    ("adamw8bit", dict(tp=2, pp=2, ep=2, vocab=2, layout="Ett|mLL")),
     ("adamw", dict(dp=2, ep=2, pp=2, vocab=2, layout="Ett|mLL")),
 ]
 
@@ -167,9 +172,9 @@ def by_four(alone, folder, rank, group):
                 (path / "kind.json").write_text(json.dumps(kind))
         made = Run(ranks_of(rank, 4, **sizes), kind, layout)
         saved = made.save(run)
-        before = {n: t.clone() for n, t in ckpt.optimizer_tensors(made.shares.model, made.optimizer).items()}
+        before = {n: t.clone() for n, t in ckpt.optimizer_tensors(made.shares.stepped, made.optimizer).items()}
         loaded = Run(made.shares.ranks, kind, layout, folder=alone[kind])
-        for n, t in ckpt.optimizer_tensors(loaded.shares.model, loaded.optimizer).items():
+        for n, t in ckpt.optimizer_tensors(loaded.shares.stepped, loaded.optimizer).items():
             assert torch.equal(before.pop(n), t), n
         assert not before
         Run(ranks_of(rank, 4), kind, folder=saved).save(run / "again")
@@ -238,7 +243,7 @@ def test_parts_of_rows_and_columns_and_failing_writers(alone, tmp_path):
     for checkpoint in found[:3]:
         equal(checkpoint, alone["adamw"])
     with safe_open(found[0] / "optimizer-00002-of-00002.safetensors", "pt") as file:
-        assert "layers.0.attention.dense.weight.exp_avg[:,16:32]" in file.keys()  # noqa: SIM118
+        assert "layers.0.attention.dense.weight.exp_avg[:,32:64]" in file.keys()  # noqa: SIM118
 
 
 def in_a_thread(ranks, alone, folder, rank):

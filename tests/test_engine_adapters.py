@@ -5,25 +5,31 @@ what a pass costs; pages of the cache; adapters that do not fit."""
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 from functools import cache, partial
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ling_kernels.backend import force
 from ling_kernels.errors import InputError
 from ling_kernels.generate import Engine, Sampling
-from ling_kernels.generate.adapters import AdapterFolder
+from ling_kernels.generate.adapters import AdapterFolder, Adapters
 from ling_kernels.model import Ling, load_model, named_views, save_model
+from ling_kernels.model.sample import SamplingMode
 from ling_kernels.nn import MoE, lora_
-from ling_kernels.nn.adapter_bank import AdapterBank, AdapterRows
+from ling_kernels.nn.adapter_bank import AdapterBank, AdapterRows, with_banks
+from ling_kernels.nn.fp8 import to_fp8
+from ling_kernels.nn.fp8_inference import quantize_for_inference_
 from ling_kernels.nn.lora import adapted, adapters
 from ling_kernels.ops.dispatch import dispatch_here
 from ling_kernels.parallel.adapters import adapted_weights
 from tests.cases import DEVICE, runs
 from tests.engines import NO_STOP, check, drain, engine, make_engine, model, references  # noqa: F401
+from tests.test_engine_graphs import NoHostData
 from tests.test_lora import wide
 from tests.test_model import load
 
@@ -161,10 +167,11 @@ def test_what_a_pass_costs(made):
     folders, _ = made("base")
     with_some, without = (make_engine(adapters=folders, max_running=4), make_engine(max_running=4))
     assert calls(with_some, [None] * 4) == calls(without, [None] * 4)
-    one = calls(make_engine(adapters={"all": folders["all"]}, max_running=4), ["all", "all", "all", None])
-    three = calls(with_some, ["all", "attention", "experts", None])
+    with force("torch"):  # else a CPU takes its loop over groups
+        one = calls(make_engine(adapters={"all": folders["all"]}, max_running=4), ["all", "all", "all", None])
+        three = calls(with_some, ["all", "attention", "experts", None])
     of_experts = 2 * sum(isinstance(layer.mlp, MoE) for layer in model().layers)
-    assert one["_grouped_mm"] == 2 * len(adapted(model())) + of_experts
+    assert one["grouped_gemm_ref_fwd"] == 2 * len(adapted(model())) + of_experts
     assert one == three
 
 
@@ -212,6 +219,29 @@ def test_kernels_compute_what_the_reference_does():
     for ours, want in zip(*reversed(found), strict=True):
         torch.testing.assert_close(ours, want, rtol=0.02, atol=0.05)
     assert found[1][0][ids < 0].eq(0).all() and found[1][1].ne(0).any(1).sum() == 2 * (ids >= 0).sum()
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_a_pass_does_not_synchronise(fp8):
+    """On fake tensors, which raise when their values are read: so it can be captured as a CUDA graph."""
+    config = replace(model("mtp1").config, hidden_size=256, moe_intermediate_size=128, intermediate_size=256)
+    with FakeTensorMode(), force("triton"), torch.inference_mode():
+        m = Ling(config)
+        if fp8:
+            to_fp8(m)
+            quantize_for_inference_(m)
+        e = Engine(m, page_size=4, cache_tokens=400, max_running=4, draft=2)
+        e.forward.adapters = fake = Adapters.__new__(Adapters)
+        fake.rows, factors = AdapterRows(2), {}
+        for name, (_, w) in adapted(m).items():
+            *E, N, K = w.shape
+            factors[name] = m.lm_head.weight.new_zeros(2, *E, 8, K), m.lm_head.weight.new_zeros(2, *E, N, 8)
+        fake.model = with_banks(m, factors, fake.rows)
+        with NoHostData():
+            output = e.forward.compute(
+                torch.zeros(2, dtype=torch.int64), SamplingMode(True, False, False, adapted=True)
+            )
+        assert output.shape == (2, 4)
 
 
 @pytest.mark.parametrize("kind", ["bf16", "fp8"])

@@ -18,7 +18,7 @@ from ling_kernels.plan.__main__ import main
 from ling_kernels.plan.processes import Held, held_by_processes
 from ling_kernels.train.building import make_pipeline
 from ling_kernels.train.checkpoint import optimizer_tensors
-from ling_kernels.train.optimizer import make_optimizer, to_masters
+from ling_kernels.train.optimizer import OF_WHOLE, make_optimizer, to_masters
 from ling_kernels.train.prepare.checks_parallel import mesh_of
 from ling_kernels.train.settings import Settings
 from tests.ranks import ranks_of, run
@@ -31,6 +31,7 @@ RUNS = [
     dict(dp=1, cp=2, ep=2, vocab_parallel=2, pp=2, pipeline="Et|t|m|LL", optimizer="adamw8bit", master="bf16",
          precision="bf16"),
     dict(tp=2, ep=4, vocab_parallel=4),
+    dict(dp=2, tp=2, ep=2, optimizer="muon"),
     dict(dp=4, dp_replicate=2, ep=2, optimizer="adamw8bit"),
     dict(dp=2, dp_replicate=2, pp=2, pipeline="Et|t|m|LL"),
 ]  # fmt: skip
@@ -52,8 +53,8 @@ def holds(s: Settings, plan: list[Held], rank, group):
     model.init_weights()
     to_masters(model, s.master)
     make = partial(make_pipeline, model, s, ranks, torch.float32, torch.device("cpu"))
-    shares = Shares(model, ranks, make if s.pp > 1 else None)
-    optimizer = make_optimizer(model, s.optimizer, s.lr, s.weight_decay)
+    shares = Shares(model, ranks, make if s.pp > 1 else None, whole=s.optimizer in OF_WHOLE)
+    optimizer = make_optimizer(shares.stepped, s.optimizer, s.lr, s.weight_decay)
     parameters = [*model.parameters()]
     for p in parameters:
         p.grad = torch.randn_like(p)
@@ -61,8 +62,9 @@ def holds(s: Settings, plan: list[Held], rank, group):
     shares.sum_gradients_()
     optimizer.step()
     state = sum(t.nbytes for values in optimizer.state.values() for t in values.values())
+    state += sum(p.nbytes for p in shares.stepped.wholes.values())
     weights = sum(p.nbytes for p in parameters)
-    part = own_part(shares, optimizer_tensors(model, optimizer))
+    part = own_part(shares, optimizer_tensors(shares.stepped, optimizer))
     found = Held(sum(p.numel() for p in parameters), weights, gradients, state, plan[rank].written)
     assert found == plan[rank]._replace(stages=""), (rank, s)
     steps = 4 * len(shares.divided)  # a scalar of each, which one of those that have parts writes

@@ -149,10 +149,10 @@ class DividedEngine(Engine):
             device = torch.device("cuda", 0)
         self.workers = Workers(n)
         try:
-            self.workers.receive("here")
             with tempfile.TemporaryDirectory(prefix="ling-") as meeting:
                 file, threads = Path(meeting, "store"), max(1, torch.get_num_threads() // n)
                 self.workers.send("load", (n, file, threads, directory, load))
+                self.workers.receive("here")  # before this rank waits for them in the group
                 model = load_part(n, 0, file, directory, load | dict(device=device))
                 self.workers.receive("loaded")
             super().__init__(model, **options)

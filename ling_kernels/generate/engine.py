@@ -14,6 +14,7 @@ forward.py lists the calls of a decode step.
 """
 
 import asyncio
+import os
 import threading
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -130,7 +131,7 @@ class Engine(Passes):
         self.pending = None
         self.record = PassRecord()
         self.step_task: asyncio.Task | None = None
-        self.closed = False
+        self.closed, self.process = False, os.getpid()
         self.policy_version = 0  # see `new_weights`
         self.lock = threading.Lock()  # no RLock: garbage collection during a step may cancel a stream, see `cancel`
 
@@ -171,6 +172,8 @@ class Engine(Passes):
         """
         if self.closed:
             raise InputError("the engine is closed")
+        if os.getpid() != self.process:
+            raise InputError("the engine is of the process that this one was forked from: make one here")
         request = new_request(
             self.config, self.draft, prompt, sampling, max_new_tokens, stop_token_ids, timeout,
             num_logprobs=logprobs, num_prompt_logprobs=prompt_logprobs, prompt_logprobs_start=prompt_logprobs_start,

@@ -237,7 +237,7 @@ class Forward:
         width = self.block_tables.shape[1] if width is None else width
         x, positions, lengths, block_table = self.decode_rows(lanes, width)
         positions = positions.view(B, n)
-        layout = self.decode_layout(positions, lengths, block_table)
+        layout = self.decode_layout(positions, lengths, block_table, alone=not chunks)
         if chunks:
             layout, inputs = self.with_chunks(layout, chunks)
             x = torch.cat([x, self.embedded(self.token_ids.view(-1)[inputs])])
@@ -307,14 +307,19 @@ class Forward:
         """tokens [T], of which a negative one counts as 0 -> [T, H]."""
         return self.model.word_embeddings(tokens.clamp(min=0))
 
-    def decode_layout(self, positions: Tensor, lengths: Tensor, block_table: Tensor) -> BatchLayout:
-        """The attention layout of rows at positions [B, n], with which the lanes have lengths [B]."""
+    def decode_layout(
+        self, positions: Tensor, lengths: Tensor, block_table: Tensor, alone: bool = True
+    ) -> BatchLayout:  # fmt: skip
+        """The attention layout of rows at positions [B, n], with which the lanes have lengths [B]; alone: the pass has
+        no other rows."""
         m, slots = self.model, None
         if self.needs_slots:
             slots = self.decode_slots(block_table, positions).view_as(positions)
             slots = slots.masked_fill(lengths[:, None] == 0, -1).flatten()  # a graph's padding lanes write nothing
-        rows = positions.numel()
-        return BatchLayout(m.cos, m.sin, positions.flatten(), self.no_chunks, slots, rows, block_table, lengths)
+        layout = BatchLayout(
+            m.cos, m.sin, positions.flatten(), self.no_chunks, slots, positions.numel(), block_table, lengths
+        )  # fmt: skip
+        return layout.with_cells(self.caches[0]) if alone and slots is None else layout
 
     def recorded(self, layout: BatchLayout, with_chunks: bool) -> BatchLayout:
         """The layout with the cells where the rows' experts are written."""

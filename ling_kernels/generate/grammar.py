@@ -9,6 +9,7 @@ here: a request's next mask while the pass of other requests runs, on a CPU whil
 
 import functools
 import json
+import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -23,7 +24,18 @@ MISSING = "structured output needs the package llguidance: pip install '.[struct
 # Between the parts of a JSON text. Any amount of it would let a model write blanks without end.
 WHITESPACE = r"( |\n {0,20})"
 GRAMMARS = 64  # that are kept
-WORKERS = ThreadPoolExecutor(4, "grammar")  # threads start when there is work
+
+
+WORKERS: ThreadPoolExecutor
+
+
+def start_workers() -> None:
+    global WORKERS
+    WORKERS = ThreadPoolExecutor(4, "grammar")  # its threads start when there is work
+
+
+start_workers()
+os.register_at_fork(after_in_child=start_workers)  # the parent's threads are not there
 
 
 class Grammars:

@@ -26,10 +26,11 @@ def receive(connection: Connection, messages: queue.SimpleQueue) -> None:
 
 def follow(connection: Connection, messages: queue.SimpleQueue, rank: int) -> None:
     """Load a part, then run what rank 0 runs."""
-    connection.send(("here", None))
     _, (n, file, threads, folder, load) = messages.get()
     load["device"] = torch.device("cuda", rank) if torch.device(load["device"]).type == "cuda" else torch.device("cpu")
     torch.set_num_threads(threads)
+    torch.zeros(1, device=load["device"])  # a GPU that does not work fails here
+    connection.send(("here", None))
     model = load_part(n, rank, file, folder, load)
     connection.send(("loaded", None))
     _, (layers, pages, page_size, dtype, options) = messages.get()

@@ -81,6 +81,7 @@ def stream(
         slots = sequence * pages * PAGE + lengths
         positions, lengths = lengths.long(), lengths + 1
         layout = BatchLayout(model.cos, model.sin, positions, batch.cu_seqlens, slots, B, block_table, lengths)
+        layout = layout.with_cells(caches[0])
         h, _ = model.backbone(token, layout, caches, norm=False)
 
 

@@ -5,9 +5,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..op import upcast
+from ..op import few_calls_on_cpu, upcast
 from ..ops.attention import attention
 from ..ops.attention_decode import KVCache, append, attention_decode, read
+from ..ops.attention_decode_cpu import DecodeCells, decode_cells, decode_on_cpu
 from ..ops.qk_norm_attention import qk_norm_attention
 from ..ops.qk_norm_attention_decode import qk_norm_attention_decode
 from ..ops.qk_norm_rope import qk_norm_rope, rotate
@@ -33,6 +34,7 @@ class BatchLayout(NamedTuple):
     lengths: Tensor | None = None  # [B] int32, new rows included
     context: Tensor | None = None  # [Tk] cache slots of all keys of cu_seqlens' sequences, new rows included
     cu_seqlens_k: Tensor | None = None  # cu_seqlens of context
+    cells: DecodeCells | None = None  # on a CPU, of a pass that only decodes: what its layers share
     # of MoE layers, for the whole model with their number M in front:
     experts: Tensor | None = None  # [T, topk] int32: a given choice of experts, as `route` takes it
     record: Tensor | None = None  # [cells, topk] of integers, where each row's choice is written
@@ -44,6 +46,15 @@ class BatchLayout(NamedTuple):
             return self
         experts = None if self.experts is None or i >= len(self.experts) else self.experts[i]
         return self._replace(experts=experts, record=None if self.record is None else self.record[i])
+
+    def with_cells(self, cache: KVCache) -> "BatchLayout":
+        """The layout of a pass that only decodes, with `cells` where `decode_on_cpu` runs. cache: any layer's."""
+        if not self.decoding or not few_calls_on_cpu(self.cos, cache.k):
+            return self
+        n = self.decoding // self.lengths.shape[0]
+        if int(self.lengths.min()) < n:  # a lane without a sequence
+            return self
+        return self._replace(cells=decode_cells(self.cos, self.sin, cache, self.block_table, self.lengths, n))
 
 
 Rows = BatchLayout  # its name up to version 0.1
@@ -104,6 +115,9 @@ class Attention(nn.Module):
         """qkv [B, n, Hq + 2 Hkv, D] of n new tokens for each of B sequences -> [B n, H]: norm, rotation, append to the
         cache and attention in one op, which also quantises the rows for an FP8 output layer."""
         fp8 = isinstance(self.dense, FusedLinear) and self.dense.takes_fp8_rows()
+        if layout.cells is not None and not fp8 and qkv.dtype == cache.k.dtype:
+            out = decode_on_cpu(qkv, self.query_layernorm, self.key_layernorm, layout.cells, cache, self.eps)
+            return norm_linear(self.dense, out, None)
         out = qk_norm_attention_decode(
             qkv, self.query_layernorm, self.key_layernorm, layout.cos, layout.sin, cache, layout.block_table,
             layout.lengths, eps=self.eps, quantize=fp8,

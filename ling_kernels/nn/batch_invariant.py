@@ -1,7 +1,6 @@
 """Modules whose results for a row do not depend on the batch, bit for bit: for an engine and a trainer that agree.
 
-On a GPU in bf16, with the kernels that are there for any batch (docs/posttraining.md says why their bits do not depend
-on it, op by op):
+On a GPU in bf16, with kernels whose bits do not depend on the batch (docs/batch-invariant.md, op by op):
 
     products     Triton's grouped GEMM for all, experts or not: cuBLAS, torch's grouped_mm and the kernels for few rows
                  choose by the number of rows in which order they add

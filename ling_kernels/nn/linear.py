@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from ..backend import backend
 from ..ops.linear_cross_entropy import linear_cross_entropy
 from ..ops.rms_norm_linear import ROWS, rms_norm_linear
 from .norm import RMSNorm
@@ -42,12 +43,12 @@ def head_loss(head: nn.Module, x: Tensor, targets: Tensor) -> Tensor:
 def norm_linear(linear: nn.Module, x: Tensor, norm: RMSNorm | None, dtype: torch.dtype | None = None) -> Tensor:
     """linear(norm(x)) for x [T, K], in dtype, by default x's.
 
-    A FusedLinear applies the norm itself. Where a decode step has few rows, one op does both.
+    A FusedLinear applies the norm itself. Where a decode step has few rows, one kernel of csrc/ does both.
     """
     if isinstance(linear, FusedLinear):
         return linear(x, norm, dtype)
     plain = is_plain(linear, nn.Linear) and linear.bias is None and (norm is None or is_plain(norm, RMSNorm))
-    if plain and not torch.is_grad_enabled() and len(x) <= ROWS:
+    if plain and not torch.is_grad_enabled() and x.shape[0] <= ROWS and backend(x) == "cuda":
         weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
         return rms_norm_linear(x, weight, linear.weight, eps, dtype)
     y = linear(x if norm is None else norm(x))

@@ -8,7 +8,8 @@ is the one data flow, for bf16 and FP8 experts, on one device (`Local`) or with 
 import torch
 from torch import Tensor, nn
 
-from ..op import expect
+from ..op import expect, few_calls_on_cpu
+from ..ops.moe_cpu import moe_cpu
 from ..ops.moe_decode import ROWS, moe_decode
 from .beside import beside
 from .exchange import Exchange, Local
@@ -55,21 +56,27 @@ class MoE(nn.Module):
         return y, z
 
     def decode(self, x: Tensor, residual: Tensor | None = None, norm: RMSNorm | None = None) -> Tensor | None:
-        """x, residual [T, H] -> s + forward(norm(s)), s = x + residual, by the op `moe_decode`; forward(x) without
-        residual and norm.
+        """x, residual [T, H] -> s + forward(norm(s)), s = x + residual, by the op `moe_decode` or on a CPU `moe_cpu`;
+        forward(x) without residual and norm.
 
-        None if `moe_decode` cannot run: more than 8 rows, gradients, an exchange that is not local, or modules replaced
-        by subclasses or adapters. In FP8 too the routing weights are applied after down.
+        None if they cannot run: more than 8 rows (not on a CPU), gradients, an exchange that is not local, or modules
+        replaced by subclasses or adapters. In FP8 too the routing weights are applied after down.
         """
-        if torch.is_grad_enabled() or not 0 < len(x) <= ROWS or not self.exchange.local:
+        if torch.is_grad_enabled() or x.shape[0] == 0 or not self.exchange.local:
             return None
         if residual is not None and residual.dtype != x.dtype:
             return None
         parts = [self.experts] if self.shared_experts is None else [self.experts, self.shared_experts]
-        weights = [m.decode_weights() if isinstance(m, Experts | MLP) else None for m in parts]
+        weights = [m.decode_weights() if isinstance(m, (Experts, MLP)) else None for m in parts]
         if None in weights:
             return None
-        return moe_decode(
-            x, self.router.weight, self.router.expert_bias, *weights[0], weights[1] if len(weights) > 1 else None,
-            **self.router.limits, residual=residual, **({} if norm is None else dict(norm=norm.weight, eps=norm.eps)),
-        )  # fmt: skip
+        router, shared = self.router, weights[1] if len(weights) > 1 else None
+        args = router.weight, router.expert_bias, *weights[0], shared
+        if few_calls_on_cpu(x, router.weight, *weights[0], *(shared or ())):
+            h, s = (x, residual) if norm is None else norm(x, residual)
+            y = moe_cpu(h, *args, **router.limits)
+            return y if s is None else s + y
+        if x.shape[0] > ROWS:
+            return None
+        normed = {} if norm is None else dict(norm=norm.weight, eps=norm.eps)
+        return moe_decode(x, *args, **router.limits, residual=residual, **normed)

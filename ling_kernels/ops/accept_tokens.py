@@ -42,18 +42,20 @@ def unsupported(token_ids: Tensor, lengths: Tensor) -> str | None:
 
 
 def accept_tokens_ref(tokens, lanes, positions, token_ids, lengths, lookup):
-    lane, n = lanes[:, None], tokens.shape[1]
-    accepted = (tokens[:, :-1] == token_ids[lane, positions[:, 1:]]).int().cumprod(1).sum(1)
-    live = lengths[lanes] > 0
-    new_lengths = torch.where(live, lengths[lanes] + 1 + accepted, 0)
+    lane, n, length = lanes[:, None], tokens.shape[1], lengths.index_select(0, lanes)
+    accepted = torch.zeros_like(length)
+    if n > 1:
+        accepted = (tokens[:, :-1] == token_ids[lane, positions[:, 1:]]).int().cumprod(1).sum(1)
+    live = length > 0
+    new_lengths = (length + 1 + accepted) * live
 
     def write(columns: Tensor, values: Tensor) -> None:
         token_ids[lane, columns] = torch.where(live[:, None], values.int(), token_ids[lane, columns])
 
     write(positions + 1, tokens)
-    lengths[lanes] = new_lengths
+    lengths.index_copy_(0, lanes, new_lengths)
     if lookup:
-        columns = torch.where(live, new_lengths, 0)[:, None] + torch.arange(n - 1, device=lanes.device)
+        columns = new_lengths[:, None] + torch.arange(n - 1, device=lanes.device)
         write(columns, lookup_drafts(token_ids[lanes], new_lengths, n - 1))
     return torch.cat([tokens, accepted[:, None]], 1)
 

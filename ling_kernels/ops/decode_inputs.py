@@ -57,11 +57,12 @@ def unsupported(embeddings: Tensor) -> str | None:
 
 
 def decode_inputs_ref(lanes, token_ids, lengths, block_tables, embeddings, n, width):
-    length = lengths[lanes]
+    length = lengths.index_select(0, lanes)
     positions = (length[:, None] + torch.arange(-1, n - 1, device=lanes.device)).clamp(min=0)
-    tokens = token_ids[lanes[:, None], positions].clamp(min=0)
-    attended = torch.where(length > 0, length + n - 1, 0).int()
-    return embeddings.detach()[tokens.flatten()], positions.flatten(), attended, block_tables[lanes, :width]
+    tokens = token_ids[lanes[:, None], positions].clamp(min=0).flatten()
+    attended = ((length + n - 1) * (length > 0)).int()
+    x = embeddings.detach().index_select(0, tokens)
+    return x, positions.flatten(), attended, block_tables[:, :width].index_select(0, lanes)
 
 
 @op("x", "positions", "attended", "block_table", runs="cuda")

@@ -94,11 +94,17 @@ def qk_norm_rope_ref(qkv, q_weight, k_weight, cos, sin, positions, num_kv_heads,
 
 
 def normed_and_rotated(qkv, q_weight, k_weight, cos, sin, positions, num_kv_heads, eps) -> tuple[Tensor, ...]:
-    """q, k and v as heads of wider rows. The heads of q and k take each step together, for half the operations."""
+    """q, k and v as heads of wider rows."""
+    cos, sin = (table[positions.long()][:, None] for table in (cos, sin))  # [T, 1, R/2]
+    return norm_and_rotate(qkv, q_weight, k_weight, cos, sin, num_kv_heads, eps)
+
+
+def norm_and_rotate(qkv, q_weight, k_weight, cos, sin, num_kv_heads, eps) -> tuple[Tensor, ...]:
+    """`normed_and_rotated` by cos and sin [T, 1, R/2] of the rows. The heads of q and k take each step together, for
+    half the operations."""
     num_q, D = qkv.shape[1] - 2 * num_kv_heads, qkv.shape[2]
     qk, v = qkv.split([num_q + num_kv_heads, num_kv_heads], dim=1)
     w = torch.cat([q_weight.expand(num_q, D), k_weight.expand(num_kv_heads, D)])
-    cos, sin = (table[positions.long()][:, None] for table in (cos, sin))  # [T, 1, R/2]
     qk = rotate(head_norm(qk, w, eps), cos, sin).to(qkv.dtype)
     return *qk.split([num_q, num_kv_heads], dim=1), v
 
@@ -112,7 +118,7 @@ def head_norm(x: Tensor, w: Tensor, eps: float) -> Tensor:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = cos.shape[-1]
     a, b, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
+    return torch.cat([torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin), rest], dim=-1)
 
 
 def differentiable(*tensors: Tensor) -> bool:

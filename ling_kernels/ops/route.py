@@ -93,7 +93,7 @@ def route_ref(logits, bias, mask=None, num_groups=1, group_topk=1, topk=8, scale
     if mask is not None:
         w = w.masked_fill(experts < 0, 0)
         slots = slots.long() % (E + 1)  # -1 % (E + 1) is E
-    weights = w * scale if experts.shape[1] == 1 else w / (w.sum(-1, keepdim=True) + 1e-20) * scale
+    weights = weights_of(w, scale)
     counts = torch.zeros(E + 1, dtype=torch.int32, device=logits.device)
     counts = counts.index_add(0, slots, torch.ones_like(slots, dtype=torch.int32))[:E]
     out = weights, experts.int(), counts
@@ -105,16 +105,22 @@ def scores(logits: Tensor) -> Tensor:
     return logits.sigmoid()
 
 
+def weights_of(s: Tensor, scale: float) -> Tensor:
+    """s [T, topk], the scores of the chosen experts -> their weights."""
+    return s * scale if s.shape[1] == 1 else s / (s.sum(-1, keepdim=True) + 1e-20) * scale
+
+
 @torch.no_grad()
 def best_experts(s: Tensor, bias: Tensor, num_groups: int, group_topk: int, topk: int) -> Tensor:
     """s [T, E] scores -> experts [T, topk], the best first: of the group_topk groups whose two best sum highest."""
     T, E = s.shape
     b = (s + bias).nan_to_num(nan=-1e30)  # a NaN loses against every number
-    groups = b.view(T, num_groups, E // num_groups)
-    group_score = groups.topk(min(2, E // num_groups)).values.sum(-1)
-    losers = lowest_first(group_score, num_groups)[:, group_topk:]
-    drop = torch.zeros_like(group_score, dtype=torch.bool).scatter_(1, losers, True)
-    return lowest_first(groups.masked_fill(drop[..., None], -torch.inf).flatten(1), topk)
+    if group_topk < num_groups:
+        groups = b.view(T, num_groups, E // num_groups)
+        group_score = groups.topk(min(2, E // num_groups)).values.sum(-1)
+        losers = lowest_first(group_score, num_groups)[:, group_topk:, None]
+        groups.scatter_(1, losers.expand(-1, -1, E // num_groups), -torch.inf)
+    return lowest_first(b, topk)
 
 
 def mean_square_lse(logits: Tensor, routed: Tensor, coefficient: float) -> Tensor:

@@ -94,10 +94,10 @@ def sample_ref(logits, parameters, mode, lanes, positions, token_ids, seeds):
     if penalised:
         seen = seen_tokens(token_ids[lane], positions, logits.shape[1])
         logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
-    largest, tokens = logits.amax(1, keepdim=True), logits.argmax(1)
+    largest, tokens = logits.max(1)  # the first of equal ones
     if random:
         scale = torch.where(temperature > 0, 1 / temperature, 1).clamp(max=torch.finfo(torch.float32).max)
-        gap = (largest - logits) * scale
+        gap = (largest[:, None] - logits) * scale
         key = torch.where(gap < 32, (gap * KEYS).long(), (1 << 32) - 1)
         weight = ((key.float() / -KEYS).exp() * WEIGHTS).round().long()
         if truncated:
@@ -105,7 +105,7 @@ def sample_ref(logits, parameters, mode, lanes, positions, token_ids, seeds):
         weight = torch.where(weight < (min_p * WEIGHTS).ceil().long(), 0, weight)
         drawn = draw(weight, uniforms(seeds[lane], positions)[:, None])
         tokens = torch.where(temperature[:, 0] > 0, drawn, tokens)
-    return torch.where(largest[:, 0].isfinite(), tokens, -1)
+    return tokens.masked_fill(~largest.isfinite(), -1)
 
 
 def truncate(key: Tensor, weight: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:

@@ -47,11 +47,15 @@ def swiglu(
 
 
 def swiglu_ref(x, weights=None, quantize=False, columns=False, plan=None, pow2=False):
-    gate, up = upcast(x).chunk(2, -1)
-    y = torch.nn.functional.silu(gate) * up
+    y = silu_product(upcast(x))
     if weights is not None:
         y = y * weights[:, None]
     return quantize_ref(y, True, columns, plan, pow2) if quantize else y.to(x.dtype)
+
+
+def silu_product(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, -1)
+    return torch.nn.functional.silu(gate) * up
 
 
 def swiglu_backward(

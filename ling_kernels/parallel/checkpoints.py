@@ -59,18 +59,19 @@ class OwnPart:
         return sum(t.numel() * t.itemsize for t in self.tensors())
 
     def on_host(
-        self, dtype: torch.dtype | None = None, change: Callable[[str, Tensor], Tensor] | None = None
+        self, dtype: torch.dtype | None = None, change: Callable[[str, Tensor, Box], Tensor] | None = None
     ) -> "OwnPart":
-        """Copies on the host, which later steps do not change. dtype: of the weights; None: their own. change: of a key
-        and its whole tensor, makes the one to write."""
+        """Copies on the host, which later steps do not change. dtype: of the weights; None: their own. change: of a
+        key, its tensor or a part of it, and the box that this is, makes the one to write."""
 
-        def copy(key: str, t: Tensor) -> Tensor:
+        def copy(key: str, t: Tensor, box: Box) -> Tensor:
+            t = change(key, t, box) if change else t
             kind = None if dtype is None else stored_dtype(key, t.dtype, dtype)
             return t.to("cpu", kind, copy=True).contiguous()
 
         return OwnPart(
-            {key: copy(key, change(key, t) if change else t) for key, t in self.weights.items()},
-            [piece._replace(tensor=copy(piece.official.key, piece.tensor)) for piece in self.pieces],
+            {key: copy(key, t, whole_box(t.shape)) for key, t in self.weights.items()},
+            [piece._replace(tensor=copy(piece.official.key, piece.tensor, piece.box)) for piece in self.pieces],
             {key: t.to("cpu", copy=True).contiguous() for key, t in self.optimizer.items()},
             self.keys,
             self.stem,
@@ -88,7 +89,7 @@ def own_part(shares: Shares, moments: dict[str, Tensor], base: bool = False) -> 
     for key, t in moments.items():
         name = key.rpartition(".")[0]
         if name in owned:
-            part.optimizer |= named_parts(key, t.detach(), shares.part_of(name), shares.official[name].shape)
+            part.optimizer |= named_parts(key, t.detach(), shares.state_part_of(name), shares.official[name].shape)
     return part
 
 
@@ -159,7 +160,7 @@ class Saved(NamedTuple):
 
 def read_optimizer(folder: Path, shares: Shares) -> Iterator[tuple[str, str, Tensor]]:
     """(parameter, key, tensor) of the optimizer's state that this process keeps; no more is read."""
-    owned = {name for name, _ in shares.model.named_parameters() if shares.owns(name)}
+    owned = {name for name, _ in shares.model.named_parameters() if shares.steps(name)}
     with WeightReader(folder, OPTIMIZER) as reader:
         found = saved_moments(reader, owned)
         if owned and reader.files and not found:
@@ -184,7 +185,7 @@ def saved_moments(reader: WeightReader, parameters: Collection[str]) -> dict[str
 def moment(reader: WeightReader, key: str, saved: list[Saved], shares: Shares) -> Tensor:
     """This process's part of the optimizer's tensor NAME.KEY."""
     name = key.rpartition(".")[0]
-    part, shape = shares.part_of(name), shares.official[name].shape
+    part, shape = shares.state_part_of(name), shares.official[name].shape
     whole = shape_of(s.box for s in saved)
     if not is_state_of(shape, key, whole):
         raise InputError(f"{reader.folder}: the optimizer's {key} is {list(whole)}, the parameter {list(shape)}")

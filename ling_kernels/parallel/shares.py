@@ -31,6 +31,7 @@ from .pipeline import Pipeline
 from .ranks import Division, Ranks
 from .tensor import tensor_parallel_
 from .vocabulary import shard_vocabulary_
+from .whole import Stepped, WholeMatrices
 
 
 class Shares:
@@ -43,7 +44,8 @@ class Shares:
         shares.spread_weights_()
         shares.sum_counts_()  # so that balance_ sees the global batch
 
-    pipeline: makes the pipeline of the divided model, in place. exchange: see `shard_experts_`. Methods are called by
+    pipeline: makes the pipeline of the divided model, in place. exchange: see `shard_experts_`. whole: the optimizer,
+    made of `stepped`, steps whole matrices where tensor parallelism divides them (whole.py). Methods are called by
     every rank together. With one process they do nothing, and `norm` is the plain norm.
     """
 
@@ -53,8 +55,9 @@ class Shares:
         ranks: Ranks,
         pipeline: Callable[[], Pipeline] | None = None,
         exchange: str | Callable[[MoE], Exchange] = "bf16",
+        whole: bool = False,
     ):
-        self.model, self.ranks, self.config = model, ranks, model.config
+        self.model, self.ranks, self.config, self.whole = model, ranks, model.config, whole
         self.names = [name for name, _ in model.named_parameters()]  # of the whole model's trained ones
         self.modules = {name for name, _ in model.named_modules()}
         self.routers = [name for name, module in model.named_modules() if isinstance(module, Router)]
@@ -82,21 +85,31 @@ class Shares:
         self.choose_owners()
 
     def choose_owners(self) -> None:
-        ranks, loads = self.ranks, dict[dist.ProcessGroup | None, list[int]]()
+        ranks, loads = self.ranks, dict[tuple[dist.ProcessGroup | None, int], list[int]]()
         self.group: dict[str, dist.ProcessGroup | None] = {}
         self.owner: dict[str, int] = {}
+        self.keeper: dict[str, int] = {}  # of the ranks that own a weight's parts, the one with the whole weight
         for name, p in self.model.named_parameters():
             group = self.group[name] = self.divided[name].twins if name in self.divided else ranks.copy
-            load = loads.setdefault(group, [0] * (dist.get_world_size(group) if group else 1))
+            keepers = ranks.tensor.number if self.whole and name in self.cuts and p.requires_grad else 1
+            load = loads.setdefault((group, keepers), [0] * keepers * (dist.get_world_size(group) if group else 1))
             # Stages that hold the same weight have its owner at the same place, so that its sums have the same order.
             several = VOCABULARY.index(name) % len(load) if ranks.pp > 1 and name in VOCABULARY else None
-            self.owner[name] = load.index(min(load)) if several is None else several
-            load[self.owner[name]] += p.numel()
+            number = load.index(min(load)) if several is None else several
+            load[number] += p.numel()
+            self.owner[name], keeper = divmod(number, keepers)
+            if keepers > 1:
+                self.keeper[name] = keeper
 
-    def add_adapters_(self, keys: dict[str, Parameter]) -> None:
-        """Take in adapters (adapters.py), which the model has. keys: of the whole model's, by name."""
+    def add_adapters_(self, keys: dict[str, Parameter], weights: dict[str, str]) -> None:
+        """Take in adapters (adapters.py), which the model has. keys: of the whole model's, by name; weights: the names
+        of the weights that this rank's adapters are of, whose rows b divides, and whose columns a."""
         self.adapters, self.names = {*keys}, [*keys]
         self.official.update(keys)
+        parts = {adapter: self.cuts[weight] for adapter, weight in weights.items() if weight in self.cuts}
+        of_adapters = {f"{adapter}.{'a' if part.dim else 'b'}": part for adapter, part in parts.items()}
+        self.cuts |= of_adapters
+        self.divided |= dict.fromkeys(of_adapters, self.ranks.tensor)
         if self.ranks.experts.group is not None:
             of_experts = expert_parameters(self.model)
             named = {name for name, p in self.model.named_parameters() if p in of_experts}
@@ -114,6 +127,24 @@ class Shares:
         replica = self.ranks.replica if replica is None else replica
         number = self.divided[name].number if name in self.divided else 1
         return replica % self.ranks.copy_size // number == self.owner[name]
+
+    def steps(self, name: str, replica: int | None = None) -> bool:
+        """Whether this rank, or another replica of its stage, has the parameter's optimizer state."""
+        part = (self.ranks.replica if replica is None else replica) % self.ranks.tensor.number
+        return self.owns(name, replica) and self.keeper.get(name, part) == part
+
+    @cached_property
+    def whole_matrices(self) -> WholeMatrices | None:
+        if not self.keeper or self.ranks.tensor.group is None:
+            return None
+        keepers = {name: keeper for name, keeper in self.keeper.items() if self.owns(name)}
+        shapes = {name: self.official[name].shape for name in keepers}
+        return WholeMatrices(self.model, self.ranks.tensor.group, shapes, keepers, self.cuts)
+
+    @property
+    def stepped(self) -> Stepped:
+        """The parameters for the optimizer; asked for the first time when the model has its weights, by every rank."""
+        return Stepped(self.model, self.whole_matrices.wholes if self.whole_matrices else {})
 
     def trained(self) -> list[tuple[nn.Parameter, int, dist.ProcessGroup | None]]:
         """Trained parameters, with the owner's rank among all and the group of those in the copy that hold it too."""
@@ -177,10 +208,12 @@ class Shares:
                 p.grad = None
         self.begun.clear()
         self.over_copies.clear()
+        if self.whole_matrices:
+            self.whole_matrices.gather_gradients_()
 
     def norm(self) -> Tensor:
         """The norm of all gradients after `sum_gradients_`, a scalar that is equal on every rank."""
-        named = [(name, p.grad) for name, p in self.model.named_parameters() if name not in self.counted_elsewhere]
+        named = [(name, p.grad) for name, p in self.stepped.named_parameters() if name not in self.counted_elsewhere]
         mine = [name for name, grad in named if grad is not None]
         grads = [grad for _, grad in named if grad is not None]
         if self.ranks.world is None:
@@ -199,6 +232,8 @@ class Shares:
     @torch.no_grad()
     def spread_weights_(self) -> None:
         """Send each parameter from its owner, which has stepped it, to the others of the copy."""
+        if self.whole_matrices:
+            self.whole_matrices.scatter_weights_()
         shared = [(p, owner, group) for p, owner, group in self.trained() if group is not None]
         wait([dist.broadcast(p.detach(), owner, group=group, async_op=True) for p, owner, group in shared])
         torch.autograd.graph.increment_version([p for p, _, _ in shared])  # FP8 copies of them are stale
@@ -228,10 +263,14 @@ class Shares:
         division = self.divided[name]
         return equal_part(division.part, division.number, self.official[name].shape[0])
 
+    def state_part_of(self, name: str) -> Part:
+        """Which part of a parameter's optimizer state the rank that steps it has."""
+        return EVERYTHING if name in self.keeper else self.part_of(name)
+
     def owned(self, replica: int | None = None) -> set[str]:
         """Names of the parameters and experts' biases that this rank, or another replica of its stage, writes to a
-        checkpoint: those whose optimizer state it keeps, in turn of the copies, and once of those that several stages
-        hold; biases, which are whole and equal, on the first."""
+        checkpoint: those that it owns, in turn of the copies, and once of those that several stages hold; biases, which
+        are whole and equal, on the first."""
         replica = self.ranks.replica if replica is None else replica
         biases = [name for name, _ in self.model.named_buffers() if name.endswith("expert_bias")]
         named, copies = enumerate(name for name, _ in self.model.named_parameters()), self.ranks.copies

@@ -5,6 +5,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from ..backend import force
@@ -12,8 +13,9 @@ from ..files import format_bytes
 from ..model import Ling, LingConfig
 from ..parallel.fake_group import fake_processes
 from ..parallel.shares import Shares
+from ..parallel.whole import Stepped
 from ..train.building import make_pipeline
-from ..train.optimizer import make_optimizer, to_masters
+from ..train.optimizer import OF_WHOLE, make_optimizer, to_masters
 from ..train.prepare.checks_parallel import check_parallel, mesh_of
 from ..train.settings import Settings
 
@@ -24,7 +26,7 @@ class Held(NamedTuple):
     parameters: int
     weights: int  # the masters
     gradients: int  # after a backward, before they are summed on their owners
-    optimizer: int  # the state of the parameters that it owns
+    optimizer: int  # the state of the parameters that it steps, and the whole matrices that --tp divides
     written: int  # of a checkpoint, which its host holds while it is written
     stages: str = ""  # of a pipeline, their units
 
@@ -48,19 +50,21 @@ def held_by_processes(config: LingConfig, s: Settings) -> list[Held]:
             model = Ling(config)
             to_masters(model, s.master)
             make = partial(make_pipeline, model, s, ranks, torch.float32, torch.device("cpu"))
-            shares = Shares(model, ranks, make if s.pp > 1 else None, s.exchange)
-            states, weights = state_bytes(model, s), [*model.parameters()]
+            shares = Shares(model, ranks, make if s.pp > 1 else None, s.exchange, whole=s.optimizer in OF_WHOLE)
             tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+            wholes = {n: nn.Parameter(tensors[n].new_empty(shares.official[n].shape)) for n in shares.keeper}
+            states, weights = state_bytes(Stepped(model, wholes), s), [*model.parameters()]
         units = shares.pipeline.stages_here() if shares.pipeline else ""
         size_of = sum(p.nbytes for p in weights)
         for replica in range(ranks.dp * ranks.sharing):
-            owned = sum(states[name] for name in states if shares.owns(name, replica))
-            written = sum(tensors[name].nbytes + states.get(name, 0) for name in shares.owned(replica))
+            steps = {name for name in states if shares.steps(name, replica)}
+            owned = sum(states[name] + (wholes[name].nbytes if name in wholes else 0) for name in steps)
+            written = sum(tensors[n].nbytes + (states[n] if n in steps else 0) for n in shares.owned(replica))
             found.append(Held(sum(p.numel() for p in weights), size_of, size_of, owned, written, units))
     return found
 
 
-def state_bytes(model: Ling, s: Settings) -> dict[str, int]:
+def state_bytes(model: Stepped, s: Settings) -> dict[str, int]:
     """Bytes of the optimizer's state of each parameter, under FakeTensorMode."""
     optimizer = make_optimizer(model, s.optimizer, s.lr, s.weight_decay)
     for p in model.parameters():

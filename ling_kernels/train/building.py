@@ -12,7 +12,7 @@ from ..parallel.parts import draw_weights_, give_memory_, read_weights_
 from ..parallel.pipeline import Pipeline
 from ..parallel.ranks import Ranks
 from ..parallel.shares import Shares
-from .optimizer import to_masters
+from .optimizer import OF_WHOLE, to_masters
 from .prepare import Run
 from .prepare.checks_parallel import schedule_of, stages_of
 from .settings import Settings
@@ -28,7 +28,7 @@ def make_model(run: Run) -> tuple[Ling, Shares]:
         model = whole_on_meta(run.config)
         to_masters(model, s.master)
         pipeline = partial(make_pipeline, model, s, ranks, run.precision, run.device) if ranks.pp > 1 else None
-        shares = Shares(model, ranks, pipeline, s.exchange)
+        shares = Shares(model, ranks, pipeline, s.exchange, whole=s.optimizer in OF_WHOLE)
         give_memory_(model, run.device)
         if folder:
             read_weights_(shares, folder)

@@ -33,6 +33,7 @@ from ..parallel.adapters import read_adapters_
 from ..parallel.checkpoints import read_optimizer
 from ..parallel.ranks import Ranks
 from ..parallel.shares import Shares
+from ..parallel.whole import Stepped
 from .changes import DATA_FOLDER, are_changes, is_data_folder
 
 READ_BYTES = 1 << 24
@@ -97,7 +98,7 @@ def checksum(path: Path) -> int:
     return total
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_tensors(model: nn.Module | Stepped, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's state by the parameter's name: the tensors themselves."""
     names = {p: name for name, p in model.named_parameters()}
     return {f"{names[p]}.{key}": value for p, moments in optimizer.state.items() for key, value in moments.items()}
@@ -251,7 +252,7 @@ def restore(checkpoint: Path, shares: Shares, optimizer: torch.optim.Optimizer) 
 
     if shares.adapters:
         read_adapters_(shares, checkpoint)
-    named = dict(shares.model.named_parameters())
+    named = dict(shares.stepped.named_parameters())
     for name, key, value in read_optimizer(checkpoint, shares):
         optimizer.state[named[name]][key] = value.to(named[name].device)
     file = checkpoint / "rng.safetensors"

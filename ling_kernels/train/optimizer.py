@@ -17,8 +17,10 @@ from ..nn.fp8_cache import cache_of
 from ..ops.adamw_8bit import BLOCK, Moments, adamw_8bit, round_stochastically, rounding_keys, seeds
 from ..ops.grad_norm import grad_norm
 from ..parallel.sharded import adamw_8bit_moments, is_sharded, local, shard_index
+from ..parallel.whole import Stepped
 
 OPTIMIZERS = ("adamw", "adamw8bit", "muon")
+OF_WHOLE = ("adamw8bit", "muon")  # whose state is of whole matrices
 MASTERS = ("fp32", "bf16")
 BETAS, EPS = (0.9, 0.95), 1e-8
 EMBEDDINGS = ("word_embeddings", "lm_head")  # most of their rows have no gradient in a step
@@ -27,7 +29,9 @@ MUON_SEEDS = 1 << 20  # distance between the seeds of AdamW's parameters and tho
 CHUNK = 1 << 22  # elements that Muon holds in fp32 at a time, at least one matrix
 
 
-def make_optimizer(model: nn.Module, kind: str, lr: float, weight_decay: float, seed: int = 0) -> torch.optim.Optimizer:
+def make_optimizer(
+    model: nn.Module | Stepped, kind: str, lr: float, weight_decay: float, seed: int = 0
+) -> torch.optim.Optimizer:
     """An optimizer of a kind in OPTIMIZERS over all parameters that are not frozen. seed is for stochastic rounding."""
     if kind == "adamw":
         return adamw(model, lr, weight_decay)
@@ -36,7 +40,7 @@ def make_optimizer(model: nn.Module, kind: str, lr: float, weight_decay: float, 
     return MuonAdamW(model, lr, weight_decay, seed)
 
 
-def adamw(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
+def adamw(model: nn.Module | Stepped, lr: float, weight_decay: float) -> torch.optim.AdamW:
     """torch's fused AdamW. Parameters with two or more dimensions decay, embedding, head and router included (as in
     Megatron); norms, which are vectors, do not. The experts' bias is not a parameter."""
     return torch.optim.AdamW(by_decay(model.parameters(), weight_decay), lr=lr, betas=BETAS, eps=EPS, fused=True)
@@ -50,7 +54,7 @@ def by_decay(parameters, weight_decay: float) -> list[dict]:
     ]
 
 
-def embeddings(model: nn.Module) -> list[nn.Parameter]:
+def embeddings(model: nn.Module | Stepped) -> list[nn.Parameter]:
     """Embedding and head, whose moments 8-bit AdamW keeps in fp32.
 
     A block of 256 moments has one scale, and a token's row has gradients of very different sizes from step to step.
@@ -192,7 +196,7 @@ class MuonAdamW(DeviceOptimizer):
 
     copied = "adamw", "seeds"
 
-    def __init__(self, model: nn.Module, lr: float, weight_decay: float, seed: int = 0):
+    def __init__(self, model: nn.Module | Stepped, lr: float, weight_decay: float, seed: int = 0):
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         others = ("word_embeddings.weight", "lm_head.weight", "router.weight")
         hidden = [p for name, p in named.items() if p.ndim >= 2 and not name.endswith(others)]

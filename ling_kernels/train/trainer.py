@@ -158,7 +158,7 @@ class Trainer:
                 discard(run)
                 raise
             self.merge = RunningMerge(s)
-            self.optimizer = make_optimizer(self.model, s.optimizer, s.lr, s.weight_decay, s.seed)
+            self.optimizer = make_optimizer(self.shares.stepped, s.optimizer, s.lr, s.weight_decay, s.seed)
             if run.checkpoint:
                 ckpt.restore(run.checkpoint, self.shares, self.optimizer)
                 self.progress = Progress(**{n: run.state[n] for n in asdict(self.progress) if n in run.state})
@@ -245,7 +245,7 @@ class Trainer:
         self.progress.merged = self.merge.taken
         state = asdict(self.progress) | dict(settings=to_json(s), data=self.data, torch=torch.__version__)
         state |= dict(base=self.base) if s.lora_rank else {}
-        moments = ckpt.optimizer_tensors(self.model, self.optimizer)
+        moments = ckpt.optimizer_tensors(self.shares.stepped, self.optimizer)
         tensors, wait = snapshot(self.shares, moments, wait)
         tensors.merged = self.merge.part(self.shares)
         keep = partial(kept, keep=s.keep, keep_every=s.keep_every, proven=proven)

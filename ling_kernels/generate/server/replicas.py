@@ -265,14 +265,14 @@ def prefixes_of(body: bytes) -> Iterator[int]:
     """Hashes of a prompt's beginnings, the shortest first; the last is of all of it if it is short."""
     try:
         request = json.loads(body)
-        prompt = request.get("messages") or request.get("prompt")
+        prompt, model = request.get("messages") or request.get("prompt"), str(request.get("model"))
     except (ValueError, AttributeError, RecursionError):  # the replica refuses it
         return
     if not prompt:
         return
     text = prompt if isinstance(prompt, str) else json.dumps(prompt)
     for end in range(PREFIX, min(len(text), PREFIX * PREFIXES) + 1, PREFIX):
-        yield hash(text[:end])
+        yield hash((model, text[:end]))  # adapters share no pages
 
 
 def visible_gpus(count: int, available: int, each: int = 1) -> list[str]:
