@@ -109,13 +109,15 @@ class Chat:
         if name not in self.settings():
             raise InputError(f"there is no setting {name!r}: {', '.join(self.settings())}")
         try:
-            value: Any = float(text) if name in FLOATS else int(text)
+            value: Any = None
+            if (name, text) not in (("seed", "None"), ("new_tokens", "None")):
+                value = float(text) if name in FLOATS else int(text)
         except ValueError:
             kind = "a number" if name in FLOATS else "an integer"
             raise InputError(f"{name} is {text!r}; it must be {kind}") from None
         if name != "new_tokens":
             self.sampling = dataclasses.replace(self.sampling, **{name: value})
-        elif value < 1:
+        elif value is not None and value < 1:
             raise InputError(f"new_tokens is {value}; it must be at least 1")
         else:
             self.new_tokens = value
@@ -161,12 +163,16 @@ def run_command(chat: Chat, line: str) -> bool:
 def save(chat: Chat, path: str) -> None:
     if not path:
         raise InputError("/save needs a file")
-    file = user_path(path, "/save")
+    file = user_path(os.path.expanduser(path), "/save")
+    if file.is_dir():
+        raise InputError(f"/save {path}: it is a folder")
+    if not chat.messages:
+        raise InputError(f"/save {path}: there is no message yet")
     try:
         with atomic_write(file) as new:
             new.write_text(json.dumps({"messages": chat.messages}, ensure_ascii=False) + "\n", encoding="utf-8")
     except OSError as error:
-        raise InputError(f"/save {path}: {error}") from None
+        raise InputError(f"/save {path}: {error.strerror}") from None
 
 
 def set_system(chat: Chat, text: str) -> None:
@@ -290,6 +296,8 @@ def run(args: argparse.Namespace) -> None:
 @command
 def main(argv: list[str] | None = None) -> int:
     args = arguments().parse_args(argv)
+    if sys.stdin is None:
+        raise InputError("standard input is closed")
     sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
     return to_terminal(lambda: run(args))
 

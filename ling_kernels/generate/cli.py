@@ -1,6 +1,7 @@
 """python -m ling_kernels.generate --model DIR --prompt "...": stream text from a checkpoint."""
 
 import argparse
+import errno
 import json
 import os
 import re
@@ -52,6 +53,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def to_terminal(run: Callable[[], None]) -> int:
     """Run what writes text to standard output; returns the exit code of how it ended."""
+    if sys.stdout is None:
+        raise InputError("standard output is closed")
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # the terminal may lack some characters
     try:
         run()
@@ -60,10 +63,14 @@ def to_terminal(run: Callable[[], None]) -> int:
         return 130
     except torch.OutOfMemoryError:
         raise InputError("out of GPU memory: try fewer --max-new-tokens, or --device cpu") from None
-    except BrokenPipeError:
-        # The reader closed the pipe. Without this, Python reports the error again when it flushes at exit.
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
+        # Without this, Python reports the error again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        if error.errno == errno.ENOSPC:
+            raise InputError("no space left for standard output") from None
+        return 141  # the reader closed the pipe
     return 0
 
 
