@@ -14,7 +14,7 @@ import torch
 from ling_kernels.backend import force
 from ling_kernels.errors import InputError
 from ling_kernels.generate import Engine
-from ling_kernels.model import Ling
+from ling_kernels.model import Ling, save_model
 from ling_kernels.model.sample import Sampling
 from ling_kernels.nn import Attention, BatchLayout, RMSNorm
 from ling_kernels.nn.batch_invariant import batch_invariant_, product, target_logp
@@ -35,7 +35,9 @@ from ling_kernels.ops.rope_tables import rope_tables
 from ling_kernels.ops.route import route
 from ling_kernels.ops.swiglu import swiglu
 from ling_kernels.ops.unpermute import unpermute
+from ling_kernels.posttrain.loop import Loop, LoopSettings
 from ling_kernels.posttrain.rollout import Answer, rounded_answer_logp
+from ling_kernels.tokenizer import Tokenizer
 from tests.cases import DEVICE, runs
 from tests.engines import ReplayedGraphs
 from tests.gpu.__main__ import config_of
@@ -296,6 +298,20 @@ def test_the_trainer_has_the_bits_of_an_engine_on_a_gpu(backend):
                 assert q.grad.dtype == torch.float32 and error < 0.1, (name, error)
 
 
+def test_a_loop_on_a_gpu_has_no_mismatch(tmp_path):
+    m = Ling(replace(weights("triton").config, vocab_size=320, num_nextn_predict_layers=0))
+    m.init_weights(torch.Generator().manual_seed(0))
+    save_model(m, tmp_path / "model", dtype=torch.float32)
+    Tokenizer().save(tmp_path / "model")
+    sizes = dict(prompts=1, samples=2, updates=1, new_tokens=3, steps=2, reward_processes=1)
+    with force("triton"):
+        settings = LoopSettings(batch_invariant=True, precision="bf16", device=DEVICE, **sizes)
+        loop = Loop(settings, tmp_path / "model", tmp_path / "run")
+        records = [loop.step() for _ in range(2)]  # the second one after an update
+        loop.close()
+    assert [r["mismatch_max"] for r in records] == [0, 0]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_without_the_switch_the_bits_differ_on_a_gpu(backend):
     got = served(backend, (4, 2), batch_invariant=False)
@@ -303,8 +319,13 @@ def test_without_the_switch_the_bits_differ_on_a_gpu(backend):
     assert [r[1] for r in got] != [want[i][1] for i in (4, 2)]
 
 
-def test_what_is_refused():
+def test_what_is_refused(tmp_path):
+    save_model(weights("triton"), tmp_path / "model", dtype=torch.float32)
+    Tokenizer().save(tmp_path / "model")
+    both = LoopSettings(batch_invariant=True, replay_routing=True, precision="bf16", device=DEVICE)
     with force(BACKENDS[0]):
+        with pytest.raises(InputError, match="--replay-routing with --batch-invariant: trainer and engine choose"):
+            Loop(both, tmp_path / "model", tmp_path / "run")
         with pytest.raises(InputError, match=r"for bf16 on a GPU and fp32 on a CPU: word_embeddings.weight is"):
             Engine(weights(BACKENDS[0]), batch_invariant=True)
         with pytest.raises(InputError, match="needs a cache in the model's precision"):

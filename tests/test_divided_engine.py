@@ -16,13 +16,16 @@ import torch
 from ling_kernels.errors import InputError, LostRank
 from ling_kernels.generate import Engine, Sampling, divided, worker, workers
 from ling_kernels.generate.cli import main
+from ling_kernels.generate.grammar import Grammars
 from ling_kernels.model import Ling, LingConfig, load_model, save_model
 from ling_kernels.model.checkpoint import named_views
 from ling_kernels.model.weight_files import WeightReader
 from ling_kernels.nn.fp8_inference import SCALES
 from ling_kernels.parallel import decode
 from ling_kernels.parallel.decode import RankShare, part_config
+from ling_kernels.tokenizer import load_tokenizer
 from tests import ranks  # noqa: F401  (what the fork server imports once)
+from tests.engines import Memory
 from tests.speller import speller
 from tests.test_model import DATA
 
@@ -151,6 +154,8 @@ def test_parts_that_are_refused(tmp_path, blocks):
         load_model(folder, fp8=True, share=RankShare(2, 0))
     with pytest.raises(InputError, match="2 ranks cannot share model.layers.0.attention.query_key_value"):
         load_model(saved(LingConfig.tiny(), tmp_path / "tiny"), fp8=True, share=RankShare(2, 0))
+    with pytest.raises(InputError, match="batch_invariant is for a model on one GPU, not for one over 2"):
+        divided.DividedEngine(blocks, 2, FP32, batch_invariant=True)
     with pytest.raises(InputError, match="ranks is 1"):
         divided.DividedEngine(blocks, 1, FP32)
 
@@ -187,6 +192,9 @@ def test_two_processes_give_the_tokens_of_one(options):
         assert engine.forward.caches[0].k.shape[2] == 1 == alone.forward.caches[0].k.shape[2] // 2
         assert (engine.drafted, engine.accepted) == (alone.drafted, alone.accepted)
         assert engine.accepted > 0 or not engine.draft
+        engine.overlap = True  # as on a GPU: a pass begins before the last one's tokens are read
+        engine.forward.buffers = [Memory(engine.forward) for _ in range(2)]
+        again = served(engine)
         with pytest.raises(InputError, match="cannot take new weights"):
             engine.new_weights()
         with pytest.raises(InputError, match="has a group"):
@@ -197,6 +205,27 @@ def test_two_processes_give_the_tokens_of_one(options):
         assert torch.equal(got[1].routing[:3], want[1].routing[:3])
     else:
         compare(got, want)
+        compare(again, served(alone))
+
+
+def test_preempted_and_guided_requests(tmp_path):
+    """A request that gives up its lane and pages is filled in anew on every rank; masks reach every rank."""
+    folder = speller(tmp_path)
+    model, tokenizer = load_model(folder, torch.float32), load_tokenizer(folder)
+    options = dict(page_size=4, max_rows=16, max_running=3, cache_tokens=44, draft=1)
+    prompts = [[*b"abcdefgh"], [*b"mnopqrst"], [*b"stuvwxyz"]]
+    want = Engine(model, **options).generate(prompts, max_new_tokens=20, stop_token_ids=())
+    with divided_engine(folder, **options) as engine:
+        waiting = engine.scheduler.waiting
+        requests = [engine.submit(prompt, max_new_tokens=20, stop_token_ids=()) for prompt in prompts]
+        preempted = False
+        while engine.step():
+            preempted |= any(r.admitted for r in waiting)
+        assert preempted and [r.new_tokens for r in requests] == want
+        pytest.importorskip("llguidance")
+        grammar = Grammars(tokenizer, engine.config.vocab_size).regex("bm[a-z]{4}")
+        guided = dict(stop_token_ids=[tokenizer.eos_id], max_new_tokens=9, grammar=grammar)
+        assert engine.generate([[*b"a"]], **guided) == [[*b"bmnopq"]]
 
 
 def test_fp8_weights(blocks):
@@ -233,6 +262,8 @@ def test_an_idle_engine_sees_a_process_end():
             assert time.monotonic() < end
             time.sleep(0.01)
         assert "rank 1 of 2 has ended" in engine.record.fault
+        with pytest.raises(LostRank):  # tokens of a pass that was broken off
+            engine.accept(engine.submit([1]), [2], [])
 
 
 def test_a_failing_pass(monkeypatch):
@@ -272,13 +303,20 @@ def test_a_damaged_checkpoint_and_a_process_that_ends_at_once(tmp_path, monkeypa
 
 
 def test_a_worker_ends_with_rank_0():
-    """Also while it waits for rank 0 in a pass."""
     here, there = get_context("forkserver").Pipe()
     process = Forked(there, 1)
     there.close()
-    assert here.recv() == ("here", None)
     here.close()
     assert process.wait(LONG) == 0
+
+
+def test_a_message_that_cannot_be_read():
+    """The worker ends: a thread alone that ended would leave rank 0 waiting for ever."""
+    here, there = get_context("forkserver").Pipe()
+    process = Forked(there, 1)
+    there.close()
+    here.send_bytes(b"nonsense")
+    assert process.wait(LONG) == 1
 
 
 def lead(connection):

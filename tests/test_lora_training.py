@@ -4,6 +4,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from ling_kernels.train.prepare import device
 from tests.ranks import start
 from tests.test_cluster import free_ports, work
 from tests.test_lora import wide
-from tests.training import flags, one_line_error, small, text, whole_tensors  # noqa: F401
+from tests.training import flags, one_line_error, small, text, tiniest, whole_tensors  # noqa: F401
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -199,15 +200,23 @@ def test_another_rank_does_not_resume(run, capsys):
     assert "lora_rank is 4 in the run to resume and 8 here" in error
 
 
-JOBS = {"dp": "", "ep": "--ep 2", "cp and vocabulary": "--cp 2 --vocab-parallel 2"}
+EXACT = ("dp", "copies")
+JOBS = {
+    "dp": "", "ep": "--ep 2", "cp and vocabulary": "--cp 2 --vocab-parallel 2", "tp": "--tp 2",
+    "copies": "--dp-replicate 2", "pp": "--pp 2 --micro-batch 2 --pipeline E|t|t|mL",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def several(small, text, tmp_path_factory):
+def several(text, tmp_path_factory):
     """Runs of one and of two processes."""
     folder = tmp_path_factory.mktemp("several")
-    run = (f"--model {small} --data {text} --seq-len 48 --batch 8 --micro-batch 4 --eval-rows 4 --threads 1 --lr 3e-3"
-           " --warmup 2 --clip 0.1 --sample-tokens 4 --lora-rank 4 --steps 3 --save-every 1 --keep 0")  # fmt: skip
+    model = Ling(replace(tiniest(), num_attention_heads=4, num_key_value_heads=2))
+    model.init_weights(torch.Generator().manual_seed(0))
+    save_model(model, folder / "model")
+    run = (f"--model {folder / 'model'} --data {text} --seq-len 48 --batch 8 --micro-batch 4 --eval-rows 4 --threads 1"
+           " --lr 3e-3 --warmup 2 --clip 0.1 --sample-tokens 4 --lora-rank 4 --steps 3 --save-every 1"
+           " --keep 0")  # fmt: skip
     run = run.split()
     assert main([*run, "--out", str(folder / "alone")]) == 0
     half = shutil.copytree(folder / "alone", folder / "resumed")
@@ -215,7 +224,8 @@ def several(small, text, tmp_path_factory):
         shutil.rmtree(half / "checkpoints" / f"step-00000{step}")
     jobs = [(name, [[*run, *flags.split(), "--out", str(folder / name)]] * 2) for name, flags in JOBS.items()]
     jobs.append(("resumed", [["--resume", str(half), "--ep", "2"]] * 2))
-    jobs.append(("refused", [[*run, "--tp", "2", "--out", str(folder / "refused")]] * 2))
+    refused = "--pp 2 --micro-batch 2 --pipeline E|t|t|mL --schedule InterleavedZeroBubble"
+    jobs.append(("refused", [[*run, *refused.split(), "--out", str(folder / "refused")]] * 2))
     start(work, (jobs, folder, free_ports(len(jobs))), 2)
     return folder
 
@@ -230,20 +240,20 @@ def test_two_processes_equal_one(several, name):
     for ours, theirs in zip(*metrics, strict=True):
         assert theirs["grad_norm"] > 0.1  # clipped
         for key in ("loss", "grad_norm", "lr"):
-            assert ours[key] == pytest.approx(theirs[key], rel=0 if name == "dp" else 1e-4), key
+            assert ours[key] == pytest.approx(theirs[key], rel=0 if name in EXACT else 1e-4), key
     for stem in ("adapter_model", "optimizer"):
         a, b = (whole_tensors(r / "checkpoints" / "step-000003", stem) for r in (run, alone))
         assert a.keys() == b.keys()
         for key in a:
-            tolerance = dict(rtol=0, atol=0) if name == "dp" else dict(rtol=1e-3, atol=2e-5)
+            tolerance = dict(rtol=0, atol=0) if name in EXACT else dict(rtol=1e-3, atol=2e-5)
             torch.testing.assert_close(a[key], b[key], **tolerance, msg=lambda m, key=key: f"{key}: {m}")
     one, two = (dict(named_views(load_model(r / "model", torch.float32))) for r in (run, alone))
     for key, w in one.items():
-        torch.testing.assert_close(w, two[key], rtol=0 if name == "dp" else 2e-2, atol=0 if name == "dp" else 1e-4)
+        torch.testing.assert_close(w, two[key], rtol=0 if name in EXACT else 2e-2, atol=0 if name in EXACT else 1e-4)
     ours, theirs = (load_file(r / "adapter" / "adapter_model.safetensors") for r in (run, alone))
     assert ours.keys() == theirs.keys()
 
 
 def test_what_cannot_be_divided_is_refused(several):
     code, _, error = json.loads((several / "refused.0").read_text())
-    assert code == 2 and "--tp with --lora-rank" in error and error.count("\n") == 1
+    assert code == 2 and "--schedule InterleavedZeroBubble with --lora-rank" in error and error.count("\n") == 1

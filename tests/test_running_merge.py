@@ -139,6 +139,8 @@ def test_two_processes_merge_the_bits_of_their_stored_checkpoints(several, name,
 def test_other_settings_begin_another_merge(run, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(run.folder, folder, ignore=shutil.ignore_patterns(".lock"))
+    none = Trainer.resume(folder / "checkpoints/step-000006", merge_last=0)  # its merge_every has no effect any more
+    none.lock.close()
     longer = Trainer.resume(folder / "checkpoints/step-000006", steps=15)
     assert "begins anew" in longer.notes[-1] and list(longer.merge.plan) == [9, 12, 15] and not longer.merge.taken
     longer.lock.close()
@@ -185,6 +187,8 @@ def test_mistakes(small, text, tmp_path, capsys):
         "--merge-last 2 --merge-weights sum": "it must be mean",
         "--merge-last 2 --merge-weights 0.7,0.7": "add up to 1.4",
         "--merge-last 2 --merge-every 0": "it must be at least 1",
+        "--merge-weights 1-sqrt": "--merge-weights 1-sqrt needs --merge-last",
+        "--merge-every 5": "--merge-every 5 needs --merge-last",
     }.items():
         argv = ["--data", str(text), *flags.split(), "--out", str(tmp_path / "run")]
         assert message in one_line_error(argv, capsys), flags

@@ -4,6 +4,7 @@
 import asyncio
 import json
 import random
+import threading
 
 import pytest
 import torch
@@ -305,6 +306,40 @@ def test_a_thought_that_the_prompt_has_opened(shared):
     body = CHAT | dict(messages=messages, continue_final_message=True, max_tokens=8, ignore_eos=True)
     message = call(shared, "/v1/chat/completions", body).json()["choices"][0]["message"]
     assert message["reasoning_content"] and message["content"] == ""
+
+
+def test_a_long_prompt_does_not_hold_up_others(checkpoint, monkeypatch):
+    """It becomes tokens in a thread, while the event loop goes on."""
+    fresh = service(checkpoint)
+    begun, goes_on, encode = threading.Event(), threading.Event(), fresh.tokenizer.encode
+
+    def slow(*args, **options):
+        begun.set()
+        assert goes_on.wait(30)
+        return encode(*args, **options)
+
+    monkeypatch.setattr(type(fresh.tokenizer), "encode", lambda _, *args, **options: slow(*args, **options))
+
+    async def run():
+        transport = httpx.ASGITransport(make_app(fresh))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            answer = asyncio.create_task(client.post("/v1/completions", json=BODY))
+            await asyncio.to_thread(begun.wait, 30)
+            health = await client.head("/health")
+            assert not answer.done() and health.status_code == 200
+            goes_on.set()
+            return (await answer).json()
+
+    assert asyncio.run(run())["id"].startswith("cmpl-")
+
+
+def test_other_endpoints_are_refused_by_name(shared):
+    for path in ("/v1/responses", "/v1/messages", "/v1/embeddings", "/rerank", "/version", "/v1/x%0Ay"):
+        response = call(shared, path, dict(model="speller", input="x"))
+        message = response.json()["error"]["message"]
+        assert response.status_code == 404 and message.startswith("there is no /") and "/v1/chat/completions" in message
+        assert len(message.splitlines()) == 1
+    assert call(shared, "/v1/chat/completions", CHAT).json()["id"].startswith("chatcmpl-")
 
 
 def test_request_ids(shared):

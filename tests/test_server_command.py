@@ -14,9 +14,12 @@ import torch
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 
+from ling_kernels.errors import InputError  # noqa: E402
 from ling_kernels.generate import Spill  # noqa: E402
 from ling_kernels.generate.server import command as server  # noqa: E402
 from ling_kernels.generate.server.command import main  # noqa: E402
+from ling_kernels.generate.server.traces import make_traces  # noqa: E402
+from ling_kernels.nn.batch_invariant import PinnedLinear  # noqa: E402
 from tests.test_server import BODY, call, checkpoint, httpx, service  # noqa: E402, F401
 from tests.test_server_connections import command  # noqa: E402
 
@@ -25,7 +28,8 @@ from tests.test_server_connections import command  # noqa: E402
     ([], "--model"), (["--model", "tiny"], "checkpoint folder"), (["--model", "/nowhere"], "/nowhere"),
     (["--model", "tiny", "--max-waiting", "0"], "--max-waiting"),
     (["--model", "tiny", "--timeout", "nan"], "--timeout"),
-    (["--model", "tiny", "--key", ""], "--key"),
+    (["--model", "tiny", "--key", ""], "--key"), (["--model", "tiny", "--key", "sécret"], "printable ASCII"),
+    (["--model", "tiny", "--max-rows", "0"], "--max-rows"),
     (["--model", "tiny", "--cache-host", "0"], "--cache-host is 0.0; it must be above 0"),
     (["--model", "tiny", "--cache-disk", "/tmp"], "--cache-disk needs --cache-host"),
     (["--model", "tiny", "--cache-host", "1", "--cache-disk", "/dev/null"], "the cache cannot be kept in /dev/null"),
@@ -33,6 +37,23 @@ from tests.test_server_connections import command  # noqa: E402
 def test_invalid_arguments(capsys, args, message):
     assert main(args) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_missing_package_is_named_as_pip_installs_it():
+    code = f"import sys; sys.modules['fastapi'] = None; import runpy; runpy.run_module({server.__name__!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode and "pip install '.[server]'" in done.stderr.splitlines()[-1]
+
+
+def test_keys_of_flags_a_file_and_the_environment(tmp_path, monkeypatch):
+    (tmp_path / "keys").write_text("one\n\n two \n")
+    monkeypatch.setenv("LING_API_KEY", "three")
+    flags = ["--key", "four", "--key", "five", "--key-file", str(tmp_path / "keys")]
+    args = server.arguments().parse_args(["--model", "tiny", *flags])
+    assert server.read_keys(args) == {"one", "two", "three", "four", "five"}
+    (tmp_path / "keys").write_text("\n")
+    with pytest.raises(InputError, match="has no key"):
+        server.read_keys(args)
 
 
 def test_unreadable_tls_files(checkpoint, capsys, tmp_path):
@@ -43,10 +64,28 @@ def test_unreadable_tls_files(checkpoint, capsys, tmp_path):
         assert message in capsys.readouterr().err
 
 
+def test_batch_invariant_pins_the_model(checkpoint):
+    flags = ["--model", checkpoint, "--cache-tokens", "64", "--max-running", "2", "--batch-invariant"]
+    with server.start(server.arguments().parse_args(flags), Path(checkpoint)) as engine:
+        assert isinstance(engine.model.lm_head, PinnedLinear)
+
+
 def test_a_port_in_use(checkpoint, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert main(["--model", checkpoint, "--port", str(taken.getsockname()[1])]) == 2
     assert "cannot listen on 127.0.0.1" in capsys.readouterr().err
+
+
+def test_traces_without_a_package_or_a_url(checkpoint, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "opentelemetry", None)
+    for url, message in [("http://localhost:4318", "pip install '.[telemetry]'"), ("localhost:4317", "is no URL")]:
+        assert main(["--model", checkpoint, "--port", "0", "--otlp", url]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
+    assert make_traces(None) is None and not capsys.readouterr().err
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://localhost:4318")
+    assert make_traces(None) is None, "where all programs have the variable, it is no reason to fail"
+    assert "is set, but opentelemetry is not installed" in capsys.readouterr().err
 
 
 def test_out_of_memory(checkpoint, capsys, monkeypatch):

@@ -34,14 +34,14 @@ def router(checkpoint):
     return router
 
 
-def ask(router, *bodies, path="/v1/completions", key="k"):
+def ask(router, *bodies, path="/v1/completions", key="k", headers=()):
     """The answers to requests one after another."""
 
     async def all_of_them():
         transport = httpx.ASGITransport(router.app())
         async with httpx.AsyncClient(transport=transport, base_url="http://router") as client:
-            headers = {"Authorization": f"Bearer {key}", "X-Request-Id": "mine"}
-            return [await client.post(path, json=body, headers=headers) for body in bodies]
+            sent = {"Authorization": f"Bearer {key}", "X-Request-Id": "mine", **dict(headers)}
+            return [await client.post(path, json=body, headers=sent) for body in bodies]
 
     return asyncio.run(all_of_them())
 
@@ -73,6 +73,16 @@ def failing(router, number, *events, kind="text/event-stream"):
     transport.kind = kind
     router.replicas[number].client = httpx.AsyncClient(transport=transport, base_url="http://replica")
     return transport
+
+
+def test_a_clients_trace_goes_on_in_its_replica(router):
+    got = []
+    for replica in router.replicas:
+        transport = httpx.MockTransport(lambda request: got.append(request.headers) or httpx.Response(200, json={}))
+        replica.client = httpx.AsyncClient(transport=transport, base_url="http://replica")
+    trace = {"traceparent": "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01", "tracestate": "a=b"}
+    assert ask(router, BODY, headers=trace)[0].status_code == 200
+    assert [{name: headers[name] for name in trace} for headers in got] == [trace]
 
 
 def test_answers_are_a_replicas(router):

@@ -10,6 +10,7 @@ here: a request's next mask while the pass of other requests runs, on a CPU whil
 import contextlib
 import functools
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -28,7 +29,18 @@ MISSING = "structured output needs the package llguidance: pip install '.[struct
 # Between the parts of a JSON text. Any amount of it would let a model write blanks without end.
 WHITESPACE = r"( |\n {0,20})"
 GRAMMARS = 64  # that are kept
-WORKERS = ThreadPoolExecutor(4, "grammar")  # threads start when there is work
+
+
+WORKERS: ThreadPoolExecutor
+
+
+def start_workers() -> None:
+    global WORKERS
+    WORKERS = ThreadPoolExecutor(4, "grammar")  # its threads start when there is work
+
+
+start_workers()
+os.register_at_fork(after_in_child=start_workers)  # the parent's threads are not there
 
 
 class Grammars:

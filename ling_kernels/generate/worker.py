@@ -5,7 +5,6 @@ import queue
 import sys
 import threading
 import traceback
-from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -18,18 +17,24 @@ from .divided import FollowForward, load_part
 
 def receive(connection: Connection, messages: queue.SimpleQueue) -> None:
     """Receive rank 0's messages. Its end is that of this process, which may wait for it in a pass."""
-    with suppress(EOFError, OSError):
+    try:
         while (message := connection.recv())[0] != "end":
             messages.put(message)
+    except (EOFError, OSError):
+        pass
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
     os._exit(0)
 
 
 def follow(connection: Connection, messages: queue.SimpleQueue, rank: int) -> None:
     """Load a part, then run what rank 0 runs."""
-    connection.send(("here", None))
     _, (n, file, threads, folder, load) = messages.get()
     load["device"] = torch.device("cuda", rank) if torch.device(load["device"]).type == "cuda" else torch.device("cpu")
     torch.set_num_threads(threads)
+    torch.zeros(1, device=load["device"])  # a GPU that does not work fails here
+    connection.send(("here", None))
     model = load_part(n, rank, file, folder, load)
     connection.send(("loaded", None))
     _, (layers, pages, page_size, dtype, options) = messages.get()

@@ -25,6 +25,8 @@ class Sampling:
     """Sampling parameters of one request; top_k 0, top_p 1 and min_p 0 keep every token.
 
     temperature 0 is greedy. The same seed gives the same tokens, whatever else is in the batch; None draws a new seed.
+    Rounding differs from batch to batch, though, and can change a token, in bf16 the sooner; a model with
+    `nn.batch_invariant.batch_invariant_` has the same to the bit.
     presence_penalty is subtracted from the logit of every token that has been generated, frequency_penalty once for
     each time; logit_bias maps tokens to what is added to their logits, and is kept as pairs. These three are the
     engine's (generate/edits.py), not `sampler`'s. Raises InputError for values out of range.

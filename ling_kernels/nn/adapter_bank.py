@@ -7,47 +7,71 @@ adapter is in no group.
 """
 
 import copy
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from ..errors import InputError
-from ..ops.dispatch import Plan, counts_here, dispatch, dispatch_here
+from ..op import few_calls_on_cpu
+from ..ops.dispatch import Plan, counts_here, dispatch
 from ..ops.grouped_gemm import grouped_gemm
 from ..ops.permute import permute
 from ..ops.unpermute import unpermute
 from .lora import KINDS, adapted
 
 
+class RowGroups(NamedTuple):
+    """A plan of rows for a loop over groups, where the host has the numbers."""
+
+    rows: Tensor  # [n] int64: those that are in a group, group by group
+    runs: list[tuple[int, int]]  # each group with rows, and how many
+
+
 class AdapterRows:
     """The adapters of the rows of a pass, which all banks of a model read."""
-
-    sorted: Plan  # of the rows of experts_plan, by `by_expert`
 
     def __init__(self, number: int):
         self.number = number
 
     def set(self, ids: Tensor) -> None:
         """ids [T] int32: the adapter of each row of the layers' inputs from now on; -1: none."""
-        self.ids, self.plan = ids, dispatch_here(ids[:, None], self.number)
+        self.ids = ids
+        self.of_rows: Plan | RowGroups | None = None
         self.of_choices: tuple[Tensor, Tensor] | None = None
-        self.experts_plan: Plan | None = None
+        self.of_plan: tuple[Plan, Plan | RowGroups] | None = None
 
-    def by_expert(self, plan: Plan) -> Plan:
-        """The plan that sorts the rows of a layer's plan, which are sorted by expert, by adapter and expert: group
-        adapter x E + expert."""
-        if self.experts_plan is plan:  # gate_up and down have the same
-            return self.sorted
-        E, topk = len(plan.offsets) - 1, plan.slot.shape[1]
-        if self.of_choices is None:  # the group of expert 0 for each choice, below -E + 1 for none; the rows' numbers
-            first = torch.where(self.ids < 0, -E, self.ids * E).repeat_interleave(topk)
+    def groups(self, plan: Plan | None, few_calls: bool) -> Plan | RowGroups:
+        """The rows sorted by adapter; with a layer's plan, its rows, which are sorted by expert, sorted by adapter and
+        expert: group adapter x E + expert. few_calls: for a loop over the groups."""
+        if plan is None:
+            if self.of_rows is None:
+                self.of_rows = sort_rows(self.ids, self.number, few_calls)
+            return self.of_rows
+        if self.of_plan is None or self.of_plan[0] is not plan:  # gate_up and down have the same
+            E = len(plan.offsets) - 1
+            self.of_plan = plan, sort_rows(self.by_expert(plan, E), self.number * E, few_calls)
+        return self.of_plan[1]
+
+    def by_expert(self, plan: Plan, E: int) -> Tensor:
+        """The group of each row of a plan; below 0: none. Undefined rows count as the last expert's."""
+        if self.of_choices is None:  # the group of expert 0 for each choice, -E for none; the rows' numbers
+            first = torch.where(self.ids < 0, -E, self.ids * E).repeat_interleave(plan.slot.shape[1])
             self.of_choices = first, torch.arange(len(first), dtype=torch.int32, device=first.device)
         first, row = self.of_choices
-        # Undefined rows count as the last expert's.
         expert = torch.searchsorted(plan.offsets[1:-1], row, right=True, out_int32=True)
-        group = (first.index_select(0, plan.source) + expert)[:, None]
-        self.experts_plan, self.sorted = plan, dispatch(group, counts_here(group, self.number * E))
-        return self.sorted
+        return first.index_select(0, plan.source) + expert
+
+
+def sort_rows(group: Tensor, number: int, few_calls: bool) -> Plan | RowGroups:
+    """group [S] int32, below `number`; below 0: none."""
+    if not few_calls:
+        return dispatch(group[:, None], counts_here(group, number))
+    group, rows = group.sort(stable=True)
+    without = int((group < 0).sum())
+    used, counts = group[without:].unique_consecutive(return_counts=True)
+    return RowGroups(rows[without:], [*zip(used.tolist(), counts.tolist(), strict=True)])
 
 
 class AdapterBank:
@@ -63,9 +87,19 @@ class AdapterBank:
 
     def __call__(self, x: Tensor, plan: Plan | None = None) -> Tensor:
         """x [T, K] -> [T, N], zeros in rows without adapter; with a plan, x [S, K] of its rows -> [S, N]."""
-        groups = self.rows.plan if plan is None else self.rows.by_expert(plan)
+        groups = self.rows.groups(plan, few_calls_on_cpu(x, self.a))
+        if isinstance(groups, RowGroups):
+            return self.looped(x, *groups)
         h = grouped_gemm(permute(x, groups), self.a, groups.offsets)
         return unpermute(grouped_gemm(h, self.b, groups.offsets), groups)
+
+    def looped(self, x: Tensor, rows: Tensor, runs: list[tuple[int, int]]) -> Tensor:
+        """The same, group by group: of few rows most groups have none."""
+        y = x.new_zeros(len(x), self.b.shape[1])
+        if not runs:
+            return y
+        parts = zip(x.index_select(0, rows).split([n for _, n in runs]), runs, strict=True)
+        return y.index_copy_(0, rows, torch.cat([linear(linear(part, self.a[g]), self.b[g]) for part, (g, _) in parts]))
 
 
 def with_banks(model: nn.Module, factors: dict[str, tuple[Tensor, Tensor]], rows: AdapterRows) -> nn.Module:

@@ -14,9 +14,10 @@ from ..files import read_json
 from ..model import LingConfig
 from ..model.weight_files import WeightReader, save_tensors
 from ..nn.lora import ON, adapted, adapters, drawn, lora_
+from .boxes import Box, Range
 from .checkpoints import ADAPTER
 from .official import Official, Parameter, official_keys, whole_on_meta
-from .parts import held, pieces, read_pieces_
+from .parts import Piece, held, pieces, read_pieces_
 from .shares import Shares
 
 PREFIX = "base_model.model."  # of peft's keys, before the key of the module
@@ -56,8 +57,10 @@ def adapt_(shares: Shares, rank: int, alpha: float, on: Collection[str], seed: i
     """Give this process's part of the model its part of the adapters; returns a line about them. Make the optimizer
     afterwards. Raises InputError as `lora_`."""
     keys, model = adapter_keys(shares.config, rank, on), shares.model
-    lora_(model, rank, alpha, on, seed)
-    shares.add_adapters_(keys)
+    with shares.ranks.agreed():  # a stage of a pipeline may have no such layer
+        lora_(model, rank, alpha, on, seed)
+    names = {id(p): name for name, p in model.named_parameters()}
+    shares.add_adapters_(keys, {name: names.get(id(weight), "") for name, (_, weight) in adapted(model, on).items()})
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name in keys and name.endswith(".a"):
@@ -74,21 +77,29 @@ def read_adapters_(shares: Shares, folder: Path) -> None:
         read_pieces_(reader, [*wanted])
 
 
-def merging(shares: Shares) -> Callable[[str, Tensor], Tensor]:
-    """A function of an official key and its weight, whole and of this process, that adds the adapter's product to it in
-    fp32; a weight without adapter stays as it is."""
-    factors: dict[str, dict[str, Tensor]] = {}
+def merging(shares: Shares) -> Callable[[str, Tensor, Box], Tensor]:
+    """A function of an official key, its weight or what this process has of it, and the box that this is, that adds the
+    adapter's product to it in fp32; a weight without adapter stays as it is."""
+    factors: dict[str, dict[str, list[Piece]]] = {}
     for piece in pieces(shares, ((name, t) for name, t in held(shares.model) if name in shares.adapters)):
         module, _, which = piece.official.key.removeprefix(PREFIX).rpartition(".lora_")
-        factors.setdefault(f"{module}.weight", {})[which[0]] = piece.tensor
+        factors.setdefault(f"{module}.weight", {}).setdefault(which[0], []).append(piece)
     scale = next((adapter.scale for adapter in adapters(shares.model).values()), 0.0)
 
-    def merged(key: str, weight: Tensor) -> Tensor:
+    def merged(key: str, weight: Tensor, box: Box) -> Tensor:
         if key not in factors:
             return weight
-        return weight.float() + (scale * (factors[key]["B"] @ factors[key]["A"])).to(weight.device)
+        a, b = (cut(factors[key][which], dim, box[dim]) for which, dim in (("A", 1), ("B", 0)))
+        return weight.float() + (scale * (b @ a)).to(weight.device)
 
     return merged
+
+
+def cut(found: list[Piece], dim: int, wanted: Range) -> Tensor:
+    """The rows or columns of a factor that belong to a part of its weight: in one of the pieces here."""
+    start, stop = wanted
+    piece = next(piece for piece in found if piece.box[dim][0] <= start and stop <= piece.box[dim][1])
+    return piece.tensor.narrow(dim, start - piece.box[dim][0], stop - start)
 
 
 def write_adapter(

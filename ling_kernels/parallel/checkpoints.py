@@ -59,18 +59,19 @@ class OwnPart:
         return sum(t.numel() * t.itemsize for t in self.tensors())
 
     def on_host(
-        self, dtype: torch.dtype | None = None, change: Callable[[str, Tensor], Tensor] | None = None
+        self, dtype: torch.dtype | None = None, change: Callable[[str, Tensor, Box], Tensor] | None = None
     ) -> "OwnPart":
-        """Copies on the host, which later steps do not change. dtype: of the weights; None: their own. change: of a key
-        and its whole tensor, makes the one to write."""
+        """Copies on the host, which later steps do not change. dtype: of the weights; None: their own. change: of a
+        key, its tensor or a part of it, and the box that this is, makes the one to write."""
 
-        def copy(key: str, t: Tensor) -> Tensor:
+        def copy(key: str, t: Tensor, box: Box) -> Tensor:
+            t = change(key, t, box) if change else t
             kind = None if dtype is None else stored_dtype(key, t.dtype, dtype)
             return t.to("cpu", kind, copy=True).contiguous()
 
         return OwnPart(
-            {key: copy(key, change(key, t) if change else t) for key, t in self.weights.items()},
-            [piece._replace(tensor=copy(piece.official.key, piece.tensor)) for piece in self.pieces],
+            {key: copy(key, t, whole_box(t.shape)) for key, t in self.weights.items()},
+            [piece._replace(tensor=copy(piece.official.key, piece.tensor, piece.box)) for piece in self.pieces],
             {key: t.to("cpu", copy=True).contiguous() for key, t in self.optimizer.items()},
             self.keys,
             self.stem,

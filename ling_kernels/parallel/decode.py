@@ -6,8 +6,9 @@ all-reduce adds the ranks' summands. Norms, routers and MTP's projection are who
 divided by columns, so that no rank lacks a token, the head by vocabulary; rows and logits are gathered.
 
 Experts are divided by columns, not as whole experts over ranks: a step then reads 1/n of each chosen expert on every
-rank, whatever the router chooses. With whole experts a step of few tokens waits for the rank that has most of them.
-Rows need no exchange either way, since every rank has them all.
+rank, whatever the router chooses. With whole experts it waits for the rank that has most of the chosen ones: of 8 ranks
+that one has 3.0 times the average for one token, 1.6 times for 8 tokens, 1.09 times for 64 (random scores under Ling's
+group limit). Rows need no exchange either way, since every rank has them all.
 
 parallel/tensor.py is the form for training: there ranks share the rows.
 """

@@ -274,6 +274,8 @@ class Pipeline:
             )
         for name, group in self.shared.items():
             p = self.model.get_parameter(name)
+            if not p.requires_grad:
+                continue
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
             dist.all_reduce(p.grad, group=group)

@@ -101,10 +101,15 @@ class Shares:
             if keepers > 1:
                 self.keeper[name] = keeper
 
-    def add_adapters_(self, keys: dict[str, Parameter]) -> None:
-        """Take in adapters (adapters.py), which the model has. keys: of the whole model's, by name."""
+    def add_adapters_(self, keys: dict[str, Parameter], weights: dict[str, str]) -> None:
+        """Take in adapters (adapters.py), which the model has. keys: of the whole model's, by name; weights: the names
+        of the weights that this rank's adapters are of, whose rows b divides, and whose columns a."""
         self.adapters, self.names = {*keys}, [*keys]
         self.official.update(keys)
+        parts = {adapter: self.cuts[weight] for adapter, weight in weights.items() if weight in self.cuts}
+        of_adapters = {f"{adapter}.{'a' if part.dim else 'b'}": part for adapter, part in parts.items()}
+        self.cuts |= of_adapters
+        self.divided |= dict.fromkeys(of_adapters, self.ranks.tensor)
         if self.ranks.experts.group is not None:
             of_experts = expert_parameters(self.model)
             named = {name for name, p in self.model.named_parameters() if p in of_experts}

@@ -17,8 +17,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import InputError
 from ..model.packing import Batch
-from ..nn import MLP, Attention, BatchLayout, RMSNorm
+from ..nn import MLP, Attention, BatchLayout, RMSNorm, lora
 from ..nn.fp8 import KINDS, Fp8MLP
+from ..nn.lora import AdaptedFeedForward
 from ..op import autocast
 from ..ops.attention_decode import KVCache
 from .boxes import Part
@@ -156,5 +157,14 @@ class TensorFp8MLP(TensorMLP, Fp8MLP):
         return new
 
 
+class TensorLoraMLP(TensorMLP, AdaptedFeedForward, MLP):
+    """With adapters of these columns."""
+
+
+class TensorLoraFp8MLP(TensorFp8MLP, AdaptedFeedForward, Fp8MLP):
+    pass
+
+
 CLASSES = {Attention: TensorAttention, ContextAttention: TensorContextAttention, MLP: TensorMLP}
 KINDS[TensorMLP] = TensorFp8MLP  # what to_fp8 makes of it
+lora.KINDS |= {TensorMLP: TensorLoraMLP, TensorFp8MLP: TensorLoraFp8MLP}  # and what lora_ does

@@ -21,6 +21,7 @@ from ..errors import InputError, OtherRank
 from ..model import LingConfig, save_model
 from ..model.weight_files import SHARD_BYTES, WeightReader, remove_weights, save_tensors
 from ..parallel.adapters import merging
+from ..parallel.boxes import whole_box
 from ..parallel.checkpoints import OwnPart, collect_, failing_together, own_part, write_files
 from ..parallel.ranks import Ranks
 from ..parallel.shares import Shares
@@ -166,7 +167,9 @@ def export_over(base: Path, folder: Path, shares: Shares, tokenizer: Tokenizer) 
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with WeightReader(base) as reader:
-            write_sum(folder, shares.config, "bf16", lambda key, _: merged(key, reader.wide(key)))
+            write_sum(
+                folder, shares.config, "bf16", lambda key, _: merged(key, w := reader.wide(key), whole_box(w.shape))
+            )
         tokenizer.save(folder)
     except OSError as error:
         raise InputError(f"cannot write {folder}: {error}") from None

@@ -27,7 +27,8 @@ Launch run_kernel;
 
 struct Function {
     std::string name;
-    size_t dynamic = 48 << 10;  // bytes of dynamic shared memory that a launch may ask for
+    size_t dynamic = 48 << 10;                    // bytes of dynamic shared memory that a launch may ask for
+    int carveout = cudaSharedmemCarveoutDefault;  // percent of an SM's memory that should be shared memory
 };
 std::unordered_map<const void*, Function>& functions() {  // by the address of the host's stub
     static std::unordered_map<const void*, Function> all;
@@ -125,6 +126,8 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* st
             attributes |= a.val.clusterDim.x << 8 | a.val.clusterDim.y << 16 | a.val.clusterDim.z << 24;
         else return cudaErrorNotSupported;
     }
+    // Kernels that overlap must ask for one split of an SM's memory: it changes only when the SM is empty.
+    if (attributes & kOverlaps && f.carveout != cudaSharedmemCarveoutMaxShared) return cudaErrorInvalidConfiguration;
     if (attributes & kCooperative && blocks > resident(threads, config->dynamicSmemBytes) * multiprocessors())
         return cudaErrorCooperativeLaunchTooLarge;
     if (!run_kernel) return cudaErrorNotReady;
@@ -134,8 +137,11 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* st
 
 cudaError_t cudaFuncSetAttribute(const void* stub, cudaFuncAttribute what, int value) {
     if (what == cudaFuncAttributeNonPortableClusterSizeAllowed) return cudaSuccess;
-    if (what == cudaFuncAttributePreferredSharedMemoryCarveout)  // a hint
-        return -1 <= value && value <= 100 ? cudaSuccess : cudaErrorInvalidValue;
+    if (what == cudaFuncAttributePreferredSharedMemoryCarveout) {
+        if (value < -1 || value > 100) return cudaErrorInvalidValue;
+        functions()[stub].carveout = value;
+        return cudaSuccess;
+    }
     if (what != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaErrorNotSupported;
     if (value < 0 || static_cast<size_t>(value) > kBlockShared) return cudaErrorInvalidValue;
     functions()[stub].dynamic = value;

@@ -38,6 +38,7 @@ ENVIRONMENTS = {
     "clients": [
         *("openai==3.57.0", "litellm==1.110.2", "langchain-openai==1.7.4", "llm==0.36", "guidellm==0.8.1"),
         *("lm_eval==0.4.13", "transformers==5.23.0", "llguidance==1.9.1"),
+        "opentelemetry-exporter-otlp-proto-http==1.45.2",
     ],
 }
 

@@ -46,6 +46,7 @@ class Choice:
     hidden: frozenset[int] = frozenset()  # tokens that have no text
     finish_reason: str | None = None
     submitted: float = field(default_factory=time.perf_counter)
+    first_token: float | None = None  # when it came, by time.monotonic()
 
     async def stream(self) -> AsyncIterator[Piece]:
         """Yield pieces of its text. Raises HTTPException if the model fails or the request times out."""
@@ -57,6 +58,7 @@ class Choice:
             async for token in tokens:
                 now = time.perf_counter()
                 if last is None:
+                    self.first_token = time.monotonic()
                     metrics.time_to_first_token.add(now - self.submitted)
                     metrics.queue_time.add(request.admitted - request.submitted)
                     metrics.cached_tokens += self.cached_tokens
@@ -143,6 +145,7 @@ async def complete(service: Service, body: Body, http_request: HttpRequest, obje
         raise
     prefix = "chatcmpl" if isinstance(body, ChatCompletionRequest) else "cmpl"
     header = {"id": f"{prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": body.model}
+    http_request.state.answer = body, header["id"], choices
     if body.stream:
         return EventStream(choices, body, object_type, header)
     return await full_response(choices, body, object_type, header, http_request)

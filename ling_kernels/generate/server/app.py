@@ -15,7 +15,7 @@ from starlette.types import ASGIApp
 
 from ...errors import Busy, InputError
 from .answers import complete
-from .guard import Guard
+from .guard import Guard, printable
 from .metrics import FORMAT
 from .protocol import UNSUPPORTED, ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from .service import INTERNAL_ERROR, ContextTooLong, Service, error_response
@@ -25,6 +25,10 @@ PAGE_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
     "frame-ancestors 'none'"
 )
+PATHS = (
+    "/v1/completions", "/v1/chat/completions", "/v1/models", "/tokenize", "/detokenize", "/health", "/live", "/metrics",
+    "/status",
+)  # fmt: skip
 FIELDS = {*CompletionRequest.model_fields, *ChatCompletionRequest.model_fields, *DetokenizeRequest.model_fields}
 
 
@@ -81,7 +85,10 @@ def make_app(service: Service) -> ASGIApp:
     @app.exception_handler(HTTPException)
     async def on_http_exception(request: HttpRequest, error: HTTPException):
         code = "model_not_found" if error.status_code == 404 and "the model" in str(error.detail) else None
-        return error_response(error.status_code, error.detail, error.headers, code and "model", code)
+        message = error.detail
+        if error.status_code == 404 and code is None:
+            message = f"there is no {printable(request.url.path)} here; there are {', '.join(PATHS)}"
+        return error_response(error.status_code, message, error.headers, code and "model", code)
 
     @app.exception_handler(Exception)
     async def on_exception(_, error: Exception):  # uvicorn logs the traceback

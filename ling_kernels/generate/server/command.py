@@ -19,6 +19,7 @@ try:
     from .protocol import SAMPLING
     from .replicas import Router, visible_gpus
     from .service import Service
+    from .traces import make_traces
 except ImportError as error:
     raise SystemExit(f"error: {error}: pip install '.[server]'") from None
 
@@ -69,6 +70,10 @@ def arguments() -> Parser:
     add("--max-tokens", type=int, metavar="N", help="limit per request (default: the model's positions)")
     add("--max-body", type=int, default=1 << 20, metavar="BYTES", help="limit of a request body (default: 1 MiB)")
     add("--max-running", type=int, default=64, metavar="N", help="requests in a batch (default: 64)")
+    add(
+        "--max-rows", type=int, default=2048, metavar="N",
+        help="tokens of a pass: fewer make long prompts hold up running streams less, and take longer (default: 2048)",
+    )  # fmt: skip
     add("--max-waiting", type=int, default=1024, metavar="N", help="requests in the queue (default: 1024)")
     add("--timeout", type=float, metavar="SECONDS", help="limit per request (default: none)")
     add(
@@ -92,6 +97,11 @@ def arguments() -> Parser:
         default=600.0,
         metavar="SECONDS",
         help="a pass that takes longer makes /health fail; after twice as long the process ends (default: 600)",
+    )
+    add(
+        "--otlp",
+        metavar="URL",
+        help="send traces to this OpenTelemetry collector (default: OTEL_EXPORTER_OTLP_ENDPOINT)",
     )
     add("--access-log", action="store_true", help="print a line for each response to standard error")
     add("--draft", type=int, default=0, metavar="N", help="draft tokens per step (default: 0)")
@@ -118,6 +128,7 @@ def check(args: argparse.Namespace) -> None:
         "max_tokens",
         "max_body",
         "max_running",
+        "max_rows",
         "max_waiting",
         "cache_tokens",
         "limit_concurrency",
@@ -135,10 +146,9 @@ def check(args: argparse.Namespace) -> None:
         if args.cache_host is None:
             raise InputError("--cache-disk needs --cache-host, the memory by which its pages come and go")
         usable_folder(args.cache_disk)
-    if args.adapter and args.tp > 1:
-        raise InputError("--adapter is for a model on one GPU: leave out --tp")
-    if args.cache_host is not None and args.tp > 1:
-        raise InputError("--cache-host is for a model on one GPU: leave out --tp")
+    for name in ("adapter", "batch_invariant", "cache_host"):
+        if args.tp > 1 and getattr(args, name):
+            raise InputError(f"--{name.replace('_', '-')} is for a model on one GPU: leave out --tp")
     if (args.tls_cert is None) != (args.tls_key is None):
         raise InputError("--tls-cert and --tls-key need each other")
     for name in ("tls_cert", "tls_key"):
@@ -156,8 +166,9 @@ def read_keys(args: argparse.Namespace) -> frozenset[str]:
             lines = user_path(args.key_file).read_text(encoding="utf-8").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"--key-file {args.key_file}: {error}") from None
-        keys += [line.strip() for line in lines if line.strip()]
-        if not keys:
+        found = [line.strip() for line in lines if line.strip()]
+        keys += found
+        if not found:
             raise InputError(f"--key-file {args.key_file} has no key")
     if KEY_VARIABLE in os.environ:
         keys.append(os.environ[KEY_VARIABLE])
@@ -212,7 +223,7 @@ def start(args: argparse.Namespace, folder: Path, adapters: dict[str, Path] | No
         cache_tokens=args.cache_tokens,
         cache_dtype=torch.float8_e4m3fn if args.cache == "fp8" else None,
         max_running=args.max_running,
-        max_rows=max(2048, args.max_running * (1 + args.draft)),
+        max_rows=max(args.max_rows, args.max_running * (1 + args.draft)),
         max_waiting=args.max_waiting,
         draft=args.draft,
         adapters=adapters,
@@ -262,13 +273,14 @@ def main(argv: list[str] | None = None) -> int:
     tokenizer: Tokenizer = find_tokenizer(args.tokenizer, folder, config)
     limits = dict(keys=keys, max_body=args.max_body, limit_concurrency=args.limit_concurrency)
     options = load_options(args)  # refuses a device that is not there
+    traces = make_traces(args.otlp)
     if args.replicas > 1 and args.socket is None:
         return route(args, argv, name, dict(access_log=args.access_log, **limits), options["device"] == "cuda")
     service = Service(
         None, tokenizer, name, frozenset(stop_token_ids(config, tokenizer, folder)), adapters=tuple(adapters),
         max_tokens=args.max_tokens, timeout=args.timeout, stuck_after=args.stuck_after,
         sampling_defaults=sampling_defaults(folder), origins=tuple(args.allow_origin),
-        access_log=args.access_log and args.socket is None, **limits,
+        access_log=args.access_log and args.socket is None, traces=traces, **limits,
     )  # fmt: skip
     with bind(args.host, args.port, args.socket) as listener:
         url = listen(listener, args)

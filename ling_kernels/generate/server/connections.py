@@ -17,11 +17,14 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 READING = (h11.IDLE, h11.SEND_BODY)  # states of a client that has not sent its whole request
 EXIT_SLACK = 5.0  # seconds beyond --grace
+# Seconds that a connection stays open without a request. A client whose pool keeps it longer may send the next request
+# just as it is closed, and gets an error. Pools keep connections 5 s (httpx), 15 (aiohttp), 60 (nginx) and 90 (Go).
+KEEP_ALIVE = 120
 
 
 def connection_class(seconds: float) -> type[H11Protocol]:
     """Connections that are cut where a client takes longer than `seconds` to send a request, or to read anything of an
-    answer that waits for it. Between requests uvicorn's own limit of 5 s holds."""
+    answer that waits for it. Between requests the limit is KEEP_ALIVE."""
 
     class Connection(H11Protocol):
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -73,7 +76,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app, http=connection_class(client_timeout), ws="none", log_level="warning",
-                timeout_graceful_shutdown=max(1, round(grace)), **options,
+                timeout_graceful_shutdown=max(1, round(grace)), timeout_keep_alive=KEEP_ALIVE, **options,
             )
         )  # fmt: skip
         self.grace, self.watch = grace, watch

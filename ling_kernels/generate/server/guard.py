@@ -21,7 +21,8 @@ CLOSE = {"Connection": "close"}  # the rest of a refused body is not read
 
 
 class Guard:
-    """ASGI application around `app`. What it learns of a request is in its scope's state: id and client."""
+    """ASGI application around `app`. What it learns of a request is in its scope's state: id and client; `complete`
+    adds `answer`."""
 
     def __init__(self, app: ASGIApp, service: Limits):
         self.app, self.service = app, service
@@ -32,6 +33,7 @@ class Guard:
             return await self.app(scope, receive, send)
         headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
         state, started, status = scope.setdefault("state", {}), time.perf_counter(), 500
+        traced = time.time_ns()
         state["id"] = request_id(headers.get(b"x-request-id", ""))
 
         async def send_with_id(message: Message) -> None:
@@ -60,6 +62,8 @@ class Guard:
         finally:
             self.calls -= number
             self.service.metrics.responses[status] += 1
+            if self.service.traces is not None:
+                self.service.traces.add(scope["path"], headers, state, traced, status)
             if self.service.access_log:
                 seconds = time.perf_counter() - started
                 client, method, path = state["client"], scope["method"], printable(scope["path"])

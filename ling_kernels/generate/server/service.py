@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
@@ -16,6 +16,9 @@ from ...tokenizer import Tokenizer
 from ..engine import Engine
 from ..grammar import Grammars
 from .metrics import Metrics
+
+if TYPE_CHECKING:
+    from .traces import Traces
 
 Result = TypeVar("Result")
 
@@ -35,6 +38,7 @@ class Limits:
     limit_concurrency: int | None = None  # calls of /v1/ at once
     access_log: bool = False
     metrics: Metrics = field(default_factory=Metrics)
+    traces: "Traces | None" = None
 
     @property
     def loaded(self) -> bool:
@@ -86,7 +90,10 @@ class Service(Limits):
         self.engine = engine
 
     def finish(self) -> None:
-        """At the server's end: wait for the cache's files, not for the engine, which may be stuck."""
+        """At the server's end: wait for the last spans and the cache's files, not for the engine, which may be
+        stuck."""
+        if self.traces is not None:
+            self.traces.finish()
         levels = self.engine.pages.levels if self.engine else None
         if levels is not None:
             levels.close(FINISH_SECONDS)

@@ -60,6 +60,8 @@ def apply(parts: Collection[str] = PARTS, fp8: bool = False) -> None:
     FP8; the head, the router and MTP's projection stay. A second call starts from Megatron's own again. Raises
     InputError for another name; building a model raises it for a configuration that our experts do not have.
     """
+    if isinstance(parts, str):
+        raise InputError(f"parts is the text {parts!r}: give a list of names, such as {parts.split(',')}")
     unknown = sorted(set(parts) - set(PARTS))
     if unknown:
         raise InputError(f"no part {unknown[0]!r}; parts are {', '.join(PARTS)}")

@@ -5,6 +5,7 @@ forward for their norms, and one with a fused loss for the classes in `LOSSES`. 
 forward for each kind of its modules (remote.py).
 """
 
+import copy
 import functools
 import sys
 from collections.abc import Callable
@@ -71,6 +72,7 @@ def unpatch(model: Patched) -> Patched:
 def patch_model(model: Any) -> Any:
     refuse_config(model)
     before = model.__dict__.get(BEFORE) or dict(modules=[], implementations=None)
+    own_config(model)
     if before["implementations"] is None and hasattr(model, "set_experts_implementation"):  # version 5
         before["implementations"] = set_implementations(model)
     patched = {id(module) for module, _ in before["modules"]}
@@ -88,6 +90,16 @@ def patch_model(model: Any) -> Any:
         raise InputError(f"{type(model).__name__} has no module that ling_kernels replaces")
     model.__dict__[BEFORE] = before
     return model
+
+
+def own_config(model: Any) -> None:
+    """Give the model a copy of its configuration, in which the functions are chosen: other models may have been made
+    with the same object, and must not be switched with this one."""
+    copies: dict[int, Any] = {}
+    copy.deepcopy(model.config, copies)
+    for module in model.modules():
+        if id(module.__dict__.get("config")) in copies:
+            module.config = copies[id(module.config)]
 
 
 def expect_model(model: Any) -> None:

@@ -1,18 +1,21 @@
 """Checks of a run's settings: bounds of each, contradictions between them, what the model cannot do."""
 
+from collections.abc import Collection
+
 from ...errors import InputError
 from ...model import LingConfig
 from ..report.loggers import installed
 from ..running_merge import planned
-from ..settings import Settings
+from ..settings import FIELDS, Settings
 from ..values import check_bounds
 from .adapters import check_adapters
 
 MAX_THREADS = 4096  # OpenMP ends the process where it cannot start them
 
 
-def check(s: Settings, config: LingConfig) -> None:
-    """Raise InputError for a number out of range and for settings that contradict one another or the model."""
+def check(s: Settings, config: LingConfig, given: Collection[str] | None = None) -> None:
+    """Raise InputError for a number out of range and for settings that contradict one another or the model. given: the
+    settings that are not those of a run to resume; None: all."""
     check_bounds(s)
     _ = s.text_options  # checks them
     if s.seq_len > config.max_positions:
@@ -36,6 +39,10 @@ def check(s: Settings, config: LingConfig) -> None:
     check_decay(s)
     check_adapters(s)
     planned(s)  # checks the running merge
+    for name in ("merge_every", "merge_weights"):
+        value = getattr(s, name)
+        if value != FIELDS[name].default and not s.merge_last and (given is None or name in given):
+            raise InputError(f"--{name.replace('_', '-')} {value} needs --merge-last, the number of steps to merge")
     if s.step_in_backward:
         check_step_in_backward(s)
     if s.fp8_fallback and not s.fp8_watch:

@@ -6,7 +6,7 @@ from ...ops.adamw_8bit import BLOCK
 from ...ops.quantize import BLOCK as FP8_BLOCK
 from ...parallel.pipeline_layout import PipelineLayout
 from ...parallel.ranks import Ranks
-from ...parallel.schedules import Order, check, placement, read_csv, schedule_order
+from ...parallel.schedules import Order, check, is_split, placement, read_csv, schedule_order
 from ..settings import Settings
 
 
@@ -18,8 +18,6 @@ def mesh_of(s: Settings) -> dict:
 def check_parallel(s: Settings, config: LingConfig, ranks: Ranks) -> None:
     """Raise InputError where the processes cannot divide the work of a step and the model equally."""
     ep, cp = ranks.experts.number, ranks.cp
-    if s.lora_rank and (divided := next((f for f in ("tp", "pp") if getattr(s, f) > 1), None)):
-        raise InputError(f"--{divided} with --lora-rank: adapters are of whole matrices of all layers; use --dp, --ep")
     if config.num_experts % ep:
         raise InputError(f"--ep {ep} does not divide the {config.num_experts} experts of {s.model}")
     if config.vocab_size % ranks.vocabulary.number:
@@ -87,13 +85,16 @@ def check_pipeline(s: Settings, config: LingConfig, ranks: Ranks) -> None:
     if isinstance(schedule, str):
         if stages % pp:
             raise InputError(f"--pipeline {layout}: {stages} stages on {pp} ranks; each rank takes equally many")
-        schedule_order(schedule, pp, stages, 2 * pp)  # the name, and whether it takes these stages
+        order = schedule_order(schedule, pp, stages, 2 * pp)  # checks the name, and whether it takes these stages
         place = placement(schedule, pp, stages)
     else:
-        place = check(schedule, pp, stages, numbers[0], str(s.schedule))
+        order, place = schedule, check(schedule, pp, stages, numbers[0], str(s.schedule))
         if s.ramp:
             raise InputError(f"--batch-ramp {s.batch_ramp}: the order of {s.schedule} is for one number of micro"
                              " batches")  # fmt: skip
+    if s.lora_rank and is_split(order):
+        raise InputError(f"--schedule {s.schedule} with --lora-rank: it computes gradients of weights later, and these"
+                         " are frozen; give 1F1B, Interleaved1F1B or GPipe")  # fmt: skip
     for rank in range(pp):
         if not any(set(stage) & {"t", "m"} for stage, r in zip(layout.stages, place, strict=True) if r == rank):
             raise InputError(f"--pipeline {layout}: process {rank} of --pp {pp} has no layer")

@@ -36,10 +36,10 @@ def check_memory(config: LingConfig, settings: Settings, device: torch.device, r
 def least_bytes(config: LingConfig, s: Settings, ranks: Ranks) -> int:
     """Bytes of weights, gradients and optimizer that a process has at least: its share of the optimizer's state, and of
     the rest as if what divides most divided all."""
-    if s.lora_rank:
-        return needed_bytes(config, s) // ranks.experts.number
-    state = checkpoint_bytes(config, s) - config.num_parameters(mtp=True) * (4 if s.master == "fp32" else 2)
     most = max(ranks.experts.number, ranks.vocabulary.number, ranks.tensor.number)
+    if s.lora_rank:
+        return needed_bytes(config, s) // most // ranks.pp
+    state = checkpoint_bytes(config, s) - config.num_parameters(mtp=True) * (4 if s.master == "fp32" else 2)
     return (needed_bytes(config, s) - state) // most // ranks.pp + state * ranks.copies // ranks.size
 
 

@@ -109,7 +109,7 @@ def resumed_run(resume: str | Path, options: dict, fall_back: bool = False) -> R
     if "threads" not in options and began_elsewhere(folder / STARTS):
         settings = replace(settings, threads=None)
     config, _ = model_config(settings, checkpoint)
-    check(settings, config)
+    check(settings, config, options)
     weights, base = None, {}
     if settings.lora_rank:
         weights, base = base_model(settings.model, settings.lora_rank, state)

@@ -365,6 +365,8 @@ def test_other_experts_are_refused(megatron, changes, message):
 def test_unknown_part(megatron):
     with pytest.raises(InputError, match="no part 'norm'; parts are experts, "):
         megatron.apply(["norm"])
+    with pytest.raises(InputError, match=r"parts is the text 'experts,loss': .*such as \['experts', 'loss'\]"):
+        megatron.apply("experts,loss")
 
 
 def test_command(megatron, tmp_path, capsys, monkeypatch):

@@ -61,6 +61,30 @@ def test_hooks_of_accelerate_stay_around_the_patch():
     same()
 
 
+def test_models_with_one_config_object():
+    """Each is patched and unpatched by itself."""
+    first = build(*GLM).eval()
+    second = type(first)(first.config).eval()
+    second.load_state_dict(first.state_dict())
+    want, shared = first(IDS).logits, first.config
+    assert second.config is shared and second.model.layers[0].self_attn.config is shared
+
+    def chosen(model):
+        configs = [model.config, *(m.config for m in model.modules() if hasattr(m, "config"))]
+        return {(c._attn_implementation, c._experts_implementation) for c in configs}
+
+    before, ours = chosen(first), {("ling_kernels", "ling_kernels")}
+    patch(first)
+    assert chosen(first) == ours and chosen(second) == before
+    patch(second)
+    unpatch(first)
+    assert chosen(first) == before and chosen(second) == ours
+    close(first(IDS).logits, want, rtol=0, atol=0)
+    close(second(IDS).logits, want, **TOLERANCE)
+    unpatch(second)
+    assert chosen(second) == before and first.config.to_dict() == shared.to_dict() == second.config.to_dict()
+
+
 @pytest.mark.parametrize("decoded", [7, 4])
 def test_a_decoder_attends_to_a_padded_encoder(decoded):
     sizes = dict(encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4)
