@@ -10,8 +10,8 @@ A decode step, from the API down to the kernels:
             decode_inputs                    ops/decode_inputs.py: positions, embeddings, block tables
             Ling.backbone                    model/transformer.py
               Layer.compute, per layer:      attention(norm(x)), then the MLP or MoE
-                Attention.forward            nn/attention.py -> ops/qk_norm_attention_decode.py
-                MoE.decode                   nn/moe.py -> ops/moe_decode.py; MoE.forward above 8 rows
+                Attention.forward            nn/attention.py -> ops/qk_norm_attention_decode.py, attention_decode_cpu.py
+                MoE.decode                   nn/moe.py -> ops/moe_decode.py, moe_cpu.py; MoE.forward above 8 rows
             Forward.next_tokens              final norm and lm_head; edits.py; ops/sample.py; ops/accept_tokens.py
             Forward.mtp_drafts               writes the next draft tokens of an MTP layer
       Engine.collect -> Engine.accept        reads the tokens of the previous pass, finishes requests
