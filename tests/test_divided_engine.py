@@ -310,6 +310,15 @@ def test_a_worker_ends_with_rank_0():
     assert process.wait(LONG) == 0
 
 
+def test_a_message_that_cannot_be_read():
+    """The worker ends: a thread alone that ended would leave rank 0 waiting for ever."""
+    here, there = get_context("forkserver").Pipe()
+    process = Forked(there, 1)
+    there.close()
+    here.send_bytes(b"nonsense")
+    assert process.wait(LONG) == 1
+
+
 def lead(connection):
     with divided_engine(DATA / "base") as engine:
         connection.send(engine.workers.workers[0].process.pid)

@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
+pytest.importorskip("llguidance")
 
 from tests.test_server import BODY, checkpoint, httpx  # noqa: E402, F401
 from tests.test_server_connections import LONG, command  # noqa: E402
@@ -25,8 +26,10 @@ def test_a_server_of_two_processes(checkpoint):
     """It answers. Its worker is killed within a stream: the stream ends with an error, and the process with code 1."""
     with command(checkpoint, "--tp", "2", "--device", "cpu", "--name", "speller", "--grace", "60") as (process, port):
         url = f"http://127.0.0.1:{port}/v1/completions"
-        (worker,) = children(process.pid)
+        (worker,) = children(process.pid)  # before the process that tries grammars
         assert httpx.post(url, json=BODY, timeout=LONG).json()["choices"][0]["text"] == "bcd"
+        form = dict(structured_outputs=dict(choice=["xb", "xc"]))  # masks go to the worker
+        assert httpx.post(url, json=BODY | form, timeout=LONG).json()["choices"][0]["text"] in ("xb", "xc")
         body, events = BODY | dict(max_tokens=180, ignore_eos=True, stream=True, stop=None), []
         with httpx.stream("POST", url, json=body, timeout=LONG) as response:
             for line in response.iter_lines():

@@ -220,7 +220,8 @@ def test_ids_may_be_numpys_and_tensors():
     (dict(max_running=0), "max_running is 0"), (dict(max_waiting=0), "max_waiting"), (dict(draft=8), "draft is 8"),
     (dict(page_size=1.5), "page_size is 1.5"), (dict(max_running="2"), "max_running is '2'"), (dict(draft=-1), "draft"),
     (dict(cache_tokens=float("nan")), "cache_tokens is nan"), (dict(cache_tokens=10**18), "cache_tokens is 10000"),
-    (dict(cache_dtype="fp8"), "cache_dtype is 'fp8'"), (dict(max_running=10**18, max_rows=10**18), "at most 65536"),
+    (dict(cache_dtype="fp8"), "cache_dtype is 'fp8'"), (dict(cache_dtype=torch.int8), "torch.int8; it must be one of"),
+    (dict(max_running=10**18, max_rows=10**18), "at most 65536"),
 ])  # fmt: skip
 def test_invalid_engines(options, message):
     with pytest.raises(InputError, match=message):

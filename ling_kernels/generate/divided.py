@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,8 +35,8 @@ from .workers import Workers
 class GivenMasks(Guide):
     """The masks of a request with a grammar, in the place of its Guide on other ranks."""
 
-    def __init__(self, mask: Tensor):
-        self.mask = mask
+    def __init__(self, mask: Tensor | None):
+        self.mask = mask  # type: ignore[assignment]
 
     def wait(self) -> Tensor:
         return self.mask
@@ -47,7 +48,7 @@ class Pass(NamedTuple):
     lanes: list[int]  # that are decoded
     chunks: list[tuple[int, int, int, bool]]  # lane, start, rows, whether scores of the rows are wanted
     pages: list[tuple[int, list[int]]]  # lane, its new pages
-    masks: list[tuple[int, Tensor]]  # lane, the masks of its rows
+    masks: list[tuple[int, np.ndarray]]  # lane, the masks of its rows; tensors would be sent as open files
 
 
 class DividedForward(Forward):
@@ -82,7 +83,7 @@ class LeadForward(DividedForward):
             [r.lane for r in decoding],
             [(c.request.lane, c.start, c.rows, c.request.needs_prompt_rows) for c in chunks],
             [(r.lane, r.pages[r.pages_on_device :]) for r in {*requests} if r.pages_on_device < len(r.pages)],
-            [(r.lane, r.guide.wait()) for r in decoding if r.guide is not None],
+            [(r.lane, r.guide.wait().numpy()) for r in decoding if r.guide is not None],
         ))  # fmt: skip
         try:
             return super().__call__(decoding, chunks)
@@ -108,7 +109,7 @@ class FollowForward(DividedForward):
         for lane, pages in given.pages:
             self.requests[lane].pages += pages
         for lane, mask in given.masks:
-            self.requests[lane].guide = GivenMasks(mask)
+            self.requests[lane].guide = GivenMasks(torch.from_numpy(mask))
         chunks = []
         for lane, start, rows, scored in given.chunks:
             self.requests[lane].num_prompt_logprobs = 0 if scored else None
@@ -120,7 +121,7 @@ def stand_in(request: Request) -> Request:
     """What other ranks need of a request."""
     copied = copy.copy(request)
     copied.pages, copied.page_hashes, copied.logprobs, copied.prompt_logprobs = [], [], [], []
-    copied.pages_on_device, copied.guide = 0, None if request.guide is None else GivenMasks(torch.empty(0))
+    copied.pages_on_device, copied.guide = 0, None if request.guide is None else GivenMasks(None)
     return copied
 
 

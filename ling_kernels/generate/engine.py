@@ -45,6 +45,7 @@ from .weights import take_weights
 SHARE = 0.9  # part of a GPU's free memory, after the weights, for the KV cache
 CPU_CACHE_BYTES = 1 << 30
 MAX_RUNNING = 1 << 16  # each has a row of a block table
+CACHE_TYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn)  # those of attention_decode
 MAX_ROWS = 8  # per sequence, limit of attention_decode
 
 
@@ -91,8 +92,8 @@ class Engine(Passes):
         max_rows, max_waiting = integer("max_rows", max_rows, 1), integer("max_waiting", max_waiting, 1)
         if integer("draft", draft, 0) >= MAX_ROWS:
             raise InputError(f"draft is {draft}; it must be from 0 to {MAX_ROWS - 1}")
-        if not isinstance(cache_dtype, torch.dtype | None):
-            raise InputError(f"cache_dtype is {cache_dtype!r}, not a torch.dtype")
+        if cache_dtype not in (None, *CACHE_TYPES):
+            raise InputError(f"cache_dtype is {cache_dtype!r}; it must be one of {', '.join(map(str, CACHE_TYPES))}")
         if max_running * (1 + draft) > max_rows:
             raise InputError(f"max_rows {max_rows} is less than max_running {max_running} x {1 + draft} rows")
         if batch_invariant:

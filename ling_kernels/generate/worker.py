@@ -5,7 +5,6 @@ import queue
 import sys
 import threading
 import traceback
-from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -18,9 +17,14 @@ from .divided import FollowForward, load_part
 
 def receive(connection: Connection, messages: queue.SimpleQueue) -> None:
     """Receive rank 0's messages. Its end is that of this process, which may wait for it in a pass."""
-    with suppress(EOFError, OSError):
+    try:
         while (message := connection.recv())[0] != "end":
             messages.put(message)
+    except (EOFError, OSError):
+        pass
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
     os._exit(0)
 
 
