@@ -12,6 +12,7 @@ import functools
 import gc
 import math
 import random
+import statistics
 import sys
 import time
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -225,6 +226,29 @@ def bench_decode(benchmark, model, precision, batch, context, by):
         decode=f"{model} {precision}, {batch} texts of {context} tokens", by=by, kernels_per_layer=kernels,
         experts_used=used, tokens_per_s=batch / benchmark.stats.stats.median, flops=0, precision="bf16",
         bytes=int(sum(read.values()) * (2 if precision == "fp32" else 1)),
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(GPU, reason="on a GPU a step ends after the next has begun")
+@pytest.mark.parametrize("context", [32, 256])
+@pytest.mark.parametrize("batch", BATCHES)
+def bench_generate(benchmark, batch, context):
+    """Decode steps of the engine between those of transformers' `generate`."""
+    pytest.importorskip("transformers")
+    ling, pairs = models.random_model(*MODELS[0]), []
+    texts = models.prompts(ling.config.vocab_size, batch, context)
+
+    def run():
+        engine, requests = start(ling, texts)
+        pairs.extend(models.generate_between(ling, texts, NEW, engine.step)[1:])
+        assert all(r.finished is None for r in requests)
+
+    benchmark.group = "decode beside generate"
+    benchmark.pedantic(run, rounds=4)
+    ours, theirs = (statistics.median(times) * 1e3 for times in zip(*pairs, strict=True))
+    benchmark.extra_info.update(
+        beside=f"{ling.name}, {batch} texts of {context} tokens", ours_ms=ours, generate_ms=theirs,
+        ratio=statistics.median(a / b for a, b in pairs),
     )  # fmt: skip
 
 

@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import time
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -197,6 +199,28 @@ def transformers_decode(ling: Ling, texts: list[list[int]]) -> Callable[[], None
         ids = logits[:, -1:].argmax(-1)
 
     return step
+
+
+def generate_between(
+    ling: Ling, texts: list[list[int]], new: int, step: Callable[[], object]
+) -> list[tuple[float, ...]]:
+    """CPU seconds of `step` and of the next step of transformers' `generate` on `transformers_model`, greedy, `new`
+    times: both meet the same load of the machine, and the ratio of two neighbours is what counts."""
+    from transformers import StoppingCriteriaList
+
+    theirs, ids, pairs = transformers_model(ling).eval(), torch.tensor(texts, device=DEVICE), []
+
+    def after_each_step(ids: Tensor, scores: Tensor, **_) -> Tensor:
+        pairs.append([time.process_time()])
+        step()
+        pairs[-1].append(time.process_time())
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+    theirs.generate(
+        ids, max_new_tokens=new + 1, min_new_tokens=new + 1, do_sample=False, use_cache=True, pad_token_id=0,
+        eos_token_id=None, stopping_criteria=StoppingCriteriaList([after_each_step]),
+    )  # fmt: skip
+    return [(end - began, after[0] - end) for (began, end), after in pairwise(pairs)]
 
 
 def as_glm(ling: Ling) -> dict[str, Tensor]:

@@ -169,6 +169,11 @@ def of_steps(run: Run) -> list[str]:
         lines.append(
             f"- Decoding, {r['decode']}{by}: {r['us'] / 1e3:,.2f} ms a step, {r['tokens_per_s']:,.0f} tokens/s{more}."
         )
+    for r in run.of("beside"):
+        lines.append(
+            f"- A decode step between two of transformers' `generate`, {r['beside']}: {r['ours_ms']:,.2f} ms, and "
+            f"{r['generate_ms']:,.2f} ms for `generate`'s; the median ratio of neighbours is {r['ratio']:.2f}."
+        )
     for r in run.of("serve"):
         ms = ", ".join(f"{k.removesuffix('_ms').replace('_', ' ')} {r[k]:.0f} ms" for k in r if k.endswith("_ms"))
         lines.append(f"- Serving, {r['serve']}: {r['requests_per_s']:.2f} requests/s, {r['tokens_per_s']:,.0f} "

@@ -19,6 +19,8 @@ from .errors import InputError
 from .files import atomic_write, user_path
 from .generate import Engine, Sampling, stream_text
 from .generate.cli import (
+    adapter_of,
+    add_adapter_flag,
     add_model_flags,
     add_sampling_flags,
     find_tokenizer,
@@ -57,6 +59,7 @@ class Chat:
         self.engine, self.tokenizer, self.stop, self.sampling, self.system = engine, tokenizer, stop, sampling, system
         self.thinking: bool | None = None  # the chat template's default
         self.new_tokens: int | None = None
+        self.adapter: str | None = None  # one of the engine's
         self.repeats = False  # the last answer repeats itself, as greedy ones may
         self.clear()
 
@@ -81,7 +84,9 @@ class Chat:
             raise InputError(f"the conversation has {len(ids)} tokens, too many for the model: /undo, or /clear")
         parts, tokens, said = TextParts(text.rstrip().endswith(THINK)), [], {"content": "", "reasoning": ""}
         count = min(self.new_tokens or room, room)
-        stream = self.engine.stream(ids, sampling=self.sampling, max_new_tokens=count, stop_token_ids=self.stop)
+        stream = self.engine.stream(
+            ids, sampling=self.sampling, max_new_tokens=count, stop_token_ids=self.stop, adapter=self.adapter
+        )
         try:
             for piece in stream_text(keep(stream, tokens), self.tokenizer, prompt=ids):
                 for part in parts.add(piece):
@@ -104,13 +109,15 @@ class Chat:
         if name not in self.settings():
             raise InputError(f"there is no setting {name!r}: {', '.join(self.settings())}")
         try:
-            value: Any = float(text) if name in FLOATS else int(text)
+            value: Any = None
+            if (name, text) not in (("seed", "None"), ("new_tokens", "None")):
+                value = float(text) if name in FLOATS else int(text)
         except ValueError:
             kind = "a number" if name in FLOATS else "an integer"
             raise InputError(f"{name} is {text!r}; it must be {kind}") from None
         if name != "new_tokens":
             self.sampling = dataclasses.replace(self.sampling, **{name: value})
-        elif value < 1:
+        elif value is not None and value < 1:
             raise InputError(f"new_tokens is {value}; it must be at least 1")
         else:
             self.new_tokens = value
@@ -156,12 +163,16 @@ def run_command(chat: Chat, line: str) -> bool:
 def save(chat: Chat, path: str) -> None:
     if not path:
         raise InputError("/save needs a file")
-    file = user_path(path, "/save")
+    file = user_path(os.path.expanduser(path), "/save")
+    if file.is_dir():
+        raise InputError(f"/save {path}: it is a folder")
+    if not chat.messages:
+        raise InputError(f"/save {path}: there is no message yet")
     try:
         with atomic_write(file) as new:
             new.write_text(json.dumps({"messages": chat.messages}, ensure_ascii=False) + "\n", encoding="utf-8")
     except OSError as error:
-        raise InputError(f"/save {path}: {error}") from None
+        raise InputError(f"/save {path}: {error.strerror}") from None
 
 
 def set_system(chat: Chat, text: str) -> None:
@@ -252,6 +263,7 @@ def talk(chat: Chat) -> None:
 def arguments() -> Parser:
     parser = Parser("python -m ling_kernels.chat", description=__doc__.splitlines()[0])
     add_model_flags(parser)
+    add_adapter_flag(parser)
     add = parser.add_argument
     add("--system", metavar="TEXT", help="system message")
     add("--think", action=argparse.BooleanOptionalAction, help="whether answers begin with a thought")
@@ -271,9 +283,10 @@ def run(args: argparse.Namespace) -> None:
     stop = stop_token_ids(config, tokenizer, folder)
     if args.max_new_tokens is not None and args.max_new_tokens < 1:
         raise InputError(f"--max-new-tokens is {args.max_new_tokens}; it must be at least 1")
-    with make_engine(folder, args, max_running=1, draft=args.draft) as engine:
+    adapters = adapter_of(args, config, folder)
+    with make_engine(folder, args, max_running=1, draft=args.draft, adapters=adapters) as engine:
         chat = Chat(engine, tokenizer, stop, sampling, args.system)
-        chat.thinking, chat.new_tokens = args.think, args.max_new_tokens
+        chat.thinking, chat.new_tokens, chat.adapter = args.think, args.max_new_tokens, next(iter(adapters), None)
         if sys.stdin.isatty():
             print(f"{folder.resolve().name}: /help lists the commands, Ctrl-D ends", file=sys.stderr)
         with line_history():
@@ -283,6 +296,8 @@ def run(args: argparse.Namespace) -> None:
 @command
 def main(argv: list[str] | None = None) -> int:
     args = arguments().parse_args(argv)
+    if sys.stdin is None:
+        raise InputError("standard input is closed")
     sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
     return to_terminal(lambda: run(args))
 

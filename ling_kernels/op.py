@@ -314,11 +314,12 @@ def few_calls_on_cpu(*tensors: Tensor | tuple) -> bool:
     """Whether the form of an op runs that a decode step on a CPU takes, where the calls of torch cost more than the
     arithmetic: fp32 (no FP8 pairs), no gradient, no autocast; nothing traces, and LING_BACKEND does not ask for the
     references."""
+    if torch.is_grad_enabled() or backends.forced():
+        return False
     for t in tensors:
         if not isinstance(t, Tensor) or t.dtype != torch.float32 or not t.is_cpu or isinstance(t, FakeTensor):
             return False
-    asked = backends.forced() or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")
-    return not asked and not torch.compiler.is_compiling()
+    return not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
 
 
 def round_up(n: int, multiple: int) -> int:

@@ -319,8 +319,13 @@ def test_without_the_switch_the_bits_differ_on_a_gpu(backend):
     assert [r[1] for r in got] != [want[i][1] for i in (4, 2)]
 
 
-def test_what_is_refused():
+def test_what_is_refused(tmp_path):
+    save_model(weights("triton"), tmp_path / "model", dtype=torch.float32)
+    Tokenizer().save(tmp_path / "model")
+    both = LoopSettings(batch_invariant=True, replay_routing=True, precision="bf16", device=DEVICE)
     with force(BACKENDS[0]):
+        with pytest.raises(InputError, match="--replay-routing with --batch-invariant: trainer and engine choose"):
+            Loop(both, tmp_path / "model", tmp_path / "run")
         with pytest.raises(InputError, match=r"for bf16 on a GPU and fp32 on a CPU: word_embeddings.weight is"):
             Engine(weights(BACKENDS[0]), batch_invariant=True)
         with pytest.raises(InputError, match="needs a cache in the model's precision"):

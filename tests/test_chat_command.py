@@ -63,9 +63,37 @@ def test_errors_are_lines_and_the_chat_goes_on(talk, tmp_path):
         assert message.startswith("error: ") and text in message
 
 
+def test_saving_to_what_is_no_file(talk, tmp_path, monkeypatch):
+    """Such a command must not end the chat, which would lose it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    code, out, err = talk("/save x\nHi\n/save .\n/save /\n/save ~/x\n/save no/x\nAgain")
+    assert code == 0 and out == "XYZ\nXYZ\n" and "Hi" in (tmp_path / "x").read_text()
+    for line, text in zip(err.splitlines(), ["no message", "a folder", "a folder", "/save no/x: No such"], strict=True):
+        assert line.startswith("error: ") and text in line
+
+
+def test_closed_streams(checkpoint, monkeypatch, capsys):
+    for name in ("stdout", "stdin"):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, name, None)
+            assert chat.main(["--model", checkpoint]) == 2
+        assert f"standard {name[3:]}put is closed" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_line(checkpoint):
+    command = [sys.executable, "-m", "ling_kernels.chat", "--model", checkpoint]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, input="Hi\n", stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and done.stderr == "error: no space left for standard output\n"
+
+
 def test_help_settings_and_thoughts(talk):
-    code, out, err = talk("/help\n/set temperature 0.5\n/set seed 3\n/set\n/think on\nHi\n/exit", "--system", "S")
-    assert code == 0 and not err and "temperature 0.5" in out and "seed 3" in out
+    lines = ["/help", "/set temperature 0.5", "/set seed 3", "/set", "/set seed None", "/set new_tokens None", "/set",
+             "/think on", "Hi", "/exit"]  # fmt: skip
+    code, out, err = talk("\n".join(lines), "--system", "S")
+    assert code == 0 and not err and "temperature 0.5" in out
+    assert "seed 3" in out and "seed None, new_tokens None" in out
     assert all(f"/{name}" in out for name in ("clear", "undo", "retry", "system", "think", "set", "save", "quit"))
 
 

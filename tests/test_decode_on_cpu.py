@@ -26,21 +26,21 @@ def seed():
 @pytest.mark.parametrize("Hq, Hkv, D, R", [(4, 2, 32, 16), (6, 2, 24, 24), (1, 1, 8, 2)])
 @pytest.mark.parametrize("lengths, n", [([1], 1), ([64, 65, 7, 128], 1), ([8, 9, 30, 17], 8), ([3, 64], 3)])
 def test_attention(lengths, n, Hq, Hkv, D, R):
-    """Pages lie in any order; other sequences' pages, to which columns past an end may point, hold NaN."""
+    """Pages lie in any order; cells past a sequence's end hold NaN, and columns past it any number."""
     page, columns, B = 16, 9, len(lengths)
     table = (torch.randperm(B * columns + 5)[: B * columns]).view(B, columns).int()
     ends, caches = torch.tensor(lengths, dtype=torch.int32), []
     cells = torch.randn(2, B * columns + 5, page, Hkv, D)
     for b, length in enumerate(lengths):
-        own = table[b].long()
-        cells.view(2, -1, Hkv, D)[:, (own[:, None] * page + torch.arange(page)).flatten()[length:]] = 0
-        cells[:, own[-(-length // page) :]] = torch.nan
+        of_tokens = (table[b].long()[:, None] * page + torch.arange(page)).flatten()
+        cells.view(2, -1, Hkv, D)[:, of_tokens[length:]] = torch.nan
+        table[b, -(-length // page) :] = 1 << 30
     caches = [KVCache(*cells.clone()) for _ in range(2)]
     qkv = torch.randn(B, n, Hq + 2 * Hkv, D)
     norm = torch.randn(D), torch.randn(D)
     tables = rope_tables(200, R, 10000.0)
     want = qk_norm_attention_decode(qkv, *norm, *tables, caches[0], table, ends, eps=0.1)
-    found = decode_cells(*tables, table, ends, n, page, Hq // Hkv)
+    found = decode_cells(*tables, caches[1], table, ends, n)
     got = decode_on_cpu(qkv, *norm, found, caches[1], 0.1)
     torch.testing.assert_close(got, want.flatten(0, 1).flatten(1))
     torch.testing.assert_close(caches[1], caches[0], equal_nan=True)

@@ -98,7 +98,8 @@ def test_the_command(start, data, tmp_path, capsys):
     assert main(["--resume", str(run), "--steps", "3"]) == 0
     assert [json.loads(row)["step"] for row in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
     load_model(run / "model")
-    assert {p.name for p in (run / "adapter").iterdir()} == {"adapter_model.safetensors", "adapter_config.json"}
+    written = {"adapter_model.safetensors", "adapter_config.json", "base.json"}
+    assert {p.name for p in (run / "adapter").iterdir()} == written
     (tmp_path / "same.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "b"}\n')
     users = '{"prompt": "a", "chosen": [{"role": "user", "content": "b"}], "rejected": "c"}'
     (tmp_path / "other.jsonl").write_text(users)

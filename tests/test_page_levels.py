@@ -68,9 +68,6 @@ class Later:
             if {*getattr(event, "pages", ())} & {*pages}:
                 event.synchronize()
 
-    def wait_on_device(self, event):
-        event.synchronize()
-
 
 def spilling(make, pages, folder=None, files=1000, device_tokens=40, later=False, **options) -> Engine:
     e = make(cache_tokens=device_tokens, spill=Spill(pages * ROW, folder, files * FILE), **options)
@@ -364,6 +361,33 @@ def test_a_file_is_not_read_to_a_row_that_a_copy_is_on_its_way_to(tmp_path):
     levels.copies.event(lambda: None).synchronize()
     assert torch.equal(levels.host.pages[page_hash].row, want)
     e.close()
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["other", "same"])
+def test_a_request_is_cancelled_while_its_pages_arrive(engine, again):
+    """Its pages go to another one at once, which computes them, or has them copied again."""
+    first, second = prompts_of(2)
+    e = spilling(engine, 40, device_tokens=28, later=True)
+    answers(e, [first, second])
+    levels = e.pages.levels
+    request = e.submit(first, max_new_tokens=6, **NO_STOP)
+    e.step()
+    assert levels.loading and not request.new_tokens
+    e.cancel(request)
+    for page in [*e.pages.evictable]:  # nothing on the device is of use to the next
+        e.pages.page_of_hash.pop(e.pages.hash_of_page[page])
+        e.pages.page_of_hash[bytes([page])], e.pages.hash_of_page[page] = page, bytes([page])
+    prompt = first if again else second
+    other = e.submit(prompt, max_new_tokens=6, logprobs=0, **NO_STOP)
+    while e.step():
+        if other.new_tokens:  # now at the latest the copy arrives
+            levels.copies.event(lambda: None).synchronize()
+    (plain,) = make_engine().finish([prompt], max_new_tokens=6, logprobs=0, **NO_STOP)
+    assert other.new_tokens == plain.new_tokens and other.cached_tokens == 16 * again
+    assert [t.logprob for t in other.logprobs] == pytest.approx([t.logprob for t in plain.logprobs], abs=1e-4)
+    while levels.loading:
+        levels.loaded([])
+    assert not any(page.users for page in levels.host.pages.values())
 
 
 def test_a_digest_sees_every_change():

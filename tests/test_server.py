@@ -226,6 +226,7 @@ def test_a_seed_gives_the_same_text(shared):
     (dict(min_tokens=4), 400, "min_tokens is 4; it must be at most max_tokens, 3"),
     (dict(skip_special_tokens=1), 400, "skip_special_tokens"),
     (dict(suffix="z"), 400, "suffix"),
+    (dict(prompt_logprobs=1), 400, "prompt_logprobs"),
     (dict(temprature=0), 400, "temprature"),
     (dict(stream_options=dict(include_usage=1)), 400, "include_usage"),
 ])  # fmt: skip

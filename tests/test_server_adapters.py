@@ -1,8 +1,10 @@
 """Adapters as models of the server: texts, the list of models, mistakes of clients and of flags."""
 
 # ruff: noqa: F811 (fixtures are imported)
+import io
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,8 @@ import torch
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 
-from ling_kernels.generate import Engine  # noqa: E402
+from ling_kernels import chat  # noqa: E402
+from ling_kernels.generate import Engine, cli  # noqa: E402
 from ling_kernels.generate.server.command import main  # noqa: E402
 from ling_kernels.model import load_model, named_views  # noqa: E402
 from ling_kernels.parallel.adapters import BASE, fingerprints  # noqa: E402
@@ -87,3 +90,21 @@ def test_flags(adapted, checkpoint, capsys, tmp_path):
         assert main(["--model", checkpoint, "--port", "0", *flags]) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
+
+
+def test_the_commands_for_one_text(adapted, checkpoint, capsys, monkeypatch):
+    _, models, folders = adapted
+    model = ["--model", checkpoint]
+    flags = [*model, "--prompt", "abc", "--max-new-tokens", "9", "--ignore-eos"]
+    for more, name in (([], "speller"), (["--adapter", str(folders["pirate"])], "pirate")):
+        ids = Engine(models[name]).generate([[*b"abc"]], max_new_tokens=9, stop_token_ids=())[0]
+        assert cli.main([*flags, *more]) == 0
+        assert capsys.readouterr().out.rstrip("\n") == adapted[0].tokenizer.decode(ids).rstrip("\n")
+    answers = set()
+    for more in ([], ["--adapter", str(folders["pirate"])]):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Hi")))
+        assert chat.main([*model, "--max-new-tokens", "9", *more]) == 0
+        answers.add(capsys.readouterr().out)
+    assert len(answers) == 2
+    assert cli.main([*flags, "--adapter", checkpoint]) == 2
+    assert "adapter_config.json" in capsys.readouterr().err

@@ -14,10 +14,12 @@ import torch
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 
+from ling_kernels.errors import InputError  # noqa: E402
 from ling_kernels.generate import Spill  # noqa: E402
 from ling_kernels.generate.server import command as server  # noqa: E402
 from ling_kernels.generate.server.command import main  # noqa: E402
 from ling_kernels.generate.server.traces import make_traces  # noqa: E402
+from ling_kernels.nn.batch_invariant import PinnedLinear  # noqa: E402
 from tests.test_server import BODY, call, checkpoint, httpx, service  # noqa: E402, F401
 from tests.test_server_connections import command  # noqa: E402
 
@@ -43,12 +45,29 @@ def test_a_missing_package_is_named_as_pip_installs_it():
     assert done.returncode and "pip install '.[server]'" in done.stderr.splitlines()[-1]
 
 
+def test_keys_of_flags_a_file_and_the_environment(tmp_path, monkeypatch):
+    (tmp_path / "keys").write_text("one\n\n two \n")
+    monkeypatch.setenv("LING_API_KEY", "three")
+    flags = ["--key", "four", "--key", "five", "--key-file", str(tmp_path / "keys")]
+    args = server.arguments().parse_args(["--model", "tiny", *flags])
+    assert server.read_keys(args) == {"one", "two", "three", "four", "five"}
+    (tmp_path / "keys").write_text("\n")
+    with pytest.raises(InputError, match="has no key"):
+        server.read_keys(args)
+
+
 def test_unreadable_tls_files(checkpoint, capsys, tmp_path):
     (tmp_path / "pem").write_text("x")
     for file, message in ((tmp_path / "pem", "--tls-cert, --tls-key: "), (tmp_path / "none", "there is no file")):
         flags = ["--tls-cert", str(file), "--tls-key", str(file)]
         assert main(["--model", checkpoint, "--port", "0", *flags]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_batch_invariant_pins_the_model(checkpoint):
+    flags = ["--model", checkpoint, "--cache-tokens", "64", "--max-running", "2", "--batch-invariant"]
+    with server.start(server.arguments().parse_args(flags), Path(checkpoint)) as engine:
+        assert isinstance(engine.model.lm_head, PinnedLinear)
 
 
 def test_a_port_in_use(checkpoint, capsys):

@@ -3,8 +3,10 @@
 # ruff: noqa: F811 (fixtures are imported)
 import contextlib
 import json
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -123,6 +125,20 @@ def test_a_client_that_does_not_read_is_cut_off(checkpoint):
             time.sleep(0.1)
         assert time.monotonic() < deadline
         assert b"[DONE]" not in read_all(client)
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl makes a certificate")
+def test_tls(checkpoint, tmp_path):
+    """A client that knows the certificate is answered; another refuses the server."""
+    key, cert = str(tmp_path / "key.pem"), str(tmp_path / "cert.pem")
+    make = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=x -addext subjectAltName=IP:127.0.0.1"
+    subprocess.run([*make.split(), "-keyout", key, "-out", cert], check=True, capture_output=True)
+    with running(service(checkpoint), ssl_certfile=cert, ssl_keyfile=key) as server:
+        url = f"https://127.0.0.1:{port_of(server)}/v1/completions"
+        known = ssl.create_default_context(cafile=cert)
+        assert httpx.post(url, json=BODY, timeout=LONG, verify=known).json()["choices"][0]["text"] == "bcd"
+        with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
+            httpx.post(url, json=BODY, timeout=LONG)
 
 
 def test_a_limit_of_calls(checkpoint):

@@ -1,6 +1,7 @@
 """python -m ling_kernels.generate --model DIR --prompt "...": stream text from a checkpoint."""
 
 import argparse
+import errno
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from ..model import LingConfig, load_model, resolve_model
 from ..model.config_json import is_integer
 from ..model.sample import Sampling
 from ..tokenizer import Tokenizer, load_tokenizer
+from .adapters import read_flags
 from .engine import Engine
 from .request import max_sequence_tokens
 from .text import keep, repeats, stream_text
@@ -27,6 +29,7 @@ from .text import keep, repeats, stream_text
 def arguments() -> Parser:
     parser = Parser("python -m ling_kernels.generate", description=__doc__)
     add_model_flags(parser)
+    add_adapter_flag(parser)
     add = parser.add_argument
     add("--prompt", required=True, metavar="TEXT", help="text to continue; - reads it from standard input")
     add("--chat", action="store_true", help="apply the tokenizer's chat template: the prompt is a user message")
@@ -50,6 +53,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def to_terminal(run: Callable[[], None]) -> int:
     """Run what writes text to standard output; returns the exit code of how it ended."""
+    if sys.stdout is None:
+        raise InputError("standard output is closed")
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # the terminal may lack some characters
     try:
         run()
@@ -58,10 +63,14 @@ def to_terminal(run: Callable[[], None]) -> int:
         return 130
     except torch.OutOfMemoryError:
         raise InputError("out of GPU memory: try fewer --max-new-tokens, or --device cpu") from None
-    except BrokenPipeError:
-        # The reader closed the pipe. Without this, Python reports the error again when it flushes at exit.
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
+        # Without this, Python reports the error again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        if error.errno == errno.ENOSPC:
+            raise InputError("no space left for standard output") from None
+        return 141  # the reader closed the pipe
     return 0
 
 
@@ -75,8 +84,10 @@ def run(args: argparse.Namespace) -> None:
     positions = max_sequence_tokens(config.max_positions, args.draft)
     new = max_new_tokens(args.max_new_tokens, len(ids), positions)
     stop = () if args.ignore_eos else stop_token_ids(config, tokenizer, folder)
-    options = dict(sampling=sampling, max_new_tokens=new, stop_token_ids=stop)
-    with make_engine(folder, args, cache_tokens=len(ids) + new, max_running=1, draft=args.draft) as engine:
+    adapters = adapter_of(args, config, folder)
+    options = dict(sampling=sampling, max_new_tokens=new, stop_token_ids=stop, adapter=next(iter(adapters), None))
+    size = dict(cache_tokens=len(ids) + new, max_running=1)
+    with make_engine(folder, args, **size, draft=args.draft, adapters=adapters) as engine:
         if args.echo:
             write(prompt)
         write_text(args, engine, tokenizer, ids, options)
@@ -202,6 +213,17 @@ def add_model_flags(parser: Parser) -> None:
         help="auto: bf16 on a GPU, fp32 on a CPU; fp8: bf16 with FP8 weights in the layers")  # fmt: skip
     add("--fp8-head", action="store_true", help="with --precision fp8: FP8 weights in lm_head too")
     add("--tp", type=int, default=1, metavar="N", help="divide the model over N GPUs of this machine (default: 1)")
+
+
+def add_adapter_flag(parser: Parser) -> None:
+    """Add the flag that `adapter_of` reads."""
+    parser.add_argument("--adapter", metavar="DIR", help="folder of a LoRA adapter over the model")
+
+
+def adapter_of(args: argparse.Namespace, config: LingConfig, folder: Path) -> dict[str, Path]:
+    """The folder of --adapter by the name that requests give it; {} without one. Raises InputError for an adapter that
+    is not for the model."""
+    return {} if args.adapter is None else read_flags([f"adapter={args.adapter or '.'}"], "", config, folder)
 
 
 def make_engine(folder: Path, args: argparse.Namespace, **options) -> Engine:

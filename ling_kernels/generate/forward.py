@@ -10,8 +10,8 @@ A decode step, from the API down to the kernels:
             decode_inputs                    ops/decode_inputs.py: positions, embeddings, block tables
             Ling.backbone                    model/transformer.py
               Layer.compute, per layer:      attention(norm(x)), then the MLP or MoE
-                Attention.forward            nn/attention.py -> ops/qk_norm_attention_decode.py
-                MoE.decode                   nn/moe.py -> ops/moe_decode.py; MoE.forward above 8 rows
+                Attention.forward            nn/attention.py -> ops/qk_norm_attention_decode.py, attention_decode_cpu.py
+                MoE.decode                   nn/moe.py -> ops/moe_decode.py, moe_cpu.py; MoE.forward above 8 rows
             Forward.next_tokens              final norm and lm_head; edits.py; ops/sample.py; ops/accept_tokens.py
             Forward.mtp_drafts               writes the next draft tokens of an MTP layer
       Engine.collect -> Engine.accept        reads the tokens of the previous pass, finishes requests
@@ -37,7 +37,6 @@ from ..nn import BatchLayout
 from ..nn.batch_invariant import PinnedLinear
 from ..ops.accept_tokens import accept_tokens
 from ..ops.attention_decode import KVCache
-from ..ops.attention_decode_cpu import clear_pages
 from ..ops.decode_inputs import decode_inputs
 from ..ops.sample import sample
 from .adapters import Adapters
@@ -211,12 +210,8 @@ class Forward:
         """Copy the numbers of newly allocated pages."""
         new = [(r.lane, i, r.pages[i]) for r in requests for i in range(r.pages_on_device, len(r.pages))]
         if new:
-            lanes, columns, pages = self.to_device(np.array(new).T.copy())
-            self.block_tables[lanes, columns] = pages.int()
-            if self.device.type == "cpu":
-                computed = {r.lane: r.computed for r in requests}  # those pages are of a cached prefix
-                empty = [page for lane, i, page in new if i * self.page_size >= computed[lane]]
-                clear_pages([*self.caches, *([] if self.mtp_cache is None else [self.mtp_cache])], empty)
+            lane, i, page = self.to_device(np.array(new).T.copy())
+            self.block_tables[lane, i] = page.int()
         for r in requests:
             r.pages_on_device = len(r.pages)
 
@@ -324,8 +319,7 @@ class Forward:
         layout = BatchLayout(
             m.cos, m.sin, positions.flatten(), self.no_chunks, slots, positions.numel(), block_table, lengths
         )  # fmt: skip
-        group = m.config.num_attention_heads // m.config.num_key_value_heads
-        return layout.with_cells(self.caches[0], group) if alone and slots is None else layout
+        return layout.with_cells(self.caches[0]) if alone and slots is None else layout
 
     def recorded(self, layout: BatchLayout, with_chunks: bool) -> BatchLayout:
         """The layout with the cells where the rows' experts are written."""

@@ -7,11 +7,16 @@ The package llguidance reads schemas, regular expressions and Lark grammars, and
 here: a request's next mask while the pass of other requests runs, on a CPU while its own layers run.
 """
 
+import contextlib
 import functools
 import json
 import os
+import subprocess
+import sys
+import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,13 +46,16 @@ os.register_at_fork(after_in_child=start_workers)  # the parent's threads are no
 class Grammars:
     """Makes grammars over a tokenizer's tokens; vocabulary: the model's rows, which may be more.
 
-    For a large vocabulary it takes about a second, and a grammar some milliseconds. Raises InputError without
+    For a large vocabulary it takes about a second, and a grammar some milliseconds. guarded: a process of their own
+    tries grammars first, as those of strangers may need hours or more stack than there is. Raises InputError without
     llguidance.
     """
 
-    def __init__(self, tokenizer: Tokenizer, vocabulary: int):
+    def __init__(self, tokenizer: Tokenizer, vocabulary: int, guarded: bool = False):
         try:
             from llguidance import LLMatcher, LLTokenizer
+
+            from .grammar_check import read_grammar
         except ImportError:
             raise InputError(MISSING) from None
         backend, self.vocab, self.end = tokenizer.backend, tokenizer.vocab, tokenizer.eos_id
@@ -56,7 +64,8 @@ class Grammars:
             self.tokens = LLTokenizer(text, n_vocab=vocabulary, eos_token=self.end)
         except ValueError as error:
             raise InputError(f"llguidance cannot read the tokenizer: {error}") from None
-        self.matcher = LLMatcher
+        self.matcher, self.read = LLMatcher, read_grammar
+        self.trial = Trial(text, vocabulary, self.end) if guarded else None
         self.compiled = functools.lru_cache(GRAMMARS)(self._compiled)
 
     def json(self, schema: dict[str, Any] | None = None) -> "Grammar":
@@ -85,7 +94,7 @@ class Grammars:
         """One of these texts. Raises InputError for none."""
         if not texts or not all(isinstance(text, str) for text in texts):
             raise InputError(f"the choices are {texts!r:.80}; they must be texts")
-        return self.lark("start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in texts))
+        return self.lark("start: TEXT\nTEXT: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in texts))
 
     def around(self, lark: str, inner: dict[str, "Grammar"]) -> "Grammar":
         """A Lark grammar around others, which it calls @name."""
@@ -108,9 +117,38 @@ class Grammars:
         return self.compiled(text if text.startswith("{") else json.dumps({"grammars": [{"lark_grammar": text}]}))
 
     def _compiled(self, source: str) -> "Grammar":
-        if fault := self.matcher.validate_grammar(source, self.tokens):
-            raise InputError(f"the grammar is not readable: {one_line(fault)[:300]}")
-        return Grammar(source, self.matcher(self.tokens, source, log_level=0), self.end, self.tokens.vocab_size)
+        fault = self.trial.fault(source) if self.trial else ""
+        if not fault:
+            matcher, fault = self.read(self.tokens, source)
+        if fault:
+            raise InputError(f"the grammar is not readable: {plain(fault)}")
+        return Grammar(source, matcher, self.end, self.tokens.vocab_size)
+
+
+class Trial:
+    """A process that reads grammars first (grammar_check.py); it starts with the first one, and again after its end."""
+
+    def __init__(self, *tokenizer):
+        self.tokenizer, self.lock, self.process = tokenizer, threading.Lock(), None
+
+    def fault(self, source: str) -> str:
+        """What is wrong with a grammar, or ""."""
+        with self.lock:
+            if self.process is None:
+                command, pipe = [sys.executable, str(Path(__file__).with_name("grammar_check.py"))], subprocess.PIPE
+                self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
+                self._send(self.tokenizer)
+            self._send(source)
+            if answer := self.process.stdout.readline():
+                return json.loads(answer)
+            self.process.communicate()
+            self.process = None
+            return "it needs too much time, memory or nesting"
+
+    def _send(self, message) -> None:
+        with contextlib.suppress(BrokenPipeError):  # the process has ended, which its answer shows
+            self.process.stdin.write(f"{json.dumps(message)}\n")
+            self.process.stdin.flush()
 
 
 class Grammar:
@@ -145,7 +183,7 @@ class Guide:
     def accept(self, token: int) -> bool:
         """Go on by a token of the request; False if the grammar does not have it there."""
         if self.fault is None and not self.matcher.consume_token(token):
-            self.fault = f"the grammar does not allow token {token}: {one_line(self.matcher.get_error())[:200]}"
+            self.fault = f"the grammar does not allow token {token}: {plain(self.matcher.get_error())}"
         return self.fault is None
 
     @property
@@ -177,7 +215,12 @@ class Guide:
             if may_end and token in self.ends:
                 bits[token >> 3] |= bit
         if self.matcher.is_error() or not bits.any():
-            raise InputError(f"the grammar cannot go on: {one_line(self.matcher.get_error())[:200] or 'no token fits'}")
+            raise InputError(f"the grammar cannot go on: {plain(self.matcher.get_error()) or 'no token fits'}")
+
+
+def plain(fault: str) -> str:
+    """llguidance's words for a fault, without its name for a place where nothing can come."""
+    return one_line(fault.replace("NoExtensionBias", "no text fits it").replace("<non-verbose/>", ""))[:300]
 
 
 def mask_bytes(vocabulary: int) -> int:

@@ -52,9 +52,6 @@ class Copies:
                 part[page] = piece
         return None
 
-    def wait_on_device(self, event: Event) -> None:
-        """Later passes begin after the event."""
-
 
 class StreamCopies(Copies):
     """On a GPU: on a stream of its own, beside the passes. Rows lie in pinned memory.
@@ -95,9 +92,6 @@ class StreamCopies(Copies):
                 part.index_copy_(0, index, piece)
             copied.record()
         return copied
-
-    def wait_on_device(self, event: Event) -> None:
-        torch.cuda.current_stream(self.device).wait_event(event)
 
 
 def copies_of(caches: Sequence[KVCache]) -> Copies:

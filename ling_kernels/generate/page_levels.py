@@ -104,7 +104,9 @@ class PageLevels:
         if page in self.unsaved:
             self.save([page, *(p for p in self.unsaved if p != page)][: self.copies.most])
         if page in self.loading:  # its request was cancelled
-            self.copies.wait_on_device(self.loading[page][0])
+            copied, held = self.loading.pop(page)
+            copied.synchronize()
+            self.host.leave(held)
 
     def save_released(self, all_of_them: bool) -> None:
         """After a pass: save the pages of finished requests, if they are to go to the folder."""

@@ -58,7 +58,6 @@ def stream(
     block_table = torch.arange(B * pages, device=device, dtype=torch.int32).view(B, pages)
     dtype = model.word_embeddings.weight.dtype
     caches = empty_caches(config, len(model.layers), B * pages, PAGE, dtype, device)
-    group = config.num_attention_heads // config.num_key_value_heads
 
     sequence = torch.arange(B, device=device)
     sequence_of_row = sequence.repeat_interleave(lengths)
@@ -82,7 +81,7 @@ def stream(
         slots = sequence * pages * PAGE + lengths
         positions, lengths = lengths.long(), lengths + 1
         layout = BatchLayout(model.cos, model.sin, positions, batch.cu_seqlens, slots, B, block_table, lengths)
-        layout = layout.with_cells(caches[0], group)
+        layout = layout.with_cells(caches[0])
         h, _ = model.backbone(token, layout, caches, norm=False)
 
 

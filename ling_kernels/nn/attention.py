@@ -48,16 +48,14 @@ class BatchLayout(NamedTuple):
         experts = None if self.experts is None or i >= len(self.experts) else self.experts[i]
         return self._replace(experts=experts, record=None if self.record is None else self.record[i])
 
-    def with_cells(self, cache: KVCache, group: int) -> "BatchLayout":
-        """The layout of a pass that only decodes, with `cells` where `decode_on_cpu` runs; group: query heads of a KV
-        head."""
+    def with_cells(self, cache: KVCache) -> "BatchLayout":
+        """The layout of a pass that only decodes, with `cells` where `decode_on_cpu` runs. cache: any layer's."""
         if not self.decoding or not few_calls_on_cpu(self.cos, cache.k):
             return self
         n = self.decoding // self.lengths.shape[0]
         if int(self.lengths.min()) < n:  # a lane without a sequence
             return self
-        args = self.cos, self.sin, self.block_table, self.lengths, n, cache.k.shape[1], group
-        return self._replace(cells=decode_cells(*args))
+        return self._replace(cells=decode_cells(self.cos, self.sin, cache, self.block_table, self.lengths, n))
 
 
 Rows = BatchLayout  # its name up to version 0.1

@@ -67,7 +67,7 @@ class MoE(nn.Module):
         if residual is not None and residual.dtype != x.dtype:
             return None
         parts = [self.experts] if self.shared_experts is None else [self.experts, self.shared_experts]
-        weights = [m.decode_weights() if isinstance(m, Experts | MLP) else None for m in parts]
+        weights = [m.decode_weights() if isinstance(m, (Experts, MLP)) else None for m in parts]
         if None in weights:
             return None
         router, shared = self.router, weights[1] if len(weights) > 1 else None

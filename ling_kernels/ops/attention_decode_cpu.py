@@ -1,11 +1,5 @@
-"""qk_norm_attention_decode on a CPU in fp32, in few calls of torch: what all layers of a pass share is computed once.
+"""qk_norm_attention_decode on a CPU in fp32, in few calls of torch: what layers of a pass share is computed once."""
 
-It differs from the op in one thing: cells past a sequence's end must hold numbers, since torch's attention multiplies
-what a mask hides by 0. So a page must be cleared before a sequence gets it (`clear_pages`), and columns of the block
-table past a sequence's end are read as its first page.
-"""
-
-from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,38 +7,43 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from .attention_decode import KVCache, write
+from .attention_decode import KVCache
 from .qk_norm_rope import norm_and_rotate
+
+PART = 1 << 17  # keys times D at a time: copies of them and of the values stay in a cache of 1 MB
 
 
 class DecodeCells(NamedTuple):
-    """Of the T = B n rows of a decode pass, n new tokens of each of B sequences whose keys lie in C pages each."""
+    """Of the T = B n rows of a decode pass, n new tokens of each of B sequences, of which the longest has L tokens."""
 
     cos: Tensor  # [T, 1, R/2] fp32, of each row's position
     sin: Tensor  # as cos
     slots: Tensor  # [T] int64: the cell of each row's key and value
-    pages: Tensor  # [B C] int64
-    hidden: Tensor  # [B, 1, n G or 1, longest] fp32: 0 for the keys that a query sees, otherwise -inf
+    keys: (
+        Tensor  # [B, Hkv L] int64: rows of the cache as [cells Hkv, D]; past a sequence's end those of its first token
+    )
+    hidden: Tensor  # [B, 1, n, L] fp32: 0 for the keys that a query sees, otherwise -inf
 
 
 def decode_cells(
-    cos: Tensor, sin: Tensor, block_table: Tensor, lengths: Tensor, n: int, page_size: int, group: int
-) -> DecodeCells:
-    """cos and sin [P, R/2], block_table [B, max_blocks] int32, lengths [B] int32 with the n new tokens; group: query
-    heads of a KV head. Every length is from n to what the table holds."""
-    table, ends = block_table.numpy(), lengths.numpy()[:, None]  # for few numbers, in less time than torch
-    longest = int(ends.max())
-    first_keys = np.arange(0, longest, page_size)  # of each column
-    pages = np.where(first_keys < ends, table[:, : len(first_keys)], table[:, :1]).astype(np.int64)
-    positions = ends + np.arange(-n, 0)  # [B, n]
-    slots = pages[np.arange(len(table))[:, None], positions // page_size] * page_size + positions % page_size
-    unseen = np.arange(longest) > positions[..., None]  # [B, n, keys]
-    hidden = np.zeros(unseen.shape, np.float32)
-    hidden[unseen] = -np.inf
+    cos: Tensor, sin: Tensor, cache: KVCache, block_table: Tensor, lengths: Tensor, n: int
+) -> DecodeCells:  # fmt: skip
+    """cos and sin [P, R/2]; any layer's cache; block_table [B, max_blocks] and lengths [B] int32 as the op takes them,
+    every length from n to what the table holds. Not checked."""
+    size = cache.k.shape[1]
+    ends = lengths.numpy()[:, None]  # numpy takes less time than torch for few numbers
+    longest, positions = int(ends.max()), ends + np.arange(-n, 0)
+    pages = block_table.numpy()[:, : -(-longest // size), None].astype(np.int64)
+    cells = (pages * size + np.arange(size)).reshape(len(ends), -1)[:, :longest]
+    slots = cells[np.arange(len(ends))[:, None], positions]
+    keys = np.arange(longest)
+    # What a mask hides is multiplied by 0, and must be a number: another sequence's cells may hold NaN.
+    cells = np.where(keys < ends, cells, cells[:, :1])
+    hidden = np.where(keys > positions[..., None], np.float32(-np.inf), np.float32(0))
     rows = torch.from_numpy(positions.ravel())
     return DecodeCells(
         cos.index_select(0, rows)[:, None], sin.index_select(0, rows)[:, None], torch.from_numpy(slots.ravel()),
-        torch.from_numpy(pages.ravel()), torch.from_numpy(hidden if n == 1 else hidden.repeat(group, 1))[:, None],
+        torch.from_numpy(cells), torch.from_numpy(hidden)[:, None],
     )  # fmt: skip
 
 
@@ -53,21 +52,24 @@ def decode_on_cpu(
 ) -> Tensor:
     """qkv [B, n, Hq + 2 Hkv, D] -> [B n, Hq D], as qk_norm_attention_decode; keys and values go into the cache."""
     (B, n, _, D), Hkv = qkv.shape, cache.k.shape[2]
-    q, k, v = norm_and_rotate(qkv.flatten(0, 1), q_weight, k_weight, cells.cos, cells.sin, Hkv, eps)
-    write(cache, k, v, cells.slots)
-    longest = cells.hidden.shape[-1]
-    keys, values = (
-        x.flatten(1).index_select(0, cells.pages).view(B, -1, Hkv, D)[:, :longest].transpose(1, 2)
-        for x in (cache.k, cache.v)
-    )
+    q, *new = norm_and_rotate(qkv.flatten(0, 1), q_weight, k_weight, cells.cos, cells.sin, Hkv, eps)
+    for x, rows in zip(cache[:2], new, strict=True):
+        x.view(-1, Hkv, D).index_copy_(0, cells.slots, rows)
     q = q.reshape(B, n, Hkv, -1, D).transpose(1, 2)  # heads that share keys are rows of one product
-    out = scaled_dot_product_attention(q.flatten(2, 3), keys, values, attn_mask=cells.hidden)
+    hidden = cells.hidden if n == 1 else cells.hidden.repeat_interleave(q.shape[3], 2)
+    number = max(PART // (cells.keys.shape[1] * Hkv * D), 1)
+    parts = [
+        attend_to_cache(queries, index, mask, cache)
+        for queries, index, mask in zip(
+            q.flatten(2, 3).split(number), cells.keys.split(number), hidden.split(number), strict=True
+        )
+    ]
+    out = parts[0] if len(parts) == 1 else torch.cat(parts)
     return out.view(q.shape).transpose(1, 2).reshape(B * n, -1)
 
 
-def clear_pages(caches: Iterable[KVCache], pages: Sequence[int]) -> None:
-    """Set the cells of these pages to 0 in every layer's cache, but not in FP8, which only the op itself reads."""
-    index = torch.tensor(pages, dtype=torch.int64)
-    for k, v, k_scale, _ in caches:
-        if k_scale is None:
-            k.index_fill_(0, index, 0), v.index_fill_(0, index, 0)
+def attend_to_cache(q: Tensor, index: Tensor, hidden: Tensor, cache: KVCache) -> Tensor:
+    """q [b, Hkv, n G, D], index [b, L] and hidden [b, 1, n G or 1, L] of b sequences -> out as q."""
+    shape = *index.shape, *cache.k.shape[2:]
+    keys, values = (x.flatten(0, 1).index_select(0, index.flatten()).view(shape).transpose(1, 2) for x in cache[:2])
+    return scaled_dot_product_attention(q, keys, values, attn_mask=hidden)

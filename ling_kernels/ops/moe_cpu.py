@@ -29,22 +29,21 @@ def moe_cpu(
     experts = best_experts(s, bias, num_groups, group_topk, topk)
     weights = weights_of(s.gather(1, experts), scale).flatten()
     chosen, order = experts.flatten().sort(stable=True)
-    counts = torch.bincount(chosen, minlength=router_w.shape[0])
     token = order // topk  # of each row, expert by expert
-    rows = [*enumerate(counts.tolist())]
-    h = silu_product(products(x.index_select(0, token), w_gate_up, counts, rows))
-    y = products(h, w_down, counts, rows).mul_(weights.index_select(0, order)[:, None])
+    counts = torch.bincount(chosen, minlength=router_w.shape[0])
+    used = [(e, n) for e, n in enumerate(counts.tolist()) if n]
+    h = silu_product(products(x.index_select(0, token), w_gate_up, counts, used))
+    y = products(h, w_down, counts, used).mul_(weights.index_select(0, order)[:, None])
     total = torch.zeros_like(x) if shared is None else linear(silu_product(linear(x, shared[0])), shared[1])
     return total.index_add_(0, token, y)
 
 
-def products(a: Tensor, b: Tensor, counts: Tensor, rows: list[tuple[int, int]]) -> Tensor:
-    """a [S, K], b [E, N, K] -> [S, N]: the next counts[e] rows times b[e]; rows: each expert and its count.
+def products(a: Tensor, b: Tensor, counts: Tensor, used: list[tuple[int, int]]) -> Tensor:
+    """a [S, K], b [E, N, K] -> [S, N]: the next counts[e] rows times b[e]; used: the experts with rows, and how many.
 
     grouped_mm calls a product for every expert, also for those without rows.
     """
-    used = [(e, n) for e, n in rows if n]
-    if 2 * len(used) > len(rows):
+    if 2 * len(used) > counts.shape[0]:
         return grouped_mm(a, b.mT, offs=counts.cumsum(0, dtype=torch.int32))
-    parts = a.split([n for _, n in used])
+    parts = torch.split_with_sizes(a, [n for _, n in used])
     return torch.cat([linear(part, b[e]) for part, (e, _) in zip(parts, used, strict=True)])

@@ -3,7 +3,17 @@
 import torch
 from torch import Tensor
 
-from ..op import expect, first_derivative_only, multiprocessors, op, round_up, rows_aligned, upcast, use_reference
+from ..op import (
+    expect,
+    few_calls_on_cpu,
+    first_derivative_only,
+    multiprocessors,
+    op,
+    round_up,
+    rows_aligned,
+    upcast,
+    use_reference,
+)
 from .quantize import BLOCK, empty_fp8, quantize_ref
 from .triton_fp8 import quantize_along, store_columns
 from .triton_import import tl, triton
@@ -27,6 +37,12 @@ def rms_norm(
     (without a gradient; x must be [M, N], N % 128 == 0). Gradient: to x, residual and w. Raises ValueError for shapes
     that do not fit.
     """
+    if not (quantize or columns) and w.shape == x.shape[-1:] and few_calls_on_cpu(x, w):
+        if residual is None:
+            return torch.rms_norm(x, w.shape, w, eps)
+        if residual.shape == x.shape and residual.dtype == x.dtype:
+            total = x + residual
+            return torch.rms_norm(total, w.shape, w, eps), total
     N = x.shape[-1] if x.ndim else 0
     expect(N > 0 and w.shape == (N,) and x.is_floating_point() and w.is_floating_point(), "x [..., N] and w [N]", x, w)
     fits = residual is None or (residual.shape == x.shape and residual.is_floating_point())

@@ -280,7 +280,7 @@ def check_sizes(
             )
         if dp % copies == 0 and n // copies % number:
             raise InputError(f"{flag} {number} does not divide the {counted(n // copies, 'process')} of each of"
-                             f" --dp-replicate {copies} copies, within which the {what} are divided")  # fmt: skip
+                             f" --dp-replicate {copies} copies, which divide the {what} themselves")  # fmt: skip
     if dp % copies:
         raise InputError(f"--dp-replicate {copies} does not divide --dp {dp}: each copy of the optimizer's state is of"
                          " equally many processes")  # fmt: skip

@@ -290,6 +290,8 @@ def divided(s: Settings, trainer: Trainer) -> Iterator[str]:
     divisions = (ranks.experts, "the experts"), (ranks.vocabulary, "the vocabulary"), (ranks.tensor, "heads and MLPs")
     groups = [(division.number, what) for division, what in divisions] + [(ranks.cp, "the tokens of a row")]
     yield from (f"groups of {number} {what}" for number, what in groups if number > 1)
+    if ranks.copies > 1:
+        yield f"{ranks.copies} copies of the optimizer's state, each of {ranks.copy_size}"
     if ranks.pp > 1:
         layout = stages_of(s, trainer.config)
         yield f"{ranks.pp} the layers, {layout}, in the order {s.schedule or schedule_of(s, layout)}"

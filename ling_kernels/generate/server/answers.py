@@ -78,8 +78,9 @@ class Choice:
             self.finish_reason = "stop" if text.found else request.finished
             if not self.shows_answer and self.finish_reason == "stop":  # by the token that is not shown
                 self.finish_reason = "length"
-        except InputError as error:  # NaN logits: an error of the model, not of the call
-            raise HTTPException(500, str(error)) from None
+        except InputError as error:  # NaN logits: an error of the model, not of the call, whose grammar may be one
+            guide = request.guide
+            raise HTTPException(400 if guide is not None and guide.fault else 500, str(error)) from None
         finally:
             await tokens.aclose()
             metrics.finished[self.finish_reason or ("error" if request.error else "cancelled")] += 1
@@ -118,7 +119,8 @@ async def complete(service: Service, body: Body, http_request: HttpRequest, obje
     choices, grammar = [], None
     hidden = hidden_tokens(service.tokenizer) if body.skip_special_tokens else frozenset()
     if body.structured:
-        grammar = await service.in_thread(structure, service, body, prompts)
+        loop = asyncio.get_running_loop()
+        grammar = await loop.run_in_executor(service.readers, structure, service, body, prompts)
     ends = frozenset(body.stop_token_ids) | (frozenset() if body.ignore_eos else service.stop_token_ids)
     requested, default = body.max_new_tokens()
     options: dict = dict(

@@ -166,8 +166,9 @@ def read_keys(args: argparse.Namespace) -> frozenset[str]:
             lines = user_path(args.key_file).read_text(encoding="utf-8").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"--key-file {args.key_file}: {error}") from None
-        keys += [line.strip() for line in lines if line.strip()]
-        if not keys:
+        found = [line.strip() for line in lines if line.strip()]
+        keys += found
+        if not found:
             raise InputError(f"--key-file {args.key_file} has no key")
     if KEY_VARIABLE in os.environ:
         keys.append(os.environ[KEY_VARIABLE])

@@ -64,6 +64,8 @@ class Service(Limits):
     created: int = field(default_factory=lambda: int(time.time()))
     # Apart from the threads of the engine's passes, which a long prompt must not keep waiting.
     threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "tokenizer"))
+    # Apart from both, as a grammar may take seconds.
+    readers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "grammars"))
 
     grammar_lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -75,7 +77,7 @@ class Service(Limits):
         """Made at the first use. Raises InputError where llguidance is missing."""
         with self.grammar_lock:
             if self._grammars is None:
-                self._grammars = Grammars(self.tokenizer, self.vocabulary)
+                self._grammars = Grammars(self.tokenizer, self.vocabulary, guarded=True)
             return self._grammars
 
     async def in_thread(self, function: Callable[..., Result], *args) -> Result:

@@ -41,7 +41,7 @@ class StructuredOutputs(StrictModel):
 
     @model_validator(mode="after")
     def check_one(self):
-        if len(self.model_fields_set) != 1:
+        if sum(getattr(self, name) not in (None, False) for name in self.model_fields_set) != 1:
             raise InputError("structured_outputs has one of json, regex, choice, grammar and json_object")
         return self
 

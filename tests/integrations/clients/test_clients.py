@@ -89,6 +89,11 @@ def test_structured_output_of_openai(locked):
             client.chat.completions.parse(**CHAT, tools=[tool], tool_choice=choice, logit_bias=DENSE).choices[0].message
         )
         assert all(isinstance(made.function.parsed_arguments, Answer) for made in message.tool_calls)
+    both = dict(tools=[tool], response_format=Answer)  # the model's choice; the tool is strict
+    for bias, called in ((DENSE | {265: -100}, False), (DENSE | {265: 100}, True)):
+        message = client.chat.completions.parse(**CHAT, **both, logit_bias=bias).choices[0].message
+        found = [made.function.parsed_arguments for made in message.tool_calls or []] or [message.parsed]
+        assert bool(message.tool_calls) == called and all(isinstance(answer, Answer) for answer in found)
     with pytest.raises(openai.BadRequestError) as caught:
         wrong = dict(type="json_schema", json_schema=dict(name="x", schema={"not": {}}))
         client.chat.completions.create(**CHAT, response_format=wrong)

@@ -69,6 +69,7 @@ def test_a_span_of_a_call(served, spans):
     times = [before, span.start_time, *(event.timestamp for event in span.events), span.end_time, after]
     slack = 2_000_000  # ns: the clocks of a span and of a request are read one after the other
     assert all(a <= b + slack for a, b in zip(times, times[1:], strict=False))
+    assert span.events[1].timestamp < span.events[2].timestamp, "a pass takes time"
     assert span.resource.attributes["service.name"] == "ling_kernels"
 
 
