@@ -2,7 +2,7 @@
 
 import copy
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ import torch
 from ling_kernels.errors import InputError
 from ling_kernels.generate import Engine
 from ling_kernels.model import Ling, LingConfig
+from ling_kernels.nn import lora_
 from ling_kernels.nn.batch_invariant import ROWS, attend, batch_invariant_
 from ling_kernels.nn.fp8 import to_fp8
 from ling_kernels.ops.attention import attention
@@ -109,4 +110,18 @@ def test_models_that_cannot_be_pinned():
         batch_invariant_(m)
     with pytest.raises(InputError, match="layers.0.attention, which has no QK norm"):
         batch_invariant_(Ling(replace(LingConfig.tiny(), use_qk_norm=False)))
+    m = Ling(LingConfig.tiny())
+    lora_(m, rank=4, on=("mlp",))
+    with pytest.raises(InputError, match="cannot pin layers.0.mlp.gate_up_adapter, an adapter"):
+        batch_invariant_(m)
+    assert not any(layer.attention.pinned for layer in m.layers), "a model that is refused stays as it was"
     assert ROWS >= 4
+
+
+@pytest.mark.parametrize("change", [to_fp8, partial(lora_, rank=4, on=("mlp",))], ids=["fp8", "adapters"])
+def test_a_pinned_model_takes_no_layers_that_are_not_pinned(change):
+    m = copy.deepcopy(pinned())
+    before = [type(module) for module in m.modules()]
+    with pytest.raises(InputError, match="would undo batch_invariant_, which has pinned layers.0.attention"):
+        change(m)
+    assert [type(module) for module in m.modules()] == before

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..errors import InputError
 from ..op import few_calls_on_cpu, upcast
 from ..ops.attention import attention
 from ..ops.attention_decode import KVCache, append, attention_decode, read
@@ -65,6 +66,8 @@ class Attention(nn.Module):
 
     qk_norm=False leaves the norm out: no kernel supports that, so that plain torch applies RoPE.
     """
+
+    pinned = False  # by batch_invariant_
 
     def __init__(
         self,
@@ -134,3 +137,10 @@ class Attention(nn.Module):
         cos, sin = (table[layout.positions.long()][:, None] for table in (layout.cos, layout.sin))
         q, k = (rotate(upcast(x), cos, sin).to(x.dtype) for x in (q, k))
         return q, k, v.contiguous()
+
+
+def expect_not_pinned(model: nn.Module, change: str) -> None:
+    """Raises InputError for a model that batch_invariant_ has pinned: the change would take its bits away."""
+    for name, module in model.named_modules():
+        if isinstance(module, Attention) and module.pinned:
+            raise InputError(f"{change} would undo batch_invariant_, which has pinned {name}")

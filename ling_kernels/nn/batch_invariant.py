@@ -44,6 +44,7 @@ from .attention import Attention, BatchLayout
 from .experts import Experts
 from .fp8 import Fp8Experts, Fp8Linear, Fp8MLP
 from .linear import FusedLinear
+from .lora import Adapter
 from .norm import RMSNorm
 from .router import Router
 
@@ -55,7 +56,8 @@ CHUNK = 1024  # rows whose logits exist at a time
 def batch_invariant_(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     """Pin the modules of a model in place; parameters, names and hooks stay. dtype: that it is computed in, default its
     parameters'. Raises InputError for another dtype than bf16 on a GPU, with FP8 weights or without, and fp32 on a CPU,
-    for a model without QK norm, and for linear layers and experts of other kinds, as those that train in FP8."""
+    for a model without QK norm or with adapters, and for linear layers and experts of other kinds, as those that train
+    in FP8; nothing is changed then."""
     for name, p in model.named_parameters():
         on_cpu = (torch.float32, torch.float64) if p.device.type == "cpu" else ()
         fits = (torch.bfloat16, E4M3) if kernels_run(p) else on_cpu
@@ -63,17 +65,22 @@ def batch_invariant_(model: nn.Module, dtype: torch.dtype | None = None) -> None
             raise InputError(
                 f"batch_invariant is for bf16 on a GPU and fp32 on a CPU: {name} is {dtype or p.dtype} on {p.device}"
             )
+    kinds = {}  # all are checked before one is changed
     for name, module in model.named_modules():
         if isinstance(module, Attention) and module.query_layernorm is None:
             raise InputError(f"batch_invariant cannot pin {name}, which has no QK norm")
+        if isinstance(module, Adapter):
+            raise InputError(f"batch_invariant cannot pin {name}, an adapter")
         if type(module) in PINNED:
-            module.__class__ = PINNED[type(module)]
+            kinds[module] = PINNED[type(module)]
         elif type(module) in PINNED_FP8 and all(p.dtype == E4M3 for p in module.parameters()):
-            module.__class__ = PINNED_FP8[type(module)]
+            kinds[module] = PINNED_FP8[type(module)]
         elif isinstance(module, (*PINNED, *PINNED_FP8)) and type(module) not in (
             *PINNED.values(), *PINNED_FP8.values()
         ):  # fmt: skip
             raise InputError(f"batch_invariant cannot pin {name}, a {type(module).__name__}")
+    for module, kind in kinds.items():
+        module.__class__ = kind
 
 
 def kernels_run(x: Tensor) -> bool:
@@ -180,6 +187,8 @@ class PinnedFp8Experts(Fp8Experts):
 
 
 class PinnedAttention(Attention):
+    pinned = True
+
     def forward(
         self, x: Tensor, layout: BatchLayout, cache: KVCache | None = None, norm: RMSNorm | None = None
     ) -> Tensor:  # fmt: skip

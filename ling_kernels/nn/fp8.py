@@ -18,7 +18,7 @@ from ..ops.dispatch import Plan
 from ..ops.moe import Weight
 from ..ops.quantize import BLOCK, quantize_weight
 from ..ops.rms_norm_linear import rms_norm_linear
-from .attention import Attention
+from .attention import Attention, expect_not_pinned
 from .experts import Experts
 from .fp8_cache import Fp8Cache, version_of
 from .fp8_functions import FeedForward, Fp8LinearFunction, Fp8Weight, product, product_dtype
@@ -217,8 +217,9 @@ def to_fp8(model: nn.Module, recompute: str = "none", **options) -> tuple[list[s
 
     Returns the names of the replaced layers, and of those that stay because 128 does not divide a size, each with its
     sizes. An MLP or an expert is FP8 as a whole or not at all. Embedding, norms, head, router and MTP's projection
-    stay as they are.
+    stay as they are. Raises InputError for a model that batch_invariant_ has pinned.
     """
+    expect_not_pinned(model, "to_fp8")
     replaced, left = [], []
     for name, module in [*model.named_modules()]:
         kinds: dict[str, type[Fp8Linear] | type[Fp8MLP] | type[Fp8Experts]]

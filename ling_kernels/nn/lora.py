@@ -24,7 +24,7 @@ from ..ops.moe import Weight, weights_of_rows
 from ..ops.permute import permute
 from ..ops.swiglu import swiglu
 from ..ops.unpermute import unpermute
-from .attention import Attention
+from .attention import Attention, expect_not_pinned
 from .experts import Experts
 from .fp8 import Fp8Experts, Fp8Linear, Fp8MLP
 from .fp8_functions import FIELDS, FrozenProduct, product_dtype
@@ -152,6 +152,7 @@ def lora_(model: nn.Module, rank: int, alpha: float | None = None, on: Collectio
     them. Raises InputError for layers that can have no adapter, and where there are none of these.
     """
     expect(rank >= 1 and {*on} <= {*ON}, f"rank of at least 1, on among {', '.join(ON)}", rank, on)
+    expect_not_pinned(model, "lora_")
     places = adapted(model, on)
     if not places:
         raise InputError(f"the model has no {' and no '.join(on)} to adapt")

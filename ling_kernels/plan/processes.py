@@ -59,7 +59,10 @@ def held_by_processes(config: LingConfig, s: Settings) -> list[Held]:
         for replica in range(ranks.dp * ranks.sharing):
             steps = {name for name in states if shares.steps(name, replica)}
             owned = sum(states[name] + (wholes[name].nbytes if name in wholes else 0) for name in steps)
-            written = sum(tensors[n].nbytes + (states[n] if n in steps else 0) for n in shares.owned(replica))
+            written = sum(
+                tensors[n].nbytes + (states[n] if n in steps else 0) + (8 * tensors[n].numel() if s.merge_last else 0)
+                for n in shares.owned(replica)
+            )
             found.append(Held(sum(p.numel() for p in weights), size_of, size_of, owned, written, units))
     return found
 
