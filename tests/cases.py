@@ -14,6 +14,7 @@ from ling_kernels.op import E4M3
 from ling_kernels.ops.accept_tokens import accept_tokens, accept_tokens_ref
 from ling_kernels.ops.adamw_8bit import Moments, adamw_8bit, adamw_8bit_ref, adamw_8bit_state
 from ling_kernels.ops.attention import attention, attention_ref
+from ling_kernels.ops.attention_cells import attention_cells, attention_cells_ref
 from ling_kernels.ops.attention_decode import KVCache, append, attention_decode, attention_decode_ref
 from ling_kernels.ops.balance_bias import balance_bias_, balance_bias_ref
 from ling_kernels.ops.cross_entropy import cross_entropy, cross_entropy_ref
@@ -518,6 +519,17 @@ CASES = [
         backends=("torch", "triton", "cuda"), hopper=None,
         flops=lambda q, Hq, Hkv, D: 2 * sum(n * n for n in q) * Hq * D, backward_flops=2.5,
         ling=lambda p: [dict(q=p.lengths, Hq=p.Hq, Hkv=p.Hkv, D=128)],
+    ),
+    Case(
+        attention_cells, attention_cells_ref, lambda rand, **shape: decode_args(rand, **shape)[:-1],
+        [dict(lengths=()), dict(lengths=(0, 0)), dict(lengths=(1,)), dict(lengths=(7, 0, 1, 12, 13), n=3),
+         dict(lengths=(9, 40), n=23, Hq=3, Hkv=1, D=24, block_size=16),
+         dict(lengths=(70, 3), Hq=16, Hkv=4, D=128, block_size=16),
+         dict(lengths=(0, 129, 5), n=2, Hq=16, Hkv=2, D=128, block_size=32),
+         dict(lengths=(4096,) * 32, Hq=16, Hkv=4, D=128, block_size=64)],
+        backends=("torch", "triton"),
+        hopper=[dict(lengths=(70, 3), n=n, Hq=h, Hkv=4, D=128, block_size=64) for h, n in ((16, 1), (32, 3))],
+        ling=lambda p: p.T <= 64 and [dict(lengths=(4096,) * p.T, Hq=p.Hq, Hkv=p.Hkv, D=128, block_size=64)],
     ),
     Case(
         attention_decode, attention_decode_ref, decode_args,

@@ -30,13 +30,17 @@ def attention_cells(q: Tensor, cache: KVCache, block_table: Tensor, lengths: Ten
            "a cache in q's dtype, of its D, whose Hkv divides Hq", q, cache.k)  # fmt: skip
     expect_table(block_table, lengths, q, cache)
     if use_reference("attention_cells", q):
-        return attention_decode_ref(q, cache, block_table, lengths, D**-0.5)
+        return attention_cells_ref(q, cache, block_table, lengths)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if 0 in (B, num_blocks, cache.k.shape[1], block_table.shape[1]):
         return out.zero_()
     cells = cache.k, cache.v, block_table.contiguous(), lengths.contiguous()
     attention_cells_fwd(q.detach().contiguous(), *cells, out, D**-0.5)
     return out
+
+
+def attention_cells_ref(q, cache, block_table, lengths):
+    return attention_decode_ref(q, cache, block_table, lengths, q.shape[-1] ** -0.5)
 
 
 @op("out")
@@ -52,9 +56,10 @@ def attention_cells_fwd(
 
 
 def config(dtype: torch.dtype, sms: int) -> dict:
-    """Attention's tiles of keys, which a row's bits depend on; 64 rows, the fewest of a wgmma. Not measured."""
+    """Attention's tiles, since a row's bits depend on how many keys are in one. With three stages the numbers of the
+    next tile's cells are there when its keys are loaded. 64 rows and 4 warps spill beside 128 keys. Not measured."""
     c = config_of_attention("fwd", dtype, sms)
-    return c if dtype == torch.float32 else c | dict(BLOCK_M=64, num_warps=4)
+    return c if dtype == torch.float32 else c | dict(num_stages=3)
 
 
 @triton.jit
@@ -65,10 +70,11 @@ def attention_cells_kernel(
     """A program has rows of a KV head: the G heads that share it of each of the n tokens."""
     b, g = tl.program_id(0), tl.program_id(1)
     row, d = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    m = row // G
+    m, first = row // G, tl.program_id(2) * BLOCK_M // G
     inside = (m < n)[:, None] & (d < D)[None, :]
-    offset = (((b.to(tl.int64) * n + m) * Hkv + g) * G + row % G)[:, None] * D + d[None, :]
-    qs = tl.load(q + offset, mask=inside, other=0.0)
+    start = ((b.to(tl.int64) * n + first) * Hkv + g) * G * D  # offsets within a tile fit 32 bits, which saves registers
+    offset = ((m - first) * (Hkv * G) + row % G)[:, None] * D + d[None, :]
+    qs = tl.load(q + start + offset, mask=inside, other=0.0)
 
     length = tl.load(lengths + b)
     shift, Lk, table = length - n, tl.minimum(length, columns * PAGE), block_table + b.to(tl.int64) * columns
@@ -85,4 +91,6 @@ def attention_cells_kernel(
         qs, k, v, table, largest, total, acc, unmasked, Lk, m, shift, Lk, g, Hkv * D, Hkv * D, log2_scale,
         True, True, False, PAGE, D, BLOCK_N, BLOCK_D,
     )  # fmt: skip
-    tl.store(out + offset, (acc / tl.where(total == 0, 1.0, total)[:, None]).to(out.dtype.element_ty), mask=inside)
+    tl.store(
+        out + start + offset, (acc / tl.where(total == 0, 1.0, total)[:, None]).to(out.dtype.element_ty), mask=inside
+    )
