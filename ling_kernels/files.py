@@ -69,7 +69,9 @@ def read_json(file: Path) -> dict:
     """The JSON object in a file. Raises InputError if there is none."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:  # RecursionError: nested too deep
+    except OSError as error:
+        raise InputError(f"cannot read {file}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # RecursionError: nested too deep
         raise InputError(f"cannot read {file}: it is not readable JSON: {error}") from None
     if not isinstance(content, dict):
         raise InputError(f"{file} is not a JSON object")

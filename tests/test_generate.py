@@ -144,7 +144,7 @@ def test_tools(checkpoint, monkeypatch, tmp_path, generate):
     assert prompts[0] == tokenizer.encode(text, special=True) and '"name": "now"' in text
     one_line(*generate("--prompt", "a", "--tools", str(file)), "--tools needs --chat")
     one_line(*generate("--prompt", "a", "--chat", "--tools", ""), "--tools is empty")
-    one_line(*generate("--prompt", "a", "--chat", "--tools", str(tmp_path / "no")), "not readable JSON")
+    one_line(*generate("--prompt", "a", "--chat", "--tools", str(tmp_path / "no")), "/no: No such file or directory")
     for wrong in ("{", "{}", "[]", "[1]", "[{}]"):
         file.write_text(wrong)
         one_line(*generate("--prompt", "a", "--chat", "--tools", str(file)), f"--tools {file}: it is not")

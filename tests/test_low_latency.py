@@ -138,7 +138,7 @@ def a_model_agrees(rank, group):
 
 def wrong_calls(rank, group):
     moe = layer(False, False, torch.bfloat16)
-    with pytest.raises(InputError, match="max_tokens 0: it must be at least 1"):
+    with pytest.raises(InputError, match="max_tokens is 0; it must be at least 1"):
         low_latency(group, 0)
     shard_experts_(moe, group, low_latency(group, MOST))
     with pytest.raises(InputError, match="has no gradients: call the model under torch.no_grad"):

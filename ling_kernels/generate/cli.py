@@ -155,7 +155,9 @@ def read_tools(file: Path) -> list[dict]:
     """The descriptions of tools in a JSON file. Raises InputError."""
     try:
         tools = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise InputError(f"--tools {file}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
         raise InputError(f"--tools {file}: it is not readable JSON: {error}") from None
     if not (isinstance(tools, list) and tools and all(isinstance(tool, dict) and tool for tool in tools)):
         raise InputError(f"--tools {file}: it is not a list of objects, each the description of a tool")

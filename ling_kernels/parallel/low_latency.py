@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..errors import InputError
+from ..errors import InputError, integer
 from ..nn import MoE
 from ..ops.dispatch import Plan, dispatch_here
 from ..ops.quantize import quantize
@@ -36,8 +36,7 @@ def low_latency(
 
     max_tokens: the most that a rank has in a forward, the same number on every rank. fp8, sums: see `LowLatency`.
     """
-    if max_tokens < 1:
-        raise InputError(f"max_tokens {max_tokens}: it must be at least 1")
+    max_tokens = integer("max_tokens", max_tokens, 1)
     return lambda moe: LowLatency(moe, group, max_tokens, fp8, sums)
 
 
