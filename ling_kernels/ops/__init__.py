@@ -13,6 +13,7 @@ EXPORTS = {  # op: the file below ops/ that holds it
     "accept_tokens": "accept_tokens",
     "adamw_8bit": "adamw_8bit",
     "attention": "attention",
+    "attention_cells": "attention_cells",
     "attention_decode": "attention_decode",
     "balance_bias_": "balance_bias",
     "cross_entropy": "cross_entropy",
@@ -84,6 +85,7 @@ if TYPE_CHECKING:
     from .adamw_8bit import adamw_8bit as adamw_8bit
     from .adamw_8bit import adamw_8bit_state as adamw_8bit_state
     from .attention import attention as attention
+    from .attention_cells import attention_cells as attention_cells
     from .attention_decode import KVCache as KVCache
     from .attention_decode import attention_decode as attention_decode
     from .balance_bias import balance_bias_ as balance_bias_
