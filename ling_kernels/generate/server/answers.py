@@ -13,7 +13,7 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import StreamingResponse
 from starlette.exceptions import HTTPException
 
-from ...errors import InputError
+from ...errors import InputError, LostRank
 from ...tokenizer import Tokenizer
 from ..grammar import Grammar
 from ..logprobs import TokenLogprob
@@ -81,6 +81,8 @@ class Choice:
         except InputError as error:  # NaN logits: an error of the model, not of the call, whose grammar may be one
             guide = request.guide
             raise HTTPException(400 if guide is not None and guide.fault else 500, str(error)) from None
+        except LostRank as error:  # the process ends, and whoever started it may start another
+            raise HTTPException(503, f"{error}; please try again") from None
         finally:
             await tokens.aclose()
             metrics.finished[self.finish_reason or ("error" if request.error else "cancelled")] += 1
