@@ -312,8 +312,8 @@ def values_on_host(x: Tensor) -> bool:
 
 def few_calls_on_cpu(*tensors: Tensor | tuple) -> bool:
     """Whether the form of an op runs that a decode step on a CPU takes, where the calls of torch cost more than the
-    arithmetic: fp32 (no FP8 pairs), no gradient, no autocast; nothing traces, and LING_BACKEND does not ask for the
-    references."""
+    arithmetic: fp32 (no FP8 pairs), no gradient, no autocast; nothing traces, and no backend is
+    forced."""
     if torch.is_grad_enabled() or backends.forced():
         return False
     for t in tensors:

@@ -2,10 +2,12 @@
 
 # ruff: noqa: F811 (a fixture is imported)
 import copy
+import gc
 import random
 import threading
 import time
 import warnings
+import weakref
 from collections import deque
 
 import pytest
@@ -281,17 +283,40 @@ def test_a_folder_that_hangs_or_fails_costs_no_answer(tmp_path, monkeypatch):
     drain(e)
 
 
+def test_a_file_with_the_name_of_a_subfolder_costs_no_page(tmp_path):
+    (tmp_path / ("a" * 32)).write_text("not a folder")
+    with spilling(make_engine, 64, tmp_path) as e:
+        e.generate(prompts_of(3), max_new_tokens=6, **NO_STOP)
+        wait_until(lambda: len([*tmp_path.glob("*/*.page")]) == 3 * 5)
+        assert not e.pages.levels.disk.failed
+
+
+@pytest.mark.parametrize("close", [True, False], ids=["closed", "dropped"])
+def test_an_engine_frees_its_cache(tmp_path, close):
+    e = spilling(make_engine, 64, tmp_path)
+    e.generate(prompts_of(3), max_new_tokens=6, **NO_STOP)
+    wait_until(lambda: len([*tmp_path.glob("*/*.page")]) == 3 * 5)
+    cache, kept = weakref.ref(e.forward.caches[0].k), e
+    if close:
+        e.close()
+    else:
+        del kept
+    del e
+    wait_until(lambda: gc.collect() is not None and cache() is None)
+
+
 def test_a_full_disk_costs_no_answer(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
     prompts = prompts_of(3)
     e = spilling(make_engine, 64, tmp_path)
+    disk = e.pages.levels.disk
     monkeypatch.setattr("ling_kernels.generate.page_disk.os.replace", full)
     with pytest.warns(UserWarning, match="No space left on device; further errors are only counted") as caught:
         assert e.generate(prompts, max_new_tokens=6, **NO_STOP) == without_cache(prompts)
         e.close()
-    assert len(caught) == 1 and e.pages.levels.disk.failed == 15 and not [*tmp_path.glob("*/*")]
+    assert len(caught) == 1 and disk.failed == 15 and not [*tmp_path.glob("*/*")]
 
 
 def test_files_abandoned_by_a_killed_process_are_removed(tmp_path):

@@ -24,13 +24,19 @@ CAST = ("to", "cast")
 # Products that are below 2^31, and why.
 BOUNDED = {
     "the size of a row, or a place in it": [
-        "h * D", "h * G", "HKV * n", "n * G", "HKV * n * G", "H * D", "Hq * D", "Hkv * D", "g * (Hq // Hkv)",
+        "h * D", "h * G", "Hkv * G", "HKV * n", "n * G", "HKV * n * G", "H * D", "Hq * D", "Hkv * D", "g * (Hq // Hkv)",
         "index // BLOCK_P * PER_GROUP", "(t * H + FIRST + h) * D", "(t * NUM + h) * D",
     ],
     "a number of tiles, programs, tokens or rows": [
         "w * share", "tiles_n * tiles_k", "tl.cdiv(M, BLOCK_M) * tiles_n", "tl.cdiv(sizes, BLOCK_M) * tiles_n",
         "tl.cdiv(stops - starts, BLOCK_M) * tiles_n", "Hq // Hkv * tiles", "blocks_n * blocks_k", "seq * n",
-        "max_blocks * PAGE", "group * max_m", "tl.program_id(1) * share",
+        "max_blocks * PAGE", "columns * PAGE", "group * max_m", "tl.program_id(1) * share",
+    ],
+    "the number of a cell: of D >= 64, 2^31 of them have 512 GB of keys and values": [
+        "tl.load(table + r // PAGE, mask=r < rows, other=0) * PAGE",
+    ],
+    "a tile's rows of a token's heads": [
+        "(m - first) * (Hkv * G)", "((m - first) * (Hkv * G) + row % G)[:, None] * D",
     ],
     "at most 1056 programs": ["tl.program_id(0) * (Q_GROUPS + KV_GROUPS)",
                               "(tl.program_id(0) * (Q_GROUPS + KV_GROUPS) + group) * D"],

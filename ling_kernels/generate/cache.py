@@ -70,7 +70,7 @@ class PagePool:
         pages, loads = [], []
         for page_hash, page in self.prefix(hashes):
             if page is None:
-                held = self.levels.find(page_hash) if self.available else None
+                held = self.levels.host.use(page_hash) if self.available else None
                 if held is None:
                     break
                 page = self.allocate()

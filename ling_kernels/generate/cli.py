@@ -225,7 +225,9 @@ def add_adapter_flag(parser: Parser) -> None:
 def adapter_of(args: argparse.Namespace, config: LingConfig, folder: Path) -> dict[str, Path]:
     """The folder of --adapter by the name that requests give it; {} without one. Raises InputError for an adapter that
     is not for the model."""
-    return {} if args.adapter is None else read_flags([f"adapter={args.adapter or '.'}"], "", config, folder)
+    if args.adapter == "":
+        raise InputError("--adapter is empty")
+    return {} if args.adapter is None else read_flags([f"adapter={args.adapter}"], "", config, folder)
 
 
 def make_engine(folder: Path, args: argparse.Namespace, **options) -> Engine:

@@ -153,7 +153,7 @@ class DividedEngine(Engine):
             with tempfile.TemporaryDirectory(prefix="ling-") as meeting:
                 file, threads = Path(meeting, "store"), max(1, torch.get_num_threads() // n)
                 self.workers.send("load", (n, file, threads, directory, load))
-                self.workers.receive("here")  # before this rank waits for them in the group
+                self.workers.receive("started")  # before this rank waits for them in the group
                 model = load_part(n, 0, file, directory, load | dict(device=device))
                 self.workers.receive("loaded")
             super().__init__(model, **options)
@@ -180,8 +180,10 @@ class DividedEngine(Engine):
         raise InputError("an engine over several processes cannot take new weights: make another one")
 
     def close(self) -> None:
-        super().close()
-        self.end()
+        try:
+            super().close()
+        finally:
+            self.end()
 
     def end(self) -> None:
         self.workers.close()

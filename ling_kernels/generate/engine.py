@@ -234,6 +234,7 @@ class Engine(Passes):
                 with self.use_device():
                     self.pages.levels.save_released(all_of_them=True)
                 self.pages.levels.close()
+                self.pages.levels = None  # it holds the caches too
             del self.forward
 
     def __enter__(self) -> "Engine":
@@ -354,10 +355,10 @@ class Engine(Passes):
             raise InputError(f"prompts are lists of token ids, not {prompts!r}")
         requests: list[Request] = []
         try:
-            for prompt, choice, its_adapter in choices(prompts, integer("n", n, 1), sampling=sampling, adapter=adapter):
+            for prompt, choice, of_prompt in choices(prompts, integer("n", n, 1), sampling=sampling, adapter=adapter):
                 while self.scheduler.full:
                     self.step()
-                requests.append(self.submit(prompt, choice, adapter=its_adapter, **options))
+                requests.append(self.submit(prompt, choice, adapter=of_prompt, **options))
             yield requests
         finally:
             for request in requests:

@@ -34,7 +34,6 @@ from torch import Tensor
 from ..model import Ling
 from ..model.sample import Sampling, SamplingMode, SamplingTensors
 from ..nn import BatchLayout
-from ..nn.batch_invariant import PinnedLinear
 from ..ops.accept_tokens import accept_tokens
 from ..ops.attention_decode import KVCache
 from ..ops.decode_inputs import decode_inputs
@@ -152,7 +151,7 @@ class Forward:
         self.masks: Masks | None = None
         self.no_chunks = torch.zeros(1, dtype=torch.int32, device=self.device)  # cu_seqlens of no sequence
         # qk_norm_attention_decode finds the cells of decode rows itself, and writes nothing for a lane of length 0.
-        self.needs_slots = not c.use_qk_norm or isinstance(model.lm_head, PinnedLinear)
+        self.needs_slots = not c.use_qk_norm or model.layers[0].attention.pinned
         on_gpu = self.device.type == "cuda"
         graphs = on_gpu and c.use_qk_norm
         self.graphs = CudaGraphs(self.compute, self.padding_lane, lanes, self.device) if graphs else None

@@ -25,8 +25,8 @@ def score(logits: Tensor, tokens: Tensor) -> Tensor:
     """
     logits = logits.float()
     best, top = logits.topk(min(MOST, logits.shape[1]), dim=-1)
-    own = logits.gather(1, tokens.clamp(min=0)[:, None])
-    logprobs = torch.cat([own, best], 1) - logsumexp(logits)[:, None]
+    chosen = logits.gather(1, tokens.clamp(min=0)[:, None])
+    logprobs = torch.cat([chosen, best], 1) - logsumexp(logits)[:, None]
     return torch.cat([logprobs.view(torch.int32).long(), top], 1)
 
 
@@ -35,6 +35,6 @@ def read_scores(scores: Tensor, tokens: Sequence[int], alternatives: int) -> lis
     K = scores.shape[1] // 2
     logprobs, top = scores[:, : 1 + K].int().contiguous().view(torch.float32).tolist(), scores[:, 1 + K :].tolist()
     return [
-        TokenLogprob(token, own, [*zip(ids, best, strict=True)][:alternatives])
-        for token, (own, *best), ids in zip(tokens, logprobs, top, strict=True)
+        TokenLogprob(token, logprob, [*zip(ids, best, strict=True)][:alternatives])
+        for token, (logprob, *best), ids in zip(tokens, logprobs, top, strict=True)
     ]

@@ -100,7 +100,7 @@ def copies_of(caches: Sequence[KVCache]) -> Copies:
 
 def page_identity(model: Ling, caches: Sequence[KVCache], page_size: int, batch_invariant: bool) -> bytes:
     """16 bytes that differ where pages of the same tokens do: by weights, configuration (RoPE and norms), layers, dtype
-    and page size of the cache, kind of device and of kernels."""
+    and page size of the cache, type of device, and whether the model is pinned."""
     first = caches[0].k
     about = f"{FORMAT} {model.config!r} {len(caches)} {first.dtype} {page_size} {first.device.type} {batch_invariant} "
     weights = digest_of(sorted(model.state_dict().items()))

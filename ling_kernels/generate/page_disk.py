@@ -76,10 +76,10 @@ class DiskPages:
         size = HEADER.size + len(row)
         if self.touch(path, time.time_ns()) or size > self.limit:
             return
-        if self.bytes + size > self.limit or self.unseen + size > RESCAN * self.limit:
-            self.make_room(size)
         partial = path.with_name(f".{path.stem}.{secrets.token_hex(8)}.partial")
         try:
+            if self.bytes + size > self.limit or self.unseen + size > RESCAN * self.limit:
+                self.make_room(size)
             path.parent.mkdir(mode=0o700, exist_ok=True)  # a page tells what its prompt said
             with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
                 file.write(header_of(path, row))
@@ -114,7 +114,11 @@ class DiskPages:
         for folder in self.folder.iterdir():
             if not NAME.fullmatch(folder.name) or folder.is_symlink():
                 continue
-            for entry in os.scandir(folder):
+            try:
+                entries = [*os.scandir(folder)]
+            except OSError:  # another user's, or no folder
+                continue
+            for entry in entries:
                 stem, _, kind = entry.name.lstrip(".").partition(".")
                 if not NAME.fullmatch(stem):
                     continue

@@ -56,7 +56,9 @@ class Fetch:
 
 
 class PageLevels:
-    """identity: computes what pages depend on besides their tokens, see page_copies.page_identity."""
+    """The levels below `pages`, a pool whose caches `copies` moves. identity: computes what pages depend on besides
+    their tokens, see page_copies.page_identity. Raises InputError for limits that hold no page, and for a folder that
+    cannot be written."""
 
     def __init__(self, spill: Spill, pages: PagePool, copies: Copies, identity: Callable[[], bytes]):
         self.pages, self.copies, self.compute_identity = pages, copies, identity
@@ -158,10 +160,6 @@ class PageLevels:
         self.written.put(job)
 
     # Pages that come back.
-
-    def find(self, page_hash: bytes) -> HostPage | None:
-        """The row of a page in host memory, to `load`."""
-        return self.host.use(page_hash)
 
     def load(self, pages: Sequence[tuple[int, HostPage]]) -> None:
         """Copy rows to allocated pages."""
@@ -304,3 +302,4 @@ def work(jobs: "queue.SimpleQueue[Callable[[], None] | None]") -> None:
             job()
         except Exception as error:
             warn(f"the cache's files: {error!r}")
+        del job  # else this thread keeps the levels, and with them the caches, until the next job

@@ -34,7 +34,7 @@ def follow(connection: Connection, messages: queue.SimpleQueue, rank: int) -> No
     load["device"] = torch.device("cuda", rank) if torch.device(load["device"]).type == "cuda" else torch.device("cpu")
     torch.set_num_threads(threads)
     torch.zeros(1, device=load["device"])  # a GPU that does not work fails here
-    connection.send(("here", None))
+    connection.send(("started", None))
     model = load_part(n, rank, file, folder, load)
     connection.send(("loaded", None))
     _, (layers, pages, page_size, dtype, options) = messages.get()

@@ -38,9 +38,9 @@ class Workers:
         self.lock, self.noticed = threading.Lock(), threading.Event()
         self.workers: list[Worker] = []
         for rank in range(1, n):
-            here, there = Pipe()
-            with there:
-                self.workers.append(Worker(rank, here, start_process(there, rank)))
+            lead, follower = Pipe()
+            with follower:
+                self.workers.append(Worker(rank, lead, start_process(follower, rank)))
         for worker in self.workers:
             threading.Thread(target=self.watch, args=[worker], daemon=True).start()
 

@@ -161,6 +161,8 @@ class LingLM(TemplateLM):
         prompts = [ids[-self.max_length - 1 :] for ids in whole]
         # The prefix cache gives the context, which several continuations have in common.
         starts = [len(ids) - len(continuation) for ids, (_, _, continuation) in zip(prompts, requests, strict=True)]
+        if min(starts, default=1) < 1:
+            raise InputError(f"a continuation has more than the model's {self.max_length} positions")
         submissions = (
             (ids, [], dict(max_new_tokens=1, prompt_logprobs=1, prompt_logprobs_start=start))
             for ids, start in zip(prompts, starts, strict=True)

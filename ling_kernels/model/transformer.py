@@ -74,7 +74,8 @@ class Layer(nn.Module):
     def compute(self, x: Tensor, layout: BatchLayout, cache: KVCache | None, z_loss: float | None):
         """`forward` without activation checkpointing. A decode pass uses the fused MoE op if it is supported."""
         attended = self.attention(x, layout, cache, self.input_layernorm)
-        if cache is not None and isinstance(self.mlp, MoE) and layout.record is None:  # moe_decode keeps its choice
+        chooses = layout.record is None and layout.experts is None  # MoE.decode chooses, and keeps its choice
+        if cache is not None and isinstance(self.mlp, MoE) and chooses:
             y = self.mlp.decode(attended, x, self.post_attention_layernorm)
             if y is not None:
                 return y, None

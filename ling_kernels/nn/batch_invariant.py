@@ -7,7 +7,8 @@ On a GPU in bf16, with kernels whose bits do not depend on the batch (docs/batch
     attention    `qk_norm_rope`, then one kernel's order of keys: `attention`, and `attention_cells` for cached keys
     experts      the composition alone: `moe_decode` adds in another order
     logits       the same GEMM to fp32; log-probabilities by `cross_entropy`
-    FP8          weights of an engine (quantize_for_inference_): at least ROWS rows, as csrc/ has another kernel for few
+    FP8          weights of an engine (quantize_for_inference_): at least ROWS rows outside the experts, as
+                 gemm_fp8 has another kernel for few
 
 On a CPU in fp32 or fp64, with torch's products:
 

@@ -19,9 +19,7 @@ class DecodeCells(NamedTuple):
     cos: Tensor  # [T, 1, R/2] fp32, of each row's position
     sin: Tensor  # as cos
     slots: Tensor  # [T] int64: the cell of each row's key and value
-    keys: (
-        Tensor  # [B, Hkv L] int64: rows of the cache as [cells Hkv, D]; past a sequence's end those of its first token
-    )
+    keys: Tensor  # [B, L] int64: the cell of each key; past a sequence's end that of its first token
     hidden: Tensor  # [B, 1, n, L] fp32: 0 for the keys that a query sees, otherwise -inf
 
 

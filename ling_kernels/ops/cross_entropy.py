@@ -38,7 +38,7 @@ def cross_entropy_ref(logits, targets, ignore_index=-100, reduction="mean"):
 def logsumexp(logits: Tensor) -> Tensor:
     """logits [T, V] -> [T] fp32, to the bits that `cross_entropy` subtracts a target's logit from. No gradient."""
     if use_reference("cross_entropy", logits):
-        return logits.logsumexp(-1)
+        return upcast(logits).logsumexp(-1)
     loss, lse = logits.new_empty(2, len(logits), dtype=torch.float32)
     cross_entropy_fwd(logits, logits.new_zeros(len(logits), dtype=torch.int64), None, loss, lse, None, -100)
     return lse

@@ -103,10 +103,10 @@ def cut(found: list[Piece], dim: int, wanted: Range) -> Tensor:
 
 
 def write_adapter(
-    checkpoint: Path, out: Path, base: str, rank: int, alpha: float, fingerprints: dict[str, list[int]]
+    checkpoint: Path, out: Path, base: str, rank: int, alpha: float, base_files: dict[str, list[int]]
 ) -> None:
     """Write the adapters of a checkpoint as peft reads them, fp32, in place of a folder `out` that is there. base: the
-    model that they are for; fingerprints: of its files. Raises InputError where it cannot be written."""
+    model that they are for; base_files: their fingerprints. Raises InputError where it cannot be written."""
     partial = out.with_name(f".{out.name}.partial")
     with WeightReader(checkpoint, ADAPTER) as reader:
         tensors = {key: reader.wide(key) for key in sorted(reader.files, key=lambda key: str(reader.files[key]))}
@@ -120,7 +120,7 @@ def write_adapter(
         partial.mkdir(parents=True)
         save_tensors(tensors, partial / f"{ADAPTER}.safetensors")
         (partial / "adapter_config.json").write_text(json.dumps(about, indent=2) + "\n")
-        (partial / BASE).write_text(json.dumps(fingerprints) + "\n")
+        (partial / BASE).write_text(json.dumps(base_files) + "\n")
         shutil.rmtree(out, ignore_errors=True)
         partial.rename(out)
     except OSError as error:

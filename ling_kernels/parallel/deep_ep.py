@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, integer
 from ..nn import MoE
 from ..op import first_derivative_only
 from ..ops.dispatch import Plan, counts_here, dispatch
@@ -39,7 +39,9 @@ def deep_ep_low_latency(
 ) -> Callable[[MoE], "DeepEPLowLatency"]:
     """As `deep_ep`, by DeepEP's low-latency kernels: for inference, of at most max_tokens tokens a rank and forward,
     the same number on every rank. hidden and experts are the model's; DeepEP has kernels for some hidden sizes alone.
+    Raises InputError for fewer than one token, and where DeepEP is not installed.
     """
+    max_tokens = integer("max_tokens", max_tokens, 1)
     package, ep = imported(), dist.get_world_size(group)
     size = package.Buffer.get_low_latency_rdma_size_hint(max_tokens, hidden, ep, experts)
     buffer = package.Buffer(group, 0, size, low_latency_mode=True, num_qps_per_rank=experts // ep)

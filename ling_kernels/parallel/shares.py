@@ -65,7 +65,6 @@ class Shares:
         # that hold it too, its owner's rank there.
         self.divided: dict[str, Division] = {}
         self.begun: list[tuple[nn.Parameter, int, Any]] = []  # sums in a copy under way: of what, on which rank
-        self.over_copies: list[Any] = []  # and over the copies: of the first of them, None where another rank owns it
         if ranks.context is not None:
             context_parallel_(model, ranks.context)
         self.cuts: dict[str, Part] = {}  # this rank's parts of weights that tensor parallelism divides
@@ -122,8 +121,8 @@ class Shares:
         return official_keys(self.config)
 
     def owns(self, name: str, replica: int | None = None) -> bool:
-        """Whether this rank, or another replica of its stage, has the parameter's sums and optimizer state, for what it
-        holds of it."""
+        """Whether this rank, or another replica of its stage, gets the sums of the parameter's gradient, of the part that
+        it holds; `steps` says which rank has the optimizer's state."""
         replica = self.ranks.replica if replica is None else replica
         number = self.divided[name].number if name in self.divided else 1
         return replica % self.ranks.copy_size // number == self.owner[name]
@@ -182,18 +181,16 @@ class Shares:
             p.grad = torch.zeros_like(p)
         work = None if group is None else dist.reduce(p.grad, owner, group=group, async_op=True)
         self.begun.append((p, owner, work))
-        if self.ranks.copies > 1:
-            self.go_on_over_copies(wait_for=False)
 
-    def go_on_over_copies(self, wait_for: bool) -> None:
-        """Begin the sums over the copies of gradients that are summed in this one, in their order. wait_for: for all.
-        A backward does not wait: the others may still need this rank's rows to complete the gradient."""
-        for p, owner, work in self.begun[len(self.over_copies) :]:
-            if work is not None and not wait_for and not work.is_completed():
-                return
+    def sum_over_copies(self) -> None:
+        """Sum over the copies what is summed in this one. Not in the backward: sums of two groups would begin in an
+        order that depends on time, and NCCL wants one order on all ranks."""
+        begun = []
+        for p, owner, work in self.begun:
             wait([work])
-            mine = owner == self.ranks.rank and self.ranks.equals is not None
-            self.over_copies.append(dist.all_reduce(p.grad, group=self.ranks.equals, async_op=True) if mine else None)
+            if owner == self.ranks.rank and self.ranks.equals is not None:
+                begun.append(dist.all_reduce(p.grad, group=self.ranks.equals, async_op=True))
+        wait(begun)
 
     def sum_gradients_(self) -> None:
         """Add up every gradient on its owner, of every copy; the others' are freed. The loss of each rank must be its
@@ -201,13 +198,11 @@ class Shares:
         if not self.begun:
             for shared in self.to_sum():
                 self.begin_sum(*shared)
-        self.go_on_over_copies(wait_for=True)
-        wait(self.over_copies)
+        self.sum_over_copies()
         for p, owner, _ in self.begun:
             if owner != self.ranks.rank:
                 p.grad = None
         self.begun.clear()
-        self.over_copies.clear()
         if self.whole_matrices:
             self.whole_matrices.gather_gradients_()
 

@@ -60,7 +60,10 @@ class WholeMatrices:
     def gather_gradients_(self) -> None:
         """Give the whole weights their gradients, in place of the parts'."""
         parts = {name: self.model.get_parameter(name) for name in self.shapes}
-        for name, grad in self.gathered({name: p.grad.contiguous() for name, p in parts.items()}).items():
+        gradients = {  # a rank may have had no token for a weight
+            name: torch.zeros_like(p) if p.grad is None else p.grad.contiguous() for name, p in parts.items()
+        }
+        for name, grad in self.gathered(gradients).items():
             self.wholes[name].grad = grad
         for p in parts.values():
             p.grad = None

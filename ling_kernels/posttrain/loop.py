@@ -123,9 +123,9 @@ class Loop(Learner):
         if s.new_tokens >= self.model.config.max_positions:
             raise InputError(f"--new-tokens {s.new_tokens}: the model has {self.model.config.max_positions} positions")
         if s.batch_invariant:
-            batch_invariant_(self.model, self.precision)
             if s.replay_routing and self.precision == torch.bfloat16:  # weights of forced experts have their own kernel
                 raise InputError("--replay-routing with --batch-invariant: trainer and engine choose alike without it")
+            batch_invariant_(self.model, self.precision)
         shared = self.precision == torch.float32
         actor = self.model if shared else copy.deepcopy(self.model).to(self.precision)
         answers = s.prompts * s.samples

@@ -39,8 +39,8 @@ def rollout(
 ) -> list[Answer]:
     """`samples` answers to each prompt of token ids, those to one prompt one after the other.
 
-    seed: answer i takes seed + i, and depends on it and the weights alone (up to
-    rounding, and with batch_invariant exactly); None: new ones each time.
+    seed: answer i takes seed + i, and depends on it and the weights alone, up to rounding, and exactly where the engine
+    is batch_invariant; None: new ones each time.
     ends: tokens that end an answer, default the model's. Raises InputError as `Engine.submit`.
     """
     if samples < 1:

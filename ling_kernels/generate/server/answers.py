@@ -121,8 +121,7 @@ async def complete(service: Service, body: Body, http_request: HttpRequest, obje
     choices, grammar = [], None
     hidden = hidden_tokens(service.tokenizer) if body.skip_special_tokens else frozenset()
     if body.structured:
-        loop = asyncio.get_running_loop()
-        grammar = await loop.run_in_executor(service.readers, structure, service, body, prompts)
+        grammar = await service.in_thread(structure, service, body, prompts, threads=service.readers)
     ends = frozenset(body.stop_token_ids) | (frozenset() if body.ignore_eos else service.stop_token_ids)
     requested, default = body.max_new_tokens()
     options: dict = dict(

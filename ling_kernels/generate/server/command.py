@@ -142,6 +142,8 @@ def check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not value > 0:
             raise InputError(f"--{name.replace('_', '-')} is {value}; it must be above 0")
+        if name.startswith("cache") and value == float("inf"):
+            raise InputError(f"--{name.replace('_', '-')} is {value}; it must be finite")
     if args.cache_disk is not None:
         if args.cache_host is None:
             raise InputError("--cache-disk needs --cache-host, the memory by which its pages come and go")

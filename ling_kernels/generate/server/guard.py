@@ -62,12 +62,12 @@ class Guard:
         finally:
             self.calls -= number
             self.service.metrics.responses[status] += 1
-            if self.service.traces is not None:
-                self.service.traces.add(scope["path"], headers, state, traced, status)
             if self.service.access_log:
                 seconds = time.perf_counter() - started
                 client, method, path = state["client"], scope["method"], printable(scope["path"])
                 print(f"{stamp()} {client} {method} {path} {status} {seconds:.3f} s {state['id']}", file=sys.stderr)
+            if self.service.traces is not None:
+                self.service.traces.add(scope["path"], headers, state, traced, status)
 
     def refusal(self, scope: Scope, headers: dict[bytes, str]) -> JSONResponse | None:
         """An error that the headers alone decide. Sets the client: by its key, or else by its address."""

@@ -80,9 +80,11 @@ class Service(Limits):
                 self._grammars = Grammars(self.tokenizer, self.vocabulary, guarded=True)
             return self._grammars
 
-    async def in_thread(self, function: Callable[..., Result], *args) -> Result:
+    async def in_thread(
+        self, function: Callable[..., Result], *args, threads: ThreadPoolExecutor | None = None
+    ) -> Result:
         """The result of a function that takes time: of a megabyte of text, a tokenizer takes a second."""
-        return await asyncio.get_running_loop().run_in_executor(self.threads, function, *args)
+        return await asyncio.get_running_loop().run_in_executor(threads or self.threads, function, *args)
 
     def start(self, engine: Engine) -> None:
         """Serve with this engine, which has been loaded."""
