@@ -121,8 +121,8 @@ class Shares:
         return official_keys(self.config)
 
     def owns(self, name: str, replica: int | None = None) -> bool:
-        """Whether this rank, or another replica of its stage, gets the sums of the parameter's gradient, of the part that
-        it holds; `steps` says which rank has the optimizer's state."""
+        """Whether this rank, or another replica of its stage, sums the parameter's gradient, of the part that it holds;
+        `steps` says which rank has the optimizer's state."""
         replica = self.ranks.replica if replica is None else replica
         number = self.divided[name].number if name in self.divided else 1
         return replica % self.ranks.copy_size // number == self.owner[name]
