@@ -61,6 +61,12 @@ class ReceivedPlan(Plan):
     handle: Any
 
 
+class SlabPlan(Plan):
+    """The plan of slabs. routes: experts [T, topk], weights [T, topk] and DeepEP's handle of this rank's tokens."""
+
+    routes: tuple[Tensor, Tensor, Any]
+
+
 class DeepEP:
     local = False
 
@@ -78,28 +84,29 @@ class DeepEP:
 
 
 class DeepEPLowLatency:
-    """An expert has a slab of ep M rows, M = max_tokens, whose number in use stays on the device: E M 2 H bytes a rank,
-    and E M rows of memory in its experts. Of these they compute those that came: the plan gathers them. DeepEP sums the
-    results with the routing weights in fp32, also of FP8 experts, which else apply them before the down projection."""
+    """DeepEP gives each expert a slab of ep M rows, M = max_tokens: E M rows of H in bf16 on a rank. The number of rows
+    that came stays on the device. The plan gathers these rows, so that the experts compute no others. DeepEP applies
+    the routing weights in fp32 when it sums the results, also those of FP8 experts, which otherwise apply them before
+    the down projection: their results differ by rounding."""
 
     local = False
 
     def __init__(self, buffer: Any, index: torch.dtype, max_tokens: int):
         self.buffer, self.index, self.max_tokens = buffer, index, max_tokens
 
-    def dispatch(self, x: Tensor, weights: Tensor, experts: Tensor, counts: Tensor) -> tuple[Tensor, Plan, None]:
+    def dispatch(self, x: Tensor, weights: Tensor, experts: Tensor, counts: Tensor) -> tuple[Tensor, SlabPlan, None]:
         expect_decode_pass(x, self.max_tokens)
         experts = experts.to(self.index)
         rows, received, handle, *_ = self.buffer.low_latency_dispatch(
             x.bfloat16().contiguous(), experts, self.max_tokens, len(counts), use_fp8=False
         )
-        plan = ReceivedPlan(*plan_of_slabs(received, rows.shape[1]))
-        plan.handle = experts, weights, handle
+        plan = SlabPlan(*plan_of_slabs(received, rows.shape[1]))
+        plan.routes = experts, weights, handle
         return rows.flatten(0, 1).to(x.dtype), plan, None
 
-    def combine(self, y: Tensor, plan: Plan) -> Tensor:
+    def combine(self, y: Tensor, plan: SlabPlan) -> Tensor:
         slabs = y.bfloat16().unflatten(0, (len(plan.offsets) - 1, -1))
-        return self.buffer.low_latency_combine(slabs, *plan.handle)[0].to(y.dtype)  # type: ignore[attr-defined]
+        return self.buffer.low_latency_combine(slabs, *plan.routes)[0].to(y.dtype)
 
 
 def plan_of_slabs(counts: Tensor, rows: int) -> Plan:

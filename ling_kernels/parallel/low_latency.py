@@ -48,7 +48,7 @@ def expect_decode_pass(x: Tensor, max_tokens: int) -> None:
         raise InputError(f"{len(x)} tokens in a pass, for which the low-latency exchange has {max_tokens} rows")
 
 
-class ReceivedPlan(Plan):
+class FixedPlan(Plan):
     """The plan of the rows that were received. The attributes are of the tokens here: what `combine` needs."""
 
     experts: Tensor  # [T, topk]
@@ -72,7 +72,7 @@ class LowLatency:
 
     def dispatch(
         self, x: Tensor, weights: Tensor, experts: Tensor, counts: Tensor
-    ) -> tuple[Tensor, ReceivedPlan, Tensor | None]:
+    ) -> tuple[Tensor, FixedPlan, Tensor | None]:
         """Rows [ep M, H] with topk choices each or, without `sums`, [ep M topk, H] with one; choices of experts
         elsewhere and of rows that hold no token are not routed. Raises InputError for more than max_tokens tokens,
         and where gradients are enabled."""
@@ -84,7 +84,7 @@ class LowLatency:
             topk = here.shape[1]
             rows = rows[:, None].expand(-1, topk, -1).flatten(0, 1)
             here, theirs = here.reshape(-1, 1), theirs.reshape(-1, 1)
-        plan = ReceivedPlan(*dispatch_here(here, number))
+        plan = FixedPlan(*dispatch_here(here, number))
         plan.experts, plan.weights = experts, None if folded or self.sums else weights
         return rows, plan, theirs if folded or self.sums else None
 
@@ -102,7 +102,7 @@ class LowLatency:
         *rows, weights, experts = (t.view(part.dtype) for t, part in zip(row.split(widths, 1), parts, strict=True))
         return exact_rows(rows[0], rows[1], x.dtype) if in_fp8 else rows[0], weights, experts
 
-    def combine(self, y: Tensor, plan: ReceivedPlan) -> Tensor:
+    def combine(self, y: Tensor, plan: FixedPlan) -> Tensor:
         experts = plan.experts
         if self.sums:
             return scatter_sum(y, self.group)[: len(experts)]
