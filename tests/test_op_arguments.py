@@ -187,3 +187,12 @@ def test_an_error_describes_tensors_in_tuples_and_is_one_line():
         expect(False, "a pair", (torch.zeros(2, 3), None), list(range(5000)))
     assert str(error.value).startswith("expected a pair; got (float32[2, 3], None), [0, 1, 2")
     assert len(str(error.value)) < 1000
+
+
+def test_a_weight_in_another_dtype_than_the_rows():
+    x, w = torch.randn(3, 16), torch.randn(4, 16).bfloat16()
+    for rows in (x, x[:0]):
+        with pytest.raises(ValueError, match="x and w in one dtype"):
+            lk.rms_norm_linear(rows, None, w)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert lk.rms_norm_linear(x, None, w).shape == (3, 4)

@@ -26,13 +26,15 @@ def rms_norm_linear(
     w may be FP8, a pair as `quantize_weight` returns it: then the normed rows are quantised before they are rounded to
     x's dtype, and w passes no gradient on. Other gradients are those of the parts. The product follows autocast, as
     `torch.nn.functional.linear`, whose result is rounded before it is cast to dtype; the kernel rounds once. Raises
-    ValueError for shapes that do not fit.
+    ValueError for shapes and dtypes that do not fit.
     """
     w, scale = w if isinstance(w, tuple) else (w, None)
     K = x.shape[1] if x.ndim == 2 else 0
     expect(K > 0 and w.ndim == 2 and w.shape[1] == K, "x [M, K] and w [N, K]", x, w)
     expect(norm is None or norm.shape == (K,), "norm [K]", norm, x)
     expect((w.dtype == E4M3) == (scale is not None), "a w in e4m3 with its scales, or in another dtype without", w)
+    one_dtype = scale is not None or w.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
+    expect(one_dtype, "x and w in one dtype", x, w)
     dtype = x.dtype if dtype is None else dtype
     if backends.backend(x) == "cuda" and fits_kernel(x, norm, w, scale, dtype):
         y = x.new_empty(len(x), len(w), dtype=dtype)
