@@ -196,3 +196,13 @@ def test_a_weight_in_another_dtype_than_the_rows():
             lk.rms_norm_linear(rows, None, w)
     with torch.autocast("cpu", torch.bfloat16):
         assert lk.rms_norm_linear(x, None, w).shape == (3, 4)
+
+
+def test_head_norms_in_other_dtypes():
+    """One weight in FP8 and the other in bf16 are widened before they stand in one tensor."""
+    rand = Rand(BF16)
+    qkv, w, tables = rand.data(3, 6, 16), rand.data(16), rope_tables(8, 16, 1e4, device=DEVICE)
+    q_weight, positions = w.to(torch.float8_e4m3fn), torch.arange(3, device=DEVICE)
+    with force("torch"):
+        outs, want = (lk.qk_norm_rope(qkv, a, w, *tables, positions, 2) for a in (q_weight, q_weight.float()))
+    assert all(torch.equal(*pair) for pair in zip(outs, want, strict=True))

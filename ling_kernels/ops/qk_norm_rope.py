@@ -104,7 +104,7 @@ def norm_and_rotate(qkv, q_weight, k_weight, cos, sin, num_kv_heads, eps) -> tup
     half the operations."""
     num_q, D = qkv.shape[1] - 2 * num_kv_heads, qkv.shape[2]
     qk, v = qkv.split([num_q + num_kv_heads, num_kv_heads], dim=1)
-    w = torch.cat([q_weight.expand(num_q, D), k_weight.expand(num_kv_heads, D)])
+    w = torch.cat([upcast(q_weight).expand(num_q, D), upcast(k_weight).expand(num_kv_heads, D)])
     qk = rotate(head_norm(qk, w, eps), cos, sin).to(qkv.dtype)
     return *qk.split([num_q, num_kv_heads], dim=1), v
 
