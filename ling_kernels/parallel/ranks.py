@@ -135,7 +135,7 @@ class Ranks:
         def neighbours(number: int, among: list[list[int]] = by_stage) -> list[list[int]]:
             return [ranks[i : i + number] for ranks in among for i in range(0, len(ranks), number)]
 
-        by_copy = neighbours(n // copies)
+        replicas, by_copy = mine(by_stage), neighbours(n // copies)
 
         def divided(number: int) -> Division:
             twins = [ranks[i::number] for ranks in by_copy for i in range(number)]
@@ -155,8 +155,8 @@ class Ranks:
             dp=dp, cp=cp, pp=pp, copies=copies,
             tensor=divided(tp), experts=divided(ep), vocabulary=divided(vocab),
             world=mine([list(range(self.size))]),
-            replicas=mine(by_stage),
-            copy=mine(by_copy),
+            replicas=replicas,
+            copy=replicas if copies == 1 else mine(by_copy),
             equals=mine([ranks[i :: n // copies] for ranks in by_stage for i in range(n // copies)]),
             context=mine([ranks[t::tp] for ranks in neighbours(cp * tp) for t in range(tp)]),
             stages=mine([list(range(i, self.size, n)) for i in range(n)]),
