@@ -80,7 +80,7 @@ class Scheduler:
         computing = {h for r in self.running for h in self.uncomputed_pages(r)} if self.waiting else set()
         passed: set[Request] = set()  # they wait for one of these pages
         while self.free_rows and self.lanes and (request := self.next_waiting(passed)):
-            if self.missing_page(request) in computing:
+            if computing and self.missing_page(request) in computing:
                 passed.add(request)
                 continue
             if not self.admit(request):
