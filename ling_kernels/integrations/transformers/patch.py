@@ -72,8 +72,8 @@ def unpatch(model: Patched) -> Patched:
 def patch_model(model: Any) -> Any:
     refuse_config(model)
     before = model.__dict__.get(BEFORE) or dict(modules=[], implementations=None)
-    own_config(model)
     if before["implementations"] is None and hasattr(model, "set_experts_implementation"):  # version 5
+        own_config(model)
         before["implementations"] = set_implementations(model)
     patched = {id(module) for module, _ in before["modules"]}
     for module in model.modules():
