@@ -1,13 +1,22 @@
 """Engines over the tiny official checkpoints, for tests: as on a CPU, and with the control flow of a GPU."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from ling_kernels.backend import force
 from ling_kernels.generate import Engine
 from ling_kernels.generate.graphs import CudaGraphs
 from ling_kernels.generate.logprobs import MOST
+from ling_kernels.model import Ling
+from ling_kernels.nn.fp8 import to_fp8
+from ling_kernels.nn.fp8_inference import quantize_for_inference_
 from tests.test_model import expected, load
 
 NO_STOP = dict(stop_token_ids=())
@@ -24,6 +33,26 @@ def references(name="base") -> list[tuple[list[int], list[int]]]:
     want = expected(name)
     prompts, greedy = want["generate.prompt"].tolist(), want["generate.greedy"].tolist()
     return [(p, g[len(p) :]) for p, g in zip(prompts, greedy, strict=True)]
+
+
+@contextmanager
+def engine_on_fake_tensors(name: str, fp8: bool) -> Iterator[Engine]:
+    """With Triton's kernels; fake tensors raise when their values are read."""
+    config = replace(model(name).config, hidden_size=256, moe_intermediate_size=128, intermediate_size=256)
+    with FakeTensorMode(), force("triton"), torch.inference_mode():
+        m = Ling(config)
+        if fp8:
+            to_fp8(m)
+            quantize_for_inference_(m)
+        yield Engine(m, page_size=4, cache_tokens=400, max_running=4, draft=2)
+
+
+class NoHostData(TorchDispatchMode):
+    """Refuses copies of host data to the device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert "lift_fresh" not in str(func)
+        return func(*args, **(kwargs or {}))
 
 
 class ReplayedGraphs(CudaGraphs):

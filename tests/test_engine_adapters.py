@@ -5,13 +5,11 @@ what a pass costs; pages of the cache; adapters that do not fit."""
 import json
 import re
 from collections import Counter
-from dataclasses import replace
 from functools import cache, partial
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ling_kernels.backend import force
@@ -22,14 +20,21 @@ from ling_kernels.model import Ling, load_model, named_views, save_model
 from ling_kernels.model.sample import SamplingMode
 from ling_kernels.nn import MoE, lora_
 from ling_kernels.nn.adapter_bank import AdapterBank, AdapterRows, with_banks
-from ling_kernels.nn.fp8 import to_fp8
-from ling_kernels.nn.fp8_inference import quantize_for_inference_
 from ling_kernels.nn.lora import adapted, adapters
 from ling_kernels.ops.dispatch import dispatch_here
 from ling_kernels.parallel.adapters import adapted_weights
 from tests.cases import DEVICE, runs
-from tests.engines import NO_STOP, check, drain, engine, make_engine, model, references  # noqa: F401
-from tests.test_engine_graphs import NoHostData
+from tests.engines import (  # noqa: F401
+    NO_STOP,
+    NoHostData,
+    check,
+    drain,
+    engine,
+    engine_on_fake_tensors,
+    make_engine,
+    model,
+    references,
+)
 from tests.test_lora import wide
 from tests.test_model import load
 
@@ -224,13 +229,8 @@ def test_kernels_compute_what_the_reference_does():
 @pytest.mark.parametrize("fp8", [False, True])
 def test_a_pass_does_not_synchronise(fp8):
     """On fake tensors, which raise when their values are read: so it can be captured as a CUDA graph."""
-    config = replace(model("mtp1").config, hidden_size=256, moe_intermediate_size=128, intermediate_size=256)
-    with FakeTensorMode(), force("triton"), torch.inference_mode():
-        m = Ling(config)
-        if fp8:
-            to_fp8(m)
-            quantize_for_inference_(m)
-        e = Engine(m, page_size=4, cache_tokens=400, max_running=4, draft=2)
+    with engine_on_fake_tensors("mtp1", fp8) as e:
+        m = e.model
         e.forward.adapters = fake = Adapters.__new__(Adapters)
         fake.rows, factors = AdapterRows(2), {}
         for name, (_, w) in adapted(m).items():
