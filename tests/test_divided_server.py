@@ -3,7 +3,6 @@
 # ruff: noqa: F811 (fixtures are imported)
 import os
 import signal
-from pathlib import Path
 
 import pytest
 
@@ -12,14 +11,7 @@ pytest.importorskip("uvicorn")
 pytest.importorskip("llguidance")
 
 from tests.test_server import BODY, checkpoint, httpx  # noqa: E402, F401
-from tests.test_server_connections import LONG, command  # noqa: E402
-
-
-def children(pid: int) -> list[int]:
-    """The processes that any thread of a process has started."""
-    return [
-        int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
-    ]
+from tests.test_server_connections import LONG, children, command  # noqa: E402
 
 
 def test_a_server_of_two_processes(checkpoint):

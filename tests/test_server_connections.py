@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -187,6 +188,16 @@ def command(checkpoint, *flags):
             yield process, int(process.stdout.readline().split()[2].split(":")[2].partition("/")[0])
         finally:
             process.kill()
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has started, in that order."""
+    found = []  # not from the lists in its threads' folders: a thread may end meanwhile
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+            if int(file.read_text().rpartition(")")[2].split()[1]) == pid:
+                found.append(int(file.parent.name))
+    return sorted(found)
 
 
 def test_sigterm_ends_within_the_grace_beside_half_a_body(checkpoint):

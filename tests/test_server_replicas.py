@@ -17,7 +17,7 @@ from ling_kernels.generate.server.app import make_app  # noqa: E402
 from ling_kernels.generate.server.replicas import Router, prefixes_of, visible_gpus, with_label  # noqa: E402
 from tests.test_server import BODY, checkpoint, httpx, service  # noqa: E402, F401
 from tests.test_server_command import main  # noqa: E402
-from tests.test_server_connections import LONG, command  # noqa: E402
+from tests.test_server_connections import LONG, children, command  # noqa: E402
 
 LONG_PROMPT = "abcdefgh" * 130  # two beginnings of 512 characters
 
@@ -203,8 +203,8 @@ def test_processes(checkpoint):
                 time.sleep(0.1)
 
         until(lambda: {*health().values()} == {"ok"})
-        children = [int(pid) for pid in open(f"/proc/{process.pid}/task/{process.pid}/children").read().split()]
-        assert len(children) == 2
+        replicas = children(process.pid)
+        assert len(replicas) == 2
         answers = {
             httpx.post(f"{url}/v1/completions", json=BODY, timeout=LONG).text.split('"choices"')[1] for _ in "12"
         }
@@ -215,11 +215,11 @@ def test_processes(checkpoint):
             next(lines)
             text = httpx.get(f"{url}/metrics", timeout=LONG).text
             busy = next(i for i in (0, 1) if f'ling_running_requests{{replica="{i}"}} 1' in text)
-            os.kill(children[busy], signal.SIGKILL)
+            os.kill(replicas[busy], signal.SIGKILL)
             assert module.RUNS_AGAIN in [*lines][-2]
         assert httpx.post(f"{url}/v1/completions", json=BODY, timeout=LONG).status_code == 200
         until(lambda: health()[str(busy)] != "ok")
         until(lambda: {*health().values()} == {"ok"})
         process.send_signal(signal.SIGTERM)
         assert process.wait(LONG) == -signal.SIGTERM
-        assert not os.path.exists(f"/proc/{children[1 - busy]}")
+        assert not os.path.exists(f"/proc/{replicas[1 - busy]}")

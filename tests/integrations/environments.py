@@ -82,7 +82,8 @@ def make(name: str) -> Path:
         shutil.rmtree(folder, ignore_errors=True)
         venv.create(folder, symlinks=True)
         packages = next(folder.glob("lib/python*/site-packages"))
-        seen = f"os.environ.get({VARIABLE!r}, {SEEN!r}).split({os.pathsep!r})"
+        # Without a default: another clone may use the environment later, when this one's packages are gone.
+        seen = f"filter(None, os.environ.get({VARIABLE!r}, '').split({os.pathsep!r}))"
         line = f"import os, site; list(map(site.addsitedir, {seen}))"
         (packages / "outer.pth").write_text(line + "\n")
         plain = [r for r in requirements if not r.startswith("-")]

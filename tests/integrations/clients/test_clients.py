@@ -2,6 +2,7 @@
 
 # ruff: noqa: F811 (fixtures are imported)
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -164,13 +165,12 @@ def test_llm(locked, tmp_path):
         f"- model_id: mine\n  model_name: speller\n  api_base: {locked[1]}\n"
         "  api_key_name: mine\n  supports_schema: true\n"
     )
+    env = {**os.environ, "LLM_USER_PATH": str(tmp_path)}
     command = [sys.executable, "-m", "llm", "-m", "mine", "--key", "k", "-o", "temperature", "0", "Hi"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env={"LLM_USER_PATH": str(tmp_path)})
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
     assert result.stdout.strip() == "XYZ", result.stderr
     schema = ["--schema", json.dumps(Answer.model_json_schema()), "--no-stream"]
-    result = subprocess.run(
-        [*command, *schema], capture_output=True, text=True, timeout=120, env={"LLM_USER_PATH": str(tmp_path)}
-    )
+    result = subprocess.run([*command, *schema], capture_output=True, text=True, timeout=120, env=env)
     assert Answer.model_validate_json(result.stdout), result.stderr
 
 
