@@ -136,6 +136,33 @@ def test_drafts_and_neighbours_change_nothing(grammars, mtp):
     assert alone[3].finished == "stop"
 
 
+@pytest.mark.parametrize("lark", [
+    'start: (a ",")+ "!"\na[stop="."]: /[a-c.]+/',
+    'start: (a ",")+ "!"\na[max_tokens=3]: /[a-c]+/',
+    'start: (a ",")+ b "!"\na[stop=/[.]c/, max_tokens=6]: /[a-c.]*/\nb[suffix="-"]: /[a-c]*/',
+    'start: (a ",")+ "!"\na[lazy]: /[a-c]+[.]/',
+    'start: (a ",")+ "!"\na[capture="x", temperature=0.5]: /[a-c]+/',
+    'start: ((A | n) ",")+ "!"\nA: /[a-c]+/ & ~/(.|\\n)*abc/\nn: %json {"enum": [1, 12]}',
+])  # fmt: skip
+def test_every_attribute_of_a_rule_with_drafts(grammars, lark):
+    """llguidance cannot roll back in a grammar with `stop=` or `max_tokens=`."""
+    grammar = grammars.lark(lark)
+    bias = tuple((token, 4.0) for token in b"abc")  # texts that repeat themselves, so that drafts are accepted
+    wants = None
+    for draft, overlapped in ((0, False), (1, False), (3, False), (3, True)):
+        e = make(draft, overlapped=overlapped)
+        requests = [
+            e.submit([97, 98, 99, i], Sampling(0.8, seed=i, logit_bias=bias), 40, [EOS], grammar=grammar)
+            for i in range(12)
+        ]
+        drain(e)
+        got = [(r.new_tokens, r.finished) for r in requests]
+        assert all(r.finished in ("stop", "length") for r in requests), [r.error for r in requests]
+        assert not draft or e.accepted
+        wants = wants or got
+        assert got == wants
+
+
 def test_a_grammar_ends_only_where_it_may(grammars):
     """An end token that the model wants is held off, and comes where it may; a complete text has none."""
     sampling = Sampling(logit_bias={EOS: 100})

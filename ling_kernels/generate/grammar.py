@@ -192,30 +192,32 @@ class Guide:
         return self.fault is None and self.matcher.is_stopped()
 
     def _fill(self, drafts: Sequence[int]) -> None:
-        """Fill `mask`, up to the first draft token that cannot come: later rows do not count."""
-        followed = 0
+        """Fill `mask`, up to the first draft token that cannot come: later rows do not count. Copies of the matcher
+        follow the draft tokens, as it cannot be rolled back in grammars with `stop=` or `max_tokens=`."""
+        matcher = self.matcher
         try:
             for row, token in enumerate([*drafts, -1]):
-                self._fill_row(row)
+                self._fill_row(row, matcher)
                 ends = token in self.ends or token == self.grammar.end
-                if ends or not 0 <= token < self.grammar.vocabulary or not self.matcher.try_consume_tokens([token]):
+                if ends or not 0 <= token < self.grammar.vocabulary:
                     break
-                followed += 1
-            self.matcher.rollback(followed)
+                matcher = matcher.deep_copy()
+                if not matcher.try_consume_tokens([token]):
+                    break
         except Exception as error:  # of this request, not of the pass
             self.fault, self.mask[:] = str(error), 255
 
-    def _fill_row(self, row: int) -> None:
+    def _fill_row(self, row: int, matcher) -> None:
         bits = self.mask[row].numpy()
-        bits[:] = np.frombuffer(self.matcher.compute_bitmask(), np.uint8)[: len(bits)]  # it may give a word more
-        may_end = self.matcher.is_accepting()
+        bits[:] = np.frombuffer(matcher.compute_bitmask(), np.uint8)[: len(bits)]  # it may give a word more
+        may_end = matcher.is_accepting()
         for token in {*self.ends, self.grammar.end}:
             bit = 1 << (token & 7)
             bits[token >> 3] &= ~bit & 255
             if may_end and token in self.ends:
                 bits[token >> 3] |= bit
-        if self.matcher.is_error() or not bits.any():
-            raise InputError(f"the grammar cannot go on: {plain(self.matcher.get_error()) or 'no token fits'}")
+        if matcher.is_error() or not bits.any():
+            raise InputError(f"the grammar cannot go on: {plain(matcher.get_error()) or 'no token fits'}")
 
 
 def plain(fault: str) -> str:

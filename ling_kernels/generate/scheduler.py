@@ -18,6 +18,7 @@ from typing import NamedTuple
 from ..errors import Busy, InputError
 from .cache import PagePool, hash_page
 from .request import DRAFT_SLACK, Request
+from .waiting import Waiting
 
 
 class Work(NamedTuple):
@@ -36,7 +37,7 @@ class Scheduler:
     def __init__(self, pages: PagePool, max_running: int, max_rows: int, max_waiting: int, draft: int):
         self.pages, self.max_rows, self.max_waiting, self.draft = pages, max_rows, max_waiting, draft
         self.submitted: deque[Request] = deque()  # `sweep` moves them to waiting
-        self.waiting: deque[Request] = deque()
+        self.waiting = Waiting()
         self.running: list[Request] = []  # in order of admission
         self.lanes = deque(range(max_running))  # free ones
         self.free_rows = max_rows  # of the pass being scheduled
@@ -77,29 +78,28 @@ class Scheduler:
         for request in sorted(self.running, key=lambda r: r.uncomputed > 1):  # decodes first; stable: oldest first
             if request.lane is not None:  # not preempted by an older request
                 self.schedule_request(request, scheduled)
-        computing = {h for r in self.running for h in self.uncomputed_pages(r)} if self.waiting else set()
-        passed: set[Request] = set()  # they wait for one of these pages
-        while self.free_rows and self.lanes and (request := self.next_waiting(passed)):
+        if self.waiting and self.free_rows and self.lanes:
+            self.admit_waiting(scheduled)
+        return scheduled
+
+    def admit_waiting(self, scheduled: dict[Request, Work]) -> None:
+        """Start waiting requests in their order, while there are rows, lanes and pages. Those wait and are passed whose
+        next page a running request computes, or whose pages are being read from files."""
+        computing = {h for r in self.running for h in self.uncomputed_pages(r)}
+        running = Counter(r.client for r in self.running)
+        for request in self.waiting.in_order(running):
+            if request.admitted is None and not self.fetched(request):
+                continue
             if computing and self.missing_page(request) in computing:
-                passed.add(request)
                 continue
             if not self.admit(request):
                 break
             self.waiting.remove(request)
             self.running.append(request)
+            running[request.client] += 1
             computing.update(self.uncomputed_pages(request))
-            if not self.schedule_request(request, scheduled):
+            if not (self.schedule_request(request, scheduled) and self.free_rows and self.lanes):
                 break
-        return scheduled
-
-    def next_waiting(self, passed: set[Request]) -> Request | None:
-        """A preempted request, or the first of the client with the fewest running requests; without those passed, and
-        those whose pages are being read from files."""
-        waiting = [r for r in self.waiting if r not in passed]
-        if not waiting or waiting[0].admitted is not None:
-            return waiting[0] if waiting else None
-        running = Counter(r.client for r in self.running)
-        return next(filter(self.fetched, sorted(waiting, key=lambda r: (running[r.client], r.priority))), None)
 
     def fetched(self, request: Request) -> bool:
         """Whether no file of its prefix is being read, or is to be read; begins to do so."""
@@ -201,7 +201,7 @@ class Scheduler:
             if youngest in scheduled:
                 self.free_rows += self.rows_of(scheduled.pop(youngest))
             self.release(youngest)
-            self.waiting.appendleft(youngest)
+            self.waiting.preempted.appendleft(youngest)
             if youngest is request:
                 return False
         return True
