@@ -24,6 +24,7 @@ from tests.test_server import BODY, checkpoint, httpx, service  # noqa: E402, F4
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 LONG = 300.0  # seconds that no test waits for
+WITH_OPENSSL = pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl makes a certificate")
 
 
 @contextlib.contextmanager
@@ -128,12 +129,18 @@ def test_a_client_that_does_not_read_is_cut_off(checkpoint):
         assert b"[DONE]" not in read_all(client)
 
 
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl makes a certificate")
-def test_tls(checkpoint, tmp_path):
-    """A client that knows the certificate is answered; another refuses the server."""
-    key, cert = str(tmp_path / "key.pem"), str(tmp_path / "cert.pem")
+def certificate(folder: Path) -> tuple[str, str]:
+    """A new certificate and its key."""
+    cert, key = str(folder / "cert.pem"), str(folder / "key.pem")
     make = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=x -addext subjectAltName=IP:127.0.0.1"
     subprocess.run([*make.split(), "-keyout", key, "-out", cert], check=True, capture_output=True)
+    return cert, key
+
+
+@WITH_OPENSSL
+def test_tls(checkpoint, tmp_path):
+    """A client that knows the certificate is answered; another refuses the server."""
+    cert, key = certificate(tmp_path)
     with running(service(checkpoint), ssl_certfile=cert, ssl_keyfile=key) as server:
         url = f"https://127.0.0.1:{port_of(server)}/v1/completions"
         known = ssl.create_default_context(cafile=cert)
@@ -200,24 +207,60 @@ def children(pid: int) -> list[int]:
     return sorted(found)
 
 
-def test_sigterm_ends_within_the_grace_beside_half_a_body(checkpoint):
-    with command(checkpoint, "--grace", "1") as (process, port):
-        with connect(port, HEAD + b"Content-Length: 50\r\n\r\n{"):
-            time.sleep(0.5)
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(LONG) == -signal.SIGTERM
-            assert "Traceback" not in process.stderr.read()
+@pytest.mark.parametrize("tls", [False, pytest.param(True, marks=WITH_OPENSSL)], ids=["plain", "tls"])
+def test_sigterm_does_not_wait_for_clients_that_have_no_answer(checkpoint, tmp_path, tls):
+    """With no request, with a part of one, and with one that was answered."""
+    cert, key = certificate(tmp_path) if tls else ("", "")
+    context = ssl.create_default_context(cafile=cert) if tls else None
+    flags = ["--grace", str(2 * LONG)] + (["--tls-cert", cert, "--tls-key", key] if tls else [])
+    with command(checkpoint, *flags) as (process, port), contextlib.ExitStack() as stack:
+        for data in (b"", HEAD[:20], HEAD + b"Content-Length: 50\r\n\r\n{", b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n"):
+            client = stack.enter_context(connect(port))
+            if context is not None:
+                client = stack.enter_context(context.wrap_socket(client, server_hostname="127.0.0.1"))
+            client.sendall(data)
+        assert client.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(LONG) == -signal.SIGTERM
+        assert "Traceback" not in process.stderr.read()
+
+
+# An answer that goes on until the server ends, as the client does not read it.
+ENDLESS = dict(BODY, prompt=["a"] * 128, max_tokens=190, ignore_eos=True, logprobs=20, stream=True)
+
+
+def ask(port: int, body: dict) -> socket.socket:
+    """A client whose answer has begun."""
+    data = json.dumps(body).encode()
+    while True:  # the model is loading at first
+        client = connect(port, HEAD + b"Content-Length: %d\r\n\r\n" % len(data) + data)
+        status = client.recv(len("HTTP/1.1 200"))[-3:]
+        if status == b"200":
+            return client
+        client.close()
+        assert status == b"503"
+        time.sleep(0.1)
+
+
+def test_sigterm_finishes_answers_within_the_grace(checkpoint):
+    body = BODY | dict(max_tokens=190, ignore_eos=True, stream=True)
+    with command(checkpoint, "--grace", str(2 * LONG)) as (process, port), ask(port, body) as client:
+        process.send_signal(signal.SIGTERM)
+        assert b"data: [DONE]" in read_all(client)
+        assert process.wait(LONG) == -signal.SIGTERM
+    with command(checkpoint, "--grace", "1") as (process, port), ask(port, ENDLESS):
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(LONG) == -signal.SIGTERM
+        assert "Traceback" not in process.stderr.read()
 
 
 def test_a_second_signal_ends_at_once(checkpoint):
-    with command(checkpoint, "--grace", "600") as (process, port):
-        with connect(port, HEAD + b"Content-Length: 50\r\n\r\n{"):
-            time.sleep(0.5)
-            process.send_signal(signal.SIGTERM)
-            time.sleep(0.5)
-            assert process.poll() is None, "the grace is not over"
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(LONG) == 128 + signal.SIGTERM
+    with command(checkpoint, "--grace", "600") as (process, port), ask(port, ENDLESS):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        assert process.poll() is None, "the grace is not over"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(LONG) == 128 + signal.SIGTERM
 
 
 def test_a_connection_outlives_its_place_in_a_clients_pool(checkpoint):

@@ -20,6 +20,9 @@ EXIT_SLACK = 5.0  # seconds beyond --grace
 # Seconds that a connection stays open without a request. A client whose pool keeps it longer may send the next request
 # just as it is closed, and gets an error. Pools keep connections 5 s (httpx), 15 (aiohttp), 60 (nginx) and 90 (Go).
 KEEP_ALIVE = 120
+# Seconds that a TLS client has to say that it closes a connection, too, at the server's end. One that waits for nothing
+# does not read that it should, and asyncio would wait for 30 s.
+GOODBYE = 1.0
 
 
 def connection_class(seconds: float) -> type[H11Protocol]:
@@ -52,12 +55,21 @@ def connection_class(seconds: float) -> type[H11Protocol]:
             super().resume_writing()
             self.stop_timer("answer")
 
+        def shutdown(self) -> None:
+            """At the server's end: an answer goes on; a request that is not whole, also in its body, is cut off."""
+            if self.conn.their_state is h11.SEND_BODY:
+                self.transport.abort()
+                return
+            super().shutdown()
+            if self.transport.is_closing() and not self.transport.get_write_buffer_size():
+                self.start_timer("goodbye", GOODBYE)
+
         def connection_lost(self, exc: Exception | None) -> None:
             for name in [*self.timers]:
                 self.stop_timer(name)
             super().connection_lost(exc)
 
-        def start_timer(self, name: str) -> None:
+        def start_timer(self, name: str, seconds: float = seconds) -> None:
             """A timer that runs goes on, whatever trickles in."""
             if name not in self.timers:
                 self.timers[name] = self.loop.call_later(seconds, self.transport.abort)
