@@ -8,12 +8,12 @@ here: a request's next mask while the pass of other requests runs, on a CPU whil
 """
 
 import contextlib
-import functools
 import json
 import os
 import subprocess
 import sys
 import threading
+from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -66,7 +66,8 @@ class Grammars:
             raise InputError(f"llguidance cannot read the tokenizer: {error}") from None
         self.matcher, self.read = LLMatcher, read_grammar
         self.trial = Trial(text, vocabulary, self.end) if guarded else None
-        self.compiled = functools.lru_cache(GRAMMARS)(self._compiled)
+        self.cache: OrderedDict[str, Grammar] = OrderedDict()  # by source, the last used one last
+        self.lock = threading.Lock()
 
     def json(self, schema: dict[str, Any] | None = None) -> "Grammar":
         """JSON of a schema, or any object. Raises InputError for a schema that llguidance cannot follow."""
@@ -116,13 +117,28 @@ class Grammars:
             raise InputError(f"the grammar is not readable: {one_line(str(error))}") from None
         return self.compiled(text if text.startswith("{") else json.dumps({"grammars": [{"lark_grammar": text}]}))
 
-    def _compiled(self, source: str) -> "Grammar":
+    def known(self, source: str) -> "Grammar | None":
+        """One of the last that were used."""
+        with self.lock:
+            if source in self.cache:
+                self.cache.move_to_end(source)
+            return self.cache.get(source)
+
+    def compiled(self, source: str) -> "Grammar":
+        """A known grammar, or a new one. Raises InputError."""
+        if (grammar := self.known(source)) is not None:
+            return grammar
         fault = self.trial.fault(source) if self.trial else ""
         if not fault:
             matcher, fault = self.read(self.tokens, source)
         if fault:
             raise InputError(f"the grammar is not readable: {plain(fault)}")
-        return Grammar(source, matcher, self.end, self.tokens.vocab_size)
+        grammar = Grammar(source, matcher, self.end, self.tokens.vocab_size)
+        with self.lock:
+            self.cache[source] = grammar
+            if len(self.cache) > GRAMMARS:
+                self.cache.popitem(last=False)
+        return grammar
 
 
 class Trial:

@@ -1,13 +1,14 @@
 """Answers to completions: submit a body's requests to the engine, and answer with one JSON object or with SSE."""
 
 import asyncio
+import functools
 import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fastapi import Request as HttpRequest
 from fastapi.responses import StreamingResponse
@@ -15,13 +16,14 @@ from starlette.exceptions import HTTPException
 
 from ...errors import InputError, LostRank
 from ...tokenizer import Tokenizer
-from ..grammar import Grammar
+from ..grammar import Grammar, Grammars
 from ..logprobs import TokenLogprob
 from ..request import Request
 from ..text import StoppedText
 from .logprobs import ChatLogprobs, CompletionLogprobs
+from .new_grammars import BodyGrammars
 from .protocol import MAX_CHOICES, ChatCompletionRequest, CompletionRequest
-from .service import INTERNAL_ERROR, Service, error_object, error_response
+from .service import INTERNAL_ERROR, Result, Service, error_object
 from .structured import after_thought
 from .text_parts import TAGS, THINK, Part, TextParts
 
@@ -121,7 +123,7 @@ async def complete(service: Service, body: Body, http_request: HttpRequest, obje
     choices, grammar = [], None
     hidden = hidden_tokens(service.tokenizer) if body.skip_special_tokens else frozenset()
     if body.structured:
-        grammar = await service.in_thread(structure, service, body, prompts, threads=service.readers)
+        grammar = await unless_left(http_request, grammar_of(service, body, prompts, http_request.state.client))
     ends = frozenset(body.stop_token_ids) | (frozenset() if body.ignore_eos else service.stop_token_ids)
     requested, default = body.max_new_tokens()
     options: dict = dict(
@@ -157,14 +159,30 @@ def hidden_tokens(tokenizer: Tokenizer) -> frozenset[int]:
     return frozenset(token for name, token in tokenizer.control_tokens.items() if name not in TAGS)
 
 
-def structure(service: Service, body: Body, prompts: list[list[int]]) -> Grammar:
-    """The grammar of a structured answer, in a chat behind a thought that the prompt has opened, or the body allows."""
-    grammar = body.grammar(service.grammars)
+async def grammar_of(service: Service, body: Body, prompts: list[list[int]], client: str) -> Grammar:
+    """The grammar of a structured answer. Those in it that are new are read first, each in a turn of the client's."""
+    grammars = functools.cache(lambda: BodyGrammars(service.grammars()))
+    form = functools.partial(structure, grammars, service.tokenizer, body, prompts)
+    grammar, own = await service.in_thread(form), grammars()
+    if not own.new:
+        return grammar
+    for source in own.new:
+        try:
+            own.found[source] = await service.new_grammars.read(service.grammars().compiled, client, source)
+        except InputError as error:  # raised below, where the body's field is known
+            own.found[source] = error
+            break
+    return await service.in_thread(form)
+
+
+def structure(grammars: Callable[[], Grammars], tokenizer: Tokenizer, body: Body, prompts: list[list[int]]) -> Grammar:
+    """The form of an answer, in a chat behind a thought that the prompt has opened, or the body allows."""
+    grammar = body.grammar(grammars)
     if isinstance(body, ChatCompletionRequest):
-        opened = opens_thought(service.tokenizer, prompts[0])
+        opened = opens_thought(tokenizer, prompts[0])
         thinking = body.chat_template_kwargs.enable_thinking
         if opened or (body.free_text if thinking is None else thinking):
-            return after_thought(service.grammars(), grammar, opened)
+            return after_thought(grammars(), grammar, opened)
     return grammar
 
 
@@ -294,6 +312,19 @@ async def disconnected(http_request: HttpRequest) -> None:
         pass
 
 
+async def unless_left(http_request: HttpRequest, work: Coroutine[Any, Any, Result]) -> Result:
+    """The result of work, which is cancelled with an HTTPException when the client leaves."""
+    task, leaving = asyncio.create_task(work), asyncio.create_task(disconnected(http_request))
+    try:
+        await asyncio.wait([task, leaving], return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise HTTPException(499, "the client closed the connection")
+        return task.result()
+    finally:
+        task.cancel()
+        leaving.cancel()
+
+
 async def full_response(choices: list[Choice], body: Body, object_type: str, header: dict, http_request: HttpRequest):
     """The complete JSON object; cancels the requests if the client disconnects."""
     found: list[list[Piece]] = [[] for _ in choices]
@@ -302,15 +333,9 @@ async def full_response(choices: list[Choice], body: Body, object_type: str, hea
         async for i, piece in merge_streams(choices):
             found[i] += [] if piece is None else [piece]
 
-    tasks = [asyncio.create_task(collect()), asyncio.create_task(disconnected(http_request))]
     try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if not tasks[0].done():
-            return error_response(499, "the client closed the connection")
-        tasks[0].result()
+        await unless_left(http_request, collect())
     finally:
-        for task in tasks:
-            task.cancel()
         for choice in choices:
             choice.cancel()
     contents = []

@@ -16,6 +16,7 @@ from ...tokenizer import Tokenizer
 from ..engine import Engine
 from ..grammar import Grammars
 from .metrics import Metrics
+from .new_grammars import NewGrammars
 
 if TYPE_CHECKING:
     from .traces import Traces
@@ -64,9 +65,7 @@ class Service(Limits):
     created: int = field(default_factory=lambda: int(time.time()))
     # Apart from the threads of the engine's passes, which a long prompt must not keep waiting.
     threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "tokenizer"))
-    # Apart from both, as a grammar may take seconds.
-    readers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "grammars"))
-
+    new_grammars: NewGrammars = field(default_factory=NewGrammars)
     grammar_lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -80,11 +79,9 @@ class Service(Limits):
                 self._grammars = Grammars(self.tokenizer, self.vocabulary, guarded=True)
             return self._grammars
 
-    async def in_thread(
-        self, function: Callable[..., Result], *args, threads: ThreadPoolExecutor | None = None
-    ) -> Result:
+    async def in_thread(self, function: Callable[..., Result], *args) -> Result:
         """The result of a function that takes time: of a megabyte of text, a tokenizer takes a second."""
-        return await asyncio.get_running_loop().run_in_executor(threads or self.threads, function, *args)
+        return await asyncio.get_running_loop().run_in_executor(self.threads, function, *args)
 
     def start(self, engine: Engine) -> None:
         """Serve with this engine, which has been loaded."""
