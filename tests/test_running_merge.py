@@ -17,8 +17,7 @@ from ling_kernels.train.__main__ import main
 from ling_kernels.train.merge import decay_weights, merge, named_weights
 from ling_kernels.train.prepare import device
 from ling_kernels.train.running_merge import RunningMerge, planned
-from tests.ranks import start
-from tests.test_cluster import free_ports, work
+from tests.cluster import run_jobs
 from tests.training import one_line_error, small, text, tiniest  # noqa: F401
 
 PLAN = dict(merge_last=3, merge_every=3, merge_weights="1-sqrt")
@@ -121,7 +120,7 @@ def several(text, tmp_path_factory):
     alone.lock.close()
     jobs = [(name, [[*run, *more.split(), "--out", str(folder / name)]] * 2) for name, more in JOBS.items()]
     jobs.append(("resumed", [["--resume", str(folder / "resumed"), "--ep", "2", "--vocab-parallel", "2"]] * 2))
-    start(work, (jobs, folder, free_ports(len(jobs))), 2)
+    run_jobs(jobs, folder, 2)
     return folder
 
 
