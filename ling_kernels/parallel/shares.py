@@ -154,9 +154,10 @@ class Shares:
     @contextmanager
     def sums_in_backward(self) -> Iterator[None]:
         """Around the last backward of a step, or a pipeline's step: the sum of a gradient begins once the gradient is
-        complete, while the backward goes on; `sum_gradients_` waits for them. Sums begin in one order on all ranks of
-        a stage, whatever their data: without a pipeline roughly that in which gradients become complete, with one that
-        in which its schedule completes stages. All begin before this ends, so that no later message comes between."""
+        complete, while the backward goes on; `sum_gradients_` waits for them. They have groups that no backward uses,
+        and begin in one order on all ranks of a stage, whatever their data: without a pipeline roughly that in which
+        gradients become complete, with one that in which its schedule completes stages. All begin before this ends, so
+        that no later message comes between."""
         waiting: dict[Tensor, tuple[int, dist.ProcessGroup | None]] = {p: shared for p, *shared in self.to_sum()}
         complete: set[Tensor] = set()
 
