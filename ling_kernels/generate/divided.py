@@ -12,7 +12,7 @@ run eagerly, without CUDA graphs.
 
 import copy
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, LostRank, integer
-from ..model import load_model
+from ..model import Ling, load_model
 from ..model.checkpoint import resolve_model
 from ..ops.attention_decode import KVCache
 from ..parallel.decode import RankShare, abort_group, form_group, join_, leave_group, part_config, refuse_group
+from .adapters import Adapters
 from .engine import Engine
 from .forward import Chunk, Forward, PendingTokens
 from .grammar import Guide
@@ -66,11 +67,15 @@ class DividedForward(Forward):
 class LeadForward(DividedForward):
     """Rank 0's part, which tells the others before."""
 
-    def __init__(self, workers: Workers, model, caches: list[KVCache], page_size: int, *options):
-        super().__init__(model, caches, page_size, *options)
+    def __init__(
+        self, workers: Workers, model, caches: list[KVCache], page_size: int, lanes: int, draft: int,
+        record_routing: bool, adapters: Adapters | None,
+    ):  # fmt: skip
+        super().__init__(model, caches, page_size, lanes, draft, record_routing, adapters)
         self.workers = workers
+        folders = None if adapters is None else adapters.folders
         pages, dtype = caches[0].k.shape[0], caches[0].k.dtype
-        workers.send("serve", (len(caches), pages, page_size, dtype, options))
+        workers.send("serve", (folders, len(caches), pages, page_size, dtype, (lanes, draft, record_routing)))
         workers.receive("serving")
 
     def fill_lane(self, request: Request) -> None:
@@ -137,7 +142,7 @@ class DividedEngine(Engine):
         config, directory = resolve_model(folder)
         if directory is None:
             raise InputError(f"{folder} is a preset, which has no weights; give a checkpoint directory")
-        for name in ("adapters", "batch_invariant", "spill"):
+        for name in ("batch_invariant", "spill"):
             if options.get(name):
                 raise InputError(f"{name} is for a model on one GPU, not for one over {ranks}")
         n = integer("ranks", ranks, 2)
@@ -154,7 +159,7 @@ class DividedEngine(Engine):
                 file, threads = Path(meeting, "store"), max(1, torch.get_num_threads() // n)
                 self.workers.send("load", (n, file, threads, directory, load))
                 self.workers.receive("started")  # before this rank waits for them in the group
-                model = load_part(n, 0, file, directory, load | dict(device=device))
+                model, self.share = load_part(n, 0, file, directory, load | dict(device=device))
                 self.workers.receive("loaded")
             super().__init__(model, **options)
         except BaseException:
@@ -163,6 +168,9 @@ class DividedEngine(Engine):
         self.workers.on_loss = self.on_loss
         if self.workers.lost is not None:
             self.on_loss(self.workers.lost)
+
+    def make_adapters(self, folders: Mapping[str, str | Path]) -> Adapters:
+        return Adapters(self.model, folders, self.share)
 
     def make_forward(self, *arguments) -> Forward:
         return LeadForward(self.workers, *arguments)
@@ -190,11 +198,12 @@ class DividedEngine(Engine):
         leave_group()
 
 
-def load_part(n: int, rank: int, file: Path, folder: Path, load: dict[str, Any]) -> torch.nn.Module:
-    """This rank's part of a checkpoint, in a group of the ranks."""
+def load_part(n: int, rank: int, file: Path, folder: Path, load: dict[str, Any]) -> tuple[Ling, RankShare]:
+    """This rank's part of a checkpoint, in a group of the ranks, and which part it is."""
     if load["device"].type == "cuda":
         torch.cuda.set_device(load["device"])
     group = form_group(n, rank, file, load["device"])
-    model = load_model(folder, **load, share=RankShare(n, rank))
+    share = RankShare(n, rank)
+    model = load_model(folder, **load, share=share)
     join_(model, group)
-    return model
+    return model, share

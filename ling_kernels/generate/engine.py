@@ -104,7 +104,7 @@ class Engine(Passes):
             batch_invariant_(model)
         self.model, self.config = model.eval(), model.config
         self.device = model.word_embeddings.weight.device
-        self.adapters = Adapters(self.model, adapters) if adapters else None
+        self.adapters = self.make_adapters(adapters) if adapters else None
         dtype = cache_dtype or model.word_embeddings.weight.dtype
         layers = self.config.num_hidden_layers + bool(draft and len(model.mtp))
         bytes_per_page = page_bytes(self.config, layers, page_size, dtype)
@@ -135,6 +135,9 @@ class Engine(Passes):
         self.closed, self.process = False, os.getpid()
         self.policy_version = 0  # see `new_weights`
         self.lock = threading.Lock()  # no RLock: garbage collection during a step may cancel a stream, see `cancel`
+
+    def make_adapters(self, folders: Mapping[str, str | Path]) -> Adapters:
+        return Adapters(self.model, folders)
 
     def make_forward(self, *arguments) -> Forward:
         return Forward(*arguments)

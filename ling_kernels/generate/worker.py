@@ -12,6 +12,7 @@ import torch
 
 from ..errors import InputError, one_line
 from ..model.decode import empty_caches
+from .adapters import Adapters
 from .divided import FollowForward, load_part
 
 
@@ -35,11 +36,12 @@ def follow(connection: Connection, messages: queue.SimpleQueue, rank: int) -> No
     torch.set_num_threads(threads)
     torch.zeros(1, device=load["device"])  # a GPU that does not work fails here
     connection.send(("started", None))
-    model = load_part(n, rank, file, folder, load)
+    model, share = load_part(n, rank, file, folder, load)
     connection.send(("loaded", None))
-    _, (layers, pages, page_size, dtype, options) = messages.get()
+    _, (folders, layers, pages, page_size, dtype, options) = messages.get()
+    adapters = None if folders is None else Adapters(model, folders, share)
     caches = empty_caches(model.config, layers, pages, page_size, dtype, load["device"])
-    forward = FollowForward(model, caches, page_size, *options)
+    forward = FollowForward(model, caches, page_size, *options, adapters)
     connection.send(("serving", None))
     while True:
         name, content = messages.get()

@@ -54,13 +54,17 @@ def part_config(config: LingConfig, n: int) -> LingConfig:
 
 
 class RankShare:
-    """For `load_model`: the part of rank `rank` of n."""
+    """For `load_model`: the part of rank `rank` of n. Afterwards `config` is the whole model's, and `parts` has by official
+    key which part of a weight this is, but for those that are whole on every rank."""
+
+    config: LingConfig
 
     def __init__(self, n: int, rank: int):
         self.n, self.rank = n, rank
         self.parts: dict[str, Part] = {}
 
     def model(self, config: LingConfig) -> Ling:
+        self.config = config
         model = Ling(part_config(config, self.n))
         model.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size // self.n)
         model.lm_head = nn.Linear(config.hidden_size, config.vocab_size // self.n, bias=False)
