@@ -12,7 +12,8 @@ run eagerly, without CUDA graphs.
 
 import copy
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,9 +27,12 @@ from ..model.checkpoint import resolve_model
 from ..ops.attention_decode import KVCache
 from ..parallel.decode import RankShare, abort_group, form_group, join_, leave_group, part_config, refuse_group
 from .adapters import Adapters
+from .divided_pages import LeadCopies
 from .engine import Engine
 from .forward import Chunk, Forward, PendingTokens
 from .grammar import Guide
+from .page_copies import Copies
+from .page_levels import PageLevels, Spill
 from .request import Request
 from .workers import Workers
 
@@ -142,9 +146,8 @@ class DividedEngine(Engine):
         config, directory = resolve_model(folder)
         if directory is None:
             raise InputError(f"{folder} is a preset, which has no weights; give a checkpoint directory")
-        for name in ("batch_invariant", "spill"):
-            if options.get(name):
-                raise InputError(f"{name} is for a model on one GPU, not for one over {ranks}")
+        if options.get("batch_invariant"):
+            raise InputError(f"batch_invariant is for a model on one GPU, not for one over {ranks}")
         n = integer("ranks", ranks, 2)
         part_config(config, n)
         refuse_group()
@@ -174,6 +177,10 @@ class DividedEngine(Engine):
 
     def make_forward(self, *arguments) -> Forward:
         return LeadForward(self.workers, *arguments)
+
+    def make_levels(self, spill: Spill, copies: Copies, identity: Callable[[], bytes]) -> PageLevels:
+        of_all = LeadCopies(self.workers, copies)
+        return super().make_levels(spill, of_all, partial(of_all.identity, identity))
 
     def on_loss(self, error: LostRank) -> None:
         self.record.fail(error)

@@ -16,7 +16,7 @@ forward.py lists the calls of a decode step.
 import asyncio
 import os
 import threading
-from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -35,7 +35,7 @@ from .cache import PagePool, memory_of, page_bytes
 from .forward import Forward
 from .grammar import Grammar
 from .health import PassRecord
-from .page_copies import copies_of, page_identity
+from .page_copies import Copies, copies_of, page_identity
 from .page_levels import PageLevels, Spill
 from .passes import Passes
 from .request import DRAFT_SLACK, Request, add_guide, max_sequence_tokens, new_request
@@ -124,8 +124,8 @@ class Engine(Passes):
         if spill is not None:
             if record_routing:
                 raise InputError("record_routing needs all pages on the device: leave out spill")
-            identity = partial(page_identity, self.model, caches, page_size, batch_invariant)
-            self.pages.levels = PageLevels(spill, self.pages, copies_of(caches), identity)
+            identity = partial(page_identity, self.model, caches, page_size)
+            self.pages.levels = self.make_levels(spill, copies_of(caches), identity)
         self.draft, self.drafted, self.accepted = draft, 0, 0
         self.scheduler = Scheduler(self.pages, max_running, max_rows, max_waiting, draft)
         self.overlap = self.device.type == "cuda"  # on a CPU a pass is complete when it has been launched
@@ -141,6 +141,9 @@ class Engine(Passes):
 
     def make_forward(self, *arguments) -> Forward:
         return Forward(*arguments)
+
+    def make_levels(self, spill: Spill, copies: Copies, identity: Callable[[], bytes]) -> PageLevels:
+        return PageLevels(spill, self.pages, copies, identity)
 
     def submit(
         self,

@@ -5,6 +5,7 @@ import queue
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -14,6 +15,7 @@ from ..errors import InputError, one_line
 from ..model.decode import empty_caches
 from .adapters import Adapters
 from .divided import FollowForward, load_part
+from .divided_pages import FollowCopies
 
 
 def receive(connection: Connection, messages: queue.SimpleQueue) -> None:
@@ -43,9 +45,14 @@ def follow(connection: Connection, messages: queue.SimpleQueue, rank: int) -> No
     caches = empty_caches(model.config, layers, pages, page_size, dtype, load["device"])
     forward = FollowForward(model, caches, page_size, *options, adapters)
     connection.send(("serving", None))
+    copies = FollowCopies(connection, n, rank, model, caches, page_size)
+    calls: dict[str, Callable[[Any], None]] = {
+        "fill": forward.fill, "pass": forward.run, "memory": copies.memory, "identity": copies.identity,
+        "save": copies.save, "load": copies.load,
+    }  # fmt: skip
     while True:
         name, content = messages.get()
-        forward.fill(content) if name == "fill" else forward.run(content)
+        calls[name](content)
 
 
 def serve(connection: Connection, rank: int) -> int:

@@ -54,8 +54,10 @@ def part_config(config: LingConfig, n: int) -> LingConfig:
 
 
 class RankShare:
-    """For `load_model`: the part of rank `rank` of n. Afterwards `config` is the whole model's, and `parts` has by official
-    key which part of a weight this is, but for those that are whole on every rank."""
+    """For `load_model`: the part of rank `rank` of n.
+
+    config, afterwards: the whole model's. parts: by official key, which part of a weight this is; others are whole.
+    """
 
     config: LingConfig
 
