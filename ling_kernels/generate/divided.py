@@ -24,6 +24,7 @@ from torch import Tensor
 from ..errors import InputError, LostRank, integer
 from ..model import Ling, load_model
 from ..model.checkpoint import resolve_model
+from ..nn.batch_invariant import batch_invariant_
 from ..ops.attention_decode import KVCache
 from ..parallel.decode import RankShare, abort_group, form_group, join_, leave_group, part_config, refuse_group
 from .adapters import Adapters
@@ -146,8 +147,6 @@ class DividedEngine(Engine):
         config, directory = resolve_model(folder)
         if directory is None:
             raise InputError(f"{folder} is a preset, which has no weights; give a checkpoint directory")
-        if options.get("batch_invariant"):
-            raise InputError(f"batch_invariant is for a model on one GPU, not for one over {ranks}")
         n = integer("ranks", ranks, 2)
         part_config(config, n)
         refuse_group()
@@ -160,9 +159,10 @@ class DividedEngine(Engine):
         try:
             with tempfile.TemporaryDirectory(prefix="ling-") as meeting:
                 file, threads = Path(meeting, "store"), max(1, torch.get_num_threads() // n)
-                self.workers.send("load", (n, file, threads, directory, load))
+                pin = bool(options.get("batch_invariant"))
+                self.workers.send("load", (n, file, threads, directory, load, pin))
                 self.workers.receive("started")  # before this rank waits for them in the group
-                model, self.share = load_part(n, 0, file, directory, load | dict(device=device))
+                model, self.share = load_part(n, 0, file, directory, load | dict(device=device), pin)
                 self.workers.receive("loaded")
             super().__init__(model, **options)
         except BaseException:
@@ -205,12 +205,16 @@ class DividedEngine(Engine):
         leave_group()
 
 
-def load_part(n: int, rank: int, file: Path, folder: Path, load: dict[str, Any]) -> tuple[Ling, RankShare]:
-    """This rank's part of a checkpoint, in a group of the ranks, and which part it is."""
+def load_part(
+    n: int, rank: int, file: Path, folder: Path, load: dict[str, Any], pin: bool
+) -> tuple[Ling, RankShare]:  # fmt: skip
+    """This rank's part of a checkpoint, pinned or not, in a group of the ranks, and which part it is."""
     if load["device"].type == "cuda":
         torch.cuda.set_device(load["device"])
     group = form_group(n, rank, file, load["device"])
     share = RankShare(n, rank)
     model = load_model(folder, **load, share=share)
+    if pin:
+        batch_invariant_(model)
     join_(model, group)
     return model, share

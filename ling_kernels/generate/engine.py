@@ -101,7 +101,8 @@ class Engine(Passes):
                 raise InputError("batch_invariant does not cover adapters: leave out one of the two")
             if cache_dtype not in (None, model.word_embeddings.weight.dtype):
                 raise InputError(f"batch_invariant needs a cache in the model's precision, not in {cache_dtype}")
-            batch_invariant_(model)
+            if not model.layers[0].attention.pinned:  # as the parts of a divided model are
+                batch_invariant_(model)
         self.model, self.config = model.eval(), model.config
         self.device = model.word_embeddings.weight.device
         self.adapters = self.make_adapters(adapters) if adapters else None

@@ -33,12 +33,12 @@ def receive(connection: Connection, messages: queue.SimpleQueue) -> None:
 
 def follow(connection: Connection, messages: queue.SimpleQueue, rank: int) -> None:
     """Load a part, then run what rank 0 runs."""
-    _, (n, file, threads, folder, load) = messages.get()
+    _, (n, file, threads, folder, load, pin) = messages.get()
     load["device"] = torch.device("cuda", rank) if torch.device(load["device"]).type == "cuda" else torch.device("cpu")
     torch.set_num_threads(threads)
     torch.zeros(1, device=load["device"])  # a GPU that does not work fails here
     connection.send(("started", None))
-    model, share = load_part(n, rank, file, folder, load)
+    model, share = load_part(n, rank, file, folder, load, pin)
     connection.send(("loaded", None))
     _, (folders, layers, pages, page_size, dtype, options) = messages.get()
     adapters = None if folders is None else Adapters(model, folders, share)
