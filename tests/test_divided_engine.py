@@ -9,6 +9,7 @@ from dataclasses import replace
 from datetime import timedelta
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -61,8 +62,8 @@ def forked(monkeypatch):
 
 
 @contextlib.contextmanager
-def divided_engine(folder, load=FP32, ranks=2, **options):
-    engine = divided.DividedEngine(folder, ranks, load, **OPTIONS | options)
+def divided_engine(folder, load=FP32, n=2, **options):
+    engine = divided.DividedEngine(folder, n, load, **OPTIONS | options)
     try:
         yield engine
     finally:
@@ -173,12 +174,12 @@ def served(engine, new=14):
     return [*requests, *engine.finish([[*LONG_PROMPT[:37], 8]], **common)]
 
 
-def compare(got, want):
+def compare(got, want, within=2e-5):
     assert [r.new_tokens for r in got] == [r.new_tokens for r in want]
     for mine, other in zip(got, want, strict=True):
         for name in ("logprobs", "prompt_logprobs"):
             pairs = [*zip(getattr(mine, name), getattr(other, name), strict=True)]
-            assert all(a.logprob == pytest.approx(b.logprob, abs=2e-5) for a, b in pairs)
+            assert all(a.logprob == pytest.approx(b.logprob, abs=within) for a, b in pairs)
     assert any(r.cached_tokens for r in got)
 
 
@@ -232,7 +233,7 @@ def test_fp8_weights(blocks):
     load = FP32 | dict(fp8=True, fp8_head=True)
     want = served(Engine(load_model(blocks, **load), **OPTIONS, draft=1), new=3)
     with divided_engine(blocks, load, draft=1) as engine:
-        compare(served(engine, new=3), want)
+        compare(served(engine, new=3), want, within=5e-3)  # a code of a row may differ by rounding
 
 
 def test_a_killed_process(tmp_path):
@@ -279,6 +280,22 @@ def test_a_failing_pass(monkeypatch):
         with pytest.raises(LostRank, match="rank 1 of 2 has failed: AttributeError"):
             while True:
                 engine.generate([[1, 2]], max_new_tokens=1)
+
+
+def test_ctrl_c_within_a_message(monkeypatch):
+    """Some ranks may have the message and others not: the engine is dead."""
+
+    def send(message):
+        if message[0] == "pass":
+            raise KeyboardInterrupt
+
+    with divided_engine(DATA / "base") as engine:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(engine.workers.workers[0], "connection", SimpleNamespace(send=send))
+            engine.generate([[1, 2]])
+        assert engine.record.dead
+        with pytest.raises(LostRank, match="rank 0 of 2 has failed: KeyboardInterrupt"):
+            engine.generate([[1, 2]])
 
 
 def test_a_process_that_does_not_answer(monkeypatch):

@@ -33,10 +33,10 @@ def bits(requests):
 
 def test_the_batch_changes_no_bit(folder):
     """Texts alone; and together, in chunks, with drafts, with cached prefixes."""
-    with divided_engine(folder, ranks=RANKS, batch_invariant=True, max_rows=64, cache_tokens=4000) as engine:
+    with divided_engine(folder, n=RANKS, batch_invariant=True, max_rows=64, cache_tokens=4000) as engine:
         alone = [bits(engine.finish([text], prompt_logprobs=0, **WANTED))[0] for text in texts(10)]
     options = dict(max_rows=15, draft=2, page_size=7, cache_tokens=4000, max_running=5)
-    with divided_engine(folder, ranks=RANKS, batch_invariant=True, **options) as engine:
+    with divided_engine(folder, n=RANKS, batch_invariant=True, **options) as engine:
         assert bits(engine.finish(texts(10), prompt_logprobs=0, **WANTED)) == alone
         again = engine.finish(texts(10), **WANTED)
         assert sum(r.cached_tokens for r in again) > 200

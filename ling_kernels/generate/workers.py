@@ -94,6 +94,9 @@ class Workers:
             except OSError:
                 self.noticed.wait(SEEN_WITHIN)
                 raise self.lose(f"rank {worker.rank} of {self.n} does not listen") from None
+            except BaseException as error:  # Ctrl-C: some ranks have the message, others have not
+                self.failed(error)
+                raise
 
     def receive(self, name: str) -> list[Any]:
         """What each answers under this name. Raises LostRank, and InputError for bad input that one reports."""
