@@ -174,12 +174,12 @@ def served(engine, new=14):
     return [*requests, *engine.finish([[*LONG_PROMPT[:37], 8]], **common)]
 
 
-def compare(got, want, within=2e-5):
+def compare(got, want, bound=2e-5):
     assert [r.new_tokens for r in got] == [r.new_tokens for r in want]
     for mine, other in zip(got, want, strict=True):
         for name in ("logprobs", "prompt_logprobs"):
             pairs = [*zip(getattr(mine, name), getattr(other, name), strict=True)]
-            assert all(a.logprob == pytest.approx(b.logprob, abs=within) for a, b in pairs)
+            assert all(a.logprob == pytest.approx(b.logprob, abs=bound) for a, b in pairs)
     assert any(r.cached_tokens for r in got)
 
 
@@ -233,7 +233,8 @@ def test_fp8_weights(blocks):
     load = FP32 | dict(fp8=True, fp8_head=True)
     want = served(Engine(load_model(blocks, **load), **OPTIONS, draft=1), new=3)
     with divided_engine(blocks, load, draft=1) as engine:
-        compare(served(engine, new=3), want, within=5e-3)  # a code of a row may differ by rounding
+        # A sum over two ranks differs in its last bit, which may move an activation to the next code, up to 1/8 away.
+        compare(served(engine, new=3), want, bound=2e-3)
 
 
 def test_a_killed_process(tmp_path):

@@ -175,8 +175,10 @@ def summed(y: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def summed_in_order(y: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The same, rounded once. It adds in fp32 in the order of the ranks: an all-reduce of more than two may take another
-    order for another number of rows, or for other rows of the same tensor. All summands travel to every rank."""
+    """The same, added in fp32 in the order of the ranks, and rounded once. All summands travel to every rank.
+
+    An all-reduce over more than two may take another order for another number of rows, or for other elements.
+    """
     first, *others = gather(y, group).view(dist.get_world_size(group), *y.shape)
     total = first.to(torch.promote_types(y.dtype, torch.float32))
     for other in others:
