@@ -172,6 +172,9 @@ class DividedEngine(Engine):
         if self.workers.lost is not None:
             self.on_loss(self.workers.lost)
 
+    def pin(self, model: Ling) -> None:
+        """`load_part` has done so, before the parts were joined."""
+
     def make_adapters(self, folders: Mapping[str, str | Path]) -> Adapters:
         return Adapters(self.model, folders, self.share)
 

@@ -101,8 +101,7 @@ class Engine(Passes):
                 raise InputError("batch_invariant does not cover adapters: leave out one of the two")
             if cache_dtype not in (None, model.word_embeddings.weight.dtype):
                 raise InputError(f"batch_invariant needs a cache in the model's precision, not in {cache_dtype}")
-            if not model.layers[0].attention.pinned:  # as the parts of a divided model are
-                batch_invariant_(model)
+            self.pin(model)
         self.model, self.config = model.eval(), model.config
         self.device = model.word_embeddings.weight.device
         self.adapters = self.make_adapters(adapters) if adapters else None
@@ -136,6 +135,9 @@ class Engine(Passes):
         self.closed, self.process = False, os.getpid()
         self.policy_version = 0  # see `new_weights`
         self.lock = threading.Lock()  # no RLock: garbage collection during a step may cancel a stream, see `cancel`
+
+    def pin(self, model: Ling) -> None:
+        batch_invariant_(model)
 
     def make_adapters(self, folders: Mapping[str, str | Path]) -> Adapters:
         return Adapters(self.model, folders)
