@@ -9,6 +9,7 @@ from dataclasses import replace
 from datetime import timedelta
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -61,8 +62,8 @@ def forked(monkeypatch):
 
 
 @contextlib.contextmanager
-def divided_engine(folder, load=FP32, **options):
-    engine = divided.DividedEngine(folder, 2, load, **OPTIONS | options)
+def divided_engine(folder, load=FP32, n=2, **options):
+    engine = divided.DividedEngine(folder, n, load, **OPTIONS | options)
     try:
         yield engine
     finally:
@@ -77,9 +78,11 @@ def sizes_of_128() -> LingConfig:
     )  # fmt: skip
 
 
-def saved(config, folder):
+def saved(config, folder, size=1):
     model = Ling(config)
     model.init_weights(torch.Generator().manual_seed(1))
+    for p in model.parameters():
+        p.data *= size if p.ndim > 1 else 1
     for router in model.routers():
         router.expert_bias.uniform_(-0.1, 0.1)
     save_model(model, folder, torch.float32)
@@ -154,8 +157,6 @@ def test_parts_that_are_refused(tmp_path, blocks):
         load_model(folder, fp8=True, share=RankShare(2, 0))
     with pytest.raises(InputError, match="2 ranks cannot share model.layers.0.attention.query_key_value"):
         load_model(saved(LingConfig.tiny(), tmp_path / "tiny"), fp8=True, share=RankShare(2, 0))
-    with pytest.raises(InputError, match="batch_invariant is for a model on one GPU, not for one over 2"):
-        divided.DividedEngine(blocks, 2, FP32, batch_invariant=True)
     with pytest.raises(InputError, match="ranks is 1"):
         divided.DividedEngine(blocks, 1, FP32)
 
@@ -280,6 +281,22 @@ def test_a_failing_pass(monkeypatch):
         with pytest.raises(LostRank, match="rank 1 of 2 has failed: AttributeError"):
             while True:
                 engine.generate([[1, 2]], max_new_tokens=1)
+
+
+def test_ctrl_c_within_a_message(monkeypatch):
+    """Some ranks may have the message and others not: the engine is dead."""
+
+    def send(message):
+        if message[0] == "pass":
+            raise KeyboardInterrupt
+
+    with divided_engine(DATA / "base") as engine:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(engine.workers.workers[0], "connection", SimpleNamespace(send=send))
+            engine.generate([[1, 2]])
+        assert engine.record.dead
+        with pytest.raises(LostRank, match="rank 0 of 2 has failed: KeyboardInterrupt"):
+            engine.generate([[1, 2]])
 
 
 def test_a_process_that_does_not_answer(monkeypatch):
