@@ -16,7 +16,7 @@ forward.py lists the calls of a decode step.
 import asyncio
 import os
 import threading
-from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -35,7 +35,7 @@ from .cache import PagePool, memory_of, page_bytes
 from .forward import Forward
 from .grammar import Grammar
 from .health import PassRecord
-from .page_copies import copies_of, page_identity
+from .page_copies import Copies, copies_of, page_identity
 from .page_levels import PageLevels, Spill
 from .passes import Passes
 from .request import DRAFT_SLACK, Request, add_guide, max_sequence_tokens, new_request
@@ -101,10 +101,10 @@ class Engine(Passes):
                 raise InputError("batch_invariant does not cover adapters: leave out one of the two")
             if cache_dtype not in (None, model.word_embeddings.weight.dtype):
                 raise InputError(f"batch_invariant needs a cache in the model's precision, not in {cache_dtype}")
-            batch_invariant_(model)
+            self.pin(model)
         self.model, self.config = model.eval(), model.config
         self.device = model.word_embeddings.weight.device
-        self.adapters = Adapters(self.model, adapters) if adapters else None
+        self.adapters = self.make_adapters(adapters) if adapters else None
         dtype = cache_dtype or model.word_embeddings.weight.dtype
         layers = self.config.num_hidden_layers + bool(draft and len(model.mtp))
         bytes_per_page = page_bytes(self.config, layers, page_size, dtype)
@@ -124,8 +124,8 @@ class Engine(Passes):
         if spill is not None:
             if record_routing:
                 raise InputError("record_routing needs all pages on the device: leave out spill")
-            identity = partial(page_identity, self.model, caches, page_size, batch_invariant)
-            self.pages.levels = PageLevels(spill, self.pages, copies_of(caches), identity)
+            identity = partial(page_identity, self.model, caches, page_size)
+            self.pages.levels = self.make_levels(spill, copies_of(caches), identity)
         self.draft, self.drafted, self.accepted = draft, 0, 0
         self.scheduler = Scheduler(self.pages, max_running, max_rows, max_waiting, draft)
         self.overlap = self.device.type == "cuda"  # on a CPU a pass is complete when it has been launched
@@ -136,8 +136,17 @@ class Engine(Passes):
         self.policy_version = 0  # see `new_weights`
         self.lock = threading.Lock()  # no RLock: garbage collection during a step may cancel a stream, see `cancel`
 
+    def pin(self, model: Ling) -> None:
+        batch_invariant_(model)
+
+    def make_adapters(self, folders: Mapping[str, str | Path]) -> Adapters:
+        return Adapters(self.model, folders)
+
     def make_forward(self, *arguments) -> Forward:
         return Forward(*arguments)
+
+    def make_levels(self, spill: Spill, copies: Copies, identity: Callable[[], bytes]) -> PageLevels:
+        return PageLevels(spill, self.pages, copies, identity)
 
     def submit(
         self,
