@@ -12,8 +12,9 @@ from ling_kernels.errors import InputError
 from ling_kernels.generate import Engine
 from ling_kernels.model import Ling, LingConfig, load_model, save_model
 from ling_kernels.model.checkpoint import named_views
+from ling_kernels.nn import RMSNorm
 from ling_kernels.nn.batch_invariant import batch_invariant_
-from ling_kernels.nn.fp8 import to_fp8
+from ling_kernels.nn.fp8 import Fp8Linear, to_fp8
 from ling_kernels.nn.fp8_inference import SCALES, quantize_for_inference_
 from ling_kernels.ops.gemm_fp8 import gemm_fp8
 from ling_kernels.ops.grouped_gemm_fp8 import grouped_gemm_fp8
@@ -129,6 +130,16 @@ def test_rows_of_fp8_products():
         assert torch.equal(got, torch.cat([want[0][:n], want[1][n:]]))
 
 
+def test_logits_of_an_fp8_head_are_rounded_once():
+    layer, norm = Fp8Linear(256, 384, dtype=torch.bfloat16), RMSNorm(256).bfloat16()
+    batch_invariant_(layer)
+    x = torch.randn(5, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.no_grad():
+        got, (q, scale) = layer(x, norm, torch.float32), quantize(norm(x))
+        want = dequantize(q, scale) @ dequantize(*quantize_weight(layer.weight)).T
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
 def test_gradients_in_fp8_are_those_of_the_fp8_layers():
     """In fp32 beside them, where sums differ in their order alone, and so some of the codes."""
     plain, pinned = copy.deepcopy(master()), copy.deepcopy(master())
@@ -168,6 +179,16 @@ def test_fp8_weights_are_quantised_from_the_given_ones_in_place(of):
         assert (error <= w.abs() / 16 + scale.max() * 2**-10).all(), name  # 3 bits of mantissa; subnormals below 2^-6
         quantised += 1
     assert quantised == 16 and 2 * quantised + len(source.state_dict()) - quantised == len(state)
+
+
+def test_scales_that_are_powers_of_two_stay_so():
+    m = copy.deepcopy(master(2)).bfloat16()
+    to_fp8(m, pow2=True)
+    quantize_for_inference_(m)
+    e = Engine(m, cache_tokens=400)
+    e.new_weights(master())
+    scale, w = m.layers[0].attention.dense.weight_scale_inv, master().layers[0].attention.dense.weight
+    assert torch.equal(scale, 2 ** (w.detach().abs().amax() / 448).log2().ceil().view(1, 1))
 
 
 def test_weights_that_lack_a_tensor_are_refused():

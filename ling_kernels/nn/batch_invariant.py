@@ -7,9 +7,8 @@ On a GPU in bf16, with kernels whose bits do not depend on the batch (docs/batch
     attention    `qk_norm_rope`, then one kernel's order of keys: `attention`, and `attention_cells` for cached keys
     experts      the composition alone: `moe_decode` adds in another order
     logits       the same GEMM to fp32; log-probabilities by `cross_entropy`
-    FP8          at least ROWS rows outside the experts, as gemm_fp8 has another kernel for few; a norm's rows are rounded
-                 to x's dtype before they are quantised, as in training. Weights may be FP8 alone, or quantised in
-                 every forward
+    FP8          at least ROWS rows outside the experts, as gemm_fp8 has another kernel for few; normed rows are
+                 rounded before they are quantised, as with gradients. Weights are FP8 alone, or quantised from masters
 
 On a CPU in bf16, fp32 or fp64, with torch's products, of bf16 in fp32:
 

@@ -70,7 +70,8 @@ class LearnerSettings:
 
 class Learner:
     """A model with an optimizer, on one device. Weights, and adapters, are fp32 and computed with in the precision of
-    the settings, which are the trainer's. Subclasses call `_begin`, then `_new_folder` or, through `_resumed`, take up a checkpoint."""
+    the settings, by the trainer's FP8 layers in fp8. Subclasses call `_begin`, then `_new_folder` or, through
+    `_resumed`, take up a checkpoint."""
 
     kind: ClassVar[type[LearnerSettings]]
     key: ClassVar[str]  # of the settings in a checkpoint's state.json

@@ -84,8 +84,8 @@ class Loop(Learner):
     default: `exact`. Both must be given again to `resume`.
 
     Weights are fp32 and computed with in the precision of the settings. In fp32 engine and trainer share the model, in
-    bf16 and fp8 the engine has a copy, which gets the weights in place. A step depends on settings and weights alone, so that a
-    resumed run has the bits of one that was never interrupted (on a CPU).
+    bf16 and fp8 the engine has a copy, which gets the weights in place. A step depends on settings and weights alone,
+    so that a resumed run has the bits of one that was never interrupted (on a CPU).
 
     Raises InputError for what cannot work, before anything is written.
     """
