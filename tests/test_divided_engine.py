@@ -173,12 +173,12 @@ def served(engine, new=14):
     return [*requests, *engine.finish([[*LONG_PROMPT[:37], 8]], **common)]
 
 
-def compare(got, want):
+def compare(got, want, bound=2e-5):
     assert [r.new_tokens for r in got] == [r.new_tokens for r in want]
     for mine, other in zip(got, want, strict=True):
         for name in ("logprobs", "prompt_logprobs"):
             pairs = [*zip(getattr(mine, name), getattr(other, name), strict=True)]
-            assert all(a.logprob == pytest.approx(b.logprob, abs=2e-5) for a, b in pairs)
+            assert all(a.logprob == pytest.approx(b.logprob, abs=bound) for a, b in pairs)
     assert any(r.cached_tokens for r in got)
 
 
@@ -232,7 +232,8 @@ def test_fp8_weights(blocks):
     load = FP32 | dict(fp8=True, fp8_head=True)
     want = served(Engine(load_model(blocks, **load), **OPTIONS, draft=1), new=3)
     with divided_engine(blocks, load, draft=1) as engine:
-        compare(served(engine, new=3), want)
+        # A sum over two ranks differs in its last bit, which may move an activation to the next code, up to 1/8 away.
+        compare(served(engine, new=3), want, bound=2e-3)
 
 
 def test_a_killed_process(tmp_path):
