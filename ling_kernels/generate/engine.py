@@ -63,7 +63,8 @@ class Engine(Passes):
       tokens that were inputs: all, but for a new one at the end. Decode passes do without `moe_decode`.
     adapters: folders of adapters (LoRA) by name, in peft's format, which requests may name; `model` stays as it is.
     batch_invariant: pin the model (nn/batch_invariant.py), so that a request's tokens and log-probabilities have the
-      same bits whatever else runs, and in whatever chunks and drafts it is computed: bf16 on a GPU, fp32 on a CPU.
+      same bits whatever else runs, and in whatever chunks and drafts it is computed: in bf16, with FP8 weights or
+      without, and on a CPU in fp32.
     spill: where the prefix cache goes on when the device's memory is full, see page_levels.py. Not with record_routing.
     Raises InputError for values out of range, for adapters that are not for this model, and for a model that cannot be
     pinned.
@@ -213,7 +214,8 @@ class Engine(Passes):
 
     def new_weights(self, model: torch.nn.Module | Mapping[str, torch.Tensor] | None = None) -> int:
         """Say that the weights have changed, or copy a model's, or tensors by official key, into them in place; returns
-        the policy version, which later requests name. Cached prefixes are forgotten.
+        the policy version, which later requests name. Cached prefixes are forgotten. Where the engine's weights are FP8
+        and the given ones are not, they are quantised.
 
         Raises InputError where requests are unfinished, and for tensors of another model.
         """

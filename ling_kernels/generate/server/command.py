@@ -111,7 +111,7 @@ def arguments() -> Parser:
     add(
         "--batch-invariant",
         action="store_true",
-        help="a text has the same bits whatever else runs: bf16 on a GPU, fp32 on a CPU, and slower",
+        help="a text has the same bits whatever else runs: in bf16, fp8 and on a CPU fp32, and slower",
     )
     add("--cache-tokens", type=int, metavar="N", help="capacity of the KV cache (default: the free memory)")
     add("--cache-host", type=float, metavar="GB", help="host memory for pages that leave the KV cache (default: none)")
