@@ -21,10 +21,9 @@ from ..train.building import apply_fp8_and_recompute
 from ..train.optimizer import StepInBackward, make_optimizer
 from ..train.settings import Settings
 from .processes import one_process
-from .step import run_micro_batches, run_stages
+from .step import EXCHANGE, run_micro_batches, run_stages
 
 KINDS = ("weights", "gradients", "optimizer", "FP8 weights", "loss", "activations")
-EXCHANGE = "exchange"  # a kind that is printed where it is not 0
 RESERVE = 6e9  # bytes for CUDA's context, library workspaces and fragmentation: an allowance, not measured
 # Collectives whose first arguments are buffers for the exchange alone: what arrives, and of an all-to-all what is sent.
 TRAVELLING = {"alltoall_base_": 2, "_allgather_base_": 1}
@@ -46,20 +45,22 @@ class MemoryPlan:
         return sum(self.peak_bytes.values())
 
 
-def plan_training(config: LingConfig, s: Settings, rank: int = 0, worst_load: bool = False) -> MemoryPlan:
-    """Plan a step of one process of a run. worst_load: of its experts; otherwise all get equally many tokens. Raises
-    InputError as the trainer does."""
+def plan_training(
+    config: LingConfig, s: Settings, rank: int = 0, worst_load: bool = False, backend: str = "triton"
+) -> MemoryPlan:  # fmt: skip
+    """Plan a step of one process of a run. worst_load: of its experts; otherwise all get equally many tokens. backend:
+    the kernels, "torch" for a step on CPUs. Raises InputError as the trainer does."""
     with one_process(config, s, rank, worst_load) as shares:
         apply_fp8_and_recompute(shares.model, s)
         shares.model.train()
-        return plan_memory(shares, s)
+        return plan_memory(shares, s, backend)
 
 
-def plan_memory(shares: Shares, s: Settings) -> MemoryPlan:
+def plan_memory(shares: Shares, s: Settings, backend: str) -> MemoryPlan:
     """Plan a step of a process, under FakeTensorMode."""
     model, stepped, tracker = shares.model, shares.stepped, MemoryTracker()
     optimizer = make_optimizer(stepped, s.optimizer, s.lr, s.weight_decay)
-    with force("triton"):
+    with force(backend):
         for name, p in stepped.named_parameters():
             p.grad = torch.empty_like(p) if shares.steps(name) else None
         optimizer.step()  # allocates its state

@@ -2,7 +2,7 @@
 of a pipeline's stages in the order of its schedule."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Protocol
 
@@ -15,9 +15,15 @@ from ..parallel.schedules import Action
 from ..parallel.shares import Shares
 from ..train.settings import Settings
 
+EXCHANGE = "exchange"  # a kind of bytes: what travels to and from other processes
+
 
 class Counts(Protocol):
     now: Counter  # live bytes by kind
+
+    def mark(self, t: Tensor, kind: str) -> None:
+        """Count a tensor's storage as of another kind."""
+        ...
 
     def mark_gradient(self, p: Tensor) -> None:
         """Count a parameter's gradient as one."""
@@ -56,45 +62,67 @@ def run_stages(shares: Shares, s: Settings, tracker: Counts) -> Counter:
     """Run this rank's actions up to its peak -> live bytes after the forward with most micro batches in flight."""
     assert shares.pipeline is not None
     number, micro = micro_batches(shares, s)
-    run = StageRun(shares.pipeline, [MicroBatch(*tokens(micro, s)) for _ in range(number)], s.z_loss)
+    run = StageRun(shares.pipeline, [MicroBatch(*tokens(micro, s)) for _ in range(number)], s.z_loss, tracker)
     row = [action for step in run.pipeline.order(number)[0][run.pipeline.rank] for action in step]
+    first, between = to_peak(row)
+    run.sent = [run.memory(run.results_stage(action)) for action in between if run.is_sent(action)]
     most, kept = 0, Counter()
-    for action in to_peak(row):
+    for action in first:
         run.act(action)
-        if action.kind == "W" or (action.kind == "B" and run.pipeline.split):  # gradients without their hooks
-            for p in shares.model.parameters():
-                tracker.mark_gradient(p)
         if action.kind == "F" and run.in_flight >= most:
             most, kept = run.in_flight, tracker.now.copy()
     return kept
 
 
 class StageRun:
-    """The stages of a rank, whose actions are run one by one, as torch's runtime runs them; nothing is sent."""
+    """The stages of a rank, whose actions are run one by one, as torch's runtime runs them; nothing is sent.
 
-    def __init__(self, pipeline: Pipeline, batches: Sequence[MicroBatch], z_loss: float):
-        self.pipeline, self.last = pipeline, len(pipeline.ranks) - 1
+    That runtime has memory for what each micro batch receives from the first step on, and keeps what it sends until the
+    step ends.
+    """
+
+    def __init__(self, pipeline: Pipeline, batches: Sequence[MicroBatch], z_loss: float, tracker: Counts):
+        self.pipeline, self.tracker, self.last = pipeline, tracker, len(pipeline.ranks) - 1
         counts = [float(batches[0].ids.numel())] * (1 + pipeline.model.config.num_nextn_predict_layers)
         for stage in pipeline.stages.values():
             stage.work = Work(batches, counts, z_loss, {})
-        T, every = rows_here(pipeline.model, pipeline.rows), range(len(batches))
-        # torch's runtime has memory for what each micro batch receives from the first step on
-        self.inputs = {(i, m): leaves(pipeline.buffers(i - 1, T)) for i in pipeline.stages if i for m in every}
-        self.gradients = {(i, m): pipeline.buffers(i, T) for i in pipeline.stages if i < self.last for m in every}
+        self.T, every = rows_here(pipeline.model, pipeline.rows), range(len(batches))
+        self.inputs = {(i, m): leaves(self.memory(i - 1)) for i in pipeline.stages if i for m in every}
+        self.gradients = {(i, m): self.memory(i) for i in pipeline.stages if i < self.last for m in every}
         self.outputs: dict[tuple[int, int], tuple[Tensor, ...]] = {}
-        self.later: dict[tuple[int, int], object] = {}
+        self.later: dict[tuple[int, int], Callable[[], None]] = {}
+        self.sent: list[tuple[Tensor, ...]] = []
 
     @property
     def in_flight(self) -> int:
         """Micro batches of all stages here whose backward is not done."""
         return len(self.outputs) + len(self.later)
 
+    def memory(self, i: int) -> tuple[Tensor, ...]:
+        """For what stage i sends to the next one, or for its gradients."""
+        return self.travelling(self.pipeline.buffers(i, self.T))
+
+    def travelling(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        for t in tensors:
+            self.tracker.mark(t, EXCHANGE)
+        return tensors
+
+    def results_stage(self, action: Action) -> int:
+        """The stage between which and the next one the results of an action travel."""
+        return action.stage - (action.kind != "F")
+
+    def is_sent(self, action: Action) -> bool:
+        """Whether another rank needs what an action gives."""
+        i = self.results_stage(action)
+        other = i + 1 if action.kind == "F" else i
+        return action.kind != "W" and 0 <= i < self.last and other not in self.pipeline.stages
+
     def act(self, action: Action) -> None:
         kind, i, m = action
         if kind == "F":
             self.forward(i, m)
         elif kind == "W":
-            self.later.pop((i, m))()  # type: ignore[operator]
+            self.later.pop((i, m))()
         else:
             with deferring(self.pipeline.later) if self.pipeline.split else nullcontext():
                 self.backward(i, m)
@@ -103,6 +131,9 @@ class StageRun:
                 weights()
             else:
                 self.later[i, m] = weights
+        if kind in "BW" and self.pipeline.split:  # gradients that come without their hooks
+            for p in self.pipeline.model.parameters():
+                self.tracker.mark_gradient(p)
 
     def forward(self, i: int, m: int) -> None:
         number = torch.tensor([m])
@@ -112,24 +143,29 @@ class StageRun:
             self.inputs[i + 1, m] = leaves(tuple(t.detach() for t in out))
 
     def backward(self, i: int, m: int) -> None:
-        outputs = self.outputs.pop((i, m))
+        outputs, inputs = self.outputs.pop((i, m)), self.inputs.get((i, m), ())
         torch.autograd.backward(outputs, self.gradients[i, m] if i < self.last else None)
-        inputs = self.inputs.get((i, m), ())
-        if i - 1 in self.pipeline.stages:
-            self.gradients[i - 1, m] = tuple(t.grad for t in inputs)  # type: ignore[misc]
+        if self.is_sent(Action("F", i, m)):
+            self.sent.append(self.travelling(outputs))
+        gradients = tuple(t.grad for t in inputs)
+        if self.is_sent(Action("B", i, m)):
+            self.sent.append(self.travelling(gradients))  # type: ignore[arg-type]
+        elif i:
+            self.gradients[i - 1, m] = gradients  # type: ignore[assignment]
         for t in inputs:
             t.grad = None
 
 
-def to_peak(row: Sequence[Action]) -> Sequence[Action]:
-    """A rank's actions up to its peak: the first moment when most micro batches are in flight after all stages have
-    their gradients, and the backward that follows."""
+def to_peak(row: Sequence[Action]) -> tuple[Sequence[Action], Sequence[Action]]:
+    """A rank's actions up to the first moment when most micro batches are in flight after all stages have their
+    gradients, and the backward that follows; and those from there to the last such moment."""
     in_flight, begin, seen = [], 0, set()
     for n, (kind, stage, _) in enumerate(row):
         in_flight.append((in_flight[-1] if n else 0) + (kind == "F") - (kind in "BW"))
         if kind in "BW" and stage not in seen:
             seen.add(stage)
             begin = n
-    peak = max(range(begin, len(row)), key=lambda n: in_flight[n])
-    end = next((n for n in range(peak + 1, len(row)) if row[n].kind in "BI"), len(row) - 1)
-    return row[: end + 1]
+    most = max(in_flight[begin:])
+    peaks = [n for n in range(begin, len(row)) if in_flight[n] == most]
+    end = next((n for n in range(peaks[0] + 1, len(row)) if row[n].kind in "BI"), len(row) - 1)
+    return row[: end + 1], row[peaks[0] + 1 : peaks[-1] + 1]
