@@ -105,7 +105,7 @@ def parser() -> argparse.ArgumentParser:
 
 OWN = ("pp", "vpp", "dp", "ep", "pipeline", "schedule", "gpu", "memory", "profile_units", "losses_together",
        "overlap", "tries", "csv", "modules", "png")  # fmt: skip
-NOT_PLANNED = ("cp", "tp", "vocab_parallel", "exchange", "exchange_by_nodes", "dist_timeout")
+NOT_PLANNED = ("dp_replicate", "cp", "tp", "vocab_parallel", "exchange", "exchange_by_nodes", "dist_timeout")
 
 
 def make_problem(flags: dict, options: argparse.Namespace) -> Problem:
