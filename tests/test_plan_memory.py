@@ -15,7 +15,6 @@ from ling_kernels.plan.memory import EXCHANGE, MemoryPlan, MemoryTracker, plan_t
 from ling_kernels.plan.processes import WorstLoad, one_process
 from ling_kernels.plan.step import to_peak
 from ling_kernels.train.building import divide
-from ling_kernels.train.optimizer import make_optimizer
 from ling_kernels.train.prepare.checks_parallel import mesh_of
 from ling_kernels.train.settings import Settings
 from tests.ranks import ranks_of, run

@@ -45,6 +45,13 @@ def test_units_are_the_models_and_plan_trains():
     assert whole.kept == pytest.approx(kept["activations"] + kept["loss"], rel=0.02)
 
 
+def test_received_rows_are_kept():
+    """With half of the experts a layer keeps the rows that it receives, in bf16, as it keeps its own with all."""
+    c, s = replace(TINY, num_nextn_predict_layers=0), replace(SETTINGS, mtp=0, master="bf16", optimizer="adamw8bit")
+    whole, half = (predicted_units(c, s, GPU, ep)["t"].kept for ep in (1, 2))
+    assert half == pytest.approx(whole, rel=0.02)
+
+
 def test_recomputed_mtp_layers():
     """Less is kept of them alone, and their forward comes again."""
     s = replace(SETTINGS, recompute_mtp=True)

@@ -217,5 +217,5 @@ def test_uneven_experts_in_the_printed_verdict(capsys):
     out = capsys.readouterr().out
     even, worst = (float(re.search(rf"^{n} +([\d.]+) GB", out, re.M)[1]) for n in ("peak", "worst"))
     assert worst > even and "H100 (80 GB) with even experts only, H200 (141 GB) yes" in out
-    assert "batch         262,144 tokens a step: 64 rows of 4,096, 8 for each of 8 data parallel processes, 2 in a" in out
+    assert "262,144 tokens a step: 64 rows of 4,096, 8 for each of 8 data parallel processes, 2 in a" in out
     assert "450 GB/s within 8 GPUs" in " ".join(out.split())

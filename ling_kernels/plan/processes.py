@@ -61,7 +61,7 @@ def one_process(config: LingConfig, s: Settings, rank: int = 0, worst_load: bool
         to_masters(model, s.master)
         worst = (lambda moe: WorstLoad(moe, group, s.exchange == "fp8")) if worst_load and group else None
         precision = torch.float32 if s.precision == "fp32" else torch.bfloat16
-        yield divide(model, s, ranks, precision, torch.device("cpu"), worst)
+        yield divide(model, s, ranks, precision, torch.device("cpu"), worst)  # type: ignore[arg-type]
 
 
 def held_by_processes(config: LingConfig, s: Settings) -> list[Held]:

@@ -96,7 +96,8 @@ def table(plan: MemoryPlan, s: Settings, config: LingConfig, worst: int | None =
         gradients=f"none yet at the peak; {format_bytes(plan.gradients)} later" if later else
         "of the masters' precision" + ", each used in the backward" * s.step_in_backward,
         optimizer=s.optimizer,
-        loss="logits of 1024 tokens at a time, gradients of head and last hidden states",
+        loss="with the activations, as the vocabulary is divided" if s.vocab_parallel > 1 else
+        "logits of 1024 tokens at a time, gradients of head and last hidden states",
         activations=f"recompute {s.recompute}" + ", of MTP layers full" * s.recompute_mtp,
         exchange="what travels to and from other processes",
     ) | {"FP8 weights": FP8_WEIGHTS[s.fp8_weights] if s.precision == "fp8" else "none: no --precision fp8"}  # fmt: skip
@@ -201,7 +202,7 @@ def span(seconds: float) -> str:
 
 
 def padding(s: Settings, config: LingConfig) -> float:
-    """Bytes of padding in the experts' column-wise FP8 copies of a micro batch; 0 for a pipeline, whose stages differ."""
+    """Bytes of padding in the experts' column-wise FP8 copies of a micro batch; 0 for a pipeline, as stages differ."""
     if s.precision != "fp8" or s.pp > 1:
         return 0
     micro = s.micro_batch or s.batch // (processes_of(s) // (s.cp * s.tp))
