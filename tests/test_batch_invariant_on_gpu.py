@@ -41,6 +41,7 @@ from ling_kernels.tokenizer import Tokenizer
 from tests.cases import DEVICE, runs
 from tests.engines import ReplayedGraphs
 from tests.gpu.__main__ import config_of
+from tests.reward_functions import count_spread
 
 BACKENDS = [b for b in ("triton", "cuda") if runs(b)]
 if not BACKENDS:
@@ -222,19 +223,25 @@ def texts() -> list[list[int]]:
     return [torch.randint(0, 200, (n,), generator=g).tolist() for n in (1, 40, 131, 3, 17)]
 
 
-def served(backend: str, numbers, fp8=False, **options) -> list[tuple[list[int], list[float], list[float]]]:
-    """Of these texts: sampled tokens, their log-probabilities and those of the prompt."""
+def served(
+    backend: str, numbers, fp8=False, fp8_head=False, **options
+) -> list[tuple[list[int], list[float], list[float]]]:
+    """Of these texts: sampled tokens, their log-probabilities and those of the prompt. FP8 weights are quantised from
+    the fp32 ones, by `new_weights`."""
     source = weights("cuda" if fp8 else backend)
     m = Ling(source.config).to(DEVICE)
     m.load_state_dict(source.state_dict())
     m.bfloat16()
     if fp8:
         to_fp8(m)
-        m.lm_head = Fp8Linear.of(m.lm_head)
+        if fp8_head:
+            m.lm_head = Fp8Linear.of(m.lm_head)
         quantize_for_inference_(m)
     options = dict(cache_tokens=700, page_size=16, max_running=len(numbers), batch_invariant=True) | options
     with force(backend):
         e = Engine(m, **options)
+        if fp8:
+            e.new_weights(source)
         if not ON_GPU:
             e.forward.graphs = ReplayedGraphs(
                 e.forward.compute, e.forward.padding_lane, len(e.scheduler.lanes), e.device
@@ -251,8 +258,8 @@ def served(backend: str, numbers, fp8=False, **options) -> list[tuple[list[int],
 
 
 @cache
-def together(backend: str):
-    return served(backend, (0, 3, 1, 4, 2))
+def together(backend: str, fp8: bool = False):
+    return served(backend, (0, 3, 1, 4, 2), fp8)
 
 
 @pytest.mark.parametrize("numbers, options", [
@@ -267,8 +274,36 @@ def test_a_batch_on_a_gpu_changes_no_bit(backend, numbers, options):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_batch_on_a_gpu_changes_no_bit_in_fp8(backend):
     """Weights of an engine, those of the head too."""
-    want = served(backend, (3, 1, 4), fp8=True)
-    assert served(backend, (1,), fp8=True) == want[1:2]
+    want = served(backend, (3, 1, 4), fp8=True, fp8_head=True)
+    assert served(backend, (1,), fp8=True, fp8_head=True) == want[1:2]
+
+
+@pytest.mark.parametrize("wgrad", ["fp8", "bf16"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_trainer_in_fp8_has_the_bits_of_an_engine_on_a_gpu(backend, wgrad):
+    """With fp32 weights, which each quantises for itself, with gradients and without, in another order."""
+    new = [(texts()[i], *r) for i, r in zip((0, 3, 1, 4, 2), together(backend, True), strict=True)][::-1]
+    m = Ling(weights("cuda").config).to(DEVICE).train()
+    m.load_state_dict(weights("cuda").state_dict())
+    assert to_fp8(m, wgrad=wgrad)[1] == [], "all layers are FP8"
+    answers, want = [Answer(p, ids, [], "length", 0) for p, ids, *_ in new], [x for _, _, y, _ in new for x in y]
+    with force(backend):
+        batch_invariant_(m, torch.bfloat16)
+        logp = rounded_answer_logp(m, answers, torch.bfloat16)
+        with torch.no_grad():
+            without_gradients = rounded_answer_logp(m, answers, torch.bfloat16)
+        assert logp.tolist() == without_gradients.tolist() == want
+        logp.sum().backward()
+    if backend == BACKENDS[0]:
+        plain = Ling(m.config).to(DEVICE)
+        plain.load_state_dict(weights("cuda").state_dict())
+        to_fp8(plain, wgrad=wgrad)
+        with force("torch"):
+            rounded_answer_logp(plain, answers, torch.bfloat16).sum().backward()
+        for (name, p), q in zip(plain.named_parameters(), m.parameters(), strict=True):
+            if not name.startswith("mtp"):
+                error = (q.grad - p.grad).norm() / p.grad.norm()
+                assert q.grad.dtype == torch.float32 and error < 0.15, (name, error)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -300,18 +335,21 @@ def test_the_trainer_has_the_bits_of_an_engine_on_a_gpu(backend):
                 assert q.grad.dtype == torch.float32 and error < 0.1, (name, error)
 
 
-def test_a_loop_on_a_gpu_has_no_mismatch(tmp_path):
-    m = Ling(replace(weights("triton").config, vocab_size=320, num_nextn_predict_layers=0))
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_a_loop_on_a_gpu_has_no_mismatch(tmp_path, precision):
+    backend = "cuda" if precision == "fp8" else "triton"  # whose model has sizes that FP8 needs
+    m = Ling(replace(weights(backend).config, vocab_size=320, num_nextn_predict_layers=0))
     m.init_weights(torch.Generator().manual_seed(0))
     save_model(m, tmp_path / "model", dtype=torch.float32)
     Tokenizer().save(tmp_path / "model")
     sizes = dict(prompts=1, samples=2, updates=1, new_tokens=3, steps=2, reward_processes=1)
     with force("triton"):
-        settings = LoopSettings(batch_invariant=True, precision="bf16", device=DEVICE, **sizes)
-        loop = Loop(settings, tmp_path / "model", tmp_path / "run")
-        records = [loop.step() for _ in range(2)]  # the second one after an update
+        settings = LoopSettings(batch_invariant=True, precision=precision, device=DEVICE, **sizes)
+        loop = Loop(settings, tmp_path / "model", tmp_path / "run", reward=count_spread)
+        records = [loop.step() for _ in range(2)]
         loop.close()
     assert [r["mismatch_max"] for r in records] == [0, 0]
+    assert records[0]["grad_norm"] > 0, "the second step is one after an update"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -328,7 +366,7 @@ def test_what_is_refused(tmp_path):
     with force(BACKENDS[0]):
         with pytest.raises(InputError, match="--replay-routing with --batch-invariant: trainer and engine choose"):
             Loop(both, tmp_path / "model", tmp_path / "run")
-        with pytest.raises(InputError, match=r"for bf16 on a GPU and fp32 on a CPU: word_embeddings.weight is"):
+        with pytest.raises(InputError, match=r"for bf16 on a GPU and bf16 or fp32 on a CPU: word_embeddings.weight is"):
             Engine(weights(BACKENDS[0]), batch_invariant=True)
         with pytest.raises(InputError, match="needs a cache in the model's precision"):
             Engine(weights(BACKENDS[0]), cache_dtype=torch.float8_e4m3fn, batch_invariant=True)

@@ -6,33 +6,25 @@ import contextlib
 import functools
 import io
 import json
-import math
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from ling_kernels.errors import InputError
 from ling_kernels.model import Ling, save_model
 from ling_kernels.parallel.exchange import expert_parameters
-from ling_kernels.parallel.pipeline_layout import PipelineLayout
-from ling_kernels.parallel.ranks import Division, Ranks, check_sizes
+from ling_kernels.parallel.ranks import rank_of_torchrun
 from ling_kernels.parallel.schedules import schedule_order, write_csv
-from ling_kernels.train import Trainer, cli, monitor
+from ling_kernels.train import Trainer, monitor
 from ling_kernels.train import checkpoint as ckpt
 from ling_kernels.train.__main__ import main
-from ling_kernels.train.prepare import device
-from ling_kernels.train.prepare.checks_parallel import check_parallel
-from ling_kernels.train.settings import Settings
-from tests.ranks import start
+from tests.cluster import command, run_jobs
 from tests.training import text, tiniest, whole_tensors  # noqa: F401
 
 MOST = 4  # processes; most runs have two
@@ -111,38 +103,6 @@ REFUSED = {  # flags of rank 0, of rank 1, the line
 }
 
 
-def command(argv: list[str]) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of the command."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings(action="ignore"):
-        code = main(argv)
-    return code, out.getvalue(), err.getvalue()
-
-
-def free_ports(number: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(number)]
-    for s in sockets:
-        s.bind(("127.0.0.1", 0))
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
-
-
-def work(rank, jobs, results, ports):
-    """Run the jobs, (name, argv of each rank) each."""
-    torch.set_num_threads(1)
-    cli.draw = lambda *args: []  # plots take seconds
-    device.measured_flops = lambda *args: 1e12
-    for (name, argv), port in zip(jobs, ports, strict=True):
-        if rank >= len(argv):
-            continue
-        os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(len(argv)), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
-        os.environ |= dict(MASTER_PORT=str(port), LOCAL_WORLD_SIZE="2")
-        run = dict(silent=functools.partial(stop_answering, rank, results), fp8=no_band).get(name, command)
-        (results / f"{name}.{rank}").write_text(json.dumps(run(argv[rank])))
-
-
 def no_band(argv: list[str]) -> tuple[int, str, str]:
     """`command`, where every FP8 layer is outside its band, so that all switch to bf16 after a step."""
     with pytest.MonkeyPatch.context() as patch:
@@ -150,10 +110,19 @@ def no_band(argv: list[str]) -> tuple[int, str, str]:
         return command(argv)
 
 
-def stop_answering(rank: int, results: Path, argv: list[str]) -> tuple[int, str]:
+def products_in_fp32(argv: list[str]) -> tuple[int, str, str]:
+    """`command`, where Muon's products are in fp32. In bf16, gradients that differ by fp32 rounding may be rounded to
+    neighbours, 2^-8 apart, and each of its 5 iterations makes small singular values 3.4 times larger. Seen once: after
+    two steps, which moved weights by 4e-4 (rms), they differed by up to 8e-5 with bf16, and 6e-8 with fp32."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "bfloat16", lambda t: t.to(torch.float32, copy=True))
+        return command(argv)
+
+
+def stop_answering(results: Path, argv: list[str]) -> tuple[int, str]:
     """Rank 1 waits in its second step until rank 0 has reported. Exit code and stderr of rank 0, which leaves without
     Python's clean-up."""
-    step, reported = Trainer.step, results / "reported"
+    rank, step, reported = rank_of_torchrun(), Trainer.step, results / "reported"
 
     def slow(trainer):
         if rank == 1 and trainer.progress.step == 1:
@@ -174,6 +143,7 @@ def stop_answering(rank: int, results: Path, argv: list[str]) -> tuple[int, str]
     return left.value.code, stderr.getvalue()
 
 
+OTHERS = {"fp8": no_band, "muon, with tp, dp and ep": products_in_fp32}  # jobs that are not `command` alone
 DIVISIONS = ("--dp-replicate", "--pp", "--cp", "--tp", "--ep")
 
 
@@ -198,7 +168,7 @@ def runs(tmp_path_factory, plain, small):
 
     for name, (_, flags) in JOBS.items():
         if flags or name == "dp":
-            assert command(run(flags, f"{name} alone"))[0] == 0
+            assert OTHERS.get(name, command)(run(flags, f"{name} alone"))[0] == 0
     assert no_band(run(FP8, "fp8 alone"))[0] == 0
     half = folder / "resumed by four"
     shutil.copytree(folder / "dp alone", half)
@@ -217,7 +187,7 @@ def runs(tmp_path_factory, plain, small):
         other = "refused, too" if name == "folders" else "refused"
         jobs.append((name, [run(first, "refused"), run(second, other)]))
     jobs.append(("silent", same(run("--dist-timeout 3", "silent"))))
-    start(work, (jobs, folder, free_ports(len(jobs))), MOST)
+    run_jobs(jobs, folder, MOST, OTHERS | dict(silent=functools.partial(stop_answering, folder)))
     return folder
 
 
@@ -225,23 +195,23 @@ def metrics_of(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def agree(a: Path, b: Path, rtol: float, atol: float, of_weights: float | None = None) -> None:
-    """Assert that metrics, and the last checkpoints, are equal: to the bit where the bounds are 0. atol: of the
-    optimizer's state, and of weights if they have none of their own."""
+def agree(a: Path, b: Path, rtol: float, atol: float) -> None:
+    """Assert that metrics, and the last checkpoints, are equal: to the bit where the bounds are 0. atol: of weights and
+    the optimizer's state."""
     one, two = ([{k: v for k, v in r.items() if k not in SPEED} for r in metrics_of(run)] for run in (a, b))
     assert [r["step"] for r in one] == [r["step"] for r in two]
     for x, y in zip(one, two, strict=True):
         assert x == pytest.approx(y, rel=rtol, abs=0)
     last = [ckpt.list_checkpoints(run)[-1] for run in (a, b)]
     assert last[0].name == last[1].name
-    for stem, bound in (("model", atol if of_weights is None else of_weights), ("optimizer", atol)):
+    for stem in ("model", "optimizer"):
         x, y = (whole_tensors(c, stem) for c in last)
         assert x.keys() == y.keys()
         for name in x:
             if x[name].dtype == torch.uint8 and rtol:  # codes of moments: neighbours
                 assert (x[name].int() - y[name].int()).abs().max() <= 1, name
             else:
-                torch.testing.assert_close(x[name], y[name], rtol=rtol, atol=bound, msg=lambda m, n=name: f"{n}: {m}")
+                torch.testing.assert_close(x[name], y[name], rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("name", JOBS)
@@ -254,10 +224,9 @@ def test_several_processes_equal_one(runs, name):
     alone = runs / f"{name if JOBS[name][1] or name == 'dp' else 'dp'} alone"
     assert all(m["grad_norm"] > 0.5 for m in metrics_of(alone))  # clipped
     exact = not {"--ep", "--pp", "--cp", "--tp"} & {*JOBS[name][0].split()}
-    # Rounding may give a moment a neighbouring code, 1 % of a step away. Muon's products are in bf16.
+    # Rounding may give a moment a neighbouring code, 1 % of a step away.
     bound = 5e-5 if "adamw8bit" in JOBS[name][0] else 2e-6
-    of_weights = 1e-3 if "muon" in JOBS[name][0] else bound
-    agree(runs / name, alone, *((0, 0, 0) if exact else (1e-4, bound, of_weights)))
+    agree(runs / name, alone, *((0, 0) if exact else (1e-4, bound)))
     samples = [(run / "samples.jsonl").read_text() for run in (runs / name, alone)]
     assert samples[0] == samples[1] and '"text"' in samples[0]
 
@@ -338,76 +307,3 @@ def test_restart_after_a_killed_rank(runs, plain, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "steps 1 to 4" in done.stdout and "steps 3 to 4" in done.stdout
     agree(run, runs / "dp alone", 0, 0)
-
-
-def test_sizes_that_do_not_fit():
-    for size, dp, ep, pp in ((1, 2, 1, 1), (4, 2, 1, 1), (4, 3, 1, 2)):
-        with pytest.raises(InputError, match="processes"):
-            check_sizes(size, dp, ep, pp)
-    with pytest.raises(InputError, match="--ep 3 does not divide the 4"):
-        check_sizes(4, 4, 3, 1)
-    with pytest.raises(InputError, match="--ep 2 does not divide the 1"):
-        Ranks().arranged(ep=2)
-    with pytest.raises(InputError, match="--dp 1 times --pp 2 times --cp 3 are 6 processes, and there are 4"):
-        check_sizes(4, 1, 1, 2, cp=3)
-    with pytest.raises(InputError, match="--vocab-parallel 3 does not divide the 4 processes of --dp and --cp"):
-        check_sizes(4, 2, 1, 1, cp=2, vocab=3)
-    with pytest.raises(InputError, match="--dp-replicate 3 does not divide --dp 4: each copy of the optimizer's state"):
-        check_sizes(4, 4, 1, 1, copies=3)
-    with pytest.raises(InputError, match="--ep 4 does not divide the 2 processes of each of --dp-replicate 2 copies"):
-        check_sizes(4, 4, 4, 1, copies=2)
-    with pytest.raises(InputError, match="--exchange-by-nodes: --ep 2 are not all processes of two or more machines"):
-        Ranks(size=4, dp=4).arranged(ep=2, by_nodes=True)
-
-
-@pytest.mark.parametrize("ranks, settings, message", [
-    (dict(dp=2, ep=3), {}, "--ep 3 does not divide the 8 experts"),
-    (dict(dp=2, vocab=3), {}, "--vocab-parallel 3 does not divide the vocabulary of"),
-    (dict(cp=5), {}, "--seq-len 256 is not a multiple of 10, for --cp 5 to divide"),
-    (dict(cp=2, tp=3), {}, "--seq-len 256 is not a multiple of 12, for --cp 2 and --tp 3 to"),
-    (dict(tp=2), {}, "--tp 2 does not divide num_key_value_heads 1"),
-    (dict(), dict(schedule="GPipe"), "--schedule GPipe needs --pp"),
-    (dict(pp=2), dict(schedule="GPipes", micro_batch=1), "--schedule GPipes: it must be one of Interleaved1F1B, "),
-    (dict(pp=2), dict(schedule="DualPipeV", micro_batch=1), "--schedule DualPipeV: 2 stages on 2 ranks; it needs two"),
-    (dict(pp=2), dict(schedule="no.csv", micro_batch=1), "--schedule no.csv: "),
-    (dict(), dict(exchange="fp8"), "--exchange fp8 needs --ep"),
-    (dict(dp=2, ep=2), dict(exchange="fp8"), "--exchange fp8 needs --precision fp8 --fp8-scales pow2"),
-    (dict(dp=2, ep=2), dict(exchange="fp8", precision="fp8", fp8_scales="pow2"), "--exchange fp8 needs experts in FP8"),
-    (dict(pp=2), dict(micro_batch=1, batch_ramp="3:2"), "--batch-ramp 3:2 gives each pipeline 3 micro batches"),
-    (dict(dp=2), dict(micro_batch=8), "--batch 8 is not a multiple of --dp 2 times --micro-batch 8"),
-    (dict(dp=2), dict(batch_ramp="3:4"), "--batch-ramp 3:4: START is not a multiple of --dp 2"),
-    (dict(dp=2), dict(step_in_backward=True), "--step-in-backward is for one process"),
-    (dict(dp=1), dict(pipeline="Et|tmL"), "--pipeline Et|tmL needs --pp"),
-    (dict(pp=2), dict(pipeline="Et|tL"), "--pipeline Et|tL: 0 m, but"),
-    (dict(pp=2), dict(pipeline="Et|x"), "--pipeline Et|x: 'x' is none of"),
-    (dict(pp=2), dict(pipeline="Ett||mL"), "--pipeline Ett||mL: 3 stages on 2 ranks"),
-    (dict(pp=2), dict(pipeline="Ettm|L"), "--pipeline Ettm|L: process 1 of --pp 2 has no layer"),
-    (dict(pp=4), {}, "--pp 4: the model has only 2 layers; give --pipeline"),
-    (dict(pp=2), dict(micro_batch=8), "--batch 8 gives each pipeline 1 micro batch, and --pp 2 needs"),
-    (dict(dp=2, ep=2), dict(optimizer="adamw8bit"), "--optimizer adamw8bit: the experts of one of --ep 2 processes"),
-])  # fmt: skip
-def test_what_cannot_be_divided(ranks, settings, message):
-    sizes = dict(dp=1, pp=1, cp=1) | ranks
-    kinds = dict(experts="ep", vocabulary="vocab", tensor="tp")
-    divided = {kind: Division(sizes.pop(flag, 1)) for kind, flag in kinds.items()}
-    config = replace(tiniest(), num_nextn_predict_layers=1)
-    if settings.get("optimizer"):
-        config = replace(config, moe_intermediate_size=1)
-    with pytest.raises(InputError) as error:
-        s = Settings(batch=8, pp=sizes["pp"], **settings)
-        check_parallel(s, config, Ranks(size=math.prod(sizes.values()), **sizes, **divided))
-    assert str(error.value).startswith(message)
-
-
-def test_even_layouts():
-    config = replace(tiniest(), num_hidden_layers=7, num_nextn_predict_layers=1)
-    assert str(PipelineLayout.even(config, 3)) == "Ett|tt|tttmL"
-    PipelineLayout.even(config, 7).check(config)
-
-
-def test_a_plan_of_the_same_flags(capsys, monkeypatch):
-    assert main("--plan --dp 4 --ep 2 --batch 8 --seq-len 32 --steps 2".split()) == 0
-    assert "processes     4: dp 4 x cp 1 x tp 1 x pp 1" in capsys.readouterr().out
-    monkeypatch.setenv("RANK", "1")  # under torchrun rank 0 alone prints it
-    assert main("--plan --model tiny --dp 4".split()) == 0
-    assert capsys.readouterr() == ("", "")

@@ -9,6 +9,7 @@ from dataclasses import replace
 from datetime import timedelta
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -61,8 +62,8 @@ def forked(monkeypatch):
 
 
 @contextlib.contextmanager
-def divided_engine(folder, load=FP32, **options):
-    engine = divided.DividedEngine(folder, 2, load, **OPTIONS | options)
+def divided_engine(folder, load=FP32, n=2, **options):
+    engine = divided.DividedEngine(folder, n, load, **OPTIONS | options)
     try:
         yield engine
     finally:
@@ -77,9 +78,11 @@ def sizes_of_128() -> LingConfig:
     )  # fmt: skip
 
 
-def saved(config, folder):
+def saved(config, folder, size=1):
     model = Ling(config)
     model.init_weights(torch.Generator().manual_seed(1))
+    for p in model.parameters():
+        p.data *= size if p.ndim > 1 else 1
     for router in model.routers():
         router.expert_bias.uniform_(-0.1, 0.1)
     save_model(model, folder, torch.float32)
@@ -154,8 +157,6 @@ def test_parts_that_are_refused(tmp_path, blocks):
         load_model(folder, fp8=True, share=RankShare(2, 0))
     with pytest.raises(InputError, match="2 ranks cannot share model.layers.0.attention.query_key_value"):
         load_model(saved(LingConfig.tiny(), tmp_path / "tiny"), fp8=True, share=RankShare(2, 0))
-    with pytest.raises(InputError, match="batch_invariant is for a model on one GPU, not for one over 2"):
-        divided.DividedEngine(blocks, 2, FP32, batch_invariant=True)
     with pytest.raises(InputError, match="ranks is 1"):
         divided.DividedEngine(blocks, 1, FP32)
 
@@ -173,12 +174,12 @@ def served(engine, new=14):
     return [*requests, *engine.finish([[*LONG_PROMPT[:37], 8]], **common)]
 
 
-def compare(got, want):
+def compare(got, want, bound=2e-5):
     assert [r.new_tokens for r in got] == [r.new_tokens for r in want]
     for mine, other in zip(got, want, strict=True):
         for name in ("logprobs", "prompt_logprobs"):
             pairs = [*zip(getattr(mine, name), getattr(other, name), strict=True)]
-            assert all(a.logprob == pytest.approx(b.logprob, abs=2e-5) for a, b in pairs)
+            assert all(a.logprob == pytest.approx(b.logprob, abs=bound) for a, b in pairs)
     assert any(r.cached_tokens for r in got)
 
 
@@ -232,7 +233,8 @@ def test_fp8_weights(blocks):
     load = FP32 | dict(fp8=True, fp8_head=True)
     want = served(Engine(load_model(blocks, **load), **OPTIONS, draft=1), new=3)
     with divided_engine(blocks, load, draft=1) as engine:
-        compare(served(engine, new=3), want)
+        # A sum over two ranks differs in its last bit, which may move an activation to the next code, up to 1/8 away.
+        compare(served(engine, new=3), want, bound=2e-3)
 
 
 def test_a_killed_process(tmp_path):
@@ -279,6 +281,22 @@ def test_a_failing_pass(monkeypatch):
         with pytest.raises(LostRank, match="rank 1 of 2 has failed: AttributeError"):
             while True:
                 engine.generate([[1, 2]], max_new_tokens=1)
+
+
+def test_ctrl_c_within_a_message(monkeypatch):
+    """Some ranks may have the message and others not: the engine is dead."""
+
+    def send(message):
+        if message[0] == "pass":
+            raise KeyboardInterrupt
+
+    with divided_engine(DATA / "base") as engine:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(engine.workers.workers[0], "connection", SimpleNamespace(send=send))
+            engine.generate([[1, 2]])
+        assert engine.record.dead
+        with pytest.raises(LostRank, match="rank 0 of 2 has failed: KeyboardInterrupt"):
+            engine.generate([[1, 2]])
 
 
 def test_a_process_that_does_not_answer(monkeypatch):

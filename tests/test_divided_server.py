@@ -16,7 +16,8 @@ from tests.test_server_connections import LONG, children, command  # noqa: E402
 
 def test_a_server_of_two_processes(checkpoint):
     """It answers. Its worker is killed within a stream: the stream ends with an error, and the process with code 1."""
-    with command(checkpoint, "--tp", "2", "--device", "cpu", "--name", "speller", "--grace", "60") as (process, port):
+    flags = ["--tp", "2", "--device", "cpu", "--name", "speller", "--grace", "60", "--cache-host", "0.01"]
+    with command(checkpoint, *flags, "--batch-invariant") as (process, port):
         url = f"http://127.0.0.1:{port}/v1/completions"
         (worker,) = children(process.pid)  # before the process that tries grammars
         assert httpx.post(url, json=BODY, timeout=LONG).json()["choices"][0]["text"] == "bcd"

@@ -358,9 +358,10 @@ def test_caches_follow_another_parameter_and_inference_mode(options):
         layer(x)
     gradient(layer)
     layer.weight = other.weight
-    assert torch.equal(gradient(layer), gradient(other))
+    # Not the same bits: a transposed copy may be summed in another order.
+    torch.testing.assert_close(gradient(layer), gradient(other))
     torch.optim.SGD(layer.parameters(), 0.1).step()
-    assert torch.equal(gradient(layer), gradient(other))
+    torch.testing.assert_close(gradient(layer), gradient(other))
     with torch.inference_mode():
         inside = Fp8Linear(128, 128, **options)
         assert inside(x).shape == (4, 128)

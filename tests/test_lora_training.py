@@ -17,8 +17,7 @@ from ling_kernels.parallel.adapters import check_base
 from ling_kernels.train import Settings, Trainer, cli
 from ling_kernels.train.__main__ import main
 from ling_kernels.train.prepare import device
-from tests.ranks import start
-from tests.test_cluster import free_ports, work
+from tests.cluster import run_jobs
 from tests.test_lora import wide
 from tests.training import flags, one_line_error, small, text, tiniest, whole_tensors  # noqa: F401
 
@@ -226,7 +225,7 @@ def several(text, tmp_path_factory):
     jobs.append(("resumed", [["--resume", str(half), "--ep", "2"]] * 2))
     refused = "--pp 2 --micro-batch 2 --pipeline E|t|t|mL --schedule InterleavedZeroBubble"
     jobs.append(("refused", [[*run, *refused.split(), "--out", str(folder / "refused")]] * 2))
-    start(work, (jobs, folder, free_ports(len(jobs))), 2)
+    run_jobs(jobs, folder, 2)
     return folder
 
 

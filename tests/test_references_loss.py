@@ -67,6 +67,17 @@ def test_linear_cross_entropy_with_one_gradient(reduction, wanted):
     assert torch.equal(*got, *want)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_linear_cross_entropy_of_a_weight_with_nan(reduction):
+    """Ignored rows add nothing to the weight's gradient, although their logits are NaN."""
+    rand = Rand(FP32)
+    x, w = rand(9, 6), rand(11, 6).detach()
+    w[3, 2] = torch.nan
+    loss = linear_cross_entropy(x, w.requires_grad_(), torch.full((9,), -7, device=DEVICE), -7, reduction)
+    assert (loss == 0).all()
+    assert (torch.autograd.grad(loss.sum(), w)[0] == 0).all()
+
+
 class Largest(TorchDispatchMode):
     """Records the number of elements of the largest tensor that any torch call returns."""
 

@@ -271,11 +271,6 @@ def test_a_prompt_beyond_the_positions_leaves_the_engine_free(tmp_path, random_m
     loop.close()
 
 
-def test_batch_invariant_is_for_fp32(tmp_path, random_model):
-    with pytest.raises(InputError, match=r"for bf16 on a GPU and fp32 on a CPU: .* is torch.bfloat16 on cpu"):
-        Loop(LoopSettings(batch_invariant=True, precision="bf16", device="cpu"), random_model, tmp_path / "run")
-
-
 def test_settings_of_other_types_are_one_line():
     assert LoopSettings(samples=np.int64(3)).samples == 3
     for name, value in (("prompts", "4"), ("samples", 2.0), ("task", 3), ("lr", "x"), ("replay_routing", 1)):

@@ -12,12 +12,12 @@ import torch
 from ling_kernels.errors import InputError
 from ling_kernels.model import Ling, load_model, named_views, save_model
 from ling_kernels.tokenizer import load_tokenizer
-from ling_kernels.train import Settings, Trainer
+from ling_kernels.train import Settings, Trainer, cli
+from ling_kernels.train.__main__ import main
 from ling_kernels.train.merge import decay_weights, merge, named_weights
 from ling_kernels.train.prepare import device
 from ling_kernels.train.running_merge import RunningMerge, planned
-from tests.ranks import start
-from tests.test_cluster import free_ports, work
+from tests.cluster import run_jobs
 from tests.training import one_line_error, small, text, tiniest  # noqa: F401
 
 PLAN = dict(merge_last=3, merge_every=3, merge_weights="1-sqrt")
@@ -27,6 +27,7 @@ PLAN = dict(merge_last=3, merge_every=3, merge_weights="1-sqrt")
 def quick_start():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(device, "measured_flops", lambda *_: 1e10)
+        patch.setattr(cli, "draw", lambda *_: [])  # plots take seconds
         yield
 
 
@@ -119,7 +120,7 @@ def several(text, tmp_path_factory):
     alone.lock.close()
     jobs = [(name, [[*run, *more.split(), "--out", str(folder / name)]] * 2) for name, more in JOBS.items()]
     jobs.append(("resumed", [["--resume", str(folder / "resumed"), "--ep", "2", "--vocab-parallel", "2"]] * 2))
-    start(work, (jobs, folder, free_ports(len(jobs))), 2)
+    run_jobs(jobs, folder, 2)
     return folder
 
 
@@ -154,6 +155,22 @@ def test_other_settings_begin_another_merge(run, tmp_path):
     late.lock.close()
     none = Trainer.resume(folder / "checkpoints/step-000006", merge_last=0)
     assert not none.merge.plan and not any("merge" in note for note in none.notes)
+
+
+def test_a_merge_of_before_is_named(small, text, tmp_path, capsys):
+    """Weights of a merge that a resumed run does not make again are neither removed nor taken for its own."""
+    plan = "--merge-last 2 --merge-every 1 --steps 2 --sample-tokens 0 --threads 1"
+    data = f"--model {small} --data {text} --seq-len 32 --batch 2 --warmup 1 --eval-rows 2 --out {tmp_path / 'run'}"
+    assert main([*data.split(), *plan.split()]) == 0
+    line, folder = "is older than this model", tmp_path / "run" / "merged"
+    assert "2 steps" in (out := capsys.readouterr().out) and line not in out
+    before = weights_of(folder)
+    for flags, stale in (("--steps 4", False), ("--steps 6 --merge-last 0", True), ("--merge-last 3 --steps 7", True)):
+        assert main(["--resume", str(tmp_path / "run"), *flags.split()]) == 0
+        assert (line in capsys.readouterr().out) == stale, flags
+        after = weights_of(folder)
+        assert all(torch.equal(before[key], after[key]) for key in before) == stale, flags
+        before = after
 
 
 def test_an_old_checkpoint_has_no_merge():

@@ -84,7 +84,6 @@ def test_flags(adapted, checkpoint, capsys, tmp_path):
         ([flag, f"speller={folder}"], "there is another model 'speller'"),
         ([flag, f"a={tmp_path}/missing"], "is no folder"),
         ([flag, f"a={tmp_path}"], "adapter_config.json: No such file or directory"),
-        ([flag, f"a={folder}", "--tp", "2"], "--adapter is for a model on one GPU: leave out --tp"),
         ([flag, f"a={own}"], f"the adapter {own} is for other weights than those in {checkpoint}"),
     ):
         assert main(["--model", checkpoint, "--port", "0", *flags]) == 2

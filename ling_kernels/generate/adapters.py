@@ -17,7 +17,9 @@ from ..model.weight_files import WeightReader
 from ..nn.adapter_bank import AdapterRows, with_banks
 from ..nn.lora import adapted
 from ..parallel.adapters import PREFIX, adapted_weights, check_base, key_of
+from ..parallel.boxes import Part
 from ..parallel.checkpoints import ADAPTER
+from ..parallel.decode import RankShare
 from ..parallel.official import Official, Parameter
 
 CONFIG = "adapter_config.json"
@@ -39,13 +41,17 @@ class Adapter(NamedTuple):
 
 
 class AdapterFolder:
-    """An adapter's folder, adapter_config.json and adapter_model.safetensors. Raises InputError for one that is not
-    readable, or not of these weights, from `adapted_weights`."""
+    """An adapter's folder, adapter_config.json and adapter_model.safetensors.
 
-    def __init__(self, folder: str | Path, weights: Mapping[str, Parameter]):
+    weights: of the whole model, from `adapted_weights`. parts: by official key, which part of a weight this process
+    has; of others it has all. Raises InputError for an adapter that is not readable, or not of these weights.
+    """
+
+    def __init__(self, folder: str | Path, weights: Mapping[str, Parameter], parts: Mapping[str, Part] | None = None):
         self.folder = user_path(folder, "an adapter's folder")
         if not self.folder.is_dir():
             raise InputError(f"the adapter {folder} is no folder")
+        self.parts = parts or {}
         self.scale = scale_of(self.folder / CONFIG)
         self.reader = WeightReader(self.folder, ADAPTER)
         shapes = {k.key.removesuffix(".weight"): k.shape for w in weights.values() for k in w.keys}
@@ -77,7 +83,8 @@ class AdapterFolder:
                              f" which is [{N}, {K}]")  # fmt: skip
 
     def factors(self, weight: Parameter, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-        """a [(E,) r, K] and b [(E,) N, r] with alpha / r in it, on the CPU; None where it leaves the weight as it is.
+        """a [(E,) r, K] and b [(E,) N, r] with alpha / r in it, on the CPU, for a weight [(E,) N, K] of this process's
+        model; None where it leaves the weight as it is.
 
         A weight of two published ones, gate and up, has the ranks of both, unless they share their A.
         """
@@ -105,11 +112,16 @@ class AdapterFolder:
         return A, B
 
     def _read(self, official: Official, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A and B of this process's part of the weight: of its rows the rows of B, of its columns the columns of A."""
         module = official.key.removesuffix(".weight")
         a, b = (self.reader.wide(key_of(module, which)).to(dtype) for which in "AB")
         if not (a.isfinite().all() and b.isfinite().all()):
             raise InputError(f"the adapter {self.folder}: {PREFIX}{module} has values that are not finite")
-        return a, b * self.scale(len(a))
+        b = b * self.scale(len(a))
+        part = self.parts.get(official.key)
+        if part is None:
+            return a, b
+        return (a, part.take(b)) if part.dim == 0 else (part.take(a), b)
 
     def digest(self) -> bytes:
         """16 bytes that tell its content from others'."""
@@ -136,18 +148,21 @@ def scale_of(file: Path):
 class Adapters:
     """Adapters by name over a model, which stays as it is.
 
-    model: has its parameters, and adds to each row the adapter that `rows` names. Raises InputError for adapters that
-    cannot be read or are of another model, and for layers that can have none.
+    model: has its parameters, and adds to each row the adapter that `rows` names. share: by which the given model was
+    loaded, where it is a part of one. Raises InputError for adapters that cannot be read or are of another model, and
+    for layers that can have none.
     """
 
-    def __init__(self, model: Ling, folders: Mapping[str, str | Path]):
+    def __init__(self, model: Ling, folders: Mapping[str, str | Path], share: RankShare | None = None):
         if not isinstance(folders, Mapping):
             raise InputError(f"adapters are {folders!r:.80}; they must be folders by name")
         for name in folders:
             if not (isinstance(name, str) and name.isprintable() and name.strip()):
                 raise InputError(f"{name!r} cannot be the name of an adapter")
         weights = adapted_weights(model.config)
-        found = [AdapterFolder(folder, weights) for folder in folders.values()]
+        whole, parts = (weights, {}) if share is None else (adapted_weights(share.config), share.parts)
+        found = [AdapterFolder(folder, whole, parts) for folder in folders.values()]
+        self.folders = dict(folders)
         self.named = {n: Adapter(n, i, f.digest()) for i, (n, f) in enumerate(zip(folders, found, strict=True))}
         self.rows = AdapterRows(len(found))
         embeddings = model.word_embeddings.weight  # of the type of the layers' rows

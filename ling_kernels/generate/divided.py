@@ -12,7 +12,8 @@ run eagerly, without CUDA graphs.
 
 import copy
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,13 +22,18 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, LostRank, integer
-from ..model import load_model
+from ..model import Ling, load_model
 from ..model.checkpoint import resolve_model
+from ..nn.batch_invariant import batch_invariant_
 from ..ops.attention_decode import KVCache
 from ..parallel.decode import RankShare, abort_group, form_group, join_, leave_group, part_config, refuse_group
+from .adapters import Adapters
+from .divided_pages import LeadCopies
 from .engine import Engine
 from .forward import Chunk, Forward, PendingTokens
 from .grammar import Guide
+from .page_copies import Copies
+from .page_levels import PageLevels, Spill
 from .request import Request
 from .workers import Workers
 
@@ -66,11 +72,15 @@ class DividedForward(Forward):
 class LeadForward(DividedForward):
     """Rank 0's part, which tells the others before."""
 
-    def __init__(self, workers: Workers, model, caches: list[KVCache], page_size: int, *options):
-        super().__init__(model, caches, page_size, *options)
+    def __init__(
+        self, workers: Workers, model, caches: list[KVCache], page_size: int, lanes: int, draft: int,
+        record_routing: bool, adapters: Adapters | None,
+    ):  # fmt: skip
+        super().__init__(model, caches, page_size, lanes, draft, record_routing, adapters)
         self.workers = workers
+        folders = None if adapters is None else adapters.folders
         pages, dtype = caches[0].k.shape[0], caches[0].k.dtype
-        workers.send("serve", (len(caches), pages, page_size, dtype, options))
+        workers.send("serve", (folders, len(caches), pages, page_size, dtype, (lanes, draft, record_routing)))
         workers.receive("serving")
 
     def fill_lane(self, request: Request) -> None:
@@ -137,9 +147,6 @@ class DividedEngine(Engine):
         config, directory = resolve_model(folder)
         if directory is None:
             raise InputError(f"{folder} is a preset, which has no weights; give a checkpoint directory")
-        for name in ("adapters", "batch_invariant", "spill"):
-            if options.get(name):
-                raise InputError(f"{name} is for a model on one GPU, not for one over {ranks}")
         n = integer("ranks", ranks, 2)
         part_config(config, n)
         refuse_group()
@@ -152,9 +159,10 @@ class DividedEngine(Engine):
         try:
             with tempfile.TemporaryDirectory(prefix="ling-") as meeting:
                 file, threads = Path(meeting, "store"), max(1, torch.get_num_threads() // n)
-                self.workers.send("load", (n, file, threads, directory, load))
+                pin = bool(options.get("batch_invariant"))
+                self.workers.send("load", (n, file, threads, directory, load, pin))
                 self.workers.receive("started")  # before this rank waits for them in the group
-                model = load_part(n, 0, file, directory, load | dict(device=device))
+                model, self.share = load_part(n, 0, file, directory, load | dict(device=device), pin)
                 self.workers.receive("loaded")
             super().__init__(model, **options)
         except BaseException:
@@ -164,8 +172,18 @@ class DividedEngine(Engine):
         if self.workers.lost is not None:
             self.on_loss(self.workers.lost)
 
+    def pin(self, model: Ling) -> None:
+        """`load_part` has done so, before the parts were joined."""
+
+    def make_adapters(self, folders: Mapping[str, str | Path]) -> Adapters:
+        return Adapters(self.model, folders, self.share)
+
     def make_forward(self, *arguments) -> Forward:
         return LeadForward(self.workers, *arguments)
+
+    def make_levels(self, spill: Spill, copies: Copies, identity: Callable[[], bytes]) -> PageLevels:
+        of_all = LeadCopies(self.workers, copies)
+        return super().make_levels(spill, of_all, partial(of_all.identity, identity))
 
     def on_loss(self, error: LostRank) -> None:
         self.record.fail(error)
@@ -190,11 +208,16 @@ class DividedEngine(Engine):
         leave_group()
 
 
-def load_part(n: int, rank: int, file: Path, folder: Path, load: dict[str, Any]) -> torch.nn.Module:
-    """This rank's part of a checkpoint, in a group of the ranks."""
+def load_part(
+    n: int, rank: int, file: Path, folder: Path, load: dict[str, Any], pin: bool
+) -> tuple[Ling, RankShare]:  # fmt: skip
+    """This rank's part of a checkpoint, pinned or not, in a group of the ranks, and which part it is."""
     if load["device"].type == "cuda":
         torch.cuda.set_device(load["device"])
     group = form_group(n, rank, file, load["device"])
-    model = load_model(folder, **load, share=RankShare(n, rank))
+    share = RankShare(n, rank)
+    model = load_model(folder, **load, share=share)
+    if pin:
+        batch_invariant_(model)
     join_(model, group)
-    return model
+    return model, share

@@ -16,7 +16,7 @@ forward.py lists the calls of a decode step.
 import asyncio
 import os
 import threading
-from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -35,7 +35,7 @@ from .cache import PagePool, memory_of, page_bytes
 from .forward import Forward
 from .grammar import Grammar
 from .health import PassRecord
-from .page_copies import copies_of, page_identity
+from .page_copies import Copies, copies_of, page_identity
 from .page_levels import PageLevels, Spill
 from .passes import Passes
 from .request import DRAFT_SLACK, Request, add_guide, max_sequence_tokens, new_request
@@ -63,7 +63,8 @@ class Engine(Passes):
       tokens that were inputs: all, but for a new one at the end. Decode passes do without `moe_decode`.
     adapters: folders of adapters (LoRA) by name, in peft's format, which requests may name; `model` stays as it is.
     batch_invariant: pin the model (nn/batch_invariant.py), so that a request's tokens and log-probabilities have the
-      same bits whatever else runs, and in whatever chunks and drafts it is computed: bf16 on a GPU, fp32 on a CPU.
+      same bits whatever else runs, and in whatever chunks and drafts it is computed: in bf16, with FP8 weights or
+      without, and on a CPU in fp32.
     spill: where the prefix cache goes on when the device's memory is full, see page_levels.py. Not with record_routing.
     Raises InputError for values out of range, for adapters that are not for this model, and for a model that cannot be
     pinned.
@@ -101,10 +102,10 @@ class Engine(Passes):
                 raise InputError("batch_invariant does not cover adapters: leave out one of the two")
             if cache_dtype not in (None, model.word_embeddings.weight.dtype):
                 raise InputError(f"batch_invariant needs a cache in the model's precision, not in {cache_dtype}")
-            batch_invariant_(model)
+            self.pin(model)
         self.model, self.config = model.eval(), model.config
         self.device = model.word_embeddings.weight.device
-        self.adapters = Adapters(self.model, adapters) if adapters else None
+        self.adapters = self.make_adapters(adapters) if adapters else None
         dtype = cache_dtype or model.word_embeddings.weight.dtype
         layers = self.config.num_hidden_layers + bool(draft and len(model.mtp))
         bytes_per_page = page_bytes(self.config, layers, page_size, dtype)
@@ -124,8 +125,8 @@ class Engine(Passes):
         if spill is not None:
             if record_routing:
                 raise InputError("record_routing needs all pages on the device: leave out spill")
-            identity = partial(page_identity, self.model, caches, page_size, batch_invariant)
-            self.pages.levels = PageLevels(spill, self.pages, copies_of(caches), identity)
+            identity = partial(page_identity, self.model, caches, page_size)
+            self.pages.levels = self.make_levels(spill, copies_of(caches), identity)
         self.draft, self.drafted, self.accepted = draft, 0, 0
         self.scheduler = Scheduler(self.pages, max_running, max_rows, max_waiting, draft)
         self.overlap = self.device.type == "cuda"  # on a CPU a pass is complete when it has been launched
@@ -136,8 +137,17 @@ class Engine(Passes):
         self.policy_version = 0  # see `new_weights`
         self.lock = threading.Lock()  # no RLock: garbage collection during a step may cancel a stream, see `cancel`
 
+    def pin(self, model: Ling) -> None:
+        batch_invariant_(model)
+
+    def make_adapters(self, folders: Mapping[str, str | Path]) -> Adapters:
+        return Adapters(self.model, folders)
+
     def make_forward(self, *arguments) -> Forward:
         return Forward(*arguments)
+
+    def make_levels(self, spill: Spill, copies: Copies, identity: Callable[[], bytes]) -> PageLevels:
+        return PageLevels(spill, self.pages, copies, identity)
 
     def submit(
         self,
@@ -204,7 +214,8 @@ class Engine(Passes):
 
     def new_weights(self, model: torch.nn.Module | Mapping[str, torch.Tensor] | None = None) -> int:
         """Say that the weights have changed, or copy a model's, or tensors by official key, into them in place; returns
-        the policy version, which later requests name. Cached prefixes are forgotten.
+        the policy version, which later requests name. Cached prefixes are forgotten. Where the engine's weights are FP8
+        and the given ones are not, they are quantised.
 
         Raises InputError where requests are unfinished, and for tensors of another model.
         """

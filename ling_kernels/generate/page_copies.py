@@ -16,6 +16,7 @@ from ..model import Ling
 from ..ops.attention_decode import KVCache
 
 FORMAT = 1  # of a row; another number makes all files of earlier versions foreign
+BLOCK_BYTES = 1 << 30  # of host memory that is allocated at a time: torch rounds a pinned block up to a power of two
 STAGING = 256 << 20  # bytes on a GPU for the rows of a copy
 WORDS = 1 << 20  # of 4 bytes that a sum of `digest_of` covers
 
@@ -38,6 +39,13 @@ class Copies:
         self.parts = [t.view(len(t), -1).view(torch.uint8) for t in tensors]  # [pages, bytes]
         self.row_bytes = sum(part.shape[1] for part in self.parts)
         self.most = max(1, STAGING // self.row_bytes)  # pages of one call
+
+    def memory(self, count: int) -> list[Tensor]:
+        """Host memory for so many pages, as rows [row_bytes] uint8."""
+        rows_of_block = max(1, BLOCK_BYTES // self.row_bytes)
+        sizes = [min(rows_of_block, count - first) for first in range(0, count, rows_of_block)]
+        blocks = [torch.empty(n, self.row_bytes, dtype=torch.uint8, pin_memory=self.pinned) for n in sizes]
+        return [row for block in blocks for row in block]
 
     def save(self, pages: Sequence[int], rows: Sequence[Tensor]) -> Event | None:
         """Copy pages of the caches to rows [row_bytes] uint8 of host memory."""
@@ -98,11 +106,11 @@ def copies_of(caches: Sequence[KVCache]) -> Copies:
     return (StreamCopies if caches[0].k.is_cuda else Copies)(caches)
 
 
-def page_identity(model: Ling, caches: Sequence[KVCache], page_size: int, batch_invariant: bool) -> bytes:
+def page_identity(model: Ling, caches: Sequence[KVCache], page_size: int) -> bytes:
     """16 bytes that differ where pages of the same tokens do: by weights, configuration (RoPE and norms), layers, dtype
     and page size of the cache, type of device, and whether the model is pinned."""
-    first = caches[0].k
-    about = f"{FORMAT} {model.config!r} {len(caches)} {first.dtype} {page_size} {first.device.type} {batch_invariant} "
+    first, pinned = caches[0].k, model.layers[0].attention.pinned
+    about = f"{FORMAT} {model.config!r} {len(caches)} {first.dtype} {page_size} {first.device.type} {pinned} "
     weights = digest_of(sorted(model.state_dict().items()))
     return hashlib.blake2b(about.encode() + weights, digest_size=16).digest()
 

@@ -2,14 +2,12 @@
 
 import threading
 from collections import OrderedDict, deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from .page_copies import Event
-
-BLOCK_BYTES = 1 << 30  # of memory that is allocated at a time: torch rounds a pinned block up to a power of two
 
 
 @dataclass(eq=False)
@@ -25,14 +23,11 @@ class HostPage:
 
 
 class HostPages:
-    """Rows for `count` pages, by the pages' hashes. May be called from any thread."""
+    """Rows [row_bytes] uint8 by the hashes of the pages in them. May be called from any thread."""
 
-    def __init__(self, count: int, row_bytes: int, pin: bool):
-        self.count, self.row_bytes = count, row_bytes
-        rows_of_block = max(1, BLOCK_BYTES // row_bytes)
-        sizes = [min(rows_of_block, count - first) for first in range(0, count, rows_of_block)]
-        blocks = [torch.empty(n, row_bytes, dtype=torch.uint8, pin_memory=pin) for n in sizes]
-        self.free = deque(HostPage(row) for block in blocks for row in block)
+    def __init__(self, rows: Sequence[Tensor]):
+        self.count, self.row_bytes = len(rows), len(rows[0])
+        self.free = deque(map(HostPage, rows))
         self.pages: OrderedDict[bytes, HostPage] = OrderedDict()  # the least recently used first
         self.lock = threading.Lock()
 

@@ -65,7 +65,7 @@ class PageLevels:
         rows = integer("host", spill.host, 0) // copies.row_bytes
         if rows < 1:
             raise InputError(f"{spill.host} bytes of host memory hold no page of the cache, {copies.row_bytes} bytes")
-        self.host = HostPages(rows, copies.row_bytes, copies.pinned)
+        self.host = HostPages(copies.memory(rows))
         self.disk: DiskPages | None = None
         self.unsaved: dict[int, bytes] = {}  # pages without a user whose hash is not in host memory, oldest first
         self.loading: dict[int, tuple[Event, HostPage]] = {}  # pages to which a row is being copied

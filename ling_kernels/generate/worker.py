@@ -5,6 +5,7 @@ import queue
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -12,7 +13,9 @@ import torch
 
 from ..errors import InputError, one_line
 from ..model.decode import empty_caches
+from .adapters import Adapters
 from .divided import FollowForward, load_part
+from .divided_pages import FollowCopies
 
 
 def receive(connection: Connection, messages: queue.SimpleQueue) -> None:
@@ -30,20 +33,26 @@ def receive(connection: Connection, messages: queue.SimpleQueue) -> None:
 
 def follow(connection: Connection, messages: queue.SimpleQueue, rank: int) -> None:
     """Load a part, then run what rank 0 runs."""
-    _, (n, file, threads, folder, load) = messages.get()
+    _, (n, file, threads, folder, load, pin) = messages.get()
     load["device"] = torch.device("cuda", rank) if torch.device(load["device"]).type == "cuda" else torch.device("cpu")
     torch.set_num_threads(threads)
     torch.zeros(1, device=load["device"])  # a GPU that does not work fails here
     connection.send(("started", None))
-    model = load_part(n, rank, file, folder, load)
+    model, share = load_part(n, rank, file, folder, load, pin)
     connection.send(("loaded", None))
-    _, (layers, pages, page_size, dtype, options) = messages.get()
+    _, (folders, layers, pages, page_size, dtype, options) = messages.get()
+    adapters = None if folders is None else Adapters(model, folders, share)
     caches = empty_caches(model.config, layers, pages, page_size, dtype, load["device"])
-    forward = FollowForward(model, caches, page_size, *options)
+    forward = FollowForward(model, caches, page_size, *options, adapters)
     connection.send(("serving", None))
+    copies = FollowCopies(connection, n, rank, model, caches, page_size)
+    calls: dict[str, Callable[[Any], None]] = {
+        "fill": forward.fill, "pass": forward.run, "memory": copies.memory, "identity": copies.identity,
+        "save": copies.save, "load": copies.load,
+    }  # fmt: skip
     while True:
         name, content = messages.get()
-        forward.fill(content) if name == "fill" else forward.run(content)
+        calls[name](content)
 
 
 def serve(connection: Connection, rank: int) -> int:

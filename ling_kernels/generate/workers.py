@@ -26,6 +26,7 @@ class Worker:
     def __init__(self, rank: int, connection: Connection, process: subprocess.Popen):
         self.rank, self.connection, self.process = rank, connection, process
         self.replies: queue.SimpleQueue = queue.SimpleQueue()  # (name, content), or None when it has ended
+        self.copies = 0  # of pages that it has made, see divided_pages.py
 
 
 class Workers:
@@ -36,6 +37,7 @@ class Workers:
         self.lost: LostRank | None = None
         self.on_loss: Callable[[LostRank], None] = lambda error: None
         self.lock, self.noticed = threading.Lock(), threading.Event()
+        self.changed = threading.Condition()  # of copies, lost and closing
         self.workers: list[Worker] = []
         for rank in range(1, n):
             lead, follower = Pipe()
@@ -50,6 +52,11 @@ class Workers:
         try:
             while True:
                 message = worker.connection.recv()
+                if message[0] == "copied":
+                    with self.changed:
+                        worker.copies += 1
+                        self.changed.notify_all()
+                    continue
                 if message[0] == "failed":
                     why = message[1]
                 worker.replies.put(message)
@@ -69,6 +76,8 @@ class Workers:
             if self.lost is None:
                 self.lost = LostRank(f"{why}; the engine's {self.n} processes cannot go on")
                 self.noticed.set()
+                with self.changed:
+                    self.changed.notify_all()
                 self.on_loss(self.lost)
             return self.lost
 
@@ -85,6 +94,9 @@ class Workers:
             except OSError:
                 self.noticed.wait(SEEN_WITHIN)
                 raise self.lose(f"rank {worker.rank} of {self.n} does not listen") from None
+            except BaseException as error:  # Ctrl-C: some ranks have the message, others have not
+                self.failed(error)
+                raise
 
     def receive(self, name: str) -> list[Any]:
         """What each answers under this name. Raises LostRank, and InputError for bad input that one reports."""
@@ -101,6 +113,19 @@ class Workers:
             answers.append(message[1])
         return answers
 
+    @property
+    def cannot_go_on(self) -> bool:
+        return self.lost is not None or self.closing
+
+    def have_copied(self, number: int) -> bool:
+        """Whether each has made so many copies of pages."""
+        return all(worker.copies >= number for worker in self.workers)
+
+    def wait_for_copies(self, number: int) -> None:
+        """Wait until each has made so many, or they cannot go on."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.have_copied(number) or self.cannot_go_on)
+
     def failed(self, error: BaseException) -> LostRank:
         """What an error of a pass on rank 0 means: another rank may have ended, or waits for this one for ever."""
         message = one_line(str(error) or type(error).__name__)
@@ -111,7 +136,9 @@ class Workers:
 
     def close(self) -> None:
         """End all."""
-        self.closing = True
+        with self.changed:
+            self.closing = True
+            self.changed.notify_all()
         for worker in self.workers:
             with suppress(OSError):
                 worker.connection.send(("end", None))

@@ -7,10 +7,10 @@ On a GPU in bf16, with kernels whose bits do not depend on the batch (docs/batch
     attention    `qk_norm_rope`, then one kernel's order of keys: `attention`, and `attention_cells` for cached keys
     experts      the composition alone: `moe_decode` adds in another order
     logits       the same GEMM to fp32; log-probabilities by `cross_entropy`
-    FP8          weights of an engine (quantize_for_inference_): at least ROWS rows outside the experts, as
-                 gemm_fp8 has another kernel for few
+    FP8          at least ROWS rows outside the experts, as gemm_fp8 has another kernel for few; normed rows are
+                 rounded before they are quantised, as with gradients. Weights are FP8 alone, or quantised from masters
 
-On a CPU in fp32 or fp64, with torch's products:
+On a CPU in bf16, fp32 or fp64, with torch's products, of bf16 in fp32:
 
     products     MKL takes other kernels for fewer than 4 rows: every product has at least ROWS rows
     attention    prefill, decoding and training use three algorithms: here one, over keys in tiles of KEYS
@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..backend import backend
 from ..errors import InputError
-from ..op import E4M3
+from ..op import E4M3, upcast
 from ..ops.attention import attention
 from ..ops.attention_cells import attention_cells
 from ..ops.attention_decode import KVCache, read
@@ -56,15 +56,16 @@ CHUNK = 1024  # rows whose logits exist at a time
 
 def batch_invariant_(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     """Pin the modules of a model in place; parameters, names and hooks stay. dtype: that it is computed in, default its
-    parameters'. Raises InputError for another dtype than bf16 on a GPU, with FP8 weights or without, and fp32 on a CPU,
-    for a model without QK norm or with adapters, and for linear layers and experts of other kinds, as those that train
-    in FP8; nothing is changed then."""
+    parameters'. Raises InputError for another dtype than bf16 on a GPU and bf16 or fp32 on a CPU, with FP8 layers or
+    without, for a model without QK norm or with adapters, and for linear layers and experts of other kinds; nothing is
+    changed then."""
     for name, p in model.named_parameters():
-        on_cpu = (torch.float32, torch.float64) if p.device.type == "cpu" else ()
+        on_cpu = (torch.bfloat16, torch.float32, torch.float64, E4M3) if p.device.type == "cpu" else ()
         fits = (torch.bfloat16, E4M3) if kernels_run(p) else on_cpu
         if (dtype or p.dtype) not in fits:
             raise InputError(
-                f"batch_invariant is for bf16 on a GPU and fp32 on a CPU: {name} is {dtype or p.dtype} on {p.device}"
+                f"batch_invariant is for bf16 on a GPU and bf16 or fp32 on a CPU: {name} is {dtype or p.dtype} on"
+                f" {p.device}"
             )
     kinds = {}  # all are checked before one is changed
     for name, module in model.named_modules():
@@ -74,11 +75,7 @@ def batch_invariant_(model: nn.Module, dtype: torch.dtype | None = None) -> None
             raise InputError(f"batch_invariant cannot pin {name}, an adapter")
         if type(module) in PINNED:
             kinds[module] = PINNED[type(module)]
-        elif type(module) in PINNED_FP8 and all(p.dtype == E4M3 for p in module.parameters()):
-            kinds[module] = PINNED_FP8[type(module)]
-        elif isinstance(module, (*PINNED, *PINNED_FP8)) and type(module) not in (
-            *PINNED.values(), *PINNED_FP8.values()
-        ):  # fmt: skip
+        elif isinstance(module, tuple(PINNED)) and type(module) not in PINNED.values():
             raise InputError(f"batch_invariant cannot pin {name}, a {type(module).__name__}")
     for module, kind in kinds.items():
         module.__class__ = kind
@@ -93,7 +90,7 @@ def product(x: Tensor, w: Tensor, dtype: torch.dtype) -> Tensor:
     """x [M, K] w [N, K]^T -> [M, N] in dtype."""
     M = len(x)
     if not kernels_run(x) or M == 0:
-        return linear(enough_rows(x), w)[:M].to(dtype)
+        return linear(upcast(enough_rows(x)), upcast(w))[:M].to(dtype)
     bounds = torch.arange(0, 2 * M, M, dtype=torch.int32, device=x.device)
     return grouped_gemm(x, w[None], bounds, dtype, batch_invariant=True)
 
@@ -103,10 +100,9 @@ def target_logp(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
     of logits exist at a time; the backward computes them again."""
     if not kernels_run(x):
         more = -len(x) % ROWS  # no chunk of few rows
-        losses = linear_cross_entropy(
-            pad(x, (0, 0, 0, more)), w, pad(targets, (0, more), value=-100), reduction="none", chunk=CHUNK
-        )  # fmt: skip
-        return -losses[: len(x)]
+        x, w = upcast(pad(x, (0, 0, 0, more))), upcast(w)
+        losses = linear_cross_entropy(x, w, pad(targets, (0, more), value=-100), reduction="none", chunk=CHUNK)
+        return -losses[: len(targets)]
 
     def losses_of(x: Tensor, targets: Tensor) -> Tensor:
         return cross_entropy(product(x, w, torch.float32), targets, reduction="none")
@@ -164,14 +160,14 @@ def grouped_product(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
     if kernels_run(x):
         return grouped_gemm(x, w, offsets, batch_invariant=True)
     bounds = offsets.tolist()
-    parts = [linear(enough_rows(x[a:b]), w[e])[: b - a]
-             for e, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False)) if a < b]  # fmt: skip
+    parts = [product(x[a:b], w[e], x.dtype) for e, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False)) if a < b]
     return torch.cat([*parts, x.new_zeros(len(x) - bounds[-1], w.shape[1])])
 
 
 class PinnedFp8Linear(Fp8Linear):
     def forward(self, x: Tensor, norm: RMSNorm | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        return super().forward(enough_rows(x), norm, dtype)[: len(x)]
+        x = x if norm is None else norm(x)
+        return super().forward(enough_rows(x), None, dtype)[: len(x)]
 
 
 class PinnedFp8MLP(Fp8MLP):
@@ -247,6 +243,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if L < n:  # a lane without a sequence
         return torch.zeros_like(q)
     k, v = (pad(t.repeat_interleave(Hq // t.shape[1], 1), (0, 0, 0, 0, 0, -L % KEYS)).transpose(0, 1) for t in (k, v))
+    dtype, (q, k, v) = q.dtype, map(upcast, (q, k, v))
     q = pad(q, (0, 0, 0, 0, 0, max(ROWS - n, 0))).transpose(0, 1) * D**-0.5
     last = torch.arange(L - n, L - n + q.shape[1], device=q.device)  # the last key that each query sees
     hidden = torch.arange(k.shape[1], device=q.device)[None] > last[:, None]
@@ -256,8 +253,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     total, out = p.new_zeros(()), p.new_zeros(())
     for t in tiles:
         total, out = total + p[..., t].contiguous().sum(-1, keepdim=True), out + p[..., t].contiguous() @ v[:, t]
-    return (out / total).transpose(0, 1)[:n]
+    return (out / total).transpose(0, 1)[:n].to(dtype)
 
 
-PINNED_FP8 = {Fp8Linear: PinnedFp8Linear, Fp8MLP: PinnedFp8MLP, Fp8Experts: PinnedFp8Experts}
-PINNED = {nn.Linear: PinnedLinear, Router: PinnedRouter, Experts: PinnedExperts, Attention: PinnedAttention}
+PINNED: dict[type, type] = {
+    nn.Linear: PinnedLinear, Router: PinnedRouter, Experts: PinnedExperts, Attention: PinnedAttention,
+    Fp8Linear: PinnedFp8Linear, Fp8MLP: PinnedFp8MLP, Fp8Experts: PinnedFp8Experts,
+}  # fmt: skip

@@ -143,9 +143,9 @@ class Fp8Linear(FusedLinear):
         if norm is not None and (self.recompute == "none" or torch.compiler.is_compiling()):
             rows, norm = norm(rows), None
         norm_weight, eps = (None, None) if norm is None else (norm.weight, norm.eps)
-        options = eps, self.fp8.pow2, self.fp8.wgrad_for(self.weight), product_dtype(x)
+        options = eps, self.fp8.pow2, self.fp8.wgrad_for(self.weight), dtype
         y = Fp8LinearFunction.apply(rows, norm_weight, self.weight, *self.fp8.fields(self.weight), *options)
-        return y.to(dtype).view(*batch, self.out_features)
+        return y.view(*batch, self.out_features)
 
 
 class Fp8MLP(MLP):

@@ -9,12 +9,15 @@ from contextvars import copy_context
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..op import E4M3, expect, multiprocessors, op, rows_aligned, upcast, use_reference
 from .quantize import BLOCK, row_scale_layout
 from .transpose_fp8 import transpose_fp8
 from .triton_fp8 import quantize_along
 from .triton_import import tl, triton
+
+ROWS = 16  # of a product of the reference at least
 
 
 def gemm_fp8(
@@ -60,7 +63,10 @@ def gemm_fp8_ref(a, a_scale, b, b_scale, out=None, accumulate=False, dtype=torch
 
 
 def scaled_product(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Tensor:
-    """The definition: [..., M, K] times [..., N, K]^T in the scales' precision, fp32 or fp64, not yet rounded."""
+    """The definition: [..., M, K] times [..., N, K]^T in the scales' precision, fp32 or fp64, not yet rounded.
+
+    Of at least ROWS rows: a CPU has other kernels for few, and a row's bits would depend on the number of rows.
+    """
     M, K = a.shape[-2:]
     N = b.shape[-2]
     if b_scale.shape[-2] != N:
@@ -70,7 +76,8 @@ def scaled_product(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Te
     with torch.autocast(a.device.type, enabled=False):
         for k in range(K // BLOCK):
             block = slice(k * BLOCK, (k + 1) * BLOCK)
-            part = a[..., block].to(dtype) @ b[..., block].to(dtype).mT
+            rows = pad(a[..., block].to(dtype), (0, 0, 0, max(ROWS - M, 0)))
+            part = (rows @ b[..., block].to(dtype).mT)[..., :M, :]
             d = d + part * (a_scale[..., :, k, None] * b_scale[..., None, :, k])
     return d
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..op import autocast, expect, first_derivative_only, op, upcast, use_reference
+from ..op import autocast, expect, first_derivative_only, op, upcast, use_reference, values_on_host
 from .cross_entropy import (
     count_targets,
     cross_entropy_bwd,
@@ -246,7 +246,7 @@ def gradient_of_rows(logits: Tensor, targets: Tensor, lse: Tensor, dlosses: Tens
     p = logits.sub_(lse[:, None]).exp_()
     target = targets.masked_fill(ignored, 0)[:, None]
     p.scatter_add_(1, target, p.new_full(target.shape, -1))
-    return p.mul_(dlosses.to(p.dtype).masked_fill(ignored, 0)[:, None])
+    return zero_ignored_(p.mul_(dlosses.to(p.dtype)[:, None]), ignored)
 
 
 def mm_gives_fp32(x: Tensor) -> bool:
@@ -263,5 +263,11 @@ def loss_and_gradient(
     log_p = logits.log_softmax(-1)
     losses = -log_p.gather(1, target)[:, 0].masked_fill(ignored, 0)
     dlogits = log_p.exp_().scatter_add_(1, target, log_p.new_full(target.shape, -1))
-    divisors = torch.where(ignored, torch.inf, 1 if tokens is None else tokens)  # by rows: a mask of all is slower
-    return losses, dlogits.div_(divisors[:, None])
+    return losses, zero_ignored_(dlogits if tokens is None else dlogits.div_(tokens), ignored)
+
+
+def zero_ignored_(rows: Tensor, ignored: Tensor) -> Tensor:
+    """Set the ignored rows to 0, NaN too: their logits are NaN where the weight has one."""
+    if not values_on_host(ignored) or ignored.any():  # most batches have none
+        rows.masked_fill_(ignored[:, None], 0)
+    return rows

@@ -13,9 +13,10 @@ group limit). Rows need no exchange either way, since every rank has them all.
 parallel/tensor.py is the form for training: there ranks share the rows.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +55,19 @@ def part_config(config: LingConfig, n: int) -> LingConfig:
 
 
 class RankShare:
-    """For `load_model`: the part of rank `rank` of n."""
+    """For `load_model`: the part of rank `rank` of n.
+
+    config, afterwards: the whole model's. parts: by official key, which part of a weight this is; others are whole.
+    """
+
+    config: LingConfig
 
     def __init__(self, n: int, rank: int):
         self.n, self.rank = n, rank
         self.parts: dict[str, Part] = {}
 
     def model(self, config: LingConfig) -> Ling:
+        self.config = config
         model = Ling(part_config(config, self.n))
         model.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size // self.n)
         model.lm_head = nn.Linear(config.hidden_size, config.vocab_size // self.n, bias=False)
@@ -90,14 +97,18 @@ class RankShare:
 
 
 def join_(model: Ling, group: dist.ProcessGroup) -> None:
-    """Add up the summands of a model that `load_model` has loaded with a RankShare, over the ranks, in place."""
+    """Add up the summands of a model that `load_model` has loaded with a RankShare, over the ranks, in place.
+
+    Of a pinned model (nn/batch_invariant.py) in an order that does not depend on the number of rows.
+    """
+    add = partial(summed_in_order if model.layers[0].attention.pinned else summed, group=group)
     for module in [*model.modules()]:
         if isinstance(module, Layer):
-            module.attention.register_forward_hook(lambda _, inputs, y: summed(y, group))
+            module.attention.register_forward_hook(lambda _, inputs, y: add(y))
             if isinstance(module.mlp, MLP):
-                module.mlp.register_forward_hook(lambda _, inputs, y: summed(y, group))
+                module.mlp.register_forward_hook(lambda _, inputs, y: add(y))
             else:
-                module.mlp.__class__, module.mlp.group = SummedMoE, group
+                module.mlp.__class__, module.mlp.add = SummedMoE, add
     model.word_embeddings.__class__, model.word_embeddings.group = GatheredEmbedding, group  # type: ignore[assignment]
     model.lm_head = GatheredHead(model.lm_head, group)
 
@@ -105,21 +116,21 @@ def join_(model: Ling, group: dist.ProcessGroup) -> None:
 class SummedMoE(MoE):
     """This rank's columns of the experts and of the shared expert, summed over the ranks at once."""
 
-    group: dist.ProcessGroup
+    add: Callable[[Tensor], Tensor]
 
     def forward(
         self, x: Tensor, z_loss: float | None = None, experts: Tensor | None = None,
         record: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         y, z = super().forward(x, z_loss, experts, record)
-        return summed(y, self.group), z
+        return self.add(y), z
 
     def decode(self, x: Tensor, residual: Tensor | None = None, norm: RMSNorm | None = None) -> Tensor | None:
         if residual is None or norm is None:
             return None
         h, s = norm(x, residual=residual)
         y = super().decode(h)  # s is no summand: every rank has it
-        return s + (self(h)[0] if y is None else summed(y, self.group))
+        return s + (self(h)[0] if y is None else self.add(y))
 
 
 class GatheredEmbedding(nn.Embedding):
@@ -161,6 +172,18 @@ def summed(y: Tensor, group: dist.ProcessGroup) -> Tensor:
     y = y.contiguous()
     dist.all_reduce(y, group=group)
     return y
+
+
+def summed_in_order(y: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The same, added in fp32 in the order of the ranks, and rounded once. All summands travel to every rank.
+
+    An all-reduce over more than two may take another order for another number of rows, or for other elements.
+    """
+    first, *others = gather(y, group).view(dist.get_world_size(group), *y.shape)
+    total = first.to(torch.promote_types(y.dtype, torch.float32))
+    for other in others:
+        total = total + other
+    return total.to(y.dtype)
 
 
 def refuse_group() -> None:

@@ -8,7 +8,7 @@ torch's runtime runs the stages in the order of schedules.py. Where that splits 
 linear layers and experts are computed later; all others belong to the first part.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -75,6 +75,14 @@ class Stage(nn.Module):
         before, every = "".join(layout.stages[:stage]), "".join(layout.stages)
         self.normed = "m" in before or "L" in before  # the hidden state has been through the final norm
         self.one_loss_each, self.mtp_layers = every.count("L") > 1, every.count("m")
+
+    @property
+    def modules_used(self) -> set[str]:
+        """Names of the model's modules whose weights this stage uses."""
+        names = dict(E=["word_embeddings"], t=["layers.{}"], m=["mtp.{}", "word_embeddings"], L=["lm_head"])
+        found = {name.format(i) for unit, i in self.units for name in names[unit]}
+        makes_norm = not self.normed and {unit for unit, _ in self.units} & {"m", "L"}
+        return found | ({"norm"} if makes_norm else set())
 
     def forward(self, *inputs: Tensor, index: Tensor) -> Tensor | tuple[Tensor, ...]:
         """inputs: what the stage before returned, for the first stage its number of the micro batch. index [1]: that
@@ -170,6 +178,8 @@ class Pipeline:
         self.stages = {s: Stage(model, layout, s, self.residual, precision) for s in mine}
         self.keep_own_units()
         self.later: list[Callable[[], None]] = []  # weight gradients of the backward that has just run
+        self.incomplete: set[int] = set()  # stages of this rank with weight gradients to come in this step
+        self.on_complete: Callable[[set[nn.Parameter]], None] | None = None  # see `complete`
         self.split = is_split(order)
         if self.split:
             for module in (*model.layers, *model.mtp):
@@ -192,7 +202,7 @@ class Pipeline:
         actions = [[step_text(step) for step in row] for row in self.order(micro_batches)[0]]
         T = rows_here(self.model, self.rows)
         parts = [self.torch_stage(s, stage, T, self.device) for s, stage in self.stages.items()]
-        self.schedule = make_schedule(parts, actions, micro_batches, loss_of)
+        self.schedule = make_schedule(parts, actions, micro_batches, loss_of, self.complete)
         self.micro_batches = micro_batches
 
     def torch_stage(self, s: int, stage: Stage, T: int, device: torch.device) -> "PipelineStage":
@@ -242,18 +252,27 @@ class Pipeline:
 
     def keep_own_units(self) -> None:
         """Set the modules of other ranks' units to None, under their names."""
-        model, mine = self.model, {unit for stage in self.stages.values() for unit in stage.units}
-        letters = {letter for letter, _ in mine}
-        if not letters & {"E", "m"}:
-            model.word_embeddings = None
-        if "L" not in letters:
-            model.lm_head = None
-        if not any(not stage.normed and {u for u, _ in stage.units} & {"m", "L"} for stage in self.stages.values()):
-            model.norm = None
-        for letter, modules in (("t", model.layers), ("m", model.mtp)):
+        model, mine = self.model, self.modules_used(self.stages)
+        for name in {"word_embeddings", "norm", "lm_head"} - mine:
+            setattr(model, name, None)
+        for name, modules in (("layers", model.layers), ("mtp", model.mtp)):
             for i in range(len(modules)):
-                if (letter, i) not in mine:
+                if f"{name}.{i}" not in mine:
                     modules[i] = None
+
+    def modules_used(self, stages: Iterable[int]) -> set[str]:
+        """Names of the modules whose weights any of these stages of this rank uses."""
+        return {name for s in stages for name in self.stages[s].modules_used}
+
+    def complete(self, s: int) -> None:
+        """Report to `on_complete` the weights whose gradients are complete with those of stage s: what no stage here
+        adds to any more. What other ranks hold too is complete at the end of the step."""
+        self.incomplete.discard(s)
+        if self.on_complete is None:
+            return
+        names = self.stages[s].modules_used - self.modules_used(self.incomplete)
+        done = {p for name in names for p in self.model.get_submodule(name).parameters()}
+        self.on_complete(done - {self.model.get_parameter(name) for name in self.shared})
 
     def step(
         self, micro_batches: Sequence[MicroBatch], target_counts: Sequence[float], z_loss: float | None = None
@@ -267,6 +286,7 @@ class Pipeline:
         work = Work(micro_batches, target_counts, z_loss, {})
         for stage in self.stages.values():
             stage.work = work
+        self.incomplete = {*self.stages}
         number = torch.arange(self.micro_batches)
         last, is_first = len(self.ranks) - 1 in self.stages, 0 in self.stages
         with deferring(self.later) if self.split else nullcontext():

@@ -153,24 +153,37 @@ class Shares:
 
     @contextmanager
     def sums_in_backward(self) -> Iterator[None]:
-        """Around the last backward of a step: the sum of a gradient begins once the gradient is complete, while the
-        backward goes on; `sum_gradients_` waits for them. Sums begin in one order on all ranks, that in which gradients
-        are completed roughly, and all of them before this ends, so that no other message comes between them."""
-        waiting, complete = self.to_sum(), set()
+        """Around the last backward of a step, or a pipeline's step: the sum of a gradient begins once the gradient is
+        complete, while the backward goes on; `sum_gradients_` waits for them. They have groups that no backward uses,
+        and begin in one order on all ranks of a stage, whatever their data: without a pipeline roughly that in which
+        gradients become complete, with one that in which its schedule completes stages. All begin before this ends, so
+        that no later message comes between."""
+        waiting: dict[Tensor, tuple[int, dist.ProcessGroup | None]] = {p: shared for p, *shared in self.to_sum()}
+        complete: set[Tensor] = set()
 
-        def on_complete(p: Tensor) -> None:
-            complete.add(id(p))
-            while waiting and id(waiting[0][0]) in complete:
-                self.begin_sum(*waiting.pop(0))
+        def of_weight(p: Tensor) -> None:
+            complete.add(p)
+            while waiting and (first := next(iter(waiting))) in complete:
+                self.begin_sum(first, *waiting.pop(first))
 
-        hooks = [p.register_post_accumulate_grad_hook(on_complete) for p, _, _ in waiting]
+        def of_stage(done: set[nn.Parameter]) -> None:
+            for p in [p for p in waiting if p in done]:
+                self.begin_sum(p, *waiting.pop(p))
+
+        hooks = []
+        if self.pipeline is not None:
+            self.pipeline.on_complete = of_stage
+        else:
+            hooks = [p.register_post_accumulate_grad_hook(of_weight) for p in waiting]
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
-        for shared in waiting:
-            self.begin_sum(*shared)
+            if self.pipeline is not None:
+                self.pipeline.on_complete = None
+        for p, shared in waiting.items():
+            self.begin_sum(p, *shared)
 
     def to_sum(self) -> list[tuple[nn.Parameter, int, dist.ProcessGroup | None]]:
         """Parameters whose gradients other ranks have, too."""

@@ -33,14 +33,19 @@ def make_schedule(
     actions: list[list[str]],
     micro_batches: int,
     loss: Callable[[Tensor, Tensor], Tensor],
+    on_complete: Callable[[int], None],
 ) -> "schedules._PipelineScheduleRuntime":
-    """A schedule that runs these actions of all ranks; sends and receives are added."""
+    """A schedule that runs these actions of all ranks; sends and receives are added. on_complete is called with the
+    number of a stage of this rank right after the action with its last weight gradients."""
     from torch.distributed.pipelining import schedules
 
     schedule = schedules._PipelineScheduleRuntime(stages, micro_batches, loss_fn=loss, scale_grads=False)
     parsed = {r: [schedules._Action.from_str(text) for text in row] for r, row in enumerate(actions)}
     schedule._prepare_schedule_with_comms(parsed)
     schedule.register_custom_function(schedules._ComputationType.OVERLAP_F_B, run_pair)
+    # torch's runtime adds this action; by itself it does work for FSDP alone.
+    reduce_grad = schedules._ComputationType.REDUCE_GRAD
+    schedule.register_custom_function(reduce_grad, lambda action, context: on_complete(action.stage_index))
     return schedule
 
 

@@ -21,6 +21,7 @@ from ..parallel.ranks import Ranks
 from ..parallel.shares import Shares
 from ..tokenizer import load_tokenizer
 from ..train import checkpoint as ckpt
+from ..train.building import apply_fp8_and_recompute
 from ..train.optimizer import OPTIMIZERS, clipped_step, make_optimizer
 from ..train.prepare.adapters import alpha_of, base_model, check_needs_rank, layers_of
 from ..train.prepare.device import choose_device
@@ -57,7 +58,7 @@ class LearnerSettings:
     save_every: int = flag(50, "steps between checkpoints; 0: only at the end", least=0)
     keep: int = flag(2, "checkpoints to keep; 0: all", least=0)
     device: str = flag("auto", "auto uses a GPU where torch finds one", choices=("auto", "cpu", "cuda"))
-    precision: str = flag("auto", "bf16 on a GPU, fp32 on a CPU, unless given", choices=("auto", "fp32", "bf16"))
+    precision: str = as_trainer("precision")
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -69,7 +70,8 @@ class LearnerSettings:
 
 class Learner:
     """A model with an optimizer, on one device. Weights, and adapters, are fp32 and computed with in the precision of
-    the settings. Subclasses call `_begin`, then `_new_folder` or, through `_resumed`, take up a checkpoint."""
+    the settings, by the trainer's FP8 layers in fp8. Subclasses call `_begin`, then `_new_folder` or, through
+    `_resumed`, take up a checkpoint."""
 
     kind: ClassVar[type[LearnerSettings]]
     key: ClassVar[str]  # of the settings in a checkpoint's state.json
@@ -80,13 +82,16 @@ class Learner:
         """folder: of the weights, a model's or a checkpoint. source: the model that the run began with."""
         s = self.settings = settings
         self.source = source
-        self.device, self.device_name, self.precision = choose_device(Settings(device=s.device, precision=s.precision))
+        self.trainer = Settings(device=s.device, precision=s.precision)
+        self.device, self.device_name, self.precision = choose_device(self.trainer)
         self.base = base_model(source, s.lora_rank, state)[1] if s.lora_rank else {}
         self.tokenizer = load_tokenizer(folder)
         start = source if s.lora_rank else folder
         self.model = load_model(start, dtype=torch.float32, device=self.device).train()
         self.shares = Shares(self.model, Ranks())  # of one process
-        self.notes = [adapt_(self.shares, s.lora_rank, alpha_of(s), layers_of(s), s.seed)] if s.lora_rank else []
+        self.notes = apply_fp8_and_recompute(self.model, self.trainer)
+        if s.lora_rank:
+            self.notes.append(adapt_(self.shares, s.lora_rank, alpha_of(s), layers_of(s), s.seed))
         self.optimizer = make_optimizer(self.model, s.optimizer, s.lr, s.weight_decay, s.seed)
         self.step_done = self.tokens = self.bad = 0
 
@@ -134,6 +139,7 @@ class Learner:
         self.reference: Ling | None = None
         if wanted and not self.settings.lora_rank:
             self.reference = load_model(self.source, dtype=torch.float32, device=self.device).requires_grad_(False)
+            apply_fp8_and_recompute(self.reference, self.trainer)
 
     @torch.no_grad()
     def reference_logp(self, answers: Sequence[Answer]) -> Tensor:

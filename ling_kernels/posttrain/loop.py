@@ -20,6 +20,7 @@ from ..errors import Diverged, InputError
 from ..generate import Engine
 from ..model import Ling
 from ..nn.batch_invariant import batch_invariant_
+from ..nn.fp8_inference import quantize_for_inference_
 from ..train.prepare.device import deterministic
 from ..train.settings import flag
 from .learner import MAX_BAD, Learner, LearnerSettings
@@ -54,7 +55,7 @@ class LoopSettings(LearnerSettings):
         action=argparse.BooleanOptionalAction, shown="off",
     )  # fmt: skip
     batch_invariant: bool = flag(
-        False, "engine and trainer agree to the bit, whatever the batch; in bf16 on a GPU, fp32 on a CPU, and slower",
+        False, "engine and trainer agree to the bit, whatever the batch; in bf16, fp8 and on a CPU fp32, and slower",
         action=argparse.BooleanOptionalAction, shown="off",
     )  # fmt: skip
     evo_cot: float | None = flag(None, "Evo-CoT's reward, with this weight of the length", least=0, shown="off")
@@ -83,8 +84,8 @@ class Loop(Learner):
     default: `exact`. Both must be given again to `resume`.
 
     Weights are fp32 and computed with in the precision of the settings. In fp32 engine and trainer share the model, in
-    bf16 the engine has a copy, which gets the weights in place. A step depends on settings and weights alone, so that a
-    resumed run has the bits of one that was never interrupted (on a CPU).
+    bf16 and fp8 the engine has a copy, which gets the weights in place. A step depends on settings and weights alone,
+    so that a resumed run has the bits of one that was never interrupted (on a CPU).
 
     Raises InputError for what cannot work, before anything is written.
     """
@@ -126,8 +127,10 @@ class Loop(Learner):
             if s.replay_routing and self.precision == torch.bfloat16:  # weights of forced experts have their own kernel
                 raise InputError("--replay-routing with --batch-invariant: trainer and engine choose alike without it")
             batch_invariant_(self.model, self.precision)
-        shared = self.precision == torch.float32
-        actor = self.model if shared else copy.deepcopy(self.model).to(self.precision)
+        actor = self.model
+        if self.precision != torch.float32:
+            actor = copy.deepcopy(self.model).to(self.precision)
+            quantize_for_inference_(actor)  # FP8 layers; `new_weights` fills them from the fp32 weights
         answers = s.prompts * s.samples
         room = min(self.model.config.max_positions, PROMPT + s.new_tokens)
         self.engine = Engine(

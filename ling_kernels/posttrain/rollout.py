@@ -13,6 +13,7 @@ from ..model import Ling
 from ..model.sample import Sampling
 from ..nn import BatchLayout
 from ..nn.batch_invariant import PinnedLinear, target_logp
+from ..nn.fp8_inference import weights_of
 from ..ops.linear_cross_entropy import linear_cross_entropy
 
 
@@ -81,8 +82,10 @@ class AnswerLogp(torch.nn.Module):
 
 
 def rounded_answer_logp(model: Ling, answers: Sequence[Answer], dtype: torch.dtype) -> Tensor:
-    """`answer_logp` with all weights rounded to dtype, as those of an engine in dtype; gradients go to the weights."""
-    rounded = {f"model.{name}": p.to(dtype) for name, p in model.named_parameters()}
+    """`answer_logp` with weights rounded to dtype, as those of an engine in dtype; gradients go to the weights. FP8
+    layers quantise theirs as they are, as `Engine.new_weights` does."""
+    fp8 = {id(getattr(*of)) for module in model.modules() for of in weights_of(module)}
+    rounded = {f"model.{name}": p.to(dtype) for name, p in model.named_parameters() if id(p) not in fp8}
     return functional_call(AnswerLogp(model), rounded, (answers,))
 
 

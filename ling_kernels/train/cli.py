@@ -331,6 +331,8 @@ def finish_run(trainer: Trainer, planner) -> None:
         print(f"adapter    {shown(folder / 'adapter')}, in peft's format")
     if merged:
         print(f"merged     {shown(folder / 'merged')}, {counted(len(trainer.merge.plan), 'step')}")
+    elif (folder / "merged").exists():
+        print(f"merged     not written: {shown(folder / 'merged')} is older than this model")
     if page := write_page(folder):
         print(f"report     {shown(page)}")
     for path in plots:

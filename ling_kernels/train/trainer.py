@@ -343,7 +343,8 @@ def accumulate_gradients(
     targets = (ranks.sum_(torch.tensor(here)) // ranks.sharing).tolist()  # ranks that share sequences count the same
     total = torch.zeros(4, device=device, dtype=torch.float64)
     if pipeline is not None:
-        losses = pipeline.step([MicroBatch.of(b, device) for b in batches], targets, settings.z_loss * micro / rows)
+        with shares.sums_in_backward():
+            losses = pipeline.step([MicroBatch.of(b, device) for b in batches], targets, settings.z_loss * micro / rows)
         if losses is not None:  # on the last stage's rank
             total += torch.tensor([losses[name] for name in ("loss", *LOSSES)], device=device)
         return ranks.sum_(total, stages=True)

@@ -111,7 +111,7 @@ def arguments() -> Parser:
     add(
         "--batch-invariant",
         action="store_true",
-        help="a text has the same bits whatever else runs: bf16 on a GPU, fp32 on a CPU, and slower",
+        help="a text has the same bits whatever else runs: in bf16, fp8 and on a CPU fp32, and slower",
     )
     add("--cache-tokens", type=int, metavar="N", help="capacity of the KV cache (default: the free memory)")
     add("--cache-host", type=float, metavar="GB", help="host memory for pages that leave the KV cache (default: none)")
@@ -148,9 +148,6 @@ def check(args: argparse.Namespace) -> None:
         if args.cache_host is None:
             raise InputError("--cache-disk needs --cache-host, the memory by which its pages come and go")
         usable_folder(args.cache_disk)
-    for name in ("adapter", "batch_invariant", "cache_host"):
-        if args.tp > 1 and getattr(args, name):
-            raise InputError(f"--{name.replace('_', '-')} is for a model on one GPU: leave out --tp")
     if (args.tls_cert is None) != (args.tls_key is None):
         raise InputError("--tls-cert and --tls-key need each other")
     for name in ("tls_cert", "tls_key"):
