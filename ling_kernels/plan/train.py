@@ -107,7 +107,8 @@ def table(plan: MemoryPlan, s: Settings, config: LingConfig, worst: int | None =
                 " fragments")  # fmt: skip
     kept, padded = plan.kept_bytes["activations"] + plan.kept_bytes[EXCHANGE], padding(s, config)
     more = f"; {format_bytes(padded)} of it pads column-wise copies" if padded else ""
-    rows.append(f"{'saved':<12}{format_bytes(kept):>10}  activations for the backward, where a forward has ended: not"
+    what = "activations" + " and exchange" * (plan.kept_bytes[EXCHANGE] > 0)
+    rows.append(f"{'saved':<12}{format_bytes(kept):>10}  {what} for the backward, where a forward has ended: not"
                 f" at the peak{more}")  # fmt: skip
     if worst is not None:
         rows.append(f"{'worst':<12}{format_bytes(worst):>10}  the peak if every token takes all the experts that it can"
