@@ -15,10 +15,9 @@ sys.path.insert(0, str(ROOT))
 
 from ling_kernels.gpu import HOPPER  # noqa: E402
 from ling_kernels.model import LingConfig  # noqa: E402
-from ling_kernels.parallel.layout import Layout  # noqa: E402
 from ling_kernels.parallel.pipeline_layout import PipelineLayout  # noqa: E402
 from ling_kernels.plan.cluster import ASSUMPTIONS, CLUSTERS, Software, cluster_units, plan_step, recipe  # noqa: E402
-from ling_kernels.plan.search import Problem, candidates, search  # noqa: E402
+from ling_kernels.plan.search import Gpus, Problem, candidates, search  # noqa: E402
 from ling_kernels.plan.simulate import Times  # noqa: E402
 from ling_kernels.plan.timeline import draw  # noqa: E402
 from ling_kernels.plan.units import Unit, predicted_units, transfer_seconds  # noqa: E402
@@ -52,7 +51,7 @@ class Case:
     about: str
     config: LingConfig
     settings: Settings
-    gpus: Layout
+    gpus: Gpus
     micro_batches: int
     even: str  # the layout to begin with
     ratios: bool = False  # whether the report's ratios of times are tried, too
@@ -73,7 +72,7 @@ CASES = {
     "mini": Case(
         "Ling-mini on 4 ranks",
         "20 layers, the first dense, and an MTP layer; bf16, nothing recomputed; 2 stages a rank; 32 micro batches.",
-        replace(LingConfig.mini(), num_nextn_predict_layers=1), settings("mini", "bf16", "none"), Layout(pp=4), 32,
+        replace(LingConfig.mini(), num_nextn_predict_layers=1), settings("mini", "bf16", "none"), Gpus(pp=4), 32,
         "Ettt|ttt|ttt|ttt|tt|tt|tt|ttmL",
     ),
     "figure 18": Case(
@@ -81,13 +80,13 @@ CASES = {
         "3 dense layers, 15 MoE layers and an MTP layer on 5 ranks with 4 stages each; layers as Ling-1T's, FP8, whole"
         " layers recomputed, ep 8; 40 micro batches, which the report does not give.",
         replace(ONE_T, num_hidden_layers=18, first_k_dense_replace=3), settings("1t", "fp8", "full"),
-        Layout(dp=8, ep=8, pp=5, zero=1), 40, "Et|(t|)*17|mL", ratios=True,
+        Gpus(dp=8, ep=8, pp=5), 40, "Et|(t|)*17|mL", ratios=True,
     ),
     "1t": Case(
         "Ling-1T on 21 ranks",
         "80 layers, 4 of them dense, and an MTP layer; 2 stages a rank; 2016 GPUs, ep 8 and dp 96; FP8, whole layers"
         " recomputed; a batch of 18144 rows, so 189 micro batches.",
-        ONE_T, settings("1t", "fp8", "full"), Layout(dp=96, ep=8, pp=21, zero=1), 189, "Et|t|(tt|)*39mL", ratios=True,
+        ONE_T, settings("1t", "fp8", "full"), Gpus(dp=96, ep=8, pp=21), 189, "Et|t|(tt|)*39mL", ratios=True,
     ),
 }  # fmt: skip
 

@@ -81,7 +81,7 @@ def test_even_layouts():
 
 def test_a_plan_of_the_same_flags(capsys, monkeypatch):
     assert main("--plan --dp 4 --ep 2 --batch 8 --seq-len 32 --steps 2".split()) == 0
-    assert "on the fullest of 4 GPUs: dp=4, ep=2, pp=1, zero=1" in capsys.readouterr().out
+    assert "processes     4: dp 4 x cp 1 x tp 1 x pp 1" in capsys.readouterr().out
     monkeypatch.setenv("RANK", "1")  # under torchrun rank 0 alone prints it
     assert main("--plan --model tiny --dp 4".split()) == 0
     assert capsys.readouterr() == ("", "")

@@ -15,8 +15,7 @@ from ling_kernels.errors import InputError
 from ling_kernels.generate.plan import main as old_plan_decode
 from ling_kernels.model import Ling, LingConfig
 from ling_kernels.plan.__main__ import main as plan_command
-from ling_kernels.plan.memory import RESERVE
-from ling_kernels.plan.train import plan_training
+from ling_kernels.plan.memory import RESERVE, plan_training
 from ling_kernels.train import checkpoint as ckpt
 from ling_kernels.train.__main__ import main
 from ling_kernels.train.optimizer import make_optimizer, to_masters
@@ -131,9 +130,9 @@ def test_the_preset_fits(capsys):
 def test_plan_of_train_is_an_alias(capsys):
     shown = []
     for command, argv in ((main, ["--plan"]), (plan_command, ["train"])):
-        assert command([*argv, "--model", "tiny", "--batch", "8", "--layout", "dp=2,zero=1"]) == 0
+        assert command([*argv, "--model", "tiny", "--batch", "8", "--dp", "2"]) == 0
         shown.append(capsys.readouterr().out)
-    assert shown[0] == shown[1] and "on the fullest of 2 GPUs" in shown[0]
+    assert shown[0] == shown[1] and "the fullest of 2" in shown[0]
     assert plan_command(["decode", "--model", "tiny", "--batch", "3"]) == 0
     step = capsys.readouterr().out
     assert old_plan_decode(["--model", "tiny", "--batch", "3"]) == 0

@@ -8,20 +8,18 @@ import pytest
 
 from ling_kernels.gpu import Gpu
 from ling_kernels.model import LingConfig
-from ling_kernels.parallel.layout import Layout
 from ling_kernels.parallel.pipeline_layout import PipelineLayout
 from ling_kernels.parallel.schedules import check, read_csv, schedule_order
 from ling_kernels.plan import pipeline
 from ling_kernels.plan.__main__ import main
 from ling_kernels.plan.greedy import greedy_order
-from ling_kernels.plan.memory import RESERVE
-from ling_kernels.plan.ranks import SINGLE_GPU
-from ling_kernels.plan.search import Problem, candidates, search
+from ling_kernels.plan.memory import RESERVE, plan_training
+from ling_kernels.plan.search import Gpus, Problem, candidates, search
 from ling_kernels.plan.simulate import Times, simulate
-from ling_kernels.plan.train import plan_training
-from ling_kernels.plan.train_time import micro_batch, total, unit
+from ling_kernels.plan.train_time import total, unit
 from ling_kernels.plan.units import Unit, letters, predicted_units, rank_parameters, stage_units
 from ling_kernels.train.settings import Settings
+from tests.test_plan_time import micro_batch
 
 GPU = Gpu("test", 1e9, 1e9, 1e12, 2e12, 1, 1e9)
 TINY = replace(LingConfig.tiny(), num_nextn_predict_layers=1)
@@ -32,7 +30,7 @@ def times_problem(times, pp, micro_batches, memory=1e30):
     """A model of t layers, whose units take these times."""
     units = {k: Unit(Times(*times.get(k, (0, 0, 0))), 0, 0, 1e6) for k in "EdtmL"}
     config = replace(TINY, num_hidden_layers=6, first_k_dense_replace=1)
-    return Problem(config, SETTINGS, units, Layout(pp=pp), micro_batches, 0.0, memory)
+    return Problem(config, SETTINGS, units, Gpus(pp=pp), micro_batches, 0.0, memory)
 
 
 def test_units_are_the_models_and_plan_trains():
@@ -41,10 +39,17 @@ def test_units_are_the_models_and_plan_trains():
     ((plain, experts),) = rank_parameters(layout, [0], stage_units(layout, TINY, units), TINY)
     assert plain + experts == TINY.num_parameters(mtp=True)
     (whole,) = stage_units(layout, TINY, units)
-    assert whole.times.total == pytest.approx(total(micro_batch(TINY, SETTINGS, SINGLE_GPU), GPU))
+    assert whole.times.total == pytest.approx(total(micro_batch(TINY, SETTINGS), GPU))
     assert units["L"].times.of("B") == 0 < units["L"].times.forward and units["E"].times.total == 0
     kept = plan_training(TINY, SETTINGS).kept_bytes
     assert whole.kept == pytest.approx(kept["activations"] + kept["loss"], rel=0.02)
+
+
+def test_received_rows_are_kept():
+    """With half of the experts a layer keeps the rows that it receives, in bf16, as it keeps its own with all."""
+    c, s = replace(TINY, num_nextn_predict_layers=0), replace(SETTINGS, mtp=0, master="bf16", optimizer="adamw8bit")
+    whole, half = (predicted_units(c, s, GPU, ep)["t"].kept for ep in (1, 2))
+    assert half == pytest.approx(whole, rel=0.02)
 
 
 def test_recomputed_mtp_layers():
@@ -140,7 +145,8 @@ def test_modules_for_torchtitan(tmp_path, capsys):
     ("--pp 0", "--pp 0: it must be at least 1"), ("", "the following arguments are required: --pp"),
     ("--pp 2 --tries 0", "--tries 0"), ("--pp 2 --memory 0", "--memory 0.0"),
     ("--pp 2 --dp 3", "not a multiple of --dp 3"),
-    ("--pp 2 --ep 3 --batch 12", "are not a multiple of ep 3"), ("--pp 2 --dp 4 --ep 8", "not a multiple of ep 8"),
+    ("--pp 2 --ep 3 --batch 12", "--ep 3 does not divide the 16 experts"),
+    ("--pp 2 --dp 4 --ep 8", "--ep 8 does not divide --dp 4"),
     ("--pp 2 --pipeline Et|L", "has 4 layers"), ("--pp 2 --pipeline Et|x", "'x' is none of"),
     ("--pp 2 --pipeline Et|t|ttmL --mtp 1", "3 stages on 2 ranks"), ("--pp 2 --schedule zb", "or a file"),
     ("--pp 2 --vpp 1 --pipeline Et|t|t|tmL --mtp 1", "4 stages are not --pp 2 x --vpp 1"),

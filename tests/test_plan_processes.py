@@ -13,12 +13,11 @@ import torch.distributed as dist
 from ling_kernels.model import Ling
 from ling_kernels.parallel.checkpoints import own_part, own_pieces
 from ling_kernels.parallel.fake_group import fake_processes
-from ling_kernels.parallel.shares import Shares
 from ling_kernels.plan.__main__ import main
 from ling_kernels.plan.processes import Held, held_by_processes
-from ling_kernels.train.building import make_pipeline
+from ling_kernels.train.building import divide
 from ling_kernels.train.checkpoint import optimizer_tensors
-from ling_kernels.train.optimizer import OF_WHOLE, make_optimizer, to_masters
+from ling_kernels.train.optimizer import make_optimizer, to_masters
 from ling_kernels.train.prepare.checks_parallel import mesh_of
 from ling_kernels.train.running_merge import RunningMerge
 from ling_kernels.train.settings import Settings
@@ -54,8 +53,7 @@ def holds(s: Settings, plan: list[Held], rank, group):
     ranks, model = ranks_of(group).arranged(**mesh_of(s)), Ling(CONFIG)
     model.init_weights()
     to_masters(model, s.master)
-    make = partial(make_pipeline, model, s, ranks, torch.float32, torch.device("cpu"))
-    shares = Shares(model, ranks, make if s.pp > 1 else None, whole=s.optimizer in OF_WHOLE)
+    shares = divide(model, s, ranks, torch.float32, torch.device("cpu"))
     optimizer = make_optimizer(shares.stepped, s.optimizer, s.lr, s.weight_decay)
     parameters = [*model.parameters()]
     for p in parameters:
@@ -101,7 +99,6 @@ def test_the_command_prints_what_the_docs_show(capsys):
     ("--pipeline Et|tL", "--pipeline Et|tL needs --pp"),
     ("--exchange fp8", "--exchange fp8 needs --ep"),
     ("--mtp 0 --recompute-mtp", "--recompute-mtp: tiny has no MTP layers"),
-    ("--layout dp=2 --pp 2 --vocab-parallel 2", "--layout dp=2 takes the place of --vocab-parallel 2, --pp 2: give"),
 ])  # fmt: skip
 def test_bad_input_is_one_line(flags, message, capsys):
     assert main(["train", "--batch", "8", "--micro-batch", "1", *flags.split()]) == 2

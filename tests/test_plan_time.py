@@ -8,14 +8,14 @@ import pytest
 
 from ling_kernels.gpu import Gpu
 from ling_kernels.model import Ling, LingConfig
-from ling_kernels.parallel.layout import Layout
 from ling_kernels.plan import train as plan
 from ling_kernels.plan import train_time as time
 from ling_kernels.plan.__main__ import main
 from ling_kernels.plan.memory import RESERVE
-from ling_kernels.plan.ranks import SINGLE_GPU, Rank
+from ling_kernels.plan.step_time import gradient_seconds, moe_layers, step_seconds, timeline_of
 from ling_kernels.plan.train import span, verdict
-from ling_kernels.plan.train_time import Work, layer, micro_batch, once, product, step_seconds, transfers
+from ling_kernels.plan.train_time import Work, exchange_seconds, layer, once, product, total, unit
+from ling_kernels.plan.units import transfer_seconds, unit_times
 from ling_kernels.train.optimizer import make_optimizer, to_masters
 from ling_kernels.train.prepare.sizes import checkpoint_bytes, checkpoints_at_once, disk_bytes
 from ling_kernels.train.settings import Settings
@@ -26,6 +26,14 @@ TINY = replace(LingConfig.tiny(), num_nextn_predict_layers=0)
 
 def flops(works) -> float:
     return sum(w.flops for w in works)
+
+
+def micro_batch(c, s) -> list[Work]:
+    """What a micro batch does on one GPU."""
+    dense, mtp = c.first_k_dense_replace, c.num_nextn_predict_layers
+    numbers = dict(d=dense, t=c.num_hidden_layers - dense, m=mtp, L=1 + mtp)
+    passes = [p for kind, n in numbers.items() for p in [unit(c, s, kind, c.num_experts)] * n]
+    return [w for p in passes for w in (*p.forward, *p.backward)]
 
 
 def test_a_product_by_hand():
@@ -53,7 +61,7 @@ def test_flops_of_a_micro_batch_are_the_models(mtp):
     more for each of its forward's, as it computes scores again."""
     config = replace(TINY, num_nextn_predict_layers=mtp)
     s = replace(Settings(), batch=4, micro_batch=2, seq_len=32)
-    works = micro_batch(config, s, SINGLE_GPU)
+    works = micro_batch(config, s)
     attention = sum(w.flops for w in works if w.name == "attention backward")
     layers, H = config.num_hidden_layers + mtp, config.hidden_size
     norms = layers * (2 * H + 2 * config.head_dim) + H + 3 * mtp * H
@@ -85,28 +93,35 @@ def test_a_step_by_hand():
     (optimizer,) = once(Settings(), {"optimizer": 80, "FP8 weights": 0})
     assert optimizer.bytes == 10 * (4 + 4 + 4 + 8 + 8)
     s = replace(Settings(), batch=4, micro_batch=2, seq_len=32)
-    one = sum(w.seconds(GPU) for w in micro_batch(TINY, s, SINGLE_GPU))
+    one = total(micro_batch(TINY, s), GPU)
     peak = {"optimizer": 80, "FP8 weights": 0, "weights": 40}
-    assert step_seconds(TINY, s, SINGLE_GPU, peak, GPU) == pytest.approx(2 * one + optimizer.seconds(GPU))
-    piped = step_seconds(Layout(pp=2).part(TINY, 0), s, Rank(Layout(pp=2), 0), peak, GPU)
-    stage = sum(w.seconds(GPU) for w in micro_batch(Layout(pp=2).part(TINY, 0), s, Rank(Layout(pp=2), 0)))
-    assert piped == pytest.approx(3 * stage + optimizer.seconds(GPU)) and stage < one  # 2 + 1 turns; no head
+    step = step_seconds(TINY, s, timeline_of(TINY, s, GPU), [peak], GPU)
+    assert step == pytest.approx(2 * one + optimizer.seconds(GPU))
 
 
-def test_transfers_by_hand():
+def test_a_pipeline_by_hand():
+    """A dense layer and one with experts; two with experts, and the head, which take longer. The first waits for the
+    second's two micro batches, whose inputs and gradients travel once in its sight."""
+    s = replace(Settings(), batch=4, micro_batch=2, seq_len=32, pp=2, pipeline="Ett|ttL")
+    d, t, L = (unit_times(TINY, s, kind, GPU, 1) for kind in "dtL")
+    first, last, travel = d + t, t + t + L, transfer_seconds(TINY, s, near=True)
+    timeline = timeline_of(TINY, s, GPU)
+    assert first.of("F") < last.total and first.of("B") < last.total
+    assert timeline.seconds == pytest.approx(first.total + 2 * last.total + 2 * travel)
+    assert timeline.bubble(0) == pytest.approx(1 - 2 * first.total / timeline.seconds)
+    assert moe_layers(TINY, s, timeline) == [1, 2]
+
+
+def test_messages_by_hand():
     """4 GPUs share 16 experts: 3 of 4 rows leave, of 3 MoE layers, 4 times; gradients of all but the experts are
     summed."""
-    s = replace(Settings(), batch=2, seq_len=16)
-    assert transfers(TINY, s, SINGLE_GPU, {"weights": 10**9}) == (0, 0)
-    rank = Rank(Layout(dp=4, ep=4))
+    s = replace(Settings(), batch=2, micro_batch=2, seq_len=16, dp=4, ep=4)
+    assert exchange_seconds(TINY, s, 1) == (0, 0) and gradient_seconds(TINY, replace(s, dp=1, ep=1), 3, 10**9) == 0
     experts = 3 * 4 * 3 * TINY.moe_intermediate_size * TINY.hidden_size * 4
-    exchange, at_end = transfers(TINY, s, rank, {"weights": experts + 1000})
-    assert exchange == pytest.approx(4 * 2 * 4 * 32 * 128 * 3 * 0.75 / 450e9)
-    assert at_end == pytest.approx(2 * 1000 * 0.75 / 450e9)
-    _, far = transfers(TINY, s, Rank(Layout(dp=16, ep=4)), {"weights": experts + 1000})
+    assert 3 * sum(exchange_seconds(TINY, s, 4)) == pytest.approx(4 * 2 * 4 * 32 * 128 * 3 * 0.75 / 450e9)
+    assert gradient_seconds(TINY, s, 3, experts + 1000) == pytest.approx(2 * 1000 * 0.75 / 450e9)
+    far = gradient_seconds(TINY, replace(s, dp=16), 3, experts + 1000)
     assert far == pytest.approx(2 * (1000 * 15 / 16 + experts * 3 / 4) / 50e9)
-    each, end = transfers(TINY, s, Rank(Layout(dp=4, ep=4, zero=3)), {"weights": experts + 250})
-    assert end == 0 and each == pytest.approx(exchange + 3 * 1000 * 0.75 / 450e9)
 
 
 def test_shares_are_those_of_the_machine_code():
@@ -198,9 +213,9 @@ def one_line_plan(argv, capsys) -> str:
 
 def test_uneven_experts_in_the_printed_verdict(capsys):
     argv = "train --model mini --mtp 0 --precision bf16 --master bf16 --optimizer adamw8bit --batch 64 --seq-len 4096"
-    assert main([*argv.split(), "--micro-batch", "2", "--layout", "dp=8,ep=8,pp=1"]) == 0
+    assert main([*argv.split(), "--micro-batch", "2", "--dp", "8", "--ep", "8"]) == 0
     out = capsys.readouterr().out
     even, worst = (float(re.search(rf"^{n} +([\d.]+) GB", out, re.M)[1]) for n in ("peak", "worst"))
     assert worst > even and "H100 (80 GB) with even experts only, H200 (141 GB) yes" in out
-    assert "batch         262,144 tokens a step: 64 rows of 4,096, 8 for each of 8 data parallel GPUs, 2 in a" in out
+    assert "262,144 tokens a step: 64 rows of 4,096, 8 for each of 8 data parallel processes, 2 in a" in out
     assert "450 GB/s within 8 GPUs" in " ".join(out.split())

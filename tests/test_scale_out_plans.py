@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from ling_kernels.model import LingConfig
-from ling_kernels.parallel.layout import Layout
 from ling_kernels.parallel.pipeline_layout import PipelineLayout
 from ling_kernels.plan.cluster import CLUSTERS, NETWORK, Software, cluster_units, plan_step, recipe
 from ling_kernels.plan.decode_time import EFFICIENCY
+from ling_kernels.plan.search import Gpus
 from ling_kernels.plan.train_time import LINKS, exchange_seconds
 from ling_kernels.plan.units import predicted_units
 
@@ -76,7 +76,7 @@ def test_what_a_rung_changes():
 
 def test_a_step_of_a_cluster_by_hand():
     """dp 4, ep 2, one rank: its pipeline is its micro batches one after another; sums and optimizer are added."""
-    cluster, gpus, layout = CLUSTERS[1], Layout(dp=4, ep=2, pp=1, zero=1), PipelineLayout.parse("EttttmL")
+    cluster, gpus, layout = CLUSTERS[1], Gpus(dp=4, ep=2), PipelineLayout.parse("EttttmL")
     units = predicted_units(TINY, S, cluster.gpu, 2)
     step = plan_step(TINY, S, cluster, gpus, layout, "1F1B", units=units)
     each = cluster_units(TINY, S, cluster, 2, Software(), units)

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from ling_kernels.model import Ling
-from ling_kernels.plan.train import plan_training
+from ling_kernels.plan.memory import plan_training
 from ling_kernels.train.__main__ import main
 from ling_kernels.train.optimizer import StepInBackward, make_optimizer, to_masters
 from ling_kernels.train.settings import Settings
@@ -133,8 +133,8 @@ def test_contradicting_flags(flags, says, capsys, tmp_path):
     argv = ["--step-in-backward", "--out", str(tmp_path / "run"), *flags.split()]
     assert says in one_line_error(argv, capsys) and not (tmp_path / "run").exists()
     if "micro" in says:
-        error = one_line_error(["--plan", "--step-in-backward", "--clip", "0", "--layout", "dp=2"], capsys)
-        assert "for one GPU" in error
+        error = one_line_error(["--plan", "--step-in-backward", "--clip", "0", "--dp", "2", "--batch", "8"], capsys)
+        assert "for one process" in error
 
 
 def test_muon_keeps_its_master(tmp_path, whole, text, capsys):

@@ -6,6 +6,8 @@ from torch import Tensor
 
 from .turns import turns
 
+Sizes = tuple[list[int], list[int]]  # rows sent to, and received from, each rank
+
 # Its name since torch 2.13, which warns of the old one.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -81,6 +83,27 @@ def all_to_all(out: Tensor, rows: Tensor, from_: list[int], to: list[int], group
     under_way = dist.all_to_all_single(out, rows, from_, to, group=group, async_op=True)
     both.hand_over()
     under_way.wait()
+
+
+def exchanged(counts: Tensor, rows: int, group: dist.ProcessGroup) -> tuple[Tensor, Sizes]:
+    """counts [n, m] of this rank's rows for each of n ranks, at most `rows` in all -> those of each rank's rows for
+    this one, and the sums of both, for which the host waits.
+
+    Over a fake group there is nothing to count: `rows` are shared out evenly, and as many come.
+    """
+    theirs = torch.empty_like(counts)
+    dist.all_to_all_single(theirs, counts, group=group)
+    if is_fake(group):
+        n = len(counts)
+        even = [(r + 1) * rows // n - r * rows // n for r in range(n)]
+        return theirs, (even, even)
+    to, from_ = torch.stack([counts.sum(1), theirs.sum(1)]).tolist()
+    return theirs, (to, from_)
+
+
+def is_fake(group: dist.ProcessGroup | None = None) -> bool:
+    """Whether the processes of a group, or of all, are those of a plan, which is one (fake_group.py)."""
+    return dist.get_backend(group) == "fake"
 
 
 def most_rows(rows: int, device: torch.device, group: dist.ProcessGroup) -> int:

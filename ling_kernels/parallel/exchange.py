@@ -19,10 +19,9 @@ from ..ops.dispatch import Plan, counts_here, dispatch
 from ..ops.permute import permute, permute_quantize
 from ..ops.quantize import BLOCK
 from ..ops.unpermute import unpermute
-from .collectives import Send
+from .collectives import Send, Sizes, exchanged
 
 EXCHANGES = ("bf16", "fp8")  # how rows travel to their experts: as they are, or in FP8
-Sizes = tuple[list[int], list[int]]  # rows sent to, and received from, each rank
 
 
 class ReceivedPlan(Plan):
@@ -77,10 +76,14 @@ class AllToAll:
 
         Rows arrive by rank, and by expert within a rank.
         """
-        theirs, sizes = exchanged(counts.view(self.ep, -1), self.group)
+        theirs, sizes = self.exchanged(experts, counts)
         owner = torch.arange(theirs.shape[1], dtype=torch.int32, device=counts.device).repeat(self.ep)
         owners = owner.repeat_interleave(theirs.flatten(), output_size=sum(sizes[1]))
         return owners[:, None], theirs.sum(0).int(), sizes
+
+    def exchanged(self, experts: Tensor, counts: Tensor) -> tuple[Tensor, Sizes]:
+        """How many rows each expert here gets from each rank, [ep, E / ep], and rows to and from each rank."""
+        return exchanged(counts.view(self.ep, -1), experts.numel(), self.group)
 
 
 class ByNodes:
@@ -107,7 +110,7 @@ class ByNodes:
         every = torch.arange(self.nodes, dtype=torch.int32, device=x.device)
         crosses = (node[:, :, None] == every).any(1)  # [T, nodes]
         crossing = dispatch(torch.where(crosses, every, -1), crosses.sum(0, dtype=torch.int32))
-        _, sizes = exchanged(crosses.sum(0, dtype=torch.int32)[:, None], self.between)
+        _, sizes = exchanged(crosses.sum(0, dtype=torch.int32)[:, None], crosses.numel(), self.between)
         source = crossing.source[: sum(sizes[0])].long()
         token, to = source // self.nodes, source[:, None] % self.nodes
         chosen = node[token] == to  # which choices of a row are on the node to which it goes
@@ -166,14 +169,6 @@ def takes_fp8_rows(experts: nn.Module) -> bool:
     if fp8 is not None and not fp8.pow2:
         raise InputError("rows can travel in FP8 to FP8 experts with scales that are powers of two (pow2) alone")
     return fp8 is not None
-
-
-def exchanged(counts: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Sizes]:
-    """counts [ep, n] of this rank's rows for each rank -> those of each rank's rows for this one, and their sums."""
-    theirs = torch.empty_like(counts)
-    dist.all_to_all_single(theirs, counts, group=group)
-    to, from_ = torch.stack([counts.sum(1), theirs.sum(1)]).tolist()
-    return theirs, (to, from_)
 
 
 def with_unrouted(rows: Tensor, plan: Plan) -> Tensor:

@@ -209,17 +209,18 @@ class Pipeline:
         """Sizes are given: else the runtime finds them by a forward on memory of any values, which counts tokens."""
         from torch.distributed.pipelining import PipelineStage
 
-        def sent(s: int) -> tuple[Tensor, ...]:
-            hidden = (T, self.model.config.hidden_size)
-            states = [torch.empty(hidden, dtype=self.residual) for _ in range(self.layout.hidden_states(s))]
-            return tuple(t.requires_grad_() for t in (*states, torch.empty(3)))
-
         last = len(self.ranks) - 1
         with torch.device("meta"):
-            inputs = sent(s - 1) if s else (torch.empty(1, dtype=torch.int64),)
-            outputs = sent(s) if s < last else (torch.empty(1, requires_grad=True),)
+            inputs = leaves(self.buffers(s - 1, T)) if s else (torch.empty(1, dtype=torch.int64),)
+            outputs = leaves(self.buffers(s, T)) if s < last else (torch.empty(1, requires_grad=True),)
         builder = self.take_later if self.split else None
         return PipelineStage(stage, s, last + 1, device, inputs, outputs, group=self.group, dw_builder=builder)
+
+    def buffers(self, s: int, T: int, device: torch.device | None = None) -> tuple[Tensor, ...]:
+        """Memory for what stage s sends to the next one of a micro batch with T rows here, or for its gradients."""
+        hidden, number = (T, self.model.config.hidden_size), self.layout.hidden_states(s)
+        states = [torch.empty(hidden, dtype=self.residual, device=device) for _ in range(number)]
+        return (*states, torch.empty(3, device=device))
 
     def stages_here(self) -> str:
         """The units of this rank's stages."""
@@ -342,10 +343,7 @@ class Pipeline:
 
     def received(self, s: int, T: int) -> tuple[Tensor, ...]:
         """What stage s gets from the one before, on another rank."""
-        hidden = (T, self.model.config.hidden_size)
-        like = dict(device=self.device)
-        states = [torch.empty(hidden, dtype=self.residual, **like) for _ in range(self.layout.hidden_states(s - 1))]
-        tensors = (*states, torch.empty(3, **like))
+        tensors = self.buffers(s - 1, T, self.device)
         for t in tensors:
             dist.recv(t, group=self.group, group_src=self.ranks[s - 1])
         return tensors
@@ -359,6 +357,11 @@ def rows_here(model: Ling, rows: Sequence[int]) -> int:
     """How many rows of a micro batch this rank computes: fewer than all where ranks share them."""
     batch = model.pack(torch.zeros(rows, dtype=torch.int64), None, torch.tensor([0, rows[0] * rows[1]]).int())
     return len(batch.here(batch.positions))
+
+
+def leaves(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """They require gradients, as what a stage receives does."""
+    return tuple(t.requires_grad_() for t in tensors)
 
 
 def loss_of(output: Tensor, target: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import InputError, OtherRank, counted
+from .collectives import is_fake
 
 T = TypeVar("T")
 # Outside a step ranks wait for rank 0 to tokenise or to write a checkpoint, however long that takes. One that dies
@@ -141,7 +142,7 @@ class Ranks:
             twins = [ranks[i::number] for ranks in by_copy for i in range(number)]
             return Division(number, self.rank % n % number, mine(neighbours(number)), mine(twins))
 
-        on_hosts = "fake" if dist.get_backend() == "fake" else "gloo"  # fake: processes of a plan, which is one
+        on_hosts = "fake" if is_fake() else "gloo"
         nodes = None
         if by_nodes:
             crossing = [ranks[i::local] for ranks in neighbours(ep) for i in range(local)]

@@ -19,7 +19,7 @@ from ..nn.linear import LossLinear
 from ..op import autocast, expect, first_derivative_only, upcast, use_reference, values_on_host
 from ..ops.cross_entropy import cross_entropy_bwd, cross_entropy_fwd, expect_targets
 from ..ops.linear_cross_entropy import Products, chunks
-from .collectives import Gather, Send, gather, most_rows, scatter_sum
+from .collectives import Gather, Send, exchanged, gather, most_rows, scatter_sum
 
 
 class VocabularyEmbedding(nn.Module):
@@ -37,10 +37,8 @@ class VocabularyEmbedding(nn.Module):
             expect(len(wrong) == 0, f"ids in 0..{n * V - 1}", wrong[:4].tolist())
         owner = ids.flatten().long() // V
         order = owner.argsort(stable=True)
-        to = torch.bincount(owner, minlength=n)
-        from_ = torch.empty_like(to)
-        dist.all_to_all_single(from_, to, group=self.group)
-        to, from_ = torch.stack([to, from_]).tolist()
+        counts = (owner[:, None] == torch.arange(n, device=ids.device)).sum(0)
+        _, (to, from_) = exchanged(counts[:, None], ids.numel(), self.group)
         wanted = Send.apply(ids.flatten()[order], to, from_, self.group)
         rows = nn.functional.embedding(wanted - dist.get_rank(self.group) * V, self.weight)
         rows = Send.apply(rows, from_, to, self.group)

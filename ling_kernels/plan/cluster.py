@@ -10,11 +10,10 @@ from typing import NamedTuple
 
 from ..gpu import HOPPER, Gpu, find_gpu
 from ..model import LingConfig
-from ..parallel.layout import Layout
 from ..parallel.pipeline_layout import PipelineLayout
 from ..train.settings import Settings
 from .decode_time import EFFICIENCY
-from .search import Problem, Result
+from .search import Gpus, Problem, Result
 from .train_time import BF16_SHARE, LAUNCH, LINKS, Work, exchange_seconds, unit
 from .units import Unit, predicted_units, stage_units, times_of, transfer_seconds
 
@@ -92,7 +91,7 @@ def cluster_units(
 
 
 def plan_step(
-    c: LingConfig, s: Settings, cluster: Cluster, gpus: Layout, layout: PipelineLayout, schedule: str,
+    c: LingConfig, s: Settings, cluster: Cluster, gpus: Gpus, layout: PipelineLayout, schedule: str,
     software: Software = Software(), units: dict[str, Unit] | None = None,
 ) -> Step:  # fmt: skip
     """A step of s.batch rows on gpus.dp x gpus.pp GPUs, of which each 8 are a node. units: predicted_units for this

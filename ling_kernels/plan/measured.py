@@ -37,8 +37,8 @@ from .simulate import Times
 
 WARM_UP, REPEATS = 2, 5
 PARTS = ("forward", "input_gradient", "weight_gradient")
-NOT_UNITS = ("dp", "pp", "pipeline", "schedule", "cp", "tp", "vocab_parallel", "exchange", "exchange_by_nodes",
-             "dist_timeout")  # fmt: skip
+NOT_UNITS = ("dp", "dp_replicate", "pp", "pipeline", "schedule", "cp", "tp", "vocab_parallel", "exchange",
+             "exchange_by_nodes", "dist_timeout")  # fmt: skip
 # What changes no unit's time: the number of layers, and fields without arithmetic.
 ANY_VALUE = ("num_hidden_layers", "first_k_dense_replace", "num_nextn_predict_layers", "mtp_loss_scaling_factor",
              "rms_norm_eps", "rope_theta", "rope_scaling", "max_position_embeddings", "initializer_range",

@@ -17,7 +17,6 @@ from ..errors import InputError, counted
 from ..files import check_output, format_bytes
 from ..gpu import HOPPER, VARIANTS, find_gpu
 from ..model import LingConfig
-from ..parallel.layout import Layout
 from ..parallel.pipeline_layout import PipelineLayout
 from ..parallel.schedules import read_csv, write_csv
 from ..train.flags import add_flags
@@ -25,7 +24,7 @@ from ..train.prepare.models import model_config
 from ..train.scaling import with_defaults
 from ..train.settings import settings_of
 from .measured import read_units
-from .search import CHOICES, TRIES, Problem, Result, candidates, ranked, search
+from .search import CHOICES, TRIES, Gpus, Problem, Result, candidates, ranked, search
 from .timeline import draw, find_matplotlib
 from .train import span
 from .train_time import NODE
@@ -76,7 +75,6 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--vpp", type=int, metavar="N", help="stages of each rank (default: 1 and 2 are tried)")
     found.add_argument("--dp", type=int, metavar="N", help="data-parallel GPUs, which share --batch (default: --ep)")
     found.add_argument("--ep", type=int, default=1, metavar="N", help="of them, GPUs that share experts (default: 1)")
-    found.add_argument("--zero", type=int, default=0, choices=(0, 1), help="1: the optimizer's state is shared out")
     found.add_argument("--pipeline", metavar="LAYOUT", help="a layout such as Et|tt|tmL (default: a search)")
     found.add_argument("--schedule", metavar="NAME|FILE", help=f"{', '.join(CHOICES)}, or a CSV (default: the best)")
     found.add_argument("--gpu", default="H200", choices=GPUS, help="(default: H200)")
@@ -105,9 +103,9 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
-OWN = ("pp", "vpp", "dp", "ep", "zero", "pipeline", "schedule", "gpu", "memory", "profile_units", "losses_together",
+OWN = ("pp", "vpp", "dp", "ep", "pipeline", "schedule", "gpu", "memory", "profile_units", "losses_together",
        "overlap", "tries", "csv", "modules", "png")  # fmt: skip
-NOT_PLANNED = ("cp", "tp", "vocab_parallel", "exchange", "exchange_by_nodes", "dist_timeout")
+NOT_PLANNED = ("dp_replicate", "cp", "tp", "vocab_parallel", "exchange", "exchange_by_nodes", "dist_timeout")
 
 
 def make_problem(flags: dict, options: argparse.Namespace) -> Problem:
@@ -120,11 +118,14 @@ def make_problem(flags: dict, options: argparse.Namespace) -> Problem:
     settings = settings_of(flags)
     config, weights = model_config(settings)
     settings, _ = with_defaults(settings, config, trained=weights is not None)
-    gpus = Layout(options.dp or options.ep, options.ep, options.pp, options.zero)
+    gpus = Gpus(options.dp or options.ep, options.ep, options.pp)
     micro = settings.micro_batch or 1
     if settings.batch % (gpus.dp * micro):
         raise InputError(f"--batch {settings.batch} is not a multiple of --dp {gpus.dp} x --micro-batch {micro}")
-    Layout(gpus.dp, gpus.ep).check(config, settings.model)
+    if gpus.dp % gpus.ep:
+        raise InputError(f"--ep {gpus.ep} does not divide --dp {gpus.dp}: GPUs that share experts take different rows")
+    if config.num_experts % gpus.ep:
+        raise InputError(f"--ep {gpus.ep} does not divide the {config.num_experts} experts of {settings.model}")
     gpu, number = GPUS[options.gpu], settings.batch // (gpus.dp * micro)
     if 6 * options.pp * (options.vpp or 2) * number > MOST_ACTIONS:
         raise InputError(f"--batch {settings.batch} on --dp {gpus.dp} is {number} micro batches, too many to simulate")

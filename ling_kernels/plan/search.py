@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 from ..errors import InputError
 from ..model import LingConfig
-from ..parallel.layout import Layout
 from ..parallel.pipeline_layout import PipelineLayout
 from ..parallel.schedules import ONE_STAGE, SCHEDULES, V_SHAPED, Order, check, placement, schedule_order
 from ..train.settings import Settings
@@ -25,6 +24,15 @@ SEARCH_ROUNDS = 3  # a layout is searched with this many micro batches a rank
 
 
 known_order = lru_cache(schedule_order)  # torch takes long to make one
+
+
+class Gpus(NamedTuple):
+    """dp data-parallel GPUs of each of pp ranks; groups of ep of them share the experts, and all the optimizer's
+    state."""
+
+    dp: int = 1
+    ep: int = 1
+    pp: int = 1
 
 
 class Usage(NamedTuple):
@@ -61,7 +69,7 @@ class Problem:
     config: LingConfig
     settings: Settings
     units: dict[str, Unit]
-    gpus: Layout  # dp, ep and zero; pp is the number of ranks, whatever the layout's stages
+    gpus: Gpus
     micro_batches: int
     transfer: float
     memory: float = math.inf  # bytes of a GPU
@@ -102,14 +110,13 @@ class Problem:
         ]
 
     def state(self, plain: int, experts: int) -> float:
-        """Bytes of weights, gradients and optimizer; with zero=1 its state is shared out over the dp GPUs."""
+        """Bytes of weights, gradients and optimizer, whose state is shared out over the dp GPUs."""
         s, gpus = self.settings, self.gpus
         master = 4 if s.master == "fp32" else 2
         moments = dict(adamw=8, adamw8bit=2, muon=master)[s.optimizer]
         copies = s.precision == "fp8" and s.fp8_weights == "kept"
         each = 2 * master + copies
-        shares = (gpus.dp, gpus.dp // gpus.ep) if gpus.zero else (1, 1)
-        return (each + moments / shares[0]) * plain + (each + moments / shares[1]) * experts
+        return (each + moments / gpus.dp) * plain + (each + moments / (gpus.dp // gpus.ep)) * experts
 
     def layout(self, cuts: Sequence[int]) -> PipelineLayout:
         """The stages between cuts of the units."""

@@ -1,15 +1,12 @@
 """python -m ling_kernels.plan train: memory, time and disk that a training run takes, predicted without a GPU.
 
-Takes the flags of `python -m ling_kernels.train`, whose --plan is an alias. With --dp, --ep and --pp, or --layout, it
-plans one GPU of many, the one that holds most. docs/training.md explains the tables.
+Takes the flags of `python -m ling_kernels.train`, whose --plan is an alias. Of several processes it plans the one that
+holds most. docs/training.md explains the tables.
 """
 
 import math
 import textwrap
 from collections.abc import Sequence
-from dataclasses import replace
-
-from torch._subclasses import FakeTensorMode
 
 from ..commands import Parser, command
 from ..errors import InputError
@@ -18,22 +15,17 @@ from ..gpu import HOPPER
 from ..model import LingConfig
 from ..nn.fp8 import FP8_ROWS
 from ..ops.quantize import BLOCK, padded_slots
-from ..parallel.layout import Layout
-from ..parallel.ranks import Ranks
-from ..train.flags import add_flags, add_layout_flag
-from ..train.optimizer import to_masters
+from ..train.flags import add_flags
 from ..train.prepare.checks import check
-from ..train.prepare.checks_parallel import check_parallel
 from ..train.prepare.models import model_config
 from ..train.prepare.sizes import checkpoint_bytes, checkpoints_at_once, disk_bytes
 from ..train.scaling import with_defaults
 from ..train.settings import Settings, settings_of
-from ..train.trainer import apply_fp8_and_recompute
 from .decode_time import EFFICIENCY
-from .memory import KINDS, LAYOUT_KINDS, RESERVE, MemoryPlan, plan_memory
-from .processes import held_by_processes, process_lines, processes_of
-from .ranks import SINGLE_GPU, Rank
-from .train_time import BF16_SHARE, LAUNCH, step_seconds
+from .memory import EXCHANGE, KINDS, RESERVE, MemoryPlan, plan_training
+from .processes import Held, held_by_processes, processes_of
+from .step_time import UNTIMED, step_seconds, timeline_of
+from .train_time import BF16_SHARE, LAUNCH
 
 FP8_WEIGHTS = dict(kept="quantised once a step, then kept",
                    each_forward="quantised in each forward, until its backward")  # fmt: skip
@@ -44,145 +36,95 @@ FP8_BYTES = 1 + 4 / BLOCK  # of an element: its code, and its share of an fp32 s
 def main(argv: Sequence[str] | None = None) -> int:
     about = __doc__.partition(": ")[2].split("\n\n")[0]
     parser = Parser("python -m ling_kernels.plan train", usage="%(prog)s [flags]", description=about)
-    add_layout_flag(parser)
     parser.add_argument(
         "--gpu-hour", type=float, metavar="PRICE", help="price of an hour of one GPU, for a line of costs"
     )
     add_flags(parser)
     options = vars(parser.parse_args(argv))
-    return show(options, options.pop("layout"), options.pop("gpu_hour"))
+    return show(options, options.pop("gpu_hour"))
 
 
-def show(options: dict, layout: str | None, gpu_hour: float | None = None) -> int:
-    """Print the plan of a new run. options: the flags given, by setting; layout: the value of --layout; gpu_hour: the
-    price of an hour of one GPU."""
+def show(options: dict, gpu_hour: float | None = None) -> int:
+    """Print the plan of a new run. options: the flags given, by setting; gpu_hour: the price of an hour of one GPU."""
     if gpu_hour is not None and not 0 < gpu_hour < math.inf:
         raise InputError(f"--gpu-hour {gpu_hour}: a price is more than 0")
-    settings = settings_of(options)
-    given, layout = layout, layout_of(settings) if layout is None else Layout.parse(layout)
-    if settings.lora_rank:
-        raise InputError(f"a plan does not know adapters: leave --lora-rank {settings.lora_rank} out")
-    config, weights = model_config(settings)
-    settings, _ = with_defaults(settings, config, trained=weights is not None)
-    check(settings, config)
-    check_division(given, settings, config)
-    host = checkpoint_bytes(config, settings) // (layout.dp * layout.pp)
-    if given is None and processes_of(settings) > 1:
-        held = held_by_processes(config, settings)
-        host = max(h.written for h in held)
-        print(f"Processes of {settings.model}, {config.num_parameters(mtp=True):,} parameters")
-        print(*process_lines(held, settings), "", sep="\n")
-        if (
-            settings.cp * settings.tp * settings.vocab_parallel * settings.dp_replicate > 1
-            or settings.pipeline
-            or config.num_hidden_layers % layout.pp
-        ):
-            print("Time, and memory of activations, are predicted for layers in equal numbers, whole rows, a whole"
-                  " vocabulary and one copy\nof the state alone; python -m ling_kernels.plan pipeline predicts them for"
-                  " any stages.")  # fmt: skip
-            print(*storage_lines(config, settings, False, host), sep="\n")
-            return 0
-    settings, one_gpu = rank_settings(layout, settings, config), layout == Layout()
-    where = "on one GPU" if one_gpu else f"on the fullest of {layout.dp * layout.pp} GPUs: {layout}"
-    print(f"Memory of a step: {settings.model}, {config.num_parameters(mtp=True):,} parameters, {where}")
-    print(batch_line(settings, layout))
-    plans = {stage: plan_training(config, settings, Rank(layout, stage)) for stage in layout.distinct_stages(config)}
-    stage = max(plans, key=lambda stage: plans[stage].peak)
-    part, rank = layout.part(config, stage), Rank(layout, stage)
-    worst = plan_training(config, settings, replace(rank, worst_load=True)).peak if layout.ep > 1 else None
-    print(*table(plans[stage], settings, part, rank, worst), sep="\n")
-    if not one_gpu:
-        print(*layout_lines(settings, layout, stage, plans), sep="\n")
-    print(*time_lines(config, settings, layout, plans, worst, gpu_hour), sep="\n")
-    print(*storage_lines(config, settings, one_gpu, host), sep="\n")
+    s = settings_of(options)
+    if s.lora_rank:
+        raise InputError(f"a plan does not know adapters: leave --lora-rank {s.lora_rank} out")
+    config, weights = model_config(s)
+    s, _ = with_defaults(s, config, trained=weights is not None)
+    check(s, config)
+    size = processes_of(s)
+    held = held_by_processes(config, s) if size > 1 else []
+    ranks = fullest_of_stages(held, s.pp) if held else [0]
+    plans = [plan_training(config, s, rank) for rank in ranks]
+    rank, plan = max(zip(ranks, plans, strict=True), key=lambda pair: pair[1].peak)
+    worst = plan_training(config, s, rank, worst_load=True).peak if s.ep > 1 else None
+    parameters, where = f"{config.num_parameters(mtp=True):,} parameters", "on one GPU"
+    if held:
+        print(f"Processes of {s.model}, {parameters}")
+        print(*process_lines(held, [plan.peak for plan in plans], idle_shares(config, s), s), "", sep="\n")
+        where = f"of process {rank}, the fullest of {size}"
+    print(f"Memory of a step: {s.model}, {parameters}, {where}")
+    print(batch_line(s))
+    print(*table(plan, s, config, worst), sep="\n")
+    print(*time_lines(config, s, plans, worst, gpu_hour), sep="\n")
+    host = max((h.written for h in held), default=checkpoint_bytes(config, s))
+    print(*storage_lines(config, s, host), sep="\n")
     return 0
 
 
-def check_division(layout: str | None, s: Settings, config: LingConfig) -> None:
-    """Raise InputError for flags of several processes that --layout would leave out, or that one process cannot have;
-    those of several are checked where they are divided."""
-    if layout is None:
-        if processes_of(s) == 1:
-            check_parallel(s, config, Ranks())
-        return
-    names = ("dp", "dp_replicate", "cp", "tp", "ep", "vocab_parallel", "pp", "pipeline", "schedule")
-    given = [f"--{name.replace('_', '-')} {value}" for name in names if (value := getattr(s, name)) not in (None, 1)]
-    if given:
-        raise InputError(f"--layout {layout} takes the place of {', '.join(given)}: give one of the two")
+def idle_shares(config: LingConfig, s: Settings) -> list[float] | None:
+    """The share of the step's micro batches in which each rank of a pipeline waits, on an H200; None where there is no
+    pipeline, or no time is predicted."""
+    if s.pp == 1 or not_timed(s):
+        return None
+    timeline = timeline_of(config, s, HOPPER["H200"])
+    return [timeline.bubble(rank) for rank in range(s.pp)]
 
 
-def layout_of(s: Settings) -> Layout:
-    """The layout of the trainer's own flags; --dp that is not given is taken to be --ep."""
-    ranks = Layout(s.dp or s.ep, s.ep, s.pp)
-    return ranks if ranks == Layout() else replace(ranks, zero=1)
+def not_timed(s: Settings) -> list[str]:
+    """The flags given for which no time is predicted."""
+    return [f"--{name.replace('_', '-')}" for name in UNTIMED if getattr(s, name) != 1]
 
 
-def rank_settings(layout: Layout, s: Settings, config: LingConfig) -> Settings:
-    """The settings with the rows that one GPU takes. Raises InputError where model or batch cannot be divided so."""
-    micro = s.micro_batch or 1
-    if s.batch % (micro * layout.dp):
-        per = f" x --micro-batch {micro}" if s.micro_batch else ""
-        raise InputError(f"--layout {layout}: --batch {s.batch} is not a multiple of dp {layout.dp}{per}")
-    layout.check(config, s.model)
-    if s.step_in_backward and layout != Layout():
-        raise InputError(
-            f"--layout {layout}: --step-in-backward is for one GPU, several each have a part of a gradient"
-        )
-    if layout.zero and s.optimizer == "muon":
-        raise InputError(f"--layout {layout}: --optimizer muon needs whole matrices, zero=0")
-    if layout.zero == 3 and s.precision == "fp8" and s.fp8_weights == "kept":
-        raise InputError(
-            f"--layout {layout}: --fp8-weights kept keeps all of them on every GPU; zero=3 needs each_forward"
-        )
-    return replace(s, batch=s.batch // layout.dp)
-
-
-def plan_training(config: LingConfig, settings: Settings, rank: Rank = SINGLE_GPU) -> MemoryPlan:
-    """Plan a run of the model on one GPU of a layout. settings.batch is the rows that this GPU takes."""
-    with FakeTensorMode():
-        model = rank.model(config)
-        to_masters(model, settings.master)
-        apply_fp8_and_recompute(model, settings)
-        return plan_memory(model.train(), settings, rank)
-
-
-def table(plan: MemoryPlan, s: Settings, config: LingConfig, rank: Rank, worst: int | None = None) -> list[str]:
-    """The lines of the table; s and config are the rank's. worst: the peak if the experts' load is uneven."""
+def table(plan: MemoryPlan, s: Settings, config: LingConfig, worst: int | None = None) -> list[str]:
+    """The lines of the table. worst: the peak if the experts' load is uneven."""
     later = not plan.peak_bytes["gradients"] and plan.gradients
     comments = dict(
         weights=f"{s.master} masters; norms, routers and their biases fp32",
         gradients=f"none yet at the peak; {format_bytes(plan.gradients)} later" if later else
         "of the masters' precision" + ", each used in the backward" * s.step_in_backward,
         optimizer=s.optimizer,
-        loss="logits of 1024 tokens at a time, gradients of head and last hidden states",
+        loss="with the activations, as the vocabulary is divided" if s.vocab_parallel > 1 else
+        "logits of 1024 tokens at a time, gradients of head and last hidden states",
         activations=f"recompute {s.recompute}" + ", of MTP layers full" * s.recompute_mtp,
-        gathered="weights of the layer that computes and of the next; embedding, head and norm all the time",
-        reduced="a layer's gradients on their way to the GPUs that keep them",
-        exchange="rows to and from the experts of a layer",
+        exchange="what travels to and from other processes",
     ) | {"FP8 weights": FP8_WEIGHTS[s.fp8_weights] if s.precision == "fp8" else "none: no --precision fp8"}  # fmt: skip
-    kinds = [*KINDS, *(kind for kind in LAYOUT_KINDS if plan.peak_bytes[kind])]
+    kinds = [*KINDS, *[EXCHANGE] * (plan.peak_bytes[EXCHANGE] > 0)]
     rows = [f"{kind:<12}{format_bytes(plan.peak_bytes[kind]):>10}  {comments[kind]}" for kind in kinds]
     rows.append(f"{'peak':<12}{format_bytes(plan.peak):>10}  the sum; besides, {format_bytes(RESERVE)} for CUDA and"
                 " fragments")  # fmt: skip
-    kept, padded = plan.kept_bytes["activations"], padding(s, config, rank)
+    kept, padded = plan.kept_bytes["activations"] + plan.kept_bytes[EXCHANGE], padding(s, config)
     more = f"; {format_bytes(padded)} of it pads column-wise copies" if padded else ""
-    rows.append(f"{'saved':<12}{format_bytes(kept):>10}  activations for the backward, where a forward has ended: not"
+    what = "activations" + " and exchange" * (plan.kept_bytes[EXCHANGE] > 0)
+    rows.append(f"{'saved':<12}{format_bytes(kept):>10}  {what} for the backward, where a forward has ended: not"
                 f" at the peak{more}")  # fmt: skip
     if worst is not None:
         rows.append(f"{'worst':<12}{format_bytes(worst):>10}  the peak if every token takes all the experts that it can"
-                    " from this GPU")  # fmt: skip
+                    " from this process")  # fmt: skip
     fits = ", ".join(
         f"{g.name} ({g.memory / 1e9:.0f} GB) {verdict(plan.peak, worst, g.memory)}" for g in HOPPER.values()
     )
     return [*rows, f"{'fits':<12}  {fits}"]
 
 
-def batch_line(s: Settings, layout: Layout) -> str:
-    """The tokens of a step, and its rows; s.batch is the rows of one GPU."""
-    rows, micro = s.batch * layout.dp, s.micro_batch or s.batch
-    share = f", {s.batch} for each of {layout.dp} data parallel GPUs" if layout.dp > 1 else ""
-    passes = f", {micro} in a forward pass" if micro < s.batch else ""
-    return f"{'batch':<12}  {rows * s.seq_len:,} tokens a step: {rows} rows of {s.seq_len:,}{share}{passes}"
+def batch_line(s: Settings) -> str:
+    """The tokens of a step, and its rows."""
+    dp = processes_of(s) // (s.cp * s.tp * s.pp)
+    share = f", {s.batch // dp} for each of {dp} data parallel processes" if dp > 1 else ""
+    passes = f", {s.micro_batch} in a forward pass" if s.micro_batch and s.micro_batch < s.batch // dp else ""
+    return f"{'batch':<12}  {s.batch * s.seq_len:,} tokens a step: {s.batch} rows of {s.seq_len:,}{share}{passes}"
 
 
 def verdict(peak: float, worst: float | None, memory: float) -> str:
@@ -193,12 +135,13 @@ def verdict(peak: float, worst: float | None, memory: float) -> str:
 
 
 def time_lines(
-    config: LingConfig, s: Settings, layout: Layout, plans: dict[int, MemoryPlan], worst: int | None,
-    gpu_hour: float | None,
+    config: LingConfig, s: Settings, plans: list[MemoryPlan], worst: int | None, gpu_hour: float | None
 ) -> list[str]:  # fmt: skip
-    """Step time, speed, MFU, days and cost on each GPU that the plan fits; s.batch is the rows of one GPU."""
-    tokens, gpus = s.batch * layout.dp * s.seq_len, layout.dp * layout.pp
-    peak = max(plan.peak for plan in plans.values())
+    """Step time, speed, MFU, days and cost on each GPU that the plans fit; of one process of each stage."""
+    if flags := not_timed(s):
+        return ["", f"{'time':<12}  none: it is not predicted with {', '.join(flags)}"]
+    tokens, gpus = s.batch * s.seq_len, processes_of(s)
+    peak = max(plan.peak for plan in plans)
     fitting = [gpu for gpu in HOPPER.values() if verdict(peak, worst, gpu.memory) != "no"]
     if not fitting:
         return [
@@ -207,7 +150,7 @@ def time_lines(
         ]
     rows = [("time", *(gpu.name for gpu in fitting))]
     seconds = [
-        max(step_seconds(layout.part(config, i), s, Rank(layout, i), plan.peak_bytes, gpu) for i, plan in plans.items())
+        step_seconds(config, s, timeline_of(config, s, gpu), [plan.peak_bytes for plan in plans], gpu)
         for gpu in fitting
     ]
     mfu = [config.flops_per_token(s.seq_len) * tokens / t / gpus / gpu.bf16
@@ -239,9 +182,9 @@ def time_lines(
     return ["", *lines, *textwrap.wrap(about, 118)]
 
 
-def storage_lines(config: LingConfig, s: Settings, one_gpu: bool, host: int) -> list[str]:
+def storage_lines(config: LingConfig, s: Settings, host: int) -> list[str]:
     """Disk and host memory of the checkpoints. host: of one process, which holds its part of them."""
-    one, (usual, most) = checkpoint_bytes(config, s), checkpoints_at_once(s)
+    one, (usual, most), one_gpu = checkpoint_bytes(config, s), checkpoints_at_once(s), processes_of(s) == 1
     all_of_them = f"{format_bytes(disk_bytes(config, s, usual))} for {usual} at once and the exported model"
     if most > usual:
         all_of_them += f"; for {most}, as after a stop, {format_bytes(disk_bytes(config, s, most))}"
@@ -259,27 +202,16 @@ def span(seconds: float) -> str:
     return f"{1000 * seconds:.3g} ms"
 
 
-def layout_lines(s: Settings, layout: Layout, stage: int, plans: dict[int, MemoryPlan]) -> list[str]:
-    """The peaks of the other stages."""
-    lines, number = [], s.batch // (s.micro_batch or s.batch)
-    if layout.pp > 1:
-        stages = ", ".join(
-            f"{i + 1} {format_bytes(plan.peak)} ({layout.in_flight(i, number)} in flight)" for i, plan in plans.items()
-        )
-        lines.append(f"{'stages':<12}  {stages}; this is stage {stage + 1}; equal ones have fewer in flight")
-    return lines
-
-
-def padding(s: Settings, config: LingConfig, rank: Rank) -> float:
-    """Bytes of padding in the experts' column-wise FP8 copies of all micro batches in flight."""
-    if s.precision != "fp8":
+def padding(s: Settings, config: LingConfig) -> float:
+    """Bytes of padding in the experts' column-wise FP8 copies of a micro batch; 0 for a pipeline, as stages differ."""
+    if s.precision != "fp8" or s.pp > 1:
         return 0
-    micro, ep = s.micro_batch or s.batch, rank.layout.ep
-    rows = config.num_experts_per_tok * s.seq_len * micro
-    wgrad = "bf16" if s.fp8_wgrad == "auto" and rows // (config.num_experts // ep) < FP8_ROWS else s.fp8_wgrad
+    micro = s.micro_batch or s.batch // (processes_of(s) // (s.cp * s.tp))
+    rows = config.num_experts_per_tok * s.seq_len * micro // (s.cp * s.tp)
+    wgrad = "bf16" if s.fp8_wgrad == "auto" and rows // (config.num_experts // s.ep) < FP8_ROWS else s.fp8_wgrad
     mtp = 0 if s.recompute_mtp else config.num_nextn_predict_layers
     layers = config.num_hidden_layers - config.first_k_dense_replace + mtp
-    return rank.in_flight(s.batch // micro) * layers * padding_bytes(config, rows, s.recompute, wgrad, ep)
+    return layers * padding_bytes(config, rows, s.recompute, wgrad, s.ep)
 
 
 def padding_bytes(config: LingConfig, rows: int, recompute: str = "none", wgrad: str = "fp8", ep: int = 1) -> float:
@@ -291,3 +223,37 @@ def padding_bytes(config: LingConfig, rows: int, recompute: str = "none", wgrad:
         return 0
     padded = padded_slots(rows, config.num_experts // ep)
     return FP8_BYTES * (padded - rows) * (config.hidden_size + config.moe_intermediate_size)
+
+
+def fullest_of_stages(held: list[Held], stages: int) -> list[int]:
+    """Of each stage, the process that holds most of the optimizer's state."""
+    number = len(held) // stages
+    return [
+        max(range(first, first + number), key=lambda rank: held[rank].optimizer)
+        for first in range(0, len(held), number)
+    ]
+
+
+def process_lines(held: list[Held], peaks: list[int], idle: list[float] | None, s: Settings) -> list[str]:
+    """The mesh, and a line for the processes of each stage. held: of every process; peaks: of the fullest of each
+    stage; idle: shares of the stages' time."""
+    number = len(held) // s.pp
+    lines = [
+        f"{'processes':<12}  {len(held)}: dp {number // (s.cp * s.tp)} x cp {s.cp} x tp {s.tp} x pp {s.pp}; of a"
+        f" stage's {number}, {s.ep} divide the experts, {s.vocab_parallel} the vocabulary"
+        + f", {number // s.dp_replicate} the optimizer's state"
+        * (s.dp_replicate > 1),
+        f"{'rank':<12}{'parameters':>18}{'weights':>12}{'gradients':>12}{'optimizer':>24}{'peak':>12}"
+        + f"{'idle':>8}" * (idle is not None)
+        + "  stages" * (s.pp > 1),
+    ]
+    for stage in range(s.pp):
+        of_stage = held[stage * number : (stage + 1) * number]
+        first, states = of_stage[0], sorted(h.optimizer for h in of_stage)
+        optimizer = " to ".join(dict.fromkeys(format_bytes(n) for n in (states[0], states[-1])))
+        name = f"{stage * number}" + f" to {(stage + 1) * number - 1}" * (number > 1)
+        sizes = f"{format_bytes(first.weights):>12}{format_bytes(first.gradients):>12}{optimizer:>24}"
+        waits = "" if idle is None else f"{100 * idle[stage]:>6.1f} %"
+        peak = f"{format_bytes(peaks[stage]):>12}"
+        lines.append(f"{name:<12}{first.parameters:>18,}{sizes}{peak}{waits}  {first.stages}".rstrip())
+    return lines

@@ -1,4 +1,4 @@
-"""Predicted time of a training step: its products and passes over memory, one after another. Nothing here is measured.
+"""Predicted time of a training step's products and passes over memory, one after another. Nothing here is measured.
 
 A product takes as long as its FLOPs at a share of the data sheet's rate, or as its bytes at EFFICIENCY of the data
 sheet's bandwidth, whichever is longer, and at least LAUNCH; everything else as its bytes. Left out: the start and end
@@ -13,7 +13,6 @@ from ..model import LingConfig
 from ..nn.fp8 import FP8_ROWS
 from ..train.settings import Settings
 from .decode_time import EFFICIENCY
-from .ranks import Rank
 
 # Shares of the peak that the machine code of csrc/ allows on an H200: docs/kernels-predicted.md, which a test compares.
 # Other Hopper GPUs get the same shares.
@@ -136,15 +135,6 @@ def unit(c: LingConfig, s: Settings, kind: str, groups: int) -> Pass:
     return Pass([w for p in parts for w in p.forward], [w for p in parts for w in p.backward])
 
 
-def micro_batch(c: LingConfig, s: Settings, rank: Rank) -> list[Work]:
-    """Forward and backward of a micro batch on one GPU; c: the configuration of its stage."""
-    groups, dense, mtp = c.num_experts // rank.layout.ep, c.first_k_dense_replace, c.num_nextn_predict_layers
-    losses = 1 + mtp if rank.stage == rank.layout.pp - 1 else 0
-    numbers = dict(d=dense, t=c.num_hidden_layers - dense, m=mtp, L=losses)
-    passes = [p for kind, n in numbers.items() for p in [unit(c, s, kind, groups)] * n]
-    return [w for p in passes for w in (*p.forward, *p.backward)]
-
-
 def once(s: Settings, peak: dict[str, int]) -> list[Work]:
     """What a step does once: the optimizer reads gradients, reads and writes weights and state. peak: the plan's bytes
     of one GPU."""
@@ -162,35 +152,6 @@ def exchange_seconds(c: LingConfig, s: Settings, ep: int, mtp: bool = False) -> 
     rows = 2.0 * c.num_experts_per_tok * (s.micro_batch or s.batch) * s.seq_len * c.hidden_size * (ep - 1) / ep
     both_ways = 2 * rows / LINKS[ep <= NODE]
     return both_ways, both_ways * (2 if s.recompute == "full" or (mtp and s.recompute_mtp) else 1)
-
-
-def transfers(c: LingConfig, s: Settings, rank: Rank, peak: dict[str, int]) -> tuple[float, float]:
-    """Seconds between GPUs for a micro batch, and once for a step; nothing of it hidden behind computing.
-
-    Gradients are summed once for a step (an
-    all-reduce moves them twice), with zero=3 after each micro batch, for which weights come twice, too.
-    """
-    layout = rank.layout
-    layers, mtp = c.num_hidden_layers - c.first_k_dense_replace, c.num_nextn_predict_layers
-    exchange = layers * sum(exchange_seconds(c, s, layout.ep)) + mtp * sum(exchange_seconds(c, s, layout.ep, True))
-    layers, link = layers + mtp, LINKS[layout.dp <= NODE]
-    copies = layout.dp // layout.ep  # of an expert's weights
-    master = 4 if s.master == "fp32" else 2
-    experts = layers * (c.num_experts // layout.ep) * 3 * c.moe_intermediate_size * c.hidden_size * master
-    if layout.zero == 3:
-        others = layout.dp * max(peak["weights"] - experts / copies, 0)
-    else:
-        others = max(peak["weights"] - experts, 0)
-    once_around = (others * (layout.dp - 1) / layout.dp + experts * (copies - 1) / copies) / link
-    return (exchange + 3 * once_around, 0.0) if layout.zero == 3 else (exchange, 2 * once_around)
-
-
-def step_seconds(c: LingConfig, s: Settings, rank: Rank, peak: dict[str, int], gpu: Gpu) -> float:
-    """Seconds of a step: micro batches one after another, and for pipeline stages the time that they wait."""
-    number = s.batch // (s.micro_batch or s.batch)
-    each, at_end = transfers(c, s, rank, peak)
-    each += total(micro_batch(c, s, rank), gpu)
-    return (number + rank.layout.pp - 1) * each + total(once(s, peak), gpu) + at_end
 
 
 def total(works: Iterable[Work], gpu: Gpu) -> float:

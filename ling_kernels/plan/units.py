@@ -11,12 +11,10 @@ from typing import NamedTuple
 
 from ..gpu import Gpu
 from ..model import LingConfig
-from ..parallel.layout import Layout
 from ..parallel.pipeline_layout import PipelineLayout
 from ..train.settings import Settings
-from .ranks import Rank
+from .memory import EXCHANGE, plan_training
 from .simulate import Times
-from .train import plan_training
 from .train_time import LINKS, Pass, exchange_seconds, total, unit
 
 NOTHING = Times(0.0, 0.0, 0.0)
@@ -43,7 +41,7 @@ def predicted_units(c: LingConfig, s: Settings, gpu: Gpu, ep: int) -> dict[str, 
     kept = kept_bytes(c, s, ep)
     groups, found = c.num_experts // ep, {}
     for kind in "EdtmL":
-        times = NOTHING if kind == "E" else unit_times(c, s, kind, gpu, ep)
+        times = unit_times(c, s, kind, gpu, ep)
         experts = 3 * groups * c.moe_intermediate_size * c.hidden_size if kind in "tm" else 0
         found[kind] = Unit(times, parameters(c, kind), experts, kept[kind])
     return found
@@ -59,6 +57,9 @@ def with_measured(units: dict[str, Unit], measured: dict[str, Times]) -> dict[st
 
 
 def unit_times(c: LingConfig, s: Settings, kind: str, gpu: Gpu, ep: int) -> Times:
+    """Of a unit of this kind, and of its rows' exchange between GPUs."""
+    if kind == "E":
+        return NOTHING
     exchange = exchange_seconds(c, s, ep, kind == "m") if kind in "tm" else (0.0, 0.0)
     return times_of(unit(c, s, kind, c.num_experts // ep), kind, gpu, exchange)
 
@@ -85,17 +86,20 @@ def parameters(c: LingConfig, kind: str) -> int:
 
 def kept_bytes(c: LingConfig, s: Settings, ep: int) -> dict[str, float]:
     """Bytes that each unit keeps for its backward, by fake runs of models of one and two layers."""
-    s = replace(s, batch=s.micro_batch or s.batch, step_in_backward=False)
-    rank = Rank(Layout(dp=ep, ep=ep))
+    micro = s.micro_batch or s.batch
+    s = replace(s, batch=ep * micro, micro_batch=micro, dp=ep, ep=ep, batch_ramp=None, step_in_backward=False)
 
     def kept(dense: int, moe: int, mtp: int = 0) -> dict[str, int]:
         part = replace(
             c, num_hidden_layers=dense + moe, first_k_dense_replace=dense, num_nextn_predict_layers=mtp
         )  # fmt: skip
-        return plan_training(part, s, rank).kept_bytes
+        return plan_training(part, s).kept_bytes
+
+    def layers(kept: dict[str, int]) -> int:
+        return kept["activations"] + kept[EXCHANGE]
 
     one, two, dense, mtp = kept(0, 1), kept(0, 2), kept(1, 1), kept(0, 1, 1)
-    t, d, m = (float(more["activations"] - one["activations"]) for more in (two, dense, mtp))
+    t, d, m = (float(layers(more) - layers(one)) for more in (two, dense, mtp))
     return dict(E=0.0, d=d, t=t, m=m, L=float(one["loss"]))
 
 
@@ -117,6 +121,13 @@ def stage_units(layout: PipelineLayout, c: LingConfig, units: dict[str, Unit]) -
     """Each stage's units together."""
     empty = Unit(NOTHING, 0, 0, 0.0)
     return [sum((units[letter] for letter in stage), start=empty) for stage in letters(layout, c)]
+
+
+def stage_times(layout: PipelineLayout, c: LingConfig, s: Settings, gpu: Gpu) -> list[Times]:
+    """Seconds of each stage."""
+    found = letters(layout, c)
+    times = {kind: unit_times(c, s, kind, gpu, s.ep) for kind in {*"".join(found)}}
+    return [sum((times[letter] for letter in stage), start=NOTHING) for stage in found]
 
 
 def transfer_seconds(c: LingConfig, s: Settings, near: bool) -> float:

@@ -1,11 +1,13 @@
 """The model of a run: its weights, the part of it that this process trains, FP8 layers, recomputation."""
 
 import re
+from collections.abc import Callable
 from functools import partial
 
 import torch
 
 from ..model import Ling, load_model
+from ..nn import Exchange, MoE
 from ..nn.fp8 import to_fp8
 from ..parallel.official import whole_on_meta
 from ..parallel.parts import draw_weights_, give_memory_, read_weights_
@@ -27,8 +29,7 @@ def make_model(run: Run) -> tuple[Ling, Shares]:
     if ranks.size > 1:
         model = whole_on_meta(run.config)
         to_masters(model, s.master)
-        pipeline = partial(make_pipeline, model, s, ranks, run.precision, run.device) if ranks.pp > 1 else None
-        shares = Shares(model, ranks, pipeline, s.exchange, whole=s.optimizer in OF_WHOLE)
+        shares = divide(model, s, ranks, run.precision, run.device)
         give_memory_(model, run.device)
         if folder:
             read_weights_(shares, folder)
@@ -51,6 +52,15 @@ def make_model(run: Run) -> tuple[Ling, Shares]:
         shares = Shares(model, ranks)
     torch.manual_seed(s.seed)
     return model.train(), shares
+
+
+def divide(
+    model: Ling, s: Settings, ranks: Ranks, precision: torch.dtype, device: torch.device,
+    exchange: str | Callable[[MoE], Exchange] | None = None,
+) -> Shares:  # fmt: skip
+    """What this process trains of a whole model, in place. exchange: of `Shares`, instead of the settings'."""
+    pipeline = partial(make_pipeline, model, s, ranks, precision, device) if ranks.pp > 1 else None
+    return Shares(model, ranks, pipeline, exchange or s.exchange, whole=s.optimizer in OF_WHOLE)
 
 
 def make_pipeline(model: Ling, s: Settings, ranks: Ranks, precision: torch.dtype, device: torch.device) -> Pipeline:

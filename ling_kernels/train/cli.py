@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None, planner) -> int:
     """planner: the module ling_kernels.plan.train, for --plan. It is above this room and comes as an argument."""
     try:
         options = vars(parser().parse_args(argv))
-        layout, recipe, sources = options.pop("layout"), options.pop("recipe"), options.pop("source")
+        recipe, sources = options.pop("recipe"), options.pop("source")
         if sources and not recipe:
             raise InputError("--source is for --recipe: without one, --data gives the data")
         if options["plan"] and rank_of_torchrun():
@@ -50,9 +50,7 @@ def main(argv: Sequence[str] | None, planner) -> int:
             if options.pop("resume"):
                 raise InputError("--plan is for a new run: leave --resume out")
             options.pop("out")
-            return planner.show(options, layout)
-        if layout is not None:
-            raise InputError(f"--layout {layout} is for --plan: give --dp, --ep and --pp")
+            return planner.show(options)
         with deterministic(), interrupted_by_sigterm(), processes() as everyone:
             return run(options, planner, everyone)
     except KeyboardInterrupt:

@@ -43,18 +43,8 @@ def parser() -> Parser:
     flags.add_argument(
         "--source", nargs="+", metavar="NAME=PATH", help="the data of a recipe's sources (default: tiny has small ones)"
     )
-    add_layout_flag(flags)
     add_flags(flags)
     return flags
-
-
-def add_layout_flag(flags: argparse.ArgumentParser) -> None:
-    flags.add_argument(
-        "--layout",
-        metavar="dp=N,ep=N,pp=N,zero=N",
-        help="plan for one of dp times pp GPUs: dp data parallel, groups of ep among them sharing the experts, pp"
-        " pipeline stages, zero 0 to 3 for what is sharded (default: one GPU)",
-    )
 
 
 def add_flags(parser: argparse.ArgumentParser, without: Collection[str] = ()) -> None:
