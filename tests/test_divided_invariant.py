@@ -48,7 +48,7 @@ def test_the_batch_changes_no_bit(folder):
 
 def test_what_cannot_be_pinned(tmp_path):
     for options, message in (
-        (dict(load=FP32 | dict(dtype=torch.bfloat16)), "batch_invariant is for bf16 on a GPU and fp32 on a CPU"),
+        (dict(load=FP32 | dict(dtype=torch.float16)), "batch_invariant is for bf16 on a GPU and bf16 or fp32 on a CPU"),
         (dict(cache_dtype=torch.bfloat16), "batch_invariant needs a cache in the model's precision"),
         (dict(adapters=dict(a=tmp_path)), "batch_invariant does not cover adapters"),
     ):
