@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shlex
 from dataclasses import replace
 
 import pytest
@@ -10,14 +11,16 @@ from ling_kernels.gpu import Gpu
 from ling_kernels.model import LingConfig
 from ling_kernels.parallel.pipeline_layout import PipelineLayout
 from ling_kernels.parallel.schedules import check, read_csv, schedule_order
-from ling_kernels.plan import pipeline
+from ling_kernels.plan import meshes, pipeline
 from ling_kernels.plan.__main__ import main
 from ling_kernels.plan.greedy import greedy_order
 from ling_kernels.plan.memory import RESERVE, plan_training
-from ling_kernels.plan.search import Gpus, Problem, candidates, search
+from ling_kernels.plan.processes import held_by_processes
+from ling_kernels.plan.search import Problem, candidates, search
 from ling_kernels.plan.simulate import Times, simulate
 from ling_kernels.plan.train_time import total, unit
-from ling_kernels.plan.units import Unit, letters, predicted_units, rank_parameters, stage_units
+from ling_kernels.plan.units import Gpus, Unit, letters, predicted_units, rank_share, rank_units, stage_work
+from ling_kernels.train.prepare.checks_parallel import stages_of
 from ling_kernels.train.settings import Settings
 from tests.test_plan_time import micro_batch
 
@@ -28,7 +31,7 @@ SETTINGS = Settings(batch=2, micro_batch=2, seq_len=32, mtp=1, precision="bf16")
 
 def times_problem(times, pp, micro_batches, memory=1e30):
     """A model of t layers, whose units take these times."""
-    units = {k: Unit(Times(*times.get(k, (0, 0, 0))), 0, 0, 1e6) for k in "EdtmL"}
+    units = {k: Unit(Times(*times.get(k, (0, 0, 0))), (), 1e6) for k in "EdtnmL"}
     config = replace(TINY, num_hidden_layers=6, first_k_dense_replace=1)
     return Problem(config, SETTINGS, units, Gpus(pp=pp), micro_batches, 0.0, memory)
 
@@ -36,9 +39,10 @@ def times_problem(times, pp, micro_batches, memory=1e30):
 def test_units_are_the_models_and_plan_trains():
     units = predicted_units(TINY, SETTINGS, GPU, 1)
     layout = PipelineLayout(("E" + "t" * TINY.num_hidden_layers + "mL",))
-    ((plain, experts),) = rank_parameters(layout, [0], stage_units(layout, TINY, units), TINY)
+    (held,) = rank_units(layout, [0], TINY)
+    plain, experts, *_ = rank_share(held, units, Gpus())
     assert plain + experts == TINY.num_parameters(mtp=True)
-    (whole,) = stage_units(layout, TINY, units)
+    (whole,) = stage_work(layout, TINY, units)
     assert whole.times.total == pytest.approx(total(micro_batch(TINY, SETTINGS), GPU))
     assert units["L"].times.of("B") == 0 < units["L"].times.forward and units["E"].times.total == 0
     kept = plan_training(TINY, SETTINGS).kept_bytes
@@ -69,10 +73,13 @@ def test_parameters_of_ranks():
     units = predicted_units(TINY, SETTINGS, GPU, 1)
     layout, V = PipelineLayout.parse("Et|tt|tm|L|L"), TINY.vocab_size * TINY.hidden_size
     assert letters(layout, TINY) == ["Ed", "tt", "tm", "L", "L"]
-    rows = rank_parameters(layout, [0, 1, 2, 1, 2], stage_units(layout, TINY, units), TINY)
-    assert sum(map(sum, rows)) == TINY.num_parameters(mtp=True) + 2 * V
-    one = rank_parameters(layout, [0, 1, 2, 0, 0], stage_units(layout, TINY, units), TINY)
-    assert sum(map(sum, one)) == TINY.num_parameters(mtp=True) + V
+
+    def number(ranks: list[int]) -> int:
+        shares = [rank_share(held, units, Gpus()) for held in rank_units(layout, ranks, TINY)]
+        return sum(share.plain + share.experts for share in shares)
+
+    assert number([0, 1, 2, 1, 2]) == TINY.num_parameters(mtp=True) + 2 * V
+    assert number([0, 1, 2, 0, 0]) == TINY.num_parameters(mtp=True) + V
 
 
 @pytest.mark.parametrize("schedule", ["1F1B", "greedy"])
@@ -142,7 +149,7 @@ def test_modules_for_torchtitan(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags, message", [
-    ("--pp 0", "--pp 0: it must be at least 1"), ("", "the following arguments are required: --pp"),
+    ("--pp 0", "--pp 0: it must be at least 1"), ("", "give --pp, the ranks of the pipeline, or --gpus"),
     ("--pp 2 --tries 0", "--tries 0"), ("--pp 2 --memory 0", "--memory 0.0"),
     ("--pp 2 --dp 3", "not a multiple of --dp 3"),
     ("--pp 2 --ep 3 --batch 12", "--ep 3 does not divide the 16 experts"),
@@ -156,7 +163,11 @@ def test_modules_for_torchtitan(tmp_path, capsys):
     ("--pp 2 --csv /no/folder/x", "--csv /no/folder/x: there is no folder"),
     ("--pp 2 --png /", "--png /: it is a folder"),
     ("--pp 2 --mtp 1 --pipeline Ettt|t|m|LL --modules x", "--modules: torchtitan has all of m and L in the last"),
-    ("--pp 2 --csv ./", "--csv ./: it is a folder"),
+    ("--pp 2 --csv ./", "--csv ./: it is a folder"), ("--gpus 0", "--gpus 0: it must be at least 1"),
+    ("--gpus 3", "--gpus 3: nothing divides --batch 8 and 16 experts so"),
+    ("--gpus 4 --pp 2 --dp 4", "--gpus 4 --pp 2 --dp 4: nothing divides"),
+    ("--gpus 4 --schedule greedy", "--schedule greedy with --gpus: it must be one of Interleaved1F1B"),
+    ("--gpus 4 --memory 6", "--gpus: no plan fits 6.00 GB: the least that was found is 6.0"),
 ])  # fmt: skip
 def test_bad_input_is_one_line(flags, message, capsys, monkeypatch):
     if "--csv" in flags or "--png" in flags:  # found before any work
@@ -167,3 +178,56 @@ def test_bad_input_is_one_line(flags, message, capsys, monkeypatch):
     code = main(["pipeline", *f"--model tiny --seq-len 32 {micro} {batch} {given} {flags}".split()])
     error = capsys.readouterr().err
     assert code == 2 and message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("given", [
+    dict(model="flash", batch=512, dp=16, ep=8, pp=4, pipeline="Et*8|t*8|t*9|t*7,L", optimizer="adamw8bit",
+         master="bf16", precision="bf16"),
+    dict(model="tiny", mtp=1, batch=24, dp=6, ep=2, pp=2, pipeline="Et|tt|tm|L", optimizer="muon"),
+    dict(model="tiny", mtp=1, batch=16, dp=4, ep=4, pp=2, pipeline="Ett||tt|mL", schedule="ZBVZeroBubble"),
+])  # fmt: skip
+def test_weights_gradients_and_optimizer_are_plan_trains(given):
+    """Of the fullest process of each stage, to the byte."""
+    s = Settings(micro_batch=1, seq_len=64, **given)
+    config = replace(getattr(LingConfig, s.model)(), num_nextn_predict_layers=s.mtp or 0)
+    layout, schedule, ep = stages_of(s, config), s.schedule or "Interleaved1F1B", s.ep
+    held, each = held_by_processes(config, s), s.dp
+    of_stage = [held[first : first + each] for first in range(0, len(held), each)]
+    if len(layout.stages) == s.pp:
+        schedule = "1F1B"
+    problem = Problem(config, s, predicted_units(config, s, GPU, ep), Gpus(s.dp, ep, s.pp), s.batch // s.dp, 0.0)
+    usage = problem.evaluate(layout, schedule).usage
+    assert [u.plain + u.experts for u in usage] == [row[0].parameters for row in of_stage]
+    assert [u.state for u in usage] == [max(h.weights + h.gradients + h.optimizer for h in row) for row in of_stage]
+
+
+def test_the_best_mesh(capsys, monkeypatch):
+    """Against all meshes, each with a search of its own; the trainer takes the flags of all that are shown."""
+    flags = "--model tiny --mtp 1 --batch 16 --micro-batch 2 --seq-len 32 --precision bf16"
+    found = []
+    best = meshes.best_meshes
+    monkeypatch.setattr(pipeline, "best_meshes", lambda *given: found.append((given, best(*given))) or found[-1][1])
+    assert main(["pipeline", *flags.split(), "--gpus", "4", "--tries", "20"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    ((problems, solve, tries, gpu), plans), *_ = found
+    assert sorted((p.gpus.dp, p.gpus.ep, p.gpus.pp) for p in problems) == [
+        (1, 1, 4), (2, 1, 2), (2, 2, 2), (4, 1, 1), (4, 2, 1), (4, 4, 1)
+    ]  # fmt: skip
+    every = [meshes.plans_of([problem], solve, tries, gpu)[0] for problem in problems]
+    assert plans[0].seconds == min(plan.seconds for plan in every) and len(plans) == meshes.BEST
+    assert [p.seconds for p in plans] == sorted(p.seconds for p in plans)
+    for plan in plans:
+        assert any(line.endswith(f"  {plan.flags()}") for line in lines)
+        assert main(["train", *flags.split(), *shlex.split(plan.flags())]) == 0
+    small = replace(problems[0], memory=min(p.result.peak for p in every))
+    fits = best([replace(p, memory=small.memory) for p in problems], solve, tries, gpu)
+    assert fits and all(p.result.peak <= small.memory for p in fits)
+
+
+def test_the_least_memory_of_a_mesh_is_a_bound():
+    units = {ep: predicted_units(TINY, SETTINGS, GPU, ep) for ep in (1, 4)}
+    for gpus in (Gpus(4, 4, 2), Gpus(4, 1, 2), Gpus(2, 1, 4)):
+        problem = Problem(TINY, SETTINGS, units[gpus.ep], gpus, 8, 0.0)
+        found = search(problem, candidates(gpus.pp, [1]), tries=5)
+        state = min(max(usage.state for usage in result.usage) for result in found)
+        assert 0.5 * state < meshes.least_bytes(problem) - RESERVE <= state

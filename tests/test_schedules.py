@@ -17,7 +17,6 @@ from ling_kernels.parallel.schedules import (
     V_SHAPED,
     check,
     is_split,
-    overlapped,
     parse_step,
     placement,
     read_csv,
@@ -52,13 +51,8 @@ def test_every_order_is_complete(name):
     assert is_split(order) == (name in ("InterleavedZeroBubble", *V_SHAPED))
 
 
-def test_overlap_begins_after_the_first_backward():
-    row = [parse_step(t) for t in "0F0 0F1 2F0 2B0 0F2 2B1 0F3 0B3".split()]
-    assert texts(overlapped([row])) == ["0F0 0F1 2F0 2B0 (0F2;2B1)OVERLAP_F_B 0F3 0B3"]
-
-
 def test_files_are_torchs(tmp_path):
-    order = overlapped(schedule_order("DualPipeV", 2, 4, 8))
+    order = schedule_order("DualPipeV", 2, 4, 8)
     write_csv(order, tmp_path / "order.csv")
     assert read_csv(tmp_path / "order.csv") == order
     with open(tmp_path / "order.csv", newline="") as file:

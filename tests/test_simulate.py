@@ -3,7 +3,7 @@
 import pytest
 
 from ling_kernels.errors import InputError
-from ling_kernels.parallel.schedules import overlapped, parse_step, schedule_order
+from ling_kernels.parallel.schedules import parse_step, schedule_order
 from ling_kernels.plan.simulate import Times, simulate
 
 
@@ -38,7 +38,6 @@ def test_an_overlap_hides_the_shorter_of_both():
     times = [Times(2, 3, 1, exchange=1.5, exchange_back=1.5)]
     assert simulate(alone, times).seconds == 2 * (2 + 4 + 3)
     assert simulate(both, times).seconds == 3.5 + 6 + 5.5  # computing 6 hides 3 of exchange
-    assert simulate(both, times, overlap=False).seconds == simulate(alone, times).seconds
     assert simulate(both, [Times(1, 1, 1, exchange=4, exchange_back=4)]).seconds == 5 + 8 + 6
 
 
@@ -73,12 +72,6 @@ def test_gpipe_and_breadth_first():
     assert simulate(schedule_order("GPipe", 3, 3, 5), [Times(1, 1, 1)] * 3).seconds == 3 * (5 + 2)
     line = simulate(schedule_order("LoopedBFS", 3, 6, 5), [Times(1, 1, 1)] * 6)
     assert line.seconds == 3 * (10 + 2) and line.peak(0, [1] * 6) == 10
-
-
-def test_overlap_of_a_whole_schedule_is_never_slower():
-    plain = schedule_order("Interleaved1F1B", 4, 8, 16)
-    times = [Times(1, 1, 1, exchange=0.4, exchange_back=0.4)] * 8
-    assert simulate(overlapped(plain), times).seconds < simulate(plain, times).seconds
 
 
 def test_an_order_that_stops():

@@ -72,26 +72,6 @@ def one_stage(rank: int, warm_up: int, micro_batches: int) -> list[Step]:
     return [(action,) for action in order]
 
 
-def overlapped(order: Order) -> Order:
-    """The same order where a forward and the backward after it, of another stage or micro batch, run at the same time
-    once the rank's first backward is done, so that each hides the other's exchange of rows with the experts."""
-    return [overlap_rank(row) for row in order]
-
-
-def overlap_rank(row: list[Step]) -> list[Step]:
-    merged: list[Step] = []
-    backward_seen = False
-    for step in row:
-        before = merged[-1] if merged else ()
-        single = len(before) == len(step) == 1
-        if single and backward_seen and (before[0].kind, step[0].kind) == ("F", "B") and before[0][1:] != step[0][1:]:
-            merged[-1] = (*before, *step)
-        else:
-            merged.append(step)
-        backward_seen |= any(a.kind in "BI" for a in step)
-    return merged
-
-
 def is_split(order: Order) -> bool:
     """Whether any backward is in two parts."""
     return any(a.kind == "W" for row in order for step in row for a in step)

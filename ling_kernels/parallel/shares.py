@@ -11,7 +11,7 @@ number there. Gradients are summed within each copy, then over its owners, by an
 same bits. They step alike, as random bits follow the parameter, and send weights within their copy alone.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -32,6 +32,23 @@ from .ranks import Division, Ranks
 from .tensor import tensor_parallel_
 from .vocabulary import shard_vocabulary_
 from .whole import Stepped, WholeMatrices
+
+
+class Owners:
+    """Chooses an owner for each parameter of a stage of one of `pp`: the one with the least so far."""
+
+    def __init__(self, pp: int):
+        self.pp = pp
+        self.loads: dict[tuple[Hashable, int], list[int]] = {}  # numbers of elements
+
+    def add(self, name: str, size: int, group: Hashable, members: int) -> int:
+        """The number of the owner among the members of a group, of a parameter with so many elements."""
+        load = self.loads.setdefault((group, members), [0] * members)
+        # Stages that hold the same weight have its owner at the same place, so that its sums have the same order.
+        several = VOCABULARY.index(name) % members if self.pp > 1 and name in VOCABULARY else None
+        number = load.index(min(load)) if several is None else several
+        load[number] += size
+        return number
 
 
 class Shares:
@@ -84,18 +101,14 @@ class Shares:
         self.choose_owners()
 
     def choose_owners(self) -> None:
-        ranks, loads = self.ranks, dict[tuple[dist.ProcessGroup | None, int], list[int]]()
+        ranks, owners = self.ranks, Owners(self.ranks.pp)
         self.group: dict[str, dist.ProcessGroup | None] = {}
         self.owner: dict[str, int] = {}
         self.keeper: dict[str, int] = {}  # of the ranks that own a weight's parts, the one with the whole weight
         for name, p in self.model.named_parameters():
             group = self.group[name] = self.divided[name].twins if name in self.divided else ranks.copy
             keepers = ranks.tensor.number if self.whole and name in self.cuts and p.requires_grad else 1
-            load = loads.setdefault((group, keepers), [0] * keepers * (dist.get_world_size(group) if group else 1))
-            # Stages that hold the same weight have its owner at the same place, so that its sums have the same order.
-            several = VOCABULARY.index(name) % len(load) if ranks.pp > 1 and name in VOCABULARY else None
-            number = load.index(min(load)) if several is None else several
-            load[number] += p.numel()
+            number = owners.add(name, p.numel(), group, keepers * (dist.get_world_size(group) if group else 1))
             self.owner[name], keeper = divmod(number, keepers)
             if keepers > 1:
                 self.keeper[name] = keeper

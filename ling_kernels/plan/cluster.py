@@ -13,9 +13,9 @@ from ..model import LingConfig
 from ..parallel.pipeline_layout import PipelineLayout
 from ..train.settings import Settings
 from .decode_time import EFFICIENCY
-from .search import Gpus, Problem, Result
+from .search import Problem, Result
 from .train_time import BF16_SHARE, LAUNCH, LINKS, Work, exchange_seconds, unit
-from .units import Unit, predicted_units, stage_units, times_of, transfer_seconds
+from .units import Gpus, Unit, predicted_units, stage_work, times_of, transfer_seconds
 
 NETWORK = LINKS[False]
 
@@ -48,7 +48,8 @@ ASSUMPTIONS = (
     f"products in bf16 reach {BF16_SHARE:.0%} of the peak, FP8 ones the shares of docs/kernels-predicted.md",
     f"passes over memory reach {EFFICIENCY:.0%} of the bandwidth; no kernel takes less than {LAUNCH * 1e6:g} us",
     f"a GPU sends {LINKS[True] / 1e9:g} GB/s over NVLink, an H800 200, and {NETWORK / 1e9:g} GB/s over the network",
-    "dispatch and combine are not hidden; they reach 80 % of NVLink, and 40 % before DeepEP (both assumed)",
+    "dispatch and combine are hidden where DualPipeV puts a forward and a backward together, nowhere else; they reach"
+    " 80 % of NVLink, and 40 % before DeepEP (both assumed)",
     "before the fused kernels, passes over memory move twice the bytes (assumed)",
     "a layer is recomputed as a whole with its exchange, or, fast, without down projection and combine",
     "gradients are summed in fp32 over the network once a step, weights come back in bf16; none of it is hidden",
@@ -77,7 +78,7 @@ def cluster_units(
     back = 1.5 * forward if software.fast else back  # both ways of the gradients, and the rows once more to the experts
     found = {}
     for kind, one in units.items():
-        if kind == "E":
+        if kind in "En":
             found[kind] = one
             continue
         work = unit(c, s, kind, c.num_experts // ep)
@@ -113,7 +114,7 @@ def plan_step(
 
 
 def by_rank(result: Result, units: dict[str, Unit], c: LingConfig) -> list[list]:
-    times = [u.times for u in stage_units(result.layout, c, units)]
+    times = [stage.times for stage in stage_work(result.layout, c, units)]
     return [[t for t, r in zip(times, result.ranks, strict=True) if r == rank] for rank in range(len(result.usage))]
 
 

@@ -16,7 +16,7 @@ from ..train.settings import Settings
 from .greedy import greedy_order
 from .memory import RESERVE
 from .simulate import Timeline, simulate
-from .units import Unit, rank_parameters, stage_units
+from .units import Gpus, Share, StageWork, Unit, rank_share, rank_units, stage_work
 
 CHOICES = (*(name for name in SCHEDULES if name not in ("LoopedBFS", "GPipe")), "greedy")
 TRIES = 150
@@ -26,22 +26,20 @@ SEARCH_ROUNDS = 3  # a layout is searched with this many micro batches a rank
 known_order = lru_cache(schedule_order)  # torch takes long to make one
 
 
-class Gpus(NamedTuple):
-    """dp data-parallel GPUs of each of pp ranks; groups of ep of them share the experts, and all the optimizer's
-    state."""
-
-    dp: int = 1
-    ep: int = 1
-    pp: int = 1
-
-
 class Usage(NamedTuple):
-    """Of one GPU of a rank: numbers of parameters, then bytes."""
+    """Of the fullest GPU of a rank: numbers of parameters, then bytes."""
 
     plain: int  # parameters without experts
     experts: int  # those of experts
-    state: float  # weights, gradients, the optimizer's state
+    weights: int  # the masters
+    optimizer: int  # its state
+    copies: int  # FP8 weights that are kept
     activations: float  # at their peak
+
+    @property
+    def state(self) -> int:
+        """Weights, gradients, the optimizer's state."""
+        return 2 * self.weights + self.optimizer + self.copies
 
     @property
     def bytes(self) -> float:
@@ -74,7 +72,6 @@ class Problem:
     transfer: float
     memory: float = math.inf  # bytes of a GPU
     measured_on: str = ""  # where the units' times were measured; else they are predicted
-    overlap: bool = False  # whether a forward and a backward really run at once
 
     @cached_property
     def atoms(self) -> str:
@@ -87,36 +84,42 @@ class Problem:
         fit."""
         order = self.order(layout, schedule) if order is None else order
         ranks = check(order, self.gpus.pp, len(layout.stages), self.micro_batches, schedule)
-        units = stage_units(layout, self.config, self.units)
-        timeline = simulate(order, [u.times for u in units], self.transfer, self.overlap)
-        return Result(layout, schedule, order, timeline, ranks, self.usage(layout, ranks, units, timeline))
+        stages = stage_work(layout, self.config, self.units)
+        timeline = simulate(order, [s.times for s in stages], self.transfer)
+        return Result(layout, schedule, order, timeline, ranks, self.usage(layout, ranks, stages, timeline))
 
     def order(self, layout: PipelineLayout, schedule: str) -> Order:
         stages, pp = len(layout.stages), self.gpus.pp
         if schedule != "greedy":
             return known_order(schedule, pp, stages, self.micro_batches)
-        units = stage_units(layout, self.config, self.units)
-        times, kept = [u.times for u in units], [u.kept for u in units]
+        work = stage_work(layout, self.config, self.units)
+        times, kept = [s.times for s in work], [s.kept for s in work]
         usual = known_order("1F1B" if stages == pp else "Interleaved1F1B", pp, stages, self.micro_batches)
         timeline = simulate(usual, times, self.transfer)
         limit = [timeline.peak(r, kept) for r in range(pp)]  # no more memory than the usual schedule takes
         return greedy_order([s % pp for s in range(stages)], times, self.micro_batches, kept, limit, self.transfer)
 
-    def usage(self, layout, ranks: Sequence[int], units: list[Unit], timeline: Timeline) -> list[Usage]:
-        kept, table = [u.kept for u in units], rank_parameters(layout, ranks, units, self.config)
+    def usage(
+        self, layout: PipelineLayout, ranks: Sequence[int], work: list[StageWork], timeline: Timeline
+    ) -> list[Usage]:
+        kept = [stage.kept for stage in work]
+        shares = [self.share(held) for held in rank_units(layout, ranks, self.config)]
+        fp8 = self.settings.precision == "fp8" and self.settings.fp8_weights == "kept"
         return [
-            Usage(plain, experts, self.state(plain, experts), timeline.peak(rank, kept))
-            for rank, (plain, experts) in enumerate(table)
+            Usage(*share, fp8 * (share.plain + share.experts), timeline.peak(rank, kept))
+            for rank, share in enumerate(shares)
         ]
 
-    def state(self, plain: int, experts: int) -> float:
-        """Bytes of weights, gradients and optimizer, whose state is shared out over the dp GPUs."""
-        s, gpus = self.settings, self.gpus
-        master = 4 if s.master == "fp32" else 2
-        moments = dict(adamw=8, adamw8bit=2, muon=master)[s.optimizer]
-        copies = s.precision == "fp8" and s.fp8_weights == "kept"
-        each = 2 * master + copies
-        return (each + moments / gpus.dp) * plain + (each + moments / (gpus.dp // gpus.ep)) * experts
+    def share(self, held: str) -> Share:
+        """Of a rank with these units."""
+        if held not in self.shares:
+            self.shares[held] = rank_share(held, self.units, self.gpus)
+        return self.shares[held]
+
+    @cached_property
+    def shares(self) -> dict[str, Share]:
+        """Those of ranks that a search has met."""
+        return {}
 
     def layout(self, cuts: Sequence[int]) -> PipelineLayout:
         """The stages between cuts of the units."""
@@ -150,14 +153,14 @@ class Problem:
         where the fullest rank alone takes longer than at_most."""
         layout = self.layout(cuts)
         place = placement(schedule, self.gpus.pp, len(layout.stages))
-        units = stage_units(layout, self.config, self.units)
+        work = stage_work(layout, self.config, self.units)
         load = [0.0] * self.gpus.pp
-        for rank, unit in zip(place, units, strict=True):
-            load[rank] += unit.times.total * self.micro_batches
+        for rank, stage in zip(place, work, strict=True):
+            load[rank] += stage.times.total * self.micro_batches
         if max(load) > at_most:
             return math.inf
-        timeline = simulate(self.order(layout, schedule), [u.times for u in units], self.transfer, self.overlap)
-        over = max(u.bytes for u in self.usage(layout, place, units, timeline)) / self.memory
+        timeline = simulate(self.order(layout, schedule), [s.times for s in work], self.transfer)
+        over = max(u.bytes for u in self.usage(layout, place, work, timeline)) / self.memory
         return timeline.seconds * (1.0 if over <= 1 else 10 * over**4)
 
     def even_cuts(self, schedule: str, stages: int, tail: int) -> set[tuple[int, ...]]:

@@ -78,11 +78,11 @@ class Timeline:
         return most
 
 
-def simulate(order: Order, times: Sequence[Times], transfer: float = 0.0, overlap: bool = True) -> Timeline:
+def simulate(order: Order, times: Sequence[Times], transfer: float = 0.0) -> Timeline:
     """Run an order. times: of each stage; transfer: of a stage's results to another rank.
 
-    A forward and a backward that overlap take their computing together, or their exchanges where these are longer:
-    each hides the other's. Without `overlap` they run one after the other, as torch's runtime runs them by default.
+    A forward and a backward that overlap, which the trainer runs by turns (parallel/turns.py), take their computing
+    together, or their exchanges where these are longer: each hides the other's.
     Raises InputError for an order that stops.
     """
     rank_of = {a.stage: r for r, row in enumerate(order) for step in row for a in step}
@@ -99,7 +99,7 @@ def simulate(order: Order, times: Sequence[Times], transfer: float = 0.0, overla
                 if begin is None:
                     break
                 begin = max(begin, free[r])
-                free[r] = end = begin + duration(step, times, overlap)
+                free[r] = end = begin + duration(step, times)
                 for a in step:
                     done[gives(a)] = end
                 events[r].append(Event(begin, end, step))
@@ -122,7 +122,7 @@ def arrival(step: Step, rank: int, rank_of: dict, done: dict, transfer: float, s
     return latest
 
 
-def duration(step: Step, times: Sequence[Times], overlap: bool) -> float:
+def duration(step: Step, times: Sequence[Times]) -> float:
     computing = sum(times[a.stage].computing(a.kind) for a in step)
     sending = sum(times[a.stage].sending(a.kind) for a in step)
-    return max(computing, sending) if overlap and len(step) > 1 else computing + sending
+    return max(computing, sending) if len(step) > 1 else computing + sending

@@ -23,16 +23,19 @@ def timeline_of(c: LingConfig, s: Settings, gpu: Gpu) -> Timeline:
     s = replace(s, micro_batch=s.micro_batch or rows)
     schedule, number = schedule_of(s, layout), rows // s.micro_batch
     order = known_order(schedule, s.pp, len(layout.stages), number) if isinstance(schedule, str) else schedule
-    return simulate(order, stage_times(layout, c, s, gpu), transfer_seconds(c, s, size <= NODE), overlap=False)
+    return simulate(order, stage_times(layout, c, s, gpu), transfer_seconds(c, s, size <= NODE))
 
 
 def step_seconds(c: LingConfig, s: Settings, timeline: Timeline, peaks: list[dict[str, int]], gpu: Gpu) -> float:
     """peaks: the plan's bytes by kind of a process of each rank of the pipeline."""
-    last = max(
-        total(once(s, peak), gpu) + gradient_seconds(c, s, layers, peak["weights"])
-        for layers, peak in zip(moe_layers(c, s, timeline), peaks, strict=True)
-    )
-    return timeline.seconds + last
+    layers = moe_layers(c, s, timeline)
+    return timeline.seconds + max(last_seconds(c, s, n, peak, gpu) for n, peak in zip(layers, peaks, strict=True))
+
+
+def last_seconds(c: LingConfig, s: Settings, layers: int, peak: dict[str, int], gpu: Gpu) -> float:
+    """What comes once on a process: the sums over dp, the optimizer. layers: with experts, of it; peak: its bytes of
+    weights, optimizer and FP8 weights."""
+    return total(once(s, peak), gpu) + gradient_seconds(c, s, layers, peak["weights"])
 
 
 def moe_layers(c: LingConfig, s: Settings, timeline: Timeline) -> list[int]:
