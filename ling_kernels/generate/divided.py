@@ -190,9 +190,9 @@ class DividedEngine(Engine):
         if self.device.type == "cuda":
             abort_group()
 
-    def accept(self, request: Request, tokens: list[int], drafts: list[int]) -> None:
+    def accept(self, request: Request, tokens: list[int], drafts: list[int]) -> bool:
         self.workers.check()  # on a GPU a pass that was broken off gives any tokens
-        super().accept(request, tokens, drafts)
+        return super().accept(request, tokens, drafts)
 
     def new_weights(self, model=None) -> int:
         raise InputError("an engine over several processes cannot take new weights: make another one")

@@ -1,5 +1,6 @@
 """The ASGI application: endpoints, and errors as OpenAI's error objects."""
 
+import asyncio
 import html
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -15,7 +16,7 @@ from starlette.types import ASGIApp
 
 from ...errors import Busy, InputError
 from .answers import complete
-from .guard import Guard, printable
+from .guard import CLOSE, Guard, printable
 from .metrics import FORMAT
 from .protocol import UNSUPPORTED, ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from .service import INTERNAL_ERROR, ContextTooLong, Service, error_response
@@ -60,7 +61,9 @@ def make_app(service: Service) -> ASGIApp:
 
     @asynccontextmanager
     async def lifespan(_) -> AsyncIterator[None]:
+        probing = asyncio.create_task(service.keep_probing())
         yield
+        probing.cancel()
         await service.in_thread(service.finish)
 
     app = FastAPI(title="ling_kernels", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
@@ -91,8 +94,8 @@ def make_app(service: Service) -> ASGIApp:
         return error_response(error.status_code, message, error.headers, code and "model", code)
 
     @app.exception_handler(Exception)
-    async def on_exception(_, error: Exception):  # uvicorn logs the traceback
-        return error_response(500, INTERNAL_ERROR)
+    async def on_exception(_, error: Exception):  # uvicorn logs the traceback, and closes the connection
+        return error_response(500, INTERNAL_ERROR, CLOSE)
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: HttpRequest):

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
@@ -25,6 +26,8 @@ Result = TypeVar("Result")
 
 INTERNAL_ERROR = "internal server error; the server's log has the details"
 FINISH_SECONDS = 5.0  # that the cache's last files may take when the server ends
+LOADING = "the model is loading"
+PROBE_SECONDS = 5.0  # between two probes of an engine whose passes fail
 # OpenAI's words for a status, by which clients classify errors
 CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
 TYPES = {401: "authentication_error", 429: "rate_limit_error"}
@@ -42,8 +45,8 @@ class Limits:
     traces: "Traces | None" = None
 
     @property
-    def loaded(self) -> bool:
-        """Whether there is a model to ask."""
+    def unable(self) -> str | None:
+        """Why there is no model to ask, in one line; None where there is one."""
         raise NotImplementedError
 
 
@@ -69,8 +72,8 @@ class Service(Limits):
     grammar_lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
-    def loaded(self) -> bool:
-        return self.engine is not None
+    def unable(self) -> str | None:
+        return LOADING if self.engine is None else None
 
     def grammars(self) -> Grammars:
         """Made at the first use. Raises InputError where llguidance is missing."""
@@ -87,6 +90,22 @@ class Service(Limits):
         """Serve with this engine, which has been loaded."""
         engine.record.on_pass = self.metrics.pass_time.add
         self.engine = engine
+
+    async def keep_probing(self) -> None:
+        """Probe the engine while its passes fail, until it is given up."""
+        while True:
+            await asyncio.sleep(PROBE_SECONDS)
+            record = self.engine.record if self.engine else None
+            if record is not None and record.fault is not None and not record.dead:
+                await self.probe()
+
+    async def probe(self) -> None:
+        """Let the engine generate a token: a good pass heals it, and routers send requests to healthy servers alone."""
+        with suppress(Exception):  # of the pass, whose record has it; or the queue is full
+            async for _ in self.engine.astream([0], max_new_tokens=1, stop_token_ids=()):
+                pass
+        if self.engine.record.fault is not None:
+            self.engine.record.failed_probes += 1
 
     def finish(self) -> None:
         """At the server's end: wait for the last spans and the cache's files, not for the engine, which may be
