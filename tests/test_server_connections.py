@@ -35,7 +35,7 @@ def running(service, client_timeout=LONG, **options):
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # of its connections too
     listener.bind(("127.0.0.1", 0))
-    listener.listen(100)
+    listener.listen(2048)
     thread = threading.Thread(target=server.run, args=[[listener]])
     thread.start()
     while not server.started:
