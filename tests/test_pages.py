@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from ling_kernels.errors import InputError
-from ling_kernels.generate import Engine, Spill, page_levels
-from ling_kernels.generate.page_copies import WORDS, Copies, digest_of
-from ling_kernels.generate.page_disk import HEADER, DiskPages
+from ling_kernels.generate import Engine, Spill
+from ling_kernels.generate.pages import levels
+from ling_kernels.generate.pages.copies import WORDS, Copies, digest_of
+from ling_kernels.generate.pages.disk import HEADER, DiskPages
 from tests.engines import NO_STOP, check, drain, engine, make_engine, model  # noqa: F401
 from tests.test_engine_adapters import write
 
@@ -227,7 +228,7 @@ def test_new_weights_serve_no_old_page(tmp_path):
 
 
 def test_the_folder_is_bounded_and_keeps_what_was_used_last(tmp_path, monkeypatch):
-    monkeypatch.setattr(page_levels, "REFRESH_SECONDS", 0.0)
+    monkeypatch.setattr(levels, "REFRESH_SECONDS", 0.0)
     prompts = prompts_of(6)
     with spilling(make_engine, 64, tmp_path, files=12) as e:
         for prompt in [*prompts[:2], prompts[0], *prompts[2:4]]:
@@ -268,7 +269,7 @@ def test_engines_that_share_a_folder(tmp_path):
 
 
 def test_a_folder_that_hangs_or_fails_costs_no_answer(tmp_path, monkeypatch):
-    monkeypatch.setattr(page_levels, "FETCH_SECONDS", 0.2)
+    monkeypatch.setattr(levels, "FETCH_SECONDS", 0.2)
     prompts = prompts_of(3)
     want = without_cache(prompts)
     with spilling(make_engine, 64, tmp_path) as e:
@@ -312,7 +313,7 @@ def test_a_full_disk_costs_no_answer(tmp_path, monkeypatch):
     prompts = prompts_of(3)
     e = spilling(make_engine, 64, tmp_path)
     disk = e.pages.levels.disk
-    monkeypatch.setattr("ling_kernels.generate.page_disk.os.replace", full)
+    monkeypatch.setattr("ling_kernels.generate.pages.disk.os.replace", full)
     with pytest.warns(UserWarning, match="No space left on device; further errors are only counted") as caught:
         assert e.generate(prompts, max_new_tokens=6, **NO_STOP) == without_cache(prompts)
         e.close()
