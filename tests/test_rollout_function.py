@@ -1,4 +1,4 @@
-"""The engine as the rollout of other trainers, in the shape of TRL's rollout_func (called by TRL in tests/integrations)."""
+"""The engine as the rollout of other trainers, in the shape of TRL's rollout_func; TRL itself: tests/integrations."""
 
 import copy
 from types import SimpleNamespace
