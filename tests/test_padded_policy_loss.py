@@ -1,5 +1,7 @@
 """The policy losses of trainers with padded rows, beside those of packed ones."""
 
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -126,3 +128,12 @@ def test_what_does_not_fit(batch):
         verl_policy_loss("grpo")(*(None,) * 4, loss_agg_mode="sum")
     with pytest.raises(InputError, match="method is one of grpo, dapo, gspo; not 'lpo'"):
         verl_policy_loss("lpo")
+
+
+def test_the_pages_code_runs():
+    page = (Path(__file__).parents[1] / "docs/posttraining.md").read_text()
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "verl_policy_loss" in block)
+    seen: dict = {}
+    exec(code, seen)
+    assert seen["sentences"].tolist() == [[0, 0, 0, 1, 0, 0], [0, 0, 0, 1, 1, 1]]
+    assert seen["logp"].grad.count_nonzero() > 0 == seen["logp"].grad[0, 4:].count_nonzero()
