@@ -179,3 +179,6 @@ def test_what_does_not_fit(tmp_path, ling):
             PolicyTrainer(model=model, method="gspo", **settings(tmp_path, **{name: value}))
     with pytest.raises(InputError, match="beta needs use_bias_correction_kl=False"):
         PolicyTrainer(model=model, method="gspo", **settings(tmp_path, beta=0.1))
+    model = Policy(Config(vocab_size=320, output_router_logits=False, router_aux_loss_coef=0.1), ling)
+    with pytest.raises(InputError, match="set router_aux_loss_coef=0.0"):
+        PolicyTrainer(model=model, method="gspo", **settings(tmp_path))
