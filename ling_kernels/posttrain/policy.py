@@ -12,6 +12,9 @@ tokens over those of all responses (average="tokens") or over those of its respo
     GSPO (arXiv 2507.18071)   level="sequence", average="responses"
     LPO  (arXiv 2510.22115)   level="sentence", average="tokens", clip=0.03
 
+In TRL `level` is importance_sampling_level, without "sentence"; average="responses" is loss_type "grpo", and "tokens"
+is "dapo".
+
 `logp` comes without logits of the whole batch in memory from ling_kernels.linear_cross_entropy:
 
     logp = -linear_cross_entropy(hidden, lm_head, targets, reduction="none")
