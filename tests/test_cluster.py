@@ -17,13 +17,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from ling_kernels.errors import InputError
 from ling_kernels.model import Ling, save_model
 from ling_kernels.parallel.exchange import expert_parameters
 from ling_kernels.parallel.ranks import rank_of_torchrun
 from ling_kernels.parallel.schedules import schedule_order, write_csv
-from ling_kernels.train import Trainer, monitor
+from ling_kernels.train import Trainer, monitor, trainer
 from ling_kernels.train import checkpoint as ckpt
 from ling_kernels.train.__main__ import main
+from ling_kernels.train.corpus import open_corpus
+from ling_kernels.train.prepare import run as preparation
 from tests.cluster import command, run_jobs
 from tests.training import text, tiniest, whole_tensors  # noqa: F401
 
@@ -100,7 +103,37 @@ REFUSED = {  # flags of rank 0, of rank 1, the line
     "one rank's": ("", "--seq-len 1", "rank 1: --seq-len 1: it must be at least 2"),
     "resume": ("", "--resume auto", "rank 1 has --resume auto, rank 0 None"),
     "folders": ("", "", "rank 1 has --out /"),
+    "ep": ("--ep 3",) * 2 + ("--ep 3 does not divide the 2 processes of --dp",),
+    "layout": ("--pp 2 --pipeline Et|x",) * 2 + ("--pipeline Et|x: 'x' is none of",),
+    "another model's layout": ("--pp 2 --pipeline Ett|tmL",) * 2 + ("--pipeline Ett|tmL: 3 t, but",),
+    "schedule": ("--pp 2 --schedule GPipes",) * 2 + ("--schedule GPipes: it must be one of",),
+    "micro batch": ("--micro-batch 8",) * 2 + ("--batch 8 is not a multiple of --dp 2 times --micro-batch 8",),
+    "micro batches of a pipeline": ("--pp 2 --micro-batch 8",) * 2 + ("--batch 8 gives each pipeline 1 micro batch",),
+    "version": ("", "", "rank 1 has version of ling kernels 0.0, rank 0 "),  # see rank_1_differs
+    "order of the data": ("", "", "rank 1 has the data {'tokens': "),
+    "GPU": ("", "", "rank 1: --device cuda: torch finds no GPU here"),
 }
+
+
+def rank_1_differs(name: str, argv: list[str]) -> tuple[int, str, str]:
+    """`command`, where rank 1 has another version, no GPU, or a disk of its own with the documents in another order."""
+
+    def other_order(s, tokenizer, vocab_size, cache, *rest):
+        file = cache.with_name("reversed.jsonl")
+        file.write_text("\n".join(reversed(Path(s.data[0]).read_text().splitlines())))
+        return open_corpus(replace(s, data=(str(file),)), tokenizer, vocab_size, cache.with_name("reversed"), *rest)
+
+    def no_gpu(settings):
+        raise InputError("--device cuda: torch finds no GPU here")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if rank_of_torchrun() == 1 and name == "version":
+            patch.setattr(preparation, "__version__", "0.0")
+        if rank_of_torchrun() == 1 and name == "order of the data":
+            patch.setattr(trainer, "open_corpus", other_order)
+        if rank_of_torchrun() == 1 and name == "GPU":
+            patch.setattr(preparation, "choose_device", no_gpu)
+        return command(argv)
 
 
 def no_band(argv: list[str]) -> tuple[int, str, str]:
@@ -143,7 +176,8 @@ def stop_answering(results: Path, argv: list[str]) -> tuple[int, str]:
     return left.value.code, stderr.getvalue()
 
 
-OTHERS = {"fp8": no_band, "muon, with tp, dp and ep": products_in_fp32}  # jobs that are not `command` alone
+DIFFERING = {name: functools.partial(rank_1_differs, name) for name in ("version", "order of the data", "GPU")}
+OTHERS = DIFFERING | {"fp8": no_band, "muon, with tp, dp and ep": products_in_fp32}  # jobs that are not `command` alone
 DIVISIONS = ("--dp-replicate", "--pp", "--cp", "--tp", "--ep")
 
 
