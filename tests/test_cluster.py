@@ -27,7 +27,7 @@ from ling_kernels.train import checkpoint as ckpt
 from ling_kernels.train.__main__ import main
 from ling_kernels.train.corpus import open_corpus
 from ling_kernels.train.prepare import run as preparation
-from tests.cluster import command, run_jobs
+from tests.cluster import command, free_ports, run_jobs
 from tests.training import text, tiniest, whole_tensors  # noqa: F401
 
 MOST = 4  # processes; most runs have two
@@ -314,30 +314,65 @@ def test_a_rank_that_stops_is_reported(runs):
     assert code == 1 and error.splitlines()[-1].startswith("error: rank 0 of 2 waited in vain for another: "), error
 
 
-def test_restart_after_a_killed_rank(runs, plain, tmp_path):
-    """torchrun starts both again, and --resume auto goes on from the last checkpoint, to the same bits."""
-    (tmp_path / "killed.py").write_text(
+def torchrun(folder: Path, leaves: str, where: str) -> list[str]:
+    """torchrun, with a script that runs the trainer, in which one process calls `leaves` before its fourth step, once
+    there is a checkpoint, if `where` holds."""
+    (folder / "leaving.py").write_text(
         "import os, signal, sys, time\n"
         "from ling_kernels.train import Trainer\n"
         "from ling_kernels.train.__main__ import main\n"
         "step = Trainer.step\n"
-        "def killed(trainer):\n"
-        "    first = os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'\n"
-        "    if first and trainer.ranks.rank == 1 and trainer.progress.step == 3:\n"
+        "def leaving(trainer):\n"
+        f"    if trainer.progress.step == 3 and {where}:\n"
         "        while not (trainer.folder / 'checkpoints' / 'step-000002').exists(): time.sleep(0.01)\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"        {leaves}\n"
         "    return step(trainer)\n"
-        "Trainer.step = killed\n"
+        "Trainer.step = leaving\n"
         "sys.exit(main())\n"
     )
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
-    argv = [*torchrun, "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", str(tmp_path / "killed.py")]
+    return [sys.executable, "-m", "torch.distributed.run", "--max-restarts", "1", "--rdzv-backend", "c10d"]
+
+
+ENVIRONMENT = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(Path(__file__).parents[1]))
+
+
+def test_restart_after_a_killed_rank(runs, plain, tmp_path):
+    """torchrun starts both again, and --resume auto goes on from the last checkpoint, to the same bits."""
+    first = "os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and trainer.ranks.rank == 1"
+    argv = torchrun(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)", first)
     run = tmp_path / "run"
-    environment = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(Path(__file__).parents[1]))
+    argv += ["--rdzv-endpoint", "127.0.0.1:0", "--nproc-per-node", "2", str(tmp_path / "leaving.py")]
     done = subprocess.run(
         [*argv, *plain, "--out", str(run), "--resume", "auto"],
-        env=environment, capture_output=True, text=True, timeout=300,
+        env=ENVIRONMENT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "steps 1 to 4" in done.stdout and "steps 3 to 4" in done.stdout
+    agree(run, runs / "dp alone", 0, 0)
+
+
+def test_a_machine_that_leaves(runs, plain, tmp_path):
+    """torchrun --nnodes 1:2: one of two machines goes, and the other goes on alone with the same flags, to the same
+    bits."""
+    both = "os.kill(os.getppid(), signal.SIGKILL); os.kill(os.getpid(), signal.SIGKILL)"
+    argv = torchrun(tmp_path, both, "os.environ['MACHINE'] == '1'")
+    run, (port,) = tmp_path / "run", free_ports(1)
+    found = [*argv, "--nnodes", "1:2", "--nproc-per-node", "1", "--rdzv-endpoint", f"127.0.0.1:{port}"]
+    flags = [str(word) for word in (tmp_path / "leaving.py", *plain, "--out", run, "--resume", "auto")]
+    machines = [
+        subprocess.Popen(
+            [*found, "--rdzv-conf", f"is_host={int(i == 0)},last_call_timeout=5,keep_alive_interval=1", *flags],
+            env=ENVIRONMENT | dict(MACHINE=str(i), TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    try:
+        out, error = machines[0].communicate(timeout=200)
+        assert machines[0].returncode == 0, error
+        assert machines[1].wait(10) < 0 and "processes  2:" in out + machines[1].communicate()[0]
+    finally:
+        for machine in machines:
+            machine.kill()
+    assert "steps 3 to 4" in out and "processes" not in out.partition("steps 3 to 4")[2]
     agree(run, runs / "dp alone", 0, 0)
