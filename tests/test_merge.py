@@ -44,7 +44,8 @@ def test_weights_stand_for_a_decay(decay, number):
     assert len(c) == number and math.isclose(sum(c), 1) and min(c) >= 0
     g = torch.randn(number - 1, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(number))
     path = torch.cat([torch.zeros(1, 7, dtype=torch.float64), g.cumsum(0)])
-    decayed = sum(merging.DECAYS[decay](i / number) * g[i - 1] for i in range(1, number))
+    parts = number - 1 if decay == "1-sqrt" else number
+    decayed = sum(merging.DECAYS[decay](i / parts) * g[i - 1] for i in range(1, number))
     torch.testing.assert_close(
         torch.tensor(c, dtype=torch.float64) @ path, decayed + torch.zeros(7, dtype=torch.float64)
     )
@@ -52,6 +53,14 @@ def test_weights_stand_for_a_decay(decay, number):
 
 def test_a_linear_decay_is_the_mean():
     torch.testing.assert_close(torch.tensor(named_weights("linear", 8)), torch.full((8,), 0.125))
+
+
+def test_the_published_weights_of_1_sqrt():
+    """w_i = 1 - sqrt(i / k) of checkpoints 0 .. k: worked out by hand for k = 4 and for one, two and three of them."""
+    third, half = math.sqrt(3) / 2, math.sqrt(0.5)
+    assert named_weights("1-sqrt", 5) == pytest.approx([0.5, half - 0.5, third - half, 1 - third, 0])
+    assert named_weights("1-sqrt", 3) == pytest.approx([half, 1 - half, 0])
+    assert named_weights("1-sqrt", 2) == [1, 0] and named_weights("1-sqrt", 1) == [1]
 
 
 @pytest.mark.parametrize("decay", [[1.1], [0.5, 0.6], [0.5, -0.1], [math.nan], ["0.5"], "0.5"])

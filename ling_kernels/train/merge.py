@@ -53,9 +53,10 @@ def decay_weights(decay: Sequence[float]) -> list[float]:
 def named_weights(decay: str, number: int) -> list[float]:
     """Weights of `number` checkpoints for a decay, oldest first.
 
-    decay: of DECAYS, whose value is taken after each i of `number` equal parts. A linear decay thus gives the mean, as
-    in the paper, so `mean` is its other name. The paper takes 1-sqrt at i / (number - 1), where it leaves the last
-    checkpoint out. `ema:X` is the moving average m = (1 - X) m + X t from m = t_0 on. Numbers with commas between them
+    decay: of DECAYS. The decay of the i-th update is its value after i of `number` equal parts, so that a linear decay
+    gives the mean, as in the paper, and `mean` is its other name. 1-sqrt is w_i = 1 - sqrt(i / k) with k = number - 1,
+    as published, which leaves the last checkpoint out; cosine is ours. `ema:X` is the moving average
+    m = (1 - X) m + X t from m = t_0 on. Numbers with commas between them
     are the weights themselves. Raises InputError for anything else, and for numbers that do not add up to 1.
     """
     if number < 1:
@@ -63,7 +64,8 @@ def named_weights(decay: str, number: int) -> list[float]:
     name, colon, value = decay.partition(":")
     decay = "linear" if decay == "mean" else decay
     if decay in DECAYS:
-        return decay_weights([DECAYS[decay](i / number) for i in range(1, number)])
+        parts = number - 1 if decay == "1-sqrt" else number
+        return decay_weights([DECAYS[decay](i / parts) for i in range(1, number)])
     try:
         if name == "ema" and colon and 0 < (x := float(value)) < 1:
             return [(1 - x) ** (number - 1), *(x * (1 - x) ** (number - 1 - j) for j in range(1, number))]
