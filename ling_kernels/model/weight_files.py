@@ -171,6 +171,7 @@ def write_weights(
         weight_map |= dict.fromkeys(content, name)
         with atomic_write(folder / name, durable=True) as path:
             save_tensors(content, path)
+        del content  # before the next file's tensors are made
     if len(shards) > 1:
         names.append(write_index(folder, stem, weight_map))
     if stem == "model":
