@@ -88,6 +88,48 @@ def test_exact_match_counts_right_answers(here, monkeypatch):
     assert evaluate.exact_match(here[0] / "sft/model", "sorting", problems=6)[0] == 1
 
 
+def test_the_start_is_the_checkpoint_with_the_best_pass_at_k(here, tmp_path, monkeypatch, capsys):
+    """ApexEval by the command, against sampled answers that are checked one by one."""
+    from ling_kernels.posttrain import choose, evaluate, pass_at_k
+    from ling_kernels.posttrain.rollout import rollout as answers_of
+
+    out, seen = here[0], []
+
+    def rollout(*args, **options):
+        seen.append(answers_of(*args, **options))
+        return seen[-1]
+
+    right = lambda text, answer: float(sum(map(ord, text)) % 3 == 0)  # noqa: E731 (these models are never right)
+    monkeypatch.setattr(evaluate, "rollout", rollout)
+    monkeypatch.setattr(evaluate, "exact", right)
+    folders = [str(out / "pretrain/3-yarn/model"), str(out / "sft/model")]
+    flags = ["--problems", "3", "--samples", "4", "--k", "2"]
+    assert not choose.main([*folders, *flags])
+    lines = capsys.readouterr().out.splitlines()
+    means = {}
+    for folder, answers in zip(folders, seen, strict=True):
+        drawn, exam = evaluate.exam_of(folder, "sorting", 3, 1, evaluate.solved.__defaults__[1])
+        assert len(answers) == 12 and len({tuple(a.ids) for a in answers}) > 3
+        each = [right(exam.text(a.ids), drawn[i // 4].answer) for i, a in enumerate(answers)]
+        means[folder] = sum(pass_at_k(4, int(sum(each[i : i + 4])), 2) for i in (0, 4, 8)) / 3
+    assert lines == [
+        *(f"pass@2 {mean:.4f}  {f}" for f, mean in means.items()),
+        f"start with {max(means, key=means.get)}",
+    ]
+    assert 0 < min(means.values()) and len({*means.values()}) == 2, means
+    assert not choose.main([str(out / "sft"), *flags]) and "checkpoints/step-000002" in capsys.readouterr().out
+    (tmp_path / "checkpoints").mkdir()
+    for wrong, text in (
+        ([*folders, "--k", "9"], "--k 9: it must be"),
+        ([*folders, "--problems", "0"], "must be at least 1"),
+        ([str(tmp_path)], "holds no checkpoints"),
+        ([str(tmp_path / "absent")], "absent"),
+    ):
+        assert choose.main(wrong) == 2
+        error = capsys.readouterr().err
+        assert text in error and error.count("\n") == 1, error
+
+
 def test_figures_of_lm_eval(here, monkeypatch, capsys):
     """Its command runs for each model, and its newest results are among the recipe's. (tests/integrations/lm_eval runs
     the harness itself.)"""
