@@ -38,6 +38,7 @@ def test_everything(here):
     out, ran, _ = here
     assert ran == ["train", "train", "posttrain.rl"]
     found = json.loads((out / "results.json").read_text())
+    assert len(found["origin"]["commit"]) >= 7 and found["origin"]["date"].startswith("20")
     assert found["exact_match"].keys() == {"pretrain", "sft", "lpo"} and len(found["rewards"]) == 1
     assert found["nats"].keys() == {"1-first", "2-longer", "sft"} and all(0 < x < 7 for x in found["nats"].values())
     assert [row["length"] for row in found["needles"]["3-yarn"]] == [64]
