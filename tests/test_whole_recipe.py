@@ -4,14 +4,17 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from ling_kernels.errors import InputError
+from ling_kernels.model import LingConfig
 from ling_kernels.posttrain import recipe as whole
 from ling_kernels.posttrain.rl import main as rl
 from ling_kernels.posttrain.tasks import exact
+from ling_kernels.train import recipe as recipes
 from ling_kernels.train.__main__ import main as train
 from tests.test_recipe import SIZES, small_recipe, without_plots  # noqa: F401
 
@@ -45,6 +48,41 @@ def test_everything(here):
     assert (out / "recipe.png").stat().st_size > 1000
     settings = json.loads((out / "sft/settings.json").read_text())
     assert settings["model"].endswith("3-yarn/model") and settings["balance_rate"] == 0
+
+
+def test_the_shipped_recipe(tmp_path, monkeypatch):
+    """tiny's own stages, data and needles: fewer steps and texts, nothing else."""
+
+    def execute(module, flags):
+        return {"train": train, "posttrain.rl": rl}[module](list(flags))
+
+    monkeypatch.setattr(whole, "execute", execute)
+    monkeypatch.setattr(recipes, "check_needles", partial(recipes.check_needles, texts=1))
+    cut = "--steps 8 --save-every 1 --eval-every 1 --eval-rows 1 --threads 1"  # its fourth stage merges 8 checkpoints
+    argv = [
+        "tiny",
+        "--sft-steps",
+        "2",
+        "--rl-steps",
+        "1",
+        "--problems",
+        "2",
+        "--out",
+        str(tmp_path),
+        "--",
+        *cut.split(),
+    ]
+    assert whole.main(argv) == 0
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert [*found["nats"]] == ["1-pretrain", "2-reasoning", "3-long-context", "4-cot", "sft"]
+    assert all(0 < nats < 7 for nats in found["nats"].values()) and len(found["rewards"]) == 1
+    assert [row["length"] for row in found["needles"]["5-yarn"]] == [1024, 2048, 4096]
+    assert found["exact_match"].keys() == {"pretrain", "sft", "lpo"}
+    state = json.loads((tmp_path / "pretrain/recipe.json").read_text())
+    assert list(state["done"]) == state["stages"] and "4-cot/merged" in state["done"]["4-cot"], state
+    config = LingConfig.from_json(tmp_path / "lpo/model/config.json")
+    assert config.max_positions == 4096 and config.rope_theta == 600000.0 and config.rope_scaling["factor"] == 4.0
+    assert (tmp_path / "recipe.png").stat().st_size > 1000
 
 
 def test_what_is_complete_is_not_done_again(here, monkeypatch, capsys):
