@@ -17,7 +17,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.openai_completions import LocalCompletionsAPI
 
 from ling_kernels.model import load_model
-from tests.speller import speller
+from tests.speller import BOS, EOS, ROLE, speller
 from tests.test_engine_adapters import write
 from tests.test_server import service
 from tests.test_server_connections import port_of, running
@@ -147,6 +147,27 @@ def test_lm_eval(locked, folder, monkeypatch, ids):
     expected = [sum(score[len(pair[0]) - 1 :]) for pair, score in zip(pairs, scores, strict=True)]
     assert [total for total, _ in found] == pytest.approx(expected, rel=1e-4)
     assert [greedy for _, greedy in found] == [True, True, False, False, True]
+
+
+def test_lm_eval_with_the_servers_tokenizer(locked, folder, monkeypatch):
+    """Nothing of the model is on the client: tokens by name, chats, and texts without context are as by its files."""
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    served, url = locked
+    options = dict(base_url=f"{url}/completions", model="speller", max_length=200, batch_size=2)
+    remote = LocalCompletionsAPI(**options, tokenizer_backend="remote", tokenized_requests=True, auth_token="k")
+    local = LocalCompletionsAPI(**options, tokenizer=folder, tokenized_requests=True)
+    assert (remote.prefix_token_id, remote.eot_token_id) == (local.prefix_token_id, local.eot_token_id) == (BOS, EOS)
+    variables = dict(tools=None, enable_thinking=False)  # lm_eval renders with no undefined ones
+    chat = remote.tokenizer.apply_chat_template([dict(role="user", content="Hi")], **variables)
+    assert chat == local.apply_chat_template([dict(role="user", content="Hi")])
+    assert remote.tok_encode(chat) == local.tok_encode(chat) and ROLE in remote.tok_encode(chat)
+    texts = [Instance("loglikelihood_rolling", {}, (text,), i) for i, text in enumerate(("pabc", "wxq"))]
+    scores = served.engine.score([[BOS, *text.args[0].encode()] for text in texts])
+    assert remote.loglikelihood_rolling(texts) == pytest.approx([sum(score) for score in scores], rel=1e-4)
+    pairs = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate((("ab", "cd"), ("", "pq"), (chat, "XY")))]
+    found, want = remote.loglikelihood(pairs), local.loglikelihood(pairs)
+    assert [total for total, _ in found] == pytest.approx([total for total, _ in want], rel=1e-4)
+    assert [greedy for _, greedy in found] == [True] * 3
 
 
 def test_langchain(locked):
