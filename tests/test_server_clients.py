@@ -102,6 +102,28 @@ def test_logprobs_of_a_chat(shared):
     assert refused.status_code == 400 and refused.json()["error"]["param"] == "top_logprobs"
 
 
+def test_logprobs_of_a_chats_prompt(shared):
+    """In vLLM's form: those of the engine, by token id, the first token without."""
+    prompt = call(shared, "/tokenize", dict(messages=CHAT["messages"])).json()["tokens"]
+    scores = shared.engine.score([prompt])[0]
+    (request,) = shared.engine.finish([prompt], max_new_tokens=1, prompt_logprobs=2)
+    likeliest = [[*dict(entry.top)] for entry in request.prompt_logprobs]
+    for most, n in ((0, 1), (2, 2)):
+        answer = call(shared, "/v1/chat/completions", CHAT | dict(prompt_logprobs=most, n=n)).json()
+        assert answer["choices"][0]["message"]["content"] == "XYZ" and answer["choices"][0]["logprobs"] is None
+        first, *found = answer["prompt_logprobs"]
+        assert first is None and [next(iter(each)) for each in found] == [str(token) for token in prompt[1:]]
+        own = [each[str(token)] for each, token in zip(found, prompt[1:], strict=True)]
+        assert [entry["logprob"] for entry in own] == pytest.approx(scores, rel=1e-5)
+        assert [entry["decoded_token"] for entry in own] == [shared.tokenizer.decode([token]) for token in prompt[1:]]
+        ranked = [sorted((e["rank"], int(token)) for token, e in each.items() if e["rank"]) for each in found]
+        assert ranked == [[*enumerate(ids[:most], 1)] for ids in likeliest]
+    assert "prompt_logprobs" not in call(shared, "/v1/chat/completions", CHAT).json()
+    for wrong in (dict(prompt_logprobs=2, stream=True), dict(prompt_logprobs=21), dict(prompt_logprobs=-1)):
+        refused = call(shared, "/v1/chat/completions", CHAT | wrong)
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "prompt_logprobs"
+
+
 def test_counts_in_every_event(shared):
     options = dict(include_usage=True, continuous_usage_stats=True)
     found = events(call(shared, "/v1/completions", BODY | dict(stream=True, stream_options=options)).text)

@@ -153,6 +153,10 @@ class CompletionRequest(CompletionBase):
     def num_logprobs(self) -> int | None:
         return self.logprobs
 
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        return self.logprobs if self.echo else None
+
 
 class ContentPart(StrictModel):
     """A part of a message's content; `ChatMessage.as_template_input` refuses types other than text."""
@@ -286,6 +290,7 @@ class ChatCompletionRequest(CompletionBase, ChatPrompt):
     max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     logprobs: StrictBool = False
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=MOST)] = 0
+    prompt_logprobs: Annotated[StrictInt, Field(ge=0, le=MOST)] | None = None  # vLLM's
     parallel_tool_calls: StrictBool = True  # else at most one call
     echo: Literal[False] = False
     shows_answer: Literal[True] = True
@@ -337,6 +342,12 @@ class ChatCompletionRequest(CompletionBase, ChatPrompt):
         if self.top_logprobs and not self.logprobs:
             raise InputError("top_logprobs needs logprobs true")
         return self.top_logprobs if self.logprobs else None
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        if self.prompt_logprobs is not None and self.stream:
+            raise InputError("prompt_logprobs come with a whole answer: leave stream out")
+        return self.prompt_logprobs
 
 
 class TokenizeRequest(ChatPrompt):
