@@ -70,6 +70,7 @@ def test_adapters_by_openai(folder, tmp_path):
             client.chat.completions.create(**CHAT | dict(model="x"))
 
 
+TOOL_CALL = "265"  # <tool_call>
 DENSE = {str(ord(blank)): -100 for blank in " \n"}  # no blanks: the model has no notion of an end
 
 
@@ -193,6 +194,24 @@ def test_llm(locked, tmp_path):
     schema = ["--schema", json.dumps(Answer.model_json_schema()), "--no-stream"]
     result = subprocess.run([*command, *schema], capture_output=True, text=True, timeout=120, env=env)
     assert Answer.model_validate_json(result.stdout), result.stderr
+
+
+def test_tools_of_llm(locked, tmp_path):
+    """`llm -T` runs the function that the model calls, and sends its result back; here the model calls it again."""
+    name = tmp_path / "extra-openai-models.yaml"
+    name.write_text(
+        f"- model_id: mine\n  model_name: speller\n  api_base: {locked[1]}\n"
+        "  api_key_name: mine\n  supports_tools: true\n"
+    )
+    env = {**os.environ, "LLM_USER_PATH": str(tmp_path)}
+    prefers_calls = DENSE | {TOOL_CALL: 100, str(ord("}")): 100}  # of the forms that json_object lets come
+    options = dict(temperature=0, json_object=1, logit_bias=json.dumps(prefers_calls))
+    flags = [*sum((["-o", key, str(value)] for key, value in options.items()), []), "--td", "--chain-limit", "2"]
+    command = [sys.executable, "-m", "llm", "-m", "mine", "--key", "k", "-T", "llm_version", *flags, "Hi, in JSON"]
+    finished = locked[0].metrics.finished["stop"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
+    assert "Tool call: llm_version({})" in result.stderr and "Chain limit of 2" in result.stderr, result
+    assert locked[0].metrics.finished["stop"] == finished + 2
 
 
 def test_guidellm(folder, tmp_path):
