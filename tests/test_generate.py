@@ -46,8 +46,18 @@ def test_texts_with_reasons(checkpoint):
         engine, tokenizer, ["a", "m"], sampling=[Sampling(logit_bias={98: -100}), None], n=2, **options
     )
     assert [t.text for t in two[2:]] == ["nopq"] * 2 and two[0] == two[1] != texts[0]
-    with pytest.raises(InputError, match="list of them"):
-        generate_texts(engine, tokenizer, "a")
+    one = generate_texts(engine, tokenizer, ["a"], stop="cd", **options)
+    assert [(t.text, t.finish_reason) for t in one] == [("b", "stop")], "a string is one, as OpenAI has it"
+    assert "".join(stream_text(iter(b"bcde"), tokenizer, "de")) == "bc"
+    for texts, wrong, name in (
+        ("a", {}, "prompts"), (5, {}, "prompts"), (["a"], dict(stop=5), "stop"), (["a"], dict(stop=["b", 5]), "stop"),
+        ([], dict(stop=""), "stop"), (["a"], dict(max_new_tokens=True), "max_new_tokens"), (["a"], dict(n=True), "n"),
+        (["a"], dict(logprobs=True), "logprobs"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=name):
+            generate_texts(engine, tokenizer, texts, **options | wrong)
+    with pytest.raises(InputError, match="stop"):
+        [*stream_text(iter(b"bc"), tokenizer, 5)]
 
 
 @pytest.mark.parametrize("stop, pieces, shown", [

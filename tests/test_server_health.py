@@ -144,6 +144,25 @@ def test_a_pass_that_does_not_return(checkpoint):
     assert "has been running" in fresh.dead
 
 
+def test_progress_of_loading(checkpoint, monkeypatch, capsys):
+    """In /health after each weight, and in the log at most every PROGRESS_SECONDS."""
+    fresh, seen = service(checkpoint), []
+    engine, fresh.engine = fresh.engine, None
+
+    def load(progress):
+        for seconds, loaded in ((1.0, 10**9), (11.0, 2 * 10**9), (12.0, 3 * 10**9)):
+            monkeypatch.setattr(command.time, "perf_counter", lambda seconds=seconds: seconds)
+            progress(loaded, 4 * 10**9)
+            seen.append(health(fresh))
+        return engine
+
+    monkeypatch.setattr(command.time, "perf_counter", lambda: 0.0)
+    command.Loading(load, fresh, "http://x").run()
+    assert seen == [(503, f"loading: {n}.00 of 4.00 GB of weights") for n in (1, 2, 3)]
+    assert capsys.readouterr().err.splitlines() == ["speller: loading: 2.00 of 4.00 GB of weights"]
+    assert health(fresh) == (200, "ok")
+
+
 def test_a_model_that_loads(checkpoint):
     fresh = service(checkpoint)
     engine, fresh.engine = fresh.engine, None

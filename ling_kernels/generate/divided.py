@@ -139,11 +139,15 @@ class DividedEngine(Engine):
     """Rank 0 of `ranks` processes on this machine, of which it starts the others.
 
     folder: a checkpoint. load: keyword arguments of `load_model`, with device and dtype; on GPUs rank r takes the GPU r
-    of those that torch sees. options: Engine's; cache_tokens counts tokens, each of whose heads are on one rank.
-    Raises InputError where the ranks cannot share the model, and LostRank for a rank that ends meanwhile.
+    of those that torch sees. progress: `load_model`'s, of this rank's part. options: Engine's; cache_tokens counts
+    tokens, each of whose heads are on one rank. Raises InputError where the ranks cannot share the model, and LostRank
+    for a rank that ends meanwhile.
     """
 
-    def __init__(self, folder: str | Path, ranks: int, load: dict[str, Any], **options):
+    def __init__(
+        self, folder: str | Path, ranks: int, load: dict[str, Any],
+        progress: Callable[[int, int], None] | None = None, **options,
+    ):  # fmt: skip
         config, directory = resolve_model(folder)
         if directory is None:
             raise InputError(f"{folder} is a preset, which has no weights; give a checkpoint directory")
@@ -162,7 +166,7 @@ class DividedEngine(Engine):
                 pin = bool(options.get("batch_invariant"))
                 self.workers.send("load", (n, file, threads, directory, load, pin))
                 self.workers.receive("started")  # before this rank waits for them in the group
-                model, self.share = load_part(n, 0, file, directory, load | dict(device=device), pin)
+                model, self.share = load_part(n, 0, file, directory, load | dict(device=device, progress=progress), pin)
                 self.workers.receive("loaded")
             super().__init__(model, **options)
         except BaseException:

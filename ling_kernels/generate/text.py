@@ -10,13 +10,13 @@ from .logprobs import TokenLogprob
 
 
 def stream_text(
-    tokens: Iterable[int], tokenizer: Tokenizer, stop: Sequence[str] = (), prompt: Sequence[int] = ()
+    tokens: Iterable[int], tokenizer: Tokenizer, stop: str | Sequence[str] = (), prompt: Sequence[int] = ()
 ) -> Iterator[str]:
     """Yield the text of each token ("" if it is held back), then the rest; ends before the first string of `stop`.
 
-    prompt: the ids before the tokens.
+    prompt: the ids before the tokens. Raises InputError for a stop that is no string or strings.
     """
-    text = StoppedText(tokenizer, stop, prompt)
+    text = StoppedText(tokenizer, stop_strings(stop), prompt)
     for token in tokens:
         yield text.add(token)
         if text.found:
@@ -50,14 +50,16 @@ class Text(NamedTuple):
 
 
 def generate_texts(
-    engine: Engine, tokenizer: Tokenizer, prompts: Iterable[str | Sequence[int]], stop: Sequence[str] = (), **options
-) -> list[Text]:
+    engine: Engine, tokenizer: Tokenizer, prompts: Iterable[str | Sequence[int]],
+    stop: str | Sequence[str] = (), **options
+) -> list[Text]:  # fmt: skip
     """Texts that continue the prompts, with the options of Engine.finish: also `n`, and `sampling` for each prompt.
 
-    stop: strings that end a text, which is without them. Raises InputError as Engine.submit.
+    stop: a string or strings that end a text, which is without them. Raises InputError as Engine.submit.
     """
-    if isinstance(prompts, str):
-        raise InputError("prompts is a text; it must be a list of them")
+    if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+        raise InputError(f"prompts is {prompts!r:.80}; it must be a list of texts")
+    stop = stop_strings(stop)
     ids = [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     found = []
     with engine.submitted(ids, **options) as requests:
@@ -73,6 +75,14 @@ def generate_texts(
             logprobs = request.logprobs[:count]
             found.append(Text("".join(pieces) + text.end(), request.new_tokens[:count], reason, logprobs))
     return found
+
+
+def stop_strings(stop: str | Sequence[str]) -> list[str]:
+    """A caller's strings that end a text, as a list. Raises InputError for anything else and for an empty string."""
+    strings = [stop] if isinstance(stop, str) else [*stop] if isinstance(stop, Iterable) else [stop]
+    if odd := [string for string in strings if not (isinstance(string, str) and string)]:
+        raise InputError(f"stop has {odd[0]!r:.80}; it must be a text of at least one character, or a list of them")
+    return strings
 
 
 class StoppedText:

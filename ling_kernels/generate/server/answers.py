@@ -20,7 +20,7 @@ from ..grammar import Grammar, Grammars
 from ..logprobs import TokenLogprob
 from ..request import Request
 from ..text import StoppedText
-from .logprobs import ChatLogprobs, CompletionLogprobs
+from .logprobs import ChatLogprobs, CompletionLogprobs, prompt_logprobs
 from .new_grammars import BodyGrammars
 from .protocol import MAX_CHOICES, ChatCompletionRequest, CompletionRequest
 from .service import INTERNAL_ERROR, Result, Service, error_object
@@ -127,7 +127,7 @@ async def complete(service: Service, body: Body, http_request: HttpRequest, obje
     ends = frozenset(body.stop_token_ids) | (frozenset() if body.ignore_eos else service.stop_token_ids)
     requested, default = body.max_new_tokens()
     options: dict = dict(
-        stop_token_ids=ends, timeout=service.timeout, logprobs=scored, prompt_logprobs=scored if body.echo else None,
+        stop_token_ids=ends, timeout=service.timeout, logprobs=scored, prompt_logprobs=body.num_prompt_logprobs,
         keep_stop=scored is not None and object_type == "text_completion",
         client=http_request.state.client, priority=body.priority, min_new_tokens=body.min_tokens,
         grammar=grammar, adapter=adapter,
@@ -342,7 +342,10 @@ async def full_response(choices: list[Choice], body: Body, object_type: str, hea
     for i, (choice, its_pieces) in enumerate(zip(choices, found, strict=True)):
         content, reason = writer(choice, body).whole(its_pieces)
         contents.append({"index": i, **content, "finish_reason": reason})
-    return header | {"object": object_type, "choices": contents, "usage": usage(choices, body.n)}
+    answer = header | {"object": object_type, "choices": contents, "usage": usage(choices, body.n)}
+    if isinstance(body, ChatCompletionRequest) and body.prompt_logprobs is not None:
+        answer["prompt_logprobs"] = prompt_logprobs(choices[0].service.tokenizer, choices[0].request)
+    return answer
 
 
 class EventStream(StreamingResponse):
@@ -378,7 +381,7 @@ class EventStream(StreamingResponse):
         writers = [writer(choice, body) for choice in self.choices]
         # The log-probabilities of an echoed prompt are known with its first token.
         shown = [False] * len(writers)
-        early = not (body.echo and body.num_logprobs is not None)
+        early = body.num_prompt_logprobs is None
         try:
             for i, choice in enumerate(writers):
                 if early and (first := choice.first()) is not None:

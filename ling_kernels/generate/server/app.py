@@ -27,8 +27,8 @@ PAGE_POLICY = (
     "frame-ancestors 'none'"
 )
 PATHS = (
-    "/v1/completions", "/v1/chat/completions", "/v1/models", "/tokenize", "/detokenize", "/health", "/live", "/metrics",
-    "/status",
+    "/v1/completions", "/v1/chat/completions", "/v1/models", "/tokenize", "/detokenize", "/tokenizer_info", "/health",
+    "/live", "/metrics", "/status",
 )  # fmt: skip
 FIELDS = {*CompletionRequest.model_fields, *ChatCompletionRequest.model_fields, *DetokenizeRequest.model_fields}
 
@@ -123,6 +123,11 @@ def make_app(service: Service) -> ASGIApp:
     async def detokenize(body: DetokenizeRequest):
         service.model_card(service.name if body.model is None else body.model)
         return {"prompt": await service.in_thread(body.text, service.tokenizer, service.vocabulary)}
+
+    @app.get("/tokenizer_info")
+    async def tokenizer_info():
+        tokens = {name: service.tokenizer.token(name) for name in ("bos_token", "eos_token", "pad_token")}
+        return tokens | {"chat_template": service.tokenizer.chat_template}
 
     @app.api_route("/health", methods=["GET", "HEAD"])
     async def health():

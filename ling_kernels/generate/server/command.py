@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,6 +35,8 @@ from ..engine import Engine
 from ..pages.levels import Spill, usable_folder
 
 KEY_VARIABLE = "LING_API_KEY"
+PROGRESS_SECONDS = 10.0  # between two lines of the log while the model loads
+Progress = Callable[[int, int], None]  # of load_model
 
 
 def arguments() -> Parser:
@@ -211,7 +214,9 @@ def bind(host: str, port: int, path: str | None = None) -> socket.socket:
     return listener
 
 
-def start(args: argparse.Namespace, folder: Path, adapters: dict[str, Path] | None = None) -> Engine:
+def start(
+    args: argparse.Namespace, folder: Path, adapters: dict[str, Path] | None = None, progress: Progress | None = None
+) -> Engine:
     """Load the model and warm up its engine."""
     spill = None
     if args.cache_host is not None:
@@ -219,6 +224,7 @@ def start(args: argparse.Namespace, folder: Path, adapters: dict[str, Path] | No
     engine = make_engine(
         folder,
         args,
+        progress,
         cache_tokens=args.cache_tokens,
         cache_dtype=torch.float8_e4m3fn if args.cache == "fp8" else None,
         max_running=args.max_running,
@@ -236,8 +242,9 @@ def start(args: argparse.Namespace, folder: Path, adapters: dict[str, Path] | No
 class Loading:
     """Loads the engine in a thread, while the server already answers /health."""
 
-    def __init__(self, load: Callable[[], Engine], service: Service, url: str):
+    def __init__(self, load: Callable[[Progress], Engine], service: Service, url: str):
         self.load, self.service, self.url = load, service, url
+        self.shown = time.perf_counter()  # when the log last said something
         self.error: BaseException | None = None
 
     def start(self) -> None:
@@ -246,7 +253,7 @@ class Loading:
     def run(self) -> None:
         started = time.perf_counter()
         try:
-            engine = self.load()
+            engine = self.load(self.progress)
         except BaseException as error:
             self.error = error
             return
@@ -254,6 +261,13 @@ class Loading:
         tokens = engine.pages.count * engine.pages.size
         seconds = time.perf_counter() - started
         print(f"{self.service.name} at {self.url}, a cache of {tokens} tokens, loaded in {seconds:.1f} s", flush=True)
+
+    def progress(self, loaded: int, total: int) -> None:
+        """Tell /health, and now and then the log, how many bytes of the weights are loaded."""
+        self.service.loading = f"loading: {loaded / 1e9:.2f} of {total / 1e9:.2f} GB of weights"
+        if time.perf_counter() - self.shown >= PROGRESS_SECONDS:
+            self.shown = time.perf_counter()
+            print(f"{self.service.name}: {self.service.loading}", file=sys.stderr, flush=True)
 
     def watch(self) -> str | None:
         """What ends the server."""
@@ -283,7 +297,7 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     with bind(args.host, args.port, args.socket) as listener:
         url = listen(listener, args)
-        loading = Loading(lambda: start(args, folder, adapters), service, url)
+        loading = Loading(partial(start, args, folder, adapters), service, url)
         if args.socket is None:
             about = f"loading {size(folder)} from {folder}; {url.removesuffix('/v1')}/health says when it is ready"
             print(about, file=sys.stderr, flush=True)

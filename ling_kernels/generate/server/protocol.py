@@ -153,6 +153,10 @@ class CompletionRequest(CompletionBase):
     def num_logprobs(self) -> int | None:
         return self.logprobs
 
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        return self.logprobs if self.echo else None
+
 
 class ContentPart(StrictModel):
     """A part of a message's content; `ChatMessage.as_template_input` refuses types other than text."""
@@ -249,40 +253,51 @@ class TemplateOptions(StrictModel):
     enable_thinking: StrictBool | None = None  # whether an answer begins with a thought; None: as the template has it
 
 
-class ChatCompletionRequest(CompletionBase):
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
-    logprobs: StrictBool = False
-    top_logprobs: Annotated[StrictInt, Field(ge=0, le=MOST)] = 0
+class ChatPrompt(StrictModel):
+    """A conversation, and what its prompt depends on besides."""
+
+    messages: list[ChatMessage] = []
     tools: Annotated[list[FunctionTool], Field(max_length=512)] = []
     tool_choice: Literal["none", "auto", "required"] | ToolChoice = "auto"
-    parallel_tool_calls: StrictBool = True  # else at most one call
     continue_final_message: StrictBool = False  # vLLM's: the answer goes on with the last message
     add_generation_prompt: StrictBool = True
     chat_template_kwargs: TemplateOptions = TemplateOptions()
-    echo: Literal[False] = False
-    shows_answer: Literal[True] = True
 
-    def prompts(self, tokenizer: Tokenizer) -> list[list[int]]:
-        """Token ids of the rendered conversation, as a list of one."""
+    def rendered(self, tokenizer: Tokenizer) -> list[int]:
+        """Token ids of the rendered conversation."""
         messages = [m.as_template_input() for m in self.messages]
         tools = [tool.model_dump() for tool in self.tools] if self.parses_calls else None
         thinking = self.chat_template_kwargs.enable_thinking
         if not self.continue_final_message:
             text = tokenizer.apply_chat_template(messages, self.add_generation_prompt, tools, thinking)
-            return [tokenizer.encode(text, special=True)]
+            return tokenizer.encode(text, special=True)
         last = messages.pop()
         if not messages or last.keys() != {"role", "content"} or last["role"] != "assistant":
             raise InputError(
                 "continue_final_message needs a last message of role assistant, with content alone, after another one"
             )
         text = tokenizer.apply_chat_template(messages, True, tools, thinking)
-        return [tokenizer.encode(text, special=True) + tokenizer.encode(last["content"])]
+        return tokenizer.encode(text, special=True) + tokenizer.encode(last["content"])
 
     @property
     def parses_calls(self) -> bool:
         return bool(self.tools) and self.tool_choice != "none"
+
+
+class ChatCompletionRequest(CompletionBase, ChatPrompt):
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    logprobs: StrictBool = False
+    top_logprobs: Annotated[StrictInt, Field(ge=0, le=MOST)] = 0
+    prompt_logprobs: Annotated[StrictInt, Field(ge=0, le=MOST)] | None = None  # vLLM's
+    parallel_tool_calls: StrictBool = True  # else at most one call
+    echo: Literal[False] = False
+    shows_answer: Literal[True] = True
+
+    def prompts(self, tokenizer: Tokenizer) -> list[list[int]]:
+        """Token ids of the rendered conversation, as a list of one."""
+        return [self.rendered(tokenizer)]
 
     @property
     def must_call(self) -> bool:
@@ -328,23 +343,28 @@ class ChatCompletionRequest(CompletionBase):
             raise InputError("top_logprobs needs logprobs true")
         return self.top_logprobs if self.logprobs else None
 
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        if self.prompt_logprobs is not None and self.stream:
+            raise InputError("prompt_logprobs come with a whole answer: leave stream out")
+        return self.prompt_logprobs
 
-class TokenizeRequest(StrictModel):
-    """A prompt, or messages as the chat endpoint takes them."""
+
+class TokenizeRequest(ChatPrompt):
+    """A prompt, or a conversation as the chat endpoint takes it."""
 
     model: StrictStr | None = None
     prompt: StrictStr | None = None
-    messages: list[ChatMessage] = []
-    add_generation_prompt: StrictBool = True
-    add_special_tokens: StrictBool = True  # the model's prompts have none
+    add_special_tokens: StrictBool = True  # false: the prompt spells its control tokens out, as a rendered chat does
 
     def ids(self, tokenizer: Tokenizer) -> list[int]:
         if (self.prompt is None) == (not self.messages):
             raise InputError("give either prompt or messages")
-        if self.prompt is not None:
-            return tokenizer.encode(self.prompt)
-        text = tokenizer.apply_chat_template([m.as_template_input() for m in self.messages], self.add_generation_prompt)
-        return tokenizer.encode(text, special=True)
+        if self.prompt is None:
+            return self.rendered(tokenizer)
+        if given := self.model_fields_set & ChatPrompt.model_fields.keys() - {"messages"}:
+            raise InputError(f"{min(given)} belongs to messages: leave it out beside a prompt")
+        return tokenizer.encode(self.prompt, special=not self.add_special_tokens)
 
 
 class DetokenizeRequest(StrictModel):

@@ -64,6 +64,7 @@ class Service(Limits):
     stuck_after: float = 600.0  # seconds of a pass; the first of a shape may compile kernels
     sampling_defaults: dict = field(default_factory=dict)  # of generation_config.json, for what a body leaves out
     origins: tuple[str, ...] = ()  # web pages that may call the server; "*": all
+    loading: str = "loading"  # what /health says while `engine` is None
     _grammars: Grammars | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     # Apart from the threads of the engine's passes, which a long prompt must not keep waiting.
@@ -120,7 +121,7 @@ class Service(Limits):
     def fault(self) -> str | None:
         """Why the server cannot serve now, in one line; None while it can."""
         if self.engine is None:
-            return "loading"
+            return self.loading
         seconds = self.engine.record.stuck_for()
         if seconds > self.stuck_after:
             return f"a pass has been running for {seconds:.0f} s"
