@@ -240,8 +240,9 @@ def test_health_and_metrics(router):
     assert len(samples) == len({line.rpartition(" ")[0] for line in samples})
     kinds = [line for line in text.splitlines() if line.startswith("# TYPE")]
     assert len(kinds) == len({*kinds})
-    router.replicas[0].fault = router.replicas[1].fault = "loading"
-    assert asyncio.run(get("/health")).status_code == 503
+    router.replicas[0].fault, router.replicas[1].fault = "loading", "loading: 0.5 of 4.0 GB of weights"
+    answer = asyncio.run(get("/health"))
+    assert answer.status_code == 503 and answer.json()["status"] == "loading"
     assert router.dead is None
     router.replicas[0].failure = router.replicas[1].failure = 2
     assert router.dead == "no replica could be loaded: exit codes 2, 2"

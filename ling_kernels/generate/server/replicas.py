@@ -122,11 +122,16 @@ class Router(Limits):
         return Guard(self, self)
 
     @property
+    def loading(self) -> bool:
+        """Whether all are; each then says how far it is."""
+        return all((replica.fault or "").startswith("loading") for replica in self.replicas)
+
+    @property
     def unable(self) -> str | None:
         faults = {replica.number: replica.fault for replica in self.replicas}
         if None in faults.values():
             return None
-        if {*faults.values()} == {"loading"}:
+        if self.loading:
             return LOADING
         return f"{UNABLE}: " + "; ".join(f"replica {number}: {fault}" for number, fault in faults.items())
 
@@ -143,8 +148,8 @@ class Router(Limits):
             await self.live(receive, send)
         elif scope["path"] == "/health":
             faults = {str(r.number): r.fault or "ok" for r in self.replicas}
-            able, loading = "ok" in faults.values(), {*faults.values()} == {"loading"}
-            status = "ok" if able else "loading" if loading else UNABLE
+            able = "ok" in faults.values()
+            status = "ok" if able else "loading" if self.loading else UNABLE
             answer = JSONResponse({"status": status, "replicas": faults}, 200 if able else 503)
             await answer(scope, receive, send)
         elif scope["path"] == "/live":
