@@ -1,12 +1,11 @@
 """Answers to completions: submit a body's requests to the engine, and answer with one JSON object or with SSE."""
 
 import asyncio
-import functools
 import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,18 +15,16 @@ from starlette.exceptions import HTTPException
 
 from ...errors import InputError, LostRank
 from ...tokenizer import Tokenizer
-from ..grammar import Grammar, Grammars
+from ..grammar import Grammar
 from ..logprobs import TokenLogprob
 from ..request import Request
 from ..text import StoppedText
 from .logprobs import ChatLogprobs, CompletionLogprobs
-from .new_grammars import BodyGrammars
-from .protocol import MAX_CHOICES, ChatCompletionRequest, CompletionRequest
-from .service import INTERNAL_ERROR, Result, Service, error_object
-from .structured import after_thought
-from .text_parts import TAGS, THINK, Part, TextParts
-
-Body = CompletionRequest | ChatCompletionRequest
+from .new_grammars import grammar_of
+from .protocol import MAX_CHOICES, Body, ChatCompletionRequest, CompletionRequest
+from .service import INTERNAL_ERROR, Service, error_object
+from .text_parts import TAGS, Part, TextParts, opens_thought
+from .turns import Result
 
 
 class Piece(NamedTuple):
@@ -116,20 +113,18 @@ class Choice:
 async def complete(service: Service, body: Body, http_request: HttpRequest, object_type: str):
     """The response to a body: an EventStream if body.stream, else a JSON object."""
     adapter = service.adapter_of(body.model)
-    stop, scored = body.stop_strings(), body.num_logprobs
-    prompts = await service.in_thread(body.prompts, service.tokenizer)
+    stop, scored, client = body.stop_strings(), body.num_logprobs, http_request.state.client
+    prompts, grammar = await unless_left(http_request, read(service, body, client))
     if body.n > 1 and len(prompts) * body.n > MAX_CHOICES:
         raise InputError(f"n = {body.n} for {len(prompts)} prompts gives more than {MAX_CHOICES} choices")
-    choices, grammar = [], None
+    choices = []
     hidden = hidden_tokens(service.tokenizer) if body.skip_special_tokens else frozenset()
-    if body.structured:
-        grammar = await unless_left(http_request, grammar_of(service, body, prompts, http_request.state.client))
     ends = frozenset(body.stop_token_ids) | (frozenset() if body.ignore_eos else service.stop_token_ids)
     requested, default = body.max_new_tokens()
     options: dict = dict(
         stop_token_ids=ends, timeout=service.timeout, logprobs=scored, prompt_logprobs=scored if body.echo else None,
         keep_stop=scored is not None and object_type == "text_completion",
-        client=http_request.state.client, priority=body.priority, min_new_tokens=body.min_tokens,
+        client=client, priority=body.priority, min_new_tokens=body.min_tokens,
         grammar=grammar, adapter=adapter,
     )  # fmt: skip
     try:
@@ -159,35 +154,10 @@ def hidden_tokens(tokenizer: Tokenizer) -> frozenset[int]:
     return frozenset(token for name, token in tokenizer.control_tokens.items() if name not in TAGS)
 
 
-async def grammar_of(service: Service, body: Body, prompts: list[list[int]], client: str) -> Grammar:
-    """The grammar of a structured answer. Those in it that are new are read first, each in a turn of the client's."""
-    grammars = functools.cache(lambda: BodyGrammars(service.grammars()))
-    form = functools.partial(structure, grammars, service.tokenizer, body, prompts)
-    grammar, own = await service.in_thread(form), grammars()
-    if not own.new:
-        return grammar
-    for source in own.new:
-        try:
-            own.found[source] = await service.new_grammars.read(service.grammars().compiled, client, source)
-        except InputError as error:  # raised below, where the body's field is known
-            own.found[source] = error
-            break
-    return await service.in_thread(form)
-
-
-def structure(grammars: Callable[[], Grammars], tokenizer: Tokenizer, body: Body, prompts: list[list[int]]) -> Grammar:
-    """The form of an answer, in a chat behind a thought that the prompt has opened, or the body allows."""
-    grammar = body.grammar(grammars)
-    if isinstance(body, ChatCompletionRequest):
-        opened = opens_thought(tokenizer, prompts[0])
-        thinking = body.chat_template_kwargs.enable_thinking
-        if opened or (body.free_text if thinking is None else thinking):
-            return after_thought(grammars(), grammar, opened)
-    return grammar
-
-
-def opens_thought(tokenizer: Tokenizer, prompt: list[int]) -> bool:
-    return tokenizer.decode(prompt[-16:]).rstrip().endswith(THINK)  # it may be 7 tokens
+async def read(service: Service, body: Body, client: str) -> tuple[list[list[int]], Grammar | None]:
+    """A body's prompts, and the grammar of its answer."""
+    prompts = await service.texts.call(client, body.prompts, service.tokenizer)
+    return prompts, await grammar_of(service, body, prompts, client) if body.structured else None
 
 
 def usage(choices: list[Choice], n: int) -> dict:

@@ -329,6 +329,9 @@ class ChatCompletionRequest(CompletionBase):
         return self.top_logprobs if self.logprobs else None
 
 
+Body = CompletionRequest | ChatCompletionRequest
+
+
 class TokenizeRequest(StrictModel):
     """A prompt, or messages as the chat endpoint takes them."""
 
