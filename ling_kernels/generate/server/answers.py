@@ -5,12 +5,12 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from fastapi import Request as HttpRequest
-from fastapi.responses import StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from ...errors import InputError, LostRank
@@ -25,6 +25,8 @@ from .protocol import MAX_CHOICES, Body, ChatCompletionRequest, CompletionReques
 from .service import INTERNAL_ERROR, Service, error_object
 from .text_parts import TAGS, Part, TextParts, opens_thought
 from .turns import Result
+
+SMALL = 2000  # tokens and their log-probabilities, which take milliseconds of the event loop
 
 
 class Piece(NamedTuple):
@@ -295,24 +297,37 @@ async def unless_left(http_request: HttpRequest, work: Coroutine[Any, Any, Resul
         leaving.cancel()
 
 
-async def full_response(choices: list[Choice], body: Body, object_type: str, header: dict, http_request: HttpRequest):
+async def built(choice: Choice, body: Body, tokens: int, build: Callable[..., Result], *args) -> Result:
+    """build(*args), a part of an answer that shows these tokens: in a thread where they are many."""
+    if tokens * (2 + (body.num_logprobs or 0)) <= SMALL:
+        return build(*args)
+    return await choice.service.answers.call(choice.request.client, build, *args)
+
+
+async def full_response(
+    choices: list[Choice], body: Body, object_type: str, header: dict, http_request: HttpRequest
+) -> JSONResponse:
     """The complete JSON object; cancels the requests if the client disconnects."""
     found: list[list[Piece]] = [[] for _ in choices]
 
-    async def collect() -> None:
+    def build() -> JSONResponse:
+        contents = []
+        for i, (choice, its_pieces) in enumerate(zip(choices, found, strict=True)):
+            content, reason = writer(choice, body).whole(its_pieces)
+            contents.append({"index": i, **content, "finish_reason": reason})
+        return JSONResponse(header | {"object": object_type, "choices": contents, "usage": usage(choices, body.n)})
+
+    async def answer() -> JSONResponse:
         async for i, piece in merge_streams(choices):
             found[i] += [] if piece is None else [piece]
+        shown = sum(len(c.request.tokens) if body.echo else c.num_new_tokens for c in choices)
+        return await built(choices[0], body, shown, build)
 
     try:
-        await unless_left(http_request, collect())
+        return await unless_left(http_request, answer())
     finally:
         for choice in choices:
             choice.cancel()
-    contents = []
-    for i, (choice, its_pieces) in enumerate(zip(choices, found, strict=True)):
-        content, reason = writer(choice, body).whole(its_pieces)
-        contents.append({"index": i, **content, "finish_reason": reason})
-    return header | {"object": object_type, "choices": contents, "usage": usage(choices, body.n)}
 
 
 class EventStream(StreamingResponse):
@@ -343,6 +358,16 @@ class EventStream(StreamingResponse):
     def data(self, **fields) -> str:
         return f"data: {json.dumps(self.header | fields)}\n\n"
 
+    async def first(self, i: int, choice: CompletionWriter | ChatWriter) -> str | None:
+        """The event that comes before the answer, which may be a long prompt."""
+        echoed = len(choice.choice.request.prompt) if self.request_body.echo else 0
+
+        def build() -> str | None:
+            content = choice.first()
+            return None if content is None else self.event(i, content)
+
+        return await built(choice.choice, self.request_body, echoed, build)
+
     async def events(self) -> AsyncIterator[str]:
         body = self.request_body
         writers = [writer(choice, body) for choice in self.choices]
@@ -351,12 +376,12 @@ class EventStream(StreamingResponse):
         early = not (body.echo and body.num_logprobs is not None)
         try:
             for i, choice in enumerate(writers):
-                if early and (first := choice.first()) is not None:
-                    yield self.event(i, first)
+                if early and (event := await self.first(i, choice)) is not None:
+                    yield event
             async for i, piece in merge_streams(self.choices):
                 if not early and not shown[i]:
                     shown[i] = True
-                    yield self.event(i, writers[i].first())
+                    yield await self.first(i, writers[i])
                 if piece is None:
                     yield self.event(i, *writers[i].last())
                 elif (content := writers[i].piece(piece)) is not None:

@@ -63,6 +63,7 @@ class Service(Limits):
     # Apart from the threads of the engine's passes, which a long prompt must not keep waiting.
     texts: Turns = field(default_factory=lambda: Turns(2, "texts", MOST_TEXTS))
     new_grammars: Turns = field(default_factory=lambda: Turns(1, "new grammars", MOST_GRAMMARS))
+    answers: Turns = field(default_factory=lambda: Turns(1, "answers"))  # large ones are built
     grammar_lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
