@@ -32,8 +32,8 @@ from .divided_pages import LeadCopies
 from .engine import Engine
 from .forward import Chunk, Forward, PendingTokens
 from .grammar import Guide
-from .page_copies import Copies
-from .page_levels import PageLevels, Spill
+from .pages.copies import Copies
+from .pages.levels import PageLevels, Spill
 from .request import Request
 from .workers import Workers
 

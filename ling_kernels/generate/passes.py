@@ -9,10 +9,10 @@ import torch
 from ..errors import InputError
 from ..model import Ling
 from ..model.sample import BAD_LOGITS
-from .cache import PagePool
 from .forward import Chunk, Forward, PendingTokens
 from .health import PassRecord
 from .logprobs import read_scores
+from .pages.pool import PagePool
 from .request import Request
 from .scheduler import Scheduler, Work
 

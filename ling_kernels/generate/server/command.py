@@ -31,7 +31,7 @@ from ...tokenizer import Tokenizer
 from ..adapters import read_flags
 from ..cli import add_model_flags, find_tokenizer, load_options, make_engine, resolve_checkpoint, stop_token_ids
 from ..engine import Engine
-from ..page_levels import Spill, usable_folder
+from ..pages.levels import Spill, usable_folder
 
 KEY_VARIABLE = "LING_API_KEY"
 
