@@ -20,7 +20,7 @@ from .structured import ResponseFormat, StructuredOutputs, ToolChoice, call_gram
 
 MAX_CHOICES = 16  # per call
 MAX_PROMPTS = 128  # per call: LangChain sends 20, lm-eval what its batch size says
-MAX_STOP_STRINGS, MAX_STOP_CHARACTERS = 16, 1000  # each string costs time at every token, and may hold back so much text
+MAX_STOP_STRINGS, MAX_STOP_CHARACTERS = 16, 1000  # an end of the text that may begin one is held back
 MIN_TEMPERATURE = 1e-5  # below it sampling is greedy: fp32 logits divided by it could overflow
 
 # Fields that are not implemented, with their neutral values.
