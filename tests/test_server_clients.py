@@ -15,6 +15,7 @@ from ling_kernels.generate.server import answers  # noqa: E402
 from ling_kernels.generate.server.answers import ChatWriter, Piece  # noqa: E402
 from ling_kernels.generate.server.app import make_app  # noqa: E402
 from ling_kernels.generate.server.command import sampling_defaults  # noqa: E402
+from ling_kernels.generate.server.logprobs import FIELDS  # noqa: E402
 from ling_kernels.generate.server.protocol import ChatCompletionRequest  # noqa: E402
 from ling_kernels.generate.server.text_parts import TextParts  # noqa: E402
 from ling_kernels.model.sample import Sampling  # noqa: E402
@@ -84,6 +85,49 @@ def test_scores_of_prompts_alone(shared, stream):
     for i, scores in enumerate(shared.engine.score(prompts)):
         assert choices[i]["text"] == ("abc", "kx")[i]
         assert choices[i]["logprobs"]["token_logprobs"][1:] == pytest.approx(scores)
+
+
+@pytest.mark.parametrize("more", [dict(echo=True), dict(echo=True, logprobs=9), dict(logprobs=9), {}])
+@pytest.mark.parametrize("stream", [False, True])
+def test_large_answers_do_not_hold_up_the_event_loop(checkpoint, monkeypatch, more, stream):
+    """They are built and written in a thread; small ones, and the pieces of streams, are not."""
+    threads, built_in, dumps, first = [], [], json.dumps, answers.CompletionWriter.first
+
+    def recorded_dumps(value, **options):
+        if isinstance(value, dict) and "choices" in value:
+            threads.append(threading.current_thread())
+        return dumps(value, **options)
+
+    def recorded_first(writer):
+        built_in.append(threading.current_thread())
+        return first(writer)
+
+    def answer_of(prompt, tokens):
+        threads.clear()
+        body = BODY | dict(prompt=prompt, stream=stream, max_tokens=tokens, ignore_eos=True) | more
+        response = call(served, "/v1/completions", body)
+        assert response.status_code == 200, response.text
+        if not stream:
+            return response.json()["choices"][0]
+        parts = [e["choices"][0] for e in events(response.text)]
+        found = {name: sum((p["logprobs"][name] for p in parts if p["logprobs"]), []) for name in FIELDS}
+        return dict(text="".join(p["text"] for p in parts), logprobs=found if "logprobs" in more else None)
+
+    served = service(checkpoint)
+    small = answer_of("a", 3)
+    monkeypatch.setattr(json, "dumps", recorded_dumps)
+    monkeypatch.setattr(answers.CompletionWriter, "first", recorded_first)
+    assert answer_of("a", 3) == small
+    assert threads and {*threads} == {threading.main_thread()}
+    monkeypatch.setattr(answers, "SMALL", 20)
+    many = answer_of("abcdefghij" * 3, 20)
+    apart = [thread for thread in threads if thread is not threading.main_thread()]
+    assert len(apart) == (not stream or "echo" in more) and all("answers" in t.name for t in apart)
+    assert built_in[-1] in (apart or [threading.main_thread()])
+    assert len(threads) == 1 if not stream else threads[1:] == [threading.main_thread()] * (len(threads) - 1)
+    monkeypatch.setattr(answers, "SMALL", 10**6)
+    assert answer_of("abcdefghij" * 3, 20) == many and len(many["text"]) >= 20
+    assert {*threads} == {threading.main_thread()}
 
 
 def test_logprobs_of_a_chat(shared):

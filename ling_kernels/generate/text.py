@@ -104,25 +104,57 @@ class StoppedText:
 
 
 class StopStrings:
-    """Pass text through up to the first string of `stop`; hold back an end that may be the start of one."""
+    """Pass text through up to the first string of `stop`; hold back an end that may be the start of one. Raises
+    InputError for an empty string."""
 
     def __init__(self, stop: Sequence[str]):
-        self.stop, self.found, self.held_back = stop, False, ""
+        if not all(stop):
+            raise InputError("stop has an empty string")
+        self.stop, self.found, self.held_back = [Search(s) for s in stop], False, ""
 
     def add(self, text: str) -> str:
         if self.found:
             return ""
-        text = self.held_back + text
-        starts = [start for start in map(text.find, self.stop) if start >= 0]
+        ends = [(search.add(text), search) for search in self.stop]
+        starts = [end - len(search.string) for end, search in ends if end is not None]  # in text, or before it
+        before, text = len(self.held_back), self.held_back + text
         if starts:
             self.found, self.held_back = True, ""
-            return text[: min(starts)]
-        longest = len(text) + 1  # a client may send a stop string of a megabyte
-        partial_matches = (n for s in self.stop for n in range(1, min(len(s), longest)) if text.endswith(s[:n]))
-        safe = len(text) - max(partial_matches, default=0)
+            return text[: before + min(starts)]
+        safe = len(text) - max((search.matched for search in self.stop), default=0)
         self.held_back = text[safe:]
         return text[:safe]
 
     def end(self) -> str:
         held_back, self.held_back = self.held_back, ""
         return held_back
+
+
+class Search:
+    """Looks for a string in a text that comes in pieces, by the algorithm of Knuth, Morris and Pratt (1977): its
+    work is linear in the text, also where much of the string matches again and again.
+
+    matched: characters of the longest beginning of the string, but not all of it, that the text so far ends with.
+    """
+
+    def __init__(self, string: str):
+        self.string, self.matched = string, 0
+        # By n: the length of the longest beginning of string[:n], but not all of it, that it ends with. For as many as
+        # matched so far, as a string may be much longer than the text.
+        self.borders = [0, 0]
+
+    def add(self, text: str) -> int | None:
+        """The end of the string's first occurrence, as an index of this piece; None if it has none so far."""
+        for i, character in enumerate(text):
+            self.matched = self.after(self.matched, character)
+            if self.matched == len(self.string):
+                return i + 1
+            if self.matched == len(self.borders):
+                self.borders.append(self.after(self.borders[-1], character))
+        return None
+
+    def after(self, matched: int, character: str) -> int:
+        """What matches after one more character."""
+        while matched and self.string[matched] != character:
+            matched = self.borders[matched]
+        return matched + (self.string[matched] == character)

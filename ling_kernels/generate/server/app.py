@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 from ...errors import Busy, InputError
-from .answers import complete
+from .answers import complete, unless_left
 from .guard import CLOSE, Guard, printable
 from .metrics import FORMAT
 from .protocol import UNSUPPORTED, ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
@@ -64,7 +64,7 @@ def make_app(service: Service) -> ASGIApp:
         probing = asyncio.create_task(service.keep_probing())
         yield
         probing.cancel()
-        await service.in_thread(service.finish)
+        await asyncio.to_thread(service.finish)
 
     app = FastAPI(title="ling_kernels", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     metrics = service.metrics
@@ -114,15 +114,16 @@ def make_app(service: Service) -> ASGIApp:
         return service.model_card(name)
 
     @app.post("/tokenize")
-    async def tokenize(body: TokenizeRequest):
+    async def tokenize(body: TokenizeRequest, request: HttpRequest):
         card = service.model_card(service.name if body.model is None else body.model)
-        ids = await service.in_thread(body.ids, service.tokenizer)
+        ids = await unless_left(request, service.texts.call(request.state.client, body.ids, service.tokenizer))
         return {"count": len(ids), "max_model_len": card.get("max_model_len"), "tokens": ids}
 
     @app.post("/detokenize")
-    async def detokenize(body: DetokenizeRequest):
+    async def detokenize(body: DetokenizeRequest, request: HttpRequest):
         service.model_card(service.name if body.model is None else body.model)
-        return {"prompt": await service.in_thread(body.text, service.tokenizer, service.vocabulary)}
+        text = service.texts.call(request.state.client, body.text, service.tokenizer, service.vocabulary)
+        return {"prompt": await unless_left(request, text)}
 
     @app.get("/tokenizer_info")
     async def tokenizer_info():

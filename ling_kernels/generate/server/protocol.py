@@ -20,7 +20,7 @@ from .structured import ResponseFormat, StructuredOutputs, ToolChoice, call_gram
 
 MAX_CHOICES = 16  # per call
 MAX_PROMPTS = 128  # per call: LangChain sends 20, lm-eval what its batch size says
-MAX_STOP_STRINGS, MAX_STOP_CHARACTERS = 16, 1000  # each character of them costs time at every token
+MAX_STOP_STRINGS, MAX_STOP_CHARACTERS = 16, 1000  # an end of the text that may begin one is held back
 MIN_TEMPERATURE = 1e-5  # below it sampling is greedy: fp32 logits divided by it could overflow
 
 # Fields that are not implemented, with their neutral values.
@@ -348,6 +348,9 @@ class ChatCompletionRequest(CompletionBase, ChatPrompt):
         if self.prompt_logprobs is not None and self.stream:
             raise InputError("prompt_logprobs come with a whole answer: leave stream out")
         return self.prompt_logprobs
+
+
+Body = CompletionRequest | ChatCompletionRequest
 
 
 class TokenizeRequest(ChatPrompt):

@@ -3,11 +3,10 @@
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
@@ -17,14 +16,13 @@ from ...tokenizer import Tokenizer
 from ..engine import Engine
 from ..grammar import Grammars
 from .metrics import Metrics
-from .new_grammars import NewGrammars
+from .turns import Turns
 
 if TYPE_CHECKING:
     from .traces import Traces
 
-Result = TypeVar("Result")
-
 INTERNAL_ERROR = "internal server error; the server's log has the details"
+MOST_TEXTS, MOST_GRAMMARS = 1024, 32  # of a client that may wait to be tokenised or read
 FINISH_SECONDS = 5.0  # that the cache's last files may take when the server ends
 LOADING = "the model is loading"
 PROBE_SECONDS = 5.0  # between two probes of an engine whose passes fail
@@ -68,8 +66,9 @@ class Service(Limits):
     _grammars: Grammars | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     # Apart from the threads of the engine's passes, which a long prompt must not keep waiting.
-    threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "tokenizer"))
-    new_grammars: NewGrammars = field(default_factory=NewGrammars)
+    texts: Turns = field(default_factory=lambda: Turns(2, "texts", MOST_TEXTS))
+    new_grammars: Turns = field(default_factory=lambda: Turns(1, "new grammars", MOST_GRAMMARS))
+    answers: Turns = field(default_factory=lambda: Turns(1, "answers"))  # large ones are built
     grammar_lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -82,10 +81,6 @@ class Service(Limits):
             if self._grammars is None:
                 self._grammars = Grammars(self.tokenizer, self.vocabulary, guarded=True)
             return self._grammars
-
-    async def in_thread(self, function: Callable[..., Result], *args) -> Result:
-        """The result of a function that takes time: of a megabyte of text, a tokenizer takes a second."""
-        return await asyncio.get_running_loop().run_in_executor(self.threads, function, *args)
 
     def start(self, engine: Engine) -> None:
         """Serve with this engine, which has been loaded."""
