@@ -171,7 +171,7 @@ class Router(Limits):
         headers.append((b"x-forwarded-for", scope["state"]["client"].encode()))
         headers.append((b"x-request-id", scope["state"]["id"].encode()))
         url = scope["path"] + ("?" + scope["query_string"].decode() if scope["query_string"] else "")
-        prefixes, tried = [*prefixes_of(body)], set()
+        prefixes, tried = await asyncio.to_thread(lambda: [*prefixes_of(body)]), set()
         while (replica := self.choose(prefixes, tried)) is not None:
             tried.add(replica.number)
             replica.running += 1
