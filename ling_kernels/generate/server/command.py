@@ -17,6 +17,7 @@ try:
 
     from .app import make_app
     from .connections import Server
+    from .listener import raise_descriptors
     from .protocol import SAMPLING
     from .replicas import Router, visible_gpus
     from .service import Service
@@ -274,6 +275,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = arguments().parse_args(argv)
     check(args)
+    raise_descriptors()
     keys = read_keys(args)
     config, folder = resolve_checkpoint(args.model)
     name = args.name or folder.resolve().name
