@@ -188,9 +188,10 @@ def test_a_client_that_leaves_while_it_waits(checkpoint):
 
 
 @contextlib.contextmanager
-def command(checkpoint, *flags):
+def command(checkpoint, *flags, ulimit="-S -n 1024"):
     """The server's command in a process, and its port."""
-    args = [sys.executable, "-m", "ling_kernels.generate.server", "--model", checkpoint, "--port", "0", *flags]
+    args = ["bash", "-c", f'ulimit {ulimit} && exec "$0" "$@"']
+    args += [sys.executable, "-m", "ling_kernels.generate.server", "--model", checkpoint, "--port", "0", *flags]
     with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             yield process, int(process.stdout.readline().split()[2].split(":")[2].partition("/")[0])

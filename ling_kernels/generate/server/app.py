@@ -8,7 +8,6 @@ from pathlib import Path
 
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
-from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
@@ -16,6 +15,7 @@ from starlette.types import ASGIApp
 
 from ...errors import Busy, InputError
 from .answers import complete, unless_left
+from .body import Body, BodyError, parse_body
 from .guard import CLOSE, Guard, printable
 from .metrics import FORMAT
 from .protocol import UNSUPPORTED, ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
@@ -31,23 +31,6 @@ PATHS = (
     "/live", "/metrics", "/status",
 )  # fmt: skip
 FIELDS = {*CompletionRequest.model_fields, *ChatCompletionRequest.model_fields, *DetokenizeRequest.model_fields}
-
-
-def validation_error_response(error: RequestValidationError) -> JSONResponse:
-    """400 with the first error of a body and the path of its field."""
-    first = error.errors()[0]
-    if first["loc"] == ("body",) and first["type"] in ("missing", "model_attributes_type"):
-        return error_response(400, "the body must be a JSON object, sent as Content-Type: application/json")
-    path = []
-    for part in first["loc"][1:]:
-        if isinstance(part, str) and (part == "str" or not part.isidentifier()):  # the name of a union's type
-            break
-        path.append(str(part))
-    message = first["msg"].removeprefix("Value error, ")
-    if not path or path[0].isdecimal():
-        return error_response(400, message, param=first_field(message))
-    param = ".".join(path)
-    return error_response(400, f"{param}: {message}", param=param)
 
 
 def first_field(message: str) -> str | None:
@@ -69,9 +52,15 @@ def make_app(service: Service) -> ASGIApp:
     app = FastAPI(title="ling_kernels", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     metrics = service.metrics
 
-    @app.exception_handler(RequestValidationError)
-    async def on_validation_error(_, error: RequestValidationError):
-        return validation_error_response(error)
+    async def read(kind: type[Body], request: HttpRequest) -> Body:
+        """The request's body. Parsing takes time, and may not hold up the event loop."""
+        content, kind_of_content = await request.body(), request.headers.get("content-type", "")
+        work = service.texts.call(request.state.client, parse_body, kind, content, kind_of_content)
+        return await unless_left(request, work)
+
+    @app.exception_handler(BodyError)
+    async def on_body_error(_, error: BodyError):
+        return error_response(400, str(error), param=error.field or first_field(str(error)))
 
     @app.exception_handler(InputError)
     async def on_input_error(_, error: InputError):
@@ -98,12 +87,12 @@ def make_app(service: Service) -> ASGIApp:
         return error_response(500, INTERNAL_ERROR, CLOSE)
 
     @app.post("/v1/completions")
-    async def completions(body: CompletionRequest, request: HttpRequest):
-        return await complete(service, body, request, "text_completion")
+    async def completions(request: HttpRequest):
+        return await complete(service, await read(CompletionRequest, request), request, "text_completion")
 
     @app.post("/v1/chat/completions")
-    async def chat_completions(body: ChatCompletionRequest, request: HttpRequest):
-        return await complete(service, body, request, "chat.completion")
+    async def chat_completions(request: HttpRequest):
+        return await complete(service, await read(ChatCompletionRequest, request), request, "chat.completion")
 
     @app.get("/v1/models")
     async def models():
@@ -114,13 +103,15 @@ def make_app(service: Service) -> ASGIApp:
         return service.model_card(name)
 
     @app.post("/tokenize")
-    async def tokenize(body: TokenizeRequest, request: HttpRequest):
+    async def tokenize(request: HttpRequest):
+        body = await read(TokenizeRequest, request)
         card = service.model_card(service.name if body.model is None else body.model)
         ids = await unless_left(request, service.texts.call(request.state.client, body.ids, service.tokenizer))
         return {"count": len(ids), "max_model_len": card.get("max_model_len"), "tokens": ids}
 
     @app.post("/detokenize")
-    async def detokenize(body: DetokenizeRequest, request: HttpRequest):
+    async def detokenize(request: HttpRequest):
+        body = await read(DetokenizeRequest, request)
         service.model_card(service.name if body.model is None else body.model)
         text = service.texts.call(request.state.client, body.text, service.tokenizer, service.vocabulary)
         return {"prompt": await unless_left(request, text)}

@@ -8,7 +8,16 @@ import json
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr, model_validator
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    model_validator,
+)
 
 from ...errors import InputError
 from ...model.sample import Sampling
@@ -21,6 +30,8 @@ from .structured import ResponseFormat, StructuredOutputs, ToolChoice, call_gram
 MAX_CHOICES = 16  # per call
 MAX_PROMPTS = 128  # per call: LangChain sends 20, lm-eval what its batch size says
 MAX_STOP_STRINGS, MAX_STOP_CHARACTERS = 16, 1000  # an end of the text that may begin one is held back
+MAX_BIASES = 1024  # of logit_bias, for every choice
+MAX_MESSAGES, MAX_PARTS, MAX_TOOLS = 4096, 1024, 512  # of a chat, of a message's content, and of calls in a message
 MIN_TEMPERATURE = 1e-5  # below it sampling is greedy: fp32 logits divided by it could overflow
 
 # Fields that are not implemented, with their neutral values.
@@ -34,6 +45,23 @@ IGNORED = {
     "service_tier", "store", "user",
 }  # fmt: skip
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # generation_config.json may have them
+
+
+Texts = Annotated[list[StrictStr], Field(fail_fast=True)]
+Ids = Annotated[list[StrictInt], Field(fail_fast=True)]
+
+
+def wrong_bias_alone(biases: Any) -> Any:
+    """The first entry that is no number, if there is one: a dict has no FailFast."""
+    wrong = ((k, v) for k, v in biases.items() if type(v) not in (int, float)) if isinstance(biases, dict) else ()
+    return next(({k: v} for k, v in wrong), biases)
+
+
+def few_prompts(prompt: Any) -> Any:
+    """Checked before any of them is."""
+    if isinstance(prompt, list) and len(prompt) > MAX_PROMPTS and not isinstance(prompt[0], int):
+        raise InputError(f"it has {len(prompt)} texts; it may have at most {MAX_PROMPTS}")
+    return prompt
 
 
 class StreamOptions(StrictModel):
@@ -53,11 +81,13 @@ class CompletionBase(StrictModel):
     repetition_penalty: Annotated[StrictFloat, Field(ge=0.01, le=100)] = 1.0
     presence_penalty: Annotated[StrictFloat, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[StrictFloat, Field(ge=-2, le=2)] = 0.0
-    logit_bias: dict[StrictStr, StrictFloat] = {}
+    logit_bias: Annotated[
+        dict[StrictStr, StrictFloat], Field(max_length=MAX_BIASES), BeforeValidator(wrong_bias_alone)
+    ] = {}
     seed: Annotated[StrictInt, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
     n: Annotated[StrictInt, Field(ge=1, le=MAX_CHOICES)] = 1
-    stop: StrictStr | list[StrictStr] = []
-    stop_token_ids: Annotated[list[StrictInt], Field(max_length=256)] = []
+    stop: StrictStr | Texts = []
+    stop_token_ids: Annotated[list[StrictInt], Field(max_length=256, fail_fast=True)] = []
     stream: StrictBool = False
     stream_options: StreamOptions = StreamOptions()
     ignore_eos: StrictBool = False
@@ -128,7 +158,10 @@ class CompletionBase(StrictModel):
 
 
 class CompletionRequest(CompletionBase):
-    prompt: StrictStr | Annotated[list[StrictStr] | list[StrictInt] | list[list[StrictInt]], Field(min_length=1)]
+    prompt: Annotated[
+        StrictStr | Annotated[Texts | Ids | Annotated[list[Ids], Field(fail_fast=True)], Field(min_length=1)],
+        BeforeValidator(few_prompts),
+    ]
     max_tokens: Annotated[StrictInt, Field(ge=0)] | None = None
     echo: StrictBool = False
     logprobs: Annotated[StrictInt, Field(ge=0, le=MOST)] | None = None
@@ -136,8 +169,6 @@ class CompletionRequest(CompletionBase):
     def prompts(self, tokenizer: Tokenizer) -> list[list[int]]:
         """Token ids of every prompt."""
         is_batch = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
-        if is_batch and len(self.prompt) > MAX_PROMPTS:
-            raise InputError(f"prompt has {len(self.prompt)} texts; it may have at most {MAX_PROMPTS}")
         return [tokenizer.encode(p) if isinstance(p, str) else p for p in (self.prompt if is_batch else [self.prompt])]
 
     def max_new_tokens(self) -> tuple[int | None, int | None]:
@@ -205,10 +236,10 @@ class ChatMessage(StrictModel):
     """A message as clients send it; they return the server's answers with all fields, also the empty ones."""
 
     role: StrictStr
-    content: StrictStr | Annotated[list[ContentPart], Field(min_length=1)]
+    content: StrictStr | Annotated[list[ContentPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)]
     name: StrictStr = ""
     tool_call_id: StrictStr = ""  # clients must send it with a tool's result; the template knows results by their order
-    tool_calls: list[ToolCall] = []
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS, fail_fast=True)] = []
     reasoning_content: StrictStr = ""
 
     @model_validator(mode="before")
@@ -247,6 +278,9 @@ def template_call(call: ToolCall) -> dict[str, Any]:
     return dict(type="function", function=dict(name=call.function.name, arguments=arguments))
 
 
+Messages = Annotated[list[ChatMessage], Field(max_length=MAX_MESSAGES, fail_fast=True)]
+
+
 class TemplateOptions(StrictModel):
     """vLLM's chat_template_kwargs, of which there is one."""
 
@@ -256,8 +290,8 @@ class TemplateOptions(StrictModel):
 class ChatPrompt(StrictModel):
     """A conversation, and what its prompt depends on besides."""
 
-    messages: list[ChatMessage] = []
-    tools: Annotated[list[FunctionTool], Field(max_length=512)] = []
+    messages: Messages = []
+    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS, fail_fast=True)] = []
     tool_choice: Literal["none", "auto", "required"] | ToolChoice = "auto"
     continue_final_message: StrictBool = False  # vLLM's: the answer goes on with the last message
     add_generation_prompt: StrictBool = True
@@ -285,7 +319,7 @@ class ChatPrompt(StrictModel):
 
 
 class ChatCompletionRequest(CompletionBase, ChatPrompt):
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[Messages, Field(min_length=1)]
     max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     logprobs: StrictBool = False
@@ -372,7 +406,7 @@ class TokenizeRequest(ChatPrompt):
 
 class DetokenizeRequest(StrictModel):
     model: StrictStr | None = None
-    tokens: list[StrictInt]
+    tokens: Ids
 
     def text(self, tokenizer: Tokenizer, vocabulary: int) -> str:
         if unknown := [t for t in self.tokens if not 0 <= t < vocabulary]:

@@ -187,7 +187,8 @@ class Router(Limits):
         headers.append((b"x-forwarded-for", scope["state"]["client"].encode()))
         headers.append((b"x-request-id", scope["state"]["id"].encode()))
         url = scope["path"] + ("?" + scope["query_string"].decode() if scope["query_string"] else "")
-        prefixes, tried, ended = [*prefixes_of(body)], set(), 0
+        prefixes, tried = await asyncio.to_thread(lambda: [*prefixes_of(body)]), set()
+        ended = 0
         while ended < 2 and (replica := self.choose(prefixes, tried)) is not None:
             tried.add(replica.number)
             replica.running += 1
