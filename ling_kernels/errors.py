@@ -38,9 +38,10 @@ LONGEST = 800  # characters of a message
 
 
 def integer(name: str, value: Any, least: int) -> int:
-    """A caller's whole number, also numpy's or a tensor's. Raises InputError for anything else and for less."""
+    """A caller's whole number, also numpy's or a tensor's. Raises InputError for anything else, also True, and for
+    less."""
     try:
-        number = operator.index(value)
+        number = operator.index(None if isinstance(value, bool) else value)
     except TypeError:
         raise InputError(f"{name} is {value!r}; it must be an integer") from None
     if number < least:

@@ -1,11 +1,15 @@
-"""Atomic file writes (a file is complete or absent, also after a crash), JSON objects in files, locks of folders."""
+"""Atomic file writes (a file is complete or absent, also after a crash), JSON objects in files, locks of folders;
+where results come from."""
 
+import datetime
 import json
 import math
 import os
+import platform
+import subprocess
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import InputError
@@ -131,3 +135,18 @@ def format_bytes(n: float) -> str:
 def finite(value):
     """None instead of NaN and infinity, which JSON lacks."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def origin() -> dict:
+    """Where results come from: the commit of this code (with -dirty where files have changed; "unknown" outside its
+    repository), date and versions."""
+    import torch
+
+    root, commit = Path(__file__).parents[1], ""
+    if (root / ".git").exists():
+        command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+        with suppress(OSError):
+            commit = subprocess.run(command, cwd=root, capture_output=True, text=True).stdout.strip()
+    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    versions = dict(python=platform.python_version(), torch=torch.__version__)
+    return dict(commit=commit or "unknown", date=date, threads=torch.get_num_threads()) | versions

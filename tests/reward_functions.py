@@ -16,6 +16,24 @@ def hang_at_hang(response: str, answer: str) -> float:
     return count_spread(response, answer)
 
 
+def longer(a: str, b: str) -> float:
+    return 0.5 if len(a) == len(b) else float(len(a) > len(b))
+
+
+def arena(responses: list[str], answer: str) -> list[float]:
+    """Group Arena Reward by a judge that prefers longer answers."""
+    from ling_kernels.posttrain import win_rates
+
+    return win_rates(responses, longer)
+
+
+def misjudge(responses: list[str], answer: str) -> list[float]:
+    wrong = {"few": [1.0], "nan": [math.nan] * len(responses), "one": 1.0, "hang": None}
+    if answer == "hang":
+        time.sleep(600)
+    return wrong.get(answer, [float(len(r)) for r in responses])
+
+
 class Wordless(Exception):
     def __str__(self) -> str:
         raise ValueError("no words")

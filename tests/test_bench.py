@@ -254,6 +254,18 @@ def test_report_names_doubtful_figures(tmp_path):
         report.measured(tmp_path)
 
 
+def test_report_gives_ratios_only_of_steps_taken_in_turn(tmp_path):
+    alone = [
+        row(us, decode="tiny", by=by, tokens_per_s=1.0, kernels_per_layer=None) for us, by in ((3, "ours"), (2, "x"))
+    ]
+    beside = row(1, beside="tiny", ours_ms=2.0, generate_ms=4.0, ratio=0.5)
+    write_run(tmp_path, None, *alone, beside)
+    lines = report.measured(tmp_path).splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("- Decoding, tiny, ours"))
+    assert "over ours" not in "".join(lines[first : first + 2]) and "no comparison" in lines[first + 2]
+    assert lines[first + 3].endswith("the median ratio of neighbours is 0.50.")
+
+
 def test_pages_show_the_committed_results():
     assert report.cut(report.PAGE.read_text(), "measured")[1] == report.measured(), "run python -m benchmarks.report"
     assert report.cut(report.README.read_text(), "performance")[1] == report.short(), "run python -m benchmarks.report"

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -97,6 +98,46 @@ def test_rules_of_balancing():
     assert plain.abs().max() == pytest.approx(balance.RATE) and centred.mean().abs() < 1e-8
     torch.testing.assert_close(plain - plain.mean(), centred)
     assert (plain[router.counts > even] < 0).all()
+
+
+def test_a_short_study_of_balancing(tmp_path, monkeypatch):
+    """One seed of two rules, through to the results and the picture."""
+    from benchmarks.studies import balance
+
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(f'{{"text": "words and {i} more words"}}\n' for i in range(600)))
+    before, study = balance.settings, balance.study
+    short = dict(data=(str(text),), hidden=16, seq_len=32, batch=2, warmup=1, eval_rows=4)
+    monkeypatch.setattr(balance, "settings", lambda seed, steps: replace(before(seed, steps), **short))
+    monkeypatch.setattr(balance, "study", lambda *args: study(*args, steps=6))
+    monkeypatch.setattr(balance, "SEEDS", (0,))
+    monkeypatch.setattr(balance, "LAST", 3)
+    monkeypatch.setattr(balance, "RULES", {name: balance.RULES[name] for name in ("none", "zero mean")})
+    for name in ("RESULTS", "PLOT"):
+        monkeypatch.setattr(balance, name, tmp_path / getattr(balance, name).name)
+    assert balance.main() == 0
+    found = json.loads(balance.RESULTS.read_text())
+    none, centred = found["rows"]
+    assert found["commit"] and [row["rule"] for row in found["rows"]] == ["none", "zero mean"]
+    assert none["worst"][0] == centred["worst"][0] and none["worst"] != centred["worst"], "a bias acts from step 2 on"
+    for row in found["rows"]:
+        pairs = [*zip(row["mean"], row["worst"], strict=True)]
+        assert len(pairs) == 6 and all(0 < mean <= worst <= 3 for mean, worst in pairs)
+        assert 0 < row["val_loss"] < 7
+        assert [sum(layer) / 16 for layer in row["load"]] == pytest.approx([1, 1], abs=1e-3)
+    assert balance.PLOT.stat().st_size > 1000
+
+
+def test_a_short_study_of_reinforcement_learning(monkeypatch):
+    """One seed, from a start of a few steps."""
+    monkeypatch.setattr("ling_kernels.posttrain.start.EXAMPLES", 60)
+    monkeypatch.setattr(rl, "LoopSettings", partial(rl.LoopSettings, prompts=2, samples=2, new_tokens=8))
+    run = rl.study("arithmetic", 0, steps=8, start_steps=3)
+    assert (run["task"], run["seed"], run["start_steps"], len(run["steps"])) == ("arithmetic", 0, 3, 8)
+    assert all(step.keys() == {*rl.KEPT} and step["mismatch_max"] < 1e-3 for step in run["steps"])
+    assert all(0 < step["answer_tokens"] <= 8 for step in run["steps"])
+    rewards = [step["reward"] for step in run["steps"]]
+    assert rl.quarters(run)[:2] == (sum(rewards[:2]) / 2, sum(rewards[-2:]) / 2) and run["seconds"]["loop"] > 0
 
 
 def test_a_short_study_of_merging(tmp_path, monkeypatch):

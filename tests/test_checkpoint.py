@@ -329,6 +329,17 @@ else:
     assert size > 150_000 and growth < size + (48 << 10)
 
 
+@pytest.mark.parametrize("fp8", [False, True])
+def test_progress_of_loading(checkpoint_of_whole_blocks, fp8):
+    """It grows with each weight, up to the bytes of the model."""
+    calls = []
+    model = load_model(checkpoint_of_whole_blocks, fp8=fp8, progress=lambda *counts: calls.append(counts))
+    size = sum(view.nbytes for _, view in named_views(model))
+    loaded = [done for done, _ in calls]
+    assert loaded == sorted({*loaded}) and calls[-1] == (size, size) and len(calls) > 50
+    assert {total for _, total in calls} == {size} and loaded[0] < size / 2
+
+
 @pytest.fixture(scope="module")
 def checkpoint_of_whole_blocks(tmp_path_factory):
     """A checkpoint whose sizes are multiples of 128, in bf16."""

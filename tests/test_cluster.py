@@ -17,14 +17,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from ling_kernels.errors import InputError
 from ling_kernels.model import Ling, save_model
 from ling_kernels.parallel.exchange import expert_parameters
 from ling_kernels.parallel.ranks import rank_of_torchrun
 from ling_kernels.parallel.schedules import schedule_order, write_csv
-from ling_kernels.train import Trainer, monitor
+from ling_kernels.train import Trainer, monitor, trainer
 from ling_kernels.train import checkpoint as ckpt
 from ling_kernels.train.__main__ import main
-from tests.cluster import command, run_jobs
+from ling_kernels.train.corpus import open_corpus
+from ling_kernels.train.prepare import run as preparation
+from tests.cluster import command, free_ports, run_jobs
 from tests.training import text, tiniest, whole_tensors  # noqa: F401
 
 MOST = 4  # processes; most runs have two
@@ -100,7 +103,37 @@ REFUSED = {  # flags of rank 0, of rank 1, the line
     "one rank's": ("", "--seq-len 1", "rank 1: --seq-len 1: it must be at least 2"),
     "resume": ("", "--resume auto", "rank 1 has --resume auto, rank 0 None"),
     "folders": ("", "", "rank 1 has --out /"),
+    "ep": ("--ep 3",) * 2 + ("--ep 3 does not divide the 2 processes of --dp",),
+    "layout": ("--pp 2 --pipeline Et|x",) * 2 + ("--pipeline Et|x: 'x' is none of",),
+    "another model's layout": ("--pp 2 --pipeline Ett|tmL",) * 2 + ("--pipeline Ett|tmL: 3 t, but",),
+    "schedule": ("--pp 2 --schedule GPipes",) * 2 + ("--schedule GPipes: it must be one of",),
+    "micro batch": ("--micro-batch 8",) * 2 + ("--batch 8 is not a multiple of --dp 2 times --micro-batch 8",),
+    "micro batches of a pipeline": ("--pp 2 --micro-batch 8",) * 2 + ("--batch 8 gives each pipeline 1 micro batch",),
+    "version": ("", "", "rank 1 has version of ling kernels 0.0, rank 0 "),  # see rank_1_differs
+    "order of the data": ("", "", "rank 1 has the data {'tokens': "),
+    "GPU": ("", "", "rank 1: --device cuda: torch finds no GPU here"),
 }
+
+
+def rank_1_differs(name: str, argv: list[str]) -> tuple[int, str, str]:
+    """`command`, where rank 1 has another version, no GPU, or a disk of its own with the documents in another order."""
+
+    def other_order(s, tokenizer, vocab_size, cache, *rest):
+        file = cache.with_name("reversed.jsonl")
+        file.write_text("\n".join(reversed(Path(s.data[0]).read_text().splitlines())))
+        return open_corpus(replace(s, data=(str(file),)), tokenizer, vocab_size, cache.with_name("reversed"), *rest)
+
+    def no_gpu(settings):
+        raise InputError("--device cuda: torch finds no GPU here")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if rank_of_torchrun() == 1 and name == "version":
+            patch.setattr(preparation, "__version__", "0.0")
+        if rank_of_torchrun() == 1 and name == "order of the data":
+            patch.setattr(trainer, "open_corpus", other_order)
+        if rank_of_torchrun() == 1 and name == "GPU":
+            patch.setattr(preparation, "choose_device", no_gpu)
+        return command(argv)
 
 
 def no_band(argv: list[str]) -> tuple[int, str, str]:
@@ -143,7 +176,8 @@ def stop_answering(results: Path, argv: list[str]) -> tuple[int, str]:
     return left.value.code, stderr.getvalue()
 
 
-OTHERS = {"fp8": no_band, "muon, with tp, dp and ep": products_in_fp32}  # jobs that are not `command` alone
+DIFFERING = {name: functools.partial(rank_1_differs, name) for name in ("version", "order of the data", "GPU")}
+OTHERS = DIFFERING | {"fp8": no_band, "muon, with tp, dp and ep": products_in_fp32}  # jobs that are not `command` alone
 DIVISIONS = ("--dp-replicate", "--pp", "--cp", "--tp", "--ep")
 
 
@@ -280,30 +314,65 @@ def test_a_rank_that_stops_is_reported(runs):
     assert code == 1 and error.splitlines()[-1].startswith("error: rank 0 of 2 waited in vain for another: "), error
 
 
-def test_restart_after_a_killed_rank(runs, plain, tmp_path):
-    """torchrun starts both again, and --resume auto goes on from the last checkpoint, to the same bits."""
-    (tmp_path / "killed.py").write_text(
+def torchrun(folder: Path, leaves: str, where: str) -> list[str]:
+    """torchrun, with a script that runs the trainer, in which one process calls `leaves` before its fourth step, once
+    there is a checkpoint, if `where` holds."""
+    (folder / "leaving.py").write_text(
         "import os, signal, sys, time\n"
         "from ling_kernels.train import Trainer\n"
         "from ling_kernels.train.__main__ import main\n"
         "step = Trainer.step\n"
-        "def killed(trainer):\n"
-        "    first = os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'\n"
-        "    if first and trainer.ranks.rank == 1 and trainer.progress.step == 3:\n"
+        "def leaving(trainer):\n"
+        f"    if trainer.progress.step == 3 and {where}:\n"
         "        while not (trainer.folder / 'checkpoints' / 'step-000002').exists(): time.sleep(0.01)\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"        {leaves}\n"
         "    return step(trainer)\n"
-        "Trainer.step = killed\n"
+        "Trainer.step = leaving\n"
         "sys.exit(main())\n"
     )
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
-    argv = [*torchrun, "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", str(tmp_path / "killed.py")]
+    return [sys.executable, "-m", "torch.distributed.run", "--max-restarts", "1", "--rdzv-backend", "c10d"]
+
+
+ENVIRONMENT = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(Path(__file__).parents[1]))
+
+
+def test_restart_after_a_killed_rank(runs, plain, tmp_path):
+    """torchrun starts both again, and --resume auto goes on from the last checkpoint, to the same bits."""
+    first = "os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and trainer.ranks.rank == 1"
+    argv = torchrun(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)", first)
     run = tmp_path / "run"
-    environment = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(Path(__file__).parents[1]))
+    argv += ["--rdzv-endpoint", "127.0.0.1:0", "--nproc-per-node", "2", str(tmp_path / "leaving.py")]
     done = subprocess.run(
         [*argv, *plain, "--out", str(run), "--resume", "auto"],
-        env=environment, capture_output=True, text=True, timeout=300,
+        env=ENVIRONMENT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "steps 1 to 4" in done.stdout and "steps 3 to 4" in done.stdout
+    agree(run, runs / "dp alone", 0, 0)
+
+
+def test_a_machine_that_leaves(runs, plain, tmp_path):
+    """torchrun --nnodes 1:2: one of two machines goes, and the other goes on alone with the same flags, to the same
+    bits."""
+    both = "os.kill(os.getppid(), signal.SIGKILL); os.kill(os.getpid(), signal.SIGKILL)"
+    argv = torchrun(tmp_path, both, "os.environ['MACHINE'] == '1'")
+    run, (port,) = tmp_path / "run", free_ports(1)
+    found = [*argv, "--nnodes", "1:2", "--nproc-per-node", "1", "--rdzv-endpoint", f"127.0.0.1:{port}"]
+    flags = [str(word) for word in (tmp_path / "leaving.py", *plain, "--out", run, "--resume", "auto")]
+    machines = [
+        subprocess.Popen(
+            [*found, "--rdzv-conf", f"is_host={int(i == 0)},last_call_timeout=5,keep_alive_interval=1", *flags],
+            env=ENVIRONMENT | dict(MACHINE=str(i), TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    try:
+        out, error = machines[0].communicate(timeout=200)
+        assert machines[0].returncode == 0, error
+        assert machines[1].wait(10) < 0 and "processes  2:" in out + machines[1].communicate()[0]
+    finally:
+        for machine in machines:
+            machine.kill()
+    assert "steps 3 to 4" in out and "processes" not in out.partition("steps 3 to 4")[2]
     agree(run, runs / "dp alone", 0, 0)

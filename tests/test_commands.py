@@ -15,7 +15,7 @@ from ling_kernels.plan import decode, kernels
 from tests.test_package import CLEAN, ROOT
 
 MODULES = ["info", "plan", "train", "train.data", "train.report", "generate", "generate.server", "generate.plan",
-           "posttrain.rl", "posttrain.dpo"]  # fmt: skip
+           "posttrain.rl", "posttrain.dpo", "posttrain.choose"]  # fmt: skip
 
 
 def run(*args: str, **env: str) -> subprocess.CompletedProcess:

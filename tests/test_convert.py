@@ -6,8 +6,10 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.quantized_hf_storage import QuantizedHuggingFaceStorageReader
 
-from ling_kernels.model import Ling, load_model, named_views
+from ling_kernels.model import Ling, load_model, named_views, save_model
 from ling_kernels.train.convert import main, to_dcp
 from ling_kernels.train.dcp_names import megatron_names
 from tests.ranks import run
@@ -53,6 +55,28 @@ def test_torch_reads_a_checkpoint_as_it_is(checkpoint):
     read = {key: torch.empty_like(t) for key, t in whole.items()}
     dcp.load(read, storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
     assert all(torch.equal(t, read[key]) for key, t in whole.items())
+
+
+@pytest.mark.parametrize("shard_bytes", [10 << 30, 200_000])
+def test_torch_reads_fp8_weights(tmp_path, shard_bytes):
+    """By its reader of DeepSeek's format, which finds scales by the index: code times its block's scale, in fp32."""
+    sizes = dict(hidden_size=256, intermediate_size=256, moe_intermediate_size=128, num_attention_heads=2, head_dim=128)
+    model = Ling(replace(CONFIG, **sizes))
+    model.init_weights(torch.Generator().manual_seed(0))
+    save_model(model, tmp_path / "wide")
+    save_model(load_model(tmp_path / "wide", fp8=True), folder := tmp_path / "fp8", max_shard_bytes=shard_bytes)
+    files = list(folder.glob("*.safetensors"))
+    assert (len(files) == 1) == (shard_bytes > 1 << 30)
+    stored = {k: t for file in files for k, t in load_file(file).items()}
+    want = {k: t for k, t in stored.items() if not k.endswith("_scale_inv")}
+    for key in [k for k, t in want.items() if t.dtype == torch.float8_e4m3fn]:
+        scale = stored[f"{key}_scale_inv"].repeat_interleave(128, 0).repeat_interleave(128, 1)
+        want[key] = want[key].float() * scale[: want[key].shape[0], : want[key].shape[1]]
+    read = {k: torch.full_like(t, torch.nan) for k, t in want.items()}
+    dcp.load(read, storage_reader=QuantizedHuggingFaceStorageReader(str(folder)), no_dist=True)
+    assert len(stored) - len(want) > 10 and all(torch.equal(t, read[k]) for k, t in want.items())
+    loaded = dict(named_views(load_model(folder, dtype=torch.float32)))
+    assert loaded.keys() == want.keys() and all(torch.equal(t, want[k].float()) for k, t in loaded.items())
 
 
 def megatron(config, model) -> dict[str, torch.Tensor]:

@@ -25,6 +25,8 @@ class Buffers:
     """What both versions have: rows to the ranks that have one of their experts, and sums of rows on the way back.
     Handles: for each rank the tokens that go there, and how many come from each."""
 
+    tokens = T
+
     def __init__(self, group):
         self.group, self.n, self.rank = group, dist.get_world_size(group), dist.get_rank(group)
 
@@ -34,38 +36,41 @@ class Buffers:
         return out
 
     def spread(self, handle, t):
-        tokens, from_ = handle
+        tokens, from_, _ = handle
         return self.move(t[torch.cat(tokens)], [len(i) for i in tokens], from_)
 
     def sent(self, x, experts, weights, number):
         assert x.dtype == torch.bfloat16 and x.is_contiguous() and experts.dtype == torch.int64
-        assert weights.dtype == torch.float32 and experts.shape == weights.shape == (len(x), TOPK)
+        assert weights.dtype == torch.float32 and experts.shape == weights.shape and len(x) <= self.tokens
         here = number // self.n
         tokens = [((experts // here == r) & (experts >= 0)).any(1).nonzero()[:, 0] for r in range(self.n)]
         to = torch.tensor([len(i) for i in tokens])
         from_ = torch.empty_like(to)
         dist.all_to_all_single(from_, to, group=self.group)
-        handle = tokens, from_.tolist()
+        handle = tokens, from_.tolist(), len(x)
         x, experts, weights = (self.spread(handle, t) for t in (x, experts, weights))
         experts = experts.where(experts // here == self.rank, -1 + self.rank * here) - self.rank * here
         return x, experts, weights, handle
 
     def summed(self, handle, t):
-        tokens, from_ = handle
-        out = torch.zeros(T, t.shape[1])
+        tokens, from_, number = handle
+        out = torch.zeros(number, t.shape[1])
         back = self.move(t, from_, [len(i) for i in tokens])
         return out.index_add_(0, torch.cat(tokens), back.float()).to(t.dtype)
 
     def combine(self, x, handle, topk_weights=None):
         assert x.dtype == torch.bfloat16 and len(x) == sum(handle[1])
-        assert topk_weights is None or topk_weights.shape == (len(x), TOPK)
+        assert topk_weights is None or topk_weights.shape[0] == len(x)
         weights = None if topk_weights is None else self.summed(handle, topk_weights)
         return self.summed(handle, x), weights, None
 
 
 class ElasticBuffer(Buffers):
+    model = H, TOPK
+
     def __init__(self, group, *, num_max_tokens_per_rank, hidden, num_topk, deterministic):
-        assert (num_max_tokens_per_rank, hidden, num_topk, deterministic) == (T, H, TOPK, True)
+        assert (hidden, num_topk, deterministic) == (*self.model, True)
+        self.tokens = num_max_tokens_per_rank
         super().__init__(group)
 
     def dispatch(self, x, topk_idx=None, topk_weights=None, num_experts=None, handle=None):

@@ -43,7 +43,8 @@ class Forked:
     """A worker from the fork server, as subprocess.Popen has it."""
 
     def __init__(self, connection, rank):
-        self.process = get_context("forkserver").Process(target=work, args=(connection, rank))
+        # daemon: an engine that a failed test has left open does not keep pytest from ending
+        self.process = get_context("forkserver").Process(target=work, args=(connection, rank), daemon=True)
         self.process.start()
 
     def wait(self, timeout=None):

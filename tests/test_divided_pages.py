@@ -10,12 +10,12 @@ import torch
 
 from ling_kernels.errors import InputError, LostRank
 from ling_kernels.generate import Engine, Spill
-from ling_kernels.generate.page_disk import HEADER
+from ling_kernels.generate.pages.disk import HEADER
 from ling_kernels.model import load_model, save_model
 from tests.engines import NO_STOP, drain
 from tests.test_divided_engine import OPTIONS, divided_engine, forked  # noqa: F401
 from tests.test_model import DATA
-from tests.test_page_levels import ROW, Later, prompts_of, wait_until
+from tests.test_pages import ROW, Later, prompts_of, wait_until
 
 FILE = ROW + HEADER.size  # ROW: of both parts of a page of 4 tokens
 

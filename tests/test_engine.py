@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ling_kernels.generate import Busy, Sampling, sampler
-from ling_kernels.generate.cache import PagePool, hash_page
+from ling_kernels.generate.pages.pool import PagePool, hash_page
 from tests.engines import NO_STOP, check, drain, engine, make_engine, model, references  # noqa: F401
 from tests.test_model import NAMES
 

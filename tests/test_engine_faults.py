@@ -192,20 +192,22 @@ def test_tasks_share_steps(engine):
 
 def test_threads_submit_cancel_and_read_counters(engine):
     e, stop, wrong = engine(max_running=3, max_waiting=4, cache_tokens=120), threading.Event(), []
+    ended = []
 
     def user(number):
         rng = random.Random(number)
         for _ in range(6):
             prompt, new = rng.choice(references())
+            length = rng.choice([1, 3, len(new)])
+            stream = e.stream(prompt, max_new_tokens=len(new), **NO_STOP)
             try:
-                stream = e.stream(prompt, max_new_tokens=len(new), **NO_STOP)
+                got = [token for token, _ in zip(stream, range(length), strict=False)]
             except Busy:
                 continue
-            length = rng.choice([1, 3, len(new)])
-            got = [token for token, _ in zip(stream, range(length), strict=False)]
             stream.close()
             if got != new[:length]:
                 wrong.append((got, new))
+        ended.append(number)
 
     def reader():
         while not stop.wait(0.001):
@@ -220,7 +222,7 @@ def test_threads_submit_cancel_and_read_counters(engine):
         thread.join(60)
     stop.set()
     reading.join()
-    assert not wrong
+    assert not wrong and len(ended) == len(users)
     drain(e)
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -46,8 +47,18 @@ def test_texts_with_reasons(checkpoint):
         engine, tokenizer, ["a", "m"], sampling=[Sampling(logit_bias={98: -100}), None], n=2, **options
     )
     assert [t.text for t in two[2:]] == ["nopq"] * 2 and two[0] == two[1] != texts[0]
-    with pytest.raises(InputError, match="list of them"):
-        generate_texts(engine, tokenizer, "a")
+    one = generate_texts(engine, tokenizer, ["a"], stop="cd", **options)
+    assert [(t.text, t.finish_reason) for t in one] == [("b", "stop")], "a string is one, as OpenAI has it"
+    assert "".join(stream_text(iter(b"bcde"), tokenizer, "de")) == "bc"
+    for texts, wrong, name in (
+        ("a", {}, "prompts"), (5, {}, "prompts"), (["a"], dict(stop=5), "stop"), (["a"], dict(stop=["b", 5]), "stop"),
+        ([], dict(stop=""), "stop"), (["a"], dict(max_new_tokens=True), "max_new_tokens"), (["a"], dict(n=True), "n"),
+        (["a"], dict(logprobs=True), "logprobs"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=name):
+            generate_texts(engine, tokenizer, texts, **options | wrong)
+    with pytest.raises(InputError, match="stop"):
+        [*stream_text(iter(b"bc"), tokenizer, 5)]
 
 
 @pytest.mark.parametrize("stop, pieces, shown", [
@@ -66,19 +77,60 @@ def test_stop_strings(stop, pieces, shown):
     assert text.found == any(s in "".join(pieces) for s in stop)
 
 
-def test_a_long_stop_string_costs_no_more_than_the_text():
-    """A step looks at as many beginnings of a stop string as the text that is held back has characters."""
+def naive_stop(stop, pieces):
+    """By definition: what each piece lets be shown, and what is left at the end."""
+    shown, held_back = [], ""
+    for piece in pieces:
+        text = held_back + piece
+        if starts := [text.index(s) for s in stop if s in text]:
+            return shown + [text[: min(starts)]] + [""] * (len(pieces) - len(shown))
+        safe = min(i for i in range(len(text) + 1) if i == len(text) or any(s.startswith(text[i:]) for s in stop))
+        shown.append(text[:safe])
+        held_back = text[safe:]
+    return [*shown, held_back]
+
+
+def test_stop_strings_by_definition():
+    """Random texts of two letters, whose parts match in many ways."""
+    random = Random(0)
+    letters = lambda least, most: "".join(random.choices("ab", k=random.randint(least, most)))  # noqa: E731
+    found = 0
+    for _ in range(3000):
+        stop = [letters(1, random.choice([3, 9])) for _ in range(random.randint(0, 4))]
+        pieces = [letters(0, 5) for _ in range(random.randint(1, 12))]
+        if stop and random.random() < 0.3:  # long ones are met seldom
+            stop = [s * 3 for s in stop]
+            pieces.insert(random.randint(0, len(pieces)), stop[0][: random.randint(1, len(stop[0]))])
+        text = StopStrings(stop)
+        assert [*map(text.add, pieces), text.end()] == naive_stop(stop, pieces), (stop, pieces)
+        found += text.found
+    assert 1000 < found < 2900
+    with pytest.raises(InputError, match="empty string"):
+        StopStrings(["b", ""])
+
+
+@pytest.mark.parametrize("string, text", [
+    ("ab" * 500_000, "xyzabaax"),  # no more is done than the text asks for
+    ("a" * 999 + "b", "a" * 5000),
+    ("ab" * 499 + "aa", "ab" * 3000),
+    ("ab" * 20 + "c", ("ab" * 20 + "d") * 100),
+])  # fmt: skip
+def test_stop_strings_cost_as_much_as_the_text(string, text):
+    """At most three looks at the string for a character of the text, and three to learn a character of the string."""
 
     class Counted(str):
-        slices = 0
+        looks = 0
 
         def __getitem__(self, index):
-            Counted.slices += 1
+            Counted.looks += 1
             return str.__getitem__(self, index)
 
-    text = StopStrings([Counted("ab" * 500_000)])
-    assert "".join(map(text.add, "xyzabaax")) + text.end() == "xyzabaax"
-    assert Counted.slices <= 40
+        def startswith(self, *_):
+            raise AssertionError("it looks at more than a character")
+
+    stop = StopStrings([Counted(string)])
+    assert "".join(map(stop.add, text)) + stop.end() == text and not stop.found
+    assert 0 < Counted.looks <= 6 * len(text)
 
 
 def test_stream_text(checkpoint):

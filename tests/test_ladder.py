@@ -125,6 +125,7 @@ def test_a_small_ladder(tmp_path, capsys, monkeypatch):
     assert "predicted at" in printed and "measured, mean of the seeds" in printed and "hidden 32, seed 0" in printed
     content = json.loads((tmp_path / "out/ladder.json").read_text())
     result, runs = content["result"], content["runs"]
+    assert len(content["origin"]["commit"]) >= 7 and content["origin"]["date"].startswith("20")
     assert [r["hidden"] for r in runs] == [8, 16, 24, 32] and all(0 < r["loss"] < 7 for r in runs)
     assert result["measured"] == runs[-1]["loss"]
     assert result["error"] == pytest.approx(result["predicted"] / runs[-1]["loss"] - 1)

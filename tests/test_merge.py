@@ -2,15 +2,19 @@
 
 import math
 import shutil
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ling_kernels.errors import InputError
 from ling_kernels.model import Ling, LingConfig, load_model, named_views, save_model
 from ling_kernels.train import merge as merging
+from ling_kernels.train.convert import to_dcp
 from ling_kernels.train.merge import decay_weights, merge, named_weights
 
 CONFIG = LingConfig.tiny()
@@ -44,7 +48,8 @@ def test_weights_stand_for_a_decay(decay, number):
     assert len(c) == number and math.isclose(sum(c), 1) and min(c) >= 0
     g = torch.randn(number - 1, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(number))
     path = torch.cat([torch.zeros(1, 7, dtype=torch.float64), g.cumsum(0)])
-    decayed = sum(merging.DECAYS[decay](i / number) * g[i - 1] for i in range(1, number))
+    parts = number - 1 if decay == "1-sqrt" else number
+    decayed = sum(merging.DECAYS[decay](i / parts) * g[i - 1] for i in range(1, number))
     torch.testing.assert_close(
         torch.tensor(c, dtype=torch.float64) @ path, decayed + torch.zeros(7, dtype=torch.float64)
     )
@@ -52,6 +57,14 @@ def test_weights_stand_for_a_decay(decay, number):
 
 def test_a_linear_decay_is_the_mean():
     torch.testing.assert_close(torch.tensor(named_weights("linear", 8)), torch.full((8,), 0.125))
+
+
+def test_the_published_weights_of_1_sqrt():
+    """w_i = 1 - sqrt(i / k) of checkpoints 0 .. k: worked out by hand for k = 4 and for one, two and three of them."""
+    third, half = math.sqrt(3) / 2, math.sqrt(0.5)
+    assert named_weights("1-sqrt", 5) == pytest.approx([0.5, half - 0.5, third - half, 1 - third, 0])
+    assert named_weights("1-sqrt", 3) == pytest.approx([half, 1 - half, 0])
+    assert named_weights("1-sqrt", 2) == [1, 0] and named_weights("1-sqrt", 1) == [1]
 
 
 @pytest.mark.parametrize("decay", [[1.1], [0.5, 0.6], [0.5, -0.1], [math.nan], ["0.5"], "0.5"])
@@ -103,14 +116,19 @@ def mistakes(checkpoints, tmp_path):
     (lacking / "model.safetensors").unlink()
     a, b, _ = map(str, checkpoints)
     run = str(checkpoints[0].parents[1])
-    diverged = tmp_path / "diverged"
-    shutil.copytree(checkpoints[0], diverged)
-    tensors = load_file(diverged / "model.safetensors")
-    tensors["model.norm.weight"] = tensors["model.norm.weight"] * float("nan")
-    save_file(tensors, diverged / "model.safetensors")
+    diverged, longer = tmp_path / "diverged", tmp_path / "longer"
+    for folder, change in ((diverged, lambda t: t * float("nan")), (longer, lambda t: torch.cat([t, t]))):
+        shutil.copytree(checkpoints[0], folder)
+        tensors = load_file(folder / "model.safetensors")
+        tensors["model.norm.weight"] = change(tensors["model.norm.weight"])
+        save_file(tensors, folder / "model.safetensors")
     (tmp_path / "empty/checkpoints").mkdir(parents=True)
-    (tmp_path / "dcp").mkdir()
-    (tmp_path / "dcp/.metadata").touch()
+    dcp, damaged = tmp_path / "dcp", tmp_path / "damaged"
+    to_dcp(checkpoints[0], dcp)
+    damaged.mkdir()
+    (damaged / ".metadata").touch()
+    wide = tmp_path / "wide.json"
+    replace(CONFIG, vocab_size=2 * CONFIG.vocab_size).to_json(wide, fp8=False, dtype=torch.float32)
     return {
         "do not add up": ([a, b, "--weights", "0.5", "0.6"], "add up to 1.1, not to 1"),
         "too few": ([a, b, "--weights", "1"], "2 checkpoints and 1 weights"),
@@ -121,7 +139,13 @@ def mistakes(checkpoints, tmp_path):
         "no losses": ([run, "--best", "2"], "holds 0 checkpoints with a validation loss"),
         "another model": ([a, str(other)], "are not of one model"),
         "no weights": ([str(lacking), a], "neither model.safetensors nor"),
-        "of torch": ([str(tmp_path / "dcp")], "train.convert from-dcp makes a model's folder of it"),
+        "another shape": ([a, str(longer)], f"model.norm.weight is [{2 * CONFIG.hidden_size}], by config.json it"),
+        "of torch and not": ([str(dcp), a, "--model", "tiny"], "train.convert from-dcp makes a model's folder of it"),
+        "of torch alone": ([str(dcp)], "--model names its configuration"),
+        "of torch, damaged": ([str(damaged), "--model", "tiny"], "is no folder of torch.distributed.checkpoint"),
+        "of torch, another shape": ([str(dcp), str(dcp), "--model", str(wide)], "word_embeddings.weight is ["),
+        "of torch, more layers": ([str(dcp), "--model", "mini"], "has no layers."),
+        "not of torch": ([a, "--model", "tiny"], "--model is for folders of torch.distributed.checkpoint"),
         "nothing there": ([str(tmp_path / "absent")], "it has no config.json"),
         "no number": ([run, "--last", "0"], "'0' is no number of checkpoints"),
         "diverged": ([a, str(diverged)], "model.norm.weight of the merged model has values that are not finite"),
@@ -155,10 +179,71 @@ def test_the_best_of_a_run(checkpoints, tmp_path, capsys):
 
 
 def test_a_merge_that_is_interrupted_leaves_nothing(checkpoints, tmp_path, monkeypatch):
-    def interrupt(*_):
-        raise KeyboardInterrupt
+    """After the first file is written."""
+    summed = merging.weighted_sum
 
+    def interrupt(*args):
+        if written := [*tmp_path.glob(".out.partial/model-*.safetensors")]:
+            raise KeyboardInterrupt(written)
+        return summed(*args)
+
+    monkeypatch.setattr(merging, "SHARD_BYTES", 1 << 20)
     monkeypatch.setattr(merging, "weighted_sum", interrupt)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="model-00001-of-"):
         merge(checkpoints, [0.5, 0.25, 0.25], tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_dcp_folders_merge_to_the_same_bits(checkpoints, tmp_path, capsys):
+    """As the model folders that they were made of do, fused experts and all."""
+    folders = [tmp_path / f"dcp-{i}" for i in range(3)]
+    for folder, checkpoint in zip(folders, checkpoints, strict=True):
+        to_dcp(checkpoint, folder)
+    flags = ["--decay", "ema:0.3", "--dtype", "fp32", "--out"]
+    assert not merging.main([*map(str, folders), "--model", str(checkpoints[-1]), *flags, str(tmp_path / "of-dcp")])
+    assert not merging.main([*map(str, checkpoints), *flags, str(tmp_path / "of-folders")])
+    got, want = weights_of(tmp_path / "of-dcp"), weights_of(tmp_path / "of-folders")
+    assert all(torch.equal(got[key], want[key]) for key in want)
+    assert (tmp_path / "of-dcp/tokenizer.json").read_text() == "{}"
+
+
+class LiveBytes(TorchDispatchMode):
+    """The largest sum of the sizes of the tensors that operations gave and that were alive at one time."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and t.device.type == "cpu":
+                storage = t.untyped_storage()
+                if (key := storage._cdata) not in self.alive:
+                    self.alive[key] = storage.nbytes()
+                    weakref.finalize(storage, self.alive.pop, key, None)
+        self.peak = max(self.peak, sum(self.alive.values()))
+        return out
+
+
+@pytest.mark.parametrize("of_dcp", [False, True], ids=["folders", "dcp"])
+def test_memory_does_not_grow_with_the_checkpoints(checkpoints, tmp_path, monkeypatch, of_dcp):
+    """It holds one file of the output and a few tensors, in fp64, whether 2 or 6 checkpoints are merged."""
+    monkeypatch.setattr(merging, "SHARD_BYTES", 1 << 20)
+    folders = checkpoints[:2]
+    if of_dcp:
+        folders = [tmp_path / f"dcp-{i}" for i in range(2)]
+        for folder, checkpoint in zip(folders, checkpoints, strict=False):
+            to_dcp(checkpoint, folder)
+    peaks = []
+    for times in (1, 3):
+        with LiveBytes() as live:
+            n = 2 * times
+            merge(folders * times, [1 / n] * n, tmp_path / f"out-{n}", "fp32", "tiny" if of_dcp else None)
+        peaks.append(live.peak)
+    state = Ling(CONFIG).state_dict()
+    parameter = max(t.numel() for t in state.values()) if of_dcp else CONFIG.vocab_size * CONFIG.hidden_size
+    whole = sum(t.numel() for t in state.values())
+    assert peaks[1] <= 1.01 * peaks[0] and peaks[1] < (1 << 20) + 4 * 8 * parameter, (peaks, parameter)
+    assert peaks[1] > 1 << 20 and (of_dcp or peaks[1] < 8 * whole / 2), (peaks, whole)

@@ -145,7 +145,7 @@ def assert_near(case, got, near, true, free=None, bitwise: bool = False) -> None
         scale = errors(t, torch.zeros_like(t))[0]
         both = zip(errors(g, t, free[i] if free else 0.0), errors(n, t), strict=True)
         for e, allowed in both:  # the worst element, and all of them
-            assert e <= 2 * allowed + 1e-6 * scale, f"output {i}"
+            assert e <= 2 * allowed + 2e-6 * scale, f"output {i}"  # the reference's own sums depend on the CPU
 
 
 @pytest.mark.parametrize("name, shape", [("gemm_fp8", dict(M=67, N=256, K=2048)),

@@ -45,20 +45,19 @@ def batches(which: int, few: bool) -> list[MicroBatch]:
 
 
 def recorded(patch: pytest.MonkeyPatch, events: list) -> None:
-    """Append each action with weight gradients when it has run, and each gradient whose sum begins."""
+    """Append each action when it has run, and each gradient whose sum begins."""
 
     def record(name: str, kind: str) -> None:
         genuine = getattr(PipelineStage, name)
 
-        def action(stage, m, *args, full_backward=True, **options):
-            options |= dict(full_backward=full_backward) if kind == "B" else {}
+        def action(stage, m, *args, **options):
             result = genuine(stage, m, *args, **options)
-            if full_backward:
-                events.append(Action(kind, stage.stage_index, m))
+            events.append(Action(kind if options.get("full_backward", True) else "I", stage.stage_index, m))
             return result
 
         patch.setattr(PipelineStage, name, action)
 
+    record("forward_one_chunk", "F")
     record("backward_one_chunk", "B")
     record("backward_weight_one_chunk", "W")
     reduce = dist.reduce

@@ -54,7 +54,7 @@ def keeps(config, s: Settings, plans: list[MemoryPlan], rank, group):
     model.init_weights()
     if s.recompute == "full":
         model.recompute_()
-    shares = divide(model, s, ranks, torch.float32, torch.device("cpu"))
+    shares = divide(model, s, ranks, torch.float32, torch.device("cpu"), s.exchange)
     tracker, number = MemoryTracker(), s.batch // ranks.dp
     for t in [*model.parameters(), *model.buffers()]:
         tracker.add(t, "weights")

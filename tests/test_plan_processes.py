@@ -53,7 +53,7 @@ def holds(s: Settings, plan: list[Held], rank, group):
     ranks, model = ranks_of(group).arranged(**mesh_of(s)), Ling(CONFIG)
     model.init_weights()
     to_masters(model, s.master)
-    shares = divide(model, s, ranks, torch.float32, torch.device("cpu"))
+    shares = divide(model, s, ranks, torch.float32, torch.device("cpu"), s.exchange)
     optimizer = make_optimizer(shares.stepped, s.optimizer, s.lr, s.weight_decay)
     parameters = [*model.parameters()]
     for p in parameters:

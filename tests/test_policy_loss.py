@@ -184,6 +184,8 @@ def test_advantages_of_groups():
     assert group_advantages(torch.tensor([[1e25, -1e25]])).tolist() == [[1, -1]]
     with pytest.raises(InputError, match="at least 2"):
         group_advantages(torch.ones(3, 1))
+    with pytest.raises(InputError, match=r"a group at least .* got \[0, 4\]"):
+        group_advantages(torch.ones(0, 4))
     with pytest.raises(InputError, match="not a tensor"):
         group_advantages([[1.0, 0.0]])
 

@@ -17,6 +17,7 @@ from ling_kernels.train import recipe as recipes
 from ling_kernels.train.__main__ import main
 from ling_kernels.train.data.toy import KEYS, needle, question, sum_with_thoughts, with_needles
 from ling_kernels.train.needle import needle_text, retrieval
+from ling_kernels.train.optimizer import make_optimizer
 from ling_kernels.train.prepare import device
 from ling_kernels.train.prepare.checks import check
 from ling_kernels.train.prepare.models import model_config
@@ -42,13 +43,18 @@ def test_the_stages_are_settings_of_the_trainer(name):
 
 @pytest.mark.parametrize("name", ["mini", "flash", "1t"])
 def test_the_published_stages(name):
-    """arXiv 2510.22115, section 3.2: tokens of each stage, lengths, peak rate and batch, bias rates, mixtures."""
+    """arXiv 2510.22115, section 3.2: tokens of each stage, lengths, peak rate and batch, warm-up, AdamW's constants,
+    bias rates, mixtures."""
     for stage in load_stages(name)[:4]:
         s = Settings(**stage.settings)
         assert stage_tokens(s) == pytest.approx(TOKENS[stage.name], rel=1e-3)
         assert s.lr == PEAK[name] and s.batch * s.seq_len == ROWS[name] * 4096
         long = stage.name > "3"
         assert s.seq_len == (32768 if long else 4096) and s.balance_rate == (1e-4 if long else 1e-3)
+        assert (s.optimizer, s.weight_decay, s.clip, s.decay) == ("adamw", 0.1, 1.0, "none")
+        assert s.warmup == (2000 if stage.name == "1-pretrain" else 100)  # those after the first are ours
+    (group, _) = make_optimizer(torch.nn.Linear(2, 2), "adamw", 1.0, 0.1).param_groups
+    assert (group["betas"], group["weight_decay"]) == ((0.9, 0.95), 0.1)
     first, second, third, fourth, yarn = load_stages(name)
     assert (first.settings["rope_theta"], third.settings["rope_theta"]) == (10000.0, 600000.0)
     general = [s.sources["general"] + s.sources.get("long", 0) for s in (first, second, third, fourth)]

@@ -6,7 +6,7 @@ import pytest
 
 from ling_kernels.errors import InputError
 from ling_kernels.posttrain import RewardProcesses, exact
-from tests.reward_functions import misbehave
+from tests.reward_functions import misbehave, misjudge
 
 
 def test_each_fault_costs_its_answer_alone(capfd):
@@ -22,6 +22,17 @@ def test_each_fault_costs_its_answer_alone(capfd):
         assert rewards([]) == []
         assert rewards([("good", 1.0, "one argument too many")])[0].failure == "raised"
     assert "a reward may print" in capfd.readouterr().err
+
+
+def test_rewards_of_whole_groups():
+    """One list of responses in a call; what is no reward for each of them costs the group."""
+    groups = [(["a", "bcd"], kind) for kind in ("few", "good", "nan", "one", "hang")] + [(["abc"], "good")]
+    with RewardProcesses(misjudge, processes=2, timeout=1.0, of_group=True) as rewards:
+        scores = rewards(groups)
+    assert [s.value for s in scores] == [0, 0, 1, 3, 0, 0, 0, 0, 0, 0, 3]
+    kinds = ["raised", None, "not a number", "raised", "timeout"]
+    assert [s.failure for s in scores] == [kind for kind in kinds for _ in range(2)] + [None]
+    assert "1 rewards for 2 responses" in scores[0].message
 
 
 def test_rewards_that_fp32_does_not_hold_and_errors_without_words():

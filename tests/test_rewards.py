@@ -20,6 +20,10 @@ def test_length_term():
     assert length_rewards([10, 20, 30], [True, True, True]) == pytest.approx([0.5, 0, -0.5], abs=1e-9)
     assert length_rewards([10, 20, 30], [False, False, True]) == pytest.approx([0, 0, -0.5], abs=1e-9)
     assert length_rewards([7, 7], [True, False]) == [0.5, 0]
+    with pytest.raises(InputError, match="lengths and correct are empty: a group has at least 1 response"):
+        length_rewards([], [])
+    with pytest.raises(InputError, match="got 0 and 1"):
+        length_rewards([], [True])
 
 
 def test_evo_cot():

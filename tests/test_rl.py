@@ -168,6 +168,37 @@ def test_a_resumed_loop_has_the_bits_of_one_without_a_stop(tmp_path, random_mode
     assert ("left_out" in records[0]) == ("icepop" in options) and (records[2]["kl"] > 0) == ("kl" in options)
 
 
+def test_a_groups_rewards_come_from_a_judge_of_pairs(tmp_path, random_model, capsys):
+    """Group Arena Reward by the command: win rates, also in the resumed run."""
+    judge = "tests.reward_functions:arena"
+    options = BRIEF | dict(prompts=2, samples=4)
+    loop = Loop(LoopSettings(steps=1, group_reward=judge, **options), random_model, tmp_path / "run", letters)
+    problems = loop.draw()
+    answers = loop.answer(problems)
+    lengths = [len(loop.text(a)) for a in answers]
+    got = loop.rewards_of(answers, loop.judge(problems, answers))
+    loop.close()
+    for row, group in zip(got.tolist(), (lengths[:4], lengths[4:]), strict=True):
+        want = [sum((a > b) + 0.5 * (a == b) for j, b in enumerate(group) if j != i) / 3 for i, a in enumerate(group)]
+        assert row == pytest.approx(want)
+    assert len({*got.flatten().tolist()}) > 2
+    flags = ["--prompts", "2", "--samples", "4", "--new-tokens", "4", "--device", "cpu", "--group-reward", judge]
+    run = tmp_path / "command"
+    assert (
+        main(["--model", str(random_model), "--out", str(run), "--steps", "1", "--reward-timeout", "60", *flags]) == 0
+    )
+    assert main(["--resume", str(run), "--steps", "2"]) == 0
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [r["reward"] for r in rows] == pytest.approx([0.5, 0.5]) and not any("failed" in k for r in rows for k in r)
+    capsys.readouterr()
+    for more, text in ((["--evo-cot", "0.1"], "give one"), (["--group-reward", "nowhere"], "can be imported")):
+        assert main(["--model", str(random_model), "--out", str(tmp_path / "new"), *flags, *more]) == 2
+        assert text in capsys.readouterr().err
+    with pytest.raises(InputError, match="a reward of each answer: give one"):
+        Loop(LoopSettings(group_reward=judge), random_model, tmp_path / "new", reward=count_spread)
+    assert not (tmp_path / "new").exists()
+
+
 def one_hangs(random: Random) -> Problem:
     return Problem("a", random.choice(["hang", "x"]), "x")
 

@@ -1,4 +1,4 @@
-"""The engine as the rollout of other trainers: the shape of TRL's rollout_func, and TRL's GRPOTrainer where it is."""
+"""The engine as the rollout of other trainers, in the shape of TRL's rollout_func; TRL itself: tests/integrations."""
 
 import copy
 from types import SimpleNamespace
@@ -52,70 +52,3 @@ def test_what_does_not_fit(policy):
     with pytest.raises(InputError, match="of another model: lm_head.weight differs"):
         call.engine.new_weights({k: t for k, t in named_views(policy) if k != "lm_head.weight"})
     assert "routing" not in call(["a"]) and call([]) == dict.fromkeys(call([]), [])
-
-
-def test_it_is_trls_rollout_func(tmp_path, policy, monkeypatch):
-    """GRPOTrainer trains a transformers model around the engine's own Ling; its log-probabilities are the engine's."""
-    pytest.importorskip("trl")
-    pytest.importorskip("datasets")
-    from datasets import Dataset
-    from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
-    from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
-    from trl import GRPOConfig, GRPOTrainer
-
-    class Config(PretrainedConfig):
-        model_type = "ling_of_a_test"
-
-    class Backbone(torch.nn.Module):
-        def __init__(self, ling):
-            super().__init__()
-            self.ling = ling
-
-        def forward(self, input_ids, attention_mask=None, **_):
-            out = self.ling(input_ids, attention_mask=attention_mask, logits=False, output_hidden_states=True)
-            return BaseModelOutput(last_hidden_state=out.hidden_states[len(self.ling.layers)])
-
-    class Policy(PreTrainedModel, GenerationMixin):
-        config_class, base_model_prefix = Config, "backbone"
-
-        def __init__(self, config, ling=None):
-            super().__init__(config)
-            self.backbone = Backbone(ling)
-            self.post_init()
-
-        def _init_weights(self, module):
-            pass
-
-        def get_output_embeddings(self):
-            return self.backbone.ling.lm_head
-
-        def forward(self, input_ids, attention_mask=None, **_):
-            h = self.backbone(input_ids, attention_mask).last_hidden_state
-            return CausalLMOutput(logits=self.backbone.ling.lm_head(h))
-
-    Tokenizer().save(tmp_path)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path)
-    engine = Engine(policy, cache_tokens=4000)
-    call, seen = RolloutFunction(engine, Tokenizer(), 6, seed=1), []
-
-    def recorded(prompts, trainer):
-        seen.append(call(prompts, trainer))
-        policy.train()
-        return seen[-1]
-
-    before = policy.lm_head.weight.detach().clone()
-    args = GRPOConfig(
-        str(tmp_path / "out"), per_device_train_batch_size=4, num_generations=4, max_steps=2, max_completion_length=6,
-        temperature=1.0, use_cpu=True, report_to=[], bf16=False, learning_rate=1e-2, logging_steps=1,
-        save_strategy="no", gradient_checkpointing=False, beta=0.0,
-    )  # fmt: skip
-    grpo = GRPOTrainer(
-        Policy(Config(vocab_size=320), policy), args=args, processing_class=tokenizer, rollout_func=recorded,
-        reward_funcs=lambda completions, **_: [float(len({*c})) for c in completions],
-        train_dataset=Dataset.from_dict(dict(prompt=["one", "two", "three", "four"])),
-    )  # fmt: skip
-    grpo.train()
-    assert [out["policy_version"] for out in seen] == [[1] * 4, [2] * 4]
-    assert not torch.equal(policy.lm_head.weight, before)
-    logs = [row for row in grpo.state.log_history if "reward" in row]
-    assert len(logs) == 2 and logs[0]["reward"] > 0

@@ -20,7 +20,7 @@ from ling_kernels.train.running_merge import RunningMerge, planned
 from tests.cluster import run_jobs
 from tests.training import one_line_error, small, text, tiniest  # noqa: F401
 
-PLAN = dict(merge_last=3, merge_every=3, merge_weights="1-sqrt")
+PLAN = dict(merge_last=3, merge_every=3, merge_weights="cosine")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -56,10 +56,10 @@ def weights_of(folder, dtype=torch.float32):
 
 
 def test_it_has_the_bits_of_merging_stored_checkpoints(run, tmp_path):
-    assert planned(run.settings) == dict(zip((3, 6, 9), named_weights("1-sqrt", 3), strict=True))
+    assert planned(run.settings) == dict(zip((3, 6, 9), named_weights("cosine", 3), strict=True))
     stored = [run.folder / "checkpoints" / f"step-{step:06d}" for step in (3, 6, 9)]
     for dtype in ("fp32", "bf16"):
-        merge(stored, named_weights("1-sqrt", 3), tmp_path / f"stored-{dtype}", dtype)
+        merge(stored, named_weights("cosine", 3), tmp_path / f"stored-{dtype}", dtype)
         kind = dict(fp32=torch.float32, bf16=torch.bfloat16)[dtype]
         run.merge.write(tmp_path / f"running-{dtype}", run.shares, run.tokenizer, kind)
         a, b = (weights_of(tmp_path / f"{name}-{dtype}") for name in ("stored", "running"))
@@ -109,7 +109,7 @@ def several(text, tmp_path_factory):
     model = Ling(replace(tiniest(), num_attention_heads=4, num_key_value_heads=2))
     model.init_weights(torch.Generator().manual_seed(0))
     save_model(model, folder / "model", dtype=torch.float32)
-    plan = "--merge-last 3 --merge-every 1 --merge-weights 1-sqrt --steps 3 --save-every 1 --keep 0"
+    plan = "--merge-last 3 --merge-every 1 --merge-weights cosine --steps 3 --save-every 1 --keep 0"
     flags = f"--model {folder / 'model'} --data {text} --seq-len 32 --batch 4 --lr 3e-3 --warmup 1 --eval-rows 2"
     run = [*flags.split(), *plan.split(), "--threads", "1", "--sample-tokens", "0"]
     more = dict(batch=4, steps=3, merge_every=1, warmup=1, save_every=1, sample_tokens=0)
@@ -130,7 +130,7 @@ def test_two_processes_merge_the_bits_of_their_stored_checkpoints(several, name,
     assert not any(code for code, _, _ in results) and "3 steps" in results[0][1], results
     run = several / name
     stored = [run / "checkpoints" / f"step-00000{step}" for step in (1, 2, 3)]
-    merge(stored, named_weights("1-sqrt", 3), tmp_path / "stored", "bf16")
+    merge(stored, named_weights("cosine", 3), tmp_path / "stored", "bf16")
     a, b, last = (weights_of(folder) for folder in (tmp_path / "stored", run / "merged", run / "model"))
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
     assert sum(not torch.equal(b[key], last[key]) for key in b) > len(b) / 2

@@ -15,10 +15,11 @@ from ling_kernels.generate.server import answers  # noqa: E402
 from ling_kernels.generate.server.answers import ChatWriter, Piece  # noqa: E402
 from ling_kernels.generate.server.app import make_app  # noqa: E402
 from ling_kernels.generate.server.command import sampling_defaults  # noqa: E402
+from ling_kernels.generate.server.logprobs import FIELDS  # noqa: E402
 from ling_kernels.generate.server.protocol import ChatCompletionRequest  # noqa: E402
 from ling_kernels.generate.server.text_parts import TextParts  # noqa: E402
 from ling_kernels.model.sample import Sampling  # noqa: E402
-from tests.speller import speller  # noqa: E402
+from tests.speller import EOS, speller  # noqa: E402
 from tests.test_server import BODY, call, checkpoint, events, httpx, service, shared  # noqa: E402, F401
 
 CHAT = dict(model="speller", messages=[dict(role="user", content="Hi")], temperature=0)
@@ -86,6 +87,49 @@ def test_scores_of_prompts_alone(shared, stream):
         assert choices[i]["logprobs"]["token_logprobs"][1:] == pytest.approx(scores)
 
 
+@pytest.mark.parametrize("more", [dict(echo=True), dict(echo=True, logprobs=9), dict(logprobs=9), {}])
+@pytest.mark.parametrize("stream", [False, True])
+def test_large_answers_do_not_hold_up_the_event_loop(checkpoint, monkeypatch, more, stream):
+    """They are built and written in a thread; small ones, and the pieces of streams, are not."""
+    threads, built_in, dumps, first = [], [], json.dumps, answers.CompletionWriter.first
+
+    def recorded_dumps(value, **options):
+        if isinstance(value, dict) and "choices" in value:
+            threads.append(threading.current_thread())
+        return dumps(value, **options)
+
+    def recorded_first(writer):
+        built_in.append(threading.current_thread())
+        return first(writer)
+
+    def answer_of(prompt, tokens):
+        threads.clear()
+        body = BODY | dict(prompt=prompt, stream=stream, max_tokens=tokens, ignore_eos=True) | more
+        response = call(served, "/v1/completions", body)
+        assert response.status_code == 200, response.text
+        if not stream:
+            return response.json()["choices"][0]
+        parts = [e["choices"][0] for e in events(response.text)]
+        found = {name: sum((p["logprobs"][name] for p in parts if p["logprobs"]), []) for name in FIELDS}
+        return dict(text="".join(p["text"] for p in parts), logprobs=found if "logprobs" in more else None)
+
+    served = service(checkpoint)
+    small = answer_of("a", 3)
+    monkeypatch.setattr(json, "dumps", recorded_dumps)
+    monkeypatch.setattr(answers.CompletionWriter, "first", recorded_first)
+    assert answer_of("a", 3) == small
+    assert threads and {*threads} == {threading.main_thread()}
+    monkeypatch.setattr(answers, "SMALL", 20)
+    many = answer_of("abcdefghij" * 3, 20)
+    apart = [thread for thread in threads if thread is not threading.main_thread()]
+    assert len(apart) == (not stream or "echo" in more) and all("answers" in t.name for t in apart)
+    assert built_in[-1] in (apart or [threading.main_thread()])
+    assert len(threads) == 1 if not stream else threads[1:] == [threading.main_thread()] * (len(threads) - 1)
+    monkeypatch.setattr(answers, "SMALL", 10**6)
+    assert answer_of("abcdefghij" * 3, 20) == many and len(many["text"]) >= 20
+    assert {*threads} == {threading.main_thread()}
+
+
 def test_logprobs_of_a_chat(shared):
     body = CHAT | dict(logprobs=True, top_logprobs=3)
     content = call(shared, "/v1/chat/completions", body).json()["choices"][0]["logprobs"]["content"]
@@ -100,6 +144,28 @@ def test_logprobs_of_a_chat(shared):
     assert [c["top_logprobs"] for c in plain["content"]] == [[], [], []]
     refused = call(shared, "/v1/chat/completions", CHAT | dict(top_logprobs=1))
     assert refused.status_code == 400 and refused.json()["error"]["param"] == "top_logprobs"
+
+
+def test_logprobs_of_a_chats_prompt(shared):
+    """In vLLM's form: those of the engine, by token id, the first token without."""
+    prompt = call(shared, "/tokenize", dict(messages=CHAT["messages"])).json()["tokens"]
+    scores = shared.engine.score([prompt])[0]
+    (request,) = shared.engine.finish([prompt], max_new_tokens=1, prompt_logprobs=2)
+    likeliest = [[*dict(entry.top)] for entry in request.prompt_logprobs]
+    for most, n in ((0, 1), (2, 2)):
+        answer = call(shared, "/v1/chat/completions", CHAT | dict(prompt_logprobs=most, n=n)).json()
+        assert answer["choices"][0]["message"]["content"] == "XYZ" and answer["choices"][0]["logprobs"] is None
+        first, *found = answer["prompt_logprobs"]
+        assert first is None and [next(iter(each)) for each in found] == [str(token) for token in prompt[1:]]
+        own = [each[str(token)] for each, token in zip(found, prompt[1:], strict=True)]
+        assert [entry["logprob"] for entry in own] == pytest.approx(scores, rel=1e-5)
+        assert [entry["decoded_token"] for entry in own] == [shared.tokenizer.decode([token]) for token in prompt[1:]]
+        ranked = [sorted((e["rank"], int(token)) for token, e in each.items() if e["rank"]) for each in found]
+        assert ranked == [[*enumerate(ids[:most], 1)] for ids in likeliest]
+    assert "prompt_logprobs" not in call(shared, "/v1/chat/completions", CHAT).json()
+    for wrong in (dict(prompt_logprobs=2, stream=True), dict(prompt_logprobs=21), dict(prompt_logprobs=-1)):
+        refused = call(shared, "/v1/chat/completions", CHAT | wrong)
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "prompt_logprobs"
 
 
 def test_counts_in_every_event(shared):
@@ -130,8 +196,35 @@ def test_token_ids(shared):
     chat = call(shared, "/tokenize", dict(messages=CHAT["messages"])).json()["tokens"]
     text = shared.tokenizer.apply_chat_template(CHAT["messages"])
     assert chat == shared.tokenizer.encode(text, special=True)
-    for body in ({}, dict(prompt="a", messages=CHAT["messages"]), dict(prompt="a", model="gpt"), dict(prompt=3)):
+    refused = (dict(prompt="a", model="gpt"), dict(prompt=3), dict(prompt="a", tools=TOOLS))
+    for body in ({}, dict(prompt="a", messages=CHAT["messages"]), *refused):
         assert call(shared, "/tokenize", body).status_code in (400, 404)
+
+
+def test_a_chat_is_counted_as_it_is_answered(roomy):
+    """With its tools, modes of its template, and a message that is continued."""
+    started = [*CHAT["messages"], dict(role="assistant", content="X")]
+    counts = []
+    for more in (
+        {}, dict(tools=TOOLS), dict(tools=TOOLS, tool_choice="none"), dict(messages=started, tools=TOOLS),
+        dict(chat_template_kwargs=dict(enable_thinking=True)), dict(chat_template_kwargs=dict(enable_thinking=False)),
+        dict(messages=started, continue_final_message=True), dict(add_generation_prompt=False),
+    ):  # fmt: skip
+        prompt = dict(messages=CHAT["messages"]) | more
+        counted = call(roomy, "/tokenize", prompt).json()
+        answered = call(roomy, "/v1/chat/completions", CHAT | more | dict(max_tokens=1)).json()
+        assert counted["count"] == len(counted["tokens"]) == answered["usage"]["prompt_tokens"], more
+        counts.append(counted["count"])
+    assert counts[0] == counts[2] and len({*counts}) > 5
+
+
+def test_tokens_by_name(shared):
+    """Clients ask for the ids of tokens, and encode chats that they have rendered, without special tokens added."""
+    info = call(shared, "/tokenizer_info").json()
+    assert info["eos_token"] == "<|endoftext|>" and info["chat_template"] == shared.tokenizer.chat_template
+    text = f"a{info['eos_token']}"
+    assert call(shared, "/tokenize", dict(prompt=text, add_special_tokens=False)).json()["tokens"] == [ord("a"), EOS]
+    assert call(shared, "/tokenize", dict(prompt=text)).json()["tokens"] == [*text.encode()], "as in a completion"
 
 
 def test_errors_in_words_that_clients_know(shared):

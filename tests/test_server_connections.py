@@ -35,7 +35,7 @@ def running(service, client_timeout=LONG, **options):
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # of its connections too
     listener.bind(("127.0.0.1", 0))
-    listener.listen(100)
+    listener.listen(2048)
     thread = threading.Thread(target=server.run, args=[[listener]])
     thread.start()
     while not server.started:
@@ -188,9 +188,10 @@ def test_a_client_that_leaves_while_it_waits(checkpoint):
 
 
 @contextlib.contextmanager
-def command(checkpoint, *flags):
+def command(checkpoint, *flags, ulimit="-S -n 1024"):
     """The server's command in a process, and its port."""
-    args = [sys.executable, "-m", "ling_kernels.generate.server", "--model", checkpoint, "--port", "0", *flags]
+    args = ["bash", "-c", f'ulimit {ulimit} && exec "$0" "$@"']
+    args += [sys.executable, "-m", "ling_kernels.generate.server", "--model", checkpoint, "--port", "0", *flags]
     with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             yield process, int(process.stdout.readline().split()[2].split(":")[2].partition("/")[0])

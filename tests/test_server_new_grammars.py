@@ -10,14 +10,14 @@ import pytest
 
 pytest.importorskip("llguidance")
 
-from ling_kernels.errors import Busy, InputError  # noqa: E402
 from ling_kernels.generate import grammar  # noqa: E402
 from ling_kernels.generate.server.app import make_app  # noqa: E402
-from ling_kernels.generate.server.new_grammars import MOST_WAITING, NewGrammars  # noqa: E402
+from ling_kernels.generate.server.service import MOST_GRAMMARS  # noqa: E402
 from tests.speller import speller  # noqa: E402
 from tests.test_server import checkpoint, httpx, service  # noqa: E402, F401
 from tests.test_server_connections import HEAD, LONG, connect, port_of, running  # noqa: E402
 from tests.test_server_structured import CHAT, post  # noqa: E402
+from tests.test_server_turns import until  # noqa: E402
 
 BODY = dict(model="speller", prompt="a", temperature=0, max_tokens=30)
 
@@ -40,64 +40,6 @@ def with_regex(pattern: str) -> dict:
     return BODY | dict(structured_outputs=dict(regex=pattern))
 
 
-async def until(condition) -> None:
-    while not condition():
-        await asyncio.sleep(0.01)
-
-
-def test_turns():
-    """A client that comes later is next; what two wait for is read once; an error goes to those who wait for it."""
-    order = []
-
-    def compiled(source: str) -> str:
-        order.append(source)
-        if source == "bad":
-            raise InputError("it is bad")
-        return source.upper()
-
-    async def check() -> None:
-        new = NewGrammars()
-        wants = [("a", "1"), ("a", "2"), ("a", "bad"), ("a", "3"), ("b", "4"), ("b", "2"), ("c", "5"), ("c", "bad")]
-        tasks = [asyncio.create_task(new.read(compiled, *want)) for want in wants]
-        found = await asyncio.gather(*tasks, return_exceptions=True)
-        assert [f if isinstance(f, str) else type(f) for f in found] == [
-            "1", "2", InputError, "3", "4", "2", "5", InputError,
-        ]  # fmt: skip
-        assert not new.waiting
-        assert await new.read(compiled, "a", "6") == "6"
-
-    asyncio.run(check())
-    assert order == ["1", "4", "5", "2", "bad", "3", "6"]
-
-
-def test_a_client_that_has_gone_and_one_that_wants_too_much():
-    order, go = [], threading.Event()
-
-    def compiled(source: str) -> str:
-        order.append(source)
-        assert go.wait(LONG)
-        return source
-
-    async def check() -> None:
-        new = NewGrammars()
-        tasks = [asyncio.create_task(new.read(compiled, "a", str(i))) for i in range(MOST_WAITING)]
-        same = asyncio.create_task(new.read(compiled, "a", "3"))
-        await until(lambda: order)
-        with pytest.raises(Busy, match="new grammars"):
-            await new.read(compiled, "a", "more")
-        for task in tasks[1:]:
-            task.cancel()
-        await asyncio.gather(*tasks[1:], return_exceptions=True)
-        later = asyncio.create_task(new.read(compiled, "a", "later"))
-        await asyncio.sleep(0)
-        go.set()
-        assert await asyncio.gather(tasks[0], same, later) == ["0", "3", "later"]
-        assert not new.waiting
-
-    asyncio.run(check())
-    assert order == ["0", "3", "later"], "the others were dropped; one client still waited for 3"
-
-
 def test_known_grammars_pass_and_others_are_read_in_turn(checkpoint):
     served = service(checkpoint, keys=frozenset("abc"))
     tried, go = slow_trials(served)
@@ -111,8 +53,10 @@ def test_known_grammars_pass_and_others_are_read_in_turn(checkpoint):
                 return asyncio.create_task(client.post("/v1/completions", json=with_regex(pattern), headers=headers))
 
             assert (await ask("b", "[xy]{2}")).status_code == 200
-            slow = [ask("a", f"slow{i}") for i in range(MOST_WAITING)]
-            await until(lambda: [*map(len, served.new_grammars.waiting.values())] == [MOST_WAITING])
+            slow = [ask("a", "slow0")]
+            await until(lambda: len(tried) == 2)
+            slow += [ask("a", f"slow{i}") for i in range(1, 1 + MOST_GRAMMARS)]
+            await until(lambda: [*map(len, served.new_grammars.waiting.values())] == [MOST_GRAMMARS])
             refused = await ask("a", "more")
             assert refused.status_code == 429 and refused.headers["retry-after"]
             assert "new grammars of this client" in refused.json()["error"]["message"]
@@ -124,11 +68,11 @@ def test_known_grammars_pass_and_others_are_read_in_turn(checkpoint):
             go.set()
             assert len((await other).json()["choices"][0]["text"]) == 3
             texts = [answer.json()["choices"][0]["text"] for answer in await asyncio.gather(*slow)]
-            assert texts == [f"slow{i}" for i in range(MOST_WAITING)]
+            assert texts == [f"slow{i}" for i in range(1 + MOST_GRAMMARS)]
 
     asyncio.run(check())
     first = next(i for i, source in enumerate(tried) if "slow" in source)
-    assert "[pq]{3}" in tried[first + 1] and len(tried) == 2 + MOST_WAITING
+    assert "[pq]{3}" in tried[first + 1] and len(tried) == 3 + MOST_GRAMMARS
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -146,7 +90,7 @@ def test_a_trial_whose_client_has_gone_does_not_start(checkpoint, stream):
             while not tried:
                 time.sleep(0.01)
             with connect(port, request("slow two")):
-                while not any(len(sources) == 2 for sources in served.new_grammars.waiting.values()):
+                while not served.new_grammars.waiting:
                     time.sleep(0.01)
             while not served.metrics.responses[499]:
                 time.sleep(0.01)

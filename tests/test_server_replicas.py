@@ -5,6 +5,7 @@ import asyncio
 import json
 import os
 import signal
+import sys
 import time
 
 import pytest
@@ -12,12 +13,15 @@ import pytest
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 
+from ling_kernels.generate import health as records  # noqa: E402
 from ling_kernels.generate.server import replicas as module  # noqa: E402
+from ling_kernels.generate.server import service as services  # noqa: E402
 from ling_kernels.generate.server.app import make_app  # noqa: E402
 from ling_kernels.generate.server.replicas import Router, prefixes_of, visible_gpus, with_label  # noqa: E402
 from tests.test_server import BODY, checkpoint, httpx, service  # noqa: E402, F401
 from tests.test_server_command import main  # noqa: E402
 from tests.test_server_connections import LONG, children, command  # noqa: E402
+from tests.test_server_health import fail  # noqa: E402
 
 LONG_PROMPT = "abcdefgh" * 130  # two beginnings of 512 characters
 
@@ -29,7 +33,7 @@ def router(checkpoint):
     for replica in router.replicas:
         replica.service = service(checkpoint)
         replica.fault = None
-        transport = httpx.ASGITransport(make_app(replica.service))
+        transport = httpx.ASGITransport(make_app(replica.service), raise_app_exceptions=False)
         replica.client = httpx.AsyncClient(transport=transport, base_url="http://replica")
     return router
 
@@ -49,13 +53,13 @@ def ask(router, *bodies, path="/v1/completions", key="k", headers=()):
 class Failing(httpx.AsyncBaseTransport):
     """A replica that cannot be reached, or whose process ends after the first event of a stream."""
 
-    def __init__(self, events=()):
-        self.events, self.calls = events, 0
+    def __init__(self, events=(), error=None):
+        self.events, self.calls, self.error = events, 0, error or httpx.ConnectError("refused")
 
     async def handle_async_request(self, request):
         self.calls += 1
         if not self.events:
-            raise httpx.ConnectError("refused")
+            raise self.error
 
         class Stream(httpx.AsyncByteStream):
             async def __aiter__(stream):
@@ -68,8 +72,8 @@ class Failing(httpx.AsyncBaseTransport):
     kind = "text/event-stream"
 
 
-def failing(router, number, *events, kind="text/event-stream"):
-    transport = Failing(events)
+def failing(router, number, *events, kind="text/event-stream", error=None):
+    transport = Failing(events, error)
     transport.kind = kind
     router.replicas[number].client = httpx.AsyncClient(transport=transport, base_url="http://replica")
     return transport
@@ -130,7 +134,74 @@ def test_a_request_goes_to_another_replica(router, kind):
     assert router.replicas[1].service.metrics.generated_tokens > 0
     failing(router, 1)
     (answer,) = ask(router, BODY)
-    assert answer.status_code == 503 and answer.json()["error"]["message"] == module.RUNS_AGAIN
+    message = answer.json()["error"]["message"]
+    assert answer.status_code == 503 and message.startswith(module.RUNS_AGAIN if kind else module.UNABLE)
+    assert answer.headers["retry-after"]
+
+
+@pytest.mark.parametrize("error", [httpx.ReadError("gone"), httpx.RemoteProtocolError("no answer")])
+def test_a_request_that_ends_its_replicas_ends_two(checkpoint, error):
+    """Of four, of which one cannot be reached and so has not had it."""
+    router = Router(4, [], None)
+    for replica in router.replicas:
+        replica.fault = None
+    transports = [failing(router, i, error=error if i else None) for i in range(4)]
+    (answer,) = ask(router, BODY)
+    assert [transport.calls for transport in transports] == [1, 1, 1, 0]
+    assert answer.status_code == 503 and answer.json()["error"]["message"] == module.ENDED_TWICE
+    assert answer.headers["x-should-retry"] == "false" and "retry-after" not in answer.headers
+
+
+def test_replicas_heal(router, monkeypatch):
+    """All passes fail until no replica is asked any more; then they succeed again."""
+    monkeypatch.setattr(module, "POLL", 0.01)
+    monkeypatch.setattr(services, "PROBE_SECONDS", 0.01)
+    monkeypatch.setattr(records, "PROBES", 1 << 30)
+
+    async def follow():
+        tasks = [asyncio.create_task(t) for r in router.replicas for t in (r.look(), r.service.keep_probing())]
+        transport = httpx.ASGITransport(router.app())
+        async with httpx.AsyncClient(transport=transport, base_url="http://router") as client:
+            client.headers["Authorization"] = "Bearer k"
+            with monkeypatch.context() as patch:
+                for replica in router.replicas:
+                    patch.setattr(replica.service.engine.model, "backbone", fail(RuntimeError("no kernel")))
+                while (answer := await client.post("/v1/completions", json=BODY)).status_code == 500:
+                    pass
+                health = await client.get("/health")
+            while (await client.get("/health")).json()["replicas"] != {"0": "ok", "1": "ok"}:
+                await asyncio.sleep(0.01)
+            healed = await client.post("/v1/completions", json=BODY)
+        for task in tasks:
+            task.cancel()
+        return answer, health, healed
+
+    answer, health, healed = asyncio.run(asyncio.wait_for(follow(), LONG))
+    message = answer.json()["error"]["message"]
+    assert answer.status_code == 503 and message.startswith(f"{module.UNABLE}: replica 0: the last ")
+    assert message.count("passes failed: no kernel") == 2
+    assert health.status_code == 503 and health.json()["status"] == module.UNABLE
+    assert healed.json()["choices"][0]["text"] == "bcd" and router.unable is None
+
+
+@pytest.mark.parametrize("served, failure", [(False, 3), (True, None)])
+def test_only_a_process_that_could_not_serve_is_a_failure(tmp_path, monkeypatch, served, failure):
+    """Else the router would end with its replicas, instead of starting them again."""
+    replica = module.Replica(0, [sys.executable, "-c", "raise SystemExit(3)"], tmp_path / "0.sock", None)
+    replica.failure = None if failure else 7  # of a process before
+
+    async def look():
+        replica.served = served
+
+    async def follow():
+        running = asyncio.create_task(replica.keep_running())
+        while "exit code 3" not in replica.fault:
+            await asyncio.sleep(0.01)
+        running.cancel()
+
+    monkeypatch.setattr(replica, "look", look)
+    asyncio.run(asyncio.wait_for(follow(), LONG))
+    assert replica.failure == failure
 
 
 def test_a_loading_replica_is_passed_over(router):
@@ -138,7 +209,10 @@ def test_a_loading_replica_is_passed_over(router):
     assert [answer.status_code for answer in ask(router, BODY, BODY)] == [200, 200]
     router.replicas[0].fault = router.replicas[1].fault = "loading"
     (answer,) = ask(router, BODY)
-    assert answer.status_code == 503 and "loading" in answer.json()["error"]["message"]
+    assert answer.status_code == 503 and answer.json()["error"]["message"] == services.LOADING
+    router.replicas[1].fault = "it does not answer"
+    (answer,) = ask(router, BODY)
+    assert answer.json()["error"]["message"] == (f"{module.UNABLE}: replica 0: loading; replica 1: it does not answer")
 
 
 def test_a_stream_of_a_replica_that_ends_has_an_error_event(router):
@@ -166,8 +240,9 @@ def test_health_and_metrics(router):
     assert len(samples) == len({line.rpartition(" ")[0] for line in samples})
     kinds = [line for line in text.splitlines() if line.startswith("# TYPE")]
     assert len(kinds) == len({*kinds})
-    router.replicas[0].fault = router.replicas[1].fault = "loading"
-    assert asyncio.run(get("/health")).status_code == 503
+    router.replicas[0].fault, router.replicas[1].fault = "loading", "loading: 0.5 of 4.0 GB of weights"
+    answer = asyncio.run(get("/health"))
+    assert answer.status_code == 503 and answer.json()["status"] == "loading"
     assert router.dead is None
     router.replicas[0].failure = router.replicas[1].failure = 2
     assert router.dead == "no replica could be loaded: exit codes 2, 2"

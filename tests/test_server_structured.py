@@ -11,7 +11,7 @@ pytest.importorskip("llguidance")
 jsonschema = pytest.importorskip("jsonschema")
 
 from ling_kernels.generate import grammar  # noqa: E402
-from ling_kernels.generate.server import answers  # noqa: E402
+from ling_kernels.generate.server import answers, new_grammars  # noqa: E402
 from ling_kernels.generate.server.answers import ChatWriter, Piece  # noqa: E402
 from ling_kernels.generate.server.protocol import ChatCompletionRequest  # noqa: E402
 from ling_kernels.generate.server.structured import call_grammar  # noqa: E402
@@ -215,7 +215,8 @@ def test_at_most_one_call(shared):
 @pytest.mark.parametrize("special", [True, False])
 def test_a_thought_may_come_first(shared, monkeypatch, special):
     """Where the prompt has opened it; also where </think> is no token of its own."""
-    monkeypatch.setattr(answers, "opens_thought", lambda tokenizer, prompt: True)
+    for module in (answers, new_grammars):
+        monkeypatch.setattr(module, "opens_thought", lambda tokenizer, prompt: True)
     if not special:
         monkeypatch.setattr(shared.grammars(), "token", json.dumps)
     end = shared.tokenizer.vocab["</think>"] if special else ord("<")

@@ -2,11 +2,13 @@
 moves rows by gloo and leaves NaN in all rows that it does not write."""
 
 import copy
+from contextlib import contextmanager
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symm_mem
+from torch.distributed.distributed_c10d import _resolve_process_group
 
 from ling_kernels.errors import InputError
 from ling_kernels.parallel.exchange import shard_experts_
@@ -35,20 +37,23 @@ def without_nvshmem(rank, group):
 def all_to_all_vdev(rows, out, in_splits, out_splits_offsets, group_name):
     assert all(id(t) in SHARED for t in (rows, out, in_splits, out_splits_offsets)), "not symmetric memory"
     assert rows.dtype == out.dtype and rows.stride(0) == out.stride(0) and in_splits.dtype == torch.int64
-    assert group_name == dist.group.WORLD.group_name and SHARED["last"] is not rows, "a source that others may read"
+    group = _resolve_process_group(group_name)
+    assert SHARED["last"] is not rows, "a source that others may read"
     SHARED["last"] = rows
-    dist.all_to_all_single(out_splits_offsets[0], in_splits)
+    dist.all_to_all_single(out_splits_offsets[0], in_splits, group=group)
     to, from_ = in_splits.tolist(), out_splits_offsets[0].tolist()
     assert sum(from_) <= len(out)
     out.fill_(float("nan"))
-    dist.all_to_all_single(out[: sum(from_)], rows[: sum(to)].contiguous(), from_, to)
+    dist.all_to_all_single(out[: sum(from_)], rows[: sum(to)].contiguous(), from_, to, group=group)
     out_splits_offsets[1] = out_splits_offsets[0].cumsum(0) - out_splits_offsets[0]
 
 
 SHARED = {"last": None}
 
 
-def layers_agree(rank, group):
+@contextmanager
+def nvshmem():
+    """Symmetric memory on CPUs."""
     library = torch.library.Library("symm_mem", "IMPL")
     library.impl("all_to_all_vdev", all_to_all_vdev, "CPU")
     with pytest.MonkeyPatch.context() as patch:
@@ -56,6 +61,11 @@ def layers_agree(rank, group):
         patch.setattr(symm_mem, "set_backend", lambda name: None)
         patch.setattr(symm_mem, "empty", lambda *shape, dtype, device: torch.empty(*shape, dtype=dtype))
         patch.setattr(symm_mem, "rendezvous", lambda t, group: SHARED.update({id(t): t}))
+        yield
+
+
+def layers_agree(rank, group):
+    with nvshmem():
         for fold, fp8 in ((False, False), (True, False), (True, True)):
             for kind in ("own", "one rank", "no tokens", "some left out"):
                 moe = layer(fold, fp8, torch.bfloat16)

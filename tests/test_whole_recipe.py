@@ -4,14 +4,17 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from ling_kernels.errors import InputError
+from ling_kernels.model import LingConfig
 from ling_kernels.posttrain import recipe as whole
 from ling_kernels.posttrain.rl import main as rl
 from ling_kernels.posttrain.tasks import exact
+from ling_kernels.train import recipe as recipes
 from ling_kernels.train.__main__ import main as train
 from tests.test_recipe import SIZES, small_recipe, without_plots  # noqa: F401
 
@@ -38,12 +41,48 @@ def test_everything(here):
     out, ran, _ = here
     assert ran == ["train", "train", "posttrain.rl"]
     found = json.loads((out / "results.json").read_text())
+    assert len(found["origin"]["commit"]) >= 7 and found["origin"]["date"].startswith("20")
     assert found["exact_match"].keys() == {"pretrain", "sft", "lpo"} and len(found["rewards"]) == 1
     assert found["nats"].keys() == {"1-first", "2-longer", "sft"} and all(0 < x < 7 for x in found["nats"].values())
     assert [row["length"] for row in found["needles"]["3-yarn"]] == [64]
     assert (out / "recipe.png").stat().st_size > 1000
     settings = json.loads((out / "sft/settings.json").read_text())
     assert settings["model"].endswith("3-yarn/model") and settings["balance_rate"] == 0
+
+
+def test_the_shipped_recipe(tmp_path, monkeypatch):
+    """tiny's own stages, data and needles: fewer steps and texts, nothing else."""
+
+    def execute(module, flags):
+        return {"train": train, "posttrain.rl": rl}[module](list(flags))
+
+    monkeypatch.setattr(whole, "execute", execute)
+    monkeypatch.setattr(recipes, "check_needles", partial(recipes.check_needles, texts=1))
+    cut = "--steps 8 --save-every 1 --eval-every 1 --eval-rows 1 --threads 1"  # its fourth stage merges 8 checkpoints
+    argv = [
+        "tiny",
+        "--sft-steps",
+        "2",
+        "--rl-steps",
+        "1",
+        "--problems",
+        "2",
+        "--out",
+        str(tmp_path),
+        "--",
+        *cut.split(),
+    ]
+    assert whole.main(argv) == 0
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert [*found["nats"]] == ["1-pretrain", "2-reasoning", "3-long-context", "4-cot", "sft"]
+    assert all(0 < nats < 7 for nats in found["nats"].values()) and len(found["rewards"]) == 1
+    assert [row["length"] for row in found["needles"]["5-yarn"]] == [1024, 2048, 4096]
+    assert found["exact_match"].keys() == {"pretrain", "sft", "lpo"}
+    state = json.loads((tmp_path / "pretrain/recipe.json").read_text())
+    assert list(state["done"]) == state["stages"] and "4-cot/merged" in state["done"]["4-cot"], state
+    config = LingConfig.from_json(tmp_path / "lpo/model/config.json")
+    assert config.max_positions == 4096 and config.rope_theta == 600000.0 and config.rope_scaling["factor"] == 4.0
+    assert (tmp_path / "recipe.png").stat().st_size > 1000
 
 
 def test_what_is_complete_is_not_done_again(here, monkeypatch, capsys):
@@ -86,6 +125,48 @@ def test_exact_match_counts_right_answers(here, monkeypatch):
             evaluate.exact_match(here[0] / "sft/model", task, problems)
     monkeypatch.setattr(evaluate, "exact", lambda text, answer: 1.0)
     assert evaluate.exact_match(here[0] / "sft/model", "sorting", problems=6)[0] == 1
+
+
+def test_the_start_is_the_checkpoint_with_the_best_pass_at_k(here, tmp_path, monkeypatch, capsys):
+    """ApexEval by the command, against sampled answers that are checked one by one."""
+    from ling_kernels.posttrain import choose, evaluate, pass_at_k
+    from ling_kernels.posttrain.rollout import rollout as answers_of
+
+    out, seen = here[0], []
+
+    def rollout(*args, **options):
+        seen.append(answers_of(*args, **options))
+        return seen[-1]
+
+    right = lambda text, answer: float(sum(map(ord, text)) % 3 == 0)  # noqa: E731 (these models are never right)
+    monkeypatch.setattr(evaluate, "rollout", rollout)
+    monkeypatch.setattr(evaluate, "exact", right)
+    folders = [str(out / "pretrain/3-yarn/model"), str(out / "sft/model")]
+    flags = ["--problems", "3", "--samples", "4", "--k", "2"]
+    assert not choose.main([*folders, *flags])
+    lines = capsys.readouterr().out.splitlines()
+    means = {}
+    for folder, answers in zip(folders, seen, strict=True):
+        drawn, exam = evaluate.exam_of(folder, "sorting", 3, 1, evaluate.solved.__defaults__[1])
+        assert len(answers) == 12 and len({tuple(a.ids) for a in answers}) > 3
+        each = [right(exam.text(a.ids), drawn[i // 4].answer) for i, a in enumerate(answers)]
+        means[folder] = sum(pass_at_k(4, int(sum(each[i : i + 4])), 2) for i in (0, 4, 8)) / 3
+    assert lines == [
+        *(f"pass@2 {mean:.4f}  {f}" for f, mean in means.items()),
+        f"start with {max(means, key=means.get)}",
+    ]
+    assert 0 < min(means.values()) and len({*means.values()}) == 2, means
+    assert not choose.main([str(out / "sft"), *flags]) and "checkpoints/step-000002" in capsys.readouterr().out
+    (tmp_path / "checkpoints").mkdir()
+    for wrong, text in (
+        ([*folders, "--k", "9"], "--k 9: it must be"),
+        ([*folders, "--problems", "0"], "must be at least 1"),
+        ([str(tmp_path)], "holds no checkpoints"),
+        ([str(tmp_path / "absent")], "absent"),
+    ):
+        assert choose.main(wrong) == 2
+        error = capsys.readouterr().err
+        assert text in error and error.count("\n") == 1, error
 
 
 def test_figures_of_lm_eval(here, monkeypatch, capsys):

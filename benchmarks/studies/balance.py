@@ -20,9 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.studies import origin
 from ling_kernels.commands import command
-from ling_kernels.files import atomic_write
+from ling_kernels.files import atomic_write, origin
 from ling_kernels.nn import Router
 from ling_kernels.train import Settings, Trainer
 

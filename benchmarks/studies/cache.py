@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.report import fill, table
-from benchmarks.studies import origin
 from ling_kernels.commands import command
 from ling_kernels.errors import InputError
-from ling_kernels.files import atomic_write
+from ling_kernels.files import atomic_write, origin
 from ling_kernels.model import Ling, load_model
 from ling_kernels.model.decode import PAGE, empty_caches
 from ling_kernels.nn import BatchLayout

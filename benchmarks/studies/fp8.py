@@ -20,10 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.report import fill, table
-from benchmarks.studies import origin
 from ling_kernels.commands import command
 from ling_kernels.errors import InputError
-from ling_kernels.files import atomic_write
+from ling_kernels.files import atomic_write, origin
 from ling_kernels.model import Ling, LingConfig
 from ling_kernels.nn import MLP, Attention, Experts, MoE
 from ling_kernels.nn.fp8 import to_fp8

@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.studies import origin
 from ling_kernels.commands import command
-from ling_kernels.files import atomic_write
+from ling_kernels.files import atomic_write, origin
 from ling_kernels.model import load_model
 from ling_kernels.parallel.checkpoints import own_pieces
 from ling_kernels.train import Settings, Trainer

@@ -16,9 +16,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.report import fill, table
-from benchmarks.studies import origin
 from ling_kernels.commands import command
-from ling_kernels.files import atomic_write
+from ling_kernels.files import atomic_write, origin
 from ling_kernels.posttrain import TASKS, Loop, LoopSettings
 from ling_kernels.posttrain.start import make_start
 

@@ -4,7 +4,7 @@ from ..errors import Busy
 from ..model.sample import Sampling, sampler
 from .engine import Engine
 from .grammar import Grammars
-from .page_levels import Spill
+from .pages.levels import Spill
 from .request import Request
 from .text import Text, generate_texts, stream_text
 

@@ -86,8 +86,8 @@ def run(args: argparse.Namespace) -> None:
     stop = () if args.ignore_eos else stop_token_ids(config, tokenizer, folder)
     adapters = adapter_of(args, config, folder)
     options = dict(sampling=sampling, max_new_tokens=new, stop_token_ids=stop, adapter=next(iter(adapters), None))
-    size = dict(cache_tokens=len(ids) + new, max_running=1)
-    with make_engine(folder, args, **size, draft=args.draft, adapters=adapters) as engine:
+    size = len(ids) + new
+    with make_engine(folder, args, cache_tokens=size, max_running=1, draft=args.draft, adapters=adapters) as engine:
         if args.echo:
             write(prompt)
         write_text(args, engine, tokenizer, ids, options)
@@ -230,15 +230,17 @@ def adapter_of(args: argparse.Namespace, config: LingConfig, folder: Path) -> di
     return {} if args.adapter is None else read_flags([f"adapter={args.adapter}"], "", config, folder)
 
 
-def make_engine(folder: Path, args: argparse.Namespace, **options) -> Engine:
-    """An engine over the model that the flags describe; options: Engine's."""
+def make_engine(
+    folder: Path, args: argparse.Namespace, progress: Callable[[int, int], None] | None = None, **options
+) -> Engine:
+    """An engine over the model that the flags describe; progress: of `load_model`; options: Engine's."""
     if args.tp < 1:
         raise InputError(f"--tp is {args.tp}; it must be at least 1")
     if args.tp == 1:
-        return Engine(load_model(folder, **load_options(args)), **options)
+        return Engine(load_model(folder, **load_options(args), progress=progress), **options)
     from .divided import DividedEngine  # it takes torch.distributed
 
-    return DividedEngine(folder, args.tp, load_options(args), **options)
+    return DividedEngine(folder, args.tp, load_options(args), progress, **options)
 
 
 def load_options(args: argparse.Namespace) -> dict:

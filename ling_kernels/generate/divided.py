@@ -32,8 +32,8 @@ from .divided_pages import LeadCopies
 from .engine import Engine
 from .forward import Chunk, Forward, PendingTokens
 from .grammar import Guide
-from .page_copies import Copies
-from .page_levels import PageLevels, Spill
+from .pages.copies import Copies
+from .pages.levels import PageLevels, Spill
 from .request import Request
 from .workers import Workers
 
@@ -139,11 +139,15 @@ class DividedEngine(Engine):
     """Rank 0 of `ranks` processes on this machine, of which it starts the others.
 
     folder: a checkpoint. load: keyword arguments of `load_model`, with device and dtype; on GPUs rank r takes the GPU r
-    of those that torch sees. options: Engine's; cache_tokens counts tokens, each of whose heads are on one rank.
-    Raises InputError where the ranks cannot share the model, and LostRank for a rank that ends meanwhile.
+    of those that torch sees. progress: `load_model`'s, of this rank's part. options: Engine's; cache_tokens counts
+    tokens, each of whose heads are on one rank. Raises InputError where the ranks cannot share the model, and LostRank
+    for a rank that ends meanwhile.
     """
 
-    def __init__(self, folder: str | Path, ranks: int, load: dict[str, Any], **options):
+    def __init__(
+        self, folder: str | Path, ranks: int, load: dict[str, Any],
+        progress: Callable[[int, int], None] | None = None, **options,
+    ):  # fmt: skip
         config, directory = resolve_model(folder)
         if directory is None:
             raise InputError(f"{folder} is a preset, which has no weights; give a checkpoint directory")
@@ -162,7 +166,7 @@ class DividedEngine(Engine):
                 pin = bool(options.get("batch_invariant"))
                 self.workers.send("load", (n, file, threads, directory, load, pin))
                 self.workers.receive("started")  # before this rank waits for them in the group
-                model, self.share = load_part(n, 0, file, directory, load | dict(device=device), pin)
+                model, self.share = load_part(n, 0, file, directory, load | dict(device=device, progress=progress), pin)
                 self.workers.receive("loaded")
             super().__init__(model, **options)
         except BaseException:
@@ -190,9 +194,9 @@ class DividedEngine(Engine):
         if self.device.type == "cuda":
             abort_group()
 
-    def accept(self, request: Request, tokens: list[int], drafts: list[int]) -> None:
+    def accept(self, request: Request, tokens: list[int], drafts: list[int]) -> bool:
         self.workers.check()  # on a GPU a pass that was broken off gives any tokens
-        super().accept(request, tokens, drafts)
+        return super().accept(request, tokens, drafts)
 
     def new_weights(self, model=None) -> int:
         raise InputError("an engine over several processes cannot take new weights: make another one")

@@ -2,8 +2,8 @@
 
 The processes share the host memory of the prefix cache, and a row of it has the parts of all ranks, one after the
 other. So a page is there whole or not at all, in memory and in a file, and rank 0 keeps both as an engine of one
-process does (page_levels.py). It tells the others which pages to copy to which rows, and back, between the passes; they
-do so before their next pass, and say when they have.
+process does (pages/levels.py). It tells the others which pages to copy to which rows, and back, between the passes;
+they do so before their next pass, and say when they have.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from torch import Tensor
 from ..errors import LostRank
 from ..model import Ling
 from ..ops.attention_decode import KVCache
-from .page_copies import Copies, Event, copies_of, page_identity
+from .pages.copies import Copies, Event, copies_of, page_identity
 from .workers import Workers
 
 

@@ -31,12 +31,12 @@ from ..model.decode import empty_caches
 from ..model.sample import Sampling, SamplingMode
 from ..nn.batch_invariant import batch_invariant_
 from .adapters import Adapter, Adapters
-from .cache import PagePool, memory_of, page_bytes
 from .forward import Forward
 from .grammar import Grammar
 from .health import PassRecord
-from .page_copies import Copies, copies_of, page_identity
-from .page_levels import PageLevels, Spill
+from .pages.copies import Copies, copies_of, page_identity
+from .pages.levels import PageLevels, Spill
+from .pages.pool import PagePool, memory_of, page_bytes
 from .passes import Passes
 from .request import DRAFT_SLACK, Request, add_guide, max_sequence_tokens, new_request
 from .scheduler import Scheduler
@@ -65,7 +65,8 @@ class Engine(Passes):
     batch_invariant: pin the model (nn/batch_invariant.py), so that a request's tokens and log-probabilities have the
       same bits whatever else runs, and in whatever chunks and drafts it is computed: in bf16, with FP8 weights or
       without, and on a CPU in fp32.
-    spill: where the prefix cache goes on when the device's memory is full, see page_levels.py. Not with record_routing.
+    spill: where the prefix cache goes on when the device's memory is full, see pages/levels.py; not with
+      record_routing.
     Raises InputError for values out of range, for adapters that are not for this model, and for a model that cannot be
     pinned.
     """

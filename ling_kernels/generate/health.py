@@ -9,6 +9,7 @@ import torch
 from ..errors import LostRank, one_line
 
 FAILURES = 3  # failed passes in a row after which an engine counts as failing
+PROBES = 10  # failed probes without a good pass between after which it counts as dead
 
 
 class PassRecord:
@@ -16,8 +17,9 @@ class PassRecord:
 
     def __init__(self):
         self.started: float | None = None  # of the pass that runs now
-        self.failures = 0  # passes in a row that failed, or whose logits were NaN
+        self.failures = 0  # passes in a row that failed, or whose logits were all NaN
         self.error: Exception | None = None  # of the last of them
+        self.failed_probes = 0  # since the last good pass, see `Service.probe`
         self.on_pass: Callable[[float], None] | None = None  # is called with the seconds of every pass
 
     @contextmanager
@@ -34,7 +36,7 @@ class PassRecord:
         self.failures, self.error = self.failures + 1, error
 
     def succeed(self) -> None:
-        self.failures, self.error = 0, None
+        self.failures, self.error, self.failed_probes = 0, None, 0
 
     def stuck_for(self) -> float:
         """Seconds since the running pass began; 0 where none runs."""
@@ -51,5 +53,7 @@ class PassRecord:
 
     @property
     def dead(self) -> bool:
-        """Whether no later pass can succeed: a CUDA error stays until the process ends, and a lost rank is lost."""
-        return isinstance(self.error, torch.AcceleratorError | LostRank) or str(self.error).startswith("CUDA error")
+        """Whether to give the engine up: a CUDA error stays until the process ends, a lost rank is lost, and what made
+        PROBES probes fail (NaN weights, memory that others hold) does not pass by itself."""
+        lasting = isinstance(self.error, torch.AcceleratorError | LostRank) or str(self.error).startswith("CUDA error")
+        return lasting or self.failed_probes >= PROBES

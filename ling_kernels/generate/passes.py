@@ -9,10 +9,10 @@ import torch
 from ..errors import InputError
 from ..model import Ling
 from ..model.sample import BAD_LOGITS
-from .cache import PagePool
 from .forward import Chunk, Forward, PendingTokens
 from .health import PassRecord
 from .logprobs import read_scores
+from .pages.pool import PagePool
 from .request import Request
 from .scheduler import Scheduler, Work
 
@@ -55,7 +55,9 @@ class Passes:
                 self.scheduler.sweep()  # requests cancelled during the pass
                 worked = bool(scheduled or had_pending)
                 return self.after_pass(worked) if self.pages.levels is not None else worked
-        except BaseException:  # Ctrl-C between any two lines: lanes may be ahead of the host's state
+        except BaseException as error:  # Ctrl-C between any two lines: lanes may be ahead of the host's state
+            if isinstance(error, Exception):
+                self.record.fail(error)
             self.pending = None
             for request in [*self.scheduler.running]:
                 self.scheduler.finish(request, "error", RuntimeError("a step of the engine was interrupted"))
@@ -97,13 +99,18 @@ class Passes:
             new = read_scores(scores.cpu(), tokens, request.num_prompt_logprobs)[max(known, 0) :]
             request.prompt_logprobs += new if known >= 0 else []
         with self.fail_on_error(pending.requests):
+            good = []  # of each request whether its logits were
             for i, (request, tokens) in enumerate(zip(pending.requests, pending.tokens(), strict=True)):
                 request.passes_in_flight -= 1
                 if not request.finished:
                     if request.num_logprobs is not None:  # before the tokens, which another thread may read at once
                         request.logprobs += pending.logprobs(i, tokens)
-                    self.accept(request, tokens, pending.drafts(i))
+                    good.append(self.accept(request, tokens, pending.drafts(i)))
                     del request.logprobs[request.num_new_tokens :]  # of an end token, and of tokens after it
+            if any(good):
+                self.record.succeed()
+            elif good:
+                self.record.fail(InputError(BAD_LOGITS))
 
     @contextmanager
     def fail_on_error(self, requests: Iterable[Request]) -> Iterator[None]:
@@ -115,19 +122,18 @@ class Passes:
             for request in [*requests]:
                 self.scheduler.finish(request, "error", error)
 
-    def accept(self, request: Request, tokens: list[int], drafts: list[int]) -> None:
-        """Append a pass's tokens (accepted draft tokens, then a new one) up to a stop token or max_new_tokens. drafts:
-        those that the next pass verifies, of a request with a grammar."""
+    def accept(self, request: Request, tokens: list[int], drafts: list[int]) -> bool:
+        """Append a pass's tokens (accepted draft tokens, then a new one) up to a stop token or max_new_tokens; False
+        where one is of NaN logits. drafts: those that the next pass verifies, of a request with a grammar."""
         if request.has_drafts:
             self.drafted, self.accepted = self.drafted + self.draft, self.accepted + len(tokens) - 1
         request.has_drafts = self.draft > 0
         reason = error = None
-        used = 0
+        used, good = 0, True
         for token in tokens:
             used += 1
             if token < 0:
-                reason, error = "error", InputError(BAD_LOGITS)
-                self.record.fail(error)
+                reason, error, good = "error", InputError(BAD_LOGITS), False
                 break
             reason = "stop" if token in request.stop_token_ids else None
             guide = request.guide if reason is None else None
@@ -142,9 +148,8 @@ class Passes:
                 break
         if request.guide is not None and not reason:
             request.guide.prepare(drafts)
-        if error is None:
-            self.record.succeed()
         self.scheduler.advance(request, used)
         if reason:
             request.routing = self.forward.routing_of(request)
             self.scheduler.finish(request, reason, error)
+        return good

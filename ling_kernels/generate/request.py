@@ -14,7 +14,7 @@ from ..model.sample import Sampling
 from .adapters import Adapter
 from .grammar import Grammar, Guide
 from .logprobs import MOST, TokenLogprob
-from .page_levels import Fetch
+from .pages.levels import Fetch
 
 MOST_BIASES = 512  # tokens of a request whose logits are biased; end tokens count where min_new_tokens holds them off
 DRAFT_SLACK = 3  # spare cache slots and positions per draft token, for rows computed past a sequence's end

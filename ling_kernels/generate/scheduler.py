@@ -16,7 +16,7 @@ from collections import Counter, deque
 from typing import NamedTuple
 
 from ..errors import Busy, InputError
-from .cache import PagePool, hash_page
+from .pages.pool import PagePool, hash_page
 from .request import DRAFT_SLACK, Request
 from .waiting import Waiting
 

@@ -92,12 +92,14 @@ def load_model(
     fp8: bool = False,
     fp8_head: bool = False,
     share: Share | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Ling:
     """Load a checkpoint directory as a model in eval mode, with weights in dtype and expert biases in fp32.
 
     fp8=False dequantises block-FP8 weights. fp8=True, for inference, holds linear layers, MLPs and experts whose sizes
     are multiples of 128 in FP8 only, and quantises other checkpoints while reading; fp8_head includes lm_head.
-    share: load a part of the model, and read no other.
+    share: load a part of the model, and read no other. progress: called with the bytes of weights that are loaded, and
+    of all, as the model holds them, after each.
     Raises InputError with file and key for tensors that are missing, damaged, of the wrong shape or of a type that is
     not supported, and for tensors that are not used although they belong to a weight, such as a scale or a bias.
     """
@@ -116,7 +118,7 @@ def load_model(
     if share is not None:
         model, read = on_meta(share.model, config, dtype, fp8, fp8_head), share.read
         share.divide(dict(named_views(whole)), dict(named_views(model)))
-    used = set[str]()
+    used, loaded = set[str](), 0
     with torch.no_grad(), WeightReader(folder) as reader:
         check_shapes(((key, view.shape) for key, view in named_views(whole) if not key.endswith(SCALES)), reader)
         reader.refuse_two_checkpoints()
@@ -124,6 +126,7 @@ def load_model(
         model.reset_buffers()
         views = dict(named_views(model))
         expected = [key for key in views if not key.endswith(SCALES)]
+        total = sum(view.nbytes for view in views.values())
         for key in sorted(expected, key=lambda k: str(reader.files[k])):  # shard by shard
             view, (tensor, scale) = views[key], read(reader, key)
             used.update((key, key + SCALES) if scale is not None else (key,))
@@ -133,6 +136,9 @@ def load_model(
                 views[key + SCALES].copy_(scale)
             else:
                 view.copy_(tensor if scale is None else dequantized(tensor, scale))
+            loaded += sum(views[name].nbytes for name in (key, key + SCALES) if name in views)
+            if progress is not None:
+                progress(loaded, total)
         check_unused(folder, reader, used)
     return model.eval()
 

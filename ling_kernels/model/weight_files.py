@@ -171,7 +171,9 @@ def write_weights(
         weight_map |= dict.fromkeys(content, name)
         with atomic_write(folder / name, durable=True) as path:
             save_tensors(content, path)
-    if len(shards) > 1:
+        del content  # before the next file's tensors are made
+    # torch's QuantizedHuggingFaceStorageReader looks for scales in an index alone, also of one file.
+    if len(shards) > 1 or any(key.endswith(SCALES) for key in weight_map):
         names.append(write_index(folder, stem, weight_map))
     if stem == "model":
         remove_weights(folder, names)

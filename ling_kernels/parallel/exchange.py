@@ -21,7 +21,8 @@ from ..ops.quantize import BLOCK
 from ..ops.unpermute import unpermute
 from .collectives import Send, Sizes, exchanged
 
-EXCHANGES = ("bf16", "fp8")  # how rows travel to their experts: as they are, or in FP8
+EXCHANGES = ("bf16", "fp8")  # how rows travel to their experts by all-to-all: as they are, or in FP8
+OVER_BUFFERS = ("deepep", "symmetric")  # deep_ep.py and symmetric.py, for a number of tokens that is given before
 
 
 class ReceivedPlan(Plan):

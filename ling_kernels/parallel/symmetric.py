@@ -31,11 +31,15 @@ def symmetric(
     experts and topk are the model's; tokens: the most that a rank has in a forward, the same number on every rank.
     Raises InputError where this torch has no NVSHMEM.
     """
-    if not symm_mem.is_nvshmem_available():
-        raise InputError("an exchange over symmetric memory needs CUDA and NVSHMEM, which this torch does not find")
+    expect_nvshmem()
     n = dist.get_world_size(group)
     memory = Symmetric(group, n * tokens * min(topk, experts // n), device)
     return lambda moe: SymmetricAllToAll(moe, group, memory)
+
+
+def expect_nvshmem() -> None:
+    if not symm_mem.is_nvshmem_available():
+        raise InputError("an exchange over symmetric memory needs CUDA and NVSHMEM, which this torch does not find")
 
 
 class SymmetricAllToAll(AllToAll):

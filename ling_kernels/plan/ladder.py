@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..commands import Parser, command
 from ..errors import InputError
-from ..files import atomic_write, read_json, user_path
+from ..files import atomic_write, origin, read_json, user_path
 from ..train import Trainer, scaling
 from ..train.checkpoint import list_checkpoints
 from ..train.flags import add_flags
@@ -121,7 +121,7 @@ def write(out: Path, rows: list[dict], more: dict) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         with atomic_write(out / FILE) as partial:
-            partial.write_text(json.dumps(more | dict(runs=rows), indent=1) + "\n")
+            partial.write_text(json.dumps(more | dict(origin=origin(), runs=rows), indent=1) + "\n")
     except OSError as error:
         raise InputError(f"cannot write {out / FILE}: {error.strerror or error}") from None
 

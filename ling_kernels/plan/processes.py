@@ -1,8 +1,9 @@
 """What each process of a run on several GPUs holds: the trainer's own code divides a model without memory over a group
 without processes, and what each one has then is counted."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -59,9 +60,11 @@ def one_process(config: LingConfig, s: Settings, rank: int = 0, worst_load: bool
         check_parallel(s, config, ranks)
         model, group = Ling(config), ranks.experts.group
         to_masters(model, s.master)
-        worst = (lambda moe: WorstLoad(moe, group, s.exchange == "fp8")) if worst_load and group else None
+        exchange: str | Callable = "fp8" if s.exchange == "fp8" else "bf16"
+        if group and (worst_load or s.exchange == "symmetric"):  # whose rows are always those of the worst load
+            exchange = partial(WorstLoad, group=group, fp8=s.exchange == "fp8")
         precision = torch.float32 if s.precision == "fp32" else torch.bfloat16
-        yield divide(model, s, ranks, precision, torch.device("cpu"), worst)  # type: ignore[arg-type]
+        yield divide(model, s, ranks, precision, torch.device("cpu"), exchange)
 
 
 def held_by_processes(config: LingConfig, s: Settings) -> list[Held]:

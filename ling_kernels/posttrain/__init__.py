@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 EXPORTS = dict(
     dpo=("Dpo", "DpoSettings"),
     loop=("Loop", "LoopSettings"),
+    padded=("padded_policy_loss", "sentence_numbers", "verl_policy_loss"),
     policy=("AVERAGES", "ICEPOP", "LEVELS", "METHODS", "PolicyLoss", "group_advantages", "icepop", "policy_loss"),
     preference=("PreferenceLoss", "preference_loss"),
     reward_processes=("RewardProcesses", "Score"),
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from .dpo import DpoSettings as DpoSettings
     from .loop import Loop as Loop
     from .loop import LoopSettings as LoopSettings
+    from .padded import padded_policy_loss as padded_policy_loss
+    from .padded import sentence_numbers as sentence_numbers
+    from .padded import verl_policy_loss as verl_policy_loss
     from .policy import AVERAGES as AVERAGES
     from .policy import ICEPOP as ICEPOP
     from .policy import LEVELS as LEVELS

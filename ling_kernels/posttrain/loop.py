@@ -59,6 +59,10 @@ class LoopSettings(LearnerSettings):
         action=argparse.BooleanOptionalAction, shown="off",
     )  # fmt: skip
     evo_cot: float | None = flag(None, "Evo-CoT's reward, with this weight of the length", least=0, shown="off")
+    group_reward: str | None = flag(
+        None, "MODULE:FUNCTION, a function(responses, answer) that gives all answers of a group their rewards, such as"
+        " those of a judge of pairs; in place of the task's reward", shown="none",
+    )  # fmt: skip
     kl: float = flag(0.0, "weight of the divergence from the model at the start", least=0)
     reward_timeout: float = flag(5.0, "seconds after which a reward function counts as failed", above=0)
     reward_processes: int = flag(2, "processes that compute rewards", least=1)
@@ -69,6 +73,8 @@ class LoopSettings(LearnerSettings):
             raise InputError(f"--updates {self.updates} does not divide --prompts {self.prompts}")
         if self.batch_invariant and self.lora_rank:
             raise InputError(f"--batch-invariant with --lora-rank {self.lora_rank}: adapters' products are not pinned")
+        if self.group_reward and self.evo_cot is not None:
+            raise InputError("--group-reward with --evo-cot: each says what the rewards are; give one")
 
 
 class Loop(Learner):
@@ -81,7 +87,8 @@ class Loop(Learner):
 
     model: a folder with weights and tokenizer. out: the run's folder, new or empty. problems: draws a `Problem` from a
     random.Random; default: the setting `task`. reward(response, answer) -> float, of a module that can be imported;
-    default: `exact`. Both must be given again to `resume`.
+    default: `exact`. Both must be given again to `resume`. The setting `group_reward` names a function(responses,
+    answer) that gives the responses to one problem their rewards together, in place of `reward`.
 
     Weights are fp32 and computed with in the precision of the settings. In fp32 engine and trainer share the model, in
     bf16 and fp8 the engine has a copy, which gets the weights in place. A step depends on settings and weights alone,
@@ -121,6 +128,8 @@ class Loop(Learner):
         super()._begin(settings, folder, source, state)
         s = self.settings
         self.problems = problems or TASKS[s.task]
+        if s.group_reward and reward is not exact:
+            raise InputError(f"group_reward {s.group_reward} and a reward of each answer: give one")
         if s.new_tokens >= self.model.config.max_positions:
             raise InputError(f"--new-tokens {s.new_tokens}: the model has {self.model.config.max_positions} positions")
         if s.batch_invariant:
@@ -138,7 +147,8 @@ class Loop(Learner):
             record_routing=s.replay_routing, batch_invariant=s.batch_invariant,
         )  # fmt: skip
         self.make_reference(bool(s.kl))
-        self.rewards = RewardProcesses(reward, s.reward_processes, s.reward_timeout)
+        judges = s.group_reward or reward, s.reward_processes, s.reward_timeout
+        self.rewards = RewardProcesses(*judges, of_group=bool(s.group_reward))
         self.ends = sorted(self.tokenizer.ends())
 
     def step(self) -> dict:
@@ -210,8 +220,11 @@ class Loop(Learner):
         return self.tokenizer.decode([t for t in answer.ids if t not in self.ends])
 
     def judge(self, problems: Sequence[Problem], answers: Sequence[Answer]) -> list[Score]:
-        samples = self.settings.samples
-        return self.rewards([(self.text(a), problems[i // samples].answer) for i, a in enumerate(answers)])
+        samples, texts = self.settings.samples, [self.text(a) for a in answers]
+        if self.settings.group_reward:
+            groups = [texts[i : i + samples] for i in range(0, len(texts), samples)]
+            return self.rewards([(group, p.answer) for group, p in zip(groups, problems, strict=True)])
+        return self.rewards([(text, problems[i // samples].answer) for i, text in enumerate(texts)])
 
     def rewards_of(self, answers: Sequence[Answer], scores: Sequence[Score]) -> Tensor:
         """[prompts, samples]: the scores, or Evo-CoT's rewards from them."""

@@ -12,6 +12,9 @@ tokens over those of all responses (average="tokens") or over those of its respo
     GSPO (arXiv 2507.18071)   level="sequence", average="responses"
     LPO  (arXiv 2510.22115)   level="sentence", average="tokens", clip=0.03
 
+In TRL `level` is importance_sampling_level, without "sentence"; average="responses" is loss_type "grpo", and "tokens"
+is "dapo".
+
 `logp` comes without logits of the whole batch in memory from ling_kernels.linear_cross_entropy:
 
     logp = -linear_cross_entropy(hidden, lm_head, targets, reduction="none")
@@ -27,7 +30,7 @@ from ..op import upcast
 
 LEVELS = ("token", "sentence", "sequence")
 AVERAGES = ("tokens", "responses")
-# Ranges of a token's probability in training over that in the rollout: of Ring-1T as its users give them, and narrower.
+# Ranges of a token's probability in training over that in the rollout; `icepop` has their sources.
 ICEPOP = {"ring": (0.5, 5.0), "narrow": (0.5, 2.0)}
 
 # What policy_loss takes for each method of the table above; DAPO's and GSPO's clips are their papers'.
@@ -119,7 +122,9 @@ def icepop(train_logp: Tensor, rollout_logp: Tensor, limits: str | tuple[float, 
     """Token weights against the mismatch of trainer and rollout engine: k inside the limits, otherwise 0.
 
     train_logp, rollout_logp [T] of the same policy and tokens by the two; k = exp(train - rollout). limits: below and
-    above, or a name of ICEPOP. Without gradient. (IcePop, in Ring-1T's report "Every Step Evolves".)
+    above, or a name of ICEPOP. Without gradient. IcePop is of Ring-1T's report "Every Step Evolves", arXiv 2510.18855;
+    "ring", 0.5 to 5, is what rllm gives as the paper's defaults (rllm-org/rllm, pull request 741), "narrow", 0.5 to 2,
+    the default of arcee-ai/NeMo-RL (pull request 24).
     """
     if isinstance(limits, str) and limits not in ICEPOP:
         raise InputError(f"limits is one of {', '.join(ICEPOP)} or two numbers; not {limits!r}")
@@ -143,8 +148,8 @@ def group_advantages(rewards: Tensor, eps: float = 1e-6) -> Tensor:
     where one is. std is that of the group itself: the mean is over G, not G - 1."""
     if not isinstance(rewards, Tensor):
         raise InputError(f"rewards are {type(rewards).__name__}, not a tensor")
-    if rewards.ndim != 2 or rewards.shape[1] < 2:
-        raise InputError(f"rewards [groups, G] with G of at least 2; got {[*rewards.shape]}")
+    if rewards.ndim != 2 or rewards.shape[0] < 1 or rewards.shape[1] < 2:
+        raise InputError(f"rewards [groups, G] with a group at least and G of at least 2; got {[*rewards.shape]}")
     rewards = rewards.double()  # in fp32 the mean of equal rewards may be another number than each
     centred = rewards - rewards.mean(1, keepdim=True)
     std = centred.square().mean(1, keepdim=True).sqrt()

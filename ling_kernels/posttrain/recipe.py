@@ -22,7 +22,7 @@ from random import Random
 
 from ..commands import Parser, command
 from ..errors import InputError
-from ..files import atomic_write, read_json, user_path
+from ..files import atomic_write, origin, read_json, user_path
 from ..train.recipe import STATE, load_stages, stage_loss
 from ..train.report import read_lines
 from .evaluate import exact_match, lm_eval_figures
@@ -92,8 +92,10 @@ def results(out: Path, task: str, problems: int) -> dict:
     nats = {name: loss for name, loss in losses.items() if loss is not None}
     rewards = [row["reward"] for row in read_lines(out / "lpo/metrics.jsonl")]
     examples = {name: rows[:3] for name, (_, rows) in matches.items()}
-    return dict(task=task, problems=problems, nats=nats, needles=state.get("needles", {}), rewards=rewards,
-                exact_match={name: share for name, (share, _) in matches.items()}, examples=examples)  # fmt: skip
+    return dict(
+        origin=origin(), task=task, problems=problems, nats=nats, needles=state.get("needles", {}), rewards=rewards,
+        exact_match={name: share for name, (share, _) in matches.items()}, examples=examples,
+    )  # fmt: skip
 
 
 def lines_of(found: dict) -> list[str]:

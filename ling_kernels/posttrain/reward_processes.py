@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ START = 120.0  # seconds in which a process must have imported the function's mo
 
 
 class Score(NamedTuple):
-    value: float  # 0 where it failed
+    value: Any  # a float, 0 where it failed; within `RewardProcesses` also a group's list
     failure: str | None = None  # timeout, died, raised or not a number
     message: str = ""  # of the exception, or how the process ended
 
@@ -29,29 +30,37 @@ class Score(NamedTuple):
 class RewardProcesses:
     """Calls function(*arguments) -> float in `processes` processes, `timeout` seconds for each call.
 
+    of_group: the function rewards several responses in a call, function(responses, ...) -> a float for each of them.
     function: of a module that can be imported, or "MODULE:FUNCTION"; its arguments are what JSON holds, as strings and
     numbers. What it prints goes to stderr. A process that takes longer or ends is replaced by another.
     Raises InputError for a function that cannot be imported. `close` ends the processes, as leaving `with` does.
     """
 
-    def __init__(self, function: Callable[..., float] | str, processes: int = 2, timeout: float = 5.0):
+    def __init__(
+        self, function: Callable[..., Any] | str, processes: int = 2, timeout: float = 5.0, of_group: bool = False
+    ):  # fmt: skip
         self.module, self.name = import_name(function)
         if processes < 1 or not timeout > 0:
             raise InputError(f"a reward needs at least 1 process and a timeout above 0; got {processes} and {timeout}")
-        self.timeout = timeout
+        self.timeout, self.of_group = timeout, of_group
         self.workers: list[Worker | None] = [None] * processes
 
     def __call__(self, calls: Sequence[Sequence[Any]]) -> list[Score]:
-        """The score of each call's arguments, in their order. Raises InputError for arguments that no JSON holds."""
+        """The score of each call's arguments, in their order; with `of_group` of each response of each call, which all
+        fail together. Raises InputError for arguments that no JSON holds."""
         try:
             lines = [line_of(list(call)) for call in calls]
         except (TypeError, ValueError) as error:
             raise InputError(f"a reward's arguments are what JSON holds: {error}") from None
         try:
-            return self.scores(lines)
+            scores = self.scores(lines)
         except BaseException:  # KeyboardInterrupt: the answers of these calls must not be taken for those of the next
             self.close()
             raise
+        if not self.of_group:
+            return scores
+        each = [[s] * len(call[0]) if s.failure else map(Score, s.value) for call, s in zip(calls, scores, strict=True)]
+        return [*chain.from_iterable(each)]
 
     def scores(self, lines: Sequence[bytes]) -> list[Score]:
         scores: list[Score | None] = [None] * len(lines)
@@ -79,7 +88,7 @@ class RewardProcesses:
         if not waiting:
             return
         number = waiting.popleft()
-        worker = self.workers[i] = self.workers[i] or Worker(self.module, self.name)
+        worker = self.workers[i] = self.workers[i] or Worker(self.module, self.name, self.of_group)
         worker.send(lines[number], self.timeout)
         selector.register(worker.process.stdout, selectors.EVENT_READ, (worker, number, i))
 
@@ -102,12 +111,12 @@ class RewardProcesses:
 class Worker:
     """One process, which computes one reward at a time."""
 
-    def __init__(self, module: str, name: str):
+    def __init__(self, module: str, name: str, of_group: bool):
         command = [sys.executable, str(WORKER)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
         self.half = b""  # what has come of a line
         self.deadline = math.inf
-        self.write(line_of([sys.path, module, name]))
+        self.write(line_of([sys.path, module, name, of_group]))
         with selectors.DefaultSelector() as selector:
             selector.register(self.process.stdout, selectors.EVENT_READ)
             first = self.read() if selector.select(START) else self.ended("timeout", f"more than {START:.0f} s")
@@ -140,7 +149,9 @@ class Worker:
         if "failure" in line:
             return Score(0.0, "raised", one_line(line["failure"]))
         value = line.get("value", 0.0)
-        return Score(value) if abs(value) <= LARGEST else Score(0.0, "not a number", str(value))  # NaN is not either
+        numbers = value if isinstance(value, list) else [value]
+        within = all(abs(x) <= LARGEST for x in numbers)  # NaN is not either
+        return Score(value) if within else Score(0.0, "not a number", str(value))
 
     def ended(self, failure: str, message: str = "") -> Score:
         """End the process, if it has not ended."""
@@ -158,7 +169,7 @@ def line_of(content: Any) -> bytes:
     return (json.dumps(content) + "\n").encode()
 
 
-def import_name(function: Callable[..., float] | str) -> tuple[str, str]:
+def import_name(function: Callable[..., Any] | str) -> tuple[str, str]:
     """Module and name by which another process imports a function."""
     if isinstance(function, str):
         module, colon, name = function.partition(":")

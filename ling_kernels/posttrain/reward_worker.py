@@ -1,7 +1,7 @@
 """What a process of `RewardProcesses` runs: a line of JSON with arguments in, a line of JSON with the reward out.
 
-The first line names the parent's module path, the module and the function. Started by its file name, so that nothing
-but the reward function's module is imported.
+The first line has the parent's module path, the module, the function, and whether it rewards a group at once. Started
+by its file name, so that nothing but the reward function's module is imported.
 """
 
 import importlib
@@ -22,7 +22,7 @@ def main() -> None:
         results.write(json.dumps(fields) + "\n")
         results.flush()
 
-    sys.path[:], module, name = json.loads(calls.readline())
+    sys.path[:], module, name, of_group = json.loads(calls.readline())
     try:
         function: Any = reduce(getattr, name.split("."), importlib.import_module(module))
     except Exception as error:
@@ -30,9 +30,18 @@ def main() -> None:
     answer(ready=True)
     for line in calls:
         try:
-            answer(value=float(function(*json.loads(line))))
+            arguments = json.loads(line)
+            value = function(*arguments)
+            answer(value=rewards_of(value, len(arguments[0])) if of_group else float(value))
         except Exception as error:
             answer(failure=described(error))
+
+
+def rewards_of(given: Any, responses: int) -> list[float]:
+    values = [float(value) for value in given]
+    if len(values) != responses:
+        raise ValueError(f"{len(values)} rewards for {responses} responses")
+    return values
 
 
 def described(error: Exception) -> str:

@@ -116,5 +116,7 @@ def apex_eval(results: Mapping[Name, Sequence[tuple[int, int]]], k: int) -> tupl
 
 
 def same_size(a: Sequence, b: Sequence, name_a: str, name_b: str) -> None:
-    if len(a) != len(b) or not len(a):
+    if not len(a) and not len(b):
+        raise InputError(f"{name_a} and {name_b} are empty: a group has at least 1 response")
+    if len(a) != len(b):
         raise InputError(f"{name_a} and {name_b} are one for each response; got {len(a)} and {len(b)}")

@@ -62,12 +62,13 @@ class Tokenizer:
         used = self.chat_template or ""
         return {token.content: i for i, token in added if token.content and (token.special or token.content in used)}
 
-    def _token(self, key: str) -> str | None:
+    def token(self, key: str) -> str | None:
+        """The name of the token that a setting names, such as eos_token."""
         token = self.settings.get(key)
         return token.get("content") if isinstance(token, dict) else token
 
     def _id(self, key: str) -> int | None:
-        token = self._token(key)
+        token = self.token(key)
         if token is not None and not isinstance(token, str):
             raise InputError(f"tokenizer_config.json has {key} {token!r}, which is not text")
         if token is not None and token not in self.vocab:
@@ -171,7 +172,7 @@ class Tokenizer:
         """The chat template, and the tokens and other variables that it may name."""
         if self.chat_template is None:
             raise InputError("the tokenizer has no chat template (chat_template in tokenizer_config.json)")
-        tokens: dict = {key: self._token(key) for key in self.settings if key.endswith("_token")}
+        tokens: dict = {key: self.token(key) for key in self.settings if key.endswith("_token")}
         if thinking is None:
             return self.chat_template, tokens
         template, mode = with_thinking(self.chat_template, thinking)

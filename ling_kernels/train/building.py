@@ -6,14 +6,16 @@ from functools import partial
 
 import torch
 
-from ..model import Ling, load_model
+from ..model import Ling, LingConfig, load_model
 from ..nn import Exchange, MoE
 from ..nn.fp8 import to_fp8
+from ..parallel.deep_ep import deep_ep
 from ..parallel.official import whole_on_meta
 from ..parallel.parts import draw_weights_, give_memory_, read_weights_
 from ..parallel.pipeline import Pipeline
 from ..parallel.ranks import Ranks
 from ..parallel.shares import Shares
+from ..parallel.symmetric import symmetric
 from .optimizer import OF_WHOLE, to_masters
 from .prepare import Run
 from .prepare.checks_parallel import schedule_of, stages_of
@@ -29,7 +31,7 @@ def make_model(run: Run) -> tuple[Ling, Shares]:
     if ranks.size > 1:
         model = whole_on_meta(run.config)
         to_masters(model, s.master)
-        shares = divide(model, s, ranks, run.precision, run.device)
+        shares = divide(model, s, ranks, run.precision, run.device, exchange_of(s, run.config, ranks, run.device))
         give_memory_(model, run.device)
         if folder:
             read_weights_(shares, folder)
@@ -56,17 +58,32 @@ def make_model(run: Run) -> tuple[Ling, Shares]:
 
 def divide(
     model: Ling, s: Settings, ranks: Ranks, precision: torch.dtype, device: torch.device,
-    exchange: str | Callable[[MoE], Exchange] | None = None,
+    exchange: str | Callable[[MoE], Exchange],
 ) -> Shares:  # fmt: skip
-    """What this process trains of a whole model, in place. exchange: of `Shares`, instead of the settings'."""
+    """What this process trains of a whole model, in place. exchange: of `Shares`."""
     pipeline = partial(make_pipeline, model, s, ranks, precision, device) if ranks.pp > 1 else None
-    return Shares(model, ranks, pipeline, exchange or s.exchange, whole=s.optimizer in OF_WHOLE)
+    return Shares(model, ranks, pipeline, exchange, whole=s.optimizer in OF_WHOLE)
+
+
+def exchange_of(s: Settings, config: LingConfig, ranks: Ranks, device: torch.device) -> str | Callable:
+    """The exchange of `Shares` that --exchange names. Buffers have room for the tokens of a micro batch on a rank."""
+    tokens, topk = rows_of_pass(s, ranks) * s.seq_len // ranks.sharing, config.num_experts_per_tok
+    if s.exchange == "deepep":
+        return deep_ep(ranks.experts.group, config.hidden_size, topk, tokens)
+    if s.exchange == "symmetric":
+        return symmetric(ranks.experts.group, config.num_experts, topk, tokens, device)
+    return s.exchange
+
+
+def rows_of_pass(s: Settings, ranks: Ranks) -> int:
+    """Rows of a forward pass of one of the dp ranks."""
+    return s.micro_batch or s.batch // ranks.dp
 
 
 def make_pipeline(model: Ling, s: Settings, ranks: Ranks, precision: torch.dtype, device: torch.device) -> Pipeline:
     """This process's stages of the model, in place."""
     layout = stages_of(s, model.config)
-    micro = s.micro_batch or s.batch // ranks.dp
+    micro = rows_of_pass(s, ranks)
     return Pipeline(
         model, layout, schedule_of(s, layout), s.batch // ranks.dp // micro, (micro, s.seq_len), ranks.stages,
         precision, device,

@@ -71,7 +71,7 @@ def from_dcp(folder: str | Path, out: str | Path, model: str, tokenizer: str | P
     model: a preset, a config.json or a folder with one. Weights keep their precision. Returns the numbers of parameters
     and of the optimizer's tensors. Raises InputError where the folder lacks a parameter, or has another shape of it.
     """
-    config = LingConfig.from_json(Path(model)) if model.endswith(".json") else resolve_model(model)[0]
+    config = config_of(model)
     dcp, official = DCP(user_path(folder)), official_keys(config)
     sources = sources_of(dcp, official, config)
     owner = {key.key: name for name, parameter in official.items() for key in parameter.keys}
@@ -81,10 +81,7 @@ def from_dcp(folder: str | Path, out: str | Path, model: str, tokenizer: str | P
         names = dict.fromkeys(owner[key] for key in keys)
         loaded, found = dcp.read([n for name in names for n in sources[name].names]), {}
         for name in names:
-            whole = sources[name].make([loaded[n] for n in sources[name].names])
-            if whole.shape != official[name].shape:
-                there, wanted = list(whole.shape), list(official[name].shape)
-                raise InputError(f"{folder}: {sources[name].names[0]} is {there}, by the model it should be {wanted}")
+            whole = dcp.parameter(sources[name], official[name], loaded)
             found |= {key.key: key.of(whole) for key in official[name].keys}
         return {key: found[key].contiguous() for key in keys}
 
@@ -104,6 +101,11 @@ def from_dcp(folder: str | Path, out: str | Path, model: str, tokenizer: str | P
             read = lambda keys: dict(zip(keys, dcp.read([moments[key] for key in keys]).values(), strict=True))  # noqa: E731
             write_weights(path, sizes, read, SHARD_BYTES, OPTIMIZER)
     return len(official), len(moments)
+
+
+def config_of(model: str) -> LingConfig:
+    """Of a preset, a config.json or a folder with one."""
+    return LingConfig.from_json(Path(model)) if model.endswith(".json") else resolve_model(model)[0]
 
 
 def sources_of(dcp: "DCP", official: dict[str, Parameter], config: LingConfig) -> dict[str, Source]:
@@ -146,6 +148,14 @@ class DCP:
         except (OSError, CheckpointException) as error:
             raise InputError(f"cannot read {self.folder}: {error}") from None
         return tensors
+
+    def parameter(self, source: Source, parameter: Parameter, loaded: dict[str, Tensor]) -> Tensor:
+        """A whole parameter from the tensors of its source. Raises InputError where it has another shape."""
+        whole = source.make([loaded[name] for name in source.names])
+        if whole.shape != parameter.shape:
+            there, wanted = list(whole.shape), list(parameter.shape)
+            raise InputError(f"{self.folder}: {source.names[0]} is {there}, by the model it should be {wanted}")
+        return whole
 
 
 def whole_weight(reader: WeightReader, parameter: Parameter) -> Tensor:

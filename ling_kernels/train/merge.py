@@ -15,6 +15,7 @@ import math
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from numbers import Real
 from pathlib import Path
 
@@ -30,7 +31,9 @@ from ..nn.fp8 import to_fp8
 from ..nn.fp8_inference import SCALES, quantize_for_inference_
 from ..op import E4M3
 from ..ops.quantize import quantize_weight
+from ..parallel.official import Official, official_keys
 from .checkpoint import list_checkpoints, new_folder, step_of
+from .convert import DCP, config_of, sources_of
 from .report import read_lines
 from .schedule import DECAYS
 
@@ -53,9 +56,10 @@ def decay_weights(decay: Sequence[float]) -> list[float]:
 def named_weights(decay: str, number: int) -> list[float]:
     """Weights of `number` checkpoints for a decay, oldest first.
 
-    decay: of DECAYS, whose value is taken after each i of `number` equal parts. A linear decay thus gives the mean, as
-    in the paper, so `mean` is its other name. The paper takes 1-sqrt at i / (number - 1), where it leaves the last
-    checkpoint out. `ema:X` is the moving average m = (1 - X) m + X t from m = t_0 on. Numbers with commas between them
+    decay: of DECAYS. The decay of the i-th update is its value after i of `number` equal parts, so that a linear decay
+    gives the mean, as in the paper, and `mean` is its other name. 1-sqrt is w_i = 1 - sqrt(i / k) with k = number - 1,
+    as published, which leaves the last checkpoint out; cosine is ours. `ema:X` is the moving average
+    m = (1 - X) m + X t from m = t_0 on. Numbers with commas between them
     are the weights themselves. Raises InputError for anything else, and for numbers that do not add up to 1.
     """
     if number < 1:
@@ -63,7 +67,8 @@ def named_weights(decay: str, number: int) -> list[float]:
     name, colon, value = decay.partition(":")
     decay = "linear" if decay == "mean" else decay
     if decay in DECAYS:
-        return decay_weights([DECAYS[decay](i / number) for i in range(1, number)])
+        parts = number - 1 if decay == "1-sqrt" else number
+        return decay_weights([DECAYS[decay](i / parts) for i in range(1, number)])
     try:
         if name == "ema" and colon and 0 < (x := float(value)) < 1:
             return [(1 - x) ** (number - 1), *(x * (1 - x) ** (number - 1 - j) for j in range(1, number))]
@@ -84,34 +89,55 @@ def check_weights(weights: Sequence[float], number: int) -> None:
         raise InputError(f"the weights add up to {sum(weights):g}, not to 1: {list(weights)}")
 
 
-def merge(checkpoints: Sequence[str | Path], weights: Sequence[float], out: str | Path, dtype: str = "bf16") -> None:
+def merge(
+    checkpoints: Sequence[str | Path], weights: Sequence[float], out: str | Path, dtype: str = "bf16",
+    model: str | None = None,
+) -> None:  # fmt: skip
     """Write the weighted sum of checkpoint folders of one model to the new folder `out`.
 
-    checkpoints: in the order of `weights`, whose sum is 1. Block-FP8 weights are dequantised. Sums are taken in fp64,
-    one tensor at a time, so memory holds one output file (2 GiB). dtype: bf16, fp32, or fp8, which quantises linear
-    layers, MLPs and experts to block-FP8. config.json and the tokenizer are those of the last checkpoint. The folder
+    checkpoints: in the order of `weights`, whose sum is 1; model folders, or all of torch.distributed.checkpoint (DCP).
+    model: of DCP folders, which hold no configuration: a preset, a config.json or a folder with one. Block-FP8 weights
+    are dequantised. Sums are taken in fp64. Memory holds one output file (2 GiB) and one tensor, of DCP folders up to
+    four parameters, however many checkpoints there are. dtype: bf16, fp32, or fp8, which quantises linear layers, MLPs
+    and experts to block-FP8. config.json and the tokenizer are those of the last checkpoint, or of `model`. The folder
     appears whole or not at all. Raises InputError for checkpoints of different models.
     """
     folders = [user_path(c) for c in checkpoints]
     check_weights(weights, len(folders))
     with new_folder(out) as partial:
-        config = same_config(folders)
-        readers = [WeightReader(folder) for folder in folders]
-        for reader in readers:
-            reader.refuse_two_checkpoints()
-        write_sum(partial, config, dtype, lambda key, shape: weighted_sum(readers, weights, key, shape))
+        if all_of_dcp(folders):
+            if model is None:
+                raise InputError(f"{folders[0]} is of torch.distributed.checkpoint, which holds no config.json: --model"
+                                 " names its configuration")  # fmt: skip
+            config, described = config_of(model), user_path(model)
+            write_sum(partial, config, dtype, dcp_sums(folders, weights, config))
+        else:
+            if model is not None:
+                raise InputError("--model is for folders of torch.distributed.checkpoint: these have a config.json")
+            config, described = same_config(folders), folders[-1]
+            readers = [WeightReader(folder) for folder in folders]
+            for reader in readers:
+                reader.refuse_two_checkpoints()
+            write_sum(partial, config, dtype, lambda key, shape: weighted_sum(readers, weights, key, shape))
         for name in TOKENIZER_FILES:
-            if (folders[-1] / name).is_file():
-                shutil.copyfile(folders[-1] / name, partial / name)
+            if (described / name).is_file():
+                shutil.copyfile(described / name, partial / name)
+
+
+def all_of_dcp(folders: Sequence[Path]) -> bool:
+    """Whether the folders are of DCP. Raises InputError where some are and some are not."""
+    of_dcp = [(folder / ".metadata").is_file() for folder in folders]
+    if any(of_dcp) and not all(of_dcp):
+        raise InputError(f"{folders[of_dcp.index(True)]} is of torch.distributed.checkpoint and"
+                         f" {folders[of_dcp.index(False)]} is not: python -m ling_kernels.train.convert from-dcp makes"
+                         " a model's folder of it")  # fmt: skip
+    return all(of_dcp)
 
 
 def same_config(folders: Sequence[Path]) -> LingConfig:
     """The last folder's configuration. Raises InputError where another folder is of another model."""
     configs = []
     for folder in folders:
-        if (folder / ".metadata").is_file():
-            raise InputError(f"{folder} is of torch.distributed.checkpoint: python -m ling_kernels.train.convert"
-                             " from-dcp makes a model's folder of it")  # fmt: skip
         if not (folder / "config.json").is_file():
             raise InputError(f"{folder} is not a checkpoint: it has no config.json")
         configs.append(LingConfig.from_json(folder / "config.json"))
@@ -162,8 +188,35 @@ def weighted_sum(readers: Sequence[WeightReader], weights: Sequence[float], key:
         if (found := reader.shape(key)) != shape:
             raise InputError(f"{reader.files[key]}: {key} is {found}, by config.json it should be {shape}")
         total += c * reader.wide(key).double()
+    return finite(total, key)
+
+
+def dcp_sums(
+    folders: Sequence[Path], weights: Sequence[float], config: LingConfig
+) -> Callable[[str, list[int]], Tensor]:
+    """The merged fp64 tensor of an official key, from DCP folders. Raises InputError where one lacks a parameter."""
+    official = official_keys(config)
+    owner: dict[str, tuple[str, Official]] = {key.key: (name, key) for name, p in official.items() for key in p.keys}
+    stores = [(dcp, sources_of(dcp, official, config)) for dcp in map(DCP, folders)]
+
+    @lru_cache(maxsize=2)  # the keys of experts alternate between two parameters
+    def parameter(name: str) -> Tensor:
+        total = torch.zeros(official[name].shape, dtype=torch.float64)
+        for (dcp, sources), c in zip(stores, weights, strict=True):
+            whole = dcp.parameter(sources[name], official[name], dcp.read(sources[name].names))
+            total += whole.double().mul_(c)
+        return finite(total, name)
+
+    def total_of(key: str, shape: list[int]) -> Tensor:
+        name, part = owner[key]
+        return part.of(parameter(name)).contiguous()
+
+    return total_of
+
+
+def finite(total: Tensor, name: str) -> Tensor:
     if not total.isfinite().all():
-        raise InputError(f"{key} of the merged model has values that are not finite: a checkpoint has diverged")
+        raise InputError(f"{name} of the merged model has values that are not finite: a checkpoint has diverged")
     return total
 
 
@@ -206,6 +259,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         " of the newest (default: linear, the mean)",
     )
     parser.add_argument("--weights", type=float, nargs="+", metavar="X", help="one for each checkpoint, in their order")
+    parser.add_argument(
+        "--model", metavar="CONFIG", help="of folders of torch.distributed.checkpoint: a preset, a config.json, or a"
+        " folder with it and the tokenizer",
+    )  # fmt: skip
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the weights (default: %(default)s)")
     args = parser.parse_args(argv)
     if args.decay and args.weights:
@@ -218,7 +275,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif args.last or args.best:
         raise InputError("--last and --best choose from a run: name its folder alone")
     weights = args.weights or named_weights(args.decay or "linear", len(folders))
-    merge(folders, weights, user_path(args.out, "--out"), args.dtype)
+    merge(folders, weights, user_path(args.out, "--out"), args.dtype, args.model)
     print(f"{args.out}: {len(folders)} checkpoints")
     for folder, c in zip(folders, weights, strict=True):
         print(f"  {c:.4f}  {folder}")

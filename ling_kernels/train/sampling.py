@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..model import Ling
 from ..model.sample import sampler
+from ..parallel.exchange import OVER_BUFFERS
 from ..parallel.ranks import Ranks
 from ..parallel.shares import Shares
 from ..tokenizer import TextStream, Tokenizer
@@ -36,8 +37,12 @@ def sample(
     both depend on the weights and the settings alone. Without any text held out it continues the end token."""
     starts = ([int(i) for i in beginning(held_out, d) if i != tokenizer.eos_id] for d in range(len(held_out)))
     prompt = next(filter(None, starts), [tokenizer.eos_id])
-    ids, ranks = torch.tensor([prompt], device=next(model.parameters()).device), shares.ranks if shares else Ranks()
-    longest = model.config.max_positions // ranks.tokens_multiple * ranks.tokens_multiple
+    ranks, most = shares.ranks if shares else Ranks(), model.config.max_positions
+    if settings.exchange in OVER_BUFFERS:  # which have room for a row of the training
+        most = min(most, settings.seq_len)
+    longest = most // ranks.tokens_multiple * ranks.tokens_multiple
+    prompt = prompt[: longest - 1]
+    ids = torch.tensor([prompt], device=next(model.parameters()).device)
     new = min(settings.sample_tokens, longest - len(prompt))
     choose = sampler(temperature=TEMPERATURE, seed=settings.seed)
 

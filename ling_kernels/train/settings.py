@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..errors import InputError
 from ..nn.fp8 import RECOMPUTE, TRANSPOSED, WEIGHTS, WGRAD
-from ..parallel.exchange import EXCHANGES
+from ..parallel.exchange import EXCHANGES, OVER_BUFFERS
 from ..parallel.schedules import SCHEDULES
 from .data.sources.options import TextOptions
 from .optimizer import MASTERS, OPTIMIZERS
@@ -214,8 +214,9 @@ class Settings:
     )  # fmt: skip
     ep: int = flag(1, "processes among those of --dp, --cp and --tp that divide the experts of each layer", least=1)
     exchange: str = flag(
-        "bf16", "how rows travel to the experts of other processes: as they are, or in FP8, which needs --precision fp8"
-        " --fp8-scales pow2", choices=EXCHANGES,
+        "bf16", "how rows travel to the experts of other processes: as they are; in FP8, which needs --precision fp8"
+        " --fp8-scales pow2; in bf16 by the package deep_ep; over torch's symmetric memory, by NVSHMEM",
+        choices=EXCHANGES + OVER_BUFFERS,
     )  # fmt: skip
     exchange_by_nodes: bool = flag(
         False, "send a token to a machine once, whatever the number of its experts there: for an --ep of all processes"

@@ -33,8 +33,9 @@ ENVIRONMENTS = {
         *("transformers==5.23.0", "einops==0.8.1", "accelerate==1.15.0"),
         "--no-deps llamafactory==0.9.5 nemo-automodel==0.7.0",
     ],
+    "trl": ["transformers==5.23.0", "accelerate==1.15.0", "trl==1.16.0"],
     "hub": ["kernels==0.17.2"],
-    "lm_eval": ["lm_eval==0.4.13", "transformers==5.23.0", "accelerate==1.15.0"],
+    "lm_eval": ["lm_eval[api]==0.4.13", "transformers==5.23.0", "accelerate==1.15.0"],
     "clients": [
         *("openai==3.57.0", "litellm==1.110.2", "langchain-openai==1.7.4", "llm==0.36", "guidellm==0.8.1"),
         *("lm_eval==0.4.13", "transformers==5.23.0", "llguidance==1.9.1"),

@@ -1,7 +1,6 @@
 """Answers to completions: submit a body's requests to the engine, and answer with one JSON object or with SSE."""
 
 import asyncio
-import functools
 import json
 import logging
 import secrets
@@ -11,23 +10,23 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from fastapi import Request as HttpRequest
-from fastapi.responses import StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from ...errors import InputError, LostRank
 from ...tokenizer import Tokenizer
-from ..grammar import Grammar, Grammars
+from ..grammar import Grammar
 from ..logprobs import TokenLogprob
 from ..request import Request
 from ..text import StoppedText
-from .logprobs import ChatLogprobs, CompletionLogprobs
-from .new_grammars import BodyGrammars
-from .protocol import MAX_CHOICES, ChatCompletionRequest, CompletionRequest
-from .service import INTERNAL_ERROR, Result, Service, error_object
-from .structured import after_thought
-from .text_parts import TAGS, THINK, Part, TextParts
+from .logprobs import ChatLogprobs, CompletionLogprobs, prompt_logprobs
+from .new_grammars import grammar_of
+from .protocol import MAX_CHOICES, Body, ChatCompletionRequest, CompletionRequest
+from .service import INTERNAL_ERROR, Service, error_object
+from .text_parts import TAGS, Part, TextParts, opens_thought
+from .turns import Result
 
-Body = CompletionRequest | ChatCompletionRequest
+SMALL = 2000  # tokens and their log-probabilities, which take milliseconds of the event loop
 
 
 class Piece(NamedTuple):
@@ -116,20 +115,18 @@ class Choice:
 async def complete(service: Service, body: Body, http_request: HttpRequest, object_type: str):
     """The response to a body: an EventStream if body.stream, else a JSON object."""
     adapter = service.adapter_of(body.model)
-    stop, scored = body.stop_strings(), body.num_logprobs
-    prompts = await service.in_thread(body.prompts, service.tokenizer)
+    stop, scored, client = body.stop_strings(), body.num_logprobs, http_request.state.client
+    prompts, grammar = await unless_left(http_request, read(service, body, client))
     if body.n > 1 and len(prompts) * body.n > MAX_CHOICES:
         raise InputError(f"n = {body.n} for {len(prompts)} prompts gives more than {MAX_CHOICES} choices")
-    choices, grammar = [], None
+    choices = []
     hidden = hidden_tokens(service.tokenizer) if body.skip_special_tokens else frozenset()
-    if body.structured:
-        grammar = await unless_left(http_request, grammar_of(service, body, prompts, http_request.state.client))
     ends = frozenset(body.stop_token_ids) | (frozenset() if body.ignore_eos else service.stop_token_ids)
     requested, default = body.max_new_tokens()
     options: dict = dict(
-        stop_token_ids=ends, timeout=service.timeout, logprobs=scored, prompt_logprobs=scored if body.echo else None,
+        stop_token_ids=ends, timeout=service.timeout, logprobs=scored, prompt_logprobs=body.num_prompt_logprobs,
         keep_stop=scored is not None and object_type == "text_completion",
-        client=http_request.state.client, priority=body.priority, min_new_tokens=body.min_tokens,
+        client=client, priority=body.priority, min_new_tokens=body.min_tokens,
         grammar=grammar, adapter=adapter,
     )  # fmt: skip
     try:
@@ -159,35 +156,10 @@ def hidden_tokens(tokenizer: Tokenizer) -> frozenset[int]:
     return frozenset(token for name, token in tokenizer.control_tokens.items() if name not in TAGS)
 
 
-async def grammar_of(service: Service, body: Body, prompts: list[list[int]], client: str) -> Grammar:
-    """The grammar of a structured answer. Those in it that are new are read first, each in a turn of the client's."""
-    grammars = functools.cache(lambda: BodyGrammars(service.grammars()))
-    form = functools.partial(structure, grammars, service.tokenizer, body, prompts)
-    grammar, own = await service.in_thread(form), grammars()
-    if not own.new:
-        return grammar
-    for source in own.new:
-        try:
-            own.found[source] = await service.new_grammars.read(service.grammars().compiled, client, source)
-        except InputError as error:  # raised below, where the body's field is known
-            own.found[source] = error
-            break
-    return await service.in_thread(form)
-
-
-def structure(grammars: Callable[[], Grammars], tokenizer: Tokenizer, body: Body, prompts: list[list[int]]) -> Grammar:
-    """The form of an answer, in a chat behind a thought that the prompt has opened, or the body allows."""
-    grammar = body.grammar(grammars)
-    if isinstance(body, ChatCompletionRequest):
-        opened = opens_thought(tokenizer, prompts[0])
-        thinking = body.chat_template_kwargs.enable_thinking
-        if opened or (body.free_text if thinking is None else thinking):
-            return after_thought(grammars(), grammar, opened)
-    return grammar
-
-
-def opens_thought(tokenizer: Tokenizer, prompt: list[int]) -> bool:
-    return tokenizer.decode(prompt[-16:]).rstrip().endswith(THINK)  # it may be 7 tokens
+async def read(service: Service, body: Body, client: str) -> tuple[list[list[int]], Grammar | None]:
+    """A body's prompts, and the grammar of its answer."""
+    prompts = await service.texts.call(client, body.prompts, service.tokenizer)
+    return prompts, await grammar_of(service, body, prompts, client) if body.structured else None
 
 
 def usage(choices: list[Choice], n: int) -> dict:
@@ -325,24 +297,41 @@ async def unless_left(http_request: HttpRequest, work: Coroutine[Any, Any, Resul
         leaving.cancel()
 
 
-async def full_response(choices: list[Choice], body: Body, object_type: str, header: dict, http_request: HttpRequest):
+async def built(choice: Choice, body: Body, tokens: int, build: Callable[..., Result], *args) -> Result:
+    """build(*args), a part of an answer that shows these tokens: in a thread where they are many."""
+    if tokens * (2 + max(body.num_logprobs or 0, body.num_prompt_logprobs or 0)) <= SMALL:
+        return build(*args)
+    return await choice.service.answers.call(choice.request.client, build, *args)
+
+
+async def full_response(
+    choices: list[Choice], body: Body, object_type: str, header: dict, http_request: HttpRequest
+) -> JSONResponse:
     """The complete JSON object; cancels the requests if the client disconnects."""
     found: list[list[Piece]] = [[] for _ in choices]
 
-    async def collect() -> None:
+    def build() -> JSONResponse:
+        contents = []
+        for i, (choice, its_pieces) in enumerate(zip(choices, found, strict=True)):
+            content, reason = writer(choice, body).whole(its_pieces)
+            contents.append({"index": i, **content, "finish_reason": reason})
+        whole = header | {"object": object_type, "choices": contents, "usage": usage(choices, body.n)}
+        if isinstance(body, ChatCompletionRequest) and body.prompt_logprobs is not None:
+            whole["prompt_logprobs"] = prompt_logprobs(choices[0].service.tokenizer, choices[0].request)
+        return JSONResponse(whole)
+
+    async def answer() -> JSONResponse:
         async for i, piece in merge_streams(choices):
             found[i] += [] if piece is None else [piece]
+        whole = body.echo or body.num_prompt_logprobs is not None
+        shown = sum(len(c.request.tokens) if whole else c.num_new_tokens for c in choices)
+        return await built(choices[0], body, shown, build)
 
     try:
-        await unless_left(http_request, collect())
+        return await unless_left(http_request, answer())
     finally:
         for choice in choices:
             choice.cancel()
-    contents = []
-    for i, (choice, its_pieces) in enumerate(zip(choices, found, strict=True)):
-        content, reason = writer(choice, body).whole(its_pieces)
-        contents.append({"index": i, **content, "finish_reason": reason})
-    return header | {"object": object_type, "choices": contents, "usage": usage(choices, body.n)}
 
 
 class EventStream(StreamingResponse):
@@ -373,20 +362,30 @@ class EventStream(StreamingResponse):
     def data(self, **fields) -> str:
         return f"data: {json.dumps(self.header | fields)}\n\n"
 
+    async def first(self, i: int, choice: CompletionWriter | ChatWriter) -> str | None:
+        """The event that comes before the answer, which may be a long prompt."""
+        echoed = len(choice.choice.request.prompt) if self.request_body.echo else 0
+
+        def build() -> str | None:
+            content = choice.first()
+            return None if content is None else self.event(i, content)
+
+        return await built(choice.choice, self.request_body, echoed, build)
+
     async def events(self) -> AsyncIterator[str]:
         body = self.request_body
         writers = [writer(choice, body) for choice in self.choices]
         # The log-probabilities of an echoed prompt are known with its first token.
         shown = [False] * len(writers)
-        early = not (body.echo and body.num_logprobs is not None)
+        early = body.num_prompt_logprobs is None
         try:
             for i, choice in enumerate(writers):
-                if early and (first := choice.first()) is not None:
-                    yield self.event(i, first)
+                if early and (event := await self.first(i, choice)) is not None:
+                    yield event
             async for i, piece in merge_streams(self.choices):
                 if not early and not shown[i]:
                     shown[i] = True
-                    yield self.event(i, writers[i].first())
+                    yield await self.first(i, writers[i])
                 if piece is None:
                     yield self.event(i, *writers[i].last())
                 elif (content := writers[i].piece(piece)) is not None:

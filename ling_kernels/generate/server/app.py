@@ -1,5 +1,6 @@
 """The ASGI application: endpoints, and errors as OpenAI's error objects."""
 
+import asyncio
 import html
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -7,15 +8,15 @@ from pathlib import Path
 
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
-from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 from ...errors import Busy, InputError
-from .answers import complete
-from .guard import Guard, printable
+from .answers import complete, unless_left
+from .body import Body, BodyError, parse_body
+from .guard import CLOSE, Guard, printable
 from .metrics import FORMAT
 from .protocol import UNSUPPORTED, ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from .service import INTERNAL_ERROR, ContextTooLong, Service, error_response
@@ -26,27 +27,10 @@ PAGE_POLICY = (
     "frame-ancestors 'none'"
 )
 PATHS = (
-    "/v1/completions", "/v1/chat/completions", "/v1/models", "/tokenize", "/detokenize", "/health", "/live", "/metrics",
-    "/status",
+    "/v1/completions", "/v1/chat/completions", "/v1/models", "/tokenize", "/detokenize", "/tokenizer_info", "/health",
+    "/live", "/metrics", "/status",
 )  # fmt: skip
 FIELDS = {*CompletionRequest.model_fields, *ChatCompletionRequest.model_fields, *DetokenizeRequest.model_fields}
-
-
-def validation_error_response(error: RequestValidationError) -> JSONResponse:
-    """400 with the first error of a body and the path of its field."""
-    first = error.errors()[0]
-    if first["loc"] == ("body",) and first["type"] in ("missing", "model_attributes_type"):
-        return error_response(400, "the body must be a JSON object, sent as Content-Type: application/json")
-    path = []
-    for part in first["loc"][1:]:
-        if isinstance(part, str) and (part == "str" or not part.isidentifier()):  # the name of a union's type
-            break
-        path.append(str(part))
-    message = first["msg"].removeprefix("Value error, ")
-    if not path or path[0].isdecimal():
-        return error_response(400, message, param=first_field(message))
-    param = ".".join(path)
-    return error_response(400, f"{param}: {message}", param=param)
 
 
 def first_field(message: str) -> str | None:
@@ -60,15 +44,23 @@ def make_app(service: Service) -> ASGIApp:
 
     @asynccontextmanager
     async def lifespan(_) -> AsyncIterator[None]:
+        probing = asyncio.create_task(service.keep_probing())
         yield
-        await service.in_thread(service.finish)
+        probing.cancel()
+        await asyncio.to_thread(service.finish)
 
     app = FastAPI(title="ling_kernels", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     metrics = service.metrics
 
-    @app.exception_handler(RequestValidationError)
-    async def on_validation_error(_, error: RequestValidationError):
-        return validation_error_response(error)
+    async def read(kind: type[Body], request: HttpRequest) -> Body:
+        """The request's body. Parsing takes time, and may not hold up the event loop."""
+        content, kind_of_content = await request.body(), request.headers.get("content-type", "")
+        work = service.texts.call(request.state.client, parse_body, kind, content, kind_of_content)
+        return await unless_left(request, work)
+
+    @app.exception_handler(BodyError)
+    async def on_body_error(_, error: BodyError):
+        return error_response(400, str(error), param=error.field or first_field(str(error)))
 
     @app.exception_handler(InputError)
     async def on_input_error(_, error: InputError):
@@ -91,16 +83,16 @@ def make_app(service: Service) -> ASGIApp:
         return error_response(error.status_code, message, error.headers, code and "model", code)
 
     @app.exception_handler(Exception)
-    async def on_exception(_, error: Exception):  # uvicorn logs the traceback
-        return error_response(500, INTERNAL_ERROR)
+    async def on_exception(_, error: Exception):  # uvicorn logs the traceback, and closes the connection
+        return error_response(500, INTERNAL_ERROR, CLOSE)
 
     @app.post("/v1/completions")
-    async def completions(body: CompletionRequest, request: HttpRequest):
-        return await complete(service, body, request, "text_completion")
+    async def completions(request: HttpRequest):
+        return await complete(service, await read(CompletionRequest, request), request, "text_completion")
 
     @app.post("/v1/chat/completions")
-    async def chat_completions(body: ChatCompletionRequest, request: HttpRequest):
-        return await complete(service, body, request, "chat.completion")
+    async def chat_completions(request: HttpRequest):
+        return await complete(service, await read(ChatCompletionRequest, request), request, "chat.completion")
 
     @app.get("/v1/models")
     async def models():
@@ -111,15 +103,23 @@ def make_app(service: Service) -> ASGIApp:
         return service.model_card(name)
 
     @app.post("/tokenize")
-    async def tokenize(body: TokenizeRequest):
+    async def tokenize(request: HttpRequest):
+        body = await read(TokenizeRequest, request)
         card = service.model_card(service.name if body.model is None else body.model)
-        ids = await service.in_thread(body.ids, service.tokenizer)
+        ids = await unless_left(request, service.texts.call(request.state.client, body.ids, service.tokenizer))
         return {"count": len(ids), "max_model_len": card.get("max_model_len"), "tokens": ids}
 
     @app.post("/detokenize")
-    async def detokenize(body: DetokenizeRequest):
+    async def detokenize(request: HttpRequest):
+        body = await read(DetokenizeRequest, request)
         service.model_card(service.name if body.model is None else body.model)
-        return {"prompt": await service.in_thread(body.text, service.tokenizer, service.vocabulary)}
+        text = service.texts.call(request.state.client, body.text, service.tokenizer, service.vocabulary)
+        return {"prompt": await unless_left(request, text)}
+
+    @app.get("/tokenizer_info")
+    async def tokenizer_info():
+        tokens = {name: service.tokenizer.token(name) for name in ("bos_token", "eos_token", "pad_token")}
+        return tokens | {"chat_template": service.tokenizer.chat_template}
 
     @app.api_route("/health", methods=["GET", "HEAD"])
     async def health():

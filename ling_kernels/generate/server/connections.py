@@ -15,6 +15,8 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from .listener import Listener, Waiting
+
 READING = (h11.IDLE, h11.SEND_BODY)  # states of a client that has not sent its whole request
 EXIT_SLACK = 5.0  # seconds beyond --grace
 # Seconds that a connection stays open without a request. A client whose pool keeps it longer may send the next request
@@ -25,7 +27,7 @@ KEEP_ALIVE = 120
 GOODBYE = 1.0
 
 
-def connection_class(seconds: float) -> type[H11Protocol]:
+def connection_class(seconds: float, waiting: Waiting) -> type[H11Protocol]:
     """Connections that are cut where a client takes longer than `seconds` to send a request, or to read anything of an
     answer that waits for it. Between requests the limit is KEEP_ALIVE."""
 
@@ -33,6 +35,7 @@ def connection_class(seconds: float) -> type[H11Protocol]:
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
             super().connection_made(transport)  # type: ignore[arg-type]
             self.timers: dict[str, asyncio.TimerHandle] = {}
+            self.number = transport.get_extra_info("socket").fileno()
             self.start_timer("request")
 
         def data_received(self, data: bytes) -> None:
@@ -41,9 +44,12 @@ def connection_class(seconds: float) -> type[H11Protocol]:
                 self.start_timer("request")
             else:
                 self.stop_timer("request")
+                waiting.end(self.number)
 
         def on_response_complete(self) -> None:
             super().on_response_complete()
+            if self.conn.their_state in READING and not self.transport.is_closing():
+                waiting.begin(self.number)
             if self.conn.their_state is h11.SEND_BODY:  # of a next request that came with the last one
                 self.start_timer("request")
 
@@ -85,10 +91,12 @@ class Server(uvicorn.Server):
     """`watch` is called ten times a second; what it returns ends the server with that line and exit code 1."""
 
     def __init__(self, app, grace: float, client_timeout: float, watch: Callable[[], str | None], **options):
+        self.waiting = Waiting()
         super().__init__(
             uvicorn.Config(
-                app, http=connection_class(client_timeout), ws="none", log_level="warning",
-                timeout_graceful_shutdown=max(1, round(grace)), timeout_keep_alive=KEEP_ALIVE, **options,
+                app, http=connection_class(client_timeout, self.waiting), ws="none", loop="asyncio",
+                log_level="warning", timeout_graceful_shutdown=max(1, round(grace)), timeout_keep_alive=KEEP_ALIVE,
+                **options,
             )
         )  # fmt: skip
         self.grace, self.watch = grace, watch
@@ -96,6 +104,8 @@ class Server(uvicorn.Server):
         self.deadline: threading.Timer | None = None
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve on sockets that listen, of which the TCP ones are closed in the end."""
+        sockets = [s if s.family == socket.AF_UNIX else Listener(s, self.waiting) for s in sockets or []]
         try:
             super().run(sockets)
         finally:

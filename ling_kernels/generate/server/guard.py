@@ -88,8 +88,9 @@ class Guard:
         limit = self.service.limit_concurrency
         if limit is not None and self.calls > limit and scope["path"].startswith("/v1/"):
             return error_response(503, f"the server has its limit of {limit} calls", {"Retry-After": "1"} | CLOSE)
-        if not self.service.loaded and scope["path"].startswith("/v1/"):
-            return error_response(503, "the model is loading", {"Retry-After": "5"} | CLOSE)
+        unable = self.service.unable
+        if unable is not None and scope["path"].startswith("/v1/"):
+            return error_response(503, unable, {"Retry-After": "5"} | CLOSE)
         return None
 
     def matching_key(self, authorization: str) -> str | None:

@@ -1,4 +1,4 @@
-"""OpenAI's objects for log-probabilities, of both endpoints."""
+"""OpenAI's objects for log-probabilities, of both endpoints, and vLLM's for those of a chat's prompt."""
 
 from ...tokenizer import Tokenizer
 from ..logprobs import TokenLogprob
@@ -55,3 +55,17 @@ class ChatLogprobs:
         text = self.tokenizer.decode([token])
         data = None if "\ufffd" in text else [*text.encode()]  # of a part of a character they are not known
         return {"token": text, "logprob": logprob, "bytes": data}
+
+
+def prompt_logprobs(tokenizer: Tokenizer, request: Request) -> list[dict[str, dict] | None]:
+    """vLLM's prompt_logprobs of /v1/chat/completions: for each token of the prompt {id: {logprob, rank, decoded_token}}
+    of it and of the likeliest. The first has none; a token that is not among the likeliest has no rank."""
+    found: list[dict[str, dict] | None] = [None]
+    for entry in request.prompt_logprobs:
+        ranks = {token: rank for rank, (token, _) in enumerate(entry.top, 1)}
+        logprobs = {entry.token: entry.logprob, **dict(entry.top)}
+        found.append({
+            str(token): {"logprob": logprob, "rank": ranks.get(token), "decoded_token": tokenizer.decode([token])}
+            for token, logprob in logprobs.items()
+        })  # fmt: skip
+    return found

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import accumulate
 
 from ..engine import Engine
-from ..page_levels import PageLevels
+from ..pages.levels import PageLevels
 
 FORMAT = "text/plain; version=0.0.4; charset=utf-8"
 BUCKETS_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)

@@ -1,13 +1,15 @@
-"""New grammars of bodies, which may take seconds: they are read one at a time, for the clients in turn."""
+"""The grammar of a body's answer. New ones may take seconds: they are read one at a time, for the clients in turn."""
 
-import asyncio
+import functools
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
-from ...errors import Busy, InputError
+from ...errors import InputError
+from ...tokenizer import Tokenizer
 from ..grammar import Grammar, Grammars
-
-MOST_WAITING = 32  # new grammars of a client
+from .protocol import Body, ChatCompletionRequest
+from .service import Service
+from .structured import after_thought
+from .text_parts import opens_thought
 
 
 class BodyGrammars(Grammars):
@@ -29,51 +31,29 @@ class BodyGrammars(Grammars):
         return found
 
 
-class NewGrammars:
-    """Reads new grammars in a thread. The next one is of the client that has waited the longest since its last one."""
-
-    def __init__(self):
-        self.waiting: dict[str, dict[str, list[asyncio.Future]]] = {}  # by client, in turn, and by source
-        self.thread = ThreadPoolExecutor(1, "grammars")
-        self.task: asyncio.Task | None = None
-
-    async def read(self, compiled: Callable[[str], Grammar], client: str, source: str) -> Grammar:
-        """What `compiled` makes of a source. Raises its InputError, and Busy where too many of the client's wait."""
-        mine = self.waiting.setdefault(client, {})
-        if source not in mine and len(mine) >= MOST_WAITING:
-            raise Busy(f"{MOST_WAITING} new grammars of this client are waiting to be read")
-        future = asyncio.get_running_loop().create_future()
-        mine.setdefault(source, []).append(future)
-        if self.task is None or self.task.done():
-            self.task = asyncio.create_task(self.run(compiled))
+async def grammar_of(service: Service, body: Body, prompts: list[list[int]], client: str) -> Grammar:
+    """The grammar of a structured answer. Those in it that are new are read first, each in a turn of the client's."""
+    grammars = functools.cache(lambda: BodyGrammars(service.grammars()))
+    form = functools.partial(structure, grammars, service.tokenizer, body, prompts)
+    grammar, own = await service.texts.call(client, form), grammars()
+    if not own.new:
+        return grammar
+    for source in own.new:
         try:
-            return await future
-        finally:  # also where the client has gone
-            self.forget(client, source, future)
+            compiled = service.grammars().compiled
+            own.found[source] = await service.new_grammars.call(client, compiled, source, key=source)
+        except InputError as error:  # raised below, where the body's field is known
+            own.found[source] = error
+            break
+    return await service.texts.call(client, form)
 
-    def forget(self, client: str, source: str, future: asyncio.Future) -> None:
-        sources = self.waiting.get(client, {})
-        futures = sources.get(source, [])
-        if future in futures:
-            futures.remove(future)
-        if not futures:
-            sources.pop(source, None)
-        if not sources:
-            self.waiting.pop(client, None)
 
-    async def run(self, compiled: Callable[[str], Grammar]) -> None:
-        while self.waiting:
-            client, sources = next(iter(self.waiting.items()))
-            source = next(iter(sources))
-            try:
-                grammar, error = await asyncio.get_running_loop().run_in_executor(self.thread, compiled, source), None
-            except Exception as caught:
-                grammar, error = None, caught
-            if client in self.waiting:  # also behind those that came meanwhile
-                self.waiting[client] = self.waiting.pop(client)
-            for sources in self.waiting.values():  # others may wait for the same
-                for future in sources.pop(source, []):
-                    if future.done():  # its client has gone
-                        continue
-                    future.set_result(grammar) if error is None else future.set_exception(error)
-            self.waiting = {name: sources for name, sources in self.waiting.items() if sources}
+def structure(grammars: Callable[[], Grammars], tokenizer: Tokenizer, body: Body, prompts: list[list[int]]) -> Grammar:
+    """The form of an answer, in a chat behind a thought that the prompt has opened, or the body allows."""
+    grammar = body.grammar(grammars)
+    if isinstance(body, ChatCompletionRequest):
+        opened = opens_thought(tokenizer, prompts[0])
+        thinking = body.chat_template_kwargs.enable_thinking
+        if opened or (body.free_text if thinking is None else thinking):
+            return after_thought(grammars(), grammar, opened)
+    return grammar

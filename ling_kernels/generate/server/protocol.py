@@ -8,7 +8,16 @@ import json
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr, model_validator
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    model_validator,
+)
 
 from ...errors import InputError
 from ...model.sample import Sampling
@@ -20,7 +29,9 @@ from .structured import ResponseFormat, StructuredOutputs, ToolChoice, call_gram
 
 MAX_CHOICES = 16  # per call
 MAX_PROMPTS = 128  # per call: LangChain sends 20, lm-eval what its batch size says
-MAX_STOP_STRINGS, MAX_STOP_CHARACTERS = 16, 1000  # each character of them costs time at every token
+MAX_STOP_STRINGS, MAX_STOP_CHARACTERS = 16, 1000  # an end of the text that may begin one is held back
+MAX_BIASES = 1024  # of logit_bias, for every choice
+MAX_MESSAGES, MAX_PARTS, MAX_TOOLS = 4096, 1024, 512  # of a chat, of a message's content, and of calls in a message
 MIN_TEMPERATURE = 1e-5  # below it sampling is greedy: fp32 logits divided by it could overflow
 
 # Fields that are not implemented, with their neutral values.
@@ -34,6 +45,23 @@ IGNORED = {
     "service_tier", "store", "user",
 }  # fmt: skip
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # generation_config.json may have them
+
+
+Texts = Annotated[list[StrictStr], Field(fail_fast=True)]
+Ids = Annotated[list[StrictInt], Field(fail_fast=True)]
+
+
+def wrong_bias_alone(biases: Any) -> Any:
+    """The first entry that is no number, if there is one: a dict has no FailFast."""
+    wrong = ((k, v) for k, v in biases.items() if type(v) not in (int, float)) if isinstance(biases, dict) else ()
+    return next(({k: v} for k, v in wrong), biases)
+
+
+def few_prompts(prompt: Any) -> Any:
+    """Checked before any of them is."""
+    if isinstance(prompt, list) and len(prompt) > MAX_PROMPTS and not isinstance(prompt[0], int):
+        raise InputError(f"it has {len(prompt)} texts; it may have at most {MAX_PROMPTS}")
+    return prompt
 
 
 class StreamOptions(StrictModel):
@@ -53,11 +81,13 @@ class CompletionBase(StrictModel):
     repetition_penalty: Annotated[StrictFloat, Field(ge=0.01, le=100)] = 1.0
     presence_penalty: Annotated[StrictFloat, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[StrictFloat, Field(ge=-2, le=2)] = 0.0
-    logit_bias: dict[StrictStr, StrictFloat] = {}
+    logit_bias: Annotated[
+        dict[StrictStr, StrictFloat], Field(max_length=MAX_BIASES), BeforeValidator(wrong_bias_alone)
+    ] = {}
     seed: Annotated[StrictInt, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
     n: Annotated[StrictInt, Field(ge=1, le=MAX_CHOICES)] = 1
-    stop: StrictStr | list[StrictStr] = []
-    stop_token_ids: Annotated[list[StrictInt], Field(max_length=256)] = []
+    stop: StrictStr | Texts = []
+    stop_token_ids: Annotated[list[StrictInt], Field(max_length=256, fail_fast=True)] = []
     stream: StrictBool = False
     stream_options: StreamOptions = StreamOptions()
     ignore_eos: StrictBool = False
@@ -128,7 +158,10 @@ class CompletionBase(StrictModel):
 
 
 class CompletionRequest(CompletionBase):
-    prompt: StrictStr | Annotated[list[StrictStr] | list[StrictInt] | list[list[StrictInt]], Field(min_length=1)]
+    prompt: Annotated[
+        StrictStr | Annotated[Texts | Ids | Annotated[list[Ids], Field(fail_fast=True)], Field(min_length=1)],
+        BeforeValidator(few_prompts),
+    ]
     max_tokens: Annotated[StrictInt, Field(ge=0)] | None = None
     echo: StrictBool = False
     logprobs: Annotated[StrictInt, Field(ge=0, le=MOST)] | None = None
@@ -136,8 +169,6 @@ class CompletionRequest(CompletionBase):
     def prompts(self, tokenizer: Tokenizer) -> list[list[int]]:
         """Token ids of every prompt."""
         is_batch = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
-        if is_batch and len(self.prompt) > MAX_PROMPTS:
-            raise InputError(f"prompt has {len(self.prompt)} texts; it may have at most {MAX_PROMPTS}")
         return [tokenizer.encode(p) if isinstance(p, str) else p for p in (self.prompt if is_batch else [self.prompt])]
 
     def max_new_tokens(self) -> tuple[int | None, int | None]:
@@ -152,6 +183,10 @@ class CompletionRequest(CompletionBase):
     @property
     def num_logprobs(self) -> int | None:
         return self.logprobs
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        return self.logprobs if self.echo else None
 
 
 class ContentPart(StrictModel):
@@ -201,10 +236,10 @@ class ChatMessage(StrictModel):
     """A message as clients send it; they return the server's answers with all fields, also the empty ones."""
 
     role: StrictStr
-    content: StrictStr | Annotated[list[ContentPart], Field(min_length=1)]
+    content: StrictStr | Annotated[list[ContentPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)]
     name: StrictStr = ""
     tool_call_id: StrictStr = ""  # clients must send it with a tool's result; the template knows results by their order
-    tool_calls: list[ToolCall] = []
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS, fail_fast=True)] = []
     reasoning_content: StrictStr = ""
 
     @model_validator(mode="before")
@@ -243,46 +278,60 @@ def template_call(call: ToolCall) -> dict[str, Any]:
     return dict(type="function", function=dict(name=call.function.name, arguments=arguments))
 
 
+Messages = Annotated[list[ChatMessage], Field(max_length=MAX_MESSAGES, fail_fast=True)]
+
+
 class TemplateOptions(StrictModel):
     """vLLM's chat_template_kwargs, of which there is one."""
 
     enable_thinking: StrictBool | None = None  # whether an answer begins with a thought; None: as the template has it
 
 
-class ChatCompletionRequest(CompletionBase):
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
-    logprobs: StrictBool = False
-    top_logprobs: Annotated[StrictInt, Field(ge=0, le=MOST)] = 0
-    tools: Annotated[list[FunctionTool], Field(max_length=512)] = []
+class ChatPrompt(StrictModel):
+    """A conversation, and what its prompt depends on besides."""
+
+    messages: Messages = []
+    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS, fail_fast=True)] = []
     tool_choice: Literal["none", "auto", "required"] | ToolChoice = "auto"
-    parallel_tool_calls: StrictBool = True  # else at most one call
     continue_final_message: StrictBool = False  # vLLM's: the answer goes on with the last message
     add_generation_prompt: StrictBool = True
     chat_template_kwargs: TemplateOptions = TemplateOptions()
-    echo: Literal[False] = False
-    shows_answer: Literal[True] = True
 
-    def prompts(self, tokenizer: Tokenizer) -> list[list[int]]:
-        """Token ids of the rendered conversation, as a list of one."""
+    def rendered(self, tokenizer: Tokenizer) -> list[int]:
+        """Token ids of the rendered conversation."""
         messages = [m.as_template_input() for m in self.messages]
         tools = [tool.model_dump() for tool in self.tools] if self.parses_calls else None
         thinking = self.chat_template_kwargs.enable_thinking
         if not self.continue_final_message:
             text = tokenizer.apply_chat_template(messages, self.add_generation_prompt, tools, thinking)
-            return [tokenizer.encode(text, special=True)]
+            return tokenizer.encode(text, special=True)
         last = messages.pop()
         if not messages or last.keys() != {"role", "content"} or last["role"] != "assistant":
             raise InputError(
                 "continue_final_message needs a last message of role assistant, with content alone, after another one"
             )
         text = tokenizer.apply_chat_template(messages, True, tools, thinking)
-        return [tokenizer.encode(text, special=True) + tokenizer.encode(last["content"])]
+        return tokenizer.encode(text, special=True) + tokenizer.encode(last["content"])
 
     @property
     def parses_calls(self) -> bool:
         return bool(self.tools) and self.tool_choice != "none"
+
+
+class ChatCompletionRequest(CompletionBase, ChatPrompt):
+    messages: Annotated[Messages, Field(min_length=1)]
+    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    logprobs: StrictBool = False
+    top_logprobs: Annotated[StrictInt, Field(ge=0, le=MOST)] = 0
+    prompt_logprobs: Annotated[StrictInt, Field(ge=0, le=MOST)] | None = None  # vLLM's
+    parallel_tool_calls: StrictBool = True  # else at most one call
+    echo: Literal[False] = False
+    shows_answer: Literal[True] = True
+
+    def prompts(self, tokenizer: Tokenizer) -> list[list[int]]:
+        """Token ids of the rendered conversation, as a list of one."""
+        return [self.rendered(tokenizer)]
 
     @property
     def must_call(self) -> bool:
@@ -328,28 +377,36 @@ class ChatCompletionRequest(CompletionBase):
             raise InputError("top_logprobs needs logprobs true")
         return self.top_logprobs if self.logprobs else None
 
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        if self.prompt_logprobs is not None and self.stream:
+            raise InputError("prompt_logprobs come with a whole answer: leave stream out")
+        return self.prompt_logprobs
 
-class TokenizeRequest(StrictModel):
-    """A prompt, or messages as the chat endpoint takes them."""
+
+Body = CompletionRequest | ChatCompletionRequest
+
+
+class TokenizeRequest(ChatPrompt):
+    """A prompt, or a conversation as the chat endpoint takes it."""
 
     model: StrictStr | None = None
     prompt: StrictStr | None = None
-    messages: list[ChatMessage] = []
-    add_generation_prompt: StrictBool = True
-    add_special_tokens: StrictBool = True  # the model's prompts have none
+    add_special_tokens: StrictBool = True  # false: the prompt spells its control tokens out, as a rendered chat does
 
     def ids(self, tokenizer: Tokenizer) -> list[int]:
         if (self.prompt is None) == (not self.messages):
             raise InputError("give either prompt or messages")
-        if self.prompt is not None:
-            return tokenizer.encode(self.prompt)
-        text = tokenizer.apply_chat_template([m.as_template_input() for m in self.messages], self.add_generation_prompt)
-        return tokenizer.encode(text, special=True)
+        if self.prompt is None:
+            return self.rendered(tokenizer)
+        if given := self.model_fields_set & ChatPrompt.model_fields.keys() - {"messages"}:
+            raise InputError(f"{min(given)} belongs to messages: leave it out beside a prompt")
+        return tokenizer.encode(self.prompt, special=not self.add_special_tokens)
 
 
 class DetokenizeRequest(StrictModel):
     model: StrictStr | None = None
-    tokens: list[StrictInt]
+    tokens: Ids
 
     def text(self, tokenizer: Tokenizer, vocabulary: int) -> str:
         if unknown := [t for t in self.tokens if not 0 <= t < vocabulary]:

@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ...errors import InputError
 from .guard import Guard
 from .metrics import FORMAT, labelled, lines
-from .service import Limits, error_object, error_response
+from .service import LOADING, Limits, error_object, error_response
 
 AHEAD = 8  # requests
 PREFIX = 512  # characters of a prompt, by which beginnings are compared
@@ -44,6 +44,8 @@ HOP = {
     "content-length",
 }  # RFC 9110
 RUNS_AGAIN = "the replica that served this request has ended; please try again"
+ENDED_TWICE = "two replicas, one after the other, have ended while they had this request; it is not tried again"
+UNABLE = "no replica can serve now"
 
 
 class Replica:
@@ -52,7 +54,8 @@ class Replica:
     def __init__(self, number: int, command: list[str], socket: Path, gpu: str | None):
         self.number, self.command, self.socket, self.gpu = number, command, socket, gpu
         self.fault: str | None = "loading"
-        self.failure: int | None = None  # the exit code of a process that ended before it could serve
+        self.failure: int | None = None  # the exit code of the last process, where it ended before it could serve
+        self.served = False  # whether its process has been able to serve
         self.running = 0
         self.process: asyncio.subprocess.Process | None = None
         transport = httpx.AsyncHTTPTransport(uds=str(socket), limits=httpx.Limits(max_connections=None))
@@ -62,6 +65,7 @@ class Replica:
         """Start the process, and again whenever it has ended."""
         pause = FIRST_PAUSE
         while True:
+            self.served = False
             environment = {**os.environ, **({} if self.gpu is None else {"CUDA_VISIBLE_DEVICES": self.gpu})}
             self.process = await asyncio.create_subprocess_exec(
                 *self.command, env=environment, stdin=asyncio.subprocess.DEVNULL, start_new_session=True
@@ -69,10 +73,9 @@ class Replica:
             looking = asyncio.create_task(self.look())
             code = await self.process.wait()
             looking.cancel()
-            if self.fault is None:
+            self.failure = None if self.served else code
+            if self.served:
                 pause = FIRST_PAUSE
-            else:
-                self.failure = code
             self.fault = f"replica {self.number} has ended with exit code {code}"
             print(f"{self.fault}; it is started again in {pause:g} s", file=sys.stderr, flush=True)
             await asyncio.sleep(pause)
@@ -84,6 +87,7 @@ class Replica:
             try:
                 answer = await self.client.get("/health", timeout=10)
                 self.fault = None if answer.status_code == 200 else answer.json()["status"]
+                self.served = self.served or self.fault is None
             except httpx.TransportError:
                 self.fault = self.fault or "it does not answer"
             await asyncio.sleep(POLL)
@@ -118,14 +122,24 @@ class Router(Limits):
         return Guard(self, self)
 
     @property
-    def loaded(self) -> bool:
-        return any(replica.fault is None for replica in self.replicas)
+    def loading(self) -> bool:
+        """Whether all are; each then says how far it is."""
+        return all((replica.fault or "").startswith("loading") for replica in self.replicas)
+
+    @property
+    def unable(self) -> str | None:
+        faults = {replica.number: replica.fault for replica in self.replicas}
+        if None in faults.values():
+            return None
+        if self.loading:
+            return LOADING
+        return f"{UNABLE}: " + "; ".join(f"replica {number}: {fault}" for number, fault in faults.items())
 
     @property
     def dead(self) -> str | None:
         """Why the router should end: no replica could be loaded."""
         failures = [replica.failure for replica in self.replicas]
-        if None in failures or self.loaded:
+        if None in failures or self.unable is None:
             return None
         return f"no replica could be loaded: exit codes {', '.join(map(str, failures))}"
 
@@ -134,8 +148,9 @@ class Router(Limits):
             await self.live(receive, send)
         elif scope["path"] == "/health":
             faults = {str(r.number): r.fault or "ok" for r in self.replicas}
-            status = "ok" if self.loaded else self.replicas[0].fault
-            answer = JSONResponse({"status": status, "replicas": faults}, 200 if self.loaded else 503)
+            able = "ok" in faults.values()
+            status = "ok" if able else "loading" if self.loading else UNABLE
+            answer = JSONResponse({"status": status, "replicas": faults}, 200 if able else 503)
             await answer(scope, receive, send)
         elif scope["path"] == "/live":
             await JSONResponse({"status": "ok"})(scope, receive, send)
@@ -166,13 +181,15 @@ class Router(Limits):
         await send({"type": "lifespan.shutdown.complete"})
 
     async def serve(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
-        """Pass a request on; to the next replica where one cannot be reached, or ends before it has answered."""
+        """Pass a request on; to the next replica where one cannot be reached, and once where one ends before it has
+        answered: the request itself may have ended it."""
         headers = [(name, value) for name, value in scope["headers"] if name.decode("latin-1").lower() not in HOP]
         headers.append((b"x-forwarded-for", scope["state"]["client"].encode()))
         headers.append((b"x-request-id", scope["state"]["id"].encode()))
         url = scope["path"] + ("?" + scope["query_string"].decode() if scope["query_string"] else "")
-        prefixes, tried = [*prefixes_of(body)], set()
-        while (replica := self.choose(prefixes, tried)) is not None:
+        prefixes, tried = await asyncio.to_thread(lambda: [*prefixes_of(body)]), set()
+        ended = 0
+        while ended < 2 and (replica := self.choose(prefixes, tried)) is not None:
             tried.add(replica.number)
             replica.running += 1
             try:
@@ -183,11 +200,18 @@ class Router(Limits):
                         return
                 finally:
                     await answer.aclose()
-            except httpx.TransportError:
+            except httpx.ConnectError:
                 pass
+            except httpx.TransportError:
+                ended += 1
             finally:
                 replica.running -= 1
-        await error_response(503, RUNS_AGAIN, {"Retry-After": "5"})(scope, receive, send)
+        if ended == 2:  # the header is of OpenAI's clients, which otherwise send the request again by themselves
+            answer = error_response(503, ENDED_TWICE, {"x-should-retry": "false"})
+        else:
+            why = RUNS_AGAIN if ended else self.unable or f"{UNABLE}; please try again"
+            answer = error_response(503, why, {"Retry-After": "5"})
+        await answer(scope, receive, send)
 
     def choose(self, prefixes: list[int], tried: set[int]) -> Replica | None:
         """The replica of a prompt with these beginnings, of those that serve and were not tried."""

@@ -3,10 +3,10 @@
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
@@ -16,15 +16,16 @@ from ...tokenizer import Tokenizer
 from ..engine import Engine
 from ..grammar import Grammars
 from .metrics import Metrics
-from .new_grammars import NewGrammars
+from .turns import Turns
 
 if TYPE_CHECKING:
     from .traces import Traces
 
-Result = TypeVar("Result")
-
 INTERNAL_ERROR = "internal server error; the server's log has the details"
+MOST_TEXTS, MOST_GRAMMARS = 1024, 32  # of a client that may wait to be tokenised or read
 FINISH_SECONDS = 5.0  # that the cache's last files may take when the server ends
+LOADING = "the model is loading"
+PROBE_SECONDS = 5.0  # between two probes of an engine whose passes fail
 # OpenAI's words for a status, by which clients classify errors
 CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
 TYPES = {401: "authentication_error", 429: "rate_limit_error"}
@@ -42,8 +43,8 @@ class Limits:
     traces: "Traces | None" = None
 
     @property
-    def loaded(self) -> bool:
-        """Whether there is a model to ask."""
+    def unable(self) -> str | None:
+        """Why there is no model to ask, in one line; None where there is one."""
         raise NotImplementedError
 
 
@@ -61,16 +62,18 @@ class Service(Limits):
     stuck_after: float = 600.0  # seconds of a pass; the first of a shape may compile kernels
     sampling_defaults: dict = field(default_factory=dict)  # of generation_config.json, for what a body leaves out
     origins: tuple[str, ...] = ()  # web pages that may call the server; "*": all
+    loading: str = "loading"  # what /health says while `engine` is None
     _grammars: Grammars | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     # Apart from the threads of the engine's passes, which a long prompt must not keep waiting.
-    threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "tokenizer"))
-    new_grammars: NewGrammars = field(default_factory=NewGrammars)
+    texts: Turns = field(default_factory=lambda: Turns(2, "texts", MOST_TEXTS))
+    new_grammars: Turns = field(default_factory=lambda: Turns(1, "new grammars", MOST_GRAMMARS))
+    answers: Turns = field(default_factory=lambda: Turns(1, "answers"))  # large ones are built
     grammar_lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
-    def loaded(self) -> bool:
-        return self.engine is not None
+    def unable(self) -> str | None:
+        return LOADING if self.engine is None else None
 
     def grammars(self) -> Grammars:
         """Made at the first use. Raises InputError where llguidance is missing."""
@@ -79,14 +82,26 @@ class Service(Limits):
                 self._grammars = Grammars(self.tokenizer, self.vocabulary, guarded=True)
             return self._grammars
 
-    async def in_thread(self, function: Callable[..., Result], *args) -> Result:
-        """The result of a function that takes time: of a megabyte of text, a tokenizer takes a second."""
-        return await asyncio.get_running_loop().run_in_executor(self.threads, function, *args)
-
     def start(self, engine: Engine) -> None:
         """Serve with this engine, which has been loaded."""
         engine.record.on_pass = self.metrics.pass_time.add
         self.engine = engine
+
+    async def keep_probing(self) -> None:
+        """Probe the engine while its passes fail, until it is given up."""
+        while True:
+            await asyncio.sleep(PROBE_SECONDS)
+            record = self.engine.record if self.engine else None
+            if record is not None and record.fault is not None and not record.dead:
+                await self.probe()
+
+    async def probe(self) -> None:
+        """Let the engine generate a token: a good pass heals it, and routers send requests to healthy servers alone."""
+        with suppress(Exception):  # of the pass, whose record has it; or the queue is full
+            async for _ in self.engine.astream([0], max_new_tokens=1, stop_token_ids=()):
+                pass
+        if self.engine.record.fault is not None:
+            self.engine.record.failed_probes += 1
 
     def finish(self) -> None:
         """At the server's end: wait for the last spans and the cache's files, not for the engine, which may be
@@ -101,7 +116,7 @@ class Service(Limits):
     def fault(self) -> str | None:
         """Why the server cannot serve now, in one line; None while it can."""
         if self.engine is None:
-            return "loading"
+            return self.loading
         seconds = self.engine.record.stuck_for()
         if seconds > self.stuck_after:
             return f"a pass has been running for {seconds:.0f} s"

@@ -4,7 +4,7 @@
 import json
 from collections.abc import Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, StrictBool, StrictStr, model_validator
 
@@ -35,7 +35,7 @@ class ResponseFormat(StrictModel):
 class StructuredOutputs(StrictModel):
     json_: dict[str, Any] | StrictStr | None = Field(None, alias="json")
     regex: StrictStr | None = None
-    choice: list[StrictStr] | None = None
+    choice: Annotated[list[StrictStr], Field(fail_fast=True)] | None = None
     grammar: StrictStr | None = None  # in Lark's notation
     json_object: StrictBool = False
 

@@ -7,6 +7,8 @@ import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from ...tokenizer import Tokenizer
+
 THINK, END_THINK, CALL, END_CALL = "<think>", "</think>", "<tool_call>", "</tool_call>"
 
 TAGS = (THINK, END_THINK, CALL, END_CALL)
@@ -75,6 +77,10 @@ class TextParts:
             text = text.lstrip("\n")
             self.trim = not text
         return Part("reasoning" if self.thinking else "content", text)
+
+
+def opens_thought(tokenizer: Tokenizer, prompt: list[int]) -> bool:
+    return tokenizer.decode(prompt[-16:]).rstrip().endswith(THINK)  # it may be 7 tokens
 
 
 def started(text: str, tag: str) -> str:

@@ -4,6 +4,7 @@ from ...errors import InputError, counted
 from ...model import LingConfig
 from ...ops.adamw_8bit import BLOCK
 from ...ops.quantize import BLOCK as FP8_BLOCK
+from ...parallel.exchange import OVER_BUFFERS
 from ...parallel.pipeline_layout import PipelineLayout
 from ...parallel.ranks import Ranks
 from ...parallel.schedules import Order, check, is_split, placement, read_csv, schedule_order
@@ -32,8 +33,12 @@ def check_parallel(s: Settings, config: LingConfig, ranks: Ranks) -> None:
     for option, given in (("--pipeline", s.pipeline), ("--schedule", s.schedule)):
         if given is not None and ranks.pp == 1:
             raise InputError(f"{option} {given} needs --pp, the number of processes that share the stages")
+    if s.exchange != "bf16" and ep == 1:
+        raise InputError(f"--exchange {s.exchange} needs --ep, the number of processes that share the experts")
     if s.exchange == "fp8":
-        check_fp8_exchange(s, config, ep)
+        check_fp8_exchange(s, config)
+    if s.exchange in OVER_BUFFERS and s.exchange_by_nodes:
+        raise InputError(f"--exchange {s.exchange} has its own way between machines: leave out --exchange-by-nodes")
     if ranks.size == 1:
         return
     if s.fp8_weights == "only":
@@ -65,9 +70,7 @@ def check_tensor(s: Settings, config: LingConfig, tp: int) -> None:
             raise InputError(f"--tp {tp} does not divide {name} {size} of {s.model}")
 
 
-def check_fp8_exchange(s: Settings, config: LingConfig, ep: int) -> None:
-    if ep == 1:
-        raise InputError("--exchange fp8 needs --ep, the number of processes that share the experts")
+def check_fp8_exchange(s: Settings, config: LingConfig) -> None:
     if s.precision != "fp8" or s.fp8_scales != "pow2":
         raise InputError("--exchange fp8 needs --precision fp8 --fp8-scales pow2, so that experts quantise alike")
     for name in ("hidden_size", "moe_intermediate_size"):

@@ -9,6 +9,9 @@ import torch
 from ...backend import why_not_forced
 from ...errors import InputError, counted
 from ...gpu import find_gpu
+from ...parallel.deep_ep import imported
+from ...parallel.exchange import OVER_BUFFERS
+from ...parallel.symmetric import expect_nvshmem
 from ..settings import Settings
 
 
@@ -28,6 +31,18 @@ def choose_device(settings: Settings) -> tuple[torch.device, str, torch.dtype]:
     bf16 = settings.precision in ("bf16", "fp8") or (settings.precision == "auto" and use)
     name = torch.cuda.get_device_name() if use else "CPU"
     return torch.device("cuda" if use else "cpu"), name, torch.bfloat16 if bf16 else torch.float32
+
+
+def check_exchange(exchange: str, device: torch.device) -> None:
+    """Raise InputError where the package or the GPUs of --exchange are missing."""
+    if exchange not in OVER_BUFFERS:
+        return
+    try:
+        imported() if exchange == "deepep" else expect_nvshmem()
+    except InputError as error:
+        raise InputError(f"--exchange {exchange}: {error}") from None
+    if device.type != "cuda":
+        raise InputError(f"--exchange {exchange} is for GPUs; --exchange bf16 works on CPUs too")
 
 
 def refuse_without_fp8(gpu: str, capability: tuple[int, int], backend: str | None) -> None:

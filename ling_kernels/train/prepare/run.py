@@ -28,7 +28,7 @@ from ..settings import TEXT_SETTINGS, Settings, from_json, plain_options, settin
 from .adapters import base_model
 from .checks import check
 from .checks_parallel import check_parallel, mesh_of
-from .device import choose_device
+from .device import check_exchange, choose_device
 from .models import fits_vocabulary, model_config, model_name, own_tokenizer, with_end_token
 from .room import check_disk, check_memory
 from .threads import STARTS, began_elsewhere, faster_threads
@@ -169,7 +169,9 @@ def choose_device_and_threads(
     settings: Settings, ranks: Ranks
 ) -> tuple[Settings, tuple[torch.device, str, torch.dtype]]:
     """The settings with the number of CPU threads, which is set; device, its name and the precision."""
-    device = choose_device(settings)
+    with ranks.agreed():
+        device = choose_device(settings)
+        check_exchange(settings.exchange, device[0])
     if settings.threads is None:
         free = ranks.from_first(lambda: min(torch.get_num_threads(), free_cores()))
         settings = replace(settings, threads=free)

@@ -17,7 +17,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.openai_completions import LocalCompletionsAPI
 
 from ling_kernels.model import load_model
-from tests.speller import speller
+from tests.speller import BOS, EOS, ROLE, speller
 from tests.test_engine_adapters import write
 from tests.test_server import service
 from tests.test_server_connections import port_of, running
@@ -70,6 +70,7 @@ def test_adapters_by_openai(folder, tmp_path):
             client.chat.completions.create(**CHAT | dict(model="x"))
 
 
+TOOL_CALL = "265"  # <tool_call>
 DENSE = {str(ord(blank)): -100 for blank in " \n"}  # no blanks: the model has no notion of an end
 
 
@@ -149,6 +150,27 @@ def test_lm_eval(locked, folder, monkeypatch, ids):
     assert [greedy for _, greedy in found] == [True, True, False, False, True]
 
 
+def test_lm_eval_with_the_servers_tokenizer(locked, folder, monkeypatch):
+    """Nothing of the model is on the client: tokens by name, chats, and texts without context are as by its files."""
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    served, url = locked
+    options = dict(base_url=f"{url}/completions", model="speller", max_length=200, batch_size=2)
+    remote = LocalCompletionsAPI(**options, tokenizer_backend="remote", tokenized_requests=True, auth_token="k")
+    local = LocalCompletionsAPI(**options, tokenizer=folder, tokenized_requests=True)
+    assert (remote.prefix_token_id, remote.eot_token_id) == (local.prefix_token_id, local.eot_token_id) == (BOS, EOS)
+    variables = dict(tools=None, enable_thinking=False)  # lm_eval renders with no undefined ones
+    chat = remote.tokenizer.apply_chat_template([dict(role="user", content="Hi")], **variables)
+    assert chat == local.apply_chat_template([dict(role="user", content="Hi")])
+    assert remote.tok_encode(chat) == local.tok_encode(chat) and ROLE in remote.tok_encode(chat)
+    texts = [Instance("loglikelihood_rolling", {}, (text,), i) for i, text in enumerate(("pabc", "wxq"))]
+    scores = served.engine.score([[BOS, *text.args[0].encode()] for text in texts])
+    assert remote.loglikelihood_rolling(texts) == pytest.approx([sum(score) for score in scores], rel=1e-4)
+    pairs = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate((("ab", "cd"), ("", "pq"), (chat, "XY")))]
+    found, want = remote.loglikelihood(pairs), local.loglikelihood(pairs)
+    assert [total for total, _ in found] == pytest.approx([total for total, _ in want], rel=1e-4)
+    assert [greedy for _, greedy in found] == [True] * 3
+
+
 def test_langchain(locked):
     chat = langchain_openai.ChatOpenAI(model="speller", base_url=locked[1], api_key="k", temperature=0, max_retries=0)
     assert chat.invoke("Hi").content == "XYZ" and "".join(part.content for part in chat.stream("Hi")) == "XYZ"
@@ -172,6 +194,24 @@ def test_llm(locked, tmp_path):
     schema = ["--schema", json.dumps(Answer.model_json_schema()), "--no-stream"]
     result = subprocess.run([*command, *schema], capture_output=True, text=True, timeout=120, env=env)
     assert Answer.model_validate_json(result.stdout), result.stderr
+
+
+def test_tools_of_llm(locked, tmp_path):
+    """`llm -T` runs the function that the model calls, and sends its result back; here the model calls it again."""
+    name = tmp_path / "extra-openai-models.yaml"
+    name.write_text(
+        f"- model_id: mine\n  model_name: speller\n  api_base: {locked[1]}\n"
+        "  api_key_name: mine\n  supports_tools: true\n"
+    )
+    env = {**os.environ, "LLM_USER_PATH": str(tmp_path)}
+    prefers_calls = DENSE | {TOOL_CALL: 100, str(ord("}")): 100}  # of the forms that json_object lets come
+    options = dict(temperature=0, json_object=1, logit_bias=json.dumps(prefers_calls))
+    flags = [*sum((["-o", key, str(value)] for key, value in options.items()), []), "--td", "--chain-limit", "2"]
+    command = [sys.executable, "-m", "llm", "-m", "mine", "--key", "k", "-T", "llm_version", *flags, "Hi, in JSON"]
+    finished = locked[0].metrics.finished["stop"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
+    assert "Tool call: llm_version({})" in result.stderr and "Chain limit of 2" in result.stderr, result
+    assert locked[0].metrics.finished["stop"] == finished + 2
 
 
 def test_guidellm(folder, tmp_path):

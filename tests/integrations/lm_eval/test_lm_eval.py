@@ -11,6 +11,7 @@ import yaml
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.openai_completions import LocalCompletionsAPI
 from lm_eval.tasks import TaskManager
 from transformers import AutoTokenizer, Glm4MoeConfig, Glm4MoeForCausalLM
 
@@ -21,6 +22,8 @@ from ling_kernels.integrations.lm_eval import LingLM
 from ling_kernels.model import Ling, LingConfig, load_model, save_model
 from ling_kernels.model.checkpoint import named_views
 from ling_kernels.tokenizer import load_tokenizer
+from tests.test_server import service
+from tests.test_server_connections import port_of, running
 
 POSITIONS = 96
 WORDS = "the model answers a question with one word or with many and stops".split()
@@ -148,15 +151,31 @@ def same(a, b):
     return all(map(same, a, b)) and len(a) == len(b) if isinstance(a, list | tuple) else a == b
 
 
-def test_results_are_those_of_the_hf_model(ours, theirs, tasks):
-    names = "ling_choice", "ling_rolling", "ling_answer"
-    got, want = evaluate(ours, tasks, *names), evaluate(theirs, tasks, *names)
+def same_results(got, want, *names):
     for name in names:
         assert same(responses(got, name), responses(want, name)), name
         for metric, value in want["results"][name].items():
             assert same(got["results"][name][metric], value), (name, metric)
+
+
+def test_results_are_those_of_the_hf_model(ours, theirs, tasks):
+    names = "ling_choice", "ling_rolling", "ling_answer"
+    got, want = evaluate(ours, tasks, *names), evaluate(theirs, tasks, *names)
+    same_results(got, want, *names)
     answers = [r[0] for r in responses(got, "ling_answer")]
     assert len({*map(str, answers)}) > 4  # the prompts matter
+
+
+def test_results_through_the_server_are_those_of_the_hf_model(folder, theirs, tasks, monkeypatch):
+    """By lm_eval's own client, with the tokenizer of the folder and with that of the server."""
+    names = "ling_choice", "ling_rolling"
+    monkeypatch.setattr(theirs, "_max_length", 64)  # the client takes off one token for an answer, and one of a window
+    want = evaluate(theirs, tasks, *names)
+    with running(service(folder)) as server:
+        url = f"http://127.0.0.1:{port_of(server)}/v1/completions"
+        for tokenizer in (dict(tokenizer=str(folder)), dict(tokenizer_backend="remote")):
+            options = dict(base_url=url, model="speller", max_length=66, tokenized_requests=True, batch_size=3)
+            same_results(evaluate(LocalCompletionsAPI(**options, **tokenizer), tasks, *names), want, *names)
 
 
 def test_a_chat_is_the_hf_models(ours, theirs, tasks):

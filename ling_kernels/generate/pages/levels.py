@@ -19,12 +19,12 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import InputError, integer, warn
-from ..files import user_path
-from .cache import PagePool
-from .page_copies import Copies, Event
-from .page_disk import HEADER, DiskPages
-from .page_host import HostPage, HostPages
+from ...errors import InputError, integer, warn
+from ...files import user_path
+from .copies import Copies, Event
+from .disk import HEADER, DiskPages
+from .host import HostPage, HostPages
+from .pool import PagePool
 
 READERS = 4  # threads
 FETCHES = 8  # requests whose files are read at a time
@@ -57,7 +57,7 @@ class Fetch:
 
 class PageLevels:
     """The levels below `pages`, a pool whose caches `copies` moves. identity: computes what pages depend on besides
-    their tokens, see page_copies.page_identity. Raises InputError for limits that hold no page, and for a folder that
+    their tokens, see copies.page_identity. Raises InputError for limits that hold no page, and for a folder that
     cannot be written."""
 
     def __init__(self, spill: Spill, pages: PagePool, copies: Copies, identity: Callable[[], bytes]):

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import warn
+from ...errors import warn
 
 MAGIC = b"ling page"
 HEADER = struct.Struct("<9s16s16sQ16s")  # magic, identity, hash of the page, bytes of the row, their checksum

@@ -3,7 +3,7 @@
 A page is free, in use by one or more requests, or evictable: without users, its content still cached. A full page is
 identified by the hash of its adapter and all tokens up to its end, so equal hashes mean equal keys and values.
 Evictable pages are allocated after the free ones, least recently released first. What they held then goes on in the
-levels below, if there are any (page_levels.py).
+levels below, if there are any (levels.py).
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from .page_levels import PageLevels
+    from .levels import PageLevels
 
 
 class PagePool:

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..model import Ling
-from ..ops.attention_decode import KVCache
+from ...model import Ling
+from ...ops.attention_decode import KVCache
 
 FORMAT = 1  # of a row; another number makes all files of earlier versions foreign
 BLOCK_BYTES = 1 << 30  # of host memory that is allocated at a time: torch rounds a pinned block up to a power of two

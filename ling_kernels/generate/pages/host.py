@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .page_copies import Event
+from .copies import Event
 
 
 @dataclass(eq=False)
