@@ -31,6 +31,7 @@ def run_jobs(jobs: list[Job], results: Path, processes: int, others: Mapping[str
     """Run the jobs, (name, argv of each rank) each, one after the other, in so many processes or fewer. What a rank's
     `command`, or the function that `others` has for the job, returns is then in the file NAME.RANK of the folder
     `results`."""
+    assert len({name for name, _ in jobs}) == len(jobs)
     start(work, (jobs, results, free_ports(len(jobs)), others or {}), processes)
 
 

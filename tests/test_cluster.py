@@ -103,7 +103,7 @@ REFUSED = {  # flags of rank 0, of rank 1, the line
     "one rank's": ("", "--seq-len 1", "rank 1: --seq-len 1: it must be at least 2"),
     "resume": ("", "--resume auto", "rank 1 has --resume auto, rank 0 None"),
     "folders": ("", "", "rank 1 has --out /"),
-    "ep": ("--ep 3",) * 2 + ("--ep 3 does not divide the 2 processes of --dp",),
+    "ep beyond the processes": ("--ep 3",) * 2 + ("--ep 3 does not divide the 2 processes of --dp",),
     "layout": ("--pp 2 --pipeline Et|x",) * 2 + ("--pipeline Et|x: 'x' is none of",),
     "another model's layout": ("--pp 2 --pipeline Ett|tmL",) * 2 + ("--pipeline Ett|tmL: 3 t, but",),
     "schedule": ("--pp 2 --schedule GPipes",) * 2 + ("--schedule GPipes: it must be one of",),
