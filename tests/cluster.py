@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import random
 import socket
 import warnings
 from collections.abc import Callable, Mapping
@@ -36,13 +37,14 @@ def run_jobs(jobs: list[Job], results: Path, processes: int, others: Mapping[str
 
 
 def free_ports(number: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(number)]
-    for s in sockets:
-        s.bind(("127.0.0.1", 0))
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
+    """Below those that Linux gives to sockets without a port of their own, which other tests open meanwhile."""
+    found: set[int] = set()
+    while len(found) < number:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with contextlib.suppress(OSError), socket.socket() as s:
+            s.bind(("127.0.0.1", port))
+            found.add(port)
+    return [*found]
 
 
 def work(rank, jobs, results, ports, others):

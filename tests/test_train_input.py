@@ -393,6 +393,6 @@ def test_help_names_every_flag_and_default(capsys):
     assert end.value.code == 0
     for f in Settings.__dataclass_fields__:
         assert re.search(rf"--{f.replace('_', '-')}[ ,]", shown)
-    assert shown.count("(default: ") == len(Settings.__dataclass_fields__) + 5 and "(default: 3.5e-06)" in shown
+    assert shown.count("(default: ") == len(Settings.__dataclass_fields__) + 4 and "(default: 3.5e-06)" in shown
     assert shown.startswith("usage: python -m ling_kernels.train [flags] Train") and "--data PATH [PATH ...]" in shown
     assert [name for name in GROUPS.values() if f" {name}: --" in shown] == [*GROUPS.values()]
