@@ -1,5 +1,6 @@
 """Predicted time of a whole training step: its micro batches, simulated over roofline times (units.py), then what comes
-once. Messages between GPUs are not hidden. Nothing here is measured."""
+once. Messages between GPUs are hidden where DualPipeV puts a forward and a backward together, nowhere else. Nothing
+here is measured."""
 
 from dataclasses import replace
 

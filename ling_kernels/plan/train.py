@@ -177,7 +177,10 @@ def time_lines(
     if s.precision == "fp32":
         about += " fp32 is planned as bf16."
     if gpus > 1:
-        about += " Messages between GPUs are not hidden: 450 GB/s within 8 GPUs, 50 GB/s beyond (assumed)."
+        about += (
+            " Messages between GPUs, 450 GB/s within 8 GPUs, 50 GB/s beyond (assumed), are hidden only where"
+            " DualPipeV puts a forward and a backward together."
+        )
     about += " MFU is of the bf16 peak, as the trainer prints it."
     return ["", *lines, *textwrap.wrap(about, 118)]
 

@@ -297,11 +297,11 @@ async def unless_left(http_request: HttpRequest, work: Coroutine[Any, Any, Resul
         leaving.cancel()
 
 
-async def built(choice: Choice, body: Body, tokens: int, build: Callable[..., Result], *args) -> Result:
-    """build(*args), a part of an answer that shows these tokens: in a thread where they are many."""
+async def built(choice: Choice, body: Body, tokens: int, build: Callable[[], Result]) -> Result:
+    """build(), a part of an answer that shows these tokens: in a thread where they are many."""
     if tokens * (2 + max(body.num_logprobs or 0, body.num_prompt_logprobs or 0)) <= SMALL:
-        return build(*args)
-    return await choice.service.answers.call(choice.request.client, build, *args)
+        return build()
+    return await choice.service.answers.call(choice.request.client, build)
 
 
 async def full_response(
@@ -323,8 +323,8 @@ async def full_response(
     async def answer() -> JSONResponse:
         async for i, piece in merge_streams(choices):
             found[i] += [] if piece is None else [piece]
-        whole = body.echo or body.num_prompt_logprobs is not None
-        shown = sum(len(c.request.tokens) if whole else c.num_new_tokens for c in choices)
+        with_prompt = body.echo or body.num_prompt_logprobs is not None
+        shown = sum(len(c.request.tokens) if with_prompt else c.num_new_tokens for c in choices)
         return await built(choices[0], body, shown, build)
 
     try:

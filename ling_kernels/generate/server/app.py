@@ -15,7 +15,7 @@ from starlette.types import ASGIApp
 
 from ...errors import Busy, InputError
 from .answers import complete, unless_left
-from .body import Body, BodyError, parse_body
+from .body import BodyError, Parsed, parse_body
 from .guard import CLOSE, Guard, printable
 from .metrics import FORMAT
 from .protocol import UNSUPPORTED, ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
@@ -52,7 +52,7 @@ def make_app(service: Service) -> ASGIApp:
     app = FastAPI(title="ling_kernels", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     metrics = service.metrics
 
-    async def read(kind: type[Body], request: HttpRequest) -> Body:
+    async def read(kind: type[Parsed], request: HttpRequest) -> Parsed:
         """The request's body. Parsing takes time, and may not hold up the event loop."""
         content, kind_of_content = await request.body(), request.headers.get("content-type", "")
         work = service.texts.call(request.state.client, parse_body, kind, content, kind_of_content)

@@ -41,10 +41,10 @@ class BodyError(InputError):
         self.field = field
 
 
-Body = TypeVar("Body", bound=StrictModel)
+Parsed = TypeVar("Parsed", bound=StrictModel)
 
 
-def parse_body(kind: type[Body], content: bytes, content_type: str) -> Body:
+def parse_body(kind: type[Parsed], content: bytes, content_type: str) -> Parsed:
     """The body that JSON text holds. Raises BodyError that names its first error."""
     media = content_type.partition(";")[0].strip().lower()
     if not (media == "application/json" or media.startswith("application/") and media.endswith("+json")):

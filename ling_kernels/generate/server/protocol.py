@@ -31,7 +31,7 @@ MAX_CHOICES = 16  # per call
 MAX_PROMPTS = 128  # per call: LangChain sends 20, lm-eval what its batch size says
 MAX_STOP_STRINGS, MAX_STOP_CHARACTERS = 16, 1000  # an end of the text that may begin one is held back
 MAX_BIASES = 1024  # of logit_bias, for every choice
-MAX_MESSAGES, MAX_PARTS, MAX_TOOLS = 4096, 1024, 512  # of a chat, of a message's content, and of calls in a message
+MAX_MESSAGES, MAX_PARTS, MAX_TOOLS = 4096, 1024, 512  # of a chat, a message's content; calls in a message too
 MIN_TEMPERATURE = 1e-5  # below it sampling is greedy: fp32 logits divided by it could overflow
 
 # Fields that are not implemented, with their neutral values.

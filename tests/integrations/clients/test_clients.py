@@ -180,36 +180,33 @@ def test_langchain(locked):
     assert [answer.content for answer in chat.batch(["Hi", "Ho"])] == ["XYZ", "XYZ"]
 
 
-def test_llm(locked, tmp_path):
-    """The command `llm` of the package of that name."""
-    name = tmp_path / "extra-openai-models.yaml"
+def llm(url, folder, supports, *flags):
+    """A run of the command `llm` of the package of that name, with a model that supports schemas or tools."""
+    name = folder / "extra-openai-models.yaml"
     name.write_text(
-        f"- model_id: mine\n  model_name: speller\n  api_base: {locked[1]}\n"
-        "  api_key_name: mine\n  supports_schema: true\n"
+        f"- model_id: mine\n  model_name: speller\n  api_base: {url}\n"
+        f"  api_key_name: mine\n  supports_{supports}: true\n"
     )
-    env = {**os.environ, "LLM_USER_PATH": str(tmp_path)}
-    command = [sys.executable, "-m", "llm", "-m", "mine", "--key", "k", "-o", "temperature", "0", "Hi"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
+    command = [sys.executable, "-m", "llm", "-m", "mine", "--key", "k", "-o", "temperature", "0", *flags]
+    env = {**os.environ, "LLM_USER_PATH": str(folder)}
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
+
+
+def test_llm(locked, tmp_path):
+    result = llm(locked[1], tmp_path, "schema", "Hi")
     assert result.stdout.strip() == "XYZ", result.stderr
     schema = ["--schema", json.dumps(Answer.model_json_schema()), "--no-stream"]
-    result = subprocess.run([*command, *schema], capture_output=True, text=True, timeout=120, env=env)
+    result = llm(locked[1], tmp_path, "schema", "Hi", *schema)
     assert Answer.model_validate_json(result.stdout), result.stderr
 
 
 def test_tools_of_llm(locked, tmp_path):
     """`llm -T` runs the function that the model calls, and sends its result back; here the model calls it again."""
-    name = tmp_path / "extra-openai-models.yaml"
-    name.write_text(
-        f"- model_id: mine\n  model_name: speller\n  api_base: {locked[1]}\n"
-        "  api_key_name: mine\n  supports_tools: true\n"
-    )
-    env = {**os.environ, "LLM_USER_PATH": str(tmp_path)}
     prefers_calls = DENSE | {TOOL_CALL: 100, str(ord("}")): 100}  # of the forms that json_object lets come
-    options = dict(temperature=0, json_object=1, logit_bias=json.dumps(prefers_calls))
+    options = dict(json_object=1, logit_bias=json.dumps(prefers_calls))
     flags = [*sum((["-o", key, str(value)] for key, value in options.items()), []), "--td", "--chain-limit", "2"]
-    command = [sys.executable, "-m", "llm", "-m", "mine", "--key", "k", "-T", "llm_version", *flags, "Hi, in JSON"]
     finished = locked[0].metrics.finished["stop"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
+    result = llm(locked[1], tmp_path, "tools", "-T", "llm_version", *flags, "Hi, in JSON")
     assert "Tool call: llm_version({})" in result.stderr and "Chain limit of 2" in result.stderr, result
     assert locked[0].metrics.finished["stop"] == finished + 2
 
